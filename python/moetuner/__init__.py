@@ -1,0 +1,22 @@
+"""Expert placement for Mixture-of-Experts models.
+
+Data flows one way: a recorded ``RoutingTrace`` is counted into ``RoutingStatistics``, which with a
+``Topology`` makes a ``Problem``; ``solve`` answers it with a ``Result`` that holds a ``Placement``;
+``evaluate`` replays the placement on a trace it has not seen.
+"""
+
+from moetuner._core import __version__
+from moetuner.placement import Placement
+from moetuner.problem import Problem
+from moetuner.statistics import RoutingStatistics
+from moetuner.topology import Topology
+from moetuner.trace import RoutingTrace
+
+__all__ = [
+    "Placement",
+    "Problem",
+    "RoutingStatistics",
+    "RoutingTrace",
+    "Topology",
+    "__version__",
+]

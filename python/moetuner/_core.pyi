@@ -1,0 +1,35 @@
+"""The native core: arrays in, arrays out. Dimensions: windows W, layers L, experts E, tokens T, top-k K."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+ExpertIds = NDArray[np.uint8] | NDArray[np.uint16]
+
+def validate(expert_ids: ExpertIds, num_experts: int, first_token: int = 0) -> None:
+    """Check expert ids [T,L,K]: in range, and no expert twice in one token and layer.
+
+    Raises ``ValueError`` naming the first faulty token (counted from ``first_token``), layer and id.
+    """
+
+class StatisticsCounter:
+    """Counts a trace shard by shard; the counts do not depend on the sharding or on the threads."""
+
+    def __new__(
+        cls,
+        layers: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        window: int | None = None,
+        transitions: bool = True,
+        coactivation: bool = True,
+    ) -> StatisticsCounter: ...
+    def push(self, expert_ids: ExpertIds, threads: int | None = None) -> None:
+        """Validate and count the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing."""
+
+    def finish(
+        self,
+    ) -> tuple[int, NDArray[np.uint64], NDArray[np.uint64] | None, NDArray[np.uint64] | None]:
+        """Tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E]. Ends the counter."""

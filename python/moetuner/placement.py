@@ -1,0 +1,254 @@
+"""Placement: which expert sits in which slot of which device, layer by layer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moetuner._files import replacing
+
+SCHEMA = "moetuner.placement/1"
+EMPTY = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Expert ids by layer, device and slot.
+
+    Parameters
+    ----------
+    slots
+        Expert ids [L,D,S]; -1 is an empty slot. Every expert has at least one slot in every layer, and no
+        device holds two copies of one expert.
+    num_experts
+        Experts per layer, E; by default one more than the largest id.
+    model, topology
+        Names, for people.
+    fingerprint
+        Of the statistics that the placement was computed from.
+    objective, bound
+        What the solver reached on them, and the best that any placement can reach.
+
+    Raises
+    ------
+    ValueError
+        If ``slots`` breaks a rule; the message names layer, device and expert.
+    """
+
+    slots: NDArray[np.int32]
+    num_experts: int = 0
+    model: str | None = None
+    topology: str | None = None
+    fingerprint: str | None = None
+    objective: float | None = None
+    bound: float | None = None
+
+    def __post_init__(self) -> None:
+        slots = np.asarray(self.slots)
+        if slots.ndim != 3 or slots.size == 0 or not np.issubdtype(slots.dtype, np.integer):
+            raise ValueError(
+                "slots must be integers [layers, devices, slots], none of them zero, "
+                f"got {slots.dtype} {list(slots.shape)}"
+            )
+        experts = self.num_experts or max(int(slots.max()) + 1, 1)
+        _check(slots, experts)
+        slots = np.ascontiguousarray(slots, dtype=np.int32)
+        if slots is self.slots or slots.base is not None:
+            slots = slots.copy()
+        slots.flags.writeable = False
+        object.__setattr__(self, "slots", slots)
+        object.__setattr__(self, "num_experts", experts)
+
+    @classmethod
+    def from_assignment(
+        cls, device_of: ArrayLike, devices: int, *, slots_per_device: int | None = None, **names: Any
+    ) -> Placement:
+        """Build a placement with one copy of each expert from its device [L,E].
+
+        Slots are filled in the order of expert ids; ``slots_per_device`` defaults to the most experts that any
+        device holds in any layer.
+        """
+        device_of = np.asarray(device_of)
+        if device_of.ndim != 2 or not np.issubdtype(device_of.dtype, np.integer):
+            raise ValueError(f"device_of must be integers [layers, experts], got {device_of.dtype}")
+        if device_of.size and not (0 <= device_of.min() and device_of.max() < devices):
+            raise ValueError(
+                f"device_of must be from 0 to {devices - 1}, got {device_of.min()} to {device_of.max()}"
+            )
+        layers, experts = device_of.shape
+        order = np.argsort(device_of, axis=1, kind="stable")
+        device = np.take_along_axis(device_of, order, axis=1)
+        counts = (device_of[:, :, None] == np.arange(devices)).sum(axis=1)
+        width = int(counts.max(initial=1))
+        if slots_per_device is not None:
+            if width > slots_per_device:
+                raise ValueError(
+                    f"slots_per_device must be at least {width}, got {slots_per_device}: "
+                    "a device holds that many experts in one layer"
+                )
+            width = slots_per_device
+        first = np.cumsum(counts, axis=1) - counts
+        slot = np.arange(experts) - np.take_along_axis(first, device, axis=1)
+        slots = np.full((layers, devices, width), EMPTY, dtype=np.int32)
+        slots[np.arange(layers)[:, None], device, slot] = order
+        return cls(slots, num_experts=experts, **names)
+
+    @property
+    def layers(self) -> int:
+        """Number of MoE layers, L."""
+        return int(self.slots.shape[0])
+
+    @property
+    def devices(self) -> int:
+        """Number of devices, D."""
+        return int(self.slots.shape[1])
+
+    @property
+    def slots_per_device(self) -> int:
+        """Slots of a device in a layer, S."""
+        return int(self.slots.shape[2])
+
+    @property
+    def replicas(self) -> NDArray[np.int64]:
+        """Copies of every expert [L,E]."""
+        counts = np.zeros((self.layers, self.num_experts), dtype=np.int64)
+        layer, device, slot = np.nonzero(self.slots != EMPTY)
+        np.add.at(counts, (layer, self.slots[layer, device, slot]), 1)
+        return counts
+
+    @property
+    def device_of(self) -> NDArray[np.int64]:
+        """Device of every expert [L,E].
+
+        Raises
+        ------
+        ValueError
+            If an expert has several copies.
+        """
+        if (self.replicas > 1).any():
+            raise ValueError("device_of needs one copy of each expert; this placement has replicas")
+        layer, device, slot = np.nonzero(self.slots != EMPTY)
+        device_of = np.zeros((self.layers, self.num_experts), dtype=np.int64)
+        device_of[layer, self.slots[layer, device, slot]] = device
+        return device_of
+
+    def with_names(self, **names: Any) -> Placement:
+        """Return the same slots with other names or figures."""
+        return replace(self, **names)
+
+    def save(self, path: str | Path) -> None:
+        """Write the placement as JSON; the file appears whole or not at all."""
+        fields = {
+            "schema": SCHEMA,
+            "model": self.model,
+            "topology": self.topology,
+            "num_experts": self.num_experts,
+            "fingerprint": self.fingerprint,
+            "objective": self.objective,
+            "bound": self.bound,
+            "slots": self.slots.tolist(),
+        }
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(fields) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Placement:
+        """Read a placement that ``save`` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the file is not a placement, or is one of another schema version.
+        """
+        try:
+            fields = json.loads(Path(path).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}: not a placement: {error}") from None
+        if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
+            found = fields.get("schema") if isinstance(fields, dict) else type(fields).__name__
+            raise ValueError(f"{path}: not a placement: schema must be {SCHEMA!r}, got {found!r}")
+        try:
+            slots = np.asarray(fields["slots"], dtype=None)
+            names = {k: fields.get(k) for k in ("model", "topology", "fingerprint")}
+            figures = {k: _number(fields, k) for k in ("objective", "bound")}
+            return cls(slots, num_experts=int(fields["num_experts"]), **names, **figures)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{path}: not a placement: {error}") from None
+
+    def diff(self, other: Placement, *, bytes_per_expert: int | None = None) -> PlacementDiff:
+        """Say what has to move to get from this placement to ``other``.
+
+        A copy moves when a device needs an expert of a layer that it does not hold yet; another slot of the same
+        device costs nothing.
+        """
+        shape, wanted = (self.layers, self.devices, self.num_experts), other
+        if shape != (wanted.layers, wanted.devices, wanted.num_experts):
+            raise ValueError(
+                f"placements must have the same layers, devices and experts, got {shape} and "
+                f"{(wanted.layers, wanted.devices, wanted.num_experts)}"
+            )
+        arriving = _held(other) & ~_held(self)
+        moved = int(arriving.sum())
+        return PlacementDiff(
+            experts_moved=moved,
+            experts_moved_per_layer=arriving.sum(axis=(1, 2)),
+            bytes_moved=None if bytes_per_expert is None else moved * bytes_per_expert,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Placement):
+            return NotImplemented
+        return self.num_experts == other.num_experts and np.array_equal(self.slots, other.slots)
+
+    def __hash__(self) -> int:
+        return hash((self.num_experts, self.slots.shape, self.slots.tobytes()))
+
+
+@dataclass(frozen=True)
+class PlacementDiff:
+    """Copies of experts that arrive on a device which did not hold them."""
+
+    experts_moved: int
+    experts_moved_per_layer: NDArray[np.int64]
+    bytes_moved: int | None
+
+
+def _held(placement: Placement) -> NDArray[np.bool_]:
+    """Whether a device holds an expert [L,D,E]."""
+    held = np.zeros((placement.layers, placement.devices, placement.num_experts), dtype=bool)
+    layer, device, slot = np.nonzero(placement.slots != EMPTY)
+    held[layer, device, placement.slots[layer, device, slot]] = True
+    return held
+
+
+def _check(slots: NDArray[Any], experts: int) -> None:
+    """Raise for the first layer that breaks a rule."""
+    wrong = np.argwhere((slots < EMPTY) | (slots >= experts))
+    if wrong.size:
+        layer, device, slot = wrong[0]
+        raise ValueError(
+            f"slots: layer {layer}, device {device}: expert id {slots[layer, device, slot]} "
+            f"is not from -1 to {experts - 1}"
+        )
+    for layer, of_layer in enumerate(slots):
+        present = np.unique(of_layer[of_layer != EMPTY])
+        if present.size < experts:
+            missing = np.setdiff1d(np.arange(experts), present)[0]
+            raise ValueError(f"slots: layer {layer}: expert {missing} has no slot")
+    ordered = np.sort(slots, axis=2)
+    twice = np.argwhere((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] != EMPTY))
+    if twice.size:
+        layer, device, slot = twice[0]
+        raise ValueError(
+            f"slots: layer {layer}, device {device}: expert {ordered[layer, device, slot]} has two slots"
+        )
+
+
+def _number(fields: dict[str, Any], key: str) -> float | None:
+    value = fields.get(key)
+    return None if value is None else float(value)

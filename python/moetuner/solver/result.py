@@ -1,0 +1,101 @@
+"""What a solver is asked for and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.placement import Placement
+
+Status = Literal["optimal", "feasible", "gap_reached", "time_limit", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One line of a long solve: seconds so far, phase, best objective and bound (None while unknown)."""
+
+    seconds: float
+    phase: str
+    objective: float | None = None
+    bound: float | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop. Without ``time_limit`` the answer depends on the problem and the seed alone.
+
+    Parameters
+    ----------
+    time_limit
+        Seconds; the best placement so far is returned.
+    iterations
+        Search steps of each start; None for the default of the problem's size.
+    gap
+        Stop when (objective - bound) / objective is at most this.
+    threads
+        Threads to use, all cores by default; the answer does not depend on it.
+    progress
+        Called now and then, from the calling thread.
+    """
+
+    time_limit: float | None = None
+    iterations: int | None = None
+    gap: float | None = None
+    threads: int | None = None
+    progress: Callable[[Progress], None] | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one method found.
+
+    Parameters
+    ----------
+    slots
+        Expert ids [L,D,S], -1 for an empty slot.
+    status
+        ``"optimal"`` only with a proof.
+    bound
+        Proven lower bound of ``Problem.cost``; None without one.
+    bound_source
+        Which bound it is.
+    details
+        What the method has to say about itself, one entry per fact, JSON values.
+    """
+
+    slots: NDArray[np.int32]
+    status: Status = "feasible"
+    bound: int | None = None
+    bound_source: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A solved problem.
+
+    ``objective`` and ``bound`` are shares of ``Problem.cost_scale``: the crossing on the problem's own statistics
+    where all links are equal.
+    """
+
+    placement: Placement
+    method: str
+    status: Status
+    objective: float
+    bound: float | None
+    bound_source: str | None
+    seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def gap(self) -> float | None:
+        """(objective - bound) / objective: how far from the optimum the placement can be at most."""
+        if self.bound is None:
+            return None
+        if self.objective <= self.bound:
+            return 0.0
+        return (self.objective - self.bound) / self.objective

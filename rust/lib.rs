@@ -1,0 +1,12 @@
+//! The core of moetuner: routing statistics, placement search, bounds and replay.
+//!
+//! Data flows one way: a trace of expert ids is validated ([`trace`]) and counted ([`statistics`]);
+//! searches ([`search`]) turn the counts into an assignment of experts to devices; a replay
+//! ([`replay`]) measures an assignment on a trace. Nothing here knows Python except `python`.
+
+pub mod error;
+pub mod pairs;
+#[cfg(feature = "python")]
+mod python;
+pub mod statistics;
+pub mod trace;
