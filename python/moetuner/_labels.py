@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 Scalar = TypeVar("Scalar", bound=np.generic)
 Integer = TypeVar("Integer", np.int16, np.int32, np.int64)
 
+PIECE = 1 << 20
+
 
 def labels(name: str, values: ArrayLike, length: int, dtype: type[Integer]) -> NDArray[Integer]:
     """Check one integer label per token or window [length] and hold it as ``dtype``, read-only.
@@ -75,10 +77,26 @@ def groups(
     return array
 
 
+def distinct(values: NDArray[Integer]) -> NDArray[Integer]:
+    """Labels that occur, in ascending order; in pieces, since numpy alone takes much memory."""
+    pieces: list[NDArray[Integer]] = [
+        np.unique(values[at : at + PIECE]) for at in range(0, len(values), PIECE)
+    ]
+    return np.unique(np.concatenate([values[:0], *pieces]))
+
+
+def among(values: NDArray[Integer], wanted: ArrayLike) -> NDArray[np.bool_]:
+    """Whether each label is one of those wanted; in pieces."""
+    found = np.empty(len(values), dtype=np.bool_)
+    for at in range(0, len(values), PIECE):
+        found[at : at + PIECE] = np.isin(values[at : at + PIECE], wanted)
+    return found
+
+
 def numbered(group: ArrayLike) -> list[str]:
     """Names for groups that have none: their numbers."""
     array = np.asarray(group)
-    if array.dtype.kind not in "iu":
+    if array.dtype.kind not in "iu" and array.size:
         raise ValueError(f"group must be integers, got {array.dtype} {list(array.shape)}")
     count = max(int(array.max(initial=0)) + 1, 1)
     if count > 1 << 15:

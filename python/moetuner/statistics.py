@@ -20,8 +20,11 @@ from moetuner.trace import RoutingTrace
 # Counts beyond this are a mistake in the number of experts or the window, not a model.
 TABLE_LIMIT = 16 << 30
 
+# Small enough that a shard is counted from the cache it was read into, on most machines.
+SHARD_BYTES = 16 << 20
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class RoutingStatistics:
     """What a placement needs to know of a trace.
 
@@ -118,7 +121,7 @@ class RoutingStatistics:
             transitions=transitions,
             coactivation=coactivation,
         )
-        for shard in trace.shards():
+        for shard in trace.shards(SHARD_BYTES):
             counter.push(shard, threads)
             del shard  # else the next shard is read while this one is still held
         _, load, pairs, together = counter.finish()
@@ -176,6 +179,15 @@ class RoutingStatistics:
                 digest.update(repr(table.shape).encode())
                 digest.update(np.ascontiguousarray(table, dtype="<u8").data)
         return digest.hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        about = [f"{name}={getattr(self, name)}" for name in ("windows", "layers", "experts")]
+        about += [f"window={self.window}"] if self.window is not None else []
+        about += [
+            name for name in ("transitions", "coactivation") if getattr(self, name) is not None
+        ]
+        about += [f"model={self.model!r}"] if self.model is not None else []
+        return f"RoutingStatistics({', '.join(about)})"
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         """Statistics of both traces: windows one after the other, pairs summed.

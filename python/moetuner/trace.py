@@ -220,12 +220,12 @@ class RoutingTrace:
         """
         if not 0 < share < 1:
             raise ValueError(f"share must be between 0 and 1, got {share}")
-        sequences = np.unique(self.sequence) if self.sequence is not None else np.empty(0)
+        sequences = _labels.distinct(self.sequence) if self.sequence is not None else np.empty(0)
         units = sequences.size if sequences.size > 1 else self.tokens
         count = min(max(round(share * units), 1), max(units - 1, 0))
         if self.sequence is not None and sequences.size > 1:
             chosen = np.random.default_rng(seed).permutation(sequences)[:count]
-            first = np.isin(self.sequence, chosen)
+            first = _labels.among(self.sequence, chosen)
         else:
             first = np.arange(self.tokens) < count
         return self._taken(first, None), self._taken(~first, None)
@@ -262,15 +262,15 @@ class RoutingTrace:
                 self._group_number(group)
                 for group in ([groups] if isinstance(groups, str) else groups)
             ]
-            tokens = np.isin(self.group, wanted)
+            tokens = _labels.among(self.group, wanted)
         if sequences is not None:
             if self.sequence is None:
                 raise ValueError("sequences: the trace has no sequences")
             labels = np.asarray([operator.index(label) for label in sequences], dtype=np.int64)
-            unknown = labels[~np.isin(labels, self.sequence)]
+            unknown = labels[~np.isin(labels, _labels.distinct(self.sequence))]
             if unknown.size:
                 raise ValueError(f"sequences must be labels of the trace, got {unknown[0]}")
-            of_these = np.isin(self.sequence, labels)
+            of_these = _labels.among(self.sequence, labels)
             tokens = of_these if tokens is None else tokens & of_these
         numbers = None if layers is None else [operator.index(layer) for layer in layers]
         if numbers is not None:
