@@ -1,11 +1,17 @@
 //! The Python module `moetuner._core`: views in, one call, arrays out. The only file that knows pyo3.
 
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
 use numpy::ndarray::Array3;
-use numpy::{IntoPyArray, PyArray3, PyReadonlyArray3, PyUntypedArrayMethods};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use numpy::{IntoPyArray, PyArray3, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::Error;
+use crate::instance::{Instance, Sizes};
+use crate::search::{Control, Options, search as run_search};
 use crate::statistics::{Counter, Wanted};
 use crate::trace::Routing;
 
@@ -42,16 +48,73 @@ fn contiguous<T>(slice: Option<&[T]>) -> PyResult<&[T]> {
     slice.ok_or_else(|| PyTypeError::new_err("array must be C-contiguous"))
 }
 
+fn thread_pool(threads: usize) -> PyResult<rayon::ThreadPool> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1)).build();
+    pool.map_err(|e| PyValueError::new_err(format!("threads: {e}")))
+}
+
 /// Runs `work` without the interpreter lock, in a pool of `threads` threads where a number is given.
 fn detached<T: Send>(py: Python<'_>, threads: Option<usize>, work: impl FnOnce() -> T + Send) -> PyResult<T> {
     py.detach(|| match threads {
         None => Ok(work()),
-        Some(n) => {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(n.max(1)).build();
-            let pool = pool.map_err(|e| PyValueError::new_err(format!("threads: {e}")))?;
-            Ok(pool.install(work))
-        }
+        Some(n) => Ok(thread_pool(n)?.install(work)),
     })
+}
+
+/// Runs long `work` on a thread of its own while this one looks for signals and reports progress.
+///
+/// An interrupt (Ctrl-C) sets `control.stop`; the work then ends soon with the best it has, and the second value is
+/// true. An error raised by `progress` stops the work and is raised.
+fn watched<T: Send>(
+    py: Python<'_>,
+    threads: Option<usize>,
+    control: &Control,
+    progress: Option<&Bound<'_, PyAny>>,
+    work: impl FnOnce() -> T + Send,
+) -> PyResult<(T, bool)> {
+    let pool = threads.map(thread_pool).transpose()?;
+    let begin = Instant::now();
+    let mut interrupted = false;
+    let mut failed = None;
+    let result = std::thread::scope(|scope| {
+        let (send, receive) = channel::<()>();
+        let worker = scope.spawn(move || {
+            // Dropped at the end of the work, also when it panics.
+            let _done = send;
+            match pool {
+                Some(pool) => pool.install(work),
+                None => work(),
+            }
+        });
+        let mut reported = Duration::ZERO;
+        let receive = std::sync::Mutex::new(receive);
+        let wait = || {
+            let receive = receive.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            receive.recv_timeout(Duration::from_millis(50)) == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
+        };
+        while py.detach(wait) {
+            if py.check_signals().is_err() {
+                interrupted = true;
+                control.stop.store(true, Ordering::Relaxed);
+            }
+            let now = begin.elapsed();
+            if let (Some(progress), true) = (progress, now - reported > Duration::from_millis(200)) {
+                reported = now;
+                let best = control.best.load(Ordering::Relaxed);
+                let best = (best != i64::MAX).then_some(best);
+                if let Err(error) = progress.call1((now.as_secs_f64(), best)) {
+                    control.stop.store(true, Ordering::Relaxed);
+                    failed.get_or_insert(error);
+                }
+            }
+        }
+        py.detach(|| worker.join())
+    });
+    match (failed, result) {
+        (Some(error), _) => Err(error),
+        (None, Ok(result)) => Ok((result, interrupted)),
+        (None, Err(_)) => Err(PyRuntimeError::new_err("the native search panicked; please report this as a bug")),
+    }
 }
 
 fn array3<'py, T: numpy::Element>(
@@ -131,6 +194,60 @@ impl StatisticsCounter {
     }
 }
 
+fn slice<'a, T: numpy::Element>(array: Option<&'a PyReadonlyArray3<'_, T>>) -> PyResult<&'a [T]> {
+    array.map_or(Ok(&[]), |array| contiguous(array.as_slice().ok()))
+}
+
+/// Slots [L,D,S], trials made, whether it was interrupted, bits cut from the counts.
+type Searched<'py> = (Bound<'py, PyArray3<i32>>, u64, bool, u32);
+
+#[pyfunction]
+#[pyo3(signature = (load, cap, cost, slots_per_device, *, transitions = None, coactivation = None, seed = 0,
+                    trials = None, time_limit = None, threads = None, initial = Vec::new(), progress = None))]
+fn search<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, u64>,
+    cap: PyReadonlyArray2<'py, u64>,
+    cost: PyReadonlyArray2<'py, i64>,
+    slots_per_device: usize,
+    transitions: Option<PyReadonlyArray3<'py, u64>>,
+    coactivation: Option<PyReadonlyArray3<'py, u64>>,
+    seed: u64,
+    trials: Option<u64>,
+    time_limit: Option<f64>,
+    threads: Option<usize>,
+    initial: Vec<PyReadonlyArray3<'py, i32>>,
+    progress: Option<Bound<'py, PyAny>>,
+) -> PyResult<Searched<'py>> {
+    let (layers, experts) = (load.shape()[0], load.shape()[1]);
+    let sizes = Sizes { layers, experts, devices: cost.shape()[0], per_device: slots_per_device };
+    let instance = Instance::new(
+        sizes,
+        contiguous(load.as_slice().ok())?,
+        slice(transitions.as_ref())?,
+        slice(coactivation.as_ref())?,
+        contiguous(cap.as_slice().ok())?,
+        contiguous(cost.as_slice().ok())?,
+    )?;
+    let initial = initial
+        .iter()
+        .map(|slots| Ok(sizes.fill(slice(Some(slots))?)?))
+        .collect::<PyResult<Vec<_>>>()?;
+    let time_limit = match time_limit.map(Duration::try_from_secs_f64) {
+        None => None,
+        Some(Ok(limit)) => Some(limit),
+        // Longer than the clock can count: no limit. Shorter than nothing: no time.
+        Some(Err(_)) => (!time_limit.is_some_and(|t| t > 0.0)).then_some(Duration::ZERO),
+    };
+    let options = Options { seed, trials, time_limit };
+    let control = Control::new(time_limit.and_then(|limit| Instant::now().checked_add(limit)));
+    let work = || run_search(&instance, &options, &initial, &control);
+    let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
+    let shape = (layers, sizes.devices, slots_per_device);
+    let trials = control.trials.load(Ordering::Relaxed);
+    Ok((array3(py, shape, sizes.unfill(&found))?, trials, interrupted, instance.shift))
+}
+
 fn finished() -> PyErr {
     PyValueError::new_err("the counter is finished; make a new one")
 }
@@ -139,7 +256,7 @@ fn finished() -> PyErr {
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::{StatisticsCounter, validate};
+    use super::{StatisticsCounter, search, validate};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

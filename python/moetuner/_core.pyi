@@ -1,5 +1,7 @@
 """The native core: arrays in, arrays out. Dimensions: windows W, layers L, experts E, tokens T, top-k K."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,3 +35,27 @@ class StatisticsCounter:
         self,
     ) -> tuple[int, NDArray[np.uint64], NDArray[np.uint64] | None, NDArray[np.uint64] | None]:
         """Tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E]. Ends the counter."""
+
+def search(
+    load: NDArray[np.uint64],
+    cap: NDArray[np.uint64],
+    cost: NDArray[np.int64],
+    slots_per_device: int,
+    *,
+    transitions: NDArray[np.uint64] | None = None,
+    coactivation: NDArray[np.uint64] | None = None,
+    seed: int = 0,
+    trials: int | None = None,
+    time_limit: float | None = None,
+    threads: int | None = None,
+    initial: list[NDArray[np.int32]] = ...,
+    progress: Callable[[float, int | None], None] | None = None,
+) -> tuple[NDArray[np.int32], int, bool, int]:
+    """Search for the placement of least pair cost whose device loads stay under their caps.
+
+    Takes load [L,E], cap [L,D], cost [D,D] (symmetric, zero diagonal), transitions [L-1,E,E], coactivation [L,E,E],
+    and placements [L,D,S] to start from as well. ``trials`` is per start. ``progress`` gets seconds and the best cost.
+
+    Returns slots [L,D,S], trials made, whether an interrupt ended it early, and the bits that were cut from every
+    count so that sums fit (0 unless counts are huge; costs are then off by less than that per pair).
+    """
