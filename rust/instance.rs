@@ -24,6 +24,9 @@ impl Sizes {
     }
 
     /// Puts the nothings into empty slots (-1) of slots `[L, D, S]`, so that every entry occurs once in a layer.
+    ///
+    /// # Errors
+    /// When an expert is missing, appears twice, or does not exist.
     pub fn fill(&self, slots: &[i32]) -> Result<Vec<u16>> {
         let p = self.slots();
         check("initial", slots.len(), &[self.layers * p])?;
@@ -168,6 +171,21 @@ impl Instance {
             shift,
             unit: (sum / pairs as f64 * mean_cost.max(1.0)).max(1e-9),
         })
+    }
+
+    /// Raises a layer's caps, all by the same, as far as a placement `[L, P]` needs it.
+    pub fn allow(&mut self, expert_in: &[u16]) {
+        let Sizes { devices, per_device, .. } = self.sizes;
+        let p = self.sizes.slots();
+        for (l, layer) in expert_in.chunks_exact(p.max(1)).enumerate() {
+            let caps = &mut self.cap[l * devices..][..devices];
+            let excess = layer.chunks_exact(per_device).zip(caps.iter()).map(|(experts, &cap)| {
+                let load: u64 = experts.iter().map(|&e| self.load[l * p + usize::from(e)]).sum();
+                load.saturating_sub(cap)
+            });
+            let excess = excess.max().unwrap_or(0);
+            caps.iter_mut().for_each(|cap| *cap += excess);
+        }
     }
 
     /// Transitions of expert `e` in layer `l` to all experts of layer `l + 1`.

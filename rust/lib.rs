@@ -12,6 +12,7 @@ pub mod pairs;
 #[cfg(feature = "python")]
 mod python;
 pub mod random;
+pub mod replay;
 pub mod search;
 pub mod statistics;
 pub mod trace;

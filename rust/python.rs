@@ -4,14 +4,14 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use numpy::ndarray::Array3;
-use numpy::{IntoPyArray, PyArray3, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
+use numpy::ndarray::{Array2, Array3};
+use numpy::{IntoPyArray, PyArray1, PyArray2, PyArray3, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::Error;
 use crate::instance::{Instance, Sizes};
-use crate::search::{Control, Options, search as run_search};
+use crate::search::{Control, Options, balanced, search as run_search};
 use crate::statistics::{Counter, Wanted};
 use crate::trace::Routing;
 
@@ -26,6 +26,25 @@ impl From<Error> for PyErr {
 enum Ids<'py> {
     U8(PyReadonlyArray3<'py, u8>),
     U16(PyReadonlyArray3<'py, u16>),
+}
+
+impl Ids<'_> {
+    fn shape(&self) -> &[usize] {
+        match self {
+            Ids::U8(array) => array.shape(),
+            Ids::U16(array) => array.shape(),
+        }
+    }
+
+    /// A shard of another model must not pass for one of this.
+    fn check(&self, routing: Routing) -> Result<(), Error> {
+        let Routing { layers, top_k, .. } = routing;
+        if self.shape()[1..] == [layers, top_k] {
+            return Ok(());
+        }
+        let rule = format!("shape [tokens, {layers}, {top_k}]");
+        Err(Error::Shape { what: "expert_ids", rule, found: format!("{:?}", self.shape()) })
+    }
 }
 
 /// Runs `$body` with `$ids` as a slice, whatever its integer type is.
@@ -129,11 +148,8 @@ fn array3<'py, T: numpy::Element>(
 #[pyfunction]
 #[pyo3(signature = (expert_ids, num_experts, first_token = 0))]
 fn validate(py: Python<'_>, expert_ids: Ids<'_>, num_experts: usize, first_token: u64) -> PyResult<()> {
-    let shape = match &expert_ids {
-        Ids::U8(array) => array.shape().to_vec(),
-        Ids::U16(array) => array.shape().to_vec(),
-    };
-    let routing = Routing::new(shape[1], num_experts, shape[2])?;
+    let &[_, layers, top_k] = expert_ids.shape() else { unreachable!("the array has three dimensions") };
+    let routing = Routing::new(layers, num_experts, top_k)?;
     with_ids!(expert_ids, ids => Ok(detached(py, None, || crate::trace::validate(ids, routing, first_token))??))
 }
 
@@ -175,6 +191,7 @@ impl StatisticsCounter {
     #[pyo3(signature = (expert_ids, threads = None))]
     fn push(&mut self, py: Python<'_>, expert_ids: Ids<'_>, threads: Option<usize>) -> PyResult<()> {
         let counter = self.counter.as_mut().ok_or_else(finished)?;
+        expert_ids.check(self.routing)?;
         with_ids!(expert_ids, ids => Ok(detached(py, threads, || counter.push(ids))??))
     }
 
@@ -194,12 +211,79 @@ impl StatisticsCounter {
     }
 }
 
+/// Replays a trace under a placement, shard by shard.
+#[pyclass(module = "moetuner._core")]
+struct Replay {
+    routing: Routing,
+    devices: usize,
+    replay: Option<crate::replay::Replay>,
+}
+
+/// tokens, load [W,L,D], traffic [L-1,D,D], visits [L,D], fanout [L], node fanout [L]
+type Tallied<'py> = (
+    u64,
+    Bound<'py, PyArray3<u64>>,
+    Bound<'py, PyArray3<u64>>,
+    Bound<'py, PyArray2<u64>>,
+    Bound<'py, PyArray1<u64>>,
+    Bound<'py, PyArray1<u64>>,
+);
+
+#[pymethods]
+impl Replay {
+    #[new]
+    #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, window = None))]
+    fn new(
+        slots: PyReadonlyArray3<'_, i32>,
+        num_experts: usize,
+        top_k: usize,
+        node_of_device: Vec<u16>,
+        window: Option<u64>,
+    ) -> PyResult<Self> {
+        let &[layers, devices, per_device] = slots.shape() else { unreachable!("the array has three dimensions") };
+        let routing = Routing::new(layers, num_experts, top_k)?;
+        if node_of_device.len() != devices || node_of_device.iter().any(|&node| usize::from(node) >= devices) {
+            let rule = format!("a node from 0 to {} for each of {devices} devices", devices.saturating_sub(1));
+            let found = format!("{} values", node_of_device.len());
+            return Err(Error::Shape { what: "node_of_device", rule, found }.into());
+        }
+        if window == Some(0) {
+            return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
+        }
+        let slots = contiguous(slots.as_slice().ok())?;
+        let copies = crate::replay::Copies::new(slots, routing, per_device, &node_of_device)?;
+        Ok(Self { routing, devices, replay: Some(crate::replay::Replay::new(routing, copies, window)) })
+    }
+
+    #[pyo3(signature = (expert_ids, threads = None))]
+    fn push(&mut self, py: Python<'_>, expert_ids: Ids<'_>, threads: Option<usize>) -> PyResult<()> {
+        let replay = self.replay.as_mut().ok_or_else(finished)?;
+        expert_ids.check(self.routing)?;
+        with_ids!(expert_ids, ids => Ok(detached(py, threads, || replay.push(ids))??))
+    }
+
+    fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Tallied<'py>> {
+        let replay = self.replay.take().ok_or_else(finished)?;
+        let tally = py.detach(|| replay.finish());
+        let (layers, d) = (self.routing.layers, self.devices);
+        let visits = Array2::from_shape_vec((layers, d), tally.visits);
+        Ok((
+            tally.tokens,
+            array3(py, (tally.windows, layers, d), tally.load)?,
+            array3(py, (layers - 1, d, d), tally.traffic)?,
+            visits.map_err(|e| PyValueError::new_err(e.to_string()))?.into_pyarray(py),
+            tally.fanout.into_pyarray(py),
+            tally.node_fanout.into_pyarray(py),
+        ))
+    }
+}
+
 fn slice<'a, T: numpy::Element>(array: Option<&'a PyReadonlyArray3<'_, T>>) -> PyResult<&'a [T]> {
     array.map_or(Ok(&[]), |array| contiguous(array.as_slice().ok()))
 }
 
-/// Slots [L,D,S], trials made, whether it was interrupted, bits cut from the counts.
-type Searched<'py> = (Bound<'py, PyArray3<i32>>, u64, bool, u32);
+/// Slots [L,D,S], the caps kept [L,D], trials made, whether it was interrupted, bits cut from the counts.
+type Searched<'py> = (Bound<'py, PyArray3<i32>>, Bound<'py, PyArray2<u64>>, u64, bool, u32);
 
 #[pyfunction]
 #[pyo3(signature = (load, cap, cost, slots_per_device, *, transitions = None, coactivation = None, seed = 0,
@@ -221,7 +305,7 @@ fn search<'py>(
 ) -> PyResult<Searched<'py>> {
     let (layers, experts) = (load.shape()[0], load.shape()[1]);
     let sizes = Sizes { layers, experts, devices: cost.shape()[0], per_device: slots_per_device };
-    let instance = Instance::new(
+    let mut instance = Instance::new(
         sizes,
         contiguous(load.as_slice().ok())?,
         slice(transitions.as_ref())?,
@@ -241,11 +325,16 @@ fn search<'py>(
     };
     let options = Options { seed, trials, time_limit };
     let control = Control::new(time_limit.and_then(|limit| Instant::now().checked_add(limit)));
-    let work = || run_search(&instance, &options, &initial, &control);
+    // Where no placement under the cap is known the most balanced one is what can be kept.
+    let balanced = balanced(&instance);
+    instance.allow(&balanced);
+    let work = || run_search(&instance, &options, balanced, &initial, &control);
     let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
     let shape = (layers, sizes.devices, slots_per_device);
     let trials = control.trials.load(Ordering::Relaxed);
-    Ok((array3(py, shape, sizes.unfill(&found))?, trials, interrupted, instance.shift))
+    let cap = Array2::from_shape_vec((layers, sizes.devices), instance.cap.clone());
+    let cap = cap.map_err(|e| PyValueError::new_err(e.to_string()))?.into_pyarray(py);
+    Ok((array3(py, shape, sizes.unfill(&found))?, cap, trials, interrupted, instance.shift))
 }
 
 fn finished() -> PyErr {
@@ -256,7 +345,7 @@ fn finished() -> PyErr {
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::{StatisticsCounter, search, validate};
+    use super::{Replay, StatisticsCounter, search, validate};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

@@ -137,30 +137,42 @@ impl Layer {
             gather(block, l - 1, routing, &mut self.ids_before);
             self.pairs.count(&self.ids_before, ids, top_k, experts, &mut self.transitions);
         }
-        let mut token = first;
-        let mut rest = ids.as_slice();
-        while !rest.is_empty() {
-            let (w, left) = match window {
-                None => (0, u64::MAX),
-                Some(window) => (token / window, window - token % window),
-            };
-            let now = rest.len().min(usize::try_from(left).unwrap_or(usize::MAX).saturating_mul(top_k));
-            let end = (w as usize + 1) * experts;
-            if self.load.len() < end {
-                self.load.resize(end, 0);
-            }
-            let load = &mut self.load[end - experts..];
-            for &id in &rest[..now] {
-                load[usize::from(id)] += 1;
-            }
-            token += (now / top_k) as u64;
-            rest = &rest[now..];
+        in_windows(ids, top_k, experts, window, first, &mut self.load);
+    }
+}
+
+/// Adds ids, `top_k` per token from token `first` on, to their windows' counts `[windows so far, size]`.
+pub(crate) fn in_windows(
+    ids: &[u16],
+    top_k: usize,
+    size: usize,
+    window: Option<u64>,
+    first: u64,
+    counts: &mut Vec<u64>,
+) {
+    let mut token = first;
+    let mut rest = ids;
+    while !rest.is_empty() {
+        let (w, left) = match window {
+            None => (0, u64::MAX),
+            Some(window) => (token / window, window - token % window),
+        };
+        let now = rest.len().min(usize::try_from(left).unwrap_or(usize::MAX).saturating_mul(top_k));
+        let end = (w as usize + 1) * size;
+        if counts.len() < end {
+            counts.resize(end, 0);
         }
+        let counts = &mut counts[end - size..];
+        for &id in &rest[..now] {
+            counts[usize::from(id)] += 1;
+        }
+        token += (now / top_k) as u64;
+        rest = &rest[now..];
     }
 }
 
 /// The ids of one layer, close together.
-fn gather<I: ExpertId>(block: &[I], l: usize, routing: Routing, ids: &mut Vec<u16>) {
+pub(crate) fn gather<I: ExpertId>(block: &[I], l: usize, routing: Routing, ids: &mut Vec<u16>) {
     fn of<I: ExpertId, const K: usize>(block: &[I], l: usize, row: usize, ids: &mut Vec<u16>) {
         for token in block.chunks_exact(row) {
             let here: &[I; K] = token[l * K..].first_chunk().expect("a row holds every layer");

@@ -50,12 +50,41 @@ def search(
     threads: int | None = None,
     initial: list[NDArray[np.int32]] = ...,
     progress: Callable[[float, int | None], None] | None = None,
-) -> tuple[NDArray[np.int32], int, bool, int]:
+) -> tuple[NDArray[np.int32], NDArray[np.uint64], int, bool, int]:
     """Search for the placement of least pair cost whose device loads stay under their caps.
 
     Takes load [L,E], cap [L,D], cost [D,D] (symmetric, zero diagonal), transitions [L-1,E,E], coactivation [L,E,E],
     and placements [L,D,S] to start from as well. ``trials`` is per start. ``progress`` gets seconds and the best cost.
 
-    Returns slots [L,D,S], trials made, whether an interrupt ended it early, and the bits that were cut from every
+    Where no placement under a cap is known, the cap is raised to what the most balanced one needs.
+
+    Returns slots [L,D,S], the caps that were kept [L,D], trials made, whether an interrupt ended it early, and the bits that were cut from every
     count so that sums fit (0 unless counts are huge; costs are then off by less than that per pair).
     """
+
+class Replay:
+    """Replays a trace under a placement, shard by shard."""
+
+    def __new__(
+        cls,
+        slots: NDArray[np.int32],
+        num_experts: int,
+        top_k: int,
+        node_of_device: list[int],
+        *,
+        window: int | None = None,
+    ) -> Replay: ...
+    def push(self, expert_ids: ExpertIds, threads: int | None = None) -> None:
+        """Validate and replay the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing."""
+
+    def finish(
+        self,
+    ) -> tuple[
+        int,
+        NDArray[np.uint64],
+        NDArray[np.uint64],
+        NDArray[np.uint64],
+        NDArray[np.uint64],
+        NDArray[np.uint64],
+    ]:
+        """Tokens, load [W,L,D], traffic [L-1,D,D], visits [L,D], fanout [L] and node fanout [L] summed over tokens."""

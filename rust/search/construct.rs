@@ -4,7 +4,8 @@ use crate::instance::Instance;
 
 /// The expert in every slot `[L, P]`, packed by the longest-processing-time rule: the heaviest expert first, to the
 /// least loaded device with a free slot.
-pub(crate) fn balanced(instance: &Instance) -> Vec<u16> {
+#[must_use]
+pub fn balanced(instance: &Instance) -> Vec<u16> {
     let sizes = instance.sizes;
     let (p, d, s) = (sizes.slots(), sizes.devices, sizes.per_device);
     let mut expert_in = vec![0; sizes.layers * p];

@@ -15,6 +15,8 @@ use rayon::prelude::*;
 use crate::chain::recombine;
 use crate::instance::Instance;
 use crate::random::Random;
+pub use construct::balanced;
+
 use anneal::{Length, Schedule, anneal};
 use state::State;
 
@@ -81,11 +83,17 @@ const POLISH: (f64, f64) = (1.0, 0.2);
 
 /// The expert in every slot `[L, P]` of the best placement found.
 ///
-/// Every placement under search respects the caps, or exceeds one by no more than the balanced start does.
+/// Starts from `balanced`, which must respect the caps ([`Instance::allow`]); so do all placements that it tries.
+/// Placements of `initial` take part in recombination and polishing.
 #[must_use]
-pub fn search(instance: &Instance, options: &Options, initial: &[Vec<u16>], control: &Control) -> Vec<u16> {
+pub fn search(
+    instance: &Instance,
+    options: &Options,
+    balanced: Vec<u16>,
+    initial: &[Vec<u16>],
+    control: &Control,
+) -> Vec<u16> {
     let begin = Instant::now();
-    let balanced = construct::balanced(instance);
     let found = |expert_in: Vec<u16>| {
         let cost = cost_of(instance, &expert_in);
         control.found(cost);
