@@ -106,7 +106,7 @@ fn first_fault<I: ExpertId>(rows: &[I], routing: Routing) -> Option<usize> {
 
 #[inline(always)]
 fn first_fault_of<I: ExpertId, const K: usize>(rows: &[I], experts: usize) -> Option<usize> {
-    let (rows, _) = rows.as_chunks::<K>();
+    const MANY: usize = 64;
     let faulty = |row: &[I; K]| {
         let mut bad = false;
         for i in 0..K {
@@ -117,11 +117,25 @@ fn first_fault_of<I: ExpertId, const K: usize>(rows: &[I], experts: usize) -> Op
         }
         bad
     };
-    // Look at many rows at once and for the exact one only where there is a fault.
-    const MANY: usize = 64;
+    // Look at many rows at once, ids of one position side by side, and for the exact row only where there is a fault.
+    let many_faulty = |block: &[[I; K]; MANY]| {
+        let columns: [[I; MANY]; K] = std::array::from_fn(|i| std::array::from_fn(|row| block[row][i]));
+        let mut bad = [false; MANY];
+        for i in 0..K {
+            for row in 0..MANY {
+                bad[row] |= columns[i][row].index() >= experts;
+            }
+            for j in 0..i {
+                for row in 0..MANY {
+                    bad[row] |= columns[i][row] == columns[j][row];
+                }
+            }
+        }
+        bad.contains(&true)
+    };
+    let (rows, _) = rows.as_chunks::<K>();
     let (blocks, rest) = rows.as_chunks::<MANY>();
-    let block = blocks.iter().position(|block| block.iter().fold(false, |bad, row| bad | faulty(row)));
-    match block {
+    match blocks.iter().position(many_faulty) {
         Some(at) => blocks[at].iter().position(faulty).map(|row| at * MANY + row),
         None => rest.iter().position(faulty).map(|row| blocks.len() * MANY + row),
     }
