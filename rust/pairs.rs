@@ -16,8 +16,10 @@ mod rows;
 
 use crate::trace::ExpertId;
 
-/// Tokens of one block at the most: bounds the 16-bit counters of the rows kernel.
-pub const BLOCK: usize = 8192;
+/// Tokens of one block at the most: as many as the 16-bit counters of the rows kernel can take.
+///
+/// Wide tables leave the cache when they are added up, so that should happen rarely.
+pub const BLOCK: usize = u16::MAX as usize;
 
 /// How the pairs of `size` ids, `top_k` of them per token, are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

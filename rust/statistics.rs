@@ -167,26 +167,30 @@ pub(crate) fn by_layers<I: ExpertId, T: Send, S>(
 
 /// The ids of layers `from..to`, each layer's together.
 fn gather<I: ExpertId>(block: &[I], from: usize, to: usize, routing: Routing) -> Vec<Vec<I>> {
-    fn of<I: ExpertId, const K: usize>(block: &[I], from: usize, row: usize, layers: &mut [Vec<I>]) {
-        for token in block.chunks_exact(row) {
-            let (token, _) = token.as_chunks::<K>();
-            for (ids, here) in layers.iter_mut().zip(&token[from..]) {
-                ids.extend_from_slice(here);
-            }
+    /// Copies K ids of every token, inlined for constant K.
+    #[inline(always)]
+    fn copy<I: ExpertId, const K: usize>(tokens: &[I], at: usize, row: usize, ids: &mut [I]) {
+        for (ids, token) in ids.as_chunks_mut::<K>().0.iter_mut().zip(tokens.chunks_exact(row)) {
+            *ids = *token[at..].first_chunk().expect("a row holds every layer");
         }
     }
     let (k, row) = (routing.top_k, routing.row());
-    let mut layers: Vec<Vec<I>> = (from..to).map(|_| Vec::with_capacity(block.len() / routing.layers)).collect();
-    match k {
-        1 => of::<I, 1>(block, from, row, &mut layers),
-        2 => of::<I, 2>(block, from, row, &mut layers),
-        4 => of::<I, 4>(block, from, row, &mut layers),
-        6 => of::<I, 6>(block, from, row, &mut layers),
-        8 => of::<I, 8>(block, from, row, &mut layers),
-        _ => {
-            for token in block.chunks_exact(row) {
-                for (ids, here) in layers.iter_mut().zip(token.chunks_exact(k).skip(from)) {
-                    ids.extend_from_slice(here);
+    let mut layers = vec![vec![block[0]; block.len() / routing.layers]; to - from];
+    // A few tokens at a time stay in the first-level cache while all layers are taken from them.
+    const TOKENS: usize = 64;
+    for (part, tokens) in block.chunks(TOKENS * row).enumerate() {
+        for (l, ids) in (from..to).zip(&mut layers) {
+            let ids = &mut ids[part * TOKENS * k..];
+            match k {
+                1 => copy::<I, 1>(tokens, l, row, ids),
+                2 => copy::<I, 2>(tokens, l * 2, row, ids),
+                4 => copy::<I, 4>(tokens, l * 4, row, ids),
+                6 => copy::<I, 6>(tokens, l * 6, row, ids),
+                8 => copy::<I, 8>(tokens, l * 8, row, ids),
+                _ => {
+                    for (ids, token) in ids.chunks_exact_mut(k).zip(tokens.chunks_exact(row)) {
+                        ids.copy_from_slice(&token[l * k..][..k]);
+                    }
                 }
             }
         }

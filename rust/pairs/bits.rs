@@ -103,24 +103,28 @@ pub(super) fn count(rows: &[u64], size: usize, from: usize, to: usize, counts: &
 pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, counts: &mut [u64]) {
     const LEFT: usize = 4;
     const RIGHT: usize = 8;
+    // Words whose rows, left and right, stay in the first-level cache.
+    const WORDS: usize = 32;
     let width = padded(size);
-    let (left, right) = (left.as_chunks::<LEFT>().0, right.as_chunks::<RIGHT>().0);
-    // A tile of the table at a time: its sums stay in registers while all words go by.
-    for e in 0..width / LEFT {
-        for f in 0..width / RIGHT {
-            let mut sums = [[0u64; RIGHT]; LEFT];
-            let lefts = left[e..].iter().step_by(width / LEFT);
-            let rights = right[f..].iter().step_by(width / RIGHT);
-            for (left, right) in lefts.zip(rights) {
-                for (sums, l) in sums.iter_mut().zip(left) {
-                    for (sum, r) in sums.iter_mut().zip(right) {
-                        *sum += u64::from((l & r).count_ones());
+    for (left, right) in left.chunks(WORDS * width).zip(right.chunks(WORDS * width)) {
+        let (left, right) = (left.as_chunks::<LEFT>().0, right.as_chunks::<RIGHT>().0);
+        // A tile of the table at a time: its sums stay in registers while all words go by.
+        for e in 0..width / LEFT {
+            for f in 0..width / RIGHT {
+                let mut sums = [[0u64; RIGHT]; LEFT];
+                let lefts = left[e..].iter().step_by(width / LEFT);
+                let rights = right[f..].iter().step_by(width / RIGHT);
+                for (left, right) in lefts.zip(rights) {
+                    for (sums, l) in sums.iter_mut().zip(left) {
+                        for (sum, r) in sums.iter_mut().zip(right) {
+                            *sum += u64::from((l & r).count_ones());
+                        }
                     }
                 }
-            }
-            for (e, sums) in (e * LEFT..size).zip(&sums) {
-                for (f, sum) in (f * RIGHT..size).zip(sums) {
-                    counts[e * size + f] += sum;
+                for (e, sums) in (e * LEFT..size).zip(&sums) {
+                    for (f, sum) in (f * RIGHT..size).zip(sums) {
+                        counts[e * size + f] += sum;
+                    }
                 }
             }
         }
