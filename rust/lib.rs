@@ -8,6 +8,7 @@ pub mod assignment;
 pub mod chain;
 pub mod error;
 pub mod instance;
+pub mod packing;
 pub mod pairs;
 #[cfg(feature = "python")]
 mod python;

@@ -113,7 +113,9 @@ fn watched<T: Send>(
     match (failed, result) {
         (Some(error), _) => Err(error),
         (None, Ok(result)) => Ok((result, interrupted)),
-        (None, Err(_)) => Err(PyRuntimeError::new_err("the native search panicked; please report this as a bug")),
+        (None, Err(_)) => {
+            Err(PyRuntimeError::new_err("the native search panicked; please report this as a bug"))
+        }
     }
 }
 
@@ -145,12 +147,8 @@ struct StatisticsCounter {
 }
 
 /// tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E]
-type Counts<'py> = (
-    u64,
-    Bound<'py, PyArray3<u64>>,
-    Option<Bound<'py, PyArray3<u64>>>,
-    Option<Bound<'py, PyArray3<u64>>>,
-);
+type Counts<'py> =
+    (u64, Bound<'py, PyArray3<u64>>, Option<Bound<'py, PyArray3<u64>>>, Option<Bound<'py, PyArray3<u64>>>);
 
 #[pymethods]
 impl StatisticsCounter {
@@ -229,10 +227,8 @@ fn search<'py>(
         contiguous(cap.as_slice().ok())?,
         contiguous(cost.as_slice().ok())?,
     )?;
-    let initial = initial
-        .iter()
-        .map(|slots| Ok(sizes.fill(slice(Some(slots))?)?))
-        .collect::<PyResult<Vec<_>>>()?;
+    let initial =
+        initial.iter().map(|slots| Ok(sizes.fill(slice(Some(slots))?)?)).collect::<PyResult<Vec<_>>>()?;
     let time_limit = match time_limit.map(Duration::try_from_secs_f64) {
         None => None,
         Some(Ok(limit)) => Some(limit),
