@@ -5,6 +5,7 @@
 //! ([`replay`]) measures an assignment on a trace. Nothing here knows Python except `python`.
 
 pub mod assignment;
+pub mod bottleneck;
 pub mod chain;
 pub mod error;
 pub mod instance;
