@@ -102,9 +102,9 @@ impl Chain<'_> {
 
     fn check(&self) -> Result<()> {
         let n = self.devices;
-        let shape = |what, wanted: usize, found: usize| match wanted == found {
-            true => Ok(()),
-            false => Err(Error::Shape { what, rule: format!("{wanted} entries"), found: found.to_string() }),
+        let shape = |what, wanted: usize, found: usize| {
+            let error = || Error::Shape { what, rule: format!("{wanted} entries"), found: found.to_string() };
+            (wanted == found).then_some(()).ok_or_else(error)
         };
         if self.layers == 0 || n == 0 {
             let found = format!("{} layers, {n} devices", self.layers);
@@ -332,12 +332,13 @@ impl<'a> Local<'a> {
     /// Tries every exchange of two devices: in one layer, in two layers at once, in all layers from one on.
     fn sweep(&mut self) -> bool {
         let (n, layers) = (self.table.n, self.table.layers);
+        let all: Vec<usize> = (0..layers).collect();
         let mut improved = false;
         for i in 0..n as u16 {
             for j in i + 1..n as u16 {
                 for l in 0..layers {
-                    improved |= self.attempt(i, j, &[l..l + 1]);
-                    improved |= l > 0 && self.attempt(i, j, &[l..layers]);
+                    improved |= self.attempt(i, j, &[l]);
+                    improved |= l > 0 && self.attempt(i, j, &all[l..]);
                 }
                 if self.sizes.is_some() {
                     improved |= self.trade(i, j);
@@ -355,7 +356,7 @@ impl<'a> Local<'a> {
                 let (a, b) = (self.more(i, j, l), self.more(i, j, m));
                 let apart = self.totals[usize::from(i)] as i64 - self.totals[usize::from(j)] as i64;
                 if a + b == 0 || (apart - 2 * (a + b)).abs() < apart.abs() {
-                    improved |= self.attempt(i, j, &[l..l + 1, m..m + 1]);
+                    improved |= self.attempt(i, j, &[l, m]);
                 }
             }
         }
@@ -371,8 +372,7 @@ impl<'a> Local<'a> {
     }
 
     /// Exchanges devices `i` and `j` in some layers; undone unless that is better.
-    fn attempt(&mut self, i: u16, j: u16, ranges: &[std::ops::Range<usize>]) -> bool {
-        let layers: Vec<usize> = ranges.iter().cloned().flatten().collect();
+    fn attempt(&mut self, i: u16, j: u16, layers: &[usize]) -> bool {
         let more: i64 =
             if self.sizes.is_some() { layers.iter().map(|&l| self.more(i, j, l)).sum() } else { 0 };
         let apart = self.totals[usize::from(i)] as i64 - self.totals[usize::from(j)] as i64;
@@ -384,7 +384,7 @@ impl<'a> Local<'a> {
         touched.retain(|&l| l < self.costs.len());
         touched.dedup();
         let before: Cost = touched.iter().map(|&l| self.costs[l]).sum();
-        self.exchange(i, j, &layers);
+        self.exchange(i, j, layers);
         let costs: Vec<Cost> = touched.iter().map(|&l| self.boundary(l)).collect();
         if level < 0 || costs.iter().sum::<Cost>() < before {
             touched.iter().zip(costs).for_each(|(&l, cost)| self.costs[l] = cost);
@@ -392,7 +392,7 @@ impl<'a> Local<'a> {
             self.totals[usize::from(j)] = self.totals[usize::from(j)].wrapping_add_signed(more);
             return true;
         }
-        self.exchange(i, j, &layers);
+        self.exchange(i, j, layers);
         false
     }
 

@@ -102,8 +102,7 @@ fn pack_layer(load: &[u64], clusters: usize, room: Room, goal: Goal, improve: bo
 }
 
 /// Longest processing time first: the heaviest expert to the least loaded cluster that may still take one.
-#[must_use]
-pub fn longest_first(load: &[u64], clusters: usize, room: Room) -> Vec<u16> {
+fn longest_first(load: &[u64], clusters: usize, room: Room) -> Vec<u16> {
     let mut order: Vec<usize> = (0..load.len()).collect();
     order.sort_by_key(|&e| (Reverse(load[e]), e));
     let mut sums = vec![0u128; clusters];

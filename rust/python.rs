@@ -4,13 +4,15 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use numpy::ndarray::Array3;
-use numpy::{IntoPyArray, PyArray3, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
+use numpy::ndarray::{Array2, Array3};
+use numpy::{IntoPyArray, PyArray2, PyArray3, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
+use crate::bottleneck::{Chain, Way};
 use crate::error::Error;
 use crate::instance::{Instance, Sizes};
+use crate::packing::{Goal, Room};
 use crate::search::{Control, Options, search as run_search};
 use crate::statistics::{Counter, Wanted};
 use crate::trace::Routing;
@@ -125,6 +127,15 @@ fn array3<'py, T: numpy::Element>(
     data: Vec<T>,
 ) -> PyResult<Bound<'py, PyArray3<T>>> {
     let array = Array3::from_shape_vec(shape, data).map_err(|e| PyValueError::new_err(e.to_string()))?;
+    Ok(array.into_pyarray(py))
+}
+
+fn array2<T: numpy::Element>(
+    py: Python<'_>,
+    shape: (usize, usize),
+    data: Vec<T>,
+) -> PyResult<Bound<'_, PyArray2<T>>> {
+    let array = Array2::from_shape_vec(shape, data).map_err(|e| PyValueError::new_err(e.to_string()))?;
     Ok(array.into_pyarray(py))
 }
 
@@ -244,6 +255,82 @@ fn search<'py>(
     Ok((array3(py, shape, sizes.unfill(&found))?, trials, interrupted, instance.shift))
 }
 
+/// Peak and its bound, deviation times clusters and its bound: one row per layer.
+type Balance = Vec<(u128, u128, u128, u128)>;
+
+fn pack<'py>(
+    py: Python<'py>,
+    load: &PyReadonlyArray2<'py, u64>,
+    devices: usize,
+    room: Room,
+    goal: Goal,
+    improve: bool,
+    threads: Option<usize>,
+) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance)> {
+    let (layers, experts) = (load.shape()[0], load.shape()[1]);
+    let load = contiguous(load.as_slice().ok())?;
+    let packed =
+        detached(py, threads, || crate::packing::pack(load, experts, devices, room, goal, improve))??;
+    let balance = packed.iter().map(|p| (p.peak.0, p.peak.1, p.deviation.0, p.deviation.1)).collect();
+    let cluster = packed.into_iter().flat_map(|p| p.cluster).collect();
+    Ok((array2(py, (layers, experts), cluster)?, balance))
+}
+
+#[pyfunction]
+#[pyo3(signature = (load, devices, slots, *, improve = false, threads = None))]
+fn lpt<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, u64>,
+    devices: usize,
+    slots: usize,
+    improve: bool,
+    threads: Option<usize>,
+) -> PyResult<Bound<'py, PyArray2<u16>>> {
+    Ok(pack(py, &load, devices, Room { fewest: 0, most: slots }, Goal::Peak, improve, threads)?.0)
+}
+
+#[pyfunction]
+#[pyo3(signature = (load, clusters, slots, *, equal_sizes = true, threads = None))]
+fn cluster<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, u64>,
+    clusters: usize,
+    slots: usize,
+    equal_sizes: bool,
+    threads: Option<usize>,
+) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance)> {
+    let experts = load.shape()[1];
+    let room = match equal_sizes {
+        true if clusters > 0 => Room::equal(experts, clusters),
+        _ => Room::free(experts, clusters, slots),
+    };
+    pack(py, &load, clusters, room, Goal::Deviation, true, threads)
+}
+
+/// The device of every cluster [L,D], how it was found, a lower bound of the bottleneck.
+type Placed<'py> = (Bound<'py, PyArray2<u16>>, &'static str, u128);
+
+#[pyfunction]
+#[pyo3(signature = (traffic, cost, *, sizes = None, threads = None))]
+fn place_clusters<'py>(
+    py: Python<'py>,
+    traffic: PyReadonlyArray3<'py, u64>,
+    cost: PyReadonlyArray2<'py, u64>,
+    sizes: Option<PyReadonlyArray2<'py, u64>>,
+    threads: Option<usize>,
+) -> PyResult<Placed<'py>> {
+    let (layers, devices) = (traffic.shape()[0] + 1, cost.shape()[0]);
+    let sizes = sizes.as_ref().map(|sizes| contiguous(sizes.as_slice().ok())).transpose()?;
+    let (traffic, cost) = (contiguous(traffic.as_slice().ok())?, contiguous(cost.as_slice().ok())?);
+    let placed = detached(py, threads, || Chain { traffic, cost, sizes, layers, devices }.place())??;
+    let way = match placed.way {
+        Way::Uniform => "exact: uniform links",
+        Way::DynamicProgramming => "exact: dynamic programming",
+        Way::LocalSearch => "heuristic: local search",
+    };
+    Ok((array2(py, (layers, devices), placed.device)?, way, placed.bound))
+}
+
 fn finished() -> PyErr {
     PyValueError::new_err("the counter is finished; make a new one")
 }
@@ -252,7 +339,7 @@ fn finished() -> PyErr {
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::{StatisticsCounter, search, validate};
+    use super::{StatisticsCounter, cluster, lpt, place_clusters, search, validate};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
