@@ -22,7 +22,7 @@ from moetuner.solver.ilp import Ilp
 def knapsack(
     seed: int = 0, n: int = 12, rows: int = 3
 ) -> tuple[Ilp, np.ndarray, np.ndarray, np.ndarray]:
-    """Make a small multi-dimensional knapsack: program, value [n], weight [rows, n], room [rows]."""
+    """Make a small knapsack of several rows: program, value [n], weight [rows, n], room [rows]."""
     rng = np.random.default_rng(seed)
     value, weight = rng.integers(10, 60, n), rng.integers(5, 40, (rows, n))
     room = weight.sum(axis=1) // 2
@@ -175,11 +175,8 @@ def test_an_interrupt_returns_the_incumbent() -> None:
 def test_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     """Not even a banner reaches file descriptors 1 and 2, in this process or in a new one."""
     knapsack()[0].solve()
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:]; import test_ilp; test_ilp.knapsack()[0].solve()"
-    )
-    here = os.path.dirname(__file__)  # noqa: PTH120
-    subprocess.run([sys.executable, "-c", code, here], check=True)
+    code = "import test_ilp; test_ilp.knapsack()[0].solve()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
     assert capfd.readouterr() == ("", "")
 
 
