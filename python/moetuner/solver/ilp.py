@@ -322,6 +322,8 @@ class _Rows:
             if ids.size and (ids.min() < 0 or ids.max() >= n):
                 found = f"{ids.min()} to {ids.max()}"
                 raise ValueError(f"{name} must be from 0 to {n - 1}, got {found}")
+        if not np.isfinite(entry).all() or np.isnan(low).any() or np.isnan(high).any():
+            raise ValueError("rows must have finite entries and bounds that are numbers")
         row_of, column_of, entry = row_of.ravel(), column_of.ravel(), entry.ravel()
         order = np.lexsort((column_of, row_of))
         start = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=len(low)))])

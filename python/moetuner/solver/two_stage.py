@@ -22,12 +22,10 @@ from moetuner.solver import two_stage_ilp
 from moetuner.solver.result import Candidate, Limits, Progress, Status
 
 TOLERANCE = 0.025  # the paper's relative MIP tolerance
-# Products y[l,c,d] * y[l+1,c',d'] that HiGHS is given; beyond, it does not even leave its first node
-# within minutes.
+# Products y[l,c,d] * y[l+1,c',d'] that HiGHS is given at most; beyond, it spends minutes at its
+# first node.
 MAX_PRODUCTS = 8192
 WAY_ILP = "ilp"
-
-Report = Callable[[str, float | None, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Clusters:
     cluster
         Of every expert [L,E].
     deviation, bound
-        Sum over clusters of \\|load - mean\\|, over the mean [L], and a proven lower bound of it.
+        Sum over clusters of abs(load - mean), over the mean [L], and a proven lower bound.
     searched
         Layers that HiGHS was called for [L]; the others were proven within the tolerance at once.
     status
@@ -180,8 +178,9 @@ def two_stage(
     details["stage_2"]["experts_per_device"] = [int(held.min()), int(held.max())]
     device_of = np.take_along_axis(device, clusters.cluster, axis=1)
     placement = Placement.from_assignment(device_of, devices, slots_per_device=problem.slots)
-    stopped: list[Status] = ["interrupted", "time_limit"]
-    status = next((stop for stop in stopped if stop in statuses), "feasible")
+    status: Status = "feasible"
+    for stopped in ("time_limit", "interrupted"):
+        status = stopped if stopped in statuses else status
     return Candidate(placement.slots, status, details=details)
 
 
@@ -195,7 +194,7 @@ def cluster_layers(
     seed: int = 0,
     limits: Limits | None = None,
 ) -> Clusters:
-    """Stage 1: minimise sum_c \\|load_c - mean\\| in every layer, to within ``tolerance`` * mean.
+    """Stage 1: minimise sum_c abs(load_c - mean) in every layer, to within ``tolerance`` * mean.
 
     A relative gap on deviations that are nearly zero means nothing, so the gap is measured against
     the mean cluster load.
@@ -242,24 +241,24 @@ def cluster_layers(
     fewest = experts // clusters if equal_sizes else int(experts >= clusters)
     most = -(-experts // clusters) if equal_sizes else min(largest, experts)
     status: Status = "gap_reached"
-    for l in np.flatnonzero(searched):
+    for layer in np.flatnonzero(searched):
         found = two_stage_ilp.cluster(
-            load[l],
-            cluster[l],
+            load[layer],
+            cluster[layer],
             (fewest, most),
             clusters,
-            deviation[l],
-            bound[l],
+            deviation[layer],
+            bound[layer],
             tolerance=tolerance,
             seed=seed,
             time_limit=clock.rest().time_limit,
-            progress=clock.report(f"clusters of layer {l}"),
+            progress=clock.report(f"clusters of layer {layer}"),
         )
-        cluster[l], deviation[l], bound[l] = found.chosen, found.objective, found.bound
+        cluster[layer], deviation[layer], bound[layer] = found.chosen, found.objective, found.bound
         if found.status in ("interrupted", "time_limit"):
             status = found.status
             # The layers not reached keep their start and their gap.
-            searched[l + 1 :] = False
+            searched[layer + 1 :] = False
             break
         if found.status == "feasible":
             status = "feasible"
@@ -271,15 +270,16 @@ def cluster_traffic(
 ) -> tuple[NDArray[np.uint64], int]:
     """Tokens from cluster to cluster of the next layer [L-1,D,D].
 
-    Also the number of low bits cut off all counts so that their sums fit in 64 bits: 0 unless counts
-    are huge.
+    Also the number of low bits cut off all counts so that their sums fit in 64 bits: 0 unless
+    counts are huge.
     """
     high = (transitions >> np.uint64(32)).sum(dtype=np.uint64)
     cut = max(int(high).bit_length() - 30, 0)
     member = (cluster[:, :, None] == np.arange(clusters)).astype(np.uint64)
     traffic = np.zeros((len(transitions), clusters, clusters), dtype=np.uint64)
-    for l, table in enumerate(transitions):
-        traffic[l] = member[l].T @ (table >> np.uint64(cut)) @ member[l + 1]
+    for layer, table in enumerate(transitions):
+        counts = table >> np.uint64(cut)
+        traffic[layer] = member[layer].T @ counts @ member[layer + 1]
     return traffic, cut
 
 
@@ -363,8 +363,9 @@ def _times(
 ) -> tuple[int, int]:
     """Sum over boundaries of the busiest pair's tokens * cost, and of all pairs', exactly."""
     bottleneck = total = 0
-    for l, table in enumerate(traffic):
-        time = table.astype(object) * cost[np.ix_(device[l], device[l + 1])].astype(object)
+    for layer, table in enumerate(traffic):
+        costs = cost[np.ix_(device[layer], device[layer + 1])]
+        time = table.astype(object) * costs.astype(object)
         bottleneck, total = bottleneck + int(time.max()), total + int(time.sum())
     return bottleneck, total
 

@@ -24,7 +24,7 @@ Progress = Callable[[float | None, float], None]
 
 @dataclass(frozen=True)
 class Choice:
-    """The cluster of every expert [E] or the device of every cluster [L,D], and what it is worth."""
+    """The cluster of every expert [E] or the device of every cluster [L,D], and its worth."""
 
     chosen: NDArray[np.int64]
     objective: float
@@ -45,7 +45,7 @@ def cluster(
     time_limit: float | None,
     progress: Progress | None,
 ) -> Choice:
-    """Stage 1 of one layer: sum_c t_c with t_c >= \\|load_c - mean\\|, in units of the mean.
+    """Stage 1 of one layer: sum_c t_c with t_c >= +-(load_c - mean), in units of the mean.
 
     Parameters
     ----------
@@ -67,22 +67,20 @@ def cluster(
     e, c = np.indices((experts, clusters))
     x = np.arange(experts * clusters).reshape(experts, clusters)
     t = experts * clusters + np.arange(clusters)
-    free = np.full(clusters, np.inf)
     ilp = Ilp(
         np.r_[np.zeros(x.size), np.ones(clusters)],
-        upper=np.r_[(c <= e).ravel(), free],
+        upper=np.r_[(c <= e).ravel(), np.full(clusters, np.inf)],
         integer=np.r_[np.ones(x.size), np.zeros(clusters)],
     )
     ilp.add_rows(np.ones(experts), 1, e, x)
     ilp.add_rows(np.full(clusters, sizes[0]), sizes[1], c, x)
-    each = np.arange(clusters)
-    in_rows, columns = np.r_[c.ravel(), each], np.r_[x.ravel(), t]
+    in_rows = np.r_[c.ravel(), np.arange(clusters)]
+    entries = np.r_[x.ravel(), t]
     load_of = np.repeat(weight, clusters)
-    for sign in (1, -1):
-        # t_c - sign * load_c >= -sign * mean
-        ilp.add_rows(
-            np.full(clusters, -sign), np.inf, in_rows, columns, np.r_[-sign * load_of, free * 0 + 1]
-        )
+    for sign in (1.0, -1.0):
+        # t_c >= sign * (load_c - mean)
+        value = np.r_[-sign * load_of, np.ones(clusters)]
+        ilp.add_rows(np.full(clusters, -sign), np.inf, in_rows, entries, value)
     ilp.add_rows(bound, np.inf, np.zeros(clusters, dtype=np.int64), t)
 
     named = _by_first_member(start[order], clusters)
@@ -142,71 +140,9 @@ def place(
     bottleneck, bound
         Objective of the start, and a proven lower bound.
     """
-    boundaries, n = len(traffic), len(cost)
-    layers = boundaries + 1
-    scale = max(bottleneck, 1)
-    y = np.arange(layers * n * n).reshape(layers, n, n)
-    w = y.size + np.arange(boundaries * n**4).reshape(boundaries, n, n, n, n)
-    t = y.size + w.size + np.arange(boundaries)
-    columns = y.size + w.size + boundaries
-    upper = np.ones(columns)
-    upper[t] = np.inf
-    objective = np.zeros(columns)
-    objective[t] = 1
-    integer = np.zeros(columns)
-    integer[y] = 1
-    lower = np.zeros(columns)
-    off_diagonal = cost[~np.eye(n, dtype=bool)]
-    if sizes is None and (off_diagonal == off_diagonal[:1]).all():
-        # Links all alike: devices have no names until the first layer gives them some.
-        lower[y[0, np.arange(n), start[0]]] = 1
-    ilp = Ilp(objective, lower=lower, upper=upper, integer=integer)
-
-    layer, c, d = np.indices(y.shape)
-    ones = np.ones(layers * n)
-    ilp.add_rows(ones, 1, layer * n + c, y)
-    ilp.add_rows(ones, 1, layer * n + d, y)
-    if sizes is not None:
-        held = np.zeros(n)
-        np.add.at(held, start, sizes.astype(np.float64))
-        counts = np.broadcast_to(sizes.astype(np.float64)[:, :, None], y.shape)
-        ilp.add_rows(np.full(n, held.min()), held.max(), d, y, counts)
-    if boundaries:
-        l, c, c2, d, d2 = np.indices(w.shape)
-        faces = n**3
-        for here, later in (
-            ((c * n + c2) * n + d, y[l, c, d]),
-            ((c * n + c2) * n + d2, y[l + 1, c2, d2]),
-        ):
-            row = l * faces + here
-            # One entry of y per row: the first product of the row brings it.
-            _, at = np.unique(row.ravel(), return_index=True)
-            ilp.add_rows(
-                np.zeros(boundaries * faces),
-                0,
-                np.r_[row.ravel(), row.ravel()[at]],
-                np.r_[w.ravel(), later.ravel()[at]],
-                np.r_[np.ones(w.size), -np.ones(len(at))],
-            )
-        time = traffic.astype(np.float64)[l, c, c2] * cost[d, d2] / scale
-        pair = (l * n + d) * n + d2
-        apart = (d != d2) & (time > 0)
-        rows = np.arange(boundaries * n * n)
-        ilp.add_rows(
-            np.zeros(len(rows)),
-            np.inf,
-            np.r_[pair[apart], rows],
-            np.r_[w[apart], np.repeat(t, n * n)],
-            np.r_[-time[apart], np.ones(len(rows))],
-        )
-        ilp.add_rows(bound / scale, np.inf, np.zeros(boundaries, dtype=np.int64), t)
-
-    values = np.zeros(columns)
-    values[y[np.arange(layers)[:, None], np.arange(n), start]] = 1
-    for i in range(boundaries):
-        a, b = start[i], start[i + 1]
-        values[w[i, np.arange(n)[:, None], np.arange(n), a[:, None], b]] = 1
-        values[t[i]] = (traffic[i].astype(np.float64) * cost[np.ix_(a, b)]).max() / scale
+    scale = float(max(bottleneck, 1))
+    ilp, y = _placement(traffic, cost, start, sizes, bound / scale, scale)
+    values = _placement_values(traffic, cost, start, scale)
     solution = ilp.solve(
         start=values,
         start_objective=bottleneck / scale,
@@ -222,6 +158,84 @@ def place(
     # HiGHS proves in floating point: keep what it proves a hair smaller.
     proven = max(float(bound), (solution.bound - 1e-6) * scale)
     return Choice(chosen, solution.objective * scale, proven, solution.status)
+
+
+def _placement(
+    traffic: NDArray[np.uint64],
+    cost: NDArray[np.int64],
+    start: NDArray[np.int64],
+    sizes: NDArray[np.uint64] | None,
+    bound: float,
+    scale: float,
+) -> tuple[Ilp, NDArray[np.int64]]:
+    """Build stage 2; also the columns of y [L,D,D]. The others are w [L-1,D,D,D,D] and t [L-1]."""
+    boundaries, n = len(traffic), len(cost)
+    layers = boundaries + 1
+    y = np.arange(layers * n * n).reshape(layers, n, n)
+    w = y.size + np.arange(boundaries * n**4).reshape(boundaries, n, n, n, n)
+    t = y.size + w.size + np.arange(boundaries)
+    columns = y.size + w.size + boundaries
+    objective, integer, lower, upper = np.zeros((4, columns))
+    objective[t] = 1
+    integer[y] = 1
+    upper[:] = 1
+    upper[t] = np.inf
+    off_diagonal = cost[~np.eye(n, dtype=bool)]
+    if sizes is None and (off_diagonal == off_diagonal[:1]).all():
+        # Links all alike: devices have no names until the first layer gives them some.
+        lower[y[0, np.arange(n), start[0]]] = 1
+    ilp = Ilp(objective, lower=lower, upper=upper, integer=integer)
+
+    layer, c, d = np.indices(y.shape)
+    ilp.add_rows(np.ones(layers * n), 1, layer * n + c, y)
+    ilp.add_rows(np.ones(layers * n), 1, layer * n + d, y)
+    if sizes is not None:
+        held = np.bincount(start.ravel(), sizes.ravel().astype(np.float64), minlength=n)
+        count = np.broadcast_to(sizes.astype(np.float64)[:, :, None], y.shape)
+        ilp.add_rows(np.full(n, held.min()), held.max(), d, y, count)
+    if not boundaries:
+        return ilp, y
+
+    l, c, c2, d, d2 = (index.ravel() for index in np.indices(w.shape))  # noqa: E741
+    # sum_d' w[l,c,c',d,d'] = y[l,c,d] and sum_d w[l,c,c',d,d'] = y[l+1,c',d'].
+    for factor, of in ((y[l, c, d], d), (y[l + 1, c2, d2], d2)):
+        row = ((l * n + c) * n + c2) * n + of
+        rows, at = np.unique(row, return_index=True)
+        ilp.add_rows(
+            np.zeros(len(rows)),
+            0,
+            np.r_[row, rows],
+            np.r_[w.ravel(), factor[at]],
+            np.r_[np.ones(w.size), -np.ones(len(rows))],
+        )
+    # t_l >= sum_cc' traffic_l(c,c') w[l,c,c',d,d'] / bandwidth(d,d')
+    time = traffic.astype(np.float64)[l, c, c2] * cost[d, d2] / scale
+    pair, moved = (l * n + d) * n + d2, time > 0
+    rows = np.arange(boundaries * n * n)
+    ilp.add_rows(
+        np.zeros(len(rows)),
+        np.inf,
+        np.r_[pair[moved], rows],
+        np.r_[w.ravel()[moved], np.repeat(t, n * n)],
+        np.r_[-time[moved], np.ones(len(rows))],
+    )
+    ilp.add_rows(bound, np.inf, np.zeros(boundaries, dtype=np.int64), t)
+    return ilp, y
+
+
+def _placement_values(
+    traffic: NDArray[np.uint64], cost: NDArray[np.int64], device: NDArray[np.int64], scale: float
+) -> NDArray[np.float64]:
+    """Give the columns of `_placement` their values at the device of every cluster [L,D]."""
+    y = (device[:, :, None] == np.arange(len(cost))).astype(np.float64)
+    w = y[:-1, :, None, :, None] * y[1:, None, :, None, :]
+    times = [
+        (table * cost[np.ix_(here, later)]).max() / scale
+        for table, here, later in zip(
+            traffic.astype(np.float64), device[:-1], device[1:], strict=True
+        )
+    ]
+    return np.concatenate([y.ravel(), w.ravel(), times])
 
 
 def _by_first_member(cluster: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
