@@ -29,6 +29,8 @@ pub struct Chain<'a> {
     pub cost: &'a [u64],
     /// Experts of every cluster, `[layers, D]`; given where the devices' totals must be level.
     pub sizes: Option<&'a [u64]>,
+    /// Devices of the clusters, `[layers, D]`, to start the local search from as well.
+    pub start: Option<&'a [u16]>,
     /// Number of layers.
     pub layers: usize,
     /// Number of devices, and of clusters in a layer.
@@ -76,23 +78,34 @@ impl Chain<'_> {
         let table = Table { traffic: &traffic, cost: self.cost, layers: self.layers, n: self.devices };
         let off_diagonal = self.off_diagonal();
         let uniform = off_diagonal.windows(2).all(|w| w[0] == w[1]);
-        let (device, way) = if uniform && self.sizes.is_none() {
-            (table.independent(), Way::Uniform)
-        } else if let (None, Some(device)) = (self.sizes, table.by_dynamic_programming()) {
-            (device, Way::DynamicProgramming)
+        let exact = if uniform {
+            Some((table.independent(), Way::Uniform))
         } else {
-            (table.by_local_search(self.sizes), Way::LocalSearch)
+            table.by_dynamic_programming().map(|device| (device, Way::DynamicProgramming))
         };
-        let bound = if way == Way::LocalSearch {
-            // Every link as good as the best one, totals ignored.
-            let cheapest = off_diagonal.iter().copied().min().unwrap_or(0);
-            let cost: Vec<u64> = self.cost.iter().map(|&c| if c == 0 { 0 } else { cheapest }).collect();
-            let relaxed = Table { cost: &cost, ..table };
-            relaxed.value(&relaxed.independent()) >> 64
-        } else {
-            table.value(&device) >> 64
+        // Whatever is exact without level totals bounds, and starts, the search for level ones.
+        let bound =
+            exact.as_ref().map_or_else(|| self.relaxed(table), |(device, _)| table.value(device)) >> 64;
+        let (device, way) = match (exact, self.sizes) {
+            (Some(exact), None) => exact,
+            (exact, sizes) => {
+                let exact = exact.map(|(device, _)| device);
+                let given = self.start.map(<[u16]>::to_vec);
+                let starts = exact.into_iter().chain(given).chain([table.chained()]);
+                let ends = starts.map(|start| table.by_local_search(start, sizes));
+                let best = ends.min_by_key(|end| end.value()).expect("there is a start");
+                (best.device, Way::LocalSearch)
+            }
         };
         Ok(Placed { device, way, bound: bound << shift })
+    }
+
+    /// What no placement can cost less than: every link as good as the best one.
+    fn relaxed(&self, table: Table<'_>) -> Cost {
+        let cheapest = self.off_diagonal().into_iter().min().unwrap_or(0);
+        let cost: Vec<u64> = self.cost.iter().map(|&c| c.min(cheapest)).collect();
+        let relaxed = Table { cost: &cost, ..table };
+        relaxed.value(&relaxed.independent())
     }
 
     fn off_diagonal(&self) -> Vec<u64> {
@@ -117,6 +130,15 @@ impl Chain<'_> {
         shape("traffic", (self.layers - 1) * n * n, self.traffic.len())?;
         shape("cost", n * n, self.cost.len())?;
         shape("sizes", self.layers * n, self.sizes.map_or(self.layers * n, <[u64]>::len))?;
+        if let Some(start) = self.start {
+            shape("start", self.layers * n, start.len())?;
+            for (l, layer) in start.chunks_exact(n).enumerate() {
+                if (0..n as u16).any(|d| !layer.contains(&d)) {
+                    let found = format!("{layer:?} in layer {l}");
+                    return Err(Error::Shape { what: "start", rule: "every device once".into(), found });
+                }
+            }
+        }
         let fault = |rule: &str, i: usize| {
             let found = format!("{} from device {} to {}", self.cost[i], i / n, i % n);
             Err(Error::Shape { what: "cost", rule: rule.into(), found })
@@ -275,29 +297,32 @@ impl<'a> Table<'a> {
         (class_of, classes)
     }
 
-    /// A local optimum. Totals of experts per device come first where `sizes` are given.
-    fn by_local_search(&self, sizes: Option<&[u64]>) -> Vec<u16> {
+    /// Each layer in turn at the least total cost, given the one before.
+    fn chained(&self) -> Vec<u16> {
         let n = self.n;
-        // Each layer in turn at the least total cost, given the one before.
         let mut device: Vec<u16> = (0..n as u16).collect();
         for l in 0..self.layers - 1 {
             let before = &device[l * n..];
             let time = |c: usize, d: usize| -> u64 {
-                let from =
-                    (0..n).map(|b| self.boundary(l)[b * n + c] * self.cost[usize::from(before[b]) * n + d]);
-                from.sum()
+                let from = |b: usize| self.boundary(l)[b * n + c] * self.cost[usize::from(before[b]) * n + d];
+                (0..n).map(from).sum()
             };
             let saved: Vec<i64> = (0..n * n).map(|i| -(time(i / n, i % n) as i64)).collect();
             let next = assign_max(&saved, n);
             device.extend(next.into_iter().map(|d| d as u16));
         }
-        let mut search = Local::new(self, device, sizes);
+        device
+    }
+
+    /// A local optimum. Totals of experts per device come first where `sizes` are given.
+    fn by_local_search<'b>(&'b self, start: Vec<u16>, sizes: Option<&'b [u64]>) -> Local<'b> {
+        let mut search = Local::new(self, start, sizes);
         for _ in 0..SWEEPS {
             if !search.sweep() {
                 break;
             }
         }
-        search.device
+        search
     }
 }
 
@@ -318,6 +343,12 @@ impl<'a> Local<'a> {
             local.totals[usize::from(d)] += local.size(i);
         }
         local
+    }
+
+    /// How uneven the totals are, then the cost.
+    fn value(&self) -> (u128, Cost) {
+        let uneven = self.totals.iter().map(|&total| u128::from(total).pow(2)).sum();
+        (uneven, self.costs.iter().sum())
     }
 
     fn size(&self, i: usize) -> u64 {
@@ -510,7 +541,7 @@ mod tests {
             entries in prop::collection::vec(prop_oneof![0u64..6, 0u64..1000], 4 * 25),
         ) {
             let (traffic, cost) = (&entries[..(layers - 1) * n * n], &links(n, per_node, far));
-            let placed = Chain { traffic, cost, sizes: None, layers, devices: n }.place().expect("valid");
+            let placed = Chain { traffic, cost, sizes: None, start: None, layers, devices: n }.place().expect("valid");
             let table = Table { traffic, cost, layers, n };
             prop_assert!(is_a_chain_of_permutations(&placed.device, n));
             prop_assert_ne!(placed.way, Way::LocalSearch);
@@ -518,7 +549,7 @@ mod tests {
             prop_assert_eq!(table.value(&placed.device), best);
             prop_assert_eq!(placed.bound, best >> 64);
             prop_assert_eq!(table.value(&table.by_dynamic_programming().expect("small")), best);
-            let local = table.by_local_search(None);
+            let local = table.by_local_search(table.chained(), None).device;
             prop_assert!(is_a_chain_of_permutations(&local, n));
             prop_assert!(table.value(&local) >= best);
         }
@@ -531,7 +562,7 @@ mod tests {
         ) {
             let (traffic, cost) = (&entries[..(layers - 1) * n * n], &links(n, n, 2));
             let sizes = &experts[..layers * n];
-            let placed = Chain { traffic, cost, sizes: Some(sizes), layers, devices: n }.place().expect("valid");
+            let placed = Chain { traffic, cost, sizes: Some(sizes), start: None, layers, devices: n }.place().expect("valid");
             prop_assert!(is_a_chain_of_permutations(&placed.device, n));
             let table = Table { traffic, cost, layers, n };
             prop_assert!(table.value(&placed.device) >> 64 >= placed.bound);
@@ -556,7 +587,8 @@ mod tests {
     fn huge_counts_do_not_overflow() {
         let traffic = [u64::MAX, 1, 1, u64::MAX];
         let cost = links(2, 1, 9);
-        let placed = Chain { traffic: &traffic, cost: &cost, sizes: None, layers: 2, devices: 2 }.place();
+        let placed =
+            Chain { traffic: &traffic, cost: &cost, sizes: None, start: None, layers: 2, devices: 2 }.place();
         assert_eq!(placed.expect("valid").device, [0, 1, 0, 1]);
     }
 }

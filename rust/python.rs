@@ -311,18 +311,21 @@ fn cluster<'py>(
 type Placed<'py> = (Bound<'py, PyArray2<u16>>, &'static str, u128);
 
 #[pyfunction]
-#[pyo3(signature = (traffic, cost, *, sizes = None, threads = None))]
+#[pyo3(signature = (traffic, cost, *, sizes = None, start = None, threads = None))]
 fn place_clusters<'py>(
     py: Python<'py>,
     traffic: PyReadonlyArray3<'py, u64>,
     cost: PyReadonlyArray2<'py, u64>,
     sizes: Option<PyReadonlyArray2<'py, u64>>,
+    start: Option<PyReadonlyArray2<'py, u16>>,
     threads: Option<usize>,
 ) -> PyResult<Placed<'py>> {
     let (layers, devices) = (traffic.shape()[0] + 1, cost.shape()[0]);
     let sizes = sizes.as_ref().map(|sizes| contiguous(sizes.as_slice().ok())).transpose()?;
+    let start = start.as_ref().map(|start| contiguous(start.as_slice().ok())).transpose()?;
     let (traffic, cost) = (contiguous(traffic.as_slice().ok())?, contiguous(cost.as_slice().ok())?);
-    let placed = detached(py, threads, || Chain { traffic, cost, sizes, layers, devices }.place())??;
+    let chain = Chain { traffic, cost, sizes, start, layers, devices };
+    let placed = detached(py, threads, || chain.place())??;
     let way = match placed.way {
         Way::Uniform => "exact: uniform links",
         Way::DynamicProgramming => "exact: dynamic programming",

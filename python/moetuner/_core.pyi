@@ -93,11 +93,13 @@ def place_clusters(
     cost: NDArray[np.uint64],
     *,
     sizes: NDArray[np.uint64] | None = None,
+    start: NDArray[np.uint16] | None = None,
     threads: int | None = None,
 ) -> tuple[NDArray[np.uint16], str, int]:
     """Place clusters on devices: the least sum over boundaries of the busiest pair's time, then the least total.
 
     Takes traffic [L-1,D,D] between clusters of neighbouring layers, the cost of a token from device to device [D,D],
     and sizes [L,D] in experts where every device is to hold the same total over all layers, as nearly as exchanges
-    reach it. Returns the device of every cluster [L,D], how it was found, and a proven lower bound of the sum.
+    reach it; a search may begin at a ``start`` [L,D] as well. Returns the device of every cluster [L,D], how it was
+    found, and a proven lower bound of the sum.
     """

@@ -331,14 +331,25 @@ def place_clusters(
     counts = None if sizes is None else np.ascontiguousarray(sizes, dtype=np.uint64)
     if counts is not None and counts.shape != (len(traffic) + 1, len(cost)):
         raise ValueError(f"sizes must be [{len(traffic) + 1}, {len(cost)}], got {counts.shape}")
-    found, way, bound = _core.place_clusters(
-        traffic, cost.astype(np.uint64), sizes=counts, threads=limits.threads
-    )
+    links = cost.astype(np.uint64)
+    found, way, bound = _core.place_clusters(traffic, links, sizes=counts, threads=limits.threads)
+    if counts is not None and not _level(found, counts):
+        left = clock.rest().time_limit
+        start = two_stage_ilp.level(counts, found.astype(np.int64), seed=seed, time_limit=left)
+        found, way, bound = _core.place_clusters(
+            traffic,
+            links,
+            sizes=counts,
+            start=start.astype(np.uint16),
+            threads=limits.threads,
+        )
     device = found.astype(np.int64)
-    status: Status = "optimal" if way.startswith("exact") else "feasible"
     products = len(traffic) * len(cost) ** 4
     few = counts is not None and products <= MAX_PRODUCTS
     bottleneck, total = _times(traffic, cost, device)
+    status: Status = "feasible"
+    if bottleneck - bound <= tolerance * bottleneck:
+        status = "optimal" if bottleneck <= bound else "gap_reached"
     if exact == "ilp" or (few and bottleneck - bound > tolerance * bottleneck):
         solved = two_stage_ilp.place(
             traffic,
@@ -368,6 +379,12 @@ def _times(
         time = table.astype(object) * costs.astype(object)
         bottleneck, total = bottleneck + int(time.max()), total + int(time.sum())
     return bottleneck, total
+
+
+def _level(device: NDArray[np.uint16], sizes: NDArray[np.uint64]) -> bool:
+    """Whether totals of experts per device are as equal as whole numbers can be."""
+    held = np.bincount(device.ravel(), sizes.ravel().astype(np.float64))
+    return bool(held.max() - held.min() <= (held.sum() % len(held) != 0))
 
 
 def _sizes(cluster: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from moetuner.solver.result import Status
 # Nodes of HiGHS's search tree, so that no call can run for ever (seconds for a layer, minutes for
 # the placement of all clusters; measured).
 CLUSTER_NODES = 200
+LEVEL_NODES = 200
 PLACE_NODES = 20
 
 Progress = Callable[[float | None, float], None]
@@ -107,6 +108,47 @@ def cluster(
     else:
         objective = solution.objective
     return Choice(chosen, objective, min(proven, objective), solution.status)
+
+
+def level(
+    sizes: NDArray[np.uint64], start: NDArray[np.int64], *, seed: int, time_limit: float | None
+) -> NDArray[np.int64]:
+    """Place clusters for totals of experts per device as equal as can be, whatever the traffic.
+
+    Takes the experts of every cluster [L,D] and a start; returns the device of every cluster [L,D].
+    """
+    layers, n = sizes.shape
+    y = np.arange(layers * n * n).reshape(layers, n, n)
+    t = y.size + np.arange(n)
+    ilp = Ilp(
+        np.r_[np.zeros(y.size), np.ones(n)],
+        upper=np.r_[np.ones(y.size), np.full(n, np.inf)],
+        integer=np.r_[np.ones(y.size), np.zeros(n)],
+    )
+    layer, c, d = np.indices(y.shape)
+    ilp.add_rows(np.ones(layers * n), 1, layer * n + c, y)
+    ilp.add_rows(np.ones(layers * n), 1, layer * n + d, y)
+    count = np.broadcast_to(sizes.astype(np.float64)[:, :, None], y.shape).ravel()
+    mean = count.sum() / n / n
+    for sign in (1.0, -1.0):
+        # t_d >= +-(experts on d - mean)
+        entries = (np.r_[d.ravel(), np.arange(n)], np.r_[y.ravel(), t])
+        ilp.add_rows(np.full(n, -sign * mean), np.inf, *entries, np.r_[-sign * count, np.ones(n)])
+    # Whole totals: below this sum of differences no placement is.
+    rest = round(mean * n) % n
+    least = 2 * rest * (n - rest) / n
+    ilp.add_rows(least, np.inf, np.zeros(n, dtype=np.int64), t)
+    held = np.bincount(start.ravel(), sizes.ravel().astype(np.float64), minlength=n)
+    placed = (start[:, :, None] == np.arange(n)).astype(np.float64)
+    solution = ilp.solve(
+        start=np.r_[placed.ravel(), np.abs(held - mean)],
+        seed=seed,
+        nodes=LEVEL_NODES,
+        time_limit=time_limit,
+    )
+    assert solution.values is not None
+    chosen: NDArray[np.int64] = solution.values[y].argmax(axis=2)
+    return chosen
 
 
 def place(
