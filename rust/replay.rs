@@ -13,8 +13,8 @@ pub struct Copies {
     node_of_device: Vec<u16>,
     device_of_slot: Vec<u16>,
     /// Slots of every expert, one after the other `[L, filled slots]`.
-    copies: Vec<Vec<u16>>,
-    /// Where an expert's slots begin in `copies` `[L, E + 1]`.
+    slots_of: Vec<Vec<u16>>,
+    /// Where an expert's slots begin in `slots_of` `[L, E + 1]`.
     begin: Vec<Vec<u32>>,
 }
 
@@ -25,7 +25,8 @@ impl Copies {
         let devices = node_of_device.len();
         let p = devices * per_device;
         if slots.len() != layers * p || p == 0 || p > 1 << 16 {
-            let rule = format!("{layers} layers x {devices} devices x {per_device} slots, at most 65536 a layer");
+            let rule =
+                format!("{layers} layers x {devices} devices x {per_device} slots, at most 65536 a layer");
             return Err(Error::Shape { what: "slots", rule, found: format!("{} values", slots.len()) });
         }
         let mut copies = Vec::with_capacity(layers);
@@ -60,7 +61,7 @@ impl Copies {
             slots: p,
             node_of_device: node_of_device.to_vec(),
             device_of_slot: (0..p).map(|slot| (slot / per_device) as u16).collect(),
-            copies,
+            slots_of: copies,
             begin,
         })
     }
@@ -68,7 +69,7 @@ impl Copies {
     /// The slots that serve the ids of a layer. Copies share an expert's tokens evenly, by a hash of the token's
     /// position (Knuth's multiplicative one), the same in all layers.
     fn route<I: ExpertId>(&self, l: usize, ids: &[I], top_k: usize, first_token: u64) -> Vec<u16> {
-        let (copies, begin) = (&self.copies[l], &self.begin[l]);
+        let (copies, begin) = (&self.slots_of[l], &self.begin[l]);
         if copies.len() + 1 == begin.len() {
             return ids.iter().map(|id| copies[id.index()]).collect();
         }
@@ -238,8 +239,10 @@ impl Layer {
     #[inline(always)]
     fn fan_out_with(&mut self, slots: &[u16], top_k: usize, copies: &Copies) {
         let device_bit = |&slot: &u16| 1u64 << copies.device_of_slot[usize::from(slot)];
-        let visited: Vec<u64> =
-            slots.chunks_exact(top_k).map(|slots| slots.iter().fold(0, |set, slot| set | device_bit(slot))).collect();
+        let visited: Vec<u64> = slots
+            .chunks_exact(top_k)
+            .map(|slots| slots.iter().fold(0, |set, slot| set | device_bit(slot)))
+            .collect();
         for (device, visits) in self.visits.iter_mut().enumerate() {
             *visits += visited.iter().map(|set| set >> device & 1).sum::<u64>();
         }

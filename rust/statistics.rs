@@ -75,15 +75,21 @@ impl Counter {
                     coactivation: coactivation.next(),
                 })
                 .collect();
-            by_layers(&mut layers, block, *routing, |_, ids| Side::new(ids, top_k, experts), |layer, before, here| {
-                here.count_windows(windows.length, first, layer.load);
-                if let (Some(before), Some(counts)) = (before, &mut layer.transitions) {
-                    before.count_pairs(here, counts);
-                }
-                if let Some(counts) = &mut layer.coactivation {
-                    here.count_pairs(here, counts);
-                }
-            });
+            by_layers(
+                &mut layers,
+                block,
+                *routing,
+                |_, ids| Side::new(ids, top_k, experts),
+                |layer, before, here| {
+                    here.count_windows(windows.length, first, layer.load);
+                    if let (Some(before), Some(counts)) = (before, &mut layer.transitions) {
+                        before.count_pairs(here, counts);
+                    }
+                    if let Some(counts) = &mut layer.coactivation {
+                        here.count_pairs(here, counts);
+                    }
+                },
+            );
             windows.tokens += (block.len() / routing.row()) as u64;
         }
         Ok(())
@@ -165,6 +171,9 @@ pub(crate) fn by_layers<I: ExpertId, T: Send, S>(
     });
 }
 
+/// Tokens that stay in the first-level cache while all layers are taken from them.
+const TOKENS: usize = 64;
+
 /// The ids of layers `from..to`, each layer's together.
 fn gather<I: ExpertId>(block: &[I], from: usize, to: usize, routing: Routing) -> Vec<Vec<I>> {
     /// Copies K ids of every token, inlined for constant K.
@@ -176,8 +185,6 @@ fn gather<I: ExpertId>(block: &[I], from: usize, to: usize, routing: Routing) ->
     }
     let (k, row) = (routing.top_k, routing.row());
     let mut layers = vec![vec![block[0]; block.len() / routing.layers]; to - from];
-    // A few tokens at a time stay in the first-level cache while all layers are taken from them.
-    const TOKENS: usize = 64;
     for (part, tokens) in block.chunks(TOKENS * row).enumerate() {
         for (l, ids) in (from..to).zip(&mut layers) {
             let ids = &mut ids[part * TOKENS * k..];

@@ -85,10 +85,7 @@ pub fn validate<I: ExpertId>(ids: &[I], routing: Routing, first_token: u64) -> R
         .enumerate()
         .filter_map(|(task, rows)| first_fault(rows, routing).map(|row| task * ROWS_PER_TASK + row))
         .min();
-    match faulty {
-        None => Ok(()),
-        Some(row) => Err(describe(&ids[row * k..][..k], row, routing, first_token)),
-    }
+    faulty.map_or(Ok(()), |row| Err(describe(&ids[row * k..][..k], row, routing, first_token)))
 }
 
 /// The first row (token and layer) that breaks a rule.
@@ -162,14 +159,11 @@ fn describe<I: ExpertId>(ids: &[I], row: usize, routing: Routing, first_token: u
     let token = first_token + (row / routing.layers) as u64;
     let layer = row % routing.layers;
     let Routing { experts, .. } = routing;
-    match ids.iter().find(|id| id.index() >= experts) {
-        Some(id) => Error::ExpertOutOfRange { token, layer, expert: id.index(), experts },
-        None => {
-            let twice = ids.iter().enumerate().find(|(i, id)| ids[..*i].contains(id));
-            let expert = twice.map_or(0, |(_, id)| id.index());
-            Error::ExpertTwice { token, layer, expert }
-        }
+    if let Some(id) = ids.iter().find(|id| id.index() >= experts) {
+        return Error::ExpertOutOfRange { token, layer, expert: id.index(), experts };
     }
+    let twice = ids.iter().enumerate().find(|(i, id)| ids[..*i].contains(id));
+    Error::ExpertTwice { token, layer, expert: twice.map_or(0, |(_, id)| id.index()) }
 }
 
 #[cfg(test)]
@@ -179,7 +173,9 @@ mod tests {
 
     fn plain<I: ExpertId>(ids: &[I], routing: Routing) -> Option<usize> {
         ids.chunks(routing.top_k).position(|row| {
-            row.iter().enumerate().any(|(i, a)| a.index() >= routing.experts || row[..i].iter().any(|b| b == a))
+            row.iter()
+                .enumerate()
+                .any(|(i, a)| a.index() >= routing.experts || row[..i].iter().any(|b| b == a))
         })
     }
 

@@ -6,10 +6,7 @@ use crate::trace::ExpertId;
 const NARROW: usize = u8::MAX as usize;
 
 /// Adds the pairs of up to 65535 tokens to `counts` `[size, size]`.
-#[multiversion::multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512vl+avx2+bmi2",
-    "x86_64+avx2+bmi2"
-))]
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx2+bmi2", "x86_64+avx2+bmi2"))]
 pub(super) fn count_pairs<I: ExpertId>(
     left: &[I],
     right: &[I],
