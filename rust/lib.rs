@@ -4,9 +4,17 @@
 //! searches ([`search`]) turn the counts into an assignment of experts to devices; a replay
 //! ([`replay`]) measures an assignment on a trace. Nothing here knows Python except `python`.
 
+pub mod assignment;
+pub mod bottleneck;
+pub mod chain;
 pub mod error;
+pub mod instance;
+pub mod packing;
 pub mod pairs;
 #[cfg(feature = "python")]
 mod python;
+pub mod random;
+pub mod replay;
+pub mod search;
 pub mod statistics;
 pub mod trace;

@@ -6,17 +6,26 @@ Data flows one way: a recorded ``RoutingTrace`` is counted into ``RoutingStatist
 """
 
 from moetuner._core import __version__
-from moetuner.placement import Placement
+from moetuner.evaluation import Evaluation, evaluate
+from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
+from moetuner.solver import solve
+from moetuner.solver.result import Progress, Result
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
 __all__ = [
+    "Evaluation",
     "Placement",
+    "PlacementDiff",
     "Problem",
+    "Progress",
+    "Result",
     "RoutingStatistics",
     "RoutingTrace",
     "Topology",
     "__version__",
+    "evaluate",
+    "solve",
 ]

@@ -1,5 +1,7 @@
 """The native core: arrays in, arrays out. Dimensions: windows W, layers L, experts E, tokens T, top-k K."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,3 +35,100 @@ class StatisticsCounter:
         self,
     ) -> tuple[int, NDArray[np.uint64], NDArray[np.uint64] | None, NDArray[np.uint64] | None]:
         """Tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E]. Ends the counter."""
+
+def search(
+    load: NDArray[np.uint64],
+    cap: NDArray[np.uint64],
+    cost: NDArray[np.int64],
+    slots_per_device: int,
+    *,
+    transitions: NDArray[np.uint64] | None = None,
+    coactivation: NDArray[np.uint64] | None = None,
+    seed: int = 0,
+    trials: int | None = None,
+    time_limit: float | None = None,
+    threads: int | None = None,
+    initial: list[NDArray[np.int32]] = ...,
+    progress: Callable[[float, int | None], None] | None = None,
+) -> tuple[NDArray[np.int32], NDArray[np.uint64], int, bool, int]:
+    """Search for the placement of least pair cost whose device loads stay under their caps.
+
+    Takes load [L,E], cap [L,D], cost [D,D] (symmetric, zero diagonal), transitions [L-1,E,E], coactivation [L,E,E],
+    and placements [L,D,S] to start from as well. ``trials`` is per start. ``progress`` gets seconds and the best cost.
+
+    Where no placement under a cap is known, the cap is raised to what the most balanced one needs.
+
+    Returns slots [L,D,S], the caps that were kept [L,D], trials made, whether an interrupt ended it early, and the bits that were cut from every
+    count so that sums fit (0 unless counts are huge; costs are then off by less than that per pair).
+    """
+
+class Replay:
+    """Replays a trace under a placement, shard by shard."""
+
+    def __new__(
+        cls,
+        slots: NDArray[np.int32],
+        num_experts: int,
+        top_k: int,
+        node_of_device: list[int],
+        *,
+        window: int | None = None,
+    ) -> Replay: ...
+    def push(self, expert_ids: ExpertIds, threads: int | None = None) -> None:
+        """Validate and replay the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing."""
+
+    def finish(
+        self,
+    ) -> tuple[
+        int,
+        NDArray[np.uint64],
+        NDArray[np.uint64],
+        NDArray[np.uint64],
+        NDArray[np.uint64],
+        NDArray[np.uint64],
+    ]:
+        """Tokens, load [W,L,D], traffic [L-1,D,D], visits [L,D], fanout [L] and node fanout [L] summed over tokens."""
+
+def lpt(
+    load: NDArray[np.uint64],
+    devices: int,
+    slots: int,
+    *,
+    improve: bool = False,
+    threads: int | None = None,
+) -> NDArray[np.uint16]:
+    """Pack load [L,E] onto devices of ``slots`` slots: the heaviest expert first, to the least loaded device.
+
+    With ``improve``, exchanges between devices then lower the largest device load. Returns the device [L,E].
+    """
+
+def cluster(
+    load: NDArray[np.uint64],
+    clusters: int,
+    slots: int,
+    *,
+    equal_sizes: bool = True,
+    threads: int | None = None,
+) -> tuple[NDArray[np.uint16], list[tuple[int, int, int, int]]]:
+    """Split every layer of load [L,E] into clusters of load as even as possible.
+
+    Returns the cluster [L,E] and per layer four whole numbers: the heaviest cluster's load, a proven lower bound of
+    it, ``clusters`` times the sum of deviations from the mean, and a proven lower bound of that. With free sizes a
+    cluster has 1 to ``slots`` experts, or 0 where there are fewer experts than clusters.
+    """
+
+def place_clusters(
+    traffic: NDArray[np.uint64],
+    cost: NDArray[np.uint64],
+    *,
+    sizes: NDArray[np.uint64] | None = None,
+    start: NDArray[np.uint16] | None = None,
+    threads: int | None = None,
+) -> tuple[NDArray[np.uint16], str, int]:
+    """Place clusters on devices: the least sum over boundaries of the busiest pair's time, then the least total.
+
+    Takes traffic [L-1,D,D] between clusters of neighbouring layers, the cost of a token from device to device [D,D],
+    and sizes [L,D] in experts where every device is to hold the same total over all layers, as nearly as exchanges
+    reach it; a search may begin at a ``start`` [L,D] as well. Returns the device of every cluster [L,D], how it was
+    found, and a proven lower bound of the sum.
+    """

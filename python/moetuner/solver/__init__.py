@@ -1,0 +1,118 @@
+"""solve(): one entry, one result, whatever the method."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from moetuner.placement import Placement
+from moetuner.problem import Problem
+from moetuner.solver import baselines
+from moetuner.solver.heuristic import heuristic
+from moetuner.solver.result import Candidate, Limits, Progress, Result
+from moetuner.solver.two_stage import two_stage
+
+
+class Method(Protocol):
+    """How every method is called."""
+
+    def __call__(self, problem: Problem, *, seed: int, limits: Limits) -> Candidate:
+        """Answer a problem within limits."""
+        ...
+
+
+METHODS: dict[str, Method] = {
+    "joint": heuristic,
+    "moetuner": two_stage,
+    "heuristic": heuristic,
+    "contiguous": baselines.contiguous,
+    "round_robin": baselines.round_robin,
+    "random": baselines.random,
+    "lpt": baselines.lpt,
+    "eplb": baselines.eplb,
+    "exflow": baselines.exflow,
+}
+
+
+def solve(
+    problem: Problem,
+    method: str = "joint",
+    *,
+    seed: int = 0,
+    time_limit: float | None = None,
+    iterations: int | None = None,
+    gap: float | None = None,
+    threads: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Result:
+    """Place the experts.
+
+    Parameters
+    ----------
+    problem
+        What to place.
+    method
+        ``joint`` (the default), ``moetuner`` (the paper's two stages), ``heuristic`` (no integer programme), or a
+        baseline: ``contiguous``, ``round_robin``, ``random``, ``lpt``, ``eplb``, ``exflow``.
+    seed
+        Of all random choices.
+    time_limit
+        Seconds; the best placement so far is returned. Without it the answer is a function of (problem, method,
+        seed) alone, the same on every machine and for any number of threads.
+    iterations
+        Search steps of each start; by default chosen by the problem's size.
+    gap
+        Stop when (objective - bound) / objective is at most this.
+    threads
+        Threads to use, all cores by default.
+    progress
+        Called now and then with a ``Progress``, from the calling thread.
+
+    Returns
+    -------
+    Result
+        An interrupt (Ctrl-C) or an exhausted limit gives the best placement so far, with its status.
+
+    Raises
+    ------
+    ValueError
+        If the method is unknown or an argument is out of range.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if time_limit is not None and not time_limit >= 0:
+        raise ValueError(f"time_limit must be at least 0 seconds, got {time_limit}")
+    if iterations is not None and iterations < 0:
+        raise ValueError(f"iterations must be at least 0, got {iterations}")
+    if gap is not None and not (math.isfinite(gap) and gap >= 0):
+        raise ValueError(f"gap must be at least 0, got {gap}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+
+    begin = time.perf_counter()
+    limits = Limits(time_limit, iterations, gap, threads, progress)
+    candidate = METHODS[method](problem, seed=seed, limits=limits)
+    seconds = time.perf_counter() - begin
+
+    scale = problem.cost_scale
+    placement = Placement(candidate.slots, num_experts=problem.experts)
+    objective = problem.cost(placement) / scale
+    bound = None if candidate.bound is None else candidate.bound / scale
+    return Result(
+        placement=placement.with_names(
+            model=problem.statistics.model,
+            topology=problem.topology.name,
+            fingerprint=problem.statistics.fingerprint,
+            objective=objective,
+            bound=bound,
+        ),
+        method=method,
+        status=candidate.status,
+        objective=objective,
+        bound=bound,
+        bound_source=candidate.bound_source,
+        seconds=seconds,
+        details=candidate.details,
+    )

@@ -1,0 +1,60 @@
+"""The search alone: construct, anneal, recombine, polish, all in Rust. No integer programme."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core
+from moetuner.problem import Problem
+from moetuner.solver.result import Candidate, Limits, Progress
+
+
+def heuristic(
+    problem: Problem,
+    *,
+    seed: int = 0,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+    initial: tuple[NDArray[np.int32], ...] = (),
+) -> Candidate:
+    """Search for the least traffic under the load cap.
+
+    Parameters
+    ----------
+    problem
+        With the regime ``follow`` transitions cost, with ``dispatch`` co-activation saves.
+    initial
+        Slots [L,D,S] to improve on besides the search's own starts.
+    """
+    pairs = {
+        "follow": {"transitions": problem.statistics.transitions},
+        "dispatch": {"coactivation": problem.statistics.coactivation},
+    }[problem.regime]
+
+    def report(seconds: float, cost: int | None) -> None:
+        if limits.progress is not None:
+            objective = None if cost is None else cost / problem.cost_scale
+            limits.progress(Progress(seconds, "search", objective))
+
+    slots, caps, trials, interrupted, shift = _core.search(
+        problem.load,
+        np.repeat(problem.caps[:, None], problem.devices, axis=1),
+        problem.topology.cost,
+        problem.slots,
+        seed=seed,
+        trials=limits.iterations,
+        time_limit=limits.time_limit,
+        threads=limits.threads,
+        initial=list(initial),
+        progress=report if limits.progress is not None else None,
+        **pairs,
+    )
+    details: dict[str, object] = {"trials": trials}
+    if shift:
+        details["counts_rounded_to_multiples_of"] = 1 << shift
+    raised = np.flatnonzero((caps > problem.caps[:, None]).any(axis=1))
+    if raised.size:
+        # Layers where the search knows of no placement under the cap, with the imbalance that it settled for.
+        mean = problem.load.sum(axis=1, dtype=np.float64) / problem.devices
+        details["caps_raised"] = {int(l): float(caps[l].max() / mean[l]) for l in raised}
+    return Candidate(slots, status="interrupted" if interrupted else "feasible", details=details)

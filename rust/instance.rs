@@ -1,0 +1,274 @@
+//! The placement problem as the search sees it: pair costs in 32 bits, loads and caps in 64.
+
+use crate::error::{Error, Result};
+
+/// Sizes of a placement problem. Slots are numbered device by device; slot p is on device `p / per_device`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// Mixture-of-Experts layers, L.
+    pub layers: usize,
+    /// Experts per layer, E.
+    pub experts: usize,
+    /// Devices, D.
+    pub devices: usize,
+    /// Slots of a device in a layer, S.
+    pub per_device: usize,
+}
+
+impl Sizes {
+    /// Slots of a layer, D * S. Experts `experts..slots` stand for nothing: an empty slot holds one of them, so that
+    /// moving an expert into an empty slot is a swap like any other.
+    #[must_use]
+    pub fn slots(&self) -> usize {
+        self.devices * self.per_device
+    }
+
+    /// Puts the nothings into empty slots (-1) of slots `[L, D, S]`, so that every entry occurs once in a layer.
+    ///
+    /// # Errors
+    /// When an expert is missing, appears twice, or does not exist.
+    pub fn fill(&self, slots: &[i32]) -> Result<Vec<u16>> {
+        let p = self.slots();
+        check("initial", slots.len(), &[self.layers * p])?;
+        let mut filled = Vec::with_capacity(slots.len());
+        for (l, layer) in slots.chunks_exact(p.max(1)).enumerate() {
+            let mut seen = vec![false; self.experts];
+            let mut nothing = self.experts..p;
+            for &expert in layer {
+                let entry = match usize::try_from(expert) {
+                    Err(_) => nothing.next(),
+                    Ok(e) => (e < self.experts && !std::mem::replace(&mut seen[e], true)).then_some(e),
+                };
+                let Some(entry) = entry else {
+                    let rule = format!("each of {} experts once in layer {l}", self.experts);
+                    return Err(Error::Shape { what: "initial", rule, found: format!("{expert}") });
+                };
+                filled.push(entry as u16);
+            }
+        }
+        Ok(filled)
+    }
+
+    /// The reverse of [`Sizes::fill`].
+    #[must_use]
+    pub fn unfill(&self, filled: &[u16]) -> Vec<i32> {
+        let expert = |&entry: &u16| if usize::from(entry) < self.experts { i32::from(entry) } else { -1 };
+        filled.iter().map(expert).collect()
+    }
+}
+
+/// A placement problem with one copy of each expert.
+#[derive(Debug)]
+pub struct Instance {
+    /// The sizes.
+    pub sizes: Sizes,
+    /// Load `[L, P]`, zero for empty slots.
+    pub load: Vec<u64>,
+    /// Largest load of a device `[L, D]`.
+    pub cap: Vec<u64>,
+    /// Cost of moving between devices `[D, D]`, symmetric, zero diagonal.
+    pub cost: Vec<i64>,
+    /// Where costs differ: for devices g, h the devices c and `cost[h,c] - cost[g,c]`, if not zero.
+    changes: Vec<Vec<(u32, i32)>>,
+    /// Devices whose labels can be exchanged without changing any cost or cap.
+    pub twins: Vec<(u16, u16)>,
+    /// Transitions `[L - 1, P, P]`, right-shifted by `shift`, and the same with each table transposed.
+    forward: Vec<i32>,
+    backward: Vec<i32>,
+    /// Co-activation `[L, P, P]`, likewise; empty where it does not count.
+    together: Vec<i32>,
+    /// Bits cut from every count so that sums fit 32 bits; 0 unless counts are huge. The search then works on
+    /// counts that are off by less than `2^shift` each.
+    pub shift: u32,
+    /// Mean of all pair costs, the unit of temperature.
+    pub unit: f64,
+}
+
+/// Largest cost of one expert on one device, twice over: leaves room for the sum of four.
+const LARGEST: u128 = 1 << 28;
+
+impl Instance {
+    /// Takes counts as they come: `load` `[L, E]`, `transitions` `[L - 1, E, E]` or empty, `coactivation` `[L, E, E]`
+    /// or empty, `cap` `[L, D]`, `cost` `[D, D]`.
+    pub fn new(
+        sizes: Sizes,
+        load: &[u64],
+        transitions: &[u64],
+        coactivation: &[u64],
+        cap: &[u64],
+        cost: &[i64],
+    ) -> Result<Self> {
+        let Sizes { layers, experts, devices, .. } = sizes;
+        let slots = sizes.slots();
+        let table = experts * experts;
+        check("load", load.len(), &[layers * experts])?;
+        check("transitions", transitions.len(), &[0, layers.saturating_sub(1) * table])?;
+        check("coactivation", coactivation.len(), &[0, layers * table])?;
+        check("cap", cap.len(), &[layers * devices])?;
+        check("cost", cost.len(), &[devices * devices])?;
+        if slots > 1 << 16 {
+            let rule = "at most 65536 slots in a layer".to_string();
+            return Err(Error::Shape { what: "slots", rule, found: slots.to_string() });
+        }
+        if slots < experts {
+            let rule = format!("slots for all {experts} experts");
+            return Err(Error::Shape { what: "slots", rule, found: slots.to_string() });
+        }
+        let bad = |g: usize, h: usize| {
+            let c = cost[g * devices + h];
+            !(0..1 << 16).contains(&c) || c != cost[h * devices + g] || (g == h && c != 0)
+        };
+        if let Some(at) = (0..devices * devices).find(|at| bad(at / devices, at % devices)) {
+            let rule = "symmetric costs from 0 to 65535 with a zero diagonal".to_string();
+            let found = format!("{} from device {} to {}", cost[at], at / devices, at % devices);
+            return Err(Error::Shape { what: "cost", rule, found });
+        }
+
+        let dearest = cost.iter().copied().max().unwrap_or(0).max(1) as u128;
+        let heaviest = heaviest(transitions, experts) + heaviest(coactivation, experts);
+        let mut shift = 0;
+        while (heaviest * dearest) >> shift > LARGEST {
+            shift += 1;
+        }
+        let pad = |counts: &[u64], transpose: bool| {
+            let mut padded = vec![0; counts.len() / table.max(1) * slots * slots];
+            for (to, from) in padded.chunks_exact_mut(slots * slots).zip(counts.chunks_exact(table)) {
+                for e in 0..experts {
+                    for f in 0..experts {
+                        let at = if transpose { f * slots + e } else { e * slots + f };
+                        to[at] = (from[e * experts + f] >> shift) as i32;
+                    }
+                }
+            }
+            padded
+        };
+        let mut padded_load = vec![0; layers * slots];
+        for (to, from) in padded_load.chunks_exact_mut(slots).zip(load.chunks_exact(experts)) {
+            to[..experts].copy_from_slice(from);
+        }
+        let changes = (0..devices * devices)
+            .map(|at| {
+                let (g, h) = (at / devices, at % devices);
+                let change = |c: usize| (c as u32, (cost[h * devices + c] - cost[g * devices + c]) as i32);
+                (0..devices).map(change).filter(|&(_, by)| by != 0).collect()
+            })
+            .collect();
+        let forward = pad(transitions, false);
+        let together = pad(coactivation, false);
+        let pairs = (transitions.len() + coactivation.len()).max(1);
+        let sum: f64 = forward.iter().chain(&together).map(|&count| f64::from(count)).sum();
+        let mean_cost =
+            cost.iter().sum::<i64>() as f64 / (devices * devices).saturating_sub(devices).max(1) as f64;
+        Ok(Self {
+            sizes,
+            load: padded_load,
+            cap: cap.to_vec(),
+            cost: cost.to_vec(),
+            changes,
+            twins: twins(devices, layers, cap, cost),
+            forward,
+            backward: pad(transitions, true),
+            together,
+            shift,
+            unit: (sum / pairs as f64 * mean_cost.max(1.0)).max(1e-9),
+        })
+    }
+
+    /// Raises a layer's caps, all by the same, as far as a placement `[L, P]` needs it.
+    pub fn allow(&mut self, expert_in: &[u16]) {
+        let Sizes { devices, per_device, .. } = self.sizes;
+        let p = self.sizes.slots();
+        for (l, layer) in expert_in.chunks_exact(p.max(1)).enumerate() {
+            let caps = &mut self.cap[l * devices..][..devices];
+            let excess = layer.chunks_exact(per_device).zip(caps.iter()).map(|(experts, &cap)| {
+                let load: u64 = experts.iter().map(|&e| self.load[l * p + usize::from(e)]).sum();
+                load.saturating_sub(cap)
+            });
+            let excess = excess.max().unwrap_or(0);
+            for cap in caps {
+                *cap += excess;
+            }
+        }
+    }
+
+    /// Transitions of expert `e` in layer `l` to all experts of layer `l + 1`.
+    #[inline]
+    #[must_use]
+    pub fn to_next(&self, l: usize, e: usize) -> &[i32] {
+        let p = self.sizes.slots();
+        &self.forward[(l * p + e) * p..][..p]
+    }
+
+    /// Transitions from all experts of layer `l - 1` to expert `e` of layer `l`.
+    #[inline]
+    #[must_use]
+    pub fn from_previous(&self, l: usize, e: usize) -> &[i32] {
+        let p = self.sizes.slots();
+        &self.backward[((l - 1) * p + e) * p..][..p]
+    }
+
+    /// Co-activations of expert `e` in layer `l`, where they count.
+    #[inline]
+    #[must_use]
+    pub fn with(&self, l: usize, e: usize) -> Option<&[i32]> {
+        let p = self.sizes.slots();
+        (!self.together.is_empty()).then(|| &self.together[(l * p + e) * p..][..p])
+    }
+
+    /// Whether transitions count.
+    #[must_use]
+    pub fn has_transitions(&self) -> bool {
+        !self.forward.is_empty()
+    }
+
+    /// Devices c where being on `h` instead of `g` changes the cost of a pair with a partner on c, and by how much.
+    #[inline]
+    #[must_use]
+    pub fn changes(&self, g: usize, h: usize) -> &[(u32, i32)] {
+        &self.changes[g * self.sizes.devices + h]
+    }
+
+    /// Whether all pairs of different devices cost the same, so that only the partition of a layer matters.
+    #[must_use]
+    pub fn uniform(&self) -> bool {
+        let d = self.sizes.devices;
+        self.twins.len() == d * d.saturating_sub(1) / 2
+    }
+}
+
+fn check(what: &'static str, found: usize, allowed: &[usize]) -> Result<()> {
+    if allowed.contains(&found) {
+        return Ok(());
+    }
+    let rule = format!("{allowed:?} values");
+    Err(Error::Shape { what, rule, found: found.to_string() })
+}
+
+/// Largest sum of a row plus a column of any table: no expert can cost more.
+fn heaviest(tables: &[u64], experts: usize) -> u128 {
+    let mut most = 0;
+    for table in tables.chunks_exact((experts * experts).max(1)) {
+        let mut sums = vec![0u128; experts];
+        for (e, row) in table.chunks_exact(experts).enumerate() {
+            for (f, &count) in row.iter().enumerate() {
+                sums[e] += u128::from(count);
+                sums[f] += u128::from(count);
+            }
+        }
+        most = sums.into_iter().fold(most, u128::max);
+    }
+    // A layer has two neighbours.
+    2 * most
+}
+
+fn twins(devices: usize, layers: usize, cap: &[u64], cost: &[i64]) -> Vec<(u16, u16)> {
+    let same = |g: usize, h: usize| {
+        (0..devices).filter(|&c| c != g && c != h).all(|c| cost[g * devices + c] == cost[h * devices + c])
+            && (0..layers).all(|l| cap[l * devices + g] == cap[l * devices + h])
+    };
+    let mut twins = Vec::new();
+    for g in 0..devices {
+        twins.extend((g + 1..devices).filter(|&h| same(g, h)).map(|h| (g as u16, h as u16)));
+    }
+    twins
+}

@@ -1,0 +1,51 @@
+//! Pseudo-random numbers that are the same on every machine and for any number of threads.
+
+/// xoshiro256++ (Blackman and Vigna, 2019), one independent stream per (seed, stream).
+#[derive(Debug, Clone)]
+pub struct Random([u64; 4]);
+
+impl Random {
+    /// The stream number `stream` of `seed`.
+    #[must_use]
+    pub fn new(seed: u64, stream: u64) -> Self {
+        let mut state = seed ^ stream.wrapping_mul(0xA076_1D64_78BD_642F);
+        // Splitmix64 spreads any two neighbouring seeds over the whole state, and never gives four zeros.
+        Self(std::array::from_fn(|_| {
+            state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+            let mut z = state;
+            z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+            z ^ (z >> 31)
+        }))
+    }
+
+    /// 64 random bits.
+    #[inline]
+    pub fn bits(&mut self) -> u64 {
+        let [a, b, c, d] = self.0;
+        let result = a.wrapping_add(d).rotate_left(23).wrapping_add(a);
+        let (c, d) = (c ^ a, d ^ b);
+        self.0 = [a ^ d, b ^ c, c ^ (b << 17), d.rotate_left(45)];
+        result
+    }
+
+    /// A number below `n`, which must not be zero; the bias of at most n / 2^32 is of no consequence here.
+    #[inline]
+    pub fn below(&mut self, n: usize) -> usize {
+        scale(self.bits() >> 32, n)
+    }
+
+    /// Puts a slice into random order.
+    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+        for i in (1..items.len()).rev() {
+            items.swap(i, self.below(i + 1));
+        }
+    }
+}
+
+/// Maps 32 random bits to a number below `n`.
+#[inline]
+#[must_use]
+pub fn scale(bits: u64, n: usize) -> usize {
+    ((bits * n as u64) >> 32) as usize
+}

@@ -1,0 +1,254 @@
+//! Replays a trace under a placement, token by token: who works, what moves, how far it fans out.
+
+use crate::error::{Error, Result};
+use crate::pairs::{BLOCK, Side};
+use crate::statistics::{Windows, by_layers};
+use crate::trace::{ExpertId, Routing, validate};
+
+/// A placement as the replay needs it: copies of every expert, layer by layer.
+#[derive(Debug, Clone)]
+pub struct Copies {
+    devices: usize,
+    slots: usize,
+    node_of_device: Vec<u16>,
+    device_of_slot: Vec<u16>,
+    /// Slots of every expert, one after the other `[L, filled slots]`.
+    slots_of: Vec<Vec<u16>>,
+    /// Where an expert's slots begin in `slots_of` `[L, E + 1]`.
+    begin: Vec<Vec<u32>>,
+}
+
+impl Copies {
+    /// Takes slots `[L, D, S]` (expert ids, -1 for empty) and the node of every device `[D]`.
+    pub fn new(slots: &[i32], routing: Routing, per_device: usize, node_of_device: &[u16]) -> Result<Self> {
+        let Routing { layers, experts, .. } = routing;
+        let devices = node_of_device.len();
+        let p = devices * per_device;
+        if slots.len() != layers * p || p == 0 || p > 1 << 16 {
+            let rule =
+                format!("{layers} layers x {devices} devices x {per_device} slots, at most 65536 a layer");
+            return Err(Error::Shape { what: "slots", rule, found: format!("{} values", slots.len()) });
+        }
+        let mut copies = Vec::with_capacity(layers);
+        let mut begin = Vec::with_capacity(layers);
+        for layer in slots.chunks_exact(p) {
+            let mut of_expert: Vec<Vec<u16>> = vec![Vec::new(); experts];
+            for (slot, &expert) in layer.iter().enumerate() {
+                match usize::try_from(expert) {
+                    Err(_) => {}
+                    Ok(e) if e < experts => of_expert[e].push(slot as u16),
+                    Ok(e) => {
+                        let rule = format!("expert ids below {experts}");
+                        return Err(Error::Shape { what: "slots", rule, found: e.to_string() });
+                    }
+                }
+            }
+            if let Some(e) = of_expert.iter().position(Vec::is_empty) {
+                let rule = "a slot for every expert".to_string();
+                return Err(Error::Shape { what: "slots", rule, found: format!("none for expert {e}") });
+            }
+            let mut at = 0;
+            let mut starts = vec![0];
+            for copies in &of_expert {
+                at += copies.len() as u32;
+                starts.push(at);
+            }
+            copies.push(of_expert.concat());
+            begin.push(starts);
+        }
+        Ok(Self {
+            devices,
+            slots: p,
+            node_of_device: node_of_device.to_vec(),
+            device_of_slot: (0..p).map(|slot| (slot / per_device) as u16).collect(),
+            slots_of: copies,
+            begin,
+        })
+    }
+
+    /// The slots that serve the ids of a layer. Copies share an expert's tokens evenly, by a hash of the token's
+    /// position (Knuth's multiplicative one), the same in all layers.
+    fn route<I: ExpertId>(&self, l: usize, ids: &[I], top_k: usize, first_token: u64) -> Vec<u16> {
+        let (copies, begin) = (&self.slots_of[l], &self.begin[l]);
+        if copies.len() + 1 == begin.len() {
+            return ids.iter().map(|id| copies[id.index()]).collect();
+        }
+        let mut slots = Vec::with_capacity(ids.len());
+        for (token, ids) in (first_token..).zip(ids.chunks_exact(top_k)) {
+            let hash = token.wrapping_mul(2_654_435_761) as u32;
+            slots.extend(ids.iter().map(|id| {
+                let (from, to) = (begin[id.index()], begin[id.index() + 1]);
+                copies[(from + hash % (to - from)) as usize]
+            }));
+        }
+        slots
+    }
+
+    /// The devices of every node as bits; up to 64 devices.
+    fn devices_of_node(&self) -> Vec<u64> {
+        let mut nodes = vec![0; self.devices];
+        for (device, &node) in self.node_of_device.iter().enumerate() {
+            nodes[usize::from(node)] |= 1 << device;
+        }
+        nodes.retain(|&devices| devices != 0);
+        nodes
+    }
+}
+
+/// What a placement does to a trace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tally {
+    /// Tokens replayed.
+    pub tokens: u64,
+    /// Windows, at least one.
+    pub windows: usize,
+    /// Tokens arriving at every device, once per expert `[W, L, D]`.
+    pub load: Vec<u64>,
+    /// Pairs of neighbouring layers' experts by their devices `[L - 1, D, D]`.
+    pub traffic: Vec<u64>,
+    /// Tokens with at least one expert on the device `[L, D]`.
+    pub visits: Vec<u64>,
+    /// Distinct devices, summed over tokens `[L]`.
+    pub fanout: Vec<u64>,
+    /// Distinct nodes, summed over tokens `[L]`.
+    pub node_fanout: Vec<u64>,
+}
+
+/// Replays a trace shard by shard. Push its shards in order, then [`Replay::finish`].
+#[derive(Debug)]
+pub struct Replay {
+    routing: Routing,
+    copies: Copies,
+    /// Load of slots.
+    windows: Windows,
+    layers: Vec<Layer>,
+}
+
+#[derive(Debug)]
+struct Layer {
+    /// Pairs of slots of the layer before and of this one `[P, P]`; empty in the first layer.
+    pairs: Vec<u64>,
+    /// By device.
+    visits: Vec<u64>,
+    fanout: u64,
+    node_fanout: u64,
+}
+
+impl Replay {
+    /// Nothing replayed yet; `window` tokens make a window, the whole trace where there is no number.
+    #[must_use]
+    pub fn new(routing: Routing, copies: Copies, window: Option<u64>) -> Self {
+        let table = copies.slots * copies.slots;
+        let layer = |l: usize| Layer {
+            pairs: vec![0; if l > 0 { table } else { 0 }],
+            visits: vec![0; copies.devices],
+            fanout: 0,
+            node_fanout: 0,
+        };
+        Self {
+            layers: (0..routing.layers).map(layer).collect(),
+            windows: Windows::new(routing.layers, copies.slots, window),
+            routing,
+            copies,
+        }
+    }
+
+    /// Validates and replays the next tokens of the trace, `[tokens, layers, top_k]`.
+    pub fn push<I: ExpertId>(&mut self, ids: &[I]) -> Result<()> {
+        let Self { routing, copies, windows, layers } = self;
+        validate(ids, *routing, windows.tokens)?;
+        for block in ids.chunks(BLOCK * routing.row()) {
+            let first = windows.tokens;
+            let mut tasks: Vec<_> = layers.iter_mut().zip(&mut windows.load).collect();
+            // A trace of one byte per id may need two bytes per slot.
+            let prepare = |l: usize, ids: Vec<I>| {
+                let slots = copies.route(l, &ids, routing.top_k, first);
+                (Side::new(slots.clone(), routing.top_k, copies.slots), slots)
+            };
+            by_layers(&mut tasks, block, *routing, prepare, |(layer, load), before, (here, slots)| {
+                here.count_windows(windows.length, first, load);
+                if let Some((before, _)) = before {
+                    before.count_pairs(here, &mut layer.pairs);
+                }
+                layer.fan_out(slots, routing.top_k, copies);
+            });
+            windows.tokens += (block.len() / routing.row()) as u64;
+        }
+        Ok(())
+    }
+
+    /// What was counted.
+    #[must_use]
+    pub fn finish(self) -> Tally {
+        let Self { routing, copies, windows, layers } = self;
+        let (p, d) = (copies.slots, copies.devices);
+        let device = |slot: usize| usize::from(copies.device_of_slot[slot]);
+        let (tokens, windows, load_of_slot) = windows.finish();
+        let mut load = vec![0; windows * routing.layers * d];
+        for (load, of_slot) in load.chunks_exact_mut(d).zip(load_of_slot.chunks_exact(p)) {
+            of_slot.iter().enumerate().for_each(|(slot, count)| load[device(slot)] += count);
+        }
+        let mut traffic = vec![0; (routing.layers - 1) * d * d];
+        for (traffic, layer) in traffic.chunks_exact_mut(d * d).zip(&layers[1..]) {
+            for (from, row) in layer.pairs.chunks_exact(p).enumerate() {
+                for (to, &count) in row.iter().enumerate() {
+                    traffic[device(from) * d + device(to)] += count;
+                }
+            }
+        }
+        Tally {
+            tokens,
+            windows,
+            load,
+            traffic,
+            visits: layers.iter().flat_map(|layer| layer.visits.iter().copied()).collect(),
+            fanout: layers.iter().map(|layer| layer.fanout).collect(),
+            node_fanout: layers.iter().map(|layer| layer.node_fanout).collect(),
+        }
+    }
+}
+
+impl Layer {
+    /// Counts the distinct devices and nodes that every token of a block visits.
+    fn fan_out(&mut self, slots: &[u16], top_k: usize, copies: &Copies) {
+        if copies.devices <= 64 {
+            match top_k {
+                1 => self.fan_out_with(slots, 1, copies),
+                2 => self.fan_out_with(slots, 2, copies),
+                4 => self.fan_out_with(slots, 4, copies),
+                8 => self.fan_out_with(slots, 8, copies),
+                _ => self.fan_out_with(slots, top_k, copies),
+            }
+            return;
+        }
+        // Which token visited a device or, behind them, a node last; tokens are numbered from 1.
+        let mut last = vec![0; 2 * copies.devices];
+        for (token, slots) in (1u32..).zip(slots.chunks_exact(top_k)) {
+            for &slot in slots {
+                let device = usize::from(copies.device_of_slot[usize::from(slot)]);
+                let node = copies.devices + usize::from(copies.node_of_device[device]);
+                let new = u64::from(std::mem::replace(&mut last[device], token) != token);
+                self.visits[device] += new;
+                self.fanout += new;
+                self.node_fanout += u64::from(std::mem::replace(&mut last[node], token) != token);
+            }
+        }
+    }
+
+    /// Up to 64 devices are bits of a word. Inlined for constant `top_k`, so that the loop over slots unrolls.
+    #[inline(always)]
+    fn fan_out_with(&mut self, slots: &[u16], top_k: usize, copies: &Copies) {
+        let device_bit = |&slot: &u16| 1u64 << copies.device_of_slot[usize::from(slot)];
+        let visited: Vec<u64> = slots
+            .chunks_exact(top_k)
+            .map(|slots| slots.iter().fold(0, |set, slot| set | device_bit(slot)))
+            .collect();
+        for (device, visits) in self.visits.iter_mut().enumerate() {
+            *visits += visited.iter().map(|set| set >> device & 1).sum::<u64>();
+        }
+        self.fanout += visited.iter().map(|set| u64::from(set.count_ones())).sum::<u64>();
+        for devices in copies.devices_of_node() {
+            self.node_fanout += visited.iter().map(|set| u64::from(set & devices != 0)).sum::<u64>();
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! Simulated annealing by swaps and by relabelling suffixes.
+
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
+
+use super::Control;
+use super::state::State;
+use crate::random::{Random, scale};
+
+/// A cooling schedule, with temperatures in units of the mean pair cost.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Schedule {
+    pub(crate) length: Length,
+    pub(crate) hot: f64,
+    pub(crate) cold: f64,
+}
+
+/// How long a run is. Only a number of trials gives the same answer on every machine.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Length {
+    Trials(u64),
+    Time(Duration),
+}
+
+/// Trials at one temperature; each block also tries one relabelling, without which swaps get stuck.
+const BLOCK: u64 = 512;
+
+/// Blocks between two looks at the clock.
+const CHECK: u64 = 64;
+
+/// -ln(u) at the middle of 4096 equal parts of (0, 1): the thresholds of the Metropolis rule.
+static THRESHOLDS: LazyLock<Vec<f64>> =
+    LazyLock::new(|| (0..4096).map(|i| -libm::log((f64::from(i) + 0.5) / 4096.0)).collect());
+
+/// Anneals in place; stops early, somewhere in between, when told to.
+pub(crate) fn anneal(state: &mut State<'_>, schedule: Schedule, random: &mut Random, control: &Control) {
+    let instance = state.instance;
+    let (layers, slots) = (instance.sizes.layers, instance.sizes.slots());
+    let thresholds: &[f64; 4096] = THRESHOLDS.as_slice().try_into().expect("4096 thresholds");
+    let begin = Instant::now();
+    let blocks = match schedule.length {
+        Length::Trials(trials) => trials.div_ceil(BLOCK).max(1),
+        Length::Time(_) => u64::MAX,
+    };
+    let ratio = schedule.cold / schedule.hot;
+    let mut temperature = schedule.hot * instance.unit;
+    let mut cooling = libm::pow(ratio, 1.0 / blocks as f64);
+    for block in 0..blocks {
+        if block % CHECK == 0 {
+            control.count(CHECK * BLOCK);
+            if control.stopped() {
+                return;
+            }
+            if let Length::Time(time) = schedule.length {
+                let done = begin.elapsed().as_secs_f64() / time.as_secs_f64().max(1e-9);
+                if done >= 1.0 {
+                    return;
+                }
+                temperature = schedule.hot * instance.unit * libm::pow(ratio, done);
+                cooling = 1.0;
+            }
+        }
+        for _ in 0..BLOCK {
+            let bits = random.bits();
+            // Layer and expert from the high half (what the layer leaves over chooses the expert), slot from the low.
+            let place = (bits >> 32) * layers as u64;
+            let (layer, expert) = ((place >> 32) as usize, scale(place & 0xFFFF_FFFF, slots));
+            let slot = scale(bits & 0xFFFF_FFFF, slots);
+            let Some(swap) = state.swap_with_slot(layer, expert, slot) else { continue };
+            let change = state.change(swap);
+            // The low bits hardly matter for the slot: they are free to choose the threshold.
+            if change as f64 <= temperature * thresholds[(bits & 4095) as usize] && state.fits(swap) {
+                state.apply(swap);
+            }
+        }
+        if layers > 1 && !instance.twins.is_empty() {
+            let l = 1 + random.below(layers - 1);
+            let (g, h) = instance.twins[random.below(instance.twins.len())];
+            let change = state.relabel_change(l, g.into(), h.into());
+            if change as f64 <= temperature * thresholds[(random.bits() & 4095) as usize] {
+                state.relabel(l, g.into(), h.into());
+            }
+        }
+        temperature *= cooling;
+    }
+}

@@ -1,0 +1,230 @@
+//! The search for a placement: construct, anneal from several starts, recombine, polish.
+//!
+//! One seed gives one answer, on any number of threads: every start has its own random stream, costs are integers,
+//! and ties go to the start with the lower number.
+
+mod anneal;
+mod state;
+
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use rayon::prelude::*;
+
+use crate::chain::recombine;
+use crate::error::Result;
+use crate::instance::Instance;
+use crate::packing::{Goal, Room, pack};
+use crate::random::Random;
+use anneal::{Length, Schedule, anneal};
+use state::State;
+
+/// How much to search.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Seed of all random choices.
+    pub seed: u64,
+    /// Trials of each start; by default chosen by the size of the problem.
+    pub trials: Option<u64>,
+    /// Seconds for everything. The answer then depends on the machine.
+    pub time_limit: Option<Duration>,
+}
+
+/// How a search is watched and stopped from another thread.
+#[derive(Debug)]
+pub struct Control {
+    /// Set to stop: the best placement so far is the answer.
+    pub stop: AtomicBool,
+    /// Trials made.
+    pub trials: AtomicU64,
+    /// Cost of the best finished placement, in the instance's counts; `i64::MAX` before the first.
+    pub best: AtomicI64,
+    deadline: Option<Instant>,
+}
+
+impl Control {
+    /// A search that stops at `deadline` at the latest.
+    #[must_use]
+    pub fn new(deadline: Option<Instant>) -> Self {
+        Self {
+            stop: AtomicBool::new(false),
+            trials: AtomicU64::new(0),
+            best: AtomicI64::new(i64::MAX),
+            deadline,
+        }
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed) || self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+    }
+
+    fn count(&self, trials: u64) {
+        self.trials.fetch_add(trials, Ordering::Relaxed);
+    }
+
+    fn found(&self, cost: i64) {
+        self.best.fetch_min(cost, Ordering::Relaxed);
+    }
+}
+
+/// A placement and its cost.
+type Found = (i64, Vec<u16>);
+
+/// Starts at the most, and their share of a time limit; the rest polishes.
+const STARTS: usize = 24;
+const START_SHARE: f64 = 0.55;
+/// Rounds of polishing, and runs per round.
+const ROUNDS: u64 = 6;
+const RUNS: u64 = 4;
+/// Temperatures between which a start cools, and a polishing run.
+const START: (f64, f64) = (12.0, 0.35);
+const POLISH: (f64, f64) = (1.0, 0.2);
+
+/// The expert in every slot `[L, P]` of the best placement found.
+///
+/// Starts from `balanced`, which must respect the caps ([`Instance::allow`]); so do all placements that it tries.
+/// Placements of `initial` take part in recombination and polishing.
+#[must_use]
+pub fn search(
+    instance: &Instance,
+    options: &Options,
+    balanced: &[u16],
+    initial: &[Vec<u16>],
+    control: &Control,
+) -> Vec<u16> {
+    let begin = Instant::now();
+    let found = |expert_in: Vec<u16>| {
+        let cost = cost_of(instance, &expert_in);
+        control.found(cost);
+        (cost, expert_in)
+    };
+    let mut pool: Vec<Found> = vec![found(balanced.to_vec())];
+    pool.extend(initial.iter().cloned().map(found));
+    if instance.sizes.devices < 2 || control.stopped() {
+        return best(pool);
+    }
+    let effort = Effort::new(instance, options, balanced);
+
+    let run = |schedule: Schedule, from: &[u16], stream: u64| {
+        let mut state = State::new(instance, from.to_vec());
+        anneal(&mut state, schedule, &mut Random::new(options.seed, stream), control);
+        // A run that was cut short ends hot: it is compared like any other, and hardly ever wins.
+        control.found(state.cost());
+        (state.cost(), state.expert_in)
+    };
+    let starts = (0..effort.starts as u64).into_par_iter().map(|i| run(effort.start, balanced, i));
+    pool.par_extend(starts);
+    keep_best(&mut pool, effort.pool);
+    pool.push(recombined(instance, &pool, control));
+
+    for round in 0..ROUNDS {
+        let out_of_time = options.time_limit.is_some_and(|limit| begin.elapsed() >= limit);
+        if control.stopped() || out_of_time {
+            break;
+        }
+        keep_best(&mut pool, effort.pool.min(13));
+        let from = pool[0].1.clone();
+        let runs = (0..RUNS).into_par_iter();
+        let first = effort.starts as u64 + round * RUNS;
+        pool.par_extend(runs.map(|i| run(effort.polish, &from, first + i)));
+        pool.push(recombined(instance, &pool, control));
+    }
+    best(pool)
+}
+
+/// Where the search starts: balanced loads, whatever the traffic `[L, P]`.
+pub fn balanced(instance: &Instance) -> Result<Vec<u16>> {
+    let sizes = instance.sizes;
+    let (p, d) = (sizes.slots(), sizes.devices);
+    let room = Room::equal(p, d);
+    let mut expert_in = Vec::with_capacity(sizes.layers * p);
+    for packing in pack(&instance.load, p, d, room, Goal::Peak, true)? {
+        let mut layer: Vec<u16> = (0..p as u16).collect();
+        layer.sort_by_key(|&e| packing.cluster[usize::from(e)]);
+        expert_in.extend(layer);
+    }
+    Ok(expert_in)
+}
+
+/// Cost of a placement in the instance's counts.
+#[must_use]
+pub fn cost_of(instance: &Instance, expert_in: &[u16]) -> i64 {
+    State::new(instance, expert_in.to_vec()).cost()
+}
+
+fn recombined(instance: &Instance, pool: &[Found], control: &Control) -> Found {
+    let placements: Vec<Vec<u16>> = pool.iter().map(|(_, placement)| placement.clone()).collect();
+    let placement = recombine(instance, &placements);
+    let cost = cost_of(instance, &placement);
+    control.found(cost);
+    (cost, placement)
+}
+
+/// Keeps the `n` cheapest placements, cheapest first; equals stay in order.
+fn keep_best(pool: &mut Vec<Found>, n: usize) {
+    pool.sort_by_key(|&(cost, _)| cost);
+    pool.dedup();
+    pool.truncate(n.max(1));
+}
+
+fn best(mut pool: Vec<Found>) -> Vec<u16> {
+    keep_best(&mut pool, 1);
+    pool.swap_remove(0).1
+}
+
+/// The sizes of a search.
+#[derive(Debug)]
+struct Effort {
+    starts: usize,
+    start: Schedule,
+    polish: Schedule,
+    /// Placements that are recombined together at the most.
+    pool: usize,
+}
+
+impl Effort {
+    fn new(instance: &Instance, options: &Options, balanced: &[u16]) -> Self {
+        let sizes = instance.sizes;
+        let (p, d) = (sizes.slots(), sizes.devices);
+        let places = (sizes.layers * p) as u64;
+        // Recombination solves one assignment problem per boundary and pair of members.
+        let per_pair = (sizes.layers * (d * p + d * d * d)) as f64;
+        let pool = (5e8 / per_pair).sqrt().clamp(3.0, STARTS as f64) as usize;
+        let (starts, start, polish) = match (options.trials, options.time_limit) {
+            (None, Some(limit)) => {
+                let threads = rayon::current_num_threads();
+                let (total, share) = (limit.as_secs_f64() * threads as f64, START_SHARE);
+                // Few long runs where the time is short for the size, more where it is ample.
+                let trials = total * share / seconds_per_trial(instance, balanced);
+                let starts =
+                    (trials / (places as f64 * 2000.0)).clamp(threads as f64, STARTS as f64) as usize;
+                let waves = starts.div_ceil(threads) as f64;
+                let polish_waves = (ROUNDS * RUNS.div_ceil(threads as u64)) as f64;
+                let time = |share: f64, waves: f64| Length::Time(limit.mul_f64(share / waves));
+                (starts, time(share, waves), time((1.0 - share) * 0.95, polish_waves))
+            }
+            (trials, _) => {
+                let trials = trials.unwrap_or((places * 2600).clamp(200_000, 16_000_000));
+                let starts = (100_000_000 / trials.max(1)).clamp(4, STARTS as u64) as usize;
+                (starts, Length::Trials(trials), Length::Trials(trials))
+            }
+        };
+        let schedule = |length, (hot, cold)| Schedule { length, hot, cold };
+        Self {
+            starts,
+            start: schedule(start, START),
+            polish: schedule(polish, POLISH),
+            pool: pool.min(starts + 1),
+        }
+    }
+}
+
+/// Measured on a short run at the starting temperature.
+fn seconds_per_trial(instance: &Instance, balanced: &[u16]) -> f64 {
+    const SAMPLE: u64 = 1 << 15;
+    let mut state = State::new(instance, balanced.to_vec());
+    let schedule = Schedule { length: Length::Trials(SAMPLE), hot: START.0, cold: START.0 };
+    let begin = Instant::now();
+    anneal(&mut state, schedule, &mut Random::new(0, 0), &Control::new(None));
+    begin.elapsed().as_secs_f64() / SAMPLE as f64
+}

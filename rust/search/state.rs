@@ -1,0 +1,365 @@
+//! A placement under search, with the tables that make a move cheap to judge and to make.
+
+use crate::instance::Instance;
+
+/// Who sits where, and what every expert would cost on every device.
+#[derive(Debug, Clone)]
+pub(crate) struct State<'a> {
+    pub(crate) instance: &'a Instance,
+    /// Expert in every slot `[L, P]`.
+    pub(crate) expert_in: Vec<u16>,
+    /// Slot of every expert `[L, P]`.
+    slot_of: Vec<u16>,
+    /// Device of every expert `[L, P]`.
+    device_of: Vec<u16>,
+    /// Device of every slot `[P]`.
+    device_of_slot: Vec<u16>,
+    /// Load of every device `[L, D]`.
+    load: Vec<u64>,
+    /// Cost of expert e with all its partners as they stand, were it on device d `[L, D, P]`.
+    ///
+    /// Device-major, because a move changes few devices' rows and all experts in them.
+    price: Vec<i32>,
+    /// Scratch rows, `[P]` each.
+    next: Vec<i32>,
+    previous: Vec<i32>,
+    with: Vec<i32>,
+}
+
+/// Two experts of a layer that would change places.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Swap {
+    pub(crate) layer: usize,
+    pub(crate) expert: usize,
+    pub(crate) other: usize,
+}
+
+impl<'a> State<'a> {
+    /// Takes the expert in every slot `[L, P]`; each expert (empty ones included) exactly once per layer.
+    pub(crate) fn new(instance: &'a Instance, expert_in: Vec<u16>) -> Self {
+        let sizes = instance.sizes;
+        let (p, d) = (sizes.slots(), sizes.devices);
+        let device_of_slot: Vec<u16> = (0..p).map(|slot| (slot / sizes.per_device) as u16).collect();
+        let mut state = Self {
+            instance,
+            slot_of: vec![0; expert_in.len()],
+            device_of: vec![0; expert_in.len()],
+            device_of_slot,
+            load: vec![0; sizes.layers * d],
+            price: vec![0; sizes.layers * d * p],
+            next: vec![0; p],
+            previous: vec![0; p],
+            with: vec![0; p],
+            expert_in,
+        };
+        for l in 0..sizes.layers {
+            for slot in 0..p {
+                let e = usize::from(state.expert_in[l * p + slot]);
+                state.slot_of[l * p + e] = slot as u16;
+                state.device_of[l * p + e] = state.device_of_slot[slot];
+                state.load[l * d + usize::from(state.device_of_slot[slot])] += instance.load[l * p + e];
+            }
+        }
+        for l in 0..sizes.layers {
+            for e in 0..p {
+                state.add_partner_prices(l, e);
+            }
+        }
+        state
+    }
+
+    /// Adds what expert `e` of layer `l` makes its partners pay.
+    fn add_partner_prices(&mut self, l: usize, e: usize) {
+        let Self { instance, price, device_of, .. } = self;
+        let (p, d) = (instance.sizes.slots(), instance.sizes.devices);
+        let home = usize::from(device_of[l * p + e]);
+        let mut add = |l: usize, counts: &[i32]| {
+            for device in 0..d {
+                let cost = instance.cost[home * d + device] as i32;
+                if cost != 0 {
+                    add_scaled(&mut price[(l * d + device) * p..][..p], counts, cost);
+                }
+            }
+        };
+        if instance.has_transitions() {
+            if l + 1 < instance.sizes.layers {
+                add(l + 1, instance.to_next(l, e));
+            }
+            if l > 0 {
+                add(l - 1, instance.from_previous(l, e));
+            }
+        }
+        if let Some(counts) = instance.with(l, e) {
+            add(l, counts);
+        }
+    }
+
+    /// The swap of an expert with whatever is in a slot, unless both are on one device.
+    #[inline]
+    pub(crate) fn swap_with_slot(&self, layer: usize, expert: usize, slot: usize) -> Option<Swap> {
+        let p = self.instance.sizes.slots();
+        let other = usize::from(self.expert_in[layer * p + slot]);
+        (self.device_of[layer * p + expert] != self.device_of_slot[slot]).then_some(Swap {
+            layer,
+            expert,
+            other,
+        })
+    }
+
+    /// Whether the loads after a swap stay under their caps, or at least do not rise where they are above.
+    #[inline]
+    pub(crate) fn fits(&self, swap: Swap) -> bool {
+        let (p, d) = (self.instance.sizes.slots(), self.instance.sizes.devices);
+        let row = swap.layer * p;
+        let (a, b) = (self.instance.load[row + swap.expert], self.instance.load[row + swap.other]);
+        let (light, heavy, receiver) = if a >= b { (b, a, swap.other) } else { (a, b, swap.expert) };
+        let device = swap.layer * d + usize::from(self.device_of[row + receiver]);
+        self.load[device] - light + heavy <= self.instance.cap[device]
+    }
+
+    /// What a swap would add to the cost.
+    #[inline]
+    pub(crate) fn change(&self, swap: Swap) -> i64 {
+        let Swap { layer, expert, other } = swap;
+        let (p, d) = (self.instance.sizes.slots(), self.instance.sizes.devices);
+        let here = usize::from(self.device_of[layer * p + expert]);
+        let there = usize::from(self.device_of[layer * p + other]);
+        let here_row = &self.price[(layer * d + here) * p..][..p];
+        let there_row = &self.price[(layer * d + there) * p..][..p];
+        let mut change = i64::from(there_row[expert]) - i64::from(here_row[expert])
+            + i64::from(here_row[other])
+            - i64::from(there_row[other]);
+        if let Some(with) = self.instance.with(layer, expert) {
+            // The two prices assume that the partner stays; both move, so that their own pair changes nothing.
+            change += 2 * i64::from(with[other]) * self.instance.cost[here * d + there];
+        }
+        change
+    }
+
+    /// Makes a swap.
+    pub(crate) fn apply(&mut self, swap: Swap) {
+        let Swap { layer: l, expert, other } = swap;
+        let instance = self.instance;
+        let (p, d) = (instance.sizes.slots(), instance.sizes.devices);
+        let row = l * p;
+        let (a, b) = (instance.load[row + expert], instance.load[row + other]);
+        let (here, there) =
+            (usize::from(self.device_of[row + expert]), usize::from(self.device_of[row + other]));
+        self.load[l * d + here] = self.load[l * d + here] - a + b;
+        self.load[l * d + there] = self.load[l * d + there] - b + a;
+        self.device_of.swap(row + expert, row + other);
+        self.slot_of.swap(row + expert, row + other);
+        self.expert_in[row + usize::from(self.slot_of[row + expert])] = expert as u16;
+        self.expert_in[row + usize::from(self.slot_of[row + other])] = other as u16;
+
+        let changes = instance.changes(here, there);
+        let prices = &mut self.price;
+        let mut spread = |l: usize, of_expert: &[i32], of_other: &[i32], difference: &mut [i32]| {
+            subtract(difference, of_expert, of_other);
+            for &(device, by) in changes {
+                add_scaled(&mut prices[(l * d + device as usize) * p..][..p], difference, by);
+            }
+        };
+        if instance.has_transitions() {
+            if l + 1 < instance.sizes.layers {
+                spread(l + 1, instance.to_next(l, expert), instance.to_next(l, other), &mut self.next);
+            }
+            if l > 0 {
+                let previous = |e| instance.from_previous(l, e);
+                spread(l - 1, previous(expert), previous(other), &mut self.previous);
+            }
+        }
+        if let (Some(of_expert), Some(of_other)) = (instance.with(l, expert), instance.with(l, other)) {
+            spread(l, of_expert, of_other, &mut self.with);
+        }
+    }
+
+    /// What exchanging the labels of two twin devices on layers `l..` would add to the cost.
+    ///
+    /// Only the boundary between `l - 1` and `l` notices; `l` must be at least 1.
+    pub(crate) fn relabel_change(&self, l: usize, g: usize, h: usize) -> i64 {
+        if !self.instance.has_transitions() {
+            return 0;
+        }
+        let mut change = 0;
+        for &(device, by) in self.instance.changes(g, h) {
+            for &y in self.members(l - 1, device as usize) {
+                let counts = self.instance.to_next(l - 1, usize::from(y));
+                let sum = |members: &[u16]| -> i64 {
+                    members.iter().map(|&x| i64::from(counts[usize::from(x)])).sum()
+                };
+                change += i64::from(by) * (sum(self.members(l, g)) - sum(self.members(l, h)));
+            }
+        }
+        change
+    }
+
+    /// Exchanges the labels of two twin devices on layers `l..`, `l >= 1`.
+    pub(crate) fn relabel(&mut self, l: usize, g: usize, h: usize) {
+        let instance = self.instance;
+        let (p, d, s) = (instance.sizes.slots(), instance.sizes.devices, instance.sizes.per_device);
+        if instance.has_transitions() {
+            // Layer l is priced by l - 1, which keeps its labels: take that part out of the exchange of rows below.
+            self.next.fill(0);
+            self.previous.fill(0);
+            for &(device, by) in instance.changes(g, h) {
+                for slot in 0..s {
+                    let y = usize::from(self.expert_in[(l - 1) * p + device as usize * s + slot]);
+                    add_scaled(&mut self.next, instance.to_next(l - 1, y), by);
+                }
+            }
+            for slot in 0..s {
+                let x = usize::from(self.expert_in[l * p + g * s + slot]);
+                add_scaled(&mut self.previous, instance.from_previous(l, x), 1);
+                let x = usize::from(self.expert_in[l * p + h * s + slot]);
+                add_scaled(&mut self.previous, instance.from_previous(l, x), -1);
+            }
+            for &(device, by) in instance.changes(g, h) {
+                let row = &mut self.price[((l - 1) * d + device as usize) * p..][..p];
+                add_scaled(row, &self.previous, by);
+            }
+            add_scaled(&mut self.price[(l * d + g) * p..][..p], &self.next, 1);
+            add_scaled(&mut self.price[(l * d + h) * p..][..p], &self.next, -1);
+        }
+        for l in l..instance.sizes.layers {
+            self.load.swap(l * d + g, l * d + h);
+            let (low, high) = self.price.split_at_mut((l * d + h) * p);
+            low[(l * d + g) * p..][..p].swap_with_slice(&mut high[..p]);
+            for slot in 0..s {
+                let (at_g, at_h) = (g * s + slot, h * s + slot);
+                self.expert_in.swap(l * p + at_g, l * p + at_h);
+                for (at, device) in [(at_g, g), (at_h, h)] {
+                    let e = usize::from(self.expert_in[l * p + at]);
+                    self.slot_of[l * p + e] = at as u16;
+                    self.device_of[l * p + e] = device as u16;
+                }
+            }
+        }
+    }
+
+    fn members(&self, l: usize, device: usize) -> &[u16] {
+        let s = self.instance.sizes.per_device;
+        &self.expert_in[l * self.instance.sizes.slots() + device * s..][..s]
+    }
+
+    /// The cost of the placement as it stands, in the instance's (possibly shifted) counts.
+    pub(crate) fn cost(&self) -> i64 {
+        let sizes = self.instance.sizes;
+        let (p, d) = (sizes.slots(), sizes.devices);
+        // Every pair is in the price of both its experts.
+        let paid = |at: usize| {
+            let (l, e) = (at / p, at % p);
+            i64::from(self.price[(l * d + usize::from(self.device_of[at])) * p + e])
+        };
+        (0..sizes.layers * p).map(paid).sum::<i64>() / 2
+    }
+}
+
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn add_scaled(to: &mut [i32], from: &[i32], by: i32) {
+    for (to, &from) in to.iter_mut().zip(from) {
+        *to += from * by;
+    }
+}
+
+fn subtract(to: &mut [i32], a: &[i32], b: &[i32]) {
+    for ((to, &a), &b) in to.iter_mut().zip(a).zip(b) {
+        *to = a - b;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::instance::Sizes;
+    use crate::random::Random;
+    use proptest::prelude::*;
+
+    fn plain_cost(instance: &Instance, state: &State<'_>) -> i64 {
+        let sizes = instance.sizes;
+        let (p, d) = (sizes.slots(), sizes.devices);
+        let cost = |l: usize, e: usize, m: usize, f: usize| {
+            let (a, b) = (state.device_of[l * p + e], state.device_of[m * p + f]);
+            instance.cost[usize::from(a) * d + usize::from(b)]
+        };
+        let mut total = 0;
+        for l in 0..sizes.layers {
+            for e in 0..p {
+                for f in 0..p {
+                    if l + 1 < sizes.layers && instance.has_transitions() {
+                        total += i64::from(instance.to_next(l, e)[f]) * cost(l, e, l + 1, f);
+                    }
+                    if let (true, Some(with)) = (e < f, instance.with(l, e)) {
+                        total += i64::from(with[f]) * cost(l, e, l, f);
+                    }
+                }
+            }
+        }
+        total
+    }
+
+    proptest! {
+        /// Every judged change is what the plain sum over pairs changes by, for swaps and for relabelling.
+        #[test]
+        fn changes_are_exact(
+            layers in 1usize..4,
+            experts in 1usize..7,
+            devices in 1usize..5,
+            spare in 0usize..2,
+            tiers in any::<bool>(),
+            dispatch in any::<bool>(),
+            seed in any::<u64>(),
+        ) {
+            let mut random = Random::new(seed, 0);
+            let per_device = experts.div_ceil(devices) + spare;
+            let sizes = Sizes { layers, experts, devices, per_device };
+            let table = experts * experts;
+            let transitions: Vec<u64> = (0..(layers - 1) * table).map(|_| random.below(9) as u64).collect();
+            let mut coactivation = vec![0; if dispatch { layers * table } else { 0 }];
+            for at in 0..coactivation.len() {
+                let (l, e, f) = (at / table, at % table / experts, at % experts);
+                if e < f {
+                    let count = random.below(9) as u64;
+                    coactivation[l * table + e * experts + f] = count;
+                    coactivation[l * table + f * experts + e] = count;
+                }
+            }
+            let cost: Vec<i64> = (0..devices * devices)
+                .map(|at| match (at / devices, at % devices) {
+                    (g, h) if g == h => 0,
+                    (g, h) if tiers && g / 2 != h / 2 => 5,
+                    _ => 1,
+                })
+                .collect();
+            let cap = vec![u64::MAX; layers * devices];
+            let load = vec![1; layers * experts];
+            let instance = Instance::new(sizes, &load, &transitions, &coactivation, &cap, &cost).expect("valid");
+            let p = sizes.slots();
+            let mut state = State::new(&instance, (0..layers * p).map(|at| (at % p) as u16).collect());
+            prop_assert_eq!(state.cost(), plain_cost(&instance, &state));
+            for _ in 0..30 {
+                let before = state.cost();
+                let l = random.below(layers);
+                let change = if l > 0 && !instance.twins.is_empty() && random.below(3) == 0 {
+                    let (g, h) = instance.twins[random.below(instance.twins.len())];
+                    let (g, h) = (usize::from(g), usize::from(h));
+                    let change = state.relabel_change(l, g, h);
+                    state.relabel(l, g, h);
+                    change
+                } else if let Some(swap) = state.swap_with_slot(l, random.below(p), random.below(p)) {
+                    let change = state.change(swap);
+                    state.apply(swap);
+                    change
+                } else {
+                    0
+                };
+                prop_assert_eq!(state.cost(), plain_cost(&instance, &state));
+                prop_assert_eq!(state.cost() - before, change);
+            }
+            let fresh = State::new(&instance, state.expert_in.clone());
+            prop_assert_eq!(&fresh.price, &state.price);
+            prop_assert_eq!(&fresh.load, &state.load);
+            prop_assert_eq!(&fresh.slot_of, &state.slot_of);
+        }
+    }
+}
