@@ -70,15 +70,17 @@ impl Control {
 /// A placement and its cost.
 type Found = (i64, Vec<u16>);
 
-/// Starts at the most, and their share of a time limit; the rest polishes.
+/// Starts at the most.
 const STARTS: usize = 24;
-const START_SHARE: f64 = 0.55;
-/// Rounds of polishing, and runs per round.
-const ROUNDS: u64 = 6;
+/// Rounds of polishing before starting afresh (with a time limit; without one the search ends), and runs per round.
+const ROUNDS: u64 = 12;
+const TIMED_ROUNDS: u64 = 30;
 const RUNS: u64 = 4;
-/// Temperatures between which a start cools, and a polishing run.
+/// Share of a time limit for the first starts.
+const START_SHARE: f64 = 0.4;
+/// Temperatures between which a start cools, and a polishing run (measured: bench/RESULTS.md).
 const START: (f64, f64) = (12.0, 0.35);
-const POLISH: (f64, f64) = (1.0, 0.2);
+const POLISH: (f64, f64) = (3.0, 0.2);
 
 /// The expert in every slot `[L, P]` of the best placement found.
 ///
@@ -92,19 +94,17 @@ pub fn search(
     initial: &[Vec<u16>],
     control: &Control,
 ) -> Vec<u16> {
-    let begin = Instant::now();
     let found = |expert_in: Vec<u16>| {
         let cost = cost_of(instance, &expert_in);
         control.found(cost);
         (cost, expert_in)
     };
-    let mut pool: Vec<Found> = vec![found(balanced.to_vec())];
-    pool.extend(initial.iter().cloned().map(found));
+    let mut elite: Vec<Found> = vec![found(balanced.to_vec())];
+    elite.extend(initial.iter().cloned().map(found));
     if instance.sizes.devices < 2 || control.stopped() {
-        return best(pool);
+        return best(elite);
     }
     let effort = Effort::new(instance, options, balanced);
-
     let run = |schedule: Schedule, from: &[u16], stream: u64| {
         let mut state = State::new(instance, from.to_vec());
         anneal(&mut state, schedule, &mut Random::new(options.seed, stream), control);
@@ -112,24 +112,31 @@ pub fn search(
         control.found(state.cost());
         (state.cost(), state.expert_in)
     };
-    let starts = (0..effort.starts as u64).into_par_iter().map(|i| run(effort.start, balanced, i));
-    pool.par_extend(starts);
-    keep_best(&mut pool, effort.pool);
-    pool.push(recombined(instance, &pool, control));
-
-    for round in 0..ROUNDS {
-        let out_of_time = options.time_limit.is_some_and(|limit| begin.elapsed() >= limit);
-        if control.stopped() || out_of_time {
-            break;
+    let mut stream = 0;
+    let mut runs = |pool: &mut Vec<Found>, n: u64, schedule: Schedule, from: &[u16]| {
+        pool.par_extend((stream..stream + n).into_par_iter().map(|stream| run(schedule, from, stream)));
+        stream += n;
+        let placements: Vec<Vec<u16>> = pool.iter().map(|(_, placement)| placement.clone()).collect();
+        pool.push(found(recombine(instance, &placements)));
+        keep_best(pool, effort.pool);
+    };
+    loop {
+        let mut pool = elite.clone();
+        // Only what was given takes part from the beginning: what an earlier epoch found would drown the new starts.
+        pool.truncate(1 + initial.len());
+        runs(&mut pool, effort.starts, effort.start, balanced);
+        for _ in 0..effort.rounds {
+            if control.stopped() {
+                break;
+            }
+            let from = pool[0].1.clone();
+            runs(&mut pool, RUNS, effort.polish, &from);
         }
-        keep_best(&mut pool, effort.pool.min(13));
-        let from = pool[0].1.clone();
-        let runs = (0..RUNS).into_par_iter();
-        let first = effort.starts as u64 + round * RUNS;
-        pool.par_extend(runs.map(|i| run(effort.polish, &from, first + i)));
-        pool.push(recombined(instance, &pool, control));
+        elite.append(&mut pool);
+        if options.time_limit.is_none() || control.stopped() {
+            return best(elite);
+        }
     }
-    best(pool)
 }
 
 /// Where the search starts: balanced loads, whatever the traffic `[L, P]`.
@@ -152,14 +159,6 @@ pub fn cost_of(instance: &Instance, expert_in: &[u16]) -> i64 {
     State::new(instance, expert_in.to_vec()).cost()
 }
 
-fn recombined(instance: &Instance, pool: &[Found], control: &Control) -> Found {
-    let placements: Vec<Vec<u16>> = pool.iter().map(|(_, placement)| placement.clone()).collect();
-    let placement = recombine(instance, &placements);
-    let cost = cost_of(instance, &placement);
-    control.found(cost);
-    (cost, placement)
-}
-
 /// Keeps the `n` cheapest placements, cheapest first; equals stay in order.
 fn keep_best(pool: &mut Vec<Found>, n: usize) {
     pool.sort_by_key(|&(cost, _)| cost);
@@ -175,8 +174,9 @@ fn best(mut pool: Vec<Found>) -> Vec<u16> {
 /// The sizes of a search.
 #[derive(Debug)]
 struct Effort {
-    starts: usize,
+    starts: u64,
     start: Schedule,
+    rounds: u64,
     polish: Schedule,
     /// Placements that are recombined together at the most.
     pool: usize,
@@ -190,31 +190,39 @@ impl Effort {
         // Recombination solves one assignment problem per boundary and pair of members.
         let per_pair = (sizes.layers * (d * p + d * d * d)) as f64;
         let pool = (5e8 / per_pair).sqrt().clamp(3.0, STARTS as f64) as usize;
-        let (starts, start, polish) = match (options.trials, options.time_limit) {
+        let (starts, start, rounds, polish) = match (options.trials, options.time_limit) {
             (None, Some(limit)) => {
                 let threads = rayon::current_num_threads();
-                let (total, share) = (limit.as_secs_f64() * threads as f64, START_SHARE);
-                // Few long runs where the time is short for the size, more where it is ample.
-                let trials = total * share / seconds_per_trial(instance, balanced);
+                let (limit, per_trial) = (limit.as_secs_f64(), seconds_per_trial(instance, balanced));
+                // A run is worth this long; where the time does not suffice for many, few take what there is.
+                let whole = (places * 5000).clamp(400_000, 32_000_000) as f64 * per_trial;
                 let starts =
-                    (trials / (places as f64 * 2000.0)).clamp(threads as f64, STARTS as f64) as usize;
-                let waves = starts.div_ceil(threads) as f64;
+                    (limit * START_SHARE * threads as f64 / whole).clamp(threads as f64, STARTS as f64);
+                let waves = (starts as usize).div_ceil(threads) as f64;
                 let polish_waves = (ROUNDS * RUNS.div_ceil(threads as u64)) as f64;
-                let time = |share: f64, waves: f64| Length::Time(limit.mul_f64(share / waves));
-                (starts, time(share, waves), time((1.0 - share) * 0.95, polish_waves))
+                let time = |share: f64, waves: f64| {
+                    Length::Time(Duration::from_secs_f64(whole.min(limit * share / waves)))
+                };
+                (
+                    starts as u64,
+                    time(START_SHARE, waves),
+                    TIMED_ROUNDS,
+                    time((1.0 - START_SHARE) * 0.95, polish_waves),
+                )
             }
             (trials, _) => {
                 let trials = trials.unwrap_or((places * 2600).clamp(200_000, 16_000_000));
-                let starts = (100_000_000 / trials.max(1)).clamp(4, STARTS as u64) as usize;
-                (starts, Length::Trials(trials), Length::Trials(trials))
+                let starts = (100_000_000 / trials.max(1)).clamp(4, STARTS as u64);
+                (starts, Length::Trials(trials), ROUNDS, Length::Trials(trials))
             }
         };
         let schedule = |length, (hot, cold)| Schedule { length, hot, cold };
         Self {
             starts,
             start: schedule(start, START),
+            rounds,
             polish: schedule(polish, POLISH),
-            pool: pool.min(starts + 1),
+            pool: pool.min(starts as usize + 1),
         }
     }
 }
