@@ -24,7 +24,7 @@ from moetuner.solver.result import Candidate, Limits, Progress, Status
 TOLERANCE = 0.025  # the paper's relative MIP tolerance
 # Products y[l,c,d] * y[l+1,c',d'] that HiGHS is given at most; beyond, it spends minutes at its
 # first node.
-MAX_PRODUCTS = 8192
+MAX_PRODUCTS = 4096
 WAY_ILP = "ilp"
 
 
