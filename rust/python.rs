@@ -300,9 +300,10 @@ fn cluster<'py>(
     threads: Option<usize>,
 ) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance)> {
     let experts = load.shape()[1];
-    let room = match equal_sizes {
-        true if clusters > 0 => Room::equal(experts, clusters),
-        _ => Room::free(experts, clusters, slots),
+    let room = if equal_sizes && clusters > 0 {
+        Room::equal(experts, clusters)
+    } else {
+        Room::free(experts, clusters, slots)
     };
     pack(py, &load, clusters, room, Goal::Deviation, true, threads)
 }
