@@ -1,6 +1,6 @@
 //! Local search for a chain of permutations, where it is too long for exact ways or totals must be level.
 
-use super::{Cost, Table};
+use super::{Cost, PERMUTED, Table};
 use crate::assignment::assign_max;
 
 /// Sweeps at most; it usually ends at a local optimum within ten.
@@ -70,16 +70,22 @@ impl<'a> Local<'a> {
         self.table.boundary_cost(l, &self.device[l * n..][..n], &self.device[(l + 1) * n..][..n])
     }
 
-    /// Tries every exchange of two devices: in one layer, in two layers at once, in all layers from one on.
+    /// Tries every exchange of two devices: in one layer, in two layers at once, and in all layers from one on. Where
+    /// the links of the two are alike, that last exchange changes one boundary alone; otherwise it is worth trying
+    /// for few devices only.
     fn sweep(&mut self) -> bool {
         let (n, layers) = (self.table.n, self.table.layers);
         let all: Vec<usize> = (0..layers).collect();
         let mut improved = false;
         for i in 0..n as u16 {
             for j in i + 1..n as u16 {
+                let alike = self.table.is_symmetry(&transposition(i, j, n));
                 for l in 0..layers {
-                    improved |= self.attempt(i, j, &[l]);
-                    improved |= l > 0 && self.attempt(i, j, &all[l..]);
+                    improved |= self.attempt(i, j, &[l], &[l.wrapping_sub(1), l]);
+                    if l > 0 && (alike || n <= PERMUTED) {
+                        let changed = if alike { &all[l - 1..l] } else { &all[l - 1..] };
+                        improved |= self.attempt(i, j, &all[l..], changed);
+                    }
                 }
                 if self.sizes.is_some() {
                     improved |= self.trade(i, j);
@@ -97,7 +103,7 @@ impl<'a> Local<'a> {
                 let (a, b) = (self.more(i, j, l), self.more(i, j, m));
                 let apart = self.totals[usize::from(i)] as i64 - self.totals[usize::from(j)] as i64;
                 if a + b == 0 || (apart - 2 * (a + b)).abs() < apart.abs() {
-                    improved |= self.attempt(i, j, &[l, m]);
+                    improved |= self.attempt(i, j, &[l, m], &[l.wrapping_sub(1), l, m - 1, m]);
                 }
             }
         }
@@ -112,8 +118,8 @@ impl<'a> Local<'a> {
         held(i) - held(j)
     }
 
-    /// Exchanges devices `i` and `j` in some layers; undone unless that is better.
-    fn attempt(&mut self, i: u16, j: u16, layers: &[usize]) -> bool {
+    /// Exchanges devices `i` and `j` in some layers, which changes some boundaries; undone unless that is better.
+    fn attempt(&mut self, i: u16, j: u16, layers: &[usize], boundaries: &[usize]) -> bool {
         let more: i64 =
             if self.sizes.is_some() { layers.iter().map(|&l| self.more(i, j, l)).sum() } else { 0 };
         let apart = self.totals[usize::from(i)] as i64 - self.totals[usize::from(j)] as i64;
@@ -121,7 +127,7 @@ impl<'a> Local<'a> {
         if level > 0 {
             return false;
         }
-        let mut touched: Vec<usize> = layers.iter().flat_map(|&l| [l.wrapping_sub(1), l]).collect();
+        let mut touched = boundaries.to_vec();
         touched.retain(|&l| l < self.costs.len());
         touched.dedup();
         let before: Cost = touched.iter().map(|&l| self.costs[l]).sum();
@@ -151,4 +157,10 @@ impl<'a> Local<'a> {
             }
         }
     }
+}
+
+fn transposition(i: u16, j: u16, n: usize) -> Vec<u16> {
+    let mut p: Vec<u16> = (0..n as u16).collect();
+    p.swap(i.into(), j.into());
+    p
 }
