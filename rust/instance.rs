@@ -154,8 +154,7 @@ impl Instance {
         let together = pad(coactivation, false);
         let pairs = (transitions.len() + coactivation.len()).max(1);
         let sum: f64 = forward.iter().chain(&together).map(|&count| f64::from(count)).sum();
-        let mean_cost =
-            cost.iter().sum::<i64>() as f64 / (devices * devices).saturating_sub(devices).max(1) as f64;
+        let mean_cost = cost.iter().sum::<i64>() as f64 / (devices * devices).saturating_sub(devices).max(1) as f64;
         Ok(Self {
             sizes,
             load: padded_load,

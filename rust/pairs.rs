@@ -30,7 +30,14 @@ impl Pairs {
     ///
     /// # Panics
     /// When an id is not below `experts` or the block is longer than [`BLOCK`].
-    pub fn count(&mut self, left: &[u16], right: &[u16], top_k: usize, experts: usize, counts: &mut [u64]) {
+    pub fn count(
+        &mut self,
+        left: &[u16],
+        right: &[u16],
+        top_k: usize,
+        experts: usize,
+        counts: &mut [u64],
+    ) {
         assert!(left.len() == right.len() && left.len() <= BLOCK * top_k);
         assert_eq!(counts.len(), experts * experts);
         let width = match experts {
@@ -72,7 +79,10 @@ fn count_cells(left: &[u16], right: &[u16], top_k: usize, experts: usize, counts
     }
 }
 
-#[multiversion::multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx2+bmi2", "x86_64+avx2+bmi2"))]
+#[multiversion::multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512vl+avx2+bmi2",
+    "x86_64+avx2+bmi2"
+))]
 fn count_rows(
     left: &[u16],
     right: &[u16],

@@ -175,8 +175,7 @@ impl Effort {
                 let (total, share) = (limit.as_secs_f64() * threads as f64, START_SHARE);
                 // Few long runs where the time is short for the size, more where it is ample.
                 let trials = total * share / seconds_per_trial(instance, balanced);
-                let starts =
-                    (trials / (places as f64 * 2000.0)).clamp(threads as f64, STARTS as f64) as usize;
+                let starts = (trials / (places as f64 * 2000.0)).clamp(threads as f64, STARTS as f64) as usize;
                 let waves = starts.div_ceil(threads) as f64;
                 let polish_waves = (ROUNDS * RUNS.div_ceil(threads as u64)) as f64;
                 let time = |share: f64, waves: f64| Length::Time(limit.mul_f64(share / waves));
@@ -189,12 +188,7 @@ impl Effort {
             }
         };
         let schedule = |length, (hot, cold)| Schedule { length, hot, cold };
-        Self {
-            starts,
-            start: schedule(start, START),
-            polish: schedule(polish, POLISH),
-            pool: pool.min(starts + 1),
-        }
+        Self { starts, start: schedule(start, START), polish: schedule(polish, POLISH), pool: pool.min(starts + 1) }
     }
 }
 
