@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner.solver.result import Status
+from moetuner.solver.rows import Rows
 
 if TYPE_CHECKING:
     from highspy._core import _Highs
@@ -88,7 +89,7 @@ class Ilp:
         self.integer = _column("integer", integer, self.columns, np.int32)
         self.offset = float(offset)
         self.maximize = maximize
-        self._rows: list[_Rows] = []
+        self._rows: list[Rows] = []
         self._highs: _Highs | None = None
 
     def add_rows(
@@ -109,10 +110,10 @@ class Ilp:
             Of every entry [entries]; ``row`` counts from the first of the new rows, ``value``
             may be one number. An entry must not be given twice.
         """
-        rows = _Rows.of(lower, upper, row, column, value, self.columns)
+        rows = Rows.of(lower, upper, row, column, value, self.columns)
         self._rows.append(rows)
         if self._highs is not None:
-            rows.add_to(self._highs)
+            _add(self._highs, rows)
 
     def objective(self, values: NDArray[np.float64]) -> float:
         """Objective of some values [columns]."""
@@ -218,7 +219,7 @@ class Ilp:
 
         highs = _Highs()
         _set(highs, output_flag=False, log_to_console=False, threads=1, parallel="off")
-        rows = _Rows.all(self._rows)
+        rows = Rows.all(self._rows)
         status = highs.passModel(
             self.columns,
             len(rows.lower),
@@ -290,84 +291,6 @@ class Ilp:
         return Solution(values, objective, bound, status, first)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of a matrix, one after the other (CSR)."""
-
-    lower: NDArray[np.float64]
-    upper: NDArray[np.float64]
-    start: NDArray[np.int32]
-    index: NDArray[np.int32]
-    value: NDArray[np.float64]
-
-    @classmethod
-    def of(
-        cls,
-        lower: ArrayLike,
-        upper: ArrayLike,
-        row: ArrayLike,
-        column: ArrayLike,
-        value: ArrayLike,
-        columns: int,
-    ) -> _Rows:
-        low, high = np.broadcast_arrays(
-            np.atleast_1d(np.asarray(lower, dtype=np.float64)), np.asarray(upper, dtype=np.float64)
-        )
-        row_of, column_of, entry = np.broadcast_arrays(
-            np.asarray(row, dtype=np.int64),
-            np.asarray(column, dtype=np.int64),
-            np.asarray(value, dtype=np.float64),
-        )
-        for name, ids, n in (("row", row_of, len(low)), ("column", column_of, columns)):
-            if ids.size and (ids.min() < 0 or ids.max() >= n):
-                found = f"{ids.min()} to {ids.max()}"
-                raise ValueError(f"{name} must be from 0 to {n - 1}, got {found}")
-        if not np.isfinite(entry).all() or np.isnan(low).any() or np.isnan(high).any():
-            raise ValueError("rows must have finite entries and bounds that are numbers")
-        row_of, column_of, entry = row_of.ravel(), column_of.ravel(), entry.ravel()
-        order = np.lexsort((column_of, row_of))
-        start = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=len(low)))])
-        return cls(
-            np.ascontiguousarray(low),
-            np.ascontiguousarray(high),
-            start.astype(np.int32),
-            column_of[order].astype(np.int32),
-            np.ascontiguousarray(entry[order]),
-        )
-
-    @classmethod
-    def all(cls, parts: list[_Rows]) -> _Rows:
-        none, no_index = np.zeros(0), np.zeros(0, np.int32)
-        empty = cls(none, none, np.zeros(1, np.int32), no_index, none)
-        parts = [empty, *parts]
-        first = np.cumsum([0, *(len(part.index) for part in parts[:-1])])
-        starts = [part.start[:-1] + at for part, at in zip(parts, first, strict=True)]
-        entries = sum(len(part.index) for part in parts)
-        return cls(
-            np.concatenate([part.lower for part in parts]),
-            np.concatenate([part.upper for part in parts]),
-            np.concatenate([*starts, [entries]]).astype(np.int32),
-            np.concatenate([part.index for part in parts]),
-            np.concatenate([part.value for part in parts]),
-        )
-
-    def times(self, values: NDArray[np.float64], *, absolute: bool = False) -> NDArray[np.float64]:
-        terms = self.value * values[self.index]
-        row = np.repeat(np.arange(len(self.lower)), np.diff(self.start))
-        sums: NDArray[np.float64] = np.zeros(len(self.lower))
-        np.add.at(sums, row, np.abs(terms) if absolute else terms)
-        return sums
-
-    def add_to(self, highs: _Highs) -> None:
-        if len(self.lower):
-            count, start = len(self.lower), self.start[:-1]
-            entries = len(self.index)
-            status = highs.addRows(
-                count, self.lower, self.upper, entries, start, self.index, self.value
-            )
-            _ok(status, "addRows")
-
-
 class _Watch:
     """Runs HiGHS on a thread of its own, so that this one can take Ctrl-C and report progress."""
 
@@ -432,6 +355,14 @@ class _Watch:
             self.bound = float(out.mip_dual_bound)
         if into is not None and self.stop:
             into.user_interrupt = True
+
+
+def _add(highs: _Highs, rows: Rows) -> None:
+    count, entries = len(rows.lower), len(rows.index)
+    bounds = rows.lower, rows.upper
+    if count:
+        start, index, value = rows.start[:-1], rows.index, rows.value
+        _ok(highs.addRows(count, *bounds, entries, start, index, value), "addRows")
 
 
 def _ok(status: Any, call: str) -> None:

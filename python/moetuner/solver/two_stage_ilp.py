@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from moetuner.solver.ilp import Ilp
 from moetuner.solver.result import Status
 
-# Nodes of HiGHS's search tree, so that no call can run for ever (seconds for a layer, minutes for
-# the placement of all clusters; measured).
+# Nodes of HiGHS's search tree, so that no call can run for ever. Measured, one core: half a second
+# for a layer of 32 experts on 16 devices, seven seconds to place 16 layers on 4 devices.
 CLUSTER_NODES = 200
 LEVEL_NODES = 200
 PLACE_NODES = 20

@@ -1,0 +1,172 @@
+"""Stage 2 of the paper's method: clusters on devices, so that the busiest links are less busy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moetuner import _core
+from moetuner.solver import two_stage_ilp
+from moetuner.solver.clock import Clock
+from moetuner.solver.result import Limits, Status
+from moetuner.solver.stage_1 import TOLERANCE, check_tolerance
+
+# Products y[l,c,d] * y[l+1,c',d'] that HiGHS is given at most: with 6480 it took a minute.
+MAX_PRODUCTS = 4096
+
+
+@dataclass(frozen=True)
+class PlacedClusters:
+    """Stage 2: clusters on devices.
+
+    Parameters
+    ----------
+    device
+        Of every cluster [L,D].
+    way
+        ``"exact: uniform links"``, ``"exact: dynamic programming"``, ``"heuristic: local search"``
+        or ``"ilp"``.
+    bottleneck, bound
+        Sum over boundaries of the busiest pair's tokens * cost, and a proven lower bound of it.
+    total
+        Sum of tokens * cost over all pairs, which decides between equal bottlenecks.
+    status
+        How the search ended.
+    """
+
+    device: NDArray[np.int64]
+    way: str
+    bottleneck: int
+    bound: int
+    total: int
+    status: Status
+
+    @property
+    def gap(self) -> float:
+        """(bottleneck - bound) / bottleneck."""
+        return (self.bottleneck - self.bound) / self.bottleneck if self.bottleneck else 0.0
+
+
+def cluster_traffic(
+    transitions: NDArray[np.uint64], cluster: NDArray[np.int64], clusters: int
+) -> tuple[NDArray[np.uint64], int]:
+    """Tokens from cluster to cluster of the next layer [L-1,D,D].
+
+    Also the number of low bits cut off all counts so that their sums fit in 64 bits: 0 unless
+    counts are huge.
+    """
+    high = (transitions >> np.uint64(32)).sum(dtype=np.uint64)
+    cut = max(int(high).bit_length() - 30, 0)
+    member = (cluster[:, :, None] == np.arange(clusters)).astype(np.uint64)
+    traffic = np.zeros((len(transitions), clusters, clusters), dtype=np.uint64)
+    for layer, table in enumerate(transitions):
+        counts = table >> np.uint64(cut)
+        traffic[layer] = member[layer].T @ counts @ member[layer + 1]
+    return traffic, cut
+
+
+def place_clusters(
+    traffic: ArrayLike,
+    cost: ArrayLike,
+    *,
+    sizes: ArrayLike | None = None,
+    exact: Literal["ilp"] | None = None,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+    limits: Limits | None = None,
+) -> PlacedClusters:
+    """Stage 2: minimise sum_l max_{d != d'} traffic_l(d,d') / bandwidth(d,d').
+
+    Parameters
+    ----------
+    traffic
+        Tokens from cluster to cluster of the next layer [L-1,D,D].
+    cost
+        Of a token from device to device [D,D], whole numbers in proportion to 1 / bandwidth, as
+        `Topology.cost` gives them: rounded to sixteenths of the fastest link, so within 1/32.
+    sizes
+        Experts of every cluster [L,D]. Where given, every device gets the same number of experts
+        over all layers, as nearly as the local search levels them; where not, cluster sizes are
+        equal and nothing has to be levelled.
+    exact
+        ``"ilp"`` to use HiGHS also where sizes are equal. With sizes it is used where there are at
+        most ``MAX_PRODUCTS`` products.
+    tolerance
+        Relative MIP tolerance.
+    seed, limits
+        As in `two_stage.two_stage`.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit or a number is out of range.
+    """
+    traffic = np.ascontiguousarray(traffic, dtype=np.uint64)
+    cost = np.ascontiguousarray(cost, dtype=np.int64)
+    check_tolerance(tolerance)
+    if cost.ndim != 2 or cost.shape[0] != cost.shape[1] or not cost.size or cost.min() < 0:
+        raise ValueError(f"cost must be counts [devices, devices], got {list(cost.shape)}")
+    if traffic.ndim != 3 or traffic.shape[1:] != cost.shape:
+        raise ValueError(f"traffic must be [L-1, {len(cost)}, {len(cost)}], got {traffic.shape}")
+    limits = limits or Limits()
+    clock = Clock(limits)
+    counts = None if sizes is None else np.ascontiguousarray(sizes, dtype=np.uint64)
+    if counts is not None and counts.shape != (len(traffic) + 1, len(cost)):
+        raise ValueError(f"sizes must be [{len(traffic) + 1}, {len(cost)}], got {counts.shape}")
+    links = cost.astype(np.uint64)
+    found, way, bound = _core.place_clusters(traffic, links, sizes=counts, threads=limits.threads)
+    if counts is not None and not _level(found, counts):
+        left = clock.rest().time_limit
+        start = two_stage_ilp.level(counts, found.astype(np.int64), seed=seed, time_limit=left)
+        found, way, bound = _core.place_clusters(
+            traffic,
+            links,
+            sizes=counts,
+            start=start.astype(np.uint16),
+            threads=limits.threads,
+        )
+    device = found.astype(np.int64)
+    products = len(traffic) * len(cost) ** 4
+    few = counts is not None and products <= MAX_PRODUCTS
+    bottleneck, total = _times(traffic, cost, device)
+    status: Status = "feasible"
+    if bottleneck - bound <= tolerance * bottleneck:
+        status = "optimal" if bottleneck <= bound else "gap_reached"
+    if exact == "ilp" or (few and bottleneck - bound > tolerance * bottleneck):
+        solved = two_stage_ilp.place(
+            traffic,
+            cost,
+            device,
+            counts,
+            bottleneck,
+            bound,
+            tolerance=tolerance,
+            seed=seed,
+            time_limit=clock.rest().time_limit,
+            progress=clock.report("placing clusters"),
+        )
+        way, status = "ilp", solved.status
+        device, bound = solved.chosen, min(max(bound, int(solved.bound)), bottleneck)
+        bottleneck, total = _times(traffic, cost, device)
+    return PlacedClusters(device, way, bottleneck, min(bound, bottleneck), total, status)
+
+
+def _times(
+    traffic: NDArray[np.uint64], cost: NDArray[np.int64], device: NDArray[np.int64]
+) -> tuple[int, int]:
+    """Sum over boundaries of the busiest pair's tokens * cost, and of all pairs', exactly."""
+    bottleneck = total = 0
+    for layer, table in enumerate(traffic):
+        costs = cost[np.ix_(device[layer], device[layer + 1])]
+        time = table.astype(object) * costs.astype(object)
+        bottleneck, total = bottleneck + int(time.max()), total + int(time.sum())
+    return bottleneck, total
+
+
+def _level(device: NDArray[np.uint16], sizes: NDArray[np.uint64]) -> bool:
+    """Whether totals of experts per device are as equal as whole numbers can be."""
+    held = np.bincount(device.ravel(), sizes.ravel().astype(np.float64))
+    return bool(held.max() - held.min() <= (held.sum() % len(held) != 0))

@@ -1,0 +1,320 @@
+"""The paper's two stages: against brute force, at the edges, and on real routing."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moetuner import Placement, Problem, RoutingStatistics, RoutingTrace, Topology, _core
+from moetuner.solver import two_stage_ilp
+from moetuner.solver.result import Limits, Progress
+from moetuner.solver.two_stage import (
+    cluster_layers,
+    cluster_traffic,
+    place_clusters,
+    two_stage,
+)
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "gpt-oss-20b.npz"
+
+
+def problem(
+    layers: int, experts: int, devices: int, *, seed: int = 0, pairs: bool = True, **options: int
+) -> Problem:
+    """Make a problem of random counts."""
+    rng = np.random.default_rng(seed)
+    transitions = rng.integers(0, 50, (layers - 1, experts, experts)) if pairs else None
+    load = rng.integers(0, 200, (1, layers, experts))
+    nodes = options.pop("per_node", None)
+    return Problem(
+        RoutingStatistics(load, transitions), Topology(devices, devices_per_node=nodes), **options
+    )
+
+
+def least_deviation(load: np.ndarray, clusters: int, fewest: int, most: int) -> float:
+    """Try every clustering of one layer: the least sum of abs(load_c - mean), over the mean."""
+    experts, total = len(load), load.sum()
+    best = np.inf
+    for choice in itertools.product(range(clusters), repeat=experts):
+        sizes = np.bincount(choice, minlength=clusters)
+        if sizes.min() >= fewest and sizes.max() <= most:
+            held = np.bincount(choice, load, minlength=clusters)
+            best = min(best, np.abs(held * clusters - total).sum() / max(total, 1))
+    return best
+
+
+def least_bottleneck(
+    traffic: np.ndarray, cost: np.ndarray, sizes: np.ndarray | None = None
+) -> tuple[int, int]:
+    """Try every placement: the most level totals, then the least sum of busiest pairs."""
+    n, layers = len(cost), len(traffic) + 1
+    best = (np.inf, np.inf)
+    for devices in itertools.product(itertools.permutations(range(n)), repeat=layers):
+        held = np.zeros(n, dtype=int)
+        if sizes is not None:
+            np.add.at(held, np.array(devices), sizes)
+        busiest = sum(
+            (table * cost[np.ix_(a, b)]).max()
+            for table, a, b in zip(traffic, devices, devices[1:], strict=False)
+        )
+        best = min(best, (int((held**2).sum()), int(busiest)))
+    return best
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    load=st.lists(st.integers(0, 60) | st.just(300), min_size=1, max_size=7),
+    clusters=st.integers(1, 3),
+    equal=st.booleans(),
+)
+def test_stage_1_is_optimal_within_the_tolerance(
+    load: list[int], clusters: int, equal: bool
+) -> None:
+    """Deviation and bound enclose the optimum; without tolerance they meet it."""
+    experts = len(load)
+    least, most = (experts // clusters, -(-experts // clusters)) if equal else (1, experts)
+    best = least_deviation(np.array(load), clusters, min(least, experts // clusters), most)
+    for tolerance in (0.0, 0.025):
+        found = cluster_layers([load], clusters, equal_sizes=equal, tolerance=tolerance)
+        assert found.status == "gap_reached"
+        assert found.bound[0] - 1e-9 <= best <= found.deviation[0] + 1e-9
+        assert found.gap[0] <= tolerance + 2e-6
+        sizes = np.bincount(found.cluster[0], minlength=clusters)
+        assert sizes.min() >= min(least, experts // clusters)
+        assert sizes.max() <= most
+        held = np.bincount(found.cluster[0], load, minlength=clusters)
+        deviation = np.abs(held * clusters - sum(load)).sum() / max(sum(load), 1)
+        assert deviation == pytest.approx(found.deviation[0])
+
+
+def test_stage_1_does_not_search_what_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean and the heaviest expert prove a warm start, without a call of HiGHS."""
+    monkeypatch.setattr(two_stage_ilp, "cluster", None)
+    rng = np.random.default_rng(0)
+    even = cluster_layers(rng.integers(900, 1100, (6, 64)), 8)
+    assert not even.searched.any()
+    giant = cluster_layers([[1000, 1, 1, 1, 1, 1, 1, 1]], 4)
+    assert not giant.searched.any()
+    assert giant.deviation[0] == pytest.approx(giant.bound[0])
+
+
+def test_stage_1_searches_where_it_must() -> None:
+    """Two experts per cluster leave a gap that only HiGHS closes."""
+    load = np.random.default_rng(3).integers(1, 1000, (8, 12))
+    found = cluster_layers(load, 6, tolerance=0.01)
+    assert found.searched.any()
+    assert found.gap.max() <= 0.01 + 2e-6
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 10**6), devices=st.integers(2, 4), per_node=st.sampled_from([1, 2, 4]))
+def test_stage_2_is_exact_and_the_program_agrees(seed: int, devices: int, per_node: int) -> None:
+    """Dynamic programming, assignment, the paper's integer program and brute force agree."""
+    rng = np.random.default_rng(seed)
+    layers = 3 if devices < 4 else 2
+    traffic = rng.integers(0, 100, (layers - 1, devices, devices)).astype(np.uint64)
+    per_node = per_node if devices % per_node == 0 else devices
+    cost = Topology(devices, devices_per_node=per_node).cost
+    exact = place_clusters(traffic, cost)
+    assert exact.way.startswith("exact")
+    assert exact.status == "optimal"
+    program = place_clusters(traffic, cost, exact="ilp", tolerance=0)
+    assert program.way == "ilp"
+    assert program.status == "optimal"
+    _, best = least_bottleneck(traffic.astype(int), cost)
+    assert exact.bottleneck == exact.bound == program.bottleneck == best
+
+
+@pytest.mark.parametrize(
+    ("devices", "per_node", "way"),
+    [
+        (12, None, "exact: uniform links"),
+        (8, 4, "exact: dynamic programming"),
+        (12, 6, "heuristic: local search"),
+    ],
+)
+def test_stage_2_says_how(devices: int, per_node: int | None, way: str) -> None:
+    """Up to eight devices, or with equal links, the answer is exact; beyond, it is bounded."""
+    traffic = np.random.default_rng(0).integers(0, 1000, (5, devices, devices))
+    placed = place_clusters(traffic, Topology(devices, devices_per_node=per_node).cost)
+    assert placed.way == way
+    assert placed.bound <= placed.bottleneck
+    assert (placed.status == "optimal") == way.startswith("exact")
+    assert (np.sort(placed.device, axis=1) == np.arange(devices)).all()
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 10**6), devices=st.integers(2, 3), layers=st.integers(2, 4))
+def test_free_sizes_level_the_totals(seed: int, devices: int, layers: int) -> None:
+    """Totals are as equal as any placement makes them; the bottleneck is bounded from below."""
+    rng = np.random.default_rng(seed)
+    traffic = rng.integers(0, 100, (layers - 1, devices, devices))
+    each = np.arange(devices)
+    sizes = np.array(
+        [np.bincount(np.r_[each, rng.integers(0, devices, 2 * devices)]) for _ in range(layers)]
+    )
+    cost = Topology(devices).cost
+    placed = place_clusters(traffic, cost, sizes=sizes, tolerance=0)
+    held = np.zeros(devices, dtype=int)
+    np.add.at(held, placed.device, sizes)
+    levels, best = least_bottleneck(traffic, cost, sizes)
+    assert (held**2).sum() == levels
+    assert placed.bottleneck >= best
+    assert placed.bound <= best
+    if placed.status == "optimal":
+        assert placed.bottleneck == best
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize(("experts", "devices", "slots"), [(8, 4, 4), (9, 4, 3), (12, 3, 6)])
+def test_solves_whole_problems(experts: int, devices: int, slots: int, equal: bool) -> None:
+    """Slots hold every expert once; details tell both stages; no bound is claimed."""
+    candidate = two_stage(
+        problem(4, experts, devices, slots_per_device=slots), equal_sizes=equal, seed=1
+    )
+    assert candidate.slots.shape == (4, devices, slots)
+    placement = Placement(candidate.slots, num_experts=experts)
+    sizes = (placement.slots >= 0).sum(axis=2)
+    assert sizes.min() >= 1
+    if equal:
+        assert sizes.max() - sizes.min() <= 1
+    assert candidate.bound is None
+    stage_1, stage_2 = candidate.details["stage_1"], candidate.details["stage_2"]
+    assert stage_1["layers_proven_without_search"] + stage_1["layers_searched"] == 4
+    assert stage_1["largest_gap"] <= 0.025 + 2e-6
+    totals = sizes.sum(axis=0)
+    assert stage_2["experts_per_device"] == [totals.min(), totals.max()]
+
+
+def test_same_seed_same_answer_on_any_threads() -> None:
+    """Neither threads nor repetition change the placement."""
+    instance = problem(6, 24, 8, per_node=4)
+    one = two_stage(instance, seed=2, limits=Limits(threads=1))
+    two = two_stage(instance, seed=2, limits=Limits(threads=2))
+    assert np.array_equal(one.slots, two.slots)
+    assert one.details == two.details
+
+
+@pytest.mark.parametrize(("layers", "experts", "devices"), [(1, 8, 4), (3, 8, 1), (3, 3, 5)])
+@pytest.mark.parametrize("equal", [True, False])
+def test_edges(layers: int, experts: int, devices: int, equal: bool) -> None:
+    """One layer, one device, and fewer experts than devices are problems like any other."""
+    candidate = two_stage(problem(layers, experts, devices), equal_sizes=equal)
+    Placement(candidate.slots, num_experts=experts)
+    assert ("note" in candidate.details["stage_1"]) == (experts < devices)
+
+
+def test_an_idle_layer_is_no_special_case() -> None:
+    """Zero load leaves nothing to balance and nothing to search; clusters are still not empty."""
+    for equal in (True, False):
+        found = cluster_layers(np.zeros((2, 6)), 3, equal_sizes=equal)
+        assert found.deviation.tolist() == [0, 0]
+        assert not found.searched.any()
+        assert set(found.cluster[0]) == {0, 1, 2}
+
+
+def test_huge_counts() -> None:
+    """Counts near 2**63 neither wrap nor lose the order of placements."""
+    huge = np.uint64(2**63 - 1)
+    found = cluster_layers(np.full((1, 8), huge), 4)
+    assert found.deviation[0] == 0
+    transitions = np.zeros((1, 4, 4), dtype=np.uint64)
+    transitions[0, [0, 1, 2, 3], [2, 3, 0, 1]] = huge
+    statistics = RoutingStatistics(np.full((1, 2, 4), huge), transitions)
+    instance = Problem(statistics, Topology(2))
+    candidate = two_stage(instance)
+    assert instance.cost(Placement(candidate.slots, num_experts=4)) in (0, 2 * int(huge))
+    assert candidate.details["stage_2"]["bottleneck"] <= int(huge) * 2
+
+
+def test_without_transitions_stage_2_is_skipped() -> None:
+    """A load table alone balances; details say that nothing was known of the traffic."""
+    candidate = two_stage(problem(3, 8, 4, pairs=False))
+    assert candidate.details["stage_2"]["way"] == "skipped: no transitions were counted"
+    levelled = two_stage(problem(3, 8, 4, pairs=False), equal_sizes=False)
+    assert levelled.details["stage_2"]["experts_per_device"] == [6, 6]
+
+
+def test_traffic_counts_every_token_once() -> None:
+    """Traffic between clusters sums what the transitions hold."""
+    rng = np.random.default_rng(0)
+    transitions = rng.integers(0, 9, (2, 6, 6)).astype(np.uint64)
+    cluster = rng.integers(0, 3, (3, 6))
+    traffic, cut = cluster_traffic(transitions, cluster, 3)
+    assert cut == 0
+    for layer, c, d in np.ndindex(2, 3, 3):
+        block = transitions[layer][np.ix_(cluster[layer] == c, cluster[layer + 1] == d)]
+        assert traffic[layer, c, d] == block.sum()
+
+
+def test_limits_end_it_early() -> None:
+    """Without time the warm starts come back, and the status says why."""
+    load = np.random.default_rng(3).integers(1, 1000, (4, 12))
+    found = cluster_layers(load, 6, tolerance=0.0, limits=Limits(time_limit=0.0))
+    assert found.status == "time_limit"
+    assert found.searched.sum() <= 1
+
+
+def test_progress_names_the_phase() -> None:
+    """Long searches report the layer that they are at."""
+    seen: list[Progress] = []
+    load = np.random.default_rng(5).lognormal(6, 0.4, (1, 32)).astype(int)
+    limits = Limits(time_limit=2.0, progress=seen.append)
+    cluster_layers(load, 11, tolerance=0.0, limits=limits)
+    assert {line.phase for line in seen} <= {"clusters of layer 0"}
+
+
+def test_improving_lowers_the_largest_load() -> None:
+    """Exchanges after longest-processing-time-first never raise the largest device load."""
+    load = np.random.default_rng(0).integers(1, 1000, (5, 32)).astype(np.uint64)
+    plain, better = _core.lpt(load, 8, 4), _core.lpt(load, 8, 4, improve=True)
+    for row, a, b in zip(load, plain, better, strict=True):
+        assert np.bincount(b, row).max() <= np.bincount(a, row).max()
+        assert (np.bincount(b) == 4).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: cluster_layers([1, 2], 1), r"load must be counts \[layers, experts\], got \[2\]"),
+        (lambda: cluster_layers([[1, 2]], 0), "clusters must be from 1 to 65535, got 0"),
+        (lambda: cluster_layers([[1, 2]], 2, tolerance=2), "tolerance must be from 0 to 1, got 2"),
+        (
+            lambda: cluster_layers([[1, 2, 3]], 2, equal_sizes=False, largest=1),
+            "slots must have at least 2 slots for 3 experts on 2 devices, got 1",
+        ),
+        (lambda: place_clusters(np.ones((1, 2, 2)), np.ones((2, 3))), "cost must be counts"),
+        (lambda: place_clusters(np.ones((1, 2, 3)), np.ones((2, 2))), "traffic must be"),
+        (lambda: place_clusters(np.ones((1, 2, 2)), np.ones((2, 2))), "zeros on the diagonal"),
+        (lambda: _core.lpt(np.ones((1, 4), np.uint64), 2, 1), "slots must have at least 2 slots"),
+    ],
+)
+def test_wrong_arguments_are_named(call, text: str) -> None:
+    """A message names the argument, the rule and the value."""
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"{REAL.name} is not beside the repository")
+@pytest.mark.parametrize(("devices", "low", "high"), [(4, 0.70, 0.73), (8, 0.82, 0.84)])
+def test_real_routing_crosses_as_the_paper_method_does(
+    devices: int, low: float, high: float
+) -> None:
+    """Fitted to one half of real sequences, the other half crosses as measured before."""
+    with np.load(REAL) as file:
+        ids, sequence, experts = file["expert_ids"], file["sequence"], int(file["num_experts"])
+    order = np.random.default_rng(0).permutation(np.unique(sequence))
+    seen = np.isin(sequence, order[: len(order) // 2])
+    statistics = RoutingStatistics.from_trace(
+        RoutingTrace.from_arrays(ids[seen], num_experts=experts)
+    )
+    candidate = two_stage(Problem(statistics, Topology(devices)))
+    device_of = Placement(candidate.slots, num_experts=experts).device_of
+    placed = device_of[np.arange(ids.shape[1])[:, None], ids[~seen]]
+    crossing = (placed[:, :-1, :, None] != placed[:, 1:, None, :]).mean()
+    assert low <= crossing <= high
