@@ -28,7 +28,7 @@ $(TOOLS): pyproject.toml
 	@touch $@
 
 $(CORE): $(TOOLS) $(RUST)
-	$(BIN)/maturin develop --release --quiet
+	PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
 	@touch $@
 
 setup: $(CORE)  ## make .venv with the package (editable) and the tools

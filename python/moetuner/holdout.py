@@ -43,7 +43,9 @@ def hold_out(
         return traffic, traffic
     if isinstance(traffic, RoutingTrace):
         if traffic.tokens < 2:
-            raise ValueError(f"holdout must be 0 for a trace of {traffic.tokens} tokens, got {share}")
+            raise ValueError(
+                f"holdout must be 0 for a trace of {traffic.tokens} tokens, got {share}"
+            )
         return traffic.split(1 - share, seed=seed)
     if traffic.transitions is not None or traffic.coactivation is not None:
         raise ValueError(

@@ -122,9 +122,7 @@ def structure(
     )
 
 
-def _pairs(
-    traffic: RoutingTrace | RoutingStatistics, threads: int | None
-) -> RoutingStatistics:
+def _pairs(traffic: RoutingTrace | RoutingStatistics, threads: int | None) -> RoutingStatistics:
     """Count a trace, without the co-activation that is not needed here."""
     if isinstance(traffic, RoutingStatistics):
         return traffic
@@ -132,11 +130,11 @@ def _pairs(
 
 
 def _independent(statistics: RoutingStatistics) -> RoutingStatistics:
-    """Put pairs of the same loads and totals in place of the transitions, as if layers were independent."""
+    """Replace transitions by those of independent layers with the same loads and totals."""
     load = statistics.total_load.astype(np.float64)
     tables = [
-        _rounded(np.outer(load[l], load[l + 1]), int(table.sum(dtype=np.uint64)))
-        for l, table in enumerate(statistics.transitions_or_empty)
+        _rounded(np.outer(load[layer], load[layer + 1]), int(table.sum(dtype=np.uint64)))
+        for layer, table in enumerate(statistics.transitions_or_empty)
     ]
     pairs = np.stack(tables) if tables else statistics.transitions_or_empty
     return replace(statistics, transitions=pairs, coactivation=None)
@@ -192,7 +190,8 @@ def _load_by_group(
 def _shares(load: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Load [L,E] as shares of its layer; zero where a layer has none."""
     total = load.sum(axis=1, keepdims=True, dtype=np.float64)
-    return np.divide(load, total, out=np.zeros(load.shape), where=total > 0)
+    shares: NDArray[np.float64] = np.divide(load, total, out=np.zeros(load.shape), where=total > 0)
+    return shares
 
 
 def _over_mean(load: NDArray[np.uint64]) -> NDArray[np.float64]:

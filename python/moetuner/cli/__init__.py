@@ -26,7 +26,8 @@ INTERRUPTED = 130
 def moetuner() -> None:
     """Decide which GPU each expert of a Mixture-of-Experts model lives on.
 
-    INPUT is recorded routing: a trace, saved statistics or a load table. Start with "moetuner demo".
+    INPUT is recorded routing: a trace, saved statistics or a load table. "moetuner demo" shows it
+    all on a bundled trace.
     """
 
 

@@ -22,12 +22,22 @@ from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,moetuner,joint"
-HEAD = ("method", "imbalance", "worst", "crossing", "fanout", "objective", "gap", "seconds")
+HEAD = (
+    "method",
+    "imbalance",
+    "total",
+    "worst",
+    "crossing",
+    "fanout",
+    "objective",
+    "gap",
+    "seconds",
+)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One method: what it found on the traffic it saw, and what that does to the traffic it did not."""
+    """What one method found on the traffic it saw, and what that does to the traffic it did not."""
 
     result: Result
     evaluation: Evaluation
@@ -52,6 +62,7 @@ class Outcome:
         return (
             self.result.method,
             number(self.evaluation.imbalance, 3),
+            number(self.evaluation.imbalance_total, 3),
             number(self.evaluation.imbalance_worst, 2),
             number(self.evaluation.crossing, 4),
             number(self.evaluation.fanout, 3),
@@ -72,7 +83,7 @@ def try_method(
     threads: int | None = None,
 ) -> Outcome:
     """Solve, and evaluate the placement on other traffic."""
-    with working(method) as progress:
+    with working(f"solving, {method}") as progress:
         result = solve(
             problem,
             method,
@@ -95,7 +106,7 @@ def has_pairs(problem: Problem) -> bool:
 
 
 def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
-    """What a reader of the table must know about these results."""
+    """Say what a reader of the table must know."""
     lines = []
     if not has_pairs(problem):
         wanted = "transitions" if problem.regime == "follow" else "co-activation"
@@ -168,9 +179,10 @@ def compare(
 ) -> None:
     """Compare methods on traffic that they have not seen.
 
-    imbalance: max / mean device load, averaged over layers and windows; worst: of any layer and
-    window; crossing: share of transitions between devices; fanout: devices that a token visits in
-    a layer. objective and gap are those of the solve, on the traffic that it saw.
+    imbalance: max / mean device load, averaged over layers and windows; total: of the sum of all
+    windows; worst: of any layer and window; crossing: share of transitions between devices;
+    fanout: devices that a token visits in a layer. objective and gap are the solver's, on the
+    traffic that it saw.
     """
     topology = options.topology_of(devices, devices_per_node, topology_file)
     traffic = read(input_file, window=window, num_experts=num_experts)

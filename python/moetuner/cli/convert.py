@@ -64,6 +64,4 @@ def convert(
         trace.save(out_file, source=", ".join(source.name for source in sources))
     output = Output(json_file)
     output.say(f"wrote {describe(out_file, trace)}")
-    output.finish(
-        {"sources": [str(source) for source in sources], "trace": facts(out_file, trace)}
-    )
+    output.finish({"sources": [str(source) for source in sources], "trace": facts(out_file, trace)})

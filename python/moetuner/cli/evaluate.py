@@ -14,7 +14,7 @@ from moetuner.cli.progress import working
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
-HEAD = ("traffic", "tokens", "imbalance", "on total", "worst", "crossing", "fanout", "nodes")
+HEAD = ("traffic", "tokens", "imbalance", "total", "worst", "crossing", "fanout", "nodes")
 
 
 @click.command()
@@ -36,7 +36,7 @@ def evaluate(
 ) -> None:
     """Replay a placement token by token, for all traffic and for each of its groups.
 
-    imbalance: max / mean device load, averaged over layers and windows; on total: of the sum of all
+    imbalance: max / mean device load, averaged over layers and windows; total: of the sum of all
     windows; worst: of any layer and window; crossing: share of transitions between devices;
     fanout, nodes: devices and nodes that a token visits in a layer.
     """
@@ -58,10 +58,13 @@ def evaluate(
     output.say(describe(input_file, traffic))
     windows = f", windows of {window} tokens" if window else ""
     output.say(
-        f"{placement_file.name}: {placement.devices} devices x {placement.slots_per_device} slots{windows}"
+        f"{placement_file.name}: {placement.devices} devices x "
+        f"{placement.slots_per_device} slots{windows}"
     )
     output.say()
-    output.table(HEAD, [_row(name, each) for name, each in [("all", found), *found.by_group.items()]])
+    output.table(
+        HEAD, [_row(name, each) for name, each in [("all", found), *found.by_group.items()]]
+    )
     output.finish(
         {
             "input": facts(input_file, traffic),

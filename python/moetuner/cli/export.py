@@ -18,7 +18,12 @@ WRITERS = {"json": Placement.save, "eplb": eplb.write}
 @click.argument("placement_file", metavar="PLACEMENT", type=options.IN_FILE)
 @click.option("--to", "form", type=click.Choice(list(WRITERS)), required=True, help="Format.")
 @click.option(
-    "--out", "out_file", type=options.OutFile(), required=True, metavar="FILE", help="File to write."
+    "--out",
+    "out_file",
+    type=options.OutFile(),
+    required=True,
+    metavar="FILE",
+    help="File to write.",
 )
 @options.json_option
 def export(placement_file: Path, form: str, out_file: Path, json_file: Path | None) -> None:

@@ -14,9 +14,7 @@ from moetuner.trace import RoutingTrace
 Traffic = RoutingTrace | RoutingStatistics
 
 
-def read(
-    path: Path, *, window: int | None = None, num_experts: int | None = None
-) -> Traffic:
+def read(path: Path, *, window: int | None = None, num_experts: int | None = None) -> Traffic:
     """Open a trace, saved statistics or a load table."""
     with working(f"reading {path}"):
         return read_input(path, window=window, num_experts=num_experts)

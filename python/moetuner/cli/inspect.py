@@ -15,6 +15,10 @@ from moetuner.cli.output import Output, number, percent
 from moetuner.cli.progress import working
 from moetuner.structure import Structure, structure
 
+MOST_GROUPS = 12
+# Crossing that is within what a half of a trace differs from the other.
+LITTLE = 0.005
+
 
 @click.command()
 @options.input_options
@@ -49,9 +53,7 @@ def inspect(
     """Say what is in a trace: sizes, skew, differences between groups, inter-layer structure."""
     traffic = read(input_file, num_experts=num_experts)
     with working("looking for structure"):
-        found = structure(
-            traffic, devices, max_imbalance=max_imbalance, seed=seed, threads=threads
-        )
+        found = structure(traffic, devices, max_imbalance=max_imbalance, seed=seed, threads=threads)
     output = Output(json_file)
     output.say(describe(input_file, traffic))
     output.say()
@@ -79,11 +81,15 @@ def show_groups(output: Output, found: Structure) -> None:
         output.say("No groups: nothing to compare between kinds of traffic.")
         output.say()
         return
+    # Where they are many, those that differ most.
+    names = sorted(found.group_share, key=lambda name: -found.group_distance[name])
     rows = [
-        (name, percent(share), number(found.group_distance[name], 3))
-        for name, share in found.group_share.items()
+        (name, percent(found.group_share[name]), number(found.group_distance[name], 3))
+        for name in names[:MOST_GROUPS]
     ]
     output.table(("group", "share", "distance"), rows)
+    if len(names) > MOST_GROUPS:
+        output.say(f"and {len(names) - MOST_GROUPS} groups nearer to the mix; --json has all")
     output.say("distance to the mix of all groups, from 0 (the same experts) to 1 (all others)")
     output.say()
 
@@ -103,9 +109,12 @@ def show_crossings(output: Output, found: Structure) -> None:
         ],
     )
     gain = found.crossing_independent - found.crossing
+    if gain < LITTLE:
+        output.say("The null is about as good: neighbouring layers route all but independently.")
+        return
     output.say(
-        f"{percent(gain)} of the transitions stay on their device because neighbouring layers route "
-        "together: that gap to the null is what inter-layer placement can win here."
+        f"{percent(gain)} of the transitions stay on their device because neighbouring layers "
+        "route together: that gap to the null is what inter-layer placement can win here."
     )
 
 

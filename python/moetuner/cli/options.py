@@ -33,7 +33,7 @@ class OutFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Check the directory as well as the file."""
-        path = super().convert(value, param, ctx)
+        path = Path(str(super().convert(value, param, ctx)))
         if self.allow_dash and str(path) == "-":
             return path
         if not path.parent.is_dir():
@@ -80,7 +80,10 @@ window_option = click.option(
 node_options = together(
     [
         click.option(
-            "--devices-per-node", type=click.IntRange(1, 65535), metavar="M", help="Devices of a node."
+            "--devices-per-node",
+            type=click.IntRange(1, 65535),
+            metavar="M",
+            help="Devices of a node.",
         ),
         click.option(
             "--topology",

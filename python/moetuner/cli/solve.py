@@ -57,7 +57,8 @@ def solve(
 ) -> None:
     """Compute a placement for all of INPUT and write it.
 
-    Ctrl-C writes the best placement so far. "moetuner compare" says what to expect on other traffic.
+    Ctrl-C writes the best placement so far. "moetuner compare" says what to expect on traffic that
+    the solver has not seen.
     """
     topology = options.topology_of(devices, devices_per_node, topology_file)
     traffic = read(input_file, window=window, num_experts=num_experts)
@@ -82,7 +83,9 @@ def solve(
     output.say()
     outcomes = [outcome]
     if method != "contiguous" and outcome.result.status != "interrupted":
-        before = try_method("contiguous", problem, traffic, window=judged, seed=seed, threads=threads)
+        before = try_method(
+            "contiguous", problem, traffic, window=judged, seed=seed, threads=threads
+        )
         outcomes.insert(0, before)
     output.table(HEAD, [each.row() for each in outcomes])
     for line in remarks([outcome], problem):

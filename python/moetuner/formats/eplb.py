@@ -1,7 +1,7 @@
 """The three arrays of DeepSeek's expert-parallel load balancer, which serving engines speak.
 
-github.com/deepseek-ai/EPLB. Physical experts P are the slots of a layer, device by device: slot p is on
-device ``p // (P / D)``.
+github.com/deepseek-ai/EPLB. Physical experts P are the slots of a layer, device by device: slot p
+is on device ``p // (P / D)``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class EplbMaps:
     physical_to_logical_map
         Expert in every slot [L,P].
     logical_to_physical_map
-        Slots of every expert in rising order [L,E,X], padded with -1; X is the most copies of any expert.
+        Slots of every expert in rising order [L,E,X], padded with -1; X is the most copies that any
+        expert has.
     logical_replica_count
         Copies of every expert [L,E].
     """
@@ -47,9 +48,9 @@ def eplb_maps(placement: Placement) -> EplbMaps:
     if empty.size:
         layer, device, slot = empty[0]
         raise ValueError(
-            f"EPLB's arrays have no empty slots, but layer {layer}, device {device}, slot {slot} is "
-            f"empty; fill all {placement.devices} x {placement.slots_per_device} slots of "
-            f"{placement.num_experts} experts: engines need a number of devices that divides the slots"
+            f"layer {layer}, device {device}: slot {slot} is empty, and EPLB's arrays have no "
+            f"empty slots; {placement.num_experts} experts must fill {placement.devices} devices x "
+            f"{placement.slots_per_device} slots"
         )
     layers, experts = placement.layers, placement.num_experts
     logical = placement.slots.reshape(layers, -1).astype(np.int64)
