@@ -9,13 +9,7 @@ from collections.abc import Sequence
 import click
 
 from moetuner import __version__
-from moetuner.cli.compare import compare
-from moetuner.cli.convert import convert
-from moetuner.cli.demo import demo
-from moetuner.cli.evaluate import evaluate
-from moetuner.cli.export import export
-from moetuner.cli.inspect import inspect
-from moetuner.cli.solve import solve
+from moetuner.cli import compare, convert, demo, evaluate, export, inspect, solve
 
 WRONG = 2
 INTERRUPTED = 130
@@ -31,8 +25,8 @@ def moetuner() -> None:
     """
 
 
-for _command in (demo, inspect, convert, solve, evaluate, compare, export):
-    moetuner.add_command(_command)
+for _module in (demo, inspect, convert, solve, evaluate, compare, export):
+    moetuner.add_command(_module.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

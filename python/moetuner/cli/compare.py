@@ -137,12 +137,12 @@ def parse_methods(
     return names
 
 
-@click.command()
+@click.command("compare")
 @options.input_options
 @options.problem_options
 @click.option(
     "--holdout",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=options.Number(0, 1, max_open=True),
     default=0.5,
     show_default=True,
     metavar="SHARE",
@@ -160,7 +160,7 @@ def parse_methods(
 @options.seed_option
 @options.threads_option
 @options.json_option
-def compare(
+def command(
     input_file: Path,
     num_experts: int | None,
     devices: int | None,

@@ -16,7 +16,7 @@ from moetuner.trace import RoutingTrace
 FORMATS = ("auto", "safetensors", "npz", "npy", "jsonl")
 
 
-@click.command()
+@click.command("convert")
 @click.argument("sources", metavar="SOURCE...", type=options.IN_FILE, nargs=-1, required=True)
 @click.option(
     "--from",
@@ -41,7 +41,7 @@ FORMATS = ("auto", "safetensors", "npz", "npy", "jsonl")
     help="Experts per layer, where a source does not say (.npy).",
 )
 @options.json_option
-def convert(
+def command(
     sources: tuple[Path, ...],
     form: str,
     out_file: Path,

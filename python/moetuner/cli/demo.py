@@ -27,7 +27,7 @@ MAX_IMBALANCE = 1.05
 METHODS = ("contiguous", "lpt", "eplb", "moetuner", "joint")
 
 
-@click.command()
+@click.command("demo")
 @click.option(
     "--out",
     "directory",
@@ -39,7 +39,7 @@ METHODS = ("contiguous", "lpt", "eplb", "moetuner", "joint")
 )
 @options.threads_option
 @options.json_option
-def demo(directory: Path, threads: int | None, json_file: Path | None) -> None:
+def command(directory: Path, threads: int | None, json_file: Path | None) -> None:
     """Run the whole flow on the bundled trace: inspect, compare, export."""
     directory.mkdir(parents=True, exist_ok=True)
     with resources.as_file(resources.files("moetuner") / "data" / SAMPLE) as bundled:
@@ -60,7 +60,7 @@ def demo(directory: Path, threads: int | None, json_file: Path | None) -> None:
         for method in METHODS
     }
     output.say(
-        f"Placements on {DEVICES} devices, computed from half of the texts, judged on the other half."
+        f"Placements on {DEVICES} devices, computed from half of the texts, judged on the other."
     )
     output.say(
         "imbalance: max / mean device load in windows (total: of all), 1 is perfect; crossing:"

@@ -6,25 +6,25 @@ from pathlib import Path
 
 import click
 
-from moetuner import evaluation
 from moetuner.cli import options
 from moetuner.cli.inputs import describe, facts, read, window_of
 from moetuner.cli.output import Output, number
 from moetuner.cli.progress import working
+from moetuner.evaluation import Evaluation, evaluate
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
 HEAD = ("traffic", "tokens", "imbalance", "total", "worst", "crossing", "fanout", "nodes")
 
 
-@click.command()
+@click.command("evaluate")
 @click.argument("placement_file", metavar="PLACEMENT", type=options.IN_FILE)
 @options.input_options
 @options.node_options
 @options.window_option
 @options.threads_option
 @options.json_option
-def evaluate(
+def command(
     placement_file: Path,
     input_file: Path,
     num_experts: int | None,
@@ -46,7 +46,7 @@ def evaluate(
     traffic = read(input_file, window=window, num_experts=num_experts)
     window = window_of(traffic, window)
     with working("replaying"):
-        found = evaluation.evaluate(
+        found = evaluate(
             placement,
             traffic,
             topology,
@@ -79,7 +79,7 @@ def evaluate(
     )
 
 
-def _row(name: str, of: evaluation.Evaluation) -> tuple[str, ...]:
+def _row(name: str, of: Evaluation) -> tuple[str, ...]:
     return (
         name,
         "-" if of.tokens is None else f"{of.tokens:,}",

@@ -14,7 +14,7 @@ from moetuner.placement import Placement
 WRITERS = {"json": Placement.save, "eplb": eplb.write}
 
 
-@click.command()
+@click.command("export")
 @click.argument("placement_file", metavar="PLACEMENT", type=options.IN_FILE)
 @click.option("--to", "form", type=click.Choice(list(WRITERS)), required=True, help="Format.")
 @click.option(
@@ -26,7 +26,7 @@ WRITERS = {"json": Placement.save, "eplb": eplb.write}
     help="File to write.",
 )
 @options.json_option
-def export(placement_file: Path, form: str, out_file: Path, json_file: Path | None) -> None:
+def command(placement_file: Path, form: str, out_file: Path, json_file: Path | None) -> None:
     """Write a placement in another format.
 
     json: moetuner's own. eplb: .npz with the three arrays that DeepSeek's balancer returns,

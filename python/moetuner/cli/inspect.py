@@ -20,7 +20,7 @@ MOST_GROUPS = 12
 LITTLE = 0.005
 
 
-@click.command()
+@click.command("inspect")
 @options.input_options
 @click.option(
     "--devices",
@@ -32,7 +32,7 @@ LITTLE = 0.005
 )
 @click.option(
     "--max-imbalance",
-    type=click.FloatRange(min=1),
+    type=options.Number(min=1),
     default=1.05,
     show_default=True,
     metavar="X",
@@ -41,7 +41,7 @@ LITTLE = 0.005
 @options.seed_option
 @options.threads_option
 @options.json_option
-def inspect(
+def command(
     input_file: Path,
     num_experts: int | None,
     devices: int,

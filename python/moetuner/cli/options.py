@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +44,17 @@ class OutFile(click.Path):
         if not path.name.endswith(self.suffix):
             self.fail(f"must end in {self.suffix}, got '{path.name}'", param, ctx)
         return path
+
+
+class Number(click.FloatRange):
+    """A number in a range; NaN is in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse what compares with nothing."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail("nan is not a number.", param, ctx)
+        return number
 
 
 IN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -119,7 +131,7 @@ problem_options = together(
         ),
         click.option(
             "--max-imbalance",
-            type=click.FloatRange(min=1),
+            type=Number(min=1),
             default=1.05,
             show_default=True,
             metavar="X",
@@ -128,7 +140,7 @@ problem_options = together(
         window_option,
         click.option(
             "--time-limit",
-            type=click.FloatRange(min=0),
+            type=Number(min=0),
             metavar="SECONDS",
             help="Of each solve; the answer then depends on the machine.",
         ),

@@ -16,7 +16,7 @@ from moetuner.solver import METHODS
 from moetuner.statistics import RoutingStatistics
 
 
-@click.command()
+@click.command("solve")
 @options.input_options
 @options.problem_options
 @click.option(
@@ -38,7 +38,7 @@ from moetuner.statistics import RoutingStatistics
 )
 @options.threads_option
 @options.json_option
-def solve(
+def command(
     input_file: Path,
     num_experts: int | None,
     devices: int | None,
