@@ -48,7 +48,7 @@ class Structure:
     held_out
         Whether the crossings are measured on traffic that the search has not seen.
     crossing
-        Of the searched placement; None without transitions.
+        Of the searched placement; None without transitions (a load table, a single layer).
     crossing_contiguous
         Of experts in blocks, as engines load them.
     crossing_independent
@@ -105,7 +105,7 @@ def structure(
         found = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
         return evaluate(found.placement, unseen).crossing
 
-    known = whole.transitions is not None
+    known = bool(whole.transitions_or_empty.any())
     null = (_independent(seen), _independent(unseen)) if known else None
     return Structure(
         skew=tuple(_over_mean(load).tolist()),

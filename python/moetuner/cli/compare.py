@@ -181,8 +181,8 @@ def command(
 
     imbalance: max / mean device load, averaged over layers and windows; total: of the sum of all
     windows; worst: of any layer and window; crossing: share of transitions between devices;
-    fanout: devices that a token visits in a layer. objective and gap are the solver's, on the
-    traffic that it saw.
+    fanout: devices that a token visits in a layer. objective and gap are the solver's, on what it
+    saw: the crossing (in regime dispatch: co-activations apart) weighed by the cost of links.
     """
     topology = options.topology_of(devices, devices_per_node, topology_file)
     traffic = read(input_file, window=window, num_experts=num_experts)

@@ -97,7 +97,7 @@ def show_groups(output: Output, found: Structure) -> None:
 def show_crossings(output: Output, found: Structure) -> None:
     """Print the crossing reached beside the independence null, and what their gap means."""
     if found.crossing is None or found.crossing_independent is None:
-        output.say("No transitions: a load table says nothing about inter-layer structure.")
+        output.say("No transitions: nothing is known of inter-layer structure.")
         return
     judged = "held-out sequences" if found.held_out else "the same counts, none held out"
     output.table(
