@@ -6,8 +6,8 @@
 /// exact in integers; the same input always gives the same matching.
 #[must_use]
 pub fn assign_max(weight: &[i64], n: usize) -> Vec<usize> {
-    assert_eq!(weight.len(), n * n);
     const NONE: usize = usize::MAX;
+    assert_eq!(weight.len(), n * n);
     let mut row_of = vec![NONE; n];
     let mut potential_row = vec![0i64; n];
     let mut potential_column = vec![0i64; n];

@@ -20,7 +20,7 @@ pub enum Error {
     ExpertOutOfRange {
         /// Position of the token in the trace.
         token: u64,
-        /// The MoE layer.
+        /// The layer.
         layer: usize,
         /// The id found.
         expert: usize,
@@ -34,7 +34,7 @@ pub enum Error {
     ExpertTwice {
         /// Position of the token in the trace.
         token: u64,
-        /// The MoE layer.
+        /// The layer.
         layer: usize,
         /// The id found.
         expert: usize,

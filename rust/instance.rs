@@ -116,7 +116,7 @@ impl Instance {
         }
         let bad = |g: usize, h: usize| {
             let c = cost[g * devices + h];
-            c < 0 || c >= 1 << 16 || c != cost[h * devices + g] || (g == h && c != 0)
+            !(0..1 << 16).contains(&c) || c != cost[h * devices + g] || (g == h && c != 0)
         };
         if let Some(at) = (0..devices * devices).find(|at| bad(at / devices, at % devices)) {
             let rule = "symmetric costs from 0 to 65535 with a zero diagonal".to_string();
@@ -157,7 +157,8 @@ impl Instance {
         let together = pad(coactivation, false);
         let pairs = (transitions.len() + coactivation.len()).max(1);
         let sum: f64 = forward.iter().chain(&together).map(|&count| f64::from(count)).sum();
-        let mean_cost = cost.iter().sum::<i64>() as f64 / (devices * devices).saturating_sub(devices).max(1) as f64;
+        let mean_cost =
+            cost.iter().sum::<i64>() as f64 / (devices * devices).saturating_sub(devices).max(1) as f64;
         Ok(Self {
             sizes,
             load: padded_load,
@@ -184,7 +185,9 @@ impl Instance {
                 load.saturating_sub(cap)
             });
             let excess = excess.max().unwrap_or(0);
-            caps.iter_mut().for_each(|cap| *cap += excess);
+            for cap in caps {
+                *cap += excess;
+            }
         }
     }
 

@@ -5,9 +5,11 @@
 //! ([`replay`]) measures an assignment on a trace. Nothing here knows Python except `python`.
 
 pub mod assignment;
+pub mod bottleneck;
 pub mod chain;
 pub mod error;
 pub mod instance;
+pub mod packing;
 pub mod pairs;
 #[cfg(feature = "python")]
 mod python;

@@ -1,147 +1,174 @@
 //! Counting pairs: how often id `a` on the left meets id `b` on the right in one token.
 //!
-//! The inner loop of everything that moetuner measures. A token with K ids on each side makes K*K
-//! pairs, so a trace of a million tokens makes billions. Two kernels, chosen by size:
+//! The inner loop of everything that moetuner measures. A token with K ids on each side makes K*K pairs, so a trace
+//! of a million tokens makes billions. Three kernels, chosen by size:
 //!
-//! * *rows*: the right side of a token is written once as a row of one small counter per id, and that row
-//!   is added to the table row of each left id. K vector additions count K*K pairs.
+//! * *bits* (up to 64 ids): every id has a row of bits, one per token; the count of a pair is the number of ones in the
+//!   AND of two rows.
+//! * *rows*: the right side of a token is written once as a row of one small counter per id, and that row is added to
+//!   the table row of each left id. K vector additions count K*K pairs.
 //! * *cells*: one increment per pair, for tables so wide that adding whole rows costs more.
 //!
 //! Small counters overflow, so they are flushed into wider ones before they can.
 
-/// Tokens in one call of [`Pairs::count`] at the most: bounds the 16-bit middle counters.
-pub const BLOCK: usize = 4096;
+mod bits;
+mod rows;
 
-/// Counts pairs of one table, keeping its scratch memory between calls.
-#[derive(Debug, Default)]
-pub struct Pairs {
-    narrow: Vec<u8>,
-    middle: Vec<u16>,
-    rows: Vec<u8>,
+use crate::trace::ExpertId;
+
+/// Tokens of one block at the most: as many as the 16-bit counters of the rows kernel can take.
+///
+/// Wide tables leave the cache when they are added up, so that should happen rarely.
+pub const BLOCK: usize = u16::MAX as usize;
+
+/// How the pairs of `size` ids, `top_k` of them per token, are counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kernel {
+    Bits,
+    Rows,
+    Cells,
 }
 
-/// Tokens after which an 8-bit counter may be full. Ids of a token differ, so a pair occurs once in a token.
-const NARROW: usize = u8::MAX as usize;
+impl Kernel {
+    fn choose(size: usize, top_k: usize) -> Self {
+        // Per token: bits costs (size / 8)^2 / 64 vector operations; rows one addition per left id and 64 counters,
+        // and the flush of the table every 255 tokens; cells one increment per pair (measured: bench/RESULTS.md).
+        let rows = size.div_ceil(64) * (top_k + 1) * 3 + size * size / 4096;
+        match size {
+            0..=64 => Self::Bits,
+            _ if rows < top_k * top_k * 4 => Self::Rows,
+            _ => Self::Cells,
+        }
+    }
+}
 
-impl Pairs {
-    /// Adds the pairs of a block of tokens to `counts`, `[experts, experts]`.
+/// The ids of one layer in a block of tokens, in the form that its kernel wants.
+#[derive(Debug)]
+pub struct Side<I> {
+    ids: Vec<I>,
+    bits: Vec<u64>,
+    top_k: usize,
+    size: usize,
+    kernel: Kernel,
+}
+
+impl<I: ExpertId> Side<I> {
+    /// Takes `top_k` ids per token, which must differ within the token and be below `size`.
+    #[must_use]
+    pub fn new(ids: Vec<I>, top_k: usize, size: usize) -> Self {
+        let kernel = Kernel::choose(size, top_k);
+        let bits = if kernel == Kernel::Bits { bits::rows_of(&ids, top_k, size) } else { Vec::new() };
+        Self { ids, bits, top_k, size, kernel }
+    }
+
+    /// Adds how often each id occurs to its window's counts; the block begins with token `first` of the trace.
     ///
-    /// `left` and `right` hold `top_k` ids per token; the ids of one token must differ and be below `experts`.
-    ///
-    /// # Panics
-    /// When an id is not below `experts` or the block is longer than [`BLOCK`].
-    pub fn count(
-        &mut self,
-        left: &[u16],
-        right: &[u16],
-        top_k: usize,
-        experts: usize,
-        counts: &mut [u64],
-    ) {
-        assert!(left.len() == right.len() && left.len() <= BLOCK * top_k);
-        assert_eq!(counts.len(), experts * experts);
-        let width = match experts {
-            0..=8 => 8,
-            9..=16 => 16,
-            17..=32 => 32,
-            33..=64 => 64,
-            _ => experts.next_multiple_of(64),
-        };
-        // Vector operations of 64 bytes against increments, per token (measured: see bench/RESULTS.md).
-        let by_rows = width.div_ceil(64) * (top_k + 1) + width * experts / 4096;
-        if by_rows > top_k * top_k * 2 {
-            count_cells(left, right, top_k, experts, counts);
+    /// `counts` is `[windows so far, size]` and grows. Windows are of `length` tokens, or there is one for all.
+    pub fn count_windows(&self, length: Option<u64>, first: u64, counts: &mut Vec<u64>) {
+        let tokens = self.ids.len() / self.top_k;
+        let mut from = 0;
+        while from < tokens {
+            let token = first + from as u64;
+            let (window, left) = length.map_or((0, u64::MAX), |n| (token / n, n - token % n));
+            let to = tokens.min(from.saturating_add(usize::try_from(left).unwrap_or(usize::MAX)));
+            let end = (window as usize + 1) * self.size;
+            if counts.len() < end {
+                counts.resize(end, 0);
+            }
+            self.count(from, to, &mut counts[end - self.size..]);
+            from = to;
+        }
+    }
+
+    /// Adds how often each id occurs in tokens `from..to` to `counts` `[size]`.
+    fn count(&self, from: usize, to: usize, counts: &mut [u64]) {
+        if self.kernel == Kernel::Bits {
+            bits::count(&self.bits, self.size, from, to, counts);
             return;
         }
-        self.narrow.clear();
-        self.narrow.resize(experts * width, 0);
-        self.middle.clear();
-        self.middle.resize(experts * width, 0);
-        self.rows.clear();
-        self.rows.resize(NARROW * width, 0);
-        count_rows(left, right, top_k, width, &mut self.narrow, &mut self.middle, &mut self.rows);
-        for (counts, middle) in counts.chunks_exact_mut(experts).zip(self.middle.chunks_exact(width)) {
-            for (count, &add) in counts.iter_mut().zip(middle) {
-                *count += u64::from(add);
-            }
+        for id in &self.ids[from * self.top_k..to * self.top_k] {
+            counts[id.index()] += 1;
         }
     }
-}
 
-fn count_cells(left: &[u16], right: &[u16], top_k: usize, experts: usize, counts: &mut [u64]) {
-    for (left, right) in left.chunks_exact(top_k).zip(right.chunks_exact(top_k)) {
-        for &a in left {
-            let row = &mut counts[usize::from(a) * experts..][..experts];
-            for &b in right {
-                row[usize::from(b)] += 1;
-            }
-        }
-    }
-}
-
-#[multiversion::multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512vl+avx2+bmi2",
-    "x86_64+avx2+bmi2"
-))]
-fn count_rows(
-    left: &[u16],
-    right: &[u16],
-    top_k: usize,
-    width: usize,
-    narrow: &mut [u8],
-    middle: &mut [u16],
-    rows: &mut [u8],
-) {
-    match width {
-        8 => count_rows_of::<8>(left, right, top_k, 1, narrow, middle, rows),
-        16 => count_rows_of::<16>(left, right, top_k, 1, narrow, middle, rows),
-        32 => count_rows_of::<32>(left, right, top_k, 1, narrow, middle, rows),
-        64 => count_rows_of::<64>(left, right, top_k, 1, narrow, middle, rows),
-        128 => count_rows_of::<128>(left, right, top_k, 1, narrow, middle, rows),
-        256 => count_rows_of::<256>(left, right, top_k, 1, narrow, middle, rows),
-        _ => count_rows_of::<64>(left, right, top_k, width / 64, narrow, middle, rows),
-    }
-}
-
-/// A table row is `n` pieces of `W` counters.
-#[inline(always)]
-fn count_rows_of<const W: usize>(
-    left: &[u16],
-    right: &[u16],
-    top_k: usize,
-    n: usize,
-    narrow: &mut [u8],
-    middle: &mut [u16],
-    rows: &mut [u8],
-) {
-    for (left, right) in left.chunks(NARROW * top_k).zip(right.chunks(NARROW * top_k)) {
-        // All rows first, then all additions: a row read right after it was written byte by byte would stall.
-        for (row, right) in rows.chunks_exact_mut(n * W).zip(right.chunks_exact(top_k)) {
-            for &b in right {
-                row[usize::from(b)] = 1;
-            }
-        }
-        {
-            let (table, _) = narrow.as_chunks_mut::<W>();
-            let (rows, _) = rows.as_chunks::<W>();
-            for (row, left) in rows.chunks_exact(n).zip(left.chunks_exact(top_k)) {
-                for &a in left {
-                    for (counter, add) in table[usize::from(a) * n..][..n].iter_mut().zip(row) {
-                        for i in 0..W {
-                            counter[i] += add[i];
+    /// Adds the pairs of this side's ids with `right`'s to `counts` `[size, size]`.
+    ///
+    /// # Panics
+    /// When the two sides are not of the same tokens.
+    pub fn count_pairs(&self, right: &Self, counts: &mut [u64]) {
+        assert!(self.ids.len() == right.ids.len() && counts.len() == self.size * self.size);
+        match self.kernel {
+            Kernel::Bits => bits::count_pairs(&self.bits, &right.bits, self.size, counts),
+            Kernel::Rows => rows::count_pairs(&self.ids, &right.ids, self.top_k, self.size, counts),
+            Kernel::Cells => {
+                let (left, right) = (self.ids.chunks_exact(self.top_k), right.ids.chunks_exact(self.top_k));
+                for (left, right) in left.zip(right) {
+                    for a in left {
+                        let row = &mut counts[a.index() * self.size..][..self.size];
+                        for b in right {
+                            row[b.index()] += 1;
                         }
                     }
                 }
             }
         }
-        for (row, right) in rows.chunks_exact_mut(n * W).zip(right.chunks_exact(top_k)) {
-            for &b in right {
-                row[usize::from(b)] = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Random;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// Every kernel counts what a loop over pairs counts, at every size.
+        #[test]
+        fn counts_every_pair(seed in any::<u64>(), size in 1usize..300, top_k in 1usize..10, tokens in 0usize..700) {
+            let top_k = top_k.min(size);
+            let mut random = Random::new(seed, 0);
+            let mut draw = || -> Vec<u16> {
+                let mut ids: Vec<u16> = (0..size as u16).collect();
+                (0..tokens)
+                    .flat_map(|_| {
+                        random.shuffle(&mut ids);
+                        ids[..top_k].to_vec()
+                    })
+                    .collect()
+            };
+            let (left, right) = (draw(), draw());
+            let mut expected = vec![7u64; size * size];
+            for (left, right) in left.chunks_exact(top_k).zip(right.chunks_exact(top_k)) {
+                for &a in left {
+                    for &b in right {
+                        expected[usize::from(a) * size + usize::from(b)] += 1;
+                    }
+                }
             }
-        }
-        for (middle, narrow) in middle.iter_mut().zip(narrow.iter_mut()) {
-            *middle += u16::from(*narrow);
-            *narrow = 0;
+            let (from, to) = (tokens / 3, tokens - tokens / 5);
+            let mut expected_single = vec![3u64; size];
+            for &a in &left[from * top_k..to * top_k] {
+                expected_single[usize::from(a)] += 1;
+            }
+            for kernel in [Kernel::Bits, Kernel::Rows, Kernel::Cells] {
+                if kernel == Kernel::Bits && size > 64 {
+                    continue;
+                }
+                let side = |ids: &[u16]| Side {
+                    ids: ids.to_vec(),
+                    bits: if kernel == Kernel::Bits { bits::rows_of(ids, top_k, size) } else { vec![] },
+                    top_k,
+                    size,
+                    kernel,
+                };
+                let mut counts = vec![7u64; size * size];
+                side(&left).count_pairs(&side(&right), &mut counts);
+                prop_assert_eq!(&counts, &expected);
+                let mut counts = vec![3u64; size];
+                side(&left).count(from, to, &mut counts);
+                prop_assert_eq!(&counts, &expected_single);
+            }
         }
     }
 }

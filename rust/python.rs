@@ -1,16 +1,23 @@
 //! The Python module `moetuner._core`: views in, one call, arrays out. The only file that knows pyo3.
 
+// Extracted arguments arrive by value; field names of classes are seen by nobody.
+#![allow(clippy::needless_pass_by_value, clippy::struct_field_names)]
+
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use numpy::ndarray::{Array2, Array3};
-use numpy::{IntoPyArray, PyArray1, PyArray2, PyArray3, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
+use numpy::{
+    IntoPyArray, PyArray1, PyArray2, PyArray3, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods,
+};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
+use crate::bottleneck::{Chain, Way};
 use crate::error::Error;
 use crate::instance::{Instance, Sizes};
+use crate::packing::{Goal, Room};
 use crate::search::{Control, Options, balanced, search as run_search};
 use crate::statistics::{Counter, Wanted};
 use crate::trace::Routing;
@@ -117,7 +124,7 @@ fn watched<T: Send>(
                 control.stop.store(true, Ordering::Relaxed);
             }
             let now = begin.elapsed();
-            if let (Some(progress), true) = (progress, now - reported > Duration::from_millis(200)) {
+            if let (Some(progress), true) = (progress, now >= reported + Duration::from_millis(200)) {
                 reported = now;
                 let best = control.best.load(Ordering::Relaxed);
                 let best = (best != i64::MAX).then_some(best);
@@ -132,16 +139,27 @@ fn watched<T: Send>(
     match (failed, result) {
         (Some(error), _) => Err(error),
         (None, Ok(result)) => Ok((result, interrupted)),
-        (None, Err(_)) => Err(PyRuntimeError::new_err("the native search panicked; please report this as a bug")),
+        (None, Err(_)) => {
+            Err(PyRuntimeError::new_err("the native search panicked; please report this as a bug"))
+        }
     }
 }
 
-fn array3<'py, T: numpy::Element>(
-    py: Python<'py>,
+fn array3<T: numpy::Element>(
+    py: Python<'_>,
     shape: (usize, usize, usize),
     data: Vec<T>,
-) -> PyResult<Bound<'py, PyArray3<T>>> {
+) -> PyResult<Bound<'_, PyArray3<T>>> {
     let array = Array3::from_shape_vec(shape, data).map_err(|e| PyValueError::new_err(e.to_string()))?;
+    Ok(array.into_pyarray(py))
+}
+
+fn array2<T: numpy::Element>(
+    py: Python<'_>,
+    shape: (usize, usize),
+    data: Vec<T>,
+) -> PyResult<Bound<'_, PyArray2<T>>> {
+    let array = Array2::from_shape_vec(shape, data).map_err(|e| PyValueError::new_err(e.to_string()))?;
     Ok(array.into_pyarray(py))
 }
 
@@ -161,12 +179,8 @@ struct StatisticsCounter {
 }
 
 /// tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E]
-type Counts<'py> = (
-    u64,
-    Bound<'py, PyArray3<u64>>,
-    Option<Bound<'py, PyArray3<u64>>>,
-    Option<Bound<'py, PyArray3<u64>>>,
-);
+type Counts<'py> =
+    (u64, Bound<'py, PyArray3<u64>>, Option<Bound<'py, PyArray3<u64>>>, Option<Bound<'py, PyArray3<u64>>>);
 
 #[pymethods]
 impl StatisticsCounter {
@@ -240,10 +254,14 @@ impl Replay {
         node_of_device: Vec<u16>,
         window: Option<u64>,
     ) -> PyResult<Self> {
-        let &[layers, devices, per_device] = slots.shape() else { unreachable!("the array has three dimensions") };
+        let &[layers, devices, per_device] = slots.shape() else {
+            unreachable!("the array has three dimensions")
+        };
         let routing = Routing::new(layers, num_experts, top_k)?;
-        if node_of_device.len() != devices || node_of_device.iter().any(|&node| usize::from(node) >= devices) {
-            let rule = format!("a node from 0 to {} for each of {devices} devices", devices.saturating_sub(1));
+        if node_of_device.len() != devices || node_of_device.iter().any(|&node| usize::from(node) >= devices)
+        {
+            let rule =
+                format!("a node from 0 to {} for each of {devices} devices", devices.saturating_sub(1));
             let found = format!("{} values", node_of_device.len());
             return Err(Error::Shape { what: "node_of_device", rule, found }.into());
         }
@@ -266,12 +284,11 @@ impl Replay {
         let replay = self.replay.take().ok_or_else(finished)?;
         let tally = py.detach(|| replay.finish());
         let (layers, d) = (self.routing.layers, self.devices);
-        let visits = Array2::from_shape_vec((layers, d), tally.visits);
         Ok((
             tally.tokens,
             array3(py, (tally.windows, layers, d), tally.load)?,
             array3(py, (layers - 1, d, d), tally.traffic)?,
-            visits.map_err(|e| PyValueError::new_err(e.to_string()))?.into_pyarray(py),
+            array2(py, (layers, d), tally.visits)?,
             tally.fanout.into_pyarray(py),
             tally.node_fanout.into_pyarray(py),
         ))
@@ -313,10 +330,8 @@ fn search<'py>(
         contiguous(cap.as_slice().ok())?,
         contiguous(cost.as_slice().ok())?,
     )?;
-    let initial = initial
-        .iter()
-        .map(|slots| Ok(sizes.fill(slice(Some(slots))?)?))
-        .collect::<PyResult<Vec<_>>>()?;
+    let initial =
+        initial.iter().map(|slots| Ok(sizes.fill(slice(Some(slots))?)?)).collect::<PyResult<Vec<_>>>()?;
     let time_limit = match time_limit.map(Duration::try_from_secs_f64) {
         None => None,
         Some(Ok(limit)) => Some(limit),
@@ -326,15 +341,94 @@ fn search<'py>(
     let options = Options { seed, trials, time_limit };
     let control = Control::new(time_limit.and_then(|limit| Instant::now().checked_add(limit)));
     // Where no placement under the cap is known the most balanced one is what can be kept.
-    let balanced = balanced(&instance);
+    let balanced = balanced(&instance)?;
     instance.allow(&balanced);
-    let work = || run_search(&instance, &options, balanced, &initial, &control);
+    let work = || run_search(&instance, &options, &balanced, &initial, &control);
     let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
     let shape = (layers, sizes.devices, slots_per_device);
     let trials = control.trials.load(Ordering::Relaxed);
-    let cap = Array2::from_shape_vec((layers, sizes.devices), instance.cap.clone());
-    let cap = cap.map_err(|e| PyValueError::new_err(e.to_string()))?.into_pyarray(py);
+    let cap = array2(py, (layers, sizes.devices), instance.cap.clone())?;
     Ok((array3(py, shape, sizes.unfill(&found))?, cap, trials, interrupted, instance.shift))
+}
+
+/// Peak and its bound, deviation times clusters and its bound: one row per layer.
+type Balance = Vec<(u128, u128, u128, u128)>;
+
+fn pack<'py>(
+    py: Python<'py>,
+    load: &PyReadonlyArray2<'py, u64>,
+    devices: usize,
+    room: Room,
+    goal: Goal,
+    improve: bool,
+    threads: Option<usize>,
+) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance)> {
+    let (layers, experts) = (load.shape()[0], load.shape()[1]);
+    let load = contiguous(load.as_slice().ok())?;
+    let packed =
+        detached(py, threads, || crate::packing::pack(load, experts, devices, room, goal, improve))??;
+    let balance = packed.iter().map(|p| (p.peak.0, p.peak.1, p.deviation.0, p.deviation.1)).collect();
+    let cluster = packed.into_iter().flat_map(|p| p.cluster).collect();
+    Ok((array2(py, (layers, experts), cluster)?, balance))
+}
+
+#[pyfunction]
+#[pyo3(signature = (load, devices, slots, *, improve = false, threads = None))]
+fn lpt<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, u64>,
+    devices: usize,
+    slots: usize,
+    improve: bool,
+    threads: Option<usize>,
+) -> PyResult<Bound<'py, PyArray2<u16>>> {
+    Ok(pack(py, &load, devices, Room { fewest: 0, most: slots }, Goal::Peak, improve, threads)?.0)
+}
+
+#[pyfunction]
+#[pyo3(signature = (load, clusters, slots, *, equal_sizes = true, threads = None))]
+fn cluster<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, u64>,
+    clusters: usize,
+    slots: usize,
+    equal_sizes: bool,
+    threads: Option<usize>,
+) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance)> {
+    let experts = load.shape()[1];
+    let room = if equal_sizes && clusters > 0 {
+        Room::equal(experts, clusters)
+    } else {
+        Room::free(experts, clusters, slots)
+    };
+    pack(py, &load, clusters, room, Goal::Deviation, true, threads)
+}
+
+/// The device of every cluster [L,D], how it was found, a lower bound of the bottleneck.
+type Placed<'py> = (Bound<'py, PyArray2<u16>>, &'static str, u128);
+
+#[pyfunction]
+#[pyo3(signature = (traffic, cost, *, sizes = None, start = None, threads = None))]
+fn place_clusters<'py>(
+    py: Python<'py>,
+    traffic: PyReadonlyArray3<'py, u64>,
+    cost: PyReadonlyArray2<'py, u64>,
+    sizes: Option<PyReadonlyArray2<'py, u64>>,
+    start: Option<PyReadonlyArray2<'py, u16>>,
+    threads: Option<usize>,
+) -> PyResult<Placed<'py>> {
+    let (layers, devices) = (traffic.shape()[0] + 1, cost.shape()[0]);
+    let sizes = sizes.as_ref().map(|sizes| contiguous(sizes.as_slice().ok())).transpose()?;
+    let start = start.as_ref().map(|start| contiguous(start.as_slice().ok())).transpose()?;
+    let (traffic, cost) = (contiguous(traffic.as_slice().ok())?, contiguous(cost.as_slice().ok())?);
+    let chain = Chain { traffic, cost, sizes, start, layers, devices };
+    let placed = detached(py, threads, || chain.place())??;
+    let way = match placed.way {
+        Way::Uniform => "exact: uniform links",
+        Way::DynamicProgramming => "exact: dynamic programming",
+        Way::LocalSearch => "heuristic: local search",
+    };
+    Ok((array2(py, (layers, devices), placed.device)?, way, placed.bound))
 }
 
 fn finished() -> PyErr {
@@ -345,7 +439,7 @@ fn finished() -> PyErr {
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::{Replay, StatisticsCounter, search, validate};
+    use super::{Replay, StatisticsCounter, cluster, lpt, place_clusters, search, validate};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

@@ -1,10 +1,8 @@
 //! Replays a trace under a placement, token by token: who works, what moves, how far it fans out.
 
-use rayon::prelude::*;
-
 use crate::error::{Error, Result};
-use crate::pairs::{BLOCK, Pairs};
-use crate::statistics::{gather, in_windows};
+use crate::pairs::{BLOCK, Side};
+use crate::statistics::{Windows, by_layers};
 use crate::trace::{ExpertId, Routing, validate};
 
 /// A placement as the replay needs it: copies of every expert, layer by layer.
@@ -15,8 +13,8 @@ pub struct Copies {
     node_of_device: Vec<u16>,
     device_of_slot: Vec<u16>,
     /// Slots of every expert, one after the other `[L, filled slots]`.
-    copies: Vec<Vec<u16>>,
-    /// Where an expert's slots begin in `copies` `[L, E + 1]`.
+    slots_of: Vec<Vec<u16>>,
+    /// Where an expert's slots begin in `slots_of` `[L, E + 1]`.
     begin: Vec<Vec<u32>>,
 }
 
@@ -27,7 +25,8 @@ impl Copies {
         let devices = node_of_device.len();
         let p = devices * per_device;
         if slots.len() != layers * p || p == 0 || p > 1 << 16 {
-            let rule = format!("{layers} layers x {devices} devices x {per_device} slots, at most 65536 a layer");
+            let rule =
+                format!("{layers} layers x {devices} devices x {per_device} slots, at most 65536 a layer");
             return Err(Error::Shape { what: "slots", rule, found: format!("{} values", slots.len()) });
         }
         let mut copies = Vec::with_capacity(layers);
@@ -62,29 +61,37 @@ impl Copies {
             slots: p,
             node_of_device: node_of_device.to_vec(),
             device_of_slot: (0..p).map(|slot| (slot / per_device) as u16).collect(),
-            copies,
+            slots_of: copies,
             begin,
         })
     }
 
-    /// Replaces expert ids by the slots that serve them. Copies share an expert's tokens evenly, by a hash of the
-    /// token's position (Knuth's multiplicative one), the same in all layers.
-    fn route(&self, l: usize, ids: &mut [u16], top_k: usize, first_token: u64) {
-        let (copies, begin) = (&self.copies[l], &self.begin[l]);
+    /// The slots that serve the ids of a layer. Copies share an expert's tokens evenly, by a hash of the token's
+    /// position (Knuth's multiplicative one), the same in all layers.
+    fn route<I: ExpertId>(&self, l: usize, ids: &[I], top_k: usize, first_token: u64) -> Vec<u16> {
+        let (copies, begin) = (&self.slots_of[l], &self.begin[l]);
         if copies.len() + 1 == begin.len() {
-            for id in ids {
-                *id = copies[usize::from(*id)];
-            }
-            return;
+            return ids.iter().map(|id| copies[id.index()]).collect();
         }
-        for (token, ids) in ids.chunks_exact_mut(top_k).enumerate() {
-            let hash = (first_token + token as u64).wrapping_mul(2_654_435_761) as u32;
-            for id in ids {
-                let e = usize::from(*id);
-                let (from, to) = (begin[e], begin[e + 1]);
-                *id = copies[(from + hash % (to - from)) as usize];
-            }
+        let mut slots = Vec::with_capacity(ids.len());
+        for (token, ids) in (first_token..).zip(ids.chunks_exact(top_k)) {
+            let hash = token.wrapping_mul(2_654_435_761) as u32;
+            slots.extend(ids.iter().map(|id| {
+                let (from, to) = (begin[id.index()], begin[id.index() + 1]);
+                copies[(from + hash % (to - from)) as usize]
+            }));
         }
+        slots
+    }
+
+    /// The devices of every node as bits; up to 64 devices.
+    fn devices_of_node(&self) -> Vec<u64> {
+        let mut nodes = vec![0; self.devices];
+        for (device, &node) in self.node_of_device.iter().enumerate() {
+            nodes[usize::from(node)] |= 1 << device;
+        }
+        nodes.retain(|&devices| devices != 0);
+        nodes
     }
 }
 
@@ -112,50 +119,60 @@ pub struct Tally {
 pub struct Replay {
     routing: Routing,
     copies: Copies,
-    window: Option<u64>,
-    tokens: u64,
+    /// Load of slots.
+    windows: Windows,
     layers: Vec<Layer>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Layer {
-    load: Vec<u64>,
-    /// Pairs of slots `[P, P]`.
+    /// Pairs of slots of the layer before and of this one `[P, P]`; empty in the first layer.
     pairs: Vec<u64>,
+    /// By device.
     visits: Vec<u64>,
     fanout: u64,
     node_fanout: u64,
-    scratch: Pairs,
-    slots: Vec<u16>,
-    slots_before: Vec<u16>,
-    /// Token that visited a device or node last, for more of them than bits in a word.
-    seen: Vec<u32>,
 }
 
 impl Replay {
-    /// Nothing replayed yet.
+    /// Nothing replayed yet; `window` tokens make a window, the whole trace where there is no number.
     #[must_use]
     pub fn new(routing: Routing, copies: Copies, window: Option<u64>) -> Self {
         let table = copies.slots * copies.slots;
         let layer = |l: usize| Layer {
             pairs: vec![0; if l > 0 { table } else { 0 }],
             visits: vec![0; copies.devices],
-            ..Layer::default()
+            fanout: 0,
+            node_fanout: 0,
         };
-        Self { layers: (0..routing.layers).map(layer).collect(), routing, copies, window, tokens: 0 }
+        Self {
+            layers: (0..routing.layers).map(layer).collect(),
+            windows: Windows::new(routing.layers, copies.slots, window),
+            routing,
+            copies,
+        }
     }
 
     /// Validates and replays the next tokens of the trace, `[tokens, layers, top_k]`.
     pub fn push<I: ExpertId>(&mut self, ids: &[I]) -> Result<()> {
-        validate(ids, self.routing, self.tokens)?;
-        let row = self.routing.row();
-        for block in ids.chunks(BLOCK * row) {
-            let Self { routing, copies, window, tokens, layers } = self;
-            layers
-                .par_iter_mut()
-                .enumerate()
-                .for_each(|(l, layer)| layer.replay(block, l, *routing, copies, *window, *tokens));
-            self.tokens += (block.len() / row) as u64;
+        let Self { routing, copies, windows, layers } = self;
+        validate(ids, *routing, windows.tokens)?;
+        for block in ids.chunks(BLOCK * routing.row()) {
+            let first = windows.tokens;
+            let mut tasks: Vec<_> = layers.iter_mut().zip(&mut windows.load).collect();
+            // A trace of one byte per id may need two bytes per slot.
+            let prepare = |l: usize, ids: Vec<I>| {
+                let slots = copies.route(l, &ids, routing.top_k, first);
+                (Side::new(slots.clone(), routing.top_k, copies.slots), slots)
+            };
+            by_layers(&mut tasks, block, *routing, prepare, |(layer, load), before, (here, slots)| {
+                here.count_windows(windows.length, first, load);
+                if let Some((before, _)) = before {
+                    before.count_pairs(here, &mut layer.pairs);
+                }
+                layer.fan_out(slots, routing.top_k, copies);
+            });
+            windows.tokens += (block.len() / routing.row()) as u64;
         }
         Ok(())
     }
@@ -163,85 +180,75 @@ impl Replay {
     /// What was counted.
     #[must_use]
     pub fn finish(self) -> Tally {
-        let (layers, d) = (self.routing.layers, self.copies.devices);
-        let windows = self.window.map_or(1, |window| self.tokens.div_ceil(window).max(1)) as usize;
-        let mut load = vec![0; windows * layers * d];
-        for (l, layer) in self.layers.iter().enumerate() {
-            for (w, counts) in layer.load.chunks_exact(d).enumerate() {
-                load[(w * layers + l) * d..][..d].copy_from_slice(counts);
-            }
+        let Self { routing, copies, windows, layers } = self;
+        let (p, d) = (copies.slots, copies.devices);
+        let device = |slot: usize| usize::from(copies.device_of_slot[slot]);
+        let (tokens, windows, load_of_slot) = windows.finish();
+        let mut load = vec![0; windows * routing.layers * d];
+        for (load, of_slot) in load.chunks_exact_mut(d).zip(load_of_slot.chunks_exact(p)) {
+            of_slot.iter().enumerate().for_each(|(slot, count)| load[device(slot)] += count);
         }
-        let device = |slot: usize| usize::from(self.copies.device_of_slot[slot]);
-        let mut traffic = vec![0; (layers - 1) * d * d];
-        for (traffic, layer) in traffic.chunks_exact_mut(d * d).zip(&self.layers[1..]) {
-            for (from, row) in layer.pairs.chunks_exact(self.copies.slots).enumerate() {
+        let mut traffic = vec![0; (routing.layers - 1) * d * d];
+        for (traffic, layer) in traffic.chunks_exact_mut(d * d).zip(&layers[1..]) {
+            for (from, row) in layer.pairs.chunks_exact(p).enumerate() {
                 for (to, &count) in row.iter().enumerate() {
                     traffic[device(from) * d + device(to)] += count;
                 }
             }
         }
         Tally {
-            tokens: self.tokens,
+            tokens,
             windows,
             load,
             traffic,
-            visits: self.layers.iter().flat_map(|layer| layer.visits.iter().copied()).collect(),
-            fanout: self.layers.iter().map(|layer| layer.fanout).collect(),
-            node_fanout: self.layers.iter().map(|layer| layer.node_fanout).collect(),
+            visits: layers.iter().flat_map(|layer| layer.visits.iter().copied()).collect(),
+            fanout: layers.iter().map(|layer| layer.fanout).collect(),
+            node_fanout: layers.iter().map(|layer| layer.node_fanout).collect(),
         }
     }
 }
 
 impl Layer {
-    fn replay<I: ExpertId>(
-        &mut self,
-        block: &[I],
-        l: usize,
-        routing: Routing,
-        copies: &Copies,
-        window: Option<u64>,
-        first: u64,
-    ) {
-        let k = routing.top_k;
-        gather(block, l, routing, &mut self.slots);
-        copies.route(l, &mut self.slots, k, first);
-        if l > 0 {
-            gather(block, l - 1, routing, &mut self.slots_before);
-            copies.route(l - 1, &mut self.slots_before, k, first);
-            self.scratch.count(&self.slots_before, &self.slots, k, copies.slots, &mut self.pairs);
-        }
-        for slot in &mut self.slots {
-            *slot = copies.device_of_slot[usize::from(*slot)];
-        }
-        let devices = &self.slots;
-        in_windows(devices, k, copies.devices, window, first, &mut self.load);
+    /// Counts the distinct devices and nodes that every token of a block visits.
+    fn fan_out(&mut self, slots: &[u16], top_k: usize, copies: &Copies) {
         if copies.devices <= 64 {
-            for devices in devices.chunks_exact(k) {
-                let (mut visited, mut nodes) = (0u64, 0u64);
-                for &device in devices {
-                    let bit = 1 << device;
-                    self.visits[usize::from(device)] += u64::from(visited & bit == 0);
-                    visited |= bit;
-                    nodes |= 1 << copies.node_of_device[usize::from(device)];
-                }
-                self.fanout += u64::from(visited.count_ones());
-                self.node_fanout += u64::from(nodes.count_ones());
+            match top_k {
+                1 => self.fan_out_with(slots, 1, copies),
+                2 => self.fan_out_with(slots, 2, copies),
+                4 => self.fan_out_with(slots, 4, copies),
+                8 => self.fan_out_with(slots, 8, copies),
+                _ => self.fan_out_with(slots, top_k, copies),
             }
-        } else {
-            // Devices first, nodes behind them; tokens of a block are numbered from 1.
-            self.seen.clear();
-            self.seen.resize(2 * copies.devices, 0);
-            for (token, devices) in devices.chunks_exact(k).enumerate() {
-                let mut first_time = |at: usize| std::mem::replace(&mut self.seen[at], token as u32 + 1) <= token as u32;
-                for &device in devices {
-                    let device = usize::from(device);
-                    let new = u64::from(first_time(device));
-                    self.visits[device] += new;
-                    self.fanout += new;
-                    let node = usize::from(copies.node_of_device[device]);
-                    self.node_fanout += u64::from(first_time(copies.devices + node));
-                }
+            return;
+        }
+        // Which token visited a device or, behind them, a node last; tokens are numbered from 1.
+        let mut last = vec![0; 2 * copies.devices];
+        for (token, slots) in (1u32..).zip(slots.chunks_exact(top_k)) {
+            for &slot in slots {
+                let device = usize::from(copies.device_of_slot[usize::from(slot)]);
+                let node = copies.devices + usize::from(copies.node_of_device[device]);
+                let new = u64::from(std::mem::replace(&mut last[device], token) != token);
+                self.visits[device] += new;
+                self.fanout += new;
+                self.node_fanout += u64::from(std::mem::replace(&mut last[node], token) != token);
             }
+        }
+    }
+
+    /// Up to 64 devices are bits of a word. Inlined for constant `top_k`, so that the loop over slots unrolls.
+    #[inline(always)]
+    fn fan_out_with(&mut self, slots: &[u16], top_k: usize, copies: &Copies) {
+        let device_bit = |&slot: &u16| 1u64 << copies.device_of_slot[usize::from(slot)];
+        let visited: Vec<u64> = slots
+            .chunks_exact(top_k)
+            .map(|slots| slots.iter().fold(0, |set, slot| set | device_bit(slot)))
+            .collect();
+        for (device, visits) in self.visits.iter_mut().enumerate() {
+            *visits += visited.iter().map(|set| set >> device & 1).sum::<u64>();
+        }
+        self.fanout += visited.iter().map(|set| u64::from(set.count_ones())).sum::<u64>();
+        for devices in copies.devices_of_node() {
+            self.node_fanout += visited.iter().map(|set| u64::from(set & devices != 0)).sum::<u64>();
         }
     }
 }

@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 use crate::error::Result;
-use crate::pairs::{BLOCK, Pairs};
+use crate::pairs::{BLOCK, Side};
 use crate::trace::{ExpertId, Routing, validate};
 
 /// What to count besides load.
@@ -22,22 +22,9 @@ pub struct Wanted {
 #[derive(Debug)]
 pub struct Counter {
     routing: Routing,
-    /// Tokens per window; `None` counts the whole trace as one window.
-    window: Option<u64>,
-    tokens: u64,
-    layers: Vec<Layer>,
-}
-
-#[derive(Debug, Default)]
-struct Layer {
-    /// `[windows so far, experts]`.
-    load: Vec<u64>,
-    /// `[experts, experts]` from the layer before to this one; empty where not wanted.
-    transitions: Vec<u64>,
-    coactivation: Vec<u64>,
-    pairs: Pairs,
-    ids: Vec<u16>,
-    ids_before: Vec<u16>,
+    windows: Windows,
+    transitions: Option<Vec<u64>>,
+    coactivation: Option<Vec<u64>>,
 }
 
 /// The counts of a whole trace, in row-major order.
@@ -56,141 +43,164 @@ pub struct Statistics {
 }
 
 impl Counter {
-    /// An empty counter.
+    /// An empty counter; `window` tokens make a window, the whole trace where there is no number.
     #[must_use]
     pub fn new(routing: Routing, window: Option<u64>, wanted: Wanted) -> Self {
         let table = routing.experts * routing.experts;
-        let layers = (0..routing.layers)
-            .map(|l| Layer {
-                transitions: vec![0; if wanted.transitions && l > 0 { table } else { 0 }],
-                coactivation: vec![0; if wanted.coactivation { table } else { 0 }],
-                ..Layer::default()
-            })
-            .collect();
-        Self { routing, window, tokens: 0, layers }
+        Self {
+            routing,
+            windows: Windows::new(routing.layers, routing.experts, window),
+            transitions: wanted.transitions.then(|| vec![0; (routing.layers - 1) * table]),
+            coactivation: wanted.coactivation.then(|| vec![0; routing.layers * table]),
+        }
     }
 
     /// Validates and counts the next tokens of the trace, `[tokens, layers, top_k]`.
     ///
     /// A shard that does not pass leaves the counter as it was.
     pub fn push<I: ExpertId>(&mut self, ids: &[I]) -> Result<()> {
-        validate(ids, self.routing, self.tokens)?;
-        let row = self.routing.row();
-        for block in ids.chunks(BLOCK * row) {
-            let (routing, window, first) = (self.routing, self.window, self.tokens);
-            self.layers
-                .par_iter_mut()
-                .enumerate()
-                .for_each(|(l, layer)| layer.count(block, l, routing, window, first));
-            self.tokens += (block.len() / row) as u64;
+        let Self { routing, windows, transitions, coactivation } = self;
+        validate(ids, *routing, windows.tokens)?;
+        let Routing { experts, top_k, .. } = *routing;
+        let table = experts * experts;
+        for block in ids.chunks(BLOCK * routing.row()) {
+            let first = windows.tokens;
+            let mut transitions = transitions.iter_mut().flat_map(|tables| tables.chunks_exact_mut(table));
+            let mut coactivation = coactivation.iter_mut().flat_map(|tables| tables.chunks_exact_mut(table));
+            // The transitions of a layer are those that lead to it: the first layer has none.
+            let mut layers: Vec<Layer<'_>> = (windows.load.iter_mut().enumerate())
+                .map(|(l, load)| Layer {
+                    load,
+                    transitions: if l > 0 { transitions.next() } else { None },
+                    coactivation: coactivation.next(),
+                })
+                .collect();
+            by_layers(
+                &mut layers,
+                block,
+                *routing,
+                |_, ids| Side::new(ids, top_k, experts),
+                |layer, before, here| {
+                    here.count_windows(windows.length, first, layer.load);
+                    if let (Some(before), Some(counts)) = (before, &mut layer.transitions) {
+                        before.count_pairs(here, counts);
+                    }
+                    if let Some(counts) = &mut layer.coactivation {
+                        here.count_pairs(here, counts);
+                    }
+                },
+            );
+            windows.tokens += (block.len() / routing.row()) as u64;
         }
         Ok(())
     }
 
     /// The counts so far.
     #[must_use]
-    pub fn finish(self) -> Statistics {
-        let Routing { layers, experts, .. } = self.routing;
-        let windows = self.window.map_or(1, |window| self.tokens.div_ceil(window).max(1)) as usize;
-        let mut load = vec![0; windows * layers * experts];
-        for (l, layer) in self.layers.iter().enumerate() {
-            for (w, counts) in layer.load.chunks_exact(experts).enumerate() {
-                load[(w * layers + l) * experts..][..experts].copy_from_slice(counts);
+    pub fn finish(mut self) -> Statistics {
+        let experts = self.routing.experts;
+        for table in self.coactivation.iter_mut().flat_map(|c| c.chunks_exact_mut(experts * experts)) {
+            // An expert meets itself once per token: that is its load, not a co-activation.
+            table.iter_mut().step_by(experts + 1).for_each(|count| *count = 0);
+        }
+        let (tokens, windows, load) = self.windows.finish();
+        let Self { transitions, coactivation, .. } = self;
+        Statistics { tokens, windows, load, transitions, coactivation }
+    }
+}
+
+/// One layer's tables.
+struct Layer<'a> {
+    load: &'a mut Vec<u64>,
+    transitions: Option<&'a mut [u64]>,
+    coactivation: Option<&'a mut [u64]>,
+}
+
+/// Loads by window: runs of `length` tokens, or the whole trace.
+#[derive(Debug)]
+pub(crate) struct Windows {
+    pub(crate) length: Option<u64>,
+    pub(crate) tokens: u64,
+    size: usize,
+    /// For every layer `[windows so far, size]`.
+    pub(crate) load: Vec<Vec<u64>>,
+}
+
+impl Windows {
+    pub(crate) fn new(layers: usize, size: usize, length: Option<u64>) -> Self {
+        Self { length, tokens: 0, size, load: vec![Vec::new(); layers] }
+    }
+
+    /// Tokens, windows (at least one), and loads `[windows, layers, size]`.
+    pub(crate) fn finish(self) -> (u64, usize, Vec<u64>) {
+        let (layers, size) = (self.load.len(), self.size);
+        let windows = self.length.map_or(1, |length| self.tokens.div_ceil(length).max(1)) as usize;
+        let mut load = vec![0; windows * layers * size];
+        for (l, of_layer) in self.load.iter().enumerate() {
+            for (w, counts) in of_layer.chunks_exact(size).enumerate() {
+                load[(w * layers + l) * size..][..size].copy_from_slice(counts);
             }
         }
-        let gather = |table: fn(&Layer) -> &Vec<u64>, skip: usize| -> Option<Vec<u64>> {
-            let tables = self.layers.iter().skip(skip).map(table);
-            let whole: Vec<u64> = tables.flatten().copied().collect();
-            (!whole.is_empty() || layers == skip).then_some(whole)
-        };
-        let mut coactivation = gather(|layer| &layer.coactivation, 0);
-        for (e, tables) in coactivation.iter_mut().flat_map(|c| c.chunks_exact_mut(experts).enumerate()) {
-            // An expert meets itself once per token: that is its load, not a co-activation.
-            tables[e % experts] = 0;
-        }
-        Statistics {
-            tokens: self.tokens,
-            windows,
-            load,
-            transitions: gather(|layer| &layer.transitions, 1),
-            coactivation,
-        }
+        (self.tokens, windows, load)
     }
 }
 
-impl Layer {
-    fn count<I: ExpertId>(
-        &mut self,
-        block: &[I],
-        l: usize,
-        routing: Routing,
-        window: Option<u64>,
-        first: u64,
-    ) {
-        let Routing { experts, top_k, .. } = routing;
-        gather(block, l, routing, &mut self.ids);
-        let ids = &self.ids;
-        if !self.coactivation.is_empty() {
-            self.pairs.count(ids, ids, top_k, experts, &mut self.coactivation);
-        }
-        if !self.transitions.is_empty() {
-            gather(block, l - 1, routing, &mut self.ids_before);
-            self.pairs.count(&self.ids_before, ids, top_k, experts, &mut self.transitions);
-        }
-        in_windows(ids, top_k, experts, window, first, &mut self.load);
-    }
-}
+/// Layers per task: enough to prepare each layer's ids about once, few enough for all threads to have work.
+const LAYERS: usize = 8;
 
-/// Adds ids, `top_k` per token from token `first` on, to their windows' counts `[windows so far, size]`.
-pub(crate) fn in_windows(
-    ids: &[u16],
-    top_k: usize,
-    size: usize,
-    window: Option<u64>,
-    first: u64,
-    counts: &mut Vec<u64>,
+/// Visits all layers of a block, several at once: `prepare` turns a layer's ids `[tokens, top_k]` into what `visit`
+/// then sees of the layer before (if there is one) and of the layer itself.
+pub(crate) fn by_layers<I: ExpertId, T: Send, S>(
+    layers: &mut [T],
+    block: &[I],
+    routing: Routing,
+    prepare: impl Fn(usize, Vec<I>) -> S + Sync,
+    visit: impl Fn(&mut T, Option<&S>, &S) + Sync,
 ) {
-    let mut token = first;
-    let mut rest = ids;
-    while !rest.is_empty() {
-        let (w, left) = match window {
-            None => (0, u64::MAX),
-            Some(window) => (token / window, window - token % window),
-        };
-        let now = rest.len().min(usize::try_from(left).unwrap_or(usize::MAX).saturating_mul(top_k));
-        let end = (w as usize + 1) * size;
-        if counts.len() < end {
-            counts.resize(end, 0);
+    let per_task = LAYERS.min(layers.len().div_ceil(rayon::current_num_threads())).max(1);
+    layers.par_chunks_mut(per_task).enumerate().for_each(|(task, layers)| {
+        let first = task * per_task;
+        // The last layer of the task before is this task's first neighbour.
+        let from = first.saturating_sub(1);
+        let ids = gather(block, from, first + layers.len(), routing);
+        let sides: Vec<S> = ids.into_iter().enumerate().map(|(i, ids)| prepare(from + i, ids)).collect();
+        for (i, layer) in layers.iter_mut().enumerate() {
+            let here = first + i - from;
+            visit(layer, here.checked_sub(1).map(|before| &sides[before]), &sides[here]);
         }
-        let counts = &mut counts[end - size..];
-        for &id in &rest[..now] {
-            counts[usize::from(id)] += 1;
-        }
-        token += (now / top_k) as u64;
-        rest = &rest[now..];
-    }
+    });
 }
 
-/// The ids of one layer, close together.
-pub(crate) fn gather<I: ExpertId>(block: &[I], l: usize, routing: Routing, ids: &mut Vec<u16>) {
-    fn of<I: ExpertId, const K: usize>(block: &[I], l: usize, row: usize, ids: &mut Vec<u16>) {
-        for token in block.chunks_exact(row) {
-            let here: &[I; K] = token[l * K..].first_chunk().expect("a row holds every layer");
-            ids.extend_from_slice(&here.map(|id| id.index() as u16));
+/// Tokens that stay in the first-level cache while all layers are taken from them.
+const TOKENS: usize = 64;
+
+/// The ids of layers `from..to`, each layer's together.
+fn gather<I: ExpertId>(block: &[I], from: usize, to: usize, routing: Routing) -> Vec<Vec<I>> {
+    /// Copies K ids of every token, inlined for constant K.
+    #[inline(always)]
+    fn copy<I: ExpertId, const K: usize>(tokens: &[I], at: usize, row: usize, ids: &mut [I]) {
+        for (ids, token) in ids.as_chunks_mut::<K>().0.iter_mut().zip(tokens.chunks_exact(row)) {
+            *ids = *token[at..].first_chunk().expect("a row holds every layer");
         }
     }
     let (k, row) = (routing.top_k, routing.row());
-    ids.clear();
-    ids.reserve(block.len() / routing.layers);
-    match k {
-        1 => of::<I, 1>(block, l, row, ids),
-        2 => of::<I, 2>(block, l, row, ids),
-        4 => of::<I, 4>(block, l, row, ids),
-        8 => of::<I, 8>(block, l, row, ids),
-        _ => {
-            for token in block.chunks_exact(row) {
-                ids.extend(token[l * k..][..k].iter().map(|id| id.index() as u16));
+    let mut layers = vec![vec![block[0]; block.len() / routing.layers]; to - from];
+    for (part, tokens) in block.chunks(TOKENS * row).enumerate() {
+        for (l, ids) in (from..to).zip(&mut layers) {
+            let ids = &mut ids[part * TOKENS * k..];
+            match k {
+                1 => copy::<I, 1>(tokens, l, row, ids),
+                2 => copy::<I, 2>(tokens, l * 2, row, ids),
+                4 => copy::<I, 4>(tokens, l * 4, row, ids),
+                6 => copy::<I, 6>(tokens, l * 6, row, ids),
+                8 => copy::<I, 8>(tokens, l * 8, row, ids),
+                _ => {
+                    for (ids, token) in ids.chunks_exact_mut(k).zip(tokens.chunks_exact(row)) {
+                        ids.copy_from_slice(&token[l * k..][..k]);
+                    }
+                }
             }
         }
     }
+    layers
 }

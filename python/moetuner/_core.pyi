@@ -88,3 +88,47 @@ class Replay:
         NDArray[np.uint64],
     ]:
         """Tokens, load [W,L,D], traffic [L-1,D,D], visits [L,D], fanout [L] and node fanout [L] summed over tokens."""
+
+def lpt(
+    load: NDArray[np.uint64],
+    devices: int,
+    slots: int,
+    *,
+    improve: bool = False,
+    threads: int | None = None,
+) -> NDArray[np.uint16]:
+    """Pack load [L,E] onto devices of ``slots`` slots: the heaviest expert first, to the least loaded device.
+
+    With ``improve``, exchanges between devices then lower the largest device load. Returns the device [L,E].
+    """
+
+def cluster(
+    load: NDArray[np.uint64],
+    clusters: int,
+    slots: int,
+    *,
+    equal_sizes: bool = True,
+    threads: int | None = None,
+) -> tuple[NDArray[np.uint16], list[tuple[int, int, int, int]]]:
+    """Split every layer of load [L,E] into clusters of load as even as possible.
+
+    Returns the cluster [L,E] and per layer four whole numbers: the heaviest cluster's load, a proven lower bound of
+    it, ``clusters`` times the sum of deviations from the mean, and a proven lower bound of that. With free sizes a
+    cluster has 1 to ``slots`` experts, or 0 where there are fewer experts than clusters.
+    """
+
+def place_clusters(
+    traffic: NDArray[np.uint64],
+    cost: NDArray[np.uint64],
+    *,
+    sizes: NDArray[np.uint64] | None = None,
+    start: NDArray[np.uint16] | None = None,
+    threads: int | None = None,
+) -> tuple[NDArray[np.uint16], str, int]:
+    """Place clusters on devices: the least sum over boundaries of the busiest pair's time, then the least total.
+
+    Takes traffic [L-1,D,D] between clusters of neighbouring layers, the cost of a token from device to device [D,D],
+    and sizes [L,D] in experts where every device is to hold the same total over all layers, as nearly as exchanges
+    reach it; a search may begin at a ``start`` [L,D] as well. Returns the device of every cluster [L,D], how it was
+    found, and a proven lower bound of the sum.
+    """

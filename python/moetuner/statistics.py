@@ -1,9 +1,8 @@
-"""RoutingStatistics: windows of load, transitions and co-activation. Plain counts, so they add up."""
+"""RoutingStatistics: windows of load, transitions, co-activation. Plain counts: they add up."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner import _core
-from moetuner._files import replacing
+from moetuner import _core, _labels, _statistics_file
+from moetuner._files import naming
+from moetuner._validation import whole_number
 from moetuner.trace import RoutingTrace
 
-FORMAT = "moetuner.statistics"
+# Counts beyond this are a mistake in the number of experts or the window, not a model.
+TABLE_LIMIT = 16 << 30
+
+# Small enough that a shard is counted from the cache it was read into, on most machines.
+SHARD_BYTES = 16 << 20
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RoutingStatistics:
     """What a placement needs to know of a trace.
 
@@ -33,9 +35,11 @@ class RoutingStatistics:
     transitions
         Tokens routed to expert e in layer l and to f in layer l+1 [L-1,E,E]; None if not counted.
     coactivation
-        Tokens routed to e and f in one layer [L,E,E], symmetric, zero diagonal; None if not counted.
+        Tokens routed to e and f in one layer [L,E,E], symmetric, zero diagonal; None if not
+        counted.
     window
-        Tokens per window; None where windows are something else (a whole trace, a prompt, a language).
+        Tokens per window; None where windows are something else (a whole trace, a prompt, a
+        language).
     group
         Group of every window [W], an index into ``group_names``; None without groups.
     """
@@ -51,7 +55,9 @@ class RoutingStatistics:
     def __post_init__(self) -> None:
         load = _counts("load", self.window_load, "[windows, layers, experts]")
         if 0 in load.shape:
-            raise ValueError(f"load must have at least one window, layer and expert, got {list(load.shape)}")
+            raise ValueError(
+                f"load must have at least one window, layer and expert, got {list(load.shape)}"
+            )
         object.__setattr__(self, "window_load", load)
         _, layers, experts = load.shape
         for name, n in (("transitions", layers - 1), ("coactivation", layers)):
@@ -60,18 +66,18 @@ class RoutingStatistics:
                 continue
             table = _counts(name, table, "[.., experts, experts]")
             if table.shape != (n, experts, experts):
-                raise ValueError(f"{name} must be [{n}, {experts}, {experts}], got {list(table.shape)}")
-            object.__setattr__(self, name, table)
-        if self.group is not None:
-            group = np.asarray(self.group)
-            if group.shape != (load.shape[0],) or not np.issubdtype(group.dtype, np.integer):
-                raise ValueError(f"group must be integers [{load.shape[0]}], got {list(group.shape)}")
-            if group.min() < 0 or group.max() >= len(self.group_names):
                 raise ValueError(
-                    f"group must be from 0 to {len(self.group_names) - 1}, got {group.min()} to {group.max()}"
+                    f"{name} must be [{n}, {experts}, {experts}], got {list(table.shape)}"
                 )
-            object.__setattr__(self, "group", group.astype(np.int64))
-        object.__setattr__(self, "group_names", tuple(self.group_names))
+            object.__setattr__(self, name, table)
+        if self.coactivation is not None:
+            _check_coactivation(self.coactivation)
+        object.__setattr__(self, "group_names", _labels.names(self.group_names))
+        if self.group is not None:
+            group = _labels.groups(self.group, load.shape[0], self.group_names, np.int64)
+            object.__setattr__(self, "group", group)
+        if self.window is not None:
+            object.__setattr__(self, "window", whole_number("window", self.window))
 
     @classmethod
     def from_trace(
@@ -95,7 +101,18 @@ class RoutingStatistics:
             Whether to count these pairs.
         threads
             Threads to use, all cores by default. The counts do not depend on it.
+
+        Raises
+        ------
+        ValueError
+            If an argument is wrong, an id in the trace's file is, or the tables would not fit
+            memory.
         """
+        if window is not None:
+            window = whole_number("window", window)
+        if threads is not None:
+            threads = whole_number("threads", threads, highest=1 << 12)
+        _check_table_bytes(trace, window, transitions, coactivation)
         counter = _core.StatisticsCounter(
             trace.layers,
             trace.num_experts,
@@ -104,8 +121,9 @@ class RoutingStatistics:
             transitions=transitions,
             coactivation=coactivation,
         )
-        for shard in trace.shards():
+        for shard in trace.shards(SHARD_BYTES):
             counter.push(shard, threads)
+            del shard  # else the next shard is read while this one is still held
         _, load, pairs, together = counter.finish()
         return cls(load, pairs, together, window=window, model=trace.model)
 
@@ -162,10 +180,20 @@ class RoutingStatistics:
                 digest.update(np.ascontiguousarray(table, dtype="<u8").data)
         return digest.hexdigest()[:16]
 
+    def __repr__(self) -> str:
+        about = [f"{name}={getattr(self, name)}" for name in ("windows", "layers", "experts")]
+        about += [f"window={self.window}"] if self.window is not None else []
+        about += [
+            name for name in ("transitions", "coactivation") if getattr(self, name) is not None
+        ]
+        about += [f"model={self.model!r}"] if self.model is not None else []
+        return f"RoutingStatistics({', '.join(about)})"
+
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         """Statistics of both traces: windows one after the other, pairs summed.
 
-        Pairs that only one side has counted are dropped. Groups are kept where both sides name the same ones.
+        Pairs that only one side has counted are dropped. Groups are kept where both sides name the
+        same ones.
         """
         if not isinstance(other, RoutingStatistics):
             return NotImplemented
@@ -201,66 +229,86 @@ class RoutingStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
-        tensors = {"load": self.window_load}
-        for name in ("transitions", "coactivation", "group"):
-            table = getattr(self, name)
-            if table is not None:
-                tensors[name] = table
-        metadata = {
-            "format": FORMAT,
-            "version": "1",
-            "group_names": json.dumps(self.group_names),
-            **({"window": str(self.window)} if self.window is not None else {}),
-            **({"model": self.model} if self.model is not None else {}),
-        }
-        with replacing(path) as temporary:
-            safetensors.numpy.save_file(
-                {name: np.ascontiguousarray(table) for name, table in tensors.items()},
-                temporary,
-                metadata=metadata,
-            )
+        _statistics_file.write(
+            Path(path),
+            {
+                "load": self.window_load,
+                "transitions": self.transitions,
+                "coactivation": self.coactivation,
+                "group": self.group,
+            },
+            window=self.window,
+            group_names=self.group_names,
+            model=self.model,
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingStatistics:
-        """Read statistics that ``save`` wrote.
+        """Read statistics that ``save`` wrote, or a load table.
+
+        A load table is an ``.npz`` with ``load`` [W,L,E] or [L,E] and optionally ``group`` [W],
+        ``group_names`` and ``model``; it knows no pairs.
 
         Raises
         ------
         ValueError
-            If the file is truncated, corrupt, or something else.
+            If the file is cut off, damaged, or something else.
+        OSError
+            If it cannot be read.
         """
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"format must be {FORMAT!r}, got {metadata.get('format')!r}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            window = metadata.get("window")
+        found = _statistics_file.read(Path(path))
+        with naming(path):
+            load = found.tables["load"]
             return cls(
-                tensors["load"],
-                tensors.get("transitions"),
-                tensors.get("coactivation"),
-                window=None if window is None else int(window),
-                group=tensors.get("group"),
-                group_names=tuple(json.loads(metadata.get("group_names", "[]"))),
-                model=metadata.get("model"),
+                load[None] if load.ndim == 2 else load,
+                found.tables.get("transitions"),
+                found.tables.get("coactivation"),
+                window=found.window,
+                group=found.tables.get("group"),
+                group_names=_labels.names(found.group_names),
+                model=found.model,
             )
-        except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"{path}: not moetuner statistics: {error}") from None
 
 
 def _counts(name: str, table: Any, dimensions: str) -> NDArray[np.uint64]:
     """Turn a table of counts into uint64, or say what is wrong with it."""
     table = np.asarray(table)
     if table.ndim != 3 or table.dtype.kind not in "uif":
-        raise ValueError(f"{name} must be numbers {dimensions}, got {table.dtype} {list(table.shape)}")
+        raise ValueError(
+            f"{name} must be numbers {dimensions}, got {table.dtype} {list(table.shape)}"
+        )
+    if table.size and not float(table.sum(dtype=np.float64)) < 2.0**63 and table.dtype.kind != "f":
+        raise ValueError(f"{name} must add up to less than 2**63, got a count of {table.max()}")
     if table.dtype.kind == "u":
         return np.ascontiguousarray(table, dtype=np.uint64)
     wrong = ~((table >= 0) & (table < 2.0**63) & (np.floor(table) == table))
     if wrong.any():
         at = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise ValueError(f"{name} must be whole counts of at least 0, got {table[at]} at {list(at)}")
+        raise ValueError(
+            f"{name} must be whole counts of at least 0, got {table[at]} at {list(at)}"
+        )
     return np.ascontiguousarray(table.astype(np.uint64))
+
+
+def _check_coactivation(table: NDArray[np.uint64]) -> None:
+    for layer, counts in enumerate(table):
+        if counts.diagonal().any() or not np.array_equal(counts, counts.T):
+            rule = "symmetric with a zero diagonal"
+            raise ValueError(f"coactivation must be {rule}, layer {layer} is not")
+
+
+def _check_table_bytes(
+    trace: RoutingTrace, window: int | None, transitions: bool, coactivation: bool
+) -> None:
+    layers, experts = trace.layers, trace.num_experts
+    windows = 1 if window is None else max(1, -(-trace.tokens // window))
+    pairs = (layers - 1) * transitions + layers * coactivation
+    size = 8 * experts * (windows * layers + pairs * experts)
+    if size > TABLE_LIMIT:
+        raise ValueError(
+            f"counts must fit {TABLE_LIMIT >> 30} GiB, got {size / 2**30:.0f} GiB for {windows} "
+            f"windows, {layers} layers, {experts} experts: count fewer windows or leave out pairs"
+        )
 
 
 def _sum(a: NDArray[np.uint64] | None, b: NDArray[np.uint64] | None) -> NDArray[np.uint64] | None:

@@ -1,22 +1,54 @@
-"""RoutingTrace: which experts every token visited."""
+"""RoutingTrace: which experts every token visited, with optional labels of sequences and groups.
+
+Made from arrays or a file; read in shards, split by sequence, selected and joined. A safetensors or
+.npy file is not read when it is loaded: its ids stay on disk, also through ``split``, ``select``
+and ``concat``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner import _core
+from moetuner import _labels, _trace_file
+from moetuner._files import kind_of, naming
+from moetuner._ids import Ids, IdsInMemory, joined
+from moetuner._validation import IdArray, experts_in
+
+SHARD_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RoutingTrace:
-    """Skeleton: to be completed."""
+    """Routed experts of tokens, in the order in which the tokens were served.
 
-    expert_ids: NDArray[Any]
+    Make one with ``from_arrays`` or ``load``. A trace may have no tokens (a selection can come out
+    empty); its statistics are then all zero, with one window.
+
+    Attributes
+    ----------
+    ids
+        Where the expert ids are; read them with ``shards`` or ``expert_ids``.
+    num_experts
+        Experts per layer, E.
+    sequence
+        Sequence that each token belongs to [T]; None if not known.
+    group
+        Group that each token belongs to [T], an index into ``group_names``; None without groups. A
+        name may have no token.
+    group_names
+        Names of the groups, each once.
+    model
+        Name of the model, for people.
+    """
+
+    ids: Ids
     num_experts: int
     sequence: NDArray[np.int32] | None = None
     group: NDArray[np.int16] | None = None
@@ -24,23 +56,313 @@ class RoutingTrace:
     model: str | None = None
 
     @classmethod
-    def from_arrays(cls, expert_ids: ArrayLike, *, num_experts: int, **fields: Any) -> RoutingTrace:
-        """Validate and wrap."""
-        ids = np.ascontiguousarray(expert_ids)
-        _core.validate(ids, num_experts)
-        return cls(ids, num_experts, **fields)
+    def from_arrays(
+        cls,
+        expert_ids: ArrayLike,
+        *,
+        num_experts: int,
+        sequence: ArrayLike | None = None,
+        group: ArrayLike | None = None,
+        group_names: Iterable[str] | None = None,
+        model: str | None = None,
+    ) -> RoutingTrace:
+        """Validate and wrap arrays.
+
+        Parameters
+        ----------
+        expert_ids
+            Expert ids [T,L,K] of any integer type, byte order and layout. C-contiguous uint8 and
+            uint16 are not copied; other types become uint8 for up to 256 experts, else uint16.
+        num_experts
+            Experts per layer, E, at most 65536.
+        sequence
+            Sequence of each token [T], any integers of 32 bits.
+        group
+            Group of each token [T], from 0.
+        group_names
+            Their names; by default the numbers.
+        model
+            Name of the model.
+
+        Raises
+        ------
+        ValueError
+            Naming argument, rule and value, and for a faulty id its token and layer.
+        """
+        experts = experts_in(num_experts)
+        return cls._labelled(
+            IdsInMemory.of(np.asarray(expert_ids), experts),
+            experts,
+            sequence,
+            group,
+            group_names,
+            model,
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, *, num_experts: int | None = None) -> RoutingTrace:
+        """Open a trace: safetensors, ``.npz``, ``.npy`` or JSON lines, told apart by content.
+
+        Of a safetensors or ``.npy`` file only the header, the size and the labels are checked here;
+        its ids are validated as ``shards`` reads them.
+
+        Parameters
+        ----------
+        path
+            File to open.
+        num_experts
+            Experts per layer; needed where the file does not say (``.npy``), and overrides what it
+            says.
+
+        Raises
+        ------
+        ValueError
+            If the file is cut off, damaged or not a trace.
+        OSError
+            If it cannot be read.
+        """
+        path = Path(path)
+        kind = kind_of(path)
+        if kind == "jsonl":
+            # Formats are further down the flow; only this branch needs one.
+            from moetuner.formats import jsonl
+
+            return jsonl.read(path, num_experts=num_experts)
+        found = _trace_file.read(path, kind, num_experts)
+        with naming(path):
+            return cls._labelled(
+                found.ids,
+                found.num_experts,
+                found.sequence,
+                found.group,
+                found.group_names,
+                found.model,
+            )
+
+    def save(self, path: str | Path, *, source: str | None = None) -> None:
+        """Write as safetensors, shard by shard; the file appears whole or not at all.
+
+        Parameters
+        ----------
+        path
+            File to write or replace.
+        source
+            Where the routing was recorded, for people.
+        """
+        path = Path(path)
+        if path.suffix in (".npz", ".npy", ".jsonl", ".json"):
+            raise ValueError(f"{path}: a trace is saved as .safetensors, got {path.suffix}")
+        contents = _trace_file.Contents(
+            self.ids, self.num_experts, self.sequence, self.group, self.group_names, self.model
+        )
+        _trace_file.write(contents, path, source, SHARD_BYTES)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, T."""
+        return self.ids.shape[0]
 
     @property
     def layers(self) -> int:
-        """L."""
-        return int(self.expert_ids.shape[1])
+        """Number of MoE layers, L."""
+        return self.ids.shape[1]
 
     @property
     def top_k(self) -> int:
-        """K."""
-        return int(self.expert_ids.shape[2])
+        """Experts per token and layer, K."""
+        return self.ids.shape[2]
 
-    def shards(self, tokens: int = 1 << 16) -> Iterator[NDArray[Any]]:
-        """Runs of tokens."""
-        for start in range(0, len(self.expert_ids), tokens):
-            yield self.expert_ids[start : start + tokens]
+    @property
+    def expert_ids(self) -> IdArray:
+        """All expert ids [T,L,K], read-only where they are not copied.
+
+        Of a file this is a new memory map at each call, whose ids have not been validated, or the
+        ids in memory where the file holds another type. Prefer ``shards`` for large traces.
+        """
+        return self.ids.array()
+
+    def shards(self, max_bytes: int = SHARD_BYTES) -> Iterator[IdArray]:
+        """Give valid runs of tokens [t,L,K] in order, C-contiguous uint8 or uint16, none empty.
+
+        Parameters
+        ----------
+        max_bytes
+            Most bytes to read at once; at least one token is read.
+
+        Raises
+        ------
+        ValueError
+            If an id in the file is wrong, or the file has changed since it was loaded.
+        """
+        return self.ids.shards(max_bytes)
+
+    def split(self, share: float, *, seed: int = 0) -> tuple[RoutingTrace, RoutingTrace]:
+        """Split by sequence: neighbouring tokens route alike, so a split by token would leak.
+
+        Parameters
+        ----------
+        share
+            Share of the sequences, chosen at random, that go to the first part; each part gets at
+            least one. Without labels, or with a single sequence, the trace is cut in time: the
+            first tokens, the rest.
+        seed
+            Of the choice.
+
+        Returns
+        -------
+        tuple
+            Both parts, their tokens in the order of this trace.
+
+        Raises
+        ------
+        ValueError
+            If ``share`` is not between 0 and 1.
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"share must be between 0 and 1, got {share}")
+        sequences = _labels.distinct(self.sequence) if self.sequence is not None else np.empty(0)
+        units = sequences.size if sequences.size > 1 else self.tokens
+        count = min(max(round(share * units), 1), max(units - 1, 0))
+        if self.sequence is not None and sequences.size > 1:
+            chosen = np.random.default_rng(seed).permutation(sequences)[:count]
+            first = _labels.among(self.sequence, chosen)
+        else:
+            first = np.arange(self.tokens) < count
+        return self._taken(first, None), self._taken(~first, None)
+
+    def select(
+        self,
+        *,
+        layers: Iterable[SupportsIndex] | None = None,
+        groups: Iterable[str | SupportsIndex] | str | None = None,
+        sequences: Iterable[SupportsIndex] | None = None,
+    ) -> RoutingTrace:
+        """Keep some layers, and the tokens of some groups and sequences.
+
+        Parameters
+        ----------
+        layers
+            Numbers of layers, in the order wanted. Those that end up side by side count as
+            neighbours.
+        groups
+            Names or numbers of groups; ``group_names`` stays as it is.
+        sequences
+            Labels of sequences.
+
+        Raises
+        ------
+        ValueError
+            If the trace has no such layer, group or sequence.
+        """
+        tokens: NDArray[np.bool_] | None = None
+        if groups is not None:
+            if self.group is None:
+                raise ValueError("groups: the trace has no groups")
+            wanted = [
+                self._group_number(group)
+                for group in ([groups] if isinstance(groups, str) else groups)
+            ]
+            tokens = _labels.among(self.group, wanted)
+        if sequences is not None:
+            if self.sequence is None:
+                raise ValueError("sequences: the trace has no sequences")
+            labels = np.asarray([operator.index(label) for label in sequences], dtype=np.int64)
+            unknown = labels[~np.isin(labels, _labels.distinct(self.sequence))]
+            if unknown.size:
+                raise ValueError(f"sequences must be labels of the trace, got {unknown[0]}")
+            of_these = _labels.among(self.sequence, labels)
+            tokens = of_these if tokens is None else tokens & of_these
+        numbers = None if layers is None else [operator.index(layer) for layer in layers]
+        if numbers is not None:
+            for number in numbers:
+                if not 0 <= number < self.layers:
+                    raise ValueError(f"layers must be from 0 to {self.layers - 1}, got {number}")
+            if not numbers or len(set(numbers)) < len(numbers):
+                raise ValueError(f"layers must be at least one and differ, got {numbers}")
+        return self._taken(tokens, None if numbers is None else np.asarray(numbers, dtype=np.intp))
+
+    def concat(self: RoutingTrace | Iterable[RoutingTrace], *others: RoutingTrace) -> RoutingTrace:
+        """Join traces, ``trace.concat(other)`` or ``RoutingTrace.concat([trace, other])``.
+
+        Sequences of different traces are different sequences: where a label would come back, the
+        labels of the later trace are moved up. Labels, and the model's name, are kept where all
+        traces have them (the same one). Groups are the same if they have the same name.
+
+        Raises
+        ------
+        ValueError
+            If the traces differ in layers, experts or top-k.
+        """
+        traces = [self] if isinstance(self, RoutingTrace) else list(self)
+        traces.extend(others)
+        if not traces:
+            raise ValueError("concat needs at least one RoutingTrace")
+        sizes = {(trace.layers, trace.num_experts, trace.top_k) for trace in traces}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"traces must have the same layers, experts and top_k, got {sorted(sizes)}"
+            )
+        group_names = tuple(dict.fromkeys(name for trace in traces for name in trace.group_names))
+        models = {trace.model for trace in traces}
+        ids = joined(tuple(trace.ids for trace in traces))
+        return RoutingTrace._labelled(
+            ids,
+            traces[0].num_experts,
+            _labels.joined_sequences([trace.sequence for trace in traces]),
+            _labels.joined_groups(
+                [(trace.group, trace.group_names) for trace in traces], group_names
+            ),
+            group_names,
+            models.pop() if len(models) == 1 else None,
+        )
+
+    def __repr__(self) -> str:
+        about = [
+            f"{name}={getattr(self, name)}" for name in ("tokens", "layers", "top_k", "num_experts")
+        ]
+        about += [f"groups={len(self.group_names)}"] if self.group is not None else []
+        about += [f"model={self.model!r}"] if self.model is not None else []
+        return f"RoutingTrace({', '.join(about)})"
+
+    @classmethod
+    def _labelled(
+        cls,
+        ids: Ids,
+        num_experts: int,
+        sequence: ArrayLike | None,
+        group: ArrayLike | None,
+        group_names: Iterable[str] | None,
+        model: str | None,
+    ) -> RoutingTrace:
+        tokens = ids.shape[0]
+        if sequence is not None:
+            sequence = _labels.labels("sequence", sequence, tokens, np.int32)
+        if group is not None:
+            if group_names is None:
+                group_names = _labels.numbered(group)
+            group_names = _labels.names(group_names)
+            group = _labels.groups(group, tokens, group_names, np.int16)
+        if model is not None and not isinstance(model, str):
+            raise ValueError(f"model must be a text, got {model!r}")
+        return cls(ids, num_experts, sequence, group, _labels.names(group_names), model)
+
+    def _taken(
+        self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None
+    ) -> RoutingTrace:
+        keep = slice(None) if tokens is None else tokens
+        return replace(
+            self,
+            ids=self.ids.select(tokens, layers),
+            sequence=None if self.sequence is None else _labels.frozen(self.sequence[keep]),
+            group=None if self.group is None else _labels.frozen(self.group[keep]),
+        )
+
+    def _group_number(self, group: str | SupportsIndex) -> int:
+        if isinstance(group, str):
+            if group not in self.group_names:
+                raise ValueError(f"groups must be of {list(self.group_names)}, got {group!r}")
+            return self.group_names.index(group)
+        number = operator.index(group)
+        if not 0 <= number < len(self.group_names):
+            raise ValueError(f"groups must be from 0 to {len(self.group_names) - 1}, got {number}")
+        return number

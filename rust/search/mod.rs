@@ -4,7 +4,6 @@
 //! and ties go to the start with the lower number.
 
 mod anneal;
-mod construct;
 mod state;
 
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
@@ -13,10 +12,10 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 
 use crate::chain::recombine;
+use crate::error::Result;
 use crate::instance::Instance;
+use crate::packing::{Goal, Room, pack};
 use crate::random::Random;
-pub use construct::balanced;
-
 use anneal::{Length, Schedule, anneal};
 use state::State;
 
@@ -89,7 +88,7 @@ const POLISH: (f64, f64) = (1.0, 0.2);
 pub fn search(
     instance: &Instance,
     options: &Options,
-    balanced: Vec<u16>,
+    balanced: &[u16],
     initial: &[Vec<u16>],
     control: &Control,
 ) -> Vec<u16> {
@@ -99,12 +98,12 @@ pub fn search(
         control.found(cost);
         (cost, expert_in)
     };
-    let mut pool: Vec<Found> = vec![found(balanced.clone())];
+    let mut pool: Vec<Found> = vec![found(balanced.to_vec())];
     pool.extend(initial.iter().cloned().map(found));
     if instance.sizes.devices < 2 || control.stopped() {
         return best(pool);
     }
-    let effort = Effort::new(instance, options, &balanced);
+    let effort = Effort::new(instance, options, balanced);
 
     let run = |schedule: Schedule, from: &[u16], stream: u64| {
         let mut state = State::new(instance, from.to_vec());
@@ -113,7 +112,7 @@ pub fn search(
         control.found(state.cost());
         (state.cost(), state.expert_in)
     };
-    let starts = (0..effort.starts as u64).into_par_iter().map(|i| run(effort.start, &balanced, i));
+    let starts = (0..effort.starts as u64).into_par_iter().map(|i| run(effort.start, balanced, i));
     pool.par_extend(starts);
     keep_best(&mut pool, effort.pool);
     pool.push(recombined(instance, &pool, control));
@@ -131,6 +130,20 @@ pub fn search(
         pool.push(recombined(instance, &pool, control));
     }
     best(pool)
+}
+
+/// Where the search starts: balanced loads, whatever the traffic `[L, P]`.
+pub fn balanced(instance: &Instance) -> Result<Vec<u16>> {
+    let sizes = instance.sizes;
+    let (p, d) = (sizes.slots(), sizes.devices);
+    let room = Room::equal(p, d);
+    let mut expert_in = Vec::with_capacity(sizes.layers * p);
+    for packing in pack(&instance.load, p, d, room, Goal::Peak, true)? {
+        let mut layer: Vec<u16> = (0..p as u16).collect();
+        layer.sort_by_key(|&e| packing.cluster[usize::from(e)]);
+        expert_in.extend(layer);
+    }
+    Ok(expert_in)
 }
 
 /// Cost of a placement in the instance's counts.
@@ -183,7 +196,8 @@ impl Effort {
                 let (total, share) = (limit.as_secs_f64() * threads as f64, START_SHARE);
                 // Few long runs where the time is short for the size, more where it is ample.
                 let trials = total * share / seconds_per_trial(instance, balanced);
-                let starts = (trials / (places as f64 * 2000.0)).clamp(threads as f64, STARTS as f64) as usize;
+                let starts =
+                    (trials / (places as f64 * 2000.0)).clamp(threads as f64, STARTS as f64) as usize;
                 let waves = starts.div_ceil(threads) as f64;
                 let polish_waves = (ROUNDS * RUNS.div_ceil(threads as u64)) as f64;
                 let time = |share: f64, waves: f64| Length::Time(limit.mul_f64(share / waves));
@@ -196,7 +210,12 @@ impl Effort {
             }
         };
         let schedule = |length, (hot, cold)| Schedule { length, hot, cold };
-        Self { starts, start: schedule(start, START), polish: schedule(polish, POLISH), pool: pool.min(starts + 1) }
+        Self {
+            starts,
+            start: schedule(start, START),
+            polish: schedule(polish, POLISH),
+            pool: pool.min(starts + 1),
+        }
     }
 }
 

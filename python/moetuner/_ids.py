@@ -1,0 +1,266 @@
+"""Where expert ids [T,L,K] are: in memory, in a file, or a selection or sequence of these.
+
+All give the same two things: valid shards in order, and one array. What lies in a file stays there
+until it is asked for, and is validated whenever a shard of it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner._files import naming, size_of
+from moetuner._labels import frozen
+from moetuner._safetensors import Tensor
+from moetuner._validation import U8, U16, IdArray, IdType, check_sizes, id_type, valid
+
+Shape = tuple[int, int, int]
+
+
+class Ids(Protocol):
+    """Expert ids, wherever they are."""
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes [T,L,K]."""
+
+    @property
+    def dtype(self) -> IdType:
+        """Type of the shards: uint8 or uint16."""
+
+    def shards(self, max_bytes: int) -> Iterator[IdArray]:
+        """Read valid runs of tokens [t,L,K], C-contiguous, in order, none of them empty."""
+
+    def array(self) -> IdArray:
+        """All ids [T,L,K]; those of a file not yet validated."""
+
+    def select(self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None) -> Ids:
+        """Keep the marked tokens and the numbered layers; None keeps all."""
+
+
+@dataclass(frozen=True, eq=False)
+class IdsInMemory:
+    """An array, validated when it is wrapped."""
+
+    values: IdArray
+
+    @classmethod
+    def of(cls, values: NDArray[np.generic], num_experts: int) -> IdsInMemory:
+        """Validate and wrap; uint8 and uint16 are not copied if they are C-contiguous.
+
+        Raises
+        ------
+        ValueError
+            If an id, the type or the shape is wrong.
+        """
+        check_sizes(values.shape, values.dtype, num_experts)
+        return cls(_frozen(valid(values, num_experts)))
+
+    @property
+    def shape(self) -> Shape:
+        tokens, layers, top_k = self.values.shape
+        return tokens, layers, top_k
+
+    @property
+    def dtype(self) -> IdType:
+        return self.values.dtype
+
+    def shards(self, max_bytes: int) -> Iterator[IdArray]:
+        step = tokens_per_shard(self.shape, self.dtype, max_bytes)
+        for first in range(0, len(self.values), step):
+            yield self.values[first : first + step]
+
+    def array(self) -> IdArray:
+        return self.values
+
+    def select(
+        self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None
+    ) -> IdsInMemory:
+        return IdsInMemory(_frozen(_select(self.values, tokens, layers)))
+
+
+@dataclass(frozen=True, eq=False)
+class IdsInFile:
+    """An array in a file, in row-major order.
+
+    Shards are read into fresh memory, not through a map: pages of a map count as this process's
+    memory, and a file that is cut off behind a map kills the process instead of raising.
+    """
+
+    path: Path
+    stored: Tensor
+    num_experts: int
+    size: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path, stored: Tensor, num_experts: int) -> IdsInFile:
+        """Check sizes and type; the ids themselves are not touched.
+
+        Raises
+        ------
+        ValueError
+            If the type or the shape is wrong, or the file has not as many bytes as they ask for.
+        """
+        check_sizes(stored.shape, stored.dtype, num_experts)
+        size = size_of(path)
+        if stored.offset + stored.nbytes > size:
+            raise ValueError(f"file must have {stored.offset + stored.nbytes} bytes, got {size}")
+        return cls(path, stored, num_experts, size, path.stat().st_ino)
+
+    @property
+    def shape(self) -> Shape:
+        tokens, layers, top_k = self.stored.shape
+        return tokens, layers, top_k
+
+    @property
+    def dtype(self) -> IdType:
+        return id_type(self.stored.dtype, self.num_experts)
+
+    def shards(self, max_bytes: int) -> Iterator[IdArray]:
+        step = tokens_per_shard(self.shape, self.stored.dtype, max_bytes)
+        tokens, layers, top_k = self.shape
+        self._check_unchanged()
+        with self.path.open("rb", buffering=0) as file, naming(self.path):
+            file.seek(self.stored.offset)
+            for first in range(0, tokens, step):
+                raw = np.empty(min(step, tokens - first) * layers * top_k, dtype=self.stored.dtype)
+                _fill(file, raw)
+                yield valid(raw.reshape(-1, layers, top_k), self.num_experts, first)
+                del raw  # else the next shard is made while this one is still held
+
+    def array(self) -> IdArray:
+        self._check_unchanged()
+        if self.stored.dtype != self.dtype or 0 in self.shape:
+            return gathered(self)
+        return np.memmap(
+            self.path, dtype=self.dtype, mode="r", offset=self.stored.offset, shape=self.shape
+        )
+
+    def select(self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None) -> Ids:
+        return SelectedIds(self, tokens, layers)
+
+    def _check_unchanged(self) -> None:
+        size = size_of(self.path)
+        if size != self.size:
+            raise ValueError(
+                f"{self.path}: file must have {self.size} bytes, as when it was loaded, got {size}"
+            )
+        if self.path.stat().st_ino != self.inode:
+            raise ValueError(f"{self.path}: file was replaced after it was loaded; load it again")
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedIds:
+    """Some tokens and layers of ids that are not in memory."""
+
+    base: Ids
+    tokens: NDArray[np.bool_] | None
+    layers: NDArray[np.intp] | None
+
+    @property
+    def shape(self) -> Shape:
+        tokens, layers, top_k = self.base.shape
+        return (
+            tokens if self.tokens is None else int(np.count_nonzero(self.tokens)),
+            layers if self.layers is None else len(self.layers),
+            top_k,
+        )
+
+    @property
+    def dtype(self) -> IdType:
+        return self.base.dtype
+
+    def shards(self, max_bytes: int) -> Iterator[IdArray]:
+        first = 0
+        for shard in self.base.shards(max_bytes):
+            here = None if self.tokens is None else self.tokens[first : first + len(shard)]
+            first += len(shard)
+            if here is None or here.any():
+                yield _select(shard, here, self.layers)
+
+    def array(self) -> IdArray:
+        return gathered(self)
+
+    def select(self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None) -> Ids:
+        return SelectedIds(self, tokens, layers)
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedIds:
+    """Several ids, one after the other."""
+
+    parts: tuple[Ids, ...]
+
+    @property
+    def shape(self) -> Shape:
+        _, layers, top_k = self.parts[0].shape
+        return sum(part.shape[0] for part in self.parts), layers, top_k
+
+    @property
+    def dtype(self) -> IdType:
+        return U16 if any(part.dtype == U16 for part in self.parts) else U8
+
+    def shards(self, max_bytes: int) -> Iterator[IdArray]:
+        for part in self.parts:
+            for shard in part.shards(max_bytes):
+                yield cast(IdArray, shard.astype(self.dtype, copy=False))
+
+    def array(self) -> IdArray:
+        return gathered(self)
+
+    def select(self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None) -> Ids:
+        return SelectedIds(self, tokens, layers)
+
+
+def joined(parts: tuple[Ids, ...]) -> Ids:
+    """Ids one after the other: an array if all are in memory, else left where they are."""
+    whole = JoinedIds(parts)
+    if all(isinstance(part, IdsInMemory) for part in parts):
+        return IdsInMemory(_frozen(gathered(whole)))
+    return whole
+
+
+def gathered(ids: Ids) -> IdArray:
+    """All shards in one array."""
+    array: IdArray = np.empty(ids.shape, dtype=ids.dtype)
+    first = 0
+    for shard in ids.shards(1 << 24):
+        array[first : first + len(shard)] = shard
+        first += len(shard)
+    return array
+
+
+def tokens_per_shard(shape: Shape, dtype: np.dtype[np.generic], max_bytes: int) -> int:
+    """Tokens that fit ``max_bytes``, at least one."""
+    if max_bytes < 1:
+        raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
+    return max(1, max_bytes // (shape[1] * shape[2] * dtype.itemsize))
+
+
+def _select(
+    ids: IdArray, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None
+) -> IdArray:
+    if tokens is not None and not tokens.all():
+        ids = ids[tokens]
+    return np.ascontiguousarray(ids if layers is None else np.take(ids, layers, axis=1))
+
+
+def _frozen(ids: IdArray) -> IdArray:
+    return cast(IdArray, frozen(cast("NDArray[np.generic]", ids)))
+
+
+def _fill(file: FileIO, array: NDArray[np.generic]) -> None:
+    """Read exactly as many bytes as the array has."""
+    view = memoryview(array.view(np.uint8).data)
+    while len(view):
+        got = file.readinto(view)
+        if not got:
+            raise ValueError(f"file shrank while it was read: {len(view)} bytes are missing")
+        view = view[got:]

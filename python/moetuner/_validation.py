@@ -1,0 +1,94 @@
+"""The rules for expert ids: their type, sizes and values. The values are checked in the core."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, SupportsIndex, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core
+
+IdArray = NDArray[np.uint8] | NDArray[np.uint16]
+IdType = np.dtype[np.uint8] | np.dtype[np.uint16]
+
+U8, U16 = np.dtype(np.uint8), np.dtype(np.uint16)
+LAYER_LIMIT = 1 << 16
+
+
+def experts_in(num_experts: object) -> int:
+    """Check a number of experts per layer.
+
+    Raises
+    ------
+    ValueError
+        If it is not an integer that 16-bit ids can count to.
+    """
+    return whole_number("num_experts", num_experts, highest=1 << 16)
+
+
+def whole_number(name: str, value: object, *, highest: int = (1 << 63) - 1) -> int:
+    """Check an integer from 1 to ``highest``.
+
+    Raises
+    ------
+    ValueError
+        If it is not one.
+    """
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise ValueError(f"{name} must be an integer, got {value!r:.40}")
+    number = operator.index(value)
+    if not 1 <= number <= highest:
+        raise ValueError(f"{name} must be from 1 to {highest}, got {number}")
+    return number
+
+
+def check_sizes(shape: tuple[int, ...], dtype: np.dtype[np.generic], num_experts: int) -> None:
+    """Check the type of ids and their sizes [T,L,K].
+
+    Raises
+    ------
+    ValueError
+        If ids are not integers, or a model cannot have these sizes.
+    """
+    if len(shape) != 3 or dtype.kind not in "iu":
+        raise ValueError(
+            f"expert_ids must be integers [tokens, layers, top_k], got {dtype} {list(shape)}"
+        )
+    tokens, layers, top_k = shape
+    if layers > LAYER_LIMIT or tokens >= 1 << 48:
+        raise ValueError(f"expert_ids must have at most {LAYER_LIMIT} layers, got {list(shape)}")
+    # The core states the other rules; a trace without tokens keeps or breaks them like any other.
+    _core.validate(np.empty((0, layers, min(top_k, LAYER_LIMIT + 1)), dtype=U8), num_experts)
+
+
+def valid(ids: NDArray[np.generic], num_experts: int, first_token: int = 0) -> IdArray:
+    """Validate integer ids [T,L,K] and give them as C-contiguous uint8 or uint16.
+
+    Raises
+    ------
+    ValueError
+        Naming the first faulty token (counted from ``first_token``), its layer and the id.
+    """
+    dtype = id_type(ids.dtype, num_experts)
+    if ids.dtype != dtype and ids.size:
+        numbers = cast("NDArray[np.integer[Any]]", ids)
+        if numbers.min() < 0 or numbers.max() >= num_experts:
+            token, layer, k = np.argwhere((numbers < 0) | (numbers >= num_experts))[0]
+            value = int(numbers[token, layer, k])
+            rule = "negative" if value < 0 else f"not below num_experts {num_experts}"
+            raise ValueError(
+                f"expert_ids: token {first_token + token}, layer {layer}: "
+                f"expert id {value} is {rule}"
+            )
+    narrow = cast(IdArray, np.ascontiguousarray(ids, dtype=dtype))
+    _core.validate(narrow, num_experts, first_token)
+    return narrow
+
+
+def id_type(dtype: np.dtype[np.generic], num_experts: int) -> IdType:
+    """Type that ids are held in: uint8 and uint16 as they are, others the smaller that fits."""
+    if dtype in (U8, U16):
+        return U8 if dtype == U8 else U16
+    return U8 if num_experts <= 256 else U16

@@ -1,0 +1,261 @@
+"""JSON lines: a trace as text, for recorders that write one line per token or per sequence.
+
+Each line is one JSON object in UTF-8; blank lines are skipped. The first line may be a header::
+
+    {"num_experts": 32, "model": "gpt-oss-20b", "group_names": ["math", "code"]}
+
+Only ``num_experts`` is needed there, and not if the reader is told. All other lines have one of two
+forms, the same form throughout the file. One token per line, ids by layer, [L,K]::
+
+    {"experts": [[3, 17, 4, 30], [8, 1, 22, 5]], "sequence": 0, "group": "math"}
+
+or one sequence per line, [T,L,K]::
+
+    {"tokens": [[[3, 17, 4, 30], [8, 1, 22, 5]], [[9, 2, 0, 6], [7, 3, 21, 4]]], "group": "math"}
+
+``sequence`` (an integer) and ``group`` (a text) are optional, but on all lines or on none. A
+sequence without a number gets the number of its line, counted from 0. Other keys are ignored.
+Groups that the header does not name are numbered in the order in which they appear.
+
+Reading goes line by line; memory holds one line and the compact trace.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from moetuner._files import naming, replacing, size_of
+from moetuner._validation import IdArray, check_sizes, experts_in, id_type, valid
+from moetuner.trace import RoutingTrace
+
+LINE_LIMIT = 1 << 29
+GROUP_LIMIT = 1 << 15
+
+
+def read(path: str | Path, *, num_experts: int | None = None) -> RoutingTrace:
+    """Read a trace in either form.
+
+    Parameters
+    ----------
+    path
+        File to read.
+    num_experts
+        Experts per layer; overrides the header's.
+
+    Raises
+    ------
+    ValueError
+        Naming file and line of what is wrong.
+    """
+    path = Path(path)
+    size_of(path)
+    with naming(path):
+        reader = _Reader(None if num_experts is None else experts_in(num_experts))
+        for number, line in _lines(path):
+            try:
+                if number == 1 and not {"experts", "tokens"} & line.keys():
+                    reader.header(line)
+                else:
+                    reader.data(line)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"line {number}: {error}") from None
+        return reader.trace()
+
+
+def write(
+    trace: RoutingTrace, path: str | Path, *, per: Literal["token", "sequence"] = "token"
+) -> None:
+    """Write a trace; the file appears whole or not at all.
+
+    Parameters
+    ----------
+    trace
+        Routing to write, with at least one token.
+    path
+        File to write or replace.
+    per
+        What a line is. A sequence per line needs labels, with each sequence's tokens in one run and
+        one group.
+
+    Raises
+    ------
+    ValueError
+        If the trace has no token, or its sequences do not fit on lines.
+    """
+    if trace.tokens == 0:
+        raise ValueError(
+            "trace must have at least one token: else JSON lines cannot say its layers"
+        )
+    lines = _per_token(trace) if per == "token" else _per_sequence(trace)
+    header: dict[str, object] = {"num_experts": trace.num_experts}
+    if trace.model is not None:
+        header["model"] = trace.model
+    if trace.group is not None:
+        header["group_names"] = trace.group_names
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for line in chain([header], lines):
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+
+class _Reader:
+    """What the lines so far have said."""
+
+    def __init__(self, num_experts: int | None) -> None:
+        self.given = num_experts
+        self.experts = num_experts
+        self.model: str | None = None
+        self.shape: tuple[int, int] | None = None
+        self.keys: set[str] = set()
+        self.ids = bytearray()
+        self.tokens = 0
+        self.lines = 0
+        self.sequence = array("i")
+        self.group = array("h")
+        self.groups: dict[str, int] = {}
+
+    def header(self, line: dict[str, Any]) -> None:
+        """Take in the first line, if it is a header."""
+        if "num_experts" not in line:
+            raise ValueError(
+                f"must have 'experts', 'tokens' or 'num_experts', got keys {list(line)[:8]}"
+            )
+        experts = experts_in(line["num_experts"])
+        self.experts = experts if self.given is None else self.given
+        self.model = line.get("model")
+        for name in line.get("group_names", ()):
+            self._group_number(name)
+
+    def data(self, line: dict[str, Any]) -> None:
+        """Take in a token or a sequence."""
+        form = "experts" if "experts" in line else "tokens"
+        if form not in line:
+            raise ValueError(f"must have 'experts' or 'tokens', got keys {list(line)[:8]}")
+        keys = line.keys() & {"experts", "tokens", "sequence", "group"}
+        if self.shape is not None and keys != self.keys:
+            raise ValueError(
+                f"must have {sorted(self.keys)} like the lines before, got {sorted(keys)}"
+            )
+        ids = self._valid(line[form], form)
+        sequence = self._sequence_number(line["sequence"]) if "sequence" in line else self.lines
+        if form == "tokens" or "sequence" in line:
+            self.sequence.extend(array("i", [sequence]) * len(ids))
+        if "group" in line:
+            self.group.extend(array("h", [self._group_number(line["group"])]) * len(ids))
+        self.ids += ids.tobytes()
+        self.shape, self.keys = (ids.shape[1], ids.shape[2]), keys
+        self.tokens += len(ids)
+        self.lines += 1
+
+    def trace(self) -> RoutingTrace:
+        """Give the trace that the lines made."""
+        if self.shape is None or self.experts is None:
+            raise ValueError("must have at least one line with 'experts' or 'tokens', got none")
+        ids = np.frombuffer(self.ids, dtype=id_type(np.dtype(np.int64), self.experts))
+        grouped = "group" in self.keys
+        return RoutingTrace.from_arrays(
+            ids.reshape(self.tokens, *self.shape),
+            num_experts=self.experts,
+            sequence=np.frombuffer(self.sequence, dtype=np.int32) if self.sequence else None,
+            group=np.frombuffer(self.group, dtype=np.int16) if grouped else None,
+            group_names=tuple(self.groups),
+            model=self.model,
+        )
+
+    def _valid(self, values: object, form: str) -> IdArray:
+        if self.experts is None:
+            raise ValueError(
+                'num_experts is needed: in a first line {"num_experts": N}, or from you'
+            )
+        dimensions = {"experts": ["layers", "top_k"], "tokens": ["tokens", "layers", "top_k"]}[form]
+        rule = f"{form} must be integers [{', '.join(dimensions)}]"
+        try:
+            found = np.asarray(values)
+        except ValueError:
+            raise ValueError(f"{rule}, got lists of different lengths or depths") from None
+        if found.ndim != len(dimensions) or found.dtype.kind not in "iu" or not found.size:
+            raise ValueError(f"{rule}, got {found.dtype} {list(found.shape)}")
+        found = found.reshape(-1, *found.shape[-2:])
+        if self.shape is not None and found.shape[1:] != self.shape:
+            raise ValueError(
+                f"{form} must have {self.shape[0]} layers of {self.shape[1]} ids "
+                f"like the lines before, got {found.shape[1]} of {found.shape[2]}"
+            )
+        check_sizes(found.shape, found.dtype, self.experts)
+        return valid(found, self.experts, self.tokens)
+
+    def _sequence_number(self, number: object) -> int:
+        if (
+            not isinstance(number, int)
+            or isinstance(number, bool)
+            or not -(1 << 31) <= number < 1 << 31
+        ):
+            raise ValueError(f"sequence must be an integer of 32 bits, got {number!r:.40}")
+        return number
+
+    def _group_number(self, name: object) -> int:
+        if not isinstance(name, str):
+            raise ValueError(f"group must be a text, got {name!r:.40}")
+        if len(self.groups) == GROUP_LIMIT and name not in self.groups:
+            raise ValueError(f"there must be at most {GROUP_LIMIT} groups, got {name!r:.40}")
+        return self.groups.setdefault(name, len(self.groups))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Objects of a file, with the numbers of their lines from 1."""
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(LINE_LIMIT + 1):
+            number += 1
+            if len(line) > LINE_LIMIT:
+                raise ValueError(f"line {number}: must have at most {LINE_LIMIT} bytes")
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: must be JSON: {error}") from None
+            if not isinstance(fields, dict):
+                raise ValueError(
+                    f"line {number}: must be a JSON object, got {type(fields).__name__}"
+                )
+            yield number, fields
+
+
+def _per_token(trace: RoutingTrace) -> Iterator[dict[str, object]]:
+    token = 0
+    for shard in trace.shards(1 << 20):
+        for ids in shard.tolist():
+            yield {"experts": ids, **_labels_of(trace, token)}
+            token += 1
+
+
+def _per_sequence(trace: RoutingTrace) -> Iterator[dict[str, object]]:
+    sequence = trace.sequence
+    if sequence is None:
+        raise ValueError("trace must have sequences to write one per line")
+    starts = np.flatnonzero(np.diff(sequence, prepend=sequence[0] ^ 1))
+    if np.unique(sequence[starts]).size < starts.size:
+        raise ValueError("each sequence's tokens must be one run to write one per line")
+    ids = trace.expert_ids
+    for first, end in pairwise([*starts.tolist(), trace.tokens]):
+        if trace.group is not None and (trace.group[first:end] != trace.group[first]).any():
+            raise ValueError(
+                f"each sequence must have one group to write one per line, not {sequence[first]}"
+            )
+        yield {"tokens": ids[first:end].tolist(), **_labels_of(trace, first)}
+
+
+def _labels_of(trace: RoutingTrace, token: int) -> dict[str, object]:
+    labels: dict[str, object] = {}
+    if trace.sequence is not None:
+        labels["sequence"] = int(trace.sequence[token])
+    if trace.group is not None:
+        labels["group"] = trace.group_names[trace.group[token]]
+    return labels

@@ -1,0 +1,132 @@
+//! Rows of bits: for every id the tokens it occurs in, 64 to a word.
+
+use crate::trace::ExpertId;
+
+/// Tokens in a word.
+const WORD: usize = 64;
+
+/// Rows come in eights, so that whole vectors can be loaded.
+fn padded(size: usize) -> usize {
+    size.next_multiple_of(8)
+}
+
+/// Bit t of `[t / 64, id]` says that token t has the id; `size` is at most 64.
+#[multiversion::multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+bmi2",
+    "x86_64+avx2+bmi2"
+))]
+pub(super) fn rows_of<I: ExpertId>(ids: &[I], top_k: usize, size: usize) -> Vec<u64> {
+    match top_k {
+        1 => rows_with(ids, 1, size),
+        2 => rows_with(ids, 2, size),
+        4 => rows_with(ids, 4, size),
+        6 => rows_with(ids, 6, size),
+        8 => rows_with(ids, 8, size),
+        _ => rows_with(ids, top_k, size),
+    }
+}
+
+/// Inlined for constant `top_k`, so that the loop over a token's ids unrolls.
+#[inline(always)]
+fn rows_with<I: ExpertId>(ids: &[I], top_k: usize, size: usize) -> Vec<u64> {
+    let width = padded(size);
+    let mut rows = vec![0; ids.len().div_ceil(WORD * top_k) * width];
+    for (ids, rows) in ids.chunks(WORD * top_k).zip(rows.chunks_exact_mut(width)) {
+        let mut sets = [0u64; WORD];
+        for (set, ids) in sets.iter_mut().zip(ids.chunks_exact(top_k)) {
+            *set = ids.iter().fold(0, |set, id| set | 1 << (id.index() & 63));
+        }
+        for (plane, rows) in rows.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            let mut tokens = [0u64; 8];
+            for (group, tokens) in tokens.iter_mut().enumerate() {
+                let byte = |i: usize| (sets[8 * group + i] >> (8 * plane)) as u8;
+                *tokens = u64::from_le_bytes(std::array::from_fn(byte));
+            }
+            *rows = transpose(tokens);
+        }
+    }
+    rows
+}
+
+/// Turns 64 bytes (one per token, a bit per id) into 8 words (one per id, a bit per token).
+#[inline(always)]
+fn transpose(mut bytes: [u64; 8]) -> [u64; 8] {
+    // Within each word the 8 x 8 bits (Warren, Hacker's Delight, 7-3) ...
+    for x in &mut bytes {
+        let mut swap = |by: u32, mask: u64| {
+            let t = (*x ^ (*x >> by)) & mask;
+            *x ^= t ^ (t << by);
+        };
+        swap(7, 0x00AA_00AA_00AA_00AA);
+        swap(14, 0x0000_CCCC_0000_CCCC);
+        swap(28, 0x0000_0000_F0F0_F0F0);
+    }
+    // ... then the 8 x 8 bytes across the words.
+    let mut words = [0u64; 8];
+    for (group, x) in bytes.iter().enumerate() {
+        for (id, word) in words.iter_mut().enumerate() {
+            *word |= ((x >> (8 * id)) & 0xFF) << (8 * group);
+        }
+    }
+    words
+}
+
+/// Adds the ones of every row within tokens `from..to`.
+#[multiversion::multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vpopcntdq+avx2+bmi2+popcnt",
+    "x86_64+avx2+bmi2+popcnt"
+))]
+pub(super) fn count(rows: &[u64], size: usize, from: usize, to: usize, counts: &mut [u64]) {
+    if from >= to {
+        return;
+    }
+    let width = padded(size);
+    let mut sums = [0u64; 64];
+    for word in from / WORD..to.div_ceil(WORD) {
+        let first = from.saturating_sub(word * WORD);
+        let last = (to - word * WORD).min(WORD);
+        let mask = (u64::MAX << first) & (u64::MAX >> (WORD - last));
+        for (sum, row) in sums.iter_mut().zip(&rows[word * width..][..width]) {
+            *sum += u64::from((row & mask).count_ones());
+        }
+    }
+    for (count, sum) in counts.iter_mut().zip(sums) {
+        *count += sum;
+    }
+}
+
+/// Adds the ones of the AND of every left with every right row to `counts` `[size, size]`.
+#[multiversion::multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vpopcntdq+avx2+bmi2+popcnt",
+    "x86_64+avx2+bmi2+popcnt"
+))]
+pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, counts: &mut [u64]) {
+    const LEFT: usize = 4;
+    const RIGHT: usize = 8;
+    // Words whose rows, left and right, stay in the first-level cache.
+    const WORDS: usize = 32;
+    let width = padded(size);
+    for (left, right) in left.chunks(WORDS * width).zip(right.chunks(WORDS * width)) {
+        let (left, right) = (left.as_chunks::<LEFT>().0, right.as_chunks::<RIGHT>().0);
+        // A tile of the table at a time: its sums stay in registers while all words go by.
+        for e in 0..width / LEFT {
+            for f in 0..width / RIGHT {
+                let mut sums = [[0u64; RIGHT]; LEFT];
+                let lefts = left[e..].iter().step_by(width / LEFT);
+                let rights = right[f..].iter().step_by(width / RIGHT);
+                for (left, right) in lefts.zip(rights) {
+                    for (sums, l) in sums.iter_mut().zip(left) {
+                        for (sum, r) in sums.iter_mut().zip(right) {
+                            *sum += u64::from((l & r).count_ones());
+                        }
+                    }
+                }
+                for (e, sums) in (e * LEFT..size).zip(&sums) {
+                    for (f, sum) in (f * RIGHT..size).zip(sums) {
+                        counts[e * size + f] += sum;
+                    }
+                }
+            }
+        }
+    }
+}

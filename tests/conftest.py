@@ -1,0 +1,63 @@
+"""Fixtures of several test modules, and how long hypothesis searches."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+import moetuner as mt
+
+# Deterministic by default; HYPOTHESIS_PROFILE=thorough searches longer and anew each time.
+quiet = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("fast", max_examples=30, derandomize=True, database=None, **quiet)
+settings.register_profile("thorough", max_examples=1000, **quiet)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def random_ids(
+    tokens: int, layers: int, top_k: int, experts: int, *, seed: int = 0, dtype: type = np.uint8
+) -> np.ndarray:
+    """Skewed routing [T,L,K]: each layer has favourites, as real models have."""
+    rng = np.random.default_rng(seed)
+    scores = rng.gumbel(size=(tokens, layers, experts)) + rng.normal(size=(layers, experts))
+    return np.argsort(-scores, axis=2)[:, :, :top_k].astype(dtype)
+
+
+@pytest.fixture
+def make_trace() -> Callable[..., mt.RoutingTrace]:
+    """Maker of small skewed traces with sequences of about ten tokens and two groups."""
+
+    def make(
+        tokens: int = 200,
+        layers: int = 3,
+        top_k: int = 2,
+        experts: int = 8,
+        *,
+        seed: int = 0,
+        dtype: type = np.uint8,
+        labelled: bool = True,
+    ) -> mt.RoutingTrace:
+        ids = random_ids(tokens, layers, top_k, experts, seed=seed, dtype=dtype)
+        sequence = np.arange(tokens) // 10
+        labels = {
+            "sequence": sequence,
+            "group": sequence % 2,
+            "group_names": ["even", "odd", "empty"],
+            "model": "small",
+        }
+        return mt.RoutingTrace.from_arrays(ids, num_experts=experts, **(labels if labelled else {}))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Folder of real traces; tests that need it skip where it is not beside the repository."""
+    if not DATA.is_dir():
+        pytest.skip(f"no real traces: {DATA} is absent")
+    return DATA

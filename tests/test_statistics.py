@@ -1,0 +1,309 @@
+"""RoutingStatistics: counted like a plain loop would, whatever the sharding, and safe in files."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import random_ids
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+import moetuner as mt
+from moetuner import _core, _safetensors
+
+TABLES = ("window_load", "transitions", "coactivation")
+
+
+def oracle(ids, experts, window):
+    """Count with three loops: load [W,L,E], transitions [L-1,E,E], co-activation [L,E,E]."""
+    tokens, layers, _ = ids.shape
+    windows = max(1, -(-tokens // window)) if window else 1
+    load = np.zeros((windows, layers, experts), dtype=np.uint64)
+    transitions = np.zeros((layers - 1, experts, experts), dtype=np.uint64)
+    coactivation = np.zeros((layers, experts, experts), dtype=np.uint64)
+    for t in range(tokens):
+        for layer, chosen in enumerate(ids[t].tolist()):
+            for e in chosen:
+                load[t // window if window else 0, layer, e] += 1
+                coactivation[layer, e, [f for f in chosen if f != e]] += 1
+                if layer + 1 < layers:
+                    transitions[layer, e, ids[t, layer + 1]] += 1
+    return load, transitions, coactivation
+
+
+@st.composite
+def routings(draw):
+    """Ids [T,L,K] with their number of experts, in either type."""
+    experts = draw(st.one_of(st.integers(1, 12), st.integers(13, 300)))
+    top_k = draw(st.integers(1, min(experts, 9)))
+    tokens, layers = draw(st.integers(0, 40)), draw(st.integers(1, 4))
+    narrow = experts <= 256 and draw(st.booleans())
+    dtype = np.uint8 if narrow else np.uint16
+    seed = draw(st.integers(0, 1 << 20))
+    return random_ids(tokens, layers, top_k, experts, seed=seed, dtype=dtype), experts
+
+
+@given(
+    routing=routings(),
+    window=st.none() | st.integers(1, 50),
+    cuts=st.lists(st.integers(0, 40), max_size=4),
+    threads=st.sampled_from([1, 2, 5]),
+)
+def test_counts_like_a_plain_loop(routing, window, cuts, threads):
+    """Neither shards nor threads nor the type of the ids change a count."""
+    ids, experts = routing
+    expected = oracle(ids, experts, window)
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
+    counted = mt.RoutingStatistics.from_trace(trace, window=window, threads=threads)
+    for name, table in zip(TABLES, expected, strict=True):
+        assert np.array_equal(getattr(counted, name), table), name
+
+    tokens, layers, top_k = ids.shape
+    counter = _core.StatisticsCounter(layers, experts, top_k, window=window)
+    for shard in np.split(ids, sorted(min(cut, tokens) for cut in cuts)):
+        counter.push(np.ascontiguousarray(shard), threads)
+    count, *tables = counter.finish()
+    assert count == tokens
+    for table, right in zip(tables, expected, strict=True):
+        assert np.array_equal(table, right)
+
+
+@given(routing=routings(), where=st.integers(0, 40))
+def test_statistics_add_up(routing, where):
+    """The statistics of a trace are the sum of those of its parts."""
+    ids, experts = routing
+    parts = [ids[:where], ids[where:]]
+    traces = [mt.RoutingTrace.from_arrays(part, num_experts=experts) for part in parts]
+    both = mt.RoutingStatistics.sum(mt.RoutingStatistics.from_trace(t) for t in traces)
+    whole = mt.RoutingStatistics.from_trace(traces[0].concat(traces[1]))
+    assert both.windows == 2
+    assert np.array_equal(both.total_load, whole.total_load)
+    assert np.array_equal(both.transitions, whole.transitions)
+    assert np.array_equal(both.coactivation, whole.coactivation)
+
+
+@pytest.mark.parametrize(("transitions", "coactivation"), [(0, 0), (0, 1), (1, 0)])
+def test_pairs_are_optional(make_trace, transitions, coactivation):
+    """What is not wanted is None, and a sum has what both sides have."""
+    full = mt.RoutingStatistics.from_trace(make_trace())
+    some = mt.RoutingStatistics.from_trace(
+        make_trace(), transitions=bool(transitions), coactivation=bool(coactivation)
+    )
+    for found in (some, some + full):
+        assert (found.transitions is not None) == bool(transitions)
+        assert (found.coactivation is not None) == bool(coactivation)
+
+
+def test_a_file_counts_like_memory(make_trace, tmp_path):
+    """Also through split, select and concat of a file, and with wider ids."""
+    made = make_trace(tokens=500)
+    made.save(tmp_path / "a.safetensors")
+    np.save(tmp_path / "a.npy", made.expert_ids.astype(">i4"))
+    expected = mt.RoutingStatistics.from_trace(made, window=64).fingerprint
+    trace = mt.RoutingTrace.load(tmp_path / "a.safetensors")
+    wide = mt.RoutingTrace.load(tmp_path / "a.npy", num_experts=8)
+    for same in (
+        trace,
+        wide,
+        trace.select(layers=range(3)),
+        wide.concat(wide.select(layers=[0, 1, 2])),
+    ):
+        tokens = same.tokens
+        found = mt.RoutingStatistics.from_trace(same, window=64 if tokens == 500 else 500)
+        if tokens == 500:
+            assert found.fingerprint == expected
+        else:
+            assert np.array_equal(found.window_load[0], found.window_load[1])
+    for mine, theirs in zip(trace.split(0.4), made.split(0.4), strict=True):
+        counts = [mt.RoutingStatistics.from_trace(t, window=10) for t in (mine, theirs)]
+        assert counts[0].fingerprint == counts[1].fingerprint
+
+
+def test_no_tokens_are_one_window_of_zeros(make_trace):
+    """A trace without tokens has statistics."""
+    none = mt.RoutingStatistics.from_trace(make_trace().select(groups="empty"), window=10)
+    assert none.window_load.shape == (1, 3, 8)
+    assert not none.window_load.any()
+    assert not none.transitions.any()
+
+
+def test_real_trace(data):
+    """A real trace, against numpy."""
+    trace = mt.RoutingTrace.load(data / "gpt-oss-20b-mini.npz")
+    found = mt.RoutingStatistics.from_trace(trace, window=512)
+    hot = np.zeros((trace.tokens, trace.layers, 32), dtype=np.int64)
+    np.put_along_axis(hot, trace.expert_ids.astype(np.intp), 1, axis=2)
+    assert np.array_equal(found.window_load, hot.reshape(8, 512, 24, 32).sum(axis=1))
+    assert np.array_equal(found.transitions, np.einsum("tle,tlf->lef", hot[:, :-1], hot[:, 1:]))
+    together = np.einsum("tle,tlf->lef", hot, hot) * (1 - np.eye(32, dtype=np.int64))
+    assert np.array_equal(found.coactivation, together)
+
+
+# ---- files
+
+
+def test_save_and_load(make_trace, tmp_path):
+    """What is saved is loaded; the safetensors library reads it too."""
+    path = tmp_path / "s.safetensors"
+    counted = mt.RoutingStatistics.from_trace(make_trace(), window=50)
+    labelled = mt.RoutingStatistics(
+        counted.window_load, group=[0, 1, 1, 0], group_names=["a", "b", "c"], model="m"
+    )
+    for statistics in (counted, labelled):
+        statistics.save(path)
+        loaded = mt.RoutingStatistics.load(path)
+        assert loaded.fingerprint == statistics.fingerprint
+        for name in ("window", "group_names", "model"):
+            assert getattr(loaded, name) == getattr(statistics, name)
+        assert (loaded.transitions is None) == (statistics.transitions is None)
+        assert np.array_equal(load_file(path)["load"], statistics.window_load)
+    assert loaded.group.tolist() == [0, 1, 1, 0]
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
+    assert repr(counted) == (
+        "RoutingStatistics(windows=4, layers=3, experts=8, window=50, transitions, coactivation, "
+        "model='small')"
+    )
+
+
+def test_load_tables(tmp_path):
+    """An .npz with loads [W,L,E] or [L,E], whole numbers of any type, has no pairs."""
+    path, load = tmp_path / "a.npz", np.arange(24).reshape(2, 3, 4)
+    for dtype in ("u1", ">u2", "i8", "f4", "f8"):
+        np.savez_compressed(path, load=load.astype(dtype), group=[1, 0], group_names=["x", "y"])
+        found = mt.RoutingStatistics.load(path)
+        assert np.array_equal(found.window_load, load)
+        assert found.group.tolist() == [1, 0]
+        assert found.transitions is None
+    np.savez(path, load=load[0], model="m")
+    assert mt.RoutingStatistics.load(path).window_load.shape == (1, 3, 4)
+    np.savez(path, load=load, group=[2, 0])
+    assert mt.RoutingStatistics.load(path).group_names == ("0", "1", "2")
+
+
+def test_real_load_tables(data):
+    """The recorded load tables load as they are."""
+    mixtral = mt.RoutingStatistics.load(data / "mixtral-8x7b-mmlu.npz")
+    assert mixtral.window_load.shape == (14042, 32, 8)
+    assert len(mixtral.group_names) == 57
+    qwen = mt.RoutingStatistics.load(data / "qwen3-30b-a3b-languages.npz")
+    assert qwen.window_load.shape == (8, 48, 128)
+
+
+def bad(path, text):
+    """Expect load to fail in one line with the path in front."""
+    with pytest.raises(ValueError, match=re.escape(text)) as caught:
+        mt.RoutingStatistics.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_load_tables(tmp_path):
+    """NaN, negative, broken and missing counts are named."""
+    path, load = tmp_path / "a.npz", np.ones((2, 3, 4))
+    for wrong in (np.nan, np.inf, -1.0, 0.5, 1e30):
+        np.savez(path, load=np.where(np.arange(24).reshape(2, 3, 4) == 17, wrong, load))
+        bad(path, f"load must be whole counts of at least 0, got {wrong} at [1, 1, 1]")
+    np.savez(path, load=-load.astype(int))
+    bad(path, "load must be whole counts of at least 0, got -1 at [0, 0, 0]")
+    np.savez(path, load=np.full((2, 3, 4), 1 << 63, dtype=np.uint64))
+    bad(path, f"load must add up to less than 2**63, got a count of {1 << 63}")
+    np.savez(path, load=load[:0])
+    bad(path, "load must have at least one window, layer and expert, got [0, 3, 4]")
+    np.savez(path, load=load[0, 0])
+    bad(path, "load must be numbers [windows, layers, experts], got float64 [4]")
+    np.savez(path, load=load.astype(str))
+    bad(path, "load must be numbers [windows, layers, experts], got <U")
+    np.savez(path, load=load, group=[0, 1, 2])
+    bad(path, "group must be integers [2], got int64 [3]")
+    np.savez(path, other=load)
+    bad(path, "must hold an array 'load'")
+    np.savez(path, expert_ids=np.zeros((1, 1, 1), dtype=np.uint8))
+    bad(path, "holds a trace, not a load table; RoutingTrace.load reads it")
+    np.save(path.with_suffix(".npy"), load)
+    bad(path.with_suffix(".npy"), "must be saved statistics (safetensors) or a load table (.npz)")
+
+
+def test_bad_statistics_files(make_trace, tmp_path):
+    """Files cut anywhere and tables that contradict each other do not load."""
+    path = tmp_path / "s.safetensors"
+    mt.RoutingStatistics.from_trace(make_trace(experts=3)).save(path)
+    whole, tensors = path.read_bytes(), load_file(path)
+    for length in range(0, len(whole), 3):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"s\.safetensors: "):
+            mt.RoutingStatistics.load(path)
+    about = {"format": "moetuner.statistics", "version": "1"}
+    lopsided = tensors["coactivation"].copy()
+    lopsided[1, 0, 2] += 1
+    cases = [
+        (tensors, {}, "format must be moetuner.statistics version 1, got None"),
+        (tensors, about | {"version": "2"}, "got moetuner.statistics version 2"),
+        (tensors, about | {"window": "0"}, "window must be from 1 to"),
+        (tensors, about | {"group_names": "3"}, "group_names must be a list of names, got 3"),
+        ({"group": tensors["load"]}, about, "must hold a tensor 'load'"),
+        (tensors | {"load": tensors["load"][:, :2]}, about, "transitions must be [1, 3, 3], got"),
+        (tensors | {"coactivation": lopsided}, about, "zero diagonal, layer 1 is not"),
+    ]
+    for broken, metadata, text in cases:
+        save_file({k: np.ascontiguousarray(v) for k, v in broken.items()}, path, metadata=metadata)
+        bad(path, text)
+    make_trace().save(path)
+    bad(path, "format must be moetuner.statistics version 1, got moetuner.trace version 1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"window": 0}, "window must be from 1 to"),
+        ({"window": -1}, "window must be from 1 to"),
+        ({"window": 2.5}, "window must be an integer, got 2.5"),
+        ({"threads": 0}, "threads must be from 1 to"),
+    ],
+)
+def test_bad_arguments(make_trace, arguments, text):
+    """Windows and threads are at least one."""
+    with pytest.raises(ValueError, match=re.escape(text)):
+        mt.RoutingStatistics.from_trace(make_trace(), **arguments)
+
+
+def test_tables_that_no_memory_holds():
+    """A mistaken number of experts is an error, not the end of the process."""
+    trace = mt.RoutingTrace.from_arrays(np.zeros((4, 9, 1), dtype=np.uint16), num_experts=1 << 16)
+    with pytest.raises(ValueError, match=r"counts must fit 16 GiB, got \d+ GiB for 1 windows"):
+        mt.RoutingStatistics.from_trace(trace)
+
+
+MEASURE = """
+import resource, sys
+import moetuner as mt
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+trace = mt.RoutingTrace.load(sys.argv[1])
+first, rest = trace.split(0.5)
+counted = mt.RoutingStatistics.from_trace(rest, window=4096, threads=2)
+assert counted.window_load.sum() == rest.tokens * trace.layers * trace.top_k
+counted = mt.RoutingStatistics.from_trace(trace, window=4096, threads=2)
+assert counted.window_load.sum() == trace.tokens * trace.layers * trace.top_k
+print((peak() - before) >> 10)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_memory_is_the_shard_and_not_the_trace(tmp_path):
+    """Counting a file of 300 MB, and half of it by sequence, takes far less than 300 MB."""
+    path, block = tmp_path / "a.safetensors", random_ids(1 << 12, 12, 4, 16)
+    blocks = (300 << 20) // block.nbytes
+    shape = (blocks * len(block), 12, 4)
+    sequence = np.arange(shape[0], dtype=np.int32) // 1000
+    pieces = (block.dtype, shape, (block for _ in range(blocks)))
+    tensors = {"sequence": _safetensors.whole(sequence), "expert_ids": pieces}
+    _safetensors.write(path, tensors, {"num_experts": "16"})
+    # A process inherits its parent's peak; one in between, which stays small, keeps it out.
+    between = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True)"
+    command = [sys.executable, "-c", between, "-c", MEASURE, str(path)]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert int(found) < 150, f"{found.strip()} MiB"
