@@ -54,7 +54,10 @@ def heuristic(
         details["counts_rounded_to_multiples_of"] = 1 << shift
     raised = np.flatnonzero((caps > problem.caps[:, None]).any(axis=1))
     if raised.size:
-        # Layers where the search knows of no placement under the cap, with the imbalance that it settled for.
+        # Layers where the search knows of no placement under the cap, with the imbalance that it
+        # settled for.
         mean = problem.load.sum(axis=1, dtype=np.float64) / problem.devices
-        details["caps_raised"] = {int(l): float(caps[l].max() / mean[l]) for l in raised}
+        details["caps_raised"] = {
+            int(layer): float(caps[layer].max() / mean[layer]) for layer in raised
+        }
     return Candidate(slots, status="interrupted" if interrupted else "feasible", details=details)
