@@ -100,12 +100,13 @@ def test_uneven_counts_are_placed(make_trace, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_load_tables_are_placed(problem, method):
-    """Without pairs every method still balances or ignores the load."""
+    """Without pairs every method still balances or ignores the load, and none searches."""
     stats = mt.RoutingStatistics.from_load(problem.statistics.window_load)
     result = mt.solve(
         mt.Problem(stats, problem.topology, max_imbalance=1.2), method, iterations=500
     )
     assert (result.placement.replicas == 1).all()
+    assert result.details.get("trials", 0) == 0
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -30,6 +30,9 @@ def heuristic(
         "follow": {"transitions": problem.statistics.transitions},
         "dispatch": {"coactivation": problem.statistics.coactivation},
     }[problem.regime]
+    # Without pairs all placements cost nothing, and the balanced one that the search starts from
+    # is the answer.
+    pointless = not any(table is not None and table.any() for table in pairs.values())
 
     def report(seconds: float, cost: int | None) -> None:
         if limits.progress is not None:
@@ -42,8 +45,8 @@ def heuristic(
         problem.topology.cost,
         problem.slots,
         seed=seed,
-        trials=limits.iterations,
-        time_limit=limits.time_limit,
+        trials=0 if pointless else limits.iterations,
+        time_limit=None if pointless else limits.time_limit,
         threads=limits.threads,
         initial=list(initial),
         progress=report if limits.progress is not None else None,
