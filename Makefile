@@ -67,9 +67,8 @@ wheel: $(TOOLS)  ## build dist/*.whl
 test-wheel: wheel  ## install the wheel into a fresh environment and use it there
 	tests/wheel.sh $(BIN)/python dist/*.whl
 
-bench: $(CORE)  ## timings and quality; writes nothing
-	@test -d bench || { echo 'make: no benchmarks yet' >&2; exit 1; }
-	$(BIN)/python bench/run.py
+bench: $(CORE)  ## one file per question, each prints its answer
+	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) target dist $(CORE) demo-output
