@@ -13,6 +13,7 @@ from typing import Literal
 Kind = Literal["safetensors", "npz", "npy", "jsonl"]
 
 SHORTEST_SAFETENSORS = 8
+LONGEST_MESSAGE = 300
 
 
 @contextmanager
@@ -39,9 +40,14 @@ def naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, EOFError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
         prefix = f"{path}: "
-        raise ValueError(text if text.startswith(prefix) else prefix + text) from None
+        text = " ".join(str(error).removeprefix(prefix).split()) or type(error).__name__
+        # Some of it may be the content of the file, of any length and with any control character.
+        printable = "".join(character if character.isprintable() else "?" for character in text)
+        shown = (
+            printable if len(printable) <= LONGEST_MESSAGE else printable[:LONGEST_MESSAGE] + "..."
+        )
+        raise ValueError(prefix + shown) from None
 
 
 def size_of(path: Path) -> int:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
+import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,11 +81,8 @@ def read_npy_header(file: IO[bytes]) -> tuple[Tensor, bool]:
 
 def names_in_npz(path: Path) -> set[str]:
     """Names of an archive's arrays; none is read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"damaged .npz: {error}") from None
+    with _opened(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
 def read_npz(path: Path, wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
@@ -93,25 +94,40 @@ def read_npz(path: Path, wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         If the archive is cut off or damaged, would expand beyond reason, or an array is not plain.
     """
     size = size_of(path)
-    with naming(path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                members = {
-                    info.filename.removesuffix(".npy"): info
-                    for info in archive.infolist()
-                    if info.filename.removesuffix(".npy") in wanted
-                }
-                expanded = sum(info.file_size for info in members.values())
-                if expanded > max(EXPANDED_LIMIT, RATIO_LIMIT * size):
-                    raise ValueError(
-                        f".npz must not expand more than {RATIO_LIMIT} times, "
-                        f"got {expanded} bytes from {size}"
-                    )
-                return {name: _read_member(archive, info) for name, info in members.items()}
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-            # RuntimeError: an encrypted member. NotImplementedError: a compression that zipfile
-            # does not know.
-            raise ValueError(f"damaged .npz: {error}") from None
+    with naming(path), _opened(path) as archive:
+        members = {
+            info.filename.removesuffix(".npy"): info
+            for info in archive.infolist()
+            if info.filename.removesuffix(".npy") in wanted
+        }
+        expanded = sum(info.file_size for info in members.values())
+        if expanded > max(EXPANDED_LIMIT, RATIO_LIMIT * size):
+            raise ValueError(
+                f".npz must not expand more than {RATIO_LIMIT} times, "
+                f"got {expanded} bytes from {size}"
+            )
+        return {name: _read_member(archive, info) for name, info in members.items()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open an archive; what zipfile raises of a damaged one becomes a ValueError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
+        # RuntimeError: an encrypted member. NotImplementedError: a compression unknown to zipfile.
+        raise ValueError(f"damaged .npz: {error}") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise ValueError("damaged .npz: it points outside itself") from None
 
 
 def text(arrays: dict[str, NDArray[Any]], name: str) -> str | None:

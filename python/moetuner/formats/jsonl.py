@@ -32,6 +32,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moetuner._files import naming, replacing, size_of
+from moetuner._labels import names
 from moetuner._validation import IdArray, check_sizes, experts_in, id_type, valid
 from moetuner.trace import RoutingTrace
 
@@ -122,6 +123,8 @@ class _Reader:
 
     def header(self, line: dict[str, Any]) -> None:
         """Take in the first line, if it is a header."""
+        if "schema" in line:
+            raise ValueError(f"must be a trace, got a file of schema {line['schema']!r:.40}")
         if "num_experts" not in line:
             raise ValueError(
                 f"must have 'experts', 'tokens' or 'num_experts', got keys {list(line)[:8]}"
@@ -129,7 +132,9 @@ class _Reader:
         experts = experts_in(line["num_experts"])
         self.experts = experts if self.given is None else self.given
         self.model = line.get("model")
-        for name in line.get("group_names", ()):
+        if self.model is not None and not isinstance(self.model, str):
+            raise ValueError(f"model must be a text, got {self.model!r:.40}")
+        for name in names(line.get("group_names")):
             self._group_number(name)
 
     def data(self, line: dict[str, Any]) -> None:
@@ -140,7 +145,7 @@ class _Reader:
         keys = line.keys() & {"experts", "tokens", "sequence", "group"}
         if self.shape is not None and keys != self.keys:
             raise ValueError(
-                f"must have {sorted(self.keys)} like the lines before, got {sorted(keys)}"
+                f"must have keys {sorted(self.keys)} like the lines before, got {sorted(keys)}"
             )
         ids = self._valid(line[form], form)
         sequence = self._sequence_number(line["sequence"]) if "sequence" in line else self.lines

@@ -1,0 +1,84 @@
+"""Reading an input: what a file is, is told by its content."""
+
+import re
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.formats import jsonl
+from moetuner.reading import read_input, read_statistics
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.npz", "a.npy", "a.jsonl"])
+@pytest.mark.parametrize("renamed", [False, True])
+def test_traces(make_trace, tmp_path, name, renamed):
+    """Every format of traces, whatever the file is called."""
+    trace, path = make_trace(labelled=False), tmp_path / name
+    if name.endswith("npy"):
+        np.save(path, trace.expert_ids)
+    elif name.endswith("npz"):
+        np.savez(path, expert_ids=trace.expert_ids)
+    elif name.endswith("jsonl"):
+        jsonl.write(trace, path)
+    else:
+        trace.save(path)
+    if renamed:
+        path = path.rename(tmp_path / "trace")
+    found = read_input(path, num_experts=8, window=10)
+    assert isinstance(found, mt.RoutingTrace)
+    assert np.array_equal(found.expert_ids, trace.expert_ids)
+    counted = read_statistics(path, num_experts=8, window=10)
+    expected = mt.RoutingStatistics.from_trace(trace, window=10)
+    assert counted.fingerprint == expected.fingerprint
+
+
+def test_statistics(make_trace, tmp_path):
+    """Saved statistics and load tables, with the windows that they have."""
+    counted = mt.RoutingStatistics.from_trace(make_trace(), window=20)
+    counted.save(tmp_path / "s")
+    with (tmp_path / "table").open("wb") as file:
+        np.savez(file, load=counted.window_load)
+    for name in ("s", "table"):
+        for read in (read_input, read_statistics):
+            found = read(tmp_path / name, num_experts=8)
+            assert isinstance(found, mt.RoutingStatistics)
+            assert np.array_equal(found.window_load, counted.window_load)
+    assert read_input(tmp_path / "s", window=20).window == 20
+    assert read_input(tmp_path / "table").transitions is None
+
+
+def refused(path, text, **arguments):
+    with pytest.raises(ValueError, match=re.escape(text)) as caught:
+        read_input(path, **arguments)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_counts_have_their_windows_and_experts(make_trace, tmp_path):
+    """Others cannot be had."""
+    counted = mt.RoutingStatistics.from_trace(make_trace(), window=20)
+    counted.save(tmp_path / "s")
+    np.savez(tmp_path / "t.npz", load=counted.window_load)
+    refused(tmp_path / "s", "in windows already (20 tokens), got 50", window=50)
+    refused(tmp_path / "t.npz", "in windows already (those of its table), got 20", window=20)
+    refused(tmp_path / "s", "num_experts must be 8, got 9", num_experts=9)
+
+
+def test_other_files(make_trace, tmp_path):
+    """What is neither is said to be no trace."""
+    path = tmp_path / "p.json"
+    mt.Placement(np.zeros((1, 1, 1), dtype=np.int32)).save(path)
+    refused(path, "line 1: must be a trace, got a file of schema 'moetuner.placement/1'")
+    np.savez(tmp_path / "a.npz", weights=[1])
+    refused(tmp_path / "a.npz", "must hold an array 'expert_ids' (or 'load', a load table)")
+    path.write_bytes(b"PK\x03\x04 and no more")
+    refused(path, "damaged .npz: ")
+    with pytest.raises(FileNotFoundError):
+        read_input(tmp_path / "absent")
+
+
+def test_real_files(data):
+    """The recorded files, each as what it is."""
+    kinds = {path.stem: type(read_input(path)) for path in data.glob("*.npz")}
+    assert kinds["gpt-oss-20b-mini"] is mt.RoutingTrace
+    assert kinds["mixtral-8x7b-mmlu"] is mt.RoutingStatistics
