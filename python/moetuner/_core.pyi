@@ -1,20 +1,36 @@
-"""The native core: arrays in, arrays out. Dimensions: windows W, layers L, experts E, tokens T, top-k K."""
+"""The native core: arrays in, arrays out.
+
+Dimensions: windows W, layers L, experts E, devices D, slots S, tokens T, top-k K.
+"""
 
 from collections.abc import Callable
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
 
 __version__: str
+__all__ = [
+    "Replay",
+    "StatisticsCounter",
+    "__version__",
+    "cluster",
+    "lpt",
+    "place_clusters",
+    "search",
+    "validate",
+]
 
-ExpertIds = NDArray[np.uint8] | NDArray[np.uint16]
+_ExpertIds = NDArray[np.uint8] | NDArray[np.uint16]
 
-def validate(expert_ids: ExpertIds, num_experts: int, first_token: int = 0) -> None:
+def validate(expert_ids: _ExpertIds, num_experts: int, first_token: int = 0) -> None:
     """Check expert ids [T,L,K]: in range, and no expert twice in one token and layer.
 
-    Raises ``ValueError`` naming the first faulty token (counted from ``first_token``), layer and id.
+    Raises ``ValueError`` naming the first faulty token (counted from ``first_token``), layer and
+    id.
     """
 
+@final
 class StatisticsCounter:
     """Counts a trace shard by shard; the counts do not depend on the sharding or on the threads."""
 
@@ -28,8 +44,8 @@ class StatisticsCounter:
         transitions: bool = True,
         coactivation: bool = True,
     ) -> StatisticsCounter: ...
-    def push(self, expert_ids: ExpertIds, threads: int | None = None) -> None:
-        """Validate and count the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing."""
+    def push(self, expert_ids: _ExpertIds, threads: int | None = None) -> None:
+        """Count the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing."""
 
     def finish(
         self,
@@ -53,15 +69,18 @@ def search(
 ) -> tuple[NDArray[np.int32], NDArray[np.uint64], int, bool, int]:
     """Search for the placement of least pair cost whose device loads stay under their caps.
 
-    Takes load [L,E], cap [L,D], cost [D,D] (symmetric, zero diagonal), transitions [L-1,E,E], coactivation [L,E,E],
-    and placements [L,D,S] to start from as well. ``trials`` is per start. ``progress`` gets seconds and the best cost.
+    Takes load [L,E], cap [L,D], cost [D,D] (symmetric, zero diagonal), transitions [L-1,E,E],
+    coactivation [L,E,E], and placements [L,D,S] to start from as well. ``trials`` is per start.
+    ``progress`` gets seconds and the best cost.
 
     Where no placement under a cap is known, the cap is raised to what the most balanced one needs.
 
-    Returns slots [L,D,S], the caps that were kept [L,D], trials made, whether an interrupt ended it early, and the bits that were cut from every
-    count so that sums fit (0 unless counts are huge; costs are then off by less than that per pair).
+    Returns slots [L,D,S], the caps that were kept [L,D], trials made, whether an interrupt ended it
+    early, and the bits that were cut from every count so that sums fit (0 unless counts are huge;
+    costs are then off by less than that per pair).
     """
 
+@final
 class Replay:
     """Replays a trace under a placement, shard by shard."""
 
@@ -74,8 +93,8 @@ class Replay:
         *,
         window: int | None = None,
     ) -> Replay: ...
-    def push(self, expert_ids: ExpertIds, threads: int | None = None) -> None:
-        """Validate and replay the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing."""
+    def push(self, expert_ids: _ExpertIds, threads: int | None = None) -> None:
+        """Replay the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing."""
 
     def finish(
         self,
@@ -87,7 +106,10 @@ class Replay:
         NDArray[np.uint64],
         NDArray[np.uint64],
     ]:
-        """Tokens, load [W,L,D], traffic [L-1,D,D], visits [L,D], fanout [L] and node fanout [L] summed over tokens."""
+        """Tokens, load [W,L,D], traffic [L-1,D,D], visits [L,D], fanout and node fanout [L].
+
+        Fanouts are summed over tokens. Ends the replay.
+        """
 
 def lpt(
     load: NDArray[np.uint64],
@@ -97,9 +119,10 @@ def lpt(
     improve: bool = False,
     threads: int | None = None,
 ) -> NDArray[np.uint16]:
-    """Pack load [L,E] onto devices of ``slots`` slots: the heaviest expert first, to the least loaded device.
+    """Pack load [L,E] onto devices of ``slots`` slots.
 
-    With ``improve``, exchanges between devices then lower the largest device load. Returns the device [L,E].
+    The heaviest expert goes first, to the least loaded device. With ``improve``, exchanges between
+    devices then lower the largest device load. Returns the device [L,E].
     """
 
 def cluster(
@@ -112,9 +135,10 @@ def cluster(
 ) -> tuple[NDArray[np.uint16], list[tuple[int, int, int, int]]]:
     """Split every layer of load [L,E] into clusters of load as even as possible.
 
-    Returns the cluster [L,E] and per layer four whole numbers: the heaviest cluster's load, a proven lower bound of
-    it, ``clusters`` times the sum of deviations from the mean, and a proven lower bound of that. With free sizes a
-    cluster has 1 to ``slots`` experts, or 0 where there are fewer experts than clusters.
+    Returns the cluster [L,E] and per layer four whole numbers: the heaviest cluster's load, a
+    proven lower bound of it, ``clusters`` times the sum of deviations from the mean, and a proven
+    lower bound of that. With free sizes a cluster has 1 to ``slots`` experts, or 0 where there are
+    fewer experts than clusters.
     """
 
 def place_clusters(
@@ -125,10 +149,12 @@ def place_clusters(
     start: NDArray[np.uint16] | None = None,
     threads: int | None = None,
 ) -> tuple[NDArray[np.uint16], str, int]:
-    """Place clusters on devices: the least sum over boundaries of the busiest pair's time, then the least total.
+    """Place clusters on devices.
 
-    Takes traffic [L-1,D,D] between clusters of neighbouring layers, the cost of a token from device to device [D,D],
-    and sizes [L,D] in experts where every device is to hold the same total over all layers, as nearly as exchanges
-    reach it; a search may begin at a ``start`` [L,D] as well. Returns the device of every cluster [L,D], how it was
-    found, and a proven lower bound of the sum.
+    Seeks the least sum over boundaries of the busiest pair's time, then the least total. Takes
+    traffic [L-1,D,D] between clusters of neighbouring layers, the cost of a token from device to
+    device [D,D], and sizes [L,D] in experts where every device is to hold the same total over all
+    layers, as nearly as exchanges reach it; a search may begin at a ``start`` [L,D] as well.
+    Returns the device of every cluster [L,D], how it was found, and a proven lower bound of the
+    sum.
     """

@@ -24,7 +24,8 @@ class Evaluation:
     tokens
         Tokens replayed.
     imbalance
-        Largest / mean device load in a layer and window, averaged over layers and windows; 1 is perfect.
+        Largest / mean device load in a layer and window, averaged over layers and windows; 1 is
+        perfect.
     imbalance_total
         The same on the sum of all windows, averaged over layers.
     imbalance_worst
@@ -36,9 +37,9 @@ class Evaluation:
     fanout, node_fanout
         Distinct devices (nodes) that a token visits in a layer, on average.
     traffic
-        Tokens moved from device to device, by regime. ``follow`` [L-1,D,D]: pairs of neighbouring layers' experts,
-        the diagonal stays. ``dispatch`` [L,D,D]: from home device to device of work, for homes spread evenly; as
-        much comes back.
+        Tokens moved from device to device, by regime. ``follow`` [L-1,D,D]: pairs of neighbouring
+        layers' experts, the diagonal stays. ``dispatch`` [L,D,D]: from home device to device of
+        work, for homes spread evenly; as much comes back.
     predicted_layer_us
         Predicted time of a layer in microseconds; None without a cost model.
     by_group
@@ -61,7 +62,9 @@ class Evaluation:
         """Fields as JSON values; traffic is summed over layers."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         fields["imbalance_per_layer"] = list(self.imbalance_per_layer)
-        fields["traffic"] = {regime: table.sum(axis=0).tolist() for regime, table in self.traffic.items()}
+        fields["traffic"] = {
+            regime: table.sum(axis=0).tolist() for regime, table in self.traffic.items()
+        }
         fields["by_group"] = {name: group.to_dict() for name, group in self.by_group.items()}
         return fields
 
@@ -81,11 +84,13 @@ def evaluate(
     placement
         What to replay. Copies of an expert share its tokens evenly.
     traffic
-        A trace, replayed token by token; or statistics, which tell balance and crossing but not fanout.
+        A trace, replayed token by token; or statistics, which tell balance and crossing but not
+        fanout.
     topology
         Nodes of the devices; one node by default.
     window
-        Tokens whose load is balanced together; None for the whole trace. Statistics bring their own windows.
+        Tokens whose load is balanced together; None for the whole trace. Statistics bring their own
+        windows.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
 
@@ -156,7 +161,9 @@ def _evaluate_statistics(placement: Placement, statistics: RoutingStatistics) ->
     crossing = None
     if statistics.transitions is not None:
         tables = statistics.transitions.astype(np.float64)
-        traffic["follow"] = np.einsum("lde,lef,lgf->ldg", share[:-1], tables, share[1:], optimize=True)
+        traffic["follow"] = np.einsum(
+            "lde,lef,lgf->ldg", share[:-1], tables, share[1:], optimize=True
+        )
         crossing = _crossing(traffic["follow"])
     return Evaluation(
         tokens=None,
@@ -173,7 +180,9 @@ def _imbalance(load: NDArray[Any]) -> dict[str, Any]:
 
     def ratio(load: NDArray[Any]) -> NDArray[np.float64]:
         mean = load.mean(axis=-1)
-        return np.divide(load.max(axis=-1), mean, out=np.ones_like(mean), where=mean > 0)
+        ratios: NDArray[np.float64] = np.ones_like(mean)
+        np.divide(load.max(axis=-1), mean, out=ratios, where=mean > 0)
+        return ratios
 
     windowed = ratio(load)
     return {

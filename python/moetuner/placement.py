@@ -23,8 +23,8 @@ class Placement:
     Parameters
     ----------
     slots
-        Expert ids [L,D,S]; -1 is an empty slot. Every expert has at least one slot in every layer, and no
-        device holds two copies of one expert.
+        Expert ids [L,D,S]; -1 is an empty slot. Every expert has at least one slot in every layer,
+        and no device holds two copies of one expert.
     num_experts
         Experts per layer, E; by default one more than the largest id.
     model, topology
@@ -66,19 +66,25 @@ class Placement:
 
     @classmethod
     def from_assignment(
-        cls, device_of: ArrayLike, devices: int, *, slots_per_device: int | None = None, **names: Any
+        cls,
+        device_of: ArrayLike,
+        devices: int,
+        *,
+        slots_per_device: int | None = None,
+        **names: Any,
     ) -> Placement:
         """Build a placement with one copy of each expert from its device [L,E].
 
-        Slots are filled in the order of expert ids; ``slots_per_device`` defaults to the most experts that any
-        device holds in any layer.
+        Slots are filled in the order of expert ids; ``slots_per_device`` defaults to the most
+        experts that any device holds in any layer.
         """
         device_of = np.asarray(device_of)
         if device_of.ndim != 2 or not np.issubdtype(device_of.dtype, np.integer):
             raise ValueError(f"device_of must be integers [layers, experts], got {device_of.dtype}")
-        if device_of.size and not (0 <= device_of.min() and device_of.max() < devices):
+        if device_of.size and not (device_of.min() >= 0 and device_of.max() < devices):
             raise ValueError(
-                f"device_of must be from 0 to {devices - 1}, got {device_of.min()} to {device_of.max()}"
+                f"device_of must be from 0 to {devices - 1}, "
+                f"got {device_of.min()} to {device_of.max()}"
             )
         layers, experts = device_of.shape
         order = np.argsort(device_of, axis=1, kind="stable")
@@ -175,16 +181,21 @@ class Placement:
         try:
             slots = np.asarray(fields["slots"], dtype=None)
             names = {k: fields.get(k) for k in ("model", "topology", "fingerprint")}
-            figures = {k: _number(fields, k) for k in ("objective", "bound")}
-            return cls(slots, num_experts=int(fields["num_experts"]), **names, **figures)
+            return cls(
+                slots,
+                num_experts=int(fields["num_experts"]),
+                objective=_number(fields, "objective"),
+                bound=_number(fields, "bound"),
+                **names,
+            )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: not a placement: {error}") from None
 
     def diff(self, other: Placement, *, bytes_per_expert: int | None = None) -> PlacementDiff:
         """Say what has to move to get from this placement to ``other``.
 
-        A copy moves when a device needs an expert of a layer that it does not hold yet; another slot of the same
-        device costs nothing.
+        A copy moves when a device needs an expert of a layer that it does not hold yet; another
+        slot of the same device costs nothing.
         """
         shape, wanted = (self.layers, self.devices, self.num_experts), other
         if shape != (wanted.layers, wanted.devices, wanted.num_experts):
@@ -245,7 +256,8 @@ def _check(slots: NDArray[Any], experts: int) -> None:
     if twice.size:
         layer, device, slot = twice[0]
         raise ValueError(
-            f"slots: layer {layer}, device {device}: expert {ordered[layer, device, slot]} has two slots"
+            f"slots: layer {layer}, device {device}: "
+            f"expert {ordered[layer, device, slot]} has two slots"
         )
 
 

@@ -30,8 +30,9 @@ class Problem:
     slots_per_device
         Slots of a device in a layer, S; by default just enough for one copy of each expert.
     regime
-        ``"follow"``: a token's state moves from expert to expert, so transitions cost. ``"dispatch"``: it is sent
-        from its home device to every distinct device of its experts, so co-activation saves.
+        ``"follow"``: a token's state moves from expert to expert, so transitions cost.
+        ``"dispatch"``: it is sent from its home device to every distinct device of its experts, so
+        co-activation saves.
     max_imbalance
         Cap on max / mean device load in every layer, on the sum of all windows; None for no cap.
 
@@ -89,11 +90,12 @@ class Problem:
 
     @cached_property
     def caps(self) -> NDArray[np.uint64]:
-        """Largest load a device may carry, per layer [L]: floor(max_imbalance * mean device load)."""
-        total = self.load.sum(axis=1, dtype=np.uint64)
+        """Largest load a device may carry [L]: floor(max_imbalance * mean device load)."""
+        total: NDArray[np.uint64] = self.load.sum(axis=1, dtype=np.uint64)
         if self.max_imbalance is None or math.isinf(self.max_imbalance):
             return total
-        # In integers, so that a placement at the cap exactly is allowed: imbalance as a fraction over 2**32.
+        # In integers, so that a placement at the cap exactly is allowed: imbalance as a fraction
+        # over 2**32.
         ratio = math.floor(self.max_imbalance * 2**32 + 0.5)
         caps = [min(int(t) * ratio // (self.devices << 32), int(t)) for t in total]
         return np.array(caps, dtype=np.uint64)
@@ -101,24 +103,24 @@ class Problem:
     def cost(self, placement: Placement) -> int:
         """Exact integer objective of a placement with one copy of each expert.
 
-        ``follow``: sum over neighbouring layers of transitions [E,E] times ``topology.cost`` between the experts'
-        devices. ``dispatch``: co-activated pairs on different devices.
+        ``follow``: sum over neighbouring layers of transitions [E,E] times ``topology.cost``
+        between the experts' devices. ``dispatch``: co-activated pairs on different devices.
         """
         total = 0
         device_of = placement.device_of
         if self.regime == "follow":
-            for l, table in enumerate(self.statistics.transitions_or_empty):
-                moved = self.topology.cost[device_of[l][:, None], device_of[l + 1][None, :]]
+            for layer, table in enumerate(self.statistics.transitions_or_empty):
+                moved = self.topology.cost[np.ix_(device_of[layer], device_of[layer + 1])]
                 total += _exact_dot(table, moved)
         else:
-            for l, table in enumerate(self.statistics.coactivation_or_empty):
-                apart = (device_of[l][:, None] != device_of[l][None, :]).astype(np.int64)
+            for layer, table in enumerate(self.statistics.coactivation_or_empty):
+                apart = np.not_equal.outer(device_of[layer], device_of[layer]).astype(np.int64)
                 total += _exact_dot(table, apart) // 2
         return total
 
     @cached_property
     def cost_scale(self) -> int:
-        """Cost if every counted pair moved over the cheapest link; objectives are reported as shares of it."""
+        """Cost if every counted pair moved over the cheapest link; objectives are shares of it."""
         if self.regime == "follow":
             cost = self.topology.cost
             cheapest = int(cost[cost > 0].min()) if self.devices > 1 else 1

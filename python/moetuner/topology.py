@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Bytes per second and direction between two H100: NVLink 4 (900 GB/s both ways) inside a node, one 400 Gbit/s
-# InfiniBand port per GPU between nodes (NVIDIA H100 and ConnectX-7 data sheets).
+# Bytes per second and direction between two H100: NVLink 4 (900 GB/s both ways) inside a node, one
+# 400 Gbit/s InfiniBand port per GPU between nodes (NVIDIA H100 and ConnectX-7 data sheets).
 INTRA_NODE_BANDWIDTH = 450e9
 INTER_NODE_BANDWIDTH = 50e9
 
@@ -51,12 +51,15 @@ class Topology:
             object.__setattr__(self, "devices_per_node", self.devices)
         if not 1 <= self.node_size <= self.devices or self.devices % self.node_size:
             raise ValueError(
-                f"devices_per_node must divide devices ({self.devices}), got {self.devices_per_node}"
+                f"devices_per_node must divide devices ({self.devices}), "
+                f"got {self.devices_per_node}"
             )
         for field in ("intra_node_bandwidth", "inter_node_bandwidth"):
             value = getattr(self, field)
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{field} must be a positive number of bytes per second, got {value}")
+                raise ValueError(
+                    f"{field} must be a positive number of bytes per second, got {value}"
+                )
 
     @property
     def node_size(self) -> int:
@@ -86,15 +89,16 @@ class Topology:
     def cost(self) -> NDArray[np.int64]:
         """Integer cost of moving one token's state from device to device [D,D].
 
-        Proportional to the time a byte takes, in sixteenths of the fastest link, reduced to lowest terms:
-        1 between any two devices where all links are equal, 0 on the diagonal.
+        Proportional to the time a byte takes, in sixteenths of the fastest link, reduced to lowest
+        terms: 1 between any two devices where all links are equal, 0 on the diagonal.
         """
         time = 1.0 / self.bandwidth
         if self.devices == 1:
             return np.zeros((1, 1), dtype=np.int64)
         fastest = time[time > 0].min()
-        cost = np.rint(16 * time / fastest).astype(np.int64)
-        return cost // np.gcd.reduce(cost, axis=None)
+        cost: NDArray[np.int64] = np.rint(16 * time / fastest).astype(np.int64)
+        cost //= np.gcd.reduce(cost, axis=None)
+        return cost
 
     @classmethod
     def load(cls, path: str | Path) -> Topology:
@@ -105,7 +109,9 @@ class Topology:
             raise ValueError(f"{path}: not a JSON file: {error}") from None
         known = set(cls.__dataclass_fields__)
         if not isinstance(fields, dict) or not set(fields) <= known:
-            raise ValueError(f"{path}: a topology is a JSON object with keys out of {sorted(known)}")
+            raise ValueError(
+                f"{path}: a topology is a JSON object with keys out of {sorted(known)}"
+            )
         try:
             return cls(**fields)
         except (TypeError, ValueError) as error:

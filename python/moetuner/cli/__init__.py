@@ -1,0 +1,66 @@
+"""The command line: one file per subcommand, and one place where errors become one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from moetuner import __version__
+from moetuner.cli import compare, convert, demo, evaluate, export, inspect, solve
+
+WRONG = 2
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="moetuner", message="%(prog)s %(version)s")
+def moetuner() -> None:
+    """Decide which GPU each expert of a Mixture-of-Experts model lives on.
+
+    INPUT is recorded routing: a trace, saved statistics or a load table. "moetuner demo" shows it
+    all on a bundled trace.
+    """
+
+
+for _module in (demo, inspect, convert, solve, evaluate, compare, export):
+    moetuner.add_command(_module.command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    What goes wrong is told in one line on standard error: status 2, or 130 for Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        status = moetuner.main(arguments, prog_name="moetuner", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except BrokenPipeError:
+        # The reader has gone (| head). What is still buffered must not be complained about at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, click.Abort):
+        return _failed("interrupted", INTERRUPTED)
+    except click.ClickException as error:
+        return _failed(error.format_message())
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(where + (error.strerror or str(error)))
+    except MemoryError:
+        return _failed("out of memory")
+    except ValueError as error:
+        return _failed(str(error))
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        text = f"{type(error).__name__}: {error}; this is a bug in moetuner: please report it"
+        return _failed(f"{text} with the output of 'python -X dev -m moetuner ...'")
+
+
+def _failed(text: str, status: int = WRONG) -> int:
+    print("moetuner: error:", " ".join(text.split()), file=sys.stderr)  # noqa: T201 - its only line
+    return status

@@ -54,13 +54,14 @@ def solve(
     problem
         What to place.
     method
-        ``joint`` (the default), ``moetuner`` (the paper's two stages), ``heuristic`` (no integer programme), or a
-        baseline: ``contiguous``, ``round_robin``, ``random``, ``lpt``, ``eplb``, ``exflow``.
+        ``joint`` (the default), ``moetuner`` (the paper's two stages), ``heuristic`` (no integer
+        programme), or a baseline: ``contiguous``, ``round_robin``, ``random``, ``lpt``, ``eplb``,
+        ``exflow``.
     seed
         Of all random choices.
     time_limit
-        Seconds; the best placement so far is returned. Without it the answer is a function of (problem, method,
-        seed) alone, the same on every machine and for any number of threads.
+        Seconds; the best placement so far is returned. Without it the answer is a function of
+        (problem, method, seed) alone, the same on every machine and for any number of threads.
     iterations
         Search steps of each start; by default chosen by the problem's size.
     gap
@@ -73,7 +74,8 @@ def solve(
     Returns
     -------
     Result
-        An interrupt (Ctrl-C) or an exhausted limit gives the best placement so far, with its status.
+        An interrupt (Ctrl-C) or an exhausted limit gives the best placement so far, with its
+        status.
 
     Raises
     ------

@@ -15,7 +15,7 @@ from moetuner.solver.result import Candidate, Limits
 
 
 def contiguous(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Experts in blocks, as engines load them; the first devices take one more where E / D is not whole."""
+    """Experts in blocks, as engines load them; the first devices take what is left over."""
     blocks = np.array_split(np.arange(problem.experts), problem.devices)
     device_of = np.repeat(np.arange(problem.devices), [len(block) for block in blocks])
     return _everywhere(problem, device_of)
@@ -30,25 +30,34 @@ def random(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Equal counts, experts drawn at random in every layer."""
     generator = np.random.default_rng(seed)
     even = np.arange(problem.experts) % problem.devices
-    return _candidate(problem, np.stack([generator.permutation(even) for _ in range(problem.layers)]))
+    return _candidate(
+        problem, np.stack([generator.permutation(even) for _ in range(problem.layers)])
+    )
 
 
 def lpt(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Longest processing time first (Graham, 1969) with slot counts, then swaps: balance, whatever the traffic."""
-    return _candidate(problem, _core.lpt(problem.load, problem.devices, problem.slots, improve=True))
+    """Longest processing time first (Graham, 1969), then swaps: balance, whatever the traffic."""
+    return _candidate(
+        problem, _core.lpt(problem.load, problem.devices, problem.slots, improve=True)
+    )
 
 
 def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """DeepSeek's expert-parallel load balancer without replicas: heaviest first to the lightest device.
+    """DeepSeek's expert-parallel load balancer, without replicas.
 
-    github.com/deepseek-ai/EPLB, global policy. Loads are summed over all windows.
+    Heaviest expert first, to the lightest device: github.com/deepseek-ai/EPLB, global policy. Loads
+    are summed over all windows.
     """
-    return _candidate(problem, _core.lpt(problem.load, problem.devices, problem.slots, improve=False))
+    return _candidate(
+        problem, _core.lpt(problem.load, problem.devices, problem.slots, improve=False)
+    )
 
 
 def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Transitions alone, equal counts, loads ignored: the objective of ExFlow (Yao et al., 2024)."""
-    return heuristic(replace(problem, regime="follow", max_imbalance=None), seed=seed, limits=limits)
+    """Transitions alone, loads ignored: the objective of ExFlow (Yao et al., 2024)."""
+    return heuristic(
+        replace(problem, regime="follow", max_imbalance=None), seed=seed, limits=limits
+    )
 
 
 def _everywhere(problem: Problem, device_of: NDArray[np.int64]) -> Candidate:

@@ -30,6 +30,9 @@ def heuristic(
         "follow": {"transitions": problem.statistics.transitions},
         "dispatch": {"coactivation": problem.statistics.coactivation},
     }[problem.regime]
+    # Without pairs all placements cost nothing, and the balanced one that the search starts from
+    # is the answer.
+    pointless = not any(table is not None and table.any() for table in pairs.values())
 
     def report(seconds: float, cost: int | None) -> None:
         if limits.progress is not None:
@@ -43,7 +46,7 @@ def heuristic(
         problem.slots,
         seed=seed,
         trials=limits.iterations,
-        time_limit=limits.time_limit,
+        time_limit=0.0 if pointless else limits.time_limit,
         threads=limits.threads,
         initial=list(initial),
         progress=report if limits.progress is not None else None,
@@ -54,7 +57,10 @@ def heuristic(
         details["counts_rounded_to_multiples_of"] = 1 << shift
     raised = np.flatnonzero((caps > problem.caps[:, None]).any(axis=1))
     if raised.size:
-        # Layers where the search knows of no placement under the cap, with the imbalance that it settled for.
+        # Layers where the search knows of no placement under the cap, with the imbalance that it
+        # settled for.
         mean = problem.load.sum(axis=1, dtype=np.float64) / problem.devices
-        details["caps_raised"] = {int(l): float(caps[l].max() / mean[l]) for l in raised}
+        details["caps_raised"] = {
+            int(layer): float(caps[layer].max() / mean[layer]) for layer in raised
+        }
     return Candidate(slots, status="interrupted" if interrupted else "feasible", details=details)

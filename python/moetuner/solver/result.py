@@ -16,7 +16,7 @@ Status = Literal["optimal", "feasible", "gap_reached", "time_limit", "interrupte
 
 @dataclass(frozen=True)
 class Progress:
-    """One line of a long solve: seconds so far, phase, best objective and bound (None while unknown)."""
+    """One line of a long solve: seconds, phase, best objective and bound (None while unknown)."""
 
     seconds: float
     phase: str
@@ -78,8 +78,8 @@ class Candidate:
 class Result:
     """A solved problem.
 
-    ``objective`` and ``bound`` are shares of ``Problem.cost_scale``: the crossing on the problem's own statistics
-    where all links are equal.
+    ``objective`` and ``bound`` are shares of ``Problem.cost_scale``: the crossing on the problem's
+    own statistics where all links are equal.
     """
 
     placement: Placement
@@ -93,7 +93,7 @@ class Result:
 
     @property
     def gap(self) -> float | None:
-        """(objective - bound) / objective: how far from the optimum the placement can be at most."""
+        """(objective - bound) / objective: how far from the optimum this can be at most."""
         if self.bound is None:
             return None
         if self.objective <= self.bound:

@@ -1,0 +1,74 @@
+# moetuner's menu. Every target sets up what it needs in .venv; what is up to date is left alone.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+TOOLS  := $(VENV)/tools.stamp
+CORE   := python/moetuner/_core.abi3.so
+RUST   := Cargo.toml Cargo.lock $(shell find rust -name '*.rs')
+# Only this venv, whatever else is active.
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+unexport CONDA_PREFIX PYTHONPATH
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint fix types test-rust test-python test-wheel bench wheel clean
+
+help:  ## show this menu
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+$(TOOLS): pyproject.toml
+	@command -v cargo > /dev/null || { echo 'make: cargo not found; install Rust from https://rustup.rs' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo 'make: Python 3.10 or newer is needed: make PYTHON=python3.12' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
+
+$(CORE): $(TOOLS) $(RUST)
+	PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
+	@touch $@
+
+setup: $(CORE)  ## make .venv with the package (editable) and the tools
+
+demo: $(CORE)  ## run the whole flow on the bundled trace
+	$(BIN)/moetuner demo
+
+test: lint types test-rust test-python test-wheel  ## everything that must be green
+
+lint: $(TOOLS)  ## ruff, rustfmt, clippy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	cargo fmt --check
+	cargo clippy --quiet --all-targets --features python -- -D warnings
+
+fix: $(TOOLS)  ## format, and mend what the linters can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	cargo fmt
+
+types: $(CORE)  ## mypy, and the stub against the built core
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest --ignore-disjoint-bases moetuner._core
+
+test-rust:  ## tests of the core alone
+	@if cargo nextest --version > /dev/null 2>&1; then cargo nextest run; else cargo test --lib --tests; fi
+	cargo test --quiet --doc
+
+test-python: $(CORE)  ## tests of the package
+	$(BIN)/python -m pytest -q
+
+wheel: $(TOOLS)  ## build dist/*.whl
+	rm -rf dist
+	$(BIN)/maturin build --release --quiet --out dist
+
+test-wheel: wheel  ## install the wheel into a fresh environment and use it there
+	tests/wheel.sh $(BIN)/python dist/*.whl
+
+bench: $(CORE)  ## one file per question, each prints its answer
+	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:  ## remove everything that was built
+	rm -rf $(VENV) target dist $(CORE) demo-output

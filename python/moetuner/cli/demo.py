@@ -1,0 +1,143 @@
+"""``moetuner demo``: the whole flow on the bundled trace."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+
+import click
+
+from moetuner.cli import options
+from moetuner.cli.compare import HEAD, Outcome, remarks, try_method
+from moetuner.cli.inputs import count, facts
+from moetuner.cli.output import Output, percent
+from moetuner.cli.progress import working
+from moetuner.formats import eplb
+from moetuner.holdout import hold_out
+from moetuner.problem import Problem
+from moetuner.structure import Structure, structure
+from moetuner.topology import Topology
+from moetuner.trace import RoutingTrace
+
+SAMPLE = "small-moe.safetensors"
+DEVICES = 4
+MAX_IMBALANCE = 1.05
+METHODS = ("contiguous", "lpt", "eplb", "moetuner", "joint")
+
+
+@click.command("demo")
+@click.option(
+    "--out",
+    "directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="demo-output",
+    show_default=True,
+    metavar="DIR",
+    help="Directory for what the demo writes; made if it is missing.",
+)
+@options.threads_option
+@options.json_option
+def command(directory: Path, threads: int | None, json_file: Path | None) -> None:
+    """Run the whole flow on the bundled trace: inspect, compare, export."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with resources.as_file(resources.files("moetuner") / "data" / SAMPLE) as bundled:
+        shutil.copyfile(bundled, directory / "trace.safetensors")
+    path = directory / "trace.safetensors"
+    trace = RoutingTrace.load(path)
+    output = Output(json_file)
+
+    _introduce(output, trace)
+    with working("looking for structure"):
+        found = structure(trace, DEVICES, max_imbalance=MAX_IMBALANCE, threads=threads)
+    _say_structure(output, found)
+
+    seen, unseen = hold_out(trace, 0.5)
+    problem = Problem(count(seen, None, threads), Topology(DEVICES), max_imbalance=MAX_IMBALANCE)
+    outcomes = {
+        method: try_method(method, problem, unseen, window=options.WINDOW, seed=0, threads=threads)
+        for method in METHODS
+    }
+    output.say(
+        f"Placements on {DEVICES} devices, computed from half of the texts, judged on the other."
+    )
+    output.say(
+        "imbalance: max / mean device load in windows (total: of all), 1 is perfect; crossing:"
+    )
+    output.say("share of steps between devices; fanout: devices that a token visits in a layer.")
+    output.say()
+    output.table(HEAD, [outcome.row() for outcome in outcomes.values()])
+    for line in remarks(list(outcomes.values()), problem):
+        output.say(line)
+    output.say()
+    _say_gain(output, outcomes["contiguous"], outcomes["joint"])
+
+    best = outcomes["joint"].result.placement
+    best.save(directory / "placement.json")
+    eplb.write(best, directory / "eplb.npz")
+    _say_next(output, directory)
+    output.finish(
+        {
+            "input": facts(path, trace),
+            "structure": asdict(found),
+            "methods": {method: outcome.to_dict() for method, outcome in outcomes.items()},
+        }
+    )
+
+
+def _introduce(output: Output, trace: RoutingTrace) -> None:
+    output.say(
+        f"A small Mixture-of-Experts language model ({trace.layers} MoE layers, "
+        f"{trace.num_experts} experts, top-{trace.top_k}) read {trace.tokens:,}"
+    )
+    output.say(f"tokens of {', '.join(trace.group_names)}; its routing was recorded.")
+    output.say()
+
+
+def _say_structure(output: Output, found: Structure) -> None:
+    far = max(found.group_distance, key=lambda name: found.group_distance[name])
+    distance = percent(found.group_distance[far])
+    output.say(
+        f"Skew       a layer's busiest expert gets up to {max(found.skew):.1f} x the mean load"
+    )
+    output.say(f"Groups     {far} sends {distance} of its tokens to other experts than the mix")
+    if found.crossing is not None and found.crossing_independent is not None:
+        output.say(
+            f"Structure  crossing {found.crossing:.3f} is within reach; it would be "
+            f"{found.crossing_independent:.3f} if layers routed independently"
+        )
+    output.say()
+
+
+def _say_gain(output: Output, before: Outcome, after: Outcome) -> None:
+    old, new = before.evaluation, after.evaluation
+    assert old.crossing is not None
+    assert new.crossing is not None
+    output.say(
+        f"Won:  with experts in blocks, as engines load them, {percent(old.crossing)} of the steps "
+        "from layer to\n"
+        f"      layer cross devices; with moetuner's joint placement {percent(new.crossing)} do: "
+        f"{percent(1 - new.crossing / old.crossing)} less."
+    )
+    output.say(
+        f"Load: the busiest device has {new.imbalance_total:.2f} x the mean load over all unseen "
+        f"traffic ({old.imbalance_total:.2f} before), and\n"
+        f"      {new.imbalance:.2f} x in a window of {options.WINDOW} consecutive tokens "
+        f"({old.imbalance:.2f} before)."
+    )
+    if new.imbalance > old.imbalance:
+        output.say(
+            "      Experts that fire together now share a device: bursts of one kind of text pay."
+        )
+    output.say()
+
+
+def _say_next(output: Output, directory: Path) -> None:
+    output.say(f"Wrote placement.json, eplb.npz and trace.safetensors into {directory}/")
+    output.say()
+    output.say("Next, on this trace or your own (safetensors, .npz, .npy or JSON lines):")
+    trace = directory / "trace.safetensors"
+    output.say(f"  moetuner inspect {trace}")
+    output.say(f"  moetuner compare {trace} --devices 8 --devices-per-node 4")
+    output.say(f"  moetuner solve   {trace} --devices 8 --out placement.json")

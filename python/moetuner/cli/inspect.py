@@ -1,0 +1,125 @@
+"""``moetuner inspect``: what is in recorded routing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import numpy as np
+
+from moetuner.cli import options
+from moetuner.cli.inputs import describe, facts, read
+from moetuner.cli.output import Output, number, percent
+from moetuner.cli.progress import working
+from moetuner.structure import Structure, structure
+
+MOST_GROUPS = 12
+# Crossing that is within what a half of a trace differs from the other.
+LITTLE = 0.005
+
+
+@click.command("inspect")
+@options.input_options
+@click.option(
+    "--devices",
+    type=click.IntRange(1, 65535),
+    default=4,
+    show_default=True,
+    metavar="N",
+    help="Devices for which inter-layer structure is measured.",
+)
+@click.option(
+    "--max-imbalance",
+    type=options.Number(min=1),
+    default=1.05,
+    show_default=True,
+    metavar="X",
+    help="Load cap of the placements that measure it.",
+)
+@options.seed_option
+@options.threads_option
+@options.json_option
+def command(
+    input_file: Path,
+    num_experts: int | None,
+    devices: int,
+    max_imbalance: float,
+    seed: int,
+    threads: int | None,
+    json_file: Path | None,
+) -> None:
+    """Say what is in a trace: sizes, skew, differences between groups, inter-layer structure."""
+    traffic = read(input_file, num_experts=num_experts)
+    with working("looking for structure"):
+        found = structure(traffic, devices, max_imbalance=max_imbalance, seed=seed, threads=threads)
+    output = Output(json_file)
+    output.say(describe(input_file, traffic))
+    output.say()
+    show_skew(output, found)
+    show_groups(output, found)
+    show_crossings(output, found)
+    output.finish({"input": facts(input_file, traffic), **asdict(found)})
+
+
+def show_skew(output: Output, found: Structure) -> None:
+    """Print what differs from layer to layer."""
+    rows = [
+        _spread("busiest expert / mean load", found.skew, 2),
+        _spread("experts never used", found.unused, 0),
+    ]
+    if found.information:
+        rows.append(_spread("bits known of the next layer", found.information, 2))
+    output.table(("per layer", "least", "median", "most", "in layer"), rows)
+    output.say()
+
+
+def show_groups(output: Output, found: Structure) -> None:
+    """Print how far groups are from the mix."""
+    if not found.group_share:
+        output.say("No groups: nothing to compare between kinds of traffic.")
+        output.say()
+        return
+    # Where they are many, those that differ most.
+    names = sorted(found.group_share, key=lambda name: -found.group_distance[name])
+    rows = [
+        (name, percent(found.group_share[name]), number(found.group_distance[name], 3))
+        for name in names[:MOST_GROUPS]
+    ]
+    output.table(("group", "share", "distance"), rows)
+    if len(names) > MOST_GROUPS:
+        output.say(f"and {len(names) - MOST_GROUPS} groups nearer to the mix; --json has all")
+    output.say("distance to the mix of all groups, from 0 (the same experts) to 1 (all others)")
+    output.say()
+
+
+def show_crossings(output: Output, found: Structure) -> None:
+    """Print the crossing reached beside the independence null, and what their gap means."""
+    if found.crossing is None or found.crossing_independent is None:
+        output.say("No transitions: nothing is known of inter-layer structure.")
+        return
+    judged = "held-out sequences" if found.held_out else "the same counts, none held out"
+    output.table(
+        (f"crossing on {judged}", f"{found.devices} devices"),
+        [
+            ("contiguous", number(found.crossing_contiguous, 4)),
+            ("independence null", number(found.crossing_independent, 4)),
+            (f"searched, load cap {found.max_imbalance:g}", number(found.crossing, 4)),
+        ],
+    )
+    gain = found.crossing_independent - found.crossing
+    if gain < LITTLE:
+        output.say("The null is about as good: neighbouring layers route all but independently.")
+        return
+    output.say(
+        f"{percent(gain)} of the transitions stay on their device because neighbouring layers "
+        "route together: that gap to the null is what inter-layer placement can win here."
+    )
+
+
+def _spread(name: str, values: Sequence[float], decimals: int) -> tuple[str, ...]:
+    """Least, median and most of a value per layer, and the layer that has the most."""
+    array = np.asarray(values, dtype=float)
+    figures = (array.min(), float(np.median(array)), array.max())
+    return (name, *(number(float(f), decimals) for f in figures), str(int(array.argmax())))

@@ -1,0 +1,82 @@
+"""What a subcommand says: tables and sentences for people, or JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from moetuner._files import replacing
+
+# Output that goes to a file or another program is not fitted to any screen.
+UNLIMITED = 1000
+
+
+class Output:
+    """Standard output of one subcommand.
+
+    Parameters
+    ----------
+    json_file
+        Where ``finish`` writes; "-" for standard output, on which nothing else then appears.
+    """
+
+    def __init__(self, json_file: Path | None) -> None:
+        self._json = json_file
+        self._quiet = str(json_file) == "-"
+        self._console = Console(highlight=False, markup=False, emoji=False)
+        if not self._console.is_terminal:
+            self._console.width = UNLIMITED
+
+    def say(self, text: str = "") -> None:
+        """Print a line."""
+        if not self._quiet:
+            self._console.print(text, soft_wrap=True)
+
+    def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Print aligned columns: the first to the left, numbers to the right."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for i, name in enumerate(head):
+            table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        if not self._quiet:
+            self._console.print(table)
+
+    def finish(self, contents: dict[str, Any]) -> None:
+        """Write the JSON, if it is wanted."""
+        if self._json is None:
+            return
+        text = json.dumps(_finite(contents), indent=2, allow_nan=False)
+        if self._quiet:
+            click.echo(text)
+        else:
+            with replacing(self._json) as temporary:
+                temporary.write_text(text + "\n")
+
+
+def number(value: float | None, decimals: int) -> str:
+    """Write a number, or a dash for what is not known."""
+    return "-" if value is None else f"{value:.{decimals}f}"
+
+
+def percent(value: float | None) -> str:
+    """Write a share."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON cannot say, such as an infinite cap, by null."""
+    if isinstance(value, dict):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,80 @@
+"""The three arrays of DeepSeek's expert-parallel load balancer, which serving engines speak.
+
+github.com/deepseek-ai/EPLB. Physical experts P are the slots of a layer, device by device: slot p
+is on device ``p // (P / D)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner._files import replacing
+from moetuner.placement import EMPTY, Placement
+
+
+@dataclass(frozen=True)
+class EplbMaps:
+    """A placement as EPLB's ``rebalance_experts`` returns it.
+
+    Parameters
+    ----------
+    physical_to_logical_map
+        Expert in every slot [L,P].
+    logical_to_physical_map
+        Slots of every expert in rising order [L,E,X], padded with -1; X is the most copies that any
+        expert has.
+    logical_replica_count
+        Copies of every expert [L,E].
+    """
+
+    physical_to_logical_map: NDArray[np.int64]
+    logical_to_physical_map: NDArray[np.int64]
+    logical_replica_count: NDArray[np.int64]
+
+
+def eplb_maps(placement: Placement) -> EplbMaps:
+    """Turn a placement [L,D,S] into EPLB's arrays, with P = D * S.
+
+    Raises
+    ------
+    ValueError
+        If a slot is empty: engines fill every slot with an expert's weights.
+    """
+    empty = np.argwhere(placement.slots == EMPTY)
+    if empty.size:
+        layer, device, slot = empty[0]
+        raise ValueError(
+            f"layer {layer}, device {device}: slot {slot} is empty, and EPLB's arrays have no "
+            f"empty slots; {placement.num_experts} experts must fill {placement.devices} devices x "
+            f"{placement.slots_per_device} slots"
+        )
+    layers, experts = placement.layers, placement.num_experts
+    logical = placement.slots.reshape(layers, -1).astype(np.int64)
+    count = placement.replicas
+    # Slots sorted by expert; an expert's copies are then one after the other, lower slots first.
+    slot = np.argsort(logical, axis=1, kind="stable")
+    expert = np.take_along_axis(logical, slot, axis=1)
+    first = np.cumsum(count, axis=1) - count
+    copy = np.arange(logical.shape[1]) - np.take_along_axis(first, expert, axis=1)
+    physical = np.full((layers, experts, int(count.max())), -1, dtype=np.int64)
+    physical[np.arange(layers)[:, None], expert, copy] = slot
+    return EplbMaps(logical, physical, count)
+
+
+def write(placement: Placement, path: str | Path) -> None:
+    """Write the arrays under EPLB's names as ``.npz``; the file appears whole or not at all.
+
+    Raises
+    ------
+    ValueError
+        If a slot is empty or the name does not end in ``.npz``.
+    """
+    if Path(path).suffix != ".npz":
+        raise ValueError(f"{path}: EPLB's arrays are written as .npz, got {Path(path).suffix!r}")
+    arrays = vars(eplb_maps(placement))
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)

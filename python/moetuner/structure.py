@@ -1,0 +1,208 @@
+"""structure(): what there is in routing that a placement could use, before any is chosen.
+
+Takes a trace, statistics or a load table and says how skewed the load is, how far groups differ,
+and how much inter-layer placement can win: the crossing of a searched placement on traffic it has
+not seen, beside the independence null.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.evaluation import evaluate
+from moetuner.holdout import hold_out
+from moetuner.problem import Problem
+from moetuner.solver import solve
+from moetuner.statistics import RoutingStatistics
+from moetuner.topology import Topology
+from moetuner.trace import RoutingTrace
+
+# Steps per start: within a hundredth of what ten times as many reach, in a fraction of a second.
+ITERATIONS = 200_000
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Skew, differences between groups, and inter-layer structure.
+
+    Parameters
+    ----------
+    skew
+        Load of the busiest expert / mean load of an expert, per layer [L].
+    unused
+        Experts without a token, per layer [L].
+    group_share
+        Share of the load that each group brings.
+    group_distance
+        Total variation distance between a group's expert shares and those of all traffic, averaged
+        over layers: the part of the group's tokens that would have to go to other experts to look
+        like the mix. 0 is the same, 1 is disjoint.
+    information
+        Mutual information between the experts of neighbouring layers in bits [L-1]; None without
+        transitions. At most log2(E); a small trace overstates it.
+    devices, max_imbalance
+        What the crossings are for.
+    held_out
+        Whether the crossings are measured on traffic that the search has not seen.
+    crossing
+        Of the searched placement; None without transitions (a load table, a single layer).
+    crossing_contiguous
+        Of experts in blocks, as engines load them.
+    crossing_independent
+        The independence null: what the same search reaches if every layer routed with the same
+        loads but independently of its neighbour.
+    """
+
+    skew: tuple[float, ...]
+    unused: tuple[int, ...]
+    group_share: dict[str, float]
+    group_distance: dict[str, float]
+    information: tuple[float, ...] | None
+    devices: int
+    max_imbalance: float
+    held_out: bool
+    crossing: float | None
+    crossing_contiguous: float | None
+    crossing_independent: float | None
+
+
+def structure(
+    traffic: RoutingTrace | RoutingStatistics,
+    devices: int = 4,
+    *,
+    max_imbalance: float = 1.05,
+    seed: int = 0,
+    threads: int | None = None,
+) -> Structure:
+    """Look for structure.
+
+    Parameters
+    ----------
+    traffic
+        A trace: half of its sequences are held out. Saved statistics cannot be split: their
+        crossings are those of the counts that the search saw. A load table tells skew and groups.
+    devices
+        Devices that the crossings are for.
+    max_imbalance
+        Load cap of the searches.
+    seed
+        Of the split and the searches.
+    threads
+        Threads to use, all cores by default; the answer does not depend on it.
+    """
+    held_out = isinstance(traffic, RoutingTrace) and traffic.tokens > 1
+    parts = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
+    seen, unseen = (_pairs(part, threads) for part in parts)
+    whole = seen + unseen if held_out else seen
+    load = whole.total_load
+    share, distance = _groups(traffic, load, threads)
+
+    def crossing(method: str, seen: RoutingStatistics, unseen: RoutingStatistics) -> float | None:
+        problem = Problem(seen, Topology(devices), max_imbalance=max_imbalance)
+        found = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
+        return evaluate(found.placement, unseen).crossing
+
+    known = bool(whole.transitions_or_empty.any())
+    null = (_independent(seen), _independent(unseen)) if known else None
+    return Structure(
+        skew=tuple(_over_mean(load).tolist()),
+        unused=tuple((load == 0).sum(axis=1).tolist()),
+        group_share=share,
+        group_distance=distance,
+        information=tuple(_bits(t) for t in whole.transitions_or_empty) if known else None,
+        devices=devices,
+        max_imbalance=max_imbalance,
+        held_out=held_out,
+        crossing=crossing("heuristic", seen, unseen) if known else None,
+        crossing_contiguous=crossing("contiguous", seen, unseen) if known else None,
+        crossing_independent=None if null is None else crossing("heuristic", *null),
+    )
+
+
+def _pairs(traffic: RoutingTrace | RoutingStatistics, threads: int | None) -> RoutingStatistics:
+    """Count a trace, without the co-activation that is not needed here."""
+    if isinstance(traffic, RoutingStatistics):
+        return traffic
+    return RoutingStatistics.from_trace(traffic, coactivation=False, threads=threads)
+
+
+def _independent(statistics: RoutingStatistics) -> RoutingStatistics:
+    """Replace transitions by those of independent layers with the same loads and totals."""
+    load = statistics.total_load.astype(np.float64)
+    tables = [
+        _rounded(np.outer(load[layer], load[layer + 1]), int(table.sum(dtype=np.uint64)))
+        for layer, table in enumerate(statistics.transitions_or_empty)
+    ]
+    pairs = np.stack(tables) if tables else statistics.transitions_or_empty
+    return replace(statistics, transitions=pairs, coactivation=None)
+
+
+def _rounded(weights: NDArray[np.float64], total: int) -> NDArray[np.uint64]:
+    """Share out ``total`` by weight in whole counts: largest remainder, ties to the lower index."""
+    flat = weights.ravel()
+    exact = flat * (total / max(float(flat.sum()), 1.0))
+    counts = np.floor(exact)
+    missing = min(max(total - int(counts.sum()), 0), flat.size)
+    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    return counts.reshape(weights.shape).astype(np.uint64)
+
+
+def _groups(
+    traffic: RoutingTrace | RoutingStatistics, load: NDArray[np.uint64], threads: int | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Share and distance of every group that has tokens."""
+    if traffic.group is None:
+        return {}, {}
+    total = load.sum(dtype=np.float64)
+    mix = _shares(load)
+    share, distance = {}, {}
+    for name, of_group in _load_by_group(traffic, threads).items():
+        if of_group.any():
+            share[name] = float(of_group.sum(dtype=np.float64) / total)
+            apart = np.abs(_shares(of_group) - mix).sum(axis=1) / 2
+            distance[name] = float(apart.mean())
+    return share, distance
+
+
+def _load_by_group(
+    traffic: RoutingTrace | RoutingStatistics, threads: int | None
+) -> dict[str, NDArray[np.uint64]]:
+    """Load [L,E] of every group."""
+    names = traffic.group_names
+    if isinstance(traffic, RoutingStatistics):
+        of_window = traffic.group
+        return {
+            name: traffic.window_load[of_window == i].sum(axis=0, dtype=np.uint64)
+            for i, name in enumerate(names)
+        }
+    counted = {}
+    for name in names:
+        part = RoutingStatistics.from_trace(
+            traffic.select(groups=name), transitions=False, coactivation=False, threads=threads
+        )
+        counted[name] = part.total_load
+    return counted
+
+
+def _shares(load: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Load [L,E] as shares of its layer; zero where a layer has none."""
+    total = load.sum(axis=1, keepdims=True, dtype=np.float64)
+    shares: NDArray[np.float64] = np.divide(load, total, out=np.zeros(load.shape), where=total > 0)
+    return shares
+
+
+def _over_mean(load: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Largest share of a layer times experts; 1 where a layer has no load."""
+    skew = _shares(load).max(axis=1) * load.shape[1]
+    return np.where(load.any(axis=1), skew, 1.0)
+
+
+def _bits(table: NDArray[np.uint64]) -> float:
+    """Mutual information of rows and columns of a table of counts."""
+    joint = table / max(float(table.sum(dtype=np.float64)), 1.0)
+    apart = np.outer(joint.sum(axis=1), joint.sum(axis=0))
+    there = joint > 0
+    return float(max((joint[there] * np.log2(joint[there] / apart[there])).sum(), 0.0))

@@ -1,0 +1,395 @@
+"""The command line: what it prints, what it writes, and one line for everything that goes wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.cli import main
+
+METHODS = "contiguous,lpt,joint"
+
+
+@pytest.fixture
+def trace(make_trace, tmp_path):
+    """File of a small trace."""
+    path = tmp_path / "trace.safetensors"
+    make_trace(800).save(path)
+    return path
+
+
+@pytest.fixture
+def table(tmp_path):
+    """File of a load table of six windows in two groups."""
+    path = tmp_path / "load.npz"
+    load = np.random.default_rng(0).integers(0, 100, (6, 3, 8))
+    np.savez(path, load=load, group=np.arange(6) % 2, group_names=np.array(["a", "b"]))
+    return path
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process: status, standard output and standard error."""
+
+    def run(*arguments):
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def ok(run):
+    """Run a command that must succeed in silence, and give its output."""
+
+    def ok(*arguments):
+        status, out, err = run(*arguments)
+        assert (status, err) == (0, "")
+        return out
+
+    return ok
+
+
+def test_help_names_every_subcommand(ok):
+    """No arguments, --help and -h all show the menu."""
+    menu = ok()
+    assert menu == ok("--help") == ok("-h")
+    for command in ("demo", "inspect", "convert", "solve", "evaluate", "compare", "export"):
+        assert re.search(rf"^  {command} ", menu, re.MULTILINE)
+        assert "Usage: moetuner" in ok(command, "--help")
+
+
+def test_version(ok):
+    """The version is the package's."""
+    assert ok("--version") == f"moetuner {mt.__version__}\n"
+
+
+def test_demo_shows_the_whole_flow(ok, tmp_path):
+    """The demo fits a screen, and writes what it says."""
+    out = ok("demo", "--out", tmp_path / "demo")
+    assert len(out.splitlines()) <= 40
+    assert max(map(len, out.replace(str(tmp_path / "demo"), "demo-output").splitlines())) <= 100
+    written = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert written == {"eplb.npz", "placement.json", "trace.safetensors"}
+    placement = mt.Placement.load(tmp_path / "demo" / "placement.json")
+    assert (placement.devices, placement.slots_per_device) == (4, 4)
+    assert "less" in out
+
+
+def test_inspect_shows_structure_beside_its_null(ok, trace):
+    """Skew, groups, and the two crossings."""
+    out = ok("inspect", trace)
+    for words in ("busiest expert", "even", "odd", "independence null", "searched", "contiguous"):
+        assert words in out
+
+
+def test_inspect_json_has_what_the_screen_has(ok, trace):
+    """With --json - there is nothing but JSON on standard output."""
+    found = json.loads(ok("inspect", trace, "--json", "-"))
+    assert found["input"]["tokens"] == 800
+    assert len(found["skew"]) == 3
+    assert set(found["group_distance"]) == {"even", "odd"}
+    assert found["held_out"] is True
+    assert 0 <= found["crossing"] <= 1
+    assert 0 <= found["crossing_independent"] <= 1
+
+
+def test_inspect_load_table(ok, table):
+    """A load table has skew and groups, and no inter-layer structure."""
+    out = ok("inspect", table)
+    assert "No transitions" in out
+    assert "6 windows" in out
+
+
+def test_solve_writes_the_placement(ok, trace, tmp_path):
+    """The file holds what the library would give, and the JSON tells the same figures."""
+    out, report = tmp_path / "p.json", tmp_path / "report.json"
+    text = ok("solve", trace, "--devices", 4, "--out", out, "--json", report, "--max-imbalance", 2)
+    assert f"wrote {out}" in text
+    placement = mt.Placement.load(out)
+    stats = mt.RoutingStatistics.from_trace(mt.RoutingTrace.load(trace), window=512)
+    result = mt.solve(mt.Problem(stats, mt.Topology(4), max_imbalance=2))
+    assert placement == result.placement
+    found = json.loads(report.read_text())
+    assert found["objective"] == result.objective == placement.objective
+    assert found["settings"]["max_imbalance"] == 2
+    assert found["status"] == result.status
+    assert found["crossing"] == mt.evaluate(placement, mt.RoutingTrace.load(trace)).crossing
+
+
+def test_solve_is_reproducible(ok, trace, tmp_path):
+    """The same seed gives the same bytes, on one thread and on two."""
+    paths = [tmp_path / f"p{threads}.json" for threads in (1, 2)]
+    for threads, path in zip((1, 2), paths, strict=True):
+        ok("solve", trace, "--devices", 2, "--seed", 7, "--threads", threads, "--out", path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_solve_takes_a_topology_file(ok, trace, tmp_path):
+    """The file gives devices, nodes and the name."""
+    machine, out = tmp_path / "machine.json", tmp_path / "p.json"
+    machine.write_text('{"devices": 4, "devices_per_node": 2, "name": "boxes"}')
+    ok("solve", trace, "--topology", machine, "--method", "lpt", "--out", out)
+    assert mt.Placement.load(out).topology == "boxes"
+
+
+def test_solve_without_pairs_says_so(ok, table, tmp_path):
+    """A load table can only be balanced; no crossing is made up."""
+    out, report = tmp_path / "p.json", tmp_path / "report.json"
+    text = ok("solve", table, "--devices", 4, "--out", out, "--json", report)
+    assert "only balance" in text
+    found = json.loads(report.read_text())
+    assert (found["objective"], found["gap"], found["crossing"]) == (None, None, None)
+
+
+def test_evaluate_tells_groups(ok, trace, tmp_path):
+    """One row for all traffic and one for each group with tokens."""
+    out = tmp_path / "p.json"
+    ok("solve", trace, "--devices", 4, "--method", "contiguous", "--out", out)
+    text = ok("evaluate", out, trace, "--devices-per-node", 2, "--window", 64)
+    assert re.search(r"^all +800 ", text, re.MULTILINE)
+    assert re.search(r"^odd +400 ", text, re.MULTILINE)
+    found = json.loads(ok("evaluate", out, trace, "--window", 64, "--json", "-"))
+    whole = mt.evaluate(mt.Placement.load(out), mt.RoutingTrace.load(trace), window=64)
+    assert found["imbalance"] == whole.imbalance
+    assert set(found["by_group"]) == {"even", "odd"}
+
+
+def test_compare_judges_on_unseen_sequences(ok, trace):
+    """The numbers are those of the library: statistics of one half, replay of the other."""
+    found = json.loads(
+        ok("compare", trace, "--devices", 4, "--methods", METHODS, "--window", 64, "--json", "-")
+    )
+    assert list(found["methods"]) == METHODS.split(",")
+    seen, unseen = mt.RoutingTrace.load(trace).split(0.5, seed=0)
+    stats = mt.RoutingStatistics.from_trace(seen, window=64)
+    problem = mt.Problem(stats, mt.Topology(4), max_imbalance=1.05)
+    for method, row in found["methods"].items():
+        result = mt.solve(problem, method)
+        evaluation = mt.evaluate(result.placement, unseen, window=64)
+        assert row["objective"] == result.objective
+        assert row["crossing"] == evaluation.crossing
+        assert row["imbalance"] == evaluation.imbalance
+        assert row["fanout"] == evaluation.fanout
+        assert row["tokens"] == unseen.tokens
+        assert {"bound", "gap", "status", "solve_seconds"} <= set(row)
+
+
+def test_compare_does_not_depend_on_threads(ok, trace):
+    """One thread and two give the same numbers."""
+
+    def figures(threads):
+        arguments = ["--devices", 4, "--methods", METHODS, "--threads", threads, "--json", "-"]
+        found = json.loads(ok("compare", trace, *arguments))["methods"]
+        return {name: {**row, "solve_seconds": None} for name, row in found.items()}
+
+    assert figures(1) == figures(2)
+
+
+def test_compare_on_all_traffic(ok, trace):
+    """--holdout 0 judges on what was seen: the objective is the crossing."""
+    arguments = ["--devices", 4, "--methods", METHODS, "--holdout", 0, "--json", "-"]
+    for row in json.loads(ok("compare", trace, *arguments))["methods"].values():
+        assert row["objective"] == pytest.approx(row["crossing"])
+
+
+def test_compare_load_table(ok, table):
+    """Crossing and fanout of a load table are not known, and shown as dashes."""
+    out = ok("compare", table, "--devices", 4, "--methods", METHODS)
+    assert "3 unseen windows" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("lpt"))
+    assert row[4:8] == ["-"] * 4
+
+
+def test_tables_fit_eighty_columns(ok, trace, tmp_path):
+    """No line of a table is longer than an ordinary terminal is wide."""
+    out = tmp_path / "p.json"
+    for text in (
+        ok("compare", trace, "--devices", 4, "--methods", METHODS),
+        ok("solve", trace, "--devices", 4, "--out", out),
+        ok("evaluate", out, trace),
+    ):
+        rows = [
+            line for line in text.splitlines() if re.match("(method|lpt|joint|traffic|odd) ", line)
+        ]
+        assert rows
+        assert max(len(line.rstrip()) for line in rows) <= 80
+
+
+def test_convert_joins_sources(ok, make_trace, tmp_path):
+    """Sources of two kinds become one trace, in order."""
+    first, second, out = (tmp_path / name for name in ("a.npz", "b.npy", "t.safetensors"))
+    a, b = make_trace(30, seed=1), make_trace(20, seed=2)
+    np.savez(first, expert_ids=a.expert_ids, num_experts=8)
+    np.save(second, b.expert_ids)
+    ok("convert", first, second, "--num-experts", 8, "--out", out)
+    joined = mt.RoutingTrace.load(out)
+    assert np.array_equal(joined.expert_ids, np.concatenate([a.expert_ids, b.expert_ids]))
+
+
+def test_convert_checks_the_format(run, trace, tmp_path):
+    """--from is a promise."""
+    status, _, err = run("convert", trace, "--from", "npz", "--out", tmp_path / "t.safetensors")
+    assert status == 2
+    assert "must be npz as --from says, got safetensors" in err
+
+
+def test_export(ok, trace, tmp_path):
+    """Both formats hold the placement."""
+    placement, arrays, copy = (tmp_path / name for name in ("p.json", "maps.npz", "copy.json"))
+    ok("solve", trace, "--devices", 4, "--method", "lpt", "--out", placement)
+    ok("export", placement, "--to", "eplb", "--out", arrays)
+    ok("export", placement, "--to", "json", "--out", copy)
+    loaded = mt.Placement.load(placement)
+    with np.load(arrays) as maps:
+        assert np.array_equal(maps["physical_to_logical_map"], loaded.slots.reshape(3, -1))
+    assert mt.Placement.load(copy) == loaded
+
+
+WRONG = [
+    (["inspect", "absent.npz"], "'absent.npz' does not exist"),
+    (["inspect", "."], "is a directory"),
+    (["inspect", "junk.txt"], "junk.txt: "),
+    (["inspect"], "Missing argument 'INPUT'"),
+    (["inspect", "ids.npy"], "num_experts"),
+    (["solve", "trace.safetensors"], "Missing option '--devices'"),
+    (["solve", "trace.safetensors", "--devices", "0"], "0 is not in the range 1<=x<=65535"),
+    (["solve", "trace.safetensors", "--devices", "two"], "'two' is not a valid integer"),
+    (["solve", "trace.safetensors", "--devices", "4", "--devices-per-node", "3"], "must divide"),
+    (["solve", "trace.safetensors", "--devices", "4", "--slots-per-device", "1"], "at least 2"),
+    (
+        ["solve", "trace.safetensors", "--devices", "4", "--method", "magic"],
+        "'magic' is not one of",
+    ),
+    (["solve", "trace.safetensors", "--devices", "4", "--max-imbalance", "0.5"], "0.5 is not in"),
+    (
+        ["solve", "trace.safetensors", "--devices", "4", "--max-imbalance", "nan"],
+        "nan is not a number",
+    ),
+    (
+        ["solve", "trace.safetensors", "--devices", "4", "--time-limit", "nan"],
+        "nan is not a number",
+    ),
+    (["solve", "trace.safetensors", "--devices", "4", "--out", "no/p.json"], "'no' does not exist"),
+    (["solve", "trace.safetensors", "--devices", "4", "--out", "."], "is a directory"),
+    (
+        ["solve", "trace.safetensors", "--devices", "4", "--json", "no/p.json"],
+        "'no' does not exist",
+    ),
+    (["solve", "trace.safetensors", "--topology", "junk.txt"], "junk.txt: not a JSON file"),
+    (
+        ["compare", "trace.safetensors", "--devices", "4", "--holdout", "1.5"],
+        "1.5 is not in the range",
+    ),
+    (["compare", "trace.safetensors", "--devices", "4", "--holdout", "nan"], "nan is not a number"),
+    (["compare", "trace.safetensors", "--devices", "4", "--methods", ""], "must be some of"),
+    (["compare", "trace.safetensors", "--devices", "4", "--methods", "a,lpt"], "got 'a'"),
+    (["compare", "load.npz", "--devices", "4", "--window", "64"], "window must be left out"),
+    (["evaluate", "trace.safetensors", "trace.safetensors"], "not a placement"),
+    (["export", "junk.txt", "--to", "eplb", "--out", "x.npz"], "junk.txt: not a placement"),
+    (["convert", "trace.safetensors", "--out", "t.npz"], "must end in .safetensors, got 't.npz'"),
+    (["convert", "--out", "t.safetensors"], "Missing argument 'SOURCE...'"),
+    (["convert", "load.npz", "--out", "t.safetensors"], "load.npz: "),
+    (["guess"], "No such command 'guess'"),
+    (["inspect", "trace.safetensors", "--colour"], "No such option"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG, ids=lambda value: " ".join(value)[:40])
+def test_errors_are_one_line(run, trace, table, tmp_path, monkeypatch, arguments, words):
+    """Status 2, nothing on standard output, one line that names what is wrong."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "junk.txt").write_text("junk")
+    np.save("ids.npy", np.zeros((4, 2, 1), dtype=np.uint8))
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"moetuner: error: [^\n]+\n", err)
+    assert words in err
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_unforeseen_errors_are_one_line_too(run, trace, monkeypatch):
+    """A bug is reported as one, without a traceback."""
+
+    def fail(*_, **__):
+        raise KeyError("expert")
+
+    monkeypatch.setattr("moetuner.cli.inspect.structure", fail)
+    status, _, err = run("inspect", trace)
+    assert status == 2
+    assert re.fullmatch(r"moetuner: error: KeyError: 'expert'; this is a bug[^\n]+\n", err)
+
+
+def module(*arguments, **options):
+    """Start ``python -m moetuner``."""
+    command = [sys.executable, "-m", "moetuner", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **options)
+
+
+def test_module_is_the_command_line(trace):
+    """The package runs as a module, and its status is the command line's."""
+    done = module("solve", trace, "--devices", 0)
+    _, err = done.communicate(timeout=60)
+    assert done.returncode == 2
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+def test_closed_pipe_is_silent(trace):
+    """A reader that has seen enough (| head) is no error to talk about."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "moetuner", "inspect", str(trace)]
+    with os.fdopen(writing, "w") as closed:
+        done = subprocess.run(
+            command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.stderr == ""
+
+
+@pytest.fixture
+def large(make_trace, tmp_path):
+    """File of a trace that takes long to place."""
+    path = tmp_path / "large.safetensors"
+    make_trace(500, layers=24, experts=64).save(path)
+    return path
+
+
+def wait_for(process, words):
+    """Read standard error until it says something."""
+    seen = ""
+    while words not in seen:
+        line = process.stderr.readline()
+        assert line, f"ended without saying {words!r}: {seen}"
+        seen += line
+
+
+def test_interrupted_solve_writes_the_best_so_far(large, tmp_path):
+    """Ctrl-C during a solve is not an error: the placement is there."""
+    out = tmp_path / "p.json"
+    started = module("solve", large, "--devices", 8, "--time-limit", 100, "--out", out)
+    wait_for(started, "solving")
+    time.sleep(0.2)
+    started.send_signal(signal.SIGINT)
+    text, err = started.communicate(timeout=60)
+    assert started.returncode == 0, err
+    assert "interrupted, best so far" in text
+    assert mt.Placement.load(out).devices == 8
+
+
+def test_progress_goes_to_standard_error(large, tmp_path):
+    """After a second a plain line says what is going on, and standard output stays clean."""
+    arguments = ["--devices", 8, "--time-limit", 1.5, "--out", tmp_path / "p.json", "--json", "-"]
+    done = module("solve", large, *arguments)
+    out, err = done.communicate(timeout=60)
+    assert json.loads(out)["settings"]["time_limit"] == 1.5
+    assert err == "moetuner: solving, joint ...\n"

@@ -1,0 +1,43 @@
+"""hold_out(): what is judged on has not been seen."""
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.holdout import hold_out
+
+
+def test_sequences_are_on_one_side(make_trace):
+    """A quarter of the sequences is held out, each whole, none lost."""
+    trace = make_trace(400)
+    seen, unseen = hold_out(trace, 0.25, seed=1)
+    assert not set(seen.sequence) & set(unseen.sequence)
+    assert (seen.tokens, unseen.tokens) == (300, 100)
+
+
+def test_windows_are_on_one_side():
+    """Windows of a load table go with their groups."""
+    load = np.arange(24).reshape(6, 2, 2)
+    table = mt.RoutingStatistics.from_load(load, group=np.arange(6), group_names=tuple("abcdef"))
+    seen, unseen = hold_out(table, 0.5, seed=1)
+    assert sorted([*seen.group, *unseen.group]) == list(range(6))
+    for part in (seen, unseen):
+        assert part.window_load.tolist() == load[part.group].tolist()
+
+
+def test_nothing_held_out_is_the_whole(make_trace):
+    """Both parts of a split by 0 are the input."""
+    trace = make_trace()
+    assert hold_out(trace, 0) == (trace, trace)
+
+
+def test_what_cannot_be_split_is_refused(make_trace):
+    """The message says what would be right."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(), window=16)
+    with pytest.raises(ValueError, match="holdout must be 0 for saved statistics"):
+        hold_out(stats, 0.5)
+    with pytest.raises(ValueError, match="holdout must be 0 for a load table of one window"):
+        hold_out(mt.RoutingStatistics.from_load([[1, 2]]), 0.5)
+    for share in (-0.1, 1, float("nan")):
+        with pytest.raises(ValueError, match="holdout must be at least 0 and below 1"):
+            hold_out(stats, share)

@@ -1,0 +1,162 @@
+"""Placement: its invariants, its files, and what changes between two of them."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moetuner as mt
+
+
+@st.composite
+def placements(draw):
+    """Draw valid placements with replicas and empty slots."""
+    layers, devices, experts = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 9)),
+    )
+    width = -(-experts // devices) + draw(st.integers(0, 2))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    slots = np.full((layers, devices, width), -1)
+    for layer in slots:
+        home = rng.permutation(experts)
+        for i, expert in enumerate(home):
+            layer[i % devices, i // devices] = expert
+        for device in layer:
+            for slot in np.flatnonzero(device == -1):
+                expert = rng.integers(-1, experts)
+                if expert not in device:
+                    device[slot] = expert
+            rng.shuffle(device)
+    return mt.Placement(slots, num_experts=experts)
+
+
+@given(placements())
+def test_every_expert_is_somewhere_and_no_device_holds_it_twice(placement):
+    """Copies of an expert are counted, at least one, at most one per device."""
+    counts = placement.replicas
+    assert counts.min() >= 1
+    for layer, device in np.ndindex(placement.layers, placement.devices):
+        held = [e for e in placement.slots[layer, device].tolist() if e != -1]
+        assert len(held) == len(set(held))
+    assert counts.sum() == (placement.slots != -1).sum()
+
+
+@given(placements())
+def test_save_and_load_give_the_same_placement(tmp_path_factory, placement):
+    """What is saved is what is loaded, names and figures too."""
+    path = tmp_path_factory.mktemp("placement") / "p.json"
+    placement = placement.with_names(model="m", topology="t", objective=0.5, bound=0.25)
+    placement.save(path)
+    loaded = mt.Placement.load(path)
+    assert loaded == placement
+    assert hash(loaded) == hash(placement)
+    assert (loaded.model, loaded.topology, loaded.objective, loaded.bound) == ("m", "t", 0.5, 0.25)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 10), st.integers(0, 2**32))
+def test_device_of_is_what_the_placement_was_made_from(devices, layers, experts, seed):
+    """from_assignment and device_of are inverse."""
+    device_of = np.random.default_rng(seed).integers(0, devices, (layers, experts))
+    placement = mt.Placement.from_assignment(device_of, devices)
+    assert np.array_equal(placement.device_of, device_of)
+
+
+@given(placements(), placements())
+def test_diff_counts_experts_that_arrive(a, b):
+    """A move is an expert that the device did not hold; a placement does not differ from itself."""
+    assert a.diff(a).experts_moved == 0
+    if a.slots.shape[:2] != b.slots.shape[:2] or a.num_experts != b.num_experts:
+        with pytest.raises(ValueError, match="same layers, devices and experts"):
+            a.diff(b)
+        return
+    moves = 0
+    for layer, device in np.ndindex(a.layers, a.devices):
+        moves += len(set(b.slots[layer, device]) - set(a.slots[layer, device]) - {-1})
+    found = a.diff(b, bytes_per_expert=10)
+    assert (found.experts_moved, found.bytes_moved) == (moves, 10 * moves)
+    assert found.experts_moved_per_layer.sum() == moves
+
+
+def test_device_of_refuses_replicas():
+    """With two copies there is no one device."""
+    placement = mt.Placement(np.array([[[0, 1], [0, -1]]]))
+    with pytest.raises(ValueError, match="replicas"):
+        _ = placement.device_of
+
+
+def test_slots_are_a_frozen_copy():
+    """Changing the array afterwards changes nothing."""
+    slots = np.array([[[0], [1]]], dtype=np.int32)
+    placement = mt.Placement(slots)
+    slots[0, 0, 0] = 1
+    assert placement.slots.tolist() == [[[0], [1]]]
+    with pytest.raises(ValueError, match="read-only"):
+        placement.slots[0, 0, 0] = 1
+
+
+@pytest.mark.parametrize(
+    ("slots", "words"),
+    [
+        ([[[0, 1], [2, 2]]], "layer 0, device 1: expert 2 has two slots"),
+        ([[[0, 1], [2, 3]], [[0, 1], [2, -1]]], "layer 1: expert 3 has no slot"),
+        ([[[0, 1], [2, -2]]], "layer 0, device 1: expert id -2"),
+        ([[0, 1]], r"slots must be integers \[layers, devices, slots\]"),
+        ([[[0.0, 1.0]]], "slots must be integers"),
+        ([[[]]], "none of them zero"),
+    ],
+)
+def test_broken_slots_are_named(slots, words):
+    """The message names layer, device and expert."""
+    with pytest.raises(ValueError, match=words):
+        mt.Placement(np.array(slots))
+
+
+GOOD = {"schema": "moetuner.placement/1", "num_experts": 2, "slots": [[[0], [1]]]}
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        json.dumps({**GOOD, "schema": "moetuner.placement/9"}).encode(),
+        json.dumps({**GOOD, "slots": [[[0], [0]]]}).encode(),
+        json.dumps({**GOOD, "slots": [[[0], [1, 2]]]}).encode(),
+        json.dumps({**GOOD, "slots": [[[0], ["a"]]]}).encode(),
+        json.dumps({**GOOD, "slots": [[[0], [10**30]]]}).encode(),
+        json.dumps({**GOOD, "num_experts": None}).encode(),
+        json.dumps({**GOOD, "num_experts": 10**30}).encode(),
+        json.dumps({**GOOD, "objective": "low"}).encode(),
+        json.dumps({"schema": "moetuner.placement/1"}).encode(),
+    ],
+)
+def test_bad_files_are_value_errors_with_the_path(tmp_path, contents):
+    """Whatever is in the file, the error is a ValueError that names it, in one line."""
+    path = tmp_path / "p.json"
+    path.write_bytes(contents)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        mt.Placement.load(path)
+
+
+def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    """A file appears whole or not at all, and nothing else stays behind."""
+    path = tmp_path / "p.json"
+    mt.Placement(np.array([[[0], [1]]])).save(path)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pathlib.Path.write_text", fail)
+    with pytest.raises(OSError, match="disk full"):
+        mt.Placement(np.array([[[1], [0]]])).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,223 @@
+"""solve(): every method answers every problem validly, reproducibly, and within its limits."""
+
+import itertools
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.solver import METHODS
+
+
+@pytest.fixture
+def problem(make_trace):
+    """Eight experts in three layers, three devices."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(600), window=64)
+    return mt.Problem(stats, mt.Topology(4), max_imbalance=1.2)
+
+
+def imbalances(problem, placement):
+    """Max / mean device load of every layer [L]."""
+    load = np.zeros((problem.layers, problem.devices))
+    for layer, expert in np.ndindex(problem.layers, problem.experts):
+        load[layer, placement.device_of[layer, expert]] += problem.load[layer, expert]
+    return load.max(axis=1) / load.mean(axis=1)
+
+
+def capped(problem):
+    """Put a cap on a problem that is tight and can be kept."""
+    reached = imbalances(problem, mt.solve(problem, "lpt").placement).max()
+    return replace(problem, max_imbalance=reached * 1.02)
+
+
+def best_by_force(problem):
+    """Least cost of all placements under the caps, by dynamic programming over all assignments."""
+    devices, slots = problem.devices, problem.slots
+    options = []
+    for layer in range(problem.layers):
+        load = problem.load[layer].astype(int)
+        valid = []
+        for device_of in itertools.product(range(devices), repeat=problem.experts):
+            held = np.bincount(device_of, minlength=devices)
+            carried = np.bincount(device_of, weights=load, minlength=devices)
+            if held.max() <= slots and carried.max() <= problem.caps[layer]:
+                valid.append(np.array(device_of))
+        options.append(valid)
+    best = [0] * len(options[0])
+    for layer, table in enumerate(problem.statistics.transitions.astype(int)):
+        arriving = []
+        for after in options[layer + 1]:
+            costs = (
+                cost + int((table * problem.topology.cost[np.ix_(before, after)]).sum())
+                for cost, before in zip(best, options[layer], strict=True)
+            )
+            arriving.append(min(costs))
+        best = arriving
+    return min(best)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("regime", ["follow", "dispatch"])
+def test_every_method_gives_a_valid_placement(problem, method, regime):
+    """Sizes fit, the objective is the placement's own cost, and no bound is above it."""
+    problem = mt.Problem(problem.statistics, problem.topology, None, regime, 1.2)
+    result = mt.solve(problem, method, iterations=2000)
+    placement = result.placement
+    assert (placement.layers, placement.num_experts, placement.devices) == (3, 8, 4)
+    assert placement.slots_per_device == problem.slots
+    assert result.objective == pytest.approx(problem.cost(placement) / problem.cost_scale)
+    assert placement.fingerprint == problem.statistics.fingerprint
+    assert placement.model == "small"
+    if result.bound is not None:
+        assert result.bound <= result.objective + 1e-12
+        assert result.gap >= 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_do_not_matter(problem, method):
+    """The answer is a function of problem, method and seed alone."""
+    one, two = (
+        mt.solve(problem, method, seed=3, iterations=2000, threads=n).placement for n in (1, 2)
+    )
+    assert one == two
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_uneven_counts_are_placed(make_trace, method):
+    """Seven experts on three devices, and more devices than experts, leave slots empty."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(100, experts=7))
+    for devices in (1, 3, 9):
+        placement = mt.solve(
+            mt.Problem(stats, mt.Topology(devices)), method, iterations=500
+        ).placement
+        assert placement.devices == devices
+        assert (placement.replicas == 1).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_load_tables_are_placed(problem, method):
+    """Without pairs every method still balances or ignores the load, and none searches."""
+    stats = mt.RoutingStatistics.from_load(problem.statistics.window_load)
+    result = mt.solve(
+        mt.Problem(stats, problem.topology, max_imbalance=1.2), method, iterations=500
+    )
+    assert (result.placement.replicas == 1).all()
+    assert result.details.get("trials", 0) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("node", [None, 1])
+def test_heuristic_finds_the_optimum_of_tiny_problems(make_trace, seed, node):
+    """On four to six experts the search equals brute force, cap included."""
+    experts = 4 + seed % 3
+    stats = mt.RoutingStatistics.from_trace(make_trace(300, experts=experts, seed=seed))
+    problem = capped(mt.Problem(stats, mt.Topology(2, node)))
+    result = mt.solve(problem, "heuristic")
+    assert problem.cost(result.placement) == best_by_force(problem)
+
+
+@pytest.mark.parametrize("method", ["joint", "heuristic"])
+def test_load_cap_is_kept(problem, method):
+    """No device is above a cap that some placement keeps."""
+    problem = capped(problem)
+    result = mt.solve(problem, method)
+    assert "caps_raised" not in result.details
+    assert imbalances(problem, result.placement).max() <= problem.max_imbalance + 1e-9
+
+
+def test_impossible_cap_is_raised_and_told(problem):
+    """Where nothing fits under the cap, the answer is the most balanced and says so."""
+    tight = mt.Problem(problem.statistics, problem.topology, max_imbalance=1.0)
+    result = mt.solve(tight, "heuristic", iterations=2000)
+    raised = result.details["caps_raised"]
+    found = imbalances(tight, result.placement)
+    for layer, cap in raised.items():
+        assert found[layer] <= cap + 1e-9
+
+
+def test_search_beats_what_engines_do(make_trace):
+    """The joint method is at least as good as contiguous on the statistics that it saw."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(2000, layers=6, experts=16))
+    problem = mt.Problem(stats, mt.Topology(4))
+    joint, before = (mt.solve(problem, method).objective for method in ("joint", "contiguous"))
+    assert joint < before
+
+
+def test_no_time_gives_a_placement(problem):
+    """A time limit of zero still answers."""
+    for method in METHODS:
+        result = mt.solve(problem, method, time_limit=0)
+        assert (result.placement.replicas == 1).all()
+
+
+def test_time_limit_is_kept(make_trace):
+    """A long search ends near its limit."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(500, layers=12, experts=64))
+    problem = mt.Problem(stats, mt.Topology(8), max_imbalance=1.3)
+    begin = time.perf_counter()
+    mt.solve(problem, "heuristic", time_limit=0.3)
+    assert time.perf_counter() - begin < 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "raise_signal"), reason="needs signals")
+def test_interrupt_returns_the_best_so_far(make_trace):
+    """Ctrl-C ends the search early with a valid placement."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(500, layers=12, experts=64))
+    problem = mt.Problem(stats, mt.Topology(8), max_imbalance=1.3)
+    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    try:
+        result = mt.solve(problem, "heuristic", time_limit=60)
+    finally:
+        timer.cancel()
+    assert result.status == "interrupted"
+    assert result.seconds < 30
+    assert (result.placement.replicas == 1).all()
+
+
+def test_progress_is_reported_from_the_calling_thread(make_trace):
+    """A long solve says how far it is."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(500, layers=12, experts=64))
+    problem = mt.Problem(stats, mt.Topology(8), max_imbalance=1.3)
+    seen = []
+    mt.solve(
+        problem,
+        "heuristic",
+        time_limit=1.0,
+        progress=lambda line: seen.append((line, threading.get_ident())),
+    )
+    assert seen
+    assert {thread for _, thread in seen} == {threading.get_ident()}
+    assert all(line.seconds > 0 and line.phase for line, _ in seen)
+
+
+def test_error_in_progress_is_raised(make_trace):
+    """What a callback raises is not swallowed."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(500, layers=12, experts=64))
+
+    def fail(_):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        mt.solve(mt.Problem(stats, mt.Topology(8)), "heuristic", time_limit=5, progress=fail)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"method": "magic"}, "method must be one of joint, .*, got 'magic'"),
+        ({"time_limit": -1}, "time_limit must be at least 0 seconds, got -1"),
+        ({"time_limit": float("nan")}, "time_limit must be"),
+        ({"iterations": -1}, "iterations must be at least 0, got -1"),
+        ({"gap": float("inf")}, "gap must be at least 0, got inf"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(problem, arguments, words):
+    """A message names the argument, the rule and the value."""
+    with pytest.raises(ValueError, match=words):
+        mt.solve(problem, **arguments)

@@ -1,0 +1,101 @@
+"""structure(): finds what was put into a trace, and nothing where there is nothing."""
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.structure import _independent, structure
+
+
+def routed(tokens, follow, seed=0):
+    """Top-1 routing [T,4,16] where a layer follows its neighbour with a probability."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 16, (tokens, 4, 1))
+    stay = rng.random((tokens, 4)) < follow
+    for layer in range(1, 4):
+        ids[stay[:, layer], layer] = (5 * ids[stay[:, layer], layer - 1] + 3) % 16
+    sequence = np.arange(tokens) // 20
+    return mt.RoutingTrace.from_arrays(ids, num_experts=16, sequence=sequence)
+
+
+def test_independent_layers_have_no_structure():
+    """Without dependence the search is no better than its null."""
+    found = structure(routed(20_000, 0.0), devices=4)
+    assert found.crossing == pytest.approx(found.crossing_independent, abs=0.01)
+    assert max(found.information) < 0.05
+
+
+def test_a_permutation_is_found():
+    """Where each expert has one successor nothing needs to cross, and the null is far away."""
+    found = structure(routed(20_000, 1.0), devices=4)
+    assert found.crossing == 0
+    assert found.crossing_independent == pytest.approx(0.75, abs=0.02)
+    assert found.crossing_contiguous > 0.4
+    assert min(found.information) == pytest.approx(4.0, abs=0.05)
+    assert found.held_out
+
+
+def test_skew_and_unused_experts():
+    """One busy expert of four has four times the mean, and three are unused."""
+    found = structure(mt.RoutingStatistics.from_load([[8, 0, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0]]))
+    assert found.skew == (4.0, 1.0, 1.0)
+    assert found.unused == (3, 0, 4)
+    assert found.crossing is None
+    assert found.information is None
+
+
+def test_group_distance():
+    """Two groups on different experts are half away from their mix; the same ones are not."""
+    table = mt.RoutingStatistics.from_load(
+        np.array([[[4, 0], [3, 3]], [[0, 4], [3, 3]]]),
+        group=np.array([0, 1]),
+        group_names=("a", "b"),
+    )
+    found = structure(table)
+    assert found.group_share == {"a": 0.5, "b": 0.5}
+    assert found.group_distance == {"a": 0.25, "b": 0.25}
+
+
+def test_groups_of_traces_and_tables_agree(make_trace):
+    """Groups of a trace give what their load table gives; a group without tokens is left out."""
+    trace = make_trace()
+    tables = [
+        mt.RoutingStatistics.from_trace(trace.select(groups=name)).window_load
+        for name in ("even", "odd")
+    ]
+    table = mt.RoutingStatistics.from_load(
+        np.concatenate(tables), group=np.array([0, 1]), group_names=("even", "odd")
+    )
+    of_trace, of_table = structure(trace), structure(table)
+    assert of_trace.group_distance == pytest.approx(of_table.group_distance)
+    assert of_trace.group_share == pytest.approx(of_table.group_share)
+
+
+def test_null_has_the_same_loads_and_totals(make_trace):
+    """Only dependence goes: totals stay exactly, rows and columns up to rounding."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(2000))
+    null = _independent(stats)
+    for before, after in zip(stats.transitions, null.transitions, strict=True):
+        assert before.sum() == after.sum()
+        assert np.abs(before.sum(axis=0).astype(int) - after.sum(axis=0).astype(int)).max() <= 8
+        assert np.abs(before.sum(axis=1).astype(int) - after.sum(axis=1).astype(int)).max() <= 8
+
+
+def test_threads_do_not_matter(make_trace):
+    """One thread and two see the same."""
+    trace = make_trace(1000)
+    assert structure(trace, 2, threads=1) == structure(trace, 2, threads=2)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+def test_tiny_traces(make_trace, tokens):
+    """Nothing, or next to nothing, is no error."""
+    found = structure(make_trace(tokens))
+    assert found.held_out == (tokens > 1)
+
+
+def test_saved_statistics_are_not_held_out(make_trace):
+    """Counts cannot be split by sequence, and the result says so."""
+    found = structure(mt.RoutingStatistics.from_trace(make_trace(), window=16))
+    assert not found.held_out
+    assert found.crossing is not None

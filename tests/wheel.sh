@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Installs a wheel into a fresh environment, far from the sources, and uses it there as a stranger would.
+# Usage: tests/wheel.sh PYTHON WHEEL
+set -euo pipefail
+python=$(realpath --no-symlinks "$1")
+wheel=$(realpath "$2")
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cd "$folder"
+unset PYTHONPATH VIRTUAL_ENV
+
+"$python" -m venv fresh
+fresh/bin/python -m pip install --quiet "$wheel"
+
+fresh/bin/moetuner --version
+fresh/bin/moetuner demo > demo.txt
+test -s demo-output/placement.json -a -s demo-output/eplb.npz
+fresh/bin/moetuner inspect demo-output/trace.safetensors > /dev/null
+fresh/bin/moetuner export demo-output/placement.json --to json --out copy.json > /dev/null
+fresh/bin/python - << 'CHECK'
+from importlib.resources import files
+
+import moetuner as mt
+
+assert "fresh" in mt.__file__, mt.__file__
+assert (files("moetuner") / "py.typed").is_file()
+trace = mt.RoutingTrace.load("demo-output/trace.safetensors")
+placement = mt.Placement.load("demo-output/placement.json")
+assert placement == mt.Placement.load("copy.json")
+before = mt.evaluate(placement, trace).crossing
+assert 0 < before < 0.7, before
+CHECK
+echo "the wheel works: $(basename "$wheel")"
