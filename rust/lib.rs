@@ -4,6 +4,7 @@
 //! searches ([`search`]) turn the counts into an assignment of experts to devices; a replay
 //! ([`replay`]) measures an assignment on a trace. Nothing here knows Python except `python`.
 
+pub mod bound;
 pub mod error;
 pub mod pairs;
 #[cfg(feature = "python")]
