@@ -116,6 +116,10 @@ pub struct Bound {
 /// x
 pub fn bound(instance: &Instance<'_>, limits: &Limits<'_>, mut report: impl FnMut(usize, u64)) -> Result<Bound> {
     instance.check()?;
+    if instance.is_trivial() {
+        let certificate = Certificate::default();
+        return Ok(Bound { cost: 0, source: "none", iterations: 0, stop: Stop::Gap, cuts: [0; 2], certificate });
+    }
     let relaxation = Relaxation::new(instance);
     let mut admm = Admm::new(&relaxation);
     let mut best = Dual::default();
@@ -129,3 +133,6 @@ pub fn bound(instance: &Instance<'_>, limits: &Limits<'_>, mut report: impl FnMu
     let certificate = Certificate::write(best.lambda, Vec::new(), &best.cuts);
     Ok(Bound { cost, source: "semidefinite", iterations: admm.iterations, stop, cuts: admm.sizes(), certificate })
 }
+
+#[cfg(test)]
+mod tests;
