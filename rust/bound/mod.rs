@@ -11,6 +11,7 @@ mod rows;
 mod semidefinite;
 mod separation;
 mod spectrum;
+mod transport;
 
 pub use certificate::{Certificate, verify};
 pub use cuts::Kind;
