@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use super::Instance;
 use super::cuts::{Cut, Kind};
 use super::relaxation::Relaxation;
+use super::semidefinite::Dual;
 use super::spectrum::largest_sum;
 use crate::error::{Error, Result};
 
@@ -53,16 +54,15 @@ pub fn verify(instance: &Instance<'_>, certificate: &Certificate) -> Result<u64>
         return Ok(0);
     }
     let relaxation = Relaxation::new(instance);
-    let cuts = certificate.read(&relaxation)?;
-    let value = dual_value(&relaxation, &certificate.lambda, &certificate.columns, &cuts, None);
-    Ok(crossing(&relaxation, value))
+    let dual = certificate.read(&relaxation)?;
+    Ok(crossing(&relaxation, dual_value(&relaxation, &dual, None)))
 }
 
 impl Certificate {
-    /// Flattens cuts with their multipliers.
-    pub(super) fn write(lambda: Vec<f64>, columns: Vec<f64>, cuts: &[(Cut, f64)]) -> Self {
-        let mut this = Self { lambda, columns, ..Self::default() };
-        for (cut, multiplier) in cuts {
+    /// Flattens a dual point.
+    pub(super) fn write(dual: Dual) -> Self {
+        let mut this = Self { lambda: dual.lambda, columns: dual.columns, ..Self::default() };
+        for (cut, multiplier) in &dual.cuts {
             this.cuts.extend([cut.kind as i32, cut.pair as i32]);
             this.cuts.extend(cut.items.map(|i| i as i32));
             this.multipliers.push(*multiplier);
@@ -71,7 +71,8 @@ impl Certificate {
         this
     }
 
-    fn read(&self, relaxation: &Relaxation) -> Result<Vec<(Cut, f64)>> {
+    /// The dual point, if the arrays fit and the cuts are true.
+    fn read(&self, relaxation: &Relaxation) -> Result<Dual> {
         let Relaxation { experts, .. } = *relaxation;
         let (pairs, order) = (relaxation.pairs(), relaxation.order());
         let wrong = |rule: String, found: String| Error::Shape { what: "certificate", rule, found };
@@ -97,11 +98,21 @@ impl Certificate {
             });
             match cut {
                 Some(cut) if cut.is_valid(relaxation) => cuts.push((cut, multiplier)),
-                _ => return Err(wrong("cuts that hold for this instance".into(), format!("cut {n}: {row:?}"))),
+                _ => {
+                    return Err(wrong(
+                        "cuts that hold for this instance".into(),
+                        format!("cut {n}: {row:?}"),
+                    ));
+                }
             }
         }
         cuts.sort_by_key(|(cut, _)| cut.pair);
-        Ok(cuts)
+        Ok(Dual {
+            lambda: self.lambda.clone(),
+            columns: self.columns.clone(),
+            cuts,
+            estimate: f64::NEG_INFINITY,
+        })
     }
 }
 
@@ -119,26 +130,22 @@ pub(super) fn crossing(relaxation: &Relaxation, value: f64) -> u64 {
 /// The dual function D, rounded down far enough to be proven; the cuts must be valid and sorted by pair.
 ///
 /// With `spectrum`, `[M]`, sums of the G - 1 largest eigenvalues are taken as given: quick, but no proof.
-pub(super) fn dual_value(
-    relaxation: &Relaxation,
-    lambda: &[f64],
-    columns: &[f64],
-    cuts: &[(Cut, f64)],
-    spectrum: Option<&[f64]>,
-) -> f64 {
+pub(super) fn dual_value(relaxation: &Relaxation, dual: &Dual, spectrum: Option<&[f64]>) -> f64 {
+    let cuts = &dual.cuts;
     let pairs = relaxation.pairs();
     let sides: Vec<Side> = (0..pairs)
         .into_par_iter()
         .map(|l| {
             let start = cuts.partition_point(|(cut, _)| (cut.pair as usize) < l);
             let end = cuts.partition_point(|(cut, _)| cut.pair as usize <= l);
-            Side::new(relaxation, l, lambda, columns, &cuts[start..end], spectrum.map(|s| s[l]))
+            Side::new(relaxation, l, dual, &cuts[start..end], spectrum.map(|s| s[l]))
         })
         .collect();
     let layers: Vec<Sum> = (0..=pairs).into_par_iter().map(|l| layer_value(relaxation, l, &sides)).collect();
     let mut sum = Sum::default();
-    sides.iter().for_each(|side| sum.join(side.sum));
-    layers.iter().for_each(|&layer| sum.join(layer));
+    for part in sides.iter().map(|side| side.sum).chain(layers) {
+        sum.join(part);
+    }
     // No number passes through more roundings than this: a coefficient, its multiplier, the cuts of its variable,
     // the longest sum of a pair, the sum over pairs.
     let e = relaxation.experts;
@@ -162,8 +169,7 @@ impl Side {
     fn new(
         relaxation: &Relaxation,
         l: usize,
-        lambda: &[f64],
-        columns: &[f64],
+        Dual { lambda, columns, .. }: &Dual,
         cuts: &[(Cut, f64)],
         spectrum: Option<f64>,
     ) -> Self {
@@ -182,7 +188,9 @@ impl Side {
                 }
             }
             let mut ones = Sum::default();
-            lambda.iter().for_each(|&x| ones.add(x));
+            for &x in &lambda {
+                ones.add(x);
+            }
             let g = devices as f64;
             sum.join(Sum { value: -ones.value / g, magnitude: ones.magnitude / g });
             let largest = spectrum.unwrap_or_else(|| largest_sum(&lambda, n, devices - 1));
@@ -193,8 +201,8 @@ impl Side {
         }
         let mut counts = vec![2u32; relaxation.slice()];
         for (cut, multiplier) in cuts {
-            // Anything but a positive number would not be a multiplier of an inequality.
-            if !(*multiplier > 0.0) {
+            // Anything but a positive number is not a multiplier of an inequality.
+            if multiplier.is_nan() || *multiplier <= 0.0 {
                 continue;
             }
             let right = cut.expand(relaxation, |variable, coefficient| {
@@ -235,20 +243,24 @@ fn transport_value(r: &[f64], e: usize, slots: usize, columns: Option<&[f64]>) -
         if let Some(columns) = columns {
             scratch.iter_mut().zip(columns).for_each(|(r, v)| *r -= v);
         }
-        smallest(&mut scratch, slots).iter().for_each(|&x| rows.add(x));
+        for &x in smallest(&mut scratch, slots) {
+            rows.add(x);
+        }
     }
     if let Some(columns) = columns {
-        columns.iter().for_each(|&v| {
+        for &v in columns {
             rows.add(slots as f64 * v);
             // Subtracting v rounded each r of its column.
             rows.magnitude += e as f64 * v.abs();
-        });
+        }
         return rows;
     }
     let mut by_column = Sum::default();
     for f in 0..e {
         scratch.iter_mut().zip(r[f..].iter().step_by(e)).for_each(|(x, r)| *x = *r);
-        smallest(&mut scratch, slots).iter().for_each(|&x| by_column.add(x));
+        for &x in smallest(&mut scratch, slots) {
+            by_column.add(x);
+        }
     }
     if by_column.value > rows.value { by_column } else { rows }
 }
@@ -269,7 +281,9 @@ fn layer_value(relaxation: &Relaxation, l: usize, sides: &[Side]) -> Sum {
     for a in 0..e {
         scratch.clear();
         scratch.extend((0..e).filter(|&b| b != a).map(|b| r[a.min(b) * e + a.max(b)]));
-        smallest(&mut scratch, slots - 1).iter().for_each(|&x| sum.add(0.5 * x));
+        for &x in smallest(&mut scratch, slots - 1) {
+            sum.add(0.5 * x);
+        }
     }
     sum
 }

@@ -2,7 +2,7 @@
 //!
 //! Items i, j, k are experts of one pair of layers. `p = y_ij`, `q_k = y_ik`, `r_k = y_jk`, and `t_k = 1` if all three
 //! share a device: `max(0, (p + q_k + r_k - 1) / 2) <= t_k <= min(p, q_k, r_k)`. The lifted cuts state a fact about the
-//! t_k and then replace each by a bound that is linear once a member of the max or min is *chosen*; the choice is
+//! `t_k` and then replace each by a bound that is linear once a member of the max or min is *chosen*; the choice is
 //! part of the cut, and any choice is valid.
 
 use super::relaxation::Relaxation;
@@ -63,9 +63,9 @@ impl Kind {
 pub(super) mod choice {
     /// The member p.
     pub(in super::super) const P: u8 = 0;
-    /// The member q_k.
+    /// The member `q_k`.
     pub(in super::super) const Q: u8 = 1;
-    /// The member r_k.
+    /// The member `r_k`.
     pub(in super::super) const R: u8 = 2;
     /// For [`super::Kind::Together`]: the max is not zero.
     pub(in super::super) const USED: u8 = 1;
@@ -179,9 +179,8 @@ impl Cut {
         let within = |item: usize| item / e == m;
         // (expert, q_k, r_k, choice) for every k of the side but i and j.
         let others = (0..e).map(|k| (k, k + m * e)).filter(|&(_, item)| item != i && item != j);
-        let others = others.map(|(k, item)| {
-            (k, relaxation.variable(i, item), relaxation.variable(j, item), self.choice[k])
-        });
+        let others = others
+            .map(|(k, item)| (k, relaxation.variable(i, item), relaxation.variable(j, item), self.choice[k]));
         match self.kind {
             Kind::Gather => {
                 let inside = usize::from(within(i)) + usize::from(within(j));

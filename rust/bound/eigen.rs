@@ -55,7 +55,9 @@ impl Eigen {
         // A power of two leaves the bits alone and keeps squares within range.
         let largest = a.iter().fold(0.0f64, |m, x| m.max(x.abs()));
         let scale = if largest > 0.0 && largest.is_finite() { power_of_two_near(largest) } else { 1.0 };
-        a.iter_mut().for_each(|x| *x /= scale);
+        for x in a.iter_mut() {
+            *x /= scale;
+        }
         tridiagonalise(a, n, &mut self.values, &mut self.off_diagonal, &mut self.factors, &mut self.scratch);
         accumulate(a, n, &self.factors, &mut self.vectors);
         for (b, panel) in self.panels.chunks_exact_mut(n).enumerate() {
@@ -66,7 +68,9 @@ impl Eigen {
             }
         }
         self.implicit_ql();
-        self.values.iter_mut().for_each(|x| *x *= scale);
+        for x in &mut self.values {
+            *x *= scale;
+        }
     }
 
     fn implicit_ql(&mut self) {
@@ -84,7 +88,14 @@ impl Eigen {
                 if m == l {
                     break;
                 }
-                ql_step(&mut self.values, &mut self.off_diagonal, l, m, &mut self.rotations, &mut self.sweeps);
+                ql_step(
+                    &mut self.values,
+                    &mut self.off_diagonal,
+                    l,
+                    m,
+                    &mut self.rotations,
+                    &mut self.sweeps,
+                );
                 if self.rotations.len() >= BATCH {
                     self.apply();
                 }
@@ -103,7 +114,8 @@ impl Eigen {
 
     /// Adds `sum_k weights[k] v_k v_k'` to the symmetric `out`, `[n, n]`; zero weights cost nothing.
     pub(super) fn add_weighted(&self, weights: &[f64], out: &mut [f64]) {
-        let used: Vec<(usize, f64)> = weights.iter().copied().enumerate().filter(|&(_, w)| w != 0.0).collect();
+        let used: Vec<(usize, f64)> =
+            weights.iter().copied().enumerate().filter(|&(_, w)| w != 0.0).collect();
         add_outer(&self.panels, self.n, &used, out);
     }
 }
@@ -116,7 +128,14 @@ pub(super) fn power_of_two_near(x: f64) -> f64 {
 /// Reduces rows from the last to the first. Row k then holds the Householder vector of step k, `factors[k]` its
 /// factor, `d` the diagonal and `e[k]` the entry that couples k - 1 and k.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+bmi2", "x86_64+avx2+bmi2"))]
-fn tridiagonalise(a: &mut [f64], n: usize, d: &mut [f64], e: &mut [f64], factors: &mut [f64], scratch: &mut [f64]) {
+fn tridiagonalise(
+    a: &mut [f64],
+    n: usize,
+    d: &mut [f64],
+    e: &mut [f64],
+    factors: &mut [f64],
+    scratch: &mut [f64],
+) {
     let (u, rest) = scratch.split_at_mut(n);
     let (p, rest) = rest.split_at_mut(n);
     let (pending_u, pending_q) = rest.split_at_mut(n);
@@ -204,7 +223,8 @@ fn update_and_multiply(
             }
         }
     }
-    let mut sum = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+    let mut sum =
+        ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
     for j in body..i {
         let new = row[j] - (ui * q[j] + qi * u[j]);
         row[j] = new;
@@ -227,7 +247,8 @@ pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
             lanes[j] += a[j] * b[j];
         }
     }
-    let mut sum = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+    let mut sum =
+        ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
     for (a, b) in a_rest.iter().zip(b_rest) {
         sum += a * b;
     }

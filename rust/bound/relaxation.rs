@@ -105,8 +105,12 @@ impl Relaxation {
         if u128::from(cap) < heaviest {
             let lower = total.saturating_sub(u128::from(cap) * (g as u128 - 1)).max(lightest);
             let scaled = |tokens: u128| tokens as f64 / unit;
-            self.limit[l] =
-                Some(LoadLimit { upper: scaled(cap.into()), lower: scaled(lower), total: scaled(total), cap });
+            self.limit[l] = Some(LoadLimit {
+                upper: scaled(cap.into()),
+                lower: scaled(lower),
+                total: scaled(total),
+                cap,
+            });
         }
     }
 
@@ -145,7 +149,7 @@ impl Relaxation {
         let (row, column) = (variable / e, variable % e);
         match row / e {
             0 => (row, column),
-            1 => (row - e, column + e),
+            // Of z the row is on the left, of the right s both are on the right, e rows further down.
             _ => (row - e, column + e),
         }
     }

@@ -222,11 +222,6 @@ impl Pool {
         self.known_triangles = self.triangles.iter().map(|t| apex_first(relaxation, t)).collect();
     }
 
-    /// Triangles and rows.
-    pub(super) fn size(&self) -> [usize; 2] {
-        [self.triangles.len(), self.rows.len()]
-    }
-
     /// Appends the inequalities with a multiplier, times `factor`, in terms of their original coefficients.
     pub(super) fn export(&self, relaxation: &Relaxation, l: usize, factor: f64, cuts: &mut Vec<(Cut, f64)>) {
         for t in self.triangles.iter().filter(|t| t.multiplier > 0.0) {

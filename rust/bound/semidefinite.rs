@@ -1,7 +1,7 @@
 //! The alternating direction method of multipliers (Boyd et al. 2011) on the doubly non-negative relaxation.
 //!
-//! `minimise sum <c_l, z_l>` over y, which obeys the linear inequalities, and Q_l, which obeys the spectral ones, with
-//! `B_l(y) = Q_l`. The scaled multiplier U_l of that equation is what the bound is made of.
+//! `minimise sum <c_l, z_l>` over y, which obeys the linear inequalities, and `Q_l`, which obeys the spectral ones, with
+//! `B_l(y) = Q_l`. The scaled multiplier `U_l` of that equation is what the bound is made of.
 
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -27,14 +27,20 @@ const PERIOD: usize = 10;
 /// Looks without progress after which the search ends.
 const STALLS: usize = 3;
 /// Progress that counts, as a share of the distance to the target.
-const PROGRESS: f64 = 0.01;
+const PROGRESS: f64 = 0.002;
+/// The distance where no target is known, as a share of the bound.
+const USUAL_GAP: f64 = 0.02;
+/// With less time than for so many iterations the method proves nothing useful, and is not tried.
+const FEWEST: u32 = 15;
 
 /// A dual point as the method leaves it.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Dual {
     /// `[M, 2E, 2E]`.
     pub(super) lambda: Vec<f64>,
-    /// By pair.
+    /// Multipliers of the column sums of z, `[M, E]`; empty for zeros.
+    pub(super) columns: Vec<f64>,
+    /// With their multipliers, by pair.
     pub(super) cuts: Vec<(Cut, f64)>,
     /// What it is worth, if the eigenvalues are right.
     pub(super) estimate: f64,
@@ -104,7 +110,16 @@ impl<'a> Admm<'a> {
     }
 
     /// Iterates until a limit is reached; `better` sees every dual point that is better than those before.
-    pub(super) fn run(&mut self, limits: &Limits<'_>, target: f64, mut better: impl FnMut(usize, Dual) -> bool) -> Stop {
+    ///
+    /// `target` is the value of the best placement in units of the dual function.
+    pub(super) fn run(
+        &mut self,
+        limits: &Limits<'_>,
+        target: Option<f64>,
+        mut better: impl FnMut(usize, Dual) -> bool,
+    ) -> Stop {
+        let start = Instant::now();
+        let all = self.relaxation.total as f64 / self.relaxation.unit;
         let mut best = f64::NEG_INFINITY;
         let (mut stalls, mut mark) = (0, f64::NEG_INFINITY);
         loop {
@@ -118,7 +133,10 @@ impl<'a> Admm<'a> {
                 return Stop::Iterations;
             }
             self.iterate();
-            if self.iterations % PERIOD != 0 && self.iterations != limits.iterations {
+            if self.iterations == 1 && limits.deadline.is_some_and(|d| start + FEWEST * start.elapsed() > d) {
+                return Stop::Deadline;
+            }
+            if !self.iterations.is_multiple_of(PERIOD) && self.iterations != limits.iterations {
                 continue;
             }
             let dual = self.dual();
@@ -128,7 +146,8 @@ impl<'a> Admm<'a> {
                     return Stop::Gap;
                 }
             }
-            if best > mark + PROGRESS * (target - best).max(0.0) {
+            let distance = target.map_or(USUAL_GAP * (all + best), |target| target - best);
+            if best > mark + PROGRESS * distance.max(0.0) {
                 (mark, stalls) = (best, 0);
             } else {
                 stalls += 1;
@@ -137,7 +156,7 @@ impl<'a> Admm<'a> {
                 }
             }
             self.balance();
-            if self.iterations % PERIOD == 0 {
+            if self.iterations.is_multiple_of(PERIOD) {
                 self.separate();
             }
         }
@@ -233,13 +252,9 @@ impl<'a> Admm<'a> {
             lambda.extend(pair.u.iter().map(|u| self.penalty * u));
         }
         let spectrum: Vec<f64> = self.pairs.iter().map(|pair| self.penalty * pair.largest).collect();
-        let estimate = dual_value(self.relaxation, &lambda, &[], &cuts, Some(&spectrum));
-        Dual { lambda, cuts, estimate }
-    }
-
-    /// Triangles and rows in the pools.
-    pub(super) fn sizes(&self) -> [usize; 2] {
-        self.pools.iter().map(Pool::size).fold([0, 0], |[a, b], [c, d]| [a + c, b + d])
+        let mut dual = Dual { lambda, cuts, ..Dual::default() };
+        dual.estimate = dual_value(self.relaxation, &dual, Some(&spectrum));
+        dual
     }
 }
 

@@ -7,9 +7,9 @@ use super::relaxation::Relaxation;
 use super::rows::Pool;
 
 /// Violation from which a triangle counts.
-const TRIANGLE: f64 = 0.02;
+const TRIANGLE: f64 = 0.005;
 /// Violation from which another cut counts, loads in units of the mean device load.
-const ROW: f64 = 0.03;
+const ROW: f64 = 0.003;
 /// Triangles and other cuts taken in one round, per pair of layers on average.
 const TRIANGLES_PER_PAIR: usize = 4000;
 const ROWS_PER_PAIR: usize = 600;
@@ -210,7 +210,16 @@ impl<'a> Point<'a> {
     }
 
     /// The violation over (about) the norm of the coefficients.
-    fn depth(&self, kind: Kind, excess: f64, p: f64, q: &[f64], r: &[f64], w: &[f64], items: [usize; 3]) -> f64 {
+    fn depth(
+        &self,
+        kind: Kind,
+        excess: f64,
+        p: f64,
+        q: &[f64],
+        r: &[f64],
+        w: &[f64],
+        items: [usize; 3],
+    ) -> f64 {
         let slots = self.relaxation.slots as f64;
         let mut norm = 0.0;
         let mut on_p = 0.0;

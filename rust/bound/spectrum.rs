@@ -71,8 +71,7 @@ pub(super) fn largest_sum(lambda: &[f64], n: usize, count: usize) -> f64 {
     }
     eigen.add_weighted(&eigen.values, &mut work);
     error += frobenius(&work) + (size + 4.0) * size * 2.0 * f64::EPSILON * (largest + norm);
-    // Not "below": a NaN must take this branch.
-    if !(defect < 0.5) {
+    if defect.is_nan() || defect >= 0.5 {
         return wanted.sqrt() * norm * (1.0 + 1e-9) + wanted * error;
     }
     eigen.values.sort_unstable_by(|a, b| b.total_cmp(a));

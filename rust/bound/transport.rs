@@ -5,13 +5,25 @@
 //! `sum_e (C smallest of r_ef - v_f) + C sum_f v_f`; with `v = 0` that is the degree bound. Ascent in u (of the rows) and
 //! v in turn gives good v: each has its best value between the C-th and the next reduced cost of its line.
 
+use rayon::prelude::*;
+
+use super::relaxation::Relaxation;
+
 /// Rounds of ascent: the value is flat after a dozen.
 const ROUNDS: usize = 16;
+
+/// Column multipliers for the costs of every pair, `[M, E]`.
+pub(super) fn all_columns(relaxation: &Relaxation) -> Vec<f64> {
+    let e = relaxation.experts;
+    let pairs: Vec<Vec<f64>> =
+        relaxation.cost.par_chunks(e * e).map(|cost| columns(cost, e, relaxation.slots)).collect();
+    pairs.concat()
+}
 
 /// Column multipliers for the table `r`, `[E, E]`, and `slots` ones in each line.
 ///
 /// They are not worse than all zeros, up to rounding.
-pub(super) fn columns(r: &[f64], e: usize, slots: usize) -> Vec<f64> {
+fn columns(r: &[f64], e: usize, slots: usize) -> Vec<f64> {
     let mut transposed = vec![0.0; e * e];
     for (i, row) in r.chunks_exact(e).enumerate() {
         for (f, &x) in row.iter().enumerate() {
