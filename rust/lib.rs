@@ -6,6 +6,7 @@
 
 pub mod assignment;
 pub mod bottleneck;
+pub mod bound;
 pub mod chain;
 pub mod error;
 pub mod instance;
