@@ -81,7 +81,7 @@ impl Tiers {
             pairs.all(|(g, h)| cost(g, h) == stated(g, h)).then_some(tiers)
         };
         // The largest nodes that fit: one node where all links are alike.
-        (1..=devices).rev().filter(|size| alike && devices % size == 0).find_map(of_size)
+        (1..=devices).rev().filter(|size| alike && devices.is_multiple_of(*size)).find_map(of_size)
     }
 
     fn nodes(self) -> usize {
@@ -273,7 +273,9 @@ impl Groups {
             }
         }
         let mut members = vec![Vec::new(); number.len()];
-        number.into_iter().for_each(|(group, at)| members[at as usize] = group);
+        for (group, at) in number {
+            members[at as usize] = group;
+        }
         Self { members, of, devices }
     }
 
@@ -428,10 +430,10 @@ mod tests {
                 });
                 if held.iter().all(|held| held.len() <= per_device) && load.iter().all(|&x| x <= cap[l]) {
                     let mut nothing = experts as u16..;
-                    held.iter_mut().for_each(|held| {
+                    for held in &mut held {
                         let free = per_device - held.len();
                         held.extend(nothing.by_ref().take(free));
-                    });
+                    }
                     found.push(held.concat());
                 }
             }
