@@ -80,7 +80,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         if limits.progress is not None:
             # While triangles are still to come, HiGHS's incumbent need be no placement.
             value = cost if objective is None or model.lazy else round(objective * model.unit)
-            known = max(bound, model.safe(dual)) / problem.cost_scale
+            known = max(bound, model.ilp.proven(dual, model.unit)) / problem.cost_scale
             seconds = time.monotonic() - begin
             limits.progress(Progress(seconds, "co-location", value / problem.cost_scale, known))
 
@@ -101,7 +101,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         rounds += 1
         first = solution.first if first is None else first
         status = solution.status
-        bound = min(max(bound, model.safe(solution.bound)), cost)
+        bound = min(max(bound, model.ilp.proven(solution.bound, model.unit)), cost)
         found = _read(problem, model, caps, solution)
         if found is not None and found[1] < cost:
             slots, cost = found

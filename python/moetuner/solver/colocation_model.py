@@ -29,10 +29,6 @@ COMPLETE = 150_000
 # A triangle counts as violated by more than this; rows added in a round, at most.
 VIOLATION = 1e-3
 PER_ROUND = 10_000
-# HiGHS's dual bound is a sum in floating point over columns from 0 to 1 whose reduced costs are
-# right to within its dual feasibility tolerance, and it drops nodes within 1e-6 of the incumbent.
-DUAL_TOLERANCE = 1e-7
-CUTOFF_TOLERANCE = 1e-6
 
 Counts = NDArray[np.uint64]
 Values = NDArray[np.float64]
@@ -164,21 +160,9 @@ class Model:
             self._add(*np.nonzero(~self.added))
 
     @property
-    def margin(self) -> float:
-        """How far HiGHS's bound may be off, in units of the objective."""
-        return DUAL_TOLERANCE * self.columns + CUTOFF_TOLERANCE
-
-    def safe(self, dual: float) -> int:
-        """Turn a bound of HiGHS into a whole lower bound of the cost: less the margin, rounded up."""
-        if not math.isfinite(dual):
-            return 0
-        cost = (dual - self.margin) * self.unit
-        return max(math.ceil(cost - 1e-12 * abs(self.total)), 0)
-
-    @property
     def absolute_gap(self) -> float:
         """Gap that still proves an optimum, costs being whole numbers."""
-        return max(0.95 / self.unit - self.margin, 0.0)
+        return max(0.95 / self.unit - self.ilp.margin, 0.0)
 
     def values(self, device_of: NDArray[np.int64]) -> Values:
         """Give the columns their values at the device of every entry [L,P]."""
