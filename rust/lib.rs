@@ -12,6 +12,7 @@ pub mod error;
 pub mod instance;
 pub mod packing;
 pub mod pairs;
+pub mod partitions;
 #[cfg(feature = "python")]
 mod python;
 pub mod random;

@@ -450,6 +450,39 @@ fn place_clusters<'py>(
     Ok((array2(py, (layers, devices), placed.device)?, way, placed.bound))
 }
 
+/// Slots [L,D,S], cost, the caps kept [L].
+type Optimal<'py> = (Bound<'py, PyArray3<i32>>, i64, Bound<'py, PyArray1<u64>>);
+
+#[pyfunction]
+#[pyo3(signature = (load, cap, cost, slots_per_device, *, transitions = None, coactivation = None, work, threads = None))]
+fn exact_chain<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, u64>,
+    cap: PyReadonlyArray2<'py, u64>,
+    cost: PyReadonlyArray2<'py, i64>,
+    slots_per_device: usize,
+    transitions: Option<PyReadonlyArray3<'py, u64>>,
+    coactivation: Option<PyReadonlyArray3<'py, u64>>,
+    work: u64,
+    threads: Option<usize>,
+) -> PyResult<Option<Optimal<'py>>> {
+    let (layers, experts) = (load.shape()[0], load.shape()[1]);
+    let sizes = Sizes { layers, experts, devices: cost.shape()[0], per_device: slots_per_device };
+    let instance = Instance::new(
+        sizes,
+        contiguous(load.as_slice().ok())?,
+        slice(transitions.as_ref())?,
+        slice(coactivation.as_ref())?,
+        contiguous(cap.as_slice().ok())?,
+        contiguous(cost.as_slice().ok())?,
+    )?;
+    let found = detached(py, threads, || crate::partitions::optimum(&instance, work))?;
+    let Some(found) = found else { return Ok(None) };
+    let shape = (layers, sizes.devices, slots_per_device);
+    let slots = array3(py, shape, sizes.unfill(&found.expert_in))?;
+    Ok(Some((slots, found.cost, found.cap.into_pyarray(py))))
+}
+
 fn finished() -> PyErr {
     PyValueError::new_err("the counter is finished; make a new one")
 }
@@ -458,7 +491,7 @@ fn finished() -> PyErr {
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::{Replay, StatisticsCounter, cluster, lpt, place_clusters, search, validate};
+    use super::{Replay, StatisticsCounter, cluster, exact_chain, lpt, place_clusters, search, validate};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
