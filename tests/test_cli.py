@@ -388,8 +388,9 @@ def test_interrupted_solve_writes_the_best_so_far(large, tmp_path):
 
 def test_progress_goes_to_standard_error(large, tmp_path):
     """After a second a plain line says what is going on, and standard output stays clean."""
-    arguments = ["--devices", 8, "--time-limit", 1.5, "--out", tmp_path / "p.json", "--json", "-"]
+    limit = ["--method", "heuristic", "--time-limit", 1.5]
+    arguments = ["--devices", 8, *limit, "--out", tmp_path / "p.json", "--json", "-"]
     done = module("solve", large, *arguments)
     out, err = done.communicate(timeout=60)
     assert json.loads(out)["settings"]["time_limit"] == 1.5
-    assert err == "moetuner: solving, joint ...\n"
+    assert err == "moetuner: solving, heuristic ...\n"

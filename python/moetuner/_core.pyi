@@ -14,11 +14,14 @@ __all__ = [
     "Replay",
     "StatisticsCounter",
     "__version__",
+    "bound",
     "cluster",
+    "exact_chain",
     "lpt",
     "place_clusters",
     "search",
     "validate",
+    "verify_bound",
 ]
 
 _ExpertIds = NDArray[np.uint8] | NDArray[np.uint16]
@@ -177,3 +180,52 @@ def exact_chain(
     than by node, where partitions are too many, where counts are too huge to be exact, or where it
     would take more than ``work`` steps of about a nanosecond.
     """
+
+def bound(
+    load: NDArray[np.uint64],
+    transitions: NDArray[np.uint64],
+    cap: NDArray[np.uint64],
+    devices: int,
+    *,
+    iterations: int,
+    target: int | None = None,
+    gap: float = 0.0,
+    time_limit: float | None = None,
+    threads: int | None = None,
+    progress: Callable[[float, int | None], None] | None = None,
+) -> tuple[
+    int,
+    str,
+    int,
+    str,
+    bool,
+    tuple[
+        NDArray[np.float64],
+        NDArray[np.float64],
+        NDArray[np.float64],
+        NDArray[np.int32],
+        NDArray[np.uint8],
+    ],
+]:
+    """Bound the transitions that cross devices from below, in any placement under the caps.
+
+    Takes load [L,E], transitions [L-1,E,E] and cap [L]; devices are interchangeable and have
+    ceil(E / devices) slots. ``target`` is the best known count, for the ``gap`` to stop at;
+    ``progress`` gets seconds and the negative of the bound so far.
+
+    Returns the proven count, which bound it is, iterations, why it ended, whether it was
+    interrupted, and the certificate: lambda, columns, multipliers, cuts and choices, flat.
+    """
+
+def verify_bound(
+    load: NDArray[np.uint64],
+    transitions: NDArray[np.uint64],
+    cap: NDArray[np.uint64],
+    devices: int,
+    lambda_: NDArray[np.float64],
+    columns: NDArray[np.float64],
+    multipliers: NDArray[np.float64],
+    cuts: NDArray[np.int32],
+    choices: NDArray[np.uint8],
+) -> int:
+    """Recompute a bound from a certificate alone; whatever it holds, the count is proven."""

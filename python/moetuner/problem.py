@@ -100,6 +100,12 @@ class Problem:
         caps = [min(int(t) * ratio // (self.devices << 32), int(t)) for t in total]
         return np.array(caps, dtype=np.uint64)
 
+    def device_load(self, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
+        """Load of every device [L,D] with these slots [L,D,S], one copy of each expert."""
+        layer = np.arange(self.layers)[:, None, None]
+        each = np.where(slots == EMPTY, np.uint64(0), self.load[layer, slots])
+        return each.sum(axis=2, dtype=np.uint64)
+
     def cost(self, placement: Placement) -> int:
         """Exact integer objective of a placement with one copy of each expert.
 

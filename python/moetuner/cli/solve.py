@@ -13,6 +13,7 @@ from moetuner.cli.inputs import count, describe, facts, read, window_of
 from moetuner.cli.output import Output, percent
 from moetuner.problem import Problem
 from moetuner.solver import METHODS
+from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
 
 
@@ -36,6 +37,13 @@ from moetuner.statistics import RoutingStatistics
     metavar="FILE",
     help="Placement to write, as JSON.",
 )
+@click.option(
+    "--certificate",
+    "certificate_file",
+    type=options.OutFile(),
+    metavar="FILE",
+    help='Write the proof of the bound, for "moetuner verify".',
+)
 @options.threads_option
 @options.json_option
 def command(
@@ -52,6 +60,7 @@ def command(
     method: str,
     seed: int,
     out_file: Path,
+    certificate_file: Path | None,
     threads: int | None,
     json_file: Path | None,
 ) -> None:
@@ -96,6 +105,8 @@ def command(
             f"({outcome.result.bound_source}); this one is within {percent(outcome.result.gap)}."
         )
     output.say(f"wrote {out_file}")
+    if certificate_file is not None:
+        output.say(_prove(outcome.result, certificate_file))
     output.finish(
         {
             "input": facts(input_file, traffic),
@@ -105,3 +116,12 @@ def command(
             **outcome.to_dict(),
         }
     )
+
+
+def _prove(result: Result, path: Path) -> str:
+    """Write the certificate of a bound, and say so."""
+    if result.certificate is None:
+        source = result.bound_source or "no bound"
+        return f"no certificate: {source} has no multipliers to write"
+    result.certificate.save(path)
+    return f"wrote {path}"

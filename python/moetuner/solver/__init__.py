@@ -11,6 +11,7 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import baselines
 from moetuner.solver.heuristic import heuristic
+from moetuner.solver.joint import joint
 from moetuner.solver.result import Candidate, Limits, Progress, Result
 from moetuner.solver.two_stage import two_stage
 
@@ -24,7 +25,7 @@ class Method(Protocol):
 
 
 METHODS: dict[str, Method] = {
-    "joint": heuristic,
+    "joint": joint,
     "moetuner": two_stage,
     "heuristic": heuristic,
     "contiguous": baselines.contiguous,
@@ -117,4 +118,5 @@ def solve(
         bound_source=candidate.bound_source,
         seconds=seconds,
         details=candidate.details,
+        certificate=candidate.certificate,
     )

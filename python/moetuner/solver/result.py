@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.placement import Placement
+from moetuner.solver.certificate import Certificate
 
 Status = Literal["optimal", "feasible", "gap_reached", "time_limit", "interrupted"]
 
@@ -72,6 +73,7 @@ class Candidate:
     bound: int | None = None
     bound_source: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Result:
     bound_source: str | None
     seconds: float
     details: dict[str, Any] = field(default_factory=dict)
+    certificate: Certificate | None = None
 
     @property
     def gap(self) -> float | None:

@@ -1,0 +1,191 @@
+"""Proven lower bounds of a problem's cost, with certificates that anybody can check.
+
+The Rust core bounds the number of transitions between interchangeable devices (a doubly
+non-negative relaxation with load cuts, or the transportation bound per layer pair); this module
+turns costs of links and nodes into such counts, and keeps the proofs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core
+from moetuner.problem import Problem
+from moetuner.solver.certificate import Certificate, Proof
+from moetuner.solver.result import Limits, Progress
+
+# Floating-point work of the iterations that are made without a time limit, and how many at most.
+WORK = 3e9
+ITERATIONS = 150
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A proven bound: no placement under the caps has a smaller ``Problem.cost``."""
+
+    cost: int
+    source: str
+    certificate: Certificate
+    details: dict[str, object]
+    interrupted: bool = False
+
+
+def bound(
+    problem: Problem,
+    caps: NDArray[np.uint64],
+    *,
+    limits: Limits,
+    target: int | None = None,
+) -> Bounded | None:
+    """Bound a problem's cost from below.
+
+    Parameters
+    ----------
+    problem
+        Of the regime ``follow``; with other regimes, or without transitions, there is nothing to
+        bound and the answer is None.
+    caps
+        Largest device load in every layer [L] that placements may reach.
+    limits
+        ``time_limit``, ``gap``, ``threads`` and ``progress`` apply.
+    target
+        Cost of the best known placement, for the gap.
+    """
+    levels = _levels(problem)
+    if levels is None or problem.statistics.transitions is None:
+        return None
+    begin = time.perf_counter()
+    proofs: list[Proof] = []
+    cost, interrupted = 0, False
+    iterations = int(np.clip(WORK / _flops(problem), 1, ITERATIONS))
+    sources: list[str] = []
+    details: dict[str, object] = {}
+    for name, price, parts in levels:
+        left = None
+        if limits.time_limit is not None:
+            gone = time.perf_counter() - begin
+            left = max(limits.time_limit - gone, 0.0) / (len(levels) - len(proofs))
+        load, transitions, part_caps = padded(problem, caps, parts)
+        found, source, done, stop, stopped, arrays = _core.bound(
+            load,
+            transitions,
+            part_caps,
+            parts,
+            iterations=iterations if left is None else 10_000,
+            target=target if len(levels) == 1 and target is not None and price == 1 else None,
+            gap=limits.gap or 0.0,
+            time_limit=left,
+            threads=limits.threads,
+            progress=_report(problem, limits, price),
+        )
+        cost += price * found
+        interrupted |= stopped
+        sources.append(source if len(levels) == 1 else f"{source} ({name})")
+        details[name] = {"crossing_pairs": found, "iterations": done, "ended": stop}
+        proofs.append(Proof(parts, price, *arrays))
+    certificate = Certificate(problem.statistics.fingerprint, problem.slots, caps, tuple(proofs))
+    return Bounded(cost, " + ".join(sources), certificate, details, interrupted)
+
+
+def verify(certificate: Certificate, problem: Problem) -> int:
+    """Recompute a bound of ``Problem.cost`` from a certificate and the statistics alone.
+
+    Raises
+    ------
+    ValueError
+        If the certificate is of other statistics or another topology, or a cut in it is not true.
+    """
+    if certificate.fingerprint != problem.statistics.fingerprint:
+        raise ValueError(
+            f"certificate must be of these statistics ({problem.statistics.fingerprint}), "
+            f"got one of {certificate.fingerprint}"
+        )
+    if certificate.slots != problem.slots:
+        raise ValueError(
+            f"certificate must be for {problem.slots} slots per device, got {certificate.slots}"
+        )
+    levels = _levels(problem)
+    wanted = None if levels is None else [(parts, price) for _, price, parts in levels]
+    found = [(proof.parts, proof.price) for proof in certificate.proofs]
+    if wanted != found:
+        raise ValueError(f"certificate must be for parts and prices {wanted}, got {found}")
+    total = 0
+    for proof in certificate.proofs:
+        load, transitions, caps = padded(problem, certificate.caps, proof.parts)
+        total += proof.price * _core.verify_bound(
+            load,
+            transitions,
+            caps,
+            proof.parts,
+            proof.lambda_,
+            proof.columns,
+            proof.multipliers,
+            proof.cuts,
+            proof.choices,
+        )
+    return total
+
+
+def kept_caps(problem: Problem, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
+    """Caps [L], raised where a placement [L,D,S] breaks them."""
+    return np.maximum(problem.caps, problem.device_load(slots).max(axis=1))
+
+
+def padded(
+    problem: Problem, caps: NDArray[np.uint64], parts: int
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:
+    """Load [L,P], transitions [L-1,P,P] and caps [L] of a placement on ``parts`` equal parts.
+
+    Empty slots become experts without load and traffic, so that every part is full; a part of
+    several devices may carry the caps of all of them.
+    """
+    experts, slots = problem.experts, problem.devices * problem.slots
+    transitions = problem.statistics.transitions_or_empty
+    load = np.zeros((problem.layers, slots), dtype=np.uint64)
+    load[:, :experts] = problem.load
+    tables = np.zeros((problem.layers - 1, slots, slots), dtype=np.uint64)
+    tables[:, :experts, :experts] = transitions
+    return load, tables, caps * np.uint64(problem.devices // parts)
+
+
+def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
+    """Split the cost of a pair: what any two devices cost, and what different nodes cost on top.
+
+    Each level is a name, its price, and the number of parts between which a pair pays it.
+    """
+    if problem.regime != "follow" or problem.layers < 2 or problem.devices < 2:
+        return None
+    cost, topology = problem.topology.cost, problem.topology
+    near = int(cost[cost > 0].min())
+    levels = [("devices", near, topology.devices)]
+    between_nodes = topology.node_of_device[:, None] != topology.node_of_device[None, :]
+    if topology.nodes > 1 and topology.nodes < topology.devices:
+        extra = int(cost[between_nodes].min()) - near
+        if extra > 0:
+            levels.append(("nodes", extra, topology.nodes))
+    return levels
+
+
+def _flops(problem: Problem) -> float:
+    """Work of one iteration, dominated by one eigenproblem of order 2P per pair of layers."""
+    order = 2 * problem.devices * problem.slots
+    return float(problem.layers - 1) * order**3
+
+
+def _report(
+    problem: Problem, limits: Limits, price: int
+) -> Callable[[float, int | None], None] | None:
+    progress = limits.progress
+    if progress is None:
+        return None
+
+    def report(seconds: float, negated: int | None) -> None:
+        known = None if negated is None else -negated * price / problem.cost_scale
+        progress(Progress(seconds, "bound", None, known))
+
+    return report

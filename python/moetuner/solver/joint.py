@@ -1,0 +1,85 @@
+"""The joint method: device and cluster chosen at once, and how far from the optimum that can be.
+
+Where a layer has few partitions, dynamic programming over all of them is the optimum. Elsewhere:
+construct and search; prove a bound; and while the gap is wider than asked for and time is left, let
+HiGHS work on the whole co-location programme where it fits, on neighbourhoods where it does not.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from moetuner.placement import Placement
+from moetuner.problem import Problem
+from moetuner.solver.bound import bound, kept_caps
+from moetuner.solver.chain import chain
+from moetuner.solver.colocation import colocation, fits
+from moetuner.solver.heuristic import heuristic
+from moetuner.solver.neighbourhood import neighbourhood
+from moetuner.solver.result import Candidate, Limits
+
+# Shares of a time limit. The search comes first: everything else can only add to what it finds.
+SEARCH_SHARE = 0.6
+BOUND_SHARE = 0.35
+# Seconds below which a programme is not worth building.
+WORTHWHILE = 1.0
+
+
+def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
+    """Solve the joint problem within limits.
+
+    Parameters
+    ----------
+    problem
+        Of any size and regime; bounds are proven for ``follow``.
+    seed
+        Of all random choices.
+    limits
+        Without ``time_limit`` no integer programme is run, so that the answer depends on the
+        problem and the seed alone and comes in seconds.
+    """
+    begin = time.perf_counter()
+
+    def left() -> float | None:
+        """Seconds until the time limit."""
+        if limits.time_limit is None:
+            return None
+        return max(limits.time_limit - (time.perf_counter() - begin), 0.0)
+
+    def within(share: float) -> Limits:
+        rest = left()
+        return replace(limits, time_limit=None if rest is None else rest * share)
+
+    if limits.time_limit != 0:
+        exact = chain(problem, seed=seed, limits=within(1.0))
+        if exact is not None:
+            return exact
+
+    found = heuristic(problem, seed=seed, limits=within(SEARCH_SHARE))
+    if found.status == "interrupted" or left() == 0:
+        return found
+
+    cost = problem.cost(Placement(found.slots, num_experts=problem.experts))
+    share = BOUND_SHARE / (1 - SEARCH_SHARE)
+    proven = bound(problem, kept_caps(problem, found.slots), limits=within(share), target=cost)
+    if proven is not None:
+        found = replace(
+            found,
+            bound=min(proven.cost, cost),
+            bound_source=proven.source,
+            certificate=proven.certificate,
+            status="interrupted" if proven.interrupted else found.status,
+            details={**found.details, "bound": proven.details},
+        )
+        if proven.cost >= cost:
+            return replace(found, status="optimal")
+        if limits.gap is not None and cost - proven.cost <= limits.gap * cost:
+            return replace(found, status="gap_reached")
+    rest = left()
+    if found.status == "interrupted" or rest is None:
+        return found
+    if rest >= WORTHWHILE and problem.regime == "follow" and found.bound is not None:
+        improve = colocation if fits(problem) else neighbourhood
+        found = improve(problem, seed=seed, limits=within(1.0), start=found)
+    return found if found.status != "feasible" else replace(found, status="time_limit")

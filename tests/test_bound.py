@@ -1,0 +1,113 @@
+"""Bounds and certificates: below the optimum, recomputable, and of one problem only."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner.solver.bound import bound, kept_caps, verify
+from moetuner.solver.certificate import Certificate
+from moetuner.solver.joint import joint
+from moetuner.solver.result import Limits
+
+LIMITS = Limits()
+
+
+def random_problem(seed: int, layers: int, experts: int, topology: mt.Topology) -> mt.Problem:
+    """Small counts with structure, under a cap that matters."""
+    rng = np.random.default_rng(seed)
+    load = rng.integers(1, 40, (1, layers, experts))
+    transitions = rng.integers(0, 30, (layers - 1, experts, experts)) ** 2
+    statistics = mt.RoutingStatistics(load, transitions)
+    return mt.Problem(statistics, topology, max_imbalance=1.3)
+
+
+def best_cost(problem: mt.Problem, caps: np.ndarray) -> int:
+    """Least cost of all placements under the caps, by trying every layer's and chaining them."""
+    even = sorted(set(itertools.permutations(np.arange(problem.devices).repeat(problem.slots))))
+    choices = np.array(even)[:, : problem.experts]
+    value: np.ndarray | None = None
+    before = None
+    for layer in range(problem.layers):
+        load = np.stack([(choices == d) @ problem.load[layer] for d in range(problem.devices)])
+        here = choices[(load <= caps[layer]).all(axis=0)]
+        if value is None:
+            value = np.zeros(len(here), dtype=np.int64)
+        else:
+            table = problem.statistics.transitions_or_empty[layer - 1].astype(np.int64)
+            moved = problem.topology.cost[before[:, None, :, None], here[None, :, None, :]]
+            value = (value[:, None] + np.einsum("abef,ef->ab", moved, table)).min(axis=0)
+        before = here
+    return int(value.min())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    layers=st.integers(2, 3),
+    size=st.sampled_from([(4, 2, None), (6, 3, None), (6, 2, None), (5, 2, None), (4, 4, 2)]),
+)
+def test_bound_is_below_the_optimum_and_verifies(seed, layers, size):
+    """Joint finds the optimum; every bound is below it; a certificate proves what was claimed."""
+    experts, devices, per_node = size
+    problem = random_problem(seed, layers, experts, mt.Topology(devices, per_node))
+    found = joint(problem, seed=0, limits=LIMITS)
+    caps = kept_caps(problem, found.slots)
+    optimum = best_cost(problem, caps)
+    result = mt.solve(problem)
+    assert problem.cost(result.placement) == optimum
+    proven = bound(problem, caps, limits=LIMITS)
+    assert proven is not None
+    assert proven.cost <= optimum
+    assert verify(proven.certificate, problem) == proven.cost
+    assert result.bound is None or result.bound <= result.objective
+    assert result.status != "optimal" or result.gap == 0
+
+
+def test_certificate_round_trip_and_refusals(tmp_path):
+    """What is saved verifies; another problem's, a cut-off or a false certificate is refused."""
+    problem = random_problem(1, 3, 8, mt.Topology(2))
+    proven = bound(problem, problem.caps, limits=LIMITS)
+    path = tmp_path / "proof.safetensors"
+    proven.certificate.save(path)
+    again = Certificate.load(path)
+    assert verify(again, problem) == proven.cost
+    with pytest.raises(ValueError, match="of these statistics"):
+        verify(again, random_problem(2, 3, 8, mt.Topology(2)))
+    tiered = mt.Problem(problem.statistics, mt.Topology(4, 2), 4)
+    with pytest.raises(ValueError, match="parts and prices"):
+        verify(again, tiered)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="not a certificate"):
+        Certificate.load(path)
+
+
+def test_tampered_multipliers_prove_less_not_more():
+    """Any numbers give a valid bound: none rises above the optimum."""
+    problem = random_problem(3, 3, 6, mt.Topology(3))
+    optimum = best_cost(problem, problem.caps)
+    proven = bound(problem, problem.caps, limits=LIMITS)
+    rng = np.random.default_rng(0)
+    for scale in (0.01, 0.3, 3.0):
+        (proof,) = proven.certificate.proofs
+        noise = rng.normal(0, scale, proof.lambda_.shape)
+        wrong = replace(proof, lambda_=proof.lambda_ * (1 + noise))
+        certificate = replace(proven.certificate, proofs=(wrong,))
+        assert verify(certificate, problem) <= optimum
+
+
+def test_bound_of_real_routing(data):
+    """On recorded routing the gap is small, and threads change nothing."""
+    trace = mt.RoutingTrace.load(data / "gpt-oss-20b-mini.npz")
+    statistics = mt.RoutingStatistics.from_trace(trace, coactivation=False)
+    problem = mt.Problem(statistics, mt.Topology(4), max_imbalance=1.1)
+    results = [mt.solve(problem, threads=threads) for threads in (1, 2)]
+    assert results[0].placement == results[1].placement
+    assert results[0].bound == results[1].bound
+    assert results[0].gap < 0.05
