@@ -58,7 +58,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     """Print a row per size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--repeat", type=int, default=5)
     repeat = parser.parse_args().repeat
     print(f"{'tokens x layers x top-k of experts':36} {'moetuner':>10} {'numpy':>10} {'ratio':>7}")

@@ -61,7 +61,9 @@ class Evaluation:
         """Fields as JSON values; traffic is summed over layers."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         fields["imbalance_per_layer"] = list(self.imbalance_per_layer)
-        fields["traffic"] = {regime: table.sum(axis=0).tolist() for regime, table in self.traffic.items()}
+        fields["traffic"] = {
+            regime: table.sum(axis=0).tolist() for regime, table in self.traffic.items()
+        }
         fields["by_group"] = {name: group.to_dict() for name, group in self.by_group.items()}
         return fields
 
@@ -156,7 +158,9 @@ def _evaluate_statistics(placement: Placement, statistics: RoutingStatistics) ->
     crossing = None
     if statistics.transitions is not None:
         tables = statistics.transitions.astype(np.float64)
-        traffic["follow"] = np.einsum("lde,lef,lgf->ldg", share[:-1], tables, share[1:], optimize=True)
+        traffic["follow"] = np.einsum(
+            "lde,lef,lgf->ldg", share[:-1], tables, share[1:], optimize=True
+        )
         crossing = _crossing(traffic["follow"])
     return Evaluation(
         tokens=None,

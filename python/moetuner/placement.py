@@ -66,7 +66,12 @@ class Placement:
 
     @classmethod
     def from_assignment(
-        cls, device_of: ArrayLike, devices: int, *, slots_per_device: int | None = None, **names: Any
+        cls,
+        device_of: ArrayLike,
+        devices: int,
+        *,
+        slots_per_device: int | None = None,
+        **names: Any,
     ) -> Placement:
         """Build a placement with one copy of each expert from its device [L,E].
 

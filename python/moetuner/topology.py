@@ -56,7 +56,9 @@ class Topology:
         for field in ("intra_node_bandwidth", "inter_node_bandwidth"):
             value = getattr(self, field)
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{field} must be a positive number of bytes per second, got {value}")
+                raise ValueError(
+                    f"{field} must be a positive number of bytes per second, got {value}"
+                )
 
     @property
     def node_size(self) -> int:
@@ -105,7 +107,9 @@ class Topology:
             raise ValueError(f"{path}: not a JSON file: {error}") from None
         known = set(cls.__dataclass_fields__)
         if not isinstance(fields, dict) or not set(fields) <= known:
-            raise ValueError(f"{path}: a topology is a JSON object with keys out of {sorted(known)}")
+            raise ValueError(
+                f"{path}: a topology is a JSON object with keys out of {sorted(known)}"
+            )
         try:
             return cls(**fields)
         except (TypeError, ValueError) as error:

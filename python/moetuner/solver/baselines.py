@@ -30,12 +30,16 @@ def random(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Equal counts, experts drawn at random in every layer."""
     generator = np.random.default_rng(seed)
     even = np.arange(problem.experts) % problem.devices
-    return _candidate(problem, np.stack([generator.permutation(even) for _ in range(problem.layers)]))
+    return _candidate(
+        problem, np.stack([generator.permutation(even) for _ in range(problem.layers)])
+    )
 
 
 def lpt(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Longest processing time first (Graham, 1969) with slot counts, then swaps: balance, whatever the traffic."""
-    return _candidate(problem, _core.lpt(problem.load, problem.devices, problem.slots, improve=True))
+    return _candidate(
+        problem, _core.lpt(problem.load, problem.devices, problem.slots, improve=True)
+    )
 
 
 def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -43,12 +47,16 @@ def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 
     github.com/deepseek-ai/EPLB, global policy. Loads are summed over all windows.
     """
-    return _candidate(problem, _core.lpt(problem.load, problem.devices, problem.slots, improve=False))
+    return _candidate(
+        problem, _core.lpt(problem.load, problem.devices, problem.slots, improve=False)
+    )
 
 
 def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Transitions alone, equal counts, loads ignored: the objective of ExFlow (Yao et al., 2024)."""
-    return heuristic(replace(problem, regime="follow", max_imbalance=None), seed=seed, limits=limits)
+    return heuristic(
+        replace(problem, regime="follow", max_imbalance=None), seed=seed, limits=limits
+    )
 
 
 def _everywhere(problem: Problem, device_of: NDArray[np.int64]) -> Candidate:
