@@ -68,3 +68,16 @@ def test_same_seed_same_answer() -> None:
     start = shuffled(problem)
     one, two = (neighbourhood(problem, seed=5, limits=Limits(), start=start) for _ in range(2))
     assert np.array_equal(one.slots, two.slots)
+
+
+def test_stretches_by_highs_pay_too() -> None:
+    """From a random placement, HiGHS on stretches between fixed layers finds much to save."""
+    problem = small_problem(7, 8, 6, 3, slots=2, max_imbalance=None)
+    start = shuffled(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "heuristic", lambda problem, **_: start)
+        patch.setattr(module, "_by_chain", lambda part, threads: None)
+        patch.setattr(module, "ROWS", 700)
+        found = neighbourhood(problem, seed=0, limits=Limits(), start=start)
+    assert found.details["neighbourhood"]["highs"]["better"] > 2
+    assert chain(problem).bound <= cost(problem, found) <= 1.05 * chain(problem).bound

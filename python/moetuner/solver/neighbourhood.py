@@ -217,7 +217,7 @@ class _Search:
         """Put a part's solution [layers, entries of the part] back into the whole."""
         named = solved
         if self.joint is not None and self.joint.boundaries:
-            # The first layer keeps its names if it keeps its partition; elsewhere any names will do.
+            # A first layer that keeps its partition keeps its names; elsewhere any will do.
             names = np.arange(len(devices))
             if begin > 0:
                 names[solved[0]] = here[0]
