@@ -34,7 +34,7 @@ def test_is_never_worse(seed, regime, nodes, slots, max_imbalance, chains) -> No
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "heuristic", lambda problem, **_: start)
         if not chains:
-            patch.setattr(module, "_by_chain", lambda part, threads: None)
+            patch.setattr(module, "_by_chain", lambda part, steps, threads: None)
             patch.setattr(module, "ROWS", 1000)
             patch.setattr(module, "PASSES", 1)  # stretches of few layers
         found = neighbourhood(problem, seed=0, limits=Limits(), start=start)
@@ -76,7 +76,7 @@ def test_stretches_by_highs_pay_too() -> None:
     start = shuffled(problem)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "heuristic", lambda problem, **_: start)
-        patch.setattr(module, "_by_chain", lambda part, threads: None)
+        patch.setattr(module, "_by_chain", lambda part, steps, threads: None)
         patch.setattr(module, "ROWS", 700)
         found = neighbourhood(problem, seed=0, limits=Limits(), start=start)
     assert found.details["neighbourhood"]["highs"]["better"] > 2

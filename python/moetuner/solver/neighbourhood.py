@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.solver.chain import STEPS_PER_SECOND
 from moetuner.solver.colocation import entries_of, kept_caps
 from moetuner.solver.colocation_model import Joint, Model, Relation
 from moetuner.solver.heuristic import heuristic
@@ -172,7 +173,9 @@ class _Search:
         here = np.searchsorted(devices, device_of[np.arange(begin, stop)[:, None], entry])
         part = _part(joint, begin, entry, len(devices))
         if begin == 0 and stop == problem.layers:
-            solved = _by_chain(part, self.limits.threads)
+            left = self.left()
+            steps = STEPS if left is None else min(STEPS, int(left * STEPS_PER_SECOND))
+            solved = _by_chain(part, steps, self.limits.threads)
             if solved is not None:
                 self._take("chain", device_of, devices, begin, entry, here, solved)
             if solved is not None or part.triangle_rows > 4 * ROWS:
@@ -287,7 +290,7 @@ def _part(joint: Joint, begin: int, entry: Devices, devices: int) -> Joint:
     )
 
 
-def _by_chain(part: Joint, threads: int | None) -> Devices | None:
+def _by_chain(part: Joint, steps: int, threads: int | None) -> Devices | None:
     """Device of every entry at the optimum of a part; None where partitions are too many."""
     found = _core.exact_chain(
         part.load,
@@ -296,7 +299,7 @@ def _by_chain(part: Joint, threads: int | None) -> Devices | None:
         part.slots,
         transitions=part.transitions,
         coactivation=part.coactivation,
-        work=STEPS,
+        work=steps,
         threads=threads,
     )
     return None if found is None else entries_of(found[0], part.load.shape[1])
