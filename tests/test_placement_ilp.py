@@ -51,8 +51,8 @@ def test_pinned_experts_stay() -> None:
     after = mt.Placement(found.slots).device_of
     assert (after[:, :2] == device_of[:, :2]).all()
     assert optimum(problem) <= cost(problem, found) < cost(problem, start)
+    wrong = (device_of + 1) % 3
     with pytest.raises(ValueError, match="start must keep pinned experts: layer 0, expert 0"):
-        wrong = (device_of + 1) % 3
         placement_ilp(problem, seed=0, limits=Limits(), start=start, pinned=wrong)
 
 

@@ -145,16 +145,18 @@ def device_load(problem: Problem, slots: NDArray[np.int32]) -> NDArray[np.uint64
     """Load of every device [L,D]."""
     layer = np.arange(problem.layers)[:, None, None]
     each = np.where(slots == EMPTY, np.uint64(0), problem.load[layer, slots])
-    return each.sum(axis=2, dtype=np.uint64)
+    load: NDArray[np.uint64] = each.sum(axis=2, dtype=np.uint64)
+    return load
 
 
 def entries_of(slots: NDArray[np.int32], experts: int) -> NDArray[np.int64]:
     """Device of every entry [L,P]: of the experts, then of the empty slots."""
-    layers, devices, per_device = slots.shape
+    layers, _, per_device = slots.shape
     flat = slots.reshape(layers, -1)
     # Empty slots sort behind all experts, in order.
     order = np.argsort(np.where(flat == EMPTY, experts, flat), axis=1, kind="stable")
-    return order // per_device
+    device_of: NDArray[np.int64] = order // per_device
+    return device_of
 
 
 def _read(

@@ -125,7 +125,7 @@ class Ilp:
         return DUAL_TOLERANCE * float((self.upper - self.lower).sum()) + CUTOFF_TOLERANCE
 
     def proven(self, dual: float, unit: float) -> int:
-        """Turn a dual bound of a minimum into a whole one of costs that are ``unit`` times as large.
+        """Turn a dual bound of a minimum into a whole one, of costs ``unit`` times as large.
 
         Less the margin and the rounding of sums, then rounded up, and at least 0.
         """

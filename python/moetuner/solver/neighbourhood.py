@@ -1,9 +1,9 @@
 """Large neighbourhoods: a few devices, a stretch of layers, everything else as it is.
 
 What two or three alike devices hold can be dealt anew without changing any cost to the others, so
-a neighbourhood is a joint problem of its own, only smaller. Two devices are solved by the complete
-chain over all layers at once where their partitions are few; elsewhere, and for three devices, by
-the co-location programme through HiGHS over as many layers as it can take. Layers next to the
+a neighbourhood is a joint problem of its own, only smaller: for the complete chain over all layers
+at once where partitions are few, and for the co-location programme through HiGHS over as many
+layers as it can take. Layers next to the
 stretch keep their partition; whatever lies behind follows by exchanging names of devices, free of
 charge.
 """
@@ -20,18 +20,23 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.solver.chain import STEPS_PER_SECOND
 from moetuner.solver.colocation import entries_of, kept_caps
 from moetuner.solver.colocation_model import Joint, Model, Relation
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.result import Candidate, Limits, Progress, Status
 
 # Triangle rows of a neighbourhood for HiGHS: seconds at the most.
-ROWS = 40_000
+ROWS = 12_000
+# Entries at the most that the chain is tried with, on 2 and on 3 devices: 6435 and 5775 partitions.
+CHAIN_ENTRIES = {2: 16, 3: 12}
 # Entries of a neighbourhood at the most: a single layer of more is too much for HiGHS.
 ENTRIES = 40
 # Nodes of HiGHS's search tree, and steps of the chain (see `chain.STEPS`), per neighbourhood.
-NODES = 20
+NODES = 3
+ROUNDS = 4  # of triangles, where they are added on demand
 STEPS = 2_000_000_000
+SECONDS = 2.0  # for HiGHS on one neighbourhood, where time is limited at all
 # Passes over all neighbourhoods, at the most, and the search's share of the time between them.
 PASSES = 4
 SEARCH_SHARE = 0.2
@@ -65,10 +70,12 @@ def neighbourhood(problem: Problem, *, seed: int, limits: Limits, start: Candida
         for turn in range(PASSES):
             before = search.cost
             every = search.neighbourhoods()
-            for at in random.permutation(len(every)):
+            # All layers first: the chain makes short work of them.
+            order = random.permutation(len(every))
+            for at in sorted(order, key=lambda at: every[at].rank):
                 if search.left() == 0:
                     break
-                if search.improve(*every[at], seed):
+                if search.improve(every[at], seed):
                     return search.candidate("interrupted")
             if search.cost == before or turn == PASSES - 1 or search.left() == 0:
                 break
@@ -79,6 +86,20 @@ def neighbourhood(problem: Problem, *, seed: int, limits: Limits, start: Candida
     if search.left() == 0:
         status = "time_limit"
     return search.candidate(status)
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """A neighbourhood: devices, and layers from ``first`` to before ``end``."""
+
+    devices: tuple[int, ...]
+    first: int
+    end: int
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Long stretches first, then few devices."""
+        return self.first - self.end, len(self.devices)
 
 
 @dataclass
@@ -109,17 +130,15 @@ class _Search:
         if self.joint is not None:
             load = np.pad(self.joint.load, ((0, 0), (0, P - E)))
             pairs = padded(self.joint.transitions), padded(self.joint.coactivation)
-            self.joint = replace(
-                self.joint, load=load, transitions=pairs[0], coactivation=pairs[1]
-            )
+            self.joint = replace(self.joint, load=load, transitions=pairs[0], coactivation=pairs[1])
 
     def left(self) -> float | None:
         """Seconds left; None without a limit."""
         limit = self.limits.time_limit
         return None if limit is None else max(limit - (time.monotonic() - self.begin), 0.0)
 
-    def neighbourhoods(self) -> list[tuple[tuple[int, ...], int, int]]:
-        """Devices, first layer and end of every neighbourhood."""
+    def neighbourhoods(self) -> list[_Stretch]:
+        """All layers where the chain can take them, and stretches of layers for HiGHS."""
         problem, joint = self.problem, self.joint
         if joint is None:
             return []
@@ -127,17 +146,21 @@ class _Search:
         found = []
         for count in (2, 3):
             entries = count * problem.slots
-            rows = max(7 * entries**3 // 2, 1)
-            length = problem.layers if count == 2 and entries <= 16 else max(ROWS // rows, 1)
-            step = max(length // 2, 1)
-            begins = range(0, max(problem.layers - step, 1), step)
+            # Each layer more brings some 7/2 P^3 triangle rows; stretches overlap by half.
+            length = min(max(ROWS // max(7 * entries**3 // 2, 1), 1), problem.layers)
+            begins = range(0, problem.layers - length + 1, max(length // 2, 1))
             for devices in itertools.combinations(range(problem.devices), count):
-                if len({device // size for device in devices}) == 1 and entries <= ENTRIES:
-                    found += [(devices, at, min(at + length, problem.layers)) for at in begins]
+                if len({device // size for device in devices}) > 1:
+                    continue
+                if entries <= CHAIN_ENTRIES[count]:
+                    found.append(_Stretch(devices, 0, problem.layers))
+                if entries <= ENTRIES and length < problem.layers:
+                    found += [_Stretch(devices, at, at + length) for at in begins]
         return found
 
-    def improve(self, devices: tuple[int, ...], first: int, end: int, seed: int) -> bool:
+    def improve(self, stretch: _Stretch, seed: int) -> bool:
         """Deal what some devices hold in a stretch of layers anew; true if interrupted."""
+        devices, first, end = stretch.devices, stretch.first, stretch.end
         problem, joint = self.problem, self.joint
         assert joint is not None
         device_of = entries_of(self.slots, problem.experts)
@@ -150,30 +173,36 @@ class _Search:
         here = np.searchsorted(devices, device_of[np.arange(begin, stop)[:, None], entry])
         part = _part(joint, begin, entry, len(devices))
         if begin == 0 and stop == problem.layers:
-            solved = _by_chain(part, self.limits.threads)
+            left = self.left()
+            steps = STEPS if left is None else min(STEPS, int(left * STEPS_PER_SECOND))
+            solved = _by_chain(part, steps, self.limits.threads)
             if solved is not None:
                 self._take("chain", device_of, devices, begin, entry, here, solved)
+            if solved is not None or part.triangle_rows > 4 * ROWS:
                 return False
         layer = np.arange(begin, stop)
         model = Model(part, fixed=(layer < first) | (layer >= end), device_of=here)
-        values = model.values(here)
-        solution = model.ilp.solve(
-            start=values,
-            seed=seed,
-            absolute_gap=model.absolute_gap,
-            nodes=NODES,
-            time_limit=self.left(),
-        )
-        read = None if solution.values is None else model.device_of(solution.values)
+        read, interrupted = None, False
+        for _ in range(ROUNDS):
+            left = self.left()
+            solution = model.ilp.solve(
+                start=model.values(here),
+                seed=seed,
+                absolute_gap=model.absolute_gap,
+                nodes=NODES,
+                time_limit=None if left is None else min(left, SECONDS),
+            )
+            assert solution.values is not None
+            read, interrupted = model.device_of(solution.values), solution.status == "interrupted"
+            if read is not None or interrupted or not model.separate(solution.values):
+                break
         self._take("highs", device_of, devices, begin, entry, here, here if read is None else read)
-        return solution.status == "interrupted"
+        return interrupted
 
     def anneal(self, seed: int) -> bool:
         """Search from the best so far; true if interrupted."""
         left = self.left()
-        limits = Limits(
-            None if left is None else left * SEARCH_SHARE, threads=self.limits.threads
-        )
+        limits = Limits(None if left is None else left * SEARCH_SHARE, threads=self.limits.threads)
         found = heuristic(self.problem, seed=seed, limits=limits, initial=(self.slots,))
         self._keep("search", found.slots)
         return found.status == "interrupted"
@@ -191,7 +220,7 @@ class _Search:
         """Put a part's solution [layers, entries of the part] back into the whole."""
         named = solved
         if self.joint is not None and self.joint.boundaries:
-            # The first layer keeps its names if it keeps its partition; elsewhere any names will do.
+            # A first layer that keeps its partition keeps its names; elsewhere any will do.
             names = np.arange(len(devices))
             if begin > 0:
                 names[solved[0]] = here[0]
@@ -224,9 +253,9 @@ class _Search:
             self.slots, self.cost = slots, cost
         if self.limits.progress is not None:
             share = self.cost / self.problem.cost_scale
-            bound = None if self.start.bound is None else self.start.bound / self.problem.cost_scale
-            seconds = time.monotonic() - self.begin
-            self.limits.progress(Progress(seconds, "neighbourhood", share, bound))
+            bound, scale = self.start.bound, self.problem.cost_scale
+            seconds, known = time.monotonic() - self.begin, None if bound is None else bound / scale
+            self.limits.progress(Progress(seconds, "neighbourhood", share, known))
 
     def candidate(self, status: Status) -> Candidate:
         """Return the best so far, with the bound that the start came with."""
@@ -261,7 +290,7 @@ def _part(joint: Joint, begin: int, entry: Devices, devices: int) -> Joint:
     )
 
 
-def _by_chain(part: Joint, threads: int | None) -> Devices | None:
+def _by_chain(part: Joint, steps: int, threads: int | None) -> Devices | None:
     """Device of every entry at the optimum of a part; None where partitions are too many."""
     found = _core.exact_chain(
         part.load,
@@ -270,7 +299,7 @@ def _by_chain(part: Joint, threads: int | None) -> Devices | None:
         part.slots,
         transitions=part.transitions,
         coactivation=part.coactivation,
-        work=STEPS,
+        work=steps,
         threads=threads,
     )
     return None if found is None else entries_of(found[0], part.load.shape[1])

@@ -70,20 +70,21 @@ def placement_ilp(
     placement = Placement(start.slots, num_experts=problem.experts)
     device_of = placement.device_of
     caps, raised = _kept(problem, device_of, caps)
-    if pinned is not None:
-        pinned = np.asarray(pinned, dtype=np.int64)
-        if pinned.shape != device_of.shape:
-            raise ValueError(f"pinned must be {list(device_of.shape)}, got {list(pinned.shape)}")
-        if ((pinned >= 0) & (pinned != device_of)).any():
-            layer, expert = np.argwhere((pinned >= 0) & (pinned != device_of))[0]
+    pins = None if pinned is None else np.asarray(pinned, dtype=np.int64)
+    if pins is not None:
+        if pins.shape != device_of.shape:
+            raise ValueError(f"pinned must be {list(device_of.shape)}, got {list(pins.shape)}")
+        wrong = np.argwhere((pins >= 0) & (pins != device_of))
+        if len(wrong):
+            layer, expert = wrong[0]
             raise ValueError(
                 f"start must keep pinned experts: layer {layer}, expert {expert} is on device "
-                f"{device_of[layer, expert]}, not {pinned[layer, expert]}"
+                f"{device_of[layer, expert]}, not {pins[layer, expert]}"
             )
     if limits.time_limit is not None and limits.time_limit <= 0:
         return replace(start, status="time_limit")
     begin = time.monotonic()
-    model = _Model(problem, caps, pinned)
+    model = _Model(problem, caps, pins)
     cost = problem.cost(placement)
 
     def report(objective: float | None, dual: float) -> None:
@@ -169,14 +170,16 @@ class _Model:
         self.ilp.add_rows(np.zeros(L * D), problem.slots, layer * D + d, self.x)
         cap = np.maximum(caps.astype(np.float64), 1.0)
         weight = problem.load.astype(np.float64)[:, :, None] / cap[:, None, :]
-        self.ilp.add_rows(np.full(L * D, -np.inf), (caps / cap).ravel(), layer * D + d, self.x, weight)
+        self.ilp.add_rows(
+            np.full(L * D, -np.inf), (caps / cap).ravel(), layer * D + d, self.x, weight
+        )
         if follow and L > 1:
             self._add_flows()
         elif not follow:
             self._add_meetings()
 
     def _add_flows(self) -> None:
-        """What e sends leaves from where e is and arrives where its partners are."""
+        """Let what e sends leave from where e is and arrive where its partners are."""
         boundaries, E, D, _ = self.u.shape
         layer, e, d, d2 = (index.ravel() for index in np.indices(self.u.shape))
         u, rows = self.u.ravel(), np.arange(boundaries * E * D)
@@ -197,7 +200,7 @@ class _Model:
         )
 
     def _add_meetings(self) -> None:
-        """The share of e's co-activations that it meets on d: if e is there, and who else is."""
+        """Limit what e meets on d: by whether e is there, and by who else is."""
         layers, E, D = self.u.shape
         rows = np.arange(self.u.size)
         none = np.full(len(rows), -np.inf)
@@ -221,7 +224,8 @@ class _Model:
             u = x[:-1, :, :, None] * (self.share @ x[1:])[:, :, None, :]
         else:
             u = x * (self.share @ x)
-        return np.r_[x.ravel(), u.ravel()]
+        values: Values = np.r_[x.ravel(), u.ravel()]
+        return values
 
 
 def _kept(
