@@ -6,11 +6,13 @@
 
 pub mod assignment;
 pub mod bottleneck;
+pub mod bound;
 pub mod chain;
 pub mod error;
 pub mod instance;
 pub mod packing;
 pub mod pairs;
+pub mod partitions;
 #[cfg(feature = "python")]
 mod python;
 pub mod random;

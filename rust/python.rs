@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use numpy::ndarray::{Array2, Array3};
 use numpy::{
-    IntoPyArray, PyArray1, PyArray2, PyArray3, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods,
+    IntoPyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonlyArray2, PyReadonlyArray3,
+    PyUntypedArrayMethods,
 };
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -19,7 +20,7 @@ use crate::error::Error;
 use crate::instance::{Instance, Sizes};
 use crate::packing::{Goal, Room};
 use crate::search::{Control, Options, balanced, search as run_search};
-use crate::statistics::{Counter, Wanted};
+use crate::statistics::{Counter, Tables};
 use crate::trace::Routing;
 
 impl From<Error> for PyErr {
@@ -176,17 +177,20 @@ fn validate(py: Python<'_>, expert_ids: Ids<'_>, num_experts: usize, first_token
 struct StatisticsCounter {
     routing: Routing,
     counter: Option<Counter>,
+    // numpy's memory: it asks for huge pages, which halves the time of wide tables.
+    transitions: Option<Py<PyArray3<u64>>>,
+    coactivation: Option<Py<PyArray3<u64>>>,
 }
 
 /// tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E]
-type Counts<'py> =
-    (u64, Bound<'py, PyArray3<u64>>, Option<Bound<'py, PyArray3<u64>>>, Option<Bound<'py, PyArray3<u64>>>);
+type Counts<'py> = (u64, Bound<'py, PyArray3<u64>>, Option<Py<PyArray3<u64>>>, Option<Py<PyArray3<u64>>>);
 
 #[pymethods]
 impl StatisticsCounter {
     #[new]
     #[pyo3(signature = (layers, num_experts, top_k, *, window = None, transitions = true, coactivation = true))]
     fn new(
+        py: Python<'_>,
         layers: usize,
         num_experts: usize,
         top_k: usize,
@@ -198,30 +202,45 @@ impl StatisticsCounter {
         if window == Some(0) {
             return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
         }
-        let counter = Counter::new(routing, window, Wanted { transitions, coactivation });
-        Ok(Self { routing, counter: Some(counter) })
+        let table = |wanted: bool, n: usize| -> Option<Py<PyArray3<u64>>> {
+            wanted.then(|| PyArray3::zeros(py, (n, num_experts, num_experts), false).unbind())
+        };
+        Ok(Self {
+            routing,
+            counter: Some(Counter::new(routing, window)),
+            transitions: table(transitions, layers - 1),
+            coactivation: table(coactivation, layers),
+        })
     }
 
     #[pyo3(signature = (expert_ids, threads = None))]
     fn push(&mut self, py: Python<'_>, expert_ids: Ids<'_>, threads: Option<usize>) -> PyResult<()> {
         let counter = self.counter.as_mut().ok_or_else(finished)?;
         expert_ids.check(self.routing)?;
-        with_ids!(expert_ids, ids => Ok(detached(py, threads, || counter.push(ids))??))
+        let lend = |table: &Option<Py<PyArray3<u64>>>| table.as_ref().map(|table| table.bind(py).readwrite());
+        let (mut transitions, mut coactivation) = (lend(&self.transitions), lend(&self.coactivation));
+        let mut tables = Tables {
+            transitions: transitions.as_mut().map(|table| table.as_slice_mut()).transpose()?,
+            coactivation: coactivation.as_mut().map(|table| table.as_slice_mut()).transpose()?,
+        };
+        with_ids!(expert_ids, ids => Ok(detached(py, threads, || counter.push(ids, &mut tables))??))
     }
 
     fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Counts<'py>> {
         let counter = self.counter.take().ok_or_else(finished)?;
-        let counts = py.detach(|| counter.finish());
+        let (tokens, windows, load) = py.detach(|| counter.finish());
         let Routing { layers, experts, .. } = self.routing;
-        let table = |n: usize, data: Option<Vec<u64>>| {
-            data.map(|data| array3(py, (n, experts, experts), data)).transpose()
-        };
-        Ok((
-            counts.tokens,
-            array3(py, (counts.windows, layers, experts), counts.load)?,
-            table(layers - 1, counts.transitions)?,
-            table(layers, counts.coactivation)?,
-        ))
+        if let Some(coactivation) = &self.coactivation {
+            let mut tables = coactivation.bind(py).readwrite();
+            for table in tables.as_slice_mut()?.chunks_exact_mut(experts * experts) {
+                // Meeting oneself is load, not co-activation.
+                for count in table.iter_mut().step_by(experts + 1) {
+                    *count = 0;
+                }
+            }
+        }
+        let load = array3(py, (windows, layers, experts), load)?;
+        Ok((tokens, load, self.transitions.take(), self.coactivation.take()))
     }
 }
 
@@ -431,6 +450,39 @@ fn place_clusters<'py>(
     Ok((array2(py, (layers, devices), placed.device)?, way, placed.bound))
 }
 
+/// Slots [L,D,S], cost, the caps kept [L].
+type Optimal<'py> = (Bound<'py, PyArray3<i32>>, i64, Bound<'py, PyArray1<u64>>);
+
+#[pyfunction]
+#[pyo3(signature = (load, cap, cost, slots_per_device, *, transitions = None, coactivation = None, work, threads = None))]
+fn exact_chain<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, u64>,
+    cap: PyReadonlyArray2<'py, u64>,
+    cost: PyReadonlyArray2<'py, i64>,
+    slots_per_device: usize,
+    transitions: Option<PyReadonlyArray3<'py, u64>>,
+    coactivation: Option<PyReadonlyArray3<'py, u64>>,
+    work: u64,
+    threads: Option<usize>,
+) -> PyResult<Option<Optimal<'py>>> {
+    let (layers, experts) = (load.shape()[0], load.shape()[1]);
+    let sizes = Sizes { layers, experts, devices: cost.shape()[0], per_device: slots_per_device };
+    let instance = Instance::new(
+        sizes,
+        contiguous(load.as_slice().ok())?,
+        slice(transitions.as_ref())?,
+        slice(coactivation.as_ref())?,
+        contiguous(cap.as_slice().ok())?,
+        contiguous(cost.as_slice().ok())?,
+    )?;
+    let found = detached(py, threads, || crate::partitions::optimum(&instance, work))?;
+    let Some(found) = found else { return Ok(None) };
+    let shape = (layers, sizes.devices, slots_per_device);
+    let slots = array3(py, shape, sizes.unfill(&found.expert_in))?;
+    Ok(Some((slots, found.cost, found.cap.into_pyarray(py))))
+}
+
 fn finished() -> PyErr {
     PyValueError::new_err("the counter is finished; make a new one")
 }
@@ -439,7 +491,7 @@ fn finished() -> PyErr {
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::{Replay, StatisticsCounter, cluster, lpt, place_clusters, search, validate};
+    use super::{Replay, StatisticsCounter, cluster, exact_chain, lpt, place_clusters, search, validate};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

@@ -9,13 +9,14 @@ use crate::error::Result;
 use crate::pairs::{BLOCK, Side};
 use crate::trace::{ExpertId, Routing, validate};
 
-/// What to count besides load.
-#[derive(Debug, Clone, Copy)]
-pub struct Wanted {
-    /// Pairs of experts in neighbouring layers.
-    pub transitions: bool,
-    /// Pairs of experts in one layer.
-    pub coactivation: bool,
+/// Where pairs are added up, by the caller's leave: the tables are large, and whose memory they are is his choice.
+#[derive(Debug, Default)]
+pub struct Tables<'a> {
+    /// Pairs of experts in neighbouring layers `[layers - 1, experts, experts]`.
+    pub transitions: Option<&'a mut [u64]>,
+    /// Pairs of experts in one layer `[layers, experts, experts]`. An expert meets itself once per token that it
+    /// serves: the diagonal is its load.
+    pub coactivation: Option<&'a mut [u64]>,
 }
 
 /// Counts a trace. Push its shards in order, then [`Counter::finish`].
@@ -23,56 +24,33 @@ pub struct Wanted {
 pub struct Counter {
     routing: Routing,
     windows: Windows,
-    transitions: Option<Vec<u64>>,
-    coactivation: Option<Vec<u64>>,
-}
-
-/// The counts of a whole trace, in row-major order.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Statistics {
-    /// Tokens counted.
-    pub tokens: u64,
-    /// Windows: runs of tokens, the last one possibly shorter. At least one.
-    pub windows: usize,
-    /// `[windows, layers, experts]`.
-    pub load: Vec<u64>,
-    /// `[layers - 1, experts, experts]`, if wanted.
-    pub transitions: Option<Vec<u64>>,
-    /// `[layers, experts, experts]`, symmetric with a zero diagonal, if wanted.
-    pub coactivation: Option<Vec<u64>>,
 }
 
 impl Counter {
     /// An empty counter; `window` tokens make a window, the whole trace where there is no number.
     #[must_use]
-    pub fn new(routing: Routing, window: Option<u64>, wanted: Wanted) -> Self {
-        let table = routing.experts * routing.experts;
-        Self {
-            routing,
-            windows: Windows::new(routing.layers, routing.experts, window),
-            transitions: wanted.transitions.then(|| vec![0; (routing.layers - 1) * table]),
-            coactivation: wanted.coactivation.then(|| vec![0; routing.layers * table]),
-        }
+    pub fn new(routing: Routing, window: Option<u64>) -> Self {
+        Self { routing, windows: Windows::new(routing.layers, routing.experts, window) }
     }
 
     /// Validates and counts the next tokens of the trace, `[tokens, layers, top_k]`.
     ///
-    /// A shard that does not pass leaves the counter as it was.
-    pub fn push<I: ExpertId>(&mut self, ids: &[I]) -> Result<()> {
-        let Self { routing, windows, transitions, coactivation } = self;
+    /// A shard that does not pass leaves everything as it was.
+    pub fn push<I: ExpertId>(&mut self, ids: &[I], tables: &mut Tables<'_>) -> Result<()> {
+        let Self { routing, windows } = self;
         validate(ids, *routing, windows.tokens)?;
         let Routing { experts, top_k, .. } = *routing;
         let table = experts * experts;
         for block in ids.chunks(BLOCK * routing.row()) {
             let first = windows.tokens;
-            let mut transitions = transitions.iter_mut().flat_map(|tables| tables.chunks_exact_mut(table));
-            let mut coactivation = coactivation.iter_mut().flat_map(|tables| tables.chunks_exact_mut(table));
-            // The transitions of a layer are those that lead to it: the first layer has none.
+            let mut transitions = by_layer(&mut tables.transitions, table);
+            let mut coactivation = by_layer(&mut tables.coactivation, table);
             let mut layers: Vec<Layer<'_>> = (windows.load.iter_mut().enumerate())
                 .map(|(l, load)| Layer {
                     load,
-                    transitions: if l > 0 { transitions.next() } else { None },
-                    coactivation: coactivation.next(),
+                    // The transitions of a layer are those that lead to it: the first layer has none.
+                    transitions: l.checked_sub(1).and_then(|at| transitions.get_mut(at)?.take()),
+                    coactivation: coactivation.get_mut(l).and_then(Option::take),
                 })
                 .collect();
             by_layers(
@@ -95,18 +73,16 @@ impl Counter {
         Ok(())
     }
 
-    /// The counts so far.
+    /// Tokens, windows (at least one, the last one possibly shorter), and load `[windows, layers, experts]`.
     #[must_use]
-    pub fn finish(mut self) -> Statistics {
-        let experts = self.routing.experts;
-        for table in self.coactivation.iter_mut().flat_map(|c| c.chunks_exact_mut(experts * experts)) {
-            // An expert meets itself once per token: that is its load, not a co-activation.
-            table.iter_mut().step_by(experts + 1).for_each(|count| *count = 0);
-        }
-        let (tokens, windows, load) = self.windows.finish();
-        let Self { transitions, coactivation, .. } = self;
-        Statistics { tokens, windows, load, transitions, coactivation }
+    pub fn finish(self) -> (u64, usize, Vec<u64>) {
+        self.windows.finish()
     }
+}
+
+/// A table per layer, each to be taken once.
+fn by_layer<'a>(tables: &'a mut Option<&mut [u64]>, size: usize) -> Vec<Option<&'a mut [u64]>> {
+    tables.iter_mut().flat_map(|tables| tables.chunks_exact_mut(size)).map(Some).collect()
 }
 
 /// One layer's tables.

@@ -158,3 +158,22 @@ def place_clusters(
     Returns the device of every cluster [L,D], how it was found, and a proven lower bound of the
     sum.
     """
+
+def exact_chain(
+    load: NDArray[np.uint64],
+    cap: NDArray[np.uint64],
+    cost: NDArray[np.int64],
+    slots_per_device: int,
+    *,
+    transitions: NDArray[np.uint64] | None = None,
+    coactivation: NDArray[np.uint64] | None = None,
+    work: int,
+    threads: int | None = None,
+) -> tuple[NDArray[np.int32], int, NDArray[np.uint64]] | None:
+    """Find the proven optimum by dynamic programming over all partitions of every layer.
+
+    Takes what `search` takes. Returns slots [L,D,S], their cost and the caps that were kept [L]:
+    where no placement keeps a cap, the least that one does keep. None where devices differ other
+    than by node, where partitions are too many, where counts are too huge to be exact, or where it
+    would take more than ``work`` steps of about a nanosecond.
+    """

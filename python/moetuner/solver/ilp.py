@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from highspy._core import _Highs
 
 FEASIBILITY = 1e-6  # HiGHS's own default for rows and for whole numbers
+# Of HiGHS's dual bound: reduced costs are right to within its dual feasibility tolerance, and nodes
+# this close to the incumbent are dropped.
+DUAL_TOLERANCE = 1e-7
+CUTOFF_TOLERANCE = 1e-6
 POLL_SECONDS = 0.05
 
 
@@ -114,6 +118,21 @@ class Ilp:
         self._rows.append(rows)
         if self._highs is not None:
             _add(self._highs, rows)
+
+    @property
+    def margin(self) -> float:
+        """How far a dual bound may be off, for whoever needs a proof; infinite without bounds."""
+        return DUAL_TOLERANCE * float((self.upper - self.lower).sum()) + CUTOFF_TOLERANCE
+
+    def proven(self, dual: float, unit: float) -> int:
+        """Turn a dual bound of a minimum into a whole one of costs that are ``unit`` times as large.
+
+        Less the margin and the rounding of sums, then rounded up, and at least 0.
+        """
+        if not math.isfinite(dual):
+            return 0
+        rounding = 1e-12 * (float(np.abs(self.cost).sum()) + abs(self.offset))
+        return max(math.ceil((dual - self.margin - rounding) * unit), 0)
 
     def objective(self, values: NDArray[np.float64]) -> float:
         """Objective of some values [columns]."""

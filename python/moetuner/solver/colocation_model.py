@@ -1,0 +1,307 @@
+"""The co-location integer programme as arrays: which experts share a device, naming no device.
+
+In the symbols of the design: ``s_l[e,e']`` = 1 if two experts of layer l share a device,
+``z_l[e,f]`` = 1 if experts of layers l and l+1 do. Maximise ``sum transitions * z`` subject to
+
+- degrees, with C slots per device: ``sum_f z_l[e,f] = C``, ``sum_e z_l[e,f] = C``,
+  ``sum_e' s_l[e,e'] = C - 1``;
+- load: ``load[e] + sum_e' load[e'] s_l[e,e'] <= cap_l``;
+- transitivity, on every triangle inside two neighbouring layers: ``a + b - c <= 1``.
+
+No two solutions differ by the names of devices alone, and the degrees give the relaxation its
+strength. Nodes are a second relation of the same kind that contains the first. An empty slot is an
+expert that nobody visits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.problem import Problem
+from moetuner.solver.ilp import Ilp
+
+# Triangle rows that HiGHS is given at once; beyond, they are added as they are found violated.
+COMPLETE = 150_000
+# A triangle counts as violated by more than this; rows added in a round, at most.
+VIOLATION = 1e-3
+PER_ROUND = 10_000
+
+Counts = NDArray[np.uint64]
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Sharing a device, or a node: the devices in it, and what sharing it saves per pair."""
+
+    devices: int
+    saves: int
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A joint problem of interchangeable devices, or a part of one.
+
+    Parameters
+    ----------
+    load
+        Of every expert [L,E].
+    caps
+        Largest load of a device [L].
+    transitions
+        Of neighbouring layers [L-1,E,E]; None where co-activation counts.
+    coactivation
+        Of a layer [L,E,E]; None where transitions count.
+    devices, slots
+        Devices D, and slots of each, C.
+    relations
+        From the coarsest on: nodes if there are any, then devices.
+    """
+
+    load: Counts
+    caps: Counts
+    transitions: Counts | None
+    coactivation: Counts | None
+    devices: int
+    slots: int
+    relations: tuple[Relation, ...]
+
+    @classmethod
+    def of(cls, problem: Problem, caps: Counts) -> Joint | None:
+        """Whole problem; None where links are of other kinds than two tiers, nodes the dearer."""
+        topology, cost = problem.topology, problem.topology.cost
+        follow = problem.regime == "follow"
+        within, between = (int(cost[0, min(1, len(cost) - 1)]), int(cost[0, -1])) if follow else (1, 1)
+        if within > between:
+            return None
+        relations = [Relation(1, within)]
+        if within < between:
+            nested = topology.node_size > 1
+            relations = [Relation(topology.node_size, between - within)] if nested else []
+            relations.append(Relation(1, within if nested else between))
+        return cls(
+            problem.load,
+            caps,
+            problem.statistics.transitions_or_empty if follow else None,
+            None if follow else problem.statistics.coactivation_or_empty,
+            problem.devices,
+            problem.slots,
+            tuple(relations),
+        )
+
+    @property
+    def boundaries(self) -> int:
+        """Pairs of neighbouring layers that cost something, L-1 or none."""
+        return 0 if self.transitions is None else len(self.transitions)
+
+    @property
+    def triangle_rows(self) -> int:
+        """Rows of all triangles, over all relations."""
+        P = self.devices * self.slots
+        pairs = P * (P - 1) // 2
+        inside, across = len(self.load) * pairs * (P - 2), 6 * self.boundaries * P * pairs
+        return len(self.relations) * (inside + across)
+
+
+class Model:
+    """The programme: minimise ``(total - saved) / unit`` over the columns s, then z.
+
+    Parameters
+    ----------
+    joint
+        What to place.
+    fixed
+        Layers [L] whose partition is that of ``device_of`` [L,P], entries in the order of `Joint`.
+    """
+
+    def __init__(
+        self,
+        joint: Joint,
+        *,
+        fixed: NDArray[np.bool_] | None = None,
+        device_of: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.joint = joint
+        self.layers, self.experts = joint.load.shape
+        self.entries = P = joint.devices * joint.slots
+        upper = np.triu_indices(P, 1)
+        tiers = len(joint.relations)
+        numbers = np.arange(tiers * self.layers * len(upper[0])).reshape(tiers, self.layers, -1)
+        # Columns of s [tiers,L,P,P], symmetric, and of z [tiers,L-1,P,P].
+        self.s = np.full((tiers, self.layers, P, P), -1, dtype=np.int64)
+        self.s[:, :, upper[0], upper[1]] = self.s[:, :, upper[1], upper[0]] = numbers
+        shape = (tiers, joint.boundaries, P, P)
+        self.z = numbers.size + np.arange(math.prod(shape)).reshape(shape)
+        self.columns = numbers.size + self.z.size
+        saved = self._saved()
+        # Numbers near 1 are what HiGHS's tolerances are made for.
+        self.unit = max(float(saved.sum()) / max(np.count_nonzero(saved), 1), 1.0)
+        self.total = int(round(saved.sum()))
+        lower, upper_bound = np.zeros(self.columns), self._upper()
+        if fixed is not None and device_of is not None:
+            known = self.s[:, fixed][:, :, upper[0], upper[1]].ravel()
+            values = self.values(device_of)
+            lower[known] = upper_bound[known] = values[known]
+        # z is whole by itself where s is: it is then a doubly stochastic matrix over the devices.
+        # HiGHS does better when told so all the same (see bench/colocation.py).
+        self.ilp = Ilp(
+            -saved / self.unit, lower=lower, upper=upper_bound, offset=self.total / self.unit
+        )
+        self._add_degrees_and_loads()
+        self._add_nesting()
+        self.triangles = self._triangles()
+        self.added = np.zeros((len(self.triangles), 3), dtype=bool)
+        self.lazy = self.added.size > COMPLETE
+        if not self.lazy:
+            self._add(*np.nonzero(~self.added))
+
+    @property
+    def absolute_gap(self) -> float:
+        """Gap that still proves an optimum, costs being whole numbers."""
+        return max(0.95 / self.unit - self.ilp.margin, 0.0)
+
+    def values(self, device_of: NDArray[np.int64]) -> Values:
+        """Give the columns their values at the device of every entry [L,P]."""
+        values = np.zeros(self.columns)
+        e, f = np.triu_indices(self.entries, 1)
+        for tier, relation in enumerate(self.joint.relations):
+            place = device_of // relation.devices
+            values[self.s[tier][:, e, f]] = place[:, e] == place[:, f]
+            if self.joint.boundaries:
+                values[self.z[tier]] = place[:-1, :, None] == place[1:, None, :]
+        return values
+
+    def device_of(self, values: Values) -> NDArray[np.int64] | None:
+        """Read the device of every entry [L,P] back; None if values are no equivalence classes.
+
+        Devices of a node, and nodes, get their names in the first layer; later layers follow.
+        """
+        device_of = np.zeros((self.layers, self.entries), dtype=np.int64)
+        nodes = np.zeros_like(device_of)
+        for tier, relation in enumerate(self.joint.relations):
+            places = self.joint.devices // relation.devices
+            for layer in range(self.layers):
+                s = values[self.s[tier, layer]] > 0.5
+                np.fill_diagonal(s, True)
+                leader = s.argmax(axis=1)
+                if layer and self.joint.boundaries:
+                    z = values[self.z[tier, layer - 1]] > 0.5
+                    place = device_of[layer - 1][z.argmax(axis=0)] // relation.devices
+                elif relation.devices == 1 and len(self.joint.relations) == 2:
+                    place = self._within_nodes(leader, nodes[layer])
+                else:
+                    place = np.unique(leader, return_inverse=True)[1]
+                if place.max() >= places:
+                    return None
+                device_of[layer] = place * relation.devices
+            if tier == 0:
+                nodes = device_of // relation.devices
+        same = self.values(device_of) == (values > 0.5)
+        return device_of if same.all() else None
+
+    def _within_nodes(self, leader: NDArray[np.int64], node: NDArray[np.int64]) -> NDArray[np.int64]:
+        size = self.joint.relations[0].devices
+        place = np.zeros(self.entries, dtype=np.int64)
+        for n in np.unique(node):
+            inside = node == n
+            place[inside] = n * size + np.unique(leader[inside], return_inverse=True)[1]
+        return place
+
+    def separate(self, values: Values) -> int:
+        """Add the triangles that values violate most; how many were added."""
+        x = values[self.triangles]
+        violation = x.sum(axis=1, keepdims=True) - 2 * x - 1
+        violation[self.added] = 0
+        triangle, negative = np.nonzero(violation > VIOLATION)
+        worst = np.argsort(-violation[triangle, negative], kind="stable")[:PER_ROUND]
+        self._add(triangle[worst], negative[worst])
+        return len(worst)
+
+    def _saved(self) -> Values:
+        """Cost saved by every column."""
+        joint, E = self.joint, self.experts
+        saved = np.zeros(self.columns)
+        for tier, relation in enumerate(joint.relations):
+            if joint.transitions is not None:
+                saved[self.z[tier][:, :E, :E]] = relation.saves * joint.transitions.astype(float)
+            elif joint.coactivation is not None:
+                e, f = np.triu_indices(E, 1)
+                saved[self.s[tier][:, e, f]] = relation.saves * joint.coactivation[:, e, f]
+        return saved
+
+    def _upper(self) -> Values:
+        """Upper bounds: 0 for two experts that with the lightest others break the cap."""
+        upper = np.ones(self.columns)
+        C = self.joint.slots
+        if C < 2:
+            return upper
+        for layer, load in enumerate(self._loads()):
+            # The lightest of all weigh no more than the lightest others.
+            others = np.sort(load)[: C - 2].sum()
+            heavy = load[:, None] + load + others > self.joint.caps[layer] * (1 + 1e-9)
+            np.fill_diagonal(heavy, False)
+            upper[self.s[-1, layer][heavy]] = 0
+        return upper
+
+    def _loads(self) -> Values:
+        loads = np.zeros((self.layers, self.entries))
+        loads[:, : self.experts] = self.joint.load
+        return loads
+
+    def _add_degrees_and_loads(self) -> None:
+        joint, P = self.joint, self.entries
+        every, off = np.arange(P), ~np.eye(P, dtype=bool)
+        e, f = np.nonzero(off)
+        loads, caps = self._loads(), np.maximum(joint.caps.astype(float), 1.0)
+        for tier, relation in enumerate(joint.relations):
+            size = relation.devices * joint.slots
+            for layer, (load, cap) in enumerate(zip(loads, caps, strict=True)):
+                s = self.s[tier, layer][off]
+                self.ilp.add_rows(np.full(P, size - 1), size - 1, e, s)
+                # What the other devices cannot take, these must.
+                least = load.sum() - (joint.devices - relation.devices) * cap
+                most = relation.devices * cap
+                self.ilp.add_rows((least - load) / cap, (most - load) / cap, e, s, load[f] / cap)
+            for z in self.z[tier]:
+                for row in (np.repeat(every, P), np.tile(every, P)):
+                    self.ilp.add_rows(np.full(P, size), size, row, z.ravel())
+
+    def _add_nesting(self) -> None:
+        """On one device, so in one node."""
+        if len(self.joint.relations) < 2:
+            return
+        e, f = np.triu_indices(self.entries, 1)
+        outer, inner = (np.r_[self.s[t][:, e, f].ravel(), self.z[t].ravel()] for t in (0, 1))
+        row = np.tile(np.arange(len(outer)), 2)
+        value = np.repeat([1.0, -1.0], len(outer))
+        self.ilp.add_rows(np.zeros(len(outer)), np.inf, row, np.r_[outer, inner], value)
+
+    def _triangles(self) -> NDArray[np.int64]:
+        """Columns [triangles,3] of the three pairs among three experts of neighbouring layers."""
+        P = self.entries
+        e, f = np.triu_indices(P, 1)
+        three = np.indices((P, P, P)).reshape(3, -1)
+        i, j, k = three[:, (three[0] < three[1]) & (three[1] < three[2])]
+        parts = []
+        for s, z in zip(self.s, self.z, strict=True):
+            parts.append(np.stack([s[:, i, j], s[:, j, k], s[:, i, k]], axis=-1))
+            # One expert on one side of a boundary, two on the other.
+            for across, beside in ((z, s[1:]), (z.transpose(0, 2, 1), s[:-1])):
+                if self.joint.boundaries:
+                    pairs = np.broadcast_to(beside[:, None, e, f], (*across.shape[:2], len(e)))
+                    parts.append(np.stack([across[:, :, e], across[:, :, f], pairs], axis=-1))
+        return np.concatenate([part.reshape(-1, 3) for part in parts])
+
+    def _add(self, triangle: NDArray[np.int64], negative: NDArray[np.int64]) -> None:
+        """Add rows of triangles, with the sign turned at column ``negative`` of the three."""
+        rows = np.arange(len(triangle))
+        value = np.ones((len(rows), 3))
+        value[rows, negative] = -1
+        columns = self.triangles[triangle].ravel()
+        none = np.full(len(rows), -np.inf)
+        self.ilp.add_rows(none, 1, np.repeat(rows, 3), columns, value.ravel())
+        self.added[triangle, negative] = True

@@ -1,0 +1,451 @@
+//! Eigenvalues and eigenvectors of one dense symmetric matrix, sized for tens to a few hundred rows.
+//!
+//! Householder reduction to tridiagonal form, then implicit QL. The rotations of QL are collected and applied
+//! later, many at a time, to narrow panels of columns that stay in the first-level cache: this part would
+//! otherwise be bound by memory. No fused multiply-add is used, so every x86-64 machine gives the same bits.
+//!
+//! Nothing that is proven relies on this file: the certificate bounds the error of what comes out.
+
+/// Columns of a panel: two AVX-512 or four AVX2 registers.
+pub(super) const PANEL: usize = 16;
+
+/// Rotations that are collected before they are applied.
+const BATCH: usize = 1024;
+
+/// QL steps for one eigenvalue before it is taken as it is. Three is usual.
+const PATIENCE: usize = 60;
+
+/// An eigendecomposition, with its memory.
+#[derive(Debug, Clone)]
+pub(super) struct Eigen {
+    n: usize,
+    /// In no particular order.
+    pub(super) values: Vec<f64>,
+    /// Row k of the panels is the eigenvector of value k: entry j is at `[j / PANEL * n + k][j % PANEL]`.
+    pub(super) panels: Vec<[f64; PANEL]>,
+    off_diagonal: Vec<f64>,
+    factors: Vec<f64>,
+    vectors: Vec<f64>,
+    scratch: Vec<f64>,
+    rotations: Vec<[f64; 2]>,
+    /// First row, one past the last row.
+    sweeps: Vec<(usize, usize)>,
+}
+
+impl Eigen {
+    /// Memory for matrices of `n` rows.
+    pub(super) fn new(n: usize) -> Self {
+        Self {
+            n,
+            values: vec![0.0; n],
+            panels: vec![[0.0; PANEL]; n.div_ceil(PANEL) * n],
+            off_diagonal: vec![0.0; n],
+            factors: vec![0.0; n],
+            vectors: vec![0.0; n * n],
+            scratch: vec![0.0; 4 * n],
+            rotations: Vec::with_capacity(BATCH + n),
+            sweeps: Vec::new(),
+        }
+    }
+
+    /// Decomposes `a`, `[n, n]`, of which only the lower triangle is read, and destroyed.
+    pub(super) fn decompose(&mut self, a: &mut [f64]) {
+        let n = self.n;
+        assert_eq!(a.len(), n * n);
+        // A power of two leaves the bits alone and keeps squares within range.
+        let largest = a.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+        let scale = if largest > 0.0 && largest.is_finite() { power_of_two_near(largest) } else { 1.0 };
+        for x in a.iter_mut() {
+            *x /= scale;
+        }
+        tridiagonalise(a, n, &mut self.values, &mut self.off_diagonal, &mut self.factors, &mut self.scratch);
+        accumulate(a, n, &self.factors, &mut self.vectors);
+        for (b, panel) in self.panels.chunks_exact_mut(n).enumerate() {
+            let width = PANEL.min(n - b * PANEL);
+            for (k, row) in panel.iter_mut().enumerate() {
+                *row = [0.0; PANEL];
+                row[..width].copy_from_slice(&self.vectors[k * n + b * PANEL..][..width]);
+            }
+        }
+        self.implicit_ql();
+        for x in &mut self.values {
+            *x *= scale;
+        }
+    }
+
+    fn implicit_ql(&mut self) {
+        let n = self.n;
+        // e[i] couples i and i + 1.
+        self.off_diagonal.rotate_left(1);
+        self.off_diagonal[n - 1] = 0.0;
+        let norm = (0..n).fold(0.0f64, |m, i| m.max(self.values[i].abs() + self.off_diagonal[i].abs()));
+        let negligible = f64::EPSILON * norm;
+        for l in 0..n {
+            for _ in 0..PATIENCE {
+                let e = &self.off_diagonal;
+                // Not "above": a NaN must end the search too.
+                let m = (l..n - 1).find(|&m| e[m].abs() <= negligible || e[m].is_nan()).unwrap_or(n - 1);
+                if m == l {
+                    break;
+                }
+                ql_step(
+                    &mut self.values,
+                    &mut self.off_diagonal,
+                    l,
+                    m,
+                    &mut self.rotations,
+                    &mut self.sweeps,
+                );
+                if self.rotations.len() >= BATCH {
+                    self.apply();
+                }
+            }
+        }
+        self.apply();
+    }
+
+    fn apply(&mut self) {
+        for panel in self.panels.chunks_exact_mut(self.n) {
+            rotate(panel, &self.sweeps, &self.rotations);
+        }
+        self.sweeps.clear();
+        self.rotations.clear();
+    }
+
+    /// Adds `sum_k weights[k] v_k v_k'` to the symmetric `out`, `[n, n]`; zero weights cost nothing.
+    pub(super) fn add_weighted(&self, weights: &[f64], out: &mut [f64]) {
+        let used: Vec<(usize, f64)> =
+            weights.iter().copied().enumerate().filter(|&(_, w)| w != 0.0).collect();
+        add_outer(&self.panels, self.n, &used, out);
+    }
+}
+
+/// The power of two at or below a positive finite number (subnormals: the smallest normal one).
+pub(super) fn power_of_two_near(x: f64) -> f64 {
+    f64::from_bits((x.to_bits() >> 52).max(1) << 52)
+}
+
+/// Reduces rows from the last to the first. Row k then holds the Householder vector of step k, `factors[k]` its
+/// factor, `d` the diagonal and `e[k]` the entry that couples k - 1 and k.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+bmi2", "x86_64+avx2+bmi2"))]
+fn tridiagonalise(
+    a: &mut [f64],
+    n: usize,
+    d: &mut [f64],
+    e: &mut [f64],
+    factors: &mut [f64],
+    scratch: &mut [f64],
+) {
+    let (u, rest) = scratch.split_at_mut(n);
+    let (p, rest) = rest.split_at_mut(n);
+    let (pending_u, pending_q) = rest.split_at_mut(n);
+    pending_u.fill(0.0);
+    pending_q.fill(0.0);
+    factors[0] = 0.0;
+    e[0] = 0.0;
+    for k in (1..n).rev() {
+        // The rank-two update of the step before is applied while this step reads the rows: one pass, not two.
+        let row = &mut a[k * n..][..=k];
+        update(row, pending_u[k], pending_q[k], pending_u, pending_q);
+        d[k] = row[k];
+        let x = &row[..k];
+        let tail = dot(&x[..k - 1], &x[..k - 1]);
+        let last = x[k - 1];
+        if tail == 0.0 || !tail.is_finite() {
+            factors[k] = 0.0;
+            e[k] = last;
+            for i in 0..k {
+                update(&mut a[i * n..][..=i], pending_u[i], pending_q[i], pending_u, pending_q);
+            }
+            pending_u[..k].fill(0.0);
+            pending_q[..k].fill(0.0);
+            continue;
+        }
+        let norm = (tail + last * last).sqrt();
+        let factor = 1.0 / (norm * (norm + last.abs()));
+        u[..k].copy_from_slice(x);
+        u[k - 1] = last + norm.copysign(last);
+        e[k] = -norm.copysign(last);
+        factors[k] = factor;
+        for i in 0..k {
+            let row = &mut a[i * n..][..=i];
+            let sum = update_and_multiply(row, pending_u[i], pending_q[i], pending_u, pending_q, u[i], u, p);
+            p[i] = sum + row[i] * u[i];
+        }
+        let half = 0.5 * factor * factor * dot(&p[..k], &u[..k]);
+        for i in 0..k {
+            pending_q[i] = factor * p[i] - half * u[i];
+            pending_u[i] = u[i];
+        }
+        a[k * n..][..k].copy_from_slice(&u[..k]);
+    }
+    let (u, q) = (pending_u[0], pending_q[0]);
+    d[0] = a[0] - 2.0 * u * q;
+}
+
+/// `row[j] -= ui q[j] + qi u[j]`.
+#[inline(always)]
+fn update(row: &mut [f64], ui: f64, qi: f64, u: &[f64], q: &[f64]) {
+    let len = row.len();
+    for ((x, u), q) in row.iter_mut().zip(&u[..len]).zip(&q[..len]) {
+        *x -= ui * q + qi * u;
+    }
+}
+
+/// The update above, then `p[j] += vi row[j]`; returns the product of row and `v`, both without the last entry.
+#[inline(always)]
+fn update_and_multiply(
+    row: &mut [f64],
+    ui: f64,
+    qi: f64,
+    u: &[f64],
+    q: &[f64],
+    vi: f64,
+    v: &[f64],
+    p: &mut [f64],
+) -> f64 {
+    const LANES: usize = 8;
+    let i = row.len() - 1;
+    let mut lanes = [0.0; LANES];
+    let body = i / LANES * LANES;
+    {
+        let (rows, _) = row[..body].as_chunks_mut::<LANES>();
+        let (us, _) = u[..body].as_chunks::<LANES>();
+        let (qs, _) = q[..body].as_chunks::<LANES>();
+        let (vs, _) = v[..body].as_chunks::<LANES>();
+        let (ps, _) = p[..body].as_chunks_mut::<LANES>();
+        for ((((x, u), q), v), p) in rows.iter_mut().zip(us).zip(qs).zip(vs).zip(ps) {
+            for j in 0..LANES {
+                let new = x[j] - (ui * q[j] + qi * u[j]);
+                x[j] = new;
+                lanes[j] += new * v[j];
+                p[j] += vi * new;
+            }
+        }
+    }
+    let mut sum =
+        ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+    for j in body..i {
+        let new = row[j] - (ui * q[j] + qi * u[j]);
+        row[j] = new;
+        sum += new * v[j];
+        p[j] += vi * new;
+    }
+    row[i] -= ui * q[i] + qi * u[i];
+    sum
+}
+
+/// The inner product, in a fixed order whatever the machine.
+#[inline(always)]
+pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
+    const LANES: usize = 8;
+    let (a, a_rest) = a.as_chunks::<LANES>();
+    let (b, b_rest) = b.as_chunks::<LANES>();
+    let mut lanes = [0.0; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for j in 0..LANES {
+            lanes[j] += a[j] * b[j];
+        }
+    }
+    let mut sum =
+        ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+    for (a, b) in a_rest.iter().zip(b_rest) {
+        sum += a * b;
+    }
+    sum
+}
+
+/// The product of the reflections, transposed: row k of `z` is column k of the orthogonal factor.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+bmi2", "x86_64+avx2+bmi2"))]
+fn accumulate(a: &[f64], n: usize, factors: &[f64], z: &mut [f64]) {
+    z.fill(0.0);
+    for i in 0..n {
+        z[i * n + i] = 1.0;
+    }
+    for k in 1..n {
+        let factor = factors[k];
+        if factor == 0.0 {
+            continue;
+        }
+        let u = &a[k * n..][..k];
+        for row in z.chunks_exact_mut(n).take(k) {
+            let row = &mut row[..k];
+            let along = factor * dot(row, u);
+            for (x, u) in row.iter_mut().zip(u) {
+                *x -= along * u;
+            }
+        }
+    }
+}
+
+/// One implicit QL step on rows l..=m; its rotations are appended from the last pair of rows to the first.
+fn ql_step(
+    d: &mut [f64],
+    e: &mut [f64],
+    l: usize,
+    m: usize,
+    rotations: &mut Vec<[f64; 2]>,
+    sweeps: &mut Vec<(usize, usize)>,
+) {
+    let half = (d[l + 1] - d[l]) / (2.0 * e[l]);
+    let root = (half * half + 1.0).sqrt();
+    let mut g = d[m] - d[l] + e[l] / (half + root.copysign(half));
+    let (mut s, mut c, mut p) = (1.0, 1.0, 0.0);
+    for i in (l..m).rev() {
+        let f = s * e[i];
+        let b = c * e[i];
+        let r2 = f * f + g * g;
+        let (sine, cosine) = if r2 > 0.0 {
+            let inverse = 1.0 / r2.sqrt();
+            (f * inverse, g * inverse)
+        } else {
+            (0.0, 1.0)
+        };
+        e[i + 1] = r2.sqrt();
+        (s, c) = (sine, cosine);
+        g = d[i + 1] - p;
+        let r = (d[i] - g) * s + 2.0 * c * b;
+        p = s * r;
+        d[i + 1] = g + p;
+        g = c * r - b;
+        rotations.push([s, c]);
+    }
+    d[l] -= p;
+    e[l] = g;
+    e[m] = 0.0;
+    sweeps.push((l, m));
+}
+
+/// Applies sweeps of rotations to neighbouring rows of a panel.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+bmi2", "x86_64+avx2+bmi2"))]
+fn rotate(panel: &mut [[f64; PANEL]], sweeps: &[(usize, usize)], rotations: &[[f64; 2]]) {
+    let mut rotations = rotations;
+    for &(l, m) in sweeps {
+        let (now, rest) = rotations.split_at(m - l);
+        rotations = rest;
+        let rows = &mut panel[l..=m];
+        let mut carried = rows[m - l];
+        for (i, &[s, c]) in (0..m - l).rev().zip(now) {
+            let row = rows[i];
+            let mut above = [0.0; PANEL];
+            for j in 0..PANEL {
+                above[j] = s * row[j] + c * carried[j];
+                carried[j] = c * row[j] - s * carried[j];
+            }
+            rows[i + 1] = above;
+        }
+        rows[0] = carried;
+    }
+}
+
+/// Rows of the result that share each load of an eigenvector.
+const ROWS: usize = 4;
+
+/// See [`Eigen::add_weighted`].
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+bmi2", "x86_64+avx2+bmi2"))]
+fn add_outer(panels: &[[f64; PANEL]], n: usize, used: &[(usize, f64)], out: &mut [f64]) {
+    let mut left = vec![[0.0; ROWS]; used.len()];
+    let mut right = vec![[0.0; PANEL]; used.len() * n.div_ceil(PANEL)];
+    for (right, panel) in right.chunks_exact_mut(used.len().max(1)).zip(panels.chunks_exact(n)) {
+        for (right, &(k, _)) in right.iter_mut().zip(used) {
+            *right = panel[k];
+        }
+    }
+    for top in (0..n).step_by(ROWS) {
+        let lane = top % PANEL;
+        let scaled = &right[top / PANEL * used.len()..][..used.len()];
+        for ((left, v), &(_, w)) in left.iter_mut().zip(scaled).zip(used) {
+            for r in 0..ROWS {
+                left[r] = w * v[lane + r];
+            }
+        }
+        for b in 0..=top / PANEL {
+            // Named one by one: an array of arrays would live in memory, not in registers.
+            let [mut s0, mut s1, mut s2, mut s3] = [[0.0; PANEL]; ROWS];
+            for (left, v) in left.iter().zip(&right[b * used.len()..][..used.len()]) {
+                for j in 0..PANEL {
+                    s0[j] += left[0] * v[j];
+                    s1[j] += left[1] * v[j];
+                    s2[j] += left[2] * v[j];
+                    s3[j] += left[3] * v[j];
+                }
+            }
+            let sums = [s0, s1, s2, s3];
+            let width = PANEL.min(n - b * PANEL);
+            for (sums, row) in sums.iter().zip(out[top * n..].chunks_exact_mut(n)) {
+                for (x, sum) in row[b * PANEL..][..width].iter_mut().zip(sums) {
+                    *x += sum;
+                }
+            }
+        }
+    }
+    // The blocks above the diagonal blocks are mirrored; within a diagonal block both halves were computed.
+    for i in 0..n {
+        for j in i / PANEL * PANEL + PANEL..n {
+            out[i * n + j] = out[j * n + i];
+        }
+    }
+    for top in (0..n).step_by(PANEL) {
+        for i in top..(top + PANEL).min(n) {
+            for j in top..i {
+                out[j * n + i] = out[i * n + j];
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matrix(n: usize, seed: u64) -> Vec<f64> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as f64 / f64::from(1u32 << 31) - 0.5
+        };
+        let mut a = vec![0.0; n * n];
+        for i in 0..n {
+            for j in 0..=i {
+                a[i * n + j] = next();
+                a[j * n + i] = a[i * n + j];
+            }
+        }
+        a
+    }
+
+    /// The decomposition gives the matrix back, and the vectors are orthonormal.
+    #[test]
+    fn reconstructs() {
+        for n in [1, 2, 3, 5, 8, 15, 16, 17, 40, 64, 100] {
+            let a = matrix(n, n as u64);
+            let mut eigen = Eigen::new(n);
+            eigen.decompose(&mut a.clone());
+            let mut back = vec![0.0; n * n];
+            eigen.add_weighted(&eigen.values, &mut back);
+            let worst = a.iter().zip(&back).fold(0.0f64, |m, (a, b)| m.max((a - b).abs()));
+            assert!(worst < 1e-13 * n as f64, "n = {n}: off by {worst}");
+            let mut identity = vec![0.0; n * n];
+            eigen.add_weighted(&vec![1.0; n], &mut identity);
+            for i in 0..n {
+                identity[i * n + i] -= 1.0;
+            }
+            let worst = identity.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+            assert!(worst < 1e-13 * n as f64, "n = {n}: not orthonormal by {worst}");
+        }
+    }
+
+    /// Low rank, repeated values and zero matrices are no special cases.
+    #[test]
+    fn degenerate() {
+        let n = 24;
+        let mut a = vec![1.0; n * n];
+        let mut eigen = Eigen::new(n);
+        eigen.decompose(&mut a);
+        let top = eigen.values.iter().copied().fold(f64::MIN, f64::max);
+        assert!((top - n as f64).abs() < 1e-12);
+        assert!(eigen.values.iter().filter(|v| v.abs() < 1e-12).count() == n - 1);
+        eigen.decompose(&mut vec![0.0; n * n]);
+        assert!(eigen.values.iter().all(|&v| v == 0.0));
+    }
+}

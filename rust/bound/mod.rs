@@ -1,0 +1,279 @@
+//! A proven lower bound on the crossing count of every placement on interchangeable devices.
+//!
+//! # Relaxation
+//!
+//! Name no device. `s_l(e, e') = 1` if experts e, e' of layer l share a device, `z_l(e, f) = 1` if expert e of layer l and
+//! expert f of layer l + 1 do. With G devices of C slots and `c_l = -transitions`, the crossing count is
+//! `sum transitions + sum_l <c_l, z_l>`. For each pair of neighbouring layers the 2E x 2E matrix
+//! `B_l = [[s_l, z_l], [z_l', s_{l+1}]]`, unit diagonal, is `sum_g x_g x_g'` with the 0/1 vectors of the devices' contents.
+//! These are orthogonal, of square length 2C, and their sum is the vector of ones. So, with P the centring inside
+//! each layer, `B_l = J / G + R` where `R = P R P` has G - 1 eigenvalues 2C and the rest 0, and we relax to
+//! `0 <= R <= 2C I`, `tr R = 2C (G - 1)`, `B_l >= 0` (a doubly non-negative relaxation), and linear cuts `a_t y <= b_t` that
+//! every feasible placement obeys, see [`Kind`]: the load caps enter only there.
+//!
+//! # Bound
+//!
+//! For any symmetric `Lambda_l`, any `m_t >= 0` and any column numbers `v_l`, put
+//!
+//! ```text
+//! r_z,l(e, f)  = c_l(e, f) + 2 Lambda_l[e, E + f] + sum_t m_t a_t(z_l(e, f))
+//! r_s,l(e, e') = 2 Lambda_l[e, e'] + 2 Lambda_{l-1}[E + e, E + e'] + sum_t m_t a_t(s_l(e, e'))
+//! D = sum_l [ tr Lambda_l - 1' Lambda_l 1 / G - 2C (sum of the G - 1 largest eigenvalues of P Lambda_l P) ] - sum_t m_t b_t
+//!   + sum_l [ sum_e (C smallest of r_z,l(e, f) - v_l(f)) + C sum_f v_l(f) ]
+//!   + sum_l sum_e (C - 1 smallest of r_s,l(e, e'), e' != e) / 2
+//! ```
+//!
+//! Then `sum transitions + D` is a lower bound. For a placement take its y and `Q_l = B_l(y)`; then `<c, z>` is at least
+//! `<c, z> + sum_l <Lambda_l, B_l(y) - Q_l> + sum_t m_t (a_t y - b_t)`, as the second term is 0 and the third is not
+//! positive. Collect terms. The part in y is `sum r y + sum_l tr Lambda_l`; in `z_l` every row and column holds C ones and in
+//! `s_l` every row C - 1 besides the diagonal, which gives the selections (a half, as each s lies in two rows; v is added
+//! and taken away again). The part in Q is `-<Lambda_l, J> / G - <P Lambda_l P, R>`, and by Ky Fan's theorem the last is at
+//! least minus 2C times the sum of the G - 1 largest eigenvalues, R being what it is.
+//!
+//! Nothing here asks where Lambda and m come from. They come from an ADMM that is stopped whenever it suits; stopped
+//! early it proves less, never something false.
+//!
+//! # Rounding
+//!
+//! [`verify`] recomputes D from the instance and the [`Certificate`] alone, coefficients of the cuts included. Costs
+//! are scaled by a power of two, so they are exact; every other sum is accompanied by the sum of its absolute values,
+//! and the number of roundings times that is subtracted. Eigenvalues are bounded by the residual of whatever
+//! the eigensolver returned. The crossing count is an integer, so the result is rounded up.
+
+// Kernels must end up inside their multiversioned callers, or they are compiled for the oldest machine.
+#![allow(clippy::inline_always)]
+
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+mod certificate;
+mod cuts;
+mod eigen;
+mod load;
+mod relaxation;
+mod rows;
+mod semidefinite;
+mod separation;
+mod spectrum;
+mod transport;
+
+pub use certificate::{Certificate, verify};
+pub use cuts::Kind;
+pub use load::largest_device_load;
+
+use crate::error::{Error, Result};
+use certificate::{crossing, dual_value};
+use relaxation::Relaxation;
+use semidefinite::{Admm, Dual};
+
+/// Experts per layer beyond which only the transportation bound is tried: an iteration would take minutes.
+const LARGEST: usize = 512;
+
+/// A joint placement problem on interchangeable devices: how few transitions can cross devices?
+#[derive(Debug, Clone, Copy)]
+pub struct Instance<'a> {
+    /// Layers, L.
+    pub layers: usize,
+    /// Experts of a layer.
+    pub experts: usize,
+    /// Devices, G. Each has C = `ceil(experts / devices)` slots in every layer.
+    pub devices: usize,
+    /// `[L - 1, experts, experts]`.
+    pub transitions: &'a [u64],
+    /// `[L, experts]`.
+    pub load: &'a [u64],
+    /// `[L]`: the largest load that a device may carry; `u64::MAX` for none.
+    pub cap: &'a [u64],
+}
+
+impl Instance<'_> {
+    fn check(&self) -> Result<()> {
+        let Self { layers, experts, devices, .. } = *self;
+        let shape =
+            |what, rule: String, found: usize| Err(Error::Shape { what, rule, found: found.to_string() });
+        if layers == 0 || experts == 0 {
+            return shape("load", "at least one layer and one expert".into(), 0);
+        }
+        if devices == 0 || devices > experts {
+            return shape("devices", format!("a value from 1 to the number of experts ({experts})"), devices);
+        }
+        if self.transitions.len() != (layers - 1) * experts * experts {
+            let rule = format!("shape [{}, {experts}, {experts}]", layers - 1);
+            return shape("transitions", rule, self.transitions.len());
+        }
+        if self.load.len() != layers * experts {
+            return shape("load", format!("shape [{layers}, {experts}]"), self.load.len());
+        }
+        if self.cap.len() != layers {
+            return shape("cap", format!("shape [{layers}]"), self.cap.len());
+        }
+        Ok(())
+    }
+
+    /// Nothing can cross, or nothing is known to.
+    fn is_trivial(&self) -> bool {
+        self.layers < 2 || self.devices < 2 || self.transitions.iter().all(|&t| t == 0)
+    }
+}
+
+/// When to stop, whatever comes first.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits<'a> {
+    /// Iterations of the semidefinite method: 50 for a quick answer, 150 for a good one, flat after 500.
+    pub iterations: usize,
+    /// Crossing count of the best known placement; `None` where none is known.
+    pub target: Option<u64>,
+    /// Good enough: `(target - bound) / target`.
+    pub gap: f64,
+    /// Good enough whatever it is. With a deadline the result depends on the machine.
+    pub deadline: Option<Instant>,
+    /// Set from another thread to stop after the present iteration.
+    pub stop: &'a AtomicBool,
+}
+
+impl Limits<'_> {
+    fn is_reached(&self, cost: u64) -> bool {
+        self.target.is_some_and(|target| (target as f64) - cost as f64 <= self.gap * target as f64)
+    }
+}
+
+/// Why the search for a better bound ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// The gap is small enough, or there is nothing to prove.
+    Gap,
+    /// No progress to speak of.
+    Stalled,
+    /// The iterations are spent.
+    Iterations,
+    /// The time is spent, or too short for an iteration of this size.
+    Deadline,
+    /// The stop flag was set.
+    Asked,
+    /// The instance is too large for more than the transportation bound.
+    Size,
+}
+
+/// Which relaxation proved a bound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// Nothing to prove: the bound is 0.
+    Trivial,
+    /// Row and column sums of each pair of layers.
+    Transportation,
+    /// The doubly non-negative relaxation with cuts.
+    Semidefinite,
+}
+
+/// A bound with its proof.
+#[derive(Debug, Clone)]
+pub struct Bound {
+    /// No feasible placement has fewer transitions between devices.
+    pub cost: u64,
+    /// Which bound it is.
+    pub source: Source,
+    /// Iterations done.
+    pub iterations: usize,
+    /// Why it ended.
+    pub stop: Stop,
+    /// What [`verify`] needs.
+    pub certificate: Certificate,
+}
+
+/// The best proven bound so far, as handed to the progress report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Iterations done.
+    pub iterations: usize,
+    /// The proven bound.
+    pub cost: u64,
+}
+
+/// Bounds the crossing count from below.
+///
+/// Runs on the ambient rayon pool; without a deadline the result is a function of the instance and the limits alone,
+/// whatever the number of threads. `report` is called whenever the proven bound has risen.
+///
+/// If no placement is feasible, any bound is right, and what is returned means nothing.
+pub fn bound(instance: &Instance<'_>, limits: &Limits<'_>, report: impl FnMut(Progress)) -> Result<Bound> {
+    instance.check()?;
+    if instance.is_trivial() {
+        let certificate = Certificate::default();
+        return Ok(Bound { cost: 0, source: Source::Trivial, iterations: 0, stop: Stop::Gap, certificate });
+    }
+    let relaxation = Relaxation::new(instance);
+    let mut best = Best::new(&relaxation, limits, report);
+    if best.reached() {
+        return Ok(best.finish(Stop::Gap, 0));
+    }
+    if relaxation.experts > LARGEST {
+        return Ok(best.finish(Stop::Size, 0));
+    }
+    // Costs and D share their unit and their zero: all transitions inside devices.
+    let target = limits.target.map(|target| (target as f64 - relaxation.total as f64) / relaxation.unit);
+    let mut admm = Admm::new(&relaxation);
+    let stop = admm.run(limits, target, |iterations, dual| best.offer(iterations, dual));
+    Ok(best.finish(stop, admm.iterations))
+}
+
+/// The best dual point: proven, and perhaps a better one whose proof waits.
+struct Best<'a, F> {
+    relaxation: &'a Relaxation,
+    limits: &'a Limits<'a>,
+    report: F,
+    cost: u64,
+    source: Source,
+    proven: Dual,
+    waiting: Option<Dual>,
+    /// Iterations before which no proof is made: proofs cost as much as iterations, so they are spaced out.
+    next: usize,
+}
+
+impl<'a, F: FnMut(Progress)> Best<'a, F> {
+    /// Starts with the transportation bound.
+    fn new(relaxation: &'a Relaxation, limits: &'a Limits<'a>, report: F) -> Self {
+        let proven = Dual { columns: transport::all_columns(relaxation), ..Dual::default() };
+        let source = Source::Transportation;
+        let mut this = Self { relaxation, limits, report, cost: 0, source, proven, waiting: None, next: 0 };
+        this.cost = this.prove(&this.proven);
+        (this.report)(Progress { iterations: 0, cost: this.cost });
+        this
+    }
+
+    fn prove(&self, dual: &Dual) -> u64 {
+        crossing(self.relaxation, dual_value(self.relaxation, dual, None))
+    }
+
+    fn reached(&self) -> bool {
+        self.limits.is_reached(self.cost)
+    }
+
+    /// Takes a better point; whether it is good enough to stop.
+    fn offer(&mut self, iterations: usize, dual: Dual) -> bool {
+        let promising = self.limits.is_reached(crossing(self.relaxation, dual.estimate));
+        self.waiting = Some(dual);
+        if promising || iterations >= self.next {
+            self.settle(iterations);
+            self.next = iterations + iterations.div_ceil(5);
+        }
+        promising && self.reached()
+    }
+
+    fn settle(&mut self, iterations: usize) {
+        let Some(dual) = self.waiting.take() else { return };
+        let cost = self.prove(&dual);
+        if cost > self.cost {
+            (self.cost, self.source, self.proven) = (cost, Source::Semidefinite, dual);
+            (self.report)(Progress { iterations, cost });
+        }
+    }
+
+    fn finish(mut self, stop: Stop, iterations: usize) -> Bound {
+        self.settle(iterations);
+        let certificate = Certificate::write(self.proven);
+        Bound { cost: self.cost, source: self.source, iterations, stop, certificate }
+    }
+}
+
+#[cfg(test)]
+mod tests;

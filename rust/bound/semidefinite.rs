@@ -1,0 +1,323 @@
+//! The alternating direction method of multipliers (Boyd et al. 2011) on the doubly non-negative relaxation.
+//!
+//! `minimise sum <c_l, z_l>` over y, which obeys the linear inequalities, and `Q_l`, which obeys the spectral ones, with
+//! `B_l(y) = Q_l`. The scaled multiplier `U_l` of that equation is what the bound is made of.
+
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use rayon::prelude::*;
+
+use super::certificate::dual_value;
+use super::cuts::Cut;
+use super::eigen::Eigen;
+use super::relaxation::Relaxation;
+use super::rows::{Pool, project};
+use super::separation::{fill_matrix, separate};
+use super::{Limits, Stop};
+
+/// Over-relaxation.
+const ALPHA: f64 = 1.7;
+/// First penalty, in units of the mean cost.
+const PENALTY: f64 = 2.0;
+/// Sweeps over the inequalities in one iteration.
+const SWEEPS: usize = 4;
+/// Iterations between two looks at the bound, and between two separations.
+const PERIOD: usize = 10;
+/// Looks without progress after which the search ends.
+const STALLS: usize = 3;
+/// Progress that counts, as a share of the distance to the target.
+const PROGRESS: f64 = 0.002;
+/// The distance where no target is known, as a share of the bound.
+const USUAL_GAP: f64 = 0.02;
+/// With less time than for so many iterations the method proves nothing useful, and is not tried.
+const FEWEST: u32 = 15;
+
+/// A dual point as the method leaves it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Dual {
+    /// `[M, 2E, 2E]`.
+    pub(super) lambda: Vec<f64>,
+    /// Multipliers of the column sums of z, `[M, E]`; empty for zeros.
+    pub(super) columns: Vec<f64>,
+    /// With their multipliers, by pair.
+    pub(super) cuts: Vec<(Cut, f64)>,
+    /// What it is worth, if the eigenvalues are right.
+    pub(super) estimate: f64,
+}
+
+/// Q and U of one pair.
+#[derive(Debug, Clone)]
+struct Pair {
+    q: Vec<f64>,
+    u: Vec<f64>,
+    /// Sum of the G - 1 largest eigenvalues of P U P.
+    largest: f64,
+    /// Squared distances of B from Q, and of Q from the Q before.
+    residual: [f64; 2],
+}
+
+/// Memory of a thread.
+struct Scratch {
+    b: Vec<f64>,
+    target: Vec<f64>,
+    work: Vec<f64>,
+    eigen: Eigen,
+    weights: Vec<f64>,
+}
+
+impl Scratch {
+    fn new(n: usize) -> Self {
+        let matrix = || vec![0.0; n * n];
+        Self { b: matrix(), target: matrix(), work: matrix(), eigen: Eigen::new(n), weights: vec![0.0; n] }
+    }
+}
+
+/// The state of the method.
+pub(super) struct Admm<'a> {
+    relaxation: &'a Relaxation,
+    pairs: Vec<Pair>,
+    pools: Vec<Pool>,
+    y: Vec<f64>,
+    sign: Vec<f64>,
+    penalty: f64,
+    /// Iterations done.
+    pub(super) iterations: usize,
+}
+
+impl<'a> Admm<'a> {
+    /// The start: Q = J / G, U = 0.
+    pub(super) fn new(relaxation: &'a Relaxation) -> Self {
+        let n = relaxation.order();
+        let pair = Pair {
+            q: vec![1.0 / relaxation.devices as f64; n * n],
+            u: vec![0.0; n * n],
+            largest: 0.0,
+            residual: [0.0; 2],
+        };
+        let square = relaxation.experts * relaxation.experts;
+        let length = (2 * relaxation.pairs() + 1) * square;
+        let mean = -relaxation.cost.iter().sum::<f64>() / relaxation.cost.len() as f64;
+        Self {
+            relaxation,
+            pairs: vec![pair; relaxation.pairs()],
+            pools: (0..relaxation.pairs()).into_par_iter().map(|l| Pool::new(relaxation, l)).collect(),
+            y: vec![0.0; length],
+            sign: vec![0.0; length],
+            penalty: PENALTY * mean,
+            iterations: 0,
+        }
+    }
+
+    /// Iterates until a limit is reached; `better` sees every dual point that is better than those before.
+    ///
+    /// `target` is the value of the best placement in units of the dual function.
+    pub(super) fn run(
+        &mut self,
+        limits: &Limits<'_>,
+        target: Option<f64>,
+        mut better: impl FnMut(usize, Dual) -> bool,
+    ) -> Stop {
+        let start = Instant::now();
+        let all = self.relaxation.total as f64 / self.relaxation.unit;
+        let mut best = f64::NEG_INFINITY;
+        let (mut stalls, mut mark) = (0, f64::NEG_INFINITY);
+        loop {
+            if limits.stop.load(Ordering::Relaxed) {
+                return Stop::Asked;
+            }
+            if limits.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Stop::Deadline;
+            }
+            if self.iterations >= limits.iterations {
+                return Stop::Iterations;
+            }
+            self.iterate();
+            if self.iterations == 1 && limits.deadline.is_some_and(|d| start + FEWEST * start.elapsed() > d) {
+                return Stop::Deadline;
+            }
+            if !self.iterations.is_multiple_of(PERIOD) && self.iterations != limits.iterations {
+                continue;
+            }
+            let dual = self.dual();
+            if dual.estimate > best {
+                best = dual.estimate;
+                if better(self.iterations, dual) {
+                    return Stop::Gap;
+                }
+            }
+            let distance = target.map_or(USUAL_GAP * (all + best), |target| target - best);
+            if best > mark + PROGRESS * distance.max(0.0) {
+                (mark, stalls) = (best, 0);
+            } else {
+                stalls += 1;
+                if stalls >= STALLS {
+                    return Stop::Stalled;
+                }
+            }
+            self.balance();
+            if self.iterations.is_multiple_of(PERIOD) {
+                self.separate();
+            }
+        }
+    }
+
+    fn iterate(&mut self) {
+        self.set_target();
+        let square = self.relaxation.experts * self.relaxation.experts;
+        project(&mut self.pools, square, SWEEPS, &mut self.y, &mut self.sign);
+        self.scale_layers(|v| 1.0 / v.sqrt());
+        let (relaxation, y) = (self.relaxation, &self.y);
+        self.pairs.par_iter_mut().enumerate().for_each_init(
+            || Scratch::new(relaxation.order()),
+            |scratch, (l, pair)| pair.step(relaxation, &y[2 * l * square..][..3 * square], scratch),
+        );
+        self.iterations += 1;
+    }
+
+    /// Multiplies the s part of y by a function of its weight v.
+    fn scale_layers(&mut self, factor: impl Fn(f64) -> f64) {
+        let relaxation = self.relaxation;
+        let square = relaxation.experts * relaxation.experts;
+        for (l, block) in self.y.chunks_mut(2 * square).enumerate() {
+            let factor = factor(relaxation.copies(l));
+            block[..square].iter_mut().for_each(|s| *s *= factor);
+        }
+    }
+
+    /// The point to project: V, in scaled coordinates.
+    fn set_target(&mut self) {
+        let relaxation = self.relaxation;
+        let (e, n) = (relaxation.experts, relaxation.order());
+        let (pairs, half) = (&self.pairs, 0.5 / self.penalty);
+        self.y.par_chunks_mut(2 * e * e).enumerate().for_each(|(l, block)| {
+            let (s, z) = block.split_at_mut(e * e);
+            let share = 1.0 / relaxation.copies(l).sqrt();
+            s.fill(0.0);
+            for (pair, at) in [(l.checked_sub(1), e), (Some(l), 0)] {
+                let Some(pair) = pair.and_then(|l| pairs.get(l)) else { continue };
+                for i in 0..e {
+                    let row = (at + i) * n + at;
+                    for j in i + 1..e {
+                        s[i * e + j] += share * (pair.q[row + j] - pair.u[row + j]);
+                    }
+                }
+            }
+            if let Some(pair) = pairs.get(l) {
+                let cost = &relaxation.cost[l * e * e..][..e * e];
+                for i in 0..e {
+                    let row = i * n + e;
+                    for f in 0..e {
+                        z[i * e + f] = pair.q[row + f] - pair.u[row + f] - cost[i * e + f] * half;
+                    }
+                }
+            }
+        });
+    }
+
+    /// Adapts the penalty when one residual runs away from the other.
+    fn balance(&mut self) {
+        let sum = |k: usize| self.pairs.iter().map(|pair| pair.residual[k]).sum::<f64>().sqrt();
+        let (primal, dual) = (sum(0), sum(1));
+        let factor = if primal > 4.0 * dual {
+            1.2
+        } else if dual > 4.0 * primal {
+            1.0 / 1.2
+        } else {
+            return;
+        };
+        self.penalty *= factor;
+        let inverse = 1.0 / factor;
+        self.pairs.par_iter_mut().for_each(|pair| pair.u.iter_mut().for_each(|u| *u *= inverse));
+        self.pools.par_iter_mut().for_each(|pool| pool.rescale(inverse));
+    }
+
+    fn separate(&mut self) {
+        let relaxation = self.relaxation;
+        self.pools.par_iter_mut().for_each(|pool| {
+            pool.drop_idle();
+            pool.index_triangles(relaxation);
+        });
+        separate(relaxation, &self.y, &mut self.pools);
+    }
+
+    /// The dual point of the present iterate.
+    fn dual(&self) -> Dual {
+        let mut cuts = Vec::new();
+        for (l, pool) in self.pools.iter().enumerate() {
+            pool.export(self.relaxation, l, 2.0 * self.penalty, &mut cuts);
+        }
+        let mut lambda = Vec::with_capacity(self.pairs.len() * self.pairs[0].u.len());
+        for pair in &self.pairs {
+            lambda.extend(pair.u.iter().map(|u| self.penalty * u));
+        }
+        let spectrum: Vec<f64> = self.pairs.iter().map(|pair| self.penalty * pair.largest).collect();
+        let mut dual = Dual { lambda, cuts, ..Dual::default() };
+        dual.estimate = dual_value(self.relaxation, &dual, Some(&spectrum));
+        dual
+    }
+}
+
+impl Pair {
+    /// Q and U of the next iteration.
+    fn step(&mut self, relaxation: &Relaxation, slice: &[f64], scratch: &mut Scratch) {
+        let Relaxation { experts: e, devices, slots, .. } = *relaxation;
+        let n = 2 * e;
+        let Scratch { b, target, work, eigen, weights } = scratch;
+        fill_matrix(e, slice, b);
+        for (((u, b), q), target) in self.u.iter_mut().zip(&*b).zip(&self.q).zip(&mut *target) {
+            // U keeps the point that is projected; what the projection leaves of it is the new U.
+            *u += ALPHA * b + (1.0 - ALPHA) * q;
+            *target = *u;
+        }
+        centre_in_place(target, n);
+        work.copy_from_slice(target);
+        eigen.decompose(work);
+        let most = 2.0 * slots as f64;
+        let inside = eigen.values.iter().filter(|&&x| x > 0.0).count();
+        let outside = eigen.values.iter().filter(|&&x| !(0.0..=most).contains(&x)).count();
+        // R is the part inside, or the whole less the part outside: whichever needs fewer vectors.
+        if inside <= outside {
+            weights.iter_mut().zip(&eigen.values).for_each(|(w, x)| *w = x.clamp(0.0, most));
+            target.fill(0.0);
+        } else {
+            weights.iter_mut().zip(&eigen.values).for_each(|(w, x)| *w = x.clamp(0.0, most) - x);
+        }
+        eigen.add_weighted(weights, target);
+        let share = 1.0 / devices as f64;
+        let mut residual = [0.0; 2];
+        for (((u, b), q), r) in self.u.iter_mut().zip(&*b).zip(&mut self.q).zip(&*target) {
+            let new = share + r;
+            residual[0] += (b - new) * (b - new);
+            residual[1] += (new - *q) * (new - *q);
+            *u -= new;
+            *q = new;
+        }
+        self.residual = residual;
+        weights.iter_mut().zip(&eigen.values).for_each(|(w, x)| *w = x - x.clamp(0.0, most));
+        weights.sort_unstable_by(|a, b| b.total_cmp(a));
+        self.largest = weights[..devices - 1].iter().sum();
+    }
+}
+
+/// Centres rows and columns inside each half.
+fn centre_in_place(a: &mut [f64], n: usize) {
+    let half = n / 2;
+    let size = half as f64;
+    let mut means = vec![[0.0; 2]; n];
+    let mut grand = [[0.0; 2]; 2];
+    for (i, (row, means)) in a.chunks_exact(n).zip(&mut means).enumerate() {
+        for side in 0..2 {
+            means[side] = row[side * half..][..half].iter().sum::<f64>() / size;
+            grand[i / half][side] += means[side] / size;
+        }
+    }
+    for (i, row) in a.chunks_exact_mut(n).enumerate() {
+        for side in 0..2 {
+            let shift = means[i][side] - grand[i / half][side];
+            for (x, mean) in row[side * half..][..half].iter_mut().zip(&means[side * half..]) {
+                *x -= mean[i / half] + shift;
+            }
+        }
+    }
+}

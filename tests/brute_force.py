@@ -1,0 +1,91 @@
+"""Small problems, and their optimum by trying every placement."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+
+import moetuner as mt
+
+
+def small_problem(
+    seed: int,
+    layers: int = 3,
+    experts: int = 6,
+    devices: int = 3,
+    *,
+    slots: int | None = None,
+    regime: str = "follow",
+    max_imbalance: float | None = 1.2,
+    devices_per_node: int | None = None,
+    largest: int = 30,
+) -> mt.Problem:
+    """Make a problem of random counts; cost between nodes is three times that within."""
+    random = np.random.default_rng(seed)
+    load = random.integers(0, largest, (1, layers, experts), dtype=np.uint64)
+    transitions = random.integers(0, largest, (layers - 1, experts, experts), dtype=np.uint64)
+    half = np.triu(random.integers(0, largest, (layers, experts, experts), dtype=np.uint64), 1)
+    statistics = mt.RoutingStatistics(load, transitions, half + half.transpose(0, 2, 1))
+    topology = mt.Topology(
+        devices,
+        devices_per_node=devices_per_node,
+        intra_node_bandwidth=3e9,
+        inter_node_bandwidth=1e9,
+    )
+    return mt.Problem(
+        statistics, topology, slots_per_device=slots, regime=regime, max_imbalance=max_imbalance
+    )
+
+
+def optimum(problem: mt.Problem, caps: NDArray[np.integer] | None = None) -> int | None:
+    """Least `Problem.cost` under caps [L] or [L,D]; None if no placement keeps them.
+
+    Every device of every expert, layer by layer: the cost is a chain, so the least cost that ends
+    in a given layer is all that has to be remembered.
+    """
+    D, E = problem.devices, problem.experts
+    caps = problem.caps if caps is None else caps
+    caps = np.broadcast_to(np.atleast_2d(caps.T).T, (problem.layers, D))
+    all_ways = np.array(list(itertools.product(range(D), repeat=E)))
+    held = (all_ways[:, :, None] == np.arange(D)).astype(np.int64)
+    all_ways, held = (x[(held.sum(axis=1) <= problem.slots).all(axis=1)] for x in (all_ways, held))
+    value, before = None, None
+    for layer in range(problem.layers):
+        load = np.einsum("e,wed->wd", problem.load[layer].astype(np.int64), held)
+        fits = (load <= caps[layer].astype(np.int64)).all(axis=1)
+        ways, on = all_ways[fits], held[fits]
+        if not len(ways):
+            return None
+        own = np.zeros(len(ways), dtype=np.int64)
+        if problem.regime == "dispatch":
+            together = problem.statistics.coactivation_or_empty[layer].astype(np.int64)
+            apart = ways[:, :, None] != ways[:, None, :]
+            own = (together * apart).sum(axis=(1, 2)) // 2
+        if value is None or before is None:
+            value = own
+        elif problem.regime == "dispatch":
+            value = value.min() + own
+        else:
+            table = problem.statistics.transitions_or_empty[layer - 1].astype(np.int64)
+            flow = np.einsum("wed,ef->wdf", before, table)
+            price = np.einsum("wdf,dc->wfc", flow, problem.topology.cost)
+            step = price.reshape(len(price), -1) @ on.reshape(len(on), -1).T
+            value = (value[:, None] + step).min(axis=0) + own
+        before = on
+    assert value is not None
+    return int(value.min())
+
+
+def kept_caps(problem: mt.Problem, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
+    """Caps [L], raised to the loads of a placement that breaks them."""
+    return np.maximum(problem.caps, device_load(problem, slots).max(axis=1))
+
+
+def device_load(problem: mt.Problem, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
+    """Load of every device [L,D]."""
+    device_of = mt.Placement(slots, num_experts=problem.experts).device_of
+    load = np.zeros((problem.layers, problem.devices), dtype=np.uint64)
+    np.add.at(load, (np.arange(problem.layers)[:, None], device_of), problem.load)
+    return load

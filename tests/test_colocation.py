@@ -1,0 +1,153 @@
+"""The co-location programme: exact where it says so, never worse than its start, bounds below."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+from brute_force import kept_caps, optimum, small_problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner.solver import colocation_model
+from moetuner.solver.chain import chain
+from moetuner.solver.colocation import colocation, entries_of, fits
+from moetuner.solver.colocation_model import Joint, Model
+from moetuner.solver.result import Candidate, Limits
+
+
+def shuffled(problem: mt.Problem, seed: int = 0) -> Candidate:
+    """Make a start that is far from good, and may break caps."""
+    random = np.random.default_rng(seed)
+    P = problem.devices * problem.slots
+    entries = np.array([random.permutation(P) for _ in range(problem.layers)], dtype=np.int32)
+    entries[entries >= problem.experts] = -1
+    return Candidate(entries.reshape(problem.layers, problem.devices, problem.slots))
+
+
+def cost(problem: mt.Problem, found: Candidate) -> int:
+    return problem.cost(mt.Placement(found.slots, num_experts=problem.experts))
+
+
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 10**6),
+    layers=st.integers(1, 3),
+    experts=st.integers(4, 6),
+    regime=st.sampled_from(["follow", "dispatch"]),
+    max_imbalance=st.sampled_from([1.2, 1.4, None]),
+)
+def test_agrees_with_brute_force(seed, layers, experts, regime, max_imbalance) -> None:
+    """From any start it ends at the optimum of the caps that the start keeps."""
+    problem = small_problem(seed, layers, experts, regime=regime, max_imbalance=max_imbalance)
+    start = shuffled(problem, seed)
+    found = colocation(problem, seed=0, limits=Limits(), start=start)
+    assert found.status == "optimal"
+    best = optimum(problem, kept_caps(problem, start.slots))
+    assert cost(problem, found) == found.bound == best
+
+
+@settings(max_examples=8)
+@given(seed=st.integers(0, 10**6), max_imbalance=st.sampled_from([1.3, None]))
+def test_two_tiers_are_two_relations(seed, max_imbalance) -> None:
+    """With nodes it agrees with brute force, and with the chain."""
+    problem = small_problem(seed, 2, 6, 4, devices_per_node=2, max_imbalance=max_imbalance)
+    start = shuffled(problem, seed)
+    found = colocation(problem, seed=0, limits=Limits(), start=start)
+    assert found.status == "optimal"
+    assert cost(problem, found) == found.bound
+    assert found.bound == optimum(problem, kept_caps(problem, start.slots))
+    if max_imbalance is None:
+        assert chain(problem).bound == found.bound
+
+
+@settings(max_examples=8)
+@given(seed=st.integers(0, 10**6))
+def test_triangles_on_demand_change_nothing(seed) -> None:
+    """Separated in rounds or complete, the triangles give the same optimum."""
+    problem = small_problem(seed, 3, 6, 3, max_imbalance=1.4)
+    start = shuffled(problem, seed)
+    complete = colocation(problem, seed=0, limits=Limits(), start=start)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(colocation_model, "COMPLETE", 0)
+        lazy = colocation(problem, seed=0, limits=Limits(), start=start)
+    assert lazy.status == complete.status == "optimal"
+    assert lazy.bound == complete.bound
+    rows = lazy.details["colocation"]
+    assert rows["triangle_rows"] <= rows["triangle_rows_in_all"]
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10**6), slots=st.integers(2, 3), nodes=st.booleans())
+def test_values_and_placement_are_one(seed, slots, nodes) -> None:
+    """A placement turned into values costs the same, keeps all rows, and reads back as itself."""
+    problem = small_problem(
+        seed, 3, 6, 4, slots=slots, devices_per_node=2 if nodes else None, max_imbalance=None
+    )
+    start = shuffled(problem, seed)
+    model = Model(Joint.of(problem, problem.caps))
+    device_of = entries_of(start.slots, problem.experts)
+    values = model.values(device_of)
+    assert model.ilp.broken(values) is None
+    assert model.ilp.objective(values) * model.unit == pytest.approx(cost(problem, start))
+    back = model.device_of(values)
+    assert (model.values(back) == values).all()
+
+
+def test_the_first_incumbent_is_the_start() -> None:
+    """HiGHS begins at the cost that `Problem.cost` gives the start."""
+    problem = small_problem(1, 3, 8, 4, max_imbalance=None)
+    start = shuffled(problem)
+    found = colocation(problem, seed=0, limits=Limits(), start=start)
+    assert found.details["colocation"]["first_incumbent"] == cost(problem, start)
+
+
+def test_no_time_gives_the_start() -> None:
+    """A limit of zero seconds returns the placement that came in."""
+    problem = small_problem(1, 3, 8, 4)
+    start = shuffled(problem)
+    found = colocation(problem, seed=0, limits=Limits(time_limit=0.0), start=start)
+    assert found.status == "time_limit"
+    assert np.array_equal(found.slots, start.slots)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_an_interrupt_gives_the_best_so_far() -> None:
+    """Ctrl-C ends the solve, not the program; bound and placement are kept."""
+    problem = small_problem(2, 24, 8, 4, max_imbalance=None, largest=1000)
+    start = shuffled(problem)
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    found = colocation(problem, seed=0, limits=Limits(), start=start)
+    timer.join()
+    assert found.status == "interrupted"
+    assert cost(problem, found) <= cost(problem, start)
+    assert found.bound <= chain(problem).bound <= cost(problem, found)
+
+
+def test_progress_reports_incumbent_and_bound() -> None:
+    """Every report has a bound that is below the objective."""
+    seen = []
+    problem = small_problem(2, 24, 8, 4, max_imbalance=None, largest=1000)
+    limits = Limits(time_limit=2.0, progress=seen.append)
+    colocation(problem, seed=0, limits=limits, start=shuffled(problem))
+    assert seen
+    assert all(line.phase == "co-location" and line.bound <= line.objective for line in seen)
+
+
+def test_caps_of_the_start_are_said() -> None:
+    """A start that breaks a cap raises it, in ``details``."""
+    problem = small_problem(3, 2, 6, 3, max_imbalance=1.0)
+    found = colocation(problem, seed=0, limits=Limits(), start=shuffled(problem))
+    assert set(found.details["caps_of_the_start"]) <= {0, 1}
+    assert min(found.details["caps_of_the_start"].values()) > 1
+
+
+def test_knows_what_fits() -> None:
+    """The paper's size fits, 64 experts in 26 layers do not."""
+    assert fits(small_problem(0, 32, 8, 4))
+    assert not fits(small_problem(0, 26, 64, 8))
