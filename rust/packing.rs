@@ -6,6 +6,8 @@
 //! go to the lowest index, and the random kicks have a fixed stream: the same loads always give the same packing.
 
 use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::collections::binary_heap::PeekMut;
 
 use rayon::prelude::*;
 
@@ -92,8 +94,9 @@ pub fn pack(
 }
 
 fn pack_layer(load: &[u64], clusters: usize, room: Room, goal: Goal, improve: bool) -> Packing {
-    let mut cluster = longest_first(load, clusters, room);
-    let bounds = Bounds::new(load, clusters, room);
+    let order = heaviest_first(load);
+    let mut cluster = longest_first(load, &order, clusters, room);
+    let bounds = Bounds::new(load, &order, clusters, room);
     if improve {
         cluster = Search::new(load, &cluster, clusters, room, goal, &bounds).run();
     }
@@ -101,23 +104,37 @@ fn pack_layer(load: &[u64], clusters: usize, room: Room, goal: Goal, improve: bo
     Packing { cluster, peak: (peak, bounds.peak), deviation: (deviation, bounds.deviation) }
 }
 
+/// The experts by falling load, equal ones by rising index.
+fn heaviest_first(load: &[u64]) -> Vec<usize> {
+    // As one number each, the load above the index, they sort without branches.
+    let mut keys: Vec<u128> = load.iter().zip(0..).map(|(&load, e)| u128::from(!load) << 64 | e).collect();
+    keys.sort_unstable();
+    keys.into_iter().map(|key| key as u64 as usize).collect()
+}
+
 /// Longest processing time first: the heaviest expert to the least loaded cluster that may still take one.
-fn longest_first(load: &[u64], clusters: usize, room: Room) -> Vec<u16> {
-    let mut order: Vec<usize> = (0..load.len()).collect();
-    order.sort_by_key(|&e| (Reverse(load[e]), e));
-    let mut sums = vec![0u128; clusters];
+fn longest_first(load: &[u64], order: &[usize], clusters: usize, room: Room) -> Vec<u16> {
+    // Clusters that may still take one, the least loaded on top: its load, and its index in the lowest bits.
+    let mut open: BinaryHeap<Reverse<u128>> = (0..clusters as u128).map(Reverse).collect();
     let mut sizes = vec![0; clusters];
     let mut missing = clusters * room.fewest;
     let mut cluster = vec![0; load.len()];
-    for (placed, e) in order.into_iter().enumerate() {
+    for (placed, &e) in order.iter().enumerate() {
         // The last experts go where the fewest are not reached yet.
         let most = if load.len() - placed > missing { room.most } else { room.fewest };
-        let open = (0..clusters).filter(|&c| sizes[c] < most);
-        let c = open.min_by_key(|&c| (sums[c], c)).expect("there is room for every expert");
-        missing -= usize::from(sizes[c] < room.fewest);
-        sizes[c] += 1;
-        sums[c] += u128::from(load[e]);
-        cluster[e] = c as u16;
+        let (mut top, c) = loop {
+            let top = open.peek_mut().expect("there is room for every expert");
+            let c = top.0 as u16;
+            if sizes[usize::from(c)] < most {
+                break (top, c);
+            }
+            PeekMut::pop(top);
+        };
+        top.0 += u128::from(load[e]) << u16::BITS;
+        let size = &mut sizes[usize::from(c)];
+        missing -= usize::from(*size < room.fewest);
+        *size += 1;
+        cluster[e] = c;
     }
     cluster
 }
@@ -141,10 +158,9 @@ struct Bounds {
 }
 
 impl Bounds {
-    fn new(load: &[u64], clusters: usize, room: Room) -> Self {
+    fn new(load: &[u64], order: &[usize], clusters: usize, room: Room) -> Self {
         let experts = load.len();
-        let mut sorted: Vec<u128> = load.iter().map(|&load| load.into()).collect();
-        sorted.sort_unstable_by_key(|&load| Reverse(load));
+        let sorted: Vec<u128> = order.iter().map(|&e| load[e].into()).collect();
         let sums = |loads: &mut dyn Iterator<Item = &u128>| -> Vec<u128> {
             let add = |sum: &mut u128, &load: &u128| {
                 *sum += load;
@@ -429,9 +445,10 @@ mod tests {
 
     #[test]
     fn packs_the_longest_first() {
-        assert_eq!(longest_first(&[1, 5, 3, 3], 2, Room { fewest: 0, most: 2 }), [0, 0, 1, 1]);
+        let packed = |load: &[u64], clusters, room| longest_first(load, &heaviest_first(load), clusters, room);
+        assert_eq!(packed(&[1, 5, 3, 3], 2, Room { fewest: 0, most: 2 }), [0, 0, 1, 1]);
         // Nothing to balance: still no cluster is empty.
-        assert_eq!(longest_first(&[0; 4], 3, Room::free(4, 3, 4)), [0, 0, 1, 2]);
+        assert_eq!(packed(&[0; 4], 3, Room::free(4, 3, 4)), [0, 0, 1, 2]);
     }
 
     #[test]

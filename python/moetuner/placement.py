@@ -89,7 +89,9 @@ class Placement:
         layers, experts = device_of.shape
         order = np.argsort(device_of, axis=1, kind="stable")
         device = np.take_along_axis(device_of, order, axis=1)
-        counts = (device_of[:, :, None] == np.arange(devices)).sum(axis=1)
+        row = np.arange(layers)[:, None] * devices
+        counts = np.bincount((device_of + row).ravel(), minlength=layers * devices)
+        counts = counts.reshape(layers, devices)
         width = int(counts.max(initial=1))
         if slots_per_device is not None:
             if width > slots_per_device:
@@ -122,10 +124,7 @@ class Placement:
     @property
     def replicas(self) -> NDArray[np.int64]:
         """Copies of every expert [L,E]."""
-        counts = np.zeros((self.layers, self.num_experts), dtype=np.int64)
-        layer, device, slot = np.nonzero(self.slots != EMPTY)
-        np.add.at(counts, (layer, self.slots[layer, device, slot]), 1)
-        return counts
+        return _copies(self.slots, self.num_experts)
 
     @property
     def device_of(self) -> NDArray[np.int64]:
@@ -138,10 +137,12 @@ class Placement:
         """
         if (self.replicas > 1).any():
             raise ValueError("device_of needs one copy of each expert; this placement has replicas")
-        layer, device, slot = np.nonzero(self.slots != EMPTY)
-        device_of = np.zeros((self.layers, self.num_experts), dtype=np.int64)
-        device_of[layer, self.slots[layer, device, slot]] = device
-        return device_of
+        layers, devices, width = self.slots.shape
+        # Empty slots write to a last column, which is left out.
+        device_of = np.zeros((layers, self.num_experts + 1), dtype=np.int64)
+        device = np.repeat(np.arange(devices), width)
+        device_of[np.arange(layers)[:, None], self.slots.reshape(layers, -1)] = device
+        return np.ascontiguousarray(device_of[:, :-1])
 
     def with_names(self, **names: Any) -> Placement:
         """Return the same slots with other names or figures."""
@@ -237,20 +238,31 @@ def _held(placement: Placement) -> NDArray[np.bool_]:
     return held
 
 
+def _copies(slots: NDArray[Any], experts: int) -> NDArray[np.int64]:
+    """Count the slots of every expert [L,E]."""
+    layers = len(slots)
+    # A column for every expert behind one for empty slots.
+    column = slots.reshape(layers, -1).astype(np.int64) - EMPTY
+    cell = column + np.arange(layers)[:, None] * (experts + 1)
+    counts = np.bincount(cell.ravel(), minlength=layers * (experts + 1))
+    return counts.reshape(layers, -1)[:, 1:]
+
+
 def _check(slots: NDArray[Any], experts: int) -> None:
     """Raise for the first layer that breaks a rule."""
-    wrong = np.argwhere((slots < EMPTY) | (slots >= experts))
-    if wrong.size:
-        layer, device, slot = wrong[0]
+    wrong = (slots < EMPTY) | (slots >= experts)
+    if wrong.any():
+        layer, device, slot = np.argwhere(wrong)[0]
         raise ValueError(
             f"slots: layer {layer}, device {device}: expert id {slots[layer, device, slot]} "
             f"is not from -1 to {experts - 1}"
         )
-    for layer, of_layer in enumerate(slots):
-        present = np.unique(of_layer[of_layer != EMPTY])
-        if present.size < experts:
-            missing = np.setdiff1d(np.arange(experts), present)[0]
-            raise ValueError(f"slots: layer {layer}: expert {missing} has no slot")
+    copies = _copies(slots, experts)
+    if not copies.all():
+        layer, expert = np.argwhere(copies == 0)[0]
+        raise ValueError(f"slots: layer {layer}: expert {expert} has no slot")
+    if copies.max() == 1:
+        return
     ordered = np.sort(slots, axis=2)
     twice = np.argwhere((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] != EMPTY))
     if twice.size:

@@ -37,9 +37,7 @@ def random(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 
 def lpt(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Longest processing time first (Graham, 1969), then swaps: balance, whatever the traffic."""
-    return _candidate(
-        problem, _core.lpt(problem.load, problem.devices, problem.slots, improve=True)
-    )
+    return _packed(problem, limits, improve=True)
 
 
 def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -48,15 +46,22 @@ def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     Heaviest expert first, to the lightest device: github.com/deepseek-ai/EPLB, global policy. Loads
     are summed over all windows.
     """
-    return _candidate(
-        problem, _core.lpt(problem.load, problem.devices, problem.slots, improve=False)
-    )
+    return _packed(problem, limits, improve=False)
 
 
 def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Transitions alone, loads ignored: the objective of ExFlow (Yao et al., 2024)."""
     return heuristic(
         replace(problem, regime="follow", max_imbalance=None), seed=seed, limits=limits
+    )
+
+
+def _packed(problem: Problem, limits: Limits, *, improve: bool) -> Candidate:
+    return _candidate(
+        problem,
+        _core.lpt(
+            problem.load, problem.devices, problem.slots, improve=improve, threads=limits.threads
+        ),
     )
 
 
