@@ -34,7 +34,7 @@ Policy = Callable[[NDArray[np.uint64], int], NDArray[np.int64]]
 
 
 def vllm_policy(wheel: Path | None) -> Policy | str:
-    """vLLM's default policy: load [L,E] and devices in, device of every expert [L,E] out.
+    """Default policy of vLLM: load [L,E] and devices in, device of every expert [L,E] out.
 
     Where it cannot run: the reason.
     """
@@ -142,7 +142,7 @@ def main() -> None:
                 found[name].append(imbalance(load, policy(load, devices), devices))
             for _ in range(arguments.repeat):
                 for name, policy in named.items():
-                    times[name].append(seconds(lambda: policy(load, devices)))  # noqa: B023
+                    times[name].append(seconds(lambda: policy(load, devices)))
         for name in named:
             pairs = zip(times[first], times[name], strict=True)
             ratio = statistics.median(theirs / mine for theirs, mine in pairs)

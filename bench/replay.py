@@ -128,7 +128,7 @@ def main() -> None:
         check(ours(1), peer())
         assert ours(1).to_dict() == ours(None).to_dict()
         times = [
-            (seconds(peer), seconds(lambda: ours(1)), seconds(lambda: ours(None)))  # noqa: B023
+            (seconds(peer), seconds(lambda: ours(1)), seconds(lambda: ours(None)))
             for _ in range(arguments.repeat)
         ]
         label = f"{tokens} x {layers} x {top_k} of {experts}, {devices}"

@@ -57,8 +57,10 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
             return exact
 
     found = heuristic(problem, seed=seed, limits=within(SEARCH_SHARE))
-    if found.status == "interrupted" or left() == 0:
+    if found.status == "interrupted":
         return found
+    if left() == 0:
+        return replace(found, status="time_limit")
 
     cost = problem.cost(Placement(found.slots, num_experts=problem.experts))
     share = BOUND_SHARE / (1 - SEARCH_SHARE)
