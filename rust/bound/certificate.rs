@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::Instance;
+use super::contents::Contents;
 use super::cuts::{Cut, Kind};
 use super::relaxation::Relaxation;
 use super::semidefinite::Dual;
@@ -16,6 +17,8 @@ use crate::error::{Error, Result};
 pub struct Certificate {
     /// Multipliers of `B_l(y) = Q_l`, `[M, 2E, 2E]`; empty for all zero.
     pub lambda: Vec<f64>,
+    /// Multipliers of `s_l = h_l`, `[L, E, E]`; empty for all zero.
+    pub contents: Vec<f64>,
     /// Multipliers of the column sums of `z_l`, `[M, E]`; empty for all zero.
     pub columns: Vec<f64>,
     /// `[n, 5]`: [`Kind`], pair, and three items or sides, by pair.
@@ -24,6 +27,15 @@ pub struct Certificate {
     pub multipliers: Vec<f64>,
     /// The choices of the lifted cuts in their order, `[lifted, E]`.
     pub choices: Vec<u8>,
+}
+
+/// What the method knows of a dual point it has made, to save the search for it.
+#[derive(Debug, Clone)]
+pub(super) struct Hints {
+    /// Sums of the G - 1 largest eigenvalues, `[M]`.
+    pub(super) spectrum: Vec<f64>,
+    /// Sums of the best contents, `[L]`.
+    pub(super) contents: Vec<f64>,
 }
 
 /// A sum with what its rounding error scales with.
@@ -61,7 +73,8 @@ pub fn verify(instance: &Instance<'_>, certificate: &Certificate) -> Result<u64>
 impl Certificate {
     /// Flattens a dual point.
     pub(super) fn write(dual: Dual) -> Self {
-        let mut this = Self { lambda: dual.lambda, columns: dual.columns, ..Self::default() };
+        let Dual { lambda, contents, columns, .. } = dual;
+        let mut this = Self { lambda, contents, columns, ..Self::default() };
         for (cut, multiplier) in &dual.cuts {
             this.cuts.extend([cut.kind as i32, cut.pair as i32]);
             this.cuts.extend(cut.items.map(|i| i as i32));
@@ -79,6 +92,11 @@ impl Certificate {
         let fits = |array: &[f64], length: usize| array.is_empty() || array.len() == length;
         if !fits(&self.lambda, pairs * order * order) {
             return Err(wrong(format!("lambda [{pairs}, {order}, {order}]"), self.lambda.len().to_string()));
+        }
+        let layers = if relaxation.has_contents { relaxation.layers } else { 0 };
+        if !fits(&self.contents, layers * experts * experts) {
+            let rule = format!("contents [{layers}, {experts}, {experts}]");
+            return Err(wrong(rule, self.contents.len().to_string()));
         }
         if !fits(&self.columns, pairs * experts) {
             return Err(wrong(format!("columns [{pairs}, {experts}]"), self.columns.len().to_string()));
@@ -109,6 +127,7 @@ impl Certificate {
         cuts.sort_by_key(|(cut, _)| cut.pair);
         Ok(Dual {
             lambda: self.lambda.clone(),
+            contents: self.contents.clone(),
             columns: self.columns.clone(),
             cuts,
             estimate: f64::NEG_INFINITY,
@@ -129,8 +148,8 @@ pub(super) fn crossing(relaxation: &Relaxation, value: f64) -> u64 {
 
 /// The dual function D, rounded down far enough to be proven; the cuts must be valid and sorted by pair.
 ///
-/// With `spectrum`, `[M]`, sums of the G - 1 largest eigenvalues are taken as given: quick, but no proof.
-pub(super) fn dual_value(relaxation: &Relaxation, dual: &Dual, spectrum: Option<&[f64]>) -> f64 {
+/// With hints it is quick, but no proof.
+pub(super) fn dual_value(relaxation: &Relaxation, dual: &Dual, hints: Option<&Hints>) -> f64 {
     let cuts = &dual.cuts;
     let pairs = relaxation.pairs();
     let sides: Vec<Side> = (0..pairs)
@@ -138,10 +157,11 @@ pub(super) fn dual_value(relaxation: &Relaxation, dual: &Dual, spectrum: Option<
         .map(|l| {
             let start = cuts.partition_point(|(cut, _)| (cut.pair as usize) < l);
             let end = cuts.partition_point(|(cut, _)| cut.pair as usize <= l);
-            Side::new(relaxation, l, dual, &cuts[start..end], spectrum.map(|s| s[l]))
+            Side::new(relaxation, l, dual, &cuts[start..end], hints.map(|h| h.spectrum[l]))
         })
         .collect();
-    let layers: Vec<Sum> = (0..=pairs).into_par_iter().map(|l| layer_value(relaxation, l, &sides)).collect();
+    let layers: Vec<Sum> =
+        (0..=pairs).into_par_iter().map(|l| layer_value(relaxation, l, dual, &sides, hints)).collect();
     let mut sum = Sum::default();
     for part in sides.iter().map(|side| side.sum).chain(layers) {
         sum.join(part);
@@ -266,7 +286,7 @@ fn transport_value(r: &[f64], e: usize, slots: usize, columns: Option<&[f64]>) -
 }
 
 /// A lower bound on `sum r s` over the partitions of layer l: each expert has C - 1 companions.
-fn layer_value(relaxation: &Relaxation, l: usize, sides: &[Side]) -> Sum {
+fn layer_value(relaxation: &Relaxation, l: usize, dual: &Dual, sides: &[Side], hints: Option<&Hints>) -> Sum {
     let Relaxation { experts: e, slots, .. } = *relaxation;
     let mut r = vec![0.0; e * e];
     let mut sum = Sum::default();
@@ -276,6 +296,19 @@ fn layer_value(relaxation: &Relaxation, l: usize, sides: &[Side]) -> Sum {
             r.iter_mut().zip(&side.reduced[block * e * e..]).for_each(|(r, x)| *r += x);
             sum.magnitude += 2.0 * side.magnitude[block];
         }
+    }
+    if !dual.contents.is_empty() {
+        let g = symmetric(&dual.contents[l * e * e..][..e * e], e);
+        for (n, (r, &x)) in r.iter_mut().zip(&g).enumerate() {
+            if n / e == n % e {
+                sum.add(x);
+            } else {
+                *r += x;
+                sum.magnitude += x.abs();
+            }
+        }
+        let best = || Contents::new(relaxation, l).search(&g, f64::NEG_INFINITY).bound;
+        sum.add(-(relaxation.devices as f64) * hints.map_or_else(best, |h| h.contents[l]));
     }
     let mut scratch = Vec::with_capacity(e);
     for a in 0..e {

@@ -47,9 +47,11 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 mod certificate;
+mod contents;
 mod cuts;
 mod eigen;
 mod load;
+mod mixture;
 mod relaxation;
 mod rows;
 mod semidefinite;

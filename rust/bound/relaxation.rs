@@ -8,6 +8,7 @@
 //! Counts are divided by a power of two near the mean, which is exact.
 
 use super::Instance;
+use super::contents::are_few;
 use super::eigen::power_of_two_near;
 
 /// What the load limit of a layer says, in the layer's unit.
@@ -46,6 +47,8 @@ pub(super) struct Relaxation {
     pub(super) load: Vec<u64>,
     /// Per layer; `None` where no placement can break the cap.
     pub(super) limit: Vec<Option<LoadLimit>>,
+    /// Whether the contents of devices are few enough to be searched; see [`super::contents`].
+    pub(super) has_contents: bool,
     /// Experts of each layer from light to heavy, `[L, E]`.
     by_load: Vec<u32>,
 }
@@ -82,6 +85,7 @@ impl Relaxation {
             weight: vec![0.0; layers * experts],
             load,
             limit: vec![None; layers],
+            has_contents: are_few(experts, slots),
             by_load: Vec::with_capacity(layers * experts),
         };
         for (l, &cap) in instance.cap.iter().enumerate() {
@@ -154,9 +158,10 @@ impl Relaxation {
         }
     }
 
-    /// Blocks that hold the variables of layer l: its weight v in the augmented Lagrangian.
+    /// Copies of the variables `s_l`, in pairs and mixtures: their weight v in the augmented Lagrangian.
     pub(super) fn copies(&self, layer: usize) -> f64 {
-        if layer == 0 || layer + 1 == self.layers { 1.0 } else { 2.0 }
+        let pairs = if layer == 0 || layer + 1 == self.layers { 1.0 } else { 2.0 };
+        pairs + f64::from(u8::from(self.has_contents))
     }
 
     /// `w` of one layer.

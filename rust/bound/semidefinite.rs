@@ -8,9 +8,10 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
-use super::certificate::dual_value;
+use super::certificate::{Hints, dual_value};
 use super::cuts::Cut;
 use super::eigen::Eigen;
+use super::mixture::Mixture;
 use super::relaxation::Relaxation;
 use super::rows::{Pool, project};
 use super::separation::{fill_matrix, separate};
@@ -24,8 +25,9 @@ const PENALTY: f64 = 2.0;
 const SWEEPS: usize = 4;
 /// Iterations between two looks at the bound, and between two separations.
 const PERIOD: usize = 10;
-/// Looks without progress after which the search ends.
+/// Looks without progress after which the search ends, and iterations before which none is missed.
 const STALLS: usize = 3;
+const WARM_UP: usize = 50;
 /// Progress that counts, as a share of the distance to the target.
 const PROGRESS: f64 = 0.002;
 /// The distance where no target is known, as a share of the bound.
@@ -38,11 +40,13 @@ const FEWEST: u32 = 15;
 pub(super) struct Dual {
     /// `[M, 2E, 2E]`.
     pub(super) lambda: Vec<f64>,
+    /// Multipliers of `s_l = h_l`, `[L, E, E]`; empty where contents are too many.
+    pub(super) contents: Vec<f64>,
     /// Multipliers of the column sums of z, `[M, E]`; empty for zeros.
     pub(super) columns: Vec<f64>,
     /// With their multipliers, by pair.
     pub(super) cuts: Vec<(Cut, f64)>,
-    /// What it is worth, if the eigenvalues are right.
+    /// What it is worth, if the eigenvalues and the contents are right.
     pub(super) estimate: f64,
 }
 
@@ -78,6 +82,8 @@ pub(super) struct Admm<'a> {
     relaxation: &'a Relaxation,
     pairs: Vec<Pair>,
     pools: Vec<Pool>,
+    /// Per layer, or empty.
+    mixtures: Vec<Mixture>,
     y: Vec<f64>,
     sign: Vec<f64>,
     penalty: f64,
@@ -98,8 +104,13 @@ impl<'a> Admm<'a> {
         let square = relaxation.experts * relaxation.experts;
         let length = (2 * relaxation.pairs() + 1) * square;
         let mean = -relaxation.cost.iter().sum::<f64>() / relaxation.cost.len() as f64;
+        let mut relaxed: Option<Vec<Mixture>> = None;
+        if relaxation.has_contents {
+            relaxed = (0..relaxation.layers).into_par_iter().map(|l| Mixture::new(relaxation, l)).collect();
+        }
         Self {
             relaxation,
+            mixtures: relaxed.unwrap_or_default(),
             pairs: vec![pair; relaxation.pairs()],
             pools: (0..relaxation.pairs()).into_par_iter().map(|l| Pool::new(relaxation, l)).collect(),
             y: vec![0.0; length],
@@ -149,7 +160,7 @@ impl<'a> Admm<'a> {
             let distance = target.map_or(USUAL_GAP * (all + best), |target| target - best);
             if best > mark + PROGRESS * distance.max(0.0) {
                 (mark, stalls) = (best, 0);
-            } else {
+            } else if self.iterations > WARM_UP {
                 stalls += 1;
                 if stalls >= STALLS {
                     return Stop::Stalled;
@@ -172,6 +183,9 @@ impl<'a> Admm<'a> {
             || Scratch::new(relaxation.order()),
             |scratch, (l, pair)| pair.step(relaxation, &y[2 * l * square..][..3 * square], scratch),
         );
+        self.mixtures.par_iter_mut().enumerate().for_each(|(l, mixture)| {
+            mixture.step(&y[2 * l * square..][..square], ALPHA);
+        });
         self.iterations += 1;
     }
 
@@ -189,7 +203,7 @@ impl<'a> Admm<'a> {
     fn set_target(&mut self) {
         let relaxation = self.relaxation;
         let (e, n) = (relaxation.experts, relaxation.order());
-        let (pairs, half) = (&self.pairs, 0.5 / self.penalty);
+        let (pairs, mixtures, half) = (&self.pairs, &self.mixtures, 0.5 / self.penalty);
         self.y.par_chunks_mut(2 * e * e).enumerate().for_each(|(l, block)| {
             let (s, z) = block.split_at_mut(e * e);
             let share = 1.0 / relaxation.copies(l).sqrt();
@@ -201,6 +215,11 @@ impl<'a> Admm<'a> {
                     for j in i + 1..e {
                         s[i * e + j] += share * (pair.q[row + j] - pair.u[row + j]);
                     }
+                }
+            }
+            if let Some(mixture) = mixtures.get(l) {
+                for ((s, h), u) in s.iter_mut().zip(&mixture.h).zip(&mixture.u) {
+                    *s += share * (h - u);
                 }
             }
             if let Some(pair) = pairs.get(l) {
@@ -229,6 +248,7 @@ impl<'a> Admm<'a> {
         self.penalty *= factor;
         let inverse = 1.0 / factor;
         self.pairs.par_iter_mut().for_each(|pair| pair.u.iter_mut().for_each(|u| *u *= inverse));
+        self.mixtures.par_iter_mut().for_each(|mixture| mixture.u.iter_mut().for_each(|u| *u *= inverse));
         self.pools.par_iter_mut().for_each(|pool| pool.rescale(inverse));
     }
 
@@ -242,7 +262,7 @@ impl<'a> Admm<'a> {
     }
 
     /// The dual point of the present iterate.
-    fn dual(&self) -> Dual {
+    fn dual(&mut self) -> Dual {
         let mut cuts = Vec::new();
         for (l, pool) in self.pools.iter().enumerate() {
             pool.export(self.relaxation, l, 2.0 * self.penalty, &mut cuts);
@@ -251,9 +271,12 @@ impl<'a> Admm<'a> {
         for pair in &self.pairs {
             lambda.extend(pair.u.iter().map(|u| self.penalty * u));
         }
-        let spectrum: Vec<f64> = self.pairs.iter().map(|pair| self.penalty * pair.largest).collect();
-        let mut dual = Dual { lambda, cuts, ..Dual::default() };
-        dual.estimate = dual_value(self.relaxation, &dual, Some(&spectrum));
+        let twice = 2.0 * self.penalty;
+        let contents = self.mixtures.iter().flat_map(|mixture| &mixture.u).map(|u| twice * u).collect();
+        let largest = self.mixtures.par_iter_mut().map(|mixture| twice * mixture.largest()).collect();
+        let spectrum = self.pairs.iter().map(|pair| self.penalty * pair.largest).collect();
+        let mut dual = Dual { lambda, contents, cuts, ..Dual::default() };
+        dual.estimate = dual_value(self.relaxation, &dual, Some(&Hints { spectrum, contents: largest }));
         dual
     }
 }
