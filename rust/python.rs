@@ -483,13 +483,14 @@ fn exact_chain<'py>(
     Ok(Some((slots, found.cost, found.cap.into_pyarray(py))))
 }
 
-/// A certificate's lambda, columns, multipliers of the cuts, cuts, and choices, as flat arrays.
+/// A certificate's lambda, columns, multipliers of the cuts, cuts, choices, and contents, as flat arrays.
 type CertificateArrays<'py> = (
     Bound<'py, PyArray1<f64>>,
     Bound<'py, PyArray1<f64>>,
     Bound<'py, PyArray1<f64>>,
     Bound<'py, PyArray1<i32>>,
     Bound<'py, PyArray1<u8>>,
+    Bound<'py, PyArray1<f64>>,
 );
 
 /// Proven cost, which bound it is, iterations, why it ended, whether it was interrupted, and the proof.
@@ -543,12 +544,13 @@ fn bound<'py>(
         proof.multipliers.into_pyarray(py),
         proof.cuts.into_pyarray(py),
         proof.choices.into_pyarray(py),
+        proof.contents.into_pyarray(py),
     );
     Ok((bound.cost, source, bound.iterations, stop, interrupted, arrays))
 }
 
 #[pyfunction]
-#[pyo3(signature = (load, transitions, cap, devices, lambda_, columns, multipliers, cuts, choices))]
+#[pyo3(signature = (load, transitions, cap, devices, lambda_, columns, multipliers, cuts, choices, contents))]
 fn verify_bound<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, u64>,
@@ -560,6 +562,7 @@ fn verify_bound<'py>(
     multipliers: PyReadonlyArray1<'py, f64>,
     cuts: PyReadonlyArray1<'py, i32>,
     choices: PyReadonlyArray1<'py, u8>,
+    contents: PyReadonlyArray1<'py, f64>,
 ) -> PyResult<u64> {
     let instance = bound_instance(&load, &transitions, &cap, devices)?;
     let certificate = crate::bound::Certificate {
@@ -568,6 +571,7 @@ fn verify_bound<'py>(
         multipliers: multipliers.as_slice()?.to_vec(),
         cuts: cuts.as_slice()?.to_vec(),
         choices: choices.as_slice()?.to_vec(),
+        contents: contents.as_slice()?.to_vec(),
     };
     Ok(detached(py, None, || crate::bound::verify(&instance, &certificate))??)
 }

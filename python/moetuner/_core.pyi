@@ -205,6 +205,7 @@ def bound(
         NDArray[np.float64],
         NDArray[np.int32],
         NDArray[np.uint8],
+        NDArray[np.float64],
     ],
 ]:
     """Bound the transitions that cross devices from below, in any placement under the caps.
@@ -214,7 +215,7 @@ def bound(
     ``progress`` gets seconds and the negative of the bound so far.
 
     Returns the proven count, which bound it is, iterations, why it ended, whether it was
-    interrupted, and the certificate: lambda, columns, multipliers, cuts and choices, flat.
+    interrupted, and the certificate: lambda, columns, multipliers, cuts, choices and contents, flat.
     """
 
 def verify_bound(
@@ -227,5 +228,6 @@ def verify_bound(
     multipliers: NDArray[np.float64],
     cuts: NDArray[np.int32],
     choices: NDArray[np.uint8],
+    contents: NDArray[np.float64],
 ) -> int:
     """Recompute a bound from a certificate alone; whatever it holds, the count is proven."""

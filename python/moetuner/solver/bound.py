@@ -127,6 +127,7 @@ def verify(certificate: Certificate, problem: Problem) -> int:
             proof.multipliers,
             proof.cuts,
             proof.choices,
+            proof.contents,
         )
     return total
 

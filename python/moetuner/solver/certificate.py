@@ -20,6 +20,7 @@ ARRAYS = {
     "multipliers": np.float64,
     "cuts": np.int32,
     "choices": np.uint8,
+    "contents": np.float64,
 }
 
 
@@ -38,6 +39,7 @@ class Proof:
     multipliers: NDArray[np.float64]
     cuts: NDArray[np.int32]
     choices: NDArray[np.uint8]
+    contents: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
