@@ -215,7 +215,7 @@ def bound(
     ``progress`` gets seconds and the negative of the bound so far.
 
     Returns the proven count, which bound it is, iterations, why it ended, whether it was
-    interrupted, and the certificate: lambda, columns, multipliers, cuts, choices and contents, flat.
+    interrupted, and the certificate: lambda, columns, multipliers, cuts, choices, contents.
     """
 
 def verify_bound(
