@@ -16,6 +16,9 @@ const MOST: f64 = 1.5e7;
 /// Contents that one search hands out.
 const HARVEST: usize = 24;
 
+/// More members than any content that can be searched: C of 2C experts are too many long before.
+const DEEPEST: usize = 32;
+
 /// Steps towards the best price of load.
 const PRICE_STEPS: usize = 30;
 
@@ -33,7 +36,7 @@ pub(super) fn members(set: Set) -> impl Iterator<Item = usize> {
 pub(super) fn are_few(experts: usize, slots: usize) -> bool {
     let all: f64 = (0..slots).map(|i| (experts - i) as f64 / (i + 1) as f64).product();
     // Of two experts the pair itself says everything.
-    slots > 2 && experts <= Set::BITS as usize && all <= MOST
+    slots > 2 && slots < DEEPEST && experts <= Set::BITS as usize && all <= MOST
 }
 
 /// The feasible contents of one layer.
@@ -140,10 +143,14 @@ struct Search<'a> {
     /// Price of a share of load, taken off each expert; `refund` is what a content gets back at least.
     price: f64,
     refund: f64,
-    /// `[start][expert][t]`: sum of the t largest halves of the expert's pairs with those from start on.
+    /// `[start][t][expert]`: sum of the t largest halves of the expert's pairs with those from start on.
     halves: Vec<f64>,
+    /// The largest pair of each expert with those behind it.
+    best_pair: Vec<f64>,
     /// Per depth: what each expert would add to the members so far, less its price.
     gains: Vec<Vec<f64>>,
+    /// Per depth: gains with half of the best pairs to come.
+    hopes: Vec<Vec<f64>>,
     chosen: Vec<usize>,
     floor: f64,
     best: f64,
@@ -161,6 +168,9 @@ impl<'a> Search<'a> {
             contents,
             e,
             halves: halves(&g, e, c),
+            best_pair: (0..e)
+                .map(|a| g[a * e + a + 1..(a + 1) * e].iter().copied().fold(f64::NEG_INFINITY, f64::max))
+                .collect(),
             order,
             g,
             share: load.iter().map(|&x| x as f64 / total).collect(),
@@ -168,6 +178,7 @@ impl<'a> Search<'a> {
             price: 0.0,
             refund: 0.0,
             gains: vec![vec![0.0; e]; c],
+            hopes: vec![vec![0.0; e]; c],
             chosen: vec![0; c],
             floor,
             best: f64::NEG_INFINITY,
@@ -201,18 +212,22 @@ impl<'a> Search<'a> {
         for (a, gain) in self.gains[0].iter_mut().enumerate() {
             *gain = self.g[a * self.e + a] - price * self.share[a];
         }
-        self.refund + self.completion(0, 0)
+        self.refund + self.completion(0, 0).0
     }
 
-    /// At most what the missing members, from `start` on, add.
-    fn completion(&self, depth: usize, start: usize) -> f64 {
+    /// At most what the missing members, from `start` on, add; and the least of the hopes that went into it.
+    fn completion(&mut self, depth: usize, start: usize) -> (f64, f64) {
         let c = self.contents.slots;
         let left = c - depth;
-        let mut top = [f64::NEG_INFINITY; 16];
+        let mut top = [f64::NEG_INFINITY; DEEPEST];
         let top = &mut top[..left];
-        let halves = &self.halves[start * self.e * c..];
-        for (l, gain) in self.gains[depth].iter().enumerate().skip(start) {
-            let mut x = gain + halves[l * c + left - 1];
+        let halves = &self.halves[(start * c + left - 1) * self.e..][start..self.e];
+        let gains = self.gains[depth][start..].iter().zip(halves);
+        for ((gain, halves), hope) in gains.zip(&mut self.hopes[depth][start..]) {
+            *hope = gain + halves;
+        }
+        for &hope in &self.hopes[depth][start..] {
+            let mut x = hope;
             if x > top[left - 1] {
                 for t in top.iter_mut() {
                     if x > *t {
@@ -221,56 +236,108 @@ impl<'a> Search<'a> {
                 }
             }
         }
-        top.iter().sum()
+        (top.iter().sum(), top[left - 1])
     }
 
     fn descend(&mut self, depth: usize, start: usize, load: u128, value: f64) {
         let left = self.contents.slots - depth;
-        if left == 1 {
+        if left == 2 {
             self.finish(depth, start, load, value);
             return;
         }
-        if value + self.refund + self.completion(depth, start) <= self.floor {
-            return;
-        }
+        let base = value + self.refund;
+        let (mut sum, mut least) = self.completion(depth, start);
         for a in start..=self.e - left {
+            if base + sum <= self.floor {
+                return;
+            }
+            let hope = self.hopes[depth][a];
+            // With a, the best that is left out is the least.
+            let most = base + if hope < least { sum - least + hope } else { sum };
             let load = load + self.load[a];
-            if load > self.contents.upper {
-                continue;
+            if most > self.floor && load <= self.contents.upper {
+                self.chosen[depth] = a;
+                let (before, after) = self.gains.split_at_mut(depth + 1);
+                let row = &self.g[a * self.e..][..self.e];
+                for ((x, y), g) in
+                    after[0][a + 1..].iter_mut().zip(&before[depth][a + 1..]).zip(&row[a + 1..])
+                {
+                    *x = y + g;
+                }
+                let value = value + before[depth][a];
+                self.descend(depth + 1, a + 1, load, value);
             }
-            self.chosen[depth] = a;
-            let (before, after) = self.gains.split_at_mut(depth + 1);
-            let row = &self.g[a * self.e..][..self.e];
-            for ((x, y), g) in after[0][a + 1..].iter_mut().zip(&before[depth][a + 1..]).zip(&row[a + 1..]) {
-                *x = y + g;
+            if hope >= least {
+                // From here on a is out.
+                (sum, least) = self.completion(depth, a + 1);
             }
-            let value = value + before[depth][a];
-            self.descend(depth + 1, a + 1, load, value);
         }
     }
 
-    /// The best last member.
+    /// The best last two members.
     fn finish(&mut self, depth: usize, start: usize, load: u128, value: f64) {
+        let e = self.e;
         // The price is given back: true values are compared.
         let paid = self.price * self.chosen[..depth].iter().map(|&a| self.share[a]).sum::<f64>();
-        let (mut top, mut at) = (self.floor - (value + paid), None);
-        for a in start..self.e {
-            let x = self.gains[depth][a] + self.price * self.share[a];
-            if x > top && self.contents.keeps_limits(load + self.load[a]) {
-                (top, at) = (x, Some(a));
+        let value = value + paid;
+        let (gains, rest) = self.gains.split_at_mut(depth + 1);
+        let gains = &mut gains[depth];
+        for (gain, share) in gains[start..].iter_mut().zip(&self.share[start..]) {
+            *gain += self.price * share;
+        }
+        // The largest gain behind each expert.
+        let behind = &mut rest[0];
+        let mut most = f64::NEG_INFINITY;
+        for a in (start..e).rev() {
+            behind[a] = most;
+            most = most.max(gains[a]);
+        }
+        for a in start..e - 1 {
+            let needed = self.floor - value - gains[a];
+            if behind[a] + self.best_pair[a] <= needed || load + self.load[a] > self.contents.upper {
+                continue;
+            }
+            let row = &self.g[a * e..][a + 1..e];
+            if largest_sum(&gains[a + 1..], row) <= needed {
+                continue;
+            }
+            let (mut top, mut at) = (needed, None);
+            for (b, (gain, g)) in gains[a + 1..].iter().zip(row).enumerate() {
+                let b = a + 1 + b;
+                if gain + g > top && self.contents.keeps_limits(load + self.load[a] + self.load[b]) {
+                    (top, at) = (gain + g, Some(b));
+                }
+            }
+            if let Some(b) = at {
+                (self.chosen[depth], self.chosen[depth + 1]) = (a, b);
+                let value = value + gains[a] + top;
+                self.best = self.best.max(value);
+                self.floor = self.floor.max(value);
+                let set = self.chosen.iter().fold(0, |set: Set, &a| set | 1 << self.order[a]);
+                self.found.push((value, set));
+                if self.found.len() > 4 * HARVEST {
+                    sort(&mut self.found);
+                }
             }
         }
-        let Some(at) = at else { return };
-        self.chosen[depth] = at;
-        let value = value + paid + top;
-        self.best = self.best.max(value);
-        self.floor = self.floor.max(value);
-        let set = self.chosen.iter().fold(0, |set: Set, &a| set | 1 << self.order[a]);
-        self.found.push((value, set));
-        if self.found.len() > 4 * HARVEST {
-            sort(&mut self.found);
+    }
+}
+
+/// The largest sum of two entries at one place.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+bmi2", "x86_64+avx2+bmi2"))]
+fn largest_sum(a: &[f64], b: &[f64]) -> f64 {
+    const LANES: usize = 8;
+    let (a, a_rest) = a.as_chunks::<LANES>();
+    let (b, b_rest) = b.as_chunks::<LANES>();
+    let mut lanes = [f64::NEG_INFINITY; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..LANES {
+            let x = a[i] + b[i];
+            lanes[i] = if x > lanes[i] { x } else { lanes[i] };
         }
     }
+    let rest = a_rest.iter().zip(b_rest).map(|(a, b)| a + b);
+    lanes.into_iter().chain(rest).fold(f64::NEG_INFINITY, |m, x| if x > m { x } else { m })
 }
 
 /// Experts from the largest weight on, half of their best C - 1 pairs included.
@@ -304,9 +371,9 @@ fn halves(g: &[f64], e: usize, c: usize) -> Vec<f64> {
                 }
             }
             let mut sum = 0.0;
-            for (out, t) in halves[(start * e + l) * c..][..c].iter_mut().zip(top) {
-                *out = sum;
-                sum += *t;
+            for (t, x) in top.iter().enumerate() {
+                halves[(start * c + t) * e + l] = sum;
+                sum += x;
             }
         }
     }

@@ -154,7 +154,7 @@ proptest! {
     #[test]
     fn tampering_proves_nothing_false(
         small in small(),
-        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<f64>(), -3.0f64..3.0, 0u8..4), 1..40),
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<f64>(), -3.0f64..3.0, 0u8..6), 1..40),
         cuts in prop::collection::vec((any::<prop::sample::Index>(), 0i32..9, 0i32..18, any::<u8>()), 0..10),
         scale in prop_oneof![Just(1.0), Just(1.03), Just(0.5), Just(-1.0), Just(1e6), Just(1e200)],
     ) {
@@ -162,12 +162,17 @@ proptest! {
         let honest = solve(&small, 30).certificate;
         let mut forged = honest.clone();
         forged.lambda.iter_mut().for_each(|x| *x *= scale);
+        forged.contents.iter_mut().for_each(|x| *x *= scale);
         for (index, wild, mild, what) in &edits {
-            let array = if *what % 2 == 0 { &mut forged.lambda } else { &mut forged.multipliers };
+            let array = match *what % 3 {
+                0 => &mut forged.lambda,
+                1 => &mut forged.multipliers,
+                _ => &mut forged.contents,
+            };
             if !array.is_empty() {
                 let at = index.index(array.len());
                 let x = &mut array[at];
-                *x = if *what < 2 { *x + mild } else { *wild };
+                *x = if *what < 3 { *x + mild } else { *wild };
             }
         }
         let cost = verify(&small.view(), &forged).expect("shapes are intact");
