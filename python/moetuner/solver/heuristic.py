@@ -30,6 +30,7 @@ def heuristic(
         "follow": {"transitions": problem.statistics.transitions},
         "dispatch": {"coactivation": problem.statistics.coactivation},
     }[problem.regime]
+    cost = problem.topology.cost
     # Without pairs all placements cost nothing, and the balanced one that the search starts from
     # is the answer.
     pointless = not any(table is not None and table.any() for table in pairs.values())
@@ -42,7 +43,8 @@ def heuristic(
     slots, caps, trials, interrupted, shift = _core.search(
         problem.load,
         np.repeat(problem.caps[:, None], problem.devices, axis=1),
-        problem.topology.cost,
+        # Co-activated pairs count the same on whatever two devices they are: see `Problem.cost`.
+        cost if problem.regime == "follow" else (cost > 0).astype(np.int64),
         problem.slots,
         seed=seed,
         trials=limits.iterations,
