@@ -2,10 +2,10 @@
 
     python bench/joint.py [--trace gpt-oss-20b.npz] [--quick]
 
-On a recorded trace (where one is given): half of its sequences seen, the other half judged, after 1
-and 20 seconds; then the whole trace, search and bound apart. On generated routing: the paper's size,
-48 x 128, and the sizes of very large models against the transitions alone (`exflow`) under the same
-cap and against the paper's two stages.
+On a recorded trace (where one is given): half of its sequences seen, the other half judged, after
+1 and 20 seconds; then the whole trace, search and bound apart. On generated routing: the paper's
+size, 48 x 128, and the sizes of very large models, beside the transitions alone (`exflow`, no cap)
+and the paper's two stages.
 """
 
 from __future__ import annotations
