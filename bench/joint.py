@@ -37,9 +37,7 @@ def recorded(path: Path, *, quick: bool) -> None:
             row = f"{devices:7} {result.seconds:7.2f} {result.objective:8.4f} {crossing:8.4f}"
             print(row, f"{100 * (result.gap or 0):6.2f}%")
 
-    print(
-        f"\n{'devices':>7} {'search':>7} {'crossing':>9} {'bound':>6} {'at least':>9} {'gap':>7}   whole"
-    )
+    print(f"\n{'devices':>7} {'search':>7} {'crossing':>9} {'bound':>6} {'at least':>9} {'gap':>7}")
     statistics = mt.RoutingStatistics.from_trace(trace, coactivation=False)
     for devices in (4, 8):
         whole = mt.Problem(statistics, mt.Topology(devices), max_imbalance=1.05)

@@ -104,7 +104,8 @@ class Problem:
         """Load of every device [L,D] with these slots [L,D,S], one copy of each expert."""
         layer = np.arange(self.layers)[:, None, None]
         each = np.where(slots == EMPTY, np.uint64(0), self.load[layer, slots])
-        return each.sum(axis=2, dtype=np.uint64)
+        load: NDArray[np.uint64] = each.sum(axis=2, dtype=np.uint64)
+        return load
 
     def cost(self, placement: Placement) -> int:
         """Exact integer objective of a placement with one copy of each expert.

@@ -134,7 +134,8 @@ def verify(certificate: Certificate, problem: Problem) -> int:
 
 def kept_caps(problem: Problem, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
     """Caps [L], raised where a placement [L,D,S] breaks them."""
-    return np.maximum(problem.caps, problem.device_load(slots).max(axis=1))
+    kept: NDArray[np.uint64] = np.maximum(problem.caps, problem.device_load(slots).max(axis=1))
+    return kept
 
 
 def padded(
