@@ -10,9 +10,13 @@ use super::rows::Pool;
 const TRIANGLE: f64 = 0.005;
 /// Violation from which another cut counts, loads in units of the mean device load.
 const ROW: f64 = 0.003;
-/// Triangles and other cuts taken in one round, per pair of layers on average.
+/// Triangles taken in one round, per pair of layers on average.
 const TRIANGLES_PER_PAIR: usize = 4000;
-const ROWS_PER_PAIR: usize = 600;
+
+/// Other cuts taken in one round, likewise. Each has some 2E coefficients: more would not pay for their sweeps.
+fn rows_per_pair(experts: usize) -> usize {
+    (20_000 / experts).clamp(50, 600)
+}
 
 /// A broken inequality; `depth` ranks it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,7 +56,7 @@ pub(super) fn separate(relaxation: &Relaxation, y: &[f64], pools: &mut [Pool]) {
         rows.extend(r);
     }
     keep_deepest(&mut triangles, TRIANGLES_PER_PAIR * pairs);
-    keep_deepest(&mut rows, ROWS_PER_PAIR * pairs);
+    keep_deepest(&mut rows, rows_per_pair(relaxation.experts) * pairs);
     // The order in a pool matters to the sweeps: by place, which is also what caches like.
     let by_place = |a: &Found, b: &Found| (a.pair, a.items, a.kind).cmp(&(b.pair, b.items, b.kind));
     triangles.sort_unstable_by(by_place);
@@ -154,7 +158,7 @@ impl<'a> Point<'a> {
                     self.lifted(i, j, side, &mut found);
                 }
             }
-            keep_deepest(&mut found, 4 * ROWS_PER_PAIR);
+            keep_deepest(&mut found, 4 * rows_per_pair(e));
         }
         found
     }

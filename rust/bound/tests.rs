@@ -136,6 +136,14 @@ fn solve(small: &Small, iterations: usize) -> super::Bound {
     bound(&small.view(), &limits(iterations, &stop), |_| {}).expect("the instance is well formed")
 }
 
+/// The same where contents count as too many, as they do in large layers.
+fn solve_without_contents(small: &Small, iterations: usize) -> super::Bound {
+    let stop = AtomicBool::new(false);
+    let mut relaxation = super::Relaxation::new(&small.view());
+    relaxation.has_contents = false;
+    super::search(&relaxation, &limits(iterations, &stop), |_| {})
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
 
@@ -148,6 +156,16 @@ proptest! {
             prop_assert!(bound.cost <= optimum, "{} after {iterations} is above {optimum}", bound.cost);
             prop_assert_eq!(verify(&small.view(), &bound.certificate).expect("own certificate"), bound.cost);
         }
+    }
+
+    /// The same for cuts alone.
+    #[test]
+    fn never_above_the_optimum_without_contents(small in small()) {
+        prop_assume!(small.optimum() > 0 && small.layers > 1);
+        let bound = solve_without_contents(&small, 60);
+        prop_assert!(bound.cost <= small.optimum());
+        prop_assert!(bound.certificate.contents.is_empty());
+        prop_assert_eq!(verify(&small.view(), &bound.certificate).expect("own certificate"), bound.cost);
     }
 
     /// Whatever is done to its numbers, a certificate that is accepted proves nothing false.
