@@ -445,7 +445,8 @@ mod tests {
 
     #[test]
     fn packs_the_longest_first() {
-        let packed = |load: &[u64], clusters, room| longest_first(load, &heaviest_first(load), clusters, room);
+        let packed =
+            |load: &[u64], clusters, room| longest_first(load, &heaviest_first(load), clusters, room);
         assert_eq!(packed(&[1, 5, 3, 3], 2, Room { fewest: 0, most: 2 }), [0, 0, 1, 1]);
         // Nothing to balance: still no cluster is empty.
         assert_eq!(packed(&[0; 4], 3, Room::free(4, 3, 4)), [0, 0, 1, 2]);
