@@ -14,6 +14,8 @@
 mod bits;
 mod rows;
 
+pub use bits::IDS as MOST_UNITS;
+
 use crate::trace::ExpertId;
 
 /// Tokens of one block at the most: as many as the 16-bit counters of the rows kernel can take.
@@ -47,6 +49,7 @@ impl Kernel {
 pub struct Side<I> {
     ids: Vec<I>,
     bits: Vec<u64>,
+    tokens: usize,
     top_k: usize,
     size: usize,
     kernel: Kernel,
@@ -58,19 +61,31 @@ impl<I: ExpertId> Side<I> {
     pub fn new(ids: Vec<I>, top_k: usize, size: usize) -> Self {
         let kernel = Kernel::choose(size, top_k);
         let bits = if kernel == Kernel::Bits { bits::rows_of(&ids, top_k, size) } else { Vec::new() };
-        Self { ids, bits, top_k, size, kernel }
+        Self { tokens: ids.len() / top_k, ids, bits, top_k, size, kernel }
+    }
+
+    /// Takes instead of ids the bits of sums: every id has `units`, `[words, ids]`, 64 bits of `size` to a word, and
+    /// bit i of the sum of a token's units says whether the token has i.
+    #[must_use]
+    pub fn of_sums<J: ExpertId>(ids: &[J], top_k: usize, size: usize, units: &[u64]) -> Self {
+        let bits = bits::rows_of_sums(ids, top_k, size, units);
+        Self { tokens: ids.len() / top_k, ids: Vec::new(), bits, top_k, size, kernel: Kernel::Bits }
+    }
+
+    /// For every 64 tokens the bits of all ids, one id after the other; empty where the kernel needs none.
+    pub fn words(&self) -> impl Iterator<Item = &[u64]> {
+        bits::words(&self.bits, self.size)
     }
 
     /// Adds how often each id occurs to its window's counts; the block begins with token `first` of the trace.
     ///
     /// `counts` is `[windows so far, size]` and grows. Windows are of `length` tokens, or there is one for all.
     pub fn count_windows(&self, length: Option<u64>, first: u64, counts: &mut Vec<u64>) {
-        let tokens = self.ids.len() / self.top_k;
         let mut from = 0;
-        while from < tokens {
+        while from < self.tokens {
             let token = first + from as u64;
             let (window, left) = length.map_or((0, u64::MAX), |n| (token / n, n - token % n));
-            let to = tokens.min(from.saturating_add(usize::try_from(left).unwrap_or(usize::MAX)));
+            let to = self.tokens.min(from.saturating_add(usize::try_from(left).unwrap_or(usize::MAX)));
             let end = (window as usize + 1) * self.size;
             if counts.len() < end {
                 counts.resize(end, 0);
@@ -96,7 +111,7 @@ impl<I: ExpertId> Side<I> {
     /// # Panics
     /// When the two sides are not of the same tokens.
     pub fn count_pairs(&self, right: &Self, counts: &mut [u64]) {
-        assert!(self.ids.len() == right.ids.len() && counts.len() == self.size * self.size);
+        assert!(self.tokens == right.tokens && counts.len() == self.size * self.size);
         match self.kernel {
             Kernel::Bits => bits::count_pairs(&self.bits, &right.bits, self.size, counts),
             Kernel::Rows => rows::count_pairs(&self.ids, &right.ids, self.top_k, self.size, counts),
@@ -156,6 +171,7 @@ mod tests {
                     continue;
                 }
                 let side = |ids: &[u16]| Side {
+                    tokens,
                     ids: ids.to_vec(),
                     bits: if kernel == Kernel::Bits { bits::rows_of(ids, top_k, size) } else { vec![] },
                     top_k,

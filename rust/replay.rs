@@ -1,4 +1,11 @@
 //! Replays a trace under a placement, token by token: who works, what moves, how far it fans out.
+//!
+//! Nothing asks which of its experts a token met on a device, only how many. So these counts are counted, as bits
+//! ([`planes`]); where there are too many devices for that, slots are, and added up by device in the end.
+
+mod planes;
+
+use planes::Planes;
 
 use crate::error::{Error, Result};
 use crate::pairs::{BLOCK, Side};
@@ -70,7 +77,7 @@ impl Copies {
     /// position (Knuth's multiplicative one), the same in all layers.
     fn route<I: ExpertId>(&self, l: usize, ids: &[I], top_k: usize, first_token: u64) -> Vec<u16> {
         let (copies, begin) = (&self.slots_of[l], &self.begin[l]);
-        if copies.len() + 1 == begin.len() {
+        if self.is_single(l) {
             return ids.iter().map(|id| copies[id.index()]).collect();
         }
         let mut slots = Vec::with_capacity(ids.len());
@@ -84,14 +91,9 @@ impl Copies {
         slots
     }
 
-    /// The devices of every node as bits; up to 64 devices.
-    fn devices_of_node(&self) -> Vec<u64> {
-        let mut nodes = vec![0; self.devices];
-        for (device, &node) in self.node_of_device.iter().enumerate() {
-            nodes[usize::from(node)] |= 1 << device;
-        }
-        nodes.retain(|&devices| devices != 0);
-        nodes
+    /// Whether every expert of a layer has one slot.
+    fn is_single(&self, l: usize) -> bool {
+        self.slots_of[l].len() + 1 == self.begin[l].len()
     }
 }
 
@@ -119,14 +121,15 @@ pub struct Tally {
 pub struct Replay {
     routing: Routing,
     copies: Copies,
-    /// Load of slots.
+    planes: Option<Planes>,
+    /// Load of columns: bits of the planes, or slots.
     windows: Windows,
     layers: Vec<Layer>,
 }
 
 #[derive(Debug)]
 struct Layer {
-    /// Pairs of slots of the layer before and of this one `[P, P]`; empty in the first layer.
+    /// Pairs of columns of the layer before and of this one; empty in the first layer.
     pairs: Vec<u64>,
     /// By device.
     visits: Vec<u64>,
@@ -138,7 +141,9 @@ impl Replay {
     /// Nothing replayed yet; `window` tokens make a window, the whole trace where there is no number.
     #[must_use]
     pub fn new(routing: Routing, copies: Copies, window: Option<u64>) -> Self {
-        let table = copies.slots * copies.slots;
+        let planes = Planes::new(&copies, routing);
+        let columns = planes.as_ref().map_or(copies.slots, Planes::columns);
+        let table = columns * columns;
         let layer = |l: usize| Layer {
             pairs: vec![0; if l > 0 { table } else { 0 }],
             visits: vec![0; copies.devices],
@@ -147,7 +152,8 @@ impl Replay {
         };
         Self {
             layers: (0..routing.layers).map(layer).collect(),
-            windows: Windows::new(routing.layers, copies.slots, window),
+            windows: Windows::new(routing.layers, columns, window),
+            planes,
             routing,
             copies,
         }
@@ -155,23 +161,29 @@ impl Replay {
 
     /// Validates and replays the next tokens of the trace, `[tokens, layers, top_k]`.
     pub fn push<I: ExpertId>(&mut self, ids: &[I]) -> Result<()> {
-        let Self { routing, copies, windows, layers } = self;
+        let Self { routing, copies, planes, windows, layers } = self;
         validate(ids, *routing, windows.tokens)?;
+        let top_k = routing.top_k;
         for block in ids.chunks(BLOCK * routing.row()) {
             let first = windows.tokens;
             let mut tasks: Vec<_> = layers.iter_mut().zip(&mut windows.load).collect();
-            // A trace of one byte per id may need two bytes per slot.
-            let prepare = |l: usize, ids: Vec<I>| {
-                let slots = copies.route(l, &ids, routing.top_k, first);
-                (Side::new(slots.clone(), routing.top_k, copies.slots), slots)
-            };
-            by_layers(&mut tasks, block, *routing, prepare, |(layer, load), before, (here, slots)| {
-                here.count_windows(windows.length, first, load);
-                if let Some((before, _)) = before {
-                    before.count_pairs(here, &mut layer.pairs);
-                }
-                layer.fan_out(slots, routing.top_k, copies);
-            });
+            let length = windows.length;
+            if let Some(planes) = planes {
+                let prepare = |l, ids: Vec<I>| planes.side(copies, l, &ids, top_k, first);
+                by_layers(&mut tasks, block, *routing, prepare, |(layer, load), before, here| {
+                    layer.count(length, first, load, before, here);
+                    planes.fan_out(here, copies, layer);
+                });
+            } else {
+                let prepare = |l, ids: Vec<I>| {
+                    let slots = copies.route(l, &ids, top_k, first);
+                    (Side::new(slots.clone(), top_k, copies.slots), slots)
+                };
+                by_layers(&mut tasks, block, *routing, prepare, |(layer, load), before, (here, slots)| {
+                    layer.count(length, first, load, before.map(|(side, _)| side), here);
+                    layer.fan_out(slots, top_k, copies);
+                });
+            }
             windows.tokens += (block.len() / routing.row()) as u64;
         }
         Ok(())
@@ -180,19 +192,23 @@ impl Replay {
     /// What was counted.
     #[must_use]
     pub fn finish(self) -> Tally {
-        let Self { routing, copies, windows, layers } = self;
-        let (p, d) = (copies.slots, copies.devices);
-        let device = |slot: usize| usize::from(copies.device_of_slot[slot]);
-        let (tokens, windows, load_of_slot) = windows.finish();
+        let Self { routing, copies, planes, windows, layers } = self;
+        let d = copies.devices;
+        let of_slot = || copies.device_of_slot.iter().map(|&device| (usize::from(device), 1)).collect();
+        // The device of every column, and how much one in it counts.
+        let columns: Vec<(usize, u64)> = planes.map_or_else(of_slot, |planes| planes.weights());
+        let (tokens, windows, load_of_column) = windows.finish();
         let mut load = vec![0; windows * routing.layers * d];
-        for (load, of_slot) in load.chunks_exact_mut(d).zip(load_of_slot.chunks_exact(p)) {
-            of_slot.iter().enumerate().for_each(|(slot, count)| load[device(slot)] += count);
+        for (load, counts) in load.chunks_exact_mut(d).zip(load_of_column.chunks_exact(columns.len())) {
+            for (&(device, weight), count) in columns.iter().zip(counts) {
+                load[device] += weight * count;
+            }
         }
         let mut traffic = vec![0; (routing.layers - 1) * d * d];
         for (traffic, layer) in traffic.chunks_exact_mut(d * d).zip(&layers[1..]) {
-            for (from, row) in layer.pairs.chunks_exact(p).enumerate() {
-                for (to, &count) in row.iter().enumerate() {
-                    traffic[device(from) * d + device(to)] += count;
+            for (&(from, weight), row) in columns.iter().zip(layer.pairs.chunks_exact(columns.len())) {
+                for (&(to, times), count) in columns.iter().zip(row) {
+                    traffic[from * d + to] += weight * times * count;
                 }
             }
         }
@@ -209,18 +225,23 @@ impl Replay {
 }
 
 impl Layer {
+    /// Counts a block's load and its pairs with the layer before.
+    fn count<I: ExpertId>(
+        &mut self,
+        window: Option<u64>,
+        first: u64,
+        load: &mut Vec<u64>,
+        before: Option<&Side<I>>,
+        here: &Side<I>,
+    ) {
+        here.count_windows(window, first, load);
+        if let Some(before) = before {
+            before.count_pairs(here, &mut self.pairs);
+        }
+    }
+
     /// Counts the distinct devices and nodes that every token of a block visits.
     fn fan_out(&mut self, slots: &[u16], top_k: usize, copies: &Copies) {
-        if copies.devices <= 64 {
-            match top_k {
-                1 => self.fan_out_with(slots, 1, copies),
-                2 => self.fan_out_with(slots, 2, copies),
-                4 => self.fan_out_with(slots, 4, copies),
-                8 => self.fan_out_with(slots, 8, copies),
-                _ => self.fan_out_with(slots, top_k, copies),
-            }
-            return;
-        }
         // Which token visited a device or, behind them, a node last; tokens are numbered from 1.
         let mut last = vec![0; 2 * copies.devices];
         for (token, slots) in (1u32..).zip(slots.chunks_exact(top_k)) {
@@ -232,23 +253,6 @@ impl Layer {
                 self.fanout += new;
                 self.node_fanout += u64::from(std::mem::replace(&mut last[node], token) != token);
             }
-        }
-    }
-
-    /// Up to 64 devices are bits of a word. Inlined for constant `top_k`, so that the loop over slots unrolls.
-    #[inline(always)]
-    fn fan_out_with(&mut self, slots: &[u16], top_k: usize, copies: &Copies) {
-        let device_bit = |&slot: &u16| 1u64 << copies.device_of_slot[usize::from(slot)];
-        let visited: Vec<u64> = slots
-            .chunks_exact(top_k)
-            .map(|slots| slots.iter().fold(0, |set, slot| set | device_bit(slot)))
-            .collect();
-        for (device, visits) in self.visits.iter_mut().enumerate() {
-            *visits += visited.iter().map(|set| set >> device & 1).sum::<u64>();
-        }
-        self.fanout += visited.iter().map(|set| u64::from(set.count_ones())).sum::<u64>();
-        for devices in copies.devices_of_node() {
-            self.node_fanout += visited.iter().map(|set| u64::from(set & devices != 0)).sum::<u64>();
         }
     }
 }

@@ -47,8 +47,9 @@ def ratios(load):
 @st.composite
 def cases(draw):
     """Draw slots with replicas and empty ones, ids, experts and a window."""
-    layers, top_k = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    experts, devices = draw(st.integers(top_k, 9)), draw(st.sampled_from([1, 2, 4, 70]))
+    layers, top_k = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    # Counts of devices fit one word, some, or are not used at all.
+    experts, devices = draw(st.integers(top_k, 9)), draw(st.sampled_from([1, 2, 4, 30, 70, 200]))
     seed = draw(st.integers(0, 2**32))
     rng = np.random.default_rng(seed)
     width = -(-experts // devices) + draw(st.integers(0, 2))
@@ -60,7 +61,7 @@ def cases(draw):
             expert = rng.integers(-1, experts)
             if expert not in layer[device]:
                 layer[device, slot] = expert
-    ids = random_ids(draw(st.integers(0, 40)), layers, top_k, experts, seed=seed)
+    ids = random_ids(draw(st.integers(0, 70)), layers, top_k, experts, seed=seed)
     return slots, ids, experts, draw(st.sampled_from([None, 1, 7, 100]))
 
 

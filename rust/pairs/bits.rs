@@ -5,6 +5,9 @@ use crate::trace::ExpertId;
 /// Tokens in a word.
 const WORD: usize = 64;
 
+/// Ids that can have units, at the most.
+pub const IDS: usize = 1024;
+
 /// Rows come in eights, so that whole vectors can be loaded.
 fn padded(size: usize) -> usize {
     size.next_multiple_of(8)
@@ -17,32 +20,82 @@ fn padded(size: usize) -> usize {
 ))]
 pub(super) fn rows_of<I: ExpertId>(ids: &[I], top_k: usize, size: usize) -> Vec<u64> {
     match top_k {
-        1 => rows_with(ids, 1, size),
-        2 => rows_with(ids, 2, size),
-        4 => rows_with(ids, 4, size),
-        6 => rows_with(ids, 6, size),
-        8 => rows_with(ids, 8, size),
-        _ => rows_with(ids, top_k, size),
+        1 => rows_with(ids, 1, size, |_, ids, sets| sets_of::<I, 1>(ids, sets)),
+        2 => rows_with(ids, 2, size, |_, ids, sets| sets_of::<I, 2>(ids, sets)),
+        4 => rows_with(ids, 4, size, |_, ids, sets| sets_of::<I, 4>(ids, sets)),
+        6 => rows_with(ids, 6, size, |_, ids, sets| sets_of::<I, 6>(ids, sets)),
+        8 => rows_with(ids, 8, size, |_, ids, sets| sets_of::<I, 8>(ids, sets)),
+        k => rows_with(ids, k, size, |_, ids, sets| {
+            for (set, ids) in sets.iter_mut().zip(ids.chunks_exact(k)) {
+                *set = ids.iter().fold(0, |set, id| set | 1 << (id.index() & 63));
+            }
+        }),
     }
 }
 
-/// Inlined for constant `top_k`, so that the loop over a token's ids unrolls.
 #[inline(always)]
-fn rows_with<I: ExpertId>(ids: &[I], top_k: usize, size: usize) -> Vec<u64> {
+fn sets_of<I: ExpertId, const K: usize>(ids: &[I], sets: &mut [u64; WORD]) {
+    for (set, ids) in sets.iter_mut().zip(ids.as_chunks::<K>().0) {
+        *set = ids.iter().fold(0, |set, id| set | 1 << (id.index() & 63));
+    }
+}
+
+/// Bit t of `[t / 64, row]` is bit `row` of the sum of token t's `units`, `[words, ids]`: a number per id, 64 rows to
+/// a word. Sums must not carry from one word into the next.
+#[multiversion::multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+bmi2",
+    "x86_64+avx2+bmi2"
+))]
+pub(super) fn rows_of_sums<I: ExpertId>(ids: &[I], top_k: usize, size: usize, units: &[u64]) -> Vec<u64> {
+    // Of constant size: an index below it needs no check.
+    let mut of_word = vec![[0; IDS]; size.div_ceil(WORD)];
+    for (table, units) in of_word.iter_mut().zip(units.chunks_exact(units.len() / size.div_ceil(WORD))) {
+        table[..units.len()].copy_from_slice(units);
+    }
+    rows_with(ids, top_k, size, |word, ids, sums| match top_k {
+        1 => sums_of::<I, 1>(ids, &of_word[word], sums),
+        2 => sums_of::<I, 2>(ids, &of_word[word], sums),
+        4 => sums_of::<I, 4>(ids, &of_word[word], sums),
+        6 => sums_of::<I, 6>(ids, &of_word[word], sums),
+        8 => sums_of::<I, 8>(ids, &of_word[word], sums),
+        k => {
+            for (sum, ids) in sums.iter_mut().zip(ids.chunks_exact(k)) {
+                *sum = ids.iter().map(|id| of_word[word][id.index() % IDS]).sum();
+            }
+        }
+    })
+}
+
+/// Never inlined, so compiled without vector gathers: one look-up after the other is faster.
+#[inline(never)]
+fn sums_of<I: ExpertId, const K: usize>(ids: &[I], units: &[u64; IDS], sums: &mut [u64; WORD]) {
+    for (sum, ids) in sums.iter_mut().zip(ids.as_chunks::<K>().0) {
+        *sum = ids.iter().map(|id| units[id.index() % IDS]).sum();
+    }
+}
+
+/// Transposes what `fill` says of 64 tokens: a number for each, given the word (64 rows) and the tokens' ids.
+#[inline(always)]
+fn rows_with<I: ExpertId>(
+    ids: &[I],
+    top_k: usize,
+    size: usize,
+    fill: impl Fn(usize, &[I], &mut [u64; WORD]),
+) -> Vec<u64> {
     let width = padded(size);
     let mut rows = vec![0; ids.len().div_ceil(WORD * top_k) * width];
     for (ids, rows) in ids.chunks(WORD * top_k).zip(rows.chunks_exact_mut(width)) {
-        let mut sets = [0u64; WORD];
-        for (set, ids) in sets.iter_mut().zip(ids.chunks_exact(top_k)) {
-            *set = ids.iter().fold(0, |set, id| set | 1 << (id.index() & 63));
-        }
-        for (plane, rows) in rows.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            let mut tokens = [0u64; 8];
-            for (group, tokens) in tokens.iter_mut().enumerate() {
-                let byte = |i: usize| (sets[8 * group + i] >> (8 * plane)) as u8;
-                *tokens = u64::from_le_bytes(std::array::from_fn(byte));
+        for (word, rows) in rows.chunks_mut(WORD).enumerate() {
+            let mut numbers = [0u64; WORD];
+            fill(word, ids, &mut numbers);
+            for (plane, rows) in rows.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+                let mut tokens = [0u64; 8];
+                for (group, tokens) in tokens.iter_mut().enumerate() {
+                    let byte = |i: usize| (numbers[8 * group + i] >> (8 * plane)) as u8;
+                    *tokens = u64::from_le_bytes(std::array::from_fn(byte));
+                }
+                *rows = transpose(tokens);
             }
-            *rows = transpose(tokens);
         }
     }
     rows
@@ -71,6 +124,11 @@ fn transpose(mut bytes: [u64; 8]) -> [u64; 8] {
     words
 }
 
+/// The rows of every 64 tokens.
+pub(super) fn words(rows: &[u64], size: usize) -> impl Iterator<Item = &[u64]> {
+    rows.chunks_exact(padded(size)).map(move |rows| &rows[..size])
+}
+
 /// Adds the ones of every row within tokens `from..to`.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vpopcntdq+avx2+bmi2+popcnt",
@@ -81,17 +139,13 @@ pub(super) fn count(rows: &[u64], size: usize, from: usize, to: usize, counts: &
         return;
     }
     let width = padded(size);
-    let mut sums = [0u64; 64];
     for word in from / WORD..to.div_ceil(WORD) {
         let first = from.saturating_sub(word * WORD);
         let last = (to - word * WORD).min(WORD);
         let mask = (u64::MAX << first) & (u64::MAX >> (WORD - last));
-        for (sum, row) in sums.iter_mut().zip(&rows[word * width..][..width]) {
-            *sum += u64::from((row & mask).count_ones());
+        for (count, row) in counts.iter_mut().zip(&rows[word * width..][..size]) {
+            *count += u64::from((row & mask).count_ones());
         }
-    }
-    for (count, sum) in counts.iter_mut().zip(sums) {
-        *count += sum;
     }
 }
 
