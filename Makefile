@@ -67,8 +67,13 @@ wheel: $(TOOLS)  ## build dist/*.whl
 test-wheel: wheel  ## install the wheel into a fresh environment and use it there
 	tests/wheel.sh $(BIN)/python dist/*.whl
 
-bench: $(CORE)  ## one file per question, each prints its answer
-	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+bench: $(CORE)  ## one file per question, each prints its answer (quick settings)
+	$(BIN)/python bench/transitions.py --repeat 3
+	$(BIN)/python bench/statistics_file.py --bytes 200000000
+	$(BIN)/python bench/replay.py --repeat 3
+	$(BIN)/python bench/balance.py --seeds 2 --repeat 3
+	$(BIN)/python bench/stage_1.py --seeds 1
+	$(BIN)/python bench/joint.py --quick
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) target dist $(CORE) demo-output

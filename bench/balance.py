@@ -16,6 +16,7 @@ import importlib
 import statistics
 import sys
 import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def vllm_policy(wheel: Path | None) -> Policy | str:
     if wheel is None or not wheel.exists():
         return f"no wheel of vllm in {wheel or WHEELS}"
     try:
-        import torch
+        torch: Any = importlib.import_module("torch")
     except ImportError:
         return "torch is not installed"
     # The real parent packages would load half of vLLM: empty ones do for these three files.
@@ -72,8 +73,6 @@ def vllm_policy(wheel: Path | None) -> Policy | str:
 
 
 def _source(wheel: Path, name: str) -> str:
-    import zipfile
-
     with zipfile.ZipFile(wheel) as files:
         return files.read(name).decode()
 
