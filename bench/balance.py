@@ -63,8 +63,8 @@ def vllm_policy(wheel: Path | None) -> Policy | str:
     def balance(load: NDArray[np.uint64], devices: int) -> NDArray[np.int64]:
         experts = load.shape[1]
         weight = torch.from_numpy(load.astype(np.int64))
-        slots = policy.rebalance_experts(weight, experts, 1, 1, devices).numpy()
-        device_of = np.empty_like(slots)
+        slots: NDArray[np.int64] = policy.rebalance_experts(weight, experts, 1, 1, devices).numpy()
+        device_of: NDArray[np.int64] = np.empty_like(slots)
         device = np.broadcast_to(np.arange(experts) // (experts // devices), slots.shape)
         np.put_along_axis(device_of, slots, device, axis=1)
         return device_of
@@ -80,7 +80,10 @@ def _source(wheel: Path, name: str) -> str:
 def loads(layers: int, experts: int, seed: int) -> NDArray[np.uint64]:
     """Log-normal popularity, drawn anew for every layer: the heaviest tenth does a third."""
     popularity = np.random.default_rng(seed).lognormal(0, 0.8, (layers, experts))
-    return (1e6 * popularity / popularity.sum(axis=1, keepdims=True)).astype(np.uint64)
+    load: NDArray[np.uint64] = np.floor(
+        1e6 * popularity / popularity.sum(axis=1, keepdims=True)
+    ).astype(np.uint64)
+    return load
 
 
 def imbalance(load: NDArray[np.uint64], device_of: NDArray[Any], devices: int) -> NDArray[Any]:
@@ -91,7 +94,8 @@ def imbalance(load: NDArray[np.uint64], device_of: NDArray[Any], devices: int) -
             for row, weight in zip(device_of.astype(np.int64), load, strict=True)
         ]
     )
-    return of_device.max(axis=1) / of_device.mean(axis=1)
+    ratio: NDArray[np.float64] = of_device.max(axis=1) / of_device.mean(axis=1)
+    return ratio
 
 
 def policies(peer: Policy | None) -> dict[str, Policy]:

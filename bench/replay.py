@@ -68,7 +68,7 @@ def with_numpy(
         ordered = np.sort(here, axis=1)
         visits[layer] = np.bincount(ordered[distinct(ordered)], minlength=devices)
         # Nodes are runs of devices, so their order is that of the devices.
-        node_visits += np.count_nonzero(distinct(np.take(node_of, ordered)))
+        node_visits += int(np.count_nonzero(distinct(np.take(node_of, ordered))))
         if before is not None:
             pairs = before[:, :, None] + here[:, None, :]
             table = np.bincount(pairs.ravel(), minlength=devices * devices)

@@ -89,11 +89,12 @@ def main() -> None:
         return
 
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
-        path = str(Path(directory) / "trace.safetensors")
+        file = str(Path(directory) / "trace.safetensors")
 
         def run(step: str) -> str:
-            command = [sys.executable, *sys.argv, "--step", step, path]
-            return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            command: list[str] = [sys.executable, *sys.argv, "--step", step, file]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            return str(done.stdout)
 
         run("write")
         before, counted, after = (json.loads(run(step)) for step in ("read", "count", "read"))

@@ -7,8 +7,8 @@ use super::{Copies, Layer};
 use crate::pairs::{MOST_UNITS, Side};
 use crate::trace::{ExpertId, Routing};
 
-/// Rows at the most: for more, counting pairs of slots is faster (measured: bench/RESULTS.md).
-const ROWS: usize = 192;
+/// Rows at the most: for more, counting pairs of slots is as fast or faster (measured: bench/RESULTS.md, Replay).
+const ROWS: usize = 256;
 
 /// Where the counts are.
 #[derive(Debug)]
