@@ -18,7 +18,7 @@ from pathlib import Path
 from instances import problem
 
 import moetuner as mt
-from moetuner.solver.bound import bound, kept_caps
+from moetuner.solver.bound import bound
 from moetuner.solver.result import Limits
 
 
@@ -43,7 +43,7 @@ def recorded(path: Path, *, quick: bool) -> None:
         whole = mt.Problem(statistics, mt.Topology(devices), max_imbalance=1.05)
         for limit, share in ((5.0, 3.0),) if quick else ((5.0, 3.0), (20.0, 10.0)):
             result = mt.solve(whole, "heuristic", time_limit=limit)
-            caps = kept_caps(whole, result.placement.slots)
+            caps = whole.kept_caps(result.placement.slots)
             begin = time.perf_counter()
             proven = bound(whole, caps, limits=Limits(time_limit=share))
             seconds = time.perf_counter() - begin

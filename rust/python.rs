@@ -318,6 +318,26 @@ fn slice<'a, T: numpy::Element>(array: Option<&'a PyReadonlyArray3<'_, T>>) -> P
     array.map_or(Ok(&[]), |array| contiguous(array.as_slice().ok()))
 }
 
+/// The problem of placing experts, from arrays: load [L,E], cap [L,D], cost [D,D], transitions and co-activation.
+fn instance_of(
+    load: &PyReadonlyArray2<'_, u64>,
+    cap: &PyReadonlyArray2<'_, u64>,
+    cost: &PyReadonlyArray2<'_, i64>,
+    per_device: usize,
+    [transitions, coactivation]: [Option<&PyReadonlyArray3<'_, u64>>; 2],
+) -> PyResult<Instance> {
+    let sizes =
+        Sizes { layers: load.shape()[0], experts: load.shape()[1], devices: cost.shape()[0], per_device };
+    Ok(Instance::new(
+        sizes,
+        contiguous(load.as_slice().ok())?,
+        slice(transitions)?,
+        slice(coactivation)?,
+        contiguous(cap.as_slice().ok())?,
+        contiguous(cost.as_slice().ok())?,
+    )?)
+}
+
 /// Slots [L,D,S], the caps kept [L,D], trials made, whether it was interrupted, bits cut from the counts.
 type Searched<'py> = (Bound<'py, PyArray3<i32>>, Bound<'py, PyArray2<u64>>, u64, bool, u32);
 
@@ -339,16 +359,9 @@ fn search<'py>(
     initial: Vec<PyReadonlyArray3<'py, i32>>,
     progress: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Searched<'py>> {
-    let (layers, experts) = (load.shape()[0], load.shape()[1]);
-    let sizes = Sizes { layers, experts, devices: cost.shape()[0], per_device: slots_per_device };
-    let mut instance = Instance::new(
-        sizes,
-        contiguous(load.as_slice().ok())?,
-        slice(transitions.as_ref())?,
-        slice(coactivation.as_ref())?,
-        contiguous(cap.as_slice().ok())?,
-        contiguous(cost.as_slice().ok())?,
-    )?;
+    let pairs = [transitions.as_ref(), coactivation.as_ref()];
+    let mut instance = instance_of(&load, &cap, &cost, slots_per_device, pairs)?;
+    let sizes = instance.sizes;
     let initial =
         initial.iter().map(|slots| Ok(sizes.fill(slice(Some(slots))?)?)).collect::<PyResult<Vec<_>>>()?;
     let time_limit = match time_limit.map(Duration::try_from_secs_f64) {
@@ -364,9 +377,9 @@ fn search<'py>(
     instance.allow(&balanced);
     let work = || run_search(&instance, &options, &balanced, &initial, &control);
     let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
-    let shape = (layers, sizes.devices, slots_per_device);
+    let shape = (sizes.layers, sizes.devices, slots_per_device);
     let trials = control.trials.load(Ordering::Relaxed);
-    let cap = array2(py, (layers, sizes.devices), instance.cap.clone())?;
+    let cap = array2(py, (sizes.layers, sizes.devices), instance.cap.clone())?;
     Ok((array3(py, shape, sizes.unfill(&found))?, cap, trials, interrupted, instance.shift))
 }
 
@@ -466,19 +479,12 @@ fn exact_chain<'py>(
     work: u64,
     threads: Option<usize>,
 ) -> PyResult<Option<Optimal<'py>>> {
-    let (layers, experts) = (load.shape()[0], load.shape()[1]);
-    let sizes = Sizes { layers, experts, devices: cost.shape()[0], per_device: slots_per_device };
-    let instance = Instance::new(
-        sizes,
-        contiguous(load.as_slice().ok())?,
-        slice(transitions.as_ref())?,
-        slice(coactivation.as_ref())?,
-        contiguous(cap.as_slice().ok())?,
-        contiguous(cost.as_slice().ok())?,
-    )?;
+    let pairs = [transitions.as_ref(), coactivation.as_ref()];
+    let instance = instance_of(&load, &cap, &cost, slots_per_device, pairs)?;
+    let sizes = instance.sizes;
     let found = detached(py, threads, || crate::partitions::optimum(&instance, work))?;
     let Some(found) = found else { return Ok(None) };
-    let shape = (layers, sizes.devices, slots_per_device);
+    let shape = (sizes.layers, sizes.devices, slots_per_device);
     let slots = array3(py, shape, sizes.unfill(&found.expert_in))?;
     Ok(Some((slots, found.cost, found.cap.into_pyarray(py))))
 }

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner.solver.bound import bound, kept_caps, verify
+from moetuner.solver.bound import bound, verify
 from moetuner.solver.certificate import Certificate
 from moetuner.solver.joint import joint
 from moetuner.solver.result import Limits
@@ -58,7 +58,7 @@ def test_bound_is_below_the_optimum_and_verifies(seed, layers, size):
     experts, devices, per_node = size
     problem = random_problem(seed, layers, experts, mt.Topology(devices, per_node))
     found = joint(problem, seed=0, limits=LIMITS)
-    caps = kept_caps(problem, found.slots)
+    caps = problem.kept_caps(found.slots)
     optimum = best_cost(problem, caps)
     result = mt.solve(problem)
     assert problem.cost(result.placement) == optimum

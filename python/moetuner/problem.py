@@ -107,6 +107,11 @@ class Problem:
         load: NDArray[np.uint64] = each.sum(axis=2, dtype=np.uint64)
         return load
 
+    def kept_caps(self, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
+        """Caps [L], raised where a placement [L,D,S] breaks them."""
+        kept: NDArray[np.uint64] = np.maximum(self.caps, self.device_load(slots).max(axis=1))
+        return kept
+
     def cost(self, placement: Placement) -> int:
         """Exact integer objective of a placement with one copy of each expert.
 

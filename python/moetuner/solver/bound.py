@@ -132,12 +132,6 @@ def verify(certificate: Certificate, problem: Problem) -> int:
     return total
 
 
-def kept_caps(problem: Problem, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
-    """Caps [L], raised where a placement [L,D,S] breaks them."""
-    kept: NDArray[np.uint64] = np.maximum(problem.caps, problem.device_load(slots).max(axis=1))
-    return kept
-
-
 def padded(
     problem: Problem, caps: NDArray[np.uint64], parts: int
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:

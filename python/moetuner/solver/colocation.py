@@ -134,19 +134,10 @@ def kept_caps(
     problem: Problem, slots: NDArray[np.int32]
 ) -> tuple[NDArray[np.uint64], dict[int, float]]:
     """Caps [L], raised where a placement breaks them, and the imbalance of those layers."""
-    heaviest = device_load(problem, slots).max(axis=1)
-    caps = np.maximum(problem.caps, heaviest)
+    caps = problem.kept_caps(slots)
     mean = problem.load.sum(axis=1, dtype=np.float64) / problem.devices
     over = np.flatnonzero(caps > problem.caps)
     return caps, {int(at): float(caps[at] / mean[at]) for at in over}
-
-
-def device_load(problem: Problem, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
-    """Load of every device [L,D]."""
-    layer = np.arange(problem.layers)[:, None, None]
-    each = np.where(slots == EMPTY, np.uint64(0), problem.load[layer, slots])
-    load: NDArray[np.uint64] = each.sum(axis=2, dtype=np.uint64)
-    return load
 
 
 def entries_of(slots: NDArray[np.int32], experts: int) -> NDArray[np.int64]:
@@ -170,6 +161,6 @@ def _read(
     placement = Placement.from_assignment(
         device_of, problem.devices, slots_per_device=problem.slots
     )
-    if (device_load(problem, placement.slots).max(axis=1) > caps).any():
+    if (problem.device_load(placement.slots).max(axis=1) > caps).any():
         return None  # HiGHS allows a row to be broken by a millionth of it
     return placement.slots, problem.cost(placement)

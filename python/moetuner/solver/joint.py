@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.solver.bound import bound, kept_caps
+from moetuner.solver.bound import bound
 from moetuner.solver.chain import chain
 from moetuner.solver.colocation import colocation, fits
 from moetuner.solver.heuristic import heuristic
@@ -64,7 +64,7 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 
     cost = problem.cost(Placement(found.slots, num_experts=problem.experts))
     share = BOUND_SHARE / (1 - SEARCH_SHARE)
-    proven = bound(problem, kept_caps(problem, found.slots), limits=within(share), target=cost)
+    proven = bound(problem, problem.kept_caps(found.slots), limits=within(share), target=cost)
     if proven is not None:
         found = replace(
             found,

@@ -247,7 +247,7 @@ class _Search:
         gain = self.gains[way]
         gain.tried += 1
         cost = self.problem.cost(Placement(slots, num_experts=self.problem.experts))
-        if cost < self.cost and (kept_caps(self.problem, slots)[0] <= self.caps).all():
+        if cost < self.cost and (self.problem.kept_caps(slots) <= self.caps).all():
             gain.better += 1
             gain.saved += self.cost - cost
             self.slots, self.cost = slots, cost
