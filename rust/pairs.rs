@@ -14,7 +14,7 @@
 mod bits;
 mod rows;
 
-pub use bits::IDS as MOST_UNITS;
+pub use bits::{IDS as MOST_UNITS, NONE as NO_UNIT};
 
 use std::ops::Range;
 
@@ -71,11 +71,17 @@ impl<I: ExpertId> Side<I> {
         Self { tokens: ids.len() / top_k, ids, bits, top_k, size, kernel }
     }
 
-    /// Takes instead of ids the bits of sums: every id has `units`, `[words, ids]`, 64 bits of `size` to a word, and
-    /// bit i of the sum of a token's units says whether the token has i.
+    /// Takes instead of ids the bits of sums: every id has `units`, `[words, ids]`, 64 bits to a word. Bit i of the sum
+    /// of a token's units says whether the token has `columns[i]`, a number below `size`; or nothing, for [`NO_UNIT`].
     #[must_use]
-    pub fn of_sums<J: ExpertId>(ids: &[J], top_k: usize, size: usize, units: &[u64]) -> Self {
-        let bits = bits::rows_of_sums(ids, top_k, size, units);
+    pub fn of_sums<J: ExpertId>(
+        ids: &[J],
+        top_k: usize,
+        size: usize,
+        units: &[u64],
+        columns: &[usize],
+    ) -> Self {
+        let bits = bits::rows_of_sums(ids, top_k, size, units, columns);
         Self { tokens: ids.len() / top_k, ids: Vec::new(), bits, top_k, size, kernel: Kernel::Bits }
     }
 
