@@ -141,6 +141,21 @@ def test_solve_takes_a_topology_file(ok, trace, tmp_path):
     assert mt.Placement.load(out).topology == "boxes"
 
 
+def test_topology_may_be_a_common_machine(ok, run, trace, tmp_path):
+    """A name and a number of nodes do where no file is; another name lists what there is."""
+    out = tmp_path / "p.json"
+    ok("solve", trace, "--topology", "h100-nvl8-ib400", "--method", "lpt", "--out", out)
+    assert mt.Placement.load(out).topology == "h100-nvl8-ib400"
+    for name, words in (
+        ("tpu", "must be a file or one of a100-nvl8-ib200"),
+        ("h100-nvl8-ib400:two", "nodes must be a number, as in h100-nvl8-ib400:2, got 'two'"),
+        ("h100-nvl8-ib400:0", "nodes must be from 1"),
+    ):
+        status, _, err = run("solve", trace, "--topology", name, "--out", out)
+        assert (status, err.count("\n")) == (2, 1)
+        assert words in err
+
+
 def test_solve_without_pairs_says_so(ok, table, tmp_path):
     """A load table can only be balanced; no crossing is made up."""
     out, report = tmp_path / "p.json", tmp_path / "report.json"
@@ -284,7 +299,10 @@ WRONG = [
         ["solve", "trace.safetensors", "--devices", "4", "--json", "no/p.json"],
         "'no' does not exist",
     ),
-    (["solve", "trace.safetensors", "--topology", "junk.txt"], "junk.txt: not a JSON file"),
+    (
+        ["solve", "trace.safetensors", "--topology", "junk.txt"],
+        "must be a JSON object or TOML",
+    ),
     (
         ["compare", "trace.safetensors", "--devices", "4", "--holdout", "1.5"],
         "1.5 is not in the range",

@@ -12,7 +12,7 @@ from moetuner.problem import Problem
 from moetuner.solver import solve
 from moetuner.solver.result import Progress, Result
 from moetuner.statistics import RoutingStatistics
-from moetuner.topology import Topology
+from moetuner.topology import Tier, Topology
 from moetuner.trace import RoutingTrace
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Result",
     "RoutingStatistics",
     "RoutingTrace",
+    "Tier",
     "Topology",
     "__version__",
     "evaluate",

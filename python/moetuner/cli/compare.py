@@ -165,7 +165,7 @@ def command(
     num_experts: int | None,
     devices: int | None,
     devices_per_node: int | None,
-    topology_file: Path | None,
+    machine: Topology | None,
     slots_per_device: int | None,
     regime: Any,
     max_imbalance: float,
@@ -184,7 +184,7 @@ def command(
     fanout: devices that a token visits in a layer. objective and gap are the solver's, on what it
     saw: the crossing (in regime dispatch: co-activations apart) weighed by the cost of links.
     """
-    topology = options.topology_of(devices, devices_per_node, topology_file)
+    topology = options.topology_of(devices, devices_per_node, machine)
     traffic = read(input_file, window=window, num_experts=num_experts)
     seen, unseen = hold_out(traffic, holdout, seed=seed)
     window = window_of(traffic, window)

@@ -13,6 +13,7 @@ from moetuner.cli.progress import working
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
+from moetuner.topology import Topology
 
 HEAD = ("traffic", "tokens", "imbalance", "total", "worst", "crossing", "fanout", "nodes")
 
@@ -29,7 +30,7 @@ def command(
     input_file: Path,
     num_experts: int | None,
     devices_per_node: int | None,
-    topology_file: Path | None,
+    machine: Topology | None,
     window: int | None,
     threads: int | None,
     json_file: Path | None,
@@ -41,8 +42,8 @@ def command(
     fanout, nodes: devices and nodes that a token visits in a layer.
     """
     placement = Placement.load(placement_file)
-    devices = placement.devices if topology_file is None else None
-    topology = options.topology_of(devices, devices_per_node, topology_file)
+    devices = placement.devices if machine is None else None
+    topology = options.topology_of(devices, devices_per_node, machine)
     traffic = read(input_file, window=window, num_experts=num_experts)
     window = window_of(traffic, window)
     with working("replaying"):
