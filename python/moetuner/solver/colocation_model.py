@@ -78,7 +78,7 @@ class Joint:
         within, between = (
             (int(cost[0, min(1, len(cost) - 1)]), int(cost[0, -1])) if follow else (1, 1)
         )
-        if within > between:
+        if within > between or (follow and not topology.is_two_tier):
             return None
         relations = [Relation(1, within)]
         if within < between:
