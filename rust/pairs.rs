@@ -16,6 +16,8 @@ mod rows;
 
 pub use bits::IDS as MOST_UNITS;
 
+use std::ops::Range;
+
 use crate::trace::ExpertId;
 
 /// Tokens of one block at the most: as many as the 16-bit counters of the rows kernel can take.
@@ -72,36 +74,25 @@ impl<I: ExpertId> Side<I> {
         Self { tokens: ids.len() / top_k, ids: Vec::new(), bits, top_k, size, kernel: Kernel::Bits }
     }
 
-    /// For every 64 tokens the bits of all ids, one id after the other; empty where the kernel needs none.
-    pub fn words(&self) -> impl Iterator<Item = &[u64]> {
-        bits::words(&self.bits, self.size)
+    /// For some of the tokens the bits of all ids, one id after the other, 64 tokens at a time, and which of the 64
+    /// are meant; nothing where the kernel needs no bits.
+    pub fn words(&self, tokens: Range<usize>) -> impl Iterator<Item = (&[u64], u64)> {
+        bits::words(&self.bits, self.size, tokens)
     }
 
-    /// Adds how often each id occurs to its window's counts; the block begins with token `first` of the trace.
-    ///
-    /// `counts` is `[windows so far, size]` and grows. Windows are of `length` tokens, or there is one for all.
-    pub fn count_windows(&self, length: Option<u64>, first: u64, counts: &mut Vec<u64>) {
-        let mut from = 0;
-        while from < self.tokens {
-            let token = first + from as u64;
-            let (window, left) = length.map_or((0, u64::MAX), |n| (token / n, n - token % n));
-            let to = self.tokens.min(from.saturating_add(usize::try_from(left).unwrap_or(usize::MAX)));
-            let end = (window as usize + 1) * self.size;
-            if counts.len() < end {
-                counts.resize(end, 0);
-            }
-            self.count(from, to, &mut counts[end - self.size..]);
-            from = to;
-        }
+    /// Number of tokens.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.tokens
     }
 
-    /// Adds how often each id occurs in tokens `from..to` to `counts` `[size]`.
-    fn count(&self, from: usize, to: usize, counts: &mut [u64]) {
+    /// Adds how often each id occurs in some of the tokens to `counts` `[size]`.
+    pub fn count(&self, tokens: Range<usize>, counts: &mut [u64]) {
         if self.kernel == Kernel::Bits {
-            bits::count(&self.bits, self.size, from, to, counts);
+            bits::count(&self.bits, self.size, tokens, counts);
             return;
         }
-        for id in &self.ids[from * self.top_k..to * self.top_k] {
+        for id in &self.ids[tokens.start * self.top_k..tokens.end * self.top_k] {
             counts[id.index()] += 1;
         }
     }
@@ -182,7 +173,7 @@ mod tests {
                 side(&left).count_pairs(&side(&right), &mut counts);
                 prop_assert_eq!(&counts, &expected);
                 let mut counts = vec![3u64; size];
-                side(&left).count(from, to, &mut counts);
+                side(&left).count(from..to, &mut counts);
                 prop_assert_eq!(&counts, &expected_single);
             }
         }

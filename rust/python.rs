@@ -249,17 +249,17 @@ impl StatisticsCounter {
 struct Replay {
     routing: Routing,
     devices: usize,
+    nodes: usize,
     replay: Option<crate::replay::Replay>,
 }
 
-/// tokens, load [W,L,D], traffic [L-1,D,D], visits [L,D], fanout [L], node fanout [L]
+/// tokens, load [W,L,D], traffic [L-1,D,D], visits [W,L,D], node visits [W,L,N]
 type Tallied<'py> = (
     u64,
     Bound<'py, PyArray3<u64>>,
     Bound<'py, PyArray3<u64>>,
-    Bound<'py, PyArray2<u64>>,
-    Bound<'py, PyArray1<u64>>,
-    Bound<'py, PyArray1<u64>>,
+    Bound<'py, PyArray3<u64>>,
+    Bound<'py, PyArray3<u64>>,
 );
 
 #[pymethods]
@@ -289,7 +289,9 @@ impl Replay {
         }
         let slots = contiguous(slots.as_slice().ok())?;
         let copies = crate::replay::Copies::new(slots, routing, per_device, &node_of_device)?;
-        Ok(Self { routing, devices, replay: Some(crate::replay::Replay::new(routing, copies, window)) })
+        let nodes = copies.nodes();
+        let replay = Some(crate::replay::Replay::new(routing, copies, window));
+        Ok(Self { routing, devices, nodes, replay })
     }
 
     #[pyo3(signature = (expert_ids, threads = None))]
@@ -307,9 +309,8 @@ impl Replay {
             tally.tokens,
             array3(py, (tally.windows, layers, d), tally.load)?,
             array3(py, (layers - 1, d, d), tally.traffic)?,
-            array2(py, (layers, d), tally.visits)?,
-            tally.fanout.into_pyarray(py),
-            tally.node_fanout.into_pyarray(py),
+            array3(py, (tally.windows, layers, d), tally.visits)?,
+            array3(py, (tally.windows, layers, self.nodes), tally.node_visits)?,
         ))
     }
 }

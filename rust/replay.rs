@@ -9,7 +9,7 @@ use planes::Planes;
 
 use crate::error::{Error, Result};
 use crate::pairs::{BLOCK, Side};
-use crate::statistics::{Windows, by_layers};
+use crate::statistics::{Windows, by_layers, by_window};
 use crate::trace::{ExpertId, Routing, validate};
 
 /// A placement as the replay needs it: copies of every expert, layer by layer.
@@ -17,6 +17,7 @@ use crate::trace::{ExpertId, Routing, validate};
 pub struct Copies {
     devices: usize,
     slots: usize,
+    nodes: usize,
     node_of_device: Vec<u16>,
     device_of_slot: Vec<u16>,
     /// Slots of every expert, one after the other `[L, filled slots]`.
@@ -26,6 +27,12 @@ pub struct Copies {
 }
 
 impl Copies {
+    /// Nodes, numbered from 0.
+    #[must_use]
+    pub fn nodes(&self) -> usize {
+        self.nodes
+    }
+
     /// Takes slots `[L, D, S]` (expert ids, -1 for empty) and the node of every device `[D]`.
     pub fn new(slots: &[i32], routing: Routing, per_device: usize, node_of_device: &[u16]) -> Result<Self> {
         let Routing { layers, experts, .. } = routing;
@@ -66,6 +73,7 @@ impl Copies {
         Ok(Self {
             devices,
             slots: p,
+            nodes: node_of_device.iter().max().map_or(0, |&last| usize::from(last) + 1),
             node_of_device: node_of_device.to_vec(),
             device_of_slot: (0..p).map(|slot| (slot / per_device) as u16).collect(),
             slots_of: copies,
@@ -91,6 +99,22 @@ impl Copies {
         slots
     }
 
+    /// Adds load and visits of devices and visits of nodes, one after the other, of tokens that these slots serve.
+    fn count(&self, slots: &[u16], top_k: usize, counts: &mut [u64]) {
+        let (load, visits) = counts.split_at_mut(self.devices);
+        // Which token visited a device or, behind them, a node last; tokens are numbered from 1.
+        let mut last = vec![0; self.devices + self.nodes];
+        for (token, slots) in (1u32..).zip(slots.chunks_exact(top_k)) {
+            for &slot in slots {
+                let device = usize::from(self.device_of_slot[usize::from(slot)]);
+                load[device] += 1;
+                for place in [device, self.devices + usize::from(self.node_of_device[device])] {
+                    visits[place] += u64::from(std::mem::replace(&mut last[place], token) != token);
+                }
+            }
+        }
+    }
+
     /// Whether every expert of a layer has one slot.
     fn is_single(&self, l: usize) -> bool {
         self.slots_of[l].len() + 1 == self.begin[l].len()
@@ -108,12 +132,10 @@ pub struct Tally {
     pub load: Vec<u64>,
     /// Pairs of neighbouring layers' experts by their devices `[L - 1, D, D]`.
     pub traffic: Vec<u64>,
-    /// Tokens with at least one expert on the device `[L, D]`.
+    /// Tokens with at least one expert on the device `[W, L, D]`. Their sum is the fanout of all tokens.
     pub visits: Vec<u64>,
-    /// Distinct devices, summed over tokens `[L]`.
-    pub fanout: Vec<u64>,
-    /// Distinct nodes, summed over tokens `[L]`.
-    pub node_fanout: Vec<u64>,
+    /// Tokens with at least one expert on the node `[W, L, N]`.
+    pub node_visits: Vec<u64>,
 }
 
 /// Replays a trace shard by shard. Push its shards in order, then [`Replay::finish`].
@@ -122,19 +144,11 @@ pub struct Replay {
     routing: Routing,
     copies: Copies,
     planes: Option<Planes>,
-    /// Load of columns: bits of the planes, or slots.
+    /// Load of every device, visits of every device, visits of every node.
     windows: Windows,
-    layers: Vec<Layer>,
-}
-
-#[derive(Debug)]
-struct Layer {
-    /// Pairs of columns of the layer before and of this one; empty in the first layer.
-    pairs: Vec<u64>,
-    /// By device.
-    visits: Vec<u64>,
-    fanout: u64,
-    node_fanout: u64,
+    /// For every layer the pairs of columns, bits of the planes or slots, of the layer before and of this one; empty in
+    /// the first layer.
+    pairs: Vec<Vec<u64>>,
 }
 
 impl Replay {
@@ -144,15 +158,9 @@ impl Replay {
         let planes = Planes::new(&copies, routing);
         let columns = planes.as_ref().map_or(copies.slots, Planes::columns);
         let table = columns * columns;
-        let layer = |l: usize| Layer {
-            pairs: vec![0; if l > 0 { table } else { 0 }],
-            visits: vec![0; copies.devices],
-            fanout: 0,
-            node_fanout: 0,
-        };
         Self {
-            layers: (0..routing.layers).map(layer).collect(),
-            windows: Windows::new(routing.layers, columns, window),
+            pairs: (0..routing.layers).map(|l| vec![0; if l > 0 { table } else { 0 }]).collect(),
+            windows: Windows::new(routing.layers, 2 * copies.devices + copies.nodes, window),
             planes,
             routing,
             copies,
@@ -161,27 +169,35 @@ impl Replay {
 
     /// Validates and replays the next tokens of the trace, `[tokens, layers, top_k]`.
     pub fn push<I: ExpertId>(&mut self, ids: &[I]) -> Result<()> {
-        let Self { routing, copies, planes, windows, layers } = self;
+        let Self { routing, copies, planes, windows, pairs } = self;
         validate(ids, *routing, windows.tokens)?;
         let top_k = routing.top_k;
+        let size = 2 * copies.devices + copies.nodes;
         for block in ids.chunks(BLOCK * routing.row()) {
-            let first = windows.tokens;
-            let mut tasks: Vec<_> = layers.iter_mut().zip(&mut windows.load).collect();
-            let length = windows.length;
+            let (first, length) = (windows.tokens, windows.length);
+            let mut tasks: Vec<_> = pairs.iter_mut().zip(&mut windows.counts).collect();
             if let Some(planes) = planes {
                 let prepare = |l, ids: Vec<I>| planes.side(copies, l, &ids, top_k, first);
-                by_layers(&mut tasks, block, *routing, prepare, |(layer, load), before, here| {
-                    layer.count(length, first, load, before, here);
-                    planes.fan_out(here, copies, layer);
+                by_layers(&mut tasks, block, *routing, prepare, |(pairs, counts), before, here| {
+                    if let Some(before) = before {
+                        before.count_pairs(here, pairs);
+                    }
+                    by_window(length, first, here.tokens(), size, counts, |tokens, counts| {
+                        planes.count(here, tokens, copies, counts);
+                    });
                 });
             } else {
                 let prepare = |l, ids: Vec<I>| {
                     let slots = copies.route(l, &ids, top_k, first);
                     (Side::new(slots.clone(), top_k, copies.slots), slots)
                 };
-                by_layers(&mut tasks, block, *routing, prepare, |(layer, load), before, (here, slots)| {
-                    layer.count(length, first, load, before.map(|(side, _)| side), here);
-                    layer.fan_out(slots, top_k, copies);
+                by_layers(&mut tasks, block, *routing, prepare, |(pairs, counts), before, (here, slots)| {
+                    if let Some((before, _)) = before {
+                        before.count_pairs(here, pairs);
+                    }
+                    by_window(length, first, here.tokens(), size, counts, |tokens, counts| {
+                        copies.count(&slots[tokens.start * top_k..tokens.end * top_k], top_k, counts);
+                    });
                 });
             }
             windows.tokens += (block.len() / routing.row()) as u64;
@@ -192,67 +208,26 @@ impl Replay {
     /// What was counted.
     #[must_use]
     pub fn finish(self) -> Tally {
-        let Self { routing, copies, planes, windows, layers } = self;
+        let Self { routing, copies, planes, windows, pairs } = self;
         let d = copies.devices;
         let of_slot = || copies.device_of_slot.iter().map(|&device| (usize::from(device), 1)).collect();
         // The device of every column, and how much one in it counts.
         let columns: Vec<(usize, u64)> = planes.map_or_else(of_slot, |planes| planes.weights());
-        let (tokens, windows, load_of_column) = windows.finish();
-        let mut load = vec![0; windows * routing.layers * d];
-        for (load, counts) in load.chunks_exact_mut(d).zip(load_of_column.chunks_exact(columns.len())) {
-            for (&(device, weight), count) in columns.iter().zip(counts) {
-                load[device] += weight * count;
-            }
-        }
         let mut traffic = vec![0; (routing.layers - 1) * d * d];
-        for (traffic, layer) in traffic.chunks_exact_mut(d * d).zip(&layers[1..]) {
-            for (&(from, weight), row) in columns.iter().zip(layer.pairs.chunks_exact(columns.len())) {
+        for (traffic, pairs) in traffic.chunks_exact_mut(d * d).zip(&pairs[1..]) {
+            for (&(from, weight), row) in columns.iter().zip(pairs.chunks_exact(columns.len())) {
                 for (&(to, times), count) in columns.iter().zip(row) {
                     traffic[from * d + to] += weight * times * count;
                 }
             }
         }
         Tally {
-            tokens,
-            windows,
-            load,
+            tokens: windows.tokens,
+            windows: windows.number(),
+            load: windows.columns(0..d),
             traffic,
-            visits: layers.iter().flat_map(|layer| layer.visits.iter().copied()).collect(),
-            fanout: layers.iter().map(|layer| layer.fanout).collect(),
-            node_fanout: layers.iter().map(|layer| layer.node_fanout).collect(),
-        }
-    }
-}
-
-impl Layer {
-    /// Counts a block's load and its pairs with the layer before.
-    fn count<I: ExpertId>(
-        &mut self,
-        window: Option<u64>,
-        first: u64,
-        load: &mut Vec<u64>,
-        before: Option<&Side<I>>,
-        here: &Side<I>,
-    ) {
-        here.count_windows(window, first, load);
-        if let Some(before) = before {
-            before.count_pairs(here, &mut self.pairs);
-        }
-    }
-
-    /// Counts the distinct devices and nodes that every token of a block visits.
-    fn fan_out(&mut self, slots: &[u16], top_k: usize, copies: &Copies) {
-        // Which token visited a device or, behind them, a node last; tokens are numbered from 1.
-        let mut last = vec![0; 2 * copies.devices];
-        for (token, slots) in (1u32..).zip(slots.chunks_exact(top_k)) {
-            for &slot in slots {
-                let device = usize::from(copies.device_of_slot[usize::from(slot)]);
-                let node = copies.devices + usize::from(copies.node_of_device[device]);
-                let new = u64::from(std::mem::replace(&mut last[device], token) != token);
-                self.visits[device] += new;
-                self.fanout += new;
-                self.node_fanout += u64::from(std::mem::replace(&mut last[node], token) != token);
-            }
+            visits: windows.columns(d..2 * d),
+            node_visits: windows.columns(2 * d..2 * d + copies.nodes),
         }
     }
 }

@@ -3,6 +3,8 @@
 //! All three are plain counts, so they add up: the result does not depend on how a trace was cut into shards
 //! or on the number of threads. Work is split by layer; each layer's tables have one writer.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use crate::error::Result;
@@ -45,7 +47,7 @@ impl Counter {
             let first = windows.tokens;
             let mut transitions = by_layer(&mut tables.transitions, table);
             let mut coactivation = by_layer(&mut tables.coactivation, table);
-            let mut layers: Vec<Layer<'_>> = (windows.load.iter_mut().enumerate())
+            let mut layers: Vec<Layer<'_>> = (windows.counts.iter_mut().enumerate())
                 .map(|(l, load)| Layer {
                     load,
                     // The transitions of a layer are those that lead to it: the first layer has none.
@@ -59,7 +61,9 @@ impl Counter {
                 *routing,
                 |_, ids| Side::new(ids, top_k, experts),
                 |layer, before, here| {
-                    here.count_windows(windows.length, first, layer.load);
+                    by_window(windows.length, first, here.tokens(), experts, layer.load, |tokens, load| {
+                        here.count(tokens, load);
+                    });
                     if let (Some(before), Some(counts)) = (before, &mut layer.transitions) {
                         before.count_pairs(here, counts);
                     }
@@ -76,7 +80,8 @@ impl Counter {
     /// Tokens, windows (at least one, the last one possibly shorter), and load `[windows, layers, experts]`.
     #[must_use]
     pub fn finish(self) -> (u64, usize, Vec<u64>) {
-        self.windows.finish()
+        let Self { routing, windows } = self;
+        (windows.tokens, windows.number(), windows.columns(0..routing.experts))
     }
 }
 
@@ -92,32 +97,63 @@ struct Layer<'a> {
     coactivation: Option<&'a mut [u64]>,
 }
 
-/// Loads by window: runs of `length` tokens, or the whole trace.
+/// Counts by window: runs of `length` tokens, or the whole trace.
 #[derive(Debug)]
 pub(crate) struct Windows {
     pub(crate) length: Option<u64>,
     pub(crate) tokens: u64,
+    /// Counts of a layer in a window.
     size: usize,
     /// For every layer `[windows so far, size]`.
-    pub(crate) load: Vec<Vec<u64>>,
+    pub(crate) counts: Vec<Vec<u64>>,
 }
 
 impl Windows {
     pub(crate) fn new(layers: usize, size: usize, length: Option<u64>) -> Self {
-        Self { length, tokens: 0, size, load: vec![Vec::new(); layers] }
+        Self { length, tokens: 0, size, counts: vec![Vec::new(); layers] }
     }
 
-    /// Tokens, windows (at least one), and loads `[windows, layers, size]`.
-    pub(crate) fn finish(self) -> (u64, usize, Vec<u64>) {
-        let (layers, size) = (self.load.len(), self.size);
-        let windows = self.length.map_or(1, |length| self.tokens.div_ceil(length).max(1)) as usize;
-        let mut load = vec![0; windows * layers * size];
-        for (l, of_layer) in self.load.iter().enumerate() {
-            for (w, counts) in of_layer.chunks_exact(size).enumerate() {
-                load[(w * layers + l) * size..][..size].copy_from_slice(counts);
+    /// Windows, at least one.
+    pub(crate) fn number(&self) -> usize {
+        self.length.map_or(1, |length| self.tokens.div_ceil(length).max(1)) as usize
+    }
+
+    /// Some of the counts, `[windows, layers, columns]`.
+    pub(crate) fn columns(&self, columns: Range<usize>) -> Vec<u64> {
+        let layers = self.counts.len();
+        let mut taken = vec![0; self.number() * layers * columns.len()];
+        for (l, counts) in self.counts.iter().enumerate() {
+            for (w, counts) in counts.chunks_exact(self.size).enumerate() {
+                let at = (w * layers + l) * columns.len();
+                taken[at..at + columns.len()].copy_from_slice(&counts[columns.clone()]);
             }
         }
-        (self.tokens, windows, load)
+        taken
+    }
+}
+
+/// Gives `visit` each run of a block's tokens that share a window, and the window's counts.
+///
+/// The block's `tokens` tokens begin with token `first` of the trace; `counts`, `[windows so far, size]`, grows.
+pub(crate) fn by_window(
+    length: Option<u64>,
+    first: u64,
+    tokens: usize,
+    size: usize,
+    counts: &mut Vec<u64>,
+    mut visit: impl FnMut(Range<usize>, &mut [u64]),
+) {
+    let mut from = 0;
+    while from < tokens {
+        let token = first + from as u64;
+        let (window, left) = length.map_or((0, u64::MAX), |n| (token / n, n - token % n));
+        let to = tokens.min(from.saturating_add(usize::try_from(left).unwrap_or(usize::MAX)));
+        let end = (window as usize + 1) * size;
+        if counts.len() < end {
+            counts.resize(end, 0);
+        }
+        visit(from..to, &mut counts[end - size..end]);
+        from = to;
     }
 }
 

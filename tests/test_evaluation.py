@@ -7,16 +7,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
+from moetuner import _core, evaluation
 
 
 def oracle(slots, ids, nodes, window):
-    """Replay token by token: load [W,L,D], follow [L-1,D,D], mean fanout and node fanout."""
+    """Replay token by token.
+
+    Load [W,L,D], follow [L-1,D,D], visits [W,L,D], node visits [W,L,N].
+    """
     tokens, layers, _ = ids.shape
     devices, width = slots.shape[1:]
     windows = max(-(-tokens // window), 1) if window else 1
     load = np.zeros((windows, layers, devices), dtype=int)
     follow = np.zeros((layers - 1, devices, devices), dtype=int)
-    fanout = node_fanout = 0
+    visits = np.zeros_like(load)
+    node_visits = np.zeros((windows, layers, max(nodes) + 1), dtype=int)
     for t in range(tokens):
         serving = []
         for layer in range(layers):
@@ -26,16 +31,16 @@ def oracle(slots, ids, nodes, window):
                 copies = [slot // width for slot, held in enumerate(flat) if held == expert]
                 chosen.append(copies[(t * 2654435761) % 2**32 % len(copies)])
             serving.append(chosen)
+            at = t // window if window else 0
             for device in chosen:
-                load[t // window if window else 0, layer, device] += 1
-            fanout += len(set(chosen))
-            node_fanout += len({nodes[device] for device in chosen})
+                load[at, layer, device] += 1
+            visits[at, layer, list(set(chosen))] += 1
+            node_visits[at, layer, list({nodes[device] for device in chosen})] += 1
         for layer in range(layers - 1):
             for a in serving[layer]:
                 for b in serving[layer + 1]:
                     follow[layer, a, b] += 1
-    per_token = max(tokens, 1) * layers
-    return load, follow, fanout / per_token, node_fanout / per_token
+    return load, follow, visits, node_visits
 
 
 def ratios(load):
@@ -71,7 +76,7 @@ def test_replay_is_the_plain_loop(case):
     slots, ids, experts, window = case
     devices = slots.shape[1]
     topology = mt.Topology(devices, 2 if devices % 2 == 0 else None)
-    load, follow, fanout, node_fanout = oracle(slots, ids, topology.node_of_device, window)
+    load, follow, visits, node_visits = oracle(slots, ids, topology.node_of_device, window)
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
     placement = mt.Placement(slots, num_experts=experts)
     found = mt.evaluate(placement, trace, topology, window=window)
@@ -80,12 +85,37 @@ def test_replay_is_the_plain_loop(case):
     total = follow.sum()
     kept = sum(np.trace(table) for table in follow)
     assert found.crossing == pytest.approx((total - kept) / total if total else 0.0)
-    assert found.fanout == pytest.approx(fanout)
-    assert found.node_fanout == pytest.approx(node_fanout)
+    per_token = max(len(ids), 1) * slots.shape[0]
+    assert found.fanout == pytest.approx(visits.sum() / per_token)
+    assert found.node_fanout == pytest.approx(node_visits.sum() / per_token)
     assert found.imbalance == pytest.approx(ratios(load).mean())
     assert found.imbalance_worst == pytest.approx(ratios(load).max())
     assert found.imbalance_total == pytest.approx(ratios(load.sum(axis=0)).mean())
     assert found.imbalance_per_layer == pytest.approx(ratios(load).mean(axis=0))
+
+
+@given(cases(), st.integers(0, 70))
+def test_replay_counts_every_window(case, cut):
+    """Load and visits by window equal the oracle's, wherever the trace is cut into shards."""
+    slots, ids, experts, window = case
+    nodes = np.arange(slots.shape[1]) // 3
+    replay = _core.Replay(
+        slots.astype(np.int32), experts, ids.shape[2], nodes.tolist(), window=window
+    )
+    for shard in (ids[:cut], ids[cut:]):
+        replay.push(np.ascontiguousarray(shard, dtype=np.uint16))
+    tokens, *found = replay.finish()
+    assert tokens == len(ids)
+    for mine, theirs in zip(found, oracle(slots, ids, nodes, window), strict=True):
+        assert mine.tolist() == theirs.tolist()
+
+
+def test_too_many_windows_are_refused(make_trace, monkeypatch):
+    """Counts of every window must fit memory."""
+    trace = make_trace()
+    monkeypatch.setattr(evaluation, "TABLE_LIMIT", 1 << 10)
+    with pytest.raises(ValueError, match="make windows longer"):
+        mt.evaluate(contiguous(trace), trace, window=1)
 
 
 def contiguous(trace, devices=4):

@@ -107,11 +107,11 @@ class Replay:
         NDArray[np.uint64],
         NDArray[np.uint64],
         NDArray[np.uint64],
-        NDArray[np.uint64],
     ]:
-        """Tokens, load [W,L,D], traffic [L-1,D,D], visits [L,D], fanout and node fanout [L].
+        """Tokens, load [W,L,D], traffic [L-1,D,D], visits [W,L,D] and node visits [W,L,N].
 
-        Fanouts are summed over tokens. Ends the replay.
+        Visits are tokens with at least one expert there: their sum is the fanout of all tokens.
+        Ends the replay.
         """
 
 def lpt(

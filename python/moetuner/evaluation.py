@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.placement import EMPTY, Placement
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -111,6 +111,8 @@ def evaluate(
     if isinstance(traffic, RoutingStatistics):
         return _evaluate_statistics(placement, traffic)
 
+    _check_table_bytes(traffic, topology, window)
+
     def replay() -> _core.Replay:
         nodes = topology.node_of_device.tolist()
         return _core.Replay(placement.slots, experts, traffic.top_k, nodes, window=window)
@@ -132,18 +134,30 @@ def evaluate(
     return _tally(whole, {name: group for name, group in by_group.items() if group.tokens})
 
 
+def _check_table_bytes(trace: RoutingTrace, topology: Topology, window: int | None) -> None:
+    windows = 1 if window is None else max(1, -(-trace.tokens // max(window, 1)))
+    # Load and visits of devices, visits of nodes; once more for groups, whose windows add up to it.
+    counts = windows * trace.layers * (2 * topology.devices + topology.nodes)
+    size = 8 * counts * (1 if trace.group is None else 2)
+    if size > TABLE_LIMIT:
+        raise ValueError(
+            f"counts must fit {TABLE_LIMIT >> 30} GiB, got {size / 2**30:.0f} GiB for {windows} "
+            f"windows, {trace.layers} layers, {topology.devices} devices: make windows longer"
+        )
+
+
 def _tally(replay: _core.Replay, by_group: dict[str, Evaluation] | None = None) -> Evaluation:
-    tokens, load, follow, visits, fanout, node_fanout = replay.finish()
-    layers, devices = visits.shape
-    home = np.repeat(visits[:, None, :] / devices, devices, axis=1)
+    tokens, load, follow, visits, node_visits = replay.finish()
+    _, layers, devices = visits.shape
+    home = np.repeat(visits.sum(axis=0)[:, None, :] / devices, devices, axis=1)
     home[:, np.arange(devices), np.arange(devices)] = 0
     per_token = max(tokens, 1) * layers
     return Evaluation(
         tokens=tokens,
         **_imbalance(load),
         crossing=_crossing(follow),
-        fanout=int(fanout.sum()) / per_token,
-        node_fanout=int(node_fanout.sum()) / per_token,
+        fanout=int(visits.sum()) / per_token,
+        node_fanout=int(node_visits.sum()) / per_token,
         traffic={"follow": follow, "dispatch": home},
         by_group=by_group or {},
     )

@@ -1,5 +1,7 @@
 //! Rows of bits: for every id the tokens it occurs in, 64 to a word.
 
+use std::ops::Range;
+
 use crate::trace::ExpertId;
 
 /// Tokens in a word.
@@ -124,27 +126,28 @@ fn transpose(mut bytes: [u64; 8]) -> [u64; 8] {
     words
 }
 
-/// The rows of every 64 tokens.
-pub(super) fn words(rows: &[u64], size: usize) -> impl Iterator<Item = &[u64]> {
-    rows.chunks_exact(padded(size)).map(move |rows| &rows[..size])
+/// The rows of every 64 tokens, and which of the 64 are within `tokens`.
+#[inline(always)]
+pub(super) fn words(rows: &[u64], size: usize, tokens: Range<usize>) -> impl Iterator<Item = (&[u64], u64)> {
+    let Range { start, end } = tokens;
+    let within = if start < end { start / WORD..end.div_ceil(WORD) } else { 0..0 };
+    let first = within.start;
+    rows.chunks_exact(padded(size)).take(within.end).enumerate().skip(first).map(move |(word, rows)| {
+        let after = u64::MAX << start.saturating_sub(word * WORD);
+        let before = u64::MAX >> (WORD - (end - word * WORD).min(WORD));
+        (&rows[..size], after & before)
+    })
 }
 
-/// Adds the ones of every row within tokens `from..to`.
+/// Adds the ones of every row within some of the tokens.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vpopcntdq+avx2+bmi2+popcnt",
     "x86_64+avx2+bmi2+popcnt"
 ))]
-pub(super) fn count(rows: &[u64], size: usize, from: usize, to: usize, counts: &mut [u64]) {
-    if from >= to {
-        return;
-    }
-    let width = padded(size);
-    for word in from / WORD..to.div_ceil(WORD) {
-        let first = from.saturating_sub(word * WORD);
-        let last = (to - word * WORD).min(WORD);
-        let mask = (u64::MAX << first) & (u64::MAX >> (WORD - last));
-        for (count, row) in counts.iter_mut().zip(&rows[word * width..][..size]) {
-            *count += u64::from((row & mask).count_ones());
+pub(super) fn count(rows: &[u64], size: usize, tokens: Range<usize>, counts: &mut [u64]) {
+    for (rows, within) in words(rows, size, tokens) {
+        for (count, row) in counts.iter_mut().zip(rows) {
+            *count += u64::from((row & within).count_ones());
         }
     }
 }

@@ -3,7 +3,9 @@
 //! The counts of all devices lie side by side in a few words, so one addition per expert counts a token. The bits of
 //! 64 tokens, transposed, are rows like those of ids: load, traffic and visits are numbers of ones.
 
-use super::{Copies, Layer};
+use std::ops::Range;
+
+use super::Copies;
 use crate::pairs::{MOST_UNITS, Side};
 use crate::trace::{ExpertId, Routing};
 
@@ -91,31 +93,38 @@ impl Planes {
         Side::of_sums(&copies.route(l, ids, top_k, first), top_k, columns, units)
     }
 
-    /// Counts the distinct devices and nodes that every token of a block visits.
-    pub(super) fn fan_out(&self, side: &Side<u16>, copies: &Copies, layer: &mut Layer) {
-        let counts: Vec<usize> = (0..self.devices).map(|device| self.column(device)).collect();
-        fan_out(side.words(), &counts, self.bits, &copies.node_of_device, layer);
+    /// Adds load and visits of devices and visits of nodes, one after the other, of some of the tokens.
+    pub(super) fn count(&self, side: &Side<u16>, tokens: Range<usize>, copies: &Copies, counts: &mut [u64]) {
+        let lowest: Vec<usize> = (0..self.devices).map(|device| self.column(device)).collect();
+        count(side.words(tokens), &lowest, self.bits, copies, counts);
     }
 }
 
-/// `counts` is the lowest column of every device's count, `rows` the columns of 64 tokens at a time.
+/// `lowest` is the lowest column of every device's count, `rows` the columns of 64 tokens at a time.
 #[multiversion::multiversion(targets("x86_64+avx2+bmi2+popcnt"))]
-fn fan_out<'a>(
-    rows: impl Iterator<Item = &'a [u64]>,
-    counts: &[usize],
+fn count<'a>(
+    rows: impl Iterator<Item = (&'a [u64], u64)>,
+    lowest: &[usize],
     bits: usize,
-    node_of_device: &[u16],
-    layer: &mut Layer,
+    copies: &Copies,
+    counts: &mut [u64],
 ) {
-    let mut nodes = vec![0u64; counts.len()];
-    for rows in rows {
+    let (load, visits) = counts.split_at_mut(copies.devices);
+    let (visits, node_visits) = visits.split_at_mut(copies.devices);
+    let mut nodes = vec![0u64; copies.nodes];
+    for (rows, within) in rows {
         nodes.fill(0);
-        for ((&column, visits), &node) in counts.iter().zip(&mut layer.visits).zip(node_of_device) {
-            let visitors = rows[column..column + bits].iter().fold(0, |any, row| any | row);
-            *visits += u64::from(visitors.count_ones());
-            layer.fanout += u64::from(visitors.count_ones());
-            nodes[usize::from(node)] |= visitors;
+        for (device, &column) in lowest.iter().enumerate() {
+            let mut visitors = 0;
+            for (bit, row) in rows[column..column + bits].iter().enumerate() {
+                load[device] += u64::from((row & within).count_ones()) << bit;
+                visitors |= row & within;
+            }
+            visits[device] += u64::from(visitors.count_ones());
+            nodes[usize::from(copies.node_of_device[device])] |= visitors;
         }
-        layer.node_fanout += nodes.iter().map(|visitors| u64::from(visitors.count_ones())).sum::<u64>();
+        for (visits, visitors) in node_visits.iter_mut().zip(&nodes) {
+            *visits += u64::from(visitors.count_ones());
+        }
     }
 }
