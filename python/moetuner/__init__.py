@@ -6,6 +6,7 @@ Data flows one way: a recorded ``RoutingTrace`` is counted into ``RoutingStatist
 """
 
 from moetuner._core import __version__
+from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
@@ -16,6 +17,7 @@ from moetuner.topology import Tier, Topology
 from moetuner.trace import RoutingTrace
 
 __all__ = [
+    "CostModel",
     "Evaluation",
     "Placement",
     "PlacementDiff",

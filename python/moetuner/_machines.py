@@ -49,3 +49,24 @@ MACHINES = {
     "pcie4-box4-eth100": Machine(4, 31.5e9, 6.25e9, PCIE_LATENCY),
     "pcie5-box8-ib400": Machine(8, 63e9, 50e9, PCIE_LATENCY),
 }
+
+
+class Gpu(NamedTuple):
+    """Peak numbers of one device: dense operations and bytes per second."""
+
+    flops_16bit: float
+    flops_8bit: float
+    memory_bandwidth: float
+
+
+# Vendors' data sheets of the SXM (OAM) modules, dense: half of what is quoted with sparsity. A100
+# has no 8-bit floats, so it computes at its 16-bit rate.
+GPUS = {
+    "a100": Gpu(312e12, 312e12, 2.039e12),
+    "h20": Gpu(148e12, 296e12, 4.0e12),
+    "h100": Gpu(989e12, 1979e12, 3.35e12),
+    "h200": Gpu(989e12, 1979e12, 4.8e12),
+    "b200": Gpu(2250e12, 4500e12, 8.0e12),
+    "gb200": Gpu(2500e12, 5000e12, 8.0e12),
+    "mi300x": Gpu(1307e12, 2615e12, 5.3e12),
+}
