@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core
 from moetuner.placement import EMPTY, Placement
 from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
+from moetuner.traffic import dispatch_rows, homes_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Evaluation:
     traffic
         Tokens moved from device to device, by regime. ``follow`` [L-1,D,D]: pairs of neighbouring
         layers' experts, the diagonal stays. ``dispatch`` [L,D,D]: from home device to device of
-        work, for homes spread evenly; as much comes back.
+        work, for homes spread evenly or as given; as much comes back.
     predicted_layer_us
         Predicted time of a layer in microseconds; None without a cost model.
     by_group
@@ -75,6 +76,7 @@ def evaluate(
     topology: Topology | None = None,
     *,
     window: int | None = None,
+    home: ArrayLike | Literal["blocks"] | None = None,
     threads: int | None = None,
 ) -> Evaluation:
     """Replay a placement.
@@ -91,6 +93,9 @@ def evaluate(
     window
         Tokens whose load is balanced together; None for the whole trace. Statistics bring their own
         windows.
+    home
+        Device that each token of a trace comes from [T], or ``"blocks"`` (see ``dispatch_rows``):
+        then ``traffic["dispatch"]`` counts its rows exactly. None spreads homes evenly.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
 
@@ -109,6 +114,8 @@ def evaluate(
             f"like the input and topology, got {wanted[0]}, {wanted[1]} and {wanted[2]}"
         )
     if isinstance(traffic, RoutingStatistics):
+        if home is not None:
+            raise ValueError("home needs a trace: statistics have no tokens")
         return _evaluate_statistics(placement, traffic)
 
     _check_table_bytes(traffic, topology, window)
@@ -131,7 +138,30 @@ def evaluate(
                     part.push(shard[mine], threads)
         first += len(shard)
     by_group = {name: _tally(part) for name, part in zip(names, groups, strict=True)}
-    return _tally(whole, {name: group for name, group in by_group.items() if group.tokens})
+    evaluation = _tally(whole, {name: group for name, group in by_group.items() if group.tokens})
+    return evaluation if home is None else _with_homes(evaluation, placement, traffic, home)
+
+
+def _with_homes(
+    evaluation: Evaluation,
+    placement: Placement,
+    trace: RoutingTrace,
+    home: ArrayLike | Literal["blocks"],
+) -> Evaluation:
+    """Replace the dispatch traffic, of all tokens and of every group, by rows from given homes."""
+    homes = homes_of(home, trace.tokens, placement.devices)
+    by_group = {
+        name: _with_homes(
+            group,
+            placement,
+            trace.select(groups=name),
+            homes[trace.group == trace.group_names.index(name)],
+        )
+        for name, group in evaluation.by_group.items()
+    }
+    dispatch = dispatch_rows(placement, trace, homes)
+    traffic = {**evaluation.traffic, "dispatch": dispatch}
+    return replace(evaluation, traffic=traffic, by_group=by_group)
 
 
 def _check_table_bytes(trace: RoutingTrace, topology: Topology, window: int | None) -> None:
