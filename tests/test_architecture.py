@@ -20,6 +20,8 @@ FLOW = [
     "solver",
     "traffic",
     "evaluation",
+    "verdict",
+    "audit",
     "holdout",
     "structure",
     "report",

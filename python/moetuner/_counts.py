@@ -72,6 +72,7 @@ class Rules:
     split: Split
     with_active: bool
     threads: int | None
+    with_mixed: bool = True
 
     def replay(self, trace: RoutingTrace, *, pairs: bool) -> _core.Replay:
         """Begin to replay a trace like this one."""
@@ -146,7 +147,7 @@ class _Part:
         return Counts(
             tokens=tokens,
             load=load,
-            mixed=load if len(load) == 1 else self._mixed(),
+            mixed=self._mixed() if rules.with_mixed and len(load) > 1 else load,
             visits=visits,
             node_visits=node_visits,
             follow=follow,
@@ -189,9 +190,11 @@ def _expected(window_load: NDArray[np.uint64], share: Floats, rules: Rules) -> C
         window_load.transpose(1, 0, 2).astype(np.float64), share.transpose(0, 2, 1)
     )
     load = np.ascontiguousarray(by_layer.transpose(1, 0, 2))
-    mixed = np.empty_like(load)
-    for place, windows in mixed_windows(load):
-        mixed[place] = windows
+    mixed = load
+    if rules.with_mixed:
+        mixed = np.empty_like(load)
+        for place, windows in mixed_windows(load):
+            mixed[place] = windows
     total = load.sum(axis=0)
     return Counts(
         tokens=None,

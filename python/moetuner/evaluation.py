@@ -139,14 +139,7 @@ def evaluate(
         If placement, traffic and topology are not of one model and machine.
     """
     topology = topology or Topology(placement.devices)
-    experts = traffic.num_experts if isinstance(traffic, RoutingTrace) else traffic.experts
-    found = (traffic.layers, experts, topology.devices)
-    wanted = (placement.layers, placement.num_experts, placement.devices)
-    if found != wanted:
-        raise ValueError(
-            f"placement must have {found[0]} layers, {found[1]} experts and {found[2]} devices "
-            f"like the input and topology, got {wanted[0]}, {wanted[1]} and {wanted[2]}"
-        )
+    check_model(placement, traffic, topology)
     _split.check(split)
     if regime not in ("follow", "dispatch"):
         raise ValueError(f"regime must be 'follow' or 'dispatch', got {regime!r}")
@@ -169,6 +162,20 @@ def evaluate(
         name: _evaluation(group, topology, cost_model, regime) for name, group in by_group.items()
     }
     return replace(whole, by_group=groups)
+
+
+def check_model(
+    placement: Placement, traffic: RoutingTrace | RoutingStatistics, topology: Topology
+) -> None:
+    """Raise unless placement, traffic and topology are of one model and machine."""
+    experts = traffic.num_experts if isinstance(traffic, RoutingTrace) else traffic.experts
+    found = (traffic.layers, experts, topology.devices)
+    wanted = (placement.layers, placement.num_experts, placement.devices)
+    if found != wanted:
+        raise ValueError(
+            f"placement must have {found[0]} layers, {found[1]} experts and {found[2]} devices "
+            f"like the input and topology, got {wanted[0]}, {wanted[1]} and {wanted[2]}"
+        )
 
 
 def _with_homes(
