@@ -137,8 +137,8 @@ def audit(
 
     Every group is replayed by itself, in windows of its own tokens, under both placements; copies
     of an expert share its tokens evenly. Intervals are of a bootstrap over sequences: a window goes
-    with the sequence that has most of its tokens, so that a long one stays whole. Both placements see the same resamples, so what
-    they have in common does not blur the change.
+    with the sequence that has most of its tokens, so that a long one stays whole. Both placements
+    see the same resamples, so what they have in common does not blur the change.
 
     Parameters
     ----------

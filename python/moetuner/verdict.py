@@ -43,9 +43,8 @@ class Verdict:
         unit = " us" if self.measure == "predicted_layer_us" else ""
         figures = f"{self.measure} {self.before:.4g}{unit} -> {self.after:.4g}{unit}"
         word = "worth it" if self.is_worth_it else "not worth it"
-        return (
-            f"{word}: {figures}, gain {100 * self.gain:.1f} % (noise: {100 * self.dead_zone:g} %)"
-        )
+        noise = f"{100 * self.dead_zone:g} % is noise"
+        return f"{word}: {figures}, gain {100 * self.gain:.1f} % ({noise})"
 
 
 def verdict(before: Evaluation, after: Evaluation, *, dead_zone: float = DEAD_ZONE) -> Verdict:
