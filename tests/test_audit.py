@@ -173,9 +173,19 @@ def test_other_models_are_refused():
     """A baseline of another model, or no window, is one line."""
     trace = two_kinds()
     other = contiguous(two_kinds(experts=9), devices=4)
+    empty = mt.RoutingTrace.from_arrays(np.empty((0, 3, 2), dtype=np.uint8), num_experts=8)
     with pytest.raises(ValueError, match="placement must have 3 layers, 8 experts and 4 devices"):
         mt.audit(contiguous(trace), trace, baseline=other)
     with pytest.raises(ValueError, match="window must be from 1"):
         mt.audit(contiguous(trace), trace, window=0)
+    with pytest.raises(ValueError, match="traffic must have tokens to audit, got a trace of 0"):
+        mt.audit(contiguous(trace), empty)
     with pytest.raises(ValueError, match="resamples must be from 1"):
         mt.audit(contiguous(trace), trace, resamples=0)
+
+
+def test_groups_without_tokens_are_left_out(make_trace):
+    """A name that no token has is no group to audit."""
+    trace = make_trace()
+    found = mt.audit(contiguous(trace), trace, window=20)
+    assert list(found.groups) == ["even", "odd"]

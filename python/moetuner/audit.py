@@ -171,6 +171,8 @@ def audit(
     baseline = baseline or contiguous(placement)
     for each in (placement, baseline):
         check_model(each, traffic, topology)
+    if isinstance(traffic, RoutingTrace) and not traffic.tokens:
+        raise ValueError("traffic must have tokens to audit, got a trace of 0")
     whole_number("window", window)
     whole_number("resamples", resamples, highest=1 << 20)
     with_active = cost_model is not None and cost_model.expert_us > 0

@@ -20,7 +20,7 @@ from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
 HEAD = ("traffic", "tokens", "imbalance", "mixed", "total", "worst", "crossing", "fanout", "nodes")
-TIMES = ("layer us", "p50", "p95", "p99")
+TIMES = ("layer, us", "mean", "p50", "p95", "p99")
 
 
 @click.command("evaluate")
@@ -85,11 +85,12 @@ def command(
         f"{placement.slots_per_device} slots{windows}"
     )
     output.say()
-    head = HEAD if cost_model is None else HEAD + TIMES
-    output.table(
-        head,
-        [_row(name, each)[: len(head)] for name, each in [("all", found), *found.by_group.items()]],
-    )
+    rows = [("all", found), *found.by_group.items()]
+    output.table(HEAD, [_row(name, each) for name, each in rows])
+    if cost_model is not None:
+        output.say()
+        output.table(TIMES, [_times(name, each) for name, each in rows])
+    output.say()
     for name, ports in found.busiest_port.items():
         output.say(_ports(name, ports))
     output.finish(
@@ -120,6 +121,12 @@ def _row(name: str, of: Evaluation) -> tuple[str, ...]:
         number(of.crossing, 4),
         number(of.fanout, 3),
         number(of.node_fanout, 3),
+    )
+
+
+def _times(name: str, of: Evaluation) -> tuple[str, ...]:
+    return (
+        name,
         number(of.predicted_layer_us, 1),
         number(of.predicted_layer_us_p50, 1),
         number(of.predicted_layer_us_p95, 1),
