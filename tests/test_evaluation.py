@@ -1,5 +1,7 @@
 """evaluate(): the replay counts what a plain loop over tokens counts."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import random_ids
@@ -301,6 +303,30 @@ def test_times_are_the_cost_models(make_trace):
         name = f"predicted_layer_us_p{percent}"
         assert getattr(found, name) == pytest.approx(np.percentile(times, percent))
     assert mt.evaluate(placement, trace, topology).predicted_layer_us is None
+
+
+def test_a_node_is_sent_to_once(make_trace):
+    """Rows from every home are counted one by one: across once per node, then on to each device."""
+    trace, topology = make_trace(240, top_k=3), mt.Topology(4, 2, 1e9, 1e8)
+    placement = contiguous(trace)
+    model = mt.CostModel(0, 0, 0, 0, token_bytes=1000, combine_bytes=0, once_per="node")
+    times = []
+    for layer in range(3):
+        near, far = np.zeros((2, 4, 4))
+        for token in trace.expert_ids[:, layer].tolist():
+            to = {expert // 2 for expert in token}
+            for home in range(4):
+                for node in {device // 2 for device in to}:
+                    relay = node * 2 + home % 2
+                    far[home, relay] += (node != home // 2) / 4
+                    for device in to:
+                        near[relay, device] += (device // 2 == node and device != relay) / 4
+        times.append(model.exchange_us(near + far, topology))
+    found = mt.evaluate(placement, trace, topology, cost_model=model)
+    assert found.predicted_layer_us == pytest.approx(np.mean(times))
+    by_device = dataclasses.replace(model, once_per="device")
+    more = mt.evaluate(placement, trace, topology, cost_model=by_device).predicted_layer_us
+    assert more > found.predicted_layer_us
 
 
 def test_following_moves_states_to_the_next_layer():

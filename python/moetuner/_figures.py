@@ -54,7 +54,17 @@ def layer_us(counts: Counts, topology: Topology, model: CostModel, regime: Regim
 
 
 def _dispatched(counts: Counts, topology: Topology, model: CostModel) -> Floats:
-    """Rows go from their homes to devices of work and back; a window has homes as all have."""
+    """Rows go from their homes to devices of work and back."""
+    if model.once_per == "node" and counts.node_visits is not None and len(topology.levels) == 2:
+        busiest = _by_node(counts, counts.node_visits, topology)
+    else:
+        busiest = _by_device(counts, topology)
+    back = model.ports_us(busiest, topology, bytes_each=model.bytes_back)
+    return model.ports_us(busiest, topology) + back
+
+
+def _by_device(counts: Counts, topology: Topology) -> Floats:
+    """Rows at the busiest port [W,L,tiers]; a window has homes as all of them have."""
     visits: Floats = counts.visits.transpose(1, 0, 2).astype(np.float64)
     total = np.maximum(visits.sum(axis=1), 1e-300)
     from_home = counts.dispatch / total[:, None, :]
@@ -64,9 +74,24 @@ def _dispatched(counts: Counts, topology: Topology, model: CostModel) -> Floats:
         into = (visits * share.sum(axis=1)[:, None, :]).max(axis=-1)
         out = np.matmul(visits, share.transpose(0, 2, 1)).max(axis=-1)
         ports.append(np.maximum(into, out).T)
-    busiest = np.stack(ports, axis=-1)
-    back = model.ports_us(busiest, topology, bytes_each=model.bytes_back)
-    return model.ports_us(busiest, topology) + back
+    return np.stack(ports, axis=-1)
+
+
+def _by_node(counts: Counts, node_visits: NDArray[Any], topology: Topology) -> Floats:
+    """Rows at the busiest port [W,L,2] if a row crosses to a node once, for homes spread evenly.
+
+    It arrives at the device with its home's number in the node, which hands it on. So every device
+    of a node gets, and hands on, an equal part of what the node gets.
+    """
+    nodes, size, devices = topology.nodes, topology.node_size, topology.devices
+    elsewhere = node_visits * ((devices - size) / devices)
+    into_node = elsewhere.max(axis=-1) / size
+    out_of_node = (node_visits.sum(axis=-1, keepdims=True) - node_visits).max(axis=-1) / devices
+    by_node = counts.visits.reshape(*counts.visits.shape[:2], nodes, size).astype(np.float64)
+    into = by_node.max(axis=(-2, -1)) * (1 - 1 / size)
+    # Every device hands on its part of all rows of its node but its own.
+    out = (by_node.sum(axis=-1, keepdims=True) - by_node).max(axis=(-2, -1)) / size
+    return np.stack([np.maximum(into, out), np.maximum(into_node, out_of_node)], axis=-1)
 
 
 def _followed(counts: Counts, topology: Topology, model: CostModel) -> Floats:

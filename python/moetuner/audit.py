@@ -42,8 +42,9 @@ class Change:
     change
         Relative: 0.1 is ten percent worse. None where the baseline is 0.
     behind
-        How much less of an improvement this is than that of the group which improved most: the
-        difference of their changes. None for that group itself, and without groups.
+        How much less of an improvement this is than that of the group which gains most surely (by
+        the upper end of its interval): the difference of their changes. None for that group itself,
+        and without groups.
     """
 
     value: Interval
@@ -236,22 +237,27 @@ def _with_behind(
     """Compare every group's change with that of the group that improved most, per measure."""
     found = {group: dict(changes) for group, changes in groups.items()}
     for measure in next(iter(groups.values()), {}):
-        values = {
-            group: change.change.value
+        known = {
+            group: change.change
             for group, changes in groups.items()
             if (change := changes[measure]).change is not None
         }
-        if len(values) < 2:
+        if len(known) < 2:
             continue
-        best = min(values, key=values.__getitem__)
-        for group, value in values.items():
+        # Best is whose gain is surest: a small group may seem to gain most by chance.
+        best = min(known, key=lambda group: _at_worst(known[group]))
+        for group, own in known.items():
             if group == best:
                 continue
             mine, theirs = samples[group][measure], samples[best][measure]
             spread = mine - theirs if mine.size == theirs.size else np.empty(0)
-            behind = interval(value - values[best], spread)
+            behind = interval(own.value - known[best].value, spread)
             found[group][measure] = replace(found[group][measure], behind=behind)
     return found
+
+
+def _at_worst(change: Interval) -> float:
+    return change.value if change.high is None else change.high
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:

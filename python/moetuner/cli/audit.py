@@ -20,6 +20,9 @@ from moetuner.topology import Topology
 # Exit status where a group got worse by more than was allowed.
 WORSE = 3
 
+# Groups that a line names; the tables have all.
+NAMED = 8
+
 NAMES = {
     "imbalance": "imbalance",
     "predicted_layer_us": "layer us",
@@ -169,7 +172,7 @@ def _row(name: str, of: Any) -> tuple[str, ...]:
     change: Interval | None = of.change
     span = "-"
     if change is not None and change.low is not None and change.high is not None:
-        span = f"{100 * change.low:+.1f} to {100 * change.high:+.1f} %"
+        span = f"{_percent(change.low).removesuffix(' %')} to {_percent(change.high)}"
     return (
         name,
         number(of.baseline.value, 4),
@@ -195,12 +198,11 @@ def _summary(output: Output, found: Audit) -> None:
 
 
 def _listed(findings: list[Finding], measure: str) -> str:
-    return ", ".join(
-        f"{each.group} {_percent(each.change.value)}"
-        for each in findings
-        if each.measure == measure
-    )
+    mine = [each for each in findings if each.measure == measure]
+    named = [f"{each.group} {_percent(each.change.value)}" for each in mine[:NAMED]]
+    return ", ".join(named) + (f" and {len(mine) - NAMED} more" if len(mine) > NAMED else "")
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:+.1f} %"
+    # Adding zero makes -0.0 a plain one.
+    return f"{round(100 * share, 1) + 0.0:+.1f} %"
