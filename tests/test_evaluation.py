@@ -263,6 +263,7 @@ def test_mixed_arrival_balances_bursts():
     found = mt.evaluate(placement, trace, window=100)
     assert found.imbalance == 2
     assert found.imbalance_mixed < 1.4
+    assert mt.evaluate(placement, trace, window=100, mixed=False).imbalance_mixed is None
     statistics = mt.RoutingStatistics.from_trace(trace, window=100)
     counted = mt.evaluate(placement, statistics)
     assert counted.imbalance == 2

@@ -38,7 +38,7 @@ class Counts:
     load
         Tokens of every device, once per expert [W,L,D].
     mixed
-        The same in windows of mixed arrival [W,L,D].
+        The same in windows of mixed arrival [W,L,D]; None if not asked for.
     visits
         Tokens with an expert on the device [W,L,D]; ``load`` where experts of one token are not
         known, which is an upper bound.
@@ -54,7 +54,7 @@ class Counts:
 
     tokens: int | None
     load: Numbers
-    mixed: Numbers
+    mixed: Numbers | None
     visits: Numbers
     node_visits: Numbers | None
     follow: Numbers | None
@@ -147,7 +147,7 @@ class _Part:
         return Counts(
             tokens=tokens,
             load=load,
-            mixed=self._mixed() if rules.with_mixed and len(load) > 1 else load,
+            mixed=self._mixed(load) if rules.with_mixed else None,
             visits=visits,
             node_visits=node_visits,
             follow=follow,
@@ -155,7 +155,10 @@ class _Part:
             active=_active(rules, expert_load) if rules.with_active else None,
         )
 
-    def _mixed(self) -> Numbers:
+    def _mixed(self, load: Numbers) -> Numbers:
+        """Replay in mixed order; one window is the same in any order."""
+        if len(load) == 1:
+            return load
         sequence = self._trace.sequence
         mine = None if sequence is None else sequence[self._tokens]
         order = self._tokens[mixed_order(mine, len(self._tokens))]
@@ -190,7 +193,7 @@ def _expected(window_load: NDArray[np.uint64], share: Floats, rules: Rules) -> C
         window_load.transpose(1, 0, 2).astype(np.float64), share.transpose(0, 2, 1)
     )
     load = np.ascontiguousarray(by_layer.transpose(1, 0, 2))
-    mixed = load
+    mixed = None
     if rules.with_mixed:
         mixed = np.empty_like(load)
         for place, windows in mixed_windows(load):

@@ -64,7 +64,7 @@ class Evaluation:
 
     tokens: int | None
     imbalance: float
-    imbalance_mixed: float
+    imbalance_mixed: float | None
     imbalance_total: float
     imbalance_worst: float
     imbalance_per_layer: tuple[float, ...]
@@ -100,6 +100,7 @@ def evaluate(
     cost_model: CostModel | None = None,
     regime: Regime = "dispatch",
     home: ArrayLike | Literal["blocks"] | None = None,
+    mixed: bool = True,
     threads: int | None = None,
 ) -> Evaluation:
     """Replay a placement.
@@ -130,6 +131,8 @@ def evaluate(
     home
         Device that each token of a trace comes from [T], or ``"blocks"`` (see ``dispatch_rows``):
         then ``traffic["dispatch"]`` counts its rows exactly. None spreads homes evenly.
+    mixed
+        Whether to replay a trace once more in mixed order; where not, ``imbalance_mixed`` is None.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
 
@@ -144,7 +147,7 @@ def evaluate(
     if regime not in ("follow", "dispatch"):
         raise ValueError(f"regime must be 'follow' or 'dispatch', got {regime!r}")
     with_active = cost_model is not None and cost_model.expert_us > 0
-    rules = Rules(placement, topology, window, split, with_active, threads)
+    rules = Rules(placement, topology, window, split, with_active, threads, with_mixed=mixed)
     if isinstance(traffic, RoutingStatistics):
         if home is not None:
             raise ValueError("home needs a trace: statistics have no tokens")
@@ -212,7 +215,9 @@ def _evaluation(
     found = Evaluation(
         tokens=counts.tokens,
         imbalance=float(windowed.mean()),
-        imbalance_mixed=float(_figures.ratios(counts.mixed, speed).mean()),
+        imbalance_mixed=(
+            None if counts.mixed is None else float(_figures.ratios(counts.mixed, speed).mean())
+        ),
         imbalance_total=float(_figures.ratios(counts.load.sum(axis=0), speed).mean()),
         imbalance_worst=float(windowed.max()),
         imbalance_per_layer=tuple(windowed.mean(axis=0).tolist()),
