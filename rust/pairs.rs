@@ -23,7 +23,12 @@ use crate::trace::ExpertId;
 /// Tokens of one block at the most: as many as the 16-bit counters of the rows kernel can take.
 ///
 /// Wide tables leave the cache when they are added up, so that should happen rarely.
-pub const BLOCK: usize = u16::MAX as usize;
+pub const BLOCK: usize = 16384;
+
+/// Values on cache lines of their own: vectors that straddle two lines take twice as long.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+pub(crate) struct Line<T, const N: usize>(pub(crate) [T; N]);
 
 /// How the pairs of `size` ids, `top_k` of them per token, are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -22,6 +22,7 @@ use crate::layer::balance::Windows;
 use crate::layer::replicate::replicate;
 use crate::layer::{Contents, EMPTY, Effort, Layer, Links, Split, place};
 use crate::packing::{Goal, Room};
+use crate::replay::{Copies, Split};
 use crate::search::{Control, Options, balanced, search as run_search};
 use crate::statistics::{Counter, Tables};
 use crate::trace::Routing;
@@ -268,13 +269,16 @@ type Tallied<'py> = (
 #[pymethods]
 impl Replay {
     #[new]
-    #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, window = None))]
+    #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, window = None, split = "even",
+                        pairs = true))]
     fn new(
         slots: PyReadonlyArray3<'_, i32>,
         num_experts: usize,
         top_k: usize,
         node_of_device: Vec<u16>,
         window: Option<u64>,
+        split: &str,
+        pairs: bool,
     ) -> PyResult<Self> {
         let &[layers, devices, per_device] = slots.shape() else {
             unreachable!("the array has three dimensions")
@@ -290,10 +294,19 @@ impl Replay {
         if window == Some(0) {
             return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
         }
+        let split = match split {
+            "even" => Split::Even,
+            "nearest" => Split::Nearest,
+            "round_robin" => Split::RoundRobin,
+            _ => {
+                let rule = "must be 'even', 'nearest' or 'round_robin'";
+                return Err(PyValueError::new_err(format!("split {rule}, got '{split}'")));
+            }
+        };
         let slots = contiguous(slots.as_slice().ok())?;
-        let copies = crate::replay::Copies::new(slots, routing, per_device, &node_of_device)?;
+        let copies = Copies::new(slots, routing, per_device, &node_of_device, split)?;
         let nodes = copies.nodes();
-        let replay = Some(crate::replay::Replay::new(routing, copies, window));
+        let replay = Some(crate::replay::Replay::new(routing, copies, window, pairs));
         Ok(Self { routing, devices, nodes, replay })
     }
 

@@ -175,10 +175,13 @@ pub(crate) fn by_layers<I: ExpertId, T: Send, S>(
         // The last layer of the task before is this task's first neighbour.
         let from = first.saturating_sub(1);
         let ids = gather(block, from, first + layers.len(), routing);
-        let sides: Vec<S> = ids.into_iter().enumerate().map(|(i, ids)| prepare(from + i, ids)).collect();
-        for (i, layer) in layers.iter_mut().enumerate() {
-            let here = first + i - from;
-            visit(layer, here.checked_sub(1).map(|before| &sides[before]), &sides[here]);
+        let mut before: Option<S> = None;
+        for (l, ids) in (from..).zip(ids) {
+            let here = prepare(l, ids);
+            if let Some(layer) = l.checked_sub(first) {
+                visit(&mut layers[layer], before.as_ref(), &here);
+            }
+            before = Some(here);
         }
     });
 }

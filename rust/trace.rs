@@ -120,10 +120,32 @@ fn is_clean<I: ExpertId>(rows: &[I], routing: Routing) -> bool {
     largest.index() < routing.experts && distinct
 }
 
-/// Whether no row of K ids has two equal ones.
+/// Whether no row of K ids, which fit a word of this type, has two equal ones.
 ///
 /// Two ids are equal where the row and the row rotated by some number of ids have a zero in their exclusive or; a zero
 /// shows when one is subtracted from every lane (Mycroft's test).
+macro_rules! is_distinct_in {
+    ($word:ty, $id:ty, $k:expr, $rows:expr) => {{
+        let all = <$word>::MAX >> (<$word>::BITS as usize - $k * <$id>::BITS);
+        let lane = |value: $word| (0..$k).fold(0, |lanes, i| lanes | value << (i * <$id>::BITS));
+        let (low, high) = (lane(1), lane(1 << (<$id>::BITS - 1)));
+        let mut zero = 0;
+        for row in $rows.as_chunks::<$k>().0 {
+            let mut word = 0;
+            for i in 0..$k {
+                word |= (row[i].index() as $word) << (i * <$id>::BITS);
+            }
+            for by in 1..=$k / 2 {
+                let rotated = (word << (by * <$id>::BITS) | word >> (($k - by) * <$id>::BITS)) & all;
+                let same = word ^ rotated;
+                zero |= same.wrapping_sub(low) & !same & high;
+            }
+        }
+        zero == 0
+    }};
+}
+
+/// Whether no row of K ids has two equal ones.
 #[inline(always)]
 fn is_distinct<I: ExpertId, const K: usize>(rows: &[I]) -> bool {
     if K * I::BITS > 64 {
@@ -137,22 +159,7 @@ fn is_distinct<I: ExpertId, const K: usize>(rows: &[I]) -> bool {
         }
         return !equal;
     }
-    let all = u64::MAX >> (64 - K * I::BITS);
-    let lane = |value: u64| (0..K).fold(0, |lanes, i| lanes | value << (i * I::BITS));
-    let (low, high) = (lane(1), lane(1 << (I::BITS - 1)));
-    let mut zero = 0;
-    for row in rows.as_chunks::<K>().0 {
-        let mut word = 0;
-        for i in 0..K {
-            word |= (row[i].index() as u64) << (i * I::BITS);
-        }
-        for by in 1..=K / 2 {
-            let rotated = (word << (by * I::BITS) | word >> ((K - by) * I::BITS)) & all;
-            let same = word ^ rotated;
-            zero |= same.wrapping_sub(low) & !same & high;
-        }
-    }
-    zero == 0
+    if K * I::BITS <= 32 { is_distinct_in!(u32, I, K, rows) } else { is_distinct_in!(u64, I, K, rows) }
 }
 
 fn describe<I: ExpertId>(ids: &[I], row: usize, routing: Routing, first_token: u64) -> Error {

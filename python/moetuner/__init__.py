@@ -6,6 +6,7 @@ Data flows one way: a recorded ``RoutingTrace`` is counted into ``RoutingStatist
 """
 
 from moetuner._core import __version__
+from moetuner.audit import Audit, audit
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.placement import Placement, PlacementDiff
@@ -15,8 +16,10 @@ from moetuner.solver.result import Progress, Result
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Tier, Topology
 from moetuner.trace import RoutingTrace
+from moetuner.verdict import Verdict, verdict
 
 __all__ = [
+    "Audit",
     "CostModel",
     "Evaluation",
     "Placement",
@@ -28,7 +31,10 @@ __all__ = [
     "RoutingTrace",
     "Tier",
     "Topology",
+    "Verdict",
     "__version__",
+    "audit",
     "evaluate",
     "solve",
+    "verdict",
 ]

@@ -147,7 +147,14 @@ class Replay:
         node_of_device: list[int],
         *,
         window: int | None = None,
-    ) -> Replay: ...
+        split: str = "even",
+        pairs: bool = True,
+    ) -> Replay:
+        """``split`` says which copy serves: "even", "nearest" or "round_robin".
+
+        Without ``pairs`` no traffic is counted.
+        """
+
     def push(self, expert_ids: _ExpertIds, threads: int | None = None) -> None:
         """Replay the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -68,6 +68,9 @@ class CostModel:
         Bytes of what comes back, in regime dispatch; ``token_bytes`` by default.
     overlap
         Share of the shorter of compute and communication that is hidden behind the other, 0 to 1.
+    once_per
+        What a token is sent to once in regime dispatch: every ``"device"`` of its experts, or every
+        ``"node"``, where it is fanned out inside (DeepEP's normal kernels).
     name
         For people.
     residual
@@ -86,6 +89,7 @@ class CostModel:
     token_bytes: float
     combine_bytes: float | None = None
     overlap: float = 0.0
+    once_per: Literal["device", "node"] = "device"
     name: str | None = None
     residual: float | None = None
 
@@ -97,6 +101,8 @@ class CostModel:
                 not_negative(name, getattr(self, name), "number of bytes")
         if not (is_number(self.overlap) and 0 <= self.overlap <= 1):
             raise ValueError(f"overlap must be from 0 to 1, got {self.overlap}")
+        if self.once_per not in ("device", "node"):
+            raise ValueError(f"once_per must be 'device' or 'node', got {self.once_per!r}")
 
     @property
     def bytes_back(self) -> float:

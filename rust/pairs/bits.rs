@@ -1,11 +1,21 @@
 //! Rows of bits: for every id the tokens it occurs in, 64 to a word.
+//!
+//! A token's ids are first a number, a bit per id. The numbers of 512 tokens, side by side in as many vector lanes as
+//! there is room for, are transposed as squares of bits, all lanes at once. Of a block of 512 tokens, then, token t is
+//! bit `t / lanes` of lane `t % lanes`.
 
 use std::ops::Range;
 
 use crate::trace::ExpertId;
 
+/// Tokens that are transposed together.
+const BLOCK: usize = 512;
+
 /// Tokens in a word.
 const WORD: usize = 64;
+
+/// Words of a block.
+const WORDS: usize = BLOCK / WORD;
 
 /// Ids that can have units, at the most.
 pub const IDS: usize = 1024;
@@ -15,127 +25,240 @@ fn padded(size: usize) -> usize {
     size.next_multiple_of(8)
 }
 
-/// Bit t of `[t / 64, id]` says that token t has the id; `size` is at most 64.
+/// A number whose bits become rows; `BLOCK / BITS` of them share a vector.
+trait Number: Copy + 'static {
+    const BITS: usize;
+    const ZERO: Self;
+    fn with(self, bit: usize) -> Self;
+    fn plus(self, unit: Self) -> Self;
+    /// Exchanges the upper `by` bits in every `2 * by` of `low` with the lower ones of `high`.
+    fn swap(low: &mut Self, high: &mut Self, by: usize);
+    fn words(lanes: &[Self]) -> [u64; WORDS];
+}
+
+macro_rules! number {
+    ($($type:ty),*) => {$(
+        impl Number for $type {
+            const BITS: usize = <$type>::BITS as usize;
+            const ZERO: Self = 0;
+
+            #[inline(always)]
+            fn with(self, bit: usize) -> Self {
+                self | 1 << (bit % <Self as Number>::BITS)
+            }
+
+            #[inline(always)]
+            fn plus(self, unit: Self) -> Self {
+                self.wrapping_add(unit)
+            }
+
+            #[inline(always)]
+            fn swap(low: &mut Self, high: &mut Self, by: usize) {
+                let mask = Self::MAX / ((1 << by) + 1);
+                let changed = ((*low >> by) ^ *high) & mask;
+                *high ^= changed;
+                *low ^= changed << by;
+            }
+
+            #[inline(always)]
+            fn words(lanes: &[Self]) -> [u64; WORDS] {
+                const LANES: usize = 8 / size_of::<$type>();
+                let mut words = [0; WORDS];
+                for (word, lanes) in words.iter_mut().zip(lanes.as_chunks::<LANES>().0) {
+                    for (i, lane) in lanes.iter().enumerate() {
+                        *word |= u64::from(*lane) << (i * <Self as Number>::BITS);
+                    }
+                }
+                words
+            }
+        }
+    )*};
+}
+
+number!(u8, u32, u64);
+
+/// Which bits of a block's word are of the tokens `within`, which counts from the block's first.
+#[inline(always)]
+fn bits_of(word: usize, bits: usize, within: Range<usize>) -> u64 {
+    let lanes = BLOCK / bits;
+    let mut all = 0;
+    for i in 0..WORD / bits {
+        let lane = word * (WORD / bits) + i;
+        let before = |end: usize| {
+            let bits = end.saturating_sub(lane).div_ceil(lanes);
+            (1u64 << (bits / 2) << (bits - bits / 2)).wrapping_sub(1)
+        };
+        all |= (before(within.end) & !before(within.start)) << (i * bits);
+    }
+    all
+}
+
+/// Transposes the squares that the lanes hold: afterwards lanes `i * lanes..` hold bit i of all tokens.
+#[inline(always)]
+fn transpose<N: Number>(numbers: &mut [N; BLOCK]) {
+    let lanes = BLOCK / N::BITS;
+    let mut by = N::BITS / 2;
+    // Two steps at a time, so that numbers are loaded and stored half as often.
+    while by > 1 {
+        let half = by / 2;
+        for part in numbers.chunks_exact_mut(2 * by * lanes) {
+            let (low, high) = part.split_at_mut(by * lanes);
+            let ((a, b), (c, d)) = (low.split_at_mut(half * lanes), high.split_at_mut(half * lanes));
+            for (((a, b), c), d) in a.iter_mut().zip(b).zip(c).zip(d) {
+                N::swap(a, c, by);
+                N::swap(b, d, by);
+                N::swap(a, b, half);
+                N::swap(c, d, half);
+            }
+        }
+        by = half / 2;
+    }
+    if by == 1 {
+        for part in numbers.chunks_exact_mut(2 * lanes) {
+            let (low, high) = part.split_at_mut(lanes);
+            for (low, high) in low.iter_mut().zip(high) {
+                N::swap(low, high, 1);
+            }
+        }
+    }
+}
+
+/// For every 512 tokens the rows of all ids, at most 64, each with a bit per token.
 #[multiversion::multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+bmi2",
+    "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vbmi+avx2+bmi2",
     "x86_64+avx2+bmi2"
 ))]
 pub(super) fn rows_of<I: ExpertId>(ids: &[I], top_k: usize, size: usize) -> Vec<u64> {
-    match top_k {
-        1 => rows_with(ids, 1, size, |_, ids, sets| sets_of::<I, 1>(ids, sets)),
-        2 => rows_with(ids, 2, size, |_, ids, sets| sets_of::<I, 2>(ids, sets)),
-        4 => rows_with(ids, 4, size, |_, ids, sets| sets_of::<I, 4>(ids, sets)),
-        6 => rows_with(ids, 6, size, |_, ids, sets| sets_of::<I, 6>(ids, sets)),
-        8 => rows_with(ids, 8, size, |_, ids, sets| sets_of::<I, 8>(ids, sets)),
-        k => rows_with(ids, k, size, |_, ids, sets| {
-            for (set, ids) in sets.iter_mut().zip(ids.chunks_exact(k)) {
-                *set = ids.iter().fold(0, |set, id| set | 1 << (id.index() & 63));
-            }
-        }),
+    match size {
+        0..=8 => rows_with(ids, top_k, size, |_, ids, sets: &mut [u8; BLOCK]| sets_of(ids, top_k, sets)),
+        9..=32 => rows_with(ids, top_k, size, |_, ids, sets: &mut [u32; BLOCK]| sets_of(ids, top_k, sets)),
+        _ => rows_with(ids, top_k, size, |_, ids, sets: &mut [u64; BLOCK]| sets_of(ids, top_k, sets)),
     }
 }
 
 #[inline(always)]
-fn sets_of<I: ExpertId, const K: usize>(ids: &[I], sets: &mut [u64; WORD]) {
-    for (set, ids) in sets.iter_mut().zip(ids.as_chunks::<K>().0) {
-        *set = ids.iter().fold(0, |set, id| set | 1 << (id.index() & 63));
+fn sets_of<I: ExpertId, N: Number>(ids: &[I], top_k: usize, sets: &mut [N; BLOCK]) {
+    #[inline(always)]
+    fn fill<I: ExpertId, N: Number, const K: usize>(ids: &[I], sets: &mut [N; BLOCK]) {
+        for (set, ids) in sets.iter_mut().zip(ids.as_chunks::<K>().0) {
+            *set = N::ZERO;
+            for id in ids {
+                *set = set.with(id.index());
+            }
+        }
+    }
+    match top_k {
+        1 => fill::<I, N, 1>(ids, sets),
+        2 => fill::<I, N, 2>(ids, sets),
+        4 => fill::<I, N, 4>(ids, sets),
+        6 => fill::<I, N, 6>(ids, sets),
+        8 => fill::<I, N, 8>(ids, sets),
+        k => {
+            for (set, ids) in sets.iter_mut().zip(ids.chunks_exact(k)) {
+                *set = N::ZERO;
+                for id in ids {
+                    *set = set.with(id.index());
+                }
+            }
+        }
     }
 }
 
-/// Bit t of `[t / 64, row]` is bit `row` of the sum of token t's `units`, `[words, ids]`: a number per id, 64 rows to
-/// a word. Sums must not carry from one word into the next.
+/// The rows of the bits of sums: of every token's `units`, `[words, ids]`, a number per id, 64 rows to a word. Sums
+/// must not carry from one word into the next.
 #[multiversion::multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+bmi2",
+    "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vbmi+avx2+bmi2",
     "x86_64+avx2+bmi2"
 ))]
 pub(super) fn rows_of_sums<I: ExpertId>(ids: &[I], top_k: usize, size: usize, units: &[u64]) -> Vec<u64> {
     // Of constant size: an index below it needs no check.
-    let mut of_word = vec![[0; IDS]; size.div_ceil(WORD)];
-    for (table, units) in of_word.iter_mut().zip(units.chunks_exact(units.len() / size.div_ceil(WORD))) {
+    let mut of_word = vec![[0; IDS]; size.div_ceil(64)];
+    for (table, units) in of_word.iter_mut().zip(units.chunks_exact(units.len() / size.div_ceil(64))) {
         table[..units.len()].copy_from_slice(units);
     }
-    rows_with(ids, top_k, size, |word, ids, sums| match top_k {
-        1 => sums_of::<I, 1>(ids, &of_word[word], sums),
-        2 => sums_of::<I, 2>(ids, &of_word[word], sums),
-        4 => sums_of::<I, 4>(ids, &of_word[word], sums),
-        6 => sums_of::<I, 6>(ids, &of_word[word], sums),
-        8 => sums_of::<I, 8>(ids, &of_word[word], sums),
-        k => {
-            for (sum, ids) in sums.iter_mut().zip(ids.chunks_exact(k)) {
-                *sum = ids.iter().map(|id| of_word[word][id.index() % IDS]).sum();
-            }
+    match size {
+        0..=8 => {
+            let table = of_word[0].map(|unit| unit as u8);
+            rows_with(ids, top_k, size, |_, ids, sums: &mut [u8; BLOCK]| sums_of(ids, top_k, &table, sums))
         }
-    })
+        9..=32 => {
+            let table = of_word[0].map(|unit| unit as u32);
+            rows_with(ids, top_k, size, |_, ids, sums: &mut [u32; BLOCK]| sums_of(ids, top_k, &table, sums))
+        }
+        _ => rows_with(ids, top_k, size, |word, ids, sums: &mut [u64; BLOCK]| {
+            sums_of(ids, top_k, &of_word[word], sums);
+        }),
+    }
 }
 
 /// Never inlined, so compiled without vector gathers: one look-up after the other is faster.
 #[inline(never)]
-fn sums_of<I: ExpertId, const K: usize>(ids: &[I], units: &[u64; IDS], sums: &mut [u64; WORD]) {
-    for (sum, ids) in sums.iter_mut().zip(ids.as_chunks::<K>().0) {
-        *sum = ids.iter().map(|id| units[id.index() % IDS]).sum();
+fn sums_of<I: ExpertId, N: Number>(ids: &[I], top_k: usize, units: &[N; IDS], sums: &mut [N; BLOCK]) {
+    #[inline(always)]
+    fn fill<I: ExpertId, N: Number, const K: usize>(ids: &[I], units: &[N; IDS], sums: &mut [N; BLOCK]) {
+        for (sum, ids) in sums.iter_mut().zip(ids.as_chunks::<K>().0) {
+            *sum = N::ZERO;
+            for id in ids {
+                *sum = sum.plus(units[id.index() % IDS]);
+            }
+        }
+    }
+    match top_k {
+        1 => fill::<I, N, 1>(ids, units, sums),
+        2 => fill::<I, N, 2>(ids, units, sums),
+        4 => fill::<I, N, 4>(ids, units, sums),
+        6 => fill::<I, N, 6>(ids, units, sums),
+        8 => fill::<I, N, 8>(ids, units, sums),
+        k => {
+            for (sum, ids) in sums.iter_mut().zip(ids.chunks_exact(k)) {
+                *sum = ids.iter().fold(N::ZERO, |sum, id| sum.plus(units[id.index() % IDS]));
+            }
+        }
     }
 }
 
-/// Transposes what `fill` says of 64 tokens: a number for each, given the word (64 rows) and the tokens' ids.
+/// Transposes what `fill` says of 512 tokens: a number for each, given the word (`N::BITS` rows) and the tokens' ids.
 #[inline(always)]
-fn rows_with<I: ExpertId>(
+fn rows_with<I: ExpertId, N: Number>(
     ids: &[I],
     top_k: usize,
     size: usize,
-    fill: impl Fn(usize, &[I], &mut [u64; WORD]),
+    fill: impl Fn(usize, &[I], &mut [N; BLOCK]),
 ) -> Vec<u64> {
     let width = padded(size);
-    let mut rows = vec![0; ids.len().div_ceil(WORD * top_k) * width];
-    for (ids, rows) in ids.chunks(WORD * top_k).zip(rows.chunks_exact_mut(width)) {
-        for (word, rows) in rows.chunks_mut(WORD).enumerate() {
-            let mut numbers = [0u64; WORD];
-            fill(word, ids, &mut numbers);
-            for (plane, rows) in rows.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                let mut tokens = [0u64; 8];
-                for (group, tokens) in tokens.iter_mut().enumerate() {
-                    let byte = |i: usize| (numbers[8 * group + i] >> (8 * plane)) as u8;
-                    *tokens = u64::from_le_bytes(std::array::from_fn(byte));
+    let lanes = BLOCK / N::BITS;
+    let mut rows = vec![0; ids.len().div_ceil(BLOCK * top_k) * WORDS * width];
+    for (ids, rows) in ids.chunks(BLOCK * top_k).zip(rows.chunks_exact_mut(WORDS * width)) {
+        for first in (0..size).step_by(N::BITS) {
+            let mut numbers = [N::ZERO; BLOCK];
+            fill(first / N::BITS, ids, &mut numbers);
+            transpose(&mut numbers);
+            for (row, lanes) in (first..size).zip(numbers.chunks_exact(lanes)) {
+                for (i, word) in N::words(lanes).into_iter().enumerate() {
+                    rows[i * width + row] = word;
                 }
-                *rows = transpose(tokens);
             }
         }
     }
     rows
 }
 
-/// Turns 64 bytes (one per token, a bit per id) into 8 words (one per id, a bit per token).
-#[inline(always)]
-fn transpose(mut bytes: [u64; 8]) -> [u64; 8] {
-    // Within each word the 8 x 8 bits (Warren, Hacker's Delight, 7-3) ...
-    for x in &mut bytes {
-        let mut swap = |by: u32, mask: u64| {
-            let t = (*x ^ (*x >> by)) & mask;
-            *x ^= t ^ (t << by);
-        };
-        swap(7, 0x00AA_00AA_00AA_00AA);
-        swap(14, 0x0000_CCCC_0000_CCCC);
-        swap(28, 0x0000_0000_F0F0_F0F0);
-    }
-    // ... then the 8 x 8 bytes across the words.
-    let mut words = [0u64; 8];
-    for (group, x) in bytes.iter().enumerate() {
-        for (id, word) in words.iter_mut().enumerate() {
-            *word |= ((x >> (8 * id)) & 0xFF) << (8 * group);
-        }
-    }
-    words
-}
-
-/// The rows of every 64 tokens, and which of the 64 are within `tokens`.
+/// The rows of every 64 tokens, and which bits are of tokens within `tokens`.
 #[inline(always)]
 pub(super) fn words(rows: &[u64], size: usize, tokens: Range<usize>) -> impl Iterator<Item = (&[u64], u64)> {
     let Range { start, end } = tokens;
-    let within = if start < end { start / WORD..end.div_ceil(WORD) } else { 0..0 };
-    let first = within.start;
-    rows.chunks_exact(padded(size)).take(within.end).enumerate().skip(first).map(move |(word, rows)| {
-        let after = u64::MAX << start.saturating_sub(word * WORD);
-        let before = u64::MAX >> (WORD - (end - word * WORD).min(WORD));
-        (&rows[..size], after & before)
+    let blocks = if start < end { start / BLOCK..end.div_ceil(BLOCK) } else { 0..0 };
+    let width = padded(size);
+    let bits = match size {
+        0..=8 => 8,
+        9..=32 => 32,
+        _ => 64,
+    };
+    (blocks.start * WORDS..blocks.end * WORDS).map(move |word| {
+        let first = word / WORDS * BLOCK;
+        let within = start.saturating_sub(first)..(end - first).min(BLOCK);
+        let within = if within == (0..BLOCK) { u64::MAX } else { bits_of(word % WORDS, bits, within) };
+        (&rows[word * width..][..size], within)
     })
 }
 
@@ -161,9 +284,9 @@ pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, counts: &mut
     const LEFT: usize = 4;
     const RIGHT: usize = 8;
     // Words whose rows, left and right, stay in the first-level cache.
-    const WORDS: usize = 32;
+    const TOGETHER: usize = 32;
     let width = padded(size);
-    for (left, right) in left.chunks(WORDS * width).zip(right.chunks(WORDS * width)) {
+    for (left, right) in left.chunks(TOGETHER * width).zip(right.chunks(TOGETHER * width)) {
         let (left, right) = (left.as_chunks::<LEFT>().0, right.as_chunks::<RIGHT>().0);
         // A tile of the table at a time: its sums stay in registers while all words go by.
         for e in 0..width / LEFT {

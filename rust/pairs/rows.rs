@@ -1,5 +1,6 @@
 //! Rows of small counters, added whole.
 
+use super::Line;
 use crate::trace::ExpertId;
 
 /// Columns of the table that are counted together: with 256 rows they stay in the first-level cache.
@@ -27,22 +28,17 @@ pub(super) fn count_pairs<I: ExpertId>(
     }
 }
 
-/// A part of a table row, on cache lines of its own: vectors that straddle two lines take twice as long.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Row<T, const N: usize>([T; N]);
-
 /// Inlined for constant `top_k`, so that the loop over a token's ids unrolls.
 #[inline(always)]
 fn count_with<I: ExpertId>(left: &[I], right: &[I], top_k: usize, size: usize, counts: &mut [u64]) {
     assert!(left.len() == right.len() && left.len() <= usize::from(u16::MAX) * top_k);
-    let mut narrow = vec![Row([0u8; PANEL]); size];
-    let mut middle = vec![Row([0u16; PANEL]); size];
+    let mut narrow = vec![Line([0u8; PANEL]); size];
+    let mut middle = vec![Line([0u16; PANEL]); size];
     for first in (0..size).step_by(PANEL) {
         for (left, right) in left.chunks(NARROW * top_k).zip(right.chunks(NARROW * top_k)) {
             for (left, right) in left.chunks(BATCH * top_k).zip(right.chunks(BATCH * top_k)) {
                 // All rows first, then all additions: a row read right after it was written would stall.
-                let mut ones = [Row([0u8; PANEL]); BATCH];
+                let mut ones = [Line([0u8; PANEL]); BATCH];
                 for (ones, right) in ones.iter_mut().zip(right.chunks_exact(top_k)) {
                     for b in right {
                         let b = b.index().wrapping_sub(first);
@@ -66,7 +62,7 @@ fn count_with<I: ExpertId>(left: &[I], right: &[I], top_k: usize, size: usize, c
                 for i in 0..PANEL {
                     middle.0[i] += u16::from(narrow.0[i]);
                 }
-                *narrow = Row([0; PANEL]);
+                *narrow = Line([0; PANEL]);
             }
         }
         for (counts, middle) in counts.chunks_exact_mut(size).zip(&mut middle) {

@@ -96,34 +96,46 @@ impl Planes {
     /// Adds load and visits of devices and visits of nodes, one after the other, of some of the tokens.
     pub(super) fn count(&self, side: &Side<u16>, tokens: Range<usize>, copies: &Copies, counts: &mut [u64]) {
         let lowest: Vec<usize> = (0..self.devices).map(|device| self.column(device)).collect();
-        count(side.words(tokens), &lowest, self.bits, copies, counts);
+        let (load, visits) = counts.split_at_mut(self.devices);
+        let mut ones = vec![0; self.columns()];
+        count(side.words(tokens), &lowest, self.bits, &copies.node_of_device, &mut ones, visits);
+        for (&column, load) in lowest.iter().zip(load) {
+            *load += ones[column..column + self.bits].iter().rev().fold(0, |sum, ones| 2 * sum + ones);
+        }
     }
 }
 
-/// `lowest` is the lowest column of every device's count, `rows` the columns of 64 tokens at a time.
-#[multiversion::multiversion(targets("x86_64+avx2+bmi2+popcnt"))]
+/// Adds the ones of every column, and visits of devices and nodes. `lowest` is the lowest column of every device's
+/// count, `rows` the columns of 64 tokens at a time, and which of the 64 are meant.
+#[multiversion::multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vpopcntdq+avx2+bmi2+popcnt",
+    "x86_64+avx2+bmi2+popcnt"
+))]
 fn count<'a>(
     rows: impl Iterator<Item = (&'a [u64], u64)>,
     lowest: &[usize],
     bits: usize,
-    copies: &Copies,
-    counts: &mut [u64],
+    node_of_device: &[u16],
+    ones: &mut [u64],
+    visits: &mut [u64],
 ) {
-    let (load, visits) = counts.split_at_mut(copies.devices);
-    let (visits, node_visits) = visits.split_at_mut(copies.devices);
-    let mut nodes = vec![0u64; copies.nodes];
+    let devices = lowest.len();
+    // Which tokens visit a device or, behind them, a node.
+    let mut visitors = vec![0u64; visits.len()];
     for (rows, within) in rows {
-        nodes.fill(0);
-        for (device, &column) in lowest.iter().enumerate() {
-            let mut visitors = 0;
-            for (bit, row) in rows[column..column + bits].iter().enumerate() {
-                load[device] += u64::from((row & within).count_ones()) << bit;
-                visitors |= row & within;
-            }
-            visits[device] += u64::from(visitors.count_ones());
-            nodes[usize::from(copies.node_of_device[device])] |= visitors;
+        for (ones, row) in ones.iter_mut().zip(rows) {
+            *ones += u64::from((row & within).count_ones());
         }
-        for (visits, visitors) in node_visits.iter_mut().zip(&nodes) {
+        visitors.fill(0);
+        for (device, &column) in lowest.iter().enumerate() {
+            let mut any = 0;
+            for row in &rows[column..column + bits] {
+                any |= row;
+            }
+            visitors[device] = any & within;
+            visitors[devices + usize::from(node_of_device[device])] |= any & within;
+        }
+        for (visits, visitors) in visits.iter_mut().zip(&visitors) {
             *visits += u64::from(visitors.count_ones());
         }
     }

@@ -25,8 +25,8 @@ DEFAULT_METHODS = "contiguous,lpt,eplb,moetuner,joint"
 HEAD = (
     "method",
     "imbalance",
+    "mixed",
     "total",
-    "worst",
     "crossing",
     "fanout",
     "objective",
@@ -62,8 +62,8 @@ class Outcome:
         return (
             self.result.method,
             number(self.evaluation.imbalance, 3),
+            number(self.evaluation.imbalance_mixed, 3),
             number(self.evaluation.imbalance_total, 3),
-            number(self.evaluation.imbalance_worst, 2),
             number(self.evaluation.crossing, 4),
             number(self.evaluation.fanout, 3),
             number(self.result.objective if known else None, 4),
@@ -179,9 +179,10 @@ def command(
 ) -> None:
     """Compare methods on traffic that they have not seen.
 
-    imbalance: max / mean device load, averaged over layers and windows; total: of the sum of all
-    windows; worst: of any layer and window; crossing: share of transitions between devices;
-    fanout: devices that a token visits in a layer. objective and gap are the solver's, on what it
+    imbalance: max / mean device load, averaged over layers and windows in the order of INPUT;
+    mixed: of windows in which sequences are served together; total: of the sum of all windows;
+    crossing: share of transitions between devices; fanout: devices that a token visits in a layer.
+    objective and gap are the solver's, on what it
     saw: the crossing (in regime dispatch: co-activations apart) weighed by the cost of links.
     """
     topology = options.topology_of(devices, devices_per_node, machine)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from moetuner._machines import MACHINES
+from moetuner._machines import GPUS, MACHINES
+from moetuner.cost import CostModel
 from moetuner.topology import Topology
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -75,6 +77,26 @@ def parse_topology(
     return Topology.preset(name, int(nodes or 1))
 
 
+def parse_cost_model(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> CostModel | None:
+    """Read a cost model from a file, or make a common GPU's for experts of the size behind it."""
+    if value is None:
+        return None
+    if Path(value).exists():
+        return CostModel.load(value)
+    gpu, _, size = value.partition(":")
+    if gpu not in GPUS:
+        known = ", ".join(GPUS)
+        raise click.BadParameter(f"must be a file or one of {known}, got '{value:.60}'")
+    if not size:
+        return CostModel.preset(gpu)
+    found = re.fullmatch(r"(\d{1,7})x(\d{1,7})", size, re.ASCII)
+    if found is None:
+        raise click.BadParameter(f"sizes must be as in {gpu}:4096x1024, got '{size:.20}'")
+    return CostModel.preset(gpu, hidden=int(found[1]), intermediate=int(found[2]))
+
+
 IN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -122,6 +144,25 @@ node_options = together(
             metavar="FILE|NAME",
             help="JSON or TOML file of a topology, or a common machine and its number of nodes, "
             "such as h100-nvl8-ib400:2.",
+        ),
+    ]
+)
+time_options = together(
+    [
+        click.option(
+            "--cost-model",
+            callback=parse_cost_model,
+            metavar="FILE|GPU",
+            help="Predict times: a file, or a common GPU and an expert's hidden and intermediate "
+            "sizes, such as h100:4096x1024 (in 8 bits; DeepSeek-V3's sizes by default).",
+        ),
+        click.option(
+            "--regime",
+            type=click.Choice(["follow", "dispatch"]),
+            default="dispatch",
+            show_default=True,
+            help="What moves in predicted times: tokens from expert to expert, or from their home "
+            "device and back.",
         ),
     ]
 )
