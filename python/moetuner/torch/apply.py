@@ -91,14 +91,14 @@ def _state_of(layer: MoELayer, order: NDArray[np.int64]) -> list[Tensor]:
     router = list(_router_state(layer))
     if not router:
         raise ValueError(f"{layer.name}: the router must hold weights per expert, it has none")
-    bits = [tensor.detach().reshape(len(order), -1).cpu().double().numpy() for tensor in router]
-    if not np.array_equal(order, np.arange(len(order))):
-        check_ties([row.tobytes() for row in np.concatenate(bits, axis=1)], layer.name)
     state = router if isinstance(layer.experts, nn.ModuleList) else [*router, *_experts(layer)]
     for tensor in state:
         if tensor.is_meta or hasattr(tensor, "placements"):
             what = "on the meta device" if tensor.is_meta else "spread over devices"
             raise ValueError(f"{layer.name}: weights must be in memory, some are {what}")
+    bits = [tensor.detach().reshape(len(order), -1).cpu().double().numpy() for tensor in router]
+    if not np.array_equal(order, np.arange(len(order))):
+        check_ties([row.tobytes() for row in np.concatenate(bits, axis=1)], layer.name)
     return state
 
 
