@@ -72,9 +72,9 @@ def batch_of(
     rows, length = _sizes(model, given)
     mask = given.get("attention_mask") if mask is None else mask
     keep = None if mask is None else _kept(mask, rows, length)
-    if keep is not None and length == 1 and mask is not None and mask.shape[1] > 1:
-        keep = _without_finished(keep, model, given)
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    if length == 1 and cache is not None and (mask is None or mask.shape[1] > 1):
+        keep = _without_finished(keep, model, given)
     return Batch(rows, length, keep, cache)
 
 
@@ -111,7 +111,9 @@ def _kept(mask: object, rows: int, length: int) -> Tensor:
     return (mask[:, mask.shape[1] - length :] != 0).reshape(-1)
 
 
-def _without_finished(keep: Tensor, model: nn.Module, given: Mapping[str, Any]) -> Tensor:
+def _without_finished(
+    keep: Tensor | None, model: nn.Module, given: Mapping[str, Any]
+) -> Tensor | None:
     """Leave out sequences that have ended.
 
     ``generate`` feeds them padding until the last one has ended, and marks it as text; an engine
@@ -124,5 +126,6 @@ def _without_finished(keep: Tensor, model: nn.Module, given: Mapping[str, Any]) 
     for ending in (settings.pad_token_id, settings.eos_token_id):
         for token in ending if isinstance(ending, list) else [ending]:
             if isinstance(token, int):
-                keep = keep & (tokens.reshape(-1) != token).to(keep.device)
+                goes_on = tokens.reshape(-1) != token
+                keep = goes_on if keep is None else keep & goes_on.to(keep.device)
     return keep
