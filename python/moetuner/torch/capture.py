@@ -33,6 +33,7 @@ def capture(
     group: str | Sequence[str] | None = None,
     attention_mask: Tensor | None = None,
     routers: Iterable[str | nn.Module] | None = None,
+    name: str | None = None,
     buffer_bytes: int = BUFFER_BYTES,
 ) -> Recorder:
     """Record what the routers of a model choose, for use in a ``with`` statement.
@@ -54,6 +55,8 @@ def capture(
         Which tokens to keep [batch, tokens], instead of the mask that the model is called with.
     routers
         Routers to record, as modules or their names, where they cannot be found by themselves.
+    name
+        Name of the model in the trace; its class by default.
     buffer_bytes
         Most bytes of ids to hold on the device, in each of two halves.
 
@@ -74,6 +77,7 @@ def capture(
         path=None if path is None else Path(path),
         group=group,
         attention_mask=attention_mask,
+        name=name or type(model).__name__,
         buffer_bytes=whole_number("buffer_bytes", buffer_bytes),
     )
 
@@ -98,12 +102,13 @@ class Recorder:
         path: Path | None,
         group: str | Sequence[str] | None,
         attention_mask: Tensor | None,
+        name: str,
         buffer_bytes: int,
     ) -> None:
         if path is not None and path.suffix != ".safetensors":
             raise ValueError(f"path must end in .safetensors, got {path.name!r}")
         self.layers = layers
-        self._model = type(model).__name__
+        self._name = name
         self._hooks = StepHooks(model, layers, self._step)
         self._hooks.attention_mask = attention_mask
         self._path = path
@@ -174,7 +179,7 @@ class Recorder:
                 self._hooks.check_scores()
                 # Groups are only kept if there are any.
                 names = list(self._numbers) if set(self._numbers) - {UNNAMED} else []
-                self._trace = parts.finish(names, self._model, "moetuner.torch.capture")
+                self._trace = parts.finish(names, self._name, "moetuner.torch.capture")
         finally:
             parts.discard()
 
