@@ -187,6 +187,23 @@ def test_bad_checkpoints():
     refused({"a.experts.down_proj": torch.zeros(5, 2)}, "MoE layers, 1, got 3")
 
 
+def test_only_the_weights_of_the_index(tmp_path):
+    """Weights in other formats and files that the index does not name are left out."""
+    source = tmp_path / "old"
+    source.mkdir()
+    save_file(checkpoint(), source / "a.safetensors")
+    save_file({"layers.0.feed_forward.experts.w1": torch.zeros(2)}, source / "b.safetensors")
+    (source / "pytorch_model.bin").write_bytes(b"old")
+    (source / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(checkpoint(), "a.safetensors")})
+    )
+    out = permute_state_dict(source, mt.Placement([[[3, 1], [0, 2]]] * 3), tmp_path / "new")
+    assert {p.name for p in out.iterdir()} == {"a.safetensors", "model.safetensors.index.json"}
+    (source / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ValueError, match="index.json: must be an object with 'weight_map'"):
+        permute_state_dict(source, mt.Placement([[[3, 1], [0, 2]]] * 3), tmp_path / "newer")
+
+
 def test_bad_folders(tmp_path):
     """Folders without weights, damaged files and places that are taken are refused."""
     placement = mt.Placement([[[3, 1], [0, 2]]] * 3)

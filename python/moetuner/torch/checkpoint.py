@@ -29,6 +29,9 @@ from moetuner.torch.order import (
 INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20
 
+# The same weights in another format would stay in their old order, and be taken for the new ones.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
+
 
 @overload
 def permute_state_dict(
@@ -73,8 +76,8 @@ def permute_state_dict(
     placement
         One copy of each expert, equally many on every device.
     out
-        Folder to write, which must be new or empty: weights file by file, and every other file as
-        it is. None for tensors by name.
+        Folder to write, which must be new or empty: weights file by file, and other files as they
+        are, except for weights in other formats. None for tensors by name.
     config
         The model's configuration; by default the ``config.json`` of the folder. Says whether the
         router is limited to groups (``n_group``) and how many layers the model has.
@@ -170,7 +173,10 @@ def _check_all_ties(routers: Mapping[str, list[NDArray[np.uint8]]], moves: dict[
 def _permute_folder(
     source: Path, out: Path, order: Order, settings: Mapping[str, Any] | None, inverse: bool
 ) -> Path:
+    index = _index_of(source)
     files = sorted(source.glob("*.safetensors"))
+    if index is not None:
+        files = sorted({source / str(name) for name in index["weight_map"].values()})
     if not files:
         raise ValueError(f"{source}: must hold .safetensors files, got none")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -191,17 +197,28 @@ def _permute_folder(
         with replacing(out / file.name) as temporary:
             _write_shard(file, header, moves, temporary)
     for other in sorted(source.iterdir()):
-        if other.is_file() and other not in headers and other.name != INDEX:
+        if other.is_file() and other.suffix not in WEIGHTS and other.name != INDEX:
             shutil.copyfile(other, out / other.name)
     # Last: a folder without its index is not taken for a whole checkpoint.
-    if (source / INDEX).is_file():
-        index = json.loads((source / INDEX).read_text())
+    if index is not None:
         index["weight_map"] = {
             moves[name].name: file for name, file in index["weight_map"].items() if name in moves
         }
         with replacing(out / INDEX) as temporary:
             temporary.write_text(json.dumps(index, indent=2) + "\n")
     return out
+
+
+def _index_of(source: Path) -> dict[str, Any] | None:
+    """Read which file holds which tensor, if the checkpoint has several files."""
+    path = source / INDEX
+    if not path.is_file():
+        return None
+    with naming(path):
+        index = json.loads(path.read_text())
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            raise ValueError("must be an object with 'weight_map'")
+        return index
 
 
 def _router_rows(

@@ -102,13 +102,14 @@ def collect(
         raise ImportError("collecting needs transformers: pip install transformers") from None
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    library: Any = transformers
+    library.utils.logging.disable_progress_bar()
     batches = _batches(read_texts(dataset), batch_size)
     first = next(batches, None)
     if first is None:
         raise ValueError(f"{dataset}: must hold at least one text")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    network = _load(transformers, model, dtype, device)
+    tokenizer = library.AutoTokenizer.from_pretrained(model)
+    network = _load(library, model, dtype, device)
     where = next(network.parameters()).device
     # Logits of every token would take more memory than the model's own work.
     arguments = inspect.signature(network.forward).parameters
@@ -168,9 +169,9 @@ def _batches(texts: Iterator[Text], size: int) -> Iterator[list[Text]]:
         yield batch
 
 
-def _load(transformers: Any, model: str, dtype: str, device: str | None) -> Any:
+def _load(library: Any, model: str, dtype: str, device: str | None) -> Any:
     spread = {"device_map": "auto"} if device == "auto" else {}
-    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **spread)
+    network = library.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **spread)
     if not spread:
         network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return network.eval()

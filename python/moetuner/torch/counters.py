@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moetuner._validation import experts_in, whole_number
 from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
 from moetuner.torch.pairs import add_ones, add_pairs
+from moetuner.torch.ranks import largest_on_ranks
 from moetuner.torch.routers import moe_layers, same_sizes
 from moetuner.torch.steps import Step, StepHooks
 
@@ -172,24 +173,15 @@ class RoutingCounters:
         ValueError
             On every rank, if they differ in sizes, windows or pairs.
         """
-        settings = [
-            self.layers,
-            self.experts,
-            self.top_k,
-            self.window or 0,
-            int(self._counts_transitions),
-            int(self._counts_coactivation),
-        ]
-        most = torch.tensor([*settings, *(-value for value in settings), len(self._load)])
-        most = most.to(self.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group)
-        *found, windows = most.tolist()
-        low, high = [-value for value in found[len(settings) :]], found[: len(settings)]
-        if low != high:
-            raise ValueError(
-                "ranks must have the same layers, experts, top_k, window, transitions and "
-                f"coactivation, got {low} to {high}"
-            )
+        settings = {
+            "layers": self.layers,
+            "experts": self.experts,
+            "top_k": self.top_k,
+            "window": self.window or 0,
+            "transitions": int(self._counts_transitions),
+            "coactivation": int(self._counts_coactivation),
+        }
+        windows = largest_on_ranks(len(self._load), settings, self.device, group)
         total = RoutingCounters(
             self.layers,
             self.experts,

@@ -113,14 +113,12 @@ class Offload:
         # Tensors born in inference mode could not be written outside it.
         with torch.inference_mode(False):
             for _ in range(2):
-                on_device = torch.empty(sizes, dtype=ids.dtype, device=ids.device)
-                keep = torch.empty(self._capacity, dtype=torch.bool, device=ids.device)
-                if ids.device.type == "cpu":
-                    half = _Half(on_device, keep, on_device, keep)
-                else:
-                    host = torch.empty(sizes, dtype=ids.dtype, pin_memory=cuda)
-                    marks = torch.empty(self._capacity, dtype=torch.bool, pin_memory=cuda)
-                    half = _Half(on_device, keep, host, marks)
+                half = _Half(
+                    torch.empty(sizes, dtype=ids.dtype, device=ids.device),
+                    torch.empty(self._capacity, dtype=torch.bool, device=ids.device),
+                    torch.empty(sizes, dtype=ids.dtype, pin_memory=cuda),
+                    torch.empty(self._capacity, dtype=torch.bool, pin_memory=cuda),
+                )
                 self._halves.append(half)
             if cuda:
                 self._stream = torch.cuda.Stream(ids.device)  # type: ignore[no-untyped-call]

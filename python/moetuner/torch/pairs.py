@@ -71,7 +71,9 @@ def _add_scattered(table: Tensor, first: Tensor, second: Tensor, keep: Tensor | 
 
 def add_ones(table: Tensor, place: Tensor, keep: Tensor | None) -> None:
     """Add one at each place [T,..] of a flattened table, for the tokens that count [T]."""
-    ones = torch.ones((), device=table.device, dtype=table.dtype)
-    if keep is not None:
-        ones = keep.to(table.dtype).reshape(-1, *[1] * (place.dim() - 1))
-    table.view(-1).scatter_add_(0, place.reshape(-1), ones.expand(place.shape).reshape(-1))
+    if keep is None:
+        ones = torch.ones((), device=table.device, dtype=table.dtype).expand(place.numel())
+    else:
+        marks = keep.to(table.dtype).reshape(-1, *[1] * (place.dim() - 1))
+        ones = marks.expand(place.shape).reshape(-1)
+    table.view(-1).scatter_add_(0, place.reshape(-1), ones)

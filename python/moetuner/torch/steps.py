@@ -33,6 +33,14 @@ class Step:
     output: Any
 
 
+@dataclass(frozen=True, eq=False)
+class _Room:
+    """Where the routers of a step write [T,L,K]; scores stay zero where a router gives none."""
+
+    ids: Tensor
+    scores: Tensor
+
+
 class StepHooks:
     """Collects the choices of all routers and hands them over after each forward pass.
 
@@ -61,7 +69,7 @@ class StepHooks:
         self._batch: Batch | None = None
         self._seen: set[int] = set()
         self._steps = 0
-        self._ids: Tensor | None = None
+        self._room: _Room | None = None
         self._nan: Tensor | None = None
 
     def attach(self) -> None:
@@ -127,27 +135,27 @@ class StepHooks:
                 f"{name}: expert ids must be [{batch.tokens}, {self.top_k}], [tokens, top_k] as "
                 f"the forward pass was called, got {[] if ids is None else list(ids.shape)}"
             )
-        space, nan = self._space(batch.tokens, ids.device)
-        space[:, number].copy_(ids, non_blocking=True)
+        room = self._room_for(batch.tokens, ids.device)
+        room.ids[: batch.tokens, number].copy_(ids, non_blocking=True)
         if scores is not None:
-            wrong = scores.isnan().any(-1)
-            if batch.keep is not None:
-                wrong = wrong & batch.keep.to(wrong.device, non_blocking=True)
-            nan[number] |= wrong.any().to(nan.device, non_blocking=True)
+            room.scores[: batch.tokens, number].copy_(scores, non_blocking=True)
         self._seen.add(number)
 
-    def _space(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Room for the ids [T,L,K] of a step, and the flags [L]; on the first router's device."""
-        if self._ids is None or self._nan is None or len(self._ids) < tokens:
-            device = device if self._ids is None else self._ids.device
+    def _room_for(self, tokens: int, device: torch.device) -> _Room:
+        """Give room for a step, on the device of the first router."""
+        if self._room is None or len(self._room.ids) < tokens:
+            device = device if self._room is None else self._room.ids.device
             dtype = torch.uint8 if self.num_experts <= 256 else torch.uint16
             sizes = (tokens, len(self._layers), self.top_k)
             # Tensors born in inference mode could not be written outside it.
             with torch.inference_mode(False):
-                self._ids = torch.zeros(sizes, dtype=dtype, device=device)
+                self._room = _Room(
+                    torch.zeros(sizes, dtype=dtype, device=device),
+                    torch.zeros(sizes, dtype=torch.float32, device=device),
+                )
                 if self._nan is None:
                     self._nan = torch.zeros(len(self._layers), dtype=torch.bool, device=device)
-        return self._ids[:tokens], self._nan
+        return self._room
 
     def _end(self, _: nn.Module, _args: Any, output: Any) -> None:
         batch, self._batch = self._batch, None
@@ -159,6 +167,11 @@ class StepHooks:
                 f"every router must run in a forward pass, {self._layers[missing[0]].name} did not"
             )
         self._steps += 1
-        if self._ids is not None:
-            with torch.no_grad():
-                self._receive(Step(self._ids[: batch.tokens], batch, output))
+        if self._room is None or self._nan is None:
+            return
+        with torch.no_grad():
+            wrong = self._room.scores[: batch.tokens].isnan().any(-1)
+            if batch.keep is not None:
+                wrong &= batch.keep.to(wrong.device, non_blocking=True)[:, None]
+            self._nan |= wrong.any(0)
+            self._receive(Step(self._room.ids[: batch.tokens], batch, output))
