@@ -4,10 +4,18 @@ import re
 
 import numpy as np
 import pytest
-from moe_models import ARCHITECTURES, build, logits, random_placement, torch, transformers
+from moe_models import (
+    ARCHITECTURES,
+    build,
+    logits,
+    prompts,
+    random_placement,
+    torch,
+    transformers,
+)
 
 import moetuner as mt
-from moetuner.torch import apply_placement, moe_layers
+from moetuner.torch import apply_placement, capture, moe_layers
 
 GROUPED = {"deepseek_v2_groups": 4, "deepseek_v3_groups": 4}
 
@@ -54,7 +62,7 @@ def test_logits_stay(name, tmp_path):
     assert all(tensor.equal(weights[key]) for key, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "minimax_m2"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_wrong_permutation_would_be_seen(name):
     """Experts moved without their router rows change the logits: the test above can fail."""
     model = build(name)
@@ -63,6 +71,29 @@ def test_a_wrong_permutation_would_be_seen(name):
     with torch.no_grad():
         experts.down_proj.copy_(experts.down_proj.flip(0))
     assert not torch.allclose(logits(model), before, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3_groups", "gpt_oss"])
+def test_traffic_is_the_placements(name):
+    """With contiguous experts the changed model sends what the placement promised for the old."""
+    model, tokens = build(name), prompts(8, 16)
+    placement = placement_for(model, devices=4)
+    with torch.no_grad(), capture(model) as before:
+        model(input_ids=tokens)
+    order = apply_placement(model, placement)
+    with torch.no_grad(), capture(model) as after:
+        model(input_ids=tokens)
+    old, new = before.trace().expert_ids, after.trace().expert_ids
+    back = np.stack([order[layer][new[:, layer]] for layer in range(len(order))], axis=1)
+    assert np.array_equal(np.sort(back, axis=2), np.sort(old, axis=2))
+    contiguous = mt.Placement(np.arange(8).reshape(1, 4, 2).repeat(len(order), 0))
+    promised = mt.evaluate(placement, before.trace(), window=16)
+    found = mt.evaluate(contiguous, after.trace(), window=16)
+    assert (found.crossing, found.fanout) == (promised.crossing, promised.fanout)
+    assert (found.imbalance, found.imbalance_total) == (
+        promised.imbalance,
+        promised.imbalance_total,
+    )
 
 
 def test_positions_are_the_placements():
