@@ -59,6 +59,16 @@ def test_both_ways_to_count_pairs(product, monkeypatch):
     assert same(counters.statistics(), mt.RoutingStatistics.from_trace(trace, window=50))
 
 
+def test_autocast_does_not_round_counts():
+    """Counts beyond what bfloat16 can say stay exact where the model runs in it."""
+    ids = torch.from_numpy(random_ids(3000, 2, 2, 4))
+    counters = RoutingCounters(2, 4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        counters.update(ids)
+    trace = mt.RoutingTrace.from_arrays(ids.numpy(), num_experts=4)
+    assert same(counters.statistics(), mt.RoutingStatistics.from_trace(trace))
+
+
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_attached_to_a_model(name):
     """Counters of a model's forward passes equal the statistics of its recorded trace."""

@@ -159,7 +159,8 @@ class RoutingCounters:
                 raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
         if not len(expert_ids):
             return
-        with torch.no_grad():
+        # Autocast would round products, and so counts, to bfloat16.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             self._count(expert_ids.long(), None if mask is None else mask != 0)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> RoutingCounters:

@@ -129,16 +129,16 @@ class StepHooks:
                 f"{name}: a router must return expert ids [tokens, top_k] as integers, "
                 f"{type(self._layers[number].router).__name__} does not"
             )
-        ids, scores = (None if part is None else part.flatten(0, -2) for part in found)
-        if ids is None or ids.shape != (batch.tokens, self.top_k):
+        ids, scores = found
+        if ids.flatten(0, -2).shape != (batch.tokens, self.top_k):
             raise ValueError(
                 f"{name}: expert ids must be [{batch.tokens}, {self.top_k}], [tokens, top_k] as "
-                f"the forward pass was called, got {[] if ids is None else list(ids.shape)}"
+                f"the forward pass was called, got {list(ids.shape)}"
             )
         room = self._room_for(batch.tokens, ids.device)
-        room.ids[: batch.tokens, number].copy_(ids, non_blocking=True)
+        room.ids[: batch.tokens, number].copy_(ids.flatten(0, -2), non_blocking=True)
         if scores is not None:
-            room.scores[: batch.tokens, number].copy_(scores, non_blocking=True)
+            room.scores[: batch.tokens, number].copy_(scores.flatten(0, -2), non_blocking=True)
         self._seen.add(number)
 
     def _room_for(self, tokens: int, device: torch.device) -> _Room:
