@@ -298,6 +298,43 @@ def skipping(model):
     return model(input_ids=prompts())
 
 
+class Gate(torch.nn.Module):
+    """Router of a model with its own code: ids first, then weights, and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.top_k = 2
+        self.weight = torch.nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x):
+        """Choose two experts for each token of x [T,H]; the first token is left out on demand."""
+        top = (x[int(self.training) :] @ self.weight.T).softmax(-1).topk(2)
+        return top.indices, top.values
+
+
+def test_routers_that_are_named():
+    """Any module of the model can be named as a router; its tokens must be those of the call."""
+    model = torch.nn.Sequential(Gate()).eval()
+    x = torch.randn(6, 4)
+
+    def forward(*_):
+        model[0](x)
+
+    model.forward = forward
+    with torch.no_grad(), capture(model, routers=[model[0]]) as recorder:
+        model(x)
+    trace = recorder.trace()
+    assert (trace.num_experts, trace.sequence.tolist()) == (5, [0] * 6)
+    assert np.array_equal(trace.expert_ids[:, 0], model[0](x)[0].numpy())
+    model.train()
+    refused(
+        "0: expert ids must be [6, 2], [tokens, top_k] as the forward pass was called, got [5, 2]",
+        model,
+        routers=["0"],
+        call=lambda: model(x),
+    )
+
+
 def test_bad_arguments(tmp_path):
     """Every argument is checked, with its name, rule and value."""
     model, tokens = build("mixtral"), prompts()
