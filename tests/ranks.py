@@ -1,7 +1,7 @@
 """Run a function on several processes joined by gloo, and give what each of them answered.
 
-The functions are in ``rank_work``: importing it costs a process no more than torch, and a fork
-server has imported it already.
+The functions are in modules that import no test tools, and a fork server has imported those
+already, so that a process costs milliseconds.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class Answer:
 
 
 def answers(ranks: int, work: str, *arguments: Any, timeout: float = 60) -> list[Answer]:
-    """Call ``rank_work.<work>(rank, *arguments)`` on every rank; gives their answers by rank."""
+    """Call ``module.function(rank, *arguments)`` on every rank; gives their answers by rank."""
     context = _context()
     with TemporaryDirectory() as folder:
         pipes, processes = [], []
@@ -67,7 +67,7 @@ def values(ranks: int, work: str, *arguments: Any, timeout: float = 60) -> list[
 def _context() -> Any:
     """Start the fork server; it takes its path from the environment, not from this process."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["rank_work"])
+    context.set_forkserver_preload(["rank_work", "rank_transformers"])
     with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
         forkserver.ensure_running()
     return context
@@ -91,9 +91,11 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Answer | None]:
 def _process(
     pipe: Connection, store: str, rank: int, ranks: int, work: str, arguments: tuple[Any, ...]
 ) -> None:
-    module = importlib.import_module("rank_work")
+    module, function = work.split(".")
     try:
-        answer = Answer(value=module.joined(store, rank, ranks, getattr(module, work), arguments))
+        call = getattr(importlib.import_module(module), function)
+        joined = importlib.import_module("rank_work").joined
+        answer = Answer(value=joined(store, rank, ranks, call, arguments))
     except Exception as error:
         answer = Answer(error=f"{type(error).__name__}: {error}")
     pipe.send(answer)
