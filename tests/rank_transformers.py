@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import moetuner as mt
-from moetuner.torch import register_placement
+from moetuner.torch import Rebalancer, register_placement
 
 SMALL = {
     "vocab_size": 64,
@@ -77,6 +77,23 @@ def own_batches(rank, folder, layers, seed):
     register_placement(placement, devices_per_node=2, replica="nearest")
     config = DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation="moetuner")
     return run(folder, config, TOKENS[:, : 5 + rank])[0]
+
+
+def rebalanced(rank, folder, layers, seed):
+    """Give logits before and after a move, and whether experts have moved."""
+    ranks = dist.get_world_size()
+    slots = random_slots(np.random.default_rng(seed), layers, ranks, 8, 1)
+    placed = register_placement(mt.Placement(slots, num_experts=8))
+    config = DistributedConfig(tp_size=ranks, ep_size=ranks, ep_implementation="moetuner")
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).eval()
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        rebalancer = Rebalancer(placed, microseconds_per_token=10.0, steps_ahead=1000)
+        rebalancer.observe(2 ** np.arange(8) * np.ones((layers, 1)))
+        decision = rebalancer.step()
+        after = model(TOKENS).logits
+    moved = placed[0].placement.diff(mt.Placement(slots, num_experts=8)).experts_moved
+    return before.float().numpy(), after.float().numpy(), decision.moved and moved > 0
 
 
 def run(folder, config, tokens):

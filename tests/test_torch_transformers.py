@@ -32,6 +32,15 @@ def test_batches_of_their_own(tmp_path, ranks):
         assert np.abs(logits - expected[:, : 5 + rank]).max() < 1e-5
 
 
+def test_a_model_is_rebalanced(tmp_path):
+    """Its experts move while it serves, and its logits stay."""
+    (expected,) = values(1, "rank_transformers.save_model", "gpt_oss", str(tmp_path))
+    for before, after, moved in values(4, "rank_transformers.rebalanced", str(tmp_path), 3, 1):
+        assert moved
+        assert np.abs(before - expected).max() < 1e-5
+        assert np.abs(after - expected).max() < 1e-5
+
+
 def test_a_placement_of_another_model_is_refused(tmp_path):
     """On every rank, before its first step."""
     values(1, "rank_transformers.save_model", "mixtral", str(tmp_path))
