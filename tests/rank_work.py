@@ -222,6 +222,7 @@ def no_fit(rank):
             ExpertParallelMoE(GroupedExperts(slots, slots), placement, layer, **options)
         except ValueError as error:
             messages.append(str(error))
+    dist.barrier()  # no rank may leave while another is still joining
     return messages
 
 
