@@ -17,6 +17,16 @@ LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 3, 8, 6, 5, 2
 PATIENCE = 2.0
 
 
+class Linear:
+    """So many microseconds per token."""
+
+    def __init__(self, each):
+        self.each = each
+
+    def compute_us(self, tokens, active=None):
+        return self.each * np.asarray(tokens)
+
+
 class Model:
     """A stack of MoE layers under traffic that changes; all ranks draw the same."""
 
@@ -34,7 +44,7 @@ class Model:
         slots = random_slots(rng, LAYERS, self.ranks, EXPERTS, 1)
         self.start = mt.Placement(slots, num_experts=EXPERTS)
         self.layers = [self.layer(number) for number in range(LAYERS)]
-        defaults = {"microseconds_per_token": 10.0, "steps_ahead": 1000, "timeout": PATIENCE}
+        defaults = {"cost_model": Linear(10.0), "steps_ahead": 1000, "timeout": PATIENCE}
         self.rebalancer = Rebalancer(self.layers, **(defaults | options))
         self.favourites = np.zeros((LAYERS, EXPERTS))
         self.load = np.zeros((LAYERS, EXPERTS), dtype=np.int64)
@@ -165,7 +175,7 @@ def decisions(rank):
     found = {}
     for name, options in {
         "pays": {},
-        "dear": {"steps_ahead": 1, "microseconds_per_token": 1e-9},
+        "dear": {"steps_ahead": 1, "cost_model": Linear(1e-9)},
         "small": {"dead_zone": 0.9},
         "budget": {"move_budget": 2},
         "none": {"move_budget": 0},
@@ -186,7 +196,7 @@ def decisions(rank):
 def misuse(rank):
     """Give messages for arguments that cannot be."""
     model = Model(rank)
-    defaults = {"microseconds_per_token": 1.0, "steps_ahead": 1}
+    defaults = {"cost_model": Linear(1.0), "steps_ahead": 1}
     messages = []
     for layers, options in [
         ([], {}),

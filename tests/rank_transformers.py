@@ -10,6 +10,7 @@ import transformers.distributed.tensor_parallel
 import transformers.models.gpt_oss.modeling_gpt_oss
 import transformers.models.mixtral.modeling_mixtral
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+from rank_rebalance import Linear
 from rank_work import random_slots
 from transformers import (
     AutoModelForCausalLM,
@@ -88,7 +89,7 @@ def rebalanced(rank, folder, layers, seed):
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).eval()
     with torch.no_grad():
         before = model(TOKENS).logits
-        rebalancer = Rebalancer(placed, microseconds_per_token=10.0, steps_ahead=1000)
+        rebalancer = Rebalancer(placed, Linear(10.0), steps_ahead=1000)
         rebalancer.observe(2 ** np.arange(8) * np.ones((layers, 1)))
         decision = rebalancer.step()
         after = model(TOKENS).logits

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 from moetuner.torch.agreement import MoveError
 from moetuner.torch.expert_parallel import ExpertParallelMoE
 from moetuner.torch.experts import Experts, GroupedExperts, swiglu
-from moetuner.torch.rebalance import Decision, Rebalancer
+from moetuner.torch.rebalance import ComputeCost, Decision, Rebalancer
 from moetuner.torch.traffic import TrafficCounters
 
 if TYPE_CHECKING:
     from moetuner.torch.transformers_ep import register_placement
 
 __all__ = [
+    "ComputeCost",
     "Decision",
     "ExpertParallelMoE",
     "Experts",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +18,14 @@ from moetuner.torch.expert_parallel import ExpertParallelMoE
 from moetuner.torch.migration import migrate
 from moetuner.torch.successor import successor
 from moetuner.torch.transfer import moves
+
+
+class ComputeCost(Protocol):
+    """What the rebalancer asks of a cost model; ``moetuner.CostModel`` answers it."""
+
+    def compute_us(self, tokens: ArrayLike, active: ArrayLike | None = None) -> NDArray[np.float64]:
+        """Microseconds of devices for tokens [...], each counted per expert, of active experts."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,10 +67,10 @@ class Rebalancer:
     ----------
     layers
         The layers of this rank, by number: all layers of one placement.
+    cost_model
+        Time of a device for tokens and active experts, as measured on it.
     topology
         Links between the devices; one node by default.
-    microseconds_per_token
-        Time of a device for one token of one expert, as measured on it.
     steps_ahead
         Steps over which a move must pay.
     decay
@@ -90,9 +99,9 @@ class Rebalancer:
     def __init__(
         self,
         layers: Sequence[ExpertParallelMoE],
+        cost_model: ComputeCost,
         topology: Topology | None = None,
         *,
-        microseconds_per_token: float,
         steps_ahead: int,
         decay: float = 0.9,
         dead_zone: float = 0.02,
@@ -120,7 +129,6 @@ class Rebalancer:
                 f"got {self.topology.devices}"
             )
         for name, value, lowest in (
-            ("microseconds_per_token", microseconds_per_token, 0.0),
             ("steps_ahead", steps_ahead, 1),
             ("dead_zone", dead_zone, 0.0),
             ("hysteresis", hysteresis, 0.0),
@@ -131,7 +139,7 @@ class Rebalancer:
                 raise ValueError(f"{name} must be at least {lowest}, got {value}")
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must be from 0 to 1, got {decay}")
-        self.microseconds_per_token, self.steps_ahead = microseconds_per_token, steps_ahead
+        self.cost_model, self.steps_ahead = cost_model, steps_ahead
         self.decay, self.dead_zone, self.hysteresis = decay, dead_zone, hysteresis
         self.move_budget, self.seed = move_budget, seed
         spare = placement.slots_per_device * placement.devices > placement.num_experts
@@ -194,7 +202,7 @@ class Rebalancer:
         """Give the placement to be, and whether and why it is another one."""
         current = self.placement
         now = self._step_us(current)
-        ideal = self.microseconds_per_token * self.load.sum() / current.devices
+        ideal = self._step_us(current, spread=True)
         if now - ideal <= self.dead_zone * now:
             return current, Decision(False, "balanced: no placement gains more than the dead zone")
         # Counts are whole; a factor keeps what decay has left behind the point.
@@ -217,14 +225,21 @@ class Rebalancer:
             return current, Decision(False, "the move takes longer than it brings in", *figures)
         return target, Decision(True, "the move pays", *figures)
 
-    def _step_us(self, placement: Placement) -> float:
-        """Predict the time of the experts in one step: each layer waits for its busiest device."""
+    def _step_us(self, placement: Placement, *, spread: bool = False) -> float:
+        """Predict the time of the experts in one step: each layer waits for its busiest device.
+
+        With ``spread``, as if the work could be spread evenly.
+        """
         layer, device, slot = np.nonzero(placement.slots != EMPTY)
         expert = placement.slots[layer, device, slot]
         part = self.load[layer, expert] / placement.replicas[layer, expert]
-        busy = np.zeros((placement.layers, placement.devices))
-        np.add.at(busy, (layer, device), part)
-        return float(self.microseconds_per_token * busy.max(axis=1).sum())
+        tokens, active = np.zeros((2, placement.layers, placement.devices))
+        np.add.at(tokens, (layer, device), part)
+        # Chance that a step brings an expert any token, if they come independently.
+        np.add.at(active, (layer, device), -np.expm1(-part))
+        if spread:
+            tokens, active = (of.mean(axis=1, keepdims=True) for of in (tokens, active))
+        return float(self.cost_model.compute_us(tokens, active).max(axis=1).sum())
 
     def _move(self, current: Placement, target: Placement) -> tuple[int, int, float]:
         """Count copies and bytes between devices, and the microseconds of the busiest port."""
