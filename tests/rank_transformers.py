@@ -75,7 +75,7 @@ def own_batches(rank, folder, layers, seed):
     ranks = dist.get_world_size()
     rng = np.random.default_rng(seed)
     placement = mt.Placement(random_slots(rng, layers, ranks, 8, 1), num_experts=8)
-    register_placement(placement, devices_per_node=2, replica="nearest")
+    register_placement(placement, devices_per_node=2, split="nearest")
     config = DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation="moetuner")
     return run(folder, config, TOKENS[:, : 5 + rank])[0]
 

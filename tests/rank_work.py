@@ -70,7 +70,7 @@ class Case:
         slots = random_slots(rng, 2, ranks, self.experts, spare)
         self.placement = mt.Placement(slots, num_experts=self.experts)
         self.node = [None, 1, 2, ranks][int(rng.integers(0, 4))]
-        self.replica = ["hash", "nearest"][int(rng.integers(0, 2))]
+        self.split = ["even", "nearest"][int(rng.integers(0, 2))]
         self.layer = int(rng.integers(0, 2))
         # Some ranks may have no tokens, or all of them.
         self.home = np.sort(rng.choice(rng.permutation(ranks)[: rng.integers(1, ranks + 1)], 24))
@@ -113,7 +113,7 @@ class Case:
             self.placement,
             self.layer,
             devices_per_node=self.node,
-            replica=self.replica,
+            split=self.split,
         )
 
     def mine(self, rank):
@@ -133,7 +133,7 @@ class Case:
             self.placement,
             trace,
             self.home,
-            replica=self.replica,
+            split=self.split,
             devices_per_node=self.node,
         )
         return predicted[self.layer]
@@ -171,10 +171,13 @@ def bad_input(rank, fault):
     case = Case(7, dist.get_world_size(), exact=True)
     layer = case.distributed(rank)
     x, index, w = sizes(case)
-    if rank == 1:
+    first = 0
+    if rank == 1 and fault == "position":
+        first = torch.zeros(2, dtype=torch.int64)
+    elif rank == 1:
         x, index, w = FAULTS[fault](x, index, w)
     try:
-        layer(x, index, w)
+        layer(x, index, w, first_token=first)
     except (ValueError, RuntimeError) as error:
         message = f"{type(error).__name__}: {error}"
     else:
@@ -216,7 +219,7 @@ def no_fit(rank):
         (weight, case.placement, 5, {}),
         (torch.zeros(99, 2, 2), case.placement, 0, {}),
         (weight, case.placement, 0, {"devices_per_node": 3}),
-        (weight, case.placement, 0, {"replica": "best"}),
+        (weight, case.placement, 0, {"split": "best"}),
     ]:
         try:
             ExpertParallelMoE(GroupedExperts(slots, slots), placement, layer, **options)
@@ -267,3 +270,20 @@ def half(rank):
         setattr(case, name, getattr(case, name).float())
     expected = case.expected()
     return ((out - expected[at]).abs().max() / expected.abs().max()).item() if len(at) else 0.0
+
+
+def grouped(rank):
+    """Give the largest difference of the grouped product to one product per slot."""
+    generator = torch.Generator().manual_seed(0)
+    up, down = (
+        torch.randn(4, 32, 16, generator=generator),
+        torch.randn(4, 16, 16, generator=generator),
+    )
+    experts = GroupedExperts(up.bfloat16(), down.bfloat16()).requires_grad_(False)
+    rows = torch.randn(9, 16, generator=generator).bfloat16()
+    counts = torch.tensor([3, 0, 5, 1])
+    assert experts._can_group(rows)
+    assert not experts._can_group(rows[:0])
+    expected = experts(rows, counts)
+    difference = (experts._grouped(rows, counts) - expected).abs().max()
+    return (difference / expected.abs().max()).item()

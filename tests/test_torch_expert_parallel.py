@@ -25,6 +25,11 @@ def test_half_precision_sums_in_single():
     assert max(values(4, "rank_work.half")) < 0.02
 
 
+def test_grouped_products_are_those_of_the_slots():
+    """What CUDA runs, as far as the CPU has it as well."""
+    assert values(1, "rank_work.grouped")[0] < 0.02
+
+
 @pytest.mark.parametrize("node", [None, 2])
 def test_gradients_reach_every_rank(node):
     """Gradients of tokens, router weights and experts equal those of one process."""
@@ -43,6 +48,7 @@ def test_gradients_reach_every_rank(node):
         ("dtype", "do not fit|hidden_states must be torch.float32 like the experts"),
         ("swapped", "do not fit|top_k_index must be integers and top_k_weights floats"),
         ("top_k", "have rows of another size or type than rank"),
+        ("position", "do not fit|first_token must be an integer or integers [3] on cpu, got"),
         ("device", "do not fit|hidden_states must be on cpu like the experts, got cpu, meta"),
     ],
 )
@@ -67,5 +73,5 @@ def test_what_does_not_fit_is_refused_at_once():
         "layer must be from 0 to 1, the placement's, got 5",
         "experts: up must have the placement's 9 slots, got [99, 2, 2]",
         "devices_per_node must divide the devices (2), got 3",
-        "replica must be 'hash' or 'nearest', got 'best'",
+        "split must be 'even' or 'nearest', got 'best'",
     ]

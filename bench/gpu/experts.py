@@ -77,7 +77,9 @@ def grid(
     return found
 
 
-def model_of(measured: list[tuple[int, int, float]], token_bytes: int, name: str) -> list[str]:
+def model_of(
+    measured: list[tuple[int, int, float]], token_bytes: int, name: str, out: Path | None
+) -> list[str]:
     """Fit a cost model; say its numbers, and where it is furthest off."""
     if not hasattr(mt, "CostModel"):
         return ["No `CostModel` in this version: nothing fitted."]
@@ -86,6 +88,8 @@ def model_of(measured: list[tuple[int, int, float]], token_bytes: int, name: str
     )
     model = mt.CostModel.fit(tokens, active, taken, token_bytes=token_bytes, name=name)
     predicted = model.compute_us(tokens, active)
+    if out is not None:
+        model.save(out)
     off = np.abs(predicted / taken - 1)
     worst = int(off.argmax())
     return [
@@ -93,8 +97,6 @@ def model_of(measured: list[tuple[int, int, float]], token_bytes: int, name: str
         f"{model.start_us:.1f} + {model.token_us:.4f} * tokens)` microseconds; off by "
         f"{100 * float(np.median(off)):.0f} % in the median, by {100 * off[worst]:.0f} % at most "
         f"({measured[worst][0]} tokens, {measured[worst][1]} active).",
-        "",
-        f"As a file: `{model!r}`",
     ]
 
 
@@ -155,6 +157,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--out", type=Path, help="write the table there as well")
+    parser.add_argument("--model", type=Path, help="write the fitted cost model there")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, few repetitions")
     options = parser.parse_args()
     if options.quick:
@@ -193,7 +196,7 @@ def main() -> None:
         cells = [table.get((count, active)) for active in actives]
         row = " | ".join("" if cell is None else f"{cell:.1f}" for cell in cells)
         lines.append(f"| {count} | {row} |")
-    lines += ["", *model_of(measured, 2 * options.hidden, card), ""]
+    lines += ["", *model_of(measured, 2 * options.hidden, card, options.model), ""]
     with tempfile.TemporaryDirectory() as folder:
         backend = "nccl" if cuda else "gloo"
         where = f"file://{folder}/store"

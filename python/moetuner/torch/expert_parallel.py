@@ -15,7 +15,7 @@ from moetuner.torch.exchange import MISFIT, NO_EXPERT, NOT_FINITE, Header, Hop, 
 from moetuner.torch.experts import Experts
 from moetuner.torch.routes import Routes
 from moetuner.torch.traffic import TrafficCounters
-from moetuner.traffic import Replica
+from moetuner.traffic import Split
 
 
 class ExpertParallelMoE(nn.Module):
@@ -40,8 +40,8 @@ class ExpertParallelMoE(nn.Module):
     devices_per_node
         Exchange hierarchically: a token crosses to each distinct node once, to the rank with its
         own number there, and is fanned out inside. None sends straight to every device.
-    replica
-        ``"hash"``: copies share an expert's tokens by position, as ``moetuner.evaluate`` assumes.
+    split
+        ``"even"``: copies share an expert's tokens by position, as ``moetuner.evaluate`` assumes.
         ``"nearest"``: own device, own node, then by position.
 
     Attributes
@@ -63,13 +63,13 @@ class ExpertParallelMoE(nn.Module):
         *,
         group: dist.ProcessGroup | None = None,
         devices_per_node: int | None = None,
-        replica: Replica = "hash",
+        split: Split = "even",
     ) -> None:
         super().__init__()
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.experts = experts
-        self.devices_per_node, self.replica = devices_per_node, replica
+        self.devices_per_node, self.split = devices_per_node, split
         self.traffic = TrafficCounters(self.ranks)
         self.device = next(iter(experts.weights().values())).device
         self.routes = self._routes(placement, layer)
@@ -100,7 +100,7 @@ class ExpertParallelMoE(nn.Module):
             layer,
             rank=self.rank,
             devices_per_node=self.devices_per_node,
-            replica=self.replica,
+            split=self.split,
             device=self.device,
         )
 
@@ -138,14 +138,14 @@ class ExpertParallelMoE(nn.Module):
         RuntimeError
             On every rank if their placements differ.
         """
-        misfit = self._misfit(hidden_states, top_k_index, top_k_weights)
+        misfit = self._misfit(hidden_states, top_k_index, top_k_weights, first_token)
         if misfit:
             self._refuse(misfit)
         position = first_token
         if not isinstance(position, Tensor):
             position = torch.arange(len(hidden_states), device=self.device) + position
         routes = self.routes
-        known = top_k_index.clamp(0, routes.experts - 1)
+        known = top_k_index.long().clamp(0, routes.experts - 1)
         faults = torch.where(torch.isfinite(top_k_weights).all(), 0, NOT_FINITE)
         faults = faults + torch.where((known == top_k_index).all(), 0, NO_EXPERT)
         # Slots travel as 32 bits beside their row.
@@ -190,7 +190,9 @@ class ExpertParallelMoE(nn.Module):
         which[chosen] = torch.arange(len(chosen), device=flat.device)
         return sum_rows(values, which.view_as(slots), weights)
 
-    def _misfit(self, hidden: Tensor, index: Tensor, weights: Tensor) -> str | None:
+    def _misfit(
+        self, hidden: Tensor, index: Tensor, weights: Tensor, position: int | Tensor
+    ) -> str | None:
         """Say what is wrong with the input, as far as sizes and types tell."""
         model = next(iter(self.experts.weights().values()))
         shapes = [list(tensor.shape) for tensor in (hidden, index, weights)]
@@ -211,6 +213,15 @@ class ExpertParallelMoE(nn.Module):
         if devices != {self.device}:
             found = ", ".join(sorted(map(str, devices)))
             return f"hidden_states must be on {self.device} like the experts, got {found}"
+        if isinstance(position, Tensor) and (
+            position.shape != hidden.shape[:1]
+            or position.is_floating_point()
+            or position.device != self.device
+        ):
+            return (
+                f"first_token must be an integer or integers [{len(hidden)}] on {self.device}, "
+                f"got {position.dtype} {list(position.shape)} on {position.device}"
+            )
         return None
 
     def _refuse(self, reason: str) -> None:

@@ -8,6 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+# Public in newer versions of torch, under a private name before, absent in the oldest ones.
+_grouped_mm = getattr(nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
 
 class Experts(Protocol):
     """What ``ExpertParallelMoE`` asks of the experts that it runs."""
@@ -41,8 +44,8 @@ class GroupedExperts(nn.Module):
 
     Notes
     -----
-    On CUDA in bfloat16 all slots are one grouped matrix product; elsewhere each slot that has rows
-    is one product.
+    On CUDA in bfloat16 all slots are one grouped matrix product where torch has it (for rows of
+    a multiple of 16 bytes); elsewhere each slot that has rows is one product.
     """
 
     def __init__(
@@ -69,10 +72,8 @@ class GroupedExperts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Compute rows [N,H] in groups of ``counts`` [S] rows, one per slot."""
-        if rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm"):
-            ends = counts.cumsum(0).to(torch.int32)
-            inner = torch._grouped_mm(rows, self.up.transpose(1, 2), offs=ends)
-            return torch._grouped_mm(self.activation(inner), self.down.transpose(1, 2), offs=ends)
+        if rows.is_cuda and self._can_group(rows):
+            return self._grouped(rows, counts)
         parts = [
             nn.functional.linear(
                 self.activation(nn.functional.linear(group, self.up[slot])), self.down[slot]
@@ -83,3 +84,19 @@ class GroupedExperts(nn.Module):
         # Without rows the result hangs on the input all the same: the backward pass of every rank
         # takes part in the exchange.
         return torch.cat(parts) if parts else rows
+
+    def _can_group(self, rows: Tensor) -> bool:
+        widths = (*self.up.shape[1:], self.down.shape[2])
+        return (
+            _grouped_mm is not None
+            and rows.dtype == torch.bfloat16
+            and len(rows) > 0
+            and all(width % 8 == 0 for width in widths)
+        )
+
+    def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
+        assert _grouped_mm is not None
+        ends = counts.cumsum(0).to(torch.int32)
+        inner = self.activation(_grouped_mm(rows, self.up.transpose(1, 2), offs=ends))
+        out: Tensor = _grouped_mm(inner, self.down.transpose(1, 2), offs=ends)
+        return out

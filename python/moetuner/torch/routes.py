@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moetuner.placement import Placement
-from moetuner.traffic import HASH, Replica, copies, node_size, replica_rule
+from moetuner.traffic import HASH, Split, copies, node_size, split_rule
 
 
 class Routes:
@@ -21,10 +21,10 @@ class Routes:
     layer
         Which one.
     rank
-        Rank whose tokens are routed; matters to ``replica="nearest"`` alone.
+        Rank whose tokens are routed; matters to ``split="nearest"`` alone.
     devices_per_node
         Devices of a node, None for one node.
-    replica
+    split
         How a token chooses between copies, as in ``moetuner.traffic.dispatch_rows``.
     device
         Where the tensors live.
@@ -42,7 +42,7 @@ class Routes:
         *,
         rank: int,
         devices_per_node: int | None,
-        replica: Replica,
+        split: Split,
         device: torch.device,
     ) -> None:
         if not 0 <= layer < placement.layers:
@@ -54,12 +54,12 @@ class Routes:
         self.experts = placement.num_experts
         self.slots_per_device = placement.slots_per_device
         self.node_size = node_size(placement.devices, devices_per_node)
-        near = rank if replica_rule(replica) == "nearest" else None
+        near = rank if split_rule(split) == "nearest" else None
         slots = placement.slots[layer]
         table, count = copies(slots, self.experts, near=near, node=self.node_size)
         self._table = torch.from_numpy(table).to(device)
         self._count = torch.from_numpy(count).to(device)
-        rules = (slots.shape, self.experts, layer, devices_per_node, replica)
+        rules = (slots.shape, self.experts, layer, devices_per_node, split)
         digest = hashlib.sha256(repr(rules).encode() + slots.astype("<i4").tobytes()).digest()
         self.fingerprint = int.from_bytes(digest[:8], "little", signed=True)
 

@@ -22,7 +22,7 @@ from transformers.distributed.expert_parallel import (
 from moetuner.placement import Placement
 from moetuner.torch.expert_parallel import ExpertParallelMoE
 from moetuner.torch.transfer import Spares, moves
-from moetuner.traffic import Replica
+from moetuner.traffic import Split
 
 
 def register_placement(
@@ -30,7 +30,7 @@ def register_placement(
     name: str = "moetuner",
     *,
     devices_per_node: int | None = None,
-    replica: Replica = "hash",
+    split: Split = "even",
     timeout: float = 600.0,
 ) -> list[ExpertParallelMoE]:
     """Make ``DistributedConfig(ep_implementation=name)`` run experts by a placement.
@@ -44,7 +44,7 @@ def register_placement(
         For as many MoE layers as the model has, and as many devices as ``ep_size``.
     name
         Under which name.
-    devices_per_node, replica
+    devices_per_node, split
         As in ``ExpertParallelMoE``.
     timeout
         Seconds for the weights of one layer to reach their slots.
@@ -72,7 +72,7 @@ def register_placement(
                     f"got {placement.layers}"
                 )
             for number, part in enumerate(parts):
-                part.load(placement, number, devices_per_node, replica, timeout)
+                part.load(placement, number, devices_per_node, split, timeout)
                 assert part.layer is not None
                 layers.append(part.layer)
 
@@ -100,7 +100,7 @@ class _PlacedExperts(EPImplementation):
         placement: Placement,
         number: int,
         devices_per_node: int | None,
-        replica: Replica,
+        split: Split,
         timeout: float,
     ) -> None:
         """Bring the weights of this rank's slots from the ranks that loaded them."""
@@ -138,7 +138,7 @@ class _PlacedExperts(EPImplementation):
             number,
             group=group,
             devices_per_node=devices_per_node,
-            replica=replica,
+            split=split,
         )
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
