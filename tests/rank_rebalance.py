@@ -1,5 +1,6 @@
 """What the processes of the rebalancing tests do."""
 
+import contextlib
 import os
 import time
 from unittest import mock
@@ -146,6 +147,21 @@ def lost_rank(rank, how):
     with mock.patch.object(Spares, "fill", broken):
         message, seconds = refused(model)
     return message, seconds, model.unchanged()
+
+
+def torn_switch(rank):
+    """Rank 2 fails when all have agreed and the others have switched: errors of the next step."""
+    model = Model(rank)
+    model.unbalance()
+    broken = RuntimeError("lost the device")
+    with mock.patch.object(Spares, "put", side_effect=broken if rank == 2 else None):
+        with contextlib.suppress(RuntimeError):
+            model.rebalancer.step()
+    try:
+        model.step()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
 
 
 def failing_rank(rank, how):

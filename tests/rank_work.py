@@ -1,7 +1,11 @@
 """What the processes of the torch tests do. Only torch, numpy and moetuner are imported here."""
 
+import contextlib
+import io
 import os
+import runpy
 from datetime import timedelta
+from unittest import mock
 
 import numpy as np
 import torch
@@ -9,6 +13,18 @@ import torch.distributed as dist
 
 import moetuner as mt
 from moetuner.torch import ExpertParallelMoE, GroupedExperts, swiglu
+
+
+def example(rank, path):
+    """Give what an example prints that joins and leaves on its own."""
+    said = io.StringIO()
+    with (
+        mock.patch.object(dist, "init_process_group"),
+        mock.patch.object(dist, "destroy_process_group"),
+        contextlib.redirect_stdout(said),
+    ):
+        runpy.run_path(path, run_name="__main__")
+    return said.getvalue().splitlines()
 
 
 def joined(store, rank, ranks, work, arguments):

@@ -1,5 +1,7 @@
 """Rebalancer on real processes: outputs stay, and a move happens everywhere or nowhere."""
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("torch", reason="torch is not installed")
@@ -58,6 +60,13 @@ def test_a_rank_that_fails_or_differs(how, first, others):
         assert (unchanged, right, moved) == (True, True, True)
 
 
+def test_a_switch_on_some_ranks_only():
+    """Should a rank fail after the last agreement, no step is taken with two placements."""
+    found = values(4, "rank_rebalance.torn_switch")
+    assert found[0] == "ranks [2] have other placements than rank 0: nothing was sent"
+    assert found[2] == "ranks [0, 1, 3] have other placements than rank 2: nothing was sent"
+
+
 def test_moves_that_pay():
     """Gain against cost, the dead zone and the budget; the same on every rank."""
     first, second = values(2, "rank_rebalance.decisions")
@@ -86,3 +95,16 @@ def test_arguments_that_cannot_be():
         "topology must have 2 devices like the placement, got 3",
         "counts must be [layers, experts] [3, 8], got [1, 2]",
     ]
+
+
+def test_the_example():
+    """It counts what it predicts, and moves experts when the traffic changes."""
+    path = Path(__file__).parents[1] / "examples" / "expert_parallel.py"
+    found = values(4, "rank_work.example", str(path))
+    for rank, lines in enumerate(found):
+        sent, predicted = lines[0].removeprefix(f"rank {rank}: ").split(" rows sent, ")
+        assert predicted == f"{sent} predicted"
+    moved = ["the move pays" in line for line in found[0][1:]]
+    assert len(moved) == 4
+    assert any(moved[2:])
+    assert not all(moved)

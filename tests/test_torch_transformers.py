@@ -23,7 +23,7 @@ def test_logits_and_traffic(tmp_path, family, layers, ranks):
         assert rows
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_batches_of_their_own(tmp_path, ranks):
     """Data-parallel ranks with batches of different lengths, through nodes, nearest copies."""
     (expected,) = values(1, "rank_transformers.save_model", "mixtral", str(tmp_path))

@@ -36,7 +36,9 @@ def register_placement(
     """Make ``DistributedConfig(ep_implementation=name)`` run experts by a placement.
 
     Call it on every rank before ``from_pretrained(..., distributed_config=...)``. Layers are
-    numbered in the order of the model's modules; a model loaded afterwards starts anew.
+    numbered in the order of the model's modules; a model loaded afterwards starts anew. The experts
+    are for inference: they take no gradients, and a model whose experts are placed is not to be
+    saved, since its files would hold them in the order of the slots.
 
     Parameters
     ----------
