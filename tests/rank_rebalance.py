@@ -154,9 +154,11 @@ def torn_switch(rank):
     model = Model(rank)
     model.unbalance()
     broken = RuntimeError("lost the device")
-    with mock.patch.object(Spares, "put", side_effect=broken if rank == 2 else None):
-        with contextlib.suppress(RuntimeError):
-            model.rebalancer.step()
+    with (
+        mock.patch.object(Spares, "put", side_effect=broken if rank == 2 else None),
+        contextlib.suppress(RuntimeError),
+    ):
+        model.rebalancer.step()
     try:
         model.step()
     except RuntimeError as error:
