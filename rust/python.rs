@@ -21,7 +21,7 @@ use crate::colocation::Layout;
 use crate::error::Error;
 use crate::instance::{Instance, Sizes};
 use crate::layer::balance::Windows;
-use crate::layer::replicate::replicate;
+use crate::layer::replicate::{NoSlot, QUICK, fill_layers, replicate};
 use crate::layer::{Contents, EMPTY, Effort, Layer, Links, place};
 use crate::packing::{Goal, Improve, Room, smallest_peak};
 use crate::replay::{Copies, Split};
@@ -826,24 +826,50 @@ impl Layers {
         Ok((array3(py, (l, d, self.per_device), slots)?, interrupted))
     }
 
-    /// Slots [L,D,S]: copies of the heaviest experts, then the heaviest copy first to the lightest device.
+    /// Slots [L,D,S]: copies of the heaviest experts, then the heaviest copy first to the device done first, polished.
     fn construct<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray3<i32>>> {
         use rayon::prelude::*;
-        let contents: Vec<Contents> = py.detach(|| {
-            self.layers.par_iter().map(|layer| Contents::new(layer, replicate(layer, &layer.load))).collect()
-        });
-        let slots = slots_of(&self.layers, &contents, self.per_device);
+        let construct = |(l, layer): (usize, &Layer)| {
+            let slots =
+                replicate(layer, QUICK).map_err(|NoSlot(expert)| Error::NoSlot { layer: l, expert })?;
+            Ok(Contents::new(layer, slots))
+        };
+        let contents: Result<Vec<Contents>, Error> =
+            py.detach(|| self.layers.par_iter().enumerate().map(construct).collect());
+        let slots = slots_of(&self.layers, &contents?, self.per_device);
         let d = self.layers.first().map_or(0, Layer::devices);
         array3(py, (self.layers.len(), d, self.per_device), slots)
     }
+}
+
+#[pyfunction]
+#[pyo3(signature = (load, room, time, *, steps = QUICK))]
+fn replicate_experts<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, f64>,
+    room: PyReadonlyArray2<'py, i64>,
+    time: PyReadonlyArray1<'py, f64>,
+    steps: usize,
+) -> PyResult<Bound<'py, PyArray3<i32>>> {
+    let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
+    let d = time.shape()[0];
+    if room.shape() != [l, d] {
+        let rule = format!("shape [{l}, {d}]");
+        return Err(Error::Shape { what: "room", rule, found: format!("{:?}", room.shape()) }.into());
+    }
+    let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
+    let room: Vec<usize> = room.as_array().iter().map(|&slots| slots.max(0) as usize).collect();
+    let per_device = room.iter().copied().max().unwrap_or(0);
+    let slots = py.detach(|| fill_layers(load, e, &room, time, steps))?;
+    array3(py, (l, d, per_device), slots)
 }
 
 #[pymodule]
 mod _core {
     #[pymodule_export]
     use super::{
-        Layers, Replay, StatisticsCounter, bound, cluster, exact_chain, lpt, place_clusters, search, separate,
-        smallest_peaks, validate, verify_bound,
+        Layers, Replay, StatisticsCounter, bound, cluster, exact_chain, lpt, place_clusters, replicate_experts,
+        search, separate, smallest_peaks, validate, verify_bound,
     };
 
     #[pymodule_export]
