@@ -721,7 +721,7 @@ struct Layers {
 #[pymethods]
 impl Layers {
     #[new]
-    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, cap = None, hold = None, forbidden = None, pinned = None))]
+    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, total = None, cap = None, hold = None, forbidden = None, pinned = None))]
     fn new(
         load: PyReadonlyArray3<'_, f64>,
         weight: PyReadonlyArray1<'_, f64>,
@@ -730,6 +730,7 @@ impl Layers {
         time: Vec<f32>,
         nearest: bool,
         norm: u32,
+        total: Option<PyReadonlyArray2<'_, f64>>,
         cap: Option<Vec<f64>>,
         hold: Option<PyReadonlyArray3<'_, f64>>,
         forbidden: Option<PyReadonlyArray3<'_, bool>>,
@@ -741,6 +742,7 @@ impl Layers {
         let shaped = weight.len() == w
             && room.dim() == (l, d)
             && time.len() == d
+            && total.as_ref().is_none_or(|total| total.as_array().dim() == (l, e))
             && cap.as_ref().is_none_or(|cap| cap.len() == l)
             && [
                 hold.as_ref().map(|a| a.as_array().dim()),
@@ -776,7 +778,12 @@ impl Layers {
                 node: node.clone(),
                 time: time.clone(),
                 split: if nearest { crate::layer::Split::Nearest } else { crate::layer::Split::Even },
-                load: (0..e).map(|e| load.slice(numpy::ndarray::s![.., l, e]).sum()).collect(),
+                load: (0..e)
+                    .map(|e| {
+                        let windows = || load.slice(numpy::ndarray::s![.., l, e]).sum();
+                        total.as_ref().map_or_else(windows, |total| total.as_array()[[l, e]])
+                    })
+                    .collect(),
                 windows,
                 cap: cap.as_ref().map_or(f64::INFINITY, |cap| cap[l]),
                 hold,
@@ -868,8 +875,8 @@ fn replicate_experts<'py>(
 mod _core {
     #[pymodule_export]
     use super::{
-        Layers, Replay, StatisticsCounter, bound, cluster, exact_chain, lpt, place_clusters, replicate_experts,
-        search, separate, smallest_peaks, validate, verify_bound,
+        Layers, Replay, StatisticsCounter, bound, cluster, exact_chain, lpt, place_clusters,
+        replicate_experts, search, separate, smallest_peaks, validate, verify_bound,
     };
 
     #[pymodule_export]

@@ -41,7 +41,7 @@ class Layers:
     Takes load [W,L,E] and the weight of every window [W], the slots of every device [L,D], the node
     of every device [D] and its time per token as a share of the slowest one's [D]; ``norm`` is the
     order of the norm that stands for the largest device load (4, 8 or 16; 0 for the maximum
-    itself). Caps [L] are on the sum of windows; ``hold`` [L,E,D] is what a copy costs on a device,
+    itself). Caps [L] are on ``total`` [L,E], the sum of windows where it is None; ``hold`` [L,E,D] is what a copy costs on a device,
     in weighted tokens; an expert may not be where ``forbidden`` [L,E,D], and stays where
     ``pinned`` [L,E,D].
     """
@@ -56,6 +56,7 @@ class Layers:
         *,
         nearest: bool,
         norm: int,
+        total: NDArray[np.float64] | None = None,
         cap: list[float] | None = None,
         hold: NDArray[np.float64] | None = None,
         forbidden: NDArray[np.bool_] | None = None,
