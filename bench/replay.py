@@ -116,7 +116,9 @@ def main() -> None:
             trace: mt.RoutingTrace = trace,
             topology: mt.Topology = topology,
         ) -> mt.Evaluation:
-            return mt.evaluate(placement, trace, topology, window=window, threads=threads)
+            return mt.evaluate(
+                placement, trace, topology, window=window, mixed=False, threads=threads
+            )
 
         def peer(
             ids: NDArray[np.uint8] = ids,

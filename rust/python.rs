@@ -14,11 +14,17 @@ use numpy::{
 };
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use rayon::prelude::*;
 
 use crate::bottleneck::{Chain, Way};
+use crate::colocation::Layout;
 use crate::error::Error;
 use crate::instance::{Instance, Sizes};
-use crate::packing::{Goal, Room};
+use crate::layer::balance::Windows;
+use crate::layer::replicate::{NoSlot, QUICK, fill_layers, replicate};
+use crate::layer::{Contents, EMPTY, Effort, Layer, Links, place};
+use crate::packing::{Goal, Improve, Room, smallest_peak};
+use crate::replay::{Copies, Split};
 use crate::search::{Control, Options, balanced, search as run_search};
 use crate::statistics::{Counter, Tables};
 use crate::trace::Routing;
@@ -265,13 +271,16 @@ type Tallied<'py> = (
 #[pymethods]
 impl Replay {
     #[new]
-    #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, window = None))]
+    #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, window = None, split = "even",
+                        pairs = true))]
     fn new(
         slots: PyReadonlyArray3<'_, i32>,
         num_experts: usize,
         top_k: usize,
         node_of_device: Vec<u16>,
         window: Option<u64>,
+        split: &str,
+        pairs: bool,
     ) -> PyResult<Self> {
         let &[layers, devices, per_device] = slots.shape() else {
             unreachable!("the array has three dimensions")
@@ -287,10 +296,19 @@ impl Replay {
         if window == Some(0) {
             return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
         }
+        let split = match split {
+            "even" => Split::Even,
+            "nearest" => Split::Nearest,
+            "round_robin" => Split::RoundRobin,
+            _ => {
+                let rule = "must be 'even', 'nearest' or 'round_robin'";
+                return Err(PyValueError::new_err(format!("split {rule}, got '{split}'")));
+            }
+        };
         let slots = contiguous(slots.as_slice().ok())?;
-        let copies = crate::replay::Copies::new(slots, routing, per_device, &node_of_device)?;
+        let copies = Copies::new(slots, routing, per_device, &node_of_device, split)?;
         let nodes = copies.nodes();
-        let replay = Some(crate::replay::Replay::new(routing, copies, window));
+        let replay = Some(crate::replay::Replay::new(routing, copies, window, pairs));
         Ok(Self { routing, devices, nodes, replay })
     }
 
@@ -374,7 +392,7 @@ fn search<'py>(
     let options = Options { seed, trials, time_limit };
     let control = Control::new(time_limit.and_then(|limit| Instant::now().checked_add(limit)));
     // Where no placement under the cap is known the most balanced one is what can be kept.
-    let balanced = balanced(&instance)?;
+    let balanced = detached(py, threads, || balanced(&instance, &control))??;
     instance.allow(&balanced);
     let work = || run_search(&instance, &options, &balanced, &initial, &control);
     let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
@@ -392,14 +410,13 @@ fn pack<'py>(
     load: &PyReadonlyArray2<'py, u64>,
     devices: usize,
     room: Room,
-    goal: Goal,
-    improve: bool,
+    goal: Option<Goal>,
     threads: Option<usize>,
 ) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance)> {
     let (layers, experts) = (load.shape()[0], load.shape()[1]);
     let load = contiguous(load.as_slice().ok())?;
-    let packed =
-        detached(py, threads, || crate::packing::pack(load, experts, devices, room, goal, improve))??;
+    let improve = goal.map(|goal| Improve { goal, stop: &|| false });
+    let packed = detached(py, threads, || crate::packing::pack(load, experts, devices, room, improve))??;
     let balance = packed.iter().map(|p| (p.peak.0, p.peak.1, p.deviation.0, p.deviation.1)).collect();
     let cluster = packed.into_iter().flat_map(|p| p.cluster).collect();
     Ok((array2(py, (layers, experts), cluster)?, balance))
@@ -415,17 +432,37 @@ fn lpt<'py>(
     improve: bool,
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray2<u16>>> {
-    Ok(pack(py, &load, devices, Room { fewest: 0, most: slots }, Goal::Peak, improve, threads)?.0)
+    let room = Room { fewest: 0, most: slots };
+    Ok(pack(py, &load, devices, room, improve.then_some(Goal::Peak), threads)?.0)
 }
 
 #[pyfunction]
-#[pyo3(signature = (load, clusters, slots, *, equal_sizes = true, threads = None))]
+#[pyo3(signature = (load, devices, slots, found, *, threads = None))]
+fn smallest_peaks(
+    py: Python<'_>,
+    load: PyReadonlyArray2<'_, u64>,
+    devices: usize,
+    slots: usize,
+    found: PyReadonlyArray1<'_, u64>,
+    threads: Option<usize>,
+) -> PyResult<Vec<(u128, u128)>> {
+    let experts = load.shape()[1].max(1);
+    let (load, found) = (contiguous(load.as_slice().ok())?, contiguous(found.as_slice().ok())?);
+    let layers = load.par_chunks(experts).zip(found);
+    let peak = |(load, &found): (&[u64], &u64)| smallest_peak(load, devices, slots, found.into());
+    let peaks = detached(py, threads, || layers.map(peak).collect::<Result<_, Error>>())?;
+    Ok(peaks?)
+}
+
+#[pyfunction]
+#[pyo3(signature = (load, clusters, slots, *, equal_sizes = true, tolerance = 0.0, threads = None))]
 fn cluster<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, u64>,
     clusters: usize,
     slots: usize,
     equal_sizes: bool,
+    tolerance: f64,
     threads: Option<usize>,
 ) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance)> {
     let experts = load.shape()[1];
@@ -434,7 +471,7 @@ fn cluster<'py>(
     } else {
         Room::free(experts, clusters, slots)
     };
-    pack(py, &load, clusters, room, Goal::Deviation, true, threads)
+    pack(py, &load, clusters, room, Some(Goal::Deviation { tolerance }), threads)
 }
 
 /// The device of every cluster [L,D], how it was found, a lower bound of the bottleneck.
@@ -488,6 +525,50 @@ fn exact_chain<'py>(
     let shape = (sizes.layers, sizes.devices, slots_per_device);
     let slots = array3(py, shape, sizes.unfill(&found.expert_in))?;
     Ok(Some((slots, found.cost, found.cap.into_pyarray(py))))
+}
+
+/// Columns of broken triangles [n,3], the last with the minus; rows, columns and factors of broken gatherings.
+type BrokenRows<'py> = (
+    Bound<'py, PyArray2<i64>>,
+    Bound<'py, PyArray1<i64>>,
+    Bound<'py, PyArray1<i64>>,
+    Bound<'py, PyArray1<f64>>,
+);
+
+#[pyfunction]
+#[pyo3(signature = (values, sizes, layers, entries, boundaries, *, slack, most, threads = None))]
+fn separate<'py>(
+    py: Python<'py>,
+    values: PyReadonlyArray1<'py, f64>,
+    sizes: Vec<usize>,
+    layers: usize,
+    entries: usize,
+    boundaries: usize,
+    slack: f64,
+    most: usize,
+    threads: Option<usize>,
+) -> PyResult<BrokenRows<'py>> {
+    let layout = Layout { sizes, layers, entries, boundaries };
+    let values = contiguous(values.as_slice().ok())?;
+    if values.len() != layout.columns() || boundaries >= layers.max(1) {
+        let rule = format!("[{}]", layout.columns());
+        return Err(Error::Shape { what: "values", rule, found: values.len().to_string() }.into());
+    }
+    let (triangles, gatherings) = detached(py, threads, || {
+        (layout.triangles(values, slack, most), layout.gatherings(values, slack, most))
+    })?;
+    let count = triangles.len();
+    let triangles = triangles.into_iter().flatten().map(|column| column as i64).collect();
+    let (mut rows, mut columns, mut factors) = (Vec::new(), Vec::new(), Vec::new());
+    for (row, gathering) in (0..).zip(gatherings) {
+        for (column, factor) in gathering {
+            rows.push(row);
+            columns.push(column as i64);
+            factors.push(factor);
+        }
+    }
+    let triangles = array2(py, (count, 3), triangles)?;
+    Ok((triangles, rows.into_pyarray(py), columns.into_pyarray(py), factors.into_pyarray(py)))
 }
 
 /// A certificate's lambda, columns, multipliers of the cuts, cuts, choices, and contents, as flat arrays.
@@ -604,12 +685,198 @@ fn finished() -> PyErr {
 }
 
 /// moetuner's native core.
+/// Contents of every layer, from slots [L,D,S] with -1 for an empty one and the slots of every device [L,D].
+fn contents_of(layers: &[Layer], slots: &[i32], per_device: usize) -> Vec<Contents> {
+    let of = |(l, layer): (usize, &Layer)| {
+        let d = layer.devices();
+        let rows = slots[l * d * per_device..][..d * per_device].chunks_exact(per_device).zip(&layer.room);
+        let expert = |&e: &i32| u16::try_from(e).unwrap_or(EMPTY);
+        Contents::new(layer, rows.flat_map(|(row, &room)| row[..room].iter().map(expert)).collect())
+    };
+    layers.iter().enumerate().map(of).collect()
+}
+
+/// The reverse of [`contents_of`].
+fn slots_of(layers: &[Layer], contents: &[Contents], per_device: usize) -> Vec<i32> {
+    let mut slots = Vec::with_capacity(layers.len() * layers.first().map_or(0, Layer::devices) * per_device);
+    for (layer, contents) in layers.iter().zip(contents) {
+        let mut at = 0;
+        for &room in &layer.room {
+            let expert = |&e: &u16| if e == EMPTY { -1 } else { i32::from(e) };
+            slots.extend(contents.expert_in[at..at + room].iter().map(expert));
+            slots.extend(std::iter::repeat_n(-1, per_device - room));
+            at += room;
+        }
+    }
+    slots
+}
+
+/// Layers with copies: windows, devices and rules as arrays.
+#[pyclass(module = "moetuner._core")]
+struct Layers {
+    layers: Vec<Layer>,
+    per_device: usize,
+}
+
+#[pymethods]
+impl Layers {
+    #[new]
+    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, total = None, cap = None, hold = None, forbidden = None, pinned = None))]
+    fn new(
+        load: PyReadonlyArray3<'_, f64>,
+        weight: PyReadonlyArray1<'_, f64>,
+        room: PyReadonlyArray2<'_, i64>,
+        node: Vec<u16>,
+        time: Vec<f32>,
+        nearest: bool,
+        norm: u32,
+        total: Option<PyReadonlyArray2<'_, f64>>,
+        cap: Option<Vec<f64>>,
+        hold: Option<PyReadonlyArray3<'_, f64>>,
+        forbidden: Option<PyReadonlyArray3<'_, bool>>,
+        pinned: Option<PyReadonlyArray3<'_, bool>>,
+    ) -> PyResult<Self> {
+        let (load, weight, room) = (load.as_array(), weight.as_array().to_vec(), room.as_array());
+        let (w, l, e) = load.dim();
+        let d = node.len();
+        let shaped = weight.len() == w
+            && room.dim() == (l, d)
+            && time.len() == d
+            && total.as_ref().is_none_or(|total| total.as_array().dim() == (l, e))
+            && cap.as_ref().is_none_or(|cap| cap.len() == l)
+            && [
+                hold.as_ref().map(|a| a.as_array().dim()),
+                forbidden.as_ref().map(|a| a.as_array().dim()),
+                pinned.as_ref().map(|a| a.as_array().dim()),
+            ]
+            .into_iter()
+            .flatten()
+            .all(|dim| dim == (l, e, d));
+        if !shaped || ![0, 4, 8, 16].contains(&norm) {
+            let rule = format!(
+                "weights [{w}], slots [{l}, {d}], times [{d}], tables [{l}, {e}, {d}], norm 0, 4, 8 or 16"
+            );
+            return Err(Error::Shape { what: "layers", rule, found: "others".into() }.into());
+        }
+        let layers = (0..l).map(|l| {
+            let rows: Vec<f64> = load.slice(numpy::ndarray::s![.., l, ..]).iter().copied().collect();
+            let floats = |table: &Option<PyReadonlyArray3<'_, f64>>| {
+                table.as_ref().map_or(vec![], |t| {
+                    t.as_array().slice(numpy::ndarray::s![l, .., ..]).iter().copied().collect()
+                })
+            };
+            let flags = |table: &Option<PyReadonlyArray3<'_, bool>>| {
+                table.as_ref().map_or(vec![], |t| {
+                    t.as_array().slice(numpy::ndarray::s![l, .., ..]).iter().copied().collect()
+                })
+            };
+            let windows = Windows::new(&rows, &weight, e, norm);
+            let hold = floats(&hold).into_iter().map(|cost: f64| cost * windows.scale).collect();
+            Layer {
+                experts: e,
+                room: room.row(l).iter().map(|&slots| slots.max(0) as usize).collect(),
+                node: node.clone(),
+                time: time.clone(),
+                split: if nearest { crate::layer::Split::Nearest } else { crate::layer::Split::Even },
+                load: (0..e)
+                    .map(|e| {
+                        let windows = || load.slice(numpy::ndarray::s![.., l, e]).sum();
+                        total.as_ref().map_or_else(windows, |total| total.as_array()[[l, e]])
+                    })
+                    .collect(),
+                windows,
+                cap: cap.as_ref().map_or(f64::INFINITY, |cap| cap[l]),
+                hold,
+                serve: vec![],
+                forbidden: flags(&forbidden),
+                pinned: flags(&pinned),
+            }
+        });
+        let layers: Vec<Layer> = layers.collect();
+        let per_device = room.iter().copied().max().unwrap_or(0).max(0) as usize;
+        Ok(Self { layers, per_device })
+    }
+
+    /// Improves slots [L,D,S].
+    #[pyo3(signature = (start, *, trials, hot, cold, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
+    fn place<'py>(
+        &mut self,
+        py: Python<'py>,
+        start: PyReadonlyArray3<'py, i32>,
+        trials: u64,
+        hot: f64,
+        cold: f64,
+        rounds: u64,
+        transitions: Option<PyReadonlyArray3<'py, u64>>,
+        link_cost: Option<PyReadonlyArray2<'py, f64>>,
+        seed: u64,
+        time_limit: Option<f64>,
+        threads: Option<usize>,
+        progress: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<(Bound<'py, PyArray3<i32>>, bool)> {
+        let l = self.layers.len();
+        let d = self.layers.first().map_or(0, Layer::devices);
+        if start.shape() != [l, d, self.per_device] {
+            let rule = format!("shape [{l}, {d}, {}]", self.per_device);
+            return Err(Error::Shape { what: "start", rule, found: format!("{:?}", start.shape()) }.into());
+        }
+        let begin = contents_of(&self.layers, contiguous(start.as_slice().ok())?, self.per_device);
+        let transitions = slice(transitions.as_ref())?;
+        let cost: Vec<f64> = link_cost.map_or(vec![], |cost| cost.as_array().iter().copied().collect());
+        let links = Links { transitions, cost: &cost };
+        let control = Control::new(time_limit.map(|limit| Instant::now() + Duration::from_secs_f64(limit)));
+        let layers = &mut self.layers;
+        let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), || {
+            place(layers, begin, links, Effort { trials, hot, cold }, rounds, seed, &control)
+        })?;
+        let slots = slots_of(&self.layers, &found, self.per_device);
+        Ok((array3(py, (l, d, self.per_device), slots)?, interrupted))
+    }
+
+    /// Slots [L,D,S]: copies of the heaviest experts, then the heaviest copy first to the device done first, polished.
+    fn construct<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray3<i32>>> {
+        use rayon::prelude::*;
+        let construct = |(l, layer): (usize, &Layer)| {
+            let slots =
+                replicate(layer, QUICK).map_err(|NoSlot(expert)| Error::NoSlot { layer: l, expert })?;
+            Ok(Contents::new(layer, slots))
+        };
+        let contents: Result<Vec<Contents>, Error> =
+            py.detach(|| self.layers.par_iter().enumerate().map(construct).collect());
+        let slots = slots_of(&self.layers, &contents?, self.per_device);
+        let d = self.layers.first().map_or(0, Layer::devices);
+        array3(py, (self.layers.len(), d, self.per_device), slots)
+    }
+}
+
+#[pyfunction]
+#[pyo3(signature = (load, room, time, *, steps = QUICK))]
+fn replicate_experts<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, f64>,
+    room: PyReadonlyArray2<'py, i64>,
+    time: PyReadonlyArray1<'py, f64>,
+    steps: usize,
+) -> PyResult<Bound<'py, PyArray3<i32>>> {
+    let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
+    let d = time.shape()[0];
+    if room.shape() != [l, d] {
+        let rule = format!("shape [{l}, {d}]");
+        return Err(Error::Shape { what: "room", rule, found: format!("{:?}", room.shape()) }.into());
+    }
+    let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
+    let room: Vec<usize> = room.as_array().iter().map(|&slots| slots.max(0) as usize).collect();
+    let per_device = room.iter().copied().max().unwrap_or(0);
+    let slots = py.detach(|| fill_layers(load, e, &room, time, steps))?;
+    array3(py, (l, d, per_device), slots)
+}
+
 #[pymodule]
 mod _core {
     #[pymodule_export]
     use super::{
-        Replay, StatisticsCounter, bound, cluster, exact_chain, lpt, place_clusters, search, validate,
-        verify_bound,
+        Layers, Replay, StatisticsCounter, bound, cluster, exact_chain, lpt, place_clusters,
+        replicate_experts, search, separate, smallest_peaks, validate, verify_bound,
     };
 
     #[pymodule_export]

@@ -6,11 +6,25 @@
 mod planes;
 
 use planes::Planes;
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::pairs::{BLOCK, Side};
+use crate::random::scale;
 use crate::statistics::{Windows, by_layers, by_window};
 use crate::trace::{ExpertId, Routing, validate};
+
+/// Which copy of an expert serves a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Split {
+    /// By a hash of the token's position (Knuth's multiplicative one), the same in all layers.
+    Even,
+    /// The one on the token's home device; else by hash among those of the home's node; else by hash among all. The
+    /// home is the hash's leading bits, which spreads homes evenly.
+    Nearest,
+    /// An expert's copies take turns.
+    RoundRobin,
+}
 
 /// A placement as the replay needs it: copies of every expert, layer by layer.
 #[derive(Debug, Clone)]
@@ -24,6 +38,9 @@ pub struct Copies {
     slots_of: Vec<Vec<u16>>,
     /// Where an expert's slots begin in `slots_of` `[L, E + 1]`.
     begin: Vec<Vec<u32>>,
+    split: Split,
+    /// Tokens of every expert before the block at hand `[L, E]`; counted where copies take turns.
+    served: Vec<Vec<u64>>,
 }
 
 impl Copies {
@@ -34,7 +51,13 @@ impl Copies {
     }
 
     /// Takes slots `[L, D, S]` (expert ids, -1 for empty) and the node of every device `[D]`.
-    pub fn new(slots: &[i32], routing: Routing, per_device: usize, node_of_device: &[u16]) -> Result<Self> {
+    pub fn new(
+        slots: &[i32],
+        routing: Routing,
+        per_device: usize,
+        node_of_device: &[u16],
+        split: Split,
+    ) -> Result<Self> {
         let Routing { layers, experts, .. } = routing;
         let devices = node_of_device.len();
         let p = devices * per_device;
@@ -78,25 +101,64 @@ impl Copies {
             device_of_slot: (0..p).map(|slot| (slot / per_device) as u16).collect(),
             slots_of: copies,
             begin,
+            split,
+            served: vec![vec![0; experts]; if split == Split::RoundRobin { layers } else { 0 }],
         })
     }
 
-    /// The slots that serve the ids of a layer. Copies share an expert's tokens evenly, by a hash of the token's
-    /// position (Knuth's multiplicative one), the same in all layers.
+    /// The slots that serve the ids of a layer.
     fn route<I: ExpertId>(&self, l: usize, ids: &[I], top_k: usize, first_token: u64) -> Vec<u16> {
         let (copies, begin) = (&self.slots_of[l], &self.begin[l]);
         if self.is_single(l) {
             return ids.iter().map(|id| copies[id.index()]).collect();
         }
+        let of = |id: &I| &copies[begin[id.index()] as usize..begin[id.index() + 1] as usize];
+        if self.split == Split::RoundRobin {
+            let mut served = self.served[l].clone();
+            let turn = |id: &I| {
+                let turn = served[id.index()];
+                served[id.index()] += 1;
+                of(id)[(turn % of(id).len() as u64) as usize]
+            };
+            return ids.iter().map(turn).collect();
+        }
         let mut slots = Vec::with_capacity(ids.len());
         for (token, ids) in (first_token..).zip(ids.chunks_exact(top_k)) {
             let hash = token.wrapping_mul(2_654_435_761) as u32;
-            slots.extend(ids.iter().map(|id| {
-                let (from, to) = (begin[id.index()], begin[id.index() + 1]);
-                copies[(from + hash % (to - from)) as usize]
-            }));
+            if self.split == Split::Even {
+                slots.extend(ids.iter().map(|id| of(id)[hash as usize % of(id).len()]));
+            } else {
+                let home = scale(hash.into(), self.devices);
+                slots.extend(ids.iter().map(|id| self.nearest(of(id), home, hash as usize)));
+            }
         }
         slots
+    }
+
+    /// The copy that serves a token of this home.
+    fn nearest(&self, slots: &[u16], home: usize, hash: usize) -> u16 {
+        let device = |slot: u16| usize::from(self.device_of_slot[usize::from(slot)]);
+        if let Some(&own) = slots.iter().find(|&&slot| device(slot) == home) {
+            return own;
+        }
+        let node = self.node_of_device[home];
+        let is_near = |slot: &&u16| self.node_of_device[device(**slot)] == node;
+        match slots.iter().filter(is_near).count() {
+            0 => slots[hash % slots.len()],
+            near => *slots.iter().filter(is_near).nth(hash % near).expect("a number below their count"),
+        }
+    }
+
+    /// Counts a block's tokens, for whose turn it is in the next one.
+    fn count_served<I: ExpertId>(&mut self, block: &[I], routing: Routing) {
+        let top_k = routing.top_k;
+        self.served.par_iter_mut().enumerate().for_each(|(l, served)| {
+            for token in block.chunks_exact(routing.row()) {
+                for id in &token[l * top_k..(l + 1) * top_k] {
+                    served[id.index()] += 1;
+                }
+            }
+        });
     }
 
     /// Adds load and visits of devices and visits of nodes, one after the other, of tokens that these slots serve.
@@ -152,12 +214,13 @@ pub struct Replay {
 }
 
 impl Replay {
-    /// Nothing replayed yet; `window` tokens make a window, the whole trace where there is no number.
+    /// Nothing replayed yet; `window` tokens make a window, the whole trace where there is no number. Without `with_pairs`
+    /// no traffic is counted.
     #[must_use]
-    pub fn new(routing: Routing, copies: Copies, window: Option<u64>) -> Self {
+    pub fn new(routing: Routing, copies: Copies, window: Option<u64>, with_pairs: bool) -> Self {
         let planes = Planes::new(&copies, routing);
         let columns = planes.as_ref().map_or(copies.slots, Planes::columns);
-        let table = columns * columns;
+        let table = if with_pairs { columns * columns } else { 0 };
         Self {
             pairs: (0..routing.layers).map(|l| vec![0; if l > 0 { table } else { 0 }]).collect(),
             windows: Windows::new(routing.layers, 2 * copies.devices + copies.nodes, window),
@@ -179,7 +242,7 @@ impl Replay {
             if let Some(planes) = planes {
                 let prepare = |l, ids: Vec<I>| planes.side(copies, l, &ids, top_k, first);
                 by_layers(&mut tasks, block, *routing, prepare, |(pairs, counts), before, here| {
-                    if let Some(before) = before {
+                    if let Some(before) = before.filter(|_| !pairs.is_empty()) {
                         before.count_pairs(here, pairs);
                     }
                     by_window(length, first, here.tokens(), size, counts, |tokens, counts| {
@@ -192,7 +255,7 @@ impl Replay {
                     (Side::new(slots.clone(), top_k, copies.slots), slots)
                 };
                 by_layers(&mut tasks, block, *routing, prepare, |(pairs, counts), before, (here, slots)| {
-                    if let Some((before, _)) = before {
+                    if let Some((before, _)) = before.filter(|_| !pairs.is_empty()) {
                         before.count_pairs(here, pairs);
                     }
                     by_window(length, first, here.tokens(), size, counts, |tokens, counts| {
@@ -200,6 +263,7 @@ impl Replay {
                     });
                 });
             }
+            copies.count_served(block, *routing);
             windows.tokens += (block.len() / routing.row()) as u64;
         }
         Ok(())

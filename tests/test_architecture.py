@@ -18,11 +18,15 @@ FLOW = [
     "placement",
     "problem",
     "solver",
+    "traffic",
     "evaluation",
+    "verdict",
+    "audit",
     "holdout",
     "structure",
     "report",
     "formats",
+    "torch",
     "cli",
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -78,6 +82,7 @@ def test_foreign_libraries_have_their_place(path):
     """Torch, HiGHS, click and rich are each known to one part."""
     places = {
         "torch": "moetuner.torch",
+        "transformers": "moetuner.torch",
         "highspy": "moetuner.solver.ilp",
         "click": "moetuner.cli",
         "rich": "moetuner.cli",

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from brute_force import optimum, small_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -111,3 +112,16 @@ def test_bound_of_real_routing(data):
     assert results[0].placement == results[1].placement
     assert results[0].bound == results[1].bound
     assert results[0].gap < 0.05
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bound_holds_for_any_link_cost(seed):
+    """Whatever a pair of devices costs, nothing or much, no bound is above the optimum."""
+    problem = small_problem(seed, layers=2, experts=4, max_imbalance=None, slots=2)
+    random = np.random.default_rng(seed)
+    cost = np.triu(random.integers(seed % 2, 5, (3, 3)) + np.eye(3, k=1, dtype=int), 1)
+    problem = replace(problem, topology=mt.Topology(3, link_cost=cost + cost.T))
+    result = mt.solve(problem, "joint", time_limit=0.5)
+    best = optimum(problem)
+    assert problem.cost(result.placement) >= best
+    assert result.bound is None or result.bound * problem.cost_scale <= best * (1 + 1e-12)

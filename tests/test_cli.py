@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.cli import main
+from moetuner.cli import main, progress
 
 METHODS = "contiguous,lpt,joint"
 
@@ -47,8 +47,10 @@ def run(capsys):
 
 
 @pytest.fixture
-def ok(run):
+def ok(run, monkeypatch):
     """Run a command that must succeed in silence, and give its output."""
+    # On a busy machine progress may be due at any time.
+    monkeypatch.setattr(progress, "FIRST_S", 3600.0)
 
     def ok(*arguments):
         status, out, err = run(*arguments)
@@ -62,7 +64,17 @@ def test_help_names_every_subcommand(ok):
     """No arguments, --help and -h all show the menu."""
     menu = ok()
     assert menu == ok("--help") == ok("-h")
-    for command in ("demo", "inspect", "convert", "solve", "evaluate", "compare", "export"):
+    for command in (
+        "demo",
+        "collect",
+        "inspect",
+        "convert",
+        "solve",
+        "evaluate",
+        "audit",
+        "compare",
+        "export",
+    ):
         assert re.search(rf"^  {command} ", menu, re.MULTILINE)
         assert "Usage: moetuner" in ok(command, "--help")
 
@@ -141,6 +153,21 @@ def test_solve_takes_a_topology_file(ok, trace, tmp_path):
     assert mt.Placement.load(out).topology == "boxes"
 
 
+def test_topology_may_be_a_common_machine(ok, run, trace, tmp_path):
+    """A name and a number of nodes do where no file is; another name lists what there is."""
+    out = tmp_path / "p.json"
+    ok("solve", trace, "--topology", "h100-nvl8-ib400", "--method", "lpt", "--out", out)
+    assert mt.Placement.load(out).topology == "h100-nvl8-ib400"
+    for name, words in (
+        ("tpu", "must be a file or one of a100-nvl8-ib200"),
+        ("h100-nvl8-ib400:two", "nodes must be a number, as in h100-nvl8-ib400:2, got 'two'"),
+        ("h100-nvl8-ib400:0", "nodes must be from 1"),
+    ):
+        status, _, err = run("solve", trace, "--topology", name, "--out", out)
+        assert (status, err.count("\n")) == (2, 1)
+        assert words in err
+
+
 def test_solve_without_pairs_says_so(ok, table, tmp_path):
     """A load table can only be balanced; no crossing is made up."""
     out, report = tmp_path / "p.json", tmp_path / "report.json"
@@ -161,6 +188,72 @@ def test_evaluate_tells_groups(ok, trace, tmp_path):
     whole = mt.evaluate(mt.Placement.load(out), mt.RoutingTrace.load(trace), window=64)
     assert found["imbalance"] == whole.imbalance
     assert set(found["by_group"]) == {"even", "odd"}
+
+
+def test_evaluate_predicts_times(ok, trace, tmp_path):
+    """With a cost model there are times, under any split; rows stay as long as the head."""
+    out, model = tmp_path / "p.json", tmp_path / "model.json"
+    ok("solve", trace, "--devices", 4, "--method", "lpt", "--out", out)
+    mt.CostModel.preset("a100", hidden=64, intermediate=32).save(model)
+    assert "layer, us" not in ok("evaluate", out, trace)
+    placement = mt.Placement.load(out)
+    for name, same in ((model, model), ("a100:64x32", model)):
+        text = ok("evaluate", out, trace, "--cost-model", name, "--split", "nearest")
+        lines = text.split("\n\n")[2].splitlines()
+        assert [line.split()[0] for line in lines] == ["layer,", "all", "even", "odd"]
+        assert len(set(map(len, lines))) == 1
+        found = json.loads(ok("evaluate", out, trace, "--cost-model", name, "--json", "-"))
+        wanted = mt.evaluate(
+            placement, mt.RoutingTrace.load(trace), window=512, cost_model=mt.CostModel.load(same)
+        )
+        assert found["predicted_layer_us_p95"] == wanted.predicted_layer_us_p95
+        assert found["imbalance_mixed"] == wanted.imbalance_mixed
+
+
+def test_audit_names_groups_and_fails_on_demand(run, ok, trace, tmp_path):
+    """Status 3 says that a group got worse by more than was allowed; JSON says which."""
+    blocks, all_on_two = tmp_path / "blocks.json", tmp_path / "two.json"
+    ok("solve", trace, "--devices", 4, "--method", "contiguous", "--out", blocks)
+    load = mt.RoutingTrace.load(trace)
+    slots = np.full((3, 4, 4), -1)
+    slots[:, 0], slots[:, 1] = np.arange(4), np.arange(4, 8)
+    mt.Placement(slots, num_experts=load.num_experts).save(all_on_two)
+    text = ok("audit", all_on_two, trace, "--window", 40)
+    assert re.search(r"worse in imbalance, beyond chance: (even|odd) \+", text)
+    status, out, err = run("audit", all_on_two, trace, "--window", 40, "--fail-if-worse", 5)
+    assert (status, err) == (3, "")
+    assert re.search(
+        r"^failed: (even|odd) got worse by \+.* in imbalance, more than 5 %", out, re.M
+    )
+    status, out, _ = run(
+        "audit",
+        all_on_two,
+        trace,
+        "--window",
+        40,
+        "--fail-if-worse",
+        5,
+        "--json",
+        "-",
+        "--measure",
+        "crossing",
+    )
+    found = json.loads(out)
+    assert (status, found["failed"], found["settings"]["judged"]) == (0, False, ["crossing"])
+    assert {each["measure"] for each in found["worse"]} == {"imbalance"}
+    assert set(found["by_group"]) == {"even", "odd"}
+    # Judged by itself nothing is worse.
+    text = ok("audit", blocks, trace, "--baseline", blocks, "--fail-if-worse", 0)
+    assert "no group got worse beyond chance" in text
+
+
+def test_audit_of_a_load_table(ok, table, tmp_path):
+    """Windows are resampled; there is no crossing to tell."""
+    out = tmp_path / "p.json"
+    ok("solve", table, "--devices", 4, "--out", out)
+    text = ok("audit", out, table, "--cost-model", "h100")
+    assert "6 windows" in text
+    assert "crossing" not in text
 
 
 def test_compare_judges_on_unseen_sequences(ok, trace):
@@ -284,7 +377,10 @@ WRONG = [
         ["solve", "trace.safetensors", "--devices", "4", "--json", "no/p.json"],
         "'no' does not exist",
     ),
-    (["solve", "trace.safetensors", "--topology", "junk.txt"], "junk.txt: not a JSON file"),
+    (
+        ["solve", "trace.safetensors", "--topology", "junk.txt"],
+        "must be a JSON object or TOML",
+    ),
     (
         ["compare", "trace.safetensors", "--devices", "4", "--holdout", "1.5"],
         "1.5 is not in the range",
@@ -294,6 +390,20 @@ WRONG = [
     (["compare", "trace.safetensors", "--devices", "4", "--methods", "a,lpt"], "got 'a'"),
     (["compare", "load.npz", "--devices", "4", "--window", "64"], "window must be left out"),
     (["evaluate", "trace.safetensors", "trace.safetensors"], "not a placement"),
+    (
+        ["evaluate", "p.json", "trace.safetensors", "--cost-model", "tpu"],
+        "must be a file or one of a100",
+    ),
+    (
+        ["evaluate", "p.json", "trace.safetensors", "--cost-model", "h100:big"],
+        "sizes must be as in h100:4096x1024, got 'big'",
+    ),
+    (["evaluate", "p.json", "trace.safetensors", "--cost-model", "junk.txt"], "not a cost model"),
+    (["audit", "trace.safetensors", "trace.safetensors"], "not a placement"),
+    (
+        ["audit", "p.json", "trace.safetensors", "--measure", "node_fanout"],
+        "must be of imbalance, fanout, crossing for this input, got node_fanout",
+    ),
     (["export", "junk.txt", "--to", "eplb", "--out", "x.npz"], "junk.txt: not a placement"),
     (["convert", "trace.safetensors", "--out", "t.npz"], "must end in .safetensors, got 't.npz'"),
     (["convert", "--out", "t.safetensors"], "Missing argument 'SOURCE...'"),
@@ -308,6 +418,7 @@ def test_errors_are_one_line(run, trace, table, tmp_path, monkeypatch, arguments
     """Status 2, nothing on standard output, one line that names what is wrong."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "junk.txt").write_text("junk")
+    mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4).save(tmp_path / "p.json")
     np.save("ids.npy", np.zeros((4, 2, 1), dtype=np.uint8))
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
@@ -353,7 +464,7 @@ def test_closed_pipe_is_silent(trace):
         done = subprocess.run(
             command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False
         )
-    assert done.stderr == ""
+    assert re.sub(r"moetuner: .* \.\.\.\n", "", done.stderr) == ""  # progress is no complaint
 
 
 @pytest.fixture

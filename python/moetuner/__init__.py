@@ -6,16 +6,21 @@ Data flows one way: a recorded ``RoutingTrace`` is counted into ``RoutingStatist
 """
 
 from moetuner._core import __version__
+from moetuner.audit import Audit, audit
+from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.solver import solve
 from moetuner.solver.result import Progress, Result
 from moetuner.statistics import RoutingStatistics
-from moetuner.topology import Topology
+from moetuner.topology import Tier, Topology
 from moetuner.trace import RoutingTrace
+from moetuner.verdict import Verdict, verdict
 
 __all__ = [
+    "Audit",
+    "CostModel",
     "Evaluation",
     "Placement",
     "PlacementDiff",
@@ -24,8 +29,12 @@ __all__ = [
     "Result",
     "RoutingStatistics",
     "RoutingTrace",
+    "Tier",
     "Topology",
+    "Verdict",
     "__version__",
+    "audit",
     "evaluate",
     "solve",
+    "verdict",
 ]

@@ -1,9 +1,10 @@
-"""The rules for expert ids: their type, sizes and values. The values are checked in the core."""
+"""The rules for numbers, and for expert ids: type, sizes and values (checked in the core)."""
 
 from __future__ import annotations
 
+import math
 import operator
-from typing import Any, SupportsIndex, cast
+from typing import Any, SupportsIndex, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +29,10 @@ def experts_in(num_experts: object) -> int:
     return whole_number("num_experts", num_experts, highest=1 << 16)
 
 
-def whole_number(name: str, value: object, *, highest: int = (1 << 63) - 1) -> int:
-    """Check an integer from 1 to ``highest``.
+def whole_number(
+    name: str, value: object, *, lowest: int = 1, highest: int = (1 << 63) - 1
+) -> int:
+    """Check an integer from ``lowest`` to ``highest``.
 
     Raises
     ------
@@ -39,8 +42,8 @@ def whole_number(name: str, value: object, *, highest: int = (1 << 63) - 1) -> i
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise ValueError(f"{name} must be an integer, got {value!r:.40}")
     number = operator.index(value)
-    if not 1 <= number <= highest:
-        raise ValueError(f"{name} must be from 1 to {highest}, got {number}")
+    if not lowest <= number <= highest:
+        raise ValueError(f"{name} must be from {lowest} to {highest}, got {number}")
     return number
 
 
@@ -92,3 +95,51 @@ def id_type(dtype: np.dtype[np.generic], num_experts: int) -> IdType:
     if dtype in (U8, U16):
         return U8 if dtype == U8 else U16
     return U8 if num_experts <= 256 else U16
+
+
+def per_device(name: str, values: Any, devices: int) -> list[Any]:
+    """Check that there is one number for every device.
+
+    Raises
+    ------
+    ValueError
+        If there is not.
+    """
+    array = np.asarray(values)
+    if array.shape != (devices,) or array.dtype.kind not in "iuf":
+        raise ValueError(
+            f"{name} must be numbers [{devices}], one per device, "
+            f"got {array.dtype} {list(array.shape)}"
+        )
+    found: list[Any] = array.tolist()
+    return found
+
+
+def positive(name: str, value: object, what: str) -> None:
+    """Check a number above 0; ``what`` says its unit.
+
+    Raises
+    ------
+    ValueError
+        If it is not one.
+    """
+    if not (is_number(value) and value > 0):
+        raise ValueError(f"{name} must be a positive {what}, got {value}")
+
+
+def not_negative(name: str, value: object, what: str) -> None:
+    """Check a number of at least 0; ``what`` says its unit.
+
+    Raises
+    ------
+    ValueError
+        If it is not one.
+    """
+    if not (is_number(value) and value >= 0):
+        raise ValueError(f"{name} must be a {what} of at least 0, got {value}")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number, and not a truth value."""
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return number and math.isfinite(cast(float, value))

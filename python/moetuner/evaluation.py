@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from moetuner import _core
-from moetuner.placement import EMPTY, Placement
-from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
+from moetuner import _counts, _figures, _split
+from moetuner._counts import Counts, Rules
+from moetuner._figures import Regime
+from moetuner._split import Split
+from moetuner.cost import CostModel
+from moetuner.placement import Placement
+from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
+from moetuner.traffic import dispatch_rows, homes_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,12 @@ class Evaluation:
         Tokens replayed.
     imbalance
         Largest / mean device load in a layer and window, averaged over layers and windows; 1 is
-        perfect.
+        perfect. Where devices differ in speed, the slowest device's time over that of loads in
+        proportion to speeds. Windows are those of the order given: in bursts, if that is how the
+        traffic was recorded.
+    imbalance_mixed
+        The same if sequences are served together, as by continuous batching: in windows of the same
+        tokens in mixed order, or for counts, in means of 16 windows drawn at random.
     imbalance_total
         The same on the sum of all windows, averaged over layers.
     imbalance_worst
@@ -37,17 +47,24 @@ class Evaluation:
     fanout, node_fanout
         Distinct devices (nodes) that a token visits in a layer, on average.
     traffic
-        Tokens moved from device to device, by regime. ``follow`` [L-1,D,D]: pairs of neighbouring
+        Rows moved from device to device, by regime. ``follow`` [L-1,D,D]: pairs of neighbouring
         layers' experts, the diagonal stays. ``dispatch`` [L,D,D]: from home device to device of
-        work, for homes spread evenly; as much comes back.
+        work, for homes spread evenly or as given; as much comes back.
+    busiest_port
+        Rows ``out`` of and ``in`` to the device with the most of them, by regime and for every tier
+        of links, of a layer on average. ``dispatch`` is one way; the way back is its mirror image.
     predicted_layer_us
-        Predicted time of a layer in microseconds; None without a cost model.
+        Predicted time of a layer in microseconds, averaged over windows and layers; None without a
+        cost model.
+    predicted_layer_us_p50, predicted_layer_us_p95, predicted_layer_us_p99
+        The times that so many percent of windows and layers do not exceed.
     by_group
-        The same for every group of the trace that has tokens.
+        The same for every group of the traffic that has tokens or windows.
     """
 
     tokens: int | None
     imbalance: float
+    imbalance_mixed: float | None
     imbalance_total: float
     imbalance_worst: float
     imbalance_per_layer: tuple[float, ...]
@@ -55,7 +72,11 @@ class Evaluation:
     fanout: float | None
     node_fanout: float | None
     traffic: dict[str, NDArray[Any]]
+    busiest_port: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     predicted_layer_us: float | None = None
+    predicted_layer_us_p50: float | None = None
+    predicted_layer_us_p95: float | None = None
+    predicted_layer_us_p99: float | None = None
     by_group: dict[str, Evaluation] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,6 +96,11 @@ def evaluate(
     topology: Topology | None = None,
     *,
     window: int | None = None,
+    split: Split = "even",
+    cost_model: CostModel | None = None,
+    regime: Regime = "dispatch",
+    home: ArrayLike | Literal["blocks"] | None = None,
+    mixed: bool = True,
     threads: int | None = None,
 ) -> Evaluation:
     """Replay a placement.
@@ -82,15 +108,31 @@ def evaluate(
     Parameters
     ----------
     placement
-        What to replay. Copies of an expert share its tokens evenly.
+        What to replay.
     traffic
         A trace, replayed token by token; or statistics, which tell balance and crossing but not
         fanout.
     topology
-        Nodes of the devices; one node by default.
+        Nodes and speeds of the devices; one node of equal devices by default.
     window
         Tokens whose load is balanced together; None for the whole trace. Statistics bring their own
         windows.
+    split
+        Which of an expert's copies serves a token: ``"even"`` by a hash of its position (vLLM),
+        ``"nearest"`` the one on its home device, else one of its node, else any (SGLang's static
+        dispatch), ``"round_robin"`` in turns (TensorRT-LLM). Statistics split loads in the shares
+        that follow.
+    cost_model
+        Gives the predicted times. Statistics do not know which experts a token met together: each
+        is then sent to on its own, which is an upper bound.
+    regime
+        What moves in the predicted times: rows from their homes to devices and back in each layer,
+        as in today's engines, or on to the next layer's device.
+    home
+        Device that each token of a trace comes from [T], or ``"blocks"`` (see ``dispatch_rows``):
+        then ``traffic["dispatch"]`` counts its rows exactly. None spreads homes evenly.
+    mixed
+        Whether to replay a trace once more in mixed order; where not, ``imbalance_mixed`` is None.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
 
@@ -100,6 +142,35 @@ def evaluate(
         If placement, traffic and topology are not of one model and machine.
     """
     topology = topology or Topology(placement.devices)
+    check_model(placement, traffic, topology)
+    _split.check(split)
+    if regime not in ("follow", "dispatch"):
+        raise ValueError(f"regime must be 'follow' or 'dispatch', got {regime!r}")
+    with_active = cost_model is not None and cost_model.expert_us > 0
+    rules = Rules(placement, topology, window, split, with_active, threads, with_mixed=mixed)
+    if isinstance(traffic, RoutingStatistics):
+        if home is not None:
+            raise ValueError("home needs a trace: statistics have no tokens")
+        counts, by_group = _counts.of_statistics(traffic, rules)
+    else:
+        if home is not None and split != "even":
+            raise ValueError(
+                f"home needs split 'even', got {split!r}: others know homes only spread"
+            )
+        counts, by_group = _counts.of_trace(traffic, rules)
+        if home is not None:
+            counts, by_group = _with_homes(counts, by_group, placement, traffic, home)
+    whole = _evaluation(counts, topology, cost_model, regime)
+    groups = {
+        name: _evaluation(group, topology, cost_model, regime) for name, group in by_group.items()
+    }
+    return replace(whole, by_group=groups)
+
+
+def check_model(
+    placement: Placement, traffic: RoutingTrace | RoutingStatistics, topology: Topology
+) -> None:
+    """Raise unless placement, traffic and topology are of one model and machine."""
     experts = traffic.num_experts if isinstance(traffic, RoutingTrace) else traffic.experts
     found = (traffic.layers, experts, topology.devices)
     wanted = (placement.layers, placement.num_experts, placement.devices)
@@ -108,106 +179,65 @@ def evaluate(
             f"placement must have {found[0]} layers, {found[1]} experts and {found[2]} devices "
             f"like the input and topology, got {wanted[0]}, {wanted[1]} and {wanted[2]}"
         )
-    if isinstance(traffic, RoutingStatistics):
-        return _evaluate_statistics(placement, traffic)
-
-    _check_table_bytes(traffic, topology, window)
-
-    def replay() -> _core.Replay:
-        nodes = topology.node_of_device.tolist()
-        return _core.Replay(placement.slots, experts, traffic.top_k, nodes, window=window)
-
-    whole = replay()
-    names = traffic.group_names if traffic.group is not None else ()
-    groups = [replay() for _ in names]
-    first = 0
-    for shard in traffic.shards():
-        whole.push(shard, threads)
-        if traffic.group is not None:
-            label = traffic.group[first : first + len(shard)]
-            for group, part in enumerate(groups):
-                mine = label == group
-                if mine.any():
-                    part.push(shard[mine], threads)
-        first += len(shard)
-    by_group = {name: _tally(part) for name, part in zip(names, groups, strict=True)}
-    return _tally(whole, {name: group for name, group in by_group.items() if group.tokens})
 
 
-def _check_table_bytes(trace: RoutingTrace, topology: Topology, window: int | None) -> None:
-    windows = 1 if window is None else max(1, -(-trace.tokens // max(window, 1)))
-    # Load and visits of devices, visits of nodes; once more for groups, whose windows add up to it.
-    counts = windows * trace.layers * (2 * topology.devices + topology.nodes)
-    size = 8 * counts * (1 if trace.group is None else 2)
-    if size > TABLE_LIMIT:
-        raise ValueError(
-            f"counts must fit {TABLE_LIMIT >> 30} GiB, got {size / 2**30:.0f} GiB for {windows} "
-            f"windows, {trace.layers} layers, {topology.devices} devices: make windows longer"
-        )
+def _with_homes(
+    counts: Counts,
+    by_group: dict[str, Counts],
+    placement: Placement,
+    trace: RoutingTrace,
+    home: ArrayLike | Literal["blocks"],
+) -> tuple[Counts, dict[str, Counts]]:
+    """Replace the dispatch traffic, of all tokens and of every group, by rows from given homes."""
+    homes = homes_of(home, trace.tokens, placement.devices)
+    groups = {}
+    for name, group in by_group.items():
+        mine = homes[trace.group == trace.group_names.index(name)]
+        rows = dispatch_rows(placement, trace.select(groups=name), mine)
+        groups[name] = replace(group, dispatch=rows)
+    return replace(counts, dispatch=dispatch_rows(placement, trace, homes)), groups
 
 
-def _tally(replay: _core.Replay, by_group: dict[str, Evaluation] | None = None) -> Evaluation:
-    tokens, load, follow, visits, node_visits = replay.finish()
-    _, layers, devices = visits.shape
-    home = np.repeat(visits.sum(axis=0)[:, None, :] / devices, devices, axis=1)
-    home[:, np.arange(devices), np.arange(devices)] = 0
-    per_token = max(tokens, 1) * layers
-    return Evaluation(
-        tokens=tokens,
-        **_imbalance(load),
-        crossing=_crossing(follow),
-        fanout=int(visits.sum()) / per_token,
-        node_fanout=int(node_visits.sum()) / per_token,
-        traffic={"follow": follow, "dispatch": home},
-        by_group=by_group or {},
-    )
-
-
-def _evaluate_statistics(placement: Placement, statistics: RoutingStatistics) -> Evaluation:
-    """Balance and crossing from counts; copies take equal parts of an expert's load."""
-    layers, devices = placement.layers, placement.devices
-    share = np.zeros((layers, devices, placement.num_experts))
-    layer, device, slot = np.nonzero(placement.slots != EMPTY)
-    expert = placement.slots[layer, device, slot]
-    share[layer, device, expert] = 1 / placement.replicas[layer, expert]
-    load = np.einsum("wle,lde->wld", statistics.window_load.astype(np.float64), share)
+def _evaluation(
+    counts: Counts, topology: Topology, model: CostModel | None, regime: Regime
+) -> Evaluation:
+    speed = topology.speed_of_device
+    windowed = _figures.ratios(counts.load, speed)
+    visits = counts.visits
     traffic: dict[str, NDArray[Any]] = {}
-    crossing = None
-    if statistics.transitions is not None:
-        tables = statistics.transitions.astype(np.float64)
-        traffic["follow"] = np.einsum(
-            "lde,lef,lgf->ldg", share[:-1], tables, share[1:], optimize=True
-        )
-        crossing = _crossing(traffic["follow"])
-    return Evaluation(
-        tokens=None,
-        **_imbalance(load),
-        crossing=crossing,
-        fanout=None,
-        node_fanout=None,
+    if counts.follow is not None:
+        traffic["follow"] = counts.follow
+    if counts.tokens is not None:
+        traffic["dispatch"] = counts.dispatch
+    # Fanouts are known where tokens are.
+    per_token = None if counts.tokens is None else max(counts.tokens, 1) * visits.shape[1]
+    node_visits = counts.node_visits
+    found = Evaluation(
+        tokens=counts.tokens,
+        imbalance=float(windowed.mean()),
+        imbalance_mixed=(
+            None if counts.mixed is None else float(_figures.ratios(counts.mixed, speed).mean())
+        ),
+        imbalance_total=float(_figures.ratios(counts.load.sum(axis=0), speed).mean()),
+        imbalance_worst=float(windowed.max()),
+        imbalance_per_layer=tuple(windowed.mean(axis=0).tolist()),
+        crossing=None if counts.follow is None else _figures.crossing(counts.follow),
+        fanout=None if per_token is None else int(visits.sum()) / per_token,
+        node_fanout=(
+            None if per_token is None or node_visits is None else int(node_visits.sum()) / per_token
+        ),
         traffic=traffic,
+        busiest_port={
+            name: _figures.busiest_port(rows, topology) for name, rows in traffic.items()
+        },
     )
+    return found if model is None else replace(found, **_times(counts, topology, model, regime))
 
 
-def _imbalance(load: NDArray[Any]) -> dict[str, Any]:
-    """Imbalances of device loads [W,L,D]; layers and windows without load count as balanced."""
-
-    def ratio(load: NDArray[Any]) -> NDArray[np.float64]:
-        mean = load.mean(axis=-1)
-        ratios: NDArray[np.float64] = np.ones_like(mean)
-        np.divide(load.max(axis=-1), mean, out=ratios, where=mean > 0)
-        return ratios
-
-    windowed = ratio(load)
-    return {
-        "imbalance": float(windowed.mean()),
-        "imbalance_total": float(ratio(load.sum(axis=0)).mean()),
-        "imbalance_worst": float(windowed.max()),
-        "imbalance_per_layer": tuple(windowed.mean(axis=0).tolist()),
+def _times(counts: Counts, topology: Topology, model: CostModel, regime: Regime) -> dict[str, Any]:
+    times = _figures.layer_us(counts, topology, model, regime)
+    percentiles = {
+        f"predicted_layer_us_p{percent}": float(np.percentile(times, percent))
+        for percent in (50, 95, 99)
     }
-
-
-def _crossing(follow: NDArray[Any]) -> float:
-    total = follow.sum(dtype=np.float64)
-    kept = np.einsum("ldd->", follow, dtype=np.float64)
-    return float((total - kept) / total) if total else 0.0
+    return {"predicted_layer_us": float(times.mean()), **percentiles}

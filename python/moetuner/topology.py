@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from moetuner import _link_cost, _topology_file
+from moetuner._files import naming
+from moetuner._machines import MACHINES
+from moetuner._validation import not_negative, per_device, positive, whole_number
 
 # Bytes per second and direction between two H100: NVLink 4 (900 GB/s both ways) inside a node, one
 # 400 Gbit/s InfiniBand port per GPU between nodes (NVIDIA H100 and ConnectX-7 data sheets).
 INTRA_NODE_BANDWIDTH = 450e9
 INTER_NODE_BANDWIDTH = 50e9
 
+BYTES_PER_SECOND, SECONDS = "number of bytes per second", "number of seconds"
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Groups of devices that share a link.
+
+    Parameters
+    ----------
+    devices
+        Devices of a group.
+    bandwidth
+        Bytes per second and direction of a device's port, to others of its group that are not of a
+        smaller group.
+    latency
+        Seconds until the first byte arrives.
+    """
+
+    devices: int
+    bandwidth: float
+    latency: float = 0.0
+
+    def __post_init__(self) -> None:
+        whole_number("devices", self.devices, highest=65535)
+        positive("bandwidth", self.bandwidth, BYTES_PER_SECOND)
+        not_negative("latency", self.latency, SECONDS)
+
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices in nodes of equal size.
+    """Devices in nodes of equal size, and links of two tiers or more.
 
     Parameters
     ----------
@@ -31,11 +63,23 @@ class Topology:
         Bytes per second and direction between two devices of one node, and of different nodes.
     name
         Written into placements.
+    intra_node_latency, inter_node_latency
+        Seconds until the first byte arrives.
+    tiers
+        Instead of nodes and their links: groups of devices, each group inside one of the next tier,
+        the smallest (the nodes) first and all devices last.
+    link_cost
+        Cost of moving one token's state from device to device [D,D], in any unit: symmetric, none
+        negative, zero on the diagonal. It replaces the costs that follow from bandwidths.
+    speed
+        Relative speed of every device [D]; all alike by default.
+    slots_per_device
+        Slots that every device has in a layer [D]; all alike, and the problem's, by default.
 
     Raises
     ------
     ValueError
-        If a number is out of range or ``devices_per_node`` does not divide ``devices``.
+        If a number is out of range, or nodes and tiers do not divide each other.
     """
 
     devices: int
@@ -43,10 +87,18 @@ class Topology:
     intra_node_bandwidth: float = INTRA_NODE_BANDWIDTH
     inter_node_bandwidth: float = INTER_NODE_BANDWIDTH
     name: str | None = None
+    intra_node_latency: float = 0.0
+    inter_node_latency: float = 0.0
+    tiers: tuple[Tier, ...] = ()
+    link_cost: ArrayLike | None = field(default=None, repr=False)
+    speed: Sequence[float] | None = None
+    slots_per_device: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.devices <= 65535:
-            raise ValueError(f"devices must be from 1 to 65535, got {self.devices}")
+        whole_number("devices", self.devices, highest=65535)
+        if self.tiers:
+            object.__setattr__(self, "tiers", tuple(self.tiers))
+            self._set_from_tiers()
         if self.devices_per_node is None:
             object.__setattr__(self, "devices_per_node", self.devices)
         if not 1 <= self.node_size <= self.devices or self.devices % self.node_size:
@@ -54,12 +106,55 @@ class Topology:
                 f"devices_per_node must divide devices ({self.devices}), "
                 f"got {self.devices_per_node}"
             )
-        for field in ("intra_node_bandwidth", "inter_node_bandwidth"):
-            value = getattr(self, field)
-            if not (math.isfinite(value) and value > 0):
+        for end in ("intra_node", "inter_node"):
+            bandwidth = f"{end}_bandwidth"
+            positive(bandwidth, getattr(self, bandwidth), BYTES_PER_SECOND)
+            not_negative(f"{end}_latency", getattr(self, f"{end}_latency"), SECONDS)
+        if self.link_cost is not None:
+            # Held as tuples, so that topologies compare, hash and cannot be changed.
+            cost = _link_cost.checked(self.link_cost, self.devices)
+            object.__setattr__(self, "link_cost", tuple(map(tuple, cost.tolist())))
+        if self.speed is not None:
+            speed = per_device("speed", self.speed, self.devices)
+            for device, value in enumerate(speed):
+                positive(f"speed of device {device}", value, "number")
+            object.__setattr__(self, "speed", tuple(float(value) for value in speed))
+        if self.slots_per_device is not None:
+            slots = per_device("slots_per_device", self.slots_per_device, self.devices)
+            counts = tuple(
+                whole_number(f"slots_per_device of device {device}", value, highest=65535)
+                for device, value in enumerate(slots)
+            )
+            object.__setattr__(self, "slots_per_device", counts)
+
+    def _set_from_tiers(self) -> None:
+        """Check tiers, and let the shorthand say the same as the first two."""
+        sizes = []
+        for tier in self.tiers:
+            if not isinstance(tier, Tier):
+                raise ValueError(f"tiers must be Tier values, got {tier!r:.60}")
+            sizes.append(tier.devices)
+        nested = all(b % a == 0 and b > a for a, b in pairwise(sizes))
+        if not nested or sizes[-1] != self.devices:
+            raise ValueError(
+                "tiers must be groups of devices, each size a multiple of the one before and the "
+                f"last all {self.devices} devices, got {sizes}"
+            )
+        first, second = self.tiers[0], self.tiers[min(1, len(self.tiers) - 1)]
+        same = {
+            "devices_per_node": first.devices,
+            "intra_node_bandwidth": first.bandwidth,
+            "intra_node_latency": first.latency,
+            "inter_node_bandwidth": second.bandwidth,
+            "inter_node_latency": second.latency,
+        }
+        defaults = {each.name: each.default for each in fields(self)}
+        for name, value in same.items():
+            if getattr(self, name) not in (value, defaults[name]):
                 raise ValueError(
-                    f"{field} must be a positive number of bytes per second, got {value}"
+                    f"{name} must be left out where tiers are given, got {getattr(self, name)}"
                 )
+            object.__setattr__(self, name, value)
 
     @property
     def node_size(self) -> int:
@@ -73,46 +168,134 @@ class Topology:
         return self.devices // self.node_size
 
     @property
+    def levels(self) -> tuple[Tier, ...]:
+        """Tiers from the nodes to the whole machine, also where only nodes were given."""
+        if self.tiers:
+            return self.tiers
+        node = Tier(self.node_size, self.intra_node_bandwidth, self.intra_node_latency)
+        if self.nodes == 1:
+            return (node,)
+        return (node, Tier(self.devices, self.inter_node_bandwidth, self.inter_node_latency))
+
+    @property
     def node_of_device(self) -> NDArray[np.int64]:
         """Node of every device [D]."""
         return np.arange(self.devices) // self.node_size
 
     @property
+    def tier(self) -> NDArray[np.int64]:
+        """Tier of the link from device to device [D,D]: 0 none, 1 in a node, 2 and up beyond."""
+        device = np.arange(self.devices)
+        tier = np.zeros((self.devices, self.devices), dtype=np.int64)
+        for size in [1] + [level.devices for level in self.levels[:-1]]:
+            group = device // size
+            tier += group[:, None] != group[None, :]
+        return tier
+
+    @property
     def bandwidth(self) -> NDArray[np.float64]:
         """Bytes per second from device to device [D,D]; infinite on the diagonal."""
-        same_node = self.node_of_device[:, None] == self.node_of_device[None, :]
-        bandwidth = np.where(same_node, self.intra_node_bandwidth, self.inter_node_bandwidth)
-        np.fill_diagonal(bandwidth, np.inf)
-        return bandwidth
+        return np.array([np.inf] + [level.bandwidth for level in self.levels])[self.tier]
+
+    @property
+    def latency(self) -> NDArray[np.float64]:
+        """Seconds until the first byte arrives [D,D]; zero on the diagonal."""
+        return np.array([0.0] + [level.latency for level in self.levels])[self.tier]
+
+    @property
+    def speed_of_device(self) -> NDArray[np.float64]:
+        """Relative speed of every device [D], 1 where none was given."""
+        return np.ones(self.devices) if self.speed is None else np.array(self.speed)
 
     @property
     def cost(self) -> NDArray[np.int64]:
         """Integer cost of moving one token's state from device to device [D,D].
 
         Proportional to the time a byte takes, in sixteenths of the fastest link, reduced to lowest
-        terms: 1 between any two devices where all links are equal, 0 on the diagonal.
+        terms: 1 between any two devices where all links are equal, 0 on the diagonal. A given
+        ``link_cost`` is kept where it is whole numbers up to 65535 in lowest terms. Else it is
+        scaled until the largest is 65535 and rounded, nothing above 0 to 0: every cost is then off
+        by at most 1/65535 of the largest.
         """
-        time = 1.0 / self.bandwidth
         if self.devices == 1:
             return np.zeros((1, 1), dtype=np.int64)
+        if self.link_cost is not None:
+            return _link_cost.in_integers(np.array(self.link_cost, dtype=np.float64))
+        time = 1.0 / self.bandwidth
         fastest = time[time > 0].min()
         cost: NDArray[np.int64] = np.rint(16 * time / fastest).astype(np.int64)
         cost //= np.gcd.reduce(cost, axis=None)
         return cost
 
+    @property
+    def has_equal_devices(self) -> bool:
+        """Whether no device is faster, or has more slots, than another."""
+        return len(set(self.speed or ())) <= 1 and len(set(self.slots_per_device or ())) <= 1
+
+    @property
+    def is_two_tier(self) -> bool:
+        """Whether a link costs what its node says: one price inside nodes, one not below beyond."""
+        cost, inside = self.cost, self.node_of_device[:, None] == self.node_of_device[None, :]
+        apart = ~np.eye(self.devices, dtype=bool)
+        near, far = np.unique(cost[inside & apart]), np.unique(cost[~inside])
+        return near.size <= 1 and far.size <= 1 and not (near.size and far.size and near > far)
+
+    @classmethod
+    def preset(cls, machine: str, /, nodes: int = 1, **others: Any) -> Topology:
+        """Make a common machine, such as ``"h100-nvl8-ib400"``, of some nodes.
+
+        Parameters
+        ----------
+        machine
+            One of those in ``_machines.py``, where the sources of the numbers are.
+        nodes
+            Number of nodes.
+        others
+            Parameters of the class, in place of the machine's.
+
+        Raises
+        ------
+        ValueError
+            If there is no such machine, or it cannot have that many nodes.
+        """
+        if not isinstance(machine, str) or machine not in MACHINES:
+            raise ValueError(f"preset must be one of {', '.join(MACHINES)}, got {machine!r:.60}")
+        numbers = MACHINES[machine]
+        devices = numbers.devices_per_node * whole_number("nodes", nodes, highest=65535)
+        return cls(
+            **{
+                "devices": devices,
+                "name": machine if nodes == 1 else f"{machine}:{nodes}",
+                **numbers._asdict(),
+                **others,
+            }
+        )
+
     @classmethod
     def load(cls, path: str | Path) -> Topology:
-        """Read a topology from a JSON object whose keys are this class's parameters."""
-        try:
-            fields: dict[str, Any] = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a JSON file: {error}") from None
-        known = set(cls.__dataclass_fields__)
-        if not isinstance(fields, dict) or not set(fields) <= known:
-            raise ValueError(
-                f"{path}: a topology is a JSON object with keys out of {sorted(known)}"
-            )
-        try:
-            return cls(**fields)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
+        """Read a topology from a JSON or TOML file.
+
+        Its keys are this class's parameters, each of ``tiers`` a table of ``Tier``'s; ``preset``
+        and ``nodes`` name a common machine, whose numbers the other keys replace.
+
+        Raises
+        ------
+        ValueError
+            If it is neither, or describes no topology.
+        OSError
+            If it cannot be read.
+        """
+        path = Path(path)
+        with naming(path):
+            found = _topology_file.parse(path.read_bytes())
+            names = [each.name for each in fields(cls)]
+            known = [*names, "preset", "nodes"] if "preset" in found else names
+            unknown = [key for key in found if key not in known]
+            if unknown:
+                hint = " (nodes needs preset)" if unknown == ["nodes"] else ""
+                raise ValueError(f"keys must be out of {known}, got {unknown[0]!r}{hint}")
+            if "tiers" in found:
+                found["tiers"] = tuple(Tier(**tier) for tier in found["tiers"])
+            if "preset" in found:
+                return cls.preset(found.pop("preset"), **found)
+            return cls(**found)

@@ -15,7 +15,7 @@ from moetuner.cli.progress import working
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.holdout import hold_out
 from moetuner.problem import Problem
-from moetuner.solver import METHODS, solve
+from moetuner.solver import METHODS, caps, solve
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -25,8 +25,8 @@ DEFAULT_METHODS = "contiguous,lpt,eplb,moetuner,joint"
 HEAD = (
     "method",
     "imbalance",
+    "mixed",
     "total",
-    "worst",
     "crossing",
     "fanout",
     "objective",
@@ -62,8 +62,8 @@ class Outcome:
         return (
             self.result.method,
             number(self.evaluation.imbalance, 3),
+            number(self.evaluation.imbalance_mixed, 3),
             number(self.evaluation.imbalance_total, 3),
-            number(self.evaluation.imbalance_worst, 2),
             number(self.evaluation.crossing, 4),
             number(self.evaluation.fanout, 3),
             number(self.result.objective if known else None, 4),
@@ -112,13 +112,8 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
         wanted = "transitions" if problem.regime == "follow" else "co-activation"
         lines.append(f"INPUT has no {wanted}: methods could only balance the load.")
     for outcome in outcomes:
-        raised = outcome.result.details.get("caps_raised")
-        if raised:
-            lines.append(
-                f"{outcome.result.method}: found no placement under the load cap "
-                f"{problem.max_imbalance:g} in {len(raised)} of {problem.layers} layers "
-                f"and allowed up to {max(raised.values()):.3f} there."
-            )
+        told = caps.remarks(problem, outcome.result.details)
+        lines.extend(f"{outcome.result.method}: {line}" for line in told)
         if outcome.result.status in ("interrupted", "time_limit"):
             lines.append(f"{outcome.result.method}: {outcome.result.status}, best so far.")
     return lines
@@ -165,7 +160,7 @@ def command(
     num_experts: int | None,
     devices: int | None,
     devices_per_node: int | None,
-    topology_file: Path | None,
+    machine: Topology | None,
     slots_per_device: int | None,
     regime: Any,
     max_imbalance: float,
@@ -179,12 +174,13 @@ def command(
 ) -> None:
     """Compare methods on traffic that they have not seen.
 
-    imbalance: max / mean device load, averaged over layers and windows; total: of the sum of all
-    windows; worst: of any layer and window; crossing: share of transitions between devices;
-    fanout: devices that a token visits in a layer. objective and gap are the solver's, on what it
+    imbalance: max / mean device load, averaged over layers and windows in the order of INPUT;
+    mixed: of windows in which sequences are served together; total: of the sum of all windows;
+    crossing: share of transitions between devices; fanout: devices that a token visits in a layer.
+    objective and gap are the solver's, on what it
     saw: the crossing (in regime dispatch: co-activations apart) weighed by the cost of links.
     """
-    topology = options.topology_of(devices, devices_per_node, topology_file)
+    topology = options.topology_of(devices, devices_per_node, machine)
     traffic = read(input_file, window=window, num_experts=num_experts)
     seen, unseen = hold_out(traffic, holdout, seed=seed)
     window = window_of(traffic, window)

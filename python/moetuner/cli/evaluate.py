@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
+from moetuner._split import SPLITS
 from moetuner.cli import options
 from moetuner.cli.inputs import describe, facts, read, window_of
 from moetuner.cli.output import Output, number
 from moetuner.cli.progress import working
+from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
+from moetuner.topology import Topology
 
-HEAD = ("traffic", "tokens", "imbalance", "total", "worst", "crossing", "fanout", "nodes")
+HEAD = ("traffic", "tokens", "imbalance", "mixed", "total", "worst", "crossing", "fanout", "nodes")
+TIMES = ("layer, us", "mean", "p50", "p95", "p99")
 
 
 @click.command("evaluate")
@@ -22,6 +28,15 @@ HEAD = ("traffic", "tokens", "imbalance", "total", "worst", "crossing", "fanout"
 @options.input_options
 @options.node_options
 @options.window_option
+@click.option(
+    "--split",
+    type=click.Choice(SPLITS),
+    default="even",
+    show_default=True,
+    help="Which of an expert's copies serves a token: by hash (vLLM), the nearest (SGLang), or in "
+    "turns (TensorRT-LLM).",
+)
+@options.time_options
 @options.threads_option
 @options.json_option
 def command(
@@ -29,20 +44,25 @@ def command(
     input_file: Path,
     num_experts: int | None,
     devices_per_node: int | None,
-    topology_file: Path | None,
+    machine: Topology | None,
     window: int | None,
+    split: Any,
+    cost_model: CostModel | None,
+    regime: Any,
     threads: int | None,
     json_file: Path | None,
 ) -> None:
     """Replay a placement token by token, for all traffic and for each of its groups.
 
-    imbalance: max / mean device load, averaged over layers and windows; total: of the sum of all
-    windows; worst: of any layer and window; crossing: share of transitions between devices;
-    fanout, nodes: devices and nodes that a token visits in a layer.
+    imbalance: max / mean device load, averaged over layers and windows in the order of INPUT;
+    mixed: of windows in which sequences are served together; total: of the sum of all windows;
+    worst: of any layer and window; crossing: share of transitions between devices; fanout, nodes:
+    devices and nodes that a token visits in a layer; layer us: predicted time of a layer, and what
+    50, 95 and 99 percent of layers and windows do not exceed.
     """
     placement = Placement.load(placement_file)
-    devices = placement.devices if topology_file is None else None
-    topology = options.topology_of(devices, devices_per_node, topology_file)
+    devices = placement.devices if machine is None else None
+    topology = options.topology_of(devices, devices_per_node, machine)
     traffic = read(input_file, window=window, num_experts=num_experts)
     window = window_of(traffic, window)
     with working("replaying"):
@@ -51,6 +71,9 @@ def command(
             traffic,
             topology,
             window=None if isinstance(traffic, RoutingStatistics) else window,
+            split=split,
+            cost_model=cost_model,
+            regime=regime,
             threads=threads,
         )
 
@@ -62,9 +85,14 @@ def command(
         f"{placement.slots_per_device} slots{windows}"
     )
     output.say()
-    output.table(
-        HEAD, [_row(name, each) for name, each in [("all", found), *found.by_group.items()]]
-    )
+    rows = [("all", found), *found.by_group.items()]
+    output.table(HEAD, [_row(name, each) for name, each in rows])
+    if cost_model is not None:
+        output.say()
+        output.table(TIMES, [_times(name, each) for name, each in rows])
+    output.say()
+    for name, ports in found.busiest_port.items():
+        output.say(_ports(name, ports))
     output.finish(
         {
             "input": facts(input_file, traffic),
@@ -73,6 +101,9 @@ def command(
                 "devices": topology.devices,
                 "devices_per_node": topology.devices_per_node,
                 "window": window,
+                "split": split,
+                "cost_model": None if cost_model is None else asdict(cost_model),
+                "regime": regime,
             },
             **found.to_dict(),
         }
@@ -84,9 +115,30 @@ def _row(name: str, of: Evaluation) -> tuple[str, ...]:
         name,
         "-" if of.tokens is None else f"{of.tokens:,}",
         number(of.imbalance, 3),
+        number(of.imbalance_mixed, 3),
         number(of.imbalance_total, 3),
         number(of.imbalance_worst, 2),
         number(of.crossing, 4),
         number(of.fanout, 3),
         number(of.node_fanout, 3),
     )
+
+
+def _times(name: str, of: Evaluation) -> tuple[str, ...]:
+    return (
+        name,
+        number(of.predicted_layer_us, 1),
+        number(of.predicted_layer_us_p50, 1),
+        number(of.predicted_layer_us_p95, 1),
+        number(of.predicted_layer_us_p99, 1),
+    )
+
+
+def _ports(regime: str, ports: dict[str, list[float]]) -> str:
+    tiers = ["in a node", "between nodes", *(f"tier {n}" for n in range(3, 1 + len(ports["out"])))]
+    parts = [
+        f"{tier} {out:,.0f} out, {into:,.0f} in"
+        for tier, out, into in zip(tiers, ports["out"], ports["in"], strict=False)
+        if out or into
+    ]
+    return f"busiest port, {regime}, rows of a layer: {'; '.join(parts) or 'none'}"

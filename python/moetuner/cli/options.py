@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from moetuner._machines import GPUS, MACHINES
+from moetuner.cost import CostModel
 from moetuner.topology import Topology
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -57,6 +60,43 @@ class Number(click.FloatRange):
         return number
 
 
+def parse_topology(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> Topology | None:
+    """Read a topology from a file, or make a common machine of the nodes behind its name."""
+    if value is None:
+        return None
+    if Path(value).exists():
+        return Topology.load(value)
+    name, _, nodes = value.partition(":")
+    if name not in MACHINES:
+        known = ", ".join(MACHINES)
+        raise click.BadParameter(f"must be a file or one of {known}, got '{value:.60}'")
+    if nodes and not (nodes.isascii() and nodes.isdigit() and len(nodes) <= 5):
+        raise click.BadParameter(f"nodes must be a number, as in {name}:2, got '{nodes:.20}'")
+    return Topology.preset(name, int(nodes or 1))
+
+
+def parse_cost_model(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> CostModel | None:
+    """Read a cost model from a file, or make a common GPU's for experts of the size behind it."""
+    if value is None:
+        return None
+    if Path(value).exists():
+        return CostModel.load(value)
+    gpu, _, size = value.partition(":")
+    if gpu not in GPUS:
+        known = ", ".join(GPUS)
+        raise click.BadParameter(f"must be a file or one of {known}, got '{value:.60}'")
+    if not size:
+        return CostModel.preset(gpu)
+    found = re.fullmatch(r"(\d{1,7})x(\d{1,7})", size, re.ASCII)
+    if found is None:
+        raise click.BadParameter(f"sizes must be as in {gpu}:4096x1024, got '{size:.20}'")
+    return CostModel.preset(gpu, hidden=int(found[1]), intermediate=int(found[2]))
+
+
 IN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -99,11 +139,30 @@ node_options = together(
         ),
         click.option(
             "--topology",
-            "topology_file",
-            type=IN_FILE,
-            metavar="FILE",
-            help="JSON object with devices, devices_per_node, intra_node_bandwidth, "
-            "inter_node_bandwidth, name.",
+            "machine",
+            callback=parse_topology,
+            metavar="FILE|NAME",
+            help="JSON or TOML file of a topology, or a common machine and its number of nodes, "
+            "such as h100-nvl8-ib400:2.",
+        ),
+    ]
+)
+time_options = together(
+    [
+        click.option(
+            "--cost-model",
+            callback=parse_cost_model,
+            metavar="FILE|GPU",
+            help="Predict times: a file, or a common GPU and an expert's hidden and intermediate "
+            "sizes, such as h100:4096x1024 (in 8 bits; DeepSeek-V3's sizes by default).",
+        ),
+        click.option(
+            "--regime",
+            type=click.Choice(["follow", "dispatch"]),
+            default="dispatch",
+            show_default=True,
+            help="What moves in predicted times: tokens from expert to expert, or from their home "
+            "device and back.",
         ),
     ]
 )
@@ -169,18 +228,17 @@ json_option = click.option(
 
 
 def topology_of(
-    devices: int | None, devices_per_node: int | None, topology_file: Path | None
+    devices: int | None, devices_per_node: int | None, topology: Topology | None
 ) -> Topology:
     """Make the topology that the options describe."""
-    if topology_file is None:
+    if topology is None:
         if devices is None:
             raise click.UsageError("Missing option '--devices' (or '--topology').")
         return Topology(devices, devices_per_node)
     if devices_per_node is not None:
         raise click.UsageError("Give either '--devices-per-node' or '--topology', not both.")
-    topology = Topology.load(topology_file)
     if devices is not None and devices != topology.devices:
         raise click.UsageError(
-            f"'--devices' must be {topology.devices} as in {topology_file}, got {devices}."
+            f"'--devices' must be {topology.devices} as in '--topology', got {devices}."
         )
     return topology

@@ -15,6 +15,7 @@ from moetuner.problem import Problem
 from moetuner.solver import METHODS
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
+from moetuner.topology import Topology
 
 
 @click.command("solve")
@@ -51,7 +52,7 @@ def command(
     num_experts: int | None,
     devices: int | None,
     devices_per_node: int | None,
-    topology_file: Path | None,
+    machine: Topology | None,
     slots_per_device: int | None,
     regime: Any,
     max_imbalance: float,
@@ -69,7 +70,7 @@ def command(
     Ctrl-C writes the best placement so far. "moetuner compare" says what to expect on traffic that
     the solver has not seen.
     """
-    topology = options.topology_of(devices, devices_per_node, topology_file)
+    topology = options.topology_of(devices, devices_per_node, machine)
     traffic = read(input_file, window=window, num_experts=num_experts)
     window = window_of(traffic, window)
     statistics = count(traffic, window, threads)

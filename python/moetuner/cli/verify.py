@@ -14,6 +14,7 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver.bound import verify
 from moetuner.solver.certificate import Certificate
+from moetuner.topology import Topology
 
 
 @click.command("verify")
@@ -42,7 +43,7 @@ def command(
     num_experts: int | None,
     devices: int | None,
     devices_per_node: int | None,
-    topology_file: Path | None,
+    machine: Topology | None,
     window: int | None,
     placement_file: Path | None,
     threads: int | None,
@@ -54,7 +55,7 @@ def command(
     numbers, whoever made them. INPUT and --window must be those of the solve.
     """
     certificate = Certificate.load(certificate_file)
-    topology = options.topology_of(devices, devices_per_node, topology_file)
+    topology = options.topology_of(devices, devices_per_node, machine)
     traffic = read(input_file, window=window, num_experts=num_experts)
     statistics = count(traffic, window_of(traffic, window), threads)
     problem = Problem(statistics, topology, certificate.slots)

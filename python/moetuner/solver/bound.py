@@ -157,7 +157,9 @@ def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
     if problem.regime != "follow" or problem.layers < 2 or problem.devices < 2:
         return None
     cost, topology = problem.topology.cost, problem.topology
-    near = int(cost[cost > 0].min())
+    near = int(cost[~np.eye(topology.devices, dtype=bool)].min())
+    if near == 0:  # a given link cost may be, and then any pair may move for nothing
+        return None
     levels = [("devices", near, topology.devices)]
     between_nodes = topology.node_of_device[:, None] != topology.node_of_device[None, :]
     if topology.nodes > 1 and topology.nodes < topology.devices:

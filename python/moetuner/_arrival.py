@@ -1,0 +1,66 @@
+"""Orders in which traffic may arrive: as recorded, or mixed by continuous batching.
+
+A recording often holds one kind of text after the other, bursts. A busy engine serves many
+sequences at once, so that every step has some of each kind. Balance depends on which of the two it
+is, so both are looked at.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Sequences that are served at once: as many as engines take by default, but no more than a quarter
+# of all where there are few, so that the batch stays full until near the end.
+MOST_AT_ONCE = 256
+FEWEST_AT_ONCE = 8
+
+# Windows that are mixed into one where nothing is known of sequences.
+WINDOWS_MIXED = 16
+
+Order = NDArray[np.int64]
+
+
+def mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: int = 0) -> Order:
+    """Order the tokens of a trace [T] as continuous batching would serve them.
+
+    Sequences wait in random order. As many as fit run at once and advance by one token per step;
+    where one has ended the next one begins. Without labels every token is a sequence.
+    """
+    rng = np.random.default_rng(seed)
+    if sequence is None:
+        return rng.permutation(tokens)
+    _, which, lengths = np.unique(sequence, return_inverse=True, return_counts=True)
+    grouped = np.argsort(which, kind="stable")
+    first = np.cumsum(lengths) - lengths
+    within = np.empty(tokens, dtype=np.int64)
+    within[grouped] = np.arange(tokens) - np.repeat(first, lengths)
+
+    start, place = np.zeros((2, len(lengths)), dtype=np.int64)
+    at_once = min(MOST_AT_ONCE, max(-(-len(lengths) // 4), FEWEST_AT_ONCE))
+    free = [(0, number) for number in range(at_once)]
+    for waiting in rng.permutation(len(lengths)).tolist():
+        step, number = heapq.heappop(free)
+        start[waiting], place[waiting] = step, number
+        heapq.heappush(free, (step + int(lengths[waiting]), number))
+    return np.lexsort((place[which], start[which] + within))
+
+
+def mixed_windows(
+    windows: NDArray[np.float64], *, seed: int = 0
+) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Mix windows [W,...] of loads: each new one is the mean of several that were drawn at random.
+
+    As many windows come as there were, a run of them at a time with its place. Each is of 16
+    different ones, of all where there are fewer.
+    """
+    rng = np.random.default_rng(seed)
+    total, size = len(windows), min(len(windows), WINDOWS_MIXED)
+    per_run = max((64 << 20) // (8 * size * max(windows[0].size, 1)), 1)
+    for first in range(0, total, per_run):
+        place = slice(first, min(first + per_run, total))
+        drawn = [rng.choice(total, size, replace=False) for _ in range(place.stop - place.start)]
+        yield place, windows[np.stack(drawn)].mean(axis=1)

@@ -1,0 +1,267 @@
+"""What a placement makes of traffic, in counts per window: replayed from a trace, or expected.
+
+``evaluation`` turns these into figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core, _split
+from moetuner._arrival import mixed_order, mixed_windows
+from moetuner._split import Split
+from moetuner._validation import IdArray
+from moetuner.placement import EMPTY, Placement
+from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
+from moetuner.topology import Topology
+from moetuner.trace import RoutingTrace
+
+# Tokens that are fetched at once in an order other than the trace's.
+FETCH = 1 << 16
+
+Numbers = NDArray[Any]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of a placement on some traffic.
+
+    Parameters
+    ----------
+    tokens
+        Tokens of the traffic; None where it is not known.
+    load
+        Tokens of every device, once per expert [W,L,D].
+    mixed
+        The same in windows of mixed arrival [W,L,D]; None if not asked for.
+    visits
+        Tokens with an expert on the device [W,L,D]; ``load`` where experts of one token are not
+        known, which is an upper bound.
+    node_visits
+        Tokens with an expert on the node [W,L,N]; None where not known.
+    follow
+        Pairs of neighbouring layers' experts by their devices [L-1,D,D]; None where not known.
+    dispatch
+        Rows from home to device of work [L,D,D], zero on the diagonal.
+    active
+        Experts of a device that have a token [W,L,D]; None if not asked for.
+    """
+
+    tokens: int | None
+    load: Numbers
+    mixed: Numbers | None
+    visits: Numbers
+    node_visits: Numbers | None
+    follow: Numbers | None
+    dispatch: Numbers
+    active: Floats | None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What stays the same for all traffic of one evaluation."""
+
+    placement: Placement
+    topology: Topology
+    window: int | None
+    split: Split
+    with_active: bool
+    threads: int | None
+    with_mixed: bool = True
+
+    def replay(self, trace: RoutingTrace, *, pairs: bool) -> _core.Replay:
+        """Begin to replay a trace like this one."""
+        return _core.Replay(
+            self.placement.slots,
+            trace.num_experts,
+            trace.top_k,
+            self.topology.node_of_device.tolist(),
+            window=self.window,
+            split=self.split,
+            pairs=pairs,
+        )
+
+    @property
+    def needs_experts(self) -> bool:
+        """Whether loads of experts are needed beside those of devices."""
+        return self.with_active or self.split == "nearest"
+
+
+def of_trace(trace: RoutingTrace, rules: Rules) -> tuple[Counts, dict[str, Counts]]:
+    """Replay a trace: all of it, and every group that has tokens by itself."""
+    _check_table_bytes(trace, rules)
+    parts = [_Part(trace, rules, np.arange(trace.tokens))]
+    names: list[str] = []
+    if trace.group is not None:
+        for number, name in enumerate(trace.group_names):
+            mine = np.flatnonzero(trace.group == number)
+            if mine.size:
+                names.append(name)
+                parts.append(_Part(trace, rules, mine))
+    first = 0
+    for shard in trace.shards():
+        for part in parts:
+            part.push(shard, first)
+        first += len(shard)
+    whole, *groups = [part.finish() for part in parts]
+    return whole, dict(zip(names, groups, strict=True))
+
+
+class _Part:
+    """Some tokens of a trace under replay."""
+
+    def __init__(self, trace: RoutingTrace, rules: Rules, tokens: NDArray[np.int64]) -> None:
+        self._trace, self._rules, self._tokens = trace, rules, tokens
+        self._replay = rules.replay(trace, pairs=True)
+        self._experts: _core.StatisticsCounter | None = None
+        if rules.needs_experts:
+            self._experts = _core.StatisticsCounter(
+                trace.layers,
+                trace.num_experts,
+                trace.top_k,
+                window=rules.window,
+                transitions=False,
+                coactivation=False,
+            )
+
+    def push(self, shard: IdArray, first: int) -> None:
+        """Replay those of a shard's tokens that are of this part."""
+        begin, end = np.searchsorted(self._tokens, [first, first + len(shard)])
+        if begin == end:
+            return
+        mine = shard if end - begin == len(shard) else shard[self._tokens[begin:end] - first]
+        self._replay.push(mine, self._rules.threads)
+        if self._experts is not None:
+            self._experts.push(mine, self._rules.threads)
+
+    def finish(self) -> Counts:
+        """Give what was counted, and replay once more in mixed order."""
+        rules = self._rules
+        tokens, load, follow, visits, node_visits = self._replay.finish()
+        expert_load = None if self._experts is None else self._experts.finish()[1]
+        return Counts(
+            tokens=tokens,
+            load=load,
+            mixed=self._mixed(load) if rules.with_mixed else None,
+            visits=visits,
+            node_visits=node_visits,
+            follow=follow,
+            dispatch=_dispatch(rules, load.sum(axis=0), visits.sum(axis=0), expert_load),
+            active=_active(rules, expert_load) if rules.with_active else None,
+        )
+
+    def _mixed(self, load: Numbers) -> Numbers:
+        """Replay in mixed order; one window is the same in any order."""
+        if len(load) == 1:
+            return load
+        sequence = self._trace.sequence
+        mine = None if sequence is None else sequence[self._tokens]
+        order = self._tokens[mixed_order(mine, len(self._tokens))]
+        ids = self._trace.expert_ids
+        replay = self._rules.replay(self._trace, pairs=False)
+        for at in range(0, len(order), FETCH):
+            part = cast(IdArray, np.ascontiguousarray(ids[order[at : at + FETCH]]))
+            replay.push(part, self._rules.threads)
+        return replay.finish()[1]
+
+
+def of_statistics(statistics: RoutingStatistics, rules: Rules) -> tuple[Counts, dict[str, Counts]]:
+    """Expect what counts tell: copies take their shares of an expert's load."""
+    share = _split.shares(rules.placement, rules.topology, rules.split)
+    follow = None
+    if statistics.transitions is not None:
+        tables = statistics.transitions.astype(np.float64)
+        follow = np.matmul(np.matmul(share[:-1], tables), share[1:].transpose(0, 2, 1))
+    whole = _expected(statistics.window_load, share, rules)
+    groups = {}
+    if statistics.group is not None:
+        for number, name in enumerate(statistics.group_names):
+            mine = statistics.group == number
+            if mine.any():
+                groups[name] = _expected(statistics.window_load[mine], share, rules)
+    return replace(whole, follow=follow), groups
+
+
+def _expected(window_load: NDArray[np.uint64], share: Floats, rules: Rules) -> Counts:
+    # Layers first: a product of matrices for each.
+    by_layer = np.matmul(
+        window_load.transpose(1, 0, 2).astype(np.float64), share.transpose(0, 2, 1)
+    )
+    load = np.ascontiguousarray(by_layer.transpose(1, 0, 2))
+    mixed = None
+    if rules.with_mixed:
+        mixed = np.empty_like(load)
+        for place, windows in mixed_windows(load):
+            mixed[place] = windows
+    total = load.sum(axis=0)
+    return Counts(
+        tokens=None,
+        load=load,
+        mixed=mixed,
+        visits=load,
+        node_visits=None,
+        follow=None,
+        dispatch=_dispatch(rules, total, total, window_load),
+        active=_active(rules, window_load) if rules.with_active else None,
+    )
+
+
+def _dispatch(
+    rules: Rules, load: Numbers, visits: Numbers, expert_load: NDArray[np.uint64] | None
+) -> Floats:
+    """Rows [L,D,D] from homes that are spread evenly, given load and visits [L,D].
+
+    Where a home has preferences the rows of a device come from homes in proportion to the tokens
+    that they send to its experts.
+    """
+    devices = rules.placement.devices
+    if rules.split != "nearest":
+        rows = np.repeat(visits[:, None, :] / devices, devices, axis=1)
+    else:
+        assert expert_load is not None
+        of_expert = expert_load.sum(axis=0, dtype=np.float64) / devices
+        rows = np.empty((len(load), devices, devices))
+        for layer, share in _split.by_home(rules.placement, rules.topology, rules.split):
+            pairs = share @ of_expert[layer]
+            served = np.maximum(pairs.sum(axis=0), 1e-300)
+            rows[layer] = pairs * (visits[layer] / served)
+    rows[:, np.arange(devices), np.arange(devices)] = 0
+    return rows
+
+
+def _active(rules: Rules, window_load: NDArray[np.uint64] | None) -> Floats:
+    """Experts of every device that have a token, or are expected to [W,L,D]."""
+    assert window_load is not None
+    placement = rules.placement
+    share = _split.shares(placement, rules.topology, rules.split)
+    active = np.zeros((len(window_load), placement.layers, placement.devices))
+    for layer, slots in enumerate(placement.slots):
+        device, slot = np.nonzero(slots != EMPTY)
+        expert = slots[device, slot]
+        each = share[layer, device, expert]
+        load = window_load[:, layer, expert].astype(np.float64)
+        # A copy with a share of the tokens is idle if all of them go to others.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            idle = np.where(load > 0, np.exp(load * np.log1p(-each)), 1.0)
+        np.add.at(active[:, layer].T, device, (1 - idle).T)
+    return active
+
+
+def _check_table_bytes(trace: RoutingTrace, rules: Rules) -> None:
+    window = rules.window
+    windows = 1 if window is None else max(1, -(-trace.tokens // max(window, 1)))
+    # Load and visits of devices, visits of nodes, twice: in both arrivals.
+    columns = 2 * (2 * rules.topology.devices + rules.topology.nodes)
+    columns += trace.num_experts if rules.needs_experts else 0
+    # Once more for groups, whose windows add up to the trace's.
+    size = 8 * windows * trace.layers * columns * (1 if trace.group is None else 2)
+    if size > TABLE_LIMIT:
+        raise ValueError(
+            f"counts must fit {TABLE_LIMIT >> 30} GiB, got {size / 2**30:.0f} GiB for {windows} "
+            f"windows, {trace.layers} layers, {rules.topology.devices} devices: make windows longer"
+        )

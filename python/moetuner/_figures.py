@@ -1,0 +1,111 @@
+"""Figures of an evaluation, computed from counts per window."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner._counts import Counts
+from moetuner.cost import CostModel, busiest_ports
+from moetuner.topology import Topology
+
+Floats = NDArray[np.float64]
+Regime = Literal["follow", "dispatch"]
+
+
+def ratios(load: NDArray[Any], speed: Floats) -> Floats:
+    """Imbalance [...] of device loads [...,D] on devices of these speeds [D].
+
+    The slowest device's time over that of loads in proportion to speeds. Layers and windows without
+    load count as balanced.
+    """
+    total = load.sum(axis=-1, dtype=np.float64)
+    slowest = (load / speed).max(axis=-1) * speed.sum()
+    found: Floats = np.ones_like(total)
+    np.divide(slowest, total, out=found, where=total > 0)
+    return found
+
+
+def crossing(follow: NDArray[Any]) -> float:
+    """Share of the pairs [L-1,D,D] that are on different devices."""
+    total = follow.sum(dtype=np.float64)
+    kept = np.einsum("ldd->", follow, dtype=np.float64)
+    return float((total - kept) / total) if total else 0.0
+
+
+def busiest_port(rows: NDArray[Any], topology: Topology) -> dict[str, list[float]]:
+    """Rows out of and into the busiest port of every tier, of rows [L,D,D], mean over layers."""
+    found: dict[str, list[float]] = {"out": [], "in": []}
+    for tier in range(1, len(topology.levels) + 1):
+        mine = rows * (topology.tier == tier)
+        for way, axis in (("out", 2), ("in", 1)):
+            busiest = mine.sum(axis=axis).max(axis=1)
+            found[way].append(float(busiest.mean()) if busiest.size else 0.0)
+    return found
+
+
+def layer_us(counts: Counts, topology: Topology, model: CostModel, regime: Regime) -> Floats:
+    """Predicted microseconds of every window and layer [W,L]."""
+    compute = model.compute_us(counts.load, counts.active, topology.speed_of_device)
+    moved = _dispatched if regime == "dispatch" else _followed
+    return model.layer_us(compute, moved(counts, topology, model))
+
+
+def _dispatched(counts: Counts, topology: Topology, model: CostModel) -> Floats:
+    """Rows go from their homes to devices of work and back."""
+    if model.once_per == "node" and counts.node_visits is not None and len(topology.levels) == 2:
+        busiest = _by_node(counts, counts.node_visits, topology)
+    else:
+        busiest = _by_device(counts, topology)
+    back = model.ports_us(busiest, topology, bytes_each=model.bytes_back)
+    return model.ports_us(busiest, topology) + back
+
+
+def _by_device(counts: Counts, topology: Topology) -> Floats:
+    """Rows at the busiest port [W,L,tiers]; a window has homes as all of them have."""
+    visits: Floats = counts.visits.transpose(1, 0, 2).astype(np.float64)
+    total = np.maximum(visits.sum(axis=1), 1e-300)
+    from_home = counts.dispatch / total[:, None, :]
+    ports = []
+    for tier in range(1, len(topology.levels) + 1):
+        share = from_home * (topology.tier == tier)
+        into = (visits * share.sum(axis=1)[:, None, :]).max(axis=-1)
+        out = np.matmul(visits, share.transpose(0, 2, 1)).max(axis=-1)
+        ports.append(np.maximum(into, out).T)
+    return np.stack(ports, axis=-1)
+
+
+def _by_node(counts: Counts, node_visits: NDArray[Any], topology: Topology) -> Floats:
+    """Rows at the busiest port [W,L,2] if a row crosses to a node once, for homes spread evenly.
+
+    It arrives at the device with its home's number in the node, which hands it on. So every device
+    of a node gets, and hands on, an equal part of what the node gets.
+    """
+    nodes, size, devices = topology.nodes, topology.node_size, topology.devices
+    elsewhere = node_visits * ((devices - size) / devices)
+    into_node = elsewhere.max(axis=-1) / size
+    out_of_node = (node_visits.sum(axis=-1, keepdims=True) - node_visits).max(axis=-1) / devices
+    by_node = counts.visits.reshape(*counts.visits.shape[:2], nodes, size).astype(np.float64)
+    into = by_node.max(axis=(-2, -1)) * (1 - 1 / size)
+    # Every device hands on its part of all rows of its node but its own.
+    out = (by_node.sum(axis=-1, keepdims=True) - by_node).max(axis=(-2, -1)) / size
+    return np.stack([np.maximum(into, out), np.maximum(into_node, out_of_node)], axis=-1)
+
+
+def _followed(counts: Counts, topology: Topology, model: CostModel) -> Floats:
+    """Rows go on to the next layer: pairs of experts, in each window as in all.
+
+    A token with K experts in both layers makes K * K pairs, and its state goes to K experts.
+    """
+    load = counts.load.sum(axis=-1, dtype=np.float64)
+    time: Floats = np.zeros_like(load)
+    if counts.follow is None or not len(counts.follow):
+        return time
+    pairs = counts.follow.sum(axis=(1, 2), dtype=np.float64)
+    # Of every pair, the part that a window's token sends: load of the next layer over all pairs.
+    part = load[:, 1:] / np.maximum(pairs, 1)
+    busiest = busiest_ports(counts.follow, topology)
+    time[:, :-1] = model.ports_us(part[:, :, None] * busiest, topology)
+    return time

@@ -1,0 +1,72 @@
+"""Common machines: devices of a node, and the links inside and between nodes.
+
+Bandwidths are bytes per second and direction of one device's port, from vendors' data sheets; half
+of what is advertised where both directions were added up. What a transport reaches is less, but all
+tiers lose alike, so the ratios that a placement depends on hold. Latencies are those that NCCL
+plans with for its fastest protocol (`hwLat` in its tuning code, rounded): what a first byte takes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+NVLINK_LATENCY = 0.6e-6
+PCIE_LATENCY = 1.0e-6
+NETWORK_LATENCY = 5.0e-6
+
+
+class Machine(NamedTuple):
+    """One kind of node, and what connects several of them."""
+
+    devices_per_node: int
+    intra_node_bandwidth: float
+    inter_node_bandwidth: float
+    intra_node_latency: float = NVLINK_LATENCY
+    inter_node_latency: float = NETWORK_LATENCY
+
+
+MACHINES = {
+    # DGX A100 data sheet: NVLink 3, 600 GB/s both ways; one 200 Gbit/s ConnectX-6 per GPU.
+    "a100-nvl8-ib200": Machine(8, 300e9, 25e9),
+    # H800: NVLink cut to 400 GB/s both ways, 400 Gbit/s per GPU (DeepSeek-V3 report, section 3.1).
+    "h800-nvl8-ib400": Machine(8, 200e9, 50e9),
+    # DGX H100 and H200 data sheets: NVLink 4, 900 GB/s both ways; one 400 Gbit/s ConnectX-7 per
+    # GPU. H200 differs in memory only.
+    "h100-nvl8-ib400": Machine(8, 450e9, 50e9),
+    "h200-nvl8-ib400": Machine(8, 450e9, 50e9),
+    # DGX B200 data sheet: NVLink 5, 1.8 TB/s both ways; one 400 Gbit/s ConnectX-7 per GPU.
+    "b200-nvl8-ib400": Machine(8, 900e9, 50e9),
+    # DGX B300 data sheet: as B200 with one 800 Gbit/s ConnectX-8 per GPU.
+    "b300-nvl8-ib800": Machine(8, 900e9, 100e9),
+    # NVL72 data sheets: 72 GPUs on one NVLink 5 switch fabric; ConnectX-7 (GB200) or -8 (GB300).
+    "gb200-nvl72": Machine(72, 900e9, 50e9),
+    "gb300-nvl72": Machine(72, 900e9, 100e9),
+    # MI300X data sheet: seven Infinity Fabric links of 128 GB/s both ways make a full mesh of
+    # eight, so 448 GB/s leave a GPU if all peers are talked to; one 400 Gbit/s port per GPU.
+    "mi300x-if8-roce400": Machine(8, 448e9, 50e9),
+    # Boxes without NVLink: x16 slots after line coding, 31.5 (PCIe 4) and 63 GB/s (PCIe 5) per
+    # direction. Four GPUs and 100 Gbit/s Ethernet for each two, eight GPUs and 400 Gbit/s each.
+    "pcie4-box4-eth100": Machine(4, 31.5e9, 6.25e9, PCIE_LATENCY),
+    "pcie5-box8-ib400": Machine(8, 63e9, 50e9, PCIE_LATENCY),
+}
+
+
+class Gpu(NamedTuple):
+    """Peak numbers of one device: dense operations and bytes per second."""
+
+    flops_16bit: float
+    flops_8bit: float
+    memory_bandwidth: float
+
+
+# Vendors' data sheets of the SXM (OAM) modules, dense: half of what is quoted with sparsity. A100
+# has no 8-bit floats, so it computes at its 16-bit rate.
+GPUS = {
+    "a100": Gpu(312e12, 312e12, 2.039e12),
+    "h20": Gpu(148e12, 296e12, 4.0e12),
+    "h100": Gpu(989e12, 1979e12, 3.35e12),
+    "h200": Gpu(989e12, 1979e12, 4.8e12),
+    "b200": Gpu(2250e12, 4500e12, 8.0e12),
+    "gb200": Gpu(2500e12, 5000e12, 8.0e12),
+    "mi300x": Gpu(1307e12, 2615e12, 5.3e12),
+}

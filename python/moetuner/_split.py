@@ -1,0 +1,68 @@
+"""Which copy of an expert serves a token: the expected shares, where tokens are not replayed.
+
+Engines differ: ``even`` hashes the token's position (vLLM), ``nearest`` takes the copy on the
+token's home device, else those of its node, else all, evenly (SGLang's static dispatch),
+``round_robin`` lets the copies take turns (TensorRT-LLM). Homes are spread evenly over devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.placement import EMPTY, Placement
+from moetuner.topology import Topology
+
+Split = Literal["even", "nearest", "round_robin"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+Floats = NDArray[np.float64]
+
+
+def check(split: str) -> None:
+    """Raise unless it is the name of a split."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r:.40}")
+
+
+def shares(placement: Placement, topology: Topology, split: Split) -> Floats:
+    """Share of every expert's tokens that a device serves [L,D,E]."""
+    held = _held(placement)
+    if split != "nearest" or (placement.replicas == 1).all():
+        even: Floats = held / held.sum(axis=1, keepdims=True)
+        return even
+    return np.stack([_nearest(layer, topology).mean(axis=0) for layer in held])
+
+
+def by_home(placement: Placement, topology: Topology, split: Split) -> Iterator[tuple[int, Floats]]:
+    """Layer by layer, shares of the tokens of every home [home,D,E]."""
+    for number, held in enumerate(_held(placement)):
+        if split == "nearest":
+            yield number, _nearest(held, topology)
+        else:
+            yield number, np.repeat((held / held.sum(axis=0))[None], len(held), axis=0)
+
+
+def _held(placement: Placement) -> Floats:
+    """1 where a device holds an expert, else 0 [L,D,E]."""
+    held = np.zeros((placement.layers, placement.devices, placement.num_experts))
+    layer, device, slot = np.nonzero(placement.slots != EMPTY)
+    held[layer, device, placement.slots[layer, device, slot]] = 1
+    return held
+
+
+def _nearest(held: Floats, topology: Topology) -> Floats:
+    """Shares [home,D,E] of a layer that holds experts so [D,E]."""
+    node = topology.node_of_device
+    near = (node[:, None] == node[None, :])[:, :, None] * held
+    in_node = near.sum(axis=1, keepdims=True)
+    # Copies that a home may use: those of its node if there are any.
+    usable = np.where(in_node > 0, near, held)
+    share: Floats = usable / usable.sum(axis=1, keepdims=True)
+    home, expert = np.nonzero(held)
+    share[home, :, expert] = 0
+    share[home, home, expert] = 1
+    return share

@@ -1,0 +1,208 @@
+"""``moetuner audit``: whom a placement serves worse than a baseline, group by group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moetuner._bootstrap import Interval
+from moetuner.audit import RESAMPLES, Audit, Finding, audit
+from moetuner.cli import options
+from moetuner.cli.inputs import describe, facts, read, window_of
+from moetuner.cli.output import Output, number
+from moetuner.cli.progress import working
+from moetuner.cost import CostModel
+from moetuner.placement import Placement
+from moetuner.topology import Topology
+
+# Exit status where a group got worse by more than was allowed.
+WORSE = 3
+
+# Groups that a line names; the tables have all.
+NAMED = 8
+
+NAMES = {
+    "imbalance": "imbalance",
+    "predicted_layer_us": "layer us",
+    "crossing": "crossing",
+    "fanout": "fanout",
+    "node_fanout": "node fanout",
+}
+
+
+@click.command("audit")
+@click.argument("placement_file", metavar="PLACEMENT", type=options.IN_FILE)
+@options.input_options
+@click.option(
+    "--baseline",
+    "baseline_file",
+    type=options.IN_FILE,
+    metavar="FILE",
+    help="Placement to compare with; experts in blocks by default.",
+)
+@options.node_options
+@options.window_option
+@options.time_options
+@click.option(
+    "--fail-if-worse",
+    type=options.Number(min=0),
+    metavar="PCT",
+    help=f"Exit with status {WORSE} if a group got worse by more than so many percent, beyond "
+    "chance.",
+)
+@click.option(
+    "--measure",
+    "measures",
+    type=click.Choice(list(NAMES)),
+    multiple=True,
+    help="Measures that --fail-if-worse judges, several times for several; the predicted time by "
+    "default if there is one, else all.",
+)
+@click.option(
+    "--resamples",
+    type=click.IntRange(1, 1 << 20),
+    default=RESAMPLES,
+    show_default=True,
+    metavar="N",
+    help="Resamples for the intervals.",
+)
+@options.seed_option
+@options.threads_option
+@options.json_option
+def command(
+    placement_file: Path,
+    input_file: Path,
+    num_experts: int | None,
+    baseline_file: Path | None,
+    devices_per_node: int | None,
+    machine: Topology | None,
+    window: int | None,
+    cost_model: CostModel | None,
+    regime: Any,
+    fail_if_worse: float | None,
+    measures: tuple[str, ...],
+    resamples: int,
+    seed: int,
+    threads: int | None,
+    json_file: Path | None,
+) -> int:
+    """Say which groups of INPUT a placement serves worse than a baseline, and by how much.
+
+    Lower is better for every measure. Intervals hold 95 % of the resamples of blocks, a window or
+    all windows of one sequence (of a load table: windows). A change is beyond chance if its
+    interval excludes 0.
+    """
+    placement = Placement.load(placement_file)
+    baseline = None if baseline_file is None else Placement.load(baseline_file)
+    devices = placement.devices if machine is None else None
+    topology = options.topology_of(devices, devices_per_node, machine)
+    traffic = read(input_file, window=window, num_experts=num_experts)
+    window = window_of(traffic, window)
+    with working("auditing"):
+        found = audit(
+            placement,
+            traffic,
+            topology,
+            baseline=baseline,
+            window=window or 1,
+            cost_model=cost_model,
+            regime=regime,
+            resamples=resamples,
+            seed=seed,
+            threads=threads,
+        )
+    known = tuple(found.whole)
+    for measure in measures:
+        if measure not in known:
+            raise click.BadParameter(
+                f"must be of {', '.join(known)} for this input, got {measure}",
+                param_hint="'--measure'",
+            )
+    judged = measures or (("predicted_layer_us",) if "predicted_layer_us" in known else known)
+    failures = []
+    if fail_if_worse is not None:
+        failures = found.worse(fail_if_worse / 100, measures=judged)
+
+    output = Output(json_file)
+    output.say(describe(input_file, traffic))
+    against = "experts in blocks" if baseline_file is None else baseline_file.name
+    kind, units = found.units
+    output.say(
+        f"{placement_file.name} against {against}, 95 % intervals over {units:,} "
+        f"{kind}{'' if units == 1 else 's'}"
+    )
+    for measure in known:
+        output.say()
+        head = (NAMES[measure], "baseline", "placement", "change", "interval")
+        rows = [("all", found.whole), *found.groups.items()]
+        output.table(head, [_row(name, changes[measure]) for name, changes in rows])
+    output.say()
+    _summary(output, found)
+    if failures:
+        worst = failures[0]
+        output.say(
+            f"failed: {worst.group} got worse by {_percent(worst.change.value)} in "
+            f"{NAMES[worst.measure]}, more than {fail_if_worse:g} %"
+        )
+    output.finish(
+        {
+            "input": facts(input_file, traffic),
+            "placement": str(placement_file),
+            "baseline": None if baseline_file is None else str(baseline_file),
+            "settings": {
+                "devices": topology.devices,
+                "devices_per_node": topology.devices_per_node,
+                "window": window,
+                "regime": regime,
+                "fail_if_worse": fail_if_worse,
+                "judged": list(judged),
+                "resamples": resamples,
+                "seed": seed,
+            },
+            **found.to_dict(),
+            "failed": bool(failures),
+        }
+    )
+    return WORSE if failures else 0
+
+
+def _row(name: str, of: Any) -> tuple[str, ...]:
+    change: Interval | None = of.change
+    span = "-"
+    if change is not None and change.low is not None and change.high is not None:
+        span = f"{_percent(change.low).removesuffix(' %')} to {_percent(change.high)}"
+    return (
+        name,
+        number(of.baseline.value, 4),
+        number(of.value.value, 4),
+        "-" if change is None else _percent(change.value),
+        span,
+    )
+
+
+def _summary(output: Output, found: Audit) -> None:
+    """Name the groups that got worse, and those that gained less than the best."""
+    worse, behind = found.worse(), found.behind()
+    for measure in found.whole:
+        listed = _listed(worse, measure)
+        if listed:
+            output.say(f"worse in {NAMES[measure]}, beyond chance: {listed}")
+    if not worse:
+        output.say("no group got worse beyond chance")
+    for measure in found.whole:
+        listed = _listed(behind, measure)
+        if listed:
+            output.say(f"behind the group that gains most in {NAMES[measure]}: {listed}")
+
+
+def _listed(findings: list[Finding], measure: str) -> str:
+    mine = [each for each in findings if each.measure == measure]
+    named = [f"{each.group} {_percent(each.change.value)}" for each in mine[:NAMED]]
+    return ", ".join(named) + (f" and {len(mine) - NAMED} more" if len(mine) > NAMED else "")
+
+
+def _percent(share: float) -> str:
+    # Adding zero makes -0.0 a plain one.
+    return f"{round(100 * share, 1) + 0.0:+.1f} %"

@@ -1,0 +1,346 @@
+"""CostModel: loads and bytes into microseconds, so that balance and traffic have one currency."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moetuner import _two_planes
+from moetuner._files import naming, replacing
+from moetuner._machines import GPUS
+from moetuner._validation import is_number, not_negative, positive
+from moetuner.topology import Topology
+
+SCHEMA = "moetuner.cost_model/1"
+
+# The sizes of DeepSeek-V3's experts, for presets that are not told any (its config.json).
+HIDDEN, INTERMEDIATE = 7168, 2048
+
+# Share of the peak that grouped matrix products and weight reads reach. DeepGEMM reports 1550 of
+# 1979 TFLOP/s at best and half of that on small groups; a rough middle. Measure, and use `fit`.
+EFFICIENCY = 0.6
+
+# Start of a layer's kernels. A few launches of two to three microseconds each.
+LAUNCH_US = 10.0
+
+Floats = NDArray[np.float64]
+
+
+class Weights(NamedTuple):
+    """What one more token costs, near a working point.
+
+    Parameters
+    ----------
+    token_us
+        Microseconds of one more token of load, by device [D].
+    crossing_us
+        Microseconds of one more token sent over a link, by tier [tiers + 1]; 0 for tier 0, no link.
+    """
+
+    token_us: Floats
+    crossing_us: Floats
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Time of a layer: the slowest device, and the busiest port of every tier.
+
+    A device computes for ``max(base_us + expert_us * active experts, start_us + token_us * tokens)
+    / speed``: reading weights, or using them, whichever takes longer. Tokens count once per expert.
+    A tier of links takes its latency and the bytes of its busiest port, in or out, over its
+    bandwidth; tiers are used one after the other. A layer is compute and communication, less the
+    share ``overlap`` of the shorter of the two.
+
+    Parameters
+    ----------
+    base_us, expert_us
+        Microseconds of a layer, and of each active expert's weights.
+    start_us, token_us
+        Microseconds of a layer, and of each token.
+    token_bytes
+        Bytes of one token's state when it is sent to an expert.
+    combine_bytes
+        Bytes of what comes back, in regime dispatch; ``token_bytes`` by default.
+    overlap
+        Share of the shorter of compute and communication that is hidden behind the other, 0 to 1.
+    once_per
+        What a token is sent to once in regime dispatch: every ``"device"`` of its experts, or every
+        ``"node"``, where it is fanned out inside (DeepEP's normal kernels).
+    name
+        For people.
+    residual
+        Relative root mean square error, where the model was fitted.
+
+    Raises
+    ------
+    ValueError
+        If a number is negative or not finite.
+    """
+
+    base_us: float
+    expert_us: float
+    start_us: float
+    token_us: float
+    token_bytes: float
+    combine_bytes: float | None = None
+    overlap: float = 0.0
+    once_per: Literal["device", "node"] = "device"
+    name: str | None = None
+    residual: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("base_us", "expert_us", "start_us", "token_us"):
+            not_negative(name, getattr(self, name), "number of microseconds")
+        for name in ("token_bytes", "combine_bytes"):
+            if name != "combine_bytes" or self.combine_bytes is not None:
+                not_negative(name, getattr(self, name), "number of bytes")
+        if not (is_number(self.overlap) and 0 <= self.overlap <= 1):
+            raise ValueError(f"overlap must be from 0 to 1, got {self.overlap}")
+        if self.once_per not in ("device", "node"):
+            raise ValueError(f"once_per must be 'device' or 'node', got {self.once_per!r}")
+
+    @property
+    def bytes_back(self) -> float:
+        """Bytes of what comes back from an expert in regime dispatch."""
+        return self.token_bytes if self.combine_bytes is None else self.combine_bytes
+
+    @classmethod
+    def fit(
+        cls, tokens: ArrayLike, experts: ArrayLike, microseconds: ArrayLike, **others: Any
+    ) -> CostModel:
+        """Fit the compute of a device to measurements.
+
+        Parameters
+        ----------
+        tokens
+            Tokens that the device worked on [n], each counted once per expert.
+        experts
+            Experts among which these were [n].
+        microseconds
+            Time of the layer's experts [n].
+        others
+            ``token_bytes`` (needed), ``combine_bytes``, ``overlap``, ``name``.
+
+        Raises
+        ------
+        ValueError
+            If there are fewer than four measurements, or some are not numbers, or times not
+            positive.
+        """
+        columns = _two_planes.measurements(tokens, experts, microseconds)
+        a, b, c, d, residual = _two_planes.fit(*columns)
+        return cls(a, b, c, d, **{"residual": residual, **others})
+
+    @classmethod
+    def from_hardware(
+        cls,
+        hidden: int,
+        intermediate: int,
+        *,
+        flops: float,
+        memory_bandwidth: float,
+        dtype_bytes: float = 2,
+        efficiency: float = EFFICIENCY,
+        launch_us: float = LAUNCH_US,
+        **others: Any,
+    ) -> CostModel:
+        """Compute a roofline for gated experts (three matrices, as in all current models).
+
+        Parameters
+        ----------
+        hidden, intermediate
+            Sizes of an expert.
+        flops, memory_bandwidth
+            Peak operations and bytes per second of a device.
+        dtype_bytes
+            Bytes of a weight, and of each number of a token that is sent out; results come back in
+            two bytes.
+        efficiency
+            Share of the peaks that is reached.
+        launch_us
+            Microseconds of a layer that has nothing to do.
+        others
+            Fields, in place of what follows from these.
+        """
+        numbers = {"hidden": hidden, "intermediate": intermediate, "flops": flops}
+        numbers |= {"memory_bandwidth": memory_bandwidth, "dtype_bytes": dtype_bytes}
+        for name, value in {**numbers, "efficiency": efficiency}.items():
+            positive(name, value, "number")
+        weights = 3 * hidden * intermediate
+        return cls(
+            **{
+                "base_us": launch_us,
+                "expert_us": 1e6 * weights * dtype_bytes / (memory_bandwidth * efficiency),
+                "start_us": launch_us,
+                "token_us": 1e6 * 2 * weights / (flops * efficiency),
+                "token_bytes": hidden * dtype_bytes,
+                "combine_bytes": hidden * 2.0,
+                **others,
+            }
+        )
+
+    @classmethod
+    def preset(
+        cls,
+        gpu: str,
+        /,
+        *,
+        hidden: int = HIDDEN,
+        intermediate: int = INTERMEDIATE,
+        dtype_bytes: float = 1,
+        **others: Any,
+    ) -> CostModel:
+        """Roofline of a common GPU, ``"h100"`` for one; the sizes are DeepSeek-V3's by default.
+
+        Raises
+        ------
+        ValueError
+            If the GPU is not known; ``_machines.py`` has the list and the sources.
+        """
+        if not isinstance(gpu, str) or gpu not in GPUS:
+            raise ValueError(f"preset must be one of {', '.join(GPUS)}, got {gpu!r:.60}")
+        peak = GPUS[gpu]
+        return cls.from_hardware(
+            hidden,
+            intermediate,
+            flops=peak.flops_8bit if dtype_bytes == 1 else peak.flops_16bit,
+            memory_bandwidth=peak.memory_bandwidth,
+            dtype_bytes=dtype_bytes,
+            **{"name": f"{gpu}:{hidden}x{intermediate}", **others},
+        )
+
+    def compute_us(
+        self,
+        tokens: ArrayLike,
+        active: ArrayLike | None = None,
+        speed: ArrayLike | None = None,
+    ) -> Floats:
+        """Microseconds that devices [...,D] compute.
+
+        Parameters
+        ----------
+        tokens
+            Tokens of every device [...,D], each counted once per expert.
+        active
+            Experts of every device [...,D] that have a token; None where not known, and then
+            weights are taken to be read while tokens are computed.
+        speed
+            Relative speed of every device [D].
+        """
+        time = self.start_us + self.token_us * np.asarray(tokens, dtype=np.float64)
+        experts = np.zeros(()) if active is None else np.asarray(active, dtype=np.float64)
+        time = np.maximum(self.base_us + self.expert_us * experts, time)
+        return time if speed is None else time / np.asarray(speed, dtype=np.float64)
+
+    def ports_us(
+        self, ports: ArrayLike, topology: Topology, *, bytes_each: float | None = None
+    ) -> Floats:
+        """Microseconds [...] of tiers whose busiest ports carry these rows [...,tiers].
+
+        Tier 1 comes first; a tier that carries nothing takes no time.
+        """
+        each = self.token_bytes if bytes_each is None else bytes_each
+        rows = np.asarray(ports, dtype=np.float64)
+        bandwidth = np.array([level.bandwidth for level in topology.levels])
+        latency = np.array([level.latency for level in topology.levels])
+        time: Floats = ((rows > 0) * latency + rows * each / bandwidth).sum(axis=-1) * 1e6
+        return time
+
+    def exchange_us(
+        self, sent: ArrayLike, topology: Topology, *, bytes_each: float | None = None
+    ) -> Floats:
+        """Microseconds [...] of rows sent from device to device [...,D,D]; the diagonal stays."""
+        return self.ports_us(busiest_ports(sent, topology), topology, bytes_each=bytes_each)
+
+    def layer_us(self, compute: ArrayLike, communication: ArrayLike) -> Floats:
+        """Microseconds of layers [...] from devices' compute [...,D] and communication [...]."""
+        slowest = np.asarray(compute, dtype=np.float64).max(axis=-1)
+        other = np.asarray(communication, dtype=np.float64)
+        time: Floats = slowest + other - self.overlap * np.minimum(slowest, other)
+        return time
+
+    def weights(
+        self,
+        topology: Topology,
+        *,
+        tokens: float | None = None,
+        active: float | None = None,
+        returns: bool = True,
+    ) -> Weights:
+        """Prices of one more token, for solvers that add.
+
+        Parameters
+        ----------
+        topology
+            Speeds of devices, bandwidths of tiers.
+        tokens, active
+            Working point: tokens and active experts of a device in a window. The price of a token
+            is the slope from there to twice the tokens, where the busiest device is to be
+            expected: less than ``token_us`` where time is flat at first. None for ``token_us``.
+        returns
+            Whether tokens come back, as in regime dispatch.
+
+        Returns
+        -------
+        Weights
+            One token more on a device, on which all wait; and one more over a link, if ports are
+            evenly used: then the busiest carries one in D.
+        """
+        each = self.token_us
+        if tokens is not None:
+            positive("tokens", tokens, "number")
+            ends = self.compute_us([tokens, 2 * tokens], active)
+            each = float(ends[1] - ends[0]) / tokens
+        carried = self.token_bytes + (self.bytes_back if returns else 0.0)
+        links = [carried / level.bandwidth * 1e6 / topology.devices for level in topology.levels]
+        shown = 1.0 - self.overlap
+        return Weights(each / topology.speed_of_device, shown * np.array([0.0, *links]))
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON; the file appears whole or not at all."""
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> CostModel:
+        """Read what ``save`` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the file is no cost model.
+        OSError
+            If it cannot be read.
+        """
+        with naming(path):
+            try:
+                found = json.loads(Path(path).read_text())
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"not a cost model: {error}") from None
+            schema = found.pop("schema", None) if isinstance(found, dict) else None
+            if schema != SCHEMA:
+                raise ValueError(f"not a cost model: schema must be {SCHEMA!r}, got {schema!r}")
+            known = [each.name for each in fields(cls)]
+            unknown = [key for key in found if key not in known]
+            if unknown:
+                raise ValueError(f"keys must be out of {known}, got {unknown[0]!r}")
+            return cls(**found)
+
+
+def busiest_ports(sent: ArrayLike, topology: Topology) -> Floats:
+    """Rows at the busiest port of every tier [...,tiers] of rows sent [...,D,D].
+
+    A device's port of a tier carries what it sends to, or receives from, devices of that tier:
+    links work in both directions at once, so the larger of the two counts.
+    """
+    rows = np.asarray(sent, dtype=np.float64)
+    busiest = []
+    for tier in range(1, len(topology.levels) + 1):
+        mine = rows * (topology.tier == tier)
+        busiest.append(np.maximum(mine.sum(axis=-1), mine.sum(axis=-2)).max(axis=-1))
+    return np.stack(busiest, axis=-1)

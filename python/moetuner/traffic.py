@@ -1,0 +1,205 @@
+"""Rows that a placement moves from device to device, counted token by token from each token's home.
+
+The rule by which a token finds its copy of a replicated expert is here, for the prediction and for
+the layer in ``moetuner.torch`` alike; the replay in the core follows the same one.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moetuner.placement import EMPTY, Placement
+from moetuner.trace import RoutingTrace
+
+Split = Literal["even", "nearest"]
+
+# Knuth's multiplicative hash of a token's position, modulo 2**32.
+HASH = 2_654_435_761
+
+
+def dispatch_rows(
+    placement: Placement,
+    trace: RoutingTrace,
+    home: ArrayLike | Literal["blocks"] = "blocks",
+    *,
+    split: Split = "even",
+    devices_per_node: int | None = None,
+) -> NDArray[np.int64]:
+    """Count the rows that leave a device for another one, one per token and distinct device.
+
+    Parameters
+    ----------
+    placement
+        Where the experts are.
+    trace
+        The tokens; a token's position in it decides between copies of an expert.
+    home
+        Device that each token comes from and returns to [T]; ``"blocks"`` gives every device one
+        run of tokens, the first ones a token more where they do not divide.
+    split
+        ``"even"``: copies of an expert share its tokens evenly, by position. ``"nearest"``: a token
+        takes a copy on its own device, else on its own node, else by position.
+    devices_per_node
+        Devices of a node, for a hierarchical exchange: a token crosses to each distinct node once,
+        to the device with its home's number there, and is fanned out inside. None sends every row
+        straight to its device.
+
+    Returns
+    -------
+    ndarray
+        Rows [L,D,D] from device to device; the diagonal is zero. As many come back.
+
+    Raises
+    ------
+    ValueError
+        If placement and trace are not of one model, or a home is no device.
+    """
+    found, wanted = (trace.layers, trace.num_experts), (placement.layers, placement.num_experts)
+    if found != wanted:
+        raise ValueError(
+            f"placement must have {found[0]} layers and {found[1]} experts like the trace, "
+            f"got {wanted[0]} and {wanted[1]}"
+        )
+    devices, layers = placement.devices, placement.layers
+    size = node_size(devices, devices_per_node)
+    homes = homes_of(home, trace.tokens, devices)
+    # Which copies a token can take depends on its home only if it takes the nearest.
+    places = range(devices) if split_rule(split) == "nearest" else [None]
+    tables = [
+        [copies(slots, placement.num_experts, near=place, node=size) for place in places]
+        for slots in placement.slots
+    ]
+    rows = np.zeros((layers, devices, devices), dtype=np.int64)
+    first = 0
+    for shard in trace.shards():
+        position = np.arange(first, first + len(shard))
+        mine = homes[first : first + len(shard)]
+        for layer in range(layers):
+            visited = np.zeros((len(shard), devices), dtype=bool)
+            for place, (table, count) in zip(places, tables[layer], strict=True):
+                at = slice(None) if place is None else np.flatnonzero(mine == place)
+                ids = shard[at, layer].astype(np.int64)
+                copy = (position[at] * HASH & 0xFFFFFFFF)[:, None] % count[ids]
+                device = table[ids, copy] // placement.slots_per_device
+                visited[np.arange(len(shard))[at][:, None], device] = True
+            rows[layer] += _rows_of(visited, mine, None if devices_per_node is None else size)
+        first += len(shard)
+    rows[:, np.arange(devices), np.arange(devices)] = 0
+    return rows
+
+
+def copies(
+    slots: NDArray[np.int32], experts: int, *, near: int | None = None, node: int = 1
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """List the slots that may serve each expert of a layer.
+
+    Parameters
+    ----------
+    slots
+        Expert ids [D,S] of a layer, -1 for an empty slot.
+    experts
+        Experts of the layer, E.
+    near
+        Device that prefers its own copy, then those of its node; None to take all copies.
+    node
+        Devices of a node.
+
+    Returns
+    -------
+    tuple of ndarray
+        Slots ``device * S + slot`` in ascending order [E,R], filled up with the first, and how many
+        of them count [E]. A token at a position takes number ``hash % count``.
+    """
+    width = slots.shape[1]
+    flat = slots.reshape(-1)
+    filled = np.flatnonzero(flat != EMPTY)
+    lists = [filled[flat[filled] == expert] for expert in range(experts)]
+    if near is not None:
+        for expert, held in enumerate(lists):
+            device = held // width
+            for close in (device == near, device // node == near // node):
+                if close.any():
+                    lists[expert] = held[close]
+                    break
+    count = np.array([len(held) for held in lists], dtype=np.int64)
+    table = np.empty((experts, int(count.max())), dtype=np.int64)
+    for expert, held in enumerate(lists):
+        table[expert] = held[0]
+        table[expert, : len(held)] = held
+    return table, count
+
+
+def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int64]:
+    """Give the home device of every token [T]; ``"blocks"`` as in ``dispatch_rows``.
+
+    Raises
+    ------
+    ValueError
+        If a home is no device.
+    """
+    if isinstance(home, str):
+        if home != "blocks":
+            raise ValueError(f"home must be devices [tokens] or 'blocks', got {home!r}")
+        share, more = divmod(tokens, devices)
+        return np.repeat(np.arange(devices), share + (np.arange(devices) < more))
+    homes = np.asarray(home)
+    if homes.shape != (tokens,) or homes.dtype.kind not in "iu":
+        raise ValueError(f"home must be integers [{tokens}], got {homes.dtype} {list(homes.shape)}")
+    if tokens and not (homes.min() >= 0 and homes.max() < devices):
+        raise ValueError(
+            f"home must be from 0 to {devices - 1}, got {homes.min()} to {homes.max()}"
+        )
+    return homes.astype(np.int64)
+
+
+def node_size(devices: int, devices_per_node: int | None) -> int:
+    """Check the devices of a node; None is all devices.
+
+    Raises
+    ------
+    ValueError
+        If it does not divide the number of devices.
+    """
+    size = devices if devices_per_node is None else devices_per_node
+    if not 1 <= size <= devices or devices % size:
+        raise ValueError(
+            f"devices_per_node must divide the devices ({devices}), got {devices_per_node}"
+        )
+    return size
+
+
+def split_rule(split: str) -> Split:
+    """Check the name of a rule for choosing between copies.
+
+    Raises
+    ------
+    ValueError
+        If there is no such rule.
+    """
+    if split == "even" or split == "nearest":
+        return "even" if split == "even" else "nearest"
+    raise ValueError(f"split must be 'even' or 'nearest', got {split!r}")
+
+
+def _rows_of(
+    visited: NDArray[np.bool_], home: NDArray[np.int64], node: int | None
+) -> NDArray[np.int64]:
+    """Rows [D,D] of tokens that visit devices [T,D] from their homes [T]."""
+    devices = visited.shape[1]
+    token, device = np.nonzero(visited)
+    if node is None:
+        return _pairs(home[token], device, devices)
+    nodes = visited.reshape(len(visited), -1, node).any(axis=2)
+    crossing, target = np.nonzero(nodes)
+    # The device in the target node that has the home's number in its own.
+    between = _pairs(home[crossing], target * node + home[crossing] % node, devices)
+    return between + _pairs(device // node * node + home[token] % node, device, devices)
+
+
+def _pairs(source: NDArray[np.int64], target: NDArray[np.int64], devices: int) -> NDArray[np.int64]:
+    """Count pairs of devices [D,D]."""
+    counts = np.bincount(source * devices + target, minlength=devices * devices)
+    return counts.reshape(devices, devices)

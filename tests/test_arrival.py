@@ -1,0 +1,44 @@
+"""Mixed arrival: every token once, sequences in their own order, and a full batch."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moetuner._arrival import mixed_order, mixed_windows
+
+
+@given(st.lists(st.integers(0, 20), max_size=200), st.integers(0, 3))
+def test_sequences_advance_in_their_own_order(sequence, seed):
+    """The order holds every token once, and those of a sequence as they were."""
+    sequence = np.array(sequence, dtype=np.int32)
+    order = mixed_order(sequence, len(sequence), seed=seed)
+    assert sorted(order.tolist()) == list(range(len(sequence)))
+    for label in set(sequence.tolist()):
+        assert (np.diff(order[sequence[order] == label]) > 0).all()
+
+
+def test_a_step_has_a_token_of_each_running_sequence():
+    """Of forty sequences of equal length ten run at once, until all have run."""
+    sequence = np.repeat(np.arange(40, dtype=np.int32), 5)
+    order = mixed_order(sequence, 200)
+    steps = sequence[order].reshape(20, 10)
+    assert all(len(set(step)) == 10 for step in steps.tolist())
+    assert all((steps[i] == steps[i - i % 5]).all() for i in range(20))
+
+
+def test_without_labels_every_token_is_a_sequence():
+    """Then the order is any, but always the same."""
+    order = mixed_order(None, 50)
+    assert sorted(order.tolist()) == list(range(50))
+    assert order.tolist() == mixed_order(None, 50).tolist()
+
+
+@given(st.integers(1, 40))
+def test_mixed_windows_are_means(windows):
+    """As many as there were, with the same total where all are mixed, and never more extreme."""
+    load = np.random.default_rng(windows).random((windows, 3))
+    found = np.concatenate([mixed for _, mixed in mixed_windows(load)])
+    assert found.shape == load.shape
+    assert (found <= load.max(axis=0) + 1e-12).all()
+    if windows <= 16:
+        assert np.allclose(found, load.mean(axis=0))

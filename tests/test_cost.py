@@ -1,0 +1,218 @@
+"""CostModel: the formula, its fit to measurements, and the prices that it gives solvers."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner._machines import GPUS
+from moetuner.cost import busiest_ports
+
+MODEL = mt.CostModel(20, 3, 12, 0.05, token_bytes=1000, combine_bytes=3000)
+NODES = mt.Topology(4, 2, 100e9, 10e9, intra_node_latency=1e-6, inter_node_latency=5e-6)
+
+
+def measured(tokens, experts, seed=0, noise=0.03, outliers=0.0):
+    """Give times of MODEL with relative noise, some of them three times as long."""
+    rng = np.random.default_rng(seed)
+    times = MODEL.compute_us(tokens, experts) * np.exp(rng.normal(0, noise, len(tokens)))
+    return np.where(rng.random(len(tokens)) < outliers, 3 * times, times)
+
+
+def grid():
+    """Batches from one token to many, on few experts and on many."""
+    tokens = np.repeat(2.0 ** np.arange(0, 14), 6)
+    return tokens, np.minimum(tokens, np.tile([1, 2, 4, 8, 16, 32], 14))
+
+
+def test_compute_is_the_larger_of_two_lines():
+    """Few tokens on many experts read weights; many tokens on few compute."""
+    assert MODEL.compute_us([10, 1000], [8, 8]).tolist() == [20 + 3 * 8, 12 + 50]
+    assert MODEL.compute_us([1000, 1000], [8, 8], speed=[1, 2]).tolist() == [62, 31]
+    assert MODEL.compute_us([0.0]).tolist() == [20]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("outliers", [0.0, 0.05])
+def test_fit_recovers_what_made_the_measurements(seed, outliers):
+    """With noise of 3 %, and some wild ones, times are predicted within 5 %."""
+    tokens, experts = grid()
+    found = mt.CostModel.fit(
+        tokens, experts, measured(tokens, experts, seed, outliers=outliers), token_bytes=1
+    )
+    wanted = MODEL.compute_us(tokens, experts)
+    assert np.abs(found.compute_us(tokens, experts) / wanted - 1).max() < 0.05
+    assert found.token_us == pytest.approx(MODEL.token_us, rel=0.04)
+    assert found.expert_us == pytest.approx(MODEL.expert_us, rel=0.1)
+    if not outliers:
+        assert found.residual == pytest.approx(0.03, rel=0.35)
+
+
+def test_fit_without_noise_is_exact():
+    """Two lines that meet in the middle are found again."""
+    tokens, experts = grid()
+    found = mt.CostModel.fit(tokens, experts, MODEL.compute_us(tokens, experts), token_bytes=1)
+    assert found.residual < 1e-6
+    assert [found.base_us, found.expert_us, found.start_us, found.token_us] == pytest.approx(
+        [20, 3, 12, 0.05], rel=1e-3
+    )
+
+
+def test_fit_of_one_line_uses_one():
+    """Times that grow with tokens from the start need no other line."""
+    tokens = np.arange(1.0, 40)
+    found = mt.CostModel.fit(tokens, np.ones(39), 5 + 2 * tokens, token_bytes=1)
+    assert found.compute_us(tokens, np.ones(39)) == pytest.approx(5 + 2 * tokens, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (([1, 2, 3], [1, 1, 1], [1, 2, 3]), "at least 4 measurements, got 3"),
+        (([1, 2, 3, 4], [1, 1, 1], [1, 2, 3]), r"must be \[n\] each, got \[\[4\], \[3\]"),
+        (([1, 2, 3, -4], [1] * 4, [1] * 4), "tokens must be finite and at least 0, got -4.0 at 3"),
+        (
+            ([1] * 4, [1] * 4, [1, 0, 1, 1]),
+            "microseconds must be finite and positive, got 0.0 at 1",
+        ),
+        (([1] * 4, [1, float("nan"), 1, 1], [1] * 4), "experts must be finite .* got nan at 1"),
+    ],
+)
+def test_wrong_measurements_are_named(columns, words):
+    """The message says which value breaks which rule."""
+    with pytest.raises(ValueError, match=words):
+        mt.CostModel.fit(*columns, token_bytes=1)
+
+
+def ports_by_hand(sent, topology):
+    """Busiest port of each tier, one port at a time."""
+    D = topology.devices
+    return [
+        max(
+            max(
+                sum(sent[a][b] for b in range(D) if topology.tier[a, b] == tier),
+                sum(sent[b][a] for b in range(D) if topology.tier[a, b] == tier),
+            )
+            for a in range(D)
+        )
+        for tier in range(1, len(topology.levels) + 1)
+    ]
+
+
+@given(st.lists(st.integers(0, 50), min_size=16, max_size=16))
+def test_busiest_port_is_the_largest_in_or_out(rows):
+    """Every tier has ports of its own; what stays on a device uses none."""
+    sent = np.array(rows).reshape(4, 4)
+    assert busiest_ports(sent, NODES).tolist() == ports_by_hand(sent, NODES)
+
+
+def test_exchange_is_latency_and_bytes_of_the_busiest_port():
+    """Both tiers count, one after the other; an idle tier has no latency."""
+    sent = np.zeros((2, 4, 4))
+    sent[0, 0, 1], sent[1, 0, 1], sent[1, 3, 1] = 200, 200, 50
+    inside, beyond = 1 + 200 * 1000 / 100e9 * 1e6, 5 + 50 * 1000 / 10e9 * 1e6
+    assert MODEL.exchange_us(sent, NODES) == pytest.approx([inside, inside + beyond])
+    back = 1 + 200 * 3000 / 100e9 * 1e6
+    assert MODEL.exchange_us(sent[0], NODES, bytes_each=MODEL.bytes_back) == pytest.approx(back)
+
+
+def test_layer_is_the_sum_less_the_overlap():
+    """Without overlap the sum, with full overlap the longer of the two."""
+    for overlap, wanted in ((0, 90), (0.5, 75), (1, 60)):
+        model = mt.CostModel(1, 1, 1, 1, token_bytes=1, overlap=overlap)
+        assert model.layer_us([[10, 60]], [30]).tolist() == [wanted]
+
+
+def test_a_faster_device_or_link_never_takes_longer():
+    """More speed and more bandwidth are never worse."""
+    fast = mt.Topology(4, 2, 200e9, 20e9)
+    sent = np.arange(16).reshape(4, 4)
+    assert MODEL.exchange_us(sent, fast) < MODEL.exchange_us(sent, NODES)
+    assert (MODEL.compute_us([5, 900], [3, 3], [2, 2]) < MODEL.compute_us([5, 900], [3, 3])).all()
+
+
+def test_weights_are_slopes():
+    """One token more costs its slope on a device, and a D-th of its bytes on the busiest port."""
+    topology = mt.Topology(4, 2, 100e9, 10e9, speed=[1, 1, 2, 2])
+    found = MODEL.weights(topology)
+    assert found.token_us.tolist() == [0.05, 0.05, 0.025, 0.025]
+    assert found.crossing_us == pytest.approx([0, 4000 / 100e9 * 1e6 / 4, 4000 / 10e9 * 1e6 / 4])
+    one_way = MODEL.weights(topology, returns=False)
+    assert one_way.crossing_us == pytest.approx(found.crossing_us / 4)
+
+
+def test_weights_know_where_time_is_flat():
+    """Far below the knee a token is free, across it it costs a part, above it all."""
+    prices = [MODEL.weights(NODES, tokens=t, active=8).token_us[0] for t in (10, 500, 5000)]
+    assert prices == pytest.approx([0, (12 + 50 - 44) / 500, 0.05])
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_presets_follow_the_roofline(gpu):
+    """More tokens per expert than operations per byte make computing the longer part."""
+    model = mt.CostModel.preset(gpu, hidden=4096, intermediate=1024, dtype_bytes=2)
+    knee = GPUS[gpu].flops_16bit / GPUS[gpu].memory_bandwidth
+    assert model.expert_us / model.token_us == pytest.approx(knee)
+    assert (model.token_bytes, model.bytes_back) == (8192, 8192)
+    assert model.name == f"{gpu}:4096x1024"
+
+
+def test_default_preset_sends_8_bits_and_gets_16_back():
+    """DeepSeek-V3's sizes and types."""
+    model = mt.CostModel.preset("h100", overlap=0.5)
+    assert (model.token_bytes, model.combine_bytes, model.overlap) == (7168, 14336, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"token_us": -1}, "token_us must be a number of microseconds of at least 0, got -1"),
+        ({"base_us": float("nan")}, "base_us must be .* got nan"),
+        ({"token_bytes": "4"}, "token_bytes must be a number of bytes of at least 0, got 4"),
+        ({"overlap": 1.5}, "overlap must be from 0 to 1, got 1.5"),
+        ({"once_per": "rack"}, "once_per must be 'device' or 'node', got 'rack'"),
+    ],
+)
+def test_wrong_fields_are_named(fields, words):
+    """Argument, rule and value."""
+    right = {"base_us": 1, "expert_us": 1, "start_us": 1, "token_us": 1, "token_bytes": 1}
+    with pytest.raises(ValueError, match=words):
+        mt.CostModel(**{**right, **fields})
+
+
+def test_unknown_gpu_and_sizes_are_named():
+    """The message lists what there is."""
+    with pytest.raises(ValueError, match=r"preset must be one of a100, .* got 'tpu'"):
+        mt.CostModel.preset("tpu")
+    with pytest.raises(ValueError, match="efficiency must be a positive number, got 0"):
+        mt.CostModel.preset("h100", efficiency=0)
+
+
+def test_file_round_trip(tmp_path):
+    """What is saved comes back."""
+    path = tmp_path / "model.json"
+    MODEL.save(path)
+    assert mt.CostModel.load(path) == MODEL
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "\xff",
+        json.dumps({"schema": "moetuner.cost_model/1", "gpu": 1}),
+        json.dumps({"schema": "moetuner.cost_model/1", "base_us": 1}),
+    ],
+)
+def test_bad_files_are_value_errors(tmp_path, text):
+    """Whatever is in the file, the error is one line that names it."""
+    path = tmp_path / "model.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"model\.json") as error:
+        mt.CostModel.load(path)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,134 @@
+"""dispatch_rows(): what a plain loop over tokens sends, from every home."""
+
+import numpy as np
+import pytest
+from conftest import random_ids
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner.traffic import dispatch_rows
+
+
+@st.composite
+def cases(draw):
+    """Draw slots with replicas and empty ones, ids, homes and a node size."""
+    layers, top_k = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    devices, node = draw(st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 3), (8, 2), (8, 8)]))
+    experts, seed = draw(st.integers(top_k, 9)), draw(st.integers(0, 2**32))
+    rng = np.random.default_rng(seed)
+    slots = random_slots(rng, layers, devices, experts, draw(st.integers(0, 2)))
+    tokens = draw(st.integers(0, 50))
+    ids = random_ids(tokens, layers, top_k, experts, seed=seed)
+    return slots, ids, experts, rng.integers(0, devices, tokens), node
+
+
+def random_slots(rng, layers, devices, experts, spare):
+    """Slots [L,D,S] in which every expert has a copy, some have several, and some are empty."""
+    width = -(-experts // devices) + spare
+    slots = np.full((layers, devices, width), -1)
+    for layer in slots:
+        for i, expert in enumerate(rng.permutation(experts)):
+            layer[i % devices, i // devices] = expert
+        for device, slot in np.argwhere(layer == -1):
+            expert = rng.integers(-1, experts)
+            if expert not in layer[device]:
+                layer[device, slot] = expert
+        rng.shuffle(layer, axis=0)
+    return slots
+
+
+def oracle(slots, ids, home, node, split, hierarchical):
+    """Send row by row."""
+    layers, devices, width = slots.shape
+    rows = np.zeros((layers, devices, devices), dtype=int)
+    for t, layer in np.ndindex(ids.shape[:2]):
+        own = home[t]
+        visited = set()
+        for expert in ids[t, layer].tolist():
+            held = [i // width for i, e in enumerate(slots[layer].ravel()) if e == expert]
+            if split == "nearest":
+                inside = [d for d in held if d // node == own // node]
+                held = [own] if own in held else inside or held
+            visited.add(held[t * 2654435761 % 2**32 % len(held)])
+        crossed = set()
+        for device in visited:
+            gateway = device // node * node + own % node if hierarchical else own
+            crossed.add(gateway)
+            rows[layer, gateway, device] += 1
+        for gateway in crossed if hierarchical else ():
+            rows[layer, own, gateway] += 1
+    rows[:, range(devices), range(devices)] = 0
+    return rows
+
+
+@given(cases(), st.sampled_from(["even", "nearest"]), st.booleans())
+def test_rows_are_those_of_the_plain_loop(case, split, hierarchical):
+    """Replicas, empty slots, any homes, either rule, straight and through nodes."""
+    slots, ids, experts, home, node = case
+    if split == "nearest" and not hierarchical:
+        node = slots.shape[1]
+    expected = oracle(slots, ids, home, node, split, hierarchical)
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
+    placement = mt.Placement(slots, num_experts=experts)
+    found = dispatch_rows(
+        placement, trace, home, split=split, devices_per_node=node if hierarchical else None
+    )
+    assert found.tolist() == expected.tolist()
+
+
+@given(cases())
+def test_the_replay_sees_the_same_visits(case):
+    """Rows that arrive, and tokens that stay at home, add up to the fanout of the replay."""
+    slots, ids, experts, home, _ = case
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
+    placement = mt.Placement(slots, num_experts=experts)
+    fanout = mt.evaluate(placement, trace).fanout * len(ids) * trace.layers
+    # From no home at all would be every visit: a home elsewhere, one device at a time.
+    devices = placement.devices
+    moved = sum(dispatch_rows(placement, trace, np.full(len(ids), h)).sum() for h in range(devices))
+    assert moved == pytest.approx(fanout * (devices - 1))
+    assert dispatch_rows(placement, trace, home).sum() <= round(fanout)
+
+
+def test_evaluation_with_homes(make_trace):
+    """The option replaces the dispatch traffic alone, in every group as on its own."""
+    trace = make_trace()
+    device_of = np.tile(np.arange(8) // 2, (3, 1))
+    placement = mt.Placement.from_assignment(device_of, 4)
+    home = np.arange(trace.tokens) % 4
+    spread, found = mt.evaluate(placement, trace), mt.evaluate(placement, trace, home=home)
+    assert found.traffic["dispatch"].tolist() == dispatch_rows(placement, trace, home).tolist()
+    assert found.traffic["follow"].tolist() == spread.traffic["follow"].tolist()
+    assert found.fanout == spread.fanout
+    for i, name in enumerate(["even", "odd"]):
+        alone = dispatch_rows(placement, trace.select(groups=name), home[trace.group == i])
+        assert found.by_group[name].traffic["dispatch"].tolist() == alone.tolist()
+
+
+def test_blocks_are_runs_of_tokens(make_trace):
+    """Devices take consecutive tokens, the first ones the remainder."""
+    trace = make_trace(tokens=10)
+    placement = mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4)
+    blocks = [0, 0, 0, 1, 1, 1, 2, 2, 3, 3]
+    by_name, by_home = (dispatch_rows(placement, trace, home) for home in ("blocks", blocks))
+    assert by_name.tolist() == by_home.tolist()
+
+
+def test_wrong_arguments_are_named(make_trace):
+    """Homes, nodes, rules and sizes that cannot be."""
+    trace = make_trace()
+    placement = mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4)
+    for arguments, message in [
+        ({"home": np.full(200, 4)}, "home must be from 0 to 3, got 4 to 4"),
+        ({"home": np.zeros(3, dtype=int)}, r"home must be integers \[200\], got int64 \[3\]"),
+        ({"home": "anywhere"}, "home must be devices .* got 'anywhere'"),
+        ({"split": "best"}, "split must be 'even' or 'nearest', got 'best'"),
+        ({"devices_per_node": 3}, r"devices_per_node must divide the devices \(4\), got 3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            dispatch_rows(placement, trace, **arguments)
+    with pytest.raises(ValueError, match="3 layers and 9 experts"):
+        dispatch_rows(placement, make_trace(experts=9))
+    with pytest.raises(ValueError, match="home needs a trace"):
+        mt.evaluate(placement, mt.RoutingStatistics.from_trace(trace), home="blocks")
