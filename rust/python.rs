@@ -219,8 +219,14 @@ impl StatisticsCounter {
         })
     }
 
-    #[pyo3(signature = (expert_ids, threads = None))]
-    fn push(&mut self, py: Python<'_>, expert_ids: Ids<'_>, threads: Option<usize>) -> PyResult<()> {
+    #[pyo3(signature = (expert_ids, threads = None, *, checked = false))]
+    fn push(
+        &mut self,
+        py: Python<'_>,
+        expert_ids: Ids<'_>,
+        threads: Option<usize>,
+        checked: bool,
+    ) -> PyResult<()> {
         let counter = self.counter.as_mut().ok_or_else(finished)?;
         expert_ids.check(self.routing)?;
         let lend = |table: &Option<Py<PyArray3<u64>>>| table.as_ref().map(|table| table.bind(py).readwrite());
@@ -229,7 +235,10 @@ impl StatisticsCounter {
             transitions: transitions.as_mut().map(|table| table.as_slice_mut()).transpose()?,
             coactivation: coactivation.as_mut().map(|table| table.as_slice_mut()).transpose()?,
         };
-        with_ids!(expert_ids, ids => Ok(detached(py, threads, || counter.push(ids, &mut tables))??))
+        with_ids!(expert_ids, ids => Ok(detached(py, threads, || {
+            if checked { counter.push_valid(ids, &mut tables) } else { counter.push(ids, &mut tables)? }
+            Ok::<(), Error>(())
+        })??))
     }
 
     fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Counts<'py>> {
@@ -312,11 +321,20 @@ impl Replay {
         Ok(Self { routing, devices, nodes, replay })
     }
 
-    #[pyo3(signature = (expert_ids, threads = None))]
-    fn push(&mut self, py: Python<'_>, expert_ids: Ids<'_>, threads: Option<usize>) -> PyResult<()> {
+    #[pyo3(signature = (expert_ids, threads = None, *, checked = false))]
+    fn push(
+        &mut self,
+        py: Python<'_>,
+        expert_ids: Ids<'_>,
+        threads: Option<usize>,
+        checked: bool,
+    ) -> PyResult<()> {
         let replay = self.replay.as_mut().ok_or_else(finished)?;
         expert_ids.check(self.routing)?;
-        with_ids!(expert_ids, ids => Ok(detached(py, threads, || replay.push(ids))??))
+        with_ids!(expert_ids, ids => Ok(detached(py, threads, || {
+            if checked { replay.push_valid(ids) } else { replay.push(ids)? }
+            Ok::<(), Error>(())
+        })??))
     }
 
     fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Tallied<'py>> {
@@ -410,12 +428,12 @@ fn pack<'py>(
     load: &PyReadonlyArray2<'py, u64>,
     devices: usize,
     room: Room,
-    goal: Option<Goal>,
+    goal: Goal,
     threads: Option<usize>,
 ) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance)> {
     let (layers, experts) = (load.shape()[0], load.shape()[1]);
     let load = contiguous(load.as_slice().ok())?;
-    let improve = goal.map(|goal| Improve { goal, stop: &|| false });
+    let improve = Some(Improve { goal, stop: &|| false });
     let packed = detached(py, threads, || crate::packing::pack(load, experts, devices, room, improve))??;
     let balance = packed.iter().map(|p| (p.peak.0, p.peak.1, p.deviation.0, p.deviation.1)).collect();
     let cluster = packed.into_iter().flat_map(|p| p.cluster).collect();
@@ -431,9 +449,23 @@ fn lpt<'py>(
     slots: usize,
     improve: bool,
     threads: Option<usize>,
-) -> PyResult<Bound<'py, PyArray2<u16>>> {
+) -> PyResult<Bound<'py, PyArray3<i32>>> {
+    let (layers, experts) = (load.shape()[0], load.shape()[1]);
     let room = Room { fewest: 0, most: slots };
-    Ok(pack(py, &load, devices, room, improve.then_some(Goal::Peak), threads)?.0)
+    let load = contiguous(load.as_slice().ok())?;
+    let improve = improve.then_some(Improve { goal: Goal::Peak, stop: &|| false });
+    let packed = detached(py, threads, || crate::packing::pack(load, experts, devices, room, improve))??;
+    let mut filled = vec![-1; layers * devices * slots];
+    let mut used = vec![0; devices];
+    for (packing, filled) in packed.iter().zip(filled.chunks_exact_mut((devices * slots).max(1))) {
+        used.fill(0);
+        for (&g, e) in packing.cluster.iter().zip(0..) {
+            let g = usize::from(g);
+            filled[g * slots + used[g]] = e;
+            used[g] += 1;
+        }
+    }
+    array3(py, (layers, devices, slots), filled)
 }
 
 #[pyfunction]
@@ -471,7 +503,7 @@ fn cluster<'py>(
     } else {
         Room::free(experts, clusters, slots)
     };
-    pack(py, &load, clusters, room, Some(Goal::Deviation { tolerance }), threads)
+    pack(py, &load, clusters, room, Goal::Deviation { tolerance }, threads)
 }
 
 /// The device of every cluster [L,D], how it was found, a lower bound of the bottleneck.

@@ -122,7 +122,7 @@ class RoutingStatistics:
             coactivation=coactivation,
         )
         for shard in trace.shards(SHARD_BYTES):
-            counter.push(shard, threads)
+            counter.push(shard, threads, checked=trace.ids.fresh)
             del shard  # else the next shard is read while this one is still held
         _, load, pairs, together = counter.finish()
         return cls(load, pairs, together, window=window, model=trace.model)

@@ -57,11 +57,10 @@ def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 
 
 def _packed(problem: Problem, limits: Limits, *, improve: bool) -> Candidate:
-    return _candidate(
-        problem,
+    return Candidate(
         _core.lpt(
             problem.load, problem.devices, problem.slots, improve=improve, threads=limits.threads
-        ),
+        )
     )
 
 
