@@ -201,8 +201,8 @@ def cluster(
     Returns the cluster [L,E] and per layer four whole numbers: the heaviest cluster's load, a
     proven lower bound of it, ``clusters`` times the sum of deviations from the mean, and a proven
     lower bound of that. A layer is searched no further once its deviations are within ``tolerance``
-    times the mean of their bound and its heaviest cluster within 0.05 %. With free sizes a cluster has 1 to ``slots`` experts, or 0 where there are
-    fewer experts than clusters.
+    times the mean of their bound and its heaviest cluster within 0.05 %. With free sizes a cluster
+    has 1 to ``slots`` experts, or 0 where there are fewer experts than clusters.
     """
 
 def place_clusters(
