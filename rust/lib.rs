@@ -10,6 +10,7 @@ pub mod bound;
 pub mod chain;
 pub mod error;
 pub mod instance;
+pub mod layer;
 pub mod packing;
 pub mod pairs;
 pub mod partitions;

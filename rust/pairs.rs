@@ -12,12 +12,14 @@
 //! Small counters overflow, so they are flushed into wider ones before they can.
 
 mod bits;
+mod lists;
 mod rows;
 
-pub use bits::IDS as MOST_UNITS;
+pub use bits::{IDS as MOST_UNITS, NONE as NO_UNIT};
 
 use std::ops::Range;
 
+use self::lists::Lists;
 use crate::trace::ExpertId;
 
 /// Tokens of one block at the most: as many as the 16-bit counters of the rows kernel can take.
@@ -34,6 +36,7 @@ pub(crate) struct Line<T, const N: usize>(pub(crate) [T; N]);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kernel {
     Bits,
+    Lists,
     Rows,
     Cells,
 }
@@ -45,6 +48,7 @@ impl Kernel {
         let rows = size.div_ceil(64) * (top_k + 1) * 3 + size * size / 4096;
         match size {
             0..=64 => Self::Bits,
+            129..=lists::IDS if top_k > 1 => Self::Lists,
             _ if rows < top_k * top_k * 4 => Self::Rows,
             _ => Self::Cells,
         }
@@ -56,6 +60,7 @@ impl Kernel {
 pub struct Side<I> {
     ids: Vec<I>,
     bits: Vec<u64>,
+    lists: Lists,
     tokens: usize,
     top_k: usize,
     size: usize,
@@ -68,15 +73,30 @@ impl<I: ExpertId> Side<I> {
     pub fn new(ids: Vec<I>, top_k: usize, size: usize) -> Self {
         let kernel = Kernel::choose(size, top_k);
         let bits = if kernel == Kernel::Bits { bits::rows_of(&ids, top_k, size) } else { Vec::new() };
-        Self { tokens: ids.len() / top_k, ids, bits, top_k, size, kernel }
+        let lists = if kernel == Kernel::Lists { Lists::new(&ids, top_k) } else { Lists::default() };
+        Self { tokens: ids.len() / top_k, ids, bits, lists, top_k, size, kernel }
     }
 
-    /// Takes instead of ids the bits of sums: every id has `units`, `[words, ids]`, 64 bits of `size` to a word, and
-    /// bit i of the sum of a token's units says whether the token has i.
+    /// Takes instead of ids the bits of sums: every id has `units`, `[words, ids]`, 64 bits to a word. Bit i of the sum
+    /// of a token's units says whether the token has `columns[i]`, a number below `size`; or nothing, for [`NO_UNIT`].
     #[must_use]
-    pub fn of_sums<J: ExpertId>(ids: &[J], top_k: usize, size: usize, units: &[u64]) -> Self {
-        let bits = bits::rows_of_sums(ids, top_k, size, units);
-        Self { tokens: ids.len() / top_k, ids: Vec::new(), bits, top_k, size, kernel: Kernel::Bits }
+    pub fn of_sums<J: ExpertId>(
+        ids: &[J],
+        top_k: usize,
+        size: usize,
+        units: &[u64],
+        columns: &[usize],
+    ) -> Self {
+        let bits = bits::rows_of_sums(ids, top_k, size, units, columns);
+        Self {
+            tokens: ids.len() / top_k,
+            ids: Vec::new(),
+            bits,
+            lists: Lists::default(),
+            top_k,
+            size,
+            kernel: Kernel::Bits,
+        }
     }
 
     /// For some of the tokens the bits of all ids, one id after the other, 64 tokens at a time, and which of the 64
@@ -97,6 +117,10 @@ impl<I: ExpertId> Side<I> {
             bits::count(&self.bits, self.size, tokens, counts);
             return;
         }
+        if self.kernel == Kernel::Lists {
+            self.lists.count(&self.ids, self.top_k, tokens, counts);
+            return;
+        }
         for id in &self.ids[tokens.start * self.top_k..tokens.end * self.top_k] {
             counts[id.index()] += 1;
         }
@@ -110,6 +134,7 @@ impl<I: ExpertId> Side<I> {
         assert!(self.tokens == right.tokens && counts.len() == self.size * self.size);
         match self.kernel {
             Kernel::Bits => bits::count_pairs(&self.bits, &right.bits, self.size, counts),
+            Kernel::Lists => lists::count_pairs(&self.lists, &right.lists, self.size, counts),
             Kernel::Rows => rows::count_pairs(&self.ids, &right.ids, self.top_k, self.size, counts),
             Kernel::Cells => {
                 let (left, right) = (self.ids.chunks_exact(self.top_k), right.ids.chunks_exact(self.top_k));
@@ -136,7 +161,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         /// Every kernel counts what a loop over pairs counts, at every size.
         #[test]
-        fn counts_every_pair(seed in any::<u64>(), size in 1usize..300, top_k in 1usize..10, tokens in 0usize..700) {
+        fn counts_every_pair(seed in any::<u64>(), size in 1usize..300, top_k in 1usize..10, tokens in 0usize..2500) {
             let top_k = top_k.min(size);
             let mut random = Random::new(seed, 0);
             let mut draw = || -> Vec<u16> {
@@ -162,14 +187,15 @@ mod tests {
             for &a in &left[from * top_k..to * top_k] {
                 expected_single[usize::from(a)] += 1;
             }
-            for kernel in [Kernel::Bits, Kernel::Rows, Kernel::Cells] {
-                if kernel == Kernel::Bits && size > 64 {
+            for kernel in [Kernel::Bits, Kernel::Lists, Kernel::Rows, Kernel::Cells] {
+                if (kernel == Kernel::Bits && size > 64) || (kernel == Kernel::Lists && size > lists::IDS) {
                     continue;
                 }
                 let side = |ids: &[u16]| Side {
                     tokens,
                     ids: ids.to_vec(),
                     bits: if kernel == Kernel::Bits { bits::rows_of(ids, top_k, size) } else { vec![] },
+                    lists: if kernel == Kernel::Lists { Lists::new(ids, top_k) } else { Lists::default() },
                     top_k,
                     size,
                     kernel,

@@ -18,6 +18,9 @@ use pyo3::prelude::*;
 use crate::bottleneck::{Chain, Way};
 use crate::error::Error;
 use crate::instance::{Instance, Sizes};
+use crate::layer::balance::Windows;
+use crate::layer::replicate::replicate;
+use crate::layer::{Contents, EMPTY, Effort, Layer, Links, Split, place};
 use crate::packing::{Goal, Room};
 use crate::replay::{Copies, Split};
 use crate::search::{Control, Options, balanced, search as run_search};
@@ -617,12 +620,165 @@ fn finished() -> PyErr {
 }
 
 /// moetuner's native core.
+/// Contents of every layer, from slots [L,D,S] with -1 for an empty one and the slots of every device [L,D].
+fn contents_of(layers: &[Layer], slots: &[i32], per_device: usize) -> Vec<Contents> {
+    let of = |(l, layer): (usize, &Layer)| {
+        let d = layer.devices();
+        let rows = slots[l * d * per_device..][..d * per_device].chunks_exact(per_device).zip(&layer.room);
+        let expert = |&e: &i32| u16::try_from(e).unwrap_or(EMPTY);
+        Contents::new(layer, rows.flat_map(|(row, &room)| row[..room].iter().map(expert)).collect())
+    };
+    layers.iter().enumerate().map(of).collect()
+}
+
+/// The reverse of [`contents_of`].
+fn slots_of(layers: &[Layer], contents: &[Contents], per_device: usize) -> Vec<i32> {
+    let mut slots = Vec::with_capacity(layers.len() * layers.first().map_or(0, Layer::devices) * per_device);
+    for (layer, contents) in layers.iter().zip(contents) {
+        let mut at = 0;
+        for &room in &layer.room {
+            let expert = |&e: &u16| if e == EMPTY { -1 } else { i32::from(e) };
+            slots.extend(contents.expert_in[at..at + room].iter().map(expert));
+            slots.extend(std::iter::repeat_n(-1, per_device - room));
+            at += room;
+        }
+    }
+    slots
+}
+
+/// Layers with copies: windows, devices and rules as arrays.
+#[pyclass(module = "moetuner._core")]
+struct Layers {
+    layers: Vec<Layer>,
+    per_device: usize,
+}
+
+#[pymethods]
+impl Layers {
+    #[new]
+    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, cap = None, hold = None, forbidden = None, pinned = None))]
+    fn new(
+        load: PyReadonlyArray3<'_, f64>,
+        weight: PyReadonlyArray1<'_, f64>,
+        room: PyReadonlyArray2<'_, i64>,
+        node: Vec<u16>,
+        time: Vec<f32>,
+        nearest: bool,
+        norm: u32,
+        cap: Option<Vec<f64>>,
+        hold: Option<PyReadonlyArray3<'_, f64>>,
+        forbidden: Option<PyReadonlyArray3<'_, bool>>,
+        pinned: Option<PyReadonlyArray3<'_, bool>>,
+    ) -> PyResult<Self> {
+        let (load, weight, room) = (load.as_array(), weight.as_array().to_vec(), room.as_array());
+        let (w, l, e) = load.dim();
+        let d = node.len();
+        let shaped = weight.len() == w
+            && room.dim() == (l, d)
+            && time.len() == d
+            && cap.as_ref().is_none_or(|cap| cap.len() == l)
+            && [
+                hold.as_ref().map(|a| a.as_array().dim()),
+                forbidden.as_ref().map(|a| a.as_array().dim()),
+                pinned.as_ref().map(|a| a.as_array().dim()),
+            ]
+            .into_iter()
+            .flatten()
+            .all(|dim| dim == (l, e, d));
+        if !shaped || ![0, 4, 8, 16].contains(&norm) {
+            let rule = format!(
+                "weights [{w}], slots [{l}, {d}], times [{d}], tables [{l}, {e}, {d}], norm 0, 4, 8 or 16"
+            );
+            return Err(Error::Shape { what: "layers", rule, found: "others".into() }.into());
+        }
+        let layers = (0..l).map(|l| {
+            let rows: Vec<f64> = load.slice(numpy::ndarray::s![.., l, ..]).iter().copied().collect();
+            let floats = |table: &Option<PyReadonlyArray3<'_, f64>>| {
+                table.as_ref().map_or(vec![], |t| {
+                    t.as_array().slice(numpy::ndarray::s![l, .., ..]).iter().copied().collect()
+                })
+            };
+            let flags = |table: &Option<PyReadonlyArray3<'_, bool>>| {
+                table.as_ref().map_or(vec![], |t| {
+                    t.as_array().slice(numpy::ndarray::s![l, .., ..]).iter().copied().collect()
+                })
+            };
+            let windows = Windows::new(&rows, &weight, e, norm);
+            let hold = floats(&hold).into_iter().map(|cost: f64| cost * windows.scale).collect();
+            Layer {
+                experts: e,
+                room: room.row(l).iter().map(|&slots| slots.max(0) as usize).collect(),
+                node: node.clone(),
+                time: time.clone(),
+                split: if nearest { Split::Nearest } else { Split::Even },
+                load: (0..e).map(|e| load.slice(numpy::ndarray::s![.., l, e]).sum()).collect(),
+                windows,
+                cap: cap.as_ref().map_or(f64::INFINITY, |cap| cap[l]),
+                hold,
+                serve: vec![],
+                forbidden: flags(&forbidden),
+                pinned: flags(&pinned),
+            }
+        });
+        let layers: Vec<Layer> = layers.collect();
+        let per_device = room.iter().copied().max().unwrap_or(0).max(0) as usize;
+        Ok(Self { layers, per_device })
+    }
+
+    /// Improves slots [L,D,S].
+    #[pyo3(signature = (start, *, trials, hot, cold, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
+    fn place<'py>(
+        &mut self,
+        py: Python<'py>,
+        start: PyReadonlyArray3<'py, i32>,
+        trials: u64,
+        hot: f64,
+        cold: f64,
+        rounds: u64,
+        transitions: Option<PyReadonlyArray3<'py, u64>>,
+        link_cost: Option<PyReadonlyArray2<'py, f64>>,
+        seed: u64,
+        time_limit: Option<f64>,
+        threads: Option<usize>,
+        progress: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<(Bound<'py, PyArray3<i32>>, bool)> {
+        let l = self.layers.len();
+        let d = self.layers.first().map_or(0, Layer::devices);
+        if start.shape() != [l, d, self.per_device] {
+            let rule = format!("shape [{l}, {d}, {}]", self.per_device);
+            return Err(Error::Shape { what: "start", rule, found: format!("{:?}", start.shape()) }.into());
+        }
+        let begin = contents_of(&self.layers, contiguous(start.as_slice().ok())?, self.per_device);
+        let transitions = slice(transitions.as_ref())?;
+        let cost: Vec<f64> = link_cost.map_or(vec![], |cost| cost.as_array().iter().copied().collect());
+        let links = Links { transitions, cost: &cost };
+        let control = Control::new(time_limit.map(|limit| Instant::now() + Duration::from_secs_f64(limit)));
+        let layers = &mut self.layers;
+        let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), || {
+            place(layers, begin, links, Effort { trials, hot, cold }, rounds, seed, &control)
+        })?;
+        let slots = slots_of(&self.layers, &found, self.per_device);
+        Ok((array3(py, (l, d, self.per_device), slots)?, interrupted))
+    }
+
+    /// Slots [L,D,S]: copies of the heaviest experts, then the heaviest copy first to the lightest device.
+    fn construct<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray3<i32>>> {
+        use rayon::prelude::*;
+        let contents: Vec<Contents> = py.detach(|| {
+            self.layers.par_iter().map(|layer| Contents::new(layer, replicate(layer, &layer.load))).collect()
+        });
+        let slots = slots_of(&self.layers, &contents, self.per_device);
+        let d = self.layers.first().map_or(0, Layer::devices);
+        array3(py, (self.layers.len(), d, self.per_device), slots)
+    }
+}
+
 #[pymodule]
 mod _core {
     #[pymodule_export]
     use super::{
-        Replay, StatisticsCounter, bound, cluster, exact_chain, lpt, place_clusters, search, validate,
-        verify_bound,
+        Layers, Replay, StatisticsCounter, bound, cluster, exact_chain, lpt, place_clusters, search,
+        validate, verify_bound,
     };
 
     #[pymodule_export]

@@ -22,6 +22,22 @@ def test_example_prints_what_the_readme_says(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == printed
 
 
+def test_example_with_torch(tmp_path, monkeypatch):
+    """The PyTorch example records a model, places its experts and leaves its logits alone."""
+    from moe_models import build, logits, prompts, torch, transformers
+
+    _, code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    model = build("mixtral")
+    before = logits(model)
+    names = {"model": model, "batches": [{"input_ids": prompts(seed=n)} for n in range(3)]}
+    exec(compile(code, str(README), "exec"), names)
+    assert names["recorder"].trace().tokens == 3 * prompts().numel()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained("placed").eval()
+    for found in (logits(model), logits(loaded)):
+        assert torch.allclose(found, before, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README.read_text()))
 def test_links_lead_somewhere(link):
     """Files that the README links to exist."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 __version__: str
 __all__ = [
+    "Layers",
     "Replay",
     "StatisticsCounter",
     "__version__",
@@ -32,6 +33,57 @@ def validate(expert_ids: _ExpertIds, num_experts: int, first_token: int = 0) -> 
     Raises ``ValueError`` naming the first faulty token (counted from ``first_token``), layer and
     id.
     """
+
+@final
+class Layers:
+    """Layers with copies of experts, in windows, on devices that may differ.
+
+    Takes load [W,L,E] and the weight of every window [W], the slots of every device [L,D], the node
+    of every device [D] and its time per token as a share of the slowest one's [D]; ``norm`` is the
+    order of the norm that stands for the largest device load (4, 8 or 16; 0 for the maximum
+    itself). Caps [L] are on the sum of windows; ``hold`` [L,E,D] is what a copy costs on a device,
+    in weighted tokens; an expert may not be where ``forbidden`` [L,E,D], and stays where
+    ``pinned`` [L,E,D].
+    """
+
+    def __new__(
+        cls,
+        load: NDArray[np.float64],
+        weight: NDArray[np.float64],
+        room: NDArray[np.int64],
+        node: list[int],
+        time: list[float],
+        *,
+        nearest: bool,
+        norm: int,
+        cap: list[float] | None = None,
+        hold: NDArray[np.float64] | None = None,
+        forbidden: NDArray[np.bool_] | None = None,
+        pinned: NDArray[np.bool_] | None = None,
+    ) -> Layers: ...
+    def place(
+        self,
+        start: NDArray[np.int32],
+        *,
+        trials: int,
+        hot: float,
+        cold: float,
+        rounds: int = 1,
+        transitions: NDArray[np.uint64] | None = None,
+        link_cost: NDArray[np.float64] | None = None,
+        seed: int = 0,
+        time_limit: float | None = None,
+        threads: int | None = None,
+        progress: Callable[[float, int | None], None] | None = None,
+    ) -> tuple[NDArray[np.int32], bool]:
+        """Improve slots [L,D,S], and say whether it was interrupted.
+
+        With transitions [L-1,E,E] and the cost of one between devices [D,D], in weighted tokens,
+        layers are placed in turns, ``rounds`` times, given their neighbours.
+        """
+
+    def construct(self) -> NDArray[np.int32]:
+        """Slots [L,D,S]: copies of the heaviest experts, each copy to the lightest device."""
 
 @final
 class StatisticsCounter:

@@ -20,6 +20,9 @@ const WORDS: usize = BLOCK / WORD;
 /// Ids that can have units, at the most.
 pub const IDS: usize = 1024;
 
+/// Of a bit that is no row.
+pub const NONE: usize = usize::MAX;
+
 /// Rows come in eights, so that whole vectors can be loaded.
 fn padded(size: usize) -> usize {
     size.next_multiple_of(8)
@@ -129,10 +132,17 @@ fn transpose<N: Number>(numbers: &mut [N; BLOCK]) {
     "x86_64+avx2+bmi2"
 ))]
 pub(super) fn rows_of<I: ExpertId>(ids: &[I], top_k: usize, size: usize) -> Vec<u64> {
+    let columns: Vec<usize> = (0..size).collect();
     match size {
-        0..=8 => rows_with(ids, top_k, size, |_, ids, sets: &mut [u8; BLOCK]| sets_of(ids, top_k, sets)),
-        9..=32 => rows_with(ids, top_k, size, |_, ids, sets: &mut [u32; BLOCK]| sets_of(ids, top_k, sets)),
-        _ => rows_with(ids, top_k, size, |_, ids, sets: &mut [u64; BLOCK]| sets_of(ids, top_k, sets)),
+        0..=8 => {
+            rows_with(ids, top_k, size, &columns, |_, ids, sets: &mut [u8; BLOCK]| sets_of(ids, top_k, sets))
+        }
+        9..=32 => {
+            rows_with(ids, top_k, size, &columns, |_, ids, sets: &mut [u32; BLOCK]| sets_of(ids, top_k, sets))
+        }
+        _ => {
+            rows_with(ids, top_k, size, &columns, |_, ids, sets: &mut [u64; BLOCK]| sets_of(ids, top_k, sets))
+        }
     }
 }
 
@@ -164,28 +174,39 @@ fn sets_of<I: ExpertId, N: Number>(ids: &[I], top_k: usize, sets: &mut [N; BLOCK
     }
 }
 
-/// The rows of the bits of sums: of every token's `units`, `[words, ids]`, a number per id, 64 rows to a word. Sums
-/// must not carry from one word into the next.
+/// The rows of the bits of sums: of every token's `units`, `[words, ids]`, a number per id, 64 bits to a word. Sums
+/// must not carry from one word into the next. `columns` says which row a bit is, [`NONE`] for a bit that is unused.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vbmi+avx2+bmi2",
     "x86_64+avx2+bmi2"
 ))]
-pub(super) fn rows_of_sums<I: ExpertId>(ids: &[I], top_k: usize, size: usize, units: &[u64]) -> Vec<u64> {
+pub(super) fn rows_of_sums<I: ExpertId>(
+    ids: &[I],
+    top_k: usize,
+    size: usize,
+    units: &[u64],
+    columns: &[usize],
+) -> Vec<u64> {
     // Of constant size: an index below it needs no check.
-    let mut of_word = vec![[0; IDS]; size.div_ceil(64)];
-    for (table, units) in of_word.iter_mut().zip(units.chunks_exact(units.len() / size.div_ceil(64))) {
+    let mut of_word = vec![[0; IDS]; columns.len().div_ceil(64)];
+    for (table, units) in of_word.iter_mut().zip(units.chunks_exact(units.len() / columns.len().div_ceil(64)))
+    {
         table[..units.len()].copy_from_slice(units);
     }
     match size {
         0..=8 => {
             let table = of_word[0].map(|unit| unit as u8);
-            rows_with(ids, top_k, size, |_, ids, sums: &mut [u8; BLOCK]| sums_of(ids, top_k, &table, sums))
+            rows_with(ids, top_k, size, columns, |_, ids, sums: &mut [u8; BLOCK]| {
+                sums_of(ids, top_k, &table, sums);
+            })
         }
         9..=32 => {
             let table = of_word[0].map(|unit| unit as u32);
-            rows_with(ids, top_k, size, |_, ids, sums: &mut [u32; BLOCK]| sums_of(ids, top_k, &table, sums))
+            rows_with(ids, top_k, size, columns, |_, ids, sums: &mut [u32; BLOCK]| {
+                sums_of(ids, top_k, &table, sums);
+            })
         }
-        _ => rows_with(ids, top_k, size, |word, ids, sums: &mut [u64; BLOCK]| {
+        _ => rows_with(ids, top_k, size, columns, |word, ids, sums: &mut [u64; BLOCK]| {
             sums_of(ids, top_k, &of_word[word], sums);
         }),
     }
@@ -223,19 +244,22 @@ fn rows_with<I: ExpertId, N: Number>(
     ids: &[I],
     top_k: usize,
     size: usize,
+    columns: &[usize],
     fill: impl Fn(usize, &[I], &mut [N; BLOCK]),
 ) -> Vec<u64> {
     let width = padded(size);
     let lanes = BLOCK / N::BITS;
     let mut rows = vec![0; ids.len().div_ceil(BLOCK * top_k) * WORDS * width];
     for (ids, rows) in ids.chunks(BLOCK * top_k).zip(rows.chunks_exact_mut(WORDS * width)) {
-        for first in (0..size).step_by(N::BITS) {
+        for (word, columns) in columns.chunks(N::BITS).enumerate() {
             let mut numbers = [N::ZERO; BLOCK];
-            fill(first / N::BITS, ids, &mut numbers);
+            fill(word, ids, &mut numbers);
             transpose(&mut numbers);
-            for (row, lanes) in (first..size).zip(numbers.chunks_exact(lanes)) {
-                for (i, word) in N::words(lanes).into_iter().enumerate() {
-                    rows[i * width + row] = word;
+            for (&column, lanes) in columns.iter().zip(numbers.chunks_exact(lanes)) {
+                if column < size {
+                    for (i, word) in N::words(lanes).into_iter().enumerate() {
+                        rows[i * width + column] = word;
+                    }
                 }
             }
         }
@@ -286,11 +310,15 @@ pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, counts: &mut
     // Words whose rows, left and right, stay in the first-level cache.
     const TOGETHER: usize = 32;
     let width = padded(size);
+    let (in_left, in_right) = (used::<LEFT>(left, width), used::<RIGHT>(right, width));
     for (left, right) in left.chunks(TOGETHER * width).zip(right.chunks(TOGETHER * width)) {
         let (left, right) = (left.as_chunks::<LEFT>().0, right.as_chunks::<RIGHT>().0);
         // A tile of the table at a time: its sums stay in registers while all words go by.
         for e in 0..width / LEFT {
             for f in 0..width / RIGHT {
+                if !(in_left[e] && in_right[f]) {
+                    continue;
+                }
                 let mut sums = [[0u64; RIGHT]; LEFT];
                 let lefts = left[e..].iter().step_by(width / LEFT);
                 let rights = right[f..].iter().step_by(width / RIGHT);
@@ -309,4 +337,16 @@ pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, counts: &mut
             }
         }
     }
+}
+
+/// Which N neighbouring rows have a token at all: the upper bits of counts seldom do.
+#[inline(always)]
+fn used<const N: usize>(rows: &[u64], width: usize) -> Vec<bool> {
+    let mut any = vec![0; width];
+    for rows in rows.chunks_exact(width) {
+        for (any, row) in any.iter_mut().zip(rows) {
+            *any |= row;
+        }
+    }
+    any.as_chunks::<N>().0.iter().map(|rows| rows.iter().any(|&row| row != 0)).collect()
 }

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::Copies;
-use crate::pairs::{MOST_UNITS, Side};
+use crate::pairs::{MOST_UNITS, NO_UNIT, Side};
 use crate::trace::{ExpertId, Routing};
 
 /// Rows at the most: for more, counting pairs of slots is as fast or faster (measured: bench/RESULTS.md, Replay).
@@ -48,31 +48,35 @@ impl Planes {
     }
 
     /// The lowest bit of a device's count, 64 to a word.
-    fn column(&self, device: usize) -> usize {
+    fn bit(&self, device: usize) -> usize {
         device / self.per_word * 64 + device % self.per_word * self.bits
     }
 
+    /// Columns: the lowest bits of all devices' counts, then the next ones.
     pub(super) fn columns(&self) -> usize {
-        self.column(self.devices - 1) + self.bits
+        self.devices * self.bits
     }
 
-    /// The device of every column, and how much its bit is worth; bits that no count uses are worth nothing.
+    /// The device of every column, and how much its bit is worth.
     pub(super) fn weights(&self) -> Vec<(usize, u64)> {
-        let mut weights = vec![(0, 0); self.columns()];
-        for device in 0..self.devices {
-            for bit in 0..self.bits {
-                weights[self.column(device) + bit] = (device, 1 << bit);
-            }
+        (0..self.columns()).map(|column| (column % self.devices, 1 << (column / self.devices))).collect()
+    }
+
+    /// The column of every bit.
+    fn columns_of_bits(&self) -> Vec<usize> {
+        let mut columns = vec![NO_UNIT; self.bit(self.devices - 1) + self.bits];
+        for column in 0..self.columns() {
+            columns[self.bit(column % self.devices) + column / self.devices] = column;
         }
-        weights
+        columns
     }
 
     /// Takes the device of every id; gives `[words, ids]`.
     fn units_of(&self, device_of: &[usize]) -> Vec<u64> {
-        let mut units = vec![0; self.columns().div_ceil(64) * device_of.len()];
+        let mut units = vec![0; self.devices.div_ceil(self.per_word) * device_of.len()];
         for (id, &device) in device_of.iter().enumerate() {
-            let column = self.column(device);
-            units[column / 64 * device_of.len() + id] = 1 << (column % 64);
+            let bit = self.bit(device);
+            units[bit / 64 * device_of.len() + id] = 1 << (bit % 64);
         }
         units
     }
@@ -86,54 +90,52 @@ impl Planes {
         top_k: usize,
         first: u64,
     ) -> Side<u16> {
-        let (columns, units) = (self.columns(), &self.units[l]);
+        let (size, units, columns) = (self.columns(), &self.units[l], self.columns_of_bits());
         if copies.is_single(l) {
-            return Side::of_sums(ids, top_k, columns, units);
+            return Side::of_sums(ids, top_k, size, units, &columns);
         }
-        Side::of_sums(&copies.route(l, ids, top_k, first), top_k, columns, units)
+        Side::of_sums(&copies.route(l, ids, top_k, first), top_k, size, units, &columns)
     }
 
     /// Adds load and visits of devices and visits of nodes, one after the other, of some of the tokens.
     pub(super) fn count(&self, side: &Side<u16>, tokens: Range<usize>, copies: &Copies, counts: &mut [u64]) {
-        let lowest: Vec<usize> = (0..self.devices).map(|device| self.column(device)).collect();
         let (load, visits) = counts.split_at_mut(self.devices);
         let mut ones = vec![0; self.columns()];
-        count(side.words(tokens), &lowest, self.bits, &copies.node_of_device, &mut ones, visits);
-        for (&column, load) in lowest.iter().zip(load) {
-            *load += ones[column..column + self.bits].iter().rev().fold(0, |sum, ones| 2 * sum + ones);
+        count(side.words(tokens), &copies.node_of_device, &mut ones, visits);
+        for (bit, ones) in ones.chunks_exact(self.devices).enumerate() {
+            for (load, ones) in load.iter_mut().zip(ones) {
+                *load += ones << bit;
+            }
         }
     }
 }
 
-/// Adds the ones of every column, and visits of devices and nodes. `lowest` is the lowest column of every device's
-/// count, `rows` the columns of 64 tokens at a time, and which of the 64 are meant.
+/// Adds the ones of every column, and visits of devices and nodes. `rows` are the columns of 64 tokens at a time, and
+/// which of the 64 are meant.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vpopcntdq+avx2+bmi2+popcnt",
     "x86_64+avx2+bmi2+popcnt"
 ))]
 fn count<'a>(
     rows: impl Iterator<Item = (&'a [u64], u64)>,
-    lowest: &[usize],
-    bits: usize,
     node_of_device: &[u16],
     ones: &mut [u64],
     visits: &mut [u64],
 ) {
-    let devices = lowest.len();
+    let devices = node_of_device.len();
     // Which tokens visit a device or, behind them, a node.
     let mut visitors = vec![0u64; visits.len()];
     for (rows, within) in rows {
-        for (ones, row) in ones.iter_mut().zip(rows) {
-            *ones += u64::from((row & within).count_ones());
-        }
         visitors.fill(0);
-        for (device, &column) in lowest.iter().enumerate() {
-            let mut any = 0;
-            for row in &rows[column..column + bits] {
-                any |= row;
+        let (visitors_of_device, visitors_of_node) = visitors.split_at_mut(devices);
+        for (ones, rows) in ones.chunks_exact_mut(devices).zip(rows.chunks_exact(devices)) {
+            for ((ones, row), any) in ones.iter_mut().zip(rows).zip(&mut *visitors_of_device) {
+                *ones += u64::from((row & within).count_ones());
+                *any |= row & within;
             }
-            visitors[device] = any & within;
-            visitors[devices + usize::from(node_of_device[device])] |= any & within;
+        }
+        for (any, &node) in visitors_of_device.iter().zip(node_of_device) {
+            visitors_of_node[usize::from(node)] |= any;
         }
         for (visits, visitors) in visits.iter_mut().zip(&visitors) {
             *visits += u64::from(visitors.count_ones());

@@ -60,11 +60,11 @@ impl Control {
         self.deadline
     }
 
-    fn stopped(&self) -> bool {
+    pub(crate) fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed) || self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }
 
-    fn count(&self, trials: u64) {
+    pub(crate) fn count(&self, trials: u64) {
         self.trials.fetch_add(trials, Ordering::Relaxed);
     }
 

@@ -9,7 +9,18 @@ from collections.abc import Sequence
 import click
 
 from moetuner import __version__
-from moetuner.cli import audit, compare, convert, demo, evaluate, export, inspect, solve, verify
+from moetuner.cli import (
+    audit,
+    collect,
+    compare,
+    convert,
+    demo,
+    evaluate,
+    export,
+    inspect,
+    solve,
+    verify,
+)
 
 WRONG = 2
 INTERRUPTED = 130
@@ -25,7 +36,7 @@ def moetuner() -> None:
     """
 
 
-for _module in (demo, inspect, convert, solve, evaluate, audit, compare, export, verify):
+for _module in (demo, collect, inspect, convert, solve, evaluate, audit, compare, export, verify):
     moetuner.add_command(_module.command)
 
 

@@ -1,0 +1,188 @@
+"""Running texts through a model of transformers, and recording how it routes them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetuner.torch.capture import UNNAMED, capture
+from moetuner.trace import RoutingTrace
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One document and the group that it belongs to, if any."""
+
+    text: str
+    group: str | None
+
+
+def read_texts(path: str | Path) -> Iterator[Text]:
+    """Give the texts of a file: one per line, or JSON objects with "text" and perhaps "group".
+
+    The first line tells which: JSON lines begin with a brace. Empty lines and texts are left out.
+
+    Raises
+    ------
+    ValueError
+        Naming the file and line, if it is not UTF-8 or not such an object.
+    OSError
+        If it cannot be read.
+    """
+    is_json: bool | None = None
+    with Path(path).open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: line {number} must be UTF-8: {error.reason}") from None
+            if not line:
+                continue
+            is_json = line.startswith("{") if is_json is None else is_json
+            found = _from_json(line, f"{path}: line {number}") if is_json else Text(line, None)
+            if found.text.strip():
+                yield found
+
+
+def collect(
+    model: str,
+    dataset: str | Path,
+    out: str | Path,
+    *,
+    max_tokens: int = 100_000,
+    batch_size: int = 8,
+    sequence_length: int = 1024,
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> RoutingTrace:
+    """Record the routing of texts by a model of transformers.
+
+    Parameters
+    ----------
+    model
+        Folder of the model and its tokenizer, or their name on the hub.
+    dataset
+        Texts, as ``read_texts`` reads them.
+    out
+        Trace to write, ending in ``.safetensors``.
+    max_tokens
+        Tokens after which to stop.
+    batch_size
+        Texts that run at once.
+    sequence_length
+        Tokens after which a text is cut.
+    dtype
+        Of the weights: one of "auto" (as they are stored), "float32", "bfloat16", "float16".
+    device
+        Where to run; "auto" spreads the model over all that there is. CUDA if present, by default.
+    progress
+        Called with the number of tokens after every batch.
+
+    Raises
+    ------
+    ImportError
+        If transformers is missing.
+    ValueError
+        If the model has no MoE layers, or the dataset no texts.
+    OSError
+        If model, tokenizer or dataset cannot be read.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("collecting needs transformers: pip install transformers") from None
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    library: Any = transformers
+    library.utils.logging.disable_progress_bar()
+    batches = _batches(read_texts(dataset), batch_size)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError(f"{dataset}: must hold at least one text")
+    tokenizer = library.AutoTokenizer.from_pretrained(model)
+    network = _load(library, model, dtype, device)
+    where = next(network.parameters()).device
+    # Logits of every token would take more memory than the model's own work.
+    arguments = inspect.signature(network.forward).parameters
+    few = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
+    done = 0
+    with (
+        torch.inference_mode(),
+        capture(network, path=out, name=Path(model).resolve().name) as recorder,
+    ):
+        while first is not None and done < max_tokens:
+            rows, groups = [], []
+            for text in first:
+                ids = tokenizer(text.text)["input_ids"][: min(sequence_length, max_tokens - done)]
+                if ids:
+                    rows.append(ids)
+                    groups.append(text.group)
+                    done += len(ids)
+            if rows:
+                tokens, mask = _padded(rows)
+                with recorder.group([group or UNNAMED for group in groups]):
+                    network(
+                        input_ids=tokens.to(where),
+                        attention_mask=mask.to(where),
+                        use_cache=False,
+                        **few,
+                    )
+            if progress is not None:
+                progress(done)
+            first = next(batches, None)
+    return recorder.trace()
+
+
+def _from_json(line: str, where: str) -> Text:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where} must be a JSON object like the first, got {line!r:.40}")
+    text, group = fields.get("text"), fields.get("group")
+    if not isinstance(text, str) or not (group is None or isinstance(group, str)):
+        raise ValueError(
+            f'{where} must be an object with "text" and perhaps "group", both texts, '
+            f"got {line!r:.40}"
+        )
+    return Text(text, group)
+
+
+def _batches(texts: Iterator[Text], size: int) -> Iterator[list[Text]]:
+    batch: list[Text] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _load(library: Any, model: str, dtype: str, device: str | None) -> Any:
+    spread = {"device_map": "auto"} if device == "auto" else {}
+    network = library.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **spread)
+    if not spread:
+        network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return network.eval()
+
+
+def _padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask [batch,tokens] of texts that differ in length, padded on the right."""
+    length = max(map(len, rows))
+    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+    mask = torch.zeros(len(rows), length, dtype=torch.int64)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = 1
+    return tokens, mask

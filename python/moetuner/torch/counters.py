@@ -1,0 +1,299 @@
+"""RoutingCounters: statistics of routing, counted where the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moetuner._validation import experts_in, whole_number
+from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
+from moetuner.torch.pairs import add_ones, add_pairs
+from moetuner.torch.ranks import largest_on_ranks
+from moetuner.torch.routers import moe_layers, same_sizes
+from moetuner.torch.steps import Step, StepHooks
+
+
+class RoutingCounters:
+    """Counts load windows, transitions and co-activation on a device, without waiting for it.
+
+    The numbers are those of ``RoutingStatistics.from_trace`` on the same tokens. The device is
+    waited for in ``all_reduce`` and ``statistics`` alone.
+
+    Parameters
+    ----------
+    layers, experts, top_k
+        Sizes L, E and K.
+    window
+        Tokens per window of load; None counts all as one window. Windows add up to memory of
+        8*L*E bytes each until ``reset``.
+    transitions, coactivation
+        Whether to count these pairs.
+    device
+        Where to count: that of the expert ids.
+
+    Raises
+    ------
+    ValueError
+        If a size is wrong.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        top_k: int,
+        *,
+        window: int | None = None,
+        transitions: bool = True,
+        coactivation: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.layers = whole_number("layers", layers, highest=1 << 16)
+        self.experts = experts_in(experts)
+        self.top_k = whole_number("top_k", top_k, highest=self.experts)
+        self.window = None if window is None else whole_number("window", window)
+        self.device = torch.device(device)
+        self._counts_transitions = transitions
+        self._counts_coactivation = coactivation
+        self._hooks: StepHooks | None = None
+        self.reset()
+
+    @classmethod
+    def attach(
+        cls,
+        model: nn.Module,
+        *,
+        window: int | None = None,
+        transitions: bool = True,
+        coactivation: bool = True,
+        routers: Iterable[str | nn.Module] | None = None,
+    ) -> RoutingCounters:
+        """Make counters that count every forward pass of a model, without its padding.
+
+        They stop at ``detach``, or at the end of a ``with`` block.
+
+        Raises
+        ------
+        ValueError
+            If the model has no MoE layers, or they differ in experts or top-k.
+        """
+        layers = moe_layers(model, routers)
+        experts, top_k = same_sizes(layers)
+        weights = next(layers[0].router.parameters(), None)
+        counters = cls(
+            len(layers),
+            experts,
+            top_k,
+            window=window,
+            transitions=transitions,
+            coactivation=coactivation,
+            device="cpu" if weights is None else weights.device,
+        )
+        counters._hooks = StepHooks(model, layers, counters._step)
+        counters._hooks.attach()
+        return counters
+
+    def detach(self) -> None:
+        """Stop counting; the counts stay."""
+        if self._hooks is not None:
+            self._hooks.remove()
+
+    def __enter__(self) -> RoutingCounters:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def reset(self) -> None:
+        """Set all counts to zero."""
+        pairs = (self.experts, self.experts)
+        # Tensors born in inference mode could not be written outside it.
+        with torch.inference_mode(False):
+            self._load = self._zeros(1, self.layers, self.experts)
+            self._transitions = (
+                self._zeros(self.layers - 1, *pairs) if self._counts_transitions else None
+            )
+            self._coactivation = (
+                self._zeros(self.layers, *pairs) if self._counts_coactivation else None
+            )
+            self._tokens = self._zeros()
+            self._wrong = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._most_tokens = 0  # with padding: known without asking the device
+        self._ranks = 1
+
+    def update(self, expert_ids: Tensor, mask: Tensor | None = None) -> None:
+        """Count tokens.
+
+        Parameters
+        ----------
+        expert_ids
+            Expert ids [T,L,K], integers; an expert occurs at most once per token and layer. Ids
+            out of range are reported by ``statistics``.
+        mask
+            Tokens that count [T]; None counts all.
+
+        Raises
+        ------
+        ValueError
+            If shape, type or device is wrong.
+        """
+        sizes = (self.layers, self.top_k)
+        if expert_ids.dim() != 3 or expert_ids.shape[1:] != sizes or _is_no_integer(expert_ids):
+            raise ValueError(
+                f"expert_ids must be integers [tokens, {sizes[0]}, {sizes[1]}], got "
+                f"{expert_ids.dtype} {list(expert_ids.shape)}"
+            )
+        if mask is not None and mask.shape != expert_ids.shape[:1]:
+            raise ValueError(f"mask must be [{len(expert_ids)}], got {list(mask.shape)}")
+        for name, tensor in (("expert_ids", expert_ids), ("mask", mask)):
+            if tensor is not None and tensor.device.type != self.device.type:
+                raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
+        if not len(expert_ids):
+            return
+        # Autocast would round products, and so counts, to bfloat16.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            self._count(expert_ids.long(), None if mask is None else mask != 0)
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> RoutingCounters:
+        """Give the sum over all ranks of a process group; these counters stay as they are.
+
+        Window w of the sum is what all ranks together did in their window w: ranks in step with one
+        another wait for one another. Every rank must call it.
+
+        Raises
+        ------
+        ValueError
+            On every rank, if they differ in sizes, windows or pairs.
+        """
+        settings = {
+            "layers": self.layers,
+            "experts": self.experts,
+            "top_k": self.top_k,
+            "window": self.window or 0,
+            "transitions": int(self._counts_transitions),
+            "coactivation": int(self._counts_coactivation),
+        }
+        windows = largest_on_ranks(len(self._load), settings, self.device, group)
+        total = RoutingCounters(
+            self.layers,
+            self.experts,
+            self.top_k,
+            window=self.window,
+            transitions=self._counts_transitions,
+            coactivation=self._counts_coactivation,
+            device=self.device,
+        )
+        total._load = self._zeros(windows, self.layers, self.experts)
+        total._load[: len(self._load)] = self._load
+        total._tokens += self._tokens
+        total._wrong |= self._wrong
+        for ours, theirs in (
+            (total._transitions, self._transitions),
+            (total._coactivation, self._coactivation),
+        ):
+            if ours is not None and theirs is not None:
+                ours += theirs
+        wrong = total._wrong.long()
+        for table in (total._load, total._transitions, total._coactivation, total._tokens, wrong):
+            if table is not None and table.numel():
+                dist.all_reduce(table, dist.ReduceOp.SUM, group)
+        total._wrong = wrong > 0
+        total._ranks = dist.get_world_size(group) * self._ranks
+        return total
+
+    def statistics(self, *, model: str | None = None) -> RoutingStatistics:
+        """Copy the counts to the host; waits for the device.
+
+        Parameters
+        ----------
+        model
+            Name of the model, for people.
+
+        Raises
+        ------
+        ValueError
+            If an expert id was out of range, or a router gave NaN.
+        """
+        if self._hooks is not None:
+            self._hooks.check_scores()
+        if self._wrong.item():
+            raise ValueError(f"expert_ids must be from 0 to {self.experts - 1}, some were not")
+        return RoutingStatistics(
+            self._load[: self._windows()].cpu().numpy(),
+            None if self._transitions is None else self._transitions.cpu().numpy(),
+            None if self._coactivation is None else self._coactivation.cpu().numpy(),
+            window=None if self.window is None else self.window * self._ranks,
+            model=model,
+        )
+
+    def _windows(self) -> int:
+        """Windows that hold tokens, at least one."""
+        if self._ranks > 1 or self.window is None:
+            # After a sum the rank with the most windows decides, not the number of tokens.
+            held = self._load.sum(dim=(1, 2)).nonzero()
+            return int(held.max()) + 1 if held.numel() else 1
+        return max(1, -(-int(self._tokens) // self.window))
+
+    def _step(self, step: Step) -> None:
+        keep = step.batch.keep
+        self.update(step.ids, None if keep is None else keep.to(self.device, non_blocking=True))
+
+    def _count(self, ids: Tensor, keep: Tensor | None) -> None:
+        outside = (ids < 0) | (ids >= self.experts)
+        if keep is not None:
+            outside &= keep[:, None, None]
+        self._wrong |= outside.any()
+        ids = ids.clamp(0, self.experts - 1)
+        layer = torch.arange(self.layers, device=self.device)[None, :, None]
+        place = layer * self.experts + ids
+        if self.window is not None:
+            self._make_room(len(ids), self.window)
+            number = self._number(len(ids), keep).div(self.window, rounding_mode="floor")
+            place = place + number[:, None, None] * (self.layers * self.experts)
+        self._most_tokens += len(ids)
+        self._tokens += len(ids) if keep is None else keep.sum()
+        add_ones(self._load, place, keep)
+        if self._transitions is not None:
+            add_pairs(self._transitions, ids[:, :-1], ids[:, 1:], keep)
+        if self._coactivation is not None:
+            add_pairs(self._coactivation, ids, ids, keep)
+            self._coactivation.diagonal(dim1=1, dim2=2).zero_()
+
+    def _number(self, tokens: int, keep: Tensor | None) -> Tensor:
+        """Give every token its number among those that count [T]."""
+        if keep is None:
+            return torch.arange(tokens, device=self.device) + self._tokens
+        return (keep.cumsum(0) - 1).clamp(min=0) + self._tokens
+
+    def _make_room(self, tokens: int, window: int) -> None:
+        """Enlarge the windows of load for as many tokens as there may be."""
+        needed = -(-(self._most_tokens + tokens) // window)
+        have = len(self._load)
+        if needed <= have:
+            return
+        size = 8 * needed * self.layers * self.experts
+        if size > TABLE_LIMIT:
+            raise ValueError(
+                f"windows must fit {TABLE_LIMIT >> 30} GiB, got {size / 2**30:.0f} GiB for "
+                f"{needed} windows: read the statistics and reset the counters"
+            )
+        with torch.inference_mode(False):
+            load = self._zeros(max(needed, 2 * have), self.layers, self.experts)
+        load[:have] = self._load
+        self._load = load
+
+    def _zeros(self, *sizes: int) -> Tensor:
+        return torch.zeros(sizes, dtype=torch.int64, device=self.device)
+
+
+def _is_no_integer(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool

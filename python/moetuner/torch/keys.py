@@ -1,0 +1,150 @@
+"""Names of weights in checkpoints: which expert or router they belong to, and their new names.
+
+Covers the layouts of transformers and of the original checkpoints (one tensor per expert, or all
+experts stacked), and Megatron's (``local_experts.3``, ``linear_fc1.weight3``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.torch.order import ROUTER_NAMES, ROUTER_STATE, Order
+
+EXPERT = re.compile(
+    r"(?P<head>(?P<block>.+)\.experts\.(?:local_experts\.)?)(?P<expert>\d+)(?P<tail>\..+)"
+    r"|(?P<head2>(?P<block2>.+)\.experts\.linear_fc[12]\.(?:weight|bias))(?P<expert2>\d+)"
+)
+STACKED = re.compile(r"(?P<block>.+)\.experts\.(?P<rest>.+)")
+LAYER = re.compile(r"layers?\.(\d+)\.")
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Move:
+    """What becomes of a tensor: its new name, and its rows' order [E] if they change places."""
+
+    name: str
+    block: str | None = None
+    order: NDArray[np.int64] | None = None
+    is_router: bool = False
+
+
+def plan(
+    shapes: Mapping[str, Shape], order: Order, num_hidden_layers: int | None
+) -> dict[str, Move]:
+    """Say what becomes of every tensor of a checkpoint.
+
+    Parameters
+    ----------
+    shapes
+        Shape of each tensor by its name.
+    order
+        Old expert at every new position [L,E].
+    num_hidden_layers
+        Layers of the model, dense ones included; what a checkpoint holds beyond them (multi-token
+        prediction) keeps its order if the placement does not speak of it.
+
+    Raises
+    ------
+    ValueError
+        If layers or experts are not those of the order, or a tensor fits no known layout.
+    """
+    parsed = {name: parts for name in shapes if (parts := _expert(name)) is not None}
+    stacked = {
+        name: match["block"]
+        for name in shapes
+        if name not in parsed and (match := STACKED.fullmatch(name)) is not None
+    }
+    named = {block for _, block, _, _ in parsed.values()} | set(stacked.values())
+    blocks = _blocks(named, len(order), num_hidden_layers)
+    row = {block: number for number, block in enumerate(blocks)}
+    new_of = np.argsort(order, axis=1)
+    experts = order.shape[1]
+    moves: dict[str, Move] = {}
+    numbers: dict[str, set[int]] = {}
+    for name, shape in shapes.items():
+        if name in parsed:
+            head, block, expert, tail = parsed[name]
+            numbers.setdefault(block, set()).add(expert)
+            new = int(new_of[row[block], expert]) if block in row and expert < experts else expert
+            moves[name] = Move(f"{head}{new}{tail}", block)
+        elif name in stacked:
+            block = stacked[name]
+            moves[name] = _stacked(name, shape, block, order[row[block]] if block in row else None)
+        else:
+            moves[name] = _router(name, shape, row, order)
+    for block in row:
+        held = numbers.get(block, set())
+        if held and held != set(range(experts)):
+            raise ValueError(
+                f"{block}: must have experts 0 to {experts - 1} as the placement has, got "
+                f"{len(held)} from {min(held)} to {max(held)}"
+            )
+        if not any(move.is_router and move.block == block for move in moves.values()):
+            raise ValueError(f"{block}: must have the weights of its router beside its experts")
+    return moves
+
+
+def _expert(name: str) -> tuple[str, str, int, str] | None:
+    """Split a name into what stands before the expert, its block, the expert, and the rest."""
+    found = EXPERT.fullmatch(name)
+    if found is None:
+        return None
+    if found["expert"] is not None:
+        return found["head"], found["block"], int(found["expert"]), found["tail"]
+    return found["head2"], found["block2"], int(found["expert2"]), ""
+
+
+def _blocks(found: set[str], layers: int, num_hidden_layers: int | None) -> list[str]:
+    """MoE blocks that the placement is about, in the order of layers."""
+
+    def number(block: str) -> int:
+        layer = LAYER.search(block + ".")
+        return int(layer[1]) if layer else 0
+
+    blocks = sorted(found, key=lambda block: (number(block), block))
+    if len(blocks) > layers:
+        limit = num_hidden_layers if num_hidden_layers is not None else 1 << 62
+        blocks = [b for b in blocks if number(b) < limit and "mtp." not in b]
+    if len(blocks) != layers:
+        raise ValueError(
+            f"placement must have as many layers as the checkpoint has MoE layers, {len(blocks)}, "
+            f"got {layers}"
+        )
+    return blocks
+
+
+def _stacked(name: str, shape: Shape, block: str, order: NDArray[np.int64] | None) -> Move:
+    if order is None or shape in ((), (1,)):
+        return Move(name, block)
+    if shape[0] != len(order):
+        raise ValueError(
+            f"{name}: must be [{len(order)}, ..], experts first as in the placement, got "
+            f"{list(shape)}"
+        )
+    return Move(name, block, order)
+
+
+def _router(name: str, shape: Shape, row: Mapping[str, int], order: Order) -> Move:
+    parts = name.split(".")
+    block = next(
+        (b for n in range(len(parts) - 1) if (b := ".".join(parts[: -1 - n])) in row), None
+    )
+    if block is None:
+        return Move(name)
+    path = name[len(block) + 1 :].split(".")
+    if not (path[0] in ROUTER_NAMES or len(path) == 1) or any("norm" in part for part in path):
+        return Move(name)
+    experts = order.shape[1]
+    known = path[-1] in ROUTER_STATE and (shape[:1] == (experts,) or shape == (1, experts))
+    if not known and experts in shape:
+        raise ValueError(
+            f"{name}: {list(shape)} may depend on the order of experts in a way that is not known"
+        )
+    return Move(name, block, order[row[block]], is_router=True) if known else Move(name, block)

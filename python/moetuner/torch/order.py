@@ -1,0 +1,110 @@
+"""A placement as an order of experts: what engines with contiguous experts can be given.
+
+Such an engine puts experts 0 to E/D-1 on the first device, the next ones on the second and so on.
+Renumbering the experts, together with the router's rows, is then all that a placement needs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.placement import EMPTY, Placement
+
+Order = NDArray[np.int64]
+
+ROUTER_NAMES = ("gate", "router")
+
+# What a router may hold per expert; anything else with that size is not touched unseen.
+ROUTER_STATE = (
+    "weight",
+    "bias",
+    "e_score_correction_bias",
+    "expert_bias",
+    "per_expert_scale",
+)
+
+
+def order_of(placement: Placement) -> Order:
+    """Old expert at every new position [L,E]: device by device, ascending within a device.
+
+    Raises
+    ------
+    ValueError
+        If an expert has several copies, or devices hold unequal numbers of experts.
+    """
+    layers, devices, _ = placement.slots.shape
+    copies = placement.replicas
+    if (copies > 1).any():
+        layer, expert = np.argwhere(copies > 1)[0]
+        raise ValueError(
+            "placement must have one copy of each expert to become an order of experts, got "
+            f"{copies[layer, expert]} of expert {expert} in layer {layer}"
+        )
+    held = (placement.slots != EMPTY).sum(axis=2)
+    if (held * devices != placement.num_experts).any():
+        layer, device = np.argwhere(held * devices != placement.num_experts)[0]
+        raise ValueError(
+            f"placement must have {placement.num_experts}/{devices} experts on every device to "
+            f"become an order of experts, got {held[layer, device]} on device {device} in layer "
+            f"{layer}"
+        )
+    return np.argsort(placement.device_of, axis=1, kind="stable").reshape(layers, -1)
+
+
+def groups_chosen(groups: int | None, limit: int | None, method: object) -> int:
+    """Count the groups among which a router chooses first; 1 if all experts compete at once."""
+    if groups is None or method == "greedy" or (limit is not None and limit >= groups):
+        return 1
+    return groups
+
+
+def check_groups(order: NDArray[np.int64], groups: int, layer: str) -> None:
+    """Check that the order [E] keeps the router's groups of experts whole.
+
+    A group-limited router first chooses groups by their positions. If a run of positions held
+    experts of two groups, other groups would win, and other experts be chosen.
+
+    Raises
+    ------
+    ValueError
+        Naming the layer and the first run that mixes groups.
+    """
+    experts = len(order)
+    if groups == 1:
+        return
+    if experts % groups:
+        raise ValueError(f"{layer}: {groups} groups must divide {experts} experts")
+    size = experts // groups
+    for run, members in enumerate((order // size).reshape(groups, size)):
+        mixed = sorted(set(members.tolist()))
+        if len(mixed) > 1:
+            raise ValueError(
+                f"{layer}: its router chooses among {groups} groups of {size} experts first, so "
+                f"groups must stay whole, but positions {run * size} to {(run + 1) * size - 1} "
+                f"would hold experts of groups {mixed}"
+            )
+
+
+def check_ties(rows: list[bytes], layer: str) -> None:
+    """Check that no two experts have the same router state, given as bytes per expert.
+
+    Such experts always tie, and their numbers alone decide between them.
+
+    Raises
+    ------
+    ValueError
+        Naming the layer and two such experts.
+    """
+    first: dict[bytes, int] = {}
+    for expert, row in enumerate(rows):
+        if first.setdefault(row, expert) != expert:
+            raise ValueError(
+                f"{layer}: experts {first[row]} and {expert} have the same router rows, so their "
+                "order decides between them and must not change"
+            )
+
+
+def inverse_of(order: Order) -> Order:
+    """Order [L,E] that undoes another one."""
+    return np.argsort(order, axis=1)

@@ -1,0 +1,183 @@
+"""Finding the MoE layers of a model: their routers, their experts, and how many of them there are.
+
+No list of architectures: an MoE layer is a module with a child ``experts`` beside a child that
+routes. That is the shape of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek, GLM-4-MoE, gpt-oss and
+most others in transformers; what has another shape can be named by its router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from moetuner.torch.order import ROUTER_NAMES, groups_chosen
+
+SIZE_NAMES = ("num_experts", "n_routed_experts", "num_local_experts")
+TOP_K_NAMES = ("top_k", "num_experts_per_tok", "topk")
+GROUP_NAMES = ("num_group", "n_group")
+
+
+@dataclass(frozen=True, eq=False)
+class MoELayer:
+    """One MoE layer of a model.
+
+    Attributes
+    ----------
+    name
+        Dotted name of the router in the model.
+    block
+        The module that holds router and experts.
+    router
+        The module that chooses the experts.
+    experts
+        The module that holds their weights; None if the block has none of that name.
+    num_experts
+        Experts, E.
+    top_k
+        Experts per token, K.
+    expert_groups
+        Equal runs of experts among which the router chooses first, and then only within the chosen
+        runs; 1 if it chooses among all experts at once.
+    """
+
+    name: str
+    block: nn.Module
+    router: nn.Module
+    experts: nn.Module | None
+    num_experts: int
+    top_k: int
+    expert_groups: int
+
+
+def moe_layers(
+    model: nn.Module, routers: Iterable[str | nn.Module] | None = None
+) -> tuple[MoELayer, ...]:
+    """Find the MoE layers of a model, in the order of its modules.
+
+    Parameters
+    ----------
+    model
+        The model to look into.
+    routers
+        Routers to use, as modules of the model or their dotted names, in the order of the layers;
+        by default those that are found.
+
+    Raises
+    ------
+    ValueError
+        If there are none, one that is named is not in the model, or its sizes cannot be read.
+    """
+    modules = dict(model.named_modules())
+    if routers is None:
+        found = [name for name in modules if _is_router(name, modules)]
+        if not found:
+            raise ValueError(
+                f"model must have MoE layers, {type(model).__name__} has no module with 'experts' "
+                "and a router: name its routers in routers=[...]"
+            )
+    else:
+        found = [_name_of(router, modules) for router in routers]
+        if not found or len(set(found)) < len(found):
+            raise ValueError(f"routers must be at least one and differ, got {found}")
+    return tuple(_layer(name, modules) for name in found)
+
+
+def same_sizes(layers: tuple[MoELayer, ...]) -> tuple[int, int]:
+    """Give experts E and top-k K, which all layers must share.
+
+    Raises
+    ------
+    ValueError
+        Naming two layers that differ.
+    """
+    first = layers[0]
+    for layer in layers:
+        for what, ours, theirs in (
+            ("experts", first.num_experts, layer.num_experts),
+            ("top_k", first.top_k, layer.top_k),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"MoE layers must have the same {what}, got {ours} in {first.name} and "
+                    f"{theirs} in {layer.name}: name the routers to use in routers=[...]"
+                )
+    return first.num_experts, first.top_k
+
+
+def chosen(output: object) -> tuple[Tensor, Tensor | None] | None:
+    """Pick expert ids [T,K] and their weights [T,K] out of what a router returned.
+
+    The ids are the one matrix of integers, wherever it stands: transformers puts it last, models
+    that bring their own code often first. None if there is no such matrix.
+    """
+    parts = output if isinstance(output, (tuple, list)) else (output,)
+    tensors = [part for part in parts if isinstance(part, Tensor) and part.dim() >= 2]
+    integers = [t for t in tensors if not t.is_floating_point() and t.element_size() > 1]
+    if len(integers) != 1:
+        return None
+    ids = integers[0]
+    weights = (t for t in tensors if t.is_floating_point() and t.shape == ids.shape)
+    return ids, next(weights, None)
+
+
+def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:
+    parent, _, own = name.rpartition(".")
+    if not name or f"{parent}.experts".removeprefix(".") not in modules:
+        return False
+    if type(modules[name]).__name__.endswith("Router"):
+        return True
+    # A block may have both a router and some other gate, for instance of its shared expert.
+    siblings = (f"{parent}.{other}".removeprefix(".") for other in ROUTER_NAMES)
+    routed = any(type(modules.get(s)).__name__.endswith("Router") for s in siblings)
+    return own in ROUTER_NAMES and not routed
+
+
+def _name_of(router: str | nn.Module, modules: dict[str, nn.Module]) -> str:
+    if isinstance(router, str):
+        if router not in modules:
+            raise ValueError(f"routers must be modules of the model, got {router!r}")
+        return router
+    for name, module in modules.items():
+        if module is router:
+            return name
+    raise ValueError(f"routers must be modules of the model, got {type(router).__name__}")
+
+
+def _layer(name: str, modules: dict[str, nn.Module]) -> MoELayer:
+    router, block = modules[name], modules[name.rpartition(".")[0]]
+    experts = modules.get(f"{name.rpartition('.')[0]}.experts".removeprefix("."))
+    holders = [module for module in (router, experts, block) if module is not None]
+    size = _number(holders, SIZE_NAMES)
+    weight = getattr(router, "weight", None)
+    if size is None and isinstance(experts, nn.ModuleList):
+        size = len(experts)
+    if size is None and isinstance(weight, Tensor) and weight.dim() == 2:
+        size = weight.shape[0]
+    config = [module.config for module in holders if hasattr(module, "config")]
+    top_k = _number([*holders, *config], TOP_K_NAMES)
+    if size is None or top_k is None:
+        missing, names = ("experts", SIZE_NAMES) if size is None else ("top-k", TOP_K_NAMES)
+        raise ValueError(
+            f"{name}: the number of {missing} must be an attribute {' or '.join(names)} of the "
+            f"router or its block, {type(router).__name__} has none"
+        )
+    return MoELayer(name, block, router, experts, size, top_k, _expert_groups(router))
+
+
+def _expert_groups(router: nn.Module) -> int:
+    return groups_chosen(
+        _number([router], GROUP_NAMES),
+        _number([router], ("topk_group",)),
+        getattr(router, "topk_method", None),
+    )
+
+
+def _number(holders: Iterable[object], names: Iterable[str]) -> int | None:
+    for holder in holders:
+        for name in names:
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None

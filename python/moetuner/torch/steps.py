@@ -1,0 +1,177 @@
+"""Hooks on a model's routers: each forward pass becomes one step of expert ids on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from moetuner.torch.batch import Batch, batch_of
+from moetuner.torch.routers import MoELayer, chosen, same_sizes
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What the routers chose in one forward pass.
+
+    Attributes
+    ----------
+    ids
+        Expert ids [T,L,K], uint8 or uint16, on the device; overwritten by the next step.
+    batch
+        The tokens; those of padding have ids as well.
+    output
+        What the model returned.
+    """
+
+    ids: Tensor
+    batch: Batch
+    output: Any
+
+
+@dataclass(frozen=True, eq=False)
+class _Room:
+    """Where the routers of a step write [T,L,K]; scores stay zero where a router gives none."""
+
+    ids: Tensor
+    scores: Tensor
+
+
+class StepHooks:
+    """Collects the choices of all routers and hands them over after each forward pass.
+
+    Nothing here waits for the device: sizes are known on the host, and whether a router gave NaN is
+    kept in a flag on the device until ``check_scores`` asks for it.
+
+    Parameters
+    ----------
+    model
+        The module that is called; its forward pass is one step.
+    layers
+        Its MoE layers.
+    receive
+        Called with every step.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: tuple[MoELayer, ...], receive: Callable[[Step], None]
+    ) -> None:
+        self.num_experts, self.top_k = same_sizes(layers)
+        self.attention_mask: Tensor | None = None
+        self._model = model
+        self._layers = layers
+        self._receive = receive
+        self._handles: list[RemovableHandle] = []
+        self._batch: Batch | None = None
+        self._seen: set[int] = set()
+        self._steps = 0
+        self._room: _Room | None = None
+        self._nan: Tensor | None = None
+
+    def attach(self) -> None:
+        """Start to listen."""
+        self._handles = [
+            self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self._model.register_forward_hook(self._end),
+        ]
+        for number, layer in enumerate(self._layers):
+            self._handles.append(layer.router.register_forward_hook(self._listener(number)))
+
+    def remove(self) -> None:
+        """Stop to listen; the model is as it was before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def check_scores(self) -> None:
+        """Wait for the device and look whether all routers gave numbers.
+
+        Raises
+        ------
+        ValueError
+            Naming the first layer whose router gave NaN for a token that is not padding.
+        """
+        if self._nan is not None and (wrong := self._nan.nonzero()).numel():
+            number = int(wrong[0])
+            raise ValueError(
+                f"router scores must be numbers, got NaN in layer {number} "
+                f"({self._layers[number].name})"
+            )
+
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A pass that failed half-way has left its layers behind.
+        self._seen.clear()
+        self._batch = batch_of(self._model, args, kwargs, self.attention_mask)
+
+    def _listener(self, number: int) -> Callable[[nn.Module, Any, Any], None]:
+        def listen(_: nn.Module, _inputs: Any, output: Any) -> None:
+            with torch.no_grad():
+                self._routed(number, output)
+
+        return listen
+
+    def _routed(self, number: int, output: Any) -> None:
+        batch, name = self._batch, self._layers[number].name
+        if batch is None:
+            if self._steps:  # a recomputation in the backward pass chooses what was chosen before
+                return
+            raise ValueError(
+                f"{name} ran outside a forward pass of {type(self._model).__name__}: "
+                "the model given must be the module that is called"
+            )
+        found = chosen(output)
+        if found is None:
+            raise ValueError(
+                f"{name}: a router must return expert ids [tokens, top_k] as integers, "
+                f"{type(self._layers[number].router).__name__} does not"
+            )
+        ids, scores = found
+        if ids.flatten(0, -2).shape != (batch.tokens, self.top_k):
+            raise ValueError(
+                f"{name}: expert ids must be [{batch.tokens}, {self.top_k}], [tokens, top_k] as "
+                f"the forward pass was called, got {list(ids.shape)}"
+            )
+        room = self._room_for(batch.tokens, ids.device)
+        room.ids[: batch.tokens, number].copy_(ids.flatten(0, -2), non_blocking=True)
+        if scores is not None:
+            room.scores[: batch.tokens, number].copy_(scores.flatten(0, -2), non_blocking=True)
+        self._seen.add(number)
+
+    def _room_for(self, tokens: int, device: torch.device) -> _Room:
+        """Give room for a step, on the device of the first router."""
+        if self._room is None or len(self._room.ids) < tokens:
+            device = device if self._room is None else self._room.ids.device
+            dtype = torch.uint8 if self.num_experts <= 256 else torch.uint16
+            sizes = (tokens, len(self._layers), self.top_k)
+            # Tensors born in inference mode could not be written outside it.
+            with torch.inference_mode(False):
+                self._room = _Room(
+                    torch.zeros(sizes, dtype=dtype, device=device),
+                    torch.zeros(sizes, dtype=torch.float32, device=device),
+                )
+                if self._nan is None:
+                    self._nan = torch.zeros(len(self._layers), dtype=torch.bool, device=device)
+        return self._room
+
+    def _end(self, _: nn.Module, _args: Any, output: Any) -> None:
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return
+        missing = [n for n in range(len(self._layers)) if n not in self._seen]
+        if missing:
+            raise ValueError(
+                f"every router must run in a forward pass, {self._layers[missing[0]].name} did not"
+            )
+        self._steps += 1
+        if self._room is None or self._nan is None:
+            return
+        with torch.no_grad():
+            wrong = self._room.scores[: batch.tokens].isnan().any(-1)
+            if batch.keep is not None:
+                wrong &= batch.keep.to(wrong.device, non_blocking=True)[:, None]
+            self._nan |= wrong.any(0)
+            self._receive(Step(self._room.ids[: batch.tokens], batch, output))

@@ -1,0 +1,183 @@
+//! The balance term: over windows, how long the slowest device takes, which all others wait for.
+//!
+//! Loads are whole numbers kept as `f32`, scaled so that a window's total stays below 2^22, where sums are exact. The
+//! loads of devices are therefore a function of the placement alone, whatever moves led to it, on any machine. The scale is
+//! the only loss: every part of a load is off by at most one unit, 2^-22 of the heaviest window's total.
+
+use super::measure::Measure;
+use super::{Contents, Layer, Move};
+
+/// Vectors are whole.
+pub(super) const LANES: usize = 16;
+const LARGEST_TOTAL: f64 = (1 << 22) as f64;
+
+/// Loads of experts in windows, weighted and scaled.
+#[derive(Debug, Clone)]
+pub struct Windows {
+    /// Windows, rounded up to full vectors.
+    pub(super) width: usize,
+    /// `[E, width]`, whole numbers.
+    load: Vec<f32>,
+    /// Units per weighted token.
+    pub scale: f64,
+    /// Order of the norm over devices that stands for the maximum: 4, 8, 16, or 0 for the maximum itself.
+    pub norm: u32,
+}
+
+impl Windows {
+    /// Takes loads `[W, E]` and the weight of every window `[W]`.
+    #[must_use]
+    pub fn new(load: &[f64], weight: &[f64], experts: usize, norm: u32) -> Self {
+        let width = weight.len().next_multiple_of(LANES).max(LANES);
+        let totals = load.chunks_exact(experts).zip(weight).map(|(row, w)| row.iter().sum::<f64>() * w);
+        let heaviest = totals.fold(0.0, f64::max);
+        let scale = if heaviest > 0.0 { (LARGEST_TOTAL - 1.0) / heaviest } else { 1.0 };
+        let mut scaled = vec![0.0; experts * width];
+        for (w, (row, weight)) in load.chunks_exact(experts).zip(weight).enumerate() {
+            for (e, &tokens) in row.iter().enumerate() {
+                // Down, so that the total keeps its bound.
+                scaled[e * width + w] = libm::floor(tokens * weight * scale) as f32;
+            }
+        }
+        Self { width, load: scaled, scale, norm }
+    }
+
+    /// Load of an expert in all windows.
+    pub(super) fn of(&self, expert: u16) -> &[f32] {
+        &self.load[usize::from(expert) * self.width..][..self.width]
+    }
+
+    /// Load of every expert over all windows `[E]`.
+    #[must_use]
+    pub fn totals(&self) -> Vec<f64> {
+        self.load.chunks_exact(self.width).map(|row| row.iter().map(|&load| f64::from(load)).sum()).collect()
+    }
+}
+
+/// Loads of devices, and what they cost.
+#[derive(Debug, Clone)]
+pub(crate) struct Balance {
+    width: usize,
+    /// `[D, width]`.
+    load: Vec<f32>,
+    measure: Measure,
+    /// Loads of the devices that a move touches, `[touched, width]`.
+    rows: Vec<f32>,
+    touched: Vec<u16>,
+    after: Vec<u16>,
+}
+
+impl Balance {
+    pub(crate) fn new(layer: &Layer, contents: &Contents) -> Self {
+        let (d, width) = (layer.devices(), layer.windows.width);
+        let mut load = vec![0.0; d * width];
+        for e in 0..layer.experts as u16 {
+            let devices = contents.devices(e);
+            for &device in devices {
+                let row = &mut load[usize::from(device) * width..][..width];
+                add(row, layer.windows.of(e), layer.part(devices, device));
+            }
+        }
+        let mut totals = vec![0.0; width];
+        for e in 0..layer.experts as u16 {
+            add(&mut totals, layer.windows.of(e), 1.0);
+        }
+        let measure = Measure::new(layer.windows.norm, &load, &totals);
+        let rows = vec![0.0; d * width];
+        Self { width, load, measure, rows, touched: Vec::new(), after: Vec::new() }
+    }
+
+    /// Of the placement as it stands.
+    pub(crate) fn cost(&self) -> f64 {
+        self.measure.cost()
+    }
+
+    /// What a move would add to the cost.
+    pub(crate) fn change(&mut self, layer: &Layer, contents: &Contents, step: Move) -> f64 {
+        self.stage(layer, contents, step);
+        self.measure.change(&self.load, &self.rows, &self.touched)
+    }
+
+    /// Follows a move; `contents` are those before it.
+    pub(crate) fn apply(&mut self, layer: &Layer, contents: &Contents, step: Move) {
+        self.stage(layer, contents, step);
+        let width = self.width;
+        for (row, &device) in self.rows.chunks_exact(width).zip(&self.touched) {
+            let device = usize::from(device);
+            self.load[device * width..][..width].copy_from_slice(row);
+        }
+        self.measure.follow(&self.load, &self.touched);
+    }
+
+    /// Puts the loads of all devices that a move touches into `rows`.
+    fn stage(&mut self, layer: &Layer, contents: &Contents, step: Move) {
+        self.touched.clear();
+        let mut after = std::mem::take(&mut self.after);
+        for edit in contents.edits(step) {
+            let before = contents.devices(edit.expert);
+            after.clear();
+            after.extend(edit.after(before));
+            let load = layer.windows.of(edit.expert);
+            for &device in before {
+                let (old, new) =
+                    (layer.part(before, device), after.contains(&device).then(|| layer.part(&after, device)));
+                if new != Some(old) {
+                    subtract(self.row(device), load, old);
+                    if let Some(new) = new {
+                        add(self.row(device), load, new);
+                    }
+                }
+            }
+            if let Some(to) = edit.to {
+                add(self.row(to), load, layer.part(&after, to));
+            }
+        }
+        self.after = after;
+    }
+
+    /// The row of a touched device, begun with its load.
+    fn row(&mut self, device: u16) -> &mut [f32] {
+        let width = self.width;
+        let at = self.touched.iter().position(|&touched| touched == device).unwrap_or_else(|| {
+            let at = self.touched.len();
+            self.touched.push(device);
+            let load = &self.load[usize::from(device) * width..][..width];
+            self.rows[at * width..][..width].copy_from_slice(load);
+            at
+        });
+        &mut self.rows[at * width..][..width]
+    }
+}
+
+/// Rounds to a whole number what is below 2^22: added to 1.5 * 2^23, nothing else fits the mantissa.
+#[inline(always)]
+fn whole(x: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0;
+    (x + MAGIC) - MAGIC
+}
+
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn add(to: &mut [f32], load: &[f32], part: f32) {
+    for (to, &load) in to.iter_mut().zip(load) {
+        *to += whole(load * part);
+    }
+}
+
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn subtract(to: &mut [f32], load: &[f32], part: f32) {
+    for (to, &load) in to.iter_mut().zip(load) {
+        *to -= whole(load * part);
+    }
+}
+
+/// Sum in an order of additions that no instruction set changes; exact, as values are whole.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+pub(super) fn sum(values: &[f32]) -> f64 {
+    let mut sums = [0.0f64; LANES];
+    for chunk in values.chunks_exact(LANES) {
+        for lane in 0..LANES {
+            sums[lane] += f64::from(chunk[lane]);
+        }
+    }
+    sums.iter().sum()
+}

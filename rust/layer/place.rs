@@ -1,0 +1,104 @@
+//! Places all layers: each on its own where nothing joins them, in turns where transitions do.
+
+use rayon::prelude::*;
+
+use super::search::{Effort, search};
+use super::{Contents, Layer};
+use crate::random::Random;
+use crate::search::Control;
+
+/// What joins neighbouring layers.
+#[derive(Debug, Clone, Copy)]
+pub struct Links<'a> {
+    /// Transitions `[L - 1, E, E]`; empty where nothing joins the layers.
+    pub transitions: &'a [u64],
+    /// Cost of a transition between devices `[D, D]`, in the unit of each layer's balance when multiplied by its scale.
+    pub cost: &'a [f64],
+}
+
+/// Anneals every layer from its start; with links, layer after layer given its neighbours, `rounds` times.
+///
+/// One seed gives one answer on any number of threads: every layer has its own random stream, and layers that are
+/// searched at once are no neighbours.
+#[must_use]
+pub fn place(
+    layers: &mut [Layer],
+    start: Vec<Contents>,
+    links: Links<'_>,
+    effort: Effort,
+    rounds: u64,
+    seed: u64,
+    control: &Control,
+) -> Vec<Contents> {
+    let n = layers.len() as u64;
+    if links.transitions.is_empty() {
+        return layers
+            .par_iter()
+            .zip(start)
+            .enumerate()
+            .map(|(l, (layer, start))| {
+                search(layer, start, effort, &mut Random::new(seed, l as u64), control).1
+            })
+            .collect();
+    }
+    let mut now = start;
+    for round in 0..rounds {
+        for parity in 0..2 {
+            if control.stopped() {
+                return now;
+            }
+            let turn: Vec<usize> = (parity..layers.len()).step_by(2).collect();
+            for &l in &turn {
+                layers[l].serve = prices(layers, &now, links, l);
+            }
+            let found: Vec<Contents> = turn
+                .par_iter()
+                .map(|&l| {
+                    let mut random = Random::new(seed, (round + 1) * n + l as u64);
+                    search(&layers[l], now[l].clone(), effort, &mut random, control).1
+                })
+                .collect();
+            for (l, contents) in turn.into_iter().zip(found) {
+                now[l] = contents;
+            }
+        }
+    }
+    now
+}
+
+/// What serving an expert of layer `l` costs on a device `[E, D]`, given where the neighbours' experts are: copies of
+/// those take equal parts.
+fn prices(layers: &[Layer], now: &[Contents], links: Links<'_>, l: usize) -> Vec<f64> {
+    let (e, d) = (layers[l].experts, layers[l].devices());
+    let table = e * e;
+    // Tokens between every expert and the devices of a neighbour.
+    let mut tokens = vec![0.0; e * d];
+    let mut meet = |expert: usize, devices: &[u16], count: u64| {
+        if count > 0 {
+            for &device in devices {
+                tokens[expert * d + usize::from(device)] += count as f64 / devices.len() as f64;
+            }
+        }
+    };
+    for x in 0..e {
+        if l > 0 {
+            for y in 0..e {
+                meet(x, now[l - 1].devices(y as u16), links.transitions[(l - 1) * table + y * e + x]);
+            }
+        }
+        if l + 1 < layers.len() {
+            for y in 0..e {
+                meet(x, now[l + 1].devices(y as u16), links.transitions[l * table + x * e + y]);
+            }
+        }
+    }
+    let scale = layers[l].windows.scale;
+    let mut prices = vec![0.0; e * d];
+    for (price, tokens) in prices.chunks_exact_mut(d).zip(tokens.chunks_exact(d)) {
+        for (device, price) in price.iter_mut().enumerate() {
+            let row = &links.cost[device * d..][..d];
+            *price = row.iter().zip(tokens).map(|(cost, tokens)| cost * tokens).sum::<f64>() * scale;
+        }
+    }
+    prices
+}

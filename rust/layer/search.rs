@@ -1,0 +1,186 @@
+//! Annealing of one layer by swaps and, where slots are to spare, by other copies.
+
+use super::balance::Balance;
+use super::caps::Caps;
+use super::{Contents, EMPTY, Layer, Move, linear};
+use crate::random::{Random, scale};
+use crate::search::Control;
+
+/// How much to search.
+#[derive(Debug, Clone, Copy)]
+pub struct Effort {
+    /// Trials.
+    pub trials: u64,
+    /// First and last temperature, in shares of the cost.
+    pub hot: f64,
+    /// See `hot`.
+    pub cold: f64,
+}
+
+/// Trials at one temperature, and between two looks at the clock.
+const BLOCK: u64 = 256;
+
+/// The terms of a layer's cost, for the contents as they stand.
+#[derive(Debug)]
+struct Terms {
+    balance: Balance,
+    caps: Caps,
+    /// Of [`linear`].
+    linear: f64,
+}
+
+impl Terms {
+    fn new(layer: &Layer, contents: &Contents) -> Self {
+        Self {
+            balance: Balance::new(layer, contents),
+            caps: Caps::new(layer, contents),
+            linear: linear::cost(layer, contents),
+        }
+    }
+
+    fn cost(&self) -> f64 {
+        self.balance.cost() + self.linear
+    }
+
+    /// What a move would add to the cost; nothing if it breaks the cap.
+    fn change(&mut self, layer: &Layer, contents: &Contents, step: Move) -> Option<f64> {
+        let allowed = self.caps.allows(layer, contents, step);
+        allowed.then(|| self.balance.change(layer, contents, step) + linear::change(layer, contents, step))
+    }
+
+    /// Follows a move; `contents` are those before it.
+    fn apply(&mut self, layer: &Layer, contents: &Contents, step: Move) {
+        self.caps.apply(layer, contents, step);
+        self.linear += linear::change(layer, contents, step);
+        self.balance.apply(layer, contents, step);
+    }
+}
+
+/// Anneals a layer from `start`; the best contents found, and their cost.
+#[must_use]
+pub(super) fn search(
+    layer: &Layer,
+    start: Contents,
+    effort: Effort,
+    random: &mut Random,
+    control: &Control,
+) -> (f64, Contents) {
+    let mut contents = start;
+    let mut terms = Terms::new(layer, &contents);
+    let mut best = (terms.cost(), contents.clone());
+    let slots = layer.slots();
+    let spare = slots > layer.experts;
+    let blocks = effort.trials.div_ceil(BLOCK);
+    let cooling = libm::pow(effort.cold / effort.hot, 1.0 / blocks.max(1) as f64);
+    let mut temperature = effort.hot * best.0;
+    for _ in 0..blocks {
+        if control.stopped() {
+            break;
+        }
+        control.count(BLOCK);
+        for _ in 0..BLOCK {
+            let bits = random.bits();
+            let (p, other) = (scale(bits >> 32, slots), random.bits() >> 32);
+            let step = if spare && bits.is_multiple_of(8) {
+                // An empty slot is as good a content as any expert.
+                let e = scale(other, layer.experts + 1);
+                Move::Put(p, if e == layer.experts { EMPTY } else { e as u16 })
+            } else {
+                Move::Swap(p, scale(other, slots))
+            };
+            if !contents.allows(layer, step) {
+                continue;
+            }
+            let Some(change) = terms.change(layer, &contents, step) else { continue };
+            let uniform = ((random.bits() >> 40) as f64 + 0.5) / (1u64 << 24) as f64;
+            if change <= -temperature * libm::log(uniform) {
+                terms.apply(layer, &contents, step);
+                contents.apply(layer, step);
+                if terms.cost() < best.0 {
+                    best = (terms.cost(), contents.clone());
+                }
+            }
+        }
+        temperature *= cooling;
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::balance::Windows;
+    use crate::layer::{Split, replicate::replicate};
+    use proptest::prelude::*;
+
+    fn layer(random: &mut Random, experts: usize, devices: usize, norm: u32, nearest: bool) -> Layer {
+        let windows = 1 + random.below(20);
+        let load: Vec<f64> = (0..windows * experts).map(|_| random.below(100) as f64).collect();
+        let weight: Vec<f64> = (0..windows).map(|_| 1.0 + random.below(3) as f64).collect();
+        let mut room = vec![experts.div_ceil(devices); devices];
+        for _ in 0..random.below(4) {
+            room[random.below(devices)] += 1;
+        }
+        let random_costs = |random: &mut Random| -> Vec<f64> {
+            (0..experts * devices).map(|_| random.below(1000) as f64).collect()
+        };
+        Layer {
+            experts,
+            room,
+            node: (0..devices as u16).map(|device| device / 2).collect(),
+            time: (0..devices).map(|_| if random.below(2) == 0 { 1.0 } else { 0.5 }).collect(),
+            split: if nearest { Split::Nearest } else { Split::Even },
+            load: (0..experts).map(|e| load.iter().skip(e).step_by(experts).sum()).collect(),
+            windows: Windows::new(&load, &weight, experts, norm),
+            cap: f64::INFINITY,
+            hold: random_costs(random),
+            serve: random_costs(random),
+            forbidden: vec![],
+            pinned: vec![],
+        }
+    }
+
+    proptest! {
+        /// What every term says of a move is what a fresh count says; for a norm, no less.
+        #[test]
+        fn changes_are_exact(
+            experts in 1usize..8,
+            devices in 1usize..5,
+            norm in prop::sample::select(vec![0u32, 4, 8, 16]),
+            nearest in any::<bool>(),
+            seed in any::<u64>(),
+        ) {
+            let mut random = Random::new(seed, 0);
+            let layer = layer(&mut random, experts, devices, norm, nearest);
+            let totals = layer.load.clone();
+            let mut contents = Contents::new(&layer, replicate(&layer, &totals));
+            let mut terms = Terms::new(&layer, &contents);
+            let slots = layer.slots();
+            for _ in 0..60 {
+                let step = if random.below(2) == 0 {
+                    Move::Swap(random.below(slots), random.below(slots))
+                } else {
+                    let e = random.below(experts + 1);
+                    Move::Put(random.below(slots), if e == experts { EMPTY } else { e as u16 })
+                };
+                if !contents.allows(&layer, step) {
+                    continue;
+                }
+                let before = terms.cost();
+                let change = terms.change(&layer, &contents, step).expect("no cap");
+                terms.apply(&layer, &contents, step);
+                contents.apply(&layer, step);
+                let fresh = Terms::new(&layer, &contents);
+                let close = |a: f64, b: f64| (a - b).abs() <= 1e-9 * b.abs().max(1.0);
+                prop_assert!(close(terms.cost(), fresh.cost()));
+                if norm == 0 {
+                    prop_assert!(close(before + change, fresh.cost()), "{} {}", before + change, fresh.cost());
+                } else {
+                    // The powers are single precision.
+                    prop_assert!(fresh.cost() <= before + change + 1e-3 * fresh.cost().abs());
+                }
+                prop_assert!(contents.expert_in.iter().all(|&e| e == EMPTY || !contents.devices(e).is_empty()));
+            }
+        }
+    }
+}

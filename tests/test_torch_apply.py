@@ -1,0 +1,257 @@
+"""apply_placement: the model computes what it did, with its experts in another order."""
+
+import re
+
+import numpy as np
+import pytest
+from moe_models import (
+    ARCHITECTURES,
+    build,
+    logits,
+    prompts,
+    random_placement,
+    torch,
+    transformers,
+)
+
+import moetuner as mt
+from moetuner.torch import apply_placement, capture, moe_layers
+
+GROUPED = {"deepseek_v2_groups": 4, "deepseek_v3_groups": 4}
+
+
+def placement_for(model, devices=2, seed=0):
+    """Random placement that the model's routers allow."""
+    layers = moe_layers(model)
+    return random_placement(
+        len(layers), layers[0].num_experts, devices, groups=layers[0].expert_groups, seed=seed
+    )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layers_are_found(name):
+    """Every MoE layer is found, dense ones are not, and the sizes are the configuration's."""
+    layers = moe_layers(build(name))
+    dense = {"qwen3_moe": 1, "deepseek": 1, "glm4": 1}
+    expected = 3 - next((n for start, n in dense.items() if name.startswith(start)), 0)
+    assert len(layers) == expected
+    for layer in layers:
+        assert (layer.num_experts, layer.top_k) == (8, 2)
+        assert layer.expert_groups == GROUPED.get(name, 1)
+        assert layer.name.endswith((".gate", ".router"))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_stay(name, tmp_path):
+    """Logits differ by rounding only: in memory, saved and loaded, and undone."""
+    model = build(name)
+    before = logits(model)
+    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    placement = placement_for(model)
+    order = apply_placement(model, placement)
+    assert np.array_equal(np.sort(order, axis=1), np.tile(np.arange(8), (len(order), 1)))
+    moved = [key for key, tensor in model.state_dict().items() if not tensor.equal(weights[key])]
+    assert any("experts" in key for key in moved)
+    assert torch.allclose(logits(model), before, rtol=0, atol=1e-5)
+
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.allclose(logits(loaded), before, rtol=0, atol=1e-5)
+
+    apply_placement(model, placement, inverse=True)
+    assert all(tensor.equal(weights[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_wrong_permutation_would_be_seen(name):
+    """Experts moved without their router rows change the logits: the test above can fail."""
+    model = build(name)
+    before = logits(model)
+    experts = moe_layers(model)[0].experts
+    with torch.no_grad():
+        experts.down_proj.copy_(experts.down_proj.flip(0))
+    assert not torch.allclose(logits(model), before, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3_groups", "gpt_oss"])
+def test_traffic_is_the_placements(name):
+    """With contiguous experts the changed model sends what the placement promised for the old."""
+    model, tokens = build(name), prompts(8, 16)
+    placement = placement_for(model, devices=4)
+    with torch.no_grad(), capture(model) as before:
+        model(input_ids=tokens)
+    order = apply_placement(model, placement)
+    with torch.no_grad(), capture(model) as after:
+        model(input_ids=tokens)
+    old, new = before.trace().expert_ids, after.trace().expert_ids
+    back = np.stack([order[layer][new[:, layer]] for layer in range(len(order))], axis=1)
+    assert np.array_equal(np.sort(back, axis=2), np.sort(old, axis=2))
+    contiguous = mt.Placement(np.arange(8).reshape(1, 4, 2).repeat(len(order), 0))
+    promised = mt.evaluate(placement, before.trace(), window=16)
+    found = mt.evaluate(contiguous, after.trace(), window=16)
+    assert (found.crossing, found.fanout) == (promised.crossing, promised.fanout)
+    assert (found.imbalance, found.imbalance_total) == (
+        promised.imbalance,
+        promised.imbalance_total,
+    )
+
+
+def test_positions_are_the_placements():
+    """The experts of device d are at positions d*E/D and up, in ascending order."""
+    model = build("mixtral")
+    slots = np.array([[[7, 0, -1], [2, -1, 1], [-1, 4, 3], [6, 5, -1]]] * 3)
+    old = [layer.experts.down_proj.clone() for layer in moe_layers(model)]
+    order = apply_placement(model, mt.Placement(slots))
+    assert order[0].tolist() == [0, 7, 1, 2, 3, 4, 5, 6]
+    for layer, before in zip(moe_layers(model), old, strict=True):
+        assert layer.experts.down_proj.equal(before[order[0]])
+
+
+def test_bfloat16_moves_bit_by_bit():
+    """In any type of number the weights themselves are moved exactly."""
+    model = build("gpt_oss").to(torch.bfloat16)
+    before = [layer.experts.gate_up_proj_bias.clone() for layer in moe_layers(model)]
+    order = apply_placement(model, placement_for(model))
+    for layer, old, positions in zip(moe_layers(model), before, order, strict=True):
+        assert layer.experts.gate_up_proj_bias.equal(old[positions])
+
+
+class Block(torch.nn.Module):
+    """MoE block as models with their own code have it: a list of experts, ids first."""
+
+    def __init__(self, experts=4, hidden=6):
+        super().__init__()
+        self.top_k = 2
+        self.gate = Gate(experts, hidden)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(hidden, hidden) for _ in range(experts))
+
+    def forward(self, x):
+        """Mix the chosen experts of x [T,H]."""
+        ids, weights = self.gate(x)
+        every = torch.stack([expert(x) for expert in self.experts], 1)
+        chosen = every.gather(1, ids[..., None].expand(-1, -1, x.shape[1]))
+        return (chosen * weights[..., None]).sum(1)
+
+
+class Gate(torch.nn.Module):
+    """Router that returns ids before weights."""
+
+    def __init__(self, experts, hidden):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(experts, hidden))
+
+    def forward(self, x):
+        """Choose two experts for each token."""
+        top = (x @ self.weight.T).softmax(-1).topk(2)
+        return top.indices, top.values
+
+
+def test_lists_of_experts():
+    """Experts that are modules of a list change places, together with their router rows."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Block(), Block())
+    x = torch.randn(50, 6)
+    before = model(x)
+    apply_placement(model, random_placement(2, 4, 2, seed=3))
+    assert torch.allclose(model(x), before, rtol=0, atol=1e-6)
+
+
+def refused(model, placement, text):
+    """Expect a refusal with a reason, and an unchanged model."""
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=re.escape(text)) as caught:
+        apply_placement(model, placement)
+    assert "\n" not in str(caught.value)
+    assert all(
+        tensor.is_meta or tensor.equal(before[key]) for key, tensor in model.state_dict().items()
+    )
+
+
+def test_groups_must_stay_whole():
+    """A group-limited router allows only orders that keep its groups together."""
+    model = build("deepseek_v3_groups")
+    slots = np.arange(8).reshape(2, 4)
+    slots[0, 3], slots[1, 0] = 4, 3
+    refused(
+        model,
+        mt.Placement(np.stack([np.arange(8).reshape(2, 4), slots])),
+        "model.layers.2.mlp.gate: its router chooses among 4 groups of 2 experts first, so groups "
+        "must stay whole, but positions 2 to 3 would hold experts of groups [1, 2]",
+    )
+    # Within a device the order is free, so that groups can always be whole there.
+    apply_placement(model, mt.Placement([[[4, 0, 5, 1], [7, 3, 6, 2]]] * 2))
+
+
+def test_what_is_no_order():
+    """Replicas and unequal counts cannot be told to an engine with contiguous experts."""
+    model = build("mixtral")
+    replicas = [[[0, 1, 2, 3, 4], [5, 6, 7, 0, -1]]] * 3
+    refused(
+        model,
+        mt.Placement(replicas),
+        "placement must have one copy of each expert to become an order of experts, got 2 of "
+        "expert 0 in layer 0",
+    )
+    unequal = [[[0, 1, 2, 3, 4], [5, 6, 7, -1, -1]]] * 3
+    refused(
+        model,
+        mt.Placement(unequal),
+        "placement must have 8/2 experts on every device to become an order of experts, got 5 on "
+        "device 0 in layer 0",
+    )
+    for layers, experts in ((2, 8), (3, 16)):
+        refused(
+            model,
+            random_placement(layers, experts, 2),
+            "placement must have 3 layers of 8 experts as the model has, got "
+            f"{layers} of {experts}",
+        )
+
+
+def test_equal_router_rows_always_tie():
+    """Where numbers alone decide between two experts, they may not change."""
+    model = build("olmoe")
+    with torch.no_grad():
+        weight = moe_layers(model)[1].router.weight
+        weight[6] = weight[2]
+    refused(
+        model,
+        placement_for(model),
+        "model.layers.1.mlp.gate: experts 2 and 6 have the same router rows",
+    )
+    apply_placement(model, mt.Placement(np.arange(8).reshape(1, 2, 4).repeat(3, 0)))
+
+
+def test_weights_must_be_there():
+    """Weights that are not in memory, packed or of unknown kinds are refused, not skipped."""
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(build("mixtral").config)
+    with pytest.raises(ValueError, match="weights must be in memory, some are on the meta device"):
+        apply_placement(model, random_placement(3, 8, 2))
+    model = build("mixtral")
+    experts = moe_layers(model)[2].experts
+    experts.down_proj = torch.nn.Parameter(torch.zeros(64, 32))
+    refused(
+        model,
+        placement_for(model),
+        "model.layers.2.mlp.gate: experts must hold weights [experts, ..], down_proj is [64, 32]",
+    )
+    model = build("mixtral")
+    moe_layers(model)[0].router.register_buffer("table", torch.zeros(5, 8))
+    refused(
+        model,
+        placement_for(model),
+        "model.layers.0.mlp.gate: its state table [5, 8] may depend on the order of experts",
+    )
+
+
+def test_models_without_moe_layers():
+    """A dense model is refused, and a module that it does not have."""
+    dense = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    refused(
+        dense,
+        random_placement(1, 4, 2),
+        "model must have MoE layers, Sequential has no module with 'experts' and a router",
+    )
+    with pytest.raises(ValueError, match="routers must be modules of the model, got 'gate'"):
+        moe_layers(dense, ["gate"])

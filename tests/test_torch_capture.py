@@ -1,0 +1,360 @@
+"""capture: what routers choose, token by token, with sequences and groups and without padding."""
+
+import re
+
+import numpy as np
+import pytest
+from moe_models import ARCHITECTURES, build, prompts, torch
+
+import moetuner as mt
+from moetuner.torch import capture, moe_layers
+
+
+def choices(model, tokens, mask=None):
+    """Expert ids [B,S,L,K] by hooks of the test's own, the obvious way."""
+    found, handles = [], []
+    for layer in moe_layers(model):
+        handles.append(
+            layer.router.register_forward_hook(lambda _m, _i, output: found.append(output[2]))
+        )
+    with torch.no_grad():
+        model(input_ids=tokens, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(found, 1).unflatten(0, tokens.shape).numpy()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_trace_is_what_the_routers_chose(name):
+    """Every token in the order of the batch, for every architecture."""
+    model, tokens = build(name), prompts()
+    with torch.no_grad(), capture(model) as recorder:
+        model(input_ids=tokens)
+    trace = recorder.trace()
+    expected = choices(model, tokens)
+    assert np.array_equal(trace.expert_ids, expected.reshape(trace.expert_ids.shape))
+    assert trace.sequence.tolist() == [0] * 7 + [1] * 7 + [2] * 7
+    assert (trace.num_experts, trace.group, trace.model) == (8, None, type(model).__name__)
+
+
+@pytest.mark.parametrize("where", ["keyword", "position", "recorder"])
+def test_padding_is_left_out(where):
+    """Masked tokens are not in the trace, wherever the mask comes from."""
+    model, tokens = build("mixtral"), prompts()
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    mask[2, 5:] = 0
+    with torch.no_grad(), capture(model) as recorder:
+        if where == "keyword":
+            model(input_ids=tokens, attention_mask=mask)
+        elif where == "position":
+            model(tokens, mask)
+        else:
+            recorder.attention_mask = mask
+            model(tokens)
+    trace = recorder.trace()
+    keep = mask.bool().numpy()
+    expected = choices(model, tokens, None if where == "recorder" else mask)
+    assert np.array_equal(trace.expert_ids, expected[keep])
+    assert trace.sequence.tolist() == [0] * 4 + [1] * 7 + [2] * 5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_generation_continues_sequences(name):
+    """Tokens that generate feeds one by one belong to their prompts, and route as in one pass."""
+    model, tokens = build(name), prompts()
+    model.generation_config.eos_token_id = None  # all go on to the end
+    with torch.inference_mode(), capture(model) as recorder:
+        text = model.generate(tokens, max_new_tokens=6, do_sample=False)
+        model.generate(tokens, max_new_tokens=2, do_sample=False)
+    trace = recorder.trace()
+    assert trace.tokens == 3 * (7 + 5) + 3 * (7 + 1)
+    assert trace.sequence.max() == 5
+    whole = choices(model, text[:, :-1])
+    for row in range(3):
+        assert np.array_equal(trace.select(sequences=[row]).expert_ids, whole[row])
+
+
+def test_sequences_that_have_ended_are_left_out():
+    """What generate feeds to a sequence after its end is no traffic."""
+    model, tokens = build("mixtral"), prompts()
+    with torch.no_grad():
+        model.generation_config.eos_token_id = None
+        free = model.generate(tokens, max_new_tokens=6, do_sample=False)
+        # The token that the first sequence says second ends a sequence from now on.
+        model.generation_config.eos_token_id = ending = int(free[0, 8])
+        with capture(model) as recorder:
+            text = model.generate(tokens, max_new_tokens=6, do_sample=False)
+    trace = recorder.trace()
+    for row in range(3):
+        said = text[row, 7:].tolist()
+        fed = said.index(ending) if ending in said else text.shape[1] - 7 - 1
+        assert (trace.sequence == row).sum() == 7 + fed
+
+
+def test_a_cache_that_the_model_made():
+    """A cache that comes out of one pass and goes into the next continues its sequences."""
+    model, tokens = build("qwen3_moe"), prompts()
+    with torch.no_grad(), capture(model) as recorder:
+        first = model(input_ids=tokens, use_cache=True)
+        cache = first.cache if hasattr(first, "cache") else first.past_key_values
+        name = "cache" if hasattr(first, "cache") else "past_key_values"
+        model(input_ids=tokens[:, :2], **{name: cache})
+        model(input_ids=tokens[:, :2])
+    expected = [*[0] * 7, *[1] * 7, *[2] * 7, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert recorder.trace().sequence.tolist() == expected
+
+
+def test_groups():
+    """Tokens have the group that is in force, or each sequence its own."""
+    model, tokens = build("mixtral"), prompts(2, 3)
+    with torch.no_grad(), capture(model) as recorder:
+        with recorder.group("german"):
+            model(input_ids=tokens)
+            with recorder.group(["python", "german"]):
+                model(input_ids=tokens)
+        model(input_ids=tokens)
+    trace = recorder.trace()
+    names = [trace.group_names[number] for number in trace.group]
+    assert names == ["german"] * 6 + ["python"] * 3 + ["german"] * 3 + ["other"] * 6
+    with torch.no_grad(), capture(model, group="all") as recorder:
+        model(input_ids=tokens)
+    assert recorder.trace().group_names == ("all",)
+    with (
+        pytest.raises(ValueError, match="group must be a name, or one for each of 2 sequences"),
+        torch.no_grad(),
+        capture(model, group=["a", "b", "c"]),
+    ):
+        model(input_ids=tokens)
+
+
+@pytest.mark.parametrize("buffer_bytes", [1, 13, 100, 1 << 20])
+def test_files_and_small_buffers(buffer_bytes, tmp_path):
+    """The file holds the same trace for any size of the buffer, and nothing else stays."""
+    model, tokens = build("gpt_oss"), prompts()
+    with torch.no_grad(), capture(model, group="a") as recorder:
+        for rows in (3, 1, 2):
+            model(input_ids=tokens[:rows])
+    expected = recorder.trace()
+    path = tmp_path / "trace.safetensors"
+    with (
+        torch.no_grad(),
+        capture(model, path=path, group="a", buffer_bytes=buffer_bytes) as recorder,
+    ):
+        for rows in (3, 1, 2):
+            model(input_ids=tokens[:rows])
+        assert not path.exists()
+    found = mt.RoutingTrace.load(path)
+    for trace in (found, recorder.trace()):
+        assert np.array_equal(trace.expert_ids, expected.expert_ids)
+        assert np.array_equal(trace.sequence, expected.sequence)
+        assert np.array_equal(trace.group, expected.group)
+        assert trace.group_names == expected.group_names
+    assert [file.name for file in tmp_path.iterdir()] == ["trace.safetensors"]
+
+
+def test_many_experts_take_two_bytes():
+    """Above 256 experts ids are 16 bits wide."""
+    model = build("mixtral", num_local_experts=300, intermediate_size=4)
+    with torch.no_grad(), capture(model) as recorder:
+        model(input_ids=prompts())
+    trace = recorder.trace()
+    assert trace.expert_ids.dtype == np.uint16
+    assert trace.expert_ids.max() > 255
+
+
+def test_all_modes():
+    """Training, no_grad and inference mode in one recording; gradients are as without it."""
+    model, tokens = build("mixtral"), prompts()
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with capture(model) as recorder:
+        with torch.inference_mode():
+            model(input_ids=tokens)
+        with torch.no_grad():
+            model(input_ids=tokens)
+        model.train()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(p.grad.equal(g) for p, g in zip(model.parameters(), expected, strict=True))
+    ids = recorder.trace().expert_ids.reshape(3, -1)
+    assert np.array_equal(ids[0], ids[1])
+    assert np.array_equal(ids[0], ids[2])
+
+
+def test_recomputation_counts_once():
+    """With gradient checkpointing routers run twice, and are recorded once."""
+    model, tokens = build("mixtral"), prompts()
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()
+    model.train()
+    with capture(model) as recorder:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    assert recorder.trace().tokens == tokens.numel()
+
+
+def test_nothing_stays_behind(tmp_path):
+    """After the block, also after an error, the model has no hooks and no file is left."""
+    model = build("mixtral")
+    modules = list(model.modules())
+
+    def hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+
+    before = hooks()
+    with capture(model, path=tmp_path / "a.safetensors") as recorder:
+        assert hooks() == before + 2 + 3
+        with pytest.raises(RuntimeError, match=r"trace\(\) needs a recording that has ended"):
+            recorder.trace()
+    assert hooks() == before
+    assert recorder.trace().tokens == 0
+    (tmp_path / "a.safetensors").unlink()
+
+    with (  # noqa: PT012 - the error must come out of the block
+        pytest.raises(KeyError, match="mine"),
+        capture(model, path=tmp_path / "a.safetensors") as recorder,
+    ):
+        model(input_ids=prompts())
+        raise KeyError("mine")
+    assert hooks() == before
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RuntimeError, match="ended without an error"):
+        recorder.trace()
+
+
+def test_a_pass_that_fails_leaves_no_tokens():
+    """The next pass starts anew."""
+    model, tokens = build("mixtral"), prompts()
+    with torch.no_grad(), capture(model) as recorder:
+        with pytest.raises(IndexError):
+            model(input_ids=tokens + 1000)
+        model(input_ids=tokens)
+    assert recorder.trace().tokens == tokens.numel()
+
+
+def refused(text, model, *, call=None, **arguments):
+    """Expect an error of one line that contains ``text``."""
+
+    def record():
+        with torch.no_grad(), capture(model, **arguments):
+            call() if call is not None else model(input_ids=prompts())
+
+    with pytest.raises(ValueError, match=re.escape(text)) as caught:
+        record()
+    assert "\n" not in str(caught.value)
+
+
+def test_nan_scores_are_named():
+    """NaN is an error that names the layer, except in padding."""
+    model, tokens = build("mixtral"), prompts()
+    mask = torch.ones_like(tokens)
+    mask[1, :] = 0
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokens[1]] = torch.nan
+        embeddings = model.model.embed_tokens(tokens)
+        embeddings[0] = embeddings[2] = 0.5
+
+    def call(mask):
+        return lambda: model(inputs_embeds=embeddings, attention_mask=mask)
+
+    text = "router scores must be numbers, got NaN in layer 0 (model.layers.0.mlp.gate)"
+    refused(text, model, call=call(None))
+    with torch.no_grad(), capture(model) as recorder:
+        call(mask)()
+    assert recorder.trace().tokens == 14
+
+
+def test_models_that_cannot_be_recorded():
+    """No MoE layers, layers that differ, other callers and silent routers are told apart."""
+    refused("model must have MoE layers", torch.nn.Linear(2, 2))
+    model = build("mixtral")
+    moe_layers(model)[2].router.top_k = 3
+    refused("must have the same top_k, got 2 in model.layers.0.mlp.gate and 3", model)
+    moe_layers(model)[1].router.num_experts = 9
+    refused("must have the same experts, got 8 in model.layers.0.mlp.gate and 9", model)
+
+    model = build("mixtral")
+    refused(
+        "model.layers.0.mlp.gate ran outside a forward pass of MixtralForCausalLM",
+        model,
+        call=lambda: model.model(input_ids=prompts()),
+    )
+    refused(
+        "every router must run in a forward pass, model.layers.1.mlp.gate did not",
+        model,
+        call=lambda: (
+            torch.nn.Module.__setattr__(model.model.layers[1].mlp.gate, "forward", None)
+            or skipping(model)
+        ),
+    )
+
+
+def skipping(model):
+    """Call a model whose second layer does nothing."""
+    model.model.layers[1].forward = lambda hidden_states, *_args, **_kwargs: hidden_states
+    return model(input_ids=prompts())
+
+
+class Gate(torch.nn.Module):
+    """Router of a model with its own code: ids first, then weights, and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.top_k = 2
+        self.weight = torch.nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x):
+        """Choose two experts for each token of x [T,H]; the first token is left out on demand."""
+        top = (x[int(self.training) :] @ self.weight.T).softmax(-1).topk(2)
+        return top.indices, top.values
+
+
+def test_routers_that_are_named():
+    """Any module of the model can be named as a router; its tokens must be those of the call."""
+    model = torch.nn.Sequential(Gate()).eval()
+    x = torch.randn(6, 4)
+
+    def forward(*_):
+        model[0](x)
+
+    model.forward = forward
+    with torch.no_grad(), capture(model, routers=[model[0]]) as recorder:
+        model(x)
+    trace = recorder.trace()
+    assert (trace.num_experts, trace.sequence.tolist()) == (5, [0] * 6)
+    assert np.array_equal(trace.expert_ids[:, 0], model[0](x)[0].numpy())
+    model.train()
+    refused(
+        "0: expert ids must be [6, 2], [tokens, top_k] as the forward pass was called, got [5, 2]",
+        model,
+        routers=["0"],
+        call=lambda: model(x),
+    )
+
+
+def test_bad_arguments(tmp_path):
+    """Every argument is checked, with its name, rule and value."""
+    model, tokens = build("mixtral"), prompts()
+    refused("path must end in .safetensors, got 'a.npz'", model, path=tmp_path / "a.npz")
+    refused("buffer_bytes must be from 1 to", model, buffer_bytes=0)
+    refused("routers must be modules of the model, got 'x'", model, routers=["x"])
+    refused("routers must be at least one and differ, got []", model, routers=[])
+    refused(
+        "attention_mask must be [batch, tokens] with a batch of 3, got [2, 7]",
+        model,
+        attention_mask=torch.ones(2, 7),
+    )
+    refused(
+        "attention_mask must have at least 7 tokens, got [3, 6]",
+        model,
+        attention_mask=torch.ones(3, 6),
+    )
+    refused("got dict", model, call=lambda: model(tokens, attention_mask={"full": None}))
+    with torch.no_grad(), capture(model, routers=["model.layers.2.mlp.gate"]) as recorder:
+        model(input_ids=tokens)
+    assert np.array_equal(
+        recorder.trace().expert_ids[:, 0], choices(model, tokens).reshape(21, 3, 2)[:, 2]
+    )

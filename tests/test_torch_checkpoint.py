@@ -1,0 +1,229 @@
+"""permute_state_dict: the same for weights on disk as apply_placement for a model in memory."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from moe_models import ARCHITECTURES, build, logits, random_placement, torch, transformers
+from safetensors.torch import load_file, save_file
+
+import moetuner as mt
+from moetuner.torch import apply_placement, moe_layers, permute_state_dict
+
+
+def placement_for(model, seed=0):
+    """Random placement that the model's routers allow."""
+    layers = moe_layers(model)
+    return random_placement(len(layers), 8, 2, groups=layers[0].expert_groups, seed=seed)
+
+
+def tensors_of(folder):
+    """All tensors of a checkpoint."""
+    return {key: t for file in folder.glob("*.safetensors") for key, t in load_file(file).items()}
+
+
+def same(a, b):
+    """Whether two sets of tensors are equal bit by bit."""
+    return a.keys() == b.keys() and all(
+        a[key].dtype == b[key].dtype and a[key].equal(b[key]) for key in a
+    )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_folder_is_what_apply_and_save_give(name, tmp_path):
+    """Permuting a saved checkpoint equals saving a permuted model, bit by bit, and loads."""
+    model = build(name)
+    before = logits(model)
+    placement = placement_for(model)
+    model.save_pretrained(tmp_path / "old", max_shard_size="20KB")
+    assert len(list((tmp_path / "old").glob("*.safetensors"))) > 3
+    (tmp_path / "old" / "tokenizer.json").write_text("{}")
+
+    out = permute_state_dict(tmp_path / "old", placement, tmp_path / "new")
+    apply_placement(model, placement)
+    model.save_pretrained(tmp_path / "expected", max_shard_size="20KB")
+    assert same(tensors_of(out), tensors_of(tmp_path / "expected"))
+    assert not same(tensors_of(out), tensors_of(tmp_path / "old"))
+    assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "old").iterdir()}
+    for file in ("config.json", "tokenizer.json"):
+        assert (out / file).read_bytes() == (tmp_path / "old" / file).read_bytes()
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    for file in out.glob("*.safetensors"):
+        assert set(load_file(file)) == {key for key, where in index.items() if where == file.name}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    assert torch.allclose(logits(loaded), before, rtol=0, atol=1e-5)
+
+    back = permute_state_dict(out, placement, tmp_path / "back", inverse=True)
+    assert same(tensors_of(back), tensors_of(tmp_path / "old"))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_tensors_in_memory(name):
+    """The state of a model, with stacked experts, is permuted as the model would be."""
+    model = build(name)
+    placement = placement_for(model)
+    moved = permute_state_dict(model.state_dict(), placement, config=model.config.to_dict())
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    back = permute_state_dict(moved, placement, config=model.config.to_dict(), inverse=True)
+    assert same(back, before)
+    apply_placement(model, placement)
+    assert same(moved, dict(model.state_dict()))
+
+
+def checkpoint(layers=(0, 1, 2), experts=4, prefix="model.layers", per_expert="w.weight"):
+    """Small checkpoint with one tensor per expert, each of its own value."""
+    tensors = {"model.embed.weight": torch.zeros(3, experts)}
+    for layer in layers:
+        for expert in range(experts):
+            key = f"{prefix}.{layer}.mlp.experts.{expert}.{per_expert}"
+            tensors[key] = torch.full((2, 3), 10.0 * layer + expert)
+        tensors[f"{prefix}.{layer}.mlp.gate.weight"] = (
+            torch.arange(experts * 3).reshape(experts, 3) + 100.0 * layer
+        )
+    return tensors
+
+
+def test_expert_keeps_its_router_row():
+    """An expert and its row come to the same position."""
+    moved = permute_state_dict(checkpoint(), mt.Placement([[[3, 1], [0, 2]]] * 3))
+    assert moved["model.layers.1.mlp.gate.weight"][:, 0].tolist() == [103, 109, 100, 106]
+    for position, expert in enumerate((1, 3, 0, 2)):
+        assert moved[f"model.layers.1.mlp.experts.{position}.w.weight"][0, 0] == 10 + expert
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.uint8, torch.int64, torch.float16]
+)
+def test_any_type_of_number(dtype, tmp_path):
+    """Quantised blocks and scales are moved bit by bit, in memory and on disk."""
+    tensors = checkpoint(layers=(0,))
+    blocks = torch.arange(4 * 6).reshape(4, 2, 3).to(torch.float32).to(dtype)
+    tensors = {key: t for key, t in tensors.items() if ".experts." not in key}
+    tensors["model.layers.0.mlp.experts.gate_up_proj_blocks"] = blocks
+    tensors["model.layers.0.mlp.experts.scale"] = torch.ones(())
+    (tmp_path / "old").mkdir()
+    save_file(tensors, tmp_path / "old" / "model.safetensors")
+    placement = mt.Placement([[[2, 3], [0, 1]]])
+    out = permute_state_dict(tmp_path / "old", placement, tmp_path / "new")
+    moved = permute_state_dict(tensors, placement)
+    assert same(moved, load_file(out / "model.safetensors"))
+    found = moved["model.layers.0.mlp.experts.gate_up_proj_blocks"]
+    assert found.view(torch.uint8).equal(blocks[[2, 3, 0, 1]].contiguous().view(torch.uint8))
+
+
+def test_layers_are_in_order_of_their_numbers():
+    """Layer 10 comes after layer 9, and not after layer 1."""
+    layers = tuple(range(3, 14))
+    slots = np.tile(np.arange(4).reshape(1, 2, 2), (11, 1, 1))
+    slots[7] = [[2, 3], [0, 1]]  # of layer 10
+    moved = permute_state_dict(checkpoint(layers), mt.Placement(slots))
+    for layer in layers:
+        first = moved[f"model.layers.{layer}.mlp.experts.0.w.weight"][0, 0]
+        assert first == 10 * layer + (2 if layer == 10 else 0)
+
+
+def test_prediction_layers_beyond_the_model_stay():
+    """What lies beyond num_hidden_layers keeps its order unless the placement speaks of it."""
+    placement = mt.Placement([[[2, 3], [0, 1]]] * 2)
+    tensors = checkpoint()
+    with pytest.raises(ValueError, match="as many layers as the checkpoint has MoE layers, 3, got"):
+        permute_state_dict(tensors, placement)
+    moved = permute_state_dict(tensors, placement, config={"num_hidden_layers": 2})
+    assert moved["model.layers.1.mlp.experts.0.w.weight"][0, 0] == 12
+    assert moved["model.layers.2.mlp.experts.0.w.weight"][0, 0] == 20
+    assert moved["model.layers.2.mlp.gate.weight"].equal(tensors["model.layers.2.mlp.gate.weight"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("experts.local_experts.{}.linear_fc1.weight", "router.expert_bias"),
+        ("experts.linear_fc1.weight{}", "router.weight"),
+    ],
+)
+def test_names_of_megatron(before, after):
+    """Both of Megatron's ways to name experts are understood."""
+    block = "decoder.layers.0.mlp"
+    tensors = {f"{block}.{before.format(e)}": torch.full((2,), float(e)) for e in range(4)}
+    tensors[f"{block}.{after}"] = torch.arange(4.0)
+    moved = permute_state_dict(tensors, mt.Placement([[[1, 3], [0, 2]]]))
+    assert moved.keys() == tensors.keys()
+    assert [int(moved[f"{block}.{before.format(e)}"][0]) for e in range(4)] == [1, 3, 0, 2]
+    assert moved[f"{block}.{after}"].tolist() == [1, 3, 0, 2]
+
+
+def test_bad_checkpoints():
+    """What would not be exact is refused with a reason."""
+    placement = mt.Placement([[[3, 1], [0, 2]]] * 3)
+
+    def refused(tensors, text, **arguments):
+        with pytest.raises(ValueError, match=re.escape(text)) as caught:
+            permute_state_dict(tensors, placement, **arguments)
+        assert "\n" not in str(caught.value)
+
+    tensors = checkpoint()
+    del tensors["model.layers.1.mlp.experts.2.w.weight"]
+    refused(tensors, "model.layers.1.mlp: must have experts 0 to 3 as the placement has, got 3")
+    refused(checkpoint(experts=8), "must have experts 0 to 3 as the placement has, got 8 from 0")
+    tensors = checkpoint()
+    del tensors["model.layers.2.mlp.gate.weight"]
+    refused(tensors, "model.layers.2.mlp: must have the weights of its router beside its experts")
+    tensors = checkpoint()
+    tensors["model.layers.2.mlp.gate.weight"][3] = tensors["model.layers.2.mlp.gate.weight"][1]
+    refused(tensors, "model.layers.2.mlp: experts 1 and 3 have the same router rows")
+    refused(
+        {**checkpoint(), "model.layers.0.mlp.gate.table": torch.zeros(7, 4)},
+        "model.layers.0.mlp.gate.table: [7, 4] may depend on the order of experts",
+    )
+    bias = {"model.layers.0.mlp.gate.e_score_correction_bias": torch.zeros(4)}
+    refused({**checkpoint(), **bias}, "config is needed: a router with e_score_correction_bias")
+    permute_state_dict({**checkpoint(), **bias}, placement, config={"n_group": 1})
+    refused(
+        {**checkpoint(), **bias},
+        "layer 0: its router chooses among 2 groups of 2 experts first",
+        config={"n_group": 2, "topk_group": 1},
+    )
+    refused({"a.experts.down_proj": torch.zeros(5, 2)}, "MoE layers, 1, got 3")
+
+
+def test_only_the_weights_of_the_index(tmp_path):
+    """Weights in other formats and files that the index does not name are left out."""
+    source = tmp_path / "old"
+    source.mkdir()
+    save_file(checkpoint(), source / "a.safetensors")
+    save_file({"layers.0.feed_forward.experts.w1": torch.zeros(2)}, source / "b.safetensors")
+    (source / "pytorch_model.bin").write_bytes(b"old")
+    (source / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(checkpoint(), "a.safetensors")})
+    )
+    out = permute_state_dict(source, mt.Placement([[[3, 1], [0, 2]]] * 3), tmp_path / "new")
+    assert {p.name for p in out.iterdir()} == {"a.safetensors", "model.safetensors.index.json"}
+    (source / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"index\.json: must be an object with 'weight_map'"):
+        permute_state_dict(source, mt.Placement([[[3, 1], [0, 2]]] * 3), tmp_path / "newer")
+
+
+def test_bad_folders(tmp_path):
+    """Folders without weights, damaged files and places that are taken are refused."""
+    placement = mt.Placement([[[3, 1], [0, 2]]] * 3)
+    source = tmp_path / "old"
+    source.mkdir()
+
+    def refused(out, text):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            permute_state_dict(source, placement, out)
+
+    refused(tmp_path / "new", f"{source}: must hold .safetensors files, got none")
+    save_file(checkpoint(), source / "model.safetensors")
+    refused(source, f"{source}: must be a new or an empty folder")
+    refused(None, "out must be a folder to write where source is a folder, got None")
+    with pytest.raises(ValueError, match="out must be left out where source is not a folder"):
+        permute_state_dict(checkpoint(), placement, tmp_path / "new")
+    (source / "config.json").write_text("{")
+    refused(tmp_path / "new", "config.json: ")
+    (source / "config.json").unlink()
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    refused(tmp_path / "new", f"{file}: file must have")
+    assert not (tmp_path / "new").exists()

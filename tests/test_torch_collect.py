@@ -1,0 +1,179 @@
+"""moetuner collect: from a folder and a file of texts to a trace."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from moe_models import build, torch, transformers
+
+import moetuner as mt
+from moetuner.cli import main
+from moetuner.torch.collect import Text, collect, read_texts
+
+TEXTS = ["one two three", "four", "one one one one one two", "three three"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """Folder of a tiny model with a tokenizer of one token per word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-moe"
+    build("mixtral").save_pretrained(folder)
+    words = {word: number for number, word in enumerate(["?", ".", "one", "two", "three", "four"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="?", eos_token="."
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """File of texts, one per line."""
+    path = tmp_path / "texts.txt"
+    path.write_text("\n\n".join(TEXTS) + "\n")
+    return path
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process: status, standard output and standard error."""
+
+    def run(*arguments):
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_the_command(model_folder, lines, tmp_path, run):
+    """The trace holds every token of every text, and the output says so."""
+    out = tmp_path / "trace.safetensors"
+    status, text, _ = run(
+        "collect", model_folder, "--dataset", lines, "--out", out, "--batch-size", 3, "--json", "-"
+    )
+    assert status == 0
+    trace = mt.RoutingTrace.load(out)
+    assert json.loads(text)["trace"] == {
+        "file": str(out),
+        "model": "tiny-moe",
+        "layers": 3,
+        "kind": "trace",
+        "experts": 8,
+        "top_k": 2,
+        "tokens": 12,
+        "sequences": 4,
+        "groups": [],
+    }
+    assert trace.sequence.tolist() == [0] * 3 + [1] + [2] * 6 + [3] * 2
+    # Token by token what the model chooses for each text alone.
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    ids = torch.tensor([[2, 2, 2, 2, 2, 3]])
+    chosen = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _m, _i, output: chosen.append(output[2]))
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert np.array_equal(trace.select(sequences=[2]).expert_ids, torch.stack(chosen, 1).numpy())
+
+
+def test_limits_and_groups(model_folder, tmp_path):
+    """Texts are cut, the last one at the limit; groups come from the file."""
+    path = tmp_path / "texts.jsonl"
+    groups = ["a", "b", None, "a"]
+    records = [
+        {"text": text, **({"group": group} if group else {})}
+        for text, group in zip(TEXTS, groups, strict=True)
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    seen = []
+    trace = collect(
+        str(model_folder),
+        path,
+        tmp_path / "trace.safetensors",
+        batch_size=2,
+        sequence_length=4,
+        max_tokens=9,
+        dtype="bfloat16",
+        device="cpu",
+        progress=seen.append,
+    )
+    assert seen == [4, 9]
+    assert trace.sequence.tolist() == [0] * 3 + [1] + [2] * 4 + [3]
+    names = [trace.group_names[number] for number in trace.group]
+    assert names == ["a"] * 3 + ["b"] + ["other"] * 4 + ["a"]
+
+
+def test_texts_of_a_file(tmp_path):
+    """Lines or JSON lines, told apart by the first; empty ones are no texts."""
+    path = tmp_path / "texts"
+    path.write_text("\ufeff a b \n\n  \n{c\n", encoding="utf-8")
+    assert list(read_texts(path)) == [Text("a b", None), Text("{c", None)]
+    path.write_text('{"text": "a\\nb", "id": 3}\n{"text": " "}\n\n{"text": "c", "group": "g"}')
+    assert list(read_texts(path)) == [Text("a\nb", None), Text("c", "g")]
+
+    def refused(content, text):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(text)) as caught:
+            list(read_texts(path))
+        assert "\n" not in str(caught.value)
+
+    where = f"{path}: line 2 must be"
+    refused(b'{"text": "a"}\nb', f"{where} a JSON object like the first, got 'b'")
+    refused(b'{"text": "a"}\n[1]', f"{where} a JSON object like the first, got '[1]'")
+    refused(b'{"text": "a"}\n{"group": "b"}', f'{where} an object with "text" and perhaps "group"')
+    refused(b'{"text": "a"}\n{"text": "b", "group": 1}', f"{where} an object with")
+    refused(b"a\n\xff", f"{where} UTF-8: invalid start byte")
+
+
+def test_errors_are_one_line(model_folder, lines, tmp_path, run, monkeypatch):
+    """What is missing or wrong is said in one line, and no trace appears."""
+    out = tmp_path / "trace.safetensors"
+
+    def refused(text, *arguments, dataset=lines):
+        status, printed, error = run("collect", *arguments, "--dataset", dataset, "--out", out)
+        assert (status, printed) == (2, "")
+        assert text in error.splitlines()[-1]
+        assert "bug" not in error
+        assert not out.exists()
+
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    refused(f"{empty}: must hold at least one text", model_folder, dataset=empty)
+    refused("does not exist", model_folder, dataset=tmp_path / "none.txt")
+    refused("none", tmp_path / "none")
+    refused("device", model_folder, "--device", "neverland")
+    dense = tmp_path / "dense"
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+    ).save_pretrained(dense)
+    transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(dense)
+    refused("model must have MoE layers, LlamaForCausalLM has no module with 'experts'", dense)
+    with pytest.raises(ValueError, match="dtype must be one of auto, float32, bfloat16, float16"):
+        collect(str(model_folder), lines, out, dtype="int8")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    refused("collecting needs transformers: pip install transformers", model_folder)
+
+
+def test_without_torch(lines, tmp_path, run, monkeypatch):
+    """Without torch the command says what to install."""
+    for name in [name for name in sys.modules if name.startswith("moetuner.torch")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    out = tmp_path / "trace.safetensors"
+    status, _, error = run("collect", "model", "--dataset", lines, "--out", out)
+    assert status == 2
+    assert error == (
+        "moetuner: error: moetuner.torch needs PyTorch: pip install 'moetuner[torch]'\n"
+    )

@@ -1,0 +1,195 @@
+"""RoutingCounters: the numbers of the core, counted in torch."""
+
+import re
+import socket
+
+import counter_ranks
+import numpy as np
+import pytest
+from conftest import random_ids
+from hypothesis import given
+from hypothesis import strategies as st
+from moe_models import build, prompts, torch
+
+import moetuner as mt
+from moetuner.torch import RoutingCounters, capture, moe_layers, pairs
+
+
+def same(a, b):
+    """Whether two statistics have the same counts in the same windows."""
+    return a.fingerprint == b.fingerprint and a.window == b.window
+
+
+@given(data=st.data())
+def test_same_numbers_as_the_core(data):
+    """Any sizes, windows, cuts into updates, masks and types give what the core counts."""
+    experts = data.draw(st.integers(1, 40), "experts")
+    top_k = data.draw(st.integers(1, min(experts, 5)), "top_k")
+    layers = data.draw(st.integers(1, 4), "layers")
+    tokens = data.draw(st.integers(0, 60), "tokens")
+    window = data.draw(st.none() | st.integers(1, 25), "window")
+    wanted = {name: data.draw(st.booleans(), name) for name in ("transitions", "coactivation")}
+    dtype = data.draw(st.sampled_from([torch.uint8, torch.uint16, torch.int32, torch.int64]))
+    seed = data.draw(st.integers(0, 1000), "seed")
+    ids = random_ids(tokens, layers, top_k, experts, seed=seed)
+    keep = None
+    if data.draw(st.booleans(), "padding"):
+        keep = np.random.default_rng(seed).random(tokens) < 0.6
+    cuts = sorted(data.draw(st.lists(st.integers(0, tokens), max_size=3), "cuts"))
+
+    counters = RoutingCounters(layers, experts, top_k, window=window, **wanted)
+    for first, last in zip([0, *cuts], [*cuts, tokens], strict=True):
+        mask = None if keep is None else torch.from_numpy(keep[first:last])
+        counters.update(torch.from_numpy(ids[first:last]).to(dtype), mask)
+    trace = mt.RoutingTrace.from_arrays(ids if keep is None else ids[keep], num_experts=experts)
+    expected = mt.RoutingStatistics.from_trace(trace, window=window, **wanted)
+    assert same(counters.statistics(), expected)
+
+
+@pytest.mark.parametrize("product", [0, 1000])
+def test_both_ways_to_count_pairs(product, monkeypatch):
+    """Matrix products and scattered additions count alike, also in many small chunks."""
+    monkeypatch.setattr(pairs, "PRODUCT_UP_TO", {"cpu": product})
+    monkeypatch.setattr(pairs, "CHUNK_BYTES", 1 << 12)
+    ids = random_ids(300, 3, 4, 16)
+    keep = np.random.default_rng(0).random(300) < 0.7
+    counters = RoutingCounters(3, 16, 4, window=50)
+    counters.update(torch.from_numpy(ids), torch.from_numpy(keep))
+    trace = mt.RoutingTrace.from_arrays(ids[keep], num_experts=16)
+    assert same(counters.statistics(), mt.RoutingStatistics.from_trace(trace, window=50))
+
+
+def test_autocast_does_not_round_counts():
+    """Counts beyond what bfloat16 can say stay exact where the model runs in it."""
+    ids = torch.from_numpy(random_ids(3000, 2, 2, 4))
+    counters = RoutingCounters(2, 4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        counters.update(ids)
+    trace = mt.RoutingTrace.from_arrays(ids.numpy(), num_experts=4)
+    assert same(counters.statistics(), mt.RoutingStatistics.from_trace(trace))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_attached_to_a_model(name):
+    """Counters of a model's forward passes equal the statistics of its recorded trace."""
+    model, tokens = build(name), prompts()
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    with (
+        torch.inference_mode(),
+        capture(model) as recorder,
+        RoutingCounters.attach(model, window=5) as counters,
+    ):
+        model(input_ids=tokens, attention_mask=mask)
+        model.generate(tokens, attention_mask=mask, max_new_tokens=4)
+    with torch.no_grad():
+        model(input_ids=tokens)  # neither listens any more
+    expected = mt.RoutingStatistics.from_trace(recorder.trace(), window=5)
+    assert same(counters.statistics(), expected)
+    assert counters.statistics(model="m").model == "m"
+    counters.reset()
+    assert counters.statistics().total_load.sum() == 0
+
+
+def test_counts_go_on_after_inference_mode():
+    """Counters made in one mode count in every other."""
+    with torch.inference_mode():
+        counters = RoutingCounters(2, 4, 1, window=2)
+        counters.update(torch.zeros(5, 2, 1, dtype=torch.uint8))
+    counters.update(torch.ones(3, 2, 1, dtype=torch.uint8))
+    assert counters.statistics().total_load.tolist() == [[5, 3, 0, 0]] * 2
+
+
+def test_bad_input():
+    """Sizes, types, devices and ids are checked with a message."""
+
+    def refused(text, call):
+        with pytest.raises(ValueError, match=re.escape(text)) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+    for name in ("layers", "experts", "top_k", "window"):
+        sizes = {"layers": 2, "experts": 4, "top_k": 1, name: 0}
+        text = "num_experts" if name == "experts" else name
+        refused(f"{text} must be from 1 to", lambda sizes=sizes: RoutingCounters(**sizes))
+    refused("top_k must be from 1 to 4, got 5", lambda: RoutingCounters(2, 4, 5))
+    counters = RoutingCounters(2, 4, 1)
+    refused(
+        "expert_ids must be integers [tokens, 2, 1], got torch.uint8 [3, 1, 1]",
+        lambda: counters.update(torch.zeros(3, 1, 1, dtype=torch.uint8)),
+    )
+    refused("got torch.float32 [3, 2, 1]", lambda: counters.update(torch.zeros(3, 2, 1)))
+    ids = torch.zeros(3, 2, 1, dtype=torch.int64)
+    refused("mask must be [3], got [2]", lambda: counters.update(ids, torch.ones(2)))
+    refused("expert_ids must be on cpu, got meta", lambda: counters.update(ids.to("meta")))
+    for wrong in (4, -1):
+        counters.reset()
+        counters.update(torch.full((1, 2, 1), wrong), torch.zeros(1))
+        assert counters.statistics().total_load.sum() == 0  # of padding nothing is asked
+        counters.update(torch.full((1, 2, 1), wrong))
+        refused("expert_ids must be from 0 to 3, some were not", counters.statistics)
+
+
+def test_windows_have_a_limit():
+    """Windows that would fill the memory are refused with a way out."""
+    counters = RoutingCounters(100, 1 << 16, 1, window=1, transitions=False, coactivation=False)
+    ids = torch.zeros(1, 100, 1, dtype=torch.uint16).expand(400, 100, 1)
+    with pytest.raises(ValueError, match="windows must fit 16 GiB, got 20 GiB for 400 windows"):
+        counters.update(ids)
+
+
+def test_nan_scores_are_named():
+    """A router that gives NaN is named when the counts are read."""
+    model = build("mixtral")
+    with torch.no_grad():
+        moe_layers(model)[1].router.weight[0, 0] = torch.nan
+    with torch.no_grad(), RoutingCounters.attach(model) as counters:
+        model(input_ids=prompts())
+    with pytest.raises(ValueError, match=r"got NaN in layer 1 \(model.layers.1.mlp.gate\)"):
+        counters.statistics()
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """Run three processes: each fails at a first sum and gives its error, then what it counted."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [
+        context.Process(target=counter_ranks.work, args=(number, port, results), daemon=True)
+        for number in range(len(counter_ranks.TOKENS))
+    ]
+    for process in processes:
+        process.start()
+    found = sorted(results.get(timeout=100) for _ in processes)
+    for process in processes:
+        process.join()
+    return found
+
+
+def test_sum_over_ranks(ranks):
+    """Every rank gets the sum: pairs of all, and window by window the load of all."""
+    parts = []
+    for number, tokens in enumerate(counter_ranks.TOKENS):
+        ids = random_ids(tokens, 3, 2, 8, seed=number)
+        trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+        parts.append(mt.RoutingStatistics.from_trace(trace, window=10))
+    load = np.zeros((4, 3, 8), dtype=np.uint64)
+    for part in parts:
+        load[: part.windows] += part.window_load
+    expected = mt.RoutingStatistics(
+        load,
+        sum(part.transitions for part in parts),
+        sum(part.coactivation for part in parts),
+    )
+    for number, tokens in enumerate(counter_ranks.TOKENS):
+        own = tokens * 3 * 2  # summing leaves a rank's own counts as they are
+        assert ranks[number][2:] == (own, expected.fingerprint, 4, 30)
+
+
+def test_ranks_must_agree(ranks):
+    """Ranks with different models all get the same error, and none waits for ever."""
+    for _, text, *_ in ranks:
+        assert text == "ranks must count alike, got layers from 2 to 3"
