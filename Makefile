@@ -74,6 +74,7 @@ bench: $(CORE)  ## one file per question, each prints its answer (quick settings
 	$(BIN)/python bench/balance.py --seeds 2 --repeat 3
 	$(BIN)/python bench/stage_1.py --seeds 1
 	$(BIN)/python bench/joint.py --quick
+	$(BIN)/python bench/expert_parallel.py --quick
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) target dist $(CORE) demo-output

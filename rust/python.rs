@@ -20,8 +20,8 @@ use crate::error::Error;
 use crate::instance::{Instance, Sizes};
 use crate::layer::balance::Windows;
 use crate::layer::replicate::replicate;
-use crate::layer::{Contents, EMPTY, Effort, Layer, Links, Split, place};
-use crate::packing::{Goal, Room};
+use crate::layer::{Contents, EMPTY, Effort, Layer, Links, place};
+use crate::packing::{Goal, Improve, Room};
 use crate::replay::{Copies, Split};
 use crate::search::{Control, Options, balanced, search as run_search};
 use crate::statistics::{Counter, Tables};
@@ -390,7 +390,7 @@ fn search<'py>(
     let options = Options { seed, trials, time_limit };
     let control = Control::new(time_limit.and_then(|limit| Instant::now().checked_add(limit)));
     // Where no placement under the cap is known the most balanced one is what can be kept.
-    let balanced = balanced(&instance)?;
+    let balanced = detached(py, threads, || balanced(&instance, &control))??;
     instance.allow(&balanced);
     let work = || run_search(&instance, &options, &balanced, &initial, &control);
     let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
@@ -408,14 +408,13 @@ fn pack<'py>(
     load: &PyReadonlyArray2<'py, u64>,
     devices: usize,
     room: Room,
-    goal: Goal,
-    improve: bool,
+    goal: Option<Goal>,
     threads: Option<usize>,
 ) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance)> {
     let (layers, experts) = (load.shape()[0], load.shape()[1]);
     let load = contiguous(load.as_slice().ok())?;
-    let packed =
-        detached(py, threads, || crate::packing::pack(load, experts, devices, room, goal, improve))??;
+    let improve = goal.map(|goal| Improve { goal, stop: &|| false });
+    let packed = detached(py, threads, || crate::packing::pack(load, experts, devices, room, improve))??;
     let balance = packed.iter().map(|p| (p.peak.0, p.peak.1, p.deviation.0, p.deviation.1)).collect();
     let cluster = packed.into_iter().flat_map(|p| p.cluster).collect();
     Ok((array2(py, (layers, experts), cluster)?, balance))
@@ -431,17 +430,19 @@ fn lpt<'py>(
     improve: bool,
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray2<u16>>> {
-    Ok(pack(py, &load, devices, Room { fewest: 0, most: slots }, Goal::Peak, improve, threads)?.0)
+    let room = Room { fewest: 0, most: slots };
+    Ok(pack(py, &load, devices, room, improve.then_some(Goal::Peak), threads)?.0)
 }
 
 #[pyfunction]
-#[pyo3(signature = (load, clusters, slots, *, equal_sizes = true, threads = None))]
+#[pyo3(signature = (load, clusters, slots, *, equal_sizes = true, tolerance = 0.0, threads = None))]
 fn cluster<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, u64>,
     clusters: usize,
     slots: usize,
     equal_sizes: bool,
+    tolerance: f64,
     threads: Option<usize>,
 ) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance)> {
     let experts = load.shape()[1];
@@ -450,7 +451,7 @@ fn cluster<'py>(
     } else {
         Room::free(experts, clusters, slots)
     };
-    pack(py, &load, clusters, room, Goal::Deviation, true, threads)
+    pack(py, &load, clusters, room, Some(Goal::Deviation { tolerance }), threads)
 }
 
 /// The device of every cluster [L,D], how it was found, a lower bound of the bottleneck.
@@ -710,7 +711,7 @@ impl Layers {
                 room: room.row(l).iter().map(|&slots| slots.max(0) as usize).collect(),
                 node: node.clone(),
                 time: time.clone(),
-                split: if nearest { Split::Nearest } else { Split::Even },
+                split: if nearest { crate::layer::Split::Nearest } else { crate::layer::Split::Even },
                 load: (0..e).map(|e| load.slice(numpy::ndarray::s![.., l, e]).sum()).collect(),
                 windows,
                 cap: cap.as_ref().map_or(f64::INFINITY, |cap| cap[l]),

@@ -38,7 +38,7 @@ def random_slots(rng, layers, devices, experts, spare):
     return slots
 
 
-def oracle(slots, ids, home, node, replica, hierarchical):
+def oracle(slots, ids, home, node, split, hierarchical):
     """Send row by row."""
     layers, devices, width = slots.shape
     rows = np.zeros((layers, devices, devices), dtype=int)
@@ -47,7 +47,7 @@ def oracle(slots, ids, home, node, replica, hierarchical):
         visited = set()
         for expert in ids[t, layer].tolist():
             held = [i // width for i, e in enumerate(slots[layer].ravel()) if e == expert]
-            if replica == "nearest":
+            if split == "nearest":
                 inside = [d for d in held if d // node == own // node]
                 held = [own] if own in held else inside or held
             visited.add(held[t * 2654435761 % 2**32 % len(held)])
@@ -62,17 +62,17 @@ def oracle(slots, ids, home, node, replica, hierarchical):
     return rows
 
 
-@given(cases(), st.sampled_from(["hash", "nearest"]), st.booleans())
-def test_rows_are_those_of_the_plain_loop(case, replica, hierarchical):
+@given(cases(), st.sampled_from(["even", "nearest"]), st.booleans())
+def test_rows_are_those_of_the_plain_loop(case, split, hierarchical):
     """Replicas, empty slots, any homes, either rule, straight and through nodes."""
     slots, ids, experts, home, node = case
-    if replica == "nearest" and not hierarchical:
+    if split == "nearest" and not hierarchical:
         node = slots.shape[1]
-    expected = oracle(slots, ids, home, node, replica, hierarchical)
+    expected = oracle(slots, ids, home, node, split, hierarchical)
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
     placement = mt.Placement(slots, num_experts=experts)
     found = dispatch_rows(
-        placement, trace, home, replica=replica, devices_per_node=node if hierarchical else None
+        placement, trace, home, split=split, devices_per_node=node if hierarchical else None
     )
     assert found.tolist() == expected.tolist()
 
@@ -123,7 +123,7 @@ def test_wrong_arguments_are_named(make_trace):
         ({"home": np.full(200, 4)}, "home must be from 0 to 3, got 4 to 4"),
         ({"home": np.zeros(3, dtype=int)}, r"home must be integers \[200\], got int64 \[3\]"),
         ({"home": "anywhere"}, "home must be devices .* got 'anywhere'"),
-        ({"replica": "best"}, "replica must be 'hash' or 'nearest', got 'best'"),
+        ({"split": "best"}, "split must be 'even' or 'nearest', got 'best'"),
         ({"devices_per_node": 3}, r"devices_per_node must divide the devices \(4\), got 3"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner.placement import EMPTY, Placement
 from moetuner.trace import RoutingTrace
 
-Replica = Literal["hash", "nearest"]
+Split = Literal["even", "nearest"]
 
 # Knuth's multiplicative hash of a token's position, modulo 2**32.
 HASH = 2_654_435_761
@@ -25,7 +25,7 @@ def dispatch_rows(
     trace: RoutingTrace,
     home: ArrayLike | Literal["blocks"] = "blocks",
     *,
-    replica: Replica = "hash",
+    split: Split = "even",
     devices_per_node: int | None = None,
 ) -> NDArray[np.int64]:
     """Count the rows that leave a device for another one, one per token and distinct device.
@@ -39,8 +39,8 @@ def dispatch_rows(
     home
         Device that each token comes from and returns to [T]; ``"blocks"`` gives every device one
         run of tokens, the first ones a token more where they do not divide.
-    replica
-        ``"hash"``: copies of an expert share its tokens evenly, by position. ``"nearest"``: a token
+    split
+        ``"even"``: copies of an expert share its tokens evenly, by position. ``"nearest"``: a token
         takes a copy on its own device, else on its own node, else by position.
     devices_per_node
         Devices of a node, for a hierarchical exchange: a token crosses to each distinct node once,
@@ -67,7 +67,7 @@ def dispatch_rows(
     size = node_size(devices, devices_per_node)
     homes = homes_of(home, trace.tokens, devices)
     # Which copies a token can take depends on its home only if it takes the nearest.
-    places = range(devices) if replica_rule(replica) == "nearest" else [None]
+    places = range(devices) if split_rule(split) == "nearest" else [None]
     tables = [
         [copies(slots, placement.num_experts, near=place, node=size) for place in places]
         for slots in placement.slots
@@ -171,7 +171,7 @@ def node_size(devices: int, devices_per_node: int | None) -> int:
     return size
 
 
-def replica_rule(replica: str) -> Replica:
+def split_rule(split: str) -> Split:
     """Check the name of a rule for choosing between copies.
 
     Raises
@@ -179,9 +179,9 @@ def replica_rule(replica: str) -> Replica:
     ValueError
         If there is no such rule.
     """
-    if replica == "hash" or replica == "nearest":
-        return "hash" if replica == "hash" else "nearest"
-    raise ValueError(f"replica must be 'hash' or 'nearest', got {replica!r}")
+    if split == "even" or split == "nearest":
+        return "even" if split == "even" else "nearest"
+    raise ValueError(f"split must be 'even' or 'nearest', got {split!r}")
 
 
 def _rows_of(

@@ -59,7 +59,6 @@ mod contents;
 mod cuts;
 mod eigen;
 mod householder;
-mod load;
 mod mixture;
 mod relaxation;
 mod rows;
@@ -70,7 +69,6 @@ mod transport;
 
 pub use certificate::{Certificate, verify};
 pub use cuts::Kind;
-pub use load::largest_device_load;
 
 use crate::error::{Error, Result};
 use certificate::{crossing, dual_value};

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use crate::chain::recombine;
 use crate::error::Result;
 use crate::instance::Instance;
-use crate::packing::{Goal, Room, pack};
+use crate::packing::{Goal, Improve, Room, pack};
 use crate::random::Random;
 use anneal::{Length, Schedule, anneal};
 use state::State;
@@ -145,13 +145,14 @@ pub fn search(
     }
 }
 
-/// Where the search starts: balanced loads, whatever the traffic `[L, P]`.
-pub fn balanced(instance: &Instance) -> Result<Vec<u16>> {
+/// Where the search starts: loads as balanced as time allows, whatever the traffic `[L, P]`.
+pub fn balanced(instance: &Instance, control: &Control) -> Result<Vec<u16>> {
     let sizes = instance.sizes;
     let (p, d) = (sizes.slots(), sizes.devices);
     let room = Room::equal(p, d);
     let mut expert_in = Vec::with_capacity(sizes.layers * p);
-    for packing in pack(&instance.load, p, d, room, Goal::Peak, true)? {
+    let improve = Improve { goal: Goal::Peak, stop: &|| control.stopped() };
+    for packing in pack(&instance.load, p, d, room, Some(improve))? {
         let mut layer: Vec<u16> = (0..p as u16).collect();
         layer.sort_by_key(|&e| packing.cluster[usize::from(e)]);
         expert_in.extend(layer);

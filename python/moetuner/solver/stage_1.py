@@ -89,7 +89,12 @@ def cluster_layers(
     experts = load.shape[1]
     largest = experts if largest is None else largest
     start, balance = _core.cluster(
-        load, clusters, largest, equal_sizes=equal_sizes, threads=limits.threads
+        load,
+        clusters,
+        largest,
+        equal_sizes=equal_sizes,
+        tolerance=tolerance,
+        threads=limits.threads,
     )
     cluster = start.astype(np.int64)
     total = [max(sum(map(int, row)), 1) for row in load]

@@ -1,27 +1,57 @@
-"""What moetuner does inside PyTorch: record routing, count it, and move experts.
+"""What moetuner does inside PyTorch: record routing, count it, and run, apply and change placements.
 
 ``capture`` records what the routers of a running model choose, ``RoutingCounters`` counts it on the
-device, ``apply_placement`` and ``permute_state_dict`` put experts in the order that engines with
-contiguous experts understand. ``import moetuner`` never imports this package.
+device; ``apply_placement`` and ``permute_state_dict`` put experts in the order that engines with
+contiguous experts understand; ``ExpertParallelMoE`` runs any placement, ``Rebalancer`` changes it
+while serving. ``import moetuner`` never imports this package.
 """
+
+from typing import TYPE_CHECKING, Any
 
 try:
     import torch as _torch  # noqa: F401 - only to say in one line that it is missing
 except ImportError as error:
     raise ImportError("moetuner.torch needs PyTorch: pip install 'moetuner[torch]'") from error
 
+from moetuner.torch.agreement import MoveError
 from moetuner.torch.apply import apply_placement
 from moetuner.torch.capture import Recorder, capture
 from moetuner.torch.checkpoint import permute_state_dict
 from moetuner.torch.counters import RoutingCounters
+from moetuner.torch.expert_parallel import ExpertParallelMoE
+from moetuner.torch.experts import Experts, GroupedExperts, swiglu
+from moetuner.torch.rebalance import ComputeCost, Decision, Rebalancer
 from moetuner.torch.routers import MoELayer, moe_layers
+from moetuner.torch.traffic import TrafficCounters
+
+if TYPE_CHECKING:
+    from moetuner.torch.transformers_ep import register_placement
 
 __all__ = [
+    "ComputeCost",
+    "Decision",
+    "ExpertParallelMoE",
+    "Experts",
+    "GroupedExperts",
     "MoELayer",
+    "MoveError",
+    "Rebalancer",
     "Recorder",
     "RoutingCounters",
+    "TrafficCounters",
     "apply_placement",
     "capture",
     "moe_layers",
     "permute_state_dict",
+    "register_placement",
+    "swiglu",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs transformers only when it is asked for."""
+    if name == "register_placement":
+        from moetuner.torch.transformers_ep import register_placement
+
+        return register_placement
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,209 @@
+"""Exchange: rows from every rank to the ranks that want them, once each, and sums back.
+
+Rows are exchanged by ``all_to_all_single`` with uneven splits. A header goes first and says how
+many rows come, and whether sender and receiver mean the same thing: what ranks disagree on is found
+before any row is sent, and on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# What a rank can find wrong with its input; all ranks learn of it from the header.
+NOT_FINITE, NO_EXPERT, MISFIT = 1, 2, 4
+FAULTS = {
+    NOT_FINITE: "top_k_weights must be finite",
+    NO_EXPERT: "top_k_index must be experts of the placement, from 0 to {experts} - 1",
+    MISFIT: "its tensors do not fit the layer",
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What every rank tells every other one.
+
+    Parameters
+    ----------
+    fingerprint
+        Of placement and rules.
+    layout
+        How a row with its slots and weights is made up.
+    faults
+        Bits of ``FAULTS``, a scalar on the device of the rows.
+    """
+
+    fingerprint: int
+    layout: int
+    faults: Tensor
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows that go to and come from every rank of a group."""
+
+    send: list[int]
+    receive: list[int]
+    group: dist.ProcessGroup | None
+
+    @property
+    def back(self) -> Splits:
+        """The same rows on their way home."""
+        return Splits(self.receive, self.send, self.group)
+
+
+class Hop:
+    """One exchange: every row to each distinct rank among its targets.
+
+    Parameters
+    ----------
+    target
+        Ranks that row r goes to [R,K], with repetitions; -1 is none.
+    header
+        What must be the same on all ranks.
+    group
+        The ranks.
+
+    Raises
+    ------
+    ValueError
+        On all ranks if one has found a fault in its input.
+    RuntimeError
+        On all ranks if they do not agree.
+    """
+
+    def __init__(
+        self, target: Tensor, header: Header, group: dist.ProcessGroup | None, *, experts: int
+    ) -> None:
+        ranks = dist.get_world_size(group)
+        rows, top_k = target.shape
+        visits = torch.zeros(rows, ranks + 1, dtype=torch.bool, device=target.device)
+        visits.scatter_(1, torch.where(target < 0, ranks, target), True)
+        visits = visits[:, :ranks]
+        self.splits = _introduce(visits.sum(dim=0), header, group, experts)
+        # Sorted by rank, then by row: the order on the wire.
+        rank, self._row = visits.T.nonzero(as_tuple=True)
+        # A row's results in ascending order of rank: its j-th is number `_parts[row, j]` of those
+        # that come back. What is missing points at a row of zeros behind the last.
+        nth = visits.cumsum(dim=1)[self._row, rank] - 1
+        parts = torch.full((rows, min(top_k, ranks)), len(rank), device=target.device)
+        parts[self._row, nth] = torch.arange(len(rank), device=target.device)
+        self._parts = parts
+
+    def send(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Send row r of every tensor [R,...] to its ranks; gives what came, by rank."""
+        return exchange(self.splits, *(tensor[self._row] for tensor in tensors))
+
+    def gather(self, results: Tensor) -> Tensor:
+        """Send results back; gives each row's sum in ascending order of rank."""
+        (returned,) = exchange(self.splits.back, results)
+        return sum_rows(returned, self._parts)
+
+
+def sum_rows(values: Tensor, which: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum rows of values [N,H], from left to right, into as many rows as ``which`` has.
+
+    Sums run in float32 at least and one column of ``which`` after the other, so that the order is
+    fixed: no atomic additions.
+
+    Parameters
+    ----------
+    values
+        Rows [N,H].
+    which
+        Rows to sum [R,J]; N stands for zero.
+    weights
+        Factors [R,J]; all 1 if None.
+    """
+    wide = torch.promote_types(values.dtype, torch.float32)
+    padded = torch.cat([values, values.new_zeros(1, values.shape[1])])
+    total: Tensor | None = None
+    for j in range(which.shape[1]):
+        part = padded[which[:, j]].to(wide)
+        if weights is not None:
+            part = part * weights[:, j, None].to(wide)
+        total = part if total is None else total + part
+    assert total is not None
+    return total.to(values.dtype)
+
+
+def exchange(splits: Splits, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Exchange the rows of tensors [R,...] as one message per rank; differentiable."""
+    out: tuple[Tensor, ...] = _Exchange.apply(splits, *tensors)
+    return out
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows out; in the backward pass their gradients home."""
+
+    @staticmethod
+    def forward(ctx: Any, splits: Splits, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.splits = splits
+        ctx.smooth = [tensor.is_floating_point() for tensor in tensors]
+        out = _swap(splits, tensors)
+        ctx.mark_non_differentiable(*(t for t in out if not t.is_floating_point()))
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        smooth = [g for g, is_smooth in zip(gradients, ctx.smooth, strict=True) if is_smooth]
+        back = iter(_swap(ctx.splits.back, smooth))
+        return (None, *(next(back) if is_smooth else None for is_smooth in ctx.smooth))
+
+
+def _swap(splits: Splits, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Pack the rows of all tensors side by side as bytes, and unpack what comes."""
+    rows = sum(splits.receive)
+    if len(tensors) == 1:
+        (only,) = tensors
+        out = only.new_empty(rows, *only.shape[1:])
+        _all_to_all(out, only.contiguous(), splits)
+        return [out]
+    packed = torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors], dim=1)
+    arrived = packed.new_empty(rows, packed.shape[1])
+    _all_to_all(arrived, packed, splits)
+    widths = [tensor.shape[1] * tensor.element_size() for tensor in tensors]
+    parts = torch.split(arrived, widths, dim=1)
+    # Copies, even of a single row: only they are aligned for their type.
+    return [
+        part.clone(memory_format=torch.contiguous_format).view(tensor.dtype)
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]
+
+
+def _all_to_all(out: Tensor, rows: Tensor, splits: Splits) -> None:
+    dist.all_to_all_single(out, rows, splits.receive, splits.send, group=splits.group)
+
+
+def _introduce(
+    counts: Tensor, header: Header, group: dist.ProcessGroup | None, experts: int
+) -> Splits:
+    """Exchange headers with the counts of rows to come; raise what they say is wrong."""
+    ranks = len(counts)
+    same = torch.tensor([header.fingerprint, header.layout], device=counts.device)
+    sent = torch.cat(
+        [counts[:, None], same.expand(ranks, 2), header.faults.expand(ranks)[:, None]], dim=1
+    )
+    came = torch.empty_like(sent)
+    dist.all_to_all_single(came, sent, group=group)
+    # The one time that the host waits for the device before the rows are exchanged.
+    table = torch.cat([came, counts[:, None]], dim=1).tolist()
+    for rank, (_, _, _, faults, _) in enumerate(table):
+        for bit, message in FAULTS.items():
+            if faults & bit:
+                raise ValueError(f"rank {rank}: {message.format(experts=experts)}")
+    for what, column, own in (
+        ("placements", 1, header.fingerprint),
+        ("rows of another size or type", 2, header.layout),
+    ):
+        others = [rank for rank in range(ranks) if table[rank][column] != own]
+        if others:
+            me = dist.get_rank(group)
+            verb = "other placements than" if what == "placements" else f"{what} than"
+            raise RuntimeError(f"ranks {others} have {verb} rank {me}: nothing was sent")
+    return Splits([row[4] for row in table], [row[0] for row in table], group)

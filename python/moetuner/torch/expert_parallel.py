@@ -1,0 +1,235 @@
+"""ExpertParallelMoE: the experts of one layer, spread over ranks by any placement.
+
+Takes what the router decided (hidden states, experts, weights) and gives the weighted sum of the
+experts' results. It does not route, and adds no shared expert.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moetuner.placement import Placement
+from moetuner.torch.exchange import MISFIT, NO_EXPERT, NOT_FINITE, Header, Hop, sum_rows
+from moetuner.torch.experts import Experts
+from moetuner.torch.routes import Routes
+from moetuner.torch.traffic import TrafficCounters
+from moetuner.traffic import Split
+
+
+class ExpertParallelMoE(nn.Module):
+    """One MoE layer on all ranks of a group.
+
+    A token is sent once to each distinct device among those of its experts; the device sums its
+    experts' results in the order of the token's choices, and the token's own rank sums the devices'
+    in ascending order. Both orders are fixed, so two runs agree to the last bit.
+
+    Parameters
+    ----------
+    experts
+        The experts of this rank's slots, in their order: ``GroupedExperts``, or anything with its
+        two methods.
+    placement
+        One for all layers, with as many devices as the group has ranks; replicas and empty slots
+        are allowed.
+    layer
+        The layer's number in the placement.
+    group
+        The ranks; None for all.
+    devices_per_node
+        Exchange hierarchically: a token crosses to each distinct node once, to the rank with its
+        own number there, and is fanned out inside. None sends straight to every device.
+    split
+        ``"even"``: copies share an expert's tokens by position, as ``moetuner.evaluate`` assumes.
+        ``"nearest"``: own device, own node, then by position.
+
+    Attributes
+    ----------
+    traffic
+        Rows and bytes exchanged with every peer; ``moetuner.traffic.dispatch_rows`` predicts them.
+
+    Raises
+    ------
+    ValueError
+        If placement, layer, group and experts do not fit together.
+    """
+
+    def __init__(
+        self,
+        experts: Experts,
+        placement: Placement,
+        layer: int,
+        *,
+        group: dist.ProcessGroup | None = None,
+        devices_per_node: int | None = None,
+        split: Split = "even",
+    ) -> None:
+        super().__init__()
+        self.group = group
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.experts = experts
+        self.devices_per_node, self.split = devices_per_node, split
+        self.traffic = TrafficCounters(self.ranks)
+        self.device = next(iter(experts.weights().values())).device
+        self.routes = self._routes(placement, layer)
+
+    @property
+    def placement(self) -> Placement:
+        """The placement in force."""
+        return self.routes.placement
+
+    def switch(self, placement: Placement) -> None:
+        """Put another placement in force; the experts' weights must be in its slots already."""
+        self.routes = self._routes(placement, self.routes.layer)
+
+    def _routes(self, placement: Placement, layer: int) -> Routes:
+        if placement.devices != self.ranks:
+            raise ValueError(
+                f"placement must have {self.ranks} devices, the ranks of the group, "
+                f"got {placement.devices}"
+            )
+        for name, weight in self.experts.weights().items():
+            if len(weight) != placement.slots_per_device:
+                raise ValueError(
+                    f"experts: {name} must have the placement's {placement.slots_per_device} "
+                    f"slots, got {list(weight.shape)}"
+                )
+        return Routes(
+            placement,
+            layer,
+            rank=self.rank,
+            devices_per_node=self.devices_per_node,
+            split=self.split,
+            device=self.device,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        first_token: int | Tensor = 0,
+    ) -> Tensor:
+        """Run the experts of this rank's tokens; every rank of the group takes part.
+
+        Parameters
+        ----------
+        hidden_states
+            Tokens of this rank [T,H]; T may differ between ranks and be 0, H and type may not.
+        top_k_index
+            Experts of each token [T,K], as the checkpoint numbers them.
+        top_k_weights
+            The router's weights [T,K].
+        first_token
+            Position of the first token among those of all ranks, or the position of every token
+            [T]; decides between copies of an expert.
+
+        Returns
+        -------
+        Tensor
+            Weighted sums of the experts' results [T,H].
+
+        Raises
+        ------
+        ValueError
+            On every rank if the input of one has wrong sizes, types, experts or weights.
+        RuntimeError
+            On every rank if their placements differ.
+        """
+        misfit = self._misfit(hidden_states, top_k_index, top_k_weights, first_token)
+        if misfit:
+            self._refuse(misfit)
+        position = first_token
+        if not isinstance(position, Tensor):
+            position = torch.arange(len(hidden_states), device=self.device) + position
+        routes = self.routes
+        known = top_k_index.long().clamp(0, routes.experts - 1)
+        faults = torch.where(torch.isfinite(top_k_weights).all(), 0, NOT_FINITE)
+        faults = faults + torch.where((known == top_k_index).all(), 0, NO_EXPERT)
+        # Slots travel as 32 bits beside their row.
+        slots = routes.slots_of(known, position).to(torch.int32)
+
+        rows, weights = hidden_states, top_k_weights
+        width, hops = routes.slots_per_device, []
+        for size in (routes.node_size, 1) if self.devices_per_node else (1,):
+            # First to the rank with this one's number in each node, then to each device.
+            target = slots.long() // (width * size) * size + self.rank % size
+            target = torch.where(slots < 0, -1, target)
+            hop = self._hop(target, rows, weights, faults)
+            rows, slots, weights = hop.send(rows, slots, weights)
+            here = slots.long() // (width * size) == self.rank // size
+            slots = torch.where(here, slots, -1)
+            hops.append(hop)
+        results = self._compute(rows, slots - self.rank * width, weights, here)
+        for hop in reversed(hops):
+            results = hop.gather(results)
+        self.traffic.steps += 1
+        return results
+
+    def _hop(self, target: Tensor, rows: Tensor, weights: Tensor, faults: Tensor) -> Hop:
+        row, top_k = rows.shape[1] * rows.element_size(), weights.shape[1]
+        whole = row + top_k * (4 + weights.element_size())
+        # Rows of equal length could still be cut differently.
+        header = Header(self.routes.fingerprint, whole | top_k << 40, faults)
+        hop = Hop(target, header, self.group, experts=self.routes.experts)
+        sent, received = hop.splits.send, hop.splits.receive
+        self.traffic.count(self.rank, sent, received, dispatch_row=whole, combine_row=row)
+        return hop
+
+    def _compute(self, rows: Tensor, slots: Tensor, weights: Tensor, here: Tensor) -> Tensor:
+        """Sum the results of a row's slots [R,K] in their order, as far as they are ``here``."""
+        width, top_k = self.routes.slots_per_device, slots.shape[1]
+        flat = torch.where(here, slots.long(), width).reshape(-1)
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=width + 1)[:width]
+        chosen = order[: int(counts.sum())]
+        values = self.experts(rows[chosen // top_k], counts)
+        which = torch.full_like(flat, len(chosen))
+        which[chosen] = torch.arange(len(chosen), device=flat.device)
+        return sum_rows(values, which.view_as(slots), weights)
+
+    def _misfit(
+        self, hidden: Tensor, index: Tensor, weights: Tensor, position: int | Tensor
+    ) -> str | None:
+        """Say what is wrong with the input, as far as sizes and types tell."""
+        model = next(iter(self.experts.weights().values()))
+        shapes = [list(tensor.shape) for tensor in (hidden, index, weights)]
+        tokens = len(hidden) if hidden.ndim == 2 else -1
+        if index.ndim != 2 or shapes[1] != shapes[2] or shapes[1] != [tokens, max(shapes[1][1], 1)]:
+            return (
+                "hidden_states, top_k_index and top_k_weights must be [T,H], [T,K] and [T,K], "
+                f"got {shapes[0]}, {shapes[1]} and {shapes[2]}"
+            )
+        if hidden.dtype != model.dtype:
+            return f"hidden_states must be {model.dtype} like the experts, got {hidden.dtype}"
+        if index.is_floating_point() or not weights.is_floating_point():
+            return (
+                "top_k_index must be integers and top_k_weights floats, "
+                f"got {index.dtype} and {weights.dtype}"
+            )
+        devices = {tensor.device for tensor in (hidden, index, weights)}
+        if devices != {self.device}:
+            found = ", ".join(sorted(map(str, devices)))
+            return f"hidden_states must be on {self.device} like the experts, got {found}"
+        if isinstance(position, Tensor) and (
+            position.shape != hidden.shape[:1]
+            or position.is_floating_point()
+            or position.device != self.device
+        ):
+            return (
+                f"first_token must be an integer or integers [{len(hidden)}] on {self.device}, "
+                f"got {position.dtype} {list(position.shape)} on {position.device}"
+            )
+        return None
+
+    def _refuse(self, reason: str) -> None:
+        """Tell the other ranks, who wait for this one, and raise."""
+        nothing = torch.empty(0, 1, dtype=torch.int64, device=self.device)
+        faults = torch.tensor(MISFIT, device=self.device)
+        try:
+            header = Header(self.routes.fingerprint, 0, faults)
+            Hop(nothing, header, self.group, experts=self.routes.experts)
+        except ValueError:
+            raise ValueError(reason) from None

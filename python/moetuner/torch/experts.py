@@ -1,0 +1,102 @@
+"""Experts: the feed-forward networks of the slots of one rank, computed in groups of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+# Public in newer versions of torch, under a private name before, absent in the oldest ones.
+_grouped_mm = getattr(nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+class Experts(Protocol):
+    """What ``ExpertParallelMoE`` asks of the experts that it runs."""
+
+    def __call__(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Compute rows [N,H], the first ``counts[0]`` of them by slot 0 and so on [S]."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Give the weights by name, slots first [S,...]; writing to them changes the experts."""
+        ...
+
+
+def swiglu(rows: Tensor) -> Tensor:
+    """Gate by SiLU: the first half of each row [N,2I] gates the second [N,I]."""
+    gate, up = rows.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
+
+
+class GroupedExperts(nn.Module):
+    """Experts of two matrices with an activation between them.
+
+    Parameters
+    ----------
+    up
+        Weights into the experts [S,U,H], slot by slot.
+    down
+        Weights out of the experts [S,H,I].
+    activation
+        From rows [N,U] to rows [N,I]; ``swiglu`` takes U = 2 I.
+
+    Notes
+    -----
+    On CUDA in bfloat16 all slots are one grouped matrix product where torch has it (for rows of
+    a multiple of 16 bytes); elsewhere each slot that has rows is one product.
+    """
+
+    def __init__(
+        self, up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor] = swiglu
+    ) -> None:
+        super().__init__()
+        if up.ndim != 3 or down.ndim != 3 or up.shape[::2] != down.shape[:2]:
+            raise ValueError(
+                "up must be [slots, up, hidden] and down [slots, hidden, inner], "
+                f"got {list(up.shape)} and {list(down.shape)}"
+            )
+        if up.dtype != down.dtype or up.device != down.device:
+            raise ValueError(
+                "up and down must be of one type on one device, "
+                f"got {up.dtype} on {up.device} and {down.dtype} on {down.device}"
+            )
+        self.up = nn.Parameter(up)
+        self.down = nn.Parameter(down)
+        self.activation = activation
+
+    def weights(self) -> dict[str, Tensor]:
+        """Give ``up`` and ``down``."""
+        return {"up": self.up, "down": self.down}
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Compute rows [N,H] in groups of ``counts`` [S] rows, one per slot."""
+        if rows.is_cuda and self._can_group(rows):
+            return self._grouped(rows, counts)
+        parts = [
+            nn.functional.linear(
+                self.activation(nn.functional.linear(group, self.up[slot])), self.down[slot]
+            )
+            for slot, group in enumerate(torch.split(rows, counts.tolist()))
+            if len(group)
+        ]
+        # Without rows the result hangs on the input all the same: the backward pass of every rank
+        # takes part in the exchange.
+        return torch.cat(parts) if parts else rows
+
+    def _can_group(self, rows: Tensor) -> bool:
+        widths = (*self.up.shape[1:], self.down.shape[2])
+        return (
+            _grouped_mm is not None
+            and rows.dtype == torch.bfloat16
+            and len(rows) > 0
+            and all(width % 8 == 0 for width in widths)
+        )
+
+    def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
+        assert _grouped_mm is not None
+        ends = counts.cumsum(0).to(torch.int32)
+        inner = self.activation(_grouped_mm(rows, self.up.transpose(1, 2), offs=ends))
+        out: Tensor = _grouped_mm(inner, self.down.transpose(1, 2), offs=ends)
+        return out

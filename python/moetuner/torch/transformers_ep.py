@@ -1,0 +1,208 @@
+"""Transformers: run a model's experts by a placement, as one of its ways of expert parallelism.
+
+Transformers loads contiguous shards of experts. Before the first step their weights go to the slots
+of the placement, from owner to holder, and stay there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from transformers.distributed.expert_parallel import (
+    EPImplementation,
+    EPImplementationInterface,
+)
+
+from moetuner.placement import Placement
+from moetuner.torch.expert_parallel import ExpertParallelMoE
+from moetuner.torch.transfer import Spares, moves
+from moetuner.traffic import Split
+
+
+def register_placement(
+    placement: Placement,
+    name: str = "moetuner",
+    *,
+    devices_per_node: int | None = None,
+    split: Split = "even",
+    timeout: float = 600.0,
+) -> list[ExpertParallelMoE]:
+    """Make ``DistributedConfig(ep_implementation=name)`` run experts by a placement.
+
+    Call it on every rank before ``from_pretrained(..., distributed_config=...)``. Layers are
+    numbered in the order of the model's modules; a model loaded afterwards starts anew. The experts
+    are for inference: they take no gradients, and a model whose experts are placed is not to be
+    saved, since its files would hold them in the order of the slots.
+
+    Parameters
+    ----------
+    placement
+        For as many MoE layers as the model has, and as many devices as ``ep_size``.
+    name
+        Under which name.
+    devices_per_node, split
+        As in ``ExpertParallelMoE``.
+    timeout
+        Seconds for the weights of one layer to reach their slots.
+
+    Returns
+    -------
+    list of ExpertParallelMoE
+        The layers of the model loaded last; filled before its first step.
+    """
+    layers: list[ExpertParallelMoE] = []
+    parts: list[_PlacedExperts] = []
+
+    class Implementation(_PlacedExperts):
+        def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
+            super().__init__(experts, ep_mesh, tp_mesh)
+            if all(part.layer is not None for part in parts):
+                parts.clear()
+                layers.clear()
+            parts.append(self)
+
+        def place(self) -> None:
+            if len(parts) != placement.layers:
+                raise ValueError(
+                    f"placement must have {len(parts)} layers like the model, "
+                    f"got {placement.layers}"
+                )
+            for number, part in enumerate(parts):
+                part.load(placement, number, devices_per_node, split, timeout)
+                assert part.layer is not None
+                layers.append(part.layer)
+
+    EPImplementationInterface.register(name, Implementation)
+    return layers
+
+
+class _PlacedExperts(EPImplementation):
+    """The experts of one layer of a transformers model."""
+
+    def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.module = experts
+        self.owned: int = experts.num_experts  # type: ignore[assignment]
+        self.layer: ExpertParallelMoE | None = None
+        # The weights are loaded later; before the first step they are there.
+        self.hook = experts.register_forward_pre_hook(lambda *_: self.place())
+
+    def place(self) -> None:
+        """Place the experts of all layers of the model."""
+        raise NotImplementedError
+
+    def load(
+        self,
+        placement: Placement,
+        number: int,
+        devices_per_node: int | None,
+        split: Split,
+        timeout: float,
+    ) -> None:
+        """Bring the weights of this rank's slots from the ranks that loaded them."""
+        self.hook.remove()
+        group, ranks = self.ep_mesh.get_group(), self.ep_mesh.size()
+        rank, local = self.ep_mesh.get_local_rank(), self.owned
+        wanted, found = (ranks, ranks * local), (placement.devices, placement.num_experts)
+        if wanted != found:
+            raise ValueError(
+                f"placement must have {wanted[0]} devices and {wanted[1]} experts like the model, "
+                f"got {found[0]} and {found[1]}"
+            )
+        loaded = _weights(self.module)
+        short = {name: list(w.shape) for name, w in loaded.items() if len(w) != local}
+        if short:
+            raise ValueError(f"experts must be whole on their ranks ({local} each), got {short}")
+        slots = placement.slots[number]
+        owners = np.arange(ranks * local, dtype=np.int32).reshape(ranks, local)
+        spares = Spares(loaded, moves(owners, slots, devices_per_node), rank)
+        spares.fill(group, timeout)
+        placed = {
+            name: weight.new_zeros(slots.shape[1], *weight.shape[1:])
+            for name, weight in loaded.items()
+        }
+        for name, weight in placed.items():
+            both = min(len(weight), local)
+            weight[:both] = loaded[name][:both]
+        spares.put(placed)
+        for name, weight in placed.items():
+            self.module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        self.module.num_experts = slots.shape[1]
+        self.layer = ExpertParallelMoE(
+            _ModuleExperts(self.module, self.experts_forward, placed),
+            placement,
+            number,
+            group=group,
+            devices_per_node=devices_per_node,
+            split=split,
+        )
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Run the experts of this rank's part of its batch; gives the results of all of it."""
+        assert self.layer is not None
+        sharing = self.tp_mesh.size()
+        tokens = len(hidden_states)
+        # Ranks that share a batch take a run of tokens each, the first ones a token more.
+        share, more = divmod(tokens, sharing)
+        sizes = [share + (part < more) for part in range(sharing)]
+        mine = self.tp_mesh.get_local_rank()
+        first = sum(sizes[:mine])
+        part = slice(first, first + sizes[mine])
+        results: Tensor = self.layer(
+            hidden_states[part], top_k_index[part], top_k_weights[part], first_token=first
+        )
+        if sharing == 1:
+            return results
+        padded = results.new_zeros(sizes[0], results.shape[1])
+        padded[: len(results)] = results
+        every = results.new_empty(sharing * sizes[0], results.shape[1])
+        dist.all_gather_into_tensor(every, padded, group=self.tp_mesh.get_group())
+        parts = every.view(sharing, sizes[0], -1)
+        return torch.cat([rows[:size] for rows, size in zip(parts, sizes, strict=True)])
+
+
+class _ModuleExperts:
+    """A transformers module of experts, as ``ExpertParallelMoE`` calls it.
+
+    FSDP puts its own parameters back before every step, so the placed ones take their places for
+    the time of a call.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Callable[[Tensor, Tensor, Tensor], Tensor],
+        placed: dict[str, Tensor],
+    ) -> None:
+        self.module, self.forward = module, forward
+        self.placed = {name: nn.Parameter(w, requires_grad=False) for name, w in placed.items()}
+
+    def __call__(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Compute each row by its slot alone, with weight 1."""
+        if not len(rows):
+            return rows
+        slots = torch.arange(len(counts), device=rows.device)
+        slot = torch.repeat_interleave(slots, counts, output_size=len(rows))
+        others = {name: self.module._parameters[name] for name in self.placed}
+        self.module._parameters.update(self.placed)
+        try:
+            return self.forward(rows, slot[:, None], rows.new_ones(len(rows), 1))
+        finally:
+            self.module._parameters.update(others)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Give the parameters in the slots."""
+        return dict(self.placed)
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
+        for name, weight in module.named_parameters(recurse=False)
+    }

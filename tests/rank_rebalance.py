@@ -1,0 +1,235 @@
+"""What the processes of the rebalancing tests do."""
+
+import contextlib
+import os
+import time
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rank_work import held, random_slots, single
+
+import moetuner as mt
+from moetuner.torch import ExpertParallelMoE, GroupedExperts, MoveError, Rebalancer, swiglu
+from moetuner.torch.transfer import Spares
+
+LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 3, 8, 6, 5, 2
+PATIENCE = 2.0
+
+
+class Linear:
+    """So many microseconds per token."""
+
+    def __init__(self, each):
+        self.each = each
+
+    def compute_us(self, tokens, active=None):
+        return self.each * np.asarray(tokens)
+
+
+class Model:
+    """A stack of MoE layers under traffic that changes; all ranks draw the same."""
+
+    def __init__(self, rank, *, exact=True, **options):
+        self.rank, self.ranks = rank, dist.get_world_size()
+        self.rng = rng = np.random.default_rng(5)
+        self.exact, self.activation = exact, torch.relu if exact else swiglu
+        up = INNER if exact else 2 * INNER
+        shapes = {"up": (LAYERS, EXPERTS, up, HIDDEN), "down": (LAYERS, EXPERTS, HIDDEN, INNER)}
+        draw = rng.integers(-1, 2, 100_000) if exact else rng.normal(size=100_000) / HIDDEN**0.5
+        self.weights = {
+            name: torch.from_numpy(rng.choice(draw, shape)).float()
+            for name, shape in shapes.items()
+        }
+        slots = random_slots(rng, LAYERS, self.ranks, EXPERTS, 1)
+        self.start = mt.Placement(slots, num_experts=EXPERTS)
+        self.layers = [self.layer(number) for number in range(LAYERS)]
+        defaults = {"cost_model": Linear(10.0), "steps_ahead": 1000, "timeout": PATIENCE}
+        self.rebalancer = Rebalancer(self.layers, **(defaults | options))
+        self.favourites = np.zeros((LAYERS, EXPERTS))
+        self.load = np.zeros((LAYERS, EXPERTS), dtype=np.int64)
+
+    def layer(self, number):
+        """Make the layer of this rank with the start's weights."""
+        slots = self.start.slots[number, self.rank]
+        up, down = (held(self.weights[name][number], slots) for name in ("up", "down"))
+        experts = GroupedExperts(up, down, self.activation).requires_grad_(False)
+        return ExpertParallelMoE(experts, self.start, number)
+
+    def shift(self):
+        """Let every layer have other favourites."""
+        self.favourites = 2 * self.rng.normal(size=(LAYERS, EXPERTS))
+
+    def step(self):
+        """Run 12 tokens through every layer; gives the largest difference to one process."""
+        worst = 0.0
+        at = slice(self.rank * 12 // self.ranks, (self.rank + 1) * 12 // self.ranks)
+        for number, layer in enumerate(self.layers):
+            scores = self.rng.gumbel(size=(12, EXPERTS)) + self.favourites[number]
+            index = torch.from_numpy(np.argsort(-scores, axis=1)[:, :TOP_K].copy())
+            self.load[number] += np.bincount(index.numpy().ravel(), minlength=EXPERTS)
+            x = self.rng.integers(-2, 3, (12, HIDDEN))
+            w = self.rng.integers(0, 9, (12, TOP_K)) / 8
+            x, w = torch.from_numpy(x).float(), torch.from_numpy(w).float()
+            up, down = (self.weights[name][number] for name in ("up", "down"))
+            expected = single(x, index, w, up, down, self.activation)[at]
+            found = layer(x[at], index[at], w[at], first_token=at.start)
+            worst = max(worst, (found - expected).abs().max().item())
+        return worst
+
+    def observe(self, more=0):
+        """Tell the rebalancer what was counted."""
+        self.rebalancer.observe(self.load + more, steps=10)
+        self.load[:] = 0
+
+    def unbalance(self):
+        """Run ten steps of skewed traffic."""
+        self.shift()
+        worst = max(self.step() for _ in range(10))
+        self.observe()
+        return worst
+
+    def unchanged(self):
+        """Whether placement and weights are those of the start."""
+        return all(
+            layer.placement == self.start
+            and all(
+                torch.equal(mine.nan_to_num(7), other.nan_to_num(7))
+                for mine, other in zip(
+                    layer.experts.weights().values(),
+                    self.layer(number).experts.weights().values(),
+                    strict=True,
+                )
+            )
+            for number, layer in enumerate(self.layers)
+        )
+
+
+def changing_traffic(rank, exact, steps):
+    """Take steps, rebalanced every 10: the largest difference to one process, and decisions."""
+    model = Model(rank, exact=exact, decay=0.3)
+    worst, decisions = 0.0, []
+    for step in range(steps):
+        if step % 40 == 0:
+            model.shift()
+        worst = max(worst, model.step())
+        if step % 10 == 9:
+            model.observe()
+            decisions.append(model.rebalancer.step().moved)
+    return worst, decisions
+
+
+def refused(model):
+    """Take a step that must fail: the message, and the seconds until then."""
+    begin = time.monotonic()
+    try:
+        model.rebalancer.step()
+    except MoveError as error:
+        return str(error), time.monotonic() - begin
+    return "no error", 0.0
+
+
+def lost_rank(rank, how):
+    """Rank 2 is killed, or hangs, in the middle of a move."""
+    model = Model(rank)
+    model.unbalance()
+    fill, calls = Spares.fill, []
+
+    def broken(self, *arguments):
+        calls.append(self)
+        if rank == 2 and len(calls) == 2:
+            if how == "killed":
+                os._exit(3)
+            time.sleep(3 * PATIENCE)
+        fill(self, *arguments)
+
+    with mock.patch.object(Spares, "fill", broken):
+        message, seconds = refused(model)
+    return message, seconds, model.unchanged()
+
+
+def torn_switch(rank):
+    """Rank 2 fails when all have agreed and the others have switched: errors of the next step."""
+    model = Model(rank)
+    model.unbalance()
+    broken = RuntimeError("lost the device")
+    with (
+        mock.patch.object(Spares, "put", side_effect=broken if rank == 2 else None),
+        contextlib.suppress(RuntimeError),
+    ):
+        model.rebalancer.step()
+    try:
+        model.step()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def failing_rank(rank, how):
+    """Rank 1 fails or differs; afterwards the old placement works, and the next move as well."""
+    model = Model(rank)
+    model.unbalance()
+    if rank == 1 and how == "memory":
+        with mock.patch.object(Spares, "__init__", side_effect=MemoryError("no room")):
+            message, _ = refused(model)
+    elif rank == 1 and how == "solver":
+        broken = ValueError("no answer")
+        with mock.patch("moetuner.torch.rebalance.successor", side_effect=broken):
+            message, _ = refused(model)
+    else:
+        load = model.rebalancer._load.copy()
+        if rank == 1 and how == "counts":
+            model.rebalancer._load[0, 0] += 1
+        message, _ = refused(model)
+        model.rebalancer._load = load
+    unchanged, before = model.unchanged(), model.step()
+    moved, after = model.rebalancer.step().moved, model.step()
+    return message, unchanged, before == after == 0.0, moved
+
+
+def decisions(rank):
+    """Give decisions for one traffic under several limits, and the copies that they move."""
+    found = {}
+    for name, options in {
+        "pays": {},
+        "dear": {"steps_ahead": 1, "cost_model": Linear(1e-9)},
+        "small": {"dead_zone": 0.9},
+        "budget": {"move_budget": 2},
+        "none": {"move_budget": 0},
+    }.items():
+        model = Model(rank, **options)
+        model.unbalance()
+        decision = model.rebalancer.step()
+        diff = model.start.diff(model.rebalancer.placement)
+        assert model.step() == 0.0
+        again = model.rebalancer.step()
+        found[name] = decision, diff.experts_moved, again.moved
+    even = Model(rank)
+    even.rebalancer.observe(np.zeros((LAYERS, EXPERTS)))
+    found["idle"] = even.rebalancer.step(), 0, False
+    return found
+
+
+def misuse(rank):
+    """Give messages for arguments that cannot be."""
+    model = Model(rank)
+    defaults = {"cost_model": Linear(1.0), "steps_ahead": 1}
+    messages = []
+    for layers, options in [
+        ([], {}),
+        (model.layers[1:], {}),
+        (model.layers, {"decay": 2}),
+        (model.layers, {"steps_ahead": 0}),
+        (model.layers, {"topology": mt.Topology(3)}),
+    ]:
+        try:
+            Rebalancer(layers, **(defaults | options))
+        except ValueError as error:
+            messages.append(str(error))
+    try:
+        model.rebalancer.observe(np.zeros((1, 2)))
+    except ValueError as error:
+        messages.append(str(error))
+    dist.barrier()  # no rank may leave while another is still joining
+    return messages

@@ -1,0 +1,305 @@
+"""What the processes of the torch tests do. Only torch, numpy and moetuner are imported here."""
+
+import contextlib
+import io
+import os
+import runpy
+from datetime import timedelta
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import moetuner as mt
+from moetuner.torch import ExpertParallelMoE, GroupedExperts, swiglu
+
+
+def example(rank, path):
+    """Give what an example prints that joins and leaves on its own."""
+    said = io.StringIO()
+    with (
+        mock.patch.object(dist, "init_process_group"),
+        mock.patch.object(dist, "destroy_process_group"),
+        contextlib.redirect_stdout(said),
+    ):
+        runpy.run_path(path, run_name="__main__")
+    return said.getvalue().splitlines()
+
+
+def joined(store, rank, ranks, work, arguments):
+    """Join the group, call, leave."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    limit = timedelta(seconds=30)
+    where = f"file://{store}"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks, timeout=limit)
+    try:
+        return work(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def random_slots(rng, layers, devices, experts, spare):
+    """Slots [L,D,S] in which every expert has a copy, some have several, and some are empty."""
+    width = -(-experts // devices) + spare
+    slots = np.full((layers, devices, width), -1)
+    for layer in slots:
+        for i, expert in enumerate(rng.permutation(experts)):
+            layer[i % devices, i // devices] = expert
+        for device, slot in np.argwhere(layer == -1):
+            expert = rng.integers(-1, experts)
+            if expert not in layer[device]:
+                layer[device, slot] = expert
+        rng.shuffle(layer, axis=0)
+    return slots
+
+
+def held(weights, slots):
+    """Weights of the experts in slots [S]; nonsense in empty slots, which nobody may read."""
+    which = torch.tensor(slots)
+    out = weights[which.clamp(min=0)].clone()
+    out[which < 0] = float("nan")
+    return out
+
+
+def single(hidden, index, weights, up, down, activation):
+    """Compute the layer in one process, expert by expert."""
+    out = torch.zeros_like(hidden)
+    for expert in range(len(up)):
+        token, k = (index == expert).nonzero(as_tuple=True)
+        inner = activation(hidden[token] @ up[expert].T) @ down[expert].T
+        out.index_add_(0, token, inner * weights[token, k, None])
+    return out
+
+
+class Case:
+    """A random layer, placement and batch; all ranks draw the same from the same seed."""
+
+    def __init__(self, seed, ranks, *, exact):
+        rng = np.random.default_rng(seed)
+        self.experts = int(rng.integers(2, 17))
+        self.top_k = int(rng.integers(1, min(self.experts, 6) + 1))
+        self.hidden, inner = int(rng.integers(1, 9)), int(rng.integers(1, 9))
+        spare = int(rng.integers(0, 3))
+        slots = random_slots(rng, 2, ranks, self.experts, spare)
+        self.placement = mt.Placement(slots, num_experts=self.experts)
+        self.node = [None, 1, 2, ranks][int(rng.integers(0, 4))]
+        self.split = ["even", "nearest"][int(rng.integers(0, 2))]
+        self.layer = int(rng.integers(0, 2))
+        # Some ranks may have no tokens, or all of them.
+        self.home = np.sort(rng.choice(rng.permutation(ranks)[: rng.integers(1, ranks + 1)], 24))
+        tokens = len(self.home)
+        scores = rng.gumbel(size=(tokens, self.experts))
+        self.index = torch.from_numpy(np.argsort(-scores, axis=1)[:, : self.top_k].copy())
+        up = 2 * inner
+        if exact:
+            draw = {
+                "x": rng.integers(-2, 3, (tokens, self.hidden)),
+                "w": rng.integers(0, 9, (tokens, self.top_k)) / 8,
+                "up": rng.integers(-1, 2, (self.experts, inner, self.hidden)),
+                "down": rng.integers(-1, 2, (self.experts, self.hidden, inner)),
+            }
+            self.activation = torch.relu
+        else:
+            draw = {
+                "x": rng.normal(size=(tokens, self.hidden)),
+                "w": rng.dirichlet(np.ones(self.top_k), tokens),
+                "up": rng.normal(size=(self.experts, up, self.hidden)) / self.hidden**0.5,
+                "down": rng.normal(size=(self.experts, self.hidden, inner)) / inner**0.5,
+            }
+            self.activation = swiglu
+        self.x, self.w, self.up, self.down = (
+            torch.from_numpy(array).float() for array in draw.values()
+        )
+
+    def expected(self):
+        """Compute in one process."""
+        return single(self.x, self.index, self.w, self.up, self.down, self.activation)
+
+    def distributed(self, rank):
+        """Make the layer of this rank."""
+        slots = self.placement.slots[self.layer, rank]
+        experts = GroupedExperts(
+            held(self.up, slots), held(self.down, slots), self.activation
+        ).requires_grad_(False)
+        return ExpertParallelMoE(
+            experts,
+            self.placement,
+            self.layer,
+            devices_per_node=self.node,
+            split=self.split,
+        )
+
+    def mine(self, rank):
+        """Positions of the tokens of this rank."""
+        return torch.from_numpy(np.flatnonzero(self.home == rank))
+
+    def run(self, layer, rank):
+        """One forward pass of this rank's tokens."""
+        at = self.mine(rank)
+        return layer(self.x[at], self.index[at], self.w[at], first_token=at)
+
+    def rows(self):
+        """Rows that the evaluation predicts [D,D]."""
+        ids = self.index.numpy()[:, None].repeat(2, axis=1)
+        trace = mt.RoutingTrace.from_arrays(ids, num_experts=self.experts)
+        predicted = mt.traffic.dispatch_rows(
+            self.placement,
+            trace,
+            self.home,
+            split=self.split,
+            devices_per_node=self.node,
+        )
+        return predicted[self.layer]
+
+
+def configurations(rank, seeds, exact):
+    """Say of every seed: the difference to one process, whether two runs and the traffic agree."""
+    found = []
+    for seed in seeds:
+        case = Case(seed, dist.get_world_size(), exact=exact)
+        layer = case.distributed(rank)
+        once, twice = case.run(layer, rank), case.run(layer, rank)
+        expected = case.expected()[case.mine(rank)]
+        difference = (once - expected).abs().max().item() if len(once) else 0.0
+        rows, traffic = 2 * case.rows(), layer.traffic
+        row = case.hidden * 4
+        counted = (
+            np.array_equal(traffic.rows_sent, rows[rank])
+            and np.array_equal(traffic.rows_received, rows[:, rank])
+            and np.array_equal(traffic.dispatch_bytes_sent, rows[rank] * (row + 8 * case.top_k))
+            and np.array_equal(traffic.combine_bytes_received, rows[rank] * row)
+            and np.array_equal(traffic.combine_bytes_sent, rows[:, rank] * row)
+        )
+        found.append((seed, difference, torch.equal(once, twice), counted))
+    return found
+
+
+def sizes(case):
+    """Give the arguments of a forward pass of three tokens."""
+    return case.x[:3], case.index[:3], case.w[:3]
+
+
+def bad_input(rank, fault):
+    """Give rank 1 a wrong input; all ranks must raise, and the next step must work."""
+    case = Case(7, dist.get_world_size(), exact=True)
+    layer = case.distributed(rank)
+    x, index, w = sizes(case)
+    first = 0
+    if rank == 1 and fault == "position":
+        first = torch.zeros(2, dtype=torch.int64)
+    elif rank == 1:
+        x, index, w = FAULTS[fault](x, index, w)
+    try:
+        layer(x, index, w, first_token=first)
+    except (ValueError, RuntimeError) as error:
+        message = f"{type(error).__name__}: {error}"
+    else:
+        message = "no error"
+    at = case.mine(rank)
+    return message, torch.equal(case.run(layer, rank), case.expected()[at])
+
+
+FAULTS = {
+    "nan": lambda x, index, w: (x, index, w * float("nan")),
+    "expert": lambda x, index, w: (x, index + 1000, w),
+    "negative": lambda x, index, w: (x, index - 1000, w),
+    "shape": lambda x, index, w: (x, index[:2], w),
+    "flat": lambda x, index, w: (x[0], index, w),
+    "dtype": lambda x, index, w: (x.double(), index, w),
+    "swapped": lambda x, index, w: (x, w, index),
+    "top_k": lambda x, index, w: (x, torch.cat([index, index], 1), torch.cat([w, w], 1)),
+    "device": lambda x, index, w: (x.to("meta"), index, w),
+}
+
+
+def other_placement(rank):
+    """Rank 1 believes in other slots."""
+    case = Case(7, dist.get_world_size(), exact=True)
+    if rank == 1:
+        slots = case.placement.slots[:, :, ::-1]
+        case.placement = mt.Placement(slots, num_experts=case.experts)
+    case.run(case.distributed(rank), rank)
+
+
+def no_fit(rank):
+    """Placements for other numbers of devices, layers and slots; no exchange takes place."""
+    case = Case(7, dist.get_world_size(), exact=True)
+    weight = torch.zeros(case.placement.slots_per_device, 2, 2)
+    wrong = mt.Placement(np.zeros((1, 3, 1), dtype=int))
+    messages = []
+    for slots, placement, layer, options in [
+        (weight, wrong, 0, {}),
+        (weight, case.placement, 5, {}),
+        (torch.zeros(99, 2, 2), case.placement, 0, {}),
+        (weight, case.placement, 0, {"devices_per_node": 3}),
+        (weight, case.placement, 0, {"split": "best"}),
+    ]:
+        try:
+            ExpertParallelMoE(GroupedExperts(slots, slots), placement, layer, **options)
+        except ValueError as error:
+            messages.append(str(error))
+    dist.barrier()  # no rank may leave while another is still joining
+    return messages
+
+
+def gradients(rank, node):
+    """Give the largest differences of all gradients to one process."""
+    case = Case(3, dist.get_world_size(), exact=False)
+    case.node = node
+    layer = case.distributed(rank).requires_grad_(True)
+    names = ("x", "w", "up", "down")
+    whole = {name: getattr(case, name).clone().requires_grad_(True) for name in names}
+    expected = single(
+        *(whole[n] if n != "i" else case.index for n in ("x", "i", *names[1:])), swiglu
+    )
+    expected.square().sum().backward()
+    at = case.mine(rank)
+    x, w = case.x[at].requires_grad_(True), case.w[at].requires_grad_(True)
+    layer(x, case.index[at], w, first_token=at).square().sum().backward()
+    differences = [
+        (mine.grad - all_of.grad[at]).abs().max().item() if len(at) else 0.0
+        for mine, all_of in ((x, whole["x"]), (w, whole["w"]))
+    ]
+    # Copies of an expert have a part of its gradient each.
+    for name, weight in layer.experts.weights().items():
+        total = torch.zeros_like(whole[name])
+        slots = torch.from_numpy(case.placement.slots[case.layer, rank].copy()).long()
+        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        total.index_add_(0, slots[slots >= 0], gradient[slots >= 0])
+        dist.all_reduce(total)
+        differences.append((total - whole[name].grad).abs().max().item())
+    return differences
+
+
+def half(rank):
+    """Give the relative difference in bfloat16."""
+    case = Case(11, dist.get_world_size(), exact=False)
+    for name in ("x", "up", "down"):
+        setattr(case, name, getattr(case, name).bfloat16())
+    layer = case.distributed(rank)
+    out, at = case.run(layer, rank), case.mine(rank)
+    assert out.dtype == torch.bfloat16
+    for name in ("x", "up", "down"):
+        setattr(case, name, getattr(case, name).float())
+    expected = case.expected()
+    return ((out - expected[at]).abs().max() / expected.abs().max()).item() if len(at) else 0.0
+
+
+def grouped(rank):
+    """Give the largest difference of the grouped product to one product per slot."""
+    generator = torch.Generator().manual_seed(0)
+    up, down = (
+        torch.randn(4, 32, 16, generator=generator),
+        torch.randn(4, 16, 16, generator=generator),
+    )
+    experts = GroupedExperts(up.bfloat16(), down.bfloat16()).requires_grad_(False)
+    rows = torch.randn(9, 16, generator=generator).bfloat16()
+    counts = torch.tensor([3, 0, 5, 1])
+    assert experts._can_group(rows)
+    assert not experts._can_group(rows[:0])
+    expected = experts(rows, counts)
+    difference = (experts._grouped(rows, counts) - expected).abs().max()
+    return (difference / expected.abs().max()).item()

@@ -1,0 +1,34 @@
+"""The GPU bench runs, with tiny sizes on the CPU; what it measures there means nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+
+BENCH = Path(__file__).parents[1] / "bench" / "gpu" / "experts.py"
+
+
+def test_it_writes_its_table(tmp_path):
+    """A grid of times and a row per batch."""
+    out = tmp_path / "table.md"
+    command = [sys.executable, str(BENCH), "--device", "cpu", "--quick", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    text = out.read_text()
+    assert text in done.stdout
+    assert "| tokens \\ active | 1 | 2 | 4 | 8 |" in text
+    assert "| 64 |" in text
+
+
+def test_without_a_gpu_it_says_so():
+    """One line, exit status 2."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run([sys.executable, str(BENCH)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "--device cuda needs a GPU that torch sees" in done.stderr
