@@ -201,8 +201,22 @@ def cluster(
     Returns the cluster [L,E] and per layer four whole numbers: the heaviest cluster's load, a
     proven lower bound of it, ``clusters`` times the sum of deviations from the mean, and a proven
     lower bound of that. A layer is searched no further once its deviations are within ``tolerance``
-    times the mean of their bound and its heaviest cluster within 0.05 %. With free sizes a cluster has 1 to ``slots`` experts, or 0 where there are
-    fewer experts than clusters.
+    times the mean of their bound and its heaviest cluster within 0.05 %. With free sizes a cluster
+    has 1 to ``slots`` experts, or 0 where there are fewer experts than clusters.
+    """
+
+def smallest_peaks(
+    load: NDArray[np.uint64],
+    devices: int,
+    slots: int,
+    found: NDArray[np.uint64],
+    *,
+    threads: int | None = None,
+) -> list[tuple[int, int]]:
+    """Enclose the least largest device load that any placement of a layer has.
+
+    Takes load [n,E] and what is known to be reached [n]. Returns per layer what is reached at the
+    end and a proven bound; they are equal where the least is known.
     """
 
 def place_clusters(
@@ -240,6 +254,25 @@ def exact_chain(
     where no placement keeps a cap, the least that one does keep. None where devices differ other
     than by node, where partitions are too many, where counts are too huge to be exact, or where it
     would take more than ``work`` steps of about a nanosecond.
+    """
+
+def separate(
+    values: NDArray[np.float64],
+    sizes: list[int],
+    layers: int,
+    entries: int,
+    boundaries: int,
+    *,
+    slack: float,
+    most: int,
+    threads: int | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Find the rows of the co-location programme that values of its columns break.
+
+    Columns are s [tiers,L,P(P-1)/2], then z [tiers,boundaries,P,P]; a class of a tier holds its one
+    of ``sizes`` experts of every layer. Of each kind the ``most`` rows that are broken worst, by
+    more than ``slack``, worst first. Returns triangles ``a + b - c <= 1`` as columns [n,3], and
+    gatherings ``sum of factor * column <= 0`` as row, column and factor of every entry.
     """
 
 def bound(

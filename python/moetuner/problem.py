@@ -118,14 +118,18 @@ class Problem:
         ``follow``: sum over neighbouring layers of transitions [E,E] times ``topology.cost``
         between the experts' devices. ``dispatch``: co-activated pairs on different devices.
         """
-        total = 0
+        follow = self.regime == "follow"
+        statistics = self.statistics
+        tables = statistics.transitions_or_empty if follow else statistics.coactivation_or_empty
+        if not len(tables):
+            return 0
         device_of = placement.device_of
-        if self.regime == "follow":
-            for layer, table in enumerate(self.statistics.transitions_or_empty):
+        total = 0
+        for layer, table in enumerate(tables):
+            if follow:
                 moved = self.topology.cost[np.ix_(device_of[layer], device_of[layer + 1])]
                 total += _exact_dot(table, moved)
-        else:
-            for layer, table in enumerate(self.statistics.coactivation_or_empty):
+            else:
                 apart = np.not_equal.outer(device_of[layer], device_of[layer]).astype(np.int64)
                 total += _exact_dot(table, apart) // 2
         return total

@@ -109,8 +109,9 @@ pub(super) fn search(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layer::Split;
     use crate::layer::balance::Windows;
-    use crate::layer::{Split, replicate::replicate};
+    use crate::layer::replicate::{QUICK, replicate};
     use proptest::prelude::*;
 
     fn layer(random: &mut Random, experts: usize, devices: usize, norm: u32, nearest: bool) -> Layer {
@@ -152,8 +153,8 @@ mod tests {
         ) {
             let mut random = Random::new(seed, 0);
             let layer = layer(&mut random, experts, devices, norm, nearest);
-            let totals = layer.load.clone();
-            let mut contents = Contents::new(&layer, replicate(&layer, &totals));
+            let start = replicate(&layer, QUICK).expect("slots suffice");
+            let mut contents = Contents::new(&layer, start);
             let mut terms = Terms::new(&layer, &contents);
             let slots = layer.slots();
             for _ in 0..60 {
