@@ -19,5 +19,6 @@ mod python;
 pub mod random;
 pub mod replay;
 pub mod search;
+pub mod sets;
 pub mod statistics;
 pub mod trace;
