@@ -79,6 +79,11 @@ impl<I: ExpertId> Side<I> {
         Self { tokens: ids.len() / top_k, ids, bits, lists, top_k, size, kernel }
     }
 
+    /// The ids of every token; none, where they were summed.
+    pub(crate) fn rows(&self) -> std::slice::ChunksExact<'_, I> {
+        self.ids.chunks_exact(self.top_k)
+    }
+
     /// Takes instead of ids the bits of sums: every id has `units`, `[words, ids]`, 64 bits to a word. Bit i of the sum
     /// of a token's units says whether the token has `columns[i]`, a number below `size`; or nothing, for [`NO_UNIT`].
     #[must_use]

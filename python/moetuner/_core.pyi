@@ -19,6 +19,7 @@ __all__ = [
     "cluster",
     "exact_chain",
     "lpt",
+    "merge_sets",
     "place_clusters",
     "search",
     "validate",
@@ -99,14 +100,32 @@ class StatisticsCounter:
         window: int | None = None,
         transitions: bool = True,
         coactivation: bool = True,
+        sets: bool = False,
     ) -> StatisticsCounter: ...
     def push(self, expert_ids: _ExpertIds, threads: int | None = None) -> None:
         """Count the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing."""
 
     def finish(
         self,
-    ) -> tuple[int, NDArray[np.uint64], NDArray[np.uint64] | None, NDArray[np.uint64] | None]:
-        """Tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E]. Ends the counter."""
+    ) -> tuple[
+        int,
+        NDArray[np.uint64],
+        NDArray[np.uint64] | None,
+        NDArray[np.uint64] | None,
+        list[tuple[NDArray[np.uint16], NDArray[np.uint64]]] | None,
+    ]:
+        """Tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E], and sets by layer.
+
+        Sets are what `merge_sets` returns. Ends the counter.
+        """
+
+def merge_sets(
+    ids: NDArray[np.uint16], counts: NDArray[np.uint64]
+) -> tuple[NDArray[np.uint16], NDArray[np.uint64]]:
+    """Add the counts [N] of equal sets of ids [N,K].
+
+    Returns the distinct sets, their ids rising, in the order of the ids, and their counts.
+    """
 
 def search(
     load: NDArray[np.uint64],
