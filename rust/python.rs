@@ -859,7 +859,7 @@ impl Layers {
     }
 
     /// Improves slots [L,D,S].
-    #[pyo3(signature = (start, *, trials, hot, cold, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
+    #[pyo3(signature = (start, *, trials, hot, cold, restarts = 1, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
     fn place<'py>(
         &mut self,
         py: Python<'py>,
@@ -867,6 +867,7 @@ impl Layers {
         trials: u64,
         hot: f64,
         cold: f64,
+        restarts: u64,
         rounds: u64,
         transitions: Option<PyReadonlyArray3<'py, u64>>,
         link_cost: Option<PyReadonlyArray2<'py, f64>>,
@@ -888,7 +889,7 @@ impl Layers {
         let control = Control::new(time_limit.map(|limit| Instant::now() + Duration::from_secs_f64(limit)));
         let layers = &mut self.layers;
         let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), || {
-            place(layers, begin, links, Effort { trials, hot, cold }, rounds, seed, &control)
+            place(layers, begin, links, Effort { trials, hot, cold, restarts }, rounds, seed, &control)
         })?;
         let slots = slots_of(&self.layers, &found, self.per_device);
         Ok((array3(py, (l, d, self.per_device), slots)?, interrupted))

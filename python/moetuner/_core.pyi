@@ -42,9 +42,9 @@ class Layers:
     Takes load [W,L,E] and the weight of every window [W], the slots of every device [L,D], the node
     of every device [D] and its time per token as a share of the slowest one's [D]; ``norm`` is the
     order of the norm that stands for the largest device load (4, 8 or 16; 0 for the maximum
-    itself). Caps [L] are on ``total`` [L,E], the sum of windows where it is None; ``hold`` [L,E,D] is what a copy costs on a device,
-    in weighted tokens; an expert may not be where ``forbidden`` [L,E,D], and stays where
-    ``pinned`` [L,E,D].
+    itself). Caps [L] are on ``total`` [L,E], the sum of windows where it is None; ``hold`` [L,E,D]
+    is what a copy costs on a device, in weighted tokens; an expert may not be where ``forbidden``
+    [L,E,D], and stays where ``pinned`` [L,E,D].
     """
 
     def __new__(
@@ -70,6 +70,7 @@ class Layers:
         trials: int,
         hot: float,
         cold: float,
+        restarts: int = 1,
         rounds: int = 1,
         transitions: NDArray[np.uint64] | None = None,
         link_cost: NDArray[np.float64] | None = None,
@@ -78,7 +79,7 @@ class Layers:
         threads: int | None = None,
         progress: Callable[[float, int | None], None] | None = None,
     ) -> tuple[NDArray[np.int32], bool]:
-        """Improve slots [L,D,S], and say whether it was interrupted.
+        """Improve slots [L,D,S] by the best of some searches, and say whether it was interrupted.
 
         With transitions [L-1,E,E] and the cost of one between devices [D,D], in weighted tokens,
         layers are placed in turns, ``rounds`` times, given their neighbours.

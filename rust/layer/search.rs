@@ -16,6 +16,8 @@ pub struct Effort {
     pub hot: f64,
     /// See `hot`.
     pub cold: f64,
+    /// Searches from one start, of which the best counts.
+    pub restarts: u64,
 }
 
 /// Trials at one temperature, and between two looks at the clock.
