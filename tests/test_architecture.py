@@ -16,6 +16,7 @@ FLOW = [
     "topology",
     "cost",
     "placement",
+    "balance",
     "problem",
     "solver",
     "traffic",

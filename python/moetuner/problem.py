@@ -113,11 +113,14 @@ class Problem:
         return kept
 
     def cost(self, placement: Placement) -> int:
-        """Exact integer objective of a placement with one copy of each expert.
+        """Integer objective of a placement, exact with one copy of each expert.
 
         ``follow``: sum over neighbouring layers of transitions [E,E] times ``topology.cost``
-        between the experts' devices. ``dispatch``: co-activated pairs on different devices.
+        between the experts' devices. ``dispatch``: co-activated pairs on different devices. Copies
+        take equal parts, each pair on its own; the sum is rounded.
         """
+        if (placement.replicas > 1).any():
+            return self._expected_cost(placement)
         total = 0
         device_of = placement.device_of
         if self.regime == "follow":
@@ -129,6 +132,17 @@ class Problem:
                 apart = np.not_equal.outer(device_of[layer], device_of[layer]).astype(np.int64)
                 total += _exact_dot(table, apart) // 2
         return total
+
+    def _expected_cost(self, placement: Placement) -> int:
+        """Cost of a placement with copies, each of which takes an equal part."""
+        part = placement.held / placement.replicas[:, None, :]
+        if self.regime == "follow":
+            cost, after, tables = self.topology.cost, part[1:], self.statistics.transitions_or_empty
+        else:
+            cost = 1 - np.eye(self.devices, dtype=np.int64)
+            after, tables = part, self.statistics.coactivation_or_empty / 2
+        pairs = zip(part, after, tables, strict=False)
+        return round(sum(float((p.T @ cost @ q * table).sum()) for p, q, table in pairs))
 
     @cached_property
     def cost_scale(self) -> int:
