@@ -14,16 +14,20 @@ use numpy::{
 };
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use rayon::prelude::*;
 
 use crate::bottleneck::{Chain, Way};
+use crate::colocation::Layout;
 use crate::error::Error;
 use crate::instance::{Instance, Sizes};
 use crate::layer::balance::Windows;
+use crate::layer::fanout;
 use crate::layer::replicate::{NoSlot, QUICK, fill_layers, replicate};
 use crate::layer::{Contents, EMPTY, Effort, Layer, Links, place};
-use crate::packing::{Goal, Improve, Room};
+use crate::packing::{Goal, Improve, Room, smallest_peak};
 use crate::replay::{Copies, Split};
 use crate::search::{Control, Options, balanced, search as run_search};
+use crate::sets::Sets;
 use crate::statistics::{Counter, Tables};
 use crate::trace::Routing;
 
@@ -186,13 +190,51 @@ struct StatisticsCounter {
     coactivation: Option<Py<PyArray3<u64>>>,
 }
 
-/// tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E]
-type Counts<'py> = (u64, Bound<'py, PyArray3<u64>>, Option<Py<PyArray3<u64>>>, Option<Py<PyArray3<u64>>>);
+/// Distinct expert sets [N,K] and their counts [N].
+type SetArrays<'py> = (Bound<'py, PyArray2<u16>>, Bound<'py, PyArray1<u64>>);
+
+/// tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E], sets of every layer
+type Counts<'py> = (
+    u64,
+    Bound<'py, PyArray3<u64>>,
+    Option<Py<PyArray3<u64>>>,
+    Option<Py<PyArray3<u64>>>,
+    Option<Vec<SetArrays<'py>>>,
+);
+
+fn set_arrays(py: Python<'_>, top_k: usize, sets: (Vec<u16>, Vec<u64>)) -> PyResult<SetArrays<'_>> {
+    let (ids, counts) = sets;
+    Ok((array2(py, (counts.len(), top_k), ids)?, counts.into_pyarray(py)))
+}
+
+#[pyfunction]
+fn merge_sets<'py>(
+    py: Python<'py>,
+    ids: PyReadonlyArray2<'py, u16>,
+    counts: PyReadonlyArray1<'py, u64>,
+) -> PyResult<SetArrays<'py>> {
+    let &[n, top_k] = ids.shape() else { unreachable!("the array has two dimensions") };
+    if top_k == 0 || counts.len() != n {
+        let rule = "at least one id in a row, and a count for every row".into();
+        let found = format!("{:?} and {} counts", ids.shape(), counts.len());
+        return Err(Error::Shape { what: "sets", rule, found }.into());
+    }
+    let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
+    let merged = py.detach(|| {
+        let mut sets = Sets::new(top_k);
+        for (ids, &count) in ids.chunks_exact(top_k).zip(counts) {
+            sets.add(ids.iter().copied(), count);
+        }
+        sets.finish()
+    });
+    set_arrays(py, top_k, merged)
+}
 
 #[pymethods]
 impl StatisticsCounter {
     #[new]
-    #[pyo3(signature = (layers, num_experts, top_k, *, window = None, transitions = true, coactivation = true))]
+    #[pyo3(signature = (layers, num_experts, top_k, *, window = None, transitions = true, coactivation = true,
+                        sets = false))]
     fn new(
         py: Python<'_>,
         layers: usize,
@@ -201,6 +243,7 @@ impl StatisticsCounter {
         window: Option<u64>,
         transitions: bool,
         coactivation: bool,
+        sets: bool,
     ) -> PyResult<Self> {
         let routing = Routing::new(layers, num_experts, top_k)?;
         if window == Some(0) {
@@ -211,7 +254,7 @@ impl StatisticsCounter {
         };
         Ok(Self {
             routing,
-            counter: Some(Counter::new(routing, window)),
+            counter: Some(Counter::new(routing, window, sets)),
             transitions: table(transitions, layers - 1),
             coactivation: table(coactivation, layers),
         })
@@ -232,8 +275,14 @@ impl StatisticsCounter {
 
     fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Counts<'py>> {
         let counter = self.counter.take().ok_or_else(finished)?;
-        let (tokens, windows, load) = py.detach(|| counter.finish());
-        let Routing { layers, experts, .. } = self.routing;
+        let Routing { layers, experts, top_k } = self.routing;
+        let (counted, sets) = py.detach(|| {
+            let mut counted = counter.finish();
+            let sets = std::mem::take(&mut counted.sets);
+            let sets: Vec<_> = sets.into_par_iter().map(Sets::finish).collect();
+            (counted, sets)
+        });
+        let sets = sets.into_iter().map(|sets| set_arrays(py, top_k, sets)).collect::<PyResult<Vec<_>>>()?;
         if let Some(coactivation) = &self.coactivation {
             let mut tables = coactivation.bind(py).readwrite();
             for table in tables.as_slice_mut()?.chunks_exact_mut(experts * experts) {
@@ -243,8 +292,9 @@ impl StatisticsCounter {
                 }
             }
         }
-        let load = array3(py, (windows, layers, experts), load)?;
-        Ok((tokens, load, self.transitions.take(), self.coactivation.take()))
+        let load = array3(py, (counted.windows, layers, experts), counted.load)?;
+        let sets = (!sets.is_empty()).then_some(sets);
+        Ok((counted.tokens, load, self.transitions.take(), self.coactivation.take(), sets))
     }
 }
 
@@ -435,6 +485,24 @@ fn lpt<'py>(
 }
 
 #[pyfunction]
+#[pyo3(signature = (load, devices, slots, found, *, threads = None))]
+fn smallest_peaks(
+    py: Python<'_>,
+    load: PyReadonlyArray2<'_, u64>,
+    devices: usize,
+    slots: usize,
+    found: PyReadonlyArray1<'_, u64>,
+    threads: Option<usize>,
+) -> PyResult<Vec<(u128, u128)>> {
+    let experts = load.shape()[1].max(1);
+    let (load, found) = (contiguous(load.as_slice().ok())?, contiguous(found.as_slice().ok())?);
+    let layers = load.par_chunks(experts).zip(found);
+    let peak = |(load, &found): (&[u64], &u64)| smallest_peak(load, devices, slots, found.into());
+    let peaks = detached(py, threads, || layers.map(peak).collect::<Result<_, Error>>())?;
+    Ok(peaks?)
+}
+
+#[pyfunction]
 #[pyo3(signature = (load, clusters, slots, *, equal_sizes = true, tolerance = 0.0, threads = None))]
 fn cluster<'py>(
     py: Python<'py>,
@@ -505,6 +573,50 @@ fn exact_chain<'py>(
     let shape = (sizes.layers, sizes.devices, slots_per_device);
     let slots = array3(py, shape, sizes.unfill(&found.expert_in))?;
     Ok(Some((slots, found.cost, found.cap.into_pyarray(py))))
+}
+
+/// Columns of broken triangles [n,3], the last with the minus; rows, columns and factors of broken gatherings.
+type BrokenRows<'py> = (
+    Bound<'py, PyArray2<i64>>,
+    Bound<'py, PyArray1<i64>>,
+    Bound<'py, PyArray1<i64>>,
+    Bound<'py, PyArray1<f64>>,
+);
+
+#[pyfunction]
+#[pyo3(signature = (values, sizes, layers, entries, boundaries, *, slack, most, threads = None))]
+fn separate<'py>(
+    py: Python<'py>,
+    values: PyReadonlyArray1<'py, f64>,
+    sizes: Vec<usize>,
+    layers: usize,
+    entries: usize,
+    boundaries: usize,
+    slack: f64,
+    most: usize,
+    threads: Option<usize>,
+) -> PyResult<BrokenRows<'py>> {
+    let layout = Layout { sizes, layers, entries, boundaries };
+    let values = contiguous(values.as_slice().ok())?;
+    if values.len() != layout.columns() || boundaries >= layers.max(1) {
+        let rule = format!("[{}]", layout.columns());
+        return Err(Error::Shape { what: "values", rule, found: values.len().to_string() }.into());
+    }
+    let (triangles, gatherings) = detached(py, threads, || {
+        (layout.triangles(values, slack, most), layout.gatherings(values, slack, most))
+    })?;
+    let count = triangles.len();
+    let triangles = triangles.into_iter().flatten().map(|column| column as i64).collect();
+    let (mut rows, mut columns, mut factors) = (Vec::new(), Vec::new(), Vec::new());
+    for (row, gathering) in (0..).zip(gatherings) {
+        for (column, factor) in gathering {
+            rows.push(row);
+            columns.push(column as i64);
+            factors.push(factor);
+        }
+    }
+    let triangles = array2(py, (count, 3), triangles)?;
+    Ok((triangles, rows.into_pyarray(py), columns.into_pyarray(py), factors.into_pyarray(py)))
 }
 
 /// A certificate's lambda, columns, multipliers of the cuts, cuts, choices, and contents, as flat arrays.
@@ -657,7 +769,8 @@ struct Layers {
 #[pymethods]
 impl Layers {
     #[new]
-    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, cap = None, hold = None, forbidden = None, pinned = None))]
+    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, total = None, cap = None, hold = None, forbidden = None, pinned = None,
+                        sets = None, device_cost = 1.0, node_cost = 0.0))]
     fn new(
         load: PyReadonlyArray3<'_, f64>,
         weight: PyReadonlyArray1<'_, f64>,
@@ -666,10 +779,14 @@ impl Layers {
         time: Vec<f32>,
         nearest: bool,
         norm: u32,
+        total: Option<PyReadonlyArray2<'_, f64>>,
         cap: Option<Vec<f64>>,
         hold: Option<PyReadonlyArray3<'_, f64>>,
         forbidden: Option<PyReadonlyArray3<'_, bool>>,
         pinned: Option<PyReadonlyArray3<'_, bool>>,
+        sets: Option<Vec<(PyReadonlyArray2<'_, u16>, PyReadonlyArray1<'_, u64>)>>,
+        device_cost: f64,
+        node_cost: f64,
     ) -> PyResult<Self> {
         let (load, weight, room) = (load.as_array(), weight.as_array().to_vec(), room.as_array());
         let (w, l, e) = load.dim();
@@ -677,6 +794,7 @@ impl Layers {
         let shaped = weight.len() == w
             && room.dim() == (l, d)
             && time.len() == d
+            && total.as_ref().is_none_or(|total| total.as_array().dim() == (l, e))
             && cap.as_ref().is_none_or(|cap| cap.len() == l)
             && [
                 hold.as_ref().map(|a| a.as_array().dim()),
@@ -712,16 +830,30 @@ impl Layers {
                 node: node.clone(),
                 time: time.clone(),
                 split: if nearest { crate::layer::Split::Nearest } else { crate::layer::Split::Even },
-                load: (0..e).map(|e| load.slice(numpy::ndarray::s![.., l, e]).sum()).collect(),
+                load: (0..e)
+                    .map(|e| {
+                        let windows = || load.slice(numpy::ndarray::s![.., l, e]).sum();
+                        total.as_ref().map_or_else(windows, |total| total.as_array()[[l, e]])
+                    })
+                    .collect(),
                 windows,
                 cap: cap.as_ref().map_or(f64::INFINITY, |cap| cap[l]),
                 hold,
                 serve: vec![],
+                sets: None,
                 forbidden: flags(&forbidden),
                 pinned: flags(&pinned),
             }
         });
-        let layers: Vec<Layer> = layers.collect();
+        let mut layers: Vec<Layer> = layers.collect();
+        for (layer, (ids, counts)) in layers.iter_mut().zip(sets.unwrap_or_default()) {
+            let copies = layer.slots() > e;
+            let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
+            let mut sets = fanout::Sets::new(ids, counts, e, copies);
+            sets.device_cost = device_cost * layer.windows.scale;
+            sets.node_cost = node_cost * layer.windows.scale;
+            layer.sets = Some(sets);
+        }
         let per_device = room.iter().copied().max().unwrap_or(0).max(0) as usize;
         Ok(Self { layers, per_device })
     }
@@ -804,8 +936,8 @@ fn replicate_experts<'py>(
 mod _core {
     #[pymodule_export]
     use super::{
-        Layers, Replay, StatisticsCounter, bound, cluster, exact_chain, lpt, place_clusters,
-        replicate_experts, search, validate, verify_bound,
+        Layers, Replay, StatisticsCounter, bound, cluster, exact_chain, lpt, merge_sets, place_clusters,
+        replicate_experts, search, separate, smallest_peaks, validate, verify_bound,
     };
 
     #[pymodule_export]

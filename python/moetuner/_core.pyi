@@ -19,6 +19,7 @@ __all__ = [
     "cluster",
     "exact_chain",
     "lpt",
+    "merge_sets",
     "place_clusters",
     "replicate_experts",
     "search",
@@ -42,7 +43,7 @@ class Layers:
     Takes load [W,L,E] and the weight of every window [W], the slots of every device [L,D], the node
     of every device [D] and its time per token as a share of the slowest one's [D]; ``norm`` is the
     order of the norm that stands for the largest device load (4, 8 or 16; 0 for the maximum
-    itself). Caps [L] are on the sum of windows; ``hold`` [L,E,D] is what a copy costs on a device,
+    itself). Caps [L] are on ``total`` [L,E], the sum of windows where it is None; ``hold`` [L,E,D] is what a copy costs on a device,
     in weighted tokens; an expert may not be where ``forbidden`` [L,E,D], and stays where
     ``pinned`` [L,E,D].
     """
@@ -57,6 +58,7 @@ class Layers:
         *,
         nearest: bool,
         norm: int,
+        total: NDArray[np.float64] | None = None,
         cap: list[float] | None = None,
         hold: NDArray[np.float64] | None = None,
         forbidden: NDArray[np.bool_] | None = None,
@@ -103,14 +105,32 @@ class StatisticsCounter:
         window: int | None = None,
         transitions: bool = True,
         coactivation: bool = True,
+        sets: bool = False,
     ) -> StatisticsCounter: ...
     def push(self, expert_ids: _ExpertIds, threads: int | None = None) -> None:
         """Count the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing."""
 
     def finish(
         self,
-    ) -> tuple[int, NDArray[np.uint64], NDArray[np.uint64] | None, NDArray[np.uint64] | None]:
-        """Tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E]. Ends the counter."""
+    ) -> tuple[
+        int,
+        NDArray[np.uint64],
+        NDArray[np.uint64] | None,
+        NDArray[np.uint64] | None,
+        list[tuple[NDArray[np.uint16], NDArray[np.uint64]]] | None,
+    ]:
+        """Tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E], and sets by layer.
+
+        Sets are what `merge_sets` returns. Ends the counter.
+        """
+
+def merge_sets(
+    ids: NDArray[np.uint16], counts: NDArray[np.uint64]
+) -> tuple[NDArray[np.uint16], NDArray[np.uint64]]:
+    """Add the counts [N] of equal sets of ids [N,K].
+
+    Returns the distinct sets, their ids rising, in the order of the ids, and their counts.
+    """
 
 def search(
     load: NDArray[np.uint64],
@@ -221,8 +241,22 @@ def cluster(
     Returns the cluster [L,E] and per layer four whole numbers: the heaviest cluster's load, a
     proven lower bound of it, ``clusters`` times the sum of deviations from the mean, and a proven
     lower bound of that. A layer is searched no further once its deviations are within ``tolerance``
-    times the mean of their bound and its heaviest cluster within 0.05 %. With free sizes a cluster has 1 to ``slots`` experts, or 0 where there are
-    fewer experts than clusters.
+    times the mean of their bound and its heaviest cluster within 0.05 %. With free sizes a cluster
+    has 1 to ``slots`` experts, or 0 where there are fewer experts than clusters.
+    """
+
+def smallest_peaks(
+    load: NDArray[np.uint64],
+    devices: int,
+    slots: int,
+    found: NDArray[np.uint64],
+    *,
+    threads: int | None = None,
+) -> list[tuple[int, int]]:
+    """Enclose the least largest device load that any placement of a layer has.
+
+    Takes load [n,E] and what is known to be reached [n]. Returns per layer what is reached at the
+    end and a proven bound; they are equal where the least is known.
     """
 
 def place_clusters(
@@ -260,6 +294,25 @@ def exact_chain(
     where no placement keeps a cap, the least that one does keep. None where devices differ other
     than by node, where partitions are too many, where counts are too huge to be exact, or where it
     would take more than ``work`` steps of about a nanosecond.
+    """
+
+def separate(
+    values: NDArray[np.float64],
+    sizes: list[int],
+    layers: int,
+    entries: int,
+    boundaries: int,
+    *,
+    slack: float,
+    most: int,
+    threads: int | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Find the rows of the co-location programme that values of its columns break.
+
+    Columns are s [tiers,L,P(P-1)/2], then z [tiers,boundaries,P,P]; a class of a tier holds its one
+    of ``sizes`` experts of every layer. Of each kind the ``most`` rows that are broken worst, by
+    more than ``slack``, worst first. Returns triangles ``a + b - c <= 1`` as columns [n,3], and
+    gatherings ``sum of factor * column <= 0`` as row, column and factor of every entry.
     """
 
 def bound(

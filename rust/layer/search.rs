@@ -2,6 +2,7 @@
 
 use super::balance::Balance;
 use super::caps::Caps;
+use super::fanout::{self, Fanout};
 use super::{Contents, EMPTY, Layer, Move, linear};
 use crate::random::{Random, scale};
 use crate::search::Control;
@@ -23,7 +24,10 @@ const BLOCK: u64 = 256;
 /// The terms of a layer's cost, for the contents as they stand.
 #[derive(Debug)]
 struct Terms {
-    balance: Balance,
+    /// None where no window weighs anything.
+    balance: Option<Balance>,
+    /// None where visits cost nothing.
+    fanout: Option<Fanout>,
     caps: Caps,
     /// Of [`linear`].
     linear: f64,
@@ -32,27 +36,47 @@ struct Terms {
 impl Terms {
     fn new(layer: &Layer, contents: &Contents) -> Self {
         Self {
-            balance: Balance::new(layer, contents),
+            balance: (!layer.windows.is_weightless()).then(|| Balance::new(layer, contents)),
+            fanout: layer.sets.as_ref().map(|sets| Fanout::new(layer, sets, contents)),
             caps: Caps::new(layer, contents),
             linear: linear::cost(layer, contents),
         }
     }
 
-    fn cost(&self) -> f64 {
-        self.balance.cost() + self.linear
+    fn cost(&self, layer: &Layer) -> f64 {
+        let balance = self.balance.as_ref().map_or(0.0, Balance::cost);
+        let fanout =
+            self.fanout.as_ref().zip(layer.sets.as_ref()).map_or(0.0, |(fanout, sets)| fanout.cost(sets));
+        balance + fanout + self.linear
     }
 
     /// What a move would add to the cost; nothing if it breaks the cap.
     fn change(&mut self, layer: &Layer, contents: &Contents, step: Move) -> Option<f64> {
-        let allowed = self.caps.allows(layer, contents, step);
-        allowed.then(|| self.balance.change(layer, contents, step) + linear::change(layer, contents, step))
+        if !self.caps.allows(layer, contents, step) {
+            return None;
+        }
+        let mut change = linear::change(layer, contents, step);
+        if let Some(balance) = &mut self.balance {
+            change += balance.change(layer, contents, step);
+        }
+        if let (Some(fanout), Some(sets)) = (&self.fanout, &layer.sets) {
+            change += fanout.change(layer, sets, contents, step);
+        }
+        Some(change)
     }
 
-    /// Follows a move; `contents` are those before it.
-    fn apply(&mut self, layer: &Layer, contents: &Contents, step: Move) {
+    /// Makes a move.
+    fn apply(&mut self, layer: &Layer, contents: &mut Contents, step: Move) {
         self.caps.apply(layer, contents, step);
         self.linear += linear::change(layer, contents, step);
-        self.balance.apply(layer, contents, step);
+        if let Some(balance) = &mut self.balance {
+            balance.apply(layer, contents, step);
+        }
+        let touched = self.fanout.is_some().then(|| fanout::touched(contents, step));
+        contents.apply(layer, step);
+        if let (Some(fanout), Some(sets), Some(touched)) = (&mut self.fanout, &layer.sets, touched) {
+            fanout.refresh(layer, sets, contents, &touched);
+        }
     }
 }
 
@@ -67,7 +91,7 @@ pub(super) fn search(
 ) -> (f64, Contents) {
     let mut contents = start;
     let mut terms = Terms::new(layer, &contents);
-    let mut best = (terms.cost(), contents.clone());
+    let mut best = (terms.cost(layer), contents.clone());
     let slots = layer.slots();
     let spare = slots > layer.experts;
     let blocks = effort.trials.div_ceil(BLOCK);
@@ -94,10 +118,9 @@ pub(super) fn search(
             let Some(change) = terms.change(layer, &contents, step) else { continue };
             let uniform = ((random.bits() >> 40) as f64 + 0.5) / (1u64 << 24) as f64;
             if change <= -temperature * libm::log(uniform) {
-                terms.apply(layer, &contents, step);
-                contents.apply(layer, step);
-                if terms.cost() < best.0 {
-                    best = (terms.cost(), contents.clone());
+                terms.apply(layer, &mut contents, step);
+                if terms.cost(layer) < best.0 {
+                    best = (terms.cost(layer), contents.clone());
                 }
             }
         }

@@ -101,7 +101,7 @@ def solve(
 
     scale = problem.cost_scale
     placement = Placement(candidate.slots, num_experts=problem.experts)
-    objective = problem.cost(placement) / scale
+    objective = problem.value(placement)
     bound = None if candidate.bound is None else candidate.bound / scale
     return Result(
         placement=placement.with_names(

@@ -62,16 +62,14 @@ def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 
 
 def _packed(problem: Problem, limits: Limits, *, improve: bool) -> Candidate:
-    if problem.slots * problem.devices >= problem.experts + problem.devices:
-        room = np.full((problem.layers, problem.devices), problem.slots, dtype=np.int64)
-        return Candidate(
-            _core.replicate_experts(
-                problem.load.astype(np.float64),
-                room,
-                times(problem.topology.speed_of_device),
-                trials=PATIENT if improve else 0,
-            )
+    if problem.rooms.sum(axis=1).min() >= problem.experts + problem.devices:
+        slots = _core.replicate_experts(
+            problem.load.astype(np.float64),
+            problem.rooms,
+            times(problem.topology.speed_of_device),
+            trials=PATIENT if improve else 0,
         )
+        return Candidate(slots)
     return _candidate(
         problem,
         _core.lpt(
