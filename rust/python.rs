@@ -912,13 +912,13 @@ impl Layers {
 }
 
 #[pyfunction]
-#[pyo3(signature = (load, room, time, *, steps = QUICK))]
+#[pyo3(signature = (load, room, time, *, trials = QUICK))]
 fn replicate_experts<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, f64>,
     room: PyReadonlyArray2<'py, i64>,
     time: PyReadonlyArray1<'py, f64>,
-    steps: usize,
+    trials: usize,
 ) -> PyResult<Bound<'py, PyArray3<i32>>> {
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
     let d = time.shape()[0];
@@ -929,7 +929,7 @@ fn replicate_experts<'py>(
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
     let room: Vec<usize> = room.as_array().iter().map(|&slots| slots.max(0) as usize).collect();
     let per_device = room.iter().copied().max().unwrap_or(0);
-    let slots = py.detach(|| fill_layers(load, e, &room, time, steps))?;
+    let slots = py.detach(|| fill_layers(load, e, &room, time, trials))?;
     array3(py, (l, d, per_device), slots)
 }
 

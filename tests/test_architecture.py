@@ -18,6 +18,7 @@ FLOW = [
     "cost",
     "placement",
     "objective",
+    "balance",
     "problem",
     "solver",
     "traffic",

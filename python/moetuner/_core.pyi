@@ -21,6 +21,7 @@ __all__ = [
     "lpt",
     "merge_sets",
     "place_clusters",
+    "replicate_experts",
     "search",
     "validate",
     "verify_bound",
@@ -86,7 +87,11 @@ class Layers:
         """
 
     def construct(self) -> NDArray[np.int32]:
-        """Slots [L,D,S]: copies of the heaviest experts, each copy to the lightest device."""
+        """Slots [L,D,S], balanced on the sum of windows, as by ``replicate_experts``.
+
+        Pins and bans are kept; ``ValueError`` names the layer and an expert for which they leave no
+        slot.
+        """
 
 @final
 class StatisticsCounter:
@@ -206,6 +211,21 @@ def lpt(
 
     The heaviest expert goes first, to the least loaded device. With ``improve``, exchanges between
     devices then lower the largest device load. Returns the device [L,E].
+    """
+
+def replicate_experts(
+    load: NDArray[np.float64],
+    room: NDArray[np.int64],
+    time: NDArray[np.float64],
+    *,
+    trials: int = ...,
+) -> NDArray[np.int32]:
+    """Give the heaviest experts copies, and the heaviest copies first to the device done first.
+
+    Takes load [L,E], the slots of every device [L,D] and its time per token as a share of the
+    slowest one's [D]. ``trials`` pairs of devices are then looked at for exchanges and other copies
+    that lower the time of the slowest; with 0 this is DeepSeek's balancer, less second copies on a
+    device. Returns slots [L,D,S], -1 for an empty one.
     """
 
 def cluster(
