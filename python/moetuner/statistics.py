@@ -213,8 +213,8 @@ class RoutingStatistics:
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         """Statistics of both traces: windows one after the other, pairs summed.
 
-        Pairs and sets that only one side has counted are dropped. Groups are kept where both sides name the
-        same ones.
+        Pairs and sets that only one side has counted are dropped. Groups are kept where both sides
+        name the same ones.
         """
         if not isinstance(other, RoutingStatistics):
             return NotImplemented

@@ -16,6 +16,8 @@ pub struct Effort {
     pub hot: f64,
     /// See `hot`.
     pub cold: f64,
+    /// Whether an expert's number of copies may change, where slots are to spare.
+    pub copies: bool,
 }
 
 /// Trials at one temperature, and between two looks at the clock.
@@ -93,7 +95,7 @@ pub(super) fn search(
     let mut terms = Terms::new(layer, &contents);
     let mut best = (terms.cost(layer), contents.clone());
     let slots = layer.slots();
-    let spare = slots > layer.experts;
+    let spare = effort.copies && slots > layer.experts;
     let blocks = effort.trials.div_ceil(BLOCK);
     let cooling = libm::pow(effort.cold / effort.hot, 1.0 / blocks.max(1) as f64);
     let mut temperature = effort.hot * best.0;
