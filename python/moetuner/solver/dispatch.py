@@ -21,12 +21,12 @@ PAIR_TRIALS = 200_000
 PAIR_SHARE = 0.3
 # Trials per slot of the exact search, and the work that all layers may be at the most: 64 sets of a
 # trial are a unit.
-TRIALS_PER_SLOT = 6000
+TRIALS_PER_SLOT = 12_000
 MOST_WORK = 6e9
 # What a trial costs besides its sets.
 UNITS_PER_TRIAL = 100
 # Temperatures, as shares of a layer's cost (measured: bench/RESULTS.md).
-HOT, COLD = 5e-3, 5e-4
+HOT, COLD = 1e-2, 1e-3
 
 
 def dispatch(
