@@ -27,6 +27,16 @@ pub enum Error {
         /// The number of experts in a layer.
         experts: usize,
     },
+    /// An expert that no device can take, whatever the others do.
+    #[error(
+        "layer {layer}: no slot is left for expert {expert}; it needs more slots, fewer pins or fewer forbidden devices"
+    )]
+    NoSlot {
+        /// The layer.
+        layer: usize,
+        /// The expert.
+        expert: usize,
+    },
     /// A token that visits one expert twice in one layer.
     #[error(
         "expert_ids: token {token}, layer {layer}: expert id {expert} appears twice; a token's experts must differ"

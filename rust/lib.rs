@@ -8,6 +8,7 @@ pub mod assignment;
 pub mod bottleneck;
 pub mod bound;
 pub mod chain;
+pub mod colocation;
 pub mod error;
 pub mod instance;
 pub mod layer;

@@ -1,15 +1,17 @@
 //! Counting pairs: how often id `a` on the left meets id `b` on the right in one token.
 //!
 //! The inner loop of everything that moetuner measures. A token with K ids on each side makes K*K pairs, so a trace
-//! of a million tokens makes billions. Three kernels, chosen by size:
+//! of a million tokens makes billions. Four kernels, chosen by size:
 //!
 //! * *bits* (up to 64 ids): every id has a row of bits, one per token; the count of a pair is the number of ones in the
 //!   AND of two rows.
+//! * *lists* (129 to 256 ids, many per token): every id on the left has the list of its tokens, every token on the
+//!   right its set of ids; carry-save adders sum the sets of a list, all columns at once.
 //! * *rows*: the right side of a token is written once as a row of one small counter per id, and that row is added to
 //!   the table row of each left id. K vector additions count K*K pairs.
 //! * *cells*: one increment per pair, for tables so wide that adding whole rows costs more.
 //!
-//! Small counters overflow, so they are flushed into wider ones before they can.
+//! Small counters overflow, so they are added to wider ones before they can.
 
 mod bits;
 mod lists;
@@ -22,9 +24,8 @@ use std::ops::Range;
 use self::lists::Lists;
 use crate::trace::ExpertId;
 
-/// Tokens of one block at the most: as many as the 16-bit counters of the rows kernel can take.
-///
-/// Wide tables leave the cache when they are added up, so that should happen rarely.
+/// Tokens of one block: few enough for the ids of some layers to stay in the second-level cache, many enough for wide
+/// tables, which do not, to be added up seldom. The kernels' sums are of up to 65535 tokens.
 pub const BLOCK: usize = 16384;
 
 /// Values on cache lines of their own: vectors that straddle two lines take twice as long.
@@ -43,12 +44,13 @@ enum Kernel {
 
 impl Kernel {
     fn choose(size: usize, top_k: usize) -> Self {
-        // Per token: bits costs (size / 8)^2 / 64 vector operations; rows one addition per left id and 64 counters,
-        // and the flush of the table every 255 tokens; cells one increment per pair (measured: bench/RESULTS.md).
+        // Per token: bits costs (size / 8)^2 / 64 vector operations; lists some per left id, whatever the size, and for
+        // each of the 256 lists what it takes to begin one; rows one addition per left id and 64 counters, and the flush
+        // of the table every 255 tokens; cells one increment per pair (measured: bench/RESULTS.md).
         let rows = size.div_ceil(64) * (top_k + 1) * 3 + size * size / 4096;
         match size {
             0..=64 => Self::Bits,
-            129..=lists::IDS if top_k > 1 => Self::Lists,
+            129..=lists::IDS if top_k >= 6 => Self::Lists,
             _ if rows < top_k * top_k * 4 => Self::Rows,
             _ => Self::Cells,
         }

@@ -17,13 +17,14 @@ use pyo3::prelude::*;
 use rayon::prelude::*;
 
 use crate::bottleneck::{Chain, Way};
+use crate::colocation::Layout;
 use crate::error::Error;
 use crate::instance::{Instance, Sizes};
 use crate::layer::balance::Windows;
 use crate::layer::fanout;
-use crate::layer::replicate::replicate;
+use crate::layer::replicate::{NoSlot, QUICK, fill_layers, replicate};
 use crate::layer::{Contents, EMPTY, Effort, Layer, Links, place};
-use crate::packing::{Goal, Improve, Room};
+use crate::packing::{Goal, Improve, Room, smallest_peak};
 use crate::replay::{Copies, Split};
 use crate::search::{Control, Options, balanced, search as run_search};
 use crate::sets::Sets;
@@ -484,6 +485,24 @@ fn lpt<'py>(
 }
 
 #[pyfunction]
+#[pyo3(signature = (load, devices, slots, found, *, threads = None))]
+fn smallest_peaks(
+    py: Python<'_>,
+    load: PyReadonlyArray2<'_, u64>,
+    devices: usize,
+    slots: usize,
+    found: PyReadonlyArray1<'_, u64>,
+    threads: Option<usize>,
+) -> PyResult<Vec<(u128, u128)>> {
+    let experts = load.shape()[1].max(1);
+    let (load, found) = (contiguous(load.as_slice().ok())?, contiguous(found.as_slice().ok())?);
+    let layers = load.par_chunks(experts).zip(found);
+    let peak = |(load, &found): (&[u64], &u64)| smallest_peak(load, devices, slots, found.into());
+    let peaks = detached(py, threads, || layers.map(peak).collect::<Result<_, Error>>())?;
+    Ok(peaks?)
+}
+
+#[pyfunction]
 #[pyo3(signature = (load, clusters, slots, *, equal_sizes = true, tolerance = 0.0, threads = None))]
 fn cluster<'py>(
     py: Python<'py>,
@@ -554,6 +573,50 @@ fn exact_chain<'py>(
     let shape = (sizes.layers, sizes.devices, slots_per_device);
     let slots = array3(py, shape, sizes.unfill(&found.expert_in))?;
     Ok(Some((slots, found.cost, found.cap.into_pyarray(py))))
+}
+
+/// Columns of broken triangles [n,3], the last with the minus; rows, columns and factors of broken gatherings.
+type BrokenRows<'py> = (
+    Bound<'py, PyArray2<i64>>,
+    Bound<'py, PyArray1<i64>>,
+    Bound<'py, PyArray1<i64>>,
+    Bound<'py, PyArray1<f64>>,
+);
+
+#[pyfunction]
+#[pyo3(signature = (values, sizes, layers, entries, boundaries, *, slack, most, threads = None))]
+fn separate<'py>(
+    py: Python<'py>,
+    values: PyReadonlyArray1<'py, f64>,
+    sizes: Vec<usize>,
+    layers: usize,
+    entries: usize,
+    boundaries: usize,
+    slack: f64,
+    most: usize,
+    threads: Option<usize>,
+) -> PyResult<BrokenRows<'py>> {
+    let layout = Layout { sizes, layers, entries, boundaries };
+    let values = contiguous(values.as_slice().ok())?;
+    if values.len() != layout.columns() || boundaries >= layers.max(1) {
+        let rule = format!("[{}]", layout.columns());
+        return Err(Error::Shape { what: "values", rule, found: values.len().to_string() }.into());
+    }
+    let (triangles, gatherings) = detached(py, threads, || {
+        (layout.triangles(values, slack, most), layout.gatherings(values, slack, most))
+    })?;
+    let count = triangles.len();
+    let triangles = triangles.into_iter().flatten().map(|column| column as i64).collect();
+    let (mut rows, mut columns, mut factors) = (Vec::new(), Vec::new(), Vec::new());
+    for (row, gathering) in (0..).zip(gatherings) {
+        for (column, factor) in gathering {
+            rows.push(row);
+            columns.push(column as i64);
+            factors.push(factor);
+        }
+    }
+    let triangles = array2(py, (count, 3), triangles)?;
+    Ok((triangles, rows.into_pyarray(py), columns.into_pyarray(py), factors.into_pyarray(py)))
 }
 
 /// A certificate's lambda, columns, multipliers of the cuts, cuts, choices, and contents, as flat arrays.
@@ -706,7 +769,7 @@ struct Layers {
 #[pymethods]
 impl Layers {
     #[new]
-    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, cap = None, hold = None, forbidden = None, pinned = None,
+    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, total = None, cap = None, hold = None, forbidden = None, pinned = None,
                         sets = None, device_cost = 1.0, node_cost = 0.0))]
     fn new(
         load: PyReadonlyArray3<'_, f64>,
@@ -716,6 +779,7 @@ impl Layers {
         time: Vec<f32>,
         nearest: bool,
         norm: u32,
+        total: Option<PyReadonlyArray2<'_, f64>>,
         cap: Option<Vec<f64>>,
         hold: Option<PyReadonlyArray3<'_, f64>>,
         forbidden: Option<PyReadonlyArray3<'_, bool>>,
@@ -730,6 +794,7 @@ impl Layers {
         let shaped = weight.len() == w
             && room.dim() == (l, d)
             && time.len() == d
+            && total.as_ref().is_none_or(|total| total.as_array().dim() == (l, e))
             && cap.as_ref().is_none_or(|cap| cap.len() == l)
             && [
                 hold.as_ref().map(|a| a.as_array().dim()),
@@ -765,7 +830,12 @@ impl Layers {
                 node: node.clone(),
                 time: time.clone(),
                 split: if nearest { crate::layer::Split::Nearest } else { crate::layer::Split::Even },
-                load: (0..e).map(|e| load.slice(numpy::ndarray::s![.., l, e]).sum()).collect(),
+                load: (0..e)
+                    .map(|e| {
+                        let windows = || load.slice(numpy::ndarray::s![.., l, e]).sum();
+                        total.as_ref().map_or_else(windows, |total| total.as_array()[[l, e]])
+                    })
+                    .collect(),
                 windows,
                 cap: cap.as_ref().map_or(f64::INFINITY, |cap| cap[l]),
                 hold,
@@ -798,7 +868,7 @@ impl Layers {
     }
 
     /// Improves slots [L,D,S].
-    #[pyo3(signature = (start, *, trials, hot, cold, copies = true, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
+    #[pyo3(signature = (start, *, trials, hot, cold, copies = true, restarts = 1, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
     fn place<'py>(
         &mut self,
         py: Python<'py>,
@@ -807,6 +877,7 @@ impl Layers {
         hot: f64,
         cold: f64,
         copies: bool,
+        restarts: u64,
         rounds: u64,
         transitions: Option<PyReadonlyArray3<'py, u64>>,
         link_cost: Option<PyReadonlyArray2<'py, f64>>,
@@ -828,21 +899,56 @@ impl Layers {
         let control = Control::new(time_limit.map(|limit| Instant::now() + Duration::from_secs_f64(limit)));
         let layers = &mut self.layers;
         let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), || {
-            place(layers, begin, links, Effort { trials, hot, cold, copies }, rounds, seed, &control)
+            place(
+                layers,
+                begin,
+                links,
+                Effort { trials, hot, cold, copies, restarts },
+                rounds,
+                seed,
+                &control,
+            )
         })?;
         let slots = slots_of(&self.layers, &found, self.per_device);
         Ok((array3(py, (l, d, self.per_device), slots)?, interrupted))
     }
 
-    /// Slots [L,D,S]: copies of the heaviest experts, then the heaviest copy first to the lightest device.
+    /// Slots [L,D,S]: copies of the heaviest experts, then the heaviest copy first to the device done first, polished.
     fn construct<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray3<i32>>> {
-        let contents: Vec<Contents> = py.detach(|| {
-            self.layers.par_iter().map(|layer| Contents::new(layer, replicate(layer, &layer.load))).collect()
-        });
-        let slots = slots_of(&self.layers, &contents, self.per_device);
+        use rayon::prelude::*;
+        let construct = |(l, layer): (usize, &Layer)| {
+            let slots =
+                replicate(layer, QUICK).map_err(|NoSlot(expert)| Error::NoSlot { layer: l, expert })?;
+            Ok(Contents::new(layer, slots))
+        };
+        let contents: Result<Vec<Contents>, Error> =
+            py.detach(|| self.layers.par_iter().enumerate().map(construct).collect());
+        let slots = slots_of(&self.layers, &contents?, self.per_device);
         let d = self.layers.first().map_or(0, Layer::devices);
         array3(py, (self.layers.len(), d, self.per_device), slots)
     }
+}
+
+#[pyfunction]
+#[pyo3(signature = (load, room, time, *, steps = QUICK))]
+fn replicate_experts<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, f64>,
+    room: PyReadonlyArray2<'py, i64>,
+    time: PyReadonlyArray1<'py, f64>,
+    steps: usize,
+) -> PyResult<Bound<'py, PyArray3<i32>>> {
+    let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
+    let d = time.shape()[0];
+    if room.shape() != [l, d] {
+        let rule = format!("shape [{l}, {d}]");
+        return Err(Error::Shape { what: "room", rule, found: format!("{:?}", room.shape()) }.into());
+    }
+    let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
+    let room: Vec<usize> = room.as_array().iter().map(|&slots| slots.max(0) as usize).collect();
+    let per_device = room.iter().copied().max().unwrap_or(0);
+    let slots = py.detach(|| fill_layers(load, e, &room, time, steps))?;
+    array3(py, (l, d, per_device), slots)
 }
 
 #[pymodule]
@@ -850,7 +956,7 @@ mod _core {
     #[pymodule_export]
     use super::{
         Layers, Replay, StatisticsCounter, bound, cluster, exact_chain, lpt, merge_sets, place_clusters,
-        search, validate, verify_bound,
+        replicate_experts, search, separate, smallest_peaks, validate, verify_bound,
     };
 
     #[pymodule_export]

@@ -17,6 +17,7 @@ FLOW = [
     "topology",
     "cost",
     "placement",
+    "objective",
     "problem",
     "solver",
     "traffic",

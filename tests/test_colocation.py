@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner.solver import colocation_model
+from moetuner import _core
 from moetuner.solver.chain import chain
 from moetuner.solver.colocation import colocation, entries_of, fits
 from moetuner.solver.colocation_model import Joint, Model
@@ -65,20 +66,66 @@ def test_two_tiers_are_two_relations(seed, max_imbalance) -> None:
         assert chain(problem).bound == found.bound
 
 
-@settings(max_examples=8)
-@given(seed=st.integers(0, 10**6))
-def test_triangles_on_demand_change_nothing(seed) -> None:
-    """Separated in rounds or complete, the triangles give the same optimum."""
-    problem = small_problem(seed, 3, 6, 3, max_imbalance=1.4)
-    start = shuffled(problem, seed)
-    complete = colocation(problem, seed=0, limits=Limits(), start=start)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(colocation_model, "COMPLETE", 0)
-        lazy = colocation(problem, seed=0, limits=Limits(), start=start)
-    assert lazy.status == complete.status == "optimal"
-    assert lazy.bound == complete.bound
-    rows = lazy.details["colocation"]
-    assert rows["triangle_rows"] <= rows["triangle_rows_in_all"]
+def broken_triangles(model: Model, values: np.ndarray, slack: float) -> set[tuple[int, int, int]]:
+    """Try all triples of experts of two neighbouring layers: ``a + b - c <= 1``, as columns."""
+    found = set()
+    layers, P = model.layers, model.entries
+    items = [(layer, e) for layer in range(layers) for e in range(P)]
+    for tier in range(len(model.joint.relations)):
+
+        def column(one: tuple[int, int], two: tuple[int, int], tier: int = tier) -> int:
+            (l, e), (m, f) = one, two  # noqa: E741
+            return int(model.s[tier, l, e, f] if l == m else model.z[tier, l, e, f])
+
+        for i, j, k in itertools.combinations(items, 3):
+            if k[0] - i[0] > min(model.joint.boundaries, 1):
+                continue
+            sides = column(i, j), column(i, k), column(j, k)
+            for c in range(3):
+                a, b = (sides[at] for at in range(3) if at != c)
+                if values[a] + values[b] - values[sides[c]] - 1 > slack:
+                    found.add((min(a, b), max(a, b), sides[c]))
+    return found
+
+
+@settings(max_examples=15)
+@given(
+    seed=st.integers(0, 10**6),
+    layers=st.integers(1, 3),
+    nodes=st.booleans(),
+    regime=st.sampled_from(["follow", "dispatch"]),
+)
+def test_separation_finds_the_broken_triangles(seed, layers, nodes, regime) -> None:
+    """All of them and no others; fewer if fewer are asked for, and then the worst."""
+    problem = small_problem(
+        seed, layers, 6, 4, devices_per_node=2 if nodes else None, regime=regime
+    )
+    joint = Joint.of(problem, problem.caps)
+    model = Model(joint)
+    values = np.random.default_rng(seed).integers(0, 5, model.columns) / 4
+    sizes = [relation.devices * joint.slots for relation in joint.relations]
+    shape = sizes, model.layers, model.entries, joint.boundaries
+    one, *_ = _core.separate(values, *shape, slack=1e-3, most=10**9, threads=1)
+    two, *_ = _core.separate(values, *shape, slack=1e-3, most=7, threads=2)
+    found = {(min(a, b), max(a, b), c) for a, b, c in one.tolist()}
+    assert found == broken_triangles(model, values, 1e-3)
+    assert len(found) == len(one)
+    assert two.tolist() == one[:7].tolist()
+    worth = values[one[:, 0]] + values[one[:, 1]] - values[one[:, 2]]
+    assert (np.diff(worth) <= 0).all()
+
+
+def test_no_placement_breaks_what_was_added() -> None:
+    """Rows found at fractional values hold at every placement, gatherings included."""
+    problem = small_problem(5, 3, 8, 4, max_imbalance=None)
+    model = Model(Joint.of(problem, problem.caps))
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        assert model.separate(random.random(model.columns))
+    assert min(model.rows.values()) > 0
+    for seed in range(20):
+        device_of = entries_of(shuffled(problem, seed).slots, problem.experts)
+        assert model.ilp.broken(model.values(device_of)) is None
 
 
 @settings(max_examples=15)
@@ -140,11 +187,11 @@ def test_progress_reports_incumbent_and_bound() -> None:
 
 
 def test_caps_of_the_start_are_said() -> None:
-    """A start that breaks a cap raises it, in ``details``."""
+    """A start that breaks a cap raises it, and ``details`` say so."""
     problem = small_problem(3, 2, 6, 3, max_imbalance=1.0)
     found = colocation(problem, seed=0, limits=Limits(), start=shuffled(problem))
-    assert set(found.details["caps_of_the_start"]) <= {0, 1}
-    assert min(found.details["caps_of_the_start"].values()) > 1
+    assert set(found.details["caps_raised"]) <= {0, 1}
+    assert min(found.details["caps_raised"].values()) > 1
 
 
 def test_knows_what_fits() -> None:

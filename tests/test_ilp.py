@@ -82,6 +82,20 @@ def test_rows_added_later_count() -> None:
     assert solution.values.tolist() == [0, 1, 0]
 
 
+def test_the_relaxation_follows_new_rows() -> None:
+    """Relaxed, values need not be whole; rows count, and the whole optimum is still found after."""
+    ilp = Ilp([3.0, 2.0, 2.0], maximize=True)
+    ilp.add_rows(-np.inf, 3, [0, 0, 0], [0, 1, 2], [2, 2, 2])
+    relaxed = ilp.relax()
+    assert relaxed.objective == relaxed.bound == pytest.approx(4)
+    ilp.add_rows(-np.inf, 1, [0, 0], [0, 1], [2, 1])
+    assert ilp.relax().objective == pytest.approx(3.5)
+    assert ilp.solve().objective == 2
+    ilp.add_rows(4, np.inf, [0, 0, 0], [0, 1, 2])
+    with pytest.raises(ValueError, match="relaxation is infeasible"):
+        ilp.relax()
+
+
 def test_linear_programs_have_a_bound() -> None:
     """Without integer columns the optimum is its own bound."""
     ilp = Ilp([-1.0, -1.0], upper=np.inf, integer=False)

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from brute_force import small_problem
 
 import moetuner as mt
-from moetuner.solver import METHODS
+from moetuner.solver import METHODS, caps
 
 
 @pytest.fixture
@@ -137,6 +138,29 @@ def test_impossible_cap_is_raised_and_told(problem):
     found = imbalances(tight, result.placement)
     for layer, cap in raised.items():
         assert found[layer] <= cap + 1e-9
+
+
+@pytest.mark.parametrize("method", ["joint", "heuristic"])
+@pytest.mark.parametrize("seed", range(6))
+def test_infeasible_caps_are_told_apart(method, seed):
+    """Layers whose cap nothing keeps are named, with the smallest cap that something keeps."""
+    problem = small_problem(seed, 3, 7, 3, max_imbalance=1.03)
+    details = mt.solve(problem, method, iterations=2000).details
+    least = {}
+    for layer, load in enumerate(problem.load.astype(int)):
+        ways = np.array(list(itertools.product(range(3), repeat=7)))
+        held = (ways[:, :, None] == np.arange(3)).astype(int)
+        held = held[(held.sum(axis=1) <= problem.slots).all(axis=1)]
+        peak = np.einsum("wed,e->wd", held, load).max(axis=1).min()
+        if peak > problem.caps[layer]:
+            least[layer] = peak * 3 / load.sum()
+    assert details.get("caps_infeasible", {}) == {
+        layer: [pytest.approx(cap)] * 2 for layer, cap in least.items()
+    }
+    lines = caps.remarks(problem, details)
+    assert bool(least) == any("no placement keeps the load cap 1.03" in line for line in lines)
+    for layer in list(least)[:3]:
+        assert f"layer {layer} needs {least[layer]:.4f}" in lines[0]
 
 
 def test_search_beats_what_engines_do(make_trace):

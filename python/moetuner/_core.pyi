@@ -42,9 +42,9 @@ class Layers:
     Takes load [W,L,E] and the weight of every window [W], the slots of every device [L,D], the node
     of every device [D] and its time per token as a share of the slowest one's [D]; ``norm`` is the
     order of the norm that stands for the largest device load (4, 8 or 16; 0 for the maximum
-    itself). Caps [L] are on the sum of windows; ``hold`` [L,E,D] is what a copy costs on a device,
-    in weighted tokens; an expert may not be where ``forbidden`` [L,E,D], and stays where
-    ``pinned`` [L,E,D].
+    itself). Caps [L] are on ``total`` [L,E], the sum of windows where it is None; ``hold`` [L,E,D]
+    is what a copy costs on a device, in weighted tokens; an expert may not be where ``forbidden``
+    [L,E,D], and stays where ``pinned`` [L,E,D].
 
     With the distinct expert sets of every layer (ids [N,K], all below E, and their tokens [N]), a
     token's visit of a device costs ``device_cost`` and of a node ``node_cost`` on top, in weighted
@@ -61,6 +61,7 @@ class Layers:
         *,
         nearest: bool,
         norm: int,
+        total: NDArray[np.float64] | None = None,
         cap: list[float] | None = None,
         hold: NDArray[np.float64] | None = None,
         forbidden: NDArray[np.bool_] | None = None,
@@ -77,6 +78,7 @@ class Layers:
         hot: float,
         cold: float,
         copies: bool = True,
+        restarts: int = 1,
         rounds: int = 1,
         transitions: NDArray[np.uint64] | None = None,
         link_cost: NDArray[np.float64] | None = None,
@@ -85,7 +87,7 @@ class Layers:
         threads: int | None = None,
         progress: Callable[[float, int | None], None] | None = None,
     ) -> tuple[NDArray[np.int32], bool]:
-        """Improve slots [L,D,S], and say whether it was interrupted.
+        """Improve slots [L,D,S] by the best of some searches, and say whether it was interrupted.
 
         With transitions [L-1,E,E] and the cost of one between devices [D,D], in weighted tokens,
         layers are placed in turns, ``rounds`` times, given their neighbours. Without ``copies`` no
@@ -229,8 +231,22 @@ def cluster(
     Returns the cluster [L,E] and per layer four whole numbers: the heaviest cluster's load, a
     proven lower bound of it, ``clusters`` times the sum of deviations from the mean, and a proven
     lower bound of that. A layer is searched no further once its deviations are within ``tolerance``
-    times the mean of their bound and its heaviest cluster within 0.05 %. With free sizes a cluster has 1 to ``slots`` experts, or 0 where there are
-    fewer experts than clusters.
+    times the mean of their bound and its heaviest cluster within 0.05 %. With free sizes a cluster
+    has 1 to ``slots`` experts, or 0 where there are fewer experts than clusters.
+    """
+
+def smallest_peaks(
+    load: NDArray[np.uint64],
+    devices: int,
+    slots: int,
+    found: NDArray[np.uint64],
+    *,
+    threads: int | None = None,
+) -> list[tuple[int, int]]:
+    """Enclose the least largest device load that any placement of a layer has.
+
+    Takes load [n,E] and what is known to be reached [n]. Returns per layer what is reached at the
+    end and a proven bound; they are equal where the least is known.
     """
 
 def place_clusters(
@@ -268,6 +284,25 @@ def exact_chain(
     where no placement keeps a cap, the least that one does keep. None where devices differ other
     than by node, where partitions are too many, where counts are too huge to be exact, or where it
     would take more than ``work`` steps of about a nanosecond.
+    """
+
+def separate(
+    values: NDArray[np.float64],
+    sizes: list[int],
+    layers: int,
+    entries: int,
+    boundaries: int,
+    *,
+    slack: float,
+    most: int,
+    threads: int | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Find the rows of the co-location programme that values of its columns break.
+
+    Columns are s [tiers,L,P(P-1)/2], then z [tiers,boundaries,P,P]; a class of a tier holds its one
+    of ``sizes`` experts of every layer. Of each kind the ``most`` rows that are broken worst, by
+    more than ``slack``, worst first. Returns triangles ``a + b - c <= 1`` as columns [n,3], and
+    gatherings ``sum of factor * column <= 0`` as row, column and factor of every entry.
     """
 
 def bound(

@@ -29,8 +29,8 @@ def experts_in(num_experts: object) -> int:
     return whole_number("num_experts", num_experts, highest=1 << 16)
 
 
-def whole_number(name: str, value: object, *, highest: int = (1 << 63) - 1) -> int:
-    """Check an integer from 1 to ``highest``.
+def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1 << 63) - 1) -> int:
+    """Check an integer from ``lowest`` to ``highest``.
 
     Raises
     ------
@@ -40,8 +40,8 @@ def whole_number(name: str, value: object, *, highest: int = (1 << 63) - 1) -> i
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise ValueError(f"{name} must be an integer, got {value!r:.40}")
     number = operator.index(value)
-    if not 1 <= number <= highest:
-        raise ValueError(f"{name} must be from 1 to {highest}, got {number}")
+    if not lowest <= number <= highest:
+        raise ValueError(f"{name} must be from {lowest} to {highest}, got {number}")
     return number
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from moetuner._files import replacing
 
 SCHEMA = "moetuner.placement/1"
 EMPTY = -1
+NAMES = {"model", "topology", "fingerprint", "objective", "bound"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +89,10 @@ class Placement:
                 f"got {device_of.min()} to {device_of.max()}"
             )
         layers, experts = device_of.shape
-        order = np.argsort(device_of, axis=1, kind="stable")
-        device = np.take_along_axis(device_of, order, axis=1)
-        row = np.arange(layers)[:, None] * devices
-        counts = np.bincount((device_of + row).ravel(), minlength=layers * devices)
-        counts = counts.reshape(layers, devices)
+        row = np.arange(layers)[:, None]
+        # A cell is a device of a layer.
+        cell = (device_of + row * devices).ravel()
+        counts = np.bincount(cell, minlength=layers * devices)
         width = int(counts.max(initial=1))
         if slots_per_device is not None:
             if width > slots_per_device:
@@ -100,10 +101,13 @@ class Placement:
                     "a device holds that many experts in one layer"
                 )
             width = slots_per_device
-        first = np.cumsum(counts, axis=1) - counts
-        slot = np.arange(experts) - np.take_along_axis(first, device, axis=1)
+        # As narrow as they can be: numpy sorts 8 and 16 bits by radix.
+        narrow = device_of.astype(np.min_scalar_type(max(devices - 1, 0)))
+        order = np.argsort(narrow, axis=1, kind="stable")
+        cell = cell[(order + row * experts).ravel()]
+        slot = np.arange(len(cell)) - (np.cumsum(counts) - counts)[cell]
         slots = np.full((layers, devices, width), EMPTY, dtype=np.int32)
-        slots[np.arange(layers)[:, None], device, slot] = order
+        slots.reshape(-1)[cell * width + slot] = order.ravel()
         return cls(slots, num_experts=experts, **names)
 
     @property
@@ -135,7 +139,8 @@ class Placement:
         ValueError
             If an expert has several copies.
         """
-        if (self.replicas > 1).any():
+        # Every expert has a slot: as many slots as experts is one for each.
+        if np.count_nonzero(self.slots != EMPTY) > self.layers * self.num_experts:
             raise ValueError("device_of needs one copy of each expert; this placement has replicas")
         layers, devices, width = self.slots.shape
         # Empty slots write to a last column, which is left out.
@@ -146,7 +151,12 @@ class Placement:
 
     def with_names(self, **names: Any) -> Placement:
         """Return the same slots with other names or figures."""
-        return replace(self, **names)
+        if not names.keys() <= NAMES:
+            raise TypeError(f"names must be of {sorted(NAMES)}, got {sorted(names)}")
+        named = copy(self)  # without another check: the slots cannot have changed
+        for name, value in names.items():
+            object.__setattr__(named, name, value)
+        return named
 
     def save(self, path: str | Path) -> None:
         """Write the placement as JSON; the file appears whole or not at all."""

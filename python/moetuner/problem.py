@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _split, objective
+from moetuner._rules import Rules, rules_of
+from moetuner._slots import rooms_of
+from moetuner._split import Split
+from moetuner._validation import not_negative
+from moetuner._weights import Risk, Windows, windows_of
+from moetuner.cost import CostModel
 from moetuner.placement import EMPTY, Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
 Regime = Literal["follow", "dispatch"]
+Objective = Literal["time", "balance", "traffic"]
+
+# Whose times count when nobody says.
+DEFAULT_GPU = "h100"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Statistics, a topology and limits.
+    """Statistics, a topology, limits, and what is to be made small.
 
     Parameters
     ----------
@@ -28,13 +40,37 @@ class Problem:
     topology
         The devices and links.
     slots_per_device
-        Slots of a device in a layer, S; by default just enough for one copy of each expert.
+        Slots of a device in a layer, S, or of every device [D]; by default those of the topology,
+        else just enough for one copy of each expert. What is left over holds further copies.
     regime
         ``"follow"``: a token's state moves from expert to expert, so transitions cost.
         ``"dispatch"``: it is sent from its home device to every distinct device of its experts, so
         co-activation saves.
     max_imbalance
         Cap on max / mean device load in every layer, on the sum of all windows; None for no cap.
+    objective
+        ``"time"``: predicted microseconds of a layer. ``"balance"``: max / mean device load, over
+        windows. ``"traffic"``: share of the traffic that leaves its device, under the cap. By
+        default traffic where ``max_imbalance`` is given, else time.
+    cost_model
+        What time is made of; a DeepSeek-V3 layer on H100 by default.
+    split
+        Which copy of an expert serves a token: ``"even"`` (vLLM), ``"nearest"`` (SGLang),
+        ``"round_robin"`` (TensorRT-LLM).
+    extra_slots
+        Instead of ``slots_per_device``: copies beyond one of each expert, over all layers, which go
+        to the layers where they help most. Every device gets as many over all layers, or one more.
+    arrival
+        How traffic arrives: ``"bursts"``, window after window as recorded; ``"mixed"``, many
+        sequences at once; or the weight of mixed windows, from 0 to 1.
+    risk
+        ``"mean"`` over windows, or the level of the conditional value at risk: 0.9 is the mean of
+        the worst tenth.
+    groups
+        Weight of every group of windows, by name (those not named count as 1 times their tokens);
+        or ``"minimax"`` for the worst group's outcome.
+    pinned, forbidden
+        (layer, expert, device): the expert has a copy there, or has none; layer None for all.
 
     Raises
     ------
@@ -44,23 +80,78 @@ class Problem:
 
     statistics: RoutingStatistics
     topology: Topology
-    slots_per_device: int | None = None
+    slots_per_device: int | Sequence[int] | None = None
     regime: Regime = "follow"
     max_imbalance: float | None = None
+    objective: Objective | None = None
+    cost_model: CostModel | None = None
+    split: Split = "even"
+    extra_slots: int | None = None
+    arrival: Literal["bursts", "mixed"] | float = "bursts"
+    risk: Risk = "mean"
+    groups: Mapping[str, float] | Literal["minimax"] | None = None
+    pinned: Iterable[tuple[int | None, int, int]] = ()
+    forbidden: Iterable[tuple[int | None, int, int]] = ()
 
     def __post_init__(self) -> None:
-        fewest = -(-self.experts // self.devices)
-        if self.slots_per_device is None:
-            object.__setattr__(self, "slots_per_device", fewest)
-        if self.slots < fewest:
-            raise ValueError(
-                f"slots_per_device must be at least {fewest} for {self.experts} experts on "
-                f"{self.devices} devices, got {self.slots_per_device}"
-            )
         if self.regime not in ("follow", "dispatch"):
             raise ValueError(f"regime must be 'follow' or 'dispatch', got {self.regime!r}")
         if self.max_imbalance is not None and not self.max_imbalance >= 1:
             raise ValueError(f"max_imbalance must be at least 1, got {self.max_imbalance}")
+        if self.objective is None:
+            default = "time" if self.max_imbalance is None else "traffic"
+            object.__setattr__(self, "objective", default)
+        if self.objective not in get_args(Objective):
+            raise ValueError(
+                f"objective must be one of {', '.join(get_args(Objective))}, "
+                f"got {self.objective!r:.40}"
+            )
+        _split.check(self.split)
+        if self.cost_model is None:
+            object.__setattr__(self, "cost_model", CostModel.preset(DEFAULT_GPU))
+        for name in ("pinned", "forbidden"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.groups, str | None):
+            for group, weight in self.groups.items():
+                not_negative(f"weight of group {group!r}", weight, "number")
+            object.__setattr__(self, "groups", dict(self.groups))
+        # Slots, rules and windows are checked by being made.
+        if self.slots_per_device is not None and not isinstance(self.slots_per_device, int):
+            object.__setattr__(self, "slots_per_device", tuple(self.slots_per_device))
+        _ = self.rooms, self.rules
+        if self.slots_per_device is None:
+            object.__setattr__(self, "slots_per_device", self.slots)
+        _ = self.windows
+
+    @cached_property
+    def rooms(self) -> NDArray[np.int64]:
+        """Slots of every device [L,D]."""
+        return rooms_of(self.load, self.topology, self.slots_per_device, self.extra_slots)
+
+    @cached_property
+    def rules(self) -> Rules:
+        """Where experts must and must not be."""
+        return rules_of(self)
+
+    @cached_property
+    def windows(self) -> Windows:
+        """Windows of load that count, and how much each does."""
+        return windows_of(self.statistics, self.arrival, self.risk, self.groups)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is about traffic alone, of one copy each, on devices that are all alike."""
+        return (
+            self.objective == "traffic"
+            and not self.rules.some
+            and len(np.unique(self.rooms)) == 1
+            and self.topology.has_equal_devices
+        )
+
+    @property
+    def has_spare_slots(self) -> bool:
+        """Whether some layer has more slots than experts."""
+        return bool((self.rooms.sum(axis=1) > self.experts).any())
 
     @property
     def layers(self) -> int:
@@ -79,9 +170,8 @@ class Problem:
 
     @property
     def slots(self) -> int:
-        """Slots of a device in a layer, S."""
-        assert self.slots_per_device is not None
-        return self.slots_per_device
+        """Slots of a device in a layer, S: the most of any."""
+        return int(self.rooms.max())
 
     @cached_property
     def load(self) -> NDArray[np.uint64]:
@@ -118,21 +208,25 @@ class Problem:
         ``follow``: sum over neighbouring layers of transitions [E,E] times ``topology.cost``
         between the experts' devices. ``dispatch``: co-activated pairs on different devices.
         """
-        total = 0
+        follow = self.regime == "follow"
+        statistics = self.statistics
+        tables = statistics.transitions_or_empty if follow else statistics.coactivation_or_empty
+        if not len(tables):
+            return 0
         device_of = placement.device_of
-        if self.regime == "follow":
-            for layer, table in enumerate(self.statistics.transitions_or_empty):
+        total = 0
+        for layer, table in enumerate(tables):
+            if follow:
                 moved = self.topology.cost[np.ix_(device_of[layer], device_of[layer + 1])]
                 total += _exact_dot(table, moved)
-        else:
-            for layer, table in enumerate(self.statistics.coactivation_or_empty):
+            else:
                 apart = np.not_equal.outer(device_of[layer], device_of[layer]).astype(np.int64)
                 total += _exact_dot(table, apart) // 2
         return total
 
     @cached_property
     def cost_scale(self) -> int:
-        """Cost if every counted pair moved over the cheapest link; objectives are shares of it."""
+        """Cost if every counted pair moved over the cheapest link; shares are of it."""
         if self.regime == "follow":
             cost = self.topology.cost
             cheapest = int(cost[cost > 0].min()) if self.devices > 1 else 1
@@ -140,6 +234,19 @@ class Problem:
             return max(pairs * cheapest, 1)
         pairs = sum(_exact_sum(table) for table in self.statistics.coactivation_or_empty)
         return max(pairs // 2, 1)
+
+    def value(self, placement: Placement) -> float:
+        """Objective of a placement: microseconds, max / mean load, or share of the traffic.
+
+        Without copies, traffic is ``cost`` over ``cost_scale``; with copies, it is expected.
+        """
+        if self.objective == "balance":
+            return objective.balance(self, placement)
+        if self.objective == "time":
+            return objective.time(self, placement)
+        if (placement.replicas == 1).all():
+            return self.cost(placement) / self.cost_scale
+        return objective.traffic(self, placement)
 
     def empty_slots(self) -> NDArray[np.int32]:
         """Slots [L,D,S] with nothing in them."""

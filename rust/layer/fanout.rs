@@ -273,6 +273,8 @@ fn ones<const N: usize>(mask: &[u64], rows: [&[u64]; N]) -> u64 {
 }
 
 #[cfg(test)]
+// Costs are sums of whole numbers.
+#[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
     use crate::layer::Split;

@@ -8,14 +8,18 @@
 pub mod balance;
 mod caps;
 mod contents;
+mod draft;
 pub mod fanout;
 mod linear;
 mod measure;
 mod place;
+mod polish;
 pub mod replicate;
 mod search;
+mod squeeze;
 
 pub use contents::{Contents, EMPTY, Move};
+pub use draft::Site;
 pub use place::{Links, place};
 pub use search::Effort;
 

@@ -18,6 +18,8 @@ pub struct Effort {
     pub cold: f64,
     /// Whether an expert's number of copies may change, where slots are to spare.
     pub copies: bool,
+    /// Searches from one start, of which the best counts.
+    pub restarts: u64,
 }
 
 /// Trials at one temperature, and between two looks at the clock.
@@ -134,8 +136,9 @@ pub(super) fn search(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layer::Split;
     use crate::layer::balance::Windows;
-    use crate::layer::{Split, replicate::replicate};
+    use crate::layer::replicate::{QUICK, replicate};
     use proptest::prelude::*;
 
     fn layer(random: &mut Random, experts: usize, devices: usize, norm: u32, nearest: bool) -> Layer {
@@ -190,8 +193,8 @@ mod tests {
         ) {
             let mut random = Random::new(seed, 0);
             let layer = layer(&mut random, experts, devices, norm, nearest);
-            let totals = layer.load.clone();
-            let mut contents = Contents::new(&layer, replicate(&layer, &totals));
+            let start = replicate(&layer, QUICK).expect("slots suffice");
+            let mut contents = Contents::new(&layer, start);
             let mut terms = Terms::new(&layer, &contents);
             let slots = layer.slots();
             for _ in 0..60 {

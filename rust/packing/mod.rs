@@ -6,6 +6,7 @@
 //! go to the lowest index, and the random kicks have a fixed stream: the same loads always give the same packing.
 
 mod bounds;
+mod exact;
 mod exchange;
 
 use std::cmp::Reverse;
@@ -128,6 +129,19 @@ fn pack_layer(load: &[u64], clusters: usize, room: Room, improve: Option<Improve
     Packing { cluster, peak: (peak, bounds.peak), deviation: (deviation, bounds.deviation) }
 }
 
+/// The least load of the heaviest cluster that any packing of a layer has: what is known to be reached, and a proven
+/// bound. Equal where the bound is met or the packings are few; `found` is what the caller has reached.
+///
+/// # Errors
+/// When `slots` per cluster do not hold all experts.
+pub fn smallest_peak(load: &[u64], clusters: usize, slots: usize, found: u128) -> Result<(u128, u128)> {
+    let room = Room { fewest: 0, most: slots.min(load.len()) };
+    let reached = pack(load, load.len(), clusters, room, None)?[0].peak;
+    let found = found.min(reached.0);
+    let sorted: Vec<u128> = heaviest_first(load).into_iter().map(|e| load[e].into()).collect();
+    Ok(exact::tighten(&sorted, clusters, room, reached.1, found))
+}
+
 /// The experts by falling load, equal ones by rising index.
 fn heaviest_first(load: &[u64]) -> Vec<usize> {
     // As one number each, the load above the index, they sort without branches.
@@ -211,11 +225,14 @@ mod tests {
         #[test]
         fn lies_between_bound_and_optimum(
             load in prop::collection::vec(prop_oneof![0u64..20, 0u64..200, Just(1000)], 1..9),
-            clusters in 1usize..4, equal: bool, extra in 0usize..3,
+            clusters in 1usize..4, sizes in 0usize..3, extra in 0usize..3,
         ) {
             let experts = load.len();
-            let room = if equal { Room::equal(experts, clusters) } else {
-                Room::free(experts, clusters, experts.div_ceil(clusters) + extra)
+            let most = experts.div_ceil(clusters) + extra;
+            let room = match sizes {
+                0 => Room::equal(experts, clusters),
+                1 => Room::free(experts, clusters, most),
+                _ => Room { fewest: 0, most: most.min(experts) },
             };
             let (peak, deviation) = brute(&load, clusters, room);
             for (goal, optimum) in [(Goal::Peak, peak), (Goal::Deviation { tolerance: 0.0 }, deviation)] {
@@ -225,6 +242,9 @@ mod tests {
                 prop_assert!(packing.peak.1 <= peak && packing.deviation.1 <= deviation);
                 let found = if goal == Goal::Peak { packing.peak.0 } else { packing.deviation.0 };
                 let total: u128 = load.iter().map(|&l| u128::from(l)).sum();
+                if goal == Goal::Peak && room.fewest == 0 {
+                    prop_assert_eq!(smallest_peak(&load, clusters, room.most, found).expect("fits"), (peak, peak));
+                }
                 prop_assert!(found <= optimum + total / 1000, "{} {}", found, optimum);
             }
         }

@@ -72,13 +72,12 @@ impl Lists {
         tokens: Range<usize>,
         counts: &mut [u64],
     ) {
+        let all = ids.len() / top_k;
         let mut from = tokens.start;
         while from < tokens.end {
             let to = tokens.end.min((from / CHUNK + 1) * CHUNK);
-            // A whole chunk has been counted.
-            if from.is_multiple_of(CHUNK)
-                && to.min(ids.len() / top_k) == (from + CHUNK).min(ids.len() / top_k)
-            {
+            // A whole chunk has been counted already.
+            if from.is_multiple_of(CHUNK) && to == all.min(from + CHUNK) {
                 for (count, &length) in counts.iter_mut().zip(&self.lengths[from / CHUNK * IDS..][..IDS]) {
                     *count += u64::from(length);
                 }

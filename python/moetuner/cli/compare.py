@@ -15,7 +15,7 @@ from moetuner.cli.progress import working
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.holdout import hold_out
 from moetuner.problem import Problem
-from moetuner.solver import METHODS, solve
+from moetuner.solver import METHODS, caps, solve
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -112,13 +112,8 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
         wanted = "transitions" if problem.regime == "follow" else "co-activation"
         lines.append(f"INPUT has no {wanted}: methods could only balance the load.")
     for outcome in outcomes:
-        raised = outcome.result.details.get("caps_raised")
-        if raised:
-            lines.append(
-                f"{outcome.result.method}: found no placement under the load cap "
-                f"{problem.max_imbalance:g} in {len(raised)} of {problem.layers} layers "
-                f"and allowed up to {max(raised.values()):.3f} there."
-            )
+        told = caps.remarks(problem, outcome.result.details)
+        lines.extend(f"{outcome.result.method}: {line}" for line in told)
         if outcome.result.status in ("interrupted", "time_limit"):
             lines.append(f"{outcome.result.method}: {outcome.result.status}, best so far.")
     return lines

@@ -10,6 +10,7 @@ import numpy as np
 
 from moetuner import _core
 from moetuner.problem import Problem
+from moetuner.solver.caps import raised
 from moetuner.solver.result import Candidate, Limits
 
 # Steps of the dynamic programme, about a nanosecond each on one core: what a solve may take.
@@ -62,9 +63,5 @@ def chain(
         return None
     slots, value, caps = found
     details: dict[str, object] = {"way": "dynamic programming over all partitions"}
-    raised = np.flatnonzero(caps > problem.caps)
-    if raised.size:
-        # No placement of these layers keeps the cap; the least imbalance that one does keep.
-        mean = problem.load.sum(axis=1, dtype=np.float64) / problem.devices
-        details["caps_raised"] = {int(at): float(caps[at] / mean[at]) for at in raised}
+    details |= raised(problem, caps, threads=limits.threads)
     return Candidate(slots, "optimal", value, BOUND_SOURCE, details)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
+from moetuner.solver.caps import raised
 from moetuner.solver.colocation_model import Joint, Model
 from moetuner.solver.ilp import Solution
 from moetuner.solver.result import Candidate, Limits, Progress, Status
@@ -23,8 +24,7 @@ BOUND_SOURCE = "co-location integer programme"
 LARGEST = 400_000
 # Nodes of the search tree of one solve, so that the answer does not depend on the machine.
 NODES = 1000
-# Rounds of separation: on the relaxation, and on the integer programme.
-RELAXED_ROUNDS = 10
+# Rounds of separation on the integer programme; on the relaxation see `Model.tighten`.
 ROUNDS = 20
 
 
@@ -63,7 +63,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
     if limits.time_limit is not None and limits.time_limit <= 0:
         return replace(start, status="time_limit")
     begin = time.monotonic()
-    caps, raised = kept_caps(problem, start.slots)
+    caps = problem.kept_caps(start.slots)
     joint = Joint.of(problem, caps)
     if joint is None:
         raise ValueError("co-location needs links of one kind, or dearer ones between nodes")
@@ -79,15 +79,16 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
     def report(objective: float | None, dual: float) -> None:
         if limits.progress is not None:
             # While triangles are still to come, HiGHS's incumbent need be no placement.
-            value = cost if objective is None or model.lazy else round(objective * model.unit)
             known = max(bound, model.ilp.proven(dual, model.unit)) / problem.cost_scale
             seconds = time.monotonic() - begin
-            limits.progress(Progress(seconds, "co-location", value / problem.cost_scale, known))
+            limits.progress(Progress(seconds, "co-location", cost / problem.cost_scale, known))
 
     device_of = entries_of(slots, problem.experts)
     rounds, first = 0, None
-    status: Status = "feasible"
-    while rounds < ROUNDS:
+    relaxed, ended = model.tighten(cost, left, report)
+    status: Status = ended
+    bound = min(max(bound, model.ilp.proven(relaxed, model.unit)), cost)
+    while ended == "feasible" and bound < cost and rounds < ROUNDS:
         solution = model.ilp.solve(
             start=model.values(device_of),
             start_objective=cost / model.unit,
@@ -116,28 +117,15 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         status = "gap_reached"
     elif status not in ("interrupted", "time_limit"):
         status = "feasible"
-    details = dict(start.details)
-    if raised:
-        details["caps_of_the_start"] = raised
+    details = {**start.details, **raised(problem, caps, threads=limits.threads)}
     details["colocation"] = {
         "columns": model.columns,
-        "triangle_rows": int(model.added.sum()),
-        "triangle_rows_in_all": model.added.size,
+        **model.rows,
         "rounds": rounds,
         "first_incumbent": None if first is None else round(first * model.unit),
     }
     source = BOUND_SOURCE if bound > (start.bound or 0) else start.bound_source
     return Candidate(slots, status, bound, source, details)
-
-
-def kept_caps(
-    problem: Problem, slots: NDArray[np.int32]
-) -> tuple[NDArray[np.uint64], dict[int, float]]:
-    """Caps [L], raised where a placement breaks them, and the imbalance of those layers."""
-    caps = problem.kept_caps(slots)
-    mean = problem.load.sum(axis=1, dtype=np.float64) / problem.devices
-    over = np.flatnonzero(caps > problem.caps)
-    return caps, {int(at): float(caps[at] / mean[at]) for at in over}
 
 
 def entries_of(slots: NDArray[np.int32], experts: int) -> NDArray[np.int64]:

@@ -6,29 +6,37 @@ In the symbols of the design: ``s_l[e,e']`` = 1 if two experts of layer l share 
 - degrees, with C slots per device: ``sum_f z_l[e,f] = C``, ``sum_e z_l[e,f] = C``,
   ``sum_e' s_l[e,e'] = C - 1``;
 - load: ``load[e] + sum_e' load[e'] s_l[e,e'] <= cap_l``;
-- transitivity, on every triangle inside two neighbouring layers: ``a + b - c <= 1``.
+- transitivity, on every triangle inside two neighbouring layers: ``a + b - c <= 1``;
+- gatherings, which follow from transitivity for whole numbers but not for others: who shares a
+  device shares all of it. ``rust/colocation.rs`` has them.
 
-No two solutions differ by the names of devices alone, and the degrees give the relaxation its
-strength. Nodes are a second relation of the same kind that contains the first. An empty slot is an
-expert that nobody visits.
+The last two are found as they are broken and added in rounds, on the relaxation first. No two
+solutions differ by the names of devices alone, and the degrees give the relaxation its strength.
+Nodes are a second relation of the same kind that contains the first. An empty slot is an expert
+that nobody visits.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.solver.ilp import Ilp
+from moetuner.solver.result import Status
 
-# Triangle rows that HiGHS is given at once; beyond, they are added as they are found violated.
-COMPLETE = 150_000
-# A triangle counts as violated by more than this; rows added in a round, at most.
+# A row counts as broken by more than this; rows of each kind added in a round, at most.
 VIOLATION = 1e-3
-PER_ROUND = 10_000
+PER_ROUND = 5_000
+# Rounds on the relaxation, at most, and the share of the gap that one must close to be followed by
+# another.
+RELAXED_ROUNDS = 15
+PROGRESS = 0.02
 
 Counts = NDArray[np.uint64]
 Values = NDArray[np.float64]
@@ -149,19 +157,17 @@ class Model:
             values = self.values(device_of)
             lower[known] = upper_bound[known] = values[known]
         # z need not be said to be whole: where s is, it is a doubly stochastic matrix over devices.
-        # Said so, HiGHS is faster or as fast (paper's size, first 8 layers: 14 to 25 s against 30 s
-        # at cap 1.2, 12 s both without a cap). Symmetry detection, heuristics, presolve on or off
-        # change no more than the noise of the machine: HiGHS keeps its own settings.
+        # Left open, HiGHS takes two thirds of the time (bench/RESULTS.md).
         self.ilp = Ilp(
-            -saved / self.unit, lower=lower, upper=upper_bound, offset=self.total / self.unit
+            -saved / self.unit,
+            lower=lower,
+            upper=upper_bound,
+            integer=np.arange(self.columns) < numbers.size,
+            offset=self.total / self.unit,
         )
         self._add_degrees_and_loads()
         self._add_nesting()
-        self.triangles = self._triangles()
-        self.added = np.zeros((len(self.triangles), 3), dtype=bool)
-        self.lazy = self.added.size > COMPLETE
-        if not self.lazy:
-            self._add(*np.nonzero(~self.added))
+        self.rows = {"triangle_rows": 0, "gathering_rows": 0}
 
     @property
     def absolute_gap(self) -> float:
@@ -217,15 +223,48 @@ class Model:
             place[inside] = n * size + np.unique(leader[inside], return_inverse=True)[1]
         return place
 
+    def tighten(
+        self,
+        cost: int,
+        left: Callable[[], float | None],
+        progress: Callable[[float | None, float], None] | None = None,
+    ) -> tuple[float, Status]:
+        """Add rows that the relaxation breaks, round after round, while that raises its bound.
+
+        Takes the cost of the best placement, what tells the time left, and `Ilp.solve`'s progress;
+        returns the dual bound (minus infinity without one) and why it ended, ``"feasible"`` if for
+        want of progress.
+        """
+        bound = -math.inf
+        for _ in range(RELAXED_ROUNDS):
+            relaxed = self.ilp.relax(time_limit=left(), progress=progress)
+            if relaxed.values is None:
+                return bound, relaxed.status
+            rise, bound = relaxed.bound - bound, relaxed.bound
+            gap = cost / self.unit - bound
+            if not self.separate(relaxed.values) or gap <= 0 or rise < PROGRESS * gap:
+                break
+        return bound, "feasible"
+
     def separate(self, values: Values) -> int:
-        """Add the triangles that values violate most; how many were added."""
-        x = values[self.triangles]
-        violation = x.sum(axis=1, keepdims=True) - 2 * x - 1
-        violation[self.added] = 0
-        triangle, negative = np.nonzero(violation > VIOLATION)
-        worst = np.argsort(-violation[triangle, negative], kind="stable")[:PER_ROUND]
-        self._add(triangle[worst], negative[worst])
-        return len(worst)
+        """Add the triangles and gatherings that values break worst; how many were added."""
+        triangles, row, column, factor = _core.separate(
+            values,
+            [relation.devices * self.joint.slots for relation in self.joint.relations],
+            self.layers,
+            self.entries,
+            self.joint.boundaries,
+            slack=VIOLATION,
+            most=PER_ROUND,
+        )
+        count, gatherings = len(triangles), int(row[-1]) + 1 if row.size else 0
+        each = np.repeat(np.arange(count), 3)
+        signs = np.tile([1.0, 1.0, -1.0], count)
+        self.ilp.add_rows(np.full(count, -np.inf), 1, each, triangles.ravel(), signs)
+        self.ilp.add_rows(np.full(gatherings, -np.inf), 0, row, column, factor)
+        self.rows["triangle_rows"] += count
+        self.rows["gathering_rows"] += gatherings
+        return count + gatherings
 
     def _saved(self) -> Values:
         """Cost saved by every column."""
@@ -285,29 +324,3 @@ class Model:
         row = np.tile(np.arange(len(outer)), 2)
         value = np.repeat([1.0, -1.0], len(outer))
         self.ilp.add_rows(np.zeros(len(outer)), np.inf, row, np.r_[outer, inner], value)
-
-    def _triangles(self) -> NDArray[np.int64]:
-        """Columns [triangles,3] of the three pairs among three experts of neighbouring layers."""
-        P = self.entries
-        e, f = np.triu_indices(P, 1)
-        three = np.indices((P, P, P)).reshape(3, -1)
-        i, j, k = three[:, (three[0] < three[1]) & (three[1] < three[2])]
-        parts = []
-        for s, z in zip(self.s, self.z, strict=True):
-            parts.append(np.stack([s[:, i, j], s[:, j, k], s[:, i, k]], axis=-1))
-            # One expert on one side of a boundary, two on the other.
-            for across, beside in ((z, s[1:]), (z.transpose(0, 2, 1), s[:-1])):
-                if self.joint.boundaries:
-                    pairs = np.broadcast_to(beside[:, None, e, f], (*across.shape[:2], len(e)))
-                    parts.append(np.stack([across[:, :, e], across[:, :, f], pairs], axis=-1))
-        return np.concatenate([part.reshape(-1, 3) for part in parts])
-
-    def _add(self, triangle: NDArray[np.int64], negative: NDArray[np.int64]) -> None:
-        """Add rows of triangles, with the sign turned at column ``negative`` of the three."""
-        rows = np.arange(len(triangle))
-        value = np.ones((len(rows), 3))
-        value[rows, negative] = -1
-        columns = self.triangles[triangle].ravel()
-        none = np.full(len(rows), -np.inf)
-        self.ilp.add_rows(none, 1, np.repeat(rows, 3), columns, value.ravel())
-        self.added[triangle, negative] = True

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.problem import Problem
+from moetuner.solver.caps import raised
 from moetuner.solver.result import Candidate, Limits, Progress
 
 
@@ -57,12 +58,5 @@ def heuristic(
     details: dict[str, object] = {"trials": trials}
     if shift:
         details["counts_rounded_to_multiples_of"] = 1 << shift
-    raised = np.flatnonzero((caps > problem.caps[:, None]).any(axis=1))
-    if raised.size:
-        # Layers where the search knows of no placement under the cap, with the imbalance that it
-        # settled for.
-        mean = problem.load.sum(axis=1, dtype=np.float64) / problem.devices
-        details["caps_raised"] = {
-            int(layer): float(caps[layer].max() / mean[layer]) for layer in raised
-        }
+    details |= raised(problem, caps, threads=limits.threads)
     return Candidate(slots, status="interrupted" if interrupted else "feasible", details=details)

@@ -220,6 +220,50 @@ class Ilp:
         interrupted = watch.run(progress)
         return self._solution(highs, values, watch, interrupted, max(gap, 0.0), absolute_gap)
 
+    def relax(
+        self,
+        *,
+        time_limit: float | None = None,
+        progress: Callable[[float | None, float], None] | None = None,
+    ) -> Solution:
+        """Solve the linear relaxation, from where the last one ended: cheap after a few new rows.
+
+        Returns
+        -------
+        Solution
+            Its values need not be whole. Without values the bound is infinite and ``status`` says
+            why: ``"time_limit"`` or ``"interrupted"``.
+
+        Raises
+        ------
+        ValueError
+            If nothing is feasible or bounded.
+        """
+        highs = self._highs = self._highs or self._build()
+        limit = math.inf if time_limit is None else max(float(time_limit), 0.0)
+        _set(highs, solve_relaxation=True, time_limit=limit)
+        # The clock must begin anew, the basis need not.
+        basis = highs.getBasis()
+        _ok(highs.clearSolver(), "clearSolver")
+        if basis.valid:
+            _ok(highs.setBasis(basis), "setBasis")
+        interrupted = _Watch(highs, self.maximize).run(progress)
+        _set(highs, solve_relaxation=False)
+        return self._relaxed(highs, interrupted)
+
+    def _relaxed(self, highs: _Highs, interrupted: bool) -> Solution:
+        from highspy._core import HighsModelStatus as Model
+
+        ended = highs.getModelStatus()
+        if ended in (Model.kInfeasible, Model.kUnbounded, Model.kUnboundedOrInfeasible):
+            raise ValueError(f"the relaxation is {highs.modelStatusToString(ended).lower()}")
+        if ended not in (Model.kOptimal, Model.kModelEmpty):
+            bound = math.inf if self.maximize else -math.inf
+            return Solution(None, None, bound, "interrupted" if interrupted else "time_limit")
+        values = np.array(highs.getSolution().col_value, dtype=np.float64)
+        worth = self.objective(values)
+        return Solution(values, worth, worth, "interrupted" if interrupted else "optimal")
+
     def _check_start(self, values: NDArray[np.float64], stated: float | None) -> None:
         if values.shape != (self.columns,):
             raise RuntimeError(f"start must be [{self.columns}], got {list(values.shape)}")

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.solver.caps import raised
 from moetuner.solver.chain import STEPS_PER_SECOND
-from moetuner.solver.colocation import entries_of, kept_caps
+from moetuner.solver.colocation import entries_of
 from moetuner.solver.colocation_model import Joint, Model, Relation
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.result import Candidate, Limits, Progress, Status
@@ -119,7 +120,7 @@ class _Search:
         self.begin = time.monotonic()
         self.slots = start.slots
         self.cost = problem.cost(Placement(start.slots, num_experts=problem.experts))
-        self.caps, self.raised = kept_caps(problem, start.slots)
+        self.caps = problem.kept_caps(start.slots)
         self.gains = {"chain": _Gain(), "highs": _Gain(), "search": _Gain()}
         self.joint = Joint.of(problem, self.caps)
         P, E = problem.devices * problem.slots, problem.experts
@@ -183,7 +184,8 @@ class _Search:
         layer = np.arange(begin, stop)
         model = Model(part, fixed=(layer < first) | (layer >= end), device_of=here)
         read, interrupted = None, False
-        for _ in range(ROUNDS):
+        _, status = model.tighten(self.cost, self.left)
+        for _ in range(ROUNDS if status == "feasible" else 0):
             left = self.left()
             solution = model.ilp.solve(
                 start=model.values(here),
@@ -197,7 +199,7 @@ class _Search:
             if read is not None or interrupted or not model.separate(solution.values):
                 break
         self._take("highs", device_of, devices, begin, entry, here, here if read is None else read)
-        return interrupted
+        return interrupted or status == "interrupted"
 
     def anneal(self, seed: int) -> bool:
         """Search from the best so far; true if interrupted."""
@@ -259,9 +261,8 @@ class _Search:
 
     def candidate(self, status: Status) -> Candidate:
         """Return the best so far, with the bound that the start came with."""
-        details = dict(self.start.details)
-        if self.raised:
-            details["caps_of_the_start"] = self.raised
+        told = raised(self.problem, self.caps, threads=self.limits.threads)
+        details = {**self.start.details, **told}
         details["neighbourhood"] = {way: vars(gain) for way, gain in self.gains.items()}
         bound = self.start.bound
         if bound is not None and bound >= self.cost:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.solver.caps import raised
 from moetuner.solver.ilp import Ilp
 from moetuner.solver.result import Candidate, Limits, Progress, Status
 
@@ -69,7 +70,8 @@ def placement_ilp(
     """
     placement = Placement(start.slots, num_experts=problem.experts)
     device_of = placement.device_of
-    caps, raised = _kept(problem, device_of, caps)
+    asked = np.repeat(problem.caps[:, None], problem.devices, axis=1) if caps is None else caps
+    caps = _kept(problem, device_of, asked)
     pins = None if pinned is None else np.asarray(pinned, dtype=np.int64)
     if pins is not None:
         if pins.shape != device_of.shape:
@@ -120,9 +122,7 @@ def placement_ilp(
         status = "gap_reached"
     elif solution.status in ("interrupted", "time_limit"):
         status = solution.status
-    details = dict(start.details)
-    if raised:
-        details["caps_of_the_start"] = raised
+    details = {**start.details, **raised(problem, caps, asked=asked, threads=limits.threads)}
     source = BOUND_SOURCE if bound > (start.bound or 0) else start.bound_source
     return Candidate(slots, status, bound, source, details)
 
@@ -229,18 +229,14 @@ class _Model:
 
 
 def _kept(
-    problem: Problem, device_of: NDArray[np.int64], caps: NDArray[np.uint64] | None
-) -> tuple[NDArray[np.uint64], dict[int, float]]:
-    """Caps [L,D], raised where a placement breaks them, and the imbalance of those layers."""
-    L, D = problem.layers, problem.devices
-    asked = np.repeat(problem.caps[:, None], D, axis=1) if caps is None else np.asarray(caps)
-    if asked.shape != (L, D):
-        raise ValueError(f"caps must be {[L, D]}, got {list(asked.shape)}")
-    load = _device_load(problem, device_of)
-    mean = problem.load.sum(axis=1, dtype=np.float64) / D
-    over = np.flatnonzero((load > asked).any(axis=1))
-    kept: NDArray[np.uint64] = np.maximum(asked.astype(np.uint64), load)
-    return kept, {int(at): float(load[at].max() / mean[at]) for at in over}
+    problem: Problem, device_of: NDArray[np.int64], asked: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    """Caps [L,D], raised where a placement breaks them."""
+    if asked.shape != (problem.layers, problem.devices):
+        wanted = [problem.layers, problem.devices]
+        raise ValueError(f"caps must be {wanted}, got {list(asked.shape)}")
+    kept: NDArray[np.uint64] = np.maximum(asked, _device_load(problem, device_of))
+    return kept
 
 
 def _device_load(problem: Problem, device_of: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -1,0 +1,100 @@
+"""How many slots every device has in every layer."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner._validation import per_device, whole_number
+from moetuner.topology import Topology
+
+
+def rooms_of(
+    load: NDArray[np.uint64],
+    topology: Topology,
+    slots_per_device: int | Sequence[int] | None,
+    extra_slots: int | None,
+) -> NDArray[np.int64]:
+    """Give every device its slots [L,D]: the problem's, else the topology's, else what is needed.
+
+    Raises
+    ------
+    ValueError
+        If they do not suffice for a copy of each expert.
+    """
+    layers, experts = load.shape
+    devices = topology.devices
+    if extra_slots is not None:
+        if slots_per_device is not None:
+            raise ValueError(
+                "slots_per_device and extra_slots cannot both be given: "
+                "the slots of a device follow from the extra slots"
+            )
+        return _spread(load, devices, whole_number("extra_slots", extra_slots, lowest=0))
+    if slots_per_device is None:
+        slots_per_device = topology.slots_per_device
+    fewest = -(-experts // devices)
+    if slots_per_device is None or isinstance(slots_per_device, int | np.integer):
+        each = fewest if slots_per_device is None else int(slots_per_device)
+        if each < fewest:
+            raise ValueError(
+                f"slots_per_device must be at least {fewest} for {experts} experts on "
+                f"{devices} devices, got {each}"
+            )
+        row = np.full(devices, each)
+    else:
+        row = np.array(
+            [
+                whole_number(f"slots_per_device of device {d}", n, lowest=0, highest=65535)
+                for d, n in enumerate(per_device("slots_per_device", slots_per_device, devices))
+            ]
+        )
+        if row.sum() < experts:
+            raise ValueError(
+                f"slots_per_device must add up to at least {experts}, a slot for each expert, "
+                f"got {row.sum()}"
+            )
+    return np.tile(row.astype(np.int64), (layers, 1))
+
+
+def _spread(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.int64]:
+    """Extra slots where they help most: each to the layer whose heaviest copy it relieves most.
+
+    A layer waits for its heaviest copy wherever no packing can hide it, so the benefit of a copy is
+    by how much it lowers the largest load per copy; the next best layer is found in a heap.
+    """
+    layers, experts = load.shape
+    if extra > layers * experts * (devices - 1):
+        raise ValueError(
+            f"extra_slots must be at most {layers * experts * (devices - 1)}, where every device "
+            f"has every expert, got {extra}"
+        )
+    copies = np.ones((layers, experts), dtype=np.int64)
+    given = np.zeros(layers, dtype=np.int64)
+    weight = load.astype(np.float64)
+
+    def benefit(layer: int) -> tuple[float, int, int]:
+        per_copy = np.where(copies[layer] < devices, weight[layer] / copies[layer], -1.0)
+        e = int(per_copy.argmax())
+        gain = weight[layer, e] / (copies[layer, e] * (copies[layer, e] + 1))
+        return (-gain if per_copy[e] >= 0 else 1.0, layer, e)
+
+    heap = [benefit(layer) for layer in range(layers)]
+    heapq.heapify(heap)
+    for _ in range(extra):
+        _, layer, e = heap[0]
+        copies[layer, e] += 1
+        given[layer] += 1
+        heapq.heapreplace(heap, benefit(layer))
+    # Device after device over all layers, so that memory is even: no device has two slots more.
+    rooms = np.zeros((layers, devices), dtype=np.int64)
+    at = 0
+    for layer in range(layers):
+        slots = experts + int(given[layer])
+        rooms[layer] += slots // devices
+        rooms[layer, (at + np.arange(slots % devices)) % devices] += 1
+        at = (at + slots) % devices
+    return rooms

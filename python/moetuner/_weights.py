@@ -1,0 +1,164 @@
+"""Which windows of load count, and how much each does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner._validation import is_number
+from moetuner.statistics import RoutingStatistics
+
+Floats = NDArray[np.float64]
+Risk = Literal["mean"] | float
+
+# More windows than this say hardly more: the rest is left out, at even distances.
+MOST = 512
+# Windows that a mixed one is the mean of: as many sequences at once.
+CONCURRENT = 16
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of load.
+
+    Parameters
+    ----------
+    load
+        Tokens [W,L,E].
+    weight
+        How much a window's tokens count [W].
+    group
+        Group of every window [W]; None where groups do not matter.
+    risk
+        ``"mean"``, or the level of the conditional value at risk.
+    minimax
+        Whether the worst group counts.
+    """
+
+    load: Floats
+    weight: Floats
+    group: NDArray[np.int64] | None
+    risk: Risk
+    minimax: bool
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the outcome is a weighted mean over windows."""
+        return self.risk == "mean" and not self.minimax
+
+    def outcome(self, slowest: Floats, mean: Floats) -> float:
+        """Risk of max / mean load, from both of every window [W], summed over layers."""
+        return max(self._outcome(slowest, mean, mine) for mine in self._parts())
+
+    def emphasis(self, slowest: Floats, mean: Floats) -> Floats:
+        """Weights [W] under which the mean over windows is what the outcome is made of."""
+        worst = max(self._parts(), key=lambda mine: self._outcome(slowest, mean, mine))
+        emphasis = np.zeros(len(self.weight))
+        emphasis[worst] = self.tail(slowest[worst], mean[worst], self.weight[worst])
+        mass = self.weight * mean
+        scaled: Floats = emphasis * (mass.sum() / max((emphasis * mass).sum(), 1e-300))
+        return scaled
+
+    def _parts(self) -> list[NDArray[np.bool_]]:
+        """Windows that compete: those of every group if the worst one counts, else all as one."""
+        if not self.minimax or self.group is None:
+            return [np.ones(len(self.weight), dtype=bool)]
+        return [self.group == number for number in np.unique(self.group)]
+
+    def _outcome(self, slowest: Floats, mean: Floats, mine: NDArray[np.bool_]) -> float:
+        slowest, mean, weight = slowest[mine], mean[mine], self.weight[mine]
+        share = self.tail(slowest, mean, weight) * weight
+        total = float((share * mean).sum())
+        return float((share * slowest).sum()) / total if total else 1.0
+
+    def tail(self, slowest: Floats, mean: Floats, weight: Floats) -> Floats:
+        """Share of every window [W] that is in the worst part, by max / mean."""
+        if self.risk == "mean":
+            return np.ones(len(weight))
+        mass = weight * mean
+        ratio = np.divide(slowest, mean, out=np.ones_like(mean), where=mean > 0)
+        order = np.argsort(-ratio, kind="stable")
+        wanted = (1 - float(self.risk)) * mass.sum()
+        before = np.cumsum(mass[order]) - mass[order]
+        share = np.clip((wanted - before) / np.where(mass[order] > 0, mass[order], 1), 0, 1)
+        tail: Floats = np.empty(len(mass))
+        tail[order] = share
+        return tail
+
+
+def windows_of(
+    statistics: RoutingStatistics,
+    arrival: Literal["bursts", "mixed"] | float,
+    risk: Risk,
+    groups: Mapping[str, float] | Literal["minimax"] | None,
+) -> Windows:
+    """Make a problem's windows.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range or names what does not exist.
+    """
+    share = {"bursts": 0.0, "mixed": 1.0}.get(arrival) if isinstance(arrival, str) else arrival
+    if share is None or not (is_number(share) and 0 <= share <= 1):
+        raise ValueError(
+            f"arrival must be 'bursts', 'mixed', or a weight from 0 to 1, got {arrival!r:.40}"
+        )
+    if risk != "mean" and not (is_number(risk) and 0 <= risk < 1):
+        raise ValueError(f"risk must be 'mean', or a level from 0 to below 1, got {risk!r:.40}")
+    load = statistics.window_load.astype(np.float64)
+    group = statistics.group
+    weight = np.ones(len(load))
+    if groups is not None:
+        weight = _group_weights(statistics, groups)
+    if len(load) > MOST:
+        kept = np.linspace(0, len(load) - 1, MOST).astype(np.int64)
+        load, weight = load[kept], weight[kept] * (len(weight) / MOST)
+        group = None if group is None else group[kept]
+    if share > 0 and len(load) > 1:
+        mixed = _mixed(load * weight[:, None, None])
+        load = np.concatenate([load, mixed])
+        total = weight.sum()
+        each = np.full(len(mixed), share * total / len(mixed))
+        weight = np.concatenate([weight * (1 - share), each])
+        used = weight > 0
+        load, weight = load[used], weight[used]
+        if group is not None:
+            # Mixed windows are of no group; where groups compete, they are one of their own.
+            group = np.concatenate([group, np.full(len(mixed), len(statistics.group_names))])[used]
+    return Windows(load, weight, group, risk, groups == "minimax")
+
+
+def _group_weights(
+    statistics: RoutingStatistics, groups: Mapping[str, float] | Literal["minimax"]
+) -> Floats:
+    if statistics.group is None:
+        raise ValueError("groups needs windows with groups; these statistics have none")
+    weight = np.ones(statistics.windows)
+    if isinstance(groups, str):
+        if groups != "minimax":
+            raise ValueError(f"groups must be 'minimax' or weights by name, got {groups!r:.40}")
+        return weight
+    names = list(statistics.group_names)
+    for name, value in groups.items():
+        if name not in names:
+            raise ValueError(f"groups names {name!r:.40}, which is none of {', '.join(names)}")
+        mine = statistics.group == names.index(name)
+        if not mine.any() or not statistics.window_load[mine].any():
+            raise ValueError(f"groups names {name!r:.40}, which has no tokens")
+        weight[mine] = value
+    if not weight.any():
+        raise ValueError("groups leaves no window with a weight above 0")
+    return weight
+
+
+def _mixed(load: Floats) -> Floats:
+    """As many windows, each the mean of windows drawn at random, the same for the same counts."""
+    generator = np.random.default_rng(0)
+    count = min(CONCURRENT, len(load))
+    picks = np.stack([generator.choice(len(load), count, replace=False) for _ in load])
+    return np.stack([load[pick].mean(axis=0) for pick in picks])

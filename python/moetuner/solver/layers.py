@@ -1,0 +1,291 @@
+"""Balance and time: windows, copies, devices that differ, links. All layers by one search.
+
+Every layer's contents are annealed on all that the problem says of it; where transitions join the
+layers, in turns, each given its neighbours, from a start that the search for traffic found.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core, objective
+from moetuner.placement import EMPTY, Placement
+from moetuner.problem import Problem
+from moetuner.solver.heuristic import heuristic
+from moetuner.solver.result import Candidate, Limits, Progress, Status
+from moetuner.solver.unseen import Choice, choose
+
+Floats = NDArray[np.float64]
+Slots = NDArray[np.int32]
+
+# Caps on the imbalance of the sum under which traffic alone is searched: where time weighs both,
+# the cap is what tells how much of one buys how much of the other.
+CAPS = (1.02, 1.08, 1.2, 1.5, float("inf"))
+# Turns of all layers, each given its neighbours.
+ROUNDS = 3
+# Trials of a layer for each of its slots; small layers get the least.
+PER_SLOT = 1200
+LEAST, MOST = 20_000, 600_000
+# Share of a time limit for the searches for traffic.
+SEARCH_SHARE = 0.6
+# Layers of few slots are searched several times, from so hot that no valley holds them.
+SMALL, RESTARTS = 64, 8
+SMALL_HOT, SMALL_COLD = 0.3, 1e-3
+# Tokens of balance that a unit of traffic outweighs: balance only decides between equals.
+TRAFFIC_FIRST = 1e3
+# Times that risk and groups are weighed anew.
+REWEIGHTINGS = 4
+
+
+@dataclass(frozen=True)
+class Moving:
+    """What it costs to leave a running placement.
+
+    Parameters
+    ----------
+    held
+        Whether a device already holds an expert [L,E,D].
+    price
+        Of a copy that has to be brought, in units of the objective.
+    """
+
+    held: NDArray[np.bool_]
+    price: float
+
+
+def layers(
+    problem: Problem,
+    *,
+    seed: int,
+    limits: Limits,
+    start: Slots | None = None,
+    moving: Moving | None = None,
+) -> Candidate:
+    """Solve for balance or time, or for traffic where devices or slots are not all alike.
+
+    Parameters
+    ----------
+    start
+        Slots [L,D,S] to improve on, besides the search's own starts.
+    moving
+        What changes cost.
+    """
+    begin = time.perf_counter()
+
+    def within(share: float) -> Limits:
+        if limits.time_limit is None:
+            return limits
+        left = limits.time_limit - (time.perf_counter() - begin)
+        return replace(limits, time_limit=max(left, 0.0) * share)
+
+    search = Search(problem, seed, limits, moving)
+    slots = search.construct()
+    if limits.time_limit == 0:
+        return search.candidate(slots, "time_limit")
+    search.learn()
+    starts = [slots] if start is None else [start, slots]
+    interrupted = False
+    if search.links is not None and moving is None:
+        for number, cap in enumerate(CAPS):
+            share = SEARCH_SHARE / (len(CAPS) - number)
+            found = _for_traffic(problem, cap, seed, within(share))
+            wider = search.widened(found.slots)
+            starts.extend([] if wider is None else [wider])
+            interrupted = found.status == "interrupted"
+            if interrupted:
+                break
+    best = min(starts, key=search.value)
+    turns = 1 if problem.windows.is_mean else REWEIGHTINGS
+    for turn in range(turns):
+        if interrupted:
+            break
+        improved, interrupted = search.improve(best, within(1 / (turns - turn)))
+        search.look_at(improved)
+        best = min(best, improved, key=search.value)
+    return search.candidate(best, "interrupted" if interrupted else "feasible")
+
+
+def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Candidate:
+    """One copy of each expert on devices that are alike, for traffic alone under a cap."""
+    fewest = -(-problem.experts // problem.devices)
+    alike = replace(
+        problem,
+        topology=replace(problem.topology, speed=None, slots_per_device=None),
+        slots_per_device=fewest,
+        extra_slots=None,
+        max_imbalance=cap,
+        objective="traffic",
+        pinned=(),
+        forbidden=(),
+    )
+    return heuristic(alike, seed=seed, limits=limits)
+
+
+class Search:
+    """A problem as the core's search of layers sees it."""
+
+    def __init__(self, problem: Problem, seed: int, limits: Limits, moving: Moving | None) -> None:
+        self.problem, self.seed, self.limits, self.moving = problem, seed, limits, moving
+        topology = problem.topology
+        self.slowest = topology.speed_of_device.min()
+        self.time = self.slowest / topology.speed_of_device
+        transitions = problem.statistics.transitions
+        joined = problem.regime == "follow" and problem.objective != "balance"
+        some = joined and transitions is not None and bool(transitions.any())
+        self.links = transitions if some else None
+        windows = problem.windows
+        self.choice = Choice(windows.load, windows.weight)
+        self.emphasis = [np.ones(len(windows.weight))]
+        self.details: dict[str, Any] = {}
+
+    def learn(self) -> None:
+        """Choose what generalises to traffic that nobody has seen, by cross-validation."""
+        windows = self.problem.windows
+        self.choice = choose(
+            windows.load,
+            windows.weight,
+            windows.group,
+            self.problem.rooms,
+            self.problem.topology.node_of_device,
+            self.time,
+            nearest=self.problem.split == "nearest",
+            seed=self.seed,
+            threads=self.limits.threads,
+        )
+        self.details["unseen"] = self.choice.details
+        if not windows.is_mean:
+            # Windows are weighed anew: they have to be those of the problem.
+            self.choice = replace(self.choice, load=windows.load, weight=windows.weight)
+
+    def value(self, slots: Slots) -> float:
+        """Objective of slots, and what moving there costs."""
+        value = self.problem.value(self._placement(slots))
+        return value if self.moving is None else value + self.moving.price * self.moved(slots)
+
+    def moved(self, slots: Slots) -> int:
+        """Count copies that have to be brought."""
+        assert self.moving is not None
+        layer, device, slot = np.nonzero(slots != EMPTY)
+        return int((~self.moving.held[layer, slots[layer, device, slot], device]).sum())
+
+    def construct(self) -> Slots:
+        """Slots [L,D,S] by the heaviest copy first."""
+        return self._layers().construct()
+
+    def improve(self, slots: Slots, limits: Limits) -> tuple[Slots, bool]:
+        """Anneal every layer, and say whether it was interrupted."""
+        choice, problem = self.choice, self.problem
+        trials = limits.iterations
+        if trials is None:
+            trials = int(np.clip(PER_SLOT * problem.rooms.sum(axis=1).max(), LEAST, MOST))
+
+        small = problem.rooms.sum(axis=1).max() <= SMALL
+
+        def report(seconds: float, _: int | None) -> None:
+            if limits.progress is not None:
+                limits.progress(Progress(seconds, "layers"))
+
+        return self._layers().place(
+            np.ascontiguousarray(slots),
+            trials=trials,
+            hot=SMALL_HOT if small else choice.hot,
+            cold=SMALL_COLD if small else choice.cold,
+            restarts=RESTARTS if small else 1,
+            rounds=ROUNDS,
+            transitions=self.links,
+            link_cost=None if self.links is None else self._link_cost(),
+            seed=self.seed,
+            time_limit=limits.time_limit,
+            threads=limits.threads,
+            progress=report if limits.progress is not None else None,
+        )
+
+    def look_at(self, slots: Slots) -> None:
+        """Give the windows that a risk or the worst group is made of more weight, next time."""
+        problem, windows = self.problem, self.problem.windows
+        if windows.is_mean:
+            return
+        slowest = objective.slowest_time(problem, self._placement(slots))
+        self.emphasis.append(windows.emphasis(slowest, objective.mean_time(problem)))
+        weight = windows.weight * np.mean(self.emphasis, axis=0)
+        self.choice = replace(self.choice, weight=weight)
+
+    def widened(self, slots: Slots) -> Slots | None:
+        """Slots [L,D,S] of one copy each, in the problem's rooms; None where they break a rule."""
+        problem = self.problem
+        held = (slots != EMPTY).sum(axis=2)
+        wide = problem.empty_slots()
+        width = min(slots.shape[2], problem.slots)
+        if (held > problem.rooms).any():
+            return None
+        # Full slots first: rooms may be narrower than what was searched with.
+        order = np.argsort(slots == EMPTY, axis=2, kind="stable")
+        wide[:, :, :width] = np.take_along_axis(slots, order, axis=2)[:, :, :width]
+        rules = problem.rules
+        if rules.some:
+            placed = np.zeros((problem.layers, problem.experts, problem.devices), dtype=bool)
+            layer, device, slot = np.nonzero(wide != EMPTY)
+            placed[layer, wide[layer, device, slot], device] = True
+            if rules.pinned is not None and (rules.pinned & ~placed).any():
+                return None
+            if rules.forbidden is not None and (rules.forbidden & placed).any():
+                return None
+        return wide
+
+    def candidate(self, slots: Slots, status: Status) -> Candidate:
+        """Answer with slots."""
+        return Candidate(slots, status=status, details=self.details)
+
+    def _placement(self, slots: Slots) -> Placement:
+        return Placement(slots, num_experts=self.problem.experts)
+
+    def _layers(self) -> _core.Layers:
+        problem, choice = self.problem, self.choice
+        cap = None
+        if problem.max_imbalance is not None and np.isfinite(problem.max_imbalance):
+            speed = problem.topology.speed_of_device.sum()
+            mean = problem.load.sum(axis=1, dtype=np.float64) * self.slowest / speed
+            cap = (problem.max_imbalance * mean).tolist()
+        hold: Floats | None = None
+        if self.moving is not None:
+            price = self.moving.price * self._tokens_per_unit()
+            hold = np.where(self.moving.held, 0.0, price)
+        return _core.Layers(
+            np.ascontiguousarray(choice.load),
+            choice.weight,
+            problem.rooms,
+            problem.topology.node_of_device.tolist(),
+            self.time.tolist(),
+            nearest=problem.split == "nearest",
+            norm=choice.norm,
+            total=problem.load.astype(np.float64),
+            cap=cap,
+            hold=hold,
+            forbidden=problem.rules.forbidden,
+            pinned=problem.rules.pinned,
+        )
+
+    def _tokens_per_unit(self) -> float:
+        """Weighted tokens on the slowest device that make one unit of the objective."""
+        problem, weight = self.problem, self.choice.weight.sum()
+        if problem.objective == "time":
+            assert problem.cost_model is not None
+            token_us = max(problem.cost_model.token_us, 1e-12)
+            return float(self.slowest * weight * problem.layers / token_us)
+        if problem.objective == "traffic":
+            return TRAFFIC_FIRST * problem.cost_scale
+        mean = self.choice.load.sum(axis=(1, 2)) / problem.topology.speed_of_device.sum()
+        return float(self.slowest * (self.choice.weight * mean).sum())
+
+    def _link_cost(self) -> Floats:
+        """Weighted tokens that a pair over a link counts for [D,D]."""
+        problem, unit = self.problem, self._tokens_per_unit()
+        if problem.objective == "traffic":
+            return problem.topology.cost.astype(np.float64) * (unit / problem.cost_scale)
+        share = unit / (problem.layers * problem.statistics.windows)
+        return objective.link_us(problem) * share

@@ -1,0 +1,55 @@
+//! A slot for an expert that found all of its devices full: others make room, as along an augmenting path of a matching.
+
+use std::collections::VecDeque;
+
+use super::EMPTY;
+use super::draft::Draft;
+
+/// Finds an expert its first slot, or says that the rules leave none.
+///
+/// Others move only to where they may be, and only copies that are not their expert's last are given up; so where this
+/// fails, the devices that it looked at are full of experts that may be nowhere else.
+pub(super) fn squeeze(draft: &mut Draft<'_>, expert: u16) -> bool {
+    let d = draft.site.room.len();
+    // The slot whose expert would move to a device, with its own device; none for where `expert` itself would go.
+    let mut mover: Vec<Option<(usize, usize)>> = vec![None; d];
+    let mut queue: VecDeque<usize> = (0..d).filter(|&g| draft.takes(expert, g)).collect();
+    let mut seen = vec![false; d];
+    queue.iter().for_each(|&g| seen[g] = true);
+    while let Some(g) = queue.pop_front() {
+        let mut vacant = None;
+        for slot in draft.slots(g).filter(|&slot| draft.releases(slot, g)) {
+            let held = draft.expert_in[slot];
+            if held == EMPTY || (draft.copies[usize::from(held)] > 1 && vacant.is_none()) {
+                vacant = Some(slot);
+            }
+        }
+        if let Some(slot) = vacant {
+            shift(draft, &mover, (slot, g), expert);
+            return true;
+        }
+        for slot in draft.slots(g).filter(|&slot| draft.releases(slot, g)) {
+            for h in (0..d).filter(|&h| draft.takes(draft.expert_in[slot], h)) {
+                if !seen[h] {
+                    seen[h] = true;
+                    mover[h] = Some((slot, g));
+                    queue.push_back(h);
+                }
+            }
+        }
+    }
+    false
+}
+
+/// Moves every expert of a path one device on, from its end: the vacant slot.
+fn shift(draft: &mut Draft<'_>, mover: &[Option<(usize, usize)>], end: (usize, usize), expert: u16) {
+    let (mut slot, mut device) = end;
+    draft.put(slot, device, EMPTY);
+    while let Some((from, home)) = mover[device] {
+        let moved = draft.expert_in[from];
+        draft.put(from, home, EMPTY);
+        draft.put(slot, device, moved);
+        (slot, device) = (from, home);
+    }
+    draft.put(slot, device, expert);
+}
