@@ -846,9 +846,18 @@ impl Layers {
             }
         });
         let mut layers: Vec<Layer> = layers.collect();
-        for (layer, (ids, counts)) in layers.iter_mut().zip(sets.unwrap_or_default()) {
+        let sets = sets.unwrap_or_default();
+        if !sets.is_empty() && sets.len() != l {
+            let found = sets.len().to_string();
+            return Err(Error::Shape { what: "sets", rule: format!("those of {l} layers"), found }.into());
+        }
+        for (layer, (ids, counts)) in layers.iter_mut().zip(&sets) {
             let copies = layer.slots() > e;
             let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
+            if ids.iter().any(|&id| usize::from(id) >= e) || ids.len() % counts.len().max(1) != 0 {
+                let rule = format!("ids [N, K] below {e} and counts [N]");
+                return Err(Error::Shape { what: "sets", rule, found: "others".into() }.into());
+            }
             let mut sets = fanout::Sets::new(ids, counts, e, copies);
             sets.device_cost = device_cost * layer.windows.scale;
             sets.node_cost = node_cost * layer.windows.scale;
@@ -859,7 +868,7 @@ impl Layers {
     }
 
     /// Improves slots [L,D,S].
-    #[pyo3(signature = (start, *, trials, hot, cold, restarts = 1, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
+    #[pyo3(signature = (start, *, trials, hot, cold, copies = true, restarts = 1, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
     fn place<'py>(
         &mut self,
         py: Python<'py>,
@@ -867,6 +876,7 @@ impl Layers {
         trials: u64,
         hot: f64,
         cold: f64,
+        copies: bool,
         restarts: u64,
         rounds: u64,
         transitions: Option<PyReadonlyArray3<'py, u64>>,
@@ -889,7 +899,15 @@ impl Layers {
         let control = Control::new(time_limit.map(|limit| Instant::now() + Duration::from_secs_f64(limit)));
         let layers = &mut self.layers;
         let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), || {
-            place(layers, begin, links, Effort { trials, hot, cold, restarts }, rounds, seed, &control)
+            place(
+                layers,
+                begin,
+                links,
+                Effort { trials, hot, cold, copies, restarts },
+                rounds,
+                seed,
+                &control,
+            )
         })?;
         let slots = slots_of(&self.layers, &found, self.per_device);
         Ok((array3(py, (l, d, self.per_device), slots)?, interrupted))

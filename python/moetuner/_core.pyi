@@ -46,6 +46,10 @@ class Layers:
     itself). Caps [L] are on ``total`` [L,E], the sum of windows where it is None; ``hold`` [L,E,D]
     is what a copy costs on a device, in weighted tokens; an expert may not be where ``forbidden``
     [L,E,D], and stays where ``pinned`` [L,E,D].
+
+    With the distinct expert sets of every layer (ids [N,K], all below E, and their tokens [N]), a
+    token's visit of a device costs ``device_cost`` and of a node ``node_cost`` on top, in weighted
+    tokens.
     """
 
     def __new__(
@@ -63,6 +67,9 @@ class Layers:
         hold: NDArray[np.float64] | None = None,
         forbidden: NDArray[np.bool_] | None = None,
         pinned: NDArray[np.bool_] | None = None,
+        sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]] | None = None,
+        device_cost: float = 1.0,
+        node_cost: float = 0.0,
     ) -> Layers: ...
     def place(
         self,
@@ -71,6 +78,7 @@ class Layers:
         trials: int,
         hot: float,
         cold: float,
+        copies: bool = True,
         restarts: int = 1,
         rounds: int = 1,
         transitions: NDArray[np.uint64] | None = None,
@@ -83,7 +91,8 @@ class Layers:
         """Improve slots [L,D,S] by the best of some searches, and say whether it was interrupted.
 
         With transitions [L-1,E,E] and the cost of one between devices [D,D], in weighted tokens,
-        layers are placed in turns, ``rounds`` times, given their neighbours.
+        layers are placed in turns, ``rounds`` times, given their neighbours. Without ``copies`` no
+        expert gets more or fewer of them.
         """
 
     def construct(self) -> NDArray[np.int32]:
