@@ -46,6 +46,22 @@ def vllm_policy(wheel: Path | None) -> Policy | str:
         torch: Any = importlib.import_module("torch")
     except ImportError:
         return "torch is not installed"
+    policy = vllm_module(wheel)
+
+    def balance(load: NDArray[np.uint64], devices: int) -> NDArray[np.int64]:
+        experts = load.shape[1]
+        weight = torch.from_numpy(load.astype(np.int64))
+        slots: NDArray[np.int64] = policy.rebalance_experts(weight, experts, 1, 1, devices).numpy()
+        device_of: NDArray[np.int64] = np.empty_like(slots)
+        device = np.broadcast_to(np.arange(experts) // (experts // devices), slots.shape)
+        np.put_along_axis(device_of, slots, device, axis=1)
+        return device_of
+
+    return balance
+
+
+def vllm_module(wheel: Path) -> Any:
+    """Class of the default policy, out of the wheel."""
     # The real parent packages would load half of vLLM: empty ones do for these three files.
     for name in ("vllm", "vllm.distributed", "vllm.config"):
         package = types.ModuleType(name)
@@ -58,18 +74,7 @@ def vllm_policy(wheel: Path | None) -> Policy | str:
         if isinstance(node, ast.Assign) and "EPLBPolicyOption" in ast.unparse(node.targets[0]):
             exec(f"from typing import Literal\n{ast.unparse(node)}", parallel.__dict__)
     sys.modules["vllm.config.parallel"] = parallel
-    policy: Any = importlib.import_module("vllm.distributed.eplb.policy").DefaultEplbPolicy
-
-    def balance(load: NDArray[np.uint64], devices: int) -> NDArray[np.int64]:
-        experts = load.shape[1]
-        weight = torch.from_numpy(load.astype(np.int64))
-        slots: NDArray[np.int64] = policy.rebalance_experts(weight, experts, 1, 1, devices).numpy()
-        device_of: NDArray[np.int64] = np.empty_like(slots)
-        device = np.broadcast_to(np.arange(experts) // (experts // devices), slots.shape)
-        np.put_along_axis(device_of, slots, device, axis=1)
-        return device_of
-
-    return balance
+    return importlib.import_module("vllm.distributed.eplb.policy").DefaultEplbPolicy
 
 
 def _source(wheel: Path, name: str) -> str:

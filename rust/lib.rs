@@ -20,5 +20,6 @@ mod python;
 pub mod random;
 pub mod replay;
 pub mod search;
+pub mod sets;
 pub mod statistics;
 pub mod trace;

@@ -101,6 +101,11 @@ impl<I: ExpertId> Side<I> {
         }
     }
 
+    /// The ids of every token; none, where they were summed.
+    pub(crate) fn rows(&self) -> std::slice::ChunksExact<'_, I> {
+        self.ids.chunks_exact(self.top_k)
+    }
+
     /// Takes instead of ids the bits of sums: every id has `units`, `[words, ids]`, 64 bits to a word. Bit i of the sum
     /// of a token's units says whether the token has `columns[i]`, a number below `size`; or nothing, for [`NO_UNIT`].
     pub fn fill_sums<J: ExpertId>(&mut self, ids: &[J], units: &[u64], columns: &[usize]) {

@@ -21,11 +21,13 @@ use crate::colocation::Layout;
 use crate::error::Error;
 use crate::instance::{Instance, Sizes};
 use crate::layer::balance::Windows;
+use crate::layer::fanout;
 use crate::layer::replicate::{NoSlot, QUICK, fill_layers, replicate};
 use crate::layer::{Contents, EMPTY, Effort, Layer, Links, place};
 use crate::packing::{Goal, Improve, Room, smallest_peak};
 use crate::replay::{Copies, Split};
 use crate::search::{Control, Options, balanced, search as run_search};
+use crate::sets::Sets;
 use crate::statistics::{Counter, Tables};
 use crate::trace::Routing;
 
@@ -188,13 +190,51 @@ struct StatisticsCounter {
     coactivation: Option<Py<PyArray3<u64>>>,
 }
 
-/// tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E]
-type Counts<'py> = (u64, Bound<'py, PyArray3<u64>>, Option<Py<PyArray3<u64>>>, Option<Py<PyArray3<u64>>>);
+/// Distinct expert sets [N,K] and their counts [N].
+type SetArrays<'py> = (Bound<'py, PyArray2<u16>>, Bound<'py, PyArray1<u64>>);
+
+/// tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E], sets of every layer
+type Counts<'py> = (
+    u64,
+    Bound<'py, PyArray3<u64>>,
+    Option<Py<PyArray3<u64>>>,
+    Option<Py<PyArray3<u64>>>,
+    Option<Vec<SetArrays<'py>>>,
+);
+
+fn set_arrays(py: Python<'_>, top_k: usize, sets: (Vec<u16>, Vec<u64>)) -> PyResult<SetArrays<'_>> {
+    let (ids, counts) = sets;
+    Ok((array2(py, (counts.len(), top_k), ids)?, counts.into_pyarray(py)))
+}
+
+#[pyfunction]
+fn merge_sets<'py>(
+    py: Python<'py>,
+    ids: PyReadonlyArray2<'py, u16>,
+    counts: PyReadonlyArray1<'py, u64>,
+) -> PyResult<SetArrays<'py>> {
+    let &[n, top_k] = ids.shape() else { unreachable!("the array has two dimensions") };
+    if top_k == 0 || counts.len() != n {
+        let rule = "at least one id in a row, and a count for every row".into();
+        let found = format!("{:?} and {} counts", ids.shape(), counts.len());
+        return Err(Error::Shape { what: "sets", rule, found }.into());
+    }
+    let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
+    let merged = py.detach(|| {
+        let mut sets = Sets::new(top_k);
+        for (ids, &count) in ids.chunks_exact(top_k).zip(counts) {
+            sets.add(ids.iter().copied(), count);
+        }
+        sets.finish()
+    });
+    set_arrays(py, top_k, merged)
+}
 
 #[pymethods]
 impl StatisticsCounter {
     #[new]
-    #[pyo3(signature = (layers, num_experts, top_k, *, window = None, transitions = true, coactivation = true))]
+    #[pyo3(signature = (layers, num_experts, top_k, *, window = None, transitions = true, coactivation = true,
+                        sets = false))]
     fn new(
         py: Python<'_>,
         layers: usize,
@@ -203,6 +243,7 @@ impl StatisticsCounter {
         window: Option<u64>,
         transitions: bool,
         coactivation: bool,
+        sets: bool,
     ) -> PyResult<Self> {
         let routing = Routing::new(layers, num_experts, top_k)?;
         if window == Some(0) {
@@ -213,7 +254,7 @@ impl StatisticsCounter {
         };
         Ok(Self {
             routing,
-            counter: Some(Counter::new(routing, window)),
+            counter: Some(Counter::new(routing, window, sets)),
             transitions: table(transitions, layers - 1),
             coactivation: table(coactivation, layers),
         })
@@ -243,8 +284,14 @@ impl StatisticsCounter {
 
     fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Counts<'py>> {
         let counter = self.counter.take().ok_or_else(finished)?;
-        let (tokens, windows, load) = py.detach(|| counter.finish());
-        let Routing { layers, experts, .. } = self.routing;
+        let Routing { layers, experts, top_k } = self.routing;
+        let (counted, sets) = py.detach(|| {
+            let mut counted = counter.finish();
+            let sets = std::mem::take(&mut counted.sets);
+            let sets: Vec<_> = sets.into_par_iter().map(Sets::finish).collect();
+            (counted, sets)
+        });
+        let sets = sets.into_iter().map(|sets| set_arrays(py, top_k, sets)).collect::<PyResult<Vec<_>>>()?;
         if let Some(coactivation) = &self.coactivation {
             let mut tables = coactivation.bind(py).readwrite();
             for table in tables.as_slice_mut()?.chunks_exact_mut(experts * experts) {
@@ -254,8 +301,9 @@ impl StatisticsCounter {
                 }
             }
         }
-        let load = array3(py, (windows, layers, experts), load)?;
-        Ok((tokens, load, self.transitions.take(), self.coactivation.take()))
+        let load = array3(py, (counted.windows, layers, experts), counted.load)?;
+        let sets = (!sets.is_empty()).then_some(sets);
+        Ok((counted.tokens, load, self.transitions.take(), self.coactivation.take(), sets))
     }
 }
 
@@ -753,7 +801,8 @@ struct Layers {
 #[pymethods]
 impl Layers {
     #[new]
-    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, total = None, cap = None, hold = None, forbidden = None, pinned = None))]
+    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, total = None, cap = None, hold = None, forbidden = None, pinned = None,
+                        sets = None, device_cost = 1.0, node_cost = 0.0))]
     fn new(
         load: PyReadonlyArray3<'_, f64>,
         weight: PyReadonlyArray1<'_, f64>,
@@ -767,6 +816,9 @@ impl Layers {
         hold: Option<PyReadonlyArray3<'_, f64>>,
         forbidden: Option<PyReadonlyArray3<'_, bool>>,
         pinned: Option<PyReadonlyArray3<'_, bool>>,
+        sets: Option<Vec<(PyReadonlyArray2<'_, u16>, PyReadonlyArray1<'_, u64>)>>,
+        device_cost: f64,
+        node_cost: f64,
     ) -> PyResult<Self> {
         let (load, weight, room) = (load.as_array(), weight.as_array().to_vec(), room.as_array());
         let (w, l, e) = load.dim();
@@ -820,17 +872,35 @@ impl Layers {
                 cap: cap.as_ref().map_or(f64::INFINITY, |cap| cap[l]),
                 hold,
                 serve: vec![],
+                sets: None,
                 forbidden: flags(&forbidden),
                 pinned: flags(&pinned),
             }
         });
-        let layers: Vec<Layer> = layers.collect();
+        let mut layers: Vec<Layer> = layers.collect();
+        let sets = sets.unwrap_or_default();
+        if !sets.is_empty() && sets.len() != l {
+            let found = sets.len().to_string();
+            return Err(Error::Shape { what: "sets", rule: format!("those of {l} layers"), found }.into());
+        }
+        for (layer, (ids, counts)) in layers.iter_mut().zip(&sets) {
+            let copies = layer.slots() > e;
+            let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
+            if ids.iter().any(|&id| usize::from(id) >= e) || ids.len() % counts.len().max(1) != 0 {
+                let rule = format!("ids [N, K] below {e} and counts [N]");
+                return Err(Error::Shape { what: "sets", rule, found: "others".into() }.into());
+            }
+            let mut sets = fanout::Sets::new(ids, counts, e, copies);
+            sets.device_cost = device_cost * layer.windows.scale;
+            sets.node_cost = node_cost * layer.windows.scale;
+            layer.sets = Some(sets);
+        }
         let per_device = room.iter().copied().max().unwrap_or(0).max(0) as usize;
         Ok(Self { layers, per_device })
     }
 
     /// Improves slots [L,D,S].
-    #[pyo3(signature = (start, *, trials, hot, cold, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
+    #[pyo3(signature = (start, *, trials, hot, cold, copies = true, restarts = 1, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
     fn place<'py>(
         &mut self,
         py: Python<'py>,
@@ -838,6 +908,8 @@ impl Layers {
         trials: u64,
         hot: f64,
         cold: f64,
+        copies: bool,
+        restarts: u64,
         rounds: u64,
         transitions: Option<PyReadonlyArray3<'py, u64>>,
         link_cost: Option<PyReadonlyArray2<'py, f64>>,
@@ -859,7 +931,15 @@ impl Layers {
         let control = Control::new(time_limit.map(|limit| Instant::now() + Duration::from_secs_f64(limit)));
         let layers = &mut self.layers;
         let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), || {
-            place(layers, begin, links, Effort { trials, hot, cold }, rounds, seed, &control)
+            place(
+                layers,
+                begin,
+                links,
+                Effort { trials, hot, cold, copies, restarts },
+                rounds,
+                seed,
+                &control,
+            )
         })?;
         let slots = slots_of(&self.layers, &found, self.per_device);
         Ok((array3(py, (l, d, self.per_device), slots)?, interrupted))
@@ -882,13 +962,13 @@ impl Layers {
 }
 
 #[pyfunction]
-#[pyo3(signature = (load, room, time, *, steps = QUICK))]
+#[pyo3(signature = (load, room, time, *, trials = QUICK))]
 fn replicate_experts<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, f64>,
     room: PyReadonlyArray2<'py, i64>,
     time: PyReadonlyArray1<'py, f64>,
-    steps: usize,
+    trials: usize,
 ) -> PyResult<Bound<'py, PyArray3<i32>>> {
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
     let d = time.shape()[0];
@@ -899,7 +979,7 @@ fn replicate_experts<'py>(
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
     let room: Vec<usize> = room.as_array().iter().map(|&slots| slots.max(0) as usize).collect();
     let per_device = room.iter().copied().max().unwrap_or(0);
-    let slots = py.detach(|| fill_layers(load, e, &room, time, steps))?;
+    let slots = py.detach(|| fill_layers(load, e, &room, time, trials))?;
     array3(py, (l, d, per_device), slots)
 }
 
@@ -907,7 +987,7 @@ fn replicate_experts<'py>(
 mod _core {
     #[pymodule_export]
     use super::{
-        Layers, Replay, StatisticsCounter, bound, cluster, exact_chain, lpt, place_clusters,
+        Layers, Replay, StatisticsCounter, bound, cluster, exact_chain, lpt, merge_sets, place_clusters,
         replicate_experts, search, separate, smallest_peaks, validate, verify_bound,
     };
 

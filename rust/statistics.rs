@@ -1,6 +1,6 @@
-//! Load windows, transitions and co-activation of a trace, shard by shard.
+//! Load windows, transitions, co-activation and expert sets of a trace, shard by shard.
 //!
-//! All three are plain counts, so they add up: the result does not depend on how a trace was cut into shards
+//! All are plain counts, so they add up: the result does not depend on how a trace was cut into shards
 //! or on the number of threads. Work is split by layer; each layer's tables have one writer.
 
 use std::ops::Range;
@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use crate::error::Result;
 use crate::pairs::{Side, block};
+use crate::sets::Sets;
 use crate::trace::{ExpertId, Routing, validate};
 
 /// Where pairs are added up, by the caller's leave: the tables are large, and whose memory they are is his choice.
@@ -26,13 +27,30 @@ pub struct Tables<'a> {
 pub struct Counter {
     routing: Routing,
     windows: Windows,
+    /// Of every layer; none where they are not wanted.
+    sets: Vec<Sets>,
+}
+
+/// What a counter has counted.
+#[derive(Debug)]
+pub struct Counted {
+    /// Tokens.
+    pub tokens: u64,
+    /// Windows, at least one, the last one possibly shorter.
+    pub windows: usize,
+    /// Load `[windows, layers, experts]`.
+    pub load: Vec<u64>,
+    /// Distinct expert sets of every layer, where they were wanted.
+    pub sets: Vec<Sets>,
 }
 
 impl Counter {
     /// An empty counter; `window` tokens make a window, the whole trace where there is no number.
     #[must_use]
-    pub fn new(routing: Routing, window: Option<u64>) -> Self {
-        Self { routing, windows: Windows::new(routing.layers, routing.experts, window) }
+    pub fn new(routing: Routing, window: Option<u64>, sets: bool) -> Self {
+        let Routing { layers, experts, top_k } = routing;
+        let sets = vec![Sets::new(top_k); if sets { layers } else { 0 }];
+        Self { routing, windows: Windows::new(layers, experts, window), sets }
     }
 
     /// Validates and counts the next tokens of the trace, `[tokens, layers, top_k]`.
@@ -46,19 +64,21 @@ impl Counter {
 
     /// Counts the next tokens of the trace, which have passed [`validate`] since nobody could change them.
     pub fn push_valid<I: ExpertId>(&mut self, ids: &[I], tables: &mut Tables<'_>) {
-        let Self { routing, windows } = self;
+        let Self { routing, windows, sets } = self;
         let Routing { experts, top_k, .. } = *routing;
         let table = experts * experts;
         for block in ids.chunks(block(experts, top_k) * routing.row()) {
             let first = windows.tokens;
             let mut transitions = by_layer(&mut tables.transitions, table);
             let mut coactivation = by_layer(&mut tables.coactivation, table);
+            let mut sets = sets.iter_mut();
             let mut layers: Vec<Layer<'_>> = (windows.counts.iter_mut().enumerate())
                 .map(|(l, load)| Layer {
                     load,
                     // The transitions of a layer are those that lead to it: the first layer has none.
                     transitions: l.checked_sub(1).and_then(|at| transitions.get_mut(at)?.take()),
                     coactivation: coactivation.get_mut(l).and_then(Option::take),
+                    sets: sets.next(),
                 })
                 .collect();
             by_layers(
@@ -77,17 +97,23 @@ impl Counter {
                     if let Some(counts) = &mut layer.coactivation {
                         here.count_own_pairs(counts);
                     }
+                    if let Some(sets) = &mut layer.sets {
+                        for ids in here.rows() {
+                            sets.add(ids.iter().map(|id| id.index() as u16), 1);
+                        }
+                    }
                 },
             );
             windows.tokens += (block.len() / routing.row()) as u64;
         }
     }
 
-    /// Tokens, windows (at least one, the last one possibly shorter), and load `[windows, layers, experts]`.
+    /// Everything that was counted.
     #[must_use]
-    pub fn finish(self) -> (u64, usize, Vec<u64>) {
-        let Self { routing, windows } = self;
-        (windows.tokens, windows.number(), windows.columns(0..routing.experts))
+    pub fn finish(self) -> Counted {
+        let Self { routing, windows, sets } = self;
+        let load = windows.columns(0..routing.experts);
+        Counted { tokens: windows.tokens, windows: windows.number(), load, sets }
     }
 }
 
@@ -101,6 +127,7 @@ struct Layer<'a> {
     load: &'a mut Vec<u64>,
     transitions: Option<&'a mut [u64]>,
     coactivation: Option<&'a mut [u64]>,
+    sets: Option<&'a mut Sets>,
 }
 
 /// Counts by window: runs of `length` tokens, or the whole trace.

@@ -10,7 +10,6 @@ import transformers.distributed.tensor_parallel
 import transformers.models.gpt_oss.modeling_gpt_oss
 import transformers.models.mixtral.modeling_mixtral
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
-from rank_rebalance import Linear
 from rank_work import random_slots
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 import moetuner as mt
-from moetuner.torch import Rebalancer, register_placement
+from moetuner.torch import Rebalancer, RoutingCounters, register_placement
 
 SMALL = {
     "vocab_size": 64,
@@ -81,20 +80,24 @@ def own_batches(rank, folder, layers, seed):
 
 
 def rebalanced(rank, folder, layers, seed):
-    """Give logits before and after a move, and whether experts have moved."""
+    """Give logits before and after a move, and whether it was counted and experts have moved."""
     ranks = dist.get_world_size()
     slots = random_slots(np.random.default_rng(seed), layers, ranks, 8, 1)
     placed = register_placement(mt.Placement(slots, num_experts=8))
     config = DistributedConfig(tp_size=ranks, ep_size=ranks, ep_implementation="moetuner")
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).eval()
-    with torch.no_grad():
+    cost = mt.CostModel(base_us=5, expert_us=5, start_us=5, token_us=10, token_bytes=64)
+    with torch.no_grad(), RoutingCounters.attach(model) as counters:
         before = model(TOKENS).logits
-        rebalancer = Rebalancer(placed, Linear(10.0), steps_ahead=1000)
+        rebalancer = Rebalancer(placed, cost, steps_ahead=1000)
+        # One batch on all ranks, so each has counted all of it.
+        rebalancer.observe(counters.statistics())
+        counted = rebalancer.load.sum() == layers * TOKENS.numel() * 2
         rebalancer.observe(2 ** np.arange(8) * np.ones((layers, 1)))
         decision = rebalancer.step()
         after = model(TOKENS).logits
     moved = placed[0].placement.diff(mt.Placement(slots, num_experts=8)).experts_moved
-    return before.float().numpy(), after.float().numpy(), decision.moved and moved > 0
+    return before.float().numpy(), after.float().numpy(), decision.moved and moved > 0 and counted
 
 
 def run(folder, config, tokens):

@@ -21,6 +21,8 @@ def test_it_writes_its_table(tmp_path):
     assert text in done.stdout
     assert "| tokens \\ active | 1 | 2 | 4 | 8 |" in text
     assert "| 64 |" in text
+    assert "`max(" in text
+    assert "nan" not in text
 
 
 def test_without_a_gpu_it_says_so():

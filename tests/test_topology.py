@@ -61,6 +61,7 @@ def test_single_device_costs_nothing():
         ),
         ({"devices": 8, "tiers": [mt.Tier(4, 1e9)]}, r"the last all 8 devices, got \[4\]"),
         ({"devices": 6, "tiers": [mt.Tier(4, 2), mt.Tier(6, 1)]}, r"a multiple .* got \[4, 6\]"),
+        ({"devices": 4, "name": 4}, "name must be a text, got 4"),
         ({"devices": 4, "tiers": [4]}, "tiers must be Tier values, got 4"),
         (
             {"devices": 4, "devices_per_node": 2, "tiers": [mt.Tier(4, 1e9)]},

@@ -7,6 +7,7 @@ Data flows one way: a recorded ``RoutingTrace`` is counted into ``RoutingStatist
 
 from moetuner._core import __version__
 from moetuner.audit import Audit, audit
+from moetuner.balance import balance
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.placement import Placement, PlacementDiff
@@ -34,6 +35,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "audit",
+    "balance",
     "evaluate",
     "solve",
     "verdict",

@@ -19,7 +19,9 @@ __all__ = [
     "cluster",
     "exact_chain",
     "lpt",
+    "merge_sets",
     "place_clusters",
+    "replicate_experts",
     "search",
     "validate",
     "verify_bound",
@@ -41,9 +43,13 @@ class Layers:
     Takes load [W,L,E] and the weight of every window [W], the slots of every device [L,D], the node
     of every device [D] and its time per token as a share of the slowest one's [D]; ``norm`` is the
     order of the norm that stands for the largest device load (4, 8 or 16; 0 for the maximum
-    itself). Caps [L] are on ``total`` [L,E], the sum of windows where it is None; ``hold`` [L,E,D] is what a copy costs on a device,
-    in weighted tokens; an expert may not be where ``forbidden`` [L,E,D], and stays where
-    ``pinned`` [L,E,D].
+    itself). Caps [L] are on ``total`` [L,E], the sum of windows where it is None; ``hold`` [L,E,D]
+    is what a copy costs on a device, in weighted tokens; an expert may not be where ``forbidden``
+    [L,E,D], and stays where ``pinned`` [L,E,D].
+
+    With the distinct expert sets of every layer (ids [N,K], all below E, and their tokens [N]), a
+    token's visit of a device costs ``device_cost`` and of a node ``node_cost`` on top, in weighted
+    tokens.
     """
 
     def __new__(
@@ -61,6 +67,9 @@ class Layers:
         hold: NDArray[np.float64] | None = None,
         forbidden: NDArray[np.bool_] | None = None,
         pinned: NDArray[np.bool_] | None = None,
+        sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]] | None = None,
+        device_cost: float = 1.0,
+        node_cost: float = 0.0,
     ) -> Layers: ...
     def place(
         self,
@@ -69,6 +78,8 @@ class Layers:
         trials: int,
         hot: float,
         cold: float,
+        copies: bool = True,
+        restarts: int = 1,
         rounds: int = 1,
         transitions: NDArray[np.uint64] | None = None,
         link_cost: NDArray[np.float64] | None = None,
@@ -77,14 +88,19 @@ class Layers:
         threads: int | None = None,
         progress: Callable[[float, int | None], None] | None = None,
     ) -> tuple[NDArray[np.int32], bool]:
-        """Improve slots [L,D,S], and say whether it was interrupted.
+        """Improve slots [L,D,S] by the best of some searches, and say whether it was interrupted.
 
         With transitions [L-1,E,E] and the cost of one between devices [D,D], in weighted tokens,
-        layers are placed in turns, ``rounds`` times, given their neighbours.
+        layers are placed in turns, ``rounds`` times, given their neighbours. Without ``copies`` no
+        expert gets more or fewer of them.
         """
 
     def construct(self) -> NDArray[np.int32]:
-        """Slots [L,D,S]: copies of the heaviest experts, each copy to the lightest device."""
+        """Slots [L,D,S], balanced on the sum of windows, as by ``replicate_experts``.
+
+        Pins and bans are kept; ``ValueError`` names the layer and an expert for which they leave no
+        slot.
+        """
 
 @final
 class StatisticsCounter:
@@ -99,6 +115,7 @@ class StatisticsCounter:
         window: int | None = None,
         transitions: bool = True,
         coactivation: bool = True,
+        sets: bool = False,
     ) -> StatisticsCounter: ...
     def push(
         self, expert_ids: _ExpertIds, threads: int | None = None, *, checked: bool = False
@@ -110,8 +127,25 @@ class StatisticsCounter:
 
     def finish(
         self,
-    ) -> tuple[int, NDArray[np.uint64], NDArray[np.uint64] | None, NDArray[np.uint64] | None]:
-        """Tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E]. Ends the counter."""
+    ) -> tuple[
+        int,
+        NDArray[np.uint64],
+        NDArray[np.uint64] | None,
+        NDArray[np.uint64] | None,
+        list[tuple[NDArray[np.uint16], NDArray[np.uint64]]] | None,
+    ]:
+        """Tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E], and sets by layer.
+
+        Sets are what `merge_sets` returns. Ends the counter.
+        """
+
+def merge_sets(
+    ids: NDArray[np.uint16], counts: NDArray[np.uint64]
+) -> tuple[NDArray[np.uint16], NDArray[np.uint64]]:
+    """Add the counts [N] of equal sets of ids [N,K].
+
+    Returns the distinct sets, their ids rising, in the order of the ids, and their counts.
+    """
 
 def search(
     load: NDArray[np.uint64],
@@ -197,6 +231,21 @@ def lpt(
     The heaviest expert goes first, to the least loaded device. With ``improve``, exchanges between
     devices then lower the largest device load. Returns slots [L,D,S], -1 for an empty one, the
     experts of each device by rising id.
+    """
+
+def replicate_experts(
+    load: NDArray[np.float64],
+    room: NDArray[np.int64],
+    time: NDArray[np.float64],
+    *,
+    trials: int = ...,
+) -> NDArray[np.int32]:
+    """Give the heaviest experts copies, and the heaviest copies first to the device done first.
+
+    Takes load [L,E], the slots of every device [L,D] and its time per token as a share of the
+    slowest one's [D]. ``trials`` pairs of devices are then looked at for exchanges and other copies
+    that lower the time of the slowest; with 0 this is DeepSeek's balancer, less second copies on a
+    device. Returns slots [L,D,S], -1 for an empty one.
     """
 
 def cluster(

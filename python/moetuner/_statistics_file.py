@@ -10,12 +10,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from moetuner import _labels, _numpy_files, _safetensors
+from moetuner import _labels, _numpy_files, _safetensors, _set_tables
 from moetuner._files import kind_of, naming, replacing
 
 FORMAT = "moetuner.statistics"
 VERSION = "1"
-TABLES = ("load", "transitions", "coactivation", "group")
+TABLES = ("load", "transitions", "coactivation", "group", *_set_tables.NAMES)
 NPZ_KEYS = ("load", "group", "group_names", "model")
 
 

@@ -131,6 +131,14 @@ class Placement:
         return _copies(self.slots, self.num_experts)
 
     @property
+    def held(self) -> NDArray[np.bool_]:
+        """Whether a device holds an expert [L,D,E]."""
+        held = np.zeros((self.layers, self.devices, self.num_experts), dtype=bool)
+        layer, device, slot = np.nonzero(self.slots != EMPTY)
+        held[layer, device, self.slots[layer, device, slot]] = True
+        return held
+
+    @property
     def device_of(self) -> NDArray[np.int64]:
         """Device of every expert [L,E].
 
@@ -214,7 +222,7 @@ class Placement:
                 f"placements must have the same layers, devices and experts, got {shape} and "
                 f"{(wanted.layers, wanted.devices, wanted.num_experts)}"
             )
-        arriving = _held(other) & ~_held(self)
+        arriving = other.held & ~self.held
         moved = int(arriving.sum())
         return PlacementDiff(
             experts_moved=moved,
@@ -238,14 +246,6 @@ class PlacementDiff:
     experts_moved: int
     experts_moved_per_layer: NDArray[np.int64]
     bytes_moved: int | None
-
-
-def _held(placement: Placement) -> NDArray[np.bool_]:
-    """Whether a device holds an expert [L,D,E]."""
-    held = np.zeros((placement.layers, placement.devices, placement.num_experts), dtype=bool)
-    layer, device, slot = np.nonzero(placement.slots != EMPTY)
-    held[layer, device, placement.slots[layer, device, slot]] = True
-    return held
 
 
 def _copies(slots: NDArray[Any], experts: int) -> NDArray[np.int64]:

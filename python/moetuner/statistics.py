@@ -1,20 +1,22 @@
-"""RoutingStatistics: windows of load, transitions, co-activation. Plain counts: they add up."""
+"""RoutingStatistics: windows of load, transitions, co-activation, expert sets. They add up."""
 
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner import _core, _labels, _statistics_file
+from moetuner import _core, _labels, _set_tables, _statistics_file
 from moetuner._files import naming
 from moetuner._validation import whole_number
+from moetuner.expert_sets import ExpertSets
 from moetuner.trace import RoutingTrace
 
 # Counts beyond this are a mistake in the number of experts or the window, not a model.
@@ -40,6 +42,9 @@ class RoutingStatistics:
     window
         Tokens per window; None where windows are something else (a whole trace, a prompt, a
         language).
+    sets
+        Distinct expert sets of every layer, which the exact fanout is computed from; None if not
+        counted.
     group
         Group of every window [W], an index into ``group_names``; None without groups.
     """
@@ -51,6 +56,7 @@ class RoutingStatistics:
     group: NDArray[np.int64] | None = None
     group_names: tuple[str, ...] = ()
     model: str | None = None
+    sets: tuple[ExpertSets, ...] | None = None
 
     def __post_init__(self) -> None:
         load = _counts("load", self.window_load, "[windows, layers, experts]")
@@ -72,6 +78,9 @@ class RoutingStatistics:
             object.__setattr__(self, name, table)
         if self.coactivation is not None:
             _check_coactivation(self.coactivation)
+        if self.sets is not None:
+            object.__setattr__(self, "sets", tuple(self.sets))
+            _check_sets(self.sets, layers, experts)
         object.__setattr__(self, "group_names", _labels.names(self.group_names))
         if self.group is not None:
             group = _labels.groups(self.group, load.shape[0], self.group_names, np.int64)
@@ -87,6 +96,8 @@ class RoutingStatistics:
         window: int | None = None,
         transitions: bool = True,
         coactivation: bool = True,
+        sets: bool = False,
+        by_group: bool = False,
         threads: int | None = None,
     ) -> RoutingStatistics:
         """Count a trace, shard by shard; memory holds one shard and the counts.
@@ -99,6 +110,12 @@ class RoutingStatistics:
             Tokens per window of load; None counts the whole trace as one window.
         transitions, coactivation
             Whether to count these pairs.
+        sets
+            Whether to count distinct expert sets. These are the only counts whose memory grows with
+            the trace: 2 K + 8 bytes (while counting up to three times that) for each distinct set
+            of a layer, of which there are at most as many as tokens.
+        by_group
+            Whether windows are cut within groups, one group after the other, and say which.
         threads
             Threads to use, all cores by default. The counts do not depend on it.
 
@@ -113,6 +130,17 @@ class RoutingStatistics:
         if threads is not None:
             threads = whole_number("threads", threads, highest=1 << 12)
         _check_table_bytes(trace, window, transitions, coactivation)
+        if by_group:
+            if trace.group is None:
+                raise ValueError("by_group needs a trace with groups; this one has none")
+            tables = {"transitions": transitions, "coactivation": coactivation, "sets": sets}
+            parts = []
+            for number in np.unique(trace.group):
+                of = trace.select(groups=[int(number)])
+                part = cls.from_trace(of, window=window, threads=threads, **tables)
+                group = np.full(part.windows, number)
+                parts.append(replace(part, group=group, group_names=trace.group_names))
+            return reduce(operator.add, parts)
         counter = _core.StatisticsCounter(
             trace.layers,
             trace.num_experts,
@@ -120,12 +148,14 @@ class RoutingStatistics:
             window=window,
             transitions=transitions,
             coactivation=coactivation,
+            sets=sets,
         )
         for shard in trace.shards(SHARD_BYTES):
             counter.push(shard, threads, checked=trace.ids.fresh)
             del shard  # else the next shard is read while this one is still held
-        _, load, pairs, together = counter.finish()
-        return cls(load, pairs, together, window=window, model=trace.model)
+        _, load, pairs, together, found = counter.finish()
+        by_layer = None if found is None else tuple(ExpertSets(*of) for of in found)
+        return cls(load, pairs, together, window=window, model=trace.model, sets=by_layer)
 
     @classmethod
     def from_load(cls, load: ArrayLike, **fields: Any) -> RoutingStatistics:
@@ -178,13 +208,19 @@ class RoutingStatistics:
             else:
                 digest.update(repr(table.shape).encode())
                 digest.update(np.ascontiguousarray(table, dtype="<u8").data)
+        for of in self.sets or ():
+            digest.update(repr(of.ids.shape).encode())
+            digest.update(np.ascontiguousarray(of.ids, dtype="<u2").data)
+            digest.update(np.ascontiguousarray(of.counts, dtype="<u8").data)
         return digest.hexdigest()[:16]
 
     def __repr__(self) -> str:
         about = [f"{name}={getattr(self, name)}" for name in ("windows", "layers", "experts")]
         about += [f"window={self.window}"] if self.window is not None else []
         about += [
-            name for name in ("transitions", "coactivation") if getattr(self, name) is not None
+            name
+            for name in ("transitions", "coactivation", "sets")
+            if getattr(self, name) is not None
         ]
         about += [f"model={self.model!r}"] if self.model is not None else []
         return f"RoutingStatistics({', '.join(about)})"
@@ -192,8 +228,8 @@ class RoutingStatistics:
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         """Statistics of both traces: windows one after the other, pairs summed.
 
-        Pairs that only one side has counted are dropped. Groups are kept where both sides name the
-        same ones.
+        Pairs and sets that only one side has counted are dropped. Groups are kept where both sides
+        name the same ones.
         """
         if not isinstance(other, RoutingStatistics):
             return NotImplemented
@@ -214,6 +250,9 @@ class RoutingStatistics:
             group=group,
             group_names=names if group is not None else (),
             model=self.model if self.model == other.model else None,
+            sets=None
+            if self.sets is None or other.sets is None
+            else tuple(a + b for a, b in zip(self.sets, other.sets, strict=True)),
         )
 
     @classmethod
@@ -236,6 +275,7 @@ class RoutingStatistics:
                 "transitions": self.transitions,
                 "coactivation": self.coactivation,
                 "group": self.group,
+                **_set_tables.to_tables(self.sets),
             },
             window=self.window,
             group_names=self.group_names,
@@ -267,6 +307,7 @@ class RoutingStatistics:
                 group=found.tables.get("group"),
                 group_names=_labels.names(found.group_names),
                 model=found.model,
+                sets=_set_tables.from_tables(found.tables),
             )
 
 
@@ -295,6 +336,16 @@ def _check_coactivation(table: NDArray[np.uint64]) -> None:
         if counts.diagonal().any() or not np.array_equal(counts, counts.T):
             rule = "symmetric with a zero diagonal"
             raise ValueError(f"coactivation must be {rule}, layer {layer} is not")
+
+
+def _check_sets(sets: tuple[ExpertSets, ...], layers: int, experts: int) -> None:
+    if len(sets) != layers:
+        raise ValueError(f"sets must be those of {layers} layers, got {len(sets)}")
+    for layer, of in enumerate(sets):
+        if len(of) and int(of.ids.max()) >= experts:
+            raise ValueError(
+                f"sets must have expert ids below {experts}, layer {layer} has {of.ids.max()}"
+            )
 
 
 def _check_table_bytes(

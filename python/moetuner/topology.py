@@ -96,6 +96,8 @@ class Topology:
 
     def __post_init__(self) -> None:
         whole_number("devices", self.devices, highest=65535)
+        if self.name is not None and not isinstance(self.name, str):
+            raise ValueError(f"name must be a text, got {self.name!r:.40}")
         if self.tiers:
             object.__setattr__(self, "tiers", tuple(self.tiers))
             self._set_from_tiers()

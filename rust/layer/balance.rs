@@ -47,6 +47,11 @@ impl Windows {
         &self.load[usize::from(expert) * self.width..][..self.width]
     }
 
+    /// Whether balance costs nothing.
+    pub(super) fn is_weightless(&self) -> bool {
+        self.load.iter().all(|&load| load == 0.0)
+    }
+
     /// Load of every expert over all windows `[E]`.
     #[must_use]
     pub fn totals(&self) -> Vec<f64> {

@@ -117,13 +117,11 @@ impl<'a> Draft<'a> {
         }
     }
 
-    /// Time of every device `[D]`.
-    pub(super) fn times(&self) -> Vec<f64> {
-        let share: Vec<f64> = (0..self.load.len() as u16).map(|e| self.share(e)).collect();
-        let held = |slots: &[u16]| -> f64 {
-            slots.iter().filter(|&&e| e != EMPTY).map(|&e| share[usize::from(e)]).sum()
-        };
-        (0..self.site.room.len()).map(|g| held(&self.expert_in[self.slots(g)]) * self.site.time[g]).collect()
+    /// Time of every device `[D]` and load in every slot `[P]`.
+    pub(super) fn measure(&self) -> (Vec<f64>, Vec<f64>) {
+        let load_in: Vec<f64> = self.expert_in.iter().map(|&e| self.share(e)).collect();
+        let time = |g: usize| load_in[self.slots(g)].iter().sum::<f64>() * self.site.time[g];
+        ((0..self.site.room.len()).map(time).collect(), load_in)
     }
 }
 

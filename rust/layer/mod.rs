@@ -9,6 +9,7 @@ pub mod balance;
 mod caps;
 mod contents;
 mod draft;
+pub mod fanout;
 mod linear;
 mod measure;
 mod place;
@@ -57,6 +58,8 @@ pub struct Layer {
     pub hold: Vec<f64>,
     /// Cost of serving all of an expert's tokens from a device; a copy pays its share `[E, D]`; empty for none.
     pub serve: Vec<f64>,
+    /// Expert sets, where visits of devices and nodes cost.
+    pub sets: Option<fanout::Sets>,
     /// Devices where an expert must not be `[E, D]`; empty for none.
     pub forbidden: Vec<bool>,
     /// Devices where an expert must have a copy `[E, D]`; empty for none.

@@ -8,28 +8,21 @@ const CLOSE: f64 = 1.0 / 4096.0;
 /// A step must gain more than sums of floats can be off.
 const GAIN: f64 = 1e-12;
 
-/// Makes `steps` at most, each of which lowers the time of the slowest device and lifts no other to it.
-pub(super) fn polish(draft: &mut Draft<'_>, steps: usize) {
-    if steps == 0 {
+/// Tries `trials` pairs of devices at most, for steps that lower the time of the slowest and lift no other to it.
+pub(super) fn polish(draft: &mut Draft<'_>, trials: usize) {
+    if trials == 0 {
         return;
     }
-    let mut times = draft.times();
-    // Loads flow where they are served soonest, if they can be parted at will.
-    let speed: f64 = draft
-        .site
-        .time
-        .iter()
-        .zip(draft.site.room)
-        .filter(|(_, room)| **room > 0)
-        .map(|(t, _)| 1.0 / t)
-        .sum();
-    let enough = draft.load.iter().sum::<f64>() / speed * (1.0 + CLOSE);
-    for _ in 0..steps {
-        let slowest = extreme(&times, |a, b| a > b);
-        let goal = times[slowest] * (1.0 - GAIN);
-        if times[slowest] <= enough
-            || !(exchange(draft, &mut times, slowest, goal) || copy(draft, &mut times, slowest, goal))
-        {
+    let site = draft.site;
+    let used = site.time.iter().zip(site.room).filter(|(_, room)| **room > 0);
+    // Nothing is faster than loads that are parted at will.
+    let mean = draft.load.iter().sum::<f64>() / used.map(|(time, _)| 1.0 / time).sum::<f64>();
+    let mut polish = Polish::new(draft, trials);
+    loop {
+        let slow = extreme(&polish.times, |a, b| a > b);
+        let close = polish.times[slow] <= mean * (1.0 + CLOSE);
+        let goal = polish.times[slow] * (1.0 - GAIN);
+        if close || !(polish.exchange(slow, goal) || polish.drop(slow, goal) || polish.copy(slow, goal)) {
             return;
         }
     }
@@ -40,74 +33,131 @@ fn extreme(times: &[f64], beats: impl Fn(f64, f64) -> bool) -> usize {
     (1..times.len()).fold(0, |best, g| if beats(times[g], times[best]) { g } else { best })
 }
 
-/// Exchanges the contents of two slots, one of them on `slow`, so that both devices are done before `goal`; the first
-/// device that this works with, the one that is done first before others.
-fn exchange(draft: &mut Draft<'_>, times: &mut [f64], slow: usize, goal: f64) -> bool {
-    let first = extreme(times, |a, b| a < b);
-    if exchange_with(draft, times, slow, first, goal) {
-        return true;
-    }
-    let mut others: Vec<usize> = (0..times.len()).filter(|&g| g != slow && g != first).collect();
-    others.sort_by(|&g, &h| times[g].total_cmp(&times[h]));
-    others.into_iter().any(|g| exchange_with(draft, times, slow, g, goal))
+struct Polish<'a, 'b> {
+    draft: &'a mut Draft<'b>,
+    /// Of every device `[D]`.
+    times: Vec<f64>,
+    /// Load in every slot `[P]`.
+    load_in: Vec<f64>,
+    /// Trials left.
+    trials: usize,
 }
 
-fn exchange_with(draft: &mut Draft<'_>, times: &mut [f64], slow: usize, other: usize, goal: f64) -> bool {
-    let [t, u] = [draft.site.time[slow], draft.site.time[other]];
-    let (mut best, mut found) = (goal, None);
-    for p in draft.slots(slow) {
-        let (a, given) = (draft.expert_in[p], draft.share(draft.expert_in[p]));
-        for q in draft.slots(other) {
-            let b = draft.expert_in[q];
-            let moved = given - draft.share(b);
-            let longest = (times[slow] - moved * t).max(times[other] + moved * u);
-            if longest < best && may_exchange(draft, (p, slow), (q, other)) {
-                (best, found) = (longest, Some((p, q, a, b, moved)));
+impl<'a, 'b> Polish<'a, 'b> {
+    fn new(draft: &'a mut Draft<'b>, trials: usize) -> Self {
+        let (times, load_in) = draft.measure();
+        Self { draft, times, load_in, trials }
+    }
+
+    /// Exchanges the contents of two slots, one of them on `slow`, so that both devices are done before `goal`: with the
+    /// first device that allows it, those that are done first before others.
+    fn exchange(&mut self, slow: usize, goal: f64) -> bool {
+        let first = extreme(&self.times, |a, b| a < b);
+        if self.exchange_with(slow, first, goal) {
+            return true;
+        }
+        if self.trials == 0 {
+            return false;
+        }
+        let mut others: Vec<usize> = (0..self.times.len()).filter(|&g| g != slow && g != first).collect();
+        others.sort_by(|&g, &h| self.times[g].total_cmp(&self.times[h]));
+        others.into_iter().any(|g| self.exchange_with(slow, g, goal))
+    }
+
+    fn exchange_with(&mut self, slow: usize, other: usize, goal: f64) -> bool {
+        if self.trials == 0 || slow == other {
+            return false;
+        }
+        self.trials -= 1;
+        let draft = &mut *self.draft;
+        let [t, u] = [draft.site.time[slow], draft.site.time[other]];
+        let (mine, theirs) = (draft.slots(slow), draft.slots(other));
+        let loads = &self.load_in[theirs.clone()];
+        let [before, beside] = [self.times[slow], self.times[other]];
+        let (mut best, mut found) = (goal, None);
+        for p in mine {
+            let given = self.load_in[p];
+            for (&taken, q) in loads.iter().zip(theirs.clone()) {
+                let moved = given - taken;
+                // Without a branch between the two: which one fails is unpredictable.
+                let lowers = (before - moved * t < best) & (beside + moved * u < best);
+                if lowers && may_exchange(draft, (p, slow), (q, other)) {
+                    (best, found) = (f64::max(before - moved * t, beside + moved * u), Some((p, q)));
+                }
             }
         }
+        let Some((p, q)) = found else { return false };
+        let (a, b) = (draft.expert_in[p], draft.expert_in[q]);
+        draft.put(p, slow, EMPTY);
+        draft.put(q, other, a);
+        draft.put(p, slow, b);
+        self.load_in.swap(p, q);
+        self.times[slow] += (self.load_in[p] - self.load_in[q]) * t;
+        self.times[other] += (self.load_in[q] - self.load_in[p]) * u;
+        true
     }
-    let Some((p, q, a, b, moved)) = found else { return false };
-    draft.put(p, slow, EMPTY);
-    draft.put(q, other, a);
-    draft.put(p, slow, b);
-    times[slow] -= moved * t;
-    times[other] += moved * u;
-    true
+
+    /// Empties the slot on `slow` whose expert's other copies take its part best, all of them done before `goal`.
+    fn drop(&mut self, slow: usize, goal: f64) -> bool {
+        let draft = &mut *self.draft;
+        let mut best = (goal, None);
+        for p in draft.slots(slow).filter(|&p| draft.releases(p, slow)) {
+            let e = draft.expert_in[p];
+            if e == EMPTY || draft.copies[usize::from(e)] == 1 || self.trials == 0 {
+                continue;
+            }
+            self.trials -= 1;
+            let more = self.load_in[p] / f64::from(draft.copies[usize::from(e)] - 1);
+            let others = draft.devices(e).filter(|&g| g != slow);
+            let longest = others.map(|g| self.times[g] + more * draft.site.time[g]).fold(0.0, f64::max);
+            if longest < best.0 {
+                best = (longest, Some(p));
+            }
+        }
+        let Some(p) = best.1 else { return false };
+        draft.put(p, slow, EMPTY);
+        (self.times, self.load_in) = draft.measure();
+        true
+    }
+
+    /// Puts a copy of an expert on `slow` into a slot elsewhere, over an expert that has others or over nothing, so that
+    /// all whose time changes are done before `goal`; the best of all such steps.
+    fn copy(&mut self, slow: usize, goal: f64) -> bool {
+        let draft = &mut *self.draft;
+        let mut best = (goal, None);
+        for p in draft.slots(slow) {
+            let e = draft.expert_in[p];
+            if e == EMPTY {
+                continue;
+            }
+            for g in (0..self.times.len()).filter(|&g| draft.takes(e, g)) {
+                if self.trials == 0 {
+                    break;
+                }
+                self.trials -= 1;
+                for q in draft.slots(g).filter(|&q| draft.releases(q, g)) {
+                    let f = draft.expert_in[q];
+                    if f == EMPTY || draft.copies[usize::from(f)] > 1 {
+                        let longest = changes(draft, e, (q, g)).map(|(h, by)| self.times[h] + by);
+                        let longest = longest.fold(0.0, f64::max);
+                        if longest < best.0 {
+                            best = (longest, Some((e, q, g)));
+                        }
+                    }
+                }
+            }
+        }
+        let Some((e, q, g)) = best.1 else { return false };
+        draft.put(q, g, e);
+        (self.times, self.load_in) = draft.measure();
+        true
+    }
 }
 
 fn may_exchange(draft: &Draft<'_>, (p, g): (usize, usize), (q, h): (usize, usize)) -> bool {
     let enters = |expert: u16, device: usize| expert == EMPTY || draft.takes(expert, device);
     let (a, b) = (draft.expert_in[p], draft.expert_in[q]);
     enters(a, h) && enters(b, g) && draft.releases(p, g) && draft.releases(q, h)
-}
-
-/// Puts a copy of one of the experts on `slow` into a slot elsewhere, over an expert that has others or over nothing, so that
-/// all whose time changes are done before `goal`; the best of all such steps.
-fn copy(draft: &mut Draft<'_>, times: &mut [f64], slow: usize, goal: f64) -> bool {
-    let mut best = (goal, None);
-    for p in draft.slots(slow) {
-        let e = draft.expert_in[p];
-        if e == EMPTY {
-            continue;
-        }
-        for g in (0..times.len()).filter(|&g| draft.takes(e, g)) {
-            for q in draft.slots(g) {
-                let f = draft.expert_in[q];
-                if (f == EMPTY || draft.copies[usize::from(f)] > 1) && draft.releases(q, g) {
-                    let longest = changes(draft, e, (q, g))
-                        .fold(0.0, |longest: f64, (h, by)| longest.max(times[h] + by));
-                    if longest < best.0 {
-                        best = (longest, Some((e, q, g)));
-                    }
-                }
-            }
-        }
-    }
-    let Some((e, q, g)) = best.1 else { return false };
-    let changes: Vec<(usize, f64)> = changes(draft, e, (q, g)).collect();
-    changes.into_iter().for_each(|(h, by)| times[h] += by);
-    draft.put(q, g, e);
-    true
 }
 
 /// What a copy of expert `e` in slot `q` of device `g` adds to the time of every device that feels it.

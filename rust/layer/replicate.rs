@@ -5,6 +5,7 @@
 //! second copies on one device, which serve nobody. It is the call that engines make while they serve, so it takes
 //! microseconds.
 
+use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::collections::binary_heap::PeekMut;
 
@@ -18,27 +19,27 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NoSlot(pub usize);
 
-/// Steps of the polish that engines get.
-pub const QUICK: usize = 100;
+/// Trials of the polish that engines get.
+pub const QUICK: usize = 8;
 
-/// Devices that are looked at together: [`Open::soonest`] keeps a minimum for each of as many lanes.
-const LANES: usize = 8;
+/// A load that stands for none.
+const LEAST: f64 = 1e-200;
 
 /// The expert of every slot of a layer `[P]`, for its load over all windows.
-pub fn replicate(layer: &Layer, steps: usize) -> std::result::Result<Vec<u16>, NoSlot> {
+pub fn replicate(layer: &Layer, trials: usize) -> std::result::Result<Vec<u16>, NoSlot> {
     let time: Vec<f64> = layer.time.iter().map(|&time| f64::from(time)).collect();
-    fill(layer.site(&time), &layer.load, steps)
+    fill(layer.site(&time), &layer.load, trials)
 }
 
-/// The expert of every slot `[P]`, for loads `[E]` that are finite and not negative; `steps` of polish at most.
+/// The expert of every slot `[P]`, for loads `[E]` that are finite and not negative; `trials` of polish at most.
 ///
 /// Every expert gets a slot if the rules allow it, and none gets two on one device; a slot may stay empty.
-pub fn fill(site: Site<'_>, load: &[f64], steps: usize) -> std::result::Result<Vec<u16>, NoSlot> {
+pub fn fill(site: Site<'_>, load: &[f64], trials: usize) -> std::result::Result<Vec<u16>, NoSlot> {
     let mut draft = Draft::new(site, load);
     pin(&mut draft)?;
-    let order = copies(&draft)?;
-    pack(&mut draft, &order)?;
-    polish(&mut draft, steps);
+    let (order, copies) = copies(&draft)?;
+    pack(&mut draft, &order, &copies)?;
+    polish(&mut draft, trials);
     Ok(draft.expert_in)
 }
 
@@ -49,14 +50,14 @@ pub fn fill_layers(
     experts: usize,
     room: &[usize],
     time: &[f64],
-    steps: usize,
+    trials: usize,
 ) -> Result<Vec<i32>> {
     check(load, experts, time)?;
     let widest = room.iter().copied().max().unwrap_or(0);
     let mut slots = Vec::with_capacity(room.len() * widest);
     for (layer, (load, room)) in load.chunks_exact(experts).zip(room.chunks_exact(time.len())).enumerate() {
         let site = Site { room, time, forbidden: &[], pinned: &[] };
-        let filled = fill(site, load, steps).map_err(|NoSlot(expert)| Error::NoSlot { layer, expert })?;
+        let filled = fill(site, load, trials).map_err(|NoSlot(expert)| Error::NoSlot { layer, expert })?;
         let mut rest = filled.as_slice();
         for &room in room {
             let (held, after) = rest.split_at(room);
@@ -108,32 +109,25 @@ fn pin(draft: &mut Draft<'_>) -> std::result::Result<(), NoSlot> {
     Ok(())
 }
 
-/// An expert and its copies as one number that sorts by load per copy, then by fewer copies, then by lower index.
+/// An expert and its load per copy as one number: the load, and in its lowest 16 of 64 bits the expert, so that equal
+/// loads sort by index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Item(u128);
+struct Item(u64);
 
 impl Item {
-    fn new(load: f64, copies: u32, expert: u32) -> Self {
-        // The bits of numbers that are not negative rise as they do; zero is added because it may have a sign.
-        let per_copy = (load / f64::from(copies) + 0.0).to_bits();
-        Self(u128::from(per_copy) << 64 | u128::from(!copies) << 32 | u128::from(!expert))
-    }
-
-    fn per_copy(self) -> f64 {
-        f64::from_bits((self.0 >> 64) as u64)
-    }
-
-    fn copies(self) -> u32 {
-        !((self.0 >> 32) as u32)
+    fn new(load: f64, copies: u32, expert: usize) -> Self {
+        // The bits of positive numbers rise as they do. Without load a second copy is worth less than a first one, still.
+        let per_copy = load.max(LEAST) / f64::from(copies);
+        Self(per_copy.to_bits() & !0xffff | u64::from(!(expert as u16)))
     }
 
     fn expert(self) -> usize {
-        !(self.0 as u32) as usize
+        usize::from(!(self.0 as u16))
     }
 }
 
-/// How many copies every expert is to have, the heaviest copies first.
-fn copies(draft: &Draft<'_>) -> std::result::Result<Vec<Item>, NoSlot> {
+/// The experts, the heaviest copies first, and how many every expert is to have `[E]`.
+fn copies(draft: &Draft<'_>) -> std::result::Result<(Vec<Item>, Vec<u32>), NoSlot> {
     let (site, slots) = (draft.site, draft.expert_in.len());
     let filled = site.room.iter().filter(|&&room| room > 0).count() as u32;
     let most = |e: usize| -> u32 {
@@ -142,113 +136,195 @@ fn copies(draft: &Draft<'_>) -> std::result::Result<Vec<Item>, NoSlot> {
         }
         (0..site.room.len()).filter(|&g| site.room[g] > 0 && !site.forbids(e as u16, g)).count() as u32
     };
-    let item = |e: usize| Item::new(draft.load[e], draft.copies[e].max(1), e as u32);
-    let items: Vec<Item> = (0..draft.load.len()).map(item).collect();
-    let taken: usize = items.iter().map(|item| item.copies() as usize).sum();
+    let mut copies: Vec<u32> = draft.copies.iter().map(|&pinned| pinned.max(1)).collect();
+    let taken: usize = copies.iter().map(|&copies| copies as usize).sum();
     let Some(mut spare) = slots.checked_sub(taken) else {
-        let unpinned = items.iter().rev().find(|item| draft.copies[item.expert()] == 0);
-        return Err(NoSlot(unpinned.or(items.last()).map_or(0, |item| item.expert())));
+        return Err(NoSlot(draft.copies.iter().rposition(|&pinned| pinned == 0).unwrap_or(0)));
     };
-    let mut full = Vec::new();
+    let items: Vec<Item> = (0..copies.len()).map(|e| Item::new(draft.load[e], copies[e], e)).collect();
+    let mut full = Vec::with_capacity(items.len());
     let mut heap = BinaryHeap::from(items);
     while spare > 0 {
         let Some(mut top) = heap.peek_mut() else { break };
-        let (e, copies) = (top.expert(), top.copies());
-        if copies < most(e) {
-            *top = Item::new(draft.load[e], copies + 1, e as u32);
+        let e = top.expert();
+        if copies[e] < most(e) {
+            copies[e] += 1;
             spare -= 1;
+            *top = Item::new(draft.load[e], copies[e], e);
         } else {
             full.push(PeekMut::pop(top));
         }
     }
     full.extend(heap.into_vec());
-    full.sort_unstable_by(|a, b| b.cmp(a));
-    Ok(full)
+    full.sort_unstable_by_key(|item| !item.0);
+    Ok((full, copies))
 }
 
-/// Devices with room, and when each is done with what it has; infinite for full ones.
-struct Open {
-    done: Vec<f64>,
-    time: Vec<f64>,
-    /// Slots that are filled, from the first on `[D]`.
-    used: Vec<usize>,
+/// Slots that are filled, from the first on `[D]`, and devices with room by when they are done with what they have.
+fn open(draft: &Draft<'_>) -> (Vec<usize>, BinaryHeap<Reverse<u64>>) {
+    let filled = |g| draft.slots(g).take_while(|&slot| draft.expert_in[slot] != EMPTY).count();
+    let used: Vec<usize> = (0..draft.site.room.len()).map(filled).collect();
+    let times = draft.measure().0;
+    let with_room = (0..used.len()).filter(|&g| used[g] < draft.site.room[g]);
+    // Of idle devices, the fastest first.
+    let heap = with_room.map(|g| Reverse(done(times[g] + LEAST * draft.site.time[g], g))).collect();
+    (used, heap)
 }
 
-impl Open {
-    fn new(draft: &Draft<'_>) -> Self {
-        let site = draft.site;
-        let lanes = site.room.len().next_multiple_of(LANES);
-        let filled = |g| draft.slots(g).take_while(|&slot| draft.expert_in[slot] != EMPTY).count();
-        let used: Vec<usize> = (0..site.room.len()).map(filled).collect();
-        let mut done = draft.times();
-        for (g, done) in done.iter_mut().enumerate() {
-            if used[g] == site.room[g] {
-                *done = f64::INFINITY;
-            }
-        }
-        done.resize(lanes, f64::INFINITY);
-        let mut time = site.time.to_vec();
-        time.resize(lanes, 0.0);
-        Self { done, time, used }
-    }
-
-    /// The device that is done first with `more` tokens.
-    #[inline(always)]
-    fn soonest(&self, more: f64) -> Option<usize> {
-        let mut least = [f64::INFINITY; LANES];
-        let mut at = [0u64; LANES];
-        for (i, (done, time)) in self.done.chunks_exact(LANES).zip(self.time.chunks_exact(LANES)).enumerate()
-        {
-            for lane in 0..LANES {
-                let then = done[lane] + more * time[lane];
-                at[lane] = if then < least[lane] { i as u64 } else { at[lane] };
-                least[lane] = if then < least[lane] { then } else { least[lane] };
-            }
-        }
-        let mut best = (f64::INFINITY, usize::MAX);
-        for lane in 0..LANES {
-            let found = (least[lane], at[lane] as usize * LANES + lane);
-            if found < best {
-                best = found;
-            }
-        }
-        (best.0 < f64::INFINITY).then_some(best.1)
-    }
+/// A time above a device, as in [`Item`].
+fn done(time: f64, device: usize) -> u64 {
+    time.to_bits() & !0xffff | device as u64
 }
 
 /// Gives every expert its copies, where the rules leave room for them.
-#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn pack(draft: &mut Draft<'_>, order: &[Item]) -> std::result::Result<(), NoSlot> {
+fn pack(draft: &mut Draft<'_>, order: &[Item], copies: &[u32]) -> std::result::Result<(), NoSlot> {
     let site = draft.site;
-    let mut open = Open::new(draft);
+    let (mut used, mut heap) = open(draft);
+    // Devices that have the expert, or must not have it.
     let mut aside = Vec::new();
     for item in order {
-        let (e, weight) = (item.expert(), item.per_copy());
-        let held = draft.copies[e];
-        for _ in held..item.copies() {
-            let lightest = loop {
-                let Some(g) = open.soonest(weight) else { break None };
-                if draft.takes(e as u16, g) {
-                    break Some(g);
-                }
-                aside.push((g, std::mem::replace(&mut open.done[g], f64::INFINITY)));
-            };
-            let Some(g) = lightest else { break };
-            draft.put(draft.slots(g).start + open.used[g], g, e as u16);
-            open.used[g] += 1;
-            // The next copy goes elsewhere.
-            aside.push((g, open.done[g] + weight * site.time[g]));
-            open.done[g] = f64::INFINITY;
+        let e = item.expert();
+        let weight = draft.load[e] / f64::from(copies[e]);
+        while draft.copies[e] < copies[e] {
+            let Some(mut top) = heap.peek_mut() else { break };
+            let g = (top.0 & 0xffff) as usize;
+            if !draft.takes(e as u16, g) {
+                aside.push(PeekMut::pop(top));
+                continue;
+            }
+            draft.put(draft.slots(g).start + used[g], g, e as u16);
+            used[g] += 1;
+            if used[g] < site.room[g] {
+                top.0 = done(f64::from_bits(top.0) + weight * site.time[g], g);
+            } else {
+                PeekMut::pop(top);
+            }
         }
-        for (g, done) in aside.drain(..) {
-            open.done[g] = if open.used[g] < site.room[g] { done } else { f64::INFINITY };
-        }
+        heap.extend(aside.drain(..));
         if draft.copies[e] == 0 {
             if !squeeze(draft, e as u16) {
                 return Err(NoSlot(e));
             }
-            open = Open::new(draft);
+            (used, heap) = open(draft);
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Random;
+    use proptest::prelude::*;
+
+    /// Whether every expert can be placed at once: a matching of experts, and before them of pins, with slots.
+    fn feasible(site: Site<'_>, experts: usize) -> bool {
+        let d = site.room.len();
+        let mut taken: Vec<Vec<usize>> = vec![vec![]; d];
+        let mut missing = vec![];
+        let mut pins = vec![0; d];
+        for e in 0..experts {
+            let of = (0..d).filter(|&g| site.pins(e as u16, g)).collect::<Vec<_>>();
+            if of.iter().any(|&g| site.forbids(e as u16, g)) {
+                return false;
+            }
+            of.iter().for_each(|&g| pins[g] += 1);
+            if of.is_empty() {
+                missing.push(e);
+            }
+        }
+        fn augment(
+            e: usize,
+            site: Site<'_>,
+            pins: &[usize],
+            taken: &mut [Vec<usize>],
+            seen: &mut [bool],
+        ) -> bool {
+            for g in 0..site.room.len() {
+                if seen[g] || site.forbids(e as u16, g) {
+                    continue;
+                }
+                seen[g] = true;
+                if pins[g] + taken[g].len() < site.room[g] {
+                    taken[g].push(e);
+                    return true;
+                }
+                for at in 0..taken[g].len() {
+                    if augment(taken[g][at], site, pins, taken, seen) {
+                        taken[g][at] = e;
+                        return true;
+                    }
+                }
+            }
+            false
+        }
+        (0..d).all(|g| pins[g] <= site.room[g])
+            && missing.into_iter().all(|e| augment(e, site, &pins, &mut taken, &mut vec![false; d]))
+    }
+
+    proptest! {
+        /// Experts are placed whenever the rules allow it, and what is placed keeps them.
+        #[test]
+        fn keeps_rules_and_fails_only_without_a_way(
+            experts in 1usize..9, devices in 1usize..5, rules in 0u64..4, trials in 0usize..40, seed: u64,
+        ) {
+            let mut random = Random::new(seed, 0);
+            let room: Vec<usize> = (0..devices).map(|_| random.below(2 * experts.div_ceil(devices) + 2)).collect();
+            let time: Vec<f64> = (0..devices).map(|_| 1.0 / (1 + random.below(3)) as f64).collect();
+            let load: Vec<f64> = (0..experts).map(|_| random.below(50) as f64).collect();
+            let cells = experts * devices;
+            let forbidden: Vec<bool> =
+                if rules & 1 > 0 { (0..cells).map(|_| random.below(3) == 0).collect() } else { vec![] };
+            let pinned: Vec<bool> =
+                if rules & 2 > 0 { (0..cells).map(|_| random.below(12) == 0).collect() } else { vec![] };
+            let site = Site { room: &room, time: &time, forbidden: &forbidden, pinned: &pinned };
+            let found = fill(site, &load, trials);
+            prop_assert_eq!(found.is_ok(), feasible(site, experts));
+            let Ok(slots) = found else { return Ok(()) };
+            let mut at = 0;
+            let mut copies = vec![0; experts];
+            for g in 0..devices {
+                let held = &slots[at..at + room[g]];
+                at += room[g];
+                for e in 0..experts {
+                    let here = held.iter().filter(|&&of| usize::from(of) == e).count();
+                    prop_assert!(here <= 1);
+                    prop_assert!(here == 0 || !site.forbids(e as u16, g));
+                    prop_assert!(here == 1 || !site.pins(e as u16, g));
+                    copies[e] += here;
+                }
+            }
+            prop_assert!(copies.iter().all(|&copies| copies > 0));
+            prop_assert_eq!(fill(site, &load, trials), Ok(slots));
+        }
+    }
+
+    /// The time of the slowest of devices with `slots` slots each.
+    fn slowest(load: &[f64], slots: usize, filled: &[u16]) -> f64 {
+        let copies = |e: u16| filled.iter().filter(|&&of| of == e).count() as f64;
+        let held = filled.iter().map(|&e| if e == EMPTY { 0.0 } else { load[usize::from(e)] / copies(e) });
+        held.collect::<Vec<_>>().chunks(slots).map(|device| device.iter().sum()).fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn polish_lowers_what_the_heaviest_copies_first_leave() {
+        let mut random = Random::new(7, 0);
+        for _ in 0..50 {
+            let load: Vec<f64> = (0..16).map(|_| (random.below(1000) + 1) as f64).collect();
+            let site = Site { room: &[5; 4], time: &[1.0; 4], forbidden: &[], pinned: &[] };
+            let of = |trials| slowest(&load, 5, &fill(site, &load, trials).expect("slots suffice"));
+            let (plain, quick, patient) = (of(0), of(QUICK), of(1000));
+            assert!(patient <= quick && quick <= plain, "{plain} {quick} {patient}");
+            assert!(patient <= 1.02 * load.iter().sum::<f64>() / 4.0, "{patient}");
+        }
+    }
+
+    #[test]
+    fn faulty_loads_are_named() {
+        let message =
+            |load: &[f64]| fill_layers(load, 2, &[1, 1, 1, 1], &[1.0, 1.0], 0).map_err(|e| e.to_string());
+        let expected = "load must have finite values of at least 0, got NaN in layer 1, expert 0";
+        assert_eq!(message(&[1.0, 1.0, f64::NAN, 1.0]), Err(expected.to_owned()));
+        assert_eq!(message(&[1.0, -0.0, 0.0, 0.0]), Ok(vec![0, 1, 0, 1]));
+    }
 }

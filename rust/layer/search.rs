@@ -2,6 +2,7 @@
 
 use super::balance::Balance;
 use super::caps::Caps;
+use super::fanout::{self, Fanout};
 use super::{Contents, EMPTY, Layer, Move, linear};
 use crate::random::{Random, scale};
 use crate::search::Control;
@@ -15,6 +16,10 @@ pub struct Effort {
     pub hot: f64,
     /// See `hot`.
     pub cold: f64,
+    /// Whether an expert's number of copies may change, where slots are to spare.
+    pub copies: bool,
+    /// Searches from one start, of which the best counts.
+    pub restarts: u64,
 }
 
 /// Trials at one temperature, and between two looks at the clock.
@@ -23,7 +28,10 @@ const BLOCK: u64 = 256;
 /// The terms of a layer's cost, for the contents as they stand.
 #[derive(Debug)]
 struct Terms {
-    balance: Balance,
+    /// None where no window weighs anything.
+    balance: Option<Balance>,
+    /// None where visits cost nothing.
+    fanout: Option<Fanout>,
     caps: Caps,
     /// Of [`linear`].
     linear: f64,
@@ -32,27 +40,47 @@ struct Terms {
 impl Terms {
     fn new(layer: &Layer, contents: &Contents) -> Self {
         Self {
-            balance: Balance::new(layer, contents),
+            balance: (!layer.windows.is_weightless()).then(|| Balance::new(layer, contents)),
+            fanout: layer.sets.as_ref().map(|sets| Fanout::new(layer, sets, contents)),
             caps: Caps::new(layer, contents),
             linear: linear::cost(layer, contents),
         }
     }
 
-    fn cost(&self) -> f64 {
-        self.balance.cost() + self.linear
+    fn cost(&self, layer: &Layer) -> f64 {
+        let balance = self.balance.as_ref().map_or(0.0, Balance::cost);
+        let fanout =
+            self.fanout.as_ref().zip(layer.sets.as_ref()).map_or(0.0, |(fanout, sets)| fanout.cost(sets));
+        balance + fanout + self.linear
     }
 
     /// What a move would add to the cost; nothing if it breaks the cap.
     fn change(&mut self, layer: &Layer, contents: &Contents, step: Move) -> Option<f64> {
-        let allowed = self.caps.allows(layer, contents, step);
-        allowed.then(|| self.balance.change(layer, contents, step) + linear::change(layer, contents, step))
+        if !self.caps.allows(layer, contents, step) {
+            return None;
+        }
+        let mut change = linear::change(layer, contents, step);
+        if let Some(balance) = &mut self.balance {
+            change += balance.change(layer, contents, step);
+        }
+        if let (Some(fanout), Some(sets)) = (&self.fanout, &layer.sets) {
+            change += fanout.change(layer, sets, contents, step);
+        }
+        Some(change)
     }
 
-    /// Follows a move; `contents` are those before it.
-    fn apply(&mut self, layer: &Layer, contents: &Contents, step: Move) {
+    /// Makes a move.
+    fn apply(&mut self, layer: &Layer, contents: &mut Contents, step: Move) {
         self.caps.apply(layer, contents, step);
         self.linear += linear::change(layer, contents, step);
-        self.balance.apply(layer, contents, step);
+        if let Some(balance) = &mut self.balance {
+            balance.apply(layer, contents, step);
+        }
+        let touched = self.fanout.is_some().then(|| fanout::touched(contents, step));
+        contents.apply(layer, step);
+        if let (Some(fanout), Some(sets), Some(touched)) = (&mut self.fanout, &layer.sets, touched) {
+            fanout.refresh(layer, sets, contents, &touched);
+        }
     }
 }
 
@@ -67,9 +95,9 @@ pub(super) fn search(
 ) -> (f64, Contents) {
     let mut contents = start;
     let mut terms = Terms::new(layer, &contents);
-    let mut best = (terms.cost(), contents.clone());
+    let mut best = (terms.cost(layer), contents.clone());
     let slots = layer.slots();
-    let spare = slots > layer.experts;
+    let spare = effort.copies && slots > layer.experts;
     let blocks = effort.trials.div_ceil(BLOCK);
     let cooling = libm::pow(effort.cold / effort.hot, 1.0 / blocks.max(1) as f64);
     let mut temperature = effort.hot * best.0;
@@ -94,10 +122,9 @@ pub(super) fn search(
             let Some(change) = terms.change(layer, &contents, step) else { continue };
             let uniform = ((random.bits() >> 40) as f64 + 0.5) / (1u64 << 24) as f64;
             if change <= -temperature * libm::log(uniform) {
-                terms.apply(layer, &contents, step);
-                contents.apply(layer, step);
-                if terms.cost() < best.0 {
-                    best = (terms.cost(), contents.clone());
+                terms.apply(layer, &mut contents, step);
+                if terms.cost(layer) < best.0 {
+                    best = (terms.cost(layer), contents.clone());
                 }
             }
         }
@@ -125,6 +152,18 @@ mod tests {
         let random_costs = |random: &mut Random| -> Vec<f64> {
             (0..experts * devices).map(|_| random.below(1000) as f64).collect()
         };
+        let top_k = 1 + random.below(experts.min(4));
+        let sets = (0..random.below(200)).flat_map(|_| {
+            let mut all: Vec<u16> = (0..experts as u16).collect();
+            random.shuffle(&mut all);
+            all.truncate(top_k);
+            all
+        });
+        let ids: Vec<u16> = sets.collect();
+        let counts: Vec<u64> = (0..ids.len() / top_k).map(|_| random.below(30) as u64).collect();
+        let copies = room.iter().sum::<usize>() > experts;
+        let mut sets = fanout::Sets::new(&ids, &counts, experts, copies);
+        (sets.device_cost, sets.node_cost) = (3.0, [0.0, 7.0][random.below(2)]);
         Layer {
             experts,
             room,
@@ -136,6 +175,7 @@ mod tests {
             cap: f64::INFINITY,
             hold: random_costs(random),
             serve: random_costs(random),
+            sets: Some(sets),
             forbidden: vec![],
             pinned: vec![],
         }
@@ -167,18 +207,18 @@ mod tests {
                 if !contents.allows(&layer, step) {
                     continue;
                 }
-                let before = terms.cost();
+                let before = terms.cost(&layer);
                 let change = terms.change(&layer, &contents, step).expect("no cap");
-                terms.apply(&layer, &contents, step);
-                contents.apply(&layer, step);
+                terms.apply(&layer, &mut contents, step);
                 let fresh = Terms::new(&layer, &contents);
+                let fresh_cost = fresh.cost(&layer);
                 let close = |a: f64, b: f64| (a - b).abs() <= 1e-9 * b.abs().max(1.0);
-                prop_assert!(close(terms.cost(), fresh.cost()));
+                prop_assert!(close(terms.cost(&layer), fresh_cost));
                 if norm == 0 {
-                    prop_assert!(close(before + change, fresh.cost()), "{} {}", before + change, fresh.cost());
+                    prop_assert!(close(before + change, fresh_cost), "{} {}", before + change, fresh_cost);
                 } else {
                     // The powers are single precision.
-                    prop_assert!(fresh.cost() <= before + change + 1e-3 * fresh.cost().abs());
+                    prop_assert!(fresh_cost <= before + change + 1e-3 * fresh_cost.abs());
                 }
                 prop_assert!(contents.expert_in.iter().all(|&e| e == EMPTY || !contents.devices(e).is_empty()));
             }

@@ -21,17 +21,6 @@ from moetuner.cli import (
     solve,
     verify,
 )
-    audit,
-    collect,
-    compare,
-    convert,
-    demo,
-    evaluate,
-    export,
-    inspect,
-    solve,
-    verify,
-)
 
 WRONG = 2
 INTERRUPTED = 130

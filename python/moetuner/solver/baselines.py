@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
+from moetuner.balance import PATIENT, times
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver.heuristic import heuristic
@@ -36,15 +37,19 @@ def random(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 
 
 def lpt(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Longest processing time first (Graham, 1969), then swaps: balance, whatever the traffic."""
+    """Longest processing time first (Graham, 1969), then exchanges: balance, whatever the traffic.
+
+    With more slots than experts, copies of the heaviest experts as well.
+    """
     return _packed(problem, limits, improve=True)
 
 
 def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """DeepSeek's expert-parallel load balancer, without replicas.
+    """DeepSeek's expert-parallel load balancer, global policy: github.com/deepseek-ai/EPLB.
 
-    Heaviest expert first, to the lightest device: github.com/deepseek-ai/EPLB, global policy. Loads
-    are summed over all windows.
+    Copies by the largest load per copy, then the heaviest copy first to the lightest device. Loads
+    are summed over all windows. No device gets a second copy of an expert, which would serve
+    nobody.
     """
     return _packed(problem, limits, improve=False)
 
@@ -52,11 +57,21 @@ def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Transitions alone, loads ignored: the objective of ExFlow (Yao et al., 2024)."""
     return heuristic(
-        replace(problem, regime="follow", max_imbalance=None), seed=seed, limits=limits
+        replace(problem, regime="follow", max_imbalance=None, objective="traffic"),
+        seed=seed,
+        limits=limits,
     )
 
 
 def _packed(problem: Problem, limits: Limits, *, improve: bool) -> Candidate:
+    if problem.rooms.sum(axis=1).min() >= problem.experts + problem.devices:
+        slots = _core.replicate_experts(
+            problem.load.astype(np.float64),
+            problem.rooms,
+            times(problem.topology.speed_of_device),
+            trials=PATIENT if improve else 0,
+        )
+        return Candidate(slots)
     return Candidate(
         _core.lpt(
             problem.load, problem.devices, problem.slots, improve=improve, threads=limits.threads

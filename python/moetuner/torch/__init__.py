@@ -1,4 +1,4 @@
-"""What moetuner does inside PyTorch: record routing, count it, and run, apply and change placements.
+"""What moetuner does inside PyTorch: record and count routing; apply, run and change placements.
 
 ``capture`` records what the routers of a running model choose, ``RoutingCounters`` counts it on the
 device; ``apply_placement`` and ``permute_state_dict`` put experts in the order that engines with

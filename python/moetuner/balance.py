@@ -1,0 +1,95 @@
+"""balance(): copies of experts for the load at hand, fast enough to call while serving."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moetuner import _core
+from moetuner.placement import Placement
+
+# Pairs of devices that are tried for exchanges: what a millisecond allows, and what devices need
+# that differ, because the heaviest copies first leave more to mend there.
+QUICK, PATIENT = 8, 10_000
+
+
+def balance(
+    load: ArrayLike,
+    *,
+    devices: int,
+    slots_per_device: int | Sequence[int],
+    speed: Sequence[float] | None = None,
+) -> Placement:
+    """Balance the load of one moment, and nothing else.
+
+    What engines call an expert-parallel load balancer: as ``solve`` with the method ``eplb``, and
+    better balanced, without a ``Problem``. The answer is a function of the arguments alone, on
+    every machine, so that each rank may compute it for itself. It runs in the calling thread and
+    starts no other.
+
+    Parameters
+    ----------
+    load
+        Tokens [L,E], or [W,L,E] of windows, which are summed.
+    devices
+        Number of devices, D.
+    slots_per_device
+        Slots of a device in a layer, or of every device [D]. Slots beyond one per expert get
+        copies, whose load is split evenly; no device gets two copies of one expert.
+    speed
+        Relative speed of every device [D]; all alike by default.
+
+    Returns
+    -------
+    Placement
+        A slot may stay empty where no copy would be of use.
+
+    Raises
+    ------
+    ValueError
+        If the slots do not suffice, or a load or a speed makes no sense.
+    """
+    tokens = np.asarray(load, dtype=np.float64)
+    if tokens.ndim == 3:
+        tokens = tokens.sum(axis=0)
+    if tokens.ndim != 2 or tokens.size == 0:
+        raise ValueError(
+            "load must be [layers, experts] or [windows, layers, experts], none of them zero, "
+            f"got {list(np.shape(load))}"
+        )
+    if devices < 1:
+        raise ValueError(f"devices must be at least 1, got {devices}")
+    layers, experts = tokens.shape
+    room = _per_device("slots_per_device", slots_per_device, devices).astype(np.int64)
+    if room.min() < 0 or room.sum() < experts:
+        raise ValueError(
+            f"slots_per_device must give at least {experts} slots for as many experts on "
+            f"{devices} devices, got {int(room.sum())}"
+        )
+    slots = _core.replicate_experts(
+        np.ascontiguousarray(tokens),
+        np.tile(room, (layers, 1)),
+        times(_per_device("speed", 1.0 if speed is None else speed, devices)),
+        trials=QUICK if speed is None else PATIENT,
+    )
+    return Placement(slots, num_experts=experts)
+
+
+def times(speed: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Time of every device per token [D], as a share of the slowest one's."""
+    if not (np.isfinite(speed).all() and (speed > 0).all()):
+        raise ValueError(f"speed must be finite and above 0, got {speed.tolist()}")
+    time: NDArray[np.float64] = speed.min() / speed
+    return time
+
+
+def _per_device(
+    name: str, value: float | Sequence[float] | Sequence[int], devices: int
+) -> NDArray[np.float64]:
+    """Return one number per device [D]."""
+    values = np.asarray(value, dtype=np.float64)
+    if values.shape not in ((), (devices,)):
+        raise ValueError(f"{name} must be one number or {devices}, got shape {list(values.shape)}")
+    return np.broadcast_to(values, devices)

@@ -1,0 +1,381 @@
+//! The fanout term: how many devices, and how many nodes, the experts of a token are on.
+//!
+//! Exact on distinct expert sets. A set is a bit, and an expert a row of bits: the sets that it is in. A device is the OR
+//! of its slots' rows, and its ones, weighted with the tokens of their sets, are the tokens that visit it. Every slot
+//! knows the OR of the *others* on its device, so an exchange of two experts is judged by counting ones in two ORs.
+//!
+//! Copies share an expert's tokens evenly. Which of them serves a token is decided by a hash of the token, the same for
+//! all experts. So the tokens of a set are cut into parts, the parts are numbered, and part n goes to copy `n % copies`
+//! of each of its experts, in the order of devices: this gives the expected fanout of an even split, and comes close for
+//! others.
+
+use super::{Contents, EMPTY, Layer, Move};
+
+/// Bits in a word.
+const WORD: usize = 64;
+/// Words come in eights, so that vectors are whole.
+const WORDS: usize = 8;
+/// Parts that a set's tokens are cut into where experts have copies: divisible by most numbers of copies.
+const PARTS: u64 = 12;
+
+/// Expert sets of a layer and what their visits cost.
+#[derive(Debug, Clone)]
+pub struct Sets {
+    /// Words of a row.
+    words: usize,
+    /// Sets of every expert `[E + 1, words]`; the last one is nobody's and has none.
+    rows: Vec<u64>,
+    /// Sets whose count of tokens has a bit, bit by bit. Sets are in the order of falling counts, so that those with
+    /// a high bit are few and come first.
+    planes: Vec<Vec<u64>>,
+    /// Cost of a token's visit of a device, and of a node.
+    pub device_cost: f64,
+    /// See `device_cost`.
+    pub node_cost: f64,
+}
+
+impl Sets {
+    /// Takes the ids of every set `[N, K]` and its tokens `[N]`; `copies` says whether experts can have several.
+    #[must_use]
+    pub fn new(ids: &[u16], counts: &[u64], experts: usize, copies: bool) -> Self {
+        let k = if counts.is_empty() { 1 } else { ids.len() / counts.len() };
+        let parts_of = |(set, &count): (usize, &u64)| {
+            let parts = if copies { PARTS.min(count) } else { count.min(1) };
+            (0..parts).map(move |part| (set, count / parts + u64::from(part < count % parts)))
+        };
+        let mut parts: Vec<(usize, u64)> = counts.iter().enumerate().flat_map(parts_of).collect();
+        parts.sort_by_key(|&(_, count)| std::cmp::Reverse(count));
+        let words = parts.len().div_ceil(WORD).max(1).next_multiple_of(WORDS);
+        let mut rows = vec![0; (experts + 1) * words];
+        let highest = parts.first().map_or(0, |&(_, count)| count.checked_ilog2().map_or(0, |bit| bit + 1));
+        let mut planes: Vec<Vec<u64>> = (0..highest)
+            .map(|bit| {
+                let reached = parts.partition_point(|&(_, count)| count >> bit > 0);
+                vec![0; reached.div_ceil(WORD).next_multiple_of(WORDS)]
+            })
+            .collect();
+        for (n, &(set, count)) in parts.iter().enumerate() {
+            let (word, bit) = (n / WORD, 1 << (n % WORD));
+            for &e in &ids[set * k..][..k] {
+                rows[usize::from(e) * words + word] |= bit;
+            }
+            for (b, plane) in planes.iter_mut().enumerate() {
+                if count >> b & 1 == 1 {
+                    plane[word] |= bit;
+                }
+            }
+        }
+        Self { words, rows, planes, device_cost: 0.0, node_cost: 0.0 }
+    }
+
+    fn row(&self, expert: u16) -> &[u64] {
+        let e = if expert == EMPTY { self.rows.len() / self.words - 1 } else { usize::from(expert) };
+        &self.rows[e * self.words..][..self.words]
+    }
+
+    /// Tokens of the sets that are in any of some rows.
+    fn tokens<const N: usize>(&self, rows: [&[u64]; N]) -> i64 {
+        self.planes.iter().enumerate().map(|(bit, plane)| (ones(plane, rows) as i64) << bit).sum()
+    }
+
+    /// Adds to a row what a slot serves of an expert that is on `devices`.
+    fn serve(&self, to: &mut [u64], expert: u16, devices: &[u16], device: u16) {
+        let row = self.row(expert);
+        if devices.len() < 2 {
+            return join(to, row);
+        }
+        let copies = devices.len();
+        let copy = devices.iter().filter(|&&other| other < device).count();
+        // Bit n of a word that begins with part `first` is part `first + n`: a pattern that depends on `first % copies`.
+        let pattern =
+            |from: usize| (0..WORD).filter(|n| (from + n) % copies == copy).fold(0u64, |p, n| p | 1 << n);
+        let patterns: Vec<u64> = (0..copies).map(pattern).collect();
+        for (word, (to, row)) in to.iter_mut().zip(row).enumerate() {
+            *to |= row & patterns[word * WORD % copies];
+        }
+    }
+}
+
+/// What devices and nodes serve, and the tokens that visit them.
+#[derive(Debug, Clone)]
+pub(crate) struct Fanout {
+    words: usize,
+    /// Sets of every device `[D, words]`.
+    device: Vec<u64>,
+    /// Sets of the others on a slot's device `[P, words]`.
+    others: Vec<u64>,
+    /// Sets of the others on a device's node `[D, words]`; empty where nodes cost nothing.
+    beside: Vec<u64>,
+    /// Tokens that visit a device `[D]`.
+    visits: Vec<i64>,
+    /// Tokens that visit a node `[N]`; empty where nodes cost nothing.
+    node_visits: Vec<i64>,
+    /// First slot of every device `[D + 1]`.
+    first: Vec<usize>,
+}
+
+impl Fanout {
+    /// Of a layer with sets.
+    pub(crate) fn new(layer: &Layer, sets: &Sets, contents: &Contents) -> Self {
+        let (d, words) = (layer.devices(), sets.words);
+        let mut first = vec![0];
+        first.extend(layer.room.iter().scan(0, |at, &room| {
+            *at += room;
+            Some(*at)
+        }));
+        let tiers = sets.node_cost != 0.0;
+        let nodes = layer.node.iter().map(|&node| usize::from(node) + 1).max().unwrap_or(0);
+        let mut fanout = Self {
+            words,
+            device: vec![0; d * words],
+            others: vec![0; layer.slots() * words],
+            beside: vec![0; if tiers { d * words } else { 0 }],
+            visits: vec![0; d],
+            node_visits: vec![0; if tiers { nodes } else { 0 }],
+            first,
+        };
+        let all: Vec<u16> = (0..d as u16).collect();
+        fanout.refresh(layer, sets, contents, &all);
+        fanout
+    }
+
+    /// Of the placement as it stands.
+    pub(crate) fn cost(&self, sets: &Sets) -> f64 {
+        price(sets, self.visits.iter().sum(), self.node_visits.iter().sum())
+    }
+
+    /// What a move would add to the cost.
+    pub(crate) fn change(&self, layer: &Layer, sets: &Sets, contents: &Contents, step: Move) -> f64 {
+        if let Move::Swap(p, q) = step {
+            let [a, b] = [p, q].map(|slot| contents.expert_in[slot]);
+            let single = |e: u16| e == EMPTY || contents.devices(e).len() == 1;
+            if single(a) && single(b) {
+                return self.exchange(layer, sets, contents, [(p, b), (q, a)]);
+            }
+        }
+        let mut after = contents.clone();
+        after.apply(layer, step);
+        let mut fanout = self.clone();
+        fanout.refresh(layer, sets, &after, &touched(contents, step));
+        fanout.cost(sets) - self.cost(sets)
+    }
+
+    /// Follows a move; `after` are the contents behind it, `touched` the devices that it may have changed.
+    pub(crate) fn refresh(&mut self, layer: &Layer, sets: &Sets, after: &Contents, touched: &[u16]) {
+        let words = self.words;
+        for &device in touched {
+            let g = usize::from(device);
+            let slots = self.first[g]..self.first[g + 1];
+            // Forwards and backwards, so that every slot gets the others before and behind it.
+            let mut sum = vec![0; words];
+            for slot in slots.clone() {
+                self.others[slot * words..][..words].copy_from_slice(&sum);
+                add(sets, after, slot, &mut sum);
+            }
+            self.device[g * words..][..words].copy_from_slice(&sum);
+            sum.fill(0);
+            for slot in slots.rev() {
+                join(&mut self.others[slot * words..][..words], &sum);
+                add(sets, after, slot, &mut sum);
+            }
+            self.visits[g] = sets.tokens([&sum]);
+        }
+        if self.beside.is_empty() {
+            return;
+        }
+        let node_of = |device: usize| layer.node[device];
+        let mut nodes: Vec<u16> = touched.iter().map(|&device| node_of(usize::from(device))).collect();
+        nodes.sort_unstable();
+        nodes.dedup();
+        for node in nodes {
+            let members: Vec<usize> = (0..layer.devices()).filter(|&g| node_of(g) == node).collect();
+            for &g in &members {
+                let beside = &mut self.beside[g * words..][..words];
+                beside.fill(0);
+                for &h in members.iter().filter(|&&h| h != g) {
+                    join(beside, &self.device[h * words..][..words]);
+                }
+            }
+            let g = members[0];
+            let rows = [&self.device, &self.beside].map(|rows| &rows[g * words..][..words]);
+            self.node_visits[usize::from(node)] = sets.tokens(rows);
+        }
+    }
+
+    /// What it would add if two slots got these experts, which have no other copies.
+    fn exchange(&self, layer: &Layer, sets: &Sets, contents: &Contents, new: [(usize, u16); 2]) -> f64 {
+        let words = self.words;
+        let (mut devices, mut nodes) = (0, 0);
+        let [here, there] = new.map(|(slot, _)| usize::from(contents.device_of(slot)));
+        let apart = layer.node[here] != layer.node[there] && !self.beside.is_empty();
+        for (slot, expert) in new {
+            let g = usize::from(contents.device_of(slot));
+            let (others, row) = (&self.others[slot * words..][..words], sets.row(expert));
+            devices += sets.tokens([others, row]) - self.visits[g];
+            // Within a node, an exchange changes nothing for it.
+            if apart {
+                let beside = &self.beside[g * words..][..words];
+                nodes += sets.tokens([others, row, beside]) - self.node_visits[usize::from(layer.node[g])];
+            }
+        }
+        price(sets, devices, nodes)
+    }
+}
+
+/// Devices whose sets a move may change: those of all copies of the experts that it moves.
+pub(crate) fn touched(contents: &Contents, step: Move) -> Vec<u16> {
+    let mut touched = Vec::with_capacity(8);
+    for edit in contents.edits(step) {
+        touched.extend_from_slice(contents.devices(edit.expert));
+        touched.extend(edit.to);
+    }
+    touched.sort_unstable();
+    touched.dedup();
+    touched
+}
+
+fn price(sets: &Sets, devices: i64, nodes: i64) -> f64 {
+    devices as f64 * sets.device_cost + nodes as f64 * sets.node_cost
+}
+
+/// Adds what a slot serves to a row.
+fn add(sets: &Sets, contents: &Contents, slot: usize, to: &mut [u64]) {
+    let expert = contents.expert_in[slot];
+    if expert != EMPTY {
+        sets.serve(to, expert, contents.devices(expert), contents.device_of(slot));
+    }
+}
+
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn join(to: &mut [u64], row: &[u64]) {
+    for (to, &row) in to.iter_mut().zip(row) {
+        *to |= row;
+    }
+}
+
+/// Ones of a mask that are in any of some rows; the mask may be shorter than these.
+#[multiversion::multiversion(targets(
+    "x86_64+avx512f+avx512vl+avx512bw+avx512vpopcntdq+avx2+popcnt",
+    "x86_64+avx2+popcnt"
+))]
+fn ones<const N: usize>(mask: &[u64], rows: [&[u64]; N]) -> u64 {
+    let n = mask.len();
+    let rows = rows.map(|row| &row[..n]);
+    let mut sum = 0;
+    for word in 0..n {
+        let mut any = 0;
+        for row in rows {
+            any |= row[word];
+        }
+        sum += u64::from((any & mask[word]).count_ones());
+    }
+    sum
+}
+
+#[cfg(test)]
+// Costs are sums of whole numbers.
+#[allow(clippy::float_cmp)]
+mod tests {
+    use super::*;
+    use crate::layer::Split;
+    use crate::layer::balance::Windows;
+    use crate::random::Random;
+    use proptest::prelude::*;
+
+    fn layer(room: Vec<usize>, experts: usize) -> Layer {
+        let d = room.len();
+        Layer {
+            experts,
+            room,
+            node: (0..d as u16).map(|device| device / 2).collect(),
+            time: vec![1.0; d],
+            split: Split::Even,
+            windows: Windows::new(&vec![0.0; experts], &[1.0], experts, 0),
+            load: vec![0.0; experts],
+            cap: f64::INFINITY,
+            hold: vec![],
+            serve: vec![],
+            sets: None,
+            forbidden: vec![],
+            pinned: vec![],
+        }
+    }
+
+    proptest! {
+        /// Visits are what a plain count over sets finds, token by token where experts have copies; whatever moves
+        /// led there, and what they were said to add.
+        #[test]
+        fn visits_are_counted(
+            experts in 2usize..10,
+            devices in 2usize..6,
+            spare in 0usize..5,
+            counts in prop::collection::vec(0u64..2000, 0..40),
+            seed in any::<u64>(),
+        ) {
+            let mut random = Random::new(seed, 0);
+            let mut room = vec![experts.div_ceil(devices); devices];
+            room[0] += spare;
+            let layer = layer(room, experts);
+            let k = 1 + random.below(experts.min(4));
+            let mut ids = Vec::new();
+            for _ in &counts {
+                let mut all: Vec<u16> = (0..experts as u16).collect();
+                random.shuffle(&mut all);
+                ids.extend(&all[..k]);
+            }
+            let copies = layer.slots() > experts;
+            let mut sets = Sets::new(&ids, &counts, experts, copies);
+            (sets.device_cost, sets.node_cost) = (1.0, 1000.0);
+            let mut expert_in: Vec<u16> = (0..experts as u16).collect();
+            expert_in.resize(layer.slots(), EMPTY);
+            random.shuffle(&mut expert_in);
+            let mut contents = Contents::new(&layer, expert_in);
+            let mut fanout = Fanout::new(&layer, &sets, &contents);
+            for _ in 0..40 {
+                let slots = layer.slots();
+                let step = if copies && random.below(2) == 0 {
+                    Move::Put(random.below(slots), random.below(experts) as u16)
+                } else {
+                    Move::Swap(random.below(slots), random.below(slots))
+                };
+                if !contents.allows(&layer, step) {
+                    continue;
+                }
+                let said = fanout.cost(&sets) + fanout.change(&layer, &sets, &contents, step);
+                let touched = touched(&contents, step);
+                contents.apply(&layer, step);
+                fanout.refresh(&layer, &sets, &contents, &touched);
+                prop_assert_eq!(said, fanout.cost(&sets));
+                prop_assert_eq!(said, Fanout::new(&layer, &sets, &contents).cost(&sets));
+                prop_assert_eq!(said, plain(&layer, &sets, &contents, &ids, &counts));
+            }
+        }
+    }
+
+    /// The cost of visits, part by part.
+    fn plain(layer: &Layer, sets: &Sets, contents: &Contents, ids: &[u16], counts: &[u64]) -> f64 {
+        let mut parts = Vec::new();
+        for (set, &count) in counts.iter().enumerate() {
+            let cut = if layer.slots() > layer.experts { 12.min(count) } else { count.min(1) };
+            parts.extend((0..cut).map(|part| (set, count / cut + u64::from(part < count % cut))));
+        }
+        parts.sort_by_key(|&(_, count)| std::cmp::Reverse(count));
+        let k = if counts.is_empty() { 1 } else { ids.len() / counts.len() };
+        let mut cost = 0.0;
+        for (n, (set, count)) in parts.into_iter().enumerate() {
+            let served = |&e: &u16| {
+                let mut devices = contents.devices(e).to_vec();
+                devices.sort_unstable();
+                devices[n % devices.len()]
+            };
+            let mut devices: Vec<u16> = ids[set * k..][..k].iter().map(served).collect();
+            devices.sort_unstable();
+            devices.dedup();
+            let mut nodes: Vec<u16> = devices.iter().map(|&g| layer.node[usize::from(g)]).collect();
+            nodes.dedup();
+            let per_token = devices.len() as f64 * sets.device_cost + nodes.len() as f64 * sets.node_cost;
+            cost += per_token * count as f64;
+        }
+        cost
+    }
+}

@@ -1,0 +1,110 @@
+//! Which experts tokens chose together: the distinct sets of a layer, and how many tokens chose each.
+//!
+//! How many devices a token visits depends on its whole set, not on pairs. Counts of sets add up like all others.
+
+/// No set, in the table.
+const FREE: u32 = u32::MAX;
+
+/// Distinct sets of `top_k` experts with counts. Memory goes with their number, not with that of tokens.
+#[derive(Debug, Clone)]
+pub struct Sets {
+    top_k: usize,
+    /// Ids of every set, rising `[N, K]`, in the order in which the sets appeared.
+    ids: Vec<u16>,
+    counts: Vec<u64>,
+    /// Where a set is, found by its hash and onwards from there; a power of two, at most half of it taken.
+    table: Vec<u32>,
+    /// The row at hand.
+    row: Vec<u16>,
+}
+
+impl Sets {
+    /// No sets yet, of `top_k` experts each.
+    #[must_use]
+    pub fn new(top_k: usize) -> Self {
+        Self { top_k, ids: Vec::new(), counts: Vec::new(), table: vec![FREE; 64], row: Vec::new() }
+    }
+
+    /// Counts a set, its experts in any order.
+    pub fn add(&mut self, ids: impl IntoIterator<Item = u16>, count: u64) {
+        self.row.clear();
+        self.row.extend(ids);
+        self.row.sort_unstable();
+        let mut at = self.begin(&self.row);
+        loop {
+            match self.table[at] {
+                FREE => break,
+                set if self.of(set as usize) == self.row => {
+                    self.counts[set as usize] += count;
+                    return;
+                }
+                _ => at = (at + 1) & (self.table.len() - 1),
+            }
+        }
+        self.table[at] = self.counts.len() as u32;
+        self.ids.extend_from_slice(&self.row);
+        self.counts.push(count);
+        if self.counts.len() * 2 > self.table.len() {
+            self.grow();
+        }
+    }
+
+    /// Ids `[N, K]` and counts `[N]`, in the order of the ids: however tokens came in, the answer is the same.
+    #[must_use]
+    pub fn finish(self) -> (Vec<u16>, Vec<u64>) {
+        let mut order: Vec<usize> = (0..self.counts.len()).collect();
+        order.sort_unstable_by_key(|&set| self.of(set));
+        let ids = order.iter().flat_map(|&set| self.of(set)).copied().collect();
+        (ids, order.iter().map(|&set| self.counts[set]).collect())
+    }
+
+    fn of(&self, set: usize) -> &[u16] {
+        &self.ids[set * self.top_k..][..self.top_k]
+    }
+
+    /// Where the search for a set begins in the table.
+    fn begin(&self, ids: &[u16]) -> usize {
+        let mix =
+            |hash: u64, &id: &u16| (hash.rotate_left(5) ^ u64::from(id)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        // The upper bits of a product depend on all of its factors' bits.
+        (ids.iter().fold(0, mix) >> 32) as usize & (self.table.len() - 1)
+    }
+
+    fn grow(&mut self) {
+        self.table = vec![FREE; self.table.len() * 4];
+        for set in 0..self.counts.len() {
+            let mut at = self.begin(self.of(set));
+            while self.table[at] != FREE {
+                at = (at + 1) & (self.table.len() - 1);
+            }
+            self.table[at] = set as u32;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    proptest! {
+        #[test]
+        fn counts_like_a_map(
+            top_k in 1usize..4,
+            draws in prop::collection::vec((prop::collection::vec(0u16..9, 3), 0u64..5), 0..300),
+        ) {
+            let mut sets = Sets::new(top_k);
+            let mut map = BTreeMap::<Vec<u16>, u64>::new();
+            for (ids, count) in draws {
+                let mut ids = ids[..top_k].to_vec();
+                sets.add(ids.iter().copied(), count);
+                ids.sort_unstable();
+                *map.entry(ids).or_default() += count;
+            }
+            let (ids, counts) = sets.finish();
+            prop_assert_eq!(ids, map.keys().flatten().copied().collect::<Vec<_>>());
+            prop_assert_eq!(counts, map.into_values().collect::<Vec<_>>());
+        }
+    }
+}

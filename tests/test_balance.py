@@ -1,0 +1,147 @@
+"""balance(), and the baselines with copies, against DeepSeek's balancer written out plainly."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner import _core
+
+
+def pack(weights, packs):
+    """DeepSeek's packing: heaviest first to the lightest pack with room; all packs end alike."""
+    room = len(weights) // packs
+    members, sums = [[] for _ in range(packs)], [0.0] * packs
+    for item in sorted(range(len(weights)), key=lambda item: -weights[item]):
+        pack = min((p for p in range(packs) if len(members[p]) < room), key=lambda p: sums[p])
+        members[pack].append(item)
+        sums[pack] += weights[item]
+    return members
+
+
+def deepseek(load, devices, slots, *, groups=1, nodes=1):
+    """Load of every device [D] under DeepSeek's policy: hierarchical with nodes, else global.
+
+    Groups of experts are packed onto nodes, experts get copies within a node by the largest load
+    per copy, and copies are packed onto its devices, two of one expert on one device or not.
+    """
+    members = np.arange(len(load)).reshape(groups, -1)
+    of_device = []
+    for group in pack([load[of].sum() for of in members], nodes):
+        experts = list(np.concatenate([members[g] for g in group]))
+        copies = dict.fromkeys(experts, 1)
+        for _ in range(slots * devices // nodes - len(experts)):
+            copies[max(experts, key=lambda e: load[e] / copies[e])] += 1
+        items = [load[e] / copies[e] for e in experts for _ in range(copies[e])]
+        of_device += [sum(items[i] for i in held) for held in pack(items, devices // nodes)]
+    return np.array(of_device)
+
+
+def device_load(load, placement):
+    """Load of every device [L,D], copies taking equal parts."""
+    return np.einsum("ldE,lE->ld", placement.held, load / placement.replicas)
+
+
+def skewed(layers, experts, seed, spread=0.8):
+    return np.floor(1e4 * np.random.default_rng(seed).lognormal(0, spread, (layers, experts)))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_never_worse_than_deepseek(seed):
+    """Neither than the global nor than the hierarchical policy."""
+    experts, devices, slots, groups, nodes = [
+        (16, 4, 5, 4, 2),
+        (32, 8, 5, 8, 4),
+        (64, 8, 10, 8, 2),
+        (64, 16, 5, 8, 4),
+        (128, 16, 9, 8, 2),
+    ][seed % 5]
+    load = skewed(4, experts, seed, 0.4 + 0.3 * (seed % 4))
+    found = device_load(load, mt.balance(load, devices=devices, slots_per_device=slots))
+    for kind in ({}, {"groups": groups, "nodes": nodes}):
+        theirs = np.array([deepseek(row, devices, slots, **kind).max() for row in load])
+        assert (found.max(axis=1) / theirs).mean() <= 1 + 1e-9
+
+
+def test_eplb_is_deepseeks_where_that_has_no_second_copies():
+    """The baseline is the published policy, load by load."""
+    load = skewed(3, 64, 1, 0.3).astype(np.uint64)
+    problem = mt.Problem(mt.RoutingStatistics.from_load(load), mt.Topology(8), slots_per_device=9)
+    placement = mt.solve(problem, "eplb").placement
+    for row, found in zip(load, device_load(load, placement), strict=True):
+        assert np.allclose(np.sort(found), np.sort(deepseek(row.astype(float), 8, 9)))
+    best = mt.solve(problem, "lpt").placement
+    assert (device_load(load, best).max(1) <= device_load(load, placement).max(1)).all()
+
+
+@given(st.data())
+def test_slots_are_filled_by_the_rules(data):
+    """Every expert has a slot, rooms hold, no device has two copies; the same call, the same."""
+    experts, devices = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 5))
+    room = data.draw(st.lists(st.integers(0, 6), min_size=devices, max_size=devices))
+    load = data.draw(
+        st.lists(st.lists(st.integers(0, 99), min_size=experts, max_size=experts), min_size=1)
+    )
+    if sum(room) < experts:
+        with pytest.raises(ValueError, match="slots_per_device must give at least"):
+            mt.balance(load, devices=devices, slots_per_device=room)
+        return
+    # Placement itself refuses a missing expert and a second copy on a device.
+    placement = mt.balance(load, devices=devices, slots_per_device=room)
+    assert ((placement.slots >= 0).sum(axis=2) <= room).all()
+    assert placement == mt.balance(load, devices=devices, slots_per_device=room)
+
+
+def test_faster_devices_do_more():
+    """Times, not loads, are balanced."""
+    load, speed = skewed(4, 64, 3), np.array([4, 4, 1, 1])
+    placement = mt.balance(load, devices=4, slots_per_device=[40, 40, 12, 12], speed=speed)
+    times = device_load(load, placement) / speed
+    assert (times.max(axis=1) < 1.02 * load.sum(axis=1) / speed.sum()).all()
+
+
+def test_windows_are_summed():
+    """Windows [W,L,E] count as their sum."""
+    load = skewed(6, 16, 0).reshape(2, 3, 16)
+    kinds = {"devices": 4, "slots_per_device": 5}
+    assert mt.balance(load, **kinds) == mt.balance(load.sum(axis=0), **kinds)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"load": [1, 2]}, r"load must be \[layers, experts\]"),
+        ({"load": [[1, -2]]}, "load must have finite values of at least 0, got -2 in layer 0"),
+        ({"load": [[1, float("nan")]]}, "load must have finite values"),
+        ({"devices": 0}, "devices must be at least 1, got 0"),
+        ({"slots_per_device": [1]}, "slots_per_device must be one number or 2"),
+        ({"slots_per_device": [1, 0]}, "slots_per_device must give at least 2 slots"),
+        ({"speed": [1, 0]}, "speed must be finite and above 0"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        mt.balance(**{"load": [[1, 2]], "devices": 2, "slots_per_device": 2} | arguments)
+
+
+def layers(load, slots, devices, **rules):
+    load = np.asarray(load, dtype=np.float64).reshape(1, 1, -1)
+    room = np.full((1, devices), slots)
+    kinds = {"nearest": False, "norm": 0}
+    return _core.Layers(load, np.ones(1), room, [0] * devices, [1.0] * devices, **kinds, **rules)
+
+
+def test_search_finds_the_optimum_of_few_heavy_experts():
+    """Even split, two slots on each of eight devices: 196.67, where copying the heaviest is 232."""
+    load = np.array([[600, 560, 120, 120, 20, 10, 10, 10]], dtype=np.float64)
+    core = layers(load, 2, 8)
+    slots, _ = core.place(core.construct(), trials=200_000, hot=0.05, cold=1e-4)
+    assert device_load(load, mt.Placement(slots, num_experts=8)).max() == pytest.approx(590 / 3)
+
+
+def test_construct_names_the_expert_without_a_slot():
+    """Two experts allowed on one device with one slot."""
+    forbidden = np.array([[[False, True], [False, True]]])
+    with pytest.raises(ValueError, match="layer 0: no slot is left for expert"):
+        layers([2, 1], 1, 2, forbidden=forbidden).construct()
