@@ -135,13 +135,13 @@ pub(super) fn rows_of<I: ExpertId>(ids: &[I], top_k: usize, size: usize, rows: &
     let columns: Vec<usize> = (0..size).collect();
     match size {
         0..=8 => rows_with(ids, top_k, size, &columns, rows, |_, ids, sets: &mut [u8; BLOCK]| {
-            sets_of(ids, top_k, sets)
+            sets_of(ids, top_k, sets);
         }),
         9..=32 => rows_with(ids, top_k, size, &columns, rows, |_, ids, sets: &mut [u32; BLOCK]| {
-            sets_of(ids, top_k, sets)
+            sets_of(ids, top_k, sets);
         }),
         _ => rows_with(ids, top_k, size, &columns, rows, |_, ids, sets: &mut [u64; BLOCK]| {
-            sets_of(ids, top_k, sets)
+            sets_of(ids, top_k, sets);
         }),
     }
 }
@@ -199,13 +199,13 @@ pub(super) fn rows_of_sums<I: ExpertId>(
             let table = of_word[0].map(|unit| unit as u8);
             rows_with(ids, top_k, size, columns, rows, |_, ids, sums: &mut [u8; BLOCK]| {
                 sums_of(ids, top_k, &table, sums);
-            })
+            });
         }
         9..=32 => {
             let table = of_word[0].map(|unit| unit as u32);
             rows_with(ids, top_k, size, columns, rows, |_, ids, sums: &mut [u32; BLOCK]| {
                 sums_of(ids, top_k, &table, sums);
-            })
+            });
         }
         _ => rows_with(ids, top_k, size, columns, rows, |word, ids, sums: &mut [u64; BLOCK]| {
             sums_of(ids, top_k, &of_word[word], sums);
