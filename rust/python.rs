@@ -12,7 +12,7 @@ use numpy::{
     IntoPyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
     PyReadonlyArray3, PyUntypedArrayMethods,
 };
-use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyKeyboardInterrupt, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use rayon::prelude::*;
 
@@ -133,7 +133,12 @@ fn watched<T: Send>(
                 let best = (best != i64::MAX).then_some(best);
                 if let Err(error) = progress.call1((now.as_secs_f64(), best)) {
                     control.stop.store(true, Ordering::Relaxed);
-                    failed.get_or_insert(error);
+                    // Ctrl-C may well come while a report is being written.
+                    if error.is_instance_of::<PyKeyboardInterrupt>(py) {
+                        interrupted = true;
+                    } else {
+                        failed.get_or_insert(error);
+                    }
                 }
             }
         }
