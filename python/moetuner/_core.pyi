@@ -20,6 +20,8 @@ __all__ = [
     "lpt",
     "place_clusters",
     "search",
+    "separate",
+    "smallest_peaks",
     "validate",
     "verify_bound",
 ]
