@@ -16,10 +16,10 @@ from moetuner.solver.bound import bound
 from moetuner.solver.chain import chain
 from moetuner.solver.colocation import colocation, fits
 from moetuner.solver.heuristic import heuristic
-from moetuner.solver.layers import layers
 from moetuner.solver.least import bounded
 from moetuner.solver.neighbourhood import neighbourhood
 from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.searched import searched
 
 # Shares of a time limit. The search comes first: everything else can only add to what it finds.
 SEARCH_SHARE = 0.55
@@ -41,8 +41,8 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
         Without ``time_limit`` no integer programme is run, so that the answer depends on the
         problem and the seed alone and comes in seconds.
     """
-    if not problem.is_plain:
-        return bounded(problem, layers(problem, seed=seed, limits=limits), limits)
+    if not problem.is_plain or problem.counts_visits:
+        return bounded(problem, searched(problem, seed=seed, limits=limits), limits)
     begin = time.perf_counter()
 
     def left() -> float | None:
