@@ -23,6 +23,8 @@ __all__ = [
     "place_clusters",
     "replicate_experts",
     "search",
+    "separate",
+    "smallest_peaks",
     "validate",
     "verify_bound",
 ]
