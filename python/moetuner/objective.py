@@ -30,14 +30,14 @@ def balance(problem: Problem, placement: Placement) -> float:
 def slowest_time(problem: Problem, placement: Placement) -> Floats:
     """Largest load over speed of a device in every window [W], summed over layers."""
     windows, speed = problem.windows, problem.topology.speed_of_device
-    slowest = np.zeros(len(windows.load))
     if np.count_nonzero(placement.slots != EMPTY) == placement.layers * placement.num_experts:
         # One copy each. Empty slots (-1) take the last column.
-        of_expert = np.zeros((len(windows.load), placement.num_experts + 1))
-        for layer, slots in enumerate(placement.slots):
-            of_expert[:, :-1] = windows.load[:, layer]
-            slowest += (of_expert[:, slots].sum(axis=2) / speed).max(axis=1)
-        return slowest
+        of_expert = np.pad(windows.load, ((0, 0), (0, 0), (0, 1)))
+        layer = np.arange(placement.layers)[:, None, None]
+        load = of_expert[:, layer, placement.slots].sum(axis=3, dtype=np.float64)
+        each: Floats = (load / speed).max(axis=2).sum(axis=1)
+        return each
+    slowest = np.zeros(len(windows.load))
     for layer, share in enumerate(_split.shares(placement, problem.topology, problem.split)):
         slowest += (windows.load[:, layer] @ share.T / speed).max(axis=1)
     return slowest
