@@ -33,8 +33,8 @@ def slowest_time(problem: Problem, placement: Placement) -> Floats:
     if np.count_nonzero(placement.slots != EMPTY) == placement.layers * placement.num_experts:
         # One copy each. Empty slots (-1) take the last column.
         of_expert = np.pad(windows.load, ((0, 0), (0, 0), (0, 1)))
-        layer = np.arange(placement.layers)[:, None, None]
-        load = of_expert[:, layer, placement.slots].sum(axis=3, dtype=np.float64)
+        row = np.arange(placement.layers)[:, None, None]
+        load = of_expert[:, row, placement.slots].sum(axis=3, dtype=np.float64)
         each: Floats = (load / speed).max(axis=2).sum(axis=1)
         return each
     slowest = np.zeros(len(windows.load))
