@@ -114,10 +114,11 @@ def _search(load: Floats, choice: Choice, devices: int, slots: int, trials: int)
         nearest=False,
         norm=choice.norm,
     )
-    small = devices * slots <= 64
-    hot, cold = (0.3, 1e-3) if small else (choice.hot, choice.cold)
     return layers.place(
-        layers.construct(), trials=max(trials * devices * slots, 5000), hot=hot, cold=cold
+        layers.construct(),
+        trials=max(trials * devices * slots, 20_000),
+        hot=choice.hot,
+        cold=choice.cold,
     )[0]
 
 

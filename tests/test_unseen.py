@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moetuner.solver import unseen
 from moetuner.solver.unseen import Choice, choose, extended
 
 
@@ -78,8 +79,8 @@ def test_groups_of_many_windows_are_not() -> None:
 
 def test_unequal_devices_and_nearest_copies() -> None:
     details = choice(table(8), time=np.array([1.0, 1.0, 0.5, 0.5]), nearest=True).details
-    # The search sees halves of the time; the imbalance is still relative to a perfect split.
-    assert all(1 <= score < 2 for score in details["scores"].values())
+    # Imbalance is relative to what a perfect split over devices of such speeds would take.
+    assert all(1 <= score < 4 for score in details["scores"].values())
 
 
 def test_a_layer_without_tokens() -> None:
@@ -90,7 +91,8 @@ def test_a_layer_without_tokens() -> None:
     assert all(np.isfinite(score) for score in found.details["scores"].values())
 
 
-def test_turned_windows_have_the_mean_and_the_covariance_of_those_seen() -> None:
+def test_invented_windows_vary_as_those_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unseen, "INVENTED", 20_000)
     rng = np.random.default_rng(0)
     # Loads that vary little, so that none has to be cut at zero.
     load = 1000 + rng.normal(0, 20, (6, 2, 5))
@@ -99,20 +101,24 @@ def test_turned_windows_have_the_mean_and_the_covariance_of_those_seen() -> None
     wide, weights = extended(load, weight, 0.5)
     assert np.array_equal(wide[:6], load)
     assert np.array_equal(weights[:6], weight)
-    turned = wide[6:] * weights[6:, None, None]
-    assert turned.sum(axis=0) == pytest.approx(0.5 * load.sum(axis=0))
-    turned *= 1000 / turned.sum(axis=2, keepdims=True)
+    invented = wide[6:] * weights[6:, None, None]
+    assert invented.sum(axis=0) == pytest.approx(0.5 * load.sum(axis=0))
+    invented *= 1000 / invented.sum(axis=2, keepdims=True)
     for layer in range(2):
-        seen = np.cov(load[:, layer].T)
-        assert np.cov(turned[:, layer].T, ddof=0) == pytest.approx(seen, abs=1e-6 * seen.max())
+        seen = unseen.REACH**2 * np.cov(load[:, layer].T)
+        assert np.cov(invented[:, layer].T) == pytest.approx(seen, abs=0.05 * seen.max())
 
 
-def test_turned_windows_are_possible_ones() -> None:
-    wide, weights = extended(table(5), np.array([1.0, 2.0, 0.0, 1.0, 1.0]), 1.0)
+def test_invented_windows_are_possible_ones() -> None:
+    load = table(5)
+    load[:, :, 3] = 0
+    wide, weights = extended(load, np.array([1.0, 2.0, 0.0, 1.0, 1.0]), 1.0)
     assert (wide >= 0).all()
-    assert len(wide) == len(weights) == 5 + 2 * 3
+    assert not wide[:, :, 3].any()
+    assert len(wide) == len(weights) == 5 + unseen.INVENTED
 
 
-def test_many_windows_get_few_turned_ones() -> None:
-    wide, _ = extended(table(100), np.ones(100), 0.3)
-    assert len(wide) == 124
+def test_one_seed_invents_the_same_windows() -> None:
+    one, two, other = (extended(table(5), np.ones(5), 1.0, seed=seed)[0] for seed in (1, 1, 2))
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, other)

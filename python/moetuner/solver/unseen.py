@@ -28,10 +28,12 @@ FEW_PER_GROUP = 2
 MOST_FOLDS, WINDOW_FOLDS = 8, 4
 # Layers that are tried, at even distances, and trials for each of their slots.
 TRIED_LAYERS, TRIALS_PER_SLOT = 6, 100
+# A move changes layers of few slots so much that they need more heat, and many trials for a slot.
+SMALL, SMALL_HOT, SMALL_COLD, LEAST_TRIALS = 64, 0.03, 3e-4, 10_000
 # The first setting stands unless another is better by as many standard errors.
 CLEARLY = 1.0
-# Directions in which the traffic turns, at most; two windows each.
-MOST_TURNS = 12
+# Windows invented, and how much further than those seen they are from the mean.
+INVENTED, REACH = 56, 1.5
 
 
 @dataclass(frozen=True)
@@ -42,23 +44,23 @@ class Setting:
     ----------
     norm
         Order of the norm over devices that stands for the maximum; 0 for the maximum itself.
-    turned
-        Weight of all turned windows, as a share of the weight of all windows.
+    invented
+        Weight of all invented windows, as a share of the weight of those seen.
     """
 
     norm: int
-    turned: float = 0.0
+    invented: float = 0.0
 
     @property
     def name(self) -> str:
         """What it is called in ``details``."""
         norm = f"norm {self.norm}" if self.norm else "maximum"
-        return f"{norm}, turned {self.turned:g}" if self.turned else norm
+        return f"{norm}, invented windows" if self.invented else norm
 
 
 # Of equals the first is taken.
-FOR_WINDOWS = (Setting(8), Setting(16), Setting(8, 0.3), Setting(0))
-FOR_GROUPS = (Setting(8, 0.3), Setting(4, 0.3), Setting(8, 1.0), Setting(8), Setting(0))
+FOR_WINDOWS = (Setting(8), Setting(16), Setting(8, 1.0), Setting(0))
+FOR_GROUPS = (Setting(8, 1.0), Setting(4, 1.0), Setting(8), Setting(0))
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,15 @@ def choose(
         "layers": len(layers),
         "scores": {s.name: float(score.mean()) for s, score in zip(settings, scores, strict=True)},
     }
-    wide, weights = extended(load, weight, chosen.turned)
-    return Choice(wide, weights, chosen.norm, details=details)
+    wide, weights = extended(load, weight, chosen.invented, seed=seed)
+    return Choice(wide, weights, chosen.norm, *_temperatures(room), details)
+
+
+def _temperatures(room: Integers) -> tuple[float, float]:
+    """First and last temperature for layers of such slots."""
+    if room.sum(axis=1).max() <= SMALL:
+        return SMALL_HOT, SMALL_COLD
+    return Choice.hot, Choice.cold
 
 
 def _folds(used: Integers, windows: int, group: Integers | None) -> tuple[Integers, bool]:
@@ -163,7 +172,8 @@ class _Trial:
         parts = range(int(self.fold.max()) + 1)
         held_out = [(self.fold == part)[:, None, None] for part in parts]
         tables = [
-            extended(np.where(out, 0, self.load), self.weight, setting.turned) for out in held_out
+            extended(np.where(out, 0, self.load), self.weight, setting.invented, seed=seed)
+            for out in held_out
         ]
         layers = _core.Layers(
             np.concatenate([load for load, _ in tables], axis=1),
@@ -174,11 +184,12 @@ class _Trial:
             nearest=self.nearest,
             norm=setting.norm,
         )
+        hot, cold = _temperatures(self.room)
         slots, _ = layers.place(
             layers.construct(),
-            trials=TRIALS_PER_SLOT * int(self.room.sum(axis=1).max()),
-            hot=Choice.hot,
-            cold=Choice.cold,
+            trials=max(TRIALS_PER_SLOT * int(self.room.sum(axis=1).max()), LEAST_TRIALS),
+            hot=hot,
+            cold=cold,
             seed=seed,
             threads=threads,
         )
@@ -203,42 +214,41 @@ class _Trial:
         return scores
 
 
-def extended(load: Floats, weight: Floats, turned: float) -> tuple[Floats, Floats]:
-    """Add windows that did not happen, but have the mean and the covariance of those that did.
+def extended(
+    load: Floats, weight: Floats, invented: float, *, seed: int = 0
+) -> tuple[Floats, Floats]:
+    """Add windows that did not happen, but vary as those that did.
 
-    What sets the windows apart from their mean is turned: with the same lengths, orthogonal
-    combinations of it are as likely as what was seen, where experts whose loads rise together
-    still do. Each is added to the mean and taken from it.
+    An invented window is the mean plus a random combination of what sets the windows seen apart
+    from it, so that experts whose loads rise together still do; and the same taken from the mean.
+    They have the mean of the windows seen and, but for ``REACH`` squared, their covariance.
 
     Parameters
     ----------
     load, weight
         Tokens [W,L,E] and weights [W] of the windows seen.
-    turned
-        Weight of all turned windows, as a share of the weight of those seen; 0 for none.
+    invented
+        Weight of all invented windows, as a share of the weight of those seen; 0 for none.
 
     Returns
     -------
-        Load and weight with the turned windows after those seen.
+        Load and weight with the invented windows after those seen.
     """
     tokens = load.sum(axis=2, keepdims=True)
     mass = weight * tokens.sum(axis=(1, 2))
     used = np.flatnonzero(mass > 0)
-    number = min(len(used) - 1, MOST_TURNS)
-    if turned <= 0 or number < 1:
+    if invented <= 0 or len(used) < 2:
         return load, weight
     part = mass[used] / mass.sum()
     share = load[used] / np.maximum(tokens[used], 1e-300)
     mean = np.einsum("w,wle->le", part, share)
-    apart = np.sqrt(part)[:, None, None] * (share - mean)
-    # Rows of a cosine transform are orthogonal; the mean is what the one left out would give.
-    row = np.linspace(1, len(used) - 1, number).round()
-    angle = np.pi * np.outer(row, np.arange(len(used)) + 0.5) / len(used)
-    turn = np.cos(angle) * np.sqrt(2.0)
-    change = np.einsum("nw,wle->nle", turn, apart)
+    # Unbiased: the mean itself was taken from as many windows.
+    spread = np.sqrt(part * len(used) / (len(used) - 1))
+    factor = REACH * spread * np.random.default_rng(seed).normal(size=(INVENTED // 2, len(used)))
+    change = np.einsum("nw,wle->nle", factor, share - mean)
     likely = np.maximum(np.concatenate([mean + change, mean - change]), 0)
     likely /= np.maximum(likely.sum(axis=2, keepdims=True), 1e-300)
     # A layer's weighted tokens, as many as it has in the windows seen.
     total = np.einsum("w,wlx->lx", weight, tokens)
-    wide = np.concatenate([load, likely * (turned * total / len(likely))])
+    wide = np.concatenate([load, likely * (invented * total / len(likely))])
     return wide, np.concatenate([weight, np.ones(len(likely))])
