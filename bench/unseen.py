@@ -116,7 +116,7 @@ def _search(load: Floats, choice: Choice, devices: int, slots: int, trials: int)
     )
     return layers.place(
         layers.construct(),
-        trials=max(trials * devices * slots, 20_000),
+        trials=max(trials * devices * slots, 60_000),
         hot=choice.hot,
         cold=choice.cold,
     )[0]
