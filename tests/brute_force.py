@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,25 @@ def small_problem(
     return mt.Problem(
         statistics, topology, slots_per_device=slots, regime=regime, max_imbalance=max_imbalance
     )
+
+
+def every_placement(problem: mt.Problem) -> Iterator[mt.Placement]:
+    """Give every placement with at least one copy of each expert, slots in order of ids."""
+    layers = [list(_every_layer(problem, rooms)) for rooms in problem.rooms.tolist()]
+    for chosen in itertools.product(*layers):
+        yield mt.Placement(np.array(chosen), num_experts=problem.experts)
+
+
+def _every_layer(problem: mt.Problem, rooms: list[int]) -> Iterator[list[list[int]]]:
+    """Contents [D,S] of a layer's devices."""
+    experts, width = range(problem.experts), problem.slots
+    contents = [
+        [held for n in range(room + 1) for held in itertools.combinations(experts, n)]
+        for room in rooms
+    ]
+    for devices in itertools.product(*contents):
+        if len(set().union(*devices)) == problem.experts:
+            yield [[*held, *[-1] * (width - len(held))] for held in devices]
 
 
 def optimum(problem: mt.Problem, caps: NDArray[np.integer] | None = None) -> int | None:

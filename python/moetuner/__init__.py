@@ -6,13 +6,15 @@ Data flows one way: a recorded ``RoutingTrace`` is counted into ``RoutingStatist
 """
 
 from moetuner._core import __version__
+from moetuner._moves import PlacementDiff
 from moetuner.audit import Audit, audit
 from moetuner.balance import balance
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
-from moetuner.placement import Placement, PlacementDiff
+from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import solve
+from moetuner.solver.pareto import Trade, pareto
 from moetuner.solver.result import Progress, Result
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Tier, Topology
@@ -32,11 +34,13 @@ __all__ = [
     "RoutingTrace",
     "Tier",
     "Topology",
+    "Trade",
     "Verdict",
     "__version__",
     "audit",
     "balance",
     "evaluate",
+    "pareto",
     "solve",
     "verdict",
 ]

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner._files import replacing
+from moetuner._moves import PlacementDiff, difference
+from moetuner.topology import Topology
 
 SCHEMA = "moetuner.placement/1"
 EMPTY = -1
@@ -210,11 +212,18 @@ class Placement:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: not a placement: {error}") from None
 
-    def diff(self, other: Placement, *, bytes_per_expert: int | None = None) -> PlacementDiff:
+    def diff(
+        self,
+        other: Placement,
+        *,
+        bytes_per_expert: int | None = None,
+        topology: Topology | None = None,
+    ) -> PlacementDiff:
         """Say what has to move to get from this placement to ``other``.
 
         A copy moves when a device needs an expert of a layer that it does not hold yet; another
-        slot of the same device costs nothing.
+        slot of the same device costs nothing. It comes from the nearest device of the topology that
+        holds the expert, of equally near ones from the one with the lowest number.
         """
         shape, wanted = (self.layers, self.devices, self.num_experts), other
         if shape != (wanted.layers, wanted.devices, wanted.num_experts):
@@ -222,13 +231,12 @@ class Placement:
                 f"placements must have the same layers, devices and experts, got {shape} and "
                 f"{(wanted.layers, wanted.devices, wanted.num_experts)}"
             )
-        arriving = other.held & ~self.held
-        moved = int(arriving.sum())
-        return PlacementDiff(
-            experts_moved=moved,
-            experts_moved_per_layer=arriving.sum(axis=(1, 2)),
-            bytes_moved=None if bytes_per_expert is None else moved * bytes_per_expert,
-        )
+        if topology is not None and topology.devices != self.devices:
+            raise ValueError(
+                f"topology must have {self.devices} devices like the placements, "
+                f"got {topology.devices}"
+            )
+        return difference(self.held, other.held, topology, bytes_per_expert)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):
@@ -237,15 +245,6 @@ class Placement:
 
     def __hash__(self) -> int:
         return hash((self.num_experts, self.slots.shape, self.slots.tobytes()))
-
-
-@dataclass(frozen=True)
-class PlacementDiff:
-    """Copies of experts that arrive on a device which did not hold them."""
-
-    experts_moved: int
-    experts_moved_per_layer: NDArray[np.int64]
-    bytes_moved: int | None
 
 
 def _copies(slots: NDArray[Any], experts: int) -> NDArray[np.int64]:

@@ -10,12 +10,12 @@ import click
 from moetuner._bootstrap import Interval
 from moetuner.audit import RESAMPLES, Audit, Finding, audit
 from moetuner.cli import options
-from moetuner.cli.inputs import describe, facts, read, window_of
+from moetuner.cli.inputs import Source, traffic_options
+from moetuner.cli.machine import Machine, node_options, time_options
 from moetuner.cli.output import Output, number
 from moetuner.cli.progress import working
 from moetuner.cost import CostModel
 from moetuner.placement import Placement
-from moetuner.topology import Topology
 
 # Exit status where a group got worse by more than was allowed.
 WORSE = 3
@@ -34,7 +34,7 @@ NAMES = {
 
 @click.command("audit")
 @click.argument("placement_file", metavar="PLACEMENT", type=options.IN_FILE)
-@options.input_options
+@traffic_options
 @click.option(
     "--baseline",
     "baseline_file",
@@ -42,9 +42,8 @@ NAMES = {
     metavar="FILE",
     help="Placement to compare with; experts in blocks by default.",
 )
-@options.node_options
-@options.window_option
-@options.time_options
+@node_options
+@time_options
 @click.option(
     "--fail-if-worse",
     type=options.Number(min=0),
@@ -69,23 +68,18 @@ NAMES = {
     help="Resamples for the intervals.",
 )
 @options.seed_option
-@options.threads_option
 @options.json_option
 def command(
     placement_file: Path,
-    input_file: Path,
-    num_experts: int | None,
+    source: Source,
     baseline_file: Path | None,
-    devices_per_node: int | None,
-    machine: Topology | None,
-    window: int | None,
+    machine: Machine,
     cost_model: CostModel | None,
     regime: Any,
     fail_if_worse: float | None,
     measures: tuple[str, ...],
     resamples: int,
     seed: int,
-    threads: int | None,
     json_file: Path | None,
 ) -> int:
     """Say which groups of INPUT a placement serves worse than a baseline, and by how much.
@@ -96,10 +90,8 @@ def command(
     """
     placement = Placement.load(placement_file)
     baseline = None if baseline_file is None else Placement.load(baseline_file)
-    devices = placement.devices if machine is None else None
-    topology = options.topology_of(devices, devices_per_node, machine)
-    traffic = read(input_file, window=window, num_experts=num_experts)
-    window = window_of(traffic, window)
+    topology = machine.topology(placement.devices)
+    traffic, window = source.traffic, source.counted
     with working("auditing"):
         found = audit(
             placement,
@@ -111,7 +103,7 @@ def command(
             regime=regime,
             resamples=resamples,
             seed=seed,
-            threads=threads,
+            threads=source.threads,
         )
     known = tuple(found.whole)
     for measure in measures:
@@ -126,7 +118,7 @@ def command(
         failures = found.worse(fail_if_worse / 100, measures=judged)
 
     output = Output(json_file)
-    output.say(describe(input_file, traffic))
+    output.say(source.describe())
     against = "experts in blocks" if baseline_file is None else baseline_file.name
     kind, units = found.units
     output.say(
@@ -148,7 +140,7 @@ def command(
         )
     output.finish(
         {
-            "input": facts(input_file, traffic),
+            "input": source.facts(),
             "placement": str(placement_file),
             "baseline": None if baseline_file is None else str(baseline_file),
             "settings": {

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from moetuner.cli import options
-from moetuner.cli.compare import HEAD, Outcome, remarks, try_method
-from moetuner.cli.inputs import count, facts
+from moetuner.cli.inputs import WINDOW, count, facts
+from moetuner.cli.outcome import Outcome, head, remarks, try_method
 from moetuner.cli.output import Output, percent
 from moetuner.cli.progress import working
 from moetuner.formats import eplb
@@ -56,7 +56,7 @@ def command(directory: Path, threads: int | None, json_file: Path | None) -> Non
     seen, unseen = hold_out(trace, 0.5)
     problem = Problem(count(seen, None, threads), Topology(DEVICES), max_imbalance=MAX_IMBALANCE)
     outcomes = {
-        method: try_method(method, problem, unseen, window=options.WINDOW, seed=0, threads=threads)
+        method: try_method(method, problem, unseen, window=WINDOW, seed=0, threads=threads)
         for method in METHODS
     }
     output.say(
@@ -67,7 +67,7 @@ def command(directory: Path, threads: int | None, json_file: Path | None) -> Non
     )
     output.say("share of steps between devices; fanout: devices that a token visits in a layer.")
     output.say()
-    output.table(HEAD, [outcome.row() for outcome in outcomes.values()])
+    output.table(head(problem), [outcome.row() for outcome in outcomes.values()])
     for line in remarks(list(outcomes.values()), problem):
         output.say(line)
     output.say()
@@ -123,7 +123,7 @@ def _say_gain(output: Output, before: Outcome, after: Outcome) -> None:
     output.say(
         f"Load: the busiest device has {new.imbalance_total:.2f} x the mean load over all unseen "
         f"traffic ({old.imbalance_total:.2f} before), and\n"
-        f"      {new.imbalance:.2f} x in a window of {options.WINDOW} consecutive tokens "
+        f"      {new.imbalance:.2f} x in a window of {WINDOW} consecutive tokens "
         f"({old.imbalance:.2f} before)."
     )
     if new.imbalance > old.imbalance:

@@ -10,14 +10,13 @@ import click
 
 from moetuner._split import SPLITS
 from moetuner.cli import options
-from moetuner.cli.inputs import describe, facts, read, window_of
+from moetuner.cli.inputs import Source, traffic_options
+from moetuner.cli.machine import Machine, node_options, time_options
 from moetuner.cli.output import Output, number
 from moetuner.cli.progress import working
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.placement import Placement
-from moetuner.statistics import RoutingStatistics
-from moetuner.topology import Topology
 
 HEAD = ("traffic", "tokens", "imbalance", "mixed", "total", "worst", "crossing", "fanout", "nodes")
 TIMES = ("layer, us", "mean", "p50", "p95", "p99")
@@ -25,9 +24,8 @@ TIMES = ("layer, us", "mean", "p50", "p95", "p99")
 
 @click.command("evaluate")
 @click.argument("placement_file", metavar="PLACEMENT", type=options.IN_FILE)
-@options.input_options
-@options.node_options
-@options.window_option
+@traffic_options
+@node_options
 @click.option(
     "--split",
     type=click.Choice(SPLITS),
@@ -36,20 +34,15 @@ TIMES = ("layer, us", "mean", "p50", "p95", "p99")
     help="Which of an expert's copies serves a token: by hash (vLLM), the nearest (SGLang), or in "
     "turns (TensorRT-LLM).",
 )
-@options.time_options
-@options.threads_option
+@time_options
 @options.json_option
 def command(
     placement_file: Path,
-    input_file: Path,
-    num_experts: int | None,
-    devices_per_node: int | None,
-    machine: Topology | None,
-    window: int | None,
+    source: Source,
+    machine: Machine,
     split: Any,
     cost_model: CostModel | None,
     regime: Any,
-    threads: int | None,
     json_file: Path | None,
 ) -> None:
     """Replay a placement token by token, for all traffic and for each of its groups.
@@ -61,24 +54,22 @@ def command(
     50, 95 and 99 percent of layers and windows do not exceed.
     """
     placement = Placement.load(placement_file)
-    devices = placement.devices if machine is None else None
-    topology = options.topology_of(devices, devices_per_node, machine)
-    traffic = read(input_file, window=window, num_experts=num_experts)
-    window = window_of(traffic, window)
+    topology = machine.topology(placement.devices)
+    traffic, window = source.traffic, source.counted
     with working("replaying"):
         found = evaluate(
             placement,
             traffic,
             topology,
-            window=None if isinstance(traffic, RoutingStatistics) else window,
+            window=source.replayed,
             split=split,
             cost_model=cost_model,
             regime=regime,
-            threads=threads,
+            threads=source.threads,
         )
 
     output = Output(json_file)
-    output.say(describe(input_file, traffic))
+    output.say(source.describe())
     windows = f", windows of {window} tokens" if window else ""
     output.say(
         f"{placement_file.name}: {placement.devices} devices x "
@@ -95,7 +86,7 @@ def command(
         output.say(_ports(name, ports))
     output.finish(
         {
-            "input": facts(input_file, traffic),
+            "input": source.facts(),
             "placement": str(placement_file),
             "settings": {
                 "devices": topology.devices,

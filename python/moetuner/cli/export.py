@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 
+from moetuner._files import replacing
 from moetuner.cli import options
+from moetuner.cli.machine import Machine, node_options
+from moetuner.cli.moving import show_pairs
 from moetuner.cli.output import Output
 from moetuner.formats import eplb
 from moetuner.placement import Placement
 
 WRITERS = {"json": Placement.save, "eplb": eplb.write}
+MOVES = "moves"
 
 
 @click.command("export")
 @click.argument("placement_file", metavar="PLACEMENT", type=options.IN_FILE)
-@click.option("--to", "form", type=click.Choice(list(WRITERS)), required=True, help="Format.")
+@click.option("--to", "form", type=click.Choice([*WRITERS, MOVES]), required=True, help="Format.")
 @click.option(
     "--out",
     "out_file",
@@ -25,16 +30,43 @@ WRITERS = {"json": Placement.save, "eplb": eplb.write}
     metavar="FILE",
     help="File to write.",
 )
+@click.option(
+    "--initial",
+    "initial_file",
+    type=options.IN_FILE,
+    metavar="PLACEMENT",
+    help="The placement that runs, for moves.",
+)
+@node_options
 @options.json_option
-def command(placement_file: Path, form: str, out_file: Path, json_file: Path | None) -> None:
-    """Write a placement in another format.
+def command(
+    placement_file: Path,
+    form: str,
+    out_file: Path,
+    initial_file: Path | None,
+    machine: Machine,
+    json_file: Path | None,
+) -> None:
+    """Write a placement in another format, or what has to move to get to it.
 
     json: moetuner's own. eplb: .npz with the three arrays that DeepSeek's balancer returns,
     physical_to_logical_map [L,P], logical_to_physical_map [L,E,X] and logical_replica_count [L,E];
-    slot p is on device p // (P / devices).
+    slot p is on device p // (P / devices). moves: JSON with (layer, expert, device from, device to)
+    of every expert that a device of --initial lacks, and how many go between every two devices.
     """
     placement = Placement.load(placement_file)
-    WRITERS[form](placement, out_file)
     output = Output(json_file)
+    if form == MOVES:
+        if initial_file is None:
+            raise click.UsageError("'--to moves' needs '--initial', the placement to move from.")
+        diff = Placement.load(initial_file).diff(
+            placement, topology=machine.topology(placement.devices)
+        )
+        with replacing(out_file) as temporary:
+            temporary.write_text(json.dumps(diff.to_dict()) + "\n")
+        output.say(f"{diff.experts_moved} experts move")
+        show_pairs(output, diff)
+    else:
+        WRITERS[form](placement, out_file)
     output.say(f"wrote {out_file}")
     output.finish({"placement": str(placement_file), "format": form, "out": str(out_file)})

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moetuner.cli.options import WINDOW
+import click
+
+from moetuner.cli import options
 from moetuner.cli.progress import working
 from moetuner.reading import read_input
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 Traffic = RoutingTrace | RoutingStatistics
+
+# Tokens of a window, where nobody says.
+WINDOW = 512
 
 
 def read(path: Path, *, window: int | None = None, num_experts: int | None = None) -> Traffic:
@@ -21,20 +28,20 @@ def read(path: Path, *, window: int | None = None, num_experts: int | None = Non
 
 
 def count(
-    traffic: Traffic, window: int | None, threads: int | None, *, sets: bool = False
+    traffic: Traffic,
+    window: int | None,
+    threads: int | None,
+    *,
+    sets: bool = False,
+    by_group: bool = False,
 ) -> RoutingStatistics:
     """Count a trace in windows, with its expert sets if wanted; statistics are counted already."""
     if isinstance(traffic, RoutingStatistics):
         return traffic
     with working("counting"):
         return RoutingStatistics.from_trace(
-            traffic, window=window or WINDOW, sets=sets, threads=threads
+            traffic, window=window or WINDOW, sets=sets, by_group=by_group, threads=threads
         )
-
-
-def window_of(traffic: Traffic, window: int | None) -> int | None:
-    """Tokens per window that will be counted, as far as they are known."""
-    return traffic.window if isinstance(traffic, RoutingStatistics) else window or WINDOW
 
 
 def facts(path: Path, traffic: Traffic) -> dict[str, Any]:
@@ -77,3 +84,59 @@ def describe(path: Path, traffic: Traffic) -> str:
         parts.append(f"{len(of['groups'])} groups")
     model = f" of {of['model']}" if of["model"] else ""
     return f"{path.name}: {of['kind']}{model}, {', '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """INPUT, and how it is counted."""
+
+    input_file: Path
+    num_experts: int | None = None
+    window: int | None = None
+    threads: int | None = None
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """The trace, saved statistics or load table."""
+        return read(self.input_file, window=self.window, num_experts=self.num_experts)
+
+    @property
+    def counted(self) -> int | None:
+        """Tokens per window that will be counted, as far as they are known."""
+        if isinstance(self.traffic, RoutingStatistics):
+            return self.traffic.window
+        return self.window or WINDOW
+
+    @property
+    def replayed(self) -> int | None:
+        """Tokens per window of a replay; None where windows are counted already."""
+        return None if isinstance(self.traffic, RoutingStatistics) else self.window or WINDOW
+
+    def facts(self) -> dict[str, Any]:
+        """Give kind and sizes, for JSON."""
+        return facts(self.input_file, self.traffic)
+
+    def describe(self) -> str:
+        """Say what INPUT is."""
+        return describe(self.input_file, self.traffic)
+
+
+_input = (
+    click.argument("input_file", metavar="INPUT", type=options.IN_FILE),
+    click.option(
+        "--num-experts",
+        type=click.IntRange(1, 65536),
+        metavar="E",
+        help="Experts per layer, where INPUT does not say (.npy).",
+    ),
+)
+_window = click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help=f"Tokens whose load is balanced together; a trace is cut into {WINDOW} by default, "
+    "statistics have their own.",
+)
+# Where windows do not matter.
+input_options = options.gathered("source", Source, (*_input, options.threads_option))
+traffic_options = options.gathered("source", Source, (*_input, _window, options.threads_option))

@@ -10,7 +10,7 @@ import click
 import numpy as np
 
 from moetuner.cli import options
-from moetuner.cli.inputs import describe, facts, read
+from moetuner.cli.inputs import Source, input_options
 from moetuner.cli.output import Output, number, percent
 from moetuner.cli.progress import working
 from moetuner.structure import Structure, structure
@@ -21,7 +21,7 @@ LITTLE = 0.005
 
 
 @click.command("inspect")
-@options.input_options
+@input_options
 @click.option(
     "--devices",
     type=click.IntRange(1, 65535),
@@ -39,28 +39,27 @@ LITTLE = 0.005
     help="Load cap of the placements that measure it.",
 )
 @options.seed_option
-@options.threads_option
 @options.json_option
 def command(
-    input_file: Path,
-    num_experts: int | None,
+    source: Source,
     devices: int,
     max_imbalance: float,
     seed: int,
-    threads: int | None,
     json_file: Path | None,
 ) -> None:
     """Say what is in a trace: sizes, skew, differences between groups, inter-layer structure."""
-    traffic = read(input_file, num_experts=num_experts)
+    traffic = source.traffic
     with working("looking for structure"):
-        found = structure(traffic, devices, max_imbalance=max_imbalance, seed=seed, threads=threads)
+        found = structure(
+            traffic, devices, max_imbalance=max_imbalance, seed=seed, threads=source.threads
+        )
     output = Output(json_file)
-    output.say(describe(input_file, traffic))
+    output.say(source.describe())
     output.say()
     show_skew(output, found)
     show_groups(output, found)
     show_crossings(output, found)
-    output.finish({"input": facts(input_file, traffic), **asdict(found)})
+    output.finish({"input": source.facts(), **asdict(found)})
 
 
 def show_skew(output: Output, found: Structure) -> None:

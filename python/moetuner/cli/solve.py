@@ -7,20 +7,24 @@ from typing import Any
 
 import click
 
+from moetuner.cli import moving as moves
 from moetuner.cli import options
-from moetuner.cli.compare import HEAD, remarks, settings, try_method
-from moetuner.cli.inputs import count, describe, facts, read, window_of
-from moetuner.cli.output import Output, percent
-from moetuner.problem import Problem
+from moetuner.cli.asked import Asked, problem_options, settings
+from moetuner.cli.inputs import Source, traffic_options
+from moetuner.cli.machine import Machine, machine_options
+from moetuner.cli.moving import Moving, moving_options
+from moetuner.cli.outcome import head, remarks, sentences, try_method
+from moetuner.cli.output import Output
 from moetuner.solver import METHODS
 from moetuner.solver.result import Result
-from moetuner.statistics import RoutingStatistics
-from moetuner.topology import Topology
 
 
 @click.command("solve")
-@options.input_options
-@options.problem_options
+@traffic_options
+@machine_options
+@problem_options
+@moving_options
+@options.time_limit_option
 @click.option(
     "--method",
     type=click.Choice(list(METHODS)),
@@ -45,24 +49,17 @@ from moetuner.topology import Topology
     metavar="FILE",
     help='Write the proof of the bound, for "moetuner verify".',
 )
-@options.threads_option
 @options.json_option
 def command(
-    input_file: Path,
-    num_experts: int | None,
-    devices: int | None,
-    devices_per_node: int | None,
-    machine: Topology | None,
-    slots_per_device: int | None,
-    regime: Any,
-    max_imbalance: float,
-    window: int | None,
+    source: Source,
+    machine: Machine,
+    asked: Asked,
+    moving: Moving,
     time_limit: float | None,
     method: str,
     seed: int,
     out_file: Path,
     certificate_file: Path | None,
-    threads: int | None,
     json_file: Path | None,
 ) -> None:
     """Compute a placement for all of INPUT and write it.
@@ -70,51 +67,62 @@ def command(
     Ctrl-C writes the best placement so far. "moetuner compare" says what to expect on traffic that
     the solver has not seen.
     """
-    topology = options.topology_of(devices, devices_per_node, machine)
-    traffic = read(input_file, window=window, num_experts=num_experts)
-    window = window_of(traffic, window)
-    statistics = count(traffic, window, threads, sets=regime == "dispatch")
-    problem = Problem(statistics, topology, slots_per_device, regime, max_imbalance)
-    judged = None if isinstance(traffic, RoutingStatistics) else window
+    topology, initial = machine.topology(), moving.initial()
+    window, threads = source.counted, source.threads
+    problem = asked.problem(source.traffic, topology, window=window, threads=threads)
+    how: dict[str, Any] = {"seed": seed, "threads": threads}
 
     output = Output(json_file)
-    output.say(describe(input_file, traffic))
+    output.say(source.describe())
     outcome = try_method(
         method,
         problem,
-        traffic,
-        window=judged,
-        seed=seed,
+        source.traffic,
+        window=source.replayed,
         time_limit=time_limit,
-        threads=threads,
+        **how,
+        **moving.arguments(initial),
     )
     # Written before anything is said about it: a closed pipe must not lose the answer.
     outcome.result.placement.save(out_file)
     output.say()
     outcomes = [outcome]
     if method != "contiguous" and outcome.result.status != "interrupted":
-        before = try_method(
-            "contiguous", problem, traffic, window=judged, seed=seed, threads=threads
-        )
+        before = try_method("contiguous", problem, source.traffic, window=source.replayed, **how)
         outcomes.insert(0, before)
-    output.table(HEAD, [each.row() for each in outcomes])
-    for line in remarks([outcome], problem):
+    output.table(head(problem), [each.row() for each in outcomes])
+    for line in (*remarks([outcome], problem), *sentences(outcome)):
         output.say(line)
-    if outcome.has_objective and outcome.result.gap is not None:
-        output.say(
-            f"No placement under this cap is below {outcome.result.bound:.4f} "
-            f"({outcome.result.bound_source}); this one is within {percent(outcome.result.gap)}."
-        )
+    answer: dict[str, Any] = {}
+    if initial is not None:
+        diff = initial.diff(outcome.result.placement, topology=topology)
+        for line in moves.sentences(diff, topology, moving):
+            output.say(line)
+        moves.show_pairs(output, diff)
+        known = moving.expert_bytes is not None
+        bytes_moved = diff.experts_moved * moving.each if known else None
+        answer["moves"] = {**diff.to_dict(), "bytes_moved": bytes_moved}
+        if moving.wants_pareto and outcome.result.status != "interrupted":
+            answer["pareto"] = moves.show_pareto(
+                output, problem, initial, moving, time_limit=time_limit, **how
+            )
     output.say(f"wrote {out_file}")
     if certificate_file is not None:
         output.say(_prove(outcome.result, certificate_file))
     output.finish(
         {
-            "input": facts(input_file, traffic),
-            "settings": {**settings(problem, window, seed, time_limit), "threads": threads},
+            "input": source.facts(),
+            "settings": {
+                **settings(problem),
+                **moving.settings(),
+                "window": window,
+                "time_limit": time_limit,
+                **how,
+            },
             "placement": str(out_file),
             "method": method,
             **outcome.to_dict(),
+            **answer,
         }
     )
 

@@ -8,26 +8,19 @@ import click
 import numpy as np
 
 from moetuner.cli import options
-from moetuner.cli.inputs import count, read, window_of
+from moetuner.cli.inputs import Source, count, traffic_options
+from moetuner.cli.machine import Machine, machine_options
 from moetuner.cli.output import Output, percent
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver.bound import verify
 from moetuner.solver.certificate import Certificate
-from moetuner.topology import Topology
 
 
 @click.command("verify")
 @click.argument("certificate_file", metavar="CERTIFICATE", type=options.IN_FILE)
-@options.input_options
-@click.option(
-    "--devices",
-    type=click.IntRange(1, 65535),
-    metavar="N",
-    help="Devices that the bound is for.  [required, or --topology]",
-)
-@options.node_options
-@options.window_option
+@traffic_options
+@machine_options
 @click.option(
     "--placement",
     "placement_file",
@@ -35,18 +28,12 @@ from moetuner.topology import Topology
     metavar="FILE",
     help="A placement to hold against the bound.",
 )
-@options.threads_option
 @options.json_option
 def command(
     certificate_file: Path,
-    input_file: Path,
-    num_experts: int | None,
-    devices: int | None,
-    devices_per_node: int | None,
-    machine: Topology | None,
-    window: int | None,
+    source: Source,
+    machine: Machine,
     placement_file: Path | None,
-    threads: int | None,
     json_file: Path | None,
 ) -> None:
     """Recompute the lower bound that CERTIFICATE proves for INPUT.
@@ -55,10 +42,9 @@ def command(
     numbers, whoever made them. INPUT and --window must be those of the solve.
     """
     certificate = Certificate.load(certificate_file)
-    topology = options.topology_of(devices, devices_per_node, machine)
-    traffic = read(input_file, window=window, num_experts=num_experts)
-    statistics = count(traffic, window_of(traffic, window), threads)
-    problem = Problem(statistics, topology, certificate.slots)
+    topology = machine.topology()
+    statistics = count(source.traffic, source.counted, source.threads)
+    problem = Problem(statistics, topology, certificate.slots, objective="traffic")
     cost = verify(certificate, problem)
     bound = cost / problem.cost_scale
     mean = problem.load.sum(axis=1, dtype=np.float64) / problem.devices

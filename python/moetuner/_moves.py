@@ -1,0 +1,72 @@
+"""What has to move from one placement to another: which expert, and from where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.topology import Topology
+
+
+@dataclass(frozen=True)
+class PlacementDiff:
+    """Copies of experts that arrive on a device which did not hold them.
+
+    Parameters
+    ----------
+    experts_moved
+        How many they are.
+    experts_moved_per_layer
+        In every layer [L].
+    bytes_moved
+        Their bytes; None where those of an expert are not known.
+    moves
+        Layer, expert, device from and device to of each [M,4], in this order.
+    pairs
+        How many go from a device to a device [D,D].
+    """
+
+    experts_moved: int
+    experts_moved_per_layer: NDArray[np.int64]
+    bytes_moved: int | None
+    moves: NDArray[np.int64]
+    pairs: NDArray[np.int64]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON values."""
+        return {
+            "experts_moved": self.experts_moved,
+            "experts_moved_per_layer": self.experts_moved_per_layer.tolist(),
+            "bytes_moved": self.bytes_moved,
+            "moves": self.moves.tolist(),
+            "pairs": self.pairs.tolist(),
+        }
+
+
+def difference(
+    before: NDArray[np.bool_],
+    after: NDArray[np.bool_],
+    topology: Topology | None,
+    bytes_per_expert: int | None,
+) -> PlacementDiff:
+    """List the moves from one set of holders [L,D,E] to another.
+
+    A copy comes from the nearest device that held the expert, of equally near ones from the lowest
+    number; without a topology all are equally near.
+    """
+    devices = before.shape[1]
+    layer, expert, target = np.nonzero((after & ~before).transpose(0, 2, 1))
+    tier = np.zeros((devices, devices), np.int64) if topology is None else topology.tier
+    distance = tier[:, target].T * devices + np.arange(devices)
+    source = np.where(before[layer, :, expert], distance, np.iinfo(np.int64).max).argmin(axis=1)
+    pairs = np.bincount(source * devices + target, minlength=devices * devices)
+    return PlacementDiff(
+        experts_moved=len(layer),
+        experts_moved_per_layer=np.bincount(layer, minlength=len(before)),
+        bytes_moved=None if bytes_per_expert is None else len(layer) * bytes_per_expert,
+        moves=np.stack([layer, expert, source, target], axis=1),
+        pairs=pairs.reshape(devices, devices),
+    )

@@ -1,0 +1,245 @@
+"""Options that describe a problem, and the problem that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar, get_args
+
+import click
+
+from moetuner._split import SPLITS
+from moetuner.cli import options
+from moetuner.cli.inputs import Traffic, count
+from moetuner.cli.machine import cost_model_option
+from moetuner.cost import CostModel
+from moetuner.problem import Objective, Problem
+from moetuner.topology import Topology
+
+# Cap on the load where traffic alone is made small: without one, experts that nobody uses would
+# fill devices, and those that all use would share one.
+CAP = 1.05
+
+Rule = tuple[int | None, int, int]
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for."""
+
+    objective: Any = None
+    max_imbalance: float | None = None
+    slots_per_device: int | tuple[int, ...] | None = None
+    extra_slots: int | None = None
+    regime: Any = "follow"
+    cost_model: CostModel | None = None
+    split: Any = "even"
+    arrival: Any = "bursts"
+    risk: Any = "mean"
+    groups: Any = None
+    pinned: tuple[Rule, ...] = field(default=())
+    forbidden: tuple[Rule, ...] = field(default=())
+
+    def problem(
+        self, traffic: Traffic, topology: Topology, *, window: int | None, threads: int | None
+    ) -> Problem:
+        """Count the traffic and make the problem."""
+        statistics = count(
+            traffic,
+            window,
+            threads,
+            sets=self.regime == "dispatch",
+            by_group=self.groups is not None,
+        )
+        cap = self.max_imbalance
+        if cap is None and self.objective == "traffic":
+            cap = CAP
+        return Problem(
+            statistics,
+            topology,
+            self.slots_per_device,
+            self.regime,
+            cap,
+            objective=self.objective,
+            cost_model=self.cost_model,
+            split=self.split,
+            extra_slots=self.extra_slots,
+            arrival=self.arrival,
+            risk=self.risk,
+            groups=self.groups,
+            pinned=self.pinned,
+            forbidden=self.forbidden,
+        )
+
+
+def settings(problem: Problem) -> dict[str, Any]:
+    """Give what was asked for, for JSON."""
+    topology = problem.topology
+    timed = problem.objective == "time" and problem.cost_model is not None
+    return {
+        "devices": topology.devices,
+        "devices_per_node": topology.devices_per_node,
+        "topology": topology.name,
+        "slots_per_device": problem.slots_per_device,
+        "extra_slots": problem.extra_slots,
+        "regime": problem.regime,
+        "max_imbalance": problem.max_imbalance,
+        "objective": problem.objective,
+        "cost_model": asdict(problem.cost_model) if timed and problem.cost_model else None,
+        "split": problem.split,
+        "arrival": problem.arrival,
+        "risk": problem.risk,
+        "groups": problem.groups,
+        "pinned": list(problem.pinned),
+        "forbidden": list(problem.forbidden),
+    }
+
+
+def _parsed(
+    parse: Callable[[str], Value], rule: str
+) -> Callable[[click.Context, click.Parameter, str | None], Value | None]:
+    """Make a callback that reads a value, and names the rule where it cannot."""
+
+    def callback(
+        context: click.Context, parameter: click.Parameter, value: str | None
+    ) -> Value | None:
+        if value is None:
+            return None
+        try:
+            return parse(value)
+        except ValueError:
+            raise click.BadParameter(f"must be {rule}, got '{value:.60}'") from None
+
+    return callback
+
+
+def _slots(value: str) -> int | tuple[int, ...]:
+    each = tuple(_natural(part) for part in value.split(","))
+    if len(each) == 1 and each[0] < 1:
+        raise ValueError
+    return each if len(each) > 1 else each[0]
+
+
+def _number_or(*words: str) -> Callable[[str], str | float]:
+    return lambda value: value if value in words else float(value)
+
+
+def _groups(value: str) -> str | dict[str, float]:
+    if value == "minimax":
+        return value
+    # A name may have any character but the last "=".
+    pairs = [part.rpartition("=") for part in value.split(",")]
+    if not all(name for name, _, _ in pairs):
+        raise ValueError
+    return {name: float(weight) for name, _, weight in pairs}
+
+
+def _rule(value: str) -> Rule:
+    layer, expert, device = value.split(":")
+    return (None if layer == "*" else _natural(layer), _natural(expert), _natural(device))
+
+
+def _rules(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[Rule, ...]:
+    parse = _parsed(_rule, 'LAYER:EXPERT:DEVICE in numbers, or "*" for all layers')
+    return tuple(rule for rule in (parse(context, parameter, value) for value in values) if rule)
+
+
+def _natural(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise ValueError
+    return int(text)
+
+
+problem_options = options.gathered(
+    "asked",
+    Asked,
+    [
+        click.option(
+            "--objective",
+            type=click.Choice(get_args(Objective)),
+            help="What to make small: predicted time of a layer, max / mean load, or traffic "
+            "under --max-imbalance.  [default: traffic with --max-imbalance, else time]",
+        ),
+        click.option(
+            "--max-imbalance",
+            type=options.Number(min=1),
+            metavar="X",
+            help="Cap on max / mean device load in every layer; inf for none.  "
+            f"[default: {CAP} for traffic, else none]",
+        ),
+        click.option(
+            "--slots-per-device",
+            callback=_parsed(_slots, "a number from 1, or one for every device as in 8,8,10,10"),
+            metavar="S|S,S,...",
+            help="Slots of a device in a layer, or of every device; just enough by default. What "
+            "is left over holds further copies.",
+        ),
+        click.option(
+            "--extra-slots",
+            type=click.IntRange(min=0),
+            metavar="N",
+            help="Instead: copies beyond one of each expert, over all layers, which go to the "
+            "layers where they help most.",
+        ),
+        click.option(
+            "--regime",
+            type=click.Choice(["follow", "dispatch"]),
+            default="follow",
+            show_default=True,
+            help="Whether tokens move from expert to expert, or fan out from their home device.",
+        ),
+        cost_model_option,
+        click.option(
+            "--split",
+            type=click.Choice(SPLITS),
+            default="even",
+            show_default=True,
+            help="Which of an expert's copies serves a token: by hash (vLLM), the nearest "
+            "(SGLang), or in turns (TensorRT-LLM).",
+        ),
+        click.option(
+            "--arrival",
+            default="bursts",
+            show_default=True,
+            callback=_parsed(
+                _number_or("bursts", "mixed"), "bursts, mixed, or the weight of mixed from 0 to 1"
+            ),
+            metavar="bursts|mixed|W",
+            help="Windows as recorded, of many sequences at once, or both with the weight of "
+            "mixed ones.",
+        ),
+        click.option(
+            "--risk",
+            default="mean",
+            show_default=True,
+            callback=_parsed(_number_or("mean"), "mean, or a level from 0 to below 1"),
+            metavar="mean|LEVEL",
+            help="Mean over windows, or over the worst: 0.9 for the worst tenth.",
+        ),
+        click.option(
+            "--groups",
+            callback=_parsed(_groups, "minimax, or NAME=WEIGHT,..."),
+            metavar="minimax|NAME=W,...",
+            help="The worst group of the traffic counts, or groups by weight (others by 1).",
+        ),
+        click.option(
+            "--pin",
+            "pinned",
+            multiple=True,
+            callback=_rules,
+            metavar="LAYER:EXPERT:DEVICE",
+            help='The expert has a copy there; "*" for all layers. Repeatable.',
+        ),
+        click.option(
+            "--forbid",
+            "forbidden",
+            multiple=True,
+            callback=_rules,
+            metavar="LAYER:EXPERT:DEVICE",
+            help="The expert has none there. Repeatable.",
+        ),
+    ],
+)

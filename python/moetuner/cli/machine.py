@@ -1,0 +1,129 @@
+"""Options that describe the devices, and the topology that they make."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from moetuner._machines import GPUS, MACHINES
+from moetuner.cli import options
+from moetuner.cost import CostModel
+from moetuner.topology import Topology
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was said of devices and links."""
+
+    devices: int | None = None
+    devices_per_node: int | None = None
+    machine: Topology | None = None
+
+    def topology(self, devices: int | None = None) -> Topology:
+        """Make the topology, for so many devices if nothing was said of their number."""
+        if self.machine is None:
+            devices = devices if self.devices is None else self.devices
+            if devices is None:
+                raise click.UsageError("Missing option '--devices' (or '--topology').")
+            return Topology(devices, self.devices_per_node)
+        if self.devices_per_node is not None:
+            raise click.UsageError("Give either '--devices-per-node' or '--topology', not both.")
+        if self.devices is not None and self.devices != self.machine.devices:
+            raise click.UsageError(
+                f"'--devices' must be {self.machine.devices} as in '--topology', "
+                f"got {self.devices}."
+            )
+        return self.machine
+
+
+def parse_topology(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> Topology | None:
+    """Read a topology from a file, or make a common machine of the nodes behind its name."""
+    if value is None:
+        return None
+    if Path(value).exists():
+        return Topology.load(value)
+    name, _, nodes = value.partition(":")
+    if name not in MACHINES:
+        known = ", ".join(MACHINES)
+        raise click.BadParameter(f"must be a file or one of {known}, got '{value:.60}'")
+    if nodes and not (nodes.isascii() and nodes.isdigit() and len(nodes) <= 5):
+        raise click.BadParameter(f"nodes must be a number, as in {name}:2, got '{nodes:.20}'")
+    return Topology.preset(name, int(nodes or 1))
+
+
+def parse_cost_model(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> CostModel | None:
+    """Read a cost model from a file, or make a common GPU's for experts of the size behind it."""
+    if value is None:
+        return None
+    if Path(value).exists():
+        return CostModel.load(value)
+    gpu, _, size = value.partition(":")
+    if gpu not in GPUS:
+        known = ", ".join(GPUS)
+        raise click.BadParameter(f"must be a file or one of {known}, got '{value:.60}'")
+    if not size:
+        return CostModel.preset(gpu)
+    found = re.fullmatch(r"(\d{1,7})x(\d{1,7})", size, re.ASCII)
+    if found is None:
+        raise click.BadParameter(f"sizes must be as in {gpu}:4096x1024, got '{size:.20}'")
+    return CostModel.preset(gpu, hidden=int(found[1]), intermediate=int(found[2]))
+
+
+_nodes = (
+    click.option(
+        "--devices-per-node",
+        type=click.IntRange(1, 65535),
+        metavar="M",
+        help="Devices of a node.",
+    ),
+    click.option(
+        "--topology",
+        "machine",
+        callback=parse_topology,
+        metavar="FILE|NAME",
+        help="JSON or TOML file of a topology, or a common machine and its number of nodes, "
+        "such as h100-nvl8-ib400:2.",
+    ),
+)
+# Where a placement says how many devices there are.
+node_options = options.gathered("machine", Machine, _nodes)
+machine_options = options.gathered(
+    "machine",
+    Machine,
+    (
+        click.option(
+            "--devices",
+            type=click.IntRange(1, 65535),
+            metavar="N",
+            help="Number of devices.  [required, or --topology]",
+        ),
+        *_nodes,
+    ),
+)
+cost_model_option = click.option(
+    "--cost-model",
+    callback=parse_cost_model,
+    metavar="FILE|GPU",
+    help="What time is made of: a file, or a common GPU and an expert's hidden and intermediate "
+    "sizes, such as h100:4096x1024 (in 8 bits; DeepSeek-V3's sizes by default).",
+)
+time_options = options.together(
+    [
+        cost_model_option,
+        click.option(
+            "--regime",
+            type=click.Choice(["follow", "dispatch"]),
+            default="dispatch",
+            show_default=True,
+            help="What moves in predicted times: tokens from expert to expert, or from their home "
+            "device and back.",
+        ),
+    ]
+)

@@ -1,0 +1,174 @@
+"""What one method found, in tables, sentences and JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moetuner.cli.inputs import Traffic
+from moetuner.cli.output import number, percent
+from moetuner.cli.progress import working
+from moetuner.evaluation import Evaluation, evaluate
+from moetuner.problem import Problem
+from moetuner.solver import caps, solve
+from moetuner.solver.result import Result
+
+# What a value of an objective is, for JSON.
+UNITS = {"time": "us per layer", "balance": "max / mean load", "traffic": "share of the traffic"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method found on the traffic it saw, and what that does to the traffic it did not."""
+
+    problem: Problem
+    result: Result
+    evaluation: Evaluation
+
+    @property
+    def has_objective(self) -> bool:
+        """Whether the counts suffice to say what the objective is."""
+        return self.problem.objective != "traffic" or has_pairs(self.problem)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields of the evaluation and of the result."""
+        known = self.has_objective
+        return {
+            **self.evaluation.to_dict(),
+            "objective": self.result.objective if known else None,
+            "unit": UNITS[str(self.problem.objective)],
+            "bound": self.result.bound if known else None,
+            "bound_source": self.result.bound_source,
+            "gap": self.result.gap if known else None,
+            "status": self.result.status,
+            "solve_seconds": self.result.seconds,
+            "details": self.result.details,
+        }
+
+    def row(self) -> tuple[str, ...]:
+        """Give the cells of a table under ``head``."""
+        of, known = self.evaluation, self.has_objective
+        if self.problem.objective == "time":
+            follow = self.problem.regime == "follow"
+            judged: tuple[str, ...] = (
+                number(of.crossing, 4) if follow else number(of.fanout, 3),
+                number(of.predicted_layer_us, 1),
+            )
+            decimals = 1
+        else:
+            judged = (
+                number(of.imbalance_total, 3),
+                number(of.crossing, 4),
+                number(of.fanout, 3),
+            )
+            decimals = 4
+        return (
+            self.result.method,
+            number(of.imbalance, 3),
+            number(of.imbalance_mixed, 3),
+            *judged,
+            number(self.result.objective if known else None, decimals),
+            percent(self.result.gap if known else None),
+            number(self.result.seconds, 2),
+        )
+
+
+def head(problem: Problem) -> tuple[str, ...]:
+    """Columns of a table of outcomes: what says most of the objective, within 80 characters."""
+    judged: tuple[str, ...] = ("total", "crossing", "fanout")
+    if problem.objective == "time":
+        judged = ("crossing" if problem.regime == "follow" else "fanout", "layer us")
+    return ("method", "imbalance", "mixed", *judged, "objective", "gap", "seconds")
+
+
+def try_method(
+    method: str,
+    problem: Problem,
+    judged_on: Traffic,
+    *,
+    window: int | None,
+    seed: int,
+    time_limit: float | None = None,
+    threads: int | None = None,
+    **moving: Any,
+) -> Outcome:
+    """Solve, and evaluate the placement on other traffic; ``moving`` as for ``solve``."""
+    with working(f"solving, {method}") as progress:
+        result = solve(
+            problem,
+            method,
+            seed=seed,
+            time_limit=time_limit,
+            threads=threads,
+            progress=progress,
+            **moving,
+        )
+        evaluation = evaluate(
+            result.placement,
+            judged_on,
+            problem.topology,
+            window=window,
+            split=problem.split,
+            cost_model=problem.cost_model if problem.objective == "time" else None,
+            regime=problem.regime,
+            threads=threads,
+        )
+    return Outcome(problem, result, evaluation)
+
+
+def has_pairs(problem: Problem) -> bool:
+    """Whether the statistics have the pairs that the regime is about."""
+    statistics = problem.statistics
+    pairs = statistics.transitions if problem.regime == "follow" else statistics.coactivation
+    return pairs is not None
+
+
+def worth(problem: Problem, value: float) -> str:
+    """Write a value of the objective with its unit."""
+    if problem.objective == "time":
+        return f"{value:.1f} us per layer"
+    if problem.objective == "balance":
+        return f"imbalance {value:.4f}"
+    if problem.regime == "follow":
+        return f"crossing {value:.4f}"
+    return f"{value:.4f} of the co-activations apart"
+
+
+def sentences(outcome: Outcome) -> list[str]:
+    """Say what was reached, how far from the optimum it can be, and what was chosen on the way."""
+    problem, result = outcome.problem, outcome.result
+    lines = []
+    if outcome.has_objective:
+        line = f"Objective: {worth(problem, result.objective)}"
+        if result.bound is not None and result.gap is not None:
+            cap = " under this cap" if problem.max_imbalance is not None else ""
+            line += (
+                f"; no placement{cap} is below {worth(problem, result.bound)} "
+                f"({result.bound_source}), so this one is within {percent(result.gap)}"
+            )
+        lines.append(line + ".")
+    chosen = result.details.get("unseen")
+    if chosen:
+        facts = ", ".join(f"{name.replace('_', ' ')} {_short(of)}" for name, of in chosen.items())
+        lines.append(f"Chosen for unseen traffic: {facts}.")
+    return lines
+
+
+def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
+    """Say what a reader of the table must know."""
+    lines = []
+    if problem.objective != "balance" and not has_pairs(problem):
+        wanted = "transitions" if problem.regime == "follow" else "co-activation"
+        lines.append(f"INPUT has no {wanted}: methods could only balance the load.")
+    for outcome in outcomes:
+        told = caps.remarks(problem, outcome.result.details)
+        lines.extend(f"{outcome.result.method}: {line}" for line in told)
+        if outcome.result.status in ("interrupted", "time_limit"):
+            lines.append(f"{outcome.result.method}: {outcome.result.status}, best so far.")
+    return lines
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(of)}" for name, of in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
