@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.solver.unseen import Choice, choose
+from moetuner.solver.unseen import Choice, choose, temperatures
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -126,7 +126,9 @@ def on_maximum(trials: int) -> Method:
     """Anneal on the maximum of the windows seen."""
 
     def place(load: Floats, group: NDArray[np.int64], devices: int, slots: int) -> Slots:
-        return _search(load, Choice(load, np.ones(len(load))), devices, slots, trials)
+        hot, cold = temperatures(np.full((load.shape[1], devices), slots))
+        choice = Choice(load, np.ones(len(load)), 0, hot, cold)
+        return _search(load, choice, devices, slots, trials)
 
     return place
 

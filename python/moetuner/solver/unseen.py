@@ -131,11 +131,11 @@ def choose(
         "scores": {s.name: float(score.mean()) for s, score in zip(settings, scores, strict=True)},
     }
     wide, weights = extended(load, weight, chosen.invented, seed=seed)
-    return Choice(wide, weights, chosen.norm, *_temperatures(room), details)
+    return Choice(wide, weights, chosen.norm, *temperatures(room), details)
 
 
-def _temperatures(room: Integers) -> tuple[float, float]:
-    """First and last temperature for layers of such slots."""
+def temperatures(room: Integers) -> tuple[float, float]:
+    """First and last temperature for layers with such slots on devices [L,D]."""
     if room.sum(axis=1).max() <= SMALL:
         return SMALL_HOT, SMALL_COLD
     return Choice.hot, Choice.cold
@@ -185,7 +185,7 @@ class _Trial:
             nearest=self.nearest,
             norm=setting.norm,
         )
-        hot, cold = _temperatures(self.room)
+        hot, cold = temperatures(self.room)
         slots, _ = layers.place(
             layers.construct(),
             trials=max(TRIALS_PER_SLOT * int(self.room.sum(axis=1).max()), LEAST_TRIALS),
