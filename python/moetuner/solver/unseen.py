@@ -30,7 +30,7 @@ MOST_FOLDS, WINDOW_FOLDS = 8, 4
 TRIED_LAYERS, TRIALS_PER_SLOT = 6, 100
 # A move changes layers of few slots so much that they need more heat, and many trials for a slot.
 SMALL, SMALL_HOT, SMALL_COLD, LEAST_TRIALS = 64, 0.1, 1e-3, 10_000
-# The first setting stands unless another is better by as many standard errors: few layers are tried.
+# The first setting stands unless another is better by so many standard errors: few layers are tried
 CLEARLY = 2.0
 # Windows invented, and how much further than those seen they are from the mean.
 INVENTED, REACH = 120, 2.0
