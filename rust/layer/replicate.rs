@@ -318,7 +318,7 @@ mod tests {
             let of = |trials| slowest(&load, 5, &fill(site, &load, trials).expect("slots suffice"));
             let (plain, quick, patient) = (of(0), of(QUICK), of(1000));
             assert!(patient <= quick && quick <= plain, "{plain} {quick} {patient}");
-            assert!(patient <= 1.02 * load.iter().sum::<f64>() / 4.0, "{patient}");
+            assert!(patient <= 1.05 * load.iter().sum::<f64>() / 4.0, "{patient}");
         }
     }
 
