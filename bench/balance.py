@@ -105,9 +105,11 @@ def imbalance(load: NDArray[np.uint64], device_of: NDArray[Any], devices: int) -
 
 def policies(peer: Policy | None) -> dict[str, Policy]:
     def native(improve: bool) -> Policy:
-        return lambda load, devices: _core.lpt(
-            load, devices, load.shape[1] // devices, improve=improve, threads=1
-        ).astype(np.int64)
+        def pack(load: NDArray[np.uint64], devices: int) -> NDArray[np.int64]:
+            slots = _core.lpt(load, devices, load.shape[1] // devices, improve=improve, threads=1)
+            return mt.Placement(slots).device_of
+
+        return pack
 
     def solved(method: str) -> Policy:
         def solve(load: NDArray[np.uint64], devices: int) -> NDArray[np.int64]:

@@ -33,6 +33,15 @@ pub const BLOCK: usize = 16384;
 #[repr(align(64))]
 pub(crate) struct Line<T, const N: usize>(pub(crate) [T; N]);
 
+/// Tokens of one block where tables are small: the nearer the cache that a block's ids come from, the better.
+pub const SHORT_BLOCK: usize = 4096;
+
+/// Tokens to count at a time for pairs of `size` ids.
+#[must_use]
+pub fn block(size: usize, top_k: usize) -> usize {
+    if Kernel::choose(size, top_k) == Kernel::Bits { SHORT_BLOCK } else { BLOCK }
+}
+
 /// How the pairs of `size` ids, `top_k` of them per token, are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kernel {
@@ -70,13 +79,26 @@ pub struct Side<I> {
 }
 
 impl<I: ExpertId> Side<I> {
-    /// Takes `top_k` ids per token, which must differ within the token and be below `size`.
+    /// No tokens yet; they will have `top_k` ids each, all below `size`.
     #[must_use]
-    pub fn new(ids: Vec<I>, top_k: usize, size: usize) -> Self {
-        let kernel = Kernel::choose(size, top_k);
-        let bits = if kernel == Kernel::Bits { bits::rows_of(&ids, top_k, size) } else { Vec::new() };
-        let lists = if kernel == Kernel::Lists { Lists::new(&ids, top_k) } else { Lists::default() };
-        Self { tokens: ids.len() / top_k, ids, bits, lists, top_k, size, kernel }
+    pub fn new(top_k: usize, size: usize) -> Self {
+        Self::with(Kernel::choose(size, top_k), top_k, size)
+    }
+
+    fn with(kernel: Kernel, top_k: usize, size: usize) -> Self {
+        let (ids, bits, lists) = (Vec::new(), Vec::new(), Lists::default());
+        Self { ids, bits, lists, tokens: 0, top_k, size, kernel }
+    }
+
+    /// Takes the ids of a block in place of those it had, which it leaves in the vector; a token's ids must differ.
+    pub fn fill(&mut self, ids: &mut Vec<I>) {
+        std::mem::swap(&mut self.ids, ids);
+        self.tokens = self.ids.len() / self.top_k;
+        match self.kernel {
+            Kernel::Bits => bits::rows_of(&self.ids, self.top_k, self.size, &mut self.bits),
+            Kernel::Lists => self.lists.fill(&self.ids, self.top_k),
+            Kernel::Rows | Kernel::Cells => {}
+        }
     }
 
     /// The ids of every token; none, where they were summed.
@@ -86,24 +108,16 @@ impl<I: ExpertId> Side<I> {
 
     /// Takes instead of ids the bits of sums: every id has `units`, `[words, ids]`, 64 bits to a word. Bit i of the sum
     /// of a token's units says whether the token has `columns[i]`, a number below `size`; or nothing, for [`NO_UNIT`].
+    pub fn fill_sums<J: ExpertId>(&mut self, ids: &[J], units: &[u64], columns: &[usize]) {
+        self.kernel = Kernel::Bits;
+        self.tokens = ids.len() / self.top_k;
+        bits::rows_of_sums(ids, self.top_k, self.size, units, columns, &mut self.bits);
+    }
+
+    /// Ids per token.
     #[must_use]
-    pub fn of_sums<J: ExpertId>(
-        ids: &[J],
-        top_k: usize,
-        size: usize,
-        units: &[u64],
-        columns: &[usize],
-    ) -> Self {
-        let bits = bits::rows_of_sums(ids, top_k, size, units, columns);
-        Self {
-            tokens: ids.len() / top_k,
-            ids: Vec::new(),
-            bits,
-            lists: Lists::default(),
-            top_k,
-            size,
-            kernel: Kernel::Bits,
-        }
+    pub fn top_k(&self) -> usize {
+        self.top_k
     }
 
     /// For some of the tokens the bits of all ids, one id after the other, 64 tokens at a time, and which of the 64
@@ -133,6 +147,16 @@ impl<I: ExpertId> Side<I> {
         }
     }
 
+    /// Adds the pairs of this side's ids with each other, and of each with itself, to `counts` `[size, size]`.
+    pub fn count_own_pairs(&self, counts: &mut [u64]) {
+        assert!(counts.len() == self.size * self.size);
+        if self.kernel == Kernel::Bits {
+            bits::count_pairs(&self.bits, &self.bits, self.size, true, counts);
+        } else {
+            self.count_pairs(self, counts);
+        }
+    }
+
     /// Adds the pairs of this side's ids with `right`'s to `counts` `[size, size]`.
     ///
     /// # Panics
@@ -140,7 +164,7 @@ impl<I: ExpertId> Side<I> {
     pub fn count_pairs(&self, right: &Self, counts: &mut [u64]) {
         assert!(self.tokens == right.tokens && counts.len() == self.size * self.size);
         match self.kernel {
-            Kernel::Bits => bits::count_pairs(&self.bits, &right.bits, self.size, counts),
+            Kernel::Bits => bits::count_pairs(&self.bits, &right.bits, self.size, false, counts),
             Kernel::Lists => lists::count_pairs(&self.lists, &right.lists, self.size, counts),
             Kernel::Rows => rows::count_pairs(&self.ids, &right.ids, self.top_k, self.size, counts),
             Kernel::Cells => {
@@ -181,14 +205,18 @@ mod tests {
                     .collect()
             };
             let (left, right) = (draw(), draw());
-            let mut expected = vec![7u64; size * size];
-            for (left, right) in left.chunks_exact(top_k).zip(right.chunks_exact(top_k)) {
-                for &a in left {
-                    for &b in right {
-                        expected[usize::from(a) * size + usize::from(b)] += 1;
+            let pairs = |left: &[u16], right: &[u16]| {
+                let mut expected = vec![7u64; size * size];
+                for (left, right) in left.chunks_exact(top_k).zip(right.chunks_exact(top_k)) {
+                    for &a in left {
+                        for &b in right {
+                            expected[usize::from(a) * size + usize::from(b)] += 1;
+                        }
                     }
                 }
-            }
+                expected
+            };
+            let (expected, expected_own) = (pairs(&left, &right), pairs(&left, &left));
             let (from, to) = (tokens / 3, tokens - tokens / 5);
             let mut expected_single = vec![3u64; size];
             for &a in &left[from * top_k..to * top_k] {
@@ -198,18 +226,19 @@ mod tests {
                 if (kernel == Kernel::Bits && size > 64) || (kernel == Kernel::Lists && size > lists::IDS) {
                     continue;
                 }
-                let side = |ids: &[u16]| Side {
-                    tokens,
-                    ids: ids.to_vec(),
-                    bits: if kernel == Kernel::Bits { bits::rows_of(ids, top_k, size) } else { vec![] },
-                    lists: if kernel == Kernel::Lists { Lists::new(ids, top_k) } else { Lists::default() },
-                    top_k,
-                    size,
-                    kernel,
+                // A side that had other tokens before.
+                let side = |ids: &[u16]| {
+                    let mut side = Side::with(kernel, top_k, size);
+                    side.fill(&mut right.iter().chain(&left).copied().collect());
+                    side.fill(&mut ids.to_vec());
+                    side
                 };
                 let mut counts = vec![7u64; size * size];
                 side(&left).count_pairs(&side(&right), &mut counts);
                 prop_assert_eq!(&counts, &expected);
+                let mut counts = vec![7u64; size * size];
+                side(&left).count_own_pairs(&mut counts);
+                prop_assert_eq!(&counts, &expected_own);
                 let mut counts = vec![3u64; size];
                 side(&left).count(from..to, &mut counts);
                 prop_assert_eq!(&counts, &expected_single);

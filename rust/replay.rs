@@ -9,7 +9,7 @@ use planes::Planes;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::pairs::{BLOCK, Side};
+use crate::pairs::{SHORT_BLOCK, Side, block};
 use crate::random::scale;
 use crate::statistics::{Windows, by_layers, by_window};
 use crate::trace::{ExpertId, Routing, validate};
@@ -232,16 +232,24 @@ impl Replay {
 
     /// Validates and replays the next tokens of the trace, `[tokens, layers, top_k]`.
     pub fn push<I: ExpertId>(&mut self, ids: &[I]) -> Result<()> {
+        validate(ids, self.routing, self.windows.tokens)?;
+        self.push_valid(ids);
+        Ok(())
+    }
+
+    /// Replays the next tokens of the trace, which have passed [`validate`] since nobody could change them.
+    pub fn push_valid<I: ExpertId>(&mut self, ids: &[I]) {
         let Self { routing, copies, planes, windows, pairs } = self;
-        validate(ids, *routing, windows.tokens)?;
         let top_k = routing.top_k;
         let size = 2 * copies.devices + copies.nodes;
-        for block in ids.chunks(BLOCK * routing.row()) {
+        let tokens = if planes.is_some() { SHORT_BLOCK } else { block(copies.slots, top_k) };
+        for block in ids.chunks(tokens * routing.row()) {
             let (first, length) = (windows.tokens, windows.length);
             let mut tasks: Vec<_> = pairs.iter_mut().zip(&mut windows.counts).collect();
             if let Some(planes) = planes {
-                let prepare = |l, ids: Vec<I>| planes.side(copies, l, &ids, top_k, first);
-                by_layers(&mut tasks, block, *routing, prepare, |(pairs, counts), before, here| {
+                let make = || Side::new(top_k, planes.columns());
+                let fill = |l, ids: &mut Vec<I>, side: &mut _| planes.fill(copies, l, ids, first, side);
+                by_layers(&mut tasks, block, *routing, make, fill, |(pairs, counts), before, here| {
                     if let Some(before) = before.filter(|_| !pairs.is_empty()) {
                         before.count_pairs(here, pairs);
                     }
@@ -250,23 +258,30 @@ impl Replay {
                     });
                 });
             } else {
-                let prepare = |l, ids: Vec<I>| {
-                    let slots = copies.route(l, &ids, top_k, first);
-                    (Side::new(slots.clone(), top_k, copies.slots), slots)
+                let make = || (Side::new(top_k, copies.slots), Vec::new());
+                let fill = |l, ids: &mut Vec<I>, (side, slots): &mut (Side<u16>, Vec<u16>)| {
+                    *slots = copies.route(l, ids, top_k, first);
+                    side.fill(&mut slots.clone());
                 };
-                by_layers(&mut tasks, block, *routing, prepare, |(pairs, counts), before, (here, slots)| {
-                    if let Some((before, _)) = before.filter(|_| !pairs.is_empty()) {
-                        before.count_pairs(here, pairs);
-                    }
-                    by_window(length, first, here.tokens(), size, counts, |tokens, counts| {
-                        copies.count(&slots[tokens.start * top_k..tokens.end * top_k], top_k, counts);
-                    });
-                });
+                by_layers(
+                    &mut tasks,
+                    block,
+                    *routing,
+                    make,
+                    fill,
+                    |(pairs, counts), before, (here, slots)| {
+                        if let Some((before, _)) = before.filter(|_| !pairs.is_empty()) {
+                            before.count_pairs(here, pairs);
+                        }
+                        by_window(length, first, here.tokens(), size, counts, |tokens, counts| {
+                            copies.count(&slots[tokens.start * top_k..tokens.end * top_k], top_k, counts);
+                        });
+                    },
+                );
             }
             copies.count_served(block, *routing);
             windows.tokens += (block.len() / routing.row()) as u64;
         }
-        Ok(())
     }
 
     /// What was counted.

@@ -8,7 +8,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::error::Result;
-use crate::pairs::{BLOCK, Side};
+use crate::pairs::{Side, block};
 use crate::sets::Sets;
 use crate::trace::{ExpertId, Routing, validate};
 
@@ -57,11 +57,17 @@ impl Counter {
     ///
     /// A shard that does not pass leaves everything as it was.
     pub fn push<I: ExpertId>(&mut self, ids: &[I], tables: &mut Tables<'_>) -> Result<()> {
+        validate(ids, self.routing, self.windows.tokens)?;
+        self.push_valid(ids, tables);
+        Ok(())
+    }
+
+    /// Counts the next tokens of the trace, which have passed [`validate`] since nobody could change them.
+    pub fn push_valid<I: ExpertId>(&mut self, ids: &[I], tables: &mut Tables<'_>) {
         let Self { routing, windows, sets } = self;
-        validate(ids, *routing, windows.tokens)?;
         let Routing { experts, top_k, .. } = *routing;
         let table = experts * experts;
-        for block in ids.chunks(BLOCK * routing.row()) {
+        for block in ids.chunks(block(experts, top_k) * routing.row()) {
             let first = windows.tokens;
             let mut transitions = by_layer(&mut tables.transitions, table);
             let mut coactivation = by_layer(&mut tables.coactivation, table);
@@ -79,7 +85,8 @@ impl Counter {
                 &mut layers,
                 block,
                 *routing,
-                |_, ids| Side::new(ids, top_k, experts),
+                || Side::new(top_k, experts),
+                |_, ids, side| side.fill(ids),
                 |layer, before, here| {
                     by_window(windows.length, first, here.tokens(), experts, layer.load, |tokens, load| {
                         here.count(tokens, load);
@@ -88,7 +95,7 @@ impl Counter {
                         before.count_pairs(here, counts);
                     }
                     if let Some(counts) = &mut layer.coactivation {
-                        here.count_pairs(here, counts);
+                        here.count_own_pairs(counts);
                     }
                     if let Some(sets) = &mut layer.sets {
                         for ids in here.rows() {
@@ -99,7 +106,6 @@ impl Counter {
             );
             windows.tokens += (block.len() / routing.row()) as u64;
         }
-        Ok(())
     }
 
     /// Everything that was counted.
@@ -184,31 +190,36 @@ pub(crate) fn by_window(
     }
 }
 
-/// Layers per task: enough to prepare each layer's ids about once, few enough for all threads to have work.
+/// Layers whose ids are gathered together: they stay in the second-level cache.
 const LAYERS: usize = 8;
 
-/// Visits all layers of a block, several at once: `prepare` turns a layer's ids `[tokens, top_k]` into what `visit`
-/// then sees of the layer before (if there is one) and of the layer itself.
+/// Visits all layers of a block, one run of layers per thread: `fill` turns a layer's ids `[tokens, top_k]` into what
+/// `visit` then sees of the layer before (if there is one) and of the layer itself. Both the ids and what `make` made
+/// are used again for later layers.
 pub(crate) fn by_layers<I: ExpertId, T: Send, S>(
     layers: &mut [T],
     block: &[I],
     routing: Routing,
-    prepare: impl Fn(usize, Vec<I>) -> S + Sync,
+    make: impl Fn() -> S + Sync,
+    fill: impl Fn(usize, &mut Vec<I>, &mut S) + Sync,
     visit: impl Fn(&mut T, Option<&S>, &S) + Sync,
 ) {
-    let per_task = LAYERS.min(layers.len().div_ceil(rayon::current_num_threads())).max(1);
+    let per_task = layers.len().div_ceil(rayon::current_num_threads());
     layers.par_chunks_mut(per_task).enumerate().for_each(|(task, layers)| {
-        let first = task * per_task;
+        let (first, end) = (task * per_task, task * per_task + layers.len());
+        let mut ids = vec![Vec::new(); LAYERS];
+        let (mut before, mut here) = (make(), make());
         // The last layer of the task before is this task's first neighbour.
-        let from = first.saturating_sub(1);
-        let ids = gather(block, from, first + layers.len(), routing);
-        let mut before: Option<S> = None;
-        for (l, ids) in (from..).zip(ids) {
-            let here = prepare(l, ids);
-            if let Some(layer) = l.checked_sub(first) {
-                visit(&mut layers[layer], before.as_ref(), &here);
+        for from in (first.saturating_sub(1)..end).step_by(LAYERS) {
+            let to = end.min(from + LAYERS);
+            gather(block, from..to, routing, &mut ids);
+            for (l, ids) in (from..to).zip(&mut ids) {
+                fill(l, ids, &mut here);
+                if let Some(layer) = l.checked_sub(first) {
+                    visit(&mut layers[layer], (l > 0).then_some(&before), &here);
+                }
+                std::mem::swap(&mut before, &mut here);
             }
-            before = Some(here);
         }
     });
 }
@@ -216,8 +227,8 @@ pub(crate) fn by_layers<I: ExpertId, T: Send, S>(
 /// Tokens that stay in the first-level cache while all layers are taken from them.
 const TOKENS: usize = 64;
 
-/// The ids of layers `from..to`, each layer's together.
-fn gather<I: ExpertId>(block: &[I], from: usize, to: usize, routing: Routing) -> Vec<Vec<I>> {
+/// The ids of some layers, each layer's together.
+fn gather<I: ExpertId>(block: &[I], layers: Range<usize>, routing: Routing, all: &mut [Vec<I>]) {
     /// Copies K ids of every token, inlined for constant K.
     #[inline(always)]
     fn copy<I: ExpertId, const K: usize>(tokens: &[I], at: usize, row: usize, ids: &mut [I]) {
@@ -226,9 +237,11 @@ fn gather<I: ExpertId>(block: &[I], from: usize, to: usize, routing: Routing) ->
         }
     }
     let (k, row) = (routing.top_k, routing.row());
-    let mut layers = vec![vec![block[0]; block.len() / routing.layers]; to - from];
+    for ids in &mut *all {
+        ids.resize(block.len() / routing.layers, block[0]);
+    }
     for (part, tokens) in block.chunks(TOKENS * row).enumerate() {
-        for (l, ids) in (from..to).zip(&mut layers) {
+        for (l, ids) in layers.clone().zip(&mut *all) {
             let ids = &mut ids[part * TOKENS * k..];
             match k {
                 1 => copy::<I, 1>(tokens, l, row, ids),
@@ -244,5 +257,4 @@ fn gather<I: ExpertId>(block: &[I], from: usize, to: usize, routing: Routing) ->
             }
         }
     }
-    layers
 }

@@ -123,6 +123,18 @@ def test_a_file_counts_like_memory(make_trace, tmp_path):
         assert counts[0].fingerprint == counts[1].fingerprint
 
 
+def test_an_array_that_changed_is_refused(make_trace, tmp_path):
+    """Ids in memory are looked at again when they are counted; those of a file just were."""
+    ids = np.array(make_trace().expert_ids)
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+    trace.save(tmp_path / "trace.safetensors")
+    assert mt.RoutingTrace.load(tmp_path / "trace.safetensors").ids.fresh
+    assert not trace.ids.fresh
+    ids[5, 1, 0] = ids[5, 1, 1]
+    with pytest.raises(ValueError, match="token 5, layer 1"):
+        mt.RoutingStatistics.from_trace(trace)
+
+
 def test_no_tokens_are_one_window_of_zeros(make_trace):
     """A trace without tokens has statistics."""
     none = mt.RoutingStatistics.from_trace(make_trace().select(groups="empty"), window=10)

@@ -23,6 +23,8 @@ __all__ = [
     "place_clusters",
     "replicate_experts",
     "search",
+    "separate",
+    "smallest_peaks",
     "validate",
     "verify_bound",
 ]
@@ -117,8 +119,13 @@ class StatisticsCounter:
         coactivation: bool = True,
         sets: bool = False,
     ) -> StatisticsCounter: ...
-    def push(self, expert_ids: _ExpertIds, threads: int | None = None) -> None:
-        """Count the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing."""
+    def push(
+        self, expert_ids: _ExpertIds, threads: int | None = None, *, checked: bool = False
+    ) -> None:
+        """Count the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing.
+
+        With ``checked`` they have passed ``validate`` and are not looked at again.
+        """
 
     def finish(
         self,
@@ -190,8 +197,13 @@ class Replay:
         Without ``pairs`` no traffic is counted.
         """
 
-    def push(self, expert_ids: _ExpertIds, threads: int | None = None) -> None:
-        """Replay the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing."""
+    def push(
+        self, expert_ids: _ExpertIds, threads: int | None = None, *, checked: bool = False
+    ) -> None:
+        """Replay the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing.
+
+        With ``checked`` they have passed ``validate`` and are not looked at again.
+        """
 
     def finish(
         self,
@@ -215,11 +227,12 @@ def lpt(
     *,
     improve: bool = False,
     threads: int | None = None,
-) -> NDArray[np.uint16]:
+) -> NDArray[np.int32]:
     """Pack load [L,E] onto devices of ``slots`` slots.
 
     The heaviest expert goes first, to the least loaded device. With ``improve``, exchanges between
-    devices then lower the largest device load. Returns the device [L,E].
+    devices then lower the largest device load. Returns slots [L,D,S], -1 for an empty one, the
+    experts of each device by rising id.
     """
 
 def replicate_experts(

@@ -135,9 +135,9 @@ class _Part:
         if begin == end:
             return
         mine = shard if end - begin == len(shard) else shard[self._tokens[begin:end] - first]
-        self._replay.push(mine, self._rules.threads)
+        self._replay.push(mine, self._rules.threads, checked=self._trace.ids.fresh)
         if self._experts is not None:
-            self._experts.push(mine, self._rules.threads)
+            self._experts.push(mine, self._rules.threads, checked=True)
 
     def finish(self) -> Counts:
         """Give what was counted, and replay once more in mixed order."""

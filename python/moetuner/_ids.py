@@ -34,6 +34,10 @@ class Ids(Protocol):
     def dtype(self) -> IdType:
         """Type of the shards: uint8 or uint16."""
 
+    @property
+    def fresh(self) -> bool:
+        """Whether shards are read and validated when they are asked for, so nobody changed them."""
+
     def shards(self, max_bytes: int) -> Iterator[IdArray]:
         """Read valid runs of tokens [t,L,K], C-contiguous, in order, none of them empty."""
 
@@ -70,6 +74,10 @@ class IdsInMemory:
     @property
     def dtype(self) -> IdType:
         return self.values.dtype
+
+    @property
+    def fresh(self) -> bool:
+        return False
 
     def shards(self, max_bytes: int) -> Iterator[IdArray]:
         step = tokens_per_shard(self.shape, self.dtype, max_bytes)
@@ -122,6 +130,10 @@ class IdsInFile:
     @property
     def dtype(self) -> IdType:
         return id_type(self.stored.dtype, self.num_experts)
+
+    @property
+    def fresh(self) -> bool:
+        return True
 
     def shards(self, max_bytes: int) -> Iterator[IdArray]:
         step = tokens_per_shard(self.shape, self.stored.dtype, max_bytes)
@@ -177,6 +189,10 @@ class SelectedIds:
     def dtype(self) -> IdType:
         return self.base.dtype
 
+    @property
+    def fresh(self) -> bool:
+        return self.base.fresh
+
     def shards(self, max_bytes: int) -> Iterator[IdArray]:
         first = 0
         for shard in self.base.shards(max_bytes):
@@ -206,6 +222,10 @@ class JoinedIds:
     @property
     def dtype(self) -> IdType:
         return U16 if any(part.dtype == U16 for part in self.parts) else U8
+
+    @property
+    def fresh(self) -> bool:
+        return all(part.fresh for part in self.parts)
 
     def shards(self, max_bytes: int) -> Iterator[IdArray]:
         for part in self.parts:

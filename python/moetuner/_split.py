@@ -34,14 +34,23 @@ def shares(placement: Placement, topology: Topology, split: Split) -> Floats:
     if split != "nearest" or (placement.replicas == 1).all():
         even: Floats = held / held.sum(axis=1, keepdims=True)
         return even
-    return np.stack([_nearest(layer, topology).mean(axis=0) for layer in held])
+    return np.stack([of_layer(layer, topology.node_of_device, split) for layer in held])
+
+
+def of_layer(held: Floats, node: NDArray[np.int64], split: Split) -> Floats:
+    """Share of every expert's tokens that a device serves [D,E], from 1 where it holds one."""
+    if split != "nearest":
+        even: Floats = held / held.sum(axis=0)
+        return even
+    mean: Floats = _nearest(held, node).mean(axis=0)
+    return mean
 
 
 def by_home(placement: Placement, topology: Topology, split: Split) -> Iterator[tuple[int, Floats]]:
     """Layer by layer, shares of the tokens of every home [home,D,E]."""
     for number, held in enumerate(_held(placement)):
         if split == "nearest":
-            yield number, _nearest(held, topology)
+            yield number, _nearest(held, topology.node_of_device)
         else:
             yield number, np.repeat((held / held.sum(axis=0))[None], len(held), axis=0)
 
@@ -54,9 +63,8 @@ def _held(placement: Placement) -> Floats:
     return held
 
 
-def _nearest(held: Floats, topology: Topology) -> Floats:
+def _nearest(held: Floats, node: NDArray[np.int64]) -> Floats:
     """Shares [home,D,E] of a layer that holds experts so [D,E]."""
-    node = topology.node_of_device
     near = (node[:, None] == node[None, :])[:, :, None] * held
     in_node = near.sum(axis=1, keepdims=True)
     # Copies that a home may use: those of its node if there are any.

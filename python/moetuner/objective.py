@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _split
-from moetuner.placement import Placement
+from moetuner.placement import EMPTY, Placement
+from moetuner.topology import Topology
 
 if TYPE_CHECKING:
     from moetuner.problem import Problem
@@ -28,12 +29,17 @@ def balance(problem: Problem, placement: Placement) -> float:
 
 def slowest_time(problem: Problem, placement: Placement) -> Floats:
     """Largest load over speed of a device in every window [W], summed over layers."""
-    windows = problem.windows
-    shares = _split.shares(placement, problem.topology, problem.split)
+    windows, speed = problem.windows, problem.topology.speed_of_device
+    if np.count_nonzero(placement.slots != EMPTY) == placement.layers * placement.num_experts:
+        # One copy each. Empty slots (-1) take the last column.
+        of_expert = np.pad(windows.load, ((0, 0), (0, 0), (0, 1)))
+        row = np.arange(placement.layers)[:, None, None]
+        load = of_expert[:, row, placement.slots].sum(axis=3, dtype=np.float64)
+        each: Floats = (load / speed).max(axis=2).sum(axis=1)
+        return each
     slowest = np.zeros(len(windows.load))
-    for layer, share in enumerate(shares):
-        load = windows.load[:, layer] @ share.T
-        slowest += (load / problem.topology.speed_of_device).max(axis=1)
+    for layer, share in enumerate(_split.shares(placement, problem.topology, problem.split)):
+        slowest += (windows.load[:, layer] @ share.T / speed).max(axis=1)
     return slowest
 
 
@@ -82,11 +88,25 @@ def top_k(problem: Problem) -> float:
 
 def traffic_us(problem: Problem, placement: Placement) -> float:
     """Microseconds of a layer and window for what moves from device to device."""
+    if problem.counts_visits:
+        return visits(problem, placement) * visit_us(problem)
     if problem.regime != "follow" or problem.statistics.transitions is None:
         return 0.0
     price = link_us(problem)
     total = float(sum((moved * price).sum() for moved in _moved(problem, placement)))
     return total / (problem.layers * problem.statistics.windows)
+
+
+def visit_us(problem: Problem) -> float:
+    """Microseconds of a layer and window if every token visited one more device.
+
+    Of D devices that are visited alike, a token is at home on one.
+    """
+    assert problem.cost_model is not None
+    assert problem.statistics.sets is not None
+    crossing = problem.cost_model.weights(problem.topology, returns=True).crossing_us
+    tokens = float(problem.statistics.sets[0].counts.sum()) / problem.statistics.windows
+    return float(crossing[min(1, len(crossing) - 1)]) * tokens * (1 - 1 / problem.devices)
 
 
 def traffic(problem: Problem, placement: Placement) -> float:
@@ -101,6 +121,45 @@ def traffic(problem: Problem, placement: Placement) -> float:
         pairs = table.astype(np.float64)
         apart += (pairs * (1 - share.T @ share)).sum() / 2
     return float(apart) / problem.cost_scale
+
+
+def visits(problem: Problem, placement: Placement) -> float:
+    """Devices that a token visits in a layer, and nodes at their price, on average.
+
+    Copies are taken to be chosen independently of each other.
+    """
+    assert problem.statistics.sets is not None
+    device_cost, node_cost = visit_costs(problem.topology)
+    node = problem.topology.node_of_device
+    shares = _split.shares(placement, problem.topology, problem.split)
+    total = tokens = 0.0
+    for share, sets in zip(shares, problem.statistics.sets, strict=True):
+        # Share of a set's tokens that do not visit a device [N,D], or a node.
+        missed = np.ones((len(sets.counts), problem.devices))
+        far = np.ones((len(sets.counts), problem.topology.nodes))
+        in_node = np.stack([share[node == n].sum(axis=0) for n in range(problem.topology.nodes)])
+        for expert in sets.ids.T:
+            missed *= 1 - share.T[expert]
+            far *= 1 - in_node.T[expert]
+        cost = device_cost * (1 - missed).sum(axis=1) + node_cost * (1 - far).sum(axis=1)
+        total += float(cost @ sets.counts)
+        tokens += float(sets.counts.sum())
+    return total / tokens if tokens else 0.0
+
+
+def visit_costs(topology: Topology) -> tuple[float, float]:
+    """Cost of a token's visit of a device and, on top of it, of a node.
+
+    A token crosses to a node once and is handed on inside it, so a node costs a link between nodes
+    where a device costs one inside.
+    """
+    if topology.nodes < 2 or topology.node_size < 2:
+        return 1.0, 0.0
+    node = topology.node_of_device
+    beyond = np.not_equal.outer(node, node)
+    cost = topology.cost
+    inside = cost[~beyond & (cost > 0)].mean() if (cost[~beyond] > 0).any() else 1.0
+    return 1.0, float(cost[beyond].mean() / inside)
 
 
 def _moved(problem: Problem, placement: Placement) -> list[Floats]:
@@ -126,7 +185,7 @@ def least_balance(problem: Problem) -> float:
     bound = np.zeros(len(windows.load))
     for layer in range(problem.layers):
         load = windows.load[:, layer]
-        copies = min(int(spare[layer]) + 1, devices)
+        copies = min(int(spare[layer]) + 1, devices) if problem.may_copy else 1
         heaviest = load.max(axis=1)
         if problem.split == "nearest":
             # Uneven parts are at least those that make all copies equally slow.
@@ -135,3 +194,11 @@ def least_balance(problem: Problem) -> float:
             one = heaviest / copies / speed[0]
         bound += np.maximum(load.sum(axis=1) / problem.topology.speed_of_device.sum(), one)
     return windows.outcome(bound, mean_time(problem))
+
+
+def least_visits(problem: Problem) -> float:
+    """Below this no placement's ``visits`` can be: a token's experts fill the fewest devices."""
+    assert problem.statistics.sets is not None
+    device_cost, node_cost = visit_costs(problem.topology)
+    width = problem.statistics.sets[0].ids.shape[1]
+    return float(device_cost * -(-width // problem.slots) + node_cost)

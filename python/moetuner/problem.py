@@ -40,8 +40,8 @@ class Problem:
     topology
         The devices and links.
     slots_per_device
-        Slots of a device in a layer, S, or of every device [D]; by default those of the topology,
-        else just enough for one copy of each expert. What is left over holds further copies.
+        Slots of a device in a layer, S, or of every device [D], for experts and further copies of
+        them; by default those of the topology, else just enough for one copy of each expert.
     regime
         ``"follow"``: a token's state moves from expert to expert, so transitions cost.
         ``"dispatch"``: it is sent from its home device to every distinct device of its experts, so
@@ -118,10 +118,7 @@ class Problem:
         # Slots, rules and windows are checked by being made.
         if self.slots_per_device is not None and not isinstance(self.slots_per_device, int):
             object.__setattr__(self, "slots_per_device", tuple(self.slots_per_device))
-        _ = self.rooms, self.rules
-        if self.slots_per_device is None:
-            object.__setattr__(self, "slots_per_device", self.slots)
-        _ = self.windows
+        _ = self.rooms, self.rules, self.windows
 
     @cached_property
     def rooms(self) -> NDArray[np.int64]:
@@ -149,9 +146,19 @@ class Problem:
         )
 
     @property
-    def has_spare_slots(self) -> bool:
-        """Whether some layer has more slots than experts."""
-        return bool((self.rooms.sum(axis=1) > self.experts).any())
+    def counts_visits(self) -> bool:
+        """Whether traffic is counted in devices that tokens visit: where expert sets are known."""
+        return self.regime == "dispatch" and self.statistics.sets is not None
+
+    @property
+    def may_copy(self) -> bool:
+        """Whether slots beyond one for each expert hold copies: where somebody has asked for slots.
+
+        Those that are left over only because experts do not divide by devices stay empty.
+        """
+        given = (self.slots_per_device, self.extra_slots, self.topology.slots_per_device)
+        spare = (self.rooms.sum(axis=1) > self.experts).any()
+        return bool(spare) and any(slots is not None for slots in given)
 
     @property
     def layers(self) -> int:
@@ -238,12 +245,16 @@ class Problem:
     def value(self, placement: Placement) -> float:
         """Objective of a placement: microseconds, max / mean load, or share of the traffic.
 
-        Without copies, traffic is ``cost`` over ``cost_scale``; with copies, it is expected.
+        Without copies, traffic is ``cost`` over ``cost_scale``; with copies, it is expected. In
+        regime dispatch, where expert sets are known, it is what tokens visit: devices and, at what
+        their links cost more, nodes.
         """
         if self.objective == "balance":
             return objective.balance(self, placement)
         if self.objective == "time":
             return objective.time(self, placement)
+        if self.counts_visits:
+            return objective.visits(self, placement)
         if (placement.replicas == 1).all():
             return self.cost(placement) / self.cost_scale
         return objective.traffic(self, placement)

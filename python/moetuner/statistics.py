@@ -151,7 +151,7 @@ class RoutingStatistics:
             sets=sets,
         )
         for shard in trace.shards(SHARD_BYTES):
-            counter.push(shard, threads)
+            counter.push(shard, threads, checked=trace.ids.fresh)
             del shard  # else the next shard is read while this one is still held
         _, load, pairs, together, found = counter.finish()
         by_layer = None if found is None else tuple(ExpertSets(*of) for of in found)

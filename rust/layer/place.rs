@@ -36,7 +36,7 @@ pub fn place(
             .par_iter()
             .zip(start)
             .enumerate()
-            .map(|(l, (layer, start))| restarted(layer, start, effort, seed, l as u64, control))
+            .map(|(l, (layer, start))| restarted(layer, &start, effort, seed, l as u64, control))
             .collect();
     }
     let mut now = start;
@@ -53,7 +53,7 @@ pub fn place(
                 .par_iter()
                 .map(|&l| {
                     let stream = (round + 1) * n + l as u64;
-                    restarted(&layers[l], now[l].clone(), effort, seed, stream, control)
+                    restarted(&layers[l], &now[l], effort, seed, stream, control)
                 })
                 .collect();
             for (l, contents) in turn.into_iter().zip(found) {
@@ -67,7 +67,7 @@ pub fn place(
 /// The best of several searches from one start.
 fn restarted(
     layer: &Layer,
-    start: Contents,
+    start: &Contents,
     effort: Effort,
     seed: u64,
     stream: u64,

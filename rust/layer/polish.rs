@@ -80,6 +80,7 @@ impl<'a, 'b> Polish<'a, 'b> {
             for (&taken, q) in loads.iter().zip(theirs.clone()) {
                 let moved = given - taken;
                 // Without a branch between the two: which one fails is unpredictable.
+                #[allow(clippy::needless_bitwise_bool)]
                 let lowers = (before - moved * t < best) & (beside + moved * u < best);
                 if lowers && may_exchange(draft, (p, slow), (q, other)) {
                     (best, found) = (f64::max(before - moved * t, beside + moved * u), Some((p, q)));

@@ -126,23 +126,23 @@ fn transpose<N: Number>(numbers: &mut [N; BLOCK]) {
     }
 }
 
-/// For every 512 tokens the rows of all ids, at most 64, each with a bit per token.
+/// For every 512 tokens the rows of all ids, at most 64, each with a bit per token. `rows` may hold others of this size.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vbmi+avx2+bmi2",
     "x86_64+avx2+bmi2"
 ))]
-pub(super) fn rows_of<I: ExpertId>(ids: &[I], top_k: usize, size: usize) -> Vec<u64> {
+pub(super) fn rows_of<I: ExpertId>(ids: &[I], top_k: usize, size: usize, rows: &mut Vec<u64>) {
     let columns: Vec<usize> = (0..size).collect();
     match size {
-        0..=8 => {
-            rows_with(ids, top_k, size, &columns, |_, ids, sets: &mut [u8; BLOCK]| sets_of(ids, top_k, sets))
-        }
-        9..=32 => {
-            rows_with(ids, top_k, size, &columns, |_, ids, sets: &mut [u32; BLOCK]| sets_of(ids, top_k, sets))
-        }
-        _ => {
-            rows_with(ids, top_k, size, &columns, |_, ids, sets: &mut [u64; BLOCK]| sets_of(ids, top_k, sets))
-        }
+        0..=8 => rows_with(ids, top_k, size, &columns, rows, |_, ids, sets: &mut [u8; BLOCK]| {
+            sets_of(ids, top_k, sets);
+        }),
+        9..=32 => rows_with(ids, top_k, size, &columns, rows, |_, ids, sets: &mut [u32; BLOCK]| {
+            sets_of(ids, top_k, sets);
+        }),
+        _ => rows_with(ids, top_k, size, &columns, rows, |_, ids, sets: &mut [u64; BLOCK]| {
+            sets_of(ids, top_k, sets);
+        }),
     }
 }
 
@@ -186,7 +186,8 @@ pub(super) fn rows_of_sums<I: ExpertId>(
     size: usize,
     units: &[u64],
     columns: &[usize],
-) -> Vec<u64> {
+    rows: &mut Vec<u64>,
+) {
     // Of constant size: an index below it needs no check.
     let mut of_word = vec![[0; IDS]; columns.len().div_ceil(64)];
     for (table, units) in of_word.iter_mut().zip(units.chunks_exact(units.len() / columns.len().div_ceil(64)))
@@ -196,17 +197,17 @@ pub(super) fn rows_of_sums<I: ExpertId>(
     match size {
         0..=8 => {
             let table = of_word[0].map(|unit| unit as u8);
-            rows_with(ids, top_k, size, columns, |_, ids, sums: &mut [u8; BLOCK]| {
+            rows_with(ids, top_k, size, columns, rows, |_, ids, sums: &mut [u8; BLOCK]| {
                 sums_of(ids, top_k, &table, sums);
-            })
+            });
         }
         9..=32 => {
             let table = of_word[0].map(|unit| unit as u32);
-            rows_with(ids, top_k, size, columns, |_, ids, sums: &mut [u32; BLOCK]| {
+            rows_with(ids, top_k, size, columns, rows, |_, ids, sums: &mut [u32; BLOCK]| {
                 sums_of(ids, top_k, &table, sums);
-            })
+            });
         }
-        _ => rows_with(ids, top_k, size, columns, |word, ids, sums: &mut [u64; BLOCK]| {
+        _ => rows_with(ids, top_k, size, columns, rows, |word, ids, sums: &mut [u64; BLOCK]| {
             sums_of(ids, top_k, &of_word[word], sums);
         }),
     }
@@ -245,11 +246,13 @@ fn rows_with<I: ExpertId, N: Number>(
     top_k: usize,
     size: usize,
     columns: &[usize],
+    rows: &mut Vec<u64>,
     fill: impl Fn(usize, &[I], &mut [N; BLOCK]),
-) -> Vec<u64> {
+) {
     let width = padded(size);
     let lanes = BLOCK / N::BITS;
-    let mut rows = vec![0; ids.len().div_ceil(BLOCK * top_k) * WORDS * width];
+    // Every row is written; those that fill up the width are zero, and were before.
+    rows.resize(ids.len().div_ceil(BLOCK * top_k) * WORDS * width, 0);
     for (ids, rows) in ids.chunks(BLOCK * top_k).zip(rows.chunks_exact_mut(WORDS * width)) {
         for (word, columns) in columns.chunks(N::BITS).enumerate() {
             let mut numbers = [N::ZERO; BLOCK];
@@ -264,7 +267,6 @@ fn rows_with<I: ExpertId, N: Number>(
             }
         }
     }
-    rows
 }
 
 /// The rows of every 64 tokens, and which bits are of tokens within `tokens`.
@@ -299,12 +301,13 @@ pub(super) fn count(rows: &[u64], size: usize, tokens: Range<usize>, counts: &mu
     }
 }
 
-/// Adds the ones of the AND of every left with every right row to `counts` `[size, size]`.
+/// Adds the ones of the AND of every left with every right row to `counts` `[size, size]`. Where both are the same rows,
+/// `own`, half of the table says it all.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vpopcntdq+avx2+bmi2+popcnt",
     "x86_64+avx2+bmi2+popcnt"
 ))]
-pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, counts: &mut [u64]) {
+pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, own: bool, counts: &mut [u64]) {
     const LEFT: usize = 4;
     const RIGHT: usize = 8;
     // Words whose rows, left and right, stay in the first-level cache.
@@ -316,7 +319,8 @@ pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, counts: &mut
         // A tile of the table at a time: its sums stay in registers while all words go by.
         for e in 0..width / LEFT {
             for f in 0..width / RIGHT {
-                if !(in_left[e] && in_right[f]) {
+                let below = own && (f + 1) * RIGHT <= e * LEFT;
+                if below || !(in_left[e] && in_right[f]) {
                     continue;
                 }
                 let mut sums = [[0u64; RIGHT]; LEFT];
@@ -331,7 +335,12 @@ pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, counts: &mut
                 }
                 for (e, sums) in (e * LEFT..size).zip(&sums) {
                     for (f, sum) in (f * RIGHT..size).zip(sums) {
-                        counts[e * size + f] += sum;
+                        if !own || e <= f {
+                            counts[e * size + f] += sum;
+                        }
+                        if own && e < f {
+                            counts[f * size + e] += sum;
+                        }
                     }
                 }
             }

@@ -26,42 +26,33 @@ const PLANES: usize = 16;
 /// The ids of a block of tokens.
 #[derive(Debug, Default)]
 pub(super) struct Lists {
-    /// For every chunk the tokens of each id, counted from the chunk's first, in whole groups: filled up with a token
-    /// that has no ids.
+    /// For every chunk, `room` apart, the tokens of each id, counted from the chunk's first, in whole groups: filled up
+    /// with a token that has no ids.
     tokens: Vec<u16>,
-    /// How often each id occurs `[chunks, IDS]`.
-    lengths: Vec<u16>,
+    room: usize,
+    /// How often each id occurs, for every chunk.
+    lengths: Vec<[u16; IDS]>,
     /// For every chunk the set of each token, and behind them the empty one.
     sets: Vec<Set>,
 }
 
 impl Lists {
-    pub(super) fn new<I: ExpertId>(ids: &[I], top_k: usize) -> Self {
-        // Lists side by side, each with room for a whole chunk, and not a power of two apart: they would share a few
-        // lines of the cache.
-        const ROOM: usize = CHUNK + 32;
-        let mut lists = vec![0u16; IDS * ROOM];
-        let mut all = Self::default();
-        for ids in ids.chunks(CHUNK * top_k) {
-            let first = all.sets.len();
-            all.sets.resize(first + CHUNK + 1, [0; IDS / 64]);
-            sets_of(ids, top_k, &mut all.sets[first..]);
-            let mut next: [u32; IDS] = std::array::from_fn(|id| (id * ROOM) as u32);
-            for (token, ids) in (0..).zip(ids.chunks_exact(top_k)) {
-                for id in ids {
-                    let next = &mut next[id.index() % IDS];
-                    lists[*next as usize] = token;
-                    *next += 1;
-                }
-            }
-            for (id, end) in next.into_iter().enumerate() {
-                let list = &lists[id * ROOM..end as usize];
-                all.tokens.extend_from_slice(list);
-                all.tokens.resize(all.tokens.len().next_multiple_of(GROUP), CHUNK as u16);
-                all.lengths.push(list.len() as u16);
-            }
+    /// Takes the ids of other tokens, as many of each as before.
+    pub(super) fn fill<I: ExpertId>(&mut self, ids: &[I], top_k: usize) {
+        let chunks = ids.len().div_ceil(CHUNK * top_k);
+        self.room = CHUNK * top_k + IDS * GROUP;
+        self.tokens.resize(chunks * self.room, 0);
+        self.lengths.resize(chunks, [0; IDS]);
+        self.sets.resize(chunks * (CHUNK + 1), [0; IDS / 64]);
+        for (chunk, ids) in ids.chunks(CHUNK * top_k).enumerate() {
+            sets_of(ids, top_k, &mut self.sets[chunk * (CHUNK + 1)..]);
+            let tokens = &mut self.tokens[chunk * self.room..][..self.room];
+            self.lengths[chunk] = match top_k {
+                6 => sort(ids, 6, tokens),
+                8 => sort(ids, 8, tokens),
+                _ => sort(ids, top_k, tokens),
+            };
         }
-        all
     }
 
     /// Adds how often each id occurs in some of the tokens to `counts`.
@@ -78,7 +69,7 @@ impl Lists {
             let to = tokens.end.min((from / CHUNK + 1) * CHUNK);
             // A whole chunk has been counted already.
             if from.is_multiple_of(CHUNK) && to == all.min(from + CHUNK) {
-                for (count, &length) in counts.iter_mut().zip(&self.lengths[from / CHUNK * IDS..][..IDS]) {
+                for (count, &length) in counts.iter_mut().zip(&self.lengths[from / CHUNK]) {
                     *count += u64::from(length);
                 }
             } else {
@@ -89,6 +80,34 @@ impl Lists {
             from = to;
         }
     }
+}
+
+/// Writes the tokens of every id, one id after the other, in whole groups; gives how many each has.
+///
+/// Inlined for constant `top_k`, so that the loop over a token's ids unrolls.
+#[inline(always)]
+fn sort<I: ExpertId>(ids: &[I], top_k: usize, tokens: &mut [u16]) -> [u16; IDS] {
+    let mut lengths = [0u16; IDS];
+    for id in ids {
+        lengths[id.index() % IDS] += 1;
+    }
+    let mut next = [0u32; IDS];
+    let mut begin = 0;
+    for (next, &length) in next.iter_mut().zip(&lengths) {
+        *next = begin as u32;
+        let whole = usize::from(length) / GROUP * GROUP;
+        // The end of the last group; behind a full one this is where the next id's begins, who writes later.
+        tokens[begin + whole..][..GROUP].fill(CHUNK as u16);
+        begin += usize::from(length).next_multiple_of(GROUP);
+    }
+    for (token, ids) in (0..).zip(ids.chunks_exact(top_k)) {
+        for id in ids {
+            let next = &mut next[id.index() % IDS];
+            tokens[*next as usize] = token;
+            *next += 1;
+        }
+    }
+    lengths
 }
 
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2+bmi2", "x86_64+avx2+bmi2"))]
@@ -121,14 +140,15 @@ fn sets_with<I: ExpertId>(ids: &[I], top_k: usize, sets: &mut [Set]) {
 ))]
 pub(super) fn count_pairs(left: &Lists, right: &Lists, size: usize, counts: &mut [u64]) {
     let mut sums = vec![[[0u64; IDS / 64]; PLANES]; size];
-    let mut from = 0;
-    for (lengths, sets) in left.lengths.chunks_exact(IDS).zip(right.sets.chunks_exact(CHUNK + 1)) {
+    let lists = left.lengths.iter().zip(left.tokens.chunks_exact(left.room.max(1)));
+    for ((lengths, tokens), sets) in lists.zip(right.sets.chunks_exact(CHUNK + 1)) {
+        let mut from = 0;
         // Ids beyond `size` occur in no token: their lists are empty.
         for (sums, &length) in sums.iter_mut().zip(lengths) {
             let to = from + usize::from(length).next_multiple_of(GROUP);
             // A copy: the compiler then knows that no set changes with the sums.
             let mut planes = *sums;
-            for tokens in left.tokens[from..to].as_chunks::<GROUP>().0 {
+            for tokens in tokens[from..to].as_chunks::<GROUP>().0 {
                 let sets = tokens.map(|token| &sets[usize::from(token)]);
                 add(sets, &mut planes);
             }

@@ -81,20 +81,21 @@ impl Planes {
         units
     }
 
-    /// The counts of the ids of a layer; the block begins with token `first` of the trace.
-    pub(super) fn side<I: ExpertId>(
+    /// Fills `side` with the counts of the ids of a layer; the block begins with token `first` of the trace.
+    pub(super) fn fill<I: ExpertId>(
         &self,
         copies: &Copies,
         l: usize,
         ids: &[I],
-        top_k: usize,
         first: u64,
-    ) -> Side<u16> {
-        let (size, units, columns) = (self.columns(), &self.units[l], self.columns_of_bits());
+        side: &mut Side<u16>,
+    ) {
+        let (units, columns) = (&self.units[l], self.columns_of_bits());
         if copies.is_single(l) {
-            return Side::of_sums(ids, top_k, size, units, &columns);
+            side.fill_sums(ids, units, &columns);
+        } else {
+            side.fill_sums(&copies.route(l, ids, side.top_k(), first), units, &columns);
         }
-        Side::of_sums(&copies.route(l, ids, top_k, first), top_k, size, units, &columns)
     }
 
     /// Adds load and visits of devices and visits of nodes, one after the other, of some of the tokens.

@@ -72,11 +72,10 @@ def _packed(problem: Problem, limits: Limits, *, improve: bool) -> Candidate:
             trials=PATIENT if improve else 0,
         )
         return Candidate(slots)
-    return _candidate(
-        problem,
+    return Candidate(
         _core.lpt(
             problem.load, problem.devices, problem.slots, improve=improve, threads=limits.threads
-        ),
+        )
     )
 
 

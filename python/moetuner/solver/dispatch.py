@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
+from moetuner.objective import visit_costs
 from moetuner.problem import Problem
 from moetuner.solver.clock import Clock
 from moetuner.solver.result import Candidate, Limits, Progress
-from moetuner.topology import Topology
 
 # Trials of each start on pairs, and the share of a time limit that they get.
 PAIR_TRIALS = 200_000
@@ -98,21 +98,6 @@ def dispatch(
     )
     details["trials"] = trials
     return Candidate(slots, "interrupted" if interrupted else "feasible", details=details)
-
-
-def visit_costs(topology: Topology) -> tuple[float, float]:
-    """Cost of a token's visit of a device and, on top of it, of a node.
-
-    A token crosses to a node once and is handed on inside it, so a node costs a link between nodes
-    where a device costs one inside.
-    """
-    if topology.nodes < 2 or topology.node_size < 2:
-        return 1.0, 0.0
-    node = topology.node_of_device
-    beyond = np.not_equal.outer(node, node)
-    cost = topology.cost
-    inside = cost[~beyond & (cost > 0)].mean() if (cost[~beyond] > 0).any() else 1.0
-    return 1.0, float(cost[beyond].mean() / inside)
 
 
 def _on_pairs(problem: Problem, seed: int, limits: Limits) -> tuple[NDArray[np.int32], bool]:

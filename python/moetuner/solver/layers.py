@@ -175,7 +175,14 @@ class Search:
 
     def construct(self) -> Slots:
         """Slots [L,D,S] by the heaviest copy first."""
-        return self._layers().construct()
+        slots = self._layers().construct()
+        if not self.problem.may_copy:
+            for layer in slots:
+                _, first = np.unique(layer, return_index=True)
+                again = np.ones(layer.size, dtype=bool)
+                again[first] = False
+                layer.reshape(-1)[again] = EMPTY
+        return slots
 
     def improve(self, slots: Slots, limits: Limits) -> tuple[Slots, bool]:
         """Anneal every layer, and say whether it was interrupted."""
@@ -196,6 +203,7 @@ class Search:
             hot=SMALL_HOT if small else choice.hot,
             cold=SMALL_COLD if small else choice.cold,
             restarts=RESTARTS if small else 1,
+            copies=problem.may_copy,
             rounds=ROUNDS,
             transitions=self.links,
             link_cost=None if self.links is None else self._link_cost(),
@@ -268,7 +276,24 @@ class Search:
             hold=hold,
             forbidden=problem.rules.forbidden,
             pinned=problem.rules.pinned,
+            **self._visits(),
         )
+
+    def _visits(self) -> dict[str, Any]:
+        """Expert sets and what a visit costs, in weighted tokens, where visits count."""
+        problem, sets = self.problem, self.problem.statistics.sets
+        if not problem.counts_visits or sets is None or problem.objective == "balance":
+            return {}
+        unit, tokens = self._tokens_per_unit(), float(sets[0].counts.sum())
+        if problem.objective == "time":
+            unit *= objective.visit_us(problem)
+        each = unit / (problem.layers * max(tokens, 1))
+        device_cost, node_cost = objective.visit_costs(problem.topology)
+        return {
+            "sets": [(of.ids, of.counts) for of in sets],
+            "device_cost": device_cost * each,
+            "node_cost": node_cost * each,
+        }
 
     def _tokens_per_unit(self) -> float:
         """Weighted tokens on the slowest device that make one unit of the objective."""

@@ -17,13 +17,17 @@ def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
     The least of a sum is no less than the sum of the least: a time's parts, compute and traffic,
     are bounded one by one. Traffic is bounded for one copy of each expert on equal devices only.
     """
-    if problem.objective == "traffic":
-        return found
     value = problem.value(Placement(found.slots, num_experts=problem.experts))
-    least = objective.least_balance(problem)
-    source = "load"
+    if problem.objective == "traffic":
+        if not problem.counts_visits:
+            return found
+        least, source = objective.least_visits(problem), "load"
+    else:
+        least, source = objective.least_balance(problem), "load"
     if problem.objective == "time":
         least = objective.compute_us(problem, least)
+        if problem.counts_visits:
+            least += objective.least_visits(problem) * objective.visit_us(problem)
         moved = _least_traffic_us(problem, limits)
         if moved is not None:
             least, source = least + moved[0], f"load + {moved[1]}"
@@ -34,7 +38,7 @@ def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
 
 
 def _least_traffic_us(problem: Problem, limits: Limits) -> tuple[float, str] | None:
-    alike = problem.topology.has_equal_devices and not problem.has_spare_slots
+    alike = problem.topology.has_equal_devices and not problem.may_copy
     if problem.regime != "follow" or not alike or problem.devices == 1:
         return None
     plain = replace(problem, objective="traffic", max_imbalance=None, pinned=(), forbidden=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moetuner.problem import Problem
+from moetuner.solver.dispatch import dispatch
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.layers import layers
 from moetuner.solver.result import Candidate, Limits
@@ -10,5 +11,8 @@ from moetuner.solver.result import Candidate, Limits
 
 def searched(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Search, without an integer programme and without a bound."""
-    search = heuristic if problem.is_plain else layers
-    return search(problem, seed=seed, limits=limits)
+    if not problem.is_plain:
+        return layers(problem, seed=seed, limits=limits)
+    if problem.counts_visits:
+        return dispatch(problem, seed=seed, limits=limits, copies=problem.may_copy)
+    return heuristic(problem, seed=seed, limits=limits)

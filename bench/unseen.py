@@ -1,0 +1,337 @@
+"""Balance on traffic that no method has seen: ours, EPLB, and the peers' released code.
+
+    pip download --no-deps --dest build/wheels vllm-ascend==0.26.0rc1 sglang==0.5.23
+    pip install torch numba scipy
+    python bench/unseen.py [--qwen FILE] [--mixtral FILE] [--layers 75] [--wheels build/wheels]
+
+Three instances, each with copies of experts on devices with equal slots:
+
+- windows of a generated model of 75 layers and 256 experts, each of one of ten domains; forty are
+  seen, forty are not. *Mixed* windows are means of ten, one of each domain;
+- a load table of languages (`--qwen`): all but one are seen, the mean over which one;
+- a load table of prompts with subjects (`--mixtral`): windows of sixteen prompts of a subject, half
+  of the prompts of each subject seen.
+
+Imbalance is max / mean load of devices, the mean over windows and layers. The seconds are process
+time on all threads. Without wheels the peers are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+import time
+import types
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core
+from moetuner.solver.unseen import Choice, choose
+
+Floats = NDArray[np.float64]
+Slots = NDArray[np.int32]
+# Windows [W,L,E], their groups [W], devices and slots per device in; slots [L,D,S] out.
+Method = Callable[[Floats, NDArray[np.int64], int, int], Slots]
+
+DOMAINS = 10
+# Standard deviations of log loads: of an expert over all traffic, of a domain from it, of a window
+# from its domain: on its own, and along three directions that the domain's windows share. Chosen so
+# that contiguous, EPLB and annealing come near to what a real model gave.
+EXPERT, DOMAIN, WINDOW, DIRECTION, DIRECTIONS = 0.45, 0.72, 0.22, 0.15, 3
+TOKENS = 8192 * 8
+
+
+def generated(layers: int, windows: int, seed: int, experts: int = 256) -> Floats:
+    """Windows of load [W,L,E]; window w is of domain w modulo ten."""
+    rng = np.random.default_rng(seed)
+    expert = rng.normal(0, EXPERT, (layers, experts))
+    domain = rng.normal(0, DOMAIN, (DOMAINS, layers, experts))
+    direction = rng.normal(0, DIRECTION, (DOMAINS, DIRECTIONS, layers, experts))
+    load = np.empty((windows, layers, experts))
+    for window in range(windows):
+        mine = window % DOMAINS
+        along = np.einsum("k,kle->le", rng.normal(0, 1, DIRECTIONS), direction[mine])
+        own = rng.normal(0, WINDOW, (layers, experts))
+        share = np.exp(expert + domain[mine] + along + own)
+        load[window] = rng.poisson(share / share.sum(axis=1, keepdims=True) * TOKENS)
+    return load
+
+
+def imbalance(load: Floats, slots: Slots) -> float:
+    """Max / mean load of devices: the mean over windows and layers."""
+    layers = len(slots)
+    ratio = 0.0
+    for layer in range(layers):
+        # Several copies on a device, as some peers place them, serve as many parts.
+        held = np.stack(
+            [np.bincount(row[row >= 0], minlength=load.shape[2]) for row in slots[layer]]
+        )
+        device = load[:, layer] @ (held / held.sum(axis=0)).T
+        ratio += float((device.max(axis=1) / device.mean(axis=1)).mean())
+    return ratio / layers
+
+
+def contiguous(load: Floats, group: NDArray[np.int64], devices: int, slots: int) -> Slots:
+    """Experts in order, the first ones again in slots to spare."""
+    order = np.arange(devices * slots) % load.shape[2]
+    return np.tile(order.reshape(devices, slots).astype(np.int32), (load.shape[1], 1, 1))
+
+
+def eplb(load: Floats, group: NDArray[np.int64], devices: int, slots: int) -> Slots:
+    """Place by EPLB's global policy: copies of the heaviest part, the heaviest copy first."""
+    total = load.sum(axis=0)
+    layers, experts = total.shape
+    placed = np.full((layers, devices, slots), -1, np.int32)
+    for layer, tokens in enumerate(total):
+        copies = np.ones(experts)
+        for _ in range(devices * slots - experts):
+            copies[np.argmax(tokens / copies)] += 1
+        item = np.repeat(np.arange(experts), copies.astype(int))
+        part = (tokens / copies)[item]
+        used, filled = np.zeros(devices), np.zeros(devices, int)
+        for one in np.argsort(-part, kind="stable"):
+            device = int(np.argmin(np.where(filled < slots, used, np.inf)))
+            placed[layer, device, filled[device]] = item[one]
+            used[device] += part[one]
+            filled[device] += 1
+    return placed
+
+
+def _search(load: Floats, choice: Choice, devices: int, slots: int, trials: int) -> Slots:
+    layers = _core.Layers(
+        np.ascontiguousarray(choice.load),
+        choice.weight,
+        np.full((load.shape[1], devices), slots),
+        [0] * devices,
+        [1.0] * devices,
+        nearest=False,
+        norm=choice.norm,
+    )
+    return layers.place(
+        layers.construct(),
+        trials=max(trials * devices * slots, 60_000),
+        hot=choice.hot,
+        cold=choice.cold,
+    )[0]
+
+
+def on_maximum(trials: int) -> Method:
+    """Anneal on the maximum of the windows seen."""
+
+    def place(load: Floats, group: NDArray[np.int64], devices: int, slots: int) -> Slots:
+        return _search(load, Choice(load, np.ones(len(load))), devices, slots, trials)
+
+    return place
+
+
+def ours(trials: int, chosen: list[str]) -> Method:
+    """Anneal on what cross-validation chooses, noting what that is."""
+
+    def place(load: Floats, group: NDArray[np.int64], devices: int, slots: int) -> Slots:
+        choice = choose(
+            load,
+            np.ones(len(load)),
+            group,
+            np.full((load.shape[1], devices), slots),
+            np.zeros(devices, np.int64),
+            np.ones(devices),
+            nearest=False,
+            seed=0,
+            threads=None,
+        )
+        chosen.append(choice.details["chosen"])
+        return _search(load, choice, devices, slots, trials)
+
+    return place
+
+
+def flashlb(wheels: Path) -> Method | str:
+    """FlashLB of vllm-ascend, out of its wheel; where it cannot run, the reason."""
+    wheel = next(iter(sorted(wheels.glob("vllm_ascend-*.whl"))), None)
+    if wheel is None:
+        return f"no wheel of vllm-ascend in {wheels}"
+    policy = "vllm_ascend.eplb.core.policy"
+    _empty_packages(wheel, policy)
+    stubs = {
+        "vllm": {},
+        "vllm.logger": {"logger": logging.getLogger("peer")},
+        "vllm_ascend.distributed": {},
+        "vllm_ascend.distributed.parallel_state": {"get_dynamic_eplb_group": lambda: None},
+    }
+    for name, values in stubs.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(values)
+    # Compiled code can only be kept beside a file.
+    source = _unpacked(wheel, policy, ("policy_abstract", "policy_flashlb"))
+    try:
+        flash: Any = importlib.import_module(f"{policy}.policy_flashlb")
+    except ImportError as error:
+        return f"{source}: {error}"
+
+    def place(load: Floats, group: NDArray[np.int64], devices: int, slots: int) -> Slots:
+        table = contiguous(load, group, devices, slots)
+        copies = np.bincount(table[0].ravel(), minlength=load.shape[2])
+        # Loads of slots: copies share their expert's.
+        stages = (load / copies)[:, :, table[0].ravel()].reshape(len(load), *table.shape)
+        _, _, placed = flash.FlashLB().rebalance_experts(table, stages)
+        return np.asarray(placed, np.int32)
+
+    return place
+
+
+def deepseek_vec(wheels: Path) -> Method | str:
+    """SGLang's policy of several steps, out of its wheel; where it cannot run, the reason."""
+    wheel = next(iter(sorted(wheels.glob("sglang-*.whl"))), None)
+    if wheel is None:
+        return f"no wheel of sglang in {wheels}"
+    policy = "sglang.srt.eplb.eplb_algorithms"
+    _empty_packages(wheel, policy)
+    try:
+        torch: Any = importlib.import_module("torch")
+        source = _unpacked(wheel, policy, ("deepseek_vec",))
+        peer: Any = importlib.import_module(f"{policy}.deepseek_vec")
+    except ImportError as error:
+        return f"{wheel.name}: {error}"
+    del source
+
+    def place(load: Floats, group: NDArray[np.int64], devices: int, slots: int) -> Slots:
+        steps = torch.from_numpy(load.astype(np.float32))
+        placed = peer.rebalance_experts(steps, devices * slots, slots, None, 1, False)[0]
+        return placed.numpy().astype(np.int32).reshape(load.shape[1], devices, slots)
+
+    return place
+
+
+def _empty_packages(wheel: Path, policy: str) -> None:
+    """Put empty packages in place of the real ones, which would load half of the engine."""
+    parts = policy.split(".")
+    for number in range(1, len(parts) + 1):
+        package = types.ModuleType(".".join(parts[:number]))
+        package.__path__ = [str(wheel.parent / "policies" / Path(*parts[:number]))]
+        sys.modules[package.__name__] = package
+
+
+def _unpacked(wheel: Path, policy: str, modules: tuple[str, ...]) -> Path:
+    """Unpack modules of a policy beside the wheel."""
+    to = wheel.parent / "policies"
+    with zipfile.ZipFile(wheel) as files:
+        for module in modules:
+            files.extract(f"{policy.replace('.', '/')}/{module}.py", to)
+    return to
+
+
+def compare(
+    title: str,
+    load: Floats,
+    group: NDArray[np.int64],
+    judged: dict[str, Floats],
+    methods: dict[str, Method],
+    sizes: tuple[tuple[int, int], ...],
+) -> None:
+    """Print a row per size and method."""
+    print(f"\n{title}: {len(load)} windows seen, {load.shape[1]} layers, {load.shape[2]} experts")
+    print(f"{'devices/slots':>13} {'method':>14}", *(f"{name:>8}" for name in judged), " seconds")
+    for devices, slots in sizes:
+        for name, method in methods.items():
+            begin = time.process_time()
+            placed = method(load, group, devices, slots)
+            seconds = time.process_time() - begin
+            figures = (f"{imbalance(table, placed):8.4f}" for table in judged.values())
+            size = f"{devices}/{devices * slots}"
+            print(f"{size:>13} {name:>14}", *figures, f"{seconds:8.2f}", flush=True)
+
+
+def model_of_domains(methods: dict[str, Method], layers: int, seed: int) -> None:
+    """Compare on the generated model."""
+    load = generated(layers, 80, seed)
+    seen, unseen = load[:40], load[40:]
+    mixed = unseen.reshape(4, DOMAINS, *load.shape[1:]).mean(axis=1)
+    judged = {"seen": seen, "unseen": unseen, "mixed": mixed}
+    group = np.arange(40) % DOMAINS
+    compare(f"generated, seed {seed}", seen, group, judged, methods, ((8, 33), (16, 17), (32, 9)))
+    alike = {name: method for name, method in methods.items() if name != "FlashLB"}
+    compare("without copies", seen, group, judged, alike, ((32, 8),))
+
+
+def languages(file: Path, methods: dict[str, Method], step: int) -> None:
+    """Compare on a language that was left out, the mean over which one."""
+    load = np.load(file)["load"].astype(np.float64)[:, ::step]
+    print(f"\n{file.name}: imbalance - 1, a language left out, mean over {len(load)}")
+    print(f"{'devices/slots':>13} {'method':>14} {'seen':>8} {'unseen':>8}   of EPLB's")
+    for devices, slots in ((8, 17), (16, 9)):
+        figures: dict[str, Floats] = {}
+        for name, method in methods.items():
+            excess = []
+            for out in range(len(load)):
+                seen = np.delete(load, out, axis=0)
+                placed = method(seen, np.arange(len(seen)), devices, slots)
+                excess.append([imbalance(seen, placed) - 1, imbalance(load[[out]], placed) - 1])
+            figures[name] = np.mean(excess, axis=0)
+            ratio = figures[name] / figures.get("EPLB", figures[name])
+            row = f"{f'{devices}/{devices * slots}':>13} {name:>14}"
+            parts = f"{ratio[0]:6.2f}x {ratio[1]:6.3f}x" if "EPLB" in figures else ""
+            print(row, *(f"{value:8.4f}" for value in figures[name]), parts, flush=True)
+
+
+def prompts(file: Path, methods: dict[str, Method]) -> None:
+    """Compare on windows of sixteen prompts of a subject, half of each subject's prompts seen."""
+    table = np.load(file)
+    load, subject = table["load"].astype(np.float64), table["group"]
+    rng = np.random.default_rng(0)
+    halves: tuple[list[Floats], list[Floats]] = ([], [])
+    group = []
+    for number in np.unique(subject):
+        mine = rng.permutation(np.flatnonzero(subject == number))
+        for half, part in zip(
+            halves, (mine[: len(mine) // 2], mine[len(mine) // 2 :]), strict=True
+        ):
+            for at in range(0, len(part) // 16 * 16, 16):
+                half.append(load[part[at : at + 16]].sum(axis=0))
+                group.extend([number] if half is halves[0] else [])
+    seen, unseen = (np.stack(half) for half in halves)
+    judged = {"seen": seen, "unseen": unseen}
+    compare(file.name, seen, np.array(group), judged, methods, ((4, 3),))
+
+
+def main() -> None:
+    """Print all tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--qwen", type=Path, help="load table of languages")
+    parser.add_argument("--mixtral", type=Path, help="load table of prompts with subjects")
+    parser.add_argument("--layers", type=int, default=75, help="of the generated model")
+    parser.add_argument("--step", type=int, default=1, help="every so many layers of the languages")
+    parser.add_argument("--seed", type=int, default=0, help="of the generated model")
+    parser.add_argument("--trials", type=int, default=250, help="for each slot of a layer")
+    parser.add_argument("--wheels", type=Path, default=Path("build/wheels"), help="their folder")
+    options = parser.parse_args()
+
+    chosen: list[str] = []
+    methods: dict[str, Method] = {"contiguous": contiguous, "EPLB": eplb}
+    for name, peer in (("FlashLB", flashlb), ("deepseek_vec", deepseek_vec)):
+        found = peer(options.wheels)
+        if isinstance(found, str):
+            print(f"no {name}: {found}")
+        else:
+            methods[name] = found
+    methods["maximum"] = on_maximum(options.trials)
+    methods["ours"] = ours(options.trials, chosen)
+    if options.layers:
+        model_of_domains(methods, options.layers, options.seed)
+    if options.mixtral is not None:
+        prompts(options.mixtral, methods)
+    if options.qwen is not None:
+        languages(options.qwen, methods, options.step)
+    print("\nchosen:", ", ".join(f"{name} {chosen.count(name)}x" for name in sorted(set(chosen))))
+
+
+if __name__ == "__main__":
+    main()
