@@ -171,8 +171,12 @@ def test_topology_may_be_a_common_machine(ok, run, trace, tmp_path):
 def test_solve_without_pairs_says_so(ok, table, tmp_path):
     """A load table can only be balanced; no crossing is made up."""
     out, report = tmp_path / "p.json", tmp_path / "report.json"
-    text = ok("solve", table, "--devices", 4, "--out", out, "--json", report)
-    assert "only balance" in text
+    arguments = ["--devices", 4, "--out", out, "--json", report]
+    assert "only balance" in ok("solve", table, *arguments)
+    found = json.loads(report.read_text())
+    assert (found["unit"], found["crossing"]) == ("us per layer", None)
+    assert 0 < found["bound"] <= found["objective"]
+    assert "only balance" in ok("solve", table, *arguments, "--max-imbalance", 1.2)
     found = json.loads(report.read_text())
     assert (found["objective"], found["gap"], found["crossing"]) == (None, None, None)
 
@@ -334,7 +338,10 @@ def test_audit_of_a_load_table(ok, table, tmp_path):
 def test_compare_judges_on_unseen_sequences(ok, trace):
     """The numbers are those of the library: statistics of one half, replay of the other."""
     found = json.loads(
-        ok("compare", trace, "--devices", 4, "--methods", METHODS, "--window", 64, "--json", "-")
+        ok(
+            *("compare", trace, "--devices", 4, "--methods", METHODS, "--window", 64),
+            *("--max-imbalance", 1.05, "--json", "-"),
+        )
     )
     assert list(found["methods"]) == METHODS.split(",")
     seen, unseen = mt.RoutingTrace.load(trace).split(0.5, seed=0)
@@ -365,6 +372,7 @@ def test_compare_does_not_depend_on_threads(ok, trace):
 def test_compare_on_all_traffic(ok, trace):
     """--holdout 0 judges on what was seen: the objective is the crossing."""
     arguments = ["--devices", 4, "--methods", METHODS, "--holdout", 0, "--json", "-"]
+    arguments += ["--objective", "traffic"]
     for row in json.loads(ok("compare", trace, *arguments))["methods"].values():
         assert row["objective"] == pytest.approx(row["crossing"])
 
@@ -373,6 +381,9 @@ def test_compare_load_table(ok, table):
     """Crossing and fanout of a load table are not known, and shown as dashes."""
     out = ok("compare", table, "--devices", 4, "--methods", METHODS)
     assert "3 unseen windows" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("lpt"))
+    assert row[3] == "-"  # no crossing, but a time
+    out = ok("compare", table, "--devices", 4, "--methods", METHODS, "--max-imbalance", 1.2)
     row = next(line.split() for line in out.splitlines() if line.startswith("lpt"))
     assert row[4:8] == ["-"] * 4
 

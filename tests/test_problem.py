@@ -63,7 +63,7 @@ def test_cap_admits_a_placement_at_the_cap_exactly():
 def test_slots_are_just_enough_by_default():
     """Seven experts on three devices need three slots each."""
     stats = mt.RoutingStatistics.from_load(np.ones((1, 7), dtype=int))
-    assert mt.Problem(stats, mt.Topology(3)).slots_per_device == 3
+    assert mt.Problem(stats, mt.Topology(3)).slots == 3
 
 
 @pytest.mark.parametrize(

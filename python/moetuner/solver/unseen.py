@@ -185,7 +185,7 @@ class _Trial:
             norm=setting.norm,
         )
         hot, cold = _temperatures(self.room)
-        slots, _ = layers.place(
+        slots, interrupted = layers.place(
             layers.construct(),
             trials=max(TRIALS_PER_SLOT * int(self.room.sum(axis=1).max()), LEAST_TRIALS),
             hot=hot,
@@ -193,6 +193,8 @@ class _Trial:
             seed=seed,
             threads=threads,
         )
+        if interrupted:
+            raise KeyboardInterrupt
         each = np.split(slots, len(parts))
         scores = [self._judge(part, mine) for part, mine in zip(parts, each, strict=True)]
         return np.concatenate(scores)
