@@ -171,10 +171,89 @@ def test_topology_may_be_a_common_machine(ok, run, trace, tmp_path):
 def test_solve_without_pairs_says_so(ok, table, tmp_path):
     """A load table can only be balanced; no crossing is made up."""
     out, report = tmp_path / "p.json", tmp_path / "report.json"
-    text = ok("solve", table, "--devices", 4, "--out", out, "--json", report)
-    assert "only balance" in text
+    arguments = ["--devices", 4, "--out", out, "--json", report]
+    assert "only balance" in ok("solve", table, *arguments)
+    found = json.loads(report.read_text())
+    assert (found["unit"], found["crossing"]) == ("us per layer", None)
+    assert 0 < found["bound"] <= found["objective"]
+    assert "only balance" in ok("solve", table, *arguments, "--max-imbalance", 1.2)
     found = json.loads(report.read_text())
     assert (found["objective"], found["gap"], found["crossing"]) == (None, None, None)
+
+
+def test_solve_takes_every_term(ok, trace, tmp_path):
+    """Options become the problem's terms, and the objective is told with its unit."""
+    out, report = tmp_path / "p.json", tmp_path / "report.json"
+    terms = ["--objective", "balance", "--slots-per-device", "3,3,2,2", "--split", "nearest"]
+    terms += ["--arrival", 0.5, "--risk", 0.5, "--groups", "even=2,odd=0.5", "--window", 64]
+    terms += ["--pin", "*:3:0", "--forbid", "1:2:3", "--forbid", "0:2:3"]
+    text = ok("solve", trace, "--devices", 4, *terms, "--out", out, "--json", report)
+    stats = mt.RoutingStatistics.from_trace(mt.RoutingTrace.load(trace), window=64, by_group=True)
+    problem = mt.Problem(
+        stats,
+        mt.Topology(4),
+        [3, 3, 2, 2],
+        objective="balance",
+        split="nearest",
+        arrival=0.5,
+        risk=0.5,
+        groups={"even": 2, "odd": 0.5},
+        pinned=[(None, 3, 0)],
+        forbidden=[(1, 2, 3), (0, 2, 3)],
+    )
+    placement = mt.Placement.load(out)
+    assert placement == mt.solve(problem).placement
+    assert placement.held[:, 0, 3].all()
+    found = json.loads(report.read_text())
+    assert (found["unit"], found["objective"]) == ("max / mean load", problem.value(placement))
+    assert found["settings"]["pinned"] == [[None, 3, 0]]
+    assert f"Objective: imbalance {found['objective']:.4f}; no placement is below" in text
+    assert "Chosen for unseen traffic: " in text
+
+
+def test_objective_is_time_unless_a_cap_is_given(ok, trace, tmp_path):
+    """The default, the cap of traffic, and their units."""
+    for arguments, objective, cap, words in (
+        ([], "time", None, "us per layer"),
+        (["--cost-model", "h100:64x32"], "time", None, "us per layer"),
+        (["--max-imbalance", 2], "traffic", 2, "crossing 0."),
+        (["--objective", "traffic"], "traffic", 1.05, "crossing 0."),
+        (["--extra-slots", 3], "time", None, "us per layer"),
+    ):
+        report = tmp_path / "report.json"
+        arguments = ["--devices", 2, *arguments, "--out", tmp_path / "p.json", "--json", report]
+        text = ok("solve", trace, *arguments)
+        found = json.loads(report.read_text())
+        settings = found["settings"]
+        assert (settings["objective"], settings["max_imbalance"]) == (objective, cap)
+        assert f"Objective: {words}" in text or re.search(rf"Objective: \d+\.\d {words}", text)
+        assert ("layer us" in text) == (objective == "time")
+        assert ("predicted_layer_us" in found and found["predicted_layer_us"] is not None) == (
+            objective == "time"
+        )
+
+
+def test_solve_moves_little_and_says_what(ok, run, trace, tmp_path):
+    """From a running placement within a budget; moves are told by pair, and as trades."""
+    running, out, report = (tmp_path / name for name in ("running.json", "p.json", "r.json"))
+    machine = ["--devices", 4, "--devices-per-node", 2]
+    balance = [*machine, "--objective", "balance"]
+    ok("solve", trace, *machine, "--method", "contiguous", "--out", running)
+    moving = ["--initial", running, "--move-budget", 3e6, "--expert-bytes", 1e6, "--pareto"]
+    text = ok("solve", trace, *balance, *moving, "--out", out, "--json", report)
+    found = json.loads(report.read_text())
+    before, after = mt.Placement.load(running), mt.Placement.load(out)
+    diff = before.diff(after, topology=mt.Topology(4, 2))
+    assert 0 < diff.experts_moved <= 3
+    assert found["moves"]["moves"] == diff.moves.tolist()
+    assert found["moves"]["bytes_moved"] == 1e6 * diff.experts_moved
+    assert re.search(r"^Moves \d experts?, \d MB: \d inside nodes, \d between nodes\.$", text, re.M)
+    assert re.search(r"^device 3 ", text, re.M)
+    assert found["pareto"][0]["experts_moved"] == 0
+    assert found["pareto"][-1]["gain"] > 0
+    exported = tmp_path / "moves.json"
+    ok("export", out, "--to", "moves", "--initial", running, *machine[2:], "--out", exported)
+    assert json.loads(exported.read_text())["moves"] == diff.moves.tolist()
 
 
 def test_evaluate_tells_groups(ok, trace, tmp_path):
@@ -259,7 +338,10 @@ def test_audit_of_a_load_table(ok, table, tmp_path):
 def test_compare_judges_on_unseen_sequences(ok, trace):
     """The numbers are those of the library: statistics of one half, replay of the other."""
     found = json.loads(
-        ok("compare", trace, "--devices", 4, "--methods", METHODS, "--window", 64, "--json", "-")
+        ok(
+            *("compare", trace, "--devices", 4, "--methods", METHODS, "--window", 64),
+            *("--max-imbalance", 1.05, "--json", "-"),
+        )
     )
     assert list(found["methods"]) == METHODS.split(",")
     seen, unseen = mt.RoutingTrace.load(trace).split(0.5, seed=0)
@@ -290,6 +372,7 @@ def test_compare_does_not_depend_on_threads(ok, trace):
 def test_compare_on_all_traffic(ok, trace):
     """--holdout 0 judges on what was seen: the objective is the crossing."""
     arguments = ["--devices", 4, "--methods", METHODS, "--holdout", 0, "--json", "-"]
+    arguments += ["--objective", "traffic"]
     for row in json.loads(ok("compare", trace, *arguments))["methods"].values():
         assert row["objective"] == pytest.approx(row["crossing"])
 
@@ -298,6 +381,9 @@ def test_compare_load_table(ok, table):
     """Crossing and fanout of a load table are not known, and shown as dashes."""
     out = ok("compare", table, "--devices", 4, "--methods", METHODS)
     assert "3 unseen windows" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("lpt"))
+    assert row[3] == "-"  # no crossing, but a time
+    out = ok("compare", table, "--devices", 4, "--methods", METHODS, "--max-imbalance", 1.2)
     row = next(line.split() for line in out.splitlines() if line.startswith("lpt"))
     assert row[4:8] == ["-"] * 4
 
@@ -389,6 +475,31 @@ WRONG = [
     (["compare", "trace.safetensors", "--devices", "4", "--methods", ""], "must be some of"),
     (["compare", "trace.safetensors", "--devices", "4", "--methods", "a,lpt"], "got 'a'"),
     (["compare", "load.npz", "--devices", "4", "--window", "64"], "window must be left out"),
+    (
+        ["solve", "load.npz", "--devices", "4", "--slots-per-device", "2,two"],
+        "must be a number from 1, or one for every device as in 8,8,10,10, got '2,two'",
+    ),
+    (["solve", "load.npz", "--devices", "4", "--slots-per-device", "2,2"], "must be numbers [4]"),
+    (["solve", "load.npz", "--devices", "4", "--slots-per-device", "0"], "a number from 1, or"),
+    (["solve", "load.npz", "--devices", "4", "--arrival", "late"], "the weight of mixed from 0 to"),
+    (["solve", "load.npz", "--devices", "4", "--arrival", "2"], "or a weight from 0 to 1, got 2.0"),
+    (["solve", "load.npz", "--devices", "4", "--risk", "1"], "a level from 0 to below 1, got 1.0"),
+    (["solve", "load.npz", "--devices", "4", "--groups", "a"], "minimax, or NAME=WEIGHT,..., got"),
+    (["solve", "load.npz", "--devices", "4", "--groups", "x=1"], "which is none of a, b"),
+    (["solve", "load.npz", "--devices", "4", "--pin", "0:1"], "LAYER:EXPERT:DEVICE in numbers"),
+    (["solve", "load.npz", "--devices", "4", "--pin", "0:8:0"], "expert must be from 0 to 7"),
+    (
+        ["compare", "load.npz", "--devices", "4", "--pin", "0:1:2", "--forbid", "*:1:2"],
+        "pinned and forbidden contradict each other: expert 1 of layer 0 on device 2",
+    ),
+    (["compare", "load.npz", "--devices", "4", "--objective", "speed"], "'speed' is not one of"),
+    (["solve", "load.npz", "--devices", "4", "--move-budget", "1"], "needs '--initial'"),
+    (["solve", "load.npz", "--devices", "4", "--pareto"], "'--pareto' needs '--initial'"),
+    (
+        ["solve", "load.npz", "--devices", "2", "--initial", "p.json"],
+        "initial must have 3 layers, 8 experts and 2 devices like the problem, got 3, 8 and 4",
+    ),
+    (["export", "p.json", "--to", "moves", "--out", "m.json"], "'--to moves' needs '--initial'"),
     (["evaluate", "trace.safetensors", "trace.safetensors"], "not a placement"),
     (
         ["evaluate", "p.json", "trace.safetensors", "--cost-model", "tpu"],

@@ -82,6 +82,33 @@ def test_diff_counts_experts_that_arrive(a, b):
     assert found.experts_moved_per_layer.sum() == moves
 
 
+@given(placements(), placements())
+def test_moves_lead_from_one_placement_to_the_other(a, b):
+    """Every move has a source that held the expert, and together they make the other's holders."""
+    if a.slots.shape[:2] != b.slots.shape[:2] or a.num_experts != b.num_experts:
+        return
+    found, held = a.diff(b), a.held.copy()
+    for layer, expert, source, target in found.moves:
+        assert a.held[layer, source, expert]
+        assert not held[layer, target, expert]
+        held[layer, target, expert] = True
+    assert (held >= b.held).all()
+    assert found.pairs.sum() == found.experts_moved == len(found.moves)
+    assert not found.pairs.diagonal().any()
+
+
+def test_moves_come_from_the_nearest_holder():
+    """Same node first; without a topology, or among equally near ones, the lowest number."""
+    before = mt.Placement(np.array([[[0, -1], [1, -1], [0, -1], [2, -1]]]))
+    after = mt.Placement(np.array([[[0, -1], [1, -1], [0, -1], [2, 0]]]))
+    assert before.diff(after).moves.tolist() == [[0, 0, 0, 3]]
+    near = before.diff(after, topology=mt.Topology(4, 2))
+    assert near.moves.tolist() == [[0, 0, 2, 3]]
+    assert near.pairs[2, 3] == near.experts_moved == 1
+    with pytest.raises(ValueError, match="topology must have 4 devices like the placements, got 2"):
+        before.diff(after, topology=mt.Topology(2))
+
+
 def test_device_of_refuses_replicas():
     """With two copies there is no one device."""
     placement = mt.Placement(np.array([[[0, 1], [0, -1]]]))

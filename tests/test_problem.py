@@ -63,7 +63,7 @@ def test_cap_admits_a_placement_at_the_cap_exactly():
 def test_slots_are_just_enough_by_default():
     """Seven experts on three devices need three slots each."""
     stats = mt.RoutingStatistics.from_load(np.ones((1, 7), dtype=int))
-    assert mt.Problem(stats, mt.Topology(3)).slots_per_device == 3
+    assert mt.Problem(stats, mt.Topology(3)).slots == 3
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,71 @@ def test_slots_are_just_enough_by_default():
         ({"regime": "pull"}, "regime must be 'follow' or 'dispatch', got 'pull'"),
         ({"max_imbalance": 0.9}, "max_imbalance must be at least 1, got 0.9"),
         ({"max_imbalance": float("nan")}, "max_imbalance must be at least 1, got nan"),
+        ({"objective": "speed"}, "objective must be one of time, balance, traffic, got 'speed'"),
+        ({"split": "odd"}, "split must be one of even, nearest, round_robin, got 'odd'"),
+        ({"slots_per_device": [1, 1, 1, 1]}, "must add up to at least 6, .* got 4"),
+        ({"slots_per_device": [2, 2, 2]}, r"must be numbers \[4\], one per device"),
+        ({"slots_per_device": [2, 2, 3, -1]}, "of device 3 must be from 0 to 65535, got -1"),
+        ({"slots_per_device": 2, "extra_slots": 2}, "slots_per_device and extra_slots cannot both"),
+        ({"extra_slots": -1}, "extra_slots must be from 0"),
+        ({"extra_slots": 1000}, "extra_slots must be at most 54, .* got 1000"),
+        ({"arrival": "late"}, "arrival must be 'bursts', 'mixed', or a weight .* got 'late'"),
+        ({"arrival": 1.5}, "arrival must be .* got 1.5"),
+        ({"risk": 1.0}, "risk must be 'mean', or a level from 0 to below 1, got 1.0"),
+        ({"risk": "worst"}, "risk must be .* got 'worst'"),
+        ({"groups": "minimax"}, "groups needs windows with groups; these statistics have none"),
+        ({"groups": {"a": -1}}, "weight of group 'a' must be a number of at least 0, got -1"),
+        ({"pinned": [(0, 0)]}, r"pinned must be \(layer, expert, device\), got \(0, 0\)"),
+        ({"pinned": [(0, 6, 0)]}, "pinned: expert must be from 0 to 5, got 6"),
+        ({"forbidden": [(0, 0, 4)]}, "forbidden: device must be from 0 to 3, got 4"),
+        ({"forbidden": [(9, 0, 0)]}, "forbidden: layer must be from 0 to .*, or None, got 9"),
+        (
+            {"pinned": [(0, 1, 2)], "forbidden": [(None, 1, 2)]},
+            "pinned and forbidden contradict each other: expert 1 of layer 0 on device 2",
+        ),
+        (
+            {"pinned": [(0, e, 1) for e in range(3)]},
+            "pinned puts 3 experts of layer 0 on device 1, which has 2 slots",
+        ),
+        (
+            {"pinned": [(0, 0, d) for d in range(4)]},
+            "pinned leaves 4 slots of layer 0 for the 5 experts that are not pinned",
+        ),
+        (
+            {"forbidden": [(1, 3, d) for d in range(4)]},
+            "forbidden leaves no device for expert 3 of layer 1",
+        ),
+        (
+            {"forbidden": [(1, e, d) for e in range(3) for d in (0, 2, 3)]},
+            "forbidden leaves 2 slots in layer 1, on 1, for 3 experts that may be nowhere else",
+        ),
+        (
+            {"forbidden": [(None, e, d) for e in range(6) for d in (1, 3)]},
+            "forbidden leaves 4 slots in layer 0, on 0, 2, for 5 experts",
+        ),
     ],
 )
 def test_wrong_limits_are_named(fields, words):
     """A message names the argument, the rule and the value."""
     with pytest.raises(ValueError, match=words):
         mt.Problem(statistics(), mt.Topology(4), **fields)
+
+
+def test_groups_are_checked_by_name_and_tokens():
+    """A group that is unknown or has no tokens cannot be weighed, nor can all weigh nothing."""
+    load = np.ones((2, 1, 4), dtype=int)
+    load[1] = 0
+    stats = mt.RoutingStatistics.from_load(
+        load, group=np.array([0, 1]), group_names=("code", "law", "none")
+    )
+    for groups, words in (
+        ({"poems": 1}, "groups names 'poems', which is none of code, law, none"),
+        ({"none": 1}, "groups names 'none', which has no tokens"),
+        ({"law": 1}, "groups names 'law', which has no tokens"),
+        ("worst", "groups must be 'minimax' or weights by name, got 'worst'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            mt.Problem(stats, mt.Topology(2), groups=groups)
+    alone = mt.RoutingStatistics.from_load(load[:1], group=np.array([0]), group_names=("code",))
+    with pytest.raises(ValueError, match="groups leaves no window with a weight above 0"):
+        mt.Problem(alone, mt.Topology(2), groups={"code": 0})

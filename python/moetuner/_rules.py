@@ -25,6 +25,18 @@ class Rules:
         """Whether there is a rule at all."""
         return self.pinned is not None or self.forbidden is not None
 
+    def broken(self, held: NDArray[np.bool_]) -> str | None:
+        """Say which rule a placement breaks first that holds experts so [L,E,D]; None if none."""
+        for name, rule, there in (
+            ("pinned", self.pinned, True),
+            ("forbidden", self.forbidden, False),
+        ):
+            wrong = np.argwhere(rule & (held != there)) if rule is not None else np.empty((0, 3))
+            if len(wrong):
+                layer, expert, device = wrong[0]
+                return f"{name} has expert {expert} of layer {layer} on device {device}"
+        return None
+
 
 def rules_of(problem: Problem) -> Rules:
     """Check a problem's rules, and make tables of them.
@@ -67,7 +79,67 @@ def rules_of(problem: Problem) -> Rules:
                 f"pinned leaves {left[layer]} slots of layer {layer} for the {unpinned[layer]} "
                 "experts that are not pinned"
             )
+    if forbidden is not None:
+        _check_room(forbidden, pinned, problem.rooms)
     return Rules(pinned, forbidden)
+
+
+def _check_room(
+    forbidden: NDArray[np.bool_], pinned: NDArray[np.bool_] | None, rooms: NDArray[np.int64]
+) -> None:
+    """Raise if bans leave some experts of a layer fewer slots than they are."""
+    seen = set()
+    for layer, ban in enumerate(forbidden):
+        fixed = np.zeros_like(ban) if pinned is None else pinned[layer]
+        key = (ban.tobytes(), fixed.tobytes(), rooms[layer].tobytes())
+        if key in seen or not ban.any():
+            continue
+        seen.add(key)
+        stuck = _stuck(~ban[~fixed.any(axis=1)], rooms[layer] - fixed.sum(axis=0))
+        if stuck is not None:
+            experts, devices, slots = stuck
+            raise ValueError(
+                f"forbidden leaves {slots} slots in layer {layer}, on "
+                f"{', '.join(map(str, devices)) or 'no device'}, for {experts} experts that may be "
+                "nowhere else"
+            )
+
+
+def _stuck(
+    allowed: NDArray[np.bool_], room: NDArray[np.int64]
+) -> tuple[int, list[int], int] | None:
+    """Find experts [E,D] that have fewer slots [D] than they are, by a matching (Hall, 1935).
+
+    How many they are, their devices, and how many slots these have; None if all find one.
+    """
+    held: list[list[int]] = [[] for _ in room]
+    for expert in range(len(allowed)):
+        # Breadth first, over devices that could hand an expert on; who came from where.
+        come: dict[int, tuple[int, int]] = {}
+        queue = [(expert, -1)]
+        free = -1
+        for mover, origin in queue:
+            for device in np.flatnonzero(allowed[mover]).tolist():
+                if device in come:
+                    continue
+                come[device] = (mover, origin)
+                if len(held[device]) < room[device]:
+                    free = device
+                    break
+                queue.extend((other, device) for other in held[device])
+            if free >= 0:
+                break
+        if free < 0:
+            devices = sorted(come)
+            experts = 1 + sum(len(held[device]) for device in devices)
+            return experts, devices, int(room[devices].sum())
+        while free >= 0:
+            mover, origin = come[free]
+            held[free].append(mover)
+            if origin >= 0:
+                held[origin].remove(mover)
+            free = origin
+    return None
 
 
 def _table(

@@ -76,12 +76,15 @@ class Asked:
 def settings(problem: Problem) -> dict[str, Any]:
     """Give what was asked for, for JSON."""
     topology = problem.topology
+    slots = problem.slots_per_device
+    if slots is None and problem.extra_slots is None:
+        slots = problem.slots
     timed = problem.objective == "time" and problem.cost_model is not None
     return {
         "devices": topology.devices,
         "devices_per_node": topology.devices_per_node,
         "topology": topology.name,
-        "slots_per_device": problem.slots_per_device,
+        "slots_per_device": slots,
         "extra_slots": problem.extra_slots,
         "regime": problem.regime,
         "max_imbalance": problem.max_imbalance,

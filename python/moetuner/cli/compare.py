@@ -73,7 +73,8 @@ def command(
     mixed: of windows in which sequences are served together; total: of the sum of all windows;
     crossing: share of transitions between devices; fanout: devices that a token visits in a layer;
     layer us: predicted time of a layer. objective and gap are the solver's, on what it saw: a time,
-    an imbalance, or the crossing (in regime dispatch: co-activations apart) weighed by links.
+    an imbalance, or the crossing (in regime dispatch: the fanout, or co-activations apart) weighed
+    by links.
     """
     topology = machine.topology()
     window, threads = source.counted, source.threads

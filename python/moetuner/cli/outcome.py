@@ -13,9 +13,6 @@ from moetuner.problem import Problem
 from moetuner.solver import caps, solve
 from moetuner.solver.result import Result
 
-# What a value of an objective is, for JSON.
-UNITS = {"time": "us per layer", "balance": "max / mean load", "traffic": "share of the traffic"}
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -36,7 +33,7 @@ class Outcome:
         return {
             **self.evaluation.to_dict(),
             "objective": self.result.objective if known else None,
-            "unit": UNITS[str(self.problem.objective)],
+            "unit": unit(self.problem),
             "bound": self.result.bound if known else None,
             "bound_source": self.result.bound_source,
             "gap": self.result.gap if known else None,
@@ -118,9 +115,20 @@ def try_method(
 
 def has_pairs(problem: Problem) -> bool:
     """Whether the statistics have the pairs that the regime is about."""
+    if problem.counts_visits:
+        return True
     statistics = problem.statistics
     pairs = statistics.transitions if problem.regime == "follow" else statistics.coactivation
     return pairs is not None
+
+
+def unit(problem: Problem) -> str:
+    """Name the unit of the objective, for JSON."""
+    if problem.objective == "time":
+        return "us per layer"
+    if problem.objective == "balance":
+        return "max / mean load"
+    return "visits per token" if problem.counts_visits else "share of the traffic"
 
 
 def worth(problem: Problem, value: float) -> str:
@@ -129,6 +137,8 @@ def worth(problem: Problem, value: float) -> str:
         return f"{value:.1f} us per layer"
     if problem.objective == "balance":
         return f"imbalance {value:.4f}"
+    if problem.counts_visits:
+        return f"fanout {value:.4f}"
     if problem.regime == "follow":
         return f"crossing {value:.4f}"
     return f"{value:.4f} of the co-activations apart"
@@ -147,10 +157,13 @@ def sentences(outcome: Outcome) -> list[str]:
                 f"({result.bound_source}), so this one is within {percent(result.gap)}"
             )
         lines.append(line + ".")
-    chosen = result.details.get("unseen")
-    if chosen:
-        facts = ", ".join(f"{name.replace('_', ' ')} {_short(of)}" for name, of in chosen.items())
-        lines.append(f"Chosen for unseen traffic: {facts}.")
+    unseen = result.details.get("unseen")
+    if unseen:
+        why = unseen.get("reason")
+        if why is None:
+            score = unseen["scores"][unseen["chosen"]]
+            why = f"max / mean {score:.3f} in {unseen['folds']} folds of {unseen['held_out']}"
+        lines.append(f"Chosen for unseen traffic: {unseen['chosen']} ({why}).")
     return lines
 
 
@@ -166,9 +179,3 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
         if outcome.result.status in ("interrupted", "time_limit"):
             lines.append(f"{outcome.result.method}: {outcome.result.status}, best so far.")
     return lines
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_short(of)}" for name, of in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

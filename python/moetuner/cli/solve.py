@@ -16,6 +16,7 @@ from moetuner.cli.moving import Moving, moving_options
 from moetuner.cli.outcome import head, remarks, sentences, try_method
 from moetuner.cli.output import Output
 from moetuner.solver import METHODS
+from moetuner.solver.migration import check
 from moetuner.solver.result import Result
 
 
@@ -70,6 +71,8 @@ def command(
     topology, initial = machine.topology(), moving.initial()
     window, threads = source.counted, source.threads
     problem = asked.problem(source.traffic, topology, window=window, threads=threads)
+    if initial is not None:
+        check(problem, initial)  # before anything is said
     how: dict[str, Any] = {"seed": seed, "threads": threads}
 
     output = Output(json_file)

@@ -41,8 +41,6 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
         Without ``time_limit`` no integer programme is run, so that the answer depends on the
         problem and the seed alone and comes in seconds.
     """
-    if not problem.is_plain or problem.counts_visits:
-        return bounded(problem, searched(problem, seed=seed, limits=limits), limits)
     begin = time.perf_counter()
 
     def left() -> float | None:
@@ -54,6 +52,10 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     def within(share: float) -> Limits:
         rest = left()
         return replace(limits, time_limit=None if rest is None else rest * share)
+
+    if not problem.is_plain or problem.counts_visits:
+        found = searched(problem, seed=seed, limits=within(SEARCH_SHARE))
+        return bounded(problem, found, within(1.0))
 
     if limits.time_limit != 0:
         exact = chain(problem, seed=seed, limits=within(1.0))

@@ -17,6 +17,7 @@ from moetuner import _core, objective
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.solver.heuristic import heuristic
+from moetuner.solver.polish import polish
 from moetuner.solver.result import Candidate, Limits, Progress, Status
 from moetuner.solver.unseen import Choice, choose
 
@@ -87,7 +88,10 @@ def layers(
     slots = search.construct()
     if limits.time_limit == 0:
         return search.candidate(slots, "time_limit")
-    search.learn()
+    try:
+        search.learn()
+    except KeyboardInterrupt:
+        return search.candidate(slots if start is None else start, "interrupted")
     starts = [slots] if start is None else [start, slots]
     interrupted = False
     if search.links is not None and moving is None:
@@ -107,6 +111,9 @@ def layers(
         improved, interrupted = search.improve(best, within(1 / (turns - turn)))
         search.look_at(improved)
         best = min(best, improved, key=search.value)
+    small = problem.rooms.sum(axis=1).max() <= SMALL
+    if small and not (interrupted or problem.windows.is_mean or problem.max_imbalance):
+        best = polish(problem, best, search.value, within(1.0).time_limit)
     return search.candidate(best, "interrupted" if interrupted else "feasible")
 
 

@@ -28,7 +28,9 @@ def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
         least = objective.compute_us(problem, least)
         if problem.counts_visits:
             least += objective.least_visits(problem) * objective.visit_us(problem)
-        moved = _least_traffic_us(problem, limits)
+        # Who interrupts wants no proof.
+        interrupted = found.status == "interrupted"
+        moved = None if interrupted else _least_traffic_us(problem, limits)
         if moved is not None:
             least, source = least + moved[0], f"load + {moved[1]}"
     # Rounding of the sums above, far below what anybody reads of an objective.

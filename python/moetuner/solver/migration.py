@@ -86,6 +86,7 @@ def migrate(problem: Problem, migration: Migration, *, seed: int, limits: Limits
     order = np.argsort(initial.slots == EMPTY, axis=2, kind="stable")
     width = min(start.shape[2], initial.slots_per_device)
     start[:, :, :width] = np.take_along_axis(initial.slots, order, axis=2)[:, :, :width]
+    broken = problem.rules.broken(held)
 
     def at(price: float, tries: int) -> tuple[Candidate, int]:
         within = limits
@@ -93,7 +94,9 @@ def migrate(problem: Problem, migration: Migration, *, seed: int, limits: Limits
             left = limits.time_limit - (time.perf_counter() - begin)
             within = replace(limits, time_limit=max(left, 0.0) / tries)
         moving = Moving(held, price)
-        found = layers(problem, seed=seed, limits=within, start=start, moving=moving)
+        # A start that breaks a rule is none: then the search makes its own, as near as it pays.
+        from_here = None if broken else start
+        found = layers(problem, seed=seed, limits=within, start=from_here, moving=moving)
         moved = int(_arriving(found.slots, held))
         return found, moved
 
@@ -106,13 +109,15 @@ def migrate(problem: Problem, migration: Migration, *, seed: int, limits: Limits
     if migration.budget is not None and migration.expert_bytes:
         most = migration.budget / migration.expert_bytes
     found, moved = at(own, TRIES + 1)
-    if moved <= most or found.status == "interrupted":
-        return answer(found, moved) if moved <= most else answer(Candidate(start, "interrupted"), 0)
+    if moved <= most:
+        return answer(found, moved)
+    if found.status == "interrupted" and not broken:
+        return answer(Candidate(start, "interrupted"), 0)
     # The price at which so much moves as the budget allows, by bisection.
-    value = problem.value(Placement(start, num_experts=problem.experts))
+    value = problem.value(initial)
     low, high = max(own, CHEAPEST * value), max(own, value)
     best, best_moved = Candidate(start, details=found.details), 0
-    best_value = value
+    best_value = np.inf if broken else value
     for left in range(TRIES, 0, -1):
         price = float(np.sqrt(low * high))
         found, moved = at(price, left)
@@ -125,6 +130,11 @@ def migrate(problem: Problem, migration: Migration, *, seed: int, limits: Limits
             low = price
         if found.status == "interrupted":
             break
+    if np.isinf(best_value):
+        raise ValueError(
+            f"move_budget {migration.budget:g} is too small: {broken}, which initial does not "
+            f"keep, and no placement was found that does within {int(most)} moves"
+        )
     return answer(replace(best, status=found.status), best_moved)
 
 

@@ -185,8 +185,8 @@ class _Trial:
             nearest=self.nearest,
             norm=setting.norm,
         )
-        hot, cold = temperatures(self.room)
-        slots, _ = layers.place(
+        hot, cold = _temperatures(self.room)
+        slots, interrupted = layers.place(
             layers.construct(),
             trials=max(TRIALS_PER_SLOT * int(self.room.sum(axis=1).max()), LEAST_TRIALS),
             hot=hot,
@@ -194,6 +194,8 @@ class _Trial:
             seed=seed,
             threads=threads,
         )
+        if interrupted:
+            raise KeyboardInterrupt
         each = np.split(slots, len(parts))
         scores = [self._judge(part, mine) for part, mine in zip(parts, each, strict=True)]
         return np.concatenate(scores)
