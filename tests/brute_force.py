@@ -36,7 +36,12 @@ def small_problem(
         inter_node_bandwidth=1e9,
     )
     return mt.Problem(
-        statistics, topology, slots_per_device=slots, regime=regime, max_imbalance=max_imbalance
+        statistics,
+        topology,
+        slots_per_device=slots,
+        regime=regime,
+        max_imbalance=max_imbalance,
+        objective="traffic",
     )
 
 

@@ -166,7 +166,7 @@ def test_infeasible_caps_are_told_apart(method, seed):
 def test_search_beats_what_engines_do(make_trace):
     """The joint method is at least as good as contiguous on the statistics that it saw."""
     stats = mt.RoutingStatistics.from_trace(make_trace(2000, layers=6, experts=16))
-    problem = mt.Problem(stats, mt.Topology(4))
+    problem = mt.Problem(stats, mt.Topology(4), objective="traffic")
     joint, before = (mt.solve(problem, method).objective for method in ("joint", "contiguous"))
     assert joint < before
 
@@ -230,7 +230,7 @@ def test_interrupt_in_every_phase(make_trace, phase, experts, cap):
 def test_error_in_progress_is_raised_in_every_phase(make_trace):
     """What a callback raises in the bound or the integer programme is not swallowed either."""
     stats = mt.RoutingStatistics.from_trace(make_trace(3000, layers=6, experts=12))
-    problem = mt.Problem(stats, mt.Topology(4))
+    problem = mt.Problem(stats, mt.Topology(4), objective="traffic")
     for phase in ("bound", "co-location"):
 
         def fail(line, phase=phase):

@@ -98,10 +98,7 @@ class Problem:
             raise ValueError(f"regime must be 'follow' or 'dispatch', got {self.regime!r}")
         if self.max_imbalance is not None and not self.max_imbalance >= 1:
             raise ValueError(f"max_imbalance must be at least 1, got {self.max_imbalance}")
-        if self.objective is None:
-            default = "time" if self.max_imbalance is None else "traffic"
-            object.__setattr__(self, "objective", default)
-        if self.objective not in get_args(Objective):
+        if self.objective is not None and self.objective not in get_args(Objective):
             raise ValueError(
                 f"objective must be one of {', '.join(get_args(Objective))}, "
                 f"got {self.objective!r:.40}"
@@ -136,10 +133,17 @@ class Problem:
         return windows_of(self.statistics, self.arrival, self.risk, self.groups)
 
     @property
+    def goal(self) -> Objective:
+        """The objective: what was asked for, or the default."""
+        if self.objective is not None:
+            return self.objective
+        return "time" if self.max_imbalance is None else "traffic"
+
+    @property
     def is_plain(self) -> bool:
         """Whether it is about traffic alone, of one copy each, on devices that are all alike."""
         return (
-            self.objective == "traffic"
+            self.goal == "traffic"
             and not self.rules.some
             and len(np.unique(self.rooms)) == 1
             and self.topology.has_equal_devices
@@ -249,9 +253,9 @@ class Problem:
         regime dispatch, where expert sets are known, it is what tokens visit: devices and, at what
         their links cost more, nodes.
         """
-        if self.objective == "balance":
+        if self.goal == "balance":
             return objective.balance(self, placement)
-        if self.objective == "time":
+        if self.goal == "time":
             return objective.time(self, placement)
         if self.counts_visits:
             return objective.visits(self, placement)

@@ -79,7 +79,7 @@ def settings(problem: Problem) -> dict[str, Any]:
     slots = problem.slots_per_device
     if slots is None and problem.extra_slots is None:
         slots = problem.slots
-    timed = problem.objective == "time" and problem.cost_model is not None
+    timed = problem.goal == "time" and problem.cost_model is not None
     return {
         "devices": topology.devices,
         "devices_per_node": topology.devices_per_node,
@@ -88,7 +88,7 @@ def settings(problem: Problem) -> dict[str, Any]:
         "extra_slots": problem.extra_slots,
         "regime": problem.regime,
         "max_imbalance": problem.max_imbalance,
-        "objective": problem.objective,
+        "objective": problem.goal,
         "cost_model": asdict(problem.cost_model) if timed and problem.cost_model else None,
         "split": problem.split,
         "arrival": problem.arrival,

@@ -126,7 +126,7 @@ def _setting(problem: Problem, window: int | None, holdout: float, unseen: Traff
     machine = f"{problem.devices} devices x {problem.slots} slots"
     if problem.topology.nodes > 1:
         machine += f" in {problem.topology.nodes} nodes"
-    wanted = f"least {problem.objective}"
+    wanted = f"least {problem.goal}"
     if problem.max_imbalance is not None:
         wanted += f", load cap {problem.max_imbalance:g}"
     windows = f", windows of {window} tokens" if window else ""

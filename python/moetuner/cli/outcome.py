@@ -25,7 +25,7 @@ class Outcome:
     @property
     def has_objective(self) -> bool:
         """Whether the counts suffice to say what the objective is."""
-        return self.problem.objective != "traffic" or has_pairs(self.problem)
+        return self.problem.goal != "traffic" or has_pairs(self.problem)
 
     def to_dict(self) -> dict[str, Any]:
         """Fields of the evaluation and of the result."""
@@ -45,7 +45,7 @@ class Outcome:
     def row(self) -> tuple[str, ...]:
         """Give the cells of a table under ``head``."""
         of, known = self.evaluation, self.has_objective
-        if self.problem.objective == "time":
+        if self.problem.goal == "time":
             follow = self.problem.regime == "follow"
             judged: tuple[str, ...] = (
                 number(of.crossing, 4) if follow else number(of.fanout, 3),
@@ -73,7 +73,7 @@ class Outcome:
 def head(problem: Problem) -> tuple[str, ...]:
     """Columns of a table of outcomes: what says most of the objective, within 80 characters."""
     judged: tuple[str, ...] = ("total", "crossing", "fanout")
-    if problem.objective == "time":
+    if problem.goal == "time":
         judged = ("crossing" if problem.regime == "follow" else "fanout", "layer us")
     return ("method", "imbalance", "mixed", *judged, "objective", "gap", "seconds")
 
@@ -106,7 +106,7 @@ def try_method(
             problem.topology,
             window=window,
             split=problem.split,
-            cost_model=problem.cost_model if problem.objective == "time" else None,
+            cost_model=problem.cost_model if problem.goal == "time" else None,
             regime=problem.regime,
             threads=threads,
         )
@@ -124,18 +124,18 @@ def has_pairs(problem: Problem) -> bool:
 
 def unit(problem: Problem) -> str:
     """Name the unit of the objective, for JSON."""
-    if problem.objective == "time":
+    if problem.goal == "time":
         return "us per layer"
-    if problem.objective == "balance":
+    if problem.goal == "balance":
         return "max / mean load"
     return "visits per token" if problem.counts_visits else "share of the traffic"
 
 
 def worth(problem: Problem, value: float) -> str:
     """Write a value of the objective with its unit."""
-    if problem.objective == "time":
+    if problem.goal == "time":
         return f"{value:.1f} us per layer"
-    if problem.objective == "balance":
+    if problem.goal == "balance":
         return f"imbalance {value:.4f}"
     if problem.counts_visits:
         return f"fanout {value:.4f}"
@@ -170,7 +170,7 @@ def sentences(outcome: Outcome) -> list[str]:
 def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
     """Say what a reader of the table must know."""
     lines = []
-    if problem.objective != "balance" and not has_pairs(problem):
+    if problem.goal != "balance" and not has_pairs(problem):
         wanted = "transitions" if problem.regime == "follow" else "co-activation"
         lines.append(f"INPUT has no {wanted}: methods could only balance the load.")
     for outcome in outcomes:

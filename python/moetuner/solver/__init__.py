@@ -122,7 +122,7 @@ def solve(
         candidate = migrate(problem, migration, seed=seed, limits=limits)
     seconds = time.perf_counter() - begin
 
-    scale = problem.cost_scale if problem.objective == "traffic" else 1
+    scale = problem.cost_scale if problem.goal == "traffic" else 1
     placement = Placement(candidate.slots, num_experts=problem.experts)
     objective = problem.value(placement)
     bound = None if candidate.bound is None else candidate.bound / scale

@@ -142,7 +142,7 @@ class Search:
         self.slowest = topology.speed_of_device.min()
         self.time = self.slowest / topology.speed_of_device
         transitions = problem.statistics.transitions
-        joined = problem.regime == "follow" and problem.objective != "balance"
+        joined = problem.regime == "follow" and problem.goal != "balance"
         some = joined and transitions is not None and bool(transitions.any())
         self.links = transitions if some else None
         windows = problem.windows
@@ -289,10 +289,10 @@ class Search:
     def _visits(self) -> dict[str, Any]:
         """Expert sets and what a visit costs, in weighted tokens, where visits count."""
         problem, sets = self.problem, self.problem.statistics.sets
-        if not problem.counts_visits or sets is None or problem.objective == "balance":
+        if not problem.counts_visits or sets is None or problem.goal == "balance":
             return {}
         unit, tokens = self._tokens_per_unit(), float(sets[0].counts.sum())
-        if problem.objective == "time":
+        if problem.goal == "time":
             unit *= objective.visit_us(problem)
         each = unit / (problem.layers * max(tokens, 1))
         device_cost, node_cost = objective.visit_costs(problem.topology)
@@ -305,11 +305,11 @@ class Search:
     def _tokens_per_unit(self) -> float:
         """Weighted tokens on the slowest device that make one unit of the objective."""
         problem, weight = self.problem, self.choice.weight.sum()
-        if problem.objective == "time":
+        if problem.goal == "time":
             assert problem.cost_model is not None
             token_us = max(problem.cost_model.token_us, 1e-12)
             return float(self.slowest * weight * problem.layers / token_us)
-        if problem.objective == "traffic":
+        if problem.goal == "traffic":
             return TRAFFIC_FIRST * problem.cost_scale
         mean = self.choice.load.sum(axis=(1, 2)) / problem.topology.speed_of_device.sum()
         return float(self.slowest * (self.choice.weight * mean).sum())
@@ -317,7 +317,7 @@ class Search:
     def _link_cost(self) -> Floats:
         """Weighted tokens that a pair over a link counts for [D,D]."""
         problem, unit = self.problem, self._tokens_per_unit()
-        if problem.objective == "traffic":
+        if problem.goal == "traffic":
             return problem.topology.cost.astype(np.float64) * (unit / problem.cost_scale)
         share = unit / (problem.layers * problem.statistics.windows)
         return objective.link_us(problem) * share

@@ -18,13 +18,13 @@ def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
     are bounded one by one. Traffic is bounded for one copy of each expert on equal devices only.
     """
     value = problem.value(Placement(found.slots, num_experts=problem.experts))
-    if problem.objective == "traffic":
+    if problem.goal == "traffic":
         if not problem.counts_visits:
             return found
         least, source = objective.least_visits(problem), "load"
     else:
         least, source = objective.least_balance(problem), "load"
-    if problem.objective == "time":
+    if problem.goal == "time":
         least = objective.compute_us(problem, least)
         if problem.counts_visits:
             least += objective.least_visits(problem) * objective.visit_us(problem)

@@ -185,7 +185,7 @@ class _Trial:
             nearest=self.nearest,
             norm=setting.norm,
         )
-        hot, cold = _temperatures(self.room)
+        hot, cold = temperatures(self.room)
         slots, interrupted = layers.place(
             layers.construct(),
             trials=max(TRIALS_PER_SLOT * int(self.room.sum(axis=1).max()), LEAST_TRIALS),
