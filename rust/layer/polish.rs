@@ -79,10 +79,9 @@ impl<'a, 'b> Polish<'a, 'b> {
             let given = self.load_in[p];
             for (&taken, q) in loads.iter().zip(theirs.clone()) {
                 let moved = given - taken;
-                // Without a branch between the two: which one fails is unpredictable.
-                let lowers = (before - moved * t < best) & (beside + moved * u < best);
-                if lowers && may_exchange(draft, (p, slow), (q, other)) {
-                    (best, found) = (f64::max(before - moved * t, beside + moved * u), Some((p, q)));
+                let longest = f64::max(before - moved * t, beside + moved * u);
+                if longest < best && may_exchange(draft, (p, slow), (q, other)) {
+                    (best, found) = (longest, Some((p, q)));
                 }
             }
         }

@@ -15,7 +15,9 @@ pub(super) fn squeeze(draft: &mut Draft<'_>, expert: u16) -> bool {
     let mut mover: Vec<Option<(usize, usize)>> = vec![None; d];
     let mut queue: VecDeque<usize> = (0..d).filter(|&g| draft.takes(expert, g)).collect();
     let mut seen = vec![false; d];
-    queue.iter().for_each(|&g| seen[g] = true);
+    for &g in &queue {
+        seen[g] = true;
+    }
     while let Some(g) = queue.pop_front() {
         let mut vacant = None;
         for slot in draft.slots(g).filter(|&slot| draft.releases(slot, g)) {
