@@ -70,6 +70,9 @@ pub struct Instance {
     pub cost: Vec<i64>,
     /// Where costs differ: for devices g, h the devices c and `cost[h,c] - cost[g,c]`, if not zero.
     changes: Vec<Vec<(u32, i32)>>,
+    /// Cost of the dearest pair of devices, and what other devices (oneself among them) are nearer to each by.
+    dearest: i32,
+    nearer: Vec<Vec<(u32, i32)>>,
     /// Devices whose labels can be exchanged without changing any cost or cap.
     pub twins: Vec<(u16, u16)>,
     /// Transitions `[L - 1, P, P]`, right-shifted by `shift`, and the same with each table transposed.
@@ -146,12 +149,16 @@ impl Instance {
         for (to, from) in padded_load.chunks_exact_mut(slots).zip(load.chunks_exact(experts)) {
             to[..experts].copy_from_slice(from);
         }
-        let changes = (0..devices * devices)
-            .map(|at| {
-                let (g, h) = (at / devices, at % devices);
-                let change = |c: usize| (c as u32, (cost[h * devices + c] - cost[g * devices + c]) as i32);
-                (0..devices).map(change).filter(|&(_, by)| by != 0).collect()
+        let dearest = cost.iter().copied().max().unwrap_or(0) as i32;
+        let nearer: Vec<Vec<(u32, i32)>> = cost
+            .chunks_exact(devices.max(1))
+            .map(|row| {
+                let nearer = |(c, &cost): (u32, &i64)| (c, dearest - cost as i32);
+                (0..).zip(row).map(nearer).filter(|&(_, by)| by != 0).collect()
             })
+            .collect();
+        let changes: Vec<Vec<(u32, i32)>> = (0..devices * devices)
+            .map(|at| difference(&nearer[at / devices], &nearer[at % devices]))
             .collect();
         let forward = pad(transitions, false);
         let together = pad(coactivation, false);
@@ -164,8 +171,10 @@ impl Instance {
             load: padded_load,
             cap: cap.to_vec(),
             cost: cost.to_vec(),
+            twins: twins(devices, &changes, cap),
             changes,
-            twins: twins(devices, layers, cap, cost),
+            dearest,
+            nearer,
             forward,
             backward: pad(transitions, true),
             together,
@@ -228,6 +237,18 @@ impl Instance {
         &self.changes[g * self.sizes.devices + h]
     }
 
+    /// Cost of the dearest pair of devices.
+    #[must_use]
+    pub fn dearest(&self) -> i32 {
+        self.dearest
+    }
+
+    /// Devices that are nearer to `g` than the dearest, and by how much: itself, and those of its node.
+    #[must_use]
+    pub fn nearer(&self, g: usize) -> &[(u32, i32)] {
+        &self.nearer[g]
+    }
+
     /// Whether all pairs of different devices cost the same, so that only the partition of a layer matters.
     #[must_use]
     pub fn uniform(&self) -> bool {
@@ -261,10 +282,23 @@ fn heaviest(tables: &[u64], experts: usize) -> u128 {
     2 * most
 }
 
-fn twins(devices: usize, layers: usize, cap: &[u64], cost: &[i64]) -> Vec<(u16, u16)> {
+/// Where costs to `h` and to `g` differ and by how much, from what is nearer to each: both in order, and short.
+fn difference(g: &[(u32, i32)], h: &[(u32, i32)]) -> Vec<(u32, i32)> {
+    let mut both: Vec<(u32, i32)> = g.iter().copied().chain(h.iter().map(|&(c, by)| (c, -by))).collect();
+    both.sort_by_key(|&(c, _)| c);
+    both.dedup_by(|later, first| {
+        let same = later.0 == first.0;
+        first.1 += if same { later.1 } else { 0 };
+        same
+    });
+    both.retain(|&(_, by)| by != 0);
+    both
+}
+
+fn twins(devices: usize, changes: &[Vec<(u32, i32)>], cap: &[u64]) -> Vec<(u16, u16)> {
     let same = |g: usize, h: usize| {
-        (0..devices).filter(|&c| c != g && c != h).all(|c| cost[g * devices + c] == cost[h * devices + c])
-            && (0..layers).all(|l| cap[l * devices + g] == cap[l * devices + h])
+        changes[g * devices + h].iter().all(|&(c, _)| c as usize == g || c as usize == h)
+            && cap.chunks_exact(devices).all(|caps| caps[g] == caps[h])
     };
     let mut twins = Vec::new();
     for g in 0..devices {

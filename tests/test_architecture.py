@@ -11,11 +11,13 @@ PACKAGE = Path(moetuner.__file__).parent
 # A module may import those before it, and its own part. What begins with an underscore serves all.
 FLOW = [
     "trace",
+    "expert_sets",
     "statistics",
     "reading",
     "topology",
     "cost",
     "placement",
+    "objective",
     "balance",
     "problem",
     "solver",

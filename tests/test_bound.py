@@ -71,6 +71,19 @@ def test_bound_is_below_the_optimum_and_verifies(seed, layers, size):
     assert result.status != "optimal" or result.gap == 0
 
 
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32), layers=st.integers(1, 3), slots=st.sampled_from([None, 3]))
+def test_bound_of_co_activation(seed, layers, slots):
+    """With dispatch, too, no placement is below the bound, and a certificate proves it."""
+    problem = small_problem(seed, layers, 6, 3, regime="dispatch", slots=slots)
+    found = joint(problem, seed=0, limits=LIMITS)
+    caps = problem.kept_caps(found.slots)
+    proven = bound(problem, caps, limits=LIMITS)
+    assert proven is not None
+    assert 0 <= proven.cost <= optimum(problem, caps)
+    assert verify(proven.certificate, problem) == proven.cost
+
+
 def test_certificate_round_trip_and_refusals(tmp_path):
     """What is saved verifies; another problem's, a cut-off or a false certificate is refused."""
     problem = random_problem(1, 3, 8, mt.Topology(2))

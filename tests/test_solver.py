@@ -203,6 +203,44 @@ def test_interrupt_returns_the_best_so_far(make_trace):
     assert (result.placement.replicas == 1).all()
 
 
+@pytest.mark.skipif(not hasattr(signal, "raise_signal"), reason="needs signals")
+@pytest.mark.parametrize(
+    ("phase", "experts", "cap"),
+    [("search", 32, 1.3), ("bound", 32, 1.3), ("co-location", 12, None)],
+)
+def test_interrupt_in_every_phase(make_trace, phase, experts, cap):
+    """Ctrl-C in search, bound or integer programme ends it with the best, bound and all."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(3000, layers=6, experts=experts))
+    problem = mt.Problem(stats, mt.Topology(4), max_imbalance=cap)
+    seen = []
+
+    def interrupt(line):
+        seen.append(line.phase)
+        if line.phase == phase and seen.count(phase) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    result = mt.solve(problem, time_limit=8, progress=interrupt)
+    assert (result.placement.replicas == 1).all()
+    assert phase not in seen or result.status == "interrupted"
+    assert phase in seen
+    if phase != "search":
+        assert 0 < result.bound <= result.objective
+
+
+def test_error_in_progress_is_raised_in_every_phase(make_trace):
+    """What a callback raises in the bound or the integer programme is not swallowed either."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(3000, layers=6, experts=12))
+    problem = mt.Problem(stats, mt.Topology(4))
+    for phase in ("bound", "co-location"):
+
+        def fail(line, phase=phase):
+            if line.phase == phase:
+                raise RuntimeError(phase)
+
+        with pytest.raises(RuntimeError, match=phase):
+            mt.solve(problem, time_limit=6, progress=fail)
+
+
 def test_progress_is_reported_from_the_calling_thread(make_trace):
     """A long solve says how far it is."""
     stats = mt.RoutingStatistics.from_trace(make_trace(500, layers=12, experts=64))

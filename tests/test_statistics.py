@@ -65,8 +65,9 @@ def test_counts_like_a_plain_loop(routing, window, cuts, threads):
     counter = _core.StatisticsCounter(layers, experts, top_k, window=window)
     for shard in np.split(ids, sorted(min(cut, tokens) for cut in cuts)):
         counter.push(np.ascontiguousarray(shard), threads)
-    count, *tables = counter.finish()
+    count, *tables, sets = counter.finish()
     assert count == tokens
+    assert sets is None
     for table, right in zip(tables, expected, strict=True):
         assert np.array_equal(table, right)
 

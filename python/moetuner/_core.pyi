@@ -23,6 +23,8 @@ __all__ = [
     "place_clusters",
     "replicate_experts",
     "search",
+    "separate",
+    "smallest_peaks",
     "validate",
     "verify_bound",
 ]
@@ -43,9 +45,13 @@ class Layers:
     Takes load [W,L,E] and the weight of every window [W], the slots of every device [L,D], the node
     of every device [D] and its time per token as a share of the slowest one's [D]; ``norm`` is the
     order of the norm that stands for the largest device load (4, 8 or 16; 0 for the maximum
-    itself). Caps [L] are on ``total`` [L,E], the sum of windows where it is None; ``hold`` [L,E,D] is what a copy costs on a device,
-    in weighted tokens; an expert may not be where ``forbidden`` [L,E,D], and stays where
-    ``pinned`` [L,E,D].
+    itself). Caps [L] are on ``total`` [L,E], the sum of windows where it is None; ``hold`` [L,E,D]
+    is what a copy costs on a device, in weighted tokens; an expert may not be where ``forbidden``
+    [L,E,D], and stays where ``pinned`` [L,E,D].
+
+    With the distinct expert sets of every layer (ids [N,K], all below E, and their tokens [N]), a
+    token's visit of a device costs ``device_cost`` and of a node ``node_cost`` on top, in weighted
+    tokens.
     """
 
     def __new__(
@@ -63,6 +69,9 @@ class Layers:
         hold: NDArray[np.float64] | None = None,
         forbidden: NDArray[np.bool_] | None = None,
         pinned: NDArray[np.bool_] | None = None,
+        sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]] | None = None,
+        device_cost: float = 1.0,
+        node_cost: float = 0.0,
     ) -> Layers: ...
     def place(
         self,
@@ -71,6 +80,8 @@ class Layers:
         trials: int,
         hot: float,
         cold: float,
+        copies: bool = True,
+        restarts: int = 1,
         rounds: int = 1,
         transitions: NDArray[np.uint64] | None = None,
         link_cost: NDArray[np.float64] | None = None,
@@ -79,10 +90,11 @@ class Layers:
         threads: int | None = None,
         progress: Callable[[float, int | None], None] | None = None,
     ) -> tuple[NDArray[np.int32], bool]:
-        """Improve slots [L,D,S], and say whether it was interrupted.
+        """Improve slots [L,D,S] by the best of some searches, and say whether it was interrupted.
 
         With transitions [L-1,E,E] and the cost of one between devices [D,D], in weighted tokens,
-        layers are placed in turns, ``rounds`` times, given their neighbours.
+        layers are placed in turns, ``rounds`` times, given their neighbours. Without ``copies`` no
+        expert gets more or fewer of them.
         """
 
     def construct(self) -> NDArray[np.int32]:

@@ -49,9 +49,7 @@ def rules_of(problem: Problem) -> Rules:
         nowhere = np.argwhere(forbidden.all(axis=2))
         if nowhere.size:
             layer, expert = nowhere[0]
-            raise ValueError(
-                f"forbidden leaves no device for expert {expert} of layer {layer}"
-            )
+            raise ValueError(f"forbidden leaves no device for expert {expert} of layer {layer}")
     if pinned is not None:
         full = np.argwhere(pinned.sum(axis=1) > problem.rooms)
         if full.size:
@@ -81,7 +79,7 @@ def _table(
             layer, expert, device = rule
         except (TypeError, ValueError):
             raise ValueError(f"{name} must be (layer, expert, device), got {rule!r:.60}") from None
-        for what, value, count in zip(("expert", "device"), (expert, device), shape[1:], strict=True):
+        for what, value, count in (("expert", expert, shape[1]), ("device", device, shape[2])):
             if not (isinstance(value, int | np.integer) and 0 <= value < count):
                 raise ValueError(f"{name}: {what} must be from 0 to {count - 1}, got {value!r:.40}")
         known = isinstance(layer, int | np.integer) and 0 <= layer < shape[0]

@@ -18,7 +18,7 @@ def rooms_of(
     slots_per_device: int | Sequence[int] | None,
     extra_slots: int | None,
 ) -> NDArray[np.int64]:
-    """Slots of every device [L,D], from what a problem says, else the topology, else what is needed.
+    """Give every device its slots [L,D]: the problem's, else the topology's, else what is needed.
 
     Raises
     ------

@@ -29,9 +29,7 @@ def experts_in(num_experts: object) -> int:
     return whole_number("num_experts", num_experts, highest=1 << 16)
 
 
-def whole_number(
-    name: str, value: object, *, lowest: int = 1, highest: int = (1 << 63) - 1
-) -> int:
+def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1 << 63) - 1) -> int:
     """Check an integer from ``lowest`` to ``highest``.
 
     Raises

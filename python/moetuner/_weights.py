@@ -103,8 +103,8 @@ def windows_of(
     ValueError
         If an argument is out of range or names what does not exist.
     """
-    share = {"bursts": 0.0, "mixed": 1.0}.get(arrival, arrival) if isinstance(arrival, str) else arrival
-    if not (is_number(share) and 0 <= share <= 1):
+    share = {"bursts": 0.0, "mixed": 1.0}.get(arrival) if isinstance(arrival, str) else arrival
+    if share is None or not (is_number(share) and 0 <= share <= 1):
         raise ValueError(
             f"arrival must be 'bursts', 'mixed', or a weight from 0 to 1, got {arrival!r:.40}"
         )
@@ -123,7 +123,8 @@ def windows_of(
         mixed = _mixed(load * weight[:, None, None])
         load = np.concatenate([load, mixed])
         total = weight.sum()
-        weight = np.concatenate([weight * (1 - share), np.full(len(mixed), share * total / len(mixed))])
+        each = np.full(len(mixed), share * total / len(mixed))
+        weight = np.concatenate([weight * (1 - share), each])
         used = weight > 0
         load, weight = load[used], weight[used]
         if group is not None:

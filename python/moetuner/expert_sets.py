@@ -61,7 +61,7 @@ class ExpertSets:
         return len(self.counts)
 
     def __add__(self, other: ExpertSets) -> ExpertSets:
-        """Sets of both, counts of equal ones added."""
+        """Join the sets of both; counts of equal ones are added."""
         if not isinstance(other, ExpertSets):
             return NotImplemented
         if self.top_k != other.top_k:

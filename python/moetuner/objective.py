@@ -90,7 +90,7 @@ def traffic_us(problem: Problem, placement: Placement) -> float:
 
 
 def traffic(problem: Problem, placement: Placement) -> float:
-    """Expected cost of pairs, each with any copies of its experts, over ``Problem.cost_scale``."""
+    """Expect a cost of pairs, with any copies of their experts, over ``Problem.cost_scale``."""
     if problem.regime == "follow":
         cost = problem.topology.cost
         total = sum((moved * cost).sum() for moved in _moved(problem, placement))

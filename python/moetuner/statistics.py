@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ class RoutingStatistics:
         transitions: bool = True,
         coactivation: bool = True,
         sets: bool = False,
+        by_group: bool = False,
         threads: int | None = None,
     ) -> RoutingStatistics:
         """Count a trace, shard by shard; memory holds one shard and the counts.
@@ -112,6 +114,8 @@ class RoutingStatistics:
             Whether to count distinct expert sets. These are the only counts whose memory grows with
             the trace: 2 K + 8 bytes (while counting up to three times that) for each distinct set
             of a layer, of which there are at most as many as tokens.
+        by_group
+            Whether windows are cut within groups, one group after the other, and say which.
         threads
             Threads to use, all cores by default. The counts do not depend on it.
 
@@ -126,6 +130,17 @@ class RoutingStatistics:
         if threads is not None:
             threads = whole_number("threads", threads, highest=1 << 12)
         _check_table_bytes(trace, window, transitions, coactivation)
+        if by_group:
+            if trace.group is None:
+                raise ValueError("by_group needs a trace with groups; this one has none")
+            tables = {"transitions": transitions, "coactivation": coactivation, "sets": sets}
+            parts = []
+            for number in np.unique(trace.group):
+                of = trace.select(groups=[int(number)])
+                part = cls.from_trace(of, window=window, threads=threads, **tables)
+                group = np.full(part.windows, number)
+                parts.append(replace(part, group=group, group_names=trace.group_names))
+            return reduce(operator.add, parts)
         counter = _core.StatisticsCounter(
             trace.layers,
             trace.num_experts,
@@ -213,8 +228,8 @@ class RoutingStatistics:
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         """Statistics of both traces: windows one after the other, pairs summed.
 
-        Pairs and sets that only one side has counted are dropped. Groups are kept where both sides name the
-        same ones.
+        Pairs and sets that only one side has counted are dropped. Groups are kept where both sides
+        name the same ones.
         """
         if not isinstance(other, RoutingStatistics):
             return NotImplemented

@@ -245,7 +245,7 @@ struct Best<'a, F> {
 impl<'a, F: FnMut(Progress)> Best<'a, F> {
     /// Starts with the transportation bound.
     fn new(relaxation: &'a Relaxation, limits: &'a Limits<'a>, report: F) -> Self {
-        let proven = Dual { columns: transport::all_columns(relaxation), ..Dual::default() };
+        let proven = Dual { columns: transport::all_columns(relaxation, limits.deadline), ..Dual::default() };
         let source = Source::Transportation;
         let mut this = Self { relaxation, limits, report, cost: 0, source, proven, waiting: None, next: 0 };
         this.cost = this.prove(&this.proven);

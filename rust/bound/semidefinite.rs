@@ -4,7 +4,7 @@
 //! `B_l(y) = Q_l`. The scaled multiplier `U_l` of that equation is what the bound is made of.
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
@@ -33,7 +33,7 @@ const PROGRESS: f64 = 0.002;
 /// The distance where no target is known, as a share of the bound.
 const USUAL_GAP: f64 = 0.02;
 /// With less time than for so many iterations the method proves nothing useful, and is not tried.
-const FEWEST: u32 = 15;
+const FEWEST: u32 = 11;
 
 /// A dual point as the method leaves it.
 #[derive(Debug, Clone, Default)]
@@ -133,11 +133,19 @@ impl<'a> Admm<'a> {
         let all = self.relaxation.total as f64 / self.relaxation.unit;
         let mut best = f64::NEG_INFINITY;
         let (mut stalls, mut mark) = (0, f64::NEG_INFINITY);
+        // What looking at the bound takes: the last look is made before the time is spent.
+        let mut look = Duration::ZERO;
         loop {
             if limits.stop.load(Ordering::Relaxed) {
                 return Stop::Asked;
             }
-            if limits.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            if limits.deadline.is_some_and(|deadline| Instant::now() + look >= deadline) {
+                if look > Duration::ZERO && !self.iterations.is_multiple_of(PERIOD) {
+                    let dual = self.dual();
+                    if dual.estimate > best && better(self.iterations, dual) {
+                        return Stop::Gap;
+                    }
+                }
                 return Stop::Deadline;
             }
             if self.iterations >= limits.iterations {
@@ -150,6 +158,7 @@ impl<'a> Admm<'a> {
             if !self.iterations.is_multiple_of(PERIOD) && self.iterations != limits.iterations {
                 continue;
             }
+            let begin = Instant::now();
             let dual = self.dual();
             if dual.estimate > best {
                 best = dual.estimate;
@@ -157,6 +166,7 @@ impl<'a> Admm<'a> {
                     return Stop::Gap;
                 }
             }
+            look = look.max(begin.elapsed());
             let distance = target.map_or(USUAL_GAP * (all + best), |target| target - best);
             if best > mark + PROGRESS * distance.max(0.0) {
                 (mark, stalls) = (best, 0);

@@ -5,6 +5,8 @@
 //! `sum_e (C smallest of r_ef - v_f) + C sum_f v_f`; with `v = 0` that is the degree bound. Ascent in u (of the rows) and
 //! v in turn gives good v: each has its best value between the C-th and the next reduced cost of its line.
 
+use std::time::Instant;
+
 use rayon::prelude::*;
 
 use super::relaxation::Relaxation;
@@ -12,18 +14,18 @@ use super::relaxation::Relaxation;
 /// Rounds of ascent: the value is flat after a dozen.
 const ROUNDS: usize = 16;
 
-/// Column multipliers for the costs of every pair, `[M, E]`.
-pub(super) fn all_columns(relaxation: &Relaxation) -> Vec<f64> {
+/// Column multipliers for the costs of every pair, `[M, E]`; with less ascent where the time is over.
+pub(super) fn all_columns(relaxation: &Relaxation, deadline: Option<Instant>) -> Vec<f64> {
     let e = relaxation.experts;
     let pairs: Vec<Vec<f64>> =
-        relaxation.cost.par_chunks(e * e).map(|cost| columns(cost, e, relaxation.slots)).collect();
+        relaxation.cost.par_chunks(e * e).map(|cost| columns(cost, e, relaxation.slots, deadline)).collect();
     pairs.concat()
 }
 
 /// Column multipliers for the table `r`, `[E, E]`, and `slots` ones in each line.
 ///
 /// They are not worse than all zeros, up to rounding.
-fn columns(r: &[f64], e: usize, slots: usize) -> Vec<f64> {
+fn columns(r: &[f64], e: usize, slots: usize, deadline: Option<Instant>) -> Vec<f64> {
     let mut transposed = vec![0.0; e * e];
     for (i, row) in r.chunks_exact(e).enumerate() {
         for (f, &x) in row.iter().enumerate() {
@@ -37,6 +39,9 @@ fn columns(r: &[f64], e: usize, slots: usize) -> Vec<f64> {
     let (mut best, mut kept) = (value(r, &v, slots), v.clone());
     let (mut u, mut scratch) = (vec![0.0; e], vec![0.0; e]);
     for _ in 0..ROUNDS {
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            break;
+        }
         thresholds(r, &v, slots, &mut u, &mut scratch);
         thresholds(&transposed, &u, slots, &mut v, &mut scratch);
         let now = value(r, &v, slots);

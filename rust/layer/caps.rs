@@ -1,6 +1,6 @@
 //! The cap on a device's load over all windows: not a cost but a rule.
 
-use super::{Contents, Layer, Move};
+use super::{Contents, EMPTY, Layer, Move};
 
 /// Loads of devices over all windows `[D]`, in time of the slowest.
 #[derive(Debug, Clone)]
@@ -28,6 +28,11 @@ impl Caps {
         if layer.cap == f64::INFINITY {
             return true;
         }
+        if let Some([(g, more), (h, less)]) = exchange(layer, contents, step) {
+            let before = [g, h].map(|device| self.load[usize::from(device)]);
+            let worst = (before[0] + more).max(before[1] + less);
+            return worst <= layer.cap * (1.0 + ROUNDING) || worst < before[0].max(before[1]);
+        }
         let changes = changes(layer, contents, step);
         let (mut worst, mut before) = (0.0f64, 0.0f64);
         for (i, &(device, _)) in changes.iter().enumerate() {
@@ -53,6 +58,20 @@ impl Caps {
 fn taken(layer: &Layer, expert: u16, devices: &[u16], device: u16) -> f64 {
     let share = if devices.len() == 1 { 1.0 } else { f64::from(layer.share(devices, device)) };
     layer.load[usize::from(expert)] * share * f64::from(layer.time[usize::from(device)])
+}
+
+/// What an exchange of two experts without other copies adds to the loads of their devices: most moves are one.
+fn exchange(layer: &Layer, contents: &Contents, step: Move) -> Option<[(u16, f64); 2]> {
+    let Move::Swap(p, q) = step else { return None };
+    let [a, b] = [p, q].map(|slot| contents.expert_in[slot]);
+    let single = |e: u16| e == EMPTY || contents.devices(e).len() == 1;
+    if !(single(a) && single(b)) {
+        return None;
+    }
+    let load = |e: u16| if e == EMPTY { 0.0 } else { layer.load[usize::from(e)] };
+    let more = load(b) - load(a);
+    let by = |device: u16, more: f64| (device, more * f64::from(layer.time[usize::from(device)]));
+    Some([by(contents.device_of(p), more), by(contents.device_of(q), -more)])
 }
 
 /// What a move adds to the loads of devices; a device may occur more than once.

@@ -45,7 +45,7 @@ impl Sets {
         };
         let mut parts: Vec<(usize, u64)> = counts.iter().enumerate().flat_map(parts_of).collect();
         parts.sort_by_key(|&(_, count)| std::cmp::Reverse(count));
-        let words = parts.len().div_ceil(WORD).next_multiple_of(WORDS);
+        let words = parts.len().div_ceil(WORD).max(1).next_multiple_of(WORDS);
         let mut rows = vec![0; (experts + 1) * words];
         let highest = parts.first().map_or(0, |&(_, count)| count.checked_ilog2().map_or(0, |bit| bit + 1));
         let mut planes: Vec<Vec<u64>> = (0..highest)
@@ -270,4 +270,112 @@ fn ones<const N: usize>(mask: &[u64], rows: [&[u64]; N]) -> u64 {
         sum += u64::from((any & mask[word]).count_ones());
     }
     sum
+}
+
+#[cfg(test)]
+// Costs are sums of whole numbers.
+#[allow(clippy::float_cmp)]
+mod tests {
+    use super::*;
+    use crate::layer::Split;
+    use crate::layer::balance::Windows;
+    use crate::random::Random;
+    use proptest::prelude::*;
+
+    fn layer(room: Vec<usize>, experts: usize) -> Layer {
+        let d = room.len();
+        Layer {
+            experts,
+            room,
+            node: (0..d as u16).map(|device| device / 2).collect(),
+            time: vec![1.0; d],
+            split: Split::Even,
+            windows: Windows::new(&vec![0.0; experts], &[1.0], experts, 0),
+            load: vec![0.0; experts],
+            cap: f64::INFINITY,
+            hold: vec![],
+            serve: vec![],
+            sets: None,
+            forbidden: vec![],
+            pinned: vec![],
+        }
+    }
+
+    proptest! {
+        /// Visits are what a plain count over sets finds, token by token where experts have copies; whatever moves
+        /// led there, and what they were said to add.
+        #[test]
+        fn visits_are_counted(
+            experts in 2usize..10,
+            devices in 2usize..6,
+            spare in 0usize..5,
+            counts in prop::collection::vec(0u64..2000, 0..40),
+            seed in any::<u64>(),
+        ) {
+            let mut random = Random::new(seed, 0);
+            let mut room = vec![experts.div_ceil(devices); devices];
+            room[0] += spare;
+            let layer = layer(room, experts);
+            let k = 1 + random.below(experts.min(4));
+            let mut ids = Vec::new();
+            for _ in &counts {
+                let mut all: Vec<u16> = (0..experts as u16).collect();
+                random.shuffle(&mut all);
+                ids.extend(&all[..k]);
+            }
+            let copies = layer.slots() > experts;
+            let mut sets = Sets::new(&ids, &counts, experts, copies);
+            (sets.device_cost, sets.node_cost) = (1.0, 1000.0);
+            let mut expert_in: Vec<u16> = (0..experts as u16).collect();
+            expert_in.resize(layer.slots(), EMPTY);
+            random.shuffle(&mut expert_in);
+            let mut contents = Contents::new(&layer, expert_in);
+            let mut fanout = Fanout::new(&layer, &sets, &contents);
+            for _ in 0..40 {
+                let slots = layer.slots();
+                let step = if copies && random.below(2) == 0 {
+                    Move::Put(random.below(slots), random.below(experts) as u16)
+                } else {
+                    Move::Swap(random.below(slots), random.below(slots))
+                };
+                if !contents.allows(&layer, step) {
+                    continue;
+                }
+                let said = fanout.cost(&sets) + fanout.change(&layer, &sets, &contents, step);
+                let touched = touched(&contents, step);
+                contents.apply(&layer, step);
+                fanout.refresh(&layer, &sets, &contents, &touched);
+                prop_assert_eq!(said, fanout.cost(&sets));
+                prop_assert_eq!(said, Fanout::new(&layer, &sets, &contents).cost(&sets));
+                prop_assert_eq!(said, plain(&layer, &sets, &contents, &ids, &counts));
+            }
+        }
+    }
+
+    /// The cost of visits, part by part.
+    fn plain(layer: &Layer, sets: &Sets, contents: &Contents, ids: &[u16], counts: &[u64]) -> f64 {
+        let mut parts = Vec::new();
+        for (set, &count) in counts.iter().enumerate() {
+            let cut = if layer.slots() > layer.experts { 12.min(count) } else { count.min(1) };
+            parts.extend((0..cut).map(|part| (set, count / cut + u64::from(part < count % cut))));
+        }
+        parts.sort_by_key(|&(_, count)| std::cmp::Reverse(count));
+        let k = if counts.is_empty() { 1 } else { ids.len() / counts.len() };
+        let mut cost = 0.0;
+        for (n, (set, count)) in parts.into_iter().enumerate() {
+            let served = |&e: &u16| {
+                let mut devices = contents.devices(e).to_vec();
+                devices.sort_unstable();
+                devices[n % devices.len()]
+            };
+            let mut devices: Vec<u16> = ids[set * k..][..k].iter().map(served).collect();
+            devices.sort_unstable();
+            devices.dedup();
+            let mut nodes: Vec<u16> = devices.iter().map(|&g| layer.node[usize::from(g)]).collect();
+            nodes.dedup();
+            let per_token = devices.len() as f64 * sets.device_cost + nodes.len() as f64 * sets.node_cost;
+            cost += per_token * count as f64;
+        }
+        cost
+    }
 }

@@ -36,9 +36,7 @@ pub fn place(
             .par_iter()
             .zip(start)
             .enumerate()
-            .map(|(l, (layer, start))| {
-                search(layer, start, effort, &mut Random::new(seed, l as u64), control).1
-            })
+            .map(|(l, (layer, start))| restarted(layer, start, effort, seed, l as u64, control))
             .collect();
     }
     let mut now = start;
@@ -54,8 +52,8 @@ pub fn place(
             let found: Vec<Contents> = turn
                 .par_iter()
                 .map(|&l| {
-                    let mut random = Random::new(seed, (round + 1) * n + l as u64);
-                    search(&layers[l], now[l].clone(), effort, &mut random, control).1
+                    let stream = (round + 1) * n + l as u64;
+                    restarted(&layers[l], now[l].clone(), effort, seed, stream, control)
                 })
                 .collect();
             for (l, contents) in turn.into_iter().zip(found) {
@@ -64,6 +62,29 @@ pub fn place(
         }
     }
     now
+}
+
+/// The best of several searches from one start.
+fn restarted(
+    layer: &Layer,
+    start: Contents,
+    effort: Effort,
+    seed: u64,
+    stream: u64,
+    control: &Control,
+) -> Contents {
+    let run = |restart: u64| {
+        let mut random = Random::new(seed.wrapping_add(restart.wrapping_mul(0x9E37_79B9_7F4A_7C15)), stream);
+        search(layer, start.clone(), effort, &mut random, control)
+    };
+    let mut best = run(0);
+    for restart in 1..effort.restarts {
+        let found = run(restart);
+        if found.0 < best.0 {
+            best = found;
+        }
+    }
+    best.1
 }
 
 /// What serving an expert of layer `l` costs on a device `[E, D]`, given where the neighbours' experts are: copies of

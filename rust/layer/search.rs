@@ -16,6 +16,10 @@ pub struct Effort {
     pub hot: f64,
     /// See `hot`.
     pub cold: f64,
+    /// Whether an expert's number of copies may change, where slots are to spare.
+    pub copies: bool,
+    /// Searches from one start, of which the best counts.
+    pub restarts: u64,
 }
 
 /// Trials at one temperature, and between two looks at the clock.
@@ -93,7 +97,7 @@ pub(super) fn search(
     let mut terms = Terms::new(layer, &contents);
     let mut best = (terms.cost(layer), contents.clone());
     let slots = layer.slots();
-    let spare = slots > layer.experts;
+    let spare = effort.copies && slots > layer.experts;
     let blocks = effort.trials.div_ceil(BLOCK);
     let cooling = libm::pow(effort.cold / effort.hot, 1.0 / blocks.max(1) as f64);
     let mut temperature = effort.hot * best.0;
@@ -148,6 +152,18 @@ mod tests {
         let random_costs = |random: &mut Random| -> Vec<f64> {
             (0..experts * devices).map(|_| random.below(1000) as f64).collect()
         };
+        let top_k = 1 + random.below(experts.min(4));
+        let sets = (0..random.below(200)).flat_map(|_| {
+            let mut all: Vec<u16> = (0..experts as u16).collect();
+            random.shuffle(&mut all);
+            all.truncate(top_k);
+            all
+        });
+        let ids: Vec<u16> = sets.collect();
+        let counts: Vec<u64> = (0..ids.len() / top_k).map(|_| random.below(30) as u64).collect();
+        let copies = room.iter().sum::<usize>() > experts;
+        let mut sets = fanout::Sets::new(&ids, &counts, experts, copies);
+        (sets.device_cost, sets.node_cost) = (3.0, [0.0, 7.0][random.below(2)]);
         Layer {
             experts,
             room,
@@ -159,6 +175,7 @@ mod tests {
             cap: f64::INFINITY,
             hold: random_costs(random),
             serve: random_costs(random),
+            sets: Some(sets),
             forbidden: vec![],
             pinned: vec![],
         }
@@ -190,18 +207,18 @@ mod tests {
                 if !contents.allows(&layer, step) {
                     continue;
                 }
-                let before = terms.cost();
+                let before = terms.cost(&layer);
                 let change = terms.change(&layer, &contents, step).expect("no cap");
-                terms.apply(&layer, &contents, step);
-                contents.apply(&layer, step);
+                terms.apply(&layer, &mut contents, step);
                 let fresh = Terms::new(&layer, &contents);
+                let fresh_cost = fresh.cost(&layer);
                 let close = |a: f64, b: f64| (a - b).abs() <= 1e-9 * b.abs().max(1.0);
-                prop_assert!(close(terms.cost(), fresh.cost()));
+                prop_assert!(close(terms.cost(&layer), fresh_cost));
                 if norm == 0 {
-                    prop_assert!(close(before + change, fresh.cost()), "{} {}", before + change, fresh.cost());
+                    prop_assert!(close(before + change, fresh_cost), "{} {}", before + change, fresh_cost);
                 } else {
                     // The powers are single precision.
-                    prop_assert!(fresh.cost() <= before + change + 1e-3 * fresh.cost().abs());
+                    prop_assert!(fresh_cost <= before + change + 1e-3 * fresh_cost.abs());
                 }
                 prop_assert!(contents.expert_in.iter().all(|&e| e == EMPTY || !contents.devices(e).is_empty()));
             }

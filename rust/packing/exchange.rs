@@ -4,8 +4,10 @@ use super::bounds::Bounds;
 use super::{Goal, Improve, Room};
 use crate::random::Random;
 
-/// Descents from a kicked packing, at most; the search ends earlier when it is as near to the bound as asked.
+/// Descents from a kicked packing, at most, and without gain; the search ends earlier when it is as near to the bound
+/// as asked.
 const KICKS: u64 = 400;
+const IDLE: u64 = 80;
 /// Swaps of a kick.
 const SWAPS: usize = 3;
 /// Clusters of more experts than this exchange one expert at a time: that is already a wide choice.
@@ -31,7 +33,7 @@ pub(super) struct Search<'a> {
     load: Vec<i64>,
     clusters: Vec<Cluster>,
     room: Room,
-    effort: Improve<'a>,
+    improve: Improve<'a>,
     /// Peak and deviation at which to stop.
     enough: (i128, i128),
     /// Clusters whose exchanges have not all been tried since they changed: all other pairs are at rest.
@@ -46,13 +48,13 @@ impl<'a> Search<'a> {
         start: &[u16],
         clusters: usize,
         room: Room,
-        effort: Improve<'a>,
+        improve: Improve<'a>,
         bounds: &Bounds,
     ) -> Self {
         // Sums of huge counts are searched with their lowest bits cut off.
         let total: u128 = load.iter().map(|&load| u128::from(load)).sum();
         let shift = (128 - total.leading_zeros()).saturating_sub(62);
-        let slack = effort.goal.slack(total, clusters);
+        let slack = improve.goal.slack(total, clusters);
         let least = |bound: u128, slack: u128| ((bound >> shift) + (slack >> shift)) as i128;
         let mut members = vec![Cluster::default(); clusters];
         for (e, &c) in start.iter().enumerate() {
@@ -62,7 +64,7 @@ impl<'a> Search<'a> {
             load: load.iter().map(|&load| (load >> shift) as i64).collect(),
             clusters: members,
             room,
-            effort,
+            improve,
             enough: (least(bounds.peak, slack.0), least(bounds.deviation, slack.1)),
             open: Vec::new(),
             changed: Vec::new(),
@@ -78,8 +80,9 @@ impl<'a> Search<'a> {
         let mut value = self.value();
         self.changed.clear();
         let mut random = Random::new(0, self.load.len() as u64);
+        let mut idle = 0;
         for _ in 0..KICKS {
-            if self.clusters.len() < 2 || !value.0 || (self.effort.stop)() {
+            if self.clusters.len() < 2 || !value.0 || idle == IDLE || (self.improve.stop)() {
                 break;
             }
             self.kick(&mut random);
@@ -87,6 +90,7 @@ impl<'a> Search<'a> {
             let new = self.value();
             let better = new < value;
             value = value.min(new);
+            idle = if better { 0 } else { idle + 1 };
             for c in self.changed.drain(..) {
                 let (from, to) =
                     if better { (&self.clusters, &mut best) } else { (&best, &mut self.clusters) };
@@ -140,7 +144,7 @@ impl<'a> Search<'a> {
     /// Whether it is not enough yet, what the goal asks for, then the other.
     fn value(&self) -> (bool, i128, i128) {
         let (peak, deviation) = self.measure();
-        match self.effort.goal {
+        match self.improve.goal {
             Goal::Peak => (!self.is_enough(), peak, deviation),
             Goal::Deviation { .. } => (!self.is_enough(), deviation, peak),
         }
@@ -154,7 +158,7 @@ impl<'a> Search<'a> {
     /// Exchanges between all pairs of clusters until no exchange brings two loads closer.
     fn descend(&mut self) {
         while let Some(a) = self.open.pop() {
-            if self.is_enough() || (self.effort.stop)() {
+            if self.is_enough() || (self.improve.stop)() {
                 return;
             }
             for b in 0..self.clusters.len() {

@@ -64,6 +64,12 @@ impl Control {
         self.stop.load(Ordering::Relaxed) || self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }
 
+    /// Whether there is time for something that takes so many seconds; always where time is not limited.
+    fn leaves(&self, seconds: f64) -> bool {
+        let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        left.is_none_or(|left| left.as_secs_f64() > seconds) && !self.stop.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn count(&self, trials: u64) {
         self.trials.fetch_add(trials, Ordering::Relaxed);
     }
@@ -110,7 +116,7 @@ pub fn search(
     if instance.sizes.devices < 2 || control.stopped() {
         return best(elite);
     }
-    let effort = Effort::new(instance, options, balanced);
+    let effort = Effort::new(instance, options, balanced, control);
     let run = |schedule: Schedule, from: &[u16], stream: u64| {
         let mut state = State::new(instance, from.to_vec());
         anneal(&mut state, schedule, &mut Random::new(options.seed, stream), control);
@@ -122,8 +128,10 @@ pub fn search(
     let mut runs = |pool: &mut Vec<Found>, n: u64, schedule: Schedule, from: &[u16]| {
         pool.par_extend((stream..stream + n).into_par_iter().map(|stream| run(schedule, from, stream)));
         stream += n;
-        let placements: Vec<Vec<u16>> = pool.iter().map(|(_, placement)| placement.clone()).collect();
-        pool.push(found(recombine(instance, &placements)));
+        if control.leaves(recombination(instance, pool.len())) {
+            let placements: Vec<Vec<u16>> = pool.iter().map(|(_, placement)| placement.clone()).collect();
+            pool.push(found(recombine(instance, &placements)));
+        }
         keep_best(pool, effort.pool);
     };
     loop {
@@ -178,6 +186,17 @@ fn best(mut pool: Vec<Found>) -> Vec<u16> {
     pool.swap_remove(0).1
 }
 
+/// Steps of a recombination per pair of members: an assignment problem per boundary.
+fn per_pair(instance: &Instance) -> f64 {
+    let (p, d) = (instance.sizes.slots(), instance.sizes.devices);
+    (instance.sizes.layers * (d * p + d * d * d)) as f64
+}
+
+/// Seconds that a recombination takes, roughly: a step takes about a nanosecond.
+fn recombination(instance: &Instance, members: usize) -> f64 {
+    1e-9 * per_pair(instance) * (members * members) as f64 / rayon::current_num_threads() as f64
+}
+
 /// The sizes of a search.
 #[derive(Debug)]
 struct Effort {
@@ -190,17 +209,18 @@ struct Effort {
 }
 
 impl Effort {
-    fn new(instance: &Instance, options: &Options, balanced: &[u16]) -> Self {
+    fn new(instance: &Instance, options: &Options, balanced: &[u16], control: &Control) -> Self {
         let sizes = instance.sizes;
-        let (p, d) = (sizes.slots(), sizes.devices);
-        let places = (sizes.layers * p) as u64;
-        // Recombination solves one assignment problem per boundary and pair of members.
-        let per_pair = (sizes.layers * (d * p + d * d * d)) as f64;
-        let pool = (5e8 / per_pair).sqrt().clamp(3.0, STARTS as f64) as usize;
+        let places = (sizes.layers * sizes.slots()) as u64;
+        let pool = (5e8 / per_pair(instance)).sqrt().clamp(3.0, STARTS as f64) as usize;
         let (starts, start, rounds, polish) = match (options.trials, options.time_limit) {
             (None, Some(limit)) => {
                 let threads = rayon::current_num_threads();
-                let (limit, per_trial) = (limit.as_secs_f64(), seconds_per_trial(instance, balanced));
+                let per_trial = seconds_per_trial(instance, balanced);
+                // Some of it is gone: packing comes first.
+                let left =
+                    control.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+                let limit = left.unwrap_or(limit).as_secs_f64();
                 // A run is worth this long; where the time does not suffice for many, few take what there is.
                 let whole = (places * 5000).clamp(400_000, 32_000_000) as f64 * per_trial;
                 let starts =

@@ -1,6 +1,6 @@
 //! A placement under search, with the tables that make a move cheap to judge and to make.
 
-use crate::instance::Instance;
+use crate::instance::{Instance, Sizes};
 
 /// Who sits where, and what every expert would cost on every device.
 #[derive(Debug, Clone)]
@@ -60,37 +60,39 @@ impl<'a> State<'a> {
                 state.load[l * d + usize::from(state.device_of_slot[slot])] += instance.load[l * p + e];
             }
         }
-        for l in 0..sizes.layers {
-            for e in 0..p {
-                state.add_partner_prices(l, e);
-            }
-        }
+        (0..sizes.layers).for_each(|l| state.add_partner_prices(l));
         state
     }
 
-    /// Adds what expert `e` of layer `l` makes its partners pay.
-    fn add_partner_prices(&mut self, l: usize, e: usize) {
-        let Self { instance, price, device_of, .. } = self;
-        let (p, d) = (instance.sizes.slots(), instance.sizes.devices);
-        let home = usize::from(device_of[l * p + e]);
-        let mut add = |l: usize, counts: &[i32]| {
-            for device in 0..d {
-                let cost = instance.cost[home * d + device] as i32;
-                if cost != 0 {
-                    add_scaled(&mut price[(l * d + device) * p..][..p], counts, cost);
+    /// Adds what the experts of layer `l` make their partners pay: the dearest cost, less what is nearer.
+    fn add_partner_prices(&mut self, l: usize) {
+        let Self { instance, price, expert_in, .. } = self;
+        let Sizes { layers, devices: d, per_device, .. } = instance.sizes;
+        let p = instance.sizes.slots();
+        let mut add = |at: usize, counts: &dyn Fn(usize) -> &'a [i32]| {
+            let (mut all, mut of_device) = (vec![0; p], vec![0; p]);
+            for (home, experts) in expert_in[l * p..][..p].chunks_exact(per_device).enumerate() {
+                of_device.fill(0);
+                for &e in experts {
+                    add_scaled(&mut of_device, counts(e.into()), 1);
+                }
+                add_scaled(&mut all, &of_device, instance.dearest());
+                for &(device, by) in instance.nearer(home) {
+                    add_scaled(&mut price[(at * d + device as usize) * p..][..p], &of_device, -by);
                 }
             }
+            price[at * d * p..][..d * p].chunks_exact_mut(p).for_each(|row| add_scaled(row, &all, 1));
         };
         if instance.has_transitions() {
-            if l + 1 < instance.sizes.layers {
-                add(l + 1, instance.to_next(l, e));
+            if l + 1 < layers {
+                add(l + 1, &|e| instance.to_next(l, e));
             }
             if l > 0 {
-                add(l - 1, instance.from_previous(l, e));
+                add(l - 1, &|e| instance.from_previous(l, e));
             }
         }
-        if let Some(counts) = instance.with(l, e) {
-            add(l, counts);
+        if instance.with(l, 0).is_some() {
+            add(l, &|e| instance.with(l, e).unwrap_or(&[]));
         }
     }
 

@@ -184,9 +184,8 @@ def command(
     traffic = read(input_file, window=window, num_experts=num_experts)
     seen, unseen = hold_out(traffic, holdout, seed=seed)
     window = window_of(traffic, window)
-    problem = Problem(
-        count(seen, window, threads), topology, slots_per_device, regime, max_imbalance
-    )
+    statistics = count(seen, window, threads, sets=regime == "dispatch")
+    problem = Problem(statistics, topology, slots_per_device, regime, max_imbalance)
 
     output = Output(json_file)
     output.say(describe(input_file, traffic))

@@ -20,12 +20,16 @@ def read(path: Path, *, window: int | None = None, num_experts: int | None = Non
         return read_input(path, window=window, num_experts=num_experts)
 
 
-def count(traffic: Traffic, window: int | None, threads: int | None) -> RoutingStatistics:
-    """Count a trace in windows; statistics are counted already."""
+def count(
+    traffic: Traffic, window: int | None, threads: int | None, *, sets: bool = False
+) -> RoutingStatistics:
+    """Count a trace in windows, with its expert sets if wanted; statistics are counted already."""
     if isinstance(traffic, RoutingStatistics):
         return traffic
     with working("counting"):
-        return RoutingStatistics.from_trace(traffic, window=window or WINDOW, threads=threads)
+        return RoutingStatistics.from_trace(
+            traffic, window=window or WINDOW, sets=sets, threads=threads
+        )
 
 
 def window_of(traffic: Traffic, window: int | None) -> int | None:

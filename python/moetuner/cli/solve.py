@@ -73,7 +73,7 @@ def command(
     topology = options.topology_of(devices, devices_per_node, machine)
     traffic = read(input_file, window=window, num_experts=num_experts)
     window = window_of(traffic, window)
-    statistics = count(traffic, window, threads)
+    statistics = count(traffic, window, threads, sets=regime == "dispatch")
     problem = Problem(statistics, topology, slots_per_device, regime, max_imbalance)
     judged = None if isinstance(traffic, RoutingStatistics) else window
 

@@ -11,9 +11,10 @@ from moetuner.objective import traffic
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import baselines
-from moetuner.solver.heuristic import heuristic
 from moetuner.solver.joint import joint
+from moetuner.solver.migration import Migration, migrate
 from moetuner.solver.result import Candidate, Limits, Progress, Result
+from moetuner.solver.searched import searched
 from moetuner.solver.two_stage import two_stage
 
 
@@ -28,7 +29,7 @@ class Method(Protocol):
 METHODS: dict[str, Method] = {
     "joint": joint,
     "moetuner": two_stage,
-    "heuristic": heuristic,
+    "heuristic": searched,
     "contiguous": baselines.contiguous,
     "round_robin": baselines.round_robin,
     "random": baselines.random,
@@ -48,6 +49,10 @@ def solve(
     gap: float | None = None,
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
+    initial: Placement | None = None,
+    move_budget: float | None = None,
+    move_cost: float = 0.0,
+    expert_bytes: float = 1.0,
 ) -> Result:
     """Place the experts.
 
@@ -72,6 +77,15 @@ def solve(
         Threads to use, all cores by default.
     progress
         Called now and then with a ``Progress``, from the calling thread.
+    initial
+        The placement that runs, to be improved by few moves; experts that stay keep their slots.
+        With ``joint`` and ``heuristic``.
+    move_budget
+        Bytes that may move, from device to device; None for any number.
+    move_cost
+        What a moved byte costs, in units of the objective.
+    expert_bytes
+        Bytes of one expert of one layer; with 1, budget and cost are of experts.
 
     Returns
     -------
@@ -95,12 +109,21 @@ def solve(
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
 
+    if initial is None and (move_budget is not None or move_cost):
+        raise ValueError("move_budget and move_cost need initial, the placement to move from")
+    if initial is not None and METHODS[method] not in (joint, searched):
+        raise ValueError(f"initial needs method joint or heuristic, got {method!r}")
+
     begin = time.perf_counter()
     limits = Limits(time_limit, iterations, gap, threads, progress)
-    candidate = METHODS[method](problem, seed=seed, limits=limits)
+    if initial is None:
+        candidate = METHODS[method](problem, seed=seed, limits=limits)
+    else:
+        migration = Migration(initial, move_budget, move_cost, expert_bytes)
+        candidate = migrate(problem, migration, seed=seed, limits=limits)
     seconds = time.perf_counter() - begin
 
-    scale = problem.cost_scale
+    scale = problem.cost_scale if problem.objective == "traffic" else 1
     placement = Placement(candidate.slots, num_experts=problem.experts)
     objective = _objective(problem, placement)
     bound = None if candidate.bound is None else candidate.bound / scale

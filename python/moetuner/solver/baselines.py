@@ -57,7 +57,9 @@ def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Transitions alone, loads ignored: the objective of ExFlow (Yao et al., 2024)."""
     return heuristic(
-        replace(problem, regime="follow", max_imbalance=None), seed=seed, limits=limits
+        replace(problem, regime="follow", max_imbalance=None, objective="traffic"),
+        seed=seed,
+        limits=limits,
     )
 
 

@@ -2,7 +2,8 @@
 
 The Rust core bounds the number of transitions between interchangeable devices (a doubly
 non-negative relaxation with load cuts, or the transportation bound per layer pair); this module
-turns costs of links and nodes into such counts, and keeps the proofs.
+turns costs of links and nodes into such counts, and keeps the proofs. Co-activation becomes
+transitions from a layer to a copy of itself, see `padded`.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def bound(
     Parameters
     ----------
     problem
-        Of the regime ``follow``; with other regimes, or without transitions, there is nothing to
-        bound and the answer is None.
+        Without pairs of its regime, or on one device, there is nothing to bound and the answer is
+        None.
     caps
         Largest device load in every layer [L] that placements may reach.
     limits
@@ -57,7 +58,7 @@ def bound(
         Cost of the best known placement, for the gap.
     """
     levels = _levels(problem)
-    if levels is None or problem.statistics.transitions is None:
+    if levels is None:
         return None
     begin = time.perf_counter()
     proofs: list[Proof] = []
@@ -77,7 +78,7 @@ def bound(
             part_caps,
             parts,
             iterations=iterations if left is None else 10_000,
-            target=target if len(levels) == 1 and target is not None and price == 1 else None,
+            target=_target(problem, target) if len(levels) == 1 and price == 1 else None,
             gap=limits.gap or 0.0,
             time_limit=left,
             threads=limits.threads,
@@ -89,7 +90,7 @@ def bound(
         details[name] = {"crossing_pairs": found, "iterations": done, "ended": stop}
         proofs.append(Proof(parts, price, *arrays))
     certificate = Certificate(problem.statistics.fingerprint, problem.slots, caps, tuple(proofs))
-    return Bounded(cost, " + ".join(sources), certificate, details, interrupted)
+    return Bounded(_of_count(problem, cost), " + ".join(sources), certificate, details, interrupted)
 
 
 def verify(certificate: Certificate, problem: Problem) -> int:
@@ -129,7 +130,7 @@ def verify(certificate: Certificate, problem: Problem) -> int:
             proof.choices,
             proof.contents,
         )
-    return total
+    return _of_count(problem, total)
 
 
 def padded(
@@ -139,14 +140,36 @@ def padded(
 
     Empty slots become experts without load and traffic, so that every part is full; a part of
     several devices may carry the caps of all of them.
+
+    With ``dispatch`` every layer comes twice, and co-activation is the transitions from one to the
+    other. A placement of the layers, used for both, has twice its cost in transitions that cross:
+    no placement costs less than half of what the doubled layers must. An expert has as many
+    transitions to its own copy as to any other expert, which draws the two together.
     """
     experts, slots = problem.experts, problem.devices * problem.slots
-    transitions = problem.statistics.transitions_or_empty
-    load = np.zeros((problem.layers, slots), dtype=np.uint64)
-    load[:, :experts] = problem.load
-    tables = np.zeros((problem.layers - 1, slots, slots), dtype=np.uint64)
-    tables[:, :experts, :experts] = transitions
-    return load, tables, caps * np.uint64(problem.devices // parts)
+    follow = problem.regime == "follow"
+    copies = 1 if follow else 2
+    load = np.zeros((copies * problem.layers, slots), dtype=np.uint64)
+    load[:, :experts] = np.repeat(problem.load, copies, axis=0)
+    tables = np.zeros((len(load) - 1, slots, slots), dtype=np.uint64)
+    if follow:
+        tables[:, :experts, :experts] = problem.statistics.transitions_or_empty
+    else:
+        together = problem.statistics.coactivation_or_empty
+        tables[::2, :experts, :experts] = together
+        each = np.arange(experts)
+        tables[::2, each, each] = together.max(axis=(1, 2))[:, None]
+    return load, tables, np.repeat(caps, copies) * np.uint64(problem.devices // parts)
+
+
+def _of_count(problem: Problem, cost: int) -> int:
+    """Cost of the problem from that of `padded`: with ``dispatch`` every pair was counted twice."""
+    return cost if problem.regime == "follow" else -(-cost // 2)
+
+
+def _target(problem: Problem, cost: int | None) -> int | None:
+    """Turn a cost of the problem into what it is in `padded`."""
+    return cost if cost is None or problem.regime == "follow" else 2 * cost
 
 
 def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
@@ -154,7 +177,11 @@ def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
 
     Each level is a name, its price, and the number of parts between which a pair pays it.
     """
-    if problem.regime != "follow" or problem.layers < 2 or problem.devices < 2:
+    statistics = problem.statistics
+    if problem.regime == "dispatch":
+        some = statistics.coactivation is not None and problem.devices > 1
+        return [("devices", 1, problem.devices)] if some else None
+    if statistics.transitions is None or problem.layers < 2 or problem.devices < 2:
         return None
     cost, topology = problem.topology.cost, problem.topology
     near = int(cost[~np.eye(topology.devices, dtype=bool)].min())
@@ -172,7 +199,8 @@ def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
 def _flops(problem: Problem) -> float:
     """Work of one iteration, dominated by one eigenproblem of order 2P per pair of layers."""
     order = 2 * problem.devices * problem.slots
-    return float(problem.layers - 1) * order**3
+    pairs = problem.layers - 1 if problem.regime == "follow" else 2 * problem.layers - 1
+    return float(pairs) * order**3
 
 
 def _report(
@@ -183,7 +211,9 @@ def _report(
         return None
 
     def report(seconds: float, negated: int | None) -> None:
-        known = None if negated is None else -negated * price / problem.cost_scale
+        known = None
+        if negated is not None:
+            known = _of_count(problem, -negated * price) / problem.cost_scale
         progress(Progress(seconds, "bound", None, known))
 
     return report

@@ -157,7 +157,8 @@ class Model:
             values = self.values(device_of)
             lower[known] = upper_bound[known] = values[known]
         # z need not be said to be whole: where s is, it is a doubly stochastic matrix over devices.
-        # Left open, HiGHS takes two thirds of the time (bench/RESULTS.md).
+        # Left open, HiGHS is faster where caps are loose and slower where they are tight: figures
+        # are in bench/RESULTS.md.
         self.ilp = Ilp(
             -saved / self.unit,
             lower=lower,

@@ -16,13 +16,15 @@ from moetuner.solver.bound import bound
 from moetuner.solver.chain import chain
 from moetuner.solver.colocation import colocation, fits
 from moetuner.solver.heuristic import heuristic
+from moetuner.solver.layers import layers
+from moetuner.solver.least import bounded
 from moetuner.solver.neighbourhood import neighbourhood
 from moetuner.solver.result import Candidate, Limits
 
 # Shares of a time limit. The search comes first: everything else can only add to what it finds.
-SEARCH_SHARE = 0.6
-BOUND_SHARE = 0.35
-# Seconds below which a programme is not worth building.
+SEARCH_SHARE = 0.55
+BOUND_SHARE = 0.38
+# Seconds below which a programme is not worth building: the bound then takes all that is left.
 WORTHWHILE = 1.0
 
 
@@ -32,13 +34,15 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     Parameters
     ----------
     problem
-        Of any size and regime; bounds are proven for ``follow``.
+        Of any size and regime.
     seed
         Of all random choices.
     limits
         Without ``time_limit`` no integer programme is run, so that the answer depends on the
         problem and the seed alone and comes in seconds.
     """
+    if not problem.is_plain:
+        return bounded(problem, layers(problem, seed=seed, limits=limits), limits)
     begin = time.perf_counter()
 
     def left() -> float | None:
@@ -63,7 +67,10 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
         return replace(found, status="time_limit")
 
     cost = problem.cost(Placement(found.slots, num_experts=problem.experts))
+    rest = left()
     share = BOUND_SHARE / (1 - SEARCH_SHARE)
+    if rest is not None and (1 - share) * rest < WORTHWHILE:
+        share = 1.0
     proven = bound(problem, problem.kept_caps(found.slots), limits=within(share), target=cost)
     if proven is not None:
         found = replace(

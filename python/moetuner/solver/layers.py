@@ -33,8 +33,9 @@ PER_SLOT = 1200
 LEAST, MOST = 20_000, 600_000
 # Share of a time limit for the searches for traffic.
 SEARCH_SHARE = 0.6
-# Temperatures of a layer, in shares of its cost.
-HOT, COLD = 3e-4, 3e-6
+# Layers of few slots are searched several times, from so hot that no valley holds them.
+SMALL, RESTARTS = 64, 8
+SMALL_HOT, SMALL_COLD = 0.3, 1e-3
 # Tokens of balance that a unit of traffic outweighs: balance only decides between equals.
 TRAFFIC_FIRST = 1e3
 # Times that risk and groups are weighed anew.
@@ -87,9 +88,9 @@ def layers(
     if limits.time_limit == 0:
         return search.candidate(slots, "time_limit")
     search.learn()
-    starts = [slots] if start is None else [slots, start]
+    starts = [slots] if start is None else [start, slots]
     interrupted = False
-    if search.links is not None:
+    if search.links is not None and moving is None:
         for number, cap in enumerate(CAPS):
             share = SEARCH_SHARE / (len(CAPS) - number)
             found = _for_traffic(problem, cap, seed, within(share))
@@ -103,9 +104,9 @@ def layers(
     for turn in range(turns):
         if interrupted:
             break
-        found, interrupted = search.improve(best, within(1 / (turns - turn)))
-        search.look_at(found)
-        best = min(best, found, key=search.value)
+        improved, interrupted = search.improve(best, within(1 / (turns - turn)))
+        search.look_at(improved)
+        best = min(best, improved, key=search.value)
     return search.candidate(best, "interrupted" if interrupted else "feasible")
 
 
@@ -135,7 +136,8 @@ class Search:
         self.time = self.slowest / topology.speed_of_device
         transitions = problem.statistics.transitions
         joined = problem.regime == "follow" and problem.objective != "balance"
-        self.links = transitions if joined and transitions is not None and transitions.any() else None
+        some = joined and transitions is not None and bool(transitions.any())
+        self.links = transitions if some else None
         windows = problem.windows
         self.choice = Choice(windows.load, windows.weight)
         self.emphasis = [np.ones(len(windows.weight))]
@@ -166,7 +168,7 @@ class Search:
         return value if self.moving is None else value + self.moving.price * self.moved(slots)
 
     def moved(self, slots: Slots) -> int:
-        """Copies that have to be brought."""
+        """Count copies that have to be brought."""
         assert self.moving is not None
         layer, device, slot = np.nonzero(slots != EMPTY)
         return int((~self.moving.held[layer, slots[layer, device, slot], device]).sum())
@@ -182,6 +184,8 @@ class Search:
         if trials is None:
             trials = int(np.clip(PER_SLOT * problem.rooms.sum(axis=1).max(), LEAST, MOST))
 
+        small = problem.rooms.sum(axis=1).max() <= SMALL
+
         def report(seconds: float, _: int | None) -> None:
             if limits.progress is not None:
                 limits.progress(Progress(seconds, "layers"))
@@ -189,8 +193,9 @@ class Search:
         return self._layers().place(
             np.ascontiguousarray(slots),
             trials=trials,
-            hot=choice.hot,
-            cold=choice.cold,
+            hot=SMALL_HOT if small else choice.hot,
+            cold=SMALL_COLD if small else choice.cold,
+            restarts=RESTARTS if small else 1,
             rounds=ROUNDS,
             transitions=self.links,
             link_cost=None if self.links is None else self._link_cost(),
@@ -246,9 +251,10 @@ class Search:
             speed = problem.topology.speed_of_device.sum()
             mean = problem.load.sum(axis=1, dtype=np.float64) * self.slowest / speed
             cap = (problem.max_imbalance * mean).tolist()
-        hold = None
+        hold: Floats | None = None
         if self.moving is not None:
-            hold = ~self.moving.held * (self.moving.price * self._tokens_per_unit())
+            price = self.moving.price * self._tokens_per_unit()
+            hold = np.where(self.moving.held, 0.0, price)
         return _core.Layers(
             np.ascontiguousarray(choice.load),
             choice.weight,
@@ -280,6 +286,6 @@ class Search:
         """Weighted tokens that a pair over a link counts for [D,D]."""
         problem, unit = self.problem, self._tokens_per_unit()
         if problem.objective == "traffic":
-            return problem.topology.cost * (unit / problem.cost_scale)
+            return problem.topology.cost.astype(np.float64) * (unit / problem.cost_scale)
         share = unit / (problem.layers * problem.statistics.windows)
         return objective.link_us(problem) * share

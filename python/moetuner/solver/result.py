@@ -61,7 +61,8 @@ class Candidate:
     status
         ``"optimal"`` only with a proof.
     bound
-        Proven lower bound of ``Problem.cost``; None without one.
+        Proven lower bound of ``Problem.cost`` where the objective is traffic, else of
+        ``Problem.value``; None without one.
     bound_source
         Which bound it is.
     details
@@ -70,7 +71,7 @@ class Candidate:
 
     slots: NDArray[np.int32]
     status: Status = "feasible"
-    bound: int | None = None
+    bound: float | None = None
     bound_source: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
     certificate: Certificate | None = None
@@ -80,8 +81,9 @@ class Candidate:
 class Result:
     """A solved problem.
 
-    ``objective`` and ``bound`` are shares of ``Problem.cost_scale``: the crossing on the problem's
-    own statistics where all links are equal.
+    ``objective`` and ``bound`` are ``Problem.value``'s: microseconds of a layer, max / mean load,
+    or the share of the traffic that moves (the crossing on the problem's own statistics, where all
+    links are equal).
     """
 
     placement: Placement

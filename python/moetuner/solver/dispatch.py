@@ -1,0 +1,134 @@
+"""The dispatch regime on expert sets: the fewest devices, and nodes, that tokens visit.
+
+Pairs first: co-activated experts that share a device are a fast stand-in, and a good start. Then
+the exact count, layer by layer: a token that visits a device pays once, however many of its experts
+are there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core
+from moetuner.problem import Problem
+from moetuner.solver.clock import Clock
+from moetuner.solver.result import Candidate, Limits, Progress
+from moetuner.topology import Topology
+
+# Trials of each start on pairs, and the share of a time limit that they get.
+PAIR_TRIALS = 200_000
+PAIR_SHARE = 0.3
+# Trials per slot of the exact search, and the work that all layers may be at the most: 64 sets of a
+# trial are a unit.
+TRIALS_PER_SLOT = 12_000
+MOST_WORK = 6e9
+# What a trial costs besides its sets.
+UNITS_PER_TRIAL = 100
+# Temperatures, as shares of a layer's cost (measured: bench/RESULTS.md).
+HOT, COLD = 1e-2, 1e-3
+
+
+def dispatch(
+    problem: Problem,
+    *,
+    seed: int = 0,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+    copies: bool = False,
+) -> Candidate:
+    """Search for the least fanout under the load cap.
+
+    Parameters
+    ----------
+    problem
+        Its statistics must have ``sets``.
+    seed
+        Of all random choices.
+    limits
+        ``iterations`` are trials of every layer. Without ``time_limit`` the answer depends on the
+        problem and the seed alone.
+    copies
+        Whether slots to spare may hold second copies of experts.
+
+    Raises
+    ------
+    ValueError
+        If no sets were counted.
+    """
+    sets = problem.statistics.sets
+    if sets is None:
+        raise ValueError("statistics must have expert sets: count them with sets=True")
+    clock = Clock(limits)
+    start, interrupted = _on_pairs(problem, seed, limits)
+    device_cost, node_cost = visit_costs(problem.topology)
+    details: dict[str, object] = {"device_cost": device_cost, "node_cost": node_cost}
+    if interrupted or problem.devices < 2:
+        return Candidate(start, "interrupted" if interrupted else "feasible", details=details)
+
+    trials = limits.iterations
+    if trials is None:
+        trials = TRIALS_PER_SLOT * problem.devices * problem.slots
+        units = sum(len(of) / 64 + UNITS_PER_TRIAL for of in sets)
+        trials = int(min(trials, MOST_WORK / units))
+    progress = limits.progress
+    layers = _core.Layers(
+        problem.load[None].astype(np.float64),
+        # Windows that weigh nothing: balance is a cap here, not a cost.
+        np.zeros(1),
+        np.full((problem.layers, problem.devices), problem.slots),
+        problem.topology.node_of_device.tolist(),
+        [1.0] * problem.devices,
+        nearest=False,
+        norm=0,
+        cap=problem.kept_caps(start).astype(np.float64).tolist(),
+        sets=[(of.ids, of.counts) for of in sets],
+        device_cost=device_cost,
+        node_cost=node_cost,
+    )
+    slots, interrupted = layers.place(
+        start,
+        trials=trials,
+        hot=HOT,
+        cold=COLD,
+        copies=copies,
+        seed=seed,
+        time_limit=clock.rest().time_limit,
+        threads=limits.threads,
+        progress=progress and (lambda seconds, _: progress(Progress(seconds, "fanout"))),
+    )
+    details["trials"] = trials
+    return Candidate(slots, "interrupted" if interrupted else "feasible", details=details)
+
+
+def visit_costs(topology: Topology) -> tuple[float, float]:
+    """Cost of a token's visit of a device and, on top of it, of a node.
+
+    A token crosses to a node once and is handed on inside it, so a node costs a link between nodes
+    where a device costs one inside.
+    """
+    if topology.nodes < 2 or topology.node_size < 2:
+        return 1.0, 0.0
+    node = topology.node_of_device
+    beyond = np.not_equal.outer(node, node)
+    cost = topology.cost
+    inside = cost[~beyond & (cost > 0)].mean() if (cost[~beyond] > 0).any() else 1.0
+    return 1.0, float(cost[beyond].mean() / inside)
+
+
+def _on_pairs(problem: Problem, seed: int, limits: Limits) -> tuple[NDArray[np.int32], bool]:
+    """Slots [L,D,S] with the least co-activation apart, and whether it was interrupted."""
+    pairs = problem.statistics.coactivation
+    trials, seconds = limits.iterations, limits.time_limit
+    slots, _, _, interrupted, _ = _core.search(
+        problem.load,
+        np.repeat(problem.caps[:, None], problem.devices, axis=1),
+        problem.topology.cost,
+        problem.slots,
+        coactivation=pairs,
+        seed=seed,
+        trials=PAIR_TRIALS if trials is None else min(trials, PAIR_TRIALS),
+        # Without pairs the balanced placement is the start.
+        time_limit=0.0 if pairs is None else seconds and seconds * PAIR_SHARE,
+        threads=limits.threads,
+    )
+    return slots, interrupted

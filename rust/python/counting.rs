@@ -1,0 +1,276 @@
+//! Traces: checked, counted, replayed.
+
+use numpy::{
+    IntoPyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
+    PyReadonlyArray3, PyUntypedArrayMethods,
+};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use rayon::prelude::*;
+
+use super::{array2, array3, contiguous, detached};
+use crate::error::Error;
+use crate::replay::{Copies, Split};
+use crate::sets::Sets;
+use crate::statistics::{Counter, Tables};
+use crate::trace::Routing;
+
+/// Expert ids as numpy hands them over.
+#[derive(FromPyObject)]
+pub(super) enum Ids<'py> {
+    U8(PyReadonlyArray3<'py, u8>),
+    U16(PyReadonlyArray3<'py, u16>),
+}
+
+impl Ids<'_> {
+    fn shape(&self) -> &[usize] {
+        match self {
+            Ids::U8(array) => array.shape(),
+            Ids::U16(array) => array.shape(),
+        }
+    }
+
+    /// A shard of another model must not pass for one of this.
+    fn check(&self, routing: Routing) -> Result<(), Error> {
+        let Routing { layers, top_k, .. } = routing;
+        if self.shape()[1..] == [layers, top_k] {
+            return Ok(());
+        }
+        let rule = format!("shape [tokens, {layers}, {top_k}]");
+        Err(Error::Shape { what: "expert_ids", rule, found: format!("{:?}", self.shape()) })
+    }
+}
+
+/// Runs `$body` with `$ids` as a slice, whatever its integer type is.
+macro_rules! with_ids {
+    ($ids:expr, $slice:ident => $body:expr) => {
+        match &$ids {
+            Ids::U8(array) => {
+                let $slice = contiguous(array.as_slice().ok())?;
+                $body
+            }
+            Ids::U16(array) => {
+                let $slice = contiguous(array.as_slice().ok())?;
+                $body
+            }
+        }
+    };
+}
+
+#[pyfunction]
+#[pyo3(signature = (expert_ids, num_experts, first_token = 0))]
+pub(super) fn validate(
+    py: Python<'_>,
+    expert_ids: Ids<'_>,
+    num_experts: usize,
+    first_token: u64,
+) -> PyResult<()> {
+    let &[_, layers, top_k] = expert_ids.shape() else { unreachable!("the array has three dimensions") };
+    let routing = Routing::new(layers, num_experts, top_k)?;
+    with_ids!(expert_ids, ids => Ok(detached(py, None, || crate::trace::validate(ids, routing, first_token))??))
+}
+
+/// Counts a trace shard by shard.
+#[pyclass(module = "moetuner._core")]
+pub(super) struct StatisticsCounter {
+    routing: Routing,
+    counter: Option<Counter>,
+    // numpy's memory: it asks for huge pages, which halves the time of wide tables.
+    transitions: Option<Py<PyArray3<u64>>>,
+    coactivation: Option<Py<PyArray3<u64>>>,
+}
+
+/// Distinct expert sets [N,K] and their counts [N].
+type SetArrays<'py> = (Bound<'py, PyArray2<u16>>, Bound<'py, PyArray1<u64>>);
+
+/// tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E], sets of every layer
+type Counts<'py> = (
+    u64,
+    Bound<'py, PyArray3<u64>>,
+    Option<Py<PyArray3<u64>>>,
+    Option<Py<PyArray3<u64>>>,
+    Option<Vec<SetArrays<'py>>>,
+);
+
+fn set_arrays(py: Python<'_>, top_k: usize, sets: (Vec<u16>, Vec<u64>)) -> PyResult<SetArrays<'_>> {
+    let (ids, counts) = sets;
+    Ok((array2(py, (counts.len(), top_k), ids)?, counts.into_pyarray(py)))
+}
+
+#[pyfunction]
+pub(super) fn merge_sets<'py>(
+    py: Python<'py>,
+    ids: PyReadonlyArray2<'py, u16>,
+    counts: PyReadonlyArray1<'py, u64>,
+) -> PyResult<SetArrays<'py>> {
+    let &[n, top_k] = ids.shape() else { unreachable!("the array has two dimensions") };
+    if top_k == 0 || counts.len() != n {
+        let rule = "at least one id in a row, and a count for every row".into();
+        let found = format!("{:?} and {} counts", ids.shape(), counts.len());
+        return Err(Error::Shape { what: "sets", rule, found }.into());
+    }
+    let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
+    let merged = py.detach(|| {
+        let mut sets = Sets::new(top_k);
+        for (ids, &count) in ids.chunks_exact(top_k).zip(counts) {
+            sets.add(ids.iter().copied(), count);
+        }
+        sets.finish()
+    });
+    set_arrays(py, top_k, merged)
+}
+
+#[pymethods]
+impl StatisticsCounter {
+    #[new]
+    #[pyo3(signature = (layers, num_experts, top_k, *, window = None, transitions = true, coactivation = true,
+                        sets = false))]
+    fn new(
+        py: Python<'_>,
+        layers: usize,
+        num_experts: usize,
+        top_k: usize,
+        window: Option<u64>,
+        transitions: bool,
+        coactivation: bool,
+        sets: bool,
+    ) -> PyResult<Self> {
+        let routing = Routing::new(layers, num_experts, top_k)?;
+        if window == Some(0) {
+            return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
+        }
+        let table = |wanted: bool, n: usize| -> Option<Py<PyArray3<u64>>> {
+            wanted.then(|| PyArray3::zeros(py, (n, num_experts, num_experts), false).unbind())
+        };
+        Ok(Self {
+            routing,
+            counter: Some(Counter::new(routing, window, sets)),
+            transitions: table(transitions, layers - 1),
+            coactivation: table(coactivation, layers),
+        })
+    }
+
+    #[pyo3(signature = (expert_ids, threads = None))]
+    fn push(&mut self, py: Python<'_>, expert_ids: Ids<'_>, threads: Option<usize>) -> PyResult<()> {
+        let counter = self.counter.as_mut().ok_or_else(finished)?;
+        expert_ids.check(self.routing)?;
+        let lend = |table: &Option<Py<PyArray3<u64>>>| table.as_ref().map(|table| table.bind(py).readwrite());
+        let (mut transitions, mut coactivation) = (lend(&self.transitions), lend(&self.coactivation));
+        let mut tables = Tables {
+            transitions: transitions.as_mut().map(|table| table.as_slice_mut()).transpose()?,
+            coactivation: coactivation.as_mut().map(|table| table.as_slice_mut()).transpose()?,
+        };
+        with_ids!(expert_ids, ids => Ok(detached(py, threads, || counter.push(ids, &mut tables))??))
+    }
+
+    fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Counts<'py>> {
+        let counter = self.counter.take().ok_or_else(finished)?;
+        let Routing { layers, experts, top_k } = self.routing;
+        let (counted, sets) = py.detach(|| {
+            let mut counted = counter.finish();
+            let sets = std::mem::take(&mut counted.sets);
+            let sets: Vec<_> = sets.into_par_iter().map(Sets::finish).collect();
+            (counted, sets)
+        });
+        let sets = sets.into_iter().map(|sets| set_arrays(py, top_k, sets)).collect::<PyResult<Vec<_>>>()?;
+        if let Some(coactivation) = &self.coactivation {
+            let mut tables = coactivation.bind(py).readwrite();
+            for table in tables.as_slice_mut()?.chunks_exact_mut(experts * experts) {
+                // Meeting oneself is load, not co-activation.
+                for count in table.iter_mut().step_by(experts + 1) {
+                    *count = 0;
+                }
+            }
+        }
+        let load = array3(py, (counted.windows, layers, experts), counted.load)?;
+        let sets = (!sets.is_empty()).then_some(sets);
+        Ok((counted.tokens, load, self.transitions.take(), self.coactivation.take(), sets))
+    }
+}
+
+/// Replays a trace under a placement, shard by shard.
+#[pyclass(module = "moetuner._core")]
+pub(super) struct Replay {
+    routing: Routing,
+    devices: usize,
+    nodes: usize,
+    replay: Option<crate::replay::Replay>,
+}
+
+/// tokens, load [W,L,D], traffic [L-1,D,D], visits [W,L,D], node visits [W,L,N]
+type Tallied<'py> = (
+    u64,
+    Bound<'py, PyArray3<u64>>,
+    Bound<'py, PyArray3<u64>>,
+    Bound<'py, PyArray3<u64>>,
+    Bound<'py, PyArray3<u64>>,
+);
+
+#[pymethods]
+impl Replay {
+    #[new]
+    #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, window = None, split = "even",
+                        pairs = true))]
+    fn new(
+        slots: PyReadonlyArray3<'_, i32>,
+        num_experts: usize,
+        top_k: usize,
+        node_of_device: Vec<u16>,
+        window: Option<u64>,
+        split: &str,
+        pairs: bool,
+    ) -> PyResult<Self> {
+        let &[layers, devices, per_device] = slots.shape() else {
+            unreachable!("the array has three dimensions")
+        };
+        let routing = Routing::new(layers, num_experts, top_k)?;
+        if node_of_device.len() != devices || node_of_device.iter().any(|&node| usize::from(node) >= devices)
+        {
+            let rule =
+                format!("a node from 0 to {} for each of {devices} devices", devices.saturating_sub(1));
+            let found = format!("{} values", node_of_device.len());
+            return Err(Error::Shape { what: "node_of_device", rule, found }.into());
+        }
+        if window == Some(0) {
+            return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
+        }
+        let split = match split {
+            "even" => Split::Even,
+            "nearest" => Split::Nearest,
+            "round_robin" => Split::RoundRobin,
+            _ => {
+                let rule = "must be 'even', 'nearest' or 'round_robin'";
+                return Err(PyValueError::new_err(format!("split {rule}, got '{split}'")));
+            }
+        };
+        let slots = contiguous(slots.as_slice().ok())?;
+        let copies = Copies::new(slots, routing, per_device, &node_of_device, split)?;
+        let nodes = copies.nodes();
+        let replay = Some(crate::replay::Replay::new(routing, copies, window, pairs));
+        Ok(Self { routing, devices, nodes, replay })
+    }
+
+    #[pyo3(signature = (expert_ids, threads = None))]
+    fn push(&mut self, py: Python<'_>, expert_ids: Ids<'_>, threads: Option<usize>) -> PyResult<()> {
+        let replay = self.replay.as_mut().ok_or_else(finished)?;
+        expert_ids.check(self.routing)?;
+        with_ids!(expert_ids, ids => Ok(detached(py, threads, || replay.push(ids))??))
+    }
+
+    fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Tallied<'py>> {
+        let replay = self.replay.take().ok_or_else(finished)?;
+        let tally = py.detach(|| replay.finish());
+        let (layers, d) = (self.routing.layers, self.devices);
+        Ok((
+            tally.tokens,
+            array3(py, (tally.windows, layers, d), tally.load)?,
+            array3(py, (layers - 1, d, d), tally.traffic)?,
+            array3(py, (tally.windows, layers, d), tally.visits)?,
+            array3(py, (tally.windows, layers, self.nodes), tally.node_visits)?,
+        ))
+    }
+}
+
+fn finished() -> PyErr {
+    PyValueError::new_err("the counter is finished; make a new one")
+}

@@ -1,0 +1,232 @@
+//! Layers with copies of experts.
+
+use std::time::{Duration, Instant};
+
+use numpy::{PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+
+use super::{array3, contiguous, slice, watched};
+use crate::error::Error;
+use crate::layer::balance::Windows;
+use crate::layer::fanout;
+use crate::layer::replicate::{NoSlot, QUICK, fill_layers, replicate};
+use crate::layer::{Contents, EMPTY, Effort, Layer, Links, place};
+use crate::search::Control;
+
+/// Contents of every layer, from slots [L,D,S] with -1 for an empty one and the slots of every device [L,D].
+fn contents_of(layers: &[Layer], slots: &[i32], per_device: usize) -> Vec<Contents> {
+    let of = |(l, layer): (usize, &Layer)| {
+        let d = layer.devices();
+        let rows = slots[l * d * per_device..][..d * per_device].chunks_exact(per_device).zip(&layer.room);
+        let expert = |&e: &i32| u16::try_from(e).unwrap_or(EMPTY);
+        Contents::new(layer, rows.flat_map(|(row, &room)| row[..room].iter().map(expert)).collect())
+    };
+    layers.iter().enumerate().map(of).collect()
+}
+
+/// The reverse of [`contents_of`].
+fn slots_of(layers: &[Layer], contents: &[Contents], per_device: usize) -> Vec<i32> {
+    let mut slots = Vec::with_capacity(layers.len() * layers.first().map_or(0, Layer::devices) * per_device);
+    for (layer, contents) in layers.iter().zip(contents) {
+        let mut at = 0;
+        for &room in &layer.room {
+            let expert = |&e: &u16| if e == EMPTY { -1 } else { i32::from(e) };
+            slots.extend(contents.expert_in[at..at + room].iter().map(expert));
+            slots.extend(std::iter::repeat_n(-1, per_device - room));
+            at += room;
+        }
+    }
+    slots
+}
+
+/// Layers with copies: windows, devices and rules as arrays.
+#[pyclass(module = "moetuner._core")]
+pub(super) struct Layers {
+    layers: Vec<Layer>,
+    per_device: usize,
+}
+
+#[pymethods]
+impl Layers {
+    #[new]
+    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, total = None, cap = None, hold = None, forbidden = None, pinned = None,
+                        sets = None, device_cost = 1.0, node_cost = 0.0))]
+    fn new(
+        load: PyReadonlyArray3<'_, f64>,
+        weight: PyReadonlyArray1<'_, f64>,
+        room: PyReadonlyArray2<'_, i64>,
+        node: Vec<u16>,
+        time: Vec<f32>,
+        nearest: bool,
+        norm: u32,
+        total: Option<PyReadonlyArray2<'_, f64>>,
+        cap: Option<Vec<f64>>,
+        hold: Option<PyReadonlyArray3<'_, f64>>,
+        forbidden: Option<PyReadonlyArray3<'_, bool>>,
+        pinned: Option<PyReadonlyArray3<'_, bool>>,
+        sets: Option<Vec<(PyReadonlyArray2<'_, u16>, PyReadonlyArray1<'_, u64>)>>,
+        device_cost: f64,
+        node_cost: f64,
+    ) -> PyResult<Self> {
+        let (load, weight, room) = (load.as_array(), weight.as_array().to_vec(), room.as_array());
+        let (w, l, e) = load.dim();
+        let d = node.len();
+        let shaped = weight.len() == w
+            && room.dim() == (l, d)
+            && time.len() == d
+            && total.as_ref().is_none_or(|total| total.as_array().dim() == (l, e))
+            && cap.as_ref().is_none_or(|cap| cap.len() == l)
+            && [
+                hold.as_ref().map(|a| a.as_array().dim()),
+                forbidden.as_ref().map(|a| a.as_array().dim()),
+                pinned.as_ref().map(|a| a.as_array().dim()),
+            ]
+            .into_iter()
+            .flatten()
+            .all(|dim| dim == (l, e, d));
+        if !shaped || ![0, 4, 8, 16].contains(&norm) {
+            let rule = format!(
+                "weights [{w}], slots [{l}, {d}], times [{d}], tables [{l}, {e}, {d}], norm 0, 4, 8 or 16"
+            );
+            return Err(Error::Shape { what: "layers", rule, found: "others".into() }.into());
+        }
+        let layers = (0..l).map(|l| {
+            let rows: Vec<f64> = load.slice(numpy::ndarray::s![.., l, ..]).iter().copied().collect();
+            let floats = |table: &Option<PyReadonlyArray3<'_, f64>>| {
+                table.as_ref().map_or(vec![], |t| {
+                    t.as_array().slice(numpy::ndarray::s![l, .., ..]).iter().copied().collect()
+                })
+            };
+            let flags = |table: &Option<PyReadonlyArray3<'_, bool>>| {
+                table.as_ref().map_or(vec![], |t| {
+                    t.as_array().slice(numpy::ndarray::s![l, .., ..]).iter().copied().collect()
+                })
+            };
+            let windows = Windows::new(&rows, &weight, e, norm);
+            let hold = floats(&hold).into_iter().map(|cost: f64| cost * windows.scale).collect();
+            Layer {
+                experts: e,
+                room: room.row(l).iter().map(|&slots| slots.max(0) as usize).collect(),
+                node: node.clone(),
+                time: time.clone(),
+                split: if nearest { crate::layer::Split::Nearest } else { crate::layer::Split::Even },
+                load: (0..e)
+                    .map(|e| {
+                        let windows = || load.slice(numpy::ndarray::s![.., l, e]).sum();
+                        total.as_ref().map_or_else(windows, |total| total.as_array()[[l, e]])
+                    })
+                    .collect(),
+                windows,
+                cap: cap.as_ref().map_or(f64::INFINITY, |cap| cap[l]),
+                hold,
+                serve: vec![],
+                sets: None,
+                forbidden: flags(&forbidden),
+                pinned: flags(&pinned),
+            }
+        });
+        let mut layers: Vec<Layer> = layers.collect();
+        let sets = sets.unwrap_or_default();
+        if !sets.is_empty() && sets.len() != l {
+            let found = sets.len().to_string();
+            return Err(Error::Shape { what: "sets", rule: format!("those of {l} layers"), found }.into());
+        }
+        for (layer, (ids, counts)) in layers.iter_mut().zip(&sets) {
+            let copies = layer.slots() > e;
+            let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
+            if ids.iter().any(|&id| usize::from(id) >= e) || ids.len() % counts.len().max(1) != 0 {
+                let rule = format!("ids [N, K] below {e} and counts [N]");
+                return Err(Error::Shape { what: "sets", rule, found: "others".into() }.into());
+            }
+            let mut sets = fanout::Sets::new(ids, counts, e, copies);
+            sets.device_cost = device_cost * layer.windows.scale;
+            sets.node_cost = node_cost * layer.windows.scale;
+            layer.sets = Some(sets);
+        }
+        let per_device = room.iter().copied().max().unwrap_or(0).max(0) as usize;
+        Ok(Self { layers, per_device })
+    }
+
+    /// Improves slots [L,D,S].
+    #[pyo3(signature = (start, *, trials, hot, cold, copies = true, restarts = 1, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
+    fn place<'py>(
+        &mut self,
+        py: Python<'py>,
+        start: PyReadonlyArray3<'py, i32>,
+        trials: u64,
+        hot: f64,
+        cold: f64,
+        copies: bool,
+        restarts: u64,
+        rounds: u64,
+        transitions: Option<PyReadonlyArray3<'py, u64>>,
+        link_cost: Option<PyReadonlyArray2<'py, f64>>,
+        seed: u64,
+        time_limit: Option<f64>,
+        threads: Option<usize>,
+        progress: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<(Bound<'py, PyArray3<i32>>, bool)> {
+        let l = self.layers.len();
+        let d = self.layers.first().map_or(0, Layer::devices);
+        if start.shape() != [l, d, self.per_device] {
+            let rule = format!("shape [{l}, {d}, {}]", self.per_device);
+            return Err(Error::Shape { what: "start", rule, found: format!("{:?}", start.shape()) }.into());
+        }
+        let begin = contents_of(&self.layers, contiguous(start.as_slice().ok())?, self.per_device);
+        let transitions = slice(transitions.as_ref())?;
+        let cost: Vec<f64> = link_cost.map_or(vec![], |cost| cost.as_array().iter().copied().collect());
+        let links = Links { transitions, cost: &cost };
+        let control = Control::new(time_limit.map(|limit| Instant::now() + Duration::from_secs_f64(limit)));
+        let layers = &mut self.layers;
+        let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), || {
+            place(
+                layers,
+                begin,
+                links,
+                Effort { trials, hot, cold, copies, restarts },
+                rounds,
+                seed,
+                &control,
+            )
+        })?;
+        let slots = slots_of(&self.layers, &found, self.per_device);
+        Ok((array3(py, (l, d, self.per_device), slots)?, interrupted))
+    }
+
+    /// Slots [L,D,S]: copies of the heaviest experts, then the heaviest copy first to the device done first, polished.
+    fn construct<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray3<i32>>> {
+        use rayon::prelude::*;
+        let construct = |(l, layer): (usize, &Layer)| {
+            let slots =
+                replicate(layer, QUICK).map_err(|NoSlot(expert)| Error::NoSlot { layer: l, expert })?;
+            Ok(Contents::new(layer, slots))
+        };
+        let contents: Result<Vec<Contents>, Error> =
+            py.detach(|| self.layers.par_iter().enumerate().map(construct).collect());
+        let slots = slots_of(&self.layers, &contents?, self.per_device);
+        let d = self.layers.first().map_or(0, Layer::devices);
+        array3(py, (self.layers.len(), d, self.per_device), slots)
+    }
+}
+
+#[pyfunction]
+#[pyo3(signature = (load, room, time, *, trials = QUICK))]
+pub(super) fn replicate_experts<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, f64>,
+    room: PyReadonlyArray2<'py, i64>,
+    time: PyReadonlyArray1<'py, f64>,
+    trials: usize,
+) -> PyResult<Bound<'py, PyArray3<i32>>> {
+    let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
+    let d = time.shape()[0];
+    if room.shape() != [l, d] {
+        let rule = format!("shape [{l}, {d}]");
+        return Err(Error::Shape { what: "room", rule, found: format!("{:?}", room.shape()) }.into());
+    }
+    let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
+    let room: Vec<usize> = room.as_array().iter().map(|&slots| slots.max(0) as usize).collect();
+    let per_device = room.iter().copied().max().unwrap_or(0);
+    let slots = py.detach(|| fill_layers(load, e, &room, time, trials))?;
+    array3(py, (l, d, per_device), slots)
+}

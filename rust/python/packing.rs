@@ -1,0 +1,109 @@
+//! Loads packed into clusters, and clusters put on devices.
+
+use numpy::{PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+use rayon::prelude::*;
+
+use super::{array2, contiguous, detached};
+use crate::bottleneck::{Chain, Way};
+use crate::error::Error;
+use crate::packing::{Goal, Improve, Room, smallest_peak};
+
+/// Peak and its bound, deviation times clusters and its bound: one row per layer.
+type Balance = Vec<(u128, u128, u128, u128)>;
+
+fn pack<'py>(
+    py: Python<'py>,
+    load: &PyReadonlyArray2<'py, u64>,
+    devices: usize,
+    room: Room,
+    goal: Option<Goal>,
+    threads: Option<usize>,
+) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance)> {
+    let (layers, experts) = (load.shape()[0], load.shape()[1]);
+    let load = contiguous(load.as_slice().ok())?;
+    let improve = goal.map(|goal| Improve { goal, stop: &|| false });
+    let packed = detached(py, threads, || crate::packing::pack(load, experts, devices, room, improve))??;
+    let balance = packed.iter().map(|p| (p.peak.0, p.peak.1, p.deviation.0, p.deviation.1)).collect();
+    let cluster = packed.into_iter().flat_map(|p| p.cluster).collect();
+    Ok((array2(py, (layers, experts), cluster)?, balance))
+}
+
+#[pyfunction]
+#[pyo3(signature = (load, devices, slots, *, improve = false, threads = None))]
+pub(super) fn lpt<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, u64>,
+    devices: usize,
+    slots: usize,
+    improve: bool,
+    threads: Option<usize>,
+) -> PyResult<Bound<'py, PyArray2<u16>>> {
+    let room = Room { fewest: 0, most: slots };
+    Ok(pack(py, &load, devices, room, improve.then_some(Goal::Peak), threads)?.0)
+}
+
+#[pyfunction]
+#[pyo3(signature = (load, devices, slots, found, *, threads = None))]
+pub(super) fn smallest_peaks(
+    py: Python<'_>,
+    load: PyReadonlyArray2<'_, u64>,
+    devices: usize,
+    slots: usize,
+    found: PyReadonlyArray1<'_, u64>,
+    threads: Option<usize>,
+) -> PyResult<Vec<(u128, u128)>> {
+    let experts = load.shape()[1].max(1);
+    let (load, found) = (contiguous(load.as_slice().ok())?, contiguous(found.as_slice().ok())?);
+    let layers = load.par_chunks(experts).zip(found);
+    let peak = |(load, &found): (&[u64], &u64)| smallest_peak(load, devices, slots, found.into());
+    let peaks = detached(py, threads, || layers.map(peak).collect::<Result<_, Error>>())?;
+    Ok(peaks?)
+}
+
+#[pyfunction]
+#[pyo3(signature = (load, clusters, slots, *, equal_sizes = true, tolerance = 0.0, threads = None))]
+pub(super) fn cluster<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, u64>,
+    clusters: usize,
+    slots: usize,
+    equal_sizes: bool,
+    tolerance: f64,
+    threads: Option<usize>,
+) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance)> {
+    let experts = load.shape()[1];
+    let room = if equal_sizes && clusters > 0 {
+        Room::equal(experts, clusters)
+    } else {
+        Room::free(experts, clusters, slots)
+    };
+    pack(py, &load, clusters, room, Some(Goal::Deviation { tolerance }), threads)
+}
+
+/// The device of every cluster [L,D], how it was found, a lower bound of the bottleneck.
+type Placed<'py> = (Bound<'py, PyArray2<u16>>, &'static str, u128);
+
+#[pyfunction]
+#[pyo3(signature = (traffic, cost, *, sizes = None, start = None, threads = None))]
+pub(super) fn place_clusters<'py>(
+    py: Python<'py>,
+    traffic: PyReadonlyArray3<'py, u64>,
+    cost: PyReadonlyArray2<'py, u64>,
+    sizes: Option<PyReadonlyArray2<'py, u64>>,
+    start: Option<PyReadonlyArray2<'py, u16>>,
+    threads: Option<usize>,
+) -> PyResult<Placed<'py>> {
+    let (layers, devices) = (traffic.shape()[0] + 1, cost.shape()[0]);
+    let sizes = sizes.as_ref().map(|sizes| contiguous(sizes.as_slice().ok())).transpose()?;
+    let start = start.as_ref().map(|start| contiguous(start.as_slice().ok())).transpose()?;
+    let (traffic, cost) = (contiguous(traffic.as_slice().ok())?, contiguous(cost.as_slice().ok())?);
+    let chain = Chain { traffic, cost, sizes, start, layers, devices };
+    let placed = detached(py, threads, || chain.place())??;
+    let way = match placed.way {
+        Way::Uniform => "exact: uniform links",
+        Way::DynamicProgramming => "exact: dynamic programming",
+        Way::LocalSearch => "heuristic: local search",
+    };
+    Ok((array2(py, (layers, devices), placed.device)?, way, placed.bound))
+}

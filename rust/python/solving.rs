@@ -1,0 +1,151 @@
+//! Placements searched, proven optimal by the complete chain, and the rows of the co-location programme.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use numpy::{
+    IntoPyArray, PyArray1, PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3,
+    PyUntypedArrayMethods,
+};
+use pyo3::prelude::*;
+
+use super::{array2, array3, contiguous, detached, slice, watched};
+use crate::colocation::Layout;
+use crate::error::Error;
+use crate::instance::{Instance, Sizes};
+use crate::search::{Control, Options, balanced, search as run_search};
+
+/// The problem of placing experts, from arrays: load [L,E], cap [L,D], cost [D,D], transitions and co-activation.
+fn instance_of(
+    load: &PyReadonlyArray2<'_, u64>,
+    cap: &PyReadonlyArray2<'_, u64>,
+    cost: &PyReadonlyArray2<'_, i64>,
+    per_device: usize,
+    [transitions, coactivation]: [Option<&PyReadonlyArray3<'_, u64>>; 2],
+) -> PyResult<Instance> {
+    let sizes =
+        Sizes { layers: load.shape()[0], experts: load.shape()[1], devices: cost.shape()[0], per_device };
+    Ok(Instance::new(
+        sizes,
+        contiguous(load.as_slice().ok())?,
+        slice(transitions)?,
+        slice(coactivation)?,
+        contiguous(cap.as_slice().ok())?,
+        contiguous(cost.as_slice().ok())?,
+    )?)
+}
+
+/// Slots [L,D,S], the caps kept [L,D], trials made, whether it was interrupted, bits cut from the counts.
+type Searched<'py> = (Bound<'py, PyArray3<i32>>, Bound<'py, PyArray2<u64>>, u64, bool, u32);
+
+#[pyfunction]
+#[pyo3(signature = (load, cap, cost, slots_per_device, *, transitions = None, coactivation = None, seed = 0,
+                    trials = None, time_limit = None, threads = None, initial = Vec::new(), progress = None))]
+pub(super) fn search<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, u64>,
+    cap: PyReadonlyArray2<'py, u64>,
+    cost: PyReadonlyArray2<'py, i64>,
+    slots_per_device: usize,
+    transitions: Option<PyReadonlyArray3<'py, u64>>,
+    coactivation: Option<PyReadonlyArray3<'py, u64>>,
+    seed: u64,
+    trials: Option<u64>,
+    time_limit: Option<f64>,
+    threads: Option<usize>,
+    initial: Vec<PyReadonlyArray3<'py, i32>>,
+    progress: Option<Bound<'py, PyAny>>,
+) -> PyResult<Searched<'py>> {
+    let pairs = [transitions.as_ref(), coactivation.as_ref()];
+    let mut instance = instance_of(&load, &cap, &cost, slots_per_device, pairs)?;
+    let sizes = instance.sizes;
+    let initial =
+        initial.iter().map(|slots| Ok(sizes.fill(slice(Some(slots))?)?)).collect::<PyResult<Vec<_>>>()?;
+    let time_limit = match time_limit.map(Duration::try_from_secs_f64) {
+        None => None,
+        Some(Ok(limit)) => Some(limit),
+        // Longer than the clock can count: no limit. Shorter than nothing: no time.
+        Some(Err(_)) => (!time_limit.is_some_and(|t| t > 0.0)).then_some(Duration::ZERO),
+    };
+    let options = Options { seed, trials, time_limit };
+    let control = Control::new(time_limit.and_then(|limit| Instant::now().checked_add(limit)));
+    // Where no placement under the cap is known the most balanced one is what can be kept.
+    let balanced = detached(py, threads, || balanced(&instance, &control))??;
+    instance.allow(&balanced);
+    let work = || run_search(&instance, &options, &balanced, &initial, &control);
+    let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
+    let shape = (sizes.layers, sizes.devices, slots_per_device);
+    let trials = control.trials.load(Ordering::Relaxed);
+    let cap = array2(py, (sizes.layers, sizes.devices), instance.cap.clone())?;
+    Ok((array3(py, shape, sizes.unfill(&found))?, cap, trials, interrupted, instance.shift))
+}
+
+/// Slots [L,D,S], cost, the caps kept [L].
+type Optimal<'py> = (Bound<'py, PyArray3<i32>>, i64, Bound<'py, PyArray1<u64>>);
+
+#[pyfunction]
+#[pyo3(signature = (load, cap, cost, slots_per_device, *, transitions = None, coactivation = None, work, threads = None))]
+pub(super) fn exact_chain<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, u64>,
+    cap: PyReadonlyArray2<'py, u64>,
+    cost: PyReadonlyArray2<'py, i64>,
+    slots_per_device: usize,
+    transitions: Option<PyReadonlyArray3<'py, u64>>,
+    coactivation: Option<PyReadonlyArray3<'py, u64>>,
+    work: u64,
+    threads: Option<usize>,
+) -> PyResult<Option<Optimal<'py>>> {
+    let pairs = [transitions.as_ref(), coactivation.as_ref()];
+    let instance = instance_of(&load, &cap, &cost, slots_per_device, pairs)?;
+    let sizes = instance.sizes;
+    let found = detached(py, threads, || crate::partitions::optimum(&instance, work))?;
+    let Some(found) = found else { return Ok(None) };
+    let shape = (sizes.layers, sizes.devices, slots_per_device);
+    let slots = array3(py, shape, sizes.unfill(&found.expert_in))?;
+    Ok(Some((slots, found.cost, found.cap.into_pyarray(py))))
+}
+
+/// Columns of broken triangles [n,3], the last with the minus; rows, columns and factors of broken gatherings.
+type BrokenRows<'py> = (
+    Bound<'py, PyArray2<i64>>,
+    Bound<'py, PyArray1<i64>>,
+    Bound<'py, PyArray1<i64>>,
+    Bound<'py, PyArray1<f64>>,
+);
+
+#[pyfunction]
+#[pyo3(signature = (values, sizes, layers, entries, boundaries, *, slack, most, threads = None))]
+pub(super) fn separate<'py>(
+    py: Python<'py>,
+    values: PyReadonlyArray1<'py, f64>,
+    sizes: Vec<usize>,
+    layers: usize,
+    entries: usize,
+    boundaries: usize,
+    slack: f64,
+    most: usize,
+    threads: Option<usize>,
+) -> PyResult<BrokenRows<'py>> {
+    let layout = Layout { sizes, layers, entries, boundaries };
+    let values = contiguous(values.as_slice().ok())?;
+    if values.len() != layout.columns() || boundaries >= layers.max(1) {
+        let rule = format!("[{}]", layout.columns());
+        return Err(Error::Shape { what: "values", rule, found: values.len().to_string() }.into());
+    }
+    let (triangles, gatherings) = detached(py, threads, || {
+        (layout.triangles(values, slack, most), layout.gatherings(values, slack, most))
+    })?;
+    let count = triangles.len();
+    let triangles = triangles.into_iter().flatten().map(|column| column as i64).collect();
+    let (mut rows, mut columns, mut factors) = (Vec::new(), Vec::new(), Vec::new());
+    for (row, gathering) in (0..).zip(gatherings) {
+        for (column, factor) in gathering {
+            rows.push(row);
+            columns.push(column as i64);
+            factors.push(factor);
+        }
+    }
+    let triangles = array2(py, (count, 3), triangles)?;
+    Ok((triangles, rows.into_pyarray(py), columns.into_pyarray(py), factors.into_pyarray(py)))
+}

@@ -1,0 +1,99 @@
+"""dispatch(): the optimum of tiny instances under the cap, better than pairs on real routing."""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+from conftest import random_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner.solver.dispatch import dispatch, visit_costs
+from moetuner.solver.heuristic import heuristic
+from moetuner.solver.result import Limits
+
+
+@functools.cache
+def placements() -> np.ndarray:
+    """Device of every expert [P,E], in all ways to put eight experts on four devices by twos."""
+    return np.array(sorted(set(itertools.permutations([0, 0, 1, 1, 2, 2, 3, 3]))))
+
+
+def cost(device, of, node, price):
+    """Cost of the visits of a layer, for several placements [P,E]."""
+    total = np.zeros(len(device))
+    for ids, count in zip(of.ids.astype(int), of.counts.tolist(), strict=True):
+        for places, each in zip((device, node[device]), price, strict=True):
+            visited = np.bitwise_or.reduce(1 << places[:, ids], axis=1)
+            total += each * count * sum(visited >> g & 1 for g in range(4))
+    return total
+
+
+@settings(max_examples=10)
+@given(
+    seed=st.integers(0, 1000), per_node=st.sampled_from([None, 2]), cap=st.sampled_from([None, 1.2])
+)
+def test_reaches_the_optimum(seed, per_node, cap):
+    """Enumeration of all placements finds none that costs less."""
+    ids = random_ids(60, 2, 3, 8, seed=seed)
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+    statistics = mt.RoutingStatistics.from_trace(trace, sets=True)
+    topology = mt.Topology(4, devices_per_node=per_node)
+    problem = mt.Problem(statistics, topology, regime="dispatch", max_imbalance=cap)
+    slots = dispatch(problem, limits=Limits(iterations=20_000)).slots
+    caps, price = problem.kept_caps(slots), np.array(visit_costs(topology))
+    device_of = mt.Placement(slots, num_experts=8).device_of
+    for layer, of in enumerate(statistics.sets):
+        load = problem.load[layer].astype(float)
+        heaviest = np.max([(load * (placements() == g)).sum(axis=1) for g in range(4)], axis=0)
+        every = placements()[heaviest <= caps[layer]]
+        node = topology.node_of_device
+        found = cost(device_of[layer][None], of, node, price)[0]
+        assert found == pytest.approx(cost(every, of, node, price).min())
+
+
+def test_same_seed_same_answer(make_trace):
+    """On any number of threads; an expert keeps one copy unless copies are allowed."""
+    statistics = mt.RoutingStatistics.from_trace(make_trace(), sets=True)
+    problem = mt.Problem(statistics, mt.Topology(4), 3, regime="dispatch", max_imbalance=1.3)
+    limits = [Limits(iterations=5000, threads=threads) for threads in (1, 3)]
+    first, second = (dispatch(problem, seed=5, limits=limit).slots for limit in limits)
+    assert np.array_equal(first, second)
+    for layer in first:
+        assert sorted(layer[layer >= 0].tolist()) == list(range(8))
+    more = dispatch(problem, limits=limits[0], copies=True).slots
+    assert all(set(layer[layer >= 0].tolist()) == set(range(8)) for layer in more)
+
+
+def test_a_time_limit_of_nothing_still_answers(make_trace):
+    """The balanced placement at least."""
+    statistics = mt.RoutingStatistics.from_trace(make_trace(), sets=True)
+    problem = mt.Problem(statistics, mt.Topology(2), regime="dispatch")
+    slots = dispatch(problem, limits=Limits(time_limit=0.0)).slots
+    assert sorted(slots[0].ravel().tolist()) == list(range(8))
+
+
+def test_needs_sets(make_trace):
+    """Statistics without sets are told how to get them."""
+    problem = mt.Problem(mt.RoutingStatistics.from_trace(make_trace()), mt.Topology(2))
+    with pytest.raises(ValueError, match="sets=True"):
+        dispatch(problem)
+
+
+def test_beats_pairs_on_real_routing(data):
+    """On what it saw, under the same cap, and with tiers on nodes."""
+    trace = mt.RoutingTrace.load(data / "gpt-oss-20b-mini.npz")
+    statistics = mt.RoutingStatistics.from_trace(trace, transitions=False, sets=True)
+    flat, tiers = mt.Topology(8), mt.Topology(8, devices_per_node=4)
+
+    def judged(method, topology):
+        problem = mt.Problem(statistics, topology, regime="dispatch", max_imbalance=1.05)
+        slots = method(problem, limits=Limits(iterations=20_000)).slots
+        assert (problem.device_load(slots).max(axis=1) <= problem.kept_caps(slots)).all()
+        return mt.evaluate(mt.Placement(slots, num_experts=32), trace, tiers)
+
+    pairs, exact, nodes = judged(heuristic, flat), judged(dispatch, flat), judged(dispatch, tiers)
+    assert exact.fanout < pairs.fanout
+    assert nodes.node_fanout < exact.node_fanout
