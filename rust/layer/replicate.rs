@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 pub struct NoSlot(pub usize);
 
 /// Trials of the polish that engines get.
-pub const QUICK: usize = 8;
+pub const QUICK: usize = 14;
 
 /// A load that stands for none.
 const LEAST: f64 = 1e-200;
