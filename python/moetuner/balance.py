@@ -12,7 +12,7 @@ from moetuner.placement import Placement
 
 # Pairs of devices that are tried for exchanges: what a millisecond allows, and what devices need
 # that differ, because the heaviest copies first leave more to mend there.
-QUICK, PATIENT = 8, 10_000
+QUICK, PATIENT = 14, 10_000
 
 
 def balance(

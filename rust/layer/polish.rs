@@ -5,10 +5,14 @@ use super::draft::Draft;
 
 /// The longest time is not lowered further when it is this close to the mean, as a share of it.
 const CLOSE: f64 = 1.0 / 4096.0;
+/// Where it is this far from it still, there are [`RESCUE`] times as many trials: few layers need them, and those much.
+const FAR: f64 = 1.0 / 64.0;
+/// See [`FAR`].
+const RESCUE: usize = 24;
 /// A step must gain more than sums of floats can be off.
 const GAIN: f64 = 1e-12;
 
-/// Tries `trials` pairs of devices at most, for steps that lower the time of the slowest and lift no other to it.
+/// Tries `trials` pairs of devices, for steps that lower the time of the slowest and lift no other to it.
 pub(super) fn polish(draft: &mut Draft<'_>, trials: usize) {
     if trials == 0 {
         return;
@@ -18,11 +22,19 @@ pub(super) fn polish(draft: &mut Draft<'_>, trials: usize) {
     // Nothing is faster than loads that are parted at will.
     let mean = draft.load.iter().sum::<f64>() / used.map(|(time, _)| 1.0 / time).sum::<f64>();
     let mut polish = Polish::new(draft, trials);
+    let mut more = trials * RESCUE;
     loop {
         let slow = extreme(&polish.times, |a, b| a > b);
+        if polish.trials == 0 && polish.times[slow] > mean * (1.0 + FAR) {
+            polish.trials = std::mem::take(&mut more);
+        }
         let close = polish.times[slow] <= mean * (1.0 + CLOSE);
         let goal = polish.times[slow] * (1.0 - GAIN);
-        if close || !(polish.exchange(slow, goal) || polish.drop(slow, goal) || polish.copy(slow, goal)) {
+        if close || polish.trials == 0 {
+            return;
+        }
+        let found = polish.exchange(slow, goal) || polish.drop(slow, goal) || polish.copy(slow, goal);
+        if !found && polish.trials > 0 {
             return;
         }
     }
@@ -79,11 +91,9 @@ impl<'a, 'b> Polish<'a, 'b> {
             let given = self.load_in[p];
             for (&taken, q) in loads.iter().zip(theirs.clone()) {
                 let moved = given - taken;
-                // Without a branch between the two: which one fails is unpredictable.
-                #[allow(clippy::needless_bitwise_bool)]
-                let lowers = (before - moved * t < best) & (beside + moved * u < best);
-                if lowers && may_exchange(draft, (p, slow), (q, other)) {
-                    (best, found) = (f64::max(before - moved * t, beside + moved * u), Some((p, q)));
+                let longest = f64::max(before - moved * t, beside + moved * u);
+                if longest < best && may_exchange(draft, (p, slow), (q, other)) {
+                    (best, found) = (longest, Some((p, q)));
                 }
             }
         }
