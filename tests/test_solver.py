@@ -211,7 +211,7 @@ def test_interrupt_returns_the_best_so_far(make_trace):
 def test_interrupt_in_every_phase(make_trace, phase, experts, cap):
     """Ctrl-C in search, bound or integer programme ends it with the best, bound and all."""
     stats = mt.RoutingStatistics.from_trace(make_trace(3000, layers=6, experts=experts))
-    problem = mt.Problem(stats, mt.Topology(4), max_imbalance=cap)
+    problem = mt.Problem(stats, mt.Topology(4), max_imbalance=cap, objective="traffic")
     seen = []
 
     def interrupt(line):

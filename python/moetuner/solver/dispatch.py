@@ -25,6 +25,8 @@ TRIALS_PER_SLOT = 12_000
 MOST_WORK = 6e9
 # What a trial costs besides its sets.
 UNITS_PER_TRIAL = 100
+# Searches of a layer of at most so many slots.
+SMALL, RESTARTS = 16, 8
 # Temperatures, as shares of a layer's cost (measured: bench/RESULTS.md).
 HOT, COLD = 1e-2, 1e-3
 
@@ -91,6 +93,8 @@ def dispatch(
         hot=HOT,
         cold=COLD,
         copies=copies,
+        # Layers of few slots have valleys that one descent does not leave.
+        restarts=RESTARTS if problem.devices * problem.slots <= SMALL else 1,
         seed=seed,
         time_limit=clock.rest().time_limit,
         threads=limits.threads,
