@@ -81,7 +81,7 @@ def test_balance_is_the_optimum(problem):
 def test_risk_is_near_the_optimum(problem):
     """Windows are weighed anew, which finds what is best for some weights: not always the best."""
     best = optimum(problem)
-    assert best * (1 - 1e-9) <= solved(problem) <= best * 1.15
+    assert best * (1 - 1e-9) <= solved(problem) <= best * 1.1
     assert mt.objective.least_balance(problem) <= best * (1 + 1e-9)
 
 
@@ -217,3 +217,11 @@ def test_migration_keeps_its_budget(load, budget, seed, slots):
             assert result.placement.slots[layer, device, slot] == expert
     if budget == 0:
         assert result.placement == initial or result.objective < problem.value(initial)
+
+
+def test_bound_of_visits_is_in_visits(make_trace):
+    """A token visits at least one device, and the bound says so."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(300), window=64, sets=True)
+    problem = mt.Problem(stats, mt.Topology(4), regime="dispatch", max_imbalance=1.3)
+    result = mt.solve(problem, iterations=500)
+    assert 1 - 1e-6 <= result.bound <= result.objective

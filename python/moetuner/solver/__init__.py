@@ -123,7 +123,9 @@ def solve(
         candidate = migrate(problem, migration, seed=seed, limits=limits)
     seconds = time.perf_counter() - begin
 
-    scale = problem.cost_scale if problem.goal == "traffic" else 1
+    # Bounds of pairs are costs; those of visits are of what they are a bound of.
+    in_costs = problem.goal == "traffic" and not problem.counts_visits
+    scale = problem.cost_scale if in_costs else 1
     placement = Placement(candidate.slots, num_experts=problem.experts)
     objective = _objective(problem, placement)
     bound = None if candidate.bound is None else candidate.bound / scale

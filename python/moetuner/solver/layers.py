@@ -17,7 +17,6 @@ from moetuner import _core, objective
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.solver.heuristic import heuristic
-from moetuner.solver.polish import polish
 from moetuner.solver.result import Candidate, Limits, Progress, Status
 from moetuner.solver.unseen import Choice, choose
 
@@ -111,9 +110,6 @@ def layers(
         improved, interrupted = search.improve(best, within(1 / (turns - turn)))
         search.look_at(improved)
         best = min(best, improved, key=search.value)
-    small = problem.rooms.sum(axis=1).max() <= SMALL
-    if small and not (interrupted or problem.windows.is_mean or problem.max_imbalance):
-        best = polish(problem, best, search.value, within(1.0).time_limit)
     return search.candidate(best, "interrupted" if interrupted else "feasible")
 
 
