@@ -110,7 +110,12 @@ def visit_us(problem: Problem) -> float:
 
 
 def traffic(problem: Problem, placement: Placement) -> float:
-    """Expect a cost of pairs, with any copies of their experts, over ``Problem.cost_scale``."""
+    """Expect a cost of pairs, with any copies of their experts, over ``Problem.cost_scale``.
+
+    0 where no pairs were counted.
+    """
+    if not problem.has_pairs:
+        return 0.0
     if problem.regime == "follow":
         cost = problem.topology.cost
         total = sum((moved * cost).sum() for moved in _moved(problem, placement))

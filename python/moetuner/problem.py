@@ -150,6 +150,13 @@ class Problem:
         )
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether the pairs that the regime's traffic is made of were counted."""
+        statistics = self.statistics
+        follow = self.regime == "follow"
+        return (statistics.transitions if follow else statistics.coactivation) is not None
+
+    @property
     def counts_visits(self) -> bool:
         """Whether traffic is counted in devices that tokens visit: where expert sets are known."""
         return self.regime == "dispatch" and self.statistics.sets is not None

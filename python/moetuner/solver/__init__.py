@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from moetuner.objective import traffic
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import baselines
@@ -127,7 +126,7 @@ def solve(
     in_costs = problem.goal == "traffic" and not problem.counts_visits
     scale = problem.cost_scale if in_costs else 1
     placement = Placement(candidate.slots, num_experts=problem.experts)
-    objective = _objective(problem, placement)
+    objective = problem.value(placement)
     bound = None if candidate.bound is None else candidate.bound / scale
     return Result(
         placement=placement.with_names(
@@ -146,13 +145,3 @@ def solve(
         details=candidate.details,
         certificate=candidate.certificate,
     )
-
-
-def _objective(problem: Problem, placement: Placement) -> float:
-    """Share of the traffic, exact without copies, expected with them; 0 where none was counted."""
-    statistics = problem.statistics
-    follow = problem.regime == "follow"
-    tables = statistics.transitions_or_empty if follow else statistics.coactivation_or_empty
-    if len(tables) and (placement.replicas > 1).any():
-        return traffic(problem, placement)
-    return problem.cost(placement) / problem.cost_scale

@@ -21,8 +21,8 @@ PAIR_TRIALS = 200_000
 PAIR_SHARE = 0.3
 # Trials per slot of the exact search, and the work that all layers may be at the most: 64 sets of a
 # trial are a unit.
-TRIALS_PER_SLOT = 12_000
-MOST_WORK = 6e9
+TRIALS_PER_SLOT = 30_000
+MOST_WORK = 1.5e10
 # What a trial costs besides its sets.
 UNITS_PER_TRIAL = 100
 # Searches of a layer of at most so many slots.

@@ -29,7 +29,7 @@ CAPS = (1.02, 1.08, 1.2, 1.5, float("inf"))
 # Turns of all layers, each given its neighbours.
 ROUNDS = 3
 # Trials of a layer for each of its slots; small layers get the least.
-PER_SLOT = 1200
+PER_SLOT = 600
 LEAST, MOST = 20_000, 600_000
 # Share of a time limit for the searches for traffic.
 SEARCH_SHARE = 0.6
