@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import moetuner as mt
+from moetuner.cli import main
 
 # Deterministic by default; HYPOTHESIS_PROFILE=thorough searches longer and anew each time.
 quiet = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -53,6 +54,18 @@ def make_trace() -> Callable[..., mt.RoutingTrace]:
         return mt.RoutingTrace.from_arrays(ids, num_experts=experts, **(labels if labelled else {}))
 
     return make
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process: status, standard output and standard error."""
+
+    def run(*arguments):
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from rank_work import held, random_slots, single
+from placements import random_slots
+from rank_work import held, single
 
 import moetuner as mt
 from moetuner.torch import ExpertParallelMoE, GroupedExperts, MoveError, Rebalancer, swiglu

@@ -10,7 +10,7 @@ import transformers.distributed.tensor_parallel
 import transformers.models.gpt_oss.modeling_gpt_oss
 import transformers.models.mixtral.modeling_mixtral
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
-from rank_work import random_slots
+from placements import random_slots
 from transformers import (
     AutoModelForCausalLM,
     DistributedConfig,

@@ -1,4 +1,4 @@
-"""What the processes of the torch tests do. Only torch, numpy and moetuner are imported here."""
+"""What the processes of the torch tests do. Only torch, numpy, moetuner and what is as light."""
 
 import contextlib
 import io
@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+from placements import random_slots
 
 import moetuner as mt
 from moetuner.torch import ExpertParallelMoE, GroupedExperts, swiglu
@@ -39,21 +40,6 @@ def joined(store, rank, ranks, work, arguments):
         return work(rank, *arguments)
     finally:
         dist.destroy_process_group()
-
-
-def random_slots(rng, layers, devices, experts, spare):
-    """Slots [L,D,S] in which every expert has a copy, some have several, and some are empty."""
-    width = -(-experts // devices) + spare
-    slots = np.full((layers, devices, width), -1)
-    for layer in slots:
-        for i, expert in enumerate(rng.permutation(experts)):
-            layer[i % devices, i // devices] = expert
-        for device, slot in np.argwhere(layer == -1):
-            expert = rng.integers(-1, experts)
-            if expert not in layer[device]:
-                layer[device, slot] = expert
-        rng.shuffle(layer, axis=0)
-    return slots
 
 
 def held(weights, slots):

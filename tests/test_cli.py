@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.cli import main, progress
+from moetuner.cli import progress
 
 METHODS = "contiguous,lpt,joint"
 
@@ -32,18 +32,6 @@ def table(tmp_path):
     load = np.random.default_rng(0).integers(0, 100, (6, 3, 8))
     np.savez(path, load=load, group=np.arange(6) % 2, group_names=np.array(["a", "b"]))
     return path
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process: status, standard output and standard error."""
-
-    def run(*arguments):
-        status = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from placements import random_slots
 
 import moetuner as mt
 from moetuner import _core, _counts
@@ -74,15 +75,7 @@ def cases(draw):
     experts, devices = draw(st.integers(top_k, 9)), draw(st.sampled_from([1, 2, 4, 30, 70, 200]))
     seed = draw(st.integers(0, 2**32))
     rng = np.random.default_rng(seed)
-    width = -(-experts // devices) + draw(st.integers(0, 2))
-    slots = np.full((layers, devices, width), -1)
-    for layer in slots:
-        for i, expert in enumerate(rng.permutation(experts)):
-            layer[i % devices, i // devices] = expert
-        for device, slot in np.argwhere(layer == -1):
-            expert = rng.integers(-1, experts)
-            if expert not in layer[device]:
-                layer[device, slot] = expert
+    slots = random_slots(rng, layers, devices, experts, draw(st.integers(0, 2)))
     ids = random_ids(draw(st.integers(0, 70)), layers, top_k, experts, seed=seed)
     return slots, ids, experts, draw(st.sampled_from([None, 1, 7, 100]))
 

@@ -9,7 +9,6 @@ import pytest
 from moe_models import build, torch, transformers
 
 import moetuner as mt
-from moetuner.cli import main
 from moetuner.torch.collect import Text, collect, read_texts
 
 TEXTS = ["one two three", "four", "one one one one one two", "three three"]
@@ -37,18 +36,6 @@ def lines(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("\n\n".join(TEXTS) + "\n")
     return path
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process: status, standard output and standard error."""
-
-    def run(*arguments):
-        status = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 def test_the_command(model_folder, lines, tmp_path, run):

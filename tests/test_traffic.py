@@ -5,6 +5,7 @@ import pytest
 from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from placements import random_slots
 
 import moetuner as mt
 from moetuner.traffic import dispatch_rows
@@ -21,21 +22,6 @@ def cases(draw):
     tokens = draw(st.integers(0, 50))
     ids = random_ids(tokens, layers, top_k, experts, seed=seed)
     return slots, ids, experts, rng.integers(0, devices, tokens), node
-
-
-def random_slots(rng, layers, devices, experts, spare):
-    """Slots [L,D,S] in which every expert has a copy, some have several, and some are empty."""
-    width = -(-experts // devices) + spare
-    slots = np.full((layers, devices, width), -1)
-    for layer in slots:
-        for i, expert in enumerate(rng.permutation(experts)):
-            layer[i % devices, i // devices] = expert
-        for device, slot in np.argwhere(layer == -1):
-            expert = rng.integers(-1, experts)
-            if expert not in layer[device]:
-                layer[device, slot] = expert
-        rng.shuffle(layer, axis=0)
-    return slots
 
 
 def oracle(slots, ids, home, node, split, hierarchical):

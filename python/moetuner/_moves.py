@@ -70,3 +70,21 @@ def difference(
         moves=np.stack([layer, expert, source, target], axis=1),
         pairs=pairs.reshape(devices, devices),
     )
+
+
+def kept(initial: NDArray[np.int32], slots: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Order the slots of every device so that experts which stay keep theirs; -1 is empty."""
+    width = slots.shape[2]
+    ordered = np.full_like(slots, -1)
+    for layer in range(slots.shape[0]):
+        for device in range(slots.shape[1]):
+            here = [int(e) for e in slots[layer, device] if e >= 0]
+            before = {int(e): s for s, e in enumerate(initial[layer, device]) if e >= 0}
+            stay = [e for e in here if before.get(e, width) < width]
+            for expert in stay:
+                ordered[layer, device, before[expert]] = expert
+            free = iter(np.flatnonzero(ordered[layer, device] == -1))
+            for expert in here:
+                if expert not in stay:
+                    ordered[layer, device, next(free)] = expert
+    return ordered

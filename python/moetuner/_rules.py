@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner.placement import Placement
+
 if TYPE_CHECKING:
     from moetuner.problem import Problem
 
@@ -25,8 +27,9 @@ class Rules:
         """Whether there is a rule at all."""
         return self.pinned is not None or self.forbidden is not None
 
-    def broken(self, held: NDArray[np.bool_]) -> str | None:
-        """Say which rule a placement breaks first that holds experts so [L,E,D]; None if none."""
+    def broken(self, placement: Placement) -> str | None:
+        """Say which rule a placement breaks first; None if none."""
+        held = placement.held.transpose(0, 2, 1)
         for name, rule, there in (
             ("pinned", self.pinned, True),
             ("forbidden", self.forbidden, False),

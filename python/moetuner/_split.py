@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import Placement
 from moetuner.topology import Topology
 
 Split = Literal["even", "nearest", "round_robin"]
@@ -30,7 +30,7 @@ def check(split: str) -> None:
 
 def shares(placement: Placement, topology: Topology, split: Split) -> Floats:
     """Share of every expert's tokens that a device serves [L,D,E]."""
-    held = _held(placement)
+    held = placement.held.astype(np.float64)
     if split != "nearest" or (placement.replicas == 1).all():
         even: Floats = held / held.sum(axis=1, keepdims=True)
         return even
@@ -48,19 +48,11 @@ def of_layer(held: Floats, node: NDArray[np.int64], split: Split) -> Floats:
 
 def by_home(placement: Placement, topology: Topology, split: Split) -> Iterator[tuple[int, Floats]]:
     """Layer by layer, shares of the tokens of every home [home,D,E]."""
-    for number, held in enumerate(_held(placement)):
+    for number, held in enumerate(placement.held.astype(np.float64)):
         if split == "nearest":
             yield number, _nearest(held, topology.node_of_device)
         else:
             yield number, np.repeat((held / held.sum(axis=0))[None], len(held), axis=0)
-
-
-def _held(placement: Placement) -> Floats:
-    """1 where a device holds an expert, else 0 [L,D,E]."""
-    held = np.zeros((placement.layers, placement.devices, placement.num_experts))
-    layer, device, slot = np.nonzero(placement.slots != EMPTY)
-    held[layer, device, placement.slots[layer, device, slot]] = 1
-    return held
 
 
 def _nearest(held: Floats, node: NDArray[np.int64]) -> Floats:

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._arrival import mixed_windows
 from moetuner._validation import is_number
 from moetuner.statistics import RoutingStatistics
 
@@ -17,8 +18,6 @@ Risk = Literal["mean"] | float
 
 # More windows than this say hardly more: the rest is left out, at even distances.
 MOST = 512
-# Windows that a mixed one is the mean of: as many sequences at once.
-CONCURRENT = 16
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,8 @@ def windows_of(
         load, weight = load[kept], weight[kept] * (len(weight) / MOST)
         group = None if group is None else group[kept]
     if share > 0 and len(load) > 1:
-        mixed = _mixed(load * weight[:, None, None])
+        weighted = load * weight[:, None, None]
+        mixed = np.concatenate([part for _, part in mixed_windows(weighted)])
         load = np.concatenate([load, mixed])
         total = weight.sum()
         each = np.full(len(mixed), share * total / len(mixed))
@@ -154,11 +154,3 @@ def _group_weights(
     if not weight.any():
         raise ValueError("groups leaves no window with a weight above 0")
     return weight
-
-
-def _mixed(load: Floats) -> Floats:
-    """As many windows, each the mean of windows drawn at random, the same for the same counts."""
-    generator = np.random.default_rng(0)
-    count = min(CONCURRENT, len(load))
-    picks = np.stack([generator.choice(len(load), count, replace=False) for _ in load])
-    return np.stack([load[pick].mean(axis=0) for pick in picks])

@@ -51,12 +51,6 @@ impl Windows {
     pub(super) fn is_weightless(&self) -> bool {
         self.load.iter().all(|&load| load == 0.0)
     }
-
-    /// Load of every expert over all windows `[E]`.
-    #[must_use]
-    pub fn totals(&self) -> Vec<f64> {
-        self.load.chunks_exact(self.width).map(|row| row.iter().map(|&load| f64::from(load)).sum()).collect()
-    }
 }
 
 /// Loads of devices, and what they cost.

@@ -8,7 +8,6 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from moetuner._split import SPLITS
 from moetuner.cli import options
 from moetuner.cli.inputs import Traffic, count
 from moetuner.cli.machine import cost_model_option
@@ -195,14 +194,7 @@ problem_options = options.gathered(
             help="Whether tokens move from expert to expert, or fan out from their home device.",
         ),
         cost_model_option,
-        click.option(
-            "--split",
-            type=click.Choice(SPLITS),
-            default="even",
-            show_default=True,
-            help="Which of an expert's copies serves a token: by hash (vLLM), the nearest "
-            "(SGLang), or in turns (TensorRT-LLM).",
-        ),
+        options.split_option,
         click.option(
             "--arrival",
             default="bursts",

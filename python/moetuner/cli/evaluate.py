@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from moetuner._split import SPLITS
 from moetuner.cli import options
 from moetuner.cli.inputs import Source, traffic_options
 from moetuner.cli.machine import Machine, node_options, time_options
@@ -26,14 +25,7 @@ TIMES = ("layer, us", "mean", "p50", "p95", "p99")
 @click.argument("placement_file", metavar="PLACEMENT", type=options.IN_FILE)
 @traffic_options
 @node_options
-@click.option(
-    "--split",
-    type=click.Choice(SPLITS),
-    default="even",
-    show_default=True,
-    help="Which of an expert's copies serves a token: by hash (vLLM), the nearest (SGLang), or in "
-    "turns (TensorRT-LLM).",
-)
+@options.split_option
 @time_options
 @options.json_option
 def command(

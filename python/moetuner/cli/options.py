@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import click
 
+from moetuner._split import SPLITS
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -115,6 +117,14 @@ threads_option = click.option(
     type=click.IntRange(1, 1024),
     metavar="N",
     help="All cores by default; the answer does not depend on it.",
+)
+split_option = click.option(
+    "--split",
+    type=click.Choice(SPLITS),
+    default="even",
+    show_default=True,
+    help="Which of an expert's copies serves a token: by hash (vLLM), the nearest (SGLang), or in "
+    "turns (TensorRT-LLM).",
 )
 json_option = click.option(
     "--json",

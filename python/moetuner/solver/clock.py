@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from moetuner.solver.result import Limits, Progress
 
@@ -15,12 +16,16 @@ class Clock:
         self.limits = limits
         self.begin = time.monotonic()
 
+    def within(self, share: float = 1.0) -> Limits:
+        """Return the limits with a share of the time that is left; all of it by default."""
+        if self.limits.time_limit is None:
+            return self.limits
+        left = self.limits.time_limit - (time.monotonic() - self.begin)
+        return replace(self.limits, time_limit=max(left, 0.0) * share)
+
     def rest(self) -> Limits:
-        """Return the limits for what follows: the same, less the time that is gone."""
-        left = self.limits.time_limit
-        if left is not None:
-            left = max(left - (time.monotonic() - self.begin), 0.0)
-        return Limits(left, threads=self.limits.threads, progress=self.limits.progress)
+        """Return the time that is left, threads and progress, for what has its own iterations."""
+        return replace(self.within(), iterations=None, gap=None)
 
     def report(self, phase: str) -> Callable[[float | None, float], None] | None:
         """Turn what HiGHS reports into `Progress` of a phase."""

@@ -7,13 +7,13 @@ HiGHS work on the whole co-location programme where it fits, on neighbourhoods w
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver.bound import bound
 from moetuner.solver.chain import chain
+from moetuner.solver.clock import Clock
 from moetuner.solver.colocation import colocation, fits
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.least import bounded
@@ -41,39 +41,29 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
         Without ``time_limit`` no integer programme is run, so that the answer depends on the
         problem and the seed alone and comes in seconds.
     """
-    begin = time.perf_counter()
-
-    def left() -> float | None:
-        """Seconds until the time limit."""
-        if limits.time_limit is None:
-            return None
-        return max(limits.time_limit - (time.perf_counter() - begin), 0.0)
-
-    def within(share: float) -> Limits:
-        rest = left()
-        return replace(limits, time_limit=None if rest is None else rest * share)
-
+    clock = Clock(limits)
     if not problem.is_plain or problem.counts_visits:
-        found = searched(problem, seed=seed, limits=within(SEARCH_SHARE))
-        return bounded(problem, found, within(1.0))
+        found = searched(problem, seed=seed, limits=clock.within(SEARCH_SHARE))
+        return bounded(problem, found, clock.within())
 
     if limits.time_limit != 0:
-        exact = chain(problem, seed=seed, limits=within(1.0))
+        exact = chain(problem, seed=seed, limits=clock.within())
         if exact is not None:
             return exact
 
-    found = heuristic(problem, seed=seed, limits=within(SEARCH_SHARE))
+    found = heuristic(problem, seed=seed, limits=clock.within(SEARCH_SHARE))
     if found.status == "interrupted":
         return found
-    if left() == 0:
+    rest = clock.within().time_limit
+    if rest == 0:
         return replace(found, status="time_limit")
 
     cost = problem.cost(Placement(found.slots, num_experts=problem.experts))
-    rest = left()
     share = BOUND_SHARE / (1 - SEARCH_SHARE)
     if rest is not None and (1 - share) * rest < WORTHWHILE:
         share = 1.0
-    proven = bound(problem, problem.kept_caps(found.slots), limits=within(share), target=cost)
+    caps = problem.kept_caps(found.slots)
+    proven = bound(problem, caps, limits=clock.within(share), target=cost)
     if proven is not None:
         found = replace(
             found,
@@ -87,10 +77,10 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
             return replace(found, status="optimal")
         if limits.gap is not None and cost - proven.cost <= limits.gap * cost:
             return replace(found, status="gap_reached")
-    rest = left()
+    rest = clock.within().time_limit
     if found.status == "interrupted" or rest is None:
         return found
     if rest >= WORTHWHILE and problem.regime == "follow" and found.bound is not None:
         improve = colocation if fits(problem) else neighbourhood
-        found = improve(problem, seed=seed, limits=within(1.0), start=found)
+        found = improve(problem, seed=seed, limits=clock.within(), start=found)
     return found if found.status != "feasible" else replace(found, status="time_limit")

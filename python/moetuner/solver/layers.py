@@ -6,7 +6,6 @@ layers, in turns, each given its neighbours, from a start that the search for tr
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core, objective
+from moetuner.balance import times
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
+from moetuner.solver.clock import Clock
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.result import Candidate, Limits, Progress, Status
-from moetuner.solver.unseen import Choice, choose
+from moetuner.solver.unseen import SMALL, Choice, choose
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -34,7 +35,7 @@ LEAST, MOST = 20_000, 600_000
 # Share of a time limit for the searches for traffic.
 SEARCH_SHARE = 0.6
 # Layers of few slots are searched several times, from so hot that no valley holds them.
-SMALL, RESTARTS = 64, 8
+RESTARTS = 8
 SMALL_HOT, SMALL_COLD = 0.3, 1e-3
 # Tokens of balance that a unit of traffic outweighs: balance only decides between equals.
 TRAFFIC_FIRST = 1e3
@@ -48,14 +49,18 @@ class Moving:
 
     Parameters
     ----------
-    held
-        Whether a device already holds an expert [L,E,D].
+    initial
+        The placement that runs.
     price
         Of a copy that has to be brought, in units of the objective.
     """
 
-    held: NDArray[np.bool_]
+    initial: Placement
     price: float
+
+    def moved(self, placement: Placement) -> int:
+        """Count copies that have to be brought."""
+        return self.initial.diff(placement).experts_moved
 
 
 def layers(
@@ -75,14 +80,7 @@ def layers(
     moving
         What changes cost.
     """
-    begin = time.perf_counter()
-
-    def within(share: float) -> Limits:
-        if limits.time_limit is None:
-            return limits
-        left = limits.time_limit - (time.perf_counter() - begin)
-        return replace(limits, time_limit=max(left, 0.0) * share)
-
+    clock = Clock(limits)
     search = Search(problem, seed, limits, moving)
     slots = search.construct()
     if limits.time_limit == 0:
@@ -96,8 +94,8 @@ def layers(
     if search.links is not None and moving is None:
         for number, cap in enumerate(CAPS):
             share = SEARCH_SHARE / (len(CAPS) - number)
-            found = _for_traffic(problem, cap, seed, within(share))
-            wider = search.widened(found.slots)
+            found = _for_traffic(problem, cap, seed, clock.within(share))
+            wider = search.allowed(found.slots)
             starts.extend([] if wider is None else [wider])
             interrupted = found.status == "interrupted"
             if interrupted:
@@ -107,7 +105,7 @@ def layers(
     for turn in range(turns):
         if interrupted:
             break
-        improved, interrupted = search.improve(best, within(1 / (turns - turn)))
+        improved, interrupted = search.improve(best, clock.within(1 / (turns - turn)))
         search.look_at(improved)
         best = min(best, improved, key=search.value)
     return search.candidate(best, "interrupted" if interrupted else "feasible")
@@ -129,6 +127,16 @@ def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Can
     return heuristic(alike, seed=seed, limits=limits)
 
 
+def widened(problem: Problem, slots: Slots) -> Slots:
+    """Slots [L,D,S] in the problem's own rooms, which hold them; what is in them moves down."""
+    wide = problem.empty_slots()
+    width = min(slots.shape[2], problem.slots)
+    # Full slots first: rooms may be narrower than these slots.
+    order = np.argsort(slots == EMPTY, axis=2, kind="stable")
+    wide[:, :, :width] = np.take_along_axis(slots, order, axis=2)[:, :, :width]
+    return wide
+
+
 class Search:
     """A problem as the core's search of layers sees it."""
 
@@ -136,7 +144,7 @@ class Search:
         self.problem, self.seed, self.limits, self.moving = problem, seed, limits, moving
         topology = problem.topology
         self.slowest = topology.speed_of_device.min()
-        self.time = self.slowest / topology.speed_of_device
+        self.time = times(topology.speed_of_device)
         transitions = problem.statistics.transitions
         joined = problem.regime == "follow" and problem.goal != "balance"
         some = joined and transitions is not None and bool(transitions.any())
@@ -167,14 +175,9 @@ class Search:
 
     def value(self, slots: Slots) -> float:
         """Objective of slots, and what moving there costs."""
-        value = self.problem.value(self._placement(slots))
-        return value if self.moving is None else value + self.moving.price * self.moved(slots)
-
-    def moved(self, slots: Slots) -> int:
-        """Count copies that have to be brought."""
-        assert self.moving is not None
-        layer, device, slot = np.nonzero(slots != EMPTY)
-        return int((~self.moving.held[layer, slots[layer, device, slot], device]).sum())
+        placement = self._placement(slots)
+        value, moving = self.problem.value(placement), self.moving
+        return value if moving is None else value + moving.price * moving.moved(placement)
 
     def construct(self) -> Slots:
         """Slots [L,D,S] by the heaviest copy first."""
@@ -226,27 +229,13 @@ class Search:
         weight = windows.weight * np.mean(self.emphasis, axis=0)
         self.choice = replace(self.choice, weight=weight)
 
-    def widened(self, slots: Slots) -> Slots | None:
+    def allowed(self, slots: Slots) -> Slots | None:
         """Slots [L,D,S] of one copy each, in the problem's rooms; None where they break a rule."""
         problem = self.problem
-        held = (slots != EMPTY).sum(axis=2)
-        wide = problem.empty_slots()
-        width = min(slots.shape[2], problem.slots)
-        if (held > problem.rooms).any():
+        if ((slots != EMPTY).sum(axis=2) > problem.rooms).any():
             return None
-        # Full slots first: rooms may be narrower than what was searched with.
-        order = np.argsort(slots == EMPTY, axis=2, kind="stable")
-        wide[:, :, :width] = np.take_along_axis(slots, order, axis=2)[:, :, :width]
-        rules = problem.rules
-        if rules.some:
-            placed = np.zeros((problem.layers, problem.experts, problem.devices), dtype=bool)
-            layer, device, slot = np.nonzero(wide != EMPTY)
-            placed[layer, wide[layer, device, slot], device] = True
-            if rules.pinned is not None and (rules.pinned & ~placed).any():
-                return None
-            if rules.forbidden is not None and (rules.forbidden & placed).any():
-                return None
-        return wide
+        wide = widened(problem, slots)
+        return None if problem.rules.broken(self._placement(wide)) else wide
 
     def candidate(self, slots: Slots, status: Status) -> Candidate:
         """Answer with slots."""
@@ -265,7 +254,7 @@ class Search:
         hold: Floats | None = None
         if self.moving is not None:
             price = self.moving.price * self._tokens_per_unit()
-            hold = np.where(self.moving.held, 0.0, price)
+            hold = np.where(self.moving.initial.held.transpose(0, 2, 1), 0.0, price)
         return _core.Layers(
             np.ascontiguousarray(choice.load),
             choice.weight,

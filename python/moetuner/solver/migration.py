@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moetuner._moves import kept
 from moetuner._validation import not_negative
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
-from moetuner.solver.layers import Moving, layers
+from moetuner.solver.clock import Clock
+from moetuner.solver.layers import Moving, layers, widened
 from moetuner.solver.result import Candidate, Limits
 
 # Prices of a move that are tried to keep a budget: each halves the logarithm's range.
@@ -77,32 +77,21 @@ def migrate(problem: Problem, migration: Migration, *, seed: int, limits: Limits
     """Improve a placement within a budget; what stays keeps its slot."""
     initial = migration.initial
     check(problem, initial)
-    begin = time.perf_counter()
-    held = np.zeros((problem.layers, problem.experts, problem.devices), dtype=bool)
-    layer, device, slot = np.nonzero(initial.slots != EMPTY)
-    held[layer, initial.slots[layer, device, slot], device] = True
-    start = problem.empty_slots()
-    # Slots beyond a device's own are empty: what is there moves down.
-    order = np.argsort(initial.slots == EMPTY, axis=2, kind="stable")
-    width = min(start.shape[2], initial.slots_per_device)
-    start[:, :, :width] = np.take_along_axis(initial.slots, order, axis=2)[:, :, :width]
-    broken = problem.rules.broken(held)
+    clock = Clock(limits)
+    start = widened(problem, initial.slots)
+    broken = problem.rules.broken(initial)
 
     def at(price: float, tries: int) -> tuple[Candidate, int]:
-        within = limits
-        if limits.time_limit is not None:
-            left = limits.time_limit - (time.perf_counter() - begin)
-            within = replace(limits, time_limit=max(left, 0.0) / tries)
-        moving = Moving(held, price)
+        moving = Moving(initial, price)
         # A start that breaks a rule is none: then the search makes its own, as near as it pays.
         from_here = None if broken else start
+        within = clock.within(1 / tries)
         found = layers(problem, seed=seed, limits=within, start=from_here, moving=moving)
-        moved = int(_arriving(found.slots, held))
-        return found, moved
+        return found, moving.moved(Placement(found.slots, num_experts=problem.experts))
 
     def answer(found: Candidate, moved: int) -> Candidate:
         details = {**found.details, "experts_moved": moved}
-        return replace(found, slots=_kept(initial.slots, found.slots), details=details)
+        return replace(found, slots=kept(initial.slots, found.slots), details=details)
 
     own = migration.cost * migration.expert_bytes
     most = np.inf
@@ -136,26 +125,3 @@ def migrate(problem: Problem, migration: Migration, *, seed: int, limits: Limits
             f"keep, and no placement was found that does within {int(most)} moves"
         )
     return answer(replace(best, status=found.status), best_moved)
-
-
-def _arriving(slots: NDArray[np.int32], held: NDArray[np.bool_]) -> int:
-    layer, device, slot = np.nonzero(slots != EMPTY)
-    return int((~held[layer, slots[layer, device, slot], device]).sum())
-
-
-def _kept(initial: NDArray[np.int32], slots: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Order the slots of every device so that experts which stay keep theirs."""
-    width = slots.shape[2]
-    ordered = np.full_like(slots, EMPTY)
-    for layer in range(slots.shape[0]):
-        for device in range(slots.shape[1]):
-            here = [int(e) for e in slots[layer, device] if e != EMPTY]
-            before = {int(e): s for s, e in enumerate(initial[layer, device]) if e != EMPTY}
-            stay = [e for e in here if before.get(e, width) < width]
-            for expert in stay:
-                ordered[layer, device, before[expert]] = expert
-            free = iter(np.flatnonzero(ordered[layer, device] == EMPTY))
-            for expert in here:
-                if expert not in stay:
-                    ordered[layer, device, next(free)] = expert
-    return ordered

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,9 @@ from moetuner._validation import positive
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import solve
+from moetuner.solver.clock import Clock
 from moetuner.solver.migration import check
-from moetuner.solver.result import Progress
+from moetuner.solver.result import Limits, Progress
 
 # Prices of a move, in parts of what a move gains on average where moving is free: the first moves
 # gain far more than that, the last ones far less.
@@ -89,19 +89,16 @@ def pareto(
     """
     positive("expert_bytes", expert_bytes, "number of bytes")
     check(problem, initial)
-    begin = time.perf_counter()
+    clock = Clock(Limits(time_limit))
     before = problem.value(initial)
 
     def at(price: float, left: int) -> tuple[Trade, bool]:
         """Solve at a price per expert, with one of the ``left`` parts of the time that is left."""
-        limit = None
-        if time_limit is not None:
-            limit = max(time_limit - (time.perf_counter() - begin), 0.0) / left
         result = solve(
             problem,
             method,
             seed=seed,
-            time_limit=limit,
+            time_limit=clock.within(1 / left).time_limit,
             iterations=iterations,
             threads=threads,
             progress=progress,

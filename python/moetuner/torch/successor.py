@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._moves import kept
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.solver import solve
@@ -40,7 +41,8 @@ def successor(
     slots = current.slots.copy()
     changes = []
     for layer in range(current.layers):
-        near = _kept(current.slots[layer], _renamed(current.slots[layer], solved.slots[layer]))
+        named = _renamed(current.slots[layer], solved.slots[layer])
+        near = kept(current.slots[layer][None], np.sort(named)[None])[0]
         arriving = sum(m.source != m.target for m in moves(current.slots[layer], near))
         load = problem.load[layer].astype(np.float64)
         gain = _busiest(current.slots[layer], load) - _busiest(near, load)
@@ -66,18 +68,6 @@ def _renamed(old: NDArray[np.int32], new: NDArray[np.int32]) -> NDArray[np.int32
         device, which = np.unravel_index(int(shared.argmax()), shared.shape)
         out[device] = new[which]
         shared[device], shared[:, which] = -1, -1
-    return out
-
-
-def _kept(old: NDArray[np.int32], new: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Reorder the slots of every device so that experts that stay keep theirs."""
-    out = np.full_like(old, EMPTY)
-    for device in range(len(old)):
-        wanted = set(new[device].tolist()) - {EMPTY}
-        stays = np.isin(old[device], sorted(wanted)) & (old[device] != EMPTY)
-        out[device, stays] = old[device, stays]
-        arriving = sorted(wanted - set(out[device, stays].tolist()))
-        out[device, np.flatnonzero(~stays)[: len(arriving)]] = arriving
     return out
 
 

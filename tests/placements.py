@@ -1,0 +1,18 @@
+"""Placements of all kinds. Only numpy is imported here: processes of the torch tests need it."""
+
+import numpy as np
+
+
+def random_slots(rng, layers, devices, experts, spare):
+    """Slots [L,D,S] in which every expert has a copy, some have several, and some are empty."""
+    width = -(-experts // devices) + spare
+    slots = np.full((layers, devices, width), -1)
+    for layer in slots:
+        for i, expert in enumerate(rng.permutation(experts)):
+            layer[i % devices, i // devices] = expert
+        for device, slot in np.argwhere(layer == -1):
+            expert = rng.integers(-1, experts)
+            if expert not in layer[device]:
+                layer[device, slot] = expert
+        rng.shuffle(layer, axis=0)
+    return slots
