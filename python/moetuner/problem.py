@@ -256,14 +256,15 @@ class Problem:
     def value(self, placement: Placement) -> float:
         """Objective of a placement: microseconds, max / mean load, or share of the traffic.
 
+        Microseconds are what ``evaluate`` predicts for the problem's own statistics, cost model,
+        split and regime; where windows or groups have weights, or a risk, under these.
+
         Without copies, traffic is ``cost`` over ``cost_scale``; with copies, it is expected. In
         regime dispatch, where expert sets are known, it is what tokens visit: devices and, at what
         their links cost more, nodes.
         """
-        if self.goal == "balance":
-            return objective.balance(self, placement)
-        if self.goal == "time":
-            return objective.time(self, placement)
+        if self.goal != "traffic":
+            return objective.outcome(self, placement)
         if self.counts_visits:
             return objective.visits(self, placement)
         if (placement.replicas == 1).all():

@@ -17,7 +17,9 @@ from moetuner.balance import times
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.solver.clock import Clock
+from moetuner.solver.enumeration import enumerated
 from moetuner.solver.heuristic import heuristic
+from moetuner.solver.prices import link_us, visit_us
 from moetuner.solver.result import Candidate, Limits, Progress, Status
 from moetuner.solver.unseen import SMALL, Choice, choose
 
@@ -41,6 +43,8 @@ SMALL_HOT, SMALL_COLD = 0.3, 1e-3
 TRAFFIC_FIRST = 1e3
 # Times that risk and groups are weighed anew.
 REWEIGHTINGS = 4
+# Seconds that trying every placement of a small problem may take.
+ENOUGH = 2.0
 
 
 @dataclass(frozen=True)
@@ -58,57 +62,19 @@ class Moving:
     initial: Placement
     price: float
 
+    @property
+    def prices(self) -> Floats:
+        """Price of a copy on a device [L,D,E]."""
+        return np.where(self.initial.held, 0.0, self.price)
+
     def moved(self, placement: Placement) -> int:
         """Count copies that have to be brought."""
         return self.initial.diff(placement).experts_moved
 
 
-def layers(
-    problem: Problem,
-    *,
-    seed: int,
-    limits: Limits,
-    start: Slots | None = None,
-    moving: Moving | None = None,
-) -> Candidate:
-    """Solve for balance or time, or for traffic where devices or slots are not all alike.
-
-    Parameters
-    ----------
-    start
-        Slots [L,D,S] to improve on, besides the search's own starts.
-    moving
-        What changes cost.
-    """
-    clock = Clock(limits)
-    search = Search(problem, seed, limits, moving)
-    slots = search.construct()
-    if limits.time_limit == 0:
-        return search.candidate(slots, "time_limit")
-    try:
-        search.learn()
-    except KeyboardInterrupt:
-        return search.candidate(slots if start is None else start, "interrupted")
-    starts = [slots] if start is None else [start, slots]
-    interrupted = False
-    if search.links is not None and moving is None:
-        for number, cap in enumerate(CAPS):
-            share = SEARCH_SHARE / (len(CAPS) - number)
-            found = _for_traffic(problem, cap, seed, clock.within(share))
-            wider = search.allowed(found.slots)
-            starts.extend([] if wider is None else [wider])
-            interrupted = found.status == "interrupted"
-            if interrupted:
-                break
-    best = min(starts, key=search.value)
-    turns = 1 if problem.windows.is_mean else REWEIGHTINGS
-    for turn in range(turns):
-        if interrupted:
-            break
-        improved, interrupted = search.improve(best, clock.within(1 / (turns - turn)))
-        search.look_at(improved)
-        best = min(best, improved, key=search.value)
-    return search.candidate(best, "interrupted" if interrupted else "feasible")
+def layers(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
+    """Solve for balance or time, or for traffic where devices or slots are not all alike."""
+    return Search(problem, seed).run(limits)
 
 
 def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Candidate:
@@ -138,10 +104,14 @@ def widened(problem: Problem, slots: Slots) -> Slots:
 
 
 class Search:
-    """A problem as the core's search of layers sees it."""
+    """A problem as the core's search of layers sees it.
 
-    def __init__(self, problem: Problem, seed: int, limits: Limits, moving: Moving | None) -> None:
-        self.problem, self.seed, self.limits, self.moving = problem, seed, limits, moving
+    What is learned of its windows is kept from one run to the next.
+    """
+
+    def __init__(self, problem: Problem, seed: int) -> None:
+        self.problem, self.seed = problem, seed
+        self.moving: Moving | None = None
         topology = problem.topology
         self.slowest = topology.speed_of_device.min()
         self.time = times(topology.speed_of_device)
@@ -151,12 +121,76 @@ class Search:
         self.links = transitions if some else None
         windows = problem.windows
         self.choice = Choice(windows.load, windows.weight)
-        self.emphasis = [np.ones(len(windows.weight))]
+        self.emphasis: list[Floats] = []
         self.details: dict[str, Any] = {}
 
-    def learn(self) -> None:
+    def run(
+        self, limits: Limits, *, start: Slots | None = None, moving: Moving | None = None
+    ) -> Candidate:
+        """Search within limits.
+
+        Parameters
+        ----------
+        start
+            Slots [L,D,S] to improve on, besides the search's own starts.
+        moving
+            What changes cost.
+        """
+        clock, problem = Clock(limits), self.problem
+        self.moving = moving
+        slots = self.construct()
+        if limits.time_limit == 0:
+            return self.candidate(slots, "time_limit")
+        # Windows are weighed anew some times before the first answer, then once each.
+        turns = 1 if problem.windows.is_mean or self.emphasis else REWEIGHTINGS
+        try:
+            if not self.emphasis:
+                self.learn(limits.threads)
+        except KeyboardInterrupt:
+            return self.candidate(slots if start is None else start, "interrupted")
+        starts = [slots] if start is None else [start, slots]
+        interrupted = False
+        if self.links is not None and moving is None:
+            for number, cap in enumerate(CAPS):
+                share = SEARCH_SHARE / (len(CAPS) - number)
+                found = _for_traffic(problem, cap, self.seed, clock.within(share))
+                wider = self.allowed(found.slots)
+                starts.extend([] if wider is None else [wider])
+                interrupted = found.status == "interrupted"
+                if interrupted:
+                    break
+        best = min(starts, key=self.value)
+        for turn in range(turns):
+            if interrupted:
+                break
+            improved, interrupted = self.improve(best, clock.within(1 / (turns - turn)))
+            self.look_at(improved)
+            best = min(best, improved, key=self.value)
+        if interrupted:
+            return self.candidate(best, "interrupted")
+        return self.completed(best, clock.within())
+
+    def completed(self, slots: Slots, limits: Limits) -> Candidate:
+        """Answer with slots, or the best there are if there are few and windows do not add up."""
+        problem = self.problem
+        if problem.goal == "traffic" or (problem.goal == "balance" and problem.windows.is_mean):
+            return self.candidate(slots, "feasible")
+        if limits.time_limit is not None and limits.time_limit < ENOUGH:
+            return self.candidate(slots, "feasible")
+        price = None if self.moving is None else self.moving.prices
+        found = enumerated(problem, self.value(slots), caps=self.caps, price=price)
+        if found is None:
+            return self.candidate(slots, "feasible")
+        answer = self.candidate(found if len(found) else slots, "optimal")
+        if self.moving is not None:
+            # The best with its price: without, others may be better.
+            return replace(answer, status="feasible")
+        return replace(answer, bound=self.value(answer.slots), bound_source="every placement")
+
+    def learn(self, threads: int | None) -> None:
         """Choose what generalises to traffic that nobody has seen, by cross-validation."""
         windows = self.problem.windows
+        self.emphasis = [np.ones(len(windows.weight))]
         self.choice = choose(
             windows.load,
             windows.weight,
@@ -166,7 +200,7 @@ class Search:
             self.time,
             nearest=self.problem.split == "nearest",
             seed=self.seed,
-            threads=self.limits.threads,
+            threads=threads,
         )
         self.details["unseen"] = self.choice.details
         if not windows.is_mean:
@@ -219,13 +253,23 @@ class Search:
             progress=report if limits.progress is not None else None,
         )
 
+    @property
+    def caps(self) -> Floats | None:
+        """Largest load over speed of a device, in the sum of all windows [L]; None without cap."""
+        problem = self.problem
+        if problem.max_imbalance is None or np.isinf(problem.max_imbalance):
+            return None
+        mean = problem.load.sum(axis=1, dtype=np.float64) / problem.topology.speed_of_device.sum()
+        caps: Floats = problem.max_imbalance * mean
+        return caps
+
     def look_at(self, slots: Slots) -> None:
         """Give the windows that a risk or the worst group is made of more weight, next time."""
         problem, windows = self.problem, self.problem.windows
         if windows.is_mean:
             return
-        slowest = objective.slowest_time(problem, self._placement(slots))
-        self.emphasis.append(windows.emphasis(slowest, objective.mean_time(problem)))
+        shares = objective.shares(problem, self._placement(slots)).sum(axis=1)
+        self.emphasis.append(windows.emphasis(shares, objective.measure(problem)))
         weight = windows.weight * np.mean(self.emphasis, axis=0)
         self.choice = replace(self.choice, weight=weight)
 
@@ -246,15 +290,9 @@ class Search:
 
     def _layers(self) -> _core.Layers:
         problem, choice = self.problem, self.choice
-        cap = None
-        if problem.max_imbalance is not None and np.isfinite(problem.max_imbalance):
-            speed = problem.topology.speed_of_device.sum()
-            mean = problem.load.sum(axis=1, dtype=np.float64) * self.slowest / speed
-            cap = (problem.max_imbalance * mean).tolist()
         hold: Floats | None = None
         if self.moving is not None:
-            price = self.moving.price * self._tokens_per_unit()
-            hold = np.where(self.moving.initial.held.transpose(0, 2, 1), 0.0, price)
+            hold = self.moving.prices.transpose(0, 2, 1) * self._tokens_per_unit()
         return _core.Layers(
             np.ascontiguousarray(choice.load),
             choice.weight,
@@ -264,8 +302,8 @@ class Search:
             nearest=problem.split == "nearest",
             norm=choice.norm,
             total=problem.load.astype(np.float64),
-            cap=cap,
-            hold=hold,
+            cap=None if self.caps is None else (self.caps * self.slowest).tolist(),
+            hold=None if hold is None else np.ascontiguousarray(hold),
             forbidden=problem.rules.forbidden,
             pinned=problem.rules.pinned,
             **self._visits(),
@@ -278,7 +316,7 @@ class Search:
             return {}
         unit, tokens = self._tokens_per_unit(), float(sets[0].counts.sum())
         if problem.goal == "time":
-            unit *= objective.visit_us(problem)
+            unit *= visit_us(problem)
         each = unit / (problem.layers * max(tokens, 1))
         device_cost, node_cost = objective.visit_costs(problem.topology)
         return {
@@ -305,4 +343,4 @@ class Search:
         if problem.goal == "traffic":
             return problem.topology.cost.astype(np.float64) * (unit / problem.cost_scale)
         share = unit / (problem.layers * problem.statistics.windows)
-        return objective.link_us(problem) * share
+        return link_us(problem) * share

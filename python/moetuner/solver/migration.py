@@ -11,7 +11,7 @@ from moetuner._validation import not_negative
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.solver.clock import Clock
-from moetuner.solver.layers import Moving, layers, widened
+from moetuner.solver.layers import Moving, Search, widened
 from moetuner.solver.result import Candidate, Limits
 
 # Prices of a move that are tried to keep a budget: each halves the logarithm's range.
@@ -80,13 +80,14 @@ def migrate(problem: Problem, migration: Migration, *, seed: int, limits: Limits
     clock = Clock(limits)
     start = widened(problem, initial.slots)
     broken = problem.rules.broken(initial)
+    search = Search(problem, seed)
 
     def at(price: float, tries: int) -> tuple[Candidate, int]:
         moving = Moving(initial, price)
         # A start that breaks a rule is none: then the search makes its own, as near as it pays.
         from_here = None if broken else start
         within = clock.within(1 / tries)
-        found = layers(problem, seed=seed, limits=within, start=from_here, moving=moving)
+        found = search.run(within, start=from_here, moving=moving)
         return found, moving.moved(Placement(found.slots, num_experts=problem.experts))
 
     def answer(found: Candidate, moved: int) -> Candidate:
