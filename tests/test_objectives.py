@@ -152,6 +152,29 @@ def test_risk_is_the_optimum(problem):
     assert least_balance(problem) <= best * (1 + 1e-7)
 
 
+@given(problems(), st.floats(1, 1.6), st.sampled_from(["balance", "time"]))
+def test_caps_are_kept_or_said_to_be_in_the_way(problem, cap, goal):
+    """The best under the cap; where nothing keeps it, the least that something keeps is named."""
+    problem = replace(problem, max_imbalance=cap, objective=goal)
+    every = list(every_placement(problem))
+    total = problem.load[None].astype(float)
+    mean = total.sum() / problem.topology.speed_of_device.sum()
+    peaks = np.array([objective.slowest_times(problem, each, total)[0, 0] / mean for each in every])
+    result = mt.solve(problem)
+    mine = objective.slowest_times(problem, result.placement, total)[0, 0] / mean
+    assert mine <= max(cap, peaks.min()) * (1 + 1e-8)
+    within = [each for each, peak in zip(every, peaks, strict=True) if peak <= mine * (1 + 1e-8)]
+    assert result.objective >= min(map(problem.value, within)) * (1 - 1e-9)
+    if goal == "time" and peaks.min() <= cap:
+        allowed = [each for each, at in zip(every, peaks, strict=True) if at <= cap * (1 + 1e-10)]
+        assert result.objective <= min(map(problem.value, allowed)) * (1 + 1e-9)
+    if peaks.min() > cap * (1 + 1e-8):
+        assert result.details["caps_infeasible"][0] == pytest.approx([peaks.min()] * 2)
+        assert result.details["caps_raised"][0] == pytest.approx(mine)
+    elif mine <= cap:
+        assert "caps_raised" not in result.details
+
+
 @given(problems(), st.data())
 def test_rules_are_kept_at_the_optimum(problem, data):
     """With a pin and a ban the answer is the best of what they leave."""

@@ -217,7 +217,7 @@ mod tests {
         ) {
             let mut random = Random::new(seed, 0);
             let layer = layer(&mut random, experts, devices, norm, nearest);
-            let start = replicate(&layer, QUICK).expect("slots suffice");
+            let start = replicate(&layer, QUICK, true).expect("slots suffice");
             let mut contents = Contents::new(&layer, start);
             let mut terms = Terms::new(&layer, &contents);
             let slots = layer.slots();

@@ -50,10 +50,13 @@ def enumerated(
     """
     contents = []
     for layer in range(problem.layers):
-        each = _contents(problem, layer, None if price is None else price[layer])
+        each = contents_of(problem, layer, None if price is None else price[layer])
         if each is None:
             return None
-        contents.append(each if caps is None else _capped(problem, layer, each, caps[layer]))
+        if caps is not None:
+            peak = peaks_of(problem, layer, each)
+            each = each[peak <= max(caps[layer], peak.min()) * (1 + ROUNDING)]
+        contents.append(each)
     tables = _tables(problem, contents)
     if tables is None:
         return None
@@ -67,7 +70,7 @@ def enumerated(
     return np.array(found, dtype=np.int32).reshape(-1, problem.devices, problem.slots)
 
 
-def _contents(problem: Problem, layer: int, price: Floats | None = None) -> Slots | None:
+def contents_of(problem: Problem, layer: int, price: Floats | None = None) -> Slots | None:
     """Every content [N,D,S] of a layer that keeps the rules; None if there are too many.
 
     Of contents that differ by an exchange of devices that are alike there is one, unless layers are
@@ -132,11 +135,11 @@ def _twins(problem: Problem, layer: int, price: Floats | None) -> dict[int, int]
     return twins
 
 
-def _capped(problem: Problem, layer: int, contents: Slots, cap: float) -> Slots:
+def peaks_of(problem: Problem, layer: int, contents: Slots) -> Floats:
+    """Largest load over speed of a device with each content [N], in the sum of all windows."""
     total = np.tile(problem.load[layer].astype(np.float64), (1, len(contents), 1))
-    peak = objective.slowest_times(problem, _placement(problem, contents), total)[0]
-    kept: Slots = contents[peak <= max(cap, peak.min()) * (1 + ROUNDING)]
-    return kept
+    peaks: Floats = objective.slowest_times(problem, _placement(problem, contents), total)[0]
+    return peaks
 
 
 def _tables(problem: Problem, contents: list[Slots]) -> list[Floats] | None:

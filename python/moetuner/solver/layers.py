@@ -6,7 +6,7 @@ layers, in turns, each given its neighbours, from a start that the search for tr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,12 @@ from moetuner import _core, objective
 from moetuner.balance import times
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
+from moetuner.solver.caps import caps_of, exceeded, excess_of
 from moetuner.solver.clock import Clock
 from moetuner.solver.enumeration import enumerated
 from moetuner.solver.heuristic import heuristic
-from moetuner.solver.prices import link_us, visit_us
+from moetuner.solver.moving import Moving, widened
+from moetuner.solver.prices import link_prices, tokens_per_unit, visit_prices
 from moetuner.solver.result import Candidate, Limits, Progress, Status
 from moetuner.solver.unseen import SMALL, Choice, choose
 
@@ -39,37 +41,10 @@ SEARCH_SHARE = 0.6
 # Layers of few slots are searched several times, from so hot that no valley holds them.
 RESTARTS = 8
 SMALL_HOT, SMALL_COLD = 0.3, 1e-3
-# Tokens of balance that a unit of traffic outweighs: balance only decides between equals.
-TRAFFIC_FIRST = 1e3
 # Times that risk and groups are weighed anew.
 REWEIGHTINGS = 4
 # Seconds that trying every placement of a small problem may take.
 ENOUGH = 2.0
-
-
-@dataclass(frozen=True)
-class Moving:
-    """What it costs to leave a running placement.
-
-    Parameters
-    ----------
-    initial
-        The placement that runs.
-    price
-        Of a copy that has to be brought, in units of the objective.
-    """
-
-    initial: Placement
-    price: float
-
-    @property
-    def prices(self) -> Floats:
-        """Price of a copy on a device [L,D,E]."""
-        return np.where(self.initial.held, 0.0, self.price)
-
-    def moved(self, placement: Placement) -> int:
-        """Count copies that have to be brought."""
-        return self.initial.diff(placement).experts_moved
 
 
 def layers(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -93,16 +68,6 @@ def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Can
     return heuristic(alike, seed=seed, limits=limits)
 
 
-def widened(problem: Problem, slots: Slots) -> Slots:
-    """Slots [L,D,S] in the problem's own rooms, which hold them; what is in them moves down."""
-    wide = problem.empty_slots()
-    width = min(slots.shape[2], problem.slots)
-    # Full slots first: rooms may be narrower than these slots.
-    order = np.argsort(slots == EMPTY, axis=2, kind="stable")
-    wide[:, :, :width] = np.take_along_axis(slots, order, axis=2)[:, :, :width]
-    return wide
-
-
 class Search:
     """A problem as the core's search of layers sees it.
 
@@ -123,6 +88,8 @@ class Search:
         self.choice = Choice(windows.load, windows.weight)
         self.emphasis: list[Floats] = []
         self.details: dict[str, Any] = {}
+        self.caps = caps_of(problem)
+        self.copies = problem.may_copy
 
     def run(
         self, limits: Limits, *, start: Slots | None = None, moving: Moving | None = None
@@ -138,7 +105,7 @@ class Search:
         """
         clock, problem = Clock(limits), self.problem
         self.moving = moving
-        slots = self.construct()
+        slots = self._layers().construct(copies=problem.may_copy)
         if limits.time_limit == 0:
             return self.candidate(slots, "time_limit")
         # Windows are weighed anew some times before the first answer, then once each.
@@ -148,24 +115,30 @@ class Search:
                 self.learn(limits.threads)
         except KeyboardInterrupt:
             return self.candidate(slots if start is None else start, "interrupted")
-        starts = [slots] if start is None else [start, slots]
+        starts, single = [slots] if start is None else [start, slots], None
+        if problem.may_copy and problem.goal == "time":
+            # Where reading weights is what takes time, a copy costs more than it saves.
+            single = self._layers().construct(copies=False)
+            starts.append(single)
         interrupted = False
         if self.links is not None and moving is None:
-            for number, cap in enumerate(CAPS):
-                share = SEARCH_SHARE / (len(CAPS) - number)
+            caps = sorted({min(cap, problem.max_imbalance or cap) for cap in CAPS})
+            for number, cap in enumerate(caps):
+                share = SEARCH_SHARE / (len(caps) - number)
                 found = _for_traffic(problem, cap, self.seed, clock.within(share))
                 wider = self.allowed(found.slots)
                 starts.extend([] if wider is None else [wider])
                 interrupted = found.status == "interrupted"
                 if interrupted:
                     break
-        best = min(starts, key=self.value)
+        best = min(starts, key=self.rank)
+        self.copies = problem.may_copy and best is not single
         for turn in range(turns):
             if interrupted:
                 break
             improved, interrupted = self.improve(best, clock.within(1 / (turns - turn)))
             self.look_at(improved)
-            best = min(best, improved, key=self.value)
+            best = min(best, improved, key=self.rank)
         if interrupted:
             return self.candidate(best, "interrupted")
         return self.completed(best, clock.within())
@@ -173,12 +146,14 @@ class Search:
     def completed(self, slots: Slots, limits: Limits) -> Candidate:
         """Answer with slots, or the best there are if there are few and windows do not add up."""
         problem = self.problem
-        if problem.goal == "traffic" or (problem.goal == "balance" and problem.windows.is_mean):
-            return self.candidate(slots, "feasible")
-        if limits.time_limit is not None and limits.time_limit < ENOUGH:
+        excess, value = self.rank(slots)
+        adds_up = problem.goal == "balance" and problem.windows.is_mean and not excess
+        short = limits.time_limit is not None and limits.time_limit < ENOUGH
+        if problem.goal == "traffic" or adds_up or short:
             return self.candidate(slots, "feasible")
         price = None if self.moving is None else self.moving.prices
-        found = enumerated(problem, self.value(slots), caps=self.caps, price=price)
+        known = np.inf if excess else value
+        found = enumerated(problem, known, caps=self.caps, price=price)
         if found is None:
             return self.candidate(slots, "feasible")
         answer = self.candidate(found if len(found) else slots, "optimal")
@@ -207,22 +182,16 @@ class Search:
             # Windows are weighed anew: they have to be those of the problem.
             self.choice = replace(self.choice, load=windows.load, weight=windows.weight)
 
+    def rank(self, slots: Slots) -> tuple[float, float]:
+        """By how much caps are exceeded, in all layers, and the value; lower is better."""
+        excess = excess_of(self.problem, slots)
+        return float(excess.sum()), self.value(slots)
+
     def value(self, slots: Slots) -> float:
         """Objective of slots, and what moving there costs."""
         placement = self._placement(slots)
         value, moving = self.problem.value(placement), self.moving
         return value if moving is None else value + moving.price * moving.moved(placement)
-
-    def construct(self) -> Slots:
-        """Slots [L,D,S] by the heaviest copy first."""
-        slots = self._layers().construct()
-        if not self.problem.may_copy:
-            for layer in slots:
-                _, first = np.unique(layer, return_index=True)
-                again = np.ones(layer.size, dtype=bool)
-                again[first] = False
-                layer.reshape(-1)[again] = EMPTY
-        return slots
 
     def improve(self, slots: Slots, limits: Limits) -> tuple[Slots, bool]:
         """Anneal every layer, and say whether it was interrupted."""
@@ -243,25 +212,17 @@ class Search:
             hot=SMALL_HOT if small else choice.hot,
             cold=SMALL_COLD if small else choice.cold,
             restarts=RESTARTS if small else 1,
-            copies=problem.may_copy,
+            copies=self.copies,
             rounds=ROUNDS,
             transitions=self.links,
-            link_cost=None if self.links is None else self._link_cost(),
+            link_cost=(
+                None if self.links is None else link_prices(problem, self._tokens_per_unit())
+            ),
             seed=self.seed,
             time_limit=limits.time_limit,
             threads=limits.threads,
             progress=report if limits.progress is not None else None,
         )
-
-    @property
-    def caps(self) -> Floats | None:
-        """Largest load over speed of a device, in the sum of all windows [L]; None without cap."""
-        problem = self.problem
-        if problem.max_imbalance is None or np.isinf(problem.max_imbalance):
-            return None
-        mean = problem.load.sum(axis=1, dtype=np.float64) / problem.topology.speed_of_device.sum()
-        caps: Floats = problem.max_imbalance * mean
-        return caps
 
     def look_at(self, slots: Slots) -> None:
         """Give the windows that a risk or the worst group is made of more weight, next time."""
@@ -283,16 +244,20 @@ class Search:
 
     def candidate(self, slots: Slots, status: Status) -> Candidate:
         """Answer with slots."""
-        return Candidate(slots, status=status, details=self.details)
+        details = {**self.details, **exceeded(self.problem, slots)}
+        return Candidate(slots, status=status, details=details)
 
     def _placement(self, slots: Slots) -> Placement:
         return Placement(slots, num_experts=self.problem.experts)
 
+    def _tokens_per_unit(self) -> float:
+        return tokens_per_unit(self.problem, self.choice.load, self.choice.weight)
+
     def _layers(self) -> _core.Layers:
         problem, choice = self.problem, self.choice
-        hold: Floats | None = None
+        unit, hold = self._tokens_per_unit(), None
         if self.moving is not None:
-            hold = self.moving.prices.transpose(0, 2, 1) * self._tokens_per_unit()
+            hold = np.ascontiguousarray(self.moving.prices.transpose(0, 2, 1) * unit)
         return _core.Layers(
             np.ascontiguousarray(choice.load),
             choice.weight,
@@ -303,44 +268,8 @@ class Search:
             norm=choice.norm,
             total=problem.load.astype(np.float64),
             cap=None if self.caps is None else (self.caps * self.slowest).tolist(),
-            hold=None if hold is None else np.ascontiguousarray(hold),
+            hold=hold,
             forbidden=problem.rules.forbidden,
             pinned=problem.rules.pinned,
-            **self._visits(),
+            **visit_prices(problem, unit),
         )
-
-    def _visits(self) -> dict[str, Any]:
-        """Expert sets and what a visit costs, in weighted tokens, where visits count."""
-        problem, sets = self.problem, self.problem.statistics.sets
-        if not problem.counts_visits or sets is None or problem.goal == "balance":
-            return {}
-        unit, tokens = self._tokens_per_unit(), float(sets[0].counts.sum())
-        if problem.goal == "time":
-            unit *= visit_us(problem)
-        each = unit / (problem.layers * max(tokens, 1))
-        device_cost, node_cost = objective.visit_costs(problem.topology)
-        return {
-            "sets": [(of.ids, of.counts) for of in sets],
-            "device_cost": device_cost * each,
-            "node_cost": node_cost * each,
-        }
-
-    def _tokens_per_unit(self) -> float:
-        """Weighted tokens on the slowest device that make one unit of the objective."""
-        problem, weight = self.problem, self.choice.weight.sum()
-        if problem.goal == "time":
-            assert problem.cost_model is not None
-            token_us = max(problem.cost_model.token_us, 1e-12)
-            return float(self.slowest * weight * problem.layers / token_us)
-        if problem.goal == "traffic":
-            return TRAFFIC_FIRST * problem.cost_scale
-        mean = self.choice.load.sum(axis=(1, 2)) / problem.topology.speed_of_device.sum()
-        return float(self.slowest * (self.choice.weight * mean).sum())
-
-    def _link_cost(self) -> Floats:
-        """Weighted tokens that a pair over a link counts for [D,D]."""
-        problem, unit = self.problem, self._tokens_per_unit()
-        if problem.goal == "traffic":
-            return problem.topology.cost.astype(np.float64) * (unit / problem.cost_scale)
-        share = unit / (problem.layers * problem.statistics.windows)
-        return link_us(problem) * share

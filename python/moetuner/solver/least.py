@@ -49,7 +49,8 @@ def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
 def least_balance(problem: Problem) -> float:
     """Below this no placement's balance can be."""
     measure = objective.measure(problem)
-    return problem.windows.outcome(_least_slowest(problem).sum(axis=1), measure)
+    least = least_slowest(problem, problem.windows.load)
+    return problem.windows.outcome(least.sum(axis=1), measure)
 
 
 def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
@@ -76,26 +77,26 @@ def least_visits(problem: Problem) -> float:
     return float(device_cost * fewest + node_cost)
 
 
-def _least_slowest(problem: Problem) -> Floats:
-    """Least load over speed of the slowest device in every window and layer [W,L].
+def least_slowest(problem: Problem, load: Floats) -> Floats:
+    """Least load over speed of the slowest device in windows and layers [W,L] of load [W,L,E].
 
     It takes at least the mean, and at least what the heaviest expert takes on the fastest devices
     that can hold all the copies there is room for.
     """
-    windows, speed = problem.windows, np.sort(problem.topology.speed_of_device)[::-1]
+    speed = np.sort(problem.topology.speed_of_device)[::-1]
     devices = int((problem.rooms > 0).sum(axis=1).min())
     spare = problem.rooms.sum(axis=1) - problem.experts
-    least = np.empty(windows.load.shape[:2])
+    least = np.empty(load.shape[:2])
     for layer in range(problem.layers):
-        load = windows.load[:, layer]
+        mine = load[:, layer]
         copies = min(int(spare[layer]) + 1, devices) if problem.may_copy else 1
-        heaviest = load.max(axis=1)
+        heaviest = mine.max(axis=1)
         if problem.split == "nearest":
             # Uneven parts are at least those that make all copies equally slow.
             one = heaviest / speed[:copies].sum()
         else:
             one = heaviest / copies / speed[0]
-        least[:, layer] = np.maximum(load.sum(axis=1) / speed.sum(), one)
+        least[:, layer] = np.maximum(mine.sum(axis=1) / speed.sum(), one)
     return least
 
 
@@ -105,7 +106,7 @@ def _least_compute(problem: Problem) -> Floats:
     assert model is not None
     # An idle device starts as well.
     least = max(model.base_us, model.start_us) / speed.min()
-    tokens = model.start_us / speed.max() + model.token_us * _least_slowest(problem)
+    tokens = model.start_us / speed.max() + model.token_us * least_slowest(problem, load)
     # Copies of an expert are active in all at least as often as one would be, or have a token.
     active = np.minimum(load, 1.0) if problem.may_copy else load > 0
     count = active.sum(axis=2)

@@ -11,7 +11,8 @@ from moetuner._validation import not_negative
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.solver.clock import Clock
-from moetuner.solver.layers import Moving, Search, widened
+from moetuner.solver.layers import Search
+from moetuner.solver.moving import Moving, widened
 from moetuner.solver.result import Candidate, Limits
 
 # Prices of a move that are tried to keep a budget: each halves the logarithm's range.

@@ -1,16 +1,61 @@
-"""Prices of links, for searches that add: what a row costs if ports are evenly used.
+"""What the core's search of layers adds up, in weighted tokens on the slowest device.
 
-A predicted time waits for the busiest port and the slower of two lines, which do not add up.
+A predicted time waits for the busiest port and the slower of two lines, which do not add up. Here a
+token costs ``token_us``, and a row what it costs if ports are evenly used.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import objective
 from moetuner.problem import Problem
 
 Floats = NDArray[np.float64]
+
+# Tokens of balance that a unit of traffic outweighs: balance only decides between equals.
+TRAFFIC_FIRST = 1e3
+
+
+def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
+    """Weighted tokens on the slowest device that make one unit of the objective.
+
+    Of windows of load [W,L,E] with these weights [W].
+    """
+    speed = problem.topology.speed_of_device
+    if problem.goal == "time":
+        assert problem.cost_model is not None
+        token_us = max(problem.cost_model.token_us, 1e-12)
+        return float(speed.min() * weight.sum() * problem.layers / token_us)
+    if problem.goal == "traffic":
+        return TRAFFIC_FIRST * problem.cost_scale
+    return float(speed.min() * (weight * load.sum(axis=(1, 2))).sum() / speed.sum())
+
+
+def visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
+    """Expert sets and what a visit costs, where visits count; arguments of the core's layers."""
+    sets = problem.statistics.sets
+    if not problem.counts_visits or sets is None or problem.goal == "balance":
+        return {}
+    if problem.goal == "time":
+        unit *= visit_us(problem)
+    each = unit / (problem.layers * max(float(sets[0].counts.sum()), 1))
+    device_cost, node_cost = objective.visit_costs(problem.topology)
+    return {
+        "sets": [(of.ids, of.counts) for of in sets],
+        "device_cost": device_cost * each,
+        "node_cost": node_cost * each,
+    }
+
+
+def link_prices(problem: Problem, unit: float) -> Floats:
+    """Price of a pair over a link [D,D]."""
+    if problem.goal == "traffic":
+        return problem.topology.cost.astype(np.float64) * (unit / problem.cost_scale)
+    return link_us(problem) * (unit / (problem.layers * problem.statistics.windows))
 
 
 def link_us(problem: Problem) -> Floats:
