@@ -41,8 +41,8 @@ SEARCH_SHARE = 0.6
 # Layers of few slots are searched several times, from so hot that no valley holds them.
 RESTARTS = 8
 SMALL_HOT, SMALL_COLD = 0.3, 1e-3
-# Times that risk and groups are weighed anew.
-REWEIGHTINGS = 4
+# Times that risk and groups are weighed anew, and when something is known of the weights.
+REWEIGHTINGS, AGAIN = 4, 2
 # Seconds that trying every placement of a small problem may take.
 ENOUGH = 2.0
 
@@ -108,8 +108,8 @@ class Search:
         slots = self._layers().construct(copies=problem.may_copy)
         if limits.time_limit == 0:
             return self.candidate(slots, "time_limit")
-        # Windows are weighed anew some times before the first answer, then once each.
-        turns = 1 if problem.windows.is_mean or self.emphasis else REWEIGHTINGS
+        turns = AGAIN if self.emphasis else REWEIGHTINGS
+        turns = 1 if problem.windows.is_mean else turns
         try:
             if not self.emphasis:
                 self.learn(limits.threads)
