@@ -349,6 +349,46 @@ def test_migration_keeps_its_budget(load, budget, seed, slots):
         assert result.placement == initial or result.objective < problem.value(initial)
 
 
+@few
+@given(problems(), st.data())
+def test_budgets_are_used_to_the_optimum(problem, data):
+    """Nothing within the budget is better; so a larger one is never worse."""
+    every = list(every_placement(problem))
+    initial = data.draw(st.sampled_from(every))
+    moved = [initial.diff(each).experts_moved for each in every]
+    for budget in (1, 2):
+        within = [each for each, moves in zip(every, moved, strict=True) if moves <= budget]
+        found = mt.solve(problem, initial=initial, move_budget=budget, iterations=500)
+        assert found.details["experts_moved"] <= budget
+        assert found.objective <= min(map(problem.value, within)) * (1 + 1e-9)
+
+
+@given(problems(), st.data())
+def test_more_weight_draws_the_answer_to_a_window(problem, data):
+    """With a window's weight its own outcome falls, or stays."""
+    count = problem.statistics.windows
+    names = tuple(map(str, range(count)))
+    statistics = replace(problem.statistics, group=np.arange(count), group_names=names)
+    one = data.draw(st.sampled_from(names))
+    outcomes = []
+    for weight in (0.5, 4.0):
+        weighed = replace(problem, statistics=statistics, groups={one: weight})
+        best = min(every_placement(weighed), key=weighed.value)
+        ratio = objective.shares(weighed, best).sum(axis=1) / objective.measure(weighed)
+        outcomes.append(ratio[int(one)])
+    assert outcomes[1] <= outcomes[0] * (1 + 1e-9)
+
+
+def test_short_limits_leave_out_the_choice():
+    """Where there is hardly time to search, nothing else is tried first."""
+    load = np.random.default_rng(0).integers(1, 60, (8, 2, 12)).astype(np.uint64)
+    statistics = mt.RoutingStatistics.from_load(load)
+    problem = mt.Problem(statistics, mt.Topology(3), objective="balance")
+    result = mt.solve(problem, "heuristic", time_limit=0.01)
+    assert result.details["unseen"]["reason"] == "too little time to try others"
+    assert "scores" in mt.solve(problem, "heuristic").details["unseen"]
+
+
 def test_bound_of_visits_is_in_visits(make_trace):
     """A token visits at least one device, and the bound says so."""
     stats = mt.RoutingStatistics.from_trace(make_trace(300), window=64, sets=True)

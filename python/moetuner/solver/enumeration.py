@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from moetuner import objective
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
+from moetuner.solver.moving import Moving
 from moetuner.statistics import RoutingStatistics
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
+Flags = NDArray[np.bool_]
 
 # Experts of a layer, contents of one, pairs of contents of two, and sums that are tried in all.
 MOST_EXPERTS, MOST_CONTENTS, MOST_PAIRS, MOST_SUMS = 12, 10_000, 20_000, 20_000_000
@@ -27,7 +29,12 @@ ROUNDING = 1e-9
 
 
 def enumerated(
-    problem: Problem, known: float, *, caps: Floats | None, price: Floats | None
+    problem: Problem,
+    known: float,
+    *,
+    caps: Floats | None = None,
+    moving: Moving | None = None,
+    most: float = np.inf,
 ) -> Slots | None:
     """Find the best slots [L,D,S] of a small problem; of shape [0,D,S] if none beat what is known.
 
@@ -36,12 +43,14 @@ def enumerated(
     problem
         Its objective is balance or time.
     known
-        Value of the best placement that is known, with the price of its copies.
+        Value of the best placement that is known, with the price of getting there.
     caps
         Largest load over speed of a device, in the sum of all windows [L]. Where no content keeps
         one, the least that some content keeps.
-    price
-        Of a copy on a device, in units of the objective [L,D,E].
+    moving
+        What changes cost.
+    most
+        Copies that may be brought.
 
     Returns
     -------
@@ -50,7 +59,7 @@ def enumerated(
     """
     contents = []
     for layer in range(problem.layers):
-        each = contents_of(problem, layer, None if price is None else price[layer])
+        each = contents_of(problem, layer, None if moving is None else moving.initial.held[layer])
         if each is None:
             return None
         if caps is not None:
@@ -60,21 +69,22 @@ def enumerated(
     tables = _tables(problem, contents)
     if tables is None:
         return None
-    if price is not None:
-        for table, slots, mine in zip(tables, contents, price, strict=True):
-            table[:, :, -1] += (_placement(problem, slots).held * mine).sum(axis=(1, 2))
-    path = _best(problem, tables, known * (1 - ROUNDING))
+    if moving is not None:
+        for table, slots, held in zip(tables, contents, moving.initial.held, strict=True):
+            table[:, :, -1] = (_placement(problem, slots).held & ~held).sum(axis=(1, 2))
+    price = 0.0 if moving is None else moving.price
+    path = _best(problem, tables, known * (1 - ROUNDING), price, most)
     if path is None:
         return None
     found = [slots[at] for slots, at in zip(contents, path, strict=False)]
     return np.array(found, dtype=np.int32).reshape(-1, problem.devices, problem.slots)
 
 
-def contents_of(problem: Problem, layer: int, price: Floats | None = None) -> Slots | None:
+def contents_of(problem: Problem, layer: int, running: Flags | None = None) -> Slots | None:
     """Every content [N,D,S] of a layer that keeps the rules; None if there are too many.
 
     Of contents that differ by an exchange of devices that are alike there is one, unless layers are
-    joined.
+    joined, or differ in what they hold of the placement that is running [D,E].
     """
     experts, rooms, rules = problem.experts, problem.rooms[layer], problem.rules
     if experts > MOST_EXPERTS:
@@ -82,7 +92,7 @@ def contents_of(problem: Problem, layer: int, price: Floats | None = None) -> Sl
     every = np.arange(1 << experts)
     bits = (every[:, None] >> np.arange(experts) & 1).astype(bool)
     count = bits.sum(axis=1)
-    twin = {} if _is_joined(problem) else _twins(problem, layer, price)
+    twin = {} if _is_joined(problem) else _twins(problem, layer, running)
     held, union = np.zeros((1, 0), dtype=np.int64), np.zeros(1, dtype=np.int64)
     for device, room in enumerate(rooms):
         fits = count <= room
@@ -112,13 +122,13 @@ def contents_of(problem: Problem, layer: int, price: Floats | None = None) -> Sl
     return slots
 
 
-def _twins(problem: Problem, layer: int, price: Floats | None) -> dict[int, int]:
+def _twins(problem: Problem, layer: int, running: Flags | None) -> dict[int, int]:
     """Give a device the last one before it that nothing sets apart from it, if there is one."""
     rules, topology = problem.rules, problem.topology
     tables = [
         None if rules.pinned is None else rules.pinned[layer].T,
         None if rules.forbidden is None else rules.forbidden[layer].T,
-        price,
+        running,
     ]
     last: dict[object, int] = {}
     twins = {}
@@ -143,7 +153,7 @@ def peaks_of(problem: Problem, layer: int, contents: Slots) -> Floats:
 
 
 def _tables(problem: Problem, contents: list[Slots]) -> list[Floats] | None:
-    """Say what windows' sums, and a last number, rise by with every content of a layer [P,N,W+1].
+    """Say what windows' sums, and what is moved, rise by with every content of a layer [P,N,W+1].
 
     P are the contents of the layer before, or one where they do not matter.
     """
@@ -198,15 +208,18 @@ def _pair_shares(problem: Problem, layer: int, here: Slots, there: Slots) -> Flo
     return shares[:, ::2].T.reshape(first, second, -1)
 
 
-def _best(problem: Problem, tables: list[Floats], known: float) -> NDArray[np.int64] | None:
+def _best(
+    problem: Problem, tables: list[Floats], known: float, price: float, most: float
+) -> NDArray[np.int64] | None:
     """Contents [L] of the best way through tables; none if it is not below what is known.
 
-    None where too many are to be tried.
+    Their last number, at most ``most``, has a price. None where too many are to be tried.
     """
 
     def values(sums: Floats) -> Floats:
         measure = objective.measure(problem)
-        return problem.windows.outcomes(sums[..., :-1], measure) + sums[..., -1]
+        found = problem.windows.outcomes(sums[..., :-1], measure) + price * sums[..., -1]
+        return np.where(sums[..., -1] <= most, found, np.inf)
 
     least = [table.min(axis=(0, 1)) for table in tables]
     sums, path = np.zeros((1, tables[0].shape[2])), np.zeros((1, 0), dtype=np.int64)

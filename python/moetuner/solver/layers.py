@@ -36,7 +36,9 @@ ROUNDS = 3
 # Trials of a layer for each of its slots; small layers get the least.
 PER_SLOT = 600
 LEAST, MOST = 20_000, 600_000
-# Share of a time limit for the searches for traffic.
+# Share of a time limit for choosing how to search, and the seconds below which nothing is tried.
+LEARN_SHARE, LEARN_LEAST = 0.25, 0.1
+# Share of what is left for the searches for traffic.
 SEARCH_SHARE = 0.6
 # Layers of few slots are searched several times, from so hot that no valley holds them.
 RESTARTS = 8
@@ -112,7 +114,7 @@ class Search:
         turns = 1 if problem.windows.is_mean else turns
         try:
             if not self.emphasis:
-                self.learn(limits.threads)
+                self.learn(clock.within(LEARN_SHARE))
         except KeyboardInterrupt:
             return self.candidate(slots if start is None else start, "interrupted")
         starts, single = [slots] if start is None else [start, slots], None
@@ -151,9 +153,8 @@ class Search:
         short = limits.time_limit is not None and limits.time_limit < ENOUGH
         if problem.goal == "traffic" or adds_up or short:
             return self.candidate(slots, "feasible")
-        price = None if self.moving is None else self.moving.prices
         known = np.inf if excess else value
-        found = enumerated(problem, known, caps=self.caps, price=price)
+        found = enumerated(problem, known, caps=self.caps, moving=self.moving)
         if found is None:
             return self.candidate(slots, "feasible")
         answer = self.candidate(found if len(found) else slots, "optimal")
@@ -162,10 +163,15 @@ class Search:
             return replace(answer, status="feasible")
         return replace(answer, bound=self.value(answer.slots), bound_source="every placement")
 
-    def learn(self, threads: int | None) -> None:
+    def learn(self, limits: Limits) -> None:
         """Choose what generalises to traffic that nobody has seen, by cross-validation."""
         windows = self.problem.windows
         self.emphasis = [np.ones(len(windows.weight))]
+        if limits.time_limit is not None and limits.time_limit < LEARN_LEAST:
+            reason = {"chosen": "maximum", "reason": "too little time to try others"}
+            self.choice = replace(self.choice, details=reason)
+            self.details["unseen"] = reason
+            return
         self.choice = choose(
             windows.load,
             windows.weight,
@@ -175,7 +181,8 @@ class Search:
             self.time,
             nearest=self.problem.split == "nearest",
             seed=self.seed,
-            threads=threads,
+            threads=limits.threads,
+            time_limit=limits.time_limit,
         )
         self.details["unseen"] = self.choice.details
         if not windows.is_mean:

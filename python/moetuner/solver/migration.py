@@ -10,7 +10,9 @@ from moetuner._moves import kept
 from moetuner._validation import not_negative
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
+from moetuner.solver.caps import caps_of
 from moetuner.solver.clock import Clock
+from moetuner.solver.enumeration import enumerated
 from moetuner.solver.layers import Search
 from moetuner.solver.moving import Moving, widened
 from moetuner.solver.result import Candidate, Limits
@@ -104,6 +106,13 @@ def migrate(problem: Problem, migration: Migration, *, seed: int, limits: Limits
         return answer(found, moved)
     if found.status == "interrupted" and not broken:
         return answer(Candidate(start, "interrupted"), 0)
+    if problem.goal != "traffic" and limits.time_limit is None:
+        exact = enumerated(
+            problem, np.inf, caps=caps_of(problem), moving=Moving(initial, own), most=most
+        )
+        if exact is not None and len(exact):
+            moved = Moving(initial, own).moved(Placement(exact, num_experts=problem.experts))
+            return answer(Candidate(exact, details=found.details), moved)
     # The price at which so much moves as the budget allows, by bisection.
     value = problem.value(initial)
     low, high = max(own, CHEAPEST * value), max(own, value)
