@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use crate::assignment::assign_max;
-use crate::instance::Instance;
+use crate::instance::{Instance, Sizes};
 
 /// Partitions of a layer, at the most.
 const LARGEST: usize = 20_000;
@@ -167,6 +167,28 @@ fn best_matching<const N: usize>(weight: &[i64]) -> i64 {
         }
     }
     best[(1 << N) - 1]
+}
+
+/// Whether there are more partitions than can be listed, told by counting: of large layers even the beginning of the
+/// list takes long. Nodes only add to the count.
+#[must_use]
+pub fn are_too_many(sizes: Sizes) -> bool {
+    let Sizes { experts, devices, per_device, .. } = sizes;
+    // Ways to partition the last n experts onto at most so many devices: the first of them chooses its companions.
+    let mut ways = vec![0.0; experts + 1];
+    ways[0] = 1.0;
+    for _ in 0..devices {
+        let fewer = std::mem::replace(&mut ways, vec![0.0; experts + 1]);
+        ways[0] = 1.0;
+        for n in 1..=experts {
+            let mut choices = 1.0;
+            for companions in 0..per_device.min(n) {
+                ways[n] += choices * fewer[n - 1 - companions];
+                choices *= (n - 1 - companions) as f64 / (companions + 1) as f64;
+            }
+        }
+    }
+    ways[experts] > LARGEST as f64
 }
 
 /// Every partition of experts onto devices, as the device of every expert `[E]`, once: devices of a node, and nodes,
@@ -377,7 +399,6 @@ fn labelled(instance: &Instance, tiers: Tiers, groups: &Groups, chosen: &[usize]
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::instance::Sizes;
     use crate::random::Random;
     use crate::search::cost_of;
     use proptest::prelude::*;
@@ -487,9 +508,26 @@ mod tests {
             let instance = instance(sizes, 0, (node_size, 1, 3), false);
             let all = all_partitions(&instance, Tiers::of(&instance).expect("alike")).expect("few");
             assert_eq!(all.len(), count, "{experts} on {devices}");
+            assert!(!are_too_many(sizes));
         }
         let many = instance(Sizes { layers: 1, experts: 16, devices: 4, per_device: 4 }, 0, (4, 1, 1), false);
         assert!(optimum(&many, u64::MAX).is_none());
+    }
+
+    /// The count says the same as the list, also with empty slots.
+    #[test]
+    fn counts_too_many_as_the_list_does() {
+        for experts in 1..=18 {
+            for (devices, per_device) in [(2, 9), (2, 10), (3, 6), (4, 5), (6, 4), (9, 2), (18, 1)] {
+                let sizes = Sizes { layers: 1, experts, devices, per_device };
+                if experts <= devices * per_device {
+                    let instance = instance(sizes, 0, (devices, 1, 1), false);
+                    let list = all_partitions(&instance, Tiers::of(&instance).expect("alike"));
+                    assert_eq!(list.is_none(), are_too_many(sizes), "{experts} on {devices} x {per_device}");
+                }
+            }
+        }
+        assert!(are_too_many(Sizes { layers: 1, experts: 2000, devices: 1000, per_device: 2 }));
     }
 
     #[test]

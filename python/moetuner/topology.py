@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,7 @@ class Topology:
         """Relative speed of every device [D], 1 where none was given."""
         return np.ones(self.devices) if self.speed is None else np.array(self.speed)
 
-    @property
+    @cached_property
     def cost(self) -> NDArray[np.int64]:
         """Integer cost of moving one token's state from device to device [D,D].
 
