@@ -232,13 +232,15 @@ class Problem:
         if not len(tables):
             return 0
         device_of = placement.device_of
-        costs, kind = np.unique(self.topology.cost, return_inverse=True)
-        kind = kind.astype(np.int32).reshape(self.devices, -1)
+        costs, inverse = np.unique(self.topology.cost, return_inverse=True)
+        kind = inverse.astype(np.int32).reshape(self.devices, self.devices)
         total = 0
         for layer, table in enumerate(tables):
             if follow:
                 moved = kind[np.ix_(device_of[layer], device_of[layer + 1])]
-                total += sum(int(c) * _exact_sum(table[moved == k]) for k, c in enumerate(costs) if c)
+                total += sum(
+                    int(c) * _exact_sum(table[moved == k]) for k, c in enumerate(costs) if c
+                )
             else:
                 apart = np.not_equal.outer(device_of[layer], device_of[layer])
                 total += _exact_sum(table[apart]) // 2
@@ -281,4 +283,3 @@ def _exact_sum(table: NDArray[np.uint64]) -> int:
     """Sum without overflow: 64-bit counts in two halves."""
     low, high = table & np.uint64(0xFFFFFFFF), table >> np.uint64(32)
     return int(low.sum(dtype=np.uint64)) + (int(high.sum(dtype=np.uint64)) << 32)
-

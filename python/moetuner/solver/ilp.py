@@ -124,9 +124,7 @@ class Ilp:
         self.integer[columns] = 1
         if self._highs is not None:
             kind = np.ones(len(columns), dtype=np.uint8)
-            status = self._highs.changeColsIntegrality(
-                len(columns), columns.astype(np.int32), kind
-            )
+            status = self._highs.changeColsIntegrality(len(columns), columns.astype(np.int32), kind)
             _ok(status, "changeColsIntegrality")
 
     @property
