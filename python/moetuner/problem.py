@@ -280,6 +280,8 @@ class Problem:
 
 
 def _exact_sum(table: NDArray[np.uint64]) -> int:
-    """Sum without overflow: 64-bit counts in two halves."""
+    """Sum without overflow: 64-bit counts, in two halves where they are large."""
+    if int(table.max(initial=0)) * table.size < 1 << 64:
+        return int(table.sum(dtype=np.uint64))
     low, high = table & np.uint64(0xFFFFFFFF), table >> np.uint64(32)
     return int(low.sum(dtype=np.uint64)) + (int(high.sum(dtype=np.uint64)) << 32)
