@@ -13,6 +13,8 @@ use crate::instance::{Instance, Sizes};
 
 /// Partitions of a layer, at the most.
 const LARGEST: usize = 20_000;
+/// Additions in a step.
+const ADDITIONS: usize = 4;
 
 /// A proven optimum.
 #[derive(Debug, PartialEq, Eq)]
@@ -31,11 +33,15 @@ pub struct Optimum {
 pub fn optimum(instance: &Instance, work: u64) -> Option<Optimum> {
     let tiers = Tiers::of(instance).filter(|_| instance.shift == 0)?;
     let all = all_partitions(instance, tiers)?;
-    let layers: Vec<Layer> = (0..instance.sizes.layers).map(|l| Layer::new(instance, &all, l)).collect();
     let groups = Groups::new(&all, instance.sizes.devices);
-    let pairs = layers.windows(2).map(|pair| (pair[0].kept.len() * pair[1].kept.len()) as u64);
-    let per_layer: u64 = layers.iter().map(|layer| (layer.kept.len() * groups.members.len()) as u64).sum();
-    if instance.has_transitions() && pairs.sum::<u64>() * tiers.steps() + per_layer > work {
+    let layers: Vec<Layer> =
+        (0..instance.sizes.layers).map(|l| Layer::new(instance, &all, &groups, l)).collect();
+    let steps = layers.windows(2).map(|pair| {
+        let (left, right) = (&pair[0], &pair[1]);
+        let flows = right.groups.len() * instance.sizes.slots() / ADDITIONS;
+        left.kept.len() as u64 * (right.kept.len() as u64 * tiers.steps() + flows as u64)
+    });
+    if instance.has_transitions() && steps.sum::<u64>() > work {
         return None;
     }
 
@@ -238,13 +244,15 @@ fn extend(
 struct Layer {
     /// Among all.
     kept: Vec<usize>,
+    /// The groups that occur in them.
+    groups: Vec<u32>,
     /// What each costs on its own: co-activated experts apart.
     own: Vec<i64>,
     cap: u64,
 }
 
 impl Layer {
-    fn new(instance: &Instance, all: &[Vec<u16>], l: usize) -> Self {
+    fn new(instance: &Instance, all: &[Vec<u16>], groups: &Groups, l: usize) -> Self {
         let sizes = instance.sizes;
         let load = &instance.load[l * sizes.slots()..][..sizes.experts];
         let mut sums = vec![0; sizes.devices];
@@ -257,7 +265,10 @@ impl Layer {
         let cap = instance.cap[l * sizes.devices].max(peak.iter().copied().min().unwrap_or(0));
         let kept: Vec<usize> = (0..all.len()).filter(|&a| peak[a] <= cap).collect();
         let own = kept.iter().map(|&a| apart(instance, l, &all[a])).collect();
-        Self { kept, own, cap }
+        let mut occurs = vec![false; groups.members.len()];
+        kept.iter().flat_map(|&a| groups.of(a)).for_each(|&group| occurs[group as usize] = true);
+        let groups = (0u32..).zip(occurs).filter(|&(_, occurs)| occurs).map(|(group, _)| group).collect();
+        Self { kept, groups, own, cap }
     }
 }
 
@@ -305,8 +316,8 @@ impl Groups {
         &self.of[partition * self.devices..][..self.devices]
     }
 
-    /// Transitions from every device of a partition of layer `l` to every group of the next, `[groups, D]`.
-    fn flows(&self, instance: &Instance, l: usize, partition: usize) -> Vec<i64> {
+    /// Transitions from every device of a partition of layer `l` to some groups of the next, `[groups, D]`.
+    fn flows(&self, instance: &Instance, l: usize, partition: usize, to: &[u32]) -> Vec<i64> {
         let p = instance.sizes.slots();
         let mut flows = vec![0; self.members.len() * self.devices];
         let mut to_expert = vec![0i64; p];
@@ -316,8 +327,9 @@ impl Groups {
                 let row = instance.to_next(l, e.into());
                 to_expert.iter_mut().zip(row).for_each(|(sum, &count)| *sum += i64::from(count));
             }
-            for (at, group) in self.members.iter().enumerate() {
-                flows[at * self.devices + device] = group.iter().map(|&f| to_expert[usize::from(f)]).sum();
+            for at in to.iter().map(|&group| group as usize) {
+                let members = self.members[at].iter();
+                flows[at * self.devices + device] = members.map(|&f| to_expert[usize::from(f)]).sum();
             }
         }
         flows
@@ -350,7 +362,7 @@ fn step(
     let rows = (0..instance.sizes.experts).flat_map(|e| instance.to_next(l - 1, e));
     let all: i64 = tiers.between * rows.map(|&count| i64::from(count)).sum::<i64>();
     let through = |mut best: Vec<(i64, u32)>, a: usize| {
-        let flows = groups.flows(instance, l - 1, left[a]);
+        let flows = groups.flows(instance, l - 1, left[a], &layers[1].groups);
         let mut table = vec![0; groups.devices * groups.devices];
         for (best, &b) in best.iter_mut().zip(right) {
             // Transposed, the best matching is worth the same.
@@ -374,7 +386,7 @@ fn labelled(instance: &Instance, tiers: Tiers, groups: &Groups, chosen: &[usize]
     let mut table = vec![0; sizes.devices * sizes.devices];
     for (l, &partition) in chosen.iter().enumerate() {
         if l > 0 && instance.has_transitions() {
-            let flows = groups.flows(instance, l - 1, chosen[l - 1]);
+            let flows = groups.flows(instance, l - 1, chosen[l - 1], groups.of(partition));
             // Rows of the table are this layer's groups, columns the last layer's: take the inverse of the matching.
             groups.gather(&flows, partition, &mut table);
             let mut follower = vec![0; sizes.devices];
