@@ -220,6 +220,11 @@ class Topology:
         scaled until the largest is 65535 and rounded, nothing above 0 to 0: every cost is then off
         by at most 1/65535 of the largest.
         """
+        cost = self._cost()
+        cost.flags.writeable = False
+        return cost
+
+    def _cost(self) -> NDArray[np.int64]:
         if self.devices == 1:
             return np.zeros((1, 1), dtype=np.int64)
         if self.link_cost is not None:
