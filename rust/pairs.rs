@@ -17,7 +17,7 @@ mod bits;
 mod lists;
 mod rows;
 
-pub use bits::{IDS as MOST_UNITS, NONE as NO_UNIT};
+pub use bits::{IDS as MOST_UNITS, NONE as NO_UNIT, Units};
 
 use std::ops::Range;
 
@@ -106,12 +106,11 @@ impl<I: ExpertId> Side<I> {
         self.ids.chunks_exact(self.top_k)
     }
 
-    /// Takes instead of ids the bits of sums: every id has `units`, `[words, ids]`, 64 bits to a word. Bit i of the sum
-    /// of a token's units says whether the token has `columns[i]`, a number below `size`; or nothing, for [`NO_UNIT`].
-    pub fn fill_sums<J: ExpertId>(&mut self, ids: &[J], units: &[u64], columns: &[usize]) {
+    /// Takes instead of ids the bits of the sums of their units: a row for each.
+    pub fn fill_sums<J: ExpertId>(&mut self, ids: &[J], units: &Units) {
         self.kernel = Kernel::Bits;
         self.tokens = ids.len() / self.top_k;
-        bits::rows_of_sums(ids, self.top_k, self.size, units, columns, &mut self.bits);
+        bits::rows_of_sums(ids, self.top_k, self.size, units, &mut self.bits);
     }
 
     /// Ids per token.

@@ -174,8 +174,44 @@ fn sets_of<I: ExpertId, N: Number>(ids: &[I], top_k: usize, sets: &mut [N; BLOCK
     }
 }
 
-/// The rows of the bits of sums: of every token's `units`, `[words, ids]`, a number per id, 64 bits to a word. Sums
-/// must not carry from one word into the next. `columns` says which row a bit is, [`NONE`] for a bit that is unused.
+/// Numbers of ids, whose sums by token become rows.
+#[derive(Debug)]
+pub struct Units {
+    tables: Tables,
+    /// Which row a bit is, [`NONE`] for a bit that is unused.
+    columns: Vec<usize>,
+}
+
+/// A number per id, as wide as the rows need. Of constant size: an index below it needs no check.
+#[derive(Debug)]
+enum Tables {
+    Of8(Box<[u8; IDS]>),
+    Of32(Box<[u32; IDS]>),
+    Of64(Vec<[u64; IDS]>),
+}
+
+impl Units {
+    /// Takes `[words, ids]`, 64 bits to a word, and for every bit its row, a number below `size`. Sums must not carry from
+    /// one word into the next.
+    #[must_use]
+    pub fn new(units: &[u64], columns: Vec<usize>, size: usize) -> Self {
+        let ids = units.len() / columns.len().div_ceil(64);
+        let mut words = units.chunks_exact(ids).map(|units| {
+            let mut table = [0; IDS];
+            table[..ids].copy_from_slice(units);
+            table
+        });
+        let mut only = || words.next().expect("a size above zero has a word");
+        let tables = match size {
+            0..=8 => Tables::Of8(Box::new(only().map(|unit| unit as u8))),
+            9..=32 => Tables::Of32(Box::new(only().map(|unit| unit as u32))),
+            _ => Tables::Of64(words.collect()),
+        };
+        Self { tables, columns }
+    }
+}
+
+/// The rows of the bits of the sums of every token's units.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vbmi+avx2+bmi2",
     "x86_64+avx2+bmi2"
@@ -184,32 +220,24 @@ pub(super) fn rows_of_sums<I: ExpertId>(
     ids: &[I],
     top_k: usize,
     size: usize,
-    units: &[u64],
-    columns: &[usize],
+    units: &Units,
     rows: &mut Vec<u64>,
 ) {
-    // Of constant size: an index below it needs no check.
-    let mut of_word = vec![[0; IDS]; columns.len().div_ceil(64)];
-    for (table, units) in of_word.iter_mut().zip(units.chunks_exact(units.len() / columns.len().div_ceil(64)))
-    {
-        table[..units.len()].copy_from_slice(units);
-    }
-    match size {
-        0..=8 => {
-            let table = of_word[0].map(|unit| unit as u8);
-            rows_with(ids, top_k, size, columns, rows, |_, ids, sums: &mut [u8; BLOCK]| {
-                sums_of(ids, top_k, &table, sums);
-            });
-        }
-        9..=32 => {
-            let table = of_word[0].map(|unit| unit as u32);
-            rows_with(ids, top_k, size, columns, rows, |_, ids, sums: &mut [u32; BLOCK]| {
-                sums_of(ids, top_k, &table, sums);
-            });
-        }
-        _ => rows_with(ids, top_k, size, columns, rows, |word, ids, sums: &mut [u64; BLOCK]| {
-            sums_of(ids, top_k, &of_word[word], sums);
+    let columns = &units.columns;
+    match &units.tables {
+        Tables::Of8(table) => rows_with(ids, top_k, size, columns, rows, |_, ids, sums: &mut [u8; BLOCK]| {
+            sums_of(ids, top_k, table, sums);
         }),
+        Tables::Of32(table) => {
+            rows_with(ids, top_k, size, columns, rows, |_, ids, sums: &mut [u32; BLOCK]| {
+                sums_of(ids, top_k, table, sums);
+            })
+        }
+        Tables::Of64(tables) => {
+            rows_with(ids, top_k, size, columns, rows, |word, ids, sums: &mut [u64; BLOCK]| {
+                sums_of(ids, top_k, &tables[word], sums);
+            });
+        }
     }
 }
 
@@ -253,9 +281,12 @@ fn rows_with<I: ExpertId, N: Number>(
     let lanes = BLOCK / N::BITS;
     // Every row is written; those that fill up the width are zero, and were before.
     rows.resize(ids.len().div_ceil(BLOCK * top_k) * WORDS * width, 0);
+    let mut numbers = [N::ZERO; BLOCK];
     for (ids, rows) in ids.chunks(BLOCK * top_k).zip(rows.chunks_exact_mut(WORDS * width)) {
         for (word, columns) in columns.chunks(N::BITS).enumerate() {
-            let mut numbers = [N::ZERO; BLOCK];
+            if ids.len() < BLOCK * top_k {
+                numbers.fill(N::ZERO);
+            }
             fill(word, ids, &mut numbers);
             transpose(&mut numbers);
             for (&column, lanes) in columns.iter().zip(numbers.chunks_exact(lanes)) {

@@ -15,7 +15,14 @@ pub(super) const IDS: usize = 256;
 type Set = [u64; IDS / 64];
 
 /// Tokens whose sets stay in the first-level cache.
-const CHUNK: usize = 1024;
+const CHUNK: usize = match option_env!("CHUNK") {
+    Some(b) => match b.as_bytes()[0] {
+        b'1' => 1024,
+        b'2' => 2048,
+        _ => 4096,
+    },
+    None => 1024,
+};
 
 /// Sets added at a time.
 const GROUP: usize = 16;
@@ -110,7 +117,19 @@ fn sort<I: ExpertId>(ids: &[I], top_k: usize, tokens: &mut [u16]) -> [u16; IDS] 
     lengths
 }
 
-#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2+bmi2", "x86_64+avx2+bmi2"))]
+/// The set of each id alone.
+static SINGLE: [Set; IDS] = {
+    let mut single = [[0; IDS / 64]; IDS];
+    let mut id = 0;
+    while id < IDS {
+        single[id][id / 64] = 1 << (id % 64);
+        id += 1;
+    }
+    single
+};
+
+/// Never inlined, so compiled without vector gathers: one look-up after the other is faster.
+#[inline(never)]
 fn sets_of<I: ExpertId>(ids: &[I], top_k: usize, sets: &mut [Set]) {
     match top_k {
         8 => sets_with(ids, 8, sets),
@@ -124,9 +143,9 @@ fn sets_with<I: ExpertId>(ids: &[I], top_k: usize, sets: &mut [Set]) {
     for (set, ids) in sets.iter_mut().zip(ids.chunks_exact(top_k)) {
         let mut bits = [0u64; IDS / 64];
         for id in ids {
+            let single = &SINGLE[id.index() % IDS];
             for i in 0..IDS / 64 {
-                let bit = id.index().wrapping_sub(64 * i);
-                bits[i] |= if bit < 64 { 1 << bit } else { 0 };
+                bits[i] |= single[i];
             }
         }
         *set = bits;
