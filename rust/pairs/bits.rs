@@ -364,6 +364,15 @@ pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, own: bool, c
                         }
                     }
                 }
+                if !own && (f + 1) * RIGHT <= size {
+                    for (counts, sums) in counts.chunks_exact_mut(size).skip(e * LEFT).zip(&sums) {
+                        let counts = counts[f * RIGHT..].first_chunk_mut::<RIGHT>().expect("a whole tile");
+                        for (count, sum) in counts.iter_mut().zip(sums) {
+                            *count += sum;
+                        }
+                    }
+                    continue;
+                }
                 for (e, sums) in (e * LEFT..size).zip(&sums) {
                     for (f, sum) in (f * RIGHT..size).zip(sums) {
                         if !own || e <= f {
