@@ -24,10 +24,6 @@ use std::ops::Range;
 use self::lists::Lists;
 use crate::trace::ExpertId;
 
-/// Tokens of one block: few enough for the ids of some layers to stay in the second-level cache, many enough for wide
-/// tables, which do not, to be added up seldom. The kernels' sums are of up to 65535 tokens.
-pub const BLOCK: usize = 16384;
-
 /// Values on cache lines of their own: vectors that straddle two lines take twice as long.
 #[derive(Debug, Clone, Copy)]
 #[repr(align(64))]
@@ -36,10 +32,15 @@ pub(crate) struct Line<T, const N: usize>(pub(crate) [T; N]);
 /// Tokens of one block where tables are small: the nearer the cache that a block's ids come from, the better.
 pub const SHORT_BLOCK: usize = 4096;
 
-/// Tokens to count at a time for pairs of `size` ids.
+/// Tokens to count at a time for pairs of `size` ids, a multiple of [`SHORT_BLOCK`]: few enough for the ids of some layers
+/// to stay near, many enough for wide tables, which do not, to be added up seldom. The kernels' sums are of up to 65535.
 #[must_use]
 pub fn block(size: usize, top_k: usize) -> usize {
-    if Kernel::choose(size, top_k) == Kernel::Bits { SHORT_BLOCK } else { BLOCK }
+    match Kernel::choose(size, top_k) {
+        Kernel::Bits => SHORT_BLOCK,
+        Kernel::Lists => 8 * SHORT_BLOCK,
+        Kernel::Rows | Kernel::Cells => 4 * SHORT_BLOCK,
+    }
 }
 
 /// How the pairs of `size` ids, `top_k` of them per token, are counted.

@@ -69,28 +69,36 @@ impl Copies {
         let mut copies = Vec::with_capacity(layers);
         let mut begin = Vec::with_capacity(layers);
         for layer in slots.chunks_exact(p) {
-            let mut of_expert: Vec<Vec<u16>> = vec![Vec::new(); experts];
+            // First how many slots an expert has, then where they begin, then which they are.
+            let mut starts = vec![0u32; experts + 1];
+            let mut filled = Vec::with_capacity(p);
             for (slot, &expert) in layer.iter().enumerate() {
                 match usize::try_from(expert) {
                     Err(_) => {}
-                    Ok(e) if e < experts => of_expert[e].push(slot as u16),
+                    Ok(e) if e < experts => {
+                        starts[e + 1] += 1;
+                        filled.push((e, slot as u16));
+                    }
                     Ok(e) => {
                         let rule = format!("expert ids below {experts}");
                         return Err(Error::Shape { what: "slots", rule, found: e.to_string() });
                     }
                 }
             }
-            if let Some(e) = of_expert.iter().position(Vec::is_empty) {
+            if let Some(e) = starts[1..].iter().position(|&slots| slots == 0) {
                 let rule = "a slot for every expert".to_string();
                 return Err(Error::Shape { what: "slots", rule, found: format!("none for expert {e}") });
             }
-            let mut at = 0;
-            let mut starts = vec![0];
-            for copies in &of_expert {
-                at += copies.len() as u32;
-                starts.push(at);
+            for e in 0..experts {
+                starts[e + 1] += starts[e];
             }
-            copies.push(of_expert.concat());
+            let mut next = starts.clone();
+            let mut slots_of = vec![0; filled.len()];
+            for (e, slot) in filled {
+                slots_of[next[e] as usize] = slot;
+                next[e] += 1;
+            }
+            copies.push(slots_of);
             begin.push(starts);
         }
         let nodes = node_of_device.iter().max().map_or(0, |&last| usize::from(last) + 1);

@@ -8,7 +8,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::error::Result;
-use crate::pairs::{Side, block};
+use crate::pairs::{SHORT_BLOCK, Side, block};
 use crate::sets::Sets;
 use crate::trace::{ExpertId, Routing, validate};
 
@@ -206,6 +206,9 @@ pub(crate) fn by_layers<I: ExpertId, T: Send, S>(
     visit: impl Fn(&mut T, u64, Option<&S>, &S) + Sync,
 ) {
     let per_task = layers.len().div_ceil(rayon::current_num_threads());
+    // Blocks of about the same size: a short one costs as much beside its tokens as a long one.
+    let all = ids.len() / routing.row();
+    let tokens = all.div_ceil(all.div_ceil(tokens).max(1)).max(1).next_multiple_of(SHORT_BLOCK);
     layers.par_chunks_mut(per_task).enumerate().for_each(|(task, layers)| {
         let (first, end) = (task * per_task, task * per_task + layers.len());
         let mut of_layer = vec![Vec::new(); LAYERS];

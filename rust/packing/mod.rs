@@ -98,6 +98,20 @@ pub fn pack(
     room: Room,
     improve: Option<Improve<'_>>,
 ) -> Result<Vec<Packing>> {
+    let room = checked(load, experts, clusters, room)?;
+    Ok(load.par_chunks(experts).map(|load| pack_layer(load, clusters, room, improve)).collect())
+}
+
+/// The cluster of every expert `[layers, experts]`, longest processing time first: without bounds, which take longer, and
+/// without threads, which a call of less than a millisecond does not repay.
+pub fn pack_quickly(load: &[u64], experts: usize, clusters: usize, room: Room) -> Result<Vec<u16>> {
+    let room = checked(load, experts, clusters, room)?;
+    let pack = |load| longest_first(load, &heaviest_first(load), clusters, room);
+    Ok(load.chunks_exact(experts).flat_map(pack).collect())
+}
+
+/// The room, not more than there are experts.
+fn checked(load: &[u64], experts: usize, clusters: usize, room: Room) -> Result<Room> {
     let fault = |what, rule: &str, found: usize| {
         Err(Error::Shape { what, rule: rule.to_owned(), found: found.to_string() })
     };
@@ -114,8 +128,7 @@ pub fn pack(
         );
         return fault("slots", &rule, room.most);
     }
-    let room = Room { most: room.most.min(experts), ..room };
-    Ok(load.par_chunks(experts).map(|load| pack_layer(load, clusters, room, improve)).collect())
+    Ok(Room { most: room.most.min(experts), ..room })
 }
 
 fn pack_layer(load: &[u64], clusters: usize, room: Room, improve: Option<Improve<'_>>) -> Packing {
