@@ -344,20 +344,24 @@ pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, own: bool, c
     // Words whose rows, left and right, stay in the first-level cache.
     const TOGETHER: usize = 32;
     let width = padded(size);
-    let (in_left, in_right) = (used::<LEFT>(left, width), used::<RIGHT>(right, width));
+    let (mut in_left, mut in_right) = (Occupied::default(), Occupied::default());
     for (left, right) in left.chunks(TOGETHER * width).zip(right.chunks(TOGETHER * width)) {
+        in_left.find::<LEFT>(left, width);
+        in_right.find::<RIGHT>(right, width);
         let (left, right) = (left.as_chunks::<LEFT>().0, right.as_chunks::<RIGHT>().0);
-        // A tile of the table at a time: its sums stay in registers while all words go by.
+        // A tile of the table at a time: its sums stay in registers while the words go by.
         for e in 0..width / LEFT {
             for f in 0..width / RIGHT {
                 let below = own && (f + 1) * RIGHT <= e * LEFT;
-                if below || !(in_left[e] && in_right[f]) {
+                let (of_left, of_right) = (in_left.of(e), in_right.of(f));
+                let words = if of_left.len() < of_right.len() { of_left } else { of_right };
+                if below || words.is_empty() {
                     continue;
                 }
                 let mut sums = [[0u64; RIGHT]; LEFT];
-                let lefts = left[e..].iter().step_by(width / LEFT);
-                let rights = right[f..].iter().step_by(width / RIGHT);
-                for (left, right) in lefts.zip(rights) {
+                for &word in words {
+                    let left = &left[word * (width / LEFT) + e];
+                    let right = &right[word * (width / RIGHT) + f];
                     for (sums, l) in sums.iter_mut().zip(left) {
                         for (sum, r) in sums.iter_mut().zip(right) {
                             *sum += u64::from((l & r).count_ones());
@@ -388,14 +392,33 @@ pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, own: bool, c
     }
 }
 
-/// Which N neighbouring rows have a token at all: the upper bits of counts seldom do.
-#[inline(always)]
-fn used<const N: usize>(rows: &[u64], width: usize) -> Vec<bool> {
-    let mut any = vec![0; width];
-    for rows in rows.chunks_exact(width) {
-        for (any, row) in any.iter_mut().zip(rows) {
-            *any |= row;
+/// For every few neighbouring rows the words in which they have a token: the upper bits of counts seldom do.
+#[derive(Default)]
+struct Occupied {
+    words: Vec<usize>,
+    /// Where those of some rows end; they begin where those of the rows before end.
+    ends: Vec<usize>,
+}
+
+impl Occupied {
+    /// Takes N rows at a time of `width`.
+    #[inline(always)]
+    fn find<const N: usize>(&mut self, rows: &[u64], width: usize) {
+        let rows = rows.as_chunks::<N>().0;
+        self.words.resize(rows.len() + 1, 0);
+        self.ends.clear();
+        let mut end = 0;
+        for group in 0..width / N {
+            for (word, rows) in rows[group..].iter().step_by(width / N).enumerate() {
+                // Written in any case and then kept or not: whether is hard to foretell.
+                self.words[end] = word;
+                end += usize::from(rows.iter().fold(0, |any, row| any | row) != 0);
+            }
+            self.ends.push(end);
         }
     }
-    any.as_chunks::<N>().0.iter().map(|rows| rows.iter().any(|&row| row != 0)).collect()
+
+    fn of(&self, group: usize) -> &[usize] {
+        &self.words[group.checked_sub(1).map_or(0, |before| self.ends[before])..self.ends[group]]
+    }
 }
