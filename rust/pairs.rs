@@ -72,6 +72,8 @@ impl Kernel {
 pub struct Side<I> {
     ids: Vec<I>,
     bits: Vec<u64>,
+    /// Whether the rows of bits are those of sums.
+    sums: bool,
     lists: Lists,
     tokens: usize,
     top_k: usize,
@@ -88,7 +90,7 @@ impl<I: ExpertId> Side<I> {
 
     fn with(kernel: Kernel, top_k: usize, size: usize) -> Self {
         let (ids, bits, lists) = (Vec::new(), Vec::new(), Lists::default());
-        Self { ids, bits, lists, tokens: 0, top_k, size, kernel }
+        Self { ids, bits, sums: false, lists, tokens: 0, top_k, size, kernel }
     }
 
     /// Takes the ids of a block in place of those it had, which it leaves in the vector; a token's ids must differ.
@@ -110,6 +112,7 @@ impl<I: ExpertId> Side<I> {
     /// Takes instead of ids the bits of the sums of their units: a row for each.
     pub fn fill_sums<J: ExpertId>(&mut self, ids: &[J], units: &Units) {
         self.kernel = Kernel::Bits;
+        self.sums = true;
         self.tokens = ids.len() / self.top_k;
         bits::rows_of_sums(ids, self.top_k, self.size, units, &mut self.bits);
     }
@@ -151,7 +154,7 @@ impl<I: ExpertId> Side<I> {
     pub fn count_own_pairs(&self, counts: &mut [u64]) {
         assert!(counts.len() == self.size * self.size);
         if self.kernel == Kernel::Bits {
-            bits::count_pairs(&self.bits, &self.bits, self.size, true, counts);
+            bits::count_pairs(&self.bits, &self.bits, self.size, true, self.sums, counts);
         } else {
             self.count_pairs(self, counts);
         }
@@ -164,7 +167,7 @@ impl<I: ExpertId> Side<I> {
     pub fn count_pairs(&self, right: &Self, counts: &mut [u64]) {
         assert!(self.tokens == right.tokens && counts.len() == self.size * self.size);
         match self.kernel {
-            Kernel::Bits => bits::count_pairs(&self.bits, &right.bits, self.size, false, counts),
+            Kernel::Bits => bits::count_pairs(&self.bits, &right.bits, self.size, false, self.sums, counts),
             Kernel::Lists => lists::count_pairs(&self.lists, &right.lists, self.size, counts),
             Kernel::Rows => rows::count_pairs(&self.ids, &right.ids, self.top_k, self.size, counts),
             Kernel::Cells => {

@@ -21,7 +21,7 @@ def ratios(load: NDArray[Any], speed: Floats) -> Floats:
     The slowest device's time over that of loads in proportion to speeds. Layers and windows without
     load count as balanced.
     """
-    # Devices first: numpy is slow on the last axis where that is short. Counts add up the same in any order.
+    # Devices first: numpy is slow on a short last axis. Counts add up the same in any order.
     by_device = np.ascontiguousarray(np.moveaxis(load, -1, 0))
     if load.dtype.kind in "ui":
         total = by_device.sum(axis=0).astype(np.float64)

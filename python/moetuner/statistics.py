@@ -332,7 +332,7 @@ def _counts(name: str, table: Any, dimensions: str) -> NDArray[np.uint64]:
 
 
 def _is_beyond(table: NDArray[Any]) -> bool:
-    """Whether counts add up to 2**63 or more; the largest of them mostly tells, and is found faster."""
+    """Whether counts add up to 2**63 or more; the largest mostly tells, and is found faster."""
     if not table.size or int(table.max()) * table.size < 2**63:
         return False
     return not float(table.sum(dtype=np.float64)) < 2.0**63

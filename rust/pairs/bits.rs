@@ -225,13 +225,15 @@ pub(super) fn rows_of_sums<I: ExpertId>(
 ) {
     let columns = &units.columns;
     match &units.tables {
-        Tables::Of8(table) => rows_with(ids, top_k, size, columns, rows, |_, ids, sums: &mut [u8; BLOCK]| {
-            sums_of(ids, top_k, table, sums);
-        }),
+        Tables::Of8(table) => {
+            rows_with(ids, top_k, size, columns, rows, |_, ids, sums: &mut [u8; BLOCK]| {
+                sums_of(ids, top_k, table, sums);
+            });
+        }
         Tables::Of32(table) => {
             rows_with(ids, top_k, size, columns, rows, |_, ids, sums: &mut [u32; BLOCK]| {
                 sums_of(ids, top_k, table, sums);
-            })
+            });
         }
         Tables::Of64(tables) => {
             rows_with(ids, top_k, size, columns, rows, |word, ids, sums: &mut [u64; BLOCK]| {
@@ -333,28 +335,41 @@ pub(super) fn count(rows: &[u64], size: usize, tokens: Range<usize>, counts: &mu
 }
 
 /// Adds the ones of the AND of every left with every right row to `counts` `[size, size]`. Where both are the same rows,
-/// `own`, half of the table says it all.
+/// `own`, half of the table says it all. Rows of `sums` are mostly empty in their upper bits.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vpopcntdq+avx2+bmi2+popcnt",
     "x86_64+avx2+bmi2+popcnt"
 ))]
-pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, own: bool, counts: &mut [u64]) {
+pub(super) fn count_pairs(
+    left: &[u64],
+    right: &[u64],
+    size: usize,
+    own: bool,
+    sums: bool,
+    counts: &mut [u64],
+) {
     const LEFT: usize = 4;
     const RIGHT: usize = 8;
     // Words whose rows, left and right, stay in the first-level cache.
     const TOGETHER: usize = 32;
     let width = padded(size);
     let (mut in_left, mut in_right) = (Occupied::default(), Occupied::default());
+    let mut all = Vec::new();
     for (left, right) in left.chunks(TOGETHER * width).zip(right.chunks(TOGETHER * width)) {
-        in_left.find::<LEFT>(left, width);
-        in_right.find::<RIGHT>(right, width);
+        if sums {
+            in_left.find::<LEFT>(left, width);
+            in_right.find::<RIGHT>(right, width);
+        } else {
+            // Few words are empty: to look for them would not pay.
+            all.resize(left.len() / width, 0);
+            all.iter_mut().zip(0..).for_each(|(place, word)| *place = word);
+        }
         let (left, right) = (left.as_chunks::<LEFT>().0, right.as_chunks::<RIGHT>().0);
         // A tile of the table at a time: its sums stay in registers while the words go by.
         for e in 0..width / LEFT {
             for f in 0..width / RIGHT {
                 let below = own && (f + 1) * RIGHT <= e * LEFT;
-                let (of_left, of_right) = (in_left.of(e), in_right.of(f));
-                let words = if of_left.len() < of_right.len() { of_left } else { of_right };
+                let words = if sums { shorter(in_left.of(e), in_right.of(f)) } else { &all };
                 if below || words.is_empty() {
                     continue;
                 }
@@ -390,6 +405,10 @@ pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, own: bool, c
             }
         }
     }
+}
+
+fn shorter<'a>(one: &'a [usize], other: &'a [usize]) -> &'a [usize] {
+    if one.len() < other.len() { one } else { other }
 }
 
 /// For every few neighbouring rows the words in which they have a token: the upper bits of counts seldom do.
