@@ -16,6 +16,7 @@
 mod bits;
 mod lists;
 mod rows;
+mod transpose;
 
 pub use bits::{IDS as MOST_UNITS, NONE as NO_UNIT, Units};
 

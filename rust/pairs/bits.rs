@@ -6,16 +6,8 @@
 
 use std::ops::Range;
 
+use super::transpose::{BLOCK, Number, WORD, WORDS, transpose};
 use crate::trace::ExpertId;
-
-/// Tokens that are transposed together.
-const BLOCK: usize = 512;
-
-/// Tokens in a word.
-const WORD: usize = 64;
-
-/// Words of a block.
-const WORDS: usize = BLOCK / WORD;
 
 /// Ids that can have units, at the most.
 pub const IDS: usize = 1024;
@@ -27,58 +19,6 @@ pub const NONE: usize = usize::MAX;
 fn padded(size: usize) -> usize {
     size.next_multiple_of(8)
 }
-
-/// A number whose bits become rows; `BLOCK / BITS` of them share a vector.
-trait Number: Copy + 'static {
-    const BITS: usize;
-    const ZERO: Self;
-    fn with(self, bit: usize) -> Self;
-    fn plus(self, unit: Self) -> Self;
-    /// Exchanges the upper `by` bits in every `2 * by` of `low` with the lower ones of `high`.
-    fn swap(low: &mut Self, high: &mut Self, by: usize);
-    fn words(lanes: &[Self]) -> [u64; WORDS];
-}
-
-macro_rules! number {
-    ($($type:ty),*) => {$(
-        impl Number for $type {
-            const BITS: usize = <$type>::BITS as usize;
-            const ZERO: Self = 0;
-
-            #[inline(always)]
-            fn with(self, bit: usize) -> Self {
-                self | 1 << (bit % <Self as Number>::BITS)
-            }
-
-            #[inline(always)]
-            fn plus(self, unit: Self) -> Self {
-                self.wrapping_add(unit)
-            }
-
-            #[inline(always)]
-            fn swap(low: &mut Self, high: &mut Self, by: usize) {
-                let mask = Self::MAX / ((1 << by) + 1);
-                let changed = ((*low >> by) ^ *high) & mask;
-                *high ^= changed;
-                *low ^= changed << by;
-            }
-
-            #[inline(always)]
-            fn words(lanes: &[Self]) -> [u64; WORDS] {
-                const LANES: usize = 8 / size_of::<$type>();
-                let mut words = [0; WORDS];
-                for (word, lanes) in words.iter_mut().zip(lanes.as_chunks::<LANES>().0) {
-                    for (i, lane) in lanes.iter().enumerate() {
-                        *word |= u64::from(*lane) << (i * <Self as Number>::BITS);
-                    }
-                }
-                words
-            }
-        }
-    )*};
-}
-
-number!(u8, u32, u64);
 
 /// Which bits of a block's word are of the tokens `within`, which counts from the block's first.
 #[inline(always)]
@@ -94,36 +34,6 @@ fn bits_of(word: usize, bits: usize, within: Range<usize>) -> u64 {
         all |= (before(within.end) & !before(within.start)) << (i * bits);
     }
     all
-}
-
-/// Transposes the squares that the lanes hold: afterwards lanes `i * lanes..` hold bit i of all tokens.
-#[inline(always)]
-fn transpose<N: Number>(numbers: &mut [N; BLOCK]) {
-    let lanes = BLOCK / N::BITS;
-    let mut by = N::BITS / 2;
-    // Two steps at a time, so that numbers are loaded and stored half as often.
-    while by > 1 {
-        let half = by / 2;
-        for part in numbers.chunks_exact_mut(2 * by * lanes) {
-            let (low, high) = part.split_at_mut(by * lanes);
-            let ((a, b), (c, d)) = (low.split_at_mut(half * lanes), high.split_at_mut(half * lanes));
-            for (((a, b), c), d) in a.iter_mut().zip(b).zip(c).zip(d) {
-                N::swap(a, c, by);
-                N::swap(b, d, by);
-                N::swap(a, b, half);
-                N::swap(c, d, half);
-            }
-        }
-        by = half / 2;
-    }
-    if by == 1 {
-        for part in numbers.chunks_exact_mut(2 * lanes) {
-            let (low, high) = part.split_at_mut(lanes);
-            for (low, high) in low.iter_mut().zip(high) {
-                N::swap(low, high, 1);
-            }
-        }
-    }
 }
 
 /// For every 512 tokens the rows of all ids, at most 64, each with a bit per token. `rows` may hold others of this size.
