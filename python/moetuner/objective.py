@@ -30,12 +30,15 @@ def balance(problem: Problem, placement: Placement) -> float:
 def slowest_time(problem: Problem, placement: Placement) -> Floats:
     """Largest load over speed of a device in every window [W], summed over layers."""
     windows, speed = problem.windows, problem.topology.speed_of_device
-    if np.count_nonzero(placement.slots != EMPTY) == placement.layers * placement.num_experts:
-        # One copy each. Empty slots (-1) take the last column.
-        of_expert = np.pad(windows.load, ((0, 0), (0, 0), (0, 1)))
-        row = np.arange(placement.layers)[:, None, None]
-        load = of_expert[:, row, placement.slots].sum(axis=3, dtype=np.float64)
-        each: Floats = (load / speed).max(axis=2).sum(axis=1)
+    slots = placement.slots
+    filled = slots != EMPTY
+    if np.count_nonzero(filled) == placement.layers * placement.num_experts:
+        # One copy each.
+        cell = slots + np.arange(placement.layers)[:, None, None] * placement.num_experts
+        of_slot = windows.load.reshape(len(windows.load), -1).take(cell, axis=1)
+        if not filled.all():
+            of_slot *= filled
+        each: Floats = (of_slot.sum(axis=3) / speed).max(axis=2).sum(axis=1)
         return each
     slowest = np.zeros(len(windows.load))
     for layer, share in enumerate(_split.shares(placement, problem.topology, problem.split)):
