@@ -97,9 +97,9 @@ def traffic(problem: Problem, placement: Placement) -> float:
     if not problem.has_pairs:
         return 0.0
     if problem.regime == "follow":
-        cost = problem.topology.cost
-        total = sum((moved * cost).sum() for moved in _moved(problem, placement))
-        return float(total) / problem.cost_scale
+        tables = problem.statistics.transitions_or_empty
+        moved = _expected.followed(placement, problem.topology, problem.split, tables)
+        return float((moved * problem.topology.cost).sum()) / problem.cost_scale
     shares = _split.shares(placement, problem.topology, problem.split)
     apart = 0.0
     for share, table in zip(shares, problem.statistics.coactivation_or_empty, strict=True):
@@ -136,14 +136,3 @@ def visit_costs(topology: Topology) -> tuple[float, float]:
     cost = topology.cost
     inside = cost[~beyond & (cost > 0)].mean() if (cost[~beyond] > 0).any() else 1.0
     return 1.0, float(cost[beyond].mean() / inside)
-
-
-def _moved(problem: Problem, placement: Placement) -> list[Floats]:
-    """Pairs from device to device [D,D] of every two neighbouring layers."""
-    shares = _split.shares(placement, problem.topology, problem.split)
-    return [
-        here @ table.astype(np.float64) @ there.T
-        for here, table, there in zip(
-            shares[:-1], problem.statistics.transitions_or_empty, shares[1:], strict=True
-        )
-    ]

@@ -49,9 +49,10 @@ class Problem:
     max_imbalance
         Cap on max / mean device load in every layer, on the sum of all windows; None for no cap.
     objective
-        ``"time"``: predicted microseconds of a layer. ``"balance"``: max / mean device load, over
-        windows. ``"traffic"``: share of the traffic that leaves its device, under the cap. By
-        default traffic where ``max_imbalance`` is given, else time.
+        ``"time"``: predicted microseconds of a layer, as ``evaluate`` predicts them; a large
+        problem is searched for what comes near it and adds up. ``"balance"``: max / mean device
+        load, over windows. ``"traffic"``: share of the traffic that leaves its device, under the
+        cap. By default traffic where ``max_imbalance`` is given, else time.
     cost_model
         What time is made of; a DeepSeek-V3 layer on H100 by default.
     split
