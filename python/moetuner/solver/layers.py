@@ -147,7 +147,7 @@ class Search:
         return self.completed(best, clock.within())
 
     def narrow(self) -> Search | None:
-        """Search without slots to spare, as reading a copy's weights may cost more than it saves."""
+        """Search without slots to spare: reading a copy's weights may cost more than it saves."""
         problem, model = self.problem, self.problem.cost_model
         fewest = -(-problem.experts // problem.devices)
         wide = problem.may_copy and (problem.rooms > fewest).any()
