@@ -47,12 +47,12 @@ def small_problem(
 
 def every_placement(problem: mt.Problem) -> Iterator[mt.Placement]:
     """Give every placement with at least one copy of each expert, slots in order of ids."""
-    layers = [list(_every_layer(problem, rooms)) for rooms in problem.rooms.tolist()]
+    layers = [list(every_layer(problem, rooms)) for rooms in problem.rooms.tolist()]
     for chosen in itertools.product(*layers):
         yield mt.Placement(np.array(chosen), num_experts=problem.experts)
 
 
-def _every_layer(problem: mt.Problem, rooms: list[int]) -> Iterator[list[list[int]]]:
+def every_layer(problem: mt.Problem, rooms: list[int]) -> Iterator[list[list[int]]]:
     """Contents [D,S] of a layer's devices."""
     experts, width = range(problem.experts), problem.slots
     contents = [

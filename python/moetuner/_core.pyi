@@ -97,8 +97,10 @@ class Layers:
         expert gets more or fewer of them.
         """
 
-    def construct(self) -> NDArray[np.int32]:
+    def construct(self, *, copies: bool = True) -> NDArray[np.int32]:
         """Slots [L,D,S], balanced on the sum of windows, as by ``replicate_experts``.
+
+        Without ``copies`` no expert gets more than are pinned, or one.
 
         Pins and bans are kept; ``ValueError`` names the layer and an expert for which they leave no
         slot.

@@ -11,11 +11,11 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _core, _split
+from moetuner import _core, _expected, _split
 from moetuner._arrival import mixed_order, mixed_windows
 from moetuner._split import Split
 from moetuner._validation import IdArray
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import Placement
 from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
@@ -151,9 +151,17 @@ class _Part:
             visits=visits,
             node_visits=node_visits,
             follow=follow,
-            dispatch=_dispatch(rules, load.sum(axis=0), visits.sum(axis=0), expert_load),
-            active=_active(rules, expert_load) if rules.with_active else None,
+            dispatch=_expected.dispatched(
+                rules.placement, rules.topology, rules.split, visits.sum(axis=0), expert_load
+            ),
+            active=None if not rules.with_active else self._active(expert_load),
         )
+
+    def _active(self, expert_load: Numbers | None) -> Floats:
+        assert expert_load is not None
+        rules = self._rules
+        share = _split.shares(rules.placement, rules.topology, rules.split)
+        return _expected.active(rules.placement, share, expert_load)
 
     def _mixed(self, load: Numbers) -> Numbers:
         """Replay in mixed order; one window is the same in any order."""
@@ -171,85 +179,82 @@ class _Part:
 
 
 def of_statistics(statistics: RoutingStatistics, rules: Rules) -> tuple[Counts, dict[str, Counts]]:
-    """Expect what counts tell: copies take their shares of an expert's load."""
-    share = _split.shares(rules.placement, rules.topology, rules.split)
-    follow = None
-    if statistics.transitions is not None:
-        tables = statistics.transitions.astype(np.float64)
-        follow = np.matmul(np.matmul(share[:-1], tables), share[1:].transpose(0, 2, 1))
-    whole = _expected(statistics.window_load, share, rules)
+    """Expect what counts tell: of all windows, and of every group that has some."""
+    expected = Expected(statistics, rules)
+    whole = expected.counts(statistics.window_load)
     groups = {}
     if statistics.group is not None:
         for number, name in enumerate(statistics.group_names):
             mine = statistics.group == number
             if mine.any():
-                groups[name] = _expected(statistics.window_load[mine], share, rules)
-    return replace(whole, follow=follow), groups
+                # Which experts meet, in which layers, is only known of all windows together.
+                part = expected.counts(statistics.window_load[mine])
+                groups[name] = replace(part, tokens=None, follow=None)
+    return whole, groups
 
 
-def _expected(window_load: NDArray[np.uint64], share: Floats, rules: Rules) -> Counts:
-    # Layers first: a product of matrices for each.
-    by_layer = np.matmul(
-        window_load.transpose(1, 0, 2).astype(np.float64), share.transpose(0, 2, 1)
-    )
-    load = np.ascontiguousarray(by_layer.transpose(1, 0, 2))
-    mixed = None
-    if rules.with_mixed:
-        mixed = np.empty_like(load)
-        for place, windows in mixed_windows(load):
-            mixed[place] = windows
-    total = load.sum(axis=0)
-    return Counts(
-        tokens=None,
-        load=load,
-        mixed=mixed,
-        visits=load,
-        node_visits=None,
-        follow=None,
-        dispatch=_dispatch(rules, total, total, window_load),
-        active=_active(rules, window_load) if rules.with_active else None,
-    )
+class Expected:
+    """A placement under traffic of which there are counts: copies take shares of the tokens."""
+
+    def __init__(self, statistics: RoutingStatistics, rules: Rules) -> None:
+        self._rules = rules
+        topology = rules.topology
+        share = self._share = _split.shares(rules.placement, topology, rules.split)
+        self._follow: Floats | None = None
+        if statistics.transitions is not None:
+            self._follow = _expected.followed(
+                rules.placement, topology, rules.split, statistics.transitions
+            )
+        self._tokens: int | None = None
+        if statistics.sets is not None:
+            self._tokens = int(statistics.sets[0].counts.sum())
+            visits, of_nodes = _expected.visits(share, statistics.sets, topology.node_of_device)
+            load = np.einsum("lde,le->ld", share, statistics.total_load.astype(np.float64))
+            # Visits for each token of load: in every window as in all.
+            self._met = _ratio(visits, load)
+            self._met_nodes = _ratio(of_nodes, _of_nodes(load, topology))
+
+    def counts(self, window_load: Numbers) -> Counts:
+        """Expect the counts of windows of load [W,L,E]."""
+        rules, share, topology = self._rules, self._share, self._rules.topology
+        # Layers first: a product of matrices for each.
+        by_layer = np.matmul(
+            window_load.transpose(1, 0, 2).astype(np.float64), share.transpose(0, 2, 1)
+        )
+        load = np.ascontiguousarray(by_layer.transpose(1, 0, 2))
+        mixed = None
+        if rules.with_mixed:
+            mixed = np.empty_like(load)
+            for place, windows in mixed_windows(load):
+                mixed[place] = windows
+        visits, node_visits = load, None
+        if self._tokens is not None:
+            visits, node_visits = load * self._met, _of_nodes(load, topology) * self._met_nodes
+        return Counts(
+            tokens=self._tokens,
+            load=load,
+            mixed=mixed,
+            visits=visits,
+            node_visits=node_visits,
+            follow=self._follow,
+            dispatch=_expected.dispatched(
+                rules.placement, topology, rules.split, visits.sum(axis=0), window_load
+            ),
+            active=(
+                _expected.active(rules.placement, share, window_load) if rules.with_active else None
+            ),
+        )
 
 
-def _dispatch(
-    rules: Rules, load: Numbers, visits: Numbers, expert_load: NDArray[np.uint64] | None
-) -> Floats:
-    """Rows [L,D,D] from homes that are spread evenly, given load and visits [L,D].
-
-    Where a home has preferences the rows of a device come from homes in proportion to the tokens
-    that they send to its experts.
-    """
-    devices = rules.placement.devices
-    if rules.split != "nearest":
-        rows = np.repeat(visits[:, None, :] / devices, devices, axis=1)
-    else:
-        assert expert_load is not None
-        of_expert = expert_load.sum(axis=0, dtype=np.float64) / devices
-        rows = np.empty((len(load), devices, devices))
-        for layer, share in _split.by_home(rules.placement, rules.topology, rules.split):
-            pairs = share @ of_expert[layer]
-            served = np.maximum(pairs.sum(axis=0), 1e-300)
-            rows[layer] = pairs * (visits[layer] / served)
-    rows[:, np.arange(devices), np.arange(devices)] = 0
-    return rows
+def _of_nodes(load: Floats, topology: Topology) -> Floats:
+    """Load of nodes [...,N] of that of devices [...,D]."""
+    parts = load.reshape(*load.shape[:-1], topology.nodes, topology.node_size)
+    total: Floats = parts.sum(axis=-1)
+    return total
 
 
-def _active(rules: Rules, window_load: NDArray[np.uint64] | None) -> Floats:
-    """Experts of every device that have a token, or are expected to [W,L,D]."""
-    assert window_load is not None
-    placement = rules.placement
-    share = _split.shares(placement, rules.topology, rules.split)
-    active = np.zeros((len(window_load), placement.layers, placement.devices))
-    for layer, slots in enumerate(placement.slots):
-        device, slot = np.nonzero(slots != EMPTY)
-        expert = slots[device, slot]
-        each = share[layer, device, expert]
-        load = window_load[:, layer, expert].astype(np.float64)
-        # A copy with a share of the tokens is idle if all of them go to others.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            idle = np.where(load > 0, np.exp(load * np.log1p(-each)), 1.0)
-        np.add.at(active[:, layer].T, device, (1 - idle).T)
-    return active
+def _ratio(part: Floats, whole: Floats) -> Floats:
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
 def _check_table_bytes(trace: RoutingTrace, rules: Rules) -> None:

@@ -49,16 +49,22 @@ class Windows:
         """Whether the outcome is a weighted mean over windows."""
         return self.risk == "mean" and not self.minimax
 
-    def outcome(self, slowest: Floats, mean: Floats) -> float:
-        """Risk of max / mean load, from both of every window [W], summed over layers."""
-        return max(self._outcome(slowest, mean, mine) for mine in self._parts())
+    def outcome(self, shares: Floats, measure: Floats) -> float:
+        """Risk of shares over measure, from both of every window [W], summed over layers."""
+        return float(self.outcomes(shares, measure))
 
-    def emphasis(self, slowest: Floats, mean: Floats) -> Floats:
+    def outcomes(self, shares: Floats, measure: Floats) -> Floats:
+        """Compute the ``outcome`` [...] of each of several shares [...,W] of the same measure."""
+        each = [self._outcome(shares, measure, mine) for mine in self._parts()]
+        worst: Floats = np.max(each, axis=0)
+        return worst
+
+    def emphasis(self, shares: Floats, measure: Floats) -> Floats:
         """Weights [W] under which the mean over windows is what the outcome is made of."""
-        worst = max(self._parts(), key=lambda mine: self._outcome(slowest, mean, mine))
+        worst = max(self._parts(), key=lambda mine: float(self._outcome(shares, measure, mine)))
         emphasis = np.zeros(len(self.weight))
-        emphasis[worst] = self.tail(slowest[worst], mean[worst], self.weight[worst])
-        mass = self.weight * mean
+        emphasis[worst] = self.tail(shares[worst], measure[worst], self.weight[worst])
+        mass = self.weight * measure
         scaled: Floats = emphasis * (mass.sum() / max((emphasis * mass).sum(), 1e-300))
         return scaled
 
@@ -68,24 +74,28 @@ class Windows:
             return [np.ones(len(self.weight), dtype=bool)]
         return [self.group == number for number in np.unique(self.group)]
 
-    def _outcome(self, slowest: Floats, mean: Floats, mine: NDArray[np.bool_]) -> float:
-        slowest, mean, weight = slowest[mine], mean[mine], self.weight[mine]
-        share = self.tail(slowest, mean, weight) * weight
-        total = float((share * mean).sum())
-        return float((share * slowest).sum()) / total if total else 1.0
+    def _outcome(self, shares: Floats, measure: Floats, mine: NDArray[np.bool_]) -> Floats:
+        shares, measure, weight = shares[..., mine], measure[mine], self.weight[mine]
+        part = self.tail(shares, measure, weight) * weight
+        total = (part * measure).sum(axis=-1)
+        found: Floats = np.divide(
+            (part * shares).sum(axis=-1), total, out=np.ones_like(total), where=total > 0
+        )
+        return found
 
-    def tail(self, slowest: Floats, mean: Floats, weight: Floats) -> Floats:
-        """Share of every window [W] that is in the worst part, by max / mean."""
+    def tail(self, shares: Floats, measure: Floats, weight: Floats) -> Floats:
+        """Part of every window [...,W] that is in the worst part, by shares over measure."""
         if self.risk == "mean":
-            return np.ones(len(weight))
-        mass = weight * mean
-        ratio = np.divide(slowest, mean, out=np.ones_like(mean), where=mean > 0)
-        order = np.argsort(-ratio, kind="stable")
+            return np.ones_like(shares)
+        mass = weight * measure
+        ratio = np.divide(shares, measure, out=np.ones_like(shares), where=measure > 0)
+        order = np.argsort(-ratio, axis=-1, kind="stable")
         wanted = (1 - float(self.risk)) * mass.sum()
-        before = np.cumsum(mass[order]) - mass[order]
-        share = np.clip((wanted - before) / np.where(mass[order] > 0, mass[order], 1), 0, 1)
-        tail: Floats = np.empty(len(mass))
-        tail[order] = share
+        mass = mass[order]
+        before = np.cumsum(mass, axis=-1) - mass
+        part = np.clip((wanted - before) / np.where(mass > 0, mass, 1), 0, 1)
+        tail: Floats = np.empty_like(shares)
+        np.put_along_axis(tail, order, part, axis=-1)
         return tail
 
 

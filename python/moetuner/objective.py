@@ -1,9 +1,4 @@
-"""What a placement is worth to a problem: balance, time, traffic. And what no placement can beat.
-
-Time is made of the same parts as in ``CostModel``, but so that it adds up, which a search needs:
-every token more on the slowest device costs ``token_us``, and every row over a link what it costs
-if ports are evenly used.
-"""
+"""What a placement is worth to a problem: balance, time, traffic."""
 
 from __future__ import annotations
 
@@ -12,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _split
+from moetuner import _counts, _expected, _figures, _split
 from moetuner.placement import EMPTY, Placement
+from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
 if TYPE_CHECKING:
@@ -22,94 +18,76 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 
-def balance(problem: Problem, placement: Placement) -> float:
-    """Max / mean load of devices, each over its speed, in the problem's windows and risk."""
-    return problem.windows.outcome(slowest_time(problem, placement), mean_time(problem))
+def outcome(problem: Problem, placement: Placement) -> float:
+    """Objective balance or time, in the problem's windows and risk.
+
+    Balance is max / mean load of devices, each over its speed. Time is the predicted microseconds
+    of a layer, as ``evaluate`` predicts them for the problem's own statistics.
+    """
+    return problem.windows.outcome(shares(problem, placement).sum(axis=1), measure(problem))
 
 
-def slowest_time(problem: Problem, placement: Placement) -> Floats:
-    """Largest load over speed of a device in every window [W], summed over layers."""
+def shares(problem: Problem, placement: Placement) -> Floats:
+    """Say what every window and layer [W,L] adds to balance or time."""
+    return shares_of(problem, placement, problem.statistics, problem.windows.load)
+
+
+def shares_of(
+    problem: Problem, placement: Placement, statistics: RoutingStatistics, load: Floats
+) -> Floats:
+    """Say the same of other layers, as parts of the problem's: of windows of load [W,n,E].
+
+    Pairs and sets are those of the statistics.
+    """
+    if problem.goal == "time":
+        return _layer_times(problem, placement, statistics, load) / problem.layers
+    return slowest_times(problem, placement, load)
+
+
+def measure(problem: Problem) -> Floats:
+    """Say what the shares of a window's layers are measured by [W]: 1 for time, else the mean.
+
+    The mean is load over speed, if every device had its part.
+    """
     windows, speed = problem.windows, problem.topology.speed_of_device
-    slots = placement.slots
-    filled = slots != EMPTY
-    if np.count_nonzero(filled) == placement.layers * placement.num_experts:
-        # One copy each.
-        cell = slots + np.arange(placement.layers)[:, None, None] * placement.num_experts
-        of_slot = windows.load.reshape(len(windows.load), -1).take(cell, axis=1)
-        if not filled.all():
-            of_slot *= filled
-        each: Floats = (of_slot.sum(axis=3) / speed).max(axis=2).sum(axis=1)
-        return each
-    slowest = np.zeros(len(windows.load))
-    for layer, share in enumerate(_split.shares(placement, problem.topology, problem.split)):
-        slowest += (windows.load[:, layer] @ share.T / speed).max(axis=1)
-    return slowest
-
-
-def mean_time(problem: Problem) -> Floats:
-    """Load over speed, if every device had its part, in every window [W], summed over layers."""
-    mean: Floats = problem.windows.load.sum(axis=(1, 2)) / problem.topology.speed_of_device.sum()
+    if problem.goal == "time":
+        return np.ones(len(windows.load))
+    mean: Floats = windows.load.sum(axis=(1, 2)) / speed.sum()
     return mean
 
 
-def time(problem: Problem, placement: Placement) -> float:
-    """Predicted microseconds of a layer and window."""
-    return compute_us(problem, balance(problem, placement)) + traffic_us(problem, placement)
-
-
-def compute_us(problem: Problem, imbalance: float) -> float:
-    """Microseconds that the slowest device of a layer and window computes at an imbalance."""
-    windows = problem.windows
-    assert problem.cost_model is not None
-    mean = float((windows.weight * mean_time(problem)).sum() / windows.weight.sum())
-    return problem.cost_model.token_us * imbalance * mean / problem.layers
-
-
-def link_us(problem: Problem) -> Floats:
-    """Microseconds of a pair of experts that meet over a link [D,D].
-
-    A token's state goes to the next layer's experts once each, but is counted with each of its own
-    experts: in pairs, it is a top-k-th of a row.
-    """
-    assert problem.cost_model is not None
-    topology = problem.topology
-    weights = problem.cost_model.weights(topology, returns=problem.regime == "dispatch")
-    if topology.link_cost is None:
-        row = weights.crossing_us[topology.tier]
+def slowest_times(problem: Problem, placement: Placement, load: Floats) -> Floats:
+    """Largest load over speed of a device in every window and layer [W,L]."""
+    speed = problem.topology.speed_of_device
+    slots, filled = placement.slots, placement.slots != EMPTY
+    if np.count_nonzero(filled) == placement.layers * placement.num_experts:
+        # One copy each.
+        cell = slots + np.arange(placement.layers)[:, None, None] * placement.num_experts
+        of_slot = load.reshape(len(load), -1).take(cell, axis=1)
+        each = (of_slot if filled.all() else of_slot * filled).sum(axis=3, dtype=np.float64)
     else:
-        cost = topology.cost.astype(np.float64)
-        row = cost / cost[cost > 0].min() * weights.crossing_us[1] if cost.any() else cost
-    return row / top_k(problem)
+        share = _split.shares(placement, problem.topology, problem.split)
+        each = np.matmul(load.transpose(1, 0, 2), share.transpose(0, 2, 1)).transpose(1, 0, 2)
+    slowest: Floats = (each / speed).max(axis=2)
+    return slowest
 
 
-def top_k(problem: Problem) -> float:
-    """Experts that a token visits in a layer, from the counts; 1 where they do not tell."""
-    pairs = problem.statistics.transitions
-    load = float(problem.load[:-1].sum())
-    return max(float(pairs.sum()) / load, 1.0) if pairs is not None and load else 1.0
-
-
-def traffic_us(problem: Problem, placement: Placement) -> float:
-    """Microseconds of a layer and window for what moves from device to device."""
-    if problem.counts_visits:
-        return visits(problem, placement) * visit_us(problem)
-    if problem.regime != "follow" or problem.statistics.transitions is None:
-        return 0.0
-    price = link_us(problem)
-    total = float(sum((moved * price).sum() for moved in _moved(problem, placement)))
-    return total / (problem.layers * problem.statistics.windows)
-
-
-def visit_us(problem: Problem) -> float:
-    """Microseconds of a layer and window if every token visited one more device.
-
-    Of D devices that are visited alike, a token is at home on one.
-    """
+def _layer_times(
+    problem: Problem, placement: Placement, statistics: RoutingStatistics, load: Floats
+) -> Floats:
+    """Predicted microseconds of every window and layer [W,L]."""
     assert problem.cost_model is not None
-    assert problem.statistics.sets is not None
-    crossing = problem.cost_model.weights(problem.topology, returns=True).crossing_us
-    tokens = float(problem.statistics.sets[0].counts.sum()) / problem.statistics.windows
-    return float(crossing[min(1, len(crossing) - 1)]) * tokens * (1 - 1 / problem.devices)
+    rules = _counts.Rules(
+        placement,
+        problem.topology,
+        window=None,
+        split=problem.split,
+        with_active=problem.cost_model.expert_us > 0,
+        threads=None,
+        with_mixed=False,
+    )
+    counts = _counts.Expected(statistics, rules).counts(load)
+    return _figures.layer_us(counts, problem.topology, problem.cost_model, problem.regime)
 
 
 def traffic(problem: Problem, placement: Placement) -> float:
@@ -120,9 +98,9 @@ def traffic(problem: Problem, placement: Placement) -> float:
     if not problem.has_pairs:
         return 0.0
     if problem.regime == "follow":
-        cost = problem.topology.cost
-        total = sum((moved * cost).sum() for moved in _moved(problem, placement))
-        return float(total) / problem.cost_scale
+        tables = problem.statistics.transitions_or_empty
+        moved = _expected.followed(placement, problem.topology, problem.split, tables)
+        return float((moved * problem.topology.cost).sum()) / problem.cost_scale
     shares = _split.shares(placement, problem.topology, problem.split)
     apart = 0.0
     for share, table in zip(shares, problem.statistics.coactivation_or_empty, strict=True):
@@ -138,20 +116,11 @@ def visits(problem: Problem, placement: Placement) -> float:
     """
     assert problem.statistics.sets is not None
     device_cost, node_cost = visit_costs(problem.topology)
-    node = problem.topology.node_of_device
     shares = _split.shares(placement, problem.topology, problem.split)
-    total = tokens = 0.0
-    for share, sets in zip(shares, problem.statistics.sets, strict=True):
-        # Share of a set's tokens that do not visit a device [N,D], or a node.
-        missed = np.ones((len(sets.counts), problem.devices))
-        far = np.ones((len(sets.counts), problem.topology.nodes))
-        in_node = np.stack([share[node == n].sum(axis=0) for n in range(problem.topology.nodes)])
-        for expert in sets.ids.T:
-            missed *= 1 - share.T[expert]
-            far *= 1 - in_node.T[expert]
-        cost = device_cost * (1 - missed).sum(axis=1) + node_cost * (1 - far).sum(axis=1)
-        total += float(cost @ sets.counts)
-        tokens += float(sets.counts.sum())
+    sets = problem.statistics.sets
+    devices, nodes = _expected.visits(shares, sets, problem.topology.node_of_device)
+    tokens = sum(float(of.counts.sum()) for of in sets)
+    total = device_cost * float(devices.sum()) + node_cost * float(nodes.sum())
     return total / tokens if tokens else 0.0
 
 
@@ -168,45 +137,3 @@ def visit_costs(topology: Topology) -> tuple[float, float]:
     cost = topology.cost
     inside = cost[~beyond & (cost > 0)].mean() if (cost[~beyond] > 0).any() else 1.0
     return 1.0, float(cost[beyond].mean() / inside)
-
-
-def _moved(problem: Problem, placement: Placement) -> list[Floats]:
-    """Pairs from device to device [D,D] of every two neighbouring layers."""
-    shares = _split.shares(placement, problem.topology, problem.split)
-    return [
-        here @ table.astype(np.float64) @ there.T
-        for here, table, there in zip(
-            shares[:-1], problem.statistics.transitions_or_empty, shares[1:], strict=True
-        )
-    ]
-
-
-def least_balance(problem: Problem) -> float:
-    """Below this no placement's ``balance`` can be.
-
-    A window's slowest device takes at least the mean, and at least what the heaviest expert takes
-    on the fastest devices that can hold all the copies there is room for.
-    """
-    windows, speed = problem.windows, np.sort(problem.topology.speed_of_device)[::-1]
-    devices = int((problem.rooms > 0).sum(axis=1).min())
-    spare = problem.rooms.sum(axis=1) - problem.experts
-    bound = np.zeros(len(windows.load))
-    for layer in range(problem.layers):
-        load = windows.load[:, layer]
-        copies = min(int(spare[layer]) + 1, devices) if problem.may_copy else 1
-        heaviest = load.max(axis=1)
-        if problem.split == "nearest":
-            # Uneven parts are at least those that make all copies equally slow.
-            one = heaviest / speed[:copies].sum()
-        else:
-            one = heaviest / copies / speed[0]
-        bound += np.maximum(load.sum(axis=1) / problem.topology.speed_of_device.sum(), one)
-    return windows.outcome(bound, mean_time(problem))
-
-
-def least_visits(problem: Problem) -> float:
-    """Below this no placement's ``visits`` can be: a token's experts fill the fewest devices."""
-    assert problem.statistics.sets is not None
-    device_cost, node_cost = visit_costs(problem.topology)
-    width = problem.statistics.sets[0].ids.shape[1]
-    return float(device_cost * -(-width // problem.slots) + node_cost)

@@ -49,9 +49,10 @@ class Problem:
     max_imbalance
         Cap on max / mean device load in every layer, on the sum of all windows; None for no cap.
     objective
-        ``"time"``: predicted microseconds of a layer. ``"balance"``: max / mean device load, over
-        windows. ``"traffic"``: share of the traffic that leaves its device, under the cap. By
-        default traffic where ``max_imbalance`` is given, else time.
+        ``"time"``: predicted microseconds of a layer, as ``evaluate`` predicts them; a large
+        problem is searched for what comes near it and adds up. ``"balance"``: max / mean device
+        load, over windows. ``"traffic"``: share of the traffic that leaves its device, under the
+        cap. By default traffic where ``max_imbalance`` is given, else time.
     cost_model
         What time is made of; a DeepSeek-V3 layer on H100 by default.
     split
@@ -260,14 +261,15 @@ class Problem:
     def value(self, placement: Placement) -> float:
         """Objective of a placement: microseconds, max / mean load, or share of the traffic.
 
+        Microseconds are what ``evaluate`` predicts for the problem's own statistics, cost model,
+        split and regime; where windows or groups have weights, or a risk, under these.
+
         Without copies, traffic is ``cost`` over ``cost_scale``; with copies, it is expected. In
         regime dispatch, where expert sets are known, it is what tokens visit: devices and, at what
         their links cost more, nodes.
         """
-        if self.goal == "balance":
-            return objective.balance(self, placement)
-        if self.goal == "time":
-            return objective.time(self, placement)
+        if self.goal != "traffic":
+            return objective.outcome(self, placement)
         if self.counts_visits:
             return objective.visits(self, placement)
         if (placement.replicas == 1).all():

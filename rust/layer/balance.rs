@@ -5,7 +5,7 @@
 //! the only loss: every part of a load is off by at most one unit, 2^-22 of the heaviest window's total.
 
 use super::measure::Measure;
-use super::{Contents, Layer, Move};
+use super::{Contents, EMPTY, Layer, Move, Split};
 
 /// Vectors are whole.
 pub(super) const LANES: usize = 16;
@@ -16,8 +16,9 @@ const LARGEST_TOTAL: f64 = (1 << 22) as f64;
 pub struct Windows {
     /// Windows, rounded up to full vectors.
     pub(super) width: usize,
-    /// `[E, width]`, whole numbers.
+    /// `[E + 1, width]`, whole numbers; the last row is that of an empty slot.
     load: Vec<f32>,
+    experts: usize,
     /// Units per weighted token.
     pub scale: f64,
     /// Order of the norm over devices that stands for the maximum: 4, 8, 16, or 0 for the maximum itself.
@@ -32,19 +33,19 @@ impl Windows {
         let totals = load.chunks_exact(experts).zip(weight).map(|(row, w)| row.iter().sum::<f64>() * w);
         let heaviest = totals.fold(0.0, f64::max);
         let scale = if heaviest > 0.0 { (LARGEST_TOTAL - 1.0) / heaviest } else { 1.0 };
-        let mut scaled = vec![0.0; experts * width];
+        let mut scaled = vec![0.0; (experts + 1) * width];
         for (w, (row, weight)) in load.chunks_exact(experts).zip(weight).enumerate() {
             for (e, &tokens) in row.iter().enumerate() {
                 // Down, so that the total keeps its bound.
                 scaled[e * width + w] = libm::floor(tokens * weight * scale) as f32;
             }
         }
-        Self { width, load: scaled, scale, norm }
+        Self { width, load: scaled, experts, scale, norm }
     }
 
-    /// Load of an expert in all windows.
+    /// Load of an expert in all windows; none where a slot is empty.
     pub(super) fn of(&self, expert: u16) -> &[f32] {
-        &self.load[usize::from(expert) * self.width..][..self.width]
+        &self.load[usize::from(expert).min(self.experts) * self.width..][..self.width]
     }
 
     /// Whether balance costs nothing.
@@ -97,9 +98,8 @@ impl Balance {
         self.measure.change(&self.load, &self.rows, &self.touched)
     }
 
-    /// Follows a move; `contents` are those before it.
-    pub(crate) fn apply(&mut self, layer: &Layer, contents: &Contents, step: Move) {
-        self.stage(layer, contents, step);
+    /// Makes the move that [`Balance::change`] was last asked about.
+    pub(crate) fn apply(&mut self) {
         let width = self.width;
         for (row, &device) in self.rows.chunks_exact(width).zip(&self.touched) {
             let device = usize::from(device);
@@ -111,6 +111,11 @@ impl Balance {
     /// Puts the loads of all devices that a move touches into `rows`.
     fn stage(&mut self, layer: &Layer, contents: &Contents, step: Move) {
         self.touched.clear();
+        if let Move::Swap(p, q) = step
+            && self.stage_swap(layer, contents, [p, q])
+        {
+            return;
+        }
         let mut after = std::mem::take(&mut self.after);
         for edit in contents.edits(step) {
             let before = contents.devices(edit.expert);
@@ -132,6 +137,36 @@ impl Balance {
             }
         }
         self.after = after;
+    }
+
+    /// Most moves are swaps in which copies keep their shares, so that only two devices feel them; whether this is one.
+    fn stage_swap(&mut self, layer: &Layer, contents: &Contents, slots: [usize; 2]) -> bool {
+        let experts = slots.map(|slot| contents.expert_in[slot]);
+        let devices = slots.map(|slot| contents.device_of(slot));
+        let mut share = [0.0; 2];
+        for i in 0..2 {
+            if experts[i] != EMPTY {
+                let holders = contents.devices(experts[i]);
+                if holders.len() > 1 && layer.split == Split::Nearest {
+                    return false;
+                }
+                share[i] = layer.share(holders, devices[i]);
+            }
+        }
+        self.touched.extend(devices);
+        let width = self.width;
+        let [a, b] = experts.map(|expert| layer.windows.of(expert));
+        let (here, there) = self.rows[..2 * width].split_at_mut(width);
+        for (row, device, [leaves, enters]) in [
+            (here, devices[0], [(a, share[0]), (b, share[1])]),
+            (there, devices[1], [(b, share[1]), (a, share[0])]),
+        ] {
+            let device = usize::from(device);
+            let load = &self.load[device * width..][..width];
+            let parts = [leaves, enters].map(|(_, share)| share * layer.time[device]);
+            replace(row, load, leaves.0, enters.0, parts);
+        }
+        true
     }
 
     /// The row of a touched device, begun with its load.
@@ -169,6 +204,16 @@ fn subtract(to: &mut [f32], load: &[f32], part: f32) {
     }
 }
 
+/// Writes a device's `load` with one expert's part less and another's more.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn replace(to: &mut [f32], load: &[f32], leaves: &[f32], enters: &[f32], parts: [f32; 2]) {
+    let width = to.len();
+    let (load, leaves, enters) = (&load[..width], &leaves[..width], &enters[..width]);
+    for w in 0..width {
+        to[w] = load[w] - whole(leaves[w] * parts[0]) + whole(enters[w] * parts[1]);
+    }
+}
+
 /// Sum in an order of additions that no instruction set changes; exact, as values are whole.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 pub(super) fn sum(values: &[f32]) -> f64 {
@@ -178,5 +223,13 @@ pub(super) fn sum(values: &[f32]) -> f64 {
             sums[lane] += f64::from(chunk[lane]);
         }
     }
-    sums.iter().sum()
+    total(sums)
+}
+
+/// Sum of lanes, halves added to halves: the processor need not wait for one addition after the other.
+#[inline(always)]
+pub(super) fn total(lanes: [f64; LANES]) -> f64 {
+    let eight: [f64; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
+    let four: [f64; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
 }

@@ -13,6 +13,8 @@ pub struct Site<'a> {
     pub forbidden: &'a [bool],
     /// Devices where an expert must have a copy `[E, D]`; empty for none.
     pub pinned: &'a [bool],
+    /// Whether slots to spare get more copies than there must be.
+    pub copies: bool,
 }
 
 impl Site<'_> {
@@ -127,7 +129,7 @@ impl<'a> Draft<'a> {
 
 impl Layer {
     /// Where this layer's experts may go, given the devices' times in the precision that sums need.
-    pub(super) fn site<'a>(&'a self, time: &'a [f64]) -> Site<'a> {
-        Site { room: &self.room, time, forbidden: &self.forbidden, pinned: &self.pinned }
+    pub(super) fn site<'a>(&'a self, time: &'a [f64], copies: bool) -> Site<'a> {
+        Site { room: &self.room, time, forbidden: &self.forbidden, pinned: &self.pinned, copies }
     }
 }

@@ -9,7 +9,7 @@
 // Numbers of devices are compared, which are whole.
 #![allow(clippy::float_cmp)]
 
-use super::balance::{LANES, sum};
+use super::balance::{LANES, sum, total};
 
 #[derive(Debug, Clone)]
 pub(crate) enum Measure {
@@ -119,7 +119,7 @@ fn one_changed(peak: &Peak, row: &[f32], g: f32) -> f64 {
             sums[lane] += f64::from(if row[w] > rest { row[w] } else { rest });
         }
     }
-    sums.iter().sum()
+    total(sums)
 }
 
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
@@ -143,7 +143,7 @@ fn two_changed(peak: &Peak, here: &[f32], there: &[f32], g: f32, h: f32) -> f64 
             sums[lane] += f64::from(most[lane]);
         }
     }
-    sums.iter().sum()
+    total(sums)
 }
 
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
@@ -228,11 +228,7 @@ impl Norm {
                 _ => raised::<16>(power, row, &self.per_mean),
             }
         }
-        let mut sums = vec![0.0f32; width];
-        for power in self.power.chunks_exact(width) {
-            accumulate(&mut sums, power);
-        }
-        self.cost = slopes(&mut self.slope, &sums, &self.per_mean, self.order);
+        self.cost = slopes(&mut self.slope, &self.power, &self.per_mean, self.order);
     }
 }
 
@@ -263,7 +259,7 @@ fn risen<const P: u32>(row: &[f32], power: &[f32], per_mean: &[f32], slope: &[f3
             sums[lane] += (raise_to::<P>(row[w] * per_mean[w]) - power[w]) * slope[w];
         }
     }
-    sums.iter().map(|&sum| f64::from(sum)).sum()
+    total(sums.map(f64::from))
 }
 
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
@@ -273,24 +269,24 @@ fn raised<const P: u32>(power: &mut [f32], row: &[f32], per_mean: &[f32]) {
     }
 }
 
-#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn accumulate(to: &mut [f32], from: &[f32]) {
-    for (to, &from) in to.iter_mut().zip(from) {
-        *to += from;
-    }
-}
-
 /// Writes every window's slope and gives the sum of norms: with s the sum of powers, `mean * s^(1/p)`, whose slope in s
 /// is `mean * s^(1/p) / (p * s)`.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn slopes(slope: &mut [f32], sums: &[f32], per_mean: &[f32], order: u32) -> f64 {
+fn slopes(slope: &mut [f32], power: &[f32], per_mean: &[f32], order: u32) -> f64 {
     let mut cost = [0.0f64; LANES];
     let width = slope.len() / LANES * LANES;
-    let (sums, per_mean) = (&sums[..width], &per_mean[..width]);
+    let per_mean = &per_mean[..width];
     for at in (0..width).step_by(LANES) {
+        let mut sums = [0.0f32; LANES];
+        for device in power.chunks_exact(width) {
+            let powers = &device[at..][..LANES];
+            for lane in 0..LANES {
+                sums[lane] += powers[lane];
+            }
+        }
         for lane in 0..LANES {
             let w = at + lane;
-            let fourth = sums[w].sqrt().sqrt();
+            let fourth = sums[lane].sqrt().sqrt();
             let eighth = fourth.sqrt();
             let root = match order {
                 4 => fourth,
@@ -299,9 +295,9 @@ fn slopes(slope: &mut [f32], sums: &[f32], per_mean: &[f32], order: u32) -> f64 
             };
             let used = per_mean[w] > 0.0;
             let norm = if used { root / per_mean[w] } else { 0.0 };
-            slope[w] = if used { norm / (order as f32 * sums[w]) } else { 0.0 };
+            slope[w] = if used { norm / (order as f32 * sums[lane]) } else { 0.0 };
             cost[lane] += f64::from(norm);
         }
     }
-    cost.iter().sum()
+    total(cost)
 }

@@ -26,9 +26,9 @@ pub const QUICK: usize = 14;
 const LEAST: f64 = 1e-200;
 
 /// The expert of every slot of a layer `[P]`, for its load over all windows.
-pub fn replicate(layer: &Layer, trials: usize) -> std::result::Result<Vec<u16>, NoSlot> {
+pub fn replicate(layer: &Layer, trials: usize, copies: bool) -> std::result::Result<Vec<u16>, NoSlot> {
     let time: Vec<f64> = layer.time.iter().map(|&time| f64::from(time)).collect();
-    fill(layer.site(&time), &layer.load, trials)
+    fill(layer.site(&time, copies), &layer.load, trials)
 }
 
 /// The expert of every slot `[P]`, for loads `[E]` that are finite and not negative; `trials` of polish at most.
@@ -56,7 +56,7 @@ pub fn fill_layers(
     let widest = room.iter().copied().max().unwrap_or(0);
     let mut slots = Vec::with_capacity(room.len() * widest);
     for (layer, (load, room)) in load.chunks_exact(experts).zip(room.chunks_exact(time.len())).enumerate() {
-        let site = Site { room, time, forbidden: &[], pinned: &[] };
+        let site = Site { room, time, forbidden: &[], pinned: &[], copies: true };
         let filled = fill(site, load, trials).map_err(|NoSlot(expert)| Error::NoSlot { layer, expert })?;
         let mut rest = filled.as_slice();
         for &room in room {
@@ -144,7 +144,7 @@ fn copies(draft: &Draft<'_>) -> std::result::Result<(Vec<Item>, Vec<u32>), NoSlo
     let items: Vec<Item> = (0..copies.len()).map(|e| Item::new(draft.load[e], copies[e], e)).collect();
     let mut full = Vec::with_capacity(items.len());
     let mut heap = BinaryHeap::from(items);
-    while spare > 0 {
+    while site.copies && spare > 0 {
         let Some(mut top) = heap.peek_mut() else { break };
         let e = top.expert();
         if copies[e] < most(e) {
@@ -276,7 +276,8 @@ mod tests {
         /// Experts are placed whenever the rules allow it, and what is placed keeps them.
         #[test]
         fn keeps_rules_and_fails_only_without_a_way(
-            experts in 1usize..9, devices in 1usize..5, rules in 0u64..4, trials in 0usize..40, seed: u64,
+            experts in 1usize..9, devices in 1usize..5, rules in 0u64..4, trials in 0usize..40,
+            more in any::<bool>(), seed: u64,
         ) {
             let mut random = Random::new(seed, 0);
             let room: Vec<usize> = (0..devices).map(|_| random.below(2 * experts.div_ceil(devices) + 2)).collect();
@@ -287,7 +288,7 @@ mod tests {
                 if rules & 1 > 0 { (0..cells).map(|_| random.below(3) == 0).collect() } else { vec![] };
             let pinned: Vec<bool> =
                 if rules & 2 > 0 { (0..cells).map(|_| random.below(12) == 0).collect() } else { vec![] };
-            let site = Site { room: &room, time: &time, forbidden: &forbidden, pinned: &pinned };
+            let site = Site { room: &room, time: &time, forbidden: &forbidden, pinned: &pinned, copies: more };
             let found = fill(site, &load, trials);
             prop_assert_eq!(found.is_ok(), feasible(site, experts));
             let Ok(slots) = found else { return Ok(()) };
@@ -304,7 +305,8 @@ mod tests {
                     copies[e] += here;
                 }
             }
-            prop_assert!(copies.iter().all(|&copies| copies > 0));
+            let pins = |e| (0..devices).filter(|&g| site.pins(e as u16, g)).count();
+            prop_assert!((0..experts).all(|e| copies[e] > 0 && (more || copies[e] <= pins(e).max(1))));
             prop_assert_eq!(fill(site, &load, trials), Ok(slots));
         }
     }
@@ -321,7 +323,7 @@ mod tests {
         let mut random = Random::new(7, 0);
         for _ in 0..50 {
             let load: Vec<f64> = (0..16).map(|_| (random.below(1000) + 1) as f64).collect();
-            let site = Site { room: &[5; 4], time: &[1.0; 4], forbidden: &[], pinned: &[] };
+            let site = Site { room: &[5; 4], time: &[1.0; 4], forbidden: &[], pinned: &[], copies: true };
             let of = |trials| slowest(&load, 5, &fill(site, &load, trials).expect("slots suffice"));
             let (plain, quick, patient) = (of(0), of(QUICK), of(1000));
             assert!(quick <= plain && patient <= plain, "{plain} {quick} {patient}");

@@ -69,12 +69,12 @@ impl Terms {
         Some(change)
     }
 
-    /// Makes a move.
+    /// Makes the move that [`Terms::change`] was last asked about.
     fn apply(&mut self, layer: &Layer, contents: &mut Contents, step: Move) {
         self.caps.apply(layer, contents, step);
         self.linear += linear::change(layer, contents, step);
         if let Some(balance) = &mut self.balance {
-            balance.apply(layer, contents, step);
+            balance.apply();
         }
         let touched = self.fanout.is_some().then(|| fanout::touched(contents, step));
         contents.apply(layer, step);
@@ -95,7 +95,7 @@ pub(super) fn search(
 ) -> (f64, Contents) {
     let mut contents = start;
     let mut terms = Terms::new(layer, &contents);
-    let mut best = (terms.cost(layer), contents.clone());
+    let mut best = (terms.cost(layer), contents.expert_in.clone());
     let slots = layer.slots();
     let spare = effort.copies && slots > layer.experts;
     let blocks = effort.trials.div_ceil(BLOCK);
@@ -120,17 +120,33 @@ pub(super) fn search(
                 continue;
             }
             let Some(change) = terms.change(layer, &contents, step) else { continue };
-            let uniform = ((random.bits() >> 40) as f64 + 0.5) / (1u64 << 24) as f64;
-            if change <= -temperature * libm::log(uniform) {
+            if accepts(change, temperature, random.bits()) {
                 terms.apply(layer, &mut contents, step);
-                if terms.cost(layer) < best.0 {
-                    best = (terms.cost(layer), contents.clone());
+                let cost = terms.cost(layer);
+                if cost < best.0 {
+                    best.0 = cost;
+                    best.1.clone_from(&contents.expert_in);
                 }
             }
         }
         temperature *= cooling;
     }
-    best
+    (best.0, Contents::new(layer, best.1))
+}
+
+/// Whether a change is made: one that adds nothing always, else with probability exp(-change / temperature).
+fn accepts(change: f64, temperature: f64, bits: u64) -> bool {
+    if change <= 0.0 {
+        return true;
+    }
+    // A number u from 0 to 1. Most changes are out of the question before the logarithm of it is known: u is at least
+    // 2^-(z + 1) with z zeros in front.
+    let zeros = (bits | 1 << 39).leading_zeros();
+    if change > temperature * (f64::from(zeros + 1) * std::f64::consts::LN_2 * (1.0 + 1e-9)) {
+        return false;
+    }
+    let uniform = ((bits >> 40) as f64 + 0.5) / (1u64 << 24) as f64;
+    change <= -temperature * libm::log(uniform)
 }
 
 #[cfg(test)]
@@ -182,6 +198,14 @@ mod tests {
     }
 
     proptest! {
+        /// What is decided without the logarithm is what it would decide.
+        #[test]
+        fn acceptance_is_the_rule(bits in any::<u64>(), shift in 0u32..64, change in -1.0f64..30.0) {
+            let bits = bits >> shift;
+            let uniform = ((bits >> 40) as f64 + 0.5) / (1u64 << 24) as f64;
+            prop_assert_eq!(accepts(change, 1.5, bits), change <= -1.5 * libm::log(uniform));
+        }
+
         /// What every term says of a move is what a fresh count says; for a norm, no less.
         #[test]
         fn changes_are_exact(
@@ -193,7 +217,7 @@ mod tests {
         ) {
             let mut random = Random::new(seed, 0);
             let layer = layer(&mut random, experts, devices, norm, nearest);
-            let start = replicate(&layer, QUICK).expect("slots suffice");
+            let start = replicate(&layer, QUICK, true).expect("slots suffice");
             let mut contents = Contents::new(&layer, start);
             let mut terms = Terms::new(&layer, &contents);
             let slots = layer.slots();

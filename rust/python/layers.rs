@@ -194,11 +194,12 @@ impl Layers {
     }
 
     /// Slots [L,D,S]: copies of the heaviest experts, then the heaviest copy first to the device done first, polished.
-    fn construct<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray3<i32>>> {
+    #[pyo3(signature = (*, copies = true))]
+    fn construct<'py>(&self, py: Python<'py>, copies: bool) -> PyResult<Bound<'py, PyArray3<i32>>> {
         use rayon::prelude::*;
         let construct = |(l, layer): (usize, &Layer)| {
-            let slots =
-                replicate(layer, QUICK).map_err(|NoSlot(expert)| Error::NoSlot { layer: l, expert })?;
+            let slots = replicate(layer, QUICK, copies)
+                .map_err(|NoSlot(expert)| Error::NoSlot { layer: l, expert })?;
             Ok(Contents::new(layer, slots))
         };
         let contents: Result<Vec<Contents>, Error> =

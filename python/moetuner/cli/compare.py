@@ -71,10 +71,10 @@ def command(
 
     imbalance: max / mean device load, averaged over layers and windows in the order of INPUT;
     mixed: of windows in which sequences are served together; total: of the sum of all windows;
-    crossing: share of transitions between devices; fanout: devices that a token visits in a layer;
-    layer us: predicted time of a layer. objective and gap are the solver's, on what it saw: a time,
-    an imbalance, or the crossing (in regime dispatch: the fanout, or co-activations apart) weighed
-    by links.
+    crossing: share of transitions between devices; fanout, nodes: devices and nodes that a token
+    visits in a layer; layer us: predicted time of a layer. objective and gap are the solver's, on
+    what it saw: a time, an imbalance, or the crossing weighed by links (in regime dispatch: the
+    fanout and, at what their links cost more, nodes; without expert sets, co-activations apart).
     """
     topology = machine.topology()
     window, threads = source.counted, source.threads

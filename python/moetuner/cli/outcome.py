@@ -9,6 +9,7 @@ from moetuner.cli.inputs import Traffic
 from moetuner.cli.output import number, percent
 from moetuner.cli.progress import working
 from moetuner.evaluation import Evaluation, evaluate
+from moetuner.objective import visit_costs
 from moetuner.problem import Problem
 from moetuner.solver import caps, solve
 from moetuner.solver.result import Result
@@ -45,25 +46,19 @@ class Outcome:
     def row(self) -> tuple[str, ...]:
         """Give the cells of a table under ``head``."""
         of, known = self.evaluation, self.has_objective
-        if self.problem.goal == "time":
-            follow = self.problem.regime == "follow"
-            judged: tuple[str, ...] = (
-                number(of.crossing, 4) if follow else number(of.fanout, 3),
-                number(of.predicted_layer_us, 1),
-            )
-            decimals = 1
-        else:
-            judged = (
-                number(of.imbalance_total, 3),
-                number(of.crossing, 4),
-                number(of.fanout, 3),
-            )
-            decimals = 4
+        figures = {
+            "total": number(of.imbalance_total, 3),
+            "crossing": number(of.crossing, 4),
+            "fanout": number(of.fanout, 3),
+            "nodes": number(of.node_fanout, 3),
+            "layer us": number(of.predicted_layer_us, 1),
+        }
+        decimals = 1 if self.problem.goal == "time" else 4
         return (
             self.result.method,
             number(of.imbalance, 3),
             number(of.imbalance_mixed, 3),
-            *judged,
+            *(figures[name] for name in judged(self.problem)),
             number(self.result.objective if known else None, decimals),
             percent(self.result.gap if known else None),
             number(self.result.seconds, 2),
@@ -72,10 +67,16 @@ class Outcome:
 
 def head(problem: Problem) -> tuple[str, ...]:
     """Columns of a table of outcomes: what says most of the objective, within 80 characters."""
-    judged: tuple[str, ...] = ("total", "crossing", "fanout")
+    return ("method", "imbalance", "mixed", *judged(problem), "objective", "gap", "seconds")
+
+
+def judged(problem: Problem) -> tuple[str, ...]:
+    """Name the columns that depend on the problem: nodes are what dispatch visits, if any."""
+    of_nodes = problem.regime == "dispatch" and problem.topology.nodes > 1
     if problem.goal == "time":
-        judged = ("crossing" if problem.regime == "follow" else "fanout", "layer us")
-    return ("method", "imbalance", "mixed", *judged, "objective", "gap", "seconds")
+        moved = "nodes" if of_nodes else "fanout"
+        return ("crossing" if problem.regime == "follow" else moved, "layer us")
+    return ("total", "nodes" if of_nodes else "crossing", "fanout")
 
 
 def try_method(
@@ -128,7 +129,10 @@ def unit(problem: Problem) -> str:
         return "us per layer"
     if problem.goal == "balance":
         return "max / mean load"
-    return "visits per token" if problem.counts_visits else "share of the traffic"
+    if problem.counts_visits:
+        _, node = visit_costs(problem.topology)
+        return f"fanout + {node:.3g} node fanout" if node else "fanout"
+    return "share of the traffic"
 
 
 def worth(problem: Problem, value: float) -> str:
@@ -138,7 +142,9 @@ def worth(problem: Problem, value: float) -> str:
     if problem.goal == "balance":
         return f"imbalance {value:.4f}"
     if problem.counts_visits:
-        return f"fanout {value:.4f}"
+        _, node = visit_costs(problem.topology)
+        name = f"fanout + {node:.3g} x node fanout =" if node else "fanout"
+        return f"{name} {value:.4f}"
     if problem.regime == "follow":
         return f"crossing {value:.4f}"
     return f"{value:.4f} of the co-activations apart"

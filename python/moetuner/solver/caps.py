@@ -8,7 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
+from moetuner.objective import slowest_times
+from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.solver.enumeration import contents_of, peaks_of
+from moetuner.solver.least import least_slowest
+
+Floats = NDArray[np.float64]
+
+# What sums of shares may be off.
+ROUNDING = 1e-9
 
 
 def raised(
@@ -53,6 +62,56 @@ def raised(
             infeasible = details.setdefault("caps_infeasible", {})
             infeasible[int(layer)] = [float(bound / scale), float(found / scale)]
     return details
+
+
+def caps_of(problem: Problem) -> Floats | None:
+    """Largest load over speed of a device, in the sum of all windows [L]; None without a cap."""
+    if problem.max_imbalance is None or np.isinf(problem.max_imbalance):
+        return None
+    total = problem.load.sum(axis=1, dtype=np.float64)
+    caps: Floats = problem.max_imbalance * total / problem.topology.speed_of_device.sum()
+    return caps
+
+
+def excess_of(problem: Problem, slots: NDArray[np.int32]) -> Floats:
+    """By what part slots [L,D,S], with any copies, exceed the caps [L]."""
+    caps = caps_of(problem)
+    if caps is None:
+        return np.zeros(problem.layers)
+    excess = _peaks(problem, slots) / np.maximum(caps, 1e-300) - 1
+    found: Floats = np.where(excess > ROUNDING, excess, 0.0)
+    return found
+
+
+def exceeded(problem: Problem, slots: NDArray[np.int32]) -> dict[str, Any]:
+    """Tell what `raised` tells, of slots [L,D,S] with any copies on any devices."""
+    layers = np.flatnonzero(excess_of(problem, slots))
+    if not layers.size:
+        return {}
+    alike = problem.topology.has_equal_devices and len(np.unique(problem.rooms)) == 1
+    if alike and not problem.rules.some and not problem.may_copy:
+        return raised(problem, problem.kept_caps(slots))
+    total = problem.load.astype(np.float64)
+    mean = total.sum(axis=1) / problem.topology.speed_of_device.sum()
+    least, peaks = least_slowest(problem, total[None])[0], _peaks(problem, slots)
+    details: dict[str, Any] = {"caps_raised": {}}
+    for layer in layers.tolist():
+        details["caps_raised"][layer] = float(peaks[layer] / mean[layer])
+        lowest, known = least[layer], peaks[layer]
+        contents = contents_of(problem, layer)
+        if contents is not None:
+            lowest = known = peaks_of(problem, layer, contents).min()
+        if lowest / mean[layer] > (problem.max_imbalance or 1.0) * (1 + ROUNDING):
+            infeasible = details.setdefault("caps_infeasible", {})
+            infeasible[layer] = [float(lowest / mean[layer]), float(known / mean[layer])]
+    return details
+
+
+def _peaks(problem: Problem, slots: NDArray[np.int32]) -> Floats:
+    """Largest load over speed of a device in every layer [L], in the sum of all windows."""
+    placement = Placement(slots, num_experts=problem.experts)
+    peaks: Floats = slowest_times(problem, placement, problem.load[None].astype(np.float64))[0]
+    return peaks
 
 
 def remarks(problem: Problem, details: dict[str, Any]) -> list[str]:

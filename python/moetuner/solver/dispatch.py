@@ -7,13 +7,15 @@ are there.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.objective import visit_costs
 from moetuner.problem import Problem
 from moetuner.solver.clock import Clock
+from moetuner.solver.heuristic import heuristic
 from moetuner.solver.result import Candidate, Limits, Progress
 
 # Trials of each start on pairs, and the share of a time limit that they get.
@@ -61,13 +63,19 @@ def dispatch(
     if sets is None:
         raise ValueError("statistics must have expert sets: count them with sets=True")
     clock = Clock(limits)
-    start, interrupted = _on_pairs(problem, seed, limits)
-    device_cost, node_cost = visit_costs(problem.topology)
-    details: dict[str, object] = {"device_cost": device_cost, "node_cost": node_cost}
-    if interrupted or problem.devices < 2:
-        return Candidate(start, "interrupted" if interrupted else "feasible", details=details)
-
     trials = limits.iterations
+    pairs = replace(
+        clock.within(PAIR_SHARE),
+        iterations=PAIR_TRIALS if trials is None else min(trials, PAIR_TRIALS),
+        # Their cost is in another unit.
+        progress=None,
+    )
+    found = heuristic(problem, seed=seed, limits=pairs)
+    device_cost, node_cost = visit_costs(problem.topology)
+    details = {**found.details, "device_cost": device_cost, "node_cost": node_cost}
+    if found.status == "interrupted" or problem.devices < 2:
+        return replace(found, details=details)
+
     if trials is None:
         trials = TRIALS_PER_SLOT * problem.devices * problem.slots
         units = sum(len(of) / 64 + UNITS_PER_TRIAL for of in sets)
@@ -82,13 +90,13 @@ def dispatch(
         [1.0] * problem.devices,
         nearest=False,
         norm=0,
-        cap=problem.kept_caps(start).astype(np.float64).tolist(),
+        cap=problem.kept_caps(found.slots).astype(np.float64).tolist(),
         sets=[(of.ids, of.counts) for of in sets],
         device_cost=device_cost,
         node_cost=node_cost,
     )
     slots, interrupted = layers.place(
-        start,
+        found.slots,
         trials=trials,
         hot=HOT,
         cold=COLD,
@@ -102,22 +110,3 @@ def dispatch(
     )
     details["trials"] = trials
     return Candidate(slots, "interrupted" if interrupted else "feasible", details=details)
-
-
-def _on_pairs(problem: Problem, seed: int, limits: Limits) -> tuple[NDArray[np.int32], bool]:
-    """Slots [L,D,S] with the least co-activation apart, and whether it was interrupted."""
-    pairs = problem.statistics.coactivation
-    trials, seconds = limits.iterations, limits.time_limit
-    slots, _, _, interrupted, _ = _core.search(
-        problem.load,
-        np.repeat(problem.caps[:, None], problem.devices, axis=1),
-        problem.topology.cost,
-        problem.slots,
-        coactivation=pairs,
-        seed=seed,
-        trials=PAIR_TRIALS if trials is None else min(trials, PAIR_TRIALS),
-        # Without pairs the balanced placement is the start.
-        time_limit=0.0 if pairs is None else seconds and seconds * PAIR_SHARE,
-        threads=limits.threads,
-    )
-    return slots, interrupted

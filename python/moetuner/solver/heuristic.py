@@ -45,7 +45,8 @@ def heuristic(
         problem.load,
         np.repeat(problem.caps[:, None], problem.devices, axis=1),
         # Co-activated pairs count the same on whatever two devices they are: see `Problem.cost`.
-        cost if problem.regime == "follow" else (cost > 0).astype(np.int64),
+        # Where they stand for visits, those of other nodes cost more.
+        cost if problem.regime == "follow" or problem.counts_visits else (cost > 0).astype(int),
         problem.slots,
         seed=seed,
         trials=limits.iterations,

@@ -6,7 +6,7 @@ layers, in turns, each given its neighbours, from a start that the search for tr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,12 @@ from moetuner import _core, objective
 from moetuner.balance import times
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
+from moetuner.solver.caps import caps_of, exceeded, excess_of
 from moetuner.solver.clock import Clock
+from moetuner.solver.enumeration import enumerated
 from moetuner.solver.heuristic import heuristic
+from moetuner.solver.moving import Moving, widened
+from moetuner.solver.prices import link_prices, tokens_per_unit, visit_prices
 from moetuner.solver.result import Candidate, Limits, Progress, Status
 from moetuner.solver.unseen import SMALL, Choice, choose
 
@@ -32,83 +36,22 @@ ROUNDS = 3
 # Trials of a layer for each of its slots; small layers get the least.
 PER_SLOT = 600
 LEAST, MOST = 20_000, 600_000
-# Share of a time limit for the searches for traffic.
+# Share of a time limit for choosing how to search, and the seconds below which nothing is tried.
+LEARN_SHARE, LEARN_LEAST = 0.25, 0.1
+# Share of what is left for the searches for traffic.
 SEARCH_SHARE = 0.6
 # Layers of few slots are searched several times, from so hot that no valley holds them.
 RESTARTS = 8
 SMALL_HOT, SMALL_COLD = 0.3, 1e-3
-# Tokens of balance that a unit of traffic outweighs: balance only decides between equals.
-TRAFFIC_FIRST = 1e3
-# Times that risk and groups are weighed anew.
-REWEIGHTINGS = 4
+# Times that risk and groups are weighed anew, and when something is known of the weights.
+REWEIGHTINGS, AGAIN = 4, 2
+# Seconds that trying every placement of a small problem may take.
+ENOUGH = 2.0
 
 
-@dataclass(frozen=True)
-class Moving:
-    """What it costs to leave a running placement.
-
-    Parameters
-    ----------
-    initial
-        The placement that runs.
-    price
-        Of a copy that has to be brought, in units of the objective.
-    """
-
-    initial: Placement
-    price: float
-
-    def moved(self, placement: Placement) -> int:
-        """Count copies that have to be brought."""
-        return self.initial.diff(placement).experts_moved
-
-
-def layers(
-    problem: Problem,
-    *,
-    seed: int,
-    limits: Limits,
-    start: Slots | None = None,
-    moving: Moving | None = None,
-) -> Candidate:
-    """Solve for balance or time, or for traffic where devices or slots are not all alike.
-
-    Parameters
-    ----------
-    start
-        Slots [L,D,S] to improve on, besides the search's own starts.
-    moving
-        What changes cost.
-    """
-    clock = Clock(limits)
-    search = Search(problem, seed, limits, moving)
-    slots = search.construct()
-    if limits.time_limit == 0:
-        return search.candidate(slots, "time_limit")
-    try:
-        search.learn()
-    except KeyboardInterrupt:
-        return search.candidate(slots if start is None else start, "interrupted")
-    starts = [slots] if start is None else [start, slots]
-    interrupted = False
-    if search.links is not None and moving is None:
-        for number, cap in enumerate(CAPS):
-            share = SEARCH_SHARE / (len(CAPS) - number)
-            found = _for_traffic(problem, cap, seed, clock.within(share))
-            wider = search.allowed(found.slots)
-            starts.extend([] if wider is None else [wider])
-            interrupted = found.status == "interrupted"
-            if interrupted:
-                break
-    best = min(starts, key=search.value)
-    turns = 1 if problem.windows.is_mean else REWEIGHTINGS
-    for turn in range(turns):
-        if interrupted:
-            break
-        improved, interrupted = search.improve(best, clock.within(1 / (turns - turn)))
-        search.look_at(improved)
-        best = min(best, improved, key=search.value)
-    return search.candidate(best, "interrupted" if interrupted else "feasible")
+def layers(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
+    """Solve for balance or time, or for traffic where devices or slots are not all alike."""
+    return Search(problem, seed).run(limits)
 
 
 def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Candidate:
@@ -127,21 +70,15 @@ def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Can
     return heuristic(alike, seed=seed, limits=limits)
 
 
-def widened(problem: Problem, slots: Slots) -> Slots:
-    """Slots [L,D,S] in the problem's own rooms, which hold them; what is in them moves down."""
-    wide = problem.empty_slots()
-    width = min(slots.shape[2], problem.slots)
-    # Full slots first: rooms may be narrower than these slots.
-    order = np.argsort(slots == EMPTY, axis=2, kind="stable")
-    wide[:, :, :width] = np.take_along_axis(slots, order, axis=2)[:, :, :width]
-    return wide
-
-
 class Search:
-    """A problem as the core's search of layers sees it."""
+    """A problem as the core's search of layers sees it.
 
-    def __init__(self, problem: Problem, seed: int, limits: Limits, moving: Moving | None) -> None:
-        self.problem, self.seed, self.limits, self.moving = problem, seed, limits, moving
+    What is learned of its windows is kept from one run to the next.
+    """
+
+    def __init__(self, problem: Problem, seed: int) -> None:
+        self.problem, self.seed = problem, seed
+        self.moving: Moving | None = None
         topology = problem.topology
         self.slowest = topology.speed_of_device.min()
         self.time = times(topology.speed_of_device)
@@ -151,12 +88,107 @@ class Search:
         self.links = transitions if some else None
         windows = problem.windows
         self.choice = Choice(windows.load, windows.weight)
-        self.emphasis = [np.ones(len(windows.weight))]
+        self.emphasis: list[Floats] = []
         self.details: dict[str, Any] = {}
+        self.caps = caps_of(problem)
 
-    def learn(self) -> None:
+    def run(
+        self, limits: Limits, *, start: Slots | None = None, moving: Moving | None = None
+    ) -> Candidate:
+        """Search within limits.
+
+        Parameters
+        ----------
+        start
+            Slots [L,D,S] to improve on, besides the search's own starts.
+        moving
+            What changes cost.
+        """
+        clock, problem = Clock(limits), self.problem
+        self.moving = moving
+        slots = self._layers().construct(copies=problem.may_copy)
+        if limits.time_limit == 0:
+            return self.candidate(slots, "time_limit")
+        again = AGAIN if self.emphasis else REWEIGHTINGS
+        turns = 1 if problem.windows.is_mean else again
+        try:
+            if not self.emphasis:
+                self.learn(clock.within(LEARN_SHARE))
+        except KeyboardInterrupt:
+            return self.candidate(slots if start is None else start, "interrupted")
+        starts = [slots] if start is None else [start, slots]
+        interrupted = False
+        if self.links is not None and moving is None:
+            caps = sorted({min(cap, problem.max_imbalance or cap) for cap in CAPS})
+            for number, cap in enumerate(caps):
+                share = SEARCH_SHARE / (len(caps) - number)
+                found = _for_traffic(problem, cap, self.seed, clock.within(share))
+                wider = self.allowed(found.slots)
+                starts.extend([] if wider is None else [wider])
+                interrupted = found.status == "interrupted"
+                if interrupted:
+                    break
+        best = min(starts, key=self.rank)
+        narrow = self.narrow() if moving is None else None
+        parts = turns if narrow is None else 2 * turns
+        for turn in range(turns):
+            if interrupted:
+                break
+            improved, interrupted = self.improve(best, clock.within(1 / (parts - turn)))
+            self.look_at(improved)
+            best = min(best, improved, key=self.rank)
+        if narrow is not None and not interrupted:
+            found = narrow.run(clock.within())
+            interrupted = found.status == "interrupted"
+            wider = self.allowed(found.slots)
+            best = best if wider is None else min(best, wider, key=self.rank)
+        if interrupted:
+            return self.candidate(best, "interrupted")
+        return self.completed(best, clock.within())
+
+    def narrow(self) -> Search | None:
+        """Search without slots to spare: reading a copy's weights may cost more than it saves."""
+        problem, model = self.problem, self.problem.cost_model
+        fewest = -(-problem.experts // problem.devices)
+        wide = problem.may_copy and (problem.rooms > fewest).any()
+        assert model is not None
+        if problem.goal != "time" or model.expert_us == 0 or self.links is not None or not wide:
+            return None
+        try:
+            alike = replace(problem, slots_per_device=fewest, extra_slots=None)
+        except ValueError:  # pins that need more
+            return None
+        search = Search(alike, self.seed)
+        search.choice, search.emphasis = self.choice, list(self.emphasis)
+        return search
+
+    def completed(self, slots: Slots, limits: Limits) -> Candidate:
+        """Answer with slots, or the best there are if there are few and windows do not add up."""
+        problem = self.problem
+        excess, value = self.rank(slots)
+        adds_up = problem.goal == "balance" and problem.windows.is_mean and not excess
+        short = limits.time_limit is not None and limits.time_limit < ENOUGH
+        if problem.goal == "traffic" or adds_up or short:
+            return self.candidate(slots, "feasible")
+        known = np.inf if excess else value
+        found = enumerated(problem, known, caps=self.caps, moving=self.moving)
+        if found is None:
+            return self.candidate(slots, "feasible")
+        answer = self.candidate(found if len(found) else slots, "optimal")
+        if self.moving is not None:
+            # The best with its price: without, others may be better.
+            return replace(answer, status="feasible")
+        return replace(answer, bound=self.value(answer.slots), bound_source="every placement")
+
+    def learn(self, limits: Limits) -> None:
         """Choose what generalises to traffic that nobody has seen, by cross-validation."""
         windows = self.problem.windows
+        self.emphasis = [np.ones(len(windows.weight))]
+        if limits.time_limit is not None and limits.time_limit < LEARN_LEAST:
+            reason = {"chosen": "maximum", "reason": "too little time to try others"}
+            self.choice = replace(self.choice, details=reason)
+            self.details["unseen"] = reason
+            return
         self.choice = choose(
             windows.load,
             windows.weight,
@@ -166,29 +198,24 @@ class Search:
             self.time,
             nearest=self.problem.split == "nearest",
             seed=self.seed,
-            threads=self.limits.threads,
+            threads=limits.threads,
+            time_limit=limits.time_limit,
         )
         self.details["unseen"] = self.choice.details
         if not windows.is_mean:
             # Windows are weighed anew: they have to be those of the problem.
             self.choice = replace(self.choice, load=windows.load, weight=windows.weight)
 
+    def rank(self, slots: Slots) -> tuple[float, float]:
+        """By how much caps are exceeded, in all layers, and the value; lower is better."""
+        excess = excess_of(self.problem, slots)
+        return float(excess.sum()), self.value(slots)
+
     def value(self, slots: Slots) -> float:
         """Objective of slots, and what moving there costs."""
         placement = self._placement(slots)
         value, moving = self.problem.value(placement), self.moving
         return value if moving is None else value + moving.price * moving.moved(placement)
-
-    def construct(self) -> Slots:
-        """Slots [L,D,S] by the heaviest copy first."""
-        slots = self._layers().construct()
-        if not self.problem.may_copy:
-            for layer in slots:
-                _, first = np.unique(layer, return_index=True)
-                again = np.ones(layer.size, dtype=bool)
-                again[first] = False
-                layer.reshape(-1)[again] = EMPTY
-        return slots
 
     def improve(self, slots: Slots, limits: Limits) -> tuple[Slots, bool]:
         """Anneal every layer, and say whether it was interrupted."""
@@ -212,7 +239,9 @@ class Search:
             copies=problem.may_copy,
             rounds=ROUNDS,
             transitions=self.links,
-            link_cost=None if self.links is None else self._link_cost(),
+            link_cost=(
+                None if self.links is None else link_prices(problem, self._tokens_per_unit())
+            ),
             seed=self.seed,
             time_limit=limits.time_limit,
             threads=limits.threads,
@@ -224,8 +253,8 @@ class Search:
         problem, windows = self.problem, self.problem.windows
         if windows.is_mean:
             return
-        slowest = objective.slowest_time(problem, self._placement(slots))
-        self.emphasis.append(windows.emphasis(slowest, objective.mean_time(problem)))
+        shares = objective.shares(problem, self._placement(slots)).sum(axis=1)
+        self.emphasis.append(windows.emphasis(shares, objective.measure(problem)))
         weight = windows.weight * np.mean(self.emphasis, axis=0)
         self.choice = replace(self.choice, weight=weight)
 
@@ -239,22 +268,20 @@ class Search:
 
     def candidate(self, slots: Slots, status: Status) -> Candidate:
         """Answer with slots."""
-        return Candidate(slots, status=status, details=self.details)
+        details = {**self.details, **exceeded(self.problem, slots)}
+        return Candidate(slots, status=status, details=details)
 
     def _placement(self, slots: Slots) -> Placement:
         return Placement(slots, num_experts=self.problem.experts)
 
+    def _tokens_per_unit(self) -> float:
+        return tokens_per_unit(self.problem, self.choice.load, self.choice.weight)
+
     def _layers(self) -> _core.Layers:
         problem, choice = self.problem, self.choice
-        cap = None
-        if problem.max_imbalance is not None and np.isfinite(problem.max_imbalance):
-            speed = problem.topology.speed_of_device.sum()
-            mean = problem.load.sum(axis=1, dtype=np.float64) * self.slowest / speed
-            cap = (problem.max_imbalance * mean).tolist()
-        hold: Floats | None = None
+        unit, hold = self._tokens_per_unit(), None
         if self.moving is not None:
-            price = self.moving.price * self._tokens_per_unit()
-            hold = np.where(self.moving.initial.held.transpose(0, 2, 1), 0.0, price)
+            hold = np.ascontiguousarray(self.moving.prices.transpose(0, 2, 1) * unit)
         return _core.Layers(
             np.ascontiguousarray(choice.load),
             choice.weight,
@@ -264,45 +291,9 @@ class Search:
             nearest=problem.split == "nearest",
             norm=choice.norm,
             total=problem.load.astype(np.float64),
-            cap=cap,
+            cap=None if self.caps is None else (self.caps * self.slowest).tolist(),
             hold=hold,
             forbidden=problem.rules.forbidden,
             pinned=problem.rules.pinned,
-            **self._visits(),
+            **visit_prices(problem, unit),
         )
-
-    def _visits(self) -> dict[str, Any]:
-        """Expert sets and what a visit costs, in weighted tokens, where visits count."""
-        problem, sets = self.problem, self.problem.statistics.sets
-        if not problem.counts_visits or sets is None or problem.goal == "balance":
-            return {}
-        unit, tokens = self._tokens_per_unit(), float(sets[0].counts.sum())
-        if problem.goal == "time":
-            unit *= objective.visit_us(problem)
-        each = unit / (problem.layers * max(tokens, 1))
-        device_cost, node_cost = objective.visit_costs(problem.topology)
-        return {
-            "sets": [(of.ids, of.counts) for of in sets],
-            "device_cost": device_cost * each,
-            "node_cost": node_cost * each,
-        }
-
-    def _tokens_per_unit(self) -> float:
-        """Weighted tokens on the slowest device that make one unit of the objective."""
-        problem, weight = self.problem, self.choice.weight.sum()
-        if problem.goal == "time":
-            assert problem.cost_model is not None
-            token_us = max(problem.cost_model.token_us, 1e-12)
-            return float(self.slowest * weight * problem.layers / token_us)
-        if problem.goal == "traffic":
-            return TRAFFIC_FIRST * problem.cost_scale
-        mean = self.choice.load.sum(axis=(1, 2)) / problem.topology.speed_of_device.sum()
-        return float(self.slowest * (self.choice.weight * mean).sum())
-
-    def _link_cost(self) -> Floats:
-        """Weighted tokens that a pair over a link counts for [D,D]."""
-        problem, unit = self.problem, self._tokens_per_unit()
-        if problem.goal == "traffic":
-            return problem.topology.cost.astype(np.float64) * (unit / problem.cost_scale)
-        share = unit / (problem.layers * problem.statistics.windows)
-        return objective.link_us(problem) * share

@@ -1,54 +1,175 @@
-"""What no placement can beat, where balance or time is the objective."""
+"""What no placement can beat: proven bounds of balance, of time, and of the visits of tokens."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moetuner import objective
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver.bound import bound
+from moetuner.solver.prices import link_us, top_k
 from moetuner.solver.result import Candidate, Limits
+
+Floats = NDArray[np.float64]
 
 
 def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
     """Add the best bound to what was found.
 
     The least of a sum is no less than the sum of the least: a time's parts, compute and traffic,
-    are bounded one by one. Traffic is bounded for one copy of each expert on equal devices only.
+    are bounded one by one. Traffic from layer to layer is bounded for one copy of each expert on
+    equal devices only.
     """
+    if found.status == "optimal":
+        return found
     value = problem.value(Placement(found.slots, num_experts=problem.experts))
+    source = "load"
     if problem.goal == "traffic":
         if not problem.counts_visits:
             return found
-        least, source = objective.least_visits(problem), "load"
+        least = least_visits(problem)
+    elif problem.goal == "balance":
+        least = least_balance(problem)
     else:
-        least, source = objective.least_balance(problem), "load"
-    if problem.goal == "time":
-        least = objective.compute_us(problem, least)
-        if problem.counts_visits:
-            least += objective.least_visits(problem) * objective.visit_us(problem)
         # Who interrupts wants no proof.
         interrupted = found.status == "interrupted"
-        moved = None if interrupted else _least_traffic_us(problem, limits)
-        if moved is not None:
-            least, source = least + moved[0], f"load + {moved[1]}"
+        moved = None if interrupted else _least_pairs_us(problem, limits)
+        least = least_time(problem, 0.0 if moved is None else moved[0])
+        source = "load" if moved is None else f"load + {moved[1]}"
     # Rounding of the sums above, far below what anybody reads of an objective.
     least *= 1 - 1e-9
     status = "optimal" if least >= value * (1 - 1e-6) else found.status
     return replace(found, bound=min(least, value), bound_source=source, status=status)
 
 
-def _least_traffic_us(problem: Problem, limits: Limits) -> tuple[float, str] | None:
+def least_balance(problem: Problem) -> float:
+    """Below this no placement's balance can be."""
+    measure = objective.measure(problem)
+    least = least_slowest(problem, problem.windows.load)
+    return problem.windows.outcome(least.sum(axis=1), measure)
+
+
+def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
+    """Below this no placement's time can be, whose pairs cost at least so much in all [us].
+
+    What compute and communication overlap is convex in both, so the mean over layers is no less
+    than what the means would take.
+    """
+    assert problem.cost_model is not None
+    compute = _least_compute(problem).mean(axis=1)
+    if problem.regime == "dispatch":
+        moved = _least_rows_us(problem).mean(axis=1)
+    else:
+        moved = pairs_us * _least_part(problem) / problem.layers
+    times = problem.cost_model.layer_us(compute[:, None], moved)
+    return problem.windows.outcome(times, np.ones(len(times)))
+
+
+def least_visits(problem: Problem) -> float:
+    """Below this no placement's ``visits`` can be: a token's experts fill the fewest devices."""
+    device_cost, node_cost = objective.visit_costs(problem.topology)
+    assert problem.statistics.sets is not None
+    fewest = -(-problem.statistics.sets[0].top_k // problem.slots)
+    return float(device_cost * fewest + node_cost)
+
+
+def least_slowest(problem: Problem, load: Floats) -> Floats:
+    """Least load over speed of the slowest device in windows and layers [W,L] of load [W,L,E].
+
+    It takes at least the mean, and at least what the heaviest expert takes on the fastest devices
+    that can hold all the copies there is room for.
+    """
+    speed = np.sort(problem.topology.speed_of_device)[::-1]
+    devices = int((problem.rooms > 0).sum(axis=1).min())
+    spare = problem.rooms.sum(axis=1) - problem.experts
+    least = np.empty(load.shape[:2])
+    for layer in range(problem.layers):
+        mine = load[:, layer]
+        copies = min(int(spare[layer]) + 1, devices) if problem.may_copy else 1
+        heaviest = mine.max(axis=1)
+        if problem.split == "nearest":
+            # Uneven parts are at least those that make all copies equally slow.
+            one = heaviest / speed[:copies].sum()
+        else:
+            one = heaviest / copies / speed[0]
+        least[:, layer] = np.maximum(mine.sum(axis=1) / speed.sum(), one)
+    return least
+
+
+def _least_compute(problem: Problem) -> Floats:
+    """Least microseconds that the slowest device computes, in every window and layer [W,L]."""
+    model, load, speed = problem.cost_model, problem.windows.load, problem.topology.speed_of_device
+    assert model is not None
+    # An idle device starts as well.
+    least = max(model.base_us, model.start_us) / speed.min()
+    tokens = model.start_us / speed.max() + model.token_us * least_slowest(problem, load)
+    # Copies of an expert are active in all at least as often as one would be, or have a token.
+    active = np.minimum(load, 1.0) if problem.may_copy else load > 0
+    count = active.sum(axis=2)
+    weights = (model.base_us * problem.devices + model.expert_us * count) / speed.sum()
+    found: Floats = np.maximum(least, np.maximum(tokens, weights))
+    if not problem.may_copy and np.ptp(speed) == 0:
+        whole = (model.base_us + model.expert_us * np.ceil(count / problem.devices)) / speed[0]
+        found = np.maximum(found, whole)
+    return found
+
+
+def _least_rows_us(problem: Problem) -> Floats:
+    """Least microseconds of rows to devices and back, in every window and layer [W,L].
+
+    The busiest port carries no less than the mean one.
+    """
+    model, topology = problem.cost_model, problem.topology
+    assert model is not None
+    tokens: Floats = problem.windows.load.sum(axis=2)
+    if problem.split == "nearest" and problem.may_copy:
+        return np.zeros_like(tokens)
+    if problem.statistics.sets is not None:
+        # A visit is of as many experts as a token has, and a device holds, at most.
+        tokens = tokens / min(problem.statistics.sets[0].top_k, problem.slots)
+    elsewhere = (topology.tier[:, :, None] == np.arange(1, len(topology.levels) + 1)).mean(
+        axis=(0, 1)
+    )
+    if model.once_per == "node":
+        elsewhere[1:] = 0
+    rows = tokens[:, :, None] * elsewhere / topology.devices
+    return model.ports_us(rows, topology) + model.ports_us(
+        rows, topology, bytes_each=model.bytes_back
+    )
+
+
+def _least_part(problem: Problem) -> Floats:
+    """Part of the pairs' cost that every window [W] pays at least, of all pairs' cost."""
+    pairs = problem.statistics.transitions_or_empty.sum(axis=(1, 2), dtype=np.float64)
+    load = problem.windows.load.sum(axis=2)[:, 1:]
+    part = load / np.maximum(pairs, 1)
+    least: Floats = part.min(axis=1, initial=np.inf) * top_k(problem)
+    return np.where(np.isfinite(least), least, 0.0)
+
+
+def _least_pairs_us(problem: Problem, limits: Limits) -> tuple[float, str] | None:
+    """Least microseconds that pairs cost on links whose ports are evenly used, and the proof."""
+    assert problem.cost_model is not None
     alike = problem.topology.has_equal_devices and not problem.may_copy
     if problem.regime != "follow" or not alike or problem.devices == 1:
         return None
-    plain = replace(problem, objective="traffic", max_imbalance=None, pinned=(), forbidden=())
+    plain = replace(
+        problem,
+        objective="traffic",
+        max_imbalance=None,
+        pinned=(),
+        forbidden=(),
+        # What overlaps is taken off the sum of both parts.
+        cost_model=replace(problem.cost_model, overlap=0.0),
+    )
     proven = bound(plain, plain.caps, limits=limits)
     if proven is None:
         return None
-    price, cost = objective.link_us(problem), problem.topology.cost
+    price, cost = link_us(plain), problem.topology.cost
     dearer = cost > 0
     per_cost = float((price[dearer] / cost[dearer]).min()) if dearer.any() else 0.0
-    windows = problem.layers * problem.statistics.windows
-    return proven.cost * per_cost / windows, proven.source
+    return proven.cost * per_cost, proven.source

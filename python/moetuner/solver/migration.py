@@ -10,8 +10,11 @@ from moetuner._moves import kept
 from moetuner._validation import not_negative
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
+from moetuner.solver.caps import caps_of
 from moetuner.solver.clock import Clock
-from moetuner.solver.layers import Moving, layers, widened
+from moetuner.solver.enumeration import enumerated
+from moetuner.solver.layers import Search
+from moetuner.solver.moving import Moving, widened
 from moetuner.solver.result import Candidate, Limits
 
 # Prices of a move that are tried to keep a budget: each halves the logarithm's range.
@@ -80,13 +83,14 @@ def migrate(problem: Problem, migration: Migration, *, seed: int, limits: Limits
     clock = Clock(limits)
     start = widened(problem, initial.slots)
     broken = problem.rules.broken(initial)
+    search = Search(problem, seed)
 
     def at(price: float, tries: int) -> tuple[Candidate, int]:
         moving = Moving(initial, price)
         # A start that breaks a rule is none: then the search makes its own, as near as it pays.
         from_here = None if broken else start
         within = clock.within(1 / tries)
-        found = layers(problem, seed=seed, limits=within, start=from_here, moving=moving)
+        found = search.run(within, start=from_here, moving=moving)
         return found, moving.moved(Placement(found.slots, num_experts=problem.experts))
 
     def answer(found: Candidate, moved: int) -> Candidate:
@@ -102,6 +106,13 @@ def migrate(problem: Problem, migration: Migration, *, seed: int, limits: Limits
         return answer(found, moved)
     if found.status == "interrupted" and not broken:
         return answer(Candidate(start, "interrupted"), 0)
+    if problem.goal != "traffic" and limits.time_limit is None:
+        exact = enumerated(
+            problem, np.inf, caps=caps_of(problem), moving=Moving(initial, own), most=most
+        )
+        if exact is not None and len(exact):
+            moved = Moving(initial, own).moved(Placement(exact, num_experts=problem.experts))
+            return answer(Candidate(exact, details=found.details), moved)
     # The price at which so much moves as the budget allows, by bisection.
     value = problem.value(initial)
     low, high = max(own, CHEAPEST * value), max(own, value)

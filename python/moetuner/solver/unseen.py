@@ -91,6 +91,7 @@ def choose(
     nearest: bool,
     seed: int,
     threads: int | None,
+    time_limit: float | None = None,
 ) -> Choice:
     """Choose norm and windows by cross-validation.
 
@@ -106,6 +107,8 @@ def choose(
         Whether tokens go to the nearest copy.
     seed, threads
         Of the searches. One seed gives one answer on any number of threads.
+    time_limit
+        Seconds for all searches together.
     """
     used = np.flatnonzero((weight > 0) & load.any(axis=(1, 2)))
     if len(used) < FEWEST_WINDOWS:
@@ -115,7 +118,10 @@ def choose(
     layers = np.unique(np.linspace(0, load.shape[1] - 1, TRIED_LAYERS).round().astype(np.int64))
     trial = _Trial(load[:, layers], weight, fold, room[layers], node, time, nearest)
     settings = FOR_GROUPS if whole_groups else FOR_WINDOWS
-    scores = [trial.scores(setting, seed=seed, threads=threads) for setting in settings]
+    each = None if time_limit is None else time_limit / len(settings)
+    scores = [
+        trial.scores(setting, seed=seed, threads=threads, time_limit=each) for setting in settings
+    ]
     best = 0
     for number, score in enumerate(scores):
         gain = scores[best] - score
@@ -168,7 +174,9 @@ class _Trial:
     time: Floats
     nearest: bool
 
-    def scores(self, setting: Setting, *, seed: int, threads: int | None) -> Floats:
+    def scores(
+        self, setting: Setting, *, seed: int, threads: int | None, time_limit: float | None
+    ) -> Floats:
         """Imbalance on the windows held out [parts * L]."""
         parts = range(int(self.fold.max()) + 1)
         held_out = [(self.fold == part)[:, None, None] for part in parts]
@@ -193,6 +201,7 @@ class _Trial:
             cold=cold,
             seed=seed,
             threads=threads,
+            time_limit=time_limit,
         )
         if interrupted:
             raise KeyboardInterrupt

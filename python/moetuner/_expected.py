@@ -1,0 +1,110 @@
+"""What is expected of a placement where tokens are not replayed: visits, rows, active experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _split
+from moetuner._split import Split
+from moetuner.expert_sets import ExpertSets
+from moetuner.placement import EMPTY, Placement
+from moetuner.topology import Topology
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Floats = NDArray[np.float64]
+
+
+def visits(
+    share: Floats, sets: Sequence[ExpertSets], node: NDArray[np.int64]
+) -> tuple[Floats, Floats]:
+    """Tokens that visit every device [L,D], and every node [L,N].
+
+    Copies, which take shares [L,D,E] of their expert's tokens, are taken to be chosen independently
+    of each other.
+    """
+    layers, devices, _ = share.shape
+    nodes = int(node.max()) + 1
+    found, of_nodes = np.empty((layers, devices)), np.empty((layers, nodes))
+    for layer, (mine, tokens) in enumerate(zip(share, sets, strict=True)):
+        # Share of a set's tokens that do not visit a device [N,D], or a node.
+        missed = np.ones((len(tokens), devices))
+        far = np.ones((len(tokens), nodes))
+        in_node = np.stack([mine[node == n].sum(axis=0) for n in range(nodes)])
+        for expert in tokens.ids.T:
+            missed *= 1 - mine.T[expert]
+            far *= 1 - in_node.T[expert]
+        count = tokens.counts.astype(np.float64)
+        found[layer], of_nodes[layer] = count @ (1 - missed), count @ (1 - far)
+    return found, of_nodes
+
+
+def followed(
+    placement: Placement, topology: Topology, split: Split, transitions: NDArray[np.uint64]
+) -> Floats:
+    """Pairs of neighbouring layers' experts by their devices [L-1,D,D].
+
+    A token has one home in all layers; apart from that, copies are taken to be chosen independently
+    of each other.
+    """
+    tables = transitions.astype(np.float64)
+    if split != "nearest" or (placement.replicas == 1).all():
+        share = _split.shares(placement, topology, split)
+        mean: Floats = np.matmul(np.matmul(share[:-1], tables), share[1:].transpose(0, 2, 1))
+        return mean
+    found = np.empty((len(tables), placement.devices, placement.devices))
+    layers = _split.by_home(placement, topology, split)
+    _, here = next(layers)
+    for layer, there in layers:
+        pairs = np.matmul(np.matmul(here, tables[layer - 1]), there.transpose(0, 2, 1))
+        found[layer - 1], here = pairs.mean(axis=0), there
+    return found
+
+
+def dispatched(
+    placement: Placement,
+    topology: Topology,
+    split: Split,
+    visits: NDArray[Any],
+    expert_load: NDArray[Any] | None,
+) -> Floats:
+    """Rows [L,D,D] from homes that are spread evenly, given visits [L,D].
+
+    Where a home has preferences the rows of a device come from homes in proportion to the tokens
+    that they send to its experts, of which there are so many in every window [W,L,E].
+    """
+    devices = placement.devices
+    if split != "nearest":
+        rows = np.repeat(visits[:, None, :] / devices, devices, axis=1)
+    else:
+        assert expert_load is not None
+        of_expert = expert_load.sum(axis=0, dtype=np.float64) / devices
+        rows = np.empty((placement.layers, devices, devices))
+        for layer, share in _split.by_home(placement, topology, split):
+            pairs = share @ of_expert[layer]
+            served = np.maximum(pairs.sum(axis=0), 1e-300)
+            rows[layer] = pairs * (visits[layer] / served)
+    rows[:, np.arange(devices), np.arange(devices)] = 0
+    return rows
+
+
+def active(placement: Placement, share: Floats, expert_load: NDArray[Any]) -> Floats:
+    """Experts of every device that have a token, or are expected to [W,L,D].
+
+    Of shares [L,D,E] of every window's tokens [W,L,E].
+    """
+    found = np.empty((len(expert_load), placement.layers, placement.devices))
+    for layer, slots in enumerate(placement.slots):
+        device, slot = np.nonzero(slots != EMPTY)
+        expert = slots[device, slot]
+        load = expert_load[:, layer, expert].astype(np.float64)
+        # A copy with a share of the tokens is idle if all of them go to others.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rest = np.log1p(-share[layer, device, expert])
+            busy = np.where(load > 0, 1 - np.exp(load * rest), 0.0)
+        found[:, layer] = busy @ np.equal.outer(device, np.arange(placement.devices))
+    return found

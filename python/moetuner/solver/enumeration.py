@@ -1,0 +1,273 @@
+"""Small problems of balance or time: every placement, less those that cannot be the best.
+
+Risk, the worst group and predicted times do not add up, as a search needs it. But an outcome never
+falls when a window's sum over layers rises. So layers are joined one after the other, and what
+cannot end below the best known placement is left out.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import objective
+from moetuner.placement import EMPTY, Placement
+from moetuner.problem import Problem
+from moetuner.solver.moving import Moving
+from moetuner.statistics import RoutingStatistics
+
+Floats = NDArray[np.float64]
+Slots = NDArray[np.int32]
+Flags = NDArray[np.bool_]
+
+# Experts of a layer, contents of one, pairs of contents of two, and sums that are tried in all.
+MOST_EXPERTS, MOST_CONTENTS, MOST_PAIRS, MOST_SUMS = 12, 10_000, 20_000, 20_000_000
+# Sums that are held at once, and those among which the dominated ones are looked for.
+AT_ONCE, COMPARED = 1_000_000, 2_000
+# What sums of floats may be off.
+ROUNDING = 1e-9
+
+
+def enumerated(
+    problem: Problem,
+    known: float,
+    *,
+    caps: Floats | None = None,
+    moving: Moving | None = None,
+    most: float = np.inf,
+) -> Slots | None:
+    """Find the best slots [L,D,S] of a small problem; of shape [0,D,S] if none beat what is known.
+
+    Parameters
+    ----------
+    problem
+        Its objective is balance or time.
+    known
+        Value of the best placement that is known, with the price of getting there.
+    caps
+        Largest load over speed of a device, in the sum of all windows [L]. Where no content keeps
+        one, the least that some content keeps.
+    moving
+        What changes cost.
+    most
+        Copies that may be brought.
+
+    Returns
+    -------
+    ndarray or None
+        None where there are too many placements to try.
+    """
+    contents = []
+    for layer in range(problem.layers):
+        each = contents_of(problem, layer, None if moving is None else moving.initial.held[layer])
+        if each is None:
+            return None
+        if caps is not None:
+            peak = peaks_of(problem, layer, each)
+            each = each[peak <= max(caps[layer], peak.min()) * (1 + ROUNDING)]
+        contents.append(each)
+    tables = _tables(problem, contents)
+    if tables is None:
+        return None
+    if moving is not None:
+        for table, slots, held in zip(tables, contents, moving.initial.held, strict=True):
+            table[:, :, -1] = (_placement(problem, slots).held & ~held).sum(axis=(1, 2))
+    price = 0.0 if moving is None else moving.price
+    path = _best(problem, tables, known * (1 - ROUNDING), price, most)
+    if path is None:
+        return None
+    found = [slots[at] for slots, at in zip(contents, path, strict=False)]
+    return np.array(found, dtype=np.int32).reshape(-1, problem.devices, problem.slots)
+
+
+def contents_of(problem: Problem, layer: int, running: Flags | None = None) -> Slots | None:
+    """Every content [N,D,S] of a layer that keeps the rules; None if there are too many.
+
+    Of contents that differ by an exchange of devices that are alike there is one, unless layers are
+    joined, or differ in what they hold of the placement that is running [D,E].
+    """
+    experts, rooms, rules = problem.experts, problem.rooms[layer], problem.rules
+    if experts > MOST_EXPERTS:
+        return None
+    every = np.arange(1 << experts)
+    bits = (every[:, None] >> np.arange(experts) & 1).astype(bool)
+    count = bits.sum(axis=1)
+    twin = {} if _is_joined(problem) else _twins(problem, layer, running)
+    held, union = np.zeros((1, 0), dtype=np.int64), np.zeros(1, dtype=np.int64)
+    for device, room in enumerate(rooms):
+        fits = count <= room
+        if rules.pinned is not None:
+            fits &= bits[:, rules.pinned[layer, :, device]].all(axis=1)
+        if rules.forbidden is not None:
+            fits &= ~bits[:, rules.forbidden[layer, :, device]].any(axis=1)
+        choice = every[fits]
+        if len(held) * len(choice) > AT_ONCE:
+            return None
+        before = np.repeat(np.arange(len(held)), len(choice))
+        mine = np.tile(choice, len(held))
+        both = union[before] | mine
+        # What is left must find room on the devices to come.
+        kept = experts - count[both] <= rooms[device + 1 :].sum()
+        if not problem.may_copy:
+            kept &= union[before] & mine == 0
+        if device in twin:
+            kept &= held[before, twin[device]] <= mine
+        held, union = np.column_stack([held[before], mine])[kept], both[kept]
+    if len(held) > MOST_CONTENTS:
+        return None
+    holds = bits[held]
+    order = np.argsort(~holds, axis=2, kind="stable")[:, :, : problem.slots]
+    slots = np.full((*holds.shape[:2], problem.slots), EMPTY, dtype=np.int32)
+    slots[:, :, : order.shape[2]] = np.where(np.take_along_axis(holds, order, axis=2), order, EMPTY)
+    return slots
+
+
+def _twins(problem: Problem, layer: int, running: Flags | None) -> dict[int, int]:
+    """Give a device the last one before it that nothing sets apart from it, if there is one."""
+    rules, topology = problem.rules, problem.topology
+    tables = [
+        None if rules.pinned is None else rules.pinned[layer].T,
+        None if rules.forbidden is None else rules.forbidden[layer].T,
+        running,
+    ]
+    last: dict[object, int] = {}
+    twins = {}
+    for device in range(problem.devices):
+        alike = (
+            problem.rooms[layer, device],
+            topology.speed_of_device[device],
+            topology.node_of_device[device],
+            *(b"" if table is None else table[device].tobytes() for table in tables),
+        )
+        if alike in last:
+            twins[device] = last[alike]
+        last[alike] = device
+    return twins
+
+
+def peaks_of(problem: Problem, layer: int, contents: Slots) -> Floats:
+    """Largest load over speed of a device with each content [N], in the sum of all windows."""
+    total = np.tile(problem.load[layer].astype(np.float64), (1, len(contents), 1))
+    peaks: Floats = objective.slowest_times(problem, _placement(problem, contents), total)[0]
+    return peaks
+
+
+def _tables(problem: Problem, contents: list[Slots]) -> list[Floats] | None:
+    """Say what windows' sums, and what is moved, rise by with every content of a layer [P,N,W+1].
+
+    P are the contents of the layer before, or one where they do not matter.
+    """
+    if not _is_joined(problem):
+        return [
+            _widened(_shares(problem, layer, slots)[None]) for layer, slots in enumerate(contents)
+        ]
+    # A layer's time depends on where the next one's experts are.
+    tables = [np.zeros((1, len(contents[0]), len(problem.windows.weight) + 1))]
+    for layer in range(problem.layers - 1):
+        here, there = contents[layer], contents[layer + 1]
+        if len(here) * len(there) > MOST_PAIRS:
+            return None
+        tables.append(_widened(_pair_shares(problem, layer, here, there)))
+    last = problem.layers - 1
+    tables[-1][:, :, :-1] += _shares(problem, last, contents[last])
+    return tables
+
+
+def _is_joined(problem: Problem) -> bool:
+    transitions = problem.statistics.transitions
+    follows = problem.goal == "time" and problem.regime == "follow"
+    return follows and problem.layers > 1 and transitions is not None and bool(transitions.any())
+
+
+def _widened(shares: Floats) -> Floats:
+    return np.pad(shares, ((0, 0), (0, 0), (0, 1)))
+
+
+def _shares(problem: Problem, layer: int, contents: Slots) -> Floats:
+    """Shares [N,W] of a layer by itself, of all contents as if they were layers."""
+    count, sets = len(contents), problem.statistics.sets
+    statistics = RoutingStatistics(
+        np.tile(problem.load[layer], (1, count, 1)),
+        sets=None if sets is None else (sets[layer],) * count,
+    )
+    load = np.repeat(problem.windows.load[:, layer, None], count, axis=1)
+    return objective.shares_of(problem, _placement(problem, contents), statistics, load).T
+
+
+def _pair_shares(problem: Problem, layer: int, here: Slots, there: Slots) -> Floats:
+    """Shares [N,M,W] of a layer with every content of it and of the next, in turns as layers."""
+    first, second = len(here), len(there)
+    slots = np.empty((2 * first * second, *here.shape[1:]), dtype=np.int32)
+    slots[::2], slots[1::2] = np.repeat(here, second, axis=0), np.tile(there, (first, 1, 1))
+    transitions = np.zeros((len(slots) - 1, problem.experts, problem.experts), dtype=np.uint64)
+    transitions[::2] = problem.statistics.transitions_or_empty[layer]
+    of_both = (1, first * second, 1)
+    statistics = RoutingStatistics(np.tile(problem.load[layer : layer + 2], of_both), transitions)
+    load = np.tile(problem.windows.load[:, layer : layer + 2], of_both)
+    shares = objective.shares_of(problem, _placement(problem, slots), statistics, load)
+    return shares[:, ::2].T.reshape(first, second, -1)
+
+
+def _best(
+    problem: Problem, tables: list[Floats], known: float, price: float, most: float
+) -> NDArray[np.int64] | None:
+    """Contents [L] of the best way through tables; none if it is not below what is known.
+
+    Their last number, at most ``most``, has a price. None where too many are to be tried.
+    """
+
+    def values(sums: Floats) -> Floats:
+        measure = objective.measure(problem)
+        found = problem.windows.outcomes(sums[..., :-1], measure) + price * sums[..., -1]
+        return np.where(sums[..., -1] <= most, found, np.inf)
+
+    least = [table.min(axis=(0, 1)) for table in tables]
+    sums, path = np.zeros((1, tables[0].shape[2])), np.zeros((1, 0), dtype=np.int64)
+    left = MOST_SUMS
+    for number, table in enumerate(tables):
+        rest = np.sum(least[number + 1 :], axis=0)
+        # Contents that are too dear wherever the others are cheapest.
+        cheapest = table.min(axis=0) + np.sum(least[:number], axis=0) + rest
+        usable = np.flatnonzero(values(cheapest) < known)
+        # Where the next layer's costs do not depend on this one's contents.
+        ends = number + 1 == len(tables) or len(tables[number + 1]) == 1
+        if len(table) == 1 and ends:
+            usable = usable[_undominated(table[0, usable])]
+        left -= len(sums) * len(usable)
+        if left < 0:
+            return None
+        if not len(usable):
+            return np.zeros(0, dtype=np.int64)
+        found, ways = [], []
+        step = max(AT_ONCE // len(usable), 1)
+        for at in range(0, len(sums), step):
+            mine, way = sums[at : at + step], path[at : at + step]
+            rise = table[way[:, -1] if len(table) > 1 else [0] * len(mine)][:, usable]
+            longer = (mine[:, None] + rise).reshape(-1, sums.shape[1])
+            kept = np.flatnonzero(values(longer + rest) < known)
+            found.append(longer[kept])
+            ways.append(np.column_stack([way[kept // len(usable)], usable[kept % len(usable)]]))
+        sums, path = np.concatenate(found), np.concatenate(ways)
+        if not len(sums):
+            return np.zeros(0, dtype=np.int64)
+        if ends:
+            few = _undominated(sums)
+            sums, path = sums[few], path[few]
+    best: NDArray[np.int64] = path[values(sums).argmin()]
+    return best
+
+
+def _undominated(rows: Floats) -> NDArray[np.int64]:
+    """Rows [n,W] that no other one is at most in all columns; all where they are many."""
+    _, first = np.unique(rows, axis=0, return_index=True)
+    if len(first) > COMPARED:
+        return np.sort(first)
+    of = rows[first]
+    below = np.zeros(len(first), dtype=bool)
+    for row in of:
+        below |= (row <= of).all(axis=1) & (row < of).any(axis=1)
+    return np.sort(first[~below])
+
+
+def _placement(problem: Problem, slots: Slots) -> Placement:
+    return Placement(slots, num_experts=problem.experts)

@@ -1,0 +1,89 @@
+"""What the core's search of layers adds up, in weighted tokens on the slowest device.
+
+A predicted time waits for the busiest port and the slower of two lines, which do not add up. Here a
+token costs ``token_us``, and a row what it costs if ports are evenly used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import objective
+from moetuner.problem import Problem
+
+Floats = NDArray[np.float64]
+
+# Tokens of balance that a unit of traffic outweighs: balance only decides between equals.
+TRAFFIC_FIRST = 1e3
+
+
+def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
+    """Weighted tokens on the slowest device that make one unit of the objective.
+
+    Of windows of load [W,L,E] with these weights [W].
+    """
+    speed = problem.topology.speed_of_device
+    if problem.goal == "time":
+        assert problem.cost_model is not None
+        token_us = max(problem.cost_model.token_us, 1e-12)
+        return float(speed.min() * weight.sum() * problem.layers / token_us)
+    if problem.goal == "traffic":
+        return TRAFFIC_FIRST * problem.cost_scale
+    return float(speed.min() * (weight * load.sum(axis=(1, 2))).sum() / speed.sum())
+
+
+def visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
+    """Expert sets and what a visit costs, where visits count; arguments of the core's layers."""
+    sets = problem.statistics.sets
+    if not problem.counts_visits or sets is None or problem.goal == "balance":
+        return {}
+    if problem.goal == "time":
+        unit *= visit_us(problem)
+    each = unit / (problem.layers * max(float(sets[0].counts.sum()), 1))
+    device_cost, node_cost = objective.visit_costs(problem.topology)
+    return {
+        "sets": [(of.ids, of.counts) for of in sets],
+        "device_cost": device_cost * each,
+        "node_cost": node_cost * each,
+    }
+
+
+def link_prices(problem: Problem, unit: float) -> Floats:
+    """Price of a pair over a link [D,D]."""
+    if problem.goal == "traffic":
+        return problem.topology.cost.astype(np.float64) * (unit / problem.cost_scale)
+    return link_us(problem) * (unit / (problem.layers * problem.statistics.windows))
+
+
+def link_us(problem: Problem) -> Floats:
+    """Microseconds of a pair of experts that meet over a link [D,D].
+
+    A token's state goes to the next layer's experts once each, but is counted with each of its own
+    experts: in pairs, it is a top-k-th of a row.
+    """
+    assert problem.cost_model is not None
+    weights = problem.cost_model.weights(problem.topology, returns=problem.regime == "dispatch")
+    price: Floats = weights.crossing_us[problem.topology.tier] / top_k(problem)
+    return price
+
+
+def top_k(problem: Problem) -> float:
+    """Experts that a token visits in a layer, from the counts; 1 where they do not tell."""
+    pairs = problem.statistics.transitions
+    load = float(problem.load[:-1].sum())
+    return max(float(pairs.sum()) / load, 1.0) if pairs is not None and load else 1.0
+
+
+def visit_us(problem: Problem) -> float:
+    """Microseconds of a layer and window if every token visited one more device.
+
+    Of D devices that are visited alike, a token is at home on one.
+    """
+    assert problem.cost_model is not None
+    assert problem.statistics.sets is not None
+    crossing = problem.cost_model.weights(problem.topology, returns=True).crossing_us
+    tokens = float(problem.statistics.sets[0].counts.sum()) / problem.statistics.windows
+    return float(crossing[min(1, len(crossing) - 1)]) * tokens * (1 - 1 / problem.devices)
