@@ -12,6 +12,7 @@ pub mod colocation;
 pub mod error;
 pub mod instance;
 pub mod layer;
+mod least;
 pub mod packing;
 pub mod pairs;
 pub mod partitions;

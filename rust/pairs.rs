@@ -16,17 +16,14 @@
 mod bits;
 mod lists;
 mod rows;
+mod transpose;
 
-pub use bits::{IDS as MOST_UNITS, NONE as NO_UNIT};
+pub use bits::{IDS as MOST_UNITS, NONE as NO_UNIT, Units};
 
 use std::ops::Range;
 
 use self::lists::Lists;
 use crate::trace::ExpertId;
-
-/// Tokens of one block: few enough for the ids of some layers to stay in the second-level cache, many enough for wide
-/// tables, which do not, to be added up seldom. The kernels' sums are of up to 65535 tokens.
-pub const BLOCK: usize = 16384;
 
 /// Values on cache lines of their own: vectors that straddle two lines take twice as long.
 #[derive(Debug, Clone, Copy)]
@@ -36,10 +33,15 @@ pub(crate) struct Line<T, const N: usize>(pub(crate) [T; N]);
 /// Tokens of one block where tables are small: the nearer the cache that a block's ids come from, the better.
 pub const SHORT_BLOCK: usize = 4096;
 
-/// Tokens to count at a time for pairs of `size` ids.
+/// Tokens to count at a time for pairs of `size` ids, a multiple of [`SHORT_BLOCK`]: few enough for the ids of some layers
+/// to stay near, many enough for wide tables, which do not, to be added up seldom. The kernels' sums are of up to 65535.
 #[must_use]
 pub fn block(size: usize, top_k: usize) -> usize {
-    if Kernel::choose(size, top_k) == Kernel::Bits { SHORT_BLOCK } else { BLOCK }
+    match Kernel::choose(size, top_k) {
+        Kernel::Bits => SHORT_BLOCK,
+        Kernel::Lists => 8 * SHORT_BLOCK,
+        Kernel::Rows | Kernel::Cells => 4 * SHORT_BLOCK,
+    }
 }
 
 /// How the pairs of `size` ids, `top_k` of them per token, are counted.
@@ -71,6 +73,8 @@ impl Kernel {
 pub struct Side<I> {
     ids: Vec<I>,
     bits: Vec<u64>,
+    /// Whether the rows of bits are those of sums.
+    sums: bool,
     lists: Lists,
     tokens: usize,
     top_k: usize,
@@ -87,7 +91,7 @@ impl<I: ExpertId> Side<I> {
 
     fn with(kernel: Kernel, top_k: usize, size: usize) -> Self {
         let (ids, bits, lists) = (Vec::new(), Vec::new(), Lists::default());
-        Self { ids, bits, lists, tokens: 0, top_k, size, kernel }
+        Self { ids, bits, sums: false, lists, tokens: 0, top_k, size, kernel }
     }
 
     /// Takes the ids of a block in place of those it had, which it leaves in the vector; a token's ids must differ.
@@ -106,12 +110,12 @@ impl<I: ExpertId> Side<I> {
         self.ids.chunks_exact(self.top_k)
     }
 
-    /// Takes instead of ids the bits of sums: every id has `units`, `[words, ids]`, 64 bits to a word. Bit i of the sum
-    /// of a token's units says whether the token has `columns[i]`, a number below `size`; or nothing, for [`NO_UNIT`].
-    pub fn fill_sums<J: ExpertId>(&mut self, ids: &[J], units: &[u64], columns: &[usize]) {
+    /// Takes instead of ids the bits of the sums of their units: a row for each.
+    pub fn fill_sums<J: ExpertId>(&mut self, ids: &[J], units: &Units) {
         self.kernel = Kernel::Bits;
+        self.sums = true;
         self.tokens = ids.len() / self.top_k;
-        bits::rows_of_sums(ids, self.top_k, self.size, units, columns, &mut self.bits);
+        bits::rows_of_sums(ids, self.top_k, self.size, units, &mut self.bits);
     }
 
     /// Ids per token.
@@ -151,7 +155,7 @@ impl<I: ExpertId> Side<I> {
     pub fn count_own_pairs(&self, counts: &mut [u64]) {
         assert!(counts.len() == self.size * self.size);
         if self.kernel == Kernel::Bits {
-            bits::count_pairs(&self.bits, &self.bits, self.size, true, counts);
+            bits::count_pairs(&self.bits, &self.bits, self.size, true, self.sums, counts);
         } else {
             self.count_pairs(self, counts);
         }
@@ -164,7 +168,7 @@ impl<I: ExpertId> Side<I> {
     pub fn count_pairs(&self, right: &Self, counts: &mut [u64]) {
         assert!(self.tokens == right.tokens && counts.len() == self.size * self.size);
         match self.kernel {
-            Kernel::Bits => bits::count_pairs(&self.bits, &right.bits, self.size, false, counts),
+            Kernel::Bits => bits::count_pairs(&self.bits, &right.bits, self.size, false, self.sums, counts),
             Kernel::Lists => lists::count_pairs(&self.lists, &right.lists, self.size, counts),
             Kernel::Rows => rows::count_pairs(&self.ids, &right.ids, self.top_k, self.size, counts),
             Kernel::Cells => {

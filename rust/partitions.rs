@@ -9,10 +9,12 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use crate::assignment::assign_max;
-use crate::instance::Instance;
+use crate::instance::{Instance, Sizes};
 
 /// Partitions of a layer, at the most.
 const LARGEST: usize = 20_000;
+/// Additions in a step.
+const ADDITIONS: usize = 4;
 
 /// A proven optimum.
 #[derive(Debug, PartialEq, Eq)]
@@ -31,11 +33,15 @@ pub struct Optimum {
 pub fn optimum(instance: &Instance, work: u64) -> Option<Optimum> {
     let tiers = Tiers::of(instance).filter(|_| instance.shift == 0)?;
     let all = all_partitions(instance, tiers)?;
-    let layers: Vec<Layer> = (0..instance.sizes.layers).map(|l| Layer::new(instance, &all, l)).collect();
     let groups = Groups::new(&all, instance.sizes.devices);
-    let pairs = layers.windows(2).map(|pair| (pair[0].kept.len() * pair[1].kept.len()) as u64);
-    let per_layer: u64 = layers.iter().map(|layer| (layer.kept.len() * groups.members.len()) as u64).sum();
-    if instance.has_transitions() && pairs.sum::<u64>() * tiers.steps() + per_layer > work {
+    let layers: Vec<Layer> =
+        (0..instance.sizes.layers).map(|l| Layer::new(instance, &all, &groups, l)).collect();
+    let steps = layers.windows(2).map(|pair| {
+        let (left, right) = (&pair[0], &pair[1]);
+        let flows = right.groups.len() * instance.sizes.slots() / ADDITIONS;
+        left.kept.len() as u64 * (right.kept.len() as u64 * tiers.steps() + flows as u64)
+    });
+    if instance.has_transitions() && steps.sum::<u64>() > work {
         return None;
     }
 
@@ -169,6 +175,28 @@ fn best_matching<const N: usize>(weight: &[i64]) -> i64 {
     best[(1 << N) - 1]
 }
 
+/// Whether there are more partitions than can be listed, told by counting: of large layers even the beginning of the
+/// list takes long. Nodes only add to the count.
+#[must_use]
+pub fn are_too_many(sizes: Sizes) -> bool {
+    let Sizes { experts, devices, per_device, .. } = sizes;
+    // Ways to partition the last n experts onto at most so many devices: the first of them chooses its companions.
+    let mut ways = vec![0.0; experts + 1];
+    ways[0] = 1.0;
+    for _ in 0..devices {
+        let fewer = std::mem::replace(&mut ways, vec![0.0; experts + 1]);
+        ways[0] = 1.0;
+        for n in 1..=experts {
+            let mut choices = 1.0;
+            for companions in 0..per_device.min(n) {
+                ways[n] += choices * fewer[n - 1 - companions];
+                choices *= (n - 1 - companions) as f64 / (companions + 1) as f64;
+            }
+        }
+    }
+    ways[experts] > LARGEST as f64
+}
+
 /// Every partition of experts onto devices, as the device of every expert `[E]`, once: devices of a node, and nodes,
 /// are taken into use in order. Empty slots have no names. None if there are too many.
 fn all_partitions(instance: &Instance, tiers: Tiers) -> Option<Vec<Vec<u16>>> {
@@ -216,13 +244,15 @@ fn extend(
 struct Layer {
     /// Among all.
     kept: Vec<usize>,
+    /// The groups that occur in them.
+    groups: Vec<u32>,
     /// What each costs on its own: co-activated experts apart.
     own: Vec<i64>,
     cap: u64,
 }
 
 impl Layer {
-    fn new(instance: &Instance, all: &[Vec<u16>], l: usize) -> Self {
+    fn new(instance: &Instance, all: &[Vec<u16>], groups: &Groups, l: usize) -> Self {
         let sizes = instance.sizes;
         let load = &instance.load[l * sizes.slots()..][..sizes.experts];
         let mut sums = vec![0; sizes.devices];
@@ -235,7 +265,10 @@ impl Layer {
         let cap = instance.cap[l * sizes.devices].max(peak.iter().copied().min().unwrap_or(0));
         let kept: Vec<usize> = (0..all.len()).filter(|&a| peak[a] <= cap).collect();
         let own = kept.iter().map(|&a| apart(instance, l, &all[a])).collect();
-        Self { kept, own, cap }
+        let mut occurs = vec![false; groups.members.len()];
+        kept.iter().flat_map(|&a| groups.of(a)).for_each(|&group| occurs[group as usize] = true);
+        let groups = (0u32..).zip(occurs).filter(|&(_, occurs)| occurs).map(|(group, _)| group).collect();
+        Self { kept, groups, own, cap }
     }
 }
 
@@ -283,8 +316,8 @@ impl Groups {
         &self.of[partition * self.devices..][..self.devices]
     }
 
-    /// Transitions from every device of a partition of layer `l` to every group of the next, `[groups, D]`.
-    fn flows(&self, instance: &Instance, l: usize, partition: usize) -> Vec<i64> {
+    /// Transitions from every device of a partition of layer `l` to some groups of the next, `[groups, D]`.
+    fn flows(&self, instance: &Instance, l: usize, partition: usize, to: &[u32]) -> Vec<i64> {
         let p = instance.sizes.slots();
         let mut flows = vec![0; self.members.len() * self.devices];
         let mut to_expert = vec![0i64; p];
@@ -294,8 +327,9 @@ impl Groups {
                 let row = instance.to_next(l, e.into());
                 to_expert.iter_mut().zip(row).for_each(|(sum, &count)| *sum += i64::from(count));
             }
-            for (at, group) in self.members.iter().enumerate() {
-                flows[at * self.devices + device] = group.iter().map(|&f| to_expert[usize::from(f)]).sum();
+            for at in to.iter().map(|&group| group as usize) {
+                let members = self.members[at].iter();
+                flows[at * self.devices + device] = members.map(|&f| to_expert[usize::from(f)]).sum();
             }
         }
         flows
@@ -328,7 +362,7 @@ fn step(
     let rows = (0..instance.sizes.experts).flat_map(|e| instance.to_next(l - 1, e));
     let all: i64 = tiers.between * rows.map(|&count| i64::from(count)).sum::<i64>();
     let through = |mut best: Vec<(i64, u32)>, a: usize| {
-        let flows = groups.flows(instance, l - 1, left[a]);
+        let flows = groups.flows(instance, l - 1, left[a], &layers[1].groups);
         let mut table = vec![0; groups.devices * groups.devices];
         for (best, &b) in best.iter_mut().zip(right) {
             // Transposed, the best matching is worth the same.
@@ -352,7 +386,7 @@ fn labelled(instance: &Instance, tiers: Tiers, groups: &Groups, chosen: &[usize]
     let mut table = vec![0; sizes.devices * sizes.devices];
     for (l, &partition) in chosen.iter().enumerate() {
         if l > 0 && instance.has_transitions() {
-            let flows = groups.flows(instance, l - 1, chosen[l - 1]);
+            let flows = groups.flows(instance, l - 1, chosen[l - 1], groups.of(partition));
             // Rows of the table are this layer's groups, columns the last layer's: take the inverse of the matching.
             groups.gather(&flows, partition, &mut table);
             let mut follower = vec![0; sizes.devices];
@@ -377,7 +411,6 @@ fn labelled(instance: &Instance, tiers: Tiers, groups: &Groups, chosen: &[usize]
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::instance::Sizes;
     use crate::random::Random;
     use crate::search::cost_of;
     use proptest::prelude::*;
@@ -487,9 +520,26 @@ mod tests {
             let instance = instance(sizes, 0, (node_size, 1, 3), false);
             let all = all_partitions(&instance, Tiers::of(&instance).expect("alike")).expect("few");
             assert_eq!(all.len(), count, "{experts} on {devices}");
+            assert!(!are_too_many(sizes));
         }
         let many = instance(Sizes { layers: 1, experts: 16, devices: 4, per_device: 4 }, 0, (4, 1, 1), false);
         assert!(optimum(&many, u64::MAX).is_none());
+    }
+
+    /// The count says the same as the list, also with empty slots.
+    #[test]
+    fn counts_too_many_as_the_list_does() {
+        for experts in 1..=18 {
+            for (devices, per_device) in [(2, 9), (2, 10), (3, 6), (4, 5), (6, 4), (9, 2), (18, 1)] {
+                let sizes = Sizes { layers: 1, experts, devices, per_device };
+                if experts <= devices * per_device {
+                    let instance = instance(sizes, 0, (devices, 1, 1), false);
+                    let list = all_partitions(&instance, Tiers::of(&instance).expect("alike"));
+                    assert_eq!(list.is_none(), are_too_many(sizes), "{experts} on {devices} x {per_device}");
+                }
+            }
+        }
+        assert!(are_too_many(Sizes { layers: 1, experts: 2000, devices: 1000, per_device: 2 }));
     }
 
     #[test]

@@ -31,8 +31,8 @@ pub enum Split {
 pub struct Copies {
     devices: usize,
     slots: usize,
-    nodes: usize,
     node_of_device: Vec<u16>,
+    devices_of_node: Vec<Vec<u16>>,
     device_of_slot: Vec<u16>,
     /// Slots of every expert, one after the other `[L, filled slots]`.
     slots_of: Vec<Vec<u16>>,
@@ -47,7 +47,7 @@ impl Copies {
     /// Nodes, numbered from 0.
     #[must_use]
     pub fn nodes(&self) -> usize {
-        self.nodes
+        self.devices_of_node.len()
     }
 
     /// Takes slots `[L, D, S]` (expert ids, -1 for empty) and the node of every device `[D]`.
@@ -69,35 +69,48 @@ impl Copies {
         let mut copies = Vec::with_capacity(layers);
         let mut begin = Vec::with_capacity(layers);
         for layer in slots.chunks_exact(p) {
-            let mut of_expert: Vec<Vec<u16>> = vec![Vec::new(); experts];
+            // First how many slots an expert has, then where they begin, then which they are.
+            let mut starts = vec![0u32; experts + 1];
+            let mut filled = Vec::with_capacity(p);
             for (slot, &expert) in layer.iter().enumerate() {
                 match usize::try_from(expert) {
                     Err(_) => {}
-                    Ok(e) if e < experts => of_expert[e].push(slot as u16),
+                    Ok(e) if e < experts => {
+                        starts[e + 1] += 1;
+                        filled.push((e, slot as u16));
+                    }
                     Ok(e) => {
                         let rule = format!("expert ids below {experts}");
                         return Err(Error::Shape { what: "slots", rule, found: e.to_string() });
                     }
                 }
             }
-            if let Some(e) = of_expert.iter().position(Vec::is_empty) {
+            if let Some(e) = starts[1..].iter().position(|&slots| slots == 0) {
                 let rule = "a slot for every expert".to_string();
                 return Err(Error::Shape { what: "slots", rule, found: format!("none for expert {e}") });
             }
-            let mut at = 0;
-            let mut starts = vec![0];
-            for copies in &of_expert {
-                at += copies.len() as u32;
-                starts.push(at);
+            for e in 0..experts {
+                starts[e + 1] += starts[e];
             }
-            copies.push(of_expert.concat());
+            let mut next = starts.clone();
+            let mut slots_of = vec![0; filled.len()];
+            for (e, slot) in filled {
+                slots_of[next[e] as usize] = slot;
+                next[e] += 1;
+            }
+            copies.push(slots_of);
             begin.push(starts);
+        }
+        let nodes = node_of_device.iter().max().map_or(0, |&last| usize::from(last) + 1);
+        let mut devices_of_node = vec![Vec::new(); nodes];
+        for (device, &node) in (0..).zip(node_of_device) {
+            devices_of_node[usize::from(node)].push(device);
         }
         Ok(Self {
             devices,
             slots: p,
-            nodes: node_of_device.iter().max().map_or(0, |&last| usize::from(last) + 1),
             node_of_device: node_of_device.to_vec(),
+            devices_of_node,
             device_of_slot: (0..p).map(|slot| (slot / per_device) as u16).collect(),
             slots_of: copies,
             begin,
@@ -165,7 +178,7 @@ impl Copies {
     fn count(&self, slots: &[u16], top_k: usize, counts: &mut [u64]) {
         let (load, visits) = counts.split_at_mut(self.devices);
         // Which token visited a device or, behind them, a node last; tokens are numbered from 1.
-        let mut last = vec![0; self.devices + self.nodes];
+        let mut last = vec![0; self.devices + self.nodes()];
         for (token, slots) in (1u32..).zip(slots.chunks_exact(top_k)) {
             for &slot in slots {
                 let device = usize::from(self.device_of_slot[usize::from(slot)]);
@@ -223,7 +236,7 @@ impl Replay {
         let table = if with_pairs { columns * columns } else { 0 };
         Self {
             pairs: (0..routing.layers).map(|l| vec![0; if l > 0 { table } else { 0 }]).collect(),
-            windows: Windows::new(routing.layers, 2 * copies.devices + copies.nodes, window),
+            windows: Windows::new(routing.layers, 2 * copies.devices + copies.nodes(), window),
             planes,
             routing,
             copies,
@@ -241,46 +254,54 @@ impl Replay {
     pub fn push_valid<I: ExpertId>(&mut self, ids: &[I]) {
         let Self { routing, copies, planes, windows, pairs } = self;
         let top_k = routing.top_k;
-        let size = 2 * copies.devices + copies.nodes;
+        let size = 2 * copies.devices + copies.nodes();
         let tokens = if planes.is_some() { SHORT_BLOCK } else { block(copies.slots, top_k) };
-        for block in ids.chunks(tokens * routing.row()) {
-            let (first, length) = (windows.tokens, windows.length);
+        let length = windows.length;
+        // Whose turn it is in a block depends on the one before.
+        let step = if copies.split == Split::RoundRobin { tokens * routing.row() } else { ids.len().max(1) };
+        for ids in ids.chunks(step) {
+            let first = windows.tokens;
             let mut tasks: Vec<_> = pairs.iter_mut().zip(&mut windows.counts).collect();
             if let Some(planes) = planes {
-                let make = || Side::new(top_k, planes.columns());
-                let fill = |l, ids: &mut Vec<I>, side: &mut _| planes.fill(copies, l, ids, first, side);
-                by_layers(&mut tasks, block, *routing, make, fill, |(pairs, counts), before, here| {
-                    if let Some(before) = before.filter(|_| !pairs.is_empty()) {
-                        before.count_pairs(here, pairs);
-                    }
-                    by_window(length, first, here.tokens(), size, counts, |tokens, counts| {
-                        planes.count(here, tokens, copies, counts);
-                    });
-                });
-            } else {
-                let make = || (Side::new(top_k, copies.slots), Vec::new());
-                let fill = |l, ids: &mut Vec<I>, (side, slots): &mut (Side<u16>, Vec<u16>)| {
-                    *slots = copies.route(l, ids, top_k, first);
-                    side.fill(&mut slots.clone());
-                };
                 by_layers(
                     &mut tasks,
-                    block,
+                    ids,
+                    tokens,
                     *routing,
-                    make,
-                    fill,
-                    |(pairs, counts), before, (here, slots)| {
+                    || Side::new(top_k, planes.columns()),
+                    |l, at, ids: &mut Vec<I>, side| planes.fill(copies, l, ids, first + at, side),
+                    |(pairs, counts), at, before, here| {
+                        if let Some(before) = before.filter(|_| !pairs.is_empty()) {
+                            before.count_pairs(here, pairs);
+                        }
+                        by_window(length, first + at, here.tokens(), size, counts, |tokens, counts| {
+                            planes.count(here, tokens, copies, counts);
+                        });
+                    },
+                );
+            } else {
+                by_layers(
+                    &mut tasks,
+                    ids,
+                    tokens,
+                    *routing,
+                    || (Side::new(top_k, copies.slots), Vec::new()),
+                    |l, at, ids: &mut Vec<I>, (side, slots): &mut (Side<u16>, Vec<u16>)| {
+                        *slots = copies.route(l, ids, top_k, first + at);
+                        side.fill(&mut slots.clone());
+                    },
+                    |(pairs, counts), at, before, (here, slots)| {
                         if let Some((before, _)) = before.filter(|_| !pairs.is_empty()) {
                             before.count_pairs(here, pairs);
                         }
-                        by_window(length, first, here.tokens(), size, counts, |tokens, counts| {
+                        by_window(length, first + at, here.tokens(), size, counts, |tokens, counts| {
                             copies.count(&slots[tokens.start * top_k..tokens.end * top_k], top_k, counts);
                         });
                     },
                 );
             }
-            copies.count_served(block, *routing);
-            windows.tokens += (block.len() / routing.row()) as u64;
+            copies.count_served(ids, *routing);
+            windows.tokens += (ids.len() / routing.row()) as u64;
         }
     }
 
@@ -306,7 +327,7 @@ impl Replay {
             load: windows.columns(0..d),
             traffic,
             visits: windows.columns(d..2 * d),
-            node_visits: windows.columns(2 * d..2 * d + copies.nodes),
+            node_visits: windows.columns(2 * d..2 * d + copies.nodes()),
         }
     }
 }

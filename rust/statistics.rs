@@ -8,7 +8,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::error::Result;
-use crate::pairs::{Side, block};
+use crate::pairs::{SHORT_BLOCK, Side, block};
 use crate::sets::Sets;
 use crate::trace::{ExpertId, Routing, validate};
 
@@ -67,45 +67,44 @@ impl Counter {
         let Self { routing, windows, sets } = self;
         let Routing { experts, top_k, .. } = *routing;
         let table = experts * experts;
-        for block in ids.chunks(block(experts, top_k) * routing.row()) {
-            let first = windows.tokens;
-            let mut transitions = by_layer(&mut tables.transitions, table);
-            let mut coactivation = by_layer(&mut tables.coactivation, table);
-            let mut sets = sets.iter_mut();
-            let mut layers: Vec<Layer<'_>> = (windows.counts.iter_mut().enumerate())
-                .map(|(l, load)| Layer {
-                    load,
-                    // The transitions of a layer are those that lead to it: the first layer has none.
-                    transitions: l.checked_sub(1).and_then(|at| transitions.get_mut(at)?.take()),
-                    coactivation: coactivation.get_mut(l).and_then(Option::take),
-                    sets: sets.next(),
-                })
-                .collect();
-            by_layers(
-                &mut layers,
-                block,
-                *routing,
-                || Side::new(top_k, experts),
-                |_, ids, side| side.fill(ids),
-                |layer, before, here| {
-                    by_window(windows.length, first, here.tokens(), experts, layer.load, |tokens, load| {
-                        here.count(tokens, load);
-                    });
-                    if let (Some(before), Some(counts)) = (before, &mut layer.transitions) {
-                        before.count_pairs(here, counts);
+        let first = windows.tokens;
+        let mut transitions = by_layer(&mut tables.transitions, table);
+        let mut coactivation = by_layer(&mut tables.coactivation, table);
+        let mut sets = sets.iter_mut();
+        let mut layers: Vec<Layer<'_>> = (windows.counts.iter_mut().enumerate())
+            .map(|(l, load)| Layer {
+                load,
+                // The transitions of a layer are those that lead to it: the first layer has none.
+                transitions: l.checked_sub(1).and_then(|at| transitions.get_mut(at)?.take()),
+                coactivation: coactivation.get_mut(l).and_then(Option::take),
+                sets: sets.next(),
+            })
+            .collect();
+        by_layers(
+            &mut layers,
+            ids,
+            block(experts, top_k),
+            *routing,
+            || Side::new(top_k, experts),
+            |_, _, ids, side| side.fill(ids),
+            |layer, at, before, here| {
+                by_window(windows.length, first + at, here.tokens(), experts, layer.load, |tokens, load| {
+                    here.count(tokens, load);
+                });
+                if let (Some(before), Some(counts)) = (before, &mut layer.transitions) {
+                    before.count_pairs(here, counts);
+                }
+                if let Some(counts) = &mut layer.coactivation {
+                    here.count_own_pairs(counts);
+                }
+                if let Some(sets) = &mut layer.sets {
+                    for ids in here.rows() {
+                        sets.add(ids.iter().map(|id| id.index() as u16), 1);
                     }
-                    if let Some(counts) = &mut layer.coactivation {
-                        here.count_own_pairs(counts);
-                    }
-                    if let Some(sets) = &mut layer.sets {
-                        for ids in here.rows() {
-                            sets.add(ids.iter().map(|id| id.index() as u16), 1);
-                        }
-                    }
-                },
-            );
-            windows.tokens += (block.len() / routing.row()) as u64;
-        }
+                }
+            },
+        );
+        windows.tokens += (ids.len() / routing.row()) as u64;
     }
 
     /// Everything that was counted.
@@ -193,32 +192,39 @@ pub(crate) fn by_window(
 /// Layers whose ids are gathered together: they stay in the second-level cache.
 const LAYERS: usize = 8;
 
-/// Visits all layers of a block, one run of layers per thread: `fill` turns a layer's ids `[tokens, top_k]` into what
-/// `visit` then sees of the layer before (if there is one) and of the layer itself. Both the ids and what `make` made
-/// are used again for later layers.
+/// Visits all layers of the tokens `ids`, one run of layers per thread, `tokens` at a time: threads wait for each other
+/// only in the end. `fill` turns a layer's ids `[tokens, top_k]` into what `visit` then sees of the layer before (if
+/// there is one) and of the layer itself; both are told where among the tokens these begin. The ids and what `make` made
+/// are used again for other layers and tokens.
 pub(crate) fn by_layers<I: ExpertId, T: Send, S>(
     layers: &mut [T],
-    block: &[I],
+    ids: &[I],
+    tokens: usize,
     routing: Routing,
     make: impl Fn() -> S + Sync,
-    fill: impl Fn(usize, &mut Vec<I>, &mut S) + Sync,
-    visit: impl Fn(&mut T, Option<&S>, &S) + Sync,
+    fill: impl Fn(usize, u64, &mut Vec<I>, &mut S) + Sync,
+    visit: impl Fn(&mut T, u64, Option<&S>, &S) + Sync,
 ) {
     let per_task = layers.len().div_ceil(rayon::current_num_threads());
+    // Blocks of about the same size: a short one costs as much beside its tokens as a long one.
+    let all = ids.len() / routing.row();
+    let tokens = all.div_ceil(all.div_ceil(tokens).max(1)).max(1).next_multiple_of(SHORT_BLOCK);
     layers.par_chunks_mut(per_task).enumerate().for_each(|(task, layers)| {
         let (first, end) = (task * per_task, task * per_task + layers.len());
-        let mut ids = vec![Vec::new(); LAYERS];
+        let mut of_layer = vec![Vec::new(); LAYERS];
         let (mut before, mut here) = (make(), make());
-        // The last layer of the task before is this task's first neighbour.
-        for from in (first.saturating_sub(1)..end).step_by(LAYERS) {
-            let to = end.min(from + LAYERS);
-            gather(block, from..to, routing, &mut ids);
-            for (l, ids) in (from..to).zip(&mut ids) {
-                fill(l, ids, &mut here);
-                if let Some(layer) = l.checked_sub(first) {
-                    visit(&mut layers[layer], (l > 0).then_some(&before), &here);
+        for (at, block) in (0..).step_by(tokens).zip(ids.chunks(tokens * routing.row())) {
+            // The last layer of the task before is this task's first neighbour.
+            for from in (first.saturating_sub(1)..end).step_by(LAYERS) {
+                let to = end.min(from + LAYERS);
+                gather(block, from..to, routing, &mut of_layer);
+                for (l, ids) in (from..to).zip(&mut of_layer) {
+                    fill(l, at, ids, &mut here);
+                    if let Some(layer) = l.checked_sub(first) {
+                        visit(&mut layers[layer], at, (l > 0).then_some(&before), &here);
+                    }
+                    std::mem::swap(&mut before, &mut here);
                 }
-                std::mem::swap(&mut before, &mut here);
             }
         }
     });

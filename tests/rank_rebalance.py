@@ -109,7 +109,7 @@ class Model:
 
 def changing_traffic(rank, exact, steps):
     """Take steps, rebalanced every 10: the largest difference to one process, and decisions."""
-    model = Model(rank, exact=exact, decay=0.3)
+    model = Model(rank, exact=exact, decay=0.3, dead_zone=0.15)
     worst, decisions = 0.0, []
     for step in range(steps):
         if step % 40 == 0:
@@ -176,7 +176,7 @@ def failing_rank(rank, how):
             message, _ = refused(model)
     elif rank == 1 and how == "solver":
         broken = ValueError("no answer")
-        with mock.patch("moetuner.torch.rebalance.successor", side_effect=broken):
+        with mock.patch("moetuner.torch.rebalance.solve", side_effect=broken):
             message, _ = refused(model)
     else:
         load = model.rebalancer._load.copy()
@@ -195,12 +195,15 @@ def decisions(rank):
     for name, options in {
         "pays": {},
         "dear": {"steps_ahead": 1, "cost_model": Linear(1e-9)},
+        "priced": {"steps_ahead": 1, "cost_model": Linear(1e-9)},
         "small": {"dead_zone": 0.9},
         "budget": {"move_budget": 2},
         "none": {"move_budget": 0},
     }.items():
         model = Model(rank, **options)
         model.unbalance()
+        if name == "dear":  # a solver that does not know the price
+            model.rebalancer._price = lambda ideal: 0.0
         decision = model.rebalancer.step()
         diff = model.start.diff(model.rebalancer.placement)
         assert model.step() == 0.0

@@ -17,6 +17,7 @@ FLOW = [
     "topology",
     "cost",
     "placement",
+    "router_groups",
     "objective",
     "balance",
     "problem",

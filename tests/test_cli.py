@@ -379,8 +379,18 @@ def test_compare_load_table(ok, table):
 def test_tables_fit_eighty_columns(ok, trace, tmp_path):
     """No line of a table is longer than an ordinary terminal is wide."""
     out = tmp_path / "p.json"
+    dispatch = ("--regime", "dispatch", "--methods", "lpt,eplb")
+    capped = ("--max-imbalance", 1.5)
+
+    def nodes(text):
+        """Check that there is a column of them."""
+        assert re.search("method .* nodes ", text)
+        return text
+
     for text in (
         ok("compare", trace, "--devices", 4, "--methods", METHODS),
+        nodes(ok("compare", trace, "--devices", 4, "--devices-per-node", 2, *dispatch)),
+        nodes(ok("compare", trace, "--devices", 4, "--devices-per-node", 2, *dispatch, *capped)),
         ok("solve", trace, "--devices", 4, "--out", out),
         ok("evaluate", out, trace),
     ):
@@ -456,6 +466,14 @@ WRONG = [
         "must be a JSON object or TOML",
     ),
     (
+        ["solve", "trace.safetensors", "--topology", "slow.toml"],
+        "slow.toml: speed of device 1 must be a positive number, got 0",
+    ),
+    (
+        ["solve", "trace.safetensors", "--topology", "links.toml"],
+        "links.toml: link_cost must be at least 0, got -1 from device 0 to 1",
+    ),
+    (
         ["compare", "trace.safetensors", "--devices", "4", "--holdout", "1.5"],
         "1.5 is not in the range",
     ),
@@ -517,6 +535,8 @@ def test_errors_are_one_line(run, trace, table, tmp_path, monkeypatch, arguments
     """Status 2, nothing on standard output, one line that names what is wrong."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "junk.txt").write_text("junk")
+    (tmp_path / "slow.toml").write_text("devices = 2\nspeed = [1.0, 0.0]")
+    (tmp_path / "links.toml").write_text("devices = 2\nlink_cost = [[0, -1], [-1, 0]]")
     mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4).save(tmp_path / "p.json")
     np.save("ids.npy", np.zeros((4, 2, 1), dtype=np.uint8))
     status, out, err = run(*arguments)

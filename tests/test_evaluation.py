@@ -224,6 +224,21 @@ def test_nearest_shares_are_counted_by_home():
     assert one_node.imbalance == pytest.approx(800 / 3 / 200)
 
 
+def test_nearest_pairs_have_one_home():
+    """Where both layers have a copy at home, the token stays there; counts know that."""
+    slots = [[[0, 1], [0, 1]]] * 2
+    placement = mt.Placement(np.array(slots), num_experts=2)
+    pairs = np.array([[[7, 2], [3, 5]]], dtype=np.uint64)
+    load = np.array([[[9, 8], [10, 7]]], dtype=np.uint64)
+    statistics = mt.RoutingStatistics(load, pairs)
+    assert mt.evaluate(placement, statistics, split="nearest").crossing == 0
+    assert mt.evaluate(placement, statistics, split="even").crossing == pytest.approx(0.5)
+    problem = mt.Problem(
+        statistics, mt.Topology(2), slots_per_device=2, split="nearest", objective="traffic"
+    )
+    assert problem.value(placement) == 0
+
+
 def test_nearest_copies_save_traffic(make_trace):
     """Rows that leave home are those whose expert has no copy there."""
     trace, topology = make_trace(20000, top_k=1), mt.Topology(4, 2)

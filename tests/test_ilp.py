@@ -104,6 +104,17 @@ def test_linear_programs_have_a_bound() -> None:
     assert (solution.objective, solution.bound, solution.status) == (-3, -3, "optimal")
 
 
+def test_columns_become_whole_after_a_relaxation() -> None:
+    """What was left open may be said to be whole later; the rows stay."""
+    ilp = Ilp([-1.0, -1.0], upper=10, integer=False)
+    ilp.add_rows(-np.inf, [5, 7], [0, 1], [0, 1], 2)
+    assert ilp.relax().objective == -6
+    ilp.make_whole(np.array([1]))
+    assert ilp.solve().objective == -5.5
+    ilp.make_whole(np.array([0]))
+    assert ilp.solve().objective == -5
+
+
 def test_the_first_incumbent_is_the_start() -> None:
     """HiGHS begins with the warm start, at the objective that the caller computed."""
     ilp = hard()

@@ -379,6 +379,21 @@ def test_more_weight_draws_the_answer_to_a_window(problem, data):
     assert outcomes[1] <= outcomes[0] * (1 + 1e-9)
 
 
+def test_copies_are_left_out_where_reading_weights_takes_time():
+    """A slot to spare on each device helps balance; with few tokens it only costs time."""
+    load = np.random.default_rng(0).integers(1, 60, (4, 2, 16)).astype(np.uint64)
+    problem = mt.Problem(
+        mt.RoutingStatistics.from_load(load),
+        mt.Topology(4),
+        slots_per_device=5,
+        objective="time",
+        cost_model=mt.CostModel(0.0, 100.0, 0.0, 1.0, 0.0),
+    )
+    copied = replace(problem, cost_model=mt.CostModel(0.0, 0.1, 0.0, 1.0, 0.0))
+    assert (mt.solve(problem).placement.replicas == 1).all()
+    assert (mt.solve(copied).placement.replicas > 1).any()
+
+
 def test_short_limits_leave_out_the_choice():
     """Where there is hardly time to search, nothing else is tried first."""
     load = np.random.default_rng(0).integers(1, 60, (8, 2, 12)).astype(np.uint64)

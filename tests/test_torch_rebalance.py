@@ -78,10 +78,11 @@ def test_moves_that_pay():
     assert decision.experts_moved == copies
     assert decision.bytes_moved == copies * 2 * 30 * 4
     assert "longer than it brings in" in first["dear"][0].reason
+    assert first["priced"][0].cost_us == 0
     assert "dead zone" in first["small"][0].reason
     assert first["budget"][1] <= 2
     assert "balanced" in first["idle"][0].reason
-    for name in ("dear", "small", "none"):
+    for name in ("dear", "priced", "small", "none"):
         assert first[name][1] == 0
 
 

@@ -202,8 +202,9 @@ class Expected:
         share = self._share = _split.shares(rules.placement, topology, rules.split)
         self._follow: Floats | None = None
         if statistics.transitions is not None:
-            tables = statistics.transitions.astype(np.float64)
-            self._follow = np.matmul(np.matmul(share[:-1], tables), share[1:].transpose(0, 2, 1))
+            self._follow = _expected.followed(
+                rules.placement, topology, rules.split, statistics.transitions
+            )
         self._tokens: int | None = None
         if statistics.sets is not None:
             self._tokens = int(statistics.sets[0].counts.sum())

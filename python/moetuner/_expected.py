@@ -43,6 +43,28 @@ def visits(
     return found, of_nodes
 
 
+def followed(
+    placement: Placement, topology: Topology, split: Split, transitions: NDArray[np.uint64]
+) -> Floats:
+    """Pairs of neighbouring layers' experts by their devices [L-1,D,D].
+
+    A token has one home in all layers; apart from that, copies are taken to be chosen independently
+    of each other.
+    """
+    tables = transitions.astype(np.float64)
+    if split != "nearest" or (placement.replicas == 1).all():
+        share = _split.shares(placement, topology, split)
+        mean: Floats = np.matmul(np.matmul(share[:-1], tables), share[1:].transpose(0, 2, 1))
+        return mean
+    found = np.empty((len(tables), placement.devices, placement.devices))
+    layers = _split.by_home(placement, topology, split)
+    _, here = next(layers)
+    for layer, there in layers:
+        pairs = np.matmul(np.matmul(here, tables[layer - 1]), there.transpose(0, 2, 1))
+        found[layer - 1], here = pairs.mean(axis=0), there
+    return found
+
+
 def dispatched(
     placement: Placement,
     topology: Topology,

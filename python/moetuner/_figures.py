@@ -21,8 +21,14 @@ def ratios(load: NDArray[Any], speed: Floats) -> Floats:
     The slowest device's time over that of loads in proportion to speeds. Layers and windows without
     load count as balanced.
     """
-    total = load.sum(axis=-1, dtype=np.float64)
-    slowest = (load / speed).max(axis=-1) * speed.sum()
+    # Devices first: numpy is slow on a short last axis. Counts add up the same in any order.
+    by_device = np.ascontiguousarray(np.moveaxis(load, -1, 0))
+    if load.dtype.kind in "ui":
+        total = by_device.sum(axis=0).astype(np.float64)
+    else:
+        total = load.sum(axis=-1, dtype=np.float64)
+    each = speed.reshape(-1, *[1] * (load.ndim - 1))
+    slowest = (by_device / each).max(axis=0) * speed.sum()
     found: Floats = np.ones_like(total)
     np.divide(slowest, total, out=found, where=total > 0)
     return found

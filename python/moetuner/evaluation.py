@@ -123,8 +123,8 @@ def evaluate(
         dispatch), ``"round_robin"`` in turns (TensorRT-LLM). Statistics split loads in the shares
         that follow.
     cost_model
-        Gives the predicted times. Statistics do not know which experts a token met together: each
-        is then sent to on its own, which is an upper bound.
+        Gives the predicted times. Statistics without expert sets do not know which experts a token
+        met together: each is then sent to on its own, which is an upper bound.
     regime
         What moves in the predicted times: rows from their homes to devices and back in each layer,
         as in today's engines, or on to the next layer's device.

@@ -59,11 +59,12 @@ def measure(problem: Problem) -> Floats:
 def slowest_times(problem: Problem, placement: Placement, load: Floats) -> Floats:
     """Largest load over speed of a device in every window and layer [W,L]."""
     speed = problem.topology.speed_of_device
-    if np.count_nonzero(placement.slots != EMPTY) == placement.layers * placement.num_experts:
-        # One copy each. Empty slots (-1) take the last column.
-        of_expert = np.pad(load, ((0, 0), (0, 0), (0, 1)))
-        row = np.arange(placement.layers)[:, None, None]
-        each = of_expert[:, row, placement.slots].sum(axis=3, dtype=np.float64)
+    slots, filled = placement.slots, placement.slots != EMPTY
+    if np.count_nonzero(filled) == placement.layers * placement.num_experts:
+        # One copy each.
+        cell = slots + np.arange(placement.layers)[:, None, None] * placement.num_experts
+        of_slot = load.reshape(len(load), -1).take(cell, axis=1)
+        each = (of_slot if filled.all() else of_slot * filled).sum(axis=3, dtype=np.float64)
     else:
         share = _split.shares(placement, problem.topology, problem.split)
         each = np.matmul(load.transpose(1, 0, 2), share.transpose(0, 2, 1)).transpose(1, 0, 2)
@@ -97,9 +98,9 @@ def traffic(problem: Problem, placement: Placement) -> float:
     if not problem.has_pairs:
         return 0.0
     if problem.regime == "follow":
-        cost = problem.topology.cost
-        total = sum((moved * cost).sum() for moved in _moved(problem, placement))
-        return float(total) / problem.cost_scale
+        tables = problem.statistics.transitions_or_empty
+        moved = _expected.followed(placement, problem.topology, problem.split, tables)
+        return float((moved * problem.topology.cost).sum()) / problem.cost_scale
     shares = _split.shares(placement, problem.topology, problem.split)
     apart = 0.0
     for share, table in zip(shares, problem.statistics.coactivation_or_empty, strict=True):
@@ -136,14 +137,3 @@ def visit_costs(topology: Topology) -> tuple[float, float]:
     cost = topology.cost
     inside = cost[~beyond & (cost > 0)].mean() if (cost[~beyond] > 0).any() else 1.0
     return 1.0, float(cost[beyond].mean() / inside)
-
-
-def _moved(problem: Problem, placement: Placement) -> list[Floats]:
-    """Pairs from device to device [D,D] of every two neighbouring layers."""
-    shares = _split.shares(placement, problem.topology, problem.split)
-    return [
-        here @ table.astype(np.float64) @ there.T
-        for here, table, there in zip(
-            shares[:-1], problem.statistics.transitions_or_empty, shares[1:], strict=True
-        )
-    ]

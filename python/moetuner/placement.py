@@ -152,12 +152,12 @@ class Placement:
         # Every expert has a slot: as many slots as experts is one for each.
         if np.count_nonzero(self.slots != EMPTY) > self.layers * self.num_experts:
             raise ValueError("device_of needs one copy of each expert; this placement has replicas")
-        layers, devices, width = self.slots.shape
-        # Empty slots write to a last column, which is left out.
-        device_of = np.zeros((layers, self.num_experts + 1), dtype=np.int64)
-        device = np.repeat(np.arange(devices), width)
-        device_of[np.arange(layers)[:, None], self.slots.reshape(layers, -1)] = device
-        return np.ascontiguousarray(device_of[:, :-1])
+        layers, devices, _ = self.slots.shape
+        # Empty slots write to a first column, which is left out.
+        device_of = np.empty((layers, self.num_experts + 1), dtype=np.int64)
+        cell = self.slots + (np.arange(layers) * (self.num_experts + 1) - EMPTY)[:, None, None]
+        device_of.reshape(-1)[cell] = np.arange(devices)[:, None]
+        return np.ascontiguousarray(device_of[:, 1:])
 
     def with_names(self, **names: Any) -> Placement:
         """Return the same slots with other names or figures."""
@@ -259,8 +259,8 @@ def _copies(slots: NDArray[Any], experts: int) -> NDArray[np.int64]:
 
 def _check(slots: NDArray[Any], experts: int) -> None:
     """Raise for the first layer that breaks a rule."""
-    wrong = (slots < EMPTY) | (slots >= experts)
-    if wrong.any():
+    if slots.min() < EMPTY or slots.max() >= experts:
+        wrong = (slots < EMPTY) | (slots >= experts)
         layer, device, slot = np.argwhere(wrong)[0]
         raise ValueError(
             f"slots: layer {layer}, device {device}: expert id {slots[layer, device, slot]} "

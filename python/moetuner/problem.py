@@ -49,9 +49,10 @@ class Problem:
     max_imbalance
         Cap on max / mean device load in every layer, on the sum of all windows; None for no cap.
     objective
-        ``"time"``: predicted microseconds of a layer. ``"balance"``: max / mean device load, over
-        windows. ``"traffic"``: share of the traffic that leaves its device, under the cap. By
-        default traffic where ``max_imbalance`` is given, else time.
+        ``"time"``: predicted microseconds of a layer, as ``evaluate`` predicts them; a large
+        problem is searched for what comes near it and adds up. ``"balance"``: max / mean device
+        load, over windows. ``"traffic"``: share of the traffic that leaves its device, under the
+        cap. By default traffic where ``max_imbalance`` is given, else time.
     cost_model
         What time is made of; a DeepSeek-V3 layer on H100 by default.
     split
@@ -232,14 +233,18 @@ class Problem:
         if not len(tables):
             return 0
         device_of = placement.device_of
+        costs, inverse = np.unique(self.topology.cost, return_inverse=True)
+        kind = inverse.astype(np.int32).reshape(self.devices, self.devices)
         total = 0
         for layer, table in enumerate(tables):
             if follow:
-                moved = self.topology.cost[np.ix_(device_of[layer], device_of[layer + 1])]
-                total += _exact_dot(table, moved)
+                moved = kind[np.ix_(device_of[layer], device_of[layer + 1])]
+                total += sum(
+                    int(c) * _exact_sum(table[moved == k]) for k, c in enumerate(costs) if c
+                )
             else:
-                apart = np.not_equal.outer(device_of[layer], device_of[layer]).astype(np.int64)
-                total += _exact_dot(table, apart) // 2
+                apart = np.not_equal.outer(device_of[layer], device_of[layer])
+                total += _exact_sum(table[apart]) // 2
         return total
 
     @cached_property
@@ -277,11 +282,8 @@ class Problem:
 
 
 def _exact_sum(table: NDArray[np.uint64]) -> int:
-    """Sum without overflow: 64-bit counts in two halves."""
+    """Sum without overflow: 64-bit counts, in two halves where they are large."""
+    if int(table.max(initial=0)) * table.size < 1 << 64:
+        return int(table.sum(dtype=np.uint64))
     low, high = table & np.uint64(0xFFFFFFFF), table >> np.uint64(32)
     return int(low.sum(dtype=np.uint64)) + (int(high.sum(dtype=np.uint64)) << 32)
-
-
-def _exact_dot(table: NDArray[np.uint64], cost: NDArray[np.int64]) -> int:
-    """Sum of table * cost without overflow: group by the few distinct costs."""
-    return sum(int(c) * _exact_sum(table[cost == c]) for c in np.unique(cost) if c)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,7 @@ class Topology:
         """Relative speed of every device [D], 1 where none was given."""
         return np.ones(self.devices) if self.speed is None else np.array(self.speed)
 
-    @property
+    @cached_property
     def cost(self) -> NDArray[np.int64]:
         """Integer cost of moving one token's state from device to device [D,D].
 
@@ -219,6 +220,11 @@ class Topology:
         scaled until the largest is 65535 and rounded, nothing above 0 to 0: every cost is then off
         by at most 1/65535 of the largest.
         """
+        cost = self._cost()
+        cost.flags.writeable = False
+        return cost
+
+    def _cost(self) -> NDArray[np.int64]:
         if self.devices == 1:
             return np.zeros((1, 1), dtype=np.int64)
         if self.link_cost is not None:

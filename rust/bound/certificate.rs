@@ -288,8 +288,11 @@ fn transport_value(r: &[f64], e: usize, slots: usize, columns: Option<&[f64]>) -
 /// A lower bound on `sum r s` over the partitions of layer l: each expert has C - 1 companions.
 fn layer_value(relaxation: &Relaxation, l: usize, dual: &Dual, sides: &[Side], hints: Option<&Hints>) -> Sum {
     let Relaxation { experts: e, slots, .. } = *relaxation;
-    let mut r = vec![0.0; e * e];
     let mut sum = Sum::default();
+    if dual.lambda.is_empty() && dual.contents.is_empty() && dual.cuts.is_empty() {
+        return sum; // the reduced costs of s are zeros, which takes long to find out where layers are large
+    }
+    let mut r = vec![0.0; e * e];
     let blocks = [(l.checked_sub(1), 2), (Some(l), 0)];
     for (side, block) in blocks {
         if let Some(side) = side.and_then(|l| sides.get(l)) {

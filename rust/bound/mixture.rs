@@ -7,6 +7,8 @@
 use super::contents::{Contents, Set, members};
 use super::relaxation::Relaxation;
 
+/// Approaches to the first mixture, which begins far away.
+const APPROACHES: usize = 5;
 /// Times that contents are improved by climbing, in one approach.
 const ROUNDS: usize = 2;
 /// Contents that start a climb.
@@ -40,15 +42,19 @@ pub(super) struct Mixture {
 }
 
 impl Mixture {
-    /// A mixture of one content; `None` if none is feasible.
-    pub(super) fn new(relaxation: &Relaxation, l: usize) -> Option<Self> {
+    /// A mixture near to `s`, `[E, E]` above the diagonal, with a multiplier of zero; `None` if no content is feasible.
+    pub(super) fn new(relaxation: &Relaxation, l: usize, s: &[f64]) -> Option<Self> {
         let contents = Contents::new(relaxation, l);
         let experts = relaxation.experts;
         let zero = vec![0.0; experts * experts];
         let set = contents.search(&zero, f64::NEG_INFINITY).sets.first()?.1;
         let part = Part { set, weight: relaxation.devices as f64, value: 0.0, idle: 0 };
         let mut this = Self { contents, parts: vec![part], experts, h: zero.clone(), u: zero };
-        this.rebuild();
+        for _ in 0..APPROACHES {
+            this.u.fill(0.0);
+            this.step(s, 1.0);
+        }
+        this.u.fill(0.0);
         Some(this)
     }
 

@@ -158,10 +158,10 @@ impl Relaxation {
         }
     }
 
-    /// Copies of the variables `s_l`, in pairs and mixtures: their weight v in the augmented Lagrangian.
-    pub(super) fn copies(&self, layer: usize) -> f64 {
+    /// Copies of the variables `s_l`, in pairs and perhaps a mixture: their weight v in the augmented Lagrangian.
+    pub(super) fn copies(&self, layer: usize, mixed: bool) -> f64 {
         let pairs = if layer == 0 || layer + 1 == self.layers { 1.0 } else { 2.0 };
-        pairs + f64::from(u8::from(self.has_contents))
+        pairs + f64::from(u8::from(mixed))
     }
 
     /// `w` of one layer.

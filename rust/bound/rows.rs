@@ -53,25 +53,39 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// The pool of pair l with the inequalities that are always there.
+    /// The pool of pair l with the inequalities that are always there, before there are mixtures.
     pub(super) fn new(relaxation: &Relaxation, l: usize) -> Self {
-        let block_scale = [relaxation.copies(l), 1.0, relaxation.copies(l + 1)].map(|v| 1.0 / v.sqrt());
-        let mut table = [[0.0; 4]; 27];
-        for (code, entry) in table.iter_mut().enumerate() {
-            let c = [code / 9, code / 3 % 3, code % 3].map(|block| block_scale[block]);
-            *entry = [c[0], c[1], -c[2], 1.0 / (c[0] * c[0] + c[1] * c[1] + c[2] * c[2])];
-        }
         let mut this = Self {
             triangles: Vec::new(),
             known_triangles: HashSet::new(),
             rows: Vec::new(),
             known_rows: HashSet::new(),
             entries: Vec::new(),
-            block_scale,
-            table,
+            block_scale: [1.0; 3],
+            table: [[0.0; 4]; 27],
         };
+        this.weigh(relaxation, l, false);
         this.add_standing(relaxation, l);
         this
+    }
+
+    /// Scales coordinates by the root of the weights that variables have with or without mixtures. Rows stay, worth
+    /// the same.
+    pub(super) fn weigh(&mut self, relaxation: &Relaxation, l: usize, mixed: bool) {
+        let weights = [relaxation.copies(l, mixed), 1.0, relaxation.copies(l + 1, mixed)];
+        self.block_scale = weights.map(|v| 1.0 / v.sqrt());
+        for (code, entry) in self.table.iter_mut().enumerate() {
+            let c = [code / 9, code / 3 % 3, code % 3].map(|block| self.block_scale[block]);
+            *entry = [c[0], c[1], -c[2], 1.0 / (c[0] * c[0] + c[1] * c[1] + c[2] * c[2])];
+        }
+        self.known_rows.clear();
+        self.entries.clear();
+        let rows = std::mem::take(&mut self.rows);
+        for (at, old) in rows.into_iter().enumerate() {
+            self.add_row(relaxation, old.cut);
+            let row = &mut self.rows[at];
+            (row.multiplier, row.idle) = (old.multiplier * old.scale / row.scale, old.idle);
+        }
     }
 
     /// Load rows, the spread cut and pairs of experts that never fit together.
@@ -130,13 +144,13 @@ impl Pool {
             }
             same
         });
+        if terms.iter().all(|(_, x)| x.abs() < 1e-9) {
+            return;
+        }
         for (variable, x) in &mut terms {
             *x *= self.block_scale[*variable as usize / square];
         }
         let norm = terms.iter().map(|(_, x)| x * x).sum::<f64>().sqrt();
-        if norm < 1e-9 {
-            return;
-        }
         let scale = 1.0 / norm;
         let start = self.entries.len() as u32;
         self.entries.extend(
@@ -288,5 +302,41 @@ fn each_pool(pools: &mut [Pool], square: usize, y: &mut [f64], work: impl Fn(&mu
                 work(pool, &mut slice[..3 * square]);
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Instance;
+    use super::*;
+    use crate::random::Random;
+
+    /// Other weights change the coordinates of rows, not what they are worth in the bound.
+    #[test]
+    fn weights_do_not_change_what_rows_are_worth() {
+        let mut random = Random::new(0, 0);
+        let mut counts = |n: usize| -> Vec<u64> { (0..n).map(|_| 1 + random.below(50) as u64).collect() };
+        let (transitions, load) = (counts(2 * 64), counts(3 * 8));
+        let cap: Vec<u64> = load.chunks(8).map(|load| load.iter().sum::<u64>() * 11 / 20).collect();
+        let (transitions, load, cap) = (&transitions[..], &load[..], &cap[..]);
+        let instance = Instance { layers: 3, experts: 8, devices: 2, transitions, load, cap };
+        let relaxation = Relaxation::new(&instance);
+        let mut pools = [Pool::new(&relaxation, 0), Pool::new(&relaxation, 1)];
+        pools[0].add_triangle(&relaxation, [0, 1, 9]);
+        let mut y = vec![3.0; 5 * 64];
+        project(&mut pools, 64, 1, &mut y, &mut vec![0.0; 5 * 64]);
+        let worth = |pools: &[Pool; 2]| {
+            let mut cuts = Vec::new();
+            pools.iter().enumerate().for_each(|(l, pool)| pool.export(&relaxation, l, 1.0, &mut cuts));
+            cuts
+        };
+        let before = worth(&pools);
+        assert!(before.iter().any(|(cut, _)| cut.kind == Kind::Triangle) && before.len() > 10);
+        pools.iter_mut().enumerate().for_each(|(l, pool)| pool.weigh(&relaxation, l, true));
+        let after = worth(&pools);
+        assert_eq!(before.len(), after.len());
+        for ((cut, x), (same, y)) in before.iter().zip(&after) {
+            assert!(cut == same && (x - y).abs() < 1e-12 * x.abs());
+        }
     }
 }

@@ -32,6 +32,11 @@ const WARM_UP: usize = 50;
 const PROGRESS: f64 = 0.002;
 /// The distance where no target is known, as a share of the bound.
 const USUAL_GAP: f64 = 0.02;
+/// Iterations before layers become mixtures of contents: without them an iteration takes a fraction of the time, and for
+/// so long the bound rises as fast.
+const UNMIXED: usize = 20;
+/// They come to be mixtures only if the time left is so many times what is gone: else more iterations prove more.
+const WORTHWHILE: u32 = 5;
 /// With less time than for so many iterations the method proves nothing useful, and is not tried.
 const FEWEST: u32 = 11;
 
@@ -82,7 +87,7 @@ pub(super) struct Admm<'a> {
     relaxation: &'a Relaxation,
     pairs: Vec<Pair>,
     pools: Vec<Pool>,
-    /// Per layer, or empty.
+    /// Per layer; empty before there are any.
     mixtures: Vec<Mixture>,
     y: Vec<f64>,
     sign: Vec<f64>,
@@ -104,13 +109,9 @@ impl<'a> Admm<'a> {
         let square = relaxation.experts * relaxation.experts;
         let length = (2 * relaxation.pairs() + 1) * square;
         let mean = -relaxation.cost.iter().sum::<f64>() / relaxation.cost.len() as f64;
-        let mut relaxed: Option<Vec<Mixture>> = None;
-        if relaxation.has_contents {
-            relaxed = (0..relaxation.layers).into_par_iter().map(|l| Mixture::new(relaxation, l)).collect();
-        }
         Self {
             relaxation,
-            mixtures: relaxed.unwrap_or_default(),
+            mixtures: Vec::new(),
             pairs: vec![pair; relaxation.pairs()],
             pools: (0..relaxation.pairs()).into_par_iter().map(|l| Pool::new(relaxation, l)).collect(),
             y: vec![0.0; length],
@@ -151,6 +152,13 @@ impl<'a> Admm<'a> {
             if self.iterations >= limits.iterations {
                 return Stop::Iterations;
             }
+            let worthwhile = |deadline| start + (1 + WORTHWHILE) * start.elapsed() < deadline;
+            if self.iterations == UNMIXED
+                && self.relaxation.has_contents
+                && limits.deadline.is_none_or(worthwhile)
+            {
+                self.mix();
+            }
             self.iterate();
             if self.iterations == 1 && limits.deadline.is_some_and(|d| start + FEWEST * start.elapsed() > d) {
                 return Stop::Deadline;
@@ -183,6 +191,19 @@ impl<'a> Admm<'a> {
         }
     }
 
+    /// From now on every layer is a mixture of contents too, at first the one nearest to what it is.
+    fn mix(&mut self) {
+        let (relaxation, y) = (self.relaxation, &self.y);
+        let square = relaxation.experts * relaxation.experts;
+        let mixtures: Option<Vec<Mixture>> = (0..relaxation.layers)
+            .into_par_iter()
+            .map(|l| Mixture::new(relaxation, l, &y[2 * l * square..][..square]))
+            .collect();
+        let Some(mixtures) = mixtures else { return };
+        self.mixtures = mixtures;
+        self.pools.par_iter_mut().enumerate().for_each(|(l, pool)| pool.weigh(relaxation, l, true));
+    }
+
     fn iterate(&mut self) {
         self.set_target();
         let square = self.relaxation.experts * self.relaxation.experts;
@@ -201,10 +222,10 @@ impl<'a> Admm<'a> {
 
     /// Multiplies the s part of y by a function of its weight v.
     fn scale_layers(&mut self, factor: impl Fn(f64) -> f64) {
-        let relaxation = self.relaxation;
+        let (relaxation, mixed) = (self.relaxation, !self.mixtures.is_empty());
         let square = relaxation.experts * relaxation.experts;
         for (l, block) in self.y.chunks_mut(2 * square).enumerate() {
-            let factor = factor(relaxation.copies(l));
+            let factor = factor(relaxation.copies(l, mixed));
             block[..square].iter_mut().for_each(|s| *s *= factor);
         }
     }
@@ -216,7 +237,7 @@ impl<'a> Admm<'a> {
         let (pairs, mixtures, half) = (&self.pairs, &self.mixtures, 0.5 / self.penalty);
         self.y.par_chunks_mut(2 * e * e).enumerate().for_each(|(l, block)| {
             let (s, z) = block.split_at_mut(e * e);
-            let share = 1.0 / relaxation.copies(l).sqrt();
+            let share = 1.0 / relaxation.copies(l, !mixtures.is_empty()).sqrt();
             s.fill(0.0);
             for (pair, at) in [(l.checked_sub(1), e), (Some(l), 0)] {
                 let Some(pair) = pair.and_then(|l| pairs.get(l)) else { continue };

@@ -13,6 +13,8 @@ use super::relaxation::Relaxation;
 
 /// Rounds of ascent: the value is flat after a dozen.
 const ROUNDS: usize = 16;
+/// What the proof takes, in evaluations of a pair.
+const PROOF: u32 = 4;
 
 /// Column multipliers for the costs of every pair, `[M, E]`; with less ascent where the time is over.
 pub(super) fn all_columns(relaxation: &Relaxation, deadline: Option<Instant>) -> Vec<f64> {
@@ -36,10 +38,13 @@ fn columns(r: &[f64], e: usize, slots: usize, deadline: Option<Instant>) -> Vec<
     if slots >= e {
         return v;
     }
+    let begin = Instant::now();
     let (mut best, mut kept) = (value(r, &v, slots), v.clone());
+    // The proof, after the deadline if need be, takes some times as long.
+    let proof = PROOF * begin.elapsed();
     let (mut u, mut scratch) = (vec![0.0; e], vec![0.0; e]);
     for _ in 0..ROUNDS {
-        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+        if deadline.is_some_and(|deadline| Instant::now() + proof >= deadline) {
             break;
         }
         thresholds(r, &v, slots, &mut u, &mut scratch);

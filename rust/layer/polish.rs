@@ -33,9 +33,8 @@ pub(super) fn polish(draft: &mut Draft<'_>, trials: usize) {
         if close || polish.trials == 0 {
             return;
         }
-        let found = polish.exchange(slow, goal)
-            || polish.drop(slow, goal)
-            || site.copies && polish.copy(slow, goal);
+        let found =
+            polish.exchange(slow, goal) || polish.drop(slow, goal) || site.copies && polish.copy(slow, goal);
         if !found && polish.trials > 0 {
             return;
         }

@@ -5,7 +5,6 @@
 //! second copies on one device, which serve nobody. It is the call that engines make while they serve, so it takes
 //! microseconds.
 
-use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::collections::binary_heap::PeekMut;
 
@@ -14,6 +13,7 @@ use super::polish::polish;
 use super::squeeze::squeeze;
 use super::{EMPTY, Layer};
 use crate::error::{Error, Result};
+use crate::least::Least;
 
 /// An expert for which the rules leave no slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,14 +161,16 @@ fn copies(draft: &Draft<'_>) -> std::result::Result<(Vec<Item>, Vec<u32>), NoSlo
 }
 
 /// Slots that are filled, from the first on `[D]`, and devices with room by when they are done with what they have.
-fn open(draft: &Draft<'_>) -> (Vec<usize>, BinaryHeap<Reverse<u64>>) {
+fn open(draft: &Draft<'_>) -> (Vec<usize>, Least<u64>) {
     let filled = |g| draft.slots(g).take_while(|&slot| draft.expert_in[slot] != EMPTY).count();
     let used: Vec<usize> = (0..draft.site.room.len()).map(filled).collect();
     let times = draft.measure().0;
-    let with_room = (0..used.len()).filter(|&g| used[g] < draft.site.room[g]);
     // Of idle devices, the fastest first.
-    let heap = with_room.map(|g| Reverse(done(times[g] + LEAST * draft.site.time[g], g))).collect();
-    (used, heap)
+    let key = |g: usize| {
+        if used[g] < draft.site.room[g] { done(times[g] + LEAST * draft.site.time[g], g) } else { u64::MAX }
+    };
+    let open = Least::new((0..used.len()).map(key), u64::MAX);
+    (used, open)
 }
 
 /// A time above a device, as in [`Item`].
@@ -179,33 +181,37 @@ fn done(time: f64, device: usize) -> u64 {
 /// Gives every expert its copies, where the rules leave room for them.
 fn pack(draft: &mut Draft<'_>, order: &[Item], copies: &[u32]) -> std::result::Result<(), NoSlot> {
     let site = draft.site;
-    let (mut used, mut heap) = open(draft);
+    let (mut used, mut open_devices) = open(draft);
     // Devices that have the expert, or must not have it.
     let mut aside = Vec::new();
     for item in order {
         let e = item.expert();
         let weight = draft.load[e] / f64::from(copies[e]);
         while draft.copies[e] < copies[e] {
-            let Some(mut top) = heap.peek_mut() else { break };
-            let g = (top.0 & 0xffff) as usize;
+            let key = open_devices.get();
+            if key == u64::MAX {
+                break;
+            }
+            let g = (key & 0xffff) as usize;
             if !draft.takes(e as u16, g) {
-                aside.push(PeekMut::pop(top));
+                aside.push(key);
+                open_devices.set(g, u64::MAX);
                 continue;
             }
             draft.put(draft.slots(g).start + used[g], g, e as u16);
             used[g] += 1;
-            if used[g] < site.room[g] {
-                top.0 = done(f64::from_bits(top.0) + weight * site.time[g], g);
-            } else {
-                PeekMut::pop(top);
-            }
+            let is_open = used[g] < site.room[g];
+            let then = done(f64::from_bits(key) + weight * site.time[g], g);
+            open_devices.set(g, if is_open { then } else { u64::MAX });
         }
-        heap.extend(aside.drain(..));
+        for key in aside.drain(..) {
+            open_devices.set((key & 0xffff) as usize, key);
+        }
         if draft.copies[e] == 0 {
             if !squeeze(draft, e as u16) {
                 return Err(NoSlot(e));
             }
-            (used, heap) = open(draft);
+            (used, open_devices) = open(draft);
         }
     }
     Ok(())

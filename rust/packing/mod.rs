@@ -9,13 +9,12 @@ mod bounds;
 mod exact;
 mod exchange;
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
-use std::collections::binary_heap::PeekMut;
+use std::ops::Add;
 
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::least::Least;
 use bounds::Bounds;
 use exchange::Search;
 
@@ -98,6 +97,20 @@ pub fn pack(
     room: Room,
     improve: Option<Improve<'_>>,
 ) -> Result<Vec<Packing>> {
+    let room = checked(load, experts, clusters, room)?;
+    Ok(load.par_chunks(experts).map(|load| pack_layer(load, clusters, room, improve)).collect())
+}
+
+/// The cluster of every expert `[layers, experts]`, longest processing time first: without bounds, which take longer, and
+/// without threads, which a call of less than a millisecond does not repay.
+pub fn pack_quickly(load: &[u64], experts: usize, clusters: usize, room: Room) -> Result<Vec<u16>> {
+    let room = checked(load, experts, clusters, room)?;
+    let pack = |load| longest_first(load, &heaviest_first(load), clusters, room);
+    Ok(load.chunks_exact(experts).flat_map(pack).collect())
+}
+
+/// The room, not more than there are experts.
+fn checked(load: &[u64], experts: usize, clusters: usize, room: Room) -> Result<Room> {
     let fault = |what, rule: &str, found: usize| {
         Err(Error::Shape { what, rule: rule.to_owned(), found: found.to_string() })
     };
@@ -114,8 +127,7 @@ pub fn pack(
         );
         return fault("slots", &rule, room.most);
     }
-    let room = Room { most: room.most.min(experts), ..room };
-    Ok(load.par_chunks(experts).map(|load| pack_layer(load, clusters, room, improve)).collect())
+    Ok(Room { most: room.most.min(experts), ..room })
 }
 
 fn pack_layer(load: &[u64], clusters: usize, room: Room, improve: Option<Improve<'_>>) -> Packing {
@@ -142,9 +154,18 @@ pub fn smallest_peak(load: &[u64], clusters: usize, slots: usize, found: u128) -
     Ok(exact::tighten(&sorted, clusters, room, reached.1, found))
 }
 
+/// Loads below this fit a word with an index behind them, which sorts and compares twice as fast as two words.
+const SHORT: u128 = 1 << (u64::BITS - u16::BITS);
+
 /// The experts by falling load, equal ones by rising index.
 fn heaviest_first(load: &[u64]) -> Vec<usize> {
     // As one number each, the load above the index, they sort without branches.
+    let heaviest = load.iter().max().map_or(0, |&load| load.into());
+    if heaviest < SHORT && load.len() <= 1 << u16::BITS {
+        let mut keys: Vec<u64> = load.iter().zip(0..).map(|(&load, e)| !load << u16::BITS | e).collect();
+        keys.sort_unstable();
+        return keys.into_iter().map(|key| usize::from(key as u16)).collect();
+    }
     let mut keys: Vec<u128> = load.iter().zip(0..).map(|(&load, e)| u128::from(!load) << 64 | e).collect();
     keys.sort_unstable();
     keys.into_iter().map(|key| key as u64 as usize).collect()
@@ -152,23 +173,39 @@ fn heaviest_first(load: &[u64]) -> Vec<usize> {
 
 /// Longest processing time first: the heaviest expert to the least loaded cluster that may still take one.
 fn longest_first(load: &[u64], order: &[usize], clusters: usize, room: Room) -> Vec<u16> {
-    // Clusters that may still take one, the least loaded on top: its load, and its index in the lowest bits.
-    let mut open: BinaryHeap<Reverse<u128>> = (0..clusters as u128).map(Reverse).collect();
+    let total: u128 = load.iter().map(|&load| u128::from(load)).sum();
+    // A cluster's key is its load, and its index in the lowest bits.
+    if total < SHORT {
+        let open = Least::new((0..clusters).map(|c| c as u64), u64::MAX);
+        fill(order, clusters, room, open, |e| load[e] << u16::BITS, |key| key as u16)
+    } else {
+        let open = Least::new((0..clusters).map(|c| c as u128), u128::MAX);
+        fill(order, clusters, room, open, |e| u128::from(load[e]) << u16::BITS, |key| key as u16)
+    }
+}
+
+/// Gives every expert in turn to the cluster with the least key that may still take one; `weight` is what it adds.
+fn fill<K: Ord + Copy + Add<Output = K>>(
+    order: &[usize],
+    clusters: usize,
+    room: Room,
+    mut open: Least<K>,
+    weight: impl Fn(usize) -> K,
+    index: impl Fn(K) -> u16,
+) -> Vec<u16> {
+    let none = open.none();
     let mut sizes = vec![0; clusters];
     let mut missing = clusters * room.fewest;
-    let mut cluster = vec![0; load.len()];
+    let mut cluster = vec![0; order.len()];
     for (placed, &e) in order.iter().enumerate() {
         // The last experts go where the fewest are not reached yet.
-        let most = if load.len() - placed > missing { room.most } else { room.fewest };
-        let (mut top, c) = loop {
-            let top = open.peek_mut().expect("there is room for every expert");
-            let c = top.0 as u16;
-            if sizes[usize::from(c)] < most {
-                break (top, c);
-            }
-            PeekMut::pop(top);
-        };
-        top.0 += u128::from(load[e]) << u16::BITS;
+        let most = if order.len() - placed > missing { room.most } else { room.fewest };
+        let mut c = index(open.get());
+        while sizes[usize::from(c)] >= most {
+            open.set(usize::from(c), none);
+            c = index(open.get());
+        }
+        open.set(usize::from(c), open.get() + weight(e));
         let size = &mut sizes[usize::from(c)];
         missing -= usize::from(*size < room.fewest);
         *size += 1;

@@ -6,16 +6,8 @@
 
 use std::ops::Range;
 
+use super::transpose::{BLOCK, Number, WORD, WORDS, transpose};
 use crate::trace::ExpertId;
-
-/// Tokens that are transposed together.
-const BLOCK: usize = 512;
-
-/// Tokens in a word.
-const WORD: usize = 64;
-
-/// Words of a block.
-const WORDS: usize = BLOCK / WORD;
 
 /// Ids that can have units, at the most.
 pub const IDS: usize = 1024;
@@ -27,58 +19,6 @@ pub const NONE: usize = usize::MAX;
 fn padded(size: usize) -> usize {
     size.next_multiple_of(8)
 }
-
-/// A number whose bits become rows; `BLOCK / BITS` of them share a vector.
-trait Number: Copy + 'static {
-    const BITS: usize;
-    const ZERO: Self;
-    fn with(self, bit: usize) -> Self;
-    fn plus(self, unit: Self) -> Self;
-    /// Exchanges the upper `by` bits in every `2 * by` of `low` with the lower ones of `high`.
-    fn swap(low: &mut Self, high: &mut Self, by: usize);
-    fn words(lanes: &[Self]) -> [u64; WORDS];
-}
-
-macro_rules! number {
-    ($($type:ty),*) => {$(
-        impl Number for $type {
-            const BITS: usize = <$type>::BITS as usize;
-            const ZERO: Self = 0;
-
-            #[inline(always)]
-            fn with(self, bit: usize) -> Self {
-                self | 1 << (bit % <Self as Number>::BITS)
-            }
-
-            #[inline(always)]
-            fn plus(self, unit: Self) -> Self {
-                self.wrapping_add(unit)
-            }
-
-            #[inline(always)]
-            fn swap(low: &mut Self, high: &mut Self, by: usize) {
-                let mask = Self::MAX / ((1 << by) + 1);
-                let changed = ((*low >> by) ^ *high) & mask;
-                *high ^= changed;
-                *low ^= changed << by;
-            }
-
-            #[inline(always)]
-            fn words(lanes: &[Self]) -> [u64; WORDS] {
-                const LANES: usize = 8 / size_of::<$type>();
-                let mut words = [0; WORDS];
-                for (word, lanes) in words.iter_mut().zip(lanes.as_chunks::<LANES>().0) {
-                    for (i, lane) in lanes.iter().enumerate() {
-                        *word |= u64::from(*lane) << (i * <Self as Number>::BITS);
-                    }
-                }
-                words
-            }
-        }
-    )*};
-}
-
-number!(u8, u32, u64);
 
 /// Which bits of a block's word are of the tokens `within`, which counts from the block's first.
 #[inline(always)]
@@ -94,36 +34,6 @@ fn bits_of(word: usize, bits: usize, within: Range<usize>) -> u64 {
         all |= (before(within.end) & !before(within.start)) << (i * bits);
     }
     all
-}
-
-/// Transposes the squares that the lanes hold: afterwards lanes `i * lanes..` hold bit i of all tokens.
-#[inline(always)]
-fn transpose<N: Number>(numbers: &mut [N; BLOCK]) {
-    let lanes = BLOCK / N::BITS;
-    let mut by = N::BITS / 2;
-    // Two steps at a time, so that numbers are loaded and stored half as often.
-    while by > 1 {
-        let half = by / 2;
-        for part in numbers.chunks_exact_mut(2 * by * lanes) {
-            let (low, high) = part.split_at_mut(by * lanes);
-            let ((a, b), (c, d)) = (low.split_at_mut(half * lanes), high.split_at_mut(half * lanes));
-            for (((a, b), c), d) in a.iter_mut().zip(b).zip(c).zip(d) {
-                N::swap(a, c, by);
-                N::swap(b, d, by);
-                N::swap(a, b, half);
-                N::swap(c, d, half);
-            }
-        }
-        by = half / 2;
-    }
-    if by == 1 {
-        for part in numbers.chunks_exact_mut(2 * lanes) {
-            let (low, high) = part.split_at_mut(lanes);
-            for (low, high) in low.iter_mut().zip(high) {
-                N::swap(low, high, 1);
-            }
-        }
-    }
 }
 
 /// For every 512 tokens the rows of all ids, at most 64, each with a bit per token. `rows` may hold others of this size.
@@ -174,8 +84,44 @@ fn sets_of<I: ExpertId, N: Number>(ids: &[I], top_k: usize, sets: &mut [N; BLOCK
     }
 }
 
-/// The rows of the bits of sums: of every token's `units`, `[words, ids]`, a number per id, 64 bits to a word. Sums
-/// must not carry from one word into the next. `columns` says which row a bit is, [`NONE`] for a bit that is unused.
+/// Numbers of ids, whose sums by token become rows.
+#[derive(Debug)]
+pub struct Units {
+    tables: Tables,
+    /// Which row a bit is, [`NONE`] for a bit that is unused.
+    columns: Vec<usize>,
+}
+
+/// A number per id, as wide as the rows need. Of constant size: an index below it needs no check.
+#[derive(Debug)]
+enum Tables {
+    Of8(Box<[u8; IDS]>),
+    Of32(Box<[u32; IDS]>),
+    Of64(Vec<[u64; IDS]>),
+}
+
+impl Units {
+    /// Takes `[words, ids]`, 64 bits to a word, and for every bit its row, a number below `size`. Sums must not carry from
+    /// one word into the next.
+    #[must_use]
+    pub fn new(units: &[u64], columns: Vec<usize>, size: usize) -> Self {
+        let ids = units.len() / columns.len().div_ceil(64);
+        let mut words = units.chunks_exact(ids).map(|units| {
+            let mut table = [0; IDS];
+            table[..ids].copy_from_slice(units);
+            table
+        });
+        let mut only = || words.next().expect("a size above zero has a word");
+        let tables = match size {
+            0..=8 => Tables::Of8(Box::new(only().map(|unit| unit as u8))),
+            9..=32 => Tables::Of32(Box::new(only().map(|unit| unit as u32))),
+            _ => Tables::Of64(words.collect()),
+        };
+        Self { tables, columns }
+    }
+}
+
+/// The rows of the bits of the sums of every token's units.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vbmi+avx2+bmi2",
     "x86_64+avx2+bmi2"
@@ -184,32 +130,26 @@ pub(super) fn rows_of_sums<I: ExpertId>(
     ids: &[I],
     top_k: usize,
     size: usize,
-    units: &[u64],
-    columns: &[usize],
+    units: &Units,
     rows: &mut Vec<u64>,
 ) {
-    // Of constant size: an index below it needs no check.
-    let mut of_word = vec![[0; IDS]; columns.len().div_ceil(64)];
-    for (table, units) in of_word.iter_mut().zip(units.chunks_exact(units.len() / columns.len().div_ceil(64)))
-    {
-        table[..units.len()].copy_from_slice(units);
-    }
-    match size {
-        0..=8 => {
-            let table = of_word[0].map(|unit| unit as u8);
+    let columns = &units.columns;
+    match &units.tables {
+        Tables::Of8(table) => {
             rows_with(ids, top_k, size, columns, rows, |_, ids, sums: &mut [u8; BLOCK]| {
-                sums_of(ids, top_k, &table, sums);
+                sums_of(ids, top_k, table, sums);
             });
         }
-        9..=32 => {
-            let table = of_word[0].map(|unit| unit as u32);
+        Tables::Of32(table) => {
             rows_with(ids, top_k, size, columns, rows, |_, ids, sums: &mut [u32; BLOCK]| {
-                sums_of(ids, top_k, &table, sums);
+                sums_of(ids, top_k, table, sums);
             });
         }
-        _ => rows_with(ids, top_k, size, columns, rows, |word, ids, sums: &mut [u64; BLOCK]| {
-            sums_of(ids, top_k, &of_word[word], sums);
-        }),
+        Tables::Of64(tables) => {
+            rows_with(ids, top_k, size, columns, rows, |word, ids, sums: &mut [u64; BLOCK]| {
+                sums_of(ids, top_k, &tables[word], sums);
+            });
+        }
     }
 }
 
@@ -253,9 +193,12 @@ fn rows_with<I: ExpertId, N: Number>(
     let lanes = BLOCK / N::BITS;
     // Every row is written; those that fill up the width are zero, and were before.
     rows.resize(ids.len().div_ceil(BLOCK * top_k) * WORDS * width, 0);
+    let mut numbers = [N::ZERO; BLOCK];
     for (ids, rows) in ids.chunks(BLOCK * top_k).zip(rows.chunks_exact_mut(WORDS * width)) {
         for (word, columns) in columns.chunks(N::BITS).enumerate() {
-            let mut numbers = [N::ZERO; BLOCK];
+            if ids.len() < BLOCK * top_k {
+                numbers.fill(N::ZERO);
+            }
             fill(word, ids, &mut numbers);
             transpose(&mut numbers);
             for (&column, lanes) in columns.iter().zip(numbers.chunks_exact(lanes)) {
@@ -302,36 +245,62 @@ pub(super) fn count(rows: &[u64], size: usize, tokens: Range<usize>, counts: &mu
 }
 
 /// Adds the ones of the AND of every left with every right row to `counts` `[size, size]`. Where both are the same rows,
-/// `own`, half of the table says it all.
+/// `own`, half of the table says it all. Rows of `sums` are mostly empty in their upper bits.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vpopcntdq+avx2+bmi2+popcnt",
     "x86_64+avx2+bmi2+popcnt"
 ))]
-pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, own: bool, counts: &mut [u64]) {
+pub(super) fn count_pairs(
+    left: &[u64],
+    right: &[u64],
+    size: usize,
+    own: bool,
+    sums: bool,
+    counts: &mut [u64],
+) {
     const LEFT: usize = 4;
     const RIGHT: usize = 8;
     // Words whose rows, left and right, stay in the first-level cache.
     const TOGETHER: usize = 32;
     let width = padded(size);
-    let (in_left, in_right) = (used::<LEFT>(left, width), used::<RIGHT>(right, width));
+    let (mut in_left, mut in_right) = (Occupied::default(), Occupied::default());
+    let mut all = Vec::new();
     for (left, right) in left.chunks(TOGETHER * width).zip(right.chunks(TOGETHER * width)) {
+        if sums {
+            in_left.find::<LEFT>(left, width);
+            in_right.find::<RIGHT>(right, width);
+        } else {
+            // Few words are empty: to look for them would not pay.
+            all.resize(left.len() / width, 0);
+            all.iter_mut().zip(0..).for_each(|(place, word)| *place = word);
+        }
         let (left, right) = (left.as_chunks::<LEFT>().0, right.as_chunks::<RIGHT>().0);
-        // A tile of the table at a time: its sums stay in registers while all words go by.
+        // A tile of the table at a time: its sums stay in registers while the words go by.
         for e in 0..width / LEFT {
             for f in 0..width / RIGHT {
                 let below = own && (f + 1) * RIGHT <= e * LEFT;
-                if below || !(in_left[e] && in_right[f]) {
+                let words = if sums { shorter(in_left.of(e), in_right.of(f)) } else { &all };
+                if below || words.is_empty() {
                     continue;
                 }
                 let mut sums = [[0u64; RIGHT]; LEFT];
-                let lefts = left[e..].iter().step_by(width / LEFT);
-                let rights = right[f..].iter().step_by(width / RIGHT);
-                for (left, right) in lefts.zip(rights) {
+                for &word in words {
+                    let left = &left[word * (width / LEFT) + e];
+                    let right = &right[word * (width / RIGHT) + f];
                     for (sums, l) in sums.iter_mut().zip(left) {
                         for (sum, r) in sums.iter_mut().zip(right) {
                             *sum += u64::from((l & r).count_ones());
                         }
                     }
+                }
+                if !own && (f + 1) * RIGHT <= size {
+                    for (counts, sums) in counts.chunks_exact_mut(size).skip(e * LEFT).zip(&sums) {
+                        let counts = counts[f * RIGHT..].first_chunk_mut::<RIGHT>().expect("a whole tile");
+                        for (count, sum) in counts.iter_mut().zip(sums) {
+                            *count += sum;
+                        }
+                    }
+                    continue;
                 }
                 for (e, sums) in (e * LEFT..size).zip(&sums) {
                     for (f, sum) in (f * RIGHT..size).zip(sums) {
@@ -348,14 +317,37 @@ pub(super) fn count_pairs(left: &[u64], right: &[u64], size: usize, own: bool, c
     }
 }
 
-/// Which N neighbouring rows have a token at all: the upper bits of counts seldom do.
-#[inline(always)]
-fn used<const N: usize>(rows: &[u64], width: usize) -> Vec<bool> {
-    let mut any = vec![0; width];
-    for rows in rows.chunks_exact(width) {
-        for (any, row) in any.iter_mut().zip(rows) {
-            *any |= row;
+fn shorter<'a>(one: &'a [usize], other: &'a [usize]) -> &'a [usize] {
+    if one.len() < other.len() { one } else { other }
+}
+
+/// For every few neighbouring rows the words in which they have a token: the upper bits of counts seldom do.
+#[derive(Default)]
+struct Occupied {
+    words: Vec<usize>,
+    /// Where those of some rows end; they begin where those of the rows before end.
+    ends: Vec<usize>,
+}
+
+impl Occupied {
+    /// Takes N rows at a time of `width`.
+    #[inline(always)]
+    fn find<const N: usize>(&mut self, rows: &[u64], width: usize) {
+        let rows = rows.as_chunks::<N>().0;
+        self.words.resize(rows.len() + 1, 0);
+        self.ends.clear();
+        let mut end = 0;
+        for group in 0..width / N {
+            for (word, rows) in rows[group..].iter().step_by(width / N).enumerate() {
+                // Written in any case and then kept or not: whether is hard to foretell.
+                self.words[end] = word;
+                end += usize::from(rows.iter().fold(0, |any, row| any | row) != 0);
+            }
+            self.ends.push(end);
         }
     }
-    any.as_chunks::<N>().0.iter().map(|rows| rows.iter().any(|&row| row != 0)).collect()
+
+    fn of(&self, group: usize) -> &[usize] {
+        &self.words[group.checked_sub(1).map_or(0, |before| self.ends[before])..self.ends[group]]
+    }
 }

@@ -14,14 +14,15 @@ pub(super) const IDS: usize = 256;
 /// A bit per id.
 type Set = [u64; IDS / 64];
 
-/// Tokens whose sets stay in the first-level cache.
-const CHUNK: usize = 1024;
+/// Tokens whose sets stay near while the lists go by: lists of fewer tokens would be short, and filled up in vain.
+const CHUNK: usize = 4096;
 
 /// Sets added at a time.
 const GROUP: usize = 16;
 
-/// Bits of a sum: enough for the tokens of a block.
+/// Bits of a sum: enough for the tokens of a block, and for lists as long as they usually are.
 const PLANES: usize = 16;
+const FEW_PLANES: usize = 12;
 
 /// The ids of a block of tokens.
 #[derive(Debug, Default)]
@@ -110,7 +111,19 @@ fn sort<I: ExpertId>(ids: &[I], top_k: usize, tokens: &mut [u16]) -> [u16; IDS] 
     lengths
 }
 
-#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2+bmi2", "x86_64+avx2+bmi2"))]
+/// The set of each id alone.
+static SINGLE: [Set; IDS] = {
+    let mut single = [[0; IDS / 64]; IDS];
+    let mut id = 0;
+    while id < IDS {
+        single[id][id / 64] = 1 << (id % 64);
+        id += 1;
+    }
+    single
+};
+
+/// Never inlined, so compiled without vector gathers: one look-up after the other is faster.
+#[inline(never)]
 fn sets_of<I: ExpertId>(ids: &[I], top_k: usize, sets: &mut [Set]) {
     match top_k {
         8 => sets_with(ids, 8, sets),
@@ -124,9 +137,9 @@ fn sets_with<I: ExpertId>(ids: &[I], top_k: usize, sets: &mut [Set]) {
     for (set, ids) in sets.iter_mut().zip(ids.chunks_exact(top_k)) {
         let mut bits = [0u64; IDS / 64];
         for id in ids {
+            let single = &SINGLE[id.index() % IDS];
             for i in 0..IDS / 64 {
-                let bit = id.index().wrapping_sub(64 * i);
-                bits[i] |= if bit < 64 { 1 << bit } else { 0 };
+                bits[i] |= single[i];
             }
         }
         *set = bits;
@@ -139,7 +152,24 @@ fn sets_with<I: ExpertId>(ids: &[I], top_k: usize, sets: &mut [Set]) {
     "x86_64+avx2+bmi2"
 ))]
 pub(super) fn count_pairs(left: &Lists, right: &Lists, size: usize, counts: &mut [u64]) {
-    let mut sums = vec![[[0u64; IDS / 64]; PLANES]; size];
+    let mut most = 0;
+    for id in 0..size {
+        let mut tokens = 0;
+        for lengths in &left.lengths {
+            tokens += usize::from(lengths[id]);
+        }
+        most = tokens.max(most);
+    }
+    if most < 1 << FEW_PLANES {
+        count_with::<FEW_PLANES>(left, right, size, counts);
+    } else {
+        count_with::<PLANES>(left, right, size, counts);
+    }
+}
+
+#[inline(always)]
+fn count_with<const P: usize>(left: &Lists, right: &Lists, size: usize, counts: &mut [u64]) {
+    let mut sums = vec![[[0u64; IDS / 64]; P]; size];
     let lists = left.lengths.iter().zip(left.tokens.chunks_exact(left.room.max(1)));
     for ((lengths, tokens), sets) in lists.zip(right.sets.chunks_exact(CHUNK + 1)) {
         let mut from = 0;
@@ -157,17 +187,17 @@ pub(super) fn count_pairs(left: &Lists, right: &Lists, size: usize, counts: &mut
         }
     }
     for (planes, counts) in sums.iter().zip(counts.chunks_exact_mut(size)) {
-        for (byte, planes) in planes.as_chunks::<8>().0.iter().enumerate() {
+        for (part, planes) in planes.chunks(8).enumerate() {
             if planes.iter().any(|plane| *plane != [0; IDS / 64]) {
-                add_columns(planes, 8 * byte, counts);
+                add_columns(planes, 8 * part, counts);
             }
         }
     }
 }
 
-/// Adds the sums of all columns that eight planes hold, the lowest of which counts `1 << shift`.
+/// Adds the sums of all columns that up to eight planes hold, the lowest of which counts `1 << shift`.
 #[inline(always)]
-fn add_columns(planes: &[Set; 8], shift: usize, counts: &mut [u64]) {
+fn add_columns(planes: &[Set], shift: usize, counts: &mut [u64]) {
     // For every eight columns a square of bits: a byte per plane.
     let mut squares = [0u64; IDS / 8];
     for (plane, set) in planes.iter().enumerate() {
@@ -194,7 +224,7 @@ fn add_columns(planes: &[Set; 8], shift: usize, counts: &mut [u64]) {
 
 /// Adds 16 sets to the sums of all columns (Harley and Seal's tree of carry-save adders).
 #[inline(always)]
-fn add(sets: [&Set; GROUP], planes: &mut [Set; PLANES]) {
+fn add<const P: usize>(sets: [&Set; GROUP], planes: &mut [Set; P]) {
     /// Adds b and c to a; gives the carries.
     #[inline(always)]
     fn carries(a: &mut u64, b: u64, c: u64) -> u64 {
@@ -222,7 +252,7 @@ fn add(sets: [&Set; GROUP], planes: &mut [Set; PLANES]) {
         planes[1][i] = twos;
         planes[2][i] = fours;
         planes[3][i] = eights;
-        for plane in 4..PLANES {
+        for plane in 4..P {
             let sum = planes[plane][i];
             planes[plane][i] = sum ^ carry;
             carry &= sum;

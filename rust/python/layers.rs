@@ -199,8 +199,8 @@ impl Layers {
     fn construct<'py>(&self, py: Python<'py>, copies: bool) -> PyResult<Bound<'py, PyArray3<i32>>> {
         use rayon::prelude::*;
         let construct = |(l, layer): (usize, &Layer)| {
-            let slots =
-                replicate(layer, QUICK, copies).map_err(|NoSlot(expert)| Error::NoSlot { layer: l, expert })?;
+            let slots = replicate(layer, QUICK, copies)
+                .map_err(|NoSlot(expert)| Error::NoSlot { layer: l, expert })?;
             Ok(Contents::new(layer, slots))
         };
         let contents: Result<Vec<Contents>, Error> =

@@ -44,13 +44,20 @@ pub(super) fn lpt<'py>(
     let (layers, experts) = (load.shape()[0], load.shape()[1]);
     let room = Room { fewest: 0, most: slots };
     let load = contiguous(load.as_slice().ok())?;
-    let improve = improve.then_some(Improve { goal: Goal::Peak, stop: &|| false });
-    let packed = detached(py, threads, || crate::packing::pack(load, experts, devices, room, improve))??;
+    let cluster = if improve {
+        let improve = Some(Improve { goal: Goal::Peak, stop: &|| false });
+        let packed = detached(py, threads, || crate::packing::pack(load, experts, devices, room, improve))??;
+        packed.into_iter().flat_map(|packing| packing.cluster).collect()
+    } else {
+        py.detach(|| crate::packing::pack_quickly(load, experts, devices, room))?
+    };
     let mut filled = vec![-1; layers * devices * slots];
     let mut used = vec![0; devices];
-    for (packing, filled) in packed.iter().zip(filled.chunks_exact_mut((devices * slots).max(1))) {
+    for (cluster, filled) in
+        cluster.chunks(experts.max(1)).zip(filled.chunks_exact_mut((devices * slots).max(1)))
+    {
         used.fill(0);
-        for (&g, e) in packing.cluster.iter().zip(0..) {
+        for (&g, e) in cluster.iter().zip(0..) {
             let g = usize::from(g);
             filled[g * slots + used[g]] = e;
             used[g] += 1;

@@ -23,16 +23,18 @@ fn instance_of(
     per_device: usize,
     [transitions, coactivation]: [Option<&PyReadonlyArray3<'_, u64>>; 2],
 ) -> PyResult<Instance> {
-    let sizes =
-        Sizes { layers: load.shape()[0], experts: load.shape()[1], devices: cost.shape()[0], per_device };
     Ok(Instance::new(
-        sizes,
+        sizes_of(load, cost, per_device),
         contiguous(load.as_slice().ok())?,
         slice(transitions)?,
         slice(coactivation)?,
         contiguous(cap.as_slice().ok())?,
         contiguous(cost.as_slice().ok())?,
     )?)
+}
+
+fn sizes_of(load: &PyReadonlyArray2<'_, u64>, cost: &PyReadonlyArray2<'_, i64>, per_device: usize) -> Sizes {
+    Sizes { layers: load.shape()[0], experts: load.shape()[1], devices: cost.shape()[0], per_device }
 }
 
 /// Slots [L,D,S], the caps kept [L,D], trials made, whether it was interrupted, bits cut from the counts.
@@ -97,8 +99,11 @@ pub(super) fn exact_chain<'py>(
     threads: Option<usize>,
 ) -> PyResult<Option<Optimal<'py>>> {
     let pairs = [transitions.as_ref(), coactivation.as_ref()];
+    let sizes = sizes_of(&load, &cost, slots_per_device);
+    if crate::partitions::are_too_many(sizes) {
+        return Ok(None);
+    }
     let instance = instance_of(&load, &cap, &cost, slots_per_device, pairs)?;
-    let sizes = instance.sizes;
     let found = detached(py, threads, || crate::partitions::optimum(&instance, work))?;
     let Some(found) = found else { return Ok(None) };
     let shape = (sizes.layers, sizes.devices, slots_per_device);

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::Copies;
-use crate::pairs::{MOST_UNITS, NO_UNIT, Side};
+use crate::pairs::{MOST_UNITS, NO_UNIT, Side, Units};
 use crate::trace::{ExpertId, Routing};
 
 /// Rows at the most: for more, counting pairs of slots is as fast or faster (measured: bench/RESULTS.md, Replay).
@@ -20,8 +20,8 @@ pub(super) struct Planes {
     bits: usize,
     /// Devices whose counts share a word.
     per_word: usize,
-    /// For every layer what an expert (or, where experts have copies, a slot) adds to each word `[words, ids]`.
-    units: Vec<Vec<u64>>,
+    /// For every layer what an expert (or, where experts have copies, a slot) adds to the counts.
+    units: Vec<Units>,
 }
 
 impl Planes {
@@ -71,14 +71,14 @@ impl Planes {
         columns
     }
 
-    /// Takes the device of every id; gives `[words, ids]`.
-    fn units_of(&self, device_of: &[usize]) -> Vec<u64> {
+    /// Takes the device of every id.
+    fn units_of(&self, device_of: &[usize]) -> Units {
         let mut units = vec![0; self.devices.div_ceil(self.per_word) * device_of.len()];
         for (id, &device) in device_of.iter().enumerate() {
             let bit = self.bit(device);
             units[bit / 64 * device_of.len() + id] = 1 << (bit % 64);
         }
-        units
+        Units::new(&units, self.columns_of_bits(), self.columns())
     }
 
     /// Fills `side` with the counts of the ids of a layer; the block begins with token `first` of the trace.
@@ -90,11 +90,10 @@ impl Planes {
         first: u64,
         side: &mut Side<u16>,
     ) {
-        let (units, columns) = (&self.units[l], self.columns_of_bits());
         if copies.is_single(l) {
-            side.fill_sums(ids, units, &columns);
+            side.fill_sums(ids, &self.units[l]);
         } else {
-            side.fill_sums(&copies.route(l, ids, side.top_k(), first), units, &columns);
+            side.fill_sums(&copies.route(l, ids, side.top_k(), first), &self.units[l]);
         }
     }
 
@@ -102,7 +101,7 @@ impl Planes {
     pub(super) fn count(&self, side: &Side<u16>, tokens: Range<usize>, copies: &Copies, counts: &mut [u64]) {
         let (load, visits) = counts.split_at_mut(self.devices);
         let mut ones = vec![0; self.columns()];
-        count(side.words(tokens), &copies.node_of_device, &mut ones, visits);
+        count(side.words(tokens), &copies.devices_of_node, &mut ones, visits);
         for (bit, ones) in ones.chunks_exact(self.devices).enumerate() {
             for (load, ones) in load.iter_mut().zip(ones) {
                 *load += ones << bit;
@@ -119,27 +118,28 @@ impl Planes {
 ))]
 fn count<'a>(
     rows: impl Iterator<Item = (&'a [u64], u64)>,
-    node_of_device: &[u16],
+    devices_of_node: &[Vec<u16>],
     ones: &mut [u64],
     visits: &mut [u64],
 ) {
-    let devices = node_of_device.len();
-    // Which tokens visit a device or, behind them, a node.
-    let mut visitors = vec![0u64; visits.len()];
+    let (visits, node_visits) = visits.split_at_mut(visits.len() - devices_of_node.len());
+    let devices = visits.len();
+    // Which tokens visit a device.
+    let mut visitors = vec![0u64; devices];
     for (rows, within) in rows {
         visitors.fill(0);
-        let (visitors_of_device, visitors_of_node) = visitors.split_at_mut(devices);
         for (ones, rows) in ones.chunks_exact_mut(devices).zip(rows.chunks_exact(devices)) {
-            for ((ones, row), any) in ones.iter_mut().zip(rows).zip(&mut *visitors_of_device) {
+            for ((ones, row), any) in ones.iter_mut().zip(rows).zip(&mut visitors) {
                 *ones += u64::from((row & within).count_ones());
                 *any |= row & within;
             }
         }
-        for (any, &node) in visitors_of_device.iter().zip(node_of_device) {
-            visitors_of_node[usize::from(node)] |= any;
-        }
         for (visits, visitors) in visits.iter_mut().zip(&visitors) {
             *visits += u64::from(visitors.count_ones());
+        }
+        for (visits, devices) in node_visits.iter_mut().zip(devices_of_node) {
+            let any = devices.iter().fold(0, |any, &device| any | visitors[usize::from(device)]);
+            *visits += u64::from(any.count_ones());
         }
     }
 }

@@ -74,8 +74,8 @@ def judged(problem: Problem) -> tuple[str, ...]:
     """Name the columns that depend on the problem: nodes are what dispatch visits, if any."""
     of_nodes = problem.regime == "dispatch" and problem.topology.nodes > 1
     if problem.goal == "time":
-        moved = ("fanout", "nodes") if of_nodes else ("fanout",)
-        return (*(("crossing",) if problem.regime == "follow" else moved), "layer us")
+        moved = "nodes" if of_nodes else "fanout"
+        return ("crossing" if problem.regime == "follow" else moved, "layer us")
     return ("total", "nodes" if of_nodes else "crossing", "fanout")
 
 

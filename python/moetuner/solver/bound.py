@@ -148,6 +148,9 @@ def padded(
     """
     experts, slots = problem.experts, problem.devices * problem.slots
     follow = problem.regime == "follow"
+    caps = caps * np.uint64(problem.devices // parts)
+    if follow and slots == experts:
+        return problem.load, problem.statistics.transitions_or_empty, caps
     copies = 1 if follow else 2
     load = np.zeros((copies * problem.layers, slots), dtype=np.uint64)
     load[:, :experts] = np.repeat(problem.load, copies, axis=0)
@@ -159,7 +162,7 @@ def padded(
         tables[::2, :experts, :experts] = together
         each = np.arange(experts)
         tables[::2, each, each] = together.max(axis=(1, 2))[:, None]
-    return load, tables, np.repeat(caps, copies) * np.uint64(problem.devices // parts)
+    return load, tables, np.repeat(caps, copies)
 
 
 def _of_count(problem: Problem, cost: int) -> int:

@@ -37,6 +37,8 @@ PER_ROUND = 5_000
 # another.
 RELAXED_ROUNDS = 15
 PROGRESS = 0.02
+# Gap of the relaxation, as a share of the cost, up to which z is said to be whole.
+SMALL_GAP = 4e-4
 
 Counts = NDArray[np.uint64]
 Values = NDArray[np.float64]
@@ -157,8 +159,7 @@ class Model:
             values = self.values(device_of)
             lower[known] = upper_bound[known] = values[known]
         # z need not be said to be whole: where s is, it is a doubly stochastic matrix over devices.
-        # Left open, HiGHS is faster where caps are loose and slower where they are tight: figures
-        # are in bench/RESULTS.md.
+        # See `tighten` for where it is said all the same.
         self.ilp = Ilp(
             -saved / self.unit,
             lower=lower,
@@ -235,6 +236,9 @@ class Model:
         Takes the cost of the best placement, what tells the time left, and `Ilp.solve`'s progress;
         returns the dual bound (minus infinity without one) and why it ended, ``"feasible"`` if for
         want of progress.
+
+        What gap is left decides whether z is said to be whole: reduced costs fix most of it where
+        the gap is small, and where it is not HiGHS does better to branch on s alone.
         """
         bound = -math.inf
         for _ in range(RELAXED_ROUNDS):
@@ -245,6 +249,8 @@ class Model:
             gap = cost / self.unit - bound
             if not self.separate(relaxed.values) or gap <= 0 or rise < PROGRESS * gap:
                 break
+        if cost / self.unit - bound <= SMALL_GAP * cost / self.unit:
+            self.ilp.make_whole(self.z.ravel())
         return bound, "feasible"
 
     def separate(self, values: Values) -> int:

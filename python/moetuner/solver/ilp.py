@@ -119,6 +119,14 @@ class Ilp:
         if self._highs is not None:
             _add(self._highs, rows)
 
+    def make_whole(self, columns: NDArray[np.int64]) -> None:
+        """Say of some columns [n] that they must be whole; also between two solves."""
+        self.integer[columns] = 1
+        if self._highs is not None:
+            kind = np.ones(len(columns), dtype=np.uint8)
+            status = self._highs.changeColsIntegrality(len(columns), columns.astype(np.int32), kind)
+            _ok(status, "changeColsIntegrality")
+
     @property
     def margin(self) -> float:
         """How far a dual bound may be off, for whoever needs a proof; infinite without bounds."""
@@ -453,4 +461,4 @@ def _column(name: str, value: ArrayLike, columns: int, dtype: Any) -> NDArray[An
     array = np.asarray(value, dtype=dtype)
     if array.ndim and array.shape != (columns,):
         raise ValueError(f"{name} must be a number or [{columns}], got {list(array.shape)}")
-    return np.ascontiguousarray(np.broadcast_to(array, (columns,)))
+    return np.array(np.broadcast_to(array, (columns,)))

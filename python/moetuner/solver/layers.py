@@ -91,7 +91,6 @@ class Search:
         self.emphasis: list[Floats] = []
         self.details: dict[str, Any] = {}
         self.caps = caps_of(problem)
-        self.copies = problem.may_copy
 
     def run(
         self, limits: Limits, *, start: Slots | None = None, moving: Moving | None = None
@@ -110,18 +109,14 @@ class Search:
         slots = self._layers().construct(copies=problem.may_copy)
         if limits.time_limit == 0:
             return self.candidate(slots, "time_limit")
-        turns = AGAIN if self.emphasis else REWEIGHTINGS
-        turns = 1 if problem.windows.is_mean else turns
+        again = AGAIN if self.emphasis else REWEIGHTINGS
+        turns = 1 if problem.windows.is_mean else again
         try:
             if not self.emphasis:
                 self.learn(clock.within(LEARN_SHARE))
         except KeyboardInterrupt:
             return self.candidate(slots if start is None else start, "interrupted")
-        starts, single = [slots] if start is None else [start, slots], None
-        if problem.may_copy and problem.goal == "time":
-            # Where reading weights is what takes time, a copy costs more than it saves.
-            single = self._layers().construct(copies=False)
-            starts.append(single)
+        starts = [slots] if start is None else [start, slots]
         interrupted = False
         if self.links is not None and moving is None:
             caps = sorted({min(cap, problem.max_imbalance or cap) for cap in CAPS})
@@ -134,16 +129,38 @@ class Search:
                 if interrupted:
                     break
         best = min(starts, key=self.rank)
-        self.copies = problem.may_copy and best is not single
+        narrow = self.narrow() if moving is None else None
+        parts = turns if narrow is None else 2 * turns
         for turn in range(turns):
             if interrupted:
                 break
-            improved, interrupted = self.improve(best, clock.within(1 / (turns - turn)))
+            improved, interrupted = self.improve(best, clock.within(1 / (parts - turn)))
             self.look_at(improved)
             best = min(best, improved, key=self.rank)
+        if narrow is not None and not interrupted:
+            found = narrow.run(clock.within())
+            interrupted = found.status == "interrupted"
+            wider = self.allowed(found.slots)
+            best = best if wider is None else min(best, wider, key=self.rank)
         if interrupted:
             return self.candidate(best, "interrupted")
         return self.completed(best, clock.within())
+
+    def narrow(self) -> Search | None:
+        """Search without slots to spare: reading a copy's weights may cost more than it saves."""
+        problem, model = self.problem, self.problem.cost_model
+        fewest = -(-problem.experts // problem.devices)
+        wide = problem.may_copy and (problem.rooms > fewest).any()
+        assert model is not None
+        if problem.goal != "time" or model.expert_us == 0 or self.links is not None or not wide:
+            return None
+        try:
+            alike = replace(problem, slots_per_device=fewest, extra_slots=None)
+        except ValueError:  # pins that need more
+            return None
+        search = Search(alike, self.seed)
+        search.choice, search.emphasis = self.choice, list(self.emphasis)
+        return search
 
     def completed(self, slots: Slots, limits: Limits) -> Candidate:
         """Answer with slots, or the best there are if there are few and windows do not add up."""
@@ -219,7 +236,7 @@ class Search:
             hot=SMALL_HOT if small else choice.hot,
             cold=SMALL_COLD if small else choice.cold,
             restarts=RESTARTS if small else 1,
-            copies=self.copies,
+            copies=problem.may_copy,
             rounds=ROUNDS,
             transitions=self.links,
             link_cost=(

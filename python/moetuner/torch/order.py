@@ -82,7 +82,7 @@ def check_groups(order: NDArray[np.int64], groups: int, layer: str) -> None:
             raise ValueError(
                 f"{layer}: its router chooses among {groups} groups of {size} experts first, so "
                 f"groups must stay whole, but positions {run * size} to {(run + 1) * size - 1} "
-                f"would hold experts of groups {mixed}"
+                f"would hold experts of groups {mixed}; moetuner.router_groups places them whole"
             )
 
 

@@ -11,13 +11,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
+from moetuner.solver import solve
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.torch.agreement import Agreement, fingerprint
 from moetuner.torch.expert_parallel import ExpertParallelMoE
 from moetuner.torch.migration import migrate
-from moetuner.torch.successor import successor
 from moetuner.torch.transfer import moves
+
+# Search steps of each start: the model waits meanwhile.
+ITERATIONS = 20_000
 
 
 class ComputeCost(Protocol):
@@ -81,10 +84,8 @@ class Rebalancer:
         How many times its cost a move must bring in.
     move_budget
         Copies of experts that one move may bring to other devices; None for no limit. The spare
-        buffers hold what one move brings to a device.
-    method
-        How to solve, as in ``moetuner.solve``; by default ``"eplb"`` where there are slots for
-        replicas, else ``"lpt"``.
+        buffers hold what one move brings to a device. With a limit a step of the rebalancer takes
+        several times as long.
     seed
         Of the solver.
     timeout
@@ -107,7 +108,6 @@ class Rebalancer:
         dead_zone: float = 0.02,
         hysteresis: float = 1.5,
         move_budget: int | None = None,
-        method: str | None = None,
         seed: int = 0,
         timeout: float = 30.0,
     ) -> None:
@@ -142,8 +142,6 @@ class Rebalancer:
         self.cost_model, self.steps_ahead = cost_model, steps_ahead
         self.decay, self.dead_zone, self.hysteresis = decay, dead_zone, hysteresis
         self.move_budget, self.seed = move_budget, seed
-        spare = placement.slots_per_device * placement.devices > placement.num_experts
-        self.method = method or ("eplb" if spare else "lpt")
         self._load = np.zeros((placement.layers, placement.num_experts))
         self._steps = 0.0
         self._agreement = Agreement(self.layers[0].group, timeout)
@@ -211,11 +209,17 @@ class Rebalancer:
             RoutingStatistics.from_load(counts),
             self.topology,
             slots_per_device=current.slots_per_device,
-            regime="dispatch",
+            objective="balance",
         )
-        target = successor(
-            problem, current, method=self.method, seed=self.seed, move_budget=self.move_budget
-        )
+        target = solve(
+            problem,
+            "heuristic",
+            seed=self.seed,
+            iterations=ITERATIONS,
+            initial=current,
+            move_budget=self.move_budget,
+            move_cost=self._price(ideal),
+        ).placement
         gain = now - self._step_us(target)
         copies, size, cost = self._move(current, target)
         figures = (gain, cost, copies, size)
@@ -224,6 +228,21 @@ class Rebalancer:
         if gain * self.steps_ahead <= self.hysteresis * cost:
             return current, Decision(False, "the move takes longer than it brings in", *figures)
         return target, Decision(True, "the move pays", *figures)
+
+    def _price(self, ideal: float) -> float:
+        """Balance that a moved copy must bring in: hysteresis times what it takes, over the steps.
+
+        As if moves were spread evenly over the devices' ports; ``ideal`` is a step in balance 1.
+        """
+        link = self.topology.bandwidth[np.isfinite(self.topology.bandwidth)]
+        if not (ideal and link.size):
+            return 0.0
+        each = 1e6 * self._expert_bytes(self.layers[0]) / link.max() / self.topology.devices
+        return float(self.hysteresis * each / (self.steps_ahead * ideal))
+
+    def _expert_bytes(self, layer: ExpertParallelMoE) -> int:
+        weights = layer.experts.weights().values()
+        return sum(weight[0].numel() * weight.element_size() for weight in weights)
 
     def _step_us(self, placement: Placement, *, spread: bool = False) -> float:
         """Predict the time of the experts in one step: each layer waits for its busiest device.
@@ -246,8 +265,7 @@ class Rebalancer:
         port = np.zeros((2, current.devices))
         copies = size = 0
         for number, layer in enumerate(self.layers):
-            weights = layer.experts.weights().values()
-            each = sum(weight[0].numel() * weight.element_size() for weight in weights)
+            each = self._expert_bytes(layer)
             for move in moves(current.slots[number], target.slots[number], layer.devices_per_node):
                 if move.source != move.target:
                     time = 1e6 * each / self.topology.bandwidth[move.source, move.target]

@@ -1,0 +1,61 @@
+"""Groups of a router placed whole."""
+
+import numpy as np
+import pytest
+from conftest import random_ids
+
+import moetuner as mt
+from moetuner import router_groups
+
+EXPERTS = 16
+
+
+def statistics():
+    """Count a small trace of 16 experts."""
+    ids = random_ids(400, 3, 2, EXPERTS, seed=0)
+    return count(ids, EXPERTS)
+
+
+def count(ids, experts):
+    """Count routed experts [T,L,K]."""
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
+    return mt.RoutingStatistics.from_trace(trace, window=64)
+
+
+def test_groups_are_counted_as_a_trace_of_groups_is():
+    """With one expert per token, merging is what counting the groups gives."""
+    ids = random_ids(400, 3, 1, EXPERTS, seed=1)
+    one = router_groups.merged(count(ids, EXPERTS), 4)
+    assert one.fingerprint == count(ids // 4, 4).fingerprint
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_a_placement_of_groups_is_worth_the_same_as_one_of_experts(devices):
+    """Cost and loads of groups are those of their experts, and groups stay whole."""
+    counted, topology = statistics(), mt.Topology(devices)
+    groups = mt.Problem(router_groups.merged(counted, 4), topology, max_imbalance=2.0)
+    result = mt.solve(groups, iterations=1000)
+    placement = router_groups.expanded(result.placement, EXPERTS)
+    fine = mt.Problem(counted, topology, max_imbalance=2.0)
+    assert fine.cost(placement) == groups.cost(result.placement)
+    assert fine.value(placement) == result.objective
+    device_of = placement.device_of.reshape(-1, 4, 4)
+    assert (device_of == device_of[:, :, :1]).all()
+
+
+def test_with_more_devices_than_groups_each_keeps_to_its_own():
+    """Four groups on eight devices: two for each."""
+    rules = router_groups.forbidden(EXPERTS, 4, 8)
+    problem = mt.Problem(statistics(), mt.Topology(8), max_imbalance=2.0, forbidden=rules)
+    placement = mt.solve(problem, iterations=1000).placement
+    assert (placement.device_of // 2 == np.arange(EXPERTS) // 4).all()
+
+
+def test_what_does_not_divide():
+    """One line each: argument, rule, value."""
+    for call, text in (
+        (lambda: router_groups.merged(statistics(), 3), "groups must divide 16 experts, got 3"),
+        (lambda: router_groups.forbidden(16, 4, 6), "groups must divide 6 devices, got 4"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            call()
