@@ -29,8 +29,8 @@ pub struct Windows {
 }
 
 impl Windows {
-    /// Takes loads `[W, E]`, the weight of every window `[W]`, and that of what other windows may bring, as a share of all
-    /// windows' weight.
+    /// Takes loads `[W, E]`, the weight of every window `[W]`, and the share of the cost, below one, that a norm gives to
+    /// what other windows may bring.
     #[must_use]
     pub fn new(load: &[f64], weight: &[f64], experts: usize, norm: u32, likely: f64) -> Self {
         let likely = if norm == 0 { None } else { Likely::new(load, weight, experts, likely) };
@@ -55,7 +55,7 @@ impl Windows {
     }
 
     /// Adds `sign` times a part of an expert's load to a device's row.
-    fn add(&self, to: &mut [f32], expert: u16, part: f32, sign: f32) {
+    pub(super) fn add(&self, to: &mut [f32], expert: u16, part: f32, sign: f32) {
         add(to, self.of(expert), part, sign);
         self.add_own(to, expert, part, sign);
     }

@@ -20,8 +20,8 @@ const ORDER: u32 = 8;
 /// What windows seen say of others.
 #[derive(Debug, Clone)]
 pub(crate) struct Likely {
-    /// Cost, as a share of that of all windows.
-    weight: f64,
+    /// Share of the cost; windows seen have the rest.
+    pub(super) weight: f64,
     /// How much a window counts in the mean `[W]`; in all one.
     part: Vec<f32>,
     /// Makes the variance among windows that of others: the mean was taken from these.
@@ -39,8 +39,11 @@ impl Likely {
     pub(super) fn new(load: &[f64], weight: &[f64], experts: usize, likely: f64) -> Option<Self> {
         let totals: Vec<f64> = load.chunks_exact(experts).map(|row| row.iter().sum()).collect();
         let mass: f64 = totals.iter().zip(weight).map(|(total, weight)| total * weight).sum();
-        let part: Vec<f64> =
-            totals.iter().zip(weight).map(|(total, weight)| if mass > 0.0 { total * weight / mass } else { 0.0 }).collect();
+        let part: Vec<f64> = totals
+            .iter()
+            .zip(weight)
+            .map(|(total, weight)| if mass > 0.0 { total * weight / mass } else { 0.0 })
+            .collect();
         let repeated: f64 = part.iter().map(|part| part * part).sum();
         if likely <= 0.0 || mass <= 0.0 || part.iter().filter(|&&part| part > 0.0).count() < 2 {
             return None;
@@ -50,7 +53,8 @@ impl Likely {
             .map(|e| {
                 let share = |w: usize| if totals[w] > 0.0 { load[w * experts + e] / totals[w] } else { 0.0 };
                 let mean: f64 = part.iter().enumerate().map(|(w, part)| part * share(w)).sum();
-                let square: f64 = part.iter().enumerate().map(|(w, part)| part * (share(w) - mean).powi(2)).sum();
+                let square: f64 =
+                    part.iter().enumerate().map(|(w, part)| part * (share(w) - mean).powi(2)).sum();
                 (OF_MEAN / experts as f64).powi(2) + OF_DEVIATION.powi(2) * unbiased * square
             })
             .collect();
@@ -142,4 +146,53 @@ fn moments(row: &[f32], mean: &[f32], square: &[f32]) -> (f32, f32) {
     }
     let [mean, square] = sums.map(|sums| total(sums.map(f64::from)));
     (mean as f32, square as f32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::balance::Windows;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// The cost is that of the definition, in double precision, for any shares of experts on devices.
+        #[test]
+        fn cost_is_as_defined(
+            load in prop::collection::vec(prop::collection::vec(0u32..1000, 6), 2..20),
+            share in prop::collection::vec(prop::sample::select(vec![0.0f32, 0.5, 1.0]), 18),
+        ) {
+            let devices = 3;
+            let rows: Vec<f64> = load.iter().flatten().map(|&tokens| f64::from(tokens) + 1.0).collect();
+            let windows = Windows::new(&rows, &vec![1.0; load.len()], 6, 8, 0.5);
+            let per_mean: Vec<f32> = (0..windows.width)
+                .map(|w| rows.chunks(6).nth(w).map_or(0.0, |row| (3.0 / (row.iter().sum::<f64>() * windows.scale)) as f32))
+                .collect();
+            let mut spread = Spread::new(windows.likely.as_ref().expect("windows differ"), &per_mean, devices);
+            let total: f64 = rows.iter().sum();
+            let part: Vec<f64> = rows.chunks(6).map(|row| row.iter().sum::<f64>() / total).collect();
+            let unbiased = 1.0 / (1.0 - part.iter().map(|part| part * part).sum::<f64>());
+            let moments = |of: &dyn Fn(&[f64]) -> f64| {
+                let values: Vec<f64> = rows.chunks(6).map(|row| of(row) / row.iter().sum::<f64>()).collect();
+                let mean: f64 = values.iter().zip(&part).map(|(value, part)| value * part).sum();
+                let square: f64 = values.iter().zip(&part).map(|(v, part)| (v - mean).powi(2) * part).sum();
+                (mean, unbiased * square)
+            };
+            let mut powers = 0.0;
+            for device in 0..devices {
+                let share = &share[device * 6..][..6];
+                let mut row = vec![0.0; windows.width];
+                for (e, &share) in share.iter().enumerate() {
+                    windows.add(&mut row, e as u16, share, 1.0);
+                }
+                spread.follow(&row, device as u16);
+                let (mean, variance) = moments(&|row| row.iter().zip(share).map(|(x, &share)| x * f64::from(share)).sum());
+                let own: f64 = (0..6)
+                    .map(|e| f64::from(share[e]).powi(2) * (1.0 / 36.0 + 0.25 * moments(&|row| row[e]).1))
+                    .sum();
+                powers += (3.0 * (mean + 2.0 * (variance + own).sqrt())).powi(8);
+            }
+            let expected = 0.5 * total * windows.scale / 3.0 * powers.powf(0.125);
+            prop_assert!((spread.cost() - expected).abs() <= 1e-3 * expected, "{} {expected}", spread.cost());
+        }
+    }
 }

@@ -191,6 +191,8 @@ pub(crate) struct Norm {
     slope: Vec<f32>,
     /// Of what other windows may bring.
     spread: Option<Spread>,
+    /// Share of the cost that those seen have.
+    seen: f32,
     cost: f64,
 }
 
@@ -202,7 +204,8 @@ impl Norm {
             totals.iter().map(|&total| if total > 0.0 { devices as f32 / total } else { 0.0 }).collect();
         let spread = likely.map(|likely| Spread::new(likely, &per_mean, devices));
         let (power, slope) = (vec![0.0; load.len()], vec![0.0; width]);
-        let mut norm = Self { order, per_mean, power, slope, spread, cost: 0.0 };
+        let seen = likely.map_or(1.0, |likely| 1.0 - likely.weight as f32);
+        let mut norm = Self { order, per_mean, power, slope, spread, seen, cost: 0.0 };
         let all: Vec<u16> = (0..devices as u16).collect();
         norm.refresh(load, &all);
         norm
@@ -239,7 +242,7 @@ impl Norm {
                 spread.follow(row, device);
             }
         }
-        self.cost = slopes(&mut self.slope, &self.power, &self.per_mean, self.order);
+        self.cost = slopes(&mut self.slope, &self.power, &self.per_mean, self.order, self.seen);
         if let Some(spread) = &mut self.spread {
             self.cost += spread.cost();
         }
@@ -283,10 +286,10 @@ fn raised<const P: u32>(power: &mut [f32], row: &[f32], per_mean: &[f32]) {
     }
 }
 
-/// Writes every window's slope and gives the sum of norms: with s the sum of powers, `mean * s^(1/p)`, whose slope in s
-/// is `mean * s^(1/p) / (p * s)`.
+/// Writes every window's slope and gives the sum of norms, times `price`: with s the sum of powers, `mean * s^(1/p)`,
+/// whose slope in s is `mean * s^(1/p) / (p * s)`.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn slopes(slope: &mut [f32], power: &[f32], per_mean: &[f32], order: u32) -> f64 {
+fn slopes(slope: &mut [f32], power: &[f32], per_mean: &[f32], order: u32, price: f32) -> f64 {
     let mut cost = [0.0f64; LANES];
     let width = slope.len() / LANES * LANES;
     let per_mean = &per_mean[..width];
@@ -308,7 +311,7 @@ fn slopes(slope: &mut [f32], power: &[f32], per_mean: &[f32], order: u32) -> f64
                 _ => eighth.sqrt(),
             };
             let used = per_mean[w] > 0.0;
-            let norm = if used { root / per_mean[w] } else { 0.0 };
+            let norm = if used { price * root / per_mean[w] } else { 0.0 };
             slope[w] = if used { norm / (order as f32 * sums[lane]) } else { 0.0 };
             cost[lane] += f64::from(norm);
         }

@@ -85,9 +85,9 @@ impl Layers {
             .into_iter()
             .flatten()
             .all(|dim| dim == (l, e, d));
-        if !shaped || ![0, 4, 8, 16].contains(&norm) {
+        if !shaped || ![0, 4, 8, 16].contains(&norm) || !(0.0..1.0).contains(&likely) {
             let rule = format!(
-                "weights [{w}], slots [{l}, {d}], times [{d}], tables [{l}, {e}, {d}], norm 0, 4, 8 or 16"
+                "weights [{w}], slots [{l}, {d}], times [{d}], tables [{l}, {e}, {d}], norm 0, 4, 8 or 16, likely from 0 to 1"
             );
             return Err(Error::Shape { what: "layers", rule, found: "others".into() }.into());
         }
