@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.solver.unseen import Choice, choose, temperatures
+from moetuner.solver.unseen import Choice, Setting, choose, effort
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -104,36 +104,32 @@ def eplb(load: Floats, group: NDArray[np.int64], devices: int, slots: int) -> Sl
     return placed
 
 
-def _search(load: Floats, choice: Choice, devices: int, slots: int, trials: int) -> Slots:
+def _search(load: Floats, choice: Choice, devices: int, slots: int) -> Slots:
     layers = _core.Layers(
-        np.ascontiguousarray(choice.load),
-        choice.weight,
+        np.ascontiguousarray(load),
+        np.ones(len(load)),
         np.full((load.shape[1], devices), slots),
         [0] * devices,
         [1.0] * devices,
         nearest=False,
-        norm=choice.norm,
+        norm=choice.setting.norm,
+        likely=choice.setting.likely,
     )
     return layers.place(
         layers.construct(),
-        trials=max(trials * devices * slots, 60_000),
+        trials=max(choice.per_slot * devices * slots, 60_000),
         hot=choice.hot,
         cold=choice.cold,
     )[0]
 
 
-def on_maximum(trials: int) -> Method:
+def on_maximum(load: Floats, group: NDArray[np.int64], devices: int, slots: int) -> Slots:
     """Anneal on the maximum of the windows seen."""
-
-    def place(load: Floats, group: NDArray[np.int64], devices: int, slots: int) -> Slots:
-        hot, cold = temperatures(np.full((load.shape[1], devices), slots))
-        choice = Choice(load, np.ones(len(load)), 0, hot, cold)
-        return _search(load, choice, devices, slots, trials)
-
-    return place
+    room = np.full((load.shape[1], devices), slots)
+    return _search(load, Choice(Setting(0), *effort(room, len(load))), devices, slots)
 
 
-def ours(trials: int, chosen: list[str]) -> Method:
+def ours(chosen: list[str]) -> Method:
     """Anneal on what cross-validation chooses, noting what that is."""
 
     def place(load: Floats, group: NDArray[np.int64], devices: int, slots: int) -> Slots:
@@ -149,7 +145,7 @@ def ours(trials: int, chosen: list[str]) -> Method:
             threads=None,
         )
         chosen.append(choice.details["chosen"])
-        return _search(load, choice, devices, slots, trials)
+        return _search(load, choice, devices, slots)
 
     return place
 
@@ -312,7 +308,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=75, help="of the generated model")
     parser.add_argument("--step", type=int, default=1, help="every so many layers of the languages")
     parser.add_argument("--seed", type=int, default=0, help="of the generated model")
-    parser.add_argument("--trials", type=int, default=250, help="for each slot of a layer")
     parser.add_argument("--wheels", type=Path, default=Path("build/wheels"), help="their folder")
     options = parser.parse_args()
 
@@ -324,8 +319,8 @@ def main() -> None:
             print(f"no {name}: {found}")
         else:
             methods[name] = found
-    methods["maximum"] = on_maximum(options.trials)
-    methods["ours"] = ours(options.trials, chosen)
+    methods["maximum"] = on_maximum
+    methods["ours"] = ours(chosen)
     if options.layers:
         model_of_domains(methods, options.layers, options.seed)
     if options.mixtral is not None:

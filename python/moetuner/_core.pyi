@@ -64,6 +64,7 @@ class Layers:
         *,
         nearest: bool,
         norm: int,
+        likely: float = 0.0,
         total: NDArray[np.float64] | None = None,
         cap: list[float] | None = None,
         hold: NDArray[np.float64] | None = None,

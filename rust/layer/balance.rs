@@ -4,12 +4,13 @@
 //! loads of devices are therefore a function of the placement alone, whatever moves led to it, on any machine. The scale is
 //! the only loss: every part of a load is off by at most one unit, 2^-22 of the heaviest window's total.
 
+use super::likely::Likely;
 use super::measure::Measure;
 use super::{Contents, EMPTY, Layer, Move, Split};
 
 /// Vectors are whole.
 pub(super) const LANES: usize = 16;
-const LARGEST_TOTAL: f64 = (1 << 22) as f64;
+pub(super) const LARGEST_TOTAL: f64 = (1 << 22) as f64;
 
 /// Loads of experts in windows, weighted and scaled.
 #[derive(Debug, Clone)]
@@ -23,13 +24,18 @@ pub struct Windows {
     pub scale: f64,
     /// Order of the norm over devices that stands for the maximum: 4, 8, 16, or 0 for the maximum itself.
     pub norm: u32,
+    /// What other windows may bring.
+    pub(super) likely: Option<Likely>,
 }
 
 impl Windows {
-    /// Takes loads `[W, E]` and the weight of every window `[W]`.
+    /// Takes loads `[W, E]`, the weight of every window `[W]`, and the share of the cost, below one, that a norm gives to
+    /// what other windows may bring.
     #[must_use]
-    pub fn new(load: &[f64], weight: &[f64], experts: usize, norm: u32) -> Self {
-        let width = weight.len().next_multiple_of(LANES).max(LANES);
+    pub fn new(load: &[f64], weight: &[f64], experts: usize, norm: u32, likely: f64) -> Self {
+        let likely = if norm == 0 { None } else { Likely::new(load, weight, experts, likely) };
+        let columns = weight.len() + usize::from(likely.is_some());
+        let width = columns.next_multiple_of(LANES).max(LANES);
         let totals = load.chunks_exact(experts).zip(weight).map(|(row, w)| row.iter().sum::<f64>() * w);
         let heaviest = totals.fold(0.0, f64::max);
         let scale = if heaviest > 0.0 { (LARGEST_TOTAL - 1.0) / heaviest } else { 1.0 };
@@ -40,12 +46,27 @@ impl Windows {
                 scaled[e * width + w] = libm::floor(tokens * weight * scale) as f32;
             }
         }
-        Self { width, load: scaled, experts, scale, norm }
+        Self { width, load: scaled, experts, scale, norm, likely }
     }
 
     /// Load of an expert in all windows; none where a slot is empty.
     pub(super) fn of(&self, expert: u16) -> &[f32] {
         &self.load[usize::from(expert).min(self.experts) * self.width..][..self.width]
+    }
+
+    /// Adds `sign` times a part of an expert's load to a device's row.
+    pub(super) fn add(&self, to: &mut [f32], expert: u16, part: f32, sign: f32) {
+        add(to, self.of(expert), part, sign);
+        self.add_own(to, expert, part, sign);
+    }
+
+    /// Adds the part's own variance, which is a square, in the column behind the windows.
+    fn add_own(&self, to: &mut [f32], expert: u16, part: f32, sign: f32) {
+        if let Some(likely) = &self.likely
+            && expert != EMPTY
+        {
+            to[likely.column] += sign * whole(likely.own[usize::from(expert)] * part * part);
+        }
     }
 
     /// Whether balance costs nothing.
@@ -75,14 +96,14 @@ impl Balance {
             let devices = contents.devices(e);
             for &device in devices {
                 let row = &mut load[usize::from(device) * width..][..width];
-                add(row, layer.windows.of(e), layer.part(devices, device));
+                layer.windows.add(row, e, layer.part(devices, device), 1.0);
             }
         }
         let mut totals = vec![0.0; width];
         for e in 0..layer.experts as u16 {
-            add(&mut totals, layer.windows.of(e), 1.0);
+            add(&mut totals, layer.windows.of(e), 1.0, 1.0);
         }
-        let measure = Measure::new(layer.windows.norm, &load, &totals);
+        let measure = Measure::new(layer.windows.norm, &load, &totals, layer.windows.likely.as_ref());
         let rows = vec![0.0; d * width];
         Self { width, load, measure, rows, touched: Vec::new(), after: Vec::new() }
     }
@@ -121,19 +142,18 @@ impl Balance {
             let before = contents.devices(edit.expert);
             after.clear();
             after.extend(edit.after(before));
-            let load = layer.windows.of(edit.expert);
             for &device in before {
                 let (old, new) =
                     (layer.part(before, device), after.contains(&device).then(|| layer.part(&after, device)));
                 if new != Some(old) {
-                    subtract(self.row(device), load, old);
+                    layer.windows.add(self.row(device), edit.expert, old, -1.0);
                     if let Some(new) = new {
-                        add(self.row(device), load, new);
+                        layer.windows.add(self.row(device), edit.expert, new, 1.0);
                     }
                 }
             }
             if let Some(to) = edit.to {
-                add(self.row(to), load, layer.part(&after, to));
+                layer.windows.add(self.row(to), edit.expert, layer.part(&after, to), 1.0);
             }
         }
         self.after = after;
@@ -155,7 +175,7 @@ impl Balance {
         }
         self.touched.extend(devices);
         let width = self.width;
-        let [a, b] = experts.map(|expert| layer.windows.of(expert));
+        let [a, b] = experts;
         let (here, there) = self.rows[..2 * width].split_at_mut(width);
         for (row, device, [leaves, enters]) in [
             (here, devices[0], [(a, share[0]), (b, share[1])]),
@@ -164,7 +184,10 @@ impl Balance {
             let device = usize::from(device);
             let load = &self.load[device * width..][..width];
             let parts = [leaves, enters].map(|(_, share)| share * layer.time[device]);
-            replace(row, load, leaves.0, enters.0, parts);
+            let windows = &layer.windows;
+            replace(row, load, windows.of(leaves.0), windows.of(enters.0), parts);
+            windows.add_own(row, leaves.0, parts[0], -1.0);
+            windows.add_own(row, enters.0, parts[1], 1.0);
         }
         true
     }
@@ -191,16 +214,9 @@ fn whole(x: f32) -> f32 {
 }
 
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn add(to: &mut [f32], load: &[f32], part: f32) {
+fn add(to: &mut [f32], load: &[f32], part: f32, sign: f32) {
     for (to, &load) in to.iter_mut().zip(load) {
-        *to += whole(load * part);
-    }
-}
-
-#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn subtract(to: &mut [f32], load: &[f32], part: f32) {
-    for (to, &load) in to.iter_mut().zip(load) {
-        *to -= whole(load * part);
+        *to += sign * whole(load * part);
     }
 }
 

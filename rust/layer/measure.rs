@@ -10,6 +10,7 @@
 #![allow(clippy::float_cmp)]
 
 use super::balance::{LANES, sum, total};
+use super::likely::{Likely, Spread};
 
 #[derive(Debug, Clone)]
 pub(crate) enum Measure {
@@ -18,11 +19,12 @@ pub(crate) enum Measure {
 }
 
 impl Measure {
-    /// Of devices' loads `[D, width]` in windows with as many tokens as `totals` says `[width]`.
-    pub(crate) fn new(norm: u32, load: &[f32], totals: &[f32]) -> Self {
+    /// Of devices' loads `[D, width]` in windows with as many tokens as `totals` says `[width]`; a norm also of what
+    /// other windows may bring.
+    pub(crate) fn new(norm: u32, load: &[f32], totals: &[f32], likely: Option<&Likely>) -> Self {
         match norm {
             0 => Self::Peak(Peak::new(load, totals.len())),
-            order => Self::Norm(Norm::new(order, load, totals)),
+            order => Self::Norm(Norm::new(order, load, totals, likely)),
         }
     }
 
@@ -187,17 +189,23 @@ pub(crate) struct Norm {
     power: Vec<f32>,
     /// Slope of the norm in the sum of powers, times the mean `[width]`.
     slope: Vec<f32>,
+    /// Of what other windows may bring.
+    spread: Option<Spread>,
+    /// Share of the cost that those seen have.
+    seen: f32,
     cost: f64,
 }
 
 impl Norm {
-    fn new(order: u32, load: &[f32], totals: &[f32]) -> Self {
+    fn new(order: u32, load: &[f32], totals: &[f32], likely: Option<&Likely>) -> Self {
         let width = totals.len();
         let devices = load.len() / width;
-        let per_mean =
+        let per_mean: Vec<f32> =
             totals.iter().map(|&total| if total > 0.0 { devices as f32 / total } else { 0.0 }).collect();
-        let mut norm =
-            Self { order, per_mean, power: vec![0.0; load.len()], slope: vec![0.0; width], cost: 0.0 };
+        let spread = likely.map(|likely| Spread::new(likely, &per_mean, devices));
+        let (power, slope) = (vec![0.0; load.len()], vec![0.0; width]);
+        let seen = likely.map_or(1.0, |likely| 1.0 - likely.weight as f32);
+        let mut norm = Self { order, per_mean, power, slope, spread, seen, cost: 0.0 };
         let all: Vec<u16> = (0..devices as u16).collect();
         norm.refresh(load, &all);
         norm
@@ -213,6 +221,9 @@ impl Norm {
                 8 => risen::<8>(row, power, &self.per_mean, &self.slope),
                 _ => risen::<16>(row, power, &self.per_mean, &self.slope),
             };
+            if let Some(spread) = &self.spread {
+                change += spread.change(row, device);
+            }
         }
         change
     }
@@ -227,8 +238,14 @@ impl Norm {
                 8 => raised::<8>(power, row, &self.per_mean),
                 _ => raised::<16>(power, row, &self.per_mean),
             }
+            if let Some(spread) = &mut self.spread {
+                spread.follow(row, device);
+            }
         }
-        self.cost = slopes(&mut self.slope, &self.power, &self.per_mean, self.order);
+        self.cost = slopes(&mut self.slope, &self.power, &self.per_mean, self.order, self.seen);
+        if let Some(spread) = &mut self.spread {
+            self.cost += spread.cost();
+        }
     }
 }
 
@@ -237,7 +254,7 @@ const MOST: f32 = 128.0;
 
 /// x^P by squaring.
 #[inline(always)]
-fn raise_to<const P: u32>(x: f32) -> f32 {
+pub(super) fn raise_to<const P: u32>(x: f32) -> f32 {
     let x = if x < MOST { x } else { MOST };
     let square = x * x;
     let fourth = square * square;
@@ -269,10 +286,10 @@ fn raised<const P: u32>(power: &mut [f32], row: &[f32], per_mean: &[f32]) {
     }
 }
 
-/// Writes every window's slope and gives the sum of norms: with s the sum of powers, `mean * s^(1/p)`, whose slope in s
-/// is `mean * s^(1/p) / (p * s)`.
+/// Writes every window's slope and gives the sum of norms, times `price`: with s the sum of powers, `mean * s^(1/p)`,
+/// whose slope in s is `mean * s^(1/p) / (p * s)`.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn slopes(slope: &mut [f32], power: &[f32], per_mean: &[f32], order: u32) -> f64 {
+fn slopes(slope: &mut [f32], power: &[f32], per_mean: &[f32], order: u32, price: f32) -> f64 {
     let mut cost = [0.0f64; LANES];
     let width = slope.len() / LANES * LANES;
     let per_mean = &per_mean[..width];
@@ -294,7 +311,7 @@ fn slopes(slope: &mut [f32], power: &[f32], per_mean: &[f32], order: u32) -> f64
                 _ => eighth.sqrt(),
             };
             let used = per_mean[w] > 0.0;
-            let norm = if used { root / per_mean[w] } else { 0.0 };
+            let norm = if used { price * root / per_mean[w] } else { 0.0 };
             slope[w] = if used { norm / (order as f32 * sums[lane]) } else { 0.0 };
             cost[lane] += f64::from(norm);
         }

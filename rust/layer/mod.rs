@@ -10,6 +10,7 @@ mod caps;
 mod contents;
 mod draft;
 pub mod fanout;
+mod likely;
 mod linear;
 mod measure;
 mod place;

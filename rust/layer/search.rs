@@ -187,7 +187,7 @@ mod tests {
             time: (0..devices).map(|_| if random.below(2) == 0 { 1.0 } else { 0.5 }).collect(),
             split: if nearest { Split::Nearest } else { Split::Even },
             load: (0..experts).map(|e| load.iter().skip(e).step_by(experts).sum()).collect(),
-            windows: Windows::new(&load, &weight, experts, norm),
+            windows: Windows::new(&load, &weight, experts, norm, random.below(2) as f64 / 2.0),
             cap: f64::INFINITY,
             hold: random_costs(random),
             serve: random_costs(random),

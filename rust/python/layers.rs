@@ -49,7 +49,7 @@ pub(super) struct Layers {
 #[pymethods]
 impl Layers {
     #[new]
-    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, total = None, cap = None, hold = None, forbidden = None, pinned = None,
+    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, likely = 0.0, total = None, cap = None, hold = None, forbidden = None, pinned = None,
                         sets = None, device_cost = 1.0, node_cost = 0.0))]
     fn new(
         load: PyReadonlyArray3<'_, f64>,
@@ -59,6 +59,7 @@ impl Layers {
         time: Vec<f32>,
         nearest: bool,
         norm: u32,
+        likely: f64,
         total: Option<PyReadonlyArray2<'_, f64>>,
         cap: Option<Vec<f64>>,
         hold: Option<PyReadonlyArray3<'_, f64>>,
@@ -84,9 +85,9 @@ impl Layers {
             .into_iter()
             .flatten()
             .all(|dim| dim == (l, e, d));
-        if !shaped || ![0, 4, 8, 16].contains(&norm) {
+        if !shaped || ![0, 4, 8, 16].contains(&norm) || !(0.0..1.0).contains(&likely) {
             let rule = format!(
-                "weights [{w}], slots [{l}, {d}], times [{d}], tables [{l}, {e}, {d}], norm 0, 4, 8 or 16"
+                "weights [{w}], slots [{l}, {d}], times [{d}], tables [{l}, {e}, {d}], norm 0, 4, 8 or 16, likely from 0 to 1"
             );
             return Err(Error::Shape { what: "layers", rule, found: "others".into() }.into());
         }
@@ -102,7 +103,7 @@ impl Layers {
                     t.as_array().slice(numpy::ndarray::s![l, .., ..]).iter().copied().collect()
                 })
             };
-            let windows = Windows::new(&rows, &weight, e, norm);
+            let windows = Windows::new(&rows, &weight, e, norm, likely);
             let hold = floats(&hold).into_iter().map(|cost: f64| cost * windows.scale).collect();
             Layer {
                 experts: e,

@@ -23,7 +23,7 @@ from moetuner.solver.heuristic import heuristic
 from moetuner.solver.moving import Moving, widened
 from moetuner.solver.prices import link_prices, tokens_per_unit, visit_prices
 from moetuner.solver.result import Candidate, Limits, Progress, Status
-from moetuner.solver.unseen import SMALL, Choice, choose
+from moetuner.solver.unseen import PER_SLOT, SMALL, Choice, choose
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -33,9 +33,8 @@ Slots = NDArray[np.int32]
 CAPS = (1.02, 1.08, 1.2, 1.5, float("inf"))
 # Turns of all layers, each given its neighbours.
 ROUNDS = 3
-# Trials of a layer for each of its slots; small layers get the least.
-PER_SLOT = 600
-LEAST, MOST = 20_000, 600_000
+# Trials of a layer at the least, and at the most.
+LEAST, MOST = 20_000, 800_000
 # Share of a time limit for choosing how to search, and the seconds below which nothing is tried.
 LEARN_SHARE, LEARN_LEAST = 0.25, 0.1
 # Share of what is left for the searches for traffic.
@@ -87,7 +86,7 @@ class Search:
         some = joined and transitions is not None and bool(transitions.any())
         self.links = transitions if some else None
         windows = problem.windows
-        self.choice = Choice(windows.load, windows.weight)
+        self.weight, self.choice = windows.weight, Choice()
         self.emphasis: list[Floats] = []
         self.details: dict[str, Any] = {}
         self.caps = caps_of(problem)
@@ -160,6 +159,7 @@ class Search:
             return None
         search = Search(alike, self.seed)
         search.choice, search.emphasis = self.choice, list(self.emphasis)
+        search.weight = self.weight
         return search
 
     def completed(self, slots: Slots, limits: Limits) -> Candidate:
@@ -203,8 +203,9 @@ class Search:
         )
         self.details["unseen"] = self.choice.details
         if not windows.is_mean:
-            # Windows are weighed anew: they have to be those of the problem.
-            self.choice = replace(self.choice, load=windows.load, weight=windows.weight)
+            # What is likely is likely in the mean.
+            seen = replace(self.choice.setting, likely=0.0)
+            self.choice = replace(self.choice, setting=seen)
 
     def rank(self, slots: Slots) -> tuple[float, float]:
         """By how much caps are exceeded, in all layers, and the value; lower is better."""
@@ -222,7 +223,9 @@ class Search:
         choice, problem = self.choice, self.problem
         trials = limits.iterations
         if trials is None:
-            trials = int(np.clip(PER_SLOT * problem.rooms.sum(axis=1).max(), LEAST, MOST))
+            # Neighbours are no window: moves feel them.
+            per_slot = choice.per_slot if self.links is None else PER_SLOT
+            trials = int(np.clip(per_slot * problem.rooms.sum(axis=1).max(), LEAST, MOST))
 
         small = problem.rooms.sum(axis=1).max() <= SMALL
 
@@ -255,8 +258,7 @@ class Search:
             return
         shares = objective.shares(problem, self._placement(slots)).sum(axis=1)
         self.emphasis.append(windows.emphasis(shares, objective.measure(problem)))
-        weight = windows.weight * np.mean(self.emphasis, axis=0)
-        self.choice = replace(self.choice, weight=weight)
+        self.weight = windows.weight * np.mean(self.emphasis, axis=0)
 
     def allowed(self, slots: Slots) -> Slots | None:
         """Slots [L,D,S] of one copy each, in the problem's rooms; None where they break a rule."""
@@ -275,7 +277,7 @@ class Search:
         return Placement(slots, num_experts=self.problem.experts)
 
     def _tokens_per_unit(self) -> float:
-        return tokens_per_unit(self.problem, self.choice.load, self.choice.weight)
+        return tokens_per_unit(self.problem, self.problem.windows.load, self.weight)
 
     def _layers(self) -> _core.Layers:
         problem, choice = self.problem, self.choice
@@ -283,13 +285,14 @@ class Search:
         if self.moving is not None:
             hold = np.ascontiguousarray(self.moving.prices.transpose(0, 2, 1) * unit)
         return _core.Layers(
-            np.ascontiguousarray(choice.load),
-            choice.weight,
+            np.ascontiguousarray(problem.windows.load),
+            self.weight,
             problem.rooms,
             problem.topology.node_of_device.tolist(),
             self.time.tolist(),
             nearest=problem.split == "nearest",
-            norm=choice.norm,
+            norm=choice.setting.norm,
+            likely=choice.setting.likely,
             total=problem.load.astype(np.float64),
             cap=None if self.caps is None else (self.caps * self.slowest).tolist(),
             hold=hold,

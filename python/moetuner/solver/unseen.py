@@ -1,9 +1,10 @@
 """What generalises to traffic that nobody has seen: chosen inside the traffic seen.
 
 A search that minimises the largest device load of the windows it has seen fits their noise. Two
-things make it generalise: a norm over devices instead of the maximum, and windows that did not
-happen but could have. Which of them help depends on the traffic, so it is tried: parts of the
-windows are held out, a few layers are placed on the others, and the held-out windows decide.
+things make it generalise: a norm over devices instead of the maximum, and a cost of what is likely
+in windows that did not happen but could have. Which of them help depends on the traffic, so it is
+tried: parts of the windows are held out, a few layers are placed on the others, and the held-out
+windows decide.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ SMALL, SMALL_HOT, SMALL_COLD, LEAST_TRIALS = 64, 0.1, 1e-3, 10_000
 # The first setting stands unless another is better by as many standard errors: the layers
 # tried are few.
 CLEARLY = 2.0
-# Windows invented, and how much further than those seen they are from the mean.
-INVENTED, REACH = 120, 2.0
+# Trials for each slot, and temperatures as shares of the cost. Where few windows say what a layer
+# costs, most moves change little: it takes more of them, which cost less (bench/RESULTS.md).
+PER_SLOT, HOT, COLD = 600, 3e-4, 3e-6
+FEW_WINDOWS, FEW_PER_SLOT, FEW_HOT, FEW_COLD = 16, 5000, 2e-3, 4e-6
 
 
 @dataclass(frozen=True)
@@ -45,38 +48,38 @@ class Setting:
     ----------
     norm
         Order of the norm over devices that stands for the maximum; 0 for the maximum itself.
-    invented
-        Weight of all invented windows, as a share of the weight of those seen.
+    likely
+        Share of the cost that what other windows may bring has: every device's mean load and two
+        standard deviations of it (``rust/layer/likely.rs``).
     """
 
     norm: int
-    invented: float = 0.0
+    likely: float = 0.0
 
     @property
     def name(self) -> str:
         """What it is called in ``details``."""
         norm = f"norm {self.norm}" if self.norm else "maximum"
-        return f"{norm}, invented windows" if self.invented else norm
+        return f"{norm}, likely windows" if self.likely else norm
 
 
 # Of equals the first is taken.
-FOR_WINDOWS = (Setting(8), Setting(16), Setting(8, 1.0), Setting(0))
-FOR_GROUPS = (Setting(8, 1.0), Setting(4, 1.0), Setting(8), Setting(0))
+FOR_WINDOWS = (Setting(8, 0.5), Setting(8), Setting(16), Setting(0))
+FOR_GROUPS = (Setting(16, 0.5), Setting(8, 0.5), Setting(16), Setting(0))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Windows to search on [W,L,E], their weights [W], norm and temperatures.
+    """Setting to search with, trials for each slot of a layer, first and last temperature.
 
     ``details`` says what was chosen, out of what, and each one's score: the mean of max / mean
     device load on the windows held out.
     """
 
-    load: Floats
-    weight: Floats
-    norm: int = 0
-    hot: float = 3e-4
-    cold: float = 3e-6
+    setting: Setting = Setting(0)
+    per_slot: int = PER_SLOT
+    hot: float = HOT
+    cold: float = COLD
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -93,7 +96,7 @@ def choose(
     threads: int | None,
     time_limit: float | None = None,
 ) -> Choice:
-    """Choose norm and windows by cross-validation.
+    """Choose how to search by cross-validation.
 
     Parameters
     ----------
@@ -113,7 +116,7 @@ def choose(
     used = np.flatnonzero((weight > 0) & load.any(axis=(1, 2)))
     if len(used) < FEWEST_WINDOWS:
         details: dict[str, Any] = {"chosen": Setting(0).name, "reason": "too few windows"}
-        return Choice(load, weight, details=details)
+        return Choice(details=details)
     fold, whole_groups = _folds(used, len(load), group)
     layers = np.unique(np.linspace(0, load.shape[1] - 1, TRIED_LAYERS).round().astype(np.int64))
     trial = _Trial(load[:, layers], weight, fold, room[layers], node, time, nearest)
@@ -136,15 +139,16 @@ def choose(
         "layers": len(layers),
         "scores": {s.name: float(score.mean()) for s, score in zip(settings, scores, strict=True)},
     }
-    wide, weights = extended(load, weight, chosen.invented, seed=seed)
-    return Choice(wide, weights, chosen.norm, *temperatures(room), details)
+    return Choice(chosen, *effort(room, len(used)), details)
 
 
-def temperatures(room: Integers) -> tuple[float, float]:
-    """First and last temperature for layers with such slots on devices [L,D]."""
+def effort(room: Integers, windows: int) -> tuple[int, float, float]:
+    """Trials for each slot, first and last temperature; layers have such slots on devices [L,D]."""
     if room.sum(axis=1).max() <= SMALL:
-        return SMALL_HOT, SMALL_COLD
-    return Choice.hot, Choice.cold
+        return PER_SLOT, SMALL_HOT, SMALL_COLD
+    if windows <= FEW_WINDOWS:
+        return FEW_PER_SLOT, FEW_HOT, FEW_COLD
+    return PER_SLOT, HOT, COLD
 
 
 def _folds(used: Integers, windows: int, group: Integers | None) -> tuple[Integers, bool]:
@@ -180,20 +184,18 @@ class _Trial:
         """Imbalance on the windows held out [parts * L]."""
         parts = range(int(self.fold.max()) + 1)
         held_out = [(self.fold == part)[:, None, None] for part in parts]
-        tables = [
-            extended(np.where(out, 0, self.load), self.weight, setting.invented, seed=seed)
-            for out in held_out
-        ]
+        tables = [np.where(out, 0, self.load) for out in held_out]
         layers = _core.Layers(
-            np.concatenate([load for load, _ in tables], axis=1),
-            tables[0][1],
+            np.concatenate(tables, axis=1),
+            self.weight,
             np.tile(self.room, (len(parts), 1)),
             self.node.tolist(),
             self.time.tolist(),
             nearest=self.nearest,
             norm=setting.norm,
+            likely=setting.likely,
         )
-        hot, cold = temperatures(self.room)
+        _, hot, cold = effort(self.room, len(self.load))
         slots, interrupted = layers.place(
             layers.construct(),
             trials=max(TRIALS_PER_SLOT * int(self.room.sum(axis=1).max()), LEAST_TRIALS),
@@ -224,43 +226,3 @@ class _Trial:
             if mean.any():
                 scores[layer] = (weight * slowest).sum() / (weight * mean).sum()
         return scores
-
-
-def extended(
-    load: Floats, weight: Floats, invented: float, *, seed: int = 0
-) -> tuple[Floats, Floats]:
-    """Add windows that did not happen, but vary as those that did.
-
-    An invented window is the mean plus a random combination of what sets the windows seen apart
-    from it, so that experts whose loads rise together still do; and the same taken from the mean.
-    They have the mean of the windows seen and, but for ``REACH`` squared, their covariance.
-
-    Parameters
-    ----------
-    load, weight
-        Tokens [W,L,E] and weights [W] of the windows seen.
-    invented
-        Weight of all invented windows, as a share of the weight of those seen; 0 for none.
-
-    Returns
-    -------
-        Load and weight with the invented windows after those seen.
-    """
-    tokens = load.sum(axis=2, keepdims=True)
-    mass = weight * tokens.sum(axis=(1, 2))
-    used = np.flatnonzero(mass > 0)
-    if invented <= 0 or len(used) < 2:
-        return load, weight
-    part = mass[used] / mass.sum()
-    share = load[used] / np.maximum(tokens[used], 1e-300)
-    mean = np.einsum("w,wle->le", part, share)
-    # Unbiased: the mean itself was taken from as many windows.
-    spread = np.sqrt(part * len(used) / (len(used) - 1))
-    factor = REACH * spread * np.random.default_rng(seed).normal(size=(INVENTED // 2, len(used)))
-    change = np.einsum("nw,wle->nle", factor, share - mean)
-    likely = np.maximum(np.concatenate([mean + change, mean - change]), 0)
-    likely /= np.maximum(likely.sum(axis=2, keepdims=True), 1e-300)
-    # A layer's weighted tokens, as many as it has in the windows seen.
-    total = np.einsum("w,wlx->lx", weight, tokens)
-    wide = np.concatenate([load, likely * (invented * total / len(likely))])
-    return wide, np.concatenate([weight, np.ones(len(likely))])
