@@ -160,8 +160,7 @@ class _Part:
     def _active(self, expert_load: Numbers | None) -> Floats:
         assert expert_load is not None
         rules = self._rules
-        share = _split.shares(rules.placement, rules.topology, rules.split)
-        return _expected.active(rules.placement, share, expert_load)
+        return _expected.active(rules.placement, rules.topology, rules.split, expert_load)
 
     def _mixed(self, load: Numbers) -> Numbers:
         """Replay in mixed order; one window is the same in any order."""
@@ -199,7 +198,6 @@ class Expected:
     def __init__(self, statistics: RoutingStatistics, rules: Rules) -> None:
         self._rules = rules
         topology = rules.topology
-        share = self._share = _split.shares(rules.placement, topology, rules.split)
         self._follow: Floats | None = None
         if statistics.transitions is not None:
             self._follow = _expected.followed(
@@ -208,6 +206,7 @@ class Expected:
         self._tokens: int | None = None
         if statistics.sets is not None:
             self._tokens = int(statistics.sets[0].counts.sum())
+            share = _split.shares(rules.placement, topology, rules.split)
             visits, of_nodes = _expected.visits(share, statistics.sets, topology.node_of_device)
             load = np.einsum("lde,le->ld", share, statistics.total_load.astype(np.float64))
             # Visits for each token of load: in every window as in all.
@@ -216,12 +215,8 @@ class Expected:
 
     def counts(self, window_load: Numbers) -> Counts:
         """Expect the counts of windows of load [W,L,E]."""
-        rules, share, topology = self._rules, self._share, self._rules.topology
-        # Layers first: a product of matrices for each.
-        by_layer = np.matmul(
-            window_load.transpose(1, 0, 2).astype(np.float64), share.transpose(0, 2, 1)
-        )
-        load = np.ascontiguousarray(by_layer.transpose(1, 0, 2))
+        rules, topology = self._rules, self._rules.topology
+        load = _split.served(rules.placement, topology, rules.split, window_load)
         mixed = None
         if rules.with_mixed:
             mixed = np.empty_like(load)
@@ -241,7 +236,9 @@ class Expected:
                 rules.placement, topology, rules.split, visits.sum(axis=0), window_load
             ),
             active=(
-                _expected.active(rules.placement, share, window_load) if rules.with_active else None
+                _expected.active(rules.placement, topology, rules.split, window_load)
+                if rules.with_active
+                else None
             ),
         )
 

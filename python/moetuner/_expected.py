@@ -52,7 +52,7 @@ def followed(
     of each other.
     """
     tables = transitions.astype(np.float64)
-    if split != "nearest" or (placement.replicas == 1).all():
+    if split != "nearest" or not placement.has_copies:
         share = _split.shares(placement, topology, split)
         mean: Floats = np.matmul(np.matmul(share[:-1], tables), share[1:].transpose(0, 2, 1))
         return mean
@@ -92,11 +92,16 @@ def dispatched(
     return rows
 
 
-def active(placement: Placement, share: Floats, expert_load: NDArray[Any]) -> Floats:
+def active(
+    placement: Placement, topology: Topology, split: Split, expert_load: NDArray[Any]
+) -> Floats:
     """Experts of every device that have a token, or are expected to [W,L,D].
 
-    Of shares [L,D,E] of every window's tokens [W,L,E].
+    Of every window's tokens [W,L,E].
     """
+    if not placement.has_copies:
+        return _split.served(placement, topology, split, expert_load > 0)
+    share = _split.shares(placement, topology, split)
     found = np.empty((len(expert_load), placement.layers, placement.devices))
     for layer, slots in enumerate(placement.slots):
         device, slot = np.nonzero(slots != EMPTY)

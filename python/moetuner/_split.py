@@ -8,12 +8,12 @@ token's home device, else those of its node, else all, evenly (SGLang's static d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.placement import Placement
+from moetuner.placement import EMPTY, Placement
 from moetuner.topology import Topology
 
 Split = Literal["even", "nearest", "round_robin"]
@@ -31,10 +31,27 @@ def check(split: str) -> None:
 def shares(placement: Placement, topology: Topology, split: Split) -> Floats:
     """Share of every expert's tokens that a device serves [L,D,E]."""
     held = placement.held.astype(np.float64)
-    if split != "nearest" or (placement.replicas == 1).all():
+    if split != "nearest" or not placement.has_copies:
         even: Floats = held / held.sum(axis=1, keepdims=True)
         return even
     return np.stack([of_layer(layer, topology.node_of_device, split) for layer in held])
+
+
+def served(placement: Placement, topology: Topology, split: Split, load: NDArray[Any]) -> Floats:
+    """Tokens that every device serves [W,L,D], of those of experts [W,L,E]."""
+    slots = placement.slots
+    if not placement.has_copies:
+        filled = slots != EMPTY
+        cell = slots + np.arange(placement.layers)[:, None, None] * placement.num_experts
+        of_slot = load.reshape(len(load), -1).take(cell, axis=1)
+        alone: Floats = (of_slot if filled.all() else of_slot * filled).sum(
+            axis=3, dtype=np.float64
+        )
+        return alone
+    # Layers first: a product of matrices for each.
+    share = shares(placement, topology, split)
+    by_layer = np.matmul(load.transpose(1, 0, 2).astype(np.float64), share.transpose(0, 2, 1))
+    return np.ascontiguousarray(by_layer.transpose(1, 0, 2))
 
 
 def of_layer(held: Floats, node: NDArray[np.int64], split: Split) -> Floats:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _counts, _expected, _figures, _split
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
@@ -59,15 +59,7 @@ def measure(problem: Problem) -> Floats:
 def slowest_times(problem: Problem, placement: Placement, load: Floats) -> Floats:
     """Largest load over speed of a device in every window and layer [W,L]."""
     speed = problem.topology.speed_of_device
-    slots, filled = placement.slots, placement.slots != EMPTY
-    if np.count_nonzero(filled) == placement.layers * placement.num_experts:
-        # One copy each.
-        cell = slots + np.arange(placement.layers)[:, None, None] * placement.num_experts
-        of_slot = load.reshape(len(load), -1).take(cell, axis=1)
-        each = (of_slot if filled.all() else of_slot * filled).sum(axis=3, dtype=np.float64)
-    else:
-        share = _split.shares(placement, problem.topology, problem.split)
-        each = np.matmul(load.transpose(1, 0, 2), share.transpose(0, 2, 1)).transpose(1, 0, 2)
+    each = _split.served(placement, problem.topology, problem.split, load)
     slowest: Floats = (each / speed).max(axis=2)
     return slowest
 

@@ -128,6 +128,11 @@ class Placement:
         return int(self.slots.shape[2])
 
     @property
+    def has_copies(self) -> bool:
+        """Whether an expert of a layer has more than one slot; every expert has one."""
+        return int(np.count_nonzero(self.slots != EMPTY)) > self.layers * self.num_experts
+
+    @property
     def replicas(self) -> NDArray[np.int64]:
         """Copies of every expert [L,E]."""
         return _copies(self.slots, self.num_experts)

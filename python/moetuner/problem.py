@@ -272,7 +272,7 @@ class Problem:
             return objective.outcome(self, placement)
         if self.counts_visits:
             return objective.visits(self, placement)
-        if (placement.replicas == 1).all():
+        if not placement.has_copies:
             return self.cost(placement) / self.cost_scale
         return objective.traffic(self, placement)
 
