@@ -4,7 +4,7 @@
 //! Loads of experts that rise together in the windows seen will do so again, so a device's deviation is taken from its
 //! own loads in all windows, covariances and all. Besides, experts surprise on their own: one that no window used may be
 //! busy in the next, so each one's variance grows by something. A deviation of the mean plus z standard deviations is
-//! what `vllm-ascend`'s FlashLB scores devices by, without the last.
+//! what `vllm-ascend`'s `FlashLB` scores devices by, without the last.
 
 use super::balance::{LANES, LARGEST_TOTAL, total};
 use super::measure::raise_to;
