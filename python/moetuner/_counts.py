@@ -160,7 +160,8 @@ class _Part:
     def _active(self, expert_load: Numbers | None) -> Floats:
         assert expert_load is not None
         rules = self._rules
-        return _expected.active(rules.placement, rules.topology, rules.split, expert_load)
+        share = _split.copy_shares(rules.placement, rules.topology, rules.split)
+        return _expected.active(rules.placement, share, expert_load)
 
     def _mixed(self, load: Numbers) -> Numbers:
         """Replay in mixed order; one window is the same in any order."""
@@ -198,6 +199,7 @@ class Expected:
     def __init__(self, statistics: RoutingStatistics, rules: Rules) -> None:
         self._rules = rules
         topology = rules.topology
+        self._share = _split.copy_shares(rules.placement, topology, rules.split)
         self._follow: Floats | None = None
         if statistics.transitions is not None:
             self._follow = _expected.followed(
@@ -216,7 +218,7 @@ class Expected:
     def counts(self, window_load: Numbers) -> Counts:
         """Expect the counts of windows of load [W,L,E]."""
         rules, topology = self._rules, self._rules.topology
-        load = _split.served(rules.placement, topology, rules.split, window_load)
+        load = _split.served(rules.placement, self._share, window_load)
         mixed = None
         if rules.with_mixed:
             mixed = np.empty_like(load)
@@ -236,7 +238,7 @@ class Expected:
                 rules.placement, topology, rules.split, visits.sum(axis=0), window_load
             ),
             active=(
-                _expected.active(rules.placement, topology, rules.split, window_load)
+                _expected.active(rules.placement, self._share, window_load)
                 if rules.with_active
                 else None
             ),

@@ -92,16 +92,13 @@ def dispatched(
     return rows
 
 
-def active(
-    placement: Placement, topology: Topology, split: Split, expert_load: NDArray[Any]
-) -> Floats:
+def active(placement: Placement, share: Floats | None, expert_load: NDArray[Any]) -> Floats:
     """Experts of every device that have a token, or are expected to [W,L,D].
 
-    Of every window's tokens [W,L,E].
+    Of shares of every window's tokens [W,L,E], as ``_split.copy_shares`` gives them.
     """
-    if not placement.has_copies:
-        return _split.served(placement, topology, split, expert_load > 0)
-    share = _split.shares(placement, topology, split)
+    if share is None:
+        return _split.served(placement, share, expert_load > 0)
     found = np.empty((len(expert_load), placement.layers, placement.devices))
     for layer, slots in enumerate(placement.slots):
         device, slot = np.nonzero(slots != EMPTY)

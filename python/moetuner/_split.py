@@ -37,10 +37,18 @@ def shares(placement: Placement, topology: Topology, split: Split) -> Floats:
     return np.stack([of_layer(layer, topology.node_of_device, split) for layer in held])
 
 
-def served(placement: Placement, topology: Topology, split: Split, load: NDArray[Any]) -> Floats:
-    """Tokens that every device serves [W,L,D], of those of experts [W,L,E]."""
+def copy_shares(placement: Placement, topology: Topology, split: Split) -> Floats | None:
+    """Shares [L,D,E]; None where every expert has one copy, which takes all."""
+    return shares(placement, topology, split) if placement.has_copies else None
+
+
+def served(placement: Placement, share: Floats | None, load: NDArray[Any]) -> Floats:
+    """Tokens that every device serves [W,L,D], of those of experts [W,L,E].
+
+    Shares are those of ``copy_shares``.
+    """
     slots = placement.slots
-    if not placement.has_copies:
+    if share is None:
         filled = slots != EMPTY
         cell = slots + np.arange(placement.layers)[:, None, None] * placement.num_experts
         of_slot = load.reshape(len(load), -1).take(cell, axis=1)
@@ -49,7 +57,6 @@ def served(placement: Placement, topology: Topology, split: Split, load: NDArray
         )
         return alone
     # Layers first: a product of matrices for each.
-    share = shares(placement, topology, split)
     by_layer = np.matmul(load.transpose(1, 0, 2).astype(np.float64), share.transpose(0, 2, 1))
     return np.ascontiguousarray(by_layer.transpose(1, 0, 2))
 

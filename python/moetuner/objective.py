@@ -59,7 +59,8 @@ def measure(problem: Problem) -> Floats:
 def slowest_times(problem: Problem, placement: Placement, load: Floats) -> Floats:
     """Largest load over speed of a device in every window and layer [W,L]."""
     speed = problem.topology.speed_of_device
-    each = _split.served(placement, problem.topology, problem.split, load)
+    share = _split.copy_shares(placement, problem.topology, problem.split)
+    each = _split.served(placement, share, load)
     slowest: Floats = (each / speed).max(axis=2)
     return slowest
 
