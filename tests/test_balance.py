@@ -136,7 +136,7 @@ def test_search_finds_the_optimum_of_few_heavy_experts():
     """Even split, two slots on each of eight devices: 196.67, where copying the heaviest is 232."""
     load = np.array([[600, 560, 120, 120, 20, 10, 10, 10]], dtype=np.float64)
     core = layers(load, 2, 8)
-    slots, _ = core.place(core.construct(), trials=200_000, hot=0.05, cold=1e-4)
+    slots, _ = core.place(core.construct(), trials=200_000, restarts=8)
     assert device_load(load, mt.Placement(slots, num_experts=8)).max() == pytest.approx(590 / 3)
 
 

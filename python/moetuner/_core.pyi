@@ -44,10 +44,14 @@ class Layers:
 
     Takes load [W,L,E] and the weight of every window [W], the slots of every device [L,D], the node
     of every device [D] and its time per token as a share of the slowest one's [D]; ``norm`` is the
-    order of the norm that stands for the largest device load (4, 8 or 16; 0 for the maximum
-    itself). Caps [L] are on ``total`` [L,E], the sum of windows where it is None; ``hold`` [L,E,D]
-    is what a copy costs on a device, in weighted tokens; an expert may not be where ``forbidden``
-    [L,E,D], and stays where ``pinned`` [L,E,D].
+    order of the norm that stands for the largest device load (2, 4, 8 or 16; 0 for the maximum
+    itself), ``noise`` what a norm adds to it: the parts ``even``, ``share`` and ``variance`` of
+    ``rust/layer/noise.rs``; ``mixed`` is how much the mean of all windows counts besides them, as a
+    part of what they all count.
+
+    Caps [L] are on ``total`` [L,E], the sum of windows where it is None; ``hold`` [L,E,D] is what a
+    copy costs on a device, in weighted tokens; an expert may not be where ``forbidden`` [L,E,D],
+    and stays where ``pinned`` [L,E,D].
 
     With the distinct expert sets of every layer (ids [N,K], all below E, and their tokens [N]), a
     token's visit of a device costs ``device_cost`` and of a node ``node_cost`` on top, in weighted
@@ -64,7 +68,8 @@ class Layers:
         *,
         nearest: bool,
         norm: int,
-        likely: float = 0.0,
+        noise: tuple[float, float, float] | None = None,
+        mixed: float = 0.0,
         total: NDArray[np.float64] | None = None,
         cap: list[float] | None = None,
         hold: NDArray[np.float64] | None = None,
@@ -79,8 +84,6 @@ class Layers:
         start: NDArray[np.int32],
         *,
         trials: int,
-        hot: float,
-        cold: float,
         copies: bool = True,
         restarts: int = 1,
         rounds: int = 1,

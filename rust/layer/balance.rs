@@ -4,8 +4,8 @@
 //! loads of devices are therefore a function of the placement alone, whatever moves led to it, on any machine. The scale is
 //! the only loss: every part of a load is off by at most one unit, 2^-22 of the heaviest window's total.
 
-use super::likely::Likely;
 use super::measure::Measure;
+use super::noise::{self, Noise};
 use super::{Contents, EMPTY, Layer, Move, Split};
 
 /// Vectors are whole.
@@ -15,74 +15,122 @@ pub(super) const LARGEST_TOTAL: f64 = (1 << 22) as f64;
 /// Loads of experts in windows, weighted and scaled.
 #[derive(Debug, Clone)]
 pub struct Windows {
+    pub(super) count: usize,
     /// Windows, rounded up to full vectors.
     pub(super) width: usize,
-    /// `[E + 1, width]`, whole numbers; the last row is that of an empty slot.
-    load: Vec<f32>,
+    /// Length of a row: `width`, and as much again for variances where there is noise.
+    pub(super) row: usize,
+    /// `[E + 1, row]`, whole numbers: loads, then own variances; the last row is that of an empty slot.
+    values: Vec<f32>,
     experts: usize,
     /// Units per weighted token.
     pub scale: f64,
-    /// Order of the norm over devices that stands for the maximum: 4, 8, 16, or 0 for the maximum itself.
+    /// Order of the norm over devices that stands for the maximum: 2, 4, 8, 16, or 0 for the maximum itself.
     pub norm: u32,
-    /// What other windows may bring.
-    pub(super) likely: Option<Likely>,
+    /// A unit of own variance, in squares of a window's load `[width]`; empty where there is no noise.
+    pub(super) own_unit: Vec<f64>,
+    /// What a norm counts a window by `[width]`; one, unless there is a mixed window.
+    pub(super) emphasis: Vec<f64>,
 }
 
 impl Windows {
-    /// Takes loads `[W, E]`, the weight of every window `[W]`, and the share of the cost, below one, that a norm gives to
-    /// what other windows may bring.
+    /// Takes loads `[W, E]` and the weight of every window `[W]`. A norm also counts what experts do on their own, and
+    /// the mean of all windows, which is what traffic of all kinds at once looks like, as `mixed` times them all.
     #[must_use]
-    pub fn new(load: &[f64], weight: &[f64], experts: usize, norm: u32, likely: f64) -> Self {
-        let likely = if norm == 0 { None } else { Likely::new(load, weight, experts, likely) };
-        let columns = weight.len() + usize::from(likely.is_some());
-        let width = columns.next_multiple_of(LANES).max(LANES);
-        let totals = load.chunks_exact(experts).zip(weight).map(|(row, w)| row.iter().sum::<f64>() * w);
-        let heaviest = totals.fold(0.0, f64::max);
+    pub fn new(
+        load: &[f64],
+        weight: &[f64],
+        experts: usize,
+        norm: u32,
+        noise: Option<Noise>,
+        mixed: f64,
+    ) -> Self {
+        let noise = noise.filter(|_| norm != 0);
+        let count = weight.len();
+        let mixed = if norm == 0 || count < 2 { 0.0 } else { mixed };
+        let mut rows: Vec<f64> = load
+            .chunks_exact(experts)
+            .zip(weight)
+            .flat_map(|(row, w)| row.iter().map(move |x| x * w))
+            .collect();
+        let mut variances = noise.map_or(vec![], |noise| noise::variances(load, weight, experts, noise));
+        if mixed > 0.0 {
+            let totals: Vec<f64> = rows.chunks_exact(experts).map(|row| row.iter().sum()).collect();
+            let all: f64 = totals.iter().sum();
+            let part = |w: usize| if all > 0.0 { totals[w] / all } else { 0.0 };
+            let over = |table: &[f64], e: usize, of: &dyn Fn(usize) -> f64| -> f64 {
+                (0..count).map(|w| of(w) * table[w * experts + e]).sum()
+            };
+            let mean: Vec<f64> = (0..experts).map(|e| over(&rows, e, &|_| 1.0 / count as f64)).collect();
+            if noise.is_some() {
+                let own: Vec<f64> = (0..experts).map(|e| over(&variances, e, &|w| part(w).powi(2))).collect();
+                variances.extend(own);
+            }
+            rows.extend(mean);
+        }
+        let windows = rows.len() / experts;
+        let width = windows.next_multiple_of(LANES).max(LANES);
+        let row = if noise.is_some() { 2 * width } else { width };
+        let heaviest = rows.chunks_exact(experts).map(|row| row.iter().sum()).fold(0.0, f64::max);
         let scale = if heaviest > 0.0 { (LARGEST_TOTAL - 1.0) / heaviest } else { 1.0 };
-        let mut scaled = vec![0.0; (experts + 1) * width];
-        for (w, (row, weight)) in load.chunks_exact(experts).zip(weight).enumerate() {
-            for (e, &tokens) in row.iter().enumerate() {
+        let mut values = vec![0.0; (experts + 1) * row];
+        for (w, tokens) in rows.chunks_exact(experts).enumerate() {
+            for (e, &tokens) in tokens.iter().enumerate() {
                 // Down, so that the total keeps its bound.
-                scaled[e * width + w] = libm::floor(tokens * weight * scale) as f32;
+                values[e * row + w] = libm::floor(tokens * scale) as f32;
             }
         }
-        Self { width, load: scaled, experts, scale, norm, likely }
+        let mut own_unit = vec![0.0; row - width];
+        for (w, variances) in variances.chunks_exact(experts).enumerate() {
+            own_unit[w] = variances.iter().sum::<f64>() / (LARGEST_TOTAL - 1.0);
+            for (e, variance) in variances.iter().enumerate().filter(|&(_, &variance)| variance > 0.0) {
+                values[e * row + width + w] = libm::floor(variance / own_unit[w]) as f32;
+            }
+        }
+        let mut emphasis = vec![1.0 / (1.0 + mixed); width];
+        emphasis[count..windows].fill(mixed / (1.0 + mixed) * count as f64);
+        Self { count, width, row, values, experts, scale, norm, own_unit, emphasis }
     }
 
-    /// Load of an expert in all windows; none where a slot is empty.
-    pub(super) fn of(&self, expert: u16) -> &[f32] {
-        &self.load[usize::from(expert).min(self.experts) * self.width..][..self.width]
+    /// Loads of an expert in all windows and its variances; none where a slot is empty.
+    fn of(&self, expert: u16) -> (&[f32], &[f32]) {
+        self.values[usize::from(expert).min(self.experts) * self.row..][..self.row].split_at(self.width)
     }
 
-    /// Adds `sign` times a part of an expert's load to a device's row.
+    /// Adds `sign` times a part of an expert's load to a device's row, and the square of that part of its variance.
     pub(super) fn add(&self, to: &mut [f32], expert: u16, part: f32, sign: f32) {
-        add(to, self.of(expert), part, sign);
-        self.add_own(to, expert, part, sign);
+        let (load, own) = self.of(expert);
+        let (loads, variances) = to.split_at_mut(self.width);
+        add(loads, load, part, sign);
+        add(variances, own, part * part, sign);
     }
 
-    /// Adds the part's own variance, which is a square, in the column behind the windows.
-    fn add_own(&self, to: &mut [f32], expert: u16, part: f32, sign: f32) {
-        if let Some(likely) = &self.likely
-            && expert != EMPTY
-        {
-            to[likely.column] += sign * whole(likely.own[usize::from(expert)] * part * part);
+    /// Writes a device's row, `before`, with parts of one expert less and of another more.
+    fn replace(&self, to: &mut [f32], before: &[f32], experts: [u16; 2], parts: [f32; 2]) {
+        let [(leaves, leaves_own), (enters, enters_own)] = experts.map(|expert| self.of(expert));
+        let (loads, variances) = to.split_at_mut(self.width);
+        let (load, variance) = before.split_at(self.width);
+        replace(loads, load, leaves, enters, parts);
+        if !variances.is_empty() {
+            replace(variances, variance, leaves_own, enters_own, parts.map(|part| part * part));
         }
     }
 
     /// Whether balance costs nothing.
     pub(super) fn is_weightless(&self) -> bool {
-        self.load.iter().all(|&load| load == 0.0)
+        self.values.iter().all(|&value| value == 0.0)
     }
 }
 
 /// Loads of devices, and what they cost.
 #[derive(Debug, Clone)]
 pub(crate) struct Balance {
-    width: usize,
-    /// `[D, width]`.
+    /// Length of a row.
+    row: usize,
+    /// `[D, row]`.
     load: Vec<f32>,
     measure: Measure,
-    /// Loads of the devices that a move touches, `[touched, width]`.
+    /// Loads of the devices that a move touches, `[touched, row]`.
     rows: Vec<f32>,
     touched: Vec<u16>,
     after: Vec<u16>,
@@ -90,22 +138,23 @@ pub(crate) struct Balance {
 
 impl Balance {
     pub(crate) fn new(layer: &Layer, contents: &Contents) -> Self {
-        let (d, width) = (layer.devices(), layer.windows.width);
-        let mut load = vec![0.0; d * width];
+        let (d, windows) = (layer.devices(), &layer.windows);
+        let row = windows.row;
+        let mut load = vec![0.0; d * row];
         for e in 0..layer.experts as u16 {
             let devices = contents.devices(e);
             for &device in devices {
-                let row = &mut load[usize::from(device) * width..][..width];
-                layer.windows.add(row, e, layer.part(devices, device), 1.0);
+                let of_device = &mut load[usize::from(device) * row..][..row];
+                windows.add(of_device, e, layer.part(devices, device), 1.0);
             }
         }
-        let mut totals = vec![0.0; width];
+        let mut totals = vec![0.0; row];
         for e in 0..layer.experts as u16 {
-            add(&mut totals, layer.windows.of(e), 1.0, 1.0);
+            windows.add(&mut totals, e, 1.0, 1.0);
         }
-        let measure = Measure::new(layer.windows.norm, &load, &totals, layer.windows.likely.as_ref());
-        let rows = vec![0.0; d * width];
-        Self { width, load, measure, rows, touched: Vec::new(), after: Vec::new() }
+        let measure = Measure::new(windows, &load, &totals[..windows.width]);
+        let rows = vec![0.0; d * row];
+        Self { row, load, measure, rows, touched: Vec::new(), after: Vec::new() }
     }
 
     /// Of the placement as it stands.
@@ -121,10 +170,10 @@ impl Balance {
 
     /// Makes the move that [`Balance::change`] was last asked about.
     pub(crate) fn apply(&mut self) {
-        let width = self.width;
-        for (row, &device) in self.rows.chunks_exact(width).zip(&self.touched) {
+        let length = self.row;
+        for (row, &device) in self.rows.chunks_exact(length).zip(&self.touched) {
             let device = usize::from(device);
-            self.load[device * width..][..width].copy_from_slice(row);
+            self.load[device * length..][..length].copy_from_slice(row);
         }
         self.measure.follow(&self.load, &self.touched);
     }
@@ -174,35 +223,30 @@ impl Balance {
             }
         }
         self.touched.extend(devices);
-        let width = self.width;
+        let length = self.row;
         let [a, b] = experts;
-        let (here, there) = self.rows[..2 * width].split_at_mut(width);
-        for (row, device, [leaves, enters]) in [
-            (here, devices[0], [(a, share[0]), (b, share[1])]),
-            (there, devices[1], [(b, share[1]), (a, share[0])]),
-        ] {
+        let (here, there) = self.rows[..2 * length].split_at_mut(length);
+        for (row, device, experts, shares) in
+            [(here, devices[0], [a, b], share), (there, devices[1], [b, a], [share[1], share[0]])]
+        {
             let device = usize::from(device);
-            let load = &self.load[device * width..][..width];
-            let parts = [leaves, enters].map(|(_, share)| share * layer.time[device]);
-            let windows = &layer.windows;
-            replace(row, load, windows.of(leaves.0), windows.of(enters.0), parts);
-            windows.add_own(row, leaves.0, parts[0], -1.0);
-            windows.add_own(row, enters.0, parts[1], 1.0);
+            let load = &self.load[device * length..][..length];
+            layer.windows.replace(row, load, experts, shares.map(|share| share * layer.time[device]));
         }
         true
     }
 
     /// The row of a touched device, begun with its load.
     fn row(&mut self, device: u16) -> &mut [f32] {
-        let width = self.width;
+        let length = self.row;
         let at = self.touched.iter().position(|&touched| touched == device).unwrap_or_else(|| {
             let at = self.touched.len();
             self.touched.push(device);
-            let load = &self.load[usize::from(device) * width..][..width];
-            self.rows[at * width..][..width].copy_from_slice(load);
+            let load = &self.load[usize::from(device) * length..][..length];
+            self.rows[at * length..][..length].copy_from_slice(load);
             at
         });
-        &mut self.rows[at * width..][..width]
+        &mut self.rows[at * length..][..length]
     }
 }
 

@@ -290,7 +290,7 @@ mod tests {
             node: (0..d as u16).map(|device| device / 2).collect(),
             time: vec![1.0; d],
             split: Split::Even,
-            windows: Windows::new(&vec![0.0; experts], &[1.0], experts, 0, 0.0),
+            windows: Windows::new(&vec![0.0; experts], &[1.0], experts, 0, None, 0.0),
             load: vec![0.0; experts],
             cap: f64::INFINITY,
             hold: vec![],

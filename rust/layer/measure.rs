@@ -9,8 +9,7 @@
 // Numbers of devices are compared, which are whole.
 #![allow(clippy::float_cmp)]
 
-use super::balance::{LANES, sum, total};
-use super::likely::{Likely, Spread};
+use super::balance::{LANES, Windows, sum, total};
 
 #[derive(Debug, Clone)]
 pub(crate) enum Measure {
@@ -19,12 +18,12 @@ pub(crate) enum Measure {
 }
 
 impl Measure {
-    /// Of devices' loads `[D, width]` in windows with as many tokens as `totals` says `[width]`; a norm also of what
-    /// other windows may bring.
-    pub(crate) fn new(norm: u32, load: &[f32], totals: &[f32], likely: Option<&Likely>) -> Self {
-        match norm {
-            0 => Self::Peak(Peak::new(load, totals.len())),
-            order => Self::Norm(Norm::new(order, load, totals, likely)),
+    /// Of devices' loads `[D, row]` in windows with as many tokens as `totals` says `[width]`.
+    pub(crate) fn new(windows: &Windows, load: &[f32], totals: &[f32]) -> Self {
+        if windows.norm == 0 {
+            Self::Peak(Peak::new(load, totals.len()))
+        } else {
+            Self::Norm(Norm::new(windows, load, totals))
         }
     }
 
@@ -179,73 +178,82 @@ fn largest_three(peak: &mut Peak, load: &[f32]) {
     }
 }
 
-/// Powers of loads over their window's mean.
+/// Powers of loads over their window's mean; with noise, of loads and a deviation.
 #[derive(Debug, Clone)]
 pub(crate) struct Norm {
     order: u32,
-    /// One over the mean load of every window; zero in empty ones.
+    /// One over the mean load of every window; zero in empty ones `[width]`.
     per_mean: Vec<f32>,
+    /// Variance in squares of the mean load, per unit `[width]`; empty without noise.
+    per_own: Vec<f32>,
     /// `(load / mean)^order` `[D, width]`.
     power: Vec<f32>,
-    /// Slope of the norm in the sum of powers, times the mean `[width]`.
+    /// What a norm of one costs: the mean load, and how much the window counts `[width]`.
+    price: Vec<f32>,
+    /// Slope of the norm in the sum of powers, times its price `[width]`.
     slope: Vec<f32>,
-    /// Of what other windows may bring.
-    spread: Option<Spread>,
-    /// Share of the cost that those seen have.
-    seen: f32,
     cost: f64,
 }
 
 impl Norm {
-    fn new(order: u32, load: &[f32], totals: &[f32], likely: Option<&Likely>) -> Self {
-        let width = totals.len();
-        let devices = load.len() / width;
-        let per_mean: Vec<f32> =
+    fn new(windows: &Windows, load: &[f32], totals: &[f32]) -> Self {
+        let (width, devices) = (totals.len(), load.len() / windows.row);
+        let per_mean =
             totals.iter().map(|&total| if total > 0.0 { devices as f32 / total } else { 0.0 }).collect();
-        let spread = likely.map(|likely| Spread::new(likely, &per_mean, devices));
-        let (power, slope) = (vec![0.0; load.len()], vec![0.0; width]);
-        let seen = likely.map_or(1.0, |likely| 1.0 - likely.weight as f32);
-        let mut norm = Self { order, per_mean, power, slope, spread, seen, cost: 0.0 };
+        let per_own =
+            windows.own_unit.iter().map(|unit| (unit * (devices * devices) as f64) as f32).collect();
+        let price = totals
+            .iter()
+            .zip(&windows.emphasis)
+            .map(|(&total, emphasis)| (f64::from(total) / devices as f64 * emphasis) as f32)
+            .collect();
+        let (power, slope) = (vec![0.0; devices * width], vec![0.0; width]);
+        let mut norm = Self { order: windows.norm, per_mean, per_own, power, price, slope, cost: 0.0 };
         let all: Vec<u16> = (0..devices as u16).collect();
         norm.refresh(load, &all);
         norm
     }
 
+    /// Length of a device's row.
+    fn row(&self) -> usize {
+        self.per_mean.len() + self.per_own.len()
+    }
+
     fn change(&self, rows: &[f32], touched: &[u16]) -> f64 {
         let width = self.slope.len();
-        let mut change = 0.0;
-        for (row, &device) in rows.chunks_exact(width).zip(touched) {
+        let mut sums = [0.0; LANES];
+        for (row, &device) in rows.chunks_exact(self.row()).zip(touched) {
             let power = &self.power[usize::from(device) * width..][..width];
-            change += match self.order {
-                4 => risen::<4>(row, power, &self.per_mean, &self.slope),
-                8 => risen::<8>(row, power, &self.per_mean, &self.slope),
-                _ => risen::<16>(row, power, &self.per_mean, &self.slope),
-            };
-            if let Some(spread) = &self.spread {
-                change += spread.change(row, device);
+            let (units, slope) = ((&self.per_mean[..], &self.per_own[..]), &self.slope[..]);
+            let sums = &mut sums;
+            match (self.order, self.per_own.is_empty()) {
+                (2, true) => risen::<2, false>(sums, row, power, units, slope),
+                (2, false) => risen::<2, true>(sums, row, power, units, slope),
+                (4, true) => risen::<4, false>(sums, row, power, units, slope),
+                (4, false) => risen::<4, true>(sums, row, power, units, slope),
+                (8, true) => risen::<8, false>(sums, row, power, units, slope),
+                (8, false) => risen::<8, true>(sums, row, power, units, slope),
+                (_, true) => risen::<16, false>(sums, row, power, units, slope),
+                (_, false) => risen::<16, true>(sums, row, power, units, slope),
             }
         }
-        change
+        total(sums.map(f64::from))
     }
 
     fn refresh(&mut self, load: &[f32], touched: &[u16]) {
-        let width = self.slope.len();
+        let (width, length) = (self.slope.len(), self.row());
         for &device in touched {
-            let at = usize::from(device) * width;
-            let (row, power) = (&load[at..][..width], &mut self.power[at..][..width]);
+            let row = &load[usize::from(device) * length..][..length];
+            let power = &mut self.power[usize::from(device) * width..][..width];
+            let units = (&self.per_mean[..], &self.per_own[..]);
             match self.order {
-                4 => raised::<4>(power, row, &self.per_mean),
-                8 => raised::<8>(power, row, &self.per_mean),
-                _ => raised::<16>(power, row, &self.per_mean),
-            }
-            if let Some(spread) = &mut self.spread {
-                spread.follow(row, device);
+                2 => raised::<2>(power, row, units),
+                4 => raised::<4>(power, row, units),
+                8 => raised::<8>(power, row, units),
+                _ => raised::<16>(power, row, units),
             }
         }
-        self.cost = slopes(&mut self.slope, &self.power, &self.per_mean, self.order, self.seen);
-        if let Some(spread) = &mut self.spread {
-            self.cost += spread.cost();
-        }
+        self.cost = slopes(&mut self.slope, &self.power, &self.price, self.order);
     }
 }
 
@@ -254,45 +262,60 @@ const MOST: f32 = 128.0;
 
 /// x^P by squaring.
 #[inline(always)]
-pub(super) fn raise_to<const P: u32>(x: f32) -> f32 {
+fn raise_to<const P: u32>(x: f32) -> f32 {
     let x = if x < MOST { x } else { MOST };
     let square = x * x;
     let fourth = square * square;
     match P {
+        2 => square,
         4 => fourth,
         8 => fourth * fourth,
         _ => (fourth * fourth) * (fourth * fourth),
     }
 }
 
+/// Adds to `sums` what the powers of a device's row rise by, times their slopes; `units` are those of loads and of
+/// variances.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn risen<const P: u32>(row: &[f32], power: &[f32], per_mean: &[f32], slope: &[f32]) -> f64 {
-    let mut sums = [0.0f32; LANES];
-    let width = row.len() / LANES * LANES;
-    let (power, per_mean, slope) = (&power[..width], &per_mean[..width], &slope[..width]);
+fn risen<const P: u32, const NOISY: bool>(
+    sums: &mut [f32; LANES],
+    row: &[f32],
+    power: &[f32],
+    units: (&[f32], &[f32]),
+    slope: &[f32],
+) {
+    let width = power.len() / LANES * LANES;
+    let (load, own) = row.split_at(width);
+    // Without noise these are not looked at.
+    let (own, per_own) = if NOISY { (own, units.1) } else { (load, units.0) };
+    let (own, per_own) = (&own[..width], &per_own[..width]);
+    let (power, per_mean, slope) = (&power[..width], &units.0[..width], &slope[..width]);
     for at in (0..width).step_by(LANES) {
         for lane in 0..LANES {
             let w = at + lane;
-            sums[lane] += (raise_to::<P>(row[w] * per_mean[w]) - power[w]) * slope[w];
+            let deviation = if NOISY { (own[w] * per_own[w]).sqrt() } else { 0.0 };
+            sums[lane] += (raise_to::<P>(load[w] * per_mean[w] + deviation) - power[w]) * slope[w];
         }
     }
-    total(sums.map(f64::from))
 }
 
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn raised<const P: u32>(power: &mut [f32], row: &[f32], per_mean: &[f32]) {
-    for ((power, &x), &per_mean) in power.iter_mut().zip(row).zip(per_mean) {
-        *power = raise_to::<P>(x * per_mean);
+fn raised<const P: u32>(power: &mut [f32], row: &[f32], units: (&[f32], &[f32])) {
+    let width = power.len();
+    let (load, own) = row.split_at(width);
+    for w in 0..width {
+        let deviation = if own.is_empty() { 0.0 } else { (own[w] * units.1[w]).sqrt() };
+        power[w] = raise_to::<P>(load[w] * units.0[w] + deviation);
     }
 }
 
-/// Writes every window's slope and gives the sum of norms, times `price`: with s the sum of powers, `mean * s^(1/p)`,
-/// whose slope in s is `mean * s^(1/p) / (p * s)`.
+/// Writes every window's slope and gives the sum of norms: with s the sum of powers, `price * s^(1/p)`, whose slope in s
+/// is `price * s^(1/p) / (p * s)`.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn slopes(slope: &mut [f32], power: &[f32], per_mean: &[f32], order: u32, price: f32) -> f64 {
+fn slopes(slope: &mut [f32], power: &[f32], price: &[f32], order: u32) -> f64 {
     let mut cost = [0.0f64; LANES];
     let width = slope.len() / LANES * LANES;
-    let per_mean = &per_mean[..width];
+    let price = &price[..width];
     for at in (0..width).step_by(LANES) {
         let mut sums = [0.0f32; LANES];
         for device in power.chunks_exact(width) {
@@ -303,16 +326,17 @@ fn slopes(slope: &mut [f32], power: &[f32], per_mean: &[f32], order: u32, price:
         }
         for lane in 0..LANES {
             let w = at + lane;
-            let fourth = sums[lane].sqrt().sqrt();
+            let square = sums[lane].sqrt();
+            let fourth = square.sqrt();
             let eighth = fourth.sqrt();
             let root = match order {
+                2 => square,
                 4 => fourth,
                 8 => eighth,
                 _ => eighth.sqrt(),
             };
-            let used = per_mean[w] > 0.0;
-            let norm = if used { price * root / per_mean[w] } else { 0.0 };
-            slope[w] = if used { norm / (order as f32 * sums[lane]) } else { 0.0 };
+            let norm = root * price[w];
+            slope[w] = if price[w] > 0.0 { norm / (order as f32 * sums[lane]) } else { 0.0 };
             cost[lane] += f64::from(norm);
         }
     }

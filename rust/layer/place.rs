@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::search::{Effort, search};
+use super::search::{Effort, HOT, WARM, search};
 use super::{Contents, Layer};
 use crate::random::Random;
 use crate::search::Control;
@@ -64,7 +64,7 @@ pub fn place(
     now
 }
 
-/// The best of several searches from one start.
+/// The best of several searches from one start, every other one hot.
 fn restarted(
     layer: &Layer,
     start: &Contents,
@@ -75,7 +75,8 @@ fn restarted(
 ) -> Contents {
     let run = |restart: u64| {
         let mut random = Random::new(seed.wrapping_add(restart.wrapping_mul(0x9E37_79B9_7F4A_7C15)), stream);
-        search(layer, start.clone(), effort, &mut random, control)
+        let hot = if restart.is_multiple_of(2) { WARM } else { HOT };
+        search(layer, start.clone(), effort, hot, &mut random, control)
     };
     let mut best = run(0);
     for restart in 1..effort.restarts {

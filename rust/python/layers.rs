@@ -9,6 +9,7 @@ use super::{array3, contiguous, slice, watched};
 use crate::error::Error;
 use crate::layer::balance::Windows;
 use crate::layer::fanout;
+use crate::layer::noise::Noise;
 use crate::layer::replicate::{NoSlot, QUICK, fill_layers, replicate};
 use crate::layer::{Contents, EMPTY, Effort, Layer, Links, place};
 use crate::search::Control;
@@ -49,7 +50,7 @@ pub(super) struct Layers {
 #[pymethods]
 impl Layers {
     #[new]
-    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, likely = 0.0, total = None, cap = None, hold = None, forbidden = None, pinned = None,
+    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, noise = None, mixed = 0.0, total = None, cap = None, hold = None, forbidden = None, pinned = None,
                         sets = None, device_cost = 1.0, node_cost = 0.0))]
     fn new(
         load: PyReadonlyArray3<'_, f64>,
@@ -59,7 +60,8 @@ impl Layers {
         time: Vec<f32>,
         nearest: bool,
         norm: u32,
-        likely: f64,
+        noise: Option<(f64, f64, f64)>,
+        mixed: f64,
         total: Option<PyReadonlyArray2<'_, f64>>,
         cap: Option<Vec<f64>>,
         hold: Option<PyReadonlyArray3<'_, f64>>,
@@ -85,9 +87,13 @@ impl Layers {
             .into_iter()
             .flatten()
             .all(|dim| dim == (l, e, d));
-        if !shaped || ![0, 4, 8, 16].contains(&norm) || !(0.0..1.0).contains(&likely) {
+        let quiet =
+            noise.is_none_or(|(a, b, c)| [a, b, c].iter().all(|part| part.is_finite() && *part >= 0.0));
+        let noise = noise.map(|(even, share, variance)| Noise { even, share, variance });
+        let quiet = quiet && mixed.is_finite() && mixed >= 0.0;
+        if !shaped || ![0, 2, 4, 8, 16].contains(&norm) || !quiet {
             let rule = format!(
-                "weights [{w}], slots [{l}, {d}], times [{d}], tables [{l}, {e}, {d}], norm 0, 4, 8 or 16, likely from 0 to 1"
+                "weights [{w}], slots [{l}, {d}], times [{d}], tables [{l}, {e}, {d}], norm 0, 2, 4, 8 or 16, noise and mixed of at least 0"
             );
             return Err(Error::Shape { what: "layers", rule, found: "others".into() }.into());
         }
@@ -103,7 +109,7 @@ impl Layers {
                     t.as_array().slice(numpy::ndarray::s![l, .., ..]).iter().copied().collect()
                 })
             };
-            let windows = Windows::new(&rows, &weight, e, norm, likely);
+            let windows = Windows::new(&rows, &weight, e, norm, noise, mixed);
             let hold = floats(&hold).into_iter().map(|cost: f64| cost * windows.scale).collect();
             Layer {
                 experts: e,
@@ -149,14 +155,12 @@ impl Layers {
     }
 
     /// Improves slots [L,D,S].
-    #[pyo3(signature = (start, *, trials, hot, cold, copies = true, restarts = 1, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
+    #[pyo3(signature = (start, *, trials, copies = true, restarts = 1, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
     fn place<'py>(
         &mut self,
         py: Python<'py>,
         start: PyReadonlyArray3<'py, i32>,
         trials: u64,
-        hot: f64,
-        cold: f64,
         copies: bool,
         restarts: u64,
         rounds: u64,
@@ -180,15 +184,7 @@ impl Layers {
         let control = Control::new(time_limit.map(|limit| Instant::now() + Duration::from_secs_f64(limit)));
         let layers = &mut self.layers;
         let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), || {
-            place(
-                layers,
-                begin,
-                links,
-                Effort { trials, hot, cold, copies, restarts },
-                rounds,
-                seed,
-                &control,
-            )
+            place(layers, begin, links, Effort { trials, copies, restarts }, rounds, seed, &control)
         })?;
         let slots = slots_of(&self.layers, &found, self.per_device);
         Ok((array3(py, (l, d, self.per_device), slots)?, interrupted))

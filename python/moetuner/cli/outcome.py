@@ -168,7 +168,8 @@ def sentences(outcome: Outcome) -> list[str]:
         why = unseen.get("reason")
         if why is None:
             score = unseen["scores"][unseen["chosen"]]
-            why = f"max / mean {score:.3f} in {unseen['folds']} folds of {unseen['held_out']}"
+            folds = f"{unseen['folds']} folds of {unseen['held_out']}"
+            why = f"max / mean {score:.3f}, bursts and mixed, in {folds}"
         lines.append(f"Chosen for unseen traffic: {unseen['chosen']} ({why}).")
     return lines
 

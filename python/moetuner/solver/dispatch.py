@@ -10,12 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.objective import visit_costs
 from moetuner.problem import Problem
 from moetuner.solver.clock import Clock
 from moetuner.solver.heuristic import heuristic
+from moetuner.solver.pace import paced
 from moetuner.solver.result import Candidate, Limits, Progress
 
 # Trials of each start on pairs, and the share of a time limit that they get.
@@ -29,8 +31,6 @@ MOST_WORK = 1.5e10
 UNITS_PER_TRIAL = 100
 # Searches of a layer of at most so many slots.
 SMALL, RESTARTS = 16, 8
-# Temperatures, as shares of a layer's cost (measured: bench/RESULTS.md).
-HOT, COLD = 1e-2, 1e-3
 
 
 def dispatch(
@@ -95,18 +95,25 @@ def dispatch(
         device_cost=device_cost,
         node_cost=node_cost,
     )
-    slots, interrupted = layers.place(
-        found.slots,
-        trials=trials,
-        hot=HOT,
-        cold=COLD,
-        copies=copies,
-        # Layers of few slots have valleys that one descent does not leave.
-        restarts=RESTARTS if problem.devices * problem.slots <= SMALL else 1,
-        seed=seed,
-        time_limit=clock.rest().time_limit,
-        threads=limits.threads,
-        progress=progress and (lambda seconds, _: progress(Progress(seconds, "fanout"))),
+
+    def anneal(
+        slots: NDArray[np.int32], trials: int, restarts: int, limits: Limits
+    ) -> tuple[NDArray[np.int32], bool]:
+        return layers.place(
+            slots,
+            trials=trials,
+            copies=copies,
+            restarts=restarts,
+            seed=seed,
+            time_limit=limits.time_limit,
+            threads=limits.threads,
+            progress=progress and (lambda seconds, _: progress(Progress(seconds, "fanout"))),
+        )
+
+    # Layers of few slots have valleys that one descent does not leave.
+    restarts = RESTARTS if problem.devices * problem.slots <= SMALL else 1
+    slots, interrupted = paced(
+        anneal, found.slots, trials=trials, restarts=restarts, limits=clock.within()
     )
     details["trials"] = trials
     return Candidate(slots, "interrupted" if interrupted else "feasible", details=details)

@@ -21,9 +21,10 @@ from moetuner.solver.clock import Clock
 from moetuner.solver.enumeration import enumerated
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.moving import Moving, widened
+from moetuner.solver.pace import paced
 from moetuner.solver.prices import link_prices, tokens_per_unit, visit_prices
 from moetuner.solver.result import Candidate, Limits, Progress, Status
-from moetuner.solver.unseen import PER_SLOT, SMALL, Choice, choose
+from moetuner.solver.unseen import Choice, choose
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -33,15 +34,18 @@ Slots = NDArray[np.int32]
 CAPS = (1.02, 1.08, 1.2, 1.5, float("inf"))
 # Turns of all layers, each given its neighbours.
 ROUNDS = 3
-# Trials of a layer at the least, and at the most.
-LEAST, MOST = 20_000, 800_000
+# Trials for a slot: of few windows more search brings more, and is cheap; one or two are soon
+# level; of many, the work is bounded, sixteen windows at a time. Where neighbouring layers count,
+# which are no window, moves cost what they say. Then trials of a layer at the least, or as much
+# work as few windows make of five times as many, and at the most.
+FEW, WORK, LANES, LINKED = {range(1, 4): 1000, range(4, 17): 10_000}, 60_000, 16, 600
+LEAST, LEAST_WORK, MOST = 20_000, 1_600_000, 1_500_000
 # Share of a time limit for choosing how to search, and the seconds below which nothing is tried.
 LEARN_SHARE, LEARN_LEAST = 0.25, 0.1
 # Share of what is left for the searches for traffic.
 SEARCH_SHARE = 0.6
-# Layers of few slots are searched several times, from so hot that no valley holds them.
-RESTARTS = 8
-SMALL_HOT, SMALL_COLD = 0.3, 1e-3
+# Layers of few slots are searched several times: they have valleys that one descent does not leave.
+SMALL, RESTARTS = 64, 8
 # Times that risk and groups are weighed anew, and when something is known of the weights.
 REWEIGHTINGS, AGAIN = 4, 2
 # Seconds that trying every placement of a small problem may take.
@@ -51,6 +55,15 @@ ENOUGH = 2.0
 def layers(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Solve for balance or time, or for traffic where devices or slots are not all alike."""
     return Search(problem, seed).run(limits)
+
+
+def trials_of(slots: int, windows: int | None) -> int:
+    """Say how many trials a layer of slots gets in windows, or (None) where neighbours count."""
+    if windows is None:
+        return min(max(LINKED * slots, 3 * LEAST), MOST)
+    lanes = -(-windows // LANES) * LANES
+    per_slot = next((trials for some, trials in FEW.items() if windows in some), WORK // lanes)
+    return min(max(per_slot * slots, LEAST, LEAST_WORK // lanes), MOST)
 
 
 def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Candidate:
@@ -202,10 +215,6 @@ class Search:
             time_limit=limits.time_limit,
         )
         self.details["unseen"] = self.choice.details
-        if not windows.is_mean:
-            # What is likely is likely in the mean.
-            seen = replace(self.choice.setting, likely=0.0)
-            self.choice = replace(self.choice, setting=seen)
 
     def rank(self, slots: Slots) -> tuple[float, float]:
         """By how much caps are exceeded, in all layers, and the value; lower is better."""
@@ -220,31 +229,29 @@ class Search:
 
     def improve(self, slots: Slots, limits: Limits) -> tuple[Slots, bool]:
         """Anneal every layer, and say whether it was interrupted."""
-        choice, problem = self.choice, self.problem
-        trials = limits.iterations
+        trials, slots_of_layer = limits.iterations, int(self.problem.rooms.sum(axis=1).max())
         if trials is None:
-            # Neighbours are no window: moves feel them.
-            per_slot = choice.per_slot if self.links is None else PER_SLOT
-            trials = int(np.clip(per_slot * problem.rooms.sum(axis=1).max(), LEAST, MOST))
+            windows = None if self.links is not None else len(self.problem.windows.load)
+            trials = trials_of(slots_of_layer, windows)
+        restarts = RESTARTS if slots_of_layer <= SMALL else 1
+        return paced(self._anneal, slots, trials=trials, restarts=restarts, limits=limits)
 
-        small = problem.rooms.sum(axis=1).max() <= SMALL
-
+    def _anneal(
+        self, slots: Slots, trials: int, restarts: int, limits: Limits
+    ) -> tuple[Slots, bool]:
         def report(seconds: float, _: int | None) -> None:
             if limits.progress is not None:
                 limits.progress(Progress(seconds, "layers"))
 
+        links = None if self.links is None else link_prices(self.problem, self._tokens_per_unit())
         return self._layers().place(
             np.ascontiguousarray(slots),
             trials=trials,
-            hot=SMALL_HOT if small else choice.hot,
-            cold=SMALL_COLD if small else choice.cold,
-            restarts=RESTARTS if small else 1,
-            copies=problem.may_copy,
+            restarts=restarts,
+            copies=self.problem.may_copy,
             rounds=ROUNDS,
             transitions=self.links,
-            link_cost=(
-                None if self.links is None else link_prices(problem, self._tokens_per_unit())
-            ),
+            link_cost=links,
             seed=self.seed,
             time_limit=limits.time_limit,
             threads=limits.threads,
@@ -292,7 +299,8 @@ class Search:
             self.time.tolist(),
             nearest=problem.split == "nearest",
             norm=choice.setting.norm,
-            likely=choice.setting.likely,
+            noise=choice.setting.noise,
+            mixed=choice.setting.mixed,
             total=problem.load.astype(np.float64),
             cap=None if self.caps is None else (self.caps * self.slowest).tolist(),
             hold=hold,

@@ -144,8 +144,10 @@ def _least_rows_us(problem: Problem) -> Floats:
 
 def _least_part(problem: Problem) -> Floats:
     """Part of the pairs' cost that every window [W] pays at least, of all pairs' cost."""
-    pairs = problem.statistics.transitions_or_empty.sum(axis=(1, 2), dtype=np.float64)
     load = problem.windows.load.sum(axis=2)[:, 1:]
+    if problem.statistics.transitions is None:
+        return np.zeros(len(load))
+    pairs = problem.statistics.transitions.sum(axis=(1, 2), dtype=np.float64)
     part = load / np.maximum(pairs, 1)
     least: Floats = part.min(axis=1, initial=np.inf) * top_k(problem)
     return np.where(np.isfinite(least), least, 0.0)

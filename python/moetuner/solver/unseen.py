@@ -1,15 +1,15 @@
 """What generalises to traffic that nobody has seen: chosen inside the traffic seen.
 
-A search that minimises the largest device load of the windows it has seen fits their noise. Two
-things make it generalise: a norm over devices instead of the maximum, and a cost of what is likely
-in windows that did not happen but could have. Which of them help depends on the traffic, so it is
-tried: parts of the windows are held out, a few layers are placed on the others, and the held-out
-windows decide.
+A search that minimises the largest device load of the windows it has seen fits their noise. Three
+things make it generalise: a norm over devices instead of the maximum, room for the noise of the
+experts that a device holds, and the mean of all windows as one more, for traffic of all kinds at
+once. Which of them help depends on the traffic, so it is tried: parts of the windows are held out,
+a few layers are placed on the others, and the held-out windows, and their mean, decide.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,26 +18,25 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner._split import of_layer
 from moetuner.placement import EMPTY
+from moetuner.solver.noise import noise_of
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-# With fewer windows there is nothing to hold out.
-FEWEST_WINDOWS = 4
+# With fewer windows there is nothing to hold out. Of so few that have no groups, each is a group:
+# they are a table of what differs, not of what repeats.
+FEWEST_WINDOWS, FEW_WINDOWS = 4, 16
 # Groups with fewer windows on average are held out whole: what comes is another group.
 FEW_PER_GROUP = 2
 MOST_FOLDS, WINDOW_FOLDS = 8, 4
 # Layers that are tried, at even distances, and trials for each of their slots.
 TRIED_LAYERS, TRIALS_PER_SLOT = 6, 100
-# A move changes layers of few slots so much that they need more heat, and many trials for a slot.
-SMALL, SMALL_HOT, SMALL_COLD, LEAST_TRIALS = 64, 0.1, 1e-3, 10_000
+LEAST_TRIALS = 10_000
 # The first setting stands unless another is better by as many standard errors: the layers
-# tried are few.
-CLEARLY = 2.0
-# Trials for each slot, and temperatures as shares of the cost. Where few windows say what a layer
-# costs, most moves change little: it takes more of them, which cost less (bench/RESULTS.md).
-PER_SLOT, HOT, COLD = 600, 3e-4, 3e-6
-FEW_WINDOWS, FEW_PER_SLOT, FEW_HOT, FEW_COLD = 16, 5000, 2e-3, 4e-6
+# tried are few. Of one with the mean of all windows, less is asked: it is for safety.
+CLEARLY, SAFELY = 3.0, 1.0
+# How much the mean of all windows counts, if it does, as a part of what they all count.
+MIXED = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,38 +47,37 @@ class Setting:
     ----------
     norm
         Order of the norm over devices that stands for the maximum; 0 for the maximum itself.
-    likely
-        Share of the cost that what other windows may bring has: every device's mean load and two
-        standard deviations of it (``rust/layer/likely.rs``).
+    noise
+        What experts do on their own, as the core counts it (``Noise.counted``); None to leave it
+        out.
+    mixed
+        How much the mean of all windows counts besides them.
     """
 
     norm: int
-    likely: float = 0.0
+    noise: tuple[float, float, float] | None = None
+    mixed: float = 0.0
 
     @property
     def name(self) -> str:
         """What it is called in ``details``."""
         norm = f"norm {self.norm}" if self.norm else "maximum"
-        return f"{norm}, likely windows" if self.likely else norm
+        return norm + ", noise" * (self.noise is not None) + ", mixed" * (self.mixed > 0)
 
 
-# Of equals the first is taken.
-FOR_WINDOWS = (Setting(8, 0.5), Setting(8), Setting(16), Setting(0))
-FOR_GROUPS = (Setting(16, 0.5), Setting(8, 0.5), Setting(16), Setting(0))
+# What is tried besides the norm that noise suggests; of equals the first is taken.
+WITHOUT_NOISE = (Setting(8), Setting(16), Setting(0))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Setting to search with, trials for each slot of a layer, first and last temperature.
+    """Setting to search with.
 
     ``details`` says what was chosen, out of what, and each one's score: the mean of max / mean
-    device load on the windows held out.
+    device load on the windows held out and on their mean.
     """
 
     setting: Setting = Setting(0)
-    per_slot: int = PER_SLOT
-    hot: float = HOT
-    cold: float = COLD
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -102,7 +100,8 @@ def choose(
     ----------
     load, weight, group
         Tokens [W,L,E], how much a window counts [W] and its group [W]. Where groups have hardly
-        more than a window each, whole groups are held out, else windows of every group.
+        more than a window each, whole groups are held out, as what comes is another group; else
+        windows of every group.
     room, node, time
         Slots of every device [L,D], its node [D] and its time per token, as a share of the
         slowest one's [D].
@@ -120,41 +119,44 @@ def choose(
     fold, whole_groups = _folds(used, len(load), group)
     layers = np.unique(np.linspace(0, load.shape[1] - 1, TRIED_LAYERS).round().astype(np.int64))
     trial = _Trial(load[:, layers], weight, fold, room[layers], node, time, nearest)
-    settings = FOR_GROUPS if whole_groups else FOR_WINDOWS
-    each = None if time_limit is None else time_limit / len(settings)
-    scores = [
-        trial.scores(setting, seed=seed, threads=threads, time_limit=each) for setting in settings
-    ]
-    best = 0
-    for number, score in enumerate(scores):
-        gain = scores[best] - score
+    settings = list(WITHOUT_NOISE)
+    noise = noise_of(trial.load[used], repeats=not whole_groups)
+    if noise is not None:
+        devices, experts = room.shape[1], load.shape[2]
+        settings.insert(0, Setting(noise.order(devices, experts), noise.counted(devices)))
+    each = None if time_limit is None else time_limit / (len(settings) + 1)
+    scores: dict[Setting, Floats] = {}
+
+    def is_better(setting: Setting, than: Setting, errors: float) -> bool:
+        scores[setting] = trial.scores(setting, seed=seed, threads=threads, time_limit=each)
+        gain = scores[than] - scores[setting]
         error = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else 0.0
-        if gain.mean() > CLEARLY * error:
-            best = number
-    chosen = settings[best]
+        return bool(gain.mean() > errors * error)
+
+    chosen = settings[0]
+    scores[chosen] = trial.scores(chosen, seed=seed, threads=threads, time_limit=each)
+    for setting in settings[1:]:
+        chosen = setting if is_better(setting, chosen, CLEARLY) else chosen
+    if chosen.norm:
+        safe = replace(chosen, mixed=MIXED)
+        chosen = safe if is_better(safe, chosen, SAFELY) else chosen
     details = {
         "chosen": chosen.name,
         "held_out": "groups" if whole_groups else "windows",
         "folds": int(fold.max()) + 1,
         "layers": len(layers),
-        "scores": {s.name: float(score.mean()) for s, score in zip(settings, scores, strict=True)},
+        "scores": {setting.name: float(score.mean()) for setting, score in scores.items()},
     }
-    return Choice(chosen, *effort(room, len(used)), details)
-
-
-def effort(room: Integers, windows: int) -> tuple[int, float, float]:
-    """Trials for each slot, first and last temperature; layers have such slots on devices [L,D]."""
-    if room.sum(axis=1).max() <= SMALL:
-        return PER_SLOT, SMALL_HOT, SMALL_COLD
-    if windows <= FEW_WINDOWS:
-        return FEW_PER_SLOT, FEW_HOT, FEW_COLD
-    return PER_SLOT, HOT, COLD
+    return Choice(chosen, details)
 
 
 def _folds(used: Integers, windows: int, group: Integers | None) -> tuple[Integers, bool]:
     """Assign windows to parts [W], -1 for none, and say whether parts are whole groups."""
     fold = np.full(windows, -1)
-    of_used = np.zeros(len(used)) if group is None else group[used]
+    if group is not None:
+        of_used = group[used]
+    else:
+        of_used = used if len(used) <= FEW_WINDOWS else np.zeros_like(used)
     _, label = np.unique(of_used, return_inverse=True)
     groups = int(label.max()) + 1
     if groups >= FEWEST_WINDOWS and len(used) < FEW_PER_GROUP * groups:
@@ -193,14 +195,12 @@ class _Trial:
             self.time.tolist(),
             nearest=self.nearest,
             norm=setting.norm,
-            likely=setting.likely,
+            noise=setting.noise,
+            mixed=setting.mixed,
         )
-        _, hot, cold = effort(self.room, len(self.load))
         slots, interrupted = layers.place(
             layers.construct(),
             trials=max(TRIALS_PER_SLOT * int(self.room.sum(axis=1).max()), LEAST_TRIALS),
-            hot=hot,
-            cold=cold,
             seed=seed,
             threads=threads,
             time_limit=time_limit,
@@ -212,17 +212,19 @@ class _Trial:
         return np.concatenate(scores)
 
     def _judge(self, part: int, slots: NDArray[np.int32]) -> Floats:
-        """Imbalance of slots [L,D,S] on the windows of a part, for every layer."""
+        """Imbalance of slots [L,D,S] on the windows of a part and on their mean, of every layer."""
         out = self.fold == part
         load, weight = self.load[out], self.weight[out]
+        mixed = np.einsum("w,wle->le", weight, load)[None]
         scores = np.ones(len(slots))
         for layer, filled in enumerate(slots):
             held = np.zeros((len(filled), load.shape[2]))
             device, slot = np.nonzero(filled != EMPTY)
             held[device, filled[device, slot]] = 1
             share = of_layer(held, self.node, "nearest" if self.nearest else "even")
-            slowest = (load[:, layer] @ share.T * self.time).max(axis=1)
-            mean = load[:, layer].sum(axis=1) / (1 / self.time).sum()
-            if mean.any():
-                scores[layer] = (weight * slowest).sum() / (weight * mean).sum()
+            mean = (weight @ load[:, layer]).sum() / (1 / self.time).sum()
+            if mean:
+                slowest = weight @ (load[:, layer] @ share.T * self.time).max(axis=1)
+                together = (mixed[:, layer] @ share.T * self.time).max()
+                scores[layer] = (slowest + together) / (2 * mean)
         return scores
