@@ -259,6 +259,18 @@ def test_progress_is_reported_from_the_calling_thread(make_trace):
     assert all(line.seconds > 0 and line.phase for line, _ in seen)
 
 
+def test_progress_tells_the_seconds_of_all_phases(make_trace):
+    """Time goes on from phase to phase."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(3000, layers=6, experts=32))
+    problem = mt.Problem(stats, mt.Topology(4), max_imbalance=1.3, objective="traffic")
+    seen = []
+    result = mt.solve(problem, time_limit=4, progress=seen.append)
+    assert {"search", "bound"} <= {line.phase for line in seen}
+    seconds = [line.seconds for line in seen]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] <= result.seconds
+
+
 def test_error_in_progress_is_raised(make_trace):
     """What a callback raises is not swallowed."""
     stats = mt.RoutingStatistics.from_trace(make_trace(500, layers=12, experts=64))

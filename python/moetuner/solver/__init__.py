@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from moetuner.placement import Placement
@@ -114,7 +115,13 @@ def solve(
         raise ValueError(f"initial needs method joint or heuristic, got {method!r}")
 
     begin = time.perf_counter()
-    limits = Limits(time_limit, iterations, gap, threads, progress)
+
+    def report(line: Progress) -> None:
+        # Phases count their own seconds.
+        assert progress is not None
+        progress(replace(line, seconds=time.perf_counter() - begin))
+
+    limits = Limits(time_limit, iterations, gap, threads, progress and report)
     if initial is None:
         candidate = METHODS[method](problem, seed=seed, limits=limits)
     else:

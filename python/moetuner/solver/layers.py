@@ -35,11 +35,12 @@ CAPS = (1.02, 1.08, 1.2, 1.5, float("inf"))
 # Turns of all layers, each given its neighbours.
 ROUNDS = 3
 # Trials for a slot: of few windows more search brings more, and is cheap; one or two are soon
-# level; of many, the work is bounded, sixteen windows at a time. Where neighbouring layers count,
-# which are no window, moves cost what they say. Then trials of a layer at the least, or as much
-# work as few windows make of five times as many, and at the most.
-FEW, WORK, LANES, LINKED = {range(1, 4): 1000, range(4, 17): 10_000}, 60_000, 16, 600
+# level. Of many, the work is bounded: trials times windows, which are looked at LANES at a time.
+FEW, WORK, LANES = {range(1, 4): 1000, range(4, 17): 10_000}, 60_000, 16
+# Trials of a layer: the least, also as work, and the most.
 LEAST, LEAST_WORK, MOST = 20_000, 1_600_000, 1_500_000
+# Where neighbouring layers count: trials for a slot, and the least of a layer.
+LINKED, LEAST_LINKED = 600, 60_000
 # Share of a time limit for choosing how to search, and the seconds below which nothing is tried.
 LEARN_SHARE, LEARN_LEAST = 0.25, 0.1
 # Share of what is left for the searches for traffic.
@@ -60,7 +61,7 @@ def layers(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 def trials_of(slots: int, windows: int | None) -> int:
     """Say how many trials a layer of slots gets in windows, or (None) where neighbours count."""
     if windows is None:
-        return min(max(LINKED * slots, 3 * LEAST), MOST)
+        return min(max(LINKED * slots, LEAST_LINKED), MOST)
     lanes = -(-windows // LANES) * LANES
     per_slot = next((trials for some, trials in FEW.items() if windows in some), WORK // lanes)
     return min(max(per_slot * slots, LEAST, LEAST_WORK // lanes), MOST)

@@ -95,9 +95,12 @@ def noise_of(load: Floats, *, repeats: bool) -> Noise | None:
     weight = 1 / np.sqrt(FLOOR + feature[:, 1] + feature[:, 2])
     feature = feature if repeats else feature[:, :2]
     parts = _not_negative(feature * weight[:, None], np.concatenate(squares) * weight)
-    mean = float((feature @ parts).mean())
-    even, variance = parts[:2].tolist()
-    return Noise(even, float(parts[2]) if repeats else 0.0, variance, mean)
+    # Ranks on different processors round differently, and must find the same.
+    even, variance, own, mean = (
+        float(f"{value:.3g}")
+        for value in (*parts, *([] if repeats else [0.0]), (feature @ parts).mean())
+    )
+    return Noise(even, own, variance, mean)
 
 
 def _unexplained(share: Floats) -> Floats:

@@ -17,7 +17,10 @@ Status = Literal["optimal", "feasible", "gap_reached", "time_limit", "interrupte
 
 @dataclass(frozen=True)
 class Progress:
-    """One line of a long solve: seconds, phase, best objective and bound (None while unknown)."""
+    """One line of a long solve.
+
+    Seconds since it began, the phase, and the best objective and bound (None while unknown).
+    """
 
     seconds: float
     phase: str
