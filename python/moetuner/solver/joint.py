@@ -16,7 +16,7 @@ from moetuner.solver.chain import chain
 from moetuner.solver.clock import Clock
 from moetuner.solver.colocation import colocation, fits
 from moetuner.solver.heuristic import heuristic
-from moetuner.solver.least import bounded
+from moetuner.solver.least import bounded, proves_pairs
 from moetuner.solver.neighbourhood import neighbourhood
 from moetuner.solver.result import Candidate, Limits
 from moetuner.solver.searched import searched
@@ -43,7 +43,8 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """
     clock = Clock(limits)
     if not problem.is_plain or problem.counts_visits:
-        found = searched(problem, seed=seed, limits=clock.within(SEARCH_SHARE))
+        share = SEARCH_SHARE if proves_pairs(problem) else 1.0
+        found = searched(problem, seed=seed, limits=clock.within(share))
         return bounded(problem, found, clock.within())
 
     if limits.time_limit != 0:

@@ -46,6 +46,13 @@ def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
     return replace(found, bound=min(least, value), bound_source=source, status=status)
 
 
+def proves_pairs(problem: Problem) -> bool:
+    """Whether `bounded` proves what pairs cost at least, which takes time; all else is instant."""
+    alike = problem.topology.has_equal_devices and not problem.may_copy
+    follows = problem.goal == "time" and problem.regime == "follow"
+    return follows and alike and problem.devices > 1
+
+
 def least_balance(problem: Problem) -> float:
     """Below this no placement's balance can be."""
     measure = objective.measure(problem)
@@ -156,8 +163,7 @@ def _least_part(problem: Problem) -> Floats:
 def _least_pairs_us(problem: Problem, limits: Limits) -> tuple[float, str] | None:
     """Least microseconds that pairs cost on links whose ports are evenly used, and the proof."""
     assert problem.cost_model is not None
-    alike = problem.topology.has_equal_devices and not problem.may_copy
-    if problem.regime != "follow" or not alike or problem.devices == 1:
+    if not proves_pairs(problem):
         return None
     plain = replace(
         problem,
