@@ -44,8 +44,9 @@ Method = Callable[[Floats, NDArray[np.int64], int, int], Slots]
 DOMAINS = 10
 # Standard deviations of log loads: of an expert over all traffic; of a domain from it, which has
 # heavy tails; of a window from its domain, along directions that all windows or those of a domain
-# share, and on its own. Chosen so that contiguous, EPLB, FlashLB and annealing on the maximum come
-# within a hundredth to what a real model of this size gave on 8, 16 and 32 devices (RESULTS.md).
+# share, and on its own. Chosen so that methods come near to what a real model of this size gave on
+# 8, 16 and 32 devices: EPLB and FlashLB within 0.5 %, annealing on the maximum within 1.5 %,
+# contiguous within 3.3 % (RESULTS.md).
 EXPERT, DOMAIN, TAILS, WINDOW = 0.385, 0.584, 6, 0.252
 SHARED, SHARED_DIRECTIONS, DIRECTION, DIRECTIONS = 0.133, 4, 0.043, 3
 # Of eight experts that a token visits, one gets no more than an eighth of all visits.
