@@ -19,13 +19,11 @@ pub(super) fn squeeze(draft: &mut Draft<'_>, expert: u16) -> bool {
         seen[g] = true;
     }
     while let Some(g) = queue.pop_front() {
-        let mut vacant = None;
-        for slot in draft.slots(g).filter(|&slot| draft.releases(slot, g)) {
-            let held = draft.expert_in[slot];
-            if held == EMPTY || (draft.copies[usize::from(held)] > 1 && vacant.is_none()) {
-                vacant = Some(slot);
-            }
-        }
+        let free = |slot: &usize| draft.expert_in[*slot] == EMPTY;
+        let spare =
+            |slot: &usize| draft.releases(*slot, g) && draft.copies[usize::from(draft.expert_in[*slot])] > 1;
+        // The first empty slot: filled ones come first on every device.
+        let vacant = draft.slots(g).find(free).or_else(|| draft.slots(g).find(spare));
         if let Some(slot) = vacant {
             shift(draft, &mover, (slot, g), expert);
             return true;
