@@ -74,6 +74,14 @@ def test_balance_is_the_optimum(problem):
     assert least_balance(problem) <= best * (1 + 1e-9)
 
 
+def test_time_of_several_layers_without_transitions():
+    """A load table says nothing of pairs: what they cost at least is nothing."""
+    load = np.random.default_rng(0).integers(1, 60, (5, 3, 16))
+    problem = mt.Problem(mt.RoutingStatistics.from_load(load), mt.Topology(4), slots_per_device=5)
+    result = mt.solve(problem, iterations=500)
+    assert 0 < result.bound <= result.objective
+
+
 @st.composite
 def risky(draw):
     """Up to three layers of up to six experts on three devices, with copies where that is little.
