@@ -53,19 +53,14 @@ impl Windows {
             .zip(weight)
             .flat_map(|(row, w)| row.iter().map(move |x| x * w))
             .collect();
-        let mut variances = noise.map_or(vec![], |noise| noise::variances(load, weight, experts, noise));
+        let part = parts(&rows, experts);
+        let mut variances = noise.map_or(vec![], |noise| noise::variances(&rows, &part, experts, noise));
         if mixed > 0.0 {
-            let totals: Vec<f64> = rows.chunks_exact(experts).map(|row| row.iter().sum()).collect();
-            let all: f64 = totals.iter().sum();
-            let part = |w: usize| if all > 0.0 { totals[w] / all } else { 0.0 };
-            let over = |table: &[f64], e: usize, of: &dyn Fn(usize) -> f64| -> f64 {
-                (0..count).map(|w| of(w) * table[w * experts + e]).sum()
-            };
-            let mean: Vec<f64> = (0..experts).map(|e| over(&rows, e, &|_| 1.0 / count as f64)).collect();
             if noise.is_some() {
-                let own: Vec<f64> = (0..experts).map(|e| over(&variances, e, &|w| part(w).powi(2))).collect();
+                let own = combined(&variances, experts, |w| part[w].powi(2));
                 variances.extend(own);
             }
+            let mean = combined(&rows, experts, |_| 1.0 / count as f64);
             rows.extend(mean);
         }
         let windows = rows.len() / experts;
@@ -120,6 +115,24 @@ impl Windows {
     pub(super) fn is_weightless(&self) -> bool {
         self.values.iter().all(|&value| value == 0.0)
     }
+}
+
+/// Every window's part of all tokens `[W]`, of loads `[W, E]`.
+fn parts(rows: &[f64], experts: usize) -> Vec<f64> {
+    let totals: Vec<f64> = rows.chunks_exact(experts).map(|row| row.iter().sum()).collect();
+    let all: f64 = totals.iter().sum();
+    totals.iter().map(|total| if all > 0.0 { total / all } else { 0.0 }).collect()
+}
+
+/// Sum over windows of rows `[W, E]`, each times its factor.
+fn combined(rows: &[f64], experts: usize, factor: impl Fn(usize) -> f64) -> Vec<f64> {
+    let mut sum = vec![0.0; experts];
+    for (w, row) in rows.chunks_exact(experts).enumerate() {
+        for (sum, value) in sum.iter_mut().zip(row) {
+            *sum += factor(w) * value;
+        }
+    }
+    sum
 }
 
 /// Loads of devices, and what they cost.

@@ -277,28 +277,14 @@ fn ones<const N: usize>(mask: &[u64], rows: [&[u64]; N]) -> u64 {
 #[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
-    use crate::layer::Split;
     use crate::layer::balance::Windows;
     use crate::random::Random;
     use proptest::prelude::*;
 
     fn layer(room: Vec<usize>, experts: usize) -> Layer {
-        let d = room.len();
-        Layer {
-            experts,
-            room,
-            node: (0..d as u16).map(|device| device / 2).collect(),
-            time: vec![1.0; d],
-            split: Split::Even,
-            windows: Windows::new(&vec![0.0; experts], &[1.0], experts, 0, None, 0.0),
-            load: vec![0.0; experts],
-            cap: f64::INFINITY,
-            hold: vec![],
-            serve: vec![],
-            sets: None,
-            forbidden: vec![],
-            pinned: vec![],
-        }
+        let windows = Windows::new(&vec![0.0; experts], &[1.0], experts, 0, None, 0.0);
+        let node = (0..room.len() as u16).map(|device| device / 2).collect();
+        Layer { node, ..Layer::plain(room, experts, windows) }
     }
 
     proptest! {

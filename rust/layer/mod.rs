@@ -68,6 +68,27 @@ pub struct Layer {
 }
 
 impl Layer {
+    /// For tests: devices that are alike, in one node; nothing but the windows costs, and nothing is forbidden.
+    #[cfg(test)]
+    pub(crate) fn plain(room: Vec<usize>, experts: usize, windows: Windows) -> Self {
+        let devices = room.len();
+        Self {
+            experts,
+            room,
+            node: vec![0; devices],
+            time: vec![1.0; devices],
+            split: Split::Even,
+            windows,
+            load: vec![0.0; experts],
+            cap: f64::INFINITY,
+            hold: vec![],
+            serve: vec![],
+            sets: None,
+            forbidden: vec![],
+            pinned: vec![],
+        }
+    }
+
     /// Devices, D.
     #[must_use]
     pub fn devices(&self) -> usize {

@@ -18,16 +18,11 @@ pub struct Noise {
     pub variance: f64,
 }
 
-/// Own variances of experts in windows `[W, E]`, in squares of a window's load, of loads `[W, E]` and weights `[W]`.
-pub(super) fn variances(load: &[f64], weight: &[f64], experts: usize, noise: Noise) -> Vec<f64> {
+/// Own variances of experts in windows `[W, E]`, in squares of a window's load, of weighted loads `[W, E]` and every
+/// window's part of all tokens `[W]`.
+pub(super) fn variances(load: &[f64], part: &[f64], experts: usize, noise: Noise) -> Vec<f64> {
     let totals: Vec<f64> = load.chunks_exact(experts).map(|row| row.iter().sum()).collect();
     let share = |w: usize, e: usize| if totals[w] > 0.0 { load[w * experts + e] / totals[w] } else { 0.0 };
-    let tokens: f64 = totals.iter().zip(weight).map(|(total, weight)| total * weight).sum();
-    let part: Vec<f64> = totals
-        .iter()
-        .zip(weight)
-        .map(|(total, weight)| if tokens > 0.0 { total * weight / tokens } else { 0.0 })
-        .collect();
     let repeated: f64 = part.iter().map(|part| part * part).sum();
     let unbiased = if repeated < 1.0 { 1.0 / (1.0 - repeated) } else { 0.0 };
     let among: Vec<f64> = (0..experts)
@@ -54,7 +49,7 @@ pub(super) fn variances(load: &[f64], weight: &[f64], experts: usize, noise: Noi
 mod tests {
     use super::*;
     use crate::layer::balance::{Balance, Windows};
-    use crate::layer::{Contents, EMPTY, Layer, Split};
+    use crate::layer::{Contents, EMPTY, Layer};
     use proptest::prelude::*;
 
     proptest! {
@@ -71,21 +66,7 @@ mod tests {
             let [even, share, variance] = noise;
             let noise = Noise { even, share, variance };
             let weight = vec![1.0; load.len()];
-            let layer = Layer {
-                experts: 6,
-                room: vec![3; 3],
-                node: vec![0; 3],
-                time: vec![1.0; 3],
-                split: Split::Even,
-                windows: Windows::new(&rows, &weight, 6, norm, Some(noise), mixed),
-                load: vec![0.0; 6],
-                cap: f64::INFINITY,
-                hold: vec![],
-                serve: vec![],
-                sets: None,
-                forbidden: vec![],
-                pinned: vec![],
-            };
+            let layer = Layer::plain(vec![3; 3], 6, Windows::new(&rows, &weight, 6, norm, Some(noise), mixed));
             let mut slots = vec![0, 1, EMPTY, 2, 3, EMPTY, 4, 5, EMPTY];
             slots[if copied < 2 { 5 } else { 2 }] = copied;
             let contents = Contents::new(&layer, slots);

@@ -87,11 +87,10 @@ impl Layers {
             .into_iter()
             .flatten()
             .all(|dim| dim == (l, e, d));
-        let quiet =
-            noise.is_none_or(|(a, b, c)| [a, b, c].iter().all(|part| part.is_finite() && *part >= 0.0));
+        let parts = noise.map_or([0.0; 3], |(even, share, variance)| [even, share, variance]);
+        let counts = parts.iter().chain([&mixed]).all(|part| part.is_finite() && *part >= 0.0);
         let noise = noise.map(|(even, share, variance)| Noise { even, share, variance });
-        let quiet = quiet && mixed.is_finite() && mixed >= 0.0;
-        if !shaped || ![0, 2, 4, 8, 16].contains(&norm) || !quiet {
+        if !shaped || ![0, 2, 4, 8, 16].contains(&norm) || !counts {
             let rule = format!(
                 "weights [{w}], slots [{l}, {d}], times [{d}], tables [{l}, {e}, {d}], norm 0, 2, 4, 8 or 16, noise and mixed of at least 0"
             );

@@ -215,16 +215,16 @@ class _Trial:
         """Imbalance of slots [L,D,S] on the windows of a part and on their mean, of every layer."""
         out = self.fold == part
         load, weight = self.load[out], self.weight[out]
-        mixed = np.einsum("w,wle->le", weight, load)[None]
+        mixed = np.einsum("w,wle->le", weight, load)
         scores = np.ones(len(slots))
         for layer, filled in enumerate(slots):
             held = np.zeros((len(filled), load.shape[2]))
             device, slot = np.nonzero(filled != EMPTY)
             held[device, filled[device, slot]] = 1
             share = of_layer(held, self.node, "nearest" if self.nearest else "even")
-            mean = (weight @ load[:, layer]).sum() / (1 / self.time).sum()
+            mean = mixed[layer].sum() / (1 / self.time).sum()
             if mean:
                 slowest = weight @ (load[:, layer] @ share.T * self.time).max(axis=1)
-                together = (mixed[:, layer] @ share.T * self.time).max()
+                together = (share @ mixed[layer] * self.time).max()
                 scores[layer] = (slowest + together) / (2 * mean)
         return scores
