@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+BASE   := $(VENV)/base.stamp
 TOOLS  := $(VENV)/tools.stamp
 CORE   := python/moetuner/_core.abi3.so
 RUST   := Cargo.toml Cargo.lock $(shell find rust -name '*.rs')
@@ -18,20 +19,24 @@ help:  ## show this menu
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
-$(TOOLS): pyproject.toml
+$(BASE): pyproject.toml
 	@command -v cargo > /dev/null || { echo 'make: cargo not found; install Rust from https://rustup.rs' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo 'make: Python 3.10 or newer is needed: make PYTHON=python3.12' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --group build
+	@touch $@
+
+$(TOOLS): $(BASE)
 	$(BIN)/python -m pip install --quiet --group dev
 	@touch $@
 
-$(CORE): $(TOOLS) $(RUST)
+$(CORE): $(BASE) $(RUST)
 	PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
 	@touch $@
 
-setup: $(CORE)  ## make .venv with the package (editable) and the tools
+setup: $(CORE) $(TOOLS)  ## make .venv with the package (editable) and the tools
 
 demo: $(CORE)  ## run the whole flow on the bundled trace
 	$(BIN)/moetuner demo
@@ -49,7 +54,7 @@ fix: $(TOOLS)  ## format, and mend what the linters can mend
 	$(BIN)/ruff format
 	cargo fmt
 
-types: $(CORE)  ## mypy, and the stub against the built core
+types: $(CORE) $(TOOLS)  ## mypy, and the stub against the built core
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest --ignore-disjoint-bases moetuner._core
 
@@ -57,17 +62,17 @@ test-rust:  ## tests of the core alone
 	@if cargo nextest --version > /dev/null 2>&1; then cargo nextest run; else cargo test --lib --tests; fi
 	cargo test --quiet --doc
 
-test-python: $(CORE)  ## tests of the package
+test-python: $(CORE) $(TOOLS)  ## tests of the package
 	$(BIN)/python -m pytest -q
 
-wheel: $(TOOLS)  ## build dist/*.whl
+wheel: $(BASE)  ## build dist/*.whl
 	rm -rf dist
 	$(BIN)/maturin build --release --quiet --out dist
 
 test-wheel: wheel  ## install the wheel into a fresh environment and use it there
 	tests/wheel.sh $(BIN)/python dist/*.whl
 
-bench: $(CORE)  ## one file per question, each prints its answer (quick settings)
+bench: $(CORE) $(TOOLS)  ## one file per question, each prints its answer (quick settings)
 	$(BIN)/python bench/transitions.py --repeat 3
 	$(BIN)/python bench/statistics_file.py --bytes 200000000
 	$(BIN)/python bench/replay.py --repeat 3
