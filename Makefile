@@ -29,7 +29,7 @@ $(BASE): pyproject.toml
 	@touch $@
 
 $(TOOLS): $(BASE)
-	$(BIN)/python -m pip install --quiet --group dev
+	$(BIN)/python -m pip install --quiet --group test
 	@touch $@
 
 $(CORE): $(BASE) $(RUST)
