@@ -8,7 +8,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use rayon::prelude::*;
 
-use super::{array2, array3, contiguous, detached};
+use super::{alone, array2, array3, contiguous, detached};
 use crate::error::Error;
 use crate::replay::{Copies, Split};
 use crate::sets::Sets;
@@ -110,13 +110,13 @@ pub(super) fn merge_sets<'py>(
         return Err(Error::Shape { what: "sets", rule, found }.into());
     }
     let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
-    let merged = py.detach(|| {
+    let merged = alone(py, || {
         let mut sets = Sets::new(top_k);
         for (ids, &count) in ids.chunks_exact(top_k).zip(counts) {
             sets.add(ids.iter().copied(), count);
         }
         sets.finish()
-    });
+    })?;
     set_arrays(py, top_k, merged)
 }
 
@@ -172,15 +172,16 @@ impl StatisticsCounter {
         })??))
     }
 
-    fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Counts<'py>> {
+    #[pyo3(signature = (threads = None))]
+    fn finish<'py>(&mut self, py: Python<'py>, threads: Option<usize>) -> PyResult<Counts<'py>> {
         let counter = self.counter.take().ok_or_else(finished)?;
         let Routing { layers, experts, top_k } = self.routing;
-        let (counted, sets) = py.detach(|| {
+        let (counted, sets) = detached(py, threads, || {
             let mut counted = counter.finish();
             let sets = std::mem::take(&mut counted.sets);
             let sets: Vec<_> = sets.into_par_iter().map(Sets::finish).collect();
             (counted, sets)
-        });
+        })?;
         let sets = sets.into_iter().map(|sets| set_arrays(py, top_k, sets)).collect::<PyResult<Vec<_>>>()?;
         if let Some(coactivation) = &self.coactivation {
             let mut tables = coactivation.bind(py).readwrite();
@@ -277,7 +278,7 @@ impl Replay {
 
     fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Tallied<'py>> {
         let replay = self.replay.take().ok_or_else(finished)?;
-        let tally = py.detach(|| replay.finish());
+        let tally = alone(py, || replay.finish())?;
         let (layers, d) = (self.routing.layers, self.devices);
         Ok((
             tally.tokens,
