@@ -143,7 +143,7 @@ class _Part:
         """Give what was counted, and replay once more in mixed order."""
         rules = self._rules
         tokens, load, follow, visits, node_visits = self._replay.finish()
-        expert_load = None if self._experts is None else self._experts.finish()[1]
+        expert_load = None if self._experts is None else self._experts.finish(rules.threads)[1]
         return Counts(
             tokens=tokens,
             load=load,

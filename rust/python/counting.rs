@@ -8,7 +8,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use rayon::prelude::*;
 
-use super::{alone, array2, array3, contiguous, detached};
+use super::{alone, array2, array3, contiguous, detached, zeros3};
 use crate::error::Error;
 use crate::replay::{Copies, Split};
 use crate::sets::Sets;
@@ -139,14 +139,14 @@ impl StatisticsCounter {
         if window == Some(0) {
             return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
         }
-        let table = |wanted: bool, n: usize| -> Option<Py<PyArray3<u64>>> {
-            wanted.then(|| PyArray3::zeros(py, (n, num_experts, num_experts), false).unbind())
+        let table = |wanted: bool, n: usize| -> PyResult<Option<Py<PyArray3<u64>>>> {
+            wanted.then(|| zeros3(py, [n, num_experts, num_experts])).transpose()
         };
         Ok(Self {
             routing,
             counter: Some(Counter::new(routing, window, sets)),
-            transitions: table(transitions, layers - 1),
-            coactivation: table(coactivation, layers),
+            transitions: table(transitions, layers - 1)?,
+            coactivation: table(coactivation, layers)?,
         })
     }
 
@@ -158,18 +158,20 @@ impl StatisticsCounter {
         threads: Option<usize>,
         checked: bool,
     ) -> PyResult<()> {
-        let counter = self.counter.as_mut().ok_or_else(finished)?;
         expert_ids.check(self.routing)?;
+        // Counts that a panic left behind are nobody's.
+        let mut counter = self.counter.take().ok_or_else(finished)?;
         let lend = |table: &Option<Py<PyArray3<u64>>>| table.as_ref().map(|table| table.bind(py).readwrite());
         let (mut transitions, mut coactivation) = (lend(&self.transitions), lend(&self.coactivation));
         let mut tables = Tables {
             transitions: transitions.as_mut().map(|table| table.as_slice_mut()).transpose()?,
             coactivation: coactivation.as_mut().map(|table| table.as_slice_mut()).transpose()?,
         };
-        with_ids!(expert_ids, ids => Ok(detached(py, threads, || {
-            if checked { counter.push_valid(ids, &mut tables) } else { counter.push(ids, &mut tables)? }
-            Ok::<(), Error>(())
-        })??))
+        let counted = with_ids!(expert_ids, ids => detached(py, threads, || {
+            if checked { counter.push_valid(ids, &mut tables) } else { counter.push(ids, &mut tables) }
+        })?);
+        self.counter = Some(counter);
+        Ok(counted?)
     }
 
     #[pyo3(signature = (threads = None))]
@@ -256,7 +258,7 @@ impl Replay {
         let slots = contiguous(slots.as_slice().ok())?;
         let copies = Copies::new(slots, routing, per_device, &node_of_device, split)?;
         let nodes = copies.nodes();
-        let replay = Some(crate::replay::Replay::new(routing, copies, window, pairs));
+        let replay = Some(crate::replay::Replay::new(routing, copies, window, pairs)?);
         Ok(Self { routing, devices, nodes, replay })
     }
 
@@ -268,12 +270,13 @@ impl Replay {
         threads: Option<usize>,
         checked: bool,
     ) -> PyResult<()> {
-        let replay = self.replay.as_mut().ok_or_else(finished)?;
         expert_ids.check(self.routing)?;
-        with_ids!(expert_ids, ids => Ok(detached(py, threads, || {
-            if checked { replay.push_valid(ids) } else { replay.push(ids)? }
-            Ok::<(), Error>(())
-        })??))
+        let mut replay = self.replay.take().ok_or_else(finished)?;
+        let counted = with_ids!(expert_ids, ids => detached(py, threads, || {
+            if checked { replay.push_valid(ids) } else { replay.push(ids) }
+        })?);
+        self.replay = Some(replay);
+        Ok(counted?)
     }
 
     fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Tallied<'py>> {

@@ -3,8 +3,8 @@
 use numpy::{PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
-use super::{alone, array3, caught, contiguous, deadline, detached, slice, watched};
-use crate::error::Error;
+use super::{alone, array3, contiguous, deadline, detached, slice, watched};
+use crate::error::{Error, SLOTS, room_for};
 use crate::layer::balance::Windows;
 use crate::layer::fanout;
 use crate::layer::noise::Noise;
@@ -94,6 +94,17 @@ impl Layers {
             );
             return Err(Error::Shape { what: "layers", rule, found: "others".into() }.into());
         }
+        // Copied tables, and windows in the form of the search, of experts and of devices.
+        let per_device = room.iter().copied().max().unwrap_or(0).max(0) as usize;
+        if d.saturating_mul(per_device) > SLOTS {
+            let rule = format!("at most {SLOTS} slots in a layer, all devices as wide as the widest");
+            return Err(Error::Shape { what: "room", rule, found: format!("{d} x {per_device}") }.into());
+        }
+        room_for("windows", &[l, w.next_multiple_of(16) + 16, e + d, 4 * size_of::<f64>()])?;
+        let tables = usize::from(hold.is_some()) * 8
+            + usize::from(forbidden.is_some())
+            + usize::from(pinned.is_some());
+        room_for("rules", &[l, e, d, 2 * tables])?;
         let layers = (0..l).map(|l| {
             let rows: Vec<f64> = load.slice(numpy::ndarray::s![.., l, ..]).iter().copied().collect();
             let floats = |table: &Option<PyReadonlyArray3<'_, f64>>| {
@@ -147,7 +158,6 @@ impl Layers {
             sets.node_cost = node_cost * layer.windows.scale;
             layer.sets = Some(sets);
         }
-        let per_device = room.iter().copied().max().unwrap_or(0).max(0) as usize;
         Ok(Self { layers, per_device })
     }
 

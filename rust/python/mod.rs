@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use numpy::ndarray::{Array2, Array3};
 use numpy::{IntoPyArray, PyArray2, PyArray3, PyReadonlyArray3};
-use pyo3::exceptions::{PyKeyboardInterrupt, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::Error;
@@ -27,7 +27,10 @@ use pools::with_pool;
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
-        PyValueError::new_err(error.to_string())
+        match error {
+            Error::Memory { .. } => PyMemoryError::new_err(error.to_string()),
+            _ => PyValueError::new_err(error.to_string()),
+        }
     }
 }
 
@@ -142,6 +145,13 @@ fn watched<T: Send>(
 /// A table as a slice, an empty one where there is none.
 fn slice<'a, T: numpy::Element>(array: Option<&'a PyReadonlyArray3<'_, T>>) -> PyResult<&'a [T]> {
     array.map_or(Ok(&[]), |array| contiguous(array.as_slice().ok()))
+}
+
+/// A table of zeros; what memory cannot hold is a `MemoryError`, not a panic.
+fn zeros3<T: numpy::Element>(py: Python<'_>, shape: [usize; 3]) -> PyResult<Py<PyArray3<T>>> {
+    // numpy refuses, and the binding panics over it.
+    caught(|| PyArray3::zeros(py, shape, false).unbind())
+        .map_err(|panic| PyErr::take(py).map_or(panic, |_| PyMemoryError::new_err("out of memory")))
 }
 
 fn array3<T: numpy::Element>(

@@ -9,7 +9,7 @@ use numpy::{
 };
 use pyo3::prelude::*;
 
-use super::{array2, array3, caught, contiguous, deadline, detached, slice, watched};
+use super::{array2, array3, contiguous, deadline, detached, slice, watched};
 use crate::colocation::Layout;
 use crate::error::Error;
 use crate::instance::{Instance, Sizes};
