@@ -32,7 +32,9 @@ __all__ = [
 
 _ExpertIds = NDArray[np.uint8] | NDArray[np.uint16]
 
-def validate(expert_ids: _ExpertIds, num_experts: int, first_token: int = 0) -> None:
+def validate(
+    expert_ids: _ExpertIds, num_experts: int, first_token: int = 0, threads: int | None = None
+) -> None:
     """Check expert ids [T,L,K]: in range, and no expert twice in one token and layer.
 
     Raises ``ValueError`` naming the first faulty token (counted from ``first_token``), layer and

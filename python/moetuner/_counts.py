@@ -104,7 +104,7 @@ def of_trace(trace: RoutingTrace, rules: Rules) -> tuple[Counts, dict[str, Count
                 names.append(name)
                 parts.append(_Part(trace, rules, mine))
     first = 0
-    for shard in trace.shards():
+    for shard in trace.shards(threads=rules.threads):
         for part in parts:
             part.push(shard, first)
         first += len(shard)

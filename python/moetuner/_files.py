@@ -71,7 +71,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.close(lock)
     except OSError as error:
         # That of another file says so.
-        if error.filename not in (None, str(temporary), str(path)):
+        named = None if error.filename is None else str(error.filename)
+        if named not in (None, str(temporary), str(path)) and not named.endswith(TEMPORARY):
             raise
         text = error.strerror or str(error)
         raise OSError(error.errno or errno.EIO, text, str(path)) from error

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 LONGEST = 300
 LONGEST_NAME = 60
+# Without a space in between: a path may have many letters, a name or a list has no use for them.
+LONG_WORD = re.compile(r"\S{241,}")
 
 
 def printable(text: str, most: int = LONGEST) -> str:
@@ -11,9 +15,13 @@ def printable(text: str, most: int = LONGEST) -> str:
 
     Escape sequences would be obeyed by a terminal, and line ends would break an error's one line.
     """
-    # What is cut off anyway is not looked at.
-    shown = clean(" ".join(text[: most + LONGEST].split()))
+    shown = line(" ".join(text.split()))
     return shown if len(shown) <= most else shown[:most] + "..."
+
+
+def line(text: str) -> str:
+    """Return a line as it may be shown, with the middle of very long words left out."""
+    return clean(LONG_WORD.sub(lambda word: name(word[0]), text))
 
 
 def name(text: str) -> str:

@@ -91,7 +91,9 @@ def check_sizes(shape: tuple[int, ...], dtype: np.dtype[np.generic], num_experts
     _core.validate(np.empty((0, layers, min(top_k, LAYER_LIMIT + 1)), dtype=U8), num_experts)
 
 
-def valid(ids: NDArray[np.generic], num_experts: int, first_token: int = 0) -> IdArray:
+def valid(
+    ids: NDArray[np.generic], num_experts: int, first_token: int = 0, threads: int | None = None
+) -> IdArray:
     """Validate integer ids [T,L,K] and give them as C-contiguous uint8 or uint16.
 
     Raises
@@ -111,7 +113,7 @@ def valid(ids: NDArray[np.generic], num_experts: int, first_token: int = 0) -> I
                 f"expert id {value} is {rule}"
             )
     narrow = cast(IdArray, np.ascontiguousarray(ids, dtype=dtype))
-    _core.validate(narrow, num_experts, first_token)
+    _core.validate(narrow, num_experts, first_token, threads)
     return narrow
 
 

@@ -150,7 +150,7 @@ class RoutingStatistics:
             coactivation=coactivation,
             sets=sets,
         )
-        for shard in trace.shards(SHARD_BYTES):
+        for shard in trace.shards(SHARD_BYTES, threads=threads):
             counter.push(shard, threads, checked=trace.ids.fresh)
             del shard  # else the next shard is read while this one is still held
         _, load, pairs, together, found = counter.finish(threads)

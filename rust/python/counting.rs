@@ -8,7 +8,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use rayon::prelude::*;
 
-use super::{alone, array2, array3, contiguous, detached, zeros3};
+use super::{alone, array2, array3, caught, contiguous, detached, zeros3};
 use crate::error::Error;
 use crate::replay::{Copies, Split};
 use crate::sets::Sets;
@@ -58,16 +58,17 @@ macro_rules! with_ids {
 }
 
 #[pyfunction]
-#[pyo3(signature = (expert_ids, num_experts, first_token = 0))]
+#[pyo3(signature = (expert_ids, num_experts, first_token = 0, threads = None))]
 pub(super) fn validate(
     py: Python<'_>,
     expert_ids: Ids<'_>,
     num_experts: usize,
     first_token: u64,
+    threads: Option<usize>,
 ) -> PyResult<()> {
     let &[_, layers, top_k] = expert_ids.shape() else { unreachable!("the array has three dimensions") };
     let routing = Routing::new(layers, num_experts, top_k)?;
-    with_ids!(expert_ids, ids => Ok(detached(py, None, || crate::trace::validate(ids, routing, first_token))??))
+    with_ids!(expert_ids, ids => Ok(detached(py, threads, || crate::trace::validate(ids, routing, first_token))??))
 }
 
 /// Counts a trace shard by shard.
@@ -256,7 +257,7 @@ impl Replay {
             }
         };
         let slots = contiguous(slots.as_slice().ok())?;
-        let copies = Copies::new(slots, routing, per_device, &node_of_device, split)?;
+        let copies = caught(|| Copies::new(slots, routing, per_device, &node_of_device, split))??;
         let nodes = copies.nodes();
         let replay = Some(crate::replay::Replay::new(routing, copies, window, pairs)?);
         Ok(Self { routing, devices, nodes, replay })

@@ -3,7 +3,7 @@
 use numpy::{PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
-use super::{alone, array3, contiguous, deadline, detached, slice, watched};
+use super::{alone, array3, caught, contiguous, deadline, detached, slice, watched};
 use crate::error::{Error, SLOTS, room_for};
 use crate::layer::balance::Windows;
 use crate::layer::fanout;
@@ -184,7 +184,8 @@ impl Layers {
             let rule = format!("shape [{l}, {d}, {}]", self.per_device);
             return Err(Error::Shape { what: "start", rule, found: format!("{:?}", start.shape()) }.into());
         }
-        let begin = contents_of(&self.layers, contiguous(start.as_slice().ok())?, self.per_device);
+        let start = contiguous(start.as_slice().ok())?;
+        let begin = caught(|| contents_of(&self.layers, start, self.per_device))?;
         let transitions = slice(transitions.as_ref())?;
         let cost: Vec<f64> = link_cost.map_or(vec![], |cost| cost.as_array().iter().copied().collect());
         let links = Links { transitions, cost: &cost };

@@ -9,7 +9,7 @@ use numpy::{
 };
 use pyo3::prelude::*;
 
-use super::{array2, array3, contiguous, deadline, detached, slice, watched};
+use super::{array2, array3, caught, contiguous, deadline, detached, slice, watched};
 use crate::colocation::Layout;
 use crate::error::Error;
 use crate::instance::{Instance, Sizes};
@@ -23,14 +23,11 @@ fn instance_of(
     per_device: usize,
     [transitions, coactivation]: [Option<&PyReadonlyArray3<'_, u64>>; 2],
 ) -> PyResult<Instance> {
-    Ok(Instance::new(
-        sizes_of(load, cost, per_device),
-        contiguous(load.as_slice().ok())?,
-        slice(transitions)?,
-        slice(coactivation)?,
-        contiguous(cap.as_slice().ok())?,
-        contiguous(cost.as_slice().ok())?,
-    )?)
+    let sizes = sizes_of(load, cost, per_device);
+    let (transitions, coactivation) = (slice(transitions)?, slice(coactivation)?);
+    let load = contiguous(load.as_slice().ok())?;
+    let (cap, cost) = (contiguous(cap.as_slice().ok())?, contiguous(cost.as_slice().ok())?);
+    Ok(caught(|| Instance::new(sizes, load, transitions, coactivation, cap, cost))??)
 }
 
 fn sizes_of(load: &PyReadonlyArray2<'_, u64>, cost: &PyReadonlyArray2<'_, i64>, per_device: usize) -> Sizes {

@@ -82,7 +82,7 @@ class OutFile(click.Path):
         _claim(ctx, param, path, writes=True)
         if path.exists() and not path.is_file():
             return path  # a pipe or a device, which is written to
-        folder = Path(os.path.realpath(path)).parent
+        folder = (Path(os.path.realpath(path)) if path.is_symlink() else path).parent
         if not folder.is_dir():
             self.fail(f"directory '{folder}' does not exist; make it first", param, ctx)
         if not os.access(folder, os.W_OK):

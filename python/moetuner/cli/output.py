@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moetuner._files import descriptor_of, replacing
-from moetuner._text import clean, name
+from moetuner._text import line, name
 
 # Output that goes to a file or another program is not fitted to any screen.
 UNLIMITED = 1000
@@ -42,8 +42,8 @@ class Output:
     def say(self, text: str = "") -> None:
         """Print a line, or several; names in it may not do more than be seen."""
         if not self._quiet:
-            for line in text.split("\n"):
-                self._console.print(clean(line), soft_wrap=True)
+            for each in text.split("\n"):
+                self._console.print(line(each), soft_wrap=True)
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print aligned columns: the first to the left, numbers to the right."""
