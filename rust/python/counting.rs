@@ -8,8 +8,8 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use rayon::prelude::*;
 
-use super::{alone, array2, array3, caught, contiguous, detached, zeros3};
-use crate::error::Error;
+use super::{alone, array2, array3, caught, contiguous, detached};
+use crate::error::{Error, room_for};
 use crate::replay::{Copies, Split};
 use crate::sets::Sets;
 use crate::statistics::{Counter, Tables};
@@ -141,7 +141,11 @@ impl StatisticsCounter {
             return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
         }
         let table = |wanted: bool, n: usize| -> PyResult<Option<Py<PyArray3<u64>>>> {
-            wanted.then(|| zeros3(py, [n, num_experts, num_experts])).transpose()
+            if !wanted {
+                return Ok(None);
+            }
+            room_for("tables", &[n, num_experts, num_experts, size_of::<u64>()])?;
+            Ok(Some(PyArray3::zeros(py, (n, num_experts, num_experts), false).unbind()))
         };
         Ok(Self {
             routing,

@@ -147,13 +147,6 @@ fn slice<'a, T: numpy::Element>(array: Option<&'a PyReadonlyArray3<'_, T>>) -> P
     array.map_or(Ok(&[]), |array| contiguous(array.as_slice().ok()))
 }
 
-/// A table of zeros; what memory cannot hold is a `MemoryError`, not a panic.
-fn zeros3<T: numpy::Element>(py: Python<'_>, shape: [usize; 3]) -> PyResult<Py<PyArray3<T>>> {
-    // numpy refuses, and the binding panics over it.
-    caught(|| PyArray3::zeros(py, shape, false).unbind())
-        .map_err(|panic| PyErr::take(py).map_or(panic, |_| PyMemoryError::new_err("out of memory")))
-}
-
 fn array3<T: numpy::Element>(
     py: Python<'_>,
     shape: (usize, usize, usize),
