@@ -37,6 +37,14 @@ pub enum Error {
         /// The expert.
         expert: usize,
     },
+    /// More than memory can hold.
+    #[error("{what} would need {} MiB, more than memory can hold", bytes >> 20)]
+    Memory {
+        /// What is to be held.
+        what: &'static str,
+        /// How much that is; [`usize::MAX`] where it cannot be counted.
+        bytes: usize,
+    },
     /// A token that visits one expert twice in one layer.
     #[error(
         "expert_ids: token {token}, layer {layer}: expert id {expert} appears twice; a token's experts must differ"
@@ -53,3 +61,31 @@ pub enum Error {
 
 /// Shorthand for results of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// Slots that a layer has at most, all devices as wide as the widest: they are counted in 16 bits.
+pub const SLOTS: usize = 1 << 16;
+
+/// Refuses what memory cannot hold, `sizes` times each other in bytes, before any of it is asked for.
+///
+/// An allocation that fails ends the process, whoever else lives in it. So whatever is made of sizes that come from
+/// input asks here first.
+pub fn room_for(what: &'static str, sizes: &[usize]) -> Result<()> {
+    let bytes = sizes.iter().fold(1usize, |product, &size| product.saturating_mul(size));
+    let reserved = Vec::<u8>::new().try_reserve_exact(bytes);
+    reserved.map_err(|_| Error::Memory { what, bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What no address space holds is an error, whether or not the product can be counted.
+    #[test]
+    fn what_memory_cannot_hold_is_an_error() {
+        for sizes in [&[1 << 30, 1 << 30][..], &[usize::MAX, 8], &[isize::MAX as usize, 1]] {
+            assert!(matches!(room_for("tables", sizes), Err(Error::Memory { .. })));
+        }
+        assert_eq!(room_for("tables", &[0, usize::MAX]), Ok(()));
+        assert_eq!(room_for("tables", &[1 << 10, 8]), Ok(()));
+    }
+}

@@ -1,6 +1,6 @@
 //! The placement problem as the search sees it: pair costs in 32 bits, loads and caps in 64.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, SLOTS, room_for};
 
 /// Sizes of a placement problem. Slots are numbered device by device; slot p is on device `p / per_device`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,8 +109,8 @@ impl Instance {
         check("coactivation", coactivation.len(), &[0, layers * table])?;
         check("cap", cap.len(), &[layers * devices])?;
         check("cost", cost.len(), &[devices * devices])?;
-        if slots > 1 << 16 {
-            let rule = "at most 65536 slots in a layer".to_string();
+        if slots > SLOTS {
+            let rule = format!("at most {SLOTS} slots in a layer");
             return Err(Error::Shape { what: "slots", rule, found: slots.to_string() });
         }
         if slots < experts {
@@ -126,6 +126,12 @@ impl Instance {
             let found = format!("{} from device {} to {}", cost[at], at / devices, at % devices);
             return Err(Error::Shape { what: "cost", rule, found });
         }
+
+        // Padded pairs, the differences of devices, and the prices of a search.
+        let tables = [transitions, coactivation].map(|counts| counts.len() / table.max(1));
+        room_for("pairs of slots", &[(tables[0] + tables[1]) * slots, slots, size_of::<i32>()])?;
+        room_for("pairs of devices", &[devices, devices, size_of::<Vec<(u32, i32)>>()])?;
+        room_for("prices", &[layers, devices, slots, size_of::<i64>()])?;
 
         let dearest = cost.iter().copied().max().unwrap_or(0).max(1) as u128;
         let heaviest = heaviest(transitions, experts) + heaviest(coactivation, experts);

@@ -8,7 +8,7 @@ mod planes;
 use planes::Planes;
 use rayon::prelude::*;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, SLOTS, room_for};
 use crate::pairs::{SHORT_BLOCK, Side, block};
 use crate::random::scale;
 use crate::statistics::{Windows, by_layers, by_window};
@@ -61,9 +61,9 @@ impl Copies {
         let Routing { layers, experts, .. } = routing;
         let devices = node_of_device.len();
         let p = devices * per_device;
-        if slots.len() != layers * p || p == 0 || p > 1 << 16 {
+        if slots.len() != layers * p || p == 0 || p > SLOTS {
             let rule =
-                format!("{layers} layers x {devices} devices x {per_device} slots, at most 65536 a layer");
+                format!("{layers} layers x {devices} devices x {per_device} slots, at most {SLOTS} a layer");
             return Err(Error::Shape { what: "slots", rule, found: format!("{} values", slots.len()) });
         }
         let mut copies = Vec::with_capacity(layers);
@@ -229,30 +229,31 @@ pub struct Replay {
 impl Replay {
     /// Nothing replayed yet; `window` tokens make a window, the whole trace where there is no number. Without `with_pairs`
     /// no traffic is counted.
-    #[must_use]
-    pub fn new(routing: Routing, copies: Copies, window: Option<u64>, with_pairs: bool) -> Self {
+    pub fn new(routing: Routing, copies: Copies, window: Option<u64>, with_pairs: bool) -> Result<Self> {
         let planes = Planes::new(&copies, routing);
         let columns = planes.as_ref().map_or(copies.slots, Planes::columns);
         let table = if with_pairs { columns * columns } else { 0 };
-        Self {
+        let layers = routing.layers - 1;
+        room_for("traffic", &[layers, table.saturating_add(copies.devices * copies.devices), 8])?;
+        Ok(Self {
             pairs: (0..routing.layers).map(|l| vec![0; if l > 0 { table } else { 0 }]).collect(),
             windows: Windows::new(routing.layers, 2 * copies.devices + copies.nodes(), window),
             planes,
             routing,
             copies,
-        }
+        })
     }
 
     /// Validates and replays the next tokens of the trace, `[tokens, layers, top_k]`.
     pub fn push<I: ExpertId>(&mut self, ids: &[I]) -> Result<()> {
         validate(ids, self.routing, self.windows.tokens)?;
-        self.push_valid(ids);
-        Ok(())
+        self.push_valid(ids)
     }
 
     /// Replays the next tokens of the trace, which have passed [`validate`] since nobody could change them.
-    pub fn push_valid<I: ExpertId>(&mut self, ids: &[I]) {
+    pub fn push_valid<I: ExpertId>(&mut self, ids: &[I]) -> Result<()> {
         let Self { routing, copies, planes, windows, pairs } = self;
+        windows.room_for(ids.len() / routing.row())?;
         let top_k = routing.top_k;
         let size = 2 * copies.devices + copies.nodes();
         let tokens = if planes.is_some() { SHORT_BLOCK } else { block(copies.slots, top_k) };
@@ -303,6 +304,7 @@ impl Replay {
             copies.count_served(ids, *routing);
             windows.tokens += (ids.len() / routing.row()) as u64;
         }
+        Ok(())
     }
 
     /// What was counted.

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::error::Result;
+use crate::error::{Result, room_for};
 use crate::pairs::{SHORT_BLOCK, Side, block};
 use crate::sets::Sets;
 use crate::trace::{ExpertId, Routing, validate};
@@ -58,13 +58,13 @@ impl Counter {
     /// A shard that does not pass leaves everything as it was.
     pub fn push<I: ExpertId>(&mut self, ids: &[I], tables: &mut Tables<'_>) -> Result<()> {
         validate(ids, self.routing, self.windows.tokens)?;
-        self.push_valid(ids, tables);
-        Ok(())
+        self.push_valid(ids, tables)
     }
 
     /// Counts the next tokens of the trace, which have passed [`validate`] since nobody could change them.
-    pub fn push_valid<I: ExpertId>(&mut self, ids: &[I], tables: &mut Tables<'_>) {
+    pub fn push_valid<I: ExpertId>(&mut self, ids: &[I], tables: &mut Tables<'_>) -> Result<()> {
         let Self { routing, windows, sets } = self;
+        windows.room_for(ids.len() / routing.row())?;
         let Routing { experts, top_k, .. } = *routing;
         let table = experts * experts;
         let first = windows.tokens;
@@ -105,6 +105,7 @@ impl Counter {
             },
         );
         windows.tokens += (ids.len() / routing.row()) as u64;
+        Ok(())
     }
 
     /// Everything that was counted.
@@ -143,6 +144,14 @@ pub(crate) struct Windows {
 impl Windows {
     pub(crate) fn new(layers: usize, size: usize, length: Option<u64>) -> Self {
         Self { length, tokens: 0, size, counts: vec![Vec::new(); layers] }
+    }
+
+    /// Refuses so many more tokens if their windows, and a copy of them in the end, are more than memory can hold.
+    pub(crate) fn room_for(&self, tokens: usize) -> Result<()> {
+        let tokens = self.tokens.saturating_add(tokens as u64);
+        let windows = self.length.map_or(1, |length| tokens.div_ceil(length).max(1)) as usize;
+        // Tables grow by doubling.
+        room_for("windows", &[windows, self.counts.len(), self.size, 3 * size_of::<u64>()])
     }
 
     /// Windows, at least one.

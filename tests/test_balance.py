@@ -114,7 +114,7 @@ def test_windows_are_summed():
         ({"load": [1, 2]}, r"load must be \[layers, experts\]"),
         ({"load": [[1, -2]]}, "load must have finite values of at least 0, got -2 in layer 0"),
         ({"load": [[1, float("nan")]]}, "load must have finite values"),
-        ({"devices": 0}, "devices must be at least 1, got 0"),
+        ({"devices": 0}, "devices must be from 1 to 8192, got 0"),
         ({"slots_per_device": [1]}, "slots_per_device must be one number or 2"),
         ({"slots_per_device": [1, 0]}, "slots_per_device must give at least 2 slots"),
         ({"speed": [1, 0]}, "speed must be finite and above 0"),

@@ -438,7 +438,7 @@ WRONG = [
     (["inspect"], "Missing argument 'INPUT'"),
     (["inspect", "ids.npy"], "num_experts"),
     (["solve", "trace.safetensors"], "Missing option '--devices'"),
-    (["solve", "trace.safetensors", "--devices", "0"], "0 is not in the range 1<=x<=65535"),
+    (["solve", "trace.safetensors", "--devices", "0"], "0 is not in the range 1<=x<=8192"),
     (["solve", "trace.safetensors", "--devices", "two"], "'two' is not a valid integer"),
     (["solve", "trace.safetensors", "--devices", "4", "--devices-per-node", "3"], "must divide"),
     (["solve", "trace.safetensors", "--devices", "4", "--slots-per-device", "1"], "at least 2"),

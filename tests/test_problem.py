@@ -77,7 +77,7 @@ def test_slots_are_just_enough_by_default():
         ({"split": "odd"}, "split must be one of even, nearest, round_robin, got 'odd'"),
         ({"slots_per_device": [1, 1, 1, 1]}, "must add up to at least 6, .* got 4"),
         ({"slots_per_device": [2, 2, 2]}, r"must be numbers \[4\], one per device"),
-        ({"slots_per_device": [2, 2, 3, -1]}, "of device 3 must be from 0 to 65535, got -1"),
+        ({"slots_per_device": [2, 2, 3, -1]}, "of device 3 must be from 0 to 65536, got -1"),
         ({"slots_per_device": 2, "extra_slots": 2}, "slots_per_device and extra_slots cannot both"),
         ({"extra_slots": -1}, "extra_slots must be from 0"),
         ({"extra_slots": 1000}, "extra_slots must be at most 54, .* got 1000"),

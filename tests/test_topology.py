@@ -35,7 +35,7 @@ def test_single_device_costs_nothing():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"devices": 0}, "devices must be from 1 to 65535, got 0"),
+        ({"devices": 0}, "devices must be from 1 to 8192, got 0"),
         (
             {"devices": 6, "devices_per_node": 4},
             r"devices_per_node must divide devices \(6\), got 4",

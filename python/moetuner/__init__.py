@@ -5,6 +5,7 @@ Data flows one way: a recorded ``RoutingTrace`` is counted into ``RoutingStatist
 ``evaluate`` replays the placement on a trace it has not seen.
 """
 
+from moetuner import _interrupts as _interrupts
 from moetuner._core import __version__
 from moetuner._moves import PlacementDiff
 from moetuner.audit import Audit, audit

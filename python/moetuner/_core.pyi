@@ -18,6 +18,7 @@ __all__ = [
     "bound",
     "cluster",
     "exact_chain",
+    "forget_pools",
     "lpt",
     "merge_sets",
     "place_clusters",
@@ -31,7 +32,9 @@ __all__ = [
 
 _ExpertIds = NDArray[np.uint8] | NDArray[np.uint16]
 
-def validate(expert_ids: _ExpertIds, num_experts: int, first_token: int = 0) -> None:
+def validate(
+    expert_ids: _ExpertIds, num_experts: int, first_token: int = 0, threads: int | None = None
+) -> None:
     """Check expert ids [T,L,K]: in range, and no expert twice in one token and layer.
 
     Raises ``ValueError`` naming the first faulty token (counted from ``first_token``), layer and
@@ -101,7 +104,7 @@ class Layers:
         expert gets more or fewer of them.
         """
 
-    def construct(self, *, copies: bool = True) -> NDArray[np.int32]:
+    def construct(self, *, copies: bool = True, threads: int | None = None) -> NDArray[np.int32]:
         """Slots [L,D,S], balanced on the sum of windows, as by ``replicate_experts``.
 
         Without ``copies`` no expert gets more than are pinned, or one.
@@ -134,7 +137,7 @@ class StatisticsCounter:
         """
 
     def finish(
-        self,
+        self, threads: int | None = None
     ) -> tuple[
         int,
         NDArray[np.uint64],
@@ -381,6 +384,9 @@ def bound(
     interrupted, and the certificate: lambda, columns, multipliers, cuts, choices, contents.
     """
 
+def forget_pools() -> None:
+    """Leave the threads of a parent process alone; called in a child that was just forked."""
+
 def verify_bound(
     load: NDArray[np.uint64],
     transitions: NDArray[np.uint64],
@@ -392,5 +398,7 @@ def verify_bound(
     cuts: NDArray[np.int32],
     choices: NDArray[np.uint8],
     contents: NDArray[np.float64],
+    *,
+    threads: int | None = None,
 ) -> int:
     """Recompute a bound from a certificate alone; whatever it holds, the count is proven."""

@@ -104,7 +104,7 @@ def of_trace(trace: RoutingTrace, rules: Rules) -> tuple[Counts, dict[str, Count
                 names.append(name)
                 parts.append(_Part(trace, rules, mine))
     first = 0
-    for shard in trace.shards():
+    for shard in trace.shards(threads=rules.threads):
         for part in parts:
             part.push(shard, first)
         first += len(shard)
@@ -143,7 +143,7 @@ class _Part:
         """Give what was counted, and replay once more in mixed order."""
         rules = self._rules
         tokens, load, follow, visits, node_visits = self._replay.finish()
-        expert_load = None if self._experts is None else self._experts.finish()[1]
+        expert_load = None if self._experts is None else self._experts.finish(rules.threads)[1]
         return Counts(
             tokens=tokens,
             load=load,

@@ -2,36 +2,166 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import re
+import secrets
+import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
+
+from moetuner._text import printable
 
 Kind = Literal["safetensors", "npz", "npy", "jsonl"]
 
 SHORTEST_SAFETENSORS = 8
-LONGEST_MESSAGE = 300
+# Of a file that is held whole in memory: the largest placement has a tenth.
+LONGEST_TEXT = 1 << 29
+# Temporary files are hidden and have what they become, a random part and this in their names.
+TEMPORARY = ".moetuner"
+LONGEST_STEM = 50
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` that replaces it on success and vanishes on failure."""
+    """Give a temporary path beside ``path`` that replaces it on success and vanishes on failure.
+
+    A link stays, and what it points to is replaced. A file that is there keeps its mode. What is no
+    regular file (a pipe, a device, an open descriptor such as ``/dev/stdout``) gets the bytes
+    written to it in the end. Temporary files that killed processes left behind are deleted.
+
+    Raises
+    ------
+    OSError
+        Naming ``path``.
+    """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
-        yield temporary
-        # mkstemp makes files private; give the mode that an ordinary new file would have.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
+        if _is_stream(path):
+            with tempfile.TemporaryDirectory(prefix="moetuner-") as folder:
+                temporary = Path(folder) / "stream"
+                yield temporary
+                _write_through(temporary, path)
+            return
+        target = Path(os.path.realpath(path))
+        before = target.stat() if target.exists() else None
+        if before is not None and stat.S_ISDIR(before.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        _delete_left_behind(target)
+        temporary, lock = _make_beside(target, 0o666 if before is None else 0o600)
+        try:
+            yield temporary
+            if before is not None:
+                if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+                    with suppress(PermissionError):
+                        os.chown(temporary, before.st_uid, before.st_gid)
+                temporary.chmod(stat.S_IMODE(before.st_mode))
+            _sync(temporary)
+            temporary.replace(target)
+            _sync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(lock)
+    except OSError as error:
+        # That of another file says so.
+        named = None if error.filename is None else str(error.filename)
+        if named not in (None, str(temporary), str(path)) and not named.endswith(TEMPORARY):
+            raise
+        text = error.strerror or str(error)
+        raise OSError(error.errno or errno.EIO, text, str(path)) from error
+
+
+def same_file(a: str | Path, b: str | Path) -> bool:
+    """Whether two paths name one regular file, or would if it were there."""
+    try:
+        one, other = Path(a).stat(), Path(b).stat()
+    except OSError:
+        return os.path.realpath(a) == os.path.realpath(b)
+    return stat.S_ISREG(one.st_mode) and os.path.samestat(one, other)
+
+
+def descriptor_of(path: str | Path) -> int | None:
+    """Open descriptor of this process that a path stands for, as ``/dev/stdout`` does."""
+    mine = f"/proc/{os.getpid()}/fd"
+    at = Path.cwd() / path
+    for _ in range(40):  # as many links as Linux follows
+        folder = Path(os.path.realpath(at.parent))
+        if str(folder) == mine and at.name.isdigit():
+            return int(at.name)
+        at = folder / at.name
+        if not at.is_symlink():
+            return None
+        at = folder / at.readlink()
+    return None
+
+
+def _is_stream(path: Path) -> bool:
+    if descriptor_of(path) is not None:
+        return True
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _write_through(source: Path, path: Path) -> None:
+    number = descriptor_of(path)
+    # Opened anew, a file behind a descriptor would be written from its beginning.
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    target = os.open(path, os.O_WRONLY | os.O_NOCTTY) if number is None else os.dup(number)
+    with source.open("rb") as from_file, os.fdopen(target, "wb") as to_file:
+        shutil.copyfileobj(from_file, to_file)
+
+
+def _make_beside(target: Path, mode: int) -> tuple[Path, int]:
+    """Make a temporary file and lock it: the lock says that its process lives."""
+    while True:
+        name = f".{target.name[:LONGEST_STEM]}.{secrets.token_hex(4)}{TEMPORARY}"
+        temporary = target.parent / name
+        try:
+            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        except FileExistsError:
+            continue
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return temporary, handle
+
+
+def _delete_left_behind(target: Path) -> None:
+    """Delete temporary files of this target whose processes are dead: nobody holds their locks."""
+    stem = re.escape(target.name[:LONGEST_STEM])
+    pattern = re.compile(rf"\.{stem}\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}")
+    with suppress(OSError):
+        for left in [each for each in target.parent.iterdir() if pattern.fullmatch(each.name)]:
+            with suppress(OSError):
+                handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.unlink()
+                finally:
+                    os.close(handle)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk, as far as its file system can say so."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
 
 
 @contextmanager
@@ -41,13 +171,9 @@ def naming(path: str | Path) -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, EOFError) as error:
         prefix = f"{path}: "
-        text = " ".join(str(error).removeprefix(prefix).split()) or type(error).__name__
+        text = str(error).removeprefix(prefix) or type(error).__name__
         # Some of it may be the content of the file, of any length and with any control character.
-        printable = "".join(character if character.isprintable() else "?" for character in text)
-        shown = (
-            printable if len(printable) <= LONGEST_MESSAGE else printable[:LONGEST_MESSAGE] + "..."
-        )
-        raise ValueError(prefix + shown) from None
+        raise ValueError(prefix + printable(text)) from None
 
 
 def size_of(path: Path) -> int:
@@ -58,6 +184,24 @@ def size_of(path: Path) -> int:
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path}: must be a regular file")
     return found.st_size
+
+
+def read_whole(path: str | Path, most: int = LONGEST_TEXT) -> bytes:
+    """Read a small file into memory.
+
+    Raises
+    ------
+    ValueError
+        If it is a pipe or a device, or has more than ``most`` bytes.
+    OSError
+        If it cannot be read.
+    """
+    path = Path(path)
+    size = size_of(path)
+    if size > most:
+        raise ValueError(f"{path}: must have at most {most} bytes, got {size}")
+    with path.open("rb") as file:
+        return file.read(size)
 
 
 def kind_of(path: Path) -> Kind:

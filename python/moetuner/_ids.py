@@ -38,8 +38,11 @@ class Ids(Protocol):
     def fresh(self) -> bool:
         """Whether shards are read and validated when they are asked for, so nobody changed them."""
 
-    def shards(self, max_bytes: int) -> Iterator[IdArray]:
-        """Read valid runs of tokens [t,L,K], C-contiguous, in order, none of them empty."""
+    def shards(self, max_bytes: int, threads: int | None = None) -> Iterator[IdArray]:
+        """Read valid runs of tokens [t,L,K], C-contiguous, in order, none of them empty.
+
+        What is in a file is validated on so many threads, all cores by default.
+        """
 
     def array(self) -> IdArray:
         """All ids [T,L,K]; those of a file not yet validated."""
@@ -79,7 +82,7 @@ class IdsInMemory:
     def fresh(self) -> bool:
         return False
 
-    def shards(self, max_bytes: int) -> Iterator[IdArray]:
+    def shards(self, max_bytes: int, threads: int | None = None) -> Iterator[IdArray]:
         step = tokens_per_shard(self.shape, self.dtype, max_bytes)
         for first in range(0, len(self.values), step):
             yield self.values[first : first + step]
@@ -135,7 +138,7 @@ class IdsInFile:
     def fresh(self) -> bool:
         return True
 
-    def shards(self, max_bytes: int) -> Iterator[IdArray]:
+    def shards(self, max_bytes: int, threads: int | None = None) -> Iterator[IdArray]:
         step = tokens_per_shard(self.shape, self.stored.dtype, max_bytes)
         tokens, layers, top_k = self.shape
         self._check_unchanged()
@@ -144,8 +147,9 @@ class IdsInFile:
             for first in range(0, tokens, step):
                 raw = np.empty(min(step, tokens - first) * layers * top_k, dtype=self.stored.dtype)
                 _fill(file, raw)
-                yield valid(raw.reshape(-1, layers, top_k), self.num_experts, first)
-                del raw  # else the next shard is made while this one is still held
+                ids = raw.reshape(-1, layers, top_k)
+                yield valid(ids, self.num_experts, first, threads)
+                del ids, raw  # else the next shard is made while this one is still held
 
     def array(self) -> IdArray:
         self._check_unchanged()
@@ -193,9 +197,9 @@ class SelectedIds:
     def fresh(self) -> bool:
         return self.base.fresh
 
-    def shards(self, max_bytes: int) -> Iterator[IdArray]:
+    def shards(self, max_bytes: int, threads: int | None = None) -> Iterator[IdArray]:
         first = 0
-        for shard in self.base.shards(max_bytes):
+        for shard in self.base.shards(max_bytes, threads):
             here = None if self.tokens is None else self.tokens[first : first + len(shard)]
             first += len(shard)
             if here is None or here.any():
@@ -227,9 +231,9 @@ class JoinedIds:
     def fresh(self) -> bool:
         return all(part.fresh for part in self.parts)
 
-    def shards(self, max_bytes: int) -> Iterator[IdArray]:
+    def shards(self, max_bytes: int, threads: int | None = None) -> Iterator[IdArray]:
         for part in self.parts:
-            for shard in part.shards(max_bytes):
+            for shard in part.shards(max_bytes, threads):
                 yield cast(IdArray, shard.astype(self.dtype, copy=False))
 
     def array(self) -> IdArray:

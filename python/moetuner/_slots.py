@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._validation import per_device, whole_number
+from moetuner._validation import CELL_LIMIT, SLOT_LIMIT, check_slots, per_device, whole_number
 from moetuner.topology import Topology
 
 
@@ -27,6 +27,11 @@ def rooms_of(
     """
     layers, experts = load.shape
     devices = topology.devices
+    if layers * experts * devices > CELL_LIMIT:
+        raise ValueError(
+            f"layers x experts x devices must be at most {CELL_LIMIT}, "
+            f"got {layers} x {experts} x {devices}"
+        )
     if extra_slots is not None:
         if slots_per_device is not None:
             raise ValueError(
@@ -44,14 +49,16 @@ def rooms_of(
                 f"slots_per_device must be at least {fewest} for {experts} experts on "
                 f"{devices} devices, got {each}"
             )
+        check_slots(devices, each, layers)
         row = np.full(devices, each)
     else:
         row = np.array(
             [
-                whole_number(f"slots_per_device of device {d}", n, lowest=0, highest=65535)
+                whole_number(f"slots_per_device of device {d}", n, lowest=0, highest=SLOT_LIMIT)
                 for d, n in enumerate(per_device("slots_per_device", slots_per_device, devices))
             ]
         )
+        check_slots(devices, int(row.max()), layers)
         if row.sum() < experts:
             raise ValueError(
                 f"slots_per_device must add up to at least {experts}, a slot for each expert, "

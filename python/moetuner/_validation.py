@@ -16,6 +16,13 @@ IdType = np.dtype[np.uint8] | np.dtype[np.uint16]
 
 U8, U16 = np.dtype(np.uint8), np.dtype(np.uint16)
 LAYER_LIMIT = 1 << 16
+EXPERT_LIMIT = 1 << 16
+# Of a topology, whose tables are of pairs of devices.
+DEVICE_LIMIT = 1 << 13
+# Of all devices of a layer together, each as wide as the widest.
+SLOT_LIMIT = 1 << 16
+# Of a table of layers, experts and devices.
+CELL_LIMIT = 1 << 28
 
 
 def experts_in(num_experts: object) -> int:
@@ -26,7 +33,7 @@ def experts_in(num_experts: object) -> int:
     ValueError
         If it is not an integer that 16-bit ids can count to.
     """
-    return whole_number("num_experts", num_experts, highest=1 << 16)
+    return whole_number("num_experts", num_experts, highest=EXPERT_LIMIT)
 
 
 def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1 << 63) - 1) -> int:
@@ -43,6 +50,26 @@ def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1
     if not lowest <= number <= highest:
         raise ValueError(f"{name} must be from {lowest} to {highest}, got {number}")
     return number
+
+
+def check_slots(devices: int, slots_per_device: int, layers: int = 1) -> None:
+    """Check how many slots there are, before anything of that size is made.
+
+    Raises
+    ------
+    ValueError
+        If a layer has more than 16 bits can count, or all layers more than a table can have.
+    """
+    if layers * devices * slots_per_device > CELL_LIMIT:
+        raise ValueError(
+            f"slots_per_device must make at most {CELL_LIMIT} slots, "
+            f"got {slots_per_device} on {devices} devices in {layers} layers"
+        )
+    if devices * slots_per_device > SLOT_LIMIT:
+        raise ValueError(
+            f"slots_per_device must make at most {SLOT_LIMIT} slots in a layer, "
+            f"got {slots_per_device} on {devices} devices"
+        )
 
 
 def check_sizes(shape: tuple[int, ...], dtype: np.dtype[np.generic], num_experts: int) -> None:
@@ -64,7 +91,9 @@ def check_sizes(shape: tuple[int, ...], dtype: np.dtype[np.generic], num_experts
     _core.validate(np.empty((0, layers, min(top_k, LAYER_LIMIT + 1)), dtype=U8), num_experts)
 
 
-def valid(ids: NDArray[np.generic], num_experts: int, first_token: int = 0) -> IdArray:
+def valid(
+    ids: NDArray[np.generic], num_experts: int, first_token: int = 0, threads: int | None = None
+) -> IdArray:
     """Validate integer ids [T,L,K] and give them as C-contiguous uint8 or uint16.
 
     Raises
@@ -84,7 +113,7 @@ def valid(ids: NDArray[np.generic], num_experts: int, first_token: int = 0) -> I
                 f"expert id {value} is {rule}"
             )
     narrow = cast(IdArray, np.ascontiguousarray(ids, dtype=dtype))
-    _core.validate(narrow, num_experts, first_token)
+    _core.validate(narrow, num_experts, first_token, threads)
     return narrow
 
 

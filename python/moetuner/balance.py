@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core
+from moetuner._validation import DEVICE_LIMIT, check_slots, whole_number
 from moetuner.placement import Placement
 
 # Pairs of devices that are tried for exchanges: what a millisecond allows, and what devices need
@@ -59,15 +60,15 @@ def balance(
             "load must be [layers, experts] or [windows, layers, experts], none of them zero, "
             f"got {list(np.shape(load))}"
         )
-    if devices < 1:
-        raise ValueError(f"devices must be at least 1, got {devices}")
     layers, experts = tokens.shape
+    whole_number("devices", devices, highest=DEVICE_LIMIT)
     room = _per_device("slots_per_device", slots_per_device, devices).astype(np.int64)
     if room.min() < 0 or room.sum() < experts:
         raise ValueError(
             f"slots_per_device must give at least {experts} slots for as many experts on "
             f"{devices} devices, got {int(room.sum())}"
         )
+    check_slots(devices, int(room.max()), layers)
     slots = _core.replicate_experts(
         np.ascontiguousarray(tokens),
         np.tile(room, (layers, 1)),

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _two_planes
-from moetuner._files import naming, replacing
+from moetuner._files import naming, read_whole, replacing
 from moetuner._machines import GPUS
 from moetuner._validation import is_number, not_negative, positive
 from moetuner.topology import Topology
@@ -319,7 +319,7 @@ class CostModel:
         """
         with naming(path):
             try:
-                found = json.loads(Path(path).read_text())
+                found = json.loads(read_whole(path))
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(f"not a cost model: {error}") from None
             schema = found.pop("schema", None) if isinstance(found, dict) else None

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._files import replacing
+from moetuner._files import naming, read_whole, replacing
 from moetuner._moves import PlacementDiff, difference
+from moetuner._validation import check_slots
 from moetuner.topology import Topology
 
 SCHEMA = "moetuner.placement/1"
@@ -59,7 +60,14 @@ class Placement:
                 "slots must be integers [layers, devices, slots], none of them zero, "
                 f"got {slots.dtype} {list(slots.shape)}"
             )
+        _, devices, per_device = slots.shape
+        check_slots(devices, per_device)
         experts = self.num_experts or max(int(slots.max()) + 1, 1)
+        if not 1 <= experts <= devices * per_device:
+            raise ValueError(
+                f"num_experts must be from 1 to {devices * per_device}, a slot for each, "
+                f"got {experts}"
+            )
         _check(slots, experts)
         slots = np.ascontiguousarray(slots, dtype=np.int32)
         if slots is self.slots or slots.base is not None:
@@ -91,6 +99,7 @@ class Placement:
                 f"got {device_of.min()} to {device_of.max()}"
             )
         layers, experts = device_of.shape
+        check_slots(devices, 1, layers)
         row = np.arange(layers)[:, None]
         # A cell is a device of a layer.
         cell = (device_of + row * devices).ravel()
@@ -103,6 +112,7 @@ class Placement:
                     "a device holds that many experts in one layer"
                 )
             width = slots_per_device
+        check_slots(devices, width, layers)
         # As narrow as they can be: numpy sorts 8 and 16 bits by radix.
         narrow = device_of.astype(np.min_scalar_type(max(devices - 1, 0)))
         order = np.argsort(narrow, axis=1, kind="stable")
@@ -197,25 +207,24 @@ class Placement:
         ValueError
             If the file is not a placement, or is one of another schema version.
         """
-        try:
-            fields = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}: not a placement: {error}") from None
-        if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
-            found = fields.get("schema") if isinstance(fields, dict) else type(fields).__name__
-            raise ValueError(f"{path}: not a placement: schema must be {SCHEMA!r}, got {found!r}")
-        try:
-            slots = np.asarray(fields["slots"], dtype=None)
-            names = {k: fields.get(k) for k in ("model", "topology", "fingerprint")}
-            return cls(
-                slots,
-                num_experts=int(fields["num_experts"]),
-                objective=_number(fields, "objective"),
-                bound=_number(fields, "bound"),
-                **names,
-            )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{path}: not a placement: {error}") from None
+        with naming(path):
+            content = read_whole(path)
+            try:
+                fields = json.loads(content)
+                if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
+                    found = fields.get("schema") if isinstance(fields, dict) else type(fields)
+                    raise ValueError(f"schema must be {SCHEMA!r}, got {found!r:.40}")
+                slots = np.asarray(fields["slots"], dtype=None)
+                names = {k: fields.get(k) for k in ("model", "topology", "fingerprint")}
+                return cls(
+                    slots,
+                    num_experts=int(fields["num_experts"]),
+                    objective=_number(fields, "objective"),
+                    bound=_number(fields, "bound"),
+                    **names,
+                )
+            except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+                raise ValueError(f"not a placement: {error}") from None
 
     def diff(
         self,

@@ -204,8 +204,8 @@ class Problem:
         if self.max_imbalance is None or math.isinf(self.max_imbalance):
             return total
         # In integers, so that a placement at the cap exactly is allowed: imbalance as a fraction
-        # over 2**32.
-        ratio = math.floor(self.max_imbalance * 2**32 + 0.5)
+        # over 2**32. Beyond one device's share of all load it caps nothing.
+        ratio = math.floor(min(self.max_imbalance, self.devices) * 2**32 + 0.5)
         caps = [min(int(t) * ratio // (self.devices << 32), int(t)) for t in total]
         return np.array(caps, dtype=np.uint64)
 

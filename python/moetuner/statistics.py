@@ -150,10 +150,10 @@ class RoutingStatistics:
             coactivation=coactivation,
             sets=sets,
         )
-        for shard in trace.shards(SHARD_BYTES):
+        for shard in trace.shards(SHARD_BYTES, threads=threads):
             counter.push(shard, threads, checked=trace.ids.fresh)
             del shard  # else the next shard is read while this one is still held
-        _, load, pairs, together, found = counter.finish()
+        _, load, pairs, together, found = counter.finish(threads)
         by_layer = None if found is None else tuple(ExpertSets(*of) for of in found)
         return cls(load, pairs, together, window=window, model=trace.model, sets=by_layer)
 

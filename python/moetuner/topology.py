@@ -13,9 +13,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _link_cost, _topology_file
-from moetuner._files import naming
+from moetuner._files import naming, read_whole
 from moetuner._machines import MACHINES
-from moetuner._validation import not_negative, per_device, positive, whole_number
+from moetuner._validation import (
+    DEVICE_LIMIT,
+    SLOT_LIMIT,
+    not_negative,
+    per_device,
+    positive,
+    whole_number,
+)
 
 # Bytes per second and direction between two H100: NVLink 4 (900 GB/s both ways) inside a node, one
 # 400 Gbit/s InfiniBand port per GPU between nodes (NVIDIA H100 and ConnectX-7 data sheets).
@@ -45,7 +52,7 @@ class Tier:
     latency: float = 0.0
 
     def __post_init__(self) -> None:
-        whole_number("devices", self.devices, highest=65535)
+        whole_number("devices", self.devices, highest=DEVICE_LIMIT)
         positive("bandwidth", self.bandwidth, BYTES_PER_SECOND)
         not_negative("latency", self.latency, SECONDS)
 
@@ -96,7 +103,7 @@ class Topology:
     slots_per_device: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        whole_number("devices", self.devices, highest=65535)
+        whole_number("devices", self.devices, highest=DEVICE_LIMIT)
         if self.name is not None and not isinstance(self.name, str):
             raise ValueError(f"name must be a text, got {self.name!r:.40}")
         if self.tiers:
@@ -125,7 +132,7 @@ class Topology:
         if self.slots_per_device is not None:
             slots = per_device("slots_per_device", self.slots_per_device, self.devices)
             counts = tuple(
-                whole_number(f"slots_per_device of device {device}", value, highest=65535)
+                whole_number(f"slots_per_device of device {device}", value, highest=SLOT_LIMIT)
                 for device, value in enumerate(slots)
             )
             object.__setattr__(self, "slots_per_device", counts)
@@ -269,7 +276,7 @@ class Topology:
         if not isinstance(machine, str) or machine not in MACHINES:
             raise ValueError(f"preset must be one of {', '.join(MACHINES)}, got {machine!r:.60}")
         numbers = MACHINES[machine]
-        devices = numbers.devices_per_node * whole_number("nodes", nodes, highest=65535)
+        devices = numbers.devices_per_node * whole_number("nodes", nodes, highest=DEVICE_LIMIT)
         return cls(
             **{
                 "devices": devices,
@@ -293,9 +300,8 @@ class Topology:
         OSError
             If it cannot be read.
         """
-        path = Path(path)
         with naming(path):
-            found = _topology_file.parse(path.read_bytes())
+            found = _topology_file.parse(read_whole(path))
             names = [each.name for each in fields(cls)]
             known = [*names, "preset", "nodes"] if "preset" in found else names
             unknown = [key for key in found if key not in known]

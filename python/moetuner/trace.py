@@ -181,20 +181,24 @@ class RoutingTrace:
         """
         return self.ids.array()
 
-    def shards(self, max_bytes: int = SHARD_BYTES) -> Iterator[IdArray]:
+    def shards(
+        self, max_bytes: int = SHARD_BYTES, *, threads: int | None = None
+    ) -> Iterator[IdArray]:
         """Give valid runs of tokens [t,L,K] in order, C-contiguous uint8 or uint16, none empty.
 
         Parameters
         ----------
         max_bytes
             Most bytes to read at once; at least one token is read.
+        threads
+            Threads that check what is read, all cores by default.
 
         Raises
         ------
         ValueError
             If an id in the file is wrong, or the file has changed since it was loaded.
         """
-        return self.ids.shards(max_bytes)
+        return self.ids.shards(max_bytes, threads)
 
     def split(self, share: float, *, seed: int = 0) -> tuple[RoutingTrace, RoutingTrace]:
         """Split by sequence: neighbouring tokens route alike, so a split by token would leak.

@@ -70,7 +70,7 @@ mod transport;
 pub use certificate::{Certificate, verify};
 pub use cuts::Kind;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, room_for};
 use certificate::{crossing, dual_value};
 use relaxation::Relaxation;
 use semidefinite::{Admm, Dual};
@@ -116,7 +116,9 @@ impl Instance<'_> {
         if self.cap.len() != layers {
             return shape("cap", format!("shape [{layers}]"), self.cap.len());
         }
-        Ok(())
+        // Dummies fill up the devices; a pair has a handful of tables.
+        let full = experts.next_multiple_of(devices);
+        room_for("pairs of the bound", &[layers, full, full, 8 * size_of::<f64>()])
     }
 
     /// Nothing can cross, or nothing is known to.

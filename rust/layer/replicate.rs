@@ -12,7 +12,7 @@ use super::draft::{Draft, Site};
 use super::polish::polish;
 use super::squeeze::squeeze;
 use super::{EMPTY, Layer};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, SLOTS, room_for};
 use crate::least::Least;
 
 /// An expert for which the rules leave no slot.
@@ -54,6 +54,12 @@ pub fn fill_layers(
 ) -> Result<Vec<i32>> {
     check(load, experts, time)?;
     let widest = room.iter().copied().max().unwrap_or(0);
+    // Before anything of the size is asked for: memory that is not there would end the process.
+    if widest.saturating_mul(time.len()) > SLOTS {
+        let rule = format!("at most {SLOTS} slots in a layer, all devices as wide as the widest");
+        return Err(Error::Shape { what: "room", rule, found: format!("{} x {widest}", time.len()) });
+    }
+    room_for("slots", &[room.len(), widest, size_of::<i32>()])?;
     let mut slots = Vec::with_capacity(room.len() * widest);
     for (layer, (load, room)) in load.chunks_exact(experts).zip(room.chunks_exact(time.len())).enumerate() {
         let site = Site { room, time, forbidden: &[], pinned: &[], copies: true };

@@ -1,14 +1,13 @@
 //! Bounds, and the certificates that prove them.
 
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
 
 use numpy::{
     IntoPyArray, PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods,
 };
 use pyo3::prelude::*;
 
-use super::{contiguous, detached, watched};
+use super::{contiguous, deadline, detached, watched};
 use crate::search::Control;
 
 /// A certificate's lambda, columns, multipliers of the cuts, cuts, choices, and contents, as flat arrays.
@@ -41,8 +40,7 @@ pub(super) fn bound<'py>(
     progress: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Bounded<'py>> {
     let instance = bound_instance(&load, &transitions, &cap, devices)?;
-    let limit = time_limit.and_then(|limit| Duration::try_from_secs_f64(limit).ok());
-    let control = Control::new(limit.and_then(|limit| Instant::now().checked_add(limit)));
+    let control = Control::new(deadline(time_limit));
     let limits =
         crate::bound::Limits { iterations, target, gap, deadline: control.deadline(), stop: &control.stop };
     // The best so far: a bound rises, so the watched number is its negative.
@@ -78,7 +76,8 @@ pub(super) fn bound<'py>(
 }
 
 #[pyfunction]
-#[pyo3(signature = (load, transitions, cap, devices, lambda_, columns, multipliers, cuts, choices, contents))]
+#[pyo3(signature = (load, transitions, cap, devices, lambda_, columns, multipliers, cuts, choices, contents,
+                    *, threads = None))]
 pub(super) fn verify_bound<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, u64>,
@@ -91,6 +90,7 @@ pub(super) fn verify_bound<'py>(
     cuts: PyReadonlyArray1<'py, i32>,
     choices: PyReadonlyArray1<'py, u8>,
     contents: PyReadonlyArray1<'py, f64>,
+    threads: Option<usize>,
 ) -> PyResult<u64> {
     let instance = bound_instance(&load, &transitions, &cap, devices)?;
     let certificate = crate::bound::Certificate {
@@ -101,7 +101,7 @@ pub(super) fn verify_bound<'py>(
         choices: choices.as_slice()?.to_vec(),
         contents: contents.as_slice()?.to_vec(),
     };
-    Ok(detached(py, None, || crate::bound::verify(&instance, &certificate))??)
+    Ok(detached(py, threads, || crate::bound::verify(&instance, &certificate))??)
 }
 
 fn bound_instance<'a>(

@@ -8,8 +8,8 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use rayon::prelude::*;
 
-use super::{array2, array3, contiguous, detached};
-use crate::error::Error;
+use super::{alone, array2, array3, caught, contiguous, detached};
+use crate::error::{Error, room_for};
 use crate::replay::{Copies, Split};
 use crate::sets::Sets;
 use crate::statistics::{Counter, Tables};
@@ -58,16 +58,17 @@ macro_rules! with_ids {
 }
 
 #[pyfunction]
-#[pyo3(signature = (expert_ids, num_experts, first_token = 0))]
+#[pyo3(signature = (expert_ids, num_experts, first_token = 0, threads = None))]
 pub(super) fn validate(
     py: Python<'_>,
     expert_ids: Ids<'_>,
     num_experts: usize,
     first_token: u64,
+    threads: Option<usize>,
 ) -> PyResult<()> {
     let &[_, layers, top_k] = expert_ids.shape() else { unreachable!("the array has three dimensions") };
     let routing = Routing::new(layers, num_experts, top_k)?;
-    with_ids!(expert_ids, ids => Ok(detached(py, None, || crate::trace::validate(ids, routing, first_token))??))
+    with_ids!(expert_ids, ids => Ok(detached(py, threads, || crate::trace::validate(ids, routing, first_token))??))
 }
 
 /// Counts a trace shard by shard.
@@ -110,13 +111,13 @@ pub(super) fn merge_sets<'py>(
         return Err(Error::Shape { what: "sets", rule, found }.into());
     }
     let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
-    let merged = py.detach(|| {
+    let merged = alone(py, || {
         let mut sets = Sets::new(top_k);
         for (ids, &count) in ids.chunks_exact(top_k).zip(counts) {
             sets.add(ids.iter().copied(), count);
         }
         sets.finish()
-    });
+    })?;
     set_arrays(py, top_k, merged)
 }
 
@@ -139,14 +140,18 @@ impl StatisticsCounter {
         if window == Some(0) {
             return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
         }
-        let table = |wanted: bool, n: usize| -> Option<Py<PyArray3<u64>>> {
-            wanted.then(|| PyArray3::zeros(py, (n, num_experts, num_experts), false).unbind())
+        let table = |wanted: bool, n: usize| -> PyResult<Option<Py<PyArray3<u64>>>> {
+            if !wanted {
+                return Ok(None);
+            }
+            room_for("tables", &[n, num_experts, num_experts, size_of::<u64>()])?;
+            Ok(Some(PyArray3::zeros(py, (n, num_experts, num_experts), false).unbind()))
         };
         Ok(Self {
             routing,
             counter: Some(Counter::new(routing, window, sets)),
-            transitions: table(transitions, layers - 1),
-            coactivation: table(coactivation, layers),
+            transitions: table(transitions, layers - 1)?,
+            coactivation: table(coactivation, layers)?,
         })
     }
 
@@ -158,29 +163,32 @@ impl StatisticsCounter {
         threads: Option<usize>,
         checked: bool,
     ) -> PyResult<()> {
-        let counter = self.counter.as_mut().ok_or_else(finished)?;
         expert_ids.check(self.routing)?;
+        // Counts that a panic left behind are nobody's.
+        let mut counter = self.counter.take().ok_or_else(finished)?;
         let lend = |table: &Option<Py<PyArray3<u64>>>| table.as_ref().map(|table| table.bind(py).readwrite());
         let (mut transitions, mut coactivation) = (lend(&self.transitions), lend(&self.coactivation));
         let mut tables = Tables {
             transitions: transitions.as_mut().map(|table| table.as_slice_mut()).transpose()?,
             coactivation: coactivation.as_mut().map(|table| table.as_slice_mut()).transpose()?,
         };
-        with_ids!(expert_ids, ids => Ok(detached(py, threads, || {
-            if checked { counter.push_valid(ids, &mut tables) } else { counter.push(ids, &mut tables)? }
-            Ok::<(), Error>(())
-        })??))
+        let counted = with_ids!(expert_ids, ids => detached(py, threads, || {
+            if checked { counter.push_valid(ids, &mut tables) } else { counter.push(ids, &mut tables) }
+        })?);
+        self.counter = Some(counter);
+        Ok(counted?)
     }
 
-    fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Counts<'py>> {
+    #[pyo3(signature = (threads = None))]
+    fn finish<'py>(&mut self, py: Python<'py>, threads: Option<usize>) -> PyResult<Counts<'py>> {
         let counter = self.counter.take().ok_or_else(finished)?;
         let Routing { layers, experts, top_k } = self.routing;
-        let (counted, sets) = py.detach(|| {
+        let (counted, sets) = detached(py, threads, || {
             let mut counted = counter.finish();
             let sets = std::mem::take(&mut counted.sets);
             let sets: Vec<_> = sets.into_par_iter().map(Sets::finish).collect();
             (counted, sets)
-        });
+        })?;
         let sets = sets.into_iter().map(|sets| set_arrays(py, top_k, sets)).collect::<PyResult<Vec<_>>>()?;
         if let Some(coactivation) = &self.coactivation {
             let mut tables = coactivation.bind(py).readwrite();
@@ -253,9 +261,9 @@ impl Replay {
             }
         };
         let slots = contiguous(slots.as_slice().ok())?;
-        let copies = Copies::new(slots, routing, per_device, &node_of_device, split)?;
+        let copies = caught(|| Copies::new(slots, routing, per_device, &node_of_device, split))??;
         let nodes = copies.nodes();
-        let replay = Some(crate::replay::Replay::new(routing, copies, window, pairs));
+        let replay = Some(crate::replay::Replay::new(routing, copies, window, pairs)?);
         Ok(Self { routing, devices, nodes, replay })
     }
 
@@ -267,17 +275,18 @@ impl Replay {
         threads: Option<usize>,
         checked: bool,
     ) -> PyResult<()> {
-        let replay = self.replay.as_mut().ok_or_else(finished)?;
         expert_ids.check(self.routing)?;
-        with_ids!(expert_ids, ids => Ok(detached(py, threads, || {
-            if checked { replay.push_valid(ids) } else { replay.push(ids)? }
-            Ok::<(), Error>(())
-        })??))
+        let mut replay = self.replay.take().ok_or_else(finished)?;
+        let counted = with_ids!(expert_ids, ids => detached(py, threads, || {
+            if checked { replay.push_valid(ids) } else { replay.push(ids) }
+        })?);
+        self.replay = Some(replay);
+        Ok(counted?)
     }
 
     fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Tallied<'py>> {
         let replay = self.replay.take().ok_or_else(finished)?;
-        let tally = py.detach(|| replay.finish());
+        let tally = alone(py, || replay.finish())?;
         let (layers, d) = (self.routing.layers, self.devices);
         Ok((
             tally.tokens,

@@ -1,12 +1,10 @@
 //! Layers with copies of experts.
 
-use std::time::{Duration, Instant};
-
 use numpy::{PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
-use super::{array3, contiguous, slice, watched};
-use crate::error::Error;
+use super::{alone, array3, caught, contiguous, deadline, detached, slice, watched};
+use crate::error::{Error, SLOTS, room_for};
 use crate::layer::balance::Windows;
 use crate::layer::fanout;
 use crate::layer::noise::Noise;
@@ -96,6 +94,17 @@ impl Layers {
             );
             return Err(Error::Shape { what: "layers", rule, found: "others".into() }.into());
         }
+        // Copied tables, and windows in the form of the search, of experts and of devices.
+        let per_device = room.iter().copied().max().unwrap_or(0).max(0) as usize;
+        if d.saturating_mul(per_device) > SLOTS {
+            let rule = format!("at most {SLOTS} slots in a layer, all devices as wide as the widest");
+            return Err(Error::Shape { what: "room", rule, found: format!("{d} x {per_device}") }.into());
+        }
+        room_for("windows", &[l, w.next_multiple_of(16) + 16, e + d, 4 * size_of::<f64>()])?;
+        let tables = usize::from(hold.is_some()) * 8
+            + usize::from(forbidden.is_some())
+            + usize::from(pinned.is_some());
+        room_for("rules", &[l, e, d, 2 * tables])?;
         let layers = (0..l).map(|l| {
             let rows: Vec<f64> = load.slice(numpy::ndarray::s![.., l, ..]).iter().copied().collect();
             let floats = |table: &Option<PyReadonlyArray3<'_, f64>>| {
@@ -149,7 +158,6 @@ impl Layers {
             sets.node_cost = node_cost * layer.windows.scale;
             layer.sets = Some(sets);
         }
-        let per_device = room.iter().copied().max().unwrap_or(0).max(0) as usize;
         Ok(Self { layers, per_device })
     }
 
@@ -176,11 +184,12 @@ impl Layers {
             let rule = format!("shape [{l}, {d}, {}]", self.per_device);
             return Err(Error::Shape { what: "start", rule, found: format!("{:?}", start.shape()) }.into());
         }
-        let begin = contents_of(&self.layers, contiguous(start.as_slice().ok())?, self.per_device);
+        let start = contiguous(start.as_slice().ok())?;
+        let begin = caught(|| contents_of(&self.layers, start, self.per_device))?;
         let transitions = slice(transitions.as_ref())?;
         let cost: Vec<f64> = link_cost.map_or(vec![], |cost| cost.as_array().iter().copied().collect());
         let links = Links { transitions, cost: &cost };
-        let control = Control::new(time_limit.map(|limit| Instant::now() + Duration::from_secs_f64(limit)));
+        let control = Control::new(deadline(time_limit));
         let layers = &mut self.layers;
         let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), || {
             place(layers, begin, links, Effort { trials, copies, restarts }, rounds, seed, &control)
@@ -190,8 +199,13 @@ impl Layers {
     }
 
     /// Slots [L,D,S]: copies of the heaviest experts, then the heaviest copy first to the device done first, polished.
-    #[pyo3(signature = (*, copies = true))]
-    fn construct<'py>(&self, py: Python<'py>, copies: bool) -> PyResult<Bound<'py, PyArray3<i32>>> {
+    #[pyo3(signature = (*, copies = true, threads = None))]
+    fn construct<'py>(
+        &self,
+        py: Python<'py>,
+        copies: bool,
+        threads: Option<usize>,
+    ) -> PyResult<Bound<'py, PyArray3<i32>>> {
         use rayon::prelude::*;
         let construct = |(l, layer): (usize, &Layer)| {
             let slots = replicate(layer, QUICK, copies)
@@ -199,7 +213,7 @@ impl Layers {
             Ok(Contents::new(layer, slots))
         };
         let contents: Result<Vec<Contents>, Error> =
-            py.detach(|| self.layers.par_iter().enumerate().map(construct).collect());
+            detached(py, threads, || self.layers.par_iter().enumerate().map(construct).collect())?;
         let slots = slots_of(&self.layers, &contents?, self.per_device);
         let d = self.layers.first().map_or(0, Layer::devices);
         array3(py, (self.layers.len(), d, self.per_device), slots)
@@ -224,6 +238,6 @@ pub(super) fn replicate_experts<'py>(
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
     let room: Vec<usize> = room.as_array().iter().map(|&slots| slots.max(0) as usize).collect();
     let per_device = room.iter().copied().max().unwrap_or(0);
-    let slots = py.detach(|| fill_layers(load, e, &room, time, trials))?;
+    let slots = alone(py, || fill_layers(load, e, &room, time, trials))??;
     array3(py, (l, d, per_device), slots)
 }

@@ -7,23 +7,30 @@ mod bounding;
 mod counting;
 mod layers;
 mod packing;
+mod pools;
 mod solving;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use numpy::ndarray::{Array2, Array3};
 use numpy::{IntoPyArray, PyArray2, PyArray3, PyReadonlyArray3};
-use pyo3::exceptions::{PyKeyboardInterrupt, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::Error;
 use crate::search::Control;
+use pools::with_pool;
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
-        PyValueError::new_err(error.to_string())
+        match error {
+            Error::Memory { .. } => PyMemoryError::new_err(error.to_string()),
+            _ => PyValueError::new_err(error.to_string()),
+        }
     }
 }
 
@@ -31,20 +38,50 @@ fn contiguous<T>(slice: Option<&[T]>) -> PyResult<&[T]> {
     slice.ok_or_else(|| PyTypeError::new_err("array must be C-contiguous"))
 }
 
-fn thread_pool(threads: usize) -> PyResult<rayon::ThreadPool> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1)).build();
-    pool.map_err(|e| PyValueError::new_err(format!("threads: {e}")))
+/// Where the last panic was; its message travels by itself.
+static PANIC: Mutex<String> = Mutex::new(String::new());
+
+/// Keeps panics from standard error, where nobody asked for them: they become errors of Python, see [`caught`].
+fn quiet_panics() {
+    let loud = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if let (Some(place), Ok(mut last)) = (panic.location(), PANIC.try_lock()) {
+            *last = place.to_string();
+        }
+        // Whoever looks for a bug sees the trace.
+        if std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
+            loud(panic);
+        }
+    }));
 }
 
-/// Runs `work` without the interpreter lock, in a pool of `threads` threads where a number is given.
-fn detached<T: Send>(py: Python<'_>, threads: Option<usize>, work: impl FnOnce() -> T + Send) -> PyResult<T> {
-    py.detach(|| match threads {
-        None => Ok(work()),
-        Some(n) => Ok(thread_pool(n)?.install(work)),
+/// Runs `work`; a panic becomes a `RuntimeError` that says what and where.
+fn caught<T>(work: impl FnOnce() -> T) -> PyResult<T> {
+    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+        let place = PANIC.lock().unwrap_or_else(PoisonError::into_inner);
+        PyRuntimeError::new_err(format!("the core panicked at {place}: {text}"))
     })
 }
 
-/// Runs long `work` on a thread of its own while this one looks for signals and reports progress.
+/// Runs `work` in this thread, without the interpreter lock; it must not be parallel.
+fn alone<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> PyResult<T> {
+    caught(|| py.detach(work))
+}
+
+/// Runs `work` without the interpreter lock, on `threads` threads where a number is given.
+fn detached<T: Send>(py: Python<'_>, threads: Option<usize>, work: impl FnOnce() -> T + Send) -> PyResult<T> {
+    with_pool(py, threads, |pool| caught(|| py.detach(|| pool.install(work))))
+}
+
+/// When a time limit is over; never where it is longer than clocks count.
+fn deadline(time_limit: Option<f64>) -> Option<Instant> {
+    let limit = Duration::try_from_secs_f64(time_limit?.max(0.0)).ok()?;
+    Instant::now().checked_add(limit)
+}
+
+/// Runs long `work` on other threads while this one looks for signals and reports progress.
 ///
 /// An interrupt (Ctrl-C) sets `control.stop`; the work then ends soon with the best it has, and the second value is
 /// true. An error raised by `progress` stops the work and is raised.
@@ -55,55 +92,53 @@ fn watched<T: Send>(
     progress: Option<&Bound<'_, PyAny>>,
     work: impl FnOnce() -> T + Send,
 ) -> PyResult<(T, bool)> {
-    let pool = threads.map(thread_pool).transpose()?;
     let begin = Instant::now();
     let mut interrupted = false;
     let mut failed = None;
-    let result = std::thread::scope(|scope| {
-        let (send, receive) = channel::<()>();
-        let worker = scope.spawn(move || {
-            // Dropped at the end of the work, also when it panics.
-            let _done = send;
-            match pool {
-                Some(pool) => pool.install(work),
-                None => work(),
-            }
-        });
-        let mut reported = Duration::ZERO;
-        let receive = std::sync::Mutex::new(receive);
-        let wait = || {
-            let receive = receive.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            receive.recv_timeout(Duration::from_millis(50)) == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
-        };
-        while py.detach(wait) {
-            if py.check_signals().is_err() {
-                interrupted = true;
-                control.stop.store(true, Ordering::Relaxed);
-            }
-            let now = begin.elapsed();
-            if let (Some(progress), true) = (progress, now >= reported + Duration::from_millis(200)) {
-                reported = now;
-                let best = control.best.load(Ordering::Relaxed);
-                let best = (best != i64::MAX).then_some(best);
-                if let Err(error) = progress.call1((now.as_secs_f64(), best)) {
+    let mut result = None;
+    let place = &mut result;
+    let watch = |pool: &rayon::ThreadPool| {
+        pool.in_place_scope(|scope| {
+            let (send, receive) = channel::<()>();
+            scope.spawn(move |_| {
+                // Dropped at the end of the work, also when it panics.
+                let _done = send;
+                *place = Some(work());
+            });
+            let mut reported = Duration::ZERO;
+            let receive = Mutex::new(receive);
+            let wait = || {
+                let receive = receive.lock().unwrap_or_else(PoisonError::into_inner);
+                receive.recv_timeout(Duration::from_millis(50)) == Err(RecvTimeoutError::Timeout)
+            };
+            while py.detach(wait) {
+                if py.check_signals().is_err() {
+                    interrupted = true;
                     control.stop.store(true, Ordering::Relaxed);
-                    // Ctrl-C may well come while a report is being written.
-                    if error.is_instance_of::<PyKeyboardInterrupt>(py) {
-                        interrupted = true;
-                    } else {
-                        failed.get_or_insert(error);
+                }
+                let now = begin.elapsed();
+                if let (Some(progress), true) = (progress, now >= reported + Duration::from_millis(200)) {
+                    reported = now;
+                    let best = control.best.load(Ordering::Relaxed);
+                    let best = (best != i64::MAX).then_some(best);
+                    if let Err(error) = progress.call1((now.as_secs_f64(), best)) {
+                        control.stop.store(true, Ordering::Relaxed);
+                        // Ctrl-C may well come while a report is being written.
+                        if error.is_instance_of::<PyKeyboardInterrupt>(py) {
+                            interrupted = true;
+                        } else {
+                            failed.get_or_insert(error);
+                        }
                     }
                 }
             }
-        }
-        py.detach(|| worker.join())
-    });
+        });
+    };
+    with_pool(py, threads, |pool| caught(|| watch(pool)))?;
     match (failed, result) {
         (Some(error), _) => Err(error),
-        (None, Ok(result)) => Ok((result, interrupted)),
-        (None, Err(_)) => {
-            Err(PyRuntimeError::new_err("the native search panicked; please report this as a bug"))
-        }
+        (None, Some(result)) => Ok((result, interrupted)),
+        (None, None) => Err(PyRuntimeError::new_err("the core gave no result")),
     }
 }
 
@@ -133,6 +168,9 @@ fn array2<T: numpy::Element>(
 /// moetuner's native core.
 #[pymodule]
 mod _core {
+    use pyo3::prelude::*;
+    use pyo3::types::PyDict;
+
     #[pymodule_export]
     use super::bounding::{bound, verify_bound};
     #[pymodule_export]
@@ -142,9 +180,24 @@ mod _core {
     #[pymodule_export]
     use super::packing::{cluster, lpt, place_clusters, smallest_peaks};
     #[pymodule_export]
+    use super::pools::forget_pools;
+    #[pymodule_export]
     use super::solving::{exact_chain, search, separate};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::quiet_panics();
+        // Keyword only, and not on every system.
+        let hooks = PyDict::new(module.py());
+        hooks.set_item("after_in_child", module.getattr("forget_pools")?)?;
+        let os = module.py().import("os")?;
+        if os.hasattr("register_at_fork")? {
+            os.call_method("register_at_fork", (), Some(&hooks))?;
+        }
+        Ok(())
+    }
 }

@@ -6,7 +6,7 @@ use numpy::{
 use pyo3::prelude::*;
 use rayon::prelude::*;
 
-use super::{array2, array3, contiguous, detached};
+use super::{alone, array2, array3, contiguous, detached};
 use crate::bottleneck::{Chain, Way};
 use crate::error::Error;
 use crate::packing::{Goal, Improve, Room, smallest_peak};
@@ -49,7 +49,7 @@ pub(super) fn lpt<'py>(
         let packed = detached(py, threads, || crate::packing::pack(load, experts, devices, room, improve))??;
         packed.into_iter().flat_map(|packing| packing.cluster).collect()
     } else {
-        py.detach(|| crate::packing::pack_quickly(load, experts, devices, room))?
+        alone(py, || crate::packing::pack_quickly(load, experts, devices, room))??
     };
     let mut filled = vec![-1; layers * devices * slots];
     let mut used = vec![0; devices];

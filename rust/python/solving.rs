@@ -1,7 +1,7 @@
 //! Placements searched, proven optimal by the complete chain, and the rows of the co-location programme.
 
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use numpy::{
     IntoPyArray, PyArray1, PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3,
@@ -9,7 +9,7 @@ use numpy::{
 };
 use pyo3::prelude::*;
 
-use super::{array2, array3, contiguous, detached, slice, watched};
+use super::{array2, array3, caught, contiguous, deadline, detached, slice, watched};
 use crate::colocation::Layout;
 use crate::error::Error;
 use crate::instance::{Instance, Sizes};
@@ -23,14 +23,11 @@ fn instance_of(
     per_device: usize,
     [transitions, coactivation]: [Option<&PyReadonlyArray3<'_, u64>>; 2],
 ) -> PyResult<Instance> {
-    Ok(Instance::new(
-        sizes_of(load, cost, per_device),
-        contiguous(load.as_slice().ok())?,
-        slice(transitions)?,
-        slice(coactivation)?,
-        contiguous(cap.as_slice().ok())?,
-        contiguous(cost.as_slice().ok())?,
-    )?)
+    let sizes = sizes_of(load, cost, per_device);
+    let (transitions, coactivation) = (slice(transitions)?, slice(coactivation)?);
+    let load = contiguous(load.as_slice().ok())?;
+    let (cap, cost) = (contiguous(cap.as_slice().ok())?, contiguous(cost.as_slice().ok())?);
+    Ok(caught(|| Instance::new(sizes, load, transitions, coactivation, cap, cost))??)
 }
 
 fn sizes_of(load: &PyReadonlyArray2<'_, u64>, cost: &PyReadonlyArray2<'_, i64>, per_device: usize) -> Sizes {
@@ -63,14 +60,9 @@ pub(super) fn search<'py>(
     let sizes = instance.sizes;
     let initial =
         initial.iter().map(|slots| Ok(sizes.fill(slice(Some(slots))?)?)).collect::<PyResult<Vec<_>>>()?;
-    let time_limit = match time_limit.map(Duration::try_from_secs_f64) {
-        None => None,
-        Some(Ok(limit)) => Some(limit),
-        // Longer than the clock can count: no limit. Shorter than nothing: no time.
-        Some(Err(_)) => (!time_limit.is_some_and(|t| t > 0.0)).then_some(Duration::ZERO),
-    };
+    let control = Control::new(deadline(time_limit));
+    let time_limit = control.deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()));
     let options = Options { seed, trials, time_limit };
-    let control = Control::new(time_limit.and_then(|limit| Instant::now().checked_add(limit)));
     // Where no placement under the cap is known the most balanced one is what can be kept.
     let balanced = detached(py, threads, || balanced(&instance, &control))??;
     instance.allow(&balanced);

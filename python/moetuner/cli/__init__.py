@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 import click
 
-from moetuner import __version__
+from moetuner import __version__, _interrupts
+from moetuner._text import printable
 from moetuner.cli import (
     audit,
     collect,
@@ -24,6 +26,7 @@ from moetuner.cli import (
 
 WRONG = 2
 INTERRUPTED = 130
+LONGEST_LINE = 1000
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -43,14 +46,27 @@ for _module in (demo, collect, inspect, convert, solve, evaluate, audit, compare
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    What goes wrong is told in one line on standard error: status 2, or 130 for Ctrl-C.
+    What goes wrong is told in one line on standard error: status 2, or 130 for Ctrl-C. SIGTERM is
+    heard like Ctrl-C, and gives status 143 also where the best so far was written.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Paths that are not UTF-8, and other alphabets on an ASCII terminal.
+            stream.reconfigure(errors="backslashreplace")
+    with _interrupts.heard():
+        status = _run(arguments)
+        return _interrupts.status() or status
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         status = moetuner.main(arguments, prog_name="moetuner", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        if error.filename:
+            return _failed(f"{error.filename}: {error.strerror}")
         # The reader has gone (| head). What is still buffered must not be complained about at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -61,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _failed(where + (error.strerror or str(error)))
-    except MemoryError:
-        return _failed("out of memory")
+    except MemoryError as error:
+        return _failed(f"out of memory: {error}".removesuffix(": "))
     except ValueError as error:
         return _failed(str(error))
     except Exception as error:
@@ -73,5 +89,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(text: str, status: int = WRONG) -> int:
-    print("moetuner: error:", " ".join(text.split()), file=sys.stderr)  # noqa: T201 - its only line
+    print("moetuner: error:", printable(text, LONGEST_LINE), file=sys.stderr)  # noqa: T201 - its only line
     return status

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from moetuner import _text
 from moetuner._bootstrap import Interval
 from moetuner.audit import RESAMPLES, Audit, Finding, audit
 from moetuner.cli import options
@@ -119,10 +120,10 @@ def command(
 
     output = Output(json_file)
     output.say(source.describe())
-    against = "experts in blocks" if baseline_file is None else baseline_file.name
+    against = "experts in blocks" if baseline_file is None else _text.name(baseline_file.name)
     kind, units = found.units
     output.say(
-        f"{placement_file.name} against {against}, 95 % intervals over {units:,} "
+        f"{_text.name(placement_file.name)} against {against}, 95 % intervals over {units:,} "
         f"{kind}{'' if units == 1 else 's'}"
     )
     for measure in known:
@@ -135,7 +136,7 @@ def command(
     if failures:
         worst = failures[0]
         output.say(
-            f"failed: {worst.group} got worse by {_percent(worst.change.value)} in "
+            f"failed: {_text.name(worst.group)} got worse by {_percent(worst.change.value)} in "
             f"{NAMES[worst.measure]}, more than {fail_if_worse:g} %"
         )
     output.finish(
@@ -191,7 +192,7 @@ def _summary(output: Output, found: Audit) -> None:
 
 def _listed(findings: list[Finding], measure: str) -> str:
     mine = [each for each in findings if each.measure == measure]
-    named = [f"{each.group} {_percent(each.change.value)}" for each in mine[:NAMED]]
+    named = [f"{_text.name(each.group)} {_percent(each.change.value)}" for each in mine[:NAMED]]
     return ", ".join(named) + (f" and {len(mine) - NAMED} more" if len(mine) > NAMED else "")
 
 

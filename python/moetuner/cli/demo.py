@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from moetuner._files import same_file
 from moetuner.cli import options
 from moetuner.cli.inputs import WINDOW, count, facts
 from moetuner.cli.outcome import Outcome, head, remarks, try_method
@@ -24,6 +25,7 @@ from moetuner.trace import RoutingTrace
 SAMPLE = "small-moe.safetensors"
 DEVICES = 4
 MAX_IMBALANCE = 1.05
+WRITTEN = ("trace.safetensors", "placement.json", "eplb.npz")
 METHODS = ("contiguous", "lpt", "eplb", "moetuner", "joint")
 
 
@@ -41,6 +43,11 @@ METHODS = ("contiguous", "lpt", "eplb", "moetuner", "joint")
 @options.json_option
 def command(directory: Path, threads: int | None, json_file: Path | None) -> None:
     """Run the whole flow on the bundled trace: inspect, compare, export."""
+    for name in WRITTEN:
+        if json_file is not None and same_file(json_file, directory / name):
+            raise click.BadParameter(
+                f"must be another file than the demo's {name}.", param_hint="'--json'"
+            )
     directory.mkdir(parents=True, exist_ok=True)
     with resources.as_file(resources.files("moetuner") / "data" / SAMPLE) as bundled:
         shutil.copyfile(bundled, directory / "trace.safetensors")

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from moetuner import _text
 from moetuner.cli import options
 from moetuner.cli.inputs import Source, traffic_options
 from moetuner.cli.machine import Machine, node_options, time_options
@@ -64,7 +65,7 @@ def command(
     output.say(source.describe())
     windows = f", windows of {window} tokens" if window else ""
     output.say(
-        f"{placement_file.name}: {placement.devices} devices x "
+        f"{_text.name(placement_file.name)}: {placement.devices} devices x "
         f"{placement.slots_per_device} slots{windows}"
     )
     output.say()

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from moetuner._text import name
 from moetuner.cli import options
 from moetuner.cli.progress import working
 from moetuner.reading import read_input
@@ -82,8 +83,8 @@ def describe(path: Path, traffic: Traffic) -> str:
         parts.append(f"{of['sequences']:,} sequences")
     if of["groups"]:
         parts.append(f"{len(of['groups'])} groups")
-    model = f" of {of['model']}" if of["model"] else ""
-    return f"{path.name}: {of['kind']}{model}, {', '.join(parts)}"
+    model = f" of {name(of['model'])}" if of["model"] else ""
+    return f"{name(path.name)}: {of['kind']}{model}, {', '.join(parts)}"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from moetuner._validation import DEVICE_LIMIT
 from moetuner.cli import options
 from moetuner.cli.inputs import Source, input_options
 from moetuner.cli.output import Output, number, percent
@@ -24,7 +25,7 @@ LITTLE = 0.005
 @input_options
 @click.option(
     "--devices",
-    type=click.IntRange(1, 65535),
+    type=click.IntRange(1, DEVICE_LIMIT),
     default=4,
     show_default=True,
     metavar="N",

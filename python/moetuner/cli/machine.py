@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from moetuner._machines import GPUS, MACHINES
+from moetuner._validation import DEVICE_LIMIT
 from moetuner.cli import options
 from moetuner.cost import CostModel
 from moetuner.topology import Topology
@@ -46,6 +47,7 @@ def parse_topology(
     if value is None:
         return None
     if Path(value).exists():
+        options.claim(context, parameter, Path(value))
         return Topology.load(value)
     name, _, nodes = value.partition(":")
     if name not in MACHINES:
@@ -63,6 +65,7 @@ def parse_cost_model(
     if value is None:
         return None
     if Path(value).exists():
+        options.claim(context, parameter, Path(value))
         return CostModel.load(value)
     gpu, _, size = value.partition(":")
     if gpu not in GPUS:
@@ -79,7 +82,7 @@ def parse_cost_model(
 _nodes = (
     click.option(
         "--devices-per-node",
-        type=click.IntRange(1, 65535),
+        type=click.IntRange(1, DEVICE_LIMIT),
         metavar="M",
         help="Devices of a node.",
     ),
@@ -100,7 +103,7 @@ machine_options = options.gathered(
     (
         click.option(
             "--devices",
-            type=click.IntRange(1, 65535),
+            type=click.IntRange(1, DEVICE_LIMIT),
             metavar="N",
             help="Number of devices.  [required, or --topology]",
         ),

@@ -12,9 +12,49 @@ from typing import Any, TypeVar
 
 import click
 
+from moetuner._files import same_file
 from moetuner._split import SPLITS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def claim(context: click.Context | None, parameter: click.Parameter | None, path: Path) -> None:
+    """Note that an option names a file to read; nothing may be written there.
+
+    Raises
+    ------
+    click.BadParameter
+        If another option writes it.
+    """
+    _claim(context, parameter, path, writes=False)
+
+
+def _claim(
+    context: click.Context | None, parameter: click.Parameter | None, path: Path, *, writes: bool
+) -> None:
+    if context is None or parameter is None:
+        return
+    claims = context.meta.setdefault(__name__, [])
+    hint = parameter.get_error_hint(context)
+    for other_hint, other, written in claims:
+        if other_hint != hint and (writes or written) and same_file(path, other):
+            raise click.BadParameter(
+                f"must be another file than that of {other_hint}, got '{path}'.", context, parameter
+            )
+    claims.append((hint, path, writes))
+
+
+class InFile(click.Path):
+    """A file to read, which no option of the same command may write."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Note what is read."""
+        path = super().convert(value, param, ctx)
+        claim(ctx, param, Path(str(path)))
+        return path
 
 
 class OutFile(click.Path):
@@ -37,12 +77,16 @@ class OutFile(click.Path):
         path = Path(str(super().convert(value, param, ctx)))
         if self.allow_dash and str(path) == "-":
             return path
-        if not path.parent.is_dir():
-            self.fail(f"directory '{path.parent}' does not exist; make it first", param, ctx)
-        if not os.access(path.parent, os.W_OK):
-            self.fail(f"directory '{path.parent}' is not writable", param, ctx)
         if not path.name.endswith(self.suffix):
             self.fail(f"must end in {self.suffix}, got '{path.name}'", param, ctx)
+        _claim(ctx, param, path, writes=True)
+        if path.exists() and not path.is_file():
+            return path  # a pipe or a device, which is written to
+        folder = (Path(os.path.realpath(path)) if path.is_symlink() else path).parent
+        if not folder.is_dir():
+            self.fail(f"directory '{folder}' does not exist; make it first", param, ctx)
+        if not os.access(folder, os.W_OK):
+            self.fail(f"directory '{folder}' is not writable", param, ctx)
         return path
 
 
@@ -57,7 +101,7 @@ class Number(click.FloatRange):
         return number
 
 
-IN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+IN_FILE = InFile()
 
 
 def together(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:

@@ -12,10 +12,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from moetuner._files import replacing
+from moetuner._files import descriptor_of, replacing
+from moetuner._text import line, name
 
 # Output that goes to a file or another program is not fitted to any screen.
 UNLIMITED = 1000
+STANDARD_OUTPUT = 1
 
 
 class Output:
@@ -29,23 +31,27 @@ class Output:
 
     def __init__(self, json_file: Path | None) -> None:
         self._json = json_file
-        self._quiet = str(json_file) == "-"
+        # Other text between the braces would make it no JSON.
+        self._quiet = json_file is not None and (
+            str(json_file) == "-" or descriptor_of(json_file) == STANDARD_OUTPUT
+        )
         self._console = Console(highlight=False, markup=False, emoji=False)
         if not self._console.is_terminal:
             self._console.width = UNLIMITED
 
     def say(self, text: str = "") -> None:
-        """Print a line."""
+        """Print a line, or several; names in it may not do more than be seen."""
         if not self._quiet:
-            self._console.print(text, soft_wrap=True)
+            for each in text.split("\n"):
+                self._console.print(line(each), soft_wrap=True)
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print aligned columns: the first to the left, numbers to the right."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for i, name in enumerate(head):
-            table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        for i, title in enumerate(head):
+            table.add_column(title, justify="right" if i else "left", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(name, row))
         if not self._quiet:
             self._console.print(table)
 
@@ -54,7 +60,7 @@ class Output:
         if self._json is None:
             return
         text = json.dumps(_finite(contents), indent=2, allow_nan=False)
-        if self._quiet:
+        if str(self._json) == "-":
             click.echo(text)
         else:
             with replacing(self._json) as temporary:

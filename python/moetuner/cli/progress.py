@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from moetuner._text import printable
 from moetuner.solver.result import Progress
 
 # Where nobody watches: the first line after a second, the next ones rarely.
@@ -19,6 +20,7 @@ INTERVAL_S = 10.0
 @contextmanager
 def working(label: str) -> Iterator[Callable[[Progress], None]]:
     """Say what is being done while it takes long; gives what ``solve`` reports its progress to."""
+    label = printable(label)
     console = Console(stderr=True, highlight=False, markup=False)
     if console.is_terminal:
         with console.status(label) as status:

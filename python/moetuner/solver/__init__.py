@@ -17,6 +17,9 @@ from moetuner.solver.result import Candidate, Limits, Progress, Result
 from moetuner.solver.searched import searched
 from moetuner.solver.two_stage import two_stage
 
+# Seconds that nobody waits for: such a limit, infinity too, is none.
+LONGEST_LIMIT = 1e9
+
 
 class Method(Protocol):
     """How every method is called."""
@@ -67,8 +70,9 @@ def solve(
     seed
         Of all random choices.
     time_limit
-        Seconds; the best placement so far is returned. Without it the answer is a function of
-        (problem, method, seed) alone, the same on every machine and for any number of threads.
+        Seconds; the best placement so far is returned. Without it, or beyond 30 years, the answer
+        is a function of (problem, method, seed) alone, the same on every machine and for any number
+        of threads.
     iterations
         Search steps of each start; by default chosen by the problem's size.
     gap
@@ -102,6 +106,8 @@ def solve(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if time_limit is not None and not time_limit >= 0:
         raise ValueError(f"time_limit must be at least 0 seconds, got {time_limit}")
+    if time_limit is not None and time_limit > LONGEST_LIMIT:
+        time_limit = None
     if iterations is not None and iterations < 0:
         raise ValueError(f"iterations must be at least 0, got {iterations}")
     if gap is not None and not (math.isfinite(gap) and gap >= 0):

@@ -69,7 +69,8 @@ def caps_of(problem: Problem) -> Floats | None:
     if problem.max_imbalance is None or np.isinf(problem.max_imbalance):
         return None
     total = problem.load.sum(axis=1, dtype=np.float64)
-    caps: Floats = problem.max_imbalance * total / problem.topology.speed_of_device.sum()
+    with np.errstate(over="ignore"):  # a cap beyond all numbers is none
+        caps: Floats = problem.max_imbalance * total / problem.topology.speed_of_device.sum()
     return caps
 
 

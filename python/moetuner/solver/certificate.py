@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from moetuner._files import replacing
+from moetuner._files import replacing, size_of
 
 FORMAT = "moetuner.certificate"
 ARRAYS = {
@@ -65,7 +65,7 @@ class Certificate:
             "levels": json.dumps([[proof.parts, proof.price] for proof in self.proofs]),
         }
         with replacing(path) as temporary:
-            safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
+            temporary.write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Certificate:
@@ -76,6 +76,7 @@ class Certificate:
         ValueError
             If the file is truncated, corrupt, or something else.
         """
+        size_of(Path(path))
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}

@@ -119,7 +119,7 @@ class Search:
         """
         clock, problem = Clock(limits), self.problem
         self.moving = moving
-        slots = self._layers().construct(copies=problem.may_copy)
+        slots = self._layers().construct(copies=problem.may_copy, threads=limits.threads)
         if limits.time_limit == 0:
             return self.candidate(slots, "time_limit")
         again = AGAIN if self.emphasis else REWEIGHTINGS

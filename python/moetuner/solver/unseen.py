@@ -199,7 +199,7 @@ class _Trial:
             mixed=setting.mixed,
         )
         slots, interrupted = layers.place(
-            layers.construct(),
+            layers.construct(threads=threads),
             trials=max(TRIALS_PER_SLOT * int(self.room.sum(axis=1).max()), LEAST_TRIALS),
             seed=seed,
             threads=threads,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moetuner import _safetensors
-from moetuner._files import naming, replacing
+from moetuner._files import naming, read_whole, replacing
 from moetuner.placement import Placement
 from moetuner.torch.keys import Move, plan
 from moetuner.torch.order import (
@@ -106,7 +106,7 @@ def permute_state_dict(
     source, out = Path(source), Path(out)
     if config is None and (source / "config.json").is_file():
         with naming(source / "config.json"):
-            config = json.loads((source / "config.json").read_text())
+            config = json.loads(read_whole(source / "config.json"))
     return _permute_folder(source, out, order, _settings(config), inverse)
 
 
@@ -215,7 +215,7 @@ def _index_of(source: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     with naming(path):
-        index = json.loads(path.read_text())
+        index = json.loads(read_whole(path))
         if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
             raise ValueError("must be an object with 'weight_map'")
         return index

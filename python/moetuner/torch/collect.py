@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moetuner._files import LONGEST_TEXT, size_of
 from moetuner.torch.capture import UNNAMED, capture
 from moetuner.trace import RoutingTrace
 
@@ -38,8 +39,11 @@ def read_texts(path: str | Path) -> Iterator[Text]:
         If it cannot be read.
     """
     is_json: bool | None = None
+    size_of(Path(path))
     with Path(path).open("rb") as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(iter(lambda: file.readline(LONGEST_TEXT + 1), b""), 1):
+            if len(raw) > LONGEST_TEXT:
+                raise ValueError(f"{path}: line {number} must have at most {LONGEST_TEXT} bytes")
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:

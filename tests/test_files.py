@@ -1,0 +1,436 @@
+"""Files of all kinds: written whole, through or not at all, and never over what was read."""
+
+import errno
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner._files import read_whole, replacing, same_file
+from moetuner._text import clean, name, printable
+from moetuner.solver.certificate import Certificate
+
+NAMES = ("target", "n" * 240)
+
+
+@pytest.fixture
+def placement():
+    """Two experts on two devices."""
+    return mt.Placement(np.array([[[0], [1]]]))
+
+
+@pytest.fixture
+def saved(placement, tmp_path):
+    """Save a placement."""
+    placement.save(tmp_path / "saved.json")
+    return tmp_path / "saved.json"
+
+
+@pytest.fixture
+def recording(trace, tmp_path):
+    """Save a trace."""
+    trace(60, 2, 2, 8).save(tmp_path / "trace.safetensors")
+    return tmp_path / "trace.safetensors"
+
+
+@pytest.fixture
+def trace(make_trace):
+    """Make a trace."""
+    return make_trace
+
+
+def reading(path):
+    """Read a pipe to its end, in a thread."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(path.read_bytes()), daemon=True)
+    thread.start()
+    return found, thread
+
+
+def test_a_pipe_gets_the_bytes(placement, tmp_path):
+    """What is written to a FIFO arrives at its reader, and the FIFO stays one."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    found, thread = reading(pipe)
+    placement.save(pipe)
+    thread.join(20)
+    placement.save(tmp_path / "plain.json")
+    assert found == [(tmp_path / "plain.json").read_bytes()]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "plain.json"}
+
+
+def test_a_descriptor_gets_the_bytes(placement, tmp_path):
+    """A path of an open descriptor, as of process substitution, is written to where it stands."""
+    out = tmp_path / "out"
+    with out.open("wb") as file:
+        file.write(b"before\n")
+        file.flush()
+        placement.save(f"/dev/fd/{file.fileno()}")
+        file.write(b"after\n")
+    lines = out.read_bytes().splitlines()
+    assert (lines[0], lines[-1]) == (b"before", b"after")
+    assert json.loads(lines[1])["num_experts"] == 2
+
+
+def test_a_link_stays(placement, tmp_path):
+    """What a link points to is replaced, or made; the link stays."""
+    (tmp_path / "folder").mkdir()
+    for there in (True, False):
+        target, link = tmp_path / "folder" / f"{there}.json", tmp_path / f"{there}"
+        if there:
+            target.write_text("old")
+        link.symlink_to(target)
+        placement.save(link)
+        assert link.is_symlink()
+        assert mt.Placement.load(target) == placement
+
+
+def test_modes_are_kept(placement, tmp_path):
+    """A file that was private stays so; a new one has the mode that the umask leaves."""
+    private, new = tmp_path / "private", tmp_path / "new"
+    private.write_text("old")
+    private.chmod(0o600)
+    before = os.umask(0o027)
+    try:
+        placement.save(private)
+        placement.save(new)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    assert stat.S_IMODE(new.stat().st_mode) == 0o640
+
+
+def test_errors_name_the_file(placement, tmp_path):
+    """Whatever fails, the error has the path that was asked for."""
+    for path, number in (
+        (tmp_path / "missing" / "p.json", errno.ENOENT),
+        (tmp_path, errno.EISDIR),
+        ("/dev/full", errno.ENOSPC),
+    ):
+        with pytest.raises(OSError, match=re.escape(str(path))) as caught:
+            placement.save(path)
+        assert caught.value.errno == number
+
+
+def test_an_error_while_writing_names_the_file(tmp_path):
+    """What a full disk says in the middle does not name a temporary file, and leaves none."""
+    target = tmp_path / "target"
+    with pytest.raises(OSError, match=f"'{target}'"), replacing(target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match="'input'"), replacing(target):
+        raise OSError(errno.EIO, "broken", "input")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_synced_before_it_replaces(monkeypatch, tmp_path):
+    """The bytes are on the disk before the name is: else a power cut leaves an empty file."""
+    steps = []
+    sync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (steps.append("sync"), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (steps.append("replace"), rename(*paths)))
+    with replacing(tmp_path / "target") as temporary:
+        temporary.write_text("new")
+    assert steps == ["sync", "replace", "sync"]
+
+
+@pytest.mark.parametrize("target", NAMES, ids=["short", "long"])
+def test_temporaries_of_killed_runs_are_deleted(tmp_path, target):
+    """The next write to the same name deletes what a killed process left, and nothing else."""
+    program = (
+        "import os, sys\n"
+        "from moetuner._files import replacing\n"
+        "with replacing(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    path = tmp_path / target
+    subprocess.run([sys.executable, "-c", program, path], check=False, timeout=60)
+    left = list(tmp_path.iterdir())
+    assert len(left) == 1
+    other = tmp_path / f".{target}.notes"
+    other.write_text("mine")
+    with replacing(tmp_path / "other") as temporary:
+        temporary.write_text("new")
+    assert left[0].exists()
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert {each.name for each in tmp_path.iterdir()} == {target, "other", other.name}
+
+
+def test_a_temporary_in_use_is_not_deleted(tmp_path):
+    """Two writers of one name do not touch each other's temporary files; the last one wins."""
+    path = tmp_path / "target"
+    with replacing(path) as first:
+        first.write_text("first")
+        with replacing(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+
+
+def test_one_file_has_many_names(tmp_path):
+    """Links of both kinds are the same file; so are two names of one that is not there yet."""
+    one, hard, soft = (tmp_path / each for each in ("one", "hard", "soft"))
+    one.write_text("")
+    hard.hardlink_to(one)
+    soft.symlink_to(one)
+    assert same_file(one, hard)
+    assert same_file(one, soft)
+    assert same_file(tmp_path / "new", tmp_path / "x" / ".." / "new")
+    assert not same_file(one, tmp_path / "new")
+    assert not same_file("/dev/null", "/dev/null")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("solve", "trace.safetensors", "--devices", "2", "--out", "trace.safetensors"),
+        ("solve", "trace.safetensors", "--devices", "2", "--out", "link"),
+        ("solve", "trace.safetensors", "--devices", "2", "--out", "hard"),
+        ("solve", "trace.safetensors", "--devices", "2", "--out", "new", "--json", "new"),
+        ("solve", "trace.safetensors", "--devices", "2", "--out", "n", "--certificate", "n"),
+        ("solve", "trace.safetensors", "--topology", "machine.json", "--out", "machine.json"),
+        (
+            *("solve", "trace.safetensors", "--devices", "2"),
+            *("--cost-model", "cost.json", "--out", "cost.json"),
+        ),
+        (
+            *("solve", "trace.safetensors", "--devices", "2"),
+            *("--initial", "saved.json", "--out", "saved.json"),
+        ),
+        ("inspect", "trace.safetensors", "--json", "trace.safetensors"),
+        ("compare", "trace.safetensors", "--devices", "2", "--json", "trace.safetensors"),
+        ("evaluate", "saved.json", "trace.safetensors", "--json", "saved.json"),
+        ("audit", "saved.json", "trace.safetensors", "--json", "trace.safetensors"),
+        (
+            *("audit", "p.json", "trace.safetensors"),
+            *("--baseline", "saved.json", "--json", "saved.json"),
+        ),
+        ("convert", "trace.safetensors", "--out", "trace.safetensors"),
+        ("convert", "trace.safetensors", "--out", "new.safetensors", "--json", "trace.safetensors"),
+        ("export", "saved.json", "--to", "json", "--out", "saved.json"),
+        ("export", "saved.json", "--to", "json", "--out", "n.json", "--json", "n.json"),
+        (
+            *("export", "saved.json", "--to", "moves"),
+            *("--initial", "p.json", "--out", "p.json"),
+        ),
+        ("verify", "c", "trace.safetensors", "--devices", "2", "--json", "c"),
+        ("demo", "--out", "folder", "--json", "folder/placement.json"),
+        ("collect", "model", "--dataset", "texts", "--out", "o.safetensors", "--json", "texts"),
+    ],
+    ids=" ".join,
+)
+def test_no_output_is_an_input(run, recording, saved, tmp_path, monkeypatch, command):
+    """A command that would write over what it reads, or twice, is refused before it begins."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(recording)
+    (tmp_path / "hard").hardlink_to(recording)
+    (tmp_path / "machine.json").write_text('{"devices": 2}')
+    mt.CostModel.preset("h100").save(tmp_path / "cost.json")
+    for copy in ("p.json", "c", "texts"):
+        (tmp_path / copy).write_bytes(saved.read_bytes())
+    (tmp_path / "folder").mkdir()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    status, out, err = run(*command)
+    assert status == 2
+    assert out == ""
+    assert "must be another file than" in err
+    assert err.count("\n") == 1
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert after == before
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_two_outputs_may_be_one_pipe(run, recording, tmp_path):
+    """Only of regular files would one output be lost: a pipe gets both, one after the other."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    # A reader that stays, whoever opens and closes the other end.
+    handle = os.open(pipe, os.O_RDWR)
+    how = ("--devices", 2, "--method", "contiguous")
+    assert run("solve", recording, *how, "--out", pipe, "--json", pipe)[0] == 0
+    seen = os.read(handle, 1 << 20)
+    os.close(handle)
+    assert seen.startswith(b'{"schema"')
+    assert b'"settings"' in seen
+
+
+def test_json_on_a_descriptor_of_standard_output(recording, tmp_path):
+    """--json /dev/fd/1 is --json -: only JSON goes to standard output, and it stays a pipe."""
+    command = [sys.executable, "-m", "moetuner", "solve", recording, "--devices", "2"]
+    command += ["--method", "contiguous", "--out", tmp_path / "p.json", "--json", "/dev/fd/1"]
+    done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+    assert json.loads(done.stdout)["method"] == "contiguous"
+
+
+READERS = {
+    "placement": mt.Placement.load,
+    "topology": mt.Topology.load,
+    "cost model": mt.CostModel.load,
+    "certificate": Certificate.load,
+    "statistics": mt.RoutingStatistics.load,
+    "trace": mt.RoutingTrace.load,
+    "whole": read_whole,
+}
+
+
+@pytest.mark.parametrize("what", READERS)
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "/dev/null"])
+def test_readers_refuse_what_is_no_regular_file(what, kind, tmp_path):
+    """A pipe would block and a device never end; a timer ends the test if it does."""
+    path = kind
+    if kind == "fifo":
+        path = tmp_path / "fifo"
+        os.mkfifo(path)
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the reader waits"))
+    signal.alarm(20)
+    try:
+        with pytest.raises(ValueError, match="must be a regular file") as caught:
+            READERS[what](path)
+    finally:
+        signal.alarm(0)
+    assert str(path) in str(caught.value)
+
+
+def test_readers_refuse_endless_files(tmp_path):
+    """A file that pretends to have more than memory is refused by its size alone."""
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    for what in ("placement", "topology", "cost model", "whole"):
+        with pytest.raises(ValueError, match="must have at most"):
+            READERS[what](path)
+
+
+def test_texts_are_read_from_files(tmp_path, monkeypatch):
+    """The texts of a collection, too, are no pipe and have no endless line."""
+    pytest.importorskip("torch")
+    collect = pytest.importorskip("moetuner.torch.collect")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ValueError, match="must be a regular file"):
+        next(collect.read_texts(tmp_path / "fifo"))
+    (tmp_path / "line").write_text("0123456789")
+    monkeypatch.setattr(collect, "LONGEST_TEXT", 8)
+    with pytest.raises(ValueError, match="line 1 must have at most 8 bytes"):
+        next(collect.read_texts(tmp_path / "line"))
+
+
+@pytest.mark.parametrize("experts", [2**40, 3 * 10**9, 65537, -1])
+def test_a_small_placement_file_asks_for_little(tmp_path, experts):
+    """A number of experts beyond the slots is refused before a table of that size is made."""
+    path = tmp_path / "p.json"
+    fields = {"schema": "moetuner.placement/1", "num_experts": experts, "slots": [[[0], [1]]]}
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="num_experts must be from 1 to 2"):
+        mt.Placement.load(path)
+
+
+def test_slots_and_devices_are_bounded():
+    """Sizes that no machine has are refused by rule, in every entry, not by a lack of memory."""
+    load = np.ones((2, 8))
+    statistics = mt.RoutingStatistics.from_load(np.ones((1, 2, 8), dtype=np.uint64))
+    two = mt.Topology(2)
+    for call, words in (
+        (lambda: mt.balance(load, devices=2, slots_per_device=10**9), "at most 268435456 slots"),
+        (lambda: mt.balance(load, devices=2, slots_per_device=[10**9, 4]), "at most"),
+        (lambda: mt.balance(load, devices=10**9, slots_per_device=4), "from 1 to 8192"),
+        (lambda: mt.Problem(statistics, two, slots_per_device=10**9), "at most"),
+        (lambda: mt.Problem(statistics, two, slots_per_device=(10**9, 4)), "from 0 to 65536"),
+        (lambda: mt.Topology(10**6), "from 1 to 8192"),
+        (lambda: mt.Topology(2, slots_per_device=[2**40, 1]), "from 1 to 65536"),
+        (lambda: mt.Placement.from_assignment([[0, 1]], 10**12), "at most"),
+        (lambda: mt.Placement.from_assignment([[0, 1]], 2, slots_per_device=10**12), "at most"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_control_characters_are_not_shown():
+    """What a terminal would obey, or breaks a line or turns its direction, is a question mark."""
+    for bad in "\x1b\x07\x9b\r\n\u202e\udcff\x7f":
+        assert clean(f"a{bad}b") == "a?b"
+        assert bad not in printable(f"a{bad}b")
+        assert name(f"a{bad}b") == "a?b"
+    assert clean("  ä -> 漢") == "  ä -> 漢"
+    assert len(printable("word " * 10_000)) == 303
+    assert len(printable("x" * 10_000)) == 59
+    assert printable("/folder" * 30) == "/folder" * 30
+    assert (len(name("x" * 500)), name("a" * 100 + "z")[-1]) == (59, "z")
+
+
+ESCAPE = "\x1b[31mred\x1b]0;title\x07"
+
+
+def test_names_do_nothing_to_a_terminal(run, tmp_path, monkeypatch):
+    """Escape sequences in names of files, groups and models reach neither output."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    ids = np.stack([rng.permutation(8)[:2] for _ in range(160)]).reshape(80, 2, 2)
+    mt.RoutingTrace.from_arrays(
+        ids,
+        num_experts=8,
+        sequence=np.arange(80) // 4,
+        group=np.arange(80) // 4 % 2,
+        group_names=[f"g{ESCAPE}", "long" * 100],
+        model=f"m{ESCAPE}" + "long" * 100,
+    ).save(f"t{ESCAPE}.safetensors")
+    path = f"t{ESCAPE}.safetensors"
+    seen = ""
+    for command in (
+        ("inspect", path),
+        ("solve", path, "--devices", 2, "--method", "lpt", "--out", f"p{ESCAPE}.json"),
+        ("evaluate", f"p{ESCAPE}.json", path),
+        ("audit", f"p{ESCAPE}.json", path),
+        ("solve", path, "--devices", 2, "--method", f"x{ESCAPE}"),
+        (f"x{ESCAPE}",),
+        ("inspect", f"missing{ESCAPE}"),
+        ("solve", path, "--devices", 2, "--groups", f"x{ESCAPE}=2"),
+    ):
+        _, out, err = run(*command)
+        seen += out + err
+        assert max(map(len, (out + err).splitlines())) < 1100
+    assert "\x1b" not in seen
+    assert "\x07" not in seen
+    assert "long" * 30 not in seen
+    assert "red" in seen
+
+
+@pytest.mark.parametrize("encoding", ["ascii:strict", "utf-8:strict"])
+def test_paths_of_any_bytes(recording, tmp_path, encoding):
+    """Paths that are not UTF-8 can be read and written, on terminals that know only ASCII too."""
+    folder = os.fsencode(tmp_path)
+    source, out = folder + b"/t\xff\xe4.safetensors", folder + b"/p\xff.json"
+    recording.rename(os.fsdecode(source))
+    environment = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": encoding,
+    }
+    command = [sys.executable, "-m", "moetuner", "solve", source, "--devices", "2"]
+    command += ["--method", "contiguous", "--out", out, "--json", folder + b"/j\xff.json"]
+    done = subprocess.run(command, capture_output=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert mt.Placement.load(os.fsdecode(out)).devices == 2
+    assert json.loads((tmp_path / os.fsdecode(b"j\xff.json")).read_text())["method"] == "contiguous"
+
+
+def test_json_files_are_utf8_in_any_locale(tmp_path):
+    """A name in another alphabet is read alike where the locale knows only ASCII."""
+    machine = tmp_path / "machine.json"
+    machine.write_text('{"devices": 2, "name": "bücher"}', encoding="utf-8")
+    program = "import moetuner, sys; print(ascii(moetuner.Topology.load(sys.argv[1]).name))"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", program, machine]
+    done = subprocess.run(command, capture_output=True, timeout=60, env=environment, check=True)
+    assert done.stdout.strip() == b"'b\\xfccher'"

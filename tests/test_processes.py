@@ -1,0 +1,355 @@
+"""Living in other people's processes: forks, threads, signals, panics, memory."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner import _core
+from moetuner._interrupts import heard, status
+
+SAMPLE = Path(mt.__file__).parent / "data" / "small-moe.safetensors"
+QUIET = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def work(threads=None, iterations=300):
+    """Load, count, solve by search and by integer programme, and evaluate."""
+    trace = mt.RoutingTrace.load(SAMPLE)
+    statistics = mt.RoutingStatistics.from_trace(trace, window=512, threads=threads, sets=True)
+    problem = mt.Problem(statistics, mt.Topology(4), regime="follow", max_imbalance=1.05)
+    found = [
+        mt.solve(problem, method, threads=threads, iterations=iterations).placement
+        for method in ("heuristic", "moetuner")
+    ]
+    return [mt.evaluate(each, trace, window=512, threads=threads).crossing for each in found]
+
+
+def ends(pid, seconds=60):
+    """Exit status of a child; None, and the child is killed, if it does not end."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found, code = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(code)
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+@pytest.mark.parametrize("threads", [None, 1, 2])
+def test_a_forked_child_works(threads):
+    """A child does all that its parent did, with the same answer, and so does the parent after."""
+    expected = work(threads)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = 0 if work(threads) == expected else 2
+        finally:
+            os._exit(code)
+    assert ends(pid) == 0
+    assert work(threads) == expected
+
+
+def test_a_grandchild_works():
+    """Whoever forks after its own work, as its parent did, leaves its child able to work too."""
+    expected = work()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            inner = os.fork()
+            if inner == 0:
+                os._exit(0 if work() == expected else 2)
+            code = ends(inner)
+            code = 3 if code is None else code
+        finally:
+            os._exit(code)
+    assert ends(pid, 120) == 0
+
+
+def test_multiprocessing_by_fork():
+    """Workers of a pool that were forked after a load work."""
+    expected = work()
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map_async(work, [None, 1]).get(timeout=90) == [expected, expected]
+
+
+def test_pools_are_forgotten_at_the_fork():
+    """The core hears of forks itself: a child may have the number of an ancestor that is gone."""
+    program = (
+        "import os\n"
+        "hooks = []\n"
+        "os.register_at_fork = lambda **hook: hooks.append(hook)\n"
+        "import moetuner._core as core\n"
+        "assert {'after_in_child': core.forget_pools} in hooks, hooks\n"
+    )
+    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
+
+
+def test_one_thread_is_one_thread():
+    """With threads=1 nothing but one thread works (this one listens), and none is rayon's own."""
+    program = (
+        "import os, sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from test_processes import work\n"
+        "def spent():\n"
+        "    tasks = {}\n"
+        "    for task in os.listdir('/proc/self/task'):\n"
+        "        name = open(f'/proc/self/task/{task}/comm').read().strip()\n"
+        "        fields = open(f'/proc/self/task/{task}/stat').read().rsplit(')')[-1].split()\n"
+        "        tasks[task, name] = int(fields[11]) + int(fields[12])\n"
+        "    return tasks\n"
+        "work(1)\n"
+        "before = spent()\n"
+        "work(1, 3000)\n"
+        "others = [key for key in spent() if key[0] != str(os.getpid())]\n"
+        "assert all(name.startswith('moetuner-') for _, name in others), others\n"
+        "busy = [key for key in others if spent()[key] > before.get(key, 0)]\n"
+        "assert len(busy) <= 1, busy\n"
+    )
+    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
+    subprocess.run(command, env=QUIET, timeout=120, check=True)
+
+
+def test_two_calls_have_two_pools(make_trace):
+    """One-threaded solves at once both get on: neither waits until the other is done."""
+    statistics = mt.RoutingStatistics.from_trace(make_trace(400, 8, 4, 64))
+    problem = mt.Problem(statistics, mt.Topology(8), regime="follow", max_imbalance=1.5)
+    both, ended = threading.Barrier(2), []
+
+    def met(progress):
+        if progress.objective is not None:
+            both.wait(timeout=60)
+            raise InterruptedError
+
+    def solve():
+        try:
+            mt.solve(problem, "heuristic", threads=1, time_limit=50, progress=met)
+        except (InterruptedError, threading.BrokenBarrierError) as error:
+            ended.append(type(error))
+
+    solves = [threading.Thread(target=solve) for _ in range(2)]
+    for each in solves:
+        each.start()
+    for each in solves:
+        each.join()
+    assert ended == [InterruptedError, InterruptedError]
+
+
+@pytest.fixture
+def layers():
+    """Make two layers of four experts on two devices."""
+    return _core.Layers(
+        np.ones((1, 2, 4)),
+        np.ones(1),
+        np.full((2, 2), 2),
+        [0, 0],
+        [1.0, 1.0],
+        nearest=False,
+        norm=0,
+    )
+
+
+def test_panics_are_runtime_errors(layers, capfd, monkeypatch):
+    """A panic in this thread or in a pool's says what and where in a RuntimeError, and no more."""
+    monkeypatch.delenv("RUST_BACKTRACE", raising=False)
+    few = {"transitions": np.ones((1, 1, 1), dtype=np.uint64), "link_cost": np.ones((2, 2))}
+    start = np.array([[[0, 1], [2, 3]]] * 2, dtype=np.int32)
+    wrong = start.copy()
+    wrong[0, 0, 0] = 9
+    with pytest.raises(RuntimeError, match=r"the core panicked at rust/.*\.rs:\d+"):
+        layers.place(wrong, trials=10)
+    with pytest.raises(RuntimeError, match=r"the core panicked at rust/.*\.rs:\d+"):
+        layers.place(start, trials=10, **few)
+    slots, _ = layers.place(start, trials=10)
+    assert sorted(slots[0].ravel()) == [0, 1, 2, 3]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_panic_is_one_line_on_the_command_line(run, monkeypatch):
+    """What nobody foresaw in the core is one line, as all errors are."""
+
+    def panics(*_, **__):
+        raise RuntimeError("the core panicked at rust/x.rs:1:2: of\nno use")
+
+    monkeypatch.setattr("moetuner.cli.inspect.structure", panics)
+    code, out, err = run("inspect", SAMPLE)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "the core panicked at rust/x.rs:1:2: of no use; this is a bug in moetuner" in err
+
+
+def test_memory_that_is_not_there_is_an_error():
+    """Where tables fit the rules but not the machine, calls raise MemoryError; nothing aborts."""
+    program = (
+        "import resource, numpy as np, moetuner as mt\n"
+        "from moetuner import _core\n"
+        "_core.replicate_experts(np.ones((1, 4)), np.full((1, 2), 2), np.ones(2))\n"
+        "ids = np.zeros((1, 40, 1), dtype=np.uint16)\n"
+        "counter = _core.StatisticsCounter(40, 60000, 1, window=1, transitions=False,\n"
+        "                                  coactivation=False)\n"
+        "many = np.zeros((200, 40, 1), dtype=np.uint16)\n"
+        "counter.push(ids)\n"
+        "slots = np.arange(16384, dtype=np.int32).reshape(1, 8192, 2).repeat(2, axis=0)\n"
+        "load = np.ones((4096, 8))\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
+        "def replay():\n"
+        "    _core.Replay(slots, 16384, 1, [0] * 8192)\n"
+        "def count():\n"
+        "    _core.StatisticsCounter(40, 60000, 1)\n"
+        "for call in (\n"
+        "    replay,\n"
+        "    count,\n"
+        "    lambda: counter.push(many),\n"
+        "    lambda: mt.balance(load, devices=8192, slots_per_device=8),\n"
+        "    lambda: _core.search(np.ones((2, 20000), np.uint64), np.ones((2, 1), np.uint64),\n"
+        "                         np.zeros((1, 1), np.int64), 65536,\n"
+        "                         coactivation=np.zeros((2, 20000, 20000), np.uint64)),\n"
+        "):\n"
+        "    try:\n"
+        "        call()\n"
+        "    except (MemoryError, ValueError) as error:\n"
+        "        print(type(error).__name__, error)\n"
+        "counter.push(ids)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, timeout=120, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5, lines
+    assert sum(line.startswith("MemoryError") for line in lines) >= 4, lines
+
+
+@pytest.mark.parametrize("limit", [float("inf"), 1e308, 1e9 + 1])
+@pytest.mark.parametrize("objective", ["balance", "time", "traffic"])
+def test_a_limit_beyond_all_clocks_is_none(limit, objective):
+    """An infinite time limit, or one that no clock can count, gives the answer without a limit."""
+    load = np.random.default_rng(1).integers(0, 99, (3, 2, 8)).astype(np.uint64)
+    problem = mt.Problem(
+        mt.RoutingStatistics.from_load(load), mt.Topology(2), max_imbalance=1.5, objective=objective
+    )
+    how = {"method": "heuristic", "iterations": 500}
+    limited = mt.solve(problem, time_limit=limit, **how)
+    assert limited.placement == mt.solve(problem, **how).placement
+    assert limited.status != "time_limit"
+
+
+@pytest.mark.parametrize("objective", ["balance", "time", "traffic"])
+@pytest.mark.parametrize("cap", [1e300, 1.7e308, 1e10])
+def test_a_cap_beyond_all_loads_is_none(cap, objective):
+    """A cap that no placement can break, however large, gives the answer without a cap."""
+    load = np.random.default_rng(1).integers(0, 99, (3, 2, 8)).astype(np.uint64)
+    statistics = mt.RoutingStatistics.from_load(load)
+    found = [
+        mt.solve(
+            mt.Problem(statistics, mt.Topology(2), max_imbalance=each, objective=objective),
+            "heuristic",
+            iterations=500,
+        )
+        for each in (cap, float("inf"))
+    ]
+    assert found[0].placement == found[1].placement
+    assert "caps_raised" not in found[0].details
+
+
+def test_deadlines_of_the_core_never_panic(layers):
+    """Limits of no time, of less, of too much and of no number are limits too."""
+    start = np.array([[[0, 1], [2, 3]]] * 2, dtype=np.int32)
+    for limit in (0.0, -1.0, 1e18, 1e308, float("inf"), float("nan")):
+        slots, interrupted = layers.place(start, trials=10, time_limit=limit)
+        assert slots.shape == start.shape
+        assert not interrupted
+
+
+def started(*arguments, **how):
+    """Start the command line."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "moetuner", *arguments], **pipes, **how)
+
+
+@pytest.fixture
+def large(make_trace, tmp_path):
+    """Save a trace that takes long to place."""
+    make_trace(400, layers=8, top_k=4, experts=64).save(tmp_path / "large.safetensors")
+    return tmp_path / "large.safetensors"
+
+
+def test_sigterm_writes_the_best_so_far(large, tmp_path):
+    """SIGTERM is heard like Ctrl-C: placement and JSON are there, and the status is 143."""
+    out, report = tmp_path / "p.json", tmp_path / "r.json"
+    process = started(
+        *("solve", large, "--devices", "8", "--objective", "traffic", "--time-limit", "100"),
+        *("--out", out, "--json", report),
+    )
+    line = process.stderr.readline()
+    assert "solving" in line, line
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    text, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "interrupted, best so far" in text
+    assert "Traceback" not in err
+    assert mt.Placement.load(out).devices == 8
+    assert json.loads(report.read_text())["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_first_second_prints_no_traceback(tmp_path, number):
+    """Interrupted at any moment of its start the command line says one line at most."""
+    for wait in (0.12, 0.3, 0.6):
+        process = started("inspect", SAMPLE, start_new_session=True)
+        # Before the interpreter has begun to run the package there is nothing that could listen.
+        while f"{Path(mt.__file__).parent}/_core" not in _maps(process.pid):
+            assert process.poll() is None
+        time.sleep(wait - 0.12)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert "Traceback" not in err
+        assert process.returncode in (0, 128 + number), err
+
+
+def _maps(pid):
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return ""
+
+
+def test_the_library_leaves_signals_alone():
+    """Where this process is not the command line, importing the package changes no handler."""
+    program = (
+        "import signal\n"
+        "before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]\n"
+        "import moetuner, moetuner.cli\n"
+        "assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]\n"
+    )
+    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
+
+
+def test_sigterm_is_given_back(run):
+    """A command that was run in this process leaves no handler behind."""
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("--version")[0] == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_only_the_first_sigterm_interrupts():
+    """A second one, as sent to a whole group, does not break off the writing of the answer."""
+    with heard():
+        assert status() is None
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert status() == 143
