@@ -148,7 +148,12 @@ def padded(
     """
     experts, slots = problem.experts, problem.devices * problem.slots
     follow = problem.regime == "follow"
-    caps = caps * np.uint64(problem.devices // parts)
+    # No part carries more than everything: the product of two large counts would wrap.
+    total, each = problem.load.sum(axis=1, dtype=np.uint64), problem.devices // parts
+    caps = np.array(
+        [min(int(cap) * each, int(most)) for cap, most in zip(caps, total, strict=True)],
+        dtype=np.uint64,
+    )
     if follow and slots == experts:
         return problem.load, problem.statistics.transitions_or_empty, caps
     copies = 1 if follow else 2
