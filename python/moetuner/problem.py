@@ -174,6 +174,14 @@ class Problem:
         return bool(spare) and any(slots is not None for slots in given)
 
     @property
+    def stays_single(self) -> bool:
+        """Whether some slots are left over, but hold no copies: see ``may_copy``.
+
+        What is proven of such a problem is proven of placements with one copy of each expert.
+        """
+        return not self.may_copy and bool((self.rooms.sum(axis=1) > self.experts).any())
+
+    @property
     def layers(self) -> int:
         """Number of MoE layers, L."""
         return self.statistics.layers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from pathlib import Path
 
 import click
@@ -14,7 +16,11 @@ from moetuner.cli.output import Output, percent
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver.bound import verify
+from moetuner.solver.caps import SINGLE
 from moetuner.solver.certificate import Certificate
+
+# Decimals of an imbalance, and imbalances that are told one by one.
+DECIMALS, FEW = 4, 6
 
 
 @click.command("verify")
@@ -42,32 +48,93 @@ def command(
     numbers, whoever made them. INPUT and --window must be those of the solve.
     """
     certificate = Certificate.load(certificate_file)
-    topology = machine.topology()
     statistics = count(source.traffic, source.counted, source.threads)
-    problem = Problem(statistics, topology, certificate.slots, objective="traffic")
+    problem = Problem(
+        statistics, machine.topology(), regime=certificate.regime, objective="traffic"
+    )
     cost = verify(certificate, problem)
     bound = cost / problem.cost_scale
-    mean = problem.load.sum(axis=1, dtype=np.float64) / problem.devices
-    imbalance = float((certificate.caps / np.maximum(mean, 1e-300)).max())
+    imbalances = _imbalances(problem, certificate)
 
     output = Output(json_file)
     output.say(
-        f"Proven: with {certificate.slots} slots per device and no device load above "
-        f"{imbalance:.3f} of the mean, no placement has an objective below {bound:.6f}."
+        f"Proven by a {certificate.method}: of placements{SINGLE}, with "
+        f"{certificate.slots} slots per device and no device load above {_told(imbalances)}, no "
+        f"placement has an objective below {bound:.6f}."
     )
-    answer: dict[str, object] = {"bound": bound, "cost": cost, "max_imbalance": imbalance}
+    alike = len(set(imbalances)) == 1
+    answer: dict[str, object] = {
+        "bound": bound,
+        "cost": cost,
+        "scope": f"placements{SINGLE}",
+        "method": certificate.method,
+        "regime": certificate.regime,
+        "max_imbalance": imbalances[0] if alike else imbalances,
+        "caps": certificate.caps.tolist(),
+    }
     if placement_file is not None:
         placement = Placement.load(placement_file)
-        objective = problem.cost(placement) / problem.cost_scale
-        heaviest = problem.device_load(placement.slots).max(axis=1)
-        within = bool((heaviest <= certificate.caps).all())
-        gap = max(objective - bound, 0.0) / objective if objective else 0.0
+        _check(placement_file, placement, problem)
+        reached = problem.cost(placement)
+        objective = reached / problem.cost_scale
+        within = bool(
+            (problem.device_load(placement.slots) <= certificate.caps[:, None]).all()
+            and (placement.slots >= 0).sum(axis=2).max() <= certificate.slots
+        )
+        if within and reached < cost:
+            raise click.ClickException(
+                f"{placement_file}: objective {objective:.6f} is below the bound {bound:.6f} that "
+                f"{certificate_file} proves, though the placement is one that it is about: one of "
+                "the two must be wrong; please report it"
+            )
+        gap = (objective - bound) / objective if objective and within else 0.0
         if within:
             output.say(f"{placement_file}: objective {objective:.6f}, within {percent(gap)}.")
         else:
             output.say(
-                f"{placement_file}: objective {objective:.6f}; it exceeds the load that the bound "
-                "assumes, so the two cannot be compared."
+                f"{placement_file}: objective {objective:.6f}; it exceeds the load or the slots "
+                "that the bound assumes, so the two cannot be compared."
             )
         answer |= {"objective": objective, "gap": gap if within else None}
     output.finish(answer)
+
+
+def _check(path: Path, placement: Placement, problem: Problem) -> None:
+    """Raise unless the bound and a placement are about the same kind of thing."""
+    found = (placement.layers, placement.num_experts, placement.devices)
+    wanted = (problem.layers, problem.experts, problem.devices)
+    if found != wanted:
+        raise click.ClickException(
+            f"{path}: must have {wanted[0]} layers, {wanted[1]} experts and {wanted[2]} devices "
+            f"like INPUT and the machine, got {found[0]}, {found[1]} and {found[2]}"
+        )
+    if placement.has_copies:
+        raise click.ClickException(
+            f"{path}: must have one copy of each expert, which the bound is about; it has more"
+        )
+
+
+def _imbalances(problem: Problem, certificate: Certificate) -> list[float]:
+    """Largest load over the mean [L] under a certificate's caps; no more than all devices' load."""
+    total = problem.load.sum(axis=1, dtype=np.uint64).tolist()
+    return [
+        float(Fraction(min(cap, load) * problem.devices, load)) if load else 1.0
+        for cap, load in zip(certificate.caps.tolist(), total, strict=True)
+    ]
+
+
+def _told(imbalances: list[float]) -> str:
+    """Say imbalances [L] in words: one, or by layer where they differ by more than a rounding.
+
+    Rounded down, so that what is said is true of every placement that is within what is said.
+    """
+    scale = 10**DECIMALS
+    down = [math.floor(each * scale) / scale for each in imbalances]
+    least = min(down)
+    others = {layer: each for layer, each in enumerate(down) if each > least + 2 / scale}
+    told = f"{least:.{DECIMALS}f} of the mean"
+    if not others:
+        return told
+    few = [f"{each:.{DECIMALS}f} in layer {layer}" for layer, each in list(others.items())[:FEW]]
+    more = f" and other caps in {len(others) - FEW} more (see --json)" if len(others) > FEW else ""
+    return f"the cap of its layer ({least:.{DECIMALS}f} of the mean; {', '.join(few)}{more})"

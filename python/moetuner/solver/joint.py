@@ -68,7 +68,7 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     if proven is not None:
         found = replace(
             found,
-            bound=min(proven.cost, cost),
+            bound=proven.cost,
             bound_source=proven.source,
             certificate=proven.certificate,
             status="interrupted" if proven.interrupted else found.status,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moetuner.problem import Problem
 from moetuner.solver.clock import Clock
 from moetuner.solver.dispatch import dispatch
@@ -26,4 +28,7 @@ def searched(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     single = heuristic(problem, seed=seed, limits=clock.within(SINGLE_SHARE))
     if single.status == "interrupted":
         return single
-    return Search(problem, seed).run(clock.within(), start=single.slots)
+    rest = clock.within()
+    if rest.time_limit == 0:
+        return replace(single, status="time_limit")
+    return Search(problem, seed).run(rest, start=single.slots)
