@@ -62,14 +62,13 @@ def command(
         f"{certificate.slots} slots per device and no device load above {_told(imbalances)}, no "
         f"placement has an objective below {bound:.6f}."
     )
-    alike = len(set(imbalances)) == 1
     answer: dict[str, object] = {
         "bound": bound,
         "cost": cost,
         "scope": f"placements{SINGLE}",
         "method": certificate.method,
         "regime": certificate.regime,
-        "max_imbalance": imbalances[0] if alike else imbalances,
+        "max_imbalance": imbalances if len(imbalances) > 1 else imbalances[0],
         "caps": certificate.caps.tolist(),
     }
     if placement_file is not None:
@@ -115,26 +114,43 @@ def _check(path: Path, placement: Placement, problem: Problem) -> None:
 
 
 def _imbalances(problem: Problem, certificate: Certificate) -> list[float]:
-    """Largest load over the mean [L] under a certificate's caps; no more than all devices' load."""
+    """Say caps as imbalances, load over the mean: one where it says all of them, else by layer [L].
+
+    A cap is a whole number of tokens, so a range of imbalances says the same; of these a short one
+    is told. Whatever is within it keeps the cap.
+    """
     total = problem.load.sum(axis=1, dtype=np.uint64).tolist()
-    return [
-        float(Fraction(min(cap, load) * problem.devices, load)) if load else 1.0
-        for cap, load in zip(certificate.caps.tolist(), total, strict=True)
-    ]
+    caps = [min(each) for each in zip(certificate.caps.tolist(), total, strict=True)]
+    ranges = [
+        (Fraction(cap * problem.devices, load), Fraction((cap + 1) * problem.devices, load))
+        for cap, load in zip(caps, total, strict=True)
+        if load
+    ] or [(Fraction(1), Fraction(2))]
+    low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
+    if low < high:
+        return [_short(low, high)]
+    short = iter([_short(*each) for each in ranges])
+    return [next(short) if load else 1.0 for load in total]
+
+
+def _short(low: Fraction, high: Fraction) -> float:
+    """Find a short decimal that is at least ``low`` and below ``high``; else one a hair lower."""
+    for digits in range(1, DECIMALS + 1):
+        found = Fraction(math.ceil(low * 10**digits), 10**digits)
+        if found < high:
+            return float(found)
+    return math.floor(low * 10**DECIMALS) / 10**DECIMALS
 
 
 def _told(imbalances: list[float]) -> str:
-    """Say imbalances [L] in words: one, or by layer where they differ by more than a rounding.
-
-    Rounded down, so that what is said is true of every placement that is within what is said.
-    """
-    scale = 10**DECIMALS
-    down = [math.floor(each * scale) / scale for each in imbalances]
-    least = min(down)
-    others = {layer: each for layer, each in enumerate(down) if each > least + 2 / scale}
-    told = f"{least:.{DECIMALS}f} of the mean"
-    if not others:
-        return told
-    few = [f"{each:.{DECIMALS}f} in layer {layer}" for layer, each in list(others.items())[:FEW]]
-    more = f" and other caps in {len(others) - FEW} more (see --json)" if len(others) > FEW else ""
-    return f"the cap of its layer ({least:.{DECIMALS}f} of the mean; {', '.join(few)}{more})"
+    """Say imbalances in words: one, or by layer."""
+    if len(imbalances) == 1:
+        return f"{imbalances[0]:.{DECIMALS}f} of the mean"
+    layers: dict[float, list[int]] = {}
+    for layer, each in enumerate(imbalances):
+        layers.setdefault(each, []).append(layer)
+    most = max(layers, key=lambda each: len(layers[each]))
+    others = [(layer, each) for layer, each in enumerate(imbalances) if each != most]
+    few = ", ".join(f"{each:.{DECIMALS}f} in layer {layer}" for layer, each in others[:FEW])
+    more = f" and others in {len(others) - FEW} layers more, see --json" * (len(others) > FEW)
+    return f"the cap of its layer ({few}{more}; elsewhere {most:.{DECIMALS}f} of the mean)"

@@ -210,10 +210,10 @@ def _complete_again(certificate: Certificate, problem: Problem) -> int:
         )
     _, cost, kept = found
     if (kept != caps).any():
-        layer = int(np.flatnonzero(kept != caps)[0])
+        first = int(np.flatnonzero(kept != caps)[0])
         raise ValueError(
-            f"certificate must have caps that a placement can keep, got {caps[layer]} in layer "
-            f"{layer}, where the fullest device carries at least {kept[layer]}"
+            f"certificate must have caps that a placement can keep, got {caps[first]} in layer "
+            f"{first}, where the fullest device carries at least {kept[first]}"
         )
     if cost != certificate.cost:
         raise ValueError(
@@ -239,9 +239,9 @@ def padded(
     experts, slots = problem.experts, problem.devices * problem.slots
     follow = problem.regime == "follow"
     # No part carries more than everything: the product of two large counts would wrap.
-    total, each = problem.load.sum(axis=1, dtype=np.uint64), problem.devices // parts
+    total, size = problem.load.sum(axis=1, dtype=np.uint64), problem.devices // parts
     caps = np.array(
-        [min(int(cap) * each, int(most)) for cap, most in zip(caps, total, strict=True)],
+        [min(int(cap) * size, int(most)) for cap, most in zip(caps, total, strict=True)],
         dtype=np.uint64,
     )
     if follow and slots == experts:

@@ -145,7 +145,7 @@ class Certificate:
             )
 
 
-def _array(file: Any, name: str, dtype: type[np.generic]) -> NDArray[Any]:
+def _array(file: Any, name: str, dtype: Any) -> NDArray[Any]:
     """Read an array of one dimension and just this type."""
     found: NDArray[Any] = file.get_tensor(name)
     if found.ndim != 1 or found.dtype != dtype:
