@@ -22,6 +22,8 @@ from moetuner.solver.bound import bound, padded, verify
 from moetuner.solver.caps import exceeded, scope
 from moetuner.solver.chain import chain
 from moetuner.solver.colocation import colocation
+from moetuner.solver.heuristic import heuristic
+from moetuner.solver.least import bounded
 from moetuner.solver.neighbourhood import neighbourhood
 from moetuner.solver.result import Candidate, Limits
 from moetuner.solver.two_stage import place_clusters
@@ -189,6 +191,9 @@ def test_caps_that_copies_keep_are_not_called_impossible():
             )
             result = mt.solve(problem, iterations=300)
             assert "caps_infeasible" not in result.details
+            alone = heuristic(problem, limits=Limits(iterations=10))
+            assert "caps_raised" in alone.details
+            assert "caps_infeasible" not in alone.details
             if result.status == "optimal":
                 assert not exceeded(problem, result.placement.slots)
 
@@ -220,6 +225,15 @@ def test_raised_caps_are_told_with_the_bound():
     told = scope(problem, {"caps_raised": dict.fromkeys(range(5), 1.5)})
     layers = ", ".join(f"1.5000 in layer {layer}" for layer in range(3))
     assert told.endswith(f"1.2, raised to {layers} and in 2 more")
+
+
+def test_nearly_is_not_optimal():
+    """A placement that another betters by a ten-millionth is not called optimal."""
+    load = np.array([[[10**8 + 10, 10**8 - 10, 20, 0]]])
+    problem = mt.Problem(mt.RoutingStatistics(load), mt.Topology(2), objective="balance")
+    for device_of, status in (([0, 1, 0, 1], "feasible"), ([0, 1, 1, 0], "optimal")):
+        slots = mt.Placement.from_assignment([device_of], 2).slots
+        assert bounded(problem, Candidate(slots), Limits()).status == status
 
 
 @pytest.mark.parametrize("improve", [colocation, neighbourhood])
