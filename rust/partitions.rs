@@ -39,9 +39,10 @@ pub fn optimum(instance: &Instance, work: u64) -> Option<Optimum> {
     let steps = layers.windows(2).map(|pair| {
         let (left, right) = (&pair[0], &pair[1]);
         let flows = right.groups.len() * instance.sizes.slots() / ADDITIONS;
-        left.kept.len() as u64 * (right.kept.len() as u64 * tiers.steps() + flows as u64)
+        let matched = (right.kept.len() as u64).saturating_mul(tiers.steps());
+        (left.kept.len() as u64).saturating_mul(matched.saturating_add(flows as u64))
     });
-    if instance.has_transitions() && steps.sum::<u64>() > work {
+    if instance.has_transitions() && steps.fold(0, u64::saturating_add) > work {
         return None;
     }
 

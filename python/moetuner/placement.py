@@ -18,7 +18,7 @@ from moetuner.topology import Topology
 
 SCHEMA = "moetuner.placement/1"
 EMPTY = -1
-NAMES = {"model", "topology", "fingerprint", "objective", "bound"}
+NAMES = {"model", "topology", "fingerprint", "objective", "bound", "bound_scope"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,9 @@ class Placement:
     fingerprint
         Of the statistics that the placement was computed from.
     objective, bound
-        What the solver reached on them, and the best that any placement can reach.
+        What the solver reached on them, and what no placement in ``bound_scope`` can be below.
+    bound_scope
+        Of which placements ``bound`` is a bound, in words.
 
     Raises
     ------
@@ -52,6 +54,7 @@ class Placement:
     fingerprint: str | None = None
     objective: float | None = None
     bound: float | None = None
+    bound_scope: str | None = None
 
     def __post_init__(self) -> None:
         slots = np.asarray(self.slots)
@@ -193,6 +196,7 @@ class Placement:
             "fingerprint": self.fingerprint,
             "objective": self.objective,
             "bound": self.bound,
+            "bound_scope": self.bound_scope,
             "slots": self.slots.tolist(),
         }
         with replacing(path) as temporary:
@@ -215,7 +219,7 @@ class Placement:
                     found = fields.get("schema") if isinstance(fields, dict) else type(fields)
                     raise ValueError(f"schema must be {SCHEMA!r}, got {found!r:.40}")
                 slots = np.asarray(fields["slots"], dtype=None)
-                names = {k: fields.get(k) for k in ("model", "topology", "fingerprint")}
+                names = {k: fields.get(k) for k in ("model", "topology", "fingerprint", "bound_scope")}
                 return cls(
                     slots,
                     num_experts=int(fields["num_experts"]),

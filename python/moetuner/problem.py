@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -173,6 +174,14 @@ class Problem:
         return bool(spare) and any(slots is not None for slots in given)
 
     @property
+    def stays_single(self) -> bool:
+        """Whether some slots are left over, but hold no copies: see ``may_copy``.
+
+        What is proven of such a problem is proven of placements with one copy of each expert.
+        """
+        return not self.may_copy and bool((self.rooms.sum(axis=1) > self.experts).any())
+
+    @property
     def layers(self) -> int:
         """Number of MoE layers, L."""
         return self.statistics.layers
@@ -203,10 +212,10 @@ class Problem:
         total: NDArray[np.uint64] = self.load.sum(axis=1, dtype=np.uint64)
         if self.max_imbalance is None or math.isinf(self.max_imbalance):
             return total
-        # In integers, so that a placement at the cap exactly is allowed: imbalance as a fraction
-        # over 2**32. Beyond one device's share of all load it caps nothing.
-        ratio = math.floor(min(self.max_imbalance, self.devices) * 2**32 + 0.5)
-        caps = [min(int(t) * ratio // (self.devices << 32), int(t)) for t in total]
+        # In whole numbers, however large, and a hair wider than the number that was asked for, so
+        # that whoever divides floats and compares finds all placements allowed that keep the cap.
+        ratio = Fraction(self.max_imbalance) * (1 + Fraction(1, 2**50))
+        caps = [min(math.floor(int(t) * ratio / self.devices), int(t)) for t in total]
         return np.array(caps, dtype=np.uint64)
 
     def device_load(self, slots: NDArray[np.int32]) -> NDArray[np.uint64]:

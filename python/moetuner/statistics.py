@@ -328,7 +328,10 @@ def _counts(name: str, table: Any, dimensions: str) -> NDArray[np.uint64]:
         raise ValueError(
             f"{name} must be whole counts of at least 0, got {table[at]} at {list(at)}"
         )
-    return np.ascontiguousarray(table.astype(np.uint64))
+    whole = np.ascontiguousarray(table.astype(np.uint64))
+    if _is_beyond(whole):
+        raise ValueError(f"{name} must add up to less than 2**63, got a count of {whole.max()}")
+    return whole
 
 
 def _is_beyond(table: NDArray[Any]) -> bool:

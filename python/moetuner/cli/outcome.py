@@ -37,6 +37,7 @@ class Outcome:
             "unit": unit(self.problem),
             "bound": self.result.bound if known else None,
             "bound_source": self.result.bound_source,
+            "bound_scope": self.result.bound_scope if known else None,
             "gap": self.result.gap if known else None,
             "status": self.result.status,
             "solve_seconds": self.result.seconds,
@@ -157,9 +158,12 @@ def sentences(outcome: Outcome) -> list[str]:
     if outcome.has_objective:
         line = f"Objective: {worth(problem, result.objective)}"
         if result.bound is not None and result.gap is not None:
-            cap = " under this cap" if problem.max_imbalance is not None else ""
+            which = caps.SINGLE if problem.stays_single else ""
+            if problem.max_imbalance is not None:
+                raised = "caps_raised" in result.details
+                which += " under the caps that it keeps" if raised else " under this cap"
             line += (
-                f"; no placement{cap} is below {worth(problem, result.bound)} "
+                f"; no placement{which} is below {worth(problem, result.bound)} "
                 f"({result.bound_source}), so this one is within {percent(result.gap)}"
             )
         lines.append(line + ".")

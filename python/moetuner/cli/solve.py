@@ -13,8 +13,9 @@ from moetuner.cli.asked import Asked, problem_options, settings
 from moetuner.cli.inputs import Source, traffic_options
 from moetuner.cli.machine import Machine, machine_options
 from moetuner.cli.moving import Moving, moving_options
-from moetuner.cli.outcome import head, remarks, sentences, try_method
+from moetuner.cli.outcome import has_pairs, head, remarks, sentences, try_method
 from moetuner.cli.output import Output
+from moetuner.problem import Problem
 from moetuner.solver import METHODS
 from moetuner.solver.migration import check
 from moetuner.solver.result import Result
@@ -48,7 +49,7 @@ from moetuner.solver.result import Result
     "certificate_file",
     type=options.OutFile(),
     metavar="FILE",
-    help='Write the proof of the bound, for "moetuner verify".',
+    help='Write the proof of the bound, for "moetuner verify"; without one the command fails.',
 )
 @options.json_option
 def command(
@@ -73,6 +74,8 @@ def command(
     problem = asked.problem(source.traffic, topology, window=window, threads=threads)
     if initial is not None:
         check(problem, initial)  # before anything is said
+    if certificate_file is not None:
+        _refuse_unprovable(problem, method, moving=initial is not None)
     how: dict[str, Any] = {"seed": seed, "threads": threads}
 
     output = Output(json_file)
@@ -110,8 +113,12 @@ def command(
                 output, problem, initial, moving, time_limit=time_limit, **how
             )
     output.say(f"wrote {out_file}")
+    failed: click.ClickException | None = None
     if certificate_file is not None:
-        output.say(_prove(outcome.result, certificate_file))
+        try:
+            output.say(_prove(problem, outcome.result, certificate_file))
+        except click.ClickException as error:
+            failed = error
     output.finish(
         {
             "input": source.facts(),
@@ -128,12 +135,49 @@ def command(
             **answer,
         }
     )
+    if failed is not None:
+        raise failed
 
 
-def _prove(result: Result, path: Path) -> str:
-    """Write the certificate of a bound, and say so."""
-    if result.certificate is None:
-        source = result.bound_source or "no bound"
-        return f"no certificate: {source} has no multipliers to write"
-    result.certificate.save(path)
-    return f"wrote {path}"
+def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
+    """Raise, before any work, where no bound that has a certificate will be found."""
+    if problem.goal != "traffic":
+        why = f"bounds of {problem.goal} have none; ask for --objective traffic"
+    elif method != "joint":
+        why = f"method {method} proves nothing; take joint"
+    elif moving:
+        why = "nothing is proven of moves from --initial"
+    elif problem.counts_visits:
+        why = "bounds of the devices that tokens visit have none"
+    elif problem.may_copy:
+        why = "nothing is proven where slots may hold copies of experts"
+    elif not problem.is_plain:
+        why = "nothing is proven where devices, slots or experts have rules of their own"
+    elif not has_pairs(problem):
+        why = "INPUT has none of the pairs that traffic is made of"
+    else:
+        return
+    raise click.UsageError(f"'--certificate' needs a bound with a proof to write: {why}.")
+
+
+def _prove(problem: Problem, result: Result, path: Path) -> str:
+    """Write the certificate of a bound, and say what it proves.
+
+    Raises
+    ------
+    click.ClickException
+        If there is none; then no older one is left, which would look like that of this answer.
+    """
+    certificate = result.certificate
+    if certificate is None:
+        if path.is_file():
+            path.unlink()
+        raise click.ClickException(
+            f"{path}: no certificate was written, as the solve ended ({result.status}) without a "
+            "bound that has one; the placement was written"
+        )
+    certificate.save(path)
+    proven = certificate.cost / problem.cost_scale
+    if result.bound is None or proven >= result.bound:
+        return f"wrote {path}"
+    return f"wrote {path}, which proves {proven:.6f}; what HiGHS proved on top has no certificate"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from pathlib import Path
 
 import click
@@ -14,7 +16,11 @@ from moetuner.cli.output import Output, percent
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver.bound import verify
+from moetuner.solver.caps import SINGLE
 from moetuner.solver.certificate import Certificate
+
+# Decimals of an imbalance, and imbalances that are told one by one.
+DECIMALS, FEW = 4, 6
 
 
 @click.command("verify")
@@ -42,32 +48,109 @@ def command(
     numbers, whoever made them. INPUT and --window must be those of the solve.
     """
     certificate = Certificate.load(certificate_file)
-    topology = machine.topology()
     statistics = count(source.traffic, source.counted, source.threads)
-    problem = Problem(statistics, topology, certificate.slots, objective="traffic")
+    problem = Problem(
+        statistics, machine.topology(), regime=certificate.regime, objective="traffic"
+    )
     cost = verify(certificate, problem)
     bound = cost / problem.cost_scale
-    mean = problem.load.sum(axis=1, dtype=np.float64) / problem.devices
-    imbalance = float((certificate.caps / np.maximum(mean, 1e-300)).max())
+    imbalances = _imbalances(problem, certificate)
 
     output = Output(json_file)
     output.say(
-        f"Proven: with {certificate.slots} slots per device and no device load above "
-        f"{imbalance:.3f} of the mean, no placement has an objective below {bound:.6f}."
+        f"Proven by a {certificate.method}: of placements{SINGLE}, with "
+        f"{certificate.slots} slots per device and no device load above {_told(imbalances)}, no "
+        f"placement has an objective below {bound:.6f}."
     )
-    answer: dict[str, object] = {"bound": bound, "cost": cost, "max_imbalance": imbalance}
+    answer: dict[str, object] = {
+        "bound": bound,
+        "cost": cost,
+        "scope": f"placements{SINGLE}",
+        "method": certificate.method,
+        "regime": certificate.regime,
+        "max_imbalance": imbalances if len(imbalances) > 1 else imbalances[0],
+        "caps": certificate.caps.tolist(),
+    }
     if placement_file is not None:
         placement = Placement.load(placement_file)
-        objective = problem.cost(placement) / problem.cost_scale
-        heaviest = problem.device_load(placement.slots).max(axis=1)
-        within = bool((heaviest <= certificate.caps).all())
-        gap = max(objective - bound, 0.0) / objective if objective else 0.0
+        _check(placement_file, placement, problem)
+        reached = problem.cost(placement)
+        objective = reached / problem.cost_scale
+        within = bool(
+            (problem.device_load(placement.slots) <= certificate.caps[:, None]).all()
+            and (placement.slots >= 0).sum(axis=2).max() <= certificate.slots
+        )
+        if within and reached < cost:
+            raise click.ClickException(
+                f"{placement_file}: objective {objective:.6f} is below the bound {bound:.6f} that "
+                f"{certificate_file} proves, though the placement is one that it is about: one of "
+                "the two must be wrong; please report it"
+            )
+        gap = (objective - bound) / objective if objective and within else 0.0
         if within:
             output.say(f"{placement_file}: objective {objective:.6f}, within {percent(gap)}.")
         else:
             output.say(
-                f"{placement_file}: objective {objective:.6f}; it exceeds the load that the bound "
-                "assumes, so the two cannot be compared."
+                f"{placement_file}: objective {objective:.6f}; it exceeds the load or the slots "
+                "that the bound assumes, so the two cannot be compared."
             )
         answer |= {"objective": objective, "gap": gap if within else None}
     output.finish(answer)
+
+
+def _check(path: Path, placement: Placement, problem: Problem) -> None:
+    """Raise unless the bound and a placement are about the same kind of thing."""
+    found = (placement.layers, placement.num_experts, placement.devices)
+    wanted = (problem.layers, problem.experts, problem.devices)
+    if found != wanted:
+        raise click.ClickException(
+            f"{path}: must have {wanted[0]} layers, {wanted[1]} experts and {wanted[2]} devices "
+            f"like INPUT and the machine, got {found[0]}, {found[1]} and {found[2]}"
+        )
+    if placement.has_copies:
+        raise click.ClickException(
+            f"{path}: must have one copy of each expert, which the bound is about; it has more"
+        )
+
+
+def _imbalances(problem: Problem, certificate: Certificate) -> list[float]:
+    """Say caps as imbalances, load over the mean: one where it says all of them, else by layer [L].
+
+    A cap is a whole number of tokens, so a range of imbalances says the same; of these a short one
+    is told. Whatever is within it keeps the cap.
+    """
+    total = problem.load.sum(axis=1, dtype=np.uint64).tolist()
+    caps = [min(each) for each in zip(certificate.caps.tolist(), total, strict=True)]
+    ranges = [
+        (Fraction(cap * problem.devices, load), Fraction((cap + 1) * problem.devices, load))
+        for cap, load in zip(caps, total, strict=True)
+        if load
+    ] or [(Fraction(1), Fraction(2))]
+    low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
+    if low < high:
+        return [_short(low, high)]
+    short = iter([_short(*each) for each in ranges])
+    return [next(short) if load else 1.0 for load in total]
+
+
+def _short(low: Fraction, high: Fraction) -> float:
+    """Find a short decimal that is at least ``low`` and below ``high``; else one a hair lower."""
+    for digits in range(1, DECIMALS + 1):
+        found = Fraction(math.ceil(low * 10**digits), 10**digits)
+        if found < high:
+            return float(found)
+    return math.floor(low * 10**DECIMALS) / 10**DECIMALS
+
+
+def _told(imbalances: list[float]) -> str:
+    """Say imbalances in words: one, or by layer."""
+    if len(imbalances) == 1:
+        return f"{imbalances[0]:.{DECIMALS}f} of the mean"
+    layers: dict[float, list[int]] = {}
+    for layer, each in enumerate(imbalances):
+        layers.setdefault(each, []).append(layer)
+    most = max(layers, key=lambda each: len(layers[each]))
+    others = [(layer, each) for layer, each in enumerate(imbalances) if each != most]
+    few = ", ".join(f"{each:.{DECIMALS}f} in layer {layer}" for layer, each in others[:FEW])
+    more = f" and others in {len(others) - FEW} layers more, see --json" * (len(others) > FEW)
+    return f"the cap of its layer ({few}{more}; elsewhere {most:.{DECIMALS}f} of the mean)"

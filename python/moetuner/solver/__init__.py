@@ -11,6 +11,7 @@ from typing import Protocol
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import baselines
+from moetuner.solver.caps import ROUNDING, scope, settled
 from moetuner.solver.joint import joint
 from moetuner.solver.migration import Migration, migrate
 from moetuner.solver.result import Candidate, Limits, Progress, Result
@@ -140,7 +141,9 @@ def solve(
     scale = problem.cost_scale if in_costs else 1
     placement = Placement(candidate.slots, num_experts=problem.experts)
     objective = problem.value(placement)
+    candidate = _held(problem, candidate, placement, objective)
     bound = None if candidate.bound is None else candidate.bound / scale
+    about = None if bound is None else scope(problem, candidate.details)
     return Result(
         placement=placement.with_names(
             model=problem.statistics.model,
@@ -148,6 +151,7 @@ def solve(
             fingerprint=problem.statistics.fingerprint,
             objective=objective,
             bound=bound,
+            bound_scope=about,
         ),
         method=method,
         status=candidate.status,
@@ -157,4 +161,28 @@ def solve(
         seconds=seconds,
         details=candidate.details,
         certificate=candidate.certificate,
+        bound_scope=about,
     )
+
+
+def _held(
+    problem: Problem, candidate: Candidate, placement: Placement, objective: float
+) -> Candidate:
+    """Take back what an answer claims of all placements and is not true of itself.
+
+    A bound above the answer's own objective is false, whatever has gone wrong. And an answer that
+    breaks a cap is optimal only where the cap was raised as little as can be.
+    """
+    if candidate.bound is not None:
+        in_costs = problem.goal == "traffic" and not problem.counts_visits
+        exact = in_costs and not placement.has_copies
+        value = problem.cost(placement) if exact else objective * (1 + ROUNDING)
+        if candidate.bound > value:
+            details = {**candidate.details, "bound_refuted": candidate.bound_source}
+            candidate = replace(
+                candidate, bound=None, bound_source=None, certificate=None, details=details
+            )
+    proven = candidate.bound is not None and settled(candidate.details)
+    if candidate.status == "optimal" and not proven:
+        return replace(candidate, status="feasible")
+    return candidate

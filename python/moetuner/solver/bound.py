@@ -3,7 +3,8 @@
 The Rust core bounds the number of transitions between interchangeable devices (a doubly
 non-negative relaxation with load cuts, or the transportation bound per layer pair); this module
 turns costs of links and nodes into such counts, and keeps the proofs. Co-activation becomes
-transitions from a layer to a copy of itself, see `padded`.
+transitions from a layer to a copy of itself, see `padded`. All is about placements with one copy of
+each expert: where there is room for copies, those may cost less.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.problem import Problem
-from moetuner.solver.certificate import Certificate, Proof
+from moetuner.solver.certificate import Certificate, Method, Proof
 from moetuner.solver.result import Limits, Progress
 
 # Floating-point work of the iterations that are made without a time limit, and how many at most.
 WORK = 3e9
 ITERATIONS = 150
+# Steps of the complete dynamic programme, about a nanosecond each on one core: what a solve, or the
+# check of its certificate, may take.
+STEPS = 4_000_000_000
 
 
 @dataclass(frozen=True)
 class Bounded:
-    """A proven bound: no placement under the caps has a smaller ``Problem.cost``."""
+    """A proven bound of ``Problem.cost`` under caps, with one copy of each expert."""
 
     cost: int
     source: str
@@ -89,8 +93,46 @@ def bound(
         sources.append(source if len(levels) == 1 else f"{source} ({name})")
         details[name] = {"crossing_pairs": found, "iterations": done, "ended": stop}
         proofs.append(Proof(parts, price, *arrays))
-    certificate = Certificate(problem.statistics.fingerprint, problem.slots, caps, tuple(proofs))
-    return Bounded(_of_count(problem, cost), " + ".join(sources), certificate, details, interrupted)
+    cost = _of_count(problem, cost)
+    certificate = certified(problem, caps, "dual point", cost, tuple(proofs))
+    return Bounded(cost, " + ".join(sources), certificate, details, interrupted)
+
+
+def certified(
+    problem: Problem,
+    caps: NDArray[np.uint64],
+    method: Method,
+    cost: int,
+    proofs: tuple[Proof, ...] = (),
+) -> Certificate:
+    """Make the certificate of a bound on a problem under caps [L]."""
+    fingerprint = problem.statistics.fingerprint
+    return Certificate(fingerprint, problem.regime, problem.slots, caps, method, cost, proofs)
+
+
+def complete(
+    problem: Problem, caps: NDArray[np.uint64], *, steps: int = STEPS, threads: int | None = None
+) -> tuple[NDArray[np.int32], int, NDArray[np.uint64]] | None:
+    """Find the optimum by dynamic programming over all partitions, of one copy of each expert.
+
+    Returns
+    -------
+    tuple or None
+        Slots [L,D,S], their cost, and the caps [L], raised to the least that can be kept. None
+        where it would take more steps, or devices differ.
+    """
+    follow, cost = problem.regime == "follow", problem.topology.cost
+    return _core.exact_chain(
+        problem.load,
+        np.repeat(caps[:, None], problem.devices, axis=1),
+        # Co-activated pairs count the same on whatever two devices they are: see `Problem.cost`.
+        cost if follow else (cost > 0).astype(np.int64),
+        problem.slots,
+        transitions=problem.statistics.transitions if follow else None,
+        coactivation=None if follow else problem.statistics.coactivation,
+        work=steps,
+        threads=threads,
+    )
 
 
 def verify(certificate: Certificate, problem: Problem) -> int:
@@ -99,8 +141,13 @@ def verify(certificate: Certificate, problem: Problem) -> int:
     Raises
     ------
     ValueError
-        If the certificate is of other statistics or another topology, or a cut in it is not true.
+        If the certificate is of other statistics or another topology, a cut in it is not true, or
+        nothing keeps its caps, under which all and nothing would be true.
     """
+    if certificate.regime != problem.regime:
+        raise ValueError(
+            f"certificate must be of regime {problem.regime}, got one of {certificate.regime}"
+        )
     if certificate.fingerprint != problem.statistics.fingerprint:
         raise ValueError(
             f"certificate must be of these statistics ({problem.statistics.fingerprint}), "
@@ -110,6 +157,13 @@ def verify(certificate: Certificate, problem: Problem) -> int:
         raise ValueError(
             f"certificate must be for {problem.slots} slots per device, got {certificate.slots}"
         )
+    if certificate.caps.shape != (problem.layers,):
+        raise ValueError(
+            f"certificate must have caps [{problem.layers}], got {list(certificate.caps.shape)}"
+        )
+    _refuse_vacuous(certificate, problem)
+    if certificate.method == "complete dynamic programme":
+        return _complete_again(certificate, problem)
     levels = _levels(problem)
     wanted = None if levels is None else [(parts, price) for _, price, parts in levels]
     found = [(proof.parts, proof.price) for proof in certificate.proofs]
@@ -133,6 +187,42 @@ def verify(certificate: Certificate, problem: Problem) -> int:
     return _of_count(problem, total)
 
 
+def _refuse_vacuous(certificate: Certificate, problem: Problem) -> None:
+    """Raise if a cap is below what counting, or trying all packings of few experts, allows."""
+    total = problem.load.sum(axis=1, dtype=np.uint64)
+    peaks = _core.smallest_peaks(problem.load, problem.devices, problem.slots, total)
+    for layer, (cap, (_, least)) in enumerate(zip(certificate.caps.tolist(), peaks, strict=True)):
+        if cap < least:
+            raise ValueError(
+                f"certificate must have caps that a placement can keep, got {cap} in layer "
+                f"{layer}, where the fullest device carries at least {least}"
+            )
+
+
+def _complete_again(certificate: Certificate, problem: Problem) -> int:
+    """Recompute an optimum under a certificate's caps."""
+    caps = np.minimum(certificate.caps, problem.load.sum(axis=1, dtype=np.uint64))
+    found = complete(problem, caps)
+    if found is None:
+        raise ValueError(
+            "certificate says that dynamic programming over all partitions is its proof, which is "
+            "out of reach for these sizes and links"
+        )
+    _, cost, kept = found
+    if (kept != caps).any():
+        first = int(np.flatnonzero(kept != caps)[0])
+        raise ValueError(
+            f"certificate must have caps that a placement can keep, got {caps[first]} in layer "
+            f"{first}, where the fullest device carries at least {kept[first]}"
+        )
+    if cost != certificate.cost:
+        raise ValueError(
+            f"certificate must be for these links: it was written for a cost of "
+            f"{certificate.cost}, and the optimum here is {cost}"
+        )
+    return cost
+
+
 def padded(
     problem: Problem, caps: NDArray[np.uint64], parts: int
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:
@@ -148,7 +238,12 @@ def padded(
     """
     experts, slots = problem.experts, problem.devices * problem.slots
     follow = problem.regime == "follow"
-    caps = caps * np.uint64(problem.devices // parts)
+    # No part carries more than everything: the product of two large counts would wrap.
+    total, size = problem.load.sum(axis=1, dtype=np.uint64), problem.devices // parts
+    caps = np.array(
+        [min(int(cap) * size, int(most)) for cap, most in zip(caps, total, strict=True)],
+        dtype=np.uint64,
+    )
     if follow and slots == experts:
         return problem.load, problem.statistics.transitions_or_empty, caps
     copies = 1 if follow else 2

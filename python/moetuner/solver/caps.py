@@ -16,6 +16,8 @@ from moetuner.solver.least import least_slowest
 
 Floats = NDArray[np.float64]
 
+# What placements are called that a proof is about, where slots are left over without copies.
+SINGLE = " with one copy of each expert"
 # What sums of shares may be off.
 ROUNDING = 1e-9
 
@@ -43,7 +45,8 @@ def raised(
     dict
         Imbalances by layer. ``caps_raised`` has what was settled for; ``caps_infeasible``, for
         layers where it is proven that no placement keeps the cap, from where to where the smallest
-        one lies that can be kept: twice the same number where that is known.
+        one lies that can be kept: twice the same number where that is known. Where there is room
+        for copies nothing is proven: they may keep what single experts cannot, see `exceeded`.
     """
     asked = problem.caps if asked is None else asked
     kept, asked = (caps.reshape(problem.layers, -1) for caps in (kept, asked))
@@ -52,12 +55,18 @@ def raised(
         return {}
     kept, asked = kept.max(axis=1), asked.max(axis=1)
     mean = problem.load[layers].sum(axis=1, dtype=np.float64) / problem.devices
+    details: dict[str, Any] = {
+        "caps_raised": {
+            int(layer): float(kept[layer] / scale)
+            for layer, scale in zip(layers, mean, strict=True)
+        }
+    }
+    if problem.may_copy:
+        return details
     peaks = _core.smallest_peaks(
         problem.load[layers], problem.devices, problem.slots, kept[layers], threads=threads
     )
-    details: dict[str, Any] = {"caps_raised": {}}
     for layer, scale, (found, bound) in zip(layers, mean, peaks, strict=True):
-        details["caps_raised"][int(layer)] = float(kept[layer] / scale)
         if bound > int(asked[layer]):
             infeasible = details.setdefault("caps_infeasible", {})
             infeasible[int(layer)] = [float(bound / scale), float(found / scale)]
@@ -108,6 +117,29 @@ def exceeded(problem: Problem, slots: NDArray[np.int32]) -> dict[str, Any]:
     return details
 
 
+def settled(details: dict[str, Any]) -> bool:
+    """Say whether the caps that were raised, if any, are proven to be the least there are."""
+    infeasible = details.get("caps_infeasible", {})
+    return all(
+        layer in infeasible and cap <= infeasible[layer][0] * (1 + ROUNDING)
+        for layer, cap in details.get("caps_raised", {}).items()
+    )
+
+
+def scope(problem: Problem, details: dict[str, Any]) -> str:
+    """Say of which placements a bound on a solved problem, with these details, is a bound."""
+    which = "placements" + (", copies included" if problem.may_copy else SINGLE)
+    if problem.max_imbalance is None or np.isinf(problem.max_imbalance):
+        return which
+    which += f" under the load cap {problem.max_imbalance:g}"
+    caps = details.get("caps_raised", {})
+    if caps:
+        first = [f"{cap:.4f} in layer {layer}" for layer, cap in list(caps.items())[:3]]
+        which += f", raised to {', '.join(first)}"
+        which += f" and in {len(caps) - 3} more" if len(caps) > 3 else ""
+    return which
+
+
 def _peaks(problem: Problem, slots: NDArray[np.int32]) -> Floats:
     """Largest load over speed of a device in every layer [L], in the sum of all windows."""
     placement = Placement(slots, num_experts=problem.experts)
@@ -117,7 +149,7 @@ def _peaks(problem: Problem, slots: NDArray[np.int32]) -> Floats:
 
 def remarks(problem: Problem, details: dict[str, Any]) -> list[str]:
     """Say in words what `raised` has found, a line per fact."""
-    lines = []
+    lines, single = [], SINGLE if problem.stays_single else ""
     infeasible = details.get("caps_infeasible", {})
     if infeasible:
         needs = [
@@ -126,13 +158,14 @@ def remarks(problem: Problem, details: dict[str, Any]) -> list[str]:
         ]
         more = f", and {len(needs) - 3} more" if len(needs) > 3 else ""
         lines.append(
-            f"no placement keeps the load cap {problem.max_imbalance:g} in {len(needs)} of "
+            f"no placement{single} keeps the load cap {problem.max_imbalance:g} in {len(needs)} of "
             f"{problem.layers} layers: {', '.join(needs[:3])}{more}."
         )
     open_ = {at: cap for at, cap in details.get("caps_raised", {}).items() if at not in infeasible}
     if open_:
         lines.append(
-            f"found no placement under the load cap {problem.max_imbalance:g} in {len(open_)} of "
-            f"{problem.layers} layers and allowed up to {max(open_.values()):.3f} there."
+            f"found no placement{single} under the load cap {problem.max_imbalance:g} in "
+            f"{len(open_)} of {problem.layers} layers and allowed up to "
+            f"{max(open_.values()):.3f} there."
         )
     return lines

@@ -1,19 +1,32 @@
-"""Certificate: the numbers from which a bound can be recomputed, without trusting who found it."""
+"""Certificate: what a bound can be recomputed from, without trusting who found it.
+
+It is about placements with one copy of each expert, on devices of so many slots, whose loads keep
+the caps. Either it holds a dual point, which proves a bound by itself; or it says that a layer has
+so few partitions that dynamic programming over all of them is the proof, which is done again.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from moetuner._files import replacing, size_of
+from moetuner._figures import Regime
+from moetuner._files import naming, replacing, size_of
 
-FORMAT = "moetuner.certificate"
+FORMAT, VERSION = "moetuner.certificate", "2"
+ABOUT = "placements with one copy of each expert"
+# Of a number in the file: more is no count, and takes long to read.
+DIGITS = 40
+
+Method = Literal["dual point", "complete dynamic programme"]
+
 ARRAYS = {
     "lambda_": np.float64,
     "columns": np.float64,
@@ -44,12 +57,25 @@ class Proof:
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """What proves a bound on given statistics: for ``slots`` per device under ``caps`` [L]."""
+    """What proves a bound: of a regime's cost, for ``slots`` per device under ``caps`` [L].
+
+    Parameters
+    ----------
+    fingerprint
+        Of the statistics.
+    method
+        How it proves; only a dual point has ``proofs``.
+    cost
+        The bound of ``Problem.cost`` that it was written for. Nobody has to believe it.
+    """
 
     fingerprint: str
+    regime: Regime
     slots: int
     caps: NDArray[np.uint64]
-    proofs: tuple[Proof, ...]
+    method: Method
+    cost: int
+    proofs: tuple[Proof, ...] = ()
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
@@ -59,9 +85,13 @@ class Certificate:
                 tensors[f"{number}.{name}"] = np.ascontiguousarray(getattr(proof, name))
         metadata = {
             "format": FORMAT,
-            "version": "1",
+            "version": VERSION,
+            "about": ABOUT,
             "fingerprint": self.fingerprint,
+            "regime": self.regime,
             "slots": str(self.slots),
+            "method": self.method,
+            "cost": str(self.cost),
             "levels": json.dumps([[proof.parts, proof.price] for proof in self.proofs]),
         }
         with replacing(path) as temporary:
@@ -74,28 +104,70 @@ class Certificate:
         Raises
         ------
         ValueError
-            If the file is truncated, corrupt, or something else.
+            If the file is truncated, corrupt, of another version, or something else.
         """
         size_of(Path(path))
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"format must be {FORMAT!r}, got {metadata.get('format')!r}")
-                levels = json.loads(metadata["levels"])
-                proofs = [
-                    Proof(
-                        int(parts),
-                        int(price),
-                        *(
-                            np.ascontiguousarray(file.get_tensor(f"{number}.{name}"), dtype=dtype)
-                            for name, dtype in ARRAYS.items()
-                        ),
-                    )
-                    for number, (parts, price) in enumerate(levels)
-                ]
-                caps = np.ascontiguousarray(file.get_tensor("caps"), dtype=np.uint64)
-                slots = int(metadata["slots"])
-                return cls(metadata["fingerprint"], slots, caps, tuple(proofs))
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a certificate: {error}") from None
+        with naming(path):
+            try:
+                return cls._read(path)
+            except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"not a certificate: {error}") from None
+
+    @classmethod
+    def _read(cls, path: str | Path) -> Certificate:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            for name, wanted in (("format", FORMAT), ("version", VERSION), ("about", ABOUT)):
+                if metadata.get(name) != wanted:
+                    raise ValueError(f"{name} must be {wanted!r}, got {metadata.get(name)!r:.60}")
+            regime, method = metadata["regime"], metadata["method"]
+            for name, text, known in (
+                ("regime", regime, get_args(Regime)),
+                ("method", method, get_args(Method)),
+            ):
+                if text not in known:
+                    raise ValueError(f"{name} must be {' or '.join(known)}, got {text!r:.60}")
+            proofs = [
+                Proof(
+                    *level,
+                    *(_array(file, f"{number}.{name}", dtype) for name, dtype in ARRAYS.items()),
+                )
+                for number, level in enumerate(_levels(metadata["levels"]))
+            ]
+            return cls(
+                metadata["fingerprint"],
+                regime,
+                _count("slots", metadata["slots"]),
+                _array(file, "caps", np.uint64),
+                method,
+                _count("cost", metadata["cost"]),
+                tuple(proofs),
+            )
+
+
+def _array(file: Any, name: str, dtype: Any) -> NDArray[Any]:
+    """Read an array of one dimension and just this type."""
+    found: NDArray[Any] = file.get_tensor(name)
+    if found.ndim != 1 or found.dtype != dtype:
+        wanted = f"{np.dtype(dtype)} of one dimension"
+        raise ValueError(f"{name} must be {wanted}, got {found.dtype} {list(found.shape)}")
+    return np.ascontiguousarray(found)
+
+
+def _count(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= DIGITS):
+        raise ValueError(f"{name} must be a whole number, got {text!r:.60}")
+    return int(text)
+
+
+def _levels(text: str) -> list[tuple[int, int]]:
+    """Read parts and price of every level."""
+    levels = json.loads(text)
+    if not isinstance(levels, list) or not all(
+        isinstance(level, list)
+        and len(level) == 2
+        and all(type(number) is int and number >= 0 for number in level)
+        for level in levels
+    ):
+        raise ValueError(f"levels must be pairs of whole numbers, got {text!r:.60}")
+    return [(parts, price) for parts, price in levels]

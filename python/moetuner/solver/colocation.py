@@ -87,7 +87,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
     rounds, first = 0, None
     relaxed, ended = model.tighten(cost, left, report)
     status: Status = ended
-    bound = min(max(bound, model.ilp.proven(relaxed, model.unit)), cost)
+    bound = max(bound, model.ilp.proven(relaxed, model.unit))
     while ended == "feasible" and bound < cost and rounds < ROUNDS:
         solution = model.ilp.solve(
             start=model.values(device_of),
@@ -102,7 +102,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         rounds += 1
         first = solution.first if first is None else first
         status = solution.status
-        bound = min(max(bound, model.ilp.proven(solution.bound, model.unit)), cost)
+        bound = max(bound, model.ilp.proven(solution.bound, model.unit))
         found = _read(problem, model, caps, solution)
         if found is not None and found[1] < cost:
             slots, cost = found
@@ -110,8 +110,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         done = bound >= cost or status in ("interrupted", "time_limit")
         if done or solution.values is None or not model.separate(solution.values):
             break
-    bound = min(bound, cost)
-    if bound == cost:
+    if bound >= cost:
         status = "optimal"
     elif limits.gap is not None and cost - bound <= limits.gap * cost:
         status = "gap_reached"
@@ -125,7 +124,9 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         "first_incumbent": None if first is None else round(first * model.unit),
     }
     source = BOUND_SOURCE if bound > (start.bound or 0) else start.bound_source
-    return Candidate(slots, status, bound, source, details)
+    return replace(
+        start, slots=slots, status=status, bound=bound, bound_source=source, details=details
+    )
 
 
 def entries_of(slots: NDArray[np.int32], experts: int) -> NDArray[np.int64]:

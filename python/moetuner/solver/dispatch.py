@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.objective import visit_costs
 from moetuner.problem import Problem
+from moetuner.solver.caps import exceeded
 from moetuner.solver.clock import Clock
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.pace import paced
@@ -116,4 +117,9 @@ def dispatch(
         anneal, found.slots, trials=trials, restarts=restarts, limits=clock.within()
     )
     details["trials"] = trials
+    if copies:
+        # What was told of the start is not true of copies.
+        for name in ("caps_raised", "caps_infeasible"):
+            details.pop(name, None)
+        details |= exceeded(problem, slots)
     return Candidate(slots, "interrupted" if interrupted else "feasible", details=details)

@@ -42,7 +42,7 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
         problem and the seed alone and comes in seconds.
     """
     clock = Clock(limits)
-    if not problem.is_plain or problem.counts_visits:
+    if not problem.is_plain or problem.counts_visits or problem.may_copy:
         share = SEARCH_SHARE if proves_pairs(problem) else 1.0
         found = searched(problem, seed=seed, limits=clock.within(share))
         return bounded(problem, found, clock.within())
@@ -68,7 +68,7 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     if proven is not None:
         found = replace(
             found,
-            bound=min(proven.cost, cost),
+            bound=proven.cost,
             bound_source=proven.source,
             certificate=proven.certificate,
             status="interrupted" if proven.interrupted else found.status,

@@ -16,6 +16,9 @@ from moetuner.solver.result import Candidate, Limits
 
 Floats = NDArray[np.float64]
 
+# What sums of floats may be off.
+ROUNDING = 1e-10
+
 
 def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
     """Add the best bound to what was found.
@@ -29,9 +32,9 @@ def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
     value = problem.value(Placement(found.slots, num_experts=problem.experts))
     source = "load"
     if problem.goal == "traffic":
-        if not problem.counts_visits:
-            return found
-        least = least_visits(problem)
+        if not problem.counts_visits and value > 0:
+            return found  # what copies of experts cost at least is not known
+        least = least_visits(problem) if problem.counts_visits else 0.0
     elif problem.goal == "balance":
         least = least_balance(problem)
     else:
@@ -41,9 +44,9 @@ def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
         least = least_time(problem, 0.0 if moved is None else moved[0])
         source = "load" if moved is None else f"load + {moved[1]}"
     # Rounding of the sums above, far below what anybody reads of an objective.
-    least *= 1 - 1e-9
-    status = "optimal" if least >= value * (1 - 1e-6) else found.status
-    return replace(found, bound=min(least, value), bound_source=source, status=status)
+    least *= 1 - ROUNDING
+    status = "optimal" if least >= value * (1 - 10 * ROUNDING) else found.status
+    return replace(found, bound=least, bound_source=source, status=status)
 
 
 def proves_pairs(problem: Problem) -> bool:

@@ -33,7 +33,7 @@ ROWS = 12_000
 CHAIN_ENTRIES = {2: 16, 3: 12}
 # Entries of a neighbourhood at the most: a single layer of more is too much for HiGHS.
 ENTRIES = 40
-# Nodes of HiGHS's search tree, and steps of the chain (see `chain.STEPS`), per neighbourhood.
+# Nodes of HiGHS's search tree, and steps of the chain (see `bound.STEPS`), per neighbourhood.
 NODES = 3
 ROUNDS = 4  # of triangles, where they are added on demand
 STEPS = 2_000_000_000
@@ -267,7 +267,7 @@ class _Search:
         bound = self.start.bound
         if bound is not None and bound >= self.cost:
             status = "optimal"
-        return Candidate(self.slots, status, bound, self.start.bound_source, details)
+        return replace(self.start, slots=self.slots, status=status, details=details)
 
 
 def _part(joint: Joint, begin: int, entry: Devices, devices: int) -> Joint:

@@ -114,9 +114,9 @@ def placement_ilp(
         if problem.cost(better) < cost:
             slots, cost = better.slots, problem.cost(better)
     own = model.ilp.proven(solution.bound, model.unit)
-    bound = min(max(start.bound or 0, own), cost)
+    bound = max(start.bound or 0, own)
     status: Status = "feasible"
-    if bound == cost:
+    if bound >= cost:
         status = "optimal"
     elif limits.gap is not None and cost - bound <= limits.gap * cost:
         status = "gap_reached"
@@ -124,7 +124,9 @@ def placement_ilp(
         status = solution.status
     details = {**start.details, **raised(problem, caps, asked=asked, threads=limits.threads)}
     source = BOUND_SOURCE if bound > (start.bound or 0) else start.bound_source
-    return Candidate(slots, status, bound, source, details)
+    return replace(
+        start, slots=slots, status=status, bound=bound, bound_source=source, details=details
+    )
 
 
 class _Model:

@@ -65,7 +65,7 @@ class Candidate:
         ``"optimal"`` only with a proof.
     bound
         Proven lower bound of ``Problem.cost`` where the objective is traffic, else of
-        ``Problem.value``; None without one.
+        ``Problem.value``; None without one. Of what it is one, `caps.scope` says.
     bound_source
         Which bound it is.
     details
@@ -86,7 +86,8 @@ class Result:
 
     ``objective`` and ``bound`` are ``Problem.value``'s: microseconds of a layer, max / mean load,
     or the share of the traffic that moves (the crossing on the problem's own statistics, where all
-    links are equal).
+    links are equal). ``bound_scope`` says of which placements ``bound`` is a bound: whether they
+    may have copies of experts, and which load caps they keep.
     """
 
     placement: Placement
@@ -98,6 +99,7 @@ class Result:
     seconds: float
     details: dict[str, Any] = field(default_factory=dict)
     certificate: Certificate | None = None
+    bound_scope: str | None = None
 
     @property
     def gap(self) -> float | None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moetuner.problem import Problem
+from moetuner.solver.clock import Clock
 from moetuner.solver.dispatch import dispatch
 from moetuner.solver.heuristic import heuristic
-from moetuner.solver.layers import layers
+from moetuner.solver.layers import Search, layers
 from moetuner.solver.result import Candidate, Limits
+
+# Share of a time limit for single copies, where there is room for more.
+SINGLE_SHARE = 0.4
 
 
 def searched(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -15,4 +21,14 @@ def searched(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
         return layers(problem, seed=seed, limits=limits)
     if problem.counts_visits:
         return dispatch(problem, seed=seed, limits=limits, copies=problem.may_copy)
-    return heuristic(problem, seed=seed, limits=limits)
+    if not problem.may_copy:
+        return heuristic(problem, seed=seed, limits=limits)
+    # The best with one copy of each expert is a start; copies must better it.
+    clock = Clock(limits)
+    single = heuristic(problem, seed=seed, limits=clock.within(SINGLE_SHARE))
+    if single.status == "interrupted":
+        return single
+    rest = clock.within()
+    if rest.time_limit == 0:
+        return replace(single, status="time_limit")
+    return Search(problem, seed).run(rest, start=single.slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -148,9 +149,15 @@ def place_clusters(
             time_limit=clock.rest().time_limit,
             progress=clock.report("placing clusters"),
         )
-        way, status = "ilp", solved.status
-        device, bound = solved.chosen, min(max(bound, int(solved.bound)), bottleneck)
+        way, device = "ilp", solved.chosen
         bottleneck, total = _times(traffic, cost, device)
+        # Costs are whole numbers: what is proven in fractions is proven of the next whole one.
+        bound = max(bound, math.ceil(solved.bound))
+        status = solved.status
+        if bottleneck <= bound:
+            status = "optimal"
+        elif status == "optimal":  # within the tolerance, or what HiGHS proves in floats
+            status = "gap_reached"
     return PlacedClusters(device, way, bottleneck, min(bound, bottleneck), total, status)
 
 

@@ -1,0 +1,478 @@
+"""Nobody is told "optimal" or "no placement is below" when it is not so; proofs can be checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from brute_force import every_layer, small_problem
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner import _split, solver
+from moetuner.expert_sets import ExpertSets
+from moetuner.solver.bound import bound, padded, verify
+from moetuner.solver.caps import exceeded, scope
+from moetuner.solver.chain import chain
+from moetuner.solver.colocation import colocation
+from moetuner.solver.heuristic import heuristic
+from moetuner.solver.least import bounded
+from moetuner.solver.neighbourhood import neighbourhood
+from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.two_stage import place_clusters
+
+HUGE = 2**62
+# Placements that are held against a claim.
+TRIED = 400
+
+
+def tiny(seed: int) -> mt.Problem:
+    """Make a problem whose placements are few enough to be tried, with whatever breaks proofs."""
+    rng = np.random.default_rng(seed)
+    layers, (experts, devices) = 2, ((2, 2), (3, 2), (4, 2), (2, 3), (3, 3))[rng.integers(5)]
+    load = rng.integers(0, 30, (2, layers, experts)).astype(np.uint64)
+    load[:, rng.integers(layers), 0] *= np.uint64(rng.choice([1, 10]))
+    goal = str(rng.choice(["traffic", "traffic", "traffic", "balance", "time"]))
+    if goal == "traffic" and rng.random() < 0.4:
+        load *= np.uint64(HUGE // max(int(load.sum()), 1))
+    table = rng.integers(0, 9, (layers - 1, experts, experts))
+    half = np.triu(rng.integers(0, 9, (layers, experts, experts)), 1)
+    sets = None
+    if rng.random() < 0.3:
+        ids = np.stack([rng.permutation(experts)[:2] for _ in range(4)]).astype(np.uint16)
+        sets = (ExpertSets(ids, np.arange(1, 5, dtype=np.uint64)),) * layers
+    statistics = mt.RoutingStatistics(load, table, half + half.transpose(0, 2, 1), sets=sets)
+    fewest = -(-experts // devices)
+    slots = [None, fewest, fewest + 1, [experts] + [1] * (devices - 1)]
+    cost = np.triu(rng.integers(0, 4, (devices, devices)), 1)
+    return mt.Problem(
+        statistics,
+        mt.Topology(devices, link_cost=cost + cost.T if rng.random() < 0.2 else None),
+        slots_per_device=slots[rng.integers(4)],
+        regime=str(rng.choice(["follow", "dispatch"])),
+        max_imbalance=[None, 1.0, 1.1, 1.3, 1.6][rng.integers(5)],
+        objective=goal,
+        split=str(rng.choice(["even", "nearest"])),
+    )
+
+
+def some_placements(problem: mt.Problem, seed: int) -> Iterator[mt.Placement]:
+    """Give all placements of a problem, or as many as can be tried in a moment."""
+    rng = np.random.default_rng(seed)
+    layers = [np.array(list(every_layer(problem, rooms))) for rooms in problem.rooms.tolist()]
+    if not problem.may_copy:
+        layers = [of[(of >= 0).sum(axis=(1, 2)) == problem.experts] for of in layers]
+    sizes = [len(of) for of in layers]
+    chosen = np.arange(np.prod(sizes)) if np.prod(sizes) <= TRIED else None
+    if chosen is None:
+        chosen = rng.integers(0, np.prod(sizes), TRIED)
+    for number in chosen:
+        at = np.unravel_index(number, sizes)
+        slots = np.stack([of[i] for of, i in zip(layers, at, strict=True)])
+        yield mt.Placement(slots, num_experts=problem.experts)
+
+
+def imbalances(problem: mt.Problem, placement: mt.Placement) -> np.ndarray:
+    """Largest load over the mean of every layer [L]; copies share as the problem's rule says."""
+    load = problem.load.astype(np.float64)
+    on = np.einsum("lde,le->ld", _split.shares(placement, problem.topology, problem.split), load)
+    return on.max(axis=1) / np.maximum(on.mean(axis=1), 1e-300)
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**32))
+@example(seed=0)
+def test_no_placement_refutes_a_claim(seed):
+    """Every placement, copies included where they are allowed, is held against what is claimed."""
+    problem = tiny(seed)
+    result = mt.solve(problem, iterations=100)
+    own = imbalances(problem, result.placement)
+    cap = np.full(problem.layers, problem.max_imbalance or np.inf)
+    allowed, least = np.maximum(cap, own) * (1 + 1e-12), np.full(problem.layers, np.inf)
+    best = np.inf
+    for placement in some_placements(problem, seed):
+        needs = imbalances(problem, placement)
+        least = np.minimum(least, needs)
+        if (needs <= allowed).all():
+            best = min(best, problem.value(placement))
+    slack = 1e-9 * max(best, 1)
+    assert result.bound is None or result.bound <= best + slack
+    assert (result.bound is None) == (result.bound_scope is None)
+    if result.status == "optimal":
+        assert result.objective <= best + slack
+        assert (own <= np.maximum(cap, least) * (1 + 2e-9)).all()
+    for layer in result.details.get("caps_infeasible", {}):
+        assert least[layer] > cap[layer]
+    if result.certificate is not None:
+        assert verify(result.certificate, problem) / problem.cost_scale == result.bound
+
+
+def test_caps_of_nodes_are_at_most_the_load():
+    """No product of a cap and the devices of a node wraps, however large both are."""
+    load = np.full((1, 2, 16), HUGE // 32, dtype=np.uint64)
+    table = np.ones((1, 16, 16), dtype=np.uint64)
+    problem = mt.Problem(mt.RoutingStatistics(load, table), mt.Topology(16, devices_per_node=8))
+    for cap in (problem.caps, np.full(2, 2**63, np.uint64), np.full(2, 2**64 - 1, np.uint64)):
+        assert (padded(problem, cap, 2)[2] == problem.load.sum(axis=1)).all()
+    few = np.full(2, HUGE // 32, np.uint64)
+    assert (padded(problem, few, 2)[2] == HUGE // 4).all()
+
+
+@given(seed=st.integers(0, 2**32), largest=st.sampled_from([9, 1000, HUGE // 8]))
+def test_what_has_the_imbalance_of_the_cap_keeps_it(seed, largest):
+    """A placement whose imbalance is given as the cap is allowed, and nothing that is above it."""
+    load = np.random.default_rng(seed).integers(1, largest, (1, 1, 6))
+    heaviest, total = int(load[0, 0, :2].sum()), int(load.sum())
+    measured = heaviest / (total / 3)
+    if measured < 1:
+        return
+    problem = mt.Problem(mt.RoutingStatistics(load), mt.Topology(3), max_imbalance=measured)
+    assert heaviest <= int(problem.caps[0])
+    assert Fraction(int(problem.caps[0]) * 3, total) <= Fraction(measured) * (
+        1 + Fraction(1, 2**49)
+    )
+
+
+def test_float_loads_do_not_wrap():
+    """Loads that add up to 2**63 are refused, whatever their type."""
+    with pytest.raises(ValueError, match=r"load must add up to less than 2\*\*63"):
+        mt.RoutingStatistics(np.full((1, 2, 4), 2.0**62))
+
+
+@pytest.mark.parametrize("regime", ["follow", "dispatch"])
+def test_copies_are_searched_and_nothing_false_is_proven(regime):
+    """With room for copies the answer is no worse than without, and no bound is of singles."""
+    single = small_problem(1, 3, 6, 3, regime=regime, slots=2)
+    roomy = replace(single, slots_per_device=4)
+    before, result = (mt.solve(problem, iterations=300) for problem in (single, roomy))
+    assert result.objective <= before.objective
+    assert (result.bound, result.bound_scope, result.status) == (None, None, "feasible")
+    assert result.certificate is None
+    assert "caps_infeasible" not in result.details
+    assert before.bound_scope == "placements with one copy of each expert under the load cap 1.2"
+    assert before.placement.bound_scope == before.bound_scope
+
+
+def test_nothing_is_below_nothing():
+    """Where every device can hold all experts no token moves, which is the optimum."""
+    problem = small_problem(1, 2, 4, 2, slots=4, max_imbalance=None)
+    result = mt.solve(problem, iterations=300)
+    assert (result.objective, result.bound, result.status) == (0, 0, "optimal")
+    assert result.bound_scope == "placements, copies included"
+
+
+def test_what_a_bound_is_about_is_kept_in_the_file(tmp_path):
+    """The scope of the bound comes back with the placement."""
+    result = mt.solve(small_problem(1, 2, 4, 2))
+    result.placement.save(tmp_path / "p.json")
+    again = mt.Placement.load(tmp_path / "p.json")
+    assert again.bound_scope == result.bound_scope
+    assert again.bound_scope is not None
+
+
+def test_caps_that_copies_keep_are_not_called_impossible():
+    """What single experts cannot keep is not called impossible where there may be copies."""
+    load = np.tile([400, 500, 100], (1, 2, 1))
+    ids = np.array([[0, 1], [1, 2]], dtype=np.uint16)
+    sets = (ExpertSets(ids, np.array([400, 100], dtype=np.uint64)),) * 2
+    pairs = np.tile(1 - np.eye(3, dtype=int), (2, 1, 1))
+    for known in (None, sets):
+        statistics = mt.RoutingStatistics(load, pairs[:1], pairs, sets=known)
+        for regime in ("follow", "dispatch"):
+            problem = mt.Problem(
+                statistics, mt.Topology(3), 2, regime, max_imbalance=1.3, objective="traffic"
+            )
+            result = mt.solve(problem, iterations=300)
+            assert "caps_infeasible" not in result.details
+            alone = heuristic(problem, limits=Limits(iterations=10))
+            assert "caps_raised" in alone.details
+            assert "caps_infeasible" not in alone.details
+            if result.status == "optimal":
+                assert not exceeded(problem, result.placement.slots)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        Candidate(np.zeros(0, np.int32), "optimal", bound=10**9, bound_source="false"),
+        Candidate(np.zeros(0, np.int32), "optimal"),
+        Candidate(np.zeros(0, np.int32), "optimal", bound=0, details={"caps_raised": {0: 1.5}}),
+    ],
+    ids=["above the answer", "without a bound", "under a cap that others may keep"],
+)
+def test_false_claims_are_taken_back(monkeypatch, claim):
+    """Whatever a method claims, an answer that refutes it goes out without."""
+    problem = small_problem(1, 2, 4, 2, max_imbalance=1.2)
+    slots = mt.Placement.from_assignment([[0, 0, 1, 1]] * 2, 2).slots
+    monkeypatch.setitem(solver.METHODS, "joint", lambda *_, **__: replace(claim, slots=slots))
+    result = mt.solve(problem)
+    assert result.status == "feasible"
+    if claim.bound == 10**9:
+        assert (result.bound, result.gap, result.placement.bound) == (None, None, None)
+        assert result.details["bound_refuted"] == "false"
+
+
+def test_raised_caps_are_told_with_the_bound():
+    """The scope names the layers whose cap was raised, a few of them."""
+    problem = small_problem(1, 2, 4, 2, max_imbalance=1.2)
+    told = scope(problem, {"caps_raised": dict.fromkeys(range(5), 1.5)})
+    layers = ", ".join(f"1.5000 in layer {layer}" for layer in range(3))
+    assert told.endswith(f"1.2, raised to {layers} and in 2 more")
+
+
+def test_nearly_is_not_optimal():
+    """A placement that another betters by a ten-millionth is not called optimal."""
+    load = np.array([[[10**8 + 10, 10**8 - 10, 20, 0]]])
+    problem = mt.Problem(mt.RoutingStatistics(load), mt.Topology(2), objective="balance")
+    for device_of, status in (([0, 1, 0, 1], "feasible"), ([0, 1, 1, 0], "optimal")):
+        slots = mt.Placement.from_assignment([device_of], 2).slots
+        assert bounded(problem, Candidate(slots), Limits()).status == status
+
+
+@pytest.mark.parametrize("improve", [colocation, neighbourhood])
+def test_what_runs_after_the_bound_keeps_its_certificate(improve):
+    """HiGHS may improve a placement, and loses nothing of what was proven before."""
+    problem = small_problem(2, 2, 8, 2, max_imbalance=1.3)
+    start = solver.METHODS["heuristic"](problem, seed=0, limits=Limits(iterations=10))
+    proven = bound(problem, problem.kept_caps(start.slots), limits=Limits())
+    start = replace(start, bound=proven.cost, certificate=proven.certificate)
+    found = improve(problem, seed=0, limits=Limits(), start=start)
+    assert found.certificate is proven.certificate
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bottlenecks_proven_are_whole_numbers(seed):
+    """Stage 2 is optimal exactly where its bound is its bottleneck."""
+    rng = np.random.default_rng(seed)
+    devices, layers = (2, 3)[seed % 2], 2 + seed // 2 % 2
+    traffic = rng.integers(0, 200, (layers - 1, devices, devices))
+    sizes = np.stack([rng.permutation(np.arange(devices) + 1) for _ in range(layers)])
+    cost = 16 * (1 - np.eye(devices, dtype=int))
+    placed = place_clusters(traffic, cost, sizes=sizes, tolerance=0.0)
+    assert (placed.status == "optimal") == (placed.bound == placed.bottleneck)
+    assert placed.status == "optimal"
+
+
+# The command line, and certificates.
+
+SOLVED: dict[tuple[bytes, tuple[str, ...]], tuple[bytes, bytes, dict]] = {}
+
+
+def saved(folder, experts: int = 16, layers: int = 2, *, heavy: bool = False):
+    """Write statistics to solve on 4 devices; with a heavy expert caps differ by layer."""
+    rng = np.random.default_rng(1)
+    load = rng.integers(90, 110, (1, layers, experts))
+    load[0, -1, 0] *= 20 if heavy else 1
+    table = rng.integers(0, 30, (layers - 1, experts, experts))
+    half = np.triu(rng.integers(0, 30, (layers, experts, experts)), 1)
+    path = folder / f"counts-{experts}.safetensors"
+    mt.RoutingStatistics(load, table, half + half.transpose(0, 2, 1)).save(path)
+    return path
+
+
+def certify(run, folder, counts, *more):
+    """Solve with a certificate: its path, the placement's, and the answer; once, then copies."""
+    certificate, placement = folder / "proof.safetensors", folder / "placement.json"
+    key = (counts.read_bytes(), more)
+    if key not in SOLVED:
+        asked = ("--objective", "traffic", "--max-imbalance", 1.2, "--certificate", certificate)
+        status, out, _ = run(
+            *("solve", counts, "--devices", 4, *asked, "--out", placement, "--json", "-", *more)
+        )
+        assert status == 0
+        SOLVED[key] = certificate.read_bytes(), placement.read_bytes(), json.loads(out)
+    certificate.write_bytes(SOLVED[key][0])
+    placement.write_bytes(SOLVED[key][1])
+    return certificate, placement, SOLVED[key][2]
+
+
+def changed(path, tensors=(), **metadata) -> None:
+    """Change arrays or texts of a certificate."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        texts = {**file.metadata(), **metadata}
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    safetensors.numpy.save_file({**arrays, **dict(tensors)}, path, metadata=texts)
+
+
+@pytest.mark.parametrize("regime", ["follow", "dispatch"])
+@pytest.mark.parametrize("experts", [8, 16])
+def test_what_solve_writes_verify_proves(run, tmp_path, regime, experts):
+    """A dual point or the complete programme, of either regime: the bound that was told."""
+    counts = saved(tmp_path, experts)
+    certificate, placement, solved = certify(run, tmp_path, counts, "--regime", regime)
+    status, out, err = run(
+        *("verify", certificate, counts, "--devices", 4, "--placement", placement, "--json", "-")
+    )
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["bound"] == solved["bound"]
+    assert found["objective"] == pytest.approx(solved["objective"])
+    assert found["method"].startswith("complete" if experts == 8 else "dual")
+    assert (found["regime"], found["scope"]) == (regime, "placements with one copy of each expert")
+
+
+def test_caps_are_told_by_layer_where_they_differ(run, tmp_path):
+    """A sentence with one imbalance would be false of a layer with another cap."""
+    counts = saved(tmp_path, 8, 3, heavy=True)
+    certificate, _, _ = certify(run, tmp_path, counts)
+    arguments = ("verify", certificate, counts, "--devices", 4)
+    _, out, _ = run(*arguments, "--json", "-")
+    found = json.loads(out)["max_imbalance"]
+    assert len(found) == 3
+    assert max(found[:2]) < 1.2001 < found[2]
+    _, out, _ = run(*arguments)
+    assert f"{found[2]:.4f} in layer 2" in " ".join(out.split())
+    # With one cap for all layers there is one number, although tokens are whole.
+    counts = saved(tmp_path)
+    certificate, _, _ = certify(run, tmp_path, counts)
+    _, out, _ = run("verify", certificate, counts, "--devices", 4, "--json", "-")
+    assert json.loads(out)["max_imbalance"] == 1.2
+
+
+def test_caps_that_nothing_keeps_prove_nothing(run, tmp_path):
+    """Under a cap below the mean, or below the heaviest expert, everything would be true."""
+    counts = saved(tmp_path)
+    certificate, _, _ = certify(run, tmp_path, counts)
+    for cap in (0, 105):
+        caps = np.full(2, 2000, np.uint64)
+        caps[1] = cap
+        changed(certificate, {"caps": caps})
+        status, _, err = run("verify", certificate, counts, "--devices", 4)
+        assert (status, err.count("\n")) == (2, 1)
+        assert f"got {cap} in layer 1" in err
+
+
+@pytest.mark.parametrize("experts", [8, 16])
+def test_certificates_of_something_else_are_refused(run, tmp_path, experts):
+    """Other links, other devices or other counts: nothing is proven of them."""
+    counts = saved(tmp_path, experts)
+    certificate, _, _ = certify(run, tmp_path, counts)
+    other = saved(tmp_path, experts + 4)
+    for arguments in (
+        (certificate, counts, "--devices", 4, "--devices-per-node", 2),
+        (certificate, counts, "--devices", 2),
+        (certificate, other, "--devices", 4),
+    ):
+        status, _, err = run("verify", *arguments)
+        assert (status, err.count("\n")) == (2, 1)
+        assert "certificate must be" in err
+
+
+MALFORMED = {
+    "rank": ({"caps": np.ones((1, 3), np.uint64)}, {}),
+    "type": ({"caps": np.array([-1.0, np.nan, 1e30])}, {}),
+    "rank of a proof": ({"0.cuts": np.zeros((1, 5), np.int32)}, {}),
+    "short caps": ({"caps": np.full(1, 2000, np.uint64)}, {}),
+    "infinite level": ({}, {"levels": "[[1e999, 1]]"}),
+    "levels of text": ({}, {"levels": '["41"]'}),
+    "deep levels": ({}, {"levels": "[" * 100_000}),
+    "version": ({}, {"version": "3"}),
+    "old version": ({}, {"version": "1"}),
+    "regime": ({}, {"regime": "other"}),
+    "other regime": ({}, {"regime": "dispatch"}),
+    "method": ({}, {"method": "trust me"}),
+    "slots": ({}, {"slots": "9" * 5000}),
+    "negative cost": ({}, {"cost": "-1"}),
+    "complete": ({}, {"method": "complete dynamic programme"}),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_certificates_are_refused_in_one_line(run, tmp_path, case):
+    """A line that says what is wrong, never that moetuner is."""
+    counts = saved(tmp_path)
+    certificate, _, _ = certify(run, tmp_path, counts)
+    tensors, texts = MALFORMED[case]
+    changed(certificate, tensors, **texts)
+    status, _, err = run("verify", certificate, counts, "--devices", 4)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "certificate" in err
+    assert "bug" not in err
+
+
+def test_a_placement_below_the_bound_fails_loudly(run, tmp_path, monkeypatch):
+    """A proof and a placement that contradict each other are not made to agree."""
+    counts = saved(tmp_path, 8)
+    certificate, placement, solved = certify(run, tmp_path, counts)
+    arguments = ("verify", certificate, counts, "--devices", 4, "--placement", placement)
+    assert run(*arguments)[0] == 0
+    monkeypatch.setattr(
+        "moetuner.cli.verify.verify", lambda certificate, problem: certificate.cost + 1
+    )
+    status, _, err = run(*arguments)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "is below the bound" in err
+    assert f"{solved['objective']:.6f}" in err
+
+
+def test_placements_that_the_bound_is_not_about_are_told_apart(run, tmp_path):
+    """Copies, other sizes, and loads above the caps are not compared with the bound."""
+    counts = saved(tmp_path, 8)
+    certificate, placement, _ = certify(run, tmp_path, counts)
+    arguments = ("verify", certificate, counts, "--devices", 4, "--placement", placement)
+    mt.Placement.from_assignment([[0] * 8] * 2, 4).save(placement)
+    status, out, _ = run(*arguments)
+    assert status == 0
+    assert "cannot be compared" in " ".join(out.split())
+    for slots in ([[[0, 1, 2, 3], [0, 4, 5, 6], [7, -1, -1, -1], [-1] * 4]] * 2, [[[*range(8)]]]):
+        mt.Placement(np.array(slots)).save(placement)
+        status, _, err = run(*arguments)
+        assert (status, err.count("\n")) == (2, 1)
+        assert "must have" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (("--objective", "balance"), "bounds of balance"),
+        (("--method", "lpt"), "method lpt"),
+        (("--slots-per-device", 6), "copies"),
+        (("--pin", "0:0:0"), "rules"),
+    ],
+)
+def test_certificates_that_cannot_be_are_refused_before_any_work(run, tmp_path, more, why):
+    """What was there stays, nothing is written, and the line says why."""
+    counts, certificate = saved(tmp_path), tmp_path / "proof.safetensors"
+    certificate.write_text("of an older solve")
+    asked = ("--objective", "traffic", "--max-imbalance", 1.2, "--certificate", certificate)
+    out = ("--out", tmp_path / "placement.json")
+    status, _, err = run("solve", counts, "--devices", 4, *asked, *out, *more)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "'--certificate' needs" in err
+    assert why in err
+    assert certificate.read_text() == "of an older solve"
+    assert not (tmp_path / "placement.json").exists()
+
+
+def test_no_older_certificate_is_left_beside_an_answer_without(run, tmp_path):
+    """Where a solve ends without a proof the command fails, and an old proof is not left as its."""
+    counts, certificate = saved(tmp_path), tmp_path / "proof.safetensors"
+    certificate.write_text("of an older solve")
+    placement = tmp_path / "placement.json"
+    asked = ("--objective", "traffic", "--max-imbalance", 1.2, "--certificate", certificate)
+    status, _, err = run(
+        "solve", counts, "--devices", 4, *asked, "--out", placement, "--time-limit", 0
+    )
+    assert (status, err.count("\n")) == (2, 1)
+    assert "no certificate was written" in err
+    assert placement.exists()
+    assert not certificate.exists()
+
+
+def test_the_complete_programme_is_certified_in_python():
+    """Its certificate is recomputed, not believed: another cost or cap is refused."""
+    problem = small_problem(1, 3, 6, 3, slots=2)
+    found = chain(problem)
+    assert verify(found.certificate, problem) == found.bound
+    with pytest.raises(ValueError, match="these links"):
+        verify(replace(found.certificate, cost=found.bound + 1), problem)
+    wide = replace(found.certificate, caps=problem.load.sum(axis=1), cost=0)
+    with pytest.raises(ValueError, match="optimum here is"):
+        verify(wide, problem)
