@@ -82,7 +82,7 @@ class Problem:
     statistics: RoutingStatistics
     topology: Topology
     slots_per_device: int | Sequence[int] | None = None
-    regime: Regime = "follow"
+    regime: Regime = "dispatch"
     max_imbalance: float | None = None
     objective: Objective | None = None
     cost_model: CostModel | None = None

@@ -31,7 +31,7 @@ class Asked:
     max_imbalance: float | None = None
     slots_per_device: int | tuple[int, ...] | None = None
     extra_slots: int | None = None
-    regime: Any = "follow"
+    regime: Any = "dispatch"
     cost_model: CostModel | None = None
     split: Any = "even"
     arrival: Any = "bursts"

@@ -22,7 +22,7 @@ from moetuner.solver.enumeration import enumerated
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.moving import Moving, widened
 from moetuner.solver.pace import paced
-from moetuner.solver.prices import link_prices, tokens_per_unit, visit_prices
+from moetuner.solver.prices import link_prices, pair_prices, tokens_per_unit, visit_prices
 from moetuner.solver.result import Candidate, Limits, Progress, Status
 from moetuner.solver.unseen import Choice, choose
 
@@ -308,4 +308,5 @@ class Search:
             forbidden=problem.rules.forbidden,
             pinned=problem.rules.pinned,
             **visit_prices(problem, unit),
+            **pair_prices(problem, unit),
         )

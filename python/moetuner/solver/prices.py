@@ -51,6 +51,18 @@ def visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
     }
 
 
+def pair_prices(problem: Problem, unit: float) -> dict[str, Any]:
+    """Co-activated pairs and what one that is apart costs; arguments of the core's layers.
+
+    Where pairs stand for visits: in regime dispatch, if expert sets are not known.
+    """
+    pairs = problem.statistics.coactivation
+    stand_in = problem.regime == "dispatch" and not problem.counts_visits
+    if problem.goal != "traffic" or not stand_in or pairs is None or not pairs.any():
+        return {}
+    return {"pairs": pairs, "pair_cost": unit / problem.cost_scale}
+
+
 def link_prices(problem: Problem, unit: float) -> Floats:
     """Price of a pair over a link [D,D]."""
     if problem.goal == "traffic":
