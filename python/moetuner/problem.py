@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _split, objective
+from moetuner._models import cost_model_of
 from moetuner._rules import Rules, rules_of
 from moetuner._slots import rooms_of
 from moetuner._split import Split
@@ -24,9 +25,6 @@ from moetuner.topology import Topology
 
 Regime = Literal["follow", "dispatch"]
 Objective = Literal["time", "balance", "traffic"]
-
-# Whose times count when nobody says.
-DEFAULT_GPU = "h100"
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,9 @@ class Problem:
         Slots of a device in a layer, S, or of every device [D], for experts and further copies of
         them; by default those of the topology, else just enough for one copy of each expert.
     regime
-        ``"follow"``: a token's state moves from expert to expert, so transitions cost.
-        ``"dispatch"``: it is sent from its home device to every distinct device of its experts, so
-        co-activation saves.
+        ``"dispatch"``: a token is sent from its home device to every distinct device of its experts
+        and comes back, as in today's engines, so co-activation saves. ``"follow"``: its state moves
+        on from expert to expert, as in the paper, so transitions cost.
     max_imbalance
         Cap on max / mean device load in every layer, on the sum of all windows; None for no cap.
     objective
@@ -54,7 +52,8 @@ class Problem:
         load, over windows. ``"traffic"``: share of the traffic that leaves its device, under the
         cap. By default traffic where ``max_imbalance`` is given, else time.
     cost_model
-        What time is made of; a DeepSeek-V3 layer on H100 by default.
+        What time is made of; by default H100 with the experts of the statistics' model, or of
+        DeepSeek-V3 where that is not known.
     split
         Which copy of an expert serves a token: ``"even"`` (vLLM), ``"nearest"`` (SGLang),
         ``"round_robin"`` (TensorRT-LLM).
@@ -106,7 +105,7 @@ class Problem:
             )
         _split.check(self.split)
         if self.cost_model is None:
-            object.__setattr__(self, "cost_model", CostModel.preset(DEFAULT_GPU))
+            object.__setattr__(self, "cost_model", cost_model_of(self.statistics))
         for name in ("pinned", "forbidden"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not isinstance(self.groups, str | None):

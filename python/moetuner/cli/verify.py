@@ -44,7 +44,7 @@ def command(
     certificate = Certificate.load(certificate_file)
     topology = machine.topology()
     statistics = count(source.traffic, source.counted, source.threads)
-    problem = Problem(statistics, topology, certificate.slots, objective="traffic")
+    problem = Problem(statistics, topology, certificate.slots, regime="follow", objective="traffic")
     cost = verify(certificate, problem)
     bound = cost / problem.cost_scale
     mean = problem.load.sum(axis=1, dtype=np.float64) / problem.devices
