@@ -39,6 +39,7 @@ def ok(run, monkeypatch):
     """Run a command that must succeed in silence, and give its output."""
     # On a busy machine progress may be due at any time.
     monkeypatch.setattr(progress, "FIRST_S", 3600.0)
+    monkeypatch.setattr(progress, "INTERVAL_S", 3600.0)
 
     def ok(*arguments):
         status, out, err = run(*arguments)

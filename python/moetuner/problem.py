@@ -269,6 +269,10 @@ class Problem:
         """
         if self.goal != "traffic":
             return objective.outcome(self, placement)
+        return self.traffic(placement)
+
+    def traffic(self, placement: Placement) -> float:
+        """Return what ``value`` is with the objective traffic, whatever the objective is."""
         if self.counts_visits:
             return objective.visits(self, placement)
         if not placement.has_copies:
