@@ -137,7 +137,7 @@ def visits(problem: Problem, placement: Placement) -> float:
 
 
 def _visits(problem: Problem, placement: Placement) -> Floats:
-    """What every layer [L] adds to the visits."""
+    """Return what every layer [L] adds to the visits."""
     assert problem.statistics.sets is not None
     device_cost, node_cost = visit_costs(problem.topology)
     shares = _split.shares(placement, problem.topology, problem.split)

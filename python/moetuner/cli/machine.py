@@ -68,8 +68,8 @@ def parse_cost_model(
     if value is None:
         return None
     if Path(value).exists():
-        found = CostModel.load(value)
-        return found if found.name else replace(found, name=Path(value).name)
+        model = CostModel.load(value)
+        return model if model.name else replace(model, name=Path(value).name)
     gpu, _, size = value.partition(":")
     if gpu not in GPUS:
         known = ", ".join(GPUS)

@@ -50,8 +50,8 @@ SEARCH_SHARE = 0.6
 SMALL, RESTARTS = 64, 8
 # Times that risk and groups are weighed anew, and when something is known of the weights.
 REWEIGHTINGS, AGAIN = 4, 2
-# Among times that are as good traffic decides: to have some to choose from, layers are annealed once
-# more with traffic this many times as dear.
+# Among times that are as good traffic decides. To have some to choose from, layers are annealed
+# once more with traffic this many times as dear.
 DEAR = 4.0
 # Seconds that trying every placement of a small problem may take.
 ENOUGH = 2.0
