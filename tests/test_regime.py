@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import moetuner as mt
 from moetuner import _models
 from moetuner.cli import progress
+from moetuner.formats import jsonl
 from moetuner.solver.ties import TIE
 
 
@@ -97,7 +99,13 @@ def test_times_say_whose_they_are(ok, make_trace, tmp_path, command, model, give
         "solve": [trace, "--devices", 2, "--method", "lpt", "--out", tmp_path / "q.json"],
         "compare": [trace, "--devices", 2, "--methods", "lpt"],
         "evaluate": [placement, trace],
-        "audit": [placement, trace, "--resamples", 10, *([] if given else ["--cost-model", "h100"])],
+        "audit": [
+            placement,
+            trace,
+            "--resamples",
+            10,
+            *([] if given else ["--cost-model", "h100"]),
+        ],
     }[command]
     text = ok(command, *arguments, *given)
     assert f"Predicted times are of {whose}" in text
@@ -133,6 +141,43 @@ def test_a_problem_takes_the_sizes_of_its_model():
 def test_models_are_known_by_their_names(name, known):
     """With or without owner and what comes after; the longest name that fits; nothing by guess."""
     assert _models.known_as(name) == known
+
+
+def test_recorded_sizes_come_before_the_models_name(make_trace):
+    """Whoever records a model knows its sizes, whatever it is called."""
+    trace = replace(make_trace(20), model="gpt-oss-20b", expert_size=(64, 32))
+    found = _models.cost_model_of(mt.RoutingStatistics.from_trace(trace))
+    wanted = mt.CostModel.preset("h100", hidden=64, intermediate=32)
+    assert found == replace(wanted, name="h100:64x32 (gpt-oss-20b)")
+
+
+def test_sizes_go_with_traces_and_statistics(make_trace, tmp_path):
+    """Through files, selections and sums of the same ones; sums of others drop them."""
+    trace = replace(make_trace(40), expert_size=(64, 32))
+    trace.save(tmp_path / "t.safetensors")
+    jsonl.write(trace, tmp_path / "t.jsonl")
+    counted = mt.RoutingStatistics.from_trace(trace, by_group=True)
+    counted.save(tmp_path / "s.safetensors")
+    other = replace(trace, expert_size=None)
+    for each in (
+        mt.RoutingTrace.load(tmp_path / "t.safetensors"),
+        mt.RoutingTrace.load(tmp_path / "t.jsonl"),
+        trace.select(layers=[0]),
+        trace.concat(trace),
+        mt.RoutingStatistics.load(tmp_path / "s.safetensors"),
+        counted + counted,
+    ):
+        assert each.expert_size == (64, 32)
+    assert trace.concat(other).expert_size is None
+    assert (counted + mt.RoutingStatistics.from_trace(other, by_group=True)).expert_size is None
+
+
+@pytest.mark.parametrize("size", [(64,), (0, 32), "64x32", (64.5, 32)])
+def test_sizes_are_checked(make_trace, size):
+    """Two whole numbers from 1, or none."""
+    ids = make_trace(20).expert_ids
+    with pytest.raises((ValueError, TypeError), match="expert_size must be"):
+        mt.RoutingTrace.from_arrays(ids, num_experts=8, expert_size=size)
 
 
 def structured(seed=0, tokens=600, layers=3, experts=16, **counted):

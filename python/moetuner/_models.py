@@ -45,11 +45,16 @@ SIZES = {
 
 
 class Named(Protocol):
-    """Traces and statistics: they may know their model."""
+    """Traces and statistics: they may know their model, and the sizes of its experts."""
 
     @property
     def model(self) -> str | None:
         """Name of the model."""
+        ...
+
+    @property
+    def expert_size(self) -> tuple[int, int] | None:
+        """Hidden and intermediate size of an expert."""
         ...
 
 
@@ -66,10 +71,16 @@ def known_as(model: str | None) -> str | None:
 def cost_model_of(traffic: Named, gpu: str = DEFAULT_GPU) -> CostModel:
     """Return the roofline of a GPU with the experts of a traffic's model.
 
-    Where its sizes are not known they are DeepSeek-V3's; the name says whose they are.
+    Sizes that were recorded come first, then those of a public model of that name; where neither is
+    known they are DeepSeek-V3's. The name says whose they are.
     """
     known = known_as(traffic.model)
-    hidden, intermediate = SIZES[known] if known else (HIDDEN, INTERMEDIATE)
-    whose = known or "deepseek-v3, as INPUT's model is not known"
+    if traffic.expert_size is not None:
+        (hidden, intermediate), whose = traffic.expert_size, traffic.model or "as recorded"
+    elif known is not None:
+        (hidden, intermediate), whose = SIZES[known], known
+    else:
+        hidden, intermediate = HIDDEN, INTERMEDIATE
+        whose = "deepseek-v3, as INPUT's model is not known"
     name = f"{gpu}:{hidden}x{intermediate} ({whose})"
     return CostModel.preset(gpu, hidden=hidden, intermediate=intermediate, name=name)

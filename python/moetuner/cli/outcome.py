@@ -184,7 +184,9 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
         wanted = "transitions" if problem.regime == "follow" else "co-activation"
         lines.append(f"INPUT has no {wanted}: methods could only balance the load.")
     elif problem.goal == "time" and problem.regime == "dispatch" and not problem.counts_visits:
-        lines.append("INPUT has no expert sets: tokens are sent to each of their experts by itself.")
+        lines.append(
+            "INPUT has no expert sets: tokens are sent to each of their experts by itself."
+        )
     for outcome in outcomes:
         told = caps.remarks(problem, outcome.result.details)
         lines.extend(f"{outcome.result.method}: {line}" for line in told)
