@@ -71,5 +71,6 @@ def problem(
     return mt.Problem(
         mt.RoutingStatistics.from_trace(trace),
         mt.Topology(devices, devices_per_node=devices_per_node),
+        regime="follow",
         max_imbalance=max_imbalance,
     )

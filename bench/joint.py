@@ -30,7 +30,7 @@ def recorded(path: Path, *, quick: bool) -> None:
     for devices in (4, 8):
         seen, unseen = trace.split(0.5, seed=0)
         statistics = mt.RoutingStatistics.from_trace(seen, coactivation=False)
-        half = mt.Problem(statistics, mt.Topology(devices), max_imbalance=1.05)
+        half = mt.Problem(statistics, mt.Topology(devices), regime="follow", max_imbalance=1.05)
         for limit in (1.0,) if quick else (1.0, 20.0):
             result = mt.solve(half, time_limit=limit)
             crossing = mt.evaluate(result.placement, unseen).crossing
@@ -40,7 +40,7 @@ def recorded(path: Path, *, quick: bool) -> None:
     print(f"\n{'devices':>7} {'search':>7} {'crossing':>9} {'bound':>6} {'at least':>9} {'gap':>7}")
     statistics = mt.RoutingStatistics.from_trace(trace, coactivation=False)
     for devices in (4, 8):
-        whole = mt.Problem(statistics, mt.Topology(devices), max_imbalance=1.05)
+        whole = mt.Problem(statistics, mt.Topology(devices), regime="follow", max_imbalance=1.05)
         for limit, share in ((5.0, 3.0),) if quick else ((5.0, 3.0), (20.0, 10.0)):
             result = mt.solve(whole, "heuristic", time_limit=limit)
             caps = whole.kept_caps(result.placement.slots)

@@ -43,7 +43,7 @@ def main() -> None:
         else:
             statistics = mt.RoutingStatistics.from_trace(mt.RoutingTrace.load(name))
             topology = mt.Topology(options.devices)
-            joint = mt.Problem(statistics, topology, max_imbalance=options.cap)
+            joint = mt.Problem(statistics, topology, regime="follow", max_imbalance=options.cap)
 
         def share(found: Candidate, joint: mt.Problem = joint) -> float:
             return joint.cost(mt.Placement(found.slots)) / joint.cost_scale

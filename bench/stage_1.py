@@ -86,7 +86,7 @@ def both_stages(seeds: int) -> None:
         traffic, _ = cluster_traffic(counts.transitions, clusters.cluster, DEVICES)
         placed = place_clusters(traffic, topology.cost)
         end = time.perf_counter()
-        problem = mt.Problem(counts, topology)
+        problem = mt.Problem(counts, topology, regime="follow")
         result = mt.solve(problem, "moetuner")
         contiguous = mt.solve(problem, "contiguous")
         print(

@@ -26,7 +26,7 @@ def random_problem(seed: int, layers: int, experts: int, topology: mt.Topology) 
     load = rng.integers(1, 40, (1, layers, experts))
     transitions = rng.integers(0, 30, (layers - 1, experts, experts)) ** 2
     statistics = mt.RoutingStatistics(load, transitions)
-    return mt.Problem(statistics, topology, max_imbalance=1.3)
+    return mt.Problem(statistics, topology, regime="follow", max_imbalance=1.3)
 
 
 def best_cost(problem: mt.Problem, caps: np.ndarray) -> int:
@@ -94,7 +94,7 @@ def test_certificate_round_trip_and_refusals(tmp_path):
     assert verify(again, problem) == proven.cost
     with pytest.raises(ValueError, match="of these statistics"):
         verify(again, random_problem(2, 3, 8, mt.Topology(2)))
-    tiered = mt.Problem(problem.statistics, mt.Topology(4, 2), 4)
+    tiered = mt.Problem(problem.statistics, mt.Topology(4, 2), 4, regime="follow")
     with pytest.raises(ValueError, match="parts and prices"):
         verify(again, tiered)
     path.write_bytes(path.read_bytes()[:-9])
@@ -120,7 +120,7 @@ def test_bound_of_real_routing(data):
     """On recorded routing the gap is small, and threads change nothing."""
     trace = mt.RoutingTrace.load(data / "gpt-oss-20b-mini.npz")
     statistics = mt.RoutingStatistics.from_trace(trace, coactivation=False)
-    problem = mt.Problem(statistics, mt.Topology(4), max_imbalance=1.1)
+    problem = mt.Problem(statistics, mt.Topology(4), regime="follow", max_imbalance=1.1)
     results = [mt.solve(problem, threads=threads) for threads in (1, 2)]
     assert results[0].placement == results[1].placement
     assert results[0].bound == results[1].bound

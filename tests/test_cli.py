@@ -39,6 +39,7 @@ def ok(run, monkeypatch):
     """Run a command that must succeed in silence, and give its output."""
     # On a busy machine progress may be due at any time.
     monkeypatch.setattr(progress, "FIRST_S", 3600.0)
+    monkeypatch.setattr(progress, "INTERVAL_S", 3600.0)
 
     def ok(*arguments):
         status, out, err = run(*arguments)
@@ -115,7 +116,7 @@ def test_solve_writes_the_placement(ok, trace, tmp_path):
     text = ok("solve", trace, "--devices", 4, "--out", out, "--json", report, "--max-imbalance", 2)
     assert f"wrote {out}" in text
     placement = mt.Placement.load(out)
-    stats = mt.RoutingStatistics.from_trace(mt.RoutingTrace.load(trace), window=512)
+    stats = mt.RoutingStatistics.from_trace(mt.RoutingTrace.load(trace), window=512, sets=True)
     result = mt.solve(mt.Problem(stats, mt.Topology(4), max_imbalance=2))
     assert placement == result.placement
     found = json.loads(report.read_text())
@@ -204,8 +205,9 @@ def test_objective_is_time_unless_a_cap_is_given(ok, trace, tmp_path):
     for arguments, objective, cap, words in (
         ([], "time", None, "us per layer"),
         (["--cost-model", "h100:64x32"], "time", None, "us per layer"),
-        (["--max-imbalance", 2], "traffic", 2, "crossing 0."),
-        (["--objective", "traffic"], "traffic", 1.05, "crossing 0."),
+        (["--max-imbalance", 2], "traffic", 2, "fanout "),
+        (["--objective", "traffic"], "traffic", 1.05, "fanout "),
+        (["--objective", "traffic", "--regime", "follow"], "traffic", 1.05, "crossing 0."),
         (["--extra-slots", 3], "time", None, "us per layer"),
     ):
         report = tmp_path / "report.json"
@@ -258,15 +260,16 @@ def test_evaluate_tells_groups(ok, trace, tmp_path):
 
 
 def test_evaluate_predicts_times(ok, trace, tmp_path):
-    """With a cost model there are times, under any split; rows stay as long as the head."""
+    """There are times, of any cost model and split; rows stay as long as the head."""
     out, model = tmp_path / "p.json", tmp_path / "model.json"
     ok("solve", trace, "--devices", 4, "--method", "lpt", "--out", out)
     mt.CostModel.preset("a100", hidden=64, intermediate=32).save(model)
-    assert "layer, us" not in ok("evaluate", out, trace)
+    assert "Predicted times are of h100:7168x2048" in ok("evaluate", out, trace)
     placement = mt.Placement.load(out)
     for name, same in ((model, model), ("a100:64x32", model)):
         text = ok("evaluate", out, trace, "--cost-model", name, "--split", "nearest")
         lines = text.split("\n\n")[2].splitlines()
+        assert lines.pop().startswith("Predicted times are of ")
         assert [line.split()[0] for line in lines] == ["layer,", "all", "even", "odd"]
         assert len(set(map(len, lines))) == 1
         found = json.loads(ok("evaluate", out, trace, "--cost-model", name, "--json", "-"))
@@ -333,7 +336,7 @@ def test_compare_judges_on_unseen_sequences(ok, trace):
     )
     assert list(found["methods"]) == METHODS.split(",")
     seen, unseen = mt.RoutingTrace.load(trace).split(0.5, seed=0)
-    stats = mt.RoutingStatistics.from_trace(seen, window=64)
+    stats = mt.RoutingStatistics.from_trace(seen, window=64, sets=True)
     problem = mt.Problem(stats, mt.Topology(4), max_imbalance=1.05)
     for method, row in found["methods"].items():
         result = mt.solve(problem, method)
@@ -358,11 +361,12 @@ def test_compare_does_not_depend_on_threads(ok, trace):
 
 
 def test_compare_on_all_traffic(ok, trace):
-    """--holdout 0 judges on what was seen: the objective is the crossing."""
+    """--holdout 0 judges on what was seen: the objective is the fanout, or the crossing."""
     arguments = ["--devices", 4, "--methods", METHODS, "--holdout", 0, "--json", "-"]
     arguments += ["--objective", "traffic"]
-    for row in json.loads(ok("compare", trace, *arguments))["methods"].values():
-        assert row["objective"] == pytest.approx(row["crossing"])
+    for regime, measure in (([], "fanout"), (["--regime", "follow"], "crossing")):
+        rows = json.loads(ok("compare", trace, *arguments, *regime))["methods"].values()
+        assert [row["objective"] for row in rows] == [pytest.approx(row[measure]) for row in rows]
 
 
 def test_compare_load_table(ok, table):

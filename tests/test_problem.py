@@ -36,7 +36,7 @@ def test_cost_is_the_plain_sum(seed, top, node):
             follow += int(stats.transitions[layer, e, f]) * int(cost)
         if e < f and device_of[layer, e] != device_of[layer, f]:
             dispatch += int(stats.coactivation[layer, e, f])
-    assert mt.Problem(stats, topology, 6).cost(placement) == follow
+    assert mt.Problem(stats, topology, 6, regime="follow").cost(placement) == follow
     assert mt.Problem(stats, topology, 6, regime="dispatch").cost(placement) == dispatch
 
 

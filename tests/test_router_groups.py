@@ -33,10 +33,11 @@ def test_groups_are_counted_as_a_trace_of_groups_is():
 def test_a_placement_of_groups_is_worth_the_same_as_one_of_experts(devices):
     """Cost and loads of groups are those of their experts, and groups stay whole."""
     counted, topology = statistics(), mt.Topology(devices)
-    groups = mt.Problem(router_groups.merged(counted, 4), topology, max_imbalance=2.0)
+    rules = {"regime": "follow", "max_imbalance": 2.0}
+    groups = mt.Problem(router_groups.merged(counted, 4), topology, **rules)
     result = mt.solve(groups, iterations=1000)
     placement = router_groups.expanded(result.placement, EXPERTS)
-    fine = mt.Problem(counted, topology, max_imbalance=2.0)
+    fine = mt.Problem(counted, topology, **rules)
     assert fine.cost(placement) == groups.cost(result.placement)
     assert fine.value(placement) == result.objective
     device_of = placement.device_of.reshape(-1, 4, 4)

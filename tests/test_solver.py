@@ -116,7 +116,7 @@ def test_heuristic_finds_the_optimum_of_tiny_problems(make_trace, seed, node):
     """On four to six experts the search equals brute force, cap included."""
     experts = 4 + seed % 3
     stats = mt.RoutingStatistics.from_trace(make_trace(300, experts=experts, seed=seed))
-    problem = capped(mt.Problem(stats, mt.Topology(2, node)))
+    problem = capped(mt.Problem(stats, mt.Topology(2, node), regime="follow"))
     result = mt.solve(problem, "heuristic")
     assert problem.cost(result.placement) == best_by_force(problem)
 
@@ -214,7 +214,9 @@ def test_interrupt_returns_the_best_so_far(make_trace):
 def test_interrupt_in_every_phase(make_trace, phase, experts, cap):
     """Ctrl-C in search, bound or integer programme ends it with the best, bound and all."""
     stats = mt.RoutingStatistics.from_trace(make_trace(3000, layers=6, experts=experts))
-    problem = mt.Problem(stats, mt.Topology(4), max_imbalance=cap, objective="traffic")
+    problem = mt.Problem(
+        stats, mt.Topology(4), regime="follow", max_imbalance=cap, objective="traffic"
+    )
     seen = []
 
     def interrupt(line):
@@ -236,7 +238,9 @@ def test_interrupt_in_every_phase(make_trace, phase, experts, cap):
 def test_error_in_progress_is_raised_in_every_phase(make_trace, phase, experts, cap):
     """What a callback raises in the bound or the integer programme is not swallowed either."""
     stats = mt.RoutingStatistics.from_trace(make_trace(3000, layers=6, experts=experts))
-    problem = mt.Problem(stats, mt.Topology(4), max_imbalance=cap, objective="traffic")
+    problem = mt.Problem(
+        stats, mt.Topology(4), regime="follow", max_imbalance=cap, objective="traffic"
+    )
 
     def fail(line):
         if line.phase == phase:

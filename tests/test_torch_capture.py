@@ -358,3 +358,13 @@ def test_bad_arguments(tmp_path):
     assert np.array_equal(
         recorder.trace().expert_ids[:, 0], choices(model, tokens).reshape(21, 3, 2)[:, 2]
     )
+
+
+@pytest.mark.parametrize(("name", "size"), [("mixtral", (32, 24)), ("qwen3_moe", (32, 16))])
+def test_sizes_of_experts_are_recorded(name, size, tmp_path):
+    """A trace knows what its model's configuration says, in memory and in a file."""
+    for path in (None, tmp_path / "t.safetensors"):
+        model = build(name)
+        with torch.no_grad(), capture(model, path=path) as recorder:
+            model(input_ids=prompts())
+        assert recorder.trace().expert_size == size

@@ -58,7 +58,8 @@ class Layers:
 
     With the distinct expert sets of every layer (ids [N,K], all below E, and their tokens [N]), a
     token's visit of a device costs ``device_cost`` and of a node ``node_cost`` on top, in weighted
-    tokens.
+    tokens. Of ``pairs`` [L,E,E], symmetric with a zero diagonal, each that is not on one device
+    costs ``pair_cost``.
     """
 
     def __new__(
@@ -81,6 +82,8 @@ class Layers:
         sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]] | None = None,
         device_cost: float = 1.0,
         node_cost: float = 0.0,
+        pairs: NDArray[np.uint64] | None = None,
+        pair_cost: float = 0.0,
     ) -> Layers: ...
     def place(
         self,

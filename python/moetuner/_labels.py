@@ -1,12 +1,15 @@
-"""Labels of tokens or windows: sequence numbers, group numbers and the groups' names."""
+"""Labels of tokens or windows: sequence and group numbers, names of groups, sizes of experts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from moetuner._validation import whole_number
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 Integer = TypeVar("Integer", np.int16, np.int32, np.int64)
@@ -136,3 +139,28 @@ def frozen(array: NDArray[Scalar]) -> NDArray[Scalar]:
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def expert_size(given: Any) -> tuple[int, int] | None:
+    """Return hidden and intermediate size of an expert, checked; None as it is."""
+    if given is None:
+        return None
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise ValueError(f"expert_size must be (hidden, intermediate), got {given!r:.40}")
+    hidden, intermediate = (whole_number("expert_size", each, highest=1 << 24) for each in given)
+    return hidden, intermediate
+
+
+def size_text(size: tuple[int, int] | None) -> str | None:
+    """Return a size as files write it: hidden x intermediate."""
+    return None if size is None else f"{size[0]}x{size[1]}"
+
+
+def size_of(text: str | None) -> tuple[int, int] | None:
+    """Read what ``size_text`` wrote."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,8})x(\d{1,8})", text, re.ASCII)
+    if found is None:
+        raise ValueError(f"expert_size must be as in 4096x1024, got {text!r:.40}")
+    return expert_size((int(found[1]), int(found[2])))

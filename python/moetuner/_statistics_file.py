@@ -27,6 +27,7 @@ class Contents:
     window: int | None
     group_names: Sequence[str]
     model: str | None
+    expert_size: tuple[int, int] | None = None
 
 
 def holds_statistics(path: Path) -> bool:
@@ -71,6 +72,7 @@ def write(
     window: int | None,
     group_names: Sequence[str],
     model: str | None,
+    expert_size: tuple[int, int] | None = None,
 ) -> None:
     """Write as safetensors; the file appears whole or not at all."""
     metadata = {
@@ -79,6 +81,7 @@ def write(
         "group_names": json.dumps(group_names),
         "window": None if window is None else str(window),
         "model": model,
+        "expert_size": _labels.size_text(expert_size),
     }
     with replacing(path) as temporary:
         _safetensors.write(
@@ -107,6 +110,7 @@ def _read_safetensors(path: Path) -> Contents:
         None if window is None else int(window),
         json.loads(about.get("group_names", "[]")),
         about.get("model"),
+        _labels.size_of(about.get("expert_size")),
     )
 
 

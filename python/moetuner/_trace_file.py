@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moetuner import _numpy_files, _safetensors
+from moetuner import _labels, _numpy_files, _safetensors
 from moetuner._files import Kind, naming, replacing
 from moetuner._ids import Ids, IdsInFile, IdsInMemory
 from moetuner._validation import experts_in
@@ -30,6 +30,7 @@ class Contents:
     group: ArrayLike | None = None
     group_names: Sequence[str] | None = None
     model: str | None = None
+    expert_size: tuple[int, int] | None = None
 
 
 def read(path: Path, kind: Kind, num_experts: int | None) -> Contents:
@@ -62,6 +63,7 @@ def write(contents: Contents, path: Path, source: str | None, shard_bytes: int) 
         "num_experts": str(contents.num_experts),
         "group_names": json.dumps(contents.group_names),
         "model": contents.model,
+        "expert_size": _labels.size_text(contents.expert_size),
         "source": source,
     }
     with replacing(path) as temporary:
@@ -90,6 +92,7 @@ def _read_safetensors(path: Path, num_experts: int | None) -> Contents:
         group,
         json.loads(about.get("group_names", "null")),
         about.get("model"),
+        _labels.size_of(about.get("expert_size")),
     )
 
 

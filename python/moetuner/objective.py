@@ -49,10 +49,21 @@ def measure(problem: Problem) -> Floats:
 
     The mean is load over speed, if every device had its part.
     """
-    windows, speed = problem.windows, problem.topology.speed_of_device
     if problem.goal == "time":
-        return np.ones(len(windows.load))
-    mean: Floats = windows.load.sum(axis=(1, 2)) / speed.sum()
+        return np.ones(len(problem.windows.load))
+    return _even_times(problem)
+
+
+def imbalances(problem: Problem, placement: Placement) -> Floats:
+    """Return what every layer [L] adds to max / mean load, whatever the objective is."""
+    slowest, mean = slowest_times(problem, placement, problem.windows.load), _even_times(problem)
+    return np.array([problem.windows.outcome(of, mean) for of in slowest.T])
+
+
+def _even_times(problem: Problem) -> Floats:
+    """Load over speed of every window's layers [W], if every device had its part."""
+    speed = problem.topology.speed_of_device
+    mean: Floats = problem.windows.load.sum(axis=(1, 2)) / speed.sum()
     return mean
 
 
@@ -94,12 +105,27 @@ def traffic(problem: Problem, placement: Placement) -> float:
         tables = problem.statistics.transitions_or_empty
         moved = _expected.followed(placement, problem.topology, problem.split, tables)
         return float((moved * problem.topology.cost).sum()) / problem.cost_scale
+    return float(_apart(problem, placement).sum())
+
+
+def layers_traffic(problem: Problem, placement: Placement) -> Floats:
+    """Return what every layer [L] adds to the traffic, in regime dispatch.
+
+    0 where neither expert sets nor pairs were counted.
+    """
+    if problem.counts_visits:
+        return _visits(problem, placement)
+    return _apart(problem, placement) if problem.has_pairs else np.zeros(problem.layers)
+
+
+def _apart(problem: Problem, placement: Placement) -> Floats:
+    """Share of all co-activated pairs that are apart, by layer [L]."""
     shares = _split.shares(placement, problem.topology, problem.split)
-    apart = 0.0
-    for share, table in zip(shares, problem.statistics.coactivation_or_empty, strict=True):
-        pairs = table.astype(np.float64)
-        apart += (pairs * (1 - share.T @ share)).sum() / 2
-    return float(apart) / problem.cost_scale
+    apart = [
+        (table.astype(np.float64) * (1 - share.T @ share)).sum() / 2
+        for share, table in zip(shares, problem.statistics.coactivation_or_empty, strict=True)
+    ]
+    return np.array(apart) / problem.cost_scale
 
 
 def visits(problem: Problem, placement: Placement) -> float:
@@ -107,14 +133,19 @@ def visits(problem: Problem, placement: Placement) -> float:
 
     Copies are taken to be chosen independently of each other.
     """
+    return float(_visits(problem, placement).sum())
+
+
+def _visits(problem: Problem, placement: Placement) -> Floats:
+    """Return what every layer [L] adds to the visits."""
     assert problem.statistics.sets is not None
     device_cost, node_cost = visit_costs(problem.topology)
     shares = _split.shares(placement, problem.topology, problem.split)
     sets = problem.statistics.sets
     devices, nodes = _expected.visits(shares, sets, problem.topology.node_of_device)
     tokens = sum(float(of.counts.sum()) for of in sets)
-    total = device_cost * float(devices.sum()) + node_cost * float(nodes.sum())
-    return total / tokens if tokens else 0.0
+    total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
+    return total / max(tokens, 1.0)
 
 
 def visit_costs(topology: Topology) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _split, objective
+from moetuner._models import cost_model_of
 from moetuner._rules import Rules, rules_of
 from moetuner._slots import rooms_of
 from moetuner._split import Split
@@ -25,9 +26,6 @@ from moetuner.topology import Topology
 
 Regime = Literal["follow", "dispatch"]
 Objective = Literal["time", "balance", "traffic"]
-
-# Whose times count when nobody says.
-DEFAULT_GPU = "h100"
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,9 @@ class Problem:
         Slots of a device in a layer, S, or of every device [D], for experts and further copies of
         them; by default those of the topology, else just enough for one copy of each expert.
     regime
-        ``"follow"``: a token's state moves from expert to expert, so transitions cost.
-        ``"dispatch"``: it is sent from its home device to every distinct device of its experts, so
-        co-activation saves.
+        ``"dispatch"``: a token is sent from its home device to every distinct device of its experts
+        and comes back, as in today's engines, so co-activation saves. ``"follow"``: its state moves
+        on from expert to expert, as in the paper, so transitions cost.
     max_imbalance
         Cap on max / mean device load in every layer, on the sum of all windows; None for no cap.
     objective
@@ -55,7 +53,8 @@ class Problem:
         load, over windows. ``"traffic"``: share of the traffic that leaves its device, under the
         cap. By default traffic where ``max_imbalance`` is given, else time.
     cost_model
-        What time is made of; a DeepSeek-V3 layer on H100 by default.
+        What time is made of; by default H100 with the experts of the statistics' model, or of
+        DeepSeek-V3 where that is not known.
     split
         Which copy of an expert serves a token: ``"even"`` (vLLM), ``"nearest"`` (SGLang),
         ``"round_robin"`` (TensorRT-LLM).
@@ -83,7 +82,7 @@ class Problem:
     statistics: RoutingStatistics
     topology: Topology
     slots_per_device: int | Sequence[int] | None = None
-    regime: Regime = "follow"
+    regime: Regime = "dispatch"
     max_imbalance: float | None = None
     objective: Objective | None = None
     cost_model: CostModel | None = None
@@ -107,7 +106,7 @@ class Problem:
             )
         _split.check(self.split)
         if self.cost_model is None:
-            object.__setattr__(self, "cost_model", CostModel.preset(DEFAULT_GPU))
+            object.__setattr__(self, "cost_model", cost_model_of(self.statistics))
         for name in ("pinned", "forbidden"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not isinstance(self.groups, str | None):
@@ -279,6 +278,10 @@ class Problem:
         """
         if self.goal != "traffic":
             return objective.outcome(self, placement)
+        return self.traffic(placement)
+
+    def traffic(self, placement: Placement) -> float:
+        """Return what ``value`` is with the objective traffic, whatever the objective is."""
         if self.counts_visits:
             return objective.visits(self, placement)
         if not placement.has_copies:

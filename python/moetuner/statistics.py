@@ -47,6 +47,8 @@ class RoutingStatistics:
         counted.
     group
         Group of every window [W], an index into ``group_names``; None without groups.
+    expert_size
+        Hidden and intermediate size of an expert, for predicted times; None if not known.
     """
 
     window_load: NDArray[np.uint64]
@@ -57,6 +59,7 @@ class RoutingStatistics:
     group_names: tuple[str, ...] = ()
     model: str | None = None
     sets: tuple[ExpertSets, ...] | None = None
+    expert_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         load = _counts("load", self.window_load, "[windows, layers, experts]")
@@ -82,6 +85,7 @@ class RoutingStatistics:
             object.__setattr__(self, "sets", tuple(self.sets))
             _check_sets(self.sets, layers, experts)
         object.__setattr__(self, "group_names", _labels.names(self.group_names))
+        object.__setattr__(self, "expert_size", _labels.expert_size(self.expert_size))
         if self.group is not None:
             group = _labels.groups(self.group, load.shape[0], self.group_names, np.int64)
             object.__setattr__(self, "group", group)
@@ -155,7 +159,15 @@ class RoutingStatistics:
             del shard  # else the next shard is read while this one is still held
         _, load, pairs, together, found = counter.finish(threads)
         by_layer = None if found is None else tuple(ExpertSets(*of) for of in found)
-        return cls(load, pairs, together, window=window, model=trace.model, sets=by_layer)
+        return cls(
+            load,
+            pairs,
+            together,
+            window=window,
+            model=trace.model,
+            sets=by_layer,
+            expert_size=trace.expert_size,
+        )
 
     @classmethod
     def from_load(cls, load: ArrayLike, **fields: Any) -> RoutingStatistics:
@@ -253,6 +265,7 @@ class RoutingStatistics:
             sets=None
             if self.sets is None or other.sets is None
             else tuple(a + b for a, b in zip(self.sets, other.sets, strict=True)),
+            expert_size=self.expert_size if self.expert_size == other.expert_size else None,
         )
 
     @classmethod
@@ -280,6 +293,7 @@ class RoutingStatistics:
             window=self.window,
             group_names=self.group_names,
             model=self.model,
+            expert_size=self.expert_size,
         )
 
     @classmethod
@@ -308,6 +322,7 @@ class RoutingStatistics:
                 group_names=_labels.names(found.group_names),
                 model=found.model,
                 sets=_set_tables.from_tables(found.tables),
+                expert_size=found.expert_size,
             )
 
 

@@ -101,7 +101,7 @@ def structure(
     share, distance = _groups(traffic, load, threads)
 
     def crossing(method: str, seen: RoutingStatistics, unseen: RoutingStatistics) -> float | None:
-        problem = Problem(seen, Topology(devices), max_imbalance=max_imbalance)
+        problem = Problem(seen, Topology(devices), regime="follow", max_imbalance=max_imbalance)
         found = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
         return evaluate(found.placement, unseen).crossing
 

@@ -46,6 +46,8 @@ class RoutingTrace:
         Names of the groups, each once.
     model
         Name of the model, for people.
+    expert_size
+        Hidden and intermediate size of an expert, for predicted times; None if not known.
     """
 
     ids: Ids
@@ -54,6 +56,7 @@ class RoutingTrace:
     group: NDArray[np.int16] | None = None
     group_names: tuple[str, ...] = ()
     model: str | None = None
+    expert_size: tuple[int, int] | None = None
 
     @classmethod
     def from_arrays(
@@ -65,6 +68,7 @@ class RoutingTrace:
         group: ArrayLike | None = None,
         group_names: Iterable[str] | None = None,
         model: str | None = None,
+        expert_size: tuple[int, int] | None = None,
     ) -> RoutingTrace:
         """Validate and wrap arrays.
 
@@ -83,6 +87,8 @@ class RoutingTrace:
             Their names; by default the numbers.
         model
             Name of the model.
+        expert_size
+            Hidden and intermediate size of an expert.
 
         Raises
         ------
@@ -97,6 +103,7 @@ class RoutingTrace:
             group,
             group_names,
             model,
+            expert_size,
         )
 
     @classmethod
@@ -137,6 +144,7 @@ class RoutingTrace:
                 found.group,
                 found.group_names,
                 found.model,
+                found.expert_size,
             )
 
     def save(self, path: str | Path, *, source: str | None = None) -> None:
@@ -153,7 +161,13 @@ class RoutingTrace:
         if path.suffix in (".npz", ".npy", ".jsonl", ".json"):
             raise ValueError(f"{path}: a trace is saved as .safetensors, got {path.suffix}")
         contents = _trace_file.Contents(
-            self.ids, self.num_experts, self.sequence, self.group, self.group_names, self.model
+            self.ids,
+            self.num_experts,
+            self.sequence,
+            self.group,
+            self.group_names,
+            self.model,
+            self.expert_size,
         )
         _trace_file.write(contents, path, source, SHARD_BYTES)
 
@@ -289,8 +303,8 @@ class RoutingTrace:
         """Join traces, ``trace.concat(other)`` or ``RoutingTrace.concat([trace, other])``.
 
         Sequences of different traces are different sequences: where a label would come back, the
-        labels of the later trace are moved up. Labels, and the model's name, are kept where all
-        traces have them (the same one). Groups are the same if they have the same name.
+        labels of the later trace are moved up. Labels, and the model's name and sizes, are kept
+        where all traces have them (the same one). Groups are the same if they have the same name.
 
         Raises
         ------
@@ -308,6 +322,7 @@ class RoutingTrace:
             )
         group_names = tuple(dict.fromkeys(name for trace in traces for name in trace.group_names))
         models = {trace.model for trace in traces}
+        expert_sizes = {trace.expert_size for trace in traces}
         ids = joined(tuple(trace.ids for trace in traces))
         return RoutingTrace._labelled(
             ids,
@@ -318,6 +333,7 @@ class RoutingTrace:
             ),
             group_names,
             models.pop() if len(models) == 1 else None,
+            expert_sizes.pop() if len(expert_sizes) == 1 else None,
         )
 
     def __repr__(self) -> str:
@@ -337,6 +353,7 @@ class RoutingTrace:
         group: ArrayLike | None,
         group_names: Iterable[str] | None,
         model: str | None,
+        expert_size: tuple[int, int] | None,
     ) -> RoutingTrace:
         tokens = ids.shape[0]
         if sequence is not None:
@@ -348,7 +365,8 @@ class RoutingTrace:
             group = _labels.groups(group, tokens, group_names, np.int16)
         if model is not None and not isinstance(model, str):
             raise ValueError(f"model must be a text, got {model!r}")
-        return cls(ids, num_experts, sequence, group, _labels.names(group_names), model)
+        names, size = _labels.names(group_names), _labels.expert_size(expert_size)
+        return cls(ids, num_experts, sequence, group, names, model, size)
 
     def _taken(
         self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None

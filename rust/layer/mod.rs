@@ -2,7 +2,7 @@
 //! devices do too.
 //!
 //! Everything that concerns a layer alone is a *term* of its cost: [`balance`] over windows, [`linear`] costs of
-//! holding or serving an expert on a device, [`fanout`]. The search ([`search`]) knows moves, not terms; a term knows
+//! holding or serving an expert on a device, [`fanout`], pairs [`together`]. The search ([`search`]) knows moves, not terms; a term knows
 //! what a move changes, exactly.
 
 pub mod balance;
@@ -18,6 +18,7 @@ mod polish;
 pub mod replicate;
 mod search;
 mod squeeze;
+pub mod together;
 
 pub use contents::{Contents, EMPTY, Move};
 pub use draft::Site;
@@ -61,6 +62,8 @@ pub struct Layer {
     pub serve: Vec<f64>,
     /// Expert sets, where visits of devices and nodes cost.
     pub sets: Option<fanout::Sets>,
+    /// Co-activated pairs, where those that are apart cost.
+    pub pairs: Option<together::Pairs>,
     /// Devices where an expert must not be `[E, D]`; empty for none.
     pub forbidden: Vec<bool>,
     /// Devices where an expert must have a copy `[E, D]`; empty for none.
@@ -84,6 +87,7 @@ impl Layer {
             hold: vec![],
             serve: vec![],
             sets: None,
+            pairs: None,
             forbidden: vec![],
             pinned: vec![],
         }

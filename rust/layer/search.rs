@@ -3,6 +3,7 @@
 use super::balance::Balance;
 use super::caps::Caps;
 use super::fanout::{self, Fanout};
+use super::together::Together;
 use super::{Contents, EMPTY, Layer, Move, linear};
 use crate::random::{Random, scale};
 use crate::search::Control;
@@ -40,6 +41,8 @@ struct Terms {
     balance: Option<Balance>,
     /// None where visits cost nothing.
     fanout: Option<Fanout>,
+    /// None where pairs cost nothing.
+    together: Option<Together>,
     caps: Caps,
     /// Of [`linear`].
     linear: f64,
@@ -50,6 +53,7 @@ impl Terms {
         Self {
             balance: (!layer.windows.is_weightless()).then(|| Balance::new(layer, contents)),
             fanout: layer.sets.as_ref().map(|sets| Fanout::new(layer, sets, contents)),
+            together: layer.pairs.as_ref().map(|pairs| Together::new(layer, pairs, contents)),
             caps: Caps::new(layer, contents),
             linear: linear::cost(layer, contents),
         }
@@ -59,7 +63,9 @@ impl Terms {
         let balance = self.balance.as_ref().map_or(0.0, Balance::cost);
         let fanout =
             self.fanout.as_ref().zip(layer.sets.as_ref()).map_or(0.0, |(fanout, sets)| fanout.cost(sets));
-        balance + fanout + self.linear
+        let together =
+            self.together.as_ref().zip(layer.pairs.as_ref()).map_or(0.0, |(pairs, of)| pairs.cost(of));
+        balance + fanout + together + self.linear
     }
 
     /// What a move would add to the cost; nothing if it breaks the cap.
@@ -74,6 +80,9 @@ impl Terms {
         if let (Some(fanout), Some(sets)) = (&self.fanout, &layer.sets) {
             change += fanout.change(layer, sets, contents, step);
         }
+        if let (Some(together), Some(pairs)) = (&self.together, &layer.pairs) {
+            change += together.change(layer, pairs, contents, step);
+        }
         Some(change)
     }
 
@@ -83,6 +92,9 @@ impl Terms {
         self.linear += linear::change(layer, contents, step);
         if let Some(balance) = &mut self.balance {
             balance.apply();
+        }
+        if let (Some(together), Some(pairs)) = (&mut self.together, &layer.pairs) {
+            together.apply(layer, pairs, contents, step);
         }
         let touched = self.fanout.is_some().then(|| fanout::touched(contents, step));
         contents.apply(layer, step);
@@ -190,6 +202,7 @@ mod tests {
     use crate::layer::balance::Windows;
     use crate::layer::noise::Noise;
     use crate::layer::replicate::{QUICK, replicate};
+    use crate::layer::together::Pairs;
     use proptest::prelude::*;
 
     fn layer(random: &mut Random, experts: usize, devices: usize, norm: u32, nearest: bool) -> Layer {
@@ -217,6 +230,11 @@ mod tests {
         let copies = room.iter().sum::<usize>() > experts;
         let mut sets = fanout::Sets::new(&ids, &counts, experts, copies);
         (sets.device_cost, sets.node_cost) = (3.0, [0.0, 7.0][random.below(2)]);
+        let mut pairs = Pairs { counts: vec![0.0; experts * experts], cost: 2.0 };
+        for (e, f) in (0..experts).flat_map(|e| (0..e).map(move |f| (e, f))) {
+            let count = random.below(100) as f32;
+            (pairs.counts[e * experts + f], pairs.counts[f * experts + e]) = (count, count);
+        }
         Layer {
             experts,
             room,
@@ -229,6 +247,7 @@ mod tests {
             hold: random_costs(random),
             serve: random_costs(random),
             sets: Some(sets),
+            pairs: Some(pairs),
             forbidden: vec![],
             pinned: vec![],
         }

@@ -9,6 +9,7 @@ use crate::layer::balance::Windows;
 use crate::layer::fanout;
 use crate::layer::noise::Noise;
 use crate::layer::replicate::{NoSlot, QUICK, fill_layers, replicate};
+use crate::layer::together::Pairs;
 use crate::layer::{Contents, EMPTY, Effort, Layer, Links, place};
 use crate::search::Control;
 
@@ -49,7 +50,7 @@ pub(super) struct Layers {
 impl Layers {
     #[new]
     #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, noise = None, mixed = 0.0, total = None, cap = None, hold = None, forbidden = None, pinned = None,
-                        sets = None, device_cost = 1.0, node_cost = 0.0))]
+                        sets = None, device_cost = 1.0, node_cost = 0.0, pairs = None, pair_cost = 0.0))]
     fn new(
         load: PyReadonlyArray3<'_, f64>,
         weight: PyReadonlyArray1<'_, f64>,
@@ -68,6 +69,8 @@ impl Layers {
         sets: Option<Vec<(PyReadonlyArray2<'_, u16>, PyReadonlyArray1<'_, u64>)>>,
         device_cost: f64,
         node_cost: f64,
+        pairs: Option<PyReadonlyArray3<'_, u64>>,
+        pair_cost: f64,
     ) -> PyResult<Self> {
         let (load, weight, room) = (load.as_array(), weight.as_array().to_vec(), room.as_array());
         let (w, l, e) = load.dim();
@@ -77,6 +80,7 @@ impl Layers {
             && time.len() == d
             && total.as_ref().is_none_or(|total| total.as_array().dim() == (l, e))
             && cap.as_ref().is_none_or(|cap| cap.len() == l)
+            && pairs.as_ref().is_none_or(|pairs| pairs.as_array().dim() == (l, e, e))
             && [
                 hold.as_ref().map(|a| a.as_array().dim()),
                 forbidden.as_ref().map(|a| a.as_array().dim()),
@@ -118,6 +122,15 @@ impl Layers {
                 })
             };
             let windows = Windows::new(&rows, &weight, e, norm, noise, mixed);
+            let pairs = pairs.as_ref().map(|table| Pairs {
+                counts: table
+                    .as_array()
+                    .slice(numpy::ndarray::s![l, .., ..])
+                    .iter()
+                    .map(|&count| count as f32)
+                    .collect(),
+                cost: pair_cost * windows.scale,
+            });
             let hold = floats(&hold).into_iter().map(|cost: f64| cost * windows.scale).collect();
             Layer {
                 experts: e,
@@ -136,6 +149,7 @@ impl Layers {
                 hold,
                 serve: vec![],
                 sets: None,
+                pairs,
                 forbidden: flags(&forbidden),
                 pinned: flags(&pinned),
             }

@@ -10,7 +10,7 @@ import click
 
 from moetuner.cli import options
 from moetuner.cli.inputs import Traffic, count
-from moetuner.cli.machine import cost_model_option
+from moetuner.cli.machine import cost_model_for, cost_model_option
 from moetuner.cost import CostModel
 from moetuner.problem import Objective, Problem
 from moetuner.topology import Topology
@@ -31,8 +31,8 @@ class Asked:
     max_imbalance: float | None = None
     slots_per_device: int | tuple[int, ...] | None = None
     extra_slots: int | None = None
-    regime: Any = "follow"
-    cost_model: CostModel | None = None
+    regime: Any = "dispatch"
+    cost_model: CostModel | str | None = None
     split: Any = "even"
     arrival: Any = "bursts"
     risk: Any = "mean"
@@ -61,7 +61,7 @@ class Asked:
             self.regime,
             cap,
             objective=self.objective,
-            cost_model=self.cost_model,
+            cost_model=cost_model_for(self.cost_model, statistics),
             split=self.split,
             extra_slots=self.extra_slots,
             arrival=self.arrival,
@@ -189,9 +189,10 @@ problem_options = options.gathered(
         click.option(
             "--regime",
             type=click.Choice(["follow", "dispatch"]),
-            default="follow",
+            default="dispatch",
             show_default=True,
-            help="Whether tokens move from expert to expert, or fan out from their home device.",
+            help="What moves: tokens fan out from their home device and come back, as in today's "
+            "engines, or move on from expert to expert, as in the paper.",
         ),
         cost_model_option,
         options.split_option,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ from moetuner._bootstrap import Interval
 from moetuner.audit import RESAMPLES, Audit, Finding, audit
 from moetuner.cli import options
 from moetuner.cli.inputs import Source, traffic_options
-from moetuner.cli.machine import Machine, node_options, time_options
+from moetuner.cli.machine import (
+    Machine,
+    cost_model_for,
+    node_options,
+    say_times,
+    time_options,
+)
 from moetuner.cli.output import Output, number
 from moetuner.cli.progress import working
 from moetuner.cost import CostModel
@@ -75,7 +82,7 @@ def command(
     source: Source,
     baseline_file: Path | None,
     machine: Machine,
-    cost_model: CostModel | None,
+    cost_model: CostModel | str | None,
     regime: Any,
     fail_if_worse: float | None,
     measures: tuple[str, ...],
@@ -93,6 +100,7 @@ def command(
     baseline = None if baseline_file is None else Placement.load(baseline_file)
     topology = machine.topology(placement.devices)
     traffic, window = source.traffic, source.counted
+    model = None if cost_model is None else cost_model_for(cost_model, traffic)
     with working("auditing"):
         found = audit(
             placement,
@@ -100,7 +108,7 @@ def command(
             topology,
             baseline=baseline,
             window=window or 1,
-            cost_model=cost_model,
+            cost_model=model,
             regime=regime,
             resamples=resamples,
             seed=seed,
@@ -132,6 +140,8 @@ def command(
         rows = [("all", found.whole), *found.groups.items()]
         output.table(head, [_row(name, changes[measure]) for name, changes in rows])
     output.say()
+    if model is not None:
+        output.say(say_times(model))
     _summary(output, found)
     if failures:
         worst = failures[0]
@@ -148,6 +158,7 @@ def command(
                 "devices": topology.devices,
                 "devices_per_node": topology.devices_per_node,
                 "window": window,
+                "cost_model": None if model is None else asdict(model),
                 "regime": regime,
                 "fail_if_worse": fail_if_worse,
                 "judged": list(judged),

@@ -61,7 +61,13 @@ def command(directory: Path, threads: int | None, json_file: Path | None) -> Non
     _say_structure(output, found)
 
     seen, unseen = hold_out(trace, 0.5)
-    problem = Problem(count(seen, None, threads), Topology(DEVICES), max_imbalance=MAX_IMBALANCE)
+    # The paper's regime, as its method is among those shown.
+    problem = Problem(
+        count(seen, None, threads),
+        Topology(DEVICES),
+        regime="follow",
+        max_imbalance=MAX_IMBALANCE,
+    )
     outcomes = {
         method: try_method(method, problem, unseen, window=WINDOW, seed=0, threads=threads)
         for method in METHODS

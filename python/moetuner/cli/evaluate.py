@@ -11,7 +11,13 @@ import click
 from moetuner import _text
 from moetuner.cli import options
 from moetuner.cli.inputs import Source, traffic_options
-from moetuner.cli.machine import Machine, node_options, time_options
+from moetuner.cli.machine import (
+    Machine,
+    cost_model_for,
+    node_options,
+    say_times,
+    time_options,
+)
 from moetuner.cli.output import Output, number
 from moetuner.cli.progress import working
 from moetuner.cost import CostModel
@@ -34,7 +40,7 @@ def command(
     source: Source,
     machine: Machine,
     split: Any,
-    cost_model: CostModel | None,
+    cost_model: CostModel | str | None,
     regime: Any,
     json_file: Path | None,
 ) -> None:
@@ -49,6 +55,7 @@ def command(
     placement = Placement.load(placement_file)
     topology = machine.topology(placement.devices)
     traffic, window = source.traffic, source.counted
+    model = cost_model_for(cost_model, traffic)
     with working("replaying"):
         found = evaluate(
             placement,
@@ -56,7 +63,7 @@ def command(
             topology,
             window=source.replayed,
             split=split,
-            cost_model=cost_model,
+            cost_model=model,
             regime=regime,
             threads=source.threads,
         )
@@ -71,9 +78,9 @@ def command(
     output.say()
     rows = [("all", found), *found.by_group.items()]
     output.table(HEAD, [_row(name, each) for name, each in rows])
-    if cost_model is not None:
-        output.say()
-        output.table(TIMES, [_times(name, each) for name, each in rows])
+    output.say()
+    output.table(TIMES, [_times(name, each) for name, each in rows])
+    output.say(say_times(model))
     output.say()
     for name, ports in found.busiest_port.items():
         output.say(_ports(name, ports))
@@ -86,7 +93,7 @@ def command(
                 "devices_per_node": topology.devices_per_node,
                 "window": window,
                 "split": split,
-                "cost_model": None if cost_model is None else asdict(cost_model),
+                "cost_model": asdict(model),
                 "regime": regime,
             },
             **found.to_dict(),

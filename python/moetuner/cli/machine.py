@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
 
 from moetuner._machines import GPUS, MACHINES
 from moetuner._validation import DEVICE_LIMIT
+from moetuner._models import DEFAULT_GPU, cost_model_of
 from moetuner.cli import options
+from moetuner.cli.inputs import Traffic
 from moetuner.cost import CostModel
 from moetuner.topology import Topology
 
@@ -60,23 +62,42 @@ def parse_topology(
 
 def parse_cost_model(
     context: click.Context, parameter: click.Parameter, value: str | None
-) -> CostModel | None:
-    """Read a cost model from a file, or make a common GPU's for experts of the size behind it."""
+) -> CostModel | str | None:
+    """Read a cost model from a file, or make a common GPU's for experts of the size behind it.
+
+    A GPU alone is given back as it is: its experts are those of INPUT's model.
+    """
     if value is None:
         return None
     if Path(value).exists():
         options.claim(context, parameter, Path(value))
-        return CostModel.load(value)
+        model = CostModel.load(value)
+        return model if model.name else replace(model, name=Path(value).name)
     gpu, _, size = value.partition(":")
     if gpu not in GPUS:
         known = ", ".join(GPUS)
         raise click.BadParameter(f"must be a file or one of {known}, got '{value:.60}'")
     if not size:
-        return CostModel.preset(gpu)
+        return gpu
     found = re.fullmatch(r"(\d{1,7})x(\d{1,7})", size, re.ASCII)
     if found is None:
         raise click.BadParameter(f"sizes must be as in {gpu}:4096x1024, got '{size:.20}'")
     return CostModel.preset(gpu, hidden=int(found[1]), intermediate=int(found[2]))
+
+
+def cost_model_for(given: CostModel | str | None, traffic: Traffic) -> CostModel:
+    """Return the cost model that was given, or that of a GPU with the experts of INPUT's model."""
+    if isinstance(given, CostModel):
+        return given
+    return cost_model_of(traffic, given or DEFAULT_GPU)
+
+
+def say_times(model: CostModel) -> str:
+    """Return a sentence on whose times are predicted, and how to get others."""
+    return (
+        f"Predicted times are of {model.name or 'an unnamed cost model'}; for others: "
+        "--cost-model FILE or GPU:HIDDENxINTERMEDIATE."
+    )
 
 
 _nodes = (
@@ -115,7 +136,8 @@ cost_model_option = click.option(
     callback=parse_cost_model,
     metavar="FILE|GPU",
     help="What time is made of: a file, or a common GPU and an expert's hidden and intermediate "
-    "sizes, such as h100:4096x1024 (in 8 bits; DeepSeek-V3's sizes by default).",
+    "sizes, such as h100:4096x1024 (in 8 bits).  [default: h100; sizes of INPUT's model, else of "
+    "DeepSeek-V3]",
 )
 time_options = options.together(
     [

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetuner.cli.inputs import Traffic
+from moetuner.cli.machine import say_times
 from moetuner.cli.output import number, percent
 from moetuner.cli.progress import working
 from moetuner.evaluation import Evaluation, evaluate
@@ -181,9 +182,15 @@ def sentences(outcome: Outcome) -> list[str]:
 def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
     """Say what a reader of the table must know."""
     lines = []
+    if problem.goal == "time" and problem.cost_model is not None:
+        lines.append(say_times(problem.cost_model))
     if problem.goal != "balance" and not has_pairs(problem):
         wanted = "transitions" if problem.regime == "follow" else "co-activation"
         lines.append(f"INPUT has no {wanted}: methods could only balance the load.")
+    elif problem.goal == "time" and problem.regime == "dispatch" and not problem.counts_visits:
+        lines.append(
+            "INPUT has no expert sets: tokens are sent to each of their experts by itself."
+        )
     for outcome in outcomes:
         told = caps.remarks(problem, outcome.result.details)
         lines.extend(f"{outcome.result.method}: {line}" for line in told)

@@ -14,7 +14,7 @@ from moetuner.cli.inputs import Source, traffic_options
 from moetuner.cli.machine import Machine, machine_options
 from moetuner.cli.moving import Moving, moving_options
 from moetuner.cli.outcome import has_pairs, head, remarks, sentences, try_method
-from moetuner.cli.output import Output
+from moetuner.cli.output import Output, number
 from moetuner.problem import Problem
 from moetuner.solver import METHODS
 from moetuner.solver.migration import check
@@ -99,6 +99,10 @@ def command(
     output.table(head(problem), [each.row() for each in outcomes])
     for line in (*remarks([outcome], problem), *sentences(outcome)):
         output.say(line)
+    if problem.goal == "time" and source.replayed is not None:
+        # Counts know windows and expert sets, but not which sets were in which window.
+        replayed = outcome.evaluation.predicted_layer_us
+        output.say(f"Replayed token by token: {number(replayed, 1)} us per layer.")
     answer: dict[str, Any] = {}
     if initial is not None:
         diff = initial.diff(outcome.result.placement, topology=topology)

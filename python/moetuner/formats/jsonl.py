@@ -32,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moetuner._files import naming, replacing, size_of
-from moetuner._labels import names
+from moetuner._labels import expert_size, names
 from moetuner._validation import IdArray, check_sizes, experts_in, id_type, valid
 from moetuner.trace import RoutingTrace
 
@@ -98,6 +98,8 @@ def write(
     header: dict[str, object] = {"num_experts": trace.num_experts}
     if trace.model is not None:
         header["model"] = trace.model
+    if trace.expert_size is not None:
+        header["expert_size"] = trace.expert_size
     if trace.group is not None:
         header["group_names"] = trace.group_names
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -112,6 +114,7 @@ class _Reader:
         self.given = num_experts
         self.experts = num_experts
         self.model: str | None = None
+        self.expert_size: tuple[int, int] | None = None
         self.shape: tuple[int, int] | None = None
         self.keys: set[str] = set()
         self.ids = bytearray()
@@ -134,6 +137,7 @@ class _Reader:
         self.model = line.get("model")
         if self.model is not None and not isinstance(self.model, str):
             raise ValueError(f"model must be a text, got {self.model!r:.40}")
+        self.expert_size = expert_size(line.get("expert_size"))
         for name in names(line.get("group_names")):
             self._group_number(name)
 
@@ -171,6 +175,7 @@ class _Reader:
             group=np.frombuffer(self.group, dtype=np.int16) if grouped else None,
             group_names=tuple(self.groups),
             model=self.model,
+            expert_size=self.expert_size,
         )
 
     def _valid(self, values: object, form: str) -> IdArray:

@@ -22,8 +22,9 @@ from moetuner.solver.enumeration import enumerated
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.moving import Moving, widened
 from moetuner.solver.pace import paced
-from moetuner.solver.prices import link_prices, tokens_per_unit, visit_prices
+from moetuner.solver.prices import link_prices, pair_prices, tokens_per_unit, visit_prices
 from moetuner.solver.result import Candidate, Limits, Progress, Status
+from moetuner.solver.ties import Known, settled
 from moetuner.solver.unseen import Choice, choose
 
 Floats = NDArray[np.float64]
@@ -49,6 +50,9 @@ SEARCH_SHARE = 0.6
 SMALL, RESTARTS = 64, 8
 # Times that risk and groups are weighed anew, and when something is known of the weights.
 REWEIGHTINGS, AGAIN = 4, 2
+# Among times that are as good traffic decides. To have some to choose from, layers are annealed
+# once more with traffic this many times as dear.
+DEAR = 4.0
 # Seconds that trying every placement of a small problem may take.
 ENOUGH = 2.0
 
@@ -104,6 +108,8 @@ class Search:
         self.emphasis: list[Floats] = []
         self.details: dict[str, Any] = {}
         self.caps = caps_of(problem)
+        # What traffic costs, as a multiple of what it takes.
+        self.dear = 1.0
 
     def run(
         self, limits: Limits, *, start: Slots | None = None, moving: Moving | None = None
@@ -130,6 +136,7 @@ class Search:
         except KeyboardInterrupt:
             return self.candidate(slots if start is None else start, "interrupted")
         starts = [slots] if start is None else [start, slots]
+        traffic: list[Slots] = []
         interrupted = False
         if self.links is not None and moving is None:
             caps = sorted({min(cap, problem.max_imbalance or cap) for cap in CAPS})
@@ -137,27 +144,44 @@ class Search:
                 share = SEARCH_SHARE / (len(caps) - number)
                 found = _for_traffic(problem, cap, self.seed, clock.within(share))
                 wider = self.allowed(found.slots)
-                starts.extend([] if wider is None else [wider])
+                traffic.extend([] if wider is None else [wider])
                 interrupted = found.status == "interrupted"
                 if interrupted:
                     break
-        best = min(starts, key=self.rank)
+        # What peers could have found: no answer is behind these, be it by a hair.
+        known = [self.known(slots) for slots in starts]
+        limit = min(each.rank for each in known)
+        known += [self.known(slots) for slots in traffic]
+        best = min(known, key=lambda each: each.rank).slots
         narrow = self.narrow() if moving is None else None
-        parts = turns if narrow is None else 2 * turns
-        for turn in range(turns):
+        prices = [1.0] * turns + [DEAR] * (moving is None and self.prices_visits)
+        parts = len(prices) if narrow is None else 2 * len(prices)
+        for turn, self.dear in enumerate(prices):
             if interrupted:
                 break
             improved, interrupted = self.improve(best, clock.within(1 / (parts - turn)))
             self.look_at(improved)
-            best = min(best, improved, key=self.rank)
+            known.append(self.known(improved))
+            best = min(known, key=lambda each: each.rank).slots
+        self.dear = 1.0
         if narrow is not None and not interrupted:
             found = narrow.run(clock.within())
             interrupted = found.status == "interrupted"
             wider = self.allowed(found.slots)
-            best = best if wider is None else min(best, wider, key=self.rank)
+            known.extend([] if wider is None else [self.known(wider)])
+            best = min(known, key=lambda each: each.rank).slots
+        if problem.goal == "time" and moving is None:
+            best = settled(problem, known, limit)
         if interrupted:
             return self.candidate(best, "interrupted")
         return self.completed(best, clock.within())
+
+    @property
+    def prices_visits(self) -> bool:
+        """Whether a time is searched for in which visits have a price, or pairs for them."""
+        problem = self.problem
+        dispatched = problem.goal == "time" and problem.regime == "dispatch"
+        return dispatched and problem.devices > 1 and (problem.counts_visits or problem.has_pairs)
 
     def narrow(self) -> Search | None:
         """Search without slots to spare: reading a copy's weights may cost more than it saves."""
@@ -221,6 +245,10 @@ class Search:
         """By how much caps are exceeded, in all layers, and the value; lower is better."""
         excess = excess_of(self.problem, slots)
         return float(excess.sum()), self.value(slots)
+
+    def known(self, slots: Slots) -> Known:
+        """Return slots with their rank."""
+        return Known(*self.rank(slots), slots)
 
     def value(self, slots: Slots) -> float:
         """Objective of slots, and what moving there costs."""
@@ -307,5 +335,6 @@ class Search:
             hold=hold,
             forbidden=problem.rules.forbidden,
             pinned=problem.rules.pinned,
-            **visit_prices(problem, unit),
+            **visit_prices(problem, unit * self.dear),
+            **pair_prices(problem, unit * self.dear),
         )

@@ -51,6 +51,24 @@ def visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
     }
 
 
+def pair_prices(problem: Problem, unit: float) -> dict[str, Any]:
+    """Co-activated pairs and what one that is apart costs; arguments of the core's layers.
+
+    Where pairs stand for visits: in regime dispatch, if expert sets are not known.
+    """
+    pairs = problem.statistics.coactivation
+    stand_in = problem.regime == "dispatch" and not problem.counts_visits
+    if problem.goal == "balance" or not stand_in or pairs is None or not pairs.any():
+        return {}
+    if problem.goal == "time":
+        # A token whose k experts are all apart makes k - 1 more visits than one whose experts are
+        # together, and has k (k - 1) / 2 pairs apart.
+        top = float(pairs.sum(dtype=np.float64)) / float(problem.load.sum(dtype=np.float64)) + 1
+        each = _visit_us(problem) * 2 / top / (problem.layers * problem.statistics.windows)
+        return {"pairs": pairs, "pair_cost": unit * each}
+    return {"pairs": pairs, "pair_cost": unit / problem.cost_scale}
+
+
 def link_prices(problem: Problem, unit: float) -> Floats:
     """Price of a pair over a link [D,D]."""
     if problem.goal == "traffic":
@@ -82,8 +100,13 @@ def visit_us(problem: Problem) -> float:
 
     Of D devices that are visited alike, a token is at home on one.
     """
-    assert problem.cost_model is not None
     assert problem.statistics.sets is not None
-    crossing = problem.cost_model.weights(problem.topology, returns=True).crossing_us
     tokens = float(problem.statistics.sets[0].counts.sum()) / problem.statistics.windows
-    return float(crossing[min(1, len(crossing) - 1)]) * tokens * (1 - 1 / problem.devices)
+    return _visit_us(problem) * tokens
+
+
+def _visit_us(problem: Problem) -> float:
+    """Microseconds of one token's visit of one more device."""
+    assert problem.cost_model is not None
+    crossing = problem.cost_model.weights(problem.topology, returns=True).crossing_us
+    return float(crossing[min(1, len(crossing) - 1)]) * (1 - 1 / problem.devices)

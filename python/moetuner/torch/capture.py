@@ -26,6 +26,20 @@ UNNAMED = "other"  # tokens outside every group, in a recording that has groups
 SEQUENCE_LIMIT = 1 << 31
 
 
+def expert_size_of(model: nn.Module) -> tuple[int, int] | None:
+    """Return hidden and intermediate size of an expert, as a model's configuration tells them."""
+    config = getattr(model, "config", None)
+    # Models of several kinds of input have one for text.
+    config = getattr(config, "text_config", None) or config
+    intermediate = [
+        getattr(config, name, None)
+        for name in ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+    ]
+    found = (getattr(config, "hidden_size", None), next(filter(None, intermediate), None))
+    known = all(isinstance(size, int) and 0 < size < 1 << 24 for size in found)
+    return found if known else None  # type: ignore[return-value]
+
+
 def capture(
     model: nn.Module,
     *,
@@ -108,7 +122,7 @@ class Recorder:
         if path is not None and path.suffix != ".safetensors":
             raise ValueError(f"path must end in .safetensors, got {path.name!r}")
         self.layers = layers
-        self._name = name
+        self._name, self._expert_size = name, expert_size_of(model)
         self._hooks = StepHooks(model, layers, self._step)
         self._hooks.attention_mask = attention_mask
         self._path = path
@@ -179,7 +193,9 @@ class Recorder:
                 self._hooks.check_scores()
                 # Groups are only kept if there are any.
                 names = list(self._numbers) if set(self._numbers) - {UNNAMED} else []
-                self._trace = parts.finish(names, self._name, "moetuner.torch.capture")
+                self._trace = parts.finish(
+                    names, self._name, "moetuner.torch.capture", self._expert_size
+                )
         finally:
             parts.discard()
 

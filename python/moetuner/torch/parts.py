@@ -55,7 +55,13 @@ class Parts:
             file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def finish(self, group_names: list[str], model: str | None, source: str | None) -> RoutingTrace:
+    def finish(
+        self,
+        group_names: list[str],
+        model: str | None,
+        source: str | None,
+        expert_size: tuple[int, int] | None = None,
+    ) -> RoutingTrace:
         """Make the trace; without names of groups it has none.
 
         Raises
@@ -80,7 +86,10 @@ class Parts:
                 group=group,
                 group_names=group_names,
                 model=model,
+                expert_size=expert_size,
             )
-        contents = _trace_file.Contents(ids, self._experts, sequence, group, group_names, model)
+        contents = _trace_file.Contents(
+            ids, self._experts, sequence, group, group_names, model, expert_size
+        )
         _trace_file.write(contents, self._path, source, SHARD_BYTES)
         return RoutingTrace.load(self._path)

@@ -1,0 +1,246 @@
+"""One regime by default, whose times are predicted, and traffic where expert sets are not known."""
+
+import inspect
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner import _models
+from moetuner.cli import progress
+from moetuner.formats import jsonl
+from moetuner.solver.ties import TIE
+
+
+@pytest.fixture
+def ok(run, monkeypatch):
+    """Run a command that must succeed, and give its output."""
+    for name in ("FIRST_S", "INTERVAL_S"):
+        monkeypatch.setattr(progress, name, 3600.0)
+
+    def ok(*arguments):
+        status, out, err = run(*arguments)
+        assert (status, err) == (0, "")
+        return out
+
+    return ok
+
+
+def test_dispatch_is_the_default_everywhere():
+    """Problems, evaluations and audits are of the regime that today's engines run."""
+    for call in (mt.Problem, mt.evaluate, mt.audit):
+        assert inspect.signature(call).parameters["regime"].default == "dispatch"
+
+
+@pytest.mark.parametrize("command", ["solve", "compare", "evaluate", "audit"])
+def test_dispatch_is_the_default_of_commands(ok, make_trace, tmp_path, command):
+    """Every command that knows a regime takes dispatch, and says so in its JSON."""
+    trace, placement = tmp_path / "trace.safetensors", tmp_path / "p.json"
+    traffic = make_trace(60)
+    traffic.save(trace)
+    statistics = mt.RoutingStatistics.from_trace(traffic)
+    mt.solve(mt.Problem(statistics, mt.Topology(2)), "contiguous").placement.save(placement)
+    arguments = {
+        "solve": [trace, "--devices", 2, "--method", "lpt", "--out", tmp_path / "q.json"],
+        "compare": [trace, "--devices", 2, "--methods", "lpt"],
+        "evaluate": [placement, trace],
+        "audit": [placement, trace, "--resamples", 10],
+    }[command]
+    found = json.loads(ok(command, *arguments, "--json", "-"))
+    assert found["settings"]["regime"] == "dispatch"
+
+
+@pytest.mark.parametrize("sets", [False, True])
+@pytest.mark.parametrize("more", [[], ["--regime", "follow"], ["--cost-model", "a100"]])
+def test_the_time_of_solve_is_that_of_evaluate(ok, make_trace, tmp_path, sets, more):
+    """Of the same saved statistics, in any regime and with any cost model: one number."""
+    saved, placement = tmp_path / "statistics.safetensors", tmp_path / "p.json"
+    mt.RoutingStatistics.from_trace(make_trace(300), window=64, sets=sets).save(saved)
+    solving = ["solve", saved, "--devices", 4, "--slots-per-device", 3, "--time-limit", 0.2]
+    solved = json.loads(ok(*solving, *more, "--out", placement, "--json", "-"))
+    shown = json.loads(ok("evaluate", placement, saved, *more, "--json", "-"))
+    assert solved["unit"] == "us per layer"
+    assert solved["objective"] == pytest.approx(shown["predicted_layer_us"], rel=1e-12)
+
+
+def test_the_time_of_a_trace_is_that_of_evaluate(ok, make_trace, tmp_path):
+    """A replay knows more than counts: what it says is said by both commands."""
+    trace, placement, report = (tmp_path / name for name in ("t.safetensors", "p.json", "r.json"))
+    make_trace(300).save(trace)
+    solving = ["solve", trace, "--devices", 4, "--window", 64, "--method", "heuristic"]
+    text = ok(*solving, "--time-limit", 0.2, "--out", placement, "--json", report)
+    solved = json.loads(report.read_text())
+    shown = json.loads(ok("evaluate", placement, trace, "--window", 64, "--json", "-"))
+    assert solved["predicted_layer_us"] == shown["predicted_layer_us"]
+    assert f"Replayed token by token: {shown['predicted_layer_us']:.1f} us per layer." in text
+
+
+@pytest.mark.parametrize("command", ["solve", "compare", "evaluate", "audit"])
+@pytest.mark.parametrize(
+    ("model", "given", "whose"),
+    [
+        ("gpt-oss-20b", [], "h100:2880x2880 (gpt-oss-20b)"),
+        ("org/Mixtral-8x7B-v0.1", ["--cost-model", "a100"], "a100:4096x14336 (mixtral-8x7b)"),
+        ("mine", ["--cost-model", "h100"], "h100:7168x2048 (deepseek-v3, as INPUT's"),
+        ("gpt-oss-20b", ["--cost-model", "h200:64x32"], "h200:64x32;"),
+    ],
+)
+def test_times_say_whose_they_are(ok, make_trace, tmp_path, command, model, given, whose):
+    """GPU and model stand beside every time, and so does how to get others."""
+    trace, placement = tmp_path / "trace.safetensors", tmp_path / "p.json"
+    ids = make_trace(60).expert_ids
+    traffic = mt.RoutingTrace.from_arrays(ids, num_experts=8, model=model)
+    traffic.save(trace)
+    statistics = mt.RoutingStatistics.from_trace(traffic)
+    mt.solve(mt.Problem(statistics, mt.Topology(2)), "contiguous").placement.save(placement)
+    arguments = {
+        "solve": [trace, "--devices", 2, "--method", "lpt", "--out", tmp_path / "q.json"],
+        "compare": [trace, "--devices", 2, "--methods", "lpt"],
+        "evaluate": [placement, trace],
+        "audit": [
+            placement,
+            trace,
+            "--resamples",
+            10,
+            *([] if given else ["--cost-model", "h100"]),
+        ],
+    }[command]
+    text = ok(command, *arguments, *given)
+    assert f"Predicted times are of {whose}" in text
+    assert "--cost-model FILE or GPU:HIDDENxINTERMEDIATE" in text
+
+
+def test_a_problem_takes_the_sizes_of_its_model():
+    """The time of a small expert is not that of DeepSeek-V3's."""
+    load = np.ones((1, 2, 4), dtype=np.uint64)
+    of = {
+        model: mt.Problem(
+            mt.RoutingStatistics.from_load(load, model=model), mt.Topology(2)
+        ).cost_model
+        for model in ("Qwen3-30B-A3B-Instruct-2507", None)
+    }
+    small, default = of.values()
+    assert small.token_us * 7168 * 2048 == pytest.approx(default.token_us * 2048 * 768)
+    assert default.token_us == mt.CostModel.preset("h100").token_us
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("deepseek-ai/DeepSeek-V2-Lite-Chat", "deepseek-v2-lite"),
+        ("DeepSeek-V3.1", "deepseek-v3"),
+        ("GLM-4.5-Air-FP8", "glm-4.5-air"),
+        ("gpt_oss 20b", "gpt-oss-20b"),
+        ("gpt-oss-200b", None),
+        ("small", None),
+        (None, None),
+    ],
+)
+def test_models_are_known_by_their_names(name, known):
+    """With or without owner and what comes after; the longest name that fits; nothing by guess."""
+    assert _models.known_as(name) == known
+
+
+def test_recorded_sizes_come_before_the_models_name(make_trace):
+    """Whoever records a model knows its sizes, whatever it is called."""
+    trace = replace(make_trace(20), model="gpt-oss-20b", expert_size=(64, 32))
+    found = _models.cost_model_of(mt.RoutingStatistics.from_trace(trace))
+    wanted = mt.CostModel.preset("h100", hidden=64, intermediate=32)
+    assert found == replace(wanted, name="h100:64x32 (gpt-oss-20b)")
+
+
+def test_sizes_go_with_traces_and_statistics(make_trace, tmp_path):
+    """Through files, selections and sums of the same ones; sums of others drop them."""
+    trace = replace(make_trace(40), expert_size=(64, 32))
+    trace.save(tmp_path / "t.safetensors")
+    jsonl.write(trace, tmp_path / "t.jsonl")
+    counted = mt.RoutingStatistics.from_trace(trace, by_group=True)
+    counted.save(tmp_path / "s.safetensors")
+    other = replace(trace, expert_size=None)
+    for each in (
+        mt.RoutingTrace.load(tmp_path / "t.safetensors"),
+        mt.RoutingTrace.load(tmp_path / "t.jsonl"),
+        trace.select(layers=[0]),
+        trace.concat(trace),
+        mt.RoutingStatistics.load(tmp_path / "s.safetensors"),
+        counted + counted,
+    ):
+        assert each.expert_size == (64, 32)
+    assert trace.concat(other).expert_size is None
+    assert (counted + mt.RoutingStatistics.from_trace(other, by_group=True)).expert_size is None
+
+
+@pytest.mark.parametrize("size", [(64,), (0, 32), "64x32", (64.5, 32)])
+def test_sizes_are_checked(make_trace, size):
+    """Two whole numbers from 1, or none."""
+    ids = make_trace(20).expert_ids
+    with pytest.raises((ValueError, TypeError), match="expert_size must be"):
+        mt.RoutingTrace.from_arrays(ids, num_experts=8, expert_size=size)
+
+
+def structured(seed=0, tokens=600, layers=3, experts=16, **counted):
+    """Count tokens whose experts come in pairs; by default without expert sets."""
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, experts, (tokens, layers))
+    partner = np.argsort(rng.random((layers, experts)), axis=1).argsort(axis=1)
+    other = np.empty_like(first)
+    for layer in range(layers):
+        order = np.argsort(partner[layer])
+        other[:, layer] = order[partner[layer][first[:, layer]] ^ 1]
+    stray = rng.random((tokens, layers)) < 0.2
+    other[stray] = (first[stray] + rng.integers(1, experts, stray.sum())) % experts
+    ids = np.stack([first, other], axis=2)
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
+    return mt.RoutingStatistics.from_trace(trace, window=100, **counted)
+
+
+RULES = {
+    "pin": {"pinned": [(0, 0, 0)]},
+    "ban": {"forbidden": [(None, 1, 3)]},
+    "faster device": {"topology": mt.Topology(4, speed=[1.02, 1, 1, 1])},
+    "uneven slots": {"slots_per_device": [5, 4, 4, 4]},
+    "spare slots": {"slots_per_device": 5},
+    "running": {},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_traffic_counts_whatever_else_is_asked(rule):
+    """Without expert sets, pairs apart are as few with a rule as they are without."""
+    asked = {"topology": mt.Topology(4), "objective": "traffic", "max_imbalance": 1.3}
+    statistics = structured()
+    plain = mt.solve(mt.Problem(statistics, **asked), "heuristic", iterations=20_000)
+    problem = mt.Problem(statistics, **{**asked, **RULES[rule]})
+    contiguous = mt.solve(mt.Problem(statistics, **asked), "contiguous")
+    given = {"initial": contiguous.placement} if rule == "running" else {}
+    found = mt.solve(problem, "heuristic", iterations=20_000, **given)
+    assert plain.objective < 0.5 * contiguous.objective
+    assert found.objective <= plain.objective + 0.03
+    assert not problem.rules.broken(found.placement)
+
+
+def test_few_moves_are_spent_on_pairs():
+    """From a running placement a budget buys less traffic, also without expert sets."""
+    statistics = structured()
+    problem = mt.Problem(statistics, mt.Topology(4), objective="traffic", max_imbalance=1.5)
+    running = mt.solve(problem, "contiguous")
+    moved = mt.solve(
+        problem, "heuristic", iterations=5000, initial=running.placement, move_budget=12
+    )
+    assert running.placement.diff(moved.placement).experts_moved <= 12
+    assert moved.objective < 0.9 * running.objective
+
+
+@pytest.mark.parametrize("sets", [False, True])
+def test_equal_times_prefer_less_traffic(sets):
+    """Where time hardly depends on the traffic, the answer still keeps what meets together."""
+    counted = structured(tokens=4000, sets=sets)
+    # Reading weights takes nearly all the time, and all experts are active.
+    model = mt.CostModel(10.0, 100.0, 0.0, 1e-3, token_bytes=100.0)
+    problem = mt.Problem(counted, mt.Topology(4), cost_model=model)
+    found = mt.solve(problem, "heuristic", iterations=5000)
+    contiguous = mt.solve(problem, "contiguous")
+    assert found.objective <= (1 + TIE) * contiguous.objective
+    assert problem.traffic(found.placement) < 0.8 * problem.traffic(contiguous.placement)
