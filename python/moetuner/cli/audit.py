@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from moetuner._bootstrap import Interval
-from moetuner.audit import RESAMPLES, Audit, Finding, audit
+from moetuner._bootstrap import RESAMPLES, Interval
+from moetuner.audit import Audit, Finding, audit
 from moetuner.cli import options
 from moetuner.cli.inputs import Source, traffic_options
 from moetuner.cli.machine import Machine, node_options, time_options
