@@ -132,11 +132,9 @@ def gain(before: Evaluation, after: Evaluation, measure: str, *, seed: int = 0) 
         )
     rng = np.random.default_rng(seed)
     found = paired(sums[0], sums[1], resamples=RESAMPLES, rng=rng)
-    if measure not in found:
-        return Spread(value, np.empty(0), 1.0, len(sums[0]["imbalance"].above))
-    change = found[measure].change
+    change = found[measure].change if measure in found else None
     if change is None:
-        return replace(found[measure].value, value=value)
+        return Spread(value, np.empty(0), 1.0, len(sums[0]["imbalance"].above))
     return replace(-change, value=value)
 
 
