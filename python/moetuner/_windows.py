@@ -148,10 +148,15 @@ class _Part:
             row = np.repeat(np.arange(len(some)), size[some])
             within = np.arange(len(row)) - (np.cumsum(size[some]) - size[some])[row]
             counts = self._counted(row, tokens[(end - size)[some][row] + within], lists)
-            nudged = self._nudged(counts, window[some], share[some])
-            for name, (above, _) in self._waited_for(nudged).items():
+            # Both ways: where two devices are equally slow, the mean of both counts.
+            forth, back = (
+                self._waited_for(self._nudged(counts, window[some], share[some], step))
+                for step in (NUDGE, -NUDGE)
+            )
+            for name, (above, _) in forth.items():
+                slope = (above - back[name][0]) / (2 * NUDGE)
                 before = by_window[name][0][window[some]]
-                by_cut[name][0][some] = share[some] * (before + (above - before) / NUDGE)
+                by_cut[name][0][some] = share[some] * (before + slope)
             for name, (above, _) in of_tokens(counts, size[some], self._rules.topology).items():
                 by_cut[name][0][some] = above
         found = {}
@@ -184,13 +189,13 @@ class _Part:
                 _add(node_visits, at, node[on], distinct=True)
         return replace(self._counts, load=load, visits=visits, node_visits=node_visits)
 
-    def _nudged(self, counts: Counts, window: Whole, share: Floats) -> Counts:
-        """Move windows [n] towards what a sequence does, as if it had all their tokens."""
+    def _nudged(self, counts: Counts, window: Whole, share: Floats, step: float) -> Counts:
+        """Move windows [n] a step towards what a sequence does, as if it had all their tokens."""
         whole = self._counts
 
         def moved(part: NDArray[np.float64], of: NDArray[np.float64]) -> Floats:
             before = of[window].astype(np.float64)
-            nudged: Floats = before + NUDGE * (part / share[:, None, None] - before)
+            nudged: Floats = before + step * (part / share[:, None, None] - before)
             return nudged
 
         load = moved(counts.load, whole.load)

@@ -115,31 +115,29 @@ def command(
     output.say(source.describe())
     output.say(_setting(problem, window, holdout, unseen))
     output.say()
-    began, tried = time.monotonic(), 0
+    began, interrupted = time.monotonic(), False
     all_splits: list[dict[str, Outcome]] = []
-    while not all_splits or _goes_on(splits, holdout, len(all_splits), time.monotonic() - began):
-        tried = len(all_splits)
-        if tried:
-            seen, unseen = hold_out(source.traffic, holdout, seed=seed + tried)
-            problem_of = asked.problem(seen, topology, window=window, threads=threads)
-        else:
-            problem_of = problem
+    while not interrupted and _goes_on(splits, holdout, len(all_splits), began):
+        of = seed + len(all_splits)
+        asked_of = problem
+        if all_splits:
+            seen, unseen = hold_out(source.traffic, holdout, seed=of)
+            asked_of = asked.problem(seen, topology, window=window, threads=threads)
         outcomes: dict[str, Outcome] = {}
         for method in methods:
             outcomes[method] = try_method(
                 method,
-                problem_of,
+                asked_of,
                 unseen,
                 window=source.replayed,
-                seed=seed + tried,
+                seed=of,
                 time_limit=time_limit,
                 threads=threads,
             )
-            if outcomes[method].result.status == "interrupted":
+            interrupted = outcomes[method].result.status == "interrupted"
+            if interrupted:
                 break
         all_splits.append(outcomes)
-        if any(outcome.result.status == "interrupted" for outcome in outcomes.values()):
-            break
     first = list(all_splits[0].values())
     output.table(head(problem), [outcome.row() for outcome in first])
     for line in remarks(first, problem):
@@ -171,11 +169,12 @@ def command(
     )
 
 
-def _goes_on(splits: int | None, holdout: float, done: int, seconds: float) -> bool:
-    """Whether one more split is due after so many, which took so long."""
-    if splits is not None:
-        return done < splits
-    return holdout > 0 and done < SPLITS and seconds * (done + 1) / done <= SECONDS
+def _goes_on(splits: int | None, holdout: float, done: int, began: float) -> bool:
+    """Whether one more split is due after so many."""
+    if done == 0 or splits is not None:
+        return done < (splits or 1)
+    took = time.monotonic() - began
+    return holdout > 0 and done < SPLITS and took * (done + 1) / done <= SECONDS
 
 
 def _setting(problem: Problem, window: int | None, holdout: float, unseen: Traffic) -> str:

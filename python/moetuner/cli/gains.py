@@ -20,6 +20,7 @@ NAMES = {
     "imbalance_mixed": "imbalance in mixed windows",
     "crossing": "crossing",
     "fanout": "fanout",
+    "node_fanout": "node fanout",
 }
 
 
