@@ -8,9 +8,10 @@ from conftest import random_ids
 
 import moetuner as mt
 from moetuner import _student
-from moetuner._bootstrap import Spread, Sums, holm, paired
+from moetuner._bootstrap import Paired, Spread, Sums, holm, paired
 from moetuner._counts import Rules
 from moetuner._windows import crossings, of_traffic
+from moetuner.audit import _judged
 
 BUNDLED = Path(mt.__file__).parent / "data" / "small-moe.safetensors"
 MODEL = mt.CostModel.preset("h100", hidden=1024, intermediate=512)
@@ -241,6 +242,21 @@ def test_what_is_named_is_corrected_for_how_many_could_be():
     )
     many = mt.audit(placement, table, resamples=400)
     assert many.worse() == many.behind() == []
+
+
+def test_the_best_group_was_picked_and_that_counts():
+    """How far groups are behind the best is as likely as the best of all others being so far."""
+    rng = np.random.default_rng(0)
+    values = {"a": -0.2, "b": 0.1, "c": 0.1, "d": 0.0}
+    spread = {name: Spread(value, rng.normal(0, 0.1, 500), 9, 10) for name, value in values.items()}
+    groups = {name: {"x": Paired(each, each, each)} for name, each in spread.items()}
+    found = _judged(groups)
+    chances = [each.chance for each in spread.values()]
+    chances += [min(3 * (spread[name] - spread["a"]).chance, 1) for name in "bcd"]
+    wanted = holm(chances)
+    assert [found[name]["x"].chance for name in "abcd"] == wanted[:4]
+    assert [found[name]["x"].behind_chance for name in "bcd"] == wanted[4:]
+    assert (found["a"]["x"].behind, found["a"]["x"].behind_chance) == (None, 1.0)
 
 
 @pytest.mark.parametrize(("number", "most"), [(3, 0.09), (5, 0.09), (10, 0.09), (50, 0.08)])

@@ -19,12 +19,6 @@ def test_intervals_of_five_sequences_hold_the_truth(shape):
     )
 
 
-def test_sequences_that_cross_windows_are_drawn_whole():
-    """Of forty intervals of what waits for windows at most two miss, for twenty sequences."""
-    imbalance, times, *_ = chance.missed(20, "crossing windows", 40, resamples=300)
-    assert max(imbalance, times) <= 2 / 40
-
-
 def test_null_audits_of_seven_groups_name_nobody():
     """Of eight audits of seven groups with five sequences at most one names somebody."""
     *_, either, _ = chance.named(5, "one window each", 8, resamples=300)

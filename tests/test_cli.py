@@ -41,6 +41,7 @@ def ok(run, monkeypatch):
     """Run a command that must succeed in silence, and give its output."""
     # On a busy machine progress may be due at any time.
     monkeypatch.setattr(progress, "FIRST_S", 3600.0)
+    monkeypatch.setattr(progress, "INTERVAL_S", 3600.0)
 
     def ok(*arguments):
         status, out, err = run(*arguments)
@@ -405,7 +406,7 @@ def test_compare_tells_the_range_of_gains_over_splits(ok, trace):
     assert len(set(wanted)) == 3
     assert found["methods"]["lpt"]["imbalance"] == singles[0]["lpt"]["imbalance"]
     text = ok(*arguments, "--splits", 3)
-    assert re.search(r"^lpt .* contiguous.* over 3 splits\)\.$", text, re.M)
+    assert re.search(r"^Gain: lpt .* contiguous.* over 3 splits\)\.$", text, re.M)
 
 
 def test_compare_of_one_split_has_an_interval_of_this_placement(ok, trace):
@@ -416,7 +417,7 @@ def test_compare_of_one_split_has_an_interval_of_this_placement(ok, trace):
     assert gain["kind"] == "interval of this placement"
     assert gain["low"] < gain["mean"] < gain["high"]
     assert gain["splits"] == [gain["mean"]]
-    assert re.search(r"^lpt .*95 %: .*, of this placement\)\.$", ok(*arguments), re.M)
+    assert re.search(r"^Gain: lpt .*95 %: .*, of this placement\)\.$", ok(*arguments), re.M)
 
 
 def test_compare_splits_several_times_by_default(ok, trace):

@@ -161,9 +161,9 @@ def say(output: Output, found: list[Gain], best: str) -> None:
     output.table((head, "mean" if splits > 1 else "gain", *ends), [each.row() for each in found])
     told = {each.method: each for each in found}
     if best in told:
-        output.say(told[best].sentence())
+        output.say(f"Gain: {told[best].sentence()}")
     else:
-        output.say(f"No method has a smaller objective than {over} on what was seen.")
+        output.say(f"Gain: no method has a smaller objective than {over} on what was seen.")
 
 
 def share(value: float | None) -> str:
