@@ -15,6 +15,8 @@ import moetuner as mt
 from moetuner.cli import progress
 
 METHODS = "contiguous,lpt,joint"
+# Where the number of splits does not matter.
+ONCE = ("--splits", 1)
 
 
 @pytest.fixture
@@ -317,6 +319,43 @@ def test_audit_names_groups_and_fails_on_demand(run, ok, trace, tmp_path):
     assert "no group got worse beyond chance" in text
 
 
+def test_audit_says_what_is_gained_and_what_to_do(ok, trace, tmp_path):
+    """One sentence with its interval, and one of what helps the group that got worse."""
+    blocks, all_on_two = tmp_path / "blocks.json", tmp_path / "two.json"
+    ok("solve", trace, "--devices", 4, "--method", "contiguous", "--out", blocks)
+    slots = np.full((3, 4, 4), -1)
+    slots[:, 0], slots[:, 1] = np.arange(4), np.arange(4, 8)
+    mt.Placement(slots, num_experts=8).save(all_on_two)
+    text = ok("audit", all_on_two, trace, "--window", 40)
+    assert re.search(
+        r"^All traffic: \d+\.\d % more imbalance than experts in blocks "
+        r"\(95 %: \+[\d.]+ % to \+[\d.]+ %\)\.$",
+        text,
+        re.M,
+    )
+    assert re.search(
+        r"^To do: record more of (even|odd) and solve again, with --groups", text, re.M
+    )
+    text = ok("audit", blocks, trace, "--baseline", blocks)
+    assert "All traffic: 0.0 % less imbalance than blocks.json" in text
+    assert "that may be chance" in text
+    assert "To do" not in text
+
+
+def test_audit_judges_nothing_of_few_windows(run, table, tmp_path):
+    """Three windows of a group are too few, also for --fail-if-worse; that is said."""
+    out, blocks = tmp_path / "p.json", tmp_path / "blocks.json"
+    for method, path in (("lpt", blocks), ("contiguous", out)):
+        run("solve", table, "--devices", 4, "--method", method, "--out", path)
+    arguments = ("audit", out, table, "--baseline", blocks, "--fail-if-worse", 0)
+    status, text, _ = run(*arguments)
+    assert status == 0
+    assert "too few windows to judge (below 5): a (3), b (3)" in text
+    assert "To do: record 5 windows or more of every group that is to be judged." in text
+    status, text, _ = run(*arguments, "--json", "-")
+    assert json.loads(text)["too_few"] == {"a": 3, "b": 3}
+
+
 def test_audit_of_a_load_table(ok, table, tmp_path):
     """Windows are resampled; there is no crossing to tell."""
     out = tmp_path / "p.json"
@@ -330,7 +369,7 @@ def test_compare_judges_on_unseen_sequences(ok, trace):
     """The numbers are those of the library: statistics of one half, replay of the other."""
     found = json.loads(
         ok(
-            *("compare", trace, "--devices", 4, "--methods", METHODS, "--window", 64),
+            *("compare", trace, "--devices", 4, "--methods", METHODS, "--window", 64, *ONCE),
             *("--max-imbalance", 1.05, "--json", "-"),
         )
     )
@@ -349,12 +388,53 @@ def test_compare_judges_on_unseen_sequences(ok, trace):
         assert {"bound", "gap", "status", "solve_seconds"} <= set(row)
 
 
+def test_compare_tells_the_range_of_gains_over_splits(ok, trace):
+    """Each split is solved and judged by itself, with the seeds that follow one another."""
+    arguments = ("compare", trace, "--devices", 4, "--methods", "contiguous,lpt", "--window", 64)
+    arguments += ("--objective", "balance", "--baseline", "contiguous")
+    found = json.loads(ok(*arguments, "--splits", 3, "--json", "-"))
+    gain = found["methods"]["lpt"]["gain"]
+    singles = [
+        json.loads(ok(*arguments, "--splits", 1, "--seed", seed, "--json", "-"))["methods"]
+        for seed in range(3)
+    ]
+    wanted = [1 - each["lpt"]["imbalance"] / each["contiguous"]["imbalance"] for each in singles]
+    assert gain["splits"] == pytest.approx(wanted)
+    assert gain["mean"] == pytest.approx(np.mean(wanted))
+    assert (gain["low"], gain["high"]) == pytest.approx((min(wanted), max(wanted)))
+    assert (gain["measure"], gain["over"]) == ("imbalance", "contiguous")
+    assert gain["kind"] == "range of splits"
+    assert (found["settings"]["splits"], found["methods"]["contiguous"]["gain"]) == (3, None)
+    assert len(set(wanted)) == 3
+    assert found["methods"]["lpt"]["imbalance"] == singles[0]["lpt"]["imbalance"]
+    text = ok(*arguments, "--splits", 3)
+    assert re.search(r"^Gain: lpt .* contiguous.* over 3 splits\)\.$", text, re.M)
+
+
+def test_compare_of_one_split_has_an_interval_of_this_placement(ok, trace):
+    """The interval is that of a verdict on the same sequences, and the sentence says of what."""
+    arguments = ("compare", trace, "--devices", 4, "--methods", "contiguous,lpt", "--window", 64)
+    arguments += ("--objective", "balance", "--splits", 1)
+    gain = json.loads(ok(*arguments, "--json", "-"))["methods"]["lpt"]["gain"]
+    assert gain["kind"] == "interval of this placement"
+    assert gain["low"] < gain["mean"] < gain["high"]
+    assert gain["splits"] == [gain["mean"]]
+    assert re.search(r"^Gain: lpt .*95 %: .*, of this placement\)\.$", ok(*arguments), re.M)
+
+
+def test_compare_splits_several_times_by_default(ok, trace):
+    """Small traffic is split five times; what is judged on what it saw, once."""
+    arguments = ("compare", trace, "--devices", 4, "--methods", "contiguous,lpt", "--json", "-")
+    assert json.loads(ok(*arguments))["settings"]["splits"] == 5
+    assert json.loads(ok(*arguments, "--holdout", 0))["settings"]["splits"] == 1
+
+
 def test_compare_does_not_depend_on_threads(ok, trace):
     """One thread and two give the same numbers."""
 
     def figures(threads):
         arguments = ["--devices", 4, "--methods", METHODS, "--threads", threads, "--json", "-"]
-        found = json.loads(ok("compare", trace, *arguments))["methods"]
+        found = json.loads(ok("compare", trace, *arguments, *ONCE))["methods"]
         return {name: {**row, "solve_seconds": None} for name, row in found.items()}
 
     assert figures(1) == figures(2)
@@ -371,11 +451,11 @@ def test_compare_on_all_traffic(ok, trace):
 
 def test_compare_load_table(ok, table):
     """Crossing and fanout of a load table are not known, and shown as dashes."""
-    out = ok("compare", table, "--devices", 4, "--methods", METHODS)
+    out = ok("compare", table, "--devices", 4, *ONCE, "--methods", METHODS)
     assert "3 unseen windows" in out
     row = next(line.split() for line in out.splitlines() if line.startswith("lpt"))
     assert row[3] == "-"  # no crossing, but a time
-    out = ok("compare", table, "--devices", 4, "--methods", METHODS, "--max-imbalance", 1.2)
+    out = ok("compare", table, "--devices", 4, *ONCE, "--methods", METHODS, "--max-imbalance", 1.2)
     row = next(line.split() for line in out.splitlines() if line.startswith("lpt"))
     assert row[4:8] == ["-"] * 4
 
@@ -392,9 +472,11 @@ def test_tables_fit_eighty_columns(ok, trace, tmp_path):
         return text
 
     for text in (
-        ok("compare", trace, "--devices", 4, "--methods", METHODS),
-        nodes(ok("compare", trace, "--devices", 4, "--devices-per-node", 2, *dispatch)),
-        nodes(ok("compare", trace, "--devices", 4, "--devices-per-node", 2, *dispatch, *capped)),
+        ok("compare", trace, "--devices", 4, "--methods", METHODS, *ONCE),
+        nodes(ok("compare", trace, "--devices", 4, "--devices-per-node", 2, *ONCE, *dispatch)),
+        nodes(
+            ok("compare", trace, "--devices", 4, "--devices-per-node", 2, *ONCE, *dispatch, *capped)
+        ),
         ok("solve", trace, "--devices", 4, "--out", out),
         ok("evaluate", out, trace),
     ):
@@ -484,6 +566,11 @@ WRONG = [
     (["compare", "trace.safetensors", "--devices", "4", "--holdout", "nan"], "nan is not a number"),
     (["compare", "trace.safetensors", "--devices", "4", "--methods", ""], "must be some of"),
     (["compare", "trace.safetensors", "--devices", "4", "--methods", "a,lpt"], "got 'a'"),
+    (["compare", "trace.safetensors", "--devices", "4", "--baseline", "x"], "'--baseline'"),
+    (
+        ["compare", "trace.safetensors", "--devices", "4", "--holdout", "0", "--splits", "2"],
+        "must be 1 where nothing is held out, got 2",
+    ),
     (["compare", "load.npz", "--devices", "4", "--window", "64"], "window must be left out"),
     (
         ["solve", "load.npz", "--devices", "4", "--slots-per-device", "2,two"],

@@ -1,37 +1,130 @@
-"""verdict(): gains beyond noise are worth it, others are not."""
+"""verdict(): a gain that is certain, and larger than its price, is worth it; others are not."""
+
+import copy
+import pickle
 
 import numpy as np
 import pytest
 
 import moetuner as mt
 
-TABLE = mt.RoutingStatistics.from_load(np.array([[30, 10, 10, 10]]))
 BAD = mt.Placement.from_assignment([[0, 0, 1, 1]], 2)
 GOOD = mt.Placement.from_assignment([[0, 1, 1, 1]], 2)
 
 
+def table(windows=6, heavy=30):
+    """Windows whose first expert is heavy, a bit more or less."""
+    load = np.full((windows, 1, 4), 10)
+    load[:, 0, 0] = heavy + np.arange(windows) % 2
+    return mt.RoutingStatistics.from_load(load)
+
+
+def judged(before, after, traffic, **options):
+    """Give the verdict on a change."""
+    return mt.verdict(mt.evaluate(before, traffic), mt.evaluate(after, traffic), **options)
+
+
 def test_balance_decides_without_times():
-    """From 4/3 to 1 is a quarter less."""
-    found = mt.verdict(mt.evaluate(BAD, TABLE), mt.evaluate(GOOD, TABLE))
-    assert (found.measure, found.gain) == ("imbalance", pytest.approx(0.25))
+    """From 4/3 to 1 is a quarter less, in every window."""
+    found = judged(BAD, GOOD, table())
+    assert (found.measure, found.answer, found.units) == ("imbalance", "worth it", 6)
+    assert found.gain == pytest.approx(0.24, abs=0.01)
+    assert 0.2 < found.low < found.gain < found.high < 0.27
     assert found.is_worth_it
-    assert str(found) == "worth it: imbalance 1.333 -> 1, gain 25.0 % (2 % is noise)"
-    back = mt.verdict(mt.evaluate(GOOD, TABLE), mt.evaluate(BAD, TABLE))
-    assert not back.is_worth_it
+    text = r"worth it: imbalance 1.339 -> 1.008, gain 24.7 % (95 %: "
+    assert str(found).startswith(text)
+    assert str(found).endswith("of 6 units; worth it above 2 %)")
+    back = judged(GOOD, BAD, table())
+    assert (back.answer, back.is_worth_it) == ("worse", False)
 
 
 def test_times_decide_where_they_are_known():
-    """Balance that is hidden behind a fixed cost is not worth moving for."""
+    """Balance that is hidden behind a fixed cost is certain, and not worth moving for."""
     model = mt.CostModel(0, 0, 10000, 1, token_bytes=0)
-    before, after = (mt.evaluate(each, TABLE, cost_model=model) for each in (BAD, GOOD))
+    before, after = (mt.evaluate(each, table(), cost_model=model) for each in (BAD, GOOD))
     found = mt.verdict(before, after)
-    assert (found.measure, found.before, found.after) == ("predicted_layer_us", 10040, 10030)
-    assert str(found).startswith("not worth it: predicted_layer_us 1.004e+04 us")
-    assert mt.verdict(before, after, dead_zone=0).is_worth_it
+    assert (found.measure, found.before, found.after) == ("predicted_layer_us", 10040.5, 10030.5)
+    assert (found.answer, found.is_worth_it) == ("certain but small", False)
+    assert str(found).startswith("certain but small: predicted_layer_us 1.004e+04 us")
+    assert mt.verdict(before, after, price=0).is_worth_it
 
 
-def test_negative_noise_is_refused():
+def test_a_certain_gain_below_the_price_is_small():
+    """The price alone decides between the two."""
+    assert judged(BAD, GOOD, table(), price=0.2).answer == "worth it"
+    assert judged(BAD, GOOD, table(), price=0.3).answer == "certain but small"
+
+
+def test_the_same_placement_is_no_evidence():
+    """Nothing is gained, and that is certain."""
+    found = judged(BAD, BAD, table())
+    assert (found.gain, found.low, found.high, found.answer) == (0, 0, 0, "no evidence")
+
+
+@pytest.mark.parametrize("windows", [1, 4])
+def test_nothing_is_concluded_from_few_windows(windows):
+    """A gain of a quarter in each of four windows may yet be chance."""
+    found = judged(BAD, GOOD, table(windows))
+    assert (found.answer, found.is_worth_it) == ("too few", False)
+
+
+def test_placements_that_are_equally_good_are_seldom_worth_it():
+    """Of changes between equal placements, on twelve windows, few are worth it."""
+    rng = np.random.default_rng(0)
+    one = mt.Placement.from_assignment([[0, 0, 1, 1, 2, 2, 3, 3]], 4)
+    other = mt.Placement.from_assignment([[0, 1, 2, 3, 0, 1, 2, 3]], 4)
+    answers = []
+    for _ in range(60):
+        load = rng.multinomial(200, rng.dirichlet(np.full(8, 4), 12)[:, None, :])
+        answers.append(judged(one, other, mt.RoutingStatistics.from_load(load)).answer)
+    assert answers.count("worth it") + answers.count("worse") <= 6
+    # By its size alone, every third would be.
+    assert "no evidence" in answers
+
+
+def test_a_group_is_judged_by_itself():
+    """The evaluation of a group knows its traffic too."""
+    load = np.concatenate([table(6).window_load, table(6, heavy=10).window_load])
+    traffic = mt.RoutingStatistics.from_load(
+        load, group=np.arange(12) // 6, group_names=("heavy", "even")
+    )
+    before, after = (mt.evaluate(each, traffic).by_group for each in (BAD, GOOD))
+    found = {name: mt.verdict(before[name], after[name]) for name in before}
+    assert (found["heavy"].answer, found["even"].answer) == ("worth it", "worse")
+    assert found["heavy"].units == 6
+
+
+def test_a_trace_is_judged_by_whole_sequences(make_trace):
+    """As many units as sequences."""
+    trace = make_trace(400)
+    blocks, turns = (
+        mt.Placement.from_assignment(np.tile(each, (3, 1)), 4)
+        for each in (np.arange(8) // 2, np.arange(8) % 4)
+    )
+    before, after = (mt.evaluate(each, trace, window=32) for each in (blocks, turns))
+    assert mt.verdict(before, after).units == len(np.unique(trace.sequence))
+
+
+def test_evaluations_of_other_traffic_are_refused():
+    """The message has both."""
+    before, after = mt.evaluate(BAD, table(6)), mt.evaluate(GOOD, table(7))
+    with pytest.raises(ValueError, match="must be of the same traffic, got 6 windows and 7"):
+        mt.verdict(before, after)
+
+
+def test_evaluations_travel_without_their_traffic():
+    """Copied or pickled they are equal, and too little to judge by; JSON has none of it."""
+    before, after = mt.evaluate(BAD, table()), mt.evaluate(GOOD, table())
+    for other in (copy.copy(after), pickle.loads(pickle.dumps(after))):
+        assert other.imbalance == after.imbalance
+        assert other.replayed is None
+        found = mt.verdict(before, other)
+        assert (found.answer, found.low) == ("too few", None)
+    assert "replayed" not in after.to_dict()
+
+
+def test_a_negative_price_is_refused():
     """The message names it."""
-    found = mt.evaluate(BAD, TABLE)
-    with pytest.raises(ValueError, match="dead_zone must be a share of at least 0, got -1"):
-        mt.verdict(found, found, dead_zone=-1)
+    found = mt.evaluate(BAD, table())
+    with pytest.raises(ValueError, match="price must be a share of at least 0, got -1"):
+        mt.verdict(found, found, price=-1)

@@ -1,63 +1,220 @@
-"""Bootstrap of ratios: how far a figure might have been another had other sequences come along.
+"""Bootstrap of quotients: how far a figure might have been another had other units come along.
 
-Units (sequences, or windows where no sequences are known) are drawn with replacement, as many as
-there are; tokens and windows of one unit go together, since they route alike.
+Units are whole sequences, or windows where no sequences are known: what is drawn with replacement,
+as many as there are. Percentiles of few units are too narrow, for two reasons that have known
+sizes: units deviate less from their own mean than from the true one, and the width is itself
+learned from few units, for which there is Student's t.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _student
+
 CONFIDENCE = 0.95
+RESAMPLES = 1000
+# Units below which an interval is shown, but nothing is concluded from it.
+FEWEST = 5
 # Drawn units that are held at once.
 DRAWN = 1 << 22
+# What 95 % of normal variates do not exceed in size.
+NORMAL = 1.959963984540054
 
 Floats = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """A figure and the interval that holds 95 % of its resamples; None where it has none."""
+    """A figure and its interval of 95 %; None where it has none."""
 
     value: float
     low: float | None
     high: float | None
 
-    @property
-    def is_above_zero(self) -> bool:
-        """Whether the figure, and its interval where it has one, is above 0."""
-        return self.value > 0 if self.low is None else self.value > 0 and self.low > 0
 
+class Sums(NamedTuple):
+    """A figure that is a quotient of two sums over units.
 
-def resampled(
-    columns: Floats, units: NDArray[np.int64], resamples: int, rng: np.random.Generator
-) -> Floats:
-    """Sum columns [W,C] over windows whose units [W] were drawn [resamples,C].
-
-    None come where there is one unit, which cannot be drawn differently.
+    Parameters
+    ----------
+    value
+        The figure.
+    above, below
+        What every unit adds to numerator and denominator [U].
     """
-    _, unit = np.unique(units, return_inverse=True)
-    count = int(unit.max()) + 1
-    if count < 2:
+
+    value: float
+    above: Floats
+    below: Floats
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure, and how far from it the truth may be.
+
+    Parameters
+    ----------
+    value
+        The figure.
+    deviations
+        Of resamples [n], as large as they are expected to be from the truth; none of one unit.
+    freedom
+        Degrees of freedom of their size.
+    units
+        How many units were resampled.
+    """
+
+    value: float
+    deviations: Floats
+    freedom: float
+    units: int
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there are units enough to conclude anything."""
+        return self.units >= FEWEST and self.deviations.size > 1
+
+    @property
+    def interval(self) -> Interval:
+        """Percentiles of the resamples, widened by Student's t."""
+        if self.deviations.size < 2:
+            return Interval(self.value, None, None)
+        outside = (1 - CONFIDENCE) / 2
+        below, above = np.quantile(self.deviations, [outside, 1 - outside])
+        wider = _student.quantile(outside, self.freedom) / NORMAL
+        low, high = self.value + wider * below, self.value + wider * above
+        return Interval(self.value, float(low), float(high))
+
+    @property
+    def chance(self) -> float:
+        """Probability of such a value, or a larger one, if the true one is 0; 1 of few units."""
+        if not self.is_enough or self.value <= 0:
+            return 1.0
+        size = float(self.deviations.std())
+        return _student.tail(self.value / size if size > 0 else np.inf, self.freedom)
+
+    def __neg__(self) -> Spread:
+        """Turn the sign."""
+        return Spread(-self.value, -self.deviations, self.freedom, self.units)
+
+    def __sub__(self, other: Spread) -> Spread:
+        """Give the difference of independent figures, with Welch's degrees of freedom."""
+        value, units = self.value - other.value, min(self.units, other.units)
+        if self.deviations.size != other.deviations.size:
+            return Spread(value, np.empty(0), 1.0, units)
+        mine, theirs = float(self.deviations.var()), float(other.deviations.var())
+        parts = mine**2 / self.freedom + theirs**2 / other.freedom
+        freedom = (mine + theirs) ** 2 / parts if parts > 0 else self.freedom
+        return Spread(value, self.deviations - other.deviations, freedom, units)
+
+
+def drawn(units: int, resamples: int, rng: np.random.Generator, columns: Floats) -> Floats:
+    """Sum columns [U,C] over units drawn with replacement [resamples,C]; none come of one unit."""
+    if units < 2:
         return np.empty((0, columns.shape[1]))
-    totals = np.stack([np.bincount(unit, column, count) for column in columns.T], axis=1)
-    at_once = max(DRAWN // count, 1)
+    at_once = max(DRAWN // units, 1)
     sums = []
     for first in range(0, resamples, at_once):
         size = min(at_once, resamples - first)
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=size)
-        sums.append(drawn @ totals)
+        taken = rng.multinomial(units, np.full(units, 1 / units), size=size)
+        sums.append(taken @ columns)
     found: Floats = np.concatenate(sums)
     return found
 
 
-def interval(value: float, samples: Floats) -> Interval:
-    """Percentile interval of resampled figures [n]."""
-    finite = samples[np.isfinite(samples)]
-    if finite.size < 2:
-        return Interval(value, None, None)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(finite, [tail, 1 - tail])
-    return Interval(value, float(low), float(high))
+class Paired(NamedTuple):
+    """A figure under a placement and a baseline that see the same resamples.
+
+    Parameters
+    ----------
+    value, baseline
+        The figure under both.
+    change
+        Relative change; None where the baseline is 0.
+    """
+
+    value: Spread
+    baseline: Spread
+    change: Spread | None
+
+
+def paired(
+    placement: dict[str, Sums],
+    baseline: dict[str, Sums],
+    *,
+    resamples: int = RESAMPLES,
+    rng: np.random.Generator,
+) -> dict[str, Paired]:
+    """Compare every figure of two placements on the same units."""
+    names = [name for name in placement if name in baseline]
+    both = [sums for name in names for sums in (placement[name], baseline[name])]
+    columns = np.stack([column for each in both for column in each[1:]], axis=1)
+    units = len(columns)
+    sums = drawn(units, resamples, rng, columns)
+    total = columns.sum(axis=0)
+    found = {}
+    for number, name in enumerate(names):
+        mine, theirs = placement[name], baseline[name]
+        part = slice(4 * number, 4 * number + 4)
+        now, before = _quotients(sums[:, part])
+        (at,), (at_before,) = _quotients(total[None, part])
+        wider, freedom = _lost(mine.below)
+
+        def spread(
+            value: float,
+            samples: Floats,
+            center: float,
+            wider: float = wider,
+            freedom: float = freedom,
+        ) -> Spread:
+            finite = samples[np.isfinite(samples)]
+            return Spread(value, wider * (finite - center), freedom, units)
+
+        change = None
+        if theirs.value > 0 and at_before > 0:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                change = spread(mine.value / theirs.value - 1, now / before - 1, at / at_before - 1)
+        found[name] = Paired(
+            spread(mine.value, now, at), spread(theirs.value, before, at_before), change
+        )
+    return found
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """Adjust probabilities so that none falls below a level by chance, as often as the level says.
+
+    Whatever they have to do with each other (Holm 1979).
+    """
+    order = sorted(range(len(chances)), key=lambda place: chances[place])
+    adjusted, least = [1.0] * len(chances), 0.0
+    for rank, place in enumerate(order):
+        least = max(least, min((len(chances) - rank) * chances[place], 1.0))
+        adjusted[place] = least
+    return adjusted
+
+
+def _quotients(sums: Floats) -> tuple[Floats, Floats]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return sums[:, 0] / sums[:, 1], sums[:, 2] / sums[:, 3]
+
+
+def _lost(weights: Floats) -> tuple[float, float]:
+    """By how much resamples of units of these weights [U] deviate too little; degrees of freedom.
+
+    Units deviate from a mean that is partly their own: the more, the heavier they are. Of equal
+    units these are the root of n / (n - 1), and n - 1.
+    """
+    total = weights.sum()
+    if len(weights) < 2 or total <= 0:
+        return 1.0, 1.0
+    share = weights / total
+    squares = float((share**2).sum())
+    left = float((share**2 * (1 - 2 * share + squares)).sum())
+    if left <= 0:
+        return 1.0, 1.0
+    return float(np.sqrt(squares / left)), max(1 / squares - 1, 1.0)

@@ -1,11 +1,14 @@
-"""Measures of a placement window by window, and the sequence that each window belongs to."""
+"""Figures of a placement as sums over the units that are resampled: sequences, or windows."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _counts, _figures
+from moetuner._bootstrap import Sums
 from moetuner._counts import Counts, Rules
 from moetuner._figures import Regime
 from moetuner.cost import CostModel
@@ -16,10 +19,14 @@ from moetuner.trace import RoutingTrace
 from moetuner.traffic import HASH, copies
 
 Floats = NDArray[np.float64]
+Whole = NDArray[np.int64]
 
-# Tokens whose pairs are compared at once.
+# Tokens whose experts are looked up at once.
 AT_ONCE = 1 << 11
-
+# Counts of parts of windows that are held at once.
+CELLS = 1 << 20
+# By how much a window is moved towards what one of its sequences does.
+NUDGE = 1e-4
 
 # By name, numerators and denominators [W]: their sums, divided, are the figure.
 Measures = dict[str, tuple[Floats, Floats]]
@@ -30,100 +37,245 @@ def of_traffic(
     rules: Rules,
     model: CostModel | None,
     regime: Regime,
-) -> dict[str | None, Measures]:
-    """Give measures per window of all traffic (None: a group may have any name) and of groups."""
+    *,
+    only_whole: bool = False,
+) -> dict[str | None, dict[str, Sums]]:
+    """Give figures of all traffic (None: a group may have any name) and of every group.
+
+    Their units are whole sequences where sequences are known, else windows. A window that several
+    sequences share is shared out in first order: each sequence gets what one more like it would
+    add (of imbalance: its part of the slowest device's load). So the units are independent, as the
+    sequences are, and their sum is the figure.
+    """
     if isinstance(traffic, RoutingStatistics):
         whole, groups = _counts.of_statistics(traffic, rules)
-        tokens = crossing = None
-    else:
-        whole, groups = _counts.of_trace(traffic, rules)
-        crossing = crossings(rules.placement, traffic)
-        tokens = _tokens(traffic)
-
-    def part(name: str | None, counts: Counts) -> Measures:
-        lengths = crossed = None
-        if tokens is not None and rules.window is not None:
-            starts = np.arange(0, len(tokens[name]), rules.window)
-            lengths = np.diff(starts, append=len(tokens[name]))
-            if crossing is not None and starts.size:
-                crossed = np.add.reduceat(crossing[tokens[name]], starts)
-        return measures(counts, lengths, crossed, rules.topology, model, regime)
-
-    found: dict[str | None, Measures] = {None: part(None, whole)}
-    found.update({name: part(name, counts) for name, counts in groups.items()})
+        return {
+            name: _summed(of_windows(counts, rules.topology, model, regime))
+            for name, counts in _parts(whole, groups)
+            if name is None or not only_whole
+        }
+    whole, groups = _counts.of_trace(traffic, rules)
+    crossing = crossings(rules.placement, traffic)
+    tokens = _tokens(traffic)
+    found: dict[str | None, dict[str, Sums]] = {}
+    for name, counts in _parts(whole, groups):
+        if name is None or not only_whole:
+            crossed = None if crossing is None else crossing[tokens[name]]
+            part = _Part(traffic, tokens[name], counts, crossed, rules, model, regime)
+            found[name] = part.by_window() if traffic.sequence is None else part.by_sequence()
     return found
 
 
-def _tokens(trace: RoutingTrace) -> dict[str | None, NDArray[np.int64]]:
+def _parts(whole: Counts, groups: dict[str, Counts]) -> list[tuple[str | None, Counts]]:
+    return [(None, whole), *groups.items()]
+
+
+def _tokens(trace: RoutingTrace) -> dict[str | None, Whole]:
     """Find the tokens of all traffic (None) and of every group that has some."""
-    found: dict[str | None, NDArray[np.int64]] = {None: np.arange(trace.tokens)}
+    found: dict[str | None, Whole] = {None: np.arange(trace.tokens)}
     if trace.group is not None:
         for number, name in enumerate(trace.group_names):
             found[name] = np.flatnonzero(trace.group == number)
     return {name: tokens for name, tokens in found.items() if name is None or tokens.size}
 
 
-def units_of(
-    traffic: RoutingTrace | RoutingStatistics, window: int
-) -> dict[str | None, NDArray[np.int64]]:
-    """Say what each window goes with when resampling [W], for all traffic (None) and groups."""
-    units: dict[str | None, NDArray[np.int64]] = {}
-    if isinstance(traffic, RoutingStatistics):
-        units[None] = np.arange(traffic.windows)
-        if traffic.group is not None:
-            for number, group in enumerate(traffic.group_names):
-                mine = np.flatnonzero(traffic.group == number)
-                units.update({group: mine} if mine.size else {})
-        return units
-    for name, tokens in _tokens(traffic).items():
-        if traffic.sequence is None:
-            units[name] = np.arange(max(-(-len(tokens) // window), 1))
-        else:
-            units[name] = owners(traffic.sequence[tokens], window)
-    return units
+def _summed(by_unit: Measures) -> dict[str, Sums]:
+    return {
+        name: Sums(float(above.sum() / below.sum()), above, below)
+        for name, (above, below) in by_unit.items()
+    }
 
 
-def measures(
-    counts: Counts,
-    lengths: NDArray[np.int64] | None,
-    crossing: Floats | None,
-    topology: Topology,
-    model: CostModel | None,
-    regime: Regime,
+class _Part:
+    """Some tokens [t] of a trace in windows of their own, and what was counted of them."""
+
+    def __init__(
+        self,
+        trace: RoutingTrace,
+        tokens: Whole,
+        counts: Counts,
+        crossing: Floats | None,
+        rules: Rules,
+        model: CostModel | None,
+        regime: Regime,
+    ) -> None:
+        self._trace, self._tokens, self._counts = trace, tokens, counts
+        self._crossing, self._rules = crossing, rules
+        self._model, self._regime = model, regime
+        window = len(tokens) if rules.window is None else rules.window
+        self._window = np.arange(len(tokens)) // max(window, 1)
+        self._lengths = np.bincount(self._window)
+
+    def by_window(self) -> dict[str, Sums]:
+        """Take windows as the units."""
+        return _summed(self._by_window())
+
+    def _by_window(self) -> Measures:
+        found = self._waited_for(self._counts)
+        found |= of_tokens(self._counts, self._lengths, self._rules.topology)
+        if self._crossing is not None:
+            tokens = self._lengths.astype(np.float64)
+            found["crossing"] = (_sums(self._window, self._crossing), tokens)
+        return found
+
+    def _waited_for(self, counts: Counts) -> Measures:
+        return of_windows(counts, self._rules.topology, self._model, self._regime)
+
+    def by_sequence(self) -> dict[str, Sums]:
+        """Take sequences as the units."""
+        assert self._trace.sequence is not None
+        _, unit = np.unique(self._trace.sequence[self._tokens], return_inverse=True)
+        units = int(unit.max(initial=0)) + 1
+        # A cut is what a window has of a sequence.
+        cut, which, size = np.unique(
+            self._window * units + unit, return_inverse=True, return_counts=True
+        )
+        window, unit_of_cut = np.divmod(cut, units)
+        share = size / self._lengths[window]
+        by_window = self._by_window()
+        by_cut = {
+            name: (above[window] * share, below[window] * share)
+            for name, (above, below) in by_window.items()
+        }
+        shared = np.flatnonzero(share < 1)
+        tokens = np.argsort(which, kind="stable")
+        end = np.cumsum(size)
+        lists = _Lists(self._rules.placement)
+        layers, devices = self._counts.load.shape[1:]
+        at_once = max(CELLS // (layers * devices), 1)
+        for first in range(0, len(shared), at_once):
+            some = shared[first : first + at_once]
+            row = np.repeat(np.arange(len(some)), size[some])
+            within = np.arange(len(row)) - (np.cumsum(size[some]) - size[some])[row]
+            counts = self._counted(row, tokens[(end - size)[some][row] + within], lists)
+            # Both ways: where two devices are equally slow, the mean of both counts.
+            forth, back = (
+                self._waited_for(self._nudged(counts, window[some], share[some], step))
+                for step in (NUDGE, -NUDGE)
+            )
+            for name, (above, _) in forth.items():
+                slope = (above - back[name][0]) / (2 * NUDGE)
+                before = by_window[name][0][window[some]]
+                by_cut[name][0][some] = share[some] * (before + slope)
+            for name, (above, _) in of_tokens(counts, size[some], self._rules.topology).items():
+                by_cut[name][0][some] = above
+        found = {}
+        for name, (above, below) in by_cut.items():
+            total, count = by_window[name]
+            mine = _sums(unit_of_cut, above, units)
+            if name == "crossing" and self._crossing is not None:
+                mine = _sums(unit, self._crossing, units)
+            found[name] = Sums(
+                float(total.sum() / count.sum()), mine, _sums(unit_of_cut, below, units)
+            )
+        return found
+
+    def _counted(self, row: Whole, tokens: Whole, lists: _Lists) -> Counts:
+        """Count some of the tokens [n] in rows [n]; copies take tokens as in an even split."""
+        topology, ids = self._rules.topology, self._trace.expert_ids
+        layers, devices = self._counts.load.shape[1:]
+        shape = (int(row.max()) + 1, layers, devices)
+        load, visits = np.zeros((2, *shape))
+        nodes = self._counts.node_visits
+        node_visits = None if nodes is None else np.zeros((*shape[:2], nodes.shape[2]))
+        node = topology.node_of_device
+        for first in range(0, len(row), AT_ONCE):
+            part = self._tokens[tokens[first : first + AT_ONCE]]
+            on = lists.devices(np.asarray(ids[part]).astype(np.int64), part)
+            at = row[first : first + AT_ONCE, None] * layers + np.arange(layers)
+            _add(load, at, on, distinct=False)
+            _add(visits, at, on, distinct=True)
+            if node_visits is not None:
+                _add(node_visits, at, node[on], distinct=True)
+        return replace(self._counts, load=load, visits=visits, node_visits=node_visits)
+
+    def _nudged(self, counts: Counts, window: Whole, share: Floats, step: float) -> Counts:
+        """Move windows [n] a step towards what a sequence does, as if it had all their tokens."""
+        whole = self._counts
+
+        def moved(part: NDArray[np.float64], of: NDArray[np.float64]) -> Floats:
+            before = of[window].astype(np.float64)
+            nudged: Floats = before + step * (part / share[:, None, None] - before)
+            return nudged
+
+        load = moved(counts.load, whole.load)
+        active = None
+        if whole.active is not None:
+            # The more of a device's experts are active, the less more tokens change that.
+            held = (self._rules.placement.slots >= 0).sum(axis=2)
+            active = whole.active[window]
+            before = np.maximum(whole.load[window], 1e-300)
+            room = 1 - active / np.maximum(held, 1)
+            active = active * (1 + (load / before - 1) * np.maximum(room, 0) * (before >= 1))
+        nodes = None
+        if counts.node_visits is not None and whole.node_visits is not None:
+            nodes = moved(counts.node_visits, whole.node_visits)
+        visits = moved(counts.visits, whole.visits)
+        # Homes are known of all windows together, and stay what they are.
+        of_all = np.maximum(whole.visits.sum(axis=0, dtype=np.float64), 1e-300)
+        dispatch = whole.dispatch * (visits.sum(axis=0) / of_all)[:, None, :]
+        return replace(
+            counts, load=load, visits=visits, node_visits=nodes, dispatch=dispatch, active=active
+        )
+
+
+def _sums(place: Whole, values: Floats, places: int = 0) -> Floats:
+    return np.bincount(place, values, places).astype(np.float64)
+
+
+def _add(table: Floats, row: Whole, place: Whole, *, distinct: bool) -> None:
+    """Count places [t,L,K] in rows [t,L] of a table [n,L,P]; of equal ones one if ``distinct``."""
+    cell = row[:, :, None] * table.shape[2] + place
+    if distinct:
+        cell.sort(axis=2)
+        fresh = np.ones(cell.shape, dtype=bool)
+        fresh[:, :, 1:] = cell[:, :, 1:] != cell[:, :, :-1]
+        cell = cell[fresh]
+    low = int(cell.min())
+    found = np.bincount(cell.ravel() - low)
+    table.reshape(-1)[low : low + len(found)] += found
+
+
+def of_windows(
+    counts: Counts, topology: Topology, model: CostModel | None, regime: Regime
 ) -> Measures:
-    """Give the measures that are known.
-
-    Imbalance and time count every window alike, as ``evaluate`` does; fanout and crossing every
-    token. ``lengths`` are tokens per window [W], ``crossing`` the summed shares of pairs that cross
-    [W].
-    """
-    load = counts.load
-    ones = np.ones(len(load))
-    found = {"imbalance": (_figures.ratios(load, topology.speed_of_device).mean(axis=1), ones)}
+    """Give what waits for the slowest; it counts every window alike, as ``evaluate`` does."""
+    ones = np.ones(len(counts.load))
+    ratios = _figures.ratios(counts.load, topology.speed_of_device)
+    found = {"imbalance": (ratios.mean(axis=1), ones)}
     if model is not None:
         times = _figures.layer_us(counts, topology, model, regime)
         found["predicted_layer_us"] = (times.mean(axis=1), ones)
-    if lengths is not None:
-        tokens = lengths.astype(np.float64)
-        layers = load.shape[1]
-        found["fanout"] = (counts.visits.sum(axis=(1, 2)) / layers, tokens)
-        if counts.node_visits is not None and topology.nodes > 1:
-            found["node_fanout"] = (counts.node_visits.sum(axis=(1, 2)) / layers, tokens)
-        if crossing is not None:
-            found["crossing"] = (crossing, tokens)
     return found
 
 
-def owners(sequence: NDArray[np.int32], window: int) -> NDArray[np.int64]:
-    """Sequence [W] that has the most tokens of each window of a run of tokens [t]."""
-    _, label = np.unique(sequence, return_inverse=True)
-    at = np.arange(len(label)) // window
-    size = int(label.max(initial=0)) + 1
-    pair, count = np.unique(at * size + label, return_counts=True)
-    order = np.lexsort((count, pair // size))
-    last = np.flatnonzero(np.diff(pair[order] // size, append=-1))
-    owner: NDArray[np.int64] = pair[order][last] % size
-    return owner
+def of_tokens(counts: Counts, lengths: Whole, topology: Topology) -> Measures:
+    """Give what counts every token; ``lengths`` are tokens per window [W]."""
+    tokens, layers = lengths.astype(np.float64), counts.load.shape[1]
+    found = {"fanout": (counts.visits.sum(axis=(1, 2)) / layers, tokens)}
+    if counts.node_visits is not None and topology.nodes > 1:
+        found["node_fanout"] = (counts.node_visits.sum(axis=(1, 2)) / layers, tokens)
+    return found
+
+
+class _Lists:
+    """Devices of every expert's copies."""
+
+    def __init__(self, placement: Placement) -> None:
+        lists = [copies(slots, placement.num_experts) for slots in placement.slots]
+        most = max(table.shape[1] for table, _ in lists)
+        self._device = np.stack(
+            [np.pad(table, ((0, 0), (0, most - table.shape[1])), "edge") for table, _ in lists]
+        )
+        self._device //= placement.slots_per_device
+        self._number = np.stack([count for _, count in lists])
+        self._layer = np.arange(placement.layers)[None, :, None]
+
+    def devices(self, ids: Whole, position: Whole) -> Whole:
+        """Devices that serve tokens of these positions [t] and experts [t,L,K]: an even split."""
+        hashed = (position * HASH & 0xFFFFFFFF)[:, None, None]
+        on: Whole = self._device[self._layer, ids, hashed % self._number[self._layer, ids]]
+        return on
 
 
 def crossings(placement: Placement, trace: RoutingTrace) -> Floats | None:
@@ -134,22 +286,13 @@ def crossings(placement: Placement, trace: RoutingTrace) -> Floats | None:
     """
     if trace.layers < 2:
         return None
-    lists = [copies(slots, placement.num_experts) for slots in placement.slots]
-    most = max(table.shape[1] for table, _ in lists)
-    device = np.stack(
-        [np.pad(table, ((0, 0), (0, most - table.shape[1])), "edge") for table, _ in lists]
-    )
-    device //= placement.slots_per_device
-    number = np.stack([count for _, count in lists])
-    layer = np.arange(trace.layers)[None, :, None]
+    lists = _Lists(placement)
     found = np.empty(trace.tokens)
     first = 0
     for shard in trace.shards():
         for begin in range(0, len(shard), AT_ONCE):
             ids = shard[begin : begin + AT_ONCE].astype(np.int64)
-            position = np.arange(first, first + len(ids))
-            hashed = (position * HASH & 0xFFFFFFFF)[:, None, None]
-            on = device[layer, ids, hashed % number[layer, ids]]
+            on = lists.devices(ids, np.arange(first, first + len(ids)))
             apart = on[:, :-1, :, None] != on[:, 1:, None, :]
             found[first : first + len(ids)] = apart.mean(axis=(1, 2, 3))
             first += len(ids)

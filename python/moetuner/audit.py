@@ -7,17 +7,16 @@ through optimization: How Facebook's ad delivery can lead to biased outcomes" (C
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moetuner._bootstrap import Interval, interval, resampled
+from moetuner._bootstrap import CONFIDENCE, FEWEST, RESAMPLES, Interval, Paired, holm, paired
 from moetuner._counts import Rules
 from moetuner._figures import Regime
 from moetuner._validation import whole_number
-from moetuner._windows import Measures, of_traffic, units_of
+from moetuner._windows import of_traffic
 from moetuner.cost import CostModel
 from moetuner.evaluation import check_model
 from moetuner.placement import Placement
@@ -26,9 +25,9 @@ from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
 WINDOW = 512
-RESAMPLES = 1000
 
-Floats = NDArray[np.float64]
+# Changes of every group, by measure, as they were resampled.
+Resampled = dict[str, dict[str, Paired]]
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,19 @@ class Change:
     behind
         How much less of an improvement this is than that of the group which gains most surely (by
         the upper end of its interval): the difference of their changes. None for that group itself,
-        and without groups.
+        without groups, and where either has too few units.
+    chance, behind_chance
+        How likely an audit is to name anything at all that got worse, or is behind, as surely as
+        this, if nothing really is: corrected for everything that could have been named. 1 where
+        the change is none, or there are too few units.
     """
 
     value: Interval
     baseline: Interval
     change: Interval | None
     behind: Interval | None = None
+    chance: float = 1.0
+    behind_chance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Finding:
     group: str
     measure: str
     change: Interval
+    chance: float
 
 
 @dataclass(frozen=True)
@@ -73,37 +79,42 @@ class Audit:
     groups
         The same of every group that has tokens or windows.
     units
-        What was resampled for the intervals, and how many there are in all traffic: windows, or
-        where sequences are known blocks, which are the windows of one sequence or of short ones a
-        window.
+        What was resampled for the intervals, sequences, or windows where those are not known, and
+        how many there are in all traffic.
+    too_few
+        Groups of which nothing is said, as they have fewer than five units, and how many they have;
+        without groups all traffic, called ``"all"``.
     """
 
     whole: dict[str, Change]
     groups: dict[str, dict[str, Change]]
     units: tuple[str, int]
+    too_few: dict[str, int] = field(default_factory=dict)
 
     def worse(self, than: float = 0.0, *, measures: tuple[str, ...] = ()) -> list[Finding]:
         """Name groups that got worse by more than a share, beyond chance; the worst first.
 
-        Beyond chance: the interval of the change excludes 0. Where a group has no interval (one
-        sequence, one window), its change counts as it is. Without groups all traffic is one,
-        called ``"all"``.
+        Beyond chance: where no group is worse, and none is behind, nineteen of twenty audits name
+        nobody. Without groups all traffic is one, called ``"all"``.
         """
-        return self._findings("change", than, measures)
+        return self._findings("change", "chance", than, measures)
 
     def behind(self, than: float = 0.0, *, measures: tuple[str, ...] = ()) -> list[Finding]:
         """Name groups that gain less than the best served one by more than a share."""
-        return self._findings("behind", than, measures)
+        return self._findings("behind", "behind_chance", than, measures)
 
-    def _findings(self, which: str, than: float, measures: tuple[str, ...]) -> list[Finding]:
+    def _findings(
+        self, which: str, chance: str, than: float, measures: tuple[str, ...]
+    ) -> list[Finding]:
         found = []
         for group, changes in (self.groups or {"all": self.whole}).items():
             for measure, each in changes.items():
                 change: Interval | None = getattr(each, which)
+                surely = getattr(each, chance)
                 if change is None or (measures and measure not in measures):
                     continue
-                if change.is_above_zero and change.value > than:
-                    found.append(Finding(group, measure, change))
+                if change.value > than and _is_beyond_chance(change, surely):
+                    found.append(Finding(group, measure, change, surely))
         return sorted(found, key=lambda each: -each.change.value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,6 +127,7 @@ class Audit:
                 for group, changes in fields["groups"].items()
             },
             "units": {"kind": self.units[0], "number": self.units[1]},
+            "too_few": self.too_few,
             "worse": [_plain(asdict(each)) for each in self.worse()],
             "behind": [_plain(asdict(each)) for each in self.behind()],
         }
@@ -137,9 +149,10 @@ def audit(
     """Compare a placement with a baseline for every group of the traffic.
 
     Every group is replayed by itself, in windows of its own tokens, under both placements; copies
-    of an expert share its tokens evenly. Intervals are of a bootstrap over sequences: a window goes
-    with the sequence that has most of its tokens, so that a long one stays whole. Both placements
-    see the same resamples, so what they have in common does not blur the change.
+    of an expert share its tokens evenly. Intervals are of a bootstrap over whole sequences; what
+    several have in one window is shared out among them. Both placements see the same resamples, so
+    what they have in common does not blur the change. What is named is corrected for the number of
+    groups and measures (Holm's way).
 
     Parameters
     ----------
@@ -186,20 +199,24 @@ def audit(
         )
         for each in (placement, baseline)
     )
-    units = units_of(traffic, window)
-    changes: dict[str | None, dict[str, Change]] = {}
-    samples: dict[str | None, dict[str, Floats]] = {}
-    for number, (name, unit) in enumerate(units.items()):
+    changes: dict[str, dict[str, Paired]] = {}
+    whole: dict[str, Paired] = {}
+    for number, name in enumerate(mine):
         # Streams of their own, so that groups are resampled independently.
         rng = np.random.default_rng([seed, number])
-        changes[name], samples[name] = _compared(mine[name], theirs[name], unit, resamples, rng)
-    whole = changes.pop(None)
-    groups = {str(name): change for name, change in changes.items()}
+        found = paired(mine[name], theirs[name], resamples=resamples, rng=rng)
+        if name is None:
+            whole = found
+        else:
+            changes[name] = found
     kind = "window"
     if isinstance(traffic, RoutingTrace) and traffic.sequence is not None:
-        kind = "block"
-    number = len(np.unique(units[None]))
-    return Audit(whole, _with_behind(groups, samples), (kind, number))
+        kind = "sequence"
+    if not changes:
+        judged = _judged({"all": whole})
+        return Audit(judged["all"], {}, (kind, _units(whole)), _too_few({"all": whole}))
+    shown = {name: _shown(each) for name, each in whole.items()}
+    return Audit(shown, _judged(changes), (kind, _units(whole)), _too_few(changes))
 
 
 def contiguous(placement: Placement) -> Placement:
@@ -208,51 +225,60 @@ def contiguous(placement: Placement) -> Placement:
     return Placement.from_assignment(np.tile(device_of, (placement.layers, 1)), placement.devices)
 
 
-def _compared(
-    placement: Measures,
-    baseline: Measures,
-    unit: NDArray[np.int64],
-    resamples: int,
-    rng: np.random.Generator,
-) -> tuple[dict[str, Change], dict[str, Floats]]:
-    """Give changes of every measure, and the resampled changes they were judged by."""
-    changes, samples = {}, {}
-    for name in placement:
-        columns = np.stack([*placement[name], *baseline[name]], axis=1)
-        total = columns.sum(axis=0)
-        drawn = resampled(columns, unit, resamples, rng)
-        value, before = float(total[0] / total[1]), float(total[2] / total[3])
-        values, befores = drawn[:, 0] / drawn[:, 1], drawn[:, 2] / drawn[:, 3]
-        change = None
-        if before > 0:
-            samples[name] = values / np.maximum(befores, 1e-300) - 1
-            change = interval(value / before - 1, samples[name])
-        changes[name] = Change(interval(value, values), interval(before, befores), change)
-    return changes, samples
+def _units(found: dict[str, Paired]) -> int:
+    return next(iter(found.values())).value.units
 
 
-def _with_behind(
-    groups: dict[str, dict[str, Change]], samples: dict[str | None, dict[str, Floats]]
-) -> dict[str, dict[str, Change]]:
-    """Compare every group's change with that of the group that improved most, per measure."""
-    found = {group: dict(changes) for group, changes in groups.items()}
-    for measure in next(iter(groups.values()), {}):
+def _too_few(groups: Resampled) -> dict[str, int]:
+    units = {group: _units(found) for group, found in groups.items()}
+    return {group: number for group, number in units.items() if number < FEWEST}
+
+
+def _shown(of: Paired) -> Change:
+    change = None if of.change is None else of.change.interval
+    return Change(of.value.interval, of.baseline.interval, change)
+
+
+def _is_beyond_chance(change: Interval, chance: float) -> bool:
+    return chance <= 1 - CONFIDENCE and change.low is not None and change.low > 0
+
+
+def _judged(groups: Resampled) -> dict[str, dict[str, Change]]:
+    """Judge all changes of all groups, and how far each is behind the best, as one family."""
+    found = {
+        group: {name: _shown(each) for name, each in of.items()} for group, of in groups.items()
+    }
+    asked: list[tuple[str, str, str]] = []
+    chances: list[float] = []
+    for group, of in groups.items():
+        for measure, each in of.items():
+            if each.change is not None and each.change.is_enough:
+                asked.append((group, measure, "chance"))
+                chances.append(each.change.chance)
+    for measure in next(iter(groups.values())):
         known = {
-            group: change.change
-            for group, changes in groups.items()
-            if (change := changes[measure]).change is not None
+            group: change
+            for group, of in groups.items()
+            if (change := of[measure].change) is not None and change.is_enough
         }
         if len(known) < 2:
             continue
         # Best is whose gain is surest: a small group may seem to gain most by chance.
-        best = min(known, key=lambda group: _at_worst(known[group]))
+        best = min(known, key=lambda group: _at_worst(known[group].interval))
         for group, own in known.items():
             if group == best:
                 continue
-            mine, theirs = samples[group][measure], samples[best][measure]
-            spread = mine - theirs if mine.size == theirs.size else np.empty(0)
-            behind = interval(own.value - known[best].value, spread)
-            found[group][measure] = replace(found[group][measure], behind=behind)
+            behind = own - known[best]
+            found[group][measure] = replace(found[group][measure], behind=behind.interval)
+            asked.append((group, measure, "behind_chance"))
+            # The best was picked out of all others, for being far from this one.
+            chances.append(min((len(known) - 1) * behind.chance, 1.0))
+    for (group, measure, which), chance in zip(asked, holm(chances), strict=True):
+        before = found[group][measure]
+        if which == "chance":
+            found[group][measure] = replace(before, chance=chance)
+        else:
+            found[group][measure] = replace(before, behind_chance=chance)
     return found
 
 

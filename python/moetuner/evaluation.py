@@ -21,6 +21,25 @@ from moetuner.traffic import dispatch_rows, homes_of
 
 
 @dataclass(frozen=True)
+class Replayed:
+    """What was evaluated, for those who ask what another choice of sequences had brought.
+
+    Parameters
+    ----------
+    traffic, rules, model, regime
+        What was replayed, and how.
+    group
+        Group of the traffic; None for all.
+    """
+
+    traffic: RoutingTrace | RoutingStatistics
+    rules: Rules
+    model: CostModel | None
+    regime: Regime
+    group: str | None = None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What a placement does to traffic. Fields that the input cannot tell are None.
 
@@ -60,6 +79,8 @@ class Evaluation:
         The times that so many percent of windows and layers do not exceed.
     by_group
         The same for every group of the traffic that has tokens or windows.
+    replayed
+        What was evaluated; not saved.
     """
 
     tokens: int | None
@@ -78,10 +99,16 @@ class Evaluation:
     predicted_layer_us_p95: float | None = None
     predicted_layer_us_p99: float | None = None
     by_group: dict[str, Evaluation] = field(default_factory=dict)
+    replayed: Replayed | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the traffic behind when an evaluation is pickled or copied."""
+        return {**self.__dict__, "replayed": None}
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values; traffic is summed over layers."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        del fields["replayed"]
         fields["imbalance_per_layer"] = list(self.imbalance_per_layer)
         fields["traffic"] = {
             regime: table.sum(axis=0).tolist() for regime, table in self.traffic.items()
@@ -161,10 +188,15 @@ def evaluate(
         if home is not None:
             counts, by_group = _with_homes(counts, by_group, placement, traffic, home)
     whole = _evaluation(counts, topology, cost_model, regime)
+    replayed = Replayed(traffic, rules, cost_model, regime)
     groups = {
-        name: _evaluation(group, topology, cost_model, regime) for name, group in by_group.items()
+        name: replace(
+            _evaluation(group, topology, cost_model, regime),
+            replayed=replace(replayed, group=name),
+        )
+        for name, group in by_group.items()
     }
-    return replace(whole, by_group=groups)
+    return replace(whole, by_group=groups, replayed=replayed)
 
 
 def check_model(

@@ -1,15 +1,23 @@
-"""Verdict: whether a placement is worth changing to, in time if times were predicted."""
+"""Verdict: whether a placement is worth changing to, and whether that is certain."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
+import numpy as np
+
+from moetuner._bootstrap import FEWEST, RESAMPLES, Spread, paired
 from moetuner._validation import not_negative
+from moetuner._windows import of_traffic
 from moetuner.evaluation import Evaluation
+from moetuner.statistics import RoutingStatistics
 
-# Gains below this are within what predictions, profiles and clocks get wrong. Engines that ask
-# before they rebalance draw the line at about the same place (vLLM on ROCm: 5 %).
-DEAD_ZONE = 0.02
+# What a gain must be, to be worth moving weights for. Engines that ask before they rebalance draw
+# the line at about the same place (vLLM on ROCm: 5 %).
+PRICE = 0.02
+
+Answer = Literal["worth it", "certain but small", "no evidence", "too few", "worse"]
 
 
 @dataclass(frozen=True)
@@ -24,48 +32,113 @@ class Verdict:
         The measure.
     gain
         Share that is saved; negative where the change makes things worse.
-    dead_zone
-        Gains up to this are noise.
+    low, high
+        Its interval of 95 %, both placements on the same resamples of the traffic's sequences, or
+        windows where those are not known; None of a single one.
+    units
+        How many there are; nothing is concluded from fewer than five.
+    price
+        Gain from which a change is worth the trouble.
     """
 
     measure: str
     before: float
     after: float
     gain: float
-    dead_zone: float
+    low: float | None
+    high: float | None
+    units: int
+    price: float
+
+    @property
+    def answer(self) -> Answer:
+        """Say which of five it is.
+
+        ``"worth it"``: the gain is certain (its interval is above 0), and larger than the price.
+        ``"certain but small"``: certain, but not larger. ``"worse"``: certainly a loss. ``"no
+        evidence"``: other traffic of the kind may show the contrary. ``"too few"``: below five
+        units.
+        """
+        if self.units < FEWEST or self.low is None or self.high is None:
+            return "too few"
+        if self.low > 0:
+            return "worth it" if self.gain > self.price else "certain but small"
+        return "worse" if self.high < 0 else "no evidence"
 
     @property
     def is_worth_it(self) -> bool:
-        """Whether the gain is more than noise."""
-        return self.gain > self.dead_zone
+        """Whether the gain is certain, and larger than its price."""
+        return self.answer == "worth it"
 
     def __str__(self) -> str:
         unit = " us" if self.measure == "predicted_layer_us" else ""
         figures = f"{self.measure} {self.before:.4g}{unit} -> {self.after:.4g}{unit}"
-        word = "worth it" if self.is_worth_it else "not worth it"
-        noise = f"{100 * self.dead_zone:g} % is noise"
-        return f"{word}: {figures}, gain {100 * self.gain:.1f} % ({noise})"
+        found = f"{self.units} unit{'' if self.units == 1 else 's'}"
+        if self.low is not None and self.high is not None:
+            found = f"95 %: {100 * self.low:.1f} to {100 * self.high:.1f}, of {found}"
+        return (
+            f"{self.answer}: {figures}, gain {100 * self.gain:.1f} % ({found}; "
+            f"worth it above {100 * self.price:g} %)"
+        )
 
 
-def verdict(before: Evaluation, after: Evaluation, *, dead_zone: float = DEAD_ZONE) -> Verdict:
+def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> Verdict:
     """Judge a change of placement by what both do to the same traffic.
 
     Parameters
     ----------
     before, after
-        Evaluations of the same traffic.
-    dead_zone
-        Share up to which a gain is noise and not worth it.
+        What ``evaluate`` said of the same traffic.
+    price
+        Share up to which a gain is not worth the trouble of a change.
 
     Raises
     ------
     ValueError
-        If ``dead_zone`` is negative.
+        If ``price`` is negative, or the evaluations are not of the same traffic.
     """
-    not_negative("dead_zone", dead_zone, "share")
-    old, new, measure = before.imbalance, after.imbalance, "imbalance"
+    not_negative("price", price, "share")
+    measure = "imbalance"
     if before.predicted_layer_us is not None and after.predicted_layer_us is not None:
-        old, new = before.predicted_layer_us, after.predicted_layer_us
         measure = "predicted_layer_us"
-    gain = 1 - new / old if old > 0 else 0.0
-    return Verdict(measure, old, new, gain, dead_zone)
+    found = gain(before, after, measure)
+    _, low, high = found.interval
+    old, new = getattr(before, measure), getattr(after, measure)
+    return Verdict(measure, old, new, found.value, low, high, found.units, price)
+
+
+def gain(before: Evaluation, after: Evaluation, measure: str, *, seed: int = 0) -> Spread:
+    """Give the share of a measure that is saved, with its spread over the traffic's units.
+
+    Copies are taken to serve in even parts, whatever the evaluations' split; figures of a mixed
+    arrival, and those that depend on given homes, have no spread.
+    """
+    old, new = getattr(before, measure), getattr(after, measure)
+    value = 1 - new / old if old else 0.0
+    ours, theirs = after.replayed, before.replayed
+    if ours is None or theirs is None:
+        return Spread(value, np.empty(0), 1.0, 0)
+    sums = []
+    for each in (ours, theirs):
+        traffic, group = each.traffic, each.group
+        rules = replace(each.rules, with_mixed=False)
+        # A group alone would be all of its traffic, but copies look at a token's place in all.
+        parts = of_traffic(traffic, rules, each.model, each.regime, only_whole=group is None)
+        sums.append(parts[group])
+    counts = [_units(each.traffic) for each in (ours, theirs)]
+    if counts[0] != counts[1] or len(sums[0]["imbalance"].above) != len(sums[1]["imbalance"].above):
+        raise ValueError(
+            f"before and after must be of the same traffic, got {counts[1]} and {counts[0]}"
+        )
+    rng = np.random.default_rng(seed)
+    found = paired(sums[0], sums[1], resamples=RESAMPLES, rng=rng)
+    change = found[measure].change if measure in found else None
+    if change is None:
+        return Spread(value, np.empty(0), 1.0, len(sums[0]["imbalance"].above))
+    return replace(-change, value=value)
+
+
+def _units(traffic: object) -> str:
+    if isinstance(traffic, RoutingStatistics):
+        return f"{traffic.windows} windows"
+    return f"{getattr(traffic, 'tokens', 0)} tokens"

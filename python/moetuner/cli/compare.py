@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import click
 
-from moetuner.cli import options
+from moetuner.cli import gains, options
 from moetuner.cli.asked import Asked, problem_options, settings
 from moetuner.cli.inputs import Source, Traffic, traffic_options
 from moetuner.cli.machine import Machine, machine_options
@@ -18,6 +19,10 @@ from moetuner.solver import METHODS
 from moetuner.trace import RoutingTrace
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,moetuner,joint"
+# Splits where nobody says how many: so many, as long as another one ends within so many seconds.
+SPLITS, SECONDS = 5, 60
+# What methods are compared with, if it is among them.
+PEER = "eplb"
 
 
 def parse_methods(
@@ -55,6 +60,18 @@ def parse_methods(
     metavar="A,B,C",
     help=f"Out of {', '.join(METHODS)}.",
 )
+@click.option(
+    "--splits",
+    type=click.IntRange(1, 1000),
+    metavar="N",
+    help="Ways to choose what is held out; with several, gains come with their range.  "
+    f"[default: up to {SPLITS}, as many as fit into {SECONDS} seconds]",
+)
+@click.option(
+    "--baseline",
+    metavar="METHOD",
+    help=f"One of the methods, over which gains are told.  [default: {PEER}, else the first]",
+)
 @options.seed_option
 @options.json_option
 def command(
@@ -64,6 +81,8 @@ def command(
     time_limit: float | None,
     holdout: float,
     methods: tuple[str, ...],
+    splits: int | None,
+    baseline: str | None,
     seed: int,
     json_file: Path | None,
 ) -> None:
@@ -75,7 +94,18 @@ def command(
     visits in a layer; layer us: predicted time of a layer. objective and gap are the solver's, on
     what it saw: a time, an imbalance, or the crossing weighed by links (in regime dispatch: the
     fanout and, at what their links cost more, nodes; without expert sets, co-activations apart).
+    The table is of the first split; gains are of all of them, on what was not seen.
     """
+    over = baseline or (PEER if PEER in methods else methods[0])
+    if over not in methods:
+        raise click.BadParameter(
+            f"must be one of the methods {','.join(methods)}, got {over!r:.40}",
+            param_hint="'--baseline'",
+        )
+    if holdout == 0 and splits is not None and splits > 1:
+        raise click.BadParameter(
+            f"must be 1 where nothing is held out, got {splits}", param_hint="'--splits'"
+        )
     topology = machine.topology()
     window, threads = source.counted, source.threads
     seen, unseen = hold_out(source.traffic, holdout, seed=seed)
@@ -85,27 +115,39 @@ def command(
     output.say(source.describe())
     output.say(_setting(problem, window, holdout, unseen))
     output.say()
-    outcomes: list[Outcome] = []
-    for method in methods:
-        outcomes.append(
-            try_method(
+    began, interrupted = time.monotonic(), False
+    all_splits: list[dict[str, Outcome]] = []
+    while not interrupted and _goes_on(splits, holdout, len(all_splits), began):
+        of = seed + len(all_splits)
+        asked_of = problem
+        if all_splits:
+            seen, unseen = hold_out(source.traffic, holdout, seed=of)
+            asked_of = asked.problem(seen, topology, window=window, threads=threads)
+        outcomes: dict[str, Outcome] = {}
+        for method in methods:
+            outcomes[method] = try_method(
                 method,
-                problem,
+                asked_of,
                 unseen,
                 window=source.replayed,
-                seed=seed,
+                seed=of,
                 time_limit=time_limit,
                 threads=threads,
             )
-        )
-        if outcomes[-1].result.status == "interrupted":
-            break
-    output.table(head(problem), [outcome.row() for outcome in outcomes])
-    for line in remarks(outcomes, problem):
+            interrupted = outcomes[method].result.status == "interrupted"
+            if interrupted:
+                break
+        all_splits.append(outcomes)
+    first = list(all_splits[0].values())
+    output.table(head(problem), [outcome.row() for outcome in first])
+    for line in remarks(first, problem):
         output.say(line)
-    best = min(outcomes, key=lambda outcome: outcome.result.objective)
+    best = min(first, key=lambda outcome: outcome.result.objective)
     for line in sentences(best):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
+    found = gains.gains(all_splits, over, seed=seed) if over in all_splits[0] else []
+    gains.say(output, found, best.result.method)
+    told = {each.method: each.to_dict() for each in found}
     output.finish(
         {
             "input": source.facts(),
@@ -116,10 +158,23 @@ def command(
                 "time_limit": time_limit,
                 "holdout": holdout,
                 "threads": threads,
+                "splits": len(all_splits),
+                "baseline": over,
             },
-            "methods": {outcome.result.method: outcome.to_dict() for outcome in outcomes},
+            "methods": {
+                method: {**outcome.to_dict(), "gain": told.get(method)}
+                for method, outcome in all_splits[0].items()
+            },
         }
     )
+
+
+def _goes_on(splits: int | None, holdout: float, done: int, began: float) -> bool:
+    """Whether one more split is due after so many."""
+    if done == 0 or splits is not None:
+        return done < (splits or 1)
+    took = time.monotonic() - began
+    return holdout > 0 and done < SPLITS and took * (done + 1) / done <= SECONDS
 
 
 def _setting(problem: Problem, window: int | None, holdout: float, unseen: Traffic) -> str:

@@ -1,0 +1,171 @@
+"""What methods gain over one of them on unseen traffic, and how sure that is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moetuner._bootstrap import FEWEST
+from moetuner.cli.outcome import Outcome
+from moetuner.cli.output import Output
+from moetuner.problem import Problem
+from moetuner.verdict import gain
+
+# What the measures are called in a sentence: "less ...".
+NAMES = {
+    "predicted_layer_us": "predicted time of a layer",
+    "imbalance": "imbalance",
+    "imbalance_mixed": "imbalance in mixed windows",
+    "crossing": "crossing",
+    "fanout": "fanout",
+    "node_fanout": "node fanout",
+}
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Share of a measure that a method saves, on the unseen traffic of every split.
+
+    Parameters
+    ----------
+    method, over, measure
+        What saves how much of what, in comparison with which method.
+    splits
+        One gain for every split.
+    interval
+        Of a single split: 95 % of what other sequences, or windows, of its kind had shown of these
+        two placements; None where there are too few of them, or several splits.
+    units
+        How many sequences or windows that is of.
+    """
+
+    method: str
+    over: str
+    measure: str
+    splits: tuple[float, ...]
+    interval: tuple[float, float] | None = None
+    units: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Mean over the splits."""
+        return float(np.mean(self.splits))
+
+    @property
+    def low(self) -> float | None:
+        """Lower end of the range over splits; of a single one, of its interval."""
+        if len(self.splits) > 1:
+            return min(self.splits)
+        return None if self.interval is None else self.interval[0]
+
+    @property
+    def high(self) -> float | None:
+        """Upper end."""
+        if len(self.splits) > 1:
+            return max(self.splits)
+        return None if self.interval is None else self.interval[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON values; ``kind`` says what low and high are."""
+        return {
+            "over": self.over,
+            "measure": self.measure,
+            "mean": self.mean,
+            "low": self.low,
+            "high": self.high,
+            "kind": "range of splits" if len(self.splits) > 1 else "interval of this placement",
+            "splits": list(self.splits),
+        }
+
+    def row(self) -> tuple[str, ...]:
+        """Give the cells of a table."""
+        return (self.method, share(self.mean), *(share(end) for end in (self.low, self.high)))
+
+    def sentence(self) -> str:
+        """Say it, with its uncertainty."""
+        name = NAMES[self.measure]
+        if len(self.splits) > 1:
+            found = f"{share(self.low)} to {share(self.high)} over {len(self.splits)} splits"
+            kind, unsure = f"mean {share(self.mean)}, {found}", "the splits do not agree"
+        elif self.interval is not None:
+            found = f"95 %: {share(self.low)} to {share(self.high)}"
+            kind, unsure = f"{found}, of this placement", "that may be chance"
+        else:
+            return (
+                f"{self.method} over {self.over}: {share(self.mean)} in {name}; too few sequences "
+                f"or windows to say how sure that is (below {FEWEST})."
+            )
+        assert self.low is not None
+        assert self.high is not None
+        if self.low <= 0 <= self.high:
+            return f"{self.method} is not surely better or worse than {self.over} in {name}: " + (
+                f"{unsure} ({kind})."
+            )
+        word = "less" if self.mean > 0 else "more"
+        return (
+            f"{self.method} has {100 * abs(self.mean):.1f} % {word} {name} than {self.over} "
+            f"on unseen traffic (gain {kind})."
+        )
+
+
+def judged(problem: Problem) -> str:
+    """Name the measure that says most of the objective."""
+    if problem.goal == "time":
+        return "predicted_layer_us"
+    if problem.goal == "traffic":
+        return "crossing" if problem.regime == "follow" else "fanout"
+    return "imbalance_mixed" if problem.arrival == "mixed" else "imbalance"
+
+
+def gains(splits: list[dict[str, Outcome]], over: str, *, seed: int) -> list[Gain]:
+    """Compare all methods with one, split by split.
+
+    Only splits count in which every method ran. Nothing comes where the traffic does not tell the
+    measure.
+    """
+    first = splits[0]
+    measure = judged(first[over].problem)
+    whole = [split for split in splits if set(split) == set(first)]
+    found = []
+    for method in first:
+        if method == over or getattr(first[over].evaluation, measure) is None:
+            continue
+        spreads = []
+        for split in whole:
+            before, after = split[over].evaluation, split[method].evaluation
+            if len(whole) == 1:
+                spread = gain(before, after, measure, seed=seed)
+                _, low, high = spread.interval
+                ends = None
+                if spread.is_enough and low is not None and high is not None:
+                    ends = (low, high)
+                found.append(Gain(method, over, measure, (spread.value,), ends, spread.units))
+            else:
+                old = getattr(before, measure)
+                spreads.append(1 - getattr(after, measure) / old if old else 0.0)
+        if spreads:
+            found.append(Gain(method, over, measure, tuple(spreads)))
+    return found
+
+
+def say(output: Output, found: list[Gain], best: str) -> None:
+    """Print the table, and the sentence of the method that is best by what it saw."""
+    if not found:
+        return
+    over, splits = found[0].over, len(found[0].splits)
+    head = f"gain over {over}"
+    ends = ("least", "most") if splits > 1 else ("from", "to")
+    output.say()
+    output.table((head, "mean" if splits > 1 else "gain", *ends), [each.row() for each in found])
+    told = {each.method: each for each in found}
+    if best in told:
+        output.say(f"Gain: {told[best].sentence()}")
+    else:
+        output.say(f"Gain: no method has a smaller objective than {over} on what was seen.")
+
+
+def share(value: float | None) -> str:
+    """Write a share with its sign."""
+    return "-" if value is None else f"{round(100 * value, 1) + 0.0:+.1f} %"
