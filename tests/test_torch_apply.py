@@ -241,7 +241,7 @@ def test_weights_must_be_there():
     refused(
         model,
         placement_for(model),
-        "model.layers.0.mlp.gate: its state table [5, 8] may depend on the order of experts",
+        "model.layers.0.mlp.gate.table: [5, 8] may depend on the order of experts",
     )
 
 
