@@ -70,15 +70,23 @@ def plan(held: Mapping[str, Held], order: Order, num_hidden_layers: int | None) 
     row = {block: number for number, block in enumerate(blocks)}
     new_of = np.argsort(order, axis=1)
     experts = order.shape[1]
+    numbers: dict[str, set[int]] = {}
+    for _, block, expert, _ in parsed.values():
+        numbers.setdefault(block, set()).add(expert)
+    for block in row:
+        found = numbers.get(block, set())
+        if found and found != set(range(experts)):
+            raise ValueError(
+                f"{block}: must have experts 0 to {experts - 1} as the placement has, got "
+                f"{len(found)} from {min(found)} to {max(found)}"
+            )
     experts_own = {*parsed, *stacked}
     rest = {name: tensor for name, tensor in held.items() if name not in experts_own}
     routing = dependents(rest, dict.fromkeys(blocks), experts, named.difference(blocks))
     moves: dict[str, Move] = {}
-    numbers: dict[str, set[int]] = {}
     for name, tensor in held.items():
         if name in parsed:
             head, block, expert, tail = parsed[name]
-            numbers.setdefault(block, set()).add(expert)
             new = int(new_of[row[block], expert]) if block in row and expert < experts else expert
             moves[name] = Move(f"{head}{new}{tail}", block)
         elif name in stacked:
@@ -97,12 +105,6 @@ def plan(held: Mapping[str, Held], order: Order, num_hidden_layers: int | None) 
             moves[name] = Move(name)
     routed = {move.block for move in moves.values() if move.is_router}
     for block in row:
-        found = numbers.get(block, set())
-        if found and found != set(range(experts)):
-            raise ValueError(
-                f"{block}: must have experts 0 to {experts - 1} as the placement has, got "
-                f"{len(found)} from {min(found)} to {max(found)}"
-            )
         if block not in routed:
             raise ValueError(f"{block}: must have the weights of its router beside its experts")
     return moves
