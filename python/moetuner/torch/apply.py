@@ -237,8 +237,9 @@ def _spans(tensors: dict[str, Tensor]) -> dict[str, tuple[int, int, int]]:
     for name, tensor in tensors.items():
         if tensor.is_meta or hasattr(tensor, "placements") or not tensor.numel():
             continue
-        size, begin = tensor.element_size(), tensor.storage_offset()
-        reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        size, begin = tensor.element_size(), int(tensor.storage_offset())
+        ends = ((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        reach = sum(map(int, ends))
         memory = tensor.untyped_storage().data_ptr()
         found[name] = (memory, begin * size, (begin + reach + 1) * size)
     return found

@@ -37,7 +37,7 @@ CHOOSES = re.compile(r"router|expert|e_score|eid|correction|(^|[._])moe([._]|$)"
 
 # Names of what computes the same for every order of the experts, and of what does if it does not
 # speak of choosing.
-APART = re.compile(r"(^|\.)shared|attn|attention|mamba|conv|rotary|rope")
+APART = re.compile(r"(^|\.)shared?_|(^|\.)shared?\.|attn|attention|mamba|conv|rotary|rope")
 DENSE = re.compile(r"norm|embed|(^|\.)(mlp|ffn|feed_forward|dense)\.")
 
 # Whole numbers that come with quantised weights and with positions.
@@ -97,11 +97,11 @@ def dependents(
     found: dict[str, Dependent] = {}
     weights: dict[str, str] = {}
     for name, tensor in held.items():
-        block = next((place for place in places if _is_under(name, place)), None)
-        if block in others or math.prod(tensor.shape) <= 1:
+        place = next((place for place in places if _is_under(name, place)), None)
+        if place in others or math.prod(tensor.shape) <= 1:
             continue
-        if block is not None:
-            path = name[len(block) + 1 :] if block else name
+        if place is not None:
+            block, path = place, name[len(place) + 1 :] if place else name
             kind = _kind(path, tensor, experts, routes=_routes(name, path, routers[block]))
         else:
             layer = next((layer for layer in layers if name.startswith(layer)), "")
@@ -163,6 +163,8 @@ def _kind(path: str, tensor: Held, experts: int, *, routes: bool) -> str | None:
     known = last in ROWS and "norm" not in path and (chooses or "." not in path)
     if known and (shape[0] == experts or shape == (1, experts)):
         return "rows"
+    if not routes and last in ("weight", "bias") and experts not in shape:
+        return ""  # a matrix before or behind the experts
     if chooses:
         return "" if ("norm" in path or last == "scale") and experts not in shape else None
     return None if experts in shape or tensor.whole else ""
