@@ -39,9 +39,15 @@ _SIZES = {
     None: "bos_token_id",
 }
 SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
-MAY_BE_NONE = set(
-    "n_shared_experts pad_token_id bos_token_id eos_token_id head_dim num_local_experts "
-    "num_experts num_experts_per_tok".split()
+MAY_BE_NONE = (
+    "n_shared_experts",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "head_dim",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
 )
 HALF = ["linear_attention", "full_attention"] * 2
 SPECIAL = {
@@ -94,9 +100,9 @@ def config_of(kind):
     given = dict(special)
     for name, value in SIZES.items():
         now = known(base, name)
-        if name not in special and now is not ... and not isinstance(now, (list, tuple)):
-            if now is not None or name in MAY_BE_NONE:
-                given[name] = value
+        may = now is not None or name in MAY_BE_NONE
+        if name not in special and may and now is not ... and not isinstance(now, (list, tuple)):
+            given[name] = value
     if "kv_lora_rank" in given:
         given.pop("head_dim", None)
         if "num_key_value_heads" in given:
@@ -107,7 +113,7 @@ def config_of(kind):
 
 
 def known(config, name):
-    """A setting of a configuration; ... if it has none, "several" if layers differ."""
+    """Give a setting of a configuration; ... if it has none, "several" if layers differ."""
     try:
         return getattr(config, name, ...)
     except Exception:
@@ -141,7 +147,7 @@ def build(kind):
 
 
 def class_of(config):
-    """The model class for a configuration, with a head if there is one."""
+    """Give the model class for a configuration, with a head if there is one."""
     module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
     found = [
         model

@@ -104,25 +104,25 @@ def dependents(
             block, path = place, name[len(place) + 1 :] if place else name
             kind = _kind(path, tensor, experts, routes=_routes(name, path, routers[block]))
         else:
-            layer = next((layer for layer in layers if name.startswith(layer)), "")
-            path = name[len(layer) :]
-            if not _may_choose(path, tensor, experts, in_layer=bool(layer)):
+            beside = next((start for start in layers if name.startswith(start)), "")
+            path = name[len(beside) :]
+            if not _may_choose(path, tensor, experts, in_layer=bool(beside)):
                 continue
             # Beside a block, in its layer: state of its router under another name.
-            block, *more = layers.get(layer, [""])
-            kind = None if more or not layer else _kind(path, tensor, experts, routes=True)
+            block, *more = layers.get(beside, [""])
+            kind = None if more or not beside else _kind(path, tensor, experts, routes=True)
         if kind is None:
             raise ValueError(
                 f"{name}: {list(tensor.shape)} may depend on the order of experts in a way that "
                 "is not known"
             )
-        if kind == "rows" and path.endswith("weight"):
-            # Of two matrices in a row one has rows per expert, and nobody can say which.
-            if weights.setdefault(block, name) != name:
-                raise ValueError(
-                    f"{name}: {list(tensor.shape)} must be the only weight of its router with "
-                    f"{experts} rows, {weights[block]} is another"
-                )
+        # Of two matrices in a row one has rows per expert, and nobody can say which.
+        is_weight = kind == "rows" and path.endswith("weight")
+        if is_weight and weights.setdefault(block, name) != name:
+            raise ValueError(
+                f"{name}: {list(tensor.shape)} must be the only weight of its router with "
+                f"{experts} rows, {weights[block]} is another"
+            )
         if kind:
             found[name] = Dependent(block, is_table=kind == "ids")
     return found
