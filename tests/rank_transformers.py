@@ -1,5 +1,7 @@
 """What the processes of the transformers tests do."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -98,6 +100,44 @@ def rebalanced(rank, folder, layers, seed):
         after = model(TOKENS).logits
     moved = placed[0].placement.diff(mt.Placement(slots, num_experts=8)).experts_moved
     return before.float().numpy(), after.float().numpy(), decision.moved and moved > 0 and counted
+
+
+def saved(rank, folder, layers, seed):
+    """Give what a placed model says when it is saved and loaded, and the files that are left."""
+    model = placed_model(folder, layers, seed)
+    said = []
+    target = f"{folder}-{rank}"
+    for use in (
+        lambda: model.save_pretrained(target),
+        lambda: model.load_state_dict({}),
+        lambda: torch.save(model.state_dict(), f"{target}.pt"),
+    ):
+        try:
+            use()
+        except NotImplementedError as error:
+            said.append(str(error))
+    return said, [str(path) for path in Path(folder).parent.rglob(f"{Path(target).name}*/*.safe*")]
+
+
+def in_half(rank, folder, layers, seed):
+    """Give logits of a model that is made one of bfloat16 after its experts were placed."""
+    with torch.no_grad():
+        return placed_model(folder, layers, seed).bfloat16()(TOKENS).logits.float().numpy()
+
+
+def placed_model(folder, layers, seed):
+    """Load a model, and run it once, so that its experts are placed."""
+    ranks = dist.get_world_size()
+    slots = random_slots(np.random.default_rng(seed), layers, ranks, 8, 0)
+    register_placement(mt.Placement(slots, num_experts=8))
+    config = DistributedConfig(tp_size=ranks, ep_size=ranks, ep_implementation="moetuner")
+    # Plain products, which take matrices of any size and type.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, distributed_config=config, experts_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        model(TOKENS)
+    return model
 
 
 def run(folder, config, tokens):

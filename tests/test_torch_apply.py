@@ -241,7 +241,7 @@ def test_weights_must_be_there():
     refused(
         model,
         placement_for(model),
-        "model.layers.0.mlp.gate: its state table [5, 8] may depend on the order of experts",
+        "model.layers.0.mlp.gate.table: [5, 8] may depend on the order of experts",
     )
 
 
@@ -255,3 +255,80 @@ def test_models_without_moe_layers():
     )
     with pytest.raises(ValueError, match="routers must be modules of the model, got 'gate'"):
         moe_layers(dense, ["gate"])
+
+
+def stack(*blocks):
+    """Give a model of blocks, and what it computes."""
+    model = torch.nn.Sequential(*blocks)
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(2))
+    return model, lambda: model(x)
+
+
+class Stacked(Block):
+    """The same block with the weights of all experts in one tensor."""
+
+    class Experts(torch.nn.Module):
+        """The tensor."""
+
+        def __init__(self, experts, hidden):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(experts, hidden, hidden))
+
+    def __init__(self, experts=4, hidden=6):
+        super().__init__(experts, hidden)
+        self.experts = self.Experts(experts, hidden)
+
+    def forward(self, x):
+        """Mix the chosen experts of x [T,H]."""
+        ids, weights = self.gate(x)
+        every = torch.einsum("th,egh->teg", x, self.experts.weight)
+        chosen = every.gather(1, ids[..., None].expand(-1, -1, x.shape[1]))
+        return (chosen * weights[..., None]).sum(1)
+
+
+def tie_parameters(first, second):
+    """Give one parameter to both blocks."""
+    second.experts.weight = first.experts.weight
+
+
+def tie_memory(first, second):
+    """Give both blocks parameters of the same memory."""
+    second.experts.weight = torch.nn.Parameter(first.experts.weight.data)
+
+
+@pytest.mark.parametrize("tie", [tie_parameters, tie_memory])
+def test_weights_of_two_layers_move_once_or_not_at_all(tie):
+    """Tied weights move once where both layers have one order, and are refused where they do not.
+
+    A list of experts that two routers share is refused as well, and so is memory of which a part
+    would stay.
+    """
+    torch.manual_seed(0)
+    first, second = Stacked(), Stacked()
+    tie(first, second)
+    model, run = stack(first, second)
+    before = run()
+    differ = mt.Placement([[[3, 1], [0, 2]], [[0, 1], [2, 3]]])
+    refused(model, differ, "1.experts.weight: must not share memory with 0.experts.weight")
+    assert run().equal(before)
+    apply_placement(model, mt.Placement([[[3, 1], [0, 2]]] * 2))
+    assert torch.allclose(run(), before, rtol=0, atol=1e-4)
+
+    model.register_parameter("other", torch.nn.Parameter(first.gate.weight.data[1:]))
+    refused(model, mt.Placement([[[3, 1], [0, 2]]] * 2), "must not share memory with")
+
+
+def test_shared_lists_and_blocks():
+    """A block that runs twice is one layer; experts that two routers share are refused."""
+    torch.manual_seed(0)
+    block = Block()
+    model, run = stack(block, block)
+    before = run()
+    apply_placement(model, mt.Placement([[[3, 1], [0, 2]]]))
+    assert torch.allclose(run(), before, rtol=0, atol=1e-4)
+    other = Block()
+    other.experts = block.experts
+    model, _ = stack(block, other)
+    refused(
+        model, mt.Placement([[[3, 1], [0, 2]]]), "1.experts: must not be the experts of 0, whose"
+    )

@@ -227,3 +227,104 @@ def test_bad_folders(tmp_path):
     file.write_bytes(file.read_bytes()[:-4])
     refused(tmp_path / "new", f"{file}: file must have")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp.moe_statics.e_score_correction_bias",
+        "mlp.experts.e_score_correction_bias",
+        "mlp.e_score_correction_bias",
+        "moe.router.expert_bias",
+        "moe.router_bias",
+    ],
+)
+@pytest.mark.parametrize("shape", [(4,), (1, 4)])
+def test_a_bias_moves_wherever_it_stands(name, shape):
+    """What a router adds per expert moves with it, inside the block or beside it in the layer."""
+    if "experts." in name and shape == (1, 4):
+        pytest.skip("among the experts they come first")
+    key = f"model.layers.1.{name}"
+    bias = torch.arange(4.0).reshape(shape)
+    placement = mt.Placement([[[3, 1], [0, 2]]] * 3)
+    moved = permute_state_dict({**checkpoint(), key: bias}, placement, config={})
+    assert moved[key].shape == shape
+    assert moved[key].flatten().tolist() == [1, 3, 0, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_tables_of_experts_are_renumbered(dtype, tmp_path):
+    """Ids in a table from tokens to experts become the new ones, on disk as in memory, and back."""
+    key = "model.layers.1.mlp.gate.tid2eid"
+    table = torch.tensor([[0, 1], [3, 2], [2, 2]], dtype=dtype)
+    tensors = {**checkpoint(), key: table}
+    (tmp_path / "old").mkdir()
+    save_file(tensors, tmp_path / "old" / "model.safetensors")
+    placement = mt.Placement([[[3, 1], [0, 2]]] * 3)
+    moved = permute_state_dict(tensors, placement)
+    assert moved[key].tolist() == [[2, 0], [1, 3], [3, 3]]
+    out = permute_state_dict(tmp_path / "old", placement, tmp_path / "new")
+    assert same(moved, tensors_of(out))
+    back = permute_state_dict(out, placement, tmp_path / "back", inverse=True)
+    assert same(tensors_of(back), tensors)
+
+    save_file({**tensors, key: table + 2}, tmp_path / "old" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"tid2eid: must hold experts 0 to 3, got 2 to 5"):
+        permute_state_dict(tmp_path / "old", placement, tmp_path / "newer")
+    assert not (tmp_path / "newer").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("mlp.gate.weight_scale_inv", torch.ones(2, 2)),  # of blocks of the router's rows
+        ("mlp.gate.balancing_biases", torch.ones(5)),
+        ("mlp.gate.norm.weight", torch.ones(4)),
+        ("mlp.gate.inner.weight", torch.ones(4, 3)),  # one of two has the experts' rows
+        ("mlp.moe_statics.usage", torch.ones(7)),
+        ("mlp.moe_statics.e_score_correction_bias", torch.ones(2, 4)),  # of two kinds of experts
+        ("mlp.other.weight", torch.ones(4, 3)),
+        ("mlp.lookup", torch.ones(9, 2, dtype=torch.int64)),
+        ("lookup", torch.ones(9, 2, dtype=torch.int32)),
+        ("moe.choice", torch.ones(9)),
+    ],
+)
+def test_what_may_depend_on_the_order_is_refused(name, tensor):
+    """State of unknown meaning, in the block or beside it, refuses the whole checkpoint."""
+    tensors = {**checkpoint(), f"model.layers.1.{name}": tensor}
+    with pytest.raises(ValueError, match=re.escape(f"model.layers.1.{name}: ")) as caught:
+        permute_state_dict(tensors, mt.Placement([[[3, 1], [0, 2]]] * 3), config={})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("mlp.shared_experts.up_proj.weight", torch.ones(4, 3)),
+        ("mlp.shared_expert_gate.weight", torch.ones(1, 4)),
+        ("mlp.share_expert.up_proj.weight", torch.ones(4, 4)),
+        ("mlp.latent_proj.weight", torch.ones(5, 3)),
+        ("mlp.gate.norm.weight", torch.ones(3)),
+        ("mlp.gate.global_scale", torch.ones(1)),
+        ("self_attn.q_norm.weight", torch.ones(4)),
+        ("self_attn.q_proj.weight", torch.ones(4, 4)),
+        ("self_attn.q_proj.qweight", torch.ones(4, 4, dtype=torch.int32)),
+        ("post_moe_norm.weight", torch.ones(3)),
+        ("hc_ffn_base", torch.ones(4)),
+    ],
+)
+def test_what_is_the_same_for_every_order_stays(name, tensor):
+    """Attention, norms and shared experts stay, also if a size happens to be that of experts."""
+    key = f"model.layers.1.{name}"
+    tensors = {**checkpoint(), key: tensor}
+    assert permute_state_dict(tensors, mt.Placement([[[3, 1], [0, 2]]] * 3))[key] is tensor
+
+
+def test_numbers_of_layers_count_whatever_they_are_called():
+    """Layer 10 comes after layer 9 in blocks of other names as well."""
+    slots = np.tile(np.arange(4).reshape(1, 2, 2), (11, 1, 1))
+    slots[10] = [[2, 3], [0, 1]]
+    moved = permute_state_dict(checkpoint(range(11), prefix="net.blocks"), mt.Placement(slots))
+    for layer in range(11):
+        first = moved[f"net.blocks.{layer}.mlp.experts.0.w.weight"][0, 0]
+        assert first == 10 * layer + (2 if layer == 10 else 0)

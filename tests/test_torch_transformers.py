@@ -46,3 +46,20 @@ def test_a_placement_of_another_model_is_refused(tmp_path):
     values(1, "rank_transformers.save_model", "mixtral", str(tmp_path))
     for answer in answers(2, "rank_transformers.shared_batch", str(tmp_path), 2, 1):
         assert "placement must have 3 layers like the model, got 2" in answer.error
+
+
+def test_a_placed_model_is_not_saved(tmp_path):
+    """Saving and loading are refused on every rank, and no weights are written."""
+    folder = str(tmp_path / "model")
+    values(1, "rank_transformers.save_model", "mixtral", folder)
+    for said, files in values(2, "rank_transformers.saved", folder, 3, 1):
+        assert len(said) == 3
+        assert all("whose experts are placed cannot be saved" in one for one in said)
+        assert files == []
+
+
+def test_a_placed_model_changes_its_type(tmp_path):
+    """Placed experts go where their model goes."""
+    (expected,) = values(1, "rank_transformers.save_model", "mixtral", str(tmp_path))
+    for logits in values(2, "rank_transformers.in_half", str(tmp_path), 3, 1):
+        assert np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()

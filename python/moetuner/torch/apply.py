@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from moetuner.placement import Placement
 from moetuner.torch.order import (
-    ROUTER_STATE,
     Order,
     check_groups,
     check_ties,
@@ -20,6 +20,17 @@ from moetuner.torch.order import (
     order_of,
 )
 from moetuner.torch.routers import MoELayer, moe_layers
+from moetuner.torch.state import dependents, held_as, renumbered
+
+
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """A tensor that changes with the order of a layer: rows [E,..], or ids of experts."""
+
+    name: str
+    layer: int
+    tensor: Tensor
+    is_table: bool = False
 
 
 def apply_placement(
@@ -69,11 +80,26 @@ def apply_placement(
             f"{placement.layers} of {placement.num_experts}"
         )
     order = order_of(placement)
-    work = [_state_of(layer, order[number]) for number, layer in enumerate(layers)]
+    tensors = _tensors(model, layers)
+    routing = _router_state(tensors, layers)
+    moved: list[_Moved] = []
+    for number, layer in enumerate(layers):
+        moved += _state_of(number, layer, order[number], routing, tensors)
     order = inverse_of(order) if inverse else order
-    for layer, tensors, positions in zip(layers, work, order, strict=True):
-        for tensor in tensors:
-            _permute(tensor, positions)
+    moved = _once(moved, order, tensors)
+    _check_lists(model, layers)
+    tables = {
+        one.name: renumbered(one.name, one.tensor.detach(), np.argsort(order[one.layer]))
+        for one in moved
+        if one.is_table
+    }
+    for one in moved:
+        if one.is_table:
+            with torch.no_grad():
+                one.tensor.copy_(tables[one.name])
+        else:
+            _permute(one.tensor, order[one.layer])
+    for layer, positions in zip(layers, order, strict=True):
         if isinstance(layer.experts, nn.ModuleList):
             reordered = [layer.experts[old] for old in positions.tolist()]
             for position, module in enumerate(reordered):
@@ -81,69 +107,166 @@ def apply_placement(
     return order
 
 
-def _state_of(layer: MoELayer, order: NDArray[np.int64]) -> list[Tensor]:
-    """Give the tensors [E,..] of a layer to permute, if that is exact."""
+def _tensors(model: nn.Module, layers: tuple[MoELayer, ...]) -> dict[str, Tensor]:
+    """Give all tensors of a model by all their names; blocks that run twice have one."""
+    blocks = {id(layer.block): _block(layer) for layer in layers}
+    again = [
+        f"{name}."
+        for name, module in model.named_modules(remove_duplicate=False)
+        if blocks.get(id(module), name) != name
+    ]
+    held = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    return {name: tensor for name, tensor in held if not name.startswith(tuple(again))}
+
+
+def _router_state(
+    tensors: dict[str, Tensor], layers: tuple[MoELayer, ...]
+) -> dict[str, list[_Moved]]:
+    """Give what depends on the order of the experts beside them, by block."""
+    numbers = {_block(layer): number for number, layer in enumerate(layers)}
+    parts = [name.split(".") for name in tensors]
+    before = {".".join(p[: p.index("experts")]) for p in parts if "experts" in p[:-1]}
+    inside = tuple(_join(block, "experts.") for block in {*numbers, *before})
+    rest = {n: held_as(tensor) for n, tensor in tensors.items() if not n.startswith(inside)}
+    routers = {_block(layer): layer.name for layer in layers}
+    found: dict[str, list[_Moved]] = {block: [] for block in routers}
+    others = before.difference(routers)
+    for name, where in dependents(rest, routers, layers[0].num_experts, others).items():
+        tensor = tensors[name]
+        if not where.is_table and tensor.shape == (1, layers[0].num_experts):
+            tensor = tensor[0]
+        one = _Moved(name, numbers[where.block], tensor, where.is_table)
+        found[where.block].append(one)
+    return found
+
+
+def _state_of(
+    number: int,
+    layer: MoELayer,
+    order: NDArray[np.int64],
+    routing: dict[str, list[_Moved]],
+    tensors: dict[str, Tensor],
+) -> list[_Moved]:
+    """Give what has to change in a layer, if that is exact."""
     if layer.num_experts != len(order):
         raise ValueError(
             f"{layer.name}: must have {len(order)} experts like the first MoE layer, got "
             f"{layer.num_experts}"
         )
     check_groups(order, layer.expert_groups, layer.name)
-    router = list(_router_state(layer))
-    if not router:
+    router = routing[_block(layer)]
+    if all(one.is_table for one in router):
         raise ValueError(f"{layer.name}: the router must hold weights per expert, it has none")
-    state = router if isinstance(layer.experts, nn.ModuleList) else [*router, *_experts(layer)]
-    for tensor in state:
-        if tensor.is_meta or hasattr(tensor, "placements"):
-            what = "on the meta device" if tensor.is_meta else "spread over devices"
+    moved = list(router)
+    if not isinstance(layer.experts, nn.ModuleList):
+        moved += [_Moved(name, number, t) for name, t in _experts(layer, tensors)]
+    for one in moved:
+        if one.tensor.is_meta or hasattr(one.tensor, "placements"):
+            what = "on the meta device" if one.tensor.is_meta else "spread over devices"
             raise ValueError(f"{layer.name}: weights must be in memory, some are {what}")
-    bits = [tensor.detach().reshape(len(order), -1).cpu().double().numpy() for tensor in router]
+    rows = [one.tensor.detach() for one in router if not one.is_table]
+    bits = [tensor.reshape(len(order), -1).cpu().double().numpy() for tensor in rows]
     if not np.array_equal(order, np.arange(len(order))):
         check_ties([row.tobytes() for row in np.concatenate(bits, axis=1)], layer.name)
-    return state
+    return moved
 
 
-def _router_state(layer: MoELayer) -> Iterator[Tensor]:
-    """Give what a router holds per expert, as views with the experts first."""
-    experts = layer.num_experts
-    held = [*_tensors(layer.router), *_tensors(layer.block, recurse=False)]
-    for name, tensor in held:
-        known = name.rpartition(".")[2] in ROUTER_STATE and "norm" not in name
-        if known and tensor.shape[:1] == (experts,):
-            yield tensor
-        elif known and tensor.shape == (1, experts):
-            yield tensor[0]
-        elif "norm" not in name and (
-            experts in tensor.shape or (tensor.numel() > 1 and not tensor.is_floating_point())
-        ):
-            raise ValueError(
-                f"{layer.name}: its state {name} {list(tensor.shape)} may depend on the order of "
-                "experts in a way that is not known"
-            )
-
-
-def _experts(layer: MoELayer) -> Iterator[Tensor]:
+def _experts(layer: MoELayer, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Give the weights of the experts, each stacked along the first dimension."""
     if layer.experts is None:
         raise ValueError(f"{layer.name}: its block must have a module 'experts'")
-    held = _tensors(layer.experts)
-    if not any(tensor.dim() >= 3 for _, tensor in held):
+    prefix = _join(_block(layer), "experts.")
+    held = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    short = [name.removeprefix(prefix) for name in held]
+    if not any(tensor.dim() >= 3 for tensor in held.values()):
         raise ValueError(
             f"{layer.name}: experts must hold weights [experts, ..], "
-            f"{type(layer.experts).__name__} holds {[name for name, _ in held]}"
+            f"{type(layer.experts).__name__} holds {short}"
         )
-    for name, tensor in held:
+    for name, tensor in held.items():
         if tensor.shape[:1] == (layer.num_experts,):
-            yield tensor
+            yield name, tensor
         elif tensor.numel() > 1:
             raise ValueError(
-                f"{layer.name}: experts must hold weights [experts, ..], {name} is "
-                f"{list(tensor.shape)}"
+                f"{layer.name}: experts must hold weights [experts, ..], "
+                f"{name.removeprefix(prefix)} is {list(tensor.shape)}"
             )
 
 
-def _tensors(module: nn.Module, *, recurse: bool = True) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
+def _once(moved: list[_Moved], order: Order, tensors: dict[str, Tensor]) -> list[_Moved]:
+    """Give each piece of memory once, if all that share it move alike.
+
+    Raises
+    ------
+    ValueError
+        Naming two tensors that share memory, of which only one is to move, or each otherwise.
+    """
+    by_name = {one.name: one for one in moved}
+    kept: list[_Moved] = []
+    # Sorted by where they begin, whatever overlaps follows at once.
+    ends: dict[int, tuple[int, str]] = {}
+    for name, (memory, begin, end) in sorted(_spans(tensors).items(), key=lambda item: item[1]):
+        until, last = ends.get(memory, (begin, name))
+        one, other = by_name.get(name), by_name.get(last)
+        if until > begin and (one or other):
+            a, b = tensors[name], tensors[last]
+            alike = (
+                one is not None
+                and other is not None
+                and one.is_table == other.is_table
+                and (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
+                and np.array_equal(order[one.layer], order[other.layer])
+            )
+            if not alike:
+                raise ValueError(
+                    f"{name}: must not share memory with {last}, which does not move with it"
+                )
+        elif one is not None:
+            kept.append(one)
+        if end > until or name == last:
+            ends[memory] = (max(end, until), name)
+    return kept
+
+
+def _spans(tensors: dict[str, Tensor]) -> dict[str, tuple[int, int, int]]:
+    """Give memory, first byte and end of every tensor that is in memory."""
+    found = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta or hasattr(tensor, "placements") or not tensor.numel():
+            continue
+        size, begin = tensor.element_size(), int(tensor.storage_offset())
+        ends = ((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        reach = sum(map(int, ends))
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = (memory, begin * size, (begin + reach + 1) * size)
+    return found
+
+
+def _check_lists(model: nn.Module, layers: tuple[MoELayer, ...]) -> None:
+    """Check that no list of experts is that of another block as well."""
+    lists = {id(la.experts): la for la in layers if isinstance(la.experts, nn.ModuleList)}
+    if not lists:
+        return
+    for name, module in model.named_modules(remove_duplicate=False):
+        layer = lists.get(id(module))
+        if layer is None or name == _join(_block(layer), "experts"):
+            continue
+        holder = model.get_submodule(name.rpartition(".")[0])
+        if holder is not layer.block:
+            raise ValueError(
+                f"{name}: must not be the experts of {_block(layer)}, whose router is another"
+            )
+
+
+def _block(layer: MoELayer) -> str:
+    return layer.name.rpartition(".")[0]
+
+
+def _join(block: str, child: str) -> str:
+    return f"{block}.{child}" if block else child
 
 
 def _permute(tensor: Tensor, order: NDArray[np.int64]) -> None:

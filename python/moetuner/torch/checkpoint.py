@@ -25,9 +25,13 @@ from moetuner.torch.order import (
     inverse_of,
     order_of,
 )
+from moetuner.torch.state import Held, held_as, renumbered
 
 INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20
+
+# Whole numbers of 16 bits or more, as safetensors calls them.
+WHOLE = {"I16", "I32", "I64", "U16", "U32", "U64"}
 
 # The same weights in another format would stay in their old order, and be taken for the new ones.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -116,13 +120,13 @@ def _settings(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 
 
 def _moves(
-    shapes: Mapping[str, tuple[int, ...]],
+    held: Mapping[str, Held],
     order: Order,
     settings: Mapping[str, Any] | None,
     inverse: bool,
 ) -> dict[str, Move]:
     """Say what becomes of every tensor, if that is exact."""
-    if settings is None and any(name.endswith("e_score_correction_bias") for name in shapes):
+    if settings is None and any(name.endswith("e_score_correction_bias") for name in held):
         raise ValueError(
             "config is needed: a router with e_score_correction_bias may be limited to groups "
             "(config={'n_group': 1} if it is not)"
@@ -131,7 +135,7 @@ def _moves(
     groups = groups_chosen(about.get("n_group"), about.get("topk_group"), about.get("topk_method"))
     for layer, positions in enumerate(order):
         check_groups(positions, groups, f"layer {layer}")
-    return plan(shapes, inverse_of(order) if inverse else order, about.get("num_hidden_layers"))
+    return plan(held, inverse_of(order) if inverse else order, about.get("num_hidden_layers"))
 
 
 def _permute_tensors(
@@ -140,7 +144,7 @@ def _permute_tensors(
     settings: Mapping[str, Any] | None,
     inverse: bool,
 ) -> dict[str, Tensor]:
-    moves = _moves({n: tuple(t.shape) for n, t in tensors.items()}, order, settings, inverse)
+    moves = _moves({n: held_as(t) for n, t in tensors.items()}, order, settings, inverse)
     routers: dict[str, list[NDArray[np.uint8]]] = {}
     for name, move in moves.items():
         if move.is_router and move.block is not None and move.order is not None:
@@ -155,6 +159,8 @@ def _permute_tensors(
             # As bytes: not every type of number can be indexed.
             bits = rows.contiguous().view(torch.uint8)[torch.from_numpy(move.order).to(rows.device)]
             tensor = bits.view(tensor.dtype).reshape(tensor.shape)
+        elif move.ids is not None:
+            tensor = renumbered(name, tensor, move.ids)
         moved[move.name] = tensor
     return moved
 
@@ -182,20 +188,21 @@ def _permute_folder(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: must be a new or an empty folder")
     headers = {file: _safetensors.read_header(file) for file in files}
-    shapes: dict[str, tuple[int, ...]] = {}
+    held: dict[str, Held] = {}
     for file, header in headers.items():
         with naming(file):
             for name, entry in header.entries.items():
-                if name in shapes:
+                if name in held:
                     raise ValueError(f"tensor {name} is in another file as well")
-                shapes[name] = tuple(entry["shape"])
+                held[name] = Held(tuple(entry["shape"]), entry["dtype"] in WHOLE)
     with naming(source):
-        moves = _moves(shapes, order, settings, inverse)
+        moves = _moves(held, order, settings, inverse)
         _check_all_ties(_router_rows(headers, moves), moves)
+        tables = _tables(headers, moves)
     out.mkdir(parents=True, exist_ok=True)
     for file, header in headers.items():
         with replacing(out / file.name) as temporary:
-            _write_shard(file, header, moves, temporary)
+            _write_shard(file, header, moves, tables, temporary)
     for other in sorted(source.iterdir()):
         if other.is_file() and other.suffix not in WEIGHTS and other.name != INDEX:
             shutil.copyfile(other, out / other.name)
@@ -238,10 +245,32 @@ def _router_rows(
     return rows
 
 
+def _tables(
+    headers: Mapping[Path, _safetensors.Header], moves: Mapping[str, Move]
+) -> dict[str, bytes]:
+    """Compute what the tables of experts' ids become, before anything is written."""
+    found = {}
+    for file, header in headers.items():
+        for name, entry in header.entries.items():
+            ids = moves[name].ids
+            if ids is not None:
+                begin, end = entry["data_offsets"]
+                with file.open("rb") as data:
+                    data.seek(header.data + begin)
+                    kind = f"<{entry['dtype'].lower()[0]}{int(entry['dtype'][1:]) // 8}"
+                    old = torch.from_numpy(np.frombuffer(data.read(end - begin), kind).astype("i8"))
+                found[name] = renumbered(name, old, ids).numpy().astype(kind).tobytes()
+    return found
+
+
 def _write_shard(
-    file: Path, header: _safetensors.Header, moves: Mapping[str, Move], path: Path
+    file: Path,
+    header: _safetensors.Header,
+    moves: Mapping[str, Move],
+    tables: Mapping[str, bytes],
+    path: Path,
 ) -> None:
-    """Write a file with new names and row orders; every tensor stays where it was in it."""
+    """Write a file with new names, row orders and ids; every tensor stays where it was in it."""
     entries: dict[str, Any] = {"__metadata__": header.metadata} if header.metadata else {}
     entries.update({moves[name].name: entry for name, entry in header.entries.items()})
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -251,6 +280,10 @@ def _write_shard(
         start = new.tell()
         for name, entry in header.entries.items():
             begin, end = entry["data_offsets"]
+            if name in tables:
+                new.seek(start + begin)
+                new.write(tables[name])
+                continue
             order = moves[name].order
             rows = 1 if order is None else len(order)
             size, rest = divmod(end - begin, rows)

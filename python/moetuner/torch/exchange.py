@@ -7,6 +7,8 @@ before any row is sent, and on every rank.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,44 @@ FAULTS = {
     MISFIT: "its tensors do not fit the layer",
 }
 
+# What a rank says of the backward pass, beside the faults.
+TOKENS_LEARN, EXPERTS_LEARN, NO_GRADIENTS = 8, 16, 32
+
+
+class Backward:
+    """The backward pass of one step: who wants gradients, and a thread through its exchanges.
+
+    An exchange takes all ranks, in the backward pass as well. So it must be recorded on all ranks
+    or on none, also where a rank's own tokens and experts need no gradient. Every exchange gives a
+    thread to the next one, a number that needs a gradient; so none is left out, and their order is
+    the same on every rank.
+
+    Parameters
+    ----------
+    tokens
+        Whether hidden states or router weights of this rank need gradients.
+    experts
+        Whether its experts do.
+    """
+
+    def __init__(self, *, tokens: bool = False, experts: bool = False) -> None:
+        self.wants = tokens * TOKENS_LEARN | experts * EXPERTS_LEARN
+        if not torch.is_grad_enabled():
+            self.wants = NO_GRADIENTS
+        self.thread: Tensor | None = None
+
+    def exchange(self, splits: Splits, if_any: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Exchange the rows of tensors [R,...] as one message per rank; differentiable.
+
+        It is recorded if a rank has said one of the bits ``if_any``.
+        """
+        if self.thread is None and splits.learning & if_any:
+            self.thread = torch.zeros((), device=tensors[0].device, requires_grad=True)
+        thread, *out = _Exchange.apply(splits, self.thread, *tensors)
+        if self.thread is not None:
+            self.thread = thread
+        return tuple(out)
+
 
 @dataclass(frozen=True)
 class Header:
@@ -36,25 +76,32 @@ class Header:
         How a row with its slots and weights is made up.
     faults
         Bits of ``FAULTS``, a scalar on the device of the rows.
+    wants
+        Bits of ``Backward.wants``.
     """
 
     fingerprint: int
     layout: int
     faults: Tensor
+    wants: int = 0
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows that go to and come from every rank of a group."""
+    """Rows that go to and come from every rank of a group.
+
+    ``learning`` has the bits of ``Backward.wants`` of all ranks.
+    """
 
     send: list[int]
     receive: list[int]
     group: dist.ProcessGroup | None
+    learning: int = 0
 
     @property
     def back(self) -> Splits:
         """The same rows on their way home."""
-        return Splits(self.receive, self.send, self.group)
+        return Splits(self.receive, self.send, self.group, self.learning)
 
 
 class Hop:
@@ -68,6 +115,10 @@ class Hop:
         What must be the same on all ranks.
     group
         The ranks.
+    experts
+        Experts of the placement.
+    backward
+        The backward pass of the step that this is an exchange of.
 
     Raises
     ------
@@ -78,8 +129,15 @@ class Hop:
     """
 
     def __init__(
-        self, target: Tensor, header: Header, group: dist.ProcessGroup | None, *, experts: int
+        self,
+        target: Tensor,
+        header: Header,
+        group: dist.ProcessGroup | None,
+        *,
+        experts: int,
+        backward: Backward,
     ) -> None:
+        self._backward = backward
         ranks = dist.get_world_size(group)
         rows, top_k = target.shape
         visits = torch.zeros(rows, ranks + 1, dtype=torch.bool, device=target.device)
@@ -97,11 +155,13 @@ class Hop:
 
     def send(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Send row r of every tensor [R,...] to its ranks; gives what came, by rank."""
-        return exchange(self.splits, *(tensor[self._row] for tensor in tensors))
+        rows = (tensor[self._row] for tensor in tensors)
+        return self._backward.exchange(self.splits, TOKENS_LEARN, *rows)
 
     def gather(self, results: Tensor) -> Tensor:
         """Send results back; gives each row's sum in ascending order of rank."""
-        (returned,) = exchange(self.splits.back, results)
+        back, either = self.splits.back, TOKENS_LEARN | EXPERTS_LEARN
+        (returned,) = self._backward.exchange(back, either, results)
         return sum_rows(returned, self._parts)
 
 
@@ -132,28 +192,24 @@ def sum_rows(values: Tensor, which: Tensor, weights: Tensor | None = None) -> Te
     return total.to(values.dtype)
 
 
-def exchange(splits: Splits, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Exchange the rows of tensors [R,...] as one message per rank; differentiable."""
-    out: tuple[Tensor, ...] = _Exchange.apply(splits, *tensors)
-    return out
-
-
 class _Exchange(torch.autograd.Function):
     """Rows out; in the backward pass their gradients home."""
 
     @staticmethod
-    def forward(ctx: Any, splits: Splits, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, splits: Splits, thread: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor | None, ...]:
         ctx.splits = splits
         ctx.smooth = [tensor.is_floating_point() for tensor in tensors]
         out = _swap(splits, tensors)
         ctx.mark_non_differentiable(*(t for t in out if not t.is_floating_point()))
-        return tuple(out)
+        return None if thread is None else thread.new_zeros(()), *out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, thread: Tensor | None, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         smooth = [g for g, is_smooth in zip(gradients, ctx.smooth, strict=True) if is_smooth]
         back = iter(_swap(ctx.splits.back, smooth))
-        return (None, *(next(back) if is_smooth else None for is_smooth in ctx.smooth))
+        return (None, thread, *(next(back) if is_smooth else None for is_smooth in ctx.smooth))
 
 
 def _swap(splits: Splits, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -187,7 +243,12 @@ def _introduce(
     ranks = len(counts)
     same = torch.tensor([header.fingerprint, header.layout], device=counts.device)
     sent = torch.cat(
-        [counts[:, None], same.expand(ranks, 2), header.faults.expand(ranks)[:, None]], dim=1
+        [
+            counts[:, None],
+            same.expand(ranks, 2),
+            (header.faults + header.wants).expand(ranks)[:, None],
+        ],
+        dim=1,
     )
     came = torch.empty_like(sent)
     dist.all_to_all_single(came, sent, group=group)
@@ -206,4 +267,14 @@ def _introduce(
             me = dist.get_rank(group)
             verb = "other placements than" if what == "placements" else f"{what} than"
             raise RuntimeError(f"ranks {others} have {verb} rank {me}: nothing was sent")
-    return Splits([row[4] for row in table], [row[0] for row in table], group)
+    wants = [row[3] for row in table]
+    learning = [rank for rank in range(ranks) if wants[rank] & (TOKENS_LEARN | EXPERTS_LEARN)]
+    others = [rank for rank in range(ranks) if wants[rank] & NO_GRADIENTS]
+    if learning and others:
+        raise RuntimeError(
+            f"ranks {learning} need gradients and ranks {others} have them disabled: nothing was "
+            "sent"
+        )
+    either = TOKENS_LEARN | EXPERTS_LEARN
+    every = functools.reduce(operator.or_, wants) & either
+    return Splits([row[4] for row in table], [row[0] for row in table], group, every)

@@ -6,12 +6,23 @@ experts' results. It does not route, and adds no shared expert.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from moetuner.placement import Placement
-from moetuner.torch.exchange import MISFIT, NO_EXPERT, NOT_FINITE, Header, Hop, sum_rows
+from moetuner.torch.exchange import (
+    MISFIT,
+    NO_EXPERT,
+    NOT_FINITE,
+    Backward,
+    Header,
+    Hop,
+    sum_rows,
+)
+from moetuner.torch.expert_state import ByExpert, by_expert, fill, own_tensors, renewed
 from moetuner.torch.experts import Experts
 from moetuner.torch.routes import Routes
 from moetuner.torch.traffic import TrafficCounters
@@ -49,6 +60,12 @@ class ExpertParallelMoE(nn.Module):
     traffic
         Rows and bytes exchanged with every peer; ``moetuner.traffic.dispatch_rows`` predicts them.
 
+    Notes
+    -----
+    The state has the weights of this rank's experts one by one, as ``expert.3.up``: saved by
+    ``torch.distributed.checkpoint`` from all ranks, it can be loaded into any other placement. The
+    state of an optimizer follows the slots, and is each rank's own.
+
     Raises
     ------
     ValueError
@@ -71,13 +88,79 @@ class ExpertParallelMoE(nn.Module):
         self.experts = experts
         self.devices_per_node, self.split = devices_per_node, split
         self.traffic = TrafficCounters(self.ranks)
-        self.device = next(iter(experts.weights().values())).device
         self.routes = self._routes(placement, layer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the experts' weights are."""
+        return next(iter(self.experts.weights().values())).device
 
     @property
     def placement(self) -> Placement:
         """The placement in force."""
         return self.routes.placement
+
+    @property
+    def expert(self) -> ByExpert:
+        """The weights of this rank's experts one by one, as the state names them."""
+        return by_expert(self.experts.weights(), self._slots())
+
+    def _slots(self) -> list[int]:
+        slots: list[int] = self.placement.slots[self.routes.layer, self.rank].tolist()
+        return slots
+
+    def state_dict(
+        self, *arguments: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        """Give the state, with the weights of this rank's experts one by one."""
+        state = super().state_dict(
+            *arguments, destination=destination, prefix=prefix, keep_vars=keep_vars
+        )
+        for name in own_tensors(self.experts, self.experts.weights()):
+            state.pop(f"{prefix}experts.{name}", None)
+        for key, weight in self.expert.weights.items():
+            state[f"{prefix}expert.{key}"] = weight if keep_vars else weight.detach()
+        return state
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        mine, weights = f"{prefix}expert.", self.experts.weights()
+        names = [key for key in state_dict if key.startswith(mine)]
+        given = {name.removeprefix(mine): state_dict.pop(name) for name in names}
+        own = own_tensors(self.experts, weights)
+        old = [key for name in own if (key := f"{prefix}experts.{name}") in state_dict]
+        if old:
+            error_msgs.append(f"{old[0]} is of slots, and must be of experts one by one")
+        if local_metadata.get("assign_to_params_buffers"):
+            # Those in use may have no memory.
+            new = renewed(weights, given)
+            names_of = {id(weight): name for name, weight in weights.items()}
+            own = {n: new[names_of[id(t)]] if id(t) in names_of else t for n, t in own.items()}
+            kept = {id(tensor) for tensor in own.values()}
+            weights = {n: new[n] if id(new[n]) in kept else w for n, w in weights.items()}
+        missing, strange, wrong = fill(weights, self._slots(), given, self.placement.num_experts)
+        missing_keys += [mine + key for key in missing]
+        unexpected_keys += [mine + key for key in strange if strict]
+        error_msgs += [mine + message for message in wrong]
+        # The experts have what is theirs; of themselves they find nothing else.
+        state_dict.update({f"{prefix}experts.{name}": tensor for name, tensor in own.items()})
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
     def switch(self, placement: Placement) -> None:
         """Put another placement in force; the experts' weights must be in its slots already."""
@@ -95,13 +178,14 @@ class ExpertParallelMoE(nn.Module):
                     f"experts: {name} must have the placement's {placement.slots_per_device} "
                     f"slots, got {list(weight.shape)}"
                 )
+        self._routed_on = self.device
         return Routes(
             placement,
             layer,
             rank=self.rank,
             devices_per_node=self.devices_per_node,
             split=self.split,
-            device=self.device,
+            device=self._routed_on,
         )
 
     def forward(
@@ -138,6 +222,9 @@ class ExpertParallelMoE(nn.Module):
         RuntimeError
             On every rank if their placements differ.
         """
+        if self._routed_on != self.device:
+            # The weights have moved, or got memory: the placement is known here, wherever they are.
+            self.routes = self._routes(self.placement, self.routes.layer)
         misfit = self._misfit(hidden_states, top_k_index, top_k_weights, first_token)
         if misfit:
             self._refuse(misfit)
@@ -152,12 +239,15 @@ class ExpertParallelMoE(nn.Module):
         slots = routes.slots_of(known, position).to(torch.int32)
 
         rows, weights = hidden_states, top_k_weights
+        backward = Backward(
+            tokens=rows.requires_grad or weights.requires_grad, experts=self._experts_learn()
+        )
         width, hops = routes.slots_per_device, []
         for size in (routes.node_size, 1) if self.devices_per_node else (1,):
             # First to the rank with this one's number in each node, then to each device.
             target = slots.long() // (width * size) * size + self.rank % size
             target = torch.where(slots < 0, -1, target)
-            hop = self._hop(target, rows, weights, faults)
+            hop = self._hop(target, rows, weights, faults, backward)
             rows, slots, weights = hop.send(rows, slots, weights)
             here = slots.long() // (width * size) == self.rank // size
             slots = torch.where(here, slots, -1)
@@ -168,15 +258,25 @@ class ExpertParallelMoE(nn.Module):
         self.traffic.steps += 1
         return results
 
-    def _hop(self, target: Tensor, rows: Tensor, weights: Tensor, faults: Tensor) -> Hop:
+    def _hop(
+        self, target: Tensor, rows: Tensor, weights: Tensor, faults: Tensor, backward: Backward
+    ) -> Hop:
         row, top_k = rows.shape[1] * rows.element_size(), weights.shape[1]
         whole = row + top_k * (4 + weights.element_size())
         # Rows of equal length could still be cut differently.
-        header = Header(self.routes.fingerprint, whole | top_k << 40, faults)
-        hop = Hop(target, header, self.group, experts=self.routes.experts)
+        layout = whole | top_k << 40
+        header = Header(self.routes.fingerprint, layout, faults, backward.wants)
+        hop = Hop(target, header, self.group, experts=self.routes.experts, backward=backward)
         sent, received = hop.splits.send, hop.splits.receive
         self.traffic.count(self.rank, sent, received, dispatch_row=whole, combine_row=row)
         return hop
+
+    def _experts_learn(self) -> bool:
+        experts = self.experts
+        weights = list(experts.weights().values())
+        if isinstance(experts, nn.Module):
+            weights += experts.parameters()
+        return any(weight.requires_grad for weight in weights)
 
     def _compute(self, rows: Tensor, slots: Tensor, weights: Tensor, here: Tensor) -> Tensor:
         """Sum the results of a row's slots [R,K] in their order, as far as they are ``here``."""
@@ -230,6 +330,7 @@ class ExpertParallelMoE(nn.Module):
         faults = torch.tensor(MISFIT, device=self.device)
         try:
             header = Header(self.routes.fingerprint, 0, faults)
-            Hop(nothing, header, self.group, experts=self.routes.experts)
+            experts = self.routes.experts
+            Hop(nothing, header, self.group, experts=experts, backward=Backward())
         except ValueError:
             raise ValueError(reason) from None

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.torch.order import ROUTER_NAMES, ROUTER_STATE, Order
+from moetuner.torch.order import Order
+from moetuner.torch.state import Held, dependents
 
 EXPERT = re.compile(
     r"(?P<head>(?P<block>.+)\.experts\.(?:local_experts\.)?)(?P<expert>\d+)(?P<tail>\..+)"
@@ -27,23 +28,26 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Move:
-    """What becomes of a tensor: its new name, and its rows' order [E] if they change places."""
+    """What becomes of a tensor: its new name, and what changes in it.
+
+    ``order`` [E] is given if its rows change places, ``ids`` [E] if it holds old experts' ids: the
+    new ones.
+    """
 
     name: str
     block: str | None = None
     order: NDArray[np.int64] | None = None
+    ids: NDArray[np.int64] | None = None
     is_router: bool = False
 
 
-def plan(
-    shapes: Mapping[str, Shape], order: Order, num_hidden_layers: int | None
-) -> dict[str, Move]:
+def plan(held: Mapping[str, Held], order: Order, num_hidden_layers: int | None) -> dict[str, Move]:
     """Say what becomes of every tensor of a checkpoint.
 
     Parameters
     ----------
-    shapes
-        Shape of each tensor by its name.
+    held
+        Shape of each tensor by its name, and whether it holds whole numbers.
     order
         Old expert at every new position [L,E].
     num_hidden_layers
@@ -55,10 +59,10 @@ def plan(
     ValueError
         If layers or experts are not those of the order, or a tensor fits no known layout.
     """
-    parsed = {name: parts for name in shapes if (parts := _expert(name)) is not None}
+    parsed = {name: parts for name in held if (parts := _expert(name)) is not None}
     stacked = {
         name: match["block"]
-        for name in shapes
+        for name in held
         if name not in parsed and (match := STACKED.fullmatch(name)) is not None
     }
     named = {block for _, block, _, _ in parsed.values()} | set(stacked.values())
@@ -66,27 +70,42 @@ def plan(
     row = {block: number for number, block in enumerate(blocks)}
     new_of = np.argsort(order, axis=1)
     experts = order.shape[1]
-    moves: dict[str, Move] = {}
     numbers: dict[str, set[int]] = {}
-    for name, shape in shapes.items():
+    for _, block, expert, _ in parsed.values():
+        numbers.setdefault(block, set()).add(expert)
+    for block in row:
+        found = numbers.get(block, set())
+        if found and found != set(range(experts)):
+            raise ValueError(
+                f"{block}: must have experts 0 to {experts - 1} as the placement has, got "
+                f"{len(found)} from {min(found)} to {max(found)}"
+            )
+    experts_own = {*parsed, *stacked}
+    rest = {name: tensor for name, tensor in held.items() if name not in experts_own}
+    routing = dependents(rest, dict.fromkeys(blocks), experts, named.difference(blocks))
+    moves: dict[str, Move] = {}
+    for name, tensor in held.items():
         if name in parsed:
             head, block, expert, tail = parsed[name]
-            numbers.setdefault(block, set()).add(expert)
             new = int(new_of[row[block], expert]) if block in row and expert < experts else expert
             moves[name] = Move(f"{head}{new}{tail}", block)
         elif name in stacked:
             block = stacked[name]
-            moves[name] = _stacked(name, shape, block, order[row[block]] if block in row else None)
-        else:
-            moves[name] = _router(name, shape, row, order)
-    for block in row:
-        held = numbers.get(block, set())
-        if held and held != set(range(experts)):
-            raise ValueError(
-                f"{block}: must have experts 0 to {experts - 1} as the placement has, got "
-                f"{len(held)} from {min(held)} to {max(held)}"
+            positions = order[row[block]] if block in row else None
+            moves[name] = _stacked(name, tensor.shape, block, positions)
+        elif name in routing:
+            where = routing[name]
+            number = row[where.block]
+            moves[name] = (
+                Move(name, where.block, ids=new_of[number])
+                if where.is_table
+                else Move(name, where.block, order[number], is_router=True)
             )
-        if not any(move.is_router and move.block == block for move in moves.values()):
+        else:
+            moves[name] = Move(name)
+    routed = {move.block for move in moves.values() if move.is_router}
+    for block in row:
+        if block not in routed:
             raise ValueError(f"{block}: must have the weights of its router beside its experts")
     return moves
 
@@ -106,7 +125,8 @@ def _blocks(found: set[str], layers: int, num_hidden_layers: int | None) -> list
 
     def number(block: str) -> int:
         layer = LAYER.search(block + ".")
-        return int(layer[1]) if layer else 0
+        numbers = [part for part in block.split(".") if part.isdigit()]
+        return int(layer[1]) if layer else int(numbers[-1]) if numbers else 0
 
     blocks = sorted(found, key=lambda block: (number(block), block))
     if len(blocks) > layers:
@@ -129,22 +149,3 @@ def _stacked(name: str, shape: Shape, block: str, order: NDArray[np.int64] | Non
             f"{list(shape)}"
         )
     return Move(name, block, order)
-
-
-def _router(name: str, shape: Shape, row: Mapping[str, int], order: Order) -> Move:
-    parts = name.split(".")
-    block = next(
-        (b for n in range(len(parts) - 1) if (b := ".".join(parts[: -1 - n])) in row), None
-    )
-    if block is None:
-        return Move(name)
-    path = name[len(block) + 1 :].split(".")
-    if not (path[0] in ROUTER_NAMES or len(path) == 1) or any("norm" in part for part in path):
-        return Move(name)
-    experts = order.shape[1]
-    known = path[-1] in ROUTER_STATE and (shape[:1] == (experts,) or shape == (1, experts))
-    if not known and experts in shape:
-        raise ValueError(
-            f"{name}: {list(shape)} may depend on the order of experts in a way that is not known"
-        )
-    return Move(name, block, order[row[block]], is_router=True) if known else Move(name, block)

@@ -15,15 +15,6 @@ Order = NDArray[np.int64]
 
 ROUTER_NAMES = ("gate", "router")
 
-# What a router may hold per expert; anything else with that size is not touched unseen.
-ROUTER_STATE = (
-    "weight",
-    "bias",
-    "e_score_correction_bias",
-    "expert_bias",
-    "per_expert_scale",
-)
-
 
 def order_of(placement: Placement) -> Order:
     """Old expert at every new position [L,E]: device by device, ascending within a device.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moetuner.torch.order import ROUTER_NAMES, groups_chosen
 
 SIZE_NAMES = ("num_experts", "n_routed_experts", "num_local_experts")
-TOP_K_NAMES = ("top_k", "num_experts_per_tok", "topk")
+TOP_K_NAMES = ("top_k", "num_experts_per_tok", "topk", "top_k_experts")
 GROUP_NAMES = ("num_group", "n_group")
 
 

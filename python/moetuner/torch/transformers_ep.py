@@ -37,8 +37,8 @@ def register_placement(
 
     Call it on every rank before ``from_pretrained(..., distributed_config=...)``. Layers are
     numbered in the order of the model's modules; a model loaded afterwards starts anew. The experts
-    are for inference: they take no gradients, and a model whose experts are placed is not to be
-    saved, since its files would hold them in the order of the slots.
+    are for inference: they take no gradients, and a model whose experts are placed neither gives
+    nor loads a state (``NotImplementedError``), which would have them in the order of the slots.
 
     Parameters
     ----------
@@ -131,11 +131,15 @@ class _PlacedExperts(EPImplementation):
             both = min(len(weight), local)
             weight[:both] = loaded[name][:both]
         spares.put(placed)
-        for name, weight in placed.items():
-            self.module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        # The module's parameters are those that run, so that they move with the model.
+        parameters = {n: nn.Parameter(w, requires_grad=False) for n, w in placed.items()}
+        for name, parameter in parameters.items():
+            self.module.register_parameter(name, parameter)
         self.module.num_experts = slots.shape[1]
+        self.module.register_state_dict_pre_hook(_no_state)  # type: ignore[no-untyped-call]
+        self.module.register_load_state_dict_pre_hook(_no_state)  # type: ignore[no-untyped-call]
         self.layer = ExpertParallelMoE(
-            _ModuleExperts(self.module, self.experts_forward, placed),
+            _ModuleExperts(self.module, self.experts_forward, parameters),
             placement,
             number,
             group=group,
@@ -178,10 +182,9 @@ class _ModuleExperts:
         self,
         module: nn.Module,
         forward: Callable[[Tensor, Tensor, Tensor], Tensor],
-        placed: dict[str, Tensor],
+        placed: dict[str, nn.Parameter],
     ) -> None:
-        self.module, self.forward = module, forward
-        self.placed = {name: nn.Parameter(w, requires_grad=False) for name, w in placed.items()}
+        self.module, self.forward, self.placed = module, forward, placed
 
     def __call__(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Compute each row by its slot alone, with weight 1."""
@@ -199,6 +202,13 @@ class _ModuleExperts:
     def weights(self) -> dict[str, Tensor]:
         """Give the parameters in the slots."""
         return dict(self.placed)
+
+
+def _no_state(*_: object) -> None:
+    raise NotImplementedError(
+        "a model whose experts are placed cannot be saved, nor a state loaded into it: it would "
+        "hold experts in the order of its slots; do that before its first step"
+    )
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,189 @@
+"""What of a model's state depends on the order of its experts, in memory and in checkpoints alike.
+
+Names and shapes are all there is to tell by. What is known to depend on the order moves with the
+experts, what is known not to stays, and whatever else could is refused: a model that chooses other
+experts without a word is worse than none.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moetuner.torch.order import ROUTER_NAMES
+
+# What a router holds per expert, experts first.
+ROWS = (
+    "weight",
+    "bias",
+    "e_score_correction_bias",
+    "expert_bias",
+    "router_bias",
+    "per_expert_scale",
+)
+
+# Tables of experts' ids: the ids change, and nothing moves.
+TABLES = ("tid2eid",)
+
+# Names that speak of choosing experts, wherever in a layer they stand.
+CHOOSES = re.compile(r"router|expert|e_score|eid|correction|(^|[._])moe([._]|$)")
+
+# Names of what computes the same for every order of the experts, and of what does if it does not
+# speak of choosing.
+APART = re.compile(r"(^|\.)shared?_|(^|\.)shared?\.|attn|attention|mamba|conv|rotary|rope")
+DENSE = re.compile(r"norm|embed|(^|\.)(mlp|ffn|feed_forward|dense)\.")
+
+# Whole numbers that come with quantised weights and with positions.
+PACKED = re.compile(r"qweight|qzeros|g_idx|perm|weight_(shape|packed|zero_point)|position|quant")
+
+# Up to the last number in the name of a block: its layer.
+LAYER = re.compile(r"(?:.*\.)?\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor of a model: its shape, and whether it holds whole numbers of 16 bits or more."""
+
+    shape: tuple[int, ...]
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Dependent:
+    """Where a tensor belongs; ``is_table`` says that it holds ids, not a row for each expert."""
+
+    block: str
+    is_table: bool
+
+
+def dependents(
+    held: Mapping[str, Held],
+    routers: Mapping[str, str | None],
+    experts: int,
+    others: Iterable[str] = (),
+) -> dict[str, Dependent]:
+    """Find what depends on the order of the experts, apart from the experts themselves.
+
+    Parameters
+    ----------
+    held
+        The tensors of a model by name, without those of the experts.
+    routers
+        Name of every MoE block that is put in order, with that of its router; None if the router
+        is a child with a usual name.
+    experts
+        Number of experts E.
+    others
+        Names of MoE blocks that keep their order.
+
+    Raises
+    ------
+    ValueError
+        Naming a tensor that may depend on the order in a way that is not known.
+    """
+    others = set(others)
+    places = sorted({*routers, *others}, key=len, reverse=True)
+    layers: dict[str, list[str]] = {}
+    for block in routers:
+        if (layer := LAYER.match(block)) is not None:
+            layers.setdefault(f"{layer[0]}.", []).append(block)
+    found: dict[str, Dependent] = {}
+    weights: dict[str, str] = {}
+    for name, tensor in held.items():
+        place = next((place for place in places if _is_under(name, place)), None)
+        if place in others or math.prod(tensor.shape) <= 1:
+            continue
+        if place is not None:
+            block, path = place, name[len(place) + 1 :] if place else name
+            kind = _kind(path, tensor, experts, routes=_routes(name, path, routers[block]))
+        else:
+            beside = next((start for start in layers if name.startswith(start)), "")
+            path = name[len(beside) :]
+            if not _may_choose(path, tensor, experts, in_layer=bool(beside)):
+                continue
+            # Beside a block, in its layer: state of its router under another name.
+            block, *more = layers.get(beside, [""])
+            kind = None if more or not beside else _kind(path, tensor, experts, routes=True)
+        if kind is None:
+            raise ValueError(
+                f"{name}: {list(tensor.shape)} may depend on the order of experts in a way that "
+                "is not known"
+            )
+        # Of two matrices in a row one has rows per expert, and nobody can say which.
+        is_weight = kind == "rows" and path.endswith("weight")
+        if is_weight and weights.setdefault(block, name) != name:
+            raise ValueError(
+                f"{name}: {list(tensor.shape)} must be the only weight of its router with "
+                f"{experts} rows, {weights[block]} is another"
+            )
+        if kind:
+            found[name] = Dependent(block, is_table=kind == "ids")
+    return found
+
+
+def held_as(tensor: Tensor) -> Held:
+    """Give what is to be known of a tensor."""
+    fractions = tensor.is_floating_point() or tensor.is_complex()
+    return Held(tuple(tensor.shape), not fractions and tensor.element_size() > 1)
+
+
+def renumbered(name: str, table: Tensor, new: NDArray[np.int64]) -> Tensor:
+    """Give a table of experts' ids with the new number of every old expert [E].
+
+    Raises
+    ------
+    ValueError
+        If it holds other numbers.
+    """
+    old = table.long()
+    if table.numel() and not 0 <= int(old.min()) <= int(old.max()) < len(new):
+        raise ValueError(
+            f"{name}: must hold experts 0 to {len(new) - 1}, got {int(old.min())} to "
+            f"{int(old.max())}"
+        )
+    return torch.from_numpy(new).to(old.device)[old].to(table.dtype)
+
+
+def _kind(path: str, tensor: Held, experts: int, *, routes: bool) -> str | None:
+    """Say "rows" or "ids" of what depends on the order, "" of what does not; None if unknown."""
+    shape, last = tensor.shape, path.rpartition(".")[2]
+    chooses = routes or CHOOSES.search(path) is not None
+    if APART.search(path) or (not chooses and DENSE.search(path)):
+        return ""
+    if last in TABLES and tensor.whole:
+        return "ids"
+    # Under an unknown name there could be any matrix of as many rows.
+    known = last in ROWS and "norm" not in path and (chooses or "." not in path)
+    if known and (shape[0] == experts or shape == (1, experts)):
+        return "rows"
+    if not routes and last in ("weight", "bias") and experts not in shape:
+        return ""  # a matrix before or behind the experts
+    if chooses:
+        return "" if ("norm" in path or last == "scale") and experts not in shape else None
+    return None if experts in shape or tensor.whole else ""
+
+
+def _may_choose(path: str, tensor: Held, experts: int, *, in_layer: bool) -> bool:
+    """Say whether what stands outside of all blocks has to be looked at."""
+    if APART.search(path):
+        return False
+    if not in_layer:
+        return CHOOSES.search(path) is not None and (experts in tensor.shape or tensor.whole)
+    return CHOOSES.search(path) is not None or (tensor.whole and not PACKED.search(path))
+
+
+def _routes(name: str, path: str, router: str | None) -> bool:
+    if router is not None:
+        return _is_under(name, router)
+    return any(part in ROUTER_NAMES for part in path.split("."))
+
+
+def _is_under(name: str, module: str) -> bool:
+    return not module or name.startswith(f"{module}.")

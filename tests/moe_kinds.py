@@ -1,0 +1,170 @@
+"""Every MoE architecture of the installed transformers, found in its source and built tiny."""
+
+import importlib
+import inspect
+import re
+from functools import cache
+from pathlib import Path
+
+from moe_models import torch, transformers
+from transformers.models.auto.configuration_auto import (
+    CONFIG_MAPPING,
+    CONFIG_MAPPING_NAMES,
+    model_type_to_module_name,
+)
+
+EXPERTS, LARGEST = 8, 4_000_000
+
+# Given to a configuration as far as it has such a setting.
+_SIZES = {
+    8: "num_experts n_routed_experts num_local_experts moe_num_experts num_key_heads head_dim "
+    "kv_lora_rank q_lora_rank qk_nope_head_dim v_head_dim linear_key_head_dim index_head_dim "
+    "linear_value_head_dim mamba_d_state mamba_n_heads mamba_d_head global_head_dim "
+    "mamba_num_heads mamba_head_dim ssm_state_size",
+    16: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
+    "expert_ffn_hidden_size expert_hidden_size moe_latent_size "
+    "moe_shared_expert_intermediate_size moe_shared_intermediate_size moe_hidden_size",
+    2: "num_experts_per_tok num_experts_per_token moe_num_experts_per_tok moe_k moe_topk "
+    "top_k_experts num_key_value_heads linear_num_key_heads mamba_expand index_n_heads",
+    1: "moe_num_shared_experts n_shared_experts num_shared_experts num_shared_expert "
+    "first_k_dense_replace num_dense_layers mamba_n_groups n_groups eos_token_id",
+    4: "num_hidden_layers num_attention_heads qk_rope_head_dim linear_num_value_heads "
+    "mamba_dt_rank mamba_d_conv",
+    0: "hidden_size_per_layer_input num_kv_shared_layers pad_token_id",
+    32: "hidden_size ffn_hidden_size sliding_window",
+    48: "intermediate_size intermediate_size_mlp",
+    64: "vocab_size vocab_size_per_layer_input attention_chunk_size index_topk unpadded_vocab_size",
+    128: "max_position_embeddings",
+    12: "qk_head_dim",
+    None: "bos_token_id",
+}
+SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
+MAY_BE_NONE = (
+    "n_shared_experts",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "head_dim",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+)
+HALF = ["linear_attention", "full_attention"] * 2
+SPECIAL = {
+    "deepseek_v2": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    "dots1": {"layer_types": ["full_attention"] * 4},
+    "qwen3_next": {"layer_types": HALF},
+    "bailing_hybrid": {"layer_types": HALF},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
+    "gemma4": {"enable_moe_block": True, "moe_intermediate_size": 16, "top_k_experts": 2},
+    "glm5_next": {"qk_rope_head_dim": 0, "qk_head_dim": 8},
+    "glm4v_moe": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
+    },
+    "hy_v4_vl": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
+    },
+    "ernie4_5_vl_moe": {"moe_intermediate_size": [16, 16]},
+    "step3p5": {"sliding_window": 32},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+@cache
+def kinds():
+    """Model types whose source speaks of experts; one of those with the same language model."""
+    models = Path(transformers.__file__).parent / "models"
+    speaks, found = {}, {}
+    for kind in CONFIG_MAPPING_NAMES:
+        folder = model_type_to_module_name(kind)
+        if folder not in speaks:
+            files = (models / folder).glob("modeling_*.py")
+            speaks[folder] = any(re.search(r"\.experts\b|Experts\(", f.read_text()) for f in files)
+        if speaks[folder] and not re.search(r"vision|audio|code_predictor", kind):
+            found.setdefault(CONFIG_MAPPING[kind]().get_text_config().model_type, kind)
+    return list(found.values())
+
+
+def config_of(kind):
+    """Tiny configuration of the language model of a type."""
+    base = CONFIG_MAPPING[kind]().get_text_config()
+    special = SPECIAL.get(base.model_type.removesuffix("_text"), {})
+    given = dict(special)
+    for name, value in SIZES.items():
+        now = known(base, name)
+        may = now is not None or name in MAY_BE_NONE
+        if name not in special and may and now is not ... and not isinstance(now, (list, tuple)):
+            given[name] = value
+    if "kv_lora_rank" in given:
+        given.pop("head_dim", None)
+        if "num_key_value_heads" in given:
+            given["num_key_value_heads"] = 4
+    if known(base, "n_group") not in (..., None) and known(base, "topk_group") not in (..., None):
+        given |= {"n_group": 4, "topk_group": 2}
+    return type(base)(**given)
+
+
+def known(config, name):
+    """Give a setting of a configuration; ... if it has none, "several" if layers differ."""
+    try:
+        return getattr(config, name, ...)
+    except Exception:
+        return "several"
+
+
+def build(kind):
+    """Build a model whose routers are decided and whose biases and tables are not zero."""
+    config = config_of(kind)
+    made = class_of(config)
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in made(config).parameters())
+    if size > LARGEST:
+        raise RuntimeError(f"{size} weights are too many for a test, at most {LARGEST}")
+    torch.manual_seed(0)
+    model = made(config).eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("tid2eid"):
+                first = torch.randint(EXPERTS, tensor.shape[:1])
+                tensor.copy_(torch.stack([first, (first + 3) % EXPERTS], dim=1))
+            if not tensor.is_floating_point() or re.search("inv_freq|rotary|norm", name):
+                continue
+            if re.search(r"(gate|router).*weight", name):
+                tensor.normal_(std=0.5)
+            elif "bias" in name:
+                tensor.normal_(std=0.1)
+            elif "experts" in name:
+                tensor.normal_(std=0.2)
+    return model
+
+
+def class_of(config):
+    """Give the model class for a configuration, with a head if there is one."""
+    module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
+    found = [
+        model
+        for _, model in inspect.getmembers(module, inspect.isclass)
+        if issubclass(model, transformers.PreTrainedModel)
+        and model.config_class is type(config)
+        and not model.__name__.endswith("PreTrainedModel")
+    ]
+    order = ("ForCausalLM", "ForConditionalGeneration", "Model", "")
+    return min(
+        found, key=lambda m: next(i for i, end in enumerate(order) if m.__name__.endswith(end))
+    )
+
+
+def outputs(model, tokens):
+    """Logits of a model, or what it has instead."""
+    with torch.no_grad():
+        found = model(input_ids=tokens)
+    logits = getattr(found, "logits", None)
+    return found.last_hidden_state if logits is None else logits
