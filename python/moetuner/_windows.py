@@ -13,7 +13,7 @@ from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
-from moetuner.traffic import HASH, copies
+from moetuner.traffic import copies, mixed
 
 Floats = NDArray[np.float64]
 
@@ -147,8 +147,7 @@ def crossings(placement: Placement, trace: RoutingTrace) -> Floats | None:
     for shard in trace.shards():
         for begin in range(0, len(shard), AT_ONCE):
             ids = shard[begin : begin + AT_ONCE].astype(np.int64)
-            position = np.arange(first, first + len(ids))
-            hashed = (position * HASH & 0xFFFFFFFF)[:, None, None]
+            hashed = mixed(np.arange(first, first + len(ids)))[:, None, None]
             on = device[layer, ids, hashed % number[layer, ids]]
             apart = on[:, :-1, :, None] != on[:, 1:, None, :]
             found[first : first + len(ids)] = apart.mean(axis=(1, 2, 3))
