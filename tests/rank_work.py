@@ -143,7 +143,7 @@ class Case:
 
 
 def decoding(rank, batch, steps):
-    """Take small steps: rows that each copy served of an expert with four, and whether predicted."""
+    """Take small steps: whether the rows are those predicted, and which copies of one they use."""
     ranks = dist.get_world_size()
     slots = np.array([[[0, rank + 1] for rank in range(ranks)]])
     placement = mt.Placement(slots, num_experts=ranks + 1)

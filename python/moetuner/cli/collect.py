@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -86,7 +88,17 @@ def command(
     torch and transformers.
     """
     begin = time.monotonic()
-    with working(f"running {model}") as report:
+    with working(f"running {model}") as report, warnings.catch_warnings():
+        # What was left out, or kept of a recording that was interrupted, is told in a line.
+        show = warnings.showwarning
+
+        def told(message: Warning | str, kind: type[Warning], *where: Any) -> None:
+            if kind is RuntimeWarning:
+                click.echo(f"moetuner: warning: {message}", err=True)
+            else:
+                show(message, kind, *where)
+
+        warnings.showwarning = told
         # These take seconds to import, and not everybody has them.
         try:
             from moetuner.torch.collect import collect
