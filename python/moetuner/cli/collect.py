@@ -98,6 +98,7 @@ def command(
             else:
                 show(message, kind, *where)
 
+        warnings.simplefilter("always", RuntimeWarning)
         warnings.showwarning = told
         # These take seconds to import, and not everybody has them.
         try:
