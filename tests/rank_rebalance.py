@@ -46,7 +46,8 @@ class Model:
         slots = random_slots(rng, LAYERS, self.ranks, EXPERTS, 1)
         self.start = mt.Placement(slots, num_experts=EXPERTS)
         self.layers = [self.layer(number) for number in range(LAYERS)]
-        defaults = {"cost_model": Linear(10.0), "steps_ahead": 1000, "timeout": PATIENCE}
+        # So many steps that it does not matter how long a busy machine takes to decide.
+        defaults = {"cost_model": Linear(10.0), "steps_ahead": 10**9, "timeout": PATIENCE}
         self.rebalancer = Rebalancer(self.layers, **(defaults | options))
         self.favourites = np.zeros((LAYERS, EXPERTS))
         self.load = np.zeros((LAYERS, EXPERTS), dtype=np.int64)
@@ -179,11 +180,11 @@ def failing_rank(rank, how):
         with mock.patch("moetuner.torch.rebalance.solve", side_effect=broken):
             message, _ = refused(model)
     else:
-        load = model.rebalancer._load.copy()
+        load = model.rebalancer._observed.total.copy()
         if rank == 1 and how == "counts":
-            model.rebalancer._load[0, 0] += 1
+            model.rebalancer._observed.total[0, 0] += 1
         message, _ = refused(model)
-        model.rebalancer._load = load
+        model.rebalancer._observed.total = load
     unchanged, before = model.unchanged(), model.step()
     moved, after = model.rebalancer.step().moved, model.step()
     return message, unchanged, before == after == 0.0, moved

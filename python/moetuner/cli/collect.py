@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 import click
 
@@ -92,11 +92,18 @@ def command(
         # What was left out, or kept of a recording that was interrupted, is told in a line.
         show = warnings.showwarning
 
-        def told(message: Warning | str, kind: type[Warning], *where: Any) -> None:
-            if kind is RuntimeWarning:
+        def told(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if category is RuntimeWarning:
                 click.echo(f"moetuner: warning: {message}", err=True)
             else:
-                show(message, kind, *where)
+                show(message, category, filename, lineno, file, line)
 
         warnings.simplefilter("always", RuntimeWarning)
         warnings.showwarning = told
