@@ -27,6 +27,7 @@ from moetuner.torch.transfer import moves
 ITERATIONS = 20_000
 # Largest share of a model's experts that one move brings to other devices, if nobody says more.
 LARGEST_MOVE = 0.25
+FEW = 8  # copies that come to a device: never too many, in a small model
 
 
 class ComputeCost(Protocol):
@@ -108,8 +109,8 @@ class Rebalancer:
     move_budget
         Copies of experts that one move may bring to other devices. None takes what half of the free
         memory of the device with the least holds, times the devices, and at most a quarter of the
-        experts. The layers that gain most by a copy move first; where a rank turns out to have no
-        room, half of the layers move, and so on.
+        experts or eight to a device. The layers that gain most by a copy move first; where a rank
+        turns out to have no room, half of the layers move, and so on.
     seed
         Of the solver.
     timeout
@@ -272,8 +273,8 @@ class Rebalancer:
             return _Plan(current, "a device has no memory for an expert that arrives")
         budget = self.move_budget
         if budget is None:
-            few = math.ceil(current.layers * current.num_experts * LARGEST_MOVE)
-            budget = min(room * current.devices, few)
+            share = math.ceil(current.layers * current.num_experts * LARGEST_MOVE)
+            budget = min(room * current.devices, max(share, FEW * current.devices))
         # Counts are whole; a factor keeps what decay has left behind the point.
         counts = np.rint(observed.learned * 64).astype(np.uint64)
         problem = Problem(
