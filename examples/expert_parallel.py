@@ -53,7 +53,7 @@ def main() -> None:
     experts = GroupedExperts(up[mine], down[mine]).requires_grad_(False)
     layer = ExpertParallelMoE(experts, placement, 0)
     # Five steps of few tokens are noisy counts: what gains less than a tenth may be chance.
-    rebalancer = Rebalancer([layer], PerToken(), steps_ahead=1000, decay=0.5, dead_zone=0.1)
+    rebalancer = Rebalancer([layer], PerToken(), steps_ahead=100_000, decay=0.5, dead_zone=0.1)
 
     x = torch.randn(TOKENS, HIDDEN, generator=generator)
     part = torch.arange(TOKENS).tensor_split(ranks)[rank]

@@ -43,6 +43,15 @@ impl Random {
     }
 }
 
+/// Mixes 32 bits so that every bit of the result depends on all of them, the low ones too: the last step of MurmurHash3.
+#[inline]
+#[must_use]
+pub fn mixed(mut bits: u32) -> u32 {
+    bits = (bits ^ (bits >> 16)).wrapping_mul(0x85EB_CA6B);
+    bits = (bits ^ (bits >> 13)).wrapping_mul(0xC2B2_AE35);
+    bits ^ (bits >> 16)
+}
+
 /// Maps 32 random bits to a number below `n`.
 #[inline]
 #[must_use]

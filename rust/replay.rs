@@ -10,14 +10,14 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result, SLOTS, room_for};
 use crate::pairs::{SHORT_BLOCK, Side, block};
-use crate::random::scale;
+use crate::random::{mixed, scale};
 use crate::statistics::{Windows, by_layers, by_window};
 use crate::trace::{ExpertId, Routing, validate};
 
 /// Which copy of an expert serves a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Split {
-    /// By a hash of the token's position (Knuth's multiplicative one), the same in all layers.
+    /// By a hash of the token's position ([`mixed`]), the same in all layers.
     Even,
     /// The one on the token's home device; else by hash among those of the home's node; else by hash among all. The
     /// home is the hash's leading bits, which spreads homes evenly.
@@ -137,7 +137,7 @@ impl Copies {
         }
         let mut slots = Vec::with_capacity(ids.len());
         for (token, ids) in (first_token..).zip(ids.chunks_exact(top_k)) {
-            let hash = token.wrapping_mul(2_654_435_761) as u32;
+            let hash = mixed(token as u32);
             if self.split == Split::Even {
                 slots.extend(ids.iter().map(|id| of(id)[hash as usize % of(id).len()]));
             } else {

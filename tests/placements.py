@@ -16,3 +16,10 @@ def random_slots(rng, layers, devices, experts, spare):
                 layer[device, slot] = expert
         rng.shuffle(layer, axis=0)
     return slots
+
+
+def murmur(bits):
+    """Mix 32 bits as the end of MurmurHash3 does."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        bits = (bits ^ bits >> shift) * factor % 2**32
+    return bits

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -13,6 +14,7 @@ from rank_work import held, single
 
 import moetuner as mt
 from moetuner.torch import ExpertParallelMoE, GroupedExperts, MoveError, Rebalancer, swiglu
+from moetuner.torch.agreement import Agreement
 from moetuner.torch.transfer import Spares
 
 LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 3, 8, 6, 5, 2
@@ -46,7 +48,8 @@ class Model:
         slots = random_slots(rng, LAYERS, self.ranks, EXPERTS, 1)
         self.start = mt.Placement(slots, num_experts=EXPERTS)
         self.layers = [self.layer(number) for number in range(LAYERS)]
-        defaults = {"cost_model": Linear(10.0), "steps_ahead": 1000, "timeout": PATIENCE}
+        # So many steps that it does not matter how long a busy machine takes to decide.
+        defaults = {"cost_model": Linear(10.0), "steps_ahead": 10**9, "timeout": PATIENCE}
         self.rebalancer = Rebalancer(self.layers, **(defaults | options))
         self.favourites = np.zeros((LAYERS, EXPERTS))
         self.load = np.zeros((LAYERS, EXPERTS), dtype=np.int64)
@@ -179,11 +182,11 @@ def failing_rank(rank, how):
         with mock.patch("moetuner.torch.rebalance.solve", side_effect=broken):
             message, _ = refused(model)
     else:
-        load = model.rebalancer._load.copy()
+        load = model.rebalancer._observed.total.copy()
         if rank == 1 and how == "counts":
-            model.rebalancer._load[0, 0] += 1
+            model.rebalancer._observed.total[0, 0] += 1
         message, _ = refused(model)
-        model.rebalancer._load = load
+        model.rebalancer._observed.total = load
     unchanged, before = model.unchanged(), model.step()
     moved, after = model.rebalancer.step().moved, model.step()
     return message, unchanged, before == after == 0.0, moved
@@ -213,6 +216,86 @@ def decisions(rank):
     even.rebalancer.observe(np.zeros((LAYERS, EXPERTS)))
     found["idle"] = even.rebalancer.step(), 0, False
     return found
+
+
+def little_memory(rank):
+    """Rank 1 has room for one expert: copies that come to devices in each step, and if right."""
+    model = Model(rank)
+    model.unbalance()
+    each = 2 * HIDDEN * INNER * 4
+    spare = each + 1 if rank == 1 else 1 << 40
+    found = []
+    with mock.patch("moetuner.torch.rebalance.spare_bytes", return_value=spare):
+        for _ in range(2):
+            before = model.rebalancer.placement
+            decision = model.rebalancer.step()
+            after = model.rebalancer.placement
+            come = [
+                sum(
+                    len(set(new) - set(old) - {-1})
+                    for new, old in zip(
+                        after.slots[:, device].tolist(),
+                        before.slots[:, device].tolist(),
+                        strict=True,
+                    )
+                )
+                for device in range(model.ranks)
+            ]
+            found.append((decision.moved, come, model.step() == 0.0))
+    return found
+
+
+def no_room_for_two(rank):
+    """Buffers of a second layer fail on rank 1: layers that have moved, and if all is right."""
+    model = Model(rank)
+    model.unbalance()
+    make, held = Spares.__init__, []
+
+    def scarce(self, weights, plan, own):
+        if plan and rank == 1:
+            if held and held[-1]() is not None:
+                raise MemoryError("no room")
+            held.append(weakref.ref(self))
+        make(self, weights, plan, own)
+
+    with mock.patch.object(Spares, "__init__", scarce):
+        decision = model.rebalancer.step()
+    changed = (model.rebalancer.placement.slots != model.start.slots).any(axis=(1, 2))
+    diff = model.start.diff(model.rebalancer.placement)
+    counted = diff.experts_moved == decision.experts_moved
+    return decision.moved, int(changed.sum()), counted, model.step() == 0.0
+
+
+def noise(rank):
+    """Even traffic, few tokens: gains on the counts that were placed by, and on the others."""
+    seen = unseen = 0.0
+    for seed in range(6):
+        model = Model(rank, dead_zone=0.0, seed=seed)
+        random = np.random.default_rng(seed)
+        model.rebalancer.observe(random.multinomial(80, np.full(EXPERTS, 1 / EXPERTS), LAYERS))
+        rebalancer = model.rebalancer
+        plan = rebalancer._plan(1 << 40)
+        learned = rebalancer._observed.like_all(rebalancer._observed.learned)
+        placements = rebalancer.placement, plan.target
+        now, then = (rebalancer._step_us(each, learned) for each in placements)
+        seen += now - then
+        unseen += rebalancer._judge(plan).gain_us
+    return seen, unseen
+
+
+def slow_decisions(rank):
+    """Search for longer than it can bring in: give the reasons of two steps."""
+    model = Model(rank)
+    model.unbalance()
+    agreement, largest = model.rebalancer._agreement, Agreement.largest
+
+    def slow(self, about, value):
+        return largest(self, about, 10**18 if "took" in about and rank == 1 else value)
+
+    with mock.patch.object(Agreement, "largest", slow):
+        first, second = model.rebalancer.step(), model.rebalancer.step()
+    assert agreement is model.rebalancer._agreement
+    return first.reason, second.reason, first.decision_us, model.unchanged()
 
 
 def misuse(rank):

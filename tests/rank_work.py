@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from placements import random_slots
+from torch.utils.checkpoint import checkpoint
 
 import moetuner as mt
 from moetuner.torch import ExpertParallelMoE, GroupedExperts, swiglu
@@ -139,6 +140,63 @@ class Case:
             devices_per_node=self.node,
         )
         return predicted[self.layer]
+
+
+def decoding(rank, batch, steps):
+    """Take small steps: whether the rows are those predicted, and which copies of one they use."""
+    ranks = dist.get_world_size()
+    slots = np.array([[[0, rank + 1] for rank in range(ranks)]])
+    placement = mt.Placement(slots, num_experts=ranks + 1)
+    experts = GroupedExperts(torch.zeros(2, 2, 1), torch.zeros(2, 1, 1)).requires_grad_(False)
+    layer = ExpertParallelMoE(experts, placement, 0)
+    index = torch.zeros(batch, 1, dtype=torch.int64)
+    for _ in range(steps):
+        layer(torch.ones(batch, 1), index, torch.ones(batch, 1))
+    tokens = steps * ranks * batch
+    trace = mt.RoutingTrace.from_arrays(np.zeros((tokens, 1, 1), int), num_experts=ranks + 1)
+    home = np.arange(tokens) // batch % ranks
+    rows = mt.traffic.dispatch_rows(placement, trace, home)[0]
+    return layer.traffic.rows_sent.tolist() == rows[rank].tolist(), rows.tolist()
+
+
+def recomputed(rank):
+    """Whether a layer that is checkpointed gives the gradients of one that is not."""
+    case = Case(3, dist.get_world_size(), exact=False)
+    gradients = []
+    for again in (False, True):
+        layer, at = case.distributed(rank).requires_grad_(True), case.mine(rank)
+        with torch.no_grad():  # what is served in between moves positions on
+            layer(case.x[at], case.index[at], case.w[at])
+        x = case.x[at].requires_grad_(True)
+
+        def run(x, layer=layer, at=at):
+            return layer(x, case.index[at], case.w[at])
+
+        out = checkpoint(run, x, use_reentrant=False) if again else run(x)
+        out.square().sum().backward()
+        gradients.append(x.grad)
+    return torch.equal(*gradients)
+
+
+def autocast(rank):
+    """Bytes on the wire and bytes counted, where experts give bfloat16 for float32."""
+    case = Case(7, dist.get_world_size(), exact=True)
+    layer, at = case.distributed(rank), case.mine(rank)
+    wire, original = [], dist.all_to_all_single
+
+    def listen(out, rows, received=None, sent=None, **named):
+        if sent is not None:
+            away = sum(count for peer, count in enumerate(sent) if peer != rank)
+            wire.append(away * rows[:1].numel() * rows.element_size())
+        return original(out, rows, received, sent, **named)
+
+    with (
+        mock.patch.object(dist, "all_to_all_single", listen),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        out = layer(case.x[at], case.index[at], case.w[at], first_token=at)
+    counted = layer.traffic.dispatch_bytes_sent.sum() + layer.traffic.combine_bytes_sent.sum()
+    return sum(wire) == counted, bool(torch.isfinite(out).all()), out.dtype == case.x.dtype
 
 
 def configurations(rank, seeds, exact):

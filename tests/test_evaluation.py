@@ -7,7 +7,7 @@ import pytest
 from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
-from placements import random_slots
+from placements import murmur, random_slots
 
 import moetuner as mt
 from moetuner import _core, _counts
@@ -15,7 +15,7 @@ from moetuner import _core, _counts
 
 def serving_copy(copies, nodes, token, turn, split):
     """Choose the device that serves a token, of those that have a copy."""
-    hashed = (token * 2654435761) % 2**32
+    hashed = murmur(token)
     if split == "round_robin":
         return copies[turn % len(copies)]
     if split == "nearest":

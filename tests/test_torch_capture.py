@@ -1,13 +1,15 @@
 """capture: what routers choose, token by token, with sequences and groups and without padding."""
 
 import re
+import warnings
 
 import numpy as np
 import pytest
-from moe_models import ARCHITECTURES, build, prompts, torch
+from moe_models import ARCHITECTURES, build, prompts, torch, transformers
 
 import moetuner as mt
-from moetuner.torch import capture, moe_layers
+from moetuner.torch import RoutingCounters, capture, moe_layers
+from moetuner.torch.parts import Parts
 
 
 def choices(model, tokens, mask=None):
@@ -90,6 +92,50 @@ def test_sequences_that_have_ended_are_left_out():
         said = text[row, 7:].tolist()
         fed = said.index(ending) if ending in said else text.shape[1] - 7 - 1
         assert (trace.sequence == row).sum() == 7 + fed
+
+
+def test_endings_are_those_of_the_call():
+    """What ends a sequence is said in the call of generate; a padding token said is text."""
+    model, tokens = build("mixtral"), prompts()
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        free = model.generate(tokens, max_new_tokens=6, do_sample=False)[:, 7:]
+        ending = int(free[0, 1])
+        with capture(model) as recorder:
+            text = model.generate(
+                tokens, max_new_tokens=6, do_sample=False, eos_token_id=ending, pad_token_id=0
+            )[:, 7:].tolist()
+        model.generation_config.pad_token_id = ending
+        with capture(model) as padding:
+            model.generate(
+                tokens, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(tokens)
+            )
+    fed = [said.index(ending) if ending in said else len(said) - 1 for said in text]
+    assert min(fed) < 5
+    assert np.bincount(recorder.trace().sequence).tolist() == [7 + count for count in fed]
+    assert np.bincount(padding.trace().sequence).tolist() == [7 + 5] * 3
+
+
+@pytest.mark.parametrize("how", [{"cache_implementation": "static"}, {"use_cache": False}])
+def test_generation_without_a_growing_cache(how):
+    """Each token of prompt and text once, without padding, as with the cache of every day."""
+    model, tokens = build("qwen3_moe"), prompts()
+    model.generation_config.eos_token_id = None
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    traces, texts = [], []
+    for more in ({}, how):
+        with torch.no_grad(), capture(model) as recorder:
+            given = {"max_new_tokens": 5, "do_sample": False, **more}
+            texts.append(model.generate(tokens, attention_mask=mask, **given))
+        assert recorder.dropped == 0
+        traces.append(recorder.trace())
+    assert texts[0].equal(texts[1])
+    for row in range(3):
+        usual, found = (trace.select(sequences=[row]).expert_ids for trace in traces)
+        assert len(usual) == 7 + 4 - 3 * (row == 0)
+        assert np.array_equal(usual, found)
+    assert [trace.sequence.max() for trace in traces] == [2, 2]
 
 
 def test_a_cache_that_the_model_made():
@@ -197,9 +243,9 @@ def test_recomputation_counts_once():
 
 
 def test_nothing_stays_behind(tmp_path):
-    """After the block, also after an error, the model has no hooks and no file is left."""
+    """After the block, also after an error, the model has no hooks and no raw file is left."""
     model = build("mixtral")
-    modules = list(model.modules())
+    modules, own = list(model.modules()), set(model.__dict__)
 
     def hooks():
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
@@ -213,16 +259,114 @@ def test_nothing_stays_behind(tmp_path):
     assert recorder.trace().tokens == 0
     (tmp_path / "a.safetensors").unlink()
 
-    with (  # noqa: PT012 - the error must come out of the block
+    with (
         pytest.raises(KeyError, match="mine"),
         capture(model, path=tmp_path / "a.safetensors") as recorder,
     ):
-        model(input_ids=prompts())
         raise KeyError("mine")
     assert hooks() == before
+    assert set(model.__dict__) == own
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(RuntimeError, match="ended without an error"):
+    with pytest.raises(RuntimeError, match="ended and has tokens"):
         recorder.trace()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, KeyError])
+@pytest.mark.parametrize("buffer_bytes", [100, 1 << 20])
+def test_an_error_keeps_what_was_recorded(error, buffer_bytes, tmp_path):
+    """It comes out of the block; the passes before are in the trace, and in a file beside it."""
+    model, tokens = build("mixtral"), prompts()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"an older trace")
+    for where in (None, path):
+        recorder = capture(model, path=where, group="g", buffer_bytes=buffer_bytes)
+        with (  # noqa: PT012, PT031 - the error must come out of the block
+            pytest.warns(RuntimeWarning, match=f"{error.__name__}.* 42 tokens until then"),
+            pytest.raises(error),
+            torch.no_grad(),
+            recorder,
+        ):
+            model(input_ids=tokens)
+            model(input_ids=tokens)
+            raise error
+        trace = recorder.trace()
+        expected = choices(model, tokens).reshape(21, 3, 2)
+        assert np.array_equal(trace.expert_ids, np.concatenate([expected, expected]))
+        assert (trace.sequence.max(), trace.group_names) == (5, ("g",))
+    assert path.read_bytes() == b"an older trace"
+    partial = tmp_path / "a.partial.safetensors"
+    assert np.array_equal(mt.RoutingTrace.load(partial).expert_ids, trace.expert_ids)
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, partial.name}
+
+
+def test_a_full_disk_does_not_fail_the_model(tmp_path, monkeypatch):
+    """Passes go on; the block ends with the error, and what was written before is kept."""
+    model, tokens = build("mixtral"), prompts()
+    append, calls = Parts.append, []
+
+    def full(self, *arrays):
+        calls.append(self)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        append(self, *arrays)
+
+    monkeypatch.setattr(Parts, "append", full)
+    path = tmp_path / "a.safetensors"
+    recorder = capture(model, path=path, buffer_bytes=21 * 6)
+    with (  # noqa: PT012, PT031 - the error must come at the end of the block
+        pytest.warns(RuntimeWarning, match="No space left|OSError"),
+        pytest.raises(OSError, match="No space left"),
+        torch.no_grad(),
+        recorder,
+    ):
+        for _ in range(5):
+            out = model(input_ids=tokens)
+    assert out.logits.shape[0] == 3
+    assert mt.RoutingTrace.load(tmp_path / "a.partial.safetensors").tokens == 21
+    assert recorder.dropped > 0
+
+
+def test_a_pass_that_is_not_understood_is_left_out():
+    """The model gives what it gives unobserved; the pass is counted, and told of once."""
+    model, tokens = build("mixtral"), prompts()
+    mask = torch.ones(3, 1, 7, 7, dtype=torch.bool).tril()
+    with torch.no_grad():
+        expected = model(input_ids=tokens, attention_mask=mask).logits
+        for observer in (capture, RoutingCounters.attach):
+            with (  # noqa: PT031 - warned once in all of the block
+                pytest.warns(RuntimeWarning, match="attention_mask must be") as told,
+                observer(model) as watcher,
+            ):
+                for _ in range(2):
+                    assert model(input_ids=tokens, attention_mask=mask).logits.equal(expected)
+                model(input_ids=tokens)
+            assert len(told) == 1
+            assert watcher.dropped == 2
+            counters = isinstance(watcher, RoutingCounters)
+            found = watcher.statistics() if counters else watcher.trace()
+            assert (found.total_load[0].sum() // 2 if counters else found.tokens) == 21
+
+
+def test_paged_batches():
+    """Tokens of many requests in one row: counted without their padding, and no trace of them."""
+    model = build("mixtral")
+    ends = torch.tensor([0, 3, 5], dtype=torch.int32)
+    given = {
+        "input_ids": prompts(1, 7),
+        "attention_mask": torch.ones(1, 1, 7, 7, dtype=torch.bool).tril(),
+        "cu_seq_lens_q": ends,
+    }
+    with torch.no_grad():
+        with RoutingCounters.attach(model) as counters:
+            model(**given, cache=transformers.DynamicCache())
+        with (  # noqa: PT031 - warned once in all of the block
+            pytest.warns(RuntimeWarning, match="paged batches do not say which sequences"),
+            capture(model) as recorder,
+        ):
+            model(**given, cache=transformers.DynamicCache())
+            model(input_ids=prompts(1, 4))
+    assert counters.statistics().total_load[0].sum() == 2 * 5
+    assert (recorder.dropped, recorder.trace().tokens) == (1, 4)
 
 
 def test_a_pass_that_fails_leaves_no_tokens():
@@ -242,8 +386,10 @@ def refused(text, model, *, call=None, **arguments):
         with torch.no_grad(), capture(model, **arguments):
             call() if call is not None else model(input_ids=prompts())
 
-    with pytest.raises(ValueError, match=re.escape(text)) as caught:
-        record()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pytest.raises(ValueError, match=re.escape(text)) as caught:
+            record()
     assert "\n" not in str(caught.value)
 
 
@@ -283,7 +429,7 @@ def test_models_that_cannot_be_recorded():
         call=lambda: model.model(input_ids=prompts()),
     )
     refused(
-        "every router must run in a forward pass, model.layers.1.mlp.gate did not",
+        "every router must run in a forward pass, model.layers.1.mlp.gate did not (what torch.comp",
         model,
         call=lambda: (
             torch.nn.Module.__setattr__(model.model.layers[1].mlp.gate, "forward", None)
@@ -335,6 +481,37 @@ def test_routers_that_are_named():
     )
 
 
+@pytest.mark.parametrize("how", ["in place", "wrapped"])
+def test_a_compiled_model_runs_eagerly_while_it_is_recorded(how):
+    """Also one that has run before; afterwards compiled code runs again."""
+    runs = []
+
+    def backend(graph, _):
+        runs.append("compiled")
+        return lambda *given: runs.append("ran") or graph(*given)
+
+    model = torch.nn.Sequential(Gate()).eval()
+    x = torch.randn(6, 4)
+    called = model
+    if how == "in place":
+        model.compile(backend=backend)
+    else:
+        called = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        called(x)
+        before = runs.count("ran")
+        assert before
+        with capture(called, routers=[model[0]]) as recorder:
+            found = called(x)[0]
+            # One within the other, left in the wrong order.
+            other = RoutingCounters.attach(called, routers=[model[0]])
+        other.detach()
+        assert runs.count("ran") == before
+        called(x)
+    assert runs.count("ran") > before
+    assert np.array_equal(recorder.trace().expert_ids[:, 0], found)
+
+
 def test_bad_arguments(tmp_path):
     """Every argument is checked, with its name, rule and value."""
     model, tokens = build("mixtral"), prompts()
@@ -352,7 +529,6 @@ def test_bad_arguments(tmp_path):
         model,
         attention_mask=torch.ones(3, 6),
     )
-    refused("got dict", model, call=lambda: model(tokens, attention_mask={"full": None}))
     with torch.no_grad(), capture(model, routers=["model.layers.2.mlp.gate"]) as recorder:
         model(input_ids=tokens)
     assert np.array_equal(

@@ -9,6 +9,7 @@ import pytest
 from moe_models import build, torch, transformers
 
 import moetuner as mt
+from moetuner.torch.capture import Recorder
 from moetuner.torch.collect import Text, collect, read_texts
 
 TEXTS = ["one two three", "four", "one one one one one two", "three three"]
@@ -116,6 +117,28 @@ def test_texts_of_a_file(tmp_path):
     refused(b'{"text": "a"}\n{"group": "b"}', f'{where} an object with "text" and perhaps "group"')
     refused(b'{"text": "a"}\n{"text": "b", "group": 1}', f"{where} an object with")
     refused(b"a\n\xff", f"{where} UTF-8: invalid start byte")
+
+
+def test_interrupted(model_folder, lines, tmp_path, run, monkeypatch):
+    """Ctrl-C in the second batch: the first is kept beside the trace, and a line says where."""
+    out, calls, group = tmp_path / "trace.safetensors", [], Recorder.group
+
+    def interrupted(self, names):
+        calls.append(names)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return group(self, names)
+
+    monkeypatch.setattr(Recorder, "group", interrupted)
+    status, printed, error = run(
+        "collect", model_folder, "--dataset", lines, "--out", out, "--batch-size", "1"
+    )
+    partial = tmp_path / "trace.partial.safetensors"
+    kept = mt.RoutingTrace.load(partial).tokens
+    assert (status, printed, kept) == (130, "", 3)
+    assert f"moetuner: warning: the recording ended with KeyboardInterrupt: {partial} has" in error
+    assert error.splitlines()[-1] == "moetuner: error: interrupted"
+    assert not out.exists()
 
 
 def test_errors_are_one_line(model_folder, lines, tmp_path, run, monkeypatch):

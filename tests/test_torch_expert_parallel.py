@@ -1,5 +1,6 @@
 """ExpertParallelMoE on real processes: the single-process layer, whatever the placement."""
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="torch is not installed")
@@ -75,3 +76,24 @@ def test_what_does_not_fit_is_refused_at_once():
         "devices_per_node must divide the devices (2), got 3",
         "split must be 'even' or 'nearest', got 'best'",
     ]
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(1, 60), (3, 20)])
+def test_small_steps_use_all_copies_as_predicted(batch, steps):
+    """Positions run on: every copy gets its share, and the prediction has each row."""
+    found = values(4, "rank_work.decoding", batch, steps)
+    assert all(predicted for predicted, _ in found)
+    rows = np.array(found[0][1])
+    arrived = rows.sum(axis=0)
+    mean = arrived.mean()
+    assert np.abs(arrived - mean).max() < 4 * mean**0.5
+
+
+def test_recomputation_finds_the_same_copies():
+    """Activation checkpointing runs a layer again in the backward pass: no position has moved."""
+    assert values(3, "rank_work.recomputed") == [True] * 3
+
+
+def test_bytes_under_autocast_are_those_of_the_wire():
+    """Results go back in the type of the tokens, on every rank, and are counted so."""
+    assert values(3, "rank_work.autocast") == [(True, True, True)] * 3

@@ -5,10 +5,10 @@ import pytest
 from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
-from placements import random_slots
+from placements import murmur, random_slots
 
 import moetuner as mt
-from moetuner.traffic import dispatch_rows
+from moetuner.traffic import dispatch_rows, mixed
 
 
 @st.composite
@@ -36,7 +36,7 @@ def oracle(slots, ids, home, node, split, hierarchical):
             if split == "nearest":
                 inside = [d for d in held if d // node == own // node]
                 held = [own] if own in held else inside or held
-            visited.add(held[t * 2654435761 % 2**32 % len(held)])
+            visited.add(held[murmur(t) % len(held)])
         crossed = set()
         for device in visited:
             gateway = device // node * node + own % node if hierarchical else own
@@ -101,6 +101,32 @@ def test_blocks_are_runs_of_tokens(make_trace):
     assert by_name.tolist() == by_home.tolist()
 
 
+def test_positions_are_mixed_in_all_bits():
+    """Equal to plain integers, and even for any number of copies and any stride of positions."""
+    places = np.array([0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7])
+    assert mixed(places).tolist() == [murmur(place % 2**32) for place in places.tolist()]
+    for stride in (1, 2, 4, 12, 64, 1 << 20):
+        hashed = mixed(np.arange(4800) * stride)
+        for copies in (2, 3, 4, 5, 8):
+            served = np.bincount(hashed % copies, minlength=copies)
+            assert served.min() > 0.85 * 4800 / copies
+            pairs = np.bincount(hashed[:-1] % copies * copies + hashed[1:] % copies)
+            assert pairs.min() > 0.4 * 4800 / copies**2
+
+
+def test_positions_that_are_given(make_trace):
+    """Tokens in another order, with the positions that they had, make the same rows."""
+    trace, rng = make_trace(), np.random.default_rng(0)
+    placement = mt.Placement(random_slots(rng, 3, 4, 8, 2), num_experts=8)
+    home, order = rng.integers(0, 4, trace.tokens), rng.permutation(trace.tokens)
+    ids = trace.expert_ids[order]
+    other = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+    expected = dispatch_rows(placement, trace, home)
+    assert dispatch_rows(placement, other, home[order], position=order).tolist() == (
+        expected.tolist()
+    )
+
+
 def test_wrong_arguments_are_named(make_trace):
     """Homes, nodes, rules and sizes that cannot be."""
     trace = make_trace()
@@ -109,6 +135,7 @@ def test_wrong_arguments_are_named(make_trace):
         ({"home": np.full(200, 4)}, "home must be from 0 to 3, got 4 to 4"),
         ({"home": np.zeros(3, dtype=int)}, r"home must be integers \[200\], got int64 \[3\]"),
         ({"home": "anywhere"}, "home must be devices .* got 'anywhere'"),
+        ({"position": [0.5]}, r"position must be integers \[200\], got float64 \[1\]"),
         ({"split": "best"}, "split must be 'even' or 'nearest', got 'best'"),
         ({"devices_per_node": 3}, r"devices_per_node must divide the devices \(4\), got 3"),
     ]:

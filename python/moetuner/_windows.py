@@ -16,7 +16,7 @@ from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
-from moetuner.traffic import HASH, copies
+from moetuner.traffic import copies, mixed
 
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -273,7 +273,7 @@ class _Lists:
 
     def devices(self, ids: Whole, position: Whole) -> Whole:
         """Devices that serve tokens of these positions [t] and experts [t,L,K]: an even split."""
-        hashed = (position * HASH & 0xFFFFFFFF)[:, None, None]
+        hashed = mixed(position)[:, None, None]
         on: Whole = self._device[self._layer, ids, hashed % self._number[self._layer, ids]]
         return on
 

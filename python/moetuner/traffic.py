@@ -6,7 +6,7 @@ the layer in ``moetuner.torch`` alike; the replay in the core follows the same o
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,8 +16,7 @@ from moetuner.trace import RoutingTrace
 
 Split = Literal["even", "nearest"]
 
-# Knuth's multiplicative hash of a token's position, modulo 2**32.
-HASH = 2_654_435_761
+LOW = 0xFFFFFFFF  # the low 32 bits
 
 
 def dispatch_rows(
@@ -27,6 +26,7 @@ def dispatch_rows(
     *,
     split: Split = "even",
     devices_per_node: int | None = None,
+    position: ArrayLike | None = None,
 ) -> NDArray[np.int64]:
     """Count the rows that leave a device for another one, one per token and distinct device.
 
@@ -46,6 +46,10 @@ def dispatch_rows(
         Devices of a node, for a hierarchical exchange: a token crosses to each distinct node once,
         to the device with its home's number there, and is fanned out inside. None sends every row
         straight to its device.
+    position
+        Position of every token [T], which decides between copies of an expert; by default its
+        number in the trace. A running layer numbers its tokens step by step and, in a step, rank by
+        rank, as if every rank had as many as itself.
 
     Returns
     -------
@@ -55,7 +59,7 @@ def dispatch_rows(
     Raises
     ------
     ValueError
-        If placement and trace are not of one model, or a home is no device.
+        If placement and trace are not of one model, a home is no device, or a position no number.
     """
     found, wanted = (trace.layers, trace.num_experts), (placement.layers, placement.num_experts)
     if found != wanted:
@@ -66,6 +70,7 @@ def dispatch_rows(
     devices, layers = placement.devices, placement.layers
     size = node_size(devices, devices_per_node)
     homes = homes_of(home, trace.tokens, devices)
+    places_of = _positions(position, trace.tokens)
     # Which copies a token can take depends on its home only if it takes the nearest.
     places = range(devices) if split_rule(split) == "nearest" else [None]
     tables = [
@@ -75,14 +80,14 @@ def dispatch_rows(
     rows = np.zeros((layers, devices, devices), dtype=np.int64)
     first = 0
     for shard in trace.shards():
-        position = np.arange(first, first + len(shard))
+        hashed = mixed(places_of[first : first + len(shard)])
         mine = homes[first : first + len(shard)]
         for layer in range(layers):
             visited = np.zeros((len(shard), devices), dtype=bool)
             for place, (table, count) in zip(places, tables[layer], strict=True):
                 at = slice(None) if place is None else np.flatnonzero(mine == place)
                 ids = shard[at, layer].astype(np.int64)
-                copy = (position[at] * HASH & 0xFFFFFFFF)[:, None] % count[ids]
+                copy = hashed[at, None] % count[ids]
                 device = table[ids, copy] // placement.slots_per_device
                 visited[np.arange(len(shard))[at][:, None], device] = True
             rows[layer] += _rows_of(visited, mine, None if devices_per_node is None else size)
@@ -111,7 +116,7 @@ def copies(
     -------
     tuple of ndarray
         Slots ``device * S + slot`` in ascending order [E,R], filled up with the first, and how many
-        of them count [E]. A token at a position takes number ``hash % count``.
+        of them count [E]. A token at a position takes number ``mixed(position) % count``.
     """
     width = slots.shape[1]
     flat = slots.reshape(-1)
@@ -130,6 +135,19 @@ def copies(
         table[expert] = held[0]
         table[expert, : len(held)] = held
     return table, count
+
+
+def mixed(position: Any) -> Any:
+    """Compute the 32 bits that choose between copies at a position, in arrays or tensors of int64.
+
+    The last step of MurmurHash3: neighbouring positions differ in every bit, the low ones and the
+    high ones alike, so that the remainder by any number of copies is evenly spread.
+    """
+    # Products may wrap around; their low 32 bits are right all the same.
+    bits = position & LOW
+    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B & LOW
+    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 & LOW
+    return bits ^ (bits >> 16)
 
 
 def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int64]:
@@ -182,6 +200,17 @@ def split_rule(split: str) -> Split:
     if split == "even" or split == "nearest":
         return "even" if split == "even" else "nearest"
     raise ValueError(f"split must be 'even' or 'nearest', got {split!r}")
+
+
+def _positions(position: ArrayLike | None, tokens: int) -> NDArray[np.int64]:
+    if position is None:
+        return np.arange(tokens)
+    places = np.asarray(position)
+    if places.shape != (tokens,) or places.dtype.kind not in "iu":
+        raise ValueError(
+            f"position must be integers [{tokens}], got {places.dtype} {list(places.shape)}"
+        )
+    return places.astype(np.int64)
 
 
 def _rows_of(

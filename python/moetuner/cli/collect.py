@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
+from typing import TextIO
 
 import click
 
@@ -86,7 +88,25 @@ def command(
     torch and transformers.
     """
     begin = time.monotonic()
-    with working(f"running {model}") as report:
+    with working(f"running {model}") as report, warnings.catch_warnings():
+        # What was left out, or kept of a recording that was interrupted, is told in a line.
+        show = warnings.showwarning
+
+        def told(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if category is RuntimeWarning:
+                click.echo(f"moetuner: warning: {message}", err=True)
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.showwarning = told
         # These take seconds to import, and not everybody has them.
         try:
             from moetuner.torch.collect import collect

@@ -13,6 +13,10 @@ class MoveError(RuntimeError):
     """A move of experts did not take place; the old placement is in force."""
 
 
+class NoRoomError(MoveError):
+    """A rank had no memory for what would have arrived; all ranks are there and know it."""
+
+
 class Agreement:
     """A channel beside the one that moves data, on the host, with a time limit of its own.
 
@@ -34,7 +38,13 @@ class Agreement:
         self.group = made
         self.rank = dist.get_rank(group)
 
-    def reach(self, about: str, value: int = 0, failure: Exception | None = None) -> None:
+    def reach(
+        self,
+        about: str,
+        value: int = 0,
+        failure: Exception | None = None,
+        kind: type[MoveError] = MoveError,
+    ) -> None:
         """Wait until every rank says that it has not failed and means the same value.
 
         Parameters
@@ -45,6 +55,8 @@ class Agreement:
             Fingerprint of it, 63 bits.
         failure
             What has gone wrong on this rank, if anything.
+        kind
+            Of the error, where a rank has failed.
 
         Raises
         ------
@@ -65,7 +77,7 @@ class Agreement:
         failed = [rank for rank, words in enumerate(said) if words[0]]
         if failed:
             why = f": {failure}" if failure else ""
-            raise MoveError(
+            raise kind(
                 f"ranks {failed} failed at {about}; the old placement stays in force{why}"
             ) from failure
         others = [rank for rank, words in enumerate(said) if words[1] != value]
@@ -74,6 +86,26 @@ class Agreement:
                 f"ranks {others} do not agree with rank {self.rank} on {about}; "
                 "the old placement stays in force"
             )
+
+    def largest(self, about: str, value: int) -> int:
+        """Give the largest value of any rank.
+
+        Raises
+        ------
+        MoveError
+            On every rank that is left, if one is gone or does not answer in time.
+        """
+        most = torch.tensor([value], dtype=torch.int64)
+        try:
+            work = dist.all_reduce(most, dist.ReduceOp.MAX, self.group, async_op=True)
+            if work is not None:
+                work.wait(self.timeout)
+        except RuntimeError as error:
+            raise MoveError(
+                f"no agreement on {about} within {self.timeout.total_seconds():g} s, a rank is "
+                f"gone or stuck; the old placement stays in force: {error}"
+            ) from error
+        return int(most)
 
 
 def fingerprint(*parts: bytes) -> int:

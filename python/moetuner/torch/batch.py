@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from moetuner.torch.generation import GenerateHooks, Generation
 
 # The new name first: transformers warns where the old one is looked up.
 CACHE_NAMES = ("cache", "past_key_values")
+# Where the sequences of a packed row begin and end.
+PACKED = "cu_seq_lens_q"
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,13 +31,17 @@ class Batch:
     keep
         Which tokens are not padding [B*S], boolean, on the device of the mask; None if all are.
     cache
-        The key-value cache that was passed in, which tells a later step of the same sequences.
+        The key-value cache that was passed in, or the generation that goes without, which tells a
+        later step of the same sequences.
+    paged
+        Whether tokens of many sequences, each with a past, stand in one row.
     """
 
     rows: int
     length: int
     keep: Tensor | None
     cache: object | None
+    paged: bool = False
 
     @property
     def tokens(self) -> int:
@@ -51,6 +60,7 @@ def batch_of(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     mask: Tensor | None = None,
+    generations: GenerateHooks | None = None,
 ) -> Batch:
     """Read the arguments of a forward pass.
 
@@ -62,6 +72,8 @@ def batch_of(
         What it is called with.
     mask
         Used instead of the argument ``attention_mask``.
+    generations
+        What is known of the model's ``generate``.
 
     Raises
     ------
@@ -70,12 +82,22 @@ def batch_of(
     """
     given = arguments_of(model, args, kwargs)
     rows, length = _sizes(model, given)
-    mask = given.get("attention_mask") if mask is None else mask
-    keep = None if mask is None else _kept(mask, rows, length)
+    generation = generations.of(given) if generations is not None else None
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-    if length == 1 and cache is not None and (mask is None or mask.shape[1] > 1):
-        keep = _without_finished(keep, model, given)
-    return Batch(rows, length, keep, cache)
+    packed = given.get(PACKED)
+    if mask is None:
+        mask = given.get("attention_mask")
+        if generation is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            mask = generation.mask
+    if isinstance(packed, Tensor) and rows == 1:
+        # Sequences one after the other, and padding behind the last; the mask is of pairs.
+        keep: Tensor | None = torch.arange(length, device=packed.device) < packed[-1]
+    else:
+        keep = None if mask is None else _kept(mask, rows, length)
+    if generation is not None:
+        keep = _generated(keep, rows, length, cache, generation)
+        cache = generation if cache is None else cache
+    return Batch(rows, length, keep, cache, isinstance(packed, Tensor) and cache is not None)
 
 
 def cache_of(output: object) -> object | None:
@@ -111,21 +133,17 @@ def _kept(mask: object, rows: int, length: int) -> Tensor:
     return (mask[:, mask.shape[1] - length :] != 0).reshape(-1)
 
 
-def _without_finished(
-    keep: Tensor | None, model: nn.Module, given: Mapping[str, Any]
+def _generated(
+    keep: Tensor | None, rows: int, length: int, cache: object | None, generation: Generation
 ) -> Tensor | None:
-    """Leave out sequences that have ended.
-
-    ``generate`` feeds them padding until the last one has ended, and marks it as text; an engine
-    would have sent them home.
-    """
-    settings = getattr(model, "generation_config", None)
-    tokens = given.get("input_ids")
-    if settings is None or not isinstance(tokens, Tensor):
-        return keep
-    for ending in (settings.pad_token_id, settings.eos_token_id):
-        for token in ending if isinstance(ending, list) else [ending]:
-            if isinstance(token, int):
-                goes_on = tokens.reshape(-1) != token
-                keep = goes_on if keep is None else keep & goes_on.to(keep.device)
+    """Leave out sequences that have ended and, without a cache, tokens that were there before."""
+    if cache is None:
+        first, generation.seen = generation.seen, length
+        if 0 < first < length:
+            new = (torch.arange(length) >= first).repeat(rows)
+            keep = new if keep is None else keep & new.to(keep.device)
+    ended = generation.ended
+    if ended is not None and len(ended) == rows:
+        goes_on = ~ended.repeat_interleave(length)
+        keep = goes_on if keep is None else keep.to(goes_on.device) & goes_on
     return keep

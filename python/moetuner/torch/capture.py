@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,7 @@ from moetuner.torch.steps import Step, StepHooks
 from moetuner.trace import RoutingTrace
 
 BUFFER_BYTES = 64 << 20
+PARTIAL = ".partial.safetensors"  # what a recording that did not end well is called
 UNNAMED = "other"  # tokens outside every group, in a recording that has groups
 SEQUENCE_LIMIT = 1 << 31
 
@@ -54,7 +56,15 @@ def capture(
 
     Works with any forward pass in any mode, and with ``generate``: a step that is given the cache
     of an earlier one continues its sequences. Padding, and what ``generate`` feeds to sequences
-    that have ended, is left out. Routers that run inside a CUDA graph are not heard.
+    that have ended, is left out; with ``use_cache=False`` each token is recorded once, although
+    every step computes the earlier ones again. A compiled model runs eagerly while it is recorded;
+    routers that run inside a CUDA graph are not heard.
+
+    The model is never failed by its recording: a step that cannot be understood (paged batches, a
+    mask of another shape) is left out, counted in ``Recorder.dropped``, and the first one warned
+    of. Nor is a recording lost: after an error or Ctrl-C in the block what was recorded until then
+    is given by ``Recorder.trace`` and, with a path, in a file beside it that ends in
+    ``.partial.safetensors``.
 
     Parameters
     ----------
@@ -83,7 +93,8 @@ def capture(
     ------
     ValueError
         If the model has no MoE layers, its layers differ in experts or top-k, or an argument is
-        wrong. Inside the block: if a router gives NaN, or a mask does not fit the tokens.
+        wrong. At the end of the block: if a router gave NaN (the other tokens are kept, as after an
+        error), or no step could be recorded.
     """
     return Recorder(
         model,
@@ -104,6 +115,8 @@ class Recorder:
     attention_mask
         Which tokens of the coming forward passes to keep [batch, tokens]; None takes the mask that
         the model is called with.
+    dropped
+        Forward passes that were left out.
     layers
         The MoE layers that are recorded.
     """
@@ -130,6 +143,7 @@ class Recorder:
         self._offload = Offload(max(1, buffer_bytes // token_bytes), self._arrived)
         self._parts: Parts | None = None
         self._trace: RoutingTrace | None = None
+        self._lost: Exception | None = None
         self._group = group
         self._numbers: dict[str, int] = {}
         self._sequences = 0
@@ -144,6 +158,11 @@ class Recorder:
     def attention_mask(self, mask: Tensor | None) -> None:
         self._hooks.attention_mask = mask
 
+    @property
+    def dropped(self) -> int:
+        """Forward passes that were left out, as they could not be understood or kept."""
+        return self._hooks.dropped
+
     @contextmanager
     def group(self, name: str | Sequence[str]) -> Iterator[None]:
         """Put the tokens of a block into a group, or each sequence of a batch into its own."""
@@ -154,15 +173,15 @@ class Recorder:
             self._group = before
 
     def trace(self) -> RoutingTrace:
-        """Give what was recorded, once the ``with`` block has ended.
+        """Give what was recorded, once the ``with`` block has ended; after an error, until then.
 
         Raises
         ------
         RuntimeError
-            If it has not ended, or ended with an error.
+            If it has not ended, or an error ended it before anything was recorded.
         """
         if self._trace is None:
-            raise RuntimeError("trace() needs a recording that has ended without an error")
+            raise RuntimeError("trace() needs a recording that has ended and has tokens")
         return self._trace
 
     @property
@@ -175,7 +194,12 @@ class Recorder:
             raise RuntimeError("a Recorder records once; call capture again")
         hooks = self._hooks
         self._parts = Parts(self._path, len(self.layers), hooks.top_k, hooks.num_experts)
-        hooks.attach()
+        try:
+            hooks.attach()
+        except BaseException:
+            hooks.remove()
+            self._parts.discard()
+            raise
         return self
 
     def __exit__(
@@ -185,22 +209,61 @@ class Recorder:
         traceback: TracebackType | None,
     ) -> None:
         self._hooks.remove()
+        fault = self._flush()
+        if kind is None and fault is None:
+            self._finish(self._path)
+            return
+        ended = type(fault).__name__ if kind is None else kind.__name__
+        self._keep(f"the recording ended with {ended}")
+        if kind is None and fault is not None:
+            raise fault
+
+    def _flush(self) -> Exception | None:
+        """Take what is still on the device; gives what is wrong with the recording."""
+        if self._lost is not None:
+            return self._lost
+        try:
+            self._offload.flush()
+            self._hooks.check_scores()
+        except Exception as error:
+            return error
+        return None if self.tokens else self._hooks.fault
+
+    def _keep(self, why: str) -> None:
+        """Keep an incomplete recording, beside where it was to be; never fails."""
         parts = self._parts
         assert parts is not None  # set by __enter__
-        try:
-            if kind is None:
-                self._offload.flush()
-                self._hooks.check_scores()
-                # Groups are only kept if there are any.
-                names = list(self._numbers) if set(self._numbers) - {UNNAMED} else []
-                self._trace = parts.finish(
-                    names, self._name, "moetuner.torch.capture", self._expert_size
-                )
-        finally:
+        if not parts.tokens:
             parts.discard()
+            return
+        path = self._path and self._path.with_name(f"{self._path.stem}{PARTIAL}")
+        try:
+            self._finish(path)
+            where = "trace() has" if path is None else f"{path} has"
+        except Exception as error:
+            where = f"{error}; {parts.folder} has, as raw arrays,"
+        with suppress(Warning):
+            text = f"{why}: {where} the {parts.tokens} tokens until then"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+    def _finish(self, path: Path | None) -> None:
+        parts = self._parts
+        assert parts is not None  # set by __enter__
+        # Groups are only kept if there are any.
+        names = list(self._numbers) if set(self._numbers) - {UNNAMED} else []
+        source = "moetuner.torch.capture"
+        self._trace = parts.finish(path, names, self._name, source, self._expert_size)
+        parts.discard()
 
     def _step(self, step: Step) -> None:
         batch = step.batch
+        if self._lost is not None:
+            raise self._lost
+        if batch.paged:
+            raise ValueError(
+                "paged batches do not say which sequences they continue: RoutingCounters counts "
+                "them, a trace needs batches of their own"
+            )
         sequence = self._sequence_of(step)
         group = self._group_of(batch.rows)
         labels = (np.repeat(sequence, batch.length), np.repeat(group, batch.length))
@@ -231,11 +294,15 @@ class Recorder:
         return np.asarray(numbers, dtype=np.int16)
 
     def _arrived(self, ids: IdArray, keep: NDArray[np.bool_], labels: list[Labels]) -> None:
-        self._hooks.check_scores()
         assert self._parts is not None  # hooks are attached after it was made
-        sequence = np.concatenate([part[0] for part in labels])
-        group = np.concatenate([part[1] for part in labels])
-        self._parts.append(ids[keep], sequence[keep], group[keep])
+        # An interrupt may have come between labels and what they belong to.
+        sequence = np.concatenate([part[0] for part in labels])[: len(keep)]
+        group = np.concatenate([part[1] for part in labels])[: len(keep)]
+        try:
+            self._parts.append(ids[keep], sequence[keep], group[keep])
+        except Exception as error:
+            self._lost = error  # a full disk: what it holds is kept, nothing more can be
+            raise
 
 
 def _is_weak(cache: object) -> bool:

@@ -74,7 +74,9 @@ class RoutingCounters:
     ) -> RoutingCounters:
         """Make counters that count every forward pass of a model, without its padding.
 
-        They stop at ``detach``, or at the end of a ``with`` block.
+        They stop at ``detach``, or at the end of a ``with`` block. The model is never failed by
+        them: a pass that cannot be understood is left out, counted in ``dropped``, and the first
+        one warned of. A compiled model runs eagerly while it is counted.
 
         Raises
         ------
@@ -127,8 +129,15 @@ class RoutingCounters:
             )
             self._tokens = self._zeros()
             self._wrong = torch.zeros((), dtype=torch.bool, device=self.device)
+        if self._hooks is not None:
+            self._hooks.forget()
         self._most_tokens = 0  # with padding: known without asking the device
         self._ranks = 1
+
+    @property
+    def dropped(self) -> int:
+        """Forward passes of the model that were left out."""
+        return 0 if self._hooks is None else self._hooks.dropped
 
     def update(self, expert_ids: Tensor, mask: Tensor | None = None) -> None:
         """Count tokens.

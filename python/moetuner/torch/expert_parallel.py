@@ -88,6 +88,7 @@ class ExpertParallelMoE(nn.Module):
         self.experts = experts
         self.devices_per_node, self.split = devices_per_node, split
         self.traffic = TrafficCounters(self.ranks)
+        self._served = 0  # tokens of this rank so far: where its positions run on
         self.routes = self._routes(placement, layer)
 
     @property
@@ -194,7 +195,7 @@ class ExpertParallelMoE(nn.Module):
         top_k_index: Tensor,
         top_k_weights: Tensor,
         *,
-        first_token: int | Tensor = 0,
+        first_token: int | Tensor | None = None,
     ) -> Tensor:
         """Run the experts of this rank's tokens; every rank of the group takes part.
 
@@ -208,7 +209,9 @@ class ExpertParallelMoE(nn.Module):
             The router's weights [T,K].
         first_token
             Position of the first token among those of all ranks, or the position of every token
-            [T]; decides between copies of an expert.
+            [T]; decides between copies of an expert. By default positions run on from step to step,
+            rank by rank in each, as if every rank had as many tokens; where gradients are wanted
+            every step begins at 0 instead, since its recomputation must find the same copies.
 
         Returns
         -------
@@ -229,6 +232,10 @@ class ExpertParallelMoE(nn.Module):
         if misfit:
             self._refuse(misfit)
         position = first_token
+        if position is None:
+            trained = hidden_states, top_k_weights, *self.experts.weights().values()
+            begin = 0 if _wants_gradients(*trained) else self._served
+            position = begin * self.ranks + self.rank * len(hidden_states)
         if not isinstance(position, Tensor):
             position = torch.arange(len(hidden_states), device=self.device) + position
         routes = self.routes
@@ -256,6 +263,7 @@ class ExpertParallelMoE(nn.Module):
         for hop in reversed(hops):
             results = hop.gather(results)
         self.traffic.steps += 1
+        self._served += len(hidden_states)
         return results
 
     def _hop(
@@ -285,13 +293,14 @@ class ExpertParallelMoE(nn.Module):
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=width + 1)[:width]
         chosen = order[: int(counts.sum())]
-        values = self.experts(rows[chosen // top_k], counts)
+        # Experts under autocast, or without a row, may give another type: ranks must send alike.
+        values = self.experts(rows[chosen // top_k], counts).to(rows.dtype)
         which = torch.full_like(flat, len(chosen))
         which[chosen] = torch.arange(len(chosen), device=flat.device)
         return sum_rows(values, which.view_as(slots), weights)
 
     def _misfit(
-        self, hidden: Tensor, index: Tensor, weights: Tensor, position: int | Tensor
+        self, hidden: Tensor, index: Tensor, weights: Tensor, position: int | Tensor | None
     ) -> str | None:
         """Say what is wrong with the input, as far as sizes and types tell."""
         model = next(iter(self.experts.weights().values()))
@@ -334,3 +343,8 @@ class ExpertParallelMoE(nn.Module):
             Hop(nothing, header, self.group, experts=experts, backward=Backward())
         except ValueError:
             raise ValueError(reason) from None
+
+
+def _wants_gradients(*tensors: Tensor) -> bool:
+    """Whether a call with these tensors is recorded for a backward pass."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from moetuner.placement import Placement
-from moetuner.torch.agreement import Agreement, fingerprint
+from moetuner.torch.agreement import Agreement, NoRoomError, fingerprint
 from moetuner.torch.expert_parallel import ExpertParallelMoE
 from moetuner.torch.transfer import Spares, moves
 
@@ -43,7 +43,8 @@ def migrate(
     ValueError
         If the target has other sizes.
     MoveError
-        On every rank that is left, if one fails, differs or is lost; no layer has switched. After
+        On every rank that is left, if one fails, differs or is lost; no layer has switched.
+        ``NoRoomError`` if a rank has no memory for what would arrive, so a part may fit. After
         a loss the group cannot be used any more, after other failures it can.
     """
     current = layers[0].placement
@@ -61,8 +62,8 @@ def migrate(
             spares.append(Spares(layer.experts.weights(), steps, layer.rank))
     except Exception as error:
         # The others must not wait for this rank's weights.
-        agreement.reach("room for a move", plan, error)
-    agreement.reach("room for a move", plan)
+        agreement.reach("room for a move", plan, error, NoRoomError)
+    agreement.reach("room for a move", plan, kind=NoRoomError)
     for number, spare in enumerate(spares):
         if not spare.plan:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,45 +25,57 @@ class Parts:
     Parameters
     ----------
     path
-        Trace to write in the end; None gives a trace in memory.
+        Beside which file to keep them; None for a temporary folder.
     layers, top_k, num_experts
         Sizes L, K and E.
+
+    Attributes
+    ----------
+    folder
+        Where they are until ``discard``.
+    tokens
+        How many there are.
     """
 
     def __init__(self, path: Path | None, layers: int, top_k: int, num_experts: int) -> None:
-        self._path = path
         self._sizes = (layers, top_k)
         self._experts = num_experts
         self._dtype = id_type(np.dtype(np.int64), num_experts).newbyteorder("<")
         # Beside the trace, where there is room for it.
         parent = None if path is None else path.parent
-        self._folder = Path(tempfile.mkdtemp(prefix=".moetuner-", dir=parent))
+        self.folder = Path(tempfile.mkdtemp(prefix=".moetuner-", dir=parent))
         self._files = {
-            name: (self._folder / name).open("wb") for name in ("expert_ids", "sequence", "group")
+            name: (self.folder / name).open("wb") for name in ("expert_ids", "sequence", "group")
         }
         self.tokens = 0
 
     def append(self, ids: IdArray, sequence: NDArray[np.int32], group: NDArray[np.int16]) -> None:
-        """Take tokens [T,L,K] and their labels [T]."""
-        ids.astype(self._dtype, copy=False).tofile(self._files["expert_ids"])
-        sequence.astype(SEQUENCE, copy=False).tofile(self._files["sequence"])
-        group.astype(GROUP, copy=False).tofile(self._files["group"])
+        """Take tokens [T,L,K] and their labels [T]; what failed half-way is written anew."""
+        layers, top_k = self._sizes
+        for name, array, dtype, each in (
+            ("expert_ids", ids, self._dtype, layers * top_k),
+            ("sequence", sequence, SEQUENCE, 1),
+            ("group", group, GROUP, 1),
+        ):
+            self._files[name].seek(self.tokens * each * dtype.itemsize)
+            self._files[name].write(np.ascontiguousarray(array, dtype=dtype).data)
+            self._files[name].flush()
         self.tokens += len(ids)
 
     def discard(self) -> None:
         """Delete what was recorded."""
-        for file in self._files.values():
-            file.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def finish(
         self,
+        path: Path | None,
         group_names: list[str],
         model: str | None,
         source: str | None,
         expert_size: tuple[int, int] | None = None,
     ) -> RoutingTrace:
-        """Make the trace; without names of groups it has none.
+        """Make the trace and write it to a path, if there is one; without names it has no groups.
 
         Raises
         ------
@@ -71,14 +84,14 @@ class Parts:
         OSError
             If the trace cannot be written.
         """
-        for file in self._files.values():
-            file.close()
+        self._close()
         layers, top_k = self._sizes
         place = Tensor(self._dtype, (self.tokens, layers, top_k), 0)
-        ids = IdsInFile.of(self._folder / "expert_ids", place, self._experts)
-        sequence = np.fromfile(self._folder / "sequence", dtype=SEQUENCE)
-        group = np.fromfile(self._folder / "group", dtype=GROUP) if group_names else None
-        if self._path is None:
+        ids = IdsInFile.of(self.folder / "expert_ids", place, self._experts)
+        count = self.tokens
+        sequence = np.fromfile(self.folder / "sequence", SEQUENCE, count)
+        group = np.fromfile(self.folder / "group", GROUP, count) if group_names else None
+        if path is None:
             return RoutingTrace.from_arrays(
                 ids.array(),
                 num_experts=self._experts,
@@ -91,5 +104,10 @@ class Parts:
         contents = _trace_file.Contents(
             ids, self._experts, sequence, group, group_names, model, expert_size
         )
-        _trace_file.write(contents, self._path, source, SHARD_BYTES)
-        return RoutingTrace.load(self._path)
+        _trace_file.write(contents, path, source, SHARD_BYTES)
+        return RoutingTrace.load(path)
+
+    def _close(self) -> None:
+        for file in self._files.values():
+            with suppress(OSError):  # a full disk was said when it was written to
+                file.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -14,13 +16,18 @@ from moetuner.problem import Problem
 from moetuner.solver import solve
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
-from moetuner.torch.agreement import Agreement, fingerprint
+from moetuner.torch.agreement import Agreement, NoRoomError, fingerprint
 from moetuner.torch.expert_parallel import ExpertParallelMoE
 from moetuner.torch.migration import migrate
+from moetuner.torch.observed import Floats, Observed
+from moetuner.torch.room import spare_bytes
 from moetuner.torch.transfer import moves
 
 # Search steps of each start: the model waits meanwhile.
 ITERATIONS = 20_000
+# Largest share of a model's experts that one move brings to other devices, if nobody says more.
+LARGEST_MOVE = 0.25
+FEW = 8  # copies that come to a device: never too many, in a small model
 
 
 class ComputeCost(Protocol):
@@ -49,6 +56,8 @@ class Decision:
         Copies of experts that come to a device from another one.
     bytes_moved
         Their weights.
+    decision_us
+        Time that it took to find the placement, on the slowest rank: it must be brought in as well.
     """
 
     moved: bool
@@ -57,14 +66,29 @@ class Decision:
     cost_us: float = 0.0
     experts_moved: int = 0
     bytes_moved: int = 0
+    decision_us: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A placement to be, or why there is ``nothing`` to do, and the layers that it changes.
+
+    Those that gain most by a copy come first.
+    """
+
+    target: Placement
+    nothing: str | None = None
+    layers: list[int] = field(default_factory=list)
 
 
 class Rebalancer:
     """Moves experts of running layers when the traffic has changed enough.
 
     A move pays if it is predicted to make every step faster by more than the dead zone, and all the
-    steps ahead together by more than ``hysteresis`` times what the move takes. All ranks must
-    observe the same counts (sum them over ranks first), and each computes the same answer.
+    steps ahead together by more than ``hysteresis`` times what the move takes and the search for it
+    took. The prediction is for a half of the counts that the search has not seen. All ranks must
+    observe the same counts (sum them over ranks first), and each computes the same answer. What
+    one move leaves undone, the next one goes on with.
 
     Parameters
     ----------
@@ -83,9 +107,10 @@ class Rebalancer:
     hysteresis
         How many times its cost a move must bring in.
     move_budget
-        Copies of experts that one move may bring to other devices; None for no limit. The spare
-        buffers hold what one move brings to a device. With a limit a step of the rebalancer takes
-        several times as long.
+        Copies of experts that one move may bring to other devices. None takes what half of the free
+        memory of the device with the least holds, times the devices, and at most a quarter of the
+        experts or eight to a device. The layers that gain most by a copy move first; where a rank
+        turns out to have no room, half of the layers move, and so on.
     seed
         Of the solver.
     timeout
@@ -142,8 +167,8 @@ class Rebalancer:
         self.cost_model, self.steps_ahead = cost_model, steps_ahead
         self.decay, self.dead_zone, self.hysteresis = decay, dead_zone, hysteresis
         self.move_budget, self.seed = move_budget, seed
-        self._load = np.zeros((placement.layers, placement.num_experts))
-        self._steps = 0.0
+        self._observed = Observed(placement.layers, placement.num_experts, decay, seed)
+        self._decision_us = 0.0
         self._agreement = Agreement(self.layers[0].group, timeout)
 
     @property
@@ -154,8 +179,7 @@ class Rebalancer:
     @property
     def load(self) -> NDArray[np.float64]:
         """Decayed tokens per step, layer and expert [L,E]."""
-        per_step: NDArray[np.float64] = self._load / max(self._steps, 1e-9)
-        return per_step
+        return self._observed.per_step
 
     def observe(self, counts: RoutingStatistics | ArrayLike, *, steps: int = 1) -> None:
         """Add what all ranks together have counted since the last time.
@@ -163,17 +187,22 @@ class Rebalancer:
         Parameters
         ----------
         counts
-            Statistics, or tokens per layer and expert [L,E].
+            Statistics, or tokens per layer and expert [L,E]. Every other window is held out, or
+            of few windows half of the tokens.
         steps
             Steps of the model that they were counted in.
         """
-        load = counts.total_load if isinstance(counts, RoutingStatistics) else np.asarray(counts)
-        if load.shape != self._load.shape:
+        windows = (
+            counts.window_load
+            if isinstance(counts, RoutingStatistics)
+            else np.asarray(counts)[None]
+        )
+        sizes = self._observed.total.shape
+        if windows.shape[1:] != sizes:
             raise ValueError(
-                f"counts must be [layers, experts] {list(self._load.shape)}, got {list(load.shape)}"
+                f"counts must be [layers, experts] {list(sizes)}, got {list(windows.shape[1:])}"
             )
-        self._load = self.decay * self._load + load
-        self._steps = self.decay * self._steps + steps
+        self._observed.add(windows, steps)
 
     def step(self) -> Decision:
         """Move experts if it pays. Every rank calls it between the same two steps of the model.
@@ -184,27 +213,70 @@ class Rebalancer:
             On every rank, if one fails, is lost, or has observed something else. The old placement
             is in force on all of them.
         """
-        target, decision, failure = self.placement, Decision(False, "failed"), None
+        begin = time.perf_counter()
+        room = self._room()
+        plan, failure = _Plan(self.placement, "failed"), None
         try:
-            target, decision = self._decide()
+            plan = self._plan(room)
         except Exception as error:
             failure = error
-        said = fingerprint(self._load.tobytes(), target.slots.tobytes())
+        observed, slots = self._observed, plan.target.slots
+        said = fingerprint(observed.total.tobytes(), observed.held.tobytes(), slots.tobytes())
         self._agreement.reach("the next placement", said, failure)
-        if decision.moved:
-            group = self.layers[0].group
-            migrate(self.layers, target, agreement=self._agreement, group=group)
-        return decision
+        if plan.nothing is None:
+            # The slowest rank is what the others waited for; all judge by the same time.
+            took = 1e6 * (time.perf_counter() - begin)
+            self._decision_us = self._agreement.largest("the time it took", round(took))
+        return self._carry_out(plan)
 
-    def _decide(self) -> tuple[Placement, Decision]:
-        """Give the placement to be, and whether and why it is another one."""
-        current = self.placement
-        now = self._step_us(current)
-        ideal = self._step_us(current, spread=True)
-        if now - ideal <= self.dead_zone * now:
-            return current, Decision(False, "balanced: no placement gains more than the dead zone")
+    def _carry_out(self, plan: _Plan) -> Decision:
+        """Move to a planned placement if it pays; where it does not fit, half of its layers."""
+        while True:
+            decision = self._judge(plan)
+            if not decision.moved:
+                return decision
+            try:
+                group = self.layers[0].group
+                migrate(self.layers, plan.target, agreement=self._agreement, group=group)
+                return decision
+            except NoRoomError:
+                if len(plan.layers) < 2:
+                    raise
+            plan = self._part(plan, plan.layers[: len(plan.layers) // 2])
+
+    def _judge(self, plan: _Plan) -> Decision:
+        """Say whether a move pays, by the counts that were held out."""
+        if plan.nothing is not None:
+            return Decision(False, plan.nothing)
+        held = self._observed.like_all(self._observed.held)
+        now = self._step_us(self.placement, held)
+        gain = now - self._step_us(plan.target, held)
+        copies, size, cost = self._move(self.placement, plan.target)
+        figures = (gain, cost, copies, size, self._decision_us)
+        if gain <= self.dead_zone * now:
+            return Decision(False, "the gain is within the dead zone", *figures)
+        if gain * self.steps_ahead <= self.hysteresis * (cost + self._decision_us):
+            return Decision(False, "the move takes longer than it brings in", *figures)
+        return Decision(True, "the move pays", *figures)
+
+    def _plan(self, room: int) -> _Plan:
+        """Find the placement to be, of at most ``room`` copies that come to a device."""
+        current, observed = self.placement, self._observed
+        now = self._step_us(current, self.load)
+        ideal = self._step_us(current, self.load, spread=True)
+        most = now - ideal
+        if most <= self.dead_zone * now:
+            return _Plan(current, "balanced: no placement gains more than the dead zone")
+        if most * self.steps_ahead <= self.hysteresis * self._decision_us:
+            return _Plan(current, "balanced: no placement gains more than it takes to find one")
+        if room == 0:
+            return _Plan(current, "a device has no memory for an expert that arrives")
+        budget = self.move_budget
+        if budget is None:
+            share = math.ceil(current.layers * current.num_experts * LARGEST_MOVE)
+            budget = min(room * current.devices, max(share, FEW * current.devices))
         # Counts are whole; a factor keeps what decay has left behind the point.
-        counts = np.rint(self._load * 64).astype(np.uint64)
+        counts = np.rint(observed.learned * 64).astype(np.uint64)
         problem = Problem(
             RoutingStatistics.from_load(counts),
             self.topology,
@@ -217,17 +289,48 @@ class Rebalancer:
             seed=self.seed,
             iterations=ITERATIONS,
             initial=current,
-            move_budget=self.move_budget,
+            move_budget=budget,
             move_cost=self._price(ideal),
         ).placement
-        gain = now - self._step_us(target)
-        copies, size, cost = self._move(current, target)
-        figures = (gain, cost, copies, size)
-        if gain <= self.dead_zone * now:
-            return current, Decision(False, "the gain is within the dead zone", *figures)
-        if gain * self.steps_ahead <= self.hysteresis * cost:
-            return current, Decision(False, "the move takes longer than it brings in", *figures)
-        return target, Decision(True, "the move pays", *figures)
+        return self._fitting(target, room)
+
+    def _fitting(self, target: Placement, room: int) -> _Plan:
+        """Take the layers that gain most by a copy, as long as they fit and each one pays."""
+        current = self.placement
+        learned = self._observed.like_all(self._observed.learned)
+        gain = self._layers_us(current, learned) - self._layers_us(target, learned)
+        arrive = self._arrivals(current, target)
+        copies = arrive.sum(axis=1)
+        changed = np.flatnonzero((current.slots != target.slots).any(axis=(1, 2)))
+        worth = gain / np.maximum(copies, 1)
+        chosen: list[int] = []
+        held = np.zeros(current.devices, dtype=np.int64)
+        for number in changed[np.argsort(-worth[changed], kind="stable")].tolist():
+            if gain[number] > 0 and (held + arrive[number]).max() <= room:
+                held += arrive[number]
+                chosen.append(number)
+        return self._part(_Plan(target, None, chosen), chosen)
+
+    def _part(self, plan: _Plan, layers: list[int]) -> _Plan:
+        """Give the plan for some of its layers alone; the others stay as they are."""
+        slots = self.placement.slots.copy()
+        slots[layers] = plan.target.slots[layers]
+        return _Plan(Placement(slots, num_experts=self.placement.num_experts), None, layers)
+
+    def _room(self) -> int:
+        """Give how many copies may come to every device: by the one with the least memory."""
+        devices = self.placement.devices
+        spare = spare_bytes(self.layers[0].device, devices)
+        each = max(self._expert_bytes(layer) for layer in self.layers)
+        return -self._agreement.largest("room for experts", -(spare // max(each, 1)))
+
+    def _arrivals(self, current: Placement, target: Placement) -> NDArray[np.int64]:
+        """Count the copies that come to a device, with those that change slots [L,D]."""
+        found = np.zeros((current.layers, current.devices), dtype=np.int64)
+        for number, layer in enumerate(self.layers):
+            for move in moves(current.slots[number], target.slots[number], layer.devices_per_node):
+                found[number, move.target] += 1
+        return found
 
     def _price(self, ideal: float) -> float:
         """Balance that a moved copy must bring in: hysteresis times what it takes, over the steps.
@@ -244,21 +347,26 @@ class Rebalancer:
         weights = layer.experts.weights().values()
         return sum(weight[0].numel() * weight.element_size() for weight in weights)
 
-    def _step_us(self, placement: Placement, *, spread: bool = False) -> float:
-        """Predict the time of the experts in one step: each layer waits for its busiest device.
+    def _step_us(self, placement: Placement, load: Floats, *, spread: bool = False) -> float:
+        """Predict the time of the experts in one step of loads [L,E], all layers together."""
+        return float(self._layers_us(placement, load, spread=spread).sum())
+
+    def _layers_us(self, placement: Placement, load: Floats, *, spread: bool = False) -> Floats:
+        """Predict the time of every layer [L], which waits for its busiest device.
 
         With ``spread``, as if the work could be spread evenly.
         """
         layer, device, slot = np.nonzero(placement.slots != EMPTY)
         expert = placement.slots[layer, device, slot]
-        part = self.load[layer, expert] / placement.replicas[layer, expert]
+        part = load[layer, expert] / placement.replicas[layer, expert]
         tokens, active = np.zeros((2, placement.layers, placement.devices))
         np.add.at(tokens, (layer, device), part)
         # Chance that a step brings an expert any token, if they come independently.
         np.add.at(active, (layer, device), -np.expm1(-part))
         if spread:
             tokens, active = (of.mean(axis=1, keepdims=True) for of in (tokens, active))
-        return float(self.cost_model.compute_us(tokens, active).max(axis=1).sum())
+        times: Floats = np.asarray(self.cost_model.compute_us(tokens, active)).max(axis=1)
+        return times
 
     def _move(self, current: Placement, target: Placement) -> tuple[int, int, float]:
         """Count copies and bytes between devices, and the microseconds of the busiest port."""

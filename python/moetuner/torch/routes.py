@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moetuner.placement import Placement
-from moetuner.traffic import HASH, Split, copies, node_size, split_rule
+from moetuner.traffic import Split, copies, mixed, node_size, split_rule
 
 
 class Routes:
@@ -67,6 +67,5 @@ class Routes:
         """Give the slots ``device * S + slot`` [T,K] that serve experts [T,K] of tokens [T]."""
         if self._table.shape[1] == 1:
             return self._table[:, 0][expert_ids]
-        # The product may wrap around; its low 32 bits are right all the same.
-        hashed = (position * HASH) & 0xFFFFFFFF
+        hashed: Tensor = mixed(position.long())
         return self._table[expert_ids, hashed[:, None] % self._count[expert_ids]]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moetuner.torch.batch import Batch, batch_of
+from moetuner.torch.generation import GenerateHooks
 from moetuner.torch.routers import MoELayer, chosen, same_sizes
 
 
@@ -23,7 +26,7 @@ class Step:
     ids
         Expert ids [T,L,K], uint8 or uint16, on the device; overwritten by the next step.
     batch
-        The tokens; those of padding have ids as well.
+        The tokens; those of padding, and those with scores that are no numbers, have ids as well.
     output
         What the model returned.
     """
@@ -45,7 +48,9 @@ class StepHooks:
     """Collects the choices of all routers and hands them over after each forward pass.
 
     Nothing here waits for the device: sizes are known on the host, and whether a router gave NaN is
-    kept in a flag on the device until ``check_scores`` asks for it.
+    kept in a flag on the device until ``check_scores`` asks for it. And nothing here fails the
+    model: a pass that cannot be understood, or received, is left out, counted and told of once. A
+    compiled model runs eagerly meanwhile, since hooks are not heard in compiled code.
 
     Parameters
     ----------
@@ -55,6 +60,15 @@ class StepHooks:
         Its MoE layers.
     receive
         Called with every step.
+
+    Attributes
+    ----------
+    attention_mask
+        Which tokens to keep [batch, tokens], instead of the mask that the model is called with.
+    dropped
+        Passes that were left out.
+    fault
+        What was wrong with the first of them.
     """
 
     def __init__(
@@ -62,21 +76,32 @@ class StepHooks:
     ) -> None:
         self.num_experts, self.top_k = same_sizes(layers)
         self.attention_mask: Tensor | None = None
+        self.dropped = 0
+        self.fault: Exception | None = None
+        # What torch.compile gives only calls the model that it was given.
+        self._wrapped = hasattr(model, "_orig_mod")
+        model = getattr(model, "_orig_mod", model)
+        self._generations = GenerateHooks(model)
+        self._stance: _Eagerly | None = None
         self._model = model
         self._layers = layers
         self._receive = receive
         self._handles: list[RemovableHandle] = []
         self._batch: Batch | None = None
         self._seen: set[int] = set()
+        self._dropping = False
         self._steps = 0
         self._room: _Room | None = None
         self._nan: Tensor | None = None
 
     def attach(self) -> None:
         """Start to listen."""
+        if self._wrapped or any(_is_compiled(module) for module in self._model.modules()):
+            self._stance = _Eagerly()
+        self._generations.attach()
         self._handles = [
-            self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self._model.register_forward_hook(self._end),
+            self._model.register_forward_pre_hook(self._before_pass, with_kwargs=True),
+            self._model.register_forward_hook(self._after_pass),
         ]
         for number, layer in enumerate(self._layers):
             self._handles.append(layer.router.register_forward_hook(self._listener(number)))
@@ -86,6 +111,15 @@ class StepHooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._generations.remove()
+        if self._stance is not None:
+            self._stance.leave()
+            self._stance = None
+
+    def forget(self) -> None:
+        """Forget which routers gave NaN."""
+        if self._nan is not None:
+            self._nan.zero_()
 
     def check_scores(self) -> None:
         """Wait for the device and look whether all routers gave numbers.
@@ -102,17 +136,46 @@ class StepHooks:
                 f"({self._layers[number].name})"
             )
 
-    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A pass that failed half-way has left its layers behind.
         self._seen.clear()
-        self._batch = batch_of(self._model, args, kwargs, self.attention_mask)
+        self._batch, self._dropping = None, False
+        try:
+            self._batch = batch_of(
+                self._model, args, kwargs, self.attention_mask, self._generations
+            )
+        except Exception as error:
+            self._drop(error)
 
     def _listener(self, number: int) -> Callable[[nn.Module, Any, Any], None]:
         def listen(_: nn.Module, _inputs: Any, output: Any) -> None:
-            with torch.no_grad():
-                self._routed(number, output)
+            if self._dropping:
+                return
+            try:
+                with torch.no_grad():
+                    self._routed(number, output)
+            except Exception as error:
+                self._drop(error)
 
         return listen
+
+    def _after_pass(self, _: nn.Module, _args: Any, output: Any) -> None:
+        try:
+            self._end(output)
+        except Exception as error:
+            self._drop(error)
+
+    def _drop(self, error: Exception) -> None:
+        """Leave out the pass at hand; the first time say so."""
+        self._batch, self._dropping = None, True
+        self.dropped += 1
+        if self.fault is not None:
+            return
+        self.fault = error
+        # Where warnings are errors, a warning would fail the model.
+        with suppress(Warning):
+            text = f"a forward pass is not recorded, nor are others like it: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _routed(self, number: int, output: Any) -> None:
         batch, name = self._batch, self._layers[number].name
@@ -157,21 +220,52 @@ class StepHooks:
                     self._nan = torch.zeros(len(self._layers), dtype=torch.bool, device=device)
         return self._room
 
-    def _end(self, _: nn.Module, _args: Any, output: Any) -> None:
+    def _end(self, output: Any) -> None:
         batch, self._batch = self._batch, None
         if batch is None:
             return
         missing = [n for n in range(len(self._layers)) if n not in self._seen]
         if missing:
             raise ValueError(
-                f"every router must run in a forward pass, {self._layers[missing[0]].name} did not"
+                f"every router must run in a forward pass, {self._layers[missing[0]].name} did not "
+                "(what torch.compile or a CUDA graph runs is not heard: give the compiled model)"
             )
         self._steps += 1
         if self._room is None or self._nan is None:
             return
         with torch.no_grad():
             wrong = self._room.scores[: batch.tokens].isnan().any(-1)
+            keep = ~wrong.any(-1)
             if batch.keep is not None:
-                wrong &= batch.keep.to(wrong.device, non_blocking=True)[:, None]
+                given = batch.keep.to(wrong.device, non_blocking=True)
+                wrong &= given[:, None]
+                keep &= given
             self._nan |= wrong.any(0)
-            self._receive(Step(self._room.ids[: batch.tokens], batch, output))
+            self._receive(Step(self._room.ids[: batch.tokens], replace(batch, keep=keep), output))
+
+
+class _Eagerly:
+    """While any of these is there, compiled code runs eagerly, in the whole process."""
+
+    inside = 0
+    stance: Any = None
+
+    def __init__(self) -> None:
+        if not hasattr(torch.compiler, "set_stance"):
+            raise ValueError(
+                "model must not be compiled by this version of torch: give the model without "
+                "torch.compile"
+            )
+        if _Eagerly.inside == 0:
+            _Eagerly.stance = torch.compiler.set_stance("force_eager")
+        _Eagerly.inside += 1
+
+    def leave(self) -> None:
+        """Let compiled code run again, if this was the last."""
+        _Eagerly.inside -= 1
+        if _Eagerly.inside == 0:
+            _Eagerly.stance.__exit__(None, None, None)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

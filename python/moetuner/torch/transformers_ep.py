@@ -90,6 +90,7 @@ class _PlacedExperts(EPImplementation):
         self.module = experts
         self.owned: int = experts.num_experts  # type: ignore[assignment]
         self.layer: ExpertParallelMoE | None = None
+        self.served = 0  # tokens of this rank's batches so far
         # The weights are loaded later; before the first step they are there.
         self.hook = experts.register_forward_pre_hook(lambda *_: self.place())
 
@@ -158,9 +159,13 @@ class _PlacedExperts(EPImplementation):
         mine = self.tp_mesh.get_local_rank()
         first = sum(sizes[:mine])
         part = slice(first, first + sizes[mine])
+        # Positions run on from step to step as in the layer, but by whole batches.
+        batches, batch = self.layer.ranks // sharing, self.layer.rank // sharing
+        position = self.served * batches + batch * tokens + first
         results: Tensor = self.layer(
-            hidden_states[part], top_k_index[part], top_k_weights[part], first_token=first
+            hidden_states[part], top_k_index[part], top_k_weights[part], first_token=position
         )
+        self.served += tokens
         if sharing == 1:
             return results
         padded = results.new_zeros(sizes[0], results.shape[1])
