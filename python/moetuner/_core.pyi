@@ -247,13 +247,17 @@ def replicate_experts(
     time: NDArray[np.float64],
     *,
     trials: int = ...,
+    copies: bool = ...,
+    forbidden: NDArray[np.bool_] | None = ...,
+    pinned: NDArray[np.bool_] | None = ...,
 ) -> NDArray[np.int32]:
     """Give the heaviest experts copies, and the heaviest copies first to the device done first.
 
     Takes load [L,E], the slots of every device [L,D] and its time per token as a share of the
     slowest one's [D]. ``trials`` pairs of devices are then looked at for exchanges and other copies
     that lower the time of the slowest; with 0 this is DeepSeek's balancer, less second copies on a
-    device. Returns slots [L,D,S], -1 for an empty one.
+    device. ``forbidden`` and ``pinned`` [L,E,D] are kept; without ``copies`` only pins make any.
+    Returns slots [L,D,S], -1 for an empty one.
     """
 
 def cluster(

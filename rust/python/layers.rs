@@ -11,7 +11,7 @@ use crate::layer::balance::Windows;
 use crate::layer::fanout;
 use crate::layer::noise::Noise;
 use crate::layer::replicate::{NoSlot, QUICK, fill_layers, replicate};
-use crate::layer::{Contents, EMPTY, Effort, Layer, Links, place};
+use crate::layer::{Contents, EMPTY, Effort, Layer, Links, Site, place};
 use crate::search::Control;
 
 /// Contents of every layer, from slots [L,D,S] with -1 for an empty one and the slots of every device [L,D].
@@ -207,13 +207,16 @@ impl Layers {
 }
 
 #[pyfunction]
-#[pyo3(signature = (load, room, time, *, trials = QUICK))]
+#[pyo3(signature = (load, room, time, *, trials = QUICK, copies = true, forbidden = None, pinned = None))]
 pub(super) fn replicate_experts<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, f64>,
     room: PyReadonlyArray2<'py, i64>,
     time: PyReadonlyArray1<'py, f64>,
     trials: usize,
+    copies: bool,
+    forbidden: Option<PyReadonlyArray3<'py, bool>>,
+    pinned: Option<PyReadonlyArray3<'py, bool>>,
 ) -> PyResult<Bound<'py, PyArray3<i32>>> {
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
     let d = time.shape()[0];
@@ -221,9 +224,17 @@ pub(super) fn replicate_experts<'py>(
         let rule = format!("shape [{l}, {d}]");
         return Err(Error::Shape { what: "room", rule, found: format!("{:?}", room.shape()) }.into());
     }
+    for rules in [&forbidden, &pinned].into_iter().flatten() {
+        if rules.shape() != [l, e, d] {
+            let rule = format!("shape [{l}, {e}, {d}]");
+            return Err(Error::Shape { what: "rules", rule, found: format!("{:?}", rules.shape()) }.into());
+        }
+    }
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
+    let (forbidden, pinned) = (slice(forbidden.as_ref())?, slice(pinned.as_ref())?);
     let room: Vec<usize> = room.as_array().iter().map(|&slots| slots.max(0) as usize).collect();
     let per_device = room.iter().copied().max().unwrap_or(0);
-    let slots = py.detach(|| fill_layers(load, e, &room, time, trials))?;
+    let all = Site { room: &room, time, forbidden, pinned, copies };
+    let slots = py.detach(|| fill_layers(load, e, all, trials))?;
     array3(py, (l, d, per_device), slots)
 }

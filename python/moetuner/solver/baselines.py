@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -13,35 +14,44 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.searched import searched
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Slots = NDArray[np.int32]
 
 
 def contiguous(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Experts in blocks, as engines load them; the first devices take what is left over."""
-    blocks = np.array_split(np.arange(problem.experts), problem.devices)
-    device_of = np.repeat(np.arange(problem.devices), [len(block) for block in blocks])
-    return _everywhere(problem, device_of)
+    """Experts in blocks, as engines load them; the first devices take what is left over.
+
+    Like all that ignore loads it keeps the slots of every device, but neither pins, bans nor caps.
+    """
+    return _dealt(problem, lambda device, turn: np.argsort(device, kind="stable"))
 
 
 def round_robin(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Expert e on device e mod D."""
-    return _everywhere(problem, np.arange(problem.experts) % problem.devices)
+    """Expert e on device e mod D, full devices left out."""
+    return _dealt(problem, lambda device, turn: np.lexsort((device, turn)))
 
 
 def random(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Equal counts, experts drawn at random in every layer."""
+    """Equal counts, as far as slots allow, experts drawn at random in every layer."""
     generator = np.random.default_rng(seed)
-    even = np.arange(problem.experts) % problem.devices
-    return _candidate(
-        problem, np.stack([generator.permutation(even) for _ in range(problem.layers)])
-    )
+    return _dealt(problem, lambda device, turn: generator.permutation(np.lexsort((device, turn))))
 
 
 def lpt(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Longest processing time first (Graham, 1969), then exchanges: balance, whatever the traffic.
 
-    With more slots than experts, copies of the heaviest experts as well.
+    With more slots than experts, copies of the heaviest experts as well. Keeps slots, pins and
+    bans.
     """
-    return _packed(problem, limits, improve=True)
+    if problem.may_copy or not _is_even(problem):
+        return Candidate(balanced(problem, trials=PATIENT))
+    packed = _core.lpt(
+        problem.load, problem.devices, problem.slots, improve=True, threads=limits.threads
+    )
+    return Candidate(packed)
 
 
 def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -49,42 +59,91 @@ def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 
     Copies by the largest load per copy, then the heaviest copy first to the lightest device. Loads
     are summed over all windows. No device gets a second copy of an expert, which would serve
-    nobody.
+    nobody; a layer that DeepSeek's own code would balance better with such copies is balanced like
+    ``balance``. Keeps slots, pins and bans.
     """
-    return _packed(problem, limits, improve=False)
+    slots = balanced(problem, trials=0)
+    if not problem.may_copy or not _is_even(problem):
+        return Candidate(slots)
+    wanted = deepseek_peaks(problem.load, problem.devices, problem.slots)
+    behind = _peaks(problem, slots) > wanted * (1 + 1e-9)
+    if behind.any():
+        better = balanced(problem, trials=PATIENT)
+        slots[behind] = better[behind]
+    return Candidate(slots)
 
 
 def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Transitions alone, loads ignored: the objective of ExFlow (Yao et al., 2024)."""
-    return heuristic(
-        replace(problem, regime="follow", max_imbalance=None, objective="traffic"),
-        seed=seed,
-        limits=limits,
+    asked = replace(problem, regime="follow", max_imbalance=None, objective="traffic")
+    ruled = problem.rules.some or len(np.unique(problem.rooms)) > 1
+    # One copy of each expert where slots and rules allow it, as in the paper.
+    return (searched if ruled else heuristic)(asked, seed=seed, limits=limits)
+
+
+def balanced(problem: Problem, *, trials: int) -> Slots:
+    """Balance a problem's load over all windows as ``balance`` does, under its rules [L,D,S]."""
+    return _core.replicate_experts(
+        problem.load.astype(np.float64),
+        problem.rooms,
+        times(problem.topology.speed_of_device),
+        trials=trials,
+        copies=problem.may_copy,
+        forbidden=problem.rules.forbidden,
+        pinned=problem.rules.pinned,
     )
 
 
-def _packed(problem: Problem, limits: Limits, *, improve: bool) -> Candidate:
-    if problem.rooms.sum(axis=1).min() >= problem.experts + problem.devices:
-        slots = _core.replicate_experts(
-            problem.load.astype(np.float64),
-            problem.rooms,
-            times(problem.topology.speed_of_device),
-            trials=PATIENT if improve else 0,
-        )
-        return Candidate(slots)
-    return Candidate(
-        _core.lpt(
-            problem.load, problem.devices, problem.slots, improve=improve, threads=limits.threads
-        )
-    )
+def deepseek_peaks(load: NDArray[np.uint64], devices: int, slots: int) -> Floats:
+    """Compute the largest device load [L] that DeepSeek's own code reaches, of loads [L,E].
+
+    Every device has as many slots, and may get two copies of one expert: the lightest device with
+    a free slot gets the heaviest copy that is left.
+    """
+    weight = load.astype(np.float64)
+    layer = np.arange(len(weight))
+    copies = np.ones_like(weight)
+    expert = np.tile(np.arange(weight.shape[1]), (len(weight), 1))
+    for _ in range(devices * slots - weight.shape[1]):
+        most = (weight / copies).argmax(axis=1)
+        copies[layer, most] += 1
+        expert = np.column_stack([expert, most])
+    each = np.take_along_axis(weight / copies, expert, axis=1)
+    each = -np.sort(-each, axis=1)
+    sums, free = np.zeros((len(weight), devices)), np.full((len(weight), devices), slots)
+    for item in each.T:
+        at = np.where(free > 0, sums, np.inf).argmin(axis=1)
+        sums[layer, at] += item
+        free[layer, at] -= 1
+    peaks: Floats = sums.max(axis=1)
+    return peaks
 
 
-def _everywhere(problem: Problem, device_of: NDArray[np.int64]) -> Candidate:
-    """Use one layer's devices [E] in all layers."""
-    return _candidate(problem, np.tile(device_of, (problem.layers, 1)))
+def _peaks(problem: Problem, slots: Slots) -> Floats:
+    """Largest device load [L] of slots [L,D,S] whose copies take equal parts."""
+    placement = Placement(slots, num_experts=problem.experts)
+    each = problem.load / placement.replicas
+    peaks: Floats = np.einsum("lde,le->ld", placement.held, each).max(axis=1)
+    return peaks
 
 
-def _candidate(problem: Problem, device_of: NDArray[np.integer]) -> Candidate:
+def _is_even(problem: Problem) -> bool:
+    """Whether all devices are alike, and no rule sets them apart."""
+    alike = problem.topology.has_equal_devices and len(np.unique(problem.rooms)) == 1
+    return alike and not problem.rules.some
+
+
+def _dealt(problem: Problem, order: Callable[[Integers, Integers], Integers]) -> Candidate:
+    """Deal the places of every layer to experts 0, 1, ...: as many on each device as slots allow.
+
+    ``order`` sorts the places, given the device and the turn of each [E].
+    """
+    device_of = np.empty((problem.layers, problem.experts), dtype=np.int64)
+    for layer, room in enumerate(problem.rooms):
+        # Turn after turn, every device that has a slot left gets an expert.
+        turn, device = np.nonzero(np.arange(problem.slots)[:, None] < room)
+        turn, device = turn[: problem.experts], device[: problem.experts]
+        device_of[layer] = device[order(device, turn)]
     placement = Placement.from_assignment(
         device_of, problem.devices, slots_per_device=problem.slots
     )
