@@ -85,6 +85,7 @@ class Layers:
         *,
         trials: int,
         copies: bool = True,
+        empties: bool = True,
         restarts: int = 1,
         rounds: int = 1,
         transitions: NDArray[np.uint64] | None = None,
@@ -98,7 +99,7 @@ class Layers:
 
         With transitions [L-1,E,E] and the cost of one between devices [D,D], in weighted tokens,
         layers are placed in turns, ``rounds`` times, given their neighbours. Without ``copies`` no
-        expert gets more or fewer of them.
+        expert gets more or fewer of them; without ``empties`` no slot that holds one is emptied.
         """
 
     def construct(self, *, copies: bool = True) -> NDArray[np.int32]:

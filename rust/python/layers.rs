@@ -154,13 +154,14 @@ impl Layers {
     }
 
     /// Improves slots [L,D,S].
-    #[pyo3(signature = (start, *, trials, copies = true, restarts = 1, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
+    #[pyo3(signature = (start, *, trials, copies = true, empties = true, restarts = 1, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
     fn place<'py>(
         &mut self,
         py: Python<'py>,
         start: PyReadonlyArray3<'py, i32>,
         trials: u64,
         copies: bool,
+        empties: bool,
         restarts: u64,
         rounds: u64,
         transitions: Option<PyReadonlyArray3<'py, u64>>,
@@ -183,7 +184,7 @@ impl Layers {
         let control = Control::new(time_limit.map(|limit| Instant::now() + Duration::from_secs_f64(limit)));
         let layers = &mut self.layers;
         let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), || {
-            place(layers, begin, links, Effort { trials, copies, restarts }, rounds, seed, &control)
+            place(layers, begin, links, Effort { trials, copies, empties, restarts }, rounds, seed, &control)
         })?;
         let slots = slots_of(&self.layers, &found, self.per_device);
         Ok((array3(py, (l, d, self.per_device), slots)?, interrupted))

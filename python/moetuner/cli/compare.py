@@ -103,7 +103,7 @@ def command(
     output.table(head(problem), [outcome.row() for outcome in outcomes])
     for line in remarks(outcomes, problem):
         output.say(line)
-    best = min(outcomes, key=lambda outcome: outcome.result.objective)
+    best = min(outcomes, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
     for line in sentences(best):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
     output.finish(

@@ -28,6 +28,11 @@ class Outcome:
         """Whether the counts suffice to say what the objective is."""
         return self.problem.goal != "traffic" or has_pairs(self.problem)
 
+    @property
+    def breaks_rules(self) -> bool:
+        """Whether the placement breaks rules, other than a cap that had to be raised."""
+        return self.result.status == "violates rules"
+
     def to_dict(self) -> dict[str, Any]:
         """Fields of the evaluation and of the result."""
         known = self.has_objective
@@ -39,6 +44,7 @@ class Outcome:
             "bound_source": self.result.bound_source,
             "gap": self.result.gap if known else None,
             "status": self.result.status,
+            "violations": list(self.result.violations),
             "solve_seconds": self.result.seconds,
             "details": self.result.details,
         }
@@ -55,7 +61,7 @@ class Outcome:
         }
         decimals = 1 if self.problem.goal == "time" else 4
         return (
-            self.result.method,
+            f"{self.result.method} !" if self.breaks_rules else self.result.method,
             number(of.imbalance, 3),
             number(of.imbalance_mixed, 3),
             *(figures[name] for name in judged(self.problem)),
@@ -183,6 +189,10 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
     for outcome in outcomes:
         told = caps.remarks(problem, outcome.result.details)
         lines.extend(f"{outcome.result.method}: {line}" for line in told)
+        if outcome.breaks_rules:
+            lines.append(
+                f"{outcome.result.method} ! violates rules: {'; '.join(outcome.result.violations)}."
+            )
         if outcome.result.status in ("interrupted", "time_limit"):
             lines.append(f"{outcome.result.method}: {outcome.result.status}, best so far.")
     return lines

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.balance import PATIENT, times
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.solver.balanced import balanced
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.result import Candidate, Limits
 from moetuner.solver.searched import searched
@@ -19,6 +19,9 @@ from moetuner.solver.searched import searched
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Slots = NDArray[np.int32]
+
+# Trials for a layer that DeepSeek's own code would balance better.
+CATCH_UP = 20_000
 
 
 def contiguous(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -47,7 +50,7 @@ def lpt(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     bans.
     """
     if problem.may_copy or not _is_even(problem):
-        return Candidate(balanced(problem, trials=PATIENT))
+        return Candidate(balanced(problem))
     packed = _core.lpt(
         problem.load, problem.devices, problem.slots, improve=True, threads=limits.threads
     )
@@ -59,18 +62,37 @@ def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 
     Copies by the largest load per copy, then the heaviest copy first to the lightest device. Loads
     are summed over all windows. No device gets a second copy of an expert, which would serve
-    nobody; a layer that DeepSeek's own code would balance better with such copies is balanced like
-    ``balance``. Keeps slots, pins and bans.
+    nobody; a layer that DeepSeek's own code balances better with such copies is searched until it
+    is as good, if it can be. Keeps slots, pins and bans.
     """
     slots = balanced(problem, trials=0)
     if not problem.may_copy or not _is_even(problem):
         return Candidate(slots)
+    peaks = _peaks(problem, slots)
     wanted = deepseek_peaks(problem.load, problem.devices, problem.slots)
-    behind = _peaks(problem, slots) > wanted * (1 + 1e-9)
-    if behind.any():
-        better = balanced(problem, trials=PATIENT)
+    behind = np.flatnonzero(peaks > wanted * (1 + 1e-9))
+    if behind.size:
+        better = slots.copy()
+        better[behind] = _annealed(problem, behind, seed, limits.threads)
+        behind = behind[(_peaks(problem, better) < peaks)[behind]]
         slots[behind] = better[behind]
     return Candidate(slots)
+
+
+def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None) -> Slots:
+    """Search some layers for the least load of the heaviest device, from what ``balance`` finds."""
+    devices = problem.devices
+    search = _core.Layers(
+        problem.load[None, layers].astype(np.float64),
+        np.ones(1),
+        problem.rooms[layers],
+        [0] * devices,
+        [1.0] * devices,
+        nearest=False,
+        norm=0,
+    )
+    start = balanced(problem)[layers]
+    return search.place(start, trials=CATCH_UP, restarts=2, seed=seed, threads=threads)[0]
 
 
 def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -79,19 +101,6 @@ def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     ruled = problem.rules.some or len(np.unique(problem.rooms)) > 1
     # One copy of each expert where slots and rules allow it, as in the paper.
     return (searched if ruled else heuristic)(asked, seed=seed, limits=limits)
-
-
-def balanced(problem: Problem, *, trials: int) -> Slots:
-    """Balance a problem's load over all windows as ``balance`` does, under its rules [L,D,S]."""
-    return _core.replicate_experts(
-        problem.load.astype(np.float64),
-        problem.rooms,
-        times(problem.topology.speed_of_device),
-        trials=trials,
-        copies=problem.may_copy,
-        forbidden=problem.rules.forbidden,
-        pinned=problem.rules.pinned,
-    )
 
 
 def deepseek_peaks(load: NDArray[np.uint64], devices: int, slots: int) -> Floats:

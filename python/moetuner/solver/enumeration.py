@@ -95,7 +95,7 @@ def contents_of(problem: Problem, layer: int, running: Flags | None = None) -> S
     twin = {} if _is_joined(problem) else _twins(problem, layer, running)
     held, union = np.zeros((1, 0), dtype=np.int64), np.zeros(1, dtype=np.int64)
     for device, room in enumerate(rooms):
-        fits = count <= room
+        fits = count == room if problem.fill_slots else count <= room
         if rules.pinned is not None:
             fits &= bits[:, rules.pinned[layer, :, device]].all(axis=1)
         if rules.forbidden is not None:
