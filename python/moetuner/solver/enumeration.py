@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import objective
+from moetuner import _expected, _split, objective
+from moetuner.objective import visit_costs
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.solver.moving import Moving
@@ -78,6 +79,30 @@ def enumerated(
         return None
     found = [slots[at] for slots, at in zip(contents, path, strict=False)]
     return np.array(found, dtype=np.int32).reshape(-1, problem.devices, problem.slots)
+
+
+def fewest_visits(problem: Problem, caps: Floats | None) -> Slots | None:
+    """Find the slots [L,D,S] whose devices and nodes tokens visit least; None if too many to try.
+
+    Layers are independent of each other. Where no content keeps a layer's cap (as in `enumerated`)
+    those that exceed it least compete.
+    """
+    assert problem.statistics.sets is not None
+    price, node = visit_costs(problem.topology), problem.topology.node_of_device
+    best, left = problem.empty_slots(), MOST_CONTENTS
+    for layer, sets in enumerate(problem.statistics.sets):
+        contents = contents_of(problem, layer)
+        left -= 0 if contents is None else len(contents)
+        if contents is None or left < 0:
+            return None
+        if caps is not None:
+            peak = peaks_of(problem, layer, contents)
+            contents = contents[peak <= max(caps[layer], peak.min()) * (1 + ROUNDING)]
+        shares = _split.shares(_placement(problem, contents), problem.topology, problem.split)
+        visits = _expected.visits(shares, (sets,) * len(contents), node)
+        cost = sum(each * of.sum(axis=1) for each, of in zip(price, visits, strict=True))
+        best[layer] = contents[np.argmin(cost)]
+    return best
 
 
 def contents_of(problem: Problem, layer: int, running: Flags | None = None) -> Slots | None:
