@@ -78,8 +78,8 @@ def broken_caps(problem: Problem, placement: Placement) -> list[str]:
         return []
     worst = over[imbalance[over].argmax()]
     return [
-        f"max_imbalance: layer {worst} has {imbalance[worst]:.4g} times the mean load on a device, "
-        f"the cap is {cap:g}{_more(len(over))}"
+        f"max_imbalance: {cap:g} is exceeded in {len(over)} of {problem.layers} layers: "
+        f"{imbalance[worst]:.4g} in layer {worst}"
     ]
 
 

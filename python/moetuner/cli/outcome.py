@@ -190,9 +190,8 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
         told = caps.remarks(problem, outcome.result.details)
         lines.extend(f"{outcome.result.method}: {line}" for line in told)
         if outcome.breaks_rules:
-            lines.append(
-                f"{outcome.result.method} ! violates rules: {'; '.join(outcome.result.violations)}."
-            )
+            mark = f"{outcome.result.method} ! violates rules:"
+            lines.extend(f"{mark} {broken}." for broken in outcome.result.violations)
         if outcome.result.status in ("interrupted", "time_limit"):
             lines.append(f"{outcome.result.method}: {outcome.result.status}, best so far.")
     return lines

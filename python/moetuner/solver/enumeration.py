@@ -7,15 +7,17 @@ cannot end below the best known placement is left out.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _expected, _split, objective
+from moetuner.expert_sets import ExpertSets
 from moetuner.objective import visit_costs
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.solver.moving import Moving
-from moetuner.statistics import RoutingStatistics
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -27,6 +29,15 @@ MOST_EXPERTS, MOST_CONTENTS, MOST_PAIRS, MOST_SUMS = 12, 10_000, 20_000, 20_000_
 AT_ONCE, COMPARED = 1_000_000, 2_000
 # What sums of floats may be off.
 ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Counts of contents as if they were layers: together more than statistics may have."""
+
+    total_load: NDArray[np.uint64]
+    transitions: NDArray[np.uint64] | None = None
+    sets: tuple[ExpertSets, ...] | None = None
 
 
 def enumerated(
@@ -211,8 +222,8 @@ def _widened(shares: Floats) -> Floats:
 def _shares(problem: Problem, layer: int, contents: Slots) -> Floats:
     """Shares [N,W] of a layer by itself, of all contents as if they were layers."""
     count, sets = len(contents), problem.statistics.sets
-    statistics = RoutingStatistics(
-        np.tile(problem.load[layer], (1, count, 1)),
+    statistics = _Counted(
+        np.tile(problem.load[layer], (count, 1)),
         sets=None if sets is None else (sets[layer],) * count,
     )
     load = np.repeat(problem.windows.load[:, layer, None], count, axis=1)
@@ -226,9 +237,9 @@ def _pair_shares(problem: Problem, layer: int, here: Slots, there: Slots) -> Flo
     slots[::2], slots[1::2] = np.repeat(here, second, axis=0), np.tile(there, (first, 1, 1))
     transitions = np.zeros((len(slots) - 1, problem.experts, problem.experts), dtype=np.uint64)
     transitions[::2] = problem.statistics.transitions_or_empty[layer]
-    of_both = (1, first * second, 1)
-    statistics = RoutingStatistics(np.tile(problem.load[layer : layer + 2], of_both), transitions)
-    load = np.tile(problem.windows.load[:, layer : layer + 2], of_both)
+    pairs = first * second
+    statistics = _Counted(np.tile(problem.load[layer : layer + 2], (pairs, 1)), transitions)
+    load = np.tile(problem.windows.load[:, layer : layer + 2], (1, pairs, 1))
     shares = objective.shares_of(problem, _placement(problem, slots), statistics, load)
     return shares[:, ::2].T.reshape(first, second, -1)
 
