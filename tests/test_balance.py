@@ -80,7 +80,7 @@ ODD = [(256, 72, 4), (256, 48, 6), (256, 144, 2), (512, 320, 2), (60, 7, 9), (16
 
 @pytest.mark.parametrize(("experts", "devices", "slots"), ODD)
 def test_eplb_is_never_behind_deepseeks_own_code(experts, devices, slots):
-    """Also where spare slots are fewer than devices, with copies twice on a device in its favour."""
+    """Also where spare slots are fewer than devices, which may copy twice onto a device."""
     load = skewed(3, experts, experts + devices).astype(np.uint64)
     problem = mt.Problem(mt.RoutingStatistics.from_load(load), mt.Topology(devices), slots)
     placement = mt.solve(problem, "eplb").placement

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
+from moetuner import _core
 from moetuner.solver import METHODS
 
 
@@ -99,8 +100,25 @@ def test_export_fills_what_engines_have_no_word_for(run, tmp_path):
 
 def test_solve_fills_slots_on_the_command_line(run, make_trace, tmp_path):
     """What it writes needs no filling any more."""
-    trace, out = tmp_path / "t.npz", tmp_path / "p.json"
+    trace, out = tmp_path / "t.safetensors", tmp_path / "p.json"
     make_trace().save(trace)
     options = ("--devices", 3, "--fill-slots", "--max-imbalance", "1.5", "--out", out)
     assert run("solve", trace, *options, "--method", "heuristic")[0] == 0
     assert (mt.Placement.load(out).slots >= 0).all()
+
+
+def test_search_empties_no_slot_when_told():
+    """A copy that is of no use is exchanged for another one, never for nothing."""
+    core = _core.Layers(
+        np.array([[[90.0, 1, 1, 1]]]),
+        np.ones(1),
+        np.full((1, 2), 3),
+        [0, 0],
+        [1.0, 1.0],
+        nearest=False,
+        norm=0,
+        hold=np.ones((1, 4, 2)),
+    )
+    start = np.array([[[0, 1, 2], [0, 3, 1]]], dtype=np.int32)
+    assert (core.place(start, trials=2000)[0] == -1).any()
+    assert (core.place(start, trials=2000, empties=False)[0] >= 0).all()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moetuner as mt
 from moetuner import Placement, Problem, RoutingStatistics, RoutingTrace, Topology, _core
 from moetuner.solver import two_stage_ilp
 from moetuner.solver.result import Limits, Progress

@@ -89,7 +89,7 @@ def test_a_move_budget_that_is_exceeded_is_told(monkeypatch):
 
 def test_compare_marks_methods_that_break_rules(run, make_trace, tmp_path):
     """In the table, below it, and in JSON; and the best is one that keeps them."""
-    trace, report = tmp_path / "t.npz", tmp_path / "r.json"
+    trace, report = tmp_path / "t.safetensors", tmp_path / "r.json"
     make_trace().save(trace)
     arguments = ("--devices", 2, "--pin", "0:0:1", "--methods", "contiguous,lpt")
     status, out, err = run("compare", trace, *arguments, "--json", report)
