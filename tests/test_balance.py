@@ -75,6 +75,47 @@ def test_eplb_is_deepseeks_where_that_has_no_second_copies():
     assert (device_load(load, best).max(1) <= device_load(load, placement).max(1)).all()
 
 
+ODD = [(256, 72, 4), (256, 48, 6), (256, 144, 2), (512, 320, 2), (60, 7, 9), (16, 4, 5), (6, 8, 2)]
+
+
+@pytest.mark.parametrize(("experts", "devices", "slots"), ODD)
+def test_eplb_is_never_behind_deepseeks_own_code(experts, devices, slots):
+    """Also where spare slots are fewer than devices, which may copy twice onto a device."""
+    load = skewed(3, experts, experts + devices).astype(np.uint64)
+    problem = mt.Problem(mt.RoutingStatistics.from_load(load), mt.Topology(devices), slots)
+    placement = mt.solve(problem, "eplb").placement
+    assert placement.has_copies
+    for row, found in zip(load, device_load(load, placement).max(axis=1), strict=True):
+        assert found <= deepseek(row.astype(float), devices, slots).max() * (1 + 1e-9)
+
+
+def test_spare_slots_of_few_layers_get_copies():
+    """As many as there are, in the layers that have them."""
+    load = np.ones((3, 16), np.uint64) + 200 * (np.arange(16) == 0).astype(np.uint64)
+    statistics = mt.RoutingStatistics.from_load(load)
+    problem = mt.Problem(statistics, mt.Topology(4), extra_slots=5, objective="balance")
+    for method in ("eplb", "lpt"):
+        slots = mt.solve(problem, method).placement.slots
+        assert ((slots >= 0).sum(axis=2) == problem.rooms).all()
+
+
+@pytest.mark.parametrize("method", ["heuristic", "joint"])
+@pytest.mark.parametrize("objective", ["time", "balance", "traffic"])
+@pytest.mark.parametrize("limit", [{"time_limit": 0}, {"time_limit": 0.02}, {"iterations": 0}])
+def test_searches_are_never_behind_balance(method, objective, limit):
+    """With the same slots, in windows, by the problem's own objective, however little time."""
+    random = np.random.default_rng(2)
+    load = np.floor(1e3 * random.lognormal(0, 1, (3, 2, 16)))
+    table = np.floor(1e2 * random.lognormal(0, 1, (1, 16, 16)))
+    counts = (table.astype(np.uint64) for table in (load, table))
+    statistics, speed = mt.RoutingStatistics(*counts), [1, 1, 1, 2]
+    for devices, own in ((mt.Topology(4), None), (mt.Topology(4, speed=speed), speed)):
+        problem = mt.Problem(statistics, devices, 5, objective=objective)
+        theirs = mt.balance(load, devices=4, slots_per_device=5, speed=own)
+        found = mt.solve(problem, method, **limit).objective
+        assert found <= problem.value(theirs) * (1 + 1e-9)
+
+
 @given(st.data())
 def test_slots_are_filled_by_the_rules(data):
     """Every expert has a slot, rooms hold, no device has two copies; the same call, the same."""

@@ -419,3 +419,15 @@ def test_bound_of_visits_is_in_visits(make_trace):
     problem = mt.Problem(stats, mt.Topology(4), regime="dispatch", max_imbalance=1.3)
     result = mt.solve(problem, iterations=500)
     assert 1 - 1e-6 <= result.bound <= result.objective
+
+
+@pytest.mark.parametrize(("objective", "cap"), [("time", None), ("balance", 1.0), ("traffic", 1.2)])
+def test_loads_near_the_limit_are_solved(objective, cap):
+    """Whatever statistics take: small problems are listed content by content, which adds up."""
+    load = np.random.default_rng(0).random((1, 2, 6)) ** 3
+    load = (load / load.sum() * (2**63 * (1 - 1e-6))).astype(np.uint64)
+    table = np.full((1, 6, 6), 2**56, np.uint64)
+    statistics = mt.RoutingStatistics(load, table)
+    problem = mt.Problem(statistics, mt.Topology(3), objective=objective, max_imbalance=cap)
+    result = mt.solve(problem, iterations=1000)
+    assert result.bound is None or result.bound <= result.objective * (1 + 1e-9)

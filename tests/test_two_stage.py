@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moetuner as mt
 from moetuner import Placement, Problem, RoutingStatistics, RoutingTrace, Topology, _core
 from moetuner.solver import two_stage_ilp
 from moetuner.solver.result import Limits, Progress
@@ -319,3 +320,14 @@ def test_real_routing_crosses_as_the_paper_method_does(
     placed = device_of[np.arange(ids.shape[1])[:, None], ids[~seen]]
     crossing = (placed[:, :-1, :, None] != placed[:, 1:, None, :]).mean()
     assert low <= crossing <= high
+
+
+@pytest.mark.parametrize(("experts", "devices", "layers"), [(7, 3, 3), (60, 8, 24), (10, 4, 8)])
+def test_totals_are_equal_where_devices_do_not_divide_experts(experts, devices, layers):
+    """As the paper's stage 2 wants: clusters of two sizes, and as many experts on every device."""
+    random = np.random.default_rng(0)
+    load = random.integers(100, 500, (1, layers, experts))
+    table = random.integers(0, 60, (layers - 1, experts, experts))
+    problem = mt.Problem(mt.RoutingStatistics(load, table), mt.Topology(devices))
+    held = (mt.solve(problem, "moetuner").placement.slots >= 0).sum(axis=(0, 2))
+    assert held.min() == held.max()

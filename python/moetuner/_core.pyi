@@ -91,6 +91,7 @@ class Layers:
         *,
         trials: int,
         copies: bool = True,
+        empties: bool = True,
         restarts: int = 1,
         rounds: int = 1,
         transitions: NDArray[np.uint64] | None = None,
@@ -104,7 +105,7 @@ class Layers:
 
         With transitions [L-1,E,E] and the cost of one between devices [D,D], in weighted tokens,
         layers are placed in turns, ``rounds`` times, given their neighbours. Without ``copies`` no
-        expert gets more or fewer of them.
+        expert gets more or fewer of them; without ``empties`` no slot that holds one is emptied.
         """
 
     def construct(self, *, copies: bool = True, threads: int | None = None) -> NDArray[np.int32]:
@@ -253,13 +254,17 @@ def replicate_experts(
     time: NDArray[np.float64],
     *,
     trials: int = ...,
+    copies: bool = ...,
+    forbidden: NDArray[np.bool_] | None = ...,
+    pinned: NDArray[np.bool_] | None = ...,
 ) -> NDArray[np.int32]:
     """Give the heaviest experts copies, and the heaviest copies first to the device done first.
 
     Takes load [L,E], the slots of every device [L,D] and its time per token as a share of the
     slowest one's [D]. ``trials`` pairs of devices are then looked at for exchanges and other copies
     that lower the time of the slowest; with 0 this is DeepSeek's balancer, less second copies on a
-    device. Returns slots [L,D,S], -1 for an empty one.
+    device. ``forbidden`` and ``pinned`` [L,E,D] are kept; without ``copies`` only pins make any.
+    Returns slots [L,D,S], -1 for an empty one.
     """
 
 def cluster(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from moetuner import _core, _expected, _split
 from moetuner._arrival import mixed_order, mixed_windows
 from moetuner._split import Split
 from moetuner._validation import IdArray
+from moetuner.expert_sets import ExpertSets
 from moetuner.placement import Placement
 from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
 from moetuner.topology import Topology
@@ -193,10 +194,29 @@ def of_statistics(statistics: RoutingStatistics, rules: Rules) -> tuple[Counts, 
     return whole, groups
 
 
+class Counted(Protocol):
+    """Counts of all windows together, as ``RoutingStatistics`` has them."""
+
+    @property
+    def total_load(self) -> NDArray[np.uint64]:
+        """Load [L,E]."""
+        ...
+
+    @property
+    def transitions(self) -> NDArray[np.uint64] | None:
+        """Pairs of neighbouring layers [L-1,E,E]."""
+        ...
+
+    @property
+    def sets(self) -> tuple[ExpertSets, ...] | None:
+        """Expert sets, layer by layer."""
+        ...
+
+
 class Expected:
     """A placement under traffic of which there are counts: copies take shares of the tokens."""
 
-    def __init__(self, statistics: RoutingStatistics, rules: Rules) -> None:
+    def __init__(self, statistics: Counted, rules: Rules) -> None:
         self._rules = rules
         topology = rules.topology
         self._share = _split.copy_shares(rules.placement, topology, rules.split)

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from moetuner import _counts, _expected, _figures, _split
 from moetuner.placement import Placement
-from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def shares(problem: Problem, placement: Placement) -> Floats:
 
 
 def shares_of(
-    problem: Problem, placement: Placement, statistics: RoutingStatistics, load: Floats
+    problem: Problem, placement: Placement, statistics: _counts.Counted, load: Floats
 ) -> Floats:
     """Say the same of other layers, as parts of the problem's: of windows of load [W,n,E].
 
@@ -77,7 +76,7 @@ def slowest_times(problem: Problem, placement: Placement, load: Floats) -> Float
 
 
 def _layer_times(
-    problem: Problem, placement: Placement, statistics: RoutingStatistics, load: Floats
+    problem: Problem, placement: Placement, statistics: _counts.Counted, load: Floats
 ) -> Floats:
     """Predicted microseconds of every window and layer [W,L]."""
     assert problem.cost_model is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner._files import naming, read_whole, replacing
+from moetuner._filling import filled
 from moetuner._moves import PlacementDiff, difference
 from moetuner._validation import check_slots
 from moetuner.topology import Topology
@@ -186,6 +187,28 @@ class Placement:
             object.__setattr__(named, name, value)
         return named
 
+    def filled(self, load: ArrayLike | None = None) -> Placement:
+        """Return a placement without empty slots, as engines need it; the same if there are none.
+
+        Further copies fill them: of experts with the fewest tokens, where loads [L,E] are given,
+        else of those with the fewest copies. No device gets two copies of one expert.
+
+        Raises
+        ------
+        ValueError
+            If a device has more slots than there are experts.
+        """
+        if (self.slots != EMPTY).all():
+            return self
+        tokens = None if load is None else np.asarray(load)
+        if tokens is not None and tokens.shape != (self.layers, self.num_experts):
+            raise ValueError(
+                f"load must be [{self.layers}, {self.num_experts}], got {list(tokens.shape)}"
+            )
+        full = filled(self.slots, self.num_experts, load=tokens)
+        # What a solver said was of other copies.
+        return replace(self, slots=full, objective=None, bound=None)
+
     def save(self, path: str | Path) -> None:
         """Write the placement as JSON; the file appears whole or not at all."""
         fields = {
@@ -219,7 +242,9 @@ class Placement:
                     found = fields.get("schema") if isinstance(fields, dict) else type(fields)
                     raise ValueError(f"schema must be {SCHEMA!r}, got {found!r:.40}")
                 slots = np.asarray(fields["slots"], dtype=None)
-                names = {k: fields.get(k) for k in ("model", "topology", "fingerprint", "bound_scope")}
+                names = {
+                    k: fields.get(k) for k in ("model", "topology", "fingerprint", "bound_scope")
+                }
                 return cls(
                     slots,
                     num_experts=int(fields["num_experts"]),

@@ -12,7 +12,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _split, objective
+from moetuner import _split, _violations, objective
+from moetuner._filling import filled
 from moetuner._models import cost_model_of
 from moetuner._rules import Rules, rules_of
 from moetuner._slots import rooms_of
@@ -72,6 +73,9 @@ class Problem:
         or ``"minimax"`` for the worst group's outcome.
     pinned, forbidden
         (layer, expert, device): the expert has a copy there, or has none; layer None for all.
+    fill_slots
+        Whether every slot is to be full, as engines have it: where a copy is of no use, one of an
+        expert with few tokens fills it.
 
     Raises
     ------
@@ -93,6 +97,7 @@ class Problem:
     groups: Mapping[str, float] | Literal["minimax"] | None = None
     pinned: Iterable[tuple[int | None, int, int]] = ()
     forbidden: Iterable[tuple[int | None, int, int]] = ()
+    fill_slots: bool = False
 
     def __post_init__(self) -> None:
         if self.regime not in ("follow", "dispatch"):
@@ -117,6 +122,8 @@ class Problem:
         if self.slots_per_device is not None and not isinstance(self.slots_per_device, int):
             object.__setattr__(self, "slots_per_device", tuple(self.slots_per_device))
         _ = self.rooms, self.rules, self.windows
+        if self.fill_slots:
+            self._check_filling()
 
     @cached_property
     def rooms(self) -> NDArray[np.int64]:
@@ -145,6 +152,7 @@ class Problem:
         """Whether it is about traffic alone, of one copy each, on devices that are all alike."""
         return (
             self.goal == "traffic"
+            and not (self.fill_slots and self.may_copy)
             and not self.rules.some
             and len(np.unique(self.rooms)) == 1
             and self.topology.has_equal_devices
@@ -166,11 +174,12 @@ class Problem:
     def may_copy(self) -> bool:
         """Whether slots beyond one for each expert hold copies: where somebody has asked for slots.
 
-        Those that are left over only because experts do not divide by devices stay empty.
+        Those that are left over only because experts do not divide by devices stay empty, unless
+        all are to be full.
         """
         given = (self.slots_per_device, self.extra_slots, self.topology.slots_per_device)
         spare = (self.rooms.sum(axis=1) > self.experts).any()
-        return bool(spare) and any(slots is not None for slots in given)
+        return bool(spare) and (self.fill_slots or any(slots is not None for slots in given))
 
     @property
     def stays_single(self) -> bool:
@@ -288,9 +297,51 @@ class Problem:
             return self.cost(placement) / self.cost_scale
         return objective.traffic(self, placement)
 
+    def violations(self, placement: Placement) -> tuple[str, ...]:
+        """List what a placement breaks of the problem's rules: slots, pins, bans, the load cap.
+
+        A sentence for each kind, with the first case and how many there are; none if it keeps all.
+
+        Raises
+        ------
+        ValueError
+            If the placement is of another model or machine.
+        """
+        rules = _violations.broken_rules(self, placement)
+        return (*rules, *_violations.broken_caps(self, placement))
+
+    def filled(
+        self, slots: NDArray[np.int32], running: Placement | None = None
+    ) -> NDArray[np.int32]:
+        """Fill all slots [L,D,S] if ``fill_slots`` says so, first with what is there already."""
+        if not self.fill_slots:
+            return slots
+        return filled(
+            slots,
+            self.experts,
+            rooms=self.rooms,
+            load=self.load,
+            forbidden=self.rules.forbidden,
+            held=None if running is None else running.held,
+        )
+
     def empty_slots(self) -> NDArray[np.int32]:
         """Slots [L,D,S] with nothing in them."""
         return np.full((self.layers, self.devices, self.slots), EMPTY, dtype=np.int32)
+
+    def _check_filling(self) -> None:
+        """Raise if a device has more slots than experts that may be there."""
+        forbidden = self.rules.forbidden
+        barred = 0 if forbidden is None else forbidden.sum(axis=1)
+        over = np.argwhere(self.rooms > self.experts - barred)
+        if len(over):
+            layer, device = over[0]
+            raise ValueError(
+                f"fill_slots cannot fill the {self.rooms[layer, device]} slots of device {device} "
+                f"in layer {layer}: of {self.experts} experts "
+                f"{self.experts - np.broadcast_to(barred, self.rooms.shape)[layer, device]} may be "
+                "there, each once"
+            )
 
 
 def _exact_sum(table: NDArray[np.uint64]) -> int:

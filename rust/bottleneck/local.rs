@@ -5,6 +5,8 @@ use crate::assignment::assign_max;
 
 /// Sweeps at most; it usually ends at a local optimum within ten.
 const SWEEPS: usize = 50;
+/// Pairs of clusters that are looked at for less traffic, at most: below a second. Totals are made level in any case.
+const WORK: usize = 1 << 28;
 
 impl Table<'_> {
     /// Each layer in turn at the least total cost, given the one before.
@@ -43,11 +45,14 @@ pub(super) struct Local<'a> {
     costs: Vec<Cost>,
     sizes: Option<&'a [u64]>,
     pub(super) totals: Vec<u64>,
+    /// What is left of [`WORK`].
+    work: usize,
 }
 
 impl<'a> Local<'a> {
     pub(super) fn new(table: &'a Table<'a>, device: Vec<u16>, sizes: Option<&'a [u64]>) -> Self {
-        let mut local = Self { table, device, costs: Vec::new(), sizes, totals: vec![0; table.n] };
+        let mut local =
+            Self { table, device, costs: Vec::new(), sizes, totals: vec![0; table.n], work: WORK };
         local.costs = (0..table.layers - 1).map(|l| local.boundary(l)).collect();
         for (i, &d) in local.device.iter().enumerate() {
             local.totals[usize::from(d)] += local.size(i);
@@ -124,12 +129,13 @@ impl<'a> Local<'a> {
             if self.sizes.is_some() { layers.iter().map(|&l| self.more(i, j, l)).sum() } else { 0 };
         let apart = self.totals[usize::from(i)] as i64 - self.totals[usize::from(j)] as i64;
         let level = (apart - 2 * more).abs() - apart.abs();
-        if level > 0 {
+        if level > 0 || (level == 0 && self.work == 0) {
             return false;
         }
         let mut touched = boundaries.to_vec();
         touched.retain(|&l| l < self.costs.len());
         touched.dedup();
+        self.work = self.work.saturating_sub(touched.len() * self.table.n * self.table.n);
         let before: Cost = touched.iter().map(|&l| self.costs[l]).sum();
         self.exchange(i, j, layers);
         let costs: Vec<Cost> = touched.iter().map(|&l| self.boundary(l)).collect();

@@ -43,26 +43,28 @@ pub fn fill(site: Site<'_>, load: &[f64], trials: usize) -> std::result::Result<
     Ok(draft.expert_in)
 }
 
-/// Fills every layer: slots `[L, D, S]` with -1 for an empty one, for loads `[L, E]`, rooms `[L, D]` of which the
-/// largest is S, and times `[D]`.
-pub fn fill_layers(
-    load: &[f64],
-    experts: usize,
-    room: &[usize],
-    time: &[f64],
-    trials: usize,
-) -> Result<Vec<i32>> {
-    check(load, experts, time)?;
-    let widest = room.iter().copied().max().unwrap_or(0);
+/// Fills every layer: slots `[L, D, S]` with -1 for an empty one, for loads `[L, E]`, and in `all` the rooms `[L, D]` of
+/// which the largest is S, the times `[D]`, and the rules of every layer one after the other.
+pub fn fill_layers(load: &[f64], experts: usize, all: Site<'_>, trials: usize) -> Result<Vec<i32>> {
+    check(load, experts, all.time)?;
+    let devices = all.time.len();
+    let widest = all.room.iter().copied().max().unwrap_or(0);
     // Before anything of the size is asked for: memory that is not there would end the process.
-    if widest.saturating_mul(time.len()) > SLOTS {
+    if widest.saturating_mul(devices) > SLOTS {
         let rule = format!("at most {SLOTS} slots in a layer, all devices as wide as the widest");
-        return Err(Error::Shape { what: "room", rule, found: format!("{} x {widest}", time.len()) });
+        return Err(Error::Shape { what: "room", rule, found: format!("{devices} x {widest}") });
     }
-    room_for("slots", &[room.len(), widest, size_of::<i32>()])?;
-    let mut slots = Vec::with_capacity(room.len() * widest);
-    for (layer, (load, room)) in load.chunks_exact(experts).zip(room.chunks_exact(time.len())).enumerate() {
-        let site = Site { room, time, forbidden: &[], pinned: &[], copies: true };
+    room_for("slots", &[all.room.len(), widest, size_of::<i32>()])?;
+    let mut slots = Vec::with_capacity(all.room.len() * widest);
+    for (layer, (load, room)) in load.chunks_exact(experts).zip(all.room.chunks_exact(devices)).enumerate() {
+        let cells = layer * experts * devices..(layer + 1) * experts * devices;
+        let of = |rules: &'_ [bool]| if rules.is_empty() { 0..0 } else { cells.clone() };
+        let site = Site {
+            room,
+            forbidden: &all.forbidden[of(all.forbidden)],
+            pinned: &all.pinned[of(all.pinned)],
+            ..all
+        };
         let filled = fill(site, load, trials).map_err(|NoSlot(expert)| Error::NoSlot { layer, expert })?;
         let mut rest = filled.as_slice();
         for &room in room {
@@ -339,8 +341,8 @@ mod tests {
 
     #[test]
     fn faulty_loads_are_named() {
-        let message =
-            |load: &[f64]| fill_layers(load, 2, &[1, 1, 1, 1], &[1.0, 1.0], 0).map_err(|e| e.to_string());
+        let all = Site { room: &[1; 4], time: &[1.0; 2], forbidden: &[], pinned: &[], copies: true };
+        let message = |load: &[f64]| fill_layers(load, 2, all, 0).map_err(|e| e.to_string());
         let expected = "load must have finite values of at least 0, got NaN in layer 1, expert 0";
         assert_eq!(message(&[1.0, 1.0, f64::NAN, 1.0]), Err(expected.to_owned()));
         assert_eq!(message(&[1.0, -0.0, 0.0, 0.0]), Ok(vec![0, 1, 0, 1]));

@@ -15,6 +15,8 @@ pub struct Effort {
     pub trials: u64,
     /// Whether an expert's number of copies may change, where slots are to spare.
     pub copies: bool,
+    /// Whether a slot that holds an expert may be emptied.
+    pub empties: bool,
     /// Searches from one start, of which the best counts.
     pub restarts: u64,
 }
@@ -117,18 +119,20 @@ pub(super) fn search(
     let mut contents = start;
     let mut terms = Terms::new(layer, &contents);
     let mut best = (terms.cost(layer), contents.expert_in.clone());
+    // What a slot may hold instead, where slots are to spare: any expert or, as the last of them, nothing.
     let spare = effort.copies && layer.slots() > layer.experts;
+    let kinds = if spare { layer.experts + usize::from(effort.empties) } else { 0 };
     let blocks = effort.trials.div_ceil(BLOCK);
     let cold = if terms.balance.is_some() && layer.windows.count <= FEW_WINDOWS { COLDEST } else { COLD };
     let cooling = libm::pow(cold / hot, 1.0 / blocks.max(1) as f64);
-    let mut temperature = hot * typical_change(layer, &mut terms, &contents, spare, random);
+    let mut temperature = hot * typical_change(layer, &mut terms, &contents, kinds, random);
     for _ in 0..blocks {
         if control.stopped() {
             break;
         }
         control.count(BLOCK);
         for _ in 0..BLOCK {
-            let step = proposal(layer, spare, random);
+            let step = proposal(layer, kinds, random);
             if !contents.allows(layer, step) {
                 continue;
             }
@@ -147,14 +151,13 @@ pub(super) fn search(
     (best.0, Contents::new(layer, best.1))
 }
 
-/// A random exchange of two slots or, every eighth time where slots are to `spare`, other contents of one.
+/// A random exchange of two slots or, every eighth time where there are `kinds` of contents, others of one.
 #[inline]
-fn proposal(layer: &Layer, spare: bool, random: &mut Random) -> Move {
+fn proposal(layer: &Layer, kinds: usize, random: &mut Random) -> Move {
     let bits = random.bits();
     let (p, other) = (scale(bits >> 32, layer.slots()), random.bits() >> 32);
-    if spare && bits.is_multiple_of(8) {
-        // An empty slot is as good a content as any expert.
-        let e = scale(other, layer.experts + 1);
+    if kinds > 0 && bits.is_multiple_of(8) {
+        let e = scale(other, kinds);
         Move::Put(p, if e == layer.experts { EMPTY } else { e as u16 })
     } else {
         Move::Swap(p, scale(other, layer.slots()))
@@ -166,12 +169,12 @@ fn typical_change(
     layer: &Layer,
     terms: &mut Terms,
     contents: &Contents,
-    spare: bool,
+    kinds: usize,
     random: &mut Random,
 ) -> f64 {
     let mut changes: Vec<f64> = (0..SAMPLE)
         .filter_map(|_| {
-            let step = proposal(layer, spare, random);
+            let step = proposal(layer, kinds, random);
             let change = contents.allows(layer, step).then(|| terms.change(layer, contents, step))??;
             (change != 0.0).then_some(change.abs())
         })

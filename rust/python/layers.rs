@@ -10,7 +10,7 @@ use crate::layer::fanout;
 use crate::layer::noise::Noise;
 use crate::layer::replicate::{NoSlot, QUICK, fill_layers, replicate};
 use crate::layer::together::Pairs;
-use crate::layer::{Contents, EMPTY, Effort, Layer, Links, place};
+use crate::layer::{Contents, EMPTY, Effort, Layer, Links, Site, place};
 use crate::search::Control;
 
 /// Contents of every layer, from slots [L,D,S] with -1 for an empty one and the slots of every device [L,D].
@@ -176,13 +176,14 @@ impl Layers {
     }
 
     /// Improves slots [L,D,S].
-    #[pyo3(signature = (start, *, trials, copies = true, restarts = 1, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
+    #[pyo3(signature = (start, *, trials, copies = true, empties = true, restarts = 1, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
     fn place<'py>(
         &mut self,
         py: Python<'py>,
         start: PyReadonlyArray3<'py, i32>,
         trials: u64,
         copies: bool,
+        empties: bool,
         restarts: u64,
         rounds: u64,
         transitions: Option<PyReadonlyArray3<'py, u64>>,
@@ -206,7 +207,7 @@ impl Layers {
         let control = Control::new(deadline(time_limit));
         let layers = &mut self.layers;
         let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), || {
-            place(layers, begin, links, Effort { trials, copies, restarts }, rounds, seed, &control)
+            place(layers, begin, links, Effort { trials, copies, empties, restarts }, rounds, seed, &control)
         })?;
         let slots = slots_of(&self.layers, &found, self.per_device);
         Ok((array3(py, (l, d, self.per_device), slots)?, interrupted))
@@ -235,13 +236,16 @@ impl Layers {
 }
 
 #[pyfunction]
-#[pyo3(signature = (load, room, time, *, trials = QUICK))]
+#[pyo3(signature = (load, room, time, *, trials = QUICK, copies = true, forbidden = None, pinned = None))]
 pub(super) fn replicate_experts<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, f64>,
     room: PyReadonlyArray2<'py, i64>,
     time: PyReadonlyArray1<'py, f64>,
     trials: usize,
+    copies: bool,
+    forbidden: Option<PyReadonlyArray3<'py, bool>>,
+    pinned: Option<PyReadonlyArray3<'py, bool>>,
 ) -> PyResult<Bound<'py, PyArray3<i32>>> {
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
     let d = time.shape()[0];
@@ -249,9 +253,17 @@ pub(super) fn replicate_experts<'py>(
         let rule = format!("shape [{l}, {d}]");
         return Err(Error::Shape { what: "room", rule, found: format!("{:?}", room.shape()) }.into());
     }
+    for rules in [&forbidden, &pinned].into_iter().flatten() {
+        if rules.shape() != [l, e, d] {
+            let rule = format!("shape [{l}, {e}, {d}]");
+            return Err(Error::Shape { what: "rules", rule, found: format!("{:?}", rules.shape()) }.into());
+        }
+    }
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
+    let (forbidden, pinned) = (slice(forbidden.as_ref())?, slice(pinned.as_ref())?);
     let room: Vec<usize> = room.as_array().iter().map(|&slots| slots.max(0) as usize).collect();
     let per_device = room.iter().copied().max().unwrap_or(0);
-    let slots = alone(py, || fill_layers(load, e, &room, time, trials))??;
+    let all = Site { room: &room, time, forbidden, pinned, copies };
+    let slots = alone(py, || fill_layers(load, e, all, trials))??;
     array3(py, (l, d, per_device), slots)
 }

@@ -39,6 +39,7 @@ class Asked:
     groups: Any = None
     pinned: tuple[Rule, ...] = field(default=())
     forbidden: tuple[Rule, ...] = field(default=())
+    fill_slots: bool = False
 
     def problem(
         self, traffic: Traffic, topology: Topology, *, window: int | None, threads: int | None
@@ -69,6 +70,7 @@ class Asked:
             groups=self.groups,
             pinned=self.pinned,
             forbidden=self.forbidden,
+            fill_slots=self.fill_slots,
         )
 
 
@@ -95,6 +97,7 @@ def settings(problem: Problem) -> dict[str, Any]:
         "groups": problem.groups,
         "pinned": list(problem.pinned),
         "forbidden": list(problem.forbidden),
+        "fill_slots": problem.fill_slots,
     }
 
 
@@ -236,6 +239,12 @@ problem_options = options.gathered(
             callback=_rules,
             metavar="LAYER:EXPERT:DEVICE",
             help="The expert has none there. Repeatable.",
+        ),
+        click.option(
+            "--fill-slots",
+            is_flag=True,
+            help="No slot stays empty, as engines need it: copies that take the fewest tokens fill "
+            "what would.",
         ),
     ],
 )

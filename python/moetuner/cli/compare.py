@@ -142,7 +142,7 @@ def command(
     output.table(head(problem), [outcome.row() for outcome in first])
     for line in remarks(first, problem):
         output.say(line)
-    best = min(first, key=lambda outcome: outcome.result.objective)
+    best = min(first, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
     for line in sentences(best):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
     found = gains.gains(all_splits, over, seed=seed) if over in all_splits[0] else []

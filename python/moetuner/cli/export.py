@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,7 +14,7 @@ from moetuner.cli.machine import Machine, node_options
 from moetuner.cli.moving import show_pairs
 from moetuner.cli.output import Output
 from moetuner.formats import eplb
-from moetuner.placement import Placement
+from moetuner.placement import EMPTY, Placement
 
 WRITERS = {"json": Placement.save, "eplb": eplb.write}
 MOVES = "moves"
@@ -51,11 +52,17 @@ def command(
 
     json: moetuner's own. eplb: .npz with the three arrays that DeepSeek's balancer returns,
     physical_to_logical_map [L,P], logical_to_physical_map [L,E,X] and logical_replica_count [L,E];
-    slot p is on device p // (P / devices). moves: JSON with (layer, expert, device from, device to)
+    slot p is on device p // (P / devices); empty slots are filled with further copies, no two of an
+    expert on one device, and it says so. moves: JSON with (layer, expert, device from, device to)
     of every expert that a device of --initial lacks, and how many go between every two devices.
     """
     placement = Placement.load(placement_file)
     output = Output(json_file)
+    answer: dict[str, Any] = {
+        "placement": str(placement_file),
+        "format": form,
+        "out": str(out_file),
+    }
     if form == MOVES:
         if initial_file is None:
             raise click.UsageError("'--to moves' needs '--initial', the placement to move from.")
@@ -67,6 +74,16 @@ def command(
         output.say(f"{diff.experts_moved} experts move")
         show_pairs(output, diff)
     else:
+        if form == "eplb":
+            full = placement.filled()
+            empty = int((placement.slots == EMPTY).sum())
+            if empty:
+                answer["filled_slots"] = empty
+                output.say(
+                    f"filled {empty} empty slots of {placement.slots.size} with further copies, as "
+                    'engines have none; "moetuner solve --fill-slots" chooses them by their load'
+                )
+            placement = full
         WRITERS[form](placement, out_file)
     output.say(f"wrote {out_file}")
-    output.finish({"placement": str(placement_file), "format": form, "out": str(out_file)})
+    output.finish(answer)

@@ -29,6 +29,11 @@ class Outcome:
         """Whether the counts suffice to say what the objective is."""
         return self.problem.goal != "traffic" or has_pairs(self.problem)
 
+    @property
+    def breaks_rules(self) -> bool:
+        """Whether the placement breaks rules, other than a cap that had to be raised."""
+        return self.result.status == "violates rules"
+
     def to_dict(self) -> dict[str, Any]:
         """Fields of the evaluation and of the result."""
         known = self.has_objective
@@ -41,6 +46,7 @@ class Outcome:
             "bound_scope": self.result.bound_scope if known else None,
             "gap": self.result.gap if known else None,
             "status": self.result.status,
+            "violations": list(self.result.violations),
             "solve_seconds": self.result.seconds,
             "details": self.result.details,
         }
@@ -57,7 +63,7 @@ class Outcome:
         }
         decimals = 1 if self.problem.goal == "time" else 4
         return (
-            self.result.method,
+            f"{self.result.method} !" if self.breaks_rules else self.result.method,
             number(of.imbalance, 3),
             number(of.imbalance_mixed, 3),
             *(figures[name] for name in judged(self.problem)),
@@ -194,6 +200,9 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
     for outcome in outcomes:
         told = caps.remarks(problem, outcome.result.details)
         lines.extend(f"{outcome.result.method}: {line}" for line in told)
+        if outcome.breaks_rules:
+            mark = f"{outcome.result.method} ! violates rules:"
+            lines.extend(f"{mark} {broken}." for broken in outcome.result.violations)
         if outcome.result.status in ("interrupted", "time_limit"):
             lines.append(f"{outcome.result.method}: {outcome.result.status}, best so far.")
     return lines

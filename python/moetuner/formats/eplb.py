@@ -49,8 +49,8 @@ def eplb_maps(placement: Placement) -> EplbMaps:
         layer, device, slot = empty[0]
         raise ValueError(
             f"layer {layer}, device {device}: slot {slot} is empty, and EPLB's arrays have no "
-            f"empty slots; {placement.num_experts} experts must fill {placement.devices} devices x "
-            f"{placement.slots_per_device} slots"
+            f"empty slots: {placement.num_experts} experts must fill {placement.devices} devices x "
+            f"{placement.slots_per_device} slots, as placement.filled() does"
         )
     layers, experts = placement.layers, placement.num_experts
     logical = placement.slots.reshape(layers, -1).astype(np.int64)

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from moetuner import _violations
+from moetuner._moves import kept
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import baselines
+from moetuner.solver.balanced import no_worse
 from moetuner.solver.caps import ROUNDING, scope, settled
 from moetuner.solver.joint import joint
 from moetuner.solver.migration import Migration, migrate
-from moetuner.solver.result import Candidate, Limits, Progress, Result
+from moetuner.solver.result import Candidate, Limits, Progress, Result, Status
 from moetuner.solver.searched import searched
 from moetuner.solver.two_stage import two_stage
 
@@ -131,11 +134,15 @@ def solve(
     limits = Limits(time_limit, iterations, gap, threads, progress and report)
     if initial is None:
         candidate = METHODS[method](problem, seed=seed, limits=limits)
+        if problem.is_plain and METHODS[method] in (joint, searched):
+            candidate = no_worse(problem, candidate)
     else:
         migration = Migration(initial, move_budget, move_cost, expert_bytes)
         candidate = migrate(problem, migration, seed=seed, limits=limits)
     seconds = time.perf_counter() - begin
 
+    if problem.fill_slots:
+        candidate = _filled(problem, candidate, initial)
     # Bounds of pairs are costs; those of visits are of what they are a bound of.
     in_costs = problem.goal == "traffic" and not problem.counts_visits
     scale = problem.cost_scale if in_costs else 1
@@ -144,6 +151,9 @@ def solve(
     candidate = _held(problem, candidate, placement, objective)
     bound = None if candidate.bound is None else candidate.bound / scale
     about = None if bound is None else scope(problem, candidate.details)
+    violations = problem.violations(placement)
+    if initial is not None and move_budget is not None:
+        violations += _beyond_budget(initial, placement, move_budget, expert_bytes)
     return Result(
         placement=placement.with_names(
             model=problem.statistics.model,
@@ -154,7 +164,7 @@ def solve(
             bound_scope=about,
         ),
         method=method,
-        status=candidate.status,
+        status=_status(problem, candidate, violations),
         objective=objective,
         bound=bound,
         bound_source=candidate.bound_source,
@@ -162,6 +172,47 @@ def solve(
         details=candidate.details,
         certificate=candidate.certificate,
         bound_scope=about,
+        violations=violations,
+    )
+
+
+def _filled(problem: Problem, candidate: Candidate, initial: Placement | None) -> Candidate:
+    """Fill the slots that a method left empty."""
+    slots = problem.filled(candidate.slots, initial)
+    if initial is not None:
+        slots = kept(initial.slots, slots)
+    if (slots == candidate.slots).all():
+        return candidate
+    # A proof is of the slots as they were found.
+    proven = candidate.status in ("optimal", "gap_reached")
+    return replace(
+        candidate,
+        slots=slots,
+        status="feasible" if proven else candidate.status,
+        bound=None,
+        bound_source=None,
+        certificate=None,
+    )
+
+
+def _status(problem: Problem, candidate: Candidate, violations: tuple[str, ...]) -> Status:
+    """Say how a method ended, or that its answer breaks rules without saying so."""
+    placement = Placement(candidate.slots, num_experts=problem.experts)
+    told: list[str] = []
+    if "caps_raised" in candidate.details:
+        told = _violations.broken_caps(problem, placement)
+    silent = len(violations) > len(told) and candidate.status != "interrupted"
+    return "violates rules" if silent else candidate.status
+
+
+def _beyond_budget(
+    initial: Placement, placement: Placement, budget: float, expert_bytes: float
+) -> tuple[str, ...]:
+    moved = initial.diff(placement).experts_moved
+    if moved * expert_bytes <= budget:
+        return ()
+    return (
+        f"move_budget: {moved} experts of {expert_bytes:g} bytes move, the budget is {budget:g}",
     )
 
 

@@ -2,46 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.balance import PATIENT, times
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.solver.balanced import balanced
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.searched import searched
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Slots = NDArray[np.int32]
+
+# Trials for a layer that DeepSeek's own code would balance better.
+CATCH_UP = 20_000
 
 
 def contiguous(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Experts in blocks, as engines load them; the first devices take what is left over."""
-    blocks = np.array_split(np.arange(problem.experts), problem.devices)
-    device_of = np.repeat(np.arange(problem.devices), [len(block) for block in blocks])
-    return _everywhere(problem, device_of)
+    """Experts in blocks, as engines load them; the first devices take what is left over.
+
+    Like all that ignore loads it keeps the slots of every device, but neither pins, bans nor caps.
+    """
+    return _dealt(problem, lambda device, turn: np.argsort(device, kind="stable"))
 
 
 def round_robin(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Expert e on device e mod D."""
-    return _everywhere(problem, np.arange(problem.experts) % problem.devices)
+    """Expert e on device e mod D, full devices left out."""
+    return _dealt(problem, lambda device, turn: np.lexsort((device, turn)))
 
 
 def random(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Equal counts, experts drawn at random in every layer."""
+    """Equal counts, as far as slots allow, experts drawn at random in every layer."""
     generator = np.random.default_rng(seed)
-    even = np.arange(problem.experts) % problem.devices
-    return _candidate(
-        problem, np.stack([generator.permutation(even) for _ in range(problem.layers)])
-    )
+    return _dealt(problem, lambda device, turn: generator.permutation(np.lexsort((device, turn))))
 
 
 def lpt(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Longest processing time first (Graham, 1969), then exchanges: balance, whatever the traffic.
 
-    With more slots than experts, copies of the heaviest experts as well.
+    With more slots than experts, copies of the heaviest experts as well. Keeps slots, pins and
+    bans.
     """
-    return _packed(problem, limits, improve=True)
+    if problem.may_copy or not _is_even(problem):
+        return Candidate(balanced(problem))
+    packed = _core.lpt(
+        problem.load, problem.devices, problem.slots, improve=True, threads=limits.threads
+    )
+    return Candidate(packed)
 
 
 def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -49,42 +62,97 @@ def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 
     Copies by the largest load per copy, then the heaviest copy first to the lightest device. Loads
     are summed over all windows. No device gets a second copy of an expert, which would serve
-    nobody.
+    nobody; a layer that DeepSeek's own code balances better with such copies is searched until it
+    is as good, if it can be. Keeps slots, pins and bans.
     """
-    return _packed(problem, limits, improve=False)
+    slots = balanced(problem, trials=0)
+    if not problem.may_copy or not _is_even(problem):
+        return Candidate(slots)
+    peaks = _peaks(problem, slots)
+    wanted = deepseek_peaks(problem.load, problem.devices, problem.slots)
+    behind = np.flatnonzero(peaks > wanted * (1 + 1e-9))
+    if behind.size:
+        better = slots.copy()
+        better[behind] = _annealed(problem, behind, seed, limits.threads)
+        behind = behind[(_peaks(problem, better) < peaks)[behind]]
+        slots[behind] = better[behind]
+    return Candidate(slots)
+
+
+def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None) -> Slots:
+    """Search some layers for the least load of the heaviest device, from what ``balance`` finds."""
+    devices = problem.devices
+    search = _core.Layers(
+        problem.load[None, layers].astype(np.float64),
+        np.ones(1),
+        problem.rooms[layers],
+        [0] * devices,
+        [1.0] * devices,
+        nearest=False,
+        norm=0,
+    )
+    start = balanced(problem)[layers]
+    return search.place(start, trials=CATCH_UP, restarts=2, seed=seed, threads=threads)[0]
 
 
 def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Transitions alone, loads ignored: the objective of ExFlow (Yao et al., 2024)."""
-    return heuristic(
-        replace(problem, regime="follow", max_imbalance=None, objective="traffic"),
-        seed=seed,
-        limits=limits,
-    )
+    asked = replace(problem, regime="follow", max_imbalance=None, objective="traffic")
+    ruled = problem.rules.some or len(np.unique(problem.rooms)) > 1
+    # One copy of each expert where slots and rules allow it, as in the paper.
+    return (searched if ruled else heuristic)(asked, seed=seed, limits=limits)
 
 
-def _packed(problem: Problem, limits: Limits, *, improve: bool) -> Candidate:
-    if problem.rooms.sum(axis=1).min() >= problem.experts + problem.devices:
-        slots = _core.replicate_experts(
-            problem.load.astype(np.float64),
-            problem.rooms,
-            times(problem.topology.speed_of_device),
-            trials=PATIENT if improve else 0,
-        )
-        return Candidate(slots)
-    return Candidate(
-        _core.lpt(
-            problem.load, problem.devices, problem.slots, improve=improve, threads=limits.threads
-        )
-    )
+def deepseek_peaks(load: NDArray[np.uint64], devices: int, slots: int) -> Floats:
+    """Compute the largest device load [L] that DeepSeek's own code reaches, of loads [L,E].
+
+    Every device has as many slots, and may get two copies of one expert: the lightest device with
+    a free slot gets the heaviest copy that is left.
+    """
+    weight = load.astype(np.float64)
+    layer = np.arange(len(weight))
+    copies = np.ones_like(weight)
+    expert = np.tile(np.arange(weight.shape[1]), (len(weight), 1))
+    for _ in range(devices * slots - weight.shape[1]):
+        most = (weight / copies).argmax(axis=1)
+        copies[layer, most] += 1
+        expert = np.column_stack([expert, most])
+    each = np.take_along_axis(weight / copies, expert, axis=1)
+    each = -np.sort(-each, axis=1)
+    sums, free = np.zeros((len(weight), devices)), np.full((len(weight), devices), slots)
+    for item in each.T:
+        at = np.where(free > 0, sums, np.inf).argmin(axis=1)
+        sums[layer, at] += item
+        free[layer, at] -= 1
+    peaks: Floats = sums.max(axis=1)
+    return peaks
 
 
-def _everywhere(problem: Problem, device_of: NDArray[np.int64]) -> Candidate:
-    """Use one layer's devices [E] in all layers."""
-    return _candidate(problem, np.tile(device_of, (problem.layers, 1)))
+def _peaks(problem: Problem, slots: Slots) -> Floats:
+    """Largest device load [L] of slots [L,D,S] whose copies take equal parts."""
+    placement = Placement(slots, num_experts=problem.experts)
+    each = problem.load / placement.replicas
+    peaks: Floats = np.einsum("lde,le->ld", placement.held, each).max(axis=1)
+    return peaks
 
 
-def _candidate(problem: Problem, device_of: NDArray[np.integer]) -> Candidate:
+def _is_even(problem: Problem) -> bool:
+    """Whether all devices are alike, and no rule sets them apart."""
+    alike = problem.topology.has_equal_devices and len(np.unique(problem.rooms)) == 1
+    return alike and not problem.rules.some
+
+
+def _dealt(problem: Problem, order: Callable[[Integers, Integers], Integers]) -> Candidate:
+    """Deal the places of every layer to experts 0, 1, ...: as many on each device as slots allow.
+
+    ``order`` sorts the places, given the device and the turn of each [E].
+    """
+    device_of = np.empty((problem.layers, problem.experts), dtype=np.int64)
+    for layer, room in enumerate(problem.rooms):
+        # Turn after turn, every device that has a slot left gets an expert.
+        turn, device = np.nonzero(np.arange(problem.slots)[:, None] < room)
+        turn, device = turn[: problem.experts], device[: problem.experts]
+        device_of[layer] = device[order(device, turn)]
     placement = Placement.from_assignment(
         device_of, problem.devices, slots_per_device=problem.slots
     )

@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.objective import visit_costs
+from moetuner.objective import visit_costs, visits
+from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.solver.caps import exceeded
+from moetuner.solver.caps import caps_of, exceeded
 from moetuner.solver.clock import Clock
+from moetuner.solver.enumeration import fewest_visits
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.pace import paced
 from moetuner.solver.result import Candidate, Limits, Progress
@@ -63,6 +65,12 @@ def dispatch(
     sets = problem.statistics.sets
     if sets is None:
         raise ValueError("statistics must have expert sets: count them with sets=True")
+    if limits.time_limit != 0 and copies == problem.may_copy:
+        least = fewest_visits(problem, caps_of(problem))
+        if least is not None:
+            bound = visits(problem, Placement(least, num_experts=problem.experts))
+            told = exceeded(problem, least)
+            return Candidate(least, "optimal", bound, "every placement", details=told)
     clock = Clock(limits)
     trials = limits.iterations
     pairs = replace(

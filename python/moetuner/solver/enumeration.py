@@ -7,14 +7,17 @@ cannot end below the best known placement is left out.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import objective
+from moetuner import _expected, _split, objective
+from moetuner.expert_sets import ExpertSets
+from moetuner.objective import visit_costs
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.solver.moving import Moving
-from moetuner.statistics import RoutingStatistics
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -26,6 +29,15 @@ MOST_EXPERTS, MOST_CONTENTS, MOST_PAIRS, MOST_SUMS = 12, 10_000, 20_000, 20_000_
 AT_ONCE, COMPARED = 1_000_000, 2_000
 # What sums of floats may be off.
 ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Counts of contents as if they were layers: together more than statistics may have."""
+
+    total_load: NDArray[np.uint64]
+    transitions: NDArray[np.uint64] | None = None
+    sets: tuple[ExpertSets, ...] | None = None
 
 
 def enumerated(
@@ -80,6 +92,30 @@ def enumerated(
     return np.array(found, dtype=np.int32).reshape(-1, problem.devices, problem.slots)
 
 
+def fewest_visits(problem: Problem, caps: Floats | None) -> Slots | None:
+    """Find the slots [L,D,S] whose devices and nodes tokens visit least; None if too many to try.
+
+    Layers are independent of each other. Where no content keeps a layer's cap (as in `enumerated`)
+    those that exceed it least compete.
+    """
+    assert problem.statistics.sets is not None
+    price, node = visit_costs(problem.topology), problem.topology.node_of_device
+    best, left = problem.empty_slots(), MOST_CONTENTS
+    for layer, sets in enumerate(problem.statistics.sets):
+        contents = contents_of(problem, layer)
+        left -= 0 if contents is None else len(contents)
+        if contents is None or left < 0:
+            return None
+        if caps is not None:
+            peak = peaks_of(problem, layer, contents)
+            contents = contents[peak <= max(caps[layer], peak.min()) * (1 + ROUNDING)]
+        shares = _split.shares(_placement(problem, contents), problem.topology, problem.split)
+        visits = _expected.visits(shares, (sets,) * len(contents), node)
+        cost = sum(each * of.sum(axis=1) for each, of in zip(price, visits, strict=True))
+        best[layer] = contents[np.argmin(cost)]
+    return best
+
+
 def contents_of(problem: Problem, layer: int, running: Flags | None = None) -> Slots | None:
     """Every content [N,D,S] of a layer that keeps the rules; None if there are too many.
 
@@ -95,7 +131,7 @@ def contents_of(problem: Problem, layer: int, running: Flags | None = None) -> S
     twin = {} if _is_joined(problem) else _twins(problem, layer, running)
     held, union = np.zeros((1, 0), dtype=np.int64), np.zeros(1, dtype=np.int64)
     for device, room in enumerate(rooms):
-        fits = count <= room
+        fits = count == room if problem.fill_slots else count <= room
         if rules.pinned is not None:
             fits &= bits[:, rules.pinned[layer, :, device]].all(axis=1)
         if rules.forbidden is not None:
@@ -186,8 +222,8 @@ def _widened(shares: Floats) -> Floats:
 def _shares(problem: Problem, layer: int, contents: Slots) -> Floats:
     """Shares [N,W] of a layer by itself, of all contents as if they were layers."""
     count, sets = len(contents), problem.statistics.sets
-    statistics = RoutingStatistics(
-        np.tile(problem.load[layer], (1, count, 1)),
+    statistics = _Counted(
+        np.tile(problem.load[layer], (count, 1)),
         sets=None if sets is None else (sets[layer],) * count,
     )
     load = np.repeat(problem.windows.load[:, layer, None], count, axis=1)
@@ -201,9 +237,9 @@ def _pair_shares(problem: Problem, layer: int, here: Slots, there: Slots) -> Flo
     slots[::2], slots[1::2] = np.repeat(here, second, axis=0), np.tile(there, (first, 1, 1))
     transitions = np.zeros((len(slots) - 1, problem.experts, problem.experts), dtype=np.uint64)
     transitions[::2] = problem.statistics.transitions_or_empty[layer]
-    of_both = (1, first * second, 1)
-    statistics = RoutingStatistics(np.tile(problem.load[layer : layer + 2], of_both), transitions)
-    load = np.tile(problem.windows.load[:, layer : layer + 2], of_both)
+    pairs = first * second
+    statistics = _Counted(np.tile(problem.load[layer : layer + 2], (pairs, 1)), transitions)
+    load = np.tile(problem.windows.load[:, layer : layer + 2], (1, pairs, 1))
     shares = objective.shares_of(problem, _placement(problem, slots), statistics, load)
     return shares[:, ::2].T.reshape(first, second, -1)
 

@@ -16,6 +16,7 @@ from moetuner import _core, objective
 from moetuner.balance import times
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
+from moetuner.solver.balanced import balanced
 from moetuner.solver.caps import caps_of, exceeded, excess_of
 from moetuner.solver.clock import Clock
 from moetuner.solver.enumeration import enumerated
@@ -83,6 +84,7 @@ def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Can
         objective="traffic",
         pinned=(),
         forbidden=(),
+        fill_slots=False,
     )
     return heuristic(alike, seed=seed, limits=limits)
 
@@ -126,6 +128,8 @@ class Search:
         clock, problem = Clock(limits), self.problem
         self.moving = moving
         slots = self._layers().construct(copies=problem.may_copy, threads=limits.threads)
+        slots = self.full(slots)
+        start = None if start is None else self.full(start)
         if limits.time_limit == 0:
             return self.candidate(slots, "time_limit")
         again = AGAIN if self.emphasis else REWEIGHTINGS
@@ -135,7 +139,9 @@ class Search:
                 self.learn(clock.within(LEARN_SHARE))
         except KeyboardInterrupt:
             return self.candidate(slots if start is None else start, "interrupted")
-        starts = [slots] if start is None else [start, slots]
+        # Whatever becomes of the search, it is not behind what engines get from ``balance``.
+        starts = [slots, self.full(balanced(problem))]
+        starts = starts if start is None else [start, *starts]
         traffic: list[Slots] = []
         interrupted = False
         if self.links is not None and moving is None:
@@ -187,7 +193,7 @@ class Search:
         """Search without slots to spare: reading a copy's weights may cost more than it saves."""
         problem, model = self.problem, self.problem.cost_model
         fewest = -(-problem.experts // problem.devices)
-        wide = problem.may_copy and (problem.rooms > fewest).any()
+        wide = problem.may_copy and not problem.fill_slots and (problem.rooms > fewest).any()
         assert model is not None
         if problem.goal != "time" or model.expert_us == 0 or self.links is not None or not wide:
             return None
@@ -278,6 +284,7 @@ class Search:
             trials=trials,
             restarts=restarts,
             copies=self.problem.may_copy,
+            empties=not self.problem.fill_slots,
             rounds=ROUNDS,
             transitions=self.links,
             link_cost=links,
@@ -301,8 +308,12 @@ class Search:
         problem = self.problem
         if ((slots != EMPTY).sum(axis=2) > problem.rooms).any():
             return None
-        wide = widened(problem, slots)
+        wide = self.full(widened(problem, slots))
         return None if problem.rules.broken(self._placement(wide)) else wide
+
+    def full(self, slots: Slots) -> Slots:
+        """Fill slots that must not be empty."""
+        return self.problem.filled(slots, None if self.moving is None else self.moving.initial)
 
     def candidate(self, slots: Slots, status: Status) -> Candidate:
         """Answer with slots."""

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from moetuner.placement import Placement
 from moetuner.solver.certificate import Certificate
 
-Status = Literal["optimal", "feasible", "gap_reached", "time_limit", "interrupted"]
+Status = Literal[
+    "optimal", "feasible", "gap_reached", "time_limit", "interrupted", "violates rules"
+]
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ class Result:
     ``objective`` and ``bound`` are ``Problem.value``'s: microseconds of a layer, max / mean load,
     or the share of the traffic that moves (the crossing on the problem's own statistics, where all
     links are equal). ``bound_scope`` says of which placements ``bound`` is a bound: whether they
-    may have copies of experts, and which load caps they keep.
+    may have copies of experts, and which load caps they keep. ``violations`` are rules that the
+    placement breaks, in words; ``status`` then is ``"violates rules"``, unless all that is broken
+    is a load cap that had to be raised, as ``details["caps_raised"]`` says.
     """
 
     placement: Placement
@@ -100,6 +104,7 @@ class Result:
     details: dict[str, Any] = field(default_factory=dict)
     certificate: Certificate | None = None
     bound_scope: str | None = None
+    violations: tuple[str, ...] = ()
 
     @property
     def gap(self) -> float | None:

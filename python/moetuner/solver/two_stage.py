@@ -84,7 +84,7 @@ def two_stage(
     sizes = _sizes(clusters.cluster, devices)
     transitions = problem.statistics.transitions
     statuses = [clusters.status]
-    if transitions is None and equal_sizes:
+    if transitions is None and np.ptp(sizes) == 0:
         device = np.broadcast_to(np.arange(devices), (layers, devices))
         details["stage_2"] = {"way": "skipped: no transitions were counted"}
     else:
@@ -94,7 +94,8 @@ def two_stage(
         placed = place_clusters(
             traffic,
             problem.topology.cost,
-            sizes=None if equal_sizes else sizes,
+            # Where they differ, devices are to hold equally many experts over all layers.
+            sizes=None if np.ptp(sizes) == 0 else sizes,
             tolerance=tolerance,
             seed=seed,
             limits=clock.rest(),

@@ -1,0 +1,124 @@
+"""Slots that would stay empty are filled for engines, where it changes least."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner import _core
+from moetuner.solver import METHODS
+
+
+@given(st.data())
+def test_filled_placements_add_copies_and_nothing_else(data):
+    """Placement itself refuses two copies of an expert on a device; what was there stays."""
+    experts, devices = data.draw(st.integers(2, 9)), data.draw(st.integers(1, 4))
+    slots = data.draw(st.integers(-(-experts // devices), experts))
+    seed = data.draw(st.integers(0, 99))
+    device_of = np.arange(experts)[None] % devices
+    before = mt.Placement.from_assignment(device_of, devices, slots_per_device=slots)
+    load = np.random.default_rng(seed).integers(0, 9, (1, experts))
+    for after in (before.filled(), before.filled(load)):
+        assert (after.slots >= 0).all()
+        assert (after.held >= before.held).all()
+        assert after == after.filled()
+
+
+def test_experts_without_tokens_come_first():
+    """Their copies change nothing."""
+    placement = mt.Placement([[[0, 1, -1], [2, 3, -1]]])
+    assert placement.filled([[5, 0, 7, 0]]).slots.tolist() == [[[0, 1, 3], [2, 3, 1]]]
+
+
+def test_more_slots_than_experts_cannot_be_filled():
+    """The message names the device."""
+    with pytest.raises(ValueError, match="layer 0, device 0: 3 slots cannot be filled"):
+        mt.Placement([[[0, 1, -1], [-1, -1, -1]]]).filled()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("objective", ["time", "balance", "traffic"])
+def test_solve_fills_every_slot_when_told(method, objective):
+    """Seven experts on two devices of four slots, for every method; rooms are filled, no more."""
+    random = np.random.default_rng(1)
+    statistics = mt.RoutingStatistics(
+        random.integers(1, 90, (2, 2, 7)), random.integers(0, 9, (1, 7, 7))
+    )
+    problem = mt.Problem(statistics, mt.Topology(2), (4, 5), objective=objective, fill_slots=True)
+    result = mt.solve(problem, method, iterations=500)
+    assert ((result.placement.slots >= 0).sum(axis=2) == (4, 5)).all()
+    assert result.bound is None or result.bound <= result.objective * (1 + 1e-9)
+    assert result.violations == () or method == "moetuner"
+
+
+def test_full_optimum_of_small_problems():
+    """With all slots full nothing is below what is called optimal."""
+    from brute_force import every_placement
+
+    random = np.random.default_rng(3)
+    load = random.integers(1, 90, (2, 1, 4))
+    problem = mt.Problem(mt.RoutingStatistics(load), mt.Topology(2), 3, fill_slots=True)
+    result = mt.solve(problem)
+    assert result.status == "optimal"
+    full = [p for p in every_placement(problem) if (p.slots >= 0).all()]
+    assert result.objective == pytest.approx(min(map(problem.value, full)))
+
+
+def test_slots_that_cannot_be_full_are_refused():
+    """More slots than experts that may be there."""
+    statistics = mt.RoutingStatistics(np.ones((1, 1, 3), np.int64))
+    with pytest.raises(ValueError, match="fill_slots cannot fill the 4 slots of device 0"):
+        mt.Problem(statistics, mt.Topology(2), 4, fill_slots=True)
+    bans = [(0, 1, 1)]
+    with pytest.raises(ValueError, match="fill_slots cannot fill the 3 slots of device 1"):
+        mt.Problem(statistics, mt.Topology(2), 3, forbidden=bans, fill_slots=True)
+
+
+def test_a_running_placement_fills_slots_without_moves():
+    """What is there already comes before what has few tokens."""
+    statistics = mt.RoutingStatistics(np.array([[[9, 1, 5, 5]]]))
+    problem = mt.Problem(statistics, mt.Topology(2), 3, objective="balance", fill_slots=True)
+    running = mt.Placement([[[0, 1, 2], [2, 3, 0]]])
+    slots = np.array([[[0, 1, -1], [2, 3, -1]]], dtype=np.int32)
+    assert problem.filled(slots, running).tolist() == [[[0, 1, 2], [2, 3, 0]]]
+
+
+def test_export_fills_what_engines_have_no_word_for(run, tmp_path):
+    """And says how many slots it filled."""
+    placement, out, report = (tmp_path / name for name in ("p.json", "e.npz", "r.json"))
+    mt.Placement([[[0, 1], [2, -1]], [[0, 2], [1, -1]]]).save(placement)
+    status, text, err = run("export", placement, "--to", "eplb", "--out", out, "--json", report)
+    assert (status, err) == (0, "")
+    assert "filled 2 empty slots of 8" in text
+    assert json.loads(report.read_text())["filled_slots"] == 2
+    with np.load(out) as arrays:
+        assert arrays["physical_to_logical_map"].tolist() == [[0, 1, 2, 0], [0, 2, 1, 0]]
+
+
+def test_solve_fills_slots_on_the_command_line(run, make_trace, tmp_path):
+    """What it writes needs no filling any more."""
+    trace, out = tmp_path / "t.safetensors", tmp_path / "p.json"
+    make_trace().save(trace)
+    options = ("--devices", 3, "--fill-slots", "--max-imbalance", "1.5", "--out", out)
+    assert run("solve", trace, *options, "--method", "heuristic")[0] == 0
+    assert (mt.Placement.load(out).slots >= 0).all()
+
+
+def test_search_empties_no_slot_when_told():
+    """A copy that is of no use is exchanged for another one, never for nothing."""
+    core = _core.Layers(
+        np.array([[[90.0, 1, 1, 1]]]),
+        np.ones(1),
+        np.full((1, 2), 3),
+        [0, 0],
+        [1.0, 1.0],
+        nearest=False,
+        norm=0,
+        hold=np.ones((1, 4, 2)),
+    )
+    start = np.array([[[0, 1, 2], [0, 3, 1]]], dtype=np.int32)
+    assert (core.place(start, trials=2000)[0] == -1).any()
+    assert (core.place(start, trials=2000, empties=False)[0] >= 0).all()

@@ -1,0 +1,104 @@
+"""What a placement breaks is said: by the problem, by solve, and on the command line."""
+
+import json
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner import solver
+from moetuner.solver.result import Candidate
+
+ROOM = (7, 7, 9, 9)
+PINNED = [(0, 0, 3), (0, 9, 0), (2, 30, 1)]
+FORBIDDEN = [(1, 20, 2), (1, 5, 1), (2, 1, 0), (2, 1, 3)]
+KEEP_ALL = ("joint", "heuristic", "lpt", "eplb", "exflow")
+
+
+def ruled(**given):
+    """Three layers of 32 experts on four devices with unequal slots, pins and bans."""
+    random = np.random.default_rng(0)
+    load = random.integers(10, 100, (1, 3, 32))
+    table = random.integers(0, 30, (2, 32, 32))
+    rules = {"slots_per_device": ROOM, "pinned": PINNED, "forbidden": FORBIDDEN} | given
+    statistics = mt.RoutingStatistics(load, table)
+    return mt.Problem(statistics, mt.Topology(4), objective="traffic", **rules)
+
+
+@pytest.mark.parametrize("method", solver.METHODS)
+def test_methods_keep_rules_or_say_what_they_break(method):
+    """Slots, pins and bans; methods that ignore loads keep the slots at least."""
+    result = mt.solve(ruled(), method, iterations=2000)
+    slots = result.placement.slots
+    broken = {
+        "slots": ((slots >= 0).sum(axis=2) > ROOM).any(),
+        "pinned": any(expert not in slots[layer, device] for layer, expert, device in PINNED),
+        "forbidden": any(expert in slots[layer, device] for layer, expert, device in FORBIDDEN),
+    }
+    told = {line.split(":")[0] for line in result.violations}
+    assert told == {rule for rule, is_broken in broken.items() if is_broken}
+    assert (result.status == "violates rules") == bool(told)
+    assert not (method in KEEP_ALL and told)
+    assert method == "moetuner" or "slots" not in told
+
+
+def test_each_rule_is_named_with_its_first_case():
+    """One sentence a rule; nothing for a placement that keeps them."""
+    problem = ruled(max_imbalance=1.01)
+    block = np.tile(np.arange(32).reshape(1, 4, 8), (3, 1, 1))
+    lines = problem.violations(mt.Placement(block))
+    assert [line.split(":")[0] for line in lines] == [
+        "slots",
+        "pinned",
+        "forbidden",
+        "max_imbalance",
+    ]
+    assert "layer 0 has 8 experts on device 0, which has 7 slots, and 5 more" in lines[0]
+    assert "expert 0 of layer 0 is not on device 3, and 2 more" in lines[1]
+    kept = mt.solve(ruled(max_imbalance=1.3), "heuristic", iterations=2000).placement
+    assert ruled(max_imbalance=1.3).violations(kept) == ()
+
+
+def test_a_placement_of_another_machine_is_refused():
+    """The message has both sizes."""
+    with pytest.raises(ValueError, match="like the problem, got 1, 2 and 2"):
+        ruled().violations(mt.Placement([[[0], [1]]]))
+
+
+def test_a_cap_that_had_to_be_raised_is_told_without_another_status():
+    """Who raises a cap says so in ``caps_raised``; who ignores it violates rules."""
+    load = np.array([[[90, 10, 10, 10]]])
+    problem = mt.Problem(mt.RoutingStatistics(load), mt.Topology(2), max_imbalance=1.1)
+    searched, plain = mt.solve(problem), mt.solve(problem, "contiguous")
+    assert "caps_raised" in searched.details
+    assert searched.status != "violates rules"
+    assert searched.violations
+    assert plain.status == "violates rules"
+
+
+def test_a_move_budget_that_is_exceeded_is_told(monkeypatch):
+    """Whatever search ran."""
+    problem = mt.Problem(mt.RoutingStatistics(np.ones((1, 1, 4), np.int64)), mt.Topology(2))
+    running = mt.Placement([[[0, 1], [2, 3]]])
+    moved = np.array([[[2, 3], [0, 1]]], dtype=np.int32)
+    monkeypatch.setattr(solver, "migrate", lambda *_, **__: Candidate(moved))
+    result = mt.solve(problem, initial=running, move_budget=3)
+    assert result.violations == ("move_budget: 4 experts of 1 bytes move, the budget is 3",)
+    assert result.status == "violates rules"
+
+
+def test_compare_marks_methods_that_break_rules(run, make_trace, tmp_path):
+    """In the table, below it, and in JSON; and the best is one that keeps them."""
+    trace, report = tmp_path / "t.safetensors", tmp_path / "r.json"
+    make_trace().save(trace)
+    arguments = ("--devices", 2, "--pin", "0:0:1", "--methods", "contiguous,lpt")
+    status, out, err = run("compare", trace, *arguments, "--json", report)
+    assert (status, err) == (0, "")
+    assert "contiguous ! " in out
+    assert "contiguous ! violates rules: pinned: expert 0 of layer 0 is not on device 1." in out
+    assert "lpt !" not in out
+    assert "lpt: objective" in out
+    found = json.loads(report.read_text())["methods"]
+    assert found["contiguous"]["status"] == "violates rules"
+    assert len(found["contiguous"]["violations"]) == 1
+    assert found["lpt"]["violations"] == []
