@@ -119,6 +119,56 @@ impl<'a> State<'a> {
         self.load[device] - light + heavy <= self.instance.cap[device]
     }
 
+    /// What a swap would add to the tokens that are above caps.
+    #[inline]
+    pub(crate) fn rise(&self, swap: Swap) -> i128 {
+        let (p, d) = (self.instance.sizes.slots(), self.instance.sizes.devices);
+        let row = swap.layer * p;
+        let (a, b) = (self.instance.load[row + swap.expert], self.instance.load[row + swap.other]);
+        let of = |expert: usize, leaves: u64, enters: u64| {
+            let device = swap.layer * d + usize::from(self.device_of[row + expert]);
+            let (load, cap) = (self.load[device], self.instance.cap[device]);
+            let above = |load: u64| i128::from(load.saturating_sub(cap));
+            above(load - leaves + enters) - above(load)
+        };
+        of(swap.expert, a, b) + of(swap.other, b, a)
+    }
+
+    /// Tokens above caps, in all layers.
+    pub(crate) fn excess(&self) -> u128 {
+        let above = |(&load, &cap): (&u64, &u64)| u128::from(load.saturating_sub(cap));
+        self.load.iter().zip(&self.instance.cap).map(above).sum()
+    }
+
+    /// Swaps tokens away from where they are above caps, while that is possible: always where it costs least, when a
+    /// token above costs what its layer's `price` says.
+    pub(crate) fn settle(&mut self, price: &[f64]) {
+        let Sizes { layers, devices: d, per_device: s, .. } = self.instance.sizes;
+        let p = self.instance.sizes.slots();
+        for (l, &price) in (0..layers).zip(price) {
+            loop {
+                let above = |g: &usize| self.load[l * d + g] > self.instance.cap[l * d + g];
+                let mut best: Option<(f64, Swap)> = None;
+                for g in (0..d).filter(above) {
+                    for expert in self.members(l, g).iter().map(|&e| usize::from(e)) {
+                        for slot in (0..p).filter(|slot| slot / s != g) {
+                            let Some(swap) = self.swap_with_slot(l, expert, slot) else { continue };
+                            let rise = self.rise(swap);
+                            if rise < 0 {
+                                let change = self.change(swap) as f64 + price * rise as f64;
+                                if best.is_none_or(|(least, _)| change < least) {
+                                    best = Some((change, swap));
+                                }
+                            }
+                        }
+                    }
+                }
+                let Some((_, swap)) = best else { break };
+                self.apply(swap);
+            }
+        }
+    }
+
     /// What a swap would add to the cost.
     #[inline]
     pub(crate) fn change(&self, swap: Swap) -> i64 {
