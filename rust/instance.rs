@@ -87,6 +87,8 @@ pub struct Instance {
     pub shift: u32,
     /// Mean of all pair costs, the unit of temperature.
     pub unit: f64,
+    /// The cheapest link as a share of the mean one: of two tiers, temperatures end where the cheaper one is decided.
+    pub finest: f64,
 }
 
 /// Largest cost of one expert on one device, twice over: leaves room for the sum of four.
@@ -169,6 +171,7 @@ impl Instance {
         let mean_cost =
             cost.iter().sum::<i64>() as f64 / (devices * devices).saturating_sub(devices).max(1) as f64;
         let twins = twins(devices, &changes, cap);
+        let cheapest = cost.iter().copied().filter(|&cost| cost > 0).min().unwrap_or(0);
         Ok(Self {
             sizes,
             load: padded_load,
@@ -183,6 +186,7 @@ impl Instance {
             backward: pad(transitions, true),
             together,
             shift,
+            finest: if mean_cost > 0.0 { (cheapest as f64 / mean_cost).clamp(1e-3, 1.0) } else { 1.0 },
             unit: (sum / pairs as f64 * mean_cost.max(1.0)).max(1e-9),
         })
     }

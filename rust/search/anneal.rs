@@ -53,7 +53,7 @@ pub(crate) fn anneal(state: &mut State<'_>, schedule: Schedule, random: &mut Ran
         Length::Trials(trials) => trials.div_ceil(BLOCK).max(1),
         Length::Time(_) => u64::MAX,
     };
-    let ratio = schedule.cold / schedule.hot;
+    let ratio = schedule.cold * instance.finest / schedule.hot;
     let mut temperature = schedule.hot * instance.unit;
     let mut cooling = libm::pow(ratio, 1.0 / blocks as f64);
     let mut price = LENIENT;
