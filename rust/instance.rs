@@ -58,7 +58,7 @@ impl Sizes {
 }
 
 /// A placement problem with one copy of each expert.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Instance {
     /// The sizes.
     pub sizes: Sizes,
@@ -153,23 +153,12 @@ impl Instance {
         for (to, from) in padded_load.chunks_exact_mut(slots).zip(load.chunks_exact(experts)) {
             to[..experts].copy_from_slice(from);
         }
-        let dearest = cost.iter().copied().max().unwrap_or(0) as i32;
-        let nearer: Vec<Vec<(u32, i32)>> = cost
-            .chunks_exact(devices.max(1))
-            .map(|row| {
-                let nearer = |(c, &cost): (u32, &i64)| (c, dearest - cost as i32);
-                (0..).zip(row).map(nearer).filter(|&(_, by)| by != 0).collect()
-            })
-            .collect();
-        let changes: Vec<Vec<(u32, i32)>> = (0..devices * devices)
-            .map(|at| difference(&nearer[at / devices], &nearer[at % devices]))
-            .collect();
+        let (dearest, nearer, changes) = paths(devices, cost);
         let forward = pad(transitions, false);
         let together = pad(coactivation, false);
         let pairs = (transitions.len() + coactivation.len()).max(1);
         let sum: f64 = forward.iter().chain(&together).map(|&count| f64::from(count)).sum();
-        let mean_cost =
-            cost.iter().sum::<i64>() as f64 / (devices * devices).saturating_sub(devices).max(1) as f64;
+        let mean_cost = mean(devices, cost);
         let twins = twins(devices, &changes, cap);
         let cheapest = cost.iter().copied().filter(|&cost| cost > 0).min().unwrap_or(0);
         Ok(Self {
@@ -205,6 +194,27 @@ impl Instance {
             for cap in caps {
                 *cap += excess;
             }
+        }
+    }
+
+    /// The same where all links cost one.
+    #[must_use]
+    pub fn flat(&self) -> Self {
+        let devices = self.sizes.devices;
+        let cost: Vec<i64> =
+            (0..devices * devices).map(|at| i64::from(at / devices != at % devices)).collect();
+        let (dearest, nearer, changes) = paths(devices, &cost);
+        let twins = twins(devices, &changes, &self.cap);
+        Self {
+            unit: self.unit / mean(devices, &self.cost).max(1.0),
+            finest: 1.0,
+            exchanges: twins.iter().map(|&pair| vec![pair]).collect(),
+            cost,
+            dearest,
+            nearer,
+            changes,
+            twins,
+            ..self.clone()
         }
     }
 
@@ -274,6 +284,29 @@ impl Instance {
         let d = self.sizes.devices;
         self.twins.len() == d * d.saturating_sub(1) / 2
     }
+}
+
+/// Lists of devices and what their costs differ by.
+type Differences = Vec<Vec<(u32, i32)>>;
+
+/// Cost of the dearest pair, what is nearer to each device, and where costs to two devices differ.
+fn paths(devices: usize, cost: &[i64]) -> (i32, Differences, Differences) {
+    let dearest = cost.iter().copied().max().unwrap_or(0) as i32;
+    let nearer: Differences = cost
+        .chunks_exact(devices.max(1))
+        .map(|row| {
+            let nearer = |(c, &cost): (u32, &i64)| (c, dearest - cost as i32);
+            (0..).zip(row).map(nearer).filter(|&(_, by)| by != 0).collect()
+        })
+        .collect();
+    let changes =
+        (0..devices * devices).map(|at| difference(&nearer[at / devices], &nearer[at % devices])).collect();
+    (dearest, nearer, changes)
+}
+
+/// Mean cost of two different devices.
+fn mean(devices: usize, cost: &[i64]) -> f64 {
+    cost.iter().sum::<i64>() as f64 / (devices * devices).saturating_sub(devices).max(1) as f64
 }
 
 fn check(what: &'static str, found: usize, allowed: &[usize]) -> Result<()> {

@@ -46,6 +46,29 @@ impl Caps {
         worst <= layer.cap * (1.0 + ROUNDING) || worst < before
     }
 
+    /// By what part the worst device exceeds the cap.
+    pub(crate) fn peak_excess(&self, layer: &Layer) -> f64 {
+        self.load.iter().map(|&load| above(layer, load)).fold(0.0, f64::max)
+    }
+
+    /// What a move adds to the parts of the cap that devices exceed it by, summed.
+    pub(crate) fn rise(&self, layer: &Layer, contents: &Contents, step: Move) -> f64 {
+        if layer.cap == f64::INFINITY {
+            return 0.0;
+        }
+        let changes = exchange(layer, contents, step)
+            .map_or_else(|| changes(layer, contents, step), |changes| changes.to_vec());
+        let mut rise = 0.0;
+        for (i, &(device, _)) in changes.iter().enumerate() {
+            if changes[..i].iter().all(|&(earlier, _)| earlier != device) {
+                let load = self.load[usize::from(device)];
+                let more: f64 = changes.iter().filter(|&&(d, _)| d == device).map(|&(_, by)| by).sum();
+                rise += above(layer, load + more) - above(layer, load);
+            }
+        }
+        rise
+    }
+
     pub(crate) fn apply(&mut self, layer: &Layer, contents: &Contents, step: Move) {
         if layer.cap != f64::INFINITY {
             for (device, by) in changes(layer, contents, step) {
@@ -53,6 +76,12 @@ impl Caps {
             }
         }
     }
+}
+
+/// By what part a load exceeds the cap, if by more than rounding.
+fn above(layer: &Layer, load: f64) -> f64 {
+    let excess = load / layer.cap.max(f64::MIN_POSITIVE) - 1.0;
+    if excess > ROUNDING { excess } else { 0.0 }
 }
 
 fn taken(layer: &Layer, expert: u16, devices: &[u16], device: u16) -> f64 {

@@ -28,6 +28,15 @@ pub(crate) enum Length {
     Time(Duration),
 }
 
+impl Length {
+    pub(crate) fn half(self) -> Self {
+        match self {
+            Self::Trials(trials) => Self::Trials(trials / 2),
+            Self::Time(time) => Self::Time(time / 2),
+        }
+    }
+}
+
 /// Trials at one temperature; each block also tries one relabelling, without which swaps get stuck.
 const BLOCK: u64 = 512;
 
