@@ -93,8 +93,7 @@ const START_SHARE: f64 = 0.4;
 /// Temperatures between which a start cools, and a polishing run (measured: bench/RESULTS.md).
 const START: (f64, f64) = (12.0, 0.35);
 const POLISH: (f64, f64) = (3.0, 0.2);
-/// Of links that differ, one start of so many is annealed as if they did not, and then polished: who is together is
-/// easier to find where it does not matter yet whose node that is.
+/// Of links that differ, one start of so many is annealed as if they did not.
 const FLAT: u64 = 4;
 /// Caps are tight if less than this share of the swaps from a balanced placement keeps them.
 const TIGHT: f64 = 0.1;
@@ -121,30 +120,18 @@ pub fn search(
         return best(elite);
     }
     let effort = Effort::new(instance, options, balanced, control);
+    // Of links that differ: who is together is easier to find where it does not matter yet whose node that is.
     let flat = (!instance.uniform()).then(|| instance.flat());
-    let run = |schedule: Schedule, from: &[u16], stream: u64, first: bool| {
-        let mut random = Random::new(options.seed, stream);
+    let run = |schedule: Schedule, from: &[u16], stream: u64| {
         let mut state = State::new(instance, from.to_vec());
-        match &flat {
-            Some(flat) if first && stream % FLAT == FLAT - 1 => {
-                let half = Schedule { length: schedule.length.half(), ..schedule };
-                let mut same = State::new(flat, from.to_vec());
-                anneal(&mut same, half, &mut random, control);
-                state = State::new(instance, same.expert_in);
-                let (hot, _) = POLISH;
-                anneal(&mut state, Schedule { hot, ..half }, &mut random, control);
-            }
-            _ => anneal(&mut state, schedule, &mut random, control),
-        }
+        anneal(&mut state, schedule, &mut Random::new(options.seed, stream), control);
         // A run that was cut short ends hot: it is compared like any other, and hardly ever wins.
         found(&state, control)
     };
     let mut stream = 0;
-    let mut runs = |pool: &mut Vec<Found>, n: u64, schedule: Schedule, from: &[u16], first: bool| {
-        pool.par_extend(
-            (stream..stream + n).into_par_iter().map(|stream| run(schedule, from, stream, first)),
-        );
-        stream += n;
+    let runs = |pool: &mut Vec<Found>, stream: &mut u64, n: u64, schedule: Schedule, from: &[u16]| {
+        pool.par_extend((*stream..*stream + n).into_par_iter().map(|stream| run(schedule, from, stream)));
+        *stream += n;
         if control.leaves(recombination(instance, pool.len())) {
             let placements: Vec<Vec<u16>> = pool.iter().map(|(_, placement)| placement.clone()).collect();
             pool.push(judged(recombine(instance, &placements)));
@@ -155,19 +142,66 @@ pub fn search(
         let mut pool = elite.clone();
         // Only what was given takes part from the beginning: what an earlier epoch found would drown the new starts.
         pool.truncate(1 + initial.len());
-        runs(&mut pool, effort.starts, effort.start, balanced, true);
+        let mut starts = effort.starts;
+        if let Some(flat) = &flat {
+            let alike = starts.div_ceil(FLAT);
+            starts -= alike;
+            pool.extend(lift(
+                instance,
+                flat,
+                &effort,
+                options.seed,
+                stream..stream + alike,
+                balanced,
+                control,
+            ));
+            stream += alike;
+        }
+        runs(&mut pool, &mut stream, starts, effort.start, balanced);
         for _ in 0..effort.rounds {
             if control.stopped() {
                 break;
             }
             let from = pool[0].1.clone();
-            runs(&mut pool, RUNS, effort.polish, &from, false);
+            runs(&mut pool, &mut stream, RUNS, effort.polish, &from);
         }
         elite.append(&mut pool);
         if options.time_limit.is_none() || control.stopped() {
             return best(elite);
         }
     }
+}
+
+/// Anneals as if all links were alike, on `flat`, recombines that, and polishes it all with links as they are.
+fn lift(
+    instance: &Instance,
+    flat: &Instance,
+    effort: &Effort,
+    seed: u64,
+    streams: std::ops::Range<u64>,
+    balanced: &[u16],
+    control: &Control,
+) -> Vec<Found> {
+    let length = effort.start.length.half();
+    let run = |instance, from: &[u16], stream, schedule| {
+        let mut state = State::new(instance, from.to_vec());
+        anneal(&mut state, Schedule { length, ..schedule }, &mut Random::new(seed, stream), control);
+        state
+    };
+    let numbers: Vec<u64> = streams.collect();
+    let start = |&stream: &u64| run(flat, balanced, stream, effort.start).expert_in;
+    let mut alike: Vec<Vec<u16>> = numbers.par_iter().map(start).collect();
+    if control.leaves(recombination(flat, alike.len())) {
+        // The last makes room for what they are together.
+        let together = recombine(flat, &alike);
+        alike.insert(0, together);
+        alike.truncate(numbers.len());
+    }
+    let polish = |(stream, from): (&u64, &Vec<u16>)| {
+        // Streams of their own, which no start has.
+        found(&run(instance, from, !stream, effort.polish), control)
+    };
+    numbers.par_iter().zip(&alike).map(polish).collect()
 }
 
 /// Where the search starts: loads as balanced as time allows, whatever the traffic `[L, P]`.

@@ -126,7 +126,7 @@ def solve(
         candidate = METHODS[method](problem, seed=seed, limits=limits)
     else:
         migration = Migration(initial, move_budget, move_cost, expert_bytes)
-        candidate = migrate(problem, migration, seed=seed, limits=limits)
+        candidate = migrate(problem, migration, METHODS[method], seed=seed, limits=limits)
     seconds = time.perf_counter() - begin
 
     # Bounds of pairs are costs; those of visits are of what they are a bound of.
