@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 
 
 def best_exchange(load: Floats, device_of: NDArray[np.int64], home: NDArray[np.int64]) -> tuple:
-    """Find the exchange of a layer of load [W,E] that gains most for a move: gain, moves, experts."""
+    """Find the exchange in load [W,E] that gains most for a move: gain, moves, experts."""
     windows, experts = load.shape
     devices = int(device_of.max()) + 1
     on = np.zeros((windows, devices))
@@ -47,7 +47,9 @@ def best_exchange(load: Floats, device_of: NDArray[np.int64], home: NDArray[np.i
             (rank[:, [g]] != 0) & (rank[:, h] != 0),
             order[:, [0]],
             np.where(
-                (rank[:, [g]] != 1) & (rank[:, h] != 1), order[:, [1]], order[:, [min(2, devices - 1)]]
+                (rank[:, [g]] != 1) & (rank[:, h] != 1),
+                order[:, [1]],
+                order[:, [min(2, devices - 1)]],
             ),
         )
         gain = (before[:, None] - np.maximum(np.maximum(here, there), rest)).sum(axis=0)
@@ -64,7 +66,9 @@ def best_exchange(load: Floats, device_of: NDArray[np.int64], home: NDArray[np.i
 def greedy(load: Floats, device_of: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
     """Exchange experts until the budget is used up; the device of every expert [L,E]."""
     now, moved = device_of.copy(), 0
-    best = [best_exchange(load[:, layer], now[layer], device_of[layer]) for layer in range(len(now))]
+    best = [
+        best_exchange(load[:, layer], now[layer], device_of[layer]) for layer in range(len(now))
+    ]
     while True:
         layer = max(range(len(now)), key=lambda at: best[at][0])
         worth, moves, e, f = best[layer]
@@ -97,7 +101,9 @@ def main() -> None:
     )
     home = initial.device_of.astype(np.int64)
     print(f"{layers} x {experts} on {devices} devices, {arguments.windows} windows\n")
-    print(f"{'objective':>9} {'budget':>6}   {'greedy gain':>11} {'moves':>5} {'seconds':>7}", end="")
+    print(
+        f"{'objective':>9} {'budget':>6}   {'greedy gain':>11} {'moves':>5} {'seconds':>7}", end=""
+    )
     print(f"   {'our gain':>11} {'moves':>5} {'seconds':>7}")
     problems = {
         goal: mt.Problem(statistics, mt.Topology(devices), objective=goal, regime="dispatch")

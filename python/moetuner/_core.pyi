@@ -113,7 +113,7 @@ class Layers:
         time_limit: float | None = None,
         threads: int | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64], bool]:
-        """Steps from slots [L,D,S] down, the one that gains most for a copy that is brought first.
+        """Go down from slots [L,D,S] by steps, that which gains most for a copy brought first.
 
         Brought is what is on a device that does not have it in ``held`` [L,E,D]; ``most`` copies
         may be. Load above caps comes before all else. Every step writes twice: where in the flat

@@ -156,8 +156,9 @@ class _Migrating:
     def step_by_step(self) -> None:
         """Take the steps that gain most for a move, then search at prices of a move."""
         problem, limits = self.problem, self.clock.limits
-        path = self.descend()
-        if self.best.status == "interrupted":
+        path, interrupted = self.descend()
+        if interrupted:
+            self.best = replace(self.best, status="interrupted")
             return
         if problem.goal != "traffic" and limits.time_limit is None:
             moving = Moving(self.initial, self.price)
@@ -175,14 +176,15 @@ class _Migrating:
         low, high = max(self.price, slope / SPREAD), max(self.price, slope * SPREAD)
         for left in range(TRIES, 0, -1):
             price = float(np.sqrt(low * high))
-            if self.search_at(price, search, 1 / left) <= self.most:
+            found = self.search_at(price, search, 1 / left)
+            if found.status == "interrupted":
+                return
+            if self.moved(found.slots) <= self.most:
                 high = price
             else:
                 low = price
-            if self.best.status == "interrupted":
-                return
 
-    def descend(self) -> Path:
+    def descend(self) -> tuple[Path, bool]:
         """Go down by steps, and keep the best that is passed."""
         problem = self.problem
         search = Search(problem, self.seed)
@@ -193,20 +195,19 @@ class _Migrating:
             for steps in path.lengths(self.most, self.price, LENGTHS):
                 self.consider(Candidate(path.after(steps)))
             if interrupted:
-                self.best = replace(self.best, status="interrupted")
                 break
             search.look_at(self.best.slots)
-        return path
+        return path, interrupted
 
-    def search_at(self, price: float, search: Search, share: float) -> int:
-        """Search at a price of a move from the best there is, and say how many moves it takes."""
+    def search_at(self, price: float, search: Search, share: float) -> Candidate:
+        """Search at a price of a move from the best there is."""
         found = search.run(
             self.clock.within(share),
             start=self.best.slots,
             moving=Moving(self.initial, price),
         )
         self.consider(found)
-        return self.moved(found.slots)
+        return found
 
     def consider(self, found: Candidate) -> bool:
         """Take an answer if it is the best so far within the budget."""

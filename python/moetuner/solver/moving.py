@@ -80,8 +80,9 @@ class Path:
         """Choose numbers of steps whose moves are about evenly spread in their logarithm."""
         if len(self.moved) < 2:
             return []
-        wanted = np.geomspace(1, max(int(self.moved.max()), 2), count)
-        ends = {int(np.flatnonzero(self.moved <= moves)[-1]) for moves in wanted}
+        brought = self.moved - self.moved[0]
+        wanted = np.geomspace(1, max(int(brought.max()), 2), count)
+        ends = {int(np.flatnonzero(brought <= moves)[-1]) for moves in wanted}
         return sorted(ends | {self.best(np.inf, 0.0)} - {0})
 
     def slope(self, most: float) -> float:
@@ -176,7 +177,8 @@ def _assigned(cost: Floats, room: NDArray[np.int64]) -> NDArray[np.int64]:
         at = int(np.where(left > 0, least, np.inf).argmin())
         left[at] -= 1
         while via[at] >= 0:
-            device_of[handed[via[at], at]] = at
-            at = int(via[at])
+            origin = int(via[at])
+            device_of[handed[origin, at]] = at
+            at = origin
         device_of[expert] = at
     return device_of
