@@ -56,17 +56,23 @@ impl Caps {
         if layer.cap == f64::INFINITY {
             return 0.0;
         }
-        let changes = exchange(layer, contents, step)
-            .map_or_else(|| changes(layer, contents, step), |changes| changes.to_vec());
+        if let Some(changes) = exchange(layer, contents, step) {
+            return changes.iter().map(|&(device, by)| self.risen(layer, device, by)).sum();
+        }
+        let changes = changes(layer, contents, step);
         let mut rise = 0.0;
         for (i, &(device, _)) in changes.iter().enumerate() {
             if changes[..i].iter().all(|&(earlier, _)| earlier != device) {
-                let load = self.load[usize::from(device)];
-                let more: f64 = changes.iter().filter(|&&(d, _)| d == device).map(|&(_, by)| by).sum();
-                rise += above(layer, load + more) - above(layer, load);
+                let more = changes.iter().filter(|&&(d, _)| d == device).map(|&(_, by)| by).sum();
+                rise += self.risen(layer, device, more);
             }
         }
         rise
+    }
+
+    fn risen(&self, layer: &Layer, device: u16, by: f64) -> f64 {
+        let load = self.load[usize::from(device)];
+        above(layer, load + by) - above(layer, load)
     }
 
     pub(crate) fn apply(&mut self, layer: &Layer, contents: &Contents, step: Move) {

@@ -5,9 +5,10 @@
 
 use rayon::prelude::*;
 
+use super::balance::Balance;
 use super::place::{Links, prices};
 use super::search::Terms;
-use super::{Contents, EMPTY, Layer, Move, linear};
+use super::{Contents, EMPTY, Layer, Move, Split, linear};
 use crate::search::Control;
 
 /// A step, and what is so after it.
@@ -62,6 +63,11 @@ struct Choice {
     worth: Worth,
 }
 
+/// What gains of a step that brings so many copies are divided by.
+fn each(moves: i64) -> f64 {
+    if moves > 0 { moves as f64 } else { FREE }
+}
+
 /// A layer on its way.
 struct Way<'a> {
     contents: Contents,
@@ -77,6 +83,8 @@ struct Way<'a> {
     /// The best of all that may be done.
     top: Option<Choice>,
     copies: bool,
+    /// Windows in which a device is the slowest, and by how much in all: what can be gained there at the most `[D]`.
+    slow: Vec<(Vec<usize>, f64)>,
 }
 
 impl<'a> Way<'a> {
@@ -89,7 +97,60 @@ impl<'a> Way<'a> {
         }));
         let terms = Terms::new(layer, &contents);
         let copies = copies && layer.slots() > layer.experts;
-        Self { contents, terms, held, first, best: vec![None; d * d], fresh: false, top: None, copies }
+        let best = vec![None; d * d];
+        let mut way =
+            Self { contents, terms, held, first, best, fresh: false, top: None, copies, slow: vec![] };
+        way.find_slow(layer);
+        way
+    }
+
+    /// Finds the slowest devices; the ones that are slowest in other windows than before.
+    fn find_slow(&mut self, layer: &Layer) -> Vec<u16> {
+        let mut slow = vec![(vec![], 0.0); layer.devices()];
+        if let Some(peak) = self.terms.balance.as_ref().and_then(Balance::peak) {
+            for (window, device, lead) in peak.slowest() {
+                slow[device].0.push(window);
+                slow[device].1 += lead;
+            }
+        }
+        let before = std::mem::replace(&mut self.slow, slow);
+        let changed = |(g, now): (usize, &(Vec<usize>, f64))| {
+            before.get(g).is_none_or(|before| before.0 != now.0).then_some(g as u16)
+        };
+        self.slow.iter().enumerate().filter_map(changed).collect()
+    }
+
+    /// Whether the slowest devices bound what a step gains: where they, and what is linear, are all that costs.
+    fn is_bounded(&self, layer: &Layer) -> bool {
+        let shares = layer.split == Split::Even || layer.slots() == layer.experts;
+        let peaks = self.terms.balance.as_ref().is_some_and(|balance| balance.peak().is_some());
+        shares && peaks && layer.sets.is_none() && self.terms.caps.peak_excess(layer) == 0.0
+    }
+
+    /// What taking an expert from device `g` to `h` gains at the most where one of them is the slowest: there, the
+    /// largest load falls by no more than that device's, and elsewhere not at all.
+    fn relieves(&self, layer: &Layer, expert: u16, g: usize, h: usize) -> f64 {
+        if expert == EMPTY {
+            return 0.0;
+        }
+        let devices = self.contents.devices(expert);
+        let here = if devices.contains(&(g as u16)) { g } else { h };
+        let share = f64::from(layer.share(devices, here as u16));
+        let (load, _) = layer.windows.of(expert);
+        let part = |device: usize| {
+            let all: f64 = self.slow[device].0.iter().map(|&window| f64::from(load[window])).sum();
+            all * share * f64::from(layer.time[device])
+        };
+        part(g) - part(h)
+    }
+
+    /// Copies that a step brings, less those that it takes back.
+    fn brings(&self, layer: &Layer, step: Move) -> i64 {
+        let new = |expert: u16, device: Option<u16>| {
+            let at = |device: u16| usize::from(expert) * layer.devices() + usize::from(device);
+            i64::from(device.is_some_and(|device| !self.held[at(device)]))
+        };
+        self.contents.edits(step).map(|edit| new(edit.expert, edit.to) - new(edit.expert, edit.from)).sum()
     }
 
     /// What a step is worth, if that is something.
@@ -106,39 +167,64 @@ impl<'a> Way<'a> {
         if relief == 0.0 && gain * layer.windows.scale <= LEAST_GAIN * self.terms.cost(layer) {
             return None;
         }
-        let new = |expert: u16, device: Option<u16>| {
-            device
-                .is_some_and(|device| !self.held[usize::from(expert) * layer.devices() + usize::from(device)])
-        };
-        let edits = self.contents.edits(step);
-        let moves =
-            edits.map(|edit| i64::from(new(edit.expert, edit.to)) - i64::from(new(edit.expert, edit.from)));
-        let moves: i64 = moves.sum();
-        let each = if moves > 0 { moves as f64 } else { FREE };
+        let moves = self.brings(layer, step);
+        let each = each(moves);
         Some(Choice { step, moves, gain, worth: Worth { relief: relief / each, gain: gain / each } })
     }
 
     /// Looks at all exchanges of two devices, or (of one) at all contents of its slots.
     fn look(&mut self, layer: &Layer, g: usize, h: usize) {
         let mut best: Option<Choice> = None;
-        let mut try_one = |way: &mut Self, step: Move| {
+        let try_one = |way: &mut Self, step: Move, best: &mut Option<Choice>| {
             if let Some(choice) = way.judge(layer, step)
                 && best.is_none_or(|best| choice.worth.beats(best.worth))
             {
-                best = Some(choice);
+                *best = Some(choice);
             }
         };
-        for p in self.first[g]..self.first[g + 1] {
-            if g != h {
-                for q in self.first[h]..self.first[h + 1] {
-                    try_one(self, Move::Swap(p, q));
+        let bounded = self.is_bounded(layer);
+        let linear = !(layer.serve.is_empty() && layer.hold.is_empty());
+        if g == h {
+            for p in self.first[g]..self.first[g + 1] {
+                let here = self.contents.expert_in[p];
+                if here != EMPTY && self.contents.devices(here).len() < 2 {
+                    continue;
                 }
-                continue;
-            }
-            let here = self.contents.expert_in[p];
-            if here == EMPTY || self.contents.devices(here).len() > 1 {
                 for e in 0..layer.experts as u16 {
-                    try_one(self, Move::Put(p, e));
+                    let slow = |&device: &u16| !self.slow[usize::from(device)].0.is_empty();
+                    let feels = slow(&(g as u16)) || self.contents.devices(e).iter().any(slow);
+                    if !bounded || linear || feels {
+                        try_one(self, Move::Put(p, e), &mut best);
+                    }
+                }
+            }
+        } else if !bounded {
+            for p in self.first[g]..self.first[g + 1] {
+                for q in self.first[h]..self.first[h + 1] {
+                    try_one(self, Move::Swap(p, q), &mut best);
+                }
+            }
+        } else if linear || self.slow[g].1 + self.slow[h].1 > 0.0 {
+            let most = self.slow[g].1 + self.slow[h].1;
+            let relieves = |way: &Self, p: usize| way.relieves(layer, way.contents.expert_in[p], g, h);
+            let theirs: Vec<f64> = (self.first[h]..self.first[h + 1]).map(|q| relieves(self, q)).collect();
+            // Parts of loads are rounded to whole numbers, in every window.
+            let rounding = 2.0 * layer.windows.width as f64;
+            for p in self.first[g]..self.first[g + 1] {
+                let mine = relieves(self, p);
+                for (q, theirs) in (self.first[h]..).zip(&theirs) {
+                    let step = Move::Swap(p, q);
+                    let mut gain = most.min(mine - theirs + rounding);
+                    if linear {
+                        gain -= linear::change(layer, &self.contents, step);
+                    }
+                    if gain <= 0.0 {
+                        continue;
+                    }
+                    let gain = gain / layer.windows.scale / each(self.brings(layer, step));
+                    if best.is_none_or(|best| gain > best.worth.gain) {
+                        try_one(self, step, &mut best);
+                    }
                 }
             }
         }
@@ -198,7 +284,7 @@ impl<'a> Way<'a> {
         }
     }
 
-    /// Makes a step; the devices whose loads it changes.
+    /// Makes a step; the devices whose loads it changes, and those that are the slowest now or were.
     fn make(&mut self, layer: &Layer, step: Move) -> Vec<u16> {
         let mut touched = Vec::new();
         for edit in self.contents.edits(step) {
@@ -206,11 +292,10 @@ impl<'a> Way<'a> {
             let others = if shared { self.contents.devices(edit.expert) } else { &[] };
             touched.extend(others.iter().copied().chain(edit.from).chain(edit.to));
         }
-        touched.sort_unstable();
-        touched.dedup();
         // What is applied is what was asked about last.
         self.terms.added(layer, &self.contents, step);
         self.terms.apply(layer, &mut self.contents, step);
+        touched.extend(self.find_slow(layer));
         touched
     }
 }

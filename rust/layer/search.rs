@@ -37,7 +37,7 @@ const SAMPLE: usize = 255;
 #[derive(Debug)]
 pub(super) struct Terms {
     /// None where no window weighs anything.
-    balance: Option<Balance>,
+    pub(super) balance: Option<Balance>,
     /// None where visits cost nothing.
     fanout: Option<Fanout>,
     pub(super) caps: Caps,
