@@ -104,7 +104,7 @@ impl<'a> Way<'a> {
         way
     }
 
-    /// Finds the slowest devices; the ones that are slowest in other windows than before.
+    /// Finds the slowest devices; the ones of other windows than before, or where there is more to gain.
     fn find_slow(&mut self, layer: &Layer) -> Vec<u16> {
         let mut slow = vec![(vec![], 0.0); layer.devices()];
         if let Some(peak) = self.terms.balance.as_ref().and_then(Balance::peak) {
@@ -115,7 +115,7 @@ impl<'a> Way<'a> {
         }
         let before = std::mem::replace(&mut self.slow, slow);
         let changed = |(g, now): (usize, &(Vec<usize>, f64))| {
-            before.get(g).is_none_or(|before| before.0 != now.0).then_some(g as u16)
+            before.get(g).is_none_or(|before| before.0 != now.0 || before.1 < now.1).then_some(g as u16)
         };
         self.slow.iter().enumerate().filter_map(changed).collect()
     }
