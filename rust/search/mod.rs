@@ -335,3 +335,95 @@ fn seconds_per_trial(instance: &Instance, balanced: &[u16]) -> f64 {
     anneal(&mut state, schedule, &mut Random::new(0, 0), &Control::new(None));
     begin.elapsed().as_secs_f64() / SAMPLE as f64
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::instance::Sizes;
+    use proptest::prelude::*;
+
+    /// Layers in which every device has exactly the mean load, and no token leaves its device.
+    fn planted(devices: usize, node: usize, random: &mut Random) -> Instance {
+        let (layers, per_device) = (6, 4);
+        let experts = devices * per_device;
+        let sizes = Sizes { layers, experts, devices, per_device };
+        let (mut load, mut homes) = (vec![], vec![]);
+        for _ in 0..layers {
+            let mut home: Vec<usize> = (0..experts).map(|e| e / per_device).collect();
+            random.shuffle(&mut home);
+            let mut left = vec![(per_device, 1000); devices];
+            for &device in &home {
+                let (experts, tokens) = &mut left[device];
+                let mine = if *experts == 1 { *tokens } else { 1 + random.below(*tokens / 2) };
+                *experts -= 1;
+                *tokens -= mine;
+                load.push(mine as u64);
+            }
+            homes.push(home);
+        }
+        let transitions = homes.windows(2).flat_map(|pair| {
+            let table = pair[0].iter().flat_map(|&g| pair[1].iter().map(move |&h| u64::from(g == h)));
+            table.map(|same| same * (1 + random.below(90) as u64)).collect::<Vec<_>>()
+        });
+        let transitions: Vec<u64> = transitions.collect();
+        let cost: Vec<i64> = (0..devices * devices)
+            .map(|at| match (at / devices, at % devices) {
+                (g, h) if g == h => 0,
+                (g, h) if g / node == h / node => 1,
+                _ => 9,
+            })
+            .collect();
+        let cap = vec![1000; layers * devices];
+        Instance::new(sizes, &load, &transitions, &[], &cap, &cost).expect("valid")
+    }
+
+    fn searched(instance: &mut Instance, trials: u64) -> Vec<u16> {
+        let control = Control::new(None);
+        let balanced = balanced(instance, &control).expect("fits");
+        instance.allow(&balanced);
+        let options = Options { seed: 0, trials: Some(trials), time_limit: None };
+        search(instance, &options, &balanced, &[], &control)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(6))]
+
+        /// Where every device is at the cap, no swap keeps it: what costs nothing is found all the same.
+        #[test]
+        fn tight_caps_are_crossed_and_kept_again(seed in any::<u64>()) {
+            let mut instance = planted(4, 4, &mut Random::new(seed, 0));
+            let found = searched(&mut instance, 200_000);
+            let state = State::new(&instance, found);
+            prop_assert_eq!(state.excess(), 0);
+            prop_assert_eq!(state.cost(), 0);
+        }
+
+        /// Links that differ hide what costs nothing no more than links that are alike.
+        #[test]
+        fn two_tiers_hide_nothing(seed in any::<u64>()) {
+            let mut instance = planted(8, 4, &mut Random::new(seed, 0));
+            instance.cap.fill(u64::MAX);
+            let found = searched(&mut instance, 200_000);
+            prop_assert_eq!(cost_of(&instance, &found), 0);
+        }
+
+        /// Whatever the start and the caps, the answer is above them by no more than the start is.
+        #[test]
+        fn excess_comes_first(seed in any::<u64>(), cap in 300u64..1500) {
+            let mut random = Random::new(seed, 0);
+            let mut instance = planted(4, 2, &mut random);
+            instance.cap.fill(cap);
+            let p = instance.sizes.slots();
+            let mut start = Vec::new();
+            for _ in 0..instance.sizes.layers {
+                let mut layer: Vec<u16> = (0..p as u16).collect();
+                random.shuffle(&mut layer);
+                start.extend(layer);
+            }
+            let before = State::new(&instance, start.clone()).excess();
+            let options = Options { seed, trials: Some(20_000), time_limit: None };
+            let found = search(&instance, &options, &start, &[], &Control::new(None));
+            prop_assert!(State::new(&instance, found).excess() <= before);
+        }
+    }
+}

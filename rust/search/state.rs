@@ -351,7 +351,7 @@ mod tests {
     }
 
     proptest! {
-        /// Every judged change is what the plain sum over pairs changes by, for swaps and for relabelling.
+        /// Every judged change is what the plain sums over pairs and above caps change by, for swaps and relabelling.
         #[test]
         fn changes_are_exact(
             layers in 1usize..4,
@@ -383,8 +383,8 @@ mod tests {
                     _ => 1,
                 })
                 .collect();
-            let cap = vec![u64::MAX; layers * devices];
-            let load = vec![1; layers * experts];
+            let cap = vec![per_device as u64 * 3; layers * devices];
+            let load: Vec<u64> = (0..layers * experts).map(|_| random.below(9) as u64).collect();
             let instance = Instance::new(sizes, &load, &transitions, &coactivation, &cap, &cost).expect("valid");
             let p = sizes.slots();
             let mut state = State::new(&instance, (0..layers * p).map(|at| (at % p) as u16).collect());
@@ -392,15 +392,16 @@ mod tests {
             for _ in 0..30 {
                 let before = state.cost();
                 let l = random.below(layers);
-                let change = if l > 0 && !instance.twins.is_empty() && random.below(3) == 0 {
-                    let (g, h) = instance.twins[random.below(instance.twins.len())];
-                    let (g, h) = (usize::from(g), usize::from(h));
-                    let change = state.relabel_change(l, g, h);
-                    state.relabel(l, g, h);
+                let change = if l > 0 && !instance.exchanges.is_empty() && random.below(3) == 0 {
+                    let pairs = &instance.exchanges[random.below(instance.exchanges.len())];
+                    let pairs = || pairs.iter().map(|&(g, h)| (usize::from(g), usize::from(h)));
+                    let change = pairs().map(|(g, h)| state.relabel_change(l, g, h)).sum();
+                    pairs().for_each(|(g, h)| state.relabel(l, g, h));
                     change
                 } else if let Some(swap) = state.swap_with_slot(l, random.below(p), random.below(p)) {
-                    let change = state.change(swap);
+                    let (change, rise, above) = (state.change(swap), state.rise(swap), state.excess() as i128);
                     state.apply(swap);
+                    prop_assert_eq!(state.excess() as i128 - above, rise);
                     change
                 } else {
                     0

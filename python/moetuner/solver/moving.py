@@ -174,7 +174,7 @@ def _assigned(cost: Floats, room: NDArray[np.int64]) -> NDArray[np.int64]:
                 break
             least = np.where(shorter, through[nearest, np.arange(devices)], least)
             via = np.where(shorter, nearest, via)
-        at = int(np.where(left > 0, least, np.inf).argmin())
+        at: int = int(np.where(left > 0, least, np.inf).argmin())
         left[at] -= 1
         while via[at] >= 0:
             origin = int(via[at])
