@@ -1,24 +1,37 @@
 //! Dynamic programming over the layers: the best chain that can be put together from given layers.
 //!
 //! The cost of a placement is a chain: it couples neighbouring layers only. Given several choices for every layer,
-//! the best sequence of choices is a shortest path. Where all devices cost the same, a choice is a *partition* of the
-//! experts: how the groups of two neighbouring layers are matched to each other is a linear assignment problem, solved
-//! exactly for every pair of choices; labels of devices follow from the first layer on.
+//! the best sequence of choices is a shortest path. Where all devices cost the same, or those of a node and all nodes do,
+//! a choice is a *partition* of the experts: how the groups of two neighbouring layers are matched to each other is a
+//! linear assignment problem, or one for every pair of nodes and one of nodes, solved exactly for every pair of choices;
+//! labels of devices follow from the first layer on.
 
 use rayon::prelude::*;
 
-use crate::assignment::assign_max;
 use crate::instance::Instance;
+use crate::partitions::Tiers;
 
 /// The best placement `[L, P]` (expert in every slot) whose layers all come from `pool`, itself placements.
 ///
-/// Never worse than the best of the pool. Deterministic: ties go to the earlier choice.
+/// Never worse than the best of the pool, by tokens above caps and then by cost. Deterministic: ties go to the earlier choice.
 #[must_use]
 pub fn recombine(instance: &Instance, pool: &[Vec<u16>]) -> Vec<u16> {
     let sizes = instance.sizes;
     let (layers, p) = (sizes.layers, sizes.slots());
+    let tiers = Tiers::of(instance);
     let choices: Vec<Vec<&[u16]>> = (0..layers)
-        .map(|l| distinct(pool.iter().map(|placement| &placement[l * p..][..p]), instance))
+        .map(|l| {
+            let choices = distinct(pool.iter().map(|placement| &placement[l * p..][..p]), instance);
+            // Caps are kept, or exceeded least, layer by layer.
+            let excess: Vec<u128> = choices.iter().map(|choice| instance.excess(l, choice)).collect();
+            let least = excess.iter().min().copied();
+            choices
+                .into_iter()
+                .zip(excess)
+                .filter(|&(_, excess)| Some(excess) == least)
+                .map(|(c, _)| c)
+                .collect()
+        })
         .collect();
     // costs[l][a * n + b]: choice a of layer l followed by choice b of layer l + 1, with b's devices matched to a's.
     let costs: Vec<Vec<i64>> = (0..layers.saturating_sub(1))
@@ -27,7 +40,7 @@ pub fn recombine(instance: &Instance, pool: &[Vec<u16>]) -> Vec<u16> {
             let (left, right) = (&choices[l], &choices[l + 1]);
             let from = |a: &&[u16]| {
                 let flows = Flows::new(instance, l, a);
-                right.iter().map(|b| flows.matched(instance, b).0).collect::<Vec<i64>>()
+                right.iter().map(|b| flows.matched(instance, tiers, b).0).collect::<Vec<i64>>()
             };
             left.par_iter().flat_map_iter(from).collect()
         })
@@ -59,7 +72,7 @@ pub fn recombine(instance: &Instance, pool: &[Vec<u16>]) -> Vec<u16> {
             continue;
         }
         let before = &placement[(l - 1) * p..][..p];
-        let (_, group_of) = Flows::new(instance, l - 1, before).matched(instance, here);
+        let (_, group_of) = Flows::new(instance, l - 1, before).matched(instance, tiers, here);
         for group in group_of {
             placement.extend_from_slice(&here[group * sizes.per_device..][..sizes.per_device]);
         }
@@ -122,8 +135,9 @@ impl Flows {
 
     /// Cost of the boundary, and the group of `next` that every device takes.
     ///
-    /// Where devices are interchangeable the groups are matched for the least cost; elsewhere group d stays on device d.
-    fn matched(&self, instance: &Instance, next: &[u16]) -> (i64, Vec<usize>) {
+    /// Where devices and nodes are interchangeable the groups are matched for the least cost; elsewhere group d stays on
+    /// device d.
+    fn matched(&self, instance: &Instance, tiers: Option<Tiers>, next: &[u16]) -> (i64, Vec<usize>) {
         let sizes = instance.sizes;
         let (d, p) = (sizes.devices, sizes.slots());
         let mut between = vec![0; d * d];
@@ -133,7 +147,7 @@ impl Flows {
                 between[device * d + group] = members.iter().map(|&f| row[usize::from(f)]).sum();
             }
         }
-        let group_of = if instance.uniform() { assign_max(&between, d) } else { (0..d).collect() };
+        let group_of = tiers.map_or_else(|| (0..d).collect(), |tiers| tiers.matched(&between).1);
         let cost_of = |device: usize| -> i64 {
             (0..d).map(|to| between[device * d + group_of[to]] * instance.cost[device * d + to]).sum()
         };

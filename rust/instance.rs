@@ -58,7 +58,7 @@ impl Sizes {
 }
 
 /// A placement problem with one copy of each expert.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Instance {
     /// The sizes.
     pub sizes: Sizes,
@@ -75,6 +75,8 @@ pub struct Instance {
     nearer: Vec<Vec<(u32, i32)>>,
     /// Devices whose labels can be exchanged without changing any cost or cap.
     pub twins: Vec<(u16, u16)>,
+    /// Exchanges of labels that change no cost and no cap: of twins, and of nodes that are alike, device by device.
+    pub exchanges: Vec<Vec<(u16, u16)>>,
     /// Transitions `[L - 1, P, P]`, right-shifted by `shift`, and the same with each table transposed.
     forward: Vec<i32>,
     backward: Vec<i32>,
@@ -85,6 +87,8 @@ pub struct Instance {
     pub shift: u32,
     /// Mean of all pair costs, the unit of temperature.
     pub unit: f64,
+    /// The cheapest link as a share of the mean one: of two tiers, temperatures end where the cheaper one is decided.
+    pub finest: f64,
 }
 
 /// Largest cost of one expert on one device, twice over: leaves room for the sum of four.
@@ -155,29 +159,21 @@ impl Instance {
         for (to, from) in padded_load.chunks_exact_mut(slots).zip(load.chunks_exact(experts)) {
             to[..experts].copy_from_slice(from);
         }
-        let dearest = cost.iter().copied().max().unwrap_or(0) as i32;
-        let nearer: Vec<Vec<(u32, i32)>> = cost
-            .chunks_exact(devices.max(1))
-            .map(|row| {
-                let nearer = |(c, &cost): (u32, &i64)| (c, dearest - cost as i32);
-                (0..).zip(row).map(nearer).filter(|&(_, by)| by != 0).collect()
-            })
-            .collect();
-        let changes: Vec<Vec<(u32, i32)>> = (0..devices * devices)
-            .map(|at| difference(&nearer[at / devices], &nearer[at % devices]))
-            .collect();
+        let (dearest, nearer, changes) = paths(devices, cost);
         let forward = pad(transitions, false);
         let together = pad(coactivation, false);
         let pairs = (transitions.len() + coactivation.len()).max(1);
         let sum: f64 = forward.iter().chain(&together).map(|&count| f64::from(count)).sum();
-        let mean_cost =
-            cost.iter().sum::<i64>() as f64 / (devices * devices).saturating_sub(devices).max(1) as f64;
+        let mean_cost = mean(devices, cost);
+        let twins = twins(devices, &changes, cap);
+        let cheapest = cost.iter().copied().filter(|&cost| cost > 0).min().unwrap_or(0);
         Ok(Self {
             sizes,
             load: padded_load,
             cap: cap.to_vec(),
             cost: cost.to_vec(),
-            twins: twins(devices, &changes, cap),
+            exchanges: twins.iter().map(|&pair| vec![pair]).chain(nodes(devices, cost, cap)).collect(),
+            twins,
             changes,
             dearest,
             nearer,
@@ -185,6 +181,7 @@ impl Instance {
             backward: pad(transitions, true),
             together,
             shift,
+            finest: if mean_cost > 0.0 { (cheapest as f64 / mean_cost).clamp(1e-3, 1.0) } else { 1.0 },
             unit: (sum / pairs as f64 * mean_cost.max(1.0)).max(1e-9),
         })
     }
@@ -204,6 +201,38 @@ impl Instance {
                 *cap += excess;
             }
         }
+    }
+
+    /// The same where all links cost one.
+    #[must_use]
+    pub fn flat(&self) -> Self {
+        let devices = self.sizes.devices;
+        let cost: Vec<i64> =
+            (0..devices * devices).map(|at| i64::from(at / devices != at % devices)).collect();
+        let (dearest, nearer, changes) = paths(devices, &cost);
+        let twins = twins(devices, &changes, &self.cap);
+        Self {
+            unit: self.unit / mean(devices, &self.cost).max(1.0),
+            finest: 1.0,
+            exchanges: twins.iter().map(|&pair| vec![pair]).collect(),
+            cost,
+            dearest,
+            nearer,
+            changes,
+            twins,
+            ..self.clone()
+        }
+    }
+
+    /// Tokens above caps of a layer's placement `[P]`.
+    #[must_use]
+    pub fn excess(&self, l: usize, expert_in: &[u16]) -> u128 {
+        let Sizes { devices, per_device, .. } = self.sizes;
+        let load = &self.load[l * self.sizes.slots()..];
+        let above = |(experts, &cap): (&[u16], &u64)| {
+            u128::from(experts.iter().map(|&e| load[usize::from(e)]).sum::<u64>().saturating_sub(cap))
+        };
+        expert_in.chunks_exact(per_device).zip(&self.cap[l * devices..][..devices]).map(above).sum()
     }
 
     /// Transitions of expert `e` in layer `l` to all experts of layer `l + 1`.
@@ -263,6 +292,29 @@ impl Instance {
     }
 }
 
+/// Lists of devices and what their costs differ by.
+type Differences = Vec<Vec<(u32, i32)>>;
+
+/// Cost of the dearest pair, what is nearer to each device, and where costs to two devices differ.
+fn paths(devices: usize, cost: &[i64]) -> (i32, Differences, Differences) {
+    let dearest = cost.iter().copied().max().unwrap_or(0) as i32;
+    let nearer: Differences = cost
+        .chunks_exact(devices.max(1))
+        .map(|row| {
+            let nearer = |(c, &cost): (u32, &i64)| (c, dearest - cost as i32);
+            (0..).zip(row).map(nearer).filter(|&(_, by)| by != 0).collect()
+        })
+        .collect();
+    let changes =
+        (0..devices * devices).map(|at| difference(&nearer[at / devices], &nearer[at % devices])).collect();
+    (dearest, nearer, changes)
+}
+
+/// Mean cost of two different devices.
+fn mean(devices: usize, cost: &[i64]) -> f64 {
+    cost.iter().sum::<i64>() as f64 / (devices * devices).saturating_sub(devices).max(1) as f64
+}
+
 fn check(what: &'static str, found: usize, allowed: &[usize]) -> Result<()> {
     if allowed.contains(&found) {
         return Ok(());
@@ -311,4 +363,48 @@ fn twins(devices: usize, changes: &[Vec<(u32, i32)>], cap: &[u64]) -> Vec<(u16, 
         twins.extend((g + 1..devices).filter(|&h| same(g, h)).map(|h| (g as u16, h as u16)));
     }
     twins
+}
+
+/// Pairs of nodes whose devices can exchange all labels without changing any cost or cap. Nodes are devices that are
+/// nearer to each other than to others, at every distance that there is.
+fn nodes(devices: usize, cost: &[i64], cap: &[u64]) -> Vec<Vec<(u16, u16)>> {
+    let mut distances: Vec<i64> = cost.iter().copied().filter(|&cost| cost > 0).collect();
+    distances.sort_unstable();
+    distances.dedup();
+    // The largest joins all devices to one node.
+    distances.pop();
+    let mut found = Vec::new();
+    for most in distances {
+        let members = |g: usize| -> Vec<usize> {
+            (0..devices).filter(|&h| h == g || cost[g * devices + h] <= most).collect()
+        };
+        let blocks: Vec<Vec<usize>> = (0..devices).map(members).collect();
+        if blocks.iter().any(|block| block.iter().any(|&g| blocks[g] != *block)) {
+            continue;
+        }
+        let heads: Vec<usize> = (0..devices).filter(|&g| blocks[g][0] == g && blocks[g].len() > 1).collect();
+        for (at, &a) in heads.iter().enumerate() {
+            for &b in &heads[at + 1..] {
+                let pairs: Vec<(usize, usize)> =
+                    blocks[a].iter().copied().zip(blocks[b].iter().copied()).collect();
+                if blocks[a].len() == blocks[b].len() && are_alike(devices, cost, cap, &pairs) {
+                    found.push(pairs.iter().map(|&(g, h)| (g as u16, h as u16)).collect());
+                }
+            }
+        }
+    }
+    found
+}
+
+/// Whether exchanging the labels of all these pairs of devices changes no cost and no cap.
+fn are_alike(devices: usize, cost: &[i64], cap: &[u64], pairs: &[(usize, usize)]) -> bool {
+    let mut to: Vec<usize> = (0..devices).collect();
+    for &(g, h) in pairs {
+        to.swap(g, h);
+    }
+    let same = |g: usize, h: usize| {
+        (0..devices).all(|c| cost[g * devices + c] == cost[h * devices + to[c]])
+            && cap.chunks_exact(devices).all(|caps| caps[g] == caps[h])
+    };
+    pairs.iter().all(|&(g, h)| same(g, h) && same(h, g))
 }

@@ -67,7 +67,7 @@ pub fn optimum(instance: &Instance, work: u64) -> Option<Optimum> {
 
 /// Devices in nodes of equal size: what a pair costs within a node and between nodes.
 #[derive(Debug, Clone, Copy)]
-struct Tiers {
+pub(crate) struct Tiers {
     devices: usize,
     node_size: usize,
     within: i64,
@@ -75,7 +75,7 @@ struct Tiers {
 }
 
 impl Tiers {
-    fn of(instance: &Instance) -> Option<Self> {
+    pub(crate) fn of(instance: &Instance) -> Option<Self> {
         let devices = instance.sizes.devices;
         let cost = |g: usize, h: usize| instance.cost[g * devices + h];
         let alike = instance.cap.chunks_exact(devices.max(1)).all(|caps| caps.iter().all(|&c| c == caps[0]));
@@ -106,7 +106,7 @@ impl Tiers {
 
     /// Cost saved by the best matching of groups with flows `[D, D]`, against all pairs between nodes; and the group
     /// that every device takes.
-    fn matched(self, flow: &[i64]) -> (i64, Vec<usize>) {
+    pub(crate) fn matched(self, flow: &[i64]) -> (i64, Vec<usize>) {
         let (d, size, nodes) = (self.devices, self.node_size, self.nodes());
         let mut saved = vec![0; nodes * nodes];
         let mut inner = Vec::with_capacity(nodes * nodes);

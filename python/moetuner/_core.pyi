@@ -108,6 +108,27 @@ class Layers:
         expert gets more or fewer of them; without ``empties`` no slot that holds one is emptied.
         """
 
+    def descend(
+        self,
+        start: NDArray[np.int32],
+        held: NDArray[np.bool_],
+        *,
+        most: int | None = None,
+        copies: bool = True,
+        transitions: NDArray[np.uint64] | None = None,
+        link_cost: NDArray[np.float64] | None = None,
+        time_limit: float | None = None,
+        threads: int | None = None,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64], bool]:
+        """Go down from slots [L,D,S] by steps, that which gains most for a copy brought first.
+
+        Brought is what is on a device that does not have it in ``held`` [L,E,D]; ``most`` copies
+        may be. Load above caps comes before all else. Every step writes twice: where in the flat
+        slots and which expert [N,2]. After it, copies are brought in all, caps are exceeded by a
+        part of them (of the worst device, summed over layers), and the cost in weighted tokens has
+        changed since the start [N,3]. The last value says whether it was interrupted.
+        """
+
     def construct(self, *, copies: bool = True, threads: int | None = None) -> NDArray[np.int32]:
         """Slots [L,D,S], balanced on the sum of windows, as by ``replicate_experts``.
 

@@ -4,7 +4,7 @@
 //! loads of devices are therefore a function of the placement alone, whatever moves led to it, on any machine. The scale is
 //! the only loss: every part of a load is off by at most one unit, 2^-22 of the heaviest window's total.
 
-use super::measure::Measure;
+use super::measure::{Measure, Peak};
 use super::noise::{self, Noise};
 use super::{Contents, EMPTY, Layer, Move, Split};
 
@@ -88,7 +88,7 @@ impl Windows {
     }
 
     /// Loads of an expert in all windows and its variances; none where a slot is empty.
-    fn of(&self, expert: u16) -> (&[f32], &[f32]) {
+    pub(super) fn of(&self, expert: u16) -> (&[f32], &[f32]) {
         self.values[usize::from(expert).min(self.experts) * self.row..][..self.row].split_at(self.width)
     }
 
@@ -168,6 +168,14 @@ impl Balance {
         let measure = Measure::new(windows, &load, &totals[..windows.width]);
         let rows = vec![0.0; d * row];
         Self { row, load, measure, rows, touched: Vec::new(), after: Vec::new() }
+    }
+
+    /// The slowest devices, where they alone are what a window costs.
+    pub(super) fn peak(&self) -> Option<&Peak> {
+        match &self.measure {
+            Measure::Peak(peak) => Some(peak),
+            Measure::Norm(_) => None,
+        }
     }
 
     /// Of the placement as it stands.

@@ -46,6 +46,35 @@ impl Caps {
         worst <= layer.cap * (1.0 + ROUNDING) || worst < before
     }
 
+    /// By what part the worst device exceeds the cap.
+    pub(crate) fn peak_excess(&self, layer: &Layer) -> f64 {
+        self.load.iter().map(|&load| above(layer, load)).fold(0.0, f64::max)
+    }
+
+    /// What a move adds to the parts of the cap that devices exceed it by, summed.
+    pub(crate) fn rise(&self, layer: &Layer, contents: &Contents, step: Move) -> f64 {
+        if layer.cap == f64::INFINITY {
+            return 0.0;
+        }
+        if let Some(changes) = exchange(layer, contents, step) {
+            return changes.iter().map(|&(device, by)| self.risen(layer, device, by)).sum();
+        }
+        let changes = changes(layer, contents, step);
+        let mut rise = 0.0;
+        for (i, &(device, _)) in changes.iter().enumerate() {
+            if changes[..i].iter().all(|&(earlier, _)| earlier != device) {
+                let more = changes.iter().filter(|&&(d, _)| d == device).map(|&(_, by)| by).sum();
+                rise += self.risen(layer, device, more);
+            }
+        }
+        rise
+    }
+
+    fn risen(&self, layer: &Layer, device: u16, by: f64) -> f64 {
+        let load = self.load[usize::from(device)];
+        above(layer, load + by) - above(layer, load)
+    }
+
     pub(crate) fn apply(&mut self, layer: &Layer, contents: &Contents, step: Move) {
         if layer.cap != f64::INFINITY {
             for (device, by) in changes(layer, contents, step) {
@@ -53,6 +82,12 @@ impl Caps {
             }
         }
     }
+}
+
+/// By what part a load exceeds the cap, if by more than rounding.
+fn above(layer: &Layer, load: f64) -> f64 {
+    let excess = load / layer.cap.max(f64::MIN_POSITIVE) - 1.0;
+    if excess > ROUNDING { excess } else { 0.0 }
 }
 
 fn taken(layer: &Layer, expert: u16, devices: &[u16], device: u16) -> f64 {

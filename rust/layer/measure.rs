@@ -77,6 +77,14 @@ impl Peak {
         peak
     }
 
+    /// Windows with the device that is the slowest there, and by how much it is.
+    pub(crate) fn slowest(&self) -> impl Iterator<Item = (usize, usize, f64)> + '_ {
+        let lead = self.first.iter().zip(&self.second).map(|(&first, &second)| f64::from(first - second));
+        let all = self.first_device.iter().zip(lead).enumerate();
+        all.filter(|(_, (device, _))| **device >= 0.0)
+            .map(|(window, (&device, lead))| (window, device as usize, lead))
+    }
+
     fn refresh(&mut self, load: &[f32]) {
         largest_three(self, load);
         self.cost = sum(&self.first);

@@ -12,6 +12,7 @@ mod draft;
 pub mod fanout;
 mod linear;
 mod measure;
+mod moves;
 pub mod noise;
 mod place;
 mod polish;
@@ -22,6 +23,7 @@ pub mod together;
 
 pub use contents::{Contents, EMPTY, Move};
 pub use draft::Site;
+pub use moves::{Reach, Step, descend};
 pub use place::{Links, place};
 pub use search::Effort;
 

@@ -90,7 +90,7 @@ fn restarted(
 
 /// What serving an expert of layer `l` costs on a device `[E, D]`, given where the neighbours' experts are: copies of
 /// those take equal parts.
-fn prices(layers: &[Layer], now: &[Contents], links: Links<'_>, l: usize) -> Vec<f64> {
+pub(super) fn prices(layers: &[Layer], now: &[Contents], links: Links<'_>, l: usize) -> Vec<f64> {
     let (e, d) = (layers[l].experts, layers[l].devices());
     let table = e * e;
     // Tokens between every expert and the devices of a neighbour.

@@ -38,20 +38,20 @@ const SAMPLE: usize = 255;
 
 /// The terms of a layer's cost, for the contents as they stand.
 #[derive(Debug)]
-struct Terms {
+pub(super) struct Terms {
     /// None where no window weighs anything.
-    balance: Option<Balance>,
+    pub(super) balance: Option<Balance>,
     /// None where visits cost nothing.
     fanout: Option<Fanout>,
     /// None where pairs cost nothing.
     together: Option<Together>,
-    caps: Caps,
+    pub(super) caps: Caps,
     /// Of [`linear`].
-    linear: f64,
+    pub(super) linear: f64,
 }
 
 impl Terms {
-    fn new(layer: &Layer, contents: &Contents) -> Self {
+    pub(super) fn new(layer: &Layer, contents: &Contents) -> Self {
         Self {
             balance: (!layer.windows.is_weightless()).then(|| Balance::new(layer, contents)),
             fanout: layer.sets.as_ref().map(|sets| Fanout::new(layer, sets, contents)),
@@ -61,7 +61,7 @@ impl Terms {
         }
     }
 
-    fn cost(&self, layer: &Layer) -> f64 {
+    pub(super) fn cost(&self, layer: &Layer) -> f64 {
         let balance = self.balance.as_ref().map_or(0.0, Balance::cost);
         let fanout =
             self.fanout.as_ref().zip(layer.sets.as_ref()).map_or(0.0, |(fanout, sets)| fanout.cost(sets));
@@ -75,6 +75,11 @@ impl Terms {
         if !self.caps.allows(layer, contents, step) {
             return None;
         }
+        Some(self.added(layer, contents, step))
+    }
+
+    /// What a move would add to the cost, whatever the cap.
+    pub(super) fn added(&mut self, layer: &Layer, contents: &Contents, step: Move) -> f64 {
         let mut change = linear::change(layer, contents, step);
         if let Some(balance) = &mut self.balance {
             change += balance.change(layer, contents, step);
@@ -85,11 +90,11 @@ impl Terms {
         if let (Some(together), Some(pairs)) = (&self.together, &layer.pairs) {
             change += together.change(layer, pairs, contents, step);
         }
-        Some(change)
+        change
     }
 
-    /// Makes the move that [`Terms::change`] was last asked about.
-    fn apply(&mut self, layer: &Layer, contents: &mut Contents, step: Move) {
+    /// Makes the move that [`Terms::change`] or [`Terms::added`] was last asked about.
+    pub(super) fn apply(&mut self, layer: &Layer, contents: &mut Contents, step: Move) {
         self.caps.apply(layer, contents, step);
         self.linear += linear::change(layer, contents, step);
         if let Some(balance) = &mut self.balance {

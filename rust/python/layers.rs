@@ -1,16 +1,18 @@
 //! Layers with copies of experts.
 
-use numpy::{PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
+use numpy::{
+    PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods,
+};
 use pyo3::prelude::*;
 
-use super::{alone, array3, caught, contiguous, deadline, detached, slice, watched};
+use super::{alone, array2, array3, caught, contiguous, deadline, detached, slice, watched};
 use crate::error::{Error, SLOTS, room_for};
 use crate::layer::balance::Windows;
 use crate::layer::fanout;
 use crate::layer::noise::Noise;
 use crate::layer::replicate::{NoSlot, QUICK, fill_layers, replicate};
 use crate::layer::together::Pairs;
-use crate::layer::{Contents, EMPTY, Effort, Layer, Links, Site, place};
+use crate::layer::{Contents, EMPTY, Effort, Layer, Links, Move, Reach, Site, descend, place};
 use crate::search::Control;
 
 /// Contents of every layer, from slots [L,D,S] with -1 for an empty one and the slots of every device [L,D].
@@ -38,6 +40,22 @@ fn slots_of(layers: &[Layer], contents: &[Contents], per_device: usize) -> Vec<i
     }
     slots
 }
+
+impl Layers {
+    /// Contents of slots [L,D,S].
+    fn begin(&self, start: &PyReadonlyArray3<'_, i32>) -> PyResult<Vec<Contents>> {
+        let (l, d) = (self.layers.len(), self.layers.first().map_or(0, Layer::devices));
+        if start.shape() != [l, d, self.per_device] {
+            let rule = format!("shape [{l}, {d}, {}]", self.per_device);
+            return Err(Error::Shape { what: "start", rule, found: format!("{:?}", start.shape()) }.into());
+        }
+        let start = contiguous(start.as_slice().ok())?;
+        caught(|| contents_of(&self.layers, start, self.per_device))
+    }
+}
+
+/// What the steps of a descent write, what is so after each, and whether it was interrupted.
+type Descent<'py> = (Bound<'py, PyArray2<i64>>, Bound<'py, PyArray2<i32>>, Bound<'py, PyArray2<f64>>, bool);
 
 /// Layers with copies: windows, devices and rules as arrays.
 #[pyclass(module = "moetuner._core")]
@@ -195,12 +213,7 @@ impl Layers {
     ) -> PyResult<(Bound<'py, PyArray3<i32>>, bool)> {
         let l = self.layers.len();
         let d = self.layers.first().map_or(0, Layer::devices);
-        if start.shape() != [l, d, self.per_device] {
-            let rule = format!("shape [{l}, {d}, {}]", self.per_device);
-            return Err(Error::Shape { what: "start", rule, found: format!("{:?}", start.shape()) }.into());
-        }
-        let start = contiguous(start.as_slice().ok())?;
-        let begin = caught(|| contents_of(&self.layers, start, self.per_device))?;
+        let begin = self.begin(&start)?;
         let transitions = slice(transitions.as_ref())?;
         let cost: Vec<f64> = link_cost.map_or(vec![], |cost| cost.as_array().iter().copied().collect());
         let links = Links { transitions, cost: &cost };
@@ -211,6 +224,63 @@ impl Layers {
         })?;
         let slots = slots_of(&self.layers, &found, self.per_device);
         Ok((array3(py, (l, d, self.per_device), slots)?, interrupted))
+    }
+
+    /// Steps from slots [L,D,S] down, the one that gains most for a copy that has to be brought first.
+    ///
+    /// What each writes, twice: where in the flat slots and which expert [N,2]; copies brought, excess and change of the cost after
+    /// it [N,3]; and whether it was interrupted.
+    #[pyo3(signature = (start, held, *, most = None, copies = true, transitions = None, link_cost = None, time_limit = None, threads = None))]
+    fn descend<'py>(
+        &mut self,
+        py: Python<'py>,
+        start: PyReadonlyArray3<'py, i32>,
+        held: PyReadonlyArray3<'py, bool>,
+        most: Option<u32>,
+        copies: bool,
+        transitions: Option<PyReadonlyArray3<'py, u64>>,
+        link_cost: Option<PyReadonlyArray2<'py, f64>>,
+        time_limit: Option<f64>,
+        threads: Option<usize>,
+    ) -> PyResult<Descent<'py>> {
+        let begin = self.begin(&start)?;
+        let (e, d) = self.layers.first().map_or((0, 0), |layer| (layer.experts, layer.devices()));
+        if held.shape() != [self.layers.len(), e, d] {
+            let rule = format!("shape [{}, {e}, {d}]", self.layers.len());
+            return Err(Error::Shape { what: "held", rule, found: format!("{:?}", held.shape()) }.into());
+        }
+        let held = contiguous(held.as_slice().ok())?;
+        let held: Vec<Vec<bool>> = held.chunks_exact((e * d).max(1)).map(<[bool]>::to_vec).collect();
+        let transitions = slice(transitions.as_ref())?;
+        let cost: Vec<f64> = link_cost.map_or(vec![], |cost| cost.as_array().iter().copied().collect());
+        let links = Links { transitions, cost: &cost };
+        let reach = Reach { most: most.map_or(i64::MAX / 2, i64::from), copies };
+        let control = Control::new(deadline(time_limit));
+        let layers = &mut self.layers;
+        let (steps, interrupted) = watched(py, threads, &control, None, || {
+            descend(layers, begin.clone(), &held, links, reach, &control)
+        })?;
+        let mut now = begin;
+        let (mut places, mut experts, mut figures) = (Vec::new(), Vec::new(), Vec::new());
+        for step in &steps {
+            let contents = &mut now[step.layer];
+            let slots = match step.step {
+                Move::Swap(p, q) => [p, q],
+                Move::Put(p, _) => [p, p],
+            };
+            contents.apply(&self.layers[step.layer], step.step);
+            for slot in slots {
+                let device = usize::from(contents.device_of(slot));
+                let first: usize = self.layers[step.layer].room[..device].iter().sum();
+                places.push(((step.layer * d + device) * self.per_device + slot - first) as i64);
+                let expert = contents.expert_in[slot];
+                experts.push(if expert == EMPTY { -1 } else { i32::from(expert) });
+            }
+            figures.extend([step.moved as f64, step.excess, step.change]);
+        }
+        let n = steps.len();
+        let written = (array2(py, (n, 2), places)?, array2(py, (n, 2), experts)?);
+        Ok((written.0, written.1, array2(py, (n, 3), figures)?, interrupted))
     }
 
     /// Slots [L,D,S]: copies of the heaviest experts, then the heaviest copy first to the device done first, polished.

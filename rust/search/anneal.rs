@@ -13,13 +13,28 @@ pub(crate) struct Schedule {
     pub(crate) length: Length,
     pub(crate) hot: f64,
     pub(crate) cold: f64,
+    /// Whether caps may be crossed on the way: where hardly any swap keeps them, only so can others be reached.
+    pub(crate) crosses: bool,
 }
+
+/// Price of a token above its cap, in what a token of its layer costs on average: it rises while a run cools.
+const LENIENT: f64 = 0.5;
+const FIRM: f64 = 16.0;
 
 /// How long a run is. Only a number of trials gives the same answer on every machine.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Length {
     Trials(u64),
     Time(Duration),
+}
+
+impl Length {
+    pub(crate) fn half(self) -> Self {
+        match self {
+            Self::Trials(trials) => Self::Trials(trials / 2),
+            Self::Time(time) => Self::Time(time / 2),
+        }
+    }
 }
 
 /// Trials at one temperature; each block also tries one relabelling, without which swaps get stuck.
@@ -37,27 +52,35 @@ pub(crate) fn anneal(state: &mut State<'_>, schedule: Schedule, random: &mut Ran
     let instance = state.instance;
     let (layers, slots) = (instance.sizes.layers, instance.sizes.slots());
     let thresholds: &[f64; 4096] = THRESHOLDS.as_slice().try_into().expect("4096 thresholds");
+    // What the pairs of an expert cost on average, by its tokens.
+    let worth =
+        |tokens: u64| instance.unit * slots as f64 * instance.sizes.experts as f64 / tokens.max(1) as f64;
+    let worth: Vec<f64> =
+        instance.load.chunks_exact(slots.max(1)).map(|load| worth(load.iter().sum())).collect();
     let begin = Instant::now();
     let blocks = match schedule.length {
         Length::Trials(trials) => trials.div_ceil(BLOCK).max(1),
         Length::Time(_) => u64::MAX,
     };
-    let ratio = schedule.cold / schedule.hot;
+    let ratio = schedule.cold * instance.finest / schedule.hot;
     let mut temperature = schedule.hot * instance.unit;
     let mut cooling = libm::pow(ratio, 1.0 / blocks as f64);
+    let mut price = LENIENT;
+    let mut hardening = libm::pow(FIRM / LENIENT, 1.0 / blocks as f64);
     for block in 0..blocks {
         if block % CHECK == 0 {
             control.count(CHECK * BLOCK);
             if control.stopped() {
-                return;
+                break;
             }
             if let Length::Time(time) = schedule.length {
                 let done = begin.elapsed().as_secs_f64() / time.as_secs_f64().max(1e-9);
                 if done >= 1.0 {
-                    return;
+                    break;
                 }
                 temperature = schedule.hot * instance.unit * libm::pow(ratio, done);
-                cooling = 1.0;
+                price = LENIENT * libm::pow(FIRM / LENIENT, done);
+                (cooling, hardening) = (1.0, 1.0);
             }
         }
         for _ in 0..BLOCK {
@@ -67,20 +90,31 @@ pub(crate) fn anneal(state: &mut State<'_>, schedule: Schedule, random: &mut Ran
             let (layer, expert) = ((place >> 32) as usize, scale(place & 0xFFFF_FFFF, slots));
             let slot = scale(bits & 0xFFFF_FFFF, slots);
             let Some(swap) = state.swap_with_slot(layer, expert, slot) else { continue };
-            let change = state.change(swap);
+            let change = state.change(swap) as f64;
             // The low bits hardly matter for the slot: they are free to choose the threshold.
-            if change as f64 <= temperature * thresholds[(bits & 4095) as usize] && state.fits(swap) {
+            let most = temperature * thresholds[(bits & 4095) as usize];
+            let accepted = if schedule.crosses {
+                change + price * worth[layer] * state.rise(swap) as f64 <= most
+            } else {
+                change <= most && state.fits(swap)
+            };
+            if accepted {
                 state.apply(swap);
             }
         }
-        if layers > 1 && !instance.twins.is_empty() {
+        if layers > 1 && !instance.exchanges.is_empty() {
             let l = 1 + random.below(layers - 1);
-            let (g, h) = instance.twins[random.below(instance.twins.len())];
-            let change = state.relabel_change(l, g.into(), h.into());
+            let pairs = &instance.exchanges[random.below(instance.exchanges.len())];
+            let change: i64 = pairs.iter().map(|&(g, h)| state.relabel_change(l, g.into(), h.into())).sum();
             if change as f64 <= temperature * thresholds[(random.bits() & 4095) as usize] {
-                state.relabel(l, g.into(), h.into());
+                pairs.iter().for_each(|&(g, h)| state.relabel(l, g.into(), h.into()));
             }
         }
         temperature *= cooling;
+        price *= hardening;
+    }
+    if schedule.crosses {
+        let price: Vec<f64> = worth.iter().map(|worth| FIRM * worth).collect();
+        state.settle(&price);
     }
 }

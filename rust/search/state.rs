@@ -119,6 +119,56 @@ impl<'a> State<'a> {
         self.load[device] - light + heavy <= self.instance.cap[device]
     }
 
+    /// What a swap would add to the tokens that are above caps.
+    #[inline]
+    pub(crate) fn rise(&self, swap: Swap) -> i128 {
+        let (p, d) = (self.instance.sizes.slots(), self.instance.sizes.devices);
+        let row = swap.layer * p;
+        let (a, b) = (self.instance.load[row + swap.expert], self.instance.load[row + swap.other]);
+        let of = |expert: usize, leaves: u64, enters: u64| {
+            let device = swap.layer * d + usize::from(self.device_of[row + expert]);
+            let (load, cap) = (self.load[device], self.instance.cap[device]);
+            let above = |load: u64| i128::from(load.saturating_sub(cap));
+            above(load - leaves + enters) - above(load)
+        };
+        of(swap.expert, a, b) + of(swap.other, b, a)
+    }
+
+    /// Tokens above caps, in all layers.
+    pub(crate) fn excess(&self) -> u128 {
+        let above = |(&load, &cap): (&u64, &u64)| u128::from(load.saturating_sub(cap));
+        self.load.iter().zip(&self.instance.cap).map(above).sum()
+    }
+
+    /// Swaps tokens away from where they are above caps, while that is possible: always where it costs least, when a
+    /// token above costs what its layer's `price` says.
+    pub(crate) fn settle(&mut self, price: &[f64]) {
+        let Sizes { layers, devices: d, per_device: s, .. } = self.instance.sizes;
+        let p = self.instance.sizes.slots();
+        for (l, &price) in (0..layers).zip(price) {
+            loop {
+                let above = |g: &usize| self.load[l * d + g] > self.instance.cap[l * d + g];
+                let mut best: Option<(f64, Swap)> = None;
+                for g in (0..d).filter(above) {
+                    for expert in self.members(l, g).iter().map(|&e| usize::from(e)) {
+                        for slot in (0..p).filter(|slot| slot / s != g) {
+                            let Some(swap) = self.swap_with_slot(l, expert, slot) else { continue };
+                            let rise = self.rise(swap);
+                            if rise < 0 {
+                                let change = self.change(swap) as f64 + price * rise as f64;
+                                if best.is_none_or(|(least, _)| change < least) {
+                                    best = Some((change, swap));
+                                }
+                            }
+                        }
+                    }
+                }
+                let Some((_, swap)) = best else { break };
+                self.apply(swap);
+            }
+        }
+    }
+
     /// What a swap would add to the cost.
     #[inline]
     pub(crate) fn change(&self, swap: Swap) -> i64 {
@@ -301,7 +351,7 @@ mod tests {
     }
 
     proptest! {
-        /// Every judged change is what the plain sum over pairs changes by, for swaps and for relabelling.
+        /// Every judged change is what the plain sums over pairs and above caps change by, for swaps and relabelling.
         #[test]
         fn changes_are_exact(
             layers in 1usize..4,
@@ -333,8 +383,8 @@ mod tests {
                     _ => 1,
                 })
                 .collect();
-            let cap = vec![u64::MAX; layers * devices];
-            let load = vec![1; layers * experts];
+            let cap = vec![per_device as u64 * 3; layers * devices];
+            let load: Vec<u64> = (0..layers * experts).map(|_| random.below(9) as u64).collect();
             let instance = Instance::new(sizes, &load, &transitions, &coactivation, &cap, &cost).expect("valid");
             let p = sizes.slots();
             let mut state = State::new(&instance, (0..layers * p).map(|at| (at % p) as u16).collect());
@@ -342,15 +392,16 @@ mod tests {
             for _ in 0..30 {
                 let before = state.cost();
                 let l = random.below(layers);
-                let change = if l > 0 && !instance.twins.is_empty() && random.below(3) == 0 {
-                    let (g, h) = instance.twins[random.below(instance.twins.len())];
-                    let (g, h) = (usize::from(g), usize::from(h));
-                    let change = state.relabel_change(l, g, h);
-                    state.relabel(l, g, h);
+                let change = if l > 0 && !instance.exchanges.is_empty() && random.below(3) == 0 {
+                    let pairs = &instance.exchanges[random.below(instance.exchanges.len())];
+                    let pairs = || pairs.iter().map(|&(g, h)| (usize::from(g), usize::from(h)));
+                    let change = pairs().map(|(g, h)| state.relabel_change(l, g, h)).sum();
+                    pairs().for_each(|(g, h)| state.relabel(l, g, h));
                     change
                 } else if let Some(swap) = state.swap_with_slot(l, random.below(p), random.below(p)) {
-                    let change = state.change(swap);
+                    let (change, rise, above) = (state.change(swap), state.rise(swap), state.excess() as i128);
                     state.apply(swap);
+                    prop_assert_eq!(state.excess() as i128 - above, rise);
                     change
                 } else {
                     0

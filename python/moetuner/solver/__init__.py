@@ -138,7 +138,7 @@ def solve(
             candidate = no_worse(problem, candidate)
     else:
         migration = Migration(initial, move_budget, move_cost, expert_bytes)
-        candidate = migrate(problem, migration, seed=seed, limits=limits)
+        candidate = migrate(problem, migration, METHODS[method], seed=seed, limits=limits)
     seconds = time.perf_counter() - begin
 
     if problem.fill_slots:

@@ -21,7 +21,7 @@ from moetuner.solver.caps import caps_of, exceeded, excess_of
 from moetuner.solver.clock import Clock
 from moetuner.solver.enumeration import enumerated
 from moetuner.solver.heuristic import heuristic
-from moetuner.solver.moving import Moving, widened
+from moetuner.solver.moving import Moving, Path, widened
 from moetuner.solver.pace import paced
 from moetuner.solver.prices import link_prices, pair_prices, tokens_per_unit, visit_prices
 from moetuner.solver.result import Candidate, Limits, Progress, Status
@@ -293,6 +293,27 @@ class Search:
             threads=limits.threads,
             progress=report if limits.progress is not None else None,
         )
+
+    def descend(
+        self, start: Slots, initial: Placement, most: float, limits: Limits
+    ) -> tuple[Path, bool]:
+        """Go down from slots by the steps that gain most for a move, and say if interrupted."""
+        problem, unit = self.problem, self._tokens_per_unit()
+        places, experts, figures, interrupted = self._layers().descend(
+            np.ascontiguousarray(start),
+            np.ascontiguousarray(initial.held.transpose(0, 2, 1)),
+            most=int(most) if most < problem.rooms.sum() else None,
+            copies=problem.may_copy,
+            transitions=self.links,
+            link_cost=None if self.links is None else link_prices(problem, unit),
+            time_limit=limits.time_limit,
+            threads=limits.threads,
+        )
+        moved = initial.diff(self._placement(start)).experts_moved
+        begin = [[moved, excess_of(problem, start).sum(), 0.0]]
+        brought, excess, change = np.concatenate([begin, figures]).T
+        path = Path(start, places, experts, brought.astype(np.int64), excess, change / unit)
+        return path, interrupted
 
     def look_at(self, slots: Slots) -> None:
         """Give the windows that a risk or the worst group is made of more weight, next time."""

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moetuner._moves import kept
 from moetuner._validation import not_negative
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
-from moetuner.solver.caps import caps_of
+from moetuner.solver.caps import caps_of, exceeded, excess_of
 from moetuner.solver.clock import Clock
 from moetuner.solver.enumeration import enumerated
 from moetuner.solver.layers import Search
-from moetuner.solver.moving import Moving, widened
+from moetuner.solver.moving import Moving, Path, lawful
 from moetuner.solver.result import Candidate, Limits
 
-# Prices of a move that are tried to keep a budget: each halves the logarithm's range.
-TRIES = 7
-# The range: no move that gains less than this part of the objective is worth asking for.
+Slots = NDArray[np.int32]
+
+# Prices of a move that are tried to come nearer to a budget, and how far from what the last steps
+# gain for a move they may be: each try halves the logarithm's range.
+TRIES, SPREAD = 4, 8.0
+# The least price: no move that gains less than this part of the objective is worth asking for.
 CHEAPEST = 1e-7
+# Share of a time limit for a solve from nothing, where moves are free.
+FRESH_SHARE = 0.9
+# Times that risk and groups are weighed anew by steps, and lengths of a way whose ends are compared
+# by what the objective truly is.
+REWEIGHTINGS, LENGTHS = 3, 6
+# Details that are of a placement, not of how it was found.
+CAPS_TOLD = ("caps_raised", "caps_infeasible")
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,18 @@ class Migration:
         not_negative("move_cost", self.cost, "price of a byte")
         not_negative("expert_bytes", self.expert_bytes, "number of bytes")
 
+    @property
+    def price(self) -> float:
+        """What a move costs, in units of the objective."""
+        return self.cost * self.expert_bytes
+
+    @property
+    def most(self) -> float:
+        """Moves that the budget allows."""
+        if self.budget is None or not self.expert_bytes:
+            return np.inf
+        return self.budget / self.expert_bytes
+
 
 def check(problem: Problem, initial: Placement) -> None:
     """Raise unless a placement is one of a problem.
@@ -76,63 +100,143 @@ def check(problem: Problem, initial: Placement) -> None:
         )
 
 
-def migrate(problem: Problem, migration: Migration, *, seed: int, limits: Limits) -> Candidate:
-    """Improve a placement within a budget; what stays keeps its slot."""
-    initial = migration.initial
-    check(problem, initial)
-    clock = Clock(limits)
-    start = widened(problem, initial.slots)
-    broken = problem.rules.broken(initial)
-    search = Search(problem, seed)
+def migrate(
+    problem: Problem,
+    migration: Migration,
+    method: Callable[..., Candidate],
+    *,
+    seed: int,
+    limits: Limits,
+) -> Candidate:
+    """Improve a placement within a budget; what stays keeps its slot.
 
-    def at(price: float, tries: int) -> tuple[Candidate, int]:
-        moving = Moving(initial, price)
-        # A start that breaks a rule is none: then the search makes its own, as near as it pays.
-        from_here = None if broken else start
-        within = clock.within(1 / tries)
-        found = search.run(within, start=from_here, moving=moving)
-        return found, moving.moved(Placement(found.slots, num_experts=problem.experts))
+    The answer is never worse than staying, moves at their price: less load above caps comes first,
+    then the objective. Where moves are free, it is never worse than that of ``method`` either.
 
-    def answer(found: Candidate, moved: int) -> Candidate:
-        details = {**found.details, "experts_moved": moved}
-        return replace(found, slots=kept(initial.slots, found.slots), details=details)
+    Raises
+    ------
+    ValueError
+        If the placement breaks a rule, and it takes more moves than the budget to keep it.
+    """
+    check(problem, migration.initial)
+    solve = _Migrating(problem, migration, seed, Clock(limits))
+    if limits.time_limit == 0:
+        solve.best = replace(solve.best, status="time_limit")
+    elif solve.price == 0 and solve.most >= problem.rooms.sum():
+        solve.freely(method)
+    elif solve.most > 0:
+        solve.step_by_step()
+    return solve.answer()
 
-    own = migration.cost * migration.expert_bytes
-    most = np.inf
-    if migration.budget is not None and migration.expert_bytes:
-        most = migration.budget / migration.expert_bytes
-    found, moved = at(own, TRIES + 1)
-    if moved <= most:
-        return answer(found, moved)
-    if found.status == "interrupted" and not broken:
-        return answer(Candidate(start, "interrupted"), 0)
-    if problem.goal != "traffic" and limits.time_limit is None:
-        exact = enumerated(
-            problem, np.inf, caps=caps_of(problem), moving=Moving(initial, own), most=most
+
+class _Migrating:
+    """The best answer so far, and ways to a better one."""
+
+    def __init__(self, problem: Problem, migration: Migration, seed: int, clock: Clock) -> None:
+        self.problem, self.initial, self.seed, self.clock = problem, migration.initial, seed, clock
+        self.price, self.most = migration.price, migration.most
+        self.start = lawful(problem, self.initial)
+        fewest = self.moved(self.start)
+        if fewest > self.most:
+            raise ValueError(
+                f"move_budget {migration.budget:g} is too small: "
+                f"{problem.rules.broken(self.initial)}, which initial does not keep, and to keep "
+                f"all rules takes {fewest} moves"
+            )
+        self.best = Candidate(self.start)
+        self.rank = self.rank_of(self.start)
+
+    def freely(self, method: Callable[..., Candidate]) -> None:
+        """Solve from nothing; what runs is one start more, if it is better than that."""
+        found = method(self.problem, seed=self.seed, limits=self.clock.within(FRESH_SHARE))
+        if not self.consider(found) and found.status not in ("interrupted", "optimal"):
+            search = Search(self.problem, self.seed)
+            self.consider(search.run(self.clock.within(), start=self.start))
+
+    def step_by_step(self) -> None:
+        """Take the steps that gain most for a move, then search at prices of a move."""
+        problem, limits = self.problem, self.clock.limits
+        path, interrupted = self.descend()
+        if interrupted:
+            self.best = replace(self.best, status="interrupted")
+            return
+        if problem.goal != "traffic" and limits.time_limit is None:
+            moving = Moving(self.initial, self.price)
+            exact = enumerated(
+                problem, np.inf, caps=caps_of(problem), moving=moving, most=self.most
+            )
+            if exact is not None and len(exact):
+                self.consider(Candidate(exact))
+                return
+        search = Search(problem, self.seed)
+        if self.most >= problem.rooms.sum():
+            self.search_at(self.price, search, 1.0)
+            return
+        slope = max(path.slope(self.most), CHEAPEST * abs(self.rank[1]))
+        low, high = max(self.price, slope / SPREAD), max(self.price, slope * SPREAD)
+        for left in range(TRIES, 0, -1):
+            price = float(np.sqrt(low * high))
+            found = self.search_at(price, search, 1 / left)
+            if found.status == "interrupted":
+                return
+            if self.moved(found.slots) <= self.most:
+                high = price
+            else:
+                low = price
+
+    def descend(self) -> tuple[Path, bool]:
+        """Go down by steps, and keep the best that is passed."""
+        problem = self.problem
+        search = Search(problem, self.seed)
+        for _ in range(1 if problem.windows.is_mean else REWEIGHTINGS):
+            path, interrupted = search.descend(
+                self.start, self.initial, self.most, self.clock.within()
+            )
+            for steps in path.lengths(self.most, self.price, LENGTHS):
+                self.consider(Candidate(path.after(steps)))
+            if interrupted:
+                break
+            search.look_at(self.best.slots)
+        return path, interrupted
+
+    def search_at(self, price: float, search: Search, share: float) -> Candidate:
+        """Search at a price of a move from the best there is."""
+        found = search.run(
+            self.clock.within(share),
+            start=self.best.slots,
+            moving=Moving(self.initial, price),
         )
-        if exact is not None and len(exact):
-            moved = Moving(initial, own).moved(Placement(exact, num_experts=problem.experts))
-            return answer(Candidate(exact, details=found.details), moved)
-    # The price at which so much moves as the budget allows, by bisection.
-    value = problem.value(initial)
-    low, high = max(own, CHEAPEST * value), max(own, value)
-    best, best_moved = Candidate(start, details=found.details), 0
-    best_value = np.inf if broken else value
-    for left in range(TRIES, 0, -1):
-        price = float(np.sqrt(low * high))
-        found, moved = at(price, left)
-        if moved <= most:
-            high = price
-            worth = problem.value(Placement(found.slots, num_experts=problem.experts))
-            if worth + own * moved < best_value + own * best_moved:
-                best, best_moved, best_value = found, moved, worth
-        else:
-            low = price
-        if found.status == "interrupted":
-            break
-    if np.isinf(best_value):
-        raise ValueError(
-            f"move_budget {migration.budget:g} is too small: {broken}, which initial does not "
-            f"keep, and no placement was found that does within {int(most)} moves"
-        )
-    return answer(replace(best, status=found.status), best_moved)
+        self.consider(found)
+        return found
+
+    def consider(self, found: Candidate) -> bool:
+        """Take an answer if it is the best so far within the budget."""
+        rank = self.rank_of(found.slots)
+        if self.moved(found.slots) <= self.most and rank < self.rank:
+            self.best, self.rank = found, rank
+            return True
+        if rank == self.rank and found.status == "optimal":
+            self.best = replace(found, slots=self.best.slots)
+            return True
+        status = "feasible" if found.status == "optimal" else found.status
+        details = {**found.details, **self.best.details}
+        self.best = replace(self.best, status=status, details=details)
+        return False
+
+    def rank_of(self, slots: Slots) -> tuple[float, float]:
+        """Load above caps in parts of them, then the objective with moves at their price."""
+        value = self.problem.value(Placement(slots, num_experts=self.problem.experts))
+        excess = float(excess_of(self.problem, slots).sum())
+        return excess, value + self.price * self.moved(slots)
+
+    def moved(self, slots: Slots) -> int:
+        """Count copies that have to be brought."""
+        placement = Placement(slots, num_experts=self.problem.experts)
+        return self.initial.diff(placement).experts_moved
+
+    def answer(self) -> Candidate:
+        """Give the best, with the slots of what stays, and the caps that it exceeds."""
+        slots = self.best.slots
+        told = {key: value for key, value in self.best.details.items() if key not in CAPS_TOLD}
+        details = {**told, **exceeded(self.problem, slots), "experts_moved": self.moved(slots)}
+        return replace(self.best, slots=kept(self.initial.slots, slots), details=details)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner._moves import kept
 from moetuner._validation import positive
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import solve
+from moetuner.solver.caps import exceeded, excess_of
 from moetuner.solver.clock import Clock
+from moetuner.solver.layers import Search
 from moetuner.solver.migration import check
+from moetuner.solver.moving import lawful
 from moetuner.solver.result import Limits, Progress
 
+# Ends of steps that are told, at about even distances of the logarithm of their moves.
+STEPS = 24
 # Prices of a move, in parts of what a move gains on average where moving is free: the first moves
 # gain far more than that, the last ones far less.
 PRICES = (0.1, 0.3, 0.7, 1.5, 3.0, 8.0)
@@ -33,6 +42,8 @@ class Trade:
         How much lower that is than the initial placement's.
     experts_moved, bytes_moved
         What it takes.
+    caps_raised
+        Imbalance of layers that exceed the load cap still.
     """
 
     placement: Placement
@@ -40,6 +51,7 @@ class Trade:
     gain: float
     experts_moved: int
     bytes_moved: float
+    caps_raised: dict[int, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Figures as JSON values."""
@@ -48,7 +60,12 @@ class Trade:
             "gain": self.gain,
             "experts_moved": self.experts_moved,
             "bytes_moved": self.bytes_moved,
+            "caps_raised": self.caps_raised,
         }
+
+
+# Load above caps, in parts of them, and the trade.
+_Ranked = tuple[float, Trade]
 
 
 def pareto(
@@ -63,7 +80,7 @@ def pareto(
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Trade]:
-    """Solve at several prices of a move.
+    """Find what more and more moves gain, by steps and by solving at several prices of a move.
 
     Parameters
     ----------
@@ -80,7 +97,8 @@ def pareto(
     -------
     list
         From no move, the initial placement, to the most, each with a lower objective than those
-        before it.
+        before it, or less load above the caps. Where the initial placement breaks a rule, the
+        first is one with the fewest moves that keeps all.
 
     Raises
     ------
@@ -89,10 +107,18 @@ def pareto(
     """
     positive("expert_bytes", expert_bytes, "number of bytes")
     check(problem, initial)
-    clock = Clock(Limits(time_limit))
+    clock = Clock(Limits(time_limit, threads=threads))
     before = problem.value(initial)
 
-    def at(price: float, left: int) -> tuple[Trade, bool]:
+    def trade(placement: Placement) -> _Ranked:
+        moved = initial.diff(placement).experts_moved
+        objective = problem.value(placement)
+        excess = excess_of(problem, placement.slots)
+        raised = exceeded(problem, placement.slots).get("caps_raised", {})
+        figures = (before - objective, moved, moved * expert_bytes, raised)
+        return float(excess.sum()), Trade(placement, objective, *figures)
+
+    def at(price: float, left: int) -> tuple[_Ranked, bool]:
         """Solve at a price per expert, with one of the ``left`` parts of the time that is left."""
         result = solve(
             problem,
@@ -106,33 +132,42 @@ def pareto(
             move_cost=price / expert_bytes,
             expert_bytes=expert_bytes,
         )
-        moved = initial.diff(result.placement).experts_moved
-        trade = Trade(
-            result.placement,
-            result.objective,
-            before - result.objective,
-            moved,
-            moved * expert_bytes,
-        )
-        return trade, result.status == "interrupted"
+        return trade(result.placement), result.status == "interrupted"
 
-    found = [Trade(initial, before, 0.0, 0, 0.0)]
-    free, interrupted = at(0.0, len(PRICES) + 1)
-    found.append(free)
-    if free.experts_moved and free.gain > 0:
-        mean = free.gain / free.experts_moved
-        for number, part in enumerate(PRICES):
-            if interrupted:
-                break
-            trade, interrupted = at(part * mean, len(PRICES) - number)
-            found.append(trade)
+    start = lawful(problem, initial)
+    found = [trade(_kept(problem, initial, start))]
+    path, interrupted = Search(problem, seed).descend(start, initial, np.inf, clock.within())
+    found.extend(trade(_kept(problem, initial, path.after(n))) for n in path.spread(STEPS))
+    if not interrupted:
+        (excess, free), interrupted = at(0.0, len(PRICES) + 1)
+        found.append((excess, free))
+        if free.experts_moved and free.gain > 0:
+            mean = free.gain / free.experts_moved
+            for number, part in enumerate(PRICES):
+                if interrupted:
+                    break
+                one, interrupted = at(part * mean, len(PRICES) - number)
+                found.append(one)
     return _undominated(found)
 
 
-def _undominated(trades: list[Trade]) -> list[Trade]:
-    """Leave out trades that another one equals or betters in moves and objective."""
-    kept: list[Trade] = []
-    for trade in sorted(trades, key=lambda each: (each.experts_moved, each.objective)):
-        if not kept or trade.objective < kept[-1].objective:
-            kept.append(trade)
-    return kept
+def _kept(problem: Problem, initial: Placement, slots: NDArray[np.int32]) -> Placement:
+    """Make a placement in which experts that stay keep their slots."""
+    if not initial.diff(Placement(slots, num_experts=problem.experts)).experts_moved:
+        held = Placement(slots, num_experts=problem.experts).held
+        if (held == initial.held).all():
+            return initial
+    return Placement(kept(initial.slots, slots), num_experts=problem.experts)
+
+
+def _undominated(trades: list[_Ranked]) -> list[Trade]:
+    """Leave out trades that another one equals or betters in moves, and in excess and objective."""
+    front: list[_Ranked] = []
+    for excess, trade in sorted(trades, key=lambda each: (each[1].experts_moved, *_rank(each))):
+        if not front or _rank((excess, trade)) < _rank(front[-1]):
+            front.append((excess, trade))
+    return [trade for _, trade in front]
+
+
+def _rank(ranked: _Ranked) -> tuple[float, float]:
+    return ranked[0], ranked[1].objective
