@@ -149,7 +149,8 @@ def main() -> None:
             print(f"{shape:18}{sequences:4}", *(f"{share:6.1f}" for share in shares), flush=True)
     print(f"Of {audits} audits of seven groups, percent that name the one that is served worse")
     for liking in (0.5, 1.0):
-        large = simulated(100, "crossing windows", np.random.default_rng(0), served_worse=liking)
+        rng = np.random.default_rng(0)
+        large = simulated(100, "crossing windows", rng, groups=7, served_worse=liking)
         change = audited(large, 0, 2).groups["0"]["imbalance"].change
         assert change is not None
         for sequences in (5, 10, 20):
