@@ -8,8 +8,8 @@ neighbours in blocks and one in turns are equally good in truth: what an audit o
 other calls worse is a false alarm, and an interval of the change that does not hold 0 misses.
 
 Prints how often the interval of 95 % misses, by the number of sequences and how they lie in
-windows; how often a null audit of seven groups names somebody; and how often one group that is
-served worse is named. Seeds are fixed.
+windows; how often a null audit of seven groups names somebody; how often one group that is served
+worse is named; and what verdict says of a change between the two. Seeds are fixed.
 """
 
 from __future__ import annotations
@@ -113,6 +113,21 @@ def named(
     return worse_share, behind_share, either, first_share
 
 
+def verdicts(sequences: int, shape: str, runs: int) -> tuple[float, float]:
+    """Shares of changes that are worth it, by verdict, and if only the size of the gain counted."""
+    count = np.zeros(2)
+    for run in range(runs):
+        trace = simulated(sequences, shape, np.random.default_rng([2, sequences, run]))
+        before, after = (
+            mt.evaluate(each, trace, window=WINDOW, mixed=False, threads=1)
+            for each in (TURNS, BLOCKS)
+        )
+        found = mt.verdict(before, after)
+        count += [found.is_worth_it, found.gain > found.price]
+    worth_it, by_size = (count / runs).tolist()
+    return worth_it, by_size
+
+
 def main() -> None:
     """Print the three tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -134,7 +149,8 @@ def main() -> None:
             print(f"{shape:18}{sequences:4}", *(f"{share:6.1f}" for share in shares), flush=True)
     print(f"Of {audits} audits of seven groups, percent that name the one that is served worse")
     for liking in (0.5, 1.0):
-        large = simulated(100, "crossing windows", np.random.default_rng(0), served_worse=liking)
+        rng = np.random.default_rng(0)
+        large = simulated(100, "crossing windows", rng, groups=7, served_worse=liking)
         change = audited(large, 0, 2).groups["0"]["imbalance"].change
         assert change is not None
         for sequences in (5, 10, 20):
@@ -143,6 +159,10 @@ def main() -> None:
                 f"{100 * change.value:+.1f} %, {sequences:3} sequences {100 * share:6.1f}",
                 flush=True,
             )
+    print(f"Of {runs} changes between equal placements, percent worth it: by verdict, by size")
+    for sequences in (3, 5, 10, 20, 50):
+        shares = [100 * share for share in verdicts(sequences, "crossing windows", runs)]
+        print(f"{sequences:3} sequences", *(f"{share:6.1f}" for share in shares), flush=True)
 
 
 if __name__ == "__main__":

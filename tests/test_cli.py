@@ -427,6 +427,7 @@ def test_compare_splits_several_times_by_default(ok, trace):
     arguments = ("compare", trace, "--devices", 4, "--methods", "contiguous,lpt", "--json", "-")
     assert json.loads(ok(*arguments))["settings"]["splits"] == 5
     assert json.loads(ok(*arguments, "--holdout", 0))["settings"]["splits"] == 1
+    assert "unseen" not in ok(*arguments[:-2], "--holdout", 0)
 
 
 def test_compare_does_not_depend_on_threads(ok, trace):

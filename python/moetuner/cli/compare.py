@@ -146,7 +146,7 @@ def command(
     for line in sentences(best):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
     found = gains.gains(all_splits, over, seed=seed) if over in all_splits[0] else []
-    gains.say(output, found, best.result.method)
+    gains.say(output, found, best.result.method, held_out=holdout > 0)
     told = {each.method: each.to_dict() for each in found}
     output.finish(
         {

@@ -83,8 +83,8 @@ class Gain:
         """Give the cells of a table."""
         return (self.method, share(self.mean), *(share(end) for end in (self.low, self.high)))
 
-    def sentence(self) -> str:
-        """Say it, with its uncertainty."""
+    def sentence(self, where: str) -> str:
+        """Say it, of which traffic, and with its uncertainty."""
         name = NAMES[self.measure]
         if len(self.splits) > 1:
             found = f"{share(self.low)} to {share(self.high)} over {len(self.splits)} splits"
@@ -106,7 +106,7 @@ class Gain:
         word = "less" if self.mean > 0 else "more"
         return (
             f"{self.method} has {100 * abs(self.mean):.1f} % {word} {name} than {self.over} "
-            f"on unseen traffic (gain {kind})."
+            f"{where} (gain {kind})."
         )
 
 
@@ -150,7 +150,7 @@ def gains(splits: list[dict[str, Outcome]], over: str, *, seed: int) -> list[Gai
     return found
 
 
-def say(output: Output, found: list[Gain], best: str) -> None:
+def say(output: Output, found: list[Gain], best: str, *, held_out: bool) -> None:
     """Print the table, and the sentence of the method that is best by what it saw."""
     if not found:
         return
@@ -160,8 +160,9 @@ def say(output: Output, found: list[Gain], best: str) -> None:
     output.say()
     output.table((head, "mean" if splits > 1 else "gain", *ends), [each.row() for each in found])
     told = {each.method: each for each in found}
+    where = "on unseen traffic" if held_out else "on the traffic that it was computed from"
     if best in told:
-        output.say(f"Gain: {told[best].sentence()}")
+        output.say(f"Gain: {told[best].sentence(where)}")
     else:
         output.say(f"Gain: no method has a smaller objective than {over} on what was seen.")
 
