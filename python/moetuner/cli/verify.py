@@ -139,7 +139,7 @@ def _short(low: Fraction, high: Fraction) -> float:
         found = Fraction(math.ceil(low * 10**digits), 10**digits)
         if found < high:
             return float(found)
-    return math.floor(low * 10**DECIMALS) / 10**DECIMALS
+    return float(Fraction(math.floor(low * 10**DECIMALS), 10**DECIMALS))
 
 
 def _told(imbalances: list[float]) -> str:
