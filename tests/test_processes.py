@@ -201,7 +201,7 @@ def test_memory_that_is_not_there_is_an_error():
         "                                  coactivation=False)\n"
         "many = np.zeros((200, 40, 1), dtype=np.uint16)\n"
         "counter.push(ids)\n"
-        "slots = np.arange(16384, dtype=np.int32).reshape(1, 8192, 2).repeat(2, axis=0)\n"
+        "slots = np.arange(16384, dtype=np.int32).reshape(1, 8192, 2).repeat(40, axis=0)\n"
         "load = np.ones((4096, 8))\n"
         "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
         "def replay():\n"
@@ -213,13 +213,13 @@ def test_memory_that_is_not_there_is_an_error():
         "    count,\n"
         "    lambda: counter.push(many),\n"
         "    lambda: mt.balance(load, devices=8192, slots_per_device=8),\n"
-        "    lambda: _core.search(np.ones((2, 20000), np.uint64), np.ones((2, 1), np.uint64),\n"
+        "    lambda: _core.search(np.ones((2, 200), np.uint64), np.ones((2, 1), np.uint64),\n"
         "                         np.zeros((1, 1), np.int64), 65536,\n"
-        "                         coactivation=np.zeros((2, 20000, 20000), np.uint64)),\n"
+        "                         coactivation=np.zeros((2, 200, 200), np.uint64)),\n"
         "):\n"
         "    try:\n"
         "        call()\n"
-        "    except (MemoryError, ValueError) as error:\n"
+        "    except MemoryError as error:\n"
         "        print(type(error).__name__, error)\n"
         "counter.push(ids)\n"
     )
@@ -229,7 +229,7 @@ def test_memory_that_is_not_there_is_an_error():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 5, lines
-    assert sum(line.startswith("MemoryError") for line in lines) >= 4, lines
+    assert all(line.startswith("MemoryError") for line in lines), lines
 
 
 @pytest.mark.parametrize("limit", [float("inf"), 1e308, 1e9 + 1])
