@@ -18,6 +18,7 @@ from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.solver.caps import caps_of, exceeded, excess_of
 from moetuner.solver.clock import Clock
+from moetuner.solver.dispatch import most_trials
 from moetuner.solver.enumeration import enumerated
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.moving import Moving, widened
@@ -262,6 +263,9 @@ class Search:
         if trials is None:
             windows = None if self.links is not None else len(self.problem.windows.load)
             trials = trials_of(slots_of_layer, windows)
+            sets = self.problem.statistics.sets
+            if self.problem.counts_visits and self.problem.goal != "balance" and sets is not None:
+                trials = min(trials, most_trials(sets))
         restarts = RESTARTS if slots_of_layer <= SMALL else 1
         return paced(self._anneal, slots, trials=trials, restarts=restarts, limits=limits)
 
