@@ -49,7 +49,8 @@ class Asked:
             traffic,
             window,
             threads,
-            sets=self.regime == "dispatch",
+            # Visits are no part of balance, and sets take memory.
+            sets=self.regime == "dispatch" and self.objective != "balance",
             by_group=self.groups is not None,
         )
         cap = self.max_imbalance

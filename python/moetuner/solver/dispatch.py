@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.objective import visit_costs, visits
 from moetuner.placement import Placement
+from moetuner.expert_sets import ExpertSets
 from moetuner.problem import Problem
 from moetuner.solver.caps import caps_of, exceeded
 from moetuner.solver.clock import Clock
@@ -34,6 +35,11 @@ MOST_WORK = 1.5e10
 UNITS_PER_TRIAL = 100
 # Searches of a layer of at most so many slots.
 SMALL, RESTARTS = 16, 8
+
+
+def most_trials(sets: tuple[ExpertSets, ...]) -> int:
+    """Return how many trials of every layer are affordable: each looks at the layer's sets."""
+    return int(MOST_WORK / sum(len(of) / 64 + UNITS_PER_TRIAL for of in sets))
 
 
 def dispatch(
@@ -86,9 +92,7 @@ def dispatch(
         return replace(found, details=details)
 
     if trials is None:
-        trials = TRIALS_PER_SLOT * problem.devices * problem.slots
-        units = sum(len(of) / 64 + UNITS_PER_TRIAL for of in sets)
-        trials = int(min(trials, MOST_WORK / units))
+        trials = min(TRIALS_PER_SLOT * problem.devices * problem.slots, most_trials(sets))
     progress = limits.progress
     layers = _core.Layers(
         problem.load[None].astype(np.float64),

@@ -19,6 +19,7 @@ from moetuner.problem import Problem
 from moetuner.solver.balanced import balanced
 from moetuner.solver.caps import caps_of, exceeded, excess_of
 from moetuner.solver.clock import Clock
+from moetuner.solver.dispatch import most_trials
 from moetuner.solver.enumeration import enumerated
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.moving import Moving, Path, widened
@@ -268,6 +269,9 @@ class Search:
         if trials is None:
             windows = None if self.links is not None else len(self.problem.windows.load)
             trials = trials_of(slots_of_layer, windows)
+            sets = self.problem.statistics.sets
+            if self.problem.counts_visits and self.problem.goal != "balance" and sets is not None:
+                trials = min(trials, most_trials(sets))
         restarts = RESTARTS if slots_of_layer <= SMALL else 1
         return paced(self._anneal, slots, trials=trials, restarts=restarts, limits=limits)
 
