@@ -283,6 +283,16 @@ def noise(rank):
     return seen, unseen
 
 
+def other_prices(rank):
+    """Let rank 1 take moves for dear: give the message, and whether a step works afterwards."""
+    model = Model(rank)
+    model.unbalance()
+    if rank == 1:
+        model.rebalancer._move = lambda *_: (0, 0, 1e30)
+    message, _ = refused(model)
+    return message, model.unchanged(), model.step() == 0.0
+
+
 def slow_decisions(rank):
     """Search for longer than it can bring in: give the reasons of two steps."""
     model = Model(rank)
@@ -314,9 +324,10 @@ def misuse(rank):
             Rebalancer(layers, **(defaults | options))
         except ValueError as error:
             messages.append(str(error))
-    try:
-        model.rebalancer.observe(np.zeros((1, 2)))
-    except ValueError as error:
-        messages.append(str(error))
+    for counts in (np.zeros((1, 2)), np.full((LAYERS, EXPERTS), -1)):
+        try:
+            model.rebalancer.observe(counts)
+        except ValueError as error:
+            messages.append(str(error))
     dist.barrier()  # no rank may leave while another is still joining
     return messages

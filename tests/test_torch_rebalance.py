@@ -107,6 +107,14 @@ def test_half_of_a_move_that_has_no_room():
     assert found == [(True, 1, True, True)] * 4
 
 
+def test_ranks_that_would_pay_other_prices():
+    """Nobody moves, all raise, and nobody waits for a move that others do not make."""
+    found = values(2, "rank_rebalance.other_prices")
+    for message, unchanged, right in found:
+        assert "do not agree" in message
+        assert (unchanged, right) == (True, True)
+
+
 def test_gains_are_judged_on_counts_that_were_held_out():
     """Of what placing by even traffic's noise seems to gain, nothing is believed."""
     seen, unseen = values(2, "rank_rebalance.noise")[0]
@@ -158,6 +166,7 @@ def test_arguments_that_cannot_be():
         "steps_ahead must be at least 1, got 0",
         "topology must have 2 devices like the placement, got 3",
         "counts must be [layers, experts] [3, 8], got [1, 2]",
+        "counts must be finite and at least 0, got -1 to -1",
     ]
 
 

@@ -27,6 +27,7 @@ from moetuner.torch.transfer import moves
 ITERATIONS = 20_000
 # Largest share of a model's experts that one move brings to other devices, if nobody says more.
 LARGEST_MOVE = 0.25
+PATIENCE = 0.9  # what the time of a search is worth, one step without a search later
 FEW = 8  # copies that come to a device: never too many, in a small model
 
 
@@ -202,6 +203,10 @@ class Rebalancer:
             raise ValueError(
                 f"counts must be [layers, experts] {list(sizes)}, got {list(windows.shape[1:])}"
             )
+        if not (np.isfinite(windows).all() and (windows >= 0).all()):
+            raise ValueError(
+                f"counts must be finite and at least 0, got {windows.min()} to {windows.max()}"
+            )
         self._observed.add(windows, steps)
 
     def step(self) -> Decision:
@@ -221,18 +226,24 @@ class Rebalancer:
         except Exception as error:
             failure = error
         observed, slots = self._observed, plan.target.slots
-        said = fingerprint(observed.total.tobytes(), observed.held.tobytes(), slots.tobytes())
+        counts = (observed.total.tobytes(), observed.held.tobytes())
+        said = fingerprint(*counts, slots.tobytes(), str(plan.nothing).encode())
         self._agreement.reach("the next placement", said, failure)
-        if plan.nothing is None:
-            # The slowest rank is what the others waited for; all judge by the same time.
-            took = 1e6 * (time.perf_counter() - begin)
-            self._decision_us = self._agreement.largest("the time it took", round(took))
+        if plan.nothing is not None:
+            # One slow search must not be the last one.
+            self._decision_us *= PATIENCE
+            return Decision(False, plan.nothing)
+        # The slowest rank is what the others waited for; all judge by the same time.
+        took = 1e6 * (time.perf_counter() - begin)
+        self._decision_us = self._agreement.largest("the time it took", round(took))
         return self._carry_out(plan)
 
     def _carry_out(self, plan: _Plan) -> Decision:
         """Move to a planned placement if it pays; where it does not fit, half of its layers."""
         while True:
             decision = self._judge(plan)
+            # Ranks with other prices would wait for one another in vain.
+            self._agreement.reach("whether to move", int(decision.moved))
             if not decision.moved:
                 return decision
             try:
@@ -246,8 +257,6 @@ class Rebalancer:
 
     def _judge(self, plan: _Plan) -> Decision:
         """Say whether a move pays, by the counts that were held out."""
-        if plan.nothing is not None:
-            return Decision(False, plan.nothing)
         held = self._observed.like_all(self._observed.held)
         now = self._step_us(self.placement, held)
         gain = now - self._step_us(plan.target, held)
@@ -283,19 +292,23 @@ class Rebalancer:
             slots_per_device=current.slots_per_device,
             objective="balance",
         )
-        target = solve(
-            problem,
-            "heuristic",
-            seed=self.seed,
-            iterations=ITERATIONS,
-            initial=current,
-            move_budget=budget,
-            move_cost=self._price(ideal),
-        ).placement
-        return self._fitting(target, room)
+        while True:
+            target = solve(
+                problem,
+                "heuristic",
+                seed=self.seed,
+                iterations=ITERATIONS,
+                initial=current,
+                move_budget=budget,
+                move_cost=self._price(ideal),
+            ).placement
+            plan, too_large = self._fitting(target, room)
+            if plan.layers or not too_large or budget < 2:
+                return plan
+            budget //= 2  # all of it comes to a few devices
 
-    def _fitting(self, target: Placement, room: int) -> _Plan:
-        """Take the layers that gain most by a copy, as long as they fit and each one pays."""
+    def _fitting(self, target: Placement, room: int) -> tuple[_Plan, bool]:
+        """Take the layers that gain most by a copy, as long as they fit; say if others do not."""
         current = self.placement
         learned = self._observed.like_all(self._observed.learned)
         gain = self._layers_us(current, learned) - self._layers_us(target, learned)
@@ -309,7 +322,8 @@ class Rebalancer:
             if gain[number] > 0 and (held + arrive[number]).max() <= room:
                 held += arrive[number]
                 chosen.append(number)
-        return self._part(_Plan(target, None, chosen), chosen)
+        too_large = bool((gain[changed] > 0).sum() > len(chosen))
+        return self._part(_Plan(target, None, chosen), chosen), too_large
 
     def _part(self, plan: _Plan, layers: list[int]) -> _Plan:
         """Give the plan for some of its layers alone; the others stay as they are."""
