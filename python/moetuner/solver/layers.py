@@ -121,7 +121,10 @@ class Search:
         """
         clock, problem = Clock(limits), self.problem
         self.moving = moving
-        slots = self.full(self._layers().construct(copies=problem.may_copy))
+        # Whatever becomes of the search, it is not behind what engines get from ``balance``.
+        made = (self._layers().construct(copies=problem.may_copy), balanced(problem))
+        starts = [self.full(slots) for slots in made]
+        slots = min(starts, key=self.rank)
         start = None if start is None else self.full(start)
         if limits.time_limit == 0:
             return self.candidate(slots, "time_limit")
@@ -132,8 +135,6 @@ class Search:
                 self.learn(clock.within(LEARN_SHARE))
         except KeyboardInterrupt:
             return self.candidate(slots if start is None else start, "interrupted")
-        # Whatever becomes of the search, it is not behind what engines get from ``balance``.
-        starts = [slots, self.full(balanced(problem))]
         starts = starts if start is None else [start, *starts]
         interrupted = False
         if self.links is not None and moving is None:
