@@ -105,15 +105,25 @@ def test_spare_slots_of_few_layers_get_copies():
 def test_searches_are_never_behind_balance(method, objective, limit):
     """With the same slots, in windows, by the problem's own objective, however little time."""
     random = np.random.default_rng(2)
-    load = np.floor(1e3 * random.lognormal(0, 1, (3, 2, 16)))
-    table = np.floor(1e2 * random.lognormal(0, 1, (1, 16, 16)))
+    load = np.floor(1e3 * random.lognormal(0, 1, (3, 2, 32)))
+    table = np.floor(1e2 * random.lognormal(0, 1, (1, 32, 32)))
     counts = (table.astype(np.uint64) for table in (load, table))
-    statistics, speed = mt.RoutingStatistics(*counts), [1, 1, 1, 2]
-    for devices, own in ((mt.Topology(4), None), (mt.Topology(4, speed=speed), speed)):
+    statistics, speed = mt.RoutingStatistics(*counts), [1, 1, 1, 1, 1, 1, 2, 3]
+    for devices, own in ((mt.Topology(8), None), (mt.Topology(8, speed=speed), speed)):
         problem = mt.Problem(statistics, devices, 5, objective=objective)
-        theirs = mt.balance(load, devices=4, slots_per_device=5, speed=own)
+        theirs = mt.balance(load, devices=8, slots_per_device=5, speed=own)
         found = mt.solve(problem, method, **limit).objective
         assert found <= problem.value(theirs) * (1 + 1e-9)
+
+
+def test_searches_are_not_behind_a_patient_balance():
+    """With speeds it tries more, also if they are all alike; a search without time does as well."""
+    load = skewed(2, 256, 328).astype(np.uint64)
+    statistics = mt.RoutingStatistics.from_load(load)
+    problem = mt.Problem(statistics, mt.Topology(72), 4, objective="balance")
+    theirs = mt.balance(load, devices=72, slots_per_device=4, speed=[1.0] * 72)
+    found = mt.solve(problem, "heuristic", time_limit=0).objective
+    assert found <= problem.value(theirs) * (1 + 1e-9)
 
 
 @given(st.data())

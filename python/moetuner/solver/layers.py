@@ -128,8 +128,10 @@ class Search:
         """
         clock, problem = Clock(limits), self.problem
         self.moving = moving
-        slots = self._layers().construct(copies=problem.may_copy, threads=limits.threads)
-        slots = self.full(slots)
+        # Whatever becomes of the search, it is not behind what engines get from ``balance``.
+        made = self._layers().construct(copies=problem.may_copy, threads=limits.threads)
+        starts = [self.full(slots) for slots in (made, balanced(problem))]
+        slots = min(starts, key=self.rank)
         start = None if start is None else self.full(start)
         if limits.time_limit == 0:
             return self.candidate(slots, "time_limit")
@@ -140,8 +142,6 @@ class Search:
                 self.learn(clock.within(LEARN_SHARE))
         except KeyboardInterrupt:
             return self.candidate(slots if start is None else start, "interrupted")
-        # Whatever becomes of the search, it is not behind what engines get from ``balance``.
-        starts = [slots, self.full(balanced(problem))]
         starts = starts if start is None else [start, *starts]
         traffic: list[Slots] = []
         interrupted = False
