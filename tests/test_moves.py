@@ -256,3 +256,19 @@ def test_an_initial_placement_is_no_handicap(goal):
         excess(problem, fresh.placement),
         fresh.objective,
     )
+
+
+def test_what_is_proven_from_nothing_is_proven_from_what_runs():
+    """Where moves are free and the optimum can be proven, it is, whatever runs."""
+    problem = mt.Problem(
+        statistics(4, layers=2, experts=8, transitions=True),
+        mt.Topology(4),
+        max_imbalance=2.0,
+        objective="traffic",
+        regime="follow",
+    )
+    fresh = mt.solve(problem)
+    for initial in (contiguous(2, 8, 4), fresh.placement):
+        result = mt.solve(problem, initial=initial)
+        assert (result.status, result.objective) == ("optimal", fresh.objective)
+        assert result.bound == fresh.bound

@@ -366,7 +366,9 @@ pub fn descend(
         let excess = layers.iter().zip(&ways).map(|(layer, way)| way.terms.caps.peak_excess(layer)).sum();
         steps.push(Step { layer: l, step, moved, excess, change });
     }
-    layers.iter_mut().for_each(|layer| layer.serve = vec![]);
+    for layer in layers.iter_mut() {
+        layer.serve = vec![];
+    }
     steps
 }
 

@@ -107,7 +107,9 @@ pub(crate) fn anneal(state: &mut State<'_>, schedule: Schedule, random: &mut Ran
             let pairs = &instance.exchanges[random.below(instance.exchanges.len())];
             let change: i64 = pairs.iter().map(|&(g, h)| state.relabel_change(l, g.into(), h.into())).sum();
             if change as f64 <= temperature * thresholds[(random.bits() & 4095) as usize] {
-                pairs.iter().for_each(|&(g, h)| state.relabel(l, g.into(), h.into()));
+                for &(g, h) in pairs {
+                    state.relabel(l, g.into(), h.into());
+                }
             }
         }
         temperature *= cooling;

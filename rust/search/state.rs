@@ -396,7 +396,9 @@ mod tests {
                     let pairs = &instance.exchanges[random.below(instance.exchanges.len())];
                     let pairs = || pairs.iter().map(|&(g, h)| (usize::from(g), usize::from(h)));
                     let change = pairs().map(|(g, h)| state.relabel_change(l, g, h)).sum();
-                    pairs().for_each(|(g, h)| state.relabel(l, g, h));
+                    for (g, h) in pairs() {
+                        state.relabel(l, g, h);
+                    }
                     change
                 } else if let Some(swap) = state.swap_with_slot(l, random.below(p), random.below(p)) {
                     let (change, rise, above) = (state.change(swap), state.rise(swap), state.excess() as i128);

@@ -155,7 +155,7 @@ def _assigned(cost: Floats, room: NDArray[np.int64]) -> NDArray[np.int64]:
         if free.size:
             device_of[expert] = free[0]
             left[free[0]] -= 1
-    for expert in np.flatnonzero(device_of < 0):
+    for expert in np.flatnonzero(device_of < 0).tolist():
         # What it costs to hand an expert on from one device to another, and which one [D,D].
         onward = np.full((devices, devices), np.inf)
         handed = np.zeros((devices, devices), dtype=np.int64)
@@ -174,7 +174,7 @@ def _assigned(cost: Floats, room: NDArray[np.int64]) -> NDArray[np.int64]:
                 break
             least = np.where(shorter, through[nearest, np.arange(devices)], least)
             via = np.where(shorter, nearest, via)
-        at: int = int(np.where(left > 0, least, np.inf).argmin())
+        at = int(np.where(left > 0, least, np.inf).argmin())
         left[at] -= 1
         while via[at] >= 0:
             origin = int(via[at])
