@@ -52,6 +52,22 @@ def test_dispatch_is_the_default_of_commands(ok, make_trace, tmp_path, command):
     assert found["settings"]["regime"] == "dispatch"
 
 
+@pytest.mark.parametrize("known", ["transitions", "coactivation"])
+def test_traffic_of_transitions_alone_follows(ok, make_trace, tmp_path, known):
+    """Where counts know nothing but transitions, traffic is theirs; else the default is dispatch."""
+    counted = mt.RoutingStatistics.from_trace(make_trace(60))
+    both = known == "coactivation"
+    saved = tmp_path / "statistics.safetensors"
+    mt.RoutingStatistics(
+        counted.window_load, counted.transitions, counted.coactivation if both else None
+    ).save(saved)
+    for objective in ([], ["--objective", "traffic"]):
+        out = ["--method", "lpt", "--out", tmp_path / "p.json", "--json", "-"]
+        found = json.loads(ok("solve", saved, "--devices", 2, *objective, *out))
+        expected = "follow" if objective and not both else "dispatch"
+        assert found["settings"]["regime"] == expected
+
+
 @pytest.mark.parametrize("sets", [False, True])
 @pytest.mark.parametrize("more", [[], ["--regime", "follow"], ["--cost-model", "a100"]])
 def test_the_time_of_solve_is_that_of_evaluate(ok, make_trace, tmp_path, sets, more):

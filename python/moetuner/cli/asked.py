@@ -12,7 +12,8 @@ from moetuner.cli import options
 from moetuner.cli.inputs import Traffic, count
 from moetuner.cli.machine import cost_model_for, cost_model_option
 from moetuner.cost import CostModel
-from moetuner.problem import Objective, Problem
+from moetuner.problem import Objective, Problem, Regime
+from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
 # Cap on the load where traffic alone is made small: without one, experts that nobody uses would
@@ -31,7 +32,7 @@ class Asked:
     max_imbalance: float | None = None
     slots_per_device: int | tuple[int, ...] | None = None
     extra_slots: int | None = None
-    regime: Any = "dispatch"
+    regime: Any = None
     cost_model: CostModel | str | None = None
     split: Any = "even"
     arrival: Any = "bursts"
@@ -50,7 +51,7 @@ class Asked:
             window,
             threads,
             # Visits are no part of balance, and sets take memory.
-            sets=self.regime == "dispatch" and self.objective != "balance",
+            sets=self.regime != "follow" and self.objective != "balance",
             by_group=self.groups is not None,
         )
         cap = self.max_imbalance
@@ -60,7 +61,7 @@ class Asked:
             statistics,
             topology,
             self.slots_per_device,
-            self.regime,
+            self.regime or _default_regime(statistics, self.objective, cap),
             cap,
             objective=self.objective,
             cost_model=cost_model_for(self.cost_model, statistics),
@@ -73,6 +74,16 @@ class Asked:
             forbidden=self.forbidden,
             fill_slots=self.fill_slots,
         )
+
+
+def _default_regime(
+    statistics: RoutingStatistics, objective: Objective | None, cap: float | None
+) -> Regime:
+    """Return dispatch, unless traffic is asked for of counts that know nothing but transitions."""
+    is_traffic = objective == "traffic" or (objective is None and cap is not None)
+    no_visits = statistics.sets is None and statistics.coactivation is None
+    only_transitions = no_visits and statistics.transitions is not None
+    return "follow" if is_traffic and only_transitions else "dispatch"
 
 
 def settings(problem: Problem) -> dict[str, Any]:
@@ -193,10 +204,9 @@ problem_options = options.gathered(
         click.option(
             "--regime",
             type=click.Choice(["follow", "dispatch"]),
-            default="dispatch",
-            show_default=True,
             help="What moves: tokens fan out from their home device and come back, as in today's "
-            "engines, or move on from expert to expert, as in the paper.",
+            "engines (dispatch, the default), or move on from expert to expert, as in the paper "
+            "(follow, the default for traffic where INPUT has counts of transitions alone).",
         ),
         cost_model_option,
         options.split_option,
