@@ -54,7 +54,7 @@ def test_dispatch_is_the_default_of_commands(ok, make_trace, tmp_path, command):
 
 @pytest.mark.parametrize("known", ["transitions", "coactivation"])
 def test_traffic_of_transitions_alone_follows(ok, make_trace, tmp_path, known):
-    """Where counts know nothing but transitions, traffic is theirs; else the default is dispatch."""
+    """Where counts know transitions alone, traffic is theirs; else the default is dispatch."""
     counted = mt.RoutingStatistics.from_trace(make_trace(60))
     both = known == "coactivation"
     saved = tmp_path / "statistics.safetensors"
