@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import moetuner as mt
-from moetuner import _safetensors
+from moetuner.files import safetensors
 
 LAYERS, TOP_K, EXPERTS = 24, 4, 32
 BLOCK = 1 << 12
@@ -41,7 +41,7 @@ def write(path: Path, size: int) -> None:
     tokens = size // (LAYERS * TOP_K)
     about = {"format": "moetuner.trace", "version": "1", "num_experts": str(EXPERTS)}
     shape = (tokens, LAYERS, TOP_K)
-    _safetensors.write(path, {"expert_ids": (np.dtype(np.uint8), shape, tiles(tokens))}, about)
+    safetensors.write(path, {"expert_ids": (np.dtype(np.uint8), shape, tiles(tokens))}, about)
 
 
 def read(path: Path) -> dict[str, float]:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner._machines import GPUS
 from moetuner.cost import busiest_ports
+from moetuner.presets import GPUS
 
 MODEL = mt.CostModel(20, 3, 12, 0.05, token_bytes=1000, combine_bytes=3000)
 NODES = mt.Topology(4, 2, 100e9, 10e9, intra_node_latency=1e-6, inter_node_latency=5e-6)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import moetuner as mt
-from moetuner.expert_sets import ExpertSets
+from moetuner.statistics import ExpertSets
 
 
 def as_counters(statistics):

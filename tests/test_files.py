@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner._files import read_whole, replacing, same_file
-from moetuner._text import clean, name, printable
+from moetuner.files import read_whole, replacing, same_file
+from moetuner.files.text import clean, name, printable
 from moetuner.solver.certificate import Certificate
 
 NAMES = ("target", "n" * 240)
@@ -148,7 +148,7 @@ def test_temporaries_of_killed_runs_are_deleted(tmp_path, target):
     """The next write to the same name deletes what a killed process left, and nothing else."""
     program = (
         "import os, sys\n"
-        "from moetuner._files import replacing\n"
+        "from moetuner.files import replacing\n"
         "with replacing(sys.argv[1]) as temporary:\n"
         "    temporary.write_text('half')\n"
         "    os.kill(os.getpid(), 9)\n"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import moetuner as mt
-from moetuner.formats import jsonl
+from moetuner.files import jsonl
 from moetuner.reading import read_input
 
 # Many more examples than elsewhere: each takes about a millisecond.

@@ -8,7 +8,7 @@ import pytest
 from test_trace import IDS, same
 
 import moetuner as mt
-from moetuner.formats import jsonl
+from moetuner.files import jsonl
 
 TOKEN = {"experts": [[0, 1], [2, 3]]}
 

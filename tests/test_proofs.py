@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner import _split, solver
-from moetuner.expert_sets import ExpertSets
 from moetuner.solver.bound import bound, padded, verify
 from moetuner.solver.caps import exceeded, scope
 from moetuner.solver.chain import chain
@@ -27,6 +26,7 @@ from moetuner.solver.least import bounded
 from moetuner.solver.neighbourhood import neighbourhood
 from moetuner.solver.result import Candidate, Limits
 from moetuner.solver.two_stage import place_clusters
+from moetuner.statistics import ExpertSets
 
 HUGE = 2**62
 # Placements that are held against a claim.

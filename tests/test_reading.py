@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.formats import jsonl
+from moetuner.files import jsonl
 from moetuner.reading import read_input, read_statistics
 
 

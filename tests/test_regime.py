@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner import _models
+from moetuner import cost
 from moetuner.cli import progress
-from moetuner.formats import jsonl
+from moetuner.files import jsonl
 from moetuner.solver.ties import TIE
 
 
@@ -156,13 +156,13 @@ def test_a_problem_takes_the_sizes_of_its_model():
 )
 def test_models_are_known_by_their_names(name, known):
     """With or without owner and what comes after; the longest name that fits; nothing by guess."""
-    assert _models.known_as(name) == known
+    assert cost.known_as(name) == known
 
 
 def test_recorded_sizes_come_before_the_models_name(make_trace):
     """Whoever records a model knows its sizes, whatever it is called."""
     trace = replace(make_trace(20), model="gpt-oss-20b", expert_size=(64, 32))
-    found = _models.cost_model_of(mt.RoutingStatistics.from_trace(trace))
+    found = cost.cost_model_of(mt.RoutingStatistics.from_trace(trace))
     wanted = mt.CostModel.preset("h100", hidden=64, intermediate=32)
     assert found == replace(wanted, name="h100:64x32 (gpt-oss-20b)")
 

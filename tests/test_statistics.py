@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import moetuner as mt
-from moetuner import _core, _safetensors
+from moetuner import _core
+from moetuner.files import safetensors
 
 TABLES = ("window_load", "transitions", "coactivation")
 
@@ -313,8 +314,8 @@ def test_memory_is_the_shard_and_not_the_trace(tmp_path):
     shape = (blocks * len(block), 12, 4)
     sequence = np.arange(shape[0], dtype=np.int32) // 1000
     pieces = (block.dtype, shape, (block for _ in range(blocks)))
-    tensors = {"sequence": _safetensors.whole(sequence), "expert_ids": pieces}
-    _safetensors.write(path, tensors, {"num_experts": "16"})
+    tensors = {"sequence": safetensors.whole(sequence), "expert_ids": pieces}
+    safetensors.write(path, tensors, {"num_experts": "16"})
     # A process inherits its parent's peak; one in between, which stays small, keeps it out.
     between = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True)"
     command = [sys.executable, "-c", between, "-c", MEASURE, str(path)]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner._machines import MACHINES
+from moetuner.presets import MACHINES
 
 
 def test_one_node_costs_one_everywhere():

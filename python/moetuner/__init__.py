@@ -7,12 +7,11 @@ Data flows one way: a recorded ``RoutingTrace`` is counted into ``RoutingStatist
 
 from moetuner import _interrupts as _interrupts
 from moetuner._core import __version__
-from moetuner._moves import PlacementDiff
 from moetuner.audit import Audit, audit
 from moetuner.balance import balance
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
-from moetuner.placement import Placement
+from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.solver import solve
 from moetuner.solver.pareto import Trade, pareto

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from moetuner import _core, _expected, _split
 from moetuner._arrival import mixed_order, mixed_windows
+from moetuner._checks import IdArray
 from moetuner._split import Split
-from moetuner._validation import IdArray
-from moetuner.expert_sets import ExpertSets
 from moetuner.placement import Placement
-from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
+from moetuner.statistics import TABLE_LIMIT, ExpertSets, RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 

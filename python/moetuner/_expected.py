@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from moetuner import _split
 from moetuner._split import Split
-from moetuner.expert_sets import ExpertSets
 from moetuner.placement import EMPTY, Placement
+from moetuner.statistics import ExpertSets
 from moetuner.topology import Topology
 
 if TYPE_CHECKING:

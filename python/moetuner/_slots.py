@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._validation import CELL_LIMIT, SLOT_LIMIT, check_slots, per_device, whole_number
+from moetuner._checks import CELL_LIMIT, SLOT_LIMIT, check_slots, per_device, whole_number
 from moetuner.topology import Topology
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._arrival import mixed_windows
-from moetuner._validation import is_number
+from moetuner._checks import is_number
 from moetuner.statistics import RoutingStatistics
 
 Floats = NDArray[np.float64]

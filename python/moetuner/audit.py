@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from moetuner._bootstrap import CONFIDENCE, FEWEST, RESAMPLES, Interval, Paired, holm, paired
+from moetuner._checks import whole_number
 from moetuner._counts import Rules
 from moetuner._figures import Regime
-from moetuner._validation import whole_number
 from moetuner._windows import of_traffic
 from moetuner.cost import CostModel
 from moetuner.evaluation import check_model

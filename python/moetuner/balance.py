@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core
-from moetuner._validation import DEVICE_LIMIT, check_slots, whole_number
+from moetuner._checks import DEVICE_LIMIT, check_slots, whole_number
 from moetuner.placement import Placement
 
 # Pairs of devices that are tried for exchanges: what a millisecond allows, and what devices need

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner import _two_planes
-from moetuner._files import naming, read_whole, replacing
-from moetuner._machines import GPUS
-from moetuner._validation import is_number, not_negative, positive
+from moetuner._checks import is_number, not_negative, positive
+from moetuner.files import naming, read_whole, replacing
+from moetuner.presets import GPUS
 from moetuner.topology import Topology
 
 SCHEMA = "moetuner.cost_model/1"
@@ -132,8 +132,8 @@ class CostModel:
             If there are fewer than four measurements, or some are not numbers, or times not
             positive.
         """
-        columns = _two_planes.measurements(tokens, experts, microseconds)
-        a, b, c, d, residual = _two_planes.fit(*columns)
+        columns = measurements(tokens, experts, microseconds)
+        a, b, c, d, residual = fit(*columns)
         return cls(a, b, c, d, **{"residual": residual, **others})
 
     @classmethod
@@ -344,3 +344,193 @@ def busiest_ports(sent: ArrayLike, topology: Topology) -> Floats:
         mine = rows * (topology.tier == tier)
         busiest.append(np.maximum(mine.sum(axis=-1), mine.sum(axis=-2)).max(axis=-1))
     return np.stack(busiest, axis=-1)
+
+
+# As many as there are coefficients.
+FEWEST = 4
+FIRST_GUESSES = 12
+ROUNDS = 50
+# Huber's: residuals beyond this many typical ones count linearly, so that a few hiccups of the
+# machine do not bend the lines.
+OUTLIER = 1.345
+
+
+class TwoPlanes(NamedTuple):
+    """Coefficients of ``max(a + b * experts, c + d * tokens)`` and the relative error."""
+
+    a: float
+    b: float
+    c: float
+    d: float
+    residual: float
+
+    def predict(self, tokens: Floats, experts: Floats) -> Floats:
+        """Time of every measurement [n]."""
+        return np.maximum(self.a + self.b * experts, self.c + self.d * tokens)
+
+
+def measurements(*values: ArrayLike) -> list[Floats]:
+    """Check tokens, experts and microseconds, [n] each.
+
+    Raises
+    ------
+    ValueError
+        If there are too few, or one is out of range.
+    """
+    columns = [np.asarray(column, dtype=np.float64) for column in values]
+    shapes = [list(column.shape) for column in columns]
+    if columns[0].ndim != 1 or any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"tokens, experts and microseconds must be [n] each, got {shapes}")
+    if columns[0].size < FEWEST:
+        raise ValueError(f"fit needs at least {FEWEST} measurements, got {columns[0].size}")
+    for name, column in zip(("tokens", "experts", "microseconds"), columns, strict=True):
+        timed = name == "microseconds"
+        wrong = ~(np.isfinite(column) & (column > 0 if timed else column >= 0))
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            rule = "positive" if timed else "at least 0"
+            raise ValueError(f"{name} must be finite and {rule}, got {column[at]} at {at}")
+    return columns
+
+
+def fit(tokens: Floats, experts: Floats, times: Floats) -> TwoPlanes:
+    """Fit measurements [n] of positive times, in relative terms: timings scatter by shares.
+
+    The residual is the root mean square of the relative errors, outliers included.
+    """
+    best, least = None, np.inf
+    # Tokens per expert decide which line is above.
+    density = tokens / np.maximum(experts, 1)
+    for share in np.linspace(0, 1, FIRST_GUESSES):
+        by_tokens = density >= np.quantile(density, share)
+        found = _alternate(tokens, experts, times, by_tokens)
+        loss = _loss(found.predict(tokens, experts) / times - 1)
+        if loss < least:
+            best, least = found, loss
+    assert best is not None
+    error = best.predict(tokens, experts) / times - 1
+    return best._replace(residual=float(np.sqrt(np.mean(error**2))))
+
+
+def _alternate(
+    tokens: Floats, experts: Floats, times: Floats, by_tokens: NDArray[np.bool_]
+) -> TwoPlanes:
+    weight = 1 / times
+    found = TwoPlanes(0, 0, 0, 0, 0)
+    for _ in range(ROUNDS):
+        a, b = _line(experts[~by_tokens], times[~by_tokens], weight[~by_tokens])
+        c, d = _line(tokens[by_tokens], times[by_tokens], weight[by_tokens])
+        found = TwoPlanes(a, b, c, d, 0)
+        error = found.predict(tokens, experts) / times - 1
+        typical = 1.4826 * float(np.median(np.abs(error))) + 1e-12
+        size = np.maximum(np.abs(error), 1e-300)
+        softer = np.sqrt(np.minimum(1, OUTLIER * typical / size)) / times
+        now = c + d * tokens >= a + b * experts
+        if np.array_equal(now, by_tokens) and np.allclose(softer, weight, rtol=1e-6):
+            break
+        by_tokens, weight = now, softer
+    return found
+
+
+def _line(x: Floats, y: Floats, weight: Floats) -> tuple[float, float]:
+    """Weighted least squares of y on 1 and x, neither coefficient negative."""
+    if not x.size:
+        return 0.0, 0.0
+    columns = np.stack([weight, weight * x], axis=1)
+    target = weight * y
+    both = np.linalg.lstsq(columns, target, rcond=None)[0]
+    if (both >= 0).all():
+        return float(both[0]), float(both[1])
+    # One of them is zero: the better of the two lines.
+    lines = []
+    for column in (0, 1):
+        along = columns[:, column]
+        value = max(float(along @ target) / max(float(along @ along), 1e-300), 0.0)
+        lines.append((float(np.sum((value * along - target) ** 2)), column, value))
+    _, column, value = min(lines)
+    return (value, 0.0) if column == 0 else (0.0, value)
+
+
+def _loss(error: Floats) -> float:
+    """Huber's loss, with the scale of one part in a hundred: guesses compare on one scale."""
+    size = np.abs(error)
+    return float(np.where(size < 0.01, size**2 / 2, 0.01 * (size - 0.005)).sum())
+
+
+# Whose times count when nobody says.
+DEFAULT_GPU = "h100"
+
+# Hidden and intermediate size of a routed expert: `hidden_size` and `moe_intermediate_size` (where
+# that is missing `intermediate_size`, of dbrx `d_model` and `ffn_hidden_size`) of the config.json
+# that the model was published with. A name stands for itself and whatever comes after it and "-" or
+# ".", such as "-instruct" or "-v0.1".
+SIZES = {
+    "dbrx": (6144, 10752),
+    "deepseek-moe-16b": (2048, 1408),
+    "deepseek-r1": (7168, 2048),
+    "deepseek-v2": (5120, 1536),
+    "deepseek-v2-lite": (2048, 1408),
+    "deepseek-v3": (7168, 2048),
+    "glm-4.5": (5120, 1536),
+    "glm-4.5-air": (4096, 1408),
+    "glm-4.6": (5120, 1536),
+    "gpt-oss-120b": (2880, 2880),
+    "gpt-oss-20b": (2880, 2880),
+    "kimi-k2": (7168, 2048),
+    "llama-4-maverick": (5120, 8192),
+    "llama-4-scout": (5120, 8192),
+    "minimax-m2": (3072, 1536),
+    "mixtral-8x22b": (6144, 16384),
+    "mixtral-8x7b": (4096, 14336),
+    "olmoe-1b-7b": (2048, 1024),
+    "phi-3.5-moe": (4096, 6400),
+    "qwen1.5-moe-a2.7b": (2048, 1408),
+    "qwen2-57b-a14b": (3584, 2560),
+    "qwen3-235b-a22b": (4096, 1536),
+    "qwen3-30b-a3b": (2048, 768),
+    "qwen3-coder-30b-a3b": (2048, 768),
+    "qwen3-coder-480b-a35b": (6144, 2560),
+    "qwen3-next-80b-a3b": (2048, 512),
+}
+
+
+class Named(Protocol):
+    """Traces and statistics: they may know their model, and the sizes of its experts."""
+
+    @property
+    def model(self) -> str | None:
+        """Name of the model."""
+        ...
+
+    @property
+    def expert_size(self) -> tuple[int, int] | None:
+        """Hidden and intermediate size of an expert."""
+        ...
+
+
+def known_as(model: str | None) -> str | None:
+    """Return the name under which a model's sizes are known; None if they are not."""
+    if model is None:
+        return None
+    # Names on hubs come after an owner; people write the rest as they like.
+    name = re.sub(r"[\s_]+", "-", model.strip().rsplit("/", 1)[-1].lower())
+    fits = [known for known in SIZES if re.match(rf"{re.escape(known)}([-.]|$)", name)]
+    return max(fits, key=len, default=None)
+
+
+def cost_model_of(traffic: Named, gpu: str = DEFAULT_GPU) -> CostModel:
+    """Return the roofline of a GPU with the experts of a traffic's model.
+
+    Sizes that were recorded come first, then those of a public model of that name; where neither is
+    known they are DeepSeek-V3's. The name says whose they are.
+    """
+    known = known_as(traffic.model)
+    if traffic.expert_size is not None:
+        (hidden, intermediate), whose = traffic.expert_size, traffic.model or "as recorded"
+    elif known is not None:
+        (hidden, intermediate), whose = SIZES[known], known
+    else:
+        hidden, intermediate = HIDDEN, INTERMEDIATE
+        whose = "deepseek-v3, as INPUT's model is not known"
+    name = f"{gpu}:{hidden}x{intermediate} ({whose})"
+    return CostModel.preset(gpu, hidden=hidden, intermediate=intermediate, name=name)

@@ -11,11 +11,89 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._files import naming, read_whole, replacing
-from moetuner._filling import filled
-from moetuner._moves import PlacementDiff, difference
-from moetuner._validation import check_slots
+from moetuner._checks import check_slots
+from moetuner.files import naming, read_whole, replacing
 from moetuner.topology import Topology
+
+
+@dataclass(frozen=True)
+class PlacementDiff:
+    """Copies of experts that arrive on a device which did not hold them.
+
+    Parameters
+    ----------
+    experts_moved
+        How many they are.
+    experts_moved_per_layer
+        In every layer [L].
+    bytes_moved
+        Their bytes; None where those of an expert are not known.
+    moves
+        Layer, expert, device from and device to of each [M,4], in this order.
+    pairs
+        How many go from a device to a device [D,D].
+    """
+
+    experts_moved: int
+    experts_moved_per_layer: NDArray[np.int64]
+    bytes_moved: int | None
+    moves: NDArray[np.int64]
+    pairs: NDArray[np.int64]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON values."""
+        return {
+            "experts_moved": self.experts_moved,
+            "experts_moved_per_layer": self.experts_moved_per_layer.tolist(),
+            "bytes_moved": self.bytes_moved,
+            "moves": self.moves.tolist(),
+            "pairs": self.pairs.tolist(),
+        }
+
+
+def difference(
+    before: NDArray[np.bool_],
+    after: NDArray[np.bool_],
+    topology: Topology | None,
+    bytes_per_expert: int | None,
+) -> PlacementDiff:
+    """List the moves from one set of holders [L,D,E] to another.
+
+    A copy comes from the nearest device that held the expert, of equally near ones from the lowest
+    number; without a topology all are equally near.
+    """
+    devices = before.shape[1]
+    layer, expert, target = np.nonzero((after & ~before).transpose(0, 2, 1))
+    tier = np.zeros((devices, devices), np.int64) if topology is None else topology.tier
+    distance = tier[:, target].T * devices + np.arange(devices)
+    source = np.where(before[layer, :, expert], distance, np.iinfo(np.int64).max).argmin(axis=1)
+    pairs = np.bincount(source * devices + target, minlength=devices * devices)
+    return PlacementDiff(
+        experts_moved=len(layer),
+        experts_moved_per_layer=np.bincount(layer, minlength=len(before)),
+        bytes_moved=None if bytes_per_expert is None else len(layer) * bytes_per_expert,
+        moves=np.stack([layer, expert, source, target], axis=1),
+        pairs=pairs.reshape(devices, devices),
+    )
+
+
+def kept(initial: NDArray[np.int32], slots: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Order the slots of every device so that experts which stay keep theirs; -1 is empty."""
+    width = slots.shape[2]
+    ordered = np.full_like(slots, -1)
+    for layer in range(slots.shape[0]):
+        for device in range(slots.shape[1]):
+            here = [int(e) for e in slots[layer, device] if e >= 0]
+            before = {int(e): s for s, e in enumerate(initial[layer, device]) if e >= 0}
+            stay = [e for e in here if before.get(e, width) < width]
+            for expert in stay:
+                ordered[layer, device, before[expert]] = expert
+            free = iter(np.flatnonzero(ordered[layer, device] == -1))
+            for expert in here:
+                if expert not in stay:
+                    ordered[layer, device, next(free)] = expert
+    return ordered
+
 
 SCHEMA = "moetuner.placement/1"
 EMPTY = -1
@@ -328,3 +406,67 @@ def _check(slots: NDArray[Any], experts: int) -> None:
 def _number(fields: dict[str, Any], key: str) -> float | None:
     value = fields.get(key)
     return None if value is None else float(value)
+
+
+# As in ``placement``, which needs this module.
+
+Slots = NDArray[np.int32]
+
+
+def filled(
+    slots: Slots,
+    experts: int,
+    *,
+    rooms: NDArray[np.int64] | None = None,
+    load: NDArray[np.uint64] | None = None,
+    forbidden: NDArray[np.bool_] | None = None,
+    held: NDArray[np.bool_] | None = None,
+) -> Slots:
+    """Fill slots [L,D,S] where they change least; no device gets two copies of one expert.
+
+    Parameters
+    ----------
+    slots
+        Expert ids, -1 for an empty slot.
+    experts
+        Experts per layer, E.
+    rooms
+        How many slots of every device are to be full [L,D]; all of them by default.
+    load
+        Tokens [L,E]: the copy that takes the fewest comes first. Without, experts of the fewest
+        copies come first.
+    forbidden
+        Where experts must not be [L,E,D].
+    held
+        What is on every device already [L,D,E], and so need not be brought: it comes before
+        all else.
+
+    Raises
+    ------
+    ValueError
+        If a device has more slots than there are experts that it may hold.
+    """
+    full = slots.copy()
+    layers, devices, width = slots.shape
+    wanted = np.full((layers, devices), width) if rooms is None else rooms
+    short = wanted - (slots != EMPTY).sum(axis=2)
+    for layer in np.flatnonzero((short > 0).any(axis=1)).tolist():
+        copies = np.bincount(slots[layer].ravel() + 1, minlength=experts + 1)[1:]
+        for device in np.flatnonzero(short[layer] > 0).tolist():
+            row = full[layer, device]
+            out = np.zeros(experts, dtype=bool)
+            out[row[row != EMPTY]] = True
+            if forbidden is not None:
+                out |= forbidden[layer, :, device]
+            if (~out).sum() < short[layer, device]:
+                raise ValueError(
+                    f"layer {layer}, device {device}: {wanted[layer, device]} slots cannot be "
+                    f"filled, with {experts} experts and no two copies of one on a device"
+                )
+            here = np.zeros(experts) if held is None else ~held[layer, device]
+            for slot in np.flatnonzero(row == EMPTY)[: short[layer, device]].tolist():
+                takes = copies if load is None else load[layer] / (copies + 1)
+                expert = int(np.lexsort((copies, takes, here, out))[0])
+                row[slot], out[expert] = expert, True
+                copies[expert] += 1
+    return full

@@ -13,15 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _split, _violations, objective
-from moetuner._filling import filled
-from moetuner._models import cost_model_of
+from moetuner._checks import not_negative
 from moetuner._rules import Rules, rules_of
 from moetuner._slots import rooms_of
 from moetuner._split import Split
-from moetuner._validation import not_negative
 from moetuner._weights import Risk, Windows, windows_of
-from moetuner.cost import CostModel
-from moetuner.placement import EMPTY, Placement
+from moetuner.cost import CostModel, cost_model_of
+from moetuner.placement import EMPTY, Placement, filled
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moetuner._statistics_file import holds_statistics
+from moetuner.files.contents import holds_statistics
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 

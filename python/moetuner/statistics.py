@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
@@ -13,11 +13,128 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner import _core, _labels, _set_tables, _statistics_file
-from moetuner._files import naming
-from moetuner._validation import whole_number
-from moetuner.expert_sets import ExpertSets
+from moetuner import _checks, _core
+from moetuner._checks import whole_number
+from moetuner.files import contents, naming
+from moetuner.files.contents import SET_TABLES
 from moetuner.trace import RoutingTrace
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertSets:
+    """Distinct expert sets of one layer, with the tokens that chose each.
+
+    How many devices a token visits depends on its whole set, not on pairs. However it was made, it
+    holds every set once: ids rise within a set, and sets are in the order of their ids.
+
+    Memory is 2 K + 8 bytes for each distinct set, of which there are at most as many as tokens.
+
+    Parameters
+    ----------
+    ids
+        Expert ids [N,K]; those of a set differ.
+    counts
+        Tokens of every set [N]. Counts of equal sets are added.
+    """
+
+    ids: NDArray[np.uint16]
+    counts: NDArray[np.uint64]
+
+    def __post_init__(self) -> None:
+        ids, counts = np.asarray(self.ids), np.asarray(self.counts)
+        if ids.ndim != 2 or ids.shape[1] == 0 or not _whole(ids, 1 << 16):
+            raise ValueError(
+                f"ids of expert sets must be [sets, top_k] from 0 to 65535, got {_kind(ids)}"
+            )
+        if counts.shape != ids.shape[:1] or not _whole(counts, 1 << 63):
+            raise ValueError(
+                f"counts of expert sets must be whole numbers [{len(ids)}], got {_kind(counts)}"
+            )
+        if not float(counts.sum(dtype=np.float64)) < 2.0**63:
+            raise ValueError("counts of expert sets must add up to less than 2**63")
+        ids, counts = _core.merge_sets(
+            np.ascontiguousarray(ids, dtype=np.uint16),
+            np.ascontiguousarray(counts, dtype=np.uint64),
+        )
+        if (ids[:, 1:] == ids[:, :-1]).any():
+            raise ValueError("ids of an expert set must differ")
+        object.__setattr__(self, "ids", ids)
+        object.__setattr__(self, "counts", counts)
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a token, K."""
+        return int(self.ids.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __add__(self, other: ExpertSets) -> ExpertSets:
+        """Join the sets of both; counts of equal ones are added."""
+        if not isinstance(other, ExpertSets):
+            return NotImplemented
+        if self.top_k != other.top_k:
+            raise ValueError(
+                "expert sets must have the same number of experts, got "
+                f"{self.top_k} and {other.top_k}"
+            )
+        return ExpertSets(
+            np.concatenate([self.ids, other.ids]), np.concatenate([self.counts, other.counts])
+        )
+
+    def load(self, experts: int) -> NDArray[np.uint64]:
+        """Tokens of every expert [E]."""
+        load = np.zeros(experts, dtype=np.uint64)
+        np.add.at(load, self.ids, self.counts[:, None])
+        return load
+
+
+def _whole(array: NDArray[Any], end: int) -> bool:
+    """Whether all are integers from 0 to ``end``, excluded."""
+    if array.dtype.kind not in "ui":
+        return False
+    return not array.size or (int(array.min()) >= 0 and int(array.max()) < end)
+
+
+def _kind(array: NDArray[Any]) -> str:
+    return f"{array.dtype} {list(array.shape)}"
+
+
+def to_tables(sets: tuple[ExpertSets, ...] | None) -> dict[str, NDArray[Any] | None]:
+    """Give the tables, each None without sets."""
+    if sets is None:
+        return dict.fromkeys(SET_TABLES)
+    tables = (
+        np.concatenate([of.ids for of in sets]),
+        np.concatenate([of.counts for of in sets]),
+        np.array([len(of) for of in sets], dtype=np.uint64),
+    )
+    return dict(zip(SET_TABLES, tables, strict=True))
+
+
+def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | None:
+    """Give the sets of every layer, None where the tables are missing.
+
+    Raises
+    ------
+    ValueError
+        If they do not belong together.
+    """
+    if not any(name in tables for name in SET_TABLES):
+        return None
+    missing = [name for name in SET_TABLES if name not in tables]
+    if missing:
+        raise ValueError(f"expert sets must have {', '.join(SET_TABLES)}, got no {missing[0]}")
+    ids, counts, sizes = (tables[name] for name in SET_TABLES)
+    fits = sizes.ndim == 1 and sizes.dtype.kind in "ui" and len(sizes) > 0
+    if not fits or sum(sizes.tolist()) != len(ids) or min(sizes.tolist()) < 0:
+        raise ValueError(f"sets_per_layer must add up to the {len(ids)} sets of set_ids")
+    if counts.shape != ids.shape[:1]:
+        raise ValueError(f"set_counts must be [{len(ids)}], got {list(counts.shape)}")
+    cuts = np.cumsum(sizes[:-1].astype(np.int64))
+    parts = zip(np.split(ids, cuts), np.split(counts, cuts), strict=True)
+    return tuple(ExpertSets(*part) for part in parts)
+
 
 # Counts beyond this are a mistake in the number of experts or the window, not a model.
 TABLE_LIMIT = 16 << 30
@@ -84,10 +201,10 @@ class RoutingStatistics:
         if self.sets is not None:
             object.__setattr__(self, "sets", tuple(self.sets))
             _check_sets(self.sets, layers, experts)
-        object.__setattr__(self, "group_names", _labels.names(self.group_names))
-        object.__setattr__(self, "expert_size", _labels.expert_size(self.expert_size))
+        object.__setattr__(self, "group_names", _checks.names(self.group_names))
+        object.__setattr__(self, "expert_size", _checks.expert_size(self.expert_size))
         if self.group is not None:
-            group = _labels.groups(self.group, load.shape[0], self.group_names, np.int64)
+            group = _checks.groups(self.group, load.shape[0], self.group_names, np.int64)
             object.__setattr__(self, "group", group)
         if self.window is not None:
             object.__setattr__(self, "window", whole_number("window", self.window))
@@ -281,14 +398,14 @@ class RoutingStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
-        _statistics_file.write(
+        contents.write_statistics(
             Path(path),
             {
                 "load": self.window_load,
                 "transitions": self.transitions,
                 "coactivation": self.coactivation,
                 "group": self.group,
-                **_set_tables.to_tables(self.sets),
+                **to_tables(self.sets),
             },
             window=self.window,
             group_names=self.group_names,
@@ -310,7 +427,7 @@ class RoutingStatistics:
         OSError
             If it cannot be read.
         """
-        found = _statistics_file.read(Path(path))
+        found = contents.read_statistics(Path(path))
         with naming(path):
             load = found.tables["load"]
             return cls(
@@ -319,9 +436,9 @@ class RoutingStatistics:
                 found.tables.get("coactivation"),
                 window=found.window,
                 group=found.tables.get("group"),
-                group_names=_labels.names(found.group_names),
+                group_names=_checks.names(found.group_names),
                 model=found.model,
-                sets=_set_tables.from_tables(found.tables),
+                sets=from_tables(found.tables),
                 expert_size=found.expert_size,
             )
 
@@ -389,3 +506,60 @@ def _check_table_bytes(
 
 def _sum(a: NDArray[np.uint64] | None, b: NDArray[np.uint64] | None) -> NDArray[np.uint64] | None:
     return None if a is None or b is None else a + b
+
+
+def hold_out(
+    traffic: RoutingTrace | RoutingStatistics, share: float, *, seed: int = 0
+) -> tuple[RoutingTrace | RoutingStatistics, RoutingTrace | RoutingStatistics]:
+    """Split traffic into what the solver sees and what it does not.
+
+    Parameters
+    ----------
+    traffic
+        A trace is split by sequence, a load table by window.
+    share
+        Share of the sequences or windows, chosen at random, that is held out. 0 holds nothing
+        out: both parts are the whole.
+    seed
+        Of the choice.
+
+    Returns
+    -------
+    tuple
+        The seen part and the unseen part.
+
+    Raises
+    ------
+    ValueError
+        If ``share`` is not from 0 to 1 (1 excluded), or counts cannot be split: pairs are summed
+        over all windows, and one window is not two.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"holdout must be at least 0 and below 1, got {share}")
+    if share == 0:
+        return traffic, traffic
+    if isinstance(traffic, RoutingTrace):
+        if traffic.tokens < 2:
+            raise ValueError(
+                f"holdout must be 0 for a trace of {traffic.tokens} tokens, got {share}"
+            )
+        return traffic.split(1 - share, seed=seed)
+    if traffic.transitions is not None or traffic.coactivation is not None:
+        raise ValueError(
+            f"holdout must be 0 for saved statistics, got {share}: pairs are counted over all "
+            "windows; give the trace to judge on unseen sequences"
+        )
+    if traffic.windows < 2:
+        raise ValueError(f"holdout must be 0 for a load table of one window, got {share}")
+    held = min(max(round(share * traffic.windows), 1), traffic.windows - 1)
+    unseen = np.zeros(traffic.windows, dtype=bool)
+    unseen[np.random.default_rng(seed).permutation(traffic.windows)[:held]] = True
+    return _windows(traffic, ~unseen), _windows(traffic, unseen)
+
+
+def _windows(statistics: RoutingStatistics, keep: NDArray[np.bool_]) -> RoutingStatistics:
+    return replace(
+        statistics,
+        window_load=statistics.window_load[keep],
+        group=None if statistics.group is None else statistics.group[keep],
+    )

@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.evaluation import evaluate
-from moetuner.holdout import hold_out
 from moetuner.problem import Problem
 from moetuner.solver import solve
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import RoutingStatistics, hold_out
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 

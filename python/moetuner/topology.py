@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -12,10 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner import _link_cost, _topology_file
-from moetuner._files import naming, read_whole
-from moetuner._machines import MACHINES
-from moetuner._validation import (
+from moetuner._checks import (
     DEVICE_LIMIT,
     SLOT_LIMIT,
     not_negative,
@@ -23,6 +22,8 @@ from moetuner._validation import (
     positive,
     whole_number,
 )
+from moetuner.files import naming, read_whole
+from moetuner.presets import MACHINES
 
 # Bytes per second and direction between two H100: NVLink 4 (900 GB/s both ways) inside a node, one
 # 400 Gbit/s InfiniBand port per GPU between nodes (NVIDIA H100 and ConnectX-7 data sheets).
@@ -122,7 +123,7 @@ class Topology:
             not_negative(f"{end}_latency", getattr(self, f"{end}_latency"), SECONDS)
         if self.link_cost is not None:
             # Held as tuples, so that topologies compare, hash and cannot be changed.
-            cost = _link_cost.checked(self.link_cost, self.devices)
+            cost = checked(self.link_cost, self.devices)
             object.__setattr__(self, "link_cost", tuple(map(tuple, cost.tolist())))
         if self.speed is not None:
             speed = per_device("speed", self.speed, self.devices)
@@ -235,7 +236,7 @@ class Topology:
         if self.devices == 1:
             return np.zeros((1, 1), dtype=np.int64)
         if self.link_cost is not None:
-            return _link_cost.in_integers(np.array(self.link_cost, dtype=np.float64))
+            return in_integers(np.array(self.link_cost, dtype=np.float64))
         time = 1.0 / self.bandwidth
         fastest = time[time > 0].min()
         cost: NDArray[np.int64] = np.rint(16 * time / fastest).astype(np.int64)
@@ -301,7 +302,7 @@ class Topology:
             If it cannot be read.
         """
         with naming(path):
-            found = _topology_file.parse(read_whole(path))
+            found = parse(read_whole(path))
             names = [each.name for each in fields(cls)]
             known = [*names, "preset", "nodes"] if "preset" in found else names
             unknown = [key for key in found if key not in known]
@@ -313,3 +314,70 @@ class Topology:
             if "preset" in found:
                 return cls.preset(found.pop("preset"), **found)
             return cls(**found)
+
+
+# The search holds costs in 16 bits.
+HIGHEST_COST = (1 << 16) - 1
+
+
+def checked(values: ArrayLike, devices: int) -> NDArray[np.float64]:
+    """Check a matrix of costs [D,D].
+
+    Raises
+    ------
+    ValueError
+        If it is not square, finite, non-negative and symmetric with a zero diagonal, naming the
+        first pair of devices that breaks a rule.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        array = np.empty(0, dtype=object)
+    if array.shape != (devices, devices) or array.dtype.kind not in "iuf":
+        raise ValueError(
+            f"link_cost must be numbers [{devices}, {devices}], one per pair of devices, "
+            f"got {array.dtype} {list(array.shape)}"
+        )
+    cost: NDArray[np.float64] = array.astype(np.float64)
+    for wrong, rule in (
+        (~np.isfinite(cost), "finite"),
+        (cost < 0, "at least 0"),
+        (np.diag(np.diagonal(cost) != 0), "0 from a device to itself"),
+        (cost != cost.T, "the same in both directions"),
+    ):
+        if wrong.any():
+            a, b = (int(i) for i in np.argwhere(wrong)[0])
+            found = f"{cost[a, b]:g} from device {a} to {b}"
+            back = f" and {cost[b, a]:g} back" if rule.endswith("directions") else ""
+            raise ValueError(f"link_cost must be {rule}, got {found}{back}")
+    if devices > 1 and not cost.any():
+        raise ValueError("link_cost must be above 0 for some pair of devices, got 0 for all")
+    return cost
+
+
+def in_integers(cost: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Lowest terms of whole numbers; others scaled until the largest is ``HIGHEST_COST``."""
+    if (cost == np.floor(cost)).all() and cost.max() < 2.0**53:
+        whole = cost.astype(np.int64)
+        whole //= np.gcd.reduce(whole, axis=None)
+        if whole.max() <= HIGHEST_COST:
+            return whole
+    scaled = np.rint(cost * (HIGHEST_COST / cost.max())).astype(np.int64)
+    return np.where(cost > 0, np.maximum(scaled, 1), 0)
+
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def parse(content: bytes) -> dict[str, Any]:
+    """Tell JSON and TOML apart by the first character: no TOML file begins with a brace."""
+    try:
+        text = content.decode()
+        found = json.loads(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"must be a JSON object or TOML: {error}") from None
+    assert isinstance(found, dict)
+    return found

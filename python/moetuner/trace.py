@@ -16,10 +16,11 @@ from typing import SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner import _labels, _trace_file
-from moetuner._files import kind_of, naming
-from moetuner._ids import Ids, IdsInMemory, joined
-from moetuner._validation import IdArray, experts_in
+from moetuner import _checks
+from moetuner._checks import IdArray, experts_in
+from moetuner.files import kind_of, naming
+from moetuner.files.contents import TraceContents, read_trace, write_trace
+from moetuner.files.ids import Ids, IdsInMemory, joined
 
 SHARD_BYTES = 64 << 20
 
@@ -132,10 +133,10 @@ class RoutingTrace:
         kind = kind_of(path)
         if kind == "jsonl":
             # Formats are further down the flow; only this branch needs one.
-            from moetuner.formats import jsonl
+            from moetuner.files import jsonl
 
             return jsonl.read(path, num_experts=num_experts)
-        found = _trace_file.read(path, kind, num_experts)
+        found = read_trace(path, kind, num_experts)
         with naming(path):
             return cls._labelled(
                 found.ids,
@@ -160,7 +161,7 @@ class RoutingTrace:
         path = Path(path)
         if path.suffix in (".npz", ".npy", ".jsonl", ".json"):
             raise ValueError(f"{path}: a trace is saved as .safetensors, got {path.suffix}")
-        contents = _trace_file.Contents(
+        contents = TraceContents(
             self.ids,
             self.num_experts,
             self.sequence,
@@ -169,7 +170,7 @@ class RoutingTrace:
             self.model,
             self.expert_size,
         )
-        _trace_file.write(contents, path, source, SHARD_BYTES)
+        write_trace(contents, path, source, SHARD_BYTES)
 
     @property
     def tokens(self) -> int:
@@ -238,12 +239,12 @@ class RoutingTrace:
         """
         if not 0 < share < 1:
             raise ValueError(f"share must be between 0 and 1, got {share}")
-        sequences = _labels.distinct(self.sequence) if self.sequence is not None else np.empty(0)
+        sequences = _checks.distinct(self.sequence) if self.sequence is not None else np.empty(0)
         units = sequences.size if sequences.size > 1 else self.tokens
         count = min(max(round(share * units), 1), max(units - 1, 0))
         if self.sequence is not None and sequences.size > 1:
             chosen = np.random.default_rng(seed).permutation(sequences)[:count]
-            first = _labels.among(self.sequence, chosen)
+            first = _checks.among(self.sequence, chosen)
         else:
             first = np.arange(self.tokens) < count
         return self._taken(first, None), self._taken(~first, None)
@@ -280,15 +281,15 @@ class RoutingTrace:
                 self._group_number(group)
                 for group in ([groups] if isinstance(groups, str) else groups)
             ]
-            tokens = _labels.among(self.group, wanted)
+            tokens = _checks.among(self.group, wanted)
         if sequences is not None:
             if self.sequence is None:
                 raise ValueError("sequences: the trace has no sequences")
             labels = np.asarray([operator.index(label) for label in sequences], dtype=np.int64)
-            unknown = labels[~np.isin(labels, _labels.distinct(self.sequence))]
+            unknown = labels[~np.isin(labels, _checks.distinct(self.sequence))]
             if unknown.size:
                 raise ValueError(f"sequences must be labels of the trace, got {unknown[0]}")
-            of_these = _labels.among(self.sequence, labels)
+            of_these = _checks.among(self.sequence, labels)
             tokens = of_these if tokens is None else tokens & of_these
         numbers = None if layers is None else [operator.index(layer) for layer in layers]
         if numbers is not None:
@@ -327,8 +328,8 @@ class RoutingTrace:
         return RoutingTrace._labelled(
             ids,
             traces[0].num_experts,
-            _labels.joined_sequences([trace.sequence for trace in traces]),
-            _labels.joined_groups(
+            _checks.joined_sequences([trace.sequence for trace in traces]),
+            _checks.joined_groups(
                 [(trace.group, trace.group_names) for trace in traces], group_names
             ),
             group_names,
@@ -357,15 +358,15 @@ class RoutingTrace:
     ) -> RoutingTrace:
         tokens = ids.shape[0]
         if sequence is not None:
-            sequence = _labels.labels("sequence", sequence, tokens, np.int32)
+            sequence = _checks.labels("sequence", sequence, tokens, np.int32)
         if group is not None:
             if group_names is None:
-                group_names = _labels.numbered(group)
-            group_names = _labels.names(group_names)
-            group = _labels.groups(group, tokens, group_names, np.int16)
+                group_names = _checks.numbered(group)
+            group_names = _checks.names(group_names)
+            group = _checks.groups(group, tokens, group_names, np.int16)
         if model is not None and not isinstance(model, str):
             raise ValueError(f"model must be a text, got {model!r}")
-        names, size = _labels.names(group_names), _labels.expert_size(expert_size)
+        names, size = _checks.names(group_names), _checks.expert_size(expert_size)
         return cls(ids, num_experts, sequence, group, names, model, size)
 
     def _taken(
@@ -375,8 +376,8 @@ class RoutingTrace:
         return replace(
             self,
             ids=self.ids.select(tokens, layers),
-            sequence=None if self.sequence is None else _labels.frozen(self.sequence[keep]),
-            group=None if self.group is None else _labels.frozen(self.group[keep]),
+            sequence=None if self.sequence is None else _checks.frozen(self.sequence[keep]),
+            group=None if self.group is None else _checks.frozen(self.group[keep]),
         )
 
     def _group_number(self, group: str | SupportsIndex) -> int:

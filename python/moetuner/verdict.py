@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from moetuner._bootstrap import FEWEST, RESAMPLES, Spread, paired
-from moetuner._validation import not_negative
+from moetuner._checks import not_negative
 from moetuner._windows import of_traffic
 from moetuner.evaluation import Evaluation
 from moetuner.statistics import RoutingStatistics

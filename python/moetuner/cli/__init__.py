@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import click
 
 from moetuner import __version__, _interrupts
-from moetuner._text import printable
 from moetuner.cli import (
     audit,
     collect,
@@ -23,6 +22,7 @@ from moetuner.cli import (
     solve,
     verify,
 )
+from moetuner.files.text import printable
 
 WRONG = 2
 INTERRUPTED = 130

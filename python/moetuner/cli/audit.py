@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from moetuner import _text
 from moetuner._bootstrap import FEWEST, RESAMPLES, Interval
 from moetuner.audit import Audit, Finding, audit
 from moetuner.cli import gains, options
@@ -23,6 +22,7 @@ from moetuner.cli.machine import (
 from moetuner.cli.output import Output, number
 from moetuner.cli.progress import working
 from moetuner.cost import CostModel
+from moetuner.files import text
 from moetuner.placement import Placement
 
 # Exit status where a group got worse by more than was allowed.
@@ -129,10 +129,10 @@ def command(
 
     output = Output(json_file)
     output.say(source.describe())
-    against = "experts in blocks" if baseline_file is None else _text.name(baseline_file.name)
+    against = "experts in blocks" if baseline_file is None else text.name(baseline_file.name)
     kind, units = found.units
     output.say(
-        f"{_text.name(placement_file.name)} against {against}, 95 % intervals over {units:,} "
+        f"{text.name(placement_file.name)} against {against}, 95 % intervals over {units:,} "
         f"{kind}{'' if units == 1 else 's'}"
     )
     for measure in known:
@@ -150,7 +150,7 @@ def command(
     if failures:
         worst = failures[0]
         output.say(
-            f"failed: {_text.name(worst.group)} got worse by {_percent(worst.change.value)} in "
+            f"failed: {text.name(worst.group)} got worse by {_percent(worst.change.value)} in "
             f"{NAMES[worst.measure]}, more than {fail_if_worse:g} %"
         )
     output.finish(
@@ -251,7 +251,7 @@ def _advice(found: Audit, judged: tuple[str, ...], against: str | None) -> list[
 
 def _listed(findings: list[Finding], measure: str) -> str:
     mine = [each for each in findings if each.measure == measure]
-    named = [f"{_text.name(each.group)} {_percent(each.change.value)}" for each in mine[:NAMED]]
+    named = [f"{text.name(each.group)} {_percent(each.change.value)}" for each in mine[:NAMED]]
     return ", ".join(named) + (f" and {len(mine) - NAMED} more" if len(mine) > NAMED else "")
 
 

@@ -13,9 +13,9 @@ from moetuner.cli.inputs import Source, Traffic, traffic_options
 from moetuner.cli.machine import Machine, machine_options
 from moetuner.cli.outcome import Outcome, head, remarks, sentences, try_method
 from moetuner.cli.output import Output
-from moetuner.holdout import hold_out
 from moetuner.problem import Problem
 from moetuner.solver import METHODS
+from moetuner.statistics import hold_out
 from moetuner.trace import RoutingTrace
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,moetuner,joint"

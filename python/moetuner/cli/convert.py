@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from moetuner._files import kind_of
 from moetuner.cli import options
 from moetuner.cli.inputs import describe, facts
 from moetuner.cli.output import Output
 from moetuner.cli.progress import working
+from moetuner.files import kind_of
 from moetuner.trace import RoutingTrace
 
 FORMATS = ("auto", "safetensors", "npz", "npy", "jsonl")

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from moetuner import _text
 from moetuner.cli import options
 from moetuner.cli.inputs import Source, traffic_options
 from moetuner.cli.machine import (
@@ -22,6 +21,7 @@ from moetuner.cli.output import Output, number
 from moetuner.cli.progress import working
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
+from moetuner.files import text
 from moetuner.placement import Placement
 
 HEAD = ("traffic", "tokens", "imbalance", "mixed", "total", "worst", "crossing", "fanout", "nodes")
@@ -72,7 +72,7 @@ def command(
     output.say(source.describe())
     windows = f", windows of {window} tokens" if window else ""
     output.say(
-        f"{_text.name(placement_file.name)}: {placement.devices} devices x "
+        f"{text.name(placement_file.name)}: {placement.devices} devices x "
         f"{placement.slots_per_device} slots{windows}"
     )
     output.say()

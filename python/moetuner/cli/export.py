@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from moetuner._files import replacing
 from moetuner.cli import options
 from moetuner.cli.machine import Machine, node_options
 from moetuner.cli.moving import show_pairs
 from moetuner.cli.output import Output
+from moetuner.files import replacing
 from moetuner.formats import eplb
 from moetuner.placement import EMPTY, Placement
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from moetuner._text import name
 from moetuner.cli import options
 from moetuner.cli.progress import working
+from moetuner.files.text import name
 from moetuner.reading import read_input
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from moetuner._validation import DEVICE_LIMIT
+from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
 from moetuner.cli.inputs import Source, input_options
 from moetuner.cli.output import Output, number, percent

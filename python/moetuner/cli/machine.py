@@ -8,12 +8,11 @@ from pathlib import Path
 
 import click
 
-from moetuner._machines import GPUS, MACHINES
-from moetuner._models import DEFAULT_GPU, cost_model_of
-from moetuner._validation import DEVICE_LIMIT
+from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
 from moetuner.cli.inputs import Traffic
-from moetuner.cost import CostModel
+from moetuner.cost import DEFAULT_GPU, CostModel, cost_model_of
+from moetuner.presets import GPUS, MACHINES
 from moetuner.topology import Topology
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import click
 
-from moetuner._moves import PlacementDiff
 from moetuner.cli import options
 from moetuner.cli.outcome import worth
 from moetuner.cli.output import Output, percent
 from moetuner.cli.progress import working
-from moetuner.placement import Placement
+from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.solver.pareto import pareto
 from moetuner.topology import Topology

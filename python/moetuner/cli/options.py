@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import click
 
-from moetuner._files import same_file
 from moetuner._split import SPLITS
+from moetuner.files import same_file
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

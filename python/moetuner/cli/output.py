@@ -12,8 +12,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from moetuner._files import descriptor_of, replacing
-from moetuner._text import line, name
+from moetuner.files import descriptor_of, replacing
+from moetuner.files.text import line, name
 
 # Output that goes to a file or another program is not fitted to any screen.
 UNLIMITED = 1000

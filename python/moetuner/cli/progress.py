@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from moetuner._text import printable
+from moetuner.files.text import printable
 from moetuner.solver.result import Progress
 
 # Where nobody watches: the first line after a second, the next ones rarely.

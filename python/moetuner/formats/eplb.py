@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._files import replacing
+from moetuner.files import replacing
 from moetuner.placement import EMPTY, Placement
 
 

@@ -9,8 +9,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from moetuner import _violations
-from moetuner._moves import kept
-from moetuner.placement import Placement
+from moetuner.placement import Placement, kept
 from moetuner.problem import Problem
 from moetuner.solver import baselines
 from moetuner.solver.balanced import no_worse

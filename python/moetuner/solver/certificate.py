@@ -18,7 +18,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from moetuner._figures import Regime
-from moetuner._files import naming, replacing, size_of
+from moetuner.files import naming, replacing, size_of
 
 FORMAT, VERSION = "moetuner.certificate", "2"
 ABOUT = "placements with one copy of each expert"

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.expert_sets import ExpertSets
 from moetuner.objective import visit_costs, visits
 from moetuner.placement import Placement
 from moetuner.problem import Problem
@@ -23,6 +22,7 @@ from moetuner.solver.enumeration import fewest_visits
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.pace import paced
 from moetuner.solver.result import Candidate, Limits, Progress
+from moetuner.statistics import ExpertSets
 
 # Trials of each start on pairs, and the share of a time limit that they get.
 PAIR_TRIALS = 200_000

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _expected, _split, objective
-from moetuner.expert_sets import ExpertSets
 from moetuner.objective import visit_costs
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.solver.moving import Moving
+from moetuner.statistics import ExpertSets
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]

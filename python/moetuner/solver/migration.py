@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._moves import kept
-from moetuner._validation import not_negative
-from moetuner.placement import EMPTY, Placement
+from moetuner._checks import not_negative
+from moetuner.placement import EMPTY, Placement, kept
 from moetuner.problem import Problem
 from moetuner.solver.caps import caps_of, exceeded, excess_of
 from moetuner.solver.clock import Clock

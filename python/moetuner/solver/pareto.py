@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._moves import kept
-from moetuner._validation import positive
-from moetuner.placement import Placement
+from moetuner._checks import positive
+from moetuner.placement import Placement, kept
 from moetuner.problem import Problem
 from moetuner.solver import solve
 from moetuner.solver.caps import exceeded, excess_of

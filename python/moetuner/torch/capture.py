@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moetuner._validation import IdArray, whole_number
+from moetuner._checks import IdArray, whole_number
 from moetuner.torch.batch import cache_of
 from moetuner.torch.offload import Labels, Offload
 from moetuner.torch.parts import Parts

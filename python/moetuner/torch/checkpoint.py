@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moetuner import _safetensors
-from moetuner._files import naming, read_whole, replacing
+from moetuner.files import naming, read_whole, replacing, safetensors
 from moetuner.placement import Placement
 from moetuner.torch.keys import Move, plan
 from moetuner.torch.order import (
@@ -187,7 +186,7 @@ def _permute_folder(
         raise ValueError(f"{source}: must hold .safetensors files, got none")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: must be a new or an empty folder")
-    headers = {file: _safetensors.read_header(file) for file in files}
+    headers = {file: safetensors.read_header(file) for file in files}
     held: dict[str, Held] = {}
     for file, header in headers.items():
         with naming(file):
@@ -229,7 +228,7 @@ def _index_of(source: Path) -> dict[str, Any] | None:
 
 
 def _router_rows(
-    headers: Mapping[Path, _safetensors.Header], moves: Mapping[str, Move]
+    headers: Mapping[Path, safetensors.Header], moves: Mapping[str, Move]
 ) -> dict[str, list[NDArray[np.uint8]]]:
     """Bytes of the router state of every block, row by row."""
     rows: dict[str, list[NDArray[np.uint8]]] = {}
@@ -246,7 +245,7 @@ def _router_rows(
 
 
 def _tables(
-    headers: Mapping[Path, _safetensors.Header], moves: Mapping[str, Move]
+    headers: Mapping[Path, safetensors.Header], moves: Mapping[str, Move]
 ) -> dict[str, bytes]:
     """Compute what the tables of experts' ids become, before anything is written."""
     found = {}
@@ -265,7 +264,7 @@ def _tables(
 
 def _write_shard(
     file: Path,
-    header: _safetensors.Header,
+    header: safetensors.Header,
     moves: Mapping[str, Move],
     tables: Mapping[str, bytes],
     path: Path,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moetuner._files import LONGEST_TEXT, size_of
+from moetuner.files import LONGEST_TEXT, size_of
 from moetuner.torch.capture import UNNAMED, capture
 from moetuner.trace import RoutingTrace
 

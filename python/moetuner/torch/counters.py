@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moetuner._validation import experts_in, whole_number
+from moetuner._checks import experts_in, whole_number
 from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
 from moetuner.torch.pairs import add_ones, add_pairs
 from moetuner.torch.ranks import largest_on_ranks

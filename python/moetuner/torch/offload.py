@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moetuner._validation import IdArray
+from moetuner._checks import IdArray
 
 Labels = tuple[NDArray[np.int32], NDArray[np.int16]]
 Receive = Callable[[IdArray, NDArray[np.bool_], list[Labels]], None]

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _trace_file
-from moetuner._ids import IdsInFile
-from moetuner._safetensors import Tensor
-from moetuner._validation import IdArray, id_type
+from moetuner._checks import IdArray, id_type
+from moetuner.files.contents import TraceContents, write_trace
+from moetuner.files.ids import IdsInFile
+from moetuner.files.safetensors import TensorInFile
 from moetuner.trace import SHARD_BYTES, RoutingTrace
 
 SEQUENCE, GROUP = np.dtype("<i4"), np.dtype("<i2")
@@ -86,7 +86,7 @@ class Parts:
         """
         self._close()
         layers, top_k = self._sizes
-        place = Tensor(self._dtype, (self.tokens, layers, top_k), 0)
+        place = TensorInFile(self._dtype, (self.tokens, layers, top_k), 0)
         ids = IdsInFile.of(self.folder / "expert_ids", place, self._experts)
         count = self.tokens
         sequence = np.fromfile(self.folder / "sequence", SEQUENCE, count)
@@ -101,10 +101,10 @@ class Parts:
                 model=model,
                 expert_size=expert_size,
             )
-        contents = _trace_file.Contents(
+        contents = TraceContents(
             ids, self._experts, sequence, group, group_names, model, expert_size
         )
-        _trace_file.write(contents, path, source, SHARD_BYTES)
+        write_trace(contents, path, source, SHARD_BYTES)
         return RoutingTrace.load(path)
 
     def _close(self) -> None:

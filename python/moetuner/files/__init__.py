@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from moetuner._text import printable
+from moetuner.files.text import printable
 
 Kind = Literal["safetensors", "npz", "npy", "jsonl"]
 

@@ -31,9 +31,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moetuner._files import naming, replacing, size_of
-from moetuner._labels import expert_size, names
-from moetuner._validation import IdArray, check_sizes, experts_in, id_type, valid
+from moetuner._checks import IdArray, check_sizes, expert_size, experts_in, id_type, names, valid
+from moetuner.files import naming, replacing, size_of
 from moetuner.trace import RoutingTrace
 
 LINE_LIMIT = 1 << 29

@@ -16,8 +16,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._files import naming, size_of
-from moetuner._safetensors import Tensor
+from moetuner.files import naming, size_of
+from moetuner.files.safetensors import TensorInFile
 
 MAGIC = b"\x93NUMPY"
 HEADER_LIMIT = 1 << 16
@@ -28,7 +28,7 @@ EXPANDED_LIMIT = 1 << 28
 RATIO_LIMIT = 100
 
 
-def read_npy_header(file: IO[bytes]) -> tuple[Tensor, bool]:
+def read_npy_header(file: IO[bytes]) -> tuple[TensorInFile, bool]:
     """Read the header of an .npy file: the array's place, and whether it is in Fortran order.
 
     The header is a Python literal in a fixed form. It is matched, not evaluated: a damaged one
@@ -76,7 +76,7 @@ def read_npy_header(file: IO[bytes]) -> tuple[Tensor, bool]:
     sizes = tuple(int(size) for size in re.findall(r"\d+", shape))
     if any(size >= 1 << 60 for size in sizes):
         raise ValueError(f".npy shape must be sizes of an array, got {list(sizes)}")
-    return Tensor(dtype, sizes, 8 + width + length), order == "True"
+    return TensorInFile(dtype, sizes, 8 + width + length), order == "True"
 
 
 def names_in_npz(path: Path) -> set[str]:

@@ -15,10 +15,9 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._files import naming, size_of
-from moetuner._labels import frozen
-from moetuner._safetensors import Tensor
-from moetuner._validation import U8, U16, IdArray, IdType, check_sizes, id_type, valid
+from moetuner._checks import U8, U16, IdArray, IdType, check_sizes, frozen, id_type, valid
+from moetuner.files import naming, size_of
+from moetuner.files.safetensors import TensorInFile
 
 Shape = tuple[int, int, int]
 
@@ -105,13 +104,13 @@ class IdsInFile:
     """
 
     path: Path
-    stored: Tensor
+    stored: TensorInFile
     num_experts: int
     size: int
     inode: int
 
     @classmethod
-    def of(cls, path: Path, stored: Tensor, num_experts: int) -> IdsInFile:
+    def of(cls, path: Path, stored: TensorInFile, num_experts: int) -> IdsInFile:
         """Check sizes and type; the ids themselves are not touched.
 
         Raises

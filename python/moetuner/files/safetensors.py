@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._files import naming, size_of
+from moetuner.files import naming, size_of
 
 DTYPES = {
     "BOOL": np.dtype("?"),
@@ -35,7 +35,7 @@ HEADER_LIMIT = 1 << 24
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorInFile:
     """Where an array lies in a file: its type, shape and first byte."""
 
     dtype: np.dtype[Any]
@@ -60,7 +60,7 @@ class Header:
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> TensorInFile:
         """Place of a tensor.
 
         Raises
@@ -77,7 +77,7 @@ class Header:
             raise ValueError(f"{name}: dtype must be one of {', '.join(DTYPES)}, got {code!r}")
         if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
             raise ValueError(f"{name}: shape must be a list of sizes, got {shape!r:.80}")
-        tensor = Tensor(DTYPES[code], tuple(shape), self.data + begin)
+        tensor = TensorInFile(DTYPES[code], tuple(shape), self.data + begin)
         if tensor.nbytes != end - begin:
             raise ValueError(
                 f"{name}: {code} {shape} must have {tensor.nbytes} bytes, got {end - begin}"
@@ -125,7 +125,7 @@ def read_header(path: Path) -> Header:
         return Header(metadata, fields, 8 + length)
 
 
-def read(path: Path, tensor: Tensor) -> NDArray[Any]:
+def read(path: Path, tensor: TensorInFile) -> NDArray[Any]:
     """Read one whole tensor into memory, in native byte order."""
     with path.open("rb") as file:
         file.seek(tensor.offset)
