@@ -29,8 +29,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import moetuner as mt
+from moetuner.evaluation.rows import dispatch_rows
 from moetuner.torch import ExpertParallelMoE, GroupedExperts
-from moetuner.traffic import dispatch_rows
 
 HIDDEN, INNER, EXPERTS, TOP_K = 512, 512, 32, 4
 

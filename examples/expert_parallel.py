@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 import moetuner as mt
+from moetuner.evaluation.rows import dispatch_rows
 from moetuner.torch import ExpertParallelMoE, GroupedExperts, Rebalancer
-from moetuner.traffic import dispatch_rows
 
 EXPERTS, TOP_K, HIDDEN, INNER, TOKENS = 16, 2, 32, 64, 512
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetuner._arrival import mixed_order, mixed_windows
+from moetuner.evaluation.arrival import mixed_order, mixed_windows
 
 
 @given(st.lists(st.integers(0, 20), max_size=200), st.integers(0, 3))

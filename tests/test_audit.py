@@ -7,11 +7,11 @@ import pytest
 from conftest import random_ids
 
 import moetuner as mt
-from moetuner import _student
-from moetuner._bootstrap import Paired, Spread, Sums, holm, paired
-from moetuner._counts import Rules
-from moetuner._windows import crossings, of_traffic
-from moetuner.audit import _judged
+from moetuner.evaluation import intervals
+from moetuner.evaluation.auditing import _judged
+from moetuner.evaluation.by_unit import crossings, of_traffic
+from moetuner.evaluation.intervals import Paired, Spread, Sums, holm, paired
+from moetuner.evaluation.replay import Rules
 
 BUNDLED = Path(mt.__file__).parent / "data" / "small-moe.safetensors"
 MODEL = mt.CostModel.preset("h100", hidden=1024, intermediate=512)
@@ -213,10 +213,10 @@ def test_a_sequence_of_many_windows_is_drawn_as_a_whole():
 def test_students_quantiles_are_those_of_the_tables():
     """Two sides of 95 % of 1, 4 and 30 degrees of freedom, and the tail is the inverse."""
     for freedom, wanted in ((1, 12.7062), (4, 2.7764), (30, 2.0423), (1e7, 1.95996)):
-        found = _student.quantile(0.025, freedom)
+        found = intervals.quantile(0.025, freedom)
         assert found == pytest.approx(wanted, abs=1e-4)
-        assert _student.tail(found, freedom) == pytest.approx(0.025)
-        assert _student.tail(-found, freedom) == pytest.approx(0.975)
+        assert intervals.tail(found, freedom) == pytest.approx(0.025)
+        assert intervals.tail(-found, freedom) == pytest.approx(0.975)
 
 
 def test_holm_adjusts_the_smallest_by_all_and_keeps_the_order():

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from placements import murmur, random_slots
 
 import moetuner as mt
-from moetuner import _core, _counts
+from moetuner import _core
+from moetuner.evaluation import replay as replay_
 
 
 def serving_copy(copies, nodes, token, turn, split):
@@ -123,7 +124,7 @@ def test_replay_counts_every_window(case, cut):
 def test_too_many_windows_are_refused(make_trace, monkeypatch):
     """Counts of every window must fit memory."""
     trace = make_trace()
-    monkeypatch.setattr(_counts, "TABLE_LIMIT", 1 << 10)
+    monkeypatch.setattr(replay_, "TABLE_LIMIT", 1 << 10)
     with pytest.raises(ValueError, match="make windows longer"):
         mt.evaluate(contiguous(trace), trace, window=1)
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner import _split, objective
+from moetuner import objective
+from moetuner.evaluation import copies as copies_
 from moetuner.solver.least import bounded, least_balance
 from moetuner.solver.result import Candidate, Limits
 
@@ -146,7 +147,7 @@ def least_risk(problem):
 
 def shares(placement, problem):
     """Share of every expert's tokens that a device serves [L,D,E]."""
-    return _split.shares(placement, problem.topology, problem.split)
+    return copies_.shares(placement, problem.topology, problem.split)
 
 
 @few

@@ -16,7 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner import _split, solver
+from moetuner import solver
+from moetuner.evaluation import copies
 from moetuner.solver.bound import bound, padded, verify
 from moetuner.solver.caps import exceeded, scope
 from moetuner.solver.chain import chain
@@ -82,7 +83,7 @@ def some_placements(problem: mt.Problem, seed: int) -> Iterator[mt.Placement]:
 def imbalances(problem: mt.Problem, placement: mt.Placement) -> np.ndarray:
     """Largest load over the mean of every layer [L]; copies share as the problem's rule says."""
     load = problem.load.astype(np.float64)
-    on = np.einsum("lde,le->ld", _split.shares(placement, problem.topology, problem.split), load)
+    on = np.einsum("lde,le->ld", copies.shares(placement, problem.topology, problem.split), load)
     return on.max(axis=1) / np.maximum(on.mean(axis=1), 1e-300)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from placements import murmur, random_slots
 
 import moetuner as mt
-from moetuner.traffic import dispatch_rows, mixed
+from moetuner.evaluation.rows import dispatch_rows, mixed
 
 
 @st.composite

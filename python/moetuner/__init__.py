@@ -7,10 +7,11 @@ Data flows one way: a recorded ``RoutingTrace`` is counted into ``RoutingStatist
 
 from moetuner import _interrupts as _interrupts
 from moetuner._core import __version__
-from moetuner.audit import Audit, audit
 from moetuner.balance import balance
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
+from moetuner.evaluation.auditing import Audit, audit
+from moetuner.evaluation.verdicts import Verdict, verdict
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.solver import solve
@@ -19,7 +20,6 @@ from moetuner.solver.result import Progress, Result
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Tier, Topology
 from moetuner.trace import RoutingTrace
-from moetuner.verdict import Verdict, verdict
 
 __all__ = [
     "Audit",

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._arrival import mixed_windows
 from moetuner._checks import is_number
+from moetuner.evaluation.arrival import mixed_windows
 from moetuner.statistics import RoutingStatistics
 
 Floats = NDArray[np.float64]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _counts, _expected, _figures, _split
+from moetuner.evaluation import copies, expected, figures, replay
 from moetuner.placement import Placement
 from moetuner.topology import Topology
 
@@ -32,7 +32,7 @@ def shares(problem: Problem, placement: Placement) -> Floats:
 
 
 def shares_of(
-    problem: Problem, placement: Placement, statistics: _counts.Counted, load: Floats
+    problem: Problem, placement: Placement, statistics: replay.Counted, load: Floats
 ) -> Floats:
     """Say the same of other layers, as parts of the problem's: of windows of load [W,n,E].
 
@@ -69,18 +69,18 @@ def _even_times(problem: Problem) -> Floats:
 def slowest_times(problem: Problem, placement: Placement, load: Floats) -> Floats:
     """Largest load over speed of a device in every window and layer [W,L]."""
     speed = problem.topology.speed_of_device
-    share = _split.copy_shares(placement, problem.topology, problem.split)
-    each = _split.served(placement, share, load)
+    share = copies.copy_shares(placement, problem.topology, problem.split)
+    each = copies.served(placement, share, load)
     slowest: Floats = (each / speed).max(axis=2)
     return slowest
 
 
 def _layer_times(
-    problem: Problem, placement: Placement, statistics: _counts.Counted, load: Floats
+    problem: Problem, placement: Placement, statistics: replay.Counted, load: Floats
 ) -> Floats:
     """Predicted microseconds of every window and layer [W,L]."""
     assert problem.cost_model is not None
-    rules = _counts.Rules(
+    rules = replay.Rules(
         placement,
         problem.topology,
         window=None,
@@ -89,8 +89,8 @@ def _layer_times(
         threads=None,
         with_mixed=False,
     )
-    counts = _counts.Expected(statistics, rules).counts(load)
-    return _figures.layer_us(counts, problem.topology, problem.cost_model, problem.regime)
+    counts = replay.Expected(statistics, rules).counts(load)
+    return figures.layer_us(counts, problem.topology, problem.cost_model, problem.regime)
 
 
 def traffic(problem: Problem, placement: Placement) -> float:
@@ -102,7 +102,7 @@ def traffic(problem: Problem, placement: Placement) -> float:
         return 0.0
     if problem.regime == "follow":
         tables = problem.statistics.transitions_or_empty
-        moved = _expected.followed(placement, problem.topology, problem.split, tables)
+        moved = expected.followed(placement, problem.topology, problem.split, tables)
         return float((moved * problem.topology.cost).sum()) / problem.cost_scale
     return float(_apart(problem, placement).sum())
 
@@ -119,7 +119,7 @@ def layers_traffic(problem: Problem, placement: Placement) -> Floats:
 
 def _apart(problem: Problem, placement: Placement) -> Floats:
     """Share of all co-activated pairs that are apart, by layer [L]."""
-    shares = _split.shares(placement, problem.topology, problem.split)
+    shares = copies.shares(placement, problem.topology, problem.split)
     apart = [
         (table.astype(np.float64) * (1 - share.T @ share)).sum() / 2
         for share, table in zip(shares, problem.statistics.coactivation_or_empty, strict=True)
@@ -139,9 +139,9 @@ def _visits(problem: Problem, placement: Placement) -> Floats:
     """Return what every layer [L] adds to the visits."""
     assert problem.statistics.sets is not None
     device_cost, node_cost = visit_costs(problem.topology)
-    shares = _split.shares(placement, problem.topology, problem.split)
+    shares = copies.shares(placement, problem.topology, problem.split)
     sets = problem.statistics.sets
-    devices, nodes = _expected.visits(shares, sets, problem.topology.node_of_device)
+    devices, nodes = expected.visits(shares, sets, problem.topology.node_of_device)
     tokens = sum(float(of.counts.sum()) for of in sets)
     total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
     return total / max(tokens, 1.0)

@@ -12,13 +12,14 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _split, _violations, objective
+from moetuner import _violations, objective
 from moetuner._checks import not_negative
 from moetuner._rules import Rules, rules_of
 from moetuner._slots import rooms_of
-from moetuner._split import Split
 from moetuner._weights import Risk, Windows, windows_of
 from moetuner.cost import CostModel, cost_model_of
+from moetuner.evaluation import copies
+from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement, filled
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -107,7 +108,7 @@ class Problem:
                 f"objective must be one of {', '.join(get_args(Objective))}, "
                 f"got {self.objective!r:.40}"
             )
-        _split.check(self.split)
+        copies.check(self.split)
         if self.cost_model is None:
             object.__setattr__(self, "cost_model", cost_model_of(self.statistics))
         for name in ("pinned", "forbidden"):

@@ -8,8 +8,6 @@ from typing import Any
 
 import click
 
-from moetuner._bootstrap import FEWEST, RESAMPLES, Interval
-from moetuner.audit import Audit, Finding, audit
 from moetuner.cli import gains, options
 from moetuner.cli.inputs import Source, traffic_options
 from moetuner.cli.machine import (
@@ -22,6 +20,8 @@ from moetuner.cli.machine import (
 from moetuner.cli.output import Output, number
 from moetuner.cli.progress import working
 from moetuner.cost import CostModel
+from moetuner.evaluation.auditing import Audit, Finding, audit
+from moetuner.evaluation.intervals import FEWEST, RESAMPLES, Interval
 from moetuner.files import text
 from moetuner.placement import Placement
 

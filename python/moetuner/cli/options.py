@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from moetuner._split import SPLITS
+from moetuner.evaluation.copies import SPLITS
 from moetuner.files import same_file
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -17,7 +17,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from moetuner._figures import Regime
+from moetuner.evaluation.figures import Regime
 from moetuner.files import naming, replacing, size_of
 
 FORMAT, VERSION = "moetuner.certificate", "2"

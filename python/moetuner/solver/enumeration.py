@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _expected, _split, objective
+from moetuner import objective
+from moetuner.evaluation import copies, expected
 from moetuner.objective import visit_costs
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
@@ -109,8 +110,8 @@ def fewest_visits(problem: Problem, caps: Floats | None) -> Slots | None:
         if caps is not None:
             peak = peaks_of(problem, layer, contents)
             contents = contents[peak <= max(caps[layer], peak.min()) * (1 + ROUNDING)]
-        shares = _split.shares(_placement(problem, contents), problem.topology, problem.split)
-        visits = _expected.visits(shares, (sets,) * len(contents), node)
+        shares = copies.shares(_placement(problem, contents), problem.topology, problem.split)
+        visits = expected.visits(shares, (sets,) * len(contents), node)
         cost = sum(each * of.sum(axis=1) for each, of in zip(price, visits, strict=True))
         best[layer] = contents[np.argmin(cost)]
     return best

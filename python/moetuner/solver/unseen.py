@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner._split import of_layer
+from moetuner.evaluation.copies import of_layer
 from moetuner.placement import EMPTY
 from moetuner.solver.noise import noise_of
 

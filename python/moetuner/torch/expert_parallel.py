@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moetuner.evaluation.rows import Split
 from moetuner.placement import Placement
 from moetuner.torch.exchange import (
     MISFIT,
@@ -26,7 +27,6 @@ from moetuner.torch.expert_state import ByExpert, by_expert, fill, own_tensors, 
 from moetuner.torch.experts import Experts
 from moetuner.torch.routes import Routes
 from moetuner.torch.traffic import TrafficCounters
-from moetuner.traffic import Split
 
 
 class ExpertParallelMoE(nn.Module):
@@ -58,7 +58,7 @@ class ExpertParallelMoE(nn.Module):
     Attributes
     ----------
     traffic
-        Rows and bytes exchanged with every peer; ``moetuner.traffic.dispatch_rows`` predicts them.
+        Rows and bytes exchanged with every peer; ``moetuner.evaluation.rows.dispatch_rows`` predicts them.
 
     Notes
     -----

@@ -7,8 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from moetuner.evaluation.rows import Split, copies, mixed, node_size, split_rule
 from moetuner.placement import Placement
-from moetuner.traffic import Split, copies, mixed, node_size, split_rule
 
 
 class Routes:
@@ -25,7 +25,7 @@ class Routes:
     devices_per_node
         Devices of a node, None for one node.
     split
-        How a token chooses between copies, as in ``moetuner.traffic.dispatch_rows``.
+        How a token chooses between copies, as in ``moetuner.evaluation.rows.dispatch_rows``.
     device
         Where the tensors live.
 

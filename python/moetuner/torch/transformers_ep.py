@@ -19,10 +19,10 @@ from transformers.distributed.expert_parallel import (
     EPImplementationInterface,
 )
 
+from moetuner.evaluation.rows import Split
 from moetuner.placement import Placement
 from moetuner.torch.expert_parallel import ExpertParallelMoE
 from moetuner.torch.transfer import Spares, moves
-from moetuner.traffic import Split
 
 
 def register_placement(

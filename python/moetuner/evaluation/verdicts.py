@@ -7,10 +7,10 @@ from typing import Literal
 
 import numpy as np
 
-from moetuner._bootstrap import FEWEST, RESAMPLES, Spread, paired
 from moetuner._checks import not_negative
-from moetuner._windows import of_traffic
 from moetuner.evaluation import Evaluation
+from moetuner.evaluation.by_unit import of_traffic
+from moetuner.evaluation.intervals import FEWEST, RESAMPLES, Spread, paired
 from moetuner.statistics import RoutingStatistics
 
 # What a gain must be, to be worth moving weights for. Engines that ask before they rebalance draw

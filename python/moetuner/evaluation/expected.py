@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _split
-from moetuner._split import Split
+from moetuner.evaluation import copies
+from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement
 from moetuner.statistics import ExpertSets
 from moetuner.topology import Topology
@@ -53,11 +53,11 @@ def followed(
     """
     tables = transitions.astype(np.float64)
     if split != "nearest" or not placement.has_copies:
-        share = _split.shares(placement, topology, split)
+        share = copies.shares(placement, topology, split)
         mean: Floats = np.matmul(np.matmul(share[:-1], tables), share[1:].transpose(0, 2, 1))
         return mean
     found = np.empty((len(tables), placement.devices, placement.devices))
-    layers = _split.by_home(placement, topology, split)
+    layers = copies.by_home(placement, topology, split)
     _, here = next(layers)
     for layer, there in layers:
         pairs = np.matmul(np.matmul(here, tables[layer - 1]), there.transpose(0, 2, 1))
@@ -84,7 +84,7 @@ def dispatched(
         assert expert_load is not None
         of_expert = expert_load.sum(axis=0, dtype=np.float64) / devices
         rows = np.empty((placement.layers, devices, devices))
-        for layer, share in _split.by_home(placement, topology, split):
+        for layer, share in copies.by_home(placement, topology, split):
             pairs = share @ of_expert[layer]
             served = np.maximum(pairs.sum(axis=0), 1e-300)
             rows[layer] = pairs * (visits[layer] / served)
@@ -98,7 +98,7 @@ def active(placement: Placement, share: Floats | None, expert_load: NDArray[Any]
     Of shares of every window's tokens [W,L,E], as ``_split.copy_shares`` gives them.
     """
     if share is None:
-        return _split.served(placement, share, expert_load > 0)
+        return copies.served(placement, share, expert_load > 0)
     found = np.empty((len(expert_load), placement.layers, placement.devices))
     for layer, slots in enumerate(placement.slots):
         device, slot = np.nonzero(slots != EMPTY)

@@ -7,16 +7,16 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _counts, _figures
-from moetuner._bootstrap import Sums
-from moetuner._counts import Counts, Rules
-from moetuner._figures import Regime
 from moetuner.cost import CostModel
+from moetuner.evaluation import figures, replay
+from moetuner.evaluation.figures import Regime
+from moetuner.evaluation.intervals import Sums
+from moetuner.evaluation.replay import Counts, Rules
+from moetuner.evaluation.rows import copies, mixed
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
-from moetuner.traffic import copies, mixed
 
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -48,13 +48,13 @@ def of_traffic(
     sequences are, and their sum is the figure.
     """
     if isinstance(traffic, RoutingStatistics):
-        whole, groups = _counts.of_statistics(traffic, rules)
+        whole, groups = replay.of_statistics(traffic, rules)
         return {
             name: _summed(of_windows(counts, rules.topology, model, regime))
             for name, counts in _parts(whole, groups)
             if name is None or not only_whole
         }
-    whole, groups = _counts.of_trace(traffic, rules)
+    whole, groups = replay.of_trace(traffic, rules)
     crossing = crossings(rules.placement, traffic)
     tokens = _tokens(traffic)
     found: dict[str | None, dict[str, Sums]] = {}
@@ -241,10 +241,10 @@ def of_windows(
 ) -> Measures:
     """Give what waits for the slowest; it counts every window alike, as ``evaluate`` does."""
     ones = np.ones(len(counts.load))
-    ratios = _figures.ratios(counts.load, topology.speed_of_device)
+    ratios = figures.ratios(counts.load, topology.speed_of_device)
     found = {"imbalance": (ratios.mean(axis=1), ones)}
     if model is not None:
-        times = _figures.layer_us(counts, topology, model, regime)
+        times = figures.layer_us(counts, topology, model, regime)
         found["predicted_layer_us"] = (times.mean(axis=1), ones)
     return found
 

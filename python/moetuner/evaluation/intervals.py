@@ -8,14 +8,13 @@ learned from few units, for which there is Student's t.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-from moetuner import _student
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -86,7 +85,7 @@ class Spread:
             return Interval(self.value, None, None)
         outside = (1 - CONFIDENCE) / 2
         below, above = np.quantile(self.deviations, [outside, 1 - outside])
-        wider = _student.quantile(outside, self.freedom) / NORMAL
+        wider = quantile(outside, self.freedom) / NORMAL
         low, high = self.value + wider * below, self.value + wider * above
         return Interval(self.value, float(low), float(high))
 
@@ -96,7 +95,7 @@ class Spread:
         if not self.is_enough or self.value <= 0:
             return 1.0
         size = float(self.deviations.std())
-        return _student.tail(self.value / size if size > 0 else np.inf, self.freedom)
+        return tail(self.value / size if size > 0 else np.inf, self.freedom)
 
     def __neg__(self) -> Spread:
         """Turn the sign."""
@@ -218,3 +217,55 @@ def _lost(weights: Floats) -> tuple[float, float]:
     if left <= 0:
         return 1.0, 1.0
     return float(np.sqrt(squares / left)), max(1 / squares - 1, 1.0)
+
+
+# Terms of a continued fraction, and where it stops.
+TERMS, SMALLEST, ENOUGH = 300, 1e-300, 1e-14
+
+
+def tail(t: float, freedom: float) -> float:
+    """Probability that a variate of Student's t with these degrees of freedom is above ``t``."""
+    if math.isnan(t):
+        return 1.0
+    if math.isinf(t):
+        return 0.0 if t > 0 else 1.0
+    half = 0.5 * _beta(freedom / (freedom + t * t), freedom / 2, 0.5)
+    return half if t > 0 else 1 - half
+
+
+def quantile(above: float, freedom: float) -> float:
+    """Value that a variate exceeds with a probability of at most a half, by bisection."""
+    low, high = 0.0, 1.0
+    while tail(high, freedom) > above:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tail(middle, freedom) > above else (low, middle)
+    return high
+
+
+def _beta(x: float, a: float, b: float) -> float:
+    """Regularised incomplete beta function, by its continued fraction."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _beta(1 - x, b, a)
+    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    front += a * math.log(x) + b * math.log1p(-x)
+    # Lentz's way from the front; no denominator may be 0.
+    c, d = 1.0, 1 / _not_zero(1 - (a + b) * x / (a + 1))
+    value = d
+    for m in range(1, TERMS):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            d = 1 / _not_zero(1 + term * d)
+            c = _not_zero(1 + term / c)
+            value *= c * d
+        if abs(c * d - 1) < ENOUGH:
+            break
+    return math.exp(front) * value / a
+
+
+def _not_zero(value: float) -> float:
+    return value if abs(value) > SMALLEST else SMALLEST

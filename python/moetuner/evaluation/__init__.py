@@ -8,16 +8,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner import _counts, _figures, _split
-from moetuner._counts import Counts, Rules
-from moetuner._figures import Regime
-from moetuner._split import Split
 from moetuner.cost import CostModel
+from moetuner.evaluation import copies, figures, replay
+from moetuner.evaluation.copies import Split
+from moetuner.evaluation.figures import Regime
+from moetuner.evaluation.replay import Counts, Rules
+from moetuner.evaluation.rows import dispatch_rows, homes_of
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
-from moetuner.traffic import dispatch_rows, homes_of
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def evaluate(
     """
     topology = topology or Topology(placement.devices)
     check_model(placement, traffic, topology)
-    _split.check(split)
+    copies.check(split)
     if regime not in ("follow", "dispatch"):
         raise ValueError(f"regime must be 'follow' or 'dispatch', got {regime!r}")
     with_active = cost_model is not None and cost_model.expert_us > 0
@@ -178,13 +178,13 @@ def evaluate(
     if isinstance(traffic, RoutingStatistics):
         if home is not None:
             raise ValueError("home needs a trace: statistics have no tokens")
-        counts, by_group = _counts.of_statistics(traffic, rules)
+        counts, by_group = replay.of_statistics(traffic, rules)
     else:
         if home is not None and split != "even":
             raise ValueError(
                 f"home needs split 'even', got {split!r}: others know homes only spread"
             )
-        counts, by_group = _counts.of_trace(traffic, rules)
+        counts, by_group = replay.of_trace(traffic, rules)
         if home is not None:
             counts, by_group = _with_homes(counts, by_group, placement, traffic, home)
     whole = _evaluation(counts, topology, cost_model, regime)
@@ -234,7 +234,7 @@ def _evaluation(
     counts: Counts, topology: Topology, model: CostModel | None, regime: Regime
 ) -> Evaluation:
     speed = topology.speed_of_device
-    windowed = _figures.ratios(counts.load, speed)
+    windowed = figures.ratios(counts.load, speed)
     visits = counts.visits
     traffic: dict[str, NDArray[Any]] = {}
     if counts.follow is not None:
@@ -248,26 +248,24 @@ def _evaluation(
         tokens=counts.tokens,
         imbalance=float(windowed.mean()),
         imbalance_mixed=(
-            None if counts.mixed is None else float(_figures.ratios(counts.mixed, speed).mean())
+            None if counts.mixed is None else float(figures.ratios(counts.mixed, speed).mean())
         ),
-        imbalance_total=float(_figures.ratios(counts.load.sum(axis=0), speed).mean()),
+        imbalance_total=float(figures.ratios(counts.load.sum(axis=0), speed).mean()),
         imbalance_worst=float(windowed.max()),
         imbalance_per_layer=tuple(windowed.mean(axis=0).tolist()),
-        crossing=None if counts.follow is None else _figures.crossing(counts.follow),
+        crossing=None if counts.follow is None else figures.crossing(counts.follow),
         fanout=None if per_token is None else int(visits.sum()) / per_token,
         node_fanout=(
             None if per_token is None or node_visits is None else int(node_visits.sum()) / per_token
         ),
         traffic=traffic,
-        busiest_port={
-            name: _figures.busiest_port(rows, topology) for name, rows in traffic.items()
-        },
+        busiest_port={name: figures.busiest_port(rows, topology) for name, rows in traffic.items()},
     )
     return found if model is None else replace(found, **_times(counts, topology, model, regime))
 
 
 def _times(counts: Counts, topology: Topology, model: CostModel, regime: Regime) -> dict[str, Any]:
-    times = _figures.layer_us(counts, topology, model, regime)
+    times = figures.layer_us(counts, topology, model, regime)
     percentiles = {
         f"predicted_layer_us_p{percent}": float(np.percentile(times, percent))
         for percent in (50, 95, 99)

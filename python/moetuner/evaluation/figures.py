@@ -7,8 +7,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._counts import Counts
 from moetuner.cost import CostModel, busiest_ports
+from moetuner.evaluation.replay import Counts
 from moetuner.topology import Topology
 
 Floats = NDArray[np.float64]

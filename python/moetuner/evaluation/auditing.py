@@ -12,13 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from moetuner._bootstrap import CONFIDENCE, FEWEST, RESAMPLES, Interval, Paired, holm, paired
 from moetuner._checks import whole_number
-from moetuner._counts import Rules
-from moetuner._figures import Regime
-from moetuner._windows import of_traffic
 from moetuner.cost import CostModel
 from moetuner.evaluation import check_model
+from moetuner.evaluation.by_unit import of_traffic
+from moetuner.evaluation.figures import Regime
+from moetuner.evaluation.intervals import (
+    CONFIDENCE,
+    FEWEST,
+    RESAMPLES,
+    Interval,
+    Paired,
+    holm,
+    paired,
+)
+from moetuner.evaluation.replay import Rules
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology

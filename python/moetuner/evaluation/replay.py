@@ -11,10 +11,12 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _core, _expected, _split
-from moetuner._arrival import mixed_order, mixed_windows
+from moetuner import _core
 from moetuner._checks import IdArray
-from moetuner._split import Split
+from moetuner.evaluation import copies
+from moetuner.evaluation import expected as expected_
+from moetuner.evaluation.arrival import mixed_order, mixed_windows
+from moetuner.evaluation.copies import Split
 from moetuner.placement import Placement
 from moetuner.statistics import TABLE_LIMIT, ExpertSets, RoutingStatistics
 from moetuner.topology import Topology
@@ -151,7 +153,7 @@ class _Part:
             visits=visits,
             node_visits=node_visits,
             follow=follow,
-            dispatch=_expected.dispatched(
+            dispatch=expected_.dispatched(
                 rules.placement, rules.topology, rules.split, visits.sum(axis=0), expert_load
             ),
             active=None if not rules.with_active else self._active(expert_load),
@@ -160,8 +162,8 @@ class _Part:
     def _active(self, expert_load: Numbers | None) -> Floats:
         assert expert_load is not None
         rules = self._rules
-        share = _split.copy_shares(rules.placement, rules.topology, rules.split)
-        return _expected.active(rules.placement, share, expert_load)
+        share = copies.copy_shares(rules.placement, rules.topology, rules.split)
+        return expected_.active(rules.placement, share, expert_load)
 
     def _mixed(self, load: Numbers) -> Numbers:
         """Replay in mixed order; one window is the same in any order."""
@@ -218,17 +220,17 @@ class Expected:
     def __init__(self, statistics: Counted, rules: Rules) -> None:
         self._rules = rules
         topology = rules.topology
-        self._share = _split.copy_shares(rules.placement, topology, rules.split)
+        self._share = copies.copy_shares(rules.placement, topology, rules.split)
         self._follow: Floats | None = None
         if statistics.transitions is not None:
-            self._follow = _expected.followed(
+            self._follow = expected_.followed(
                 rules.placement, topology, rules.split, statistics.transitions
             )
         self._tokens: int | None = None
         if statistics.sets is not None:
             self._tokens = int(statistics.sets[0].counts.sum())
-            share = _split.shares(rules.placement, topology, rules.split)
-            visits, of_nodes = _expected.visits(share, statistics.sets, topology.node_of_device)
+            share = copies.shares(rules.placement, topology, rules.split)
+            visits, of_nodes = expected_.visits(share, statistics.sets, topology.node_of_device)
             load = np.einsum("lde,le->ld", share, statistics.total_load.astype(np.float64))
             # Visits for each token of load: in every window as in all.
             self._met = _ratio(visits, load)
@@ -237,7 +239,7 @@ class Expected:
     def counts(self, window_load: Numbers) -> Counts:
         """Expect the counts of windows of load [W,L,E]."""
         rules, topology = self._rules, self._rules.topology
-        load = _split.served(rules.placement, self._share, window_load)
+        load = copies.served(rules.placement, self._share, window_load)
         mixed = None
         if rules.with_mixed:
             mixed = np.empty_like(load)
@@ -253,11 +255,11 @@ class Expected:
             visits=visits,
             node_visits=node_visits,
             follow=self._follow,
-            dispatch=_expected.dispatched(
+            dispatch=expected_.dispatched(
                 rules.placement, topology, rules.split, visits.sum(axis=0), window_load
             ),
             active=(
-                _expected.active(rules.placement, self._share, window_load)
+                expected_.active(rules.placement, self._share, window_load)
                 if rules.with_active
                 else None
             ),
