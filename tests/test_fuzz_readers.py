@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 import moetuner as mt
 from moetuner.files import jsonl
-from moetuner.reading import read_input
+from moetuner.formats import read_input
 
 # Many more examples than elsewhere: each takes about a millisecond.
 MORE = 20

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner import objective
 from moetuner.evaluation import copies as copies_
+from moetuner.problem import objective
 from moetuner.solver.least import bounded, least_balance
 from moetuner.solver.result import Candidate, Limits
 

@@ -7,7 +7,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.files import jsonl
-from moetuner.reading import read_input, read_statistics
+from moetuner.formats import read_input, read_statistics
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.npz", "a.npy", "a.jsonl"])

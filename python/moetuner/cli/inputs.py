@@ -12,7 +12,7 @@ import click
 from moetuner.cli import options
 from moetuner.cli.progress import working
 from moetuner.files.text import name
-from moetuner.reading import read_input
+from moetuner.formats import read_input
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 

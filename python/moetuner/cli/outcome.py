@@ -10,8 +10,8 @@ from moetuner.cli.machine import say_times
 from moetuner.cli.output import number, percent
 from moetuner.cli.progress import working
 from moetuner.evaluation import Evaluation, evaluate
-from moetuner.objective import visit_costs
 from moetuner.problem import Problem
+from moetuner.problem.objective import visit_costs
 from moetuner.solver import caps, solve
 from moetuner.solver.result import Result
 

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from moetuner import _violations
 from moetuner.placement import Placement, kept
-from moetuner.problem import Problem
+from moetuner.problem import Problem, broken_caps
 from moetuner.solver import baselines
 from moetuner.solver.balanced import no_worse
 from moetuner.solver.caps import ROUNDING, scope, settled
@@ -199,7 +198,7 @@ def _status(problem: Problem, candidate: Candidate, violations: tuple[str, ...])
     placement = Placement(candidate.slots, num_experts=problem.experts)
     told: list[str] = []
     if "caps_raised" in candidate.details:
-        told = _violations.broken_caps(problem, placement)
+        told = broken_caps(problem, placement)
     silent = len(violations) > len(told) and candidate.status != "interrupted"
     return "violates rules" if silent else candidate.status
 

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.objective import slowest_times
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.problem.objective import slowest_times
 from moetuner.solver.enumeration import contents_of, peaks_of
 from moetuner.solver.least import least_slowest
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.objective import visit_costs, visits
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.problem.objective import visit_costs, visits
 from moetuner.solver.caps import caps_of, exceeded
 from moetuner.solver.clock import Clock
 from moetuner.solver.enumeration import fewest_visits

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import objective
 from moetuner.evaluation import copies, expected
-from moetuner.objective import visit_costs
 from moetuner.placement import EMPTY, Placement
-from moetuner.problem import Problem
+from moetuner.problem import Problem, objective
+from moetuner.problem.objective import visit_costs
 from moetuner.solver.moving import Moving
 from moetuner.statistics import ExpertSets
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _core, objective
+from moetuner import _core
 from moetuner.balance import times
 from moetuner.placement import EMPTY, Placement
-from moetuner.problem import Problem
+from moetuner.problem import Problem, objective
 from moetuner.solver.balanced import balanced
 from moetuner.solver.caps import caps_of, exceeded, excess_of
 from moetuner.solver.clock import Clock

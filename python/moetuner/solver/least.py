@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import objective
 from moetuner.placement import Placement
-from moetuner.problem import Problem
+from moetuner.problem import Problem, objective
 from moetuner.solver.bound import bound
 from moetuner.solver.prices import link_us, top_k
 from moetuner.solver.result import Candidate, Limits

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import objective
-from moetuner.problem import Problem
+from moetuner.problem import Problem, objective
 
 Floats = NDArray[np.float64]
 

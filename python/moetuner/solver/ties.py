@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import objective
 from moetuner.placement import Placement
-from moetuner.problem import Problem
+from moetuner.problem import Problem, objective
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]

@@ -7,20 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _violations, objective
 from moetuner._checks import not_negative
-from moetuner._rules import Rules, rules_of
-from moetuner._slots import rooms_of
-from moetuner._weights import Risk, Windows, windows_of
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation import copies
 from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement, filled
+from moetuner.problem import objective
+from moetuner.problem.capacity import rooms_of
+from moetuner.problem.pins import Rules, rules_of
+from moetuner.problem.windows import Risk, Windows, windows_of
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
@@ -306,8 +306,8 @@ class Problem:
         ValueError
             If the placement is of another model or machine.
         """
-        rules = _violations.broken_rules(self, placement)
-        return (*rules, *_violations.broken_caps(self, placement))
+        rules = broken_rules(self, placement)
+        return (*rules, *broken_caps(self, placement))
 
     def filled(
         self, slots: NDArray[np.int32], running: Placement | None = None
@@ -349,3 +349,79 @@ def _exact_sum(table: NDArray[np.uint64]) -> int:
         return int(table.sum(dtype=np.uint64))
     low, high = table & np.uint64(0xFFFFFFFF), table >> np.uint64(32)
     return int(low.sum(dtype=np.uint64)) + (int(high.sum(dtype=np.uint64)) << 32)
+
+
+# What sums of shares may be off.
+ROUNDING = 1e-9
+
+
+def broken_rules(problem: Problem, placement: Placement) -> list[str]:
+    """List slots, pins and bans that a placement breaks: a machine could not, or must not, run it.
+
+    Raises
+    ------
+    ValueError
+        If the placement is of another model or machine.
+    """
+    found = (placement.layers, placement.num_experts, placement.devices)
+    wanted = (problem.layers, problem.experts, problem.devices)
+    if found != wanted:
+        raise ValueError(
+            f"placement must have {wanted[0]} layers, {wanted[1]} experts and {wanted[2]} devices "
+            f"like the problem, got {found[0]}, {found[1]} and {found[2]}"
+        )
+    lines = []
+    count = (placement.slots != EMPTY).sum(axis=2)
+    cells = np.argwhere(count > problem.rooms)
+    if len(cells):
+        layer, device = cells[0]
+        lines.append(
+            f"slots: layer {layer} has {count[layer, device]} experts on device {device}, which "
+            f"has {problem.rooms[layer, device]} slots{_more(len(cells))}"
+        )
+    if problem.fill_slots:
+        cells = np.argwhere(count < problem.rooms)
+        if len(cells):
+            layer, device = cells[0]
+            empty = problem.rooms[layer, device] - count[layer, device]
+            lines.append(
+                f"fill_slots: layer {layer} has {empty} empty slots on device {device}"
+                f"{_more(len(cells))}"
+            )
+    held = placement.held.transpose(0, 2, 1)
+    for name, rule, verb, there in (
+        ("pinned", problem.rules.pinned, "is not", True),
+        ("forbidden", problem.rules.forbidden, "is", False),
+    ):
+        wrong = np.argwhere(rule & (held != there)) if rule is not None else np.empty((0, 3))
+        if len(wrong):
+            layer, expert, device = wrong[0]
+            lines.append(
+                f"{name}: expert {expert} of layer {layer} {verb} on device {device}"
+                f"{_more(len(wrong))}"
+            )
+    return lines
+
+
+def broken_caps(problem: Problem, placement: Placement) -> list[str]:
+    """Say by how much a placement exceeds the load cap; nothing where it keeps it."""
+    cap = problem.max_imbalance
+    if cap is None or np.isinf(cap):
+        return []
+    total = problem.load.astype(np.float64)
+    peaks = objective.slowest_times(problem, placement, total[None])[0]
+    mean = total.sum(axis=1) / problem.topology.speed_of_device.sum()
+    imbalance = np.divide(peaks, mean, out=np.ones_like(mean), where=mean > 0)
+    over = np.flatnonzero(imbalance > cap * (1 + ROUNDING))
+    if not len(over):
+        return []
+    worst = over[imbalance[over].argmax()]
+    return [
+        f"max_imbalance: {cap:g} is exceeded in {len(over)} of {problem.layers} layers: "
+        f"{imbalance[worst]:.4g} in layer {worst}"
+    ]
+
+
+def _more(count: int) -> str:
+    """Say of how many the first one is named."""
+    return f", and {count - 1} more" if count > 1 else ""
