@@ -15,10 +15,10 @@ import time
 from instances import SIZES, problem
 
 import moetuner as mt
-from moetuner.solver.chain import chain
-from moetuner.solver.colocation import colocation
-from moetuner.solver.heuristic import heuristic
+from moetuner.solver.exact.partitions import chain
+from moetuner.solver.milp.colocation import colocation
 from moetuner.solver.result import Limits, Progress
+from moetuner.solver.search.traffic import heuristic
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import moetuner as mt
-from moetuner.solver.dispatch import dispatch
-from moetuner.solver.heuristic import heuristic
+from moetuner.solver.search.fanout import dispatch
+from moetuner.solver.search.traffic import heuristic
 
 
 def judged(slots, unseen, topology, regime="dispatch"):

@@ -18,7 +18,7 @@ from pathlib import Path
 from instances import problem
 
 import moetuner as mt
-from moetuner.solver.bound import bound
+from moetuner.solver.bounds.pairs import bound
 from moetuner.solver.result import Limits
 
 

@@ -16,9 +16,9 @@ import argparse
 from instances import problem
 
 import moetuner as mt
-from moetuner.solver.heuristic import heuristic
 from moetuner.solver.neighbourhood import neighbourhood
 from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.search.traffic import heuristic
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 import moetuner as mt
 from moetuner import _core
-from moetuner.solver.stage_1 import TOLERANCE, cluster_layers
-from moetuner.solver.stage_2 import cluster_traffic, place_clusters
+from moetuner.solver.two_stage.cluster import TOLERANCE, cluster_layers
+from moetuner.solver.two_stage.place import cluster_traffic, place_clusters
 
 SIZES = [(94, 128, 8), (58, 256, 32)]  # layers, experts, clusters
 LAYERS, EXPERTS, TOP_K, DEVICES, TOKENS = 32, 8, 2, 4, 100_000

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 import moetuner as mt
 from moetuner import _core
-from moetuner.solver.layers import trials_of
+from moetuner.solver.search.layerwise import trials_of
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]

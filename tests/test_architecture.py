@@ -87,7 +87,7 @@ def test_foreign_libraries_have_their_place(path):
     places = {
         "torch": "moetuner.torch",
         "transformers": "moetuner.torch",
-        "highspy": "moetuner.solver.ilp",
+        "highspy": "moetuner.solver.milp.highs",
         "click": "moetuner.cli",
         "rich": "moetuner.cli",
     }

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner.solver.bound import bound, verify
-from moetuner.solver.certificate import Certificate
+from moetuner.solver.bounds.certificate import Certificate
+from moetuner.solver.bounds.pairs import bound, verify
 from moetuner.solver.joint import joint
 from moetuner.solver.result import Limits
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner.solver.chain import chain
+from moetuner.solver.exact.partitions import chain
 from moetuner.solver.result import Limits
 
 

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner import _core
-from moetuner.solver.chain import chain
-from moetuner.solver.colocation import colocation, entries_of, fits
-from moetuner.solver.colocation_model import Joint, Model
+from moetuner.solver.exact.partitions import chain
+from moetuner.solver.milp.colocation import Joint, Model, colocation, entries_of, fits
 from moetuner.solver.result import Candidate, Limits
 
 

@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner.solver.dispatch import dispatch, visit_costs
-from moetuner.solver.heuristic import heuristic
 from moetuner.solver.result import Limits
+from moetuner.solver.search.fanout import dispatch, visit_costs
+from moetuner.solver.search.traffic import heuristic
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import pytest
 import moetuner as mt
 from moetuner.files import read_whole, replacing, same_file
 from moetuner.files.text import clean, name, printable
-from moetuner.solver.certificate import Certificate
+from moetuner.solver.bounds.certificate import Certificate
 
 NAMES = ("target", "n" * 240)
 

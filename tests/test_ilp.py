@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetuner.solver.ilp import Ilp
+from moetuner.solver.milp.highs import Ilp
 
 
 def knapsack(

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.solver.caps import excess_of
-from moetuner.solver.layers import Search
-from moetuner.solver.moving import lawful
+from moetuner.solver.bounds.caps import excess_of
 from moetuner.solver.result import Limits
+from moetuner.solver.search.layerwise import Search
+from moetuner.solver.search.move_cost import lawful
 
 
 def statistics(seed=0, windows=3, layers=3, experts=16, transitions=False):

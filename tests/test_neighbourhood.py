@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_colocation import cost, shuffled
 
 from moetuner.solver import neighbourhood as module
-from moetuner.solver.chain import chain
+from moetuner.solver.exact.partitions import chain
 from moetuner.solver.neighbourhood import neighbourhood
 from moetuner.solver.result import Limits
 

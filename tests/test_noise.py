@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetuner.solver.noise import Noise, _not_negative, noise_of
+from moetuner.solver.search.noise import Noise, _not_negative, noise_of
 
 WINDOWS, EXPERTS = 20, 400
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import moetuner as mt
 from moetuner.evaluation import copies as copies_
 from moetuner.problem import objective
-from moetuner.solver.least import bounded, least_balance
+from moetuner.solver.bounds.loads import bounded, least_balance
 from moetuner.solver.result import Candidate, Limits
 
 SPLITS = ("even", "nearest", "round_robin")

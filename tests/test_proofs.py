@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 import moetuner as mt
 from moetuner import solver
 from moetuner.evaluation import copies
-from moetuner.solver.bound import bound, padded, verify
-from moetuner.solver.caps import exceeded, scope
-from moetuner.solver.chain import chain
-from moetuner.solver.colocation import colocation
-from moetuner.solver.heuristic import heuristic
-from moetuner.solver.least import bounded
+from moetuner.solver.bounds.caps import exceeded, scope
+from moetuner.solver.bounds.loads import bounded
+from moetuner.solver.bounds.pairs import bound, padded, verify
+from moetuner.solver.exact.partitions import chain
+from moetuner.solver.milp.colocation import colocation
 from moetuner.solver.neighbourhood import neighbourhood
 from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.search.traffic import heuristic
 from moetuner.solver.two_stage import place_clusters
 from moetuner.statistics import ExpertSets
 

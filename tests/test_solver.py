@@ -11,7 +11,8 @@ import pytest
 from brute_force import small_problem
 
 import moetuner as mt
-from moetuner.solver import METHODS, caps
+from moetuner.solver import METHODS
+from moetuner.solver.bounds import caps
 
 
 @pytest.fixture

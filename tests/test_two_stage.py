@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner import Placement, Problem, RoutingStatistics, RoutingTrace, Topology, _core
-from moetuner.solver import two_stage_ilp
 from moetuner.solver.result import Limits, Progress
 from moetuner.solver.two_stage import (
     cluster_layers,
     cluster_traffic,
     place_clusters,
+    programmes,
     two_stage,
 )
 
@@ -95,7 +95,7 @@ def test_stage_1_is_optimal_within_the_tolerance(
 
 def test_stage_1_does_not_search_what_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean and the heaviest expert prove a warm start, without a call of HiGHS."""
-    monkeypatch.setattr(two_stage_ilp, "cluster", None)
+    monkeypatch.setattr(programmes, "cluster", None)
     rng = np.random.default_rng(0)
     even = cluster_layers(rng.integers(900, 1100, (6, 64)), 8)
     assert not even.searched.any()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moetuner import _core
-from moetuner.solver.unseen import Choice, Setting, choose
+from moetuner.solver.search.cross_validation import Choice, Setting, choose
 
 
 def table(windows: int, layers: int = 3, experts: int = 12, seed: int = 0) -> np.ndarray:

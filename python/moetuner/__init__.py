@@ -7,7 +7,6 @@ Data flows one way: a recorded ``RoutingTrace`` is counted into ``RoutingStatist
 
 from moetuner import _interrupts as _interrupts
 from moetuner._core import __version__
-from moetuner.balance import balance
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.auditing import Audit, audit
@@ -15,6 +14,7 @@ from moetuner.evaluation.verdicts import Verdict, verdict
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.solver import solve
+from moetuner.solver.balancing import balance
 from moetuner.solver.pareto import Trade, pareto
 from moetuner.solver.result import Progress, Result
 from moetuner.statistics import RoutingStatistics

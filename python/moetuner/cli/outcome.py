@@ -12,7 +12,8 @@ from moetuner.cli.progress import working
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.problem import Problem
 from moetuner.problem.objective import visit_costs
-from moetuner.solver import caps, solve
+from moetuner.solver import solve
+from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
 
 

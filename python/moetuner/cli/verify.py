@@ -15,9 +15,9 @@ from moetuner.cli.machine import Machine, machine_options
 from moetuner.cli.output import Output, percent
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.solver.bound import verify
-from moetuner.solver.caps import SINGLE
-from moetuner.solver.certificate import Certificate
+from moetuner.solver.bounds.caps import SINGLE
+from moetuner.solver.bounds.certificate import Certificate
+from moetuner.solver.bounds.pairs import verify
 
 # Decimals of an imbalance, and imbalances that are told one by one.
 DECIMALS, FEW = 4, 6

@@ -11,11 +11,11 @@ from typing import Protocol
 from moetuner.placement import Placement, kept
 from moetuner.problem import Problem, broken_caps
 from moetuner.solver import baselines
-from moetuner.solver.balanced import no_worse
-from moetuner.solver.caps import ROUNDING, scope, settled
+from moetuner.solver.bounds.caps import ROUNDING, scope, settled
 from moetuner.solver.joint import joint
 from moetuner.solver.migration import Migration, migrate
 from moetuner.solver.result import Candidate, Limits, Progress, Result, Status
+from moetuner.solver.search.balanced import no_worse
 from moetuner.solver.searched import searched
 from moetuner.solver.two_stage import two_stage
 

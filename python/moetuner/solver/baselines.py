@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.solver.balanced import balanced
-from moetuner.solver.heuristic import heuristic
 from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.search.balanced import balanced
+from moetuner.solver.search.traffic import heuristic
 from moetuner.solver.searched import searched
 
 Floats = NDArray[np.float64]

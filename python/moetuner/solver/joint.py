@@ -11,14 +11,13 @@ from dataclasses import replace
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.solver.bound import bound
-from moetuner.solver.chain import chain
-from moetuner.solver.clock import Clock
-from moetuner.solver.colocation import colocation, fits
-from moetuner.solver.heuristic import heuristic
-from moetuner.solver.least import bounded, proves_pairs
+from moetuner.solver.bounds.loads import bounded, proves_pairs
+from moetuner.solver.bounds.pairs import bound
+from moetuner.solver.exact.partitions import chain
+from moetuner.solver.milp.colocation import colocation, fits
 from moetuner.solver.neighbourhood import neighbourhood
-from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.result import Candidate, Clock, Limits
+from moetuner.solver.search.traffic import heuristic
 from moetuner.solver.searched import searched
 
 # Shares of a time limit. The search comes first: everything else can only add to what it finds.

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 from moetuner._checks import not_negative
 from moetuner.placement import EMPTY, Placement, kept
 from moetuner.problem import Problem
-from moetuner.solver.caps import caps_of, exceeded, excess_of
-from moetuner.solver.clock import Clock
-from moetuner.solver.enumeration import enumerated
-from moetuner.solver.layers import Search
-from moetuner.solver.moving import Moving, Path, lawful
-from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.bounds.caps import caps_of, exceeded, excess_of
+from moetuner.solver.exact.enumeration import enumerated
+from moetuner.solver.result import Candidate, Clock, Limits
+from moetuner.solver.search.layerwise import Search
+from moetuner.solver.search.move_cost import Moving, Path, lawful
 
 Slots = NDArray[np.int32]
 

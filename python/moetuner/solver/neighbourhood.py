@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.solver.caps import raised
-from moetuner.solver.chain import STEPS_PER_SECOND
-from moetuner.solver.colocation import entries_of
-from moetuner.solver.colocation_model import Joint, Model, Relation
-from moetuner.solver.heuristic import heuristic
+from moetuner.solver.bounds.caps import raised
+from moetuner.solver.exact.partitions import STEPS_PER_SECOND
+from moetuner.solver.milp.colocation import Joint, Model, Relation, entries_of
 from moetuner.solver.result import Candidate, Limits, Progress, Status
+from moetuner.solver.search.traffic import heuristic
 
 # Triangle rows of a neighbourhood for HiGHS: seconds at the most.
 ROWS = 12_000

@@ -10,8 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.solver.clock import Clock
-from moetuner.solver.result import Limits
+from moetuner.solver.result import Clock, Limits
 
 Slots = NDArray[np.int32]
 # Slots [L,D,S], trials and restarts in; better slots, and whether it was interrupted, out.

@@ -13,12 +13,11 @@ from moetuner._checks import positive
 from moetuner.placement import Placement, kept
 from moetuner.problem import Problem
 from moetuner.solver import solve
-from moetuner.solver.caps import exceeded, excess_of
-from moetuner.solver.clock import Clock
-from moetuner.solver.layers import Search
+from moetuner.solver.bounds.caps import exceeded, excess_of
 from moetuner.solver.migration import check
-from moetuner.solver.moving import lawful
-from moetuner.solver.result import Limits, Progress
+from moetuner.solver.result import Clock, Limits, Progress
+from moetuner.solver.search.layerwise import Search
+from moetuner.solver.search.move_cost import lawful
 
 # Ends of steps that are told, at about even distances of the logarithm of their moves.
 STEPS = 24

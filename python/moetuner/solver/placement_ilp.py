@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.solver.caps import raised
-from moetuner.solver.ilp import Ilp
+from moetuner.solver.bounds.caps import raised
+from moetuner.solver.milp.highs import Ilp
 from moetuner.solver.result import Candidate, Limits, Progress, Status
 
 BOUND_SOURCE = "placement integer programme"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.placement import Placement
-from moetuner.solver.certificate import Certificate
+from moetuner.solver.bounds.certificate import Certificate
 
 Status = Literal[
     "optimal", "feasible", "gap_reached", "time_limit", "interrupted", "violates rules"
@@ -114,3 +115,32 @@ class Result:
         if self.objective <= self.bound:
             return 0.0
         return (self.objective - self.bound) / self.objective
+
+
+class Clock:
+    """What is left of the limits, and where progress goes."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.begin = time.monotonic()
+
+    def within(self, share: float = 1.0) -> Limits:
+        """Return the limits with a share of the time that is left; all of it by default."""
+        if self.limits.time_limit is None:
+            return self.limits
+        left = self.limits.time_limit - (time.monotonic() - self.begin)
+        return replace(self.limits, time_limit=max(left, 0.0) * share)
+
+    def rest(self) -> Limits:
+        """Return the time that is left, threads and progress, for what has its own iterations."""
+        return replace(self.within(), iterations=None, gap=None)
+
+    def report(self, phase: str) -> Callable[[float | None, float], None] | None:
+        """Turn what HiGHS reports into `Progress` of a phase."""
+        progress = self.limits.progress
+        if progress is None:
+            return None
+        report = progress
+        return lambda objective, bound: report(
+            Progress(time.monotonic() - self.begin, phase, objective, bound)
+        )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moetuner.problem import Problem
-from moetuner.solver.clock import Clock
-from moetuner.solver.dispatch import dispatch
-from moetuner.solver.heuristic import heuristic
-from moetuner.solver.layers import Search, layers
-from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.result import Candidate, Clock, Limits
+from moetuner.solver.search.fanout import dispatch
+from moetuner.solver.search.layerwise import Search, layers
+from moetuner.solver.search.traffic import heuristic
 
 # Share of a time limit for single copies, where there is room for more.
 SINGLE_SHARE = 0.4

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.evaluation.copies import of_layer
 from moetuner.placement import EMPTY
-from moetuner.solver.noise import noise_of
+from moetuner.solver.search.noise import noise_of
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.problem import Problem
-from moetuner.solver.certificate import Certificate, Method, Proof
+from moetuner.solver.bounds.certificate import Certificate, Method, Proof
 from moetuner.solver.result import Limits, Progress
 
 # Floating-point work of the iterations that are made without a time limit, and how many at most.

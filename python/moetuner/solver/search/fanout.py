@@ -16,12 +16,11 @@ from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import visit_costs, visits
-from moetuner.solver.caps import caps_of, exceeded
-from moetuner.solver.clock import Clock
-from moetuner.solver.enumeration import fewest_visits
-from moetuner.solver.heuristic import heuristic
+from moetuner.solver.bounds.caps import caps_of, exceeded
+from moetuner.solver.exact.enumeration import fewest_visits
 from moetuner.solver.pace import paced
-from moetuner.solver.result import Candidate, Limits, Progress
+from moetuner.solver.result import Candidate, Clock, Limits, Progress
+from moetuner.solver.search.traffic import heuristic
 from moetuner.statistics import ExpertSets
 
 # Trials of each start on pairs, and the share of a time limit that they get.

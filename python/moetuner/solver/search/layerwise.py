@@ -13,21 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.balance import times
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem, objective
-from moetuner.solver.balanced import balanced
-from moetuner.solver.caps import caps_of, exceeded, excess_of
-from moetuner.solver.clock import Clock
-from moetuner.solver.dispatch import most_trials
-from moetuner.solver.enumeration import enumerated
-from moetuner.solver.heuristic import heuristic
-from moetuner.solver.moving import Moving, Path, widened
+from moetuner.solver.balancing import times
+from moetuner.solver.bounds.caps import caps_of, exceeded, excess_of
+from moetuner.solver.exact.enumeration import enumerated
 from moetuner.solver.pace import paced
-from moetuner.solver.prices import link_prices, pair_prices, tokens_per_unit, visit_prices
-from moetuner.solver.result import Candidate, Limits, Progress, Status
-from moetuner.solver.ties import Known, settled
-from moetuner.solver.unseen import Choice, choose
+from moetuner.solver.result import Candidate, Clock, Limits, Progress, Status
+from moetuner.solver.search.balanced import balanced
+from moetuner.solver.search.cross_validation import Choice, choose
+from moetuner.solver.search.fanout import most_trials
+from moetuner.solver.search.move_cost import Moving, Path, widened
+from moetuner.solver.search.surrogate import link_prices, pair_prices, tokens_per_unit, visit_prices
+from moetuner.solver.search.ties import Known, settled
+from moetuner.solver.search.traffic import heuristic
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]

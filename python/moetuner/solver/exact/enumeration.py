@@ -16,7 +16,7 @@ from moetuner.evaluation import copies, expected
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem, objective
 from moetuner.problem.objective import visit_costs
-from moetuner.solver.moving import Moving
+from moetuner.solver.search.move_cost import Moving
 from moetuner.statistics import ExpertSets
 
 Floats = NDArray[np.float64]

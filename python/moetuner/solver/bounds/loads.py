@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem, objective
-from moetuner.solver.bound import bound
-from moetuner.solver.prices import link_us, top_k
+from moetuner.solver.bounds.pairs import bound
 from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.search.surrogate import link_us, top_k
 
 Floats = NDArray[np.float64]
 

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.balance import PATIENT, times
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.solver.caps import exceeded, excess_of
+from moetuner.solver.balancing import PATIENT, times
+from moetuner.solver.bounds.caps import exceeded, excess_of
 from moetuner.solver.result import Candidate
 
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.problem import Problem
-from moetuner.solver.caps import raised
+from moetuner.solver.bounds.caps import raised
 from moetuner.solver.result import Candidate, Limits, Progress
 
 

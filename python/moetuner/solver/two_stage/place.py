@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core
-from moetuner.solver import two_stage_ilp
-from moetuner.solver.clock import Clock
-from moetuner.solver.result import Limits, Status
-from moetuner.solver.stage_1 import TOLERANCE, check_tolerance
+from moetuner.solver.result import Clock, Limits, Status
+from moetuner.solver.two_stage import programmes
+from moetuner.solver.two_stage.cluster import TOLERANCE, check_tolerance
 
 # Products y[l,c,d] * y[l+1,c',d'] that HiGHS is given at most: with 6480 it took a minute.
 MAX_PRODUCTS = 4096
@@ -121,7 +120,7 @@ def place_clusters(
     found, way, bound = _core.place_clusters(traffic, links, sizes=counts, threads=limits.threads)
     if counts is not None and not _level(found, counts):
         left = clock.rest().time_limit
-        start = two_stage_ilp.level(counts, found.astype(np.int64), seed=seed, time_limit=left)
+        start = programmes.level(counts, found.astype(np.int64), seed=seed, time_limit=left)
         found, way, bound = _core.place_clusters(
             traffic,
             links,
@@ -137,7 +136,7 @@ def place_clusters(
     if bottleneck - bound <= tolerance * bottleneck:
         status = "optimal" if bottleneck <= bound else "gap_reached"
     if exact == "ilp" or (few and bottleneck - bound > tolerance * bottleneck):
-        solved = two_stage_ilp.place(
+        solved = programmes.place(
             traffic,
             cost,
             device,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.solver.ilp import Ilp
+from moetuner.solver.milp.highs import Ilp
 from moetuner.solver.result import Status
 
 # Nodes of HiGHS's search tree, so that no call can run for ever. Measured, one core: half a second

@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core
-from moetuner.solver import two_stage_ilp
-from moetuner.solver.clock import Clock
-from moetuner.solver.result import Limits, Status
+from moetuner.solver.result import Clock, Limits, Status
+from moetuner.solver.two_stage import programmes
 
 TOLERANCE = 0.025  # the paper's relative MIP tolerance
 
@@ -106,7 +105,7 @@ def cluster_layers(
     most = -(-experts // clusters) if equal_sizes else min(largest, experts)
     status: Status = "gap_reached"
     for layer in np.flatnonzero(searched):
-        found = two_stage_ilp.cluster(
+        found = programmes.cluster(
             load[layer],
             cluster[layer],
             (fewest, most),

@@ -7,9 +7,9 @@ best sequence of partitions is a shortest path. No integer programme is needed.
 from __future__ import annotations
 
 from moetuner.problem import Problem
-from moetuner.solver.bound import STEPS, certified, complete
-from moetuner.solver.caps import raised
-from moetuner.solver.certificate import Method
+from moetuner.solver.bounds.caps import raised
+from moetuner.solver.bounds.certificate import Method
+from moetuner.solver.bounds.pairs import STEPS, certified, complete
 from moetuner.solver.result import Candidate, Limits
 
 # On a slow core.

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.solver.clock import Clock
-from moetuner.solver.result import Candidate, Limits, Status
-from moetuner.solver.stage_1 import TOLERANCE, cluster_layers
-from moetuner.solver.stage_2 import cluster_traffic, place_clusters
+from moetuner.solver.result import Candidate, Clock, Limits, Status
+from moetuner.solver.two_stage.cluster import TOLERANCE, cluster_layers
+from moetuner.solver.two_stage.place import cluster_traffic, place_clusters
 
 __all__ = ["cluster_layers", "cluster_traffic", "place_clusters", "two_stage"]
 

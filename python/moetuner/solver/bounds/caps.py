@@ -11,8 +11,8 @@ from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import slowest_times
-from moetuner.solver.enumeration import contents_of, peaks_of
-from moetuner.solver.least import least_slowest
+from moetuner.solver.bounds.loads import least_slowest
+from moetuner.solver.exact.enumeration import contents_of, peaks_of
 
 Floats = NDArray[np.float64]
 

@@ -1,0 +1,1 @@
+"""Proven lower bounds, and certificates of them."""

@@ -1,0 +1,1 @@
+"""What the core's searches are asked; proves nothing."""
