@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from conftest import random_ids
 
-from moetuner.torch.counters import RoutingCounters
+from moetuner.torch.record.counters import RoutingCounters
 
 # The last rank has no token at all, the first more windows than the others.
 TOKENS = (35, 20, 0)

@@ -14,8 +14,7 @@ from rank_work import held, single
 
 import moetuner as mt
 from moetuner.torch import ExpertParallelMoE, GroupedExperts, MoveError, Rebalancer, swiglu
-from moetuner.torch.agreement import Agreement
-from moetuner.torch.transfer import Spares
+from moetuner.torch.parallel.migrate import Agreement, Spares
 
 LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 3, 8, 6, 5, 2
 PATIENCE = 2.0
@@ -179,7 +178,7 @@ def failing_rank(rank, how):
             message, _ = refused(model)
     elif rank == 1 and how == "solver":
         broken = ValueError("no answer")
-        with mock.patch("moetuner.torch.rebalance.solve", side_effect=broken):
+        with mock.patch("moetuner.torch.parallel.rebalance.solve", side_effect=broken):
             message, _ = refused(model)
     else:
         load = model.rebalancer._observed.total.copy()
@@ -225,7 +224,7 @@ def little_memory(rank):
     each = 2 * HIDDEN * INNER * 4
     spare = each + 1 if rank == 1 else 1 << 40
     found = []
-    with mock.patch("moetuner.torch.rebalance.spare_bytes", return_value=spare):
+    with mock.patch("moetuner.torch.parallel.rebalance.spare_bytes", return_value=spare):
         for _ in range(2):
             before = model.rebalancer.placement
             decision = model.rebalancer.step()

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from moe_models import build, prompts, torch
 
 import moetuner as mt
-from moetuner.torch import RoutingCounters, capture, moe_layers, pairs
+from moetuner.torch import RoutingCounters, moe_layers
+from moetuner.torch.record import capture
+from moetuner.torch.record import counters as counters_
 
 
 def same(a, b):
@@ -49,8 +51,8 @@ def test_same_numbers_as_the_core(data):
 @pytest.mark.parametrize("product", [0, 1000])
 def test_both_ways_to_count_pairs(product, monkeypatch):
     """Matrix products and scattered additions count alike, also in many small chunks."""
-    monkeypatch.setattr(pairs, "PRODUCT_UP_TO", {"cpu": product})
-    monkeypatch.setattr(pairs, "CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr(counters_, "PRODUCT_UP_TO", {"cpu": product})
+    monkeypatch.setattr(counters_, "CHUNK_BYTES", 1 << 12)
     ids = random_ids(300, 3, 4, 16)
     keep = np.random.default_rng(0).random(300) < 0.7
     counters = RoutingCounters(3, 16, 4, window=50)

@@ -9,7 +9,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 
 from ranks import answers, values
 
-from moetuner.torch.observed import Observed
+from moetuner.torch.parallel.rebalance import Observed
 
 
 def test_rebalancing_does_not_change_outputs():

@@ -13,19 +13,19 @@ try:
 except ImportError as error:
     raise ImportError("moetuner.torch needs PyTorch: pip install 'moetuner[torch]'") from error
 
-from moetuner.torch.agreement import MoveError
-from moetuner.torch.apply import apply_placement
-from moetuner.torch.capture import Recorder, capture
-from moetuner.torch.checkpoint import permute_state_dict
-from moetuner.torch.counters import RoutingCounters
-from moetuner.torch.expert_parallel import ExpertParallelMoE
-from moetuner.torch.experts import Experts, GroupedExperts, swiglu
-from moetuner.torch.rebalance import ComputeCost, Decision, Rebalancer
-from moetuner.torch.routers import MoELayer, moe_layers
-from moetuner.torch.traffic import TrafficCounters
+from moetuner.torch.models import MoELayer, moe_layers
+from moetuner.torch.parallel.exchange import TrafficCounters
+from moetuner.torch.parallel.experts import Experts, GroupedExperts, swiglu
+from moetuner.torch.parallel.layer import ExpertParallelMoE
+from moetuner.torch.parallel.migrate import MoveError
+from moetuner.torch.parallel.rebalance import ComputeCost, Decision, Rebalancer
+from moetuner.torch.record.capture import Recorder, capture
+from moetuner.torch.record.counters import RoutingCounters
+from moetuner.torch.reorder.checkpoint import permute_state_dict
+from moetuner.torch.reorder.model import apply_placement
 
 if TYPE_CHECKING:
-    from moetuner.torch.transformers_ep import register_placement
+    from moetuner.torch.parallel.transformers import register_placement
 
 __all__ = [
     "ComputeCost",
@@ -51,7 +51,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import what needs transformers only when it is asked for."""
     if name == "register_placement":
-        from moetuner.torch.transformers_ep import register_placement
+        from moetuner.torch.parallel.transformers import register_placement
 
         return register_placement
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,15 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moetuner.placement import Placement
-from moetuner.torch.order import (
-    Order,
-    check_groups,
-    check_ties,
-    inverse_of,
-    order_of,
-)
-from moetuner.torch.routers import MoELayer, moe_layers
-from moetuner.torch.state import dependents, held_as, renumbered
+from moetuner.torch.models import MoELayer, moe_layers
+from moetuner.torch.reorder.order import Order, check_groups, check_ties, inverse_of, order_of
+from moetuner.torch.reorder.state import dependents, held_as, renumbered
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,9 +6,11 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner.placement import EMPTY, Placement
@@ -16,12 +18,110 @@ from moetuner.problem import Problem
 from moetuner.solver import solve
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
-from moetuner.torch.agreement import Agreement, NoRoomError, fingerprint
-from moetuner.torch.expert_parallel import ExpertParallelMoE
-from moetuner.torch.migration import migrate
-from moetuner.torch.observed import Floats, Observed
-from moetuner.torch.room import spare_bytes
-from moetuner.torch.transfer import moves
+from moetuner.torch.parallel.layer import ExpertParallelMoE
+from moetuner.torch.parallel.migrate import Agreement, NoRoomError, fingerprint, migrate, moves
+
+# With fewer windows, a half would be of one kind of traffic: tokens are dealt instead.
+FEWEST_WINDOWS = 4
+
+Floats = NDArray[np.float64]
+
+
+class Observed:
+    """Tokens per layer and expert [L,E], each worth less with every observation after it.
+
+    Parameters
+    ----------
+    layers, experts
+        Sizes L and E.
+    decay
+        What a count is worth one observation later.
+    seed
+        Of how tokens are dealt; with equal counts every rank deals alike.
+
+    Attributes
+    ----------
+    total, held
+        All that was counted, and what of it is held out [L,E].
+    steps
+        Steps of the model that it was counted in.
+    """
+
+    def __init__(self, layers: int, experts: int, decay: float, seed: int) -> None:
+        self.decay = decay
+        self.total: Floats = np.zeros((layers, experts))
+        self.held: Floats = np.zeros((layers, experts))
+        self.steps = 0.0
+        self._seed, self._number = seed, 0
+
+    def add(self, windows: NDArray[np.generic], steps: float) -> None:
+        """Take windows of counts [W,L,E] of so many steps."""
+        counts = windows.astype(np.float64)
+        load: Floats = counts.sum(axis=0)
+        if len(counts) >= FEWEST_WINDOWS:
+            held = counts[1::2].sum(axis=0)
+        else:
+            random = np.random.default_rng([self._seed, self._number])
+            held = random.binomial(np.floor(load).astype(np.int64), 0.5).astype(np.float64)
+        self._number += 1
+        self.total = self.decay * self.total + load
+        self.held = self.decay * self.held + held
+        self.steps = self.decay * self.steps + steps
+
+    @property
+    def per_step(self) -> Floats:
+        """All tokens per step [L,E]."""
+        every: Floats = self.total / max(self.steps, 1e-9)
+        return every
+
+    @property
+    def learned(self) -> Floats:
+        """Counts to place by [L,E]: those that are not held out."""
+        rest: Floats = self.total - self.held
+        return rest
+
+    def like_all(self, part: Floats) -> Floats:
+        """Give tokens per step of a part of the counts [L,E], as many in a layer as there are."""
+        whole = self.per_step.sum(axis=1, keepdims=True)
+        own = part.sum(axis=1, keepdims=True)
+        scaled: Floats = part * np.divide(whole, own, out=np.zeros_like(own), where=own > 0)
+        return scaled
+
+
+# The rest is for what the model itself will ask for.
+SHARE = 0.5
+ENOUGH = 1 << 60  # where nobody can say
+
+
+def spare_bytes(device: torch.device, sharing: int = 1) -> int:
+    """Compute the bytes that buffers may take on a device, half of what is free; never fails.
+
+    Parameters
+    ----------
+    device
+        Where the buffers would be.
+    sharing
+        Processes that share a host's memory; of a GPU each is taken to have its own.
+    """
+    try:
+        free = _free_bytes(device, sharing)
+    except (OSError, RuntimeError, ValueError):
+        free = None
+    return ENOUGH if free is None else int(free * SHARE)
+
+
+def _free_bytes(device: torch.device, sharing: int) -> int | None:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch has set aside and nobody uses.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
+    if device.type == "cpu":
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 // sharing
+    return None
+
 
 # Search steps of each start: the model waits meanwhile.
 ITERATIONS = 20_000

@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moetuner._checks import IdArray, whole_number
-from moetuner.torch.batch import cache_of
-from moetuner.torch.offload import Labels, Offload
-from moetuner.torch.parts import Parts
-from moetuner.torch.routers import MoELayer, moe_layers
-from moetuner.torch.steps import Step, StepHooks
+from moetuner.torch.models import MoELayer, moe_layers
+from moetuner.torch.record.hooks import Step, StepHooks, cache_of
+from moetuner.torch.record.spool import Labels, Offload, Parts
 from moetuner.trace import RoutingTrace
 
 BUFFER_BYTES = 64 << 20
@@ -251,7 +249,7 @@ class Recorder:
         assert parts is not None  # set by __enter__
         # Groups are only kept if there are any.
         names = list(self._numbers) if set(self._numbers) - {UNNAMED} else []
-        source = "moetuner.torch.capture"
+        source = "moetuner.torch.record.capture"
         self._trace = parts.finish(path, names, self._name, source, self._expert_size)
         parts.discard()
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moetuner.torch.order import ROUTER_NAMES
+from moetuner.torch.reorder.order import ROUTER_NAMES
 
 # What a router holds per expert, experts first.
 ROWS = (

@@ -21,8 +21,8 @@ from transformers.distributed.expert_parallel import (
 
 from moetuner.evaluation.rows import Split
 from moetuner.placement import Placement
-from moetuner.torch.expert_parallel import ExpertParallelMoE
-from moetuner.torch.transfer import Spares, moves
+from moetuner.torch.parallel.layer import ExpertParallelMoE
+from moetuner.torch.parallel.migrate import Spares, moves
 
 
 def register_placement(

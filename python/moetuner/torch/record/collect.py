@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moetuner.files import LONGEST_TEXT, size_of
-from moetuner.torch.capture import UNNAMED, capture
+from moetuner.torch.record.capture import UNNAMED, capture
 from moetuner.trace import RoutingTrace
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

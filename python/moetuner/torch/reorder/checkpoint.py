@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moetuner.files import naming, read_whole, replacing, safetensors
 from moetuner.placement import Placement
-from moetuner.torch.keys import Move, plan
-from moetuner.torch.order import (
+from moetuner.torch.reorder.keys import Move, plan
+from moetuner.torch.reorder.order import (
     Order,
     check_groups,
     check_ties,
@@ -24,7 +24,7 @@ from moetuner.torch.order import (
     inverse_of,
     order_of,
 )
-from moetuner.torch.state import Held, held_as, renumbered
+from moetuner.torch.reorder.state import Held, held_as, renumbered
 
 INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.torch.order import Order
-from moetuner.torch.state import Held, dependents
+from moetuner.torch.reorder.order import Order
+from moetuner.torch.reorder.state import Held, dependents
 
 EXPERT = re.compile(
     r"(?P<head>(?P<block>.+)\.experts\.(?:local_experts\.)?)(?P<expert>\d+)(?P<tail>\..+)"

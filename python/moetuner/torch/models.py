@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from moetuner.torch.order import ROUTER_NAMES, groups_chosen
+from moetuner.torch.reorder.order import ROUTER_NAMES, groups_chosen
 
 SIZE_NAMES = ("num_experts", "n_routed_experts", "num_local_experts")
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "topk", "top_k_experts")

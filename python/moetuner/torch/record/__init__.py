@@ -1,0 +1,1 @@
+"""Recording the routing of a running model."""

@@ -1,0 +1,1 @@
+"""Experts of a model in the order of a placement."""
