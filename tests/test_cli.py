@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.cli import progress
+from moetuner.cli import output
 
 METHODS = "contiguous,lpt,joint"
 # Where the number of splits does not matter.
@@ -40,8 +40,8 @@ def table(tmp_path):
 def ok(run, monkeypatch):
     """Run a command that must succeed in silence, and give its output."""
     # On a busy machine progress may be due at any time.
-    monkeypatch.setattr(progress, "FIRST_S", 3600.0)
-    monkeypatch.setattr(progress, "INTERVAL_S", 3600.0)
+    monkeypatch.setattr(output, "FIRST_S", 3600.0)
+    monkeypatch.setattr(output, "INTERVAL_S", 3600.0)
 
     def ok(*arguments):
         status, out, err = run(*arguments)

@@ -9,7 +9,7 @@ import pytest
 
 import moetuner as mt
 from moetuner import cost
-from moetuner.cli import progress
+from moetuner.cli import output
 from moetuner.files import jsonl
 from moetuner.solver.search.ties import TIE
 
@@ -18,7 +18,7 @@ from moetuner.solver.search.ties import TIE
 def ok(run, monkeypatch):
     """Run a command that must succeed, and give its output."""
     for name in ("FIRST_S", "INTERVAL_S"):
-        monkeypatch.setattr(progress, name, 3600.0)
+        monkeypatch.setattr(output, name, 3600.0)
 
     def ok(*arguments):
         status, out, err = run(*arguments)

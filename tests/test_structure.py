@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.structure import _independent, structure
+from moetuner.report.structure import _independent, structure
 
 
 def routed(tokens, follow, seed=0):

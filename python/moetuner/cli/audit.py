@@ -8,22 +8,22 @@ from typing import Any
 
 import click
 
-from moetuner.cli import gains, options
-from moetuner.cli.inputs import Source, traffic_options
-from moetuner.cli.machine import (
+from moetuner.cli import options
+from moetuner.cli.options.machine import (
     Machine,
     cost_model_for,
     node_options,
     say_times,
     time_options,
 )
-from moetuner.cli.output import Output, number
-from moetuner.cli.progress import working
+from moetuner.cli.options.traffic import Source, traffic_options
+from moetuner.cli.output import Output, number, working
 from moetuner.cost import CostModel
 from moetuner.evaluation.auditing import Audit, Finding, audit
 from moetuner.evaluation.intervals import FEWEST, RESAMPLES, Interval
 from moetuner.files import text
 from moetuner.placement import Placement
+from moetuner.report import gains
 
 # Exit status where a group got worse by more than was allowed.
 WORSE = 3

@@ -10,9 +10,8 @@ from typing import TextIO
 import click
 
 from moetuner.cli import options
-from moetuner.cli.inputs import describe, facts
-from moetuner.cli.output import Output
-from moetuner.cli.progress import working
+from moetuner.cli.options.traffic import describe, facts
+from moetuner.cli.output import Output, working
 from moetuner.solver.result import Progress
 
 

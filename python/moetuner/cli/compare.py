@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 
-from moetuner.cli import gains, options
-from moetuner.cli.asked import Asked, problem_options, settings
-from moetuner.cli.inputs import Source, Traffic, traffic_options
-from moetuner.cli.machine import Machine, machine_options
-from moetuner.cli.outcome import Outcome, head, remarks, sentences, try_method
+from moetuner.cli import options
+from moetuner.cli.options.machine import Machine, machine_options
+from moetuner.cli.options.problem import Asked, problem_options, settings
+from moetuner.cli.options.traffic import Source, Traffic, traffic_options
 from moetuner.cli.output import Output
 from moetuner.problem import Problem
+from moetuner.report import gains
+from moetuner.report.outcome import Outcome, head, remarks, sentences, try_method
 from moetuner.solver import METHODS
 from moetuner.statistics import hold_out
 from moetuner.trace import RoutingTrace

@@ -7,9 +7,8 @@ from pathlib import Path
 import click
 
 from moetuner.cli import options
-from moetuner.cli.inputs import describe, facts
-from moetuner.cli.output import Output
-from moetuner.cli.progress import working
+from moetuner.cli.options.traffic import describe, facts
+from moetuner.cli.output import Output, working
 from moetuner.files import kind_of
 from moetuner.trace import RoutingTrace
 

@@ -10,15 +10,14 @@ from pathlib import Path
 import click
 
 from moetuner.cli import options
-from moetuner.cli.inputs import WINDOW, count, facts
-from moetuner.cli.outcome import Outcome, head, remarks, try_method
-from moetuner.cli.output import Output, percent
-from moetuner.cli.progress import working
+from moetuner.cli.options.traffic import WINDOW, count, facts
+from moetuner.cli.output import Output, percent, working
 from moetuner.files import same_file
 from moetuner.formats import eplb
 from moetuner.problem import Problem
+from moetuner.report.outcome import Outcome, head, remarks, try_method
+from moetuner.report.structure import Structure, structure
 from moetuner.statistics import hold_out
-from moetuner.structure import Structure, structure
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 

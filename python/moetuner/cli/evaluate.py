@@ -9,16 +9,15 @@ from typing import Any
 import click
 
 from moetuner.cli import options
-from moetuner.cli.inputs import Source, traffic_options
-from moetuner.cli.machine import (
+from moetuner.cli.options.machine import (
     Machine,
     cost_model_for,
     node_options,
     say_times,
     time_options,
 )
-from moetuner.cli.output import Output, number
-from moetuner.cli.progress import working
+from moetuner.cli.options.traffic import Source, traffic_options
+from moetuner.cli.output import Output, number, working
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.files import text

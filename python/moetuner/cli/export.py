@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from moetuner.cli import options
-from moetuner.cli.machine import Machine, node_options
-from moetuner.cli.moving import show_pairs
+from moetuner.cli.options.machine import Machine, node_options
+from moetuner.cli.options.moves import show_pairs
 from moetuner.cli.output import Output
 from moetuner.files import replacing
 from moetuner.formats import eplb

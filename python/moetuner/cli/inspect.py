@@ -11,10 +11,9 @@ import numpy as np
 
 from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
-from moetuner.cli.inputs import Source, input_options
-from moetuner.cli.output import Output, number, percent
-from moetuner.cli.progress import working
-from moetuner.structure import Structure, structure
+from moetuner.cli.options.traffic import Source, input_options
+from moetuner.cli.output import Output, number, percent, working
+from moetuner.report.structure import Structure, structure
 
 MOST_GROUPS = 12
 # Crossing that is within what a half of a trace differs from the other.

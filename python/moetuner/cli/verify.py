@@ -10,8 +10,8 @@ import click
 import numpy as np
 
 from moetuner.cli import options
-from moetuner.cli.inputs import Source, count, traffic_options
-from moetuner.cli.machine import Machine, machine_options
+from moetuner.cli.options.machine import Machine, machine_options
+from moetuner.cli.options.traffic import Source, count, traffic_options
 from moetuner.cli.output import Output, percent
 from moetuner.placement import Placement
 from moetuner.problem import Problem

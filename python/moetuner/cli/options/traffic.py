@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from moetuner.cli import options
-from moetuner.cli.progress import working
+from moetuner.cli.output import working
 from moetuner.files.text import name
 from moetuner.formats import read_input
 from moetuner.statistics import RoutingStatistics

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from moetuner.cli.outcome import Outcome
 from moetuner.cli.output import Output
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.verdicts import gain
 from moetuner.problem import Problem
+from moetuner.report.outcome import Outcome
 
 # What the measures are called in a sentence: "less ...".
 NAMES = {

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moetuner.cli.inputs import Traffic
-from moetuner.cli.machine import say_times
-from moetuner.cli.output import number, percent
-from moetuner.cli.progress import working
+from moetuner.cli.options.machine import say_times
+from moetuner.cli.options.traffic import Traffic
+from moetuner.cli.output import number, percent, working
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.problem import Problem
 from moetuner.problem.objective import visit_costs

@@ -10,7 +10,7 @@ import click
 
 from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
-from moetuner.cli.inputs import Traffic
+from moetuner.cli.options.traffic import Traffic
 from moetuner.cost import DEFAULT_GPU, CostModel, cost_model_of
 from moetuner.presets import GPUS, MACHINES
 from moetuner.topology import Topology

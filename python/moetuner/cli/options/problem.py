@@ -9,8 +9,8 @@ from typing import Any, TypeVar, get_args
 import click
 
 from moetuner.cli import options
-from moetuner.cli.inputs import Traffic, count
-from moetuner.cli.machine import cost_model_for, cost_model_option
+from moetuner.cli.options.machine import cost_model_for, cost_model_option
+from moetuner.cli.options.traffic import Traffic, count
 from moetuner.cost import CostModel
 from moetuner.problem import Objective, Problem, Regime
 from moetuner.statistics import RoutingStatistics

@@ -9,11 +9,10 @@ from typing import Any
 import click
 
 from moetuner.cli import options
-from moetuner.cli.outcome import worth
-from moetuner.cli.output import Output, percent
-from moetuner.cli.progress import working
+from moetuner.cli.output import Output, percent, working
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
+from moetuner.report.outcome import worth
 from moetuner.solver.pareto import pareto
 from moetuner.topology import Topology
 
