@@ -117,7 +117,8 @@ class ExpertParallelMoE(nn.Module):
     Attributes
     ----------
     traffic
-        Rows and bytes exchanged with every peer; ``moetuner.evaluation.rows.dispatch_rows`` predicts them.
+        Rows and bytes exchanged with every peer; ``moetuner.dispatch_rows``
+        predicts them.
 
     Notes
     -----
