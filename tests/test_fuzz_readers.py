@@ -67,7 +67,7 @@ def samples(tmp_path):
     counted.save(path)
     found["statistics"] = path.read_bytes()
     for per in ("token", "sequence"):
-        jsonl.write(trace, path, per=per)
+        jsonl.write(trace.contents, path, per=per)
         found[f"lines per {per}"] = path.read_bytes()
     for name, save, arrays in (
         ("npz", np.savez, {"expert_ids": ids, "num_experts": 6, "model": "m", **labels}),

@@ -20,7 +20,7 @@ def test_traces(make_trace, tmp_path, name, renamed):
     elif name.endswith("npz"):
         np.savez(path, expert_ids=trace.expert_ids)
     elif name.endswith("jsonl"):
-        jsonl.write(trace, path)
+        jsonl.write(trace.contents, path)
     else:
         trace.save(path)
     if renamed:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _checks
 from moetuner._checks import IdArray, experts_in
-from moetuner.files import kind_of, naming
+from moetuner.files import jsonl, kind_of, naming
 from moetuner.files.contents import TraceContents, read_trace, write_trace
 from moetuner.files.ids import Ids, IdsInMemory, joined
 
@@ -132,11 +132,9 @@ class RoutingTrace:
         path = Path(path)
         kind = kind_of(path)
         if kind == "jsonl":
-            # Formats are further down the flow; only this branch needs one.
-            from moetuner.files import jsonl
-
-            return jsonl.read(path, num_experts=num_experts)
-        found = read_trace(path, kind, num_experts)
+            found = jsonl.read(path, num_experts=num_experts)
+        else:
+            found = read_trace(path, kind, num_experts)
         with naming(path):
             return cls._labelled(
                 found.ids,
@@ -161,7 +159,12 @@ class RoutingTrace:
         path = Path(path)
         if path.suffix in (".npz", ".npy", ".jsonl", ".json"):
             raise ValueError(f"{path}: a trace is saved as .safetensors, got {path.suffix}")
-        contents = TraceContents(
+        write_trace(self.contents, path, source, SHARD_BYTES)
+
+    @property
+    def contents(self) -> TraceContents:
+        """What a file holds of the trace, in whatever format."""
+        return TraceContents(
             self.ids,
             self.num_experts,
             self.sequence,
@@ -170,7 +173,6 @@ class RoutingTrace:
             self.model,
             self.expert_size,
         )
-        write_trace(contents, path, source, SHARD_BYTES)
 
     @property
     def tokens(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from moetuner import _checks
 from moetuner._checks import experts_in
@@ -27,8 +27,8 @@ class TraceContents:
 
     ids: Ids
     num_experts: int
-    sequence: ArrayLike | None = None
-    group: ArrayLike | None = None
+    sequence: NDArray[Any] | None = None
+    group: NDArray[Any] | None = None
     group_names: Sequence[str] | None = None
     model: str | None = None
     expert_size: tuple[int, int] | None = None

@@ -33,13 +33,14 @@ import numpy as np
 
 from moetuner._checks import IdArray, check_sizes, expert_size, experts_in, id_type, names, valid
 from moetuner.files import naming, replacing, size_of
-from moetuner.trace import RoutingTrace
+from moetuner.files.contents import TraceContents
+from moetuner.files.ids import IdsInMemory
 
 LINE_LIMIT = 1 << 29
 GROUP_LIMIT = 1 << 15
 
 
-def read(path: str | Path, *, num_experts: int | None = None) -> RoutingTrace:
+def read(path: str | Path, *, num_experts: int | None = None) -> TraceContents:
     """Read a trace in either form.
 
     Parameters
@@ -66,11 +67,11 @@ def read(path: str | Path, *, num_experts: int | None = None) -> RoutingTrace:
                     reader.data(line)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"line {number}: {error}") from None
-        return reader.trace()
+        return reader.contents()
 
 
 def write(
-    trace: RoutingTrace, path: str | Path, *, per: Literal["token", "sequence"] = "token"
+    trace: TraceContents, path: str | Path, *, per: Literal["token", "sequence"] = "token"
 ) -> None:
     """Write a trace; the file appears whole or not at all.
 
@@ -89,7 +90,7 @@ def write(
     ValueError
         If the trace has no token, or its sequences do not fit on lines.
     """
-    if trace.tokens == 0:
+    if trace.ids.shape[0] == 0:
         raise ValueError(
             "trace must have at least one token: else JSON lines cannot say its layers"
         )
@@ -161,15 +162,15 @@ class _Reader:
         self.tokens += len(ids)
         self.lines += 1
 
-    def trace(self) -> RoutingTrace:
-        """Give the trace that the lines made."""
+    def contents(self) -> TraceContents:
+        """Return what the lines say."""
         if self.shape is None or self.experts is None:
             raise ValueError("must have at least one line with 'experts' or 'tokens', got none")
         ids = np.frombuffer(self.ids, dtype=id_type(np.dtype(np.int64), self.experts))
         grouped = "group" in self.keys
-        return RoutingTrace.from_arrays(
-            ids.reshape(self.tokens, *self.shape),
-            num_experts=self.experts,
+        return TraceContents(
+            IdsInMemory.of(ids.reshape(self.tokens, *self.shape), self.experts),
+            self.experts,
             sequence=np.frombuffer(self.sequence, dtype=np.int32) if self.sequence else None,
             group=np.frombuffer(self.group, dtype=np.int16) if grouped else None,
             group_names=tuple(self.groups),
@@ -237,23 +238,23 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, fields
 
 
-def _per_token(trace: RoutingTrace) -> Iterator[dict[str, object]]:
+def _per_token(trace: TraceContents) -> Iterator[dict[str, object]]:
     token = 0
-    for shard in trace.shards(1 << 20):
+    for shard in trace.ids.shards(1 << 20):
         for ids in shard.tolist():
             yield {"experts": ids, **_labels_of(trace, token)}
             token += 1
 
 
-def _per_sequence(trace: RoutingTrace) -> Iterator[dict[str, object]]:
+def _per_sequence(trace: TraceContents) -> Iterator[dict[str, object]]:
     sequence = trace.sequence
     if sequence is None:
         raise ValueError("trace must have sequences to write one per line")
     starts = np.flatnonzero(np.diff(sequence, prepend=sequence[0] ^ 1))
     if np.unique(sequence[starts]).size < starts.size:
         raise ValueError("each sequence's tokens must be one run to write one per line")
-    ids = trace.expert_ids
-    for first, end in pairwise([*starts.tolist(), trace.tokens]):
+    ids = trace.ids.array()
+    for first, end in pairwise([*starts.tolist(), trace.ids.shape[0]]):
         if trace.group is not None and (trace.group[first:end] != trace.group[first]).any():
             raise ValueError(
                 f"each sequence must have one group to write one per line, not {sequence[first]}"
@@ -261,10 +262,10 @@ def _per_sequence(trace: RoutingTrace) -> Iterator[dict[str, object]]:
         yield {"tokens": ids[first:end].tolist(), **_labels_of(trace, first)}
 
 
-def _labels_of(trace: RoutingTrace, token: int) -> dict[str, object]:
+def _labels_of(trace: TraceContents, token: int) -> dict[str, object]:
     labels: dict[str, object] = {}
     if trace.sequence is not None:
         labels["sequence"] = int(trace.sequence[token])
-    if trace.group is not None:
-        labels["group"] = trace.group_names[trace.group[token]]
+    if trace.group is not None and trace.group_names is not None:
+        labels["group"] = trace.group_names[int(trace.group[token])]
     return labels
