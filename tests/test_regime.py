@@ -253,8 +253,8 @@ def test_few_moves_are_spent_on_pairs():
 def test_equal_times_prefer_less_traffic(sets):
     """Where time hardly depends on the traffic, the answer still keeps what meets together."""
     counted = structured(tokens=4000, sets=sets)
-    # Reading weights takes nearly all the time, and all experts are active.
-    model = mt.CostModel(10.0, 100.0, 0.0, 1e-3, token_bytes=100.0)
+    # Reading weights takes all the time but a hair, and all experts are active.
+    model = mt.CostModel(10.0, 100.0, 0.0, 0.0, token_bytes=1e-3)
     problem = mt.Problem(counted, mt.Topology(4), cost_model=model)
     found = mt.solve(problem, "heuristic", iterations=5000)
     contiguous = mt.solve(problem, "contiguous")

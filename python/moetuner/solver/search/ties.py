@@ -18,8 +18,8 @@ from moetuner.problem import Problem, objective
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
 
-# Times within this part of the best are as good.
-TIE = 0.005
+# Times within this part of the best are as good; what sums of microseconds may be off.
+TIE, ROUNDING = 0.005, 1e-9
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def settled(problem: Problem, known: list[Known], limit: tuple[float, float]) ->
         Rank of a placement that the answer must not be behind.
     """
     best = min(known, key=lambda each: each.rank)
+    limit = (limit[0], limit[1] * (1 + ROUNDING))
     joined = problem.regime == "follow" and problem.layers > 1
     # Layers add up in the mean; excess that only some placements have does not mix.
     if not joined and problem.windows.is_mean and best.excess == 0:
