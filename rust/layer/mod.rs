@@ -1,33 +1,24 @@
 //! One layer with copies: which expert sits in which slot when slots outnumber experts, windows of load differ, and
 //! devices do too.
 //!
-//! Everything that concerns a layer alone is a *term* of its cost: [`balance`] over windows, [`linear`] costs of
-//! holding or serving an expert on a device, [`fanout`], pairs [`together`]. The search ([`search`]) knows moves, not terms; a term knows
+//! Everything that concerns a layer alone is a *term* of its cost: [`terms::balance`] over windows, linear costs of
+//! holding or serving an expert on a device, [`terms::fanout`], pairs [`terms::together`]. The search (`anneal`) knows moves, not terms; a term knows
 //! what a move changes, exactly.
 
-pub mod balance;
-mod caps;
+mod anneal;
+pub mod construct;
 mod contents;
-mod draft;
-pub mod fanout;
-mod linear;
-mod measure;
 mod moves;
-pub mod noise;
-mod place;
-mod polish;
-pub mod replicate;
-mod search;
-mod squeeze;
-pub mod together;
+pub mod terms;
+mod turns;
 
+pub use anneal::Effort;
+pub use construct::draft::Site;
 pub use contents::{Contents, EMPTY, Move};
-pub use draft::Site;
 pub use moves::{Reach, Step, descend};
-pub use place::{Links, place};
-pub use search::Effort;
+pub use turns::{Links, place};
 
-use balance::Windows;
+use terms::balance::Windows;
 
 /// How the engine's dispatcher shares an expert's tokens among its copies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,9 +54,9 @@ pub struct Layer {
     /// Cost of serving all of an expert's tokens from a device; a copy pays its share `[E, D]`; empty for none.
     pub serve: Vec<f64>,
     /// Expert sets, where visits of devices and nodes cost.
-    pub sets: Option<fanout::Sets>,
+    pub sets: Option<terms::fanout::Sets>,
     /// Co-activated pairs, where those that are apart cost.
-    pub pairs: Option<together::Pairs>,
+    pub pairs: Option<terms::together::Pairs>,
     /// Devices where an expert must not be `[E, D]`; empty for none.
     pub forbidden: Vec<bool>,
     /// Devices where an expert must have a copy `[E, D]`; empty for none.

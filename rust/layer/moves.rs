@@ -5,11 +5,12 @@
 
 use rayon::prelude::*;
 
-use super::balance::Balance;
-use super::place::{Links, prices};
-use super::search::Terms;
-use super::{Contents, EMPTY, Layer, Move, Split, linear};
-use crate::search::Control;
+use super::anneal::Terms;
+use super::terms::balance::Balance;
+use super::terms::linear;
+use super::turns::{Links, prices};
+use super::{Contents, EMPTY, Layer, Move, Split};
+use crate::control::Control;
 
 /// A step, and what is so after it.
 #[derive(Debug, Clone, Copy)]

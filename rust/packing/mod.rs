@@ -14,7 +14,7 @@ use std::ops::Add;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::least::Least;
+use crate::tournament::Tournament;
 use bounds::Bounds;
 use exchange::Search;
 
@@ -176,10 +176,10 @@ fn longest_first(load: &[u64], order: &[usize], clusters: usize, room: Room) -> 
     let total: u128 = load.iter().map(|&load| u128::from(load)).sum();
     // A cluster's key is its load, and its index in the lowest bits.
     if total < SHORT {
-        let open = Least::new((0..clusters).map(|c| c as u64), u64::MAX);
+        let open = Tournament::new((0..clusters).map(|c| c as u64), u64::MAX);
         fill(order, clusters, room, open, |e| load[e] << u16::BITS, |key| key as u16)
     } else {
-        let open = Least::new((0..clusters).map(|c| c as u128), u128::MAX);
+        let open = Tournament::new((0..clusters).map(|c| c as u128), u128::MAX);
         fill(order, clusters, room, open, |e| u128::from(load[e]) << u16::BITS, |key| key as u16)
     }
 }
@@ -189,7 +189,7 @@ fn fill<K: Ord + Copy + Add<Output = K>>(
     order: &[usize],
     clusters: usize,
     room: Room,
-    mut open: Least<K>,
+    mut open: Tournament<K>,
     weight: impl Fn(usize) -> K,
     index: impl Fn(K) -> u16,
 ) -> Vec<u16> {

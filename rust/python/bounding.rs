@@ -8,7 +8,7 @@ use numpy::{
 use pyo3::prelude::*;
 
 use super::{contiguous, deadline, detached, watched};
-use crate::search::Control;
+use crate::control::Control;
 
 /// A certificate's lambda, columns, multipliers of the cuts, cuts, choices, and contents, as flat arrays.
 type CertificateArrays<'py> = (

@@ -9,10 +9,10 @@ use pyo3::prelude::*;
 use rayon::prelude::*;
 
 use super::{alone, array2, array3, caught, contiguous, detached};
+use crate::counting::sets::Sets;
+use crate::counting::{Counter, Tables};
 use crate::error::{Error, room_for};
 use crate::replay::{Copies, Split};
-use crate::sets::Sets;
-use crate::statistics::{Counter, Tables};
 use crate::trace::Routing;
 
 /// Expert ids as numpy hands them over.

@@ -4,11 +4,11 @@
 #![allow(clippy::needless_pass_by_value, clippy::struct_field_names)]
 
 mod bounding;
+mod chain;
 mod counting;
-mod layers;
+mod layer;
 mod packing;
 mod pools;
-mod solving;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
@@ -21,8 +21,8 @@ use numpy::{IntoPyArray, PyArray2, PyArray3, PyReadonlyArray3};
 use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
+use crate::control::Control;
 use crate::error::Error;
-use crate::search::Control;
 use pools::with_pool;
 
 impl From<Error> for PyErr {
@@ -174,15 +174,15 @@ mod _core {
     #[pymodule_export]
     use super::bounding::{bound, verify_bound};
     #[pymodule_export]
+    use super::chain::{exact_chain, search, separate};
+    #[pymodule_export]
     use super::counting::{Replay, StatisticsCounter, merge_sets, validate};
     #[pymodule_export]
-    use super::layers::{Layers, replicate_experts};
+    use super::layer::{Layers, replicate_experts};
     #[pymodule_export]
     use super::packing::{cluster, lpt, place_clusters, smallest_peaks};
     #[pymodule_export]
     use super::pools::forget_pools;
-    #[pymodule_export]
-    use super::solving::{exact_chain, search, separate};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

@@ -7,9 +7,9 @@ use pyo3::prelude::*;
 use rayon::prelude::*;
 
 use super::{alone, array2, array3, contiguous, detached};
-use crate::bottleneck::{Chain, Way};
 use crate::error::Error;
 use crate::packing::{Goal, Improve, Room, smallest_peak};
+use crate::two_stage::{Chain, Way};
 
 /// Peak and its bound, deviation times clusters and its bound: one row per layer.
 type Balance = Vec<(u128, u128, u128, u128)>;

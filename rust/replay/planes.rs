@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::Copies;
-use crate::pairs::{MOST_UNITS, NO_UNIT, Side, Units};
+use crate::counting::pairs::{MOST_UNITS, NO_UNIT, Side, Units};
 use crate::trace::{ExpertId, Routing};
 
 /// Rows at the most: for more, counting pairs of slots is as fast or faster (measured: bench/RESULTS.md, Replay).

@@ -2,7 +2,7 @@
 
 /// A tournament: every number plays its neighbour, and the lesser one goes on.
 #[derive(Debug)]
-pub(crate) struct Least<K> {
+pub(crate) struct Tournament<K> {
     /// The winner at 1, those who play for place `i` at `2 * i` and `2 * i + 1`.
     places: Vec<K>,
     /// Where the numbers themselves begin.
@@ -10,7 +10,7 @@ pub(crate) struct Least<K> {
     none: K,
 }
 
-impl<K: Ord + Copy> Least<K> {
+impl<K: Ord + Copy> Tournament<K> {
     /// Takes numbers; `none` is no less than any, and where a number is missing.
     pub(crate) fn new(numbers: impl ExactSizeIterator<Item = K>, none: K) -> Self {
         let first = numbers.len().next_power_of_two();
@@ -57,7 +57,7 @@ mod tests {
             changes in prop::collection::vec((0usize..20, 0u8..60), 0..40),
         ) {
             let mut numbers = numbers;
-            let mut least = Least::new(numbers.iter().copied(), u8::MAX);
+            let mut least = Tournament::new(numbers.iter().copied(), u8::MAX);
             prop_assert_eq!(Some(least.get()), numbers.iter().copied().min());
             for (at, number) in changes {
                 let at = at % numbers.len();

@@ -4,19 +4,22 @@
 //! and ties go to the start with the lower number.
 
 mod anneal;
+pub mod instance;
+pub mod partitions;
+pub mod recombine;
 mod state;
 
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
-use crate::chain::recombine;
+use crate::control::Control;
 use crate::error::Result;
-use crate::instance::Instance;
 use crate::packing::{Goal, Improve, Room, pack};
 use crate::random::Random;
 use anneal::{Length, Schedule, anneal};
+use instance::Instance;
+use recombine::recombine;
 use state::State;
 
 /// How much to search.
@@ -28,55 +31,6 @@ pub struct Options {
     pub trials: Option<u64>,
     /// Seconds for everything. The answer then depends on the machine.
     pub time_limit: Option<Duration>,
-}
-
-/// How a search is watched and stopped from another thread.
-#[derive(Debug)]
-pub struct Control {
-    /// Set to stop: the best placement so far is the answer.
-    pub stop: AtomicBool,
-    /// Trials made.
-    pub trials: AtomicU64,
-    /// Cost of the best finished placement, in the instance's counts; `i64::MAX` before the first.
-    pub best: AtomicI64,
-    deadline: Option<Instant>,
-}
-
-impl Control {
-    /// A search that stops at `deadline` at the latest.
-    #[must_use]
-    pub fn new(deadline: Option<Instant>) -> Self {
-        Self {
-            stop: AtomicBool::new(false),
-            trials: AtomicU64::new(0),
-            best: AtomicI64::new(i64::MAX),
-            deadline,
-        }
-    }
-
-    /// When the work is to end at the latest.
-    #[must_use]
-    pub fn deadline(&self) -> Option<Instant> {
-        self.deadline
-    }
-
-    pub(crate) fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed) || self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
-    }
-
-    /// Whether there is time for something that takes so many seconds; always where time is not limited.
-    fn leaves(&self, seconds: f64) -> bool {
-        let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        left.is_none_or(|left| left.as_secs_f64() > seconds) && !self.stop.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn count(&self, trials: u64) {
-        self.trials.fetch_add(trials, Ordering::Relaxed);
-    }
-
-    fn found(&self, cost: i64) {
-        self.best.fetch_min(cost, Ordering::Relaxed);
-    }
 }
 
 /// A placement, and what it is compared by: tokens above caps, then its cost.
@@ -278,7 +232,7 @@ impl Effort {
                 let per_trial = seconds_per_trial(instance, balanced);
                 // Some of it is gone: packing comes first.
                 let left =
-                    control.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+                    control.deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()));
                 let limit = left.unwrap_or(limit).as_secs_f64();
                 // A run is worth this long; where the time does not suffice for many, few take what there is.
                 let whole = (places * 5000).clamp(400_000, 32_000_000) as f64 * per_trial;
@@ -339,7 +293,7 @@ fn seconds_per_trial(instance: &Instance, balanced: &[u16]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::instance::Sizes;
+    use crate::chain::instance::Sizes;
     use proptest::prelude::*;
 
     /// Layers in which every device has exactly the mean load, and no token leaves its device.

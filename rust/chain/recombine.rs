@@ -8,8 +8,8 @@
 
 use rayon::prelude::*;
 
-use crate::instance::Instance;
-use crate::partitions::Tiers;
+use crate::chain::instance::Instance;
+use crate::chain::partitions::Tiers;
 
 /// The best placement `[L, P]` (expert in every slot) whose layers all come from `pool`, itself placements.
 ///
@@ -158,9 +158,9 @@ impl Flows {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::instance::Sizes;
+    use crate::chain::cost_of;
+    use crate::chain::instance::Sizes;
     use crate::random::Random;
-    use crate::search::cost_of;
     use proptest::prelude::*;
 
     proptest! {

@@ -2,10 +2,10 @@
 
 use rayon::prelude::*;
 
-use super::search::{Effort, HOT, WARM, search};
+use super::anneal::{Effort, HOT, WARM, search};
 use super::{Contents, Layer};
+use crate::control::Control;
 use crate::random::Random;
-use crate::search::Control;
 
 /// What joins neighbouring layers.
 #[derive(Debug, Clone, Copy)]

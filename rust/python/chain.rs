@@ -10,10 +10,11 @@ use numpy::{
 use pyo3::prelude::*;
 
 use super::{array2, array3, caught, contiguous, deadline, detached, slice, watched};
+use crate::chain::instance::{Instance, Sizes};
+use crate::chain::{Options, balanced, search as run_search};
 use crate::colocation::Layout;
+use crate::control::Control;
 use crate::error::Error;
-use crate::instance::{Instance, Sizes};
-use crate::search::{Control, Options, balanced, search as run_search};
 
 /// The problem of placing experts, from arrays: load [L,E], cap [L,D], cost [D,D], transitions and co-activation.
 fn instance_of(
@@ -92,11 +93,11 @@ pub(super) fn exact_chain<'py>(
 ) -> PyResult<Option<Optimal<'py>>> {
     let pairs = [transitions.as_ref(), coactivation.as_ref()];
     let sizes = sizes_of(&load, &cost, slots_per_device);
-    if crate::partitions::are_too_many(sizes) {
+    if crate::chain::partitions::are_too_many(sizes) {
         return Ok(None);
     }
     let instance = instance_of(&load, &cap, &cost, slots_per_device, pairs)?;
-    let found = detached(py, threads, || crate::partitions::optimum(&instance, work))?;
+    let found = detached(py, threads, || crate::chain::partitions::optimum(&instance, work))?;
     let Some(found) = found else { return Ok(None) };
     let shape = (sizes.layers, sizes.devices, slots_per_device);
     let slots = array3(py, shape, sizes.unfill(&found.expert_in))?;

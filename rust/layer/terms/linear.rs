@@ -2,7 +2,7 @@
 //!
 //! Moved bytes are a cost of holding; traffic from neighbouring layers whose placement stands is a cost of serving.
 
-use super::{Contents, Layer, Move};
+use crate::layer::{Contents, Layer, Move};
 
 /// What a move would add.
 pub(crate) fn change(layer: &Layer, contents: &Contents, step: Move) -> f64 {

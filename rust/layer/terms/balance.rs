@@ -6,20 +6,20 @@
 
 use super::measure::{Measure, Peak};
 use super::noise::{self, Noise};
-use super::{Contents, EMPTY, Layer, Move, Split};
+use crate::layer::{Contents, EMPTY, Layer, Move, Split};
 
 /// Vectors are whole.
-pub(super) const LANES: usize = 16;
-pub(super) const LARGEST_TOTAL: f64 = (1 << 22) as f64;
+pub(in crate::layer) const LANES: usize = 16;
+pub(in crate::layer) const LARGEST_TOTAL: f64 = (1 << 22) as f64;
 
 /// Loads of experts in windows, weighted and scaled.
 #[derive(Debug, Clone)]
 pub struct Windows {
-    pub(super) count: usize,
+    pub(in crate::layer) count: usize,
     /// Windows, rounded up to full vectors.
-    pub(super) width: usize,
+    pub(in crate::layer) width: usize,
     /// Length of a row: `width`, and as much again for variances where there is noise.
-    pub(super) row: usize,
+    pub(in crate::layer) row: usize,
     /// `[E + 1, row]`, whole numbers: loads, then own variances; the last row is that of an empty slot.
     values: Vec<f32>,
     experts: usize,
@@ -28,9 +28,9 @@ pub struct Windows {
     /// Order of the norm over devices that stands for the maximum: 2, 4, 8, 16, or 0 for the maximum itself.
     pub norm: u32,
     /// A unit of own variance, in squares of a window's load `[width]`; empty where there is no noise.
-    pub(super) own_unit: Vec<f64>,
+    pub(in crate::layer) own_unit: Vec<f64>,
     /// What a norm counts a window by `[width]`; one, unless there is a mixed window.
-    pub(super) emphasis: Vec<f64>,
+    pub(in crate::layer) emphasis: Vec<f64>,
 }
 
 impl Windows {
@@ -88,12 +88,12 @@ impl Windows {
     }
 
     /// Loads of an expert in all windows and its variances; none where a slot is empty.
-    pub(super) fn of(&self, expert: u16) -> (&[f32], &[f32]) {
+    pub(in crate::layer) fn of(&self, expert: u16) -> (&[f32], &[f32]) {
         self.values[usize::from(expert).min(self.experts) * self.row..][..self.row].split_at(self.width)
     }
 
     /// Adds `sign` times a part of an expert's load to a device's row, and the square of that part of its variance.
-    pub(super) fn add(&self, to: &mut [f32], expert: u16, part: f32, sign: f32) {
+    pub(in crate::layer) fn add(&self, to: &mut [f32], expert: u16, part: f32, sign: f32) {
         let (load, own) = self.of(expert);
         let (loads, variances) = to.split_at_mut(self.width);
         add(loads, load, part, sign);
@@ -112,7 +112,7 @@ impl Windows {
     }
 
     /// Whether balance costs nothing.
-    pub(super) fn is_weightless(&self) -> bool {
+    pub(in crate::layer) fn is_weightless(&self) -> bool {
         self.values.iter().all(|&value| value == 0.0)
     }
 }
@@ -171,7 +171,7 @@ impl Balance {
     }
 
     /// The slowest devices, where they alone are what a window costs.
-    pub(super) fn peak(&self) -> Option<&Peak> {
+    pub(in crate::layer) fn peak(&self) -> Option<&Peak> {
         match &self.measure {
             Measure::Peak(peak) => Some(peak),
             Measure::Norm(_) => None,
@@ -297,7 +297,7 @@ fn replace(to: &mut [f32], load: &[f32], leaves: &[f32], enters: &[f32], parts: 
 
 /// Sum in an order of additions that no instruction set changes; exact, as values are whole.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-pub(super) fn sum(values: &[f32]) -> f64 {
+pub(in crate::layer) fn sum(values: &[f32]) -> f64 {
     let mut sums = [0.0f64; LANES];
     for chunk in values.chunks_exact(LANES) {
         for lane in 0..LANES {
@@ -309,7 +309,7 @@ pub(super) fn sum(values: &[f32]) -> f64 {
 
 /// Sum of lanes, halves added to halves: the processor need not wait for one addition after the other.
 #[inline(always)]
-pub(super) fn total(lanes: [f64; LANES]) -> f64 {
+pub(in crate::layer) fn total(lanes: [f64; LANES]) -> f64 {
     let eight: [f64; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
     let four: [f64; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
     (four[0] + four[2]) + (four[1] + four[3])

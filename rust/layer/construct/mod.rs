@@ -5,15 +5,19 @@
 //! second copies on one device, which serve nobody. It is the call that engines make while they serve, so it takes
 //! microseconds.
 
+pub(super) mod draft;
+mod polish;
+mod squeeze;
+
 use std::collections::BinaryHeap;
 use std::collections::binary_heap::PeekMut;
 
-use super::draft::{Draft, Site};
-use super::polish::polish;
-use super::squeeze::squeeze;
-use super::{EMPTY, Layer};
 use crate::error::{Error, Result, SLOTS, room_for};
-use crate::least::Least;
+use crate::layer::{EMPTY, Layer};
+use crate::tournament::Tournament;
+use draft::{Draft, Site};
+use polish::polish;
+use squeeze::squeeze;
 
 /// An expert for which the rules leave no slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -169,7 +173,7 @@ fn copies(draft: &Draft<'_>) -> std::result::Result<(Vec<Item>, Vec<u32>), NoSlo
 }
 
 /// Slots that are filled, from the first on `[D]`, and devices with room by when they are done with what they have.
-fn open(draft: &Draft<'_>) -> (Vec<usize>, Least<u64>) {
+fn open(draft: &Draft<'_>) -> (Vec<usize>, Tournament<u64>) {
     let filled = |g| draft.slots(g).take_while(|&slot| draft.expert_in[slot] != EMPTY).count();
     let used: Vec<usize> = (0..draft.site.room.len()).map(filled).collect();
     let times = draft.measure().0;
@@ -177,7 +181,7 @@ fn open(draft: &Draft<'_>) -> (Vec<usize>, Least<u64>) {
     let key = |g: usize| {
         if used[g] < draft.site.room[g] { done(times[g] + LEAST * draft.site.time[g], g) } else { u64::MAX }
     };
-    let open = Least::new((0..used.len()).map(key), u64::MAX);
+    let open = Tournament::new((0..used.len()).map(key), u64::MAX);
     (used, open)
 }
 

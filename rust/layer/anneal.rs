@@ -1,12 +1,13 @@
 //! Annealing of one layer by swaps and, where slots are to spare, by other copies.
 
-use super::balance::Balance;
-use super::caps::Caps;
-use super::fanout::{self, Fanout};
-use super::together::Together;
-use super::{Contents, EMPTY, Layer, Move, linear};
+use super::terms::balance::Balance;
+use super::terms::caps::Caps;
+use super::terms::fanout::{self, Fanout};
+use super::terms::linear;
+use super::terms::together::Together;
+use super::{Contents, EMPTY, Layer, Move};
+use crate::control::Control;
 use crate::random::{Random, scale};
-use crate::search::Control;
 
 /// How much to search.
 #[derive(Debug, Clone, Copy)]
@@ -207,10 +208,10 @@ fn accepts(change: f64, temperature: f64, bits: u64) -> bool {
 mod tests {
     use super::*;
     use crate::layer::Split;
-    use crate::layer::balance::Windows;
-    use crate::layer::noise::Noise;
-    use crate::layer::replicate::{QUICK, replicate};
-    use crate::layer::together::Pairs;
+    use crate::layer::construct::{QUICK, replicate};
+    use crate::layer::terms::balance::Windows;
+    use crate::layer::terms::noise::Noise;
+    use crate::layer::terms::together::Pairs;
     use proptest::prelude::*;
 
     fn layer(random: &mut Random, experts: usize, devices: usize, norm: u32, nearest: bool) -> Layer {

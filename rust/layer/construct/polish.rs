@@ -1,7 +1,7 @@
 //! Lowers the longest device time of a layer, step by step, until no step does.
 
-use super::EMPTY;
 use super::draft::Draft;
+use crate::layer::EMPTY;
 
 /// The longest time is not lowered further when it is this close to the mean, as a share of it.
 const CLOSE: f64 = 1.0 / 4096.0;
@@ -13,7 +13,7 @@ const RESCUE: usize = 24;
 const GAIN: f64 = 1e-12;
 
 /// Tries `trials` pairs of devices, for steps that lower the time of the slowest and lift no other to it.
-pub(super) fn polish(draft: &mut Draft<'_>, trials: usize) {
+pub(in crate::layer) fn polish(draft: &mut Draft<'_>, trials: usize) {
     if trials == 0 {
         return;
     }

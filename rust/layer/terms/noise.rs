@@ -20,7 +20,7 @@ pub struct Noise {
 
 /// Own variances of experts in windows `[W, E]`, in squares of a window's load, of weighted loads `[W, E]` and every
 /// window's part of all tokens `[W]`.
-pub(super) fn variances(load: &[f64], part: &[f64], experts: usize, noise: Noise) -> Vec<f64> {
+pub(in crate::layer) fn variances(load: &[f64], part: &[f64], experts: usize, noise: Noise) -> Vec<f64> {
     let totals: Vec<f64> = load.chunks_exact(experts).map(|row| row.iter().sum()).collect();
     let share = |w: usize, e: usize| if totals[w] > 0.0 { load[w * experts + e] / totals[w] } else { 0.0 };
     let repeated: f64 = part.iter().map(|part| part * part).sum();
@@ -48,7 +48,7 @@ pub(super) fn variances(load: &[f64], part: &[f64], experts: usize, noise: Noise
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layer::balance::{Balance, Windows};
+    use crate::layer::terms::balance::{Balance, Windows};
     use crate::layer::{Contents, EMPTY, Layer};
     use proptest::prelude::*;
 

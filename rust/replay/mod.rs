@@ -8,10 +8,10 @@ mod planes;
 use planes::Planes;
 use rayon::prelude::*;
 
+use crate::counting::pairs::{SHORT_BLOCK, Side, block};
+use crate::counting::{Windows, by_layers, by_window};
 use crate::error::{Error, Result, SLOTS, room_for};
-use crate::pairs::{SHORT_BLOCK, Side, block};
 use crate::random::{mixed, scale};
-use crate::statistics::{Windows, by_layers, by_window};
 use crate::trace::{ExpertId, Routing, validate};
 
 /// Which copy of an expert serves a token.

@@ -2,14 +2,14 @@
 
 use std::collections::VecDeque;
 
-use super::EMPTY;
 use super::draft::Draft;
+use crate::layer::EMPTY;
 
 /// Finds an expert its first slot, or says that the rules leave none.
 ///
 /// Others move only to where they may be, and only copies that are not their expert's last are given up; so where this
 /// fails, the devices that it looked at are full of experts that may be nowhere else.
-pub(super) fn squeeze(draft: &mut Draft<'_>, expert: u16) -> bool {
+pub(in crate::layer) fn squeeze(draft: &mut Draft<'_>, expert: u16) -> bool {
     let d = draft.site.room.len();
     // The slot whose expert would move to a device, with its own device; none for where `expert` itself would go.
     let mut mover: Vec<Option<(usize, usize)>> = vec![None; d];

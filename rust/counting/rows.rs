@@ -1,6 +1,6 @@
 //! Rows of small counters, added whole.
 
-use super::Line;
+use super::pairs::Line;
 use crate::trace::ExpertId;
 
 /// Columns of the table that are counted together: with 256 rows they stay in the first-level cache.

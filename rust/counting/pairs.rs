@@ -13,16 +13,12 @@
 //!
 //! Small counters overflow, so they are added to wider ones before they can.
 
-mod bits;
-mod lists;
-mod rows;
-mod transpose;
-
 pub use bits::{IDS as MOST_UNITS, NONE as NO_UNIT, Units};
 
 use std::ops::Range;
 
-use self::lists::Lists;
+use super::lists::{self, Lists};
+use super::{bits, rows};
 use crate::trace::ExpertId;
 
 /// Values on cache lines of their own: vectors that straddle two lines take twice as long.

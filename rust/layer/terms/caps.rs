@@ -1,6 +1,6 @@
 //! The cap on a device's load over all windows: not a cost but a rule.
 
-use super::{Contents, EMPTY, Layer, Move};
+use crate::layer::{Contents, EMPTY, Layer, Move};
 
 /// Loads of devices over all windows `[D]`, in time of the slowest.
 #[derive(Debug, Clone)]

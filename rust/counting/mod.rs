@@ -3,14 +3,21 @@
 //! All are plain counts, so they add up: the result does not depend on how a trace was cut into shards
 //! or on the number of threads. Work is split by layer; each layer's tables have one writer.
 
+mod bits;
+mod lists;
+pub mod pairs;
+mod rows;
+pub mod sets;
+mod transpose;
+
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use crate::error::{Result, room_for};
-use crate::pairs::{SHORT_BLOCK, Side, block};
-use crate::sets::Sets;
 use crate::trace::{ExpertId, Routing, validate};
+use pairs::{SHORT_BLOCK, Side, block};
+use sets::Sets;
 
 /// Where pairs are added up, by the caller's leave: the tables are large, and whose memory they are is his choice.
 #[derive(Debug, Default)]

@@ -1,6 +1,6 @@
 //! The slots of a layer while they are being filled, light enough to fill one in microseconds.
 
-use super::{EMPTY, Layer};
+use crate::layer::{EMPTY, Layer};
 
 /// Where experts may go.
 #[derive(Debug, Clone, Copy)]
@@ -19,35 +19,35 @@ pub struct Site<'a> {
 
 impl Site<'_> {
     /// Whether an expert must not be on a device.
-    pub(super) fn forbids(&self, expert: u16, device: usize) -> bool {
+    pub(in crate::layer) fn forbids(&self, expert: u16, device: usize) -> bool {
         !self.forbidden.is_empty() && self.forbidden[usize::from(expert) * self.room.len() + device]
     }
 
     /// Whether an expert's copy must stay on a device.
-    pub(super) fn pins(&self, expert: u16, device: usize) -> bool {
+    pub(in crate::layer) fn pins(&self, expert: u16, device: usize) -> bool {
         !self.pinned.is_empty() && self.pinned[usize::from(expert) * self.room.len() + device]
     }
 }
 
 /// The expert of every slot, and what follows from it.
 #[derive(Debug)]
-pub(super) struct Draft<'a> {
-    pub(super) site: Site<'a>,
+pub(in crate::layer) struct Draft<'a> {
+    pub(in crate::layer) site: Site<'a>,
     /// Tokens of every expert `[E]`.
-    pub(super) load: &'a [f64],
+    pub(in crate::layer) load: &'a [f64],
     /// First slot of every device, and the number of slots `[D + 1]`.
     first: Vec<usize>,
     /// Expert of every slot `[P]`.
-    pub(super) expert_in: Vec<u16>,
+    pub(in crate::layer) expert_in: Vec<u16>,
     /// Copies of every expert `[E]`.
-    pub(super) copies: Vec<u32>,
+    pub(in crate::layer) copies: Vec<u32>,
     /// Devices of every expert, a bit each `[E, words]`.
     holds: Vec<u64>,
     words: usize,
 }
 
 impl<'a> Draft<'a> {
-    pub(super) fn new(site: Site<'a>, load: &'a [f64]) -> Self {
+    pub(in crate::layer) fn new(site: Site<'a>, load: &'a [f64]) -> Self {
         let mut first = Vec::with_capacity(site.room.len() + 1);
         let mut slots = 0;
         for &room in site.room {
@@ -68,26 +68,26 @@ impl<'a> Draft<'a> {
     }
 
     /// Slots of a device.
-    pub(super) fn slots(&self, device: usize) -> std::ops::Range<usize> {
+    pub(in crate::layer) fn slots(&self, device: usize) -> std::ops::Range<usize> {
         self.first[device]..self.first[device + 1]
     }
 
-    pub(super) fn holds(&self, expert: u16, device: usize) -> bool {
+    pub(in crate::layer) fn holds(&self, expert: u16, device: usize) -> bool {
         self.holds[usize::from(expert) * self.words + device / 64] >> (device % 64) & 1 == 1
     }
 
     /// Whether a device may take a copy of an expert, room aside.
-    pub(super) fn takes(&self, expert: u16, device: usize) -> bool {
+    pub(in crate::layer) fn takes(&self, expert: u16, device: usize) -> bool {
         !self.holds(expert, device) && !self.site.forbids(expert, device)
     }
 
     /// Whether a slot's content, an expert or nothing, may leave it.
-    pub(super) fn releases(&self, slot: usize, device: usize) -> bool {
+    pub(in crate::layer) fn releases(&self, slot: usize, device: usize) -> bool {
         self.expert_in[slot] == EMPTY || !self.site.pins(self.expert_in[slot], device)
     }
 
     /// What each copy of an expert gets; nothing where there is no expert.
-    pub(super) fn share(&self, expert: u16) -> f64 {
+    pub(in crate::layer) fn share(&self, expert: u16) -> f64 {
         if expert == EMPTY {
             0.0
         } else {
@@ -96,7 +96,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Devices that hold an expert, rising.
-    pub(super) fn devices(&self, expert: u16) -> impl Iterator<Item = usize> + '_ {
+    pub(in crate::layer) fn devices(&self, expert: u16) -> impl Iterator<Item = usize> + '_ {
         let words = &self.holds[usize::from(expert) * self.words..][..self.words];
         words.iter().enumerate().flat_map(|(at, &word)| {
             let rest = |&word: &u64| Some(word & (word - 1)).filter(|&word| word != 0);
@@ -106,7 +106,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Replaces what a slot holds, by an expert or by nothing.
-    pub(super) fn put(&mut self, slot: usize, device: usize, expert: u16) {
+    pub(in crate::layer) fn put(&mut self, slot: usize, device: usize, expert: u16) {
         let bit = 1 << (device % 64);
         let old = std::mem::replace(&mut self.expert_in[slot], expert);
         if old != EMPTY {
@@ -120,7 +120,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Time of every device `[D]` and load in every slot `[P]`.
-    pub(super) fn measure(&self) -> (Vec<f64>, Vec<f64>) {
+    pub(in crate::layer) fn measure(&self) -> (Vec<f64>, Vec<f64>) {
         let load_in: Vec<f64> = self.expert_in.iter().map(|&e| self.share(e)).collect();
         let time = |g: usize| load_in[self.slots(g)].iter().sum::<f64>() * self.site.time[g];
         ((0..self.site.room.len()).map(time).collect(), load_in)
@@ -129,7 +129,7 @@ impl<'a> Draft<'a> {
 
 impl Layer {
     /// Where this layer's experts may go, given the devices' times in the precision that sums need.
-    pub(super) fn site<'a>(&'a self, time: &'a [f64], copies: bool) -> Site<'a> {
+    pub(in crate::layer) fn site<'a>(&'a self, time: &'a [f64], copies: bool) -> Site<'a> {
         Site { room: &self.room, time, forbidden: &self.forbidden, pinned: &self.pinned, copies }
     }
 }

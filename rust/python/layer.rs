@@ -6,14 +6,14 @@ use numpy::{
 use pyo3::prelude::*;
 
 use super::{alone, array2, array3, caught, contiguous, deadline, detached, slice, watched};
+use crate::control::Control;
 use crate::error::{Error, SLOTS, room_for};
-use crate::layer::balance::Windows;
-use crate::layer::fanout;
-use crate::layer::noise::Noise;
-use crate::layer::replicate::{NoSlot, QUICK, fill_layers, replicate};
-use crate::layer::together::Pairs;
+use crate::layer::construct::{NoSlot, QUICK, fill_layers, replicate};
+use crate::layer::terms::balance::Windows;
+use crate::layer::terms::fanout;
+use crate::layer::terms::noise::Noise;
+use crate::layer::terms::together::Pairs;
 use crate::layer::{Contents, EMPTY, Effort, Layer, Links, Move, Reach, Site, descend, place};
-use crate::search::Control;
 
 /// Contents of every layer, from slots [L,D,S] with -1 for an empty one and the slots of every device [L,D].
 fn contents_of(layers: &[Layer], slots: &[i32], per_device: usize) -> Vec<Contents> {

@@ -1,6 +1,6 @@
 //! A placement under search, with the tables that make a move cheap to judge and to make.
 
-use crate::instance::{Instance, Sizes};
+use crate::chain::instance::{Instance, Sizes};
 
 /// Who sits where, and what every expert would cost on every device.
 #[derive(Debug, Clone)]
@@ -323,7 +323,7 @@ fn subtract(to: &mut [i32], a: &[i32], b: &[i32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::instance::Sizes;
+    use crate::chain::instance::Sizes;
     use crate::random::Random;
     use proptest::prelude::*;
 

@@ -3,8 +3,8 @@
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
-use super::Control;
 use super::state::State;
+use crate::control::Control;
 use crate::random::{Random, scale};
 
 /// A cooling schedule, with temperatures in units of the mean pair cost.

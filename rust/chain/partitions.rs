@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use crate::assignment::assign_max;
-use crate::instance::{Instance, Sizes};
+use crate::chain::instance::{Instance, Sizes};
 
 /// Partitions of a layer, at the most.
 const LARGEST: usize = 20_000;
@@ -412,8 +412,8 @@ fn labelled(instance: &Instance, tiers: Tiers, groups: &Groups, chosen: &[usize]
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::chain::cost_of;
     use crate::random::Random;
-    use crate::search::cost_of;
     use proptest::prelude::*;
 
     fn instance(sizes: Sizes, seed: u64, tiers: (usize, i64, i64), together: bool) -> Instance {

@@ -4,7 +4,7 @@
 //! its copies on one device say, copies being chosen independently. Every device knows each expert's *affinity*, the
 //! pairs that it has with what is there; so a move is judged by a few numbers, and followed by adding rows.
 
-use super::{Contents, Layer, Move};
+use crate::layer::{Contents, Layer, Move};
 
 /// Co-activated pairs of a layer and what one costs that is apart.
 #[derive(Debug, Clone)]
@@ -93,8 +93,8 @@ impl Together {
 fn share(layer: &Layer, devices: &[u16], device: u16) -> f64 {
     // In double precision where it can be: the parts of an even split then add up to one.
     match layer.split {
-        super::Split::Even => 1.0 / devices.len() as f64,
-        super::Split::Nearest => f64::from(layer.share(devices, device)),
+        crate::layer::Split::Even => 1.0 / devices.len() as f64,
+        crate::layer::Split::Nearest => f64::from(layer.share(devices, device)),
     }
 }
 
@@ -124,7 +124,7 @@ fn changes(layer: &Layer, contents: &Contents, step: Move) -> Vec<Change> {
 mod tests {
     use super::*;
     use crate::layer::Split;
-    use crate::layer::balance::Windows;
+    use crate::layer::terms::balance::Windows;
     use crate::random::Random;
     use proptest::prelude::*;
 
@@ -170,7 +170,7 @@ mod tests {
             let pairs = Pairs { counts, cost: 3.0 };
             let slots = layer.slots();
             let mut expert_in: Vec<u16> = (0..experts as u16).collect();
-            expert_in.resize(slots, super::super::EMPTY);
+            expert_in.resize(slots, crate::layer::EMPTY);
             random.shuffle(&mut expert_in);
             let mut contents = Contents::new(&layer, expert_in);
             let mut together = Together::new(&layer, &pairs, &contents);

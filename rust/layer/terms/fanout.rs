@@ -9,7 +9,7 @@
 //! of each of its experts, in the order of devices: this gives the expected fanout of an even split, and comes close for
 //! others.
 
-use super::{Contents, EMPTY, Layer, Move};
+use crate::layer::{Contents, EMPTY, Layer, Move};
 
 /// Bits in a word.
 const WORD: usize = 64;
@@ -277,7 +277,7 @@ fn ones<const N: usize>(mask: &[u64], rows: [&[u64]; N]) -> u64 {
 #[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
-    use crate::layer::balance::Windows;
+    use crate::layer::terms::balance::Windows;
     use crate::random::Random;
     use proptest::prelude::*;
 
