@@ -27,7 +27,7 @@ Slots = NDArray[np.int32]
 TRIES, SPREAD = 4, 8.0
 # The least price: no move that gains less than this part of the objective is worth asking for.
 CHEAPEST = 1e-7
-# Share of a time limit for a solve from nothing, where moves are free.
+# Share of a time limit for a solve from nothing, where moves are free and what runs is good.
 FRESH_SHARE = 0.9
 # Times that risk and groups are weighed anew by steps, and lengths of a way whose ends are compared
 # by what the objective truly is.
@@ -150,7 +150,11 @@ class _Migrating:
 
     def freely(self, method: Callable[..., Candidate]) -> None:
         """Solve from nothing; what runs is one start more, if it is better than that."""
-        found = method(self.problem, seed=self.seed, limits=self.clock.within(FRESH_SHARE))
+        # What is behind the start that every search has costs it no time.
+        floor = self.problem.filled(balanced(self.problem), self.initial)
+        promising = self.rank < self.rank_of(floor, self.moved(floor))
+        limits = self.clock.within(FRESH_SHARE if promising else 1.0)
+        found = method(self.problem, seed=self.seed, limits=limits)
         if not self.consider(found) and found.status not in ("interrupted", "optimal"):
             search = Search(self.problem, self.seed)
             self.consider(search.run(self.clock.within(), start=self.start))
