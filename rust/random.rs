@@ -43,7 +43,7 @@ impl Random {
     }
 }
 
-/// Mixes 32 bits so that every bit of the result depends on all of them, the low ones too: the last step of MurmurHash3.
+/// Mixes 32 bits so that every bit of the result depends on all of them, the low ones too: the last step of `MurmurHash3`.
 #[inline]
 #[must_use]
 pub fn mixed(mut bits: u32) -> u32 {

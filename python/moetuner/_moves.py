@@ -72,19 +72,28 @@ def difference(
     )
 
 
+def brought(held: NDArray[np.bool_], slots: NDArray[np.int32]) -> int:
+    """Count the copies in slots [L,D,S] that devices do not hold [L,D,E]."""
+    there = np.take_along_axis(held, np.maximum(slots, 0).astype(np.int64), axis=2)
+    return int(np.count_nonzero(~there & (slots >= 0)))
+
+
 def kept(initial: NDArray[np.int32], slots: NDArray[np.int32]) -> NDArray[np.int32]:
     """Order the slots of every device so that experts which stay keep theirs; -1 is empty."""
     width = slots.shape[2]
-    ordered = np.full_like(slots, -1)
-    for layer in range(slots.shape[0]):
-        for device in range(slots.shape[1]):
-            here = [int(e) for e in slots[layer, device] if e >= 0]
-            before = {int(e): s for s, e in enumerate(initial[layer, device]) if e >= 0}
-            stay = [e for e in here if before.get(e, width) < width]
-            for expert in stay:
-                ordered[layer, device, before[expert]] = expert
-            free = iter(np.flatnonzero(ordered[layer, device] == -1))
-            for expert in here:
-                if expert not in stay:
-                    ordered[layer, device, next(free)] = expert
+    ordered = slots.copy()
+    same = min(initial.shape[2], width)
+    differs = (initial[:, :, :same] != slots[:, :, :same]).any(axis=2)
+    differs |= (slots[:, :, same:] >= 0).any(axis=2)
+    for layer, device in np.argwhere(differs):
+        ordered[layer, device] = -1
+        here = [int(e) for e in slots[layer, device] if e >= 0]
+        before = {int(e): s for s, e in enumerate(initial[layer, device]) if e >= 0}
+        stay = [e for e in here if before.get(e, width) < width]
+        for expert in stay:
+            ordered[layer, device, before[expert]] = expert
+        free = iter(np.flatnonzero(ordered[layer, device] == -1))
+        for expert in here:
+            if expert not in stay:
+                ordered[layer, device, next(free)] = expert
     return ordered

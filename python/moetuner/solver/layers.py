@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core, objective
+from moetuner._moves import brought
 from moetuner.balance import times
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
@@ -124,15 +125,16 @@ class Search:
         start
             Slots [L,D,S] to improve on, besides the search's own starts.
         moving
-            What changes cost.
+            What changes cost. Then ``start`` is the only start.
         """
         clock, problem = Clock(limits), self.problem
         self.moving = moving
-        # Whatever becomes of the search, it is not behind what engines get from ``balance``.
-        made = self._layers().construct(copies=problem.may_copy, threads=limits.threads)
-        starts = [self.full(slots) for slots in (made, balanced(problem))]
+        starts = [] if start is None else [self.full(start)]
+        if moving is None or start is None:
+            # Whatever becomes of the search, it is not behind what engines get from ``balance``.
+            made = self._layers().construct(copies=problem.may_copy, threads=limits.threads)
+            starts += [self.full(slots) for slots in (made, balanced(problem))]
         slots = min(starts, key=self.rank)
-        start = None if start is None else self.full(start)
         if limits.time_limit == 0:
             return self.candidate(slots, "time_limit")
         again = AGAIN if self.emphasis else REWEIGHTINGS
@@ -141,8 +143,7 @@ class Search:
             if not self.emphasis:
                 self.learn(clock.within(LEARN_SHARE))
         except KeyboardInterrupt:
-            return self.candidate(slots if start is None else start, "interrupted")
-        starts = starts if start is None else [start, *starts]
+            return self.candidate(slots, "interrupted")
         traffic: list[Slots] = []
         interrupted = False
         if self.links is not None and moving is None:
@@ -261,7 +262,7 @@ class Search:
         """Objective of slots, and what moving there costs."""
         placement = self._placement(slots)
         value, moving = self.problem.value(placement), self.moving
-        return value if moving is None else value + moving.price * moving.moved(placement)
+        return value if moving is None else value + moving.price * moving.moved(slots)
 
     def improve(self, slots: Slots, limits: Limits) -> tuple[Slots, bool]:
         """Anneal every layer, and say whether it was interrupted."""
@@ -313,10 +314,9 @@ class Search:
             time_limit=limits.time_limit,
             threads=limits.threads,
         )
-        moved = initial.diff(self._placement(start)).experts_moved
-        begin = [[moved, excess_of(problem, start).sum(), 0.0]]
-        brought, excess, change = np.concatenate([begin, figures]).T
-        path = Path(start, places, experts, brought.astype(np.int64), excess, change / unit)
+        begin = [[brought(initial.held, start), excess_of(problem, start).sum(), 0.0]]
+        moved, excess, change = np.concatenate([begin, figures]).T
+        path = Path(start, places, experts, moved.astype(np.int64), excess, change / unit)
         return path, interrupted
 
     def look_at(self, slots: Slots) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._moves import kept
+from moetuner._moves import brought, kept
 from moetuner._validation import not_negative
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
+from moetuner.solver.balanced import balanced
 from moetuner.solver.caps import caps_of, exceeded, excess_of
 from moetuner.solver.clock import Clock
 from moetuner.solver.enumeration import enumerated
@@ -26,7 +27,7 @@ Slots = NDArray[np.int32]
 TRIES, SPREAD = 4, 8.0
 # The least price: no move that gains less than this part of the objective is worth asking for.
 CHEAPEST = 1e-7
-# Share of a time limit for a solve from nothing, where moves are free.
+# Share of a time limit for a solve from nothing, where moves are free and what runs is good.
 FRESH_SHARE = 0.9
 # Times that risk and groups are weighed anew by steps, and lengths of a way whose ends are compared
 # by what the objective truly is.
@@ -135,6 +136,7 @@ class _Migrating:
     def __init__(self, problem: Problem, migration: Migration, seed: int, clock: Clock) -> None:
         self.problem, self.initial, self.seed, self.clock = problem, migration.initial, seed, clock
         self.price, self.most = migration.price, migration.most
+        self.held = self.initial.held
         self.start = lawful(problem, self.initial)
         fewest = self.moved(self.start)
         if fewest > self.most:
@@ -144,11 +146,15 @@ class _Migrating:
                 f"all rules takes {fewest} moves"
             )
         self.best = Candidate(self.start)
-        self.rank = self.rank_of(self.start)
+        self.rank = self.rank_of(self.start, fewest)
 
     def freely(self, method: Callable[..., Candidate]) -> None:
         """Solve from nothing; what runs is one start more, if it is better than that."""
-        found = method(self.problem, seed=self.seed, limits=self.clock.within(FRESH_SHARE))
+        # What is behind the start that every search has costs it no time.
+        floor = self.problem.filled(balanced(self.problem), self.initial)
+        promising = self.rank < self.rank_of(floor, self.moved(floor))
+        limits = self.clock.within(FRESH_SHARE if promising else 1.0)
+        found = method(self.problem, seed=self.seed, limits=limits)
         if not self.consider(found) and found.status not in ("interrupted", "optimal"):
             search = Search(self.problem, self.seed)
             self.consider(search.run(self.clock.within(), start=self.start))
@@ -160,6 +166,11 @@ class _Migrating:
         if interrupted:
             self.best = replace(self.best, status="interrupted")
             return
+        left = self.clock.within().time_limit
+        if left is not None and limits.time_limit is not None and left < limits.time_limit / 2:
+            # A search that gets less than the steps took adds nothing to them.
+            self.best = replace(self.best, status="time_limit")
+            return
         if problem.goal != "traffic" and limits.time_limit is None:
             moving = Moving(self.initial, self.price)
             exact = enumerated(
@@ -170,6 +181,7 @@ class _Migrating:
                 return
         search = Search(problem, self.seed)
         if self.most >= problem.rooms.sum():
+            self.consider(Candidate(search.full(balanced(problem))))
             self.search_at(self.price, search, 1.0)
             return
         slope = max(path.slope(self.most), CHEAPEST * abs(self.rank[1]))
@@ -194,6 +206,8 @@ class _Migrating:
             )
             for steps in path.lengths(self.most, self.price, LENGTHS):
                 self.consider(Candidate(path.after(steps)))
+                if self.clock.within().time_limit == 0:
+                    return path, interrupted
             if interrupted:
                 break
             search.look_at(self.best.slots)
@@ -211,8 +225,9 @@ class _Migrating:
 
     def consider(self, found: Candidate) -> bool:
         """Take an answer if it is the best so far within the budget."""
-        rank = self.rank_of(found.slots)
-        if self.moved(found.slots) <= self.most and rank < self.rank:
+        moved = self.moved(found.slots)
+        rank = self.rank_of(found.slots, moved)
+        if moved <= self.most and rank < self.rank:
             self.best, self.rank = found, rank
             return True
         if rank == self.rank and found.status == "optimal":
@@ -223,16 +238,15 @@ class _Migrating:
         self.best = replace(self.best, status=status, details=details)
         return False
 
-    def rank_of(self, slots: Slots) -> tuple[float, float]:
+    def rank_of(self, slots: Slots, moved: int) -> tuple[float, float]:
         """Load above caps in parts of them, then the objective with moves at their price."""
         value = self.problem.value(Placement(slots, num_experts=self.problem.experts))
         excess = float(excess_of(self.problem, slots).sum())
-        return excess, value + self.price * self.moved(slots)
+        return excess, value + self.price * moved
 
     def moved(self, slots: Slots) -> int:
         """Count copies that have to be brought."""
-        placement = Placement(slots, num_experts=self.problem.experts)
-        return self.initial.diff(placement).experts_moved
+        return brought(self.held, slots)
 
     def answer(self) -> Candidate:
         """Give the best, with the slots of what stays, and the caps that it exceeds."""
