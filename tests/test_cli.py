@@ -280,6 +280,7 @@ def test_evaluate_predicts_times(ok, trace, tmp_path):
     placement = mt.Placement.load(out)
     for name, same in ((model, model), ("a100:64x32", model)):
         text = ok("evaluate", out, trace, "--cost-model", name, "--split", "nearest")
+        assert "sequences at once, groups fewer, seed 0" in text
         lines = text.split("\n\n")[2].splitlines()
         assert lines.pop().startswith("Predicted times are of ")
         assert [line.split()[0] for line in lines] == ["layer,", "all", "even", "odd"]

@@ -72,7 +72,7 @@ def test_groups_of_traces_and_tables_agree(make_trace):
 
 
 def test_null_has_the_same_loads(make_trace):
-    """Only dependence goes: shares of rows and columns stay, of totals that are as fine as wanted."""
+    """Only dependence goes: the shares of rows and columns stay."""
     stats = mt.RoutingStatistics.from_trace(make_trace(2000))
     null = _independent(stats)
     for before, after in zip(stats.transitions, null.transitions, strict=True):
