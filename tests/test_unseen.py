@@ -31,9 +31,9 @@ def choice(load: np.ndarray, group: np.ndarray | None = None, **options: Any) ->
     return choose(load, group=group, **arguments)
 
 
-def score(load: np.ndarray, group: np.ndarray | None = None) -> float:
+def score(load: np.ndarray) -> float:
     """Score of the maximum on windows held out."""
-    found: float = choice(load, group).details["scores"]["maximum"]
+    found: float = choice(load).details["scores"]["maximum"]
     return found
 
 
@@ -98,15 +98,12 @@ def test_small_groups_share_the_parts() -> None:
 
 def test_what_recurs_is_seen() -> None:
     """Four phases in turn are in every part: what is held out was seen, exactly."""
-    load = np.tile(table(4, experts=40), (6, 1, 1))
-    assert score(load) == pytest.approx(score(load, np.repeat(np.arange(4), 6)), rel=0.5)
-    assert score(load) < score(table(24, experts=40)) - 0.1
+    assert score(np.tile(table(4, experts=40), (6, 1, 1))) < 1.1
 
 
 def test_neighbours_that_are_alike_do_not_vouch_for_each_other() -> None:
     """Runs of six equal windows are four windows: what is held out was never seen."""
-    load = np.repeat(table(4, experts=40), 6, axis=0)
-    assert score(load) > score(np.tile(load[::6], (6, 1, 1))) + 0.1
+    assert score(np.repeat(table(4, experts=40), 6, axis=0)) > 1.2
 
 
 def test_unequal_devices_and_nearest_copies() -> None:
