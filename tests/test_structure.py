@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.structure import _independent, structure
+from moetuner.structure import _in_blocks, _independent, structure
 
 
 def routed(tokens, follow, seed=0):
@@ -120,12 +120,14 @@ def test_dependent_layers_are_seen():
     assert 0.1 < low < found.crossing_independent - found.crossing < high
 
 
-def test_sequences_that_repeat_are_one_observation():
-    """A few sequences, each of the same token over and over, prove nothing."""
-    kind = np.random.default_rng(0).integers(0, 16, (6, 4, 1))
-    sequence = np.repeat(np.arange(6), 500)
-    trace = mt.RoutingTrace.from_arrays(kind[sequence], num_experts=16, sequence=sequence)
-    assert not claims(trace)
+def test_sequences_are_observed_whole():
+    """No sequence is in two of the blocks whose differences make the interval."""
+    sequence = np.random.default_rng(0).integers(0, 50, 2000)
+    ids = np.zeros((2000, 2, 1), np.int64)
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=4, sequence=sequence)
+    pairs = np.unique(np.stack([sequence, _in_blocks(trace, 0).group]), axis=1)
+    assert pairs.shape[1] == 50
+    assert np.unique(pairs[1]).size == 32
 
 
 def test_bits_of_independent_layers_are_chance():

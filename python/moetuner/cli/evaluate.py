@@ -59,9 +59,10 @@ def command(
 
     imbalance: max / mean device load, averaged over layers and windows in the order of INPUT;
     mixed: of windows in which sequences are served together, the more the more INPUT has, so that
-    inputs of different size do not compare; total: of the sum of all windows; worst: of any layer and window; crossing: share of transitions between devices; fanout, nodes:
-    devices and nodes that a token visits in a layer; layer us: predicted time of a layer, and what
-    50, 95 and 99 percent of layers and windows do not exceed.
+    inputs of different size do not compare; total: of the sum of all windows; worst: of any layer
+    and window; crossing: share of transitions between devices; fanout, nodes: devices and nodes
+    that a token visits in a layer; layer us: predicted time of a layer, and what 50, 95 and 99
+    percent of layers and windows do not exceed.
     """
     placement = Placement.load(placement_file)
     topology = machine.topology(placement.devices)
