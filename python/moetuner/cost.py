@@ -75,6 +75,13 @@ class CostModel:
         For people.
     residual
         Relative root mean square error, where the model was fitted.
+    prediction_error
+        The same on measurements that the fit had not seen, by cross-validation: what to expect of
+        batches between those measured, not beyond.
+    parameter_errors
+        Standard errors of ``base_us``, ``expert_us``, ``start_us`` and ``token_us``.
+    measured
+        How many measurements were of each regime: reading weights, and computing.
 
     Raises
     ------
@@ -92,6 +99,9 @@ class CostModel:
     once_per: Literal["device", "node"] = "device"
     name: str | None = None
     residual: float | None = None
+    prediction_error: float | None = None
+    parameter_errors: tuple[float, ...] | None = None
+    measured: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("base_us", "expert_us", "start_us", "token_us"):
@@ -101,6 +111,9 @@ class CostModel:
                 not_negative(name, getattr(self, name), "number of bytes")
         if not (is_number(self.overlap) and 0 <= self.overlap <= 1):
             raise ValueError(f"overlap must be from 0 to 1, got {self.overlap}")
+        for name in ("parameter_errors", "measured"):
+            if isinstance(getattr(self, name), list):  # as JSON has it
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.once_per not in ("device", "node"):
             raise ValueError(f"once_per must be 'device' or 'node', got {self.once_per!r}")
 
@@ -129,12 +142,19 @@ class CostModel:
         Raises
         ------
         ValueError
-            If there are fewer than four measurements, or some are not numbers, or times not
-            positive.
+            If some are not numbers, or times not positive; if there are fewer than eight different
+            batches, or they do not show both regimes, reading weights (few tokens on many experts)
+            and computing (many tokens on few).
         """
         columns = _two_planes.measurements(tokens, experts, microseconds)
-        a, b, c, d, residual = _two_planes.fit(*columns)
-        return cls(a, b, c, d, **{"residual": residual, **others})
+        (a, b, c, d, residual), evidence = _two_planes.identified(*columns)
+        known = {
+            "residual": residual,
+            "prediction_error": evidence.prediction,
+            "parameter_errors": evidence.coefficients,
+            "measured": (evidence.by_experts, evidence.by_tokens),
+        }
+        return cls(a, b, c, d, **{**known, **others})
 
     @classmethod
     def from_hardware(

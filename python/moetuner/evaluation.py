@@ -12,6 +12,7 @@ from moetuner import _counts, _figures, _split
 from moetuner._counts import Counts, Rules
 from moetuner._figures import Regime
 from moetuner._split import Split
+from moetuner._validation import whole_number
 from moetuner.cost import CostModel
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
@@ -54,7 +55,11 @@ class Evaluation:
         traffic was recorded.
     imbalance_mixed
         The same if sequences are served together, as by continuous batching: in windows of the same
-        tokens in mixed order, or for counts, in means of 16 windows drawn at random.
+        tokens in mixed order, or for counts, in means of 16 windows drawn at random. It depends on
+        the traffic's size, not on the placement alone: of up to 32 sequences eight run at once, of
+        more a quarter, up to 256; the more, the more even a window is. So figures compare only on
+        the same traffic, and those of groups not with that of all. Which run together is by chance:
+        another ``mixed_seed`` says how much that matters.
     imbalance_total
         The same on the sum of all windows, averaged over layers.
     imbalance_worst
@@ -128,6 +133,7 @@ def evaluate(
     regime: Regime = "dispatch",
     home: ArrayLike | Literal["blocks"] | None = None,
     mixed: bool = True,
+    mixed_seed: int = 0,
     threads: int | None = None,
 ) -> Evaluation:
     """Replay a placement.
@@ -160,6 +166,8 @@ def evaluate(
         then ``traffic["dispatch"]`` counts its rows exactly. None spreads homes evenly.
     mixed
         Whether to replay a trace once more in mixed order; where not, ``imbalance_mixed`` is None.
+    mixed_seed
+        Of the mixed order: which sequences, or windows of statistics, meet.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
 
@@ -174,7 +182,16 @@ def evaluate(
     if regime not in ("follow", "dispatch"):
         raise ValueError(f"regime must be 'follow' or 'dispatch', got {regime!r}")
     with_active = cost_model is not None and cost_model.expert_us > 0
-    rules = Rules(placement, topology, window, split, with_active, threads, with_mixed=mixed)
+    rules = Rules(
+        placement,
+        topology,
+        window,
+        split,
+        with_active,
+        threads,
+        with_mixed=mixed,
+        mixed_seed=whole_number("mixed_seed", mixed_seed, lowest=0),
+    )
     if isinstance(traffic, RoutingStatistics):
         if home is not None:
             raise ValueError("home needs a trace: statistics have no tokens")
