@@ -16,7 +16,7 @@ def filled(
     experts: int,
     *,
     rooms: NDArray[np.int64] | None = None,
-    load: NDArray[np.uint64] | None = None,
+    load: NDArray[Any] | None = None,
     forbidden: NDArray[np.bool_] | None = None,
     held: NDArray[np.bool_] | None = None,
 ) -> Slots:

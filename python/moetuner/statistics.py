@@ -15,7 +15,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core, _labels, _set_tables, _statistics_file
 from moetuner._files import naming
-from moetuner._validation import whole_number
+from moetuner._validation import (
+    array_in,
+    flag,
+    instance,
+    listed,
+    path_in,
+    text_or_none,
+    threads_in,
+    window_in,
+)
 from moetuner.expert_sets import ExpertSets
 from moetuner.trace import RoutingTrace
 
@@ -82,15 +91,15 @@ class RoutingStatistics:
         if self.coactivation is not None:
             _check_coactivation(self.coactivation)
         if self.sets is not None:
-            object.__setattr__(self, "sets", tuple(self.sets))
+            object.__setattr__(self, "sets", tuple(listed("sets", self.sets, "expert sets")))
             _check_sets(self.sets, layers, experts)
         object.__setattr__(self, "group_names", _labels.names(self.group_names))
         object.__setattr__(self, "expert_size", _labels.expert_size(self.expert_size))
         if self.group is not None:
             group = _labels.groups(self.group, load.shape[0], self.group_names, np.int64)
             object.__setattr__(self, "group", group)
-        if self.window is not None:
-            object.__setattr__(self, "window", whole_number("window", self.window))
+        object.__setattr__(self, "window", window_in(self.window))
+        text_or_none("model", self.model)
 
     @classmethod
     def from_trace(
@@ -129,10 +138,15 @@ class RoutingStatistics:
             If an argument is wrong, an id in the trace's file is, or the tables would not fit
             memory.
         """
-        if window is not None:
-            window = whole_number("window", window)
-        if threads is not None:
-            threads = whole_number("threads", threads, highest=1 << 12)
+        instance("trace", trace, RoutingTrace, hint=", such as RoutingTrace.from_arrays makes")
+        window, threads = window_in(window), threads_in(threads)
+        for name, value in (
+            ("transitions", transitions),
+            ("coactivation", coactivation),
+            ("sets", sets),
+            ("by_group", by_group),
+        ):
+            flag(name, value)
         _check_table_bytes(trace, window, transitions, coactivation)
         if by_group:
             if trace.group is None:
@@ -172,7 +186,7 @@ class RoutingStatistics:
     @classmethod
     def from_load(cls, load: ArrayLike, **fields: Any) -> RoutingStatistics:
         """Wrap a load table [W,L,E] (or [L,E], one window); no pairs are known."""
-        load = np.asarray(load)
+        load = array_in("load", load)
         return cls(load[None] if load.ndim == 2 else load, **fields)
 
     @property
@@ -271,18 +285,18 @@ class RoutingStatistics:
     @classmethod
     def sum(cls, parts: Iterable[RoutingStatistics]) -> RoutingStatistics:
         """Add many: of shards, ranks or days."""
-        parts = iter(parts)
-        total = next(parts, None)
-        if total is None:
-            raise ValueError("sum needs at least one RoutingStatistics")
-        for part in parts:
-            total = total + part
+        each = listed("parts", parts, "statistics")
+        if not each:
+            raise ValueError("parts to sum must be at least one RoutingStatistics, got none")
+        for part in each:
+            instance("each of the parts", part, RoutingStatistics)
+        total: RoutingStatistics = reduce(operator.add, each)
         return total
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
         _statistics_file.write(
-            Path(path),
+            path_in(path),
             {
                 "load": self.window_load,
                 "transitions": self.transitions,
@@ -310,7 +324,7 @@ class RoutingStatistics:
         OSError
             If it cannot be read.
         """
-        found = _statistics_file.read(Path(path))
+        found = _statistics_file.read(path_in(path))
         with naming(path):
             load = found.tables["load"]
             return cls(
@@ -328,7 +342,7 @@ class RoutingStatistics:
 
 def _counts(name: str, table: Any, dimensions: str) -> NDArray[np.uint64]:
     """Turn a table of counts into uint64, or say what is wrong with it."""
-    table = np.asarray(table)
+    table = array_in(name, table)
     if table.ndim != 3 or table.dtype.kind not in "uif":
         raise ValueError(
             f"{name} must be numbers {dimensions}, got {table.dtype} {list(table.shape)}"
@@ -367,6 +381,7 @@ def _check_sets(sets: tuple[ExpertSets, ...], layers: int, experts: int) -> None
     if len(sets) != layers:
         raise ValueError(f"sets must be those of {layers} layers, got {len(sets)}")
     for layer, of in enumerate(sets):
+        instance(f"sets of layer {layer}", of, ExpertSets)
         if len(of) and int(of.ids.max()) >= experts:
             raise ValueError(
                 f"sets must have expert ids below {experts}, layer {layer} has {of.ids.max()}"

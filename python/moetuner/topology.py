@@ -18,9 +18,13 @@ from moetuner._machines import MACHINES
 from moetuner._validation import (
     DEVICE_LIMIT,
     SLOT_LIMIT,
+    listed,
     not_negative,
+    path_in,
     per_device,
     positive,
+    shown,
+    text_or_none,
     whole_number,
 )
 
@@ -104,14 +108,14 @@ class Topology:
 
     def __post_init__(self) -> None:
         whole_number("devices", self.devices, highest=DEVICE_LIMIT)
-        if self.name is not None and not isinstance(self.name, str):
-            raise ValueError(f"name must be a text, got {self.name!r:.40}")
+        text_or_none("name", self.name)
+        object.__setattr__(self, "tiers", tuple(listed("tiers", self.tiers, "Tier values")))
         if self.tiers:
-            object.__setattr__(self, "tiers", tuple(self.tiers))
             self._set_from_tiers()
         if self.devices_per_node is None:
             object.__setattr__(self, "devices_per_node", self.devices)
-        if not 1 <= self.node_size <= self.devices or self.devices % self.node_size:
+        whole_number("devices_per_node", self.devices_per_node, highest=DEVICE_LIMIT)
+        if self.devices % self.node_size:
             raise ValueError(
                 f"devices_per_node must divide devices ({self.devices}), "
                 f"got {self.devices_per_node}"
@@ -142,7 +146,7 @@ class Topology:
         sizes = []
         for tier in self.tiers:
             if not isinstance(tier, Tier):
-                raise ValueError(f"tiers must be Tier values, got {tier!r:.60}")
+                raise ValueError(f"tiers must be Tier values, got {shown(tier)}")
             sizes.append(tier.devices)
         nested = all(b % a == 0 and b > a for a, b in pairwise(sizes))
         if not nested or sizes[-1] != self.devices:
@@ -300,6 +304,7 @@ class Topology:
         OSError
             If it cannot be read.
         """
+        path = path_in(path)
         with naming(path):
             found = _topology_file.parse(read_whole(path))
             names = [each.name for each in fields(cls)]
