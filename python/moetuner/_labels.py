@@ -108,7 +108,10 @@ def numbered(group: ArrayLike) -> list[str]:
 
 
 def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64] | None:
-    """Sequence labels of traces one after the other, moved up where they would come back."""
+    """Sequence labels of traces one after the other, moved up where they would come back.
+
+    Where moving up leaves 32 bits, all are numbered anew, from 0.
+    """
     known: list[NDArray[np.int64]] = []
     for part in parts:
         if part is None:
@@ -118,11 +121,17 @@ def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64]
             highest = max(int(before.max(initial=-1)) for before in known)
             moved += highest + 1 - int(moved.min())
         known.append(moved)
+    if any(part.size and part.max() > np.iinfo(np.int32).max for part in known):
+        first = 0
+        for at, part in enumerate(known):
+            found, place = np.unique(part, return_inverse=True)
+            known[at] = place.astype(np.int64) + first
+            first += len(found)
     return np.concatenate(known)
 
 
 def joined_groups(
-    parts: list[tuple[NDArray[np.int16] | None, tuple[str, ...]]], group_names: tuple[str, ...]
+    parts: list[tuple[NDArray[Any] | None, tuple[str, ...]]], group_names: tuple[str, ...]
 ) -> NDArray[np.int64] | None:
     """Group numbers of traces one after the other, as indices into the joint names."""
     known: list[NDArray[np.int64]] = []

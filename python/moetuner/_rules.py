@@ -158,7 +158,7 @@ def _table(
         for what, value, count in (("expert", expert, shape[1]), ("device", device, shape[2])):
             whole_number(f"{name}: {what}", value, lowest=0, highest=count - 1)
         if layer is not None:
-            whole_number(f"{name}: layer", layer, lowest=0, highest=shape[0] - 1)
+            whole_number(f"{name}: layer (None for all)", layer, lowest=0, highest=shape[0] - 1)
         if table is None:
             table = np.zeros(shape, dtype=bool)
         table[slice(None) if layer is None else layer, expert, device] = True

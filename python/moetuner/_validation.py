@@ -26,6 +26,8 @@ SLOT_LIMIT = 1 << 16
 # Of a table of layers, experts and devices.
 CELL_LIMIT = 1 << 28
 THREAD_LIMIT = 1 << 12
+# Of times, sizes and rates, in any unit: within them no product or quotient is infinite.
+SMALLEST, LARGEST = 1e-30, 1e30
 # Characters of a value that a message shows.
 SHOWN = 40
 PLAIN = (str, bytes, int, float, complex, list, tuple, dict, set, type, type(None), np.generic)
@@ -314,6 +316,10 @@ def positive(name: str, value: object, what: str) -> None:
     """
     if not (is_number(value) and value > 0):
         raise ValueError(f"{name} must be a positive {what}, got {shown(value)}")
+    if not SMALLEST <= value <= LARGEST:
+        raise ValueError(
+            f"{name} must be a {what} from {SMALLEST:g} to {LARGEST:g}, got {shown(value)}"
+        )
 
 
 def not_negative(name: str, value: object, what: str) -> None:
@@ -326,6 +332,8 @@ def not_negative(name: str, value: object, what: str) -> None:
     """
     if not (is_number(value) and value >= 0):
         raise ValueError(f"{name} must be a {what} of at least 0, got {shown(value)}")
+    if value > LARGEST:
+        raise ValueError(f"{name} must be a {what} of at most {LARGEST:g}, got {shown(value)}")
 
 
 def at_least(name: str, value: object, lowest: float, unit: str = "") -> None:

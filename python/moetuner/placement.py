@@ -23,6 +23,7 @@ from moetuner._validation import (
     number_or_none,
     numbers_in,
     path_in,
+    shown,
     text_or_none,
     whole_number,
 )
@@ -122,7 +123,7 @@ class Placement:
         whole_number("devices", devices, highest=SLOT_LIMIT)
         if device_of.ndim != 2 or not np.issubdtype(device_of.dtype, np.integer):
             raise ValueError(
-                f"device_of must be integers [layers, experts], got {device_of.dtype} {list(device_of.shape)}"
+                f"device_of must be integers [layers, experts], got {shown(device_of)}"
             )
         if device_of.size and not (device_of.min() >= 0 and device_of.max() < devices):
             raise ValueError(
@@ -297,8 +298,8 @@ class Placement:
         """Say what has to move to get from this placement to ``other``.
 
         A copy moves when a device needs an expert of a layer that it does not hold yet; another
-        slot of the same device costs nothing. It comes from the nearest device of the topology that
-        holds the expert, of equally near ones from the one with the lowest number.
+        slot of the same device costs nothing. It comes from the nearest device of the topology (by
+        ``link_cost``, where that was given) that holds the expert, of equally near ones from the one with the lowest number.
         """
         instance("other", other, Placement)
         if bytes_per_expert is not None:

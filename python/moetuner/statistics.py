@@ -21,6 +21,7 @@ from moetuner._validation import (
     instance,
     listed,
     path_in,
+    shown,
     text_or_none,
     threads_in,
     window_in,
@@ -254,8 +255,13 @@ class RoutingStatistics:
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         """Statistics of both traces: windows one after the other, pairs summed.
 
-        Pairs and sets that only one side has counted are dropped. Groups are kept where both sides
-        name the same ones.
+        Pairs and sets that only one side has counted are dropped, and so are the model's name and
+        sizes that only one side knows. Groups are the same if they have the same name.
+
+        Raises
+        ------
+        ValueError
+            If they are of other sizes, models or windows, or only one of them has groups.
         """
         if not isinstance(other, RoutingStatistics):
             return NotImplemented
@@ -264,15 +270,24 @@ class RoutingStatistics:
                 "statistics must have the same layers and experts, got "
                 f"{list(self.window_load.shape[1:])} and {list(other.window_load.shape[1:])}"
             )
-        group = None
-        names = self.group_names if self.group_names == other.group_names else ()
-        if names and self.group is not None and other.group is not None:
-            group = np.concatenate([self.group, other.group])
+        if (self.group is None) != (other.group is None):
+            raise ValueError("statistics must both have groups, or none, got groups of only one")
+        for name, known in (("model", False), ("expert_size", False), ("window", True)):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            # Nothing is known of a model without a name; windows without a length are others.
+            if mine != theirs and (known or (mine is not None and theirs is not None)):
+                raise ValueError(
+                    f"statistics must have the same {name}, got {shown(mine)} and {shown(theirs)}"
+                )
+        names = tuple(dict.fromkeys(self.group_names + other.group_names))
+        group = _labels.joined_groups(
+            [(each.group, each.group_names) for each in (self, other)], names
+        )
         return RoutingStatistics(
             np.concatenate([self.window_load, other.window_load]),
             _sum(self.transitions, other.transitions),
             _sum(self.coactivation, other.coactivation),
-            window=self.window if self.window == other.window else None,
+            window=self.window,
             group=group,
             group_names=names if group is not None else (),
             model=self.model if self.model == other.model else None,

@@ -225,11 +225,11 @@ class Topology:
     def cost(self) -> NDArray[np.int64]:
         """Integer cost of moving one token's state from device to device [D,D].
 
-        Proportional to the time a byte takes, in sixteenths of the fastest link, reduced to lowest
-        terms: 1 between any two devices where all links are equal, 0 on the diagonal. A given
-        ``link_cost`` is kept where it is whole numbers up to 65535 in lowest terms. Else it is
-        scaled until the largest is 65535 and rounded, nothing above 0 to 0: every cost is then off
-        by at most 1/65535 of the largest.
+        Proportional to the time a byte takes, in sixteenths of the fastest link: 1 between any two
+        devices where all links are equal, 0 on the diagonal. These, or those of a given
+        ``link_cost``, are kept where they are whole numbers up to 65535 in lowest terms. Else they
+        are scaled until the largest is 65535 and rounded, nothing above 0 to 0: every cost is then
+        off by at most 1/65535 of the largest.
         """
         cost = self._cost()
         cost.flags.writeable = False
@@ -240,11 +240,8 @@ class Topology:
             return np.zeros((1, 1), dtype=np.int64)
         if self.link_cost is not None:
             return _link_cost.in_integers(np.array(self.link_cost, dtype=np.float64))
-        time = 1.0 / self.bandwidth
-        fastest = time[time > 0].min()
-        cost: NDArray[np.int64] = np.rint(16 * time / fastest).astype(np.int64)
-        cost //= np.gcd.reduce(cost, axis=None)
-        return cost
+        fastest = max(level.bandwidth for level in self.levels)
+        return _link_cost.in_integers(np.rint(16 * fastest / self.bandwidth))
 
     @property
     def has_equal_devices(self) -> bool:

@@ -168,7 +168,7 @@ def _filled(problem: Problem, candidate: Candidate, initial: Placement | None) -
     """Fill the slots that a method left empty."""
     slots = problem.filled(candidate.slots, initial)
     if initial is not None:
-        slots = kept(initial.slots, slots)
+        slots = kept(initial.slots, slots, problem.rooms)
     if (slots == candidate.slots).all():
         return candidate
     # A proof is of the slots as they were found.

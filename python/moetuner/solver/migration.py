@@ -243,4 +243,6 @@ class _Migrating:
         slots = self.best.slots
         told = {key: value for key, value in self.best.details.items() if key not in CAPS_TOLD}
         details = {**told, **exceeded(self.problem, slots), "experts_moved": self.moved(slots)}
-        return replace(self.best, slots=kept(self.initial.slots, slots), details=details)
+        return replace(
+            self.best, slots=kept(self.initial.slots, slots, self.problem.rooms), details=details
+        )

@@ -160,7 +160,7 @@ def _kept(problem: Problem, initial: Placement, slots: NDArray[np.int32]) -> Pla
         held = Placement(slots, num_experts=problem.experts).held
         if (held == initial.held).all():
             return initial
-    return Placement(kept(initial.slots, slots), num_experts=problem.experts)
+    return Placement(kept(initial.slots, slots, problem.rooms), num_experts=problem.experts)
 
 
 def _undominated(trades: list[_Ranked]) -> list[Trade]:
