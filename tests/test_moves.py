@@ -272,3 +272,27 @@ def test_what_is_proven_from_nothing_is_proven_from_what_runs():
         result = mt.solve(problem, initial=initial)
         assert (result.status, result.objective) == ("optimal", fresh.objective)
         assert result.bound == fresh.bound
+
+
+@pytest.mark.parametrize("budget", [0, 2, None])
+def test_what_stays_keeps_a_slot_that_its_device_has(budget):
+    """A running table may be as wide as the widest device: what is beyond a device moves inside."""
+    running = mt.Placement([[[0, -1, -1, 1], [2, 3, 4, 5]]])
+    problem = mt.Problem(statistics(layers=1, experts=6), mt.Topology(2), slots_per_device=(2, 4))
+    found = mt.solve(problem, "heuristic", initial=running, move_budget=budget, iterations=100)
+    assert (found.placement.slots[0, 0, 2:] == -1).all()
+    front = mt.pareto(problem, running, iterations=100)
+    assert all((each.placement.slots[0, 0, 2:] == -1).all() for each in front[1:])
+
+
+@pytest.mark.parametrize("method", ["joint", "heuristic"])
+def test_an_infinite_budget_is_none(method):
+    """The same answer as without one, and nothing said of a budget."""
+    problem = mt.Problem(statistics(), mt.Topology(4), objective="balance")
+    running = contiguous(3, 16, 4)
+    asked = {"initial": running, "iterations": 200, "expert_bytes": 44e6}
+    free = mt.solve(problem, method, **asked)
+    for budget in (np.inf, np.float32(np.inf)):
+        found = mt.solve(problem, method, move_budget=budget, **asked)
+        assert (found.placement, found.status) == (free.placement, free.status)
+        assert found.violations == ()

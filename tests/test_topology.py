@@ -234,8 +234,9 @@ def test_links_may_differ_by_any_ratio(ratio, fast, make_trace):
     links = {"intra_node_bandwidth": 1e-30, "inter_node_bandwidth": 1e-30, fast: ratio * 1e-30}
     topology = mt.Topology(4, 2, **links)
     off = topology.cost[~np.eye(4, dtype=bool)]
-    assert (topology.cost == topology.cost.T).all() and not np.diagonal(topology.cost).any()
-    assert off.min() == 1 and off.max() == min(ratio, 65535)
+    assert (topology.cost == topology.cost.T).all()
+    assert not np.diagonal(topology.cost).any()
+    assert (off.min(), off.max()) == (1, min(ratio, 65535))
     statistics = mt.RoutingStatistics.from_trace(make_trace(60))
     problem = mt.Problem(statistics, topology, regime="follow", max_imbalance=2.0)
     found = mt.solve(problem, "heuristic", iterations=100)

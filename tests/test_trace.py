@@ -605,3 +605,24 @@ def test_npz_bombs(tmp_path):
     bad(path, f"must have {1 << 40} bytes, got {1 << 20}", num_experts=4)
     npz_bomb(path, 300 << 20, 300 << 20)
     bad(path, ".npz must not expand more than 100 times", num_experts=4)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [[0, (1 << 31) - 1], [(1 << 31) - 1, 5]],
+        [[(1 << 31) - 1, 0], [0, 0]],
+        [[-(1 << 31), (1 << 31) - 1], [-(1 << 31), (1 << 31) - 1], [7, 7]],
+        [[(1 << 31) - 2, 3], [3, 4], [3, 9]],
+    ],
+)
+def test_sequences_near_the_limit_join(labels):
+    """Joined traces tell all sequences apart, also where moving labels up would leave 32 bits."""
+    parts = [
+        mt.RoutingTrace.from_arrays([[[0]], [[1]]], num_experts=2, sequence=each) for each in labels
+    ]
+    whole = mt.RoutingTrace.concat(parts)
+    assert whole.sequence.dtype == np.int32
+    wanted = [(at, label) for at, each in enumerate(labels) for label in each]
+    found = whole.sequence.tolist()
+    assert len(set(found)) == len(set(wanted)) == len(set(zip(found, wanted, strict=True)))

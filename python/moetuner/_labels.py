@@ -121,11 +121,11 @@ def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64]
             highest = max(int(before.max(initial=-1)) for before in known)
             moved += highest + 1 - int(moved.min())
         known.append(moved)
-    if any(part.size and part.max() > np.iinfo(np.int32).max for part in known):
+    if max((int(wide.max(initial=0)) for wide in known), default=0) > np.iinfo(np.int32).max:
         first = 0
-        for at, part in enumerate(known):
-            found, place = np.unique(part, return_inverse=True)
-            known[at] = place.astype(np.int64) + first
+        for at, wide in enumerate(known):
+            found = np.unique(wide)
+            known[at] = np.searchsorted(found, wide) + first
             first += len(found)
     return np.concatenate(known)
 

@@ -299,7 +299,8 @@ class Placement:
 
         A copy moves when a device needs an expert of a layer that it does not hold yet; another
         slot of the same device costs nothing. It comes from the nearest device of the topology (by
-        ``link_cost``, where that was given) that holds the expert, of equally near ones from the one with the lowest number.
+        ``link_cost``, where that was given) that holds the expert, of equally near
+        ones from the one with the lowest number.
         """
         instance("other", other, Placement)
         if bytes_per_expert is not None:

@@ -366,6 +366,8 @@ def _counts(name: str, table: Any, dimensions: str) -> NDArray[np.uint64]:
         raise ValueError(f"{name} must add up to less than 2**63, got a count of {table.max()}")
     if table.dtype.kind == "u":
         return np.ascontiguousarray(table, dtype=np.uint64)
+    if table.dtype.itemsize < 8:
+        table = table.astype(np.float64)  # as 2**63 is too much for half floats
     wrong = ~((table >= 0) & (table < 2.0**63) & (np.floor(table) == table))
     if wrong.any():
         at = tuple(int(i) for i in np.argwhere(wrong)[0])
