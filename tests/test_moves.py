@@ -296,3 +296,4 @@ def test_an_infinite_budget_is_none(method):
         found = mt.solve(problem, method, move_budget=budget, **asked)
         assert (found.placement, found.status) == (free.placement, free.status)
         assert found.violations == ()
+        assert mt.solve(problem, method, move_budget=budget, iterations=200).status == "feasible"
