@@ -331,7 +331,7 @@ def test_a_small_placement_file_asks_for_little(tmp_path, experts):
     path = tmp_path / "p.json"
     fields = {"schema": "moetuner.placement/1", "num_experts": experts, "slots": [[[0], [1]]]}
     path.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="num_experts must be from [01] to"):
+    with pytest.raises(ValueError, match=r"num_experts must be from [01] to"):
         mt.Placement.load(path)
 
 
@@ -349,7 +349,10 @@ def test_slots_and_devices_are_bounded():
         (lambda: mt.Topology(10**6), "from 1 to 8192"),
         (lambda: mt.Topology(2, slots_per_device=[2**40, 1]), "from 1 to 65536"),
         (lambda: mt.Placement.from_assignment([[0, 1]], 10**12), "at most|from 1 to 65536"),
-        (lambda: mt.Placement.from_assignment([[0, 1]], 2, slots_per_device=10**12), "at most|from 1 to 65536"),
+        (
+            lambda: mt.Placement.from_assignment([[0, 1]], 2, slots_per_device=10**12),
+            "at most|from 1 to 65536",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             call()
