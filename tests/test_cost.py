@@ -230,9 +230,9 @@ def test_default_preset_sends_8_bits_and_gets_16_back():
     [
         ({"token_us": -1}, "token_us must be a number of microseconds of at least 0, got -1"),
         ({"base_us": float("nan")}, "base_us must be .* got nan"),
-        ({"token_bytes": "4"}, "token_bytes must be a number of bytes of at least 0, got 4"),
+        ({"token_bytes": "4"}, "token_bytes must be a number of bytes of at least 0, got '4'"),
         ({"overlap": 1.5}, "overlap must be from 0 to 1, got 1.5"),
-        ({"once_per": "rack"}, "once_per must be 'device' or 'node', got 'rack'"),
+        ({"once_per": "rack"}, "once_per must be one of device, node, got 'rack'"),
     ],
 )
 def test_wrong_fields_are_named(fields, words):

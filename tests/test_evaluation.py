@@ -259,7 +259,7 @@ def test_unknown_split_and_regime_are_named(make_trace):
         ValueError, match="split must be one of even, nearest, round_robin, got 'x'"
     ):
         mt.evaluate(contiguous(trace), trace, split="x")
-    with pytest.raises(ValueError, match="regime must be 'follow' or 'dispatch', got 'x'"):
+    with pytest.raises(ValueError, match="regime must be one of follow, dispatch, got 'x'"):
         mt.evaluate(contiguous(trace), trace, regime="x")
 
 

@@ -353,7 +353,7 @@ def test_an_initial_placement_takes_no_time_from_a_solve(goal, monkeypatch):
         return Candidate(balanced(problem))
 
     monkeypatch.setattr("moetuner.solver.clock.time", STOPPED)
-    migrate(problem, Migration(initial), method, seed=0, limits=Limits(time_limit=8.0))
+    migrate(problem, initial, Migration(), method, seed=0, limits=Limits(time_limit=8.0))
     assert given == [8.0]
 
 
@@ -374,8 +374,33 @@ def test_what_runs_is_searched_on_where_it_is_ahead(goal, monkeypatch):
 
     monkeypatch.setattr("moetuner.solver.clock.time", STOPPED)
     monkeypatch.setattr(Search, "run", run)
-    migrate(problem, Migration(initial), method, seed=0, limits=Limits(time_limit=8.0))
+    migrate(problem, initial, Migration(), method, seed=0, limits=Limits(time_limit=8.0))
     ((given, start),) = starts
     assert fresh[0] >= 7.0
     assert given == 8.0
     assert problem.value(mt.Placement(start, num_experts=16)) <= problem.value(initial)
+
+
+@pytest.mark.parametrize("budget", [0, 2, None])
+def test_what_stays_keeps_a_slot_that_its_device_has(budget):
+    """A running table may be as wide as the widest device: what is beyond a device moves inside."""
+    running = mt.Placement([[[0, -1, -1, 1], [2, 3, 4, 5]]])
+    problem = mt.Problem(statistics(layers=1, experts=6), mt.Topology(2), slots_per_device=(2, 4))
+    found = mt.solve(problem, "heuristic", initial=running, move_budget=budget, iterations=100)
+    assert (found.placement.slots[0, 0, 2:] == -1).all()
+    front = mt.pareto(problem, running, iterations=100)
+    assert all((each.placement.slots[0, 0, 2:] == -1).all() for each in front[1:])
+
+
+@pytest.mark.parametrize("method", ["joint", "heuristic"])
+def test_an_infinite_budget_is_none(method):
+    """The same answer as without one, and nothing said of a budget."""
+    problem = mt.Problem(statistics(), mt.Topology(4), objective="balance")
+    running = contiguous(3, 16, 4)
+    asked = {"initial": running, "iterations": 200, "expert_bytes": 44e6}
+    free = mt.solve(problem, method, **asked)
+    for budget in (np.inf, np.float32(np.inf)):
+        found = mt.solve(problem, method, move_budget=budget, **asked)
+        assert (found.placement, found.status) == (free.placement, free.status)
+        assert found.violations == ()
+        assert mt.solve(problem, method, move_budget=budget, iterations=200).status == "feasible"

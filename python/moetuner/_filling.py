@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +18,7 @@ def filled(
     experts: int,
     *,
     rooms: NDArray[np.int64] | None = None,
-    load: NDArray[np.uint64] | None = None,
+    load: NDArray[Any] | None = None,
     forbidden: NDArray[np.bool_] | None = None,
     held: NDArray[np.bool_] | None = None,
 ) -> Slots:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._validation import whole_number
+from moetuner._validation import array_in, shown, whole_number
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 Integer = TypeVar("Integer", np.int16, np.int32, np.int64)
@@ -25,7 +25,7 @@ def labels(name: str, values: ArrayLike, length: int, dtype: type[Integer]) -> N
     ValueError
         If the values are not integers, not that many, or do not fit ``dtype``.
     """
-    array = np.asarray(values)
+    array = array_in(name, values)
     if array.shape != (length,) or (array.dtype.kind not in "iu" and length):
         raise ValueError(
             f"{name} must be integers [{length}], got {array.dtype} {list(array.shape)}"
@@ -49,11 +49,11 @@ def names(values: Iterable[str] | None) -> tuple[str, ...]:
     if values is None:
         return ()
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise ValueError(f"group_names must be a list of names, got {values!r:.40}")
+        raise ValueError(f"group_names must be a list of names, got {shown(values)}")
     found = tuple(value.item() if isinstance(value, np.str_) else value for value in values)
     for name in found:
         if not isinstance(name, str):
-            raise ValueError(f"group_names must be texts, got {name!r}")
+            raise ValueError(f"group_names must be texts, got {shown(name)}")
     if len(set(found)) < len(found):
         twice = next(name for at, name in enumerate(found) if name in found[:at])
         raise ValueError(f"group_names must differ, got {twice!r} twice")
@@ -98,7 +98,7 @@ def among(values: NDArray[Integer], wanted: ArrayLike) -> NDArray[np.bool_]:
 
 def numbered(group: ArrayLike) -> list[str]:
     """Names for groups that have none: their numbers."""
-    array = np.asarray(group)
+    array = array_in("group", group)
     if array.dtype.kind not in "iu" and array.size:
         raise ValueError(f"group must be integers, got {array.dtype} {list(array.shape)}")
     count = max(int(array.max(initial=0)) + 1, 1)
@@ -108,7 +108,10 @@ def numbered(group: ArrayLike) -> list[str]:
 
 
 def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64] | None:
-    """Sequence labels of traces one after the other, moved up where they would come back."""
+    """Sequence labels of traces one after the other, moved up where they would come back.
+
+    Where moving up leaves 32 bits, all are numbered anew, from 0.
+    """
     known: list[NDArray[np.int64]] = []
     for part in parts:
         if part is None:
@@ -118,11 +121,17 @@ def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64]
             highest = max(int(before.max(initial=-1)) for before in known)
             moved += highest + 1 - int(moved.min())
         known.append(moved)
+    if max((int(wide.max(initial=0)) for wide in known), default=0) > np.iinfo(np.int32).max:
+        first = 0
+        for at, wide in enumerate(known):
+            found = np.unique(wide)
+            known[at] = np.searchsorted(found, wide) + first
+            first += len(found)
     return np.concatenate(known)
 
 
 def joined_groups(
-    parts: list[tuple[NDArray[np.int16] | None, tuple[str, ...]]], group_names: tuple[str, ...]
+    parts: list[tuple[NDArray[Any] | None, tuple[str, ...]]], group_names: tuple[str, ...]
 ) -> NDArray[np.int64] | None:
     """Group numbers of traces one after the other, as indices into the joint names."""
     known: list[NDArray[np.int64]] = []
@@ -146,7 +155,7 @@ def expert_size(given: Any) -> tuple[int, int] | None:
     if given is None:
         return None
     if not isinstance(given, tuple | list) or len(given) != 2:
-        raise ValueError(f"expert_size must be (hidden, intermediate), got {given!r:.40}")
+        raise ValueError(f"expert_size must be (hidden, intermediate), got {shown(given)}")
     hidden, intermediate = (whole_number("expert_size", each, highest=1 << 24) for each in given)
     return hidden, intermediate
 

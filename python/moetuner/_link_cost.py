@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moetuner._validation import array_in
+
 # The search holds costs in 16 bits.
 HIGHEST_COST = (1 << 16) - 1
 
@@ -18,10 +20,7 @@ def checked(values: ArrayLike, devices: int) -> NDArray[np.float64]:
         If it is not square, finite, non-negative and symmetric with a zero diagonal, naming the
         first pair of devices that breaks a rule.
     """
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        array = np.empty(0, dtype=object)
+    array = array_in("link_cost", values)
     if array.shape != (devices, devices) or array.dtype.kind not in "iuf":
         raise ValueError(
             f"link_cost must be numbers [{devices}, {devices}], one per pair of devices, "

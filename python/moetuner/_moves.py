@@ -54,13 +54,16 @@ def difference(
 ) -> PlacementDiff:
     """List the moves from one set of holders [L,D,E] to another.
 
-    A copy comes from the nearest device that held the expert, of equally near ones from the lowest
-    number; without a topology all are equally near.
+    A copy comes from the nearest device that held the expert, by link costs where they were given,
+    else by tier; of equally near ones from the lowest number. Without a topology all are equally
+    near.
     """
     devices = before.shape[1]
     layer, expert, target = np.nonzero((after & ~before).transpose(0, 2, 1))
-    tier = np.zeros((devices, devices), np.int64) if topology is None else topology.tier
-    distance = tier[:, target].T * devices + np.arange(devices)
+    far = np.zeros((devices, devices), np.int64)
+    if topology is not None:
+        far = topology.tier if topology.link_cost is None else topology.cost
+    distance = far[:, target].T * devices + np.arange(devices)
     source = np.where(before[layer, :, expert], distance, np.iinfo(np.int64).max).argmin(axis=1)
     pairs = np.bincount(source * devices + target, minlength=devices * devices)
     return PlacementDiff(
@@ -78,18 +81,23 @@ def brought(held: NDArray[np.bool_], slots: NDArray[np.int32]) -> int:
     return int(np.count_nonzero(~there & (slots >= 0)))
 
 
-def kept(initial: NDArray[np.int32], slots: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Order the slots of every device so that experts which stay keep theirs; -1 is empty."""
-    width = slots.shape[2]
+def kept(
+    initial: NDArray[np.int32], slots: NDArray[np.int32], rooms: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    """Order the slots of every device so that experts which stay keep theirs; -1 is empty.
+
+    Only those that a device has itself [L,D]: tables are as wide as the widest device.
+    """
     ordered = slots.copy()
-    same = min(initial.shape[2], width)
+    same = min(initial.shape[2], slots.shape[2])
     differs = (initial[:, :, :same] != slots[:, :, :same]).any(axis=2)
     differs |= (slots[:, :, same:] >= 0).any(axis=2)
     for layer, device in np.argwhere(differs):
         ordered[layer, device] = -1
         here = [int(e) for e in slots[layer, device] if e >= 0]
         before = {int(e): s for s, e in enumerate(initial[layer, device]) if e >= 0}
-        stay = [e for e in here if before.get(e, width) < width]
+        room = rooms[layer, device]
+        stay = [e for e in here if before.get(e, room) < room]
         for expert in stay:
             ordered[layer, device, before[expert]] = expert
         free = iter(np.flatnonzero(ordered[layer, device] == -1))

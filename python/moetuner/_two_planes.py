@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moetuner._validation import numbers_in
+
 # Different batches, twice as many as there are coefficients, and those that each line needs: with
 # fewer the residual says nothing of the error.
 FEWEST, FEWEST_OF_LINE = 8, 3
@@ -49,11 +51,12 @@ def measurements(*values: ArrayLike) -> list[Floats]:
     ValueError
         If there are too few, or one is out of range.
     """
-    columns = [np.asarray(column, dtype=np.float64) for column in values]
+    names = ("tokens", "experts", "microseconds")
+    columns = [numbers_in(name, column) for name, column in zip(names, values, strict=True)]
     shapes = [list(column.shape) for column in columns]
     if columns[0].ndim != 1 or any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"tokens, experts and microseconds must be [n] each, got {shapes}")
-    for name, column in zip(("tokens", "experts", "microseconds"), columns, strict=True):
+    for name, column in zip(names, columns, strict=True):
         timed = name == "microseconds"
         wrong = ~(np.isfinite(column) & (column > 0 if timed else column >= 0))
         if wrong.any():

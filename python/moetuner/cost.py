@@ -13,7 +13,16 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _two_planes
 from moetuner._files import naming, read_whole, replacing
 from moetuner._machines import GPUS
-from moetuner._validation import is_number, not_negative, positive
+from moetuner._validation import (
+    instance,
+    is_number,
+    not_negative,
+    one_of,
+    path_in,
+    positive,
+    shown,
+    text_or_none,
+)
 from moetuner.topology import Topology
 
 SCHEMA = "moetuner.cost_model/1"
@@ -110,12 +119,14 @@ class CostModel:
             if name != "combine_bytes" or self.combine_bytes is not None:
                 not_negative(name, getattr(self, name), "number of bytes")
         if not (is_number(self.overlap) and 0 <= self.overlap <= 1):
-            raise ValueError(f"overlap must be from 0 to 1, got {self.overlap}")
+            raise ValueError(f"overlap must be from 0 to 1, got {shown(self.overlap)}")
         for name in ("parameter_errors", "measured"):
             if isinstance(getattr(self, name), list):  # as JSON has it
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.once_per not in ("device", "node"):
-            raise ValueError(f"once_per must be 'device' or 'node', got {self.once_per!r}")
+        one_of("once_per", self.once_per, ("device", "node"))
+        text_or_none("name", self.name)
+        if self.residual is not None:
+            not_negative("residual", self.residual, "number")
 
     @property
     def bytes_back(self) -> float:
@@ -191,6 +202,7 @@ class CostModel:
         numbers |= {"memory_bandwidth": memory_bandwidth, "dtype_bytes": dtype_bytes}
         for name, value in {**numbers, "efficiency": efficiency}.items():
             positive(name, value, "number")
+        not_negative("launch_us", launch_us, "number of microseconds")
         weights = 3 * hidden * intermediate
         return cls(
             **{
@@ -311,6 +323,9 @@ class CostModel:
             One token more on a device, on which all wait; and one more over a link, if ports are
             evenly used: then the busiest carries one in D.
         """
+        instance("topology", topology, Topology)
+        if active is not None:
+            not_negative("active", active, "number of experts")
         each = self.token_us
         if tokens is not None:
             positive("tokens", tokens, "number")
@@ -323,7 +338,7 @@ class CostModel:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; the file appears whole or not at all."""
-        with replacing(path) as temporary:
+        with replacing(path_in(path)) as temporary:
             temporary.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2) + "\n")
 
     @classmethod
@@ -337,6 +352,7 @@ class CostModel:
         OSError
             If it cannot be read.
         """
+        path = path_in(path)
         with naming(path):
             try:
                 found = json.loads(read_whole(path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,7 +12,7 @@ from moetuner import _counts, _figures, _split
 from moetuner._counts import Counts, Rules
 from moetuner._figures import Regime
 from moetuner._split import Split
-from moetuner._validation import whole_number
+from moetuner._validation import flag, instance, one_of, seed_in, threads_in, window_in
 from moetuner.cost import CostModel
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
@@ -176,11 +176,12 @@ def evaluate(
     ValueError
         If placement, traffic and topology are not of one model and machine.
     """
-    topology = topology or Topology(placement.devices)
+    topology = topology_of(placement, topology)
     check_model(placement, traffic, topology)
     _split.check(split)
-    if regime not in ("follow", "dispatch"):
-        raise ValueError(f"regime must be 'follow' or 'dispatch', got {regime!r}")
+    window, threads = window_in(window), threads_in(threads)
+    check_times(cost_model, regime)
+    flag("mixed", mixed)
     with_active = cost_model is not None and cost_model.expert_us > 0
     rules = Rules(
         placement,
@@ -190,7 +191,7 @@ def evaluate(
         with_active,
         threads,
         with_mixed=mixed,
-        mixed_seed=whole_number("mixed_seed", mixed_seed, lowest=0),
+        mixed_seed=seed_in(mixed_seed, "mixed_seed"),
     )
     if isinstance(traffic, RoutingStatistics):
         if home is not None:
@@ -216,10 +217,28 @@ def evaluate(
     return replace(whole, by_group=groups, replayed=replayed)
 
 
+def topology_of(placement: Placement, topology: Topology | None) -> Topology:
+    """Return the topology that was given, or one node of the placement's devices."""
+    instance("placement", placement, Placement)
+    if topology is None:
+        return Topology(placement.devices)
+    instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
+    return topology
+
+
+def check_times(cost_model: CostModel | None, regime: Regime) -> None:
+    """Raise unless these are a cost model, or none, and a regime."""
+    if cost_model is not None:
+        instance("cost_model", cost_model, CostModel, hint=", such as CostModel.preset('h100')")
+    one_of("regime", regime, get_args(Regime))
+
+
 def check_model(
     placement: Placement, traffic: RoutingTrace | RoutingStatistics, topology: Topology
 ) -> None:
     """Raise unless placement, traffic and topology are of one model and machine."""
+    instance("placement", placement, Placement)
+    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
     experts = traffic.num_experts if isinstance(traffic, RoutingTrace) else traffic.experts
     found = (traffic.layers, experts, topology.devices)
     wanted = (placement.layers, placement.num_experts, placement.devices)

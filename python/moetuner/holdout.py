@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._validation import instance, is_number, seed_in, shown
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -37,8 +38,10 @@ def hold_out(
         If ``share`` is not from 0 to 1 (1 excluded), or counts cannot be split: pairs are summed
         over all windows, and one window is not two.
     """
-    if not 0 <= share < 1:
-        raise ValueError(f"holdout must be at least 0 and below 1, got {share}")
+    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    if not (is_number(share) and 0 <= share < 1):
+        raise ValueError(f"holdout must be at least 0 and below 1, got {shown(share)}")
+    seed = seed_in(seed)
     if share == 0:
         return traffic, traffic
     if isinstance(traffic, RoutingTrace):

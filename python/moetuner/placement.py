@@ -14,7 +14,19 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner._files import naming, read_whole, replacing
 from moetuner._filling import filled
 from moetuner._moves import PlacementDiff, difference
-from moetuner._validation import check_slots
+from moetuner._validation import (
+    SLOT_LIMIT,
+    array_in,
+    check_slots,
+    instance,
+    not_negative,
+    number_or_none,
+    numbers_in,
+    path_in,
+    shown,
+    text_or_none,
+    whole_number,
+)
 from moetuner.topology import Topology
 
 SCHEMA = "moetuner.placement/1"
@@ -58,7 +70,7 @@ class Placement:
     bound_scope: str | None = None
 
     def __post_init__(self) -> None:
-        slots = np.asarray(self.slots)
+        slots = array_in("slots", self.slots)
         if slots.ndim != 3 or slots.size == 0 or not np.issubdtype(slots.dtype, np.integer):
             raise ValueError(
                 "slots must be integers [layers, devices, slots], none of them zero, "
@@ -66,7 +78,13 @@ class Placement:
             )
         _, devices, per_device = slots.shape
         check_slots(devices, per_device)
-        experts = self.num_experts or max(int(slots.max()) + 1, 1)
+        given = whole_number("num_experts", self.num_experts, lowest=0)
+        if not given and int(slots.max()) >= devices * per_device:
+            raise ValueError(
+                f"slots must have expert ids below {devices * per_device}, the slots of a layer, "
+                f"got {slots.max()}"
+            )
+        experts = given or max(int(slots.max()) + 1, 1)
         if not 1 <= experts <= devices * per_device:
             raise ValueError(
                 f"num_experts must be from 1 to {devices * per_device}, a slot for each, "
@@ -79,6 +97,13 @@ class Placement:
         slots.flags.writeable = False
         object.__setattr__(self, "slots", slots)
         object.__setattr__(self, "num_experts", experts)
+        self._check_names()
+
+    def _check_names(self) -> None:
+        for name in ("model", "topology", "fingerprint", "bound_scope"):
+            text_or_none(name, getattr(self, name))
+        for name in ("objective", "bound"):
+            number_or_none(name, getattr(self, name))
 
     @classmethod
     def from_assignment(
@@ -94,9 +119,12 @@ class Placement:
         Slots are filled in the order of expert ids; ``slots_per_device`` defaults to the most
         experts that any device holds in any layer.
         """
-        device_of = np.asarray(device_of)
+        device_of = array_in("device_of", device_of)
+        whole_number("devices", devices, highest=SLOT_LIMIT)
         if device_of.ndim != 2 or not np.issubdtype(device_of.dtype, np.integer):
-            raise ValueError(f"device_of must be integers [layers, experts], got {device_of.dtype}")
+            raise ValueError(
+                f"device_of must be integers [layers, experts], got {shown(device_of)}"
+            )
         if device_of.size and not (device_of.min() >= 0 and device_of.max() < devices):
             raise ValueError(
                 f"device_of must be from 0 to {devices - 1}, "
@@ -110,6 +138,7 @@ class Placement:
         counts = np.bincount(cell, minlength=layers * devices)
         width = int(counts.max(initial=1))
         if slots_per_device is not None:
+            whole_number("slots_per_device", slots_per_device, highest=SLOT_LIMIT)
             if width > slots_per_device:
                 raise ValueError(
                     f"slots_per_device must be at least {width}, got {slots_per_device}: "
@@ -185,6 +214,7 @@ class Placement:
         named = copy(self)  # without another check: the slots cannot have changed
         for name, value in names.items():
             object.__setattr__(named, name, value)
+        named._check_names()
         return named
 
     def filled(self, load: ArrayLike | None = None) -> Placement:
@@ -200,11 +230,13 @@ class Placement:
         """
         if (self.slots != EMPTY).all():
             return self
-        tokens = None if load is None else np.asarray(load)
+        tokens = None if load is None else numbers_in("load", load)
         if tokens is not None and tokens.shape != (self.layers, self.num_experts):
             raise ValueError(
                 f"load must be [{self.layers}, {self.num_experts}], got {list(tokens.shape)}"
             )
+        if tokens is not None and not (np.isfinite(tokens) & (tokens >= 0)).all():
+            raise ValueError("load must be finite and at least 0")
         full = filled(self.slots, self.num_experts, load=tokens)
         # What a solver said was of other copies.
         return replace(self, slots=full, objective=None, bound=None)
@@ -222,7 +254,7 @@ class Placement:
             "bound_scope": self.bound_scope,
             "slots": self.slots.tolist(),
         }
-        with replacing(path) as temporary:
+        with replacing(path_in(path)) as temporary:
             temporary.write_text(json.dumps(fields) + "\n")
 
     @classmethod
@@ -234,6 +266,7 @@ class Placement:
         ValueError
             If the file is not a placement, or is one of another schema version.
         """
+        path = path_in(path)
         with naming(path):
             content = read_whole(path)
             try:
@@ -265,13 +298,19 @@ class Placement:
         """Say what has to move to get from this placement to ``other``.
 
         A copy moves when a device needs an expert of a layer that it does not hold yet; another
-        slot of the same device costs nothing. It comes from the nearest device of the topology that
-        holds the expert, of equally near ones from the one with the lowest number.
+        slot of the same device costs nothing. It comes from the nearest device of the topology (by
+        ``link_cost``, where that was given) that holds the expert, of equally near
+        ones from the one with the lowest number.
         """
+        instance("other", other, Placement)
+        if bytes_per_expert is not None:
+            not_negative("bytes_per_expert", bytes_per_expert, "number of bytes")
+        if topology is not None:
+            instance("topology", topology, Topology)
         shape, wanted = (self.layers, self.devices, self.num_experts), other
         if shape != (wanted.layers, wanted.devices, wanted.num_experts):
             raise ValueError(
-                f"placements must have the same layers, devices and experts, got {shape} and "
+                f"other must have the same layers, devices and experts, got {shape} and "
                 f"{(wanted.layers, wanted.devices, wanted.num_experts)}"
             )
         if topology is not None and topology.devices != self.devices:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _student
+from moetuner._validation import at_least, instance, seed_in, threads_in
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.holdout import hold_out
 from moetuner.problem import Problem
@@ -113,6 +114,9 @@ def structure(
     threads
         Threads to use, all cores by default; the answer does not depend on it.
     """
+    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    topology, seed, threads = Topology(devices), seed_in(seed), threads_in(threads)
+    at_least("max_imbalance", max_imbalance, 1)
     held_out = isinstance(traffic, RoutingTrace) and traffic.tokens > 1
     parts = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
     seen, unseen = (_pairs(part, threads) for part in parts)
@@ -123,7 +127,7 @@ def structure(
     def crossing(
         method: str, seen: RoutingStatistics, unseen: RoutingTrace | RoutingStatistics
     ) -> Evaluation:
-        problem = Problem(seen, Topology(devices), regime="follow", max_imbalance=max_imbalance)
+        problem = Problem(seen, topology, regime="follow", max_imbalance=max_imbalance)
         found = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
         return evaluate(found.placement, unseen, mixed=False, threads=threads)
 

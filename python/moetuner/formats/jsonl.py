@@ -33,7 +33,16 @@ import numpy as np
 
 from moetuner._files import naming, replacing, size_of
 from moetuner._labels import expert_size, names
-from moetuner._validation import IdArray, check_sizes, experts_in, id_type, valid
+from moetuner._validation import (
+    IdArray,
+    check_sizes,
+    experts_in,
+    id_type,
+    instance,
+    one_of,
+    path_in,
+    valid,
+)
 from moetuner.trace import RoutingTrace
 
 LINE_LIMIT = 1 << 29
@@ -55,7 +64,7 @@ def read(path: str | Path, *, num_experts: int | None = None) -> RoutingTrace:
     ValueError
         Naming file and line of what is wrong.
     """
-    path = Path(path)
+    path = path_in(path)
     size_of(path)
     with naming(path):
         reader = _Reader(None if num_experts is None else experts_in(num_experts))
@@ -90,6 +99,9 @@ def write(
     ValueError
         If the trace has no token, or its sequences do not fit on lines.
     """
+    instance("trace", trace, RoutingTrace)
+    one_of("per", per, ("token", "sequence"))
+    path = path_in(path)
     if trace.tokens == 0:
         raise ValueError(
             "trace must have at least one token: else JSON lines cannot say its layers"

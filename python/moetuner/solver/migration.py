@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._moves import brought, kept
-from moetuner._validation import not_negative
+from moetuner._validation import at_least, instance, not_negative
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.solver.balanced import balanced
@@ -38,28 +39,27 @@ CAPS_TOLD = ("caps_raised", "caps_infeasible")
 
 @dataclass(frozen=True)
 class Migration:
-    """Where a solve starts from, and what moving may cost.
+    """What moving away from a running placement may cost.
 
     Parameters
     ----------
-    initial
-        The placement that runs.
     budget
-        Bytes that may move; None for any number.
+        Bytes that may move; None, or infinity, for any number.
     cost
         What a moved byte costs, in units of the objective.
     expert_bytes
         Bytes of one expert of one layer; with 1, budget and cost are of experts.
     """
 
-    initial: Placement
     budget: float | None = None
     cost: float = 0.0
     expert_bytes: float = 1.0
 
     def __post_init__(self) -> None:
         if self.budget is not None:
-            not_negative("move_budget", self.budget, "number of bytes")
+            at_least("move_budget", self.budget, 0, " bytes")
+            if math.isinf(self.budget):
+                object.__setattr__(self, "budget", None)
         not_negative("move_cost", self.cost, "price of a byte")
         not_negative("expert_bytes", self.expert_bytes, "number of bytes")
 
@@ -84,6 +84,7 @@ def check(problem: Problem, initial: Placement) -> None:
     ValueError
         If it is of another model or machine, or does not fit the slots.
     """
+    instance("initial", initial, Placement)
     found = (initial.layers, initial.num_experts, initial.devices)
     wanted = (problem.layers, problem.experts, problem.devices)
     if found != wanted:
@@ -103,6 +104,7 @@ def check(problem: Problem, initial: Placement) -> None:
 
 def migrate(
     problem: Problem,
+    initial: Placement,
     migration: Migration,
     method: Callable[..., Candidate],
     *,
@@ -119,8 +121,8 @@ def migrate(
     ValueError
         If the placement breaks a rule, and it takes more moves than the budget to keep it.
     """
-    check(problem, migration.initial)
-    solve = _Migrating(problem, migration, seed, Clock(limits))
+    check(problem, initial)
+    solve = _Migrating(problem, initial, migration, seed, Clock(limits))
     if limits.time_limit == 0:
         solve.best = replace(solve.best, status="time_limit")
     elif solve.price == 0 and solve.most >= problem.rooms.sum():
@@ -133,8 +135,10 @@ def migrate(
 class _Migrating:
     """The best answer so far, and ways to a better one."""
 
-    def __init__(self, problem: Problem, migration: Migration, seed: int, clock: Clock) -> None:
-        self.problem, self.initial, self.seed, self.clock = problem, migration.initial, seed, clock
+    def __init__(
+        self, problem: Problem, initial: Placement, migration: Migration, seed: int, clock: Clock
+    ) -> None:
+        self.problem, self.initial, self.seed, self.clock = problem, initial, seed, clock
         self.price, self.most = migration.price, migration.most
         self.held = self.initial.held
         self.start = lawful(problem, self.initial)
@@ -253,4 +257,6 @@ class _Migrating:
         slots = self.best.slots
         told = {key: value for key, value in self.best.details.items() if key not in CAPS_TOLD}
         details = {**told, **exceeded(self.problem, slots), "experts_moved": self.moved(slots)}
-        return replace(self.best, slots=kept(self.initial.slots, slots), details=details)
+        return replace(
+            self.best, slots=kept(self.initial.slots, slots, self.problem.rooms), details=details
+        )

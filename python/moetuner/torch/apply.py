@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from moetuner._validation import flag, instance
 from moetuner.placement import Placement
 from moetuner.torch.order import (
     Order,
@@ -72,6 +73,8 @@ def apply_placement(
     ValueError
         If the result could not be exact, with the reason; the model is then unchanged.
     """
+    instance("placement", placement, Placement)
+    flag("inverse", inverse)
     layers = moe_layers(model, routers)
     sizes = (len(layers), layers[0].num_experts)
     if sizes != (placement.layers, placement.num_experts):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moetuner import _safetensors
 from moetuner._files import naming, read_whole, replacing
+from moetuner._validation import flag, instance
 from moetuner.placement import Placement
 from moetuner.torch.keys import Move, plan
 from moetuner.torch.order import (
@@ -100,6 +101,8 @@ def permute_state_dict(
     OSError
         If a file cannot be read or written.
     """
+    instance("placement", placement, Placement)
+    flag("inverse", inverse)
     order = order_of(placement)
     if isinstance(source, Mapping):
         if out is not None:
