@@ -404,3 +404,21 @@ def test_an_infinite_budget_is_none(method):
         assert (found.placement, found.status) == (free.placement, free.status)
         assert found.violations == ()
         assert mt.solve(problem, method, move_budget=budget, iterations=200).status == "feasible"
+
+
+def test_steps_lower_excess_at_any_price():
+    """A step that brings load under a cap is taken although the objective gets worse by it."""
+    load = np.ones((1, 3, 8), dtype=np.int64)
+    load[:, :, 0] = load[:, :, 1] = 4
+    together = np.kron(np.eye(2, dtype=np.int64), np.full((4, 4), 100))
+    problem = mt.Problem(
+        mt.RoutingStatistics(load, np.stack([together] * 2)),
+        mt.Topology(2),
+        regime="follow",
+        objective="traffic",
+        max_imbalance=1.05,
+    )
+    initial = contiguous(3, 8, 2)
+    path, _ = Search(problem, 0).descend(initial.slots, initial, np.inf, Limits())
+    assert path.excess[0] > 0
+    assert path.excess[-1] == 0

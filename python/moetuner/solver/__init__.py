@@ -14,7 +14,7 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import baselines
 from moetuner.solver.balanced import no_worse
-from moetuner.solver.caps import ROUNDING, scope, settled
+from moetuner.solver.caps import ROUNDING, retold, scope, settled
 from moetuner.solver.joint import joint
 from moetuner.solver.migration import Migration, migrate
 from moetuner.solver.result import Candidate, Limits, Progress, Result, Status
@@ -130,7 +130,10 @@ def solve(
     seconds = time.perf_counter() - begin
 
     if problem.fill_slots:
-        candidate = _filled(problem, candidate, initial)
+        filled = _filled(problem, candidate, initial)
+        if filled is not candidate and METHODS[method] in (joint, searched):
+            filled = replace(filled, details=retold(problem, filled.slots, filled.details))
+        candidate = filled
     # Bounds of pairs are costs; those of visits are of what they are a bound of.
     in_costs = problem.goal == "traffic" and not problem.counts_visits
     scale = problem.cost_scale if in_costs else 1

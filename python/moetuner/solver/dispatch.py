@@ -17,7 +17,7 @@ from moetuner.expert_sets import ExpertSets
 from moetuner.objective import visit_costs, visits
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.solver.caps import caps_of, exceeded
+from moetuner.solver.caps import caps_of, exceeded, retold
 from moetuner.solver.clock import Clock
 from moetuner.solver.enumeration import fewest_visits
 from moetuner.solver.heuristic import heuristic
@@ -131,7 +131,5 @@ def dispatch(
     details["trials"] = trials
     if copies:
         # What was told of the start is not true of copies.
-        for name in ("caps_raised", "caps_infeasible"):
-            details.pop(name, None)
-        details |= exceeded(problem, slots)
+        details = retold(problem, slots, details)
     return Candidate(slots, "interrupted" if interrupted else "feasible", details=details)

@@ -21,7 +21,7 @@ from moetuner.solver.balanced import balanced
 from moetuner.solver.caps import caps_of, exceeded, excess_of
 from moetuner.solver.clock import Clock
 from moetuner.solver.dispatch import most_trials
-from moetuner.solver.enumeration import enumerated
+from moetuner.solver.enumeration import contents_of, enumerated, peaks_of
 from moetuner.solver.heuristic import heuristic
 from moetuner.solver.moving import Moving, Path, widened
 from moetuner.solver.pace import paced
@@ -134,7 +134,8 @@ class Search:
             # Whatever becomes of the search, it is not behind what engines get from ``balance``.
             made = self._layers().construct(copies=problem.may_copy, threads=limits.threads)
             starts += [self.full(slots) for slots in (made, balanced(problem))]
-        slots = min(starts, key=self.rank)
+        slots = self.eased(min(starts, key=self.rank))
+        starts.append(slots)
         if limits.time_limit == 0:
             return self.candidate(slots, "time_limit")
         again = AGAIN if self.emphasis else REWEIGHTINGS
@@ -318,6 +319,15 @@ class Search:
         moved, excess, change = np.concatenate([begin, figures]).T
         path = Path(start, places, experts, moved.astype(np.int64), excess, change / unit)
         return path, interrupted
+
+    def eased(self, slots: Slots) -> Slots:
+        """Slots [L,D,S] that exceed caps as little as can be, where all contents can be tried."""
+        problem, eased = self.problem, slots.copy()
+        for layer in np.flatnonzero(excess_of(problem, slots)).tolist():
+            contents = contents_of(problem, layer)
+            if contents is not None:
+                eased[layer] = contents[peaks_of(problem, layer, contents).argmin()]
+        return eased
 
     def look_at(self, slots: Slots) -> None:
         """Give the windows that a risk or the worst group is made of more weight, next time."""

@@ -14,7 +14,7 @@ from moetuner._validation import at_least, instance, not_negative
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.solver.balanced import balanced
-from moetuner.solver.caps import caps_of, exceeded, excess_of
+from moetuner.solver.caps import caps_of, excess_of, retold
 from moetuner.solver.clock import Clock
 from moetuner.solver.enumeration import enumerated
 from moetuner.solver.layers import Search
@@ -33,8 +33,6 @@ FRESH_SHARE = 0.9
 # Times that risk and groups are weighed anew by steps, and lengths of a way whose ends are compared
 # by what the objective truly is.
 REWEIGHTINGS, LENGTHS = 3, 6
-# Details that are of a placement, not of how it was found.
-CAPS_TOLD = ("caps_raised", "caps_infeasible")
 
 
 @dataclass(frozen=True)
@@ -255,8 +253,8 @@ class _Migrating:
     def answer(self) -> Candidate:
         """Give the best, with the slots of what stays, and the caps that it exceeds."""
         slots = self.best.slots
-        told = {key: value for key, value in self.best.details.items() if key not in CAPS_TOLD}
-        details = {**told, **exceeded(self.problem, slots), "experts_moved": self.moved(slots)}
+        told = retold(self.problem, slots, self.best.details)
+        details = {**told, "experts_moved": self.moved(slots)}
         return replace(
             self.best, slots=kept(self.initial.slots, slots, self.problem.rooms), details=details
         )
