@@ -132,9 +132,9 @@ def test_caps_are_told_of_copies_that_run():
 
 def test_a_cap_that_copies_can_keep_is_kept():
     """Where all contents of a layer can be tried, the search does not stay above a cap."""
-    table = np.ones((1, 3, 3), dtype=np.int64) - np.eye(3, dtype=np.int64)
+    table = np.array([[[0, 0, 11], [0, 0, 17], [11, 17, 0]]])
     problem = mt.Problem(
-        mt.RoutingStatistics(np.array([[[21, 19, 30]]]), None, 5 * table),
+        mt.RoutingStatistics(np.array([[[1, 17, 9]], [[20, 2, 21]]]), None, table),
         mt.Topology(4, devices_per_node=2),
         slots_per_device=1,
         max_imbalance=1.2,
