@@ -52,7 +52,7 @@ def command(
     problem = Problem(
         statistics, machine.topology(), regime=certificate.regime, objective="traffic"
     )
-    cost = verify(certificate, problem)
+    cost = verify(certificate, problem, threads=source.threads)
     bound = cost / problem.cost_scale
     imbalances = _imbalances(problem, certificate)
 

@@ -108,13 +108,14 @@ def traffic(problem: Problem, placement: Placement) -> float:
 
 
 def layers_traffic(problem: Problem, placement: Placement) -> Floats:
-    """Return what every layer [L] adds to the traffic, in regime dispatch.
+    """Return what every layer [L] adds to the traffic, if that is of dispatch; else 0.
 
-    0 where neither expert sets nor pairs were counted.
+    0 too where neither expert sets nor pairs were counted.
     """
     if problem.counts_visits:
         return _visits(problem, placement)
-    return _apart(problem, placement) if problem.has_pairs else np.zeros(problem.layers)
+    pairs = problem.regime == "dispatch" and problem.has_pairs
+    return _apart(problem, placement) if pairs else np.zeros(problem.layers)
 
 
 def _apart(problem: Problem, placement: Placement) -> Floats:

@@ -59,10 +59,13 @@ def pair_prices(problem: Problem, unit: float) -> dict[str, Any]:
     stand_in = problem.regime == "dispatch" and not problem.counts_visits
     if problem.goal == "balance" or not stand_in or pairs is None or not pairs.any():
         return {}
+    tokens = float(problem.load.sum(dtype=np.float64))
+    if not tokens:  # whose visits would they be?
+        return {}
     if problem.goal == "time":
         # A token whose k experts are all apart makes k - 1 more visits than one whose experts are
         # together, and has k (k - 1) / 2 pairs apart.
-        top = float(pairs.sum(dtype=np.float64)) / float(problem.load.sum(dtype=np.float64)) + 1
+        top = float(pairs.sum(dtype=np.float64)) / tokens + 1
         each = _visit_us(problem) * 2 / top / (problem.layers * problem.statistics.windows)
         return {"pairs": pairs, "pair_cost": unit * each}
     return {"pairs": pairs, "pair_cost": unit / problem.cost_scale}
