@@ -13,15 +13,16 @@ from moetuner.cli.options.machine import (
     Machine,
     cost_model_for,
     node_options,
-    say_times,
     time_options,
 )
 from moetuner.cli.options.traffic import Source, traffic_options
-from moetuner.cli.output import Output, number, working
+from moetuner.cli.output import Output, working
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.files import text
 from moetuner.placement import Placement
+from moetuner.report.cells import number
+from moetuner.report.outcome import whose_times
 
 HEAD = ("traffic", "tokens", "imbalance", "mixed", "total", "worst", "crossing", "fanout", "nodes")
 TIMES = ("layer, us", "mean", "p50", "p95", "p99")
@@ -79,7 +80,7 @@ def command(
     output.table(HEAD, [_row(name, each) for name, each in rows])
     output.say()
     output.table(TIMES, [_times(name, each) for name, each in rows])
-    output.say(say_times(model))
+    output.say(whose_times(model))
     output.say()
     for name, ports in found.busiest_port.items():
         output.say(_ports(name, ports))

@@ -71,16 +71,6 @@ class Output:
                 temporary.write_text(text + "\n")
 
 
-def number(value: float | None, decimals: int) -> str:
-    """Write a number, or a dash for what is not known."""
-    return "-" if value is None else f"{value:.{decimals}f}"
-
-
-def percent(value: float | None) -> str:
-    """Write a share."""
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
 def _finite(value: Any) -> Any:
     """Replace what JSON cannot say, such as an infinite cap, by null."""
     if isinstance(value, dict):

@@ -8,14 +8,16 @@ from typing import Any
 import click
 
 from moetuner.cli import options
+from moetuner.cli.attempt import try_method
 from moetuner.cli.options import moves
 from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.moves import Moving, moving_options
 from moetuner.cli.options.problem import Asked, problem_options, settings
 from moetuner.cli.options.traffic import Source, traffic_options
-from moetuner.cli.output import Output, number
+from moetuner.cli.output import Output
 from moetuner.problem import Problem
-from moetuner.report.outcome import has_pairs, head, remarks, sentences, try_method
+from moetuner.report.cells import number
+from moetuner.report.outcome import has_pairs, head, remarks, sentences
 from moetuner.solver import METHODS
 from moetuner.solver.migration import check
 from moetuner.solver.result import Result

@@ -12,9 +12,10 @@ import numpy as np
 from moetuner.cli import options
 from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.traffic import Source, count, traffic_options
-from moetuner.cli.output import Output, percent
+from moetuner.cli.output import Output
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.report.cells import percent
 from moetuner.solver.bounds.caps import SINGLE
 from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.bounds.pairs import verify

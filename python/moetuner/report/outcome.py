@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moetuner.cli.options.machine import say_times
-from moetuner.cli.options.traffic import Traffic
-from moetuner.cli.output import number, percent, working
-from moetuner.evaluation import Evaluation, evaluate
+from moetuner.cost import CostModel
+from moetuner.evaluation import Evaluation
 from moetuner.problem import Problem
 from moetuner.problem.objective import visit_costs
-from moetuner.solver import solve
+from moetuner.report.cells import number, percent
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
 
@@ -52,7 +50,7 @@ class Outcome:
         }
 
     def row(self) -> tuple[str, ...]:
-        """Give the cells of a table under ``head``."""
+        """Return the cells of a table under ``head``."""
         of, known = self.evaluation, self.has_objective
         figures = {
             "total": number(of.imbalance_total, 3),
@@ -79,47 +77,12 @@ def head(problem: Problem) -> tuple[str, ...]:
 
 
 def judged(problem: Problem) -> tuple[str, ...]:
-    """Name the columns that depend on the problem: nodes are what dispatch visits, if any."""
+    """Return the columns that depend on the problem: nodes are what dispatch visits, if any."""
     of_nodes = problem.regime == "dispatch" and problem.topology.nodes > 1
     if problem.goal == "time":
         moved = "nodes" if of_nodes else "fanout"
         return ("crossing" if problem.regime == "follow" else moved, "layer us")
     return ("total", "nodes" if of_nodes else "crossing", "fanout")
-
-
-def try_method(
-    method: str,
-    problem: Problem,
-    judged_on: Traffic,
-    *,
-    window: int | None,
-    seed: int,
-    time_limit: float | None = None,
-    threads: int | None = None,
-    **moving: Any,
-) -> Outcome:
-    """Solve, and evaluate the placement on other traffic; ``moving`` as for ``solve``."""
-    with working(f"solving, {method}") as progress:
-        result = solve(
-            problem,
-            method,
-            seed=seed,
-            time_limit=time_limit,
-            threads=threads,
-            progress=progress,
-            **moving,
-        )
-        evaluation = evaluate(
-            result.placement,
-            judged_on,
-            problem.topology,
-            window=window,
-            split=problem.split,
-            cost_model=problem.cost_model if problem.goal == "time" else None,
-            regime=problem.regime,
-            threads=threads,
-        )
-    return Outcome(problem, result, evaluation)
 
 
 def has_pairs(problem: Problem) -> bool:
@@ -132,7 +95,7 @@ def has_pairs(problem: Problem) -> bool:
 
 
 def unit(problem: Problem) -> str:
-    """Name the unit of the objective, for JSON."""
+    """Return the unit of the objective, for JSON."""
     if problem.goal == "time":
         return "us per layer"
     if problem.goal == "balance":
@@ -159,7 +122,7 @@ def worth(problem: Problem, value: float) -> str:
 
 
 def sentences(outcome: Outcome) -> list[str]:
-    """Say what was reached, how far from the optimum it can be, and what was chosen on the way."""
+    """Return what was reached, how far from the optimum it can be, and what was chosen."""
     problem, result = outcome.problem, outcome.result
     lines = []
     if outcome.has_objective:
@@ -186,10 +149,10 @@ def sentences(outcome: Outcome) -> list[str]:
 
 
 def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
-    """Say what a reader of the table must know."""
+    """Return what a reader of the table must know."""
     lines = []
     if problem.goal == "time" and problem.cost_model is not None:
-        lines.append(say_times(problem.cost_model))
+        lines.append(whose_times(problem.cost_model))
     if problem.goal != "balance" and not has_pairs(problem):
         wanted = "transitions" if problem.regime == "follow" else "co-activation"
         lines.append(f"INPUT has no {wanted}: methods could only balance the load.")
@@ -206,3 +169,11 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
         if outcome.result.status in ("interrupted", "time_limit"):
             lines.append(f"{outcome.result.method}: {outcome.result.status}, best so far.")
     return lines
+
+
+def whose_times(model: CostModel) -> str:
+    """Return a sentence on whose times are predicted, and how to get others."""
+    return (
+        f"Predicted times are of {model.name or 'an unnamed cost model'}; for others: "
+        "--cost-model FILE or GPU:HIDDENxINTERMEDIATE."
+    )

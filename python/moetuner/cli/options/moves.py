@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from moetuner.cli import options
-from moetuner.cli.output import Output, percent, working
+from moetuner.cli.output import Output, working
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
+from moetuner.report.cells import percent
 from moetuner.report.outcome import worth
 from moetuner.solver.pareto import pareto
 from moetuner.topology import Topology
