@@ -16,11 +16,11 @@ from moetuner.cli.output import Output
 from moetuner.problem import Problem
 from moetuner.report.gains import Gain, gains
 from moetuner.report.outcome import Outcome, head, remarks, sentences
-from moetuner.solver import METHODS
+from moetuner.solver import ALIASES, METHODS
 from moetuner.statistics import hold_out
 from moetuner.trace import RoutingTrace
 
-DEFAULT_METHODS = "contiguous,lpt,eplb,moetuner,joint"
+DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
 # Splits where nobody says how many: so many, as long as another one ends within so many seconds.
 SPLITS, SECONDS = 5, 60
 # What methods are compared with, if it is among them.
@@ -31,7 +31,8 @@ def parse_methods(
     context: click.Context, parameter: click.Parameter, value: str
 ) -> tuple[str, ...]:
     """Split a list of methods; each is tried once."""
-    names = tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+    given = (name.strip() for name in value.split(",") if name.strip())
+    names = tuple(dict.fromkeys(ALIASES.get(name, name) for name in given))
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
         raise click.BadParameter(
@@ -99,6 +100,7 @@ def command(
     The table is of the first split; gains are of all of them, on what was not seen.
     """
     over = baseline or (PEER if PEER in methods else methods[0])
+    over = ALIASES.get(over, over)
     if over not in methods:
         raise click.BadParameter(
             f"must be one of the methods {','.join(methods)}, got {over!r:.40}",

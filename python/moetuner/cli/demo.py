@@ -27,7 +27,7 @@ SAMPLE = "small-moe.safetensors"
 DEVICES = 4
 MAX_IMBALANCE = 1.05
 WRITTEN = ("trace.safetensors", "placement.json", "eplb.npz")
-METHODS = ("contiguous", "lpt", "eplb", "moetuner", "joint")
+METHODS = ("contiguous", "lpt", "eplb", "paper", "joint")
 
 
 @click.command("demo")

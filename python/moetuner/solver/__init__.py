@@ -33,7 +33,7 @@ class Method(Protocol):
 
 METHODS: dict[str, Method] = {
     "joint": joint,
-    "moetuner": two_stage,
+    "paper": two_stage,
     "heuristic": searched,
     "contiguous": baselines.contiguous,
     "round_robin": baselines.round_robin,
@@ -42,6 +42,8 @@ METHODS: dict[str, Method] = {
     "eplb": baselines.eplb,
     "exflow": baselines.exflow,
 }
+# The paper calls its method after itself, and so did moetuner.
+ALIASES = {"moetuner": "paper"}
 
 
 def solve(
@@ -66,9 +68,9 @@ def solve(
     problem
         What to place.
     method
-        ``joint`` (the default), ``moetuner`` (the paper's two stages), ``heuristic`` (no integer
-        programme), or a baseline: ``contiguous``, ``round_robin``, ``random``, ``lpt``, ``eplb``,
-        ``exflow``.
+        ``joint`` (the default), ``paper`` (MoETuner's two stages; ``moetuner`` means it too),
+        ``heuristic`` (no integer programme), or a baseline: ``contiguous``, ``round_robin``,
+        ``random``, ``lpt``, ``eplb``, ``exflow``.
     seed
         Of all random choices.
     time_limit
@@ -104,6 +106,7 @@ def solve(
     ValueError
         If the method is unknown or an argument is out of range.
     """
+    method = ALIASES.get(method, method)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if time_limit is not None and not time_limit >= 0:
