@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner._checks import is_number, not_negative, positive
 from moetuner.files import naming, read_whole, replacing
+from moetuner.frozen import Frozen
 from moetuner.presets import GPUS
 from moetuner.topology import Topology
 
@@ -46,8 +47,8 @@ class Weights(NamedTuple):
     crossing_us: Floats
 
 
-@dataclass(frozen=True)
-class CostModel:
+@dataclass(frozen=True, eq=False, repr=False)
+class CostModel(Frozen):
     """Time of a layer: the slowest device, and the busiest port of every tier.
 
     A device computes for ``max(base_us + expert_us * active experts, start_us + token_us * tokens)

@@ -13,11 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner._checks import check_slots
 from moetuner.files import naming, read_whole, replacing
+from moetuner.frozen import Frozen
 from moetuner.topology import Topology
 
 
-@dataclass(frozen=True)
-class PlacementDiff:
+@dataclass(frozen=True, eq=False, repr=False)
+class PlacementDiff(Frozen):
     """Copies of experts that arrive on a device which did not hold them.
 
     Parameters
@@ -36,7 +37,7 @@ class PlacementDiff:
 
     experts_moved: int
     experts_moved_per_layer: NDArray[np.int64]
-    bytes_moved: int | None
+    bytes_moved: float | None
     moves: NDArray[np.int64]
     pairs: NDArray[np.int64]
 
@@ -55,7 +56,7 @@ def difference(
     before: NDArray[np.bool_],
     after: NDArray[np.bool_],
     topology: Topology | None,
-    bytes_per_expert: int | None,
+    expert_bytes: float | None,
 ) -> PlacementDiff:
     """List the moves from one set of holders [L,D,E] to another.
 
@@ -71,7 +72,7 @@ def difference(
     return PlacementDiff(
         experts_moved=len(layer),
         experts_moved_per_layer=np.bincount(layer, minlength=len(before)),
-        bytes_moved=None if bytes_per_expert is None else len(layer) * bytes_per_expert,
+        bytes_moved=None if expert_bytes is None else len(layer) * expert_bytes,
         moves=np.stack([layer, expert, source, target], axis=1),
         pairs=pairs.reshape(devices, devices),
     )
@@ -100,8 +101,8 @@ EMPTY = -1
 NAMES = {"model", "topology", "fingerprint", "objective", "bound", "bound_scope"}
 
 
-@dataclass(frozen=True, eq=False)
-class Placement:
+@dataclass(frozen=True, eq=False, repr=False)
+class Placement(Frozen):
     """Expert ids by layer, device and slot.
 
     Parameters
@@ -337,10 +338,10 @@ class Placement:
         self,
         other: Placement,
         *,
-        bytes_per_expert: int | None = None,
+        expert_bytes: float | None = None,
         topology: Topology | None = None,
     ) -> PlacementDiff:
-        """Say what has to move to get from this placement to ``other``.
+        """Return what has to move to get from this placement to ``other``.
 
         A copy moves when a device needs an expert of a layer that it does not hold yet; another
         slot of the same device costs nothing. It comes from the nearest device of the topology that
@@ -357,7 +358,7 @@ class Placement:
                 f"topology must have {self.devices} devices like the placements, "
                 f"got {topology.devices}"
             )
-        return difference(self.held, other.held, topology, bytes_per_expert)
+        return difference(self.held, other.held, topology, expert_bytes)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):

@@ -17,11 +17,12 @@ from moetuner import _checks, _core
 from moetuner._checks import whole_number
 from moetuner.files import contents, naming
 from moetuner.files.contents import SET_TABLES
+from moetuner.frozen import Frozen
 from moetuner.trace import RoutingTrace
 
 
-@dataclass(frozen=True, eq=False)
-class ExpertSets:
+@dataclass(frozen=True, eq=False, repr=False)
+class ExpertSets(Frozen):
     """Distinct expert sets of one layer, with the tokens that chose each.
 
     How many devices a token visits depends on its whole set, not on pairs. However it was made, it
@@ -101,7 +102,7 @@ def _kind(array: NDArray[Any]) -> str:
 
 
 def to_tables(sets: tuple[ExpertSets, ...] | None) -> dict[str, NDArray[Any] | None]:
-    """Give the tables, each None without sets."""
+    """Return the tables, each None without sets."""
     if sets is None:
         return dict.fromkeys(SET_TABLES)
     tables = (
@@ -113,7 +114,7 @@ def to_tables(sets: tuple[ExpertSets, ...] | None) -> dict[str, NDArray[Any] | N
 
 
 def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | None:
-    """Give the sets of every layer, None where the tables are missing.
+    """Return the sets of every layer, None where the tables are missing.
 
     Raises
     ------
@@ -144,7 +145,7 @@ SHARD_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RoutingStatistics:
+class RoutingStatistics(Frozen):
     """What a placement needs to know of a trace.
 
     Parameters
@@ -306,6 +307,11 @@ class RoutingStatistics:
     def experts(self) -> int:
         """Experts per layer, E."""
         return int(self.window_load.shape[2])
+
+    @property
+    def num_experts(self) -> int:
+        """Experts per layer, E, by the name that it has as an argument."""
+        return self.experts
 
     @cached_property
     def total_load(self) -> NDArray[np.uint64]:

@@ -23,6 +23,7 @@ from moetuner._checks import (
     whole_number,
 )
 from moetuner.files import naming, read_whole
+from moetuner.frozen import Frozen
 from moetuner.presets import MACHINES
 
 # Bytes per second and direction between two H100: NVLink 4 (900 GB/s both ways) inside a node, one
@@ -33,8 +34,8 @@ INTER_NODE_BANDWIDTH = 50e9
 BYTES_PER_SECOND, SECONDS = "number of bytes per second", "number of seconds"
 
 
-@dataclass(frozen=True)
-class Tier:
+@dataclass(frozen=True, eq=False, repr=False)
+class Tier(Frozen):
     """Groups of devices that share a link.
 
     Parameters
@@ -58,8 +59,8 @@ class Tier:
         not_negative("latency", self.latency, SECONDS)
 
 
-@dataclass(frozen=True)
-class Topology:
+@dataclass(frozen=True, eq=False, repr=False)
+class Topology(Frozen):
     """Devices in nodes of equal size, and links of two tiers or more.
 
     Parameters

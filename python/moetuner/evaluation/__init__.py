@@ -14,10 +14,24 @@ from moetuner.evaluation.copies import Split
 from moetuner.evaluation.figures import Regime
 from moetuner.evaluation.replay import Counts, Rules
 from moetuner.evaluation.rows import dispatch_rows, homes_of
+from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
+
+# Figures of a table.
+SHOWN = (
+    "tokens",
+    "imbalance",
+    "imbalance_mixed",
+    "imbalance_total",
+    "imbalance_worst",
+    "crossing",
+    "fanout",
+    "node_fanout",
+    "predicted_layer_us",
+)
 
 
 @dataclass(frozen=True)
@@ -39,8 +53,8 @@ class Replayed:
     group: str | None = None
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation(Frozen):
     """What a placement does to traffic. Fields that the input cannot tell are None.
 
     Parameters
@@ -104,6 +118,14 @@ class Evaluation:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the traffic behind when an evaluation is pickled or copied."""
         return {**self.__dict__, "replayed": None}
+
+    def _repr_html_(self) -> str:
+        names = [name for name in SHOWN if getattr(self, name) is not None]
+        rows = [("all", self), *self.by_group.items()]
+        return html_table(
+            ("group", *names),
+            [(of, *(getattr(each, name) for name in names)) for of, each in rows],
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values; traffic is summed over layers."""

@@ -27,6 +27,7 @@ from moetuner.evaluation.intervals import (
     paired,
 )
 from moetuner.evaluation.replay import Rules
+from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -38,8 +39,8 @@ WINDOW = 512
 Resampled = dict[str, dict[str, Paired]]
 
 
-@dataclass(frozen=True)
-class Change:
+@dataclass(frozen=True, eq=False, repr=False)
+class Change(Frozen):
     """One measure of one group, under a placement and under the baseline.
 
     Parameters
@@ -66,8 +67,8 @@ class Change:
     behind_chance: float = 1.0
 
 
-@dataclass(frozen=True)
-class Finding:
+@dataclass(frozen=True, eq=False, repr=False)
+class Finding(Frozen):
     """A group that a placement serves worse in one measure."""
 
     group: str
@@ -76,8 +77,8 @@ class Finding:
     chance: float
 
 
-@dataclass(frozen=True)
-class Audit:
+@dataclass(frozen=True, eq=False, repr=False)
+class Audit(Frozen):
     """Outcomes of a placement beside those of a baseline.
 
     Parameters
@@ -124,6 +125,18 @@ class Audit:
                 if change.value > than and _is_beyond_chance(change, surely):
                     found.append(Finding(group, measure, change, surely))
         return sorted(found, key=lambda each: -each.change.value)
+
+    def _repr_html_(self) -> str:
+        head = ("measure", "group", "baseline", "placement", "change", "from", "to")
+        rows = [
+            (measure, group, of.baseline.value, of.value.value, *(of.change or "---"))
+            for measure in self.whole
+            for group, of in [
+                ("all", self.whole[measure]),
+                *((group, changes[measure]) for group, changes in self.groups.items()),
+            ]
+        ]
+        return html_table(head, rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values; intervals are value, low and high."""

@@ -11,6 +11,7 @@ from moetuner._checks import not_negative
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.intervals import FEWEST, RESAMPLES, Spread, paired
+from moetuner.frozen import Frozen
 from moetuner.statistics import RoutingStatistics
 
 # What a gain must be, to be worth moving weights for. Engines that ask before they rebalance draw
@@ -20,8 +21,8 @@ PRICE = 0.02
 Answer = Literal["worth it", "certain but small", "no evidence", "too few", "worse"]
 
 
-@dataclass(frozen=True)
-class Verdict:
+@dataclass(frozen=True, eq=False, repr=False)
+class Verdict(Frozen):
     """What changing from one placement to another would bring.
 
     Parameters

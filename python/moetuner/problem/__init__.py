@@ -16,6 +16,7 @@ from moetuner._checks import not_negative
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation import copies
 from moetuner.evaluation.copies import Split
+from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, filled
 from moetuner.problem import objective
 from moetuner.problem.capacity import rooms_of
@@ -28,8 +29,8 @@ Regime = Literal["follow", "dispatch"]
 Objective = Literal["time", "balance", "traffic"]
 
 
-@dataclass(frozen=True)
-class Problem:
+@dataclass(frozen=True, eq=False, repr=False)
+class Problem(Frozen):
     """Statistics, a topology, limits, and what is to be made small.
 
     Parameters
@@ -197,6 +198,11 @@ class Problem:
     def experts(self) -> int:
         """Experts per layer, E."""
         return self.statistics.experts
+
+    @property
+    def num_experts(self) -> int:
+        """Experts per layer, E, by the name that it has as an argument."""
+        return self.experts
 
     @property
     def devices(self) -> int:

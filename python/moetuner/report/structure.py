@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.evaluation import evaluate
+from moetuner.frozen import Frozen
 from moetuner.problem import Problem
 from moetuner.solver import solve
 from moetuner.statistics import RoutingStatistics, hold_out
@@ -23,8 +24,8 @@ from moetuner.trace import RoutingTrace
 ITERATIONS = 200_000
 
 
-@dataclass(frozen=True)
-class Structure:
+@dataclass(frozen=True, eq=False, repr=False)
+class Structure(Frozen):
     """Skew, differences between groups, and inter-layer structure.
 
     Parameters

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import positive
+from moetuner.frozen import Frozen
 from moetuner.placement import Placement, kept
 from moetuner.problem import Problem
 from moetuner.solver import solve
@@ -26,8 +27,8 @@ STEPS = 24
 PRICES = (0.1, 0.3, 0.7, 1.5, 3.0, 8.0)
 
 
-@dataclass(frozen=True)
-class Trade:
+@dataclass(frozen=True, eq=False, repr=False)
+class Trade(Frozen):
     """A placement that no other one found betters at as few moves.
 
     Parameters

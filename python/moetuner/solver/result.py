@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.solver.bounds.certificate import Certificate
 
@@ -18,8 +19,8 @@ Status = Literal[
 ]
 
 
-@dataclass(frozen=True)
-class Progress:
+@dataclass(frozen=True, eq=False, repr=False)
+class Progress(Frozen):
     """One line of a long solve.
 
     Seconds since it began, the phase, and the best objective and bound (None while unknown).
@@ -83,8 +84,8 @@ class Candidate:
     certificate: Certificate | None = None
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, eq=False, repr=False)
+class Result(Frozen):
     """A solved problem.
 
     ``objective`` and ``bound`` are ``Problem.value``'s: microseconds of a layer, max / mean load,
@@ -107,6 +108,8 @@ class Result:
     bound_scope: str | None = None
     violations: tuple[str, ...] = ()
 
+    _also_shown = ("gap",)
+
     @property
     def gap(self) -> float | None:
         """(objective - bound) / objective: how far from the optimum this can be at most."""
@@ -115,6 +118,10 @@ class Result:
         if self.objective <= self.bound:
             return 0.0
         return (self.objective - self.bound) / self.objective
+
+    def _repr_html_(self) -> str:
+        head = ("method", "status", "objective", "bound", "gap", "seconds")
+        return html_table(head, [[getattr(self, name) for name in head]])
 
 
 class Clock:

@@ -12,7 +12,7 @@ import click
 from moetuner.cli import options
 from moetuner.cli.output import working
 from moetuner.files.text import name
-from moetuner.formats import read_input
+from moetuner.formats import open_input
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -25,7 +25,7 @@ WINDOW = 512
 def read(path: Path, *, window: int | None = None, num_experts: int | None = None) -> Traffic:
     """Open a trace, saved statistics or a load table."""
     with working(f"reading {path}"):
-        return read_input(path, window=window, num_experts=num_experts)
+        return open_input(path, window=window, num_experts=num_experts)
 
 
 def count(
