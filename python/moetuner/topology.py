@@ -374,7 +374,7 @@ else:
 
 
 def parse(content: bytes) -> dict[str, Any]:
-    """Tell JSON and TOML apart by the first character: no TOML file begins with a brace."""
+    """Read JSON or TOML, told apart by the first character: no TOML file begins with a brace."""
     try:
         text = content.decode()
         found = json.loads(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)

@@ -201,7 +201,7 @@ class RoutingTrace:
     def shards(
         self, max_bytes: int = SHARD_BYTES, *, threads: int | None = None
     ) -> Iterator[IdArray]:
-        """Give valid runs of tokens [t,L,K] in order, C-contiguous uint8 or uint16, none empty.
+        """Yield valid runs of tokens [t,L,K] in order, C-contiguous uint8 or uint16, none empty.
 
         Parameters
         ----------

@@ -91,7 +91,7 @@ def command(
     seed: int,
     json_file: Path | None,
 ) -> int:
-    """Say which groups of INPUT a placement serves worse than a baseline, and by how much.
+    """Show which groups of INPUT a placement serves worse than a baseline, and by how much.
 
     Lower is better for every measure. Intervals are of each change by itself: 95 %, over whole
     sequences (of a load table: over windows). Beyond chance is what remains of all groups and
@@ -192,7 +192,7 @@ def _row(name: str, of: Any) -> tuple[str, ...]:
 
 
 def _gain(found: Audit, measure: str, against: str) -> str:
-    """Say in one sentence what the placement brings to all traffic, and how sure that is."""
+    """Write in one sentence what the placement brings to all traffic, and how sure that is."""
     change = found.whole[measure].change
     kind, units = found.units
     if change is None:
@@ -230,7 +230,7 @@ def _summary(output: Output, found: Audit) -> None:
 
 
 def _advice(found: Audit, judged: tuple[str, ...], against: str | None) -> list[str]:
-    """Say what to do about groups that got worse, are behind, or could not be judged."""
+    """Return what to do about groups that got worse, are behind, or could not be judged."""
     lines = []
     worse, behind = (find(measures=judged) for find in (found.worse, found.behind))
     if worse and not found.groups:

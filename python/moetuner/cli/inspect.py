@@ -48,7 +48,7 @@ def command(
     seed: int,
     json_file: Path | None,
 ) -> None:
-    """Say what is in a trace: sizes, skew, differences between groups, inter-layer structure."""
+    """Show what is in a trace: sizes, skew, differences between groups, inter-layer structure."""
     traffic = source.traffic
     with working("looking for structure"):
         found = structure(

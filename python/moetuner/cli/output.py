@@ -89,7 +89,7 @@ INTERVAL_S = 10.0
 
 @contextmanager
 def working(label: str) -> Iterator[Callable[[Progress], None]]:
-    """Say what is being done while it takes long; gives what ``solve`` reports its progress to."""
+    """Show what is being done while it takes long; yield what ``solve`` reports progress to."""
     label = printable(label)
     console = Console(stderr=True, highlight=False, markup=False)
     if console.is_terminal:

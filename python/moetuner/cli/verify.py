@@ -115,7 +115,7 @@ def _check(path: Path, placement: Placement, problem: Problem) -> None:
 
 
 def _imbalances(problem: Problem, certificate: Certificate) -> list[float]:
-    """Say caps as imbalances, load over the mean: one where it says all of them, else by layer [L].
+    """Return caps as imbalances, load over the mean: one if it says them all, else by layer [L].
 
     A cap is a whole number of tokens, so a range of imbalances says the same; of these a short one
     is told. Whatever is within it keeps the cap.
@@ -144,7 +144,7 @@ def _short(low: Fraction, high: Fraction) -> float:
 
 
 def _told(imbalances: list[float]) -> str:
-    """Say imbalances in words: one, or by layer."""
+    """Write imbalances in words: one, or by layer."""
     if len(imbalances) == 1:
         return f"{imbalances[0]:.{DECIMALS}f} of the mean"
     layers: dict[float, list[int]] = {}

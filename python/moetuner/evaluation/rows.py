@@ -151,7 +151,7 @@ def mixed(position: Any) -> Any:
 
 
 def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int64]:
-    """Give the home device of every token [T]; ``"blocks"`` as in ``dispatch_rows``.
+    """Return the home device of every token [T]; ``"blocks"`` as in ``dispatch_rows``.
 
     Raises
     ------

@@ -53,7 +53,7 @@ class Verdict(Frozen):
 
     @property
     def answer(self) -> Answer:
-        """Say which of five it is.
+        """One of five words.
 
         ``"worth it"``: the gain is certain (its interval is above 0), and larger than the price.
         ``"certain but small"``: certain, but not larger. ``"worse"``: certainly a loss. ``"no
@@ -109,7 +109,7 @@ def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> V
 
 
 def gain(before: Evaluation, after: Evaluation, measure: str, *, seed: int = 0) -> Spread:
-    """Give the share of a measure that is saved, with its spread over the traffic's units.
+    """Return the share of a measure that is saved, with its spread over the traffic's units.
 
     Copies are taken to serve in even parts, whatever the evaluations' split; figures of a mixed
     arrival, and those that depend on given homes, have no spread.

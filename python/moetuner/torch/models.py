@@ -85,7 +85,7 @@ def moe_layers(
 
 
 def same_sizes(layers: tuple[MoELayer, ...]) -> tuple[int, int]:
-    """Give experts E and top-k K, which all layers must share.
+    """Return experts E and top-k K, which all layers must share.
 
     Raises
     ------

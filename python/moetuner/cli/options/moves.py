@@ -67,7 +67,7 @@ class Moving:
         }
 
     def settings(self) -> dict[str, Any]:
-        """Give what was asked for, for JSON."""
+        """Return what was asked for, for JSON."""
         return {
             "initial": None if self.initial_file is None else str(self.initial_file),
             "move_budget": self.move_budget,
@@ -90,7 +90,7 @@ def in_bytes(count: float) -> str:
 
 
 def sentences(diff: PlacementDiff, topology: Topology, moving: Moving) -> list[str]:
-    """Say how many experts move, and how far."""
+    """Write how many experts move, and how far."""
     text = f"Moves {diff.experts_moved} expert{'' if diff.experts_moved == 1 else 's'}"
     if moving.expert_bytes is not None:
         text += f", {moving.bytes(diff.experts_moved)}"
