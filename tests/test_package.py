@@ -1,5 +1,6 @@
 """What importing the package does to the process that imports it: nothing."""
 
+import doctest
 import importlib.metadata
 import inspect
 import json
@@ -157,3 +158,18 @@ def test_experts_have_the_name_of_their_argument(values):
     """``num_experts`` everywhere, ``experts`` beside it."""
     statistics, problem = values[0][0], values[0][5]
     assert statistics.num_experts == statistics.experts == problem.num_experts == problem.experts
+
+
+PUBLIC = [name for name in mt.__all__ if name != "__version__"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_examples_run(name, tmp_path, monkeypatch):
+    """Every public class and function has an example, which prints what it says."""
+    monkeypatch.chdir(tmp_path)
+    found = getattr(mt, name)
+    assert "\nExamples\n--------\n" in inspect.getdoc(found)
+    example = doctest.DocTestParser().get_doctest(found.__doc__, {}, name, None, None)
+    assert example.examples
+    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example)
+    assert result.failed == 0

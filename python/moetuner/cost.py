@@ -81,6 +81,13 @@ class CostModel(Frozen):
     ------
     ValueError
         If a number is negative or not finite.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> model = mt.CostModel.preset("h100", hidden=4096, intermediate=1024)
+    >>> model.token_bytes
+    4096
     """
 
     base_us: float

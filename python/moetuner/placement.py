@@ -33,6 +33,16 @@ class PlacementDiff(Frozen):
         Layer, expert, device from and device to of each [M,4], in this order.
     pairs
         How many go from a device to a device [D,D].
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> before, after = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
+    >>> diff = before.diff(after, expert_bytes=1000)
+    >>> diff.experts_moved, diff.bytes_moved
+    (2, 2000)
+    >>> diff.moves.tolist()  # layer, expert, from, to
+    [[0, 1, 0, 1], [0, 2, 1, 0]]
     """
 
     experts_moved: int
@@ -125,6 +135,13 @@ class Placement(Frozen):
     ------
     ValueError
         If ``slots`` breaks a rule; the message names layer, device and expert.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> placement = mt.Placement([[[0, 1], [2, 3]]])  # one layer, two devices, two slots
+    >>> placement.device_of.tolist()
+    [[0, 0, 1, 1]]
     """
 
     slots: NDArray[np.int32]

@@ -36,6 +36,14 @@ class ExpertSets(Frozen):
         Expert ids [N,K]; those of a set differ.
     counts
         Tokens of every set [N]. Counts of equal sets are added.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> sets = mt.ExpertSets(np.array([[2, 3], [1, 0], [0, 1]]), np.array([5, 1, 1]))
+    >>> sets.ids.tolist(), sets.counts.tolist()
+    ([[0, 1], [2, 3]], [2, 5])
     """
 
     ids: NDArray[np.uint16]
@@ -167,6 +175,16 @@ class RoutingStatistics(Frozen):
         Group of every window [W], an index into ``group_names``; None without groups.
     expert_size
         Hidden and intermediate size of an expert, for predicted times; None if not known.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> trace = mt.RoutingTrace.from_arrays([[[0, 1]], [[2, 3]]], num_experts=4)
+    >>> statistics = mt.RoutingStatistics.from_trace(trace, window=1)
+    >>> statistics.window_load.tolist()
+    [[[1, 1, 0, 0]], [[0, 0, 1, 1]]]
+    >>> statistics.total_load.tolist()
+    [[1, 1, 1, 1]]
     """
 
     window_load: NDArray[np.uint64]

@@ -47,6 +47,13 @@ class Tier(Frozen):
         smaller group.
     latency
         Seconds until the first byte arrives.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> topology = mt.Topology(16, tiers=(mt.Tier(8, 450e9), mt.Tier(16, 50e9)))
+    >>> topology.nodes
+    2
     """
 
     devices: int
@@ -90,6 +97,14 @@ class Topology(Frozen):
     ------
     ValueError
         If a number is out of range, or nodes and tiers do not divide each other.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> mt.Topology(16, devices_per_node=8).nodes
+    2
+    >>> mt.Topology.preset("h100-nvl8-ib400", nodes=2).devices
+    16
     """
 
     devices: int

@@ -49,6 +49,14 @@ class RoutingTrace:
         Name of the model, for people.
     expert_size
         Hidden and intermediate size of an expert, for predicted times; None if not known.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> ids = np.array([[[0, 1]], [[2, 3]], [[0, 2]]])  # three tokens, one layer, top-2
+    >>> mt.RoutingTrace.from_arrays(ids, num_experts=4)
+    RoutingTrace(tokens=3, layers=1, top_k=2, num_experts=4)
     """
 
     ids: Ids

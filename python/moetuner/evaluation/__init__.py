@@ -95,6 +95,14 @@ class Evaluation(Frozen):
         The same for every group of the traffic that has tokens or windows.
     replayed
         What was evaluated; not saved.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> trace = mt.RoutingTrace.from_arrays([[[0, 1]], [[2, 3]]], num_experts=4)
+    >>> found = mt.evaluate(mt.Placement([[[0, 1], [2, 3]]]), trace)
+    >>> found.imbalance_total, found.fanout
+    (1.0, 1.0)
     """
 
     tokens: int | None
@@ -189,6 +197,15 @@ def evaluate(
     ------
     ValueError
         If placement, traffic and topology are not of one model and machine.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> trace = mt.RoutingTrace.from_arrays([[[0, 1]], [[2, 3]]], num_experts=4)
+    >>> mt.evaluate(mt.Placement([[[0, 1], [2, 3]]]), trace).fanout
+    1.0
+    >>> mt.evaluate(mt.Placement([[[0, 2], [1, 3]]]), trace).fanout
+    2.0
     """
     topology = topology or Topology(placement.devices)
     check_model(placement, traffic, topology)

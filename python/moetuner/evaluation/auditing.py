@@ -93,6 +93,16 @@ class Audit(Frozen):
     too_few
         Groups of which nothing is said, as they have fewer than five units, and how many they have;
         without groups all traffic, called ``"all"``.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
+    >>> found = mt.audit(mt.Placement([[[0, 2], [1, 3]]]), statistics)
+    >>> found.whole["imbalance"].baseline.value, found.whole["imbalance"].value.value
+    (1.5, 1.25)
+    >>> found.too_few
+    {'all': 1}
     """
 
     whole: dict[str, Change]
@@ -201,6 +211,17 @@ def audit(
     ------
     ValueError
         If placements, traffic and topology are not of one model and machine.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> load = np.tile([[8, 4, 2, 2]], (10, 1, 1))  # ten windows of one layer
+    >>> found = mt.audit(mt.Placement([[[0, 2], [1, 3]]]), mt.RoutingStatistics.from_load(load))
+    >>> found.worse()
+    []
+    >>> round(found.whole["imbalance"].change.value, 3)
+    -0.167
     """
     topology = topology or Topology(placement.devices)
     baseline = baseline or contiguous(placement)

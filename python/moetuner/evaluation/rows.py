@@ -60,6 +60,13 @@ def dispatch_rows(
     ------
     ValueError
         If placement and trace are not of one model, a home is no device, or a position no number.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> trace = mt.RoutingTrace.from_arrays([[[0, 1]], [[2, 3]]], num_experts=4)
+    >>> mt.dispatch_rows(mt.Placement([[[0, 2], [1, 3]]]), trace).tolist()
+    [[[0, 1], [1, 0]]]
     """
     found, wanted = (trace.layers, trace.num_experts), (placement.layers, placement.num_experts)
     if found != wanted:

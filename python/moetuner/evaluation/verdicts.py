@@ -40,6 +40,13 @@ class Verdict(Frozen):
         How many there are; nothing is concluded from fewer than five.
     price
         Gain from which a change is worth the trouble.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> verdict = mt.Verdict("imbalance", 1.5, 1.25, 1 / 6, 0.15, 0.18, units=40, price=0.02)
+    >>> verdict.answer
+    'worth it'
     """
 
     measure: str
@@ -97,6 +104,16 @@ def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> V
     ------
     ValueError
         If ``price`` is negative, or the evaluations are not of the same traffic.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8, 4, 2, 2]], (10, 1, 1)))
+    >>> blocks, better = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
+    >>> before, after = (mt.evaluate(each, traffic) for each in (blocks, better))
+    >>> mt.verdict(before, after).answer
+    'worth it'
     """
     not_negative("price", price, "share")
     measure = "imbalance"

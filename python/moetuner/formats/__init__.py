@@ -36,6 +36,14 @@ def open_input(
         If the file is none of these, is damaged, or does not have the window or experts asked for.
     OSError
         If it cannot be read.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> trace = mt.RoutingTrace.from_arrays([[[0, 1]], [[2, 3]]], num_experts=4)
+    >>> trace.save("trace.safetensors")
+    >>> mt.open_input("trace.safetensors")
+    RoutingTrace(tokens=2, layers=1, top_k=2, num_experts=4)
     """
     path = Path(path)
     if not holds_statistics(path):

@@ -33,6 +33,9 @@ Objective = Literal["time", "balance", "traffic"]
 class Problem(Frozen):
     """Statistics, a topology, limits, and what is to be made small.
 
+    Begin with three arguments: ``statistics``, ``topology`` and ``objective``. All others have
+    defaults that engines of today would choose.
+
     Parameters
     ----------
     statistics
@@ -81,6 +84,16 @@ class Problem(Frozen):
     ------
     ValueError
         If the slots do not suffice or a limit makes no sense.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
+    >>> problem = mt.Problem(statistics, mt.Topology(2), objective="balance")
+    >>> problem.slots
+    2
+    >>> problem.violations(mt.Placement([[[0, 3], [1, 2]]]))  # none
+    ()
     """
 
     statistics: RoutingStatistics

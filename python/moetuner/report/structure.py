@@ -92,6 +92,13 @@ def structure(
         Of the split and the searches.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> found = mt.structure(mt.RoutingStatistics.from_load([[9, 1, 1, 1]]), devices=2)
+    >>> found.skew
+    (3.0,)
     """
     held_out = isinstance(traffic, RoutingTrace) and traffic.tokens > 1
     parts = hold_out(traffic, 0.5 if held_out else 0, seed=seed)

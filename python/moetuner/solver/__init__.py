@@ -105,6 +105,14 @@ def solve(
     ------
     ValueError
         If the method is unknown or an argument is out of range.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
+    >>> result = mt.solve(mt.Problem(statistics, mt.Topology(2), objective="balance"))
+    >>> result.objective, result.placement.device_of.tolist()
+    (1.25, [[0, 1, 1, 0]])
     """
     method = ALIASES.get(method, method)
     if method not in METHODS:

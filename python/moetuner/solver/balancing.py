@@ -51,6 +51,13 @@ def balance(
     ------
     ValueError
         If the slots do not suffice, or a load or a speed makes no sense.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> placement = mt.balance([[8, 4, 2, 2]], devices=2, slots_per_device=3)
+    >>> placement.replicas.tolist()
+    [[2, 2, 1, 1]]
     """
     tokens = np.asarray(load, dtype=np.float64)
     if tokens.ndim == 3:

@@ -43,6 +43,14 @@ class Trade(Frozen):
         What it takes.
     caps_raised
         Imbalance of layers that exceed the load cap still.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> placement = mt.Placement([[[0], [1]]])
+    >>> trade = mt.Trade(placement, 1.25, gain=0.5, experts_moved=2, bytes_moved=2e6)
+    >>> trade.to_dict()["gain"]
+    0.5
     """
 
     placement: Placement
@@ -103,6 +111,15 @@ def pareto(
     ------
     ValueError
         If the initial placement is not one of the problem, or an argument is out of range.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
+    >>> problem = mt.Problem(statistics, mt.Topology(2), objective="balance")
+    >>> trades = mt.pareto(problem, mt.Placement([[[0, 1], [2, 3]]]))
+    >>> [(trade.experts_moved, trade.objective) for trade in trades]
+    [(0, 1.5), (2, 1.25)]
     """
     positive("expert_bytes", expert_bytes, "number of bytes")
     check(problem, initial)

@@ -24,6 +24,12 @@ class Progress(Frozen):
     """One line of a long solve.
 
     Seconds since it began, the phase, and the best objective and bound (None while unknown).
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> mt.Progress(1.5, "search", objective=0.25)
+    Progress(seconds=1.5, phase='search', objective=0.25)
     """
 
     seconds: float
@@ -94,6 +100,14 @@ class Result(Frozen):
     may have copies of experts, and which load caps they keep. ``violations`` are rules that the
     placement breaks, in words; ``status`` then is ``"violates rules"``, unless all that is broken
     is a load cap that had to be raised, as ``details["caps_raised"]`` says.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
+    >>> result = mt.solve(mt.Problem(statistics, mt.Topology(2), objective="balance"))
+    >>> result.status, round(result.gap, 3)
+    ('feasible', 0.2)
     """
 
     placement: Placement

@@ -66,6 +66,18 @@ class Certificate(Frozen):
         How it proves; only a dual point has ``proofs``.
     cost
         The bound of ``Problem.cost`` that it was written for. Nobody has to believe it.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> load, pairs = np.array([[[2, 2], [2, 2]]]), np.array([[[2, 0], [0, 2]]])
+    >>> statistics = mt.RoutingStatistics(load, pairs)
+    >>> problem = mt.Problem(statistics, mt.Topology(2), regime="follow", max_imbalance=1.0)
+    >>> certificate = mt.solve(problem).certificate
+    >>> certificate.save("bound.certificate")
+    >>> mt.Certificate.load("bound.certificate") == certificate
+    True
     """
 
     fingerprint: str
