@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -95,6 +95,7 @@ class CostModel(Frozen):
     start_us: float
     token_us: float
     token_bytes: float
+    _: KW_ONLY
     combine_bytes: float | None = None
     overlap: float = 0.0
     once_per: Literal["device", "node"] = "device"

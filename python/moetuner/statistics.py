@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,7 @@ class RoutingStatistics(Frozen):
     window_load: NDArray[np.uint64]
     transitions: NDArray[np.uint64] | None = None
     coactivation: NDArray[np.uint64] | None = None
+    _: KW_ONLY
     window: int | None = None
     group: NDArray[np.int64] | None = None
     group_names: tuple[str, ...] = ()

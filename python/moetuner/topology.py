@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -109,6 +109,7 @@ class Topology(Frozen):
 
     devices: int
     devices_per_node: int | None = None
+    _: KW_ONLY
     intra_node_bandwidth: float = INTRA_NODE_BANDWIDTH
     inter_node_bandwidth: float = INTER_NODE_BANDWIDTH
     name: str | None = None
