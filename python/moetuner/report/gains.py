@@ -114,7 +114,7 @@ class Gain:
         )
 
 
-def judged(problem: Problem) -> str:
+def _measure(problem: Problem) -> str:
     """Return the name of the measure that says most of the objective."""
     if problem.goal == "time":
         return "predicted_layer_us"
@@ -130,7 +130,7 @@ def gains(splits: list[dict[str, Outcome]], over: str, *, seed: int) -> list[Gai
     measure.
     """
     first = splits[0]
-    measure = judged(first[over].problem)
+    measure = _measure(first[over].problem)
     whole = [split for split in splits if set(split) == set(first)]
     found = []
     for method in first:

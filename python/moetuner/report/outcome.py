@@ -64,7 +64,7 @@ class Outcome:
             f"{self.result.method} !" if self.breaks_rules else self.result.method,
             number(of.imbalance, 3),
             number(of.imbalance_mixed, 3),
-            *(figures[name] for name in judged(self.problem)),
+            *(figures[name] for name in _columns(self.problem)),
             number(self.result.objective if known else None, decimals),
             percent(self.result.gap if known else None),
             number(self.result.seconds, 2),
@@ -73,10 +73,10 @@ class Outcome:
 
 def head(problem: Problem) -> tuple[str, ...]:
     """Columns of a table of outcomes: what says most of the objective, within 80 characters."""
-    return ("method", "imbalance", "mixed", *judged(problem), "objective", "gap", "seconds")
+    return ("method", "imbalance", "mixed", *_columns(problem), "objective", "gap", "seconds")
 
 
-def judged(problem: Problem) -> tuple[str, ...]:
+def _columns(problem: Problem) -> tuple[str, ...]:
     """Return the columns that depend on the problem: nodes are what dispatch visits, if any."""
     of_nodes = problem.regime == "dispatch" and problem.topology.nodes > 1
     if problem.goal == "time":
