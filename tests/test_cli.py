@@ -183,7 +183,7 @@ def test_solve_takes_every_term(ok, trace, tmp_path):
     problem = mt.Problem(
         stats,
         mt.Topology(4),
-        [3, 3, 2, 2],
+        slots_per_device=[3, 3, 2, 2],
         objective="balance",
         split="nearest",
         arrival=0.5,

@@ -66,7 +66,7 @@ def test_optimum_of_few_experts_is_proven(make_trace):
     problem = mt.Problem(
         statistics,
         mt.Topology(2),
-        3,
+        slots_per_device=3,
         regime="dispatch",
         objective="traffic",
         max_imbalance=1.4,
@@ -88,7 +88,9 @@ def test_optimum_of_few_experts_is_proven(make_trace):
 def test_same_seed_same_answer(make_trace):
     """On any number of threads; an expert keeps one copy unless copies are allowed."""
     statistics = mt.RoutingStatistics.from_trace(make_trace(), sets=True)
-    problem = mt.Problem(statistics, mt.Topology(4), 3, regime="dispatch", max_imbalance=1.3)
+    problem = mt.Problem(
+        statistics, mt.Topology(4), slots_per_device=3, regime="dispatch", max_imbalance=1.3
+    )
     limits = [Limits(iterations=5000, threads=threads) for threads in (1, 3)]
     first, second = (dispatch(problem, seed=5, limits=limit).slots for limit in limits)
     assert np.array_equal(first, second)

@@ -36,10 +36,9 @@ def test_cost_is_the_plain_sum(seed, top, node):
             follow += int(stats.transitions[layer, e, f]) * int(cost)
         if e < f and device_of[layer, e] != device_of[layer, f]:
             dispatch += int(stats.coactivation[layer, e, f])
-    assert mt.Objective(mt.Problem(stats, topology, 6, regime="follow")).cost(placement) == follow
-    assert (
-        mt.Objective(mt.Problem(stats, topology, 6, regime="dispatch")).cost(placement) == dispatch
-    )
+    for regime, cost in (("follow", follow), ("dispatch", dispatch)):
+        problem = mt.Problem(stats, topology, slots_per_device=6, regime=regime)
+        assert mt.Objective(problem).cost(placement) == cost
 
 
 @given(st.integers(0, 10**6), st.fractions(1, 4, max_denominator=100))

@@ -189,7 +189,12 @@ def test_caps_that_copies_keep_are_not_called_impossible():
         statistics = mt.RoutingStatistics(load, pairs[:1], pairs, sets=known)
         for regime in ("follow", "dispatch"):
             problem = mt.Problem(
-                statistics, mt.Topology(3), 2, regime, max_imbalance=1.3, objective="traffic"
+                statistics,
+                mt.Topology(3),
+                slots_per_device=2,
+                regime=regime,
+                max_imbalance=1.3,
+                objective="traffic",
             )
             result = mt.solve(problem, iterations=300)
             assert "caps_infeasible" not in result.details

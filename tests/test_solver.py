@@ -66,7 +66,7 @@ def best_by_force(problem):
 @pytest.mark.parametrize("regime", ["follow", "dispatch"])
 def test_every_method_gives_a_valid_placement(problem, method, regime):
     """Sizes fit, the objective is the placement's own cost, and no bound is above it."""
-    problem = mt.Problem(problem.statistics, problem.topology, None, regime, 1.2)
+    problem = mt.Problem(problem.statistics, problem.topology, regime=regime, max_imbalance=1.2)
     result = mt.solve(problem, method, iterations=2000)
     placement = result.placement
     assert (placement.layers, placement.num_experts, placement.devices) == (3, 8, 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -82,6 +82,7 @@ class Problem:
 
     statistics: RoutingStatistics
     topology: Topology
+    _: KW_ONLY
     slots_per_device: int | Sequence[int] | None = None
     regime: Regime = "dispatch"
     max_imbalance: float | None = None

@@ -60,9 +60,9 @@ class Asked:
         return Problem(
             statistics,
             topology,
-            self.slots_per_device,
-            self.regime or _default_regime(statistics, self.objective, cap),
-            cap,
+            slots_per_device=self.slots_per_device,
+            regime=self.regime or _default_regime(statistics, self.objective, cap),
+            max_imbalance=cap,
             objective=self.objective,
             cost_model=cost_model_for(self.cost_model, statistics),
             split=self.split,
