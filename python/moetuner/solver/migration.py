@@ -140,8 +140,8 @@ class _Migrating:
         if fewest > self.most:
             raise ValueError(
                 f"move_budget {migration.budget:g} is too small: "
-                f"initial breaks {problem.rules.violations(self.initial)[0]}, and to keep all "
-                f"rules takes {fewest} moves"
+                f"initial breaks a rule ({problem.rules.violations(self.initial)[0]}), and to keep "
+                f"all rules takes {fewest} moves"
             )
         self.best = Candidate(self.start)
         self.rank = self.rank_of(self.start)
