@@ -43,7 +43,7 @@ def test_rules_are_kept_when_the_initial_placement_does_not(problem, blocks):
     )
     result = mt.solve(pinned, initial=blocks, move_cost=1.0, iterations=2000)
     assert result.placement.held[0, 3, 0]
-    with pytest.raises(ValueError, match="0 is too small: .*pinned: expert 0 of layer 0 is not"):
+    with pytest.raises(ValueError, match=r"0 is too small: .*pinned: expert 0 of layer 0 is not"):
         mt.solve(pinned, initial=blocks, move_budget=0, iterations=500)
 
 

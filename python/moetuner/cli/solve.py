@@ -100,7 +100,7 @@ def command(
     output.table(head(problem), [each.row() for each in outcomes])
     for line in (*remarks([outcome], problem), *sentences(outcome)):
         output.say(line)
-    if problem.goal == "time" and source.replayed is not None:
+    if outcome.worth.cost_model is not None and source.replayed is not None:
         # Counts know windows and expert sets, but not which sets were in which window.
         replayed = outcome.evaluation.predicted_layer_us
         output.say(f"Replayed token by token: {number(replayed, 1)} us per layer.")

@@ -7,10 +7,12 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner.cost import CostModel
 from moetuner.evaluation import copies, expected, figures, replay
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.caps import slowest
+from moetuner.statistics import ExpertSets
 
 Floats = NDArray[np.float64]
 
@@ -103,6 +105,61 @@ class Objective:
             return "crossing" if self.problem.regime == "follow" else "fanout"
         return "imbalance_mixed" if self.problem.arrival == "mixed" else "imbalance"
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Figures of an evaluation that say most of it, besides imbalance in bursts and mixed.
+
+        Nodes are what dispatch visits, if there are any.
+        """
+        of_nodes = self.problem.regime == "dispatch" and self.problem.topology.nodes > 1
+        if self.problem.goal == "time":
+            visited = "node_fanout" if of_nodes else "fanout"
+            moved = "crossing" if self.problem.regime == "follow" else visited
+            return (moved, "predicted_layer_us")
+        return ("imbalance_total", "node_fanout" if of_nodes else "crossing", "fanout")
+
+    @property
+    def lacks(self) -> str | None:
+        """What the statistics lack of what the objective counts, and what follows, in words."""
+        if self.problem.goal == "balance":
+            return None
+        if not self.has_traffic:
+            pairs = "transitions" if self.problem.regime == "follow" else "co-activation"
+            return f"no {pairs}: methods could only balance the load"
+        by_itself = self.problem.regime == "dispatch" and not self.counts_visits
+        if self.problem.goal == "time" and by_itself:
+            return "no expert sets: tokens are sent to each of their experts by itself"
+        return None
+
+    # What it depends on besides load: searches make a term of each.
+
+    @property
+    def cost_model(self) -> CostModel | None:
+        """What time is made of; None where time is not the goal."""
+        return self.problem.cost_model if self.problem.goal == "time" else None
+
+    @property
+    def transitions(self) -> NDArray[np.uint64] | None:
+        """Counts [L-1,E,E] that join the layers; None where layers are independent."""
+        return self._some_pairs if self.problem.regime == "follow" else None
+
+    @property
+    def sets(self) -> tuple[ExpertSets, ...] | None:
+        """Expert sets whose visits are counted; None where none are."""
+        counted = self.counts_visits and self.problem.goal != "balance"
+        return self.problem.statistics.sets if counted else None
+
+    @property
+    def coactivation(self) -> NDArray[np.uint64] | None:
+        """Counts [L,E,E] of pairs that stand for visits of unknown sets; None elsewhere."""
+        stand_in = self.problem.regime == "dispatch" and not self.counts_visits
+        return self._some_pairs if stand_in else None
+
+    @property
+    def _some_pairs(self) -> NDArray[np.uint64] | None:
+        some = self.problem.goal != "balance" and self.pairs is not None and self.pairs.any()
+        return self.pairs if some else None
+
     # Of time and balance: costs of windows and layers, over a reference.
 
     def window_cost(
@@ -155,7 +212,7 @@ class Objective:
         self, placement: Placement, statistics: replay.Counted, load: Floats
     ) -> Floats:
         """Predict the microseconds of every window and layer [W,L]."""
-        model, topology = self.problem.cost_model, self.problem.topology
+        model, topology = self.cost_model, self.problem.topology
         assert model is not None
         rules = replay.Rules(
             placement,

@@ -15,6 +15,15 @@ from moetuner.solver import solve
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
 
+# Names and decimals of the columns that depend on the objective.
+COLUMNS = {
+    "imbalance_total": ("total", 3),
+    "crossing": ("crossing", 4),
+    "fanout": ("fanout", 3),
+    "node_fanout": ("nodes", 3),
+    "predicted_layer_us": ("layer us", 1),
+}
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -54,18 +63,11 @@ class Outcome:
     def row(self) -> tuple[str, ...]:
         """Give the cells of a table under ``head``."""
         of, worth = self.evaluation, self.worth
-        figures = {
-            "total": number(of.imbalance_total, 3),
-            "crossing": number(of.crossing, 4),
-            "fanout": number(of.fanout, 3),
-            "nodes": number(of.node_fanout, 3),
-            "layer us": number(of.predicted_layer_us, 1),
-        }
         return (
             f"{self.result.method} !" if self.breaks_rules else self.result.method,
             number(of.imbalance, 3),
             number(of.imbalance_mixed, 3),
-            *(figures[name] for name in judged(self.problem)),
+            *(number(getattr(of, name), COLUMNS[name][1]) for name in worth.figures),
             number(self.result.objective if worth.is_known else None, worth.decimals),
             percent(self.result.gap if worth.is_known else None),
             number(self.result.seconds, 2),
@@ -74,16 +76,8 @@ class Outcome:
 
 def head(problem: Problem) -> tuple[str, ...]:
     """Columns of a table of outcomes: what says most of the objective, within 80 characters."""
-    return ("method", "imbalance", "mixed", *judged(problem), "objective", "gap", "seconds")
-
-
-def judged(problem: Problem) -> tuple[str, ...]:
-    """Name the columns that depend on the problem: nodes are what dispatch visits, if any."""
-    of_nodes = problem.regime == "dispatch" and problem.topology.nodes > 1
-    if problem.goal == "time":
-        moved = "nodes" if of_nodes else "fanout"
-        return ("crossing" if problem.regime == "follow" else moved, "layer us")
-    return ("total", "nodes" if of_nodes else "crossing", "fanout")
+    figures = [COLUMNS[name][0] for name in Objective(problem).figures]
+    return ("method", "imbalance", "mixed", *figures, "objective", "gap", "seconds")
 
 
 def try_method(
@@ -114,7 +108,7 @@ def try_method(
             problem.topology,
             window=window,
             split=problem.split,
-            cost_model=problem.cost_model if problem.goal == "time" else None,
+            cost_model=Objective(problem).cost_model,
             regime=problem.regime,
             threads=threads,
         )
@@ -151,15 +145,10 @@ def sentences(outcome: Outcome) -> list[str]:
 def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
     """Say what a reader of the table must know."""
     lines, worth = [], Objective(problem)
-    if problem.goal == "time" and problem.cost_model is not None:
-        lines.append(say_times(problem.cost_model))
-    if problem.goal != "balance" and not worth.has_traffic:
-        wanted = "transitions" if problem.regime == "follow" else "co-activation"
-        lines.append(f"INPUT has no {wanted}: methods could only balance the load.")
-    elif problem.goal == "time" and problem.regime == "dispatch" and not worth.counts_visits:
-        lines.append(
-            "INPUT has no expert sets: tokens are sent to each of their experts by itself."
-        )
+    if worth.cost_model is not None:
+        lines.append(say_times(worth.cost_model))
+    if worth.lacks is not None:
+        lines.append(f"INPUT has {worth.lacks}.")
     for outcome in outcomes:
         told = caps.remarks(problem, outcome.result.details)
         lines.extend(f"{outcome.result.method}: {line}" for line in told)

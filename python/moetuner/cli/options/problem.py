@@ -13,6 +13,7 @@ from moetuner.cli.options.machine import cost_model_for, cost_model_option
 from moetuner.cli.options.traffic import Traffic, count
 from moetuner.cost import CostModel
 from moetuner.problem import Goal, Problem, Regime
+from moetuner.problem.objective import Objective
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
@@ -92,7 +93,7 @@ def settings(problem: Problem) -> dict[str, Any]:
     slots = problem.slots_per_device
     if slots is None and problem.extra_slots is None:
         slots = problem.slots
-    timed = problem.goal == "time" and problem.cost_model is not None
+    model = Objective(problem).cost_model
     return {
         "devices": topology.devices,
         "devices_per_node": topology.devices_per_node,
@@ -102,7 +103,7 @@ def settings(problem: Problem) -> dict[str, Any]:
         "regime": problem.regime,
         "max_imbalance": problem.max_imbalance,
         "objective": problem.goal,
-        "cost_model": asdict(problem.cost_model) if timed and problem.cost_model else None,
+        "cost_model": None if model is None else asdict(model),
         "split": problem.split,
         "arrival": problem.arrival,
         "risk": problem.risk,

@@ -103,10 +103,7 @@ class Search:
         topology = problem.topology
         self.slowest = topology.speed_of_device.min()
         self.time = times(topology.speed_of_device)
-        transitions = problem.statistics.transitions
-        joined = problem.regime == "follow" and problem.goal != "balance"
-        some = joined and transitions is not None and bool(transitions.any())
-        self.links = transitions if some else None
+        self.links = self.objective.transitions
         windows = problem.windows
         self.weight, self.choice = windows.weight, Choice()
         self.reweighted: list[Floats] = []
@@ -193,11 +190,10 @@ class Search:
 
     def narrow(self) -> Search | None:
         """Search without slots to spare: reading a copy's weights may cost more than it saves."""
-        problem, model = self.problem, self.problem.cost_model
+        problem, model = self.problem, self.objective.cost_model
         fewest = -(-problem.experts // problem.devices)
         wide = problem.may_copy and not problem.fill_slots and (problem.capacity > fewest).any()
-        assert model is not None
-        if problem.goal != "time" or model.expert_us == 0 or self.links is not None or not wide:
+        if model is None or model.expert_us == 0 or self.links is not None or not wide:
             return None
         try:
             alike = replace(problem, slots_per_device=fewest, extra_slots=None)
@@ -270,8 +266,8 @@ class Search:
         if trials is None:
             windows = None if self.links is not None else len(self.problem.windows.load)
             trials = trials_of(slots_of_layer, windows)
-            sets = self.problem.statistics.sets
-            if self.objective.counts_visits and self.problem.goal != "balance" and sets is not None:
+            sets = self.objective.sets
+            if sets is not None:
                 trials = min(trials, most_trials(sets))
         restarts = RESTARTS if slots_of_layer <= SMALL else 1
         return paced(self._anneal, slots, trials=trials, restarts=restarts, limits=limits)

@@ -37,8 +37,9 @@ def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
 
 def visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
     """Expert sets and what a visit costs, where visits count; arguments of the core's layers."""
-    objective, sets = Objective(problem), problem.statistics.sets
-    if not objective.counts_visits or sets is None or problem.goal == "balance":
+    objective = Objective(problem)
+    sets = objective.sets
+    if sets is None:
         return {}
     if problem.goal == "time":
         unit *= visit_us(problem)
@@ -56,9 +57,9 @@ def pair_prices(problem: Problem, unit: float) -> dict[str, Any]:
 
     Where pairs stand for visits: in regime dispatch, if expert sets are not known.
     """
-    objective, pairs = Objective(problem), problem.statistics.coactivation
-    stand_in = problem.regime == "dispatch" and not objective.counts_visits
-    if problem.goal == "balance" or not stand_in or pairs is None or not pairs.any():
+    objective = Objective(problem)
+    pairs = objective.coactivation
+    if pairs is None:
         return {}
     if problem.goal == "time":
         # A token whose k experts are all apart makes k - 1 more visits than one whose experts are
