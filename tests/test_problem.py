@@ -144,3 +144,58 @@ def test_groups_are_checked_by_name_and_tokens():
     alone = mt.RoutingStatistics.from_load(load[:1], group=np.array([0]), group_names=("code",))
     with pytest.raises(ValueError, match="groups leaves no window with a weight above 0"):
         mt.Problem(alone, mt.Topology(2), groups={"code": 0})
+
+
+@pytest.mark.parametrize(
+    ("goal", "regime", "sets", "unit", "text", "figure", "lacks"),
+    [
+        ("time", "dispatch", True, "us per layer", "1.2 us per layer", "predicted_layer_us", None),
+        (
+            "time",
+            "dispatch",
+            False,
+            "us per layer",
+            "1.2 us per layer",
+            "predicted_layer_us",
+            "sets",
+        ),
+        ("time", "follow", True, "us per layer", "1.2 us per layer", "predicted_layer_us", None),
+        ("balance", "dispatch", True, "max / mean load", "imbalance 1.2346", "imbalance", None),
+        ("traffic", "dispatch", True, "fanout", "fanout 1.2346", "fanout", None),
+        ("traffic", "follow", True, "share of the traffic", "crossing 1.2346", "crossing", None),
+        (
+            *("traffic", "dispatch", False, "share of the traffic"),
+            *("1.2346 of the co-activations apart", "fanout", None),
+        ),
+    ],
+)
+def test_the_objective_says_what_it_counts(
+    make_trace, goal, regime, sets, unit, text, figure, lacks
+):
+    """Unit, words, figure and what is counted beside load are of the goal and the regime."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(), sets=sets)
+    objective = mt.Objective(mt.Problem(stats, mt.Topology(2), regime=regime, objective=goal))
+    assert repr(objective) == f"Objective({goal!r}, regime={regime!r})"
+    assert (objective.unit, objective.text(1.23456), objective.figure) == (unit, text, figure)
+    assert objective.is_known
+    assert (objective.lacks is None) == (lacks is None)
+    assert lacks is None or f"no expert {lacks}:" in objective.lacks
+    # A search makes a term of each.
+    terms = (objective.transitions, objective.sets, objective.coactivation)
+    wanted = {"follow": 0, "dispatch": 1 if sets else 2}[regime]
+    there = [at for at, term in enumerate(terms) if term is not None]
+    assert there == ([] if goal == "balance" else [wanted])
+
+
+def test_the_objective_says_what_statistics_lack():
+    """Of a load table nothing but balance is known; time counts what there is."""
+    for goal, known in (("traffic", False), ("time", True), ("balance", True)):
+        table = mt.RoutingStatistics.from_load(np.ones((1, 2, 4), np.int64))
+        for regime, pairs in (("follow", "transitions"), ("dispatch", "co-activation")):
+            objective = mt.Objective(
+                mt.Problem(table, mt.Topology(2), regime=regime, objective=goal)
+            )
+            assert objective.is_known == known
+            told = objective.lacks
+            assert told is None if goal == "balance" else told.startswith(f"no {pairs}: methods")
+            assert objective.traffic(mt.Placement([[[0, 1], [2, 3]]] * 2)) == 0

@@ -14,6 +14,7 @@ from moetuner._checks import not_negative
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation import copies
 from moetuner.evaluation.copies import Split
+from moetuner.evaluation.figures import Regime
 from moetuner.placement import EMPTY, Placement, filled
 from moetuner.problem import capacity
 from moetuner.problem.caps import Caps
@@ -22,7 +23,6 @@ from moetuner.problem.windows import Risk, Windows, windows_of
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
-Regime = Literal["follow", "dispatch"]
 Goal = Literal["time", "balance", "traffic"]
 
 
@@ -238,7 +238,7 @@ class Problem:
         return filled(
             slots,
             self.experts,
-            rooms=self.capacity,
+            capacity=self.capacity,
             load=self.load,
             forbidden=self.rules.forbidden,
             held=None if running is None else running.held,

@@ -102,10 +102,10 @@ class Path:
 
 
 def widened(problem: Problem, slots: Slots) -> Slots:
-    """Slots [L,D,S] in the problem's own rooms, which hold them; what is in them moves down."""
+    """Slots [L,D,S] as wide as the problem's, which hold them; what is in them moves down."""
     wide = problem.empty_slots()
     width = min(slots.shape[2], problem.slots)
-    # Full slots first: rooms may be narrower than these slots.
+    # Full slots first: a device may have fewer than these are wide.
     order = np.argsort(slots == EMPTY, axis=2, kind="stable")
     wide[:, :, :width] = np.take_along_axis(slots, order, axis=2)[:, :, :width]
     return wide
