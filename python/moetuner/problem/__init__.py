@@ -216,18 +216,22 @@ class Problem:
         ValueError
             If the placement is of another model or machine.
         """
-        found = (placement.layers, placement.num_experts, placement.devices)
-        wanted = (self.layers, self.experts, self.devices)
-        if found != wanted:
-            raise ValueError(
-                f"placement must have {wanted[0]} layers, {wanted[1]} experts and {wanted[2]} "
-                f"devices like the problem, got {found[0]}, {found[1]} and {found[2]}"
-            )
+        self.check_shape(placement)
         return (
             *capacity.violations(placement, self.capacity, fill_slots=self.fill_slots),
             *self.rules.violations(placement),
             *self.caps.violations(placement),
         )
+
+    def check_shape(self, placement: Placement, name: str = "placement") -> None:
+        """Raise ValueError if a placement, of this name, is of another model or machine."""
+        found = (placement.layers, placement.num_experts, placement.devices)
+        wanted = (self.layers, self.experts, self.devices)
+        if found != wanted:
+            raise ValueError(
+                f"{name} must have {wanted[0]} layers, {wanted[1]} experts and {wanted[2]} "
+                f"devices like the problem, got {found[0]}, {found[1]} and {found[2]}"
+            )
 
     def filled(
         self, slots: NDArray[np.int32], running: Placement | None = None

@@ -279,25 +279,27 @@ class Objective:
     def cost(self, placement: Placement) -> int:
         """Compute the exact cost of the pairs of a placement with one copy of each expert.
 
-        ``follow``: sum over neighbouring layers of transitions [E,E] times ``topology.cost``
-        between the experts' devices. ``dispatch``: co-activated pairs on different devices.
+        ``follow``: transitions [E,E] of neighbouring layers times ``link_cost`` between the
+        experts' devices. ``dispatch``: co-activated pairs likewise, each once.
         """
-        if self.pairs is None or not len(self.pairs):
+        if self.pairs is None:
             return 0
-        device_of, devices = placement.device_of, self.problem.devices
-        costs, inverse = np.unique(self.problem.topology.cost, return_inverse=True)
-        kind = inverse.astype(np.int32).reshape(devices, devices)
+        device_of = placement.device_of
+        there = device_of[1:] if self.problem.regime == "follow" else device_of
+        costs, inverse = np.unique(self.link_cost, return_inverse=True)
+        kind = inverse.astype(np.int32).reshape(self.link_cost.shape)
         total = 0
-        for layer, table in enumerate(self.pairs):
-            if self.problem.regime == "follow":
-                moved = kind[np.ix_(device_of[layer], device_of[layer + 1])]
-                total += sum(
-                    int(c) * _exact_sum(table[moved == k]) for k, c in enumerate(costs) if c
-                )
-            else:
-                apart = np.not_equal.outer(device_of[layer], device_of[layer])
-                total += _exact_sum(table[apart]) // 2
-        return total
+        for table, one, other in zip(self.pairs, device_of, there, strict=False):
+            link = kind[np.ix_(one, other)]
+            total += sum(int(c) * _exact_sum(table[link == k]) for k, c in enumerate(costs) if c)
+        return total if self.problem.regime == "follow" else total // 2
+
+    @cached_property
+    def link_cost(self) -> NDArray[np.int64]:
+        """Cost of a pair over a link [D,D]; co-activated ones cost the same between any devices."""
+        if self.problem.regime == "follow":
+            return self.problem.topology.cost
+        return 1 - np.eye(self.problem.devices, dtype=np.int64)
 
     @cached_property
     def scale(self) -> int:
@@ -305,8 +307,8 @@ class Objective:
         pairs = self.pairs
         counted = 0 if pairs is None else sum(_exact_sum(table) for table in pairs)
         if self.problem.regime == "dispatch":
-            return max(counted // 2, 1)
-        cost = self.problem.topology.cost
+            counted //= 2
+        cost = self.link_cost
         cheapest = int(cost[cost > 0].min()) if self.problem.devices > 1 else 1
         return max(counted * cheapest, 1)
 

@@ -82,13 +82,7 @@ def check(problem: Problem, initial: Placement) -> None:
     ValueError
         If it is of another model or machine, or does not fit the slots.
     """
-    found = (initial.layers, initial.num_experts, initial.devices)
-    wanted = (problem.layers, problem.experts, problem.devices)
-    if found != wanted:
-        raise ValueError(
-            f"initial must have {wanted[0]} layers, {wanted[1]} experts and {wanted[2]} devices "
-            f"like the problem, got {found[0]}, {found[1]} and {found[2]}"
-        )
+    problem.check_shape(initial, "initial")
     held = (initial.slots != EMPTY).sum(axis=2)
     full = np.argwhere(held > problem.capacity)
     if full.size:

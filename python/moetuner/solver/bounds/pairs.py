@@ -122,12 +122,11 @@ def complete(
         Slots [L,D,S], their cost, and the caps [L], raised to the least that can be kept. None
         where it would take more steps, or devices differ.
     """
-    follow, cost = problem.regime == "follow", problem.topology.cost
+    follow = problem.regime == "follow"
     return _core.exact_chain(
         problem.load,
         np.repeat(caps[:, None], problem.devices, axis=1),
-        # Co-activated pairs count the same on whatever two devices they are: see `Objective.cost`.
-        cost if follow else (cost > 0).astype(np.int64),
+        Objective(problem).link_cost,
         problem.slots,
         transitions=problem.statistics.transitions if follow else None,
         coactivation=None if follow else problem.statistics.coactivation,

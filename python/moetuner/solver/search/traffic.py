@@ -32,7 +32,7 @@ def heuristic(
         "follow": {"transitions": problem.statistics.transitions},
         "dispatch": {"coactivation": problem.statistics.coactivation},
     }[problem.regime]
-    objective, cost = Objective(problem), problem.topology.cost
+    objective = Objective(problem)
     # Without pairs all placements cost nothing, and the balanced one that the search starts from
     # is the answer.
     pointless = not any(table is not None and table.any() for table in pairs.values())
@@ -45,9 +45,8 @@ def heuristic(
     slots, caps, trials, interrupted, shift = _core.search(
         problem.load,
         np.repeat(problem.caps.whole[:, None], problem.devices, axis=1),
-        # Co-activated pairs count the same on whatever two devices they are: see `Objective.cost`.
-        # Where they stand for visits, those of other nodes cost more.
-        cost if problem.regime == "follow" or objective.counts_visits else (cost > 0).astype(int),
+        # Pairs that stand for visits cost more where they are of other nodes.
+        problem.topology.cost if objective.counts_visits else objective.link_cost,
         problem.slots,
         seed=seed,
         trials=limits.iterations,
