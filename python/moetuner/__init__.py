@@ -15,6 +15,7 @@ from moetuner.evaluation.verdicts import Verdict, verdict
 from moetuner.formats import open_input
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.report.structure import structure
 from moetuner.solver import solve
 from moetuner.solver.balancing import balance
@@ -46,6 +47,7 @@ __all__ = [  # noqa: RUF022
     "Verdict",
     "verdict",
     "Problem",
+    "Objective",
     "solve",
     "Result",
     "Progress",

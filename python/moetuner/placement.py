@@ -435,7 +435,7 @@ def filled(
     slots: Slots,
     experts: int,
     *,
-    rooms: NDArray[np.int64] | None = None,
+    capacity: NDArray[np.int64] | None = None,
     load: NDArray[np.uint64] | None = None,
     forbidden: NDArray[np.bool_] | None = None,
     held: NDArray[np.bool_] | None = None,
@@ -448,7 +448,7 @@ def filled(
         Expert ids, -1 for an empty slot.
     experts
         Experts per layer, E.
-    rooms
+    capacity
         How many slots of every device are to be full [L,D]; all of them by default.
     load
         Tokens [L,E]: the copy that takes the fewest comes first. Without, experts of the fewest
@@ -466,7 +466,7 @@ def filled(
     """
     full = slots.copy()
     layers, devices, width = slots.shape
-    wanted = np.full((layers, devices), width) if rooms is None else rooms
+    wanted = np.full((layers, devices), width) if capacity is None else capacity
     short = wanted - (slots != EMPTY).sum(axis=2)
     for layer in np.flatnonzero((short > 0).any(axis=1)).tolist():
         copies = np.bincount(slots[layer].ravel() + 1, minlength=experts + 1)[1:]

@@ -8,6 +8,7 @@ from moetuner.cli.options.traffic import Traffic
 from moetuner.cli.output import working
 from moetuner.evaluation import evaluate
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.report.outcome import Outcome
 from moetuner.solver import solve
 
@@ -40,7 +41,7 @@ def try_method(
             problem.topology,
             window=window,
             split=problem.split,
-            cost_model=problem.cost_model if problem.goal == "time" else None,
+            cost_model=Objective(problem).cost_model,
             regime=problem.regime,
             threads=threads,
         )

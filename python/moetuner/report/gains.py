@@ -9,7 +9,6 @@ import numpy as np
 
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.verdicts import gain
-from moetuner.problem import Problem
 from moetuner.report.cells import signed
 from moetuner.report.outcome import Outcome
 
@@ -114,15 +113,6 @@ class Gain:
         )
 
 
-def _measure(problem: Problem) -> str:
-    """Return the name of the measure that says most of the objective."""
-    if problem.goal == "time":
-        return "predicted_layer_us"
-    if problem.goal == "traffic":
-        return "crossing" if problem.regime == "follow" else "fanout"
-    return "imbalance_mixed" if problem.arrival == "mixed" else "imbalance"
-
-
 def gains(splits: list[dict[str, Outcome]], over: str, *, seed: int) -> list[Gain]:
     """Compare all methods with one, split by split.
 
@@ -130,7 +120,7 @@ def gains(splits: list[dict[str, Outcome]], over: str, *, seed: int) -> list[Gai
     measure.
     """
     first = splits[0]
-    measure = _measure(first[over].problem)
+    measure = first[over].worth.figure
     whole = [split for split in splits if set(split) == set(first)]
     found = []
     for method in first:

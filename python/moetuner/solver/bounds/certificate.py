@@ -65,7 +65,7 @@ class Certificate(Frozen):
     method
         How it proves; only a dual point has ``proofs``.
     cost
-        The bound of ``Problem.cost`` that it was written for. Nobody has to believe it.
+        The bound of ``Objective.cost`` that it was written for. Nobody has to believe it.
 
     Examples
     --------
