@@ -4,7 +4,7 @@
     python bench/neighbourhood.py --trace FILE --devices 8
 
 Both get ``--seconds``: the search alone all of it; the other half of it for the search, half for
-neighbourhoods. Objectives are shares of `Problem.cost_scale`; "gain" is how much lower the second
+neighbourhoods. Objectives are shares of `Objective.scale`; "gain" is how much lower the second
 ends, in percent of the first. The last columns count the neighbourhoods tried, and those that were
 better, by complete chain (two devices), by HiGHS, and searches in between.
 """
@@ -46,7 +46,7 @@ def main() -> None:
             joint = mt.Problem(statistics, topology, regime="follow", max_imbalance=options.cap)
 
         def share(found: Candidate, joint: mt.Problem = joint) -> float:
-            return joint.cost(mt.Placement(found.slots)) / joint.cost_scale
+            return mt.Objective(joint).cost(mt.Placement(found.slots)) / mt.Objective(joint).scale
 
         for seed in range(options.seeds):
             alone = heuristic(joint, seed=seed, limits=Limits(options.seconds))

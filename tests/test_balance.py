@@ -82,7 +82,9 @@ ODD = [(256, 72, 4), (256, 48, 6), (256, 144, 2), (512, 320, 2), (60, 7, 9), (16
 def test_eplb_is_never_behind_deepseeks_own_code(experts, devices, slots):
     """Also where spare slots are fewer than devices, which may copy twice onto a device."""
     load = skewed(3, experts, experts + devices).astype(np.uint64)
-    problem = mt.Problem(mt.RoutingStatistics.from_load(load), mt.Topology(devices), slots)
+    problem = mt.Problem(
+        mt.RoutingStatistics.from_load(load), mt.Topology(devices), slots_per_device=slots
+    )
     placement = mt.solve(problem, "eplb").placement
     assert placement.has_copies
     for row, found in zip(load, device_load(load, placement).max(axis=1), strict=True):
@@ -96,7 +98,7 @@ def test_spare_slots_of_few_layers_get_copies():
     problem = mt.Problem(statistics, mt.Topology(4), extra_slots=5, objective="balance")
     for method in ("eplb", "lpt"):
         slots = mt.solve(problem, method).placement.slots
-        assert ((slots >= 0).sum(axis=2) == problem.rooms).all()
+        assert ((slots >= 0).sum(axis=2) == problem.capacity).all()
 
 
 @pytest.mark.parametrize("method", ["heuristic", "joint"])
@@ -110,20 +112,20 @@ def test_searches_are_never_behind_balance(method, objective, limit):
     counts = (table.astype(np.uint64) for table in (load, table))
     statistics, speed = mt.RoutingStatistics(*counts), [1, 1, 1, 1, 1, 1, 2, 3]
     for devices, own in ((mt.Topology(8), None), (mt.Topology(8, speed=speed), speed)):
-        problem = mt.Problem(statistics, devices, 5, objective=objective)
+        problem = mt.Problem(statistics, devices, slots_per_device=5, objective=objective)
         theirs = mt.balance(load, devices=8, slots_per_device=5, speed=own)
         found = mt.solve(problem, method, **limit).objective
-        assert found <= problem.value(theirs) * (1 + 1e-9)
+        assert found <= mt.Objective(problem).value(theirs) * (1 + 1e-9)
 
 
 def test_searches_are_not_behind_a_patient_balance():
     """With speeds it tries more, also if they are all alike; a search without time does as well."""
     load = skewed(2, 256, 328).astype(np.uint64)
     statistics = mt.RoutingStatistics.from_load(load)
-    problem = mt.Problem(statistics, mt.Topology(72), 4, objective="balance")
+    problem = mt.Problem(statistics, mt.Topology(72), slots_per_device=4, objective="balance")
     theirs = mt.balance(load, devices=72, slots_per_device=4, speed=[1.0] * 72)
     found = mt.solve(problem, "heuristic", time_limit=0).objective
-    assert found <= problem.value(theirs) * (1 + 1e-9)
+    assert found <= mt.Objective(problem).value(theirs) * (1 + 1e-9)
 
 
 @given(st.data())

@@ -193,7 +193,7 @@ def test_solve_takes_every_term(ok, trace, tmp_path):
     problem = mt.Problem(
         stats,
         mt.Topology(4),
-        [3, 3, 2, 2],
+        slots_per_device=[3, 3, 2, 2],
         objective="balance",
         split="nearest",
         arrival=0.5,
@@ -206,7 +206,10 @@ def test_solve_takes_every_term(ok, trace, tmp_path):
     assert placement == mt.solve(problem).placement
     assert placement.held[:, 0, 3].all()
     found = json.loads(report.read_text())
-    assert (found["unit"], found["objective"]) == ("max / mean load", problem.value(placement))
+    assert (found["unit"], found["objective"]) == (
+        "max / mean load",
+        mt.Objective(problem).value(placement),
+    )
     assert found["settings"]["pinned"] == [[None, 3, 0]]
     assert f"Objective: imbalance {found['objective']:.4f}; no placement is below" in text
     assert "Chosen for unseen traffic: " in text
@@ -729,3 +732,14 @@ def test_progress_goes_to_standard_error(large, tmp_path):
     out, err = done.communicate(timeout=60)
     assert json.loads(out)["settings"]["time_limit"] == 1.5
     assert err == "moetuner: solving, heuristic ...\n"
+
+
+def test_the_papers_method_has_two_names(ok, trace, tmp_path):
+    """``moetuner`` is accepted everywhere, and the row says ``paper``."""
+    asked = ("--devices", 4, "--json", "-")
+    found = json.loads(ok("compare", trace, *asked, *ONCE, "--methods", "moetuner,paper,lpt"))
+    assert list(found["methods"]) == ["paper", "lpt"]
+    over = ("--methods", "moetuner,lpt", "--baseline", "moetuner")
+    assert json.loads(ok("compare", trace, *asked, *ONCE, *over))["settings"]["baseline"] == "paper"
+    out = ok("solve", trace, *asked, "--method", "moetuner", "--out", tmp_path / "p.json")
+    assert json.loads(out)["method"] == "paper"

@@ -36,8 +36,9 @@ def test_cost_is_the_plain_sum(seed, top, node):
             follow += int(stats.transitions[layer, e, f]) * int(cost)
         if e < f and device_of[layer, e] != device_of[layer, f]:
             dispatch += int(stats.coactivation[layer, e, f])
-    assert mt.Problem(stats, topology, 6, regime="follow").cost(placement) == follow
-    assert mt.Problem(stats, topology, 6, regime="dispatch").cost(placement) == dispatch
+    for regime, cost in (("follow", follow), ("dispatch", dispatch)):
+        problem = mt.Problem(stats, topology, slots_per_device=6, regime=regime)
+        assert mt.Objective(problem).cost(placement) == cost
 
 
 @given(st.integers(0, 10**6), st.fractions(1, 4, max_denominator=100))
@@ -46,7 +47,7 @@ def test_caps_are_the_largest_whole_load_allowed(seed, ratio):
     stats = statistics(seed)
     problem = mt.Problem(stats, mt.Topology(3), max_imbalance=float(ratio))
     for total, cap in zip(
-        stats.total_load.sum(axis=1).tolist(), problem.caps.tolist(), strict=True
+        stats.total_load.sum(axis=1).tolist(), problem.caps.whole.tolist(), strict=True
     ):
         exact = min(ratio * total / 3, Fraction(total))
         assert exact - 1 <= cap <= exact + Fraction(1, 10**6)
@@ -55,9 +56,11 @@ def test_caps_are_the_largest_whole_load_allowed(seed, ratio):
 def test_cap_admits_a_placement_at_the_cap_exactly():
     """1.05 of a mean of 100 is 105, though 1.05 is not a binary fraction."""
     stats = mt.RoutingStatistics.from_load(np.array([[105, 95, 100, 100]]))
-    assert mt.Problem(stats, mt.Topology(4), max_imbalance=1.05).caps.tolist() == [105]
-    assert mt.Problem(stats, mt.Topology(4)).caps.tolist() == [400]
-    assert mt.Problem(stats, mt.Topology(4), max_imbalance=float("inf")).caps.tolist() == [400]
+    assert mt.Problem(stats, mt.Topology(4), max_imbalance=1.05).caps.whole.tolist() == [105]
+    assert mt.Problem(stats, mt.Topology(4)).caps.whole.tolist() == [400]
+    assert mt.Problem(stats, mt.Topology(4), max_imbalance=float("inf")).caps.whole.tolist() == [
+        400
+    ]
 
 
 def test_slots_are_just_enough_by_default():
@@ -141,3 +144,58 @@ def test_groups_are_checked_by_name_and_tokens():
     alone = mt.RoutingStatistics.from_load(load[:1], group=np.array([0]), group_names=("code",))
     with pytest.raises(ValueError, match="groups leaves no window with a weight above 0"):
         mt.Problem(alone, mt.Topology(2), groups={"code": 0})
+
+
+@pytest.mark.parametrize(
+    ("goal", "regime", "sets", "unit", "text", "figure", "lacks"),
+    [
+        ("time", "dispatch", True, "us per layer", "1.2 us per layer", "predicted_layer_us", None),
+        (
+            "time",
+            "dispatch",
+            False,
+            "us per layer",
+            "1.2 us per layer",
+            "predicted_layer_us",
+            "sets",
+        ),
+        ("time", "follow", True, "us per layer", "1.2 us per layer", "predicted_layer_us", None),
+        ("balance", "dispatch", True, "max / mean load", "imbalance 1.2346", "imbalance", None),
+        ("traffic", "dispatch", True, "fanout", "fanout 1.2346", "fanout", None),
+        ("traffic", "follow", True, "share of the traffic", "crossing 1.2346", "crossing", None),
+        (
+            *("traffic", "dispatch", False, "share of the traffic"),
+            *("1.2346 of the co-activations apart", "fanout", None),
+        ),
+    ],
+)
+def test_the_objective_says_what_it_counts(
+    make_trace, goal, regime, sets, unit, text, figure, lacks
+):
+    """Unit, words, figure and what is counted beside load are of the goal and the regime."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(), sets=sets)
+    objective = mt.Objective(mt.Problem(stats, mt.Topology(2), regime=regime, objective=goal))
+    assert repr(objective) == f"Objective({goal!r}, regime={regime!r})"
+    assert (objective.unit, objective.text(1.23456), objective.figure) == (unit, text, figure)
+    assert objective.is_known
+    assert (objective.lacks is None) == (lacks is None)
+    assert lacks is None or f"no expert {lacks}:" in objective.lacks
+    # A search makes a term of each.
+    terms = (objective.transitions, objective.sets, objective.coactivation)
+    wanted = {"follow": 0, "dispatch": 1 if sets else 2}[regime]
+    there = [at for at, term in enumerate(terms) if term is not None]
+    assert there == ([] if goal == "balance" else [wanted])
+
+
+def test_the_objective_says_what_statistics_lack():
+    """Of a load table nothing but balance is known; time counts what there is."""
+    for goal, known in (("traffic", False), ("time", True), ("balance", True)):
+        table = mt.RoutingStatistics.from_load(np.ones((1, 2, 4), np.int64))
+        for regime, pairs in (("follow", "transitions"), ("dispatch", "co-activation")):
+            objective = mt.Objective(
+                mt.Problem(table, mt.Topology(2), regime=regime, objective=goal)
+            )
+            assert objective.is_known == known
+            told = objective.lacks
+            assert told is None if goal == "balance" else told.startswith(f"no {pairs}: methods")
+            assert objective.traffic(mt.Placement([[[0, 1], [2, 3]]] * 2)) == 0

@@ -46,7 +46,7 @@ def best_by_force(problem):
         for device_of in itertools.product(range(devices), repeat=problem.experts):
             held = np.bincount(device_of, minlength=devices)
             carried = np.bincount(device_of, weights=load, minlength=devices)
-            if held.max() <= slots and carried.max() <= problem.caps[layer]:
+            if held.max() <= slots and carried.max() <= problem.caps.whole[layer]:
                 valid.append(np.array(device_of))
         options.append(valid)
     best = [0] * len(options[0])
@@ -66,12 +66,14 @@ def best_by_force(problem):
 @pytest.mark.parametrize("regime", ["follow", "dispatch"])
 def test_every_method_gives_a_valid_placement(problem, method, regime):
     """Sizes fit, the objective is the placement's own cost, and no bound is above it."""
-    problem = mt.Problem(problem.statistics, problem.topology, None, regime, 1.2)
+    problem = mt.Problem(problem.statistics, problem.topology, regime=regime, max_imbalance=1.2)
     result = mt.solve(problem, method, iterations=2000)
     placement = result.placement
     assert (placement.layers, placement.num_experts, placement.devices) == (3, 8, 4)
     assert placement.slots_per_device == problem.slots
-    assert result.objective == pytest.approx(problem.cost(placement) / problem.cost_scale)
+    assert result.objective == pytest.approx(
+        mt.Objective(problem).cost(placement) / mt.Objective(problem).scale
+    )
     assert placement.fingerprint == problem.statistics.fingerprint
     assert placement.model == "small"
     if result.bound is not None:
@@ -119,7 +121,7 @@ def test_heuristic_finds_the_optimum_of_tiny_problems(make_trace, seed, node):
     stats = mt.RoutingStatistics.from_trace(make_trace(300, experts=experts, seed=seed))
     problem = capped(mt.Problem(stats, mt.Topology(2, node), regime="follow"))
     result = mt.solve(problem, "heuristic")
-    assert problem.cost(result.placement) == best_by_force(problem)
+    assert mt.Objective(problem).cost(result.placement) == best_by_force(problem)
 
 
 @pytest.mark.parametrize("method", ["joint", "heuristic"])
@@ -153,7 +155,7 @@ def test_infeasible_caps_are_told_apart(method, seed):
         held = (ways[:, :, None] == np.arange(3)).astype(int)
         held = held[(held.sum(axis=1) <= problem.slots).all(axis=1)]
         peak = np.einsum("wed,e->wd", held, load).max(axis=1).min()
-        if peak > problem.caps[layer]:
+        if peak > problem.caps.whole[layer]:
             least[layer] = peak * 3 / load.sum()
     assert details.get("caps_infeasible", {}) == {
         layer: [pytest.approx(cap)] * 2 for layer, cap in least.items()
@@ -305,3 +307,10 @@ def test_wrong_arguments_are_named(problem, arguments, words):
     """A message names the argument, the rule and the value."""
     with pytest.raises(ValueError, match=words):
         mt.solve(problem, **arguments)
+
+
+def test_the_papers_method_has_two_names(problem):
+    """``moetuner`` means ``paper``, and the result says so."""
+    results = [mt.solve(problem, method) for method in ("paper", "moetuner")]
+    assert [result.method for result in results] == ["paper", "paper"]
+    assert results[0].placement == results[1].placement

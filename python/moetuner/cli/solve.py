@@ -8,17 +8,26 @@ from typing import Any
 import click
 
 from moetuner.cli import options
+from moetuner.cli.attempt import try_method
 from moetuner.cli.options import moves
 from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.moves import Moving, moving_options
 from moetuner.cli.options.problem import Asked, problem_options, settings
 from moetuner.cli.options.traffic import Source, traffic_options
-from moetuner.cli.output import Output, number
+from moetuner.cli.output import Output
 from moetuner.problem import Problem
-from moetuner.report.outcome import has_pairs, head, remarks, sentences, try_method
-from moetuner.solver import METHODS
+from moetuner.problem.objective import Objective
+from moetuner.report.cells import number
+from moetuner.report.outcome import head, remarks, sentences
+from moetuner.solver import ALIASES, METHODS
 from moetuner.solver.migration import check
 from moetuner.solver.result import Result
+
+
+def parse_method(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Return the method that a name, or another name of it, means."""
+    known = click.Choice(list(METHODS))
+    return str(known.convert(ALIASES.get(value, value), parameter, context))
 
 
 @click.command("solve")
@@ -29,10 +38,11 @@ from moetuner.solver.result import Result
 @options.time_limit_option
 @click.option(
     "--method",
-    type=click.Choice(list(METHODS)),
+    callback=parse_method,
+    metavar="METHOD",
     default="joint",
     show_default=True,
-    help="joint, the paper's two stages (moetuner), the search alone, or a baseline.",
+    help=f"Out of {', '.join(METHODS)}; paper is the two stages of MoETuner.",
 )
 @options.seed_option
 @click.option(
@@ -99,7 +109,7 @@ def command(
     output.table(head(problem), [each.row() for each in outcomes])
     for line in (*remarks([outcome], problem), *sentences(outcome)):
         output.say(line)
-    if problem.goal == "time" and source.replayed is not None:
+    if outcome.worth.cost_model is not None and source.replayed is not None:
         # Counts know windows and expert sets, but not which sets were in which window.
         replayed = outcome.evaluation.predicted_layer_us
         output.say(f"Replayed token by token: {number(replayed, 1)} us per layer.")
@@ -151,13 +161,13 @@ def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
         why = f"method {method} proves nothing; take joint"
     elif moving:
         why = "nothing is proven of moves from --initial"
-    elif problem.counts_visits:
+    elif Objective(problem).counts_visits:
         why = "bounds of the devices that tokens visit have none"
     elif problem.may_copy:
         why = "nothing is proven where slots may hold copies of experts"
     elif not problem.is_plain:
         why = "nothing is proven where devices, slots or experts have rules of their own"
-    elif not has_pairs(problem):
+    elif not Objective(problem).has_traffic:
         why = "INPUT has none of the pairs that traffic is made of"
     else:
         return
@@ -181,7 +191,7 @@ def _prove(problem: Problem, result: Result, path: Path) -> str:
             "bound that has one; the placement was written"
         )
     certificate.save(path)
-    proven = certificate.cost / problem.cost_scale
+    proven = certificate.cost / Objective(problem).scale
     if result.bound is None or proven >= result.bound:
         return f"wrote {path}"
     return f"wrote {path}, which proves {proven:.6f}; what HiGHS proved on top has no certificate"

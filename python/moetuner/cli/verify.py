@@ -12,9 +12,12 @@ import numpy as np
 from moetuner.cli import options
 from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.traffic import Source, count, traffic_options
-from moetuner.cli.output import Output, percent
+from moetuner.cli.output import Output
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.problem.caps import device_load
+from moetuner.problem.objective import Objective
+from moetuner.report.cells import percent
 from moetuner.solver.bounds.caps import SINGLE
 from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.bounds.pairs import verify
@@ -53,7 +56,8 @@ def command(
         statistics, machine.topology(), regime=certificate.regime, objective="traffic"
     )
     cost = verify(certificate, problem, threads=source.threads)
-    bound = cost / problem.cost_scale
+    worth = Objective(problem)
+    bound = cost / worth.scale
     imbalances = _imbalances(problem, certificate)
 
     output = Output(json_file)
@@ -74,10 +78,10 @@ def command(
     if placement_file is not None:
         placement = Placement.load(placement_file)
         _check(placement_file, placement, problem)
-        reached = problem.cost(placement)
-        objective = reached / problem.cost_scale
+        reached = worth.cost(placement)
+        objective = reached / worth.scale
         within = bool(
-            (problem.device_load(placement.slots) <= certificate.caps[:, None]).all()
+            (device_load(placement.slots, problem.load) <= certificate.caps[:, None]).all()
             and (placement.slots >= 0).sum(axis=2).max() <= certificate.slots
         )
         if within and reached < cost:
@@ -114,7 +118,7 @@ def _check(path: Path, placement: Placement, problem: Problem) -> None:
 
 
 def _imbalances(problem: Problem, certificate: Certificate) -> list[float]:
-    """Say caps as imbalances, load over the mean: one where it says all of them, else by layer [L].
+    """Return caps as imbalances, load over the mean: one if it says them all, else by layer [L].
 
     A cap is a whole number of tokens, so a range of imbalances says the same; of these a short one
     is told. Whatever is within it keeps the cap.
@@ -143,7 +147,7 @@ def _short(low: Fraction, high: Fraction) -> float:
 
 
 def _told(imbalances: list[float]) -> str:
-    """Say imbalances in words: one, or by layer."""
+    """Write imbalances in words: one, or by layer."""
     if len(imbalances) == 1:
         return f"{imbalances[0]:.{DECIMALS}f} of the mean"
     layers: dict[float, list[int]] = {}

@@ -5,15 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moetuner.cli.options.machine import say_times
-from moetuner.cli.options.traffic import Traffic
-from moetuner.cli.output import number, percent, working
-from moetuner.evaluation import Evaluation, evaluate
+from moetuner.cost import CostModel
+from moetuner.evaluation import Evaluation
 from moetuner.problem import Problem
-from moetuner.problem.objective import visit_costs
-from moetuner.solver import solve
+from moetuner.problem.objective import Objective
+from moetuner.report.cells import number, percent
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
+
+# Names and decimals of the columns that depend on the objective.
+COLUMNS = {
+    "imbalance_total": ("total", 3),
+    "crossing": ("crossing", 4),
+    "fanout": ("fanout", 3),
+    "node_fanout": ("nodes", 3),
+    "predicted_layer_us": ("layer us", 1),
+}
 
 
 @dataclass(frozen=True)
@@ -25,9 +32,9 @@ class Outcome:
     evaluation: Evaluation
 
     @property
-    def has_objective(self) -> bool:
-        """Whether the counts suffice to say what the objective is."""
-        return self.problem.goal != "traffic" or has_pairs(self.problem)
+    def worth(self) -> Objective:
+        """What the placement is worth to the problem."""
+        return Objective(self.problem)
 
     @property
     def breaks_rules(self) -> bool:
@@ -36,11 +43,11 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Fields of the evaluation and of the result."""
-        known = self.has_objective
+        known = self.worth.is_known
         return {
             **self.evaluation.to_dict(),
             "objective": self.result.objective if known else None,
-            "unit": unit(self.problem),
+            "unit": self.worth.unit,
             "bound": self.result.bound if known else None,
             "bound_source": self.result.bound_source,
             "bound_scope": self.result.bound_scope if known else None,
@@ -52,125 +59,38 @@ class Outcome:
         }
 
     def row(self) -> tuple[str, ...]:
-        """Give the cells of a table under ``head``."""
-        of, known = self.evaluation, self.has_objective
-        figures = {
-            "total": number(of.imbalance_total, 3),
-            "crossing": number(of.crossing, 4),
-            "fanout": number(of.fanout, 3),
-            "nodes": number(of.node_fanout, 3),
-            "layer us": number(of.predicted_layer_us, 1),
-        }
-        decimals = 1 if self.problem.goal == "time" else 4
+        """Return the cells of a table under ``head``."""
+        of, worth = self.evaluation, self.worth
         return (
             f"{self.result.method} !" if self.breaks_rules else self.result.method,
             number(of.imbalance, 3),
             number(of.imbalance_mixed, 3),
-            *(figures[name] for name in judged(self.problem)),
-            number(self.result.objective if known else None, decimals),
-            percent(self.result.gap if known else None),
+            *(number(getattr(of, name), COLUMNS[name][1]) for name in worth.figures),
+            number(self.result.objective if worth.is_known else None, worth.decimals),
+            percent(self.result.gap if worth.is_known else None),
             number(self.result.seconds, 2),
         )
 
 
 def head(problem: Problem) -> tuple[str, ...]:
     """Columns of a table of outcomes: what says most of the objective, within 80 characters."""
-    return ("method", "imbalance", "mixed", *judged(problem), "objective", "gap", "seconds")
-
-
-def judged(problem: Problem) -> tuple[str, ...]:
-    """Name the columns that depend on the problem: nodes are what dispatch visits, if any."""
-    of_nodes = problem.regime == "dispatch" and problem.topology.nodes > 1
-    if problem.goal == "time":
-        moved = "nodes" if of_nodes else "fanout"
-        return ("crossing" if problem.regime == "follow" else moved, "layer us")
-    return ("total", "nodes" if of_nodes else "crossing", "fanout")
-
-
-def try_method(
-    method: str,
-    problem: Problem,
-    judged_on: Traffic,
-    *,
-    window: int | None,
-    seed: int,
-    time_limit: float | None = None,
-    threads: int | None = None,
-    **moving: Any,
-) -> Outcome:
-    """Solve, and evaluate the placement on other traffic; ``moving`` as for ``solve``."""
-    with working(f"solving, {method}") as progress:
-        result = solve(
-            problem,
-            method,
-            seed=seed,
-            time_limit=time_limit,
-            threads=threads,
-            progress=progress,
-            **moving,
-        )
-        evaluation = evaluate(
-            result.placement,
-            judged_on,
-            problem.topology,
-            window=window,
-            split=problem.split,
-            cost_model=problem.cost_model if problem.goal == "time" else None,
-            regime=problem.regime,
-            threads=threads,
-        )
-    return Outcome(problem, result, evaluation)
-
-
-def has_pairs(problem: Problem) -> bool:
-    """Whether the statistics have the pairs that the regime is about."""
-    if problem.counts_visits:
-        return True
-    statistics = problem.statistics
-    pairs = statistics.transitions if problem.regime == "follow" else statistics.coactivation
-    return pairs is not None
-
-
-def unit(problem: Problem) -> str:
-    """Name the unit of the objective, for JSON."""
-    if problem.goal == "time":
-        return "us per layer"
-    if problem.goal == "balance":
-        return "max / mean load"
-    if problem.counts_visits:
-        _, node = visit_costs(problem.topology)
-        return f"fanout + {node:.3g} node fanout" if node else "fanout"
-    return "share of the traffic"
-
-
-def worth(problem: Problem, value: float) -> str:
-    """Write a value of the objective with its unit."""
-    if problem.goal == "time":
-        return f"{value:.1f} us per layer"
-    if problem.goal == "balance":
-        return f"imbalance {value:.4f}"
-    if problem.counts_visits:
-        _, node = visit_costs(problem.topology)
-        name = f"fanout + {node:.3g} x node fanout =" if node else "fanout"
-        return f"{name} {value:.4f}"
-    if problem.regime == "follow":
-        return f"crossing {value:.4f}"
-    return f"{value:.4f} of the co-activations apart"
+    figures = [COLUMNS[name][0] for name in Objective(problem).figures]
+    return ("method", "imbalance", "mixed", *figures, "objective", "gap", "seconds")
 
 
 def sentences(outcome: Outcome) -> list[str]:
-    """Say what was reached, how far from the optimum it can be, and what was chosen on the way."""
-    problem, result = outcome.problem, outcome.result
+    """Return what was reached, how far from the optimum it can be, and what was chosen."""
+    problem, result, worth = outcome.problem, outcome.result, outcome.worth
     lines = []
-    if outcome.has_objective:
-        line = f"Objective: {worth(problem, result.objective)}"
+    if worth.is_known:
+        line = f"Objective: {worth.text(result.objective)}"
         if result.bound is not None and result.gap is not None:
             which = caps.SINGLE if problem.stays_single else ""
             if problem.max_imbalance is not None:
                 raised = "caps_raised" in result.details
                 which += " under the caps that it keeps" if raised else " under this cap"
             line += (
-                f"; no placement{which} is below {worth(problem, result.bound)} "
+                f"; no placement{which} is below {worth.text(result.bound)} "
                 f"({result.bound_source}), so this one is within {percent(result.gap)}"
             )
         lines.append(line + ".")
@@ -186,17 +106,12 @@ def sentences(outcome: Outcome) -> list[str]:
 
 
 def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
-    """Say what a reader of the table must know."""
-    lines = []
-    if problem.goal == "time" and problem.cost_model is not None:
-        lines.append(say_times(problem.cost_model))
-    if problem.goal != "balance" and not has_pairs(problem):
-        wanted = "transitions" if problem.regime == "follow" else "co-activation"
-        lines.append(f"INPUT has no {wanted}: methods could only balance the load.")
-    elif problem.goal == "time" and problem.regime == "dispatch" and not problem.counts_visits:
-        lines.append(
-            "INPUT has no expert sets: tokens are sent to each of their experts by itself."
-        )
+    """Return what a reader of the table must know."""
+    lines, worth = [], Objective(problem)
+    if worth.cost_model is not None:
+        lines.append(whose_times(worth.cost_model))
+    if worth.lacks is not None:
+        lines.append(f"INPUT has {worth.lacks}.")
     for outcome in outcomes:
         told = caps.remarks(problem, outcome.result.details)
         lines.extend(f"{outcome.result.method}: {line}" for line in told)
@@ -206,3 +121,11 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
         if outcome.result.status in ("interrupted", "time_limit"):
             lines.append(f"{outcome.result.method}: {outcome.result.status}, best so far.")
     return lines
+
+
+def whose_times(model: CostModel) -> str:
+    """Return a sentence on whose times are predicted, and how to get others."""
+    return (
+        f"Predicted times are of {model.name or 'an unnamed cost model'}; for others: "
+        "--cost-model FILE or GPU:HIDDENxINTERMEDIATE."
+    )

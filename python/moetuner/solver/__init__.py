@@ -9,9 +9,11 @@ from typing import Protocol
 
 from moetuner._checks import instance, one_of, seed_in
 from moetuner.placement import Placement, kept
-from moetuner.problem import Problem, broken_caps
+from moetuner.problem import Problem
+from moetuner.problem.caps import ROUNDING
+from moetuner.problem.objective import Objective
 from moetuner.solver import baselines
-from moetuner.solver.bounds.caps import ROUNDING, retold, scope, settled
+from moetuner.solver.bounds.caps import retold, scope, settled
 from moetuner.solver.joint import joint
 from moetuner.solver.migration import Migration, migrate
 from moetuner.solver.result import Candidate, Limits, Progress, Result, Status
@@ -30,7 +32,7 @@ class Method(Protocol):
 
 METHODS: dict[str, Method] = {
     "joint": joint,
-    "moetuner": two_stage,
+    "paper": two_stage,
     "heuristic": searched,
     "contiguous": baselines.contiguous,
     "round_robin": baselines.round_robin,
@@ -39,6 +41,8 @@ METHODS: dict[str, Method] = {
     "eplb": baselines.eplb,
     "exflow": baselines.exflow,
 }
+# The paper calls its method after itself, and so did moetuner.
+ALIASES = {"moetuner": "paper"}
 
 
 def solve(
@@ -63,9 +67,9 @@ def solve(
     problem
         What to place.
     method
-        ``joint`` (the default), ``moetuner`` (the paper's two stages), ``heuristic`` (no integer
-        programme), or a baseline: ``contiguous``, ``round_robin``, ``random``, ``lpt``, ``eplb``,
-        ``exflow``.
+        ``joint`` (the default), ``paper`` (MoETuner's two stages; ``moetuner`` means it too),
+        ``heuristic`` (no integer programme), or a baseline: ``contiguous``, ``round_robin``,
+        ``random``, ``lpt``, ``eplb``, ``exflow``.
     seed
         Of all random choices.
     time_limit
@@ -100,8 +104,17 @@ def solve(
     ------
     ValueError
         If the method is unknown or an argument is out of range.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
+    >>> result = mt.solve(mt.Problem(statistics, mt.Topology(2), objective="balance"))
+    >>> result.objective, result.placement.device_of.tolist()
+    (1.25, [[0, 1, 1, 0]])
     """
     instance("problem", problem, Problem, hint=", such as Problem(statistics, topology)")
+    method = ALIASES.get(method, method)
     one_of("method", method, METHODS)
     seed = seed_in(seed)
     limits = Limits(time_limit, iterations, gap, threads, progress)
@@ -133,11 +146,11 @@ def solve(
             filled = replace(filled, details=retold(problem, filled.slots, filled.details))
         candidate = filled
     # Bounds of pairs are costs; those of visits are of what they are a bound of.
-    in_costs = problem.goal == "traffic" and not problem.counts_visits
-    scale = problem.cost_scale if in_costs else 1
+    worth = Objective(problem)
+    scale = worth.scale if worth.counts_pairs else 1
     placement = Placement(candidate.slots, num_experts=problem.experts)
-    objective = problem.value(placement)
-    candidate = _held(problem, candidate, placement, objective)
+    objective = worth.value(placement)
+    candidate = _held(worth, candidate, placement, objective)
     bound = None if candidate.bound is None else candidate.bound / scale
     about = None if bound is None else scope(problem, candidate.details)
     violations = problem.violations(placement)
@@ -169,7 +182,7 @@ def _filled(problem: Problem, candidate: Candidate, initial: Placement | None) -
     """Fill the slots that a method left empty."""
     slots = problem.filled(candidate.slots, initial)
     if initial is not None:
-        slots = kept(initial.slots, slots, problem.rooms)
+        slots = kept(initial.slots, slots, problem.capacity)
     if (slots == candidate.slots).all():
         return candidate
     # A proof is of the slots as they were found.
@@ -189,7 +202,7 @@ def _status(problem: Problem, candidate: Candidate, violations: tuple[str, ...])
     placement = Placement(candidate.slots, num_experts=problem.experts)
     told: list[str] = []
     if "caps_raised" in candidate.details:
-        told = broken_caps(problem, placement)
+        told = problem.caps.violations(placement)
     silent = len(violations) > len(told) and candidate.status != "interrupted"
     return "violates rules" if silent else candidate.status
 
@@ -206,7 +219,7 @@ def _beyond_budget(
 
 
 def _held(
-    problem: Problem, candidate: Candidate, placement: Placement, objective: float
+    worth: Objective, candidate: Candidate, placement: Placement, objective: float
 ) -> Candidate:
     """Take back what an answer claims of all placements and is not true of itself.
 
@@ -214,9 +227,8 @@ def _held(
     breaks a cap is optimal only where the cap was raised as little as can be.
     """
     if candidate.bound is not None:
-        in_costs = problem.goal == "traffic" and not problem.counts_visits
-        exact = in_costs and not placement.has_copies
-        value = problem.cost(placement) if exact else objective * (1 + ROUNDING)
+        exact = worth.counts_pairs and not placement.has_copies
+        value = worth.cost(placement) if exact else objective * (1 + ROUNDING)
         if candidate.bound > value:
             details = {**candidate.details, "bound_refuted": candidate.bound_source}
             candidate = replace(

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from moetuner._checks import at_least, instance, not_negative
 from moetuner.placement import EMPTY, Placement, brought, kept
 from moetuner.problem import Problem
-from moetuner.solver.bounds.caps import caps_of, excess_of, retold
+from moetuner.problem.objective import Objective
+from moetuner.solver.bounds.caps import retold
 from moetuner.solver.exact.enumeration import enumerated
 from moetuner.solver.result import Candidate, Clock, Limits
 from moetuner.solver.search.balanced import balanced
@@ -81,20 +82,14 @@ def check(problem: Problem, initial: Placement) -> None:
         If it is of another model or machine, or does not fit the slots.
     """
     instance("initial", initial, Placement)
-    found = (initial.layers, initial.num_experts, initial.devices)
-    wanted = (problem.layers, problem.experts, problem.devices)
-    if found != wanted:
-        raise ValueError(
-            f"initial must have {wanted[0]} layers, {wanted[1]} experts and {wanted[2]} devices "
-            f"like the problem, got {found[0]}, {found[1]} and {found[2]}"
-        )
+    problem.check_shape(initial, "initial")
     held = (initial.slots != EMPTY).sum(axis=2)
-    full = np.argwhere(held > problem.rooms)
+    full = np.argwhere(held > problem.capacity)
     if full.size:
         layer, device = full[0]
         raise ValueError(
             f"initial has {held[layer, device]} experts of layer {layer} on device {device}, "
-            f"which has {problem.rooms[layer, device]} slots"
+            f"which has {problem.capacity[layer, device]} slots"
         )
 
 
@@ -121,7 +116,7 @@ def migrate(
     solve = _Migrating(problem, initial, migration, seed, Clock(limits))
     if limits.time_limit == 0:
         solve.best = replace(solve.best, status="time_limit")
-    elif solve.price == 0 and solve.most >= problem.rooms.sum():
+    elif solve.price == 0 and solve.most >= problem.capacity.sum():
         solve.freely(method)
     elif solve.most > 0:
         solve.step_by_step()
@@ -135,6 +130,7 @@ class _Migrating:
         self, problem: Problem, initial: Placement, migration: Migration, seed: int, clock: Clock
     ) -> None:
         self.problem, self.initial, self.seed, self.clock = problem, initial, seed, clock
+        self.objective = Objective(problem)
         self.price, self.most = migration.price, migration.most
         self.held = self.initial.held
         self.start = lawful(problem, self.initial)
@@ -142,7 +138,7 @@ class _Migrating:
         if fewest > self.most:
             raise ValueError(
                 f"move_budget {migration.budget:g} is too small: "
-                f"{problem.rules.broken(self.initial)}, which initial does not keep, and to keep "
+                f"initial breaks a rule ({problem.rules.violations(self.initial)[0]}), and to keep "
                 f"all rules takes {fewest} moves"
             )
         self.best = Candidate(self.start)
@@ -174,13 +170,13 @@ class _Migrating:
         if problem.goal != "traffic" and limits.time_limit is None:
             moving = Moving(self.initial, self.price)
             exact = enumerated(
-                problem, np.inf, caps=caps_of(problem), moving=moving, most=self.most
+                problem, np.inf, caps=problem.caps.over_speed, moving=moving, most=self.most
             )
             if exact is not None and len(exact):
                 self.consider(Candidate(exact))
                 return
         search = Search(problem, self.seed)
-        if self.most >= problem.rooms.sum():
+        if self.most >= problem.capacity.sum():
             self.consider(Candidate(search.full(balanced(problem))))
             self.search_at(self.price, search, 1.0)
             return
@@ -210,7 +206,7 @@ class _Migrating:
                     return path, interrupted
             if interrupted:
                 break
-            search.look_at(self.best.slots)
+            search.reweight(self.best.slots)
         return path, interrupted
 
     def search_at(self, price: float, search: Search, share: float) -> Candidate:
@@ -240,9 +236,9 @@ class _Migrating:
 
     def rank_of(self, slots: Slots, moved: int) -> tuple[float, float]:
         """Load above caps in parts of them, then the objective with moves at their price."""
-        value = self.problem.value(Placement(slots, num_experts=self.problem.experts))
-        excess = float(excess_of(self.problem, slots).sum())
-        return excess, value + self.price * moved
+        placement = Placement(slots, num_experts=self.problem.experts)
+        excess = float(self.problem.caps.excess(placement).sum())
+        return excess, self.objective.value(placement) + self.price * moved
 
     def moved(self, slots: Slots) -> int:
         """Count copies that have to be brought."""
@@ -254,5 +250,5 @@ class _Migrating:
         told = retold(self.problem, slots, self.best.details)
         details = {**told, "experts_moved": self.moved(slots)}
         return replace(
-            self.best, slots=kept(self.initial.slots, slots, self.problem.rooms), details=details
+            self.best, slots=kept(self.initial.slots, slots, self.problem.capacity), details=details
         )

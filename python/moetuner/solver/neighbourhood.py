@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.caps import raised
 from moetuner.solver.exact.partitions import STEPS_PER_SECOND
 from moetuner.solver.milp.colocation import Joint, Model, Relation, entries_of
@@ -118,8 +119,9 @@ class _Search:
         self.problem, self.start, self.limits = problem, start, limits
         self.begin = time.monotonic()
         self.slots = start.slots
-        self.cost = problem.cost(Placement(start.slots, num_experts=problem.experts))
-        self.caps = problem.kept_caps(start.slots)
+        self.objective = Objective(problem)
+        self.cost = self.objective.cost(Placement(start.slots, num_experts=problem.experts))
+        self.caps = problem.caps.kept(start.slots)
         self.gains = {"chain": _Gain(), "highs": _Gain(), "search": _Gain()}
         self.joint = Joint.of(problem, self.caps)
         P, E = problem.devices * problem.slots, problem.experts
@@ -247,14 +249,14 @@ class _Search:
         """Keep a placement if it costs less under the same caps."""
         gain = self.gains[way]
         gain.tried += 1
-        cost = self.problem.cost(Placement(slots, num_experts=self.problem.experts))
-        if cost < self.cost and (self.problem.kept_caps(slots) <= self.caps).all():
+        cost = self.objective.cost(Placement(slots, num_experts=self.problem.experts))
+        if cost < self.cost and (self.problem.caps.kept(slots) <= self.caps).all():
             gain.better += 1
             gain.saved += self.cost - cost
             self.slots, self.cost = slots, cost
         if self.limits.progress is not None:
-            share = self.cost / self.problem.cost_scale
-            bound, scale = self.start.bound, self.problem.cost_scale
+            share = self.cost / self.objective.scale
+            bound, scale = self.start.bound, self.objective.scale
             seconds, known = time.monotonic() - self.begin, None if bound is None else bound / scale
             self.limits.progress(Progress(seconds, "neighbourhood", share, known))
 

@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import instance, one_of, positive, seed_in
+from moetuner.frozen import Frozen
 from moetuner.placement import Placement, kept
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.solver import solve
-from moetuner.solver.bounds.caps import exceeded, excess_of
+from moetuner.solver.bounds.caps import exceeded
 from moetuner.solver.migration import check
 from moetuner.solver.result import Clock, Limits, Progress
 from moetuner.solver.search.layerwise import Search
@@ -26,8 +28,8 @@ STEPS = 24
 PRICES = (0.1, 0.3, 0.7, 1.5, 3.0, 8.0)
 
 
-@dataclass(frozen=True)
-class Trade:
+@dataclass(frozen=True, eq=False, repr=False)
+class Trade(Frozen):
     """A placement that no other one found betters at as few moves.
 
     Parameters
@@ -35,13 +37,21 @@ class Trade:
     placement
         What to change to; experts that stay keep their slots.
     objective
-        ``Problem.value`` of it.
+        ``Objective.value`` of it.
     gain
         How much lower that is than the initial placement's.
     experts_moved, bytes_moved
         What it takes.
     caps_raised
         Imbalance of layers that exceed the load cap still.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> placement = mt.Placement([[[0], [1]]])
+    >>> trade = mt.Trade(placement, 1.25, gain=0.5, experts_moved=2, bytes_moved=2e6)
+    >>> trade.to_dict()["gain"]
+    0.5
     """
 
     placement: Placement
@@ -102,6 +112,15 @@ def pareto(
     ------
     ValueError
         If the initial placement is not one of the problem, or an argument is out of range.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
+    >>> problem = mt.Problem(statistics, mt.Topology(2), objective="balance")
+    >>> trades = mt.pareto(problem, mt.Placement([[[0, 1], [2, 3]]]))
+    >>> [(trade.experts_moved, trade.objective) for trade in trades]
+    [(0, 1.5), (2, 1.25)]
     """
     instance("problem", problem, Problem, hint=", such as Problem(statistics, topology)")
     positive("expert_bytes", expert_bytes, "number of bytes")
@@ -109,12 +128,13 @@ def pareto(
     seed = seed_in(seed)
     check(problem, initial)
     clock = Clock(Limits(time_limit, iterations, threads=threads, progress=progress))
-    before = problem.value(initial)
+    worth = Objective(problem)
+    before = worth.value(initial)
 
     def trade(placement: Placement) -> _Ranked:
         moved = initial.diff(placement).experts_moved
-        objective = problem.value(placement)
-        excess = excess_of(problem, placement.slots)
+        objective = worth.value(placement)
+        excess = problem.caps.excess(placement)
         raised = exceeded(problem, placement.slots).get("caps_raised", {})
         figures = (before - objective, moved, moved * expert_bytes, raised)
         return float(excess.sum()), Trade(placement, objective, *figures)
@@ -158,7 +178,7 @@ def _kept(problem: Problem, initial: Placement, slots: NDArray[np.int32]) -> Pla
         held = Placement(slots, num_experts=problem.experts).held
         if (held == initial.held).all():
             return initial
-    return Placement(kept(initial.slots, slots, problem.rooms), num_experts=problem.experts)
+    return Placement(kept(initial.slots, slots, problem.capacity), num_experts=problem.experts)
 
 
 def _undominated(trades: list[_Ranked]) -> list[Trade]:

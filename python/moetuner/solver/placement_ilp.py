@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.caps import raised
 from moetuner.solver.milp.highs import Ilp
 from moetuner.solver.result import Candidate, Limits, Progress, Status
@@ -70,7 +71,8 @@ def placement_ilp(
     """
     placement = Placement(start.slots, num_experts=problem.experts)
     device_of = placement.device_of
-    asked = np.repeat(problem.caps[:, None], problem.devices, axis=1) if caps is None else caps
+    whole = np.repeat(problem.caps.whole[:, None], problem.devices, axis=1)
+    asked = whole if caps is None else caps
     caps = _kept(problem, device_of, asked)
     pins = None if pinned is None else np.asarray(pinned, dtype=np.int64)
     if pins is not None:
@@ -87,13 +89,14 @@ def placement_ilp(
         return replace(start, status="time_limit")
     begin = time.monotonic()
     model = _Model(problem, caps, pins)
-    cost = problem.cost(placement)
+    worth = Objective(problem)
+    cost = worth.cost(placement)
 
     def report(objective: float | None, dual: float) -> None:
         if limits.progress is not None:
             value = cost if objective is None else round(objective * model.unit)
             known = max(start.bound or 0, model.ilp.proven(dual, model.unit))
-            shares = value / problem.cost_scale, known / problem.cost_scale
+            shares = value / worth.scale, known / worth.scale
             limits.progress(Progress(time.monotonic() - begin, "placement", *shares))
 
     solution = model.ilp.solve(
@@ -111,8 +114,8 @@ def placement_ilp(
     found = solution.values[model.x].argmax(axis=2)
     if (_device_load(problem, found) <= caps).all():  # else broken by a millionth of it
         better = Placement.from_assignment(found, problem.devices, slots_per_device=problem.slots)
-        if problem.cost(better) < cost:
-            slots, cost = better.slots, problem.cost(better)
+        if worth.cost(better) < cost:
+            slots, cost = better.slots, worth.cost(better)
     own = model.ilp.proven(solution.bound, model.unit)
     bound = max(start.bound or 0, own)
     status: Status = "feasible"

@@ -12,7 +12,9 @@ from moetuner.cli import options
 from moetuner.cli.options.machine import cost_model_for, cost_model_option
 from moetuner.cli.options.traffic import Traffic, count
 from moetuner.cost import CostModel
-from moetuner.problem import Objective, Problem, Regime
+from moetuner.evaluation.figures import Regime
+from moetuner.problem import Goal, Problem
+from moetuner.problem.objective import Objective
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
@@ -60,9 +62,9 @@ class Asked:
         return Problem(
             statistics,
             topology,
-            self.slots_per_device,
-            self.regime or _default_regime(statistics, self.objective, cap),
-            cap,
+            slots_per_device=self.slots_per_device,
+            regime=self.regime or _default_regime(statistics, self.objective, cap),
+            max_imbalance=cap,
             objective=self.objective,
             cost_model=cost_model_for(self.cost_model, statistics),
             split=self.split,
@@ -77,7 +79,7 @@ class Asked:
 
 
 def _default_regime(
-    statistics: RoutingStatistics, objective: Objective | None, cap: float | None
+    statistics: RoutingStatistics, objective: Goal | None, cap: float | None
 ) -> Regime:
     """Return dispatch, unless traffic is asked for of counts that know nothing but transitions."""
     is_traffic = objective == "traffic" or (objective is None and cap is not None)
@@ -87,12 +89,12 @@ def _default_regime(
 
 
 def settings(problem: Problem) -> dict[str, Any]:
-    """Give what was asked for, for JSON."""
+    """Return what was asked for, for JSON."""
     topology = problem.topology
     slots = problem.slots_per_device
     if slots is None and problem.extra_slots is None:
         slots = problem.slots
-    timed = problem.goal == "time" and problem.cost_model is not None
+    model = Objective(problem).cost_model
     return {
         "devices": topology.devices,
         "devices_per_node": topology.devices_per_node,
@@ -102,7 +104,7 @@ def settings(problem: Problem) -> dict[str, Any]:
         "regime": problem.regime,
         "max_imbalance": problem.max_imbalance,
         "objective": problem.goal,
-        "cost_model": asdict(problem.cost_model) if timed and problem.cost_model else None,
+        "cost_model": None if model is None else asdict(model),
         "split": problem.split,
         "arrival": problem.arrival,
         "risk": problem.risk,
@@ -176,7 +178,7 @@ problem_options = options.gathered(
     [
         click.option(
             "--objective",
-            type=click.Choice(get_args(Objective)),
+            type=click.Choice(get_args(Goal)),
             help="What to make small: predicted time of a layer, max / mean load, or traffic "
             "under --max-imbalance.  [default: traffic with --max-imbalance, else time]",
         ),

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.certificate import Certificate, Method, Proof
 from moetuner.solver.result import Limits, Progress
 
@@ -31,7 +32,7 @@ STEPS = 4_000_000_000
 
 @dataclass(frozen=True)
 class Bounded:
-    """A proven bound of ``Problem.cost`` under caps, with one copy of each expert."""
+    """A proven bound of ``Objective.cost`` under caps, with one copy of each expert."""
 
     cost: int
     source: str
@@ -121,12 +122,11 @@ def complete(
         Slots [L,D,S], their cost, and the caps [L], raised to the least that can be kept. None
         where it would take more steps, or devices differ.
     """
-    follow, cost = problem.regime == "follow", problem.topology.cost
+    follow = problem.regime == "follow"
     return _core.exact_chain(
         problem.load,
         np.repeat(caps[:, None], problem.devices, axis=1),
-        # Co-activated pairs count the same on whatever two devices they are: see `Problem.cost`.
-        cost if follow else (cost > 0).astype(np.int64),
+        Objective(problem).link_cost,
         problem.slots,
         transitions=problem.statistics.transitions if follow else None,
         coactivation=None if follow else problem.statistics.coactivation,
@@ -136,13 +136,24 @@ def complete(
 
 
 def verify(certificate: Certificate, problem: Problem, *, threads: int | None = None) -> int:
-    """Recompute a bound of ``Problem.cost`` from a certificate and the statistics alone.
+    """Recompute a bound of ``Objective.cost`` from a certificate and the statistics alone.
 
     Raises
     ------
     ValueError
         If the certificate is of other statistics or another topology, a cut in it is not true, or
         nothing keeps its caps, under which all and nothing would be true.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> load, pairs = np.array([[[2, 2], [2, 2]]]), np.array([[[1, 1], [1, 1]]])
+    >>> statistics = mt.RoutingStatistics(load, pairs)
+    >>> problem = mt.Problem(statistics, mt.Topology(2), regime="follow", max_imbalance=1.0)
+    >>> certificate = mt.solve(problem).certificate
+    >>> mt.verify(certificate, problem) == certificate.cost
+    True
     """
     if certificate.regime != problem.regime:
         raise ValueError(
@@ -310,11 +321,12 @@ def _report(
     progress = limits.progress
     if progress is None:
         return None
+    scale = Objective(problem).scale
 
     def report(seconds: float, negated: int | None) -> None:
         known = None
         if negated is not None:
-            known = _of_count(problem, -negated * price) / problem.cost_scale
+            known = _of_count(problem, -negated * price) / scale
         progress(Progress(seconds, "bound", None, known))
 
     return report

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.caps import raised
 from moetuner.solver.result import Candidate, Limits, Progress
 
@@ -31,22 +32,21 @@ def heuristic(
         "follow": {"transitions": problem.statistics.transitions},
         "dispatch": {"coactivation": problem.statistics.coactivation},
     }[problem.regime]
-    cost = problem.topology.cost
+    objective = Objective(problem)
     # Without pairs all placements cost nothing, and the balanced one that the search starts from
     # is the answer.
     pointless = not any(table is not None and table.any() for table in pairs.values())
 
     def report(seconds: float, cost: int | None) -> None:
         if limits.progress is not None:
-            objective = None if cost is None else cost / problem.cost_scale
-            limits.progress(Progress(seconds, "search", objective))
+            share = None if cost is None else cost / objective.scale
+            limits.progress(Progress(seconds, "search", share))
 
     slots, caps, trials, interrupted, shift = _core.search(
         problem.load,
-        np.repeat(problem.caps[:, None], problem.devices, axis=1),
-        # Co-activated pairs count the same on whatever two devices they are: see `Problem.cost`.
-        # Where they stand for visits, those of other nodes cost more.
-        cost if problem.regime == "follow" or problem.counts_visits else (cost > 0).astype(int),
+        np.repeat(problem.caps.whole[:, None], problem.devices, axis=1),
+        # Pairs that stand for visits cost more where they are of other nodes.
+        problem.topology.cost if objective.counts_visits else objective.link_cost,
         problem.slots,
         seed=seed,
         trials=limits.iterations,
