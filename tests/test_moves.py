@@ -301,7 +301,10 @@ def test_a_step_with_copies_gains_most_for_a_move(seed):
     start = lawful(problem, initial)
     for _ in range(3):
         path, _ = Search(problem, 0).descend(start, initial, np.inf, Limits())
-        before, moved = problem.value(mt.Placement(start, num_experts=8)), path.moved[0]
+        before, moved = (
+            mt.Objective(problem).value(mt.Placement(start, num_experts=8)),
+            path.moved[0],
+        )
         best = 0.0
         for slots in every_step(problem, start):
             try:
@@ -309,7 +312,7 @@ def test_a_step_with_copies_gains_most_for_a_move(seed):
             except ValueError:
                 continue
             moves = initial.diff(placement).experts_moved - moved
-            gain = before - problem.value(placement)
+            gain = before - mt.Objective(problem).value(placement)
             best = max(best, gain / (moves if moves > 0 else 1e-3))
         if len(path.moved) < 2:
             assert best < 1e-5
@@ -337,7 +340,7 @@ def test_with_little_time_steps_come_first(monkeypatch):
     result = mt.solve(problem, initial=initial, move_budget=8, time_limit=1.0)
     path, _ = descend(Search(problem, 0), lawful(problem, initial), initial, 8, Limits())
     best = mt.Placement(path.after(path.best(8, 0.0)), num_experts=16)
-    assert result.objective == problem.value(best)
+    assert result.objective == mt.Objective(problem).value(best)
     assert result.status == "time_limit"
 
 
@@ -377,7 +380,9 @@ def test_what_runs_is_searched_on_where_it_is_ahead(goal, monkeypatch):
     ((given, start),) = starts
     assert fresh[0] >= 7.0
     assert given == 8.0
-    assert problem.value(mt.Placement(start, num_experts=16)) <= problem.value(initial)
+    assert mt.Objective(problem).value(mt.Placement(start, num_experts=16)) <= mt.Objective(
+        problem
+    ).value(initial)
 
 
 @pytest.mark.parametrize("budget", [0, 2, None])

@@ -412,7 +412,7 @@ def test_a_placement_below_the_bound_fails_loudly(run, tmp_path, monkeypatch):
     arguments = ("verify", certificate, counts, "--devices", 4, "--placement", placement)
     assert run(*arguments)[0] == 0
     monkeypatch.setattr(
-        "moetuner.cli.verify.verify", lambda certificate, problem: certificate.cost + 1
+        "moetuner.cli.verify.verify", lambda certificate, problem, **_: certificate.cost + 1
     )
     status, _, err = run(*arguments)
     assert (status, err.count("\n")) == (2, 1)

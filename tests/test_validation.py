@@ -12,6 +12,7 @@ import moetuner as mt
 from moetuner import router_groups
 from moetuner.evaluation.rows import dispatch_rows
 from moetuner.files import jsonl
+from moetuner.files.contents import TraceContents
 from moetuner.formats import eplb
 from moetuner.report.structure import structure
 from moetuner.statistics import hold_out
@@ -429,9 +430,15 @@ def calls() -> dict[str, Call]:
                 "fill_slots": FLAG,
             },
         ),
-        "Problem.value": Call(problem().value, {}, {"placement": (*no(mt.Placement), None)}),
-        "Problem.traffic": Call(problem().traffic, {}, {"placement": (*no(mt.Placement), None)}),
-        "Problem.cost": Call(problem().cost, {}, {"placement": (*no(mt.Placement), None)}),
+        "Objective.value": Call(
+            mt.Objective(problem()).value, {}, {"placement": (*no(mt.Placement), None)}
+        ),
+        "Objective.traffic": Call(
+            mt.Objective(problem()).traffic, {}, {"placement": (*no(mt.Placement), None)}
+        ),
+        "Objective.cost": Call(
+            mt.Objective(problem()).cost, {}, {"placement": (*no(mt.Placement), None)}
+        ),
         "Problem.violations": Call(
             problem().violations, {}, {"placement": (*no(mt.Placement), None)}
         ),
@@ -575,7 +582,7 @@ def calls() -> dict[str, Call]:
             {"other": placement()},
             {
                 "other": (*no(mt.Placement), None, mt.Placement([[[0]]])),
-                "bytes_per_expert": (*AT_LEAST_0, INF),
+                "expert_bytes": (*AT_LEAST_0, INF),
                 "topology": (*no(mt.Topology), mt.Topology(3)),
             },
         ),
@@ -629,8 +636,8 @@ def calls() -> dict[str, Call]:
         "eplb_maps": Call(eplb.eplb_maps, {}, {"placement": (*no(mt.Placement), None)}),
         "jsonl.write": Call(
             jsonl.write,
-            {"trace": trace(), "path": "/nonexistent/x"},
-            {"trace": (*no(mt.RoutingTrace), None), "per": (*CHOICE, None)},
+            {"trace": trace().contents, "path": "/nonexistent/x"},
+            {"trace": (*no(TraceContents), None), "per": (*CHOICE, None)},
         ),
     }
 

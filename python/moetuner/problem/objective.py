@@ -257,6 +257,7 @@ class Objective:
 
         With one copy of each expert it is ``cost`` over ``scale``; with copies it is expected.
         """
+        instance("placement", placement, Placement)
         if self.counts_visits:
             return float(self._visits(placement).sum())
         if not placement.has_copies:
@@ -285,6 +286,7 @@ class Objective:
         ``follow``: transitions [E,E] of neighbouring layers times ``link_cost`` between the
         experts' devices. ``dispatch``: co-activated pairs likewise, each once.
         """
+        instance("placement", placement, Placement)
         if self.pairs is None:
             return 0
         device_of = placement.device_of

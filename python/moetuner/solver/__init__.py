@@ -114,7 +114,7 @@ def solve(
     (1.25, [[0, 1, 1, 0]])
     """
     instance("problem", problem, Problem, hint=", such as Problem(statistics, topology)")
-    method = ALIASES.get(method, method)
+    method = ALIASES.get(method, method) if isinstance(method, str) else method
     one_of("method", method, METHODS)
     seed = seed_in(seed)
     limits = Limits(time_limit, iterations, gap, threads, progress)
