@@ -105,6 +105,16 @@ def test_inspect_json_has_what_the_screen_has(ok, trace):
     assert 0 <= found["crossing_independent"] <= 1
 
 
+def test_inspect_says_nothing_of_structure_without_held_out_sequences(ok, trace, tmp_path):
+    """Saved statistics can be overfitted as much as one likes: no gap is shown."""
+    file = tmp_path / "statistics.safetensors"
+    mt.RoutingStatistics.from_trace(mt.RoutingTrace.load(trace)).save(file)
+    out = ok("inspect", file)
+    assert "Give the trace" in out
+    assert "null" not in out
+    assert "transitions stay" not in out
+
+
 def test_inspect_load_table(ok, table):
     """A load table has skew and groups, and no inter-layer structure."""
     out = ok("inspect", table)
@@ -273,6 +283,7 @@ def test_evaluate_predicts_times(ok, trace, tmp_path):
     placement = mt.Placement.load(out)
     for name, same in ((model, model), ("a100:64x32", model)):
         text = ok("evaluate", out, trace, "--cost-model", name, "--split", "nearest")
+        assert "sequences at once, groups fewer, seed 0" in text
         lines = text.split("\n\n")[2].splitlines()
         assert lines.pop().startswith("Predicted times are of ")
         assert [line.split()[0] for line in lines] == ["layer,", "all", "even", "odd"]

@@ -61,17 +61,76 @@ def test_fit_without_noise_is_exact():
     )
 
 
-def test_fit_of_one_line_uses_one():
-    """Times that grow with tokens from the start need no other line."""
-    tokens = np.arange(1.0, 40)
-    found = mt.CostModel.fit(tokens, np.ones(39), 5 + 2 * tokens, token_bytes=1)
-    assert found.compute_us(tokens, np.ones(39)) == pytest.approx(5 + 2 * tokens, rel=1e-6)
+@pytest.mark.parametrize("noise", [0.0, 0.03, 0.1])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("regime", "tokens"), [("reading weights", (1, 100)), ("computing", (5000, 50_000))]
+)
+def test_one_regime_is_refused(regime, tokens, seed, noise):
+    """What was never measured is not known; the message says what was, and what to add."""
+    rng = np.random.default_rng(seed)
+    tokens, experts = rng.uniform(*tokens, 40), rng.integers(1, 32, 40)
+    times = measured(tokens, experts, seed, noise)
+    with pytest.raises(ValueError, match=f"both regimes, got {regime} only: add (few|many) tokens"):
+        mt.CostModel.fit(tokens, experts, times, token_bytes=1)
+
+
+def test_a_line_through_one_size_is_refused():
+    """All batches that compute had the same number of tokens: their slope is not known."""
+    tokens, experts = np.r_[np.full(20, 10.0), np.full(5, 9000.0)], np.r_[np.arange(1, 21), [1] * 5]
+    with pytest.raises(ValueError, match="at least 3 batches of computing, of two sizes"):
+        mt.CostModel.fit(tokens, experts, measured(tokens, experts, noise=0), token_bytes=1)
+
+
+def test_a_fit_says_what_it_saw():
+    """Both regimes, by number of measurements, in the file as well."""
+    tokens, experts = grid()
+    found = mt.CostModel.fit(tokens, experts, measured(tokens, experts), token_bytes=1)
+    by_tokens = int((12 + 0.05 * tokens > 20 + 3 * experts).sum())
+    assert sum(found.measured) == len(tokens)
+    assert found.measured[1] == pytest.approx(by_tokens, abs=5)
+
+
+def test_repeats_of_a_batch_are_left_out_together():
+    """A batch measured twenty times predicts itself, and only itself: repeats are one."""
+    rng = np.random.default_rng(0)
+    tokens, experts = (np.repeat(column[::4], 20) for column in grid())
+    # Every batch has an error of its own, which all its repeats have.
+    own = np.repeat(np.exp(rng.normal(0, 0.2, len(tokens) // 20)), 20)
+    found = mt.CostModel.fit(
+        tokens, experts, MODEL.compute_us(tokens, experts) * own, token_bytes=1
+    )
+    assert found.prediction_error > 1.15 * found.residual
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.1])
+def test_errors_of_a_fit_are_what_they_are(noise):
+    """Over twenty fits the stated errors are near those that were made, of a known model."""
+    tokens, experts = (column[::3] for column in grid())
+    fits = [
+        mt.CostModel.fit(tokens, experts, measured(tokens, experts, seed, noise), token_bytes=1)
+        for seed in range(12)
+    ]
+    made = np.std([[f.base_us, f.expert_us, f.start_us, f.token_us] for f in fits], axis=0)
+    said = np.median([f.parameter_errors for f in fits], axis=0)
+    assert (said > made / 3).all()
+    assert (said < made * 3).all()
+    assert np.mean([f.prediction_error for f in fits]) == pytest.approx(noise, rel=0.4)
+
+
+def test_a_fitted_model_survives_its_file(tmp_path):
+    """All that is known of the fit is read back."""
+    tokens, experts = grid()
+    found = mt.CostModel.fit(tokens, experts, measured(tokens, experts), token_bytes=1)
+    found.save(tmp_path / "model.json")
+    assert mt.CostModel.load(tmp_path / "model.json") == found
 
 
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        (([1, 2, 3], [1, 1, 1], [1, 2, 3]), "at least 4 measurements, got 3"),
+        (([1, 2, 3], [1, 1, 1], [1, 2, 3]), "at least 8 different pairs .* got 3"),
+        (([1, 2, 3, 4] * 5, [1] * 20, [1] * 20), "at least 8 different pairs .* got 4"),
         (([1, 2, 3, 4], [1, 1, 1], [1, 2, 3]), r"must be \[n\] each, got \[\[4\], \[3\]"),
         (([1, 2, 3, -4], [1] * 4, [1] * 4), "tokens must be finite and at least 0, got -4.0 at 3"),
         (
@@ -171,9 +230,9 @@ def test_default_preset_sends_8_bits_and_gets_16_back():
     [
         ({"token_us": -1}, "token_us must be a number of microseconds of at least 0, got -1"),
         ({"base_us": float("nan")}, "base_us must be .* got nan"),
-        ({"token_bytes": "4"}, "token_bytes must be a number of bytes of at least 0, got 4"),
+        ({"token_bytes": "4"}, "token_bytes must be a number of bytes of at least 0, got '4'"),
         ({"overlap": 1.5}, "overlap must be from 0 to 1, got 1.5"),
-        ({"once_per": "rack"}, "once_per must be 'device' or 'node', got 'rack'"),
+        ({"once_per": "rack"}, "once_per must be one of device, node, got 'rack'"),
     ],
 )
 def test_wrong_fields_are_named(fields, words):

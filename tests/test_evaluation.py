@@ -260,7 +260,7 @@ def test_unknown_split_and_regime_are_named(make_trace):
         ValueError, match="split must be one of even, nearest, round_robin, got 'x'"
     ):
         mt.evaluate(contiguous(trace), trace, split="x")
-    with pytest.raises(ValueError, match="regime must be 'follow' or 'dispatch', got 'x'"):
+    with pytest.raises(ValueError, match="regime must be one of follow, dispatch, got 'x'"):
         mt.evaluate(contiguous(trace), trace, regime="x")
 
 
@@ -380,3 +380,27 @@ def test_load_tables_have_groups(make_trace):
     assert list(found.by_group) == ["a", "b"]
     alone = mt.evaluate(contiguous(make_trace()), mt.RoutingStatistics.from_load(load[group == 1]))
     assert found.by_group["b"].to_dict() == alone.to_dict()
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_mixed_seed_is_another_order(counted):
+    """Another seed is another mixed figure, and no other figure changes; one seed is one answer."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 8, (2000, 2, 1))
+    traffic = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(2000) // 50)
+    placement = contiguous(traffic)
+    if counted:
+        traffic = mt.RoutingStatistics.from_trace(traffic, window=50)
+    one, same, other = (
+        mt.evaluate(placement, traffic, window=None if counted else 50, mixed_seed=seed)
+        for seed in (0, 0, 1)
+    )
+    assert one.imbalance_mixed == same.imbalance_mixed != other.imbalance_mixed
+    assert one.imbalance == other.imbalance
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, True])
+def test_mixed_seed_is_a_whole_number(make_trace, seed):
+    """The message names the argument."""
+    with pytest.raises(ValueError, match="mixed_seed must be"):
+        mt.evaluate(contiguous(make_trace()), make_trace(), mixed_seed=seed)

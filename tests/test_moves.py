@@ -1,12 +1,15 @@
 """Moves from a running placement: caps and rules first, steps that gain most, never worse."""
 
 from itertools import combinations, product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.solver.result import Limits
+from moetuner.solver.migration import Migration, migrate
+from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.search.balanced import balanced
 from moetuner.solver.search.layerwise import Search
 from moetuner.solver.search.move_cost import lawful
 
@@ -30,6 +33,8 @@ def excess(problem, placement):
     return problem.caps.excess(placement).sum()
 
 
+# A clock that stands still.
+STOPPED = SimpleNamespace(monotonic=lambda: 0.0)
 GOALS = [
     {"objective": "balance"},
     {"objective": "balance", "slots_per_device": 5},
@@ -271,3 +276,152 @@ def test_what_is_proven_from_nothing_is_proven_from_what_runs():
         result = mt.solve(problem, initial=initial)
         assert (result.status, result.objective) == ("optimal", fresh.objective)
         assert result.bound == fresh.bound
+
+
+def every_step(problem, slots):
+    """Make every exchange and every new content of a slot, of one layer, that is a placement."""
+    devices, width = slots.shape[1:]
+    places = list(product(range(devices), range(width)))
+    for a, b in combinations(places, 2):
+        other = slots.copy()
+        other[(0, *a)], other[(0, *b)] = slots[(0, *b)], slots[(0, *a)]
+        yield other
+    for place, expert in product(places, range(problem.experts)):
+        other = slots.copy()
+        other[(0, *place)] = expert
+        yield other
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_step_with_copies_gains_most_for_a_move(seed):
+    """Of all exchanges and all new contents of slots, none gains more for a copy brought."""
+    counts = statistics(seed, windows=5, layers=1, experts=8)
+    problem = mt.Problem(counts, mt.Topology(4), objective="balance", slots_per_device=3)
+    initial = contiguous(1, 8, 4)
+    start = lawful(problem, initial)
+    for _ in range(3):
+        path, _ = Search(problem, 0).descend(start, initial, np.inf, Limits())
+        before, moved = (
+            mt.Objective(problem).value(mt.Placement(start, num_experts=8)),
+            path.moved[0],
+        )
+        best = 0.0
+        for slots in every_step(problem, start):
+            try:
+                placement = mt.Placement(slots, num_experts=8)
+            except ValueError:
+                continue
+            moves = initial.diff(placement).experts_moved - moved
+            gain = before - mt.Objective(problem).value(placement)
+            best = max(best, gain / (moves if moves > 0 else 1e-3))
+        if len(path.moved) < 2:
+            assert best < 1e-5
+            return
+        moves = path.moved[1] - moved
+        assert -path.value[1] / (moves if moves > 0 else 1e-3) == pytest.approx(best, rel=1e-3)
+        start = path.after(1)
+
+
+def test_with_little_time_steps_come_first(monkeypatch):
+    """Where steps take most of the time, nothing else is done, and their end is the answer."""
+    problem, initial = problem_of(GOALS[0]), contiguous(3, 16, 4)
+    now, descend = [0.0], Search.descend
+
+    def slow(self, start, initial, most, limits):
+        now[0] += 0.9
+        return descend(self, start, initial, most, Limits())
+
+    def run(*_, **__):
+        raise AssertionError("a search without time")
+
+    monkeypatch.setattr("moetuner.solver.result.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Search, "descend", slow)
+    monkeypatch.setattr(Search, "run", run)
+    result = mt.solve(problem, initial=initial, move_budget=8, time_limit=1.0)
+    path, _ = descend(Search(problem, 0), lawful(problem, initial), initial, 8, Limits())
+    best = mt.Placement(path.after(path.best(8, 0.0)), num_experts=16)
+    assert result.objective == mt.Objective(problem).value(best)
+    assert result.status == "time_limit"
+
+
+@pytest.mark.parametrize("goal", GOALS[:7])
+def test_an_initial_placement_takes_no_time_from_a_solve(goal, monkeypatch):
+    """Where what runs is behind any search's own start, a solve from nothing gets all the time."""
+    problem, initial = problem_of(goal), contiguous(3, 16, 4)
+    given = []
+
+    def method(problem, *, seed, limits):
+        given.append(limits.time_limit)
+        return Candidate(balanced(problem))
+
+    monkeypatch.setattr("moetuner.solver.result.time", STOPPED)
+    migrate(problem, initial, Migration(), method, seed=0, limits=Limits(time_limit=8.0))
+    assert given == [8.0]
+
+
+@pytest.mark.parametrize("goal", GOALS[:3])
+def test_what_runs_is_searched_on_where_it_is_ahead(goal, monkeypatch):
+    """What runs is a start of its own where nothing better is found in most of the time."""
+    problem = problem_of(goal)
+    initial = mt.solve(problem, "heuristic", iterations=100).placement
+    fresh, starts = [], []
+
+    def method(problem, *, seed, limits):
+        fresh.append(limits.time_limit)
+        return Candidate(lawful(problem, contiguous(3, 16, 4)))
+
+    def run(self, limits, *, start):
+        starts.append((limits.time_limit, start))
+        return Candidate(start)
+
+    monkeypatch.setattr("moetuner.solver.result.time", STOPPED)
+    monkeypatch.setattr(Search, "run", run)
+    migrate(problem, initial, Migration(), method, seed=0, limits=Limits(time_limit=8.0))
+    ((given, start),) = starts
+    assert fresh[0] >= 7.0
+    assert given == 8.0
+    value = mt.Objective(problem).value
+    assert value(mt.Placement(start, num_experts=16)) <= value(initial)
+
+
+@pytest.mark.parametrize("budget", [0, 2, None])
+def test_what_stays_keeps_a_slot_that_its_device_has(budget):
+    """A running table may be as wide as the widest device: what is beyond a device moves inside."""
+    running = mt.Placement([[[0, -1, -1, 1], [2, 3, 4, 5]]])
+    problem = mt.Problem(statistics(layers=1, experts=6), mt.Topology(2), slots_per_device=(2, 4))
+    found = mt.solve(problem, "heuristic", initial=running, move_budget=budget, iterations=100)
+    assert (found.placement.slots[0, 0, 2:] == -1).all()
+    front = mt.pareto(problem, running, iterations=100)
+    assert all((each.placement.slots[0, 0, 2:] == -1).all() for each in front[1:])
+
+
+@pytest.mark.parametrize("method", ["joint", "heuristic"])
+def test_an_infinite_budget_is_none(method):
+    """The same answer as without one, and nothing said of a budget."""
+    problem = mt.Problem(statistics(), mt.Topology(4), objective="balance")
+    running = contiguous(3, 16, 4)
+    asked = {"initial": running, "iterations": 200, "expert_bytes": 44e6}
+    free = mt.solve(problem, method, **asked)
+    for budget in (np.inf, np.float32(np.inf)):
+        found = mt.solve(problem, method, move_budget=budget, **asked)
+        assert (found.placement, found.status) == (free.placement, free.status)
+        assert found.violations == ()
+        assert mt.solve(problem, method, move_budget=budget, iterations=200).status == "feasible"
+
+
+def test_steps_lower_excess_at_any_price():
+    """A step that brings load under a cap is taken although the objective gets worse by it."""
+    load = np.ones((1, 3, 8), dtype=np.int64)
+    load[:, :, 0] = load[:, :, 1] = 4
+    together = np.kron(np.eye(2, dtype=np.int64), np.full((4, 4), 100))
+    problem = mt.Problem(
+        mt.RoutingStatistics(load, np.stack([together] * 2)),
+        mt.Topology(2),
+        regime="follow",
+        objective="traffic",
+        max_imbalance=1.05,
+    )
+    initial = contiguous(3, 8, 2)
+    path, _ = Search(problem, 0).descend(initial.slots, initial, np.inf, Limits())
+    assert path.excess[0] > 0
+    assert path.excess[-1] == 0

@@ -29,7 +29,7 @@ def loads(windows, experts, layers=1):
 
 
 def optimum(problem):
-    """Least ``Problem.value`` of all placements."""
+    """Least ``Objective.value`` of all placements."""
     return min(mt.Objective(problem).value(placement) for placement in every_placement(problem))
 
 

@@ -50,7 +50,7 @@ def test_rules_are_kept_when_the_initial_placement_does_not(problem, blocks):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"move_budget": -1}, "move_budget must be a number of bytes of at least 0, got -1"),
+        ({"move_budget": -1}, "move_budget must be at least 0 bytes, got -1"),
         ({"move_cost": float("nan")}, "move_cost must be a price of a byte of at least 0, got nan"),
         ({"expert_bytes": -1}, "expert_bytes must be a number of bytes of at least 0, got -1"),
         ({"method": "lpt"}, "initial needs method joint or heuristic, got 'lpt'"),

@@ -97,6 +97,18 @@ def test_moves_lead_from_one_placement_to_the_other(a, b):
     assert not found.pairs.diagonal().any()
 
 
+def test_moves_come_over_the_cheapest_given_link():
+    """Link costs that were given decide what is near, not the nodes."""
+    before = mt.Placement([[[0, 1], [1, -1], [0, -1], [-1, -1]]])
+    after = mt.Placement([[[0, 1], [1, -1], [0, -1], [0, -1]]])
+    cost = np.full((4, 4), 5) - 5 * np.eye(4, dtype=int)
+    for near, far in ((0, 2), (2, 0)):
+        cost[near, 3] = cost[3, near] = 1
+        cost[far, 3] = cost[3, far] = 9
+        topology = mt.Topology(4, devices_per_node=2, link_cost=cost)
+        assert before.diff(after, topology=topology).moves.tolist() == [[0, 0, near, 3]]
+
+
 def test_moves_come_from_the_nearest_holder():
     """Same node first; without a topology, or among equally near ones, the lowest number."""
     before = mt.Placement(np.array([[[0, -1], [1, -1], [0, -1], [2, -1]]]))

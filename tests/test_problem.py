@@ -73,7 +73,7 @@ def test_slots_are_just_enough_by_default():
     ("fields", "words"),
     [
         ({"slots_per_device": 1}, "slots_per_device must be at least 2 for 6 experts on 4 devices"),
-        ({"regime": "pull"}, "regime must be 'follow' or 'dispatch', got 'pull'"),
+        ({"regime": "pull"}, "regime must be one of follow, dispatch, got 'pull'"),
         ({"max_imbalance": 0.9}, "max_imbalance must be at least 1, got 0.9"),
         ({"max_imbalance": float("nan")}, "max_imbalance must be at least 1, got nan"),
         ({"objective": "speed"}, "objective must be one of time, balance, traffic, got 'speed'"),
@@ -89,11 +89,11 @@ def test_slots_are_just_enough_by_default():
         ({"risk": 1.0}, "risk must be 'mean', or a level from 0 to below 1, got 1.0"),
         ({"risk": "worst"}, "risk must be .* got 'worst'"),
         ({"groups": "minimax"}, "groups needs windows with groups; these statistics have none"),
-        ({"groups": {"a": -1}}, "weight of group 'a' must be a number of at least 0, got -1"),
+        ({"groups": {"a": -1}}, "groups: weight of 'a' must be a number of at least 0, got -1"),
         ({"pinned": [(0, 0)]}, r"pinned must be \(layer, expert, device\), got \(0, 0\)"),
         ({"pinned": [(0, 6, 0)]}, "pinned: expert must be from 0 to 5, got 6"),
         ({"forbidden": [(0, 0, 4)]}, "forbidden: device must be from 0 to 3, got 4"),
-        ({"forbidden": [(9, 0, 0)]}, "forbidden: layer must be from 0 to .*, or None, got 9"),
+        ({"forbidden": [(9, 0, 0)]}, "forbidden: layer .None for all. must be from 0 to .*, got 9"),
         (
             {"pinned": [(0, 1, 2)], "forbidden": [(None, 1, 2)]},
             "pinned and forbidden contradict each other: expert 1 of layer 0 on device 2",

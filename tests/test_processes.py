@@ -98,6 +98,27 @@ def test_pools_are_forgotten_at_the_fork():
     subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
 
 
+def test_a_child_forked_by_others_works():
+    """Also a fork that Python does not hear of, as of a C library, leaves a child able to work."""
+    program = (
+        "import ctypes, os, sys\n"
+        "import numpy as np\n"
+        "from moetuner import _core\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from test_processes import ends\n"
+        "load = np.arange(8, dtype=np.uint64).reshape(1, 8)\n"
+        "expected = _core.lpt(load, 2, 4, improve=True, threads=1)\n"
+        "pid = ctypes.PyDLL(None).fork()\n"
+        "if pid == 0:\n"
+        "    found = _core.lpt(load, 2, 4, improve=True, threads=1)\n"
+        "    os._exit(0 if (found == expected).all() else 2)\n"
+        "code = ends(pid, 20)\n"
+        "assert code == 0, code\n"
+    )
+    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
+    subprocess.run(command, env=QUIET, timeout=60, check=True)
+
+
 def test_one_thread_is_one_thread():
     """With threads=1 nothing but one thread works (this one listens), and none is rayon's own."""
     program = (

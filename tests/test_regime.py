@@ -171,7 +171,7 @@ def test_sizes_go_with_traces_and_statistics(make_trace, tmp_path):
     """Through files, selections and sums of the same ones; sums of others drop them."""
     trace = replace(make_trace(40), expert_size=(64, 32))
     trace.save(tmp_path / "t.safetensors")
-    jsonl.write(trace, tmp_path / "t.jsonl")
+    jsonl.write(trace.contents, tmp_path / "t.jsonl")
     counted = mt.RoutingStatistics.from_trace(trace, by_group=True)
     counted.save(tmp_path / "s.safetensors")
     other = replace(trace, expert_size=None)

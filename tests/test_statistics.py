@@ -321,3 +321,68 @@ def test_memory_is_the_shard_and_not_the_trace(tmp_path):
     command = [sys.executable, "-c", between, "-c", MEASURE, str(path)]
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert int(found) < 150, f"{found.strip()} MiB"
+
+
+# ---- statistics of several recordings
+
+
+def test_groups_add_up_by_name():
+    """Whatever the order of their names, and where one side has more of them."""
+    load = np.arange(1, 9).reshape(2, 1, 4)
+    a = mt.RoutingStatistics.from_load(load, group=[0, 1], group_names=["math", "code"])
+    b = mt.RoutingStatistics.from_load(load, group=[0, 1], group_names=["code", "text"])
+    both = a + b
+    assert [both.group_names[number] for number in both.group] == ["math", "code", "code", "text"]
+    assert np.array_equal(both.window_load, np.concatenate([load, load]))
+    again = mt.RoutingStatistics.sum([b, a, b])
+    assert [again.group_names[n] for n in again.group] == [
+        "code",
+        "text",
+        "math",
+        "code",
+        "code",
+        "text",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "words"),
+    [
+        ({"model": "a"}, {"model": "b"}, "same model, got 'a' and 'b'"),
+        ({"window": 4}, {"window": 8}, "same window, got 4 and 8"),
+        ({"window": 4}, {}, "same window, got 4 and None"),
+        ({"expert_size": (4, 8)}, {"expert_size": (8, 4)}, r"same expert_size, got \(4, 8\) and"),
+        ({"group": [0], "group_names": ["a"]}, {}, "both have groups, or none"),
+    ],
+)
+def test_what_does_not_add_up_is_said(ours, theirs, words):
+    """Of other models, windows or groups nothing is lost without a word."""
+    a, b = (mt.RoutingStatistics.from_load(np.ones((1, 2, 4)), **each) for each in (ours, theirs))
+    for one, other in ((a, b), (b, a)):
+        with pytest.raises(ValueError, match="statistics must"):
+            one + other
+    with pytest.raises(ValueError, match=words):
+        a + b
+
+
+def test_a_model_without_a_name_adds_up():
+    """What only one side knows of the model is not said of both."""
+    a = mt.RoutingStatistics.from_load(np.ones((1, 2, 4)), model="a", expert_size=(4, 8))
+    b = mt.RoutingStatistics.from_load(np.ones((1, 2, 4)))
+    assert ((a + b).model, (b + a).expert_size, (a + a).model) == (None, None, "a")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.longdouble, np.int64])
+def test_no_load_wraps(dtype):
+    """Loads of any type are what they were, or refused."""
+    for value in (1.0, 2048.0, 2.0**31, 2.0**52, 2.0**62, 2.0**63, 2.0**64, 1e300):
+        with np.errstate(over="ignore", invalid="ignore"):
+            load = np.full((1, 1, 3), value).astype(dtype)
+        if dtype is np.int64 and value >= 2.0**63:
+            continue
+        if float(load.astype(np.float64).sum()) < 2.0**63:
+            found = mt.RoutingStatistics.from_load(load).window_load
+            assert (found.astype(np.longdouble) == load.astype(np.longdouble)).all()
+        else:
+            with pytest.raises(ValueError, match="load must"):
+                mt.RoutingStatistics.from_load(load)

@@ -8,7 +8,7 @@ import pytest
 from moe_models import ARCHITECTURES, build, prompts, torch, transformers
 
 import moetuner as mt
-from moetuner.torch import RoutingCounters, moe_layers
+from moetuner.torch import RoutingCounters, apply_placement, moe_layers
 from moetuner.torch.record import capture
 from moetuner.torch.record.spool import Parts
 
@@ -546,3 +546,40 @@ def test_sizes_of_experts_are_recorded(name, size, tmp_path):
         with torch.no_grad(), capture(model, path=path) as recorder:
             model(input_ids=prompts())
         assert recorder.trace().expert_size == size
+
+
+def test_wrong_classes_are_named():
+    """Models, placements, files, names and switches: one line that names the argument."""
+    model = build("mixtral")
+    placement = mt.Placement.from_assignment([[0, 0, 0, 0, 1, 1, 1, 1]] * 2, 2)
+    sizes = {"layers": 2, "experts": 4, "top_k": 2}
+    calls = {
+        capture: {
+            "model": (None, 3, "x", placement, type(model)),
+            "path": (3, [], True, "x.npz"),
+            "group": (3, [1], float("nan")),
+            "attention_mask": (3, "x", [1]),
+            "routers": (3, "gate", [3], [None]),
+            "name": (3, b"x", [1]),
+            "buffer_bytes": (True, "4", 4.5, -1, None, float("inf")),
+        },
+        apply_placement: {
+            "model": (None, 3, "x"),
+            "placement": (None, 3, "x", [[0]], model),
+            "inverse": (None, 3, "x"),
+        },
+        RoutingCounters: {
+            **dict.fromkeys(sizes, (True, "4", 4.5, -1, None, float("inf"))),
+            "window": (True, "4", 4.5, -1, 0),
+            "transitions": ("x", 2, None),
+            "device": (3.5, "gpuu", []),
+        },
+    }
+    for call, arguments in calls.items():
+        right = {"model": model, "placement": placement} if call is apply_placement else {}
+        right = {"model": model} if call is capture else right or sizes
+        for name, values in arguments.items():
+            for value in values:
+                with pytest.raises((ValueError, TypeError), match=name) as error:
+                    call(**{**right, name: value})
+                assert "\n" not in str(error.value)

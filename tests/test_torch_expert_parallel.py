@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_refused_at_once():
         "layer must be from 0 to 1, the placement's, got 5",
         "experts: up must have the placement's 9 slots, got [99, 2, 2]",
         "devices_per_node must divide the devices (2), got 3",
-        "split must be 'even' or 'nearest', got 'best'",
+        "split must be one of even, nearest, got 'best'",
     ]
 
 

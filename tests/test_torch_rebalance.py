@@ -163,7 +163,7 @@ def test_arguments_that_cannot_be():
         "layers must be all layers of a placement, got none",
         "layers must be 0 to 2 of one placement, got [1, 2]",
         "decay must be from 0 to 1, got 2",
-        "steps_ahead must be at least 1, got 0",
+        "steps_ahead must be from 1 to 9223372036854775807, got 0",
         "topology must have 2 devices like the placement, got 3",
         "counts must be [layers, experts] [3, 8], got [1, 2]",
         "counts must be finite and at least 0, got -1 to -1",

@@ -174,7 +174,7 @@ def test_shards_follow_one_another(max_bytes):
 @pytest.mark.parametrize("max_bytes", [0, -5])
 def test_shards_need_room(max_bytes):
     """A limit below one byte is refused."""
-    with pytest.raises(ValueError, match=f"max_bytes must be at least 1, got {max_bytes}"):
+    with pytest.raises(ValueError, match=f"max_bytes must be from 1 to .*, got {max_bytes}"):
         list(mt.RoutingTrace.from_arrays(IDS, num_experts=8).shards(max_bytes))
 
 
@@ -310,7 +310,7 @@ def test_concat_needs_equal_models(make_trace):
     """Traces of different sizes do not join."""
     with pytest.raises(ValueError, match="traces must have the same layers, experts and top_k"):
         make_trace(layers=3).concat(make_trace(layers=2))
-    with pytest.raises(ValueError, match="concat needs at least one RoutingTrace"):
+    with pytest.raises(ValueError, match="traces to concat must be at least one"):
         mt.RoutingTrace.concat([])
 
 
@@ -605,3 +605,24 @@ def test_npz_bombs(tmp_path):
     bad(path, f"must have {1 << 40} bytes, got {1 << 20}", num_experts=4)
     npz_bomb(path, 300 << 20, 300 << 20)
     bad(path, ".npz must not expand more than 100 times", num_experts=4)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [[0, (1 << 31) - 1], [(1 << 31) - 1, 5]],
+        [[(1 << 31) - 1, 0], [0, 0]],
+        [[-(1 << 31), (1 << 31) - 1], [-(1 << 31), (1 << 31) - 1], [7, 7]],
+        [[(1 << 31) - 2, 3], [3, 4], [3, 9]],
+    ],
+)
+def test_sequences_near_the_limit_join(labels):
+    """Joined traces tell all sequences apart, also where moving labels up would leave 32 bits."""
+    parts = [
+        mt.RoutingTrace.from_arrays([[[0]], [[1]]], num_experts=2, sequence=each) for each in labels
+    ]
+    whole = mt.RoutingTrace.concat(parts)
+    assert whole.sequence.dtype == np.int32
+    wanted = [(at, label) for at, each in enumerate(labels) for label in each]
+    found = whole.sequence.tolist()
+    assert len(set(found)) == len(set(wanted)) == len(set(zip(found, wanted, strict=True)))

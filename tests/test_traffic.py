@@ -136,7 +136,7 @@ def test_wrong_arguments_are_named(make_trace):
         ({"home": np.zeros(3, dtype=int)}, r"home must be integers \[200\], got int64 \[3\]"),
         ({"home": "anywhere"}, "home must be devices .* got 'anywhere'"),
         ({"position": [0.5]}, r"position must be integers \[200\], got float64 \[1\]"),
-        ({"split": "best"}, "split must be 'even' or 'nearest', got 'best'"),
+        ({"split": "best"}, "split must be one of even, nearest, got 'best'"),
         ({"devices_per_node": 3}, r"devices_per_node must divide the devices \(4\), got 3"),
     ]:
         with pytest.raises(ValueError, match=message):

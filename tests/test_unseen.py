@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moetuner import _core
-from moetuner.solver.search.cross_validation import Choice, Setting, choose
+from moetuner.solver.search.cross_validation import Choice, Setting, _folds, choose
 
 
 def table(windows: int, layers: int = 3, experts: int = 12, seed: int = 0) -> np.ndarray:
@@ -29,6 +29,12 @@ def choice(load: np.ndarray, group: np.ndarray | None = None, **options: Any) ->
         **options,
     }
     return choose(load, group=group, **arguments)
+
+
+def score(load: np.ndarray) -> float:
+    """Score of the maximum on windows held out."""
+    found: float = choice(load).details["scores"]["maximum"]
+    return found
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3])
@@ -71,6 +77,33 @@ def test_groups_of_many_windows_are_not() -> None:
     details = choice(table(24), np.arange(24) % 6).details
     assert details["held_out"] == "windows"
     assert details["folds"] == 4
+
+
+def test_parts_are_runs_of_neighbours() -> None:
+    """Of a group's windows each part holds out a run, and parts are of one size."""
+    group = np.array([0] * 12 + [1] * 8)
+    fold, whole = _folds(np.arange(20), 20, group)
+    assert not whole
+    for number in (0, 1):
+        assert np.count_nonzero(np.diff(fold[group == number])) == 3
+    assert np.bincount(fold).tolist() == [5, 5, 5, 5]
+
+
+def test_small_groups_share_the_parts() -> None:
+    """Where no group has a window for every part, parts still have as many windows each."""
+    fold, whole = _folds(np.arange(16), 16, np.arange(16) // 2)
+    assert not whole
+    assert np.bincount(fold).tolist() == [4, 4, 4, 4]
+
+
+def test_what_recurs_is_seen() -> None:
+    """Four phases in turn are in every part: what is held out was seen, exactly."""
+    assert score(np.tile(table(4, experts=40), (6, 1, 1))) < 1.1
+
+
+def test_neighbours_that_are_alike_do_not_vouch_for_each_other() -> None:
+    """Runs of six equal windows are four windows: what is held out was never seen."""
+    assert score(np.repeat(table(4, experts=40), 6, axis=0)) > 1.2
 
 
 def test_unequal_devices_and_nearest_copies() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 import moetuner as mt
 from moetuner import solver
+from moetuner.solver.bounds.caps import exceeded
 from moetuner.solver.result import Candidate
 
 ROOM = (7, 7, 9, 9)
@@ -105,3 +106,70 @@ def test_compare_marks_methods_that_break_rules(run, make_trace, tmp_path):
     assert found["contiguous"]["status"] == "violates rules"
     assert len(found["contiguous"]["violations"]) == 1
     assert found["lpt"]["violations"] == []
+
+
+def test_caps_are_told_of_slots_that_were_filled():
+    """What is told of a cap is true of the answer, whose empty slots were filled at the end."""
+    problem = mt.Problem(
+        mt.RoutingStatistics.from_load(np.array([[[10, 5, 5, 5, 5]]])),
+        mt.Topology(3),
+        max_imbalance=1.2,
+        fill_slots=True,
+    )
+    initial = mt.Placement(np.array([[[0, -1], [1, 2], [3, 4]]], dtype=np.int32), num_experts=5)
+    result = mt.solve(problem, initial=initial, time_limit=0)
+    assert result.details["caps_raised"] == {0: pytest.approx(1.25)}
+    assert result.status == "time_limit"
+
+
+def test_caps_are_told_of_copies_that_run():
+    """A copy that nobody has asked for carries its share, not the whole expert again."""
+    statistics = mt.RoutingStatistics.from_load(np.array([[[10, 1, 9]]]))
+    problem = mt.Problem(statistics, mt.Topology(2), max_imbalance=1.1)
+    told = exceeded(problem, np.array([[[0, 1], [0, 2]]], dtype=np.int32))
+    assert told["caps_raised"] == {0: pytest.approx(1.4)}
+
+
+def test_a_cap_that_copies_can_keep_is_kept():
+    """Where all contents of a layer can be tried, the search does not stay above a cap."""
+    table = np.array([[[0, 0, 11], [0, 0, 17], [11, 17, 0]]])
+    problem = mt.Problem(
+        mt.RoutingStatistics(np.array([[[1, 17, 9]], [[20, 2, 21]]]), None, table),
+        mt.Topology(4, devices_per_node=2),
+        slots_per_device=1,
+        max_imbalance=1.2,
+        split="nearest",
+        forbidden=[(None, 2, 3)],
+    )
+    initial = mt.Placement(np.array([[[1], [2], [1], [0]]], dtype=np.int32), num_experts=3)
+    for start in (None, initial):
+        assert mt.solve(problem, "heuristic", iterations=300, initial=start).violations == ()
+
+
+def test_caps_are_kept_where_nothing_else_counts():
+    """Without pairs balance is all there is to do, and is done."""
+    random = np.random.default_rng(0)
+    load = np.stack([1 + random.multinomial(7992, random.dirichlet([2.0] * 8)) for _ in range(16)])
+    load = random.permuted(load.reshape(1, 4, 32), axis=2)
+    problem = mt.Problem(mt.RoutingStatistics.from_load(load), mt.Topology(4), max_imbalance=1.001)
+    assert mt.solve(problem, "heuristic").violations == ()
+
+
+def test_pairs_without_tokens_are_no_reason_to_fail():
+    """Tables may come from elsewhere than loads: all placements are as good, and one is given."""
+    table = np.ones((2, 4, 4), dtype=np.int64) - np.eye(4, dtype=np.int64)
+    problem = mt.Problem(
+        mt.RoutingStatistics(np.zeros((1, 2, 4), dtype=np.int64), None, table),
+        mt.Topology(2),
+        objective="time",
+    )
+    assert mt.solve(problem, iterations=100).violations == ()
+
+
+def test_the_time_of_one_layer_that_nothing_follows():
+    """In regime follow a layer alone has no traffic that could break ties."""
+    statistics = mt.RoutingStatistics(
+        np.array([[[3, 4, 5, 6]]]), np.zeros((0, 4, 4), dtype=np.int64)
+    )
+    problem = mt.Problem(statistics, mt.Topology(2), regime="follow", objective="time")
+    assert mt.solve(problem, iterations=100).violations == ()

@@ -86,7 +86,10 @@ def model_of(
     tokens, active, taken = (
         np.array(column, dtype=float) for column in zip(*measured, strict=True)
     )
-    model = mt.CostModel.fit(tokens, active, taken, token_bytes=token_bytes, name=name)
+    try:
+        model = mt.CostModel.fit(tokens, active, taken, token_bytes=token_bytes, name=name)
+    except ValueError as error:
+        return [f"Nothing fitted: {error}."]
     predicted = model.compute_us(tokens, active)
     if out is not None:
         model.save(out)

@@ -1,4 +1,4 @@
-"""The rules for numbers, and for expert ids: type, sizes and values (checked in the core)."""
+"""The rules for what callers give: kinds, choices, numbers, arrays, and expert ids."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import operator
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, SupportsIndex, TypeGuard, TypeVar, cast
 
 import numpy as np
@@ -25,9 +26,166 @@ DEVICE_LIMIT = 1 << 13
 SLOT_LIMIT = 1 << 16
 # Of a table of layers, experts and devices.
 CELL_LIMIT = 1 << 28
+THREAD_LIMIT = 1 << 12
+# Of times, sizes and rates, in any unit: within them no product or quotient is infinite.
+SMALLEST, LARGEST = 1e-30, 1e30
+# Characters of a value that a message shows.
+SHOWN = 40
+PLAIN = (str, bytes, int, float, complex, list, tuple, dict, set, type, type(None), np.generic)
 
 
-def experts_in(num_experts: object) -> int:
+def shown(value: object) -> str:
+    """Return what a message says of a value: one short line."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    if not isinstance(value, PLAIN):
+        return f"a {type(value).__name__}"
+    try:
+        text = repr(value)
+    except ValueError:  # a number of thousands of digits
+        return f"a {type(value).__name__}"
+    return " ".join(text.split())[:SHOWN]
+
+
+def instance(name: str, value: object, *kinds: type, hint: str = "") -> None:
+    """Check that an argument is of a class; ``hint`` says how to make one.
+
+    Raises
+    ------
+    TypeError
+        If it is of none of them.
+    """
+    if not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{name} must be a {wanted}{hint}, got {shown(value)}")
+
+
+def one_of(name: str, value: object, choices: Iterable[str]) -> None:
+    """Check a choice.
+
+    Raises
+    ------
+    ValueError
+        If it is none of them.
+    """
+    known = tuple(choices)
+    if not (isinstance(value, str) and value in known):
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
+
+
+def flag(name: str, value: object) -> None:
+    """Check a truth value.
+
+    Raises
+    ------
+    TypeError
+        If it is not one.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+
+
+def text_or_none(name: str, value: object) -> None:
+    """Check a name for people.
+
+    Raises
+    ------
+    ValueError
+        If it is neither a text nor None.
+    """
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, got {shown(value)}")
+
+
+def path_in(path: object) -> Path:
+    """Return the path of a file.
+
+    Raises
+    ------
+    TypeError
+        If it is none.
+    """
+    try:
+        return Path(cast(Any, path))
+    except TypeError:
+        raise TypeError(f"path must be the name of a file, got {shown(path)}") from None
+
+
+def listed(name: str, values: object, what: str) -> list[Any]:
+    """Return the members of what should be a list.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or a text, whose members are letters.
+    """
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a list of {what}, got {shown(values)}")
+    return list(values)
+
+
+def array_in(name: str, values: ArrayLike) -> NDArray[Any]:
+    """Return an array of whatever type.
+
+    Raises
+    ------
+    ValueError
+        If it is none, as rows of different lengths.
+    """
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{name} must be an array, got {shown(values)}") from None
+
+
+def numbers_in(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    """Return an array of floats, of numbers whatever their type.
+
+    Raises
+    ------
+    ValueError
+        If they are no numbers.
+    """
+    array = array_in(name, values)
+    if array.dtype.kind not in "iuf" and array.size:
+        raise ValueError(f"{name} must be numbers, got {array.dtype} {list(array.shape)}")
+    return array.astype(np.float64, copy=False)
+
+
+def seed_in(seed: object, name: str = "seed") -> int:
+    """Check a seed.
+
+    Raises
+    ------
+    ValueError
+        If it is not an integer of at least 0.
+    """
+    return whole_number(name, seed, lowest=0)
+
+
+def threads_in(threads: object) -> int | None:
+    """Check a number of threads; None, all cores, as it is.
+
+    Raises
+    ------
+    ValueError
+        If it is no such number.
+    """
+    return None if threads is None else whole_number("threads", threads, highest=THREAD_LIMIT)
+
+
+def window_in(window: object) -> int | None:
+    """Check tokens per window; None, all of them, as it is.
+
+    Raises
+    ------
+    ValueError
+        If it is no such number.
+    """
+    return None if window is None else whole_number("window", window)
+
+
+def experts_in(num_experts: object, name: str = "num_experts") -> int:
     """Check a number of experts per layer.
 
     Raises
@@ -35,7 +193,7 @@ def experts_in(num_experts: object) -> int:
     ValueError
         If it is not an integer that 16-bit ids can count to.
     """
-    return whole_number("num_experts", num_experts, highest=EXPERT_LIMIT)
+    return whole_number(name, num_experts, highest=EXPERT_LIMIT)
 
 
 def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1 << 63) - 1) -> int:
@@ -46,11 +204,16 @@ def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1
     ValueError
         If it is not one.
     """
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise ValueError(f"{name} must be an integer, got {value!r:.40}")
-    number = operator.index(value)
+    number = None
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        try:
+            number = operator.index(value)
+        except TypeError:  # an array has the method, whatever is in it
+            number = None
+    if number is None:
+        raise ValueError(f"{name} must be an integer, got {shown(value)}")
     if not lowest <= number <= highest:
-        raise ValueError(f"{name} must be from {lowest} to {highest}, got {number}")
+        raise ValueError(f"{name} must be from {lowest} to {highest}, got {shown(number)}")
     return number
 
 
@@ -134,7 +297,7 @@ def per_device(name: str, values: Any, devices: int) -> list[Any]:
     ValueError
         If there is not.
     """
-    array = np.asarray(values)
+    array = array_in(name, values)
     if array.shape != (devices,) or array.dtype.kind not in "iuf":
         raise ValueError(
             f"{name} must be numbers [{devices}], one per device, "
@@ -153,7 +316,11 @@ def positive(name: str, value: object, what: str) -> None:
         If it is not one.
     """
     if not (is_number(value) and value > 0):
-        raise ValueError(f"{name} must be a positive {what}, got {value}")
+        raise ValueError(f"{name} must be a positive {what}, got {shown(value)}")
+    if not SMALLEST <= value <= LARGEST:
+        raise ValueError(
+            f"{name} must be a {what} from {SMALLEST:g} to {LARGEST:g}, got {shown(value)}"
+        )
 
 
 def not_negative(name: str, value: object, what: str) -> None:
@@ -165,13 +332,44 @@ def not_negative(name: str, value: object, what: str) -> None:
         If it is not one.
     """
     if not (is_number(value) and value >= 0):
-        raise ValueError(f"{name} must be a {what} of at least 0, got {value}")
+        raise ValueError(f"{name} must be a {what} of at least 0, got {shown(value)}")
+    if value > LARGEST:
+        raise ValueError(f"{name} must be a {what} of at most {LARGEST:g}, got {shown(value)}")
+
+
+def at_least(name: str, value: object, lowest: float, unit: str = "") -> None:
+    """Check a number that may be infinite.
+
+    Raises
+    ------
+    ValueError
+        If it is below ``lowest``, or no number.
+    """
+    endless = isinstance(value, float | np.floating) and value == math.inf
+    if not (endless or (is_number(value) and value >= lowest)):
+        raise ValueError(f"{name} must be at least {lowest:g}{unit}, got {shown(value)}")
+
+
+def number_or_none(name: str, value: object) -> None:
+    """Check a finite number.
+
+    Raises
+    ------
+    ValueError
+        If it is neither one nor None.
+    """
+    if value is not None and not is_number(value):
+        raise ValueError(f"{name} must be a finite number, got {shown(value)}")
 
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number, and not a truth value."""
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    return number and math.isfinite(cast(float, value))
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -188,7 +386,7 @@ def labels(name: str, values: ArrayLike, length: int, dtype: type[Integer]) -> N
     ValueError
         If the values are not integers, not that many, or do not fit ``dtype``.
     """
-    array = np.asarray(values)
+    array = array_in(name, values)
     if array.shape != (length,) or (array.dtype.kind not in "iu" and length):
         raise ValueError(
             f"{name} must be integers [{length}], got {array.dtype} {list(array.shape)}"
@@ -212,11 +410,11 @@ def names(values: Iterable[str] | None) -> tuple[str, ...]:
     if values is None:
         return ()
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise ValueError(f"group_names must be a list of names, got {values!r:.40}")
+        raise ValueError(f"group_names must be a list of names, got {shown(values)}")
     found = tuple(value.item() if isinstance(value, np.str_) else value for value in values)
     for name in found:
         if not isinstance(name, str):
-            raise ValueError(f"group_names must be texts, got {name!r}")
+            raise ValueError(f"group_names must be texts, got {shown(name)}")
     if len(set(found)) < len(found):
         twice = next(name for at, name in enumerate(found) if name in found[:at])
         raise ValueError(f"group_names must differ, got {twice!r} twice")
@@ -261,7 +459,7 @@ def among(values: NDArray[Integer], wanted: ArrayLike) -> NDArray[np.bool_]:
 
 def numbered(group: ArrayLike) -> list[str]:
     """Names for groups that have none: their numbers."""
-    array = np.asarray(group)
+    array = array_in("group", group)
     if array.dtype.kind not in "iu" and array.size:
         raise ValueError(f"group must be integers, got {array.dtype} {list(array.shape)}")
     count = max(int(array.max(initial=0)) + 1, 1)
@@ -271,7 +469,10 @@ def numbered(group: ArrayLike) -> list[str]:
 
 
 def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64] | None:
-    """Sequence labels of traces one after the other, moved up where they would come back."""
+    """Sequence labels of traces one after the other, moved up where they would come back.
+
+    Where moving up leaves 32 bits, all are numbered anew, from 0.
+    """
     known: list[NDArray[np.int64]] = []
     for part in parts:
         if part is None:
@@ -281,11 +482,17 @@ def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64]
             highest = max(int(before.max(initial=-1)) for before in known)
             moved += highest + 1 - int(moved.min())
         known.append(moved)
+    if max((int(wide.max(initial=0)) for wide in known), default=0) > np.iinfo(np.int32).max:
+        first = 0
+        for at, wide in enumerate(known):
+            found = np.unique(wide)
+            known[at] = np.searchsorted(found, wide) + first
+            first += len(found)
     return np.concatenate(known)
 
 
 def joined_groups(
-    parts: list[tuple[NDArray[np.int16] | None, tuple[str, ...]]], group_names: tuple[str, ...]
+    parts: list[tuple[NDArray[Any] | None, tuple[str, ...]]], group_names: tuple[str, ...]
 ) -> NDArray[np.int64] | None:
     """Group numbers of traces one after the other, as indices into the joint names."""
     known: list[NDArray[np.int64]] = []
@@ -309,7 +516,7 @@ def expert_size(given: Any) -> tuple[int, int] | None:
     if given is None:
         return None
     if not isinstance(given, tuple | list) or len(given) != 2:
-        raise ValueError(f"expert_size must be (hidden, intermediate), got {given!r:.40}")
+        raise ValueError(f"expert_size must be (hidden, intermediate), got {shown(given)}")
     hidden, intermediate = (whole_number("expert_size", each, highest=1 << 24) for each in given)
     return hidden, intermediate
 

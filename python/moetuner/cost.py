@@ -11,7 +11,17 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import is_number, not_negative, positive
+from moetuner._checks import (
+    instance,
+    is_number,
+    not_negative,
+    numbers_in,
+    one_of,
+    path_in,
+    positive,
+    shown,
+    text_or_none,
+)
 from moetuner.files import naming, read_whole, replacing
 from moetuner.presets import GPUS
 from moetuner.topology import Topology
@@ -75,6 +85,13 @@ class CostModel:
         For people.
     residual
         Relative root mean square error, where the model was fitted.
+    prediction_error
+        The same on measurements that the fit had not seen, by cross-validation: what to expect of
+        batches between those measured, not beyond.
+    parameter_errors
+        Standard errors of ``base_us``, ``expert_us``, ``start_us`` and ``token_us``.
+    measured
+        How many measurements were of each regime: reading weights, and computing.
 
     Raises
     ------
@@ -92,6 +109,9 @@ class CostModel:
     once_per: Literal["device", "node"] = "device"
     name: str | None = None
     residual: float | None = None
+    prediction_error: float | None = None
+    parameter_errors: tuple[float, ...] | None = None
+    measured: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("base_us", "expert_us", "start_us", "token_us"):
@@ -100,9 +120,14 @@ class CostModel:
             if name != "combine_bytes" or self.combine_bytes is not None:
                 not_negative(name, getattr(self, name), "number of bytes")
         if not (is_number(self.overlap) and 0 <= self.overlap <= 1):
-            raise ValueError(f"overlap must be from 0 to 1, got {self.overlap}")
-        if self.once_per not in ("device", "node"):
-            raise ValueError(f"once_per must be 'device' or 'node', got {self.once_per!r}")
+            raise ValueError(f"overlap must be from 0 to 1, got {shown(self.overlap)}")
+        for name in ("parameter_errors", "measured"):
+            if isinstance(getattr(self, name), list):  # as JSON has it
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        one_of("once_per", self.once_per, ("device", "node"))
+        text_or_none("name", self.name)
+        if self.residual is not None:
+            not_negative("residual", self.residual, "number")
 
     @property
     def bytes_back(self) -> float:
@@ -129,12 +154,19 @@ class CostModel:
         Raises
         ------
         ValueError
-            If there are fewer than four measurements, or some are not numbers, or times not
-            positive.
+            If some are not numbers, or times not positive; if there are fewer than eight different
+            batches, or they do not show both regimes, reading weights (few tokens on many experts)
+            and computing (many tokens on few).
         """
         columns = measurements(tokens, experts, microseconds)
-        a, b, c, d, residual = fit(*columns)
-        return cls(a, b, c, d, **{"residual": residual, **others})
+        (a, b, c, d, residual), evidence = identified(*columns)
+        known = {
+            "residual": residual,
+            "prediction_error": evidence.prediction,
+            "parameter_errors": evidence.coefficients,
+            "measured": (evidence.by_experts, evidence.by_tokens),
+        }
+        return cls(a, b, c, d, **{**known, **others})
 
     @classmethod
     def from_hardware(
@@ -171,6 +203,7 @@ class CostModel:
         numbers |= {"memory_bandwidth": memory_bandwidth, "dtype_bytes": dtype_bytes}
         for name, value in {**numbers, "efficiency": efficiency}.items():
             positive(name, value, "number")
+        not_negative("launch_us", launch_us, "number of microseconds")
         weights = 3 * hidden * intermediate
         return cls(
             **{
@@ -291,6 +324,9 @@ class CostModel:
             One token more on a device, on which all wait; and one more over a link, if ports are
             evenly used: then the busiest carries one in D.
         """
+        instance("topology", topology, Topology)
+        if active is not None:
+            not_negative("active", active, "number of experts")
         each = self.token_us
         if tokens is not None:
             positive("tokens", tokens, "number")
@@ -303,7 +339,7 @@ class CostModel:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; the file appears whole or not at all."""
-        with replacing(path) as temporary:
+        with replacing(path_in(path)) as temporary:
             temporary.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2) + "\n")
 
     @classmethod
@@ -317,6 +353,7 @@ class CostModel:
         OSError
             If it cannot be read.
         """
+        path = path_in(path)
         with naming(path):
             try:
                 found = json.loads(read_whole(path))
@@ -346,8 +383,12 @@ def busiest_ports(sent: ArrayLike, topology: Topology) -> Floats:
     return np.stack(busiest, axis=-1)
 
 
-# As many as there are coefficients.
-FEWEST = 4
+# Different batches, twice as many as there are coefficients, and those that each line needs: with
+# fewer the residual says nothing of the error.
+FEWEST, FEWEST_OF_LINE = 8, 3
+FOLDS = 8
+# Logarithm of the odds, by Bayes' criterion, below which a second line only follows noise.
+SURE = 6.0
 FIRST_GUESSES = 12
 ROUNDS = 50
 # Huber's: residuals beyond this many typical ones count linearly, so that a few hiccups of the
@@ -377,20 +418,102 @@ def measurements(*values: ArrayLike) -> list[Floats]:
     ValueError
         If there are too few, or one is out of range.
     """
-    columns = [np.asarray(column, dtype=np.float64) for column in values]
+    names = ("tokens", "experts", "microseconds")
+    columns = [numbers_in(name, column) for name, column in zip(names, values, strict=True)]
     shapes = [list(column.shape) for column in columns]
     if columns[0].ndim != 1 or any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"tokens, experts and microseconds must be [n] each, got {shapes}")
-    if columns[0].size < FEWEST:
-        raise ValueError(f"fit needs at least {FEWEST} measurements, got {columns[0].size}")
-    for name, column in zip(("tokens", "experts", "microseconds"), columns, strict=True):
+    for name, column in zip(names, columns, strict=True):
         timed = name == "microseconds"
         wrong = ~(np.isfinite(column) & (column > 0 if timed else column >= 0))
         if wrong.any():
             at = int(np.argmax(wrong))
             rule = "positive" if timed else "at least 0"
             raise ValueError(f"{name} must be finite and {rule}, got {column[at]} at {at}")
+    different = len(np.unique(np.stack(columns[:2]), axis=1).T)
+    if different < FEWEST:
+        raise ValueError(
+            f"fit needs at least {FEWEST} different pairs of tokens and experts, got {different}"
+        )
     return columns
+
+
+class Evidence(NamedTuple):
+    """What measurements know of the lines that were fitted to them.
+
+    Parameters
+    ----------
+    by_experts, by_tokens
+        Measurements on each line.
+    coefficients
+        Standard errors of a, b, c and d, by leaving out parts of the measurements.
+    prediction
+        Relative root mean square error on measurements left out.
+    """
+
+    by_experts: int
+    by_tokens: int
+    coefficients: tuple[float, float, float, float]
+    prediction: float
+
+
+def identified(tokens: Floats, experts: Floats, times: Floats) -> tuple[TwoPlanes, Evidence]:
+    """Fit measurements, and say how well they determine each line.
+
+    Raises
+    ------
+    ValueError
+        If they show one line only, or too few batches of one: nothing is known of the other, and
+        predictions would be wrong wherever that one is above.
+    """
+    found = fit(tokens, experts, times)
+    above = (found.c + found.d * tokens - found.a - found.b * experts) / times
+    # Where lines meet, a measurement is of both, and tells them apart as little as noise does.
+    clear = max(found.residual, 1e-6)
+    lines = (
+        ("reading weights", "few tokens on many experts", experts, above < -clear),
+        ("computing", "many tokens on few experts", tokens, above > clear),
+    )
+    single = []
+    for x in (experts, tokens):
+        start, slope = _line(x, times, 1 / times)
+        single.append(_loss((start + slope * x) / times - 1))
+    both = _loss(found.predict(tokens, experts) / times - 1)
+    # Two lines have two coefficients more, and must earn them.
+    odds = len(times) / 2 * np.log(max(min(single), 1e-12) / max(both, 1e-12))
+    one_only = bool(odds - np.log(len(times)) < SURE)
+    for number, (regime, missing, x, mine) in enumerate(lines):
+        other = lines[1 - number][0]
+        if one_only and single[number] > single[1 - number]:
+            raise ValueError(
+                f"measurements must show both regimes, got {other} only: add {missing}"
+            )
+        if not one_only and (mine.sum() < FEWEST_OF_LINE or len(np.unique(x[mine])) < 2):
+            raise ValueError(
+                f"measurements must have at least {FEWEST_OF_LINE} batches of {regime}, of two "
+                f"sizes or more, got {int(mine.sum())}: add {missing}"
+            )
+    return found, _evidence(tokens, experts, times, above >= 0)
+
+
+def _evidence(
+    tokens: Floats, experts: Floats, times: Floats, on_tokens: NDArray[np.bool_]
+) -> Evidence:
+    """Leave out parts of the measurements, all repeats of a batch at once."""
+    batches = np.unique(np.stack([tokens, experts]), axis=1, return_inverse=True)[1].ravel()
+    # At random, since batches are measured along a grid; the answer is always the same.
+    fold = np.random.default_rng(0).permutation(int(batches.max()) + 1)[batches] % FOLDS
+    error, found = np.zeros(len(times)), []
+    for number in range(FOLDS):
+        out = fold == number
+        part = fit(tokens[~out], experts[~out], times[~out])
+        error[out] = part.predict(tokens[out], experts[out]) / times[out] - 1
+        found.append(part[:4])
+    # The jackknife's: parts share most of what they were fitted to.
+    spread = np.sqrt(FOLDS - 1) * np.std(found, axis=0)
+    a, b, c, d = (float(value) for value in spread)
+    root = float(np.sqrt(np.mean(error**2)))
+    return Evidence(int((~on_tokens).sum()), int(on_tokens.sum()), (a, b, c, d), root)
 
 
 def fit(tokens: Floats, experts: Floats, times: Floats) -> TwoPlanes:

@@ -11,7 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import check_slots
+from moetuner._checks import (
+    SLOT_LIMIT,
+    array_in,
+    check_slots,
+    instance,
+    not_negative,
+    number_or_none,
+    numbers_in,
+    path_in,
+    shown,
+    text_or_none,
+    whole_number,
+)
 from moetuner.files import naming, read_whole, replacing
 from moetuner.topology import Topology
 
@@ -59,13 +71,16 @@ def difference(
 ) -> PlacementDiff:
     """List the moves from one set of holders [L,D,E] to another.
 
-    A copy comes from the nearest device that held the expert, of equally near ones from the lowest
-    number; without a topology all are equally near.
+    A copy comes from the nearest device that held the expert, by link costs where they were given,
+    else by tier; of equally near ones from the lowest number. Without a topology all are equally
+    near.
     """
     devices = before.shape[1]
     layer, expert, target = np.nonzero((after & ~before).transpose(0, 2, 1))
-    tier = np.zeros((devices, devices), np.int64) if topology is None else topology.tier
-    distance = tier[:, target].T * devices + np.arange(devices)
+    far = np.zeros((devices, devices), np.int64)
+    if topology is not None:
+        far = topology.tier if topology.link_cost is None else topology.cost
+    distance = far[:, target].T * devices + np.arange(devices)
     source = np.where(before[layer, :, expert], distance, np.iinfo(np.int64).max).argmin(axis=1)
     pairs = np.bincount(source * devices + target, minlength=devices * devices)
     return PlacementDiff(
@@ -77,21 +92,35 @@ def difference(
     )
 
 
-def kept(initial: NDArray[np.int32], slots: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Order the slots of every device so that experts which stay keep theirs; -1 is empty."""
-    width = slots.shape[2]
-    ordered = np.full_like(slots, -1)
-    for layer in range(slots.shape[0]):
-        for device in range(slots.shape[1]):
-            here = [int(e) for e in slots[layer, device] if e >= 0]
-            before = {int(e): s for s, e in enumerate(initial[layer, device]) if e >= 0}
-            stay = [e for e in here if before.get(e, width) < width]
-            for expert in stay:
-                ordered[layer, device, before[expert]] = expert
-            free = iter(np.flatnonzero(ordered[layer, device] == -1))
-            for expert in here:
-                if expert not in stay:
-                    ordered[layer, device, next(free)] = expert
+def brought(held: NDArray[np.bool_], slots: NDArray[np.int32]) -> int:
+    """Count the copies in slots [L,D,S] that devices do not hold [L,D,E]."""
+    there = np.take_along_axis(held, np.maximum(slots, 0).astype(np.int64), axis=2)
+    return int(np.count_nonzero(~there & (slots >= 0)))
+
+
+def kept(
+    initial: NDArray[np.int32], slots: NDArray[np.int32], rooms: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    """Order the slots of every device so that experts which stay keep theirs; -1 is empty.
+
+    Only those that a device has itself [L,D]: tables are as wide as the widest device.
+    """
+    ordered = slots.copy()
+    same = min(initial.shape[2], slots.shape[2])
+    differs = (initial[:, :, :same] != slots[:, :, :same]).any(axis=2)
+    differs |= (slots[:, :, same:] >= 0).any(axis=2)
+    for layer, device in np.argwhere(differs):
+        ordered[layer, device] = -1
+        here = [int(e) for e in slots[layer, device] if e >= 0]
+        before = {int(e): s for s, e in enumerate(initial[layer, device]) if e >= 0}
+        room = rooms[layer, device]
+        stay = [e for e in here if before.get(e, room) < room]
+        for expert in stay:
+            ordered[layer, device, before[expert]] = expert
+        free = iter(np.flatnonzero(ordered[layer, device] == -1))
+        for expert in here:
+            if expert not in stay:
+                ordered[layer, device, next(free)] = expert
     return ordered
 
 
@@ -136,7 +165,7 @@ class Placement:
     bound_scope: str | None = None
 
     def __post_init__(self) -> None:
-        slots = np.asarray(self.slots)
+        slots = array_in("slots", self.slots)
         if slots.ndim != 3 or slots.size == 0 or not np.issubdtype(slots.dtype, np.integer):
             raise ValueError(
                 "slots must be integers [layers, devices, slots], none of them zero, "
@@ -144,7 +173,13 @@ class Placement:
             )
         _, devices, per_device = slots.shape
         check_slots(devices, per_device)
-        experts = self.num_experts or max(int(slots.max()) + 1, 1)
+        given = whole_number("num_experts", self.num_experts, lowest=0)
+        if not given and int(slots.max()) >= devices * per_device:
+            raise ValueError(
+                f"slots must have expert ids below {devices * per_device}, the slots of a layer, "
+                f"got {slots.max()}"
+            )
+        experts = given or max(int(slots.max()) + 1, 1)
         if not 1 <= experts <= devices * per_device:
             raise ValueError(
                 f"num_experts must be from 1 to {devices * per_device}, a slot for each, "
@@ -157,6 +192,13 @@ class Placement:
         slots.flags.writeable = False
         object.__setattr__(self, "slots", slots)
         object.__setattr__(self, "num_experts", experts)
+        self._check_names()
+
+    def _check_names(self) -> None:
+        for name in ("model", "topology", "fingerprint", "bound_scope"):
+            text_or_none(name, getattr(self, name))
+        for name in ("objective", "bound"):
+            number_or_none(name, getattr(self, name))
 
     @classmethod
     def from_assignment(
@@ -172,9 +214,12 @@ class Placement:
         Slots are filled in the order of expert ids; ``slots_per_device`` defaults to the most
         experts that any device holds in any layer.
         """
-        device_of = np.asarray(device_of)
+        device_of = array_in("device_of", device_of)
+        whole_number("devices", devices, highest=SLOT_LIMIT)
         if device_of.ndim != 2 or not np.issubdtype(device_of.dtype, np.integer):
-            raise ValueError(f"device_of must be integers [layers, experts], got {device_of.dtype}")
+            raise ValueError(
+                f"device_of must be integers [layers, experts], got {shown(device_of)}"
+            )
         if device_of.size and not (device_of.min() >= 0 and device_of.max() < devices):
             raise ValueError(
                 f"device_of must be from 0 to {devices - 1}, "
@@ -188,6 +233,7 @@ class Placement:
         counts = np.bincount(cell, minlength=layers * devices)
         width = int(counts.max(initial=1))
         if slots_per_device is not None:
+            whole_number("slots_per_device", slots_per_device, highest=SLOT_LIMIT)
             if width > slots_per_device:
                 raise ValueError(
                     f"slots_per_device must be at least {width}, got {slots_per_device}: "
@@ -263,6 +309,7 @@ class Placement:
         named = copy(self)  # without another check: the slots cannot have changed
         for name, value in names.items():
             object.__setattr__(named, name, value)
+        named._check_names()
         return named
 
     def filled(self, load: ArrayLike | None = None) -> Placement:
@@ -278,11 +325,13 @@ class Placement:
         """
         if (self.slots != EMPTY).all():
             return self
-        tokens = None if load is None else np.asarray(load)
+        tokens = None if load is None else numbers_in("load", load)
         if tokens is not None and tokens.shape != (self.layers, self.num_experts):
             raise ValueError(
                 f"load must be [{self.layers}, {self.num_experts}], got {list(tokens.shape)}"
             )
+        if tokens is not None and not (np.isfinite(tokens) & (tokens >= 0)).all():
+            raise ValueError("load must be finite and at least 0")
         full = filled(self.slots, self.num_experts, load=tokens)
         # What a solver said was of other copies.
         return replace(self, slots=full, objective=None, bound=None)
@@ -300,7 +349,7 @@ class Placement:
             "bound_scope": self.bound_scope,
             "slots": self.slots.tolist(),
         }
-        with replacing(path) as temporary:
+        with replacing(path_in(path)) as temporary:
             temporary.write_text(json.dumps(fields) + "\n")
 
     @classmethod
@@ -312,6 +361,7 @@ class Placement:
         ValueError
             If the file is not a placement, or is one of another schema version.
         """
+        path = path_in(path)
         with naming(path):
             content = read_whole(path)
             try:
@@ -343,13 +393,19 @@ class Placement:
         """Say what has to move to get from this placement to ``other``.
 
         A copy moves when a device needs an expert of a layer that it does not hold yet; another
-        slot of the same device costs nothing. It comes from the nearest device of the topology that
-        holds the expert, of equally near ones from the one with the lowest number.
+        slot of the same device costs nothing. It comes from the nearest device of the topology (by
+        ``link_cost``, where that was given) that holds the expert, of equally near
+        ones from the one with the lowest number.
         """
+        instance("other", other, Placement)
+        if bytes_per_expert is not None:
+            not_negative("bytes_per_expert", bytes_per_expert, "number of bytes")
+        if topology is not None:
+            instance("topology", topology, Topology)
         shape, wanted = (self.layers, self.devices, self.num_experts), other
         if shape != (wanted.layers, wanted.devices, wanted.num_experts):
             raise ValueError(
-                f"placements must have the same layers, devices and experts, got {shape} and "
+                f"other must have the same layers, devices and experts, got {shape} and "
                 f"{(wanted.layers, wanted.devices, wanted.num_experts)}"
             )
         if topology is not None and topology.devices != self.devices:
@@ -418,7 +474,7 @@ def filled(
     experts: int,
     *,
     capacity: NDArray[np.int64] | None = None,
-    load: NDArray[np.uint64] | None = None,
+    load: NDArray[Any] | None = None,
     forbidden: NDArray[np.bool_] | None = None,
     held: NDArray[np.bool_] | None = None,
 ) -> Slots:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import DEVICE_LIMIT, experts_in, instance, whole_number
 from moetuner.placement import EMPTY, Placement
 from moetuner.statistics import RoutingStatistics
 
@@ -29,6 +30,7 @@ def merged(statistics: RoutingStatistics, groups: int) -> RoutingStatistics:
     ValueError
         If the groups do not divide the experts.
     """
+    instance("statistics", statistics, RoutingStatistics)
     size = _size(statistics.experts, groups)
     together = _pairs(statistics.coactivation, size)
     if together is not None:
@@ -54,6 +56,7 @@ def expanded(placement: Placement, experts: int) -> Placement:
     ValueError
         If the groups do not divide the experts.
     """
+    instance("placement", placement, Placement)
     size = _size(experts, placement.num_experts)
     group = placement.slots[..., None]
     slots = np.where(group == EMPTY, EMPTY, group * size + np.arange(size))
@@ -75,6 +78,7 @@ def forbidden(experts: int, groups: int, devices: int) -> list[tuple[None, int, 
         If the groups do not divide the experts or the devices.
     """
     size = _size(experts, groups)
+    whole_number("devices", devices, highest=DEVICE_LIMIT)
     if devices % groups:
         raise ValueError(f"groups must divide {devices} devices, got {groups}")
     each = devices // groups
@@ -87,7 +91,9 @@ def forbidden(experts: int, groups: int, devices: int) -> list[tuple[None, int, 
 
 
 def _size(experts: int, groups: int) -> int:
-    if groups < 1 or experts % groups:
+    experts_in(experts, "experts")
+    whole_number("groups", groups)
+    if experts % groups:
         raise ValueError(f"groups must divide {experts} experts, got {groups}")
     return experts // groups
 

@@ -14,7 +14,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _checks, _core
-from moetuner._checks import whole_number
+from moetuner._checks import (
+    array_in,
+    flag,
+    instance,
+    is_number,
+    listed,
+    path_in,
+    seed_in,
+    shown,
+    text_or_none,
+    threads_in,
+    window_in,
+)
 from moetuner.files import contents, naming
 from moetuner.files.contents import SET_TABLES
 from moetuner.trace import RoutingTrace
@@ -199,15 +211,15 @@ class RoutingStatistics:
         if self.coactivation is not None:
             _check_coactivation(self.coactivation)
         if self.sets is not None:
-            object.__setattr__(self, "sets", tuple(self.sets))
+            object.__setattr__(self, "sets", tuple(listed("sets", self.sets, "expert sets")))
             _check_sets(self.sets, layers, experts)
         object.__setattr__(self, "group_names", _checks.names(self.group_names))
         object.__setattr__(self, "expert_size", _checks.expert_size(self.expert_size))
         if self.group is not None:
             group = _checks.groups(self.group, load.shape[0], self.group_names, np.int64)
             object.__setattr__(self, "group", group)
-        if self.window is not None:
-            object.__setattr__(self, "window", whole_number("window", self.window))
+        object.__setattr__(self, "window", window_in(self.window))
+        text_or_none("model", self.model)
 
     @classmethod
     def from_trace(
@@ -246,10 +258,15 @@ class RoutingStatistics:
             If an argument is wrong, an id in the trace's file is, or the tables would not fit
             memory.
         """
-        if window is not None:
-            window = whole_number("window", window)
-        if threads is not None:
-            threads = whole_number("threads", threads, highest=1 << 12)
+        instance("trace", trace, RoutingTrace, hint=", such as RoutingTrace.from_arrays makes")
+        window, threads = window_in(window), threads_in(threads)
+        for name, value in (
+            ("transitions", transitions),
+            ("coactivation", coactivation),
+            ("sets", sets),
+            ("by_group", by_group),
+        ):
+            flag(name, value)
         _check_table_bytes(trace, window, transitions, coactivation)
         if by_group:
             if trace.group is None:
@@ -289,7 +306,7 @@ class RoutingStatistics:
     @classmethod
     def from_load(cls, load: ArrayLike, **fields: Any) -> RoutingStatistics:
         """Wrap a load table [W,L,E] (or [L,E], one window); no pairs are known."""
-        load = np.asarray(load)
+        load = array_in("load", load)
         return cls(load[None] if load.ndim == 2 else load, **fields)
 
     @property
@@ -357,8 +374,13 @@ class RoutingStatistics:
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         """Statistics of both traces: windows one after the other, pairs summed.
 
-        Pairs and sets that only one side has counted are dropped. Groups are kept where both sides
-        name the same ones.
+        Pairs and sets that only one side has counted are dropped, and so are the model's name and
+        sizes that only one side knows. Groups are the same if they have the same name.
+
+        Raises
+        ------
+        ValueError
+            If they are of other sizes, models or windows, or only one of them has groups.
         """
         if not isinstance(other, RoutingStatistics):
             return NotImplemented
@@ -367,15 +389,24 @@ class RoutingStatistics:
                 "statistics must have the same layers and experts, got "
                 f"{list(self.window_load.shape[1:])} and {list(other.window_load.shape[1:])}"
             )
-        group = None
-        names = self.group_names if self.group_names == other.group_names else ()
-        if names and self.group is not None and other.group is not None:
-            group = np.concatenate([self.group, other.group])
+        if (self.group is None) != (other.group is None):
+            raise ValueError("statistics must both have groups, or none, got groups of only one")
+        for name, known in (("model", False), ("expert_size", False), ("window", True)):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            # Nothing is known of a model without a name; windows without a length are others.
+            if mine != theirs and (known or (mine is not None and theirs is not None)):
+                raise ValueError(
+                    f"statistics must have the same {name}, got {shown(mine)} and {shown(theirs)}"
+                )
+        names = tuple(dict.fromkeys(self.group_names + other.group_names))
+        group = _checks.joined_groups(
+            [(each.group, each.group_names) for each in (self, other)], names
+        )
         return RoutingStatistics(
             np.concatenate([self.window_load, other.window_load]),
             _sum(self.transitions, other.transitions),
             _sum(self.coactivation, other.coactivation),
-            window=self.window if self.window == other.window else None,
+            window=self.window,
             group=group,
             group_names=names if group is not None else (),
             model=self.model if self.model == other.model else None,
@@ -388,18 +419,18 @@ class RoutingStatistics:
     @classmethod
     def sum(cls, parts: Iterable[RoutingStatistics]) -> RoutingStatistics:
         """Add many: of shards, ranks or days."""
-        parts = iter(parts)
-        total = next(parts, None)
-        if total is None:
-            raise ValueError("sum needs at least one RoutingStatistics")
-        for part in parts:
-            total = total + part
+        each = listed("parts", parts, "statistics")
+        if not each:
+            raise ValueError("parts to sum must be at least one RoutingStatistics, got none")
+        for part in each:
+            instance("each of the parts", part, RoutingStatistics)
+        total: RoutingStatistics = reduce(operator.add, each)
         return total
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
         contents.write_statistics(
-            Path(path),
+            path_in(path),
             {
                 "load": self.window_load,
                 "transitions": self.transitions,
@@ -427,7 +458,7 @@ class RoutingStatistics:
         OSError
             If it cannot be read.
         """
-        found = contents.read_statistics(Path(path))
+        found = contents.read_statistics(path_in(path))
         with naming(path):
             load = found.tables["load"]
             return cls(
@@ -445,7 +476,7 @@ class RoutingStatistics:
 
 def _counts(name: str, table: Any, dimensions: str) -> NDArray[np.uint64]:
     """Turn a table of counts into uint64, or say what is wrong with it."""
-    table = np.asarray(table)
+    table = array_in(name, table)
     if table.ndim != 3 or table.dtype.kind not in "uif":
         raise ValueError(
             f"{name} must be numbers {dimensions}, got {table.dtype} {list(table.shape)}"
@@ -454,6 +485,8 @@ def _counts(name: str, table: Any, dimensions: str) -> NDArray[np.uint64]:
         raise ValueError(f"{name} must add up to less than 2**63, got a count of {table.max()}")
     if table.dtype.kind == "u":
         return np.ascontiguousarray(table, dtype=np.uint64)
+    if table.dtype.itemsize < 8:
+        table = table.astype(np.float64)  # as 2**63 is too much for half floats
     wrong = ~((table >= 0) & (table < 2.0**63) & (np.floor(table) == table))
     if wrong.any():
         at = tuple(int(i) for i in np.argwhere(wrong)[0])
@@ -484,6 +517,7 @@ def _check_sets(sets: tuple[ExpertSets, ...], layers: int, experts: int) -> None
     if len(sets) != layers:
         raise ValueError(f"sets must be those of {layers} layers, got {len(sets)}")
     for layer, of in enumerate(sets):
+        instance(f"sets of layer {layer}", of, ExpertSets)
         if len(of) and int(of.ids.max()) >= experts:
             raise ValueError(
                 f"sets must have expert ids below {experts}, layer {layer} has {of.ids.max()}"
@@ -534,8 +568,10 @@ def hold_out(
         If ``share`` is not from 0 to 1 (1 excluded), or counts cannot be split: pairs are summed
         over all windows, and one window is not two.
     """
-    if not 0 <= share < 1:
-        raise ValueError(f"holdout must be at least 0 and below 1, got {share}")
+    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    if not (is_number(share) and 0 <= share < 1):
+        raise ValueError(f"holdout must be at least 0 and below 1, got {shown(share)}")
+    seed = seed_in(seed)
     if share == 0:
         return traffic, traffic
     if isinstance(traffic, RoutingTrace):

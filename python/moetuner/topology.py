@@ -17,9 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner._checks import (
     DEVICE_LIMIT,
     SLOT_LIMIT,
+    array_in,
+    listed,
     not_negative,
+    path_in,
     per_device,
     positive,
+    shown,
+    text_or_none,
     whole_number,
 )
 from moetuner.files import naming, read_whole
@@ -105,14 +110,14 @@ class Topology:
 
     def __post_init__(self) -> None:
         whole_number("devices", self.devices, highest=DEVICE_LIMIT)
-        if self.name is not None and not isinstance(self.name, str):
-            raise ValueError(f"name must be a text, got {self.name!r:.40}")
+        text_or_none("name", self.name)
+        object.__setattr__(self, "tiers", tuple(listed("tiers", self.tiers, "Tier values")))
         if self.tiers:
-            object.__setattr__(self, "tiers", tuple(self.tiers))
             self._set_from_tiers()
         if self.devices_per_node is None:
             object.__setattr__(self, "devices_per_node", self.devices)
-        if not 1 <= self.node_size <= self.devices or self.devices % self.node_size:
+        whole_number("devices_per_node", self.devices_per_node, highest=DEVICE_LIMIT)
+        if self.devices % self.node_size:
             raise ValueError(
                 f"devices_per_node must divide devices ({self.devices}), "
                 f"got {self.devices_per_node}"
@@ -143,7 +148,7 @@ class Topology:
         sizes = []
         for tier in self.tiers:
             if not isinstance(tier, Tier):
-                raise ValueError(f"tiers must be Tier values, got {tier!r:.60}")
+                raise ValueError(f"tiers must be Tier values, got {shown(tier)}")
             sizes.append(tier.devices)
         nested = all(b % a == 0 and b > a for a, b in pairwise(sizes))
         if not nested or sizes[-1] != self.devices:
@@ -222,11 +227,11 @@ class Topology:
     def cost(self) -> NDArray[np.int64]:
         """Integer cost of moving one token's state from device to device [D,D].
 
-        Proportional to the time a byte takes, in sixteenths of the fastest link, reduced to lowest
-        terms: 1 between any two devices where all links are equal, 0 on the diagonal. A given
-        ``link_cost`` is kept where it is whole numbers up to 65535 in lowest terms. Else it is
-        scaled until the largest is 65535 and rounded, nothing above 0 to 0: every cost is then off
-        by at most 1/65535 of the largest.
+        Proportional to the time a byte takes, in sixteenths of the fastest link: 1 between any two
+        devices where all links are equal, 0 on the diagonal. These, or those of a given
+        ``link_cost``, are kept where they are whole numbers up to 65535 in lowest terms. Else they
+        are scaled until the largest is 65535 and rounded, nothing above 0 to 0: every cost is then
+        off by at most 1/65535 of the largest.
         """
         cost = self._cost()
         cost.flags.writeable = False
@@ -237,11 +242,8 @@ class Topology:
             return np.zeros((1, 1), dtype=np.int64)
         if self.link_cost is not None:
             return in_integers(np.array(self.link_cost, dtype=np.float64))
-        time = 1.0 / self.bandwidth
-        fastest = time[time > 0].min()
-        cost: NDArray[np.int64] = np.rint(16 * time / fastest).astype(np.int64)
-        cost //= np.gcd.reduce(cost, axis=None)
-        return cost
+        fastest = max(level.bandwidth for level in self.levels)
+        return in_integers(np.rint(16 * fastest / self.bandwidth))
 
     @property
     def has_equal_devices(self) -> bool:
@@ -301,6 +303,7 @@ class Topology:
         OSError
             If it cannot be read.
         """
+        path = path_in(path)
         with naming(path):
             found = parse(read_whole(path))
             names = [each.name for each in fields(cls)]
@@ -329,10 +332,7 @@ def checked(values: ArrayLike, devices: int) -> NDArray[np.float64]:
         If it is not square, finite, non-negative and symmetric with a zero diagonal, naming the
         first pair of devices that breaks a rule.
     """
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        array = np.empty(0, dtype=object)
+    array = array_in("link_cost", values)
     if array.shape != (devices, devices) or array.dtype.kind not in "iuf":
         raise ValueError(
             f"link_cost must be numbers [{devices}, {devices}], one per pair of devices, "

@@ -7,17 +7,29 @@ and ``concat``.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _checks
-from moetuner._checks import IdArray, experts_in
+from moetuner._checks import (
+    IdArray,
+    array_in,
+    experts_in,
+    instance,
+    is_number,
+    listed,
+    path_in,
+    seed_in,
+    shown,
+    text_or_none,
+    threads_in,
+    whole_number,
+)
 from moetuner.files import jsonl, kind_of, naming
 from moetuner.files.contents import TraceContents, read_trace, write_trace
 from moetuner.files.ids import Ids, IdsInMemory, joined
@@ -59,6 +71,24 @@ class RoutingTrace:
     model: str | None = None
     expert_size: tuple[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        if not hasattr(self.ids, "shards"):
+            raise TypeError(
+                f"ids must be what from_arrays makes of an array: use RoutingTrace.from_arrays, "
+                f"got {shown(self.ids)}"
+            )
+        tokens = self.ids.shape[0]
+        names = _checks.names(self.group_names)
+        checked: dict[str, Any] = {"num_experts": experts_in(self.num_experts)}
+        if self.sequence is not None:
+            checked["sequence"] = _checks.labels("sequence", self.sequence, tokens, np.int32)
+        if self.group is not None:
+            checked["group"] = _checks.groups(self.group, tokens, names, np.int16)
+        text_or_none("model", self.model)
+        checked |= {"group_names": names, "expert_size": _checks.expert_size(self.expert_size)}
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
     @classmethod
     def from_arrays(
         cls,
@@ -98,7 +128,7 @@ class RoutingTrace:
         """
         experts = experts_in(num_experts)
         return cls._labelled(
-            IdsInMemory.of(np.asarray(expert_ids), experts),
+            IdsInMemory.of(array_in("expert_ids", expert_ids), experts),
             experts,
             sequence,
             group,
@@ -129,7 +159,7 @@ class RoutingTrace:
         OSError
             If it cannot be read.
         """
-        path = Path(path)
+        path = path_in(path)
         kind = kind_of(path)
         if kind == "jsonl":
             found = jsonl.read(path, num_experts=num_experts)
@@ -156,7 +186,7 @@ class RoutingTrace:
         source
             Where the routing was recorded, for people.
         """
-        path = Path(path)
+        path = path_in(path)
         if path.suffix in (".npz", ".npy", ".jsonl", ".json"):
             raise ValueError(f"{path}: a trace is saved as .safetensors, got {path.suffix}")
         write_trace(self.contents, path, source, SHARD_BYTES)
@@ -215,7 +245,7 @@ class RoutingTrace:
         ValueError
             If an id in the file is wrong, or the file has changed since it was loaded.
         """
-        return self.ids.shards(max_bytes, threads)
+        return self.ids.shards(whole_number("max_bytes", max_bytes), threads_in(threads))
 
     def split(self, share: float, *, seed: int = 0) -> tuple[RoutingTrace, RoutingTrace]:
         """Split by sequence: neighbouring tokens route alike, so a split by token would leak.
@@ -239,8 +269,9 @@ class RoutingTrace:
         ValueError
             If ``share`` is not between 0 and 1.
         """
-        if not 0 < share < 1:
-            raise ValueError(f"share must be between 0 and 1, got {share}")
+        if not (is_number(share) and 0 < share < 1):
+            raise ValueError(f"share must be between 0 and 1, got {shown(share)}")
+        seed_in(seed)
         sequences = _checks.distinct(self.sequence) if self.sequence is not None else np.empty(0)
         units = sequences.size if sequences.size > 1 else self.tokens
         count = min(max(round(share * units), 1), max(units - 1, 0))
@@ -281,23 +312,34 @@ class RoutingTrace:
                 raise ValueError("groups: the trace has no groups")
             wanted = [
                 self._group_number(group)
-                for group in ([groups] if isinstance(groups, str) else groups)
+                for group in (
+                    [groups]
+                    if isinstance(groups, str)
+                    else listed("groups", groups, "names or numbers")
+                )
             ]
             tokens = _checks.among(self.group, wanted)
         if sequences is not None:
             if self.sequence is None:
                 raise ValueError("sequences: the trace has no sequences")
-            labels = np.asarray([operator.index(label) for label in sequences], dtype=np.int64)
+            labels = np.asarray(
+                [
+                    whole_number("sequences", label, lowest=-(1 << 31), highest=(1 << 31) - 1)
+                    for label in listed("sequences", sequences, "labels")
+                ],
+                dtype=np.int64,
+            )
             unknown = labels[~np.isin(labels, _checks.distinct(self.sequence))]
             if unknown.size:
                 raise ValueError(f"sequences must be labels of the trace, got {unknown[0]}")
             of_these = _checks.among(self.sequence, labels)
             tokens = of_these if tokens is None else tokens & of_these
-        numbers = None if layers is None else [operator.index(layer) for layer in layers]
-        if numbers is not None:
-            for number in numbers:
-                if not 0 <= number < self.layers:
-                    raise ValueError(f"layers must be from 0 to {self.layers - 1}, got {number}")
+        numbers = None
+        if layers is not None:
+            numbers = [
+                whole_number("layers", layer, lowest=0, highest=self.layers - 1)
+                for layer in listed("layers", layers, "numbers")
+            ]
             if not numbers or len(set(numbers)) < len(numbers):
                 raise ValueError(f"layers must be at least one and differ, got {numbers}")
         return self._taken(tokens, None if numbers is None else np.asarray(numbers, dtype=np.intp))
@@ -314,10 +356,12 @@ class RoutingTrace:
         ValueError
             If the traces differ in layers, experts or top-k.
         """
-        traces = [self] if isinstance(self, RoutingTrace) else list(self)
+        traces = [self] if isinstance(self, RoutingTrace) else listed("traces", self, "traces")
         traces.extend(others)
         if not traces:
-            raise ValueError("concat needs at least one RoutingTrace")
+            raise ValueError("traces to concat must be at least one, got none")
+        for trace in traces:
+            instance("each of the traces", trace, RoutingTrace)
         sizes = {(trace.layers, trace.num_experts, trace.top_k) for trace in traces}
         if len(sizes) > 1:
             raise ValueError(
@@ -358,18 +402,11 @@ class RoutingTrace:
         model: str | None,
         expert_size: tuple[int, int] | None,
     ) -> RoutingTrace:
-        tokens = ids.shape[0]
-        if sequence is not None:
-            sequence = _checks.labels("sequence", sequence, tokens, np.int32)
-        if group is not None:
-            if group_names is None:
-                group_names = _checks.numbered(group)
-            group_names = _checks.names(group_names)
-            group = _checks.groups(group, tokens, group_names, np.int16)
-        if model is not None and not isinstance(model, str):
-            raise ValueError(f"model must be a text, got {model!r}")
-        names, size = _checks.names(group_names), _checks.expert_size(expert_size)
-        return cls(ids, num_experts, sequence, group, names, model, size)
+        if group is not None and group_names is None:
+            group_names = _checks.numbered(group)
+        names = _checks.names(group_names)
+        labels: dict[str, Any] = {"sequence": sequence, "group": group, "group_names": names}
+        return cls(ids, num_experts, model=model, expert_size=expert_size, **labels)
 
     def _taken(
         self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None
@@ -387,7 +424,4 @@ class RoutingTrace:
             if group not in self.group_names:
                 raise ValueError(f"groups must be of {list(self.group_names)}, got {group!r}")
             return self.group_names.index(group)
-        number = operator.index(group)
-        if not 0 <= number < len(self.group_names):
-            raise ValueError(f"groups must be from 0 to {len(self.group_names) - 1}, got {number}")
-        return number
+        return whole_number("groups", group, lowest=0, highest=len(self.group_names) - 1)

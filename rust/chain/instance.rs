@@ -259,6 +259,12 @@ impl Instance {
         (!self.together.is_empty()).then(|| &self.together[(l * p + e) * p..][..p])
     }
 
+    /// Whether anything counts, so that placements differ in what they cost.
+    #[must_use]
+    pub fn has_pairs(&self) -> bool {
+        self.has_transitions() || !self.together.is_empty()
+    }
+
     /// Whether transitions count.
     #[must_use]
     pub fn has_transitions(&self) -> bool {

@@ -137,12 +137,30 @@ impl<'a> Way<'a> {
         let devices = self.contents.devices(expert);
         let here = if devices.contains(&(g as u16)) { g } else { h };
         let share = f64::from(layer.share(devices, here as u16));
-        let (load, _) = layer.windows.of(expert);
-        let part = |device: usize| {
-            let all: f64 = self.slow[device].0.iter().map(|&window| f64::from(load[window])).sum();
-            all * share * f64::from(layer.time[device])
+        (self.slowest_part(layer, expert, g) - self.slowest_part(layer, expert, h)) * share
+    }
+
+    /// What a slot's new content gains at the most where a device is the slowest, likewise: equal shares of `expert`,
+    /// one more of them, and none of what was there.
+    fn put_relieves(&self, layer: &Layer, slot: usize, expert: u16) -> f64 {
+        let (device, here) = (usize::from(self.contents.device_of(slot)), self.contents.expert_in[slot]);
+        let holders = self.contents.devices(expert);
+        let (before, after) = (1.0 / holders.len() as f64, 1.0 / (holders.len() + 1) as f64);
+        let part = |device: usize| self.slowest_part(layer, expert, device);
+        let elsewhere: f64 = holders.iter().map(|&holder| part(usize::from(holder))).sum();
+        let gone = if here == EMPTY {
+            0.0
+        } else {
+            self.slowest_part(layer, here, device) / self.contents.devices(here).len() as f64
         };
-        part(g) - part(h)
+        gone + elsewhere * (before - after) - part(device) * after
+    }
+
+    /// Load of an expert in the windows in which a device is the slowest, as the time that the device takes for it.
+    fn slowest_part(&self, layer: &Layer, expert: u16, device: usize) -> f64 {
+        let (load, _) = layer.windows.of(expert);
+        let all: f64 = self.slow[device].0.iter().map(|&window| f64::from(load[window])).sum();
+        all * f64::from(layer.time[device])
     }
 
     /// Copies that a step brings, less those that it takes back.
@@ -184,6 +202,8 @@ impl<'a> Way<'a> {
             }
         };
         let bounded = self.is_bounded(layer);
+        // Parts of loads are rounded to whole numbers, in every window.
+        let rounding = 2.0 * layer.windows.width as f64;
         let linear = !(layer.serve.is_empty() && layer.hold.is_empty());
         if g == h {
             for p in self.first[g]..self.first[g + 1] {
@@ -192,11 +212,20 @@ impl<'a> Way<'a> {
                     continue;
                 }
                 for e in 0..layer.experts as u16 {
-                    let slow = |&device: &u16| !self.slow[usize::from(device)].0.is_empty();
-                    let feels = slow(&(g as u16)) || self.contents.devices(e).iter().any(slow);
-                    if !bounded || linear || feels {
-                        try_one(self, Move::Put(p, e), &mut best);
+                    let step = Move::Put(p, e);
+                    if bounded {
+                        // Nothing where no slowest device feels it.
+                        let relief = self.put_relieves(layer, p, e);
+                        let mut gain = if relief == 0.0 { 0.0 } else { relief + rounding };
+                        if linear {
+                            gain -= linear::change(layer, &self.contents, step);
+                        }
+                        let worth = gain / layer.windows.scale / each(self.brings(layer, step));
+                        if gain <= 0.0 || best.is_some_and(|best| worth <= best.worth.gain) {
+                            continue;
+                        }
                     }
+                    try_one(self, step, &mut best);
                 }
             }
         } else if !bounded {
@@ -208,12 +237,19 @@ impl<'a> Way<'a> {
         } else if linear || self.slow[g].1 + self.slow[h].1 > 0.0 {
             let most = self.slow[g].1 + self.slow[h].1;
             let relieves = |way: &Self, p: usize| way.relieves(layer, way.contents.expert_in[p], g, h);
-            let theirs: Vec<f64> = (self.first[h]..self.first[h + 1]).map(|q| relieves(self, q)).collect();
-            // Parts of loads are rounded to whole numbers, in every window.
-            let rounding = 2.0 * layer.windows.width as f64;
+            let goes = |way: &Self, slot: usize, from: usize, to: usize| {
+                let expert = way.contents.expert_in[slot];
+                let new = |device: usize| {
+                    i64::from(expert != EMPTY && !way.held[usize::from(expert) * layer.devices() + device])
+                };
+                new(to) - new(from)
+            };
+            let theirs: Vec<(f64, i64)> = (self.first[h]..self.first[h + 1])
+                .map(|q| (relieves(self, q), goes(self, q, h, g)))
+                .collect();
             for p in self.first[g]..self.first[g + 1] {
-                let mine = relieves(self, p);
-                for (q, theirs) in (self.first[h]..).zip(&theirs) {
+                let (mine, brings) = (relieves(self, p), goes(self, p, g, h));
+                for (q, &(theirs, also)) in (self.first[h]..).zip(&theirs) {
                     let step = Move::Swap(p, q);
                     let mut gain = most.min(mine - theirs + rounding);
                     if linear {
@@ -222,7 +258,7 @@ impl<'a> Way<'a> {
                     if gain <= 0.0 {
                         continue;
                     }
-                    let gain = gain / layer.windows.scale / each(self.brings(layer, step));
+                    let gain = gain / layer.windows.scale / each(brings + also);
                     if best.is_none_or(|best| gain > best.worth.gain) {
                         try_one(self, step, &mut best);
                     }

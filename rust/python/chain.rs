@@ -127,8 +127,9 @@ pub(super) fn separate<'py>(
 ) -> PyResult<BrokenRows<'py>> {
     let layout = Layout { sizes, layers, entries, boundaries };
     let values = contiguous(values.as_slice().ok())?;
-    if values.len() != layout.columns() || boundaries >= layers.max(1) {
-        let rule = format!("[{}]", layout.columns());
+    let columns = caught(|| layout.columns())?;
+    if values.len() != columns || boundaries >= layers.max(1) {
+        let rule = format!("[{columns}]");
         return Err(Error::Shape { what: "values", rule, found: values.len().to_string() }.into());
     }
     let (triangles, gatherings) = detached(py, threads, || {

@@ -172,7 +172,7 @@ impl Layers {
                 pinned: flags(&pinned),
             }
         });
-        let mut layers: Vec<Layer> = layers.collect();
+        let mut layers: Vec<Layer> = caught(|| layers.collect())?;
         let sets = sets.unwrap_or_default();
         if !sets.is_empty() && sets.len() != l {
             let found = sets.len().to_string();
@@ -185,7 +185,7 @@ impl Layers {
                 let rule = format!("ids [N, K] below {e} and counts [N]");
                 return Err(Error::Shape { what: "sets", rule, found: "others".into() }.into());
             }
-            let mut sets = fanout::Sets::new(ids, counts, e, copies);
+            let mut sets = caught(|| fanout::Sets::new(ids, counts, e, copies))?;
             sets.device_cost = device_cost * layer.windows.scale;
             sets.node_cost = node_cost * layer.windows.scale;
             layer.sets = Some(sets);

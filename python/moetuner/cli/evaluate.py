@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from moetuner import _checks
 from moetuner.cli import options
 from moetuner.cli.options.machine import (
     Machine,
@@ -20,8 +21,11 @@ from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output, number, working
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
+from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
 from moetuner.files import text
 from moetuner.placement import Placement
+from moetuner.statistics import RoutingStatistics
+from moetuner.trace import RoutingTrace
 
 HEAD = ("traffic", "tokens", "imbalance", "mixed", "total", "worst", "crossing", "fanout", "nodes")
 TIMES = ("layer, us", "mean", "p50", "p95", "p99")
@@ -33,6 +37,13 @@ TIMES = ("layer, us", "mean", "p50", "p95", "p99")
 @node_options
 @options.split_option
 @time_options
+@click.option(
+    "--mixed-seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of the order in which sequences, or windows of statistics, are mixed.",
+)
 @options.json_option
 def command(
     placement_file: Path,
@@ -41,15 +52,17 @@ def command(
     split: Any,
     cost_model: CostModel | str | None,
     regime: Any,
+    mixed_seed: int,
     json_file: Path | None,
 ) -> None:
     """Replay a placement token by token, for all traffic and for each of its groups.
 
     imbalance: max / mean device load, averaged over layers and windows in the order of INPUT;
-    mixed: of windows in which sequences are served together; total: of the sum of all windows;
-    worst: of any layer and window; crossing: share of transitions between devices; fanout, nodes:
-    devices and nodes that a token visits in a layer; layer us: predicted time of a layer, and what
-    50, 95 and 99 percent of layers and windows do not exceed.
+    mixed: of windows in which sequences are served together, the more the more INPUT has, so that
+    inputs of different size do not compare; total: of the sum of all windows; worst: of any layer
+    and window; crossing: share of transitions between devices; fanout, nodes: devices and nodes
+    that a token visits in a layer; layer us: predicted time of a layer, and what 50, 95 and 99
+    percent of layers and windows do not exceed.
     """
     placement = Placement.load(placement_file)
     topology = machine.topology(placement.devices)
@@ -64,6 +77,7 @@ def command(
             split=split,
             cost_model=model,
             regime=regime,
+            mixed_seed=mixed_seed,
             threads=source.threads,
         )
 
@@ -77,6 +91,7 @@ def command(
     output.say()
     rows = [("all", found), *found.by_group.items()]
     output.table(HEAD, [_row(name, each) for name, each in rows])
+    output.say(_mixed(traffic, mixed_seed))
     output.say()
     output.table(TIMES, [_times(name, each) for name, each in rows])
     output.say(say_times(model))
@@ -94,10 +109,22 @@ def command(
                 "split": split,
                 "cost_model": asdict(model),
                 "regime": regime,
+                "mixed_seed": mixed_seed,
             },
             **found.to_dict(),
         }
     )
+
+
+def _mixed(traffic: RoutingTrace | RoutingStatistics, seed: int) -> str:
+    """Say what a mixed window is made of: another number of sequences is another figure."""
+    if isinstance(traffic, RoutingStatistics):
+        return f"mixed: means of {min(traffic.windows, WINDOWS_MIXED)} windows, seed {seed}"
+    if traffic.sequence is None:
+        return f"mixed: tokens in random order, as sequences are not known, seed {seed}"
+    sequences = _checks.distinct(traffic.sequence).size
+    running = min(at_once(sequences), sequences)
+    return f"mixed: {running} of {sequences:,} sequences at once, groups fewer, seed {seed}"
 
 
 def _row(name: str, of: Evaluation) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from moetuner.cli.output import Output, number, percent, working
 from moetuner.report.structure import Structure, structure
 
 MOST_GROUPS = 12
-# Crossing that is within what a half of a trace differs from the other.
+# Crossing that is not worth a placement, however certain.
 LITTLE = 0.005
 
 
@@ -68,8 +68,9 @@ def show_skew(output: Output, found: Structure) -> None:
         _spread("busiest expert / mean load", found.skew, 2),
         _spread("experts never used", found.unused, 0),
     ]
-    if found.information:
+    if found.information and found.information_chance:
         rows.append(_spread("bits known of the next layer", found.information, 2))
+        rows.append(_spread("  and more by mere chance", found.information_chance, 2))
     output.table(("per layer", "least", "median", "most", "in layer"), rows)
     output.say()
 
@@ -95,26 +96,40 @@ def show_groups(output: Output, found: Structure) -> None:
 
 def show_crossings(output: Output, found: Structure) -> None:
     """Print the crossing reached beside the independence null, and what their gap means."""
-    if found.crossing is None or found.crossing_independent is None:
+    if found.crossing_contiguous is None:
         output.say("No transitions: nothing is known of inter-layer structure.")
         return
-    judged = "held-out sequences" if found.held_out else "the same counts, none held out"
+    if found.crossing is None or found.crossing_independent is None:
+        output.say(
+            "No sequences can be held out: what a placement can win by inter-layer structure is "
+            "not known. Give the trace instead of its statistics."
+        )
+        return
     output.table(
-        (f"crossing on {judged}", f"{found.devices} devices"),
+        ("crossing on held-out sequences", f"{found.devices} devices"),
         [
             ("contiguous", number(found.crossing_contiguous, 4)),
             ("independence null", number(found.crossing_independent, 4)),
             (f"searched, load cap {found.max_imbalance:g}", number(found.crossing, 4)),
         ],
     )
-    gain = found.crossing_independent - found.crossing
-    if gain < LITTLE:
-        output.say("The null is about as good: neighbouring layers route all but independently.")
+    if found.gain is None:
+        output.say("One held-out sequence: too few to tell structure from chance.")
         return
-    output.say(
-        f"{percent(gain)} of the transitions stay on their device because neighbouring layers "
-        "route together: that gap to the null is what inter-layer placement can win here."
-    )
+    low, high = found.gain
+    between = f"{percent(low)} to {percent(high)}"
+    if high < LITTLE:
+        output.say("The null is about as good: neighbouring layers route all but independently.")
+    elif low <= 0:
+        output.say(
+            f"The gap to the null, {between}, may be chance: structure between layers is not shown."
+        )
+    else:
+        output.say(
+            f"{percent(found.crossing_independent - found.crossing)} of the transitions "
+            f"({between}) stay on their device because neighbouring layers route together: that "
+            "gap to the null is what inter-layer placement can win here."
+        )
 
 
 def _spread(name: str, values: Sequence[float], decimals: int) -> tuple[str, ...]:

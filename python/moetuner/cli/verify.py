@@ -54,7 +54,7 @@ def command(
     problem = Problem(
         statistics, machine.topology(), regime=certificate.regime, objective="traffic"
     )
-    cost = verify(certificate, problem)
+    cost = verify(certificate, problem, threads=source.threads)
     worth = Objective(problem)
     bound = cost / worth.scale
     imbalances = _imbalances(problem, certificate)

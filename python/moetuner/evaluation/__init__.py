@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moetuner._checks import flag, instance, one_of, seed_in, threads_in, window_in
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, figures, replay
 from moetuner.evaluation.copies import Split
@@ -54,7 +55,11 @@ class Evaluation:
         traffic was recorded.
     imbalance_mixed
         The same if sequences are served together, as by continuous batching: in windows of the same
-        tokens in mixed order, or for counts, in means of 16 windows drawn at random.
+        tokens in mixed order, or for counts, in means of 16 windows drawn at random. It depends on
+        the traffic's size, not on the placement alone: of up to 32 sequences eight run at once, of
+        more a quarter, up to 256; the more, the more even a window is. So figures compare only on
+        the same traffic, and those of groups not with that of all. Which run together is by chance:
+        another ``mixed_seed`` says how much that matters.
     imbalance_total
         The same on the sum of all windows, averaged over layers.
     imbalance_worst
@@ -128,6 +133,7 @@ def evaluate(
     regime: Regime = "dispatch",
     home: ArrayLike | Literal["blocks"] | None = None,
     mixed: bool = True,
+    mixed_seed: int = 0,
     threads: int | None = None,
 ) -> Evaluation:
     """Replay a placement.
@@ -160,6 +166,8 @@ def evaluate(
         then ``traffic["dispatch"]`` counts its rows exactly. None spreads homes evenly.
     mixed
         Whether to replay a trace once more in mixed order; where not, ``imbalance_mixed`` is None.
+    mixed_seed
+        Of the mixed order: which sequences, or windows of statistics, meet.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
 
@@ -168,13 +176,23 @@ def evaluate(
     ValueError
         If placement, traffic and topology are not of one model and machine.
     """
-    topology = topology or Topology(placement.devices)
+    topology = topology_of(placement, topology)
     check_model(placement, traffic, topology)
     copies.check(split)
-    if regime not in ("follow", "dispatch"):
-        raise ValueError(f"regime must be 'follow' or 'dispatch', got {regime!r}")
+    window, threads = window_in(window), threads_in(threads)
+    check_times(cost_model, regime)
+    flag("mixed", mixed)
     with_active = cost_model is not None and cost_model.expert_us > 0
-    rules = Rules(placement, topology, window, split, with_active, threads, with_mixed=mixed)
+    rules = Rules(
+        placement,
+        topology,
+        window,
+        split,
+        with_active,
+        threads,
+        with_mixed=mixed,
+        mixed_seed=seed_in(mixed_seed, "mixed_seed"),
+    )
     if isinstance(traffic, RoutingStatistics):
         if home is not None:
             raise ValueError("home needs a trace: statistics have no tokens")
@@ -199,10 +217,28 @@ def evaluate(
     return replace(whole, by_group=groups, replayed=replayed)
 
 
+def topology_of(placement: Placement, topology: Topology | None) -> Topology:
+    """Return the topology that was given, or one node of the placement's devices."""
+    instance("placement", placement, Placement)
+    if topology is None:
+        return Topology(placement.devices)
+    instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
+    return topology
+
+
+def check_times(cost_model: CostModel | None, regime: Regime) -> None:
+    """Raise unless these are a cost model, or none, and a regime."""
+    if cost_model is not None:
+        instance("cost_model", cost_model, CostModel, hint=", such as CostModel.preset('h100')")
+    one_of("regime", regime, get_args(Regime))
+
+
 def check_model(
     placement: Placement, traffic: RoutingTrace | RoutingStatistics, topology: Topology
 ) -> None:
     """Raise unless placement, traffic and topology are of one model and machine."""
+    instance("placement", placement, Placement)
+    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
     experts = traffic.num_experts if isinstance(traffic, RoutingTrace) else traffic.experts
     found = (traffic.layers, experts, topology.devices)
     wanted = (placement.layers, placement.num_experts, placement.devices)

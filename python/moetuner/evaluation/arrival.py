@@ -24,6 +24,11 @@ WINDOWS_MIXED = 16
 Order = NDArray[np.int64]
 
 
+def at_once(sequences: int) -> int:
+    """Compute how many of so many sequences are served together."""
+    return min(MOST_AT_ONCE, max(-(-sequences // 4), FEWEST_AT_ONCE))
+
+
 def mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: int = 0) -> Order:
     """Order the tokens of a trace [T] as continuous batching would serve them.
 
@@ -40,8 +45,7 @@ def mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: int = 
     within[grouped] = np.arange(tokens) - np.repeat(first, lengths)
 
     start, place = np.zeros((2, len(lengths)), dtype=np.int64)
-    at_once = min(MOST_AT_ONCE, max(-(-len(lengths) // 4), FEWEST_AT_ONCE))
-    free = [(0, number) for number in range(at_once)]
+    free = [(0, number) for number in range(at_once(len(lengths)))]
     for waiting in rng.permutation(len(lengths)).tolist():
         step, number = heapq.heappop(free)
         start[waiting], place[waiting] = step, number

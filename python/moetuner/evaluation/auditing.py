@@ -12,9 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from moetuner._checks import whole_number
+from moetuner._checks import (
+    instance,
+    is_number,
+    listed,
+    one_of,
+    seed_in,
+    shown,
+    threads_in,
+    whole_number,
+)
 from moetuner.cost import CostModel
-from moetuner.evaluation import check_model
+from moetuner.evaluation import check_model, check_times, topology_of
 from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.figures import Regime
 from moetuner.evaluation.intervals import (
@@ -114,6 +123,10 @@ class Audit:
     def _findings(
         self, which: str, chance: str, than: float, measures: tuple[str, ...]
     ) -> list[Finding]:
+        if not is_number(than):
+            raise ValueError(f"than must be a finite number, got {shown(than)}")
+        for measure in listed("measures", measures, "names"):
+            one_of("measures", measure, self.whole)
         found = []
         for group, changes in (self.groups or {"all": self.whole}).items():
             for measure, each in changes.items():
@@ -189,10 +202,14 @@ def audit(
     ValueError
         If placements, traffic and topology are not of one model and machine.
     """
-    topology = topology or Topology(placement.devices)
-    baseline = baseline or contiguous(placement)
+    topology = topology_of(placement, topology)
+    if baseline is None:
+        baseline = contiguous(placement)
+    instance("baseline", baseline, Placement)
     for each in (placement, baseline):
         check_model(each, traffic, topology)
+    check_times(cost_model, regime)
+    seed, threads = seed_in(seed), threads_in(threads)
     if isinstance(traffic, RoutingTrace) and not traffic.tokens:
         raise ValueError("traffic must have tokens to audit, got a trace of 0")
     whole_number("window", window)

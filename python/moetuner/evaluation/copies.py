@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import one_of
 from moetuner.placement import EMPTY, Placement
 from moetuner.topology import Topology
 
@@ -24,8 +25,7 @@ Floats = NDArray[np.float64]
 
 def check(split: str) -> None:
     """Raise unless it is the name of a split."""
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r:.40}")
+    one_of("split", split, SPLITS)
 
 
 def shares(placement: Placement, topology: Topology, split: Split) -> Floats:

@@ -75,6 +75,7 @@ class Rules:
     with_active: bool
     threads: int | None
     with_mixed: bool = True
+    mixed_seed: int = 0
 
     def replay(self, trace: RoutingTrace, *, pairs: bool) -> _core.Replay:
         """Begin to replay a trace like this one."""
@@ -169,14 +170,14 @@ class _Part:
         """Replay in mixed order; one window is the same in any order."""
         if len(load) == 1:
             return load
-        sequence = self._trace.sequence
+        rules, sequence = self._rules, self._trace.sequence
         mine = None if sequence is None else sequence[self._tokens]
-        order = self._tokens[mixed_order(mine, len(self._tokens))]
+        order = self._tokens[mixed_order(mine, len(self._tokens), seed=rules.mixed_seed)]
         ids = self._trace.expert_ids
-        replay = self._rules.replay(self._trace, pairs=False)
+        replay = rules.replay(self._trace, pairs=False)
         for at in range(0, len(order), FETCH):
             part = cast(IdArray, np.ascontiguousarray(ids[order[at : at + FETCH]]))
-            replay.push(part, self._rules.threads)
+            replay.push(part, rules.threads)
         return replay.finish()[1]
 
 
@@ -243,7 +244,7 @@ class Expected:
         mixed = None
         if rules.with_mixed:
             mixed = np.empty_like(load)
-            for place, windows in mixed_windows(load):
+            for place, windows in mixed_windows(load, seed=rules.mixed_seed):
                 mixed[place] = windows
         visits, node_visits = load, None
         if self._tokens is not None:

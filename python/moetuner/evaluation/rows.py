@@ -6,11 +6,12 @@ the layer in ``moetuner.torch`` alike; the replay in the core follows the same o
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moetuner._checks import array_in, instance, one_of, whole_number
 from moetuner.placement import EMPTY, Placement
 from moetuner.trace import RoutingTrace
 
@@ -61,6 +62,8 @@ def dispatch_rows(
     ValueError
         If placement and trace are not of one model, a home is no device, or a position no number.
     """
+    instance("placement", placement, Placement)
+    instance("trace", trace, RoutingTrace)
     found, wanted = (trace.layers, trace.num_experts), (placement.layers, placement.num_experts)
     if found != wanted:
         raise ValueError(
@@ -163,7 +166,7 @@ def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int
             raise ValueError(f"home must be devices [tokens] or 'blocks', got {home!r}")
         share, more = divmod(tokens, devices)
         return np.repeat(np.arange(devices), share + (np.arange(devices) < more))
-    homes = np.asarray(home)
+    homes = array_in("home", home)
     if homes.shape != (tokens,) or homes.dtype.kind not in "iu":
         raise ValueError(f"home must be integers [{tokens}], got {homes.dtype} {list(homes.shape)}")
     if tokens and not (homes.min() >= 0 and homes.max() < devices):
@@ -182,7 +185,8 @@ def node_size(devices: int, devices_per_node: int | None) -> int:
         If it does not divide the number of devices.
     """
     size = devices if devices_per_node is None else devices_per_node
-    if not 1 <= size <= devices or devices % size:
+    whole_number("devices_per_node", size)
+    if devices % size:
         raise ValueError(
             f"devices_per_node must divide the devices ({devices}), got {devices_per_node}"
         )
@@ -197,15 +201,14 @@ def split_rule(split: str) -> Split:
     ValueError
         If there is no such rule.
     """
-    if split == "even" or split == "nearest":
-        return "even" if split == "even" else "nearest"
-    raise ValueError(f"split must be 'even' or 'nearest', got {split!r}")
+    one_of("split", split, get_args(Split))
+    return "even" if split == "even" else "nearest"
 
 
 def _positions(position: ArrayLike | None, tokens: int) -> NDArray[np.int64]:
     if position is None:
         return np.arange(tokens)
-    places = np.asarray(position)
+    places = array_in("position", position)
     if places.shape != (tokens,) or places.dtype.kind not in "iu":
         raise ValueError(
             f"position must be integers [{tokens}], got {places.dtype} {list(places.shape)}"

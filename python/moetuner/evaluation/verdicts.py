@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from moetuner._checks import not_negative
+from moetuner._checks import instance, not_negative
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.intervals import FEWEST, RESAMPLES, Spread, paired
@@ -97,6 +97,8 @@ def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> V
     ValueError
         If ``price`` is negative, or the evaluations are not of the same traffic.
     """
+    for name, each in (("before", before), ("after", after)):
+        instance(name, each, Evaluation, hint=", such as evaluate(placement, trace)")
     not_negative("price", price, "share")
     measure = "imbalance"
     if before.predicted_layer_us is not None and after.predicted_layer_us is not None:

@@ -31,7 +31,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moetuner._checks import IdArray, check_sizes, expert_size, experts_in, id_type, names, valid
+from moetuner._checks import (
+    IdArray,
+    check_sizes,
+    expert_size,
+    experts_in,
+    id_type,
+    instance,
+    names,
+    one_of,
+    path_in,
+    valid,
+)
 from moetuner.files import naming, replacing, size_of
 from moetuner.files.contents import TraceContents
 from moetuner.files.ids import IdsInMemory
@@ -55,7 +66,7 @@ def read(path: str | Path, *, num_experts: int | None = None) -> TraceContents:
     ValueError
         Naming file and line of what is wrong.
     """
-    path = Path(path)
+    path = path_in(path)
     size_of(path)
     with naming(path):
         reader = _Reader(None if num_experts is None else experts_in(num_experts))
@@ -90,6 +101,9 @@ def write(
     ValueError
         If the trace has no token, or its sequences do not fit on lines.
     """
+    instance("trace", trace, TraceContents)
+    one_of("per", per, ("token", "sequence"))
+    path = path_in(path)
     if trace.ids.shape[0] == 0:
         raise ValueError(
             "trace must have at least one token: else JSON lines cannot say its layers"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moetuner._checks import path_in, window_in
 from moetuner.files.contents import holds_statistics
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -37,7 +38,8 @@ def read_input(
     OSError
         If it cannot be read.
     """
-    path = Path(path)
+    path = path_in(path)
+    window_in(window)
     if not holds_statistics(path):
         return RoutingTrace.load(path, num_experts=num_experts)
     statistics = RoutingStatistics.load(path)

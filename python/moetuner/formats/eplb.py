@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import instance, path_in
 from moetuner.files import replacing
 from moetuner.placement import EMPTY, Placement
 
@@ -44,6 +45,7 @@ def eplb_maps(placement: Placement) -> EplbMaps:
     ValueError
         If a slot is empty: engines fill every slot with an expert's weights.
     """
+    instance("placement", placement, Placement)
     empty = np.argwhere(placement.slots == EMPTY)
     if empty.size:
         layer, device, slot = empty[0]
@@ -73,8 +75,9 @@ def write(placement: Placement, path: str | Path) -> None:
     ValueError
         If a slot is empty or the name does not end in ``.npz``.
     """
-    if Path(path).suffix != ".npz":
-        raise ValueError(f"{path}: EPLB's arrays are written as .npz, got {Path(path).suffix!r}")
+    path = path_in(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"{path}: EPLB's arrays are written as .npz, got {path.suffix!r}")
     arrays = vars(eplb_maps(placement))
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)

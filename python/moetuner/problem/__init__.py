@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import not_negative
+from moetuner._checks import at_least, flag, instance, listed, not_negative, one_of
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation import copies
 from moetuner.evaluation.copies import Split
@@ -98,25 +98,30 @@ class Problem:
     fill_slots: bool = False
 
     def __post_init__(self) -> None:
-        if self.regime not in ("follow", "dispatch"):
-            raise ValueError(f"regime must be 'follow' or 'dispatch', got {self.regime!r}")
-        if self.max_imbalance is not None and not self.max_imbalance >= 1:
-            raise ValueError(f"max_imbalance must be at least 1, got {self.max_imbalance}")
-        if self.objective is not None and self.objective not in get_args(Goal):
-            raise ValueError(
-                f"objective must be one of {', '.join(get_args(Goal))}, got {self.objective!r:.40}"
-            )
+        counted = ", such as RoutingStatistics.from_trace(trace)"
+        instance("statistics", self.statistics, RoutingStatistics, hint=counted)
+        instance("topology", self.topology, Topology, hint=", such as Topology(devices=8)")
+        one_of("regime", self.regime, get_args(Regime))
+        if self.max_imbalance is not None:
+            at_least("max_imbalance", self.max_imbalance, 1)
+        if self.objective is not None:
+            one_of("objective", self.objective, get_args(Goal))
         copies.check(self.split)
         if self.cost_model is None:
             object.__setattr__(self, "cost_model", cost_model_of(self.statistics))
+        preset = ", such as CostModel.preset('h100')"
+        instance("cost_model", self.cost_model, CostModel, hint=preset)
+        flag("fill_slots", self.fill_slots)
         for name in ("pinned", "forbidden"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            rules = listed(name, getattr(self, name), "(layer, expert, device)")
+            object.__setattr__(self, name, tuple(rules))
         if not isinstance(self.groups, str | None):
+            instance("groups", self.groups, Mapping, hint=" of weights by name, or 'minimax'")
             for group, weight in self.groups.items():
-                not_negative(f"weight of group {group!r}", weight, "number")
+                not_negative(f"groups: weight of {group!r:.40}", weight, "number")
             object.__setattr__(self, "groups", dict(self.groups))
         # Slots, rules and windows are checked by being made.
-        if self.slots_per_device is not None and not isinstance(self.slots_per_device, int):
+        if isinstance(self.slots_per_device, Sequence | np.ndarray):
             object.__setattr__(self, "slots_per_device", tuple(self.slots_per_device))
         _ = self.capacity, self.rules, self.windows
         if self.fill_slots:
@@ -216,6 +221,7 @@ class Problem:
         ValueError
             If the placement is of another model or machine.
         """
+        instance("placement", placement, Placement)
         self.check_shape(placement)
         return (
             *capacity.violations(placement, self.capacity, fill_slots=self.fill_slots),

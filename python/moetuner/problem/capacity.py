@@ -43,8 +43,10 @@ def capacity_of(
     if slots_per_device is None:
         slots_per_device = topology.slots_per_device
     fewest = -(-experts // devices)
-    if slots_per_device is None or isinstance(slots_per_device, int | np.integer):
-        each = fewest if slots_per_device is None else int(slots_per_device)
+    if slots_per_device is None or not isinstance(slots_per_device, Sequence | np.ndarray):
+        each = fewest
+        if slots_per_device is not None:
+            each = whole_number("slots_per_device", slots_per_device, highest=SLOT_LIMIT)
         if each < fewest:
             raise ValueError(
                 f"slots_per_device must be at least {fewest} for {experts} experts on "

@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import instance
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, expected, figures, replay
 from moetuner.placement import Placement
@@ -45,6 +46,7 @@ class Objective:
     """
 
     def __init__(self, problem: Problem) -> None:
+        instance("problem", problem, Problem)
         self.problem = problem
 
     def __repr__(self) -> str:
@@ -55,6 +57,7 @@ class Objective:
 
     def value(self, placement: Placement) -> float:
         """Return the objective of a placement, in ``unit``."""
+        instance("placement", placement, Placement)
         if self.problem.goal == "traffic":
             return self.traffic(placement)
         cost = self.window_cost(placement).sum(axis=1)
@@ -255,6 +258,7 @@ class Objective:
 
         With one copy of each expert it is ``cost`` over ``scale``; with copies it is expected.
         """
+        instance("placement", placement, Placement)
         if self.counts_visits:
             return float(self._visits(placement).sum())
         if not placement.has_copies:
@@ -268,13 +272,14 @@ class Objective:
         return float((moved * topology.cost).sum()) / self.scale
 
     def layers_traffic(self, placement: Placement) -> Floats:
-        """Compute what every layer [L] adds to the traffic, in regime dispatch.
+        """Compute what every layer [L] adds to the traffic, if that is of dispatch; else 0.
 
-        0 where neither expert sets nor pairs were counted.
+        0 too where neither expert sets nor pairs were counted.
         """
         if self.counts_visits:
             return self._visits(placement)
-        return self._apart(placement) if self.has_traffic else np.zeros(self.problem.layers)
+        some = self.problem.regime == "dispatch" and self.has_traffic
+        return self._apart(placement) if some else np.zeros(self.problem.layers)
 
     def cost(self, placement: Placement) -> int:
         """Compute the exact cost of the pairs of a placement with one copy of each expert.
@@ -282,6 +287,7 @@ class Objective:
         ``follow``: transitions [E,E] of neighbouring layers times ``link_cost`` between the
         experts' devices. ``dispatch``: co-activated pairs likewise, each once.
         """
+        instance("placement", placement, Placement)
         if self.pairs is None:
             return 0
         device_of = placement.device_of

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import shown, whole_number
 from moetuner.placement import Placement
 from moetuner.problem.capacity import and_more
 
@@ -166,15 +167,11 @@ def _table(
         try:
             layer, expert, device = rule
         except (TypeError, ValueError):
-            raise ValueError(f"{name} must be (layer, expert, device), got {rule!r:.60}") from None
+            raise ValueError(f"{name} must be (layer, expert, device), got {shown(rule)}") from None
         for what, value, count in (("expert", expert, shape[1]), ("device", device, shape[2])):
-            if not (isinstance(value, int | np.integer) and 0 <= value < count):
-                raise ValueError(f"{name}: {what} must be from 0 to {count - 1}, got {value!r:.40}")
-        known = isinstance(layer, int | np.integer) and 0 <= layer < shape[0]
-        if layer is not None and not known:
-            raise ValueError(
-                f"{name}: layer must be from 0 to {shape[0] - 1}, or None, got {layer!r:.40}"
-            )
+            whole_number(f"{name}: {what}", value, lowest=0, highest=count - 1)
+        if layer is not None:
+            whole_number(f"{name}: layer (None for all)", layer, lowest=0, highest=shape[0] - 1)
         if table is None:
             table = np.zeros(shape, dtype=bool)
         table[slice(None) if layer is None else layer, expert, device] = True

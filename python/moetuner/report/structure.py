@@ -8,11 +8,13 @@ not seen, beside the independence null.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.evaluation import evaluate
+from moetuner._checks import at_least, instance, seed_in, threads_in
+from moetuner.evaluation import Evaluation, evaluate, intervals
 from moetuner.problem import Problem
 from moetuner.solver import solve
 from moetuner.statistics import RoutingStatistics, hold_out
@@ -21,6 +23,15 @@ from moetuner.trace import RoutingTrace
 
 # Steps per start: within a hundredth of what ten times as many reach, in a fraction of a second.
 ITERATIONS = 200_000
+
+# Whole counts of the null for every cell of a table: with fewer pairs than cells, rounding alone
+# would leave some cells with a pair and others without, which a search takes for structure.
+COUNTS_PER_CELL = 1 << 16
+
+# Parts of the held-out sequences whose crossings say how uncertain their mean is.
+BLOCKS = 32
+# Chance of a gain beyond either end of its interval.
+CHANCE = 0.025
 
 
 @dataclass(frozen=True)
@@ -40,19 +51,26 @@ class Structure:
         over layers: the part of the group's tokens that would have to go to other experts to look
         like the mix. 0 is the same, 1 is disjoint.
     information
-        Mutual information between the experts of neighbouring layers in bits [L-1]; None without
-        transitions. At most log2(E); a small trace overstates it.
+        Mutual information between the experts of neighbouring layers in bits [L-1], at most
+        log2(E), less ``information_chance``; None without transitions. Of few pairs it is too low.
+    information_chance
+        Bits that as many pairs of independent layers with the same loads seem to have [L-1].
     devices, max_imbalance
         What the crossings are for.
     held_out
-        Whether the crossings are measured on traffic that the search has not seen.
+        Whether there is traffic that the searches have not seen. On what they saw, noise looks
+        like structure, so without it nothing is searched.
     crossing
-        Of the searched placement; None without transitions (a load table, a single layer).
+        Of the searched placement; None if nothing is held out or there are no transitions (a load
+        table, a single layer).
     crossing_contiguous
-        Of experts in blocks, as engines load them.
+        Of experts in blocks, as engines load them; None without transitions.
     crossing_independent
         The independence null: what the same search reaches if every layer routed with the same
-        loads but independently of its neighbour.
+        loads but independently of its neighbour. None where ``crossing`` is.
+    gain
+        How much less than the null crosses: 95 % interval over held-out sequences. None where
+        these are too few to tell.
     """
 
     skew: tuple[float, ...]
@@ -60,12 +78,14 @@ class Structure:
     group_share: dict[str, float]
     group_distance: dict[str, float]
     information: tuple[float, ...] | None
+    information_chance: tuple[float, ...] | None
     devices: int
     max_imbalance: float
     held_out: bool
     crossing: float | None
     crossing_contiguous: float | None
     crossing_independent: float | None
+    gain: tuple[float, float] | None
 
 
 def structure(
@@ -81,8 +101,8 @@ def structure(
     Parameters
     ----------
     traffic
-        A trace: half of its sequences are held out. Saved statistics cannot be split: their
-        crossings are those of the counts that the search saw. A load table tells skew and groups.
+        A trace: half of its sequences are held out. Saved statistics cannot be split, and so tell
+        nothing of what a search can win. A load table tells skew and groups.
     devices
         Devices that the crossings are for.
     max_imbalance
@@ -92,6 +112,9 @@ def structure(
     threads
         Threads to use, all cores by default; the answer does not depend on it.
     """
+    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    topology, seed, threads = Topology(devices), seed_in(seed), threads_in(threads)
+    at_least("max_imbalance", max_imbalance, 1)
     held_out = isinstance(traffic, RoutingTrace) and traffic.tokens > 1
     parts = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
     seen, unseen = (_pairs(part, threads) for part in parts)
@@ -99,26 +122,68 @@ def structure(
     load = whole.total_load
     share, distance = _groups(traffic, load, threads)
 
-    def crossing(method: str, seen: RoutingStatistics, unseen: RoutingStatistics) -> float | None:
-        problem = Problem(seen, Topology(devices), regime="follow", max_imbalance=max_imbalance)
+    def crossing(
+        method: str, seen: RoutingStatistics, unseen: RoutingTrace | RoutingStatistics
+    ) -> Evaluation:
+        problem = Problem(seen, topology, regime="follow", max_imbalance=max_imbalance)
         found = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
-        return evaluate(found.placement, unseen).crossing
+        return evaluate(found.placement, unseen, mixed=False, threads=threads)
 
-    known = bool(whole.transitions_or_empty.any())
-    null = (_independent(seen), _independent(unseen)) if known else None
+    tables = whole.transitions_or_empty
+    known = bool(tables.any())
+    bits = chance = contiguous = searched = null = gain = None
+    if known:
+        chance = tuple(_chance_bits(tables, seed))
+        bits = tuple(max(_bits(t) - c, 0.0) for t, c in zip(tables, chance, strict=True))
+        contiguous = crossing("contiguous", seen, unseen).crossing
+    if known and isinstance(parts[1], RoutingTrace) and held_out:
+        found = crossing("heuristic", seen, _in_blocks(parts[1], seed))
+        searched = found.crossing
+        null = crossing("heuristic", _independent(seen), _independent(unseen)).crossing
+        gain = _gain(found, null)
     return Structure(
         skew=tuple(_over_mean(load).tolist()),
         unused=tuple((load == 0).sum(axis=1).tolist()),
         group_share=share,
         group_distance=distance,
-        information=tuple(_bits(t) for t in whole.transitions_or_empty) if known else None,
+        information=bits,
+        information_chance=chance,
         devices=devices,
         max_imbalance=max_imbalance,
         held_out=held_out,
-        crossing=crossing("heuristic", seen, unseen) if known else None,
-        crossing_contiguous=crossing("contiguous", seen, unseen) if known else None,
-        crossing_independent=None if null is None else crossing("heuristic", *null),
+        crossing=searched,
+        crossing_contiguous=contiguous,
+        crossing_independent=null,
+        gain=gain,
     )
+
+
+def _in_blocks(trace: RoutingTrace, seed: int) -> RoutingTrace:
+    """Group whole sequences at random into blocks; runs of tokens where there are no sequences."""
+    if trace.sequence is None:
+        block = np.arange(trace.tokens) * BLOCKS // max(trace.tokens, 1)
+    else:
+        labels, which = np.unique(trace.sequence, return_inverse=True)
+        block = np.random.default_rng(seed).permutation(labels.size)[which] % BLOCKS
+    names = tuple(f"block {number}" for number in range(BLOCKS))
+    return replace(trace, group=block.astype(np.int16), group_names=names)
+
+
+def _gain(found: Evaluation, null: float | None) -> tuple[float, float] | None:
+    """Compute the interval of the null less a crossing, from blocks that differ by chance."""
+    if null is None or found.crossing is None:
+        return None
+    tables = [block.traffic["follow"] for block in found.by_group.values()]
+    pairs = np.array([table.sum(dtype=np.float64) for table in tables])
+    stay = np.array([np.einsum("ldd->", table.astype(np.float64)) for table in tables])
+    blocks = int((pairs > 0).sum())
+    if blocks < 2:
+        return None
+    # Of a ratio of two sums over blocks.
+    apart = (pairs - stay) - found.crossing * pairs
+    error = np.sqrt(blocks / (blocks - 1) * (apart**2).sum()) / pairs.sum()
+    width = intervals.quantile(CHANCE, blocks - 1) * float(error)
+    return null - found.crossing - width, null - found.crossing + width
 
 
 def _pairs(traffic: RoutingTrace | RoutingStatistics, threads: int | None) -> RoutingStatistics:
@@ -129,10 +194,15 @@ def _pairs(traffic: RoutingTrace | RoutingStatistics, threads: int | None) -> Ro
 
 
 def _independent(statistics: RoutingStatistics) -> RoutingStatistics:
-    """Replace transitions by those of independent layers with the same loads and totals."""
+    """Replace transitions by those of independent layers with the same loads, scaled up."""
     load = statistics.total_load.astype(np.float64)
     tables = [
-        _rounded(np.outer(load[layer], load[layer + 1]), int(table.sum(dtype=np.uint64)))
+        _rounded(
+            np.outer(load[layer], load[layer + 1]),
+            max(
+                int(table.sum(dtype=np.uint64)), COUNTS_PER_CELL * table.size if table.any() else 0
+            ),
+        )
         for layer, table in enumerate(statistics.transitions_or_empty)
     ]
     pairs = np.stack(tables) if tables else statistics.transitions_or_empty
@@ -199,7 +269,22 @@ def _over_mean(load: NDArray[np.uint64]) -> NDArray[np.float64]:
     return np.where(load.any(axis=1), skew, 1.0)
 
 
-def _bits(table: NDArray[np.uint64]) -> float:
+def _chance_bits(tables: NDArray[np.uint64], seed: int) -> list[float]:
+    """Draw as many pairs of independent layers with the same loads [L-1]: bits they seem to have.
+
+    Few pairs fill few cells, which looks like dependence whatever made them.
+    """
+    rng = np.random.default_rng(seed)
+    bits = []
+    for table in tables:
+        share = np.outer(table.sum(axis=1, dtype=np.float64), table.sum(axis=0, dtype=np.float64))
+        share /= max(float(share.sum()), 1.0)
+        drawn = rng.multinomial(int(table.sum(dtype=np.uint64)), share.ravel())
+        bits.append(_bits(drawn.reshape(table.shape)))
+    return bits
+
+
+def _bits(table: NDArray[np.integer[Any]]) -> float:
     """Mutual information of rows and columns of a table of counts."""
     joint = table / max(float(table.sum(dtype=np.float64)), 1.0)
     apart = np.outer(joint.sum(axis=1), joint.sum(axis=0))

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from moetuner._checks import instance, one_of, seed_in
 from moetuner.placement import Placement, kept
 from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
 from moetuner.problem.objective import Objective
 from moetuner.solver import baselines
-from moetuner.solver.bounds.caps import scope, settled
+from moetuner.solver.bounds.caps import retold, scope, settled
 from moetuner.solver.joint import joint
 from moetuner.solver.migration import Migration, migrate
 from moetuner.solver.result import Candidate, Limits, Progress, Result, Status
 from moetuner.solver.search.balanced import no_worse
 from moetuner.solver.searched import searched
 from moetuner.solver.two_stage import two_stage
-
-# Seconds that nobody waits for: such a limit, infinity too, is none.
-LONGEST_LIMIT = 1e9
 
 
 class Method(Protocol):
@@ -89,7 +86,7 @@ def solve(
         The placement that runs, to be improved by few moves; experts that stay keep their slots.
         With ``joint`` and ``heuristic``.
     move_budget
-        Bytes that may move, from device to device; None for any number.
+        Bytes that may move, from device to device; None, or infinity, for any number.
     move_cost
         What a moved byte costs, in units of the objective.
     expert_bytes
@@ -106,20 +103,12 @@ def solve(
     ValueError
         If the method is unknown or an argument is out of range.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if time_limit is not None and not time_limit >= 0:
-        raise ValueError(f"time_limit must be at least 0 seconds, got {time_limit}")
-    if time_limit is not None and time_limit > LONGEST_LIMIT:
-        time_limit = None
-    if iterations is not None and iterations < 0:
-        raise ValueError(f"iterations must be at least 0, got {iterations}")
-    if gap is not None and not (math.isfinite(gap) and gap >= 0):
-        raise ValueError(f"gap must be at least 0, got {gap}")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
-
-    if initial is None and (move_budget is not None or move_cost):
+    instance("problem", problem, Problem, hint=", such as Problem(statistics, topology)")
+    one_of("method", method, METHODS)
+    seed = seed_in(seed)
+    limits = Limits(time_limit, iterations, gap, threads, progress)
+    migration = Migration(move_budget, move_cost, expert_bytes)
+    if initial is None and (migration.budget is not None or migration.cost):
         raise ValueError("move_budget and move_cost need initial, the placement to move from")
     if initial is not None and METHODS[method] not in (joint, searched):
         raise ValueError(f"initial needs method joint or heuristic, got {method!r}")
@@ -131,18 +120,20 @@ def solve(
         assert progress is not None
         progress(replace(line, seconds=time.perf_counter() - begin))
 
-    limits = Limits(time_limit, iterations, gap, threads, progress and report)
+    limits = replace(limits, progress=progress and report)
     if initial is None:
         candidate = METHODS[method](problem, seed=seed, limits=limits)
         if problem.is_plain and METHODS[method] in (joint, searched):
             candidate = no_worse(problem, candidate)
     else:
-        migration = Migration(initial, move_budget, move_cost, expert_bytes)
-        candidate = migrate(problem, migration, METHODS[method], seed=seed, limits=limits)
+        candidate = migrate(problem, initial, migration, METHODS[method], seed=seed, limits=limits)
     seconds = time.perf_counter() - begin
 
     if problem.fill_slots:
-        candidate = _filled(problem, candidate, initial)
+        filled = _filled(problem, candidate, initial)
+        if filled is not candidate and METHODS[method] in (joint, searched):
+            filled = replace(filled, details=retold(problem, filled.slots, filled.details))
+        candidate = filled
     # Bounds of pairs are costs; those of visits are of what they are a bound of.
     worth = Objective(problem)
     scale = worth.scale if worth.counts_pairs else 1
@@ -152,8 +143,8 @@ def solve(
     bound = None if candidate.bound is None else candidate.bound / scale
     about = None if bound is None else scope(problem, candidate.details)
     violations = problem.violations(placement)
-    if initial is not None and move_budget is not None:
-        violations += _beyond_budget(initial, placement, move_budget, expert_bytes)
+    if initial is not None and migration.budget is not None:
+        violations += _beyond_budget(initial, placement, migration.budget, expert_bytes)
     return Result(
         placement=placement.with_names(
             model=problem.statistics.model,
@@ -180,7 +171,7 @@ def _filled(problem: Problem, candidate: Candidate, initial: Placement | None) -
     """Fill the slots that a method left empty."""
     slots = problem.filled(candidate.slots, initial)
     if initial is not None:
-        slots = kept(initial.slots, slots)
+        slots = kept(initial.slots, slots, problem.capacity)
     if (slots == candidate.slots).all():
         return candidate
     # A proof is of the slots as they were found.

@@ -8,7 +8,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core
-from moetuner._checks import DEVICE_LIMIT, check_slots, whole_number
+from moetuner._checks import (
+    DEVICE_LIMIT,
+    SLOT_LIMIT,
+    array_in,
+    check_slots,
+    numbers_in,
+    shown,
+    whole_number,
+)
 from moetuner.placement import Placement
 
 # Pairs of devices that are tried for exchanges: what a millisecond allows, and what devices need
@@ -52,7 +60,7 @@ def balance(
     ValueError
         If the slots do not suffice, or a load or a speed makes no sense.
     """
-    tokens = np.asarray(load, dtype=np.float64)
+    tokens = numbers_in("load", load)
     if tokens.ndim == 3:
         tokens = tokens.sum(axis=0)
     if tokens.ndim != 2 or tokens.size == 0:
@@ -62,6 +70,12 @@ def balance(
         )
     layers, experts = tokens.shape
     whole_number("devices", devices, highest=DEVICE_LIMIT)
+    given = array_in("slots_per_device", slots_per_device)
+    if given.dtype.kind not in "iu" or not ((given >= 0) & (given <= SLOT_LIMIT)).all():
+        raise ValueError(
+            f"slots_per_device must be integers from 0 to {SLOT_LIMIT}, "
+            f"got {shown(slots_per_device)}"
+        )
     room = _per_device("slots_per_device", slots_per_device, devices).astype(np.int64)
     if room.min() < 0 or room.sum() < experts:
         raise ValueError(
@@ -90,7 +104,7 @@ def _per_device(
     name: str, value: float | Sequence[float] | Sequence[int], devices: int
 ) -> NDArray[np.float64]:
     """Return one number per device [D]."""
-    values = np.asarray(value, dtype=np.float64)
+    values = numbers_in(name, value)
     if values.shape not in ((), (devices,)):
         raise ValueError(f"{name} must be one number or {devices}, got shape {list(values.shape)}")
     return np.broadcast_to(values, devices)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import not_negative
-from moetuner.placement import EMPTY, Placement, kept
+from moetuner._checks import at_least, instance, not_negative
+from moetuner.placement import EMPTY, Placement, brought, kept
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.solver.bounds.caps import exceeded
+from moetuner.solver.bounds.caps import retold
 from moetuner.solver.exact.enumeration import enumerated
 from moetuner.solver.result import Candidate, Clock, Limits
+from moetuner.solver.search.balanced import balanced
 from moetuner.solver.search.layerwise import Search
 from moetuner.solver.search.move_cost import Moving, Path, lawful
 
@@ -25,39 +27,36 @@ Slots = NDArray[np.int32]
 TRIES, SPREAD = 4, 8.0
 # The least price: no move that gains less than this part of the objective is worth asking for.
 CHEAPEST = 1e-7
-# Share of a time limit for a solve from nothing, where moves are free.
+# Share of a time limit for a solve from nothing, where moves are free and what runs is good.
 FRESH_SHARE = 0.9
 # Times that risk and groups are weighed anew by steps, and lengths of a way whose ends are compared
 # by what the objective truly is.
 REWEIGHTINGS, LENGTHS = 3, 6
-# Details that are of a placement, not of how it was found.
-CAPS_TOLD = ("caps_raised", "caps_infeasible")
 
 
 @dataclass(frozen=True)
 class Migration:
-    """Where a solve starts from, and what moving may cost.
+    """What moving away from a running placement may cost.
 
     Parameters
     ----------
-    initial
-        The placement that runs.
     budget
-        Bytes that may move; None for any number.
+        Bytes that may move; None, or infinity, for any number.
     cost
         What a moved byte costs, in units of the objective.
     expert_bytes
         Bytes of one expert of one layer; with 1, budget and cost are of experts.
     """
 
-    initial: Placement
     budget: float | None = None
     cost: float = 0.0
     expert_bytes: float = 1.0
 
     def __post_init__(self) -> None:
         if self.budget is not None:
-            not_negative("move_budget", self.budget, "number of bytes")
+            at_least("move_budget", self.budget, 0, " bytes")
+            if math.isinf(self.budget):
+                object.__setattr__(self, "budget", None)
         not_negative("move_cost", self.cost, "price of a byte")
         not_negative("expert_bytes", self.expert_bytes, "number of bytes")
 
@@ -82,6 +81,7 @@ def check(problem: Problem, initial: Placement) -> None:
     ValueError
         If it is of another model or machine, or does not fit the slots.
     """
+    instance("initial", initial, Placement)
     problem.check_shape(initial, "initial")
     held = (initial.slots != EMPTY).sum(axis=2)
     full = np.argwhere(held > problem.capacity)
@@ -95,6 +95,7 @@ def check(problem: Problem, initial: Placement) -> None:
 
 def migrate(
     problem: Problem,
+    initial: Placement,
     migration: Migration,
     method: Callable[..., Candidate],
     *,
@@ -111,8 +112,8 @@ def migrate(
     ValueError
         If the placement breaks a rule, and it takes more moves than the budget to keep it.
     """
-    check(problem, migration.initial)
-    solve = _Migrating(problem, migration, seed, Clock(limits))
+    check(problem, initial)
+    solve = _Migrating(problem, initial, migration, seed, Clock(limits))
     if limits.time_limit == 0:
         solve.best = replace(solve.best, status="time_limit")
     elif solve.price == 0 and solve.most >= problem.capacity.sum():
@@ -125,10 +126,13 @@ def migrate(
 class _Migrating:
     """The best answer so far, and ways to a better one."""
 
-    def __init__(self, problem: Problem, migration: Migration, seed: int, clock: Clock) -> None:
-        self.problem, self.initial, self.seed, self.clock = problem, migration.initial, seed, clock
+    def __init__(
+        self, problem: Problem, initial: Placement, migration: Migration, seed: int, clock: Clock
+    ) -> None:
+        self.problem, self.initial, self.seed, self.clock = problem, initial, seed, clock
         self.objective = Objective(problem)
         self.price, self.most = migration.price, migration.most
+        self.held = self.initial.held
         self.start = lawful(problem, self.initial)
         fewest = self.moved(self.start)
         if fewest > self.most:
@@ -138,11 +142,15 @@ class _Migrating:
                 f"all rules takes {fewest} moves"
             )
         self.best = Candidate(self.start)
-        self.rank = self.rank_of(self.start)
+        self.rank = self.rank_of(self.start, fewest)
 
     def freely(self, method: Callable[..., Candidate]) -> None:
         """Solve from nothing; what runs is one start more, if it is better than that."""
-        found = method(self.problem, seed=self.seed, limits=self.clock.within(FRESH_SHARE))
+        # What is behind the start that every search has costs it no time.
+        floor = self.problem.filled(balanced(self.problem), self.initial)
+        promising = self.rank < self.rank_of(floor, self.moved(floor))
+        limits = self.clock.within(FRESH_SHARE if promising else 1.0)
+        found = method(self.problem, seed=self.seed, limits=limits)
         if not self.consider(found) and found.status not in ("interrupted", "optimal"):
             search = Search(self.problem, self.seed)
             self.consider(search.run(self.clock.within(), start=self.start))
@@ -154,6 +162,11 @@ class _Migrating:
         if interrupted:
             self.best = replace(self.best, status="interrupted")
             return
+        left = self.clock.within().time_limit
+        if left is not None and limits.time_limit is not None and left < limits.time_limit / 2:
+            # A search that gets less than the steps took adds nothing to them.
+            self.best = replace(self.best, status="time_limit")
+            return
         if problem.goal != "traffic" and limits.time_limit is None:
             moving = Moving(self.initial, self.price)
             exact = enumerated(
@@ -164,6 +177,7 @@ class _Migrating:
                 return
         search = Search(problem, self.seed)
         if self.most >= problem.capacity.sum():
+            self.consider(Candidate(search.full(balanced(problem))))
             self.search_at(self.price, search, 1.0)
             return
         slope = max(path.slope(self.most), CHEAPEST * abs(self.rank[1]))
@@ -188,6 +202,8 @@ class _Migrating:
             )
             for steps in path.lengths(self.most, self.price, LENGTHS):
                 self.consider(Candidate(path.after(steps)))
+                if self.clock.within().time_limit == 0:
+                    return path, interrupted
             if interrupted:
                 break
             search.reweight(self.best.slots)
@@ -205,8 +221,9 @@ class _Migrating:
 
     def consider(self, found: Candidate) -> bool:
         """Take an answer if it is the best so far within the budget."""
-        rank = self.rank_of(found.slots)
-        if self.moved(found.slots) <= self.most and rank < self.rank:
+        moved = self.moved(found.slots)
+        rank = self.rank_of(found.slots, moved)
+        if moved <= self.most and rank < self.rank:
             self.best, self.rank = found, rank
             return True
         if rank == self.rank and found.status == "optimal":
@@ -217,20 +234,21 @@ class _Migrating:
         self.best = replace(self.best, status=status, details=details)
         return False
 
-    def rank_of(self, slots: Slots) -> tuple[float, float]:
+    def rank_of(self, slots: Slots, moved: int) -> tuple[float, float]:
         """Load above caps in parts of them, then the objective with moves at their price."""
         placement = Placement(slots, num_experts=self.problem.experts)
         excess = float(self.problem.caps.excess(placement).sum())
-        return excess, self.objective.value(placement) + self.price * self.moved(slots)
+        return excess, self.objective.value(placement) + self.price * moved
 
     def moved(self, slots: Slots) -> int:
         """Count copies that have to be brought."""
-        placement = Placement(slots, num_experts=self.problem.experts)
-        return self.initial.diff(placement).experts_moved
+        return brought(self.held, slots)
 
     def answer(self) -> Candidate:
         """Give the best, with the slots of what stays, and the caps that it exceeds."""
         slots = self.best.slots
-        told = {key: value for key, value in self.best.details.items() if key not in CAPS_TOLD}
-        details = {**told, **exceeded(self.problem, slots), "experts_moved": self.moved(slots)}
-        return replace(self.best, slots=kept(self.initial.slots, slots), details=details)
+        told = retold(self.problem, slots, self.best.details)
+        details = {**told, "experts_moved": self.moved(slots)}
+        return replace(
+            self.best, slots=kept(self.initial.slots, slots, self.problem.capacity), details=details
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import positive
+from moetuner._checks import instance, one_of, positive, seed_in
 from moetuner.placement import Placement, kept
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
@@ -36,7 +36,7 @@ class Trade:
     placement
         What to change to; experts that stay keep their slots.
     objective
-        ``Problem.value`` of it.
+        ``Objective.value`` of it.
     gain
         How much lower that is than the initial placement's.
     experts_moved, bytes_moved
@@ -104,9 +104,12 @@ def pareto(
     ValueError
         If the initial placement is not one of the problem, or an argument is out of range.
     """
+    instance("problem", problem, Problem, hint=", such as Problem(statistics, topology)")
     positive("expert_bytes", expert_bytes, "number of bytes")
+    one_of("method", method, ("joint", "heuristic"))
+    seed = seed_in(seed)
     check(problem, initial)
-    clock = Clock(Limits(time_limit, threads=threads))
+    clock = Clock(Limits(time_limit, iterations, threads=threads, progress=progress))
     worth = Objective(problem)
     before = worth.value(initial)
 
@@ -157,7 +160,7 @@ def _kept(problem: Problem, initial: Placement, slots: NDArray[np.int32]) -> Pla
         held = Placement(slots, num_experts=problem.experts).held
         if (held == initial.held).all():
             return initial
-    return Placement(kept(initial.slots, slots), num_experts=problem.experts)
+    return Placement(kept(initial.slots, slots, problem.capacity), num_experts=problem.experts)
 
 
 def _undominated(trades: list[_Ranked]) -> list[Trade]:

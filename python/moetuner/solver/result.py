@@ -10,8 +10,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import at_least, not_negative, shown, threads_in, whole_number
 from moetuner.placement import Placement
 from moetuner.solver.bounds.certificate import Certificate
+
+# Seconds that nobody waits for: such a limit, infinity too, is none.
+LONGEST_LIMIT = 1e9
 
 Status = Literal[
     "optimal", "feasible", "gap_reached", "time_limit", "interrupted", "violates rules"
@@ -54,6 +58,19 @@ class Limits:
     gap: float | None = None
     threads: int | None = None
     progress: Callable[[Progress], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.time_limit is not None:
+            at_least("time_limit", self.time_limit, 0, " seconds")
+            if self.time_limit > LONGEST_LIMIT:
+                object.__setattr__(self, "time_limit", None)
+        if self.iterations is not None:
+            whole_number("iterations", self.iterations, lowest=0)
+        if self.gap is not None:
+            not_negative("gap", self.gap, "share")
+        threads_in(self.threads)
+        if self.progress is not None and not callable(self.progress):
+            raise TypeError(f"progress must be a function, got {shown(self.progress)}")
 
 
 @dataclass(frozen=True)

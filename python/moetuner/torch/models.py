@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from moetuner._checks import instance, listed
 from moetuner.torch.reorder.order import ROUTER_NAMES, groups_chosen
 
 SIZE_NAMES = ("num_experts", "n_routed_experts", "num_local_experts")
@@ -69,6 +70,7 @@ def moe_layers(
     ValueError
         If there are none, one that is named is not in the model, or its sizes cannot be read.
     """
+    instance("model", model, nn.Module)
     modules = dict(model.named_modules())
     if routers is None:
         found = [name for name in modules if _is_router(name, modules)]
@@ -78,7 +80,7 @@ def moe_layers(
                 "and a router: name its routers in routers=[...]"
             )
     else:
-        found = [_name_of(router, modules) for router in routers]
+        found = [_name_of(router, modules) for router in listed("routers", routers, "names")]
         if not found or len(set(found)) < len(found):
             raise ValueError(f"routers must be at least one and differ, got {found}")
     return tuple(_layer(name, modules) for name in found)

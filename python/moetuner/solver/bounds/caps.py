@@ -18,6 +18,8 @@ Floats = NDArray[np.float64]
 
 # What placements are called that a proof is about, where slots are left over without copies.
 SINGLE = " with one copy of each expert"
+# Details that are of a placement, not of how it was found.
+TOLD = ("caps_raised", "caps_infeasible")
 
 
 def raised(
@@ -78,7 +80,8 @@ def exceeded(problem: Problem, slots: NDArray[np.int32]) -> dict[str, Any]:
     if not layers.size:
         return {}
     alike = problem.topology.has_equal_devices and len(np.unique(problem.capacity)) == 1
-    if alike and not problem.rules.some and not problem.may_copy:
+    single = not placement.has_copies
+    if alike and single and not problem.rules.some and not problem.may_copy:
         return raised(problem, problem.caps.kept(slots))
     total = problem.load.astype(np.float64)
     mean = total.sum(axis=1) / problem.topology.speed_of_device.sum()
@@ -94,6 +97,12 @@ def exceeded(problem: Problem, slots: NDArray[np.int32]) -> dict[str, Any]:
             infeasible = details.setdefault("caps_infeasible", {})
             infeasible[layer] = [float(lowest / mean[layer]), float(known / mean[layer])]
     return details
+
+
+def retold(problem: Problem, slots: NDArray[np.int32], details: dict[str, Any]) -> dict[str, Any]:
+    """Tell of other slots [L,D,S] what `exceeded` tells, and keep what else there is."""
+    kept = {key: value for key, value in details.items() if key not in TOLD}
+    return {**kept, **exceeded(problem, slots)}
 
 
 def settled(details: dict[str, Any]) -> bool:

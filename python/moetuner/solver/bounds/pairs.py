@@ -135,7 +135,7 @@ def complete(
     )
 
 
-def verify(certificate: Certificate, problem: Problem) -> int:
+def verify(certificate: Certificate, problem: Problem, *, threads: int | None = None) -> int:
     """Recompute a bound of ``Objective.cost`` from a certificate and the statistics alone.
 
     Raises
@@ -161,9 +161,9 @@ def verify(certificate: Certificate, problem: Problem) -> int:
         raise ValueError(
             f"certificate must have caps [{problem.layers}], got {list(certificate.caps.shape)}"
         )
-    _refuse_vacuous(certificate, problem)
+    _refuse_vacuous(certificate, problem, threads)
     if certificate.method == "complete dynamic programme":
-        return _complete_again(certificate, problem)
+        return _complete_again(certificate, problem, threads)
     levels = _levels(problem)
     wanted = None if levels is None else [(parts, price) for _, price, parts in levels]
     found = [(proof.parts, proof.price) for proof in certificate.proofs]
@@ -183,14 +183,17 @@ def verify(certificate: Certificate, problem: Problem) -> int:
             proof.cuts,
             proof.choices,
             proof.contents,
+            threads=threads,
         )
     return _of_count(problem, total)
 
 
-def _refuse_vacuous(certificate: Certificate, problem: Problem) -> None:
+def _refuse_vacuous(certificate: Certificate, problem: Problem, threads: int | None) -> None:
     """Raise if a cap is below what counting, or trying all packings of few experts, allows."""
     total = problem.load.sum(axis=1, dtype=np.uint64)
-    peaks = _core.smallest_peaks(problem.load, problem.devices, problem.slots, total)
+    peaks = _core.smallest_peaks(
+        problem.load, problem.devices, problem.slots, total, threads=threads
+    )
     for layer, (cap, (_, least)) in enumerate(zip(certificate.caps.tolist(), peaks, strict=True)):
         if cap < least:
             raise ValueError(
@@ -199,10 +202,10 @@ def _refuse_vacuous(certificate: Certificate, problem: Problem) -> None:
             )
 
 
-def _complete_again(certificate: Certificate, problem: Problem) -> int:
+def _complete_again(certificate: Certificate, problem: Problem, threads: int | None) -> int:
     """Recompute an optimum under a certificate's caps."""
     caps = np.minimum(certificate.caps, problem.load.sum(axis=1, dtype=np.uint64))
-    found = complete(problem, caps)
+    found = complete(problem, caps, threads=threads)
     if found is None:
         raise ValueError(
             "certificate says that dynamic programming over all partitions is its proof, which is "

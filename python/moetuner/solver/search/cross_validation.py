@@ -162,9 +162,13 @@ def _folds(used: Integers, windows: int, group: Integers | None) -> tuple[Intege
     if groups >= FEWEST_WINDOWS and len(used) < FEW_PER_GROUP * groups:
         fold[used] = label % MOST_FOLDS
         return fold, True
-    # Every part gets windows of every group, if there are enough.
-    order = np.argsort(label, kind="stable")
-    fold[used[order]] = np.arange(len(used)) % WINDOW_FOLDS
+    # Every part gets a run of each group's windows: neighbours are alike, and of windows in turn
+    # all that is held out would have a neighbour seen, or a period in step with it.
+    for number in range(groups):
+        mine = used[label == number]
+        run = np.arange(len(mine)) * WINDOW_FOLDS // len(mine)
+        # Small groups do not all begin with the same part.
+        fold[mine] = (run + number) % WINDOW_FOLDS
     return fold, False
 
 

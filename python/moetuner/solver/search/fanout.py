@@ -16,7 +16,7 @@ from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.solver.bounds.caps import exceeded
+from moetuner.solver.bounds.caps import exceeded, retold
 from moetuner.solver.exact.enumeration import fewest_visits
 from moetuner.solver.pace import paced
 from moetuner.solver.result import Candidate, Clock, Limits, Progress
@@ -131,7 +131,5 @@ def dispatch(
     details["trials"] = trials
     if copies:
         # What was told of the start is not true of copies.
-        for name in ("caps_raised", "caps_infeasible"):
-            details.pop(name, None)
-        details |= exceeded(problem, slots)
+        details = retold(problem, slots, details)
     return Candidate(slots, "interrupted" if interrupted else "feasible", details=details)

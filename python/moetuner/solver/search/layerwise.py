@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import EMPTY, Placement, brought
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver.balancing import times
 from moetuner.solver.bounds.caps import exceeded
-from moetuner.solver.exact.enumeration import enumerated
+from moetuner.solver.exact.enumeration import contents_of, enumerated, peaks_of
 from moetuner.solver.pace import paced
 from moetuner.solver.result import Candidate, Clock, Limits, Progress, Status
 from moetuner.solver.search.balanced import balanced
@@ -122,15 +122,17 @@ class Search:
         start
             Slots [L,D,S] to improve on, besides the search's own starts.
         moving
-            What changes cost.
+            What changes cost. Then ``start`` is the only start.
         """
         clock, problem = Clock(limits), self.problem
         self.moving = moving
-        # Whatever becomes of the search, it is not behind what engines get from ``balance``.
-        made = self._layers().construct(copies=problem.may_copy, threads=limits.threads)
-        starts = [self.full(slots) for slots in (made, balanced(problem))]
-        slots = min(starts, key=self.rank)
-        start = None if start is None else self.full(start)
+        starts = [] if start is None else [self.full(start)]
+        if moving is None or start is None:
+            # Whatever becomes of the search, it is not behind what engines get from ``balance``.
+            made = self._layers().construct(copies=problem.may_copy, threads=limits.threads)
+            starts += [self.full(slots) for slots in (made, balanced(problem))]
+        slots = self.eased(min(starts, key=self.rank))
+        starts.append(slots)
         if limits.time_limit == 0:
             return self.candidate(slots, "time_limit")
         again = AGAIN if self.reweighted else REWEIGHTINGS
@@ -139,8 +141,7 @@ class Search:
             if not self.reweighted:
                 self.learn(clock.within(LEARN_SHARE))
         except KeyboardInterrupt:
-            return self.candidate(slots if start is None else start, "interrupted")
-        starts = starts if start is None else [start, *starts]
+            return self.candidate(slots, "interrupted")
         traffic: list[Slots] = []
         interrupted = False
         if self.links is not None and moving is None:
@@ -258,7 +259,7 @@ class Search:
         """Objective of slots, and what moving there costs."""
         placement = self._placement(slots)
         value, moving = self.objective.value(placement), self.moving
-        return value if moving is None else value + moving.price * moving.moved(placement)
+        return value if moving is None else value + moving.price * moving.moved(slots)
 
     def improve(self, slots: Slots, limits: Limits) -> tuple[Slots, bool]:
         """Anneal every layer, and say whether it was interrupted."""
@@ -310,11 +311,21 @@ class Search:
             time_limit=limits.time_limit,
             threads=limits.threads,
         )
-        moved = initial.diff(self._placement(start)).experts_moved
-        begin = [[moved, problem.caps.excess(self._placement(start)).sum(), 0.0]]
-        brought, excess, change = np.concatenate([begin, figures]).T
-        path = Path(start, places, experts, brought.astype(np.int64), excess, change / unit)
+        over = problem.caps.excess(self._placement(start)).sum()
+        begin = [[brought(initial.held, start), over, 0.0]]
+        moved, excess, change = np.concatenate([begin, figures]).T
+        path = Path(start, places, experts, moved.astype(np.int64), excess, change / unit)
         return path, interrupted
+
+    def eased(self, slots: Slots) -> Slots:
+        """Slots [L,D,S] that exceed caps as little as can be, where all contents can be tried."""
+        problem, eased = self.problem, slots.copy()
+        excess = problem.caps.excess(self._placement(slots))
+        for layer in np.flatnonzero(excess).tolist():
+            contents = contents_of(problem, layer)
+            if contents is not None:
+                eased[layer] = contents[peaks_of(problem, layer, contents).argmin()]
+        return eased
 
     def reweight(self, slots: Slots) -> None:
         """Give the windows that a risk or the worst group is made of more weight, next time."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import EMPTY, Placement, brought
 from moetuner.problem import Problem
 
 Floats = NDArray[np.float64]
@@ -34,9 +34,9 @@ class Moving:
         """Price of a copy on a device [L,D,E]."""
         return np.where(self.initial.held, 0.0, self.price)
 
-    def moved(self, placement: Placement) -> int:
-        """Count copies that have to be brought."""
-        return self.initial.diff(placement).experts_moved
+    def moved(self, slots: Slots) -> int:
+        """Count copies in slots [L,D,S] that have to be brought."""
+        return brought(self.initial.held, slots)
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class Path:
         return slots
 
     def lengths(self, most: float, price: float, count: int) -> list[int]:
-        """Choose numbers of steps that are worth a look: the best, and some up to the most."""
+        """Choose numbers of steps that are worth a look: the best, then some up to the most."""
         last = len(np.flatnonzero(self.moved[1:] <= most))
         evenly = np.linspace(0, last, count + 1)[1:].astype(int)
-        return sorted({self.best(most, price), *evenly.tolist()} - {0})
+        return [n for n in dict.fromkeys([self.best(most, price), *evenly.tolist()]) if n]
 
     def spread(self, count: int) -> list[int]:
         """Choose numbers of steps whose moves are about evenly spread in their logarithm."""

@@ -61,10 +61,13 @@ def pair_prices(problem: Problem, unit: float) -> dict[str, Any]:
     pairs = objective.coactivation
     if pairs is None:
         return {}
+    tokens = float(problem.load.sum(dtype=np.float64))
+    if not tokens:  # whose visits would they be?
+        return {}
     if problem.goal == "time":
         # A token whose k experts are all apart makes k - 1 more visits than one whose experts are
         # together, and has k (k - 1) / 2 pairs apart.
-        top = float(pairs.sum(dtype=np.float64)) / float(problem.load.sum(dtype=np.float64)) + 1
+        top = float(pairs.sum(dtype=np.float64)) / tokens + 1
         each = _visit_us(problem) * 2 / top / (problem.layers * problem.statistics.windows)
         return {"pairs": pairs, "pair_cost": unit * each}
     return {"pairs": pairs, "pair_cost": unit / objective.scale}

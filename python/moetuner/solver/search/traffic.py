@@ -50,11 +50,11 @@ def heuristic(
         problem.slots,
         seed=seed,
         trials=limits.iterations,
-        time_limit=0.0 if pointless else limits.time_limit,
+        time_limit=limits.time_limit,
         threads=limits.threads,
         initial=list(initial),
         progress=report if limits.progress is not None else None,
-        **pairs,
+        **({} if pointless else pairs),
     )
     details: dict[str, object] = {"trials": trials}
     if shift:

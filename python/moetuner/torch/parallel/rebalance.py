@@ -13,6 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from moetuner._checks import (
+    at_least,
+    instance,
+    is_number,
+    not_negative,
+    numbers_in,
+    seed_in,
+    shown,
+    whole_number,
+)
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.solver import solve
@@ -248,23 +258,28 @@ class Rebalancer:
             raise ValueError(
                 f"layers must be 0 to {placement.layers - 1} of one placement, got {numbers}"
             )
-        self.topology = topology or Topology(placement.devices)
+        if topology is not None:
+            instance("topology", topology, Topology)
+        self.topology = Topology(placement.devices) if topology is None else topology
         if self.topology.devices != placement.devices:
             raise ValueError(
                 f"topology must have {placement.devices} devices like the placement, "
                 f"got {self.topology.devices}"
             )
-        for name, value, lowest in (
-            ("steps_ahead", steps_ahead, 1),
-            ("dead_zone", dead_zone, 0.0),
-            ("hysteresis", hysteresis, 0.0),
-            ("timeout", timeout, 0.0),
-            ("move_budget", move_budget or 0, 0),
+        whole_number("steps_ahead", steps_ahead)
+        for name, value in (
+            ("dead_zone", dead_zone),
+            ("hysteresis", hysteresis),
+            ("timeout", timeout),
         ):
-            if not value >= lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {value}")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be from 0 to 1, got {decay}")
+            not_negative(name, value, "number")
+        if move_budget is not None:
+            at_least("move_budget", move_budget, 0)
+        if not (is_number(decay) and 0 <= decay <= 1):
+            raise ValueError(f"decay must be from 0 to 1, got {shown(decay)}")
+        seed_in(seed)
+        if not hasattr(cost_model, "compute_us"):
+            raise TypeError(f"cost_model must be a CostModel, got {shown(cost_model)}")
         self.cost_model, self.steps_ahead = cost_model, steps_ahead
         self.decay, self.dead_zone, self.hysteresis = decay, dead_zone, hysteresis
         self.move_budget, self.seed = move_budget, seed
@@ -296,8 +311,9 @@ class Rebalancer:
         windows = (
             counts.window_load
             if isinstance(counts, RoutingStatistics)
-            else np.asarray(counts)[None]
+            else numbers_in("counts", counts)[None]
         )
+        whole_number("steps", steps, lowest=0)
         sizes = self._observed.total.shape
         if windows.shape[1:] != sizes:
             raise ValueError(
@@ -305,7 +321,7 @@ class Rebalancer:
             )
         if not (np.isfinite(windows).all() and (windows >= 0).all()):
             raise ValueError(
-                f"counts must be finite and at least 0, got {windows.min()} to {windows.max()}"
+                f"counts must be finite and at least 0, got {windows.min():g} to {windows.max():g}"
             )
         self._observed.add(windows, steps)
 
@@ -384,8 +400,9 @@ class Rebalancer:
         if budget is None:
             share = math.ceil(current.layers * current.num_experts * LARGEST_MOVE)
             budget = min(room * current.devices, max(share, FEW * current.devices))
+        budget = min(budget, current.slots.size)
         # Counts are whole; a factor keeps what decay has left behind the point.
-        counts = np.rint(observed.learned * 64).astype(np.uint64)
+        counts = np.rint(observed.learned * 64)
         problem = Problem(
             RoutingStatistics.from_load(counts),
             self.topology,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moetuner._checks import IdArray, whole_number
+from moetuner._checks import IdArray, instance, listed, path_in, text_or_none, whole_number
 from moetuner.torch.models import MoELayer, moe_layers
 from moetuner.torch.record.hooks import Step, StepHooks, cache_of
 from moetuner.torch.record.spool import Labels, Offload, Parts
@@ -94,14 +94,22 @@ def capture(
         wrong. At the end of the block: if a router gave NaN (the other tokens are kept, as after an
         error), or no step could be recorded.
     """
+    text_or_none("name", name)
+    of_batch = [] if group is None or isinstance(group, str) else listed("group", group, "names")
+    for each in of_batch:
+        text_or_none("group", each)
+    if attention_mask is not None:
+        instance("attention_mask", attention_mask, Tensor)
+    most = whole_number("buffer_bytes", buffer_bytes)
+    file = None if path is None else path_in(path)
     return Recorder(
         model,
         moe_layers(model, routers),
-        path=None if path is None else Path(path),
+        path=file,
         group=group,
         attention_mask=attention_mask,
         name=name or type(model).__name__,
-        buffer_bytes=whole_number("buffer_bytes", buffer_bytes),
+        buffer_bytes=most,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moetuner._checks import experts_in, whole_number
+from moetuner._checks import experts_in, flag, shown, whole_number, window_in
 from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
 from moetuner.torch.models import moe_layers, same_sizes
 from moetuner.torch.record.hooks import Step, StepHooks
@@ -53,8 +53,13 @@ class RoutingCounters:
         self.layers = whole_number("layers", layers, highest=1 << 16)
         self.experts = experts_in(experts)
         self.top_k = whole_number("top_k", top_k, highest=self.experts)
-        self.window = None if window is None else whole_number("window", window)
-        self.device = torch.device(device)
+        self.window = window_in(window)
+        try:
+            self.device = torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ValueError(f"device must be one of torch's, got {shown(device)}") from None
+        flag("transitions", transitions)
+        flag("coactivation", coactivation)
         self._counts_transitions = transitions
         self._counts_coactivation = coactivation
         self._hooks: StepHooks | None = None

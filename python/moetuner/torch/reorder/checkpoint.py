@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moetuner._checks import flag, instance
 from moetuner.files import naming, read_whole, replacing, safetensors
 from moetuner.placement import Placement
 from moetuner.torch.reorder.keys import Move, plan
@@ -99,6 +100,8 @@ def permute_state_dict(
     OSError
         If a file cannot be read or written.
     """
+    instance("placement", placement, Placement)
+    flag("inverse", inverse)
     order = order_of(placement)
     if isinstance(source, Mapping):
         if out is not None:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from moetuner._checks import flag, instance
 from moetuner.placement import Placement
 from moetuner.torch.models import MoELayer, moe_layers
 from moetuner.torch.reorder.order import Order, check_groups, check_ties, inverse_of, order_of
@@ -66,6 +67,8 @@ def apply_placement(
     ValueError
         If the result could not be exact, with the reason; the model is then unchanged.
     """
+    instance("placement", placement, Placement)
+    flag("inverse", inverse)
     layers = moe_layers(model, routers)
     sizes = (len(layers), layers[0].num_experts)
     if sizes != (placement.layers, placement.num_experts):
