@@ -65,7 +65,7 @@ def every_layer(problem: mt.Problem, rooms: list[int]) -> Iterator[list[list[int
 
 
 def optimum(problem: mt.Problem, caps: NDArray[np.integer] | None = None) -> int | None:
-    """Least `Problem.cost` under caps [L] or [L,D]; None if no placement keeps them.
+    """Least `Objective.cost` under caps [L] or [L,D]; None if no placement keeps them.
 
     Every device of every expert, layer by layer: the cost is a chain, so the least cost that ends
     in a given layer is all that has to be remembered.

@@ -145,7 +145,7 @@ def test_values_and_placement_are_one(seed, slots, nodes) -> None:
 
 
 def test_the_first_incumbent_is_the_start() -> None:
-    """HiGHS begins at the cost that `Problem.cost` gives the start."""
+    """HiGHS begins at the cost that `Objective.cost` gives the start."""
     problem = small_problem(1, 3, 8, 4, max_imbalance=None)
     start = shuffled(problem)
     found = colocation(problem, seed=0, limits=Limits(), start=start)

@@ -53,6 +53,7 @@ def tiny(seed: int) -> mt.Problem:
     fewest = -(-experts // devices)
     slots = [None, fewest, fewest + 1, [experts] + [1] * (devices - 1)]
     cost = np.triu(rng.integers(0, 4, (devices, devices)), 1)
+    cost[0, 1] += not cost.any()
     return mt.Problem(
         statistics,
         mt.Topology(devices, link_cost=cost + cost.T if rng.random() < 0.2 else None),

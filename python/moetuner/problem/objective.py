@@ -46,6 +46,7 @@ class Objective:
     """
 
     def __init__(self, problem: Problem) -> None:
+        instance("problem", problem, Problem)
         self.problem = problem
 
     def __repr__(self) -> str:
@@ -271,9 +272,9 @@ class Objective:
         return float((moved * topology.cost).sum()) / self.scale
 
     def layers_traffic(self, placement: Placement) -> Floats:
-        """Compute what every layer [L] adds to the traffic, in regime dispatch.
+        """Compute what every layer [L] adds to the traffic, if that is of dispatch; else 0.
 
-        0 where neither expert sets nor pairs were counted.
+        0 too where neither expert sets nor pairs were counted.
         """
         if self.counts_visits:
             return self._visits(placement)
