@@ -64,7 +64,7 @@ def generated(name: str, limit: float | None) -> None:
     for method, options in (
         ("contiguous", {}),
         ("lpt", {}),
-        ("moetuner", {}),
+        ("paper", {}),
         ("exflow", {"time_limit": limit}),
         ("joint", {"time_limit": limit}),
     ):

@@ -133,8 +133,7 @@ def main() -> None:
         plain = mt.Placement.from_assignment(greedy(load, home, budget), devices)
         seconds, processor = clock.read()
         for (goal, slots), problem in problems.items():
-            worth = mt.Objective(problem)
-            before = worth.value(initial)
+            before = mt.Objective(problem).value(initial)
             clock = Clock()
             result = mt.solve(
                 problem,
@@ -145,7 +144,8 @@ def main() -> None:
                 threads=1,
             )
             ours, our_processor = clock.read()
-            gain, moves = before - worth.value(plain), initial.diff(plain).experts_moved
+            gain = before - mt.Objective(problem).value(plain)
+            moves = initial.diff(plain).experts_moved
             print(f"{goal:>9} {slots * devices:5} {budget:6}   {gain:11.5f} {moves:5}", end="")
             print(f" {seconds:7.2f} {processor:6.2f}", end="")
             moves = initial.diff(result.placement).experts_moved

@@ -87,7 +87,7 @@ def both_stages(seeds: int) -> None:
         placed = place_clusters(traffic, topology.cost)
         end = time.perf_counter()
         problem = mt.Problem(counts, topology, regime="follow")
-        result = mt.solve(problem, "moetuner")
+        result = mt.solve(problem, "paper")
         contiguous = mt.solve(problem, "contiguous")
         print(
             f"{seed:4} {(middle - begin) * 1e3:7.1f}ms {clusters.gap.max():7.4f} "

@@ -732,3 +732,14 @@ def test_progress_goes_to_standard_error(large, tmp_path):
     out, err = done.communicate(timeout=60)
     assert json.loads(out)["settings"]["time_limit"] == 1.5
     assert err == "moetuner: solving, heuristic ...\n"
+
+
+def test_the_papers_method_has_two_names(ok, trace, tmp_path):
+    """``moetuner`` is accepted everywhere, and the row says ``paper``."""
+    asked = ("--devices", 4, "--json", "-")
+    found = json.loads(ok("compare", trace, *asked, *ONCE, "--methods", "moetuner,paper,lpt"))
+    assert list(found["methods"]) == ["paper", "lpt"]
+    over = ("--methods", "moetuner,lpt", "--baseline", "moetuner")
+    assert json.loads(ok("compare", trace, *asked, *ONCE, *over))["settings"]["baseline"] == "paper"
+    out = ok("solve", trace, *asked, "--method", "moetuner", "--out", tmp_path / "p.json")
+    assert json.loads(out)["method"] == "paper"

@@ -12,7 +12,14 @@ from moetuner.cost import busiest_ports
 from moetuner.presets import GPUS
 
 MODEL = mt.CostModel(20, 3, 12, 0.05, token_bytes=1000, combine_bytes=3000)
-NODES = mt.Topology(4, 2, 100e9, 10e9, intra_node_latency=1e-6, inter_node_latency=5e-6)
+NODES = mt.Topology(
+    4,
+    2,
+    intra_node_bandwidth=100e9,
+    inter_node_bandwidth=10e9,
+    intra_node_latency=1e-6,
+    inter_node_latency=5e-6,
+)
 
 
 def measured(tokens, experts, seed=0, noise=0.03, outliers=0.0):
@@ -187,7 +194,7 @@ def test_layer_is_the_sum_less_the_overlap():
 
 def test_a_faster_device_or_link_never_takes_longer():
     """More speed and more bandwidth are never worse."""
-    fast = mt.Topology(4, 2, 200e9, 20e9)
+    fast = mt.Topology(4, 2, intra_node_bandwidth=200e9, inter_node_bandwidth=20e9)
     sent = np.arange(16).reshape(4, 4)
     assert MODEL.exchange_us(sent, fast) < MODEL.exchange_us(sent, NODES)
     assert (MODEL.compute_us([5, 900], [3, 3], [2, 2]) < MODEL.compute_us([5, 900], [3, 3])).all()
@@ -195,7 +202,9 @@ def test_a_faster_device_or_link_never_takes_longer():
 
 def test_weights_are_slopes():
     """One token more costs its slope on a device, and a D-th of its bytes on the busiest port."""
-    topology = mt.Topology(4, 2, 100e9, 10e9, speed=[1, 1, 2, 2])
+    topology = mt.Topology(
+        4, 2, intra_node_bandwidth=100e9, inter_node_bandwidth=10e9, speed=[1, 1, 2, 2]
+    )
     found = MODEL.weights(topology)
     assert found.token_us.tolist() == [0.05, 0.05, 0.025, 0.025]
     assert found.crossing_us == pytest.approx([0, 4000 / 100e9 * 1e6 / 4, 4000 / 10e9 * 1e6 / 4])

@@ -295,7 +295,14 @@ MODEL = mt.CostModel(5, 2, 3, 0.25, token_bytes=1000, combine_bytes=2000, overla
 def test_times_are_the_cost_models(make_trace):
     """Every window and layer takes what its loads, active experts and rows cost."""
     trace, window = make_trace(200, top_k=2), 50
-    topology = mt.Topology(4, 2, 1e9, 1e8, inter_node_latency=1e-5, speed=[1, 1, 2, 2])
+    topology = mt.Topology(
+        4,
+        2,
+        intra_node_bandwidth=1e9,
+        inter_node_bandwidth=1e8,
+        inter_node_latency=1e-5,
+        speed=[1, 1, 2, 2],
+    )
     placement = contiguous(trace)
     load, _, visits, _ = oracle(placement.slots, trace.expert_ids, [0, 0, 1, 1], window)
     times = []
@@ -317,7 +324,10 @@ def test_times_are_the_cost_models(make_trace):
 
 def test_a_node_is_sent_to_once(make_trace):
     """Rows from every home are counted one by one: across once per node, then on to each device."""
-    trace, topology = make_trace(240, top_k=3), mt.Topology(4, 2, 1e9, 1e8)
+    trace, topology = (
+        make_trace(240, top_k=3),
+        mt.Topology(4, 2, intra_node_bandwidth=1e9, inter_node_bandwidth=1e8),
+    )
     placement = contiguous(trace)
     model = mt.CostModel(0, 0, 0, 0, token_bytes=1000, combine_bytes=0, once_per="node")
     times = []

@@ -53,7 +53,7 @@ def test_solve_fills_every_slot_when_told(method, objective):
     result = mt.solve(problem, method, iterations=500)
     assert ((result.placement.slots >= 0).sum(axis=2) == (4, 5)).all()
     assert result.bound is None or result.bound <= result.objective * (1 + 1e-9)
-    assert result.violations == () or method == "moetuner"
+    assert result.violations == () or method == "paper"
 
 
 def test_full_optimum_of_small_problems():

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 import moetuner as mt
 from moetuner.files import jsonl
-from moetuner.formats import read_input
+from moetuner.formats import open_input
 
 # Many more examples than elsewhere: each takes about a millisecond.
 MORE = 20
@@ -23,7 +23,7 @@ def check(path, content, **arguments):
     """Read a file and everything in it; either all of it is valid or one line says what is not."""
     path.write_bytes(content)
     try:
-        found = read_input(path, **arguments)
+        found = open_input(path, **arguments)
         if isinstance(found, mt.RoutingTrace):
             shards = list(found.shards(64))
             tokens = sum(len(shard) for shard in shards)

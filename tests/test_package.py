@@ -1,9 +1,16 @@
 """What importing the package does to the process that imports it: nothing."""
 
+import doctest
 import importlib.metadata
+import inspect
 import json
+import pkgutil
 import subprocess
 import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
 
 import moetuner as mt
 
@@ -52,6 +59,117 @@ def test_version_is_the_crates():
 
 
 def test_public_names_exist():
-    """Everything in __all__ is there and documented."""
+    """Everything in __all__ is there, and documented; nothing else but modules is public."""
     for name in mt.__all__:
-        assert name == "__version__" or getattr(mt, name).__doc__
+        assert name == "__version__" or inspect.getdoc(getattr(mt, name))
+    others = {name for name in vars(mt) if not name.startswith("_")} - set(mt.__all__)
+    assert all(inspect.ismodule(getattr(mt, name)) for name in others)
+
+
+def test_no_module_is_shadowed_by_a_function():
+    """``import moetuner.audit as a`` gives a module or fails; it never gives a function."""
+    modules = {module.name for module in pkgutil.iter_modules(mt.__path__)}
+    assert not modules & set(mt.__all__)
+
+
+@pytest.fixture(scope="module")
+def values():
+    """One of everything that is public and a value, twice, made alike."""
+
+    def make():
+        random = np.random.default_rng(0)
+        ids = np.argsort(random.random((600, 3, 8)), axis=2)[:, :, :2]
+        group = np.repeat([0, 1], 300)
+        trace = mt.RoutingTrace.from_arrays(
+            ids, num_experts=8, sequence=np.arange(600) // 20, group=group, group_names=("a", "b")
+        )
+        statistics = mt.RoutingStatistics.from_trace(trace, window=50, sets=True, by_group=True)
+        topology = mt.Topology(
+            4, 2, speed=[1, 1, 2, 2], link_cost=1.0 - np.eye(4), slots_per_device=[2, 2, 3, 3]
+        )
+        problem = mt.Problem(statistics, topology, groups={"a": 2.0}, pinned=[[0, 1, 2]])
+        plain = mt.Problem(
+            mt.RoutingStatistics.from_trace(trace), mt.Topology(4), regime="follow", max_imbalance=2
+        )
+        result = mt.solve(plain, iterations=100)
+        assert result.certificate is not None
+        placement = mt.solve(problem, "lpt").placement
+        evaluation = mt.evaluate(
+            placement, trace, topology, window=50, cost_model=problem.cost_model
+        )
+        return [
+            statistics,
+            statistics.sets[0],
+            topology,
+            mt.Tier(2, 1e9),
+            problem.cost_model,
+            problem,
+            replace(result, seconds=0.0),
+            result.certificate,
+            placement,
+            placement.diff(result.placement, topology=topology, expert_bytes=2),
+            evaluation,
+            mt.audit(placement, trace, topology, window=50),
+            mt.verdict(evaluation, evaluation),
+            mt.pareto(problem, placement, iterations=10)[-1],
+            mt.structure(trace),
+            mt.Progress(1.0, "search"),
+            trace,
+        ]
+
+    return make(), make()
+
+
+def test_values_are_equal_by_content_and_have_a_hash(values):
+    """Arrays and dictionaries in fields do not raise; a trace, which may be a file, is itself."""
+    for one, two in zip(*values, strict=True):
+        assert one == one
+        assert (one == two) != isinstance(one, mt.RoutingTrace), one
+        assert isinstance(one, mt.RoutingTrace) or hash(one) == hash(two)
+        assert len({one, two, one}) == 1 + isinstance(one, mt.RoutingTrace)
+
+
+def test_values_differ_where_a_number_does(values):
+    """One count more makes other statistics, another topology another problem."""
+    statistics, _, topology, _, _, problem, *_ = values[0]
+    more = statistics.window_load.copy()
+    more[-1, -1, -1] += 1
+    assert replace(statistics, window_load=more, sets=None) != replace(statistics, sets=None)
+    assert replace(problem, topology=replace(topology, link_cost=None)) != problem
+
+
+def test_values_are_shown_in_a_few_lines(values):
+    """Of arrays and long lists there is the size; notebooks get a table."""
+    for value in values[0]:
+        lines = repr(value).split("\n")
+        assert lines[0].startswith(f"{type(value).__name__}(")
+        assert len(lines) <= 12
+        assert max(map(len, lines)) <= 160, lines
+    with_table = [value for value in values[0] if hasattr(value, "_repr_html_")]
+    assert {type(value) for value in with_table} == {mt.Result, mt.Evaluation, mt.Audit}
+    for value in with_table:
+        found = value._repr_html_()
+        rows = [row.count("</t") for row in found.split("\n")[1:-1]]
+        assert len(rows) >= 2
+        assert len(set(rows)) == 1
+
+
+def test_experts_have_the_name_of_their_argument(values):
+    """``num_experts`` everywhere, ``experts`` beside it."""
+    statistics, problem = values[0][0], values[0][5]
+    assert statistics.num_experts == statistics.experts == problem.num_experts == problem.experts
+
+
+PUBLIC = [name for name in mt.__all__ if name != "__version__"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_examples_run(name, tmp_path, monkeypatch):
+    """Every public class and function has an example, which prints what it says."""
+    monkeypatch.chdir(tmp_path)
+    found = getattr(mt, name)
+    assert "\nExamples\n--------\n" in inspect.getdoc(found)
+    example = doctest.DocTestParser().get_doctest(found.__doc__, {}, name, None, None)
+    assert example.examples
+    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example)
+    assert result.failed == 0

@@ -77,7 +77,7 @@ def test_diff_counts_experts_that_arrive(a, b):
     moves = 0
     for layer, device in np.ndindex(a.layers, a.devices):
         moves += len(set(b.slots[layer, device]) - set(a.slots[layer, device]) - {-1})
-    found = a.diff(b, bytes_per_expert=10)
+    found = a.diff(b, expert_bytes=10)
     assert (found.experts_moved, found.bytes_moved) == (moves, 10 * moves)
     assert found.experts_moved_per_layer.sum() == moves
 

@@ -28,7 +28,7 @@ def work(threads=None, iterations=300):
     problem = mt.Problem(statistics, mt.Topology(4), regime="follow", max_imbalance=1.05)
     found = [
         mt.solve(problem, method, threads=threads, iterations=iterations).placement
-        for method in ("heuristic", "moetuner")
+        for method in ("heuristic", "paper")
     ]
     return [mt.evaluate(each, trace, window=512, threads=threads).crossing for each in found]
 

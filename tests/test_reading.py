@@ -7,7 +7,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.files import jsonl
-from moetuner.formats import read_input, read_statistics
+from moetuner.formats import open_input
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.npz", "a.npy", "a.jsonl"])
@@ -25,12 +25,9 @@ def test_traces(make_trace, tmp_path, name, renamed):
         trace.save(path)
     if renamed:
         path = path.rename(tmp_path / "trace")
-    found = read_input(path, num_experts=8, window=10)
+    found = open_input(path, num_experts=8, window=10)
     assert isinstance(found, mt.RoutingTrace)
     assert np.array_equal(found.expert_ids, trace.expert_ids)
-    counted = read_statistics(path, num_experts=8, window=10)
-    expected = mt.RoutingStatistics.from_trace(trace, window=10)
-    assert counted.fingerprint == expected.fingerprint
 
 
 def test_statistics(make_trace, tmp_path):
@@ -40,17 +37,16 @@ def test_statistics(make_trace, tmp_path):
     with (tmp_path / "table").open("wb") as file:
         np.savez(file, load=counted.window_load)
     for name in ("s", "table"):
-        for read in (read_input, read_statistics):
-            found = read(tmp_path / name, num_experts=8)
-            assert isinstance(found, mt.RoutingStatistics)
-            assert np.array_equal(found.window_load, counted.window_load)
-    assert read_input(tmp_path / "s", window=20).window == 20
-    assert read_input(tmp_path / "table").transitions is None
+        found = open_input(tmp_path / name, num_experts=8)
+        assert isinstance(found, mt.RoutingStatistics)
+        assert np.array_equal(found.window_load, counted.window_load)
+    assert open_input(tmp_path / "s", window=20).window == 20
+    assert open_input(tmp_path / "table").transitions is None
 
 
 def refused(path, text, **arguments):
     with pytest.raises(ValueError, match=re.escape(text)) as caught:
-        read_input(path, **arguments)
+        open_input(path, **arguments)
     assert str(caught.value).startswith(f"{path}: ")
 
 
@@ -74,11 +70,11 @@ def test_other_files(make_trace, tmp_path):
     path.write_bytes(b"PK\x03\x04 and no more")
     refused(path, "damaged .npz: ")
     with pytest.raises(FileNotFoundError):
-        read_input(tmp_path / "absent")
+        open_input(tmp_path / "absent")
 
 
 def test_real_files(data):
     """The recorded files, each as what it is."""
-    kinds = {path.stem: type(read_input(path)) for path in data.glob("*.npz")}
+    kinds = {path.stem: type(open_input(path)) for path in data.glob("*.npz")}
     assert kinds["gpt-oss-20b-mini"] is mt.RoutingTrace
     assert kinds["mixtral-8x7b-mmlu"] is mt.RoutingStatistics

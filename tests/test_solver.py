@@ -307,3 +307,10 @@ def test_wrong_arguments_are_named(problem, arguments, words):
     """A message names the argument, the rule and the value."""
     with pytest.raises(ValueError, match=words):
         mt.solve(problem, **arguments)
+
+
+def test_the_papers_method_has_two_names(problem):
+    """``moetuner`` means ``paper``, and the result says so."""
+    results = [mt.solve(problem, method) for method in ("paper", "moetuner")]
+    assert [result.method for result in results] == ["paper", "paper"]
+    assert results[0].placement == results[1].placement

@@ -122,7 +122,9 @@ def test_tiers_nest():
 
 def test_nodes_are_two_tiers():
     """The shorthand and the tiers it stands for are one machine."""
-    short = mt.Topology(4, 2, 9e9, 1e9, inter_node_latency=1e-6)
+    short = mt.Topology(
+        4, 2, intra_node_bandwidth=9e9, inter_node_bandwidth=1e9, inter_node_latency=1e-6
+    )
     long = mt.Topology(4, tiers=short.levels)
     assert long.levels == short.levels == (mt.Tier(2, 9e9), mt.Tier(4, 1e9, 1e-6))
     assert (long.devices_per_node, long.inter_node_bandwidth) == (2, 1e9)

@@ -15,8 +15,7 @@ from moe_models import (
 )
 
 import moetuner as mt
-from moetuner.torch import apply_placement, moe_layers
-from moetuner.torch.record import capture
+from moetuner.torch import apply_placement, capture, moe_layers
 
 GROUPED = {"deepseek_v2_groups": 4, "deepseek_v3_groups": 4}
 

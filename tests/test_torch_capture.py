@@ -8,8 +8,7 @@ import pytest
 from moe_models import ARCHITECTURES, build, prompts, torch, transformers
 
 import moetuner as mt
-from moetuner.torch import RoutingCounters, apply_placement, moe_layers
-from moetuner.torch.record import capture
+from moetuner.torch import RoutingCounters, apply_placement, capture, moe_layers
 from moetuner.torch.record.spool import Parts
 
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from moe_models import build, prompts, torch
 
 import moetuner as mt
-from moetuner.torch import RoutingCounters, moe_layers
-from moetuner.torch.record import capture
+from moetuner.torch import RoutingCounters, capture, moe_layers
 from moetuner.torch.record import counters as counters_
 
 

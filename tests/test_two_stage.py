@@ -332,5 +332,5 @@ def test_totals_are_equal_where_devices_do_not_divide_experts(experts, devices, 
     load = random.integers(100, 500, (1, layers, experts))
     table = random.integers(0, 60, (layers - 1, experts, experts))
     problem = mt.Problem(mt.RoutingStatistics(load, table), mt.Topology(devices))
-    held = (mt.solve(problem, "moetuner").placement.slots >= 0).sum(axis=(0, 2))
+    held = (mt.solve(problem, "paper").placement.slots >= 0).sum(axis=(0, 2))
     assert held.min() == held.max()

@@ -5,44 +5,56 @@ Data flows one way: a recorded ``RoutingTrace`` is counted into ``RoutingStatist
 ``evaluate`` replays the placement on a trace it has not seen.
 """
 
-from moetuner import _interrupts as _interrupts
+from moetuner import _interrupts as _interrupts  # isort: skip - before what takes long to import
 from moetuner._core import __version__
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.auditing import Audit, audit
+from moetuner.evaluation.rows import dispatch_rows
 from moetuner.evaluation.verdicts import Verdict, verdict
+from moetuner.formats import open_input
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.report.structure import structure
 from moetuner.solver import solve
 from moetuner.solver.balancing import balance
+from moetuner.solver.bounds.certificate import Certificate
+from moetuner.solver.bounds.pairs import verify
 from moetuner.solver.pareto import Trade, pareto
 from moetuner.solver.result import Progress, Result
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import ExpertSets, RoutingStatistics
 from moetuner.topology import Tier, Topology
 from moetuner.trace import RoutingTrace
 
-__all__ = [
-    "Audit",
+# In the order of the flow.
+__all__ = [  # noqa: RUF022
+    "RoutingTrace",
+    "RoutingStatistics",
+    "ExpertSets",
+    "open_input",
+    "structure",
+    "Topology",
+    "Tier",
     "CostModel",
-    "Evaluation",
-    "Objective",
     "Placement",
     "PlacementDiff",
-    "Problem",
-    "Progress",
-    "Result",
-    "RoutingStatistics",
-    "RoutingTrace",
-    "Tier",
-    "Topology",
-    "Trade",
-    "Verdict",
-    "__version__",
-    "audit",
-    "balance",
+    "Evaluation",
     "evaluate",
-    "pareto",
-    "solve",
+    "dispatch_rows",
+    "Audit",
+    "audit",
+    "Verdict",
     "verdict",
+    "Problem",
+    "Objective",
+    "solve",
+    "Result",
+    "Progress",
+    "Certificate",
+    "verify",
+    "pareto",
+    "Trade",
+    "balance",
+    "__version__",
 ]

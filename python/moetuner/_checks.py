@@ -505,7 +505,7 @@ def joined_groups(
 
 
 def frozen(array: NDArray[Scalar]) -> NDArray[Scalar]:
-    """Give a read-only view; the owner of the memory keeps its own rights."""
+    """Return a read-only view; the owner of the memory keeps its own rights."""
     view = array.view()
     view.flags.writeable = False
     return view

@@ -279,7 +279,7 @@ def replicate_experts(
     forbidden: NDArray[np.bool_] | None = ...,
     pinned: NDArray[np.bool_] | None = ...,
 ) -> NDArray[np.int32]:
-    """Give the heaviest experts copies, and the heaviest copies first to the device done first.
+    """Copy the heaviest experts, and place the heaviest copies first on the device done first.
 
     Takes load [L,E], the slots of every device [L,D] and its time per token as a share of the
     slowest one's [D]. ``trials`` pairs of devices are then looked at for exchanges and other copies

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -23,6 +23,7 @@ from moetuner._checks import (
     text_or_none,
 )
 from moetuner.files import naming, read_whole, replacing
+from moetuner.frozen import Frozen
 from moetuner.presets import GPUS
 from moetuner.topology import Topology
 
@@ -56,8 +57,8 @@ class Weights(NamedTuple):
     crossing_us: Floats
 
 
-@dataclass(frozen=True)
-class CostModel:
+@dataclass(frozen=True, eq=False, repr=False)
+class CostModel(Frozen):
     """Time of a layer: the slowest device, and the busiest port of every tier.
 
     A device computes for ``max(base_us + expert_us * active experts, start_us + token_us * tokens)
@@ -97,6 +98,13 @@ class CostModel:
     ------
     ValueError
         If a number is negative or not finite.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> model = mt.CostModel.preset("h100", hidden=4096, intermediate=1024)
+    >>> model.token_bytes
+    4096
     """
 
     base_us: float
@@ -104,6 +112,7 @@ class CostModel:
     start_us: float
     token_us: float
     token_bytes: float
+    _: KW_ONLY
     combine_bytes: float | None = None
     overlap: float = 0.0
     once_per: Literal["device", "node"] = "device"

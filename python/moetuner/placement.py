@@ -25,11 +25,12 @@ from moetuner._checks import (
     whole_number,
 )
 from moetuner.files import naming, read_whole, replacing
+from moetuner.frozen import Frozen
 from moetuner.topology import Topology
 
 
-@dataclass(frozen=True)
-class PlacementDiff:
+@dataclass(frozen=True, eq=False, repr=False)
+class PlacementDiff(Frozen):
     """Copies of experts that arrive on a device which did not hold them.
 
     Parameters
@@ -44,11 +45,21 @@ class PlacementDiff:
         Layer, expert, device from and device to of each [M,4], in this order.
     pairs
         How many go from a device to a device [D,D].
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> before, after = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
+    >>> diff = before.diff(after, expert_bytes=1000)
+    >>> diff.experts_moved, diff.bytes_moved
+    (2, 2000)
+    >>> diff.moves.tolist()  # layer, expert, from, to
+    [[0, 1, 0, 1], [0, 2, 1, 0]]
     """
 
     experts_moved: int
     experts_moved_per_layer: NDArray[np.int64]
-    bytes_moved: int | None
+    bytes_moved: float | None
     moves: NDArray[np.int64]
     pairs: NDArray[np.int64]
 
@@ -67,7 +78,7 @@ def difference(
     before: NDArray[np.bool_],
     after: NDArray[np.bool_],
     topology: Topology | None,
-    bytes_per_expert: int | None,
+    expert_bytes: float | None,
 ) -> PlacementDiff:
     """List the moves from one set of holders [L,D,E] to another.
 
@@ -86,7 +97,7 @@ def difference(
     return PlacementDiff(
         experts_moved=len(layer),
         experts_moved_per_layer=np.bincount(layer, minlength=len(before)),
-        bytes_moved=None if bytes_per_expert is None else len(layer) * bytes_per_expert,
+        bytes_moved=None if expert_bytes is None else len(layer) * expert_bytes,
         moves=np.stack([layer, expert, source, target], axis=1),
         pairs=pairs.reshape(devices, devices),
     )
@@ -129,8 +140,8 @@ EMPTY = -1
 NAMES = {"model", "topology", "fingerprint", "objective", "bound", "bound_scope"}
 
 
-@dataclass(frozen=True, eq=False)
-class Placement:
+@dataclass(frozen=True, eq=False, repr=False)
+class Placement(Frozen):
     """Expert ids by layer, device and slot.
 
     Parameters
@@ -153,6 +164,13 @@ class Placement:
     ------
     ValueError
         If ``slots`` breaks a rule; the message names layer, device and expert.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> placement = mt.Placement([[[0, 1], [2, 3]]])  # one layer, two devices, two slots
+    >>> placement.device_of.tolist()
+    [[0, 0, 1, 1]]
     """
 
     slots: NDArray[np.int32]
@@ -387,10 +405,10 @@ class Placement:
         self,
         other: Placement,
         *,
-        bytes_per_expert: int | None = None,
+        expert_bytes: float | None = None,
         topology: Topology | None = None,
     ) -> PlacementDiff:
-        """Say what has to move to get from this placement to ``other``.
+        """Return what has to move to get from this placement to ``other``.
 
         A copy moves when a device needs an expert of a layer that it does not hold yet; another
         slot of the same device costs nothing. It comes from the nearest device of the topology (by
@@ -398,8 +416,8 @@ class Placement:
         ones from the one with the lowest number.
         """
         instance("other", other, Placement)
-        if bytes_per_expert is not None:
-            not_negative("bytes_per_expert", bytes_per_expert, "number of bytes")
+        if expert_bytes is not None:
+            not_negative("expert_bytes", expert_bytes, "number of bytes")
         if topology is not None:
             instance("topology", topology, Topology)
         shape, wanted = (self.layers, self.devices, self.num_experts), other
@@ -413,7 +431,7 @@ class Placement:
                 f"topology must have {self.devices} devices like the placements, "
                 f"got {topology.devices}"
             )
-        return difference(self.held, other.held, topology, bytes_per_expert)
+        return difference(self.held, other.held, topology, expert_bytes)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ from moetuner._checks import (
 )
 from moetuner.files import contents, naming
 from moetuner.files.contents import SET_TABLES
+from moetuner.frozen import Frozen
 from moetuner.trace import RoutingTrace
 
 
-@dataclass(frozen=True, eq=False)
-class ExpertSets:
+@dataclass(frozen=True, eq=False, repr=False)
+class ExpertSets(Frozen):
     """Distinct expert sets of one layer, with the tokens that chose each.
 
     How many devices a token visits depends on its whole set, not on pairs. However it was made, it
@@ -47,6 +48,14 @@ class ExpertSets:
         Expert ids [N,K]; those of a set differ.
     counts
         Tokens of every set [N]. Counts of equal sets are added.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> sets = mt.ExpertSets(np.array([[2, 3], [1, 0], [0, 1]]), np.array([5, 1, 1]))
+    >>> sets.ids.tolist(), sets.counts.tolist()
+    ([[0, 1], [2, 3]], [2, 5])
     """
 
     ids: NDArray[np.uint16]
@@ -113,7 +122,7 @@ def _kind(array: NDArray[Any]) -> str:
 
 
 def to_tables(sets: tuple[ExpertSets, ...] | None) -> dict[str, NDArray[Any] | None]:
-    """Give the tables, each None without sets."""
+    """Return the tables, each None without sets."""
     if sets is None:
         return dict.fromkeys(SET_TABLES)
     tables = (
@@ -125,7 +134,7 @@ def to_tables(sets: tuple[ExpertSets, ...] | None) -> dict[str, NDArray[Any] | N
 
 
 def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | None:
-    """Give the sets of every layer, None where the tables are missing.
+    """Return the sets of every layer, None where the tables are missing.
 
     Raises
     ------
@@ -156,7 +165,7 @@ SHARD_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RoutingStatistics:
+class RoutingStatistics(Frozen):
     """What a placement needs to know of a trace.
 
     Parameters
@@ -178,11 +187,22 @@ class RoutingStatistics:
         Group of every window [W], an index into ``group_names``; None without groups.
     expert_size
         Hidden and intermediate size of an expert, for predicted times; None if not known.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> trace = mt.RoutingTrace.from_arrays([[[0, 1]], [[2, 3]]], num_experts=4)
+    >>> statistics = mt.RoutingStatistics.from_trace(trace, window=1)
+    >>> statistics.window_load.tolist()
+    [[[1, 1, 0, 0]], [[0, 0, 1, 1]]]
+    >>> statistics.total_load.tolist()
+    [[1, 1, 1, 1]]
     """
 
     window_load: NDArray[np.uint64]
     transitions: NDArray[np.uint64] | None = None
     coactivation: NDArray[np.uint64] | None = None
+    _: KW_ONLY
     window: int | None = None
     group: NDArray[np.int64] | None = None
     group_names: tuple[str, ...] = ()
@@ -323,6 +343,11 @@ class RoutingStatistics:
     def experts(self) -> int:
         """Experts per layer, E."""
         return int(self.window_load.shape[2])
+
+    @property
+    def num_experts(self) -> int:
+        """Experts per layer, E, by the name that it has as an argument."""
+        return self.experts
 
     @cached_property
     def total_load(self) -> NDArray[np.uint64]:

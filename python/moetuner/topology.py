@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +28,7 @@ from moetuner._checks import (
     whole_number,
 )
 from moetuner.files import naming, read_whole
+from moetuner.frozen import Frozen
 from moetuner.presets import MACHINES
 
 # Bytes per second and direction between two H100: NVLink 4 (900 GB/s both ways) inside a node, one
@@ -38,8 +39,8 @@ INTER_NODE_BANDWIDTH = 50e9
 BYTES_PER_SECOND, SECONDS = "number of bytes per second", "number of seconds"
 
 
-@dataclass(frozen=True)
-class Tier:
+@dataclass(frozen=True, eq=False, repr=False)
+class Tier(Frozen):
     """Groups of devices that share a link.
 
     Parameters
@@ -51,6 +52,13 @@ class Tier:
         smaller group.
     latency
         Seconds until the first byte arrives.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> topology = mt.Topology(16, tiers=(mt.Tier(8, 450e9), mt.Tier(16, 50e9)))
+    >>> topology.nodes
+    2
     """
 
     devices: int
@@ -63,8 +71,8 @@ class Tier:
         not_negative("latency", self.latency, SECONDS)
 
 
-@dataclass(frozen=True)
-class Topology:
+@dataclass(frozen=True, eq=False, repr=False)
+class Topology(Frozen):
     """Devices in nodes of equal size, and links of two tiers or more.
 
     Parameters
@@ -94,10 +102,19 @@ class Topology:
     ------
     ValueError
         If a number is out of range, or nodes and tiers do not divide each other.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> mt.Topology(16, devices_per_node=8).nodes
+    2
+    >>> mt.Topology.preset("h100-nvl8-ib400", nodes=2).devices
+    16
     """
 
     devices: int
     devices_per_node: int | None = None
+    _: KW_ONLY
     intra_node_bandwidth: float = INTRA_NODE_BANDWIDTH
     inter_node_bandwidth: float = INTER_NODE_BANDWIDTH
     name: str | None = None
@@ -373,7 +390,7 @@ else:
 
 
 def parse(content: bytes) -> dict[str, Any]:
-    """Tell JSON and TOML apart by the first character: no TOML file begins with a brace."""
+    """Read JSON or TOML, told apart by the first character: no TOML file begins with a brace."""
     try:
         text = content.decode()
         found = json.loads(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)

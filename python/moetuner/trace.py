@@ -61,6 +61,14 @@ class RoutingTrace:
         Name of the model, for people.
     expert_size
         Hidden and intermediate size of an expert, for predicted times; None if not known.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> ids = np.array([[[0, 1]], [[2, 3]], [[0, 2]]])  # three tokens, one layer, top-2
+    >>> mt.RoutingTrace.from_arrays(ids, num_experts=4)
+    RoutingTrace(tokens=3, layers=1, top_k=2, num_experts=4)
     """
 
     ids: Ids
@@ -231,7 +239,7 @@ class RoutingTrace:
     def shards(
         self, max_bytes: int = SHARD_BYTES, *, threads: int | None = None
     ) -> Iterator[IdArray]:
-        """Give valid runs of tokens [t,L,K] in order, C-contiguous uint8 or uint16, none empty.
+        """Yield valid runs of tokens [t,L,K] in order, C-contiguous uint8 or uint16, none empty.
 
         Parameters
         ----------

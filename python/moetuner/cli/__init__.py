@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import click
 
-from moetuner import __version__, _interrupts
+from moetuner import _interrupts
+from moetuner._core import __version__
 from moetuner.cli import (
     audit,
     collect,

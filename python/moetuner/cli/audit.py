@@ -13,17 +13,18 @@ from moetuner.cli.options.machine import (
     Machine,
     cost_model_for,
     node_options,
-    say_times,
     time_options,
 )
 from moetuner.cli.options.traffic import Source, traffic_options
-from moetuner.cli.output import Output, number, working
+from moetuner.cli.output import Output, working
 from moetuner.cost import CostModel
 from moetuner.evaluation.auditing import Audit, Finding, audit
 from moetuner.evaluation.intervals import FEWEST, RESAMPLES, Interval
 from moetuner.files import text
 from moetuner.placement import Placement
 from moetuner.report import gains
+from moetuner.report.cells import number, signed
+from moetuner.report.outcome import whose_times
 
 # Exit status where a group got worse by more than was allowed.
 WORSE = 3
@@ -90,7 +91,7 @@ def command(
     seed: int,
     json_file: Path | None,
 ) -> int:
-    """Say which groups of INPUT a placement serves worse than a baseline, and by how much.
+    """Show which groups of INPUT a placement serves worse than a baseline, and by how much.
 
     Lower is better for every measure. Intervals are of each change by itself: 95 %, over whole
     sequences (of a load table: over windows). Beyond chance is what remains of all groups and
@@ -142,7 +143,7 @@ def command(
         output.table(head, [_row(name, changes[measure]) for name, changes in rows])
     output.say()
     if model is not None:
-        output.say(say_times(model))
+        output.say(whose_times(model))
     output.say(_gain(found, judged[0], against))
     _summary(output, found)
     for line in _advice(found, judged, None if baseline_file is None else against):
@@ -150,7 +151,7 @@ def command(
     if failures:
         worst = failures[0]
         output.say(
-            f"failed: {text.name(worst.group)} got worse by {_percent(worst.change.value)} in "
+            f"failed: {text.name(worst.group)} got worse by {signed(worst.change.value)} in "
             f"{NAMES[worst.measure]}, more than {fail_if_worse:g} %"
         )
     output.finish(
@@ -180,18 +181,18 @@ def _row(name: str, of: Any) -> tuple[str, ...]:
     change: Interval | None = of.change
     span = "-"
     if change is not None and change.low is not None and change.high is not None:
-        span = f"{_percent(change.low).removesuffix(' %')} to {_percent(change.high)}"
+        span = f"{signed(change.low).removesuffix(' %')} to {signed(change.high)}"
     return (
         name,
         number(of.baseline.value, 4),
         number(of.value.value, 4),
-        "-" if change is None else _percent(change.value),
+        "-" if change is None else signed(change.value),
         span,
     )
 
 
 def _gain(found: Audit, measure: str, against: str) -> str:
-    """Say in one sentence what the placement brings to all traffic, and how sure that is."""
+    """Write in one sentence what the placement brings to all traffic, and how sure that is."""
     change = found.whole[measure].change
     kind, units = found.units
     if change is None:
@@ -203,7 +204,7 @@ def _gain(found: Audit, measure: str, against: str) -> str:
     if units < FEWEST or change.low is None or change.high is None:
         return f"{line}; too few {kind}s to say how sure that is ({units}, below {FEWEST})."
     sure = "" if change.low > 0 or change.high < 0 else ": that may be chance"
-    return f"{line} (95 %: {_percent(change.low)} to {_percent(change.high)}){sure}."
+    return f"{line} (95 %: {signed(change.low)} to {signed(change.high)}){sure}."
 
 
 def _summary(output: Output, found: Audit) -> None:
@@ -229,7 +230,7 @@ def _summary(output: Output, found: Audit) -> None:
 
 
 def _advice(found: Audit, judged: tuple[str, ...], against: str | None) -> list[str]:
-    """Say what to do about groups that got worse, are behind, or could not be judged."""
+    """Return what to do about groups that got worse, are behind, or could not be judged."""
     lines = []
     worse, behind = (find(measures=judged) for find in (found.worse, found.behind))
     if worse and not found.groups:
@@ -251,10 +252,5 @@ def _advice(found: Audit, judged: tuple[str, ...], against: str | None) -> list[
 
 def _listed(findings: list[Finding], measure: str) -> str:
     mine = [each for each in findings if each.measure == measure]
-    named = [f"{text.name(each.group)} {_percent(each.change.value)}" for each in mine[:NAMED]]
+    named = [f"{text.name(each.group)} {signed(each.change.value)}" for each in mine[:NAMED]]
     return ", ".join(named) + (f" and {len(mine) - NAMED} more" if len(mine) > NAMED else "")
-
-
-def _percent(share: float) -> str:
-    # Adding zero makes -0.0 a plain one.
-    return f"{round(100 * share, 1) + 0.0:+.1f} %"

@@ -8,18 +8,19 @@ from pathlib import Path
 import click
 
 from moetuner.cli import options
+from moetuner.cli.attempt import try_method
 from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.problem import Asked, problem_options, settings
 from moetuner.cli.options.traffic import Source, Traffic, traffic_options
 from moetuner.cli.output import Output
 from moetuner.problem import Problem
-from moetuner.report import gains
-from moetuner.report.outcome import Outcome, head, remarks, sentences, try_method
-from moetuner.solver import METHODS
+from moetuner.report.gains import Gain, gains
+from moetuner.report.outcome import Outcome, head, remarks, sentences
+from moetuner.solver import ALIASES, METHODS
 from moetuner.statistics import hold_out
 from moetuner.trace import RoutingTrace
 
-DEFAULT_METHODS = "contiguous,lpt,eplb,moetuner,joint"
+DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
 # Splits where nobody says how many: so many, as long as another one ends within so many seconds.
 SPLITS, SECONDS = 5, 60
 # What methods are compared with, if it is among them.
@@ -30,7 +31,8 @@ def parse_methods(
     context: click.Context, parameter: click.Parameter, value: str
 ) -> tuple[str, ...]:
     """Split a list of methods; each is tried once."""
-    names = tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+    given = (name.strip() for name in value.split(",") if name.strip())
+    names = tuple(dict.fromkeys(ALIASES.get(name, name) for name in given))
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
         raise click.BadParameter(
@@ -98,6 +100,7 @@ def command(
     The table is of the first split; gains are of all of them, on what was not seen.
     """
     over = baseline or (PEER if PEER in methods else methods[0])
+    over = ALIASES.get(over, over)
     if over not in methods:
         raise click.BadParameter(
             f"must be one of the methods {','.join(methods)}, got {over!r:.40}",
@@ -146,8 +149,8 @@ def command(
     best = min(first, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
     for line in sentences(best):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
-    found = gains.gains(all_splits, over, seed=seed) if over in all_splits[0] else []
-    gains.say(output, found, best.result.method, held_out=holdout > 0)
+    found = gains(all_splits, over, seed=seed) if over in all_splits[0] else []
+    _show_gains(output, found, best.result.method, held_out=holdout > 0)
     told = {each.method: each.to_dict() for each in found}
     output.finish(
         {
@@ -193,3 +196,20 @@ def _setting(problem: Problem, window: int | None, holdout: float, unseen: Traff
     else:
         judged = f"judged on {unseen.windows:,} unseen windows"
     return f"{machine}, {problem.regime}, {wanted}{windows}, {judged}"
+
+
+def _show_gains(output: Output, found: list[Gain], best: str, *, held_out: bool) -> None:
+    """Print the table, and the sentence of the method that is best by what it saw."""
+    if not found:
+        return
+    over, splits = found[0].over, len(found[0].splits)
+    head = f"gain over {over}"
+    ends = ("least", "most") if splits > 1 else ("from", "to")
+    output.say()
+    output.table((head, "mean" if splits > 1 else "gain", *ends), [each.row() for each in found])
+    told = {each.method: each for each in found}
+    where = "on unseen traffic" if held_out else "on the traffic that it was computed from"
+    if best in told:
+        output.say(f"Gain: {told[best].sentence(where)}")
+    else:
+        output.say(f"Gain: no method has a smaller objective than {over} on what was seen.")

@@ -10,12 +10,14 @@ from pathlib import Path
 import click
 
 from moetuner.cli import options
+from moetuner.cli.attempt import try_method
 from moetuner.cli.options.traffic import WINDOW, count, facts
-from moetuner.cli.output import Output, percent, working
+from moetuner.cli.output import Output, working
 from moetuner.files import same_file
 from moetuner.formats import eplb
 from moetuner.problem import Problem
-from moetuner.report.outcome import Outcome, head, remarks, try_method
+from moetuner.report.cells import percent
+from moetuner.report.outcome import Outcome, head, remarks
 from moetuner.report.structure import Structure, structure
 from moetuner.statistics import hold_out
 from moetuner.topology import Topology
@@ -25,7 +27,7 @@ SAMPLE = "small-moe.safetensors"
 DEVICES = 4
 MAX_IMBALANCE = 1.05
 WRITTEN = ("trace.safetensors", "placement.json", "eplb.npz")
-METHODS = ("contiguous", "lpt", "eplb", "moetuner", "joint")
+METHODS = ("contiguous", "lpt", "eplb", "paper", "joint")
 
 
 @click.command("demo")

@@ -14,16 +14,17 @@ from moetuner.cli.options.machine import (
     Machine,
     cost_model_for,
     node_options,
-    say_times,
     time_options,
 )
 from moetuner.cli.options.traffic import Source, traffic_options
-from moetuner.cli.output import Output, number, working
+from moetuner.cli.output import Output, working
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
 from moetuner.files import text
 from moetuner.placement import Placement
+from moetuner.report.cells import number
+from moetuner.report.outcome import whose_times
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -94,7 +95,7 @@ def command(
     output.say(_mixed(traffic, mixed_seed))
     output.say()
     output.table(TIMES, [_times(name, each) for name, each in rows])
-    output.say(say_times(model))
+    output.say(whose_times(model))
     output.say()
     for name, ports in found.busiest_port.items():
         output.say(_ports(name, ports))

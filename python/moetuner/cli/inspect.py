@@ -12,7 +12,8 @@ import numpy as np
 from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
 from moetuner.cli.options.traffic import Source, input_options
-from moetuner.cli.output import Output, number, percent, working
+from moetuner.cli.output import Output, working
+from moetuner.report.cells import number, percent
 from moetuner.report.structure import Structure, structure
 
 MOST_GROUPS = 12
@@ -47,7 +48,7 @@ def command(
     seed: int,
     json_file: Path | None,
 ) -> None:
-    """Say what is in a trace: sizes, skew, differences between groups, inter-layer structure."""
+    """Show what is in a trace: sizes, skew, differences between groups, inter-layer structure."""
     traffic = source.traffic
     with working("looking for structure"):
         found = structure(

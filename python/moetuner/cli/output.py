@@ -71,16 +71,6 @@ class Output:
                 temporary.write_text(text + "\n")
 
 
-def number(value: float | None, decimals: int) -> str:
-    """Write a number, or a dash for what is not known."""
-    return "-" if value is None else f"{value:.{decimals}f}"
-
-
-def percent(value: float | None) -> str:
-    """Write a share."""
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
 def _finite(value: Any) -> Any:
     """Replace what JSON cannot say, such as an infinite cap, by null."""
     if isinstance(value, dict):
@@ -99,7 +89,7 @@ INTERVAL_S = 10.0
 
 @contextmanager
 def working(label: str) -> Iterator[Callable[[Progress], None]]:
-    """Say what is being done while it takes long; gives what ``solve`` reports its progress to."""
+    """Show what is being done while it takes long; yield what ``solve`` reports progress to."""
     label = printable(label)
     console = Console(stderr=True, highlight=False, markup=False)
     if console.is_terminal:

@@ -8,18 +8,26 @@ from typing import Any
 import click
 
 from moetuner.cli import options
+from moetuner.cli.attempt import try_method
 from moetuner.cli.options import moves
 from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.moves import Moving, moving_options
 from moetuner.cli.options.problem import Asked, problem_options, settings
 from moetuner.cli.options.traffic import Source, traffic_options
-from moetuner.cli.output import Output, number
+from moetuner.cli.output import Output
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.report.outcome import head, remarks, sentences, try_method
-from moetuner.solver import METHODS
+from moetuner.report.cells import number
+from moetuner.report.outcome import head, remarks, sentences
+from moetuner.solver import ALIASES, METHODS
 from moetuner.solver.migration import check
 from moetuner.solver.result import Result
+
+
+def parse_method(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Return the method that a name, or another name of it, means."""
+    known = click.Choice(list(METHODS))
+    return str(known.convert(ALIASES.get(value, value), parameter, context))
 
 
 @click.command("solve")
@@ -30,10 +38,11 @@ from moetuner.solver.result import Result
 @options.time_limit_option
 @click.option(
     "--method",
-    type=click.Choice(list(METHODS)),
+    callback=parse_method,
+    metavar="METHOD",
     default="joint",
     show_default=True,
-    help="joint, the paper's two stages (moetuner), the search alone, or a baseline.",
+    help=f"Out of {', '.join(METHODS)}; paper is the two stages of MoETuner.",
 )
 @options.seed_option
 @click.option(

@@ -12,11 +12,12 @@ import numpy as np
 from moetuner.cli import options
 from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.traffic import Source, count, traffic_options
-from moetuner.cli.output import Output, percent
+from moetuner.cli.output import Output
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.caps import device_load
 from moetuner.problem.objective import Objective
+from moetuner.report.cells import percent
 from moetuner.solver.bounds.caps import SINGLE
 from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.bounds.pairs import verify
@@ -117,7 +118,7 @@ def _check(path: Path, placement: Placement, problem: Problem) -> None:
 
 
 def _imbalances(problem: Problem, certificate: Certificate) -> list[float]:
-    """Say caps as imbalances, load over the mean: one where it says all of them, else by layer [L].
+    """Return caps as imbalances, load over the mean: one if it says them all, else by layer [L].
 
     A cap is a whole number of tokens, so a range of imbalances says the same; of these a short one
     is told. Whatever is within it keeps the cap.
@@ -146,7 +147,7 @@ def _short(low: Fraction, high: Fraction) -> float:
 
 
 def _told(imbalances: list[float]) -> str:
-    """Say imbalances in words: one, or by layer."""
+    """Write imbalances in words: one, or by layer."""
     if len(imbalances) == 1:
         return f"{imbalances[0]:.{DECIMALS}f} of the mean"
     layers: dict[float, list[int]] = {}

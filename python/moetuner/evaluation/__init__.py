@@ -15,10 +15,24 @@ from moetuner.evaluation.copies import Split
 from moetuner.evaluation.figures import Regime
 from moetuner.evaluation.replay import Counts, Rules
 from moetuner.evaluation.rows import dispatch_rows, homes_of
+from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
+
+# Figures of a table.
+SHOWN = (
+    "tokens",
+    "imbalance",
+    "imbalance_mixed",
+    "imbalance_total",
+    "imbalance_worst",
+    "crossing",
+    "fanout",
+    "node_fanout",
+    "predicted_layer_us",
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +54,8 @@ class Replayed:
     group: str | None = None
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation(Frozen):
     """What a placement does to traffic. Fields that the input cannot tell are None.
 
     Parameters
@@ -86,6 +100,14 @@ class Evaluation:
         The same for every group of the traffic that has tokens or windows.
     replayed
         What was evaluated; not saved.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> trace = mt.RoutingTrace.from_arrays([[[0, 1]], [[2, 3]]], num_experts=4)
+    >>> found = mt.evaluate(mt.Placement([[[0, 1], [2, 3]]]), trace)
+    >>> found.imbalance_total, found.fanout
+    (1.0, 1.0)
     """
 
     tokens: int | None
@@ -109,6 +131,14 @@ class Evaluation:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the traffic behind when an evaluation is pickled or copied."""
         return {**self.__dict__, "replayed": None}
+
+    def _repr_html_(self) -> str:
+        names = [name for name in SHOWN if getattr(self, name) is not None]
+        rows = [("all", self), *self.by_group.items()]
+        return html_table(
+            ("group", *names),
+            [(of, *(getattr(each, name) for name in names)) for of, each in rows],
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values; traffic is summed over layers."""
@@ -175,6 +205,15 @@ def evaluate(
     ------
     ValueError
         If placement, traffic and topology are not of one model and machine.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> trace = mt.RoutingTrace.from_arrays([[[0, 1]], [[2, 3]]], num_experts=4)
+    >>> mt.evaluate(mt.Placement([[[0, 1], [2, 3]]]), trace).fanout
+    1.0
+    >>> mt.evaluate(mt.Placement([[[0, 2], [1, 3]]]), trace).fanout
+    2.0
     """
     topology = topology_of(placement, topology)
     check_model(placement, traffic, topology)

@@ -36,6 +36,7 @@ from moetuner.evaluation.intervals import (
     paired,
 )
 from moetuner.evaluation.replay import Rules
+from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -47,8 +48,8 @@ WINDOW = 512
 Resampled = dict[str, dict[str, Paired]]
 
 
-@dataclass(frozen=True)
-class Change:
+@dataclass(frozen=True, eq=False, repr=False)
+class Change(Frozen):
     """One measure of one group, under a placement and under the baseline.
 
     Parameters
@@ -75,8 +76,8 @@ class Change:
     behind_chance: float = 1.0
 
 
-@dataclass(frozen=True)
-class Finding:
+@dataclass(frozen=True, eq=False, repr=False)
+class Finding(Frozen):
     """A group that a placement serves worse in one measure."""
 
     group: str
@@ -85,8 +86,8 @@ class Finding:
     chance: float
 
 
-@dataclass(frozen=True)
-class Audit:
+@dataclass(frozen=True, eq=False, repr=False)
+class Audit(Frozen):
     """Outcomes of a placement beside those of a baseline.
 
     Parameters
@@ -101,6 +102,16 @@ class Audit:
     too_few
         Groups of which nothing is said, as they have fewer than five units, and how many they have;
         without groups all traffic, called ``"all"``.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
+    >>> found = mt.audit(mt.Placement([[[0, 2], [1, 3]]]), statistics)
+    >>> found.whole["imbalance"].baseline.value, found.whole["imbalance"].value.value
+    (1.5, 1.25)
+    >>> found.too_few
+    {'all': 1}
     """
 
     whole: dict[str, Change]
@@ -137,6 +148,18 @@ class Audit:
                 if change.value > than and _is_beyond_chance(change, surely):
                     found.append(Finding(group, measure, change, surely))
         return sorted(found, key=lambda each: -each.change.value)
+
+    def _repr_html_(self) -> str:
+        head = ("measure", "group", "baseline", "placement", "change", "from", "to")
+        rows = [
+            (measure, group, of.baseline.value, of.value.value, *(of.change or "---"))
+            for measure in self.whole
+            for group, of in [
+                ("all", self.whole[measure]),
+                *((group, changes[measure]) for group, changes in self.groups.items()),
+            ]
+        ]
+        return html_table(head, rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values; intervals are value, low and high."""
@@ -201,6 +224,17 @@ def audit(
     ------
     ValueError
         If placements, traffic and topology are not of one model and machine.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> load = np.tile([[8, 4, 2, 2]], (10, 1, 1))  # ten windows of one layer
+    >>> found = mt.audit(mt.Placement([[[0, 2], [1, 3]]]), mt.RoutingStatistics.from_load(load))
+    >>> found.worse()
+    []
+    >>> round(found.whole["imbalance"].change.value, 3)
+    -0.167
     """
     topology = topology_of(placement, topology)
     if baseline is None:

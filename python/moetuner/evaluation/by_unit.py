@@ -40,7 +40,7 @@ def of_traffic(
     *,
     only_whole: bool = False,
 ) -> dict[str | None, dict[str, Sums]]:
-    """Give figures of all traffic (None: a group may have any name) and of every group.
+    """Return figures of all traffic (None: a group may have any name) and of every group.
 
     Their units are whole sequences where sequences are known, else windows. A window that several
     sequences share is shared out in first order: each sequence gets what one more like it would
@@ -239,7 +239,7 @@ def _add(table: Floats, row: Whole, place: Whole, *, distinct: bool) -> None:
 def of_windows(
     counts: Counts, topology: Topology, model: CostModel | None, regime: Regime
 ) -> Measures:
-    """Give what waits for the slowest; it counts every window alike, as ``evaluate`` does."""
+    """Return what waits for the slowest; it counts every window alike, as ``evaluate`` does."""
     ones = np.ones(len(counts.load))
     ratios = figures.ratios(counts.load, topology.speed_of_device)
     found = {"imbalance": (ratios.mean(axis=1), ones)}
@@ -250,7 +250,7 @@ def of_windows(
 
 
 def of_tokens(counts: Counts, lengths: Whole, topology: Topology) -> Measures:
-    """Give what counts every token; ``lengths`` are tokens per window [W]."""
+    """Return what counts every token; ``lengths`` are tokens per window [W]."""
     tokens, layers = lengths.astype(np.float64), counts.load.shape[1]
     found = {"fanout": (counts.visits.sum(axis=(1, 2)) / layers, tokens)}
     if counts.node_visits is not None and topology.nodes > 1:

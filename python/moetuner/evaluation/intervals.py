@@ -102,7 +102,7 @@ class Spread:
         return Spread(-self.value, -self.deviations, self.freedom, self.units)
 
     def __sub__(self, other: Spread) -> Spread:
-        """Give the difference of independent figures, with Welch's degrees of freedom."""
+        """Return the difference of independent figures, with Welch's degrees of freedom."""
         value, units = self.value - other.value, min(self.units, other.units)
         if self.deviations.size != other.deviations.size:
             return Spread(value, np.empty(0), 1.0, units)

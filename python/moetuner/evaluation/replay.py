@@ -143,7 +143,7 @@ class _Part:
             self._experts.push(mine, self._rules.threads, checked=True)
 
     def finish(self) -> Counts:
-        """Give what was counted, and replay once more in mixed order."""
+        """Return what was counted, once replayed in mixed order too."""
         rules = self._rules
         tokens, load, follow, visits, node_visits = self._replay.finish()
         expert_load = None if self._experts is None else self._experts.finish(rules.threads)[1]

@@ -61,6 +61,13 @@ def dispatch_rows(
     ------
     ValueError
         If placement and trace are not of one model, a home is no device, or a position no number.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> trace = mt.RoutingTrace.from_arrays([[[0, 1]], [[2, 3]]], num_experts=4)
+    >>> mt.dispatch_rows(mt.Placement([[[0, 2], [1, 3]]]), trace).tolist()
+    [[[0, 1], [1, 0]]]
     """
     instance("placement", placement, Placement)
     instance("trace", trace, RoutingTrace)
@@ -154,7 +161,7 @@ def mixed(position: Any) -> Any:
 
 
 def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int64]:
-    """Give the home device of every token [T]; ``"blocks"`` as in ``dispatch_rows``.
+    """Return the home device of every token [T]; ``"blocks"`` as in ``dispatch_rows``.
 
     Raises
     ------

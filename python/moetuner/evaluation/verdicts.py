@@ -11,6 +11,7 @@ from moetuner._checks import instance, not_negative
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.intervals import FEWEST, RESAMPLES, Spread, paired
+from moetuner.frozen import Frozen
 from moetuner.statistics import RoutingStatistics
 
 # What a gain must be, to be worth moving weights for. Engines that ask before they rebalance draw
@@ -20,8 +21,8 @@ PRICE = 0.02
 Answer = Literal["worth it", "certain but small", "no evidence", "too few", "worse"]
 
 
-@dataclass(frozen=True)
-class Verdict:
+@dataclass(frozen=True, eq=False, repr=False)
+class Verdict(Frozen):
     """What changing from one placement to another would bring.
 
     Parameters
@@ -39,6 +40,13 @@ class Verdict:
         How many there are; nothing is concluded from fewer than five.
     price
         Gain from which a change is worth the trouble.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> verdict = mt.Verdict("imbalance", 1.5, 1.25, 1 / 6, 0.15, 0.18, units=40, price=0.02)
+    >>> verdict.answer
+    'worth it'
     """
 
     measure: str
@@ -52,7 +60,7 @@ class Verdict:
 
     @property
     def answer(self) -> Answer:
-        """Say which of five it is.
+        """One of five words.
 
         ``"worth it"``: the gain is certain (its interval is above 0), and larger than the price.
         ``"certain but small"``: certain, but not larger. ``"worse"``: certainly a loss. ``"no
@@ -96,6 +104,16 @@ def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> V
     ------
     ValueError
         If ``price`` is negative, or the evaluations are not of the same traffic.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8, 4, 2, 2]], (10, 1, 1)))
+    >>> blocks, better = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
+    >>> before, after = (mt.evaluate(each, traffic) for each in (blocks, better))
+    >>> mt.verdict(before, after).answer
+    'worth it'
     """
     for name, each in (("before", before), ("after", after)):
         instance(name, each, Evaluation, hint=", such as evaluate(placement, trace)")
@@ -110,7 +128,7 @@ def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> V
 
 
 def gain(before: Evaluation, after: Evaluation, measure: str, *, seed: int = 0) -> Spread:
-    """Give the share of a measure that is saved, with its spread over the traffic's units.
+    """Return the share of a measure that is saved, with its spread over the traffic's units.
 
     Copies are taken to serve in even parts, whatever the evaluations' split; figures of a mixed
     arrival, and those that depend on given homes, have no spread.

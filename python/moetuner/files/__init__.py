@@ -30,7 +30,7 @@ LONGEST_STEM = 50
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` that replaces it on success and vanishes on failure.
+    """Yield a temporary path beside ``path`` that replaces it on success, vanishes on failure.
 
     A link stays, and what it points to is replaced. A file that is there keeps its mode. What is no
     regular file (a pipe, a device, an open descriptor such as ``/dev/stdout``) gets the bytes

@@ -140,7 +140,7 @@ Pieces = tuple["np.dtype[Any]", tuple[int, ...], Iterable[NDArray[Any]]]
 
 
 def whole(array: NDArray[Any]) -> Pieces:
-    """Give an array as the one piece of its tensor."""
+    """Return an array as the one piece of its tensor."""
     return array.dtype, array.shape, (array,)
 
 

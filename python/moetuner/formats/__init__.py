@@ -10,7 +10,7 @@ from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 
-def read_input(
+def open_input(
     path: str | Path, *, window: int | None = None, num_experts: int | None = None
 ) -> RoutingTrace | RoutingStatistics:
     """Open a trace, saved statistics or a load table.
@@ -37,6 +37,14 @@ def read_input(
         If the file is none of these, is damaged, or does not have the window or experts asked for.
     OSError
         If it cannot be read.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> trace = mt.RoutingTrace.from_arrays([[[0, 1]], [[2, 3]]], num_experts=4)
+    >>> trace.save("trace.safetensors")
+    >>> mt.open_input("trace.safetensors")
+    RoutingTrace(tokens=2, layers=1, top_k=2, num_experts=4)
     """
     path = path_in(path)
     window_in(window)
@@ -54,19 +62,3 @@ def read_input(
     if num_experts is not None and num_experts != statistics.experts:
         raise ValueError(f"{path}: num_experts must be {statistics.experts}, got {num_experts}")
     return statistics
-
-
-def read_statistics(
-    path: str | Path, *, window: int | None = None, num_experts: int | None = None
-) -> RoutingStatistics:
-    """Open the same files and count a trace, in windows of ``window`` tokens.
-
-    Raises
-    ------
-    ValueError, OSError
-        As ``read_input``.
-    """
-    found = read_input(path, window=window, num_experts=num_experts)
-    if isinstance(found, RoutingStatistics):
-        return found
-    return RoutingStatistics.from_trace(found, window=window)

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from moetuner._checks import instance, path_in
 from moetuner.files import replacing
+from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement
 
 
-@dataclass(frozen=True)
-class EplbMaps:
+@dataclass(frozen=True, eq=False, repr=False)
+class EplbMaps(Frozen):
     """A placement as EPLB's ``rebalance_experts`` returns it.
 
     Parameters

@@ -15,6 +15,7 @@ from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation import copies
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.figures import Regime
+from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, filled
 from moetuner.problem import capacity
 from moetuner.problem.caps import Caps
@@ -26,9 +27,12 @@ from moetuner.topology import Topology
 Goal = Literal["time", "balance", "traffic"]
 
 
-@dataclass(frozen=True)
-class Problem:
+@dataclass(frozen=True, eq=False, repr=False)
+class Problem(Frozen):
     """Statistics, a topology, limits, and what is to be made small.
+
+    Begin with three arguments: ``statistics``, ``topology`` and ``objective``. All others have
+    defaults that engines of today would choose.
 
     Parameters
     ----------
@@ -78,6 +82,16 @@ class Problem:
     ------
     ValueError
         If the slots do not suffice or a limit makes no sense.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
+    >>> problem = mt.Problem(statistics, mt.Topology(2), objective="balance")
+    >>> problem.slots
+    2
+    >>> problem.violations(mt.Placement([[[0, 3], [1, 2]]]))  # none
+    ()
     """
 
     statistics: RoutingStatistics
@@ -195,6 +209,11 @@ class Problem:
     def experts(self) -> int:
         """Experts per layer, E."""
         return self.statistics.experts
+
+    @property
+    def num_experts(self) -> int:
+        """Experts per layer, E, by the name that it has as an argument."""
+        return self.experts
 
     @property
     def devices(self) -> int:

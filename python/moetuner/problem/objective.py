@@ -278,8 +278,8 @@ class Objective:
         """
         if self.counts_visits:
             return self._visits(placement)
-        some = self.problem.regime == "dispatch" and self.has_traffic
-        return self._apart(placement) if some else np.zeros(self.problem.layers)
+        known = self.problem.regime == "dispatch" and self.has_traffic
+        return self._apart(placement) if known else np.zeros(self.problem.layers)
 
     def cost(self, placement: Placement) -> int:
         """Compute the exact cost of the pairs of a placement with one copy of each expert.

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from moetuner.cli.output import Output
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.verdicts import gain
+from moetuner.report.cells import signed
 from moetuner.report.outcome import Outcome
 
 # What the measures are called in a sentence: "less ...".
@@ -79,21 +79,25 @@ class Gain:
         }
 
     def row(self) -> tuple[str, ...]:
-        """Give the cells of a table."""
-        return (self.method, share(self.mean), *(share(end) for end in (self.low, self.high)))
+        """Return the cells of a table."""
+        return (
+            self.method,
+            signed(self.mean),
+            *(signed(end) for end in (self.low, self.high)),
+        )
 
     def sentence(self, where: str) -> str:
-        """Say it, of which traffic, and with its uncertainty."""
+        """Write it down, with the traffic that it is of and its uncertainty."""
         name = NAMES[self.measure]
         if len(self.splits) > 1:
-            found = f"{share(self.low)} to {share(self.high)} over {len(self.splits)} splits"
-            kind, unsure = f"mean {share(self.mean)}, {found}", "the splits do not agree"
+            found = f"{signed(self.low)} to {signed(self.high)} over {len(self.splits)} splits"
+            kind, unsure = f"mean {signed(self.mean)}, {found}", "the splits do not agree"
         elif self.interval is not None:
-            found = f"95 %: {share(self.low)} to {share(self.high)}"
+            found = f"95 %: {signed(self.low)} to {signed(self.high)}"
             kind, unsure = f"{found}, of this placement", "that may be chance"
         else:
             return (
-                f"{self.method} over {self.over}: {share(self.mean)} in {name}; too few sequences "
+                f"{self.method} over {self.over}: {signed(self.mean)} in {name}; too few sequences "
                 f"or windows to say how sure that is (below {FEWEST})."
             )
         assert self.low is not None
@@ -138,25 +142,3 @@ def gains(splits: list[dict[str, Outcome]], over: str, *, seed: int) -> list[Gai
         if spreads:
             found.append(Gain(method, over, measure, tuple(spreads)))
     return found
-
-
-def say(output: Output, found: list[Gain], best: str, *, held_out: bool) -> None:
-    """Print the table, and the sentence of the method that is best by what it saw."""
-    if not found:
-        return
-    over, splits = found[0].over, len(found[0].splits)
-    head = f"gain over {over}"
-    ends = ("least", "most") if splits > 1 else ("from", "to")
-    output.say()
-    output.table((head, "mean" if splits > 1 else "gain", *ends), [each.row() for each in found])
-    told = {each.method: each for each in found}
-    where = "on unseen traffic" if held_out else "on the traffic that it was computed from"
-    if best in told:
-        output.say(f"Gain: {told[best].sentence(where)}")
-    else:
-        output.say(f"Gain: no method has a smaller objective than {over} on what was seen.")
-
-
-def share(value: float | None) -> str:
-    """Write a share with its sign."""
-    return "-" if value is None else f"{round(100 * value, 1) + 0.0:+.1f} %"

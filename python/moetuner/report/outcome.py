@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moetuner.cli.options.machine import say_times
-from moetuner.cli.options.traffic import Traffic
-from moetuner.cli.output import number, percent, working
-from moetuner.evaluation import Evaluation, evaluate
+from moetuner.cost import CostModel
+from moetuner.evaluation import Evaluation
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.solver import solve
+from moetuner.report.cells import number, percent
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
 
@@ -61,7 +59,7 @@ class Outcome:
         }
 
     def row(self) -> tuple[str, ...]:
-        """Give the cells of a table under ``head``."""
+        """Return the cells of a table under ``head``."""
         of, worth = self.evaluation, self.worth
         return (
             f"{self.result.method} !" if self.breaks_rules else self.result.method,
@@ -80,43 +78,8 @@ def head(problem: Problem) -> tuple[str, ...]:
     return ("method", "imbalance", "mixed", *figures, "objective", "gap", "seconds")
 
 
-def try_method(
-    method: str,
-    problem: Problem,
-    judged_on: Traffic,
-    *,
-    window: int | None,
-    seed: int,
-    time_limit: float | None = None,
-    threads: int | None = None,
-    **moving: Any,
-) -> Outcome:
-    """Solve, and evaluate the placement on other traffic; ``moving`` as for ``solve``."""
-    with working(f"solving, {method}") as progress:
-        result = solve(
-            problem,
-            method,
-            seed=seed,
-            time_limit=time_limit,
-            threads=threads,
-            progress=progress,
-            **moving,
-        )
-        evaluation = evaluate(
-            result.placement,
-            judged_on,
-            problem.topology,
-            window=window,
-            split=problem.split,
-            cost_model=Objective(problem).cost_model,
-            regime=problem.regime,
-            threads=threads,
-        )
-    return Outcome(problem, result, evaluation)
-
-
 def sentences(outcome: Outcome) -> list[str]:
-    """Say what was reached, how far from the optimum it can be, and what was chosen on the way."""
+    """Return what was reached, how far from the optimum it can be, and what was chosen."""
     problem, result, worth = outcome.problem, outcome.result, outcome.worth
     lines = []
     if worth.is_known:
@@ -143,10 +106,10 @@ def sentences(outcome: Outcome) -> list[str]:
 
 
 def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
-    """Say what a reader of the table must know."""
+    """Return what a reader of the table must know."""
     lines, worth = [], Objective(problem)
     if worth.cost_model is not None:
-        lines.append(say_times(worth.cost_model))
+        lines.append(whose_times(worth.cost_model))
     if worth.lacks is not None:
         lines.append(f"INPUT has {worth.lacks}.")
     for outcome in outcomes:
@@ -158,3 +121,11 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
         if outcome.result.status in ("interrupted", "time_limit"):
             lines.append(f"{outcome.result.method}: {outcome.result.status}, best so far.")
     return lines
+
+
+def whose_times(model: CostModel) -> str:
+    """Return a sentence on whose times are predicted, and how to get others."""
+    return (
+        f"Predicted times are of {model.name or 'an unnamed cost model'}; for others: "
+        "--cost-model FILE or GPU:HIDDENxINTERMEDIATE."
+    )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import at_least, instance, seed_in, threads_in
 from moetuner.evaluation import Evaluation, evaluate, intervals
+from moetuner.frozen import Frozen
 from moetuner.problem import Problem
 from moetuner.solver import solve
 from moetuner.statistics import RoutingStatistics, hold_out
@@ -34,8 +35,8 @@ BLOCKS = 32
 CHANCE = 0.025
 
 
-@dataclass(frozen=True)
-class Structure:
+@dataclass(frozen=True, eq=False, repr=False)
+class Structure(Frozen):
     """Skew, differences between groups, and inter-layer structure.
 
     Parameters
@@ -111,6 +112,13 @@ def structure(
         Of the split and the searches.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> found = mt.structure(mt.RoutingStatistics.from_load([[9, 1, 1, 1]]), devices=2)
+    >>> found.skew
+    (3.0,)
     """
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
     topology, seed, threads = Topology(devices), seed_in(seed), threads_in(threads)

@@ -32,7 +32,7 @@ class Method(Protocol):
 
 METHODS: dict[str, Method] = {
     "joint": joint,
-    "moetuner": two_stage,
+    "paper": two_stage,
     "heuristic": searched,
     "contiguous": baselines.contiguous,
     "round_robin": baselines.round_robin,
@@ -41,6 +41,8 @@ METHODS: dict[str, Method] = {
     "eplb": baselines.eplb,
     "exflow": baselines.exflow,
 }
+# The paper calls its method after itself, and so did moetuner.
+ALIASES = {"moetuner": "paper"}
 
 
 def solve(
@@ -65,9 +67,9 @@ def solve(
     problem
         What to place.
     method
-        ``joint`` (the default), ``moetuner`` (the paper's two stages), ``heuristic`` (no integer
-        programme), or a baseline: ``contiguous``, ``round_robin``, ``random``, ``lpt``, ``eplb``,
-        ``exflow``.
+        ``joint`` (the default), ``paper`` (MoETuner's two stages; ``moetuner`` means it too),
+        ``heuristic`` (no integer programme), or a baseline: ``contiguous``, ``round_robin``,
+        ``random``, ``lpt``, ``eplb``, ``exflow``.
     seed
         Of all random choices.
     time_limit
@@ -102,8 +104,17 @@ def solve(
     ------
     ValueError
         If the method is unknown or an argument is out of range.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
+    >>> result = mt.solve(mt.Problem(statistics, mt.Topology(2), objective="balance"))
+    >>> result.objective, result.placement.device_of.tolist()
+    (1.25, [[0, 1, 1, 0]])
     """
     instance("problem", problem, Problem, hint=", such as Problem(statistics, topology)")
+    method = ALIASES.get(method, method)
     one_of("method", method, METHODS)
     seed = seed_in(seed)
     limits = Limits(time_limit, iterations, gap, threads, progress)

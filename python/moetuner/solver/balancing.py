@@ -59,6 +59,13 @@ def balance(
     ------
     ValueError
         If the slots do not suffice, or a load or a speed makes no sense.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> placement = mt.balance([[8, 4, 2, 2]], devices=2, slots_per_device=3)
+    >>> placement.replicas.tolist()
+    [[2, 2, 1, 1]]
     """
     tokens = numbers_in("load", load)
     if tokens.ndim == 3:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import instance, one_of, positive, seed_in
+from moetuner.frozen import Frozen
 from moetuner.placement import Placement, kept
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
@@ -27,8 +28,8 @@ STEPS = 24
 PRICES = (0.1, 0.3, 0.7, 1.5, 3.0, 8.0)
 
 
-@dataclass(frozen=True)
-class Trade:
+@dataclass(frozen=True, eq=False, repr=False)
+class Trade(Frozen):
     """A placement that no other one found betters at as few moves.
 
     Parameters
@@ -43,6 +44,14 @@ class Trade:
         What it takes.
     caps_raised
         Imbalance of layers that exceed the load cap still.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> placement = mt.Placement([[[0], [1]]])
+    >>> trade = mt.Trade(placement, 1.25, gain=0.5, experts_moved=2, bytes_moved=2e6)
+    >>> trade.to_dict()["gain"]
+    0.5
     """
 
     placement: Placement
@@ -103,6 +112,15 @@ def pareto(
     ------
     ValueError
         If the initial placement is not one of the problem, or an argument is out of range.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
+    >>> problem = mt.Problem(statistics, mt.Topology(2), objective="balance")
+    >>> trades = mt.pareto(problem, mt.Placement([[[0, 1], [2, 3]]]))
+    >>> [(trade.experts_moved, trade.objective) for trade in trades]
+    [(0, 1.5), (2, 1.25)]
     """
     instance("problem", problem, Problem, hint=", such as Problem(statistics, topology)")
     positive("expert_bytes", expert_bytes, "number of bytes")

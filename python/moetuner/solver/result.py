@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import at_least, not_negative, shown, threads_in, whole_number
+from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.solver.bounds.certificate import Certificate
 
@@ -22,11 +23,17 @@ Status = Literal[
 ]
 
 
-@dataclass(frozen=True)
-class Progress:
+@dataclass(frozen=True, eq=False, repr=False)
+class Progress(Frozen):
     """One line of a long solve.
 
     Seconds since it began, the phase, and the best objective and bound (None while unknown).
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> mt.Progress(1.5, "search", objective=0.25)
+    Progress(seconds=1.5, phase='search', objective=0.25)
     """
 
     seconds: float
@@ -100,8 +107,8 @@ class Candidate:
     certificate: Certificate | None = None
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, eq=False, repr=False)
+class Result(Frozen):
     """A solved problem.
 
     ``objective`` and ``bound`` are ``Objective.value``'s: microseconds of a layer, max / mean load,
@@ -110,6 +117,14 @@ class Result:
     may have copies of experts, and which load caps they keep. ``violations`` are rules that the
     placement breaks, in words; ``status`` then is ``"violates rules"``, unless all that is broken
     is a load cap that had to be raised, as ``details["caps_raised"]`` says.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
+    >>> result = mt.solve(mt.Problem(statistics, mt.Topology(2), objective="balance"))
+    >>> result.status, round(result.gap, 3)
+    ('feasible', 0.2)
     """
 
     placement: Placement
@@ -124,6 +139,8 @@ class Result:
     bound_scope: str | None = None
     violations: tuple[str, ...] = ()
 
+    _also_shown = ("gap",)
+
     @property
     def gap(self) -> float | None:
         """(objective - bound) / objective: how far from the optimum this can be at most."""
@@ -132,6 +149,10 @@ class Result:
         if self.objective <= self.bound:
             return 0.0
         return (self.objective - self.bound) / self.objective
+
+    def _repr_html_(self) -> str:
+        head = ("method", "status", "objective", "bound", "gap", "seconds")
+        return html_table(head, [[getattr(self, name) for name in head]])
 
 
 class Clock:

@@ -8,7 +8,7 @@ most others in transformers; what has another shape can be named by its router.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -44,9 +44,9 @@ class MoELayer:
     """
 
     name: str
-    block: nn.Module
-    router: nn.Module
-    experts: nn.Module | None
+    block: nn.Module = field(repr=False)
+    router: nn.Module = field(repr=False)
+    experts: nn.Module | None = field(repr=False)
     num_experts: int
     top_k: int
     expert_groups: int
@@ -87,7 +87,7 @@ def moe_layers(
 
 
 def same_sizes(layers: tuple[MoELayer, ...]) -> tuple[int, int]:
-    """Give experts E and top-k K, which all layers must share.
+    """Return experts E and top-k K, which all layers must share.
 
     Raises
     ------

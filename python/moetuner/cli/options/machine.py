@@ -91,14 +91,6 @@ def cost_model_for(given: CostModel | str | None, traffic: Traffic) -> CostModel
     return cost_model_of(traffic, given or DEFAULT_GPU)
 
 
-def say_times(model: CostModel) -> str:
-    """Return a sentence on whose times are predicted, and how to get others."""
-    return (
-        f"Predicted times are of {model.name or 'an unnamed cost model'}; for others: "
-        "--cost-model FILE or GPU:HIDDENxINTERMEDIATE."
-    )
-
-
 _nodes = (
     click.option(
         "--devices-per-node",

@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from moetuner.cli import options
-from moetuner.cli.output import Output, percent, working
+from moetuner.cli.output import Output, working
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.report.cells import percent
 from moetuner.solver.pareto import pareto
 from moetuner.topology import Topology
 
@@ -66,7 +67,7 @@ class Moving:
         }
 
     def settings(self) -> dict[str, Any]:
-        """Give what was asked for, for JSON."""
+        """Return what was asked for, for JSON."""
         return {
             "initial": None if self.initial_file is None else str(self.initial_file),
             "move_budget": self.move_budget,
@@ -89,7 +90,7 @@ def in_bytes(count: float) -> str:
 
 
 def sentences(diff: PlacementDiff, topology: Topology, moving: Moving) -> list[str]:
-    """Say how many experts move, and how far."""
+    """Write how many experts move, and how far."""
     text = f"Moves {diff.experts_moved} expert{'' if diff.experts_moved == 1 else 's'}"
     if moving.expert_bytes is not None:
         text += f", {moving.bytes(diff.experts_moved)}"

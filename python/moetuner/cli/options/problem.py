@@ -89,7 +89,7 @@ def _default_regime(
 
 
 def settings(problem: Problem) -> dict[str, Any]:
-    """Give what was asked for, for JSON."""
+    """Return what was asked for, for JSON."""
     topology = problem.topology
     slots = problem.slots_per_device
     if slots is None and problem.extra_slots is None:

@@ -12,7 +12,7 @@ import click
 from moetuner.cli import options
 from moetuner.cli.output import working
 from moetuner.files.text import name
-from moetuner.formats import read_input
+from moetuner.formats import open_input
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -25,7 +25,7 @@ WINDOW = 512
 def read(path: Path, *, window: int | None = None, num_experts: int | None = None) -> Traffic:
     """Open a trace, saved statistics or a load table."""
     with working(f"reading {path}"):
-        return read_input(path, window=window, num_experts=num_experts)
+        return open_input(path, window=window, num_experts=num_experts)
 
 
 def count(
@@ -46,7 +46,7 @@ def count(
 
 
 def facts(path: Path, traffic: Traffic) -> dict[str, Any]:
-    """Give kind and sizes, for JSON."""
+    """Return kind and sizes, for JSON."""
     common = {"file": str(path), "model": traffic.model, "layers": traffic.layers}
     groups = list(traffic.group_names) if traffic.group is not None else []
     if isinstance(traffic, RoutingStatistics):
@@ -69,7 +69,7 @@ def facts(path: Path, traffic: Traffic) -> dict[str, Any]:
 
 
 def describe(path: Path, traffic: Traffic) -> str:
-    """Say what a file is."""
+    """Describe a file in a line."""
     of = facts(path, traffic)
     parts = []
     if "tokens" in of:
@@ -114,11 +114,11 @@ class Source:
         return None if isinstance(self.traffic, RoutingStatistics) else self.window or WINDOW
 
     def facts(self) -> dict[str, Any]:
-        """Give kind and sizes, for JSON."""
+        """Return kind and sizes, for JSON."""
         return facts(self.input_file, self.traffic)
 
     def describe(self) -> str:
-        """Say what INPUT is."""
+        """Describe INPUT in a line."""
         return describe(self.input_file, self.traffic)
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from moetuner.evaluation.figures import Regime
 from moetuner.files import naming, replacing, size_of
+from moetuner.frozen import Frozen
 
 FORMAT, VERSION = "moetuner.certificate", "2"
 ABOUT = "placements with one copy of each expert"
@@ -35,8 +36,8 @@ ARRAYS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Proof:
+@dataclass(frozen=True, eq=False, repr=False)
+class Proof(Frozen):
     """A dual point for one level of the topology: ``parts`` equal parts, crossing at ``price``.
 
     The arrays are flat: multipliers of the matrix rows [M,2P,2P] and column sums [M,P], of every
@@ -53,8 +54,8 @@ class Proof:
     contents: NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
-class Certificate:
+@dataclass(frozen=True, eq=False, repr=False)
+class Certificate(Frozen):
     """What proves a bound: of a regime's cost, for ``slots`` per device under ``caps`` [L].
 
     Parameters
@@ -65,6 +66,18 @@ class Certificate:
         How it proves; only a dual point has ``proofs``.
     cost
         The bound of ``Objective.cost`` that it was written for. Nobody has to believe it.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> load, pairs = np.array([[[2, 2], [2, 2]]]), np.array([[[2, 0], [0, 2]]])
+    >>> statistics = mt.RoutingStatistics(load, pairs)
+    >>> problem = mt.Problem(statistics, mt.Topology(2), regime="follow", max_imbalance=1.0)
+    >>> certificate = mt.solve(problem).certificate
+    >>> certificate.save("bound.certificate")
+    >>> mt.Certificate.load("bound.certificate") == certificate
+    True
     """
 
     fingerprint: str

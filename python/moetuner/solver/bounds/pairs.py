@@ -143,6 +143,17 @@ def verify(certificate: Certificate, problem: Problem, *, threads: int | None = 
     ValueError
         If the certificate is of other statistics or another topology, a cut in it is not true, or
         nothing keeps its caps, under which all and nothing would be true.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> load, pairs = np.array([[[2, 2], [2, 2]]]), np.array([[[1, 1], [1, 1]]])
+    >>> statistics = mt.RoutingStatistics(load, pairs)
+    >>> problem = mt.Problem(statistics, mt.Topology(2), regime="follow", max_imbalance=1.0)
+    >>> certificate = mt.solve(problem).certificate
+    >>> mt.verify(certificate, problem) == certificate.cost
+    True
     """
     if certificate.regime != problem.regime:
         raise ValueError(

@@ -311,21 +311,22 @@ class Search:
             time_limit=limits.time_limit,
             threads=limits.threads,
         )
-        over = problem.caps.excess(self._placement(start)).sum()
-        begin = [[brought(initial.held, start), over, 0.0]]
+        begin = [[brought(initial.held, start), self._excess(start).sum(), 0.0]]
         moved, excess, change = np.concatenate([begin, figures]).T
         path = Path(start, places, experts, moved.astype(np.int64), excess, change / unit)
         return path, interrupted
 
     def eased(self, slots: Slots) -> Slots:
-        """Slots [L,D,S] that exceed caps as little as can be, where all contents can be tried."""
+        """Return slots [L,D,S] that exceed caps as little as can be, where all can be tried."""
         problem, eased = self.problem, slots.copy()
-        excess = problem.caps.excess(self._placement(slots))
-        for layer in np.flatnonzero(excess).tolist():
+        for layer in np.flatnonzero(self._excess(slots)).tolist():
             contents = contents_of(problem, layer)
             if contents is not None:
                 eased[layer] = contents[peaks_of(problem, layer, contents).argmin()]
         return eased
+
+    def _excess(self, slots: Slots) -> Floats:
+        return self.problem.caps.excess(self._placement(slots))
 
     def reweight(self, slots: Slots) -> None:
         """Give the windows that a risk or the worst group is made of more weight, next time."""

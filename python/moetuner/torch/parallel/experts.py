@@ -22,7 +22,7 @@ class Experts(Protocol):
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """Give the weights by name, slots first [S,...]; writing to them changes the experts."""
+        """Return the weights by name, slots first [S,...]; writing to them changes the experts."""
         ...
 
 
@@ -69,7 +69,7 @@ class GroupedExperts(nn.Module):
         self.activation = activation
 
     def weights(self) -> dict[str, Tensor]:
-        """Give ``up`` and ``down``."""
+        """Return ``up`` and ``down``."""
         return {"up": self.up, "down": self.down}
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class ByExpert:
         self.weights = dict(weights)
 
     def __getattr__(self, name: str) -> Any:
-        """Give the weight of that name, or those whose names begin with it."""
+        """Return the weight of that name, or those whose names begin with it."""
         weights = self.__dict__.get("weights", {})
         if name in weights:
             return weights[name]
@@ -127,7 +127,7 @@ class ByExpert:
 
 
 def by_expert(weights: Mapping[str, Tensor], slots: Sequence[int]) -> ByExpert:
-    """Give the weights [S,..] of slots that hold experts [S] one by one, as views."""
+    """Return the weights [S,..] of slots that hold experts [S] one by one, as views."""
     found: dict[str, Tensor] = {}
     for name, weight in weights.items():
         for slot, expert in enumerate(slots):
@@ -137,7 +137,7 @@ def by_expert(weights: Mapping[str, Tensor], slots: Sequence[int]) -> ByExpert:
 
 
 def own_tensors(experts: object, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give a module's parameters and buffers, by name, that its weights are or are views of."""
+    """Return a module's parameters and buffers, by name, that its weights are or view."""
     if not isinstance(experts, nn.Module):
         return {}
     parts = {id(part) for weight in weights.values() for part in (weight, weight._base)}
@@ -149,7 +149,7 @@ def own_tensors(experts: object, weights: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def renewed(weights: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give new memory for weights [S,..], of the type and where the given ones are."""
+    """Return new memory for weights [S,..], of the type and where the given ones are."""
     found = {}
     for name, weight in weights.items():
         like = next((w for key, w in given.items() if key.partition(".")[2] == name), weight)

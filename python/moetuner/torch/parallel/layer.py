@@ -81,7 +81,7 @@ class Routes:
         self.fingerprint = int.from_bytes(digest[:8], "little", signed=True)
 
     def slots_of(self, expert_ids: Tensor, position: Tensor) -> Tensor:
-        """Give the slots ``device * S + slot`` [T,K] that serve experts [T,K] of tokens [T]."""
+        """Return the slots ``device * S + slot`` [T,K] that serve experts [T,K] of tokens [T]."""
         if self._table.shape[1] == 1:
             return self._table[:, 0][expert_ids]
         hashed: Tensor = mixed(position.long())
@@ -173,7 +173,7 @@ class ExpertParallelMoE(nn.Module):
     def state_dict(
         self, *arguments: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
-        """Give the state, with the weights of this rank's experts one by one."""
+        """Return the state, with the weights of this rank's experts one by one."""
         state = super().state_dict(
             *arguments, destination=destination, prefix=prefix, keep_vars=keep_vars
         )
@@ -362,7 +362,7 @@ class ExpertParallelMoE(nn.Module):
     def _misfit(
         self, hidden: Tensor, index: Tensor, weights: Tensor, position: int | Tensor | None
     ) -> str | None:
-        """Say what is wrong with the input, as far as sizes and types tell."""
+        """Return what is wrong with the input, as far as sizes and types tell."""
         model = next(iter(self.experts.weights().values()))
         shapes = [list(tensor.shape) for tensor in (hidden, index, weights)]
         tokens = len(hidden) if hidden.ndim == 2 else -1
@@ -394,7 +394,7 @@ class ExpertParallelMoE(nn.Module):
         return None
 
     def _refuse(self, reason: str) -> None:
-        """Tell the other ranks, who wait for this one, and raise."""
+        """Let the other ranks, who wait for this one, know, and raise."""
         nothing = torch.empty(0, 1, dtype=torch.int64, device=self.device)
         faults = torch.tensor(MISFIT, device=self.device)
         try:

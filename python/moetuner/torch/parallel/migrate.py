@@ -104,7 +104,7 @@ class Agreement:
             )
 
     def largest(self, about: str, value: int) -> int:
-        """Give the largest value of any rank.
+        """Return the largest value of any rank.
 
         Raises
         ------
@@ -125,7 +125,7 @@ class Agreement:
 
 
 def fingerprint(*parts: bytes) -> int:
-    """Give 63 bits that equal parts share."""
+    """Return 63 bits that equal parts share."""
     digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 

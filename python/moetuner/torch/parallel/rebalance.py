@@ -91,7 +91,7 @@ class Observed:
         return rest
 
     def like_all(self, part: Floats) -> Floats:
-        """Give tokens per step of a part of the counts [L,E], as many in a layer as there are."""
+        """Return tokens per step of a part of the counts [L,E], as many in a layer as there are."""
         whole = self.per_step.sum(axis=1, keepdims=True)
         own = part.sum(axis=1, keepdims=True)
         scaled: Floats = part * np.divide(whole, own, out=np.zeros_like(own), where=own > 0)
@@ -372,7 +372,7 @@ class Rebalancer:
             plan = self._part(plan, plan.layers[: len(plan.layers) // 2])
 
     def _judge(self, plan: _Plan) -> Decision:
-        """Say whether a move pays, by the counts that were held out."""
+        """Judge whether a move pays, by the counts that were held out."""
         held = self._observed.like_all(self._observed.held)
         now = self._step_us(self.placement, held)
         gain = now - self._step_us(plan.target, held)
@@ -443,13 +443,13 @@ class Rebalancer:
         return self._part(_Plan(target, None, chosen), chosen), too_large
 
     def _part(self, plan: _Plan, layers: list[int]) -> _Plan:
-        """Give the plan for some of its layers alone; the others stay as they are."""
+        """Return the plan for some of its layers alone; the others stay as they are."""
         slots = self.placement.slots.copy()
         slots[layers] = plan.target.slots[layers]
         return _Plan(Placement(slots, num_experts=self.placement.num_experts), None, layers)
 
     def _room(self) -> int:
-        """Give how many copies may come to every device: by the one with the least memory."""
+        """Return how many copies may come to every device: by the one with the least memory."""
         devices = self.placement.devices
         spare = spare_bytes(self.layers[0].device, devices)
         each = max(self._expert_bytes(layer) for layer in self.layers)

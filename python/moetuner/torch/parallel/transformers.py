@@ -205,7 +205,7 @@ class _ModuleExperts:
             self.module._parameters.update(others)
 
     def weights(self) -> dict[str, Tensor]:
-        """Give the parameters in the slots."""
+        """Return the parameters in the slots."""
         return dict(self.placed)
 
 

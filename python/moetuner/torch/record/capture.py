@@ -179,7 +179,7 @@ class Recorder:
             self._group = before
 
     def trace(self) -> RoutingTrace:
-        """Give what was recorded, once the ``with`` block has ended; after an error, until then.
+        """Return what was recorded, once the ``with`` block has ended; after an error, until then.
 
         Raises
         ------
@@ -291,7 +291,7 @@ class Recorder:
         return known
 
     def _group_of(self, rows: int) -> NDArray[np.int16]:
-        """Give the groups of the sequences of a batch [B]."""
+        """Return the groups of the sequences of a batch [B]."""
         given = UNNAMED if self._group is None else self._group
         names = [given] * rows if isinstance(given, str) else list(given)
         if len(names) != rows or not all(isinstance(name, str) for name in names):

@@ -27,7 +27,7 @@ class Text:
 
 
 def read_texts(path: str | Path) -> Iterator[Text]:
-    """Give the texts of a file: one per line, or JSON objects with "text" and perhaps "group".
+    """Yield the texts of a file: one per line, or JSON objects with "text", maybe "group".
 
     The first line tells which: JSON lines begin with a brace. Empty lines and texts are left out.
 

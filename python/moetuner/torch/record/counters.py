@@ -176,7 +176,7 @@ class RoutingCounters:
             self._count(expert_ids.long(), None if mask is None else mask != 0)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> RoutingCounters:
-        """Give the sum over all ranks of a process group; these counters stay as they are.
+        """Return the sum over all ranks of a process group; these counters stay as they are.
 
         Window w of the sum is what all ranks together did in their window w: ranks in step with one
         another wait for one another. Every rank must call it.
@@ -281,7 +281,7 @@ class RoutingCounters:
             self._coactivation.diagonal(dim1=1, dim2=2).zero_()
 
     def _number(self, tokens: int, keep: Tensor | None) -> Tensor:
-        """Give every token its number among those that count [T]."""
+        """Return the number of every token among those that count [T]."""
         if keep is None:
             return torch.arange(tokens, device=self.device) + self._tokens
         return (keep.cumsum(0) - 1).clamp(min=0) + self._tokens
@@ -386,7 +386,7 @@ def largest_on_ranks(
     device: torch.device,
     group: dist.ProcessGroup | None,
 ) -> int:
-    """Give the largest value of any rank, once it is clear that all have the same settings.
+    """Return the largest value of any rank, once it is clear that all have the same settings.
 
     Parameters
     ----------

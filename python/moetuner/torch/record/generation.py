@@ -88,7 +88,7 @@ class GenerateHooks:
         self._before = {}
 
     def of(self, given: Mapping[str, Any]) -> Generation | None:
-        """Give the call of ``generate`` that a forward pass with these arguments belongs to."""
+        """Return the call of ``generate`` that a forward pass with these arguments belongs to."""
         current = None if self._current is None else self._current()
         return current if current is not None and current.has_prepared(given) else None
 
@@ -131,7 +131,7 @@ class GenerateHooks:
 
 
 def _watched(criteria: Any, generation: Generation) -> Any:
-    """Give criteria that tell a generation what they find, like the list that they come from."""
+    """Return criteria that report what they find to a generation, like the list they come from."""
     kind: Any = type(criteria)
 
     class Watched(kind):  # type: ignore[misc]

@@ -54,7 +54,7 @@ class Batch:
 
 
 def arguments_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Give the arguments of ``model.forward`` by name."""
+    """Return the arguments of ``model.forward`` by name."""
     names = inspect.signature(model.forward).parameters
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
@@ -105,7 +105,7 @@ def batch_of(
 
 
 def cache_of(output: object) -> object | None:
-    """Give the key-value cache that a model returned, if it did."""
+    """Return the key-value cache that a model returned, if it did."""
     return next((getattr(output, name) for name in CACHE_NAMES if hasattr(output, name)), None)
 
 
@@ -341,7 +341,7 @@ class StepHooks:
         self._seen.add(number)
 
     def _room_for(self, tokens: int, device: torch.device) -> _Room:
-        """Give room for a step, on the device of the first router."""
+        """Return room for a step, on the device of the first router."""
         if self._room is None or len(self._room.ids) < tokens:
             device = device if self._room is None else self._room.ids.device
             dtype = torch.uint8 if self.num_experts <= 256 else torch.uint16

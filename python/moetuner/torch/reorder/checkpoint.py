@@ -117,7 +117,7 @@ def permute_state_dict(
 
 
 def _settings(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Give the settings of the language model, which those of a larger model hold."""
+    """Return the settings of the language model, which those of a larger model hold."""
     return None if config is None else config.get("text_config") or config
 
 
@@ -127,7 +127,7 @@ def _moves(
     settings: Mapping[str, Any] | None,
     inverse: bool,
 ) -> dict[str, Move]:
-    """Say what becomes of every tensor, if that is exact."""
+    """Return what becomes of every tensor, if that is exact."""
     if settings is None and any(name.endswith("e_score_correction_bias") for name in held):
         raise ValueError(
             "config is needed: a router with e_score_correction_bias may be limited to groups "

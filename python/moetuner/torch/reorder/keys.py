@@ -42,7 +42,7 @@ class Move:
 
 
 def plan(held: Mapping[str, Held], order: Order, num_hidden_layers: int | None) -> dict[str, Move]:
-    """Say what becomes of every tensor of a checkpoint.
+    """Return what becomes of every tensor of a checkpoint.
 
     Parameters
     ----------

@@ -105,7 +105,7 @@ def apply_placement(
 
 
 def _tensors(model: nn.Module, layers: tuple[MoELayer, ...]) -> dict[str, Tensor]:
-    """Give all tensors of a model by all their names; blocks that run twice have one."""
+    """Return all tensors of a model by all their names; blocks that run twice have one."""
     blocks = {id(layer.block): _block(layer) for layer in layers}
     again = [
         f"{name}."
@@ -122,7 +122,7 @@ def _tensors(model: nn.Module, layers: tuple[MoELayer, ...]) -> dict[str, Tensor
 def _router_state(
     tensors: dict[str, Tensor], layers: tuple[MoELayer, ...]
 ) -> dict[str, list[_Moved]]:
-    """Give what depends on the order of the experts beside them, by block."""
+    """Return what depends on the order of the experts beside them, by block."""
     numbers = {_block(layer): number for number, layer in enumerate(layers)}
     parts = [name.split(".") for name in tensors]
     before = {".".join(p[: p.index("experts")]) for p in parts if "experts" in p[:-1]}
@@ -147,7 +147,7 @@ def _state_of(
     routing: dict[str, list[_Moved]],
     tensors: dict[str, Tensor],
 ) -> list[_Moved]:
-    """Give what has to change in a layer, if that is exact."""
+    """Return what has to change in a layer, if that is exact."""
     if layer.num_experts != len(order):
         raise ValueError(
             f"{layer.name}: must have {len(order)} experts like the first MoE layer, got "
@@ -172,7 +172,7 @@ def _state_of(
 
 
 def _experts(layer: MoELayer, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Give the weights of the experts, each stacked along the first dimension."""
+    """Return the weights of the experts, each stacked along the first dimension."""
     if layer.experts is None:
         raise ValueError(f"{layer.name}: its block must have a module 'experts'")
     prefix = _join(_block(layer), "experts.")
@@ -194,7 +194,7 @@ def _experts(layer: MoELayer, tensors: dict[str, Tensor]) -> Iterator[tuple[str,
 
 
 def _once(moved: list[_Moved], order: Order, tensors: dict[str, Tensor]) -> list[_Moved]:
-    """Give each piece of memory once, if all that share it move alike.
+    """Return each piece of memory once, if all that share it move alike.
 
     Raises
     ------
@@ -229,7 +229,7 @@ def _once(moved: list[_Moved], order: Order, tensors: dict[str, Tensor]) -> list
 
 
 def _spans(tensors: dict[str, Tensor]) -> dict[str, tuple[int, int, int]]:
-    """Give memory, first byte and end of every tensor that is in memory."""
+    """Return memory, first byte and end of every tensor that is in memory."""
     found = {}
     for name, tensor in tensors.items():
         if tensor.is_meta or hasattr(tensor, "placements") or not tensor.numel():
@@ -278,7 +278,7 @@ def _permute(tensor: Tensor, order: NDArray[np.int64]) -> None:
 
 
 def _cycles(order: list[int]) -> Iterator[list[int]]:
-    """Give cycles of positions, each of which takes what the next one holds."""
+    """Return cycles of positions, each of which takes what the next one holds."""
     left = set(range(len(order)))
     while left:
         cycle = [left.pop()]

@@ -129,13 +129,13 @@ def dependents(
 
 
 def held_as(tensor: Tensor) -> Held:
-    """Give what is to be known of a tensor."""
+    """Return what is to be known of a tensor."""
     fractions = tensor.is_floating_point() or tensor.is_complex()
     return Held(tuple(tensor.shape), not fractions and tensor.element_size() > 1)
 
 
 def renumbered(name: str, table: Tensor, new: NDArray[np.int64]) -> Tensor:
-    """Give a table of experts' ids with the new number of every old expert [E].
+    """Return a table of experts' ids with the new number of every old expert [E].
 
     Raises
     ------
@@ -152,7 +152,7 @@ def renumbered(name: str, table: Tensor, new: NDArray[np.int64]) -> Tensor:
 
 
 def _kind(path: str, tensor: Held, experts: int, *, routes: bool) -> str | None:
-    """Say "rows" or "ids" of what depends on the order, "" of what does not; None if unknown."""
+    """Return "rows" or "ids" of what depends on the order, "" of what does not, None if unknown."""
     shape, last = tensor.shape, path.rpartition(".")[2]
     chooses = routes or CHOOSES.search(path) is not None
     if APART.search(path) or (not chooses and DENSE.search(path)):
@@ -171,7 +171,7 @@ def _kind(path: str, tensor: Held, experts: int, *, routes: bool) -> str | None:
 
 
 def _may_choose(path: str, tensor: Held, experts: int, *, in_layer: bool) -> bool:
-    """Say whether what stands outside of all blocks has to be looked at."""
+    """Whether what stands outside of all blocks has to be looked at."""
     if APART.search(path):
         return False
     if not in_layer:

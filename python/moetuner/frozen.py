@@ -1,0 +1,116 @@
+"""What the package's frozen dataclasses share: equality, hash, and how they show themselves."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from html import escape
+from typing import Any, ClassVar
+
+import numpy as np
+
+WIDTH = 100
+BREAK = "\n    "
+# Entries of a list or a dictionary that are shown; of more only the number.
+FEW = 8
+# Numbers of an array that its hash is made of: enough to tell apart, and soon read.
+HASHED = 64
+
+
+class Frozen:
+    """Base of dataclasses whose fields may hold arrays and dictionaries.
+
+    Equal if all fields are, arrays by their numbers. Shown in a few lines: fields that have their
+    defaults are left out, and of arrays and long lists there is the size.
+    """
+
+    # Properties that are shown beside the fields.
+    _also_shown: ClassVar[tuple[str, ...]] = ()
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(
+            _equal(getattr(self, each.name), getattr(other, each.name))
+            for each in _fields(self)
+            if each.compare
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple(_hash(getattr(self, f.name)) for f in _fields(self) if f.compare))
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{each.name}={short(getattr(self, each.name))}"
+            for each in _fields(self)
+            if each.repr and not _is_default(each, getattr(self, each.name))
+        ]
+        shown += [f"{name}={short(getattr(self, name))}" for name in self._also_shown]
+        text = f"{type(self).__name__}({', '.join(shown)})".replace(BREAK, " ")
+        lines = textwrap.wrap(text, WIDTH - 4, break_long_words=False)
+        return BREAK.join(lines)
+
+
+def short(value: Any) -> str:
+    """Write a value in a few words: of arrays and long lists their size."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        if len(value) > FEW:
+            return f"{{{len(value)} entries}}"
+        return "{" + ", ".join(str(key) for key in value) + "}"
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        if len(value) > FEW:
+            return f"[{len(value)} entries]"
+        return "[" + ", ".join(short(each) for each in value) + "]"
+    return repr(value)
+
+
+def html_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Write a table as HTML, for notebooks."""
+    lines = [
+        "<tr>" + "".join(f"<{tag}>{_cell(value)}</{tag}>" for value in row) + "</tr>"
+        for tag, row in (("th", head), *(("td", row) for row in rows))
+    ]
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return escape(value if isinstance(value, str) else short(value))
+
+
+def _fields(value: Any) -> tuple[Field[Any], ...]:
+    return fields(value)
+
+
+def _is_default(field: Field[Any], value: Any) -> bool:
+    default = field.default
+    if field.default_factory is not MISSING:
+        default = field.default_factory()
+    return default is not MISSING and _equal(value, default)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and np.array_equal(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b)
+
+
+def _hash(value: Any) -> int:
+    """Hash what `_equal` compares: what is equal has the same."""
+    if isinstance(value, np.ndarray):
+        return hash((value.shape, *value.flat[:HASHED].tolist()))
+    if isinstance(value, Mapping):
+        return hash(frozenset(value))
+    if isinstance(value, (tuple, list)):
+        return hash(tuple(map(_hash, value)))
+    return hash(value)
