@@ -1,7 +1,6 @@
 """The house: data flows one way, every arrow is counted, each foreign library has its place."""
 
 import ast
-import re
 from functools import cache
 from pathlib import Path
 

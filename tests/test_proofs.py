@@ -23,7 +23,6 @@ from moetuner.solver.bounds.loads import bounded
 from moetuner.solver.bounds.pairs import bound, padded, verify
 from moetuner.solver.exact.partitions import chain
 from moetuner.solver.milp.colocation import colocation
-from moetuner.solver.neighbourhood import neighbourhood
 from moetuner.solver.result import Candidate, Limits
 from moetuner.solver.search.traffic import heuristic
 from moetuner.solver.two_stage import place_clusters
@@ -238,14 +237,13 @@ def test_nearly_is_not_optimal():
         assert bounded(problem, Candidate(slots), Limits()).status == status
 
 
-@pytest.mark.parametrize("improve", [colocation, neighbourhood])
-def test_what_runs_after_the_bound_keeps_its_certificate(improve):
+def test_what_runs_after_the_bound_keeps_its_certificate():
     """HiGHS may improve a placement, and loses nothing of what was proven before."""
     problem = small_problem(2, 2, 8, 2, max_imbalance=1.3)
     start = solver.METHODS["heuristic"](problem, seed=0, limits=Limits(iterations=10))
     proven = bound(problem, problem.kept_caps(start.slots), limits=Limits())
     start = replace(start, bound=proven.cost, certificate=proven.certificate)
-    found = improve(problem, seed=0, limits=Limits(), start=start)
+    found = colocation(problem, seed=0, limits=Limits(), start=start)
     assert found.certificate is proven.certificate
 
 

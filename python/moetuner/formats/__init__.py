@@ -52,19 +52,3 @@ def read_input(
     if num_experts is not None and num_experts != statistics.experts:
         raise ValueError(f"{path}: num_experts must be {statistics.experts}, got {num_experts}")
     return statistics
-
-
-def read_statistics(
-    path: str | Path, *, window: int | None = None, num_experts: int | None = None
-) -> RoutingStatistics:
-    """Open the same files and count a trace, in windows of ``window`` tokens.
-
-    Raises
-    ------
-    ValueError, OSError
-        As ``read_input``.
-    """
-    found = read_input(path, window=window, num_experts=num_experts)
-    if isinstance(found, RoutingStatistics):
-        return found
-    return RoutingStatistics.from_trace(found, window=window)

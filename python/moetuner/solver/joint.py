@@ -2,7 +2,7 @@
 
 Where a layer has few partitions, dynamic programming over all of them is the optimum. Elsewhere:
 construct and search; prove a bound; and while the gap is wider than asked for and time is left, let
-HiGHS work on the whole co-location programme where it fits, on neighbourhoods where it does not.
+HiGHS work on the whole co-location programme, where that fits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from moetuner.solver.bounds.loads import bounded, proves_pairs
 from moetuner.solver.bounds.pairs import bound
 from moetuner.solver.exact.partitions import chain
 from moetuner.solver.milp.colocation import colocation, fits
-from moetuner.solver.neighbourhood import neighbourhood
 from moetuner.solver.result import Candidate, Clock, Limits
 from moetuner.solver.search.traffic import heuristic
 from moetuner.solver.searched import searched
@@ -60,7 +59,9 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 
     cost = problem.cost(Placement(found.slots, num_experts=problem.experts))
     share = BOUND_SHARE / (1 - SEARCH_SHARE)
-    if rest is not None and (1 - share) * rest < WORTHWHILE:
+    worthwhile = rest is not None and (1 - share) * rest >= WORTHWHILE
+    programme = worthwhile and problem.regime == "follow" and fits(problem)
+    if not programme:
         share = 1.0
     caps = problem.kept_caps(found.slots)
     proven = bound(problem, caps, limits=clock.within(share), target=cost)
@@ -77,10 +78,8 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
             return replace(found, status="optimal")
         if limits.gap is not None and cost - proven.cost <= limits.gap * cost:
             return replace(found, status="gap_reached")
-    rest = clock.within().time_limit
     if found.status == "interrupted" or rest is None:
         return found
-    if rest >= WORTHWHILE and problem.regime == "follow" and found.bound is not None:
-        improve = colocation if fits(problem) else neighbourhood
-        found = improve(problem, seed=seed, limits=clock.within(), start=found)
+    if programme and found.bound is not None:
+        found = colocation(problem, seed=seed, limits=clock.within(), start=found)
     return found if found.status != "feasible" else replace(found, status="time_limit")

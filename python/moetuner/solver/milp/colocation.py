@@ -116,17 +116,9 @@ class Model:
     ----------
     joint
         What to place.
-    fixed
-        Layers [L] whose partition is that of ``device_of`` [L,P], entries in the order of `Joint`.
     """
 
-    def __init__(
-        self,
-        joint: Joint,
-        *,
-        fixed: NDArray[np.bool_] | None = None,
-        device_of: NDArray[np.int64] | None = None,
-    ) -> None:
+    def __init__(self, joint: Joint) -> None:
         self.joint = joint
         self.layers, self.experts = joint.load.shape
         self.entries = P = joint.devices * joint.slots
@@ -143,17 +135,11 @@ class Model:
         # Numbers near 1 are what HiGHS's tolerances are made for.
         self.unit = max(float(saved.sum()) / max(int((saved > 0).sum()), 1), 1.0)
         self.total = round(float(saved.sum()))
-        lower, upper_bound = np.zeros(self.columns), self._upper()
-        if fixed is not None and device_of is not None:
-            known = self.s[:, fixed][:, :, upper[0], upper[1]].ravel()
-            values = self.values(device_of)
-            lower[known] = upper_bound[known] = values[known]
         # z need not be said to be whole: where s is, it is a doubly stochastic matrix over devices.
         # See `tighten` for where it is said all the same.
         self.ilp = Ilp(
             -saved / self.unit,
-            lower=lower,
-            upper=upper_bound,
+            upper=self._upper(),
             integer=np.arange(self.columns) < numbers.size,
             offset=self.total / self.unit,
         )

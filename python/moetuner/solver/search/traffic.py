@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.problem import Problem
@@ -16,7 +15,6 @@ def heuristic(
     *,
     seed: int = 0,
     limits: Limits = Limits(),  # noqa: B008 - frozen
-    initial: tuple[NDArray[np.int32], ...] = (),
 ) -> Candidate:
     """Search for the least traffic under the load cap.
 
@@ -24,17 +22,15 @@ def heuristic(
     ----------
     problem
         With the regime ``follow`` transitions cost, with ``dispatch`` co-activation saves.
-    initial
-        Slots [L,D,S] to improve on besides the search's own starts.
     """
-    pairs = {
-        "follow": {"transitions": problem.statistics.transitions},
-        "dispatch": {"coactivation": problem.statistics.coactivation},
-    }[problem.regime]
+    follow, statistics = problem.regime == "follow", problem.statistics
+    transitions = statistics.transitions if follow else None
+    coactivation = None if follow else statistics.coactivation
     cost = problem.topology.cost
     # Without pairs all placements cost nothing, and the balanced one that the search starts from
     # is the answer.
-    pointless = not any(table is not None and table.any() for table in pairs.values())
+    pairs = transitions if follow else coactivation
+    pointless = pairs is None or not pairs.any()
 
     def report(seconds: float, cost: int | None) -> None:
         if limits.progress is not None:
@@ -46,15 +42,15 @@ def heuristic(
         np.repeat(problem.caps[:, None], problem.devices, axis=1),
         # Co-activated pairs count the same on whatever two devices they are: see `Problem.cost`.
         # Where they stand for visits, those of other nodes cost more.
-        cost if problem.regime == "follow" or problem.counts_visits else (cost > 0).astype(int),
+        cost if follow or problem.counts_visits else (cost > 0).astype(int),
         problem.slots,
+        transitions=transitions,
+        coactivation=coactivation,
         seed=seed,
         trials=limits.iterations,
         time_limit=0.0 if pointless else limits.time_limit,
         threads=limits.threads,
-        initial=list(initial),
         progress=report if limits.progress is not None else None,
-        **pairs,
     )
     details: dict[str, object] = {"trials": trials}
     if shift:
