@@ -37,11 +37,11 @@ def main() -> None:
         begin = time.perf_counter()
         optimum = chain(joint)
         if optimum is not None and optimum.bound is not None:
-            seconds = time.perf_counter() - begin
-            print(f"  {seconds:8.3f} s  chain      {optimum.bound / joint.cost_scale:.6f}, optimal")
+            seconds, found = time.perf_counter() - begin, optimum.bound / mt.Objective(joint).scale
+            print(f"  {seconds:8.3f} s  chain      {found:.6f}, optimal")
         begin = time.perf_counter()
         start = heuristic(joint)
-        objective = joint.cost(mt.Placement(start.slots)) / joint.cost_scale
+        objective = mt.Objective(joint).cost(mt.Placement(start.slots)) / mt.Objective(joint).scale
         print(f"  {time.perf_counter() - begin:8.3f} s  search     {objective:.6f}")
 
         due = [0.0]
@@ -54,8 +54,8 @@ def main() -> None:
         limits = Limits(options.seconds, progress=report)
         begin = time.perf_counter()
         found = colocation(joint, seed=0, limits=limits, start=start)
-        objective = joint.cost(mt.Placement(found.slots)) / joint.cost_scale
-        bound = (found.bound or 0) / joint.cost_scale
+        objective = mt.Objective(joint).cost(mt.Placement(found.slots)) / mt.Objective(joint).scale
+        bound = (found.bound or 0) / mt.Objective(joint).scale
         row(time.perf_counter() - begin, objective, bound, found.status)
 
 

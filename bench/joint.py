@@ -48,7 +48,7 @@ def recorded(path: Path, *, quick: bool) -> None:
             proven = bound(whole, caps, limits=Limits(time_limit=share))
             seconds = time.perf_counter() - begin
             assert proven is not None
-            least = proven.cost / whole.cost_scale
+            least = proven.cost / mt.Objective(whole).scale
             gap = 100 * (result.objective - least) / result.objective
             row = f"{devices:7} {result.seconds:6.1f}s {result.objective:9.5f} {seconds:5.1f}s"
             print(row, f"{least:9.5f} {gap:6.2f}%")

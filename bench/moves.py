@@ -114,13 +114,16 @@ def main() -> None:
         plain = mt.Placement.from_assignment(greedy(load, home, budget), devices)
         seconds = time.perf_counter() - begin
         for goal, problem in problems.items():
-            before = problem.value(initial)
+            before = mt.Objective(problem).value(initial)
             begin = time.perf_counter()
             result = mt.solve(
                 problem, "heuristic", initial=initial, move_budget=budget, time_limit=seconds / 10
             )
             ours = time.perf_counter() - begin
-            gain, moves = before - problem.value(plain), initial.diff(plain).experts_moved
+            gain, moves = (
+                before - mt.Objective(problem).value(plain),
+                initial.diff(plain).experts_moved,
+            )
             print(f"{goal:>9} {budget:6}   {gain:11.5f} {moves:5} {seconds:7.2f}", end="")
             moves = initial.diff(result.placement).experts_moved
             print(f"   {before - result.objective:11.5f} {moves:5} {ours:7.2f}", flush=True)

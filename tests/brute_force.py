@@ -47,7 +47,7 @@ def small_problem(
 
 def every_placement(problem: mt.Problem) -> Iterator[mt.Placement]:
     """Give every placement with at least one copy of each expert, slots in order of ids."""
-    layers = [list(every_layer(problem, rooms)) for rooms in problem.rooms.tolist()]
+    layers = [list(every_layer(problem, rooms)) for rooms in problem.capacity.tolist()]
     for chosen in itertools.product(*layers):
         yield mt.Placement(np.array(chosen), num_experts=problem.experts)
 
@@ -71,7 +71,7 @@ def optimum(problem: mt.Problem, caps: NDArray[np.integer] | None = None) -> int
     in a given layer is all that has to be remembered.
     """
     D, E = problem.devices, problem.experts
-    caps = problem.caps if caps is None else caps
+    caps = problem.caps.whole if caps is None else caps
     caps = np.broadcast_to(np.atleast_2d(caps.T).T, (problem.layers, D))
     all_ways = np.array(list(itertools.product(range(D), repeat=E)))
     held = (all_ways[:, :, None] == np.arange(D)).astype(np.int64)
@@ -105,7 +105,7 @@ def optimum(problem: mt.Problem, caps: NDArray[np.integer] | None = None) -> int
 
 def kept_caps(problem: mt.Problem, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
     """Caps [L], raised to the loads of a placement that breaks them."""
-    return np.maximum(problem.caps, device_load(problem, slots).max(axis=1))
+    return np.maximum(problem.caps.whole, device_load(problem, slots).max(axis=1))
 
 
 def device_load(problem: mt.Problem, slots: NDArray[np.int32]) -> NDArray[np.uint64]:

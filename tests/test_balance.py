@@ -96,7 +96,7 @@ def test_spare_slots_of_few_layers_get_copies():
     problem = mt.Problem(statistics, mt.Topology(4), extra_slots=5, objective="balance")
     for method in ("eplb", "lpt"):
         slots = mt.solve(problem, method).placement.slots
-        assert ((slots >= 0).sum(axis=2) == problem.rooms).all()
+        assert ((slots >= 0).sum(axis=2) == problem.capacity).all()
 
 
 @pytest.mark.parametrize("method", ["heuristic", "joint"])
@@ -113,7 +113,7 @@ def test_searches_are_never_behind_balance(method, objective, limit):
         problem = mt.Problem(statistics, devices, 5, objective=objective)
         theirs = mt.balance(load, devices=8, slots_per_device=5, speed=own)
         found = mt.solve(problem, method, **limit).objective
-        assert found <= problem.value(theirs) * (1 + 1e-9)
+        assert found <= mt.Objective(problem).value(theirs) * (1 + 1e-9)
 
 
 def test_searches_are_not_behind_a_patient_balance():
@@ -123,7 +123,7 @@ def test_searches_are_not_behind_a_patient_balance():
     problem = mt.Problem(statistics, mt.Topology(72), 4, objective="balance")
     theirs = mt.balance(load, devices=72, slots_per_device=4, speed=[1.0] * 72)
     found = mt.solve(problem, "heuristic", time_limit=0).objective
-    assert found <= problem.value(theirs) * (1 + 1e-9)
+    assert found <= mt.Objective(problem).value(theirs) * (1 + 1e-9)
 
 
 @given(st.data())

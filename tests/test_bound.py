@@ -59,10 +59,10 @@ def test_bound_is_below_the_optimum_and_verifies(seed, layers, size):
     experts, devices, per_node = size
     problem = random_problem(seed, layers, experts, mt.Topology(devices, per_node))
     found = joint(problem, seed=0, limits=LIMITS)
-    caps = problem.kept_caps(found.slots)
+    caps = problem.caps.kept(found.slots)
     optimum = best_cost(problem, caps)
     result = mt.solve(problem)
-    assert problem.cost(result.placement) == optimum
+    assert mt.Objective(problem).cost(result.placement) == optimum
     proven = bound(problem, caps, limits=LIMITS)
     assert proven is not None
     assert proven.cost <= optimum
@@ -77,7 +77,7 @@ def test_bound_of_co_activation(seed, layers, slots):
     """With dispatch, too, no placement is below the bound, and a certificate proves it."""
     problem = small_problem(seed, layers, 6, 3, regime="dispatch", slots=slots)
     found = joint(problem, seed=0, limits=LIMITS)
-    caps = problem.kept_caps(found.slots)
+    caps = problem.caps.kept(found.slots)
     proven = bound(problem, caps, limits=LIMITS)
     assert proven is not None
     assert 0 <= proven.cost <= optimum(problem, caps)
@@ -87,7 +87,7 @@ def test_bound_of_co_activation(seed, layers, slots):
 def test_certificate_round_trip_and_refusals(tmp_path):
     """What is saved verifies; another problem's, a cut-off or a false certificate is refused."""
     problem = random_problem(1, 3, 8, mt.Topology(2))
-    proven = bound(problem, problem.caps, limits=LIMITS)
+    proven = bound(problem, problem.caps.whole, limits=LIMITS)
     path = tmp_path / "proof.safetensors"
     proven.certificate.save(path)
     again = Certificate.load(path)
@@ -105,8 +105,8 @@ def test_certificate_round_trip_and_refusals(tmp_path):
 def test_tampered_multipliers_prove_less_not_more():
     """Any numbers give a valid bound: none rises above the optimum."""
     problem = random_problem(3, 3, 6, mt.Topology(3))
-    optimum = best_cost(problem, problem.caps)
-    proven = bound(problem, problem.caps, limits=LIMITS)
+    optimum = best_cost(problem, problem.caps.whole)
+    proven = bound(problem, problem.caps.whole, limits=LIMITS)
     rng = np.random.default_rng(0)
     for scale in (0.01, 0.3, 3.0):
         (proof,) = proven.certificate.proofs
@@ -136,5 +136,5 @@ def test_bound_holds_for_any_link_cost(seed):
     problem = replace(problem, topology=mt.Topology(3, link_cost=cost + cost.T))
     result = mt.solve(problem, "joint", time_limit=0.5)
     best = optimum(problem)
-    assert problem.cost(result.placement) >= best
-    assert result.bound is None or result.bound * problem.cost_scale <= best * (1 + 1e-12)
+    assert mt.Objective(problem).cost(result.placement) >= best
+    assert result.bound is None or result.bound * mt.Objective(problem).scale <= best * (1 + 1e-12)

@@ -196,7 +196,10 @@ def test_solve_takes_every_term(ok, trace, tmp_path):
     assert placement == mt.solve(problem).placement
     assert placement.held[:, 0, 3].all()
     found = json.loads(report.read_text())
-    assert (found["unit"], found["objective"]) == ("max / mean load", problem.value(placement))
+    assert (found["unit"], found["objective"]) == (
+        "max / mean load",
+        mt.Objective(problem).value(placement),
+    )
     assert found["settings"]["pinned"] == [[None, 3, 0]]
     assert f"Objective: imbalance {found['objective']:.4f}; no placement is below" in text
     assert "Chosen for unseen traffic: " in text

@@ -11,8 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import moetuner as mt
+from moetuner.problem.caps import device_load
 from moetuner.solver.result import Limits
-from moetuner.solver.search.fanout import dispatch, visit_costs
+from moetuner.solver.search.fanout import dispatch
 from moetuner.solver.search.traffic import heuristic
 
 
@@ -47,7 +48,7 @@ def test_reaches_the_optimum(seed, per_node, cap):
     topology = mt.Topology(4, devices_per_node=per_node)
     problem = mt.Problem(statistics, topology, regime="dispatch", max_imbalance=cap)
     slots = dispatch(problem, limits=Limits(iterations=20_000)).slots
-    caps, price = problem.kept_caps(slots), np.array(visit_costs(topology))
+    caps, price = problem.caps.kept(slots), np.array(mt.Objective(problem).visit_costs)
     device_of = mt.Placement(slots, num_experts=8).device_of
     for layer, of in enumerate(statistics.sets):
         load = problem.load[layer].astype(float)
@@ -81,7 +82,7 @@ def test_optimum_of_few_experts_is_proven(make_trace):
             slots[layer] = held
             other = mt.Placement(slots, num_experts=5)
             if not problem.violations(other):
-                assert problem.value(other) >= result.objective * (1 - 1e-12)
+                assert mt.Objective(problem).value(other) >= result.objective * (1 - 1e-12)
 
 
 def test_same_seed_same_answer(make_trace):
@@ -121,7 +122,7 @@ def test_beats_pairs_on_real_routing(data):
     def judged(method, topology):
         problem = mt.Problem(statistics, topology, regime="dispatch", max_imbalance=1.05)
         slots = method(problem, limits=Limits(iterations=20_000)).slots
-        assert (problem.device_load(slots).max(axis=1) <= problem.kept_caps(slots)).all()
+        assert (device_load(slots, problem.load).max(axis=1) <= problem.caps.kept(slots)).all()
         return mt.evaluate(mt.Placement(slots, num_experts=32), trace, tiers)
 
     pairs, exact, nodes = judged(heuristic, flat), judged(dispatch, flat), judged(dispatch, tiers)

@@ -238,7 +238,7 @@ def test_nearest_pairs_have_one_home():
     problem = mt.Problem(
         statistics, mt.Topology(2), slots_per_device=2, split="nearest", objective="traffic"
     )
-    assert problem.value(placement) == 0
+    assert mt.Objective(problem).value(placement) == 0
 
 
 def test_nearest_copies_save_traffic(make_trace):

@@ -64,7 +64,7 @@ def test_full_optimum_of_small_problems():
     result = mt.solve(problem)
     assert result.status == "optimal"
     full = [p for p in every_placement(problem) if (p.slots >= 0).all()]
-    assert result.objective == pytest.approx(min(map(problem.value, full)))
+    assert result.objective == pytest.approx(min(map(mt.Objective(problem).value, full)))
 
 
 def test_slots_that_cannot_be_full_are_refused():

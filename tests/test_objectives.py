@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner.evaluation import copies as copies_
-from moetuner.problem import objective
 from moetuner.solver.bounds.loads import bounded, least_balance
 from moetuner.solver.result import Candidate, Limits
 
@@ -31,15 +30,15 @@ def loads(windows, experts, layers=1):
 
 def optimum(problem):
     """Least ``Problem.value`` of all placements."""
-    return min(problem.value(placement) for placement in every_placement(problem))
+    return min(mt.Objective(problem).value(placement) for placement in every_placement(problem))
 
 
 def solved(problem, **arguments):
     """Objective of the search, after checking what must hold of every answer."""
     result = mt.solve(problem, **arguments)
-    assert result.objective == problem.value(result.placement)
+    assert result.objective == mt.Objective(problem).value(result.placement)
     held = (result.placement.slots >= 0).sum(axis=2)
-    assert (held <= problem.rooms).all()
+    assert (held <= problem.capacity).all()
     if result.bound is not None:
         assert result.bound <= result.objective * (1 + 1e-9)
     for rules, there in ((problem.pinned, True), (problem.forbidden, False)):
@@ -133,7 +132,7 @@ def least_risk(problem):
     """Least outcome, from every sum of what the layers' contents make of windows."""
     load, speed = problem.windows.load, problem.topology.speed_of_device
     sums = np.zeros((1, len(load)))
-    for layer, rooms in enumerate(problem.rooms.tolist()):
+    for layer, rooms in enumerate(problem.capacity.tolist()):
         held = np.array(list(every_layer(problem, rooms)))
         share = shares(mt.Placement(held, num_experts=problem.experts), problem)
         slowest = (np.einsum("we,nde->nwd", load[:, layer], share) / speed).max(axis=2)
@@ -166,17 +165,16 @@ def test_caps_are_kept_or_said_to_be_in_the_way(problem, cap, goal):
     """The best under the cap; where nothing keeps it, the least that something keeps is named."""
     problem = replace(problem, max_imbalance=cap, objective=goal)
     every = list(every_placement(problem))
-    total = problem.load[None].astype(float)
-    mean = total.sum() / problem.topology.speed_of_device.sum()
-    peaks = np.array([objective.slowest_times(problem, each, total)[0, 0] / mean for each in every])
+    mean = problem.load.sum() / problem.topology.speed_of_device.sum()
+    peaks = np.array([problem.caps.peaks(each)[0] / mean for each in every])
     result = mt.solve(problem)
-    mine = objective.slowest_times(problem, result.placement, total)[0, 0] / mean
+    mine = problem.caps.peaks(result.placement)[0] / mean
     assert mine <= max(cap, peaks.min()) * (1 + 1e-8)
     within = [each for each, peak in zip(every, peaks, strict=True) if peak <= mine * (1 + 1e-8)]
-    assert result.objective >= min(map(problem.value, within)) * (1 - 1e-9)
+    assert result.objective >= min(map(mt.Objective(problem).value, within)) * (1 - 1e-9)
     if goal == "time" and peaks.min() <= cap:
         allowed = [each for each, at in zip(every, peaks, strict=True) if at <= cap * (1 + 1e-10)]
-        assert result.objective <= min(map(problem.value, allowed)) * (1 + 1e-9)
+        assert result.objective <= min(map(mt.Objective(problem).value, allowed)) * (1 + 1e-9)
     if peaks.min() > cap * (1 + 1e-8):
         assert result.details["caps_infeasible"][0] == pytest.approx([peaks.min()] * 2)
         assert result.details["caps_raised"][0] == pytest.approx(mine)
@@ -228,7 +226,7 @@ def test_a_faster_device_never_hurts(problem, device, factor):
 
 def slowest(problem):
     """Least mean of the slowest device's time over windows, as tokens at speed 1."""
-    scale = float((problem.windows.weight * objective.measure(problem)).sum())
+    scale = float((problem.windows.weight * mt.Objective(problem).reference).sum())
     return optimum(problem) * scale if problem.windows.is_mean else 0.0
 
 
@@ -258,9 +256,11 @@ def test_time_is_what_evaluate_predicts(data):
         split=problem.split,
     )
     if problem.risk == "mean":
-        assert problem.value(placement) == pytest.approx(found.predicted_layer_us, rel=1e-12)
+        assert mt.Objective(problem).value(placement) == pytest.approx(
+            found.predicted_layer_us, rel=1e-12
+        )
     else:
-        assert problem.value(placement) >= found.predicted_layer_us * (1 - 1e-12)
+        assert mt.Objective(problem).value(placement) >= found.predicted_layer_us * (1 - 1e-12)
 
 
 @st.composite
@@ -322,10 +322,10 @@ def test_extra_slots_are_even(load, devices, extra):
         extra_slots=extra,
         objective="balance",
     )
-    assert problem.rooms.sum() == 3 * 6 + extra
-    assert np.ptp(problem.rooms.sum(axis=0)) <= 1
-    assert (problem.rooms.sum(axis=1) >= 6).all()
-    assert (problem.rooms.sum(axis=1) <= 6 * devices).all()
+    assert problem.capacity.sum() == 3 * 6 + extra
+    assert np.ptp(problem.capacity.sum(axis=0)) <= 1
+    assert (problem.capacity.sum(axis=1) >= 6).all()
+    assert (problem.capacity.sum(axis=1) <= 6 * devices).all()
     solved(problem, iterations=500)
 
 
@@ -349,14 +349,16 @@ def test_migration_keeps_its_budget(load, budget, seed, slots):
     diff = initial.diff(result.placement)
     assert diff.experts_moved <= budget
     assert diff.experts_moved == result.details["experts_moved"]
-    assert result.objective <= problem.value(initial) * (1 + 1e-12)
+    assert result.objective <= mt.Objective(problem).value(initial) * (1 + 1e-12)
     stays = initial.held & result.placement.held
     for layer, device, slot in itertools.product(range(2), range(3), range(slots // 3)):
         expert = initial.slots[layer, device, slot]
         if expert >= 0 and stays[layer, device, expert]:
             assert result.placement.slots[layer, device, slot] == expert
     if budget == 0:
-        assert result.placement == initial or result.objective < problem.value(initial)
+        assert result.placement == initial or result.objective < mt.Objective(problem).value(
+            initial
+        )
 
 
 @few
@@ -370,7 +372,7 @@ def test_budgets_are_used_to_the_optimum(problem, data):
         within = [each for each, moves in zip(every, moved, strict=True) if moves <= budget]
         found = mt.solve(problem, initial=initial, move_budget=budget, iterations=500)
         assert found.details["experts_moved"] <= budget
-        assert found.objective <= min(map(problem.value, within)) * (1 + 1e-9)
+        assert found.objective <= min(map(mt.Objective(problem).value, within)) * (1 + 1e-9)
 
 
 @given(problems(), st.data())
@@ -383,8 +385,9 @@ def test_more_weight_draws_the_answer_to_a_window(problem, data):
     outcomes = []
     for weight in (0.5, 4.0):
         weighed = replace(problem, statistics=statistics, groups={one: weight})
-        best = min(every_placement(weighed), key=weighed.value)
-        ratio = objective.shares(weighed, best).sum(axis=1) / objective.measure(weighed)
+        objective = mt.Objective(weighed)
+        best = min(every_placement(weighed), key=objective.value)
+        ratio = objective.window_cost(best).sum(axis=1) / objective.reference
         outcomes.append(ratio[int(one)])
     assert outcomes[1] <= outcomes[0] * (1 + 1e-9)
 

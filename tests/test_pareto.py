@@ -30,7 +30,7 @@ def test_trades_are_not_dominated(problem, blocks):
         assert fewer.experts_moved < more.experts_moved
         assert fewer.objective > more.objective
     for trade in trades:
-        assert trade.objective == problem.value(trade.placement)
+        assert trade.objective == mt.Objective(problem).value(trade.placement)
         assert trade.experts_moved == blocks.diff(trade.placement).experts_moved
         assert trade.bytes_moved == 7 * trade.experts_moved
         assert trade.gain == pytest.approx(trades[0].objective - trade.objective)

@@ -66,7 +66,7 @@ def tiny(seed: int) -> mt.Problem:
 def some_placements(problem: mt.Problem, seed: int) -> Iterator[mt.Placement]:
     """Give all placements of a problem, or as many as can be tried in a moment."""
     rng = np.random.default_rng(seed)
-    layers = [np.array(list(every_layer(problem, rooms))) for rooms in problem.rooms.tolist()]
+    layers = [np.array(list(every_layer(problem, rooms))) for rooms in problem.capacity.tolist()]
     if not problem.may_copy:
         layers = [of[(of >= 0).sum(axis=(1, 2)) == problem.experts] for of in layers]
     sizes = [len(of) for of in layers]
@@ -101,7 +101,7 @@ def test_no_placement_refutes_a_claim(seed):
         needs = imbalances(problem, placement)
         least = np.minimum(least, needs)
         if (needs <= allowed).all():
-            best = min(best, problem.value(placement))
+            best = min(best, mt.Objective(problem).value(placement))
     slack = 1e-9 * max(best, 1)
     assert result.bound is None or result.bound <= best + slack
     assert (result.bound is None) == (result.bound_scope is None)
@@ -111,7 +111,7 @@ def test_no_placement_refutes_a_claim(seed):
     for layer in result.details.get("caps_infeasible", {}):
         assert least[layer] > cap[layer]
     if result.certificate is not None:
-        assert verify(result.certificate, problem) / problem.cost_scale == result.bound
+        assert verify(result.certificate, problem) / mt.Objective(problem).scale == result.bound
 
 
 def test_caps_of_nodes_are_at_most_the_load():
@@ -120,7 +120,7 @@ def test_caps_of_nodes_are_at_most_the_load():
     table = np.ones((1, 16, 16), dtype=np.uint64)
     topology = mt.Topology(16, devices_per_node=8)
     problem = mt.Problem(mt.RoutingStatistics(load, table), topology, regime="follow")
-    for cap in (problem.caps, np.full(2, 2**63, np.uint64), np.full(2, 2**64 - 1, np.uint64)):
+    for cap in (problem.caps.whole, np.full(2, 2**63, np.uint64), np.full(2, 2**64 - 1, np.uint64)):
         assert (padded(problem, cap, 2)[2] == problem.load.sum(axis=1)).all()
     few = np.full(2, HUGE // 32, np.uint64)
     assert (padded(problem, few, 2)[2] == HUGE // 4).all()
@@ -135,8 +135,8 @@ def test_what_has_the_imbalance_of_the_cap_keeps_it(seed, largest):
     if measured < 1:
         return
     problem = mt.Problem(mt.RoutingStatistics(load), mt.Topology(3), max_imbalance=measured)
-    assert heaviest <= int(problem.caps[0])
-    assert Fraction(int(problem.caps[0]) * 3, total) <= Fraction(measured) * (
+    assert heaviest <= int(problem.caps.whole[0])
+    assert Fraction(int(problem.caps.whole[0]) * 3, total) <= Fraction(measured) * (
         1 + Fraction(1, 2**49)
     )
 
@@ -241,7 +241,7 @@ def test_what_runs_after_the_bound_keeps_its_certificate():
     """HiGHS may improve a placement, and loses nothing of what was proven before."""
     problem = small_problem(2, 2, 8, 2, max_imbalance=1.3)
     start = solver.METHODS["heuristic"](problem, seed=0, limits=Limits(iterations=10))
-    proven = bound(problem, problem.kept_caps(start.slots), limits=Limits())
+    proven = bound(problem, problem.caps.kept(start.slots), limits=Limits())
     start = replace(start, bound=proven.cost, certificate=proven.certificate)
     found = colocation(problem, seed=0, limits=Limits(), start=start)
     assert found.certificate is proven.certificate

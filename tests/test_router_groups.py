@@ -38,8 +38,8 @@ def test_a_placement_of_groups_is_worth_the_same_as_one_of_experts(devices):
     result = mt.solve(groups, iterations=1000)
     placement = router_groups.expanded(result.placement, EXPERTS)
     fine = mt.Problem(counted, topology, **rules)
-    assert fine.cost(placement) == groups.cost(result.placement)
-    assert fine.value(placement) == result.objective
+    assert mt.Objective(fine).cost(placement) == mt.Objective(groups).cost(result.placement)
+    assert mt.Objective(fine).value(placement) == result.objective
     device_of = placement.device_of.reshape(-1, 4, 4)
     assert (device_of == device_of[:, :, :1]).all()
 

@@ -13,6 +13,7 @@ from moetuner.evaluation.auditing import Audit, audit
 from moetuner.evaluation.verdicts import Verdict, verdict
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.solver import solve
 from moetuner.solver.balancing import balance
 from moetuner.solver.pareto import Trade, pareto
@@ -25,6 +26,7 @@ __all__ = [
     "Audit",
     "CostModel",
     "Evaluation",
+    "Objective",
     "Placement",
     "PlacementDiff",
     "Problem",

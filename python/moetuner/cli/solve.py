@@ -15,7 +15,8 @@ from moetuner.cli.options.problem import Asked, problem_options, settings
 from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output, number
 from moetuner.problem import Problem
-from moetuner.report.outcome import has_pairs, head, remarks, sentences, try_method
+from moetuner.problem.objective import Objective
+from moetuner.report.outcome import head, remarks, sentences, try_method
 from moetuner.solver import METHODS
 from moetuner.solver.migration import check
 from moetuner.solver.result import Result
@@ -151,13 +152,13 @@ def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
         why = f"method {method} proves nothing; take joint"
     elif moving:
         why = "nothing is proven of moves from --initial"
-    elif problem.counts_visits:
+    elif Objective(problem).counts_visits:
         why = "bounds of the devices that tokens visit have none"
     elif problem.may_copy:
         why = "nothing is proven where slots may hold copies of experts"
     elif not problem.is_plain:
         why = "nothing is proven where devices, slots or experts have rules of their own"
-    elif not has_pairs(problem):
+    elif not Objective(problem).has_traffic:
         why = "INPUT has none of the pairs that traffic is made of"
     else:
         return
@@ -181,7 +182,7 @@ def _prove(problem: Problem, result: Result, path: Path) -> str:
             "bound that has one; the placement was written"
         )
     certificate.save(path)
-    proven = certificate.cost / problem.cost_scale
+    proven = certificate.cost / Objective(problem).scale
     if result.bound is None or proven >= result.bound:
         return f"wrote {path}"
     return f"wrote {path}, which proves {proven:.6f}; what HiGHS proved on top has no certificate"

@@ -15,6 +15,8 @@ from moetuner.cli.options.traffic import Source, count, traffic_options
 from moetuner.cli.output import Output, percent
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.problem.caps import device_load
+from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.caps import SINGLE
 from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.bounds.pairs import verify
@@ -53,7 +55,8 @@ def command(
         statistics, machine.topology(), regime=certificate.regime, objective="traffic"
     )
     cost = verify(certificate, problem)
-    bound = cost / problem.cost_scale
+    worth = Objective(problem)
+    bound = cost / worth.scale
     imbalances = _imbalances(problem, certificate)
 
     output = Output(json_file)
@@ -74,10 +77,10 @@ def command(
     if placement_file is not None:
         placement = Placement.load(placement_file)
         _check(placement_file, placement, problem)
-        reached = problem.cost(placement)
-        objective = reached / problem.cost_scale
+        reached = worth.cost(placement)
+        objective = reached / worth.scale
         within = bool(
-            (problem.device_load(placement.slots) <= certificate.caps[:, None]).all()
+            (device_load(placement.slots, problem.load) <= certificate.caps[:, None]).all()
             and (placement.slots >= 0).sum(axis=2).max() <= certificate.slots
         )
         if within and reached < cost:

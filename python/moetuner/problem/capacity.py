@@ -1,4 +1,4 @@
-"""How many slots every device has in every layer."""
+"""Capacity: how many slots every device has in every layer."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import CELL_LIMIT, SLOT_LIMIT, check_slots, per_device, whole_number
+from moetuner.placement import EMPTY, Placement
 from moetuner.topology import Topology
 
 
-def rooms_of(
+def capacity_of(
     load: NDArray[np.uint64],
     topology: Topology,
     slots_per_device: int | Sequence[int] | None,
     extra_slots: int | None,
 ) -> NDArray[np.int64]:
-    """Give every device its slots [L,D]: the problem's, else the topology's, else what is needed.
+    """Return the slots of every device [L,D]: as asked, else the topology's, else what is needed.
 
     Raises
     ------
@@ -68,7 +69,7 @@ def rooms_of(
 
 
 def _spread(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.int64]:
-    """Extra slots where they help most: each to the layer whose heaviest copy it relieves most.
+    """Spread extra slots: each to the layer whose heaviest copy it relieves most.
 
     A layer waits for its heaviest copy wherever no packing can hide it, so the benefit of a copy is
     by how much it lowers the largest load per copy; the next best layer is found in a heap.
@@ -97,11 +98,54 @@ def _spread(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.in
         given[layer] += 1
         heapq.heapreplace(heap, benefit(layer))
     # Device after device over all layers, so that memory is even: no device has two slots more.
-    rooms = np.zeros((layers, devices), dtype=np.int64)
+    capacity = np.zeros((layers, devices), dtype=np.int64)
     at = 0
     for layer in range(layers):
         slots = experts + int(given[layer])
-        rooms[layer] += slots // devices
-        rooms[layer, (at + np.arange(slots % devices)) % devices] += 1
+        capacity[layer] += slots // devices
+        capacity[layer, (at + np.arange(slots % devices)) % devices] += 1
         at = (at + slots) % devices
-    return rooms
+    return capacity
+
+
+def violations(placement: Placement, capacity: NDArray[np.int64], *, fill_slots: bool) -> list[str]:
+    """Return in words which devices a placement gives more experts than slots, or leaves empty."""
+    lines = []
+    count = (placement.slots != EMPTY).sum(axis=2)
+    over = np.argwhere(count > capacity)
+    if len(over):
+        layer, device = over[0]
+        lines.append(
+            f"slots: layer {layer} has {count[layer, device]} experts on device {device}, which "
+            f"has {capacity[layer, device]} slots{and_more(len(over))}"
+        )
+    short = np.argwhere((count < capacity) & fill_slots)
+    if len(short):
+        layer, device = short[0]
+        empty = capacity[layer, device] - count[layer, device]
+        lines.append(
+            f"fill_slots: layer {layer} has {empty} empty slots on device {device}"
+            f"{and_more(len(short))}"
+        )
+    return lines
+
+
+def check_filling(
+    capacity: NDArray[np.int64], forbidden: NDArray[np.bool_] | None, experts: int
+) -> None:
+    """Raise if a device has more slots than experts that may be there."""
+    barred = 0 if forbidden is None else forbidden.sum(axis=1)
+    over = np.argwhere(capacity > experts - barred)
+    if len(over):
+        layer, device = over[0]
+        raise ValueError(
+            f"fill_slots cannot fill the {capacity[layer, device]} slots of device {device} "
+            f"in layer {layer}: of {experts} experts "
+            f"{experts - np.broadcast_to(barred, capacity.shape)[layer, device]} may be "
+            "there, each once"
+        )
+
+
+def and_more(count: int) -> str:
+    """Return of how many cases the first one was named."""
+    return f", and {count - 1} more" if count > 1 else ""

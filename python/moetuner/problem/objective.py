@@ -1,162 +1,301 @@
-"""What a placement is worth to a problem: balance, time, traffic."""
+"""Objective: what a placement is worth to a problem. Here alone goal and regime are told apart."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.evaluation import copies, expected, figures, replay
 from moetuner.placement import Placement
-from moetuner.topology import Topology
-
-if TYPE_CHECKING:
-    from moetuner.problem import Problem
+from moetuner.problem import Problem
+from moetuner.problem.caps import slowest
 
 Floats = NDArray[np.float64]
 
 
-def outcome(problem: Problem, placement: Placement) -> float:
-    """Objective balance or time, in the problem's windows and risk.
+class Objective:
+    """What a problem makes small, as numbers: the lower, the better.
 
-    Balance is max / mean load of devices, each over its speed. Time is the predicted microseconds
-    of a layer, as ``evaluate`` predicts them for the problem's own statistics.
+    ``time`` is microseconds of a layer, as ``evaluate`` predicts them for the problem's own
+    statistics, cost model, split and regime. ``balance`` is max / mean load of devices, each over
+    its speed. Both are costs of windows and layers, over a reference, under the weights and the
+    risk of the problem's windows.
+
+    ``traffic`` is a share of the traffic: of transitions (``follow``) or of co-activated pairs
+    (``dispatch``), at the cost of their link. In regime dispatch, where expert sets are known, it
+    is what tokens visit: devices and, at what their links cost more, nodes.
+
+    Parameters
+    ----------
+    problem
+        What is to be placed.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> statistics = mt.RoutingStatistics.from_load([[[6, 2, 2, 2]]])
+    >>> problem = mt.Problem(statistics, mt.Topology(devices=2), objective="balance")
+    >>> objective = mt.Objective(problem)
+    >>> objective.text(objective.value(mt.solve(problem).placement))
+    'imbalance 1.3333'
     """
-    return problem.windows.outcome(shares(problem, placement).sum(axis=1), measure(problem))
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def __repr__(self) -> str:
+        """Return what is made small, and in which regime."""
+        return f"Objective({self.problem.goal!r}, regime={self.problem.regime!r})"
+
+    # Of any goal.
+
+    def value(self, placement: Placement) -> float:
+        """Return the objective of a placement, in ``unit``."""
+        if self.problem.goal == "traffic":
+            return self.traffic(placement)
+        cost = self.window_cost(placement).sum(axis=1)
+        return self.problem.windows.value(cost, self.reference)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the statistics suffice to say what the objective is."""
+        return self.problem.goal != "traffic" or self.has_traffic
+
+    @property
+    def unit(self) -> str:
+        """Unit of the value, for JSON."""
+        if self.problem.goal == "time":
+            return "us per layer"
+        if self.problem.goal == "balance":
+            return "max / mean load"
+        if self.counts_visits:
+            _, node = self.visit_costs
+            return f"fanout + {node:.3g} node fanout" if node else "fanout"
+        return "share of the traffic"
+
+    def text(self, value: float) -> str:
+        """Return a value with its unit, as it stands in a sentence."""
+        if self.problem.goal == "time":
+            return f"{value:.1f} us per layer"
+        if self.problem.goal == "balance":
+            return f"imbalance {value:.4f}"
+        if self.counts_visits:
+            _, node = self.visit_costs
+            name = f"fanout + {node:.3g} x node fanout =" if node else "fanout"
+            return f"{name} {value:.4f}"
+        if self.problem.regime == "follow":
+            return f"crossing {value:.4f}"
+        return f"{value:.4f} of the co-activations apart"
+
+    @property
+    def decimals(self) -> int:
+        """Decimals of the value that say something, in a table."""
+        return 1 if self.problem.goal == "time" else 4
+
+    @property
+    def figure(self) -> str:
+        """Figure of an evaluation that comes nearest to the objective on other traffic."""
+        if self.problem.goal == "time":
+            return "predicted_layer_us"
+        if self.problem.goal == "traffic":
+            return "crossing" if self.problem.regime == "follow" else "fanout"
+        return "imbalance_mixed" if self.problem.arrival == "mixed" else "imbalance"
+
+    # Of time and balance: costs of windows and layers, over a reference.
+
+    def window_cost(
+        self,
+        placement: Placement,
+        statistics: replay.Counted | None = None,
+        load: Floats | None = None,
+    ) -> Floats:
+        """Compute what every window and layer [W,L] adds to time or balance.
+
+        Parameters
+        ----------
+        placement
+            Of the problem's layers, or of others as parts of them.
+        statistics
+            Pairs and sets of these layers, the problem's by default.
+        load
+            Their windows of load [W,L,E], the problem's by default.
+        """
+        statistics = self.problem.statistics if statistics is None else statistics
+        load = self.problem.windows.load if load is None else load
+        if self.problem.goal == "time":
+            return self._layer_times(placement, statistics, load) / self.problem.layers
+        return self._slowest(placement, load)
+
+    @cached_property
+    def reference(self) -> Floats:
+        """What a window's costs are measured by [W]: 1 for time, else load over speed if even."""
+        if self.problem.goal == "time":
+            return np.ones(len(self.problem.windows.load))
+        return self._even
+
+    def imbalances(self, placement: Placement) -> Floats:
+        """Compute what every layer [L] adds to max / mean load, whatever the goal is."""
+        windows = self.problem.windows
+        each = self._slowest(placement, windows.load)
+        return np.array([windows.value(of, self._even) for of in each.T])
+
+    @cached_property
+    def _even(self) -> Floats:
+        """Load over speed of every window's layers [W], if every device had its part."""
+        speed = self.problem.topology.speed_of_device
+        mean: Floats = self.problem.windows.load.sum(axis=(1, 2)) / speed.sum()
+        return mean
+
+    def _slowest(self, placement: Placement, load: Floats) -> Floats:
+        return slowest(placement, load, self.problem.topology, self.problem.split)
+
+    def _layer_times(
+        self, placement: Placement, statistics: replay.Counted, load: Floats
+    ) -> Floats:
+        """Predict the microseconds of every window and layer [W,L]."""
+        model, topology = self.problem.cost_model, self.problem.topology
+        assert model is not None
+        rules = replay.Rules(
+            placement,
+            topology,
+            window=None,
+            split=self.problem.split,
+            with_active=model.expert_us > 0,
+            threads=None,
+            with_mixed=False,
+        )
+        counts = replay.Expected(statistics, rules).counts(load)
+        return figures.layer_us(counts, topology, model, self.problem.regime)
+
+    # Of traffic, whatever the goal is.
+
+    @property
+    def counts_visits(self) -> bool:
+        """Whether traffic is counted in devices that tokens visit: where expert sets are known."""
+        return self.problem.regime == "dispatch" and self.problem.statistics.sets is not None
+
+    @property
+    def counts_pairs(self) -> bool:
+        """Whether traffic of pairs is the goal: bounds then are costs, in whole numbers."""
+        return self.problem.goal == "traffic" and not self.counts_visits
+
+    @property
+    def pairs(self) -> NDArray[np.uint64] | None:
+        """Counts [L-1,E,E] or [L,E,E] of what the regime pays for; None where not counted."""
+        statistics = self.problem.statistics
+        follow = self.problem.regime == "follow"
+        return statistics.transitions if follow else statistics.coactivation
+
+    @property
+    def has_traffic(self) -> bool:
+        """Whether what the regime's traffic is made of was counted: expert sets or pairs."""
+        return self.counts_visits or self.pairs is not None
+
+    def traffic(self, placement: Placement) -> float:
+        """Return what ``value`` is with the objective traffic; 0 where nothing was counted.
+
+        With one copy of each expert it is ``cost`` over ``scale``; with copies it is expected.
+        """
+        if self.counts_visits:
+            return float(self._visits(placement).sum())
+        if not placement.has_copies:
+            return self.cost(placement) / self.scale
+        if self.pairs is None:
+            return 0.0
+        if self.problem.regime == "dispatch":
+            return float(self._apart(placement).sum())
+        topology = self.problem.topology
+        moved = expected.followed(placement, topology, self.problem.split, self.pairs)
+        return float((moved * topology.cost).sum()) / self.scale
+
+    def layers_traffic(self, placement: Placement) -> Floats:
+        """Compute what every layer [L] adds to the traffic, in regime dispatch.
+
+        0 where neither expert sets nor pairs were counted.
+        """
+        if self.counts_visits:
+            return self._visits(placement)
+        return self._apart(placement) if self.has_traffic else np.zeros(self.problem.layers)
+
+    def cost(self, placement: Placement) -> int:
+        """Compute the exact cost of the pairs of a placement with one copy of each expert.
+
+        ``follow``: sum over neighbouring layers of transitions [E,E] times ``topology.cost``
+        between the experts' devices. ``dispatch``: co-activated pairs on different devices.
+        """
+        if self.pairs is None or not len(self.pairs):
+            return 0
+        device_of, devices = placement.device_of, self.problem.devices
+        costs, inverse = np.unique(self.problem.topology.cost, return_inverse=True)
+        kind = inverse.astype(np.int32).reshape(devices, devices)
+        total = 0
+        for layer, table in enumerate(self.pairs):
+            if self.problem.regime == "follow":
+                moved = kind[np.ix_(device_of[layer], device_of[layer + 1])]
+                total += sum(
+                    int(c) * _exact_sum(table[moved == k]) for k, c in enumerate(costs) if c
+                )
+            else:
+                apart = np.not_equal.outer(device_of[layer], device_of[layer])
+                total += _exact_sum(table[apart]) // 2
+        return total
+
+    @cached_property
+    def scale(self) -> int:
+        """Cost if every counted pair moved over the cheapest link; shares are of it."""
+        pairs = self.pairs
+        counted = 0 if pairs is None else sum(_exact_sum(table) for table in pairs)
+        if self.problem.regime == "dispatch":
+            return max(counted // 2, 1)
+        cost = self.problem.topology.cost
+        cheapest = int(cost[cost > 0].min()) if self.problem.devices > 1 else 1
+        return max(counted * cheapest, 1)
+
+    @cached_property
+    def visit_costs(self) -> tuple[float, float]:
+        """Cost of a token's visit of a device and, on top of it, of a node.
+
+        A token crosses to a node once and is handed on inside it, so a node costs a link between
+        nodes where a device costs one inside.
+        """
+        topology = self.problem.topology
+        if topology.nodes < 2 or topology.node_size < 2:
+            return 1.0, 0.0
+        node, cost = topology.node_of_device, topology.cost
+        beyond = np.not_equal.outer(node, node)
+        inside = cost[~beyond & (cost > 0)].mean() if (cost[~beyond] > 0).any() else 1.0
+        return 1.0, float(cost[beyond].mean() / inside)
+
+    def _apart(self, placement: Placement) -> Floats:
+        """Compute the share of all co-activated pairs that are apart, by layer [L]."""
+        shares = copies.shares(placement, self.problem.topology, self.problem.split)
+        tables = self.problem.statistics.coactivation_or_empty
+        apart = [
+            (table.astype(np.float64) * (1 - share.T @ share)).sum() / 2
+            for share, table in zip(shares, tables, strict=True)
+        ]
+        return np.array(apart) / self.scale
+
+    def _visits(self, placement: Placement) -> Floats:
+        """Compute what every layer [L] adds to the visits of a token.
+
+        Copies are taken to be chosen independently of each other.
+        """
+        topology, sets = self.problem.topology, self.problem.statistics.sets
+        assert sets is not None
+        device_cost, node_cost = self.visit_costs
+        shares = copies.shares(placement, topology, self.problem.split)
+        devices, nodes = expected.visits(shares, sets, topology.node_of_device)
+        tokens = sum(float(of.counts.sum()) for of in sets)
+        total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
+        return total / max(tokens, 1.0)
 
 
-def shares(problem: Problem, placement: Placement) -> Floats:
-    """Say what every window and layer [W,L] adds to balance or time."""
-    return shares_of(problem, placement, problem.statistics, problem.windows.load)
-
-
-def shares_of(
-    problem: Problem, placement: Placement, statistics: replay.Counted, load: Floats
-) -> Floats:
-    """Say the same of other layers, as parts of the problem's: of windows of load [W,n,E].
-
-    Pairs and sets are those of the statistics.
-    """
-    if problem.goal == "time":
-        return _layer_times(problem, placement, statistics, load) / problem.layers
-    return slowest_times(problem, placement, load)
-
-
-def measure(problem: Problem) -> Floats:
-    """Say what the shares of a window's layers are measured by [W]: 1 for time, else the mean.
-
-    The mean is load over speed, if every device had its part.
-    """
-    if problem.goal == "time":
-        return np.ones(len(problem.windows.load))
-    return _even_times(problem)
-
-
-def imbalances(problem: Problem, placement: Placement) -> Floats:
-    """Return what every layer [L] adds to max / mean load, whatever the objective is."""
-    slowest, mean = slowest_times(problem, placement, problem.windows.load), _even_times(problem)
-    return np.array([problem.windows.outcome(of, mean) for of in slowest.T])
-
-
-def _even_times(problem: Problem) -> Floats:
-    """Load over speed of every window's layers [W], if every device had its part."""
-    speed = problem.topology.speed_of_device
-    mean: Floats = problem.windows.load.sum(axis=(1, 2)) / speed.sum()
-    return mean
-
-
-def slowest_times(problem: Problem, placement: Placement, load: Floats) -> Floats:
-    """Largest load over speed of a device in every window and layer [W,L]."""
-    speed = problem.topology.speed_of_device
-    share = copies.copy_shares(placement, problem.topology, problem.split)
-    each = copies.served(placement, share, load)
-    slowest: Floats = (each / speed).max(axis=2)
-    return slowest
-
-
-def _layer_times(
-    problem: Problem, placement: Placement, statistics: replay.Counted, load: Floats
-) -> Floats:
-    """Predicted microseconds of every window and layer [W,L]."""
-    assert problem.cost_model is not None
-    rules = replay.Rules(
-        placement,
-        problem.topology,
-        window=None,
-        split=problem.split,
-        with_active=problem.cost_model.expert_us > 0,
-        threads=None,
-        with_mixed=False,
-    )
-    counts = replay.Expected(statistics, rules).counts(load)
-    return figures.layer_us(counts, problem.topology, problem.cost_model, problem.regime)
-
-
-def traffic(problem: Problem, placement: Placement) -> float:
-    """Expect a cost of pairs, with any copies of their experts, over ``Problem.cost_scale``.
-
-    0 where no pairs were counted.
-    """
-    if not problem.has_pairs:
-        return 0.0
-    if problem.regime == "follow":
-        tables = problem.statistics.transitions_or_empty
-        moved = expected.followed(placement, problem.topology, problem.split, tables)
-        return float((moved * problem.topology.cost).sum()) / problem.cost_scale
-    return float(_apart(problem, placement).sum())
-
-
-def layers_traffic(problem: Problem, placement: Placement) -> Floats:
-    """Return what every layer [L] adds to the traffic, in regime dispatch.
-
-    0 where neither expert sets nor pairs were counted.
-    """
-    if problem.counts_visits:
-        return _visits(problem, placement)
-    return _apart(problem, placement) if problem.has_pairs else np.zeros(problem.layers)
-
-
-def _apart(problem: Problem, placement: Placement) -> Floats:
-    """Share of all co-activated pairs that are apart, by layer [L]."""
-    shares = copies.shares(placement, problem.topology, problem.split)
-    apart = [
-        (table.astype(np.float64) * (1 - share.T @ share)).sum() / 2
-        for share, table in zip(shares, problem.statistics.coactivation_or_empty, strict=True)
-    ]
-    return np.array(apart) / problem.cost_scale
-
-
-def visits(problem: Problem, placement: Placement) -> float:
-    """Devices that a token visits in a layer, and nodes at their price, on average.
-
-    Copies are taken to be chosen independently of each other.
-    """
-    return float(_visits(problem, placement).sum())
-
-
-def _visits(problem: Problem, placement: Placement) -> Floats:
-    """Return what every layer [L] adds to the visits."""
-    assert problem.statistics.sets is not None
-    device_cost, node_cost = visit_costs(problem.topology)
-    shares = copies.shares(placement, problem.topology, problem.split)
-    sets = problem.statistics.sets
-    devices, nodes = expected.visits(shares, sets, problem.topology.node_of_device)
-    tokens = sum(float(of.counts.sum()) for of in sets)
-    total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
-    return total / max(tokens, 1.0)
-
-
-def visit_costs(topology: Topology) -> tuple[float, float]:
-    """Cost of a token's visit of a device and, on top of it, of a node.
-
-    A token crosses to a node once and is handed on inside it, so a node costs a link between nodes
-    where a device costs one inside.
-    """
-    if topology.nodes < 2 or topology.node_size < 2:
-        return 1.0, 0.0
-    node = topology.node_of_device
-    beyond = np.not_equal.outer(node, node)
-    cost = topology.cost
-    inside = cost[~beyond & (cost > 0)].mean() if (cost[~beyond] > 0).any() else 1.0
-    return 1.0, float(cost[beyond].mean() / inside)
+def _exact_sum(table: NDArray[np.uint64]) -> int:
+    """Sum without overflow: 64-bit counts, in two halves where they are large."""
+    if int(table.max(initial=0)) * table.size < 1 << 64:
+        return int(table.sum(dtype=np.uint64))
+    low, high = table & np.uint64(0xFFFFFFFF), table >> np.uint64(32)
+    return int(low.sum(dtype=np.uint64)) + (int(high.sum(dtype=np.uint64)) << 32)

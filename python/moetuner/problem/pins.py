@@ -1,18 +1,18 @@
-"""Experts that must or must not be on a device."""
+"""Pins and bans: experts that must or must not be on a device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.placement import Placement
+from moetuner.problem.capacity import and_more
 
-if TYPE_CHECKING:
-    from moetuner.problem import Problem
+# (layer, expert, device); layer None for all.
+Pin = tuple[int | None, int, int]
 
 
 @dataclass(frozen=True)
@@ -27,31 +27,45 @@ class Rules:
         """Whether there is a rule at all."""
         return self.pinned is not None or self.forbidden is not None
 
-    def broken(self, placement: Placement) -> str | None:
-        """Say which rule a placement breaks first; None if none."""
-        held = placement.held.transpose(0, 2, 1)
-        for name, rule, there in (
-            ("pinned", self.pinned, True),
-            ("forbidden", self.forbidden, False),
+    def violations(self, placement: Placement) -> list[str]:
+        """Return in words which pins and bans a placement breaks."""
+        held, lines = placement.held.transpose(0, 2, 1), []
+        for name, rule, verb, there in (
+            ("pinned", self.pinned, "is not", True),
+            ("forbidden", self.forbidden, "is", False),
         ):
-            wrong = np.argwhere(rule & (held != there)) if rule is not None else np.empty((0, 3))
-            if len(wrong):
+            wrong = None if rule is None else np.argwhere(rule & (held != there))
+            if wrong is not None and len(wrong):
                 layer, expert, device = wrong[0]
-                return f"{name} has expert {expert} of layer {layer} on device {device}"
-        return None
+                lines.append(
+                    f"{name}: expert {expert} of layer {layer} {verb} on device {device}"
+                    f"{and_more(len(wrong))}"
+                )
+        return lines
 
 
-def rules_of(problem: Problem) -> Rules:
-    """Check a problem's rules, and make tables of them.
+def rules_of(
+    pinned: Iterable[Pin], forbidden: Iterable[Pin], experts: int, capacity: NDArray[np.int64]
+) -> Rules:
+    """Return tables of rules for so many experts in slots [L,D], checked.
 
     Raises
     ------
     ValueError
         If a rule names what does not exist, or rules contradict each other or the slots.
     """
-    shape = (problem.layers, problem.experts, problem.devices)
-    pinned = _table("pinned", problem.pinned, shape)
-    forbidden = _table("forbidden", problem.forbidden, shape)
+    shape = (len(capacity), experts, capacity.shape[1])
+    must, must_not = _table("pinned", pinned, shape), _table("forbidden", forbidden, shape)
+    _check(must, must_not, capacity)
+    return Rules(must, must_not)
+
+
+def _check(
+    pinned: NDArray[np.bool_] | None,
+    forbidden: NDArray[np.bool_] | None,
+    capacity: NDArray[np.int64],
+) -> None:
+    """Raise if rules contradict each other or the slots [L,D]."""
     if pinned is not None and forbidden is not None:
         both = np.argwhere(pinned & forbidden)
         if both.size:
@@ -66,15 +80,15 @@ def rules_of(problem: Problem) -> Rules:
             layer, expert = nowhere[0]
             raise ValueError(f"forbidden leaves no device for expert {expert} of layer {layer}")
     if pinned is not None:
-        full = np.argwhere(pinned.sum(axis=1) > problem.rooms)
+        full = np.argwhere(pinned.sum(axis=1) > capacity)
         if full.size:
             layer, device = full[0]
             raise ValueError(
                 f"pinned puts {pinned[layer, :, device].sum()} experts of layer {layer} on device "
-                f"{device}, which has {problem.rooms[layer, device]} slots"
+                f"{device}, which has {capacity[layer, device]} slots"
             )
         unpinned = (~pinned.any(axis=2)).sum(axis=1)
-        left = (problem.rooms - pinned.sum(axis=1)).sum(axis=1)
+        left = (capacity - pinned.sum(axis=1)).sum(axis=1)
         short = np.flatnonzero(left < unpinned)
         if short.size:
             layer = short[0]
@@ -83,22 +97,21 @@ def rules_of(problem: Problem) -> Rules:
                 "experts that are not pinned"
             )
     if forbidden is not None:
-        _check_room(forbidden, pinned, problem.rooms)
-    return Rules(pinned, forbidden)
+        _check_bans(forbidden, pinned, capacity)
 
 
-def _check_room(
-    forbidden: NDArray[np.bool_], pinned: NDArray[np.bool_] | None, rooms: NDArray[np.int64]
+def _check_bans(
+    forbidden: NDArray[np.bool_], pinned: NDArray[np.bool_] | None, capacity: NDArray[np.int64]
 ) -> None:
     """Raise if bans leave some experts of a layer fewer slots than they are."""
     seen = set()
     for layer, ban in enumerate(forbidden):
         fixed = np.zeros_like(ban) if pinned is None else pinned[layer]
-        key = (ban.tobytes(), fixed.tobytes(), rooms[layer].tobytes())
+        key = (ban.tobytes(), fixed.tobytes(), capacity[layer].tobytes())
         if key in seen or not ban.any():
             continue
         seen.add(key)
-        stuck = _stuck(~ban[~fixed.any(axis=1)], rooms[layer] - fixed.sum(axis=0))
+        stuck = _stuck(~ban[~fixed.any(axis=1)], capacity[layer] - fixed.sum(axis=0))
         if stuck is not None:
             experts, devices, slots = stuck
             raise ValueError(
@@ -109,13 +122,13 @@ def _check_room(
 
 
 def _stuck(
-    allowed: NDArray[np.bool_], room: NDArray[np.int64]
+    allowed: NDArray[np.bool_], capacity: NDArray[np.int64]
 ) -> tuple[int, list[int], int] | None:
     """Find experts [E,D] that have fewer slots [D] than they are, by a matching (Hall, 1935).
 
     How many they are, their devices, and how many slots these have; None if all find one.
     """
-    held: list[list[int]] = [[] for _ in room]
+    held: list[list[int]] = [[] for _ in capacity]
     for expert in range(len(allowed)):
         # Breadth first, over devices that could hand an expert on; who came from where.
         come: dict[int, tuple[int, int]] = {}
@@ -126,7 +139,7 @@ def _stuck(
                 if device in come:
                     continue
                 come[device] = (mover, origin)
-                if len(held[device]) < room[device]:
+                if len(held[device]) < capacity[device]:
                     free = device
                     break
                 queue.extend((other, device) for other in held[device])
@@ -135,7 +148,7 @@ def _stuck(
         if free < 0:
             devices = sorted(come)
             experts = 1 + sum(len(held[device]) for device in devices)
-            return experts, devices, int(room[devices].sum())
+            return experts, devices, int(capacity[devices].sum())
         while free >= 0:
             mover, origin = come[free]
             held[free].append(mover)
@@ -146,7 +159,7 @@ def _stuck(
 
 
 def _table(
-    name: str, rules: Iterable[tuple[int | None, int, int]], shape: tuple[int, int, int]
+    name: str, rules: Iterable[Pin], shape: tuple[int, int, int]
 ) -> NDArray[np.bool_] | None:
     table: NDArray[np.bool_] | None = None
     for rule in rules:

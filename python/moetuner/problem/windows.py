@@ -46,26 +46,26 @@ class Windows:
 
     @property
     def is_mean(self) -> bool:
-        """Whether the outcome is a weighted mean over windows."""
+        """Whether the value is a weighted mean over windows."""
         return self.risk == "mean" and not self.minimax
 
-    def outcome(self, shares: Floats, measure: Floats) -> float:
-        """Risk of shares over measure, from both of every window [W], summed over layers."""
-        return float(self.outcomes(shares, measure))
+    def value(self, cost: Floats, reference: Floats) -> float:
+        """Compute the risk of cost over reference, both of every window [W], summed over layers."""
+        return float(self.values(cost, reference))
 
-    def outcomes(self, shares: Floats, measure: Floats) -> Floats:
-        """Compute the ``outcome`` [...] of each of several shares [...,W] of the same measure."""
-        each = [self._outcome(shares, measure, mine) for mine in self._parts()]
+    def values(self, costs: Floats, reference: Floats) -> Floats:
+        """Compute the ``value`` [...] of each of several costs [...,W] over one reference."""
+        each = [self._value(costs, reference, mine) for mine in self._parts()]
         worst: Floats = np.max(each, axis=0)
         return worst
 
-    def emphasis(self, shares: Floats, measure: Floats) -> Floats:
-        """Weights [W] under which the mean over windows is what the outcome is made of."""
-        worst = max(self._parts(), key=lambda mine: float(self._outcome(shares, measure, mine)))
-        emphasis = np.zeros(len(self.weight))
-        emphasis[worst] = self.tail(shares[worst], measure[worst], self.weight[worst])
-        mass = self.weight * measure
-        scaled: Floats = emphasis * (mass.sum() / max((emphasis * mass).sum(), 1e-300))
+    def reweight(self, cost: Floats, reference: Floats) -> Floats:
+        """Return weights [W] under which the mean over windows is what the value is made of."""
+        worst = max(self._parts(), key=lambda mine: float(self._value(cost, reference, mine)))
+        weight = np.zeros(len(self.weight))
+        weight[worst] = self.tail(cost[worst], reference[worst], self.weight[worst])
+        mass = self.weight * reference
+        scaled: Floats = weight * (mass.sum() / max((weight * mass).sum(), 1e-300))
         return scaled
 
     def _parts(self) -> list[NDArray[np.bool_]]:
@@ -74,27 +74,27 @@ class Windows:
             return [np.ones(len(self.weight), dtype=bool)]
         return [self.group == number for number in np.unique(self.group)]
 
-    def _outcome(self, shares: Floats, measure: Floats, mine: NDArray[np.bool_]) -> Floats:
-        shares, measure, weight = shares[..., mine], measure[mine], self.weight[mine]
-        part = self.tail(shares, measure, weight) * weight
-        total = (part * measure).sum(axis=-1)
+    def _value(self, cost: Floats, reference: Floats, mine: NDArray[np.bool_]) -> Floats:
+        cost, reference, weight = cost[..., mine], reference[mine], self.weight[mine]
+        part = self.tail(cost, reference, weight) * weight
+        total = (part * reference).sum(axis=-1)
         found: Floats = np.divide(
-            (part * shares).sum(axis=-1), total, out=np.ones_like(total), where=total > 0
+            (part * cost).sum(axis=-1), total, out=np.ones_like(total), where=total > 0
         )
         return found
 
-    def tail(self, shares: Floats, measure: Floats, weight: Floats) -> Floats:
-        """Part of every window [...,W] that is in the worst part, by shares over measure."""
+    def tail(self, cost: Floats, reference: Floats, weight: Floats) -> Floats:
+        """Compute the part of every window [...,W] that is in the worst, by cost over reference."""
         if self.risk == "mean":
-            return np.ones_like(shares)
-        mass = weight * measure
-        ratio = np.divide(shares, measure, out=np.ones_like(shares), where=measure > 0)
+            return np.ones_like(cost)
+        mass = weight * reference
+        ratio = np.divide(cost, reference, out=np.ones_like(cost), where=reference > 0)
         order = np.argsort(-ratio, axis=-1, kind="stable")
         wanted = (1 - float(self.risk)) * mass.sum()
         mass = mass[order]
         before = np.cumsum(mass, axis=-1) - mass
         part = np.clip((wanted - before) / np.where(mass > 0, mass, 1), 0, 1)
-        tail: Floats = np.empty_like(shares)
+        tail: Floats = np.empty_like(cost)
         np.put_along_axis(tail, order, part, axis=-1)
         return tail
 
@@ -105,7 +105,7 @@ def windows_of(
     risk: Risk,
     groups: Mapping[str, float] | Literal["minimax"] | None,
 ) -> Windows:
-    """Make a problem's windows.
+    """Return the windows that count, with their weights.
 
     Raises
     ------

@@ -10,7 +10,6 @@ import numpy as np
 from moetuner.cli.output import Output
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.verdicts import gain
-from moetuner.problem import Problem
 from moetuner.report.outcome import Outcome
 
 # What the measures are called in a sentence: "less ...".
@@ -110,15 +109,6 @@ class Gain:
         )
 
 
-def judged(problem: Problem) -> str:
-    """Name the measure that says most of the objective."""
-    if problem.goal == "time":
-        return "predicted_layer_us"
-    if problem.goal == "traffic":
-        return "crossing" if problem.regime == "follow" else "fanout"
-    return "imbalance_mixed" if problem.arrival == "mixed" else "imbalance"
-
-
 def gains(splits: list[dict[str, Outcome]], over: str, *, seed: int) -> list[Gain]:
     """Compare all methods with one, split by split.
 
@@ -126,7 +116,7 @@ def gains(splits: list[dict[str, Outcome]], over: str, *, seed: int) -> list[Gai
     measure.
     """
     first = splits[0]
-    measure = judged(first[over].problem)
+    measure = first[over].worth.figure
     whole = [split for split in splits if set(split) == set(first)]
     found = []
     for method in first:

@@ -10,7 +10,7 @@ from moetuner.cli.options.traffic import Traffic
 from moetuner.cli.output import number, percent, working
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.problem import Problem
-from moetuner.problem.objective import visit_costs
+from moetuner.problem.objective import Objective
 from moetuner.solver import solve
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
@@ -25,9 +25,9 @@ class Outcome:
     evaluation: Evaluation
 
     @property
-    def has_objective(self) -> bool:
-        """Whether the counts suffice to say what the objective is."""
-        return self.problem.goal != "traffic" or has_pairs(self.problem)
+    def worth(self) -> Objective:
+        """What the placement is worth to the problem."""
+        return Objective(self.problem)
 
     @property
     def breaks_rules(self) -> bool:
@@ -36,11 +36,11 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Fields of the evaluation and of the result."""
-        known = self.has_objective
+        known = self.worth.is_known
         return {
             **self.evaluation.to_dict(),
             "objective": self.result.objective if known else None,
-            "unit": unit(self.problem),
+            "unit": self.worth.unit,
             "bound": self.result.bound if known else None,
             "bound_source": self.result.bound_source,
             "bound_scope": self.result.bound_scope if known else None,
@@ -53,7 +53,7 @@ class Outcome:
 
     def row(self) -> tuple[str, ...]:
         """Give the cells of a table under ``head``."""
-        of, known = self.evaluation, self.has_objective
+        of, worth = self.evaluation, self.worth
         figures = {
             "total": number(of.imbalance_total, 3),
             "crossing": number(of.crossing, 4),
@@ -61,14 +61,13 @@ class Outcome:
             "nodes": number(of.node_fanout, 3),
             "layer us": number(of.predicted_layer_us, 1),
         }
-        decimals = 1 if self.problem.goal == "time" else 4
         return (
             f"{self.result.method} !" if self.breaks_rules else self.result.method,
             number(of.imbalance, 3),
             number(of.imbalance_mixed, 3),
             *(figures[name] for name in judged(self.problem)),
-            number(self.result.objective if known else None, decimals),
-            percent(self.result.gap if known else None),
+            number(self.result.objective if worth.is_known else None, worth.decimals),
+            percent(self.result.gap if worth.is_known else None),
             number(self.result.seconds, 2),
         )
 
@@ -122,55 +121,19 @@ def try_method(
     return Outcome(problem, result, evaluation)
 
 
-def has_pairs(problem: Problem) -> bool:
-    """Whether the statistics have the pairs that the regime is about."""
-    if problem.counts_visits:
-        return True
-    statistics = problem.statistics
-    pairs = statistics.transitions if problem.regime == "follow" else statistics.coactivation
-    return pairs is not None
-
-
-def unit(problem: Problem) -> str:
-    """Name the unit of the objective, for JSON."""
-    if problem.goal == "time":
-        return "us per layer"
-    if problem.goal == "balance":
-        return "max / mean load"
-    if problem.counts_visits:
-        _, node = visit_costs(problem.topology)
-        return f"fanout + {node:.3g} node fanout" if node else "fanout"
-    return "share of the traffic"
-
-
-def worth(problem: Problem, value: float) -> str:
-    """Write a value of the objective with its unit."""
-    if problem.goal == "time":
-        return f"{value:.1f} us per layer"
-    if problem.goal == "balance":
-        return f"imbalance {value:.4f}"
-    if problem.counts_visits:
-        _, node = visit_costs(problem.topology)
-        name = f"fanout + {node:.3g} x node fanout =" if node else "fanout"
-        return f"{name} {value:.4f}"
-    if problem.regime == "follow":
-        return f"crossing {value:.4f}"
-    return f"{value:.4f} of the co-activations apart"
-
-
 def sentences(outcome: Outcome) -> list[str]:
     """Say what was reached, how far from the optimum it can be, and what was chosen on the way."""
-    problem, result = outcome.problem, outcome.result
+    problem, result, worth = outcome.problem, outcome.result, outcome.worth
     lines = []
-    if outcome.has_objective:
-        line = f"Objective: {worth(problem, result.objective)}"
+    if worth.is_known:
+        line = f"Objective: {worth.text(result.objective)}"
         if result.bound is not None and result.gap is not None:
             which = caps.SINGLE if problem.stays_single else ""
             if problem.max_imbalance is not None:
                 raised = "caps_raised" in result.details
                 which += " under the caps that it keeps" if raised else " under this cap"
             line += (
-                f"; no placement{which} is below {worth(problem, result.bound)} "
+                f"; no placement{which} is below {worth.text(result.bound)} "
                 f"({result.bound_source}), so this one is within {percent(result.gap)}"
             )
         lines.append(line + ".")
@@ -187,13 +150,13 @@ def sentences(outcome: Outcome) -> list[str]:
 
 def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
     """Say what a reader of the table must know."""
-    lines = []
+    lines, worth = [], Objective(problem)
     if problem.goal == "time" and problem.cost_model is not None:
         lines.append(say_times(problem.cost_model))
-    if problem.goal != "balance" and not has_pairs(problem):
+    if problem.goal != "balance" and not worth.has_traffic:
         wanted = "transitions" if problem.regime == "follow" else "co-activation"
         lines.append(f"INPUT has no {wanted}: methods could only balance the load.")
-    elif problem.goal == "time" and problem.regime == "dispatch" and not problem.counts_visits:
+    elif problem.goal == "time" and problem.regime == "dispatch" and not worth.counts_visits:
         lines.append(
             "INPUT has no expert sets: tokens are sent to each of their experts by itself."
         )

@@ -9,9 +9,11 @@ from dataclasses import replace
 from typing import Protocol
 
 from moetuner.placement import Placement, kept
-from moetuner.problem import Problem, broken_caps
+from moetuner.problem import Problem
+from moetuner.problem.caps import ROUNDING
+from moetuner.problem.objective import Objective
 from moetuner.solver import baselines
-from moetuner.solver.bounds.caps import ROUNDING, scope, settled
+from moetuner.solver.bounds.caps import scope, settled
 from moetuner.solver.joint import joint
 from moetuner.solver.migration import Migration, migrate
 from moetuner.solver.result import Candidate, Limits, Progress, Result, Status
@@ -142,11 +144,11 @@ def solve(
     if problem.fill_slots:
         candidate = _filled(problem, candidate, initial)
     # Bounds of pairs are costs; those of visits are of what they are a bound of.
-    in_costs = problem.goal == "traffic" and not problem.counts_visits
-    scale = problem.cost_scale if in_costs else 1
+    worth = Objective(problem)
+    scale = worth.scale if worth.counts_pairs else 1
     placement = Placement(candidate.slots, num_experts=problem.experts)
-    objective = problem.value(placement)
-    candidate = _held(problem, candidate, placement, objective)
+    objective = worth.value(placement)
+    candidate = _held(worth, candidate, placement, objective)
     bound = None if candidate.bound is None else candidate.bound / scale
     about = None if bound is None else scope(problem, candidate.details)
     violations = problem.violations(placement)
@@ -198,7 +200,7 @@ def _status(problem: Problem, candidate: Candidate, violations: tuple[str, ...])
     placement = Placement(candidate.slots, num_experts=problem.experts)
     told: list[str] = []
     if "caps_raised" in candidate.details:
-        told = broken_caps(problem, placement)
+        told = problem.caps.violations(placement)
     silent = len(violations) > len(told) and candidate.status != "interrupted"
     return "violates rules" if silent else candidate.status
 
@@ -215,7 +217,7 @@ def _beyond_budget(
 
 
 def _held(
-    problem: Problem, candidate: Candidate, placement: Placement, objective: float
+    worth: Objective, candidate: Candidate, placement: Placement, objective: float
 ) -> Candidate:
     """Take back what an answer claims of all placements and is not true of itself.
 
@@ -223,9 +225,8 @@ def _held(
     breaks a cap is optimal only where the cap was raised as little as can be.
     """
     if candidate.bound is not None:
-        in_costs = problem.goal == "traffic" and not problem.counts_visits
-        exact = in_costs and not placement.has_copies
-        value = problem.cost(placement) if exact else objective * (1 + ROUNDING)
+        exact = worth.counts_pairs and not placement.has_copies
+        value = worth.cost(placement) if exact else objective * (1 + ROUNDING)
         if candidate.bound > value:
             details = {**candidate.details, "bound_refuted": candidate.bound_source}
             candidate = replace(

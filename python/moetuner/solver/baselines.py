@@ -85,7 +85,7 @@ def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None
     search = _core.Layers(
         problem.load[None, layers].astype(np.float64),
         np.ones(1),
-        problem.rooms[layers],
+        problem.capacity[layers],
         [0] * devices,
         [1.0] * devices,
         nearest=False,
@@ -98,7 +98,7 @@ def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None
 def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Transitions alone, loads ignored: the objective of ExFlow (Yao et al., 2024)."""
     asked = replace(problem, regime="follow", max_imbalance=None, objective="traffic")
-    ruled = problem.rules.some or len(np.unique(problem.rooms)) > 1
+    ruled = problem.rules.some or len(np.unique(problem.capacity)) > 1
     # One copy of each expert where slots and rules allow it, as in the paper.
     return (searched if ruled else heuristic)(asked, seed=seed, limits=limits)
 
@@ -138,7 +138,7 @@ def _peaks(problem: Problem, slots: Slots) -> Floats:
 
 def _is_even(problem: Problem) -> bool:
     """Whether all devices are alike, and no rule sets them apart."""
-    alike = problem.topology.has_equal_devices and len(np.unique(problem.rooms)) == 1
+    alike = problem.topology.has_equal_devices and len(np.unique(problem.capacity)) == 1
     return alike and not problem.rules.some
 
 
@@ -148,7 +148,7 @@ def _dealt(problem: Problem, order: Callable[[Integers, Integers], Integers]) ->
     ``order`` sorts the places, given the device and the turn of each [E].
     """
     device_of = np.empty((problem.layers, problem.experts), dtype=np.int64)
-    for layer, room in enumerate(problem.rooms):
+    for layer, room in enumerate(problem.capacity):
         # Turn after turn, every device that has a slot left gets an expert.
         turn, device = np.nonzero(np.arange(problem.slots)[:, None] < room)
         turn, device = turn[: problem.experts], device[: problem.experts]

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.loads import bounded, proves_pairs
 from moetuner.solver.bounds.pairs import bound
 from moetuner.solver.exact.partitions import chain
@@ -40,7 +41,8 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
         problem and the seed alone and comes in seconds.
     """
     clock = Clock(limits)
-    if not problem.is_plain or problem.counts_visits or problem.may_copy:
+    objective = Objective(problem)
+    if not problem.is_plain or objective.counts_visits or problem.may_copy:
         share = SEARCH_SHARE if proves_pairs(problem) else 1.0
         found = searched(problem, seed=seed, limits=clock.within(share))
         return bounded(problem, found, clock.within())
@@ -57,13 +59,13 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     if rest == 0:
         return replace(found, status="time_limit")
 
-    cost = problem.cost(Placement(found.slots, num_experts=problem.experts))
+    cost = objective.cost(Placement(found.slots, num_experts=problem.experts))
     share = BOUND_SHARE / (1 - SEARCH_SHARE)
     worthwhile = rest is not None and (1 - share) * rest >= WORTHWHILE
     programme = worthwhile and problem.regime == "follow" and fits(problem)
     if not programme:
         share = 1.0
-    caps = problem.kept_caps(found.slots)
+    caps = problem.caps.kept(found.slots)
     proven = bound(problem, caps, limits=clock.within(share), target=cost)
     if proven is not None:
         found = replace(

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from moetuner._checks import not_negative
 from moetuner.placement import EMPTY, Placement, kept
 from moetuner.problem import Problem
-from moetuner.solver.bounds.caps import caps_of, exceeded, excess_of
+from moetuner.problem.objective import Objective
+from moetuner.solver.bounds.caps import exceeded
 from moetuner.solver.exact.enumeration import enumerated
 from moetuner.solver.result import Candidate, Clock, Limits
 from moetuner.solver.search.layerwise import Search
@@ -89,12 +90,12 @@ def check(problem: Problem, initial: Placement) -> None:
             f"like the problem, got {found[0]}, {found[1]} and {found[2]}"
         )
     held = (initial.slots != EMPTY).sum(axis=2)
-    full = np.argwhere(held > problem.rooms)
+    full = np.argwhere(held > problem.capacity)
     if full.size:
         layer, device = full[0]
         raise ValueError(
             f"initial has {held[layer, device]} experts of layer {layer} on device {device}, "
-            f"which has {problem.rooms[layer, device]} slots"
+            f"which has {problem.capacity[layer, device]} slots"
         )
 
 
@@ -120,7 +121,7 @@ def migrate(
     solve = _Migrating(problem, migration, seed, Clock(limits))
     if limits.time_limit == 0:
         solve.best = replace(solve.best, status="time_limit")
-    elif solve.price == 0 and solve.most >= problem.rooms.sum():
+    elif solve.price == 0 and solve.most >= problem.capacity.sum():
         solve.freely(method)
     elif solve.most > 0:
         solve.step_by_step()
@@ -132,14 +133,15 @@ class _Migrating:
 
     def __init__(self, problem: Problem, migration: Migration, seed: int, clock: Clock) -> None:
         self.problem, self.initial, self.seed, self.clock = problem, migration.initial, seed, clock
+        self.objective = Objective(problem)
         self.price, self.most = migration.price, migration.most
         self.start = lawful(problem, self.initial)
         fewest = self.moved(self.start)
         if fewest > self.most:
             raise ValueError(
                 f"move_budget {migration.budget:g} is too small: "
-                f"{problem.rules.broken(self.initial)}, which initial does not keep, and to keep "
-                f"all rules takes {fewest} moves"
+                f"initial breaks {problem.rules.violations(self.initial)[0]}, and to keep all "
+                f"rules takes {fewest} moves"
             )
         self.best = Candidate(self.start)
         self.rank = self.rank_of(self.start)
@@ -161,13 +163,13 @@ class _Migrating:
         if problem.goal != "traffic" and limits.time_limit is None:
             moving = Moving(self.initial, self.price)
             exact = enumerated(
-                problem, np.inf, caps=caps_of(problem), moving=moving, most=self.most
+                problem, np.inf, caps=problem.caps.over_speed, moving=moving, most=self.most
             )
             if exact is not None and len(exact):
                 self.consider(Candidate(exact))
                 return
         search = Search(problem, self.seed)
-        if self.most >= problem.rooms.sum():
+        if self.most >= problem.capacity.sum():
             self.search_at(self.price, search, 1.0)
             return
         slope = max(path.slope(self.most), CHEAPEST * abs(self.rank[1]))
@@ -194,7 +196,7 @@ class _Migrating:
                 self.consider(Candidate(path.after(steps)))
             if interrupted:
                 break
-            search.look_at(self.best.slots)
+            search.reweight(self.best.slots)
         return path, interrupted
 
     def search_at(self, price: float, search: Search, share: float) -> Candidate:
@@ -223,9 +225,9 @@ class _Migrating:
 
     def rank_of(self, slots: Slots) -> tuple[float, float]:
         """Load above caps in parts of them, then the objective with moves at their price."""
-        value = self.problem.value(Placement(slots, num_experts=self.problem.experts))
-        excess = float(excess_of(self.problem, slots).sum())
-        return excess, value + self.price * self.moved(slots)
+        placement = Placement(slots, num_experts=self.problem.experts)
+        excess = float(self.problem.caps.excess(placement).sum())
+        return excess, self.objective.value(placement) + self.price * self.moved(slots)
 
     def moved(self, slots: Slots) -> int:
         """Count copies that have to be brought."""

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from moetuner._checks import positive
 from moetuner.placement import Placement, kept
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.solver import solve
-from moetuner.solver.bounds.caps import exceeded, excess_of
+from moetuner.solver.bounds.caps import exceeded
 from moetuner.solver.migration import check
 from moetuner.solver.result import Clock, Limits, Progress
 from moetuner.solver.search.layerwise import Search
@@ -106,12 +107,13 @@ def pareto(
     positive("expert_bytes", expert_bytes, "number of bytes")
     check(problem, initial)
     clock = Clock(Limits(time_limit, threads=threads))
-    before = problem.value(initial)
+    worth = Objective(problem)
+    before = worth.value(initial)
 
     def trade(placement: Placement) -> _Ranked:
         moved = initial.diff(placement).experts_moved
-        objective = problem.value(placement)
-        excess = excess_of(problem, placement.slots)
+        objective = worth.value(placement)
+        excess = problem.caps.excess(placement)
         raised = exceeded(problem, placement.slots).get("caps_raised", {})
         figures = (before - objective, moved, moved * expert_bytes, raised)
         return float(excess.sum()), Trade(placement, objective, *figures)

@@ -67,8 +67,8 @@ class Candidate:
     status
         ``"optimal"`` only with a proof.
     bound
-        Proven lower bound of ``Problem.cost`` where the objective is traffic, else of
-        ``Problem.value``; None without one. Of what it is one, `caps.scope` says.
+        Proven lower bound of ``Objective.cost`` where the objective is traffic, else of
+        ``Objective.value``; None without one. Of what it is one, `caps.scope` says.
     bound_source
         Which bound it is.
     details
@@ -87,7 +87,7 @@ class Candidate:
 class Result:
     """A solved problem.
 
-    ``objective`` and ``bound`` are ``Problem.value``'s: microseconds of a layer, max / mean load,
+    ``objective`` and ``bound`` are ``Objective.value``'s: microseconds of a layer, max / mean load,
     or the share of the traffic that moves (the crossing on the problem's own statistics, where all
     links are equal). ``bound_scope`` says of which placements ``bound`` is a bound: whether they
     may have copies of experts, and which load caps they keep. ``violations`` are rules that the

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.solver.result import Candidate, Clock, Limits
 from moetuner.solver.search.fanout import dispatch
 from moetuner.solver.search.layerwise import Search, layers
@@ -18,7 +19,7 @@ def searched(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Search, without an integer programme and without a bound."""
     if not problem.is_plain:
         return layers(problem, seed=seed, limits=limits)
-    if problem.counts_visits:
+    if Objective(problem).counts_visits:
         return dispatch(problem, seed=seed, limits=limits, copies=problem.may_copy)
     if not problem.may_copy:
         return heuristic(problem, seed=seed, limits=limits)

@@ -12,7 +12,7 @@ from moetuner.cli import options
 from moetuner.cli.output import Output, percent, working
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
-from moetuner.report.outcome import worth
+from moetuner.problem.objective import Objective
 from moetuner.solver.pareto import pareto
 from moetuner.topology import Topology
 
@@ -122,14 +122,14 @@ def show_pareto(
     """Solve at several prices of a move, print what is not dominated, and give it for JSON."""
     with working("weighing moves"):
         trades = pareto(problem, initial, expert_bytes=moving.each, **how)
-    before = trades[0].objective
+    before, worth = trades[0].objective, Objective(problem)
     output.table(
         PARETO,
         [
             (
                 str(trade.experts_moved),
                 moving.bytes(trade.experts_moved),
-                worth(problem, trade.objective),
+                worth.text(trade.objective),
                 percent(trade.gain / before if before else 0.0),
             )
             for trade in trades

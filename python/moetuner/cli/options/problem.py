@@ -12,7 +12,7 @@ from moetuner.cli import options
 from moetuner.cli.options.machine import cost_model_for, cost_model_option
 from moetuner.cli.options.traffic import Traffic, count
 from moetuner.cost import CostModel
-from moetuner.problem import Objective, Problem, Regime
+from moetuner.problem import Goal, Problem, Regime
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
@@ -77,7 +77,7 @@ class Asked:
 
 
 def _default_regime(
-    statistics: RoutingStatistics, objective: Objective | None, cap: float | None
+    statistics: RoutingStatistics, objective: Goal | None, cap: float | None
 ) -> Regime:
     """Return dispatch, unless traffic is asked for of counts that know nothing but transitions."""
     is_traffic = objective == "traffic" or (objective is None and cap is not None)
@@ -176,7 +176,7 @@ problem_options = options.gathered(
     [
         click.option(
             "--objective",
-            type=click.Choice(get_args(Objective)),
+            type=click.Choice(get_args(Goal)),
             help="What to make small: predicted time of a layer, max / mean load, or traffic "
             "under --max-imbalance.  [default: traffic with --max-imbalance, else time]",
         ),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.problem.objective import slowest_times
+from moetuner.problem.caps import ROUNDING
 from moetuner.solver.bounds.loads import least_slowest
 from moetuner.solver.exact.enumeration import contents_of, peaks_of
 
@@ -18,8 +18,6 @@ Floats = NDArray[np.float64]
 
 # What placements are called that a proof is about, where slots are left over without copies.
 SINGLE = " with one copy of each expert"
-# What sums of shares may be off.
-ROUNDING = 1e-9
 
 
 def raised(
@@ -48,7 +46,7 @@ def raised(
         one lies that can be kept: twice the same number where that is known. Where there is room
         for copies nothing is proven: they may keep what single experts cannot, see `exceeded`.
     """
-    asked = problem.caps if asked is None else asked
+    asked = problem.caps.whole if asked is None else asked
     kept, asked = (caps.reshape(problem.layers, -1) for caps in (kept, asked))
     layers = np.flatnonzero((kept > asked).any(axis=1))
     if not layers.size:
@@ -73,37 +71,18 @@ def raised(
     return details
 
 
-def caps_of(problem: Problem) -> Floats | None:
-    """Largest load over speed of a device, in the sum of all windows [L]; None without a cap."""
-    if problem.max_imbalance is None or np.isinf(problem.max_imbalance):
-        return None
-    total = problem.load.sum(axis=1, dtype=np.float64)
-    with np.errstate(over="ignore"):  # a cap beyond all numbers is none
-        caps: Floats = problem.max_imbalance * total / problem.topology.speed_of_device.sum()
-    return caps
-
-
-def excess_of(problem: Problem, slots: NDArray[np.int32]) -> Floats:
-    """By what part slots [L,D,S], with any copies, exceed the caps [L]."""
-    caps = caps_of(problem)
-    if caps is None:
-        return np.zeros(problem.layers)
-    excess = _peaks(problem, slots) / np.maximum(caps, 1e-300) - 1
-    found: Floats = np.where(excess > ROUNDING, excess, 0.0)
-    return found
-
-
 def exceeded(problem: Problem, slots: NDArray[np.int32]) -> dict[str, Any]:
     """Tell what `raised` tells, of slots [L,D,S] with any copies on any devices."""
-    layers = np.flatnonzero(excess_of(problem, slots))
+    placement = Placement(slots, num_experts=problem.experts)
+    layers = np.flatnonzero(problem.caps.excess(placement))
     if not layers.size:
         return {}
-    alike = problem.topology.has_equal_devices and len(np.unique(problem.rooms)) == 1
+    alike = problem.topology.has_equal_devices and len(np.unique(problem.capacity)) == 1
     if alike and not problem.rules.some and not problem.may_copy:
-        return raised(problem, problem.kept_caps(slots))
+        return raised(problem, problem.caps.kept(slots))
     total = problem.load.astype(np.float64)
     mean = total.sum(axis=1) / problem.topology.speed_of_device.sum()
-    least, peaks = least_slowest(problem, total[None])[0], _peaks(problem, slots)
+    least, peaks = least_slowest(problem, total[None])[0], problem.caps.peaks(placement)
     details: dict[str, Any] = {"caps_raised": {}}
     for layer in layers.tolist():
         details["caps_raised"][layer] = float(peaks[layer] / mean[layer])
@@ -129,7 +108,7 @@ def settled(details: dict[str, Any]) -> bool:
 def scope(problem: Problem, details: dict[str, Any]) -> str:
     """Say of which placements a bound on a solved problem, with these details, is a bound."""
     which = "placements" + (", copies included" if problem.may_copy else SINGLE)
-    if problem.max_imbalance is None or np.isinf(problem.max_imbalance):
+    if not problem.caps.some:
         return which
     which += f" under the load cap {problem.max_imbalance:g}"
     caps = details.get("caps_raised", {})
@@ -138,13 +117,6 @@ def scope(problem: Problem, details: dict[str, Any]) -> str:
         which += f", raised to {', '.join(first)}"
         which += f" and in {len(caps) - 3} more" if len(caps) > 3 else ""
     return which
-
-
-def _peaks(problem: Problem, slots: NDArray[np.int32]) -> Floats:
-    """Largest load over speed of a device in every layer [L], in the sum of all windows."""
-    placement = Placement(slots, num_experts=problem.experts)
-    peaks: Floats = slowest_times(problem, placement, problem.load[None].astype(np.float64))[0]
-    return peaks
 
 
 def remarks(problem: Problem, details: dict[str, Any]) -> list[str]:

@@ -64,7 +64,7 @@ class Certificate:
     method
         How it proves; only a dual point has ``proofs``.
     cost
-        The bound of ``Problem.cost`` that it was written for. Nobody has to believe it.
+        The bound of ``Objective.cost`` that it was written for. Nobody has to believe it.
     """
 
     fingerprint: str

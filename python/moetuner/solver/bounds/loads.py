@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.placement import Placement
-from moetuner.problem import Problem, objective
+from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.pairs import bound
 from moetuner.solver.result import Candidate, Limits
 from moetuner.solver.search.surrogate import link_us, top_k
@@ -28,12 +29,13 @@ def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
     """
     if found.status == "optimal":
         return found
-    value = problem.value(Placement(found.slots, num_experts=problem.experts))
+    objective = Objective(problem)
+    value = objective.value(Placement(found.slots, num_experts=problem.experts))
     source = "load"
     if problem.goal == "traffic":
-        if not problem.counts_visits and value > 0:
+        if not objective.counts_visits and value > 0:
             return found  # what copies of experts cost at least is not known
-        least = least_visits(problem) if problem.counts_visits else 0.0
+        least = least_visits(problem) if objective.counts_visits else 0.0
     elif problem.goal == "balance":
         least = least_balance(problem)
     else:
@@ -57,9 +59,8 @@ def proves_pairs(problem: Problem) -> bool:
 
 def least_balance(problem: Problem) -> float:
     """Below this no placement's balance can be."""
-    measure = objective.measure(problem)
     least = least_slowest(problem, problem.windows.load)
-    return problem.windows.outcome(least.sum(axis=1), measure)
+    return problem.windows.value(least.sum(axis=1), Objective(problem).reference)
 
 
 def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
@@ -75,12 +76,12 @@ def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
     else:
         moved = pairs_us * _least_part(problem) / problem.layers
     times = problem.cost_model.layer_us(compute[:, None], moved)
-    return problem.windows.outcome(times, np.ones(len(times)))
+    return problem.windows.value(times, np.ones(len(times)))
 
 
 def least_visits(problem: Problem) -> float:
     """Below this no placement's ``visits`` can be: a token's experts fill the fewest devices."""
-    device_cost, node_cost = objective.visit_costs(problem.topology)
+    device_cost, node_cost = Objective(problem).visit_costs
     assert problem.statistics.sets is not None
     fewest = -(-problem.statistics.sets[0].top_k // problem.slots)
     return float(device_cost * fewest + node_cost)
@@ -93,8 +94,8 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
     that can hold all the copies there is room for.
     """
     speed = np.sort(problem.topology.speed_of_device)[::-1]
-    devices = int((problem.rooms > 0).sum(axis=1).min())
-    spare = problem.rooms.sum(axis=1) - problem.experts
+    devices = int((problem.capacity > 0).sum(axis=1).min())
+    spare = problem.capacity.sum(axis=1) - problem.experts
     least = np.empty(load.shape[:2])
     for layer in range(problem.layers):
         mine = load[:, layer]
@@ -176,7 +177,7 @@ def _least_pairs_us(problem: Problem, limits: Limits) -> tuple[float, str] | Non
         # What overlaps is taken off the sum of both parts.
         cost_model=replace(problem.cost_model, overlap=0.0),
     )
-    proven = bound(plain, plain.caps, limits=limits)
+    proven = bound(plain, plain.caps.whole, limits=limits)
     if proven is None:
         return None
     price, cost = link_us(plain), problem.topology.cost

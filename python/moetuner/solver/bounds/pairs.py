@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.certificate import Certificate, Method, Proof
 from moetuner.solver.result import Limits, Progress
 
@@ -31,7 +32,7 @@ STEPS = 4_000_000_000
 
 @dataclass(frozen=True)
 class Bounded:
-    """A proven bound of ``Problem.cost`` under caps, with one copy of each expert."""
+    """A proven bound of ``Objective.cost`` under caps, with one copy of each expert."""
 
     cost: int
     source: str
@@ -125,7 +126,7 @@ def complete(
     return _core.exact_chain(
         problem.load,
         np.repeat(caps[:, None], problem.devices, axis=1),
-        # Co-activated pairs count the same on whatever two devices they are: see `Problem.cost`.
+        # Co-activated pairs count the same on whatever two devices they are: see `Objective.cost`.
         cost if follow else (cost > 0).astype(np.int64),
         problem.slots,
         transitions=problem.statistics.transitions if follow else None,
@@ -136,7 +137,7 @@ def complete(
 
 
 def verify(certificate: Certificate, problem: Problem) -> int:
-    """Recompute a bound of ``Problem.cost`` from a certificate and the statistics alone.
+    """Recompute a bound of ``Objective.cost`` from a certificate and the statistics alone.
 
     Raises
     ------
@@ -307,11 +308,12 @@ def _report(
     progress = limits.progress
     if progress is None:
         return None
+    scale = Objective(problem).scale
 
     def report(seconds: float, negated: int | None) -> None:
         known = None
         if negated is not None:
-            known = _of_count(problem, -negated * price) / problem.cost_scale
+            known = _of_count(problem, -negated * price) / scale
         progress(Progress(seconds, "bound", None, known))
 
     return report

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from moetuner.evaluation import copies, expected
 from moetuner.placement import EMPTY, Placement
-from moetuner.problem import Problem, objective
-from moetuner.problem.objective import visit_costs
+from moetuner.problem import Problem
+from moetuner.problem.caps import slowest
+from moetuner.problem.objective import Objective
 from moetuner.solver.search.move_cost import Moving
 from moetuner.statistics import ExpertSets
 
@@ -99,7 +100,7 @@ def fewest_visits(problem: Problem, caps: Floats | None) -> Slots | None:
     those that exceed it least compete.
     """
     assert problem.statistics.sets is not None
-    price, node = visit_costs(problem.topology), problem.topology.node_of_device
+    price, node = Objective(problem).visit_costs, problem.topology.node_of_device
     best, left = problem.empty_slots(), MOST_CONTENTS
     for layer, sets in enumerate(problem.statistics.sets):
         contents = contents_of(problem, layer)
@@ -122,7 +123,7 @@ def contents_of(problem: Problem, layer: int, running: Flags | None = None) -> S
     Of contents that differ by an exchange of devices that are alike there is one, unless layers are
     joined, or differ in what they hold of the placement that is running [D,E].
     """
-    experts, rooms, rules = problem.experts, problem.rooms[layer], problem.rules
+    experts, rooms, rules = problem.experts, problem.capacity[layer], problem.rules
     if experts > MOST_EXPERTS:
         return None
     every = np.arange(1 << experts)
@@ -170,7 +171,7 @@ def _twins(problem: Problem, layer: int, running: Flags | None) -> dict[int, int
     twins = {}
     for device in range(problem.devices):
         alike = (
-            problem.rooms[layer, device],
+            problem.capacity[layer, device],
             topology.speed_of_device[device],
             topology.node_of_device[device],
             *(b"" if table is None else table[device].tobytes() for table in tables),
@@ -184,7 +185,9 @@ def _twins(problem: Problem, layer: int, running: Flags | None) -> dict[int, int
 def peaks_of(problem: Problem, layer: int, contents: Slots) -> Floats:
     """Largest load over speed of a device with each content [N], in the sum of all windows."""
     total = np.tile(problem.load[layer].astype(np.float64), (1, len(contents), 1))
-    peaks: Floats = objective.slowest_times(problem, _placement(problem, contents), total)[0]
+    peaks: Floats = slowest(_placement(problem, contents), total, problem.topology, problem.split)[
+        0
+    ]
     return peaks
 
 
@@ -227,7 +230,7 @@ def _shares(problem: Problem, layer: int, contents: Slots) -> Floats:
         sets=None if sets is None else (sets[layer],) * count,
     )
     load = np.repeat(problem.windows.load[:, layer, None], count, axis=1)
-    return objective.shares_of(problem, _placement(problem, contents), statistics, load).T
+    return Objective(problem).window_cost(_placement(problem, contents), statistics, load).T
 
 
 def _pair_shares(problem: Problem, layer: int, here: Slots, there: Slots) -> Floats:
@@ -240,7 +243,7 @@ def _pair_shares(problem: Problem, layer: int, here: Slots, there: Slots) -> Flo
     pairs = first * second
     statistics = _Counted(np.tile(problem.load[layer : layer + 2], (pairs, 1)), transitions)
     load = np.tile(problem.windows.load[:, layer : layer + 2], (1, pairs, 1))
-    shares = objective.shares_of(problem, _placement(problem, slots), statistics, load)
+    shares = Objective(problem).window_cost(_placement(problem, slots), statistics, load)
     return shares[:, ::2].T.reshape(first, second, -1)
 
 
@@ -251,10 +254,10 @@ def _best(
 
     Their last number, at most ``most``, has a price. None where too many are to be tried.
     """
+    reference = Objective(problem).reference
 
     def values(sums: Floats) -> Floats:
-        measure = objective.measure(problem)
-        found = problem.windows.outcomes(sums[..., :-1], measure) + price * sums[..., -1]
+        found = problem.windows.values(sums[..., :-1], reference) + price * sums[..., -1]
         return np.where(sums[..., -1] <= most, found, np.inf)
 
     least = [table.min(axis=(0, 1)) for table in tables]

@@ -44,7 +44,7 @@ def chain(
     steps = STEPS
     if limits.time_limit is not None:
         steps = int(min(steps, limits.time_limit * STEPS_PER_SECOND))
-    found = complete(problem, problem.caps, steps=steps, threads=limits.threads)
+    found = complete(problem, problem.caps.whole, steps=steps, threads=limits.threads)
     if found is None:
         return None
     slots, value, caps = found

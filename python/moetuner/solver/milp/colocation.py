@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
+from moetuner.problem.caps import device_load
+from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.caps import raised
 from moetuner.solver.milp.highs import Ilp, Solution
 from moetuner.solver.result import Candidate, Limits, Progress, Status
@@ -321,7 +323,7 @@ ROUNDS = 20
 
 def fits(problem: Problem) -> bool:
     """Whether the whole programme is of a size that HiGHS makes headway with."""
-    joint = Joint.of(problem, problem.caps)
+    joint = Joint.of(problem, problem.caps.whole)
     return joint is not None and joint.triangle_rows <= LARGEST
 
 
@@ -354,7 +356,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
     if limits.time_limit is not None and limits.time_limit <= 0:
         return replace(start, status="time_limit")
     begin = time.monotonic()
-    caps = problem.kept_caps(start.slots)
+    caps = problem.caps.kept(start.slots)
     joint = Joint.of(problem, caps)
     if joint is None:
         raise ValueError("co-location needs links of one kind, or dearer ones between nodes")
@@ -364,15 +366,16 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         gone = time.monotonic() - begin
         return None if limits.time_limit is None else max(limits.time_limit - gone, 0.0)
 
-    slots, cost = start.slots, problem.cost(Placement(start.slots, num_experts=problem.experts))
+    worth, slots = Objective(problem), start.slots
+    cost = worth.cost(Placement(slots, num_experts=problem.experts))
     bound = start.bound or 0
 
     def report(objective: float | None, dual: float) -> None:
         if limits.progress is not None:
             # While triangles are still to come, HiGHS's incumbent need be no placement.
-            known = max(bound, model.ilp.proven(dual, model.unit)) / problem.cost_scale
+            known = max(bound, model.ilp.proven(dual, model.unit)) / worth.scale
             seconds = time.monotonic() - begin
-            limits.progress(Progress(seconds, "co-location", cost / problem.cost_scale, known))
+            limits.progress(Progress(seconds, "co-location", cost / worth.scale, known))
 
     device_of = entries_of(slots, problem.experts)
     rounds, first = 0, None
@@ -441,6 +444,6 @@ def _read(
     placement = Placement.from_assignment(
         device_of, problem.devices, slots_per_device=problem.slots
     )
-    if (problem.device_load(placement.slots).max(axis=1) > caps).any():
+    if (device_load(placement.slots, problem.load).max(axis=1) > caps).any():
         return None  # HiGHS allows a row to be broken by a millionth of it
-    return placement.slots, problem.cost(placement)
+    return placement.slots, Objective(problem).cost(placement)

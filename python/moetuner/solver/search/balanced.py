@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.solver.balancing import PATIENT, times
-from moetuner.solver.bounds.caps import exceeded, excess_of
+from moetuner.solver.bounds.caps import exceeded
 from moetuner.solver.result import Candidate
 
 
@@ -19,7 +20,7 @@ def balanced(problem: Problem, *, trials: int = PATIENT) -> NDArray[np.int32]:
     """Balance the load over all windows as ``balance`` does: slots [L,D,S] that keep all rules."""
     return _core.replicate_experts(
         problem.load.astype(np.float64),
-        problem.rooms,
+        problem.capacity,
         times(problem.topology.speed_of_device),
         trials=trials,
         copies=problem.may_copy,
@@ -33,10 +34,11 @@ def no_worse(problem: Problem, found: Candidate) -> Candidate:
 
     Such searches know single copies only, and may have had no time at all.
     """
+    objective = Objective(problem)
 
     def rank(slots: NDArray[np.int32]) -> tuple[float, float]:
         placement = Placement(slots, num_experts=problem.experts)
-        return float(excess_of(problem, slots).sum()), problem.value(placement)
+        return float(problem.caps.excess(placement).sum()), objective.value(placement)
 
     slots = balanced(problem)
     if rank(slots) >= rank(found.slots):

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.problem.objective import visit_costs, visits
-from moetuner.solver.bounds.caps import caps_of, exceeded
+from moetuner.problem.objective import Objective
+from moetuner.solver.bounds.caps import exceeded
 from moetuner.solver.exact.enumeration import fewest_visits
 from moetuner.solver.pace import paced
 from moetuner.solver.result import Candidate, Clock, Limits, Progress
@@ -70,10 +70,11 @@ def dispatch(
     sets = problem.statistics.sets
     if sets is None:
         raise ValueError("statistics must have expert sets: count them with sets=True")
+    objective = Objective(problem)
     if limits.time_limit != 0 and copies == problem.may_copy:
-        least = fewest_visits(problem, caps_of(problem))
+        least = fewest_visits(problem, problem.caps.over_speed)
         if least is not None:
-            bound = visits(problem, Placement(least, num_experts=problem.experts))
+            bound = objective.traffic(Placement(least, num_experts=problem.experts))
             told = exceeded(problem, least)
             return Candidate(least, "optimal", bound, "every placement", details=told)
     clock = Clock(limits)
@@ -85,7 +86,7 @@ def dispatch(
         progress=None,
     )
     found = heuristic(problem, seed=seed, limits=pairs)
-    device_cost, node_cost = visit_costs(problem.topology)
+    device_cost, node_cost = objective.visit_costs
     details = {**found.details, "device_cost": device_cost, "node_cost": node_cost}
     if found.status == "interrupted" or problem.devices < 2:
         return replace(found, details=details)
@@ -102,7 +103,7 @@ def dispatch(
         [1.0] * problem.devices,
         nearest=False,
         norm=0,
-        cap=problem.kept_caps(found.slots).astype(np.float64).tolist(),
+        cap=problem.caps.kept(found.slots).astype(np.float64).tolist(),
         sets=[(of.ids, of.counts) for of in sets],
         device_cost=device_cost,
         node_cost=node_cost,

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.placement import EMPTY, Placement
-from moetuner.problem import Problem, objective
+from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.solver.balancing import times
-from moetuner.solver.bounds.caps import caps_of, exceeded, excess_of
+from moetuner.solver.bounds.caps import exceeded
 from moetuner.solver.exact.enumeration import enumerated
 from moetuner.solver.pace import paced
 from moetuner.solver.result import Candidate, Clock, Limits, Progress, Status
@@ -97,6 +98,7 @@ class Search:
 
     def __init__(self, problem: Problem, seed: int) -> None:
         self.problem, self.seed = problem, seed
+        self.objective = Objective(problem)
         self.moving: Moving | None = None
         topology = problem.topology
         self.slowest = topology.speed_of_device.min()
@@ -107,9 +109,9 @@ class Search:
         self.links = transitions if some else None
         windows = problem.windows
         self.weight, self.choice = windows.weight, Choice()
-        self.emphasis: list[Floats] = []
+        self.reweighted: list[Floats] = []
         self.details: dict[str, Any] = {}
-        self.caps = caps_of(problem)
+        self.caps = problem.caps.over_speed
         # What traffic costs, as a multiple of what it takes.
         self.dear = 1.0
 
@@ -134,10 +136,10 @@ class Search:
         start = None if start is None else self.full(start)
         if limits.time_limit == 0:
             return self.candidate(slots, "time_limit")
-        again = AGAIN if self.emphasis else REWEIGHTINGS
+        again = AGAIN if self.reweighted else REWEIGHTINGS
         turns = 1 if problem.windows.is_mean else again
         try:
-            if not self.emphasis:
+            if not self.reweighted:
                 self.learn(clock.within(LEARN_SHARE))
         except KeyboardInterrupt:
             return self.candidate(slots if start is None else start, "interrupted")
@@ -166,7 +168,7 @@ class Search:
             if interrupted:
                 break
             improved, interrupted = self.improve(best, clock.within(1 / (parts - turn)))
-            self.look_at(improved)
+            self.reweight(improved)
             known.append(self.known(improved))
             best = min(known, key=lambda each: each.rank).slots
         self.dear = 1.0
@@ -187,13 +189,13 @@ class Search:
         """Whether a time is searched for in which visits have a price, or pairs for them."""
         problem = self.problem
         dispatched = problem.goal == "time" and problem.regime == "dispatch"
-        return dispatched and problem.devices > 1 and (problem.counts_visits or problem.has_pairs)
+        return dispatched and problem.devices > 1 and self.objective.has_traffic
 
     def narrow(self) -> Search | None:
         """Search without slots to spare: reading a copy's weights may cost more than it saves."""
         problem, model = self.problem, self.problem.cost_model
         fewest = -(-problem.experts // problem.devices)
-        wide = problem.may_copy and not problem.fill_slots and (problem.rooms > fewest).any()
+        wide = problem.may_copy and not problem.fill_slots and (problem.capacity > fewest).any()
         assert model is not None
         if problem.goal != "time" or model.expert_us == 0 or self.links is not None or not wide:
             return None
@@ -202,7 +204,7 @@ class Search:
         except ValueError:  # pins that need more
             return None
         search = Search(alike, self.seed)
-        search.choice, search.emphasis = self.choice, list(self.emphasis)
+        search.choice, search.reweighted = self.choice, list(self.reweighted)
         search.weight = self.weight
         return search
 
@@ -227,7 +229,7 @@ class Search:
     def learn(self, limits: Limits) -> None:
         """Choose what generalises to traffic that nobody has seen, by cross-validation."""
         windows = self.problem.windows
-        self.emphasis = [np.ones(len(windows.weight))]
+        self.reweighted = [np.ones(len(windows.weight))]
         if limits.time_limit is not None and limits.time_limit < LEARN_LEAST:
             reason = {"chosen": "maximum", "reason": "too little time to try others"}
             self.choice = replace(self.choice, details=reason)
@@ -237,7 +239,7 @@ class Search:
             windows.load,
             windows.weight,
             windows.group,
-            self.problem.rooms,
+            self.problem.capacity,
             self.problem.topology.node_of_device,
             self.time,
             nearest=self.problem.split == "nearest",
@@ -249,7 +251,7 @@ class Search:
 
     def rank(self, slots: Slots) -> tuple[float, float]:
         """By how much caps are exceeded, in all layers, and the value; lower is better."""
-        excess = excess_of(self.problem, slots)
+        excess = self.problem.caps.excess(self._placement(slots))
         return float(excess.sum()), self.value(slots)
 
     def known(self, slots: Slots) -> Known:
@@ -259,17 +261,17 @@ class Search:
     def value(self, slots: Slots) -> float:
         """Objective of slots, and what moving there costs."""
         placement = self._placement(slots)
-        value, moving = self.problem.value(placement), self.moving
+        value, moving = self.objective.value(placement), self.moving
         return value if moving is None else value + moving.price * moving.moved(placement)
 
     def improve(self, slots: Slots, limits: Limits) -> tuple[Slots, bool]:
         """Anneal every layer, and say whether it was interrupted."""
-        trials, slots_of_layer = limits.iterations, int(self.problem.rooms.sum(axis=1).max())
+        trials, slots_of_layer = limits.iterations, int(self.problem.capacity.sum(axis=1).max())
         if trials is None:
             windows = None if self.links is not None else len(self.problem.windows.load)
             trials = trials_of(slots_of_layer, windows)
             sets = self.problem.statistics.sets
-            if self.problem.counts_visits and self.problem.goal != "balance" and sets is not None:
+            if self.objective.counts_visits and self.problem.goal != "balance" and sets is not None:
                 trials = min(trials, most_trials(sets))
         restarts = RESTARTS if slots_of_layer <= SMALL else 1
         return paced(self._anneal, slots, trials=trials, restarts=restarts, limits=limits)
@@ -305,7 +307,7 @@ class Search:
         places, experts, figures, interrupted = self._layers().descend(
             np.ascontiguousarray(start),
             np.ascontiguousarray(initial.held.transpose(0, 2, 1)),
-            most=int(most) if most < problem.rooms.sum() else None,
+            most=int(most) if most < problem.capacity.sum() else None,
             copies=problem.may_copy,
             transitions=self.links,
             link_cost=None if self.links is None else link_prices(problem, unit),
@@ -313,27 +315,27 @@ class Search:
             threads=limits.threads,
         )
         moved = initial.diff(self._placement(start)).experts_moved
-        begin = [[moved, excess_of(problem, start).sum(), 0.0]]
+        begin = [[moved, problem.caps.excess(self._placement(start)).sum(), 0.0]]
         brought, excess, change = np.concatenate([begin, figures]).T
         path = Path(start, places, experts, brought.astype(np.int64), excess, change / unit)
         return path, interrupted
 
-    def look_at(self, slots: Slots) -> None:
+    def reweight(self, slots: Slots) -> None:
         """Give the windows that a risk or the worst group is made of more weight, next time."""
-        problem, windows = self.problem, self.problem.windows
+        windows = self.problem.windows
         if windows.is_mean:
             return
-        shares = objective.shares(problem, self._placement(slots)).sum(axis=1)
-        self.emphasis.append(windows.emphasis(shares, objective.measure(problem)))
-        self.weight = windows.weight * np.mean(self.emphasis, axis=0)
+        cost = self.objective.window_cost(self._placement(slots)).sum(axis=1)
+        self.reweighted.append(windows.reweight(cost, self.objective.reference))
+        self.weight = windows.weight * np.mean(self.reweighted, axis=0)
 
     def allowed(self, slots: Slots) -> Slots | None:
         """Slots [L,D,S] of one copy each, in the problem's rooms; None where they break a rule."""
         problem = self.problem
-        if ((slots != EMPTY).sum(axis=2) > problem.rooms).any():
+        if ((slots != EMPTY).sum(axis=2) > problem.capacity).any():
             return None
         wide = self.full(widened(problem, slots))
-        return None if problem.rules.broken(self._placement(wide)) else wide
+        return None if problem.rules.violations(self._placement(wide)) else wide
 
     def full(self, slots: Slots) -> Slots:
         """Fill slots that must not be empty."""
@@ -358,7 +360,7 @@ class Search:
         return _core.Layers(
             np.ascontiguousarray(problem.windows.load),
             self.weight,
-            problem.rooms,
+            problem.capacity,
             problem.topology.node_of_device.tolist(),
             self.time.tolist(),
             nearest=problem.split == "nearest",

@@ -125,7 +125,7 @@ def lawful(problem: Problem, initial: Placement) -> Slots:
         banned = np.zeros_like(held) if rules.forbidden is None else rules.forbidden[layer].T
         if not (pinned & ~held | banned & held).any():
             continue
-        room = problem.rooms[layer] - pinned.sum(axis=1)
+        room = problem.capacity[layer] - pinned.sum(axis=1)
         holds = pinned.copy()
         others = np.flatnonzero(~pinned.any(axis=0))
         cost = np.where(banned, np.inf, np.where(held, 0.0, 1.0))
@@ -134,7 +134,7 @@ def lawful(problem: Problem, initial: Placement) -> Slots:
         for device in range(problem.devices):
             more = np.flatnonzero(held[device] & ~banned[device] & ~holds[device])
             if problem.may_copy:
-                holds[device, more[: problem.rooms[layer, device] - holds[device].sum()]] = True
+                holds[device, more[: problem.capacity[layer, device] - holds[device].sum()]] = True
             mine = np.flatnonzero(holds[device])
             slots[layer, device] = EMPTY
             slots[layer, device, : len(mine)] = mine

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.problem import Problem, objective
+from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 
 Floats = NDArray[np.float64]
 
@@ -30,19 +31,19 @@ def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
         token_us = max(problem.cost_model.token_us, 1e-12)
         return float(speed.min() * weight.sum() * problem.layers / token_us)
     if problem.goal == "traffic":
-        return TRAFFIC_FIRST * problem.cost_scale
+        return TRAFFIC_FIRST * Objective(problem).scale
     return float(speed.min() * (weight * load.sum(axis=(1, 2))).sum() / speed.sum())
 
 
 def visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
     """Expert sets and what a visit costs, where visits count; arguments of the core's layers."""
-    sets = problem.statistics.sets
-    if not problem.counts_visits or sets is None or problem.goal == "balance":
+    objective, sets = Objective(problem), problem.statistics.sets
+    if not objective.counts_visits or sets is None or problem.goal == "balance":
         return {}
     if problem.goal == "time":
         unit *= visit_us(problem)
     each = unit / (problem.layers * max(float(sets[0].counts.sum()), 1))
-    device_cost, node_cost = objective.visit_costs(problem.topology)
+    device_cost, node_cost = objective.visit_costs
     return {
         "sets": [(of.ids, of.counts) for of in sets],
         "device_cost": device_cost * each,
@@ -55,8 +56,8 @@ def pair_prices(problem: Problem, unit: float) -> dict[str, Any]:
 
     Where pairs stand for visits: in regime dispatch, if expert sets are not known.
     """
-    pairs = problem.statistics.coactivation
-    stand_in = problem.regime == "dispatch" and not problem.counts_visits
+    objective, pairs = Objective(problem), problem.statistics.coactivation
+    stand_in = problem.regime == "dispatch" and not objective.counts_visits
     if problem.goal == "balance" or not stand_in or pairs is None or not pairs.any():
         return {}
     if problem.goal == "time":
@@ -65,13 +66,13 @@ def pair_prices(problem: Problem, unit: float) -> dict[str, Any]:
         top = float(pairs.sum(dtype=np.float64)) / float(problem.load.sum(dtype=np.float64)) + 1
         each = _visit_us(problem) * 2 / top / (problem.layers * problem.statistics.windows)
         return {"pairs": pairs, "pair_cost": unit * each}
-    return {"pairs": pairs, "pair_cost": unit / problem.cost_scale}
+    return {"pairs": pairs, "pair_cost": unit / objective.scale}
 
 
 def link_prices(problem: Problem, unit: float) -> Floats:
     """Price of a pair over a link [D,D]."""
     if problem.goal == "traffic":
-        return problem.topology.cost.astype(np.float64) * (unit / problem.cost_scale)
+        return problem.topology.cost.astype(np.float64) * (unit / Objective(problem).scale)
     return link_us(problem) * (unit / (problem.layers * problem.statistics.windows))
 
 

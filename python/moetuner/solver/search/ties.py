@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.placement import Placement
-from moetuner.problem import Problem, objective
+from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -57,9 +58,11 @@ def settled(problem: Problem, known: list[Known], limit: tuple[float, float]) ->
     most = max(min((best.excess, best.value * (1 + TIE)), limit), best.rank)
     equals = [each.slots for each in known if each.excess == best.excess and each.rank <= most]
 
+    objective = Objective(problem)
+
     def tastes(slots: Slots) -> tuple[float, float]:
         placement = Placement(slots, num_experts=problem.experts)
-        return problem.traffic(placement), float(objective.imbalances(problem, placement).sum())
+        return objective.traffic(placement), float(objective.imbalances(placement).sum())
 
     return min(equals, key=tastes)
 
@@ -68,13 +71,10 @@ def _by_layer(problem: Problem, known: list[Known], limit: float) -> Slots:
     """Take the quickest contents of every layer, then less traffic where that costs least."""
     pool = [each for each in known if each.excess == 0]
     placements = [Placement(each.slots, num_experts=problem.experts) for each in pool]
-    measure = objective.measure(problem)
+    objective, windows = Objective(problem), problem.windows
     times = np.array(
         [
-            [
-                problem.windows.outcome(shares, measure)
-                for shares in objective.shares(problem, each).T
-            ]
+            [windows.value(cost, objective.reference) for cost in objective.window_cost(each).T]
             for each in placements
         ]
     )
@@ -82,8 +82,8 @@ def _by_layer(problem: Problem, known: list[Known], limit: float) -> Slots:
     every = np.arange(problem.layers)
     least = float(times[chosen, every].sum())
     most = max(min(least * (1 + TIE), limit), least)
-    traffic = np.array([objective.layers_traffic(problem, each) for each in placements])
-    imbalance = np.array([objective.imbalances(problem, each) for each in placements])
+    traffic = np.array([objective.layers_traffic(each) for each in placements])
+    imbalance = np.array([objective.imbalances(each) for each in placements])
     for taste in (traffic, imbalance):
         # Less imbalance must not bring the traffic back.
         kept = (

@@ -6,6 +6,7 @@ import numpy as np
 
 from moetuner import _core
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.caps import raised
 from moetuner.solver.result import Candidate, Limits, Progress
 
@@ -23,29 +24,26 @@ def heuristic(
     problem
         With the regime ``follow`` transitions cost, with ``dispatch`` co-activation saves.
     """
-    follow, statistics = problem.regime == "follow", problem.statistics
-    transitions = statistics.transitions if follow else None
-    coactivation = None if follow else statistics.coactivation
-    cost = problem.topology.cost
+    follow, objective, cost = problem.regime == "follow", Objective(problem), problem.topology.cost
     # Without pairs all placements cost nothing, and the balanced one that the search starts from
     # is the answer.
-    pairs = transitions if follow else coactivation
+    pairs = objective.pairs
     pointless = pairs is None or not pairs.any()
 
     def report(seconds: float, cost: int | None) -> None:
         if limits.progress is not None:
-            objective = None if cost is None else cost / problem.cost_scale
-            limits.progress(Progress(seconds, "search", objective))
+            share = None if cost is None else cost / objective.scale
+            limits.progress(Progress(seconds, "search", share))
 
     slots, caps, trials, interrupted, shift = _core.search(
         problem.load,
-        np.repeat(problem.caps[:, None], problem.devices, axis=1),
-        # Co-activated pairs count the same on whatever two devices they are: see `Problem.cost`.
+        np.repeat(problem.caps.whole[:, None], problem.devices, axis=1),
+        # Co-activated pairs count the same on whatever two devices they are: see `Objective.cost`.
         # Where they stand for visits, those of other nodes cost more.
-        cost if follow or problem.counts_visits else (cost > 0).astype(int),
+        cost if follow or objective.counts_visits else (cost > 0).astype(int),
         problem.slots,
-        transitions=transitions,
-        coactivation=coactivation,
+        transitions=pairs if follow else None,
+        coactivation=None if follow else pairs,
         seed=seed,
         trials=limits.iterations,
         time_limit=0.0 if pointless else limits.time_limit,

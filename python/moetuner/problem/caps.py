@@ -1,0 +1,119 @@
+"""Load caps: how much a device may carry, and by how much a placement exceeds it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.evaluation import copies
+from moetuner.evaluation.copies import Split
+from moetuner.placement import EMPTY, Placement
+from moetuner.topology import Topology
+
+Floats = NDArray[np.float64]
+
+# What sums of copies' fractions may be off.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Caps:
+    """The load cap of a problem, layer by layer: max / mean device load, on the sum of all windows.
+
+    Parameters
+    ----------
+    load
+        Tokens [L,E], over all windows.
+    max_imbalance
+        The cap; None or infinite for none.
+    topology, split
+        Devices, their speeds, and which copy of an expert serves a token.
+    """
+
+    load: NDArray[np.uint64]
+    max_imbalance: float | None
+    topology: Topology
+    split: Split
+
+    @property
+    def some(self) -> bool:
+        """Whether there is a cap at all."""
+        return self.max_imbalance is not None and not math.isinf(self.max_imbalance)
+
+    @cached_property
+    def whole(self) -> NDArray[np.uint64]:
+        """Largest load of a device [L] with one copy of each expert; all of it without a cap.
+
+        It is floor(max_imbalance * mean device load), as if all devices were equally fast.
+        """
+        total: NDArray[np.uint64] = self.load.sum(axis=1, dtype=np.uint64)
+        if self.max_imbalance is None or not self.some:
+            return total
+        # In whole numbers, however large, and a hair wider than the number that was asked for, so
+        # that whoever divides floats and compares finds all placements allowed that keep the cap.
+        ratio = Fraction(self.max_imbalance) * (1 + Fraction(1, 2**50))
+        caps = [min(math.floor(int(t) * ratio / self.topology.devices), int(t)) for t in total]
+        return np.array(caps, dtype=np.uint64)
+
+    @cached_property
+    def over_speed(self) -> Floats | None:
+        """Largest load over speed of a device [L], with any copies; None without a cap."""
+        if self.max_imbalance is None or not self.some:
+            return None
+        total = self.load.sum(axis=1, dtype=np.float64)
+        with np.errstate(over="ignore"):  # a cap beyond all numbers is none
+            caps: Floats = self.max_imbalance * total / self.topology.speed_of_device.sum()
+        return caps
+
+    def kept(self, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
+        """Return ``whole``, raised where slots [L,D,S] with one copy of each expert break it."""
+        load = device_load(slots, self.load)
+        kept: NDArray[np.uint64] = np.maximum(self.whole, load.max(axis=1))
+        return kept
+
+    def peaks(self, placement: Placement) -> Floats:
+        """Compute the largest load over speed of a device in every layer [L]."""
+        total = self.load[None].astype(np.float64)
+        peaks: Floats = slowest(placement, total, self.topology, self.split)[0]
+        return peaks
+
+    def excess(self, placement: Placement) -> Floats:
+        """Compute by what part a placement, with any copies, exceeds the cap [L]."""
+        if self.over_speed is None:
+            return np.zeros(len(self.load))
+        excess = self.peaks(placement) / np.maximum(self.over_speed, 1e-300) - 1
+        found: Floats = np.where(excess > ROUNDING, excess, 0.0)
+        return found
+
+    def violations(self, placement: Placement) -> list[str]:
+        """Return by how much a placement exceeds the cap, in words; nothing where it keeps it."""
+        excess = self.excess(placement)
+        over = np.flatnonzero(excess)
+        if self.max_imbalance is None or not len(over):
+            return []
+        worst = int(excess.argmax())
+        return [
+            f"max_imbalance: {self.max_imbalance:g} is exceeded in {len(over)} of "
+            f"{len(excess)} layers: {self.max_imbalance * (1 + excess[worst]):.4g} in layer {worst}"
+        ]
+
+
+def slowest(placement: Placement, load: Floats, topology: Topology, split: Split) -> Floats:
+    """Compute the largest load over speed of a device in windows and layers [W,L], of [W,L,E]."""
+    share = copies.copy_shares(placement, topology, split)
+    each = copies.served(placement, share, load)
+    slowest: Floats = (each / topology.speed_of_device).max(axis=2)
+    return slowest
+
+
+def device_load(slots: NDArray[np.int32], load: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Compute the load of every device [L,D], of slots [L,D,S] with one copy of each expert."""
+    layer = np.arange(len(load))[:, None, None]
+    each = np.where(slots == EMPTY, np.uint64(0), load[layer, slots])
+    carried: NDArray[np.uint64] = each.sum(axis=2, dtype=np.uint64)
+    return carried
