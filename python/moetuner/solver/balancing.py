@@ -10,10 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _core
 from moetuner._checks import DEVICE_LIMIT, check_slots, whole_number
 from moetuner.placement import Placement
-
-# Pairs of devices that are tried for exchanges: what a millisecond allows, and what devices need
-# that differ, because the heaviest copies first leave more to mend there.
-QUICK, PATIENT = 14, 10_000
+from moetuner.solver import effort
 
 
 def balance(
@@ -73,7 +70,7 @@ def balance(
         np.ascontiguousarray(tokens),
         np.tile(room, (layers, 1)),
         times(_per_device("speed", 1.0 if speed is None else speed, devices)),
-        trials=QUICK if speed is None else PATIENT,
+        trials=effort.QUICK if speed is None else effort.PATIENT,
     )
     return Placement(slots, num_experts=experts)
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.solver import effort
 from moetuner.solver.bounds.loads import bounded, proves_pairs
 from moetuner.solver.bounds.pairs import bound
 from moetuner.solver.exact.partitions import chain
@@ -19,12 +20,6 @@ from moetuner.solver.milp.colocation import colocation, fits
 from moetuner.solver.result import Candidate, Clock, Limits
 from moetuner.solver.search.traffic import heuristic
 from moetuner.solver.searched import searched
-
-# Shares of a time limit. The search comes first: everything else can only add to what it finds.
-SEARCH_SHARE = 0.55
-BOUND_SHARE = 0.38
-# Seconds below which a programme is not worth building: the bound then takes all that is left.
-WORTHWHILE = 1.0
 
 
 def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -43,7 +38,7 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     clock = Clock(limits)
     objective = Objective(problem)
     if not problem.is_plain or objective.counts_visits or problem.may_copy:
-        share = SEARCH_SHARE if proves_pairs(problem) else 1.0
+        share = effort.SEARCH_SHARE if proves_pairs(problem) else 1.0
         found = searched(problem, seed=seed, limits=clock.within(share))
         return bounded(problem, found, clock.within())
 
@@ -52,7 +47,7 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
         if exact is not None:
             return exact
 
-    found = heuristic(problem, seed=seed, limits=clock.within(SEARCH_SHARE))
+    found = heuristic(problem, seed=seed, limits=clock.within(effort.SEARCH_SHARE))
     if found.status == "interrupted":
         return found
     rest = clock.within().time_limit
@@ -60,8 +55,8 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
         return replace(found, status="time_limit")
 
     cost = objective.cost(Placement(found.slots, num_experts=problem.experts))
-    share = BOUND_SHARE / (1 - SEARCH_SHARE)
-    worthwhile = rest is not None and (1 - share) * rest >= WORTHWHILE
+    share = effort.BOUND_SHARE / (1 - effort.SEARCH_SHARE)
+    worthwhile = rest is not None and (1 - share) * rest >= effort.PROGRAMME_LEAST
     programme = worthwhile and problem.regime == "follow" and fits(problem)
     if not programme:
         share = 1.0

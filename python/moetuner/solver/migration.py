@@ -12,6 +12,7 @@ from moetuner._checks import not_negative
 from moetuner.placement import EMPTY, Placement, kept
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.solver import effort
 from moetuner.solver.bounds.caps import exceeded
 from moetuner.solver.exact.enumeration import enumerated
 from moetuner.solver.result import Candidate, Clock, Limits
@@ -20,16 +21,11 @@ from moetuner.solver.search.move_cost import Moving, Path, lawful
 
 Slots = NDArray[np.int32]
 
-# Prices of a move that are tried to come nearer to a budget, and how far from what the last steps
-# gain for a move they may be: each try halves the logarithm's range.
-TRIES, SPREAD = 4, 8.0
+# How far prices of a move that are tried may be from what the last steps gain for a move: each try
+# halves the logarithm's range.
+SPREAD = 8.0
 # The least price: no move that gains less than this part of the objective is worth asking for.
 CHEAPEST = 1e-7
-# Share of a time limit for a solve from nothing, where moves are free.
-FRESH_SHARE = 0.9
-# Times that risk and groups are weighed anew by steps, and lengths of a way whose ends are compared
-# by what the objective truly is.
-REWEIGHTINGS, LENGTHS = 3, 6
 # Details that are of a placement, not of how it was found.
 CAPS_TOLD = ("caps_raised", "caps_infeasible")
 
@@ -148,7 +144,7 @@ class _Migrating:
 
     def freely(self, method: Callable[..., Candidate]) -> None:
         """Solve from nothing; what runs is one start more, if it is better than that."""
-        found = method(self.problem, seed=self.seed, limits=self.clock.within(FRESH_SHARE))
+        found = method(self.problem, seed=self.seed, limits=self.clock.within(effort.FRESH_SHARE))
         if not self.consider(found) and found.status not in ("interrupted", "optimal"):
             search = Search(self.problem, self.seed)
             self.consider(search.run(self.clock.within(), start=self.start))
@@ -174,7 +170,7 @@ class _Migrating:
             return
         slope = max(path.slope(self.most), CHEAPEST * abs(self.rank[1]))
         low, high = max(self.price, slope / SPREAD), max(self.price, slope * SPREAD)
-        for left in range(TRIES, 0, -1):
+        for left in range(effort.PRICES_TRIED, 0, -1):
             price = float(np.sqrt(low * high))
             found = self.search_at(price, search, 1 / left)
             if found.status == "interrupted":
@@ -188,11 +184,11 @@ class _Migrating:
         """Go down by steps, and keep the best that is passed."""
         problem = self.problem
         search = Search(problem, self.seed)
-        for _ in range(1 if problem.windows.is_mean else REWEIGHTINGS):
+        for _ in range(1 if problem.windows.is_mean else effort.STEP_REWEIGHTINGS):
             path, interrupted = search.descend(
                 self.start, self.initial, self.most, self.clock.within()
             )
-            for steps in path.lengths(self.most, self.price, LENGTHS):
+            for steps in path.lengths(self.most, self.price, effort.LENGTHS):
                 self.consider(Candidate(path.after(steps)))
             if interrupted:
                 break

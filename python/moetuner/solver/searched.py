@@ -6,13 +6,11 @@ from dataclasses import replace
 
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.solver import effort
 from moetuner.solver.result import Candidate, Clock, Limits
 from moetuner.solver.search.fanout import dispatch
 from moetuner.solver.search.layerwise import Search, layers
 from moetuner.solver.search.traffic import heuristic
-
-# Share of a time limit for single copies, where there is room for more.
-SINGLE_SHARE = 0.4
 
 
 def searched(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -25,7 +23,7 @@ def searched(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
         return heuristic(problem, seed=seed, limits=limits)
     # The best with one copy of each expert is a start; copies must better it.
     clock = Clock(limits)
-    single = heuristic(problem, seed=seed, limits=clock.within(SINGLE_SHARE))
+    single = heuristic(problem, seed=seed, limits=clock.within(effort.SINGLE_SHARE))
     if single.status == "interrupted":
         return single
     rest = clock.within()

@@ -19,15 +19,9 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.solver import effort
 from moetuner.solver.bounds.certificate import Certificate, Method, Proof
 from moetuner.solver.result import Limits, Progress
-
-# Floating-point work of the iterations that are made without a time limit, and how many at most.
-WORK = 3e9
-ITERATIONS = 150
-# Steps of the complete dynamic programme, about a nanosecond each on one core: what a solve, or the
-# check of its certificate, may take.
-STEPS = 4_000_000_000
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ def bound(
     begin = time.perf_counter()
     proofs: list[Proof] = []
     cost, interrupted = 0, False
-    iterations = int(np.clip(WORK / _flops(problem), 1, ITERATIONS))
+    iterations = int(np.clip(effort.BOUND_WORK / _flops(problem), 1, effort.BOUND_ITERATIONS))
     sources: list[str] = []
     details: dict[str, object] = {}
     for name, price, parts in levels:
@@ -82,7 +76,7 @@ def bound(
             transitions,
             part_caps,
             parts,
-            iterations=iterations if left is None else 10_000,
+            iterations=iterations if left is None else effort.BOUND_ITERATIONS_TIMED,
             target=_target(problem, target) if len(levels) == 1 and price == 1 else None,
             gap=limits.gap or 0.0,
             time_limit=left,
@@ -112,7 +106,11 @@ def certified(
 
 
 def complete(
-    problem: Problem, caps: NDArray[np.uint64], *, steps: int = STEPS, threads: int | None = None
+    problem: Problem,
+    caps: NDArray[np.uint64],
+    *,
+    steps: int = effort.PARTITION_STEPS,
+    threads: int | None = None,
 ) -> tuple[NDArray[np.int32], int, NDArray[np.uint64]] | None:
     """Find the optimum by dynamic programming over all partitions, of one copy of each expert.
 

@@ -7,13 +7,11 @@ best sequence of partitions is a shortest path. No integer programme is needed.
 from __future__ import annotations
 
 from moetuner.problem import Problem
+from moetuner.solver import effort
 from moetuner.solver.bounds.caps import raised
 from moetuner.solver.bounds.certificate import Method
-from moetuner.solver.bounds.pairs import STEPS, certified, complete
+from moetuner.solver.bounds.pairs import certified, complete
 from moetuner.solver.result import Candidate, Limits
-
-# On a slow core.
-STEPS_PER_SECOND = 500_000_000
 
 BOUND_SOURCE: Method = "complete dynamic programme"
 
@@ -41,9 +39,9 @@ def chain(
         None where a layer has too many partitions (105 for 8 experts on 4 devices are few).
     """
     limits = limits or Limits()
-    steps = STEPS
+    steps = effort.PARTITION_STEPS
     if limits.time_limit is not None:
-        steps = int(min(steps, limits.time_limit * STEPS_PER_SECOND))
+        steps = int(min(steps, limits.time_limit * effort.PARTITION_STEPS_PER_SECOND))
     found = complete(problem, problem.caps.whole, steps=steps, threads=limits.threads)
     if found is None:
         return None

@@ -11,12 +11,13 @@ from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.solver.balancing import PATIENT, times
+from moetuner.solver import effort
+from moetuner.solver.balancing import times
 from moetuner.solver.bounds.caps import exceeded
 from moetuner.solver.result import Candidate
 
 
-def balanced(problem: Problem, *, trials: int = PATIENT) -> NDArray[np.int32]:
+def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> NDArray[np.int32]:
     """Balance the load over all windows as ``balance`` does: slots [L,D,S] that keep all rules."""
     return _core.replicate_experts(
         problem.load.astype(np.float64),

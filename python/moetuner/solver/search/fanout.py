@@ -16,6 +16,7 @@ from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.solver import effort
 from moetuner.solver.bounds.caps import exceeded
 from moetuner.solver.exact.enumeration import fewest_visits
 from moetuner.solver.pace import paced
@@ -23,22 +24,10 @@ from moetuner.solver.result import Candidate, Clock, Limits, Progress
 from moetuner.solver.search.traffic import heuristic
 from moetuner.statistics import ExpertSets
 
-# Trials of each start on pairs, and the share of a time limit that they get.
-PAIR_TRIALS = 200_000
-PAIR_SHARE = 0.3
-# Trials per slot of the exact search, and the work that all layers may be at the most: 64 sets of a
-# trial are a unit.
-TRIALS_PER_SLOT = 30_000
-MOST_WORK = 1.5e10
-# What a trial costs besides its sets.
-UNITS_PER_TRIAL = 100
-# Searches of a layer of at most so many slots.
-SMALL, RESTARTS = 16, 8
-
 
 def most_trials(sets: tuple[ExpertSets, ...]) -> int:
     """Return how many trials of every layer are affordable: each looks at the layer's sets."""
-    return int(MOST_WORK / sum(len(of) / 64 + UNITS_PER_TRIAL for of in sets))
+    return int(effort.MOST_VISIT_WORK / sum(len(of) / 64 + effort.UNITS_PER_TRIAL for of in sets))
 
 
 def dispatch(
@@ -80,8 +69,8 @@ def dispatch(
     clock = Clock(limits)
     trials = limits.iterations
     pairs = replace(
-        clock.within(PAIR_SHARE),
-        iterations=PAIR_TRIALS if trials is None else min(trials, PAIR_TRIALS),
+        clock.within(effort.PAIR_SHARE),
+        iterations=effort.PAIR_TRIALS if trials is None else min(trials, effort.PAIR_TRIALS),
         # Their cost is in another unit.
         progress=None,
     )
@@ -92,7 +81,7 @@ def dispatch(
         return replace(found, details=details)
 
     if trials is None:
-        trials = min(TRIALS_PER_SLOT * problem.devices * problem.slots, most_trials(sets))
+        trials = min(effort.VISIT_TRIALS * problem.devices * problem.slots, most_trials(sets))
     progress = limits.progress
     layers = _core.Layers(
         problem.load[None].astype(np.float64),
@@ -124,7 +113,8 @@ def dispatch(
         )
 
     # Layers of few slots have valleys that one descent does not leave.
-    restarts = RESTARTS if problem.devices * problem.slots <= SMALL else 1
+    few = problem.devices * problem.slots <= effort.VISIT_FEW_SLOTS
+    restarts = effort.VISIT_RESTARTS if few else 1
     slots, interrupted = paced(
         anneal, found.slots, trials=trials, restarts=restarts, limits=clock.within()
     )

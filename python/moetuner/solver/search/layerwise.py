@@ -16,6 +16,7 @@ from moetuner import _core
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.solver import effort
 from moetuner.solver.balancing import times
 from moetuner.solver.bounds.caps import exceeded
 from moetuner.solver.exact.enumeration import enumerated
@@ -32,31 +33,9 @@ from moetuner.solver.search.traffic import heuristic
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
 
-# Caps on the imbalance of the sum under which traffic alone is searched: where time weighs both,
-# the cap is what tells how much of one buys how much of the other.
-CAPS = (1.02, 1.08, 1.2, 1.5, float("inf"))
-# Turns of all layers, each given its neighbours.
-ROUNDS = 3
-# Trials for a slot: of few windows more search brings more, and is cheap; one or two are soon
-# level. Of many, the work is bounded: trials times windows, which are looked at LANES at a time.
-FEW, WORK, LANES = {range(1, 4): 1000, range(4, 17): 10_000}, 60_000, 16
-# Trials of a layer: the least, also as work, and the most.
-LEAST, LEAST_WORK, MOST = 20_000, 1_600_000, 1_500_000
-# Where neighbouring layers count: trials for a slot, and the least of a layer.
-LINKED, LEAST_LINKED = 600, 60_000
-# Share of a time limit for choosing how to search, and the seconds below which nothing is tried.
-LEARN_SHARE, LEARN_LEAST = 0.25, 0.1
-# Share of what is left for the searches for traffic.
-SEARCH_SHARE = 0.6
-# Layers of few slots are searched several times: they have valleys that one descent does not leave.
-SMALL, RESTARTS = 64, 8
-# Times that risk and groups are weighed anew, and when something is known of the weights.
-REWEIGHTINGS, AGAIN = 4, 2
 # Among times that are as good traffic decides. To have some to choose from, layers are annealed
 # once more with traffic this many times as dear.
 DEAR = 4.0
-# Seconds that trying every placement of a small problem may take.
-ENOUGH = 2.0
 
 
 def layers(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -67,10 +46,15 @@ def layers(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 def trials_of(slots: int, windows: int | None) -> int:
     """Say how many trials a layer of slots gets in windows, or (None) where neighbours count."""
     if windows is None:
-        return min(max(LINKED * slots, LEAST_LINKED), MOST)
-    lanes = -(-windows // LANES) * LANES
-    per_slot = next((trials for some, trials in FEW.items() if windows in some), WORK // lanes)
-    return min(max(per_slot * slots, LEAST, LEAST_WORK // lanes), MOST)
+        return min(max(effort.LINKED_TRIALS * slots, effort.LEAST_LINKED), effort.MOST_TRIALS)
+    lanes = -(-windows // effort.LANES) * effort.LANES
+    per_slot = next(
+        (trials for some, trials in effort.TRIALS_OF_FEW.items() if windows in some),
+        effort.SLOT_WORK // lanes,
+    )
+    return min(
+        max(per_slot * slots, effort.LEAST_TRIALS, effort.LEAST_WORK // lanes), effort.MOST_TRIALS
+    )
 
 
 def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Candidate:
@@ -136,20 +120,20 @@ class Search:
         start = None if start is None else self.full(start)
         if limits.time_limit == 0:
             return self.candidate(slots, "time_limit")
-        again = AGAIN if self.reweighted else REWEIGHTINGS
+        again = effort.REWEIGHTINGS_AGAIN if self.reweighted else effort.REWEIGHTINGS
         turns = 1 if problem.windows.is_mean else again
         try:
             if not self.reweighted:
-                self.learn(clock.within(LEARN_SHARE))
+                self.learn(clock.within(effort.LEARN_SHARE))
         except KeyboardInterrupt:
             return self.candidate(slots if start is None else start, "interrupted")
         starts = starts if start is None else [start, *starts]
         traffic: list[Slots] = []
         interrupted = False
         if self.links is not None and moving is None:
-            caps = sorted({min(cap, problem.max_imbalance or cap) for cap in CAPS})
+            caps = sorted({min(cap, problem.max_imbalance or cap) for cap in effort.TRAFFIC_CAPS})
             for number, cap in enumerate(caps):
-                share = SEARCH_SHARE / (len(caps) - number)
+                share = effort.TRAFFIC_SHARE / (len(caps) - number)
                 found = _for_traffic(problem, cap, self.seed, clock.within(share))
                 wider = self.allowed(found.slots)
                 traffic.extend([] if wider is None else [wider])
@@ -213,7 +197,7 @@ class Search:
         problem = self.problem
         excess, value = self.rank(slots)
         adds_up = problem.goal == "balance" and problem.windows.is_mean and not excess
-        short = limits.time_limit is not None and limits.time_limit < ENOUGH
+        short = limits.time_limit is not None and limits.time_limit < effort.ENUMERATION_SECONDS
         if problem.goal == "traffic" or adds_up or short:
             return self.candidate(slots, "feasible")
         known = np.inf if excess else value
@@ -230,7 +214,7 @@ class Search:
         """Choose what generalises to traffic that nobody has seen, by cross-validation."""
         windows = self.problem.windows
         self.reweighted = [np.ones(len(windows.weight))]
-        if limits.time_limit is not None and limits.time_limit < LEARN_LEAST:
+        if limits.time_limit is not None and limits.time_limit < effort.LEARN_LEAST:
             reason = {"chosen": "maximum", "reason": "too little time to try others"}
             self.choice = replace(self.choice, details=reason)
             self.details["unseen"] = reason
@@ -273,7 +257,7 @@ class Search:
             sets = self.problem.statistics.sets
             if self.objective.counts_visits and self.problem.goal != "balance" and sets is not None:
                 trials = min(trials, most_trials(sets))
-        restarts = RESTARTS if slots_of_layer <= SMALL else 1
+        restarts = effort.RESTARTS if slots_of_layer <= effort.FEW_SLOTS else 1
         return paced(self._anneal, slots, trials=trials, restarts=restarts, limits=limits)
 
     def _anneal(
@@ -290,7 +274,7 @@ class Search:
             restarts=restarts,
             copies=self.problem.may_copy,
             empties=not self.problem.fill_slots,
-            rounds=ROUNDS,
+            rounds=effort.ROUNDS,
             transitions=self.links,
             link_cost=links,
             seed=self.seed,

@@ -9,12 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core
+from moetuner.solver import effort
 from moetuner.solver.result import Clock, Limits, Status
 from moetuner.solver.two_stage import programmes
 from moetuner.solver.two_stage.cluster import TOLERANCE, check_tolerance
-
-# Products y[l,c,d] * y[l+1,c',d'] that HiGHS is given at most: with 6480 it took a minute.
-MAX_PRODUCTS = 4096
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def place_clusters(
         `Topology.cost` gives them: rounded to sixteenths of the fastest link, so within 1/32.
     sizes
         Experts of every cluster [L,D]. Where given, HiGHS helps where there are at most
-        ``MAX_PRODUCTS`` products, and every device gets the same number of experts
+        ``effort.MOST_PRODUCTS`` products, and every device gets the same number of experts
         over all layers, as nearly as the local search levels them; where not, cluster sizes are
         equal and nothing has to be levelled.
     tolerance
@@ -126,7 +124,7 @@ def place_clusters(
         )
     device = found.astype(np.int64)
     products = len(traffic) * len(cost) ** 4
-    few = counts is not None and products <= MAX_PRODUCTS
+    few = counts is not None and products <= effort.MOST_PRODUCTS
     bottleneck, total = _times(traffic, cost, device)
     status: Status = "feasible"
     if bottleneck - bound <= tolerance * bottleneck:
