@@ -30,10 +30,11 @@ MAY_IMPORT = {
     "problem": (*VALUES, "evaluation"),
     "solver.result": ("solver.bounds.certificate", *SOLVER),
     "solver.effort": (),
-    "solver.bounds.certificate": ("files",),
+    "solver.bounds.certificate": ("files", "topology"),
     "solver.search": ("solver.result", "solver.effort", *SOLVER),
     "solver.exact": ("solver.result", "solver.effort", *SOLVER),
-    "solver.bounds": ("solver.result", "solver.effort", *SOLVER),
+    # A proof may rest on having tried everything.
+    "solver.bounds": ("solver.exact", "solver.result", "solver.effort", *SOLVER),
     "solver.milp": ("solver.result", "solver.effort", "solver.bounds", *SOLVER),
     "solver.two_stage": ("solver.milp", "solver.result", "solver.effort", *SOLVER),
     "solver.balancing": ("solver.effort", "placement"),
@@ -122,7 +123,7 @@ def test_imports_go_down_the_flow(path):
 def test_no_circle_of_modules():
     """No module reaches itself by imports."""
     arrows = {name(path): {m for m in own_imports(path) if m in KNOWN} for path in MODULES}
-    arrows[""] = set()
+    arrows[""] = arrows["_core"] = set()
     done, path = set(), []
 
     def walk(module):

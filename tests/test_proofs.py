@@ -24,7 +24,7 @@ from moetuner.solver.bounds.pairs import bound, padded, verify
 from moetuner.solver.exact.partitions import chain
 from moetuner.solver.milp.colocation import colocation
 from moetuner.solver.result import Candidate, Limits
-from moetuner.solver.search.traffic import heuristic
+from moetuner.solver.search.traffic import search_traffic
 from moetuner.solver.two_stage import place_clusters
 from moetuner.statistics import ExpertSets
 
@@ -192,7 +192,7 @@ def test_caps_that_copies_keep_are_not_called_impossible():
             )
             result = mt.solve(problem, iterations=300)
             assert "caps_infeasible" not in result.details
-            alone = heuristic(problem, limits=Limits(iterations=10))
+            alone = search_traffic(problem, limits=Limits(iterations=10))
             assert "caps_raised" in alone.details
             assert "caps_infeasible" not in alone.details
             if result.status == "optimal":

@@ -11,12 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, figures, replay
 from moetuner.evaluation.copies import Split
-from moetuner.evaluation.figures import Regime
 from moetuner.evaluation.replay import Counts, Rules
 from moetuner.evaluation.rows import dispatch_rows, homes_of
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
-from moetuner.topology import Topology
+from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
 

@@ -16,7 +16,6 @@ from moetuner._checks import whole_number
 from moetuner.cost import CostModel
 from moetuner.evaluation import check_model
 from moetuner.evaluation.by_unit import of_traffic
-from moetuner.evaluation.figures import Regime
 from moetuner.evaluation.intervals import (
     CONFIDENCE,
     FEWEST,
@@ -29,7 +28,7 @@ from moetuner.evaluation.intervals import (
 from moetuner.evaluation.replay import Rules
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
-from moetuner.topology import Topology
+from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
 WINDOW = 512

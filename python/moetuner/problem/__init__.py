@@ -20,9 +20,8 @@ from moetuner.problem.caps import Caps
 from moetuner.problem.pins import Pin, Rules, rules_of
 from moetuner.problem.windows import Risk, Windows, windows_of
 from moetuner.statistics import RoutingStatistics
-from moetuner.topology import Topology
+from moetuner.topology import Regime, Topology
 
-Regime = Literal["follow", "dispatch"]
 Goal = Literal["time", "balance", "traffic"]
 
 

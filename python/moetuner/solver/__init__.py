@@ -12,14 +12,11 @@ from moetuner.placement import Placement, kept
 from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
 from moetuner.problem.objective import Objective
-from moetuner.solver import baselines
-from moetuner.solver.bounds.caps import scope, settled
-from moetuner.solver.joint import joint
+from moetuner.solver import baselines, joint, two_stage
+from moetuner.solver.bounds.caps import scope, settled, told
 from moetuner.solver.migration import Migration, migrate
 from moetuner.solver.result import Candidate, Limits, Progress, Result, Status
 from moetuner.solver.search.balanced import no_worse
-from moetuner.solver.searched import searched
-from moetuner.solver.two_stage import two_stage
 
 # Seconds that nobody waits for: such a limit, infinity too, is none.
 LONGEST_LIMIT = 1e9
@@ -34,9 +31,9 @@ class Method(Protocol):
 
 
 METHODS: dict[str, Method] = {
-    "joint": joint,
-    "moetuner": two_stage,
-    "heuristic": searched,
+    "joint": joint.joint,
+    "moetuner": two_stage.two_stage,
+    "heuristic": joint.heuristic,
     "contiguous": baselines.contiguous,
     "round_robin": baselines.round_robin,
     "random": baselines.random,
@@ -121,7 +118,8 @@ def solve(
 
     if initial is None and (move_budget is not None or move_cost):
         raise ValueError("move_budget and move_cost need initial, the placement to move from")
-    if initial is not None and METHODS[method] not in (joint, searched):
+    searches = METHODS[method] in (joint.joint, joint.heuristic)
+    if initial is not None and not searches:
         raise ValueError(f"initial needs method joint or heuristic, got {method!r}")
 
     begin = time.perf_counter()
@@ -134,11 +132,14 @@ def solve(
     limits = Limits(time_limit, iterations, gap, threads, progress and report)
     if initial is None:
         candidate = METHODS[method](problem, seed=seed, limits=limits)
-        if problem.is_plain and METHODS[method] in (joint, searched):
+        if problem.is_plain and searches:
             candidate = no_worse(problem, candidate)
     else:
         migration = Migration(initial, move_budget, move_cost, expert_bytes)
         candidate = migrate(problem, migration, METHODS[method], seed=seed, limits=limits)
+    if searches:
+        caps = told(problem, candidate, threads=threads)
+        candidate = replace(candidate, details={**candidate.details, **caps})
     seconds = time.perf_counter() - begin
 
     if problem.fill_slots:
@@ -198,10 +199,10 @@ def _filled(problem: Problem, candidate: Candidate, initial: Placement | None) -
 def _status(problem: Problem, candidate: Candidate, violations: tuple[str, ...]) -> Status:
     """Say how a method ended, or that its answer breaks rules without saying so."""
     placement = Placement(candidate.slots, num_experts=problem.experts)
-    told: list[str] = []
+    known: list[str] = []
     if "caps_raised" in candidate.details:
-        told = problem.caps.violations(placement)
-    silent = len(violations) > len(told) and candidate.status != "interrupted"
+        known = problem.caps.violations(placement)
+    silent = len(violations) > len(known) and candidate.status != "interrupted"
     return "violates rules" if silent else candidate.status
 
 

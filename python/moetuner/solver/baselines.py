@@ -14,8 +14,8 @@ from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.result import Candidate, Limits
 from moetuner.solver.search.balanced import balanced
-from moetuner.solver.search.traffic import heuristic
-from moetuner.solver.searched import searched
+from moetuner.solver.search.layerwise import layers
+from moetuner.solver.search.traffic import search_traffic
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -98,7 +98,7 @@ def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     asked = replace(problem, regime="follow", max_imbalance=None, objective="traffic")
     ruled = problem.rules.some or len(np.unique(problem.capacity)) > 1
     # One copy of each expert where slots and rules allow it, as in the paper.
-    return (searched if ruled else heuristic)(asked, seed=seed, limits=limits)
+    return (layers if ruled else search_traffic)(asked, seed=seed, limits=limits)
 
 
 def deepseek_peaks(load: NDArray[np.uint64], devices: int, slots: int) -> Floats:

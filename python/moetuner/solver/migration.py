@@ -13,11 +13,11 @@ from moetuner.placement import EMPTY, Placement, kept
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
-from moetuner.solver.bounds.caps import exceeded
 from moetuner.solver.exact.enumeration import enumerated
-from moetuner.solver.result import Candidate, Clock, Limits
+from moetuner.solver.joint import best_of_all
+from moetuner.solver.result import Candidate, Clock, Limits, Moving
 from moetuner.solver.search.layerwise import Search
-from moetuner.solver.search.move_cost import Moving, Path, lawful
+from moetuner.solver.search.move_cost import Path, lawful
 
 Slots = NDArray[np.int32]
 
@@ -26,8 +26,6 @@ Slots = NDArray[np.int32]
 SPREAD = 8.0
 # The least price: no move that gains less than this part of the objective is worth asking for.
 CHEAPEST = 1e-7
-# Details that are of a placement, not of how it was found.
-CAPS_TOLD = ("caps_raised", "caps_infeasible")
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,8 @@ class _Migrating:
         found = method(self.problem, seed=self.seed, limits=self.clock.within(effort.FRESH_SHARE))
         if not self.consider(found) and found.status not in ("interrupted", "optimal"):
             search = Search(self.problem, self.seed)
-            self.consider(search.run(self.clock.within(), start=self.start))
+            found = search.run(self.clock.within(), start=self.start)
+            self.consider(best_of_all(self.problem, found, self.clock.within()))
 
     def step_by_step(self) -> None:
         """Take the steps that gain most for a move, then search at prices of a move."""
@@ -197,11 +196,9 @@ class _Migrating:
 
     def search_at(self, price: float, search: Search, share: float) -> Candidate:
         """Search at a price of a move from the best there is."""
-        found = search.run(
-            self.clock.within(share),
-            start=self.best.slots,
-            moving=Moving(self.initial, price),
-        )
+        clock, moving = Clock(self.clock.within(share)), Moving(self.initial, price)
+        found = search.run(clock.limits, start=self.best.slots, moving=moving)
+        found = best_of_all(self.problem, found, clock.within(), moving=moving)
         self.consider(found)
         return found
 
@@ -231,8 +228,7 @@ class _Migrating:
         return self.initial.diff(placement).experts_moved
 
     def answer(self) -> Candidate:
-        """Give the best, with the slots of what stays, and the caps that it exceeds."""
-        slots = self.best.slots
-        told = {key: value for key, value in self.best.details.items() if key not in CAPS_TOLD}
-        details = {**told, **exceeded(self.problem, slots), "experts_moved": self.moved(slots)}
-        return replace(self.best, slots=kept(self.initial.slots, slots), details=details)
+        """Return the best, in which what stays keeps its slots."""
+        details = {**self.best.details, "experts_moved": self.moved(self.best.slots)}
+        slots = kept(self.initial.slots, self.best.slots)
+        return replace(self.best, slots=slots, details=details, caps=None)

@@ -73,6 +73,9 @@ class Candidate:
         Which bound it is.
     details
         What the method has to say about itself, one entry per fact, JSON values.
+    caps
+        Caps [L] that the search kept, which had to raise those that it knew no placement under;
+        None where ``slots`` alone tell what they exceed.
     """
 
     slots: NDArray[np.int32]
@@ -81,6 +84,7 @@ class Candidate:
     bound_source: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
     certificate: Certificate | None = None
+    caps: NDArray[np.uint64] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,31 @@ class Result:
         if self.objective <= self.bound:
             return 0.0
         return (self.objective - self.bound) / self.objective
+
+
+@dataclass(frozen=True)
+class Moving:
+    """What it costs to leave a running placement.
+
+    Parameters
+    ----------
+    initial
+        The placement that runs.
+    price
+        Of a copy that has to be brought, in units of the objective.
+    """
+
+    initial: Placement
+    price: float
+
+    @property
+    def prices(self) -> NDArray[np.float64]:
+        """Price of a copy on a device [L,D,E]."""
+        return np.where(self.initial.held, 0.0, self.price)
+
+    def moved(self, placement: Placement) -> int:
+        """Count copies that have to be brought."""
+        return self.initial.diff(placement).experts_moved
 
 
 class Clock:

@@ -17,8 +17,8 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from moetuner.evaluation.figures import Regime
 from moetuner.files import naming, replacing, size_of
+from moetuner.topology import Regime
 
 FORMAT, VERSION = "moetuner.certificate", "2"
 ABOUT = "placements with one copy of each expert"

@@ -21,6 +21,7 @@ from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
 from moetuner.solver.bounds.certificate import Certificate, Method, Proof
+from moetuner.solver.exact.partitions import complete
 from moetuner.solver.result import Limits, Progress
 
 
@@ -103,35 +104,6 @@ def certified(
     """Make the certificate of a bound on a problem under caps [L]."""
     fingerprint = problem.statistics.fingerprint
     return Certificate(fingerprint, problem.regime, problem.slots, caps, method, cost, proofs)
-
-
-def complete(
-    problem: Problem,
-    caps: NDArray[np.uint64],
-    *,
-    steps: int = effort.PARTITION_STEPS,
-    threads: int | None = None,
-) -> tuple[NDArray[np.int32], int, NDArray[np.uint64]] | None:
-    """Find the optimum by dynamic programming over all partitions, of one copy of each expert.
-
-    Returns
-    -------
-    tuple or None
-        Slots [L,D,S], their cost, and the caps [L], raised to the least that can be kept. None
-        where it would take more steps, or devices differ.
-    """
-    follow, cost = problem.regime == "follow", problem.topology.cost
-    return _core.exact_chain(
-        problem.load,
-        np.repeat(caps[:, None], problem.devices, axis=1),
-        # Co-activated pairs count the same on whatever two devices they are: see `Objective.cost`.
-        cost if follow else (cost > 0).astype(np.int64),
-        problem.slots,
-        transitions=problem.statistics.transitions if follow else None,
-        coactivation=None if follow else problem.statistics.coactivation,
-        work=steps,
-        threads=threads,
-    )
 
 
 def verify(certificate: Certificate, problem: Problem) -> int:

@@ -18,7 +18,7 @@ from moetuner.problem import Problem
 from moetuner.problem.caps import slowest
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
-from moetuner.solver.search.move_cost import Moving
+from moetuner.solver.result import Moving
 from moetuner.statistics import ExpertSets
 
 Floats = NDArray[np.float64]

@@ -6,14 +6,15 @@ best sequence of partitions is a shortest path. No integer programme is needed.
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.solver import effort
-from moetuner.solver.bounds.caps import raised
-from moetuner.solver.bounds.certificate import Method
-from moetuner.solver.bounds.pairs import certified, complete
 from moetuner.solver.result import Candidate, Limits
 
-BOUND_SOURCE: Method = "complete dynamic programme"
+BOUND_SOURCE = "complete dynamic programme"
 
 
 def chain(
@@ -46,7 +47,34 @@ def chain(
     if found is None:
         return None
     slots, value, caps = found
-    details: dict[str, object] = {"way": "dynamic programming over all partitions"}
-    details |= raised(problem, caps, threads=limits.threads)
-    certificate = certified(problem, caps, BOUND_SOURCE, value)
-    return Candidate(slots, "optimal", value, BOUND_SOURCE, details, certificate)
+    details = {"way": "dynamic programming over all partitions"}
+    return Candidate(slots, "optimal", value, BOUND_SOURCE, details, caps=caps)
+
+
+def complete(
+    problem: Problem,
+    caps: NDArray[np.uint64],
+    *,
+    steps: int = effort.PARTITION_STEPS,
+    threads: int | None = None,
+) -> tuple[NDArray[np.int32], int, NDArray[np.uint64]] | None:
+    """Find the optimum by dynamic programming over all partitions, of one copy of each expert.
+
+    Returns
+    -------
+    tuple or None
+        Slots [L,D,S], their cost, and the caps [L], raised to the least that can be kept. None
+        where it would take more steps, or devices differ.
+    """
+    follow, cost = problem.regime == "follow", problem.topology.cost
+    return _core.exact_chain(
+        problem.load,
+        np.repeat(caps[:, None], problem.devices, axis=1),
+        # Co-activated pairs count the same on whatever two devices they are: see `Objective.cost`.
+        cost if follow else (cost > 0).astype(np.int64),
+        problem.slots,
+        transitions=problem.statistics.transitions if follow else None,
+        coactivation=None if follow else problem.statistics.coactivation,
+        work=steps,
+        threads=threads,
+    )

@@ -19,7 +19,6 @@ from moetuner.problem import Problem
 from moetuner.problem.caps import device_load
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
-from moetuner.solver.bounds.caps import raised
 from moetuner.solver.milp.highs import Ilp, Solution
 from moetuner.solver.result import Candidate, Limits, Progress, Status
 
@@ -329,7 +328,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         of nodes is limited.
     start
         To begin from. Where it breaks a cap, that layer's cap becomes its largest device load: the
-        bound is then that of these caps, and ``details`` says so.
+        bound is then that of these caps, which the answer carries.
 
     Returns
     -------
@@ -398,7 +397,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         status = "gap_reached"
     elif status not in ("interrupted", "time_limit"):
         status = "feasible"
-    details = {**start.details, **raised(problem, caps, threads=limits.threads)}
+    details = dict(start.details)
     details["colocation"] = {
         "columns": model.columns,
         **model.rows,
@@ -407,7 +406,13 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
     }
     source = BOUND_SOURCE if bound > (start.bound or 0) else start.bound_source
     return replace(
-        start, slots=slots, status=status, bound=bound, bound_source=source, details=details
+        start,
+        slots=slots,
+        status=status,
+        bound=bound,
+        bound_source=source,
+        details=details,
+        caps=caps,
     )
 
 

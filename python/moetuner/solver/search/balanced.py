@@ -12,8 +12,6 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
-from moetuner.solver.balancing import times
-from moetuner.solver.bounds.caps import exceeded
 from moetuner.solver.result import Candidate
 
 
@@ -22,7 +20,7 @@ def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> NDArray[np.in
     return _core.replicate_experts(
         problem.load.astype(np.float64),
         problem.capacity,
-        times(problem.topology.speed_of_device),
+        problem.topology.time_of_device,
         trials=trials,
         copies=problem.may_copy,
         forbidden=problem.rules.forbidden,
@@ -44,8 +42,6 @@ def no_worse(problem: Problem, found: Candidate) -> Candidate:
     slots = balanced(problem)
     if rank(slots) >= rank(found.slots):
         return found
-    kept = {key: value for key, value in found.details.items() if not key.startswith("caps_")}
-    details = {**kept, **exceeded(problem, slots), "found_by": "balance"}
     status = found.status if found.status in ("time_limit", "interrupted") else "feasible"
     return replace(
         found,
@@ -53,6 +49,7 @@ def no_worse(problem: Problem, found: Candidate) -> Candidate:
         status=status,
         bound=None,
         bound_source=None,
-        details=details,
+        details={**found.details, "found_by": "balance"},
         certificate=None,
+        caps=None,
     )

@@ -13,15 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
-from moetuner.solver.bounds.caps import exceeded
-from moetuner.solver.exact.enumeration import fewest_visits
 from moetuner.solver.pace import paced
-from moetuner.solver.result import Candidate, Clock, Limits, Progress
-from moetuner.solver.search.traffic import heuristic
+from moetuner.solver.result import Candidate, Clock, Limits, Progress, Status
+from moetuner.solver.search.traffic import search_traffic
 from moetuner.statistics import ExpertSets
 
 
@@ -60,12 +57,6 @@ def dispatch(
     if sets is None:
         raise ValueError("statistics must have expert sets: count them with sets=True")
     objective = Objective(problem)
-    if limits.time_limit != 0 and copies == problem.may_copy:
-        least = fewest_visits(problem, problem.caps.over_speed)
-        if least is not None:
-            bound = objective.traffic(Placement(least, num_experts=problem.experts))
-            told = exceeded(problem, least)
-            return Candidate(least, "optimal", bound, "every placement", details=told)
     clock = Clock(limits)
     trials = limits.iterations
     pairs = replace(
@@ -74,7 +65,7 @@ def dispatch(
         # Their cost is in another unit.
         progress=None,
     )
-    found = heuristic(problem, seed=seed, limits=pairs)
+    found = search_traffic(problem, seed=seed, limits=pairs)
     device_cost, node_cost = objective.visit_costs
     details = {**found.details, "device_cost": device_cost, "node_cost": node_cost}
     if found.status == "interrupted" or problem.devices < 2:
@@ -119,9 +110,6 @@ def dispatch(
         anneal, found.slots, trials=trials, restarts=restarts, limits=clock.within()
     )
     details["trials"] = trials
-    if copies:
-        # What was told of the start is not true of copies.
-        for name in ("caps_raised", "caps_infeasible"):
-            details.pop(name, None)
-        details |= exceeded(problem, slots)
-    return Candidate(slots, "interrupted" if interrupted else "feasible", details=details)
+    status: Status = "interrupted" if interrupted else "feasible"
+    # The caps that the start had to raise say nothing of copies.
+    return Candidate(slots, status, details=details, caps=None if copies else found.caps)

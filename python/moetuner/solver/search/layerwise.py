@@ -17,18 +17,15 @@ from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
-from moetuner.solver.balancing import times
-from moetuner.solver.bounds.caps import exceeded
-from moetuner.solver.exact.enumeration import enumerated
 from moetuner.solver.pace import paced
-from moetuner.solver.result import Candidate, Clock, Limits, Progress, Status
+from moetuner.solver.result import Candidate, Clock, Limits, Moving, Progress, Status
 from moetuner.solver.search.balanced import balanced
 from moetuner.solver.search.cross_validation import Choice, choose
 from moetuner.solver.search.fanout import most_trials
-from moetuner.solver.search.move_cost import Moving, Path, widened
+from moetuner.solver.search.move_cost import Path, widened
 from moetuner.solver.search.surrogate import link_prices, pair_prices, tokens_per_unit, visit_prices
 from moetuner.solver.search.ties import Known, settled
-from moetuner.solver.search.traffic import heuristic
+from moetuner.solver.search.traffic import search_traffic
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -71,7 +68,30 @@ def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Can
         forbidden=(),
         fill_slots=False,
     )
-    return heuristic(alike, seed=seed, limits=limits)
+    return search_traffic(alike, seed=seed, limits=limits)
+
+
+def without_spare(problem: Problem) -> Problem | None:
+    """Return a problem without slots to spare, where reading a copy's weights has a price.
+
+    It may be more than a copy saves. None where nothing is spare, or layers are joined.
+    """
+    model, fewest = problem.cost_model, -(-problem.experts // problem.devices)
+    wide = problem.may_copy and not problem.fill_slots and (problem.capacity > fewest).any()
+    assert model is not None
+    if problem.goal != "time" or model.expert_us == 0 or not wide or links_of(problem) is not None:
+        return None
+    try:
+        return replace(problem, slots_per_device=fewest, extra_slots=None)
+    except ValueError:  # pins that need more
+        return None
+
+
+def links_of(problem: Problem) -> NDArray[np.uint64] | None:
+    """Return the transitions [L-1,E,E] that join layers; None where nothing does."""
+    transitions = problem.statistics.transitions
+    joined = problem.regime == "follow" and problem.goal != "balance"
+    return transitions if joined and transitions is not None and transitions.any() else None
 
 
 class Search:
@@ -86,11 +106,8 @@ class Search:
         self.moving: Moving | None = None
         topology = problem.topology
         self.slowest = topology.speed_of_device.min()
-        self.time = times(topology.speed_of_device)
-        transitions = problem.statistics.transitions
-        joined = problem.regime == "follow" and problem.goal != "balance"
-        some = joined and transitions is not None and bool(transitions.any())
-        self.links = transitions if some else None
+        self.time = topology.time_of_device
+        self.links = links_of(problem)
         windows = problem.windows
         self.weight, self.choice = windows.weight, Choice()
         self.reweighted: list[Floats] = []
@@ -164,9 +181,7 @@ class Search:
             best = min(known, key=lambda each: each.rank).slots
         if problem.goal == "time" and moving is None:
             best = settled(problem, known, limit)
-        if interrupted:
-            return self.candidate(best, "interrupted")
-        return self.completed(best, clock.within())
+        return self.candidate(best, "interrupted" if interrupted else "feasible")
 
     @property
     def prices_visits(self) -> bool:
@@ -176,39 +191,14 @@ class Search:
         return dispatched and problem.devices > 1 and self.objective.has_traffic
 
     def narrow(self) -> Search | None:
-        """Search without slots to spare: reading a copy's weights may cost more than it saves."""
-        problem, model = self.problem, self.problem.cost_model
-        fewest = -(-problem.experts // problem.devices)
-        wide = problem.may_copy and not problem.fill_slots and (problem.capacity > fewest).any()
-        assert model is not None
-        if problem.goal != "time" or model.expert_us == 0 or self.links is not None or not wide:
-            return None
-        try:
-            alike = replace(problem, slots_per_device=fewest, extra_slots=None)
-        except ValueError:  # pins that need more
+        """Return the same search without slots to spare, where copies may not be worth them."""
+        alike = without_spare(self.problem)
+        if alike is None:
             return None
         search = Search(alike, self.seed)
         search.choice, search.reweighted = self.choice, list(self.reweighted)
         search.weight = self.weight
         return search
-
-    def completed(self, slots: Slots, limits: Limits) -> Candidate:
-        """Answer with slots, or the best there are if there are few and windows do not add up."""
-        problem = self.problem
-        excess, value = self.rank(slots)
-        adds_up = problem.goal == "balance" and problem.windows.is_mean and not excess
-        short = limits.time_limit is not None and limits.time_limit < effort.ENUMERATION_SECONDS
-        if problem.goal == "traffic" or adds_up or short:
-            return self.candidate(slots, "feasible")
-        known = np.inf if excess else value
-        found = enumerated(problem, known, caps=self.caps, moving=self.moving)
-        if found is None:
-            return self.candidate(slots, "feasible")
-        answer = self.candidate(found if len(found) else slots, "optimal")
-        if self.moving is not None:
-            # The best with its price: without, others may be better.
-            return replace(answer, status="feasible")
-        return replace(answer, bound=self.value(answer.slots), bound_source="every placement")
 
     def learn(self, limits: Limits) -> None:
         """Choose what generalises to traffic that nobody has seen, by cross-validation."""
@@ -327,8 +317,7 @@ class Search:
 
     def candidate(self, slots: Slots, status: Status) -> Candidate:
         """Answer with slots."""
-        details = {**self.details, **exceeded(self.problem, slots)}
-        return Candidate(slots, status=status, details=details)
+        return Candidate(slots, status, details=dict(self.details))
 
     def _placement(self, slots: Slots) -> Placement:
         return Placement(slots, num_experts=self.problem.experts)

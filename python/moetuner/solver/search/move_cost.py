@@ -15,31 +15,6 @@ Slots = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Moving:
-    """What it costs to leave a running placement.
-
-    Parameters
-    ----------
-    initial
-        The placement that runs.
-    price
-        Of a copy that has to be brought, in units of the objective.
-    """
-
-    initial: Placement
-    price: float
-
-    @property
-    def prices(self) -> Floats:
-        """Price of a copy on a device [L,D,E]."""
-        return np.where(self.initial.held, 0.0, self.price)
-
-    def moved(self, placement: Placement) -> int:
-        """Count copies that have to be brought."""
-        return self.initial.diff(placement).experts_moved
-
-
-@dataclass(frozen=True)
 class Path:
     """Steps from one placement to better ones.
 

@@ -7,11 +7,10 @@ import numpy as np
 from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.solver.bounds.caps import raised
-from moetuner.solver.result import Candidate, Limits, Progress
+from moetuner.solver.result import Candidate, Limits, Progress, Status
 
 
-def heuristic(
+def search_traffic(
     problem: Problem,
     *,
     seed: int = 0,
@@ -53,5 +52,5 @@ def heuristic(
     details: dict[str, object] = {"trials": trials}
     if shift:
         details["counts_rounded_to_multiples_of"] = 1 << shift
-    details |= raised(problem, caps, threads=limits.threads)
-    return Candidate(slots, status="interrupted" if interrupted else "feasible", details=details)
+    status: Status = "interrupted" if interrupted else "feasible"
+    return Candidate(slots, status, details=details, caps=caps.max(axis=1))
