@@ -209,9 +209,9 @@ mod tests {
     use super::*;
     use crate::layer::Split;
     use crate::layer::construct::{QUICK, replicate};
-    use crate::layer::terms::balance::Windows;
     use crate::layer::terms::noise::Noise;
     use crate::layer::terms::together::Pairs;
+    use crate::layer::terms::windows::Windows;
     use proptest::prelude::*;
 
     fn layer(random: &mut Random, experts: usize, devices: usize, norm: u32, nearest: bool) -> Layer {

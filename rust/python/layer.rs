@@ -9,10 +9,10 @@ use super::{alone, array2, array3, caught, contiguous, deadline, detached, slice
 use crate::control::Control;
 use crate::error::{Error, SLOTS, room_for};
 use crate::layer::construct::{NoSlot, QUICK, fill_layers, replicate};
-use crate::layer::terms::balance::Windows;
 use crate::layer::terms::fanout;
 use crate::layer::terms::noise::Noise;
 use crate::layer::terms::together::Pairs;
+use crate::layer::terms::windows::Windows;
 use crate::layer::{Contents, EMPTY, Effort, Layer, Links, Move, Reach, Site, descend, place};
 
 /// Contents of every layer, from slots [L,D,S] with -1 for an empty one and the slots of every device [L,D].

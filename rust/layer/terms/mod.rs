@@ -7,3 +7,4 @@ pub(super) mod linear;
 mod measure;
 pub mod noise;
 pub mod together;
+pub mod windows;
