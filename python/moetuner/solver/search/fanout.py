@@ -18,7 +18,6 @@ from moetuner.problem import Problem
 from moetuner.problem.objective import visit_costs, visits
 from moetuner.solver.bounds.caps import caps_of, exceeded
 from moetuner.solver.exact.enumeration import fewest_visits
-from moetuner.solver.pace import paced
 from moetuner.solver.result import Candidate, Clock, Limits, Progress
 from moetuner.solver.search.traffic import heuristic
 from moetuner.statistics import ExpertSets
@@ -108,24 +107,17 @@ def dispatch(
         node_cost=node_cost,
     )
 
-    def anneal(
-        slots: NDArray[np.int32], trials: int, restarts: int, limits: Limits
-    ) -> tuple[NDArray[np.int32], bool]:
-        return layers.place(
-            slots,
-            trials=trials,
-            copies=copies,
-            restarts=restarts,
-            seed=seed,
-            time_limit=limits.time_limit,
-            threads=limits.threads,
-            progress=progress and (lambda seconds, _: progress(Progress(seconds, "fanout"))),
-        )
-
-    # Layers of few slots have valleys that one descent does not leave.
-    restarts = RESTARTS if problem.devices * problem.slots <= SMALL else 1
-    slots, interrupted = paced(
-        anneal, found.slots, trials=trials, restarts=restarts, limits=clock.within()
+    limits = clock.within()
+    slots, interrupted = layers.place(
+        found.slots,
+        trials=trials,
+        copies=copies,
+        # Layers of few slots have valleys that one descent does not leave.
+        restarts=RESTARTS if problem.devices * problem.slots <= SMALL else 1,
+        seed=seed,
+        time_limit=limits.time_limit,
+        threads=limits.threads,
+        progress=progress and (lambda seconds, _: progress(Progress(seconds, "fanout"))),
     )
     details["trials"] = trials
     if copies:

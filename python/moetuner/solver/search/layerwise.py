@@ -18,7 +18,6 @@ from moetuner.problem import Problem, objective
 from moetuner.solver.balancing import times
 from moetuner.solver.bounds.caps import caps_of, exceeded, excess_of
 from moetuner.solver.exact.enumeration import enumerated
-from moetuner.solver.pace import paced
 from moetuner.solver.result import Candidate, Clock, Limits, Progress, Status
 from moetuner.solver.search.balanced import balanced
 from moetuner.solver.search.cross_validation import Choice, choose
@@ -271,12 +270,7 @@ class Search:
             sets = self.problem.statistics.sets
             if self.problem.counts_visits and self.problem.goal != "balance" and sets is not None:
                 trials = min(trials, most_trials(sets))
-        restarts = RESTARTS if slots_of_layer <= SMALL else 1
-        return paced(self._anneal, slots, trials=trials, restarts=restarts, limits=limits)
 
-    def _anneal(
-        self, slots: Slots, trials: int, restarts: int, limits: Limits
-    ) -> tuple[Slots, bool]:
         def report(seconds: float, _: int | None) -> None:
             if limits.progress is not None:
                 limits.progress(Progress(seconds, "layers"))
@@ -285,7 +279,7 @@ class Search:
         return self._layers().place(
             np.ascontiguousarray(slots),
             trials=trials,
-            restarts=restarts,
+            restarts=RESTARTS if slots_of_layer <= SMALL else 1,
             copies=self.problem.may_copy,
             empties=not self.problem.fill_slots,
             rounds=ROUNDS,
