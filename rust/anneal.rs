@@ -8,21 +8,22 @@ use std::time::{Duration, Instant};
 
 use crate::control::Control;
 
-/// How long a run is: so many trials or, if it is over earlier, a time. Only a number of trials gives the same answer on
-/// every machine.
+/// How long a run is: so many trials or, if it is over earlier, a time, but then so many trials at the `least`. Only a
+/// number of trials gives the same answer on every machine.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Length {
     pub(crate) trials: u64,
+    pub(crate) least: u64,
     pub(crate) time: Option<Duration>,
 }
 
 impl Length {
     pub(crate) fn trials(trials: u64) -> Self {
-        Self { trials: trials.max(1), time: None }
+        Self { trials: trials.max(1), least: 0, time: None }
     }
 
     pub(crate) fn time(time: Duration) -> Self {
-        Self { trials: u64::MAX, time: Some(time) }
+        Self { trials: u64::MAX, least: 0, time: Some(time) }
     }
 
     pub(crate) fn half(self) -> Self {
@@ -65,7 +66,7 @@ pub(crate) fn anneal<const N: usize>(
     mut block: impl FnMut([f64; N]),
 ) {
     let begin = Instant::now();
-    let n = length.trials.div_ceil(blocks.trials);
+    let (n, least) = (length.trials.div_ceil(blocks.trials), length.least / blocks.trials);
     let factors = ramps.map(|ramp| libm::pow(ramp.change, 1.0 / n.max(1) as f64));
     let mut now = ramps.map(|ramp| ramp.first);
     for i in 0..n {
@@ -75,7 +76,8 @@ pub(crate) fn anneal<const N: usize>(
             }
             control.count(blocks.check * blocks.trials);
             if let Some(time) = length.time {
-                let done = begin.elapsed().as_secs_f64() / time.as_secs_f64().max(1e-9);
+                let by_clock = begin.elapsed().as_secs_f64() / time.as_secs_f64().max(1e-9);
+                let done = by_clock.min(i as f64 / least as f64);
                 if done >= 1.0 {
                     break;
                 }
@@ -110,8 +112,9 @@ mod tests {
         let time = Duration::from_millis(200);
         let lengths = [
             (Length::trials(1000), 100..=100),
-            (Length { trials: 1000, time: Some(Duration::from_secs(600)) }, 100..=100),
-            (Length { trials: 1 << 40, time: Some(time) }, 2..=4000),
+            (Length { time: Some(Duration::from_secs(600)), ..Length::trials(1000) }, 100..=100),
+            (Length { time: Some(time), ..Length::trials(1 << 40) }, 2..=4000),
+            (Length { trials: 1000, least: 200, time: Some(Duration::ZERO) }, 20..=20),
             (Length::time(time), 2..=4000),
         ];
         for (length, blocks) in lengths {
@@ -119,6 +122,6 @@ mod tests {
             assert!(first > 0.5 && last < 1e-2, "{length:?}: {first} {last}");
             assert!(blocks.contains(&n), "{length:?}: {n}");
         }
-        assert_eq!(run(Length { trials: 0, time: None }).2, 0);
+        assert_eq!(run(Length { trials: 0, least: 0, time: None }).2, 0);
     }
 }

@@ -32,6 +32,8 @@ const COLD: f64 = 0.01;
 /// Of few windows, which can be made nearly level: what is left to gain is small.
 const COLDEST: f64 = 1e-4;
 const FEW_WINDOWS: usize = 3;
+/// However short the time, a layer gets this part of its trials: a start that was not annealed is worth nothing.
+const QUICK: u64 = 50;
 /// Proposals that are looked at to find the typical change.
 const SAMPLE: usize = 255;
 
@@ -54,7 +56,7 @@ pub(super) fn search(
     let kinds = if spare { layer.experts + usize::from(effort.empties) } else { 0 };
     let cold = if terms.balance.is_some() && layer.windows.count <= FEW_WINDOWS { COLDEST } else { COLD };
     let typical = typical_change(layer, &mut terms, &contents, kinds, random);
-    let length = Length { trials: effort.trials, time };
+    let length = Length { trials: effort.trials, least: effort.trials / QUICK, time };
     let ramp = Ramp { first: hot * typical, change: cold / hot };
     anneal::anneal(length, BLOCKS, [ramp], control, |[temperature]| {
         for _ in 0..BLOCKS.trials {
@@ -127,7 +129,7 @@ fn accepts(change: f64, temperature: f64, bits: u64) -> bool {
 mod tests {
     use super::*;
     use crate::layer::Split;
-    use crate::layer::construct::{QUICK, replicate};
+    use crate::layer::construct::{self, replicate};
     use crate::layer::terms::fanout;
     use crate::layer::terms::noise::Noise;
     use crate::layer::terms::together::Pairs;
@@ -202,7 +204,7 @@ mod tests {
         ) {
             let mut random = Random::new(seed, 0);
             let layer = layer(&mut random, experts, devices, norm, nearest);
-            let start = replicate(&layer, QUICK, true).expect("slots suffice");
+            let start = replicate(&layer, construct::QUICK, true).expect("slots suffice");
             let mut contents = Contents::new(&layer, start);
             let mut terms = Terms::new(&layer, &contents);
             let slots = layer.slots();

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.placement import Placement
@@ -101,11 +100,10 @@ def dispatch(
         [1.0] * problem.devices,
         nearest=False,
         norm=0,
-        cap=problem.kept_caps(found.slots).astype(np.float64).tolist(),
-        sets=[(of.ids, of.counts) for of in sets],
-        device_cost=device_cost,
-        node_cost=node_cost,
     )
+    layers.limit(problem.kept_caps(found.slots).astype(np.float64).tolist())
+    kinds = [(of.ids, of.counts) for of in sets]
+    layers.price_visits(kinds, device_cost=device_cost, node_cost=node_cost)
 
     limits = clock.within()
     slots, interrupted = layers.place(

@@ -346,10 +346,8 @@ class Search:
 
     def _layers(self) -> _core.Layers:
         problem, choice = self.problem, self.choice
-        unit, hold = self._tokens_per_unit(), None
-        if self.moving is not None:
-            hold = np.ascontiguousarray(self.moving.prices.transpose(0, 2, 1) * unit)
-        return _core.Layers(
+        unit, moving, rules = self._tokens_per_unit(), self.moving, problem.rules
+        layers = _core.Layers(
             np.ascontiguousarray(problem.windows.load),
             self.weight,
             problem.rooms,
@@ -359,11 +357,14 @@ class Search:
             norm=choice.setting.norm,
             noise=choice.setting.noise,
             mixed=choice.setting.mixed,
-            total=problem.load.astype(np.float64),
-            cap=None if self.caps is None else (self.caps * self.slowest).tolist(),
-            hold=hold,
-            forbidden=problem.rules.forbidden,
-            pinned=problem.rules.pinned,
-            **visit_prices(problem, unit * self.dear),
-            **pair_prices(problem, unit * self.dear),
         )
+        layers.rule(forbidden=rules.forbidden, pinned=rules.pinned)
+        if self.caps is not None:
+            layers.limit((self.caps * self.slowest).tolist(), problem.load.astype(np.float64))
+        if moving is not None:
+            layers.hold(np.ascontiguousarray(moving.prices.transpose(0, 2, 1) * unit))
+        if visits := visit_prices(problem, unit * self.dear):
+            layers.price_visits(**visits)
+        if pairs := pair_prices(problem, unit * self.dear):
+            layers.price_pairs(**pairs)
+        return layers
