@@ -10,13 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
-from moetuner.solver.pace import paced
 from moetuner.solver.result import Candidate, Clock, Limits, Progress, Status
 from moetuner.solver.search.traffic import search_traffic
 from moetuner.statistics import ExpertSets
@@ -83,31 +81,22 @@ def dispatch(
         [1.0] * problem.devices,
         nearest=False,
         norm=0,
-        cap=problem.caps.kept(found.slots).astype(np.float64).tolist(),
-        sets=[(of.ids, of.counts) for of in sets],
-        device_cost=device_cost,
-        node_cost=node_cost,
     )
+    layers.limit(problem.caps.kept(found.slots).astype(np.float64).tolist())
+    kinds = [(of.ids, of.counts) for of in sets]
+    layers.price_visits(kinds, device_cost=device_cost, node_cost=node_cost)
 
-    def anneal(
-        slots: NDArray[np.int32], trials: int, restarts: int, limits: Limits
-    ) -> tuple[NDArray[np.int32], bool]:
-        return layers.place(
-            slots,
-            trials=trials,
-            copies=copies,
-            restarts=restarts,
-            seed=seed,
-            time_limit=limits.time_limit,
-            threads=limits.threads,
-            progress=progress and (lambda seconds, _: progress(Progress(seconds, "fanout"))),
-        )
-
-    # Layers of few slots have valleys that one descent does not leave.
-    few = problem.devices * problem.slots <= effort.VISIT_FEW_SLOTS
-    restarts = effort.VISIT_RESTARTS if few else 1
-    slots, interrupted = paced(
-        anneal, found.slots, trials=trials, restarts=restarts, limits=clock.within()
+    limits, few = clock.within(), problem.devices * problem.slots <= effort.VISIT_FEW_SLOTS
+    slots, interrupted = layers.place(
+        found.slots,
+        trials=trials,
+        copies=copies,
+        # Layers of few slots have valleys that one descent does not leave.
+        restarts=effort.VISIT_RESTARTS if few else 1,
+        seed=seed,
+        time_limit=limits.time_limit,
+        threads=limits.threads,
+        progress=progress and (lambda seconds, _: progress(Progress(seconds, "fanout"))),
     )
     details["trials"] = trials
     status: Status = "interrupted" if interrupted else "feasible"

@@ -17,7 +17,6 @@ from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
-from moetuner.solver.pace import paced
 from moetuner.solver.result import Candidate, Clock, Limits, Moving, Progress, Status
 from moetuner.solver.search.balanced import balanced
 from moetuner.solver.search.cross_validation import Choice, choose
@@ -247,12 +246,7 @@ class Search:
             sets = self.problem.statistics.sets
             if self.objective.counts_visits and self.problem.goal != "balance" and sets is not None:
                 trials = min(trials, most_trials(sets))
-        restarts = effort.RESTARTS if slots_of_layer <= effort.FEW_SLOTS else 1
-        return paced(self._anneal, slots, trials=trials, restarts=restarts, limits=limits)
 
-    def _anneal(
-        self, slots: Slots, trials: int, restarts: int, limits: Limits
-    ) -> tuple[Slots, bool]:
         def report(seconds: float, _: int | None) -> None:
             if limits.progress is not None:
                 limits.progress(Progress(seconds, "layers"))
@@ -261,7 +255,7 @@ class Search:
         return self._layers().place(
             np.ascontiguousarray(slots),
             trials=trials,
-            restarts=restarts,
+            restarts=effort.RESTARTS if slots_of_layer <= effort.FEW_SLOTS else 1,
             copies=self.problem.may_copy,
             empties=not self.problem.fill_slots,
             rounds=effort.ROUNDS,
@@ -327,10 +321,8 @@ class Search:
 
     def _layers(self) -> _core.Layers:
         problem, choice = self.problem, self.choice
-        unit, hold = self._tokens_per_unit(), None
-        if self.moving is not None:
-            hold = np.ascontiguousarray(self.moving.prices.transpose(0, 2, 1) * unit)
-        return _core.Layers(
+        unit, moving, rules = self._tokens_per_unit(), self.moving, problem.rules
+        layers = _core.Layers(
             np.ascontiguousarray(problem.windows.load),
             self.weight,
             problem.capacity,
@@ -340,11 +332,14 @@ class Search:
             norm=choice.setting.norm,
             noise=choice.setting.noise,
             mixed=choice.setting.mixed,
-            total=problem.load.astype(np.float64),
-            cap=None if self.caps is None else (self.caps * self.slowest).tolist(),
-            hold=hold,
-            forbidden=problem.rules.forbidden,
-            pinned=problem.rules.pinned,
-            **visit_prices(problem, unit * self.dear),
-            **pair_prices(problem, unit * self.dear),
         )
+        layers.rule(forbidden=rules.forbidden, pinned=rules.pinned)
+        if self.caps is not None:
+            layers.limit((self.caps * self.slowest).tolist(), problem.load.astype(np.float64))
+        if moving is not None:
+            layers.hold(np.ascontiguousarray(moving.prices.transpose(0, 2, 1) * unit))
+        if visits := visit_prices(problem, unit * self.dear):
+            layers.price_visits(**visits)
+        if pairs := pair_prices(problem, unit * self.dear):
+            layers.price_pairs(**pairs)
+        return layers
