@@ -198,7 +198,7 @@ def test_rules_are_kept_at_the_optimum(problem, data):
         return
     every = [each for each in every_placement(problem) if kept(each, pin) and not kept(each, ban)]
     assert every
-    assert solved(ruled) == pytest.approx(min(map(ruled.value, every)), rel=1e-9)
+    assert solved(ruled) == pytest.approx(min(map(mt.Objective(ruled).value, every)), rel=1e-9)
 
 
 def kept(placement, rule):

@@ -55,14 +55,17 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     left = clock.within().time_limit
     if left == 0:
         return replace(found, status="time_limit")
-    share = effort.BOUND_SHARE / (1 - effort.SEARCH_SHARE)
-    worthwhile = left is not None and (1 - share) * left >= effort.PROGRAMME_LEAST
-    programme = worthwhile and problem.regime == "follow" and fits(problem)
-    found = _with_bound(problem, found, clock.within(share if programme else 1.0))
-    if programme and found.status == "feasible" and found.bound is not None:
+    programme = left is not None and problem.regime == "follow" and fits(problem)
+    share = effort.BOUND_SHARE / (1 - effort.SEARCH_SHARE) if programme else 1.0
+    if left is not None and (1 - share) * left < effort.PROGRAMME_LEAST:
+        share = 1.0
+    found = _with_bound(problem, found, clock.within(share))
+    if found.status != "feasible" or left is None:
+        return found
+    left = clock.within().time_limit or 0.0
+    if programme and found.bound is not None and left >= effort.PROGRAMME_LEAST:
         found = colocation(problem, seed=seed, limits=clock.within(), start=found)
-    timed = found.status == "feasible" and left is not None
-    return replace(found, status="time_limit") if timed else found
+    return replace(found, status="time_limit") if found.status == "feasible" else found
 
 
 def heuristic(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
