@@ -18,7 +18,7 @@ import moetuner as mt
 from moetuner.solver.exact.partitions import chain
 from moetuner.solver.milp.colocation import colocation
 from moetuner.solver.result import Limits, Progress
-from moetuner.solver.search.traffic import heuristic
+from moetuner.solver.search.traffic import search_traffic
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
             seconds, found = time.perf_counter() - begin, optimum.bound / mt.Objective(joint).scale
             print(f"  {seconds:8.3f} s  chain      {found:.6f}, optimal")
         begin = time.perf_counter()
-        start = heuristic(joint)
+        start = search_traffic(joint)
         objective = mt.Objective(joint).cost(mt.Placement(start.slots)) / mt.Objective(joint).scale
         print(f"  {time.perf_counter() - begin:8.3f} s  search     {objective:.6f}")
 

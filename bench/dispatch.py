@@ -11,7 +11,7 @@ from pathlib import Path
 
 import moetuner as mt
 from moetuner.solver.search.fanout import dispatch
-from moetuner.solver.search.traffic import heuristic
+from moetuner.solver.search.traffic import search_traffic
 
 
 def judged(slots, unseen, topology, regime="dispatch"):
@@ -37,7 +37,7 @@ def main() -> None:
             topology = mt.Topology(devices, devices_per_node=per_node)
             flat = mt.Topology(devices)
             for name, method, solved_on in (
-                ("pairs", heuristic, flat),
+                ("pairs", search_traffic, flat),
                 ("exact", dispatch, flat),
                 ("exact tiers", dispatch, topology),
             ):

@@ -43,7 +43,7 @@ def recorded(path: Path, *, quick: bool) -> None:
         whole = mt.Problem(statistics, mt.Topology(devices), regime="follow", max_imbalance=1.05)
         for limit, share in ((5.0, 3.0),) if quick else ((5.0, 3.0), (20.0, 10.0)):
             result = mt.solve(whole, "heuristic", time_limit=limit)
-            caps = whole.kept_caps(result.placement.slots)
+            caps = whole.caps.kept(result.placement.slots)
             begin = time.perf_counter()
             proven = bound(whole, caps, limits=Limits(time_limit=share))
             seconds = time.perf_counter() - begin

@@ -4,6 +4,7 @@
 //! searches ([`chain`], [`layer`]) turn the counts into an assignment of experts to devices; a replay
 //! ([`replay`]) measures an assignment on a trace. Nothing here knows Python except `python`.
 
+mod anneal;
 pub mod assignment;
 pub mod bound;
 pub mod chain;

@@ -1,6 +1,7 @@
 """The house: data flows one way, every arrow is counted, each foreign library has its place."""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -34,14 +35,21 @@ MAY_IMPORT = {
     "problem": (*VALUES, "evaluation"),
     "solver.result": ("solver.bounds.certificate", *SOLVER),
     "solver.effort": (),
-    "solver.bounds.certificate": ("files",),
+    "solver.bounds.certificate": ("files", "topology"),
     "solver.search": ("solver.result", "solver.effort", *SOLVER),
     "solver.exact": ("solver.result", "solver.effort", *SOLVER),
-    "solver.bounds": ("solver.result", "solver.effort", *SOLVER),
+    # A proof may rest on having tried everything.
+    "solver.bounds": ("solver.exact", "solver.result", "solver.effort", *SOLVER),
     "solver.milp": ("solver.result", "solver.effort", "solver.bounds", *SOLVER),
     "solver.two_stage": ("solver.milp", "solver.result", "solver.effort", *SOLVER),
     "solver.balancing": ("solver.effort", "placement"),
-    "solver.baselines": ("solver.search", "solver.balancing", "solver.result", *SOLVER),
+    "solver.baselines": (
+        "solver.search",
+        "solver.balancing",
+        "solver.result",
+        "solver.effort",
+        *SOLVER,
+    ),
     "solver": SOLVER,
     "report": ("solver", *SOLVER),
     "plugins": ("solver", "formats", *VALUES),
@@ -160,3 +168,81 @@ def test_foreign_libraries_have_their_place(path):
     for module in imports(path):
         places = PLACES.get(module.split(".")[0])
         assert places is None or is_in(name(path), places), f"{name(path)} imports {module}"
+
+
+RUST = PACKAGE.parents[1] / "rust"
+# What a room of the core may import besides itself and the tools that serve all.
+TOOLS = {"error", "random", "control", "anneal", "tournament", "assignment", "trace"}
+CORE_MAY_IMPORT = {
+    "counting": set(),
+    "replay": {"counting"},
+    "packing": set(),
+    "two_stage": set(),
+    "chain": {"packing"},
+    "layer": set(),
+    "bound": set(),
+    "colocation": set(),
+}
+
+
+def rust_module(path):
+    """Names on the way to a Rust file; a folder's mod.rs is the folder."""
+    parts = path.relative_to(RUST).with_suffix("").parts
+    return parts[:-1] if parts[-1] in ("mod", "lib") else parts
+
+
+RUST_FILES = {rust_module(path): path for path in sorted(RUST.rglob("*.rs"))}
+
+
+def named(tree, stem=()):
+    """Paths that a `use` names, its braces multiplied out."""
+    depth, start, parts = 0, 0, []
+    for at, sign in enumerate(tree):
+        depth += {"{": 1, "}": -1}.get(sign, 0)
+        if sign == "," and not depth:
+            parts.append(tree[start:at])
+            start = at + 1
+    for part in filter(None, map(str.strip, [*parts, tree[start:]])):
+        head, brace, inner = part.partition("{")
+        words = tuple(word.strip() for word in head.split(" as ")[0].split("::") if word.strip())
+        if brace:
+            yield from named(inner.rstrip().removesuffix("}"), (*stem, *words))
+        else:
+            yield (*stem, *words)
+
+
+def rust_arrows(module):
+    """Modules of the core that a Rust file names outside its tests, `use` or not."""
+    text = re.sub(r"//.*", "", RUST_FILES[module].read_text()).split("#[cfg(test)]\nmod tests")[0]
+    children = "|".join({m[-1] for m in RUST_FILES if m and m[:-1] == module} or {"-"})
+    uses = re.findall(rf"\buse ((?:crate|super|{children})\b[^;]*);", text)
+    uses += re.findall(r"\b((?:crate|super)(?:::\w+)+)", re.sub(r"\buse [^;]*;", "", text))
+    for path in (path for use in uses for path in named(use)):
+        start = {"crate": (), "super": module[:-1]}.get(path[0])
+        full = (*module, *path) if start is None else (*start, *path[1:])
+        while full not in RUST_FILES:
+            full = full[:-1]
+        if full != module:
+            yield full
+
+
+def test_no_circle_of_rust_modules():
+    """No module of the core reaches itself; a folder's mod.rs and its own modules are one."""
+    arrows = {m: {to for to in rust_arrows(m) if to != m[: len(to)]} for m in RUST_FILES}
+    for module in RUST_FILES:
+        arrows[module] = {to for to in arrows[module] if module != to[: len(module)]}
+    while free := [m for m, to in arrows.items() if not to & arrows.keys()]:
+        for module in free:
+            del arrows[module]
+    assert not arrows, "circle among " + ", ".join("::".join(m) for m in arrows)
+
+
+@pytest.mark.parametrize("module", sorted(RUST_FILES), ids="::".join)
+def test_rust_rooms_import_what_they_may(module):
+    """Rooms of the core know tools and few others; only rust/python knows Python."""
+    if not module or module[0] == "python":
+        return
+    assert "pyo3" not in RUST_FILES[module].read_text()
+    allowed = CORE_MAY_IMPORT.get(module[0], set()) | TOOLS | {module[0]}
+    for to in rust_arrows(module):
+        assert set(to[:1]) & allowed, f"{'::'.join(module)} imports {'::'.join(to)}"

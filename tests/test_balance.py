@@ -182,7 +182,9 @@ def layers(load, slots, devices, **rules):
     load = np.asarray(load, dtype=np.float64).reshape(1, 1, -1)
     room = np.full((1, devices), slots)
     kinds = {"nearest": False, "norm": 0}
-    return _core.Layers(load, np.ones(1), room, [0] * devices, [1.0] * devices, **kinds, **rules)
+    core = _core.Layers(load, np.ones(1), room, [0] * devices, [1.0] * devices, **kinds)
+    core.rule(**rules)
+    return core
 
 
 def test_search_finds_the_optimum_of_few_heavy_experts():

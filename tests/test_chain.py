@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
+from moetuner.solver.bounds.caps import told
 from moetuner.solver.exact.partitions import chain
 from moetuner.solver.result import Limits
 
@@ -59,7 +60,7 @@ def test_raises_a_cap_no_further_than_needed() -> None:
     )
     found = chain(problem)
     assert device_load(problem, found.slots).max() == 100
-    assert found.details["caps_raised"] == {0: pytest.approx(100 / 60)}
+    assert told(problem, found)["caps_raised"] == {0: pytest.approx(100 / 60)}
 
 
 def test_gives_up_where_partitions_are_too_many_or_time_too_short() -> None:

@@ -180,9 +180,12 @@ def test_exchange_is_latency_and_bytes_of_the_busiest_port():
     sent = np.zeros((2, 4, 4))
     sent[0, 0, 1], sent[1, 0, 1], sent[1, 3, 1] = 200, 200, 50
     inside, beyond = 1 + 200 * 1000 / 100e9 * 1e6, 5 + 50 * 1000 / 10e9 * 1e6
-    assert MODEL.exchange_us(sent, NODES) == pytest.approx([inside, inside + beyond])
+    assert MODEL.ports_us(busiest_ports(sent, NODES), NODES) == pytest.approx(
+        [inside, inside + beyond]
+    )
     back = 1 + 200 * 3000 / 100e9 * 1e6
-    assert MODEL.exchange_us(sent[0], NODES, bytes_each=MODEL.bytes_back) == pytest.approx(back)
+    ports = busiest_ports(sent[0], NODES)
+    assert MODEL.ports_us(ports, NODES, bytes_each=MODEL.bytes_back) == pytest.approx(back)
 
 
 def test_layer_is_the_sum_less_the_overlap():
@@ -196,7 +199,8 @@ def test_a_faster_device_or_link_never_takes_longer():
     """More speed and more bandwidth are never worse."""
     fast = mt.Topology(4, 2, intra_node_bandwidth=200e9, inter_node_bandwidth=20e9)
     sent = np.arange(16).reshape(4, 4)
-    assert MODEL.exchange_us(sent, fast) < MODEL.exchange_us(sent, NODES)
+    ports = busiest_ports(sent, NODES)
+    assert MODEL.ports_us(ports, fast) < MODEL.ports_us(ports, NODES)
     assert (MODEL.compute_us([5, 900], [3, 3], [2, 2]) < MODEL.compute_us([5, 900], [3, 3])).all()
 
 

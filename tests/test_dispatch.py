@@ -14,7 +14,7 @@ import moetuner as mt
 from moetuner.problem.caps import device_load
 from moetuner.solver.result import Limits
 from moetuner.solver.search.fanout import dispatch
-from moetuner.solver.search.traffic import heuristic
+from moetuner.solver.search.traffic import search_traffic
 
 
 @functools.cache
@@ -127,6 +127,10 @@ def test_beats_pairs_on_real_routing(data):
         assert (device_load(slots, problem.load).max(axis=1) <= problem.caps.kept(slots)).all()
         return mt.evaluate(mt.Placement(slots, num_experts=32), trace, tiers)
 
-    pairs, exact, nodes = judged(heuristic, flat), judged(dispatch, flat), judged(dispatch, tiers)
+    pairs, exact, nodes = (
+        judged(search_traffic, flat),
+        judged(dispatch, flat),
+        judged(dispatch, tiers),
+    )
     assert exact.fanout < pairs.fanout
     assert nodes.node_fanout < exact.node_fanout

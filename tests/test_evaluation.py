@@ -11,6 +11,7 @@ from placements import murmur, random_slots
 
 import moetuner as mt
 from moetuner import _core
+from moetuner.cost import busiest_ports
 from moetuner.evaluation import replay as replay_
 
 
@@ -311,8 +312,8 @@ def test_times_are_the_cost_models(make_trace):
         active = [len({e for e in ids.ravel().tolist() if e // 2 == device}) for device in range(4)]
         sent = np.repeat(visits[w, layer][None] / 4, 4, axis=0)
         compute = MODEL.compute_us(load[w, layer], active, topology.speed_of_device)
-        there = MODEL.exchange_us(sent, topology)
-        back = MODEL.exchange_us(sent.T, topology, bytes_each=2000)
+        there = MODEL.ports_us(busiest_ports(sent, topology), topology)
+        back = MODEL.ports_us(busiest_ports(sent.T, topology), topology, bytes_each=2000)
         times.append(MODEL.layer_us(compute, there + back))
     found = mt.evaluate(placement, trace, topology, window=window, cost_model=MODEL)
     assert found.predicted_layer_us == pytest.approx(np.mean(times))
@@ -341,7 +342,7 @@ def test_a_node_is_sent_to_once(make_trace):
                     far[home, relay] += (node != home // 2) / 4
                     for device in to:
                         near[relay, device] += (device // 2 == node and device != relay) / 4
-        times.append(model.exchange_us(near + far, topology))
+        times.append(model.ports_us(busiest_ports(near + far, topology), topology))
     found = mt.evaluate(placement, trace, topology, cost_model=model)
     assert found.predicted_layer_us == pytest.approx(np.mean(times))
     by_device = dataclasses.replace(model, once_per="device")

@@ -123,8 +123,8 @@ def test_search_empties_no_slot_when_told():
         [1.0, 1.0],
         nearest=False,
         norm=0,
-        hold=np.ones((1, 4, 2)),
     )
+    core.hold(np.ones((1, 4, 2)))
     start = np.array([[[0, 1, 2], [0, 3, 1]]], dtype=np.int32)
     assert (core.place(start, trials=2000)[0] == -1).any()
     assert (core.place(start, trials=2000, empties=False)[0] >= 0).all()

@@ -26,7 +26,7 @@ def knapsack(
     rng = np.random.default_rng(seed)
     value, weight = rng.integers(10, 60, n), rng.integers(5, 40, (rows, n))
     room = weight.sum(axis=1) // 2
-    ilp = Ilp(value, maximize=True)
+    ilp = Ilp(-value)
     row, column = np.indices(weight.shape)
     ilp.add_rows(-np.inf, room, row, column, weight)
     return ilp, value, weight, room
@@ -65,32 +65,32 @@ def test_agrees_with_brute_force(seed: int, n: int, rows: int) -> None:
     choices = np.array(list(itertools.product((0, 1), repeat=n)))
     best = (choices @ value)[(choices @ weight.T <= room).all(axis=1)].max()
     assert solution.status == "optimal"
-    assert solution.objective == pytest.approx(best)
-    assert solution.bound == pytest.approx(best)
+    assert solution.objective == pytest.approx(-best)
+    assert solution.bound == pytest.approx(-best)
     assert ilp.broken(solution.values) is None
 
 
 def test_rows_added_later_count() -> None:
     """A row added between two solves cuts the first optimum off."""
-    ilp = Ilp([1.0, 2.0, 3.0], maximize=True)
-    assert ilp.solve().objective == 6
+    ilp = Ilp([-1.0, -2.0, -3.0])
+    assert ilp.solve().objective == -6
     ilp.add_rows(-np.inf, 1, [0, 0, 0], [0, 1, 2])
-    assert ilp.solve().objective == 3
+    assert ilp.solve().objective == -3
     ilp.add_rows(0, 0, [0], [2])
-    solution = ilp.solve(start=[1, 0, 0], start_objective=1.0)
-    assert solution.objective == 2
+    solution = ilp.solve(start=[1, 0, 0], start_objective=-1.0)
+    assert solution.objective == -2
     assert solution.values.tolist() == [0, 1, 0]
 
 
 def test_the_relaxation_follows_new_rows() -> None:
     """Relaxed, values need not be whole; rows count, and the whole optimum is still found after."""
-    ilp = Ilp([3.0, 2.0, 2.0], maximize=True)
+    ilp = Ilp([-3.0, -2.0, -2.0])
     ilp.add_rows(-np.inf, 3, [0, 0, 0], [0, 1, 2], [2, 2, 2])
     relaxed = ilp.relax()
-    assert relaxed.objective == relaxed.bound == pytest.approx(4)
+    assert relaxed.objective == relaxed.bound == pytest.approx(-4)
     ilp.add_rows(-np.inf, 1, [0, 0], [0, 1], [2, 1])
-    assert ilp.relax().objective == pytest.approx(3.5)
-    assert ilp.solve().objective == 2
+    assert ilp.relax().objective == pytest.approx(-3.5)
+    assert ilp.solve().objective == -2
     ilp.add_rows(4, np.inf, [0, 0, 0], [0, 1, 2])
     with pytest.raises(ValueError, match="relaxation is infeasible"):
         ilp.relax()
@@ -133,7 +133,7 @@ def test_a_wrong_start_is_a_fault() -> None:
     with pytest.raises(RuntimeError, match=r"is worth 0\.0, not 7"):
         ilp.solve(start=np.zeros(12), start_objective=7.0)
     with pytest.raises(RuntimeError, match="not feasible: row 0"):
-        ilp.solve(start=np.ones(12), start_objective=float(value.sum()))
+        ilp.solve(start=np.ones(12), start_objective=-float(value.sum()))
     with pytest.raises(RuntimeError, match="not feasible: column 3"):
         ilp.solve(start=np.eye(12)[3] * 0.5)
 

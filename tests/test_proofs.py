@@ -18,14 +18,12 @@ from hypothesis import strategies as st
 import moetuner as mt
 from moetuner import solver
 from moetuner.evaluation import copies
-from moetuner.solver.bounds.caps import exceeded, scope
+from moetuner.solver.bounds.caps import exceeded, scope, told
 from moetuner.solver.bounds.loads import bounded
 from moetuner.solver.bounds.pairs import bound, padded, verify
-from moetuner.solver.exact.partitions import chain
 from moetuner.solver.milp.colocation import colocation
-from moetuner.solver.neighbourhood import neighbourhood
 from moetuner.solver.result import Candidate, Limits
-from moetuner.solver.search.traffic import heuristic
+from moetuner.solver.search.traffic import search_traffic
 from moetuner.solver.two_stage import place_clusters
 from moetuner.statistics import ExpertSets
 
@@ -199,9 +197,9 @@ def test_caps_that_copies_keep_are_not_called_impossible():
             )
             result = mt.solve(problem, iterations=300)
             assert "caps_infeasible" not in result.details
-            alone = heuristic(problem, limits=Limits(iterations=10))
-            assert "caps_raised" in alone.details
-            assert "caps_infeasible" not in alone.details
+            alone = search_traffic(problem, limits=Limits(iterations=10))
+            assert "caps_raised" in told(problem, alone)
+            assert "caps_infeasible" not in told(problem, alone)
             if result.status == "optimal":
                 assert not exceeded(problem, result.placement.slots)
 
@@ -244,14 +242,13 @@ def test_nearly_is_not_optimal():
         assert bounded(problem, Candidate(slots), Limits()).status == status
 
 
-@pytest.mark.parametrize("improve", [colocation, neighbourhood])
-def test_what_runs_after_the_bound_keeps_its_certificate(improve):
+def test_what_runs_after_the_bound_keeps_its_certificate():
     """HiGHS may improve a placement, and loses nothing of what was proven before."""
     problem = small_problem(2, 2, 8, 2, max_imbalance=1.3)
     start = solver.METHODS["heuristic"](problem, seed=0, limits=Limits(iterations=10))
     proven = bound(problem, problem.caps.kept(start.slots), limits=Limits())
     start = replace(start, bound=proven.cost, certificate=proven.certificate)
-    found = improve(problem, seed=0, limits=Limits(), start=start)
+    found = colocation(problem, seed=0, limits=Limits(), start=start)
     assert found.certificate is proven.certificate
 
 
@@ -478,7 +475,7 @@ def test_no_older_certificate_is_left_beside_an_answer_without(run, tmp_path):
 def test_the_complete_programme_is_certified_in_python():
     """Its certificate is recomputed, not believed: another cost or cap is refused."""
     problem = small_problem(1, 3, 6, 3, slots=2)
-    found = chain(problem)
+    found = solver.METHODS["joint"](problem, seed=0, limits=Limits())
     assert verify(found.certificate, problem) == found.bound
     with pytest.raises(ValueError, match="these links"):
         verify(replace(found.certificate, cost=found.bound + 1), problem)

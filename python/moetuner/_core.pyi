@@ -49,17 +49,8 @@ class Layers:
     of every device [D] and its time per token as a share of the slowest one's [D]; ``norm`` is the
     order of the norm that stands for the largest device load (2, 4, 8 or 16; 0 for the maximum
     itself), ``noise`` what a norm adds to it: the parts ``even``, ``share`` and ``variance`` of
-    ``rust/layer/noise.rs``; ``mixed`` is how much the mean of all windows counts besides them, as a
-    part of what they all count.
-
-    Caps [L] are on ``total`` [L,E], the sum of windows where it is None; ``hold`` [L,E,D] is what a
-    copy costs on a device, in weighted tokens; an expert may not be where ``forbidden`` [L,E,D],
-    and stays where ``pinned`` [L,E,D].
-
-    With the distinct expert sets of every layer (ids [N,K], all below E, and their tokens [N]), a
-    token's visit of a device costs ``device_cost`` and of a node ``node_cost`` on top, in weighted
-    tokens. Of ``pairs`` [L,E,E], symmetric with a zero diagonal, each that is not on one device
-    costs ``pair_cost``.
+    ``rust/layer/terms/noise.rs``; ``mixed`` is how much the mean of all windows counts besides
+    them, as a part of what they all count. All costs are in weighted tokens.
     """
 
     def __new__(
@@ -74,17 +65,36 @@ class Layers:
         norm: int,
         noise: tuple[float, float, float] | None = None,
         mixed: float = 0.0,
-        total: NDArray[np.float64] | None = None,
-        cap: list[float] | None = None,
-        hold: NDArray[np.float64] | None = None,
+    ) -> Layers: ...
+    def limit(self, cap: list[float], total: NDArray[np.float64] | None = None) -> None:
+        """Cap the loads of devices [L]: sums of ``total`` [L,E], by default of all windows."""
+
+    def rule(
+        self,
+        *,
         forbidden: NDArray[np.bool_] | None = None,
         pinned: NDArray[np.bool_] | None = None,
-        sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]] | None = None,
+    ) -> None:
+        """Keep experts away from devices [L,E,D], and others there."""
+
+    def hold(self, price: NDArray[np.float64]) -> None:
+        """Charge a copy of an expert on a device [L,E,D]."""
+
+    def price_visits(
+        self,
+        sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]],
+        *,
         device_cost: float = 1.0,
         node_cost: float = 0.0,
-        pairs: NDArray[np.uint64] | None = None,
-        pair_cost: float = 0.0,
-    ) -> Layers: ...
+    ) -> None:
+        """Charge a token's visits of devices, and of nodes on top.
+
+        Takes every layer's distinct expert sets: ids [N,K], all below E, and their tokens [N].
+        """
+
+    def price_pairs(self, pairs: NDArray[np.uint64], pair_cost: float) -> None:
+        """Charge pairs [L,E,E], symmetric with a zero diagonal, that are not on one device."""
+
     def place(
         self,
         start: NDArray[np.int32],

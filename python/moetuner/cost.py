@@ -293,12 +293,6 @@ class CostModel(Frozen):
         time: Floats = ((rows > 0) * latency + rows * each / bandwidth).sum(axis=-1) * 1e6
         return time
 
-    def exchange_us(
-        self, sent: ArrayLike, topology: Topology, *, bytes_each: float | None = None
-    ) -> Floats:
-        """Microseconds [...] of rows sent from device to device [...,D,D]; the diagonal stays."""
-        return self.ports_us(busiest_ports(sent, topology), topology, bytes_each=bytes_each)
-
     def layer_us(self, compute: ArrayLike, communication: ArrayLike) -> Floats:
         """Microseconds of layers [...] from devices' compute [...,D] and communication [...]."""
         slowest = np.asarray(compute, dtype=np.float64).max(axis=-1)

@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,6 +30,10 @@ from moetuner._checks import (
 from moetuner.files import naming, read_whole
 from moetuner.frozen import Frozen
 from moetuner.presets import MACHINES
+
+# What crosses links after a layer: tokens from expert to expert of the next layer, as in the paper;
+# or from home to every distinct device of their experts and back, as engines send them.
+Regime = Literal["follow", "dispatch"]
 
 # Bytes per second and direction between two H100: NVLink 4 (900 GB/s both ways) inside a node, one
 # 400 Gbit/s InfiniBand port per GPU between nodes (NVIDIA H100 and ConnectX-7 data sheets).
@@ -239,6 +243,12 @@ class Topology(Frozen):
     def speed_of_device(self) -> NDArray[np.float64]:
         """Relative speed of every device [D], 1 where none was given."""
         return np.ones(self.devices) if self.speed is None else np.array(self.speed)
+
+    @property
+    def time_of_device(self) -> NDArray[np.float64]:
+        """Time of every device per token [D], as a share of the slowest one's."""
+        time: NDArray[np.float64] = self.speed_of_device.min() / self.speed_of_device
+        return time
 
     @cached_property
     def cost(self) -> NDArray[np.int64]:

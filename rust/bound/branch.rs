@@ -4,19 +4,38 @@
 //! bounded by giving half of each pair to either end, and by a price of load that makes up for contents that are not
 //! feasible: the best completion is then the sum of the largest numbers of a list.
 
-use super::contents::{Contents, Harvest, Set};
+use super::contents::{Contents, DEEPEST, Set};
 
 /// Contents that one search hands out.
 const HARVEST: usize = 24;
 
-/// More members than any content that can be searched: C of 2C experts are too many long before.
-pub(super) const DEEPEST: usize = 32;
-
 /// Steps towards the best price of load.
 const PRICE_STEPS: usize = 30;
 
+/// What a search found.
+#[derive(Debug, Clone)]
+pub(super) struct Harvest {
+    /// No feasible content is above this or the floor. Proven, rounding included.
+    pub(super) bound: f64,
+    /// Some contents above the floor, the best among them, best first.
+    pub(super) sets: Vec<(f64, Set)>,
+}
+
+impl Contents {
+    /// Finds the content with the largest sum of the symmetric `g`, `[E, E]`, over its pairs (each once) and its
+    /// diagonal, if that is above `floor`.
+    pub(super) fn search(&self, g: &[f64], floor: f64) -> Harvest {
+        let magnitude: f64 = g.iter().map(|x| x.abs()).sum();
+        // Far from overflow, so that no comparison below meets a NaN.
+        if magnitude.is_nan() || magnitude > 1e250 {
+            return Harvest { bound: f64::INFINITY, sets: Vec::new() };
+        }
+        Search::new(self, g, floor).run(magnitude)
+    }
+}
+
 /// A depth-first search; experts are numbered from the most promising on.
-pub(super) struct Search<'a> {
+struct Search<'a> {
     contents: &'a Contents,
     e: usize,
     order: Vec<usize>,
@@ -43,7 +62,7 @@ pub(super) struct Search<'a> {
 
 impl<'a> Search<'a> {
     /// A search for contents of at least three members with a sum of the symmetric `g` above `floor`.
-    pub(super) fn new(contents: &'a Contents, g: &[f64], floor: f64) -> Self {
+    fn new(contents: &'a Contents, g: &[f64], floor: f64) -> Self {
         let (e, c) = (contents.experts, contents.slots);
         let order = by_promise(g, e, c);
         let load: Vec<u128> = order.iter().map(|&i| contents.load[i]).collect();
@@ -74,7 +93,7 @@ impl<'a> Search<'a> {
     }
 
     /// Searches; `magnitude` is the sum of the absolute weights.
-    pub(super) fn run(mut self, magnitude: f64) -> Harvest {
+    fn run(mut self, magnitude: f64) -> Harvest {
         self.descend(0, 0, 0, 0.0);
         let c = self.contents.slots as f64;
         // Additions in any value or bound of a branch, times what their terms add up to at most.

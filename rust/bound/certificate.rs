@@ -3,10 +3,8 @@
 use rayon::prelude::*;
 
 use super::Instance;
-use super::contents::Contents;
 use super::cuts::{Cut, Kind};
 use super::relaxation::Relaxation;
-use super::semidefinite::Dual;
 use super::spectrum::largest_sum;
 use crate::error::{Error, Result};
 
@@ -27,6 +25,21 @@ pub struct Certificate {
     pub multipliers: Vec<f64>,
     /// The choices of the lifted cuts in their order, `[lifted, E]`.
     pub choices: Vec<u8>,
+}
+
+/// A dual point as the method leaves it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Dual {
+    /// `[M, 2E, 2E]`.
+    pub(super) lambda: Vec<f64>,
+    /// Multipliers of `s_l = h_l`, `[L, E, E]`; empty where contents are too many.
+    pub(super) contents: Vec<f64>,
+    /// Multipliers of the column sums of z, `[M, E]`; empty for zeros.
+    pub(super) columns: Vec<f64>,
+    /// With their multipliers, by pair.
+    pub(super) cuts: Vec<(Cut, f64)>,
+    /// What it is worth, if the eigenvalues and the contents are right.
+    pub(super) estimate: f64,
 }
 
 /// What the method knows of a dual point it has made, to save the search for it.
@@ -310,7 +323,7 @@ fn layer_value(relaxation: &Relaxation, l: usize, dual: &Dual, sides: &[Side], h
                 sum.magnitude += x.abs();
             }
         }
-        let best = || Contents::new(relaxation, l).search(&g, f64::NEG_INFINITY).bound;
+        let best = || relaxation.contents(l).search(&g, f64::NEG_INFINITY).bound;
         sum.add(-(relaxation.devices as f64) * hints.map_or_else(best, |h| h.contents[l]));
     }
     let mut scratch = Vec::with_capacity(e);

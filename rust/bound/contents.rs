@@ -3,11 +3,11 @@
 //! The contents of a device are C experts whose loads keep the cap, and which leave the other devices no more than
 //! theirs.
 
-use super::branch::{DEEPEST, Search};
-use super::relaxation::Relaxation;
-
 /// A set of experts of a layer.
 pub(super) type Set = u128;
+
+/// More members than any content that can be searched: C of 2C experts are too many long before.
+pub(super) const DEEPEST: usize = 32;
 
 /// Sets of C experts up to which a search costs no more than a few iterations of everything else.
 const MOST: f64 = 1.5e7;
@@ -39,37 +39,7 @@ pub(super) struct Contents {
     pub(super) upper: u128,
 }
 
-/// What a search found.
-#[derive(Debug, Clone)]
-pub(super) struct Harvest {
-    /// No feasible content is above this or the floor. Proven, rounding included.
-    pub(super) bound: f64,
-    /// Some contents above the floor, the best among them, best first.
-    pub(super) sets: Vec<(f64, Set)>,
-}
-
 impl Contents {
-    /// The contents of layer l.
-    pub(super) fn new(relaxation: &Relaxation, l: usize) -> Self {
-        let Relaxation { experts, slots, .. } = *relaxation;
-        let load: Vec<u128> = relaxation.load[l * experts..][..experts].iter().map(|&x| x.into()).collect();
-        let total: u128 = load.iter().sum();
-        let upper = relaxation.limit[l].map_or(total, |limit| limit.cap.into());
-        let lower = total.saturating_sub(upper * (relaxation.devices as u128 - 1));
-        Self { experts, slots, load, lower, upper }
-    }
-
-    /// Finds the content with the largest sum of the symmetric `g`, `[E, E]`, over its pairs (each once) and its
-    /// diagonal, if that is above `floor`.
-    pub(super) fn search(&self, g: &[f64], floor: f64) -> Harvest {
-        let magnitude: f64 = g.iter().map(|x| x.abs()).sum();
-        // Far from overflow, so that no comparison below meets a NaN.
-        if magnitude.is_nan() || magnitude > 1e250 {
-            return Harvest { bound: f64::INFINITY, sets: Vec::new() };
-        }
-        Search::new(self, g, floor).run(magnitude)
-    }
-
     /// Improves a content by exchanging one member at a time, best first; returns the gain too.
     pub(super) fn climb(&self, g: &[f64], mut set: Set) -> (f64, Set) {
         let e = self.experts;

@@ -44,7 +44,7 @@ pub(super) struct Mixture {
 impl Mixture {
     /// A mixture near to `s`, `[E, E]` above the diagonal, with a multiplier of zero; `None` if no content is feasible.
     pub(super) fn new(relaxation: &Relaxation, l: usize, s: &[f64]) -> Option<Self> {
-        let contents = Contents::new(relaxation, l);
+        let contents = relaxation.contents(l);
         let experts = relaxation.experts;
         let zero = vec![0.0; experts * experts];
         let set = contents.search(&zero, f64::NEG_INFINITY).sets.first()?.1;

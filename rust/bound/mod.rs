@@ -71,9 +71,9 @@ pub use certificate::{Certificate, verify};
 pub use cuts::Kind;
 
 use crate::error::{Error, Result, room_for};
-use certificate::{crossing, dual_value};
+use certificate::{Dual, crossing, dual_value};
 use relaxation::Relaxation;
-use semidefinite::{Admm, Dual};
+use semidefinite::Admm;
 
 /// Experts per layer beyond which only the transportation bound is tried: an iteration would take minutes.
 const LARGEST: usize = 512;

@@ -8,7 +8,7 @@
 //! Counts are divided by a power of two near the mean, which is exact.
 
 use super::Instance;
-use super::contents::are_few;
+use super::contents::{Contents, are_few};
 use super::eigen::power_of_two_near;
 
 /// What the load limit of a layer says, in the layer's unit.
@@ -92,6 +92,16 @@ impl Relaxation {
             this.scale_layer(l, cap);
         }
         this
+    }
+
+    /// What a device may hold of layer l.
+    pub(super) fn contents(&self, l: usize) -> Contents {
+        let load: Vec<u128> =
+            self.load[l * self.experts..][..self.experts].iter().map(|&x| x.into()).collect();
+        let total: u128 = load.iter().sum();
+        let upper = self.limit[l].map_or(total, |limit| limit.cap.into());
+        let lower = total.saturating_sub(upper * (self.devices as u128 - 1));
+        Contents { experts: self.experts, slots: self.slots, load, lower, upper }
     }
 
     fn scale_layer(&mut self, l: usize, cap: u64) {

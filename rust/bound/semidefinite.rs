@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
-use super::certificate::{Hints, dual_value};
-use super::cuts::Cut;
+use super::certificate::{Dual, Hints, dual_value};
 use super::eigen::Eigen;
 use super::mixture::Mixture;
 use super::relaxation::Relaxation;
@@ -39,21 +38,6 @@ const UNMIXED: usize = 20;
 const WORTHWHILE: u32 = 5;
 /// With less time than for so many iterations the method proves nothing useful, and is not tried.
 const FEWEST: u32 = 11;
-
-/// A dual point as the method leaves it.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Dual {
-    /// `[M, 2E, 2E]`.
-    pub(super) lambda: Vec<f64>,
-    /// Multipliers of `s_l = h_l`, `[L, E, E]`; empty where contents are too many.
-    pub(super) contents: Vec<f64>,
-    /// Multipliers of the column sums of z, `[M, E]`; empty for zeros.
-    pub(super) columns: Vec<f64>,
-    /// With their multipliers, by pair.
-    pub(super) cuts: Vec<(Cut, f64)>,
-    /// What it is worth, if the eigenvalues and the contents are right.
-    pub(super) estimate: f64,
-}
 
 /// Q and U of one pair.
 #[derive(Debug, Clone)]

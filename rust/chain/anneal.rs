@@ -1,9 +1,9 @@
 //! Simulated annealing by swaps and by relabelling suffixes.
 
 use std::sync::LazyLock;
-use std::time::{Duration, Instant};
 
 use super::state::State;
+use crate::anneal::{self, Blocks, Length, Ramp};
 use crate::control::Control;
 use crate::random::{Random, scale};
 
@@ -21,27 +21,8 @@ pub(crate) struct Schedule {
 const LENIENT: f64 = 0.5;
 const FIRM: f64 = 16.0;
 
-/// How long a run is. Only a number of trials gives the same answer on every machine.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Length {
-    Trials(u64),
-    Time(Duration),
-}
-
-impl Length {
-    pub(crate) fn half(self) -> Self {
-        match self {
-            Self::Trials(trials) => Self::Trials(trials / 2),
-            Self::Time(time) => Self::Time(time / 2),
-        }
-    }
-}
-
-/// Trials at one temperature; each block also tries one relabelling, without which swaps get stuck.
-const BLOCK: u64 = 512;
-
-/// Blocks between two looks at the clock.
-const CHECK: u64 = 64;
+/// Each block also tries one relabelling, without which swaps get stuck.
+const BLOCKS: Blocks = Blocks { trials: 512, check: 64 };
 
 /// -ln(u) at the middle of 4096 equal parts of (0, 1): the thresholds of the Metropolis rule.
 static THRESHOLDS: LazyLock<Vec<f64>> =
@@ -57,33 +38,12 @@ pub(crate) fn anneal(state: &mut State<'_>, schedule: Schedule, random: &mut Ran
         |tokens: u64| instance.unit * slots as f64 * instance.sizes.experts as f64 / tokens.max(1) as f64;
     let worth: Vec<f64> =
         instance.load.chunks_exact(slots.max(1)).map(|load| worth(load.iter().sum())).collect();
-    let begin = Instant::now();
-    let blocks = match schedule.length {
-        Length::Trials(trials) => trials.div_ceil(BLOCK).max(1),
-        Length::Time(_) => u64::MAX,
-    };
-    let ratio = schedule.cold * instance.finest / schedule.hot;
-    let mut temperature = schedule.hot * instance.unit;
-    let mut cooling = libm::pow(ratio, 1.0 / blocks as f64);
-    let mut price = LENIENT;
-    let mut hardening = libm::pow(FIRM / LENIENT, 1.0 / blocks as f64);
-    for block in 0..blocks {
-        if block % CHECK == 0 {
-            control.count(CHECK * BLOCK);
-            if control.stopped() {
-                break;
-            }
-            if let Length::Time(time) = schedule.length {
-                let done = begin.elapsed().as_secs_f64() / time.as_secs_f64().max(1e-9);
-                if done >= 1.0 {
-                    break;
-                }
-                temperature = schedule.hot * instance.unit * libm::pow(ratio, done);
-                price = LENIENT * libm::pow(FIRM / LENIENT, done);
-                (cooling, hardening) = (1.0, 1.0);
-            }
-        }
-        for _ in 0..BLOCK {
+    let ramps = [
+        Ramp { first: schedule.hot * instance.unit, change: schedule.cold * instance.finest / schedule.hot },
+        Ramp { first: LENIENT, change: FIRM / LENIENT },
+    ];
+    let block = |[temperature, price]: [f64; 2]| {
+        for _ in 0..BLOCKS.trials {
             let bits = random.bits();
             // Layer and expert from the high half (what the layer leaves over chooses the expert), slot from the low.
             let place = (bits >> 32) * layers as u64;
@@ -112,9 +72,8 @@ pub(crate) fn anneal(state: &mut State<'_>, schedule: Schedule, random: &mut Ran
                 }
             }
         }
-        temperature *= cooling;
-        price *= hardening;
-    }
+    };
+    anneal::anneal(schedule.length, BLOCKS, ramps, control, block);
     if schedule.crosses {
         let price: Vec<f64> = worth.iter().map(|worth| FIRM * worth).collect();
         state.settle(&price);

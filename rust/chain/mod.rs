@@ -13,11 +13,12 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
+use crate::anneal::Length;
 use crate::control::Control;
 use crate::error::Result;
 use crate::packing::{Goal, Improve, Room, pack};
 use crate::random::Random;
-use anneal::{Length, Schedule, anneal};
+use anneal::{Schedule, anneal};
 use instance::Instance;
 use recombine::recombine;
 use state::State;
@@ -241,7 +242,7 @@ impl Effort {
                 let waves = (starts as usize).div_ceil(threads) as f64;
                 let polish_waves = (ROUNDS * RUNS.div_ceil(threads as u64)) as f64;
                 let time = |share: f64, waves: f64| {
-                    Length::Time(Duration::from_secs_f64(whole.min(limit * share / waves)))
+                    Length::time(Duration::from_secs_f64(whole.min(limit * share / waves)))
                 };
                 (
                     starts as u64,
@@ -253,7 +254,7 @@ impl Effort {
             (trials, _) => {
                 let trials = trials.unwrap_or((places * 2600).clamp(200_000, 16_000_000));
                 let starts = (100_000_000 / trials.max(1)).clamp(4, STARTS as u64);
-                (starts, Length::Trials(trials), ROUNDS, Length::Trials(trials))
+                (starts, Length::trials(trials), ROUNDS, Length::trials(trials))
             }
         };
         let crosses = are_tight(instance, balanced);
@@ -283,7 +284,7 @@ fn are_tight(instance: &Instance, balanced: &[u16]) -> bool {
 fn seconds_per_trial(instance: &Instance, balanced: &[u16]) -> f64 {
     const SAMPLE: u64 = 1 << 15;
     let mut state = State::new(instance, balanced.to_vec());
-    let (length, hot) = (Length::Trials(SAMPLE), START.0);
+    let (length, hot) = (Length::trials(SAMPLE), START.0);
     let schedule = Schedule { length, hot, cold: hot, crosses: false };
     let begin = Instant::now();
     anneal(&mut state, schedule, &mut Random::new(0, 0), &Control::new(None));

@@ -21,11 +21,6 @@ use super::lists::{self, Lists};
 use super::{bits, rows};
 use crate::trace::ExpertId;
 
-/// Values on cache lines of their own: vectors that straddle two lines take twice as long.
-#[derive(Debug, Clone, Copy)]
-#[repr(align(64))]
-pub(crate) struct Line<T, const N: usize>(pub(crate) [T; N]);
-
 /// Tokens of one block where tables are small: the nearer the cache that a block's ids come from, the better.
 pub const SHORT_BLOCK: usize = 4096;
 

@@ -1,7 +1,11 @@
 //! Rows of small counters, added whole.
 
-use super::pairs::Line;
 use crate::trace::ExpertId;
+
+/// Values on cache lines of their own: vectors that straddle two lines take twice as long.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+struct Line<T, const N: usize>([T; N]);
 
 /// Columns of the table that are counted together: with 256 rows they stay in the first-level cache.
 const PANEL: usize = 128;

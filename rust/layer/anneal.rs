@@ -1,11 +1,10 @@
 //! Annealing of one layer by swaps and, where slots are to spare, by other copies.
 
-use super::terms::balance::Balance;
-use super::terms::caps::Caps;
-use super::terms::fanout::{self, Fanout};
-use super::terms::linear;
-use super::terms::together::Together;
+use std::time::Duration;
+
+use super::terms::Terms;
 use super::{Contents, EMPTY, Layer, Move};
+use crate::anneal::{self, Blocks, Length, Ramp};
 use crate::control::Control;
 use crate::random::{Random, scale};
 
@@ -22,8 +21,7 @@ pub struct Effort {
     pub restarts: u64,
 }
 
-/// Trials at one temperature, and between two looks at the clock.
-const BLOCK: u64 = 256;
+const BLOCKS: Blocks = Blocks { trials: 256, check: 1 };
 /// First temperature, in typical changes of the cost: what suits layers of 12 slots and of 288, of one window and of
 /// 400 (bench/RESULTS.md).
 pub(super) const WARM: f64 = 0.3;
@@ -34,91 +32,19 @@ const COLD: f64 = 0.01;
 /// Of few windows, which can be made nearly level: what is left to gain is small.
 const COLDEST: f64 = 1e-4;
 const FEW_WINDOWS: usize = 3;
+/// However short the time, a layer gets this part of its trials: a start that was not annealed is worth nothing.
+const QUICK: u64 = 50;
 /// Proposals that are looked at to find the typical change.
 const SAMPLE: usize = 255;
 
-/// The terms of a layer's cost, for the contents as they stand.
-#[derive(Debug)]
-pub(super) struct Terms {
-    /// None where no window weighs anything.
-    pub(super) balance: Option<Balance>,
-    /// None where visits cost nothing.
-    fanout: Option<Fanout>,
-    /// None where pairs cost nothing.
-    together: Option<Together>,
-    pub(super) caps: Caps,
-    /// Of [`linear`].
-    pub(super) linear: f64,
-}
-
-impl Terms {
-    pub(super) fn new(layer: &Layer, contents: &Contents) -> Self {
-        Self {
-            balance: (!layer.windows.is_weightless()).then(|| Balance::new(layer, contents)),
-            fanout: layer.sets.as_ref().map(|sets| Fanout::new(layer, sets, contents)),
-            together: layer.pairs.as_ref().map(|pairs| Together::new(layer, pairs, contents)),
-            caps: Caps::new(layer, contents),
-            linear: linear::cost(layer, contents),
-        }
-    }
-
-    pub(super) fn cost(&self, layer: &Layer) -> f64 {
-        let balance = self.balance.as_ref().map_or(0.0, Balance::cost);
-        let fanout =
-            self.fanout.as_ref().zip(layer.sets.as_ref()).map_or(0.0, |(fanout, sets)| fanout.cost(sets));
-        let together =
-            self.together.as_ref().zip(layer.pairs.as_ref()).map_or(0.0, |(pairs, of)| pairs.cost(of));
-        balance + fanout + together + self.linear
-    }
-
-    /// What a move would add to the cost; nothing if it breaks the cap.
-    fn change(&mut self, layer: &Layer, contents: &Contents, step: Move) -> Option<f64> {
-        if !self.caps.allows(layer, contents, step) {
-            return None;
-        }
-        Some(self.added(layer, contents, step))
-    }
-
-    /// What a move would add to the cost, whatever the cap.
-    pub(super) fn added(&mut self, layer: &Layer, contents: &Contents, step: Move) -> f64 {
-        let mut change = linear::change(layer, contents, step);
-        if let Some(balance) = &mut self.balance {
-            change += balance.change(layer, contents, step);
-        }
-        if let (Some(fanout), Some(sets)) = (&self.fanout, &layer.sets) {
-            change += fanout.change(layer, sets, contents, step);
-        }
-        if let (Some(together), Some(pairs)) = (&self.together, &layer.pairs) {
-            change += together.change(layer, pairs, contents, step);
-        }
-        change
-    }
-
-    /// Makes the move that [`Terms::change`] or [`Terms::added`] was last asked about.
-    pub(super) fn apply(&mut self, layer: &Layer, contents: &mut Contents, step: Move) {
-        self.caps.apply(layer, contents, step);
-        self.linear += linear::change(layer, contents, step);
-        if let Some(balance) = &mut self.balance {
-            balance.apply();
-        }
-        if let (Some(together), Some(pairs)) = (&mut self.together, &layer.pairs) {
-            together.apply(layer, pairs, contents, step);
-        }
-        let touched = self.fanout.is_some().then(|| fanout::touched(contents, step));
-        contents.apply(layer, step);
-        if let (Some(fanout), Some(sets), Some(touched)) = (&mut self.fanout, &layer.sets, touched) {
-            fanout.refresh(layer, sets, contents, &touched);
-        }
-    }
-}
-
-/// Anneals a layer from `start` and the first temperature `hot`; the best contents found, and their cost.
+/// The best contents that annealing finds from `start` and the first temperature `hot`, and their cost.
 #[must_use]
 pub(super) fn search(
     layer: &Layer,
     start: Contents,
     effort: Effort,
     hot: f64,
+    time: Option<Duration>,
     random: &mut Random,
     control: &Control,
 ) -> (f64, Contents) {
@@ -128,16 +54,12 @@ pub(super) fn search(
     // What a slot may hold instead, where slots are to spare: any expert or, as the last of them, nothing.
     let spare = effort.copies && layer.slots() > layer.experts;
     let kinds = if spare { layer.experts + usize::from(effort.empties) } else { 0 };
-    let blocks = effort.trials.div_ceil(BLOCK);
     let cold = if terms.balance.is_some() && layer.windows.count <= FEW_WINDOWS { COLDEST } else { COLD };
-    let cooling = libm::pow(cold / hot, 1.0 / blocks.max(1) as f64);
-    let mut temperature = hot * typical_change(layer, &mut terms, &contents, kinds, random);
-    for _ in 0..blocks {
-        if control.stopped() {
-            break;
-        }
-        control.count(BLOCK);
-        for _ in 0..BLOCK {
+    let typical = typical_change(layer, &mut terms, &contents, kinds, random);
+    let length = Length { trials: effort.trials, least: effort.trials / QUICK, time };
+    let ramp = Ramp { first: hot * typical, change: cold / hot };
+    anneal::anneal(length, BLOCKS, [ramp], control, |[temperature]| {
+        for _ in 0..BLOCKS.trials {
             let step = proposal(layer, kinds, random);
             if !contents.allows(layer, step) {
                 continue;
@@ -152,8 +74,7 @@ pub(super) fn search(
                 }
             }
         }
-        temperature *= cooling;
-    }
+    });
     (best.0, Contents::new(layer, best.1))
 }
 
@@ -208,10 +129,11 @@ fn accepts(change: f64, temperature: f64, bits: u64) -> bool {
 mod tests {
     use super::*;
     use crate::layer::Split;
-    use crate::layer::construct::{QUICK, replicate};
-    use crate::layer::terms::balance::Windows;
+    use crate::layer::construct::{self, replicate};
+    use crate::layer::terms::fanout;
     use crate::layer::terms::noise::Noise;
     use crate::layer::terms::together::Pairs;
+    use crate::layer::terms::windows::Windows;
     use proptest::prelude::*;
 
     fn layer(random: &mut Random, experts: usize, devices: usize, norm: u32, nearest: bool) -> Layer {
@@ -282,7 +204,7 @@ mod tests {
         ) {
             let mut random = Random::new(seed, 0);
             let layer = layer(&mut random, experts, devices, norm, nearest);
-            let start = replicate(&layer, QUICK, true).expect("slots suffice");
+            let start = replicate(&layer, construct::QUICK, true).expect("slots suffice");
             let mut contents = Contents::new(&layer, start);
             let mut terms = Terms::new(&layer, &contents);
             let slots = layer.slots();

@@ -18,7 +18,7 @@ pub use contents::{Contents, EMPTY, Move};
 pub use moves::{Reach, Step, descend};
 pub use turns::{Links, place};
 
-use terms::balance::Windows;
+use terms::windows::Windows;
 
 /// How the engine's dispatcher shares an expert's tokens among its copies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

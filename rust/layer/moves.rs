@@ -5,9 +5,8 @@
 
 use rayon::prelude::*;
 
-use super::anneal::Terms;
 use super::terms::balance::Balance;
-use super::terms::linear;
+use super::terms::{Terms, linear};
 use super::turns::{Links, prices};
 use super::{Contents, EMPTY, Layer, Move, Split};
 use crate::control::Control;

@@ -1,11 +1,17 @@
 //! Places all layers: each on its own where nothing joins them, in turns where transitions do.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
 use rayon::prelude::*;
 
 use super::anneal::{Effort, HOT, WARM, search};
 use super::{Contents, Layer};
 use crate::control::Control;
 use crate::random::Random;
+
+/// The part of the time left that searches may take.
+const SAFE: f64 = 0.95;
 
 /// What joins neighbouring layers.
 #[derive(Debug, Clone, Copy)]
@@ -30,56 +36,74 @@ pub fn place(
     seed: u64,
     control: &Control,
 ) -> Vec<Contents> {
-    let n = layers.len() as u64;
     if links.transitions.is_empty() {
-        return layers
-            .par_iter()
-            .zip(start)
-            .enumerate()
-            .map(|(l, (layer, start))| restarted(layer, &start, effort, seed, l as u64, control))
-            .collect();
+        let all: Vec<usize> = (0..layers.len()).collect();
+        return turn(layers, &all, &start, effort, 1, seed, 0, control);
     }
     let mut now = start;
-    for round in 0..rounds {
-        for parity in 0..2 {
-            if control.stopped() {
-                return now;
-            }
-            let turn: Vec<usize> = (parity..layers.len()).step_by(2).collect();
-            for &l in &turn {
-                layers[l].serve = prices(layers, &now, links, l);
-            }
-            let found: Vec<Contents> = turn
-                .par_iter()
-                .map(|&l| {
-                    let stream = (round + 1) * n + l as u64;
-                    restarted(&layers[l], &now[l], effort, seed, stream, control)
-                })
-                .collect();
-            for (l, contents) in turn.into_iter().zip(found) {
-                now[l] = contents;
-            }
+    for round in 0..2 * rounds {
+        if control.stopped() {
+            break;
+        }
+        let these: Vec<usize> = (round as usize % 2..layers.len()).step_by(2).collect();
+        for &l in &these {
+            layers[l].serve = prices(layers, &now, links, l);
+        }
+        let stream = (round / 2 + 1) * layers.len() as u64;
+        let found = turn(layers, &these, &now, effort, 2 * rounds - round, seed, stream, control);
+        for (l, contents) in these.into_iter().zip(found) {
+            now[l] = contents;
         }
     }
     now
 }
 
-/// The best of several searches from one start, every other one hot.
+/// Contents of `these` layers after a turn, of which so many are to come in what is left of the time.
+fn turn(
+    layers: &[Layer],
+    these: &[usize],
+    now: &[Contents],
+    effort: Effort,
+    turns: u64,
+    seed: u64,
+    stream: u64,
+    control: &Control,
+) -> Vec<Contents> {
+    let left = |end: Instant| end.saturating_duration_since(Instant::now());
+    let end = control.deadline().map(|end| Instant::now() + left(end).mul_f64(SAFE / turns as f64));
+    let waiting = AtomicUsize::new(these.len());
+    let anneal = |&l: &usize| {
+        // Layers that have not begun share the time with this one.
+        let waves = waiting.fetch_sub(1, Ordering::Relaxed).div_ceil(rayon::current_num_threads());
+        let time = end.map(|end| left(end) / waves as u32);
+        restarted(&layers[l], &now[l], effort, time, seed, stream + l as u64, control)
+    };
+    these.par_iter().map(anneal).collect()
+}
+
+/// The best of several searches from one start, every other one hot; of those that there is time for.
 fn restarted(
     layer: &Layer,
     start: &Contents,
     effort: Effort,
+    time: Option<Duration>,
     seed: u64,
     stream: u64,
     control: &Control,
 ) -> Contents {
+    let begin = Instant::now();
     let run = |restart: u64| {
         let mut random = Random::new(seed.wrapping_add(restart.wrapping_mul(0x9E37_79B9_7F4A_7C15)), stream);
         let hot = if restart.is_multiple_of(2) { WARM } else { HOT };
-        search(layer, start.clone(), effort, hot, &mut random, control)
+        let left = time.map(|time| time.saturating_sub(begin.elapsed()));
+        search(layer, start.clone(), effort, hot, left, &mut random, control)
     };
     let mut best = run(0);
+    let each = begin.elapsed();
     for restart in 1..effort.restarts {
+        if time.is_some_and(|time| begin.elapsed() + each > time) {
+            break;
+        }
         let found = run(restart);
         if found.0 < best.0 {
             best = found;

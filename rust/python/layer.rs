@@ -9,11 +9,11 @@ use super::{alone, array2, array3, caught, contiguous, deadline, detached, slice
 use crate::control::Control;
 use crate::error::{Error, SLOTS, room_for};
 use crate::layer::construct::{NoSlot, QUICK, fill_layers, replicate};
-use crate::layer::terms::balance::Windows;
 use crate::layer::terms::fanout;
 use crate::layer::terms::noise::Noise;
 use crate::layer::terms::together::Pairs;
-use crate::layer::{Contents, EMPTY, Effort, Layer, Links, Move, Reach, Site, descend, place};
+use crate::layer::terms::windows::Windows;
+use crate::layer::{Contents, EMPTY, Effort, Layer, Links, Move, Reach, Site, Split, descend, place};
 
 /// Contents of every layer, from slots [L,D,S] with -1 for an empty one and the slots of every device [L,D].
 fn contents_of(layers: &[Layer], slots: &[i32], per_device: usize) -> Vec<Contents> {
@@ -44,11 +44,8 @@ fn slots_of(layers: &[Layer], contents: &[Contents], per_device: usize) -> Vec<i
 impl Layers {
     /// Contents of slots [L,D,S].
     fn begin(&self, start: &PyReadonlyArray3<'_, i32>) -> PyResult<Vec<Contents>> {
-        let (l, d) = (self.layers.len(), self.layers.first().map_or(0, Layer::devices));
-        if start.shape() != [l, d, self.per_device] {
-            let rule = format!("shape [{l}, {d}, {}]", self.per_device);
-            return Err(Error::Shape { what: "start", rule, found: format!("{:?}", start.shape()) }.into());
-        }
+        let [l, _, d] = self.sizes();
+        shaped("start", start.shape(), &[l, d, self.per_device])?;
         let start = contiguous(start.as_slice().ok())?;
         caught(|| contents_of(&self.layers, start, self.per_device))
     }
@@ -57,18 +54,39 @@ impl Layers {
 /// What the steps of a descent write, what is so after each, and whether it was interrupted.
 type Descent<'py> = (Bound<'py, PyArray2<i64>>, Bound<'py, PyArray2<i32>>, Bound<'py, PyArray2<f64>>, bool);
 
-/// Layers with copies: windows, devices and rules as arrays.
+/// Layers with copies: their windows and devices; all else that counts has a method of its own.
 #[pyclass(module = "moetuner._core")]
 pub(super) struct Layers {
     layers: Vec<Layer>,
     per_device: usize,
 }
 
+/// Checks the shape of an argument.
+fn shaped(what: &'static str, found: &[usize], expected: &[usize]) -> PyResult<()> {
+    let rule = || format!("shape {expected:?}");
+    (found == expected)
+        .then_some(())
+        .ok_or_else(|| Error::Shape { what, rule: rule(), found: format!("{found:?}") }.into())
+}
+
+impl Layers {
+    /// Layers, experts and devices.
+    fn sizes(&self) -> [usize; 3] {
+        let first = self.layers.first();
+        [self.layers.len(), first.map_or(0, |layer| layer.experts), first.map_or(0, Layer::devices)]
+    }
+
+    /// Every layer with its part of a table whose first axis is layers.
+    fn with<'a, T>(&'a mut self, table: &'a [T]) -> impl Iterator<Item = (&'a mut Layer, &'a [T])> {
+        let each = (table.len() / self.layers.len().max(1)).max(1);
+        self.layers.iter_mut().zip(table.chunks_exact(each))
+    }
+}
+
 #[pymethods]
 impl Layers {
     #[new]
-    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, noise = None, mixed = 0.0, total = None, cap = None, hold = None, forbidden = None, pinned = None,
-                        sets = None, device_cost = 1.0, node_cost = 0.0, pairs = None, pair_cost = 0.0))]
+    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, noise = None, mixed = 0.0))]
     fn new(
         load: PyReadonlyArray3<'_, f64>,
         weight: PyReadonlyArray1<'_, f64>,
@@ -79,40 +97,17 @@ impl Layers {
         norm: u32,
         noise: Option<(f64, f64, f64)>,
         mixed: f64,
-        total: Option<PyReadonlyArray2<'_, f64>>,
-        cap: Option<Vec<f64>>,
-        hold: Option<PyReadonlyArray3<'_, f64>>,
-        forbidden: Option<PyReadonlyArray3<'_, bool>>,
-        pinned: Option<PyReadonlyArray3<'_, bool>>,
-        sets: Option<Vec<(PyReadonlyArray2<'_, u16>, PyReadonlyArray1<'_, u64>)>>,
-        device_cost: f64,
-        node_cost: f64,
-        pairs: Option<PyReadonlyArray3<'_, u64>>,
-        pair_cost: f64,
     ) -> PyResult<Self> {
         let (load, weight, room) = (load.as_array(), weight.as_array().to_vec(), room.as_array());
         let (w, l, e) = load.dim();
         let d = node.len();
-        let shaped = weight.len() == w
-            && room.dim() == (l, d)
-            && time.len() == d
-            && total.as_ref().is_none_or(|total| total.as_array().dim() == (l, e))
-            && cap.as_ref().is_none_or(|cap| cap.len() == l)
-            && pairs.as_ref().is_none_or(|pairs| pairs.as_array().dim() == (l, e, e))
-            && [
-                hold.as_ref().map(|a| a.as_array().dim()),
-                forbidden.as_ref().map(|a| a.as_array().dim()),
-                pinned.as_ref().map(|a| a.as_array().dim()),
-            ]
-            .into_iter()
-            .flatten()
-            .all(|dim| dim == (l, e, d));
         let parts = noise.map_or([0.0; 3], |(even, share, variance)| [even, share, variance]);
         let counts = parts.iter().chain([&mixed]).all(|part| part.is_finite() && *part >= 0.0);
         let noise = noise.map(|(even, share, variance)| Noise { even, share, variance });
-        if !shaped || ![0, 2, 4, 8, 16].contains(&norm) || !counts {
+        let fits = weight.len() == w && room.dim() == (l, d) && time.len() == d;
+        if !fits || ![0, 2, 4, 8, 16].contains(&norm) || !counts {
             let rule = format!(
-                "weights [{w}], slots [{l}, {d}], times [{d}], tables [{l}, {e}, {d}], norm 0, 2, 4, 8 or 16, noise and mixed of at least 0"
+                "weights [{w}], slots [{l}, {d}], times [{d}], norm 0, 2, 4, 8 or 16, noise and mixed of at least 0"
             );
             return Err(Error::Shape { what: "layers", rule, found: "others".into() }.into());
         }
@@ -123,63 +118,87 @@ impl Layers {
             return Err(Error::Shape { what: "room", rule, found: format!("{d} x {per_device}") }.into());
         }
         room_for("windows", &[l, w.next_multiple_of(16) + 16, e + d, 4 * size_of::<f64>()])?;
-        let tables = usize::from(hold.is_some()) * 8
-            + usize::from(forbidden.is_some())
-            + usize::from(pinned.is_some());
-        room_for("rules", &[l, e, d, 2 * tables])?;
-        let layers = (0..l).map(|l| {
+        let layer = |l| {
             let rows: Vec<f64> = load.slice(numpy::ndarray::s![.., l, ..]).iter().copied().collect();
-            let floats = |table: &Option<PyReadonlyArray3<'_, f64>>| {
-                table.as_ref().map_or(vec![], |t| {
-                    t.as_array().slice(numpy::ndarray::s![l, .., ..]).iter().copied().collect()
-                })
-            };
-            let flags = |table: &Option<PyReadonlyArray3<'_, bool>>| {
-                table.as_ref().map_or(vec![], |t| {
-                    t.as_array().slice(numpy::ndarray::s![l, .., ..]).iter().copied().collect()
-                })
-            };
-            let windows = Windows::new(&rows, &weight, e, norm, noise, mixed);
-            let pairs = pairs.as_ref().map(|table| Pairs {
-                counts: table
-                    .as_array()
-                    .slice(numpy::ndarray::s![l, .., ..])
-                    .iter()
-                    .map(|&count| count as f32)
-                    .collect(),
-                cost: pair_cost * windows.scale,
-            });
-            let hold = floats(&hold).into_iter().map(|cost: f64| cost * windows.scale).collect();
             Layer {
                 experts: e,
                 room: room.row(l).iter().map(|&slots| slots.max(0) as usize).collect(),
                 node: node.clone(),
                 time: time.clone(),
-                split: if nearest { crate::layer::Split::Nearest } else { crate::layer::Split::Even },
-                load: (0..e)
-                    .map(|e| {
-                        let windows = || load.slice(numpy::ndarray::s![.., l, e]).sum();
-                        total.as_ref().map_or_else(windows, |total| total.as_array()[[l, e]])
-                    })
-                    .collect(),
-                windows,
-                cap: cap.as_ref().map_or(f64::INFINITY, |cap| cap[l]),
-                hold,
+                split: if nearest { Split::Nearest } else { Split::Even },
+                load: (0..e).map(|e| load.slice(numpy::ndarray::s![.., l, e]).sum()).collect(),
+                windows: Windows::new(&rows, &weight, e, norm, noise, mixed),
+                cap: f64::INFINITY,
+                hold: vec![],
                 serve: vec![],
                 sets: None,
-                pairs,
-                forbidden: flags(&forbidden),
-                pinned: flags(&pinned),
+                pairs: None,
+                forbidden: vec![],
+                pinned: vec![],
             }
-        });
-        let mut layers: Vec<Layer> = caught(|| layers.collect())?;
-        let sets = sets.unwrap_or_default();
-        if !sets.is_empty() && sets.len() != l {
-            let found = sets.len().to_string();
-            return Err(Error::Shape { what: "sets", rule: format!("those of {l} layers"), found }.into());
+        };
+        let layers = caught(|| (0..l).map(layer).collect())?;
+        Ok(Self { layers, per_device })
+    }
+
+    /// Caps loads `total` [L,E] of devices.
+    #[pyo3(signature = (cap, total = None))]
+    fn limit(&mut self, cap: Vec<f64>, total: Option<PyReadonlyArray2<'_, f64>>) -> PyResult<()> {
+        let [l, e, _] = self.sizes();
+        shaped("cap", &[cap.len()], &[l])?;
+        for (layer, cap) in self.layers.iter_mut().zip(cap) {
+            layer.cap = cap;
         }
-        for (layer, (ids, counts)) in layers.iter_mut().zip(&sets) {
-            let copies = layer.slots() > e;
+        if let Some(total) = total {
+            shaped("total", total.shape(), &[l, e])?;
+            for (layer, total) in self.with(contiguous(total.as_slice().ok())?) {
+                layer.load = total.to_vec();
+            }
+        }
+        Ok(())
+    }
+
+    /// Prices copies [L,E,D].
+    fn hold(&mut self, price: PyReadonlyArray3<'_, f64>) -> PyResult<()> {
+        shaped("hold", price.shape(), &self.sizes())?;
+        room_for("hold", &[price.len(), size_of::<f64>()])?;
+        for (layer, price) in self.with(contiguous(price.as_slice().ok())?) {
+            layer.hold = price.iter().map(|price| price * layer.windows.scale).collect();
+        }
+        Ok(())
+    }
+
+    /// Bans and pins experts [L,E,D].
+    #[pyo3(signature = (*, forbidden = None, pinned = None))]
+    fn rule(
+        &mut self,
+        forbidden: Option<PyReadonlyArray3<'_, bool>>,
+        pinned: Option<PyReadonlyArray3<'_, bool>>,
+    ) -> PyResult<()> {
+        for table in [&forbidden, &pinned].into_iter().flatten() {
+            shaped("rules", table.shape(), &self.sizes())?;
+            room_for("rules", &[table.len()])?;
+        }
+        for (layer, table) in self.with(slice(forbidden.as_ref())?) {
+            layer.forbidden = table.to_vec();
+        }
+        for (layer, table) in self.with(slice(pinned.as_ref())?) {
+            layer.pinned = table.to_vec();
+        }
+        Ok(())
+    }
+
+    /// Prices visits of tokens, by their expert sets.
+    #[pyo3(signature = (sets, *, device_cost = 1.0, node_cost = 0.0))]
+    fn price_visits(
+        &mut self,
+        sets: Vec<(PyReadonlyArray2<'_, u16>, PyReadonlyArray1<'_, u64>)>,
+        device_cost: f64,
+        node_cost: f64,
+    ) -> PyResult<()> {
+        shaped("sets", &[sets.len()], &[self.layers.len()])?;
+        for (layer, (ids, counts)) in self.layers.iter_mut().zip(&sets) {
+            let (e, copies) = (layer.experts, layer.slots() > layer.experts);
             let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
             if ids.iter().any(|&id| usize::from(id) >= e) || ids.len() % counts.len().max(1) != 0 {
                 let rule = format!("ids [N, K] below {e} and counts [N]");
@@ -190,7 +209,18 @@ impl Layers {
             sets.node_cost = node_cost * layer.windows.scale;
             layer.sets = Some(sets);
         }
-        Ok(Self { layers, per_device })
+        Ok(())
+    }
+
+    /// Prices pairs [L,E,E] that are apart.
+    fn price_pairs(&mut self, pairs: PyReadonlyArray3<'_, u64>, pair_cost: f64) -> PyResult<()> {
+        let [l, e, _] = self.sizes();
+        shaped("pairs", pairs.shape(), &[l, e, e])?;
+        for (layer, pairs) in self.with(contiguous(pairs.as_slice().ok())?) {
+            let counts = pairs.iter().map(|&count| count as f32).collect();
+            layer.pairs = Some(Pairs { counts, cost: pair_cost * layer.windows.scale });
+        }
+        Ok(())
     }
 
     /// Improves slots [L,D,S].
@@ -211,8 +241,7 @@ impl Layers {
         threads: Option<usize>,
         progress: Option<Bound<'py, PyAny>>,
     ) -> PyResult<(Bound<'py, PyArray3<i32>>, bool)> {
-        let l = self.layers.len();
-        let d = self.layers.first().map_or(0, Layer::devices);
+        let [l, _, d] = self.sizes();
         let begin = self.begin(&start)?;
         let transitions = slice(transitions.as_ref())?;
         let cost: Vec<f64> = link_cost.map_or(vec![], |cost| cost.as_array().iter().copied().collect());
@@ -244,11 +273,8 @@ impl Layers {
         threads: Option<usize>,
     ) -> PyResult<Descent<'py>> {
         let begin = self.begin(&start)?;
-        let (e, d) = self.layers.first().map_or((0, 0), |layer| (layer.experts, layer.devices()));
-        if held.shape() != [self.layers.len(), e, d] {
-            let rule = format!("shape [{}, {e}, {d}]", self.layers.len());
-            return Err(Error::Shape { what: "held", rule, found: format!("{:?}", held.shape()) }.into());
-        }
+        let [_, e, d] = self.sizes();
+        shaped("held", held.shape(), &self.sizes())?;
         let held = contiguous(held.as_slice().ok())?;
         let held: Vec<Vec<bool>> = held.chunks_exact((e * d).max(1)).map(<[bool]>::to_vec).collect();
         let transitions = slice(transitions.as_ref())?;
@@ -300,8 +326,8 @@ impl Layers {
         let contents: Result<Vec<Contents>, Error> =
             detached(py, threads, || self.layers.par_iter().enumerate().map(construct).collect())?;
         let slots = slots_of(&self.layers, &contents?, self.per_device);
-        let d = self.layers.first().map_or(0, Layer::devices);
-        array3(py, (self.layers.len(), d, self.per_device), slots)
+        let [l, _, d] = self.sizes();
+        array3(py, (l, d, self.per_device), slots)
     }
 }
 
@@ -319,15 +345,9 @@ pub(super) fn replicate_experts<'py>(
 ) -> PyResult<Bound<'py, PyArray3<i32>>> {
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
     let d = time.shape()[0];
-    if room.shape() != [l, d] {
-        let rule = format!("shape [{l}, {d}]");
-        return Err(Error::Shape { what: "room", rule, found: format!("{:?}", room.shape()) }.into());
-    }
+    shaped("room", room.shape(), &[l, d])?;
     for rules in [&forbidden, &pinned].into_iter().flatten() {
-        if rules.shape() != [l, e, d] {
-            let rule = format!("shape [{l}, {e}, {d}]");
-            return Err(Error::Shape { what: "rules", rule, found: format!("{:?}", rules.shape()) }.into());
-        }
+        shaped("rules", rules.shape(), &[l, e, d])?;
     }
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
     let (forbidden, pinned) = (slice(forbidden.as_ref())?, slice(pinned.as_ref())?);

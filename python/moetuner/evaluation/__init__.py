@@ -12,13 +12,12 @@ from moetuner._checks import flag, instance, one_of, seed_in, threads_in, window
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, figures, replay
 from moetuner.evaluation.copies import Split
-from moetuner.evaluation.figures import Regime
 from moetuner.evaluation.replay import Counts, Rules
 from moetuner.evaluation.rows import dispatch_rows, homes_of
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
-from moetuner.topology import Topology
+from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
 # Figures of a table.

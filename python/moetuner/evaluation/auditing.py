@@ -25,7 +25,6 @@ from moetuner._checks import (
 from moetuner.cost import CostModel
 from moetuner.evaluation import check_model, check_times, topology_of
 from moetuner.evaluation.by_unit import of_traffic
-from moetuner.evaluation.figures import Regime
 from moetuner.evaluation.intervals import (
     CONFIDENCE,
     FEWEST,
@@ -39,7 +38,7 @@ from moetuner.evaluation.replay import Rules
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
-from moetuner.topology import Topology
+from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
 WINDOW = 512

@@ -9,13 +9,12 @@ from numpy.typing import NDArray
 
 from moetuner.cost import CostModel
 from moetuner.evaluation import figures, replay
-from moetuner.evaluation.figures import Regime
 from moetuner.evaluation.intervals import Sums
 from moetuner.evaluation.replay import Counts, Rules
 from moetuner.evaluation.rows import copies, mixed
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
-from moetuner.topology import Topology
+from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
 Floats = NDArray[np.float64]

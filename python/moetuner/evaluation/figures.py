@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.cost import CostModel, busiest_ports
 from moetuner.evaluation.replay import Counts
-from moetuner.topology import Topology
+from moetuner.topology import Regime, Topology
 
 Floats = NDArray[np.float64]
-Regime = Literal["follow", "dispatch"]
 
 
 def ratios(load: NDArray[Any], speed: Floats) -> Floats:

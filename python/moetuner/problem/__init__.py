@@ -14,7 +14,6 @@ from moetuner._checks import at_least, flag, instance, listed, not_negative, one
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation import copies
 from moetuner.evaluation.copies import Split
-from moetuner.evaluation.figures import Regime
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, filled
 from moetuner.problem import capacity
@@ -22,7 +21,7 @@ from moetuner.problem.caps import Caps
 from moetuner.problem.pins import Pin, Rules, rules_of
 from moetuner.problem.windows import Risk, Windows, windows_of
 from moetuner.statistics import RoutingStatistics
-from moetuner.topology import Topology
+from moetuner.topology import Regime, Topology
 
 Goal = Literal["time", "balance", "traffic"]
 

@@ -333,6 +333,25 @@ class Objective:
         inside = cost[~beyond & (cost > 0)].mean() if (cost[~beyond] > 0).any() else 1.0
         return 1.0, float(cost[beyond].mean() / inside)
 
+    @property
+    def link_us(self) -> Floats:
+        """Microseconds of a pair of experts that meet over a link [D,D].
+
+        A token's state goes to the next layer's experts once each, but is counted with each of its
+        own experts: in pairs, it is a top-k-th of a row.
+        """
+        model, topology = self.problem.cost_model, self.problem.topology
+        assert model is not None
+        weights = model.weights(topology, returns=self.problem.regime == "dispatch")
+        price: Floats = weights.crossing_us[topology.tier] / self.top_k
+        return price
+
+    @property
+    def top_k(self) -> float:
+        """Experts that a token visits in a layer, from the counts; 1 where they do not tell."""
+        pairs, load = self.problem.statistics.transitions, float(self.problem.load[:-1].sum())
+        return max(float(pairs.sum()) / load, 1.0) if pairs is not None and load else 1.0
+
     def _apart(self, placement: Placement) -> Floats:
         """Compute the share of all co-activated pairs that are apart, by layer [L]."""
         shares = copies.shares(placement, self.problem.topology, self.problem.split)

@@ -12,14 +12,11 @@ from moetuner.placement import Placement, kept
 from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
 from moetuner.problem.objective import Objective
-from moetuner.solver import baselines
-from moetuner.solver.bounds.caps import retold, scope, settled
-from moetuner.solver.joint import joint
+from moetuner.solver import baselines, joint, two_stage
+from moetuner.solver.bounds.caps import scope, settled, told
 from moetuner.solver.migration import Migration, migrate
 from moetuner.solver.result import Candidate, Limits, Progress, Result, Status
 from moetuner.solver.search.balanced import no_worse
-from moetuner.solver.searched import searched
-from moetuner.solver.two_stage import two_stage
 
 
 class Method(Protocol):
@@ -31,9 +28,9 @@ class Method(Protocol):
 
 
 METHODS: dict[str, Method] = {
-    "joint": joint,
-    "paper": two_stage,
-    "heuristic": searched,
+    "joint": joint.joint,
+    "paper": two_stage.two_stage,
+    "heuristic": joint.heuristic,
     "contiguous": baselines.contiguous,
     "round_robin": baselines.round_robin,
     "random": baselines.random,
@@ -121,7 +118,8 @@ def solve(
     migration = Migration(move_budget, move_cost, expert_bytes)
     if initial is None and (migration.budget is not None or migration.cost):
         raise ValueError("move_budget and move_cost need initial, the placement to move from")
-    if initial is not None and METHODS[method] not in (joint, searched):
+    searches = METHODS[method] in (joint.joint, joint.heuristic)
+    if initial is not None and not searches:
         raise ValueError(f"initial needs method joint or heuristic, got {method!r}")
 
     begin = time.perf_counter()
@@ -134,17 +132,17 @@ def solve(
     limits = replace(limits, progress=progress and report)
     if initial is None:
         candidate = METHODS[method](problem, seed=seed, limits=limits)
-        if problem.is_plain and METHODS[method] in (joint, searched):
+        if problem.is_plain and searches:
             candidate = no_worse(problem, candidate)
     else:
         candidate = migrate(problem, initial, migration, METHODS[method], seed=seed, limits=limits)
+    if problem.fill_slots:
+        candidate = _filled(problem, candidate, initial)
+    if searches:
+        caps = told(problem, candidate, threads=threads)
+        candidate = replace(candidate, details={**candidate.details, **caps})
     seconds = time.perf_counter() - begin
 
-    if problem.fill_slots:
-        filled = _filled(problem, candidate, initial)
-        if filled is not candidate and METHODS[method] in (joint, searched):
-            filled = replace(filled, details=retold(problem, filled.slots, filled.details))
-        candidate = filled
     # Bounds of pairs are costs; those of visits are of what they are a bound of.
     worth = Objective(problem)
     scale = worth.scale if worth.counts_pairs else 1
@@ -194,16 +192,17 @@ def _filled(problem: Problem, candidate: Candidate, initial: Placement | None) -
         bound=None,
         bound_source=None,
         certificate=None,
+        caps=None,
     )
 
 
 def _status(problem: Problem, candidate: Candidate, violations: tuple[str, ...]) -> Status:
     """Say how a method ended, or that its answer breaks rules without saying so."""
     placement = Placement(candidate.slots, num_experts=problem.experts)
-    told: list[str] = []
+    known: list[str] = []
     if "caps_raised" in candidate.details:
-        told = problem.caps.violations(placement)
-    silent = len(violations) > len(told) and candidate.status != "interrupted"
+        known = problem.caps.violations(placement)
+    silent = len(violations) > len(known) and candidate.status != "interrupted"
     return "violates rules" if silent else candidate.status
 
 

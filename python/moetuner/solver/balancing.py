@@ -18,10 +18,7 @@ from moetuner._checks import (
     whole_number,
 )
 from moetuner.placement import Placement
-
-# Pairs of devices that are tried for exchanges: what a millisecond allows, and what devices need
-# that differ, because the heaviest copies first leave more to mend there.
-QUICK, PATIENT = 14, 10_000
+from moetuner.solver import effort
 
 
 def balance(
@@ -93,13 +90,13 @@ def balance(
     slots = _core.replicate_experts(
         np.ascontiguousarray(tokens),
         np.tile(room, (layers, 1)),
-        times(_per_device("speed", 1.0 if speed is None else speed, devices)),
-        trials=QUICK if speed is None else PATIENT,
+        _times(_per_device("speed", 1.0 if speed is None else speed, devices)),
+        trials=effort.QUICK if speed is None else effort.PATIENT,
     )
     return Placement(slots, num_experts=experts)
 
 
-def times(speed: NDArray[np.float64]) -> NDArray[np.float64]:
+def _times(speed: NDArray[np.float64]) -> NDArray[np.float64]:
     """Time of every device per token [D], as a share of the slowest one's."""
     if not (np.isfinite(speed).all() and (speed > 0).all()):
         raise ValueError(f"speed must be finite and above 0, got {speed.tolist()}")

@@ -11,17 +11,15 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.solver import effort
 from moetuner.solver.result import Candidate, Limits
 from moetuner.solver.search.balanced import balanced
-from moetuner.solver.search.traffic import heuristic
-from moetuner.solver.searched import searched
+from moetuner.solver.search.layerwise import layers
+from moetuner.solver.search.traffic import search_traffic
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Slots = NDArray[np.int32]
-
-# Trials for a layer that DeepSeek's own code would balance better.
-CATCH_UP = 20_000
 
 
 def contiguous(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -92,7 +90,7 @@ def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None
         norm=0,
     )
     start = balanced(problem)[layers]
-    return search.place(start, trials=CATCH_UP, restarts=2, seed=seed, threads=threads)[0]
+    return search.place(start, trials=effort.CATCH_UP, restarts=2, seed=seed, threads=threads)[0]
 
 
 def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -100,7 +98,7 @@ def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     asked = replace(problem, regime="follow", max_imbalance=None, objective="traffic")
     ruled = problem.rules.some or len(np.unique(problem.capacity)) > 1
     # One copy of each expert where slots and rules allow it, as in the paper.
-    return (searched if ruled else heuristic)(asked, seed=seed, limits=limits)
+    return (layers if ruled else search_traffic)(asked, seed=seed, limits=limits)
 
 
 def deepseek_peaks(load: NDArray[np.uint64], devices: int, slots: int) -> Floats:

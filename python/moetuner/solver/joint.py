@@ -1,31 +1,31 @@
 """The joint method: device and cluster chosen at once, and how far from the optimum that can be.
 
-Where a layer has few partitions, dynamic programming over all of them is the optimum. Elsewhere:
-construct and search; prove a bound; and while the gap is wider than asked for and time is left, let
-HiGHS work on the whole co-location programme where it fits, on neighbourhoods where it does not.
+Exact, else search, then bound, then programme: where a layer has few partitions, dynamic
+programming over all of them is the optimum. Elsewhere placements are searched, and all are tried
+where they are few; then a bound says what no placement can be below; and while the gap is wider
+than asked for and time is left, HiGHS works on the whole co-location programme, where that fits.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.solver import effort
 from moetuner.solver.bounds.loads import bounded, proves_pairs
-from moetuner.solver.bounds.pairs import bound
+from moetuner.solver.bounds.pairs import bound, certified
+from moetuner.solver.exact.enumeration import eased, enumerated, fewest_visits
 from moetuner.solver.exact.partitions import chain
 from moetuner.solver.milp.colocation import colocation, fits
-from moetuner.solver.neighbourhood import neighbourhood
-from moetuner.solver.result import Candidate, Clock, Limits
-from moetuner.solver.search.traffic import heuristic
-from moetuner.solver.searched import searched
-
-# Shares of a time limit. The search comes first: everything else can only add to what it finds.
-SEARCH_SHARE = 0.55
-BOUND_SHARE = 0.38
-# Seconds below which a programme is not worth building: the bound then takes all that is left.
-WORTHWHILE = 1.0
+from moetuner.solver.result import Candidate, Clock, Limits, Moving
+from moetuner.solver.search.fanout import dispatch
+from moetuner.solver.search.layerwise import Search, layers, without_spare
+from moetuner.solver.search.move_cost import widened
+from moetuner.solver.search.traffic import search_traffic
 
 
 def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -42,47 +42,142 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
         problem and the seed alone and comes in seconds.
     """
     clock = Clock(limits)
-    objective = Objective(problem)
-    if not problem.is_plain or objective.counts_visits or problem.may_copy:
-        share = SEARCH_SHARE if proves_pairs(problem) else 1.0
-        found = searched(problem, seed=seed, limits=clock.within(share))
+    if not _is_of_pairs(problem):
+        share = effort.SEARCH_SHARE if proves_pairs(problem) else 1.0
+        found = heuristic(problem, seed=seed, limits=clock.within(share))
         return bounded(problem, found, clock.within())
-
-    if limits.time_limit != 0:
-        exact = chain(problem, seed=seed, limits=clock.within())
-        if exact is not None:
-            return exact
-
-    found = heuristic(problem, seed=seed, limits=clock.within(SEARCH_SHARE))
+    exact = None if limits.time_limit == 0 else _optimum(problem, clock.within())
+    if exact is not None:
+        return exact
+    found = heuristic(problem, seed=seed, limits=clock.within(effort.SEARCH_SHARE))
     if found.status == "interrupted":
         return found
-    rest = clock.within().time_limit
-    if rest == 0:
+    left = clock.within().time_limit
+    if left == 0:
         return replace(found, status="time_limit")
-
-    cost = objective.cost(Placement(found.slots, num_experts=problem.experts))
-    share = BOUND_SHARE / (1 - SEARCH_SHARE)
-    if rest is not None and (1 - share) * rest < WORTHWHILE:
+    programme = left is not None and problem.regime == "follow" and fits(problem)
+    share = effort.BOUND_SHARE / (1 - effort.SEARCH_SHARE) if programme else 1.0
+    if left is not None and (1 - share) * left < effort.PROGRAMME_LEAST:
         share = 1.0
-    caps = problem.caps.kept(found.slots)
-    proven = bound(problem, caps, limits=clock.within(share), target=cost)
-    if proven is not None:
-        found = replace(
-            found,
-            bound=proven.cost,
-            bound_source=proven.source,
-            certificate=proven.certificate,
-            status="interrupted" if proven.interrupted else found.status,
-            details={**found.details, "bound": proven.details},
-        )
-        if proven.cost >= cost:
-            return replace(found, status="optimal")
-        if limits.gap is not None and cost - proven.cost <= limits.gap * cost:
-            return replace(found, status="gap_reached")
-    rest = clock.within().time_limit
-    if found.status == "interrupted" or rest is None:
+    found = _with_bound(problem, found, clock.within(share))
+    if found.status != "feasible" or left is None:
         return found
-    if rest >= WORTHWHILE and problem.regime == "follow" and found.bound is not None:
-        improve = colocation if fits(problem) else neighbourhood
-        found = improve(problem, seed=seed, limits=clock.within(), start=found)
-    return found if found.status != "feasible" else replace(found, status="time_limit")
+    left = clock.within().time_limit or 0.0
+    if programme and found.bound is not None and left >= effort.PROGRAMME_LEAST:
+        found = colocation(problem, seed=seed, limits=clock.within(), start=found)
+    return replace(found, status="time_limit") if found.status == "feasible" else found
+
+
+def heuristic(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
+    """Search, without a bound and without a programme; try all placements where they are few."""
+    if not problem.is_plain:
+        clock = Clock(limits)
+        found = layers(problem, seed=seed, limits=limits)
+        found = _eased(problem, found, seed, clock.within())
+        return best_of_all(problem, found, clock.within())
+    if Objective(problem).counts_visits:
+        least = None if limits.time_limit == 0 else fewest_visits(problem, problem.caps.over_speed)
+        if least is not None:
+            visits = Objective(problem).traffic(Placement(least, num_experts=problem.experts))
+            return Candidate(least, "optimal", visits, "every placement")
+        return dispatch(problem, seed=seed, limits=limits, copies=problem.may_copy)
+    if not problem.may_copy:
+        return search_traffic(problem, seed=seed, limits=limits)
+    # The best with one copy of each expert is a start; copies must better it.
+    clock = Clock(limits)
+    single = search_traffic(problem, seed=seed, limits=clock.within(effort.SINGLE_SHARE))
+    if single.status == "interrupted":
+        return single
+    rest = clock.within()
+    if rest.time_limit == 0:
+        return replace(single, status="time_limit")
+    found = Search(problem, seed).run(rest, start=single.slots)
+    return _eased(problem, found, seed, clock.within())
+
+
+def best_of_all(
+    problem: Problem, found: Candidate, limits: Limits, *, moving: Moving | None = None
+) -> Candidate:
+    """Return what was found, or the best there is if placements are few and windows do not add up.
+
+    Parameters
+    ----------
+    problem
+        What was searched.
+    found
+        What the search found.
+    limits
+        Nothing is tried in less time than it may take.
+    moving
+        What changes cost. The best with its price is not proven: without, others may be better.
+    """
+    short = limits.time_limit is not None and limits.time_limit < effort.ENUMERATION_SECONDS
+    if found.status != "feasible" or problem.goal == "traffic" or short:
+        return found
+    placement = Placement(found.slots, num_experts=problem.experts)
+    exceeds = bool(problem.caps.excess(placement).any())
+    if problem.goal == "balance" and problem.windows.is_mean and not exceeds:
+        return found
+    objective, caps = Objective(problem), problem.caps.over_speed
+    price = 0.0 if moving is None else moving.price * moving.moved(found.slots)
+    known = np.inf if exceeds else objective.value(placement) + price
+    best = enumerated(problem, known, caps=caps, moving=moving)
+    if best is not None:
+        slots = best if len(best) else found.slots
+        if moving is not None:
+            return replace(found, slots=slots)
+        value = objective.value(Placement(slots, num_experts=problem.experts))
+        return replace(
+            found, slots=slots, status="optimal", bound=value, bound_source="every placement"
+        )
+    single = without_spare(problem) if moving is None else None
+    best = None if single is None else enumerated(single, known, caps=caps)
+    if best is None or not len(best):
+        return found
+    return replace(found, slots=widened(problem, best))
+
+
+def _eased(problem: Problem, found: Candidate, seed: int, limits: Limits) -> Candidate:
+    """Search again from contents that exceed caps less, where those of a layer can all be tried."""
+    start = None if found.status != "feasible" else eased(problem, found.slots)
+    if start is None or limits.time_limit == 0:
+        return found
+    search = Search(problem, seed)
+    again = search.run(limits, start=start)
+    return min(found, again, key=lambda each: search.rank(each.slots))
+
+
+def _is_of_pairs(problem: Problem) -> bool:
+    """Whether it is about pairs alone, of one copy each: what partitions and programme know."""
+    single = problem.is_plain and not problem.may_copy
+    return single and not Objective(problem).counts_visits
+
+
+def _optimum(problem: Problem, limits: Limits) -> Candidate | None:
+    """Return the optimum over all partitions with its certificate, where it is in reach."""
+    found = chain(problem, limits=limits)
+    if found is None or found.caps is None or found.bound is None:
+        return None
+    certificate = certified(problem, found.caps, "complete dynamic programme", int(found.bound))
+    return replace(found, certificate=certificate)
+
+
+def _with_bound(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
+    """Add what pairs cost at least, and whether that is near enough."""
+    cost = Objective(problem).cost(Placement(found.slots, num_experts=problem.experts))
+    proven = bound(problem, problem.caps.kept(found.slots), limits=limits, target=cost)
+    if proven is None:
+        return found
+    found = replace(
+        found,
+        bound=proven.cost,
+        bound_source=proven.source,
+        certificate=proven.certificate,
+        status="interrupted" if proven.interrupted else found.status,
+        details={**found.details, "bound": proven.details},
+    )
+    if proven.cost >= cost:
+        return replace(found, status="optimal")
+    if limits.gap is not None and cost - proven.cost <= limits.gap * cost:
+        return replace(found, status="gap_reached")
+    return found

@@ -13,25 +13,21 @@ from moetuner._checks import at_least, instance, not_negative
 from moetuner.placement import EMPTY, Placement, brought, kept
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.solver.bounds.caps import retold
+from moetuner.solver import effort
 from moetuner.solver.exact.enumeration import enumerated
-from moetuner.solver.result import Candidate, Clock, Limits
+from moetuner.solver.joint import best_of_all
+from moetuner.solver.result import Candidate, Clock, Limits, Moving
 from moetuner.solver.search.balanced import balanced
 from moetuner.solver.search.layerwise import Search
-from moetuner.solver.search.move_cost import Moving, Path, lawful
+from moetuner.solver.search.move_cost import Path, lawful
 
 Slots = NDArray[np.int32]
 
-# Prices of a move that are tried to come nearer to a budget, and how far from what the last steps
-# gain for a move they may be: each try halves the logarithm's range.
-TRIES, SPREAD = 4, 8.0
+# How far prices of a move that are tried may be from what the last steps gain for a move: each try
+# halves the logarithm's range.
+SPREAD = 8.0
 # The least price: no move that gains less than this part of the objective is worth asking for.
 CHEAPEST = 1e-7
-# Share of a time limit for a solve from nothing, where moves are free and what runs is good.
-FRESH_SHARE = 0.9
-# Times that risk and groups are weighed anew by steps, and lengths of a way whose ends are compared
-# by what the objective truly is.
-REWEIGHTINGS, LENGTHS = 3, 6
 
 
 @dataclass(frozen=True)
@@ -149,11 +145,12 @@ class _Migrating:
         # What is behind the start that every search has costs it no time.
         floor = self.problem.filled(balanced(self.problem), self.initial)
         promising = self.rank < self.rank_of(floor, self.moved(floor))
-        limits = self.clock.within(FRESH_SHARE if promising else 1.0)
+        limits = self.clock.within(effort.FRESH_SHARE if promising else 1.0)
         found = method(self.problem, seed=self.seed, limits=limits)
         if not self.consider(found) and found.status not in ("interrupted", "optimal"):
             search = Search(self.problem, self.seed)
-            self.consider(search.run(self.clock.within(), start=self.start))
+            found = search.run(self.clock.within(), start=self.start)
+            self.consider(best_of_all(self.problem, found, self.clock.within()))
 
     def step_by_step(self) -> None:
         """Take the steps that gain most for a move, then search at prices of a move."""
@@ -182,7 +179,7 @@ class _Migrating:
             return
         slope = max(path.slope(self.most), CHEAPEST * abs(self.rank[1]))
         low, high = max(self.price, slope / SPREAD), max(self.price, slope * SPREAD)
-        for left in range(TRIES, 0, -1):
+        for left in range(effort.PRICES_TRIED, 0, -1):
             price = float(np.sqrt(low * high))
             found = self.search_at(price, search, 1 / left)
             if found.status == "interrupted":
@@ -196,11 +193,11 @@ class _Migrating:
         """Go down by steps, and keep the best that is passed."""
         problem = self.problem
         search = Search(problem, self.seed)
-        for _ in range(1 if problem.windows.is_mean else REWEIGHTINGS):
+        for _ in range(1 if problem.windows.is_mean else effort.STEP_REWEIGHTINGS):
             path, interrupted = search.descend(
                 self.start, self.initial, self.most, self.clock.within()
             )
-            for steps in path.lengths(self.most, self.price, LENGTHS):
+            for steps in path.lengths(self.most, self.price, effort.LENGTHS):
                 self.consider(Candidate(path.after(steps)))
                 if self.clock.within().time_limit == 0:
                     return path, interrupted
@@ -211,11 +208,9 @@ class _Migrating:
 
     def search_at(self, price: float, search: Search, share: float) -> Candidate:
         """Search at a price of a move from the best there is."""
-        found = search.run(
-            self.clock.within(share),
-            start=self.best.slots,
-            moving=Moving(self.initial, price),
-        )
+        clock, moving = Clock(self.clock.within(share)), Moving(self.initial, price)
+        found = search.run(clock.limits, start=self.best.slots, moving=moving)
+        found = best_of_all(self.problem, found, clock.within(), moving=moving)
         self.consider(found)
         return found
 
@@ -245,10 +240,7 @@ class _Migrating:
         return brought(self.held, slots)
 
     def answer(self) -> Candidate:
-        """Give the best, with the slots of what stays, and the caps that it exceeds."""
-        slots = self.best.slots
-        told = retold(self.problem, slots, self.best.details)
-        details = {**told, "experts_moved": self.moved(slots)}
-        return replace(
-            self.best, slots=kept(self.initial.slots, slots, self.problem.capacity), details=details
-        )
+        """Return the best, in which what stays keeps its slots."""
+        details = {**self.best.details, "experts_moved": self.moved(self.best.slots)}
+        slots = kept(self.initial.slots, self.best.slots, self.problem.capacity)
+        return replace(self.best, slots=slots, details=details, caps=None)

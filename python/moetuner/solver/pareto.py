@@ -14,18 +14,12 @@ from moetuner.frozen import Frozen
 from moetuner.placement import Placement, kept
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.solver import solve
+from moetuner.solver import effort, solve
 from moetuner.solver.bounds.caps import exceeded
 from moetuner.solver.migration import check
 from moetuner.solver.result import Clock, Limits, Progress
 from moetuner.solver.search.layerwise import Search
 from moetuner.solver.search.move_cost import lawful
-
-# Ends of steps that are told, at about even distances of the logarithm of their moves.
-STEPS = 24
-# Prices of a move, in parts of what a move gains on average where moving is free: the first moves
-# gain far more than that, the last ones far less.
-PRICES = (0.1, 0.3, 0.7, 1.5, 3.0, 8.0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -158,16 +152,18 @@ def pareto(
     start = lawful(problem, initial)
     found = [trade(_kept(problem, initial, start))]
     path, interrupted = Search(problem, seed).descend(start, initial, np.inf, clock.within())
-    found.extend(trade(_kept(problem, initial, path.after(n))) for n in path.spread(STEPS))
+    found.extend(
+        trade(_kept(problem, initial, path.after(n))) for n in path.spread(effort.PARETO_STEPS)
+    )
     if not interrupted:
-        (excess, free), interrupted = at(0.0, len(PRICES) + 1)
+        (excess, free), interrupted = at(0.0, len(effort.PARETO_PRICES) + 1)
         found.append((excess, free))
         if free.experts_moved and free.gain > 0:
             mean = free.gain / free.experts_moved
-            for number, part in enumerate(PRICES):
+            for number, part in enumerate(effort.PARETO_PRICES):
                 if interrupted:
                     break
-                one, interrupted = at(part * mean, len(PRICES) - number)
+                one, interrupted = at(part * mean, len(effort.PARETO_PRICES) - number)
                 found.append(one)
     return _undominated(found)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import at_least, not_negative, shown, threads_in, whole_number
 from moetuner.frozen import Frozen, html_table
-from moetuner.placement import Placement
+from moetuner.placement import Placement, brought
 from moetuner.solver.bounds.certificate import Certificate
 
 # Seconds that nobody waits for: such a limit, infinity too, is none.
@@ -97,6 +97,9 @@ class Candidate:
         Which bound it is.
     details
         What the method has to say about itself, one entry per fact, JSON values.
+    caps
+        Caps [L] that the search kept, which had to raise those that it knew no placement under;
+        None where ``slots`` alone tell what they exceed.
     """
 
     slots: NDArray[np.int32]
@@ -105,6 +108,7 @@ class Candidate:
     bound_source: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
     certificate: Certificate | None = None
+    caps: NDArray[np.uint64] | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -153,6 +157,31 @@ class Result(Frozen):
     def _repr_html_(self) -> str:
         head = ("method", "status", "objective", "bound", "gap", "seconds")
         return html_table(head, [[getattr(self, name) for name in head]])
+
+
+@dataclass(frozen=True)
+class Moving:
+    """What it costs to leave a running placement.
+
+    Parameters
+    ----------
+    initial
+        The placement that runs.
+    price
+        Of a copy that has to be brought, in units of the objective.
+    """
+
+    initial: Placement
+    price: float
+
+    @property
+    def prices(self) -> NDArray[np.float64]:
+        """Price of a copy on a device [L,D,E]."""
+        return np.where(self.initial.held, 0.0, self.price)
+
+    def moved(self, slots: NDArray[np.int32]) -> int:
+        """Count the copies in slots [L,D,S] that have to be brought."""
+        return brought(self.initial.held, slots)
 
 
 class Clock:

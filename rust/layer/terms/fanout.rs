@@ -277,7 +277,7 @@ fn ones<const N: usize>(mask: &[u64], rows: [&[u64]; N]) -> u64 {
 #[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
-    use crate::layer::terms::balance::Windows;
+    use crate::layer::terms::windows::Windows;
     use crate::random::Random;
     use proptest::prelude::*;
 

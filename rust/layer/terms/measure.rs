@@ -9,7 +9,7 @@
 // Numbers of devices are compared, which are whole.
 #![allow(clippy::float_cmp)]
 
-use super::balance::{LANES, Windows, sum, total};
+use super::windows::{LANES, Windows, sum, total};
 
 #[derive(Debug, Clone)]
 pub(crate) enum Measure {

@@ -48,7 +48,8 @@ pub(in crate::layer) fn variances(load: &[f64], part: &[f64], experts: usize, no
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layer::terms::balance::{Balance, Windows};
+    use crate::layer::terms::balance::Balance;
+    use crate::layer::terms::windows::Windows;
     use crate::layer::{Contents, EMPTY, Layer};
     use proptest::prelude::*;
 

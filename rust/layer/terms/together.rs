@@ -124,7 +124,7 @@ fn changes(layer: &Layer, contents: &Contents, step: Move) -> Vec<Change> {
 mod tests {
     use super::*;
     use crate::layer::Split;
-    use crate::layer::terms::balance::Windows;
+    use crate::layer::terms::windows::Windows;
     use crate::random::Random;
     use proptest::prelude::*;
 

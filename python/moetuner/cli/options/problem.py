@@ -12,11 +12,10 @@ from moetuner.cli import options
 from moetuner.cli.options.machine import cost_model_for, cost_model_option
 from moetuner.cli.options.traffic import Traffic, count
 from moetuner.cost import CostModel
-from moetuner.evaluation.figures import Regime
 from moetuner.problem import Goal, Problem
 from moetuner.problem.objective import Objective
 from moetuner.statistics import RoutingStatistics
-from moetuner.topology import Topology
+from moetuner.topology import Regime, Topology
 
 # Cap on the load where traffic alone is made small: without one, experts that nobody uses would
 # fill devices, and those that all use would share one.

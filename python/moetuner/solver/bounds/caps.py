@@ -13,20 +13,18 @@ from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
 from moetuner.solver.bounds.loads import least_slowest
 from moetuner.solver.exact.enumeration import contents_of, peaks_of
+from moetuner.solver.result import Candidate
 
 Floats = NDArray[np.float64]
 
 # What placements are called that a proof is about, where slots are left over without copies.
 SINGLE = " with one copy of each expert"
-# Details that are of a placement, not of how it was found.
-TOLD = ("caps_raised", "caps_infeasible")
 
 
 def raised(
     problem: Problem,
     kept: NDArray[np.uint64],
     *,
-    asked: NDArray[np.uint64] | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Tell of the caps that had to be raised, as entries of ``details``; none where all are kept.
@@ -36,9 +34,7 @@ def raised(
     problem
         What was placed.
     kept
-        Caps that its placement keeps, per layer [L] or per layer and device [L,D].
-    asked
-        Caps that were asked for, likewise; the problem's by default.
+        Caps [L] that its placement keeps.
 
     Returns
     -------
@@ -48,12 +44,10 @@ def raised(
         one lies that can be kept: twice the same number where that is known. Where there is room
         for copies nothing is proven: they may keep what single experts cannot, see `exceeded`.
     """
-    asked = problem.caps.whole if asked is None else asked
-    kept, asked = (caps.reshape(problem.layers, -1) for caps in (kept, asked))
-    layers = np.flatnonzero((kept > asked).any(axis=1))
+    asked = problem.caps.whole
+    layers = np.flatnonzero(kept > asked)
     if not layers.size:
         return {}
-    kept, asked = kept.max(axis=1), asked.max(axis=1)
     mean = problem.load[layers].sum(axis=1, dtype=np.float64) / problem.devices
     details: dict[str, Any] = {
         "caps_raised": {
@@ -71,6 +65,13 @@ def raised(
             infeasible = details.setdefault("caps_infeasible", {})
             infeasible[int(layer)] = [float(bound / scale), float(found / scale)]
     return details
+
+
+def told(problem: Problem, found: Candidate, *, threads: int | None = None) -> dict[str, Any]:
+    """Return what `raised` tells of an answer: of the caps that it kept, or of what it exceeds."""
+    if found.caps is not None:
+        return raised(problem, found.caps, threads=threads)
+    return exceeded(problem, found.slots)
 
 
 def exceeded(problem: Problem, slots: NDArray[np.int32]) -> dict[str, Any]:
@@ -97,12 +98,6 @@ def exceeded(problem: Problem, slots: NDArray[np.int32]) -> dict[str, Any]:
             infeasible = details.setdefault("caps_infeasible", {})
             infeasible[layer] = [float(lowest / mean[layer]), float(known / mean[layer])]
     return details
-
-
-def retold(problem: Problem, slots: NDArray[np.int32], details: dict[str, Any]) -> dict[str, Any]:
-    """Tell of other slots [L,D,S] what `exceeded` tells, and keep what else there is."""
-    kept = {key: value for key, value in details.items() if key not in TOLD}
-    return {**kept, **exceeded(problem, slots)}
 
 
 def settled(details: dict[str, Any]) -> bool:

@@ -17,9 +17,9 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from moetuner.evaluation.figures import Regime
 from moetuner.files import naming, replacing, size_of
 from moetuner.frozen import Frozen
+from moetuner.topology import Regime
 
 FORMAT, VERSION = "moetuner.certificate", "2"
 ABOUT = "placements with one copy of each expert"

@@ -12,7 +12,6 @@ from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.pairs import bound
 from moetuner.solver.result import Candidate, Limits
-from moetuner.solver.search.surrogate import link_us, top_k
 
 Floats = NDArray[np.float64]
 
@@ -159,7 +158,7 @@ def _least_part(problem: Problem) -> Floats:
         return np.zeros(len(load))
     pairs = problem.statistics.transitions.sum(axis=(1, 2), dtype=np.float64)
     part = load / np.maximum(pairs, 1)
-    least: Floats = part.min(axis=1, initial=np.inf) * top_k(problem)
+    least: Floats = part.min(axis=1, initial=np.inf) * Objective(problem).top_k
     return np.where(np.isfinite(least), least, 0.0)
 
 
@@ -180,7 +179,7 @@ def _least_pairs_us(problem: Problem, limits: Limits) -> tuple[float, str] | Non
     proven = bound(plain, plain.caps.whole, limits=limits)
     if proven is None:
         return None
-    price, cost = link_us(plain), problem.topology.cost
+    price, cost = Objective(plain).link_us, problem.topology.cost
     dearer = cost > 0
     per_cost = float((price[dearer] / cost[dearer]).min()) if dearer.any() else 0.0
     return proven.cost * per_cost, proven.source

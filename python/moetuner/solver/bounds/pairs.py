@@ -19,15 +19,10 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.solver import effort
 from moetuner.solver.bounds.certificate import Certificate, Method, Proof
+from moetuner.solver.exact.partitions import complete
 from moetuner.solver.result import Limits, Progress
-
-# Floating-point work of the iterations that are made without a time limit, and how many at most.
-WORK = 3e9
-ITERATIONS = 150
-# Steps of the complete dynamic programme, about a nanosecond each on one core: what a solve, or the
-# check of its certificate, may take.
-STEPS = 4_000_000_000
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ def bound(
     begin = time.perf_counter()
     proofs: list[Proof] = []
     cost, interrupted = 0, False
-    iterations = int(np.clip(WORK / _flops(problem), 1, ITERATIONS))
+    iterations = int(np.clip(effort.BOUND_WORK / _flops(problem), 1, effort.BOUND_ITERATIONS))
     sources: list[str] = []
     details: dict[str, object] = {}
     for name, price, parts in levels:
@@ -82,7 +77,7 @@ def bound(
             transitions,
             part_caps,
             parts,
-            iterations=iterations if left is None else 10_000,
+            iterations=iterations if left is None else effort.BOUND_ITERATIONS_TIMED,
             target=_target(problem, target) if len(levels) == 1 and price == 1 else None,
             gap=limits.gap or 0.0,
             time_limit=left,
@@ -109,30 +104,6 @@ def certified(
     """Make the certificate of a bound on a problem under caps [L]."""
     fingerprint = problem.statistics.fingerprint
     return Certificate(fingerprint, problem.regime, problem.slots, caps, method, cost, proofs)
-
-
-def complete(
-    problem: Problem, caps: NDArray[np.uint64], *, steps: int = STEPS, threads: int | None = None
-) -> tuple[NDArray[np.int32], int, NDArray[np.uint64]] | None:
-    """Find the optimum by dynamic programming over all partitions, of one copy of each expert.
-
-    Returns
-    -------
-    tuple or None
-        Slots [L,D,S], their cost, and the caps [L], raised to the least that can be kept. None
-        where it would take more steps, or devices differ.
-    """
-    follow = problem.regime == "follow"
-    return _core.exact_chain(
-        problem.load,
-        np.repeat(caps[:, None], problem.devices, axis=1),
-        Objective(problem).link_cost,
-        problem.slots,
-        transitions=problem.statistics.transitions if follow else None,
-        coactivation=None if follow else problem.statistics.coactivation,
-        work=steps,
-        threads=threads,
-    )
 
 
 def verify(certificate: Certificate, problem: Problem, *, threads: int | None = None) -> int:

@@ -17,15 +17,14 @@ from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.caps import slowest
 from moetuner.problem.objective import Objective
-from moetuner.solver.search.move_cost import Moving
+from moetuner.solver import effort
+from moetuner.solver.result import Moving
 from moetuner.statistics import ExpertSets
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
 Flags = NDArray[np.bool_]
 
-# Experts of a layer, contents of one, pairs of contents of two, and sums that are tried in all.
-MOST_EXPERTS, MOST_CONTENTS, MOST_PAIRS, MOST_SUMS = 12, 10_000, 20_000, 20_000_000
 # Sums that are held at once, and those among which the dominated ones are looked for.
 AT_ONCE, COMPARED = 1_000_000, 2_000
 # What sums of floats may be off.
@@ -93,6 +92,18 @@ def enumerated(
     return np.array(found, dtype=np.int32).reshape(-1, problem.devices, problem.slots)
 
 
+def eased(problem: Problem, slots: NDArray[np.int32]) -> NDArray[np.int32] | None:
+    """Return slots [L,D,S] that exceed caps less; None if there are none, or too many to try."""
+    before = problem.caps.excess(Placement(slots, num_experts=problem.experts))
+    found = slots.copy()
+    for layer in np.flatnonzero(before).tolist():
+        contents = contents_of(problem, layer)
+        if contents is not None:
+            found[layer] = contents[peaks_of(problem, layer, contents).argmin()]
+    after = problem.caps.excess(Placement(found, num_experts=problem.experts))
+    return found if after.sum() < before.sum() else None
+
+
 def fewest_visits(problem: Problem, caps: Floats | None) -> Slots | None:
     """Find the slots [L,D,S] whose devices and nodes tokens visit least; None if too many to try.
 
@@ -101,7 +112,7 @@ def fewest_visits(problem: Problem, caps: Floats | None) -> Slots | None:
     """
     assert problem.statistics.sets is not None
     price, node = Objective(problem).visit_costs, problem.topology.node_of_device
-    best, left = problem.empty_slots(), MOST_CONTENTS
+    best, left = problem.empty_slots(), effort.MOST_CONTENTS
     for layer, sets in enumerate(problem.statistics.sets):
         contents = contents_of(problem, layer)
         left -= 0 if contents is None else len(contents)
@@ -124,7 +135,7 @@ def contents_of(problem: Problem, layer: int, running: Flags | None = None) -> S
     joined, or differ in what they hold of the placement that is running [D,E].
     """
     experts, rooms, rules = problem.experts, problem.capacity[layer], problem.rules
-    if experts > MOST_EXPERTS:
+    if experts > effort.MOST_EXPERTS:
         return None
     every = np.arange(1 << experts)
     bits = (every[:, None] >> np.arange(experts) & 1).astype(bool)
@@ -150,7 +161,7 @@ def contents_of(problem: Problem, layer: int, running: Flags | None = None) -> S
         if device in twin:
             kept &= held[before, twin[device]] <= mine
         held, union = np.column_stack([held[before], mine])[kept], both[kept]
-    if len(held) > MOST_CONTENTS:
+    if len(held) > effort.MOST_CONTENTS:
         return None
     holds = bits[held]
     order = np.argsort(~holds, axis=2, kind="stable")[:, :, : problem.slots]
@@ -204,7 +215,7 @@ def _tables(problem: Problem, contents: list[Slots]) -> list[Floats] | None:
     tables = [np.zeros((1, len(contents[0]), len(problem.windows.weight) + 1))]
     for layer in range(problem.layers - 1):
         here, there = contents[layer], contents[layer + 1]
-        if len(here) * len(there) > MOST_PAIRS:
+        if len(here) * len(there) > effort.MOST_PAIRS:
             return None
         tables.append(_widened(_pair_shares(problem, layer, here, there)))
     last = problem.layers - 1
@@ -262,7 +273,7 @@ def _best(
 
     least = [table.min(axis=(0, 1)) for table in tables]
     sums, path = np.zeros((1, tables[0].shape[2])), np.zeros((1, 0), dtype=np.int64)
-    left = MOST_SUMS
+    left = effort.MOST_SUMS
     for number, table in enumerate(tables):
         rest = np.sum(least[number + 1 :], axis=0)
         # Contents that are too dear wherever the others are cheapest.

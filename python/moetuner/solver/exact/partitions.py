@@ -6,16 +6,16 @@ best sequence of partitions is a shortest path. No integer programme is needed.
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core
 from moetuner.problem import Problem
-from moetuner.solver.bounds.caps import raised
-from moetuner.solver.bounds.certificate import Method
-from moetuner.solver.bounds.pairs import STEPS, certified, complete
+from moetuner.problem.objective import Objective
+from moetuner.solver import effort
 from moetuner.solver.result import Candidate, Limits
 
-# On a slow core.
-STEPS_PER_SECOND = 500_000_000
-
-BOUND_SOURCE: Method = "complete dynamic programme"
+BOUND_SOURCE = "complete dynamic programme"
 
 
 def chain(
@@ -41,14 +41,40 @@ def chain(
         None where a layer has too many partitions (105 for 8 experts on 4 devices are few).
     """
     limits = limits or Limits()
-    steps = STEPS
+    steps = effort.PARTITION_STEPS
     if limits.time_limit is not None:
-        steps = int(min(steps, limits.time_limit * STEPS_PER_SECOND))
+        steps = int(min(steps, limits.time_limit * effort.PARTITION_STEPS_PER_SECOND))
     found = complete(problem, problem.caps.whole, steps=steps, threads=limits.threads)
     if found is None:
         return None
     slots, value, caps = found
-    details: dict[str, object] = {"way": "dynamic programming over all partitions"}
-    details |= raised(problem, caps, threads=limits.threads)
-    certificate = certified(problem, caps, BOUND_SOURCE, value)
-    return Candidate(slots, "optimal", value, BOUND_SOURCE, details, certificate)
+    details = {"way": "dynamic programming over all partitions"}
+    return Candidate(slots, "optimal", value, BOUND_SOURCE, details, caps=caps)
+
+
+def complete(
+    problem: Problem,
+    caps: NDArray[np.uint64],
+    *,
+    steps: int = effort.PARTITION_STEPS,
+    threads: int | None = None,
+) -> tuple[NDArray[np.int32], int, NDArray[np.uint64]] | None:
+    """Find the optimum by dynamic programming over all partitions, of one copy of each expert.
+
+    Returns
+    -------
+    tuple or None
+        Slots [L,D,S], their cost, and the caps [L], raised to the least that can be kept. None
+        where it would take more steps, or devices differ.
+    """
+    follow = problem.regime == "follow"
+    return _core.exact_chain(
+        problem.load,
+        np.repeat(caps[:, None], problem.devices, axis=1),
+        Objective(problem).link_cost,
+        problem.slots,
+        transitions=problem.statistics.transitions if follow else None,
+        coactivation=None if follow else problem.statistics.coactivation,
+        work=steps,
+        threads=threads,
+    )

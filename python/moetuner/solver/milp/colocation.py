@@ -18,19 +18,12 @@ from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.caps import device_load
 from moetuner.problem.objective import Objective
-from moetuner.solver.bounds.caps import raised
+from moetuner.solver import effort
 from moetuner.solver.milp.highs import Ilp, Solution
 from moetuner.solver.result import Candidate, Limits, Progress, Status
 
-# A row counts as broken by more than this; rows of each kind added in a round, at most.
+# A row counts as broken by more than this.
 VIOLATION = 1e-3
-PER_ROUND = 5_000
-# Rounds on the relaxation, at most, and the share of the gap that one must close to be followed by
-# another.
-RELAXED_ROUNDS = 15
-PROGRESS = 0.02
-# Gap of the relaxation, as a share of the cost, up to which z is said to be whole.
-SMALL_GAP = 4e-4
 
 Counts = NDArray[np.uint64]
 Values = NDArray[np.float64]
@@ -118,17 +111,9 @@ class Model:
     ----------
     joint
         What to place.
-    fixed
-        Layers [L] whose partition is that of ``device_of`` [L,P], entries in the order of `Joint`.
     """
 
-    def __init__(
-        self,
-        joint: Joint,
-        *,
-        fixed: NDArray[np.bool_] | None = None,
-        device_of: NDArray[np.int64] | None = None,
-    ) -> None:
+    def __init__(self, joint: Joint) -> None:
         self.joint = joint
         self.layers, self.experts = joint.load.shape
         self.entries = P = joint.devices * joint.slots
@@ -145,17 +130,11 @@ class Model:
         # Numbers near 1 are what HiGHS's tolerances are made for.
         self.unit = max(float(saved.sum()) / max(int((saved > 0).sum()), 1), 1.0)
         self.total = round(float(saved.sum()))
-        lower, upper_bound = np.zeros(self.columns), self._upper()
-        if fixed is not None and device_of is not None:
-            known = self.s[:, fixed][:, :, upper[0], upper[1]].ravel()
-            values = self.values(device_of)
-            lower[known] = upper_bound[known] = values[known]
         # z need not be said to be whole: where s is, it is a doubly stochastic matrix over devices.
         # See `tighten` for where it is said all the same.
         self.ilp = Ilp(
             -saved / self.unit,
-            lower=lower,
-            upper=upper_bound,
+            upper=self._upper(),
             integer=np.arange(self.columns) < numbers.size,
             offset=self.total / self.unit,
         )
@@ -233,15 +212,16 @@ class Model:
         the gap is small, and where it is not HiGHS does better to branch on s alone.
         """
         bound = -math.inf
-        for _ in range(RELAXED_ROUNDS):
+        for _ in range(effort.RELAXED_ROUNDS):
             relaxed = self.ilp.relax(time_limit=left(), progress=progress)
             if relaxed.values is None:
                 return bound, relaxed.status
             rise, bound = relaxed.bound - bound, relaxed.bound
             gap = cost / self.unit - bound
-            if not self.separate(relaxed.values) or gap <= 0 or rise < PROGRESS * gap:
+            least = effort.RELAXED_PROGRESS * gap
+            if not self.separate(relaxed.values) or gap <= 0 or rise < least:
                 break
-        if cost / self.unit - bound <= SMALL_GAP * cost / self.unit:
+        if cost / self.unit - bound <= effort.SMALL_GAP * cost / self.unit:
             self.ilp.make_whole(self.z.ravel())
         return bound, "feasible"
 
@@ -254,7 +234,7 @@ class Model:
             self.entries,
             self.joint.boundaries,
             slack=VIOLATION,
-            most=PER_ROUND,
+            most=effort.ROWS_PER_ROUND,
         )
         count, gatherings = len(triangles), int(row[-1]) + 1 if row.size else 0
         each = np.repeat(np.arange(count), 3)
@@ -327,18 +307,11 @@ class Model:
 
 BOUND_SOURCE = "co-location integer programme"
 
-# Triangle rows of a problem beyond which HiGHS does not get through its first node in minutes.
-LARGEST = 400_000
-# Nodes of the search tree of one solve, so that the answer does not depend on the machine.
-NODES = 1000
-# Rounds of separation on the integer programme; on the relaxation see `Model.tighten`.
-ROUNDS = 20
-
 
 def fits(problem: Problem) -> bool:
     """Whether the whole programme is of a size that HiGHS makes headway with."""
     joint = Joint.of(problem, problem.caps.whole)
-    return joint is not None and joint.triangle_rows <= LARGEST
+    return joint is not None and joint.triangle_rows <= effort.MOST_TRIANGLES
 
 
 def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate) -> Candidate:
@@ -355,7 +328,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         of nodes is limited.
     start
         To begin from. Where it breaks a cap, that layer's cap becomes its largest device load: the
-        bound is then that of these caps, and ``details`` says so.
+        bound is then that of these caps, which the answer carries.
 
     Returns
     -------
@@ -396,14 +369,14 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
     relaxed, ended = model.tighten(cost, left, report)
     status: Status = ended
     bound = max(bound, model.ilp.proven(relaxed, model.unit))
-    while ended == "feasible" and bound < cost and rounds < ROUNDS:
+    while ended == "feasible" and bound < cost and rounds < effort.PROGRAMME_ROUNDS:
         solution = model.ilp.solve(
             start=model.values(device_of),
             start_objective=cost / model.unit,
             seed=seed,
             gap=limits.gap or 0.0,
             absolute_gap=model.absolute_gap,
-            nodes=NODES,
+            nodes=effort.PROGRAMME_NODES,
             time_limit=left(),
             progress=report,
         )
@@ -424,7 +397,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         status = "gap_reached"
     elif status not in ("interrupted", "time_limit"):
         status = "feasible"
-    details = {**start.details, **raised(problem, caps, threads=limits.threads)}
+    details = dict(start.details)
     details["colocation"] = {
         "columns": model.columns,
         **model.rows,
@@ -433,7 +406,13 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
     }
     source = BOUND_SOURCE if bound > (start.bound or 0) else start.bound_source
     return replace(
-        start, slots=slots, status=status, bound=bound, bound_source=source, details=details
+        start,
+        slots=slots,
+        status=status,
+        bound=bound,
+        bound_source=source,
+        details=details,
+        caps=caps,
     )
 
 

@@ -57,7 +57,7 @@ class Solution:
 
 
 class Ilp:
-    """A program ``min (or max) cost @ x + offset`` with ``row_lower <= A x <= row_upper``.
+    """A program ``min cost @ x + offset`` with ``row_lower <= A x <= row_upper``.
 
     Parameters
     ----------
@@ -69,8 +69,6 @@ class Ilp:
         Whether a column must be whole, a truth value or [columns].
     offset
         Added to the objective.
-    maximize
-        The sense.
     """
 
     def __init__(
@@ -81,7 +79,6 @@ class Ilp:
         upper: ArrayLike = 1.0,
         integer: ArrayLike = True,
         offset: float = 0.0,
-        maximize: bool = False,
     ) -> None:
         self.cost = np.asarray(cost, dtype=np.float64)
         if self.cost.ndim != 1 or not np.isfinite(self.cost).all():
@@ -91,7 +88,6 @@ class Ilp:
         self.upper = _column("upper", upper, self.columns, np.float64)
         self.integer = _column("integer", integer, self.columns, np.int32)
         self.offset = float(offset)
-        self.maximize = maximize
         self._rows: list[Rows] = []
         self._highs: _Highs | None = None
 
@@ -223,7 +219,7 @@ class Ilp:
         if values is not None:
             columns = np.arange(self.columns, dtype=np.int32)
             _ok(highs.setSolution(self.columns, columns, values), "setSolution")
-        watch = _Watch(highs, self.maximize)
+        watch = _Watch(highs)
         interrupted = watch.run(progress)
         return self._solution(highs, values, watch, interrupted, max(gap, 0.0), absolute_gap)
 
@@ -254,7 +250,7 @@ class Ilp:
         _ok(highs.clearSolver(), "clearSolver")
         if basis.valid:
             _ok(highs.setBasis(basis), "setBasis")
-        interrupted = _Watch(highs, self.maximize).run(progress)
+        interrupted = _Watch(highs).run(progress)
         _set(highs, solve_relaxation=False)
         return self._relaxed(highs, interrupted)
 
@@ -265,8 +261,8 @@ class Ilp:
         if ended in (Model.kInfeasible, Model.kUnbounded, Model.kUnboundedOrInfeasible):
             raise ValueError(f"the relaxation is {highs.modelStatusToString(ended).lower()}")
         if ended not in (Model.kOptimal, Model.kModelEmpty):
-            bound = math.inf if self.maximize else -math.inf
-            return Solution(None, None, bound, "interrupted" if interrupted else "time_limit")
+            status: Status = "interrupted" if interrupted else "time_limit"
+            return Solution(None, None, -math.inf, status)
         values = np.array(highs.getSolution().col_value, dtype=np.float64)
         worth = self.objective(values)
         return Solution(values, worth, worth, "interrupted" if interrupted else "optimal")
@@ -295,7 +291,7 @@ class Ilp:
             len(rows.lower),
             len(rows.index),
             MatrixFormat.kRowwise.value,
-            (ObjSense.kMaximize if self.maximize else ObjSense.kMinimize).value,
+            ObjSense.kMinimize.value,
             self.offset,
             self.cost,
             self.lower,
@@ -337,22 +333,21 @@ class Ilp:
         }
         if ended not in known:
             raise RuntimeError(f"HiGHS ended with status {highs.modelStatusToString(ended)!r}")
-        sign = -1.0 if self.maximize else 1.0
         values, objective = start, None if start is None else self.objective(start)
         first = watch.first
-        if first is not None and objective is not None and _behind(sign * first, sign * objective):
+        if first is not None and objective is not None and _behind(first, objective):
             raise RuntimeError(f"HiGHS began with {first}, not with the start's {objective}")
         info = highs.getInfo()
         if info.primal_solution_status == 2:  # a feasible point
             found = np.array(highs.getSolution().col_value, dtype=np.float64)
             whole = self.integer != 0
             found[whole] = np.rint(found[whole])
-            if objective is None or sign * self.objective(found) < sign * objective:
+            if objective is None or self.objective(found) < objective:
                 values, objective = found, self.objective(found)
         bound = float(info.mip_dual_bound)
         if not self.integer.any() or not self.columns:
             proven = ended in (Model.kOptimal, Model.kModelEmpty) and objective is not None
-            bound = objective if proven and objective is not None else -sign * math.inf
+            bound = objective if proven and objective is not None else -math.inf
         status = "interrupted" if interrupted else known[ended]
         if status == "gap_reached" and objective is not None:
             allowed = max(gap * abs(objective), absolute_gap)
@@ -364,11 +359,11 @@ class Ilp:
 class _Watch:
     """Runs HiGHS on a thread of its own, so that this one can take Ctrl-C and report progress."""
 
-    def __init__(self, highs: _Highs, maximize: bool) -> None:
+    def __init__(self, highs: _Highs) -> None:
         self.highs = highs
         self.first: float | None = None
         self.best: float | None = None
-        self.bound = math.inf if maximize else -math.inf
+        self.bound = -math.inf
         self.stop = False
         self.done = threading.Event()
         self.failed: BaseException | None = None

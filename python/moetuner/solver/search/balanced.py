@@ -11,17 +11,16 @@ from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.solver.balancing import PATIENT, times
-from moetuner.solver.bounds.caps import exceeded
+from moetuner.solver import effort
 from moetuner.solver.result import Candidate
 
 
-def balanced(problem: Problem, *, trials: int = PATIENT) -> NDArray[np.int32]:
+def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> NDArray[np.int32]:
     """Balance the load over all windows as ``balance`` does: slots [L,D,S] that keep all rules."""
     return _core.replicate_experts(
         problem.load.astype(np.float64),
         problem.capacity,
-        times(problem.topology.speed_of_device),
+        problem.topology.time_of_device,
         trials=trials,
         copies=problem.may_copy,
         forbidden=problem.rules.forbidden,
@@ -43,8 +42,6 @@ def no_worse(problem: Problem, found: Candidate) -> Candidate:
     slots = balanced(problem)
     if rank(slots) >= rank(found.slots):
         return found
-    kept = {key: value for key, value in found.details.items() if not key.startswith("caps_")}
-    details = {**kept, **exceeded(problem, slots), "found_by": "balance"}
     status = found.status if found.status in ("time_limit", "interrupted") else "feasible"
     return replace(
         found,
@@ -52,6 +49,7 @@ def no_worse(problem: Problem, found: Candidate) -> Candidate:
         status=status,
         bound=None,
         bound_source=None,
-        details=details,
+        details={**found.details, "found_by": "balance"},
         certificate=None,
+        caps=None,
     )

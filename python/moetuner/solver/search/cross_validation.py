@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.evaluation.copies import of_layer
 from moetuner.placement import EMPTY
+from moetuner.solver import effort
 from moetuner.solver.search.noise import noise_of
 
 Floats = NDArray[np.float64]
@@ -28,10 +29,6 @@ Integers = NDArray[np.int64]
 FEWEST_WINDOWS, FEW_WINDOWS = 4, 16
 # Groups with fewer windows on average are held out whole: what comes is another group.
 FEW_PER_GROUP = 2
-MOST_FOLDS, WINDOW_FOLDS = 8, 4
-# Layers that are tried, at even distances, and trials for each of their slots.
-TRIED_LAYERS, TRIALS_PER_SLOT = 6, 100
-LEAST_TRIALS = 10_000
 # The first setting stands unless another is better by as many standard errors: the layers
 # tried are few. Of one with the mean of all windows, less is asked: it is for safety.
 CLEARLY, SAFELY = 3.0, 1.0
@@ -117,7 +114,9 @@ def choose(
         details: dict[str, Any] = {"chosen": Setting(0).name, "reason": "too few windows"}
         return Choice(details=details)
     fold, whole_groups = _folds(used, len(load), group)
-    layers = np.unique(np.linspace(0, load.shape[1] - 1, TRIED_LAYERS).round().astype(np.int64))
+    layers = np.unique(
+        np.linspace(0, load.shape[1] - 1, effort.TRIED_LAYERS).round().astype(np.int64)
+    )
     trial = _Trial(load[:, layers], weight, fold, room[layers], node, time, nearest)
     settings = list(WITHOUT_NOISE)
     noise = noise_of(trial.load[used], repeats=not whole_groups)
@@ -160,15 +159,15 @@ def _folds(used: Integers, windows: int, group: Integers | None) -> tuple[Intege
     _, label = np.unique(of_used, return_inverse=True)
     groups = int(label.max()) + 1
     if groups >= FEWEST_WINDOWS and len(used) < FEW_PER_GROUP * groups:
-        fold[used] = label % MOST_FOLDS
+        fold[used] = label % effort.MOST_FOLDS
         return fold, True
     # Every part gets a run of each group's windows: neighbours are alike, and of windows in turn
     # all that is held out would have a neighbour seen, or a period in step with it.
     for number in range(groups):
         mine = used[label == number]
-        run = np.arange(len(mine)) * WINDOW_FOLDS // len(mine)
+        run = np.arange(len(mine)) * effort.WINDOW_FOLDS // len(mine)
         # Small groups do not all begin with the same part.
-        fold[mine] = (run + number) % WINDOW_FOLDS
+        fold[mine] = (run + number) % effort.WINDOW_FOLDS
     return fold, False
 
 
@@ -204,7 +203,9 @@ class _Trial:
         )
         slots, interrupted = layers.place(
             layers.construct(threads=threads),
-            trials=max(TRIALS_PER_SLOT * int(self.room.sum(axis=1).max()), LEAST_TRIALS),
+            trials=max(
+                effort.TRIED_PER_SLOT * int(self.room.sum(axis=1).max()), effort.TRIED_LEAST
+            ),
             seed=seed,
             threads=threads,
             time_limit=time_limit,

@@ -10,35 +10,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.solver.bounds.caps import exceeded, retold
-from moetuner.solver.exact.enumeration import fewest_visits
-from moetuner.solver.pace import paced
-from moetuner.solver.result import Candidate, Clock, Limits, Progress
-from moetuner.solver.search.traffic import heuristic
+from moetuner.solver import effort
+from moetuner.solver.result import Candidate, Clock, Limits, Progress, Status
+from moetuner.solver.search.traffic import search_traffic
 from moetuner.statistics import ExpertSets
-
-# Trials of each start on pairs, and the share of a time limit that they get.
-PAIR_TRIALS = 200_000
-PAIR_SHARE = 0.3
-# Trials per slot of the exact search, and the work that all layers may be at the most: 64 sets of a
-# trial are a unit.
-TRIALS_PER_SLOT = 30_000
-MOST_WORK = 1.5e10
-# What a trial costs besides its sets.
-UNITS_PER_TRIAL = 100
-# Searches of a layer of at most so many slots.
-SMALL, RESTARTS = 16, 8
 
 
 def most_trials(sets: tuple[ExpertSets, ...]) -> int:
     """Return how many trials of every layer are affordable: each looks at the layer's sets."""
-    return int(MOST_WORK / sum(len(of) / 64 + UNITS_PER_TRIAL for of in sets))
+    return int(effort.MOST_VISIT_WORK / sum(len(of) / 64 + effort.UNITS_PER_TRIAL for of in sets))
 
 
 def dispatch(
@@ -71,28 +55,22 @@ def dispatch(
     if sets is None:
         raise ValueError("statistics must have expert sets: count them with sets=True")
     objective = Objective(problem)
-    if limits.time_limit != 0 and copies == problem.may_copy:
-        least = fewest_visits(problem, problem.caps.over_speed)
-        if least is not None:
-            bound = objective.traffic(Placement(least, num_experts=problem.experts))
-            told = exceeded(problem, least)
-            return Candidate(least, "optimal", bound, "every placement", details=told)
     clock = Clock(limits)
     trials = limits.iterations
     pairs = replace(
-        clock.within(PAIR_SHARE),
-        iterations=PAIR_TRIALS if trials is None else min(trials, PAIR_TRIALS),
+        clock.within(effort.PAIR_SHARE),
+        iterations=effort.PAIR_TRIALS if trials is None else min(trials, effort.PAIR_TRIALS),
         # Their cost is in another unit.
         progress=None,
     )
-    found = heuristic(problem, seed=seed, limits=pairs)
+    found = search_traffic(problem, seed=seed, limits=pairs)
     device_cost, node_cost = objective.visit_costs
     details = {**found.details, "device_cost": device_cost, "node_cost": node_cost}
     if found.status == "interrupted" or problem.devices < 2:
         return replace(found, details=details)
 
     if trials is None:
-        trials = min(TRIALS_PER_SLOT * problem.devices * problem.slots, most_trials(sets))
+        trials = min(effort.VISIT_TRIALS * problem.devices * problem.slots, most_trials(sets))
     progress = limits.progress
     layers = _core.Layers(
         problem.load[None].astype(np.float64),
@@ -103,33 +81,24 @@ def dispatch(
         [1.0] * problem.devices,
         nearest=False,
         norm=0,
-        cap=problem.caps.kept(found.slots).astype(np.float64).tolist(),
-        sets=[(of.ids, of.counts) for of in sets],
-        device_cost=device_cost,
-        node_cost=node_cost,
     )
+    layers.limit(problem.caps.kept(found.slots).astype(np.float64).tolist())
+    kinds = [(of.ids, of.counts) for of in sets]
+    layers.price_visits(kinds, device_cost=device_cost, node_cost=node_cost)
 
-    def anneal(
-        slots: NDArray[np.int32], trials: int, restarts: int, limits: Limits
-    ) -> tuple[NDArray[np.int32], bool]:
-        return layers.place(
-            slots,
-            trials=trials,
-            copies=copies,
-            restarts=restarts,
-            seed=seed,
-            time_limit=limits.time_limit,
-            threads=limits.threads,
-            progress=progress and (lambda seconds, _: progress(Progress(seconds, "fanout"))),
-        )
-
-    # Layers of few slots have valleys that one descent does not leave.
-    restarts = RESTARTS if problem.devices * problem.slots <= SMALL else 1
-    slots, interrupted = paced(
-        anneal, found.slots, trials=trials, restarts=restarts, limits=clock.within()
+    limits, few = clock.within(), problem.devices * problem.slots <= effort.VISIT_FEW_SLOTS
+    slots, interrupted = layers.place(
+        found.slots,
+        trials=trials,
+        copies=copies,
+        # Layers of few slots have valleys that one descent does not leave.
+        restarts=effort.VISIT_RESTARTS if few else 1,
+        seed=seed,
+        time_limit=limits.time_limit,
+        threads=limits.threads,
+        progress=progress and (lambda seconds, _: progress(Progress(seconds, "fanout"))),
     )
     details["trials"] = trials
-    if copies:
-        # What was told of the start is not true of copies.
-        details = retold(problem, slots, details)
-    return Candidate(slots, "interrupted" if interrupted else "feasible", details=details)
+    status: Status = "interrupted" if interrupted else "feasible"
+    # The caps that the start had to raise say nothing of copies.
+    return Candidate(slots, status, details=details, caps=None if copies else found.caps)

@@ -16,47 +16,22 @@ from moetuner import _core
 from moetuner.placement import EMPTY, Placement, brought
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.solver.balancing import times
-from moetuner.solver.bounds.caps import exceeded
-from moetuner.solver.exact.enumeration import contents_of, enumerated, peaks_of
-from moetuner.solver.pace import paced
-from moetuner.solver.result import Candidate, Clock, Limits, Progress, Status
+from moetuner.solver import effort
+from moetuner.solver.result import Candidate, Clock, Limits, Moving, Progress, Status
 from moetuner.solver.search.balanced import balanced
 from moetuner.solver.search.cross_validation import Choice, choose
 from moetuner.solver.search.fanout import most_trials
-from moetuner.solver.search.move_cost import Moving, Path, widened
+from moetuner.solver.search.move_cost import Path, widened
 from moetuner.solver.search.surrogate import link_prices, pair_prices, tokens_per_unit, visit_prices
 from moetuner.solver.search.ties import Known, settled
-from moetuner.solver.search.traffic import heuristic
+from moetuner.solver.search.traffic import search_traffic
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
 
-# Caps on the imbalance of the sum under which traffic alone is searched: where time weighs both,
-# the cap is what tells how much of one buys how much of the other.
-CAPS = (1.02, 1.08, 1.2, 1.5, float("inf"))
-# Turns of all layers, each given its neighbours.
-ROUNDS = 3
-# Trials for a slot: of few windows more search brings more, and is cheap; one or two are soon
-# level. Of many, the work is bounded: trials times windows, which are looked at LANES at a time.
-FEW, WORK, LANES = {range(1, 4): 1000, range(4, 17): 10_000}, 60_000, 16
-# Trials of a layer: the least, also as work, and the most.
-LEAST, LEAST_WORK, MOST = 20_000, 1_600_000, 1_500_000
-# Where neighbouring layers count: trials for a slot, and the least of a layer.
-LINKED, LEAST_LINKED = 600, 60_000
-# Share of a time limit for choosing how to search, and the seconds below which nothing is tried.
-LEARN_SHARE, LEARN_LEAST = 0.25, 0.1
-# Share of what is left for the searches for traffic.
-SEARCH_SHARE = 0.6
-# Layers of few slots are searched several times: they have valleys that one descent does not leave.
-SMALL, RESTARTS = 64, 8
-# Times that risk and groups are weighed anew, and when something is known of the weights.
-REWEIGHTINGS, AGAIN = 4, 2
 # Among times that are as good traffic decides. To have some to choose from, layers are annealed
 # once more with traffic this many times as dear.
 DEAR = 4.0
-# Seconds that trying every placement of a small problem may take.
-ENOUGH = 2.0
 
 
 def layers(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -67,10 +42,15 @@ def layers(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 def trials_of(slots: int, windows: int | None) -> int:
     """Say how many trials a layer of slots gets in windows, or (None) where neighbours count."""
     if windows is None:
-        return min(max(LINKED * slots, LEAST_LINKED), MOST)
-    lanes = -(-windows // LANES) * LANES
-    per_slot = next((trials for some, trials in FEW.items() if windows in some), WORK // lanes)
-    return min(max(per_slot * slots, LEAST, LEAST_WORK // lanes), MOST)
+        return min(max(effort.LINKED_TRIALS * slots, effort.LEAST_LINKED), effort.MOST_TRIALS)
+    lanes = -(-windows // effort.LANES) * effort.LANES
+    per_slot = next(
+        (trials for some, trials in effort.TRIALS_OF_FEW.items() if windows in some),
+        effort.SLOT_WORK // lanes,
+    )
+    return min(
+        max(per_slot * slots, effort.LEAST_TRIALS, effort.LEAST_WORK // lanes), effort.MOST_TRIALS
+    )
 
 
 def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Candidate:
@@ -87,7 +67,30 @@ def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Can
         forbidden=(),
         fill_slots=False,
     )
-    return heuristic(alike, seed=seed, limits=limits)
+    return search_traffic(alike, seed=seed, limits=limits)
+
+
+def without_spare(problem: Problem) -> Problem | None:
+    """Return a problem without slots to spare, where reading a copy's weights has a price.
+
+    It may be more than a copy saves. None where nothing is spare, or layers are joined.
+    """
+    model, fewest = problem.cost_model, -(-problem.experts // problem.devices)
+    wide = problem.may_copy and not problem.fill_slots and (problem.capacity > fewest).any()
+    assert model is not None
+    if problem.goal != "time" or model.expert_us == 0 or not wide or links_of(problem) is not None:
+        return None
+    try:
+        return replace(problem, slots_per_device=fewest, extra_slots=None)
+    except ValueError:  # pins that need more
+        return None
+
+
+def links_of(problem: Problem) -> NDArray[np.uint64] | None:
+    """Return the transitions [L-1,E,E] that join layers; None where nothing does."""
+    transitions = problem.statistics.transitions
+    joined = problem.regime == "follow" and problem.goal != "balance"
+    return transitions if joined and transitions is not None and transitions.any() else None
 
 
 class Search:
@@ -102,7 +105,7 @@ class Search:
         self.moving: Moving | None = None
         topology = problem.topology
         self.slowest = topology.speed_of_device.min()
-        self.time = times(topology.speed_of_device)
+        self.time = topology.time_of_device
         self.links = self.objective.transitions
         windows = problem.windows
         self.weight, self.choice = windows.weight, Choice()
@@ -131,23 +134,22 @@ class Search:
             # Whatever becomes of the search, it is not behind what engines get from ``balance``.
             made = self._layers().construct(copies=problem.may_copy, threads=limits.threads)
             starts += [self.full(slots) for slots in (made, balanced(problem))]
-        slots = self.eased(min(starts, key=self.rank))
-        starts.append(slots)
+        slots = min(starts, key=self.rank)
         if limits.time_limit == 0:
             return self.candidate(slots, "time_limit")
-        again = AGAIN if self.reweighted else REWEIGHTINGS
+        again = effort.REWEIGHTINGS_AGAIN if self.reweighted else effort.REWEIGHTINGS
         turns = 1 if problem.windows.is_mean else again
         try:
             if not self.reweighted:
-                self.learn(clock.within(LEARN_SHARE))
+                self.learn(clock.within(effort.LEARN_SHARE))
         except KeyboardInterrupt:
             return self.candidate(slots, "interrupted")
         traffic: list[Slots] = []
         interrupted = False
         if self.links is not None and moving is None:
-            caps = sorted({min(cap, problem.max_imbalance or cap) for cap in CAPS})
+            caps = sorted({min(cap, problem.max_imbalance or cap) for cap in effort.TRAFFIC_CAPS})
             for number, cap in enumerate(caps):
-                share = SEARCH_SHARE / (len(caps) - number)
+                share = effort.TRAFFIC_SHARE / (len(caps) - number)
                 found = _for_traffic(problem, cap, self.seed, clock.within(share))
                 wider = self.allowed(found.slots)
                 traffic.extend([] if wider is None else [wider])
@@ -178,9 +180,7 @@ class Search:
             best = min(known, key=lambda each: each.rank).slots
         if problem.goal == "time" and moving is None:
             best = settled(problem, known, limit)
-        if interrupted:
-            return self.candidate(best, "interrupted")
-        return self.completed(best, clock.within())
+        return self.candidate(best, "interrupted" if interrupted else "feasible")
 
     @property
     def prices_visits(self) -> bool:
@@ -190,44 +190,20 @@ class Search:
         return dispatched and problem.devices > 1 and self.objective.has_traffic
 
     def narrow(self) -> Search | None:
-        """Search without slots to spare: reading a copy's weights may cost more than it saves."""
-        problem, model = self.problem, self.objective.cost_model
-        fewest = -(-problem.experts // problem.devices)
-        wide = problem.may_copy and not problem.fill_slots and (problem.capacity > fewest).any()
-        if model is None or model.expert_us == 0 or self.links is not None or not wide:
-            return None
-        try:
-            alike = replace(problem, slots_per_device=fewest, extra_slots=None)
-        except ValueError:  # pins that need more
+        """Return the same search without slots to spare, where copies may not be worth them."""
+        alike = without_spare(self.problem)
+        if alike is None:
             return None
         search = Search(alike, self.seed)
         search.choice, search.reweighted = self.choice, list(self.reweighted)
         search.weight = self.weight
         return search
 
-    def completed(self, slots: Slots, limits: Limits) -> Candidate:
-        """Answer with slots, or the best there are if there are few and windows do not add up."""
-        problem = self.problem
-        excess, value = self.rank(slots)
-        adds_up = problem.goal == "balance" and problem.windows.is_mean and not excess
-        short = limits.time_limit is not None and limits.time_limit < ENOUGH
-        if problem.goal == "traffic" or adds_up or short:
-            return self.candidate(slots, "feasible")
-        known = np.inf if excess else value
-        found = enumerated(problem, known, caps=self.caps, moving=self.moving)
-        if found is None:
-            return self.candidate(slots, "feasible")
-        answer = self.candidate(found if len(found) else slots, "optimal")
-        if self.moving is not None:
-            # The best with its price: without, others may be better.
-            return replace(answer, status="feasible")
-        return replace(answer, bound=self.value(answer.slots), bound_source="every placement")
-
     def learn(self, limits: Limits) -> None:
         """Choose what generalises to traffic that nobody has seen, by cross-validation."""
         windows = self.problem.windows
         self.reweighted = [np.ones(len(windows.weight))]
-        if limits.time_limit is not None and limits.time_limit < LEARN_LEAST:
+        if limits.time_limit is not None and limits.time_limit < effort.LEARN_LEAST:
             reason = {"chosen": "maximum", "reason": "too little time to try others"}
             self.choice = replace(self.choice, details=reason)
             self.details["unseen"] = reason
@@ -270,12 +246,7 @@ class Search:
             sets = self.objective.sets
             if sets is not None:
                 trials = min(trials, most_trials(sets))
-        restarts = RESTARTS if slots_of_layer <= SMALL else 1
-        return paced(self._anneal, slots, trials=trials, restarts=restarts, limits=limits)
 
-    def _anneal(
-        self, slots: Slots, trials: int, restarts: int, limits: Limits
-    ) -> tuple[Slots, bool]:
         def report(seconds: float, _: int | None) -> None:
             if limits.progress is not None:
                 limits.progress(Progress(seconds, "layers"))
@@ -284,10 +255,10 @@ class Search:
         return self._layers().place(
             np.ascontiguousarray(slots),
             trials=trials,
-            restarts=restarts,
+            restarts=effort.RESTARTS if slots_of_layer <= effort.FEW_SLOTS else 1,
             copies=self.problem.may_copy,
             empties=not self.problem.fill_slots,
-            rounds=ROUNDS,
+            rounds=effort.ROUNDS,
             transitions=self.links,
             link_cost=links,
             seed=self.seed,
@@ -316,15 +287,6 @@ class Search:
         path = Path(start, places, experts, moved.astype(np.int64), excess, change / unit)
         return path, interrupted
 
-    def eased(self, slots: Slots) -> Slots:
-        """Return slots [L,D,S] that exceed caps as little as can be, where all can be tried."""
-        problem, eased = self.problem, slots.copy()
-        for layer in np.flatnonzero(self._excess(slots)).tolist():
-            contents = contents_of(problem, layer)
-            if contents is not None:
-                eased[layer] = contents[peaks_of(problem, layer, contents).argmin()]
-        return eased
-
     def _excess(self, slots: Slots) -> Floats:
         return self.problem.caps.excess(self._placement(slots))
 
@@ -351,8 +313,7 @@ class Search:
 
     def candidate(self, slots: Slots, status: Status) -> Candidate:
         """Answer with slots."""
-        details = {**self.details, **exceeded(self.problem, slots)}
-        return Candidate(slots, status=status, details=details)
+        return Candidate(slots, status, details=dict(self.details))
 
     def _placement(self, slots: Slots) -> Placement:
         return Placement(slots, num_experts=self.problem.experts)
@@ -362,10 +323,8 @@ class Search:
 
     def _layers(self) -> _core.Layers:
         problem, choice = self.problem, self.choice
-        unit, hold = self._tokens_per_unit(), None
-        if self.moving is not None:
-            hold = np.ascontiguousarray(self.moving.prices.transpose(0, 2, 1) * unit)
-        return _core.Layers(
+        unit, moving, rules = self._tokens_per_unit(), self.moving, problem.rules
+        layers = _core.Layers(
             np.ascontiguousarray(problem.windows.load),
             self.weight,
             problem.capacity,
@@ -375,11 +334,14 @@ class Search:
             norm=choice.setting.norm,
             noise=choice.setting.noise,
             mixed=choice.setting.mixed,
-            total=problem.load.astype(np.float64),
-            cap=None if self.caps is None else (self.caps * self.slowest).tolist(),
-            hold=hold,
-            forbidden=problem.rules.forbidden,
-            pinned=problem.rules.pinned,
-            **visit_prices(problem, unit * self.dear),
-            **pair_prices(problem, unit * self.dear),
         )
+        layers.rule(forbidden=rules.forbidden, pinned=rules.pinned)
+        if self.caps is not None:
+            layers.limit((self.caps * self.slowest).tolist(), problem.load.astype(np.float64))
+        if moving is not None:
+            layers.hold(np.ascontiguousarray(moving.prices.transpose(0, 2, 1) * unit))
+        if visits := visit_prices(problem, unit * self.dear):
+            layers.price_visits(**visits)
+        if pairs := pair_prices(problem, unit * self.dear):
+            layers.price_pairs(**pairs)
+        return layers

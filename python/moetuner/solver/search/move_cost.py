@@ -7,36 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.placement import EMPTY, Placement, brought
+from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class Moving:
-    """What it costs to leave a running placement.
-
-    Parameters
-    ----------
-    initial
-        The placement that runs.
-    price
-        Of a copy that has to be brought, in units of the objective.
-    """
-
-    initial: Placement
-    price: float
-
-    @property
-    def prices(self) -> Floats:
-        """Price of a copy on a device [L,D,E]."""
-        return np.where(self.initial.held, 0.0, self.price)
-
-    def moved(self, slots: Slots) -> int:
-        """Count copies in slots [L,D,S] that have to be brought."""
-        return brought(self.initial.held, slots)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner.solver import effort
+
 Floats = NDArray[np.float64]
 
-# Windows that are looked at, and the fewest that say anything.
-MOST_WINDOWS, FEWEST_WINDOWS = 64, 4
+# The fewest windows that say anything.
+FEWEST_WINDOWS = 4
 # Ridge penalties that are tried, as shares of a window's mean square.
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3)
 # Added to what squares are weighed by, so that idle experts do not decide.
@@ -70,8 +72,8 @@ def noise_of(load: Floats, *, repeats: bool) -> Noise | None:
     are too few, or as many as experts: then they say all.
     """
     windows, _, experts = load.shape
-    if windows > MOST_WINDOWS:
-        load = load[np.linspace(0, windows - 1, MOST_WINDOWS).round().astype(np.int64)]
+    if windows > effort.NOISE_WINDOWS:
+        load = load[np.linspace(0, windows - 1, effort.NOISE_WINDOWS).round().astype(np.int64)]
     if not FEWEST_WINDOWS <= windows < experts:
         return None
     squares, features = [], []

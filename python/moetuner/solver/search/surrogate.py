@@ -77,26 +77,7 @@ def link_prices(problem: Problem, unit: float) -> Floats:
     """Price of a pair over a link [D,D]."""
     if problem.goal == "traffic":
         return problem.topology.cost.astype(np.float64) * (unit / Objective(problem).scale)
-    return link_us(problem) * (unit / (problem.layers * problem.statistics.windows))
-
-
-def link_us(problem: Problem) -> Floats:
-    """Microseconds of a pair of experts that meet over a link [D,D].
-
-    A token's state goes to the next layer's experts once each, but is counted with each of its own
-    experts: in pairs, it is a top-k-th of a row.
-    """
-    assert problem.cost_model is not None
-    weights = problem.cost_model.weights(problem.topology, returns=problem.regime == "dispatch")
-    price: Floats = weights.crossing_us[problem.topology.tier] / top_k(problem)
-    return price
-
-
-def top_k(problem: Problem) -> float:
-    """Experts that a token visits in a layer, from the counts; 1 where they do not tell."""
-    pairs = problem.statistics.transitions
-    load = float(problem.load[:-1].sum())
-    return max(float(pairs.sum()) / load, 1.0) if pairs is not None and load else 1.0
+    return Objective(problem).link_us * (unit / (problem.layers * problem.statistics.windows))
 
 
 def visit_us(problem: Problem) -> float:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.solver.bounds.caps import raised
-from moetuner.solver.result import Candidate, Limits, Progress
+from moetuner.solver.result import Candidate, Limits, Progress, Status
 
 
-def heuristic(
+def search_traffic(
     problem: Problem,
     *,
     seed: int = 0,
     limits: Limits = Limits(),  # noqa: B008 - frozen
-    initial: tuple[NDArray[np.int32], ...] = (),
 ) -> Candidate:
     """Search for the least traffic under the load cap.
 
@@ -25,17 +22,12 @@ def heuristic(
     ----------
     problem
         With the regime ``follow`` transitions cost, with ``dispatch`` co-activation saves.
-    initial
-        Slots [L,D,S] to improve on besides the search's own starts.
     """
-    pairs = {
-        "follow": {"transitions": problem.statistics.transitions},
-        "dispatch": {"coactivation": problem.statistics.coactivation},
-    }[problem.regime]
-    objective = Objective(problem)
+    objective, follow = Objective(problem), problem.regime == "follow"
     # Without pairs all placements cost nothing, and the balanced one that the search starts from
     # is the answer.
-    pointless = not any(table is not None and table.any() for table in pairs.values())
+    pairs = objective.pairs
+    pointless = pairs is None or not pairs.any()
 
     def report(seconds: float, cost: int | None) -> None:
         if limits.progress is not None:
@@ -48,16 +40,16 @@ def heuristic(
         # Pairs that stand for visits cost more where they are of other nodes.
         problem.topology.cost if objective.counts_visits else objective.link_cost,
         problem.slots,
+        transitions=None if pointless or not follow else pairs,
+        coactivation=None if pointless or follow else pairs,
         seed=seed,
         trials=limits.iterations,
         time_limit=limits.time_limit,
         threads=limits.threads,
-        initial=list(initial),
         progress=report if limits.progress is not None else None,
-        **({} if pointless else pairs),
     )
     details: dict[str, object] = {"trials": trials}
     if shift:
         details["counts_rounded_to_multiples_of"] = 1 << shift
-    details |= raised(problem, caps, threads=limits.threads)
-    return Candidate(slots, status="interrupted" if interrupted else "feasible", details=details)
+    status: Status = "interrupted" if interrupted else "feasible"
+    return Candidate(slots, status, details=details, caps=caps.max(axis=1))

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core
+from moetuner.solver import effort
 from moetuner.solver.result import Clock, Limits, Status
 from moetuner.solver.two_stage import programmes
 from moetuner.solver.two_stage.cluster import TOLERANCE, check_tolerance
-
-# Products y[l,c,d] * y[l+1,c',d'] that HiGHS is given at most: with 6480 it took a minute.
-MAX_PRODUCTS = 4096
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,6 @@ def place_clusters(
     cost: ArrayLike,
     *,
     sizes: ArrayLike | None = None,
-    exact: Literal["ilp"] | None = None,
     tolerance: float = TOLERANCE,
     seed: int = 0,
     limits: Limits | None = None,
@@ -88,12 +84,10 @@ def place_clusters(
         Of a token from device to device [D,D], whole numbers in proportion to 1 / bandwidth, as
         `Topology.cost` gives them: rounded to sixteenths of the fastest link, so within 1/32.
     sizes
-        Experts of every cluster [L,D]. Where given, every device gets the same number of experts
+        Experts of every cluster [L,D]. Where given, HiGHS helps where there are at most
+        ``effort.MOST_PRODUCTS`` products, and every device gets the same number of experts
         over all layers, as nearly as the local search levels them; where not, cluster sizes are
         equal and nothing has to be levelled.
-    exact
-        ``"ilp"`` to use HiGHS also where sizes are equal. With sizes it is used where there are at
-        most ``MAX_PRODUCTS`` products.
     tolerance
         Relative MIP tolerance.
     seed, limits
@@ -130,12 +124,12 @@ def place_clusters(
         )
     device = found.astype(np.int64)
     products = len(traffic) * len(cost) ** 4
-    few = counts is not None and products <= MAX_PRODUCTS
+    few = counts is not None and products <= effort.MOST_PRODUCTS
     bottleneck, total = _times(traffic, cost, device)
     status: Status = "feasible"
     if bottleneck - bound <= tolerance * bottleneck:
         status = "optimal" if bottleneck <= bound else "gap_reached"
-    if exact == "ilp" or (few and bottleneck - bound > tolerance * bottleneck):
+    if few and bottleneck - bound > tolerance * bottleneck:
         solved = programmes.place(
             traffic,
             cost,

@@ -11,14 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner.solver import effort
 from moetuner.solver.milp.highs import Ilp
 from moetuner.solver.result import Status
-
-# Nodes of HiGHS's search tree, so that no call can run for ever. Measured, one core: half a second
-# for a layer of 32 experts on 16 devices, seven seconds to place 16 layers on 4 devices.
-CLUSTER_NODES = 200
-LEVEL_NODES = 200
-PLACE_NODES = 20
 
 Progress = Callable[[float | None, float], None]
 
@@ -93,7 +88,7 @@ def cluster(
         start_objective=deviation,
         seed=seed,
         absolute_gap=tolerance,
-        nodes=CLUSTER_NODES,
+        nodes=effort.CLUSTER_NODES,
         time_limit=time_limit,
         progress=progress,
     )
@@ -143,7 +138,7 @@ def level(
     solution = ilp.solve(
         start=np.r_[placed.ravel(), np.abs(held - mean)],
         seed=seed,
-        nodes=LEVEL_NODES,
+        nodes=effort.LEVEL_NODES,
         time_limit=time_limit,
     )
     assert solution.values is not None
@@ -190,7 +185,7 @@ def place(
         start_objective=bottleneck / scale,
         seed=seed,
         gap=tolerance,
-        nodes=PLACE_NODES,
+        nodes=effort.PLACE_NODES,
         time_limit=time_limit,
         progress=progress,
     )

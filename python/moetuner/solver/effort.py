@@ -1,0 +1,101 @@
+"""How long to search: every constant that trades quality for time, by stage.
+
+Each stage names the table of bench/RESULTS.md that chose its constants, or that they were never
+measured. Constants that an algorithm is right or wrong with, whatever the time, stand where it
+does; those of the core's own searches stand in the core.
+"""
+
+from __future__ import annotations
+
+# The joint method: shares of a time limit ("The joint method"). The search comes first: everything
+# else can only add to what it finds.
+SEARCH_SHARE, BOUND_SHARE = 0.55, 0.38
+# Seconds below which a programme is not worth building: the bound then takes all that is left.
+PROGRAMME_LEAST = 1.0
+# Of single copies, where there is room for more (not measured).
+SINGLE_SHARE = 0.4
+
+# Dynamic programming over all partitions, about a nanosecond a step: what a solve, or the check of
+# its certificate, may take, and steps of a second on a slow core ("The co-location programme").
+PARTITION_STEPS, PARTITION_STEPS_PER_SECOND = 4_000_000_000, 500_000_000
+
+# Trying every placement ("Risk, the worst group, and budgets"): experts of a layer, contents of
+# one, pairs of contents of two, and sums, beyond which it is not tried, and seconds it may take.
+MOST_EXPERTS, MOST_CONTENTS, MOST_PAIRS, MOST_SUMS = 12, 10_000, 20_000, 20_000_000
+ENUMERATION_SECONDS = 2.0
+
+# Layer by layer ("Windows that nobody has seen", its "Schedule" and "Time of a whole solve").
+# Trials for a slot: of few windows more search brings more, and is cheap; one or two are soon
+# level. Of many, the work is bounded: trials times windows, which are looked at LANES at a time.
+TRIALS_OF_FEW = {range(1, 4): 1000, range(4, 17): 10_000}
+SLOT_WORK, LANES = 60_000, 16
+# Trials of a layer: the least, also as work, and the most.
+LEAST_TRIALS, LEAST_WORK, MOST_TRIALS = 20_000, 1_600_000, 1_500_000
+# Where neighbouring layers count: turns of all layers, trials for a slot, and the least of a layer.
+ROUNDS, LINKED_TRIALS, LEAST_LINKED = 3, 600, 60_000
+# Layers of few slots are searched several times: they have valleys that one descent does not leave.
+FEW_SLOTS, RESTARTS = 64, 8
+# Times that risk and groups are weighed anew, and when something is known of the weights.
+REWEIGHTINGS, REWEIGHTINGS_AGAIN = 4, 2
+# Share of a time limit for choosing how to search, and the seconds below which nothing is tried.
+LEARN_SHARE, LEARN_LEAST = 0.25, 0.1
+# Where time weighs both load and traffic: caps on the imbalance under which traffic alone is
+# searched, and the share of what is left that these searches get (not measured).
+TRAFFIC_CAPS, TRAFFIC_SHARE = (1.02, 1.08, 1.2, 1.5, float("inf")), 0.6
+
+# Choosing how to search by cross-validation ("Windows that nobody has seen"): parts of the windows
+# at most, parts of windows of every group; layers that are tried, trials for a slot and a layer.
+MOST_FOLDS, WINDOW_FOLDS = 8, 4
+TRIED_LAYERS, TRIED_PER_SLOT, TRIED_LEAST = 6, 100, 10_000
+# Windows from which noise is estimated.
+NOISE_WINDOWS = 64
+
+# Fewest visits ("Fewest devices per token"): trials of each start on pairs, and the share of a time
+# limit that they get.
+PAIR_TRIALS, PAIR_SHARE = 200_000, 0.3
+# Trials for a slot of the exact search; the work that all layers may be at the most, of which 64
+# sets of a trial are a unit; and the units of a trial besides its sets.
+VISIT_TRIALS, MOST_VISIT_WORK, UNITS_PER_TRIAL = 30_000, 1.5e10, 100
+# Searches of a layer of at most so many slots.
+VISIT_FEW_SLOTS, VISIT_RESTARTS = 16, 8
+
+# Bounds of pairs ("The joint method", the bound alone): floating-point work of the iterations that
+# are made without a time limit, how many at most, and how many with one.
+BOUND_WORK, BOUND_ITERATIONS, BOUND_ITERATIONS_TIMED = 3e9, 150, 10_000
+
+# The co-location programme ("The co-location programme"): triangle rows beyond which HiGHS does
+# not get through its first node in minutes.
+MOST_TRIANGLES = 400_000
+# Nodes of the search tree of one solve, so that the answer does not depend on the machine, and
+# rounds of separation.
+PROGRAMME_NODES, PROGRAMME_ROUNDS = 1000, 20
+# Rounds on the relaxation, at most; the share of the gap that one must close to be followed by
+# another; rows of each kind that one adds.
+RELAXED_ROUNDS, RELAXED_PROGRESS, ROWS_PER_ROUND = 15, 0.02, 5_000
+# Gap of the relaxation, as a share of the cost, up to which all columns are said to be whole.
+SMALL_GAP = 4e-4
+
+# The paper's two stages ("Stage 1 and the paper's method"): nodes of HiGHS's search tree, so that
+# no call can run for ever. One core: half a second for a layer of 32 experts on 16 devices, seven
+# seconds to place 16 layers on 4 devices.
+CLUSTER_NODES, LEVEL_NODES, PLACE_NODES = 200, 200, 20
+# Products y[l,c,d] * y[l+1,c',d'] that HiGHS is given at most: with 6480 it took a minute.
+MOST_PRODUCTS = 4096
+
+# From a running placement ("Risk, the worst group, and budgets"): prices of a move that are tried
+# to come nearer to a budget, times that risk and groups are weighed anew by steps, and lengths of a
+# way whose ends are compared by what the objective truly is.
+PRICES_TRIED, STEP_REWEIGHTINGS, LENGTHS = 4, 3, 6
+# Share of a time limit for a solve from nothing, where moves are free (not measured).
+FRESH_SHARE = 0.9
+# Of `pareto` (not measured): ends of steps that are kept, at about even distances of the logarithm
+# of their moves; and prices of a move, in parts of what a move gains on average where moving is
+# free. The first moves gain far more than that, the last ones far less.
+PARETO_STEPS, PARETO_PRICES = 24, (0.1, 0.3, 0.7, 1.5, 3.0, 8.0)
+
+# Balancing with copies ("Balancing with copies"): pairs of devices that are tried for exchanges.
+# What a millisecond allows, and what devices need that differ, because the heaviest copies first
+# leave more to mend there.
+QUICK, PATIENT = 14, 10_000
+# Trials for a layer that DeepSeek's own code would balance better.
+CATCH_UP = 20_000

@@ -1,0 +1,127 @@
+//! Simulated annealing: the schedule by which both engines cool, by trials or by the clock.
+//!
+//! What a trial is, and whether it is accepted, is the engine's own. One of the chain takes about ten nanoseconds: a
+//! single draw proposes a swap and chooses its threshold from a table. One of a layer takes ten times as long, and is
+//! judged with more bits and, where it matters, a logarithm.
+
+use std::time::{Duration, Instant};
+
+use crate::control::Control;
+
+/// How long a run is: so many trials or, if it is over earlier, a time, but then so many trials at the `least`. Only a
+/// number of trials gives the same answer on every machine.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Length {
+    pub(crate) trials: u64,
+    pub(crate) least: u64,
+    pub(crate) time: Option<Duration>,
+}
+
+impl Length {
+    pub(crate) fn trials(trials: u64) -> Self {
+        Self { trials: trials.max(1), least: 0, time: None }
+    }
+
+    pub(crate) fn time(time: Duration) -> Self {
+        Self { trials: u64::MAX, least: 0, time: Some(time) }
+    }
+
+    pub(crate) fn half(self) -> Self {
+        match self.time {
+            Some(time) => Self { time: Some(time / 2), ..self },
+            None => Self::trials(self.trials / 2),
+        }
+    }
+}
+
+/// Trials at one temperature, and how many times as many there are between two looks at the clock.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Blocks {
+    pub(crate) trials: u64,
+    pub(crate) check: u64,
+}
+
+/// What changes by equal factors during a run: its first value, and the last as a multiple of it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ramp {
+    pub(crate) first: f64,
+    pub(crate) change: f64,
+}
+
+impl Ramp {
+    fn at(self, done: f64) -> f64 {
+        self.first * libm::pow(self.change, done)
+    }
+}
+
+/// Makes blocks of trials with the values of the ramps as they are by then; stops early when told to.
+///
+/// A run that is short of time goes down the ramps by the clock: cut off before it is cold, it would be worth little.
+#[inline]
+pub(crate) fn anneal<const N: usize>(
+    length: Length,
+    blocks: Blocks,
+    ramps: [Ramp; N],
+    control: &Control,
+    mut block: impl FnMut([f64; N]),
+) {
+    let begin = Instant::now();
+    let (n, least) = (length.trials.div_ceil(blocks.trials), length.least / blocks.trials);
+    let factors = ramps.map(|ramp| libm::pow(ramp.change, 1.0 / n.max(1) as f64));
+    let mut now = ramps.map(|ramp| ramp.first);
+    for i in 0..n {
+        if i % blocks.check == 0 {
+            if control.stopped() {
+                break;
+            }
+            control.count(blocks.check * blocks.trials);
+            if let Some(time) = length.time {
+                let by_clock = begin.elapsed().as_secs_f64() / time.as_secs_f64().max(1e-9);
+                let done = by_clock.min(i as f64 / least as f64);
+                if done >= 1.0 {
+                    break;
+                }
+                if done > i as f64 / n as f64 {
+                    now = ramps.map(|ramp| ramp.at(done));
+                }
+            }
+        }
+        block(now);
+        for (now, factor) in now.iter_mut().zip(factors) {
+            *now *= factor;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// First and last value of a ramp from 1 to 1e-4 in a run, and its blocks.
+    fn run(length: Length) -> (f64, f64, u64) {
+        let (mut seen, ramp) = ((f64::NAN, f64::NAN, 0), Ramp { first: 1.0, change: 1e-4 });
+        anneal(length, Blocks { trials: 10, check: 1 }, [ramp], &Control::new(None), |[now]| {
+            std::thread::sleep(Duration::from_micros(50));
+            seen = (if seen.2 == 0 { now } else { seen.0 }, now, seen.2 + 1);
+        });
+        seen
+    }
+
+    #[test]
+    fn a_run_ends_cold_however_long_it_is() {
+        let time = Duration::from_millis(200);
+        let lengths = [
+            (Length::trials(1000), 100..=100),
+            (Length { time: Some(Duration::from_secs(600)), ..Length::trials(1000) }, 100..=100),
+            (Length { time: Some(time), ..Length::trials(1 << 40) }, 2..=4000),
+            (Length { trials: 1000, least: 200, time: Some(Duration::ZERO) }, 20..=20),
+            (Length::time(time), 2..=4000),
+        ];
+        for (length, blocks) in lengths {
+            let (first, last, n) = run(length);
+            assert!(first > 0.5 && last < 1e-2, "{length:?}: {first} {last}");
+            assert!(blocks.contains(&n), "{length:?}: {n}");
+        }
+        assert_eq!(run(Length { trials: 0, least: 0, time: None }).2, 0);
+    }
+}
