@@ -31,8 +31,7 @@ static THRESHOLDS: LazyLock<Vec<f64>> =
 /// Anneals in place; stops early, somewhere in between, when told to.
 pub(crate) fn anneal(state: &mut State<'_>, schedule: Schedule, random: &mut Random, control: &Control) {
     let instance = state.instance;
-    let (layers, slots) = (instance.sizes.layers, instance.sizes.slots());
-    let thresholds: &[f64; 4096] = THRESHOLDS.as_slice().try_into().expect("4096 thresholds");
+    let slots = instance.sizes.slots();
     // What the pairs of an expert cost on average, by its tokens.
     let worth =
         |tokens: u64| instance.unit * slots as f64 * instance.sizes.experts as f64 / tokens.max(1) as f64;
@@ -42,40 +41,47 @@ pub(crate) fn anneal(state: &mut State<'_>, schedule: Schedule, random: &mut Ran
         Ramp { first: schedule.hot * instance.unit, change: schedule.cold * instance.finest / schedule.hot },
         Ramp { first: LENIENT, change: FIRM / LENIENT },
     ];
-    let block = |[temperature, price]: [f64; 2]| {
-        for _ in 0..BLOCKS.trials {
-            let bits = random.bits();
-            // Layer and expert from the high half (what the layer leaves over chooses the expert), slot from the low.
-            let place = (bits >> 32) * layers as u64;
-            let (layer, expert) = ((place >> 32) as usize, scale(place & 0xFFFF_FFFF, slots));
-            let slot = scale(bits & 0xFFFF_FFFF, slots);
-            let Some(swap) = state.swap_with_slot(layer, expert, slot) else { continue };
-            let change = state.change(swap) as f64;
-            // The low bits hardly matter for the slot: they are free to choose the threshold.
-            let most = temperature * thresholds[(bits & 4095) as usize];
-            let accepted = if schedule.crosses {
-                change + price * worth[layer] * state.rise(swap) as f64 <= most
-            } else {
-                change <= most && state.fits(swap)
-            };
-            if accepted {
-                state.apply(swap);
-            }
-        }
-        if layers > 1 && !instance.exchanges.is_empty() {
-            let l = 1 + random.below(layers - 1);
-            let pairs = &instance.exchanges[random.below(instance.exchanges.len())];
-            let change: i64 = pairs.iter().map(|&(g, h)| state.relabel_change(l, g.into(), h.into())).sum();
-            if change as f64 <= temperature * thresholds[(random.bits() & 4095) as usize] {
-                for &(g, h) in pairs {
-                    state.relabel(l, g.into(), h.into());
-                }
-            }
-        }
-    };
-    anneal::anneal(schedule.length, BLOCKS, ramps, control, block);
+    anneal::anneal(schedule.length, BLOCKS, ramps, control, |[temperature, price]| {
+        block(state, temperature, schedule.crosses.then_some(price), &worth, random);
+    });
     if schedule.crosses {
         let price: Vec<f64> = worth.iter().map(|worth| FIRM * worth).collect();
         state.settle(&price);
+    }
+}
+
+/// Makes trials at a temperature; with a price of tokens above caps they may be crossed.
+fn block(state: &mut State<'_>, temperature: f64, price: Option<f64>, worth: &[f64], random: &mut Random) {
+    let instance = state.instance;
+    let (layers, slots) = (instance.sizes.layers, instance.sizes.slots());
+    let thresholds: &[f64; 4096] = THRESHOLDS.as_slice().try_into().expect("4096 thresholds");
+    for _ in 0..BLOCKS.trials {
+        let bits = random.bits();
+        // Layer and expert from the high half (what the layer leaves over chooses the expert), slot from the low.
+        let place = (bits >> 32) * layers as u64;
+        let (layer, expert) = ((place >> 32) as usize, scale(place & 0xFFFF_FFFF, slots));
+        let slot = scale(bits & 0xFFFF_FFFF, slots);
+        let Some(swap) = state.swap_with_slot(layer, expert, slot) else { continue };
+        let change = state.change(swap) as f64;
+        // The low bits hardly matter for the slot: they are free to choose the threshold.
+        let most = temperature * thresholds[(bits & 4095) as usize];
+        let accepted = if let Some(price) = price {
+            change + price * worth[layer] * state.rise(swap) as f64 <= most
+        } else {
+            change <= most && state.fits(swap)
+        };
+        if accepted {
+            state.apply(swap);
+        }
+    }
+    if layers > 1 && !instance.exchanges.is_empty() {
+        let l = 1 + random.below(layers - 1);
+        let pairs = &instance.exchanges[random.below(instance.exchanges.len())];
+        let change: i64 = pairs.iter().map(|&(g, h)| state.relabel_change(l, g.into(), h.into())).sum();
+        if change as f64 <= temperature * thresholds[(random.bits() & 4095) as usize] {
+            for &(g, h) in pairs {
+                state.relabel(l, g.into(), h.into());
+            }
+        }
     }
 }
