@@ -21,7 +21,8 @@ def test_it_writes_its_table(tmp_path):
     assert text in done.stdout
     assert "| tokens \\ active | 1 | 2 | 4 | 8 |" in text
     assert "| 64 |" in text
-    assert "`max(" in text
+    # A busy machine's times may be of one regime, which is said instead of fitted.
+    assert "`max(" in text or "Nothing fitted: " in text
     assert "nan" not in text
 
 
