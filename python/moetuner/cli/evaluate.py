@@ -118,7 +118,7 @@ def command(
 
 
 def _mixed(traffic: RoutingTrace | RoutingStatistics, seed: int) -> str:
-    """Say what a mixed window is made of: another number of sequences is another figure."""
+    """Return what a mixed window is made of: other numbers of sequences are other figures."""
     if isinstance(traffic, RoutingStatistics):
         return f"mixed: means of {min(traffic.windows, WINDOWS_MIXED)} windows, seed {seed}"
     if traffic.sequence is None:

@@ -197,7 +197,7 @@ def _filled(problem: Problem, candidate: Candidate, initial: Placement | None) -
 
 
 def _status(problem: Problem, candidate: Candidate, violations: tuple[str, ...]) -> Status:
-    """Say how a method ended, or that its answer breaks rules without saying so."""
+    """Return how a method ended, or that its answer breaks rules without saying so."""
     placement = Placement(candidate.slots, num_experts=problem.experts)
     known: list[str] = []
     if "caps_raised" in candidate.details:

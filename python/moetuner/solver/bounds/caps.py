@@ -27,7 +27,7 @@ def raised(
     *,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Tell of the caps that had to be raised, as entries of ``details``; none where all are kept.
+    """Return the caps that had to be raised, as entries of ``details``; none where all are kept.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def told(problem: Problem, found: Candidate, *, threads: int | None = None) -> d
 
 
 def exceeded(problem: Problem, slots: NDArray[np.int32]) -> dict[str, Any]:
-    """Tell what `raised` tells, of slots [L,D,S] with any copies on any devices."""
+    """Return what `raised` does, of slots [L,D,S] with any copies on any devices."""
     placement = Placement(slots, num_experts=problem.experts)
     layers = np.flatnonzero(problem.caps.excess(placement))
     if not layers.size:
@@ -101,7 +101,7 @@ def exceeded(problem: Problem, slots: NDArray[np.int32]) -> dict[str, Any]:
 
 
 def settled(details: dict[str, Any]) -> bool:
-    """Say whether the caps that were raised, if any, are proven to be the least there are."""
+    """Return whether the caps that were raised, if any, are proven to be the least there are."""
     infeasible = details.get("caps_infeasible", {})
     return all(
         layer in infeasible and cap <= infeasible[layer][0] * (1 + ROUNDING)
@@ -110,7 +110,7 @@ def settled(details: dict[str, Any]) -> bool:
 
 
 def scope(problem: Problem, details: dict[str, Any]) -> str:
-    """Say of which placements a bound on a solved problem, with these details, is a bound."""
+    """Return of which placements a bound on a solved problem, with these details, is one."""
     which = "placements" + (", copies included" if problem.may_copy else SINGLE)
     if not problem.caps.some:
         return which
@@ -124,7 +124,7 @@ def scope(problem: Problem, details: dict[str, Any]) -> str:
 
 
 def remarks(problem: Problem, details: dict[str, Any]) -> list[str]:
-    """Say in words what `raised` has found, a line per fact."""
+    """Return in words what `raised` has found, a line per fact."""
     lines, single = [], SINGLE if problem.stays_single else ""
     infeasible = details.get("caps_infeasible", {})
     if infeasible:

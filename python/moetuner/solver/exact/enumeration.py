@@ -171,7 +171,7 @@ def contents_of(problem: Problem, layer: int, running: Flags | None = None) -> S
 
 
 def _twins(problem: Problem, layer: int, running: Flags | None) -> dict[int, int]:
-    """Give a device the last one before it that nothing sets apart from it, if there is one."""
+    """Return for a device the last one before it that nothing sets apart from it, if any."""
     rules, topology = problem.rules, problem.topology
     tables = [
         None if rules.pinned is None else rules.pinned[layer].T,
@@ -203,7 +203,7 @@ def peaks_of(problem: Problem, layer: int, contents: Slots) -> Floats:
 
 
 def _tables(problem: Problem, contents: list[Slots]) -> list[Floats] | None:
-    """Say what windows' sums, and what is moved, rise by with every content of a layer [P,N,W+1].
+    """Return what every content of a layer adds to windows' sums and to moves [P,N,W+1].
 
     P are the contents of the layer before, or one where they do not matter.
     """

@@ -148,7 +148,7 @@ class Model:
         return max(0.95 / self.unit - self.ilp.margin, 0.0)
 
     def values(self, device_of: NDArray[np.int64]) -> Values:
-        """Give the columns their values at the device of every entry [L,P]."""
+        """Return the columns' values at the device of every entry [L,P]."""
         values = np.zeros(self.columns)
         e, f = np.triu_indices(self.entries, 1)
         for tier, relation in enumerate(self.joint.relations):

@@ -115,7 +115,7 @@ class Ilp:
             _add(self._highs, rows)
 
     def make_whole(self, columns: NDArray[np.int64]) -> None:
-        """Say of some columns [n] that they must be whole; also between two solves."""
+        """Make some columns [n] whole numbers; also between two solves."""
         self.integer[columns] = 1
         if self._highs is not None:
             kind = np.ones(len(columns), dtype=np.uint8)
@@ -142,7 +142,7 @@ class Ilp:
         return float(self.cost @ values) + self.offset
 
     def broken(self, values: NDArray[np.float64]) -> str | None:
-        """Say which bound or row some values [columns] break; None if they are feasible."""
+        """Return which bound or row some values [columns] break; None if they are feasible."""
         slack = FEASIBILITY * 10
         wrong = (values < self.lower - slack) | (values > self.upper + slack)
         wrong |= (self.integer != 0) & (np.abs(values - np.rint(values)) > slack)

@@ -40,7 +40,7 @@ def layers(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 
 
 def trials_of(slots: int, windows: int | None) -> int:
-    """Say how many trials a layer of slots gets in windows, or (None) where neighbours count."""
+    """Return the trials of a layer of slots in windows, or (None) where neighbours count."""
     if windows is None:
         return min(max(effort.LINKED_TRIALS * slots, effort.LEAST_LINKED), effort.MOST_TRIALS)
     lanes = -(-windows // effort.LANES) * effort.LANES
@@ -291,7 +291,7 @@ class Search:
         return self.problem.caps.excess(self._placement(slots))
 
     def reweight(self, slots: Slots) -> None:
-        """Give the windows that a risk or the worst group is made of more weight, next time."""
+        """Weigh the windows that a risk or the worst group is made of more, next time."""
         windows = self.problem.windows
         if windows.is_mean:
             return

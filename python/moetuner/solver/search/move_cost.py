@@ -61,7 +61,7 @@ class Path:
         return sorted(ends | {self.best(np.inf, 0.0)} - {0})
 
     def slope(self, most: float) -> float:
-        """Say what the last steps within a budget gain for a move."""
+        """Return what the last steps within a budget gain for a move."""
         end = self.best(most, 0.0)
         begin = end * 3 // 4
         moves = self.moved[end] - self.moved[begin]
@@ -117,7 +117,7 @@ def lawful(problem: Problem, initial: Placement) -> Slots:
 
 
 def _assigned(cost: Floats, room: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Give experts [E] devices with so much room [D] at the least cost [D,E], by shortest paths.
+    """Return devices of experts [E], with so much room [D], at the least cost [D,E].
 
     Experts that cost nothing somewhere take their places first; each that is left goes the
     cheapest way, on which others may have to move on (Ford and Fulkerson, 1962).

@@ -46,7 +46,7 @@ class Noise:
     mean: float
 
     def counted(self, devices: int) -> tuple[float, float, float]:
-        """Give the same times the square of how many standard deviations count.
+        """Return the same times the square of how many standard deviations count.
 
         The slowest of D devices that are equally loaded but for noise is above them by the
         expectation of the largest of D normal variates, which Blom's formula approximates (1958).
@@ -55,7 +55,7 @@ class Noise:
         return self.even * largest**2, self.share * largest**2, self.variance * largest**2
 
     def order(self, devices: int, experts: int) -> int:
-        """Give the order of a norm over devices that is no sharper than noise lets one see.
+        """Return the order of a norm over devices that is no sharper than noise lets one see.
 
         A standard deviation of a device's load changes its power by no more than exp(SHARPNESS).
         """

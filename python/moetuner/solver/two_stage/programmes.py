@@ -263,7 +263,7 @@ def _placement(
 def _placement_values(
     traffic: NDArray[np.uint64], cost: NDArray[np.int64], device: NDArray[np.int64], scale: float
 ) -> NDArray[np.float64]:
-    """Give the columns of `_placement` their values at the device of every cluster [L,D]."""
+    """Return the values of `_placement`'s columns at the device of every cluster [L,D]."""
     y = (device[:, :, None] == np.arange(len(cost))).astype(np.float64)
     w = y[:-1, :, None, :, None] * y[1:, None, :, None, :]
     times = [
