@@ -132,7 +132,7 @@ class Case:
         """Rows that the evaluation predicts [D,D]."""
         ids = self.index.numpy()[:, None].repeat(2, axis=1)
         trace = mt.RoutingTrace.from_arrays(ids, num_experts=self.experts)
-        predicted = mt.traffic.dispatch_rows(
+        predicted = mt.dispatch_rows(
             self.placement,
             trace,
             self.home,
@@ -155,7 +155,7 @@ def decoding(rank, batch, steps):
     tokens = steps * ranks * batch
     trace = mt.RoutingTrace.from_arrays(np.zeros((tokens, 1, 1), int), num_experts=ranks + 1)
     home = np.arange(tokens) // batch % ranks
-    rows = mt.traffic.dispatch_rows(placement, trace, home)[0]
+    rows = mt.dispatch_rows(placement, trace, home)[0]
     return layer.traffic.rows_sent.tolist() == rows[rank].tolist(), rows.tolist()
 
 

@@ -251,7 +251,14 @@ def test_all_that_is_finite_gives_finite_times(make_trace):
     worst = {"base_us": 1e30, "expert_us": 1e30, "start_us": 0, "token_us": 1e30}
     problem = mt.Problem(
         statistics,
-        mt.Topology(4, 2, 1e30, 1e-30, speed=[1e-30, 1e30, 1, 1], inter_node_latency=1e30),
+        mt.Topology(
+            4,
+            2,
+            intra_node_bandwidth=1e30,
+            inter_node_bandwidth=1e-30,
+            speed=[1e-30, 1e30, 1, 1],
+            inter_node_latency=1e30,
+        ),
         cost_model=mt.CostModel(**worst, token_bytes=1e30),
     )
     found = mt.solve(problem, "contiguous")
