@@ -18,12 +18,11 @@ from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, filled
 from moetuner.problem import capacity
 from moetuner.problem.caps import Caps
+from moetuner.problem.objective import Goal, Objective
 from moetuner.problem.pins import Pin, Rules, rules_of
 from moetuner.problem.windows import Risk, Windows, windows_of
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
-
-Goal = Literal["time", "balance", "traffic"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -228,6 +227,10 @@ class Problem(Frozen):
     def load(self) -> NDArray[np.uint64]:
         """Tokens per layer and expert, over all windows [L,E]."""
         return self.statistics.total_load
+
+    def value(self, placement: Placement) -> float:
+        """Return the objective of a placement, as ``Objective(problem).value`` does."""
+        return Objective(self).value(placement)
 
     def violations(self, placement: Placement) -> tuple[str, ...]:
         """Return what a placement breaks of the problem's rules: slots, pins, bans, the load cap.

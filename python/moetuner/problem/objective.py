@@ -3,19 +3,50 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import instance
+from moetuner._checks import instance, shown
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, expected, figures, replay
+from moetuner.evaluation.copies import Split
 from moetuner.placement import Placement
-from moetuner.problem import Problem
 from moetuner.problem.caps import slowest
-from moetuner.statistics import ExpertSets
+from moetuner.problem.windows import Windows
+from moetuner.statistics import ExpertSets, RoutingStatistics
+from moetuner.topology import Regime, Topology
 
 Floats = NDArray[np.float64]
+Goal = Literal["time", "balance", "traffic"]
+
+
+class Wanted(Protocol):
+    """What an objective asks of a problem, which asks it in turn what a placement is worth."""
+
+    @property
+    def statistics(self) -> RoutingStatistics: ...  # noqa: D102
+    @property
+    def topology(self) -> Topology: ...  # noqa: D102
+    @property
+    def goal(self) -> Goal: ...  # noqa: D102
+    @property
+    def regime(self) -> Regime: ...  # noqa: D102
+    @property
+    def split(self) -> Split: ...  # noqa: D102
+    @property
+    def cost_model(self) -> CostModel | None: ...  # noqa: D102
+    @property
+    def windows(self) -> Windows: ...  # noqa: D102
+    @property
+    def arrival(self) -> str | float: ...  # noqa: D102
+    @property
+    def load(self) -> NDArray[np.uint64]: ...  # noqa: D102
+    @property
+    def layers(self) -> int: ...  # noqa: D102
+    @property
+    def devices(self) -> int: ...  # noqa: D102
 
 
 class Objective:
@@ -45,8 +76,9 @@ class Objective:
     'imbalance 1.3333'
     """
 
-    def __init__(self, problem: Problem) -> None:
-        instance("problem", problem, Problem)
+    def __init__(self, problem: Wanted) -> None:
+        if not isinstance(getattr(problem, "windows", None), Windows):
+            raise TypeError(f"problem must be a Problem, got {shown(problem)}")
         self.problem = problem
 
     def __repr__(self) -> str:

@@ -12,8 +12,8 @@ from moetuner.cli import options
 from moetuner.cli.options.machine import cost_model_for, cost_model_option
 from moetuner.cli.options.traffic import Traffic, count
 from moetuner.cost import CostModel
-from moetuner.problem import Goal, Problem
-from moetuner.problem.objective import Objective
+from moetuner.problem import Problem
+from moetuner.problem.objective import Goal, Objective
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
 
