@@ -315,7 +315,7 @@ def test_readers_refuse_endless_files(tmp_path):
 def test_texts_are_read_from_files(tmp_path, monkeypatch):
     """The texts of a collection, too, are no pipe and have no endless line."""
     pytest.importorskip("torch")
-    collect = pytest.importorskip("moetuner.torch.record.collect")
+    collect = pytest.importorskip("moetuner.torch.collect")
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(ValueError, match="must be a regular file"):
         next(collect.read_texts(tmp_path / "fifo"))

@@ -9,8 +9,8 @@ import pytest
 from moe_models import build, torch, transformers
 
 import moetuner as mt
+from moetuner.torch.collect import Text, collect, read_texts
 from moetuner.torch.record.capture import Recorder
-from moetuner.torch.record.collect import Text, collect, read_texts
 
 TEXTS = ["one two three", "four", "one one one one one two", "three three"]
 

@@ -108,7 +108,7 @@ def command(
         warnings.showwarning = told
         # These take seconds to import, and not everybody has them.
         try:
-            from moetuner.torch.record.collect import collect
+            from moetuner.torch.collect import collect
 
             trace = collect(
                 model,

@@ -14,6 +14,7 @@ except ImportError as error:
     raise ImportError("moetuner.torch needs PyTorch: pip install 'moetuner[torch]'") from error
 
 from moetuner.torch.models import MoELayer, moe_layers
+from moetuner.torch.parallel import migrate, rebalance
 from moetuner.torch.parallel.exchange import TrafficCounters
 from moetuner.torch.parallel.experts import Experts, GroupedExperts, swiglu
 from moetuner.torch.parallel.layer import ExpertParallelMoE
@@ -23,6 +24,9 @@ from moetuner.torch.record.capture import Recorder, capture
 from moetuner.torch.record.counters import RoutingCounters
 from moetuner.torch.reorder.checkpoint import permute_state_dict
 from moetuner.torch.reorder.model import apply_placement
+
+# Modules of experts that move, by the names that they had: programs of others reach into them.
+migration = migrate
 
 if TYPE_CHECKING:
     from moetuner.torch.parallel.transformers import register_placement
@@ -41,8 +45,10 @@ __all__ = [
     "TrafficCounters",
     "apply_placement",
     "capture",
+    "migration",
     "moe_layers",
     "permute_state_dict",
+    "rebalance",
     "register_placement",
     "swiglu",
 ]
