@@ -81,8 +81,7 @@ def exceeded(problem: Problem, slots: NDArray[np.int32]) -> dict[str, Any]:
     if not layers.size:
         return {}
     alike = problem.topology.has_equal_devices and len(np.unique(problem.capacity)) == 1
-    single = not Placement(slots, num_experts=problem.experts).has_copies
-    if alike and single and not problem.rules.some and not problem.may_copy:
+    if alike and not placement.has_copies and not problem.rules.some and not problem.may_copy:
         return raised(problem, problem.caps.kept(slots))
     total = problem.load.astype(np.float64)
     mean = total.sum(axis=1) / problem.topology.speed_of_device.sum()

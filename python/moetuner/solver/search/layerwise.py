@@ -78,19 +78,14 @@ def without_spare(problem: Problem) -> Problem | None:
     model, fewest = problem.cost_model, -(-problem.experts // problem.devices)
     wide = problem.may_copy and not problem.fill_slots and (problem.capacity > fewest).any()
     assert model is not None
-    if problem.goal != "time" or model.expert_us == 0 or not wide or links_of(problem) is not None:
+    if problem.goal != "time" or model.expert_us == 0 or not wide:
+        return None
+    if Objective(problem).transitions is not None:
         return None
     try:
         return replace(problem, slots_per_device=fewest, extra_slots=None)
     except ValueError:  # pins that need more
         return None
-
-
-def links_of(problem: Problem) -> NDArray[np.uint64] | None:
-    """Return the transitions [L-1,E,E] that join layers; None where nothing does."""
-    transitions = problem.statistics.transitions
-    joined = problem.regime == "follow" and problem.goal != "balance"
-    return transitions if joined and transitions is not None and transitions.any() else None
 
 
 class Search:
