@@ -18,6 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
+# What the processes import by name: the work of the ranks, and the oracles.
+IMPORTED = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "oracles")]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -68,7 +71,7 @@ def _context() -> Any:
     """Start the fork server; it takes its path from the environment, not from this process."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["rank_work", "rank_rebalance", "rank_transformers"])
-    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(IMPORTED)):
         forkserver.ensure_running()
     return context
 

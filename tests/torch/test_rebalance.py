@@ -172,7 +172,7 @@ def test_arguments_that_cannot_be():
 
 def test_the_example():
     """It counts what it predicts, and moves experts when the traffic changes."""
-    path = Path(__file__).parents[1] / "examples" / "expert_parallel.py"
+    path = Path(__file__).parents[2] / "examples" / "expert_parallel.py"
     found = values(4, "rank_work.example", str(path))
     for rank, lines in enumerate(found):
         sent, predicted = lines[0].removeprefix(f"rank {rank}: ").split(" rows sent, ")

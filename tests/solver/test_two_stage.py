@@ -21,7 +21,7 @@ from moetuner.solver.two_stage import (
     two_stage,
 )
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "gpt-oss-20b.npz"
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "gpt-oss-20b.npz"
 
 
 def problem(
