@@ -59,6 +59,9 @@ pub fn place(
 }
 
 /// Contents of `these` layers after a turn, of which so many are to come in what is left of the time.
+///
+/// Every layer is searched once before any is searched again, and again only where there is time for it: a search that
+/// is cut short costs more than another one brings.
 fn turn(
     layers: &[Layer],
     these: &[usize],
@@ -71,45 +74,44 @@ fn turn(
 ) -> Vec<Contents> {
     let left = |end: Instant| end.saturating_duration_since(Instant::now());
     let end = control.deadline().map(|end| Instant::now() + left(end).mul_f64(SAFE / turns as f64));
+    // Every other search of a layer is hot.
+    let run = |l: usize, restart: u64, time: Option<Duration>| {
+        let seed = seed.wrapping_add(restart.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let hot = if restart.is_multiple_of(2) { WARM } else { HOT };
+        search(
+            &layers[l],
+            now[l].clone(),
+            effort,
+            hot,
+            time,
+            &mut Random::new(seed, stream + l as u64),
+            control,
+        )
+    };
     let waiting = AtomicUsize::new(these.len());
-    let anneal = |&l: &usize| {
+    let first = |&l: &usize| {
         // Layers that have not begun share the time with this one.
         let waves = waiting.fetch_sub(1, Ordering::Relaxed).div_ceil(rayon::current_num_threads());
-        let time = end.map(|end| left(end) / waves as u32);
-        restarted(&layers[l], &now[l], effort, time, seed, stream + l as u64, control)
+        let begin = Instant::now();
+        let found = run(l, 0, end.map(|end| left(end) / waves as u32));
+        (found, begin.elapsed())
     };
-    these.par_iter().map(anneal).collect()
-}
-
-/// The best of several searches from one start, every other one hot; of those that there is time for.
-fn restarted(
-    layer: &Layer,
-    start: &Contents,
-    effort: Effort,
-    time: Option<Duration>,
-    seed: u64,
-    stream: u64,
-    control: &Control,
-) -> Contents {
-    let begin = Instant::now();
-    let run = |restart: u64| {
-        let mut random = Random::new(seed.wrapping_add(restart.wrapping_mul(0x9E37_79B9_7F4A_7C15)), stream);
-        let hot = if restart.is_multiple_of(2) { WARM } else { HOT };
-        let left = time.map(|time| time.saturating_sub(begin.elapsed()));
-        search(layer, start.clone(), effort, hot, left, &mut random, control)
+    let (mut best, took): (Vec<_>, Vec<_>) = these.par_iter().map(first).unzip();
+    let again = |k: usize| {
+        let (restart, i) = (k / these.len(), k % these.len());
+        let time = end.map(left);
+        let in_time = time.is_none_or(|time| time >= took[i]) && !control.stopped();
+        in_time.then(|| run(these[i], restart as u64, time))
     };
-    let mut best = run(0);
-    let each = begin.elapsed();
-    for restart in 1..effort.restarts {
-        if time.is_some_and(|time| begin.elapsed() + each > time) {
-            break;
-        }
-        let found = run(restart);
-        if found.0 < best.0 {
-            best = found;
+    let others: Vec<_> =
+        (these.len()..these.len() * effort.restarts as usize).into_par_iter().map(again).collect();
+    for (k, found) in others.into_iter().enumerate() {
+        let best = &mut best[k % these.len()];
+        if let Some(found) = found.filter(|found| found.0 < best.0) {
+            *best = found;
         }
     }
-    best.1
+    best.into_iter().map(|(_, contents)| contents).collect()
 }
 
 /// What serving an expert of layer `l` costs on a device `[E, D]`, given where the neighbours' experts are: copies of
