@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 
 use super::anneal::{Effort, HOT, WARM, search};
-use super::{Contents, Layer};
+use super::{Layer, Placement};
 use crate::control::Control;
 use crate::random::Random;
 
@@ -29,13 +29,13 @@ pub struct Links<'a> {
 #[must_use]
 pub fn place(
     layers: &mut [Layer],
-    start: Vec<Contents>,
+    start: Vec<Placement>,
     links: Links<'_>,
     effort: Effort,
     rounds: u64,
     seed: u64,
     control: &Control,
-) -> Vec<Contents> {
+) -> Vec<Placement> {
     if links.transitions.is_empty() {
         let all: Vec<usize> = (0..layers.len()).collect();
         return turn(layers, &all, &start, effort, 1, seed, 0, control);
@@ -51,27 +51,27 @@ pub fn place(
         }
         let stream = (round / 2 + 1) * layers.len() as u64;
         let found = turn(layers, &these, &now, effort, 2 * rounds - round, seed, stream, control);
-        for (l, contents) in these.into_iter().zip(found) {
-            now[l] = contents;
+        for (l, placement) in these.into_iter().zip(found) {
+            now[l] = placement;
         }
     }
     now
 }
 
-/// Contents of `these` layers after a turn, of which so many are to come in what is left of the time.
+/// Placements of `these` layers after a turn, of which so many are to come in what is left of the time.
 ///
 /// Every layer is searched once before any is searched again, and again only where there is time for it: a search that
 /// is cut short costs more than another one brings.
 fn turn(
     layers: &[Layer],
     these: &[usize],
-    now: &[Contents],
+    now: &[Placement],
     effort: Effort,
     turns: u64,
     seed: u64,
     stream: u64,
     control: &Control,
-) -> Vec<Contents> {
+) -> Vec<Placement> {
     let left = |end: Instant| end.saturating_duration_since(Instant::now());
     let end = control.deadline().map(|end| Instant::now() + left(end).mul_f64(SAFE / turns as f64));
     // Every other search of a layer is hot.
@@ -111,12 +111,12 @@ fn turn(
             *best = found;
         }
     }
-    best.into_iter().map(|(_, contents)| contents).collect()
+    best.into_iter().map(|(_, placement)| placement).collect()
 }
 
 /// What serving an expert of layer `l` costs on a device `[E, D]`, given where the neighbours' experts are: copies of
 /// those take equal parts.
-pub(super) fn prices(layers: &[Layer], now: &[Contents], links: Links<'_>, l: usize) -> Vec<f64> {
+pub(super) fn prices(layers: &[Layer], now: &[Placement], links: Links<'_>, l: usize) -> Vec<f64> {
     let (e, d) = (layers[l].experts, layers[l].devices());
     let table = e * e;
     // Tokens between every expert and the devices of a neighbour.
