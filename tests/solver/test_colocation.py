@@ -150,7 +150,7 @@ def test_the_first_incumbent_is_the_start() -> None:
     problem = small_problem(1, 3, 8, 4, max_imbalance=None)
     start = shuffled(problem)
     found = colocation(problem, seed=0, limits=Limits(), start=start)
-    assert found.details["colocation"]["first_incumbent"] == cost(problem, start)
+    assert found.details.search.colocation["first_incumbent"] == cost(problem, start)
 
 
 def test_no_time_gives_the_start() -> None:

@@ -153,9 +153,9 @@ def test_excess_comes_before_value(budget):
     before = excess(problem, initial)
     result = mt.solve(problem, initial=initial, move_budget=budget, iterations=500)
     after = excess(problem, result.placement)
-    assert 0 < result.details["experts_moved"] <= budget
+    assert 0 < result.details.search.experts_moved <= budget
     assert after < before
-    told = result.details.get("caps_raised", {})
+    told = result.details.caps.raised
     assert bool(told) == (after > 0)
     assert len(told) == (problem.caps.excess(result.placement) > 0).sum()
     if budget == 60:

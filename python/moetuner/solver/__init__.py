@@ -140,7 +140,7 @@ def solve(
         candidate = _filled(problem, candidate, initial)
     if searches:
         caps = told(problem, candidate, threads=threads)
-        candidate = replace(candidate, details={**candidate.details, **caps})
+        candidate = replace(candidate, details=replace(candidate.details, caps=caps))
     seconds = time.perf_counter() - begin
 
     # Bounds of pairs are costs; those of visits are of what they are a bound of.
@@ -150,7 +150,7 @@ def solve(
     objective = worth.value(placement)
     candidate = _held(worth, candidate, placement, objective)
     bound = None if candidate.bound is None else candidate.bound / scale
-    about = None if bound is None else scope(problem, candidate.details)
+    about = None if bound is None else scope(problem, candidate.details.caps)
     violations = problem.violations(placement)
     if initial is not None and migration.budget is not None:
         violations += _beyond_budget(initial, placement, migration.budget, expert_bytes)
@@ -200,7 +200,7 @@ def _status(problem: Problem, candidate: Candidate, violations: tuple[str, ...])
     """Return how a method ended, or that its answer breaks rules without saying so."""
     placement = Placement(candidate.slots, num_experts=problem.experts)
     known: list[str] = []
-    if "caps_raised" in candidate.details:
+    if candidate.details.caps.raised:
         known = problem.caps.violations(placement)
     silent = len(violations) > len(known) and candidate.status != "interrupted"
     return "violates rules" if silent else candidate.status
@@ -229,11 +229,12 @@ def _held(
         exact = worth.counts_pairs and not placement.has_copies
         value = worth.cost(placement) if exact else objective * (1 + ROUNDING)
         if candidate.bound > value:
-            details = {**candidate.details, "bound_refuted": candidate.bound_source}
+            refuted = replace(candidate.details.bound, refuted=candidate.bound_source)
+            details = replace(candidate.details, bound=refuted)
             candidate = replace(
                 candidate, bound=None, bound_source=None, certificate=None, details=details
             )
-    proven = candidate.bound is not None and settled(candidate.details)
+    proven = candidate.bound is not None and settled(candidate.details.caps)
     if candidate.status == "optimal" and not proven:
         return replace(candidate, status="feasible")
     return candidate

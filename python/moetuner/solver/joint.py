@@ -21,7 +21,7 @@ from moetuner.solver.bounds.pairs import bound, certified
 from moetuner.solver.exact.enumeration import eased, enumerated, fewest_visits
 from moetuner.solver.exact.partitions import chain
 from moetuner.solver.milp.colocation import colocation, fits
-from moetuner.solver.result import Candidate, Clock, Limits, Moving
+from moetuner.solver.result import BoundDetails, Candidate, Clock, Limits, Moving
 from moetuner.solver.search.fanout import dispatch
 from moetuner.solver.search.layerwise import Search, layers, without_spare
 from moetuner.solver.search.move_cost import widened
@@ -174,7 +174,7 @@ def _with_bound(problem: Problem, found: Candidate, limits: Limits) -> Candidate
         bound_source=proven.source,
         certificate=proven.certificate,
         status="interrupted" if proven.interrupted else found.status,
-        details={**found.details, "bound": proven.details},
+        details=replace(found.details, bound=BoundDetails(proven.levels)),
     )
     if proven.cost >= cost:
         return replace(found, status="optimal")

@@ -225,7 +225,7 @@ class _Migrating:
             self.best = replace(found, slots=self.best.slots)
             return True
         status = "feasible" if found.status == "optimal" else found.status
-        details = {**found.details, **self.best.details}
+        details = self.best.details.or_else(found.details)
         self.best = replace(self.best, status=status, details=details)
         return False
 
@@ -241,6 +241,6 @@ class _Migrating:
 
     def answer(self) -> Candidate:
         """Return the best, in which what stays keeps its slots."""
-        details = {**self.best.details, "experts_moved": self.moved(self.best.slots)}
+        details = self.best.details.searched(experts_moved=self.moved(self.best.slots))
         slots = kept(self.initial.slots, self.best.slots, self.problem.capacity)
         return replace(self.best, slots=slots, details=details, caps=None)

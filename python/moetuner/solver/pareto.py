@@ -129,7 +129,7 @@ def pareto(
         moved = initial.diff(placement).experts_moved
         objective = worth.value(placement)
         excess = problem.caps.excess(placement)
-        raised = exceeded(problem, placement.slots).get("caps_raised", {})
+        raised = dict(exceeded(problem, placement.slots).raised)
         figures = (before - objective, moved, moved * expert_bytes, raised)
         return float(excess.sum()), Trade(placement, objective, *figures)
 

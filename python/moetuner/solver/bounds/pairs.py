@@ -22,7 +22,7 @@ from moetuner.problem.objective import Objective
 from moetuner.solver import effort
 from moetuner.solver.bounds.certificate import Certificate, Method, Proof
 from moetuner.solver.exact.partitions import complete
-from moetuner.solver.result import Limits, Progress
+from moetuner.solver.result import LevelBound, Limits, Progress
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Bounded:
     cost: int
     source: str
     certificate: Certificate
-    details: dict[str, object]
+    levels: dict[str, LevelBound]
     interrupted: bool = False
 
 
@@ -65,7 +65,7 @@ def bound(
     cost, interrupted = 0, False
     iterations = int(np.clip(effort.BOUND_WORK / _flops(problem), 1, effort.BOUND_ITERATIONS))
     sources: list[str] = []
-    details: dict[str, object] = {}
+    proven: dict[str, LevelBound] = {}
     for name, price, parts in levels:
         left = None
         if limits.time_limit is not None:
@@ -87,11 +87,11 @@ def bound(
         cost += price * found
         interrupted |= stopped
         sources.append(source if len(levels) == 1 else f"{source} ({name})")
-        details[name] = {"crossing_pairs": found, "iterations": done, "ended": stop}
+        proven[name] = LevelBound(found, done, stop)
         proofs.append(Proof(parts, price, *arrays))
     cost = _of_count(problem, cost)
     certificate = certified(problem, caps, "dual point", cost, tuple(proofs))
-    return Bounded(cost, " + ".join(sources), certificate, details, interrupted)
+    return Bounded(cost, " + ".join(sources), certificate, proven, interrupted)
 
 
 def certified(

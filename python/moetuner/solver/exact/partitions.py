@@ -13,7 +13,7 @@ from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
-from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.result import Candidate, Details, Limits, SearchDetails
 
 BOUND_SOURCE = "complete dynamic programme"
 
@@ -48,7 +48,7 @@ def chain(
     if found is None:
         return None
     slots, value, caps = found
-    details = {"way": "dynamic programming over all partitions"}
+    details = Details(SearchDetails(way="dynamic programming over all partitions"))
     return Candidate(slots, "optimal", value, BOUND_SOURCE, details, caps=caps)
 
 

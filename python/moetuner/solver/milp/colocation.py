@@ -397,13 +397,14 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         status = "gap_reached"
     elif status not in ("interrupted", "time_limit"):
         status = "feasible"
-    details = dict(start.details)
-    details["colocation"] = {
-        "columns": model.columns,
-        **model.rows,
-        "rounds": rounds,
-        "first_incumbent": None if first is None else round(first * model.unit),
-    }
+    details = start.details.searched(
+        colocation={
+            "columns": model.columns,
+            **model.rows,
+            "rounds": rounds,
+            "first_incumbent": None if first is None else round(first * model.unit),
+        }
+    )
     source = BOUND_SOURCE if bound > (start.bound or 0) else start.bound_source
     return replace(
         start,

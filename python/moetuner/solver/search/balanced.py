@@ -49,7 +49,7 @@ def no_worse(problem: Problem, found: Candidate) -> Candidate:
         status=status,
         bound=None,
         bound_source=None,
-        details={**found.details, "found_by": "balance"},
+        details=found.details.searched(found_by="balance"),
         certificate=None,
         caps=None,
     )

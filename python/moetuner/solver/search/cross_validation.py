@@ -9,8 +9,7 @@ a few layers are placed on the others, and the held-out windows, and their mean,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from moetuner import _core
 from moetuner.evaluation.copies import of_layer
 from moetuner.placement import EMPTY
 from moetuner.solver import effort
+from moetuner.solver.result import UnseenDetails
 from moetuner.solver.search.noise import noise_of
 
 Floats = NDArray[np.float64]
@@ -70,12 +70,11 @@ WITHOUT_NOISE = (Setting(8), Setting(16), Setting(0))
 class Choice:
     """Setting to search with.
 
-    ``details`` says what was chosen, out of what, and each one's score: the mean of max / mean
-    device load on the windows held out and on their mean.
+    ``details`` has what was chosen, out of what; None where nothing had to be.
     """
 
     setting: Setting = Setting(0)
-    details: dict[str, Any] = field(default_factory=dict)
+    details: UnseenDetails | None = None
 
 
 def choose(
@@ -111,8 +110,7 @@ def choose(
     """
     used = np.flatnonzero((weight > 0) & load.any(axis=(1, 2)))
     if len(used) < FEWEST_WINDOWS:
-        details: dict[str, Any] = {"chosen": Setting(0).name, "reason": "too few windows"}
-        return Choice(details=details)
+        return Choice(details=UnseenDetails(Setting(0).name, "too few windows"))
     fold, whole_groups = _folds(used, len(load), group)
     layers = np.unique(
         np.linspace(0, load.shape[1] - 1, effort.TRIED_LAYERS).round().astype(np.int64)
@@ -139,13 +137,13 @@ def choose(
     if chosen.norm:
         safe = replace(chosen, mixed=MIXED)
         chosen = safe if is_better(safe, chosen, SAFELY) else chosen
-    details = {
-        "chosen": chosen.name,
-        "held_out": "groups" if whole_groups else "windows",
-        "folds": int(fold.max()) + 1,
-        "layers": len(layers),
-        "scores": {setting.name: float(score.mean()) for setting, score in scores.items()},
-    }
+    details = UnseenDetails(
+        chosen.name,
+        held_out="groups" if whole_groups else "windows",
+        folds=int(fold.max()) + 1,
+        layers=len(layers),
+        scores={setting.name: float(score.mean()) for setting, score in scores.items()},
+    )
     return Choice(chosen, details)
 
 

@@ -65,7 +65,7 @@ def dispatch(
     )
     found = search_traffic(problem, seed=seed, limits=pairs)
     device_cost, node_cost = objective.visit_costs
-    details = {**found.details, "device_cost": device_cost, "node_cost": node_cost}
+    details = found.details.searched(device_cost=device_cost, node_cost=node_cost)
     if found.status == "interrupted" or problem.devices < 2:
         return replace(found, details=details)
 
@@ -98,7 +98,7 @@ def dispatch(
         threads=limits.threads,
         progress=progress and (lambda seconds, _: progress(Progress(seconds, "fanout"))),
     )
-    details["trials"] = trials
     status: Status = "interrupted" if interrupted else "feasible"
     # The caps that the start had to raise say nothing of copies.
+    details = details.searched(trials=trials)
     return Candidate(slots, status, details=details, caps=None if copies else found.caps)

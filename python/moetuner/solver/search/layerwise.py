@@ -7,7 +7,6 @@ layers, in turns, each given its neighbours, from a start that the search for tr
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +16,18 @@ from moetuner.placement import EMPTY, Placement, brought
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
-from moetuner.solver.result import Candidate, Clock, Limits, Moving, Progress, Status
+from moetuner.solver.result import (
+    Candidate,
+    Clock,
+    Details,
+    Limits,
+    Moving,
+    Progress,
+    Status,
+    UnseenDetails,
+)
 from moetuner.solver.search.balanced import balanced
-from moetuner.solver.search.cross_validation import Choice, choose
+from moetuner.solver.search.cross_validation import Choice, Setting, choose
 from moetuner.solver.search.fanout import most_trials
 from moetuner.solver.search.move_cost import Path, widened
 from moetuner.solver.search.surrogate import link_prices, pair_prices, tokens_per_unit, visit_prices
@@ -105,7 +113,6 @@ class Search:
         windows = problem.windows
         self.weight, self.choice = windows.weight, Choice()
         self.reweighted: list[Floats] = []
-        self.details: dict[str, Any] = {}
         self.caps = problem.caps.over_speed
         # What traffic costs, as a multiple of what it takes.
         self.dear = 1.0
@@ -199,9 +206,8 @@ class Search:
         windows = self.problem.windows
         self.reweighted = [np.ones(len(windows.weight))]
         if limits.time_limit is not None and limits.time_limit < effort.LEARN_LEAST:
-            reason = {"chosen": "maximum", "reason": "too little time to try others"}
-            self.choice = replace(self.choice, details=reason)
-            self.details["unseen"] = reason
+            reason = "too little time to try others"
+            self.choice = Choice(details=UnseenDetails(Setting(0).name, reason))
             return
         self.choice = choose(
             windows.load,
@@ -215,7 +221,6 @@ class Search:
             threads=limits.threads,
             time_limit=limits.time_limit,
         )
-        self.details["unseen"] = self.choice.details
 
     def rank(self, slots: Slots) -> tuple[float, float]:
         """By how much caps are exceeded, in all layers, and the value; lower is better."""
@@ -308,7 +313,7 @@ class Search:
 
     def candidate(self, slots: Slots, status: Status) -> Candidate:
         """Answer with slots."""
-        return Candidate(slots, status, details=dict(self.details))
+        return Candidate(slots, status, details=Details(unseen=self.choice.details))
 
     def _placement(self, slots: Slots) -> Placement:
         return Placement(slots, num_experts=self.problem.experts)

@@ -7,7 +7,7 @@ import numpy as np
 from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.solver.result import Candidate, Limits, Progress, Status
+from moetuner.solver.result import Candidate, Details, Limits, Progress, SearchDetails, Status
 
 
 def search_traffic(
@@ -48,8 +48,7 @@ def search_traffic(
         threads=limits.threads,
         progress=report if limits.progress is not None else None,
     )
-    details: dict[str, object] = {"trials": trials}
-    if shift:
-        details["counts_rounded_to_multiples_of"] = 1 << shift
+    rounded = 1 << shift if shift else None
+    details = Details(SearchDetails(trials, rounded))
     status: Status = "interrupted" if interrupted else "feasible"
     return Candidate(slots, status, details=details, caps=caps.max(axis=1))

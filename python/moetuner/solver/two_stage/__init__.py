@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.solver.result import Candidate, Clock, Limits, Status
+from moetuner.solver.result import (
+    Candidate,
+    Clock,
+    ClusterStage,
+    Details,
+    Limits,
+    PlaceStage,
+    SearchDetails,
+    Status,
+)
 from moetuner.solver.two_stage.cluster import TOLERANCE, cluster_layers
 from moetuner.solver.two_stage.place import cluster_traffic, place_clusters
 
@@ -68,24 +77,22 @@ def two_stage(
         seed=seed,
         limits=clock.rest(),
     )
-    details: dict[str, Any] = {
-        "stage_1": {
-            "sizes": "equal" if equal_sizes else "free",
-            "layers_proven_without_search": int((~clusters.searched).sum()),
-            "layers_searched": int(clusters.searched.sum()),
-            "largest_gap": float(clusters.gap.max()),
-            "largest_deviation": float(clusters.deviation.max()),
-            "tolerance": tolerance,
-        }
-    }
-    if experts < devices:
-        details["stage_1"]["note"] = f"{experts} experts on {devices} devices: some stay empty"
+    few = f"{experts} experts on {devices} devices: some stay empty"
+    stage_1 = ClusterStage(
+        sizes="equal" if equal_sizes else "free",
+        layers_proven_without_search=int((~clusters.searched).sum()),
+        layers_searched=int(clusters.searched.sum()),
+        largest_gap=float(clusters.gap.max()),
+        largest_deviation=float(clusters.deviation.max()),
+        tolerance=tolerance,
+        note=few if experts < devices else None,
+    )
     sizes = _sizes(clusters.cluster, devices)
     transitions = problem.statistics.transitions
     statuses = [clusters.status]
     if transitions is None and np.ptp(sizes) == 0:
         device = np.broadcast_to(np.arange(devices), (layers, devices))
-        details["stage_2"] = {"way": "skipped: no transitions were counted"}
+        stage_2: dict[str, Any] = {"way": "skipped: no transitions were counted"}
     else:
         if transitions is None:
             transitions = np.zeros((layers - 1, experts, experts), dtype=np.uint64)
@@ -101,7 +108,7 @@ def two_stage(
         )
         device = placed.device
         statuses.append(placed.status)
-        details["stage_2"] = {
+        stage_2 = {
             "way": placed.way,
             "bottleneck": placed.bottleneck << cut,
             "bound": placed.bound << cut,
@@ -109,13 +116,18 @@ def two_stage(
         }
     held = np.zeros(devices, dtype=np.int64)
     np.add.at(held, device, sizes)
-    details["stage_2"]["experts_per_device"] = [int(held.min()), int(held.max())]
+    per_device = int(held.min()), int(held.max())
+    placing = PlaceStage(experts_per_device=per_device, **stage_2)
     device_of = np.take_along_axis(device, clusters.cluster, axis=1)
     placement = Placement.from_assignment(device_of, devices, slots_per_device=problem.slots)
     status: Status = "feasible"
     for stopped in ("time_limit", "interrupted"):
         status = stopped if stopped in statuses else status
-    return Candidate(placement.slots, status, details=details)
+    return Candidate(
+        placement.slots,
+        status,
+        details=Details(SearchDetails(stage_1=stage_1, stage_2=placing)),
+    )
 
 
 def _sizes(cluster: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
