@@ -17,7 +17,7 @@ from rich.table import Table
 
 from moetuner.files import descriptor_of, replacing
 from moetuner.files.text import line, name, printable
-from moetuner.solver.result import Progress
+from moetuner.solver import Progress
 
 # Output that goes to a file or another program is not fitted to any screen.
 UNLIMITED = 1000

@@ -12,11 +12,30 @@ from moetuner.placement import Placement, kept
 from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
 from moetuner.problem.objective import Objective
-from moetuner.solver import baselines, joint, two_stage
+from moetuner.solver import baselines, two_stage
+from moetuner.solver.balancing import balance
 from moetuner.solver.bounds.caps import scope, settled, told
-from moetuner.solver.migration import Migration, migrate
-from moetuner.solver.result import Candidate, Limits, Progress, Result, Status
+from moetuner.solver.bounds.certificate import Certificate
+from moetuner.solver.bounds.pairs import verify
+from moetuner.solver.joint import SEARCHES
+from moetuner.solver.migration import Migration, Trade, migrate, pareto
+from moetuner.solver.result import Candidate, Details, Limits, Progress, Result, Status
 from moetuner.solver.search.balanced import no_worse
+
+__all__ = [
+    "ALIASES",
+    "METHODS",
+    "Certificate",
+    "Details",
+    "Method",
+    "Progress",
+    "Result",
+    "Trade",
+    "balance",
+    "pareto",
+    "solve",
+    "verify",
+]
 
 
 class Method(Protocol):
@@ -28,9 +47,9 @@ class Method(Protocol):
 
 
 METHODS: dict[str, Method] = {
-    "joint": joint.joint,
+    "joint": SEARCHES["joint"],
     "paper": two_stage.two_stage,
-    "heuristic": joint.heuristic,
+    "heuristic": SEARCHES["heuristic"],
     "contiguous": baselines.contiguous,
     "round_robin": baselines.round_robin,
     "random": baselines.random,
@@ -118,18 +137,11 @@ def solve(
     migration = Migration(move_budget, move_cost, expert_bytes)
     if initial is None and (migration.budget is not None or migration.cost):
         raise ValueError("move_budget and move_cost need initial, the placement to move from")
-    searches = METHODS[method] in (joint.joint, joint.heuristic)
+    searches = METHODS[method] in SEARCHES.values()
     if initial is not None and not searches:
         raise ValueError(f"initial needs method joint or heuristic, got {method!r}")
 
-    begin = time.perf_counter()
-
-    def report(line: Progress) -> None:
-        # Phases count their own seconds.
-        assert progress is not None
-        progress(replace(line, seconds=time.perf_counter() - begin))
-
-    limits = replace(limits, progress=progress and report)
+    begin, limits = time.perf_counter(), limits.counting()
     if initial is None:
         candidate = METHODS[method](problem, seed=seed, limits=limits)
         if problem.is_plain and searches:

@@ -95,6 +95,10 @@ def heuristic(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     return _eased(problem, found, seed, clock.within())
 
 
+# Methods that can begin from a placement that runs.
+SEARCHES = {"joint": joint, "heuristic": heuristic}
+
+
 def best_of_all(
     problem: Problem, found: Candidate, limits: Limits, *, moving: Moving | None = None
 ) -> Candidate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from moetuner.solver.bounds.certificate import Certificate
 # Seconds that nobody waits for: such a limit, infinity too, is none.
 LONGEST_LIMIT = 1e9
 
+Part = TypeVar("Part", bound="_Part")
 Status = Literal[
     "optimal", "feasible", "gap_reached", "time_limit", "interrupted", "violates rules"
 ]
@@ -79,14 +80,36 @@ class Limits:
         if self.progress is not None and not callable(self.progress):
             raise TypeError(f"progress must be a function, got {shown(self.progress)}")
 
+    def counting(self) -> Limits:
+        """Return the same limits with a progress whose seconds count from now.
 
+        Phases count their own.
+        """
+        begin, progress = time.monotonic(), self.progress
+        if progress is None:
+            return self
+        report = progress
+        return replace(
+            self,
+            progress=lambda line: report(replace(line, seconds=time.monotonic() - begin)),
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class _Part(Frozen):
     """Facts that a method knows; those that it does not are None or empty."""
 
+    def _known(self) -> dict[str, Any]:
+        each = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in each if value not in (None, {})}
+
     def to_dict(self) -> dict[str, Any]:
         """Return what is known as JSON values."""
-        each = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
-        return {name: _plain(value) for name, value in each if value not in (None, {})}
+        return {name: _plain(value) for name, value in self._known().items()}
+
+    def or_else(self: Part, other: Part) -> Part:
+        """Return this part, with the other's facts where this one knows none."""
+        return replace(other, **self._known())
 
 
 def _plain(value: Any) -> Any:
@@ -221,17 +244,12 @@ class Details(Frozen):
         return replace(self, search=replace(self.search, **facts))
 
     def or_else(self, other: Details) -> Details:
-        """Return these details, with the other's where these know nothing of a part."""
-
-        def merged(mine: Any, others: Any) -> Any:
-            if isinstance(mine, _Part):
-                each = ((field.name, getattr(mine, field.name)) for field in fields(mine))  # type: ignore[arg-type]
-                known = {name: value for name, value in each if value not in (None, {})}
-                return replace(others, **known)
-            return others
-
+        """Return these details, with the other's where these know nothing."""
         return Details(
-            *(merged(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+            self.search.or_else(other.search),
+            self.caps.or_else(other.caps),
+            other.unseen if self.unseen is None else self.unseen,
+            self.bound.or_else(other.bound),
         )
 
 

@@ -14,7 +14,7 @@ from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.cells import percent
-from moetuner.solver.pareto import pareto
+from moetuner.solver import pareto
 from moetuner.topology import Topology
 
 # Devices up to which moves per pair are a table; with more, JSON has them.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,6 @@ from moetuner.frozen import Frozen
 from moetuner.topology import Regime
 
 FORMAT, VERSION = "moetuner.certificate", "2"
-ABOUT = "placements with one copy of each expert"
 
 Method = Literal["dual point", "complete dynamic programme"]
 
@@ -78,6 +77,8 @@ class Certificate(Frozen):
     True
     """
 
+    about: ClassVar[str] = "placements with one copy of each expert"
+
     fingerprint: str
     regime: Regime
     slots: int
@@ -96,7 +97,7 @@ class Certificate(Frozen):
         metadata = {
             "format": FORMAT,
             "version": VERSION,
-            "about": ABOUT,
+            "about": self.about,
             "fingerprint": self.fingerprint,
             "regime": self.regime,
             "slots": str(self.slots),
@@ -129,7 +130,7 @@ class Certificate(Frozen):
     def _read(cls, path: Path) -> Certificate:
         header = safetensors.read_header(path)
         metadata: dict[str, Any] = dict(header.metadata)
-        for name, wanted in (("format", FORMAT), ("version", VERSION), ("about", ABOUT)):
+        for name, wanted in (("format", FORMAT), ("version", VERSION), ("about", cls.about)):
             if metadata.get(name) != wanted:
                 raise ValueError(f"{name} must be {wanted!r}, got {metadata.get(name)!r:.60}")
         regime, method = metadata["regime"], metadata["method"]
