@@ -127,7 +127,7 @@ def test_caps_are_told_of_copies_that_run():
     statistics = mt.RoutingStatistics.from_load(np.array([[[10, 1, 9]]]))
     problem = mt.Problem(statistics, mt.Topology(2), max_imbalance=1.1)
     told = exceeded(problem, np.array([[[0, 1], [0, 2]]], dtype=np.int32))
-    assert told["caps_raised"] == {0: pytest.approx(1.4)}
+    assert told.raised == {0: pytest.approx(1.4)}
 
 
 def test_a_cap_that_copies_can_keep_is_kept():

@@ -190,7 +190,7 @@ def test_caps_of_the_start_are_said() -> None:
     """A start that breaks a cap raises it, and the answer says so."""
     problem = small_problem(3, 2, 6, 3, max_imbalance=1.0)
     found = colocation(problem, seed=0, limits=Limits(), start=shuffled(problem))
-    raised = told(problem, found)["caps_raised"]
+    raised = told(problem, found).raised
     assert set(raised) <= {0, 1}
     assert min(raised.values()) > 1
 
