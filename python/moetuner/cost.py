@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner._checks import (
-    instance,
     is_number,
     not_negative,
     numbers_in,
@@ -40,21 +39,6 @@ EFFICIENCY = 0.6
 LAUNCH_US = 10.0
 
 Floats = NDArray[np.float64]
-
-
-class Weights(NamedTuple):
-    """What one more token costs, near a working point.
-
-    Parameters
-    ----------
-    token_us
-        Microseconds of one more token of load, by device [D].
-    crossing_us
-        Microseconds of one more token sent over a link, by tier [tiers + 1]; 0 for tier 0, no link.
-    """
-
-    token_us: Floats
-    crossing_us: Floats
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -242,7 +226,7 @@ class CostModel(Frozen):
         Raises
         ------
         ValueError
-            If the GPU is not known; ``_machines.py`` has the list and the sources.
+            If the GPU is not known; ``presets.py`` has the list and the sources.
         """
         if not isinstance(gpu, str) or gpu not in GPUS:
             raise ValueError(f"preset must be one of {', '.join(GPUS)}, got {gpu!r:.60}")
@@ -300,45 +284,15 @@ class CostModel(Frozen):
         time: Floats = slowest + other - self.overlap * np.minimum(slowest, other)
         return time
 
-    def weights(
-        self,
-        topology: Topology,
-        *,
-        tokens: float | None = None,
-        active: float | None = None,
-        returns: bool = True,
-    ) -> Weights:
-        """Prices of one more token, for solvers that add.
+    def crossing_us(self, topology: Topology, *, returns: bool) -> Floats:
+        """Compute the price of one more token over a link, by tier [tiers + 1]; 0 for no link.
 
-        Parameters
-        ----------
-        topology
-            Speeds of devices, bandwidths of tiers.
-        tokens, active
-            Working point: tokens and active experts of a device in a window. The price of a token
-            is the slope from there to twice the tokens, where the busiest device is to be
-            expected: less than ``token_us`` where time is flat at first. None for ``token_us``.
-        returns
-            Whether tokens come back, as in regime dispatch.
-
-        Returns
-        -------
-        Weights
-            One token more on a device, on which all wait; and one more over a link, if ports are
-            evenly used: then the busiest carries one in D.
+        If ports are evenly used, the busiest carries one row in D. ``returns`` is whether tokens
+        come back, as in regime dispatch.
         """
-        instance("topology", topology, Topology)
-        if active is not None:
-            not_negative("active", active, "number of experts")
-        each = self.token_us
-        if tokens is not None:
-            positive("tokens", tokens, "number")
-            ends = self.compute_us([tokens, 2 * tokens], active)
-            each = float(ends[1] - ends[0]) / tokens
         carried = self.token_bytes + (self.bytes_back if returns else 0.0)
         links = [carried / level.bandwidth * 1e6 / topology.devices for level in topology.levels]
-        shown = 1.0 - self.overlap
-        return Weights(each / topology.speed_of_device, shown * np.array([0.0, *links]))
+        return (1.0 - self.overlap) * np.array([0.0, *links])
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; the file appears whole or not at all."""

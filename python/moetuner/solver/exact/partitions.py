@@ -18,20 +18,13 @@ from moetuner.solver.result import Candidate, Details, Limits, SearchDetails
 BOUND_SOURCE = "complete dynamic programme"
 
 
-def chain(
-    problem: Problem,
-    *,
-    seed: int = 0,
-    limits: Limits | None = None,
-) -> Candidate | None:
+def chain(problem: Problem, *, limits: Limits | None = None) -> Candidate | None:
     """Find the proven optimum of one copy of each expert, or None where this is out of reach.
 
     Parameters
     ----------
     problem
         Its links may be of one or of two tiers (devices within nodes).
-    seed
-        Of no effect: the optimum knows no chance.
     limits
         Of them, ``threads`` and ``time_limit`` apply: no attempt is made that would take longer.
 

@@ -93,5 +93,5 @@ def visit_us(problem: Problem) -> float:
 def _visit_us(problem: Problem) -> float:
     """Microseconds of one token's visit of one more device."""
     assert problem.cost_model is not None
-    crossing = problem.cost_model.weights(problem.topology, returns=True).crossing_us
+    crossing = problem.cost_model.crossing_us(problem.topology, returns=True)
     return float(crossing[min(1, len(crossing) - 1)]) * (1 - 1 / problem.devices)
