@@ -368,13 +368,7 @@ class TwoPlanes(NamedTuple):
 
 
 def measurements(*values: ArrayLike) -> list[Floats]:
-    """Check tokens, experts and microseconds, [n] each.
-
-    Raises
-    ------
-    ValueError
-        If there are too few, or one is out of range.
-    """
+    """Check tokens, experts and microseconds, [n] each."""
     names = ("tokens", "experts", "microseconds")
     columns = [numbers_in(name, column) for name, column in zip(names, values, strict=True)]
     shapes = [list(column.shape) for column in columns]

@@ -514,11 +514,6 @@ def filled(
     held
         What is on every device already [L,D,E], and so need not be brought: it comes before
         all else.
-
-    Raises
-    ------
-    ValueError
-        If a device has more slots than there are experts that it may hold.
     """
     full = slots.copy()
     layers, devices, width = slots.shape

@@ -134,13 +134,7 @@ def to_tables(sets: tuple[ExpertSets, ...] | None) -> dict[str, NDArray[Any] | N
 
 
 def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | None:
-    """Return the sets of every layer, None where the tables are missing.
-
-    Raises
-    ------
-    ValueError
-        If they do not belong together.
-    """
+    """Return the sets of every layer, None where the tables are missing."""
     if not any(name in tables for name in SET_TABLES):
         return None
     missing = [name for name in SET_TABLES if name not in tables]

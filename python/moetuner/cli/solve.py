@@ -173,13 +173,7 @@ def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
 
 
 def _prove(problem: Problem, result: Result, path: Path) -> str:
-    """Write the certificate of a bound, and say what it proves.
-
-    Raises
-    ------
-    click.ClickException
-        If there is none; then no older one is left, which would look like that of this answer.
-    """
+    """Write the certificate of a bound, and say what it proves."""
     certificate = result.certificate
     if certificate is None:
         if path.is_file():

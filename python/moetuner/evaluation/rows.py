@@ -161,13 +161,7 @@ def mixed(position: Any) -> Any:
 
 
 def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int64]:
-    """Return the home device of every token [T]; ``"blocks"`` as in ``dispatch_rows``.
-
-    Raises
-    ------
-    ValueError
-        If a home is no device.
-    """
+    """Return the home device of every token [T]; ``"blocks"`` as in ``dispatch_rows``."""
     if isinstance(home, str):
         if home != "blocks":
             raise ValueError(f"home must be devices [tokens] or 'blocks', got {home!r}")
@@ -184,13 +178,7 @@ def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int
 
 
 def node_size(devices: int, devices_per_node: int | None) -> int:
-    """Check the devices of a node; None is all devices.
-
-    Raises
-    ------
-    ValueError
-        If it does not divide the number of devices.
-    """
+    """Check the devices of a node; None is all devices."""
     size = devices if devices_per_node is None else devices_per_node
     whole_number("devices_per_node", size)
     if devices % size:
@@ -201,13 +189,7 @@ def node_size(devices: int, devices_per_node: int | None) -> int:
 
 
 def split_rule(split: str) -> Split:
-    """Check the name of a rule for choosing between copies.
-
-    Raises
-    ------
-    ValueError
-        If there is no such rule.
-    """
+    """Check the name of a rule for choosing between copies."""
     one_of("split", split, get_args(Split))
     return "even" if split == "even" else "nearest"
 

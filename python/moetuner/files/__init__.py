@@ -187,15 +187,7 @@ def size_of(path: Path) -> int:
 
 
 def read_whole(path: str | Path, most: int = LONGEST_TEXT) -> bytes:
-    """Read a small file into memory.
-
-    Raises
-    ------
-    ValueError
-        If it is a pipe or a device, or has more than ``most`` bytes.
-    OSError
-        If it cannot be read.
-    """
+    """Read a small file into memory."""
     path = Path(path)
     size = size_of(path)
     if size > most:
@@ -209,11 +201,6 @@ def kind_of(path: Path) -> Kind:
 
     A safetensors file begins with the length of its header. Text read as such a length is beyond
     any file's size, so JSON lines are never taken for it.
-
-    Raises
-    ------
-    ValueError
-        If the content is none of the formats that moetuner reads.
     """
     size = size_of(path)
     with path.open("rb") as file:

@@ -35,13 +35,7 @@ class TraceContents:
 
 
 def read_trace(path: Path, kind: Kind, num_experts: int | None) -> TraceContents:
-    """Read a file of a known kind.
-
-    Raises
-    ------
-    ValueError
-        Naming the file, if it is cut off, damaged or not a trace.
-    """
+    """Read a file of a known kind."""
     with naming(path):
         if kind == "safetensors":
             return _trace_in_safetensors(path, num_experts)
@@ -160,13 +154,7 @@ class StatisticsContents:
 
 
 def holds_statistics(path: Path) -> bool:
-    """Whether a file says that it holds counts, well or damaged.
-
-    Raises
-    ------
-    ValueError
-        If its format cannot be told, or its index is damaged.
-    """
+    """Whether a file says that it holds counts, well or damaged."""
     kind = kind_of(path)
     if kind == "safetensors":
         return safetensors.read_header(path).metadata.get("format") == STATISTICS_FORMAT
@@ -178,13 +166,7 @@ def holds_statistics(path: Path) -> bool:
 
 
 def read_statistics(path: Path) -> StatisticsContents:
-    """Read either format.
-
-    Raises
-    ------
-    ValueError
-        Naming the file, if it is cut off, damaged or holds something else.
-    """
+    """Read either format."""
     kind = kind_of(path)
     with naming(path):
         if kind == "safetensors":

@@ -58,13 +58,7 @@ class IdsInMemory:
 
     @classmethod
     def of(cls, values: NDArray[np.generic], num_experts: int) -> IdsInMemory:
-        """Validate and wrap; uint8 and uint16 are not copied if they are C-contiguous.
-
-        Raises
-        ------
-        ValueError
-            If an id, the type or the shape is wrong.
-        """
+        """Validate and wrap; uint8 and uint16 are not copied if they are C-contiguous."""
         check_sizes(values.shape, values.dtype, num_experts)
         return cls(_frozen(valid(values, num_experts)))
 
@@ -111,13 +105,7 @@ class IdsInFile:
 
     @classmethod
     def of(cls, path: Path, stored: TensorInFile, num_experts: int) -> IdsInFile:
-        """Check sizes and type; the ids themselves are not touched.
-
-        Raises
-        ------
-        ValueError
-            If the type or the shape is wrong, or the file has not as many bytes as they ask for.
-        """
+        """Check sizes and type; the ids themselves are not touched."""
         check_sizes(stored.shape, stored.dtype, num_experts)
         size = size_of(path)
         if stored.offset + stored.nbytes > size:

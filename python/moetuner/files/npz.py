@@ -33,11 +33,6 @@ def read_npy_header(file: IO[bytes]) -> tuple[TensorInFile, bool]:
 
     The header is a Python literal in a fixed form. It is matched, not evaluated: a damaged one
     would make the interpreter print warnings.
-
-    Raises
-    ------
-    ValueError
-        If it is not an .npy header of version 1 or 2 with a plain element type.
     """
     start = file.read(8)
     if start[:6] != MAGIC or len(start) < 8:
@@ -86,13 +81,7 @@ def names_in_npz(path: Path) -> set[str]:
 
 
 def read_npz(path: Path, wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    """Read those of the wanted arrays that an archive has; others are not looked at.
-
-    Raises
-    ------
-    ValueError
-        If the archive is cut off or damaged, would expand beyond reason, or an array is not plain.
-    """
+    """Read those of the wanted arrays that an archive has; others are not looked at."""
     size = size_of(path)
     with naming(path), _opened(path) as archive:
         members = {

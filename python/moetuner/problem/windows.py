@@ -105,13 +105,7 @@ def windows_of(
     risk: Risk,
     groups: Mapping[str, float] | Literal["minimax"] | None,
 ) -> Windows:
-    """Return the windows that count, with their weights.
-
-    Raises
-    ------
-    ValueError
-        If an argument is out of range or names what does not exist.
-    """
+    """Return the windows that count, with their weights."""
     share = {"bursts": 0.0, "mixed": 1.0}.get(arrival) if isinstance(arrival, str) else arrival
     if share is None or not (is_number(share) and 0 <= share <= 1):
         raise ValueError(

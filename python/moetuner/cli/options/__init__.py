@@ -19,13 +19,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def claim(context: click.Context | None, parameter: click.Parameter | None, path: Path) -> None:
-    """Note that an option names a file to read; nothing may be written there.
-
-    Raises
-    ------
-    click.BadParameter
-        If another option writes it.
-    """
+    """Note that an option names a file to read; nothing may be written there."""
     _claim(context, parameter, path, writes=False)
 
 

@@ -334,11 +334,6 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
     -------
     Candidate
         Never worse than the start; ``"optimal"`` only where cost and bound are equal.
-
-    Raises
-    ------
-    ValueError
-        If devices differ other than by node.
     """
     if limits.time_limit is not None and limits.time_limit <= 0:
         return replace(start, status="time_limit")

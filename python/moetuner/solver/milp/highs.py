@@ -236,11 +236,6 @@ class Ilp:
         Solution
             Its values need not be whole. Without values the bound is infinite and ``status`` says
             why: ``"time_limit"`` or ``"interrupted"``.
-
-        Raises
-        ------
-        ValueError
-            If nothing is feasible or bounded.
         """
         highs = self._highs = self._highs or self._build()
         limit = math.inf if time_limit is None else max(float(time_limit), 0.0)

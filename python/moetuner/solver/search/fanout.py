@@ -45,11 +45,6 @@ def dispatch(
         problem and the seed alone.
     copies
         Whether slots to spare may hold second copies of experts.
-
-    Raises
-    ------
-    ValueError
-        If no sets were counted.
     """
     sets = problem.statistics.sets
     if sets is None:

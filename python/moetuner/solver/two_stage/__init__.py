@@ -57,11 +57,6 @@ def two_stage(
     -------
     Candidate
         Without a bound: the method bounds its own stages (in ``details``), not the problem.
-
-    Raises
-    ------
-    ValueError
-        If ``tolerance`` is not from 0 to 1.
     """
     limits = limits or Limits()
     layers, devices, experts = problem.layers, problem.devices, problem.experts

@@ -71,11 +71,6 @@ def cluster_layers(
         0 asks for a proven optimum.
     seed, limits
         As in `two_stage.two_stage`.
-
-    Raises
-    ------
-    ValueError
-        If a number is out of range.
     """
     load = np.ascontiguousarray(load, dtype=np.uint64)
     check_tolerance(tolerance)

@@ -92,11 +92,6 @@ def place_clusters(
         Relative MIP tolerance.
     seed, limits
         As in `two_stage.two_stage`.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit or a number is out of range.
     """
     traffic = np.ascontiguousarray(traffic, dtype=np.uint64)
     cost = np.ascontiguousarray(cost, dtype=np.int64)

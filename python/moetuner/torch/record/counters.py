@@ -398,11 +398,6 @@ def largest_on_ranks(
         Where the group can exchange tensors.
     group
         The ranks, all of which must call; None is all there are.
-
-    Raises
-    ------
-    ValueError
-        On every rank, naming the settings that differ.
     """
     ours = list(settings.values())
     # The largest of a number and of its negative: the range, in one exchange.

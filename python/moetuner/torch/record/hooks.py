@@ -78,11 +78,6 @@ def batch_of(
         Used instead of the argument ``attention_mask``.
     generations
         What is known of the model's ``generate``.
-
-    Raises
-    ------
-    ValueError
-        If there are no tokens to be found, or the mask does not fit them.
     """
     given = arguments_of(model, args, kwargs)
     rows, length = _sizes(model, given)
@@ -258,13 +253,7 @@ class StepHooks:
             self._nan.zero_()
 
     def check_scores(self) -> None:
-        """Wait for the device and look whether all routers gave numbers.
-
-        Raises
-        ------
-        ValueError
-            Naming the first layer whose router gave NaN for a token that is not padding.
-        """
+        """Wait for the device and look whether all routers gave numbers."""
         if self._nan is not None and (wrong := self._nan.nonzero()).numel():
             number = int(wrong[0])
             raise ValueError(

@@ -53,11 +53,6 @@ def plan(held: Mapping[str, Held], order: Order, num_hidden_layers: int | None) 
     num_hidden_layers
         Layers of the model, dense ones included; what a checkpoint holds beyond them (multi-token
         prediction) keeps its order if the placement does not speak of it.
-
-    Raises
-    ------
-    ValueError
-        If layers or experts are not those of the order, or a tensor fits no known layout.
     """
     parsed = {name: parts for name in held if (parts := _expert(name)) is not None}
     stacked = {
