@@ -191,7 +191,7 @@ def valid(
 
 
 def id_type(dtype: np.dtype[np.generic], num_experts: int) -> IdType:
-    """Type that ids are held in: uint8 and uint16 as they are, others the smaller that fits."""
+    """Return the type to hold ids in: uint8 and uint16 as they are, else the smaller that fits."""
     if dtype in (U8, U16):
         return U8 if dtype == U8 else U16
     return U8 if num_experts <= 256 else U16
@@ -318,7 +318,7 @@ def among(values: NDArray[Integer], wanted: ArrayLike) -> NDArray[np.bool_]:
 
 
 def numbered(group: ArrayLike) -> list[str]:
-    """Names for groups that have none: their numbers."""
+    """Return names for groups that have none: their numbers."""
     array = array_in("group", group)
     if array.dtype.kind not in "iu" and array.size:
         raise ValueError(f"group must be integers, got {array.dtype} {list(array.shape)}")
@@ -329,7 +329,7 @@ def numbered(group: ArrayLike) -> list[str]:
 
 
 def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64] | None:
-    """Sequence labels of traces one after the other, moved up where they would come back.
+    """Join the sequence labels of traces, moved up where they would come back.
 
     Where moving up leaves 32 bits, all are numbered anew, from 0.
     """

@@ -246,7 +246,7 @@ class CostModel(Frozen):
         active: ArrayLike | None = None,
         speed: ArrayLike | None = None,
     ) -> Floats:
-        """Microseconds that devices [...,D] compute.
+        """Compute microseconds that devices [...,D] compute.
 
         Parameters
         ----------
@@ -266,7 +266,7 @@ class CostModel(Frozen):
     def ports_us(
         self, ports: ArrayLike, topology: Topology, *, bytes_each: float | None = None
     ) -> Floats:
-        """Microseconds [...] of tiers whose busiest ports carry these rows [...,tiers].
+        """Compute microseconds [...] of tiers whose busiest ports carry these rows [...,tiers].
 
         Tier 1 comes first; a tier that carries nothing takes no time.
         """
@@ -327,7 +327,7 @@ class CostModel(Frozen):
 
 
 def busiest_ports(sent: ArrayLike, topology: Topology) -> Floats:
-    """Rows at the busiest port of every tier [...,tiers] of rows sent [...,D,D].
+    """Compute rows at the busiest port of every tier [...,tiers] of rows sent [...,D,D].
 
     A device's port of a tier carries what it sends to, or receives from, devices of that tier:
     links work in both directions at once, so the larger of the two counts.
@@ -363,7 +363,7 @@ class TwoPlanes(NamedTuple):
     residual: float
 
     def predict(self, tokens: Floats, experts: Floats) -> Floats:
-        """Time of every measurement [n]."""
+        """Compute the time of every measurement [n]."""
         return np.maximum(self.a + self.b * experts, self.c + self.d * tokens)
 
 
@@ -507,7 +507,7 @@ def _alternate(
 
 
 def _line(x: Floats, y: Floats, weight: Floats) -> tuple[float, float]:
-    """Weighted least squares of y on 1 and x, neither coefficient negative."""
+    """Compute the weighted least squares of y on 1 and x, neither coefficient negative."""
     if not x.size:
         return 0.0, 0.0
     columns = np.stack([weight, weight * x], axis=1)
@@ -526,7 +526,7 @@ def _line(x: Floats, y: Floats, weight: Floats) -> tuple[float, float]:
 
 
 def _loss(error: Floats) -> float:
-    """Huber's loss, with the scale of one part in a hundred: guesses compare on one scale."""
+    """Compute Huber's loss at a scale of one part in a hundred: guesses compare on one scale."""
     size = np.abs(error)
     return float(np.where(size < 0.01, size**2 / 2, 0.01 * (size - 0.005)).sum())
 

@@ -64,7 +64,7 @@ class PlacementDiff(Frozen):
     pairs: NDArray[np.int64]
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON values."""
+        """Return fields as JSON values."""
         return {
             "experts_moved": self.experts_moved,
             "experts_moved_per_layer": self.experts_moved_per_layer.tolist(),

@@ -134,7 +134,7 @@ def show_crossings(output: Output, found: Structure) -> None:
 
 
 def _spread(name: str, values: Sequence[float], decimals: int) -> tuple[str, ...]:
-    """Least, median and most of a value per layer, and the layer that has the most."""
+    """Write the least, median and most of a value per layer, and the layer that has the most."""
     array = np.asarray(values, dtype=float)
     figures = (array.min(), float(np.median(array)), array.max())
     return (name, *(number(float(f), decimals) for f in figures), str(int(array.argmax())))

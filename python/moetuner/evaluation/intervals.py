@@ -203,7 +203,7 @@ def _quotients(sums: Floats) -> tuple[Floats, Floats]:
 
 
 def _lost(weights: Floats) -> tuple[float, float]:
-    """By how much resamples of units of these weights [U] deviate too little; degrees of freedom.
+    """Compute by how much resamples of weights [U] deviate too little, and degrees of freedom.
 
     Units deviate from a mean that is partly their own: the more, the heavier they are. Of equal
     units these are the root of n / (n - 1), and n - 1.
@@ -234,7 +234,7 @@ def tail(t: float, freedom: float) -> float:
 
 
 def quantile(above: float, freedom: float) -> float:
-    """Value that a variate exceeds with a probability of at most a half, by bisection."""
+    """Find the value that a variate exceeds with a probability of at most a half, by bisection."""
     low, high = 0.0, 1.0
     while tail(high, freedom) > above:
         high *= 2
@@ -245,7 +245,7 @@ def quantile(above: float, freedom: float) -> float:
 
 
 def _beta(x: float, a: float, b: float) -> float:
-    """Regularised incomplete beta function, by its continued fraction."""
+    """Compute the regularised incomplete beta function, by its continued fraction."""
     if x <= 0 or x >= 1:
         return float(x >= 1)
     if x > (a + 1) / (a + b + 2):

@@ -208,7 +208,7 @@ def _positions(position: ArrayLike | None, tokens: int) -> NDArray[np.int64]:
 def _rows_of(
     visited: NDArray[np.bool_], home: NDArray[np.int64], node: int | None
 ) -> NDArray[np.int64]:
-    """Rows [D,D] of tokens that visit devices [T,D] from their homes [T]."""
+    """Compute rows [D,D] of tokens that visit devices [T,D] from their homes [T]."""
     devices = visited.shape[1]
     token, device = np.nonzero(visited)
     if node is None:

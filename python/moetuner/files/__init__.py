@@ -197,7 +197,7 @@ def read_whole(path: str | Path, most: int = LONGEST_TEXT) -> bytes:
 
 
 def kind_of(path: Path) -> Kind:
-    """Format of a file by its first bytes; the name does not matter.
+    """Return the format of a file by its first bytes; the name does not matter.
 
     A safetensors file begins with the length of its header. Text read as such a length is beyond
     any file's size, so JSON lines are never taken for it.

@@ -123,7 +123,7 @@ def _trace_in_npy(path: Path, num_experts: int | None) -> TraceContents:
 
 
 def _experts(given: int | None, in_file: int | str | None) -> int:
-    """Experts per layer: as the caller says, else as the file says."""
+    """Return experts per layer: as the caller says, else as the file says."""
     if given is not None:
         return experts_in(given)
     if in_file is None:

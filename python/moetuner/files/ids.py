@@ -44,7 +44,7 @@ class Ids(Protocol):
         """
 
     def array(self) -> IdArray:
-        """All ids [T,L,K]; those of a file not yet validated."""
+        """Return all ids [T,L,K]; those of a file not yet validated."""
 
     def select(self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None) -> Ids:
         """Keep the marked tokens and the numbered layers; None keeps all."""
@@ -231,7 +231,7 @@ class JoinedIds:
 
 
 def joined(parts: tuple[Ids, ...]) -> Ids:
-    """Ids one after the other: an array if all are in memory, else left where they are."""
+    """Join ids one after the other: an array if all are in memory, else left where they are."""
     whole = JoinedIds(parts)
     if all(isinstance(part, IdsInMemory) for part in parts):
         return IdsInMemory(_frozen(gathered(whole)))
@@ -239,7 +239,7 @@ def joined(parts: tuple[Ids, ...]) -> Ids:
 
 
 def gathered(ids: Ids) -> IdArray:
-    """All shards in one array."""
+    """Return all shards in one array."""
     array: IdArray = np.empty(ids.shape, dtype=ids.dtype)
     first = 0
     for shard in ids.shards(1 << 24):
@@ -249,7 +249,7 @@ def gathered(ids: Ids) -> IdArray:
 
 
 def tokens_per_shard(shape: Shape, dtype: np.dtype[np.generic], max_bytes: int) -> int:
-    """Tokens that fit ``max_bytes``, at least one."""
+    """Return tokens that fit ``max_bytes``, at least one."""
     if max_bytes < 1:
         raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
     return max(1, max_bytes // (shape[1] * shape[2] * dtype.itemsize))

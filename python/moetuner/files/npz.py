@@ -75,7 +75,7 @@ def read_npy_header(file: IO[bytes]) -> tuple[TensorInFile, bool]:
 
 
 def names_in_npz(path: Path) -> set[str]:
-    """Names of an archive's arrays; none is read."""
+    """Return the names of an archive's arrays; none is read."""
     with _opened(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
@@ -120,7 +120,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def text(arrays: dict[str, NDArray[Any]], name: str) -> str | None:
-    """Value of a scalar text, if it is there."""
+    """Return the value of a scalar text, if it is there."""
     array = arrays.get(name)
     if array is None:
         return None
@@ -130,7 +130,7 @@ def text(arrays: dict[str, NDArray[Any]], name: str) -> str | None:
 
 
 def integer(arrays: dict[str, NDArray[Any]], name: str) -> int | None:
-    """Value of a scalar integer, if it is there."""
+    """Return the value of a scalar integer, if it is there."""
     array = arrays.get(name)
     if array is None:
         return None
@@ -140,7 +140,7 @@ def integer(arrays: dict[str, NDArray[Any]], name: str) -> int | None:
 
 
 def texts(arrays: dict[str, NDArray[Any]], name: str) -> list[str] | None:
-    """Values of a list of texts, if it is there."""
+    """Return values of a list of texts, if it is there."""
     array = arrays.get(name)
     if array is None:
         return None

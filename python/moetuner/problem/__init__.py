@@ -289,5 +289,5 @@ class Problem(Frozen):
         )
 
     def empty_slots(self) -> NDArray[np.int32]:
-        """Slots [L,D,S] with nothing in them."""
+        """Return slots [L,D,S] with nothing in them."""
         return np.full((self.layers, self.devices, self.slots), EMPTY, dtype=np.int32)

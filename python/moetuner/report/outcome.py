@@ -42,7 +42,7 @@ class Outcome:
         return self.result.status == "violates rules"
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields of the evaluation and of the result."""
+        """Return fields of the evaluation and of the result."""
         known = self.worth.is_known
         return {
             **self.evaluation.to_dict(),

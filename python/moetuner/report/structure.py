@@ -97,7 +97,7 @@ def structure(
     seed: int = 0,
     threads: int | None = None,
 ) -> Structure:
-    """Look for structure.
+    """Measure the structure of traffic that a placement could use.
 
     Parameters
     ----------
@@ -218,7 +218,7 @@ def _independent(statistics: RoutingStatistics) -> RoutingStatistics:
 
 
 def _rounded(weights: NDArray[np.float64], total: int) -> NDArray[np.uint64]:
-    """Share out ``total`` by weight in whole counts: largest remainder, ties to the lower index."""
+    """Divide ``total`` by weight into whole counts: largest remainder, ties to the lower index."""
     flat = weights.ravel()
     exact = flat * (total / max(float(flat.sum()), 1.0))
     counts = np.floor(exact)
@@ -230,7 +230,7 @@ def _rounded(weights: NDArray[np.float64], total: int) -> NDArray[np.uint64]:
 def _groups(
     traffic: RoutingTrace | RoutingStatistics, load: NDArray[np.uint64], threads: int | None
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Share and distance of every group that has tokens."""
+    """Compute the share and distance of every group that has tokens."""
     if traffic.group is None:
         return {}, {}
     total = load.sum(dtype=np.float64)
@@ -272,7 +272,7 @@ def _shares(load: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 
 def _over_mean(load: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Largest share of a layer times experts; 1 where a layer has no load."""
+    """Compute the largest share of a layer times experts; 1 where a layer has no load."""
     skew = _shares(load).max(axis=1) * load.shape[1]
     return np.where(load.any(axis=1), skew, 1.0)
 
@@ -293,7 +293,7 @@ def _chance_bits(tables: NDArray[np.uint64], seed: int) -> list[float]:
 
 
 def _bits(table: NDArray[np.integer[Any]]) -> float:
-    """Mutual information of rows and columns of a table of counts."""
+    """Compute the mutual information of rows and columns of a table of counts."""
     joint = table / max(float(table.sum(dtype=np.float64)), 1.0)
     apart = np.outer(joint.sum(axis=1), joint.sum(axis=0))
     there = joint > 0

@@ -42,7 +42,7 @@ class Method(Protocol):
     """How every method is called."""
 
     def __call__(self, problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-        """Answer a problem within limits."""
+        """Return what was found for a problem within limits."""
         ...
 
 

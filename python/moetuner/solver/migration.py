@@ -263,7 +263,7 @@ class Trade(Frozen):
     caps_raised: dict[int, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Figures as JSON values."""
+        """Return figures as JSON values."""
         return {
             "objective": self.objective,
             "gain": self.gain,

@@ -56,7 +56,7 @@ class Moving:
         return None if self.initial_file is None else Placement.load(self.initial_file)
 
     def arguments(self, initial: Placement | None) -> dict[str, Any]:
-        """Arguments of ``solve``."""
+        """Return arguments of ``solve``."""
         if initial is None:
             return {}
         return {

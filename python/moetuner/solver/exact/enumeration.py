@@ -129,7 +129,7 @@ def fewest_visits(problem: Problem, caps: Floats | None) -> Slots | None:
 
 
 def contents_of(problem: Problem, layer: int, running: Flags | None = None) -> Slots | None:
-    """Every content [N,D,S] of a layer that keeps the rules; None if there are too many.
+    """List every content [N,D,S] of a layer that keeps the rules; None if there are too many.
 
     Of contents that differ by an exchange of devices that are alike there is one, unless layers are
     joined, or differ in what they hold of the placement that is running [D,E].
@@ -194,7 +194,7 @@ def _twins(problem: Problem, layer: int, running: Flags | None) -> dict[int, int
 
 
 def peaks_of(problem: Problem, layer: int, contents: Slots) -> Floats:
-    """Largest load over speed of a device with each content [N], in the sum of all windows."""
+    """Compute the largest load over speed of a device with each content [N], over all windows."""
     total = np.tile(problem.load[layer].astype(np.float64), (1, len(contents), 1))
     peaks: Floats = slowest(_placement(problem, contents), total, problem.topology, problem.split)[
         0
@@ -234,7 +234,7 @@ def _widened(shares: Floats) -> Floats:
 
 
 def _shares(problem: Problem, layer: int, contents: Slots) -> Floats:
-    """Shares [N,W] of a layer by itself, of all contents as if they were layers."""
+    """Compute shares [N,W] of a layer by itself, of all contents as if they were layers."""
     count, sets = len(contents), problem.statistics.sets
     statistics = _Counted(
         np.tile(problem.load[layer], (count, 1)),
@@ -261,7 +261,7 @@ def _pair_shares(problem: Problem, layer: int, here: Slots, there: Slots) -> Flo
 def _best(
     problem: Problem, tables: list[Floats], known: float, price: float, most: float
 ) -> NDArray[np.int64] | None:
-    """Contents [L] of the best way through tables; none if it is not below what is known.
+    """Find contents [L] of the best way through tables; none if it is not below what is known.
 
     Their last number, at most ``most``, has a price. None where too many are to be tried.
     """
@@ -308,7 +308,7 @@ def _best(
 
 
 def _undominated(rows: Floats) -> NDArray[np.int64]:
-    """Rows [n,W] that no other one is at most in all columns; all where they are many."""
+    """Find the rows [n,W] that no other one is at most in all columns; all where they are many."""
     _, first = np.unique(rows, axis=0, return_index=True)
     if len(first) > COMPARED:
         return np.sort(first)

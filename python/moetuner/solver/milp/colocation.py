@@ -246,7 +246,7 @@ class Model:
         return count + gatherings
 
     def _saved(self) -> Values:
-        """Cost saved by every column."""
+        """Compute the cost saved by every column."""
         joint, E = self.joint, self.experts
         saved = np.zeros(self.columns)
         for tier, relation in enumerate(joint.relations):
@@ -258,7 +258,7 @@ class Model:
         return saved
 
     def _upper(self) -> Values:
-        """Upper bounds: 0 for two experts that with the lightest others break the cap."""
+        """Return upper bounds: 0 for two experts that with the lightest others break the cap."""
         upper = np.ones(self.columns)
         C = self.joint.slots
         if C < 2:
@@ -295,7 +295,7 @@ class Model:
                     self.ilp.add_rows(np.full(P, size), size, row, z.ravel())
 
     def _add_nesting(self) -> None:
-        """On one device, so in one node."""
+        """Add rows that have what is on one device in one node."""
         if len(self.joint.relations) < 2:
             return
         e, f = np.triu_indices(self.entries, 1)
@@ -413,7 +413,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
 
 
 def entries_of(slots: NDArray[np.int32], experts: int) -> NDArray[np.int64]:
-    """Device of every entry [L,P]: of the experts, then of the empty slots."""
+    """Return the device of every entry [L,P]: of the experts, then of the empty slots."""
     layers, _, per_device = slots.shape
     flat = slots.reshape(layers, -1)
     # Empty slots sort behind all experts, in order.
@@ -425,7 +425,7 @@ def entries_of(slots: NDArray[np.int32], experts: int) -> NDArray[np.int64]:
 def _read(
     problem: Problem, model: Model, caps: NDArray[np.uint64], solution: Solution
 ) -> tuple[NDArray[np.int32], int] | None:
-    """Slots [L,D,S] and cost of a solution; None if it is no placement under the caps."""
+    """Read slots [L,D,S] and cost of a solution; None if it is no placement under the caps."""
     device_of = None if solution.values is None else model.device_of(solution.values)
     if device_of is None:
         return None

@@ -138,7 +138,7 @@ class Ilp:
         return max(math.ceil((dual - self.margin - rounding) * unit), 0)
 
     def objective(self, values: NDArray[np.float64]) -> float:
-        """Objective of some values [columns]."""
+        """Compute the objective of some values [columns]."""
         return float(self.cost @ values) + self.offset
 
     def broken(self, values: NDArray[np.float64]) -> str | None:
@@ -171,7 +171,7 @@ class Ilp:
         time_limit: float | None = None,
         progress: Callable[[float | None, float], None] | None = None,
     ) -> Solution:
-        """Solve.
+        """Run HiGHS and return the best values that it found.
 
         Ctrl-C ends the search, not the program: the best values so far come back with status
         ``"interrupted"``.

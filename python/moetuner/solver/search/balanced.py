@@ -29,7 +29,7 @@ def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> NDArray[np.in
 
 
 def no_worse(problem: Problem, found: Candidate) -> Candidate:
-    """Answer with what ``balance`` would place where a search for traffic ended behind it.
+    """Return what ``balance`` would place where a search for traffic ended behind it.
 
     Such searches know single copies only, and may have had no time at all.
     """

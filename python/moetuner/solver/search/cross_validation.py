@@ -184,7 +184,7 @@ class _Trial:
     def scores(
         self, setting: Setting, *, seed: int, threads: int | None, time_limit: float | None
     ) -> Floats:
-        """Imbalance on the windows held out [parts * L]."""
+        """Compute the imbalance on the windows held out [parts * L]."""
         parts = range(int(self.fold.max()) + 1)
         held_out = [(self.fold == part)[:, None, None] for part in parts]
         tables = [np.where(out, 0, self.load) for out in held_out]

@@ -62,7 +62,7 @@ def trials_of(slots: int, windows: int | None) -> int:
 
 
 def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Candidate:
-    """One copy of each expert on devices that are alike, for traffic alone under a cap."""
+    """Search with one copy of each expert on devices that are alike, for traffic under a cap."""
     fewest = -(-problem.experts // problem.devices)
     alike = replace(
         problem,
@@ -223,7 +223,7 @@ class Search:
         )
 
     def rank(self, slots: Slots) -> tuple[float, float]:
-        """By how much caps are exceeded, in all layers, and the value; lower is better."""
+        """Return by how much caps are exceeded, in all layers, and the value; lower is better."""
         excess = self.problem.caps.excess(self._placement(slots))
         return float(excess.sum()), self.value(slots)
 
@@ -232,7 +232,7 @@ class Search:
         return Known(*self.rank(slots), slots)
 
     def value(self, slots: Slots) -> float:
-        """Objective of slots, and what moving there costs."""
+        """Compute the objective of slots, and what moving there costs."""
         placement = self._placement(slots)
         value, moving = self.objective.value(placement), self.moving
         return value if moving is None else value + moving.price * moving.moved(slots)
@@ -291,7 +291,7 @@ class Search:
         return self.problem.caps.excess(self._placement(slots))
 
     def reweight(self, slots: Slots) -> None:
-        """Weigh the windows that a risk or the worst group is made of more, next time."""
+        """Give more weight to the windows that a risk or the worst group is made of, next time."""
         windows = self.problem.windows
         if windows.is_mean:
             return
@@ -312,7 +312,7 @@ class Search:
         return self.problem.filled(slots, None if self.moving is None else self.moving.initial)
 
     def candidate(self, slots: Slots, status: Status) -> Candidate:
-        """Answer with slots."""
+        """Return slots as a candidate."""
         return Candidate(slots, status, details=Details(unseen=self.choice.details))
 
     def _placement(self, slots: Slots) -> Placement:

@@ -77,7 +77,7 @@ class Path:
 
 
 def widened(problem: Problem, slots: Slots) -> Slots:
-    """Slots [L,D,S] as wide as the problem's, which hold them; what is in them moves down."""
+    """Widen slots [L,D,S] to the problem's, which hold them; what is in them moves down."""
     wide = problem.empty_slots()
     width = min(slots.shape[2], problem.slots)
     # Full slots first: a device may have fewer than these are wide.
@@ -87,7 +87,7 @@ def widened(problem: Problem, slots: Slots) -> Slots:
 
 
 def lawful(problem: Problem, initial: Placement) -> Slots:
-    """Slots [L,D,S] that keep the rules, to which the fewest copies have to be brought.
+    """Find slots [L,D,S] that keep the rules, to which the fewest copies have to be brought.
 
     An expert without pins needs one device, which costs a move if it does not hold the expert yet:
     in a layer that breaks a rule that is a flow of least cost. What else is held stays where there

@@ -126,6 +126,6 @@ def two_stage(
 
 
 def _sizes(cluster: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
-    """Experts of every cluster [L,D]."""
+    """Return experts of every cluster [L,D]."""
     sizes: NDArray[np.int64] = (cluster[:, :, None] == np.arange(clusters)).sum(axis=1)
     return sizes

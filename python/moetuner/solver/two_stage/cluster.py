@@ -52,7 +52,7 @@ def cluster_layers(
     seed: int = 0,
     limits: Limits | None = None,
 ) -> Clusters:
-    """Stage 1: minimise sum_c abs(load_c - mean) in every layer, to within ``tolerance`` * mean.
+    """Minimise sum_c abs(load_c - mean) in every layer, to within ``tolerance`` * mean: stage 1.
 
     A relative gap on deviations that are nearly zero means nothing, so the gap is measured against
     the mean cluster load.

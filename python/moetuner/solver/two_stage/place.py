@@ -50,7 +50,7 @@ class PlacedClusters:
 def cluster_traffic(
     transitions: NDArray[np.uint64], cluster: NDArray[np.int64], clusters: int
 ) -> tuple[NDArray[np.uint64], int]:
-    """Tokens from cluster to cluster of the next layer [L-1,D,D].
+    """Return tokens from cluster to cluster of the next layer [L-1,D,D].
 
     Also the number of low bits cut off all counts so that their sums fit in 64 bits: 0 unless
     counts are huge.
@@ -74,7 +74,7 @@ def place_clusters(
     seed: int = 0,
     limits: Limits | None = None,
 ) -> PlacedClusters:
-    """Stage 2: minimise sum_l max_{d != d'} traffic_l(d,d') / bandwidth(d,d').
+    """Minimise sum_l max_{d != d'} traffic_l(d,d') / bandwidth(d,d'): stage 2.
 
     Parameters
     ----------

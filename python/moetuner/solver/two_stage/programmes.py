@@ -41,7 +41,7 @@ def cluster(
     time_limit: float | None,
     progress: Progress | None,
 ) -> Choice:
-    """Stage 1 of one layer: sum_c t_c with t_c >= +-(load_c - mean), in units of the mean.
+    """Minimise sum_c t_c with t_c >= +-(load_c - mean), in units of the mean: stage 1 of a layer.
 
     Parameters
     ----------
@@ -159,7 +159,7 @@ def place(
     time_limit: float | None,
     progress: Progress | None,
 ) -> Choice:
-    """Stage 2: sum_l t_l with t_l >= traffic_l(d,d') / bandwidth(d,d') for all d != d'.
+    """Minimise sum_l t_l with t_l >= traffic_l(d,d') / bandwidth(d,d') for all d != d': stage 2.
 
     A product w[l,c,c',d,d'] = y[l,c,d] * y[l+1,c',d'] is continuous and adds up to its two factors
     over d' and over d.

@@ -394,7 +394,7 @@ class ExpertParallelMoE(nn.Module):
         return None
 
     def _refuse(self, reason: str) -> None:
-        """Let the other ranks, who wait for this one, know, and raise."""
+        """Raise on this rank and on all others, which wait for it."""
         nothing = torch.empty(0, 1, dtype=torch.int64, device=self.device)
         faults = torch.tensor(MISFIT, device=self.device)
         try:

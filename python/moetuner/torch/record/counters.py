@@ -248,7 +248,7 @@ class RoutingCounters:
         )
 
     def _windows(self) -> int:
-        """Windows that hold tokens, at least one."""
+        """Return windows that hold tokens, at least one."""
         if self._ranks > 1 or self.window is None:
             # After a sum the rank with the most windows decides, not the number of tokens.
             held = self._load.sum(dim=(1, 2)).nonzero()

@@ -233,7 +233,7 @@ def _index_of(source: Path) -> dict[str, Any] | None:
 def _router_rows(
     headers: Mapping[Path, safetensors.Header], moves: Mapping[str, Move]
 ) -> dict[str, list[NDArray[np.uint8]]]:
-    """Bytes of the router state of every block, row by row."""
+    """Return bytes of the router state of every block, row by row."""
     rows: dict[str, list[NDArray[np.uint8]]] = {}
     for file, header in headers.items():
         with file.open("rb") as data:

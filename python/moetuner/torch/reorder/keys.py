@@ -116,7 +116,7 @@ def _expert(name: str) -> tuple[str, str, int, str] | None:
 
 
 def _blocks(found: set[str], layers: int, num_hidden_layers: int | None) -> list[str]:
-    """MoE blocks that the placement is about, in the order of layers."""
+    """Return MoE blocks that the placement is about, in the order of layers."""
 
     def number(block: str) -> int:
         layer = LAYER.search(block + ".")

@@ -81,5 +81,5 @@ def check_ties(rows: list[bytes], layer: str) -> None:
 
 
 def inverse_of(order: Order) -> Order:
-    """Order [L,E] that undoes another one."""
+    """Return the order [L,E] that undoes another one."""
     return np.argsort(order, axis=1)
