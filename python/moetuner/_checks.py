@@ -302,7 +302,7 @@ def groups(
 
 
 def distinct(values: NDArray[Integer]) -> NDArray[Integer]:
-    """Labels that occur, in ascending order; in pieces, since numpy alone takes much memory."""
+    """Find the labels that occur, ascending; in pieces, since numpy alone takes much memory."""
     pieces: list[NDArray[Integer]] = [
         np.unique(values[at : at + PIECE]) for at in range(0, len(values), PIECE)
     ]

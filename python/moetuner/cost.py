@@ -221,7 +221,7 @@ class CostModel(Frozen):
         dtype_bytes: float = 1,
         **others: Any,
     ) -> CostModel:
-        """Roofline of a common GPU, ``"h100"`` for one; the sizes are DeepSeek-V3's by default.
+        """Return the roofline of a common GPU, such as ``"h100"``; sizes are DeepSeek-V3's.
 
         Raises
         ------
@@ -278,7 +278,7 @@ class CostModel(Frozen):
         return time
 
     def layer_us(self, compute: ArrayLike, communication: ArrayLike) -> Floats:
-        """Microseconds of layers [...] from devices' compute [...,D] and communication [...]."""
+        """Compute microseconds of layers [...] of devices' compute [...,D] and exchange [...]."""
         slowest = np.asarray(compute, dtype=np.float64).max(axis=-1)
         other = np.asarray(communication, dtype=np.float64)
         time: Floats = slowest + other - self.overlap * np.minimum(slowest, other)

@@ -62,7 +62,7 @@ def served(placement: Placement, share: Floats | None, load: NDArray[Any]) -> Fl
 
 
 def of_layer(held: Floats, node: NDArray[np.int64], split: Split) -> Floats:
-    """Share of every expert's tokens that a device serves [D,E], from 1 where it holds one."""
+    """Compute shares of experts' tokens that a device serves [D,E], of 1 where it holds one."""
     if split != "nearest":
         even: Floats = held / held.sum(axis=0)
         return even

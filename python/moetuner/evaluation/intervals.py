@@ -224,7 +224,7 @@ TERMS, SMALLEST, ENOUGH = 300, 1e-300, 1e-14
 
 
 def tail(t: float, freedom: float) -> float:
-    """Probability that a variate of Student's t with these degrees of freedom is above ``t``."""
+    """Compute the probability that a variate of Student's t of such freedom is above ``t``."""
     if math.isnan(t):
         return 1.0
     if math.isinf(t):

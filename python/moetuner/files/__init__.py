@@ -177,7 +177,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def size_of(path: Path) -> int:
-    """Size of a regular file; a pipe or a device would block, or could not be read twice."""
+    """Return the size of a regular file; others would block, or could not be read twice."""
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(f"{path}: must be a file, got a directory")

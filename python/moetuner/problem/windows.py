@@ -69,7 +69,7 @@ class Windows:
         return scaled
 
     def _parts(self) -> list[NDArray[np.bool_]]:
-        """Windows that compete: those of every group if the worst one counts, else all as one."""
+        """Return windows that compete: of every group if the worst one counts, else all as one."""
         if not self.minimax or self.group is None:
             return [np.ones(len(self.weight), dtype=bool)]
         return [self.group == number for number in np.unique(self.group)]

@@ -73,7 +73,7 @@ class Outcome:
 
 
 def head(problem: Problem) -> tuple[str, ...]:
-    """Columns of a table of outcomes: what says most of the objective, within 80 characters."""
+    """Return a table's columns: what says most of the objective, within 80 characters."""
     figures = [COLUMNS[name][0] for name in Objective(problem).figures]
     return ("method", "imbalance", "mixed", *figures, "objective", "gap", "seconds")
 

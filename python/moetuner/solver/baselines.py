@@ -36,7 +36,7 @@ def round_robin(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 
 
 def random(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Equal counts, as far as slots allow, experts drawn at random in every layer."""
+    """Place equal counts, as far as slots allow, drawn at random in every layer."""
     generator = np.random.default_rng(seed)
     return _dealt(problem, lambda device, turn: generator.permutation(np.lexsort((device, turn))))
 
@@ -56,7 +56,7 @@ def lpt(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 
 
 def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """DeepSeek's expert-parallel load balancer, global policy: github.com/deepseek-ai/EPLB.
+    """Place as DeepSeek's load balancer does, by its global policy: github.com/deepseek-ai/EPLB.
 
     Copies by the largest load per copy, then the heaviest copy first to the lightest device. Loads
     are summed over all windows. No device gets a second copy of an expert, which would serve

@@ -110,7 +110,7 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
 
 
 def _least_compute(problem: Problem) -> Floats:
-    """Least microseconds that the slowest device computes, in every window and layer [W,L]."""
+    """Compute the least microseconds of the slowest device, in every window and layer [W,L]."""
     model, load, speed = problem.cost_model, problem.windows.load, problem.topology.speed_of_device
     assert model is not None
     # An idle device starts as well.
@@ -152,7 +152,7 @@ def _least_rows_us(problem: Problem) -> Floats:
 
 
 def _least_part(problem: Problem) -> Floats:
-    """Part of the pairs' cost that every window [W] pays at least, of all pairs' cost."""
+    """Compute the part of all pairs' cost that every window [W] pays at least."""
     load = problem.windows.load.sum(axis=2)[:, 1:]
     if problem.statistics.transitions is None:
         return np.zeros(len(load))

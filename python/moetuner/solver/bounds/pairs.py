@@ -246,7 +246,7 @@ def padded(
 
 
 def _of_count(problem: Problem, cost: int) -> int:
-    """Cost of the problem from that of `padded`: with ``dispatch`` every pair was counted twice."""
+    """Return the problem's cost from that of `padded`, which counts dispatch's pairs twice."""
     return cost if problem.regime == "follow" else -(-cost // 2)
 
 
@@ -280,7 +280,7 @@ def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
 
 
 def _flops(problem: Problem) -> float:
-    """Work of one iteration, dominated by one eigenproblem of order 2P per pair of layers."""
+    """Compute the work of an iteration: an eigenproblem of order 2P per pair of layers."""
     order = 2 * problem.devices * problem.slots
     pairs = problem.layers - 1 if problem.regime == "follow" else 2 * problem.layers - 1
     return float(pairs) * order**3

@@ -245,7 +245,7 @@ def _shares(problem: Problem, layer: int, contents: Slots) -> Floats:
 
 
 def _pair_shares(problem: Problem, layer: int, here: Slots, there: Slots) -> Floats:
-    """Shares [N,M,W] of a layer with every content of it and of the next, in turns as layers."""
+    """Compute shares [N,M,W] of a layer with all contents of it and of the next, in turns."""
     first, second = len(here), len(there)
     slots = np.empty((2 * first * second, *here.shape[1:]), dtype=np.int32)
     slots[::2], slots[1::2] = np.repeat(here, second, axis=0), np.tile(there, (first, 1, 1))

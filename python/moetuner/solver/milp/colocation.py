@@ -67,7 +67,7 @@ class Joint:
 
     @classmethod
     def of(cls, problem: Problem, caps: Counts) -> Joint | None:
-        """Whole problem; None where links are of other kinds than two tiers, nodes the dearer."""
+        """Return the whole problem; None where links are not of two tiers, nodes the dearer."""
         topology, cost = problem.topology, problem.topology.cost
         follow = problem.regime == "follow"
         within, between = (

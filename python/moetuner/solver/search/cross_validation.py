@@ -215,7 +215,7 @@ class _Trial:
         return np.concatenate(scores)
 
     def _judge(self, part: int, slots: NDArray[np.int32]) -> Floats:
-        """Imbalance of slots [L,D,S] on the windows of a part and on their mean, of every layer."""
+        """Compute layers' imbalance of slots [L,D,S] on the windows of a part and on their mean."""
         out = self.fold == part
         load, weight = self.load[out], self.weight[out]
         mixed = np.einsum("w,wle->le", weight, load)

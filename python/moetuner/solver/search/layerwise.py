@@ -300,7 +300,7 @@ class Search:
         self.weight = windows.weight * np.mean(self.reweighted, axis=0)
 
     def allowed(self, slots: Slots) -> Slots | None:
-        """Slots [L,D,S] of one copy each, in the problem's rooms; None where they break a rule."""
+        """Return slots [L,D,S] as wide as the problem's; None where they break a rule."""
         problem = self.problem
         if ((slots != EMPTY).sum(axis=2) > problem.capacity).any():
             return None

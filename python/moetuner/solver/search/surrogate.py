@@ -36,7 +36,7 @@ def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
 
 
 def visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
-    """Expert sets and what a visit costs, where visits count; arguments of the core's layers."""
+    """Return expert sets and a visit's costs, where visits count: arguments of the core."""
     objective = Objective(problem)
     sets = objective.sets
     if sets is None:

@@ -145,7 +145,7 @@ class ComputeCost(Protocol):
     """What the rebalancer asks of a cost model; ``moetuner.CostModel`` answers it."""
 
     def compute_us(self, tokens: ArrayLike, active: ArrayLike | None = None) -> NDArray[np.float64]:
-        """Microseconds of devices for tokens [...], each counted per expert, of active experts."""
+        """Compute microseconds of devices for tokens [...], by expert, of so many experts."""
         ...
 
 

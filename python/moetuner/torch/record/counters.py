@@ -354,7 +354,7 @@ def _add_product(table: Tensor, first: Tensor, second: Tensor, keep: Tensor | No
 
 
 def _one_hot(ids: Tensor, experts: int, keep: Tensor | None) -> Tensor:
-    """Which experts a token visits [L,T,E], as 0 and 1; nothing for tokens that do not count."""
+    """Return which experts a token visits [L,T,E], as 0 and 1; 0 for tokens that do not count."""
     tokens, layers, top_k = ids.shape
     hot = torch.zeros(layers, tokens, experts, device=ids.device, dtype=torch.float32)
     ones = torch.ones((), device=ids.device, dtype=torch.float32)

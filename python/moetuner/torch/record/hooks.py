@@ -118,7 +118,7 @@ def _sizes(model: nn.Module, given: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _kept(mask: object, rows: int, length: int) -> Tensor:
-    """Last ``length`` columns of a mask: the earlier ones are tokens of earlier steps."""
+    """Return the last ``length`` columns of a mask: others are tokens of earlier steps."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows:
         found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(

@@ -17,7 +17,7 @@ ROUTER_NAMES = ("gate", "router")
 
 
 def order_of(placement: Placement) -> Order:
-    """Old expert at every new position [L,E]: device by device, ascending within a device."""
+    """Return the old expert at every new position [L,E]: by device, ascending within one."""
     layers, devices, _ = placement.slots.shape
     copies = placement.replicas
     if (copies > 1).any():
