@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner._checks import (
+    instance,
     is_number,
     not_negative,
     numbers_in,
@@ -290,6 +291,7 @@ class CostModel(Frozen):
         If ports are evenly used, the busiest carries one row in D. ``returns`` is whether tokens
         come back, as in regime dispatch.
         """
+        instance("topology", topology, Topology)
         carried = self.token_bytes + (self.bytes_back if returns else 0.0)
         links = [carried / level.bandwidth * 1e6 / topology.devices for level in topology.levels]
         return (1.0 - self.overlap) * np.array([0.0, *links])

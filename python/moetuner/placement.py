@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,7 @@ class Placement(Frozen):
 
     slots: NDArray[np.int32]
     num_experts: int = 0
+    _: KW_ONLY
     model: str | None = None
     topology: str | None = None
     fingerprint: str | None = None

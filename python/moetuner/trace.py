@@ -8,7 +8,7 @@ and ``concat``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -73,6 +73,7 @@ class RoutingTrace:
 
     ids: Ids
     num_experts: int
+    _: KW_ONLY
     sequence: NDArray[np.int32] | None = None
     group: NDArray[np.int16] | None = None
     group_names: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import at_least, instance, seed_in, threads_in
 from moetuner.evaluation import Evaluation, evaluate, intervals
-from moetuner.frozen import Frozen
+from moetuner.frozen import Frozen, html_table
 from moetuner.problem import Problem
 from moetuner.solver import solve
 from moetuner.statistics import RoutingStatistics, hold_out
@@ -87,6 +87,13 @@ class Structure(Frozen):
     crossing_contiguous: float | None
     crossing_independent: float | None
     gain: tuple[float, float] | None
+
+    def _repr_html_(self) -> str:
+        bits = ("", *(self.information or ("",) * (len(self.skew) - 1)))
+        head = ("layer", "skew", "unused", "bits shared with the layer before")
+        return html_table(
+            head, zip(range(len(self.skew)), self.skew, self.unused, bits, strict=True)
+        )
 
 
 def structure(

@@ -8,7 +8,7 @@ so few partitions that dynamic programming over all of them is the proof, which 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -85,7 +85,7 @@ class Certificate(Frozen):
     caps: NDArray[np.uint64]
     method: Method
     cost: int
-    proofs: tuple[Proof, ...] = ()
+    proofs: tuple[Proof, ...] = field(default=(), repr=False)
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
