@@ -292,7 +292,7 @@ class Topology(Frozen):
         Parameters
         ----------
         machine
-            One of those in ``_machines.py``, where the sources of the numbers are.
+            One of those in ``presets.py``, where the sources of the numbers are.
         nodes
             Number of nodes.
         others

@@ -95,7 +95,7 @@ def dispatched(
 def active(placement: Placement, share: Floats | None, expert_load: NDArray[Any]) -> Floats:
     """Return experts of every device that have a token, or are expected to [W,L,D].
 
-    Of shares of every window's tokens [W,L,E], as ``_split.copy_shares`` gives them.
+    Of shares of every window's tokens [W,L,E], as ``copies.copy_shares`` has them.
     """
     if share is None:
         return copies.served(placement, share, expert_load > 0)
