@@ -35,7 +35,6 @@ def two_stage(
     *,
     seed: int = 0,
     limits: Limits | None = None,
-    tolerance: float = TOLERANCE,
     equal_sizes: bool | None = None,
 ) -> Candidate:
     """Solve by the paper's two stages.
@@ -48,8 +47,6 @@ def two_stage(
         For HiGHS.
     limits
         Of them, ``time_limit``, ``threads`` and ``progress`` apply.
-    tolerance
-        Stage 1: of the mean load. Stage 2, where HiGHS is called: of the objective.
     equal_sizes
         Whether clusters hold equally many experts; by default where the slots leave no choice.
 
@@ -68,7 +65,6 @@ def two_stage(
         devices,
         equal_sizes=equal_sizes,
         largest=problem.slots,
-        tolerance=tolerance,
         seed=seed,
         limits=clock.rest(),
     )
@@ -79,7 +75,7 @@ def two_stage(
         layers_searched=int(clusters.searched.sum()),
         largest_gap=float(clusters.gap.max()),
         largest_deviation=float(clusters.deviation.max()),
-        tolerance=tolerance,
+        tolerance=TOLERANCE,
         note=few if experts < devices else None,
     )
     sizes = _sizes(clusters.cluster, devices)
@@ -97,7 +93,6 @@ def two_stage(
             problem.topology.cost,
             # Where they differ, devices are to hold equally many experts over all layers.
             sizes=None if np.ptp(sizes) == 0 else sizes,
-            tolerance=tolerance,
             seed=seed,
             limits=clock.rest(),
         )

@@ -73,11 +73,6 @@ def cluster_layers(
         As in `two_stage.two_stage`.
     """
     load = np.ascontiguousarray(load, dtype=np.uint64)
-    check_tolerance(tolerance)
-    if load.ndim != 2 or 0 in load.shape:
-        raise ValueError(f"load must be counts [layers, experts], got {list(load.shape)}")
-    if not 1 <= clusters <= 65535:
-        raise ValueError(f"clusters must be from 1 to 65535, got {clusters}")
     limits = limits or Limits()
     clock = Clock(limits)
     experts = load.shape[1]
@@ -121,9 +116,3 @@ def cluster_layers(
         if found.status == "feasible":
             status = "feasible"
     return Clusters(cluster, deviation, bound, searched, status)
-
-
-def check_tolerance(tolerance: float) -> None:
-    """Raise unless a MIP tolerance makes sense."""
-    if not 0 <= tolerance <= 1:
-        raise ValueError(f"tolerance must be from 0 to 1, got {tolerance}")

@@ -12,7 +12,7 @@ from moetuner import _core
 from moetuner.solver import effort
 from moetuner.solver.result import Clock, Limits, Status
 from moetuner.solver.two_stage import programmes
-from moetuner.solver.two_stage.cluster import TOLERANCE, check_tolerance
+from moetuner.solver.two_stage.cluster import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,9 @@ def place_clusters(
     """
     traffic = np.ascontiguousarray(traffic, dtype=np.uint64)
     cost = np.ascontiguousarray(cost, dtype=np.int64)
-    check_tolerance(tolerance)
-    if cost.ndim != 2 or cost.shape[0] != cost.shape[1] or not cost.size or cost.min() < 0:
-        raise ValueError(f"cost must be counts [devices, devices], got {list(cost.shape)}")
-    if traffic.ndim != 3 or traffic.shape[1:] != cost.shape:
-        raise ValueError(f"traffic must be [L-1, {len(cost)}, {len(cost)}], got {traffic.shape}")
     limits = limits or Limits()
     clock = Clock(limits)
     counts = None if sizes is None else np.ascontiguousarray(sizes, dtype=np.uint64)
-    if counts is not None and counts.shape != (len(traffic) + 1, len(cost)):
-        raise ValueError(f"sizes must be [{len(traffic) + 1}, {len(cost)}], got {counts.shape}")
     links = cost.astype(np.uint64)
     found, way, bound = _core.place_clusters(traffic, links, sizes=counts, threads=limits.threads)
     if counts is not None and not _level(found, counts):
