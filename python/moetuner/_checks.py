@@ -24,14 +24,14 @@ IdType = np.dtype[np.uint8] | np.dtype[np.uint16]
 U8, U16 = np.dtype(np.uint8), np.dtype(np.uint16)
 LAYER_LIMIT = 1 << 16
 EXPERT_LIMIT = 1 << 16
-# Of a topology, whose tables are of pairs of devices.
+# Devices of a topology, whose tables are of pairs of devices.
 DEVICE_LIMIT = 1 << 13
-# Of all devices of a layer together, each as wide as the widest.
+# Slots of a layer's devices together, each device as wide as the widest.
 SLOT_LIMIT = 1 << 16
-# Of a table of layers, experts and devices.
+# Cells of a table of layers, experts and devices.
 CELL_LIMIT = 1 << 28
 THREAD_LIMIT = 1 << 12
-# Of times, sizes and rates, in any unit: within them no product or quotient is infinite.
+# Times, sizes and rates are between these, in any unit, so that no product or quotient is infinite.
 SMALLEST, LARGEST = 1e-30, 1e30
 # Characters of a value that a message shows.
 SHOWN = 40

@@ -454,7 +454,7 @@ def _evidence(
 ) -> Evidence:
     """Leave out parts of the measurements, all repeats of a batch at once."""
     batches = np.unique(np.stack([tokens, experts]), axis=1, return_inverse=True)[1].ravel()
-    # At random, since batches are measured along a grid; the answer is always the same.
+    # Folds are random, since batches are measured along a grid; the answer is always the same.
     fold = np.random.default_rng(0).permutation(int(batches.max()) + 1)[batches] % FOLDS
     error, found = np.zeros(len(times)), []
     for number in range(FOLDS):
@@ -533,7 +533,7 @@ def _loss(error: Floats) -> float:
     return float(np.where(size < 0.01, size**2 / 2, 0.01 * (size - 0.005)).sum())
 
 
-# Whose times count when nobody says.
+# Times are of this GPU when nobody names one.
 DEFAULT_GPU = "h100"
 
 # Hidden and intermediate size of a routed expert: `hidden_size` and `moe_intermediate_size` (where

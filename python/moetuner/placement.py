@@ -260,7 +260,7 @@ class Placement(Frozen):
                 )
             width = slots_per_device
         check_slots(devices, width, layers)
-        # As narrow as they can be: numpy sorts 8 and 16 bits by radix.
+        # Devices are as narrow as they can be: numpy sorts 8 and 16 bits by radix.
         narrow = device_of.astype(np.min_scalar_type(max(devices - 1, 0)))
         order = np.argsort(narrow, axis=1, kind="stable")
         cell = cell[(order + row * experts).ravel()]
@@ -352,7 +352,7 @@ class Placement(Frozen):
         if tokens is not None and not (np.isfinite(tokens) & (tokens >= 0)).all():
             raise ValueError("load must be finite and at least 0")
         full = filled(self.slots, self.num_experts, load=tokens)
-        # What a solver said was of other copies.
+        # A solver's figures were of other copies.
         return replace(self, slots=full, objective=None, bound=None)
 
     def save(self, path: str | Path) -> None:
@@ -482,8 +482,6 @@ def _number(fields: dict[str, Any], key: str) -> float | None:
     value = fields.get(key)
     return None if value is None else float(value)
 
-
-# As in ``placement``, which needs this module.
 
 Slots = NDArray[np.int32]
 

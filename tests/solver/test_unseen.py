@@ -20,7 +20,7 @@ def choice(load: np.ndarray, group: np.ndarray | None = None, **options: Any) ->
     devices, layers = 4, load.shape[1]
     arguments = {
         "weight": np.ones(len(load)),
-        "room": np.full((layers, devices), load.shape[2] // devices + 1),
+        "capacity": np.full((layers, devices), load.shape[2] // devices + 1),
         "node": np.arange(devices) // 2,
         "time": np.ones(devices),
         "nearest": False,
@@ -162,7 +162,7 @@ def test_what_mixes_well_is_chosen_where_it_costs_nothing() -> None:
     found = choice(
         np.round(load * 1000),
         np.arange(40) % 10,
-        room=np.full((3, 32), 4),
+        capacity=np.full((3, 32), 4),
         node=np.zeros(32, np.int64),
         time=np.ones(32),
     )

@@ -82,7 +82,7 @@ def show_groups(output: Output, found: Structure) -> None:
         output.say("No groups: nothing to compare between kinds of traffic.")
         output.say()
         return
-    # Where they are many, those that differ most.
+    # The groups that differ most are shown where there are many.
     names = sorted(found.group_share, key=lambda name: -found.group_distance[name])
     rows = [
         (name, percent(found.group_share[name]), number(found.group_distance[name], 3))

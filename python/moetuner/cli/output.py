@@ -82,7 +82,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-# Where nobody watches: the first line after a second, the next ones rarely.
+# A log gets the first line after a second, the next ones rarely.
 FIRST_S = 1.0
 INTERVAL_S = 10.0
 

@@ -24,10 +24,10 @@ Whole = NDArray[np.int64]
 AT_ONCE = 1 << 11
 # Counts of parts of windows that are held at once.
 CELLS = 1 << 20
-# By how much a window is moved towards what one of its sequences does.
+# Step by which a window is moved towards what one of its sequences does.
 NUDGE = 1e-4
 
-# By name, numerators and denominators [W]: their sums, divided, are the figure.
+# Numerators and denominators [W] by name: their sums, divided, are the figure.
 Measures = dict[str, tuple[Floats, Floats]]
 
 

@@ -109,7 +109,7 @@ def _followed(counts: Counts, topology: Topology, model: CostModel) -> Floats:
     if counts.follow is None or not len(counts.follow):
         return time
     pairs = counts.follow.sum(axis=(1, 2), dtype=np.float64)
-    # Of every pair, the part that a window's token sends: load of the next layer over all pairs.
+    # A window's part of every pair: load of the next layer over all pairs.
     part = load[:, 1:] / np.maximum(pairs, 1)
     busiest = busiest_ports(counts.follow, topology)
     time[:, :-1] = model.ports_us(part[:, :, None] * busiest, topology)

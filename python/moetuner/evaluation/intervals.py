@@ -22,7 +22,7 @@ RESAMPLES = 1000
 FEWEST = 5
 # Drawn units that are held at once.
 DRAWN = 1 << 22
-# What 95 % of normal variates do not exceed in size.
+# 95 % of normal variates do not exceed this in size.
 NORMAL = 1.959963984540054
 
 Floats = NDArray[np.float64]

@@ -21,7 +21,7 @@ from moetuner.files.text import printable
 Kind = Literal["safetensors", "npz", "npy", "jsonl"]
 
 SHORTEST_SAFETENSORS = 8
-# Of a file that is held whole in memory: the largest placement has a tenth.
+# Bytes of a file that is held whole in memory: the largest placement has a tenth.
 LONGEST_TEXT = 1 << 29
 # Temporary files are hidden and have what they become, a random part and this in their names.
 TEMPORARY = ".moetuner"

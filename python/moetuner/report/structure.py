@@ -194,7 +194,7 @@ def _gain(found: Evaluation, null: float | None) -> tuple[float, float] | None:
     blocks = int((pairs > 0).sum())
     if blocks < 2:
         return None
-    # Of a ratio of two sums over blocks.
+    # The standard error of a ratio of two sums over blocks.
     apart = (pairs - stay) - found.crossing * pairs
     error = np.sqrt(blocks / (blocks - 1) * (apart**2).sum()) / pairs.sum()
     width = intervals.quantile(CHANCE, blocks - 1) * float(error)

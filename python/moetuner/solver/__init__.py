@@ -57,7 +57,7 @@ METHODS: dict[str, Method] = {
     "eplb": baselines.eplb,
     "exflow": baselines.exflow,
 }
-# The paper calls its method after itself, and so did moetuner.
+# The paper calls its method MoETuner, and so did this package.
 ALIASES = {"moetuner": "paper"}
 
 

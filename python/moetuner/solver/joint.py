@@ -21,9 +21,9 @@ from moetuner.solver.bounds.pairs import bound, certified
 from moetuner.solver.exact.enumeration import eased, enumerated, fewest_visits
 from moetuner.solver.exact.partitions import chain
 from moetuner.solver.milp.colocation import colocation, fits
-from moetuner.solver.result import BoundDetails, Candidate, Clock, Limits, Moving
+from moetuner.solver.result import BoundDetails, Candidate, Clock, Limits, MoveCost
 from moetuner.solver.search.fanout import dispatch
-from moetuner.solver.search.layerwise import Search, layers, without_spare
+from moetuner.solver.search.layerwise import LayerSearch, layers, without_spare
 from moetuner.solver.search.move_cost import widened
 from moetuner.solver.search.traffic import search_traffic
 
@@ -91,7 +91,7 @@ def heuristic(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     rest = clock.within()
     if rest.time_limit == 0:
         return replace(single, status="time_limit")
-    found = Search(problem, seed).run(rest, start=single.slots)
+    found = LayerSearch(problem, seed).run(rest, start=single.slots)
     return _eased(problem, found, seed, clock.within())
 
 
@@ -100,7 +100,7 @@ SEARCHES = {"joint": joint, "heuristic": heuristic}
 
 
 def best_of_all(
-    problem: Problem, found: Candidate, limits: Limits, *, moving: Moving | None = None
+    problem: Problem, found: Candidate, limits: Limits, *, moving: MoveCost | None = None
 ) -> Candidate:
     """Return what was found, or the best there is if placements are few and windows do not add up.
 
@@ -146,7 +146,7 @@ def _eased(problem: Problem, found: Candidate, seed: int, limits: Limits) -> Can
     start = None if found.status != "feasible" else eased(problem, found.slots)
     if start is None or limits.time_limit == 0:
         return found
-    search = Search(problem, seed)
+    search = LayerSearch(problem, seed)
     again = search.run(limits, start=start)
     return min(found, again, key=lambda each: search.rank(each.slots))
 

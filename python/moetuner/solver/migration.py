@@ -19,9 +19,9 @@ from moetuner.solver import effort
 from moetuner.solver.bounds.caps import exceeded
 from moetuner.solver.exact.enumeration import enumerated
 from moetuner.solver.joint import SEARCHES, best_of_all
-from moetuner.solver.result import Candidate, Clock, Limits, Moving, Progress
+from moetuner.solver.result import Candidate, Clock, Limits, MoveCost, Progress
 from moetuner.solver.search.balanced import balanced
-from moetuner.solver.search.layerwise import Search
+from moetuner.solver.search.layerwise import LayerSearch
 from moetuner.solver.search.move_cost import Path, lawful
 
 Slots = NDArray[np.int32]
@@ -131,7 +131,7 @@ class _Migrating:
         limits = self.clock.within(effort.FRESH_SHARE if promising else 1.0)
         found = method(self.problem, seed=self.seed, limits=limits)
         if not self.consider(found) and found.status not in ("interrupted", "optimal"):
-            search = Search(self.problem, self.seed)
+            search = LayerSearch(self.problem, self.seed)
             found = search.run(self.clock.within(), start=self.start)
             self.consider(best_of_all(self.problem, found, self.clock.within()))
 
@@ -148,14 +148,14 @@ class _Migrating:
             self.best = replace(self.best, status="time_limit")
             return
         if problem.goal != "traffic" and limits.time_limit is None:
-            moving = Moving(self.initial, self.price)
+            moving = MoveCost(self.initial, self.price)
             exact = enumerated(
                 problem, np.inf, caps=problem.caps.over_speed, moving=moving, most=self.most
             )
             if exact is not None and len(exact):
                 self.consider(Candidate(exact))
                 return
-        search = Search(problem, self.seed)
+        search = LayerSearch(problem, self.seed)
         if self.most >= problem.capacity.sum():
             self.consider(Candidate(search.full(balanced(problem))))
             self.search_at(self.price, search, 1.0)
@@ -175,7 +175,7 @@ class _Migrating:
     def descend(self) -> tuple[Path, bool]:
         """Go down by steps, and keep the best that is passed."""
         problem = self.problem
-        search = Search(problem, self.seed)
+        search = LayerSearch(problem, self.seed)
         for _ in range(1 if problem.windows.is_mean else effort.STEP_REWEIGHTINGS):
             path, interrupted = search.descend(
                 self.start, self.initial, self.most, self.clock.within()
@@ -189,9 +189,9 @@ class _Migrating:
             search.reweight(self.best.slots)
         return path, interrupted
 
-    def search_at(self, price: float, search: Search, share: float) -> Candidate:
+    def search_at(self, price: float, search: LayerSearch, share: float) -> Candidate:
         """Search at a price of a move from the best there is."""
-        clock, moving = Clock(self.clock.within(share)), Moving(self.initial, price)
+        clock, moving = Clock(self.clock.within(share)), MoveCost(self.initial, price)
         found = search.run(clock.limits, start=self.best.slots, moving=moving)
         found = best_of_all(self.problem, found, clock.within(), moving=moving)
         self.consider(found)
@@ -356,7 +356,7 @@ def pareto(
 
     start = lawful(problem, initial)
     found = [trade(_kept(problem, initial, start))]
-    path, interrupted = Search(problem, seed).descend(start, initial, np.inf, clock.within())
+    path, interrupted = LayerSearch(problem, seed).descend(start, initial, np.inf, clock.within())
     found.extend(
         trade(_kept(problem, initial, path.after(n))) for n in path.spread(effort.PARETO_STEPS)
     )

@@ -333,7 +333,7 @@ class Result(Frozen):
 
 
 @dataclass(frozen=True)
-class Moving:
+class MoveCost:
     """What it costs to leave a running placement.
 
     Parameters

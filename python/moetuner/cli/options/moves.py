@@ -136,7 +136,7 @@ def show_pareto(
             for trade in trades
         ],
     )
-    # Without the size of an expert there are no bytes to tell.
+    # Bytes are not known without the size of an expert.
     known = moving.expert_bytes is not None
     return [trade.to_dict() | ({} if known else {"bytes_moved": None}) for trade in trades]
 

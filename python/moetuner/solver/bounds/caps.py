@@ -15,7 +15,7 @@ from moetuner.solver.result import Candidate, CapsDetails
 
 Floats = NDArray[np.float64]
 
-# What placements are called that a proof is about, where slots are left over without copies.
+# A proof is about placements of this kind where slots are left over without copies.
 SINGLE = " with one copy of each expert"
 
 

@@ -15,7 +15,7 @@ from moetuner.solver.result import Candidate, Limits
 
 Floats = NDArray[np.float64]
 
-# What sums of floats may be off.
+# Sums of floats may be off by this part.
 ROUNDING = 1e-10
 
 

@@ -18,7 +18,7 @@ from moetuner.problem import Problem
 from moetuner.problem.caps import slowest
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
-from moetuner.solver.result import Moving
+from moetuner.solver.result import MoveCost
 from moetuner.statistics import ExpertSets
 
 Floats = NDArray[np.float64]
@@ -27,7 +27,7 @@ Flags = NDArray[np.bool_]
 
 # Sums that are held at once, and those among which the dominated ones are looked for.
 AT_ONCE, COMPARED = 1_000_000, 2_000
-# What sums of floats may be off.
+# Sums of floats may be off by this part.
 ROUNDING = 1e-9
 
 
@@ -45,7 +45,7 @@ def enumerated(
     known: float,
     *,
     caps: Floats | None = None,
-    moving: Moving | None = None,
+    moving: MoveCost | None = None,
     most: float = np.inf,
 ) -> Slots | None:
     """Find the best slots [L,D,S] of a small problem; of shape [0,D,S] if none beat what is known.

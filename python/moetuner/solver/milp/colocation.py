@@ -38,7 +38,7 @@ class Relation:
 
 
 @dataclass(frozen=True)
-class Joint:
+class CoLocationData:
     """A joint problem of interchangeable devices, or a part of one.
 
     Parameters
@@ -66,7 +66,7 @@ class Joint:
     relations: tuple[Relation, ...]
 
     @classmethod
-    def of(cls, problem: Problem, caps: Counts) -> Joint | None:
+    def of(cls, problem: Problem, caps: Counts) -> CoLocationData | None:
         """Return the whole problem; None where links are not of two tiers, nodes the dearer."""
         topology, cost = problem.topology, problem.topology.cost
         follow = problem.regime == "follow"
@@ -113,7 +113,7 @@ class Model:
         What to place.
     """
 
-    def __init__(self, joint: Joint) -> None:
+    def __init__(self, joint: CoLocationData) -> None:
         self.joint = joint
         self.layers, self.experts = joint.load.shape
         self.entries = P = joint.devices * joint.slots
@@ -310,7 +310,7 @@ BOUND_SOURCE = "co-location integer programme"
 
 def fits(problem: Problem) -> bool:
     """Whether the whole programme is of a size that HiGHS makes headway with."""
-    joint = Joint.of(problem, problem.caps.whole)
+    joint = CoLocationData.of(problem, problem.caps.whole)
     return joint is not None and joint.triangle_rows <= effort.MOST_TRIANGLES
 
 
@@ -339,7 +339,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         return replace(start, status="time_limit")
     begin = time.monotonic()
     caps = problem.caps.kept(start.slots)
-    joint = Joint.of(problem, caps)
+    joint = CoLocationData.of(problem, caps)
     if joint is None:
         raise ValueError("co-location needs links of one kind, or dearer ones between nodes")
     model = Model(joint)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from highspy._core import _Highs
 
 FEASIBILITY = 1e-6  # HiGHS's own default for rows and for whole numbers
-# Of HiGHS's dual bound: reduced costs are right to within its dual feasibility tolerance, and nodes
-# this close to the incumbent are dropped.
+# HiGHS's dual bound may be off by these: reduced costs are right to within its dual feasibility
+# tolerance, and nodes this close to the incumbent are dropped.
 DUAL_TOLERANCE = 1e-7
 CUTOFF_TOLERANCE = 1e-6
 POLL_SECONDS = 0.05

@@ -81,7 +81,7 @@ def choose(
     load: Floats,
     weight: Floats,
     group: Integers | None,
-    room: Integers,
+    capacity: Integers,
     node: Integers,
     time: Floats,
     *,
@@ -98,7 +98,7 @@ def choose(
         Tokens [W,L,E], how much a window counts [W] and its group [W]. Where groups have hardly
         more than a window each, whole groups are held out, as what comes is another group; else
         windows of every group.
-    room, node, time
+    capacity, node, time
         Slots of every device [L,D], its node [D] and its time per token, as a share of the
         slowest one's [D].
     nearest
@@ -115,11 +115,11 @@ def choose(
     layers = np.unique(
         np.linspace(0, load.shape[1] - 1, effort.TRIED_LAYERS).round().astype(np.int64)
     )
-    trial = _Trial(load[:, layers], weight, fold, room[layers], node, time, nearest)
+    trial = _Trial(load[:, layers], weight, fold, capacity[layers], node, time, nearest)
     settings = list(WITHOUT_NOISE)
     noise = noise_of(trial.load[used], repeats=not whole_groups)
     if noise is not None:
-        devices, experts = room.shape[1], load.shape[2]
+        devices, experts = capacity.shape[1], load.shape[2]
         settings.insert(0, Setting(noise.order(devices, experts), noise.counted(devices)))
     each = None if time_limit is None else time_limit / (len(settings) + 1)
     scores: dict[Setting, Floats] = {}
@@ -176,7 +176,7 @@ class _Trial:
     load: Floats
     weight: Floats
     fold: Integers
-    room: Integers
+    capacity: Integers
     node: Integers
     time: Floats
     nearest: bool
@@ -191,7 +191,7 @@ class _Trial:
         layers = _core.Layers(
             np.concatenate(tables, axis=1),
             self.weight,
-            np.tile(self.room, (len(parts), 1)),
+            np.tile(self.capacity, (len(parts), 1)),
             self.node.tolist(),
             self.time.tolist(),
             nearest=self.nearest,
@@ -202,7 +202,7 @@ class _Trial:
         slots, interrupted = layers.place(
             layers.construct(threads=threads),
             trials=max(
-                effort.TRIED_PER_SLOT * int(self.room.sum(axis=1).max()), effort.TRIED_LEAST
+                effort.TRIED_PER_SLOT * int(self.capacity.sum(axis=1).max()), effort.TRIED_LEAST
             ),
             seed=seed,
             threads=threads,

@@ -21,7 +21,7 @@ from moetuner.solver.result import (
     Clock,
     Details,
     Limits,
-    Moving,
+    MoveCost,
     Progress,
     Status,
     UnseenDetails,
@@ -44,7 +44,7 @@ DEAR = 4.0
 
 def layers(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Solve for balance or time, or for traffic where devices or slots are not all alike."""
-    return Search(problem, seed).run(limits)
+    return LayerSearch(problem, seed).run(limits)
 
 
 def trials_of(slots: int, windows: int | None) -> int:
@@ -96,7 +96,7 @@ def without_spare(problem: Problem) -> Problem | None:
         return None
 
 
-class Search:
+class LayerSearch:
     """A problem as the core's search of layers sees it.
 
     What is learned of its windows is kept from one run to the next.
@@ -105,7 +105,7 @@ class Search:
     def __init__(self, problem: Problem, seed: int) -> None:
         self.problem, self.seed = problem, seed
         self.objective = Objective(problem)
-        self.moving: Moving | None = None
+        self.moving: MoveCost | None = None
         topology = problem.topology
         self.slowest = topology.speed_of_device.min()
         self.time = topology.time_of_device
@@ -114,11 +114,11 @@ class Search:
         self.weight, self.choice = windows.weight, Choice()
         self.reweighted: list[Floats] = []
         self.caps = problem.caps.over_speed
-        # What traffic costs, as a multiple of what it takes.
+        # Traffic costs this multiple of what it takes.
         self.dear = 1.0
 
     def run(
-        self, limits: Limits, *, start: Slots | None = None, moving: Moving | None = None
+        self, limits: Limits, *, start: Slots | None = None, moving: MoveCost | None = None
     ) -> Candidate:
         """Search within limits.
 
@@ -191,12 +191,12 @@ class Search:
         dispatched = problem.goal == "time" and problem.regime == "dispatch"
         return dispatched and problem.devices > 1 and self.objective.has_traffic
 
-    def narrow(self) -> Search | None:
+    def narrow(self) -> LayerSearch | None:
         """Return the same search without slots to spare, where copies may not be worth them."""
         alike = without_spare(self.problem)
         if alike is None:
             return None
-        search = Search(alike, self.seed)
+        search = LayerSearch(alike, self.seed)
         search.choice, search.reweighted = self.choice, list(self.reweighted)
         search.weight = self.weight
         return search

@@ -131,7 +131,7 @@ def _assigned(cost: Floats, room: NDArray[np.int64]) -> NDArray[np.int64]:
             device_of[expert] = free[0]
             left[free[0]] -= 1
     for expert in np.flatnonzero(device_of < 0).tolist():
-        # What it costs to hand an expert on from one device to another, and which one [D,D].
+        # Least cost of handing an expert on from one device to another, and which expert [D,D].
         onward = np.full((devices, devices), np.inf)
         handed = np.zeros((devices, devices), dtype=np.int64)
         for device in range(devices):

@@ -158,7 +158,7 @@ def _permute_tensors(
         tensor = tensors[name]
         if move.order is not None:
             rows = tensor.detach().reshape(len(move.order), -1)
-            # As bytes: not every type of number can be indexed.
+            # Rows are bytes: not every type of number can be indexed.
             bits = rows.contiguous().view(torch.uint8)[torch.from_numpy(move.order).to(rows.device)]
             tensor = bits.view(tensor.dtype).reshape(tensor.shape)
         elif move.ids is not None:
