@@ -135,15 +135,8 @@ def whole(array: NDArray[Any]) -> Pieces:
 def write(path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[str, str]) -> None:
     """Write tensors, each in pieces that follow one another along the first axis.
 
-    Parameters
-    ----------
-    path
-        File to write; give the temporary path of ``replacing``.
-    tensors
-        Type, shape and pieces of every tensor. The widest types should come first, so that all are
-        aligned.
-    metadata
-        Texts about the file.
+    ``path`` is a temporary one of ``replacing``. The widest types come first, so that all tensors
+    are aligned.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0

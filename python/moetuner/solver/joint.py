@@ -31,15 +31,8 @@ from moetuner.solver.search.traffic import search_traffic
 def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Solve the joint problem within limits.
 
-    Parameters
-    ----------
-    problem
-        Of any size and regime.
-    seed
-        Of all random choices.
-    limits
-        Without ``time_limit`` no integer programme is run, so that the answer depends on the
-        problem and the seed alone and comes in seconds.
+    Without ``time_limit`` no integer programme is run, so that the answer depends on the problem
+    and the seed alone and comes in seconds.
     """
     clock = Clock(limits)
     if not _is_of_pairs(problem):
@@ -104,16 +97,8 @@ def best_of_all(
 ) -> Candidate:
     """Return what was found, or the best there is if placements are few and windows do not add up.
 
-    Parameters
-    ----------
-    problem
-        What was searched.
-    found
-        What the search found.
-    limits
-        Nothing is tried in less time than it may take.
-    moving
-        What changes cost. The best with its price is not proven: without, others may be better.
+    Nothing is tried in less time than it may take. Where moving has a price, the best is not
+    proven: without, others may be better.
     """
     short = limits.time_limit is not None and limits.time_limit < effort.ENUMERATION_SECONDS
     if found.status != "feasible" or problem.goal == "traffic" or short:

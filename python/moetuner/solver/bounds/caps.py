@@ -27,15 +27,8 @@ def raised(
 ) -> CapsDetails:
     """Return the caps that had to be raised.
 
-    Where there is room for copies nothing is proven: they may keep what single experts cannot, see
-    `exceeded`.
-
-    Parameters
-    ----------
-    problem
-        What was placed.
-    kept
-        Caps [L] that its placement keeps.
+    Takes the caps [L] that a placement keeps. Where there is room for copies nothing is proven:
+    they may keep what single experts cannot, see `exceeded`.
     """
     asked = problem.caps.whole
     layers = np.flatnonzero(kept > asked)

@@ -43,19 +43,11 @@ def bound(
     limits: Limits,
     target: int | None = None,
 ) -> Bounded | None:
-    """Bound a problem's cost from below.
+    """Bound a problem's cost from below, of placements under caps [L] on their device loads.
 
-    Parameters
-    ----------
-    problem
-        Without pairs of its regime, or on one device, there is nothing to bound and the answer is
-        None.
-    caps
-        Largest device load in every layer [L] that placements may reach.
-    limits
-        ``time_limit``, ``gap``, ``threads`` and ``progress`` apply.
-    target
-        Cost of the best known placement, for the gap.
+    Without pairs of its regime, or on one device, there is nothing to bound and the answer is None.
+    ``target`` is the cost of the best known placement, for the gap. Of the limits all but
+    ``iterations`` apply.
     """
     levels = _levels(problem)
     if levels is None:

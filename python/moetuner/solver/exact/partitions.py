@@ -21,17 +21,9 @@ BOUND_SOURCE = "complete dynamic programme"
 def chain(problem: Problem, *, limits: Limits | None = None) -> Candidate | None:
     """Find the proven optimum of one copy of each expert, or None where this is out of reach.
 
-    Parameters
-    ----------
-    problem
-        Its links may be of one or of two tiers (devices within nodes).
-    limits
-        Of them, ``threads`` and ``time_limit`` apply: no attempt is made that would take longer.
-
-    Returns
-    -------
-    Candidate or None
-        None where a layer has too many partitions (105 for 8 experts on 4 devices are few).
+    It is where links are not of one or two tiers (devices within nodes), or a layer has too many
+    partitions (105 for 8 experts on 4 devices are few). Of the limits, ``threads`` and
+    ``time_limit`` apply: no attempt is made that would take longer.
     """
     limits = limits or Limits()
     steps = effort.PARTITION_STEPS

@@ -317,23 +317,11 @@ def fits(problem: Problem) -> bool:
 def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate) -> Candidate:
     """Improve a placement and prove how far from the optimum it can be.
 
-    Parameters
-    ----------
-    problem
-        With links of one tier or two; `fits` says whether it is small enough.
-    seed
-        For HiGHS.
-    limits
-        Of them, ``time_limit``, ``gap`` and ``progress`` apply; without ``time_limit`` the number
-        of nodes is limited.
-    start
-        To begin from. Where it breaks a cap, that layer's cap becomes its largest device load: the
-        bound is then that of these caps, which the answer carries.
-
-    Returns
-    -------
-    Candidate
-        Never worse than the start; ``"optimal"`` only where cost and bound are equal.
+    Links must be of one tier or two; `fits` says whether a problem is small enough. Where the start
+    breaks a cap, that layer's cap becomes its largest device load: the bound is then that of these
+    caps, which the answer carries. The answer is never worse than the start, and ``"optimal"`` only
+    where cost and bound are equal. Of the limits, ``time_limit``, ``gap`` and ``progress`` apply;
+    without ``time_limit`` the number of nodes is limited.
     """
     if limits.time_limit is not None and limits.time_limit <= 0:
         return replace(start, status="time_limit")

@@ -32,19 +32,10 @@ def dispatch(
     limits: Limits = Limits(),  # noqa: B008 - frozen
     copies: bool = False,
 ) -> Candidate:
-    """Search for the least fanout under the load cap.
+    """Search for the least fanout under the load cap, of statistics with expert sets.
 
-    Parameters
-    ----------
-    problem
-        Its statistics must have ``sets``.
-    seed
-        Of all random choices.
-    limits
-        ``iterations`` are trials of every layer. Without ``time_limit`` the answer depends on the
-        problem and the seed alone.
-    copies
-        Whether slots to spare may hold second copies of experts.
+    ``iterations`` are trials of every layer; ``copies`` says whether slots to spare may hold second
+    copies of experts.
     """
     sets = problem.statistics.sets
     if sets is None:

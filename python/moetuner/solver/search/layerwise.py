@@ -120,14 +120,9 @@ class LayerSearch:
     def run(
         self, limits: Limits, *, start: Slots | None = None, moving: MoveCost | None = None
     ) -> Candidate:
-        """Search within limits.
+        """Search within limits, from slots [L,D,S] to improve on besides the search's own starts.
 
-        Parameters
-        ----------
-        start
-            Slots [L,D,S] to improve on, besides the search's own starts.
-        moving
-            What changes cost. Then ``start`` is the only start.
+        Where moving has a price, ``start`` is the only start.
         """
         clock, problem = Clock(limits), self.problem
         self.moving = moving

@@ -16,13 +16,7 @@ def search_traffic(
     seed: int = 0,
     limits: Limits = Limits(),  # noqa: B008 - frozen
 ) -> Candidate:
-    """Search for the least traffic under the load cap.
-
-    Parameters
-    ----------
-    problem
-        With the regime ``follow`` transitions cost, with ``dispatch`` co-activation saves.
-    """
+    """Search for the least traffic of pairs under the load cap."""
     objective, follow = Objective(problem), problem.regime == "follow"
     # Without pairs all placements cost nothing, and the balanced one that the search starts from
     # is the answer.

@@ -39,21 +39,9 @@ def two_stage(
 ) -> Candidate:
     """Solve by the paper's two stages.
 
-    Parameters
-    ----------
-    problem
-        What to place.
-    seed
-        For HiGHS.
-    limits
-        Of them, ``time_limit``, ``threads`` and ``progress`` apply.
-    equal_sizes
-        Whether clusters hold equally many experts; by default where the slots leave no choice.
-
-    Returns
-    -------
-    Candidate
-        Without a bound: the method bounds its own stages (in ``details``), not the problem.
+    ``equal_sizes`` says whether clusters hold equally many experts; by default they do where the
+    slots leave no choice. Of the limits, ``time_limit``, ``threads`` and ``progress`` apply. The
+    answer has no bound: the method bounds its own stages (in ``details``), not the problem.
     """
     limits = limits or Limits()
     layers, devices, experts = problem.layers, problem.devices, problem.experts

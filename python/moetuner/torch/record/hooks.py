@@ -66,19 +66,7 @@ def batch_of(
     mask: Tensor | None = None,
     generations: GenerateHooks | None = None,
 ) -> Batch:
-    """Read the arguments of a forward pass.
-
-    Parameters
-    ----------
-    model
-        The module that is called.
-    args, kwargs
-        What it is called with.
-    mask
-        Used instead of the argument ``attention_mask``.
-    generations
-        What is known of the model's ``generate``.
-    """
+    """Read the arguments of a forward pass; ``mask`` replaces that of its arguments."""
     given = arguments_of(model, args, kwargs)
     rows, length = _sizes(model, given)
     generation = generations.of(given) if generations is not None else None
