@@ -44,15 +44,9 @@ class Move:
 def plan(held: Mapping[str, Held], order: Order, num_hidden_layers: int | None) -> dict[str, Move]:
     """Return what becomes of every tensor of a checkpoint.
 
-    Parameters
-    ----------
-    held
-        Shape of each tensor by its name, and whether it holds whole numbers.
-    order
-        Old expert at every new position [L,E].
-    num_hidden_layers
-        Layers of the model, dense ones included; what a checkpoint holds beyond them (multi-token
-        prediction) keeps its order if the placement does not speak of it.
+    ``order`` is the old expert at every new position [L,E]. Of the model's layers dense ones count
+    too; what a checkpoint holds beyond them (multi-token prediction) keeps its order if the
+    placement does not speak of it.
     """
     parsed = {name: parts for name in held if (parts := _expert(name)) is not None}
     stacked = {
