@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moetuner import _core
-from moetuner.solver.search.cross_validation import Choice, Setting, _folds, choose
+from moetuner.solver.search.cross_validation import Choice, SearchSetting, _folds, choose
 
 
 def table(windows: int, layers: int = 3, experts: int = 12, seed: int = 0) -> np.ndarray:
@@ -41,7 +41,7 @@ def score(load: np.ndarray) -> float:
 def test_few_windows_stay_as_they_are(windows: int) -> None:
     load = table(windows)
     found = choice(load)
-    assert found.setting == Setting(0)
+    assert found.setting == SearchSetting(0)
     assert found.details.reason == "too few windows"
 
 

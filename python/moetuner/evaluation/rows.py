@@ -15,7 +15,7 @@ from moetuner._checks import array_in, instance, one_of, whole_number
 from moetuner.placement import EMPTY, Placement
 from moetuner.trace import RoutingTrace
 
-Split = Literal["even", "nearest"]
+LayerSplit = Literal["even", "nearest"]
 
 LOW = 0xFFFFFFFF  # the low 32 bits
 
@@ -25,7 +25,7 @@ def dispatch_rows(
     trace: RoutingTrace,
     home: ArrayLike | Literal["blocks"] = "blocks",
     *,
-    split: Split = "even",
+    split: LayerSplit = "even",
     devices_per_node: int | None = None,
     position: ArrayLike | None = None,
 ) -> NDArray[np.int64]:
@@ -188,9 +188,9 @@ def node_size(devices: int, devices_per_node: int | None) -> int:
     return size
 
 
-def split_rule(split: str) -> Split:
+def split_rule(split: str) -> LayerSplit:
     """Check the name of a rule for choosing between copies."""
-    one_of("split", split, get_args(Split))
+    one_of("split", split, get_args(LayerSplit))
     return "even" if split == "even" else "nearest"
 
 

@@ -14,7 +14,7 @@ from moetuner.problem.caps import ROUNDING
 from moetuner.problem.objective import Objective
 from moetuner.solver import baselines, two_stage
 from moetuner.solver.balancing import balance
-from moetuner.solver.bounds.caps import scope, settled, told
+from moetuner.solver.bounds.caps import are_least, scope, told
 from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.bounds.pairs import verify
 from moetuner.solver.joint import SEARCHES
@@ -246,7 +246,7 @@ def _held(
             candidate = replace(
                 candidate, bound=None, bound_source=None, certificate=None, details=details
             )
-    proven = candidate.bound is not None and settled(candidate.details.caps)
+    proven = candidate.bound is not None and are_least(candidate.details.caps)
     if candidate.status == "optimal" and not proven:
         return replace(candidate, status="feasible")
     return candidate

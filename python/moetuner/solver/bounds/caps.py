@@ -84,7 +84,7 @@ def exceeded(problem: Problem, slots: NDArray[np.int32]) -> CapsDetails:
     return CapsDetails(found, infeasible)
 
 
-def settled(caps: CapsDetails) -> bool:
+def are_least(caps: CapsDetails) -> bool:
     """Return whether the caps that were raised, if any, are proven to be the least there are."""
     return all(
         layer in caps.infeasible and cap <= caps.infeasible[layer][0] * (1 + ROUNDING)

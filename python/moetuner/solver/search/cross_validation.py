@@ -37,7 +37,7 @@ MIXED = 1.0
 
 
 @dataclass(frozen=True)
-class Setting:
+class SearchSetting:
     """How to search.
 
     Parameters
@@ -63,7 +63,7 @@ class Setting:
 
 
 # What is tried besides the norm that noise suggests; of equals the first is taken.
-WITHOUT_NOISE = (Setting(8), Setting(16), Setting(0))
+WITHOUT_NOISE = (SearchSetting(8), SearchSetting(16), SearchSetting(0))
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Choice:
     ``details`` has what was chosen, out of what; None where nothing had to be.
     """
 
-    setting: Setting = Setting(0)
+    setting: SearchSetting = SearchSetting(0)
     details: UnseenDetails | None = None
 
 
@@ -110,7 +110,7 @@ def choose(
     """
     used = np.flatnonzero((weight > 0) & load.any(axis=(1, 2)))
     if len(used) < FEWEST_WINDOWS:
-        return Choice(details=UnseenDetails(Setting(0).name, "too few windows"))
+        return Choice(details=UnseenDetails(SearchSetting(0).name, "too few windows"))
     fold, whole_groups = _folds(used, len(load), group)
     layers = np.unique(
         np.linspace(0, load.shape[1] - 1, effort.TRIED_LAYERS).round().astype(np.int64)
@@ -120,11 +120,11 @@ def choose(
     noise = noise_of(trial.load[used], repeats=not whole_groups)
     if noise is not None:
         devices, experts = capacity.shape[1], load.shape[2]
-        settings.insert(0, Setting(noise.order(devices, experts), noise.counted(devices)))
+        settings.insert(0, SearchSetting(noise.order(devices, experts), noise.counted(devices)))
     each = None if time_limit is None else time_limit / (len(settings) + 1)
-    scores: dict[Setting, Floats] = {}
+    scores: dict[SearchSetting, Floats] = {}
 
-    def is_better(setting: Setting, than: Setting, errors: float) -> bool:
+    def is_better(setting: SearchSetting, than: SearchSetting, errors: float) -> bool:
         scores[setting] = trial.scores(setting, seed=seed, threads=threads, time_limit=each)
         gain = scores[than] - scores[setting]
         error = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else 0.0
@@ -182,7 +182,7 @@ class _Trial:
     nearest: bool
 
     def scores(
-        self, setting: Setting, *, seed: int, threads: int | None, time_limit: float | None
+        self, setting: SearchSetting, *, seed: int, threads: int | None, time_limit: float | None
     ) -> Floats:
         """Compute the imbalance on the windows held out [parts * L]."""
         parts = range(int(self.fold.max()) + 1)

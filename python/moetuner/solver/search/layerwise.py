@@ -27,7 +27,7 @@ from moetuner.solver.result import (
     UnseenDetails,
 )
 from moetuner.solver.search.balanced import balanced
-from moetuner.solver.search.cross_validation import Choice, Setting, choose
+from moetuner.solver.search.cross_validation import Choice, SearchSetting, choose
 from moetuner.solver.search.fanout import most_trials
 from moetuner.solver.search.move_cost import Path, widened
 from moetuner.solver.search.surrogate import link_prices, pair_prices, tokens_per_unit, visit_prices
@@ -202,7 +202,7 @@ class LayerSearch:
         self.reweighted = [np.ones(len(windows.weight))]
         if limits.time_limit is not None and limits.time_limit < effort.LEARN_LEAST:
             reason = "too little time to try others"
-            self.choice = Choice(details=UnseenDetails(Setting(0).name, reason))
+            self.choice = Choice(details=UnseenDetails(SearchSetting(0).name, reason))
             return
         self.choice = choose(
             windows.load,

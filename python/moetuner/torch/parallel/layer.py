@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moetuner.evaluation.rows import Split, copies, mixed, node_size, split_rule
+from moetuner.evaluation.rows import LayerSplit, copies, mixed, node_size, split_rule
 from moetuner.placement import Placement
 from moetuner.torch.parallel.exchange import (
     MISFIT,
@@ -59,7 +59,7 @@ class Routes:
         *,
         rank: int,
         devices_per_node: int | None,
-        split: Split,
+        split: LayerSplit,
         device: torch.device,
     ) -> None:
         if not 0 <= layer < placement.layers:
@@ -140,7 +140,7 @@ class ExpertParallelMoE(nn.Module):
         *,
         group: dist.ProcessGroup | None = None,
         devices_per_node: int | None = None,
-        split: Split = "even",
+        split: LayerSplit = "even",
     ) -> None:
         super().__init__()
         self.group = group
