@@ -184,7 +184,7 @@ class _Part:
 def of_statistics(
     statistics: RoutingStatistics, setting: Setting
 ) -> tuple[Counts, dict[str, Counts]]:
-    """Expect what counts tell: of all windows, and of every group that has some."""
+    """Compute what counts lead one to expect, of all windows and of every group that has some."""
     expected = Expected(statistics, setting)
     whole = expected.counts(statistics.window_load)
     groups = {}
@@ -240,7 +240,7 @@ class Expected:
             self._met_nodes = _ratio(of_nodes, _of_nodes(load, topology))
 
     def counts(self, window_load: Numbers) -> Counts:
-        """Expect the counts of windows of load [W,L,E]."""
+        """Compute the expected counts of windows of load [W,L,E]."""
         setting, topology = self._setting, self._setting.topology
         load = copies.served(setting.placement, self._share, window_load)
         mixed = None
