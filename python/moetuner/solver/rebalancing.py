@@ -6,6 +6,7 @@ rebalancer of expert-parallel layers.
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ LARGEST_MOVE, FEW = 0.25, 8
 DEAD_ZONE = 0.02
 # Standard deviations of a count within which a gain is taken for chance.
 DEVIATIONS = 2.0
+# The same for packing a layer anew in windows, which suits those seen better than any other.
+ANEW_DEAD_ZONE = 0.1
 # Counts of pairs are whole numbers in the core: what one is cut into.
 PARTS = 1024
 
@@ -99,7 +102,7 @@ def rebalance(
     deviations
         And more than so many standard deviations of counts as large, which are by chance.
     tolerance
-        A device within this share of the mean is relieved no further; half of the dead zone by
+        A device within this share of the mean is relieved no further; a quarter of the dead zone by
         default.
     forbidden
         Where experts must not be [L,E,D].
@@ -133,7 +136,7 @@ def _relieved(
         most=min(budget, slots.size),
         dead_zone=dead_zone,
         deviations=deviations,
-        tolerance=dead_zone / 2 if tolerance is None else tolerance,
+        tolerance=dead_zone / 4 if tolerance is None else tolerance,
         steps=effort.ADAPT_STEPS,
         trials=effort.QUICK,
         forbidden=forbidden,
@@ -152,13 +155,12 @@ def _annealed(
     forbidden: NDArray[np.bool_] | None,
     pairs: Pairs | None,
 ) -> Rebalanced:
-    """Go on from a start that suits the sum of windows to what suits every window, and pairs.
+    """Go on from what suits the sum of windows to what suits every window, and pairs.
 
-    Where nothing runs yet, moves are free; else each layer is taken whole or not at all, those
-    first that gain most for a copy.
+    Where nothing runs yet, moves are free. Else each layer has a few ways to go, from few moves to
+    a new packing, and the budget goes to those that gain most for a copy.
     """
     layers, devices, width = slots.shape
-    experts = windows.shape[2]
     room = np.full((layers, devices), width, dtype=np.int64)
     search = _core.Layers(
         np.ascontiguousarray(windows),
@@ -171,48 +173,100 @@ def _annealed(
     )
     if forbidden is not None:
         search.rule(forbidden=forbidden)
-    held = _held(slots, experts)
-    runs = bool(held.any())
-    if runs:
-        mean = windows.sum(axis=(0, 2)) / devices
-        price = np.where(held.transpose(0, 2, 1), 0.0, effort.LIVE_PRICE * mean[:, None, None])
-        search.hold(np.ascontiguousarray(price))
     if pairs is not None:
         unit = pairs.cost.max()
         scaled = pairs.counts * (PARTS * pairs.cost / max(unit, 1e-300))[:, None, None]
         search.price_pairs(np.rint(scaled).astype(np.uint64), float(unit) / PARTS)
-    trials = effort.LIVE_TRIALS * devices * width
-    found, _ = search.place(
-        np.ascontiguousarray(start.slots), trials=trials, empties=False, threads=1
-    )
-    if not runs:
+
+    def anneal(begin: Slots) -> Slots:
+        trials = effort.LIVE_TRIALS * devices * width
+        begin = np.ascontiguousarray(begin)
+        return search.place(begin, trials=trials, empties=False, threads=1)[0]
+
+    held = _held(slots, windows.shape[2])
+    if not held.any():
+        found = anneal(start.slots)
         before = _cost(windows, start.slots, time, pairs)
         return Rebalanced(found, before, _cost(windows, found, time, pairs), start.brought)
-    found = kept(slots, found, room)
+    total = windows.sum(axis=0)
     # What must be done whatever it brings: experts that had no slot.
-    filled = _relieved(
-        windows.sum(axis=0), slots, time, 0, dead_zone, deviations, None, forbidden
-    ).slots
-    costs = [_cost(windows, of, time, pairs) for of in (filled, start.slots, found)]
-    best, answer = costs[0].copy(), filled.copy()
-    brought = _brought(held, filled)
-    left = budget - int(brought.sum())
-    options = [(start.slots, costs[1]), (found, costs[2])]
-    moves = [_brought(held, of) for of, _ in options]
-    # The better of both for every layer, then layers by what they gain for a copy.
-    take = (costs[2] <= costs[1]).astype(np.int64)
-    cost = np.where(take, costs[2], costs[1])
-    moved = np.where(take, moves[1], moves[0])
-    gain = best - cost
-    worth = gain > np.maximum(dead_zone * best, deviations * np.sqrt(best + cost))
-    rank = np.argsort(-gain / np.maximum(moved - brought, 1), kind="stable")
-    for layer in rank[worth[rank]].tolist():
-        needs = int(moved[layer] - brought[layer])
-        if needs <= left:
-            left -= needs
-            answer[layer] = options[take[layer]][0][layer]
-            best[layer], brought[layer] = cost[layer], moved[layer]
-    return Rebalanced(answer, costs[0], best, brought)
+    least = _relieved(total, slots, time, 0, dead_zone, deviations, None, forbidden).slots
+    nothing = np.full_like(slots, -1)
+    anew = _relieved(total, nothing, time, 0, dead_zone, deviations, None, forbidden).slots
+    anew = anneal(anew)
+    if forbidden is None and (time == time[0]).all():
+        anew = _relabelled(held, anew)
+    mean = windows.sum(axis=(0, 2)) / devices
+    price = np.where(held.transpose(0, 2, 1), 0.0, effort.LIVE_PRICE * mean[:, None, None])
+    search.hold(np.ascontiguousarray(price))
+    ways = [start.slots, anneal(start.slots), anew]
+    ways = [least, *(kept(slots, way, room) for way in ways)]
+    costs = np.stack([_cost(windows, way, time, pairs) for way in ways])
+    moves = np.stack([_brought(held, way) for way in ways])
+    # What runs well is not packed anew for what may be the luck of the windows seen.
+    offered = costs.copy()
+    if len(windows) > 1:
+        offered[-1, costs[-1] >= (1 - ANEW_DEAD_ZONE) * costs[0]] = np.inf
+    chosen = _spent(offered, moves, budget, dead_zone, deviations)
+    layer = np.arange(layers)
+    return Rebalanced(
+        np.stack(ways)[chosen, layer], costs[0], costs[chosen, layer], moves[chosen, layer]
+    )
+
+
+def _spent(
+    costs: Floats, moves: NDArray[np.int64], budget: int, dead_zone: float, deviations: float
+) -> NDArray[np.int64]:
+    """Choose a way for every layer [L], of costs [N,L] and the copies that they bring [N,L].
+
+    Way 0 is to stay. From way to way those come first that gain most for a copy, and each must gain
+    more than the dead zone and chance.
+    """
+    _, layers = costs.shape
+    chosen = np.zeros(layers, dtype=np.int64)
+    left = budget - int(moves[0].sum())
+
+    def next_of(layer: int) -> tuple[float, int] | None:
+        """Return the way on that gains most for a copy, and what that is, negative."""
+        now = chosen[layer]
+        gain = costs[now, layer] - costs[:, layer]
+        least = np.maximum(
+            dead_zone * costs[now, layer],
+            deviations * np.sqrt(costs[now, layer] + costs[:, layer]),
+        )
+        more = moves[:, layer] - moves[now, layer]
+        slope = np.where((gain > least) & (more <= left), gain / np.maximum(more, 1), 0.0)
+        way = int(slope.argmax())
+        return (-float(slope[way]), way) if slope[way] > 0 else None
+
+    heap = [(*on, layer) for layer in range(layers) if (on := next_of(layer))]
+    heapq.heapify(heap)
+    while heap:
+        _, way, layer = heapq.heappop(heap)
+        more = int(moves[way, layer] - moves[chosen[layer], layer])
+        if more <= left:
+            left -= more
+            chosen[layer] = way
+        # Where it was too much, another way may be open.
+        if (then := next_of(layer)) is not None:
+            heapq.heappush(heap, (*then, layer))
+    return chosen
+
+
+def _relabelled(held: NDArray[np.bool_], slots: Slots) -> Slots:
+    """Give what was packed for devices that are alike to those that hold most of it [L,D,S]."""
+    layers, devices, _ = slots.shape
+    same = _held(slots, held.shape[2]).astype(np.float32)
+    overlap = same @ held.transpose(0, 2, 1).astype(np.float32)
+    order = np.empty((layers, devices), dtype=np.int64)
+    row = np.arange(layers)
+    for _ in range(devices):
+        best = overlap.reshape(layers, -1).argmax(axis=1)
+        packed, device = np.divmod(best, devices)
+        order[row, device] = packed
+        overlap[row, packed] = -1
+        overlap[row, :, device] = -1
+    return np.take_along_axis(slots, order[:, :, None], axis=1)
 
 
 def _held(slots: Slots, experts: int) -> NDArray[np.bool_]:

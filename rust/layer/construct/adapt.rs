@@ -143,6 +143,9 @@ fn walk(site: Site<'_>, load: &[f64], slots: &[i32], reach: Reach) -> std::resul
     let mut walk = Walk::new(draft, &held, reach.tolerance);
     walk.note();
     let start = walk.draft.expert_in.clone();
+    if !held.contains(&true) {
+        return Ok(Path { start, edits: walk.edits, stops: walk.stops });
+    }
     for _ in 0..reach.steps * site.room.len() {
         if !walk.step() {
             break;
@@ -203,8 +206,10 @@ struct Walk<'a, 'b> {
     load_in: Vec<f64>,
     /// What a copy would get of every expert, were there one more `[E]`.
     with_one_more: Vec<f64>,
-    /// Copies that were brought.
-    brought: usize,
+    /// Whether what is in a slot was brought, 0 or 1 `[P]`.
+    is_brought: Vec<f64>,
+    /// Devices that had an expert at the start `[E]`.
+    had: Vec<Vec<usize>>,
     /// Where nothing is relieved any more.
     target: f64,
     scan: Scan,
@@ -320,20 +325,21 @@ impl<'a, 'b> Walk<'a, 'b> {
         let target = draft.load.iter().sum::<f64>() / rate * (1.0 + tolerance);
         let device_of: Vec<usize> = places(&draft).into_iter().map(|(_, device)| device).collect();
         let scan = Scan::new(&draft, &device_of);
-        let (times, load_in, with_one_more) = (vec![], vec![], vec![]);
-        let (edits, stops) = (vec![], vec![]);
+        let (experts, is_brought) = (draft.load.len(), vec![0.0; device_of.len()]);
+        let had = |e: usize| (0..site.room.len()).filter(|g| held[g * experts + e]).collect();
         let mut walk = Self {
-            draft,
             held,
             device_of,
-            times,
-            load_in,
-            with_one_more,
-            brought: 0,
+            times: vec![],
+            load_in: vec![],
+            with_one_more: vec![],
+            is_brought,
+            had: (0..experts).map(had).collect(),
             target,
             scan,
-            edits,
-            stops,
+            edits: vec![],
+            stops: vec![],
+            draft,
         };
         walk.measure();
         walk
@@ -344,8 +350,10 @@ impl<'a, 'b> Walk<'a, 'b> {
         (self.times, self.load_in) = self.draft.measure();
         let copies = self.draft.copies.iter().map(|&copies| f64::from(copies + 1));
         self.with_one_more = self.draft.load.iter().zip(copies).map(|(load, copies)| load / copies).collect();
-        let new = |(slot, &e): (usize, &u16)| self.is_new(e, self.device_of[slot]);
-        self.brought = self.draft.expert_in.iter().enumerate().filter(|&of| new(of)).count();
+        for slot in 0..self.device_of.len() {
+            let is_new = self.is_new(self.draft.expert_in[slot], self.device_of[slot]);
+            self.is_brought[slot] = f64::from(u8::from(is_new));
+        }
     }
 
     fn is_new(&self, expert: u16, device: usize) -> bool {
@@ -354,7 +362,8 @@ impl<'a, 'b> Walk<'a, 'b> {
 
     fn note(&mut self) {
         let slowest = self.times.iter().copied().fold(0.0, f64::max);
-        self.stops.push(Stop { brought: self.brought, slowest, edits: self.edits.len() });
+        let brought = self.is_brought.iter().sum::<f64>() as usize;
+        self.stops.push(Stop { brought, slowest, edits: self.edits.len() });
     }
 
     /// Makes the step that relieves the slowest device most for a copy that it brings; false where none does.
@@ -385,9 +394,9 @@ impl<'a, 'b> Walk<'a, 'b> {
                 self.times[g] -= moved * draft.site.time[g];
                 self.times[h] += moved * draft.site.time[h];
                 self.edits.extend([(p as u32, b), (q as u32, a)]);
-                let new = usize::from(self.is_new(b, g)) + usize::from(self.is_new(a, h));
-                self.brought += new;
-                self.brought -= usize::from(self.is_new(a, g)) + usize::from(self.is_new(b, h));
+                for (slot, e, device) in [(p, b, g), (q, a, h)] {
+                    self.is_brought[slot] = f64::from(u8::from(self.is_new(e, device)));
+                }
             }
             Step::Put(e, q) => {
                 draft.put(q, self.device_of[q], e);
@@ -405,21 +414,25 @@ impl<'a, 'b> Walk<'a, 'b> {
         let scan = &mut self.scan;
         let mine = held(slow);
         for g in 0..self.times.len() {
-            let (theirs, here) = (held(g), draft.slots(g));
             // Nothing goes from a device to itself.
-            scan.time[here.clone()].fill(if g == slow { f64::INFINITY } else { self.times[g] });
-            for q in here {
-                let e = draft.expert_in[q];
-                scan.comes[q] = new(mine, e) - new(theirs, e);
-            }
+            scan.time[draft.slots(g)].fill(if g == slow { f64::INFINITY } else { self.times[g] });
+        }
+        for q in 0..slots {
+            scan.comes[q] = new(mine, draft.expert_in[q]) - self.is_brought[q];
         }
         scan.load[..slots].copy_from_slice(&self.load_in);
+        let least = self.load_in.iter().copied().fold(f64::INFINITY, f64::min);
         let mut barred = vec![];
         for p in draft.slots(slow) {
             let a = draft.expert_in[p];
-            let back = new(mine, a);
-            for g in 0..self.times.len() {
-                scan.goes[draft.slots(g)].fill(new(held(g), a) - back);
+            // The least that an exchange can leave, if it brings one copy.
+            let longest = self.times[slow] - (self.load_in[p] - least) * draft.site.time[slow];
+            if best.worth(longest, 1.0) <= best.worth {
+                continue;
+            }
+            scan.goes.fill(f64::from(u8::from(a != EMPTY)) - self.is_brought[p]);
+            for &g in self.had.get(usize::from(a)).into_iter().flatten() {
+                scan.goes[draft.slots(g)].fill(-self.is_brought[p]);
             }
             loop {
                 let worth = scan.look(self.load_in[p], self.times[slow], draft.site.time[slow], best);
@@ -449,13 +462,14 @@ impl<'a, 'b> Walk<'a, 'b> {
         let brought = |e: u16, g: usize| f64::from(u8::from(self.is_new(e, g)));
         let t = draft.site.time[slow];
         // Of everything on the slowest device: what one more copy would take of it, and relieve.
-        let here: Vec<(u16, f64, f64)> = draft
+        let mut here: Vec<(u16, f64, f64)> = draft
             .slots(slow)
             .map(|p| (draft.expert_in[p], self.load_in[p]))
             .filter(|&(e, _)| e != EMPTY)
             .map(|(e, load)| (e, self.with_one_more[usize::from(e)], load))
             .map(|(e, more, load)| (e, more, (load - more) * t))
             .collect();
+        here.sort_by(|a, b| b.2.total_cmp(&a.2));
         for q in 0..self.device_of.len() {
             let (g, gone) = (self.device_of[q], draft.expert_in[q]);
             let copies = if gone == EMPTY { 2 } else { draft.copies[usize::from(gone)] };
@@ -493,6 +507,10 @@ impl<'a, 'b> Walk<'a, 'b> {
             }
             let (rest, u) = (self.times[g] - self.load_in[q] * draft.site.time[g], draft.site.time[g]);
             for &(e, more, relief) in &here {
+                // No step relieves more for a copy, nor do those behind.
+                if less == 0.0 && best.worth(best.now - relief, 1.0) <= best.worth {
+                    break;
+                }
                 let longest = f64::max(f64::max(beside, rest + more * u), self.times[slow] - relief + also);
                 if longest < best.goal && draft.takes(e, g) {
                     let worth = best.worth(longest, brought(e, g) - less);
