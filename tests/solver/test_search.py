@@ -175,7 +175,8 @@ def test_any_effort_is_better_than_none(objective):
 def rare_windows(seed, windows=40, experts=48, kind=None):
     """Windows of one kind, and a tenth of another with other busy experts."""
     random = np.random.default_rng(seed)
-    usual = random.lognormal(3, 1, (1, 2, experts)) * random.lognormal(0, 0.2, (windows, 2, experts))
+    usual = random.lognormal(3, 1, (1, 2, experts))
+    usual = usual * random.lognormal(0, 0.2, (windows, 2, experts))
     rare = np.arange(windows) % 10 == 9
     usual[rare] = random.lognormal(3, 1, (rare.sum(), 2, experts))
     group = {"group": rare.astype(int), "group_names": ("usual", "rare")}
@@ -278,7 +279,7 @@ def test_a_migration_keeps_the_best_that_it_passes(objective, monkeypatch):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("risk", [0.5, 0.9])
 def test_trying_everything_finds_what_is_hardly_better(seed, risk):
-    """From a known value a millionth above the optimum the optimum is found, and from it nothing."""
+    """Where a value a millionth above the optimum is known, it is found; where it is, nothing."""
     load = np.random.default_rng(seed).integers(1, 60, (6, 2, 6))
     problem = mt.Problem(
         mt.RoutingStatistics.from_load(load), mt.Topology(3), objective="balance", risk=risk
