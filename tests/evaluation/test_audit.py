@@ -78,6 +78,7 @@ def test_a_placement_is_no_worse_than_itself():
     assert found.behind() == []
     assert found.whole["imbalance"].change == (0, 0, 0)
     assert found.units == ("sequence", 80)
+    assert found.to_dict()["units"] == {"kind": "sequence", "number": 80}
 
 
 def test_other_text_is_served_worse_than_what_was_solved_for():

@@ -1,11 +1,13 @@
 """pareto(): trades of gain against moves; and migration that a rule forces."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.solver.effort import PARETO_PRICES
 
 
 @pytest.fixture
@@ -34,6 +36,25 @@ def test_trades_are_not_dominated(problem, blocks):
         assert trade.experts_moved == blocks.diff(trade.placement).experts_moved
         assert trade.bytes_moved == 7 * trade.experts_moved
         assert trade.gain == pytest.approx(trades[0].objective - trade.objective)
+
+
+@pytest.mark.parametrize("last", [1, 3, None])
+def test_a_front_is_solved_at_every_price(problem, blocks, last, monkeypatch):
+    """Free moves first, then moves at each price; after an interruption none."""
+    asked = []
+
+    def solve(*arguments, move_cost, **options):
+        asked.append(move_cost)
+        result = mt.solve(*arguments, move_cost=move_cost, **options)
+        return replace(result, status="interrupted") if len(asked) == last else result
+
+    monkeypatch.setattr("moetuner.solver.pareto.solve", solve)
+    mt.pareto(problem, blocks, iterations=200)
+    assert len(asked) == (last or 1 + len(PARETO_PRICES))
+    assert asked[0] == 0
+    assert np.array(asked[2:]) / asked[1:2] == pytest.approx(
+        np.array(PARETO_PRICES)[1 : len(asked) - 1] / PARETO_PRICES[0]
+    )
 
 
 def test_rules_are_kept_when_the_initial_placement_does_not(problem, blocks):
