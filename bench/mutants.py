@@ -48,8 +48,7 @@ SUBJECTS = {
     "solver/bounds": [f"{SOLVER}bound.py", f"{SOLVER}proofs.py", f"{SOLVER}objectives.py"],
     "solver/milp": [f"{SOLVER}ilp.py", f"{SOLVER}colocation.py"],
     "solver/two_stage": [f"{SOLVER}two_stage.py"],
-    "solver/pareto": [f"{SOLVER}pareto.py", f"{SOLVER}moves.py"],
-    "solver/migration": [f"{SOLVER}moves.py", *OBJECTIVES],
+    "solver/migration": [f"{SOLVER}moves.py", f"{SOLVER}pareto.py", *OBJECTIVES],
     "solver": [f"{SOLVER}solver.py", f"{SOLVER}balance.py", *OBJECTIVES],
 }
 # Unions of types are no sums, and effort is a matter of time.

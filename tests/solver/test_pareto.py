@@ -8,6 +8,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.solver.effort import PARETO_PRICES
+from moetuner.solver.migration import migrate
 
 
 @pytest.fixture
@@ -43,12 +44,12 @@ def test_a_front_is_solved_at_every_price(problem, blocks, last, monkeypatch):
     """Free moves first, then moves at each price; after an interruption none."""
     asked = []
 
-    def solve(*arguments, move_cost, **options):
-        asked.append(move_cost)
-        result = mt.solve(*arguments, move_cost=move_cost, **options)
-        return replace(result, status="interrupted") if len(asked) == last else result
+    def counted(problem, initial, migration, method, **options):
+        asked.append(migration.cost)
+        found = migrate(problem, initial, migration, method, **options)
+        return replace(found, status="interrupted") if len(asked) == last else found
 
-    monkeypatch.setattr("moetuner.solver.pareto.solve", solve)
+    monkeypatch.setattr("moetuner.solver.migration.migrate", counted)
     mt.pareto(problem, blocks, iterations=200)
     assert len(asked) == (last or 1 + len(PARETO_PRICES))
     assert asked[0] == 0
