@@ -67,7 +67,8 @@ def places() -> list[tuple[Path, tuple[int, int], list[tuple[str, int]]]]:
     alike: dict[str, list[str]] = {}
     for name in operator_names():
         if not get_operator(name).arguments() and not any(word in name for word in LEFT_OUT):
-            alike.setdefault("_".join(name.split("_")[:2]), []).append(name)
+            kind = name if "_Delete_" in name else "_".join(name.split("_")[:2])
+            alike.setdefault(kind, []).append(name)
     found = []
     for folder in ("problem", "solver", "evaluation"):
         for path in sorted((ROOT / PACKAGE / folder).rglob("*.py")):
@@ -157,6 +158,8 @@ def main() -> None:
             code = 70
             try:
                 code = attempt(drawn, folder)
+            except Exception as error:
+                (folder / "change").write_text(f"{drawn}: {error}")
             finally:
                 os._exit(code)
         running[pid] = number, folder
