@@ -36,6 +36,8 @@ def test_trades_are_not_dominated(problem, blocks):
         assert trade.objective == mt.Objective(problem).value(trade.placement)
         assert trade.experts_moved == blocks.diff(trade.placement).experts_moved
         assert trade.bytes_moved == 7 * trade.experts_moved
+        assert trade.placement.fingerprint == problem.statistics.fingerprint
+        assert trade.placement.objective == trade.objective
         assert trade.gain == pytest.approx(trades[0].objective - trade.objective)
 
 
