@@ -199,15 +199,13 @@ class _Reader:
             or (self.shape is not None and (shape != self.shape or keys != self.keys))
         ):
             return False
-        if "sequence" in keys and not (
-            -(1 << 31) <= given.min() and given.max() < 1 << 31
-        ):
+        if "sequence" in keys and not (-(1 << 31) <= given.min() and given.max() < 1 << 31):
             return False
-        ids: IdArray = lines.ids.reshape(-1, *shape)
+        found = lines.ids.reshape(-1, *shape)
         try:
-            check_sizes(ids.shape, ids.dtype, self.experts)
-            ids = valid(ids, self.experts, self.tokens)
-            ids = ids.astype(id_type(np.dtype(np.int64), self.experts), copy=False)
+            check_sizes(found.shape, found.dtype, self.experts)
+            found = found if found.max() >= 256 else found.astype(np.uint8)
+            ids = valid(found, self.experts, self.tokens)
         except ValueError:
             return False
         if len(self.groups.keys() | set(lines.names)) > GROUP_LIMIT:
@@ -220,7 +218,7 @@ class _Reader:
         if "group" in keys:
             numbers = np.array([self._group_number(name) for name in lines.names])
             self.group.frombytes(np.repeat(numbers[named].astype(np.int16), tokens).tobytes())
-        self.ids += ids.tobytes()
+        self.ids += ids.astype(id_type(np.dtype(np.int64), self.experts), copy=False).tobytes()
         self.shape, self.keys = shape, keys
         self.tokens += len(ids)
         self.lines += len(lines)
