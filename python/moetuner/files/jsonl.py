@@ -199,7 +199,7 @@ class _Reader:
             or (self.shape is not None and (shape != self.shape or keys != self.keys))
         ):
             return False
-        if "sequence" in keys and not (-(1 << 31) <= given.min() and given.max() < 1 << 31):
+        if "sequence" in keys and (given.astype(np.int32) != given).any():
             return False
         found = lines.ids.reshape(-1, *shape)
         try:
