@@ -536,7 +536,7 @@ def test_export(ok, trace, tmp_path):
 
 WRONG = [
     (["inspect", "absent.npz"], "'absent.npz' does not exist"),
-    (["inspect", "."], "is a directory"),
+    (["inspect", "."], ".: folder holds no recording"),
     (["inspect", "junk.txt"], "junk.txt: "),
     (["inspect"], "Missing argument 'INPUT'"),
     (["inspect", "ids.npy"], "num_experts"),
