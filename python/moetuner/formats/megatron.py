@@ -26,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import experts_in, id_type
-from moetuner.files import kind_of, naming, npz, size_of
+from moetuner.files import naming, npz, size_of
 from moetuner.files.lines import NO_INTEGER, NO_TEXT, Batch, Keys, batches
+from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
 from moetuner.formats.ranks import by_rank
 from moetuner.trace import RoutingTrace
@@ -53,9 +54,14 @@ def recognises(path: Path) -> bool:
 
 
 def is_replay(path: Path) -> bool:
-    """Whether a file is an archive of nothing but arrays without names."""
-    if size_of(path) < 4 or kind_of(path) != "npz":
+    """Whether a file holds nothing but arrays without names: an ``.npz``, or a ``.pt`` list."""
+    if size_of(path) < 4:
         return False
+    if pickled.is_pickled(path):
+        return isinstance(pickled.load(path), list | tuple)
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return False
     with naming(path):
         names = npz.names_in_npz(path)
     return bool(names) and names == {f"arr_{number}" for number in range(len(names))}
@@ -95,6 +101,13 @@ def read_replay(path: Path, hints: Hints) -> RoutingTrace:
     """
     experts = _experts(hints, path)
     with naming(path):
+        if pickled.is_pickled(path):
+            tensors = pickled.load(path)
+            if not isinstance(tensors, list | tuple):
+                raise ValueError(f"must be a list of tensors, got a {type(tensors).__name__}")
+            return replayed(
+                [t.array() if isinstance(t, pickled.Tensor) else t for t in tensors], experts
+            )
         names = tuple(f"arr_{n}" for n in range(len(npz.names_in_npz(path))))
         arrays = npz.read_npz(path, names)
         return replayed([arrays[name] for name in names], experts)
