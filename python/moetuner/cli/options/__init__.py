@@ -198,13 +198,16 @@ dense_layers_option = click.option(
     metavar="A-B,C,...|none",
     help="Hidden layers without experts, where an engine counts them too.",
 )
+HOW_SPLIT = (
+    "Which of an expert's copies serves a token: by hash (vLLM), the nearest (SGLang), or in "
+    "turns (TensorRT-LLM)."
+)
 split_option = click.option(
     "--split",
     type=click.Choice(SPLITS),
     default="even",
     show_default=True,
-    help="Which of an expert's copies serves a token: by hash (vLLM), the nearest (SGLang), or in "
-    "turns (TensorRT-LLM).",
+    help=HOW_SPLIT,
 )
 json_option = click.option(
     "--json",
