@@ -12,7 +12,16 @@ from pathlib import Path
 
 from moetuner._checks import one_of, path_in, window_in
 from moetuner.files import kind_of
-from moetuner.formats import eplb, own
+from moetuner.formats import (
+    arrow,
+    csv,
+    deepspeed,
+    eplb,
+    megatron,
+    own,
+    tensorrt_llm,
+    vllm_ascend,
+)
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.placement import Placement
@@ -72,6 +81,22 @@ class Writer:
 
 # Those of engines first: what they do not know is moetuner's own, or nothing.
 READERS: dict[str, Reader] = {
+    "megatron": Reader(
+        "Megatron-Core's router trace, or arrays of its RouterReplay",
+        megatron.recognises,
+        megatron.read,
+    ),
+    "tensorrt-llm": Reader(
+        "TensorRT-LLM's expert statistics", tensorrt_llm.recognises, tensorrt_llm.read
+    ),
+    "deepspeed": Reader(
+        "tokens_per_expert of DeepSpeed's ranks", deepspeed.recognises, deepspeed.read
+    ),
+    "vllm-ascend": Reader(
+        "workloads of vllm-ascend's balancer", vllm_ascend.recognises, vllm_ascend.read
+    ),
+    "arrow": Reader("Parquet or Arrow", arrow.recognises, arrow.read),
+    "csv": Reader("CSV with columns layer and expert", csv.recognises, csv.read),
     **{
         kind: Reader(f"moetuner's own, as {kind}", own.recogniser(kind), own.read)
         for kind in own.KINDS
@@ -92,6 +117,22 @@ WRITERS: dict[str, Writer] = {
         eplb.write_map,
         recognises=eplb.recognises_map,
         read=eplb.read_map,
+    ),
+    "tensorrt-llm": Writer(
+        "the YAML of TensorRT-LLM's load balancer",
+        (".yaml", ".yml"),
+        tensorrt_llm.write_map,
+        engine="tensorrt-llm",
+        recognises=tensorrt_llm.recognises_map,
+        read=tensorrt_llm.read_map,
+    ),
+    "vllm-ascend": Writer(
+        "the JSON of vllm-ascend's expert_map_path",
+        (".json",),
+        vllm_ascend.write_map,
+        engine="vllm-ascend",
+        recognises=vllm_ascend.recognises_map,
+        read=vllm_ascend.read_map,
     ),
 }
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import id_type, valid
-from moetuner.files import naming, size_of
+from moetuner.files import naming, size_of, start_of
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.rows import Labels, Rows
 from moetuner.trace import RoutingTrace
@@ -29,10 +29,7 @@ BATCH = 1 << 16
 
 def recognises(path: Path) -> bool:
     """Whether a file is Parquet or an Arrow file (Feather 2)."""
-    if path.is_dir():
-        return False
-    with path.open("rb") as file:
-        start = file.read(len(ARROW))
+    start = start_of(path, len(ARROW))
     return start.startswith(PARQUET) or start == ARROW
 
 

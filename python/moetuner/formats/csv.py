@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from moetuner.files import naming, size_of
+from moetuner.files import naming, size_of, start_of
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.rows import Rows
 
@@ -22,12 +22,9 @@ LONGEST_HEADER = 1 << 12
 
 def recognises(path: Path) -> bool:
     """Whether a file is text whose first line names a layer and an expert."""
-    if path.is_dir():
-        return False
-    with path.open("rb") as file:
-        start = file.readline(LONGEST_HEADER)
+    start = start_of(path, LONGEST_HEADER)
     try:
-        header = start.decode("utf-8-sig")
+        header = start.partition(b"\n")[0].decode("utf-8-sig")
     except UnicodeDecodeError:
         return False
     return {"layer", "expert"} <= set(_header(header)[1])

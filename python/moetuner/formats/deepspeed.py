@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.files import kind_of, naming, npz, safetensors
+from moetuner.files import kind_of, naming, npz, safetensors, start_of
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
 from moetuner.formats.ranks import by_rank
@@ -70,8 +70,7 @@ def _names(path: Path) -> list[str]:
     if pickled.is_pickled(path):
         content = pickled.load(path)
         return [str(name) for name in content] if isinstance(content, dict) else []
-    with path.open("rb") as file:
-        start = file.read(9)
+    start = start_of(path, 9)
     if start.startswith(b"PK"):
         with naming(path):
             return sorted(npz.names_in_npz(path))

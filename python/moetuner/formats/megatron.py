@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import experts_in, id_type
-from moetuner.files import naming, npz, size_of
+from moetuner.files import naming, npz, size_of, start_of
 from moetuner.files.lines import NO_INTEGER, NO_TEXT, Batch, Keys, batches
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
@@ -46,8 +46,7 @@ def recognises(path: Path) -> bool:
     """Whether a file or folder is a router trace, or a file the arrays of RouterReplay."""
     if path.is_dir():
         return any(path.glob(PATTERN))
-    with path.open("rb") as file:
-        start = file.read(1 << 10)
+    start = start_of(path)
     if start.lstrip()[:1] == b"{":
         return all(key in start for key in (b'"top_indices"', b'"layer"', b'"block"'))
     return is_replay(path)
@@ -55,13 +54,10 @@ def recognises(path: Path) -> bool:
 
 def is_replay(path: Path) -> bool:
     """Whether a file holds nothing but arrays without names: an ``.npz``, or a ``.pt`` list."""
-    if size_of(path) < 4:
-        return False
     if pickled.is_pickled(path):
         return isinstance(pickled.load(path), list | tuple)
-    with path.open("rb") as file:
-        if file.read(2) != b"PK":
-            return False
+    if start_of(path, 2) != b"PK":
+        return False
     with naming(path):
         names = npz.names_in_npz(path)
     return bool(names) and names == {f"arr_{number}" for number in range(len(names))}

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import LAYER_LIMIT, experts_in
-from moetuner.files import kind_of, naming, read_whole, replacing, safetensors
+from moetuner.files import kind_of, naming, read_whole, replacing, safetensors, start_of
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.ranks import by_rank, rank_of
@@ -42,10 +42,7 @@ def recognises(path: Path) -> bool:
     """Whether a folder or file is a dump of expert statistics."""
     if path.is_dir():
         return any(recognises(file) for pattern in (COUNTS, RAW) for file in path.glob(pattern))
-    with path.open("rb") as file:
-        if file.read(9)[8:] != b"{":
-            return False
-    if kind_of(path) != "safetensors":
+    if start_of(path, 9)[8:] != b"{" or kind_of(path) != "safetensors":
         return False
     names = safetensors.read_header(path).entries
     return bool(names) and all(ENTRY.fullmatch(name) for name in names)
@@ -290,8 +287,7 @@ def layer_numbers(layers: int, hints: Hints) -> list[int]:
 
 def recognises_map(path: Path) -> bool:
     """Whether a file is such a YAML."""
-    with path.open("rb") as file:
-        start = file.read(1 << 12)
+    start = start_of(path)
     return any(key.encode() in start for key in KEYS[:2])
 
 

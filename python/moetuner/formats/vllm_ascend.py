@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import experts_in
-from moetuner.files import naming, npz, read_whole, replacing, safetensors
+from moetuner.files import naming, npz, read_whole, replacing, safetensors, start_of
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
@@ -34,10 +34,7 @@ TABLES = ("current_expert_table", "expert_table", "table")
 
 def recognises(path: Path) -> bool:
     """Whether a file is a workload with its table, a bare tensor, or an expert map."""
-    if path.is_dir():
-        return False
-    with path.open("rb") as file:
-        start = file.read(1 << 12)
+    start = start_of(path)
     if start.startswith(b"PK"):
         if pickled.is_pickled(path):
             content = pickled.load(path)
@@ -84,8 +81,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
 
 def _read(path: Path, hints: Hints) -> tuple[NDArray[Any] | None, NDArray[np.int64] | None]:
     """Workload and table of a file, as far as it has them."""
-    with path.open("rb") as file:
-        start = file.read(6)
+    start = start_of(path, 6)
     if start.startswith(b"PK"):
         if pickled.is_pickled(path):
             content = pickled.load(path)
@@ -180,8 +176,7 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
 
 def recognises_map(path: Path) -> bool:
     """Whether a file is such a map."""
-    with path.open("rb") as file:
-        return b'"moe_layer_count"' in file.read(1 << 12)
+    return b'"moe_layer_count"' in start_of(path)
 
 
 def read_map(path: Path, _: Hints) -> Layout:
