@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moetuner._checks import id_type, valid
 from moetuner.files import naming, size_of, start_of
 from moetuner.formats.hints import Hints, Traffic
-from moetuner.formats.rows import Labels, Rows
+from moetuner.formats.rows import Labels, Rows, as_integers
 from moetuner.trace import RoutingTrace
 
 PARQUET, ARROW = b"PAR1", b"ARROW1\0\0"
@@ -164,11 +164,8 @@ class _Tokens:
             raise ValueError("must have at least one row, got none")
         numbers = {name: np.concatenate(parts) for name, parts in self.numbers.items()}
         sequence = numbers.get("sequence")
-        known = list(self.labels["sequence"].numbers) if sequence is not None else []
-        if sequence is not None and all(
-            type(value) is int and -(1 << 31) <= value < 1 << 31 for value in known
-        ):
-            sequence = np.asarray(known, dtype=np.int32)[sequence]
+        if sequence is not None:
+            sequence = as_integers(self.labels["sequence"], sequence)
         group = numbers.get("group")
         return RoutingTrace.from_arrays(
             np.concatenate(self.parts),

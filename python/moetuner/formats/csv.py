@@ -77,20 +77,13 @@ def _batches(reader: Iterator[list[str]]) -> Iterator[tuple[int, list[list[str]]
 
 
 def _add(rows: Rows, names: list[str], batch: list[list[str]]) -> None:
-    lines = [line for line in batch if line]
+    lines = list(filter(None, batch))
     if not lines:
         return
-    if any(len(line) != len(names) for line in lines):
+    if set(map(len, lines)) != {len(names)}:
         raise ValueError(f"must have {len(names)} values, one for each column")
     columns = dict(zip(names, zip(*lines, strict=True), strict=True))
-    taken = {name: columns[name] for name in rows.names}
-    if "sequence" in taken:
-        taken["sequence"] = tuple(map(_number_or_text, taken["sequence"]))
-    rows.add(taken)
-
-
-def _number_or_text(value: str) -> int | str:
-    return int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else value
+    rows.add({name: columns[name] for name in rows.names})
 
 
 def _name_line(names: list[str], first: int, batch: list[list[str]]) -> None:

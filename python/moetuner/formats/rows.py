@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from moetuner.trace import RoutingTrace
 COLUMNS = ("token", "layer", "expert", "sequence", "group", "weight")
 # Of a table of tokens by layers, which is made before it is known whether each has its experts.
 TABLE_LIMIT = 1 << 34
+INTEGER = re.compile(r"-?\d{1,10}", re.ASCII)
 
 
 @dataclass
@@ -28,6 +30,19 @@ class Labels:
         """Return the numbers of some of them."""
         numbers = self.numbers
         return np.asarray([numbers.setdefault(v, len(numbers)) for v in values], dtype=np.int32)
+
+
+def as_integers(labels: Labels, numbers: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return labels themselves where all are integers of 32 bits, as texts or not, else numbers."""
+    known = [
+        int(value) if isinstance(value, str) and INTEGER.fullmatch(value) else value
+        for value in labels.numbers
+    ]
+    if len(set(known)) < len(known) or not all(
+        type(value) is int and -(1 << 31) <= value < 1 << 31 for value in known
+    ):
+        return numbers
+    return np.asarray(known, dtype=np.int32)[numbers]
 
 
 class Rows:
@@ -135,17 +150,10 @@ class Rows:
         return RoutingTrace.from_arrays(
             ids,
             num_experts=hints.num_experts,
-            sequence=None if sequence is None else self._sequence(sequence[first]),
+            sequence=None if sequence is None else as_integers(self.sequences, sequence[first]),
             group=None if group is None else group[first],
             group_names=None if group is None else self._names(self.groups),
         )
-
-    def _sequence(self, numbers: NDArray[np.int32]) -> NDArray[Any]:
-        """Labels of sequences: themselves, where they are integers of 32 bits."""
-        known = list(self.sequences.numbers)
-        if all(type(value) is int and -(1 << 31) <= value < 1 << 31 for value in known):
-            return np.asarray(known, dtype=np.int32)[numbers]
-        return numbers
 
     def _counts(
         self,
@@ -200,9 +208,10 @@ def _numbered(
 def _integers(name: str, values: Any, limit: int) -> NDArray[np.int64]:
     """Check whole numbers from 0, or texts of them."""
     try:
-        found = np.asarray(values)
-        if found.dtype.kind == "U":
-            found = found.astype(np.int64)
+        if len(values) and isinstance(values[0], str):
+            found = np.fromiter(map(int, values), np.int64, len(values))
+        else:
+            found = np.asarray(values)
     except (ValueError, OverflowError):
         raise ValueError(f"{name} must be integers, got {_wrong(values)!r:.40}") from None
     if found.dtype.kind == "f" and np.array_equal(found, np.floor(found)):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -274,8 +275,9 @@ def layer_numbers(layers: int, hints: Hints) -> list[int]:
     ValueError
         If the model has another number of layers with experts.
     """
-    dense = hints.dense_layers or ()
-    hidden = hints.hidden_layers or layers + len(dense)
+    dense, hidden = hints.dense_layers or (), hints.hidden_layers
+    if hidden is None:
+        return list(islice((layer for layer in count() if layer not in dense), layers))
     numbers = [layer for layer in range(hidden) if layer not in dense]
     if len(numbers) != layers:
         raise ValueError(
