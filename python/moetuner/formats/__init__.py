@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moetuner._checks import one_of, path_in, window_in
 from moetuner.files import kind_of
-from moetuner.formats import eplb, own
+from moetuner.formats import eplb, own, vllm
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.placement import Placement
@@ -72,12 +72,17 @@ class Writer:
 
 # Those of engines first: what they do not know is moetuner's own, or nothing.
 READERS: dict[str, Reader] = {
+    "vllm": Reader("routed experts of vLLM, responses or arrays", vllm.recognises, vllm.read),
+    "vllm-loads": Reader(
+        "windows of load of vLLM (pull request 41141)", vllm.recognises_loads, vllm.read_loads
+    ),
     **{
         kind: Reader(f"moetuner's own, as {kind}", own.recogniser(kind), own.read)
         for kind in own.KINDS
     },
 }
 
+VLLM_PROPOSED = "proposed, open: pull request {} of vllm-project/vllm; no release loads it"
 WRITERS: dict[str, Writer] = {
     "json": Writer(
         "moetuner's own JSON, which its plugins load",
@@ -92,6 +97,33 @@ WRITERS: dict[str, Writer] = {
         eplb.write_map,
         recognises=eplb.recognises_map,
         read=eplb.read_map,
+    ),
+    "vllm-49572": Writer(
+        "vLLM's initial_expert_map_path",
+        (".json",),
+        vllm.write_map_49572,
+        engine="vllm",
+        state=VLLM_PROPOSED.format(49572),
+        recognises=vllm.recognises_map_49572,
+        read=vllm.read_map_49572,
+    ),
+    "vllm-53022": Writer(
+        "vLLM's expert_map_path",
+        (".json",),
+        vllm.write_map_53022,
+        engine="vllm",
+        state=VLLM_PROPOSED.format(53022),
+        recognises=vllm.recognises_map_53022,
+        read=vllm.read_map_53022,
+    ),
+    "vllm-41141": Writer(
+        "vLLM's initial_mapping_path",
+        (".jsonl", ".json"),
+        vllm.write_map_41141,
+        engine="vllm",
+        state=VLLM_PROPOSED.format(41141),
+        recognises=vllm.recognises_map_41141,
+        read=vllm.read_map_41141,
     ),
 }
 
