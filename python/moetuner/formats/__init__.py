@@ -20,6 +20,7 @@ from moetuner.formats import (
     megatron,
     own,
     tensorrt_llm,
+    vllm,
     vllm_ascend,
 )
 from moetuner.formats.hints import Hints, Traffic
@@ -97,12 +98,17 @@ READERS: dict[str, Reader] = {
     ),
     "arrow": Reader("Parquet or Arrow", arrow.recognises, arrow.read),
     "csv": Reader("CSV with columns layer and expert", csv.recognises, csv.read),
+    "vllm": Reader("routed experts of vLLM, responses or arrays", vllm.recognises, vllm.read),
+    "vllm-loads": Reader(
+        "windows of load of vLLM (pull request 41141)", vllm.recognises_loads, vllm.read_loads
+    ),
     **{
         kind: Reader(f"moetuner's own, as {kind}", own.recogniser(kind), own.read)
         for kind in own.KINDS
     },
 }
 
+VLLM_PROPOSED = "proposed, open: pull request {} of vllm-project/vllm; no release loads it"
 WRITERS: dict[str, Writer] = {
     "json": Writer(
         "moetuner's own JSON, which its plugins load",
@@ -117,6 +123,33 @@ WRITERS: dict[str, Writer] = {
         eplb.write_map,
         recognises=eplb.recognises_map,
         read=eplb.read_map,
+    ),
+    "vllm-49572": Writer(
+        "vLLM's initial_expert_map_path",
+        (".json",),
+        vllm.write_map_49572,
+        engine="vllm",
+        state=VLLM_PROPOSED.format(49572),
+        recognises=vllm.recognises_map_49572,
+        read=vllm.read_map_49572,
+    ),
+    "vllm-53022": Writer(
+        "vLLM's expert_map_path",
+        (".json",),
+        vllm.write_map_53022,
+        engine="vllm",
+        state=VLLM_PROPOSED.format(53022),
+        recognises=vllm.recognises_map_53022,
+        read=vllm.read_map_53022,
+    ),
+    "vllm-41141": Writer(
+        "vLLM's initial_mapping_path",
+        (".jsonl", ".json"),
+        vllm.write_map_41141,
+        engine="vllm",
+        state=VLLM_PROPOSED.format(41141),
+        recognises=vllm.recognises_map_41141,
+        read=vllm.read_map_41141,
     ),
     "tensorrt-llm": Writer(
         "the YAML of TensorRT-LLM's load balancer",

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import instance, path_in
-from moetuner.files import kind_of, naming, npz, replacing
+from moetuner.files import naming, npz, replacing
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
+from moetuner.formats.records import head
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement
 
@@ -93,8 +94,10 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
 
 def recognises_map(path: Path) -> bool:
     """Whether a file is an archive with EPLB's map."""
+    if not head(path, 4).startswith(b"PK"):
+        return False
     with naming(path):
-        return kind_of(path) == "npz" and "physical_to_logical_map" in npz.names_in_npz(path)
+        return "physical_to_logical_map" in npz.names_in_npz(path)
 
 
 def read_map(path: Path, _: Hints) -> Layout:

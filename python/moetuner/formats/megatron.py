@@ -26,11 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import experts_in, id_type
-from moetuner.files import naming, npz, size_of, start_of
+from moetuner.files import naming, npz, size_of
 from moetuner.files.lines import NO_INTEGER, NO_TEXT, Batch, Keys, batches
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
 from moetuner.formats.ranks import by_rank
+from moetuner.formats.records import head
 from moetuner.trace import RoutingTrace
 
 PATTERN = "router_trace_rank*.jsonl"
@@ -46,7 +47,7 @@ def recognises(path: Path) -> bool:
     """Whether a file or folder is a router trace, or a file the arrays of RouterReplay."""
     if path.is_dir():
         return any(path.glob(PATTERN))
-    start = start_of(path)
+    start = head(path, 4096)
     if start.lstrip()[:1] == b"{":
         return all(key in start for key in (b'"top_indices"', b'"layer"', b'"block"'))
     return is_replay(path)
@@ -56,7 +57,7 @@ def is_replay(path: Path) -> bool:
     """Whether a file holds nothing but arrays without names: an ``.npz``, or a ``.pt`` list."""
     if pickled.is_pickled(path):
         return isinstance(pickled.load(path), list | tuple)
-    if start_of(path, 2) != b"PK":
+    if head(path, 2) != b"PK":
         return False
     with naming(path):
         names = npz.names_in_npz(path)
