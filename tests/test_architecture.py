@@ -182,6 +182,7 @@ CORE_MAY_IMPORT = {
     "layer": set(),
     "bound": set(),
     "colocation": set(),
+    "lines": set(),
 }
 
 

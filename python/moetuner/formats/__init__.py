@@ -12,7 +12,18 @@ from pathlib import Path
 
 from moetuner._checks import one_of, path_in, window_in
 from moetuner.files import kind_of
-from moetuner.formats import eplb, own, vllm
+from moetuner.formats import (
+    arrow,
+    csv,
+    deepspeed,
+    eplb,
+    megatron,
+    own,
+    sglang,
+    tensorrt_llm,
+    vllm,
+    vllm_ascend,
+)
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.placement import Placement
@@ -72,10 +83,30 @@ class Writer:
 
 # Those of engines first: what they do not know is moetuner's own, or nothing.
 READERS: dict[str, Reader] = {
+    "sglang": Reader("dumps of SGLang's recorder", sglang.recognises, sglang.read),
+    "sglang-responses": Reader(
+        "routed experts of SGLang, responses", sglang.recognises_responses, sglang.read_responses
+    ),
     "vllm": Reader("routed experts of vLLM, responses or arrays", vllm.recognises, vllm.read),
     "vllm-loads": Reader(
         "windows of load of vLLM (pull request 41141)", vllm.recognises_loads, vllm.read_loads
     ),
+    "megatron": Reader(
+        "Megatron-Core's router trace, or arrays of its RouterReplay",
+        megatron.recognises,
+        megatron.read,
+    ),
+    "tensorrt-llm": Reader(
+        "TensorRT-LLM's expert statistics", tensorrt_llm.recognises, tensorrt_llm.read
+    ),
+    "deepspeed": Reader(
+        "tokens_per_expert of DeepSpeed's ranks", deepspeed.recognises, deepspeed.read
+    ),
+    "vllm-ascend": Reader(
+        "workloads of vllm-ascend's balancer", vllm_ascend.recognises, vllm_ascend.read
+    ),
+    "arrow": Reader("Parquet or Arrow", arrow.recognises, arrow.read),
+    "csv": Reader("CSV with columns layer and expert", csv.recognises, csv.read),
     **{
         kind: Reader(f"moetuner's own, as {kind}", own.recogniser(kind), own.read)
         for kind in own.KINDS
@@ -97,6 +128,14 @@ WRITERS: dict[str, Writer] = {
         eplb.write_map,
         recognises=eplb.recognises_map,
         read=eplb.read_map,
+    ),
+    "sglang": Writer(
+        "SGLang's --init-expert-location",
+        (".json",),
+        sglang.write_map,
+        engine="sglang",
+        recognises=sglang.recognises_map,
+        read=sglang.read_map,
     ),
     "vllm-49572": Writer(
         "vLLM's initial_expert_map_path",
@@ -124,6 +163,22 @@ WRITERS: dict[str, Writer] = {
         state=VLLM_PROPOSED.format(41141),
         recognises=vllm.recognises_map_41141,
         read=vllm.read_map_41141,
+    ),
+    "tensorrt-llm": Writer(
+        "the YAML of TensorRT-LLM's load balancer",
+        (".yaml", ".yml"),
+        tensorrt_llm.write_map,
+        engine="tensorrt-llm",
+        recognises=tensorrt_llm.recognises_map,
+        read=tensorrt_llm.read_map,
+    ),
+    "vllm-ascend": Writer(
+        "the JSON of vllm-ascend's expert_map_path",
+        (".json",),
+        vllm_ascend.write_map,
+        engine="vllm-ascend",
+        recognises=vllm_ascend.recognises_map,
+        read=vllm_ascend.read_map,
     ),
 }
 

@@ -13,6 +13,7 @@ from moetuner._checks import (
     listed,
     whole_number,
 )
+from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -35,6 +36,8 @@ class Hints:
         Numbers of those hidden layers that have no experts; empty for none, None if not known.
     devices
         Devices, which engines call ranks, D.
+    running
+        Placement that the engine ran while it recorded, where it counts slots instead of experts.
     """
 
     num_experts: int | None = None
@@ -42,6 +45,7 @@ class Hints:
     hidden_layers: int | None = None
     dense_layers: tuple[int, ...] | None = None
     devices: int | None = None
+    running: Placement | None = None
 
     def __post_init__(self) -> None:
         if self.num_experts is not None:

@@ -26,6 +26,7 @@ from moetuner.formats.hints import Hints, Traffic, files_in
 from moetuner.formats.layout import Layout
 from moetuner.formats.pieces import ArrayPiece, Base64Piece, Piece, decoded, ids_of
 from moetuner.formats.records import Record, head, looks_like_json, records
+from moetuner.formats.slots import by_expert
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -234,7 +235,12 @@ def read_loads(paths: Sequence[Path], hints: Hints) -> Traffic:
                 with naming(record.where):
                     load = Layout.of(record.fields.get("expert_load")).experts
                     slots = Layout.of(record.fields.get("p2l_map")).experts
-                    windows.append(by_expert(load, slots, experts))
+                    if load.shape != slots.shape:
+                        raise ValueError(
+                            f"expert_load must be {list(slots.shape)} like p2l_map, "
+                            f"got {list(load.shape)}"
+                        )
+                    windows.append(by_expert(load[None], slots, experts or _most(slots))[0])
                 experts = experts or windows[0].shape[1]
                 if windows[-1].shape != windows[0].shape:
                     raise ValueError(
@@ -246,34 +252,11 @@ def read_loads(paths: Sequence[Path], hints: Hints) -> Traffic:
     return RoutingStatistics.from_load(np.stack(windows))
 
 
-def by_expert(
-    load: NDArray[np.int64], slots: NDArray[np.int64], experts: int | None
-) -> NDArray[np.int64]:
-    """Add up loads of slots [..,L,P] by the expert [L,P] that is in them: [..,L,E].
-
-    Raises
-    ------
-    ValueError
-        If the tables are of other sizes, or a slot holds no expert that there is.
-    """
-    if load.shape[-2:] != slots.shape:
-        raise ValueError(
-            f"loads and slots must have the same layers and slots, got {list(load.shape[-2:])} and "
-            f"{list(slots.shape)}"
-        )
-    most = int(slots.max(initial=-1)) + 1
-    experts = max(most, 1) if experts is None else experts
-    if most > experts or int(slots.min(initial=0)) < -1:
-        raise ValueError(
-            f"slots must hold experts from 0 to {experts - 1}, got {slots.min()} to {most - 1}"
-        )
-    if slots.shape[0] * experts > 1 << 28:
-        raise ValueError(f"slots must hold experts below {1 << 16}, got {most - 1}")
-    found = np.zeros((*load.shape[:-1], experts + 1), dtype=np.int64)
-    for layer, held in enumerate(slots):
-        # Empty slots, -1, are the last column, which is left out.
-        np.add.at(found[..., layer, :].T, held, load[..., layer, :].T)
-    return found[..., :experts]
+def _most(slots: NDArray[np.int64]) -> int:
+    most = int(slots.max(initial=0)) + 1
+    if most > 1 << 16:
+        raise ValueError(f"p2l_map must hold experts below {1 << 16}, got {most - 1}")
+    return most
 
 
 def write_map_49572(placement: Placement, path: Path, _: Hints) -> None:
