@@ -19,6 +19,7 @@ from moetuner.formats import (
     eplb,
     megatron,
     own,
+    sglang,
     tensorrt_llm,
     vllm,
     vllm_ascend,
@@ -82,6 +83,10 @@ class Writer:
 
 # Those of engines first: what they do not know is moetuner's own, or nothing.
 READERS: dict[str, Reader] = {
+    "sglang": Reader("dumps of SGLang's recorder", sglang.recognises, sglang.read),
+    "sglang-responses": Reader(
+        "routed experts of SGLang, responses", sglang.recognises_responses, sglang.read_responses
+    ),
     "megatron": Reader(
         "Megatron-Core's router trace, or arrays of its RouterReplay",
         megatron.recognises,
@@ -123,6 +128,14 @@ WRITERS: dict[str, Writer] = {
         eplb.write_map,
         recognises=eplb.recognises_map,
         read=eplb.read_map,
+    ),
+    "sglang": Writer(
+        "SGLang's --init-expert-location",
+        (".json",),
+        sglang.write_map,
+        engine="sglang",
+        recognises=sglang.recognises_map,
+        read=sglang.read_map,
     ),
     "vllm-49572": Writer(
         "vLLM's initial_expert_map_path",

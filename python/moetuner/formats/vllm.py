@@ -235,7 +235,12 @@ def read_loads(paths: Sequence[Path], hints: Hints) -> Traffic:
                 with naming(record.where):
                     load = Layout.of(record.fields.get("expert_load")).experts
                     slots = Layout.of(record.fields.get("p2l_map")).experts
-                    windows.append(by_expert(load, slots, experts))
+                    if load.shape != slots.shape:
+                        raise ValueError(
+                            f"expert_load must be {list(slots.shape)} like p2l_map, "
+                            f"got {list(load.shape)}"
+                        )
+                    windows.append(by_expert(load[None], slots, experts or _most(slots))[0])
                 experts = experts or windows[0].shape[1]
                 if windows[-1].shape != windows[0].shape:
                     raise ValueError(
@@ -245,6 +250,13 @@ def read_loads(paths: Sequence[Path], hints: Hints) -> Traffic:
     if not windows:
         raise ValueError(f"{paths[0]}: must have at least one record, got none")
     return RoutingStatistics.from_load(np.stack(windows))
+
+
+def _most(slots: NDArray[np.int64]) -> int:
+    most = int(slots.max(initial=0)) + 1
+    if most > 1 << 16:
+        raise ValueError(f"p2l_map must hold experts below {1 << 16}, got {most - 1}")
+    return most
 
 
 def write_map_49572(placement: Placement, path: Path, _: Hints) -> None:
