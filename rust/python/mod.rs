@@ -178,7 +178,7 @@ mod _core {
     #[pymodule_export]
     use super::counting::{Replay, StatisticsCounter, merge_sets, validate};
     #[pymodule_export]
-    use super::layer::{Layers, replicate_experts};
+    use super::layer::{Layers, adapt_slots, replicate_experts};
     #[pymodule_export]
     use super::packing::{cluster, lpt, place_clusters, smallest_peaks};
     #[pymodule_export]
