@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "placement": ("topology", "files"),
     "router_groups": ("statistics", "placement"),
     "evaluation": VALUES,
-    "formats": (*VALUES, "files"),
+    "formats": (*VALUES, "files", "router_groups", "evaluation.copies"),
     "problem": (*VALUES, "evaluation"),
     "solver.result": ("solver.bounds.certificate", *SOLVER),
     "solver.effort": (),
@@ -199,6 +199,7 @@ CORE_MAY_IMPORT = {
     "layer": set(),
     "bound": set(),
     "colocation": set(),
+    "lines": set(),
 }
 
 

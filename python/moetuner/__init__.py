@@ -13,6 +13,7 @@ from moetuner.evaluation.auditing import Audit, audit
 from moetuner.evaluation.rows import dispatch_rows
 from moetuner.evaluation.verdicts import Verdict, verdict
 from moetuner.formats import open_input
+from moetuner.formats.engines import engine_settings
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
@@ -47,6 +48,7 @@ __all__ = [  # noqa: RUF022
     "Verdict",
     "verdict",
     "Problem",
+    "engine_settings",
     "Objective",
     "solve",
     "Result",

@@ -13,10 +13,10 @@ from moetuner.cli.options.machine import Machine, node_options
 from moetuner.cli.options.moves import show_pairs
 from moetuner.cli.output import Output
 from moetuner.files import replacing
-from moetuner.formats import eplb
+from moetuner.formats import WRITERS
+from moetuner.formats.hints import Hints
 from moetuner.placement import EMPTY, Placement
 
-WRITERS = {"json": Placement.save, "eplb": eplb.write}
 MOVES = "moves"
 
 
@@ -84,6 +84,6 @@ def command(
                     'engines have none; "moetuner solve --fill-slots" chooses them by their load'
                 )
             placement = full
-        WRITERS[form](placement, out_file)
+        WRITERS[form].write(placement, out_file, Hints())
     output.say(f"wrote {out_file}")
     output.finish(answer)
