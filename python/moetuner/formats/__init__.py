@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 
 from moetuner._checks import one_of, path_in, window_in
-from moetuner.files import kind_of
+from moetuner.files import kind_of, naming
 from moetuner.formats import (
     arrow,
     csv,
@@ -284,6 +284,21 @@ def read_input(paths: Sequence[Path], hints: Hints, reader: str | None = None) -
         for name, of in groupby(zip(paths, names, strict=True), key=lambda pair: pair[1])
     ]
     return parts[0] if len(parts) == 1 else own.join(parts)
+
+
+def read_map(path: Path, hints: Hints) -> Layout:
+    """Read a map of experts of any format, by its content.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or damaged.
+    """
+    for writer in WRITERS.values():
+        if writer.recognises is not None and writer.read is not None and writer.recognises(path):
+            with naming(path):
+                return writer.read(path, hints)
+    raise ValueError(f"{path}: must be a map of experts, as export writes it")
 
 
 def _check_counts(
