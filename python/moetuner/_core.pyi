@@ -315,6 +315,34 @@ def replicate_experts(
     Returns slots [L,D,S], -1 for an empty one.
     """
 
+def adapt_slots(
+    load: NDArray[np.float64],
+    slots: NDArray[np.int32],
+    time: NDArray[np.float64],
+    *,
+    most: int,
+    dead_zone: float,
+    deviations: float,
+    tolerance: float,
+    steps: int,
+    trials: int = ...,
+    copies: bool = ...,
+    forbidden: NDArray[np.bool_] | None = ...,
+) -> tuple[NDArray[np.int32], list[float], list[float], list[int]]:
+    """Relieve the slowest devices of running slots by few copies that have to be brought.
+
+    Takes load [L,E], slots [L,D,S] with -1 for an empty one, and the time of every device per token
+    as a share of the slowest one's [D]. At most ``most`` copies are brought, where they gain most.
+    A layer stays unless the time of its slowest device falls by more than the part ``dead_zone``,
+    and by more than ``deviations`` standard deviations of counts as large; devices within the part
+    ``tolerance`` of the mean are relieved no further; ``steps`` is for each device of a layer, and
+    ``trials`` as in ``replicate_experts``. Experts without a slot get one and empty slots are
+    filled, unless a device holds all experts already. What stays on a device keeps its slot.
+
+    Returns slots [L,D,S], and of every layer the time of the slowest device before (once all slots
+    were filled) and after, and the copies brought.
+    """
+
 def cluster(
     load: NDArray[np.uint64],
     clusters: int,

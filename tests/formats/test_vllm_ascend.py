@@ -62,7 +62,7 @@ def test_tensors(tmp_path):
     ("load", "table", "text"),
     [
         (LOAD, TABLE[:, :1], "table must be [2, 2, 2] like the workload, got [2, 1, 2]"),
-        (LOAD, TABLE - 1, "slots must hold experts from 0 to 1, got -1 to 1"),
+        (LOAD, TABLE - 2, "slots must hold experts from 0 to 0, got -2 to 0"),
         (LOAD, TABLE * 0.5, "table must be integers, got float64"),
         (-LOAD, TABLE, "workload must be counts from 0 to 2**48"),
         (LOAD + 0.5, TABLE, "workload must be whole numbers of tokens"),

@@ -205,23 +205,6 @@ def read_whole(path: str | Path, most: int = LONGEST_TEXT) -> bytes:
         return file.read(size)
 
 
-def start_of(path: Path, most: int = 1 << 12) -> bytes:
-    """Read the first bytes of a regular file; none of a folder.
-
-    Raises
-    ------
-    ValueError
-        If it is a pipe or a device.
-    OSError
-        If it cannot be read.
-    """
-    if path.is_dir():
-        return b""
-    size_of(path)
-    with path.open("rb") as file:
-        return file.read(most)
-
-
 def kind_of(path: Path) -> Kind:
     """Format of a file by its first bytes; the name does not matter.
 

@@ -91,10 +91,6 @@ READERS: dict[str, Reader] = {
     "sglang-responses": Reader(
         "routed experts of SGLang, responses", sglang.recognises_responses, sglang.read_responses
     ),
-    "vllm": Reader("routed experts of vLLM, responses or arrays", vllm.recognises, vllm.read),
-    "vllm-loads": Reader(
-        "windows of load of vLLM (pull request 41141)", vllm.recognises_loads, vllm.read_loads
-    ),
     "megatron": Reader(
         "Megatron-Core's router trace, or arrays of its RouterReplay",
         megatron.recognises,
@@ -111,6 +107,10 @@ READERS: dict[str, Reader] = {
     ),
     "arrow": Reader("Parquet or Arrow", arrow.recognises, arrow.read),
     "csv": Reader("CSV with columns layer and expert", csv.recognises, csv.read),
+    "vllm": Reader("routed experts of vLLM, responses or arrays", vllm.recognises, vllm.read),
+    "vllm-loads": Reader(
+        "windows of load of vLLM (pull request 41141)", vllm.recognises_loads, vllm.read_loads
+    ),
     **{
         kind: Reader(f"moetuner's own, as {kind}", own.recogniser(kind), own.read)
         for kind in own.KINDS

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import id_type, valid
-from moetuner.files import naming, size_of, start_of
+from moetuner.files import naming, size_of
 from moetuner.formats.hints import Hints, Traffic
+from moetuner.formats.records import head
 from moetuner.formats.rows import Labels, Rows, as_integers
 from moetuner.trace import RoutingTrace
 
@@ -29,7 +30,7 @@ BATCH = 1 << 16
 
 def recognises(path: Path) -> bool:
     """Whether a file is Parquet or an Arrow file (Feather 2)."""
-    start = start_of(path, len(ARROW))
+    start = head(path, len(ARROW))
     return start.startswith(PARQUET) or start == ARROW
 
 

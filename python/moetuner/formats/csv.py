@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from moetuner.files import naming, size_of, start_of
+from moetuner.files import naming, size_of
 from moetuner.formats.hints import Hints, Traffic
+from moetuner.formats.records import head
 from moetuner.formats.rows import Rows
 
 SEPARATORS = (",", ";", "\t")
@@ -22,7 +23,7 @@ LONGEST_HEADER = 1 << 12
 
 def recognises(path: Path) -> bool:
     """Whether a file is text whose first line names a layer and an expert."""
-    start = start_of(path, LONGEST_HEADER)
+    start = head(path, LONGEST_HEADER)
     try:
         header = start.partition(b"\n")[0].decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.files import kind_of, naming, npz, safetensors, start_of
+from moetuner.files import kind_of, naming, npz, safetensors
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
 from moetuner.formats.ranks import by_rank
+from moetuner.formats.records import head
 from moetuner.statistics import RoutingStatistics
 
 NAME = re.compile(r"(?:.*\D)?(\d{1,5})\D*\.?(?:tokens_per_expert|exp_counts)", re.ASCII)
 SUFFIXES = ("tokens_per_expert", "exp_counts")
-PATTERN = "*rank*"
+PATTERN = "*[0-9].*"
 
 
 def recognises(path: Path) -> bool:
@@ -70,7 +71,7 @@ def _names(path: Path) -> list[str]:
     if pickled.is_pickled(path):
         content = pickled.load(path)
         return [str(name) for name in content] if isinstance(content, dict) else []
-    start = start_of(path, 9)
+    start = head(path, 9)
     if start.startswith(b"PK"):
         with naming(path):
             return sorted(npz.names_in_npz(path))

@@ -25,10 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import LAYER_LIMIT, experts_in
-from moetuner.files import kind_of, naming, read_whole, replacing, safetensors, start_of
+from moetuner.files import kind_of, naming, read_whole, replacing, safetensors
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.ranks import by_rank, rank_of
+from moetuner.formats.records import head
 from moetuner.formats.slots import by_expert
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
@@ -43,7 +44,7 @@ def recognises(path: Path) -> bool:
     """Whether a folder or file is a dump of expert statistics."""
     if path.is_dir():
         return any(recognises(file) for pattern in (COUNTS, RAW) for file in path.glob(pattern))
-    if start_of(path, 9)[8:] != b"{" or kind_of(path) != "safetensors":
+    if head(path, 9)[8:] != b"{" or kind_of(path) != "safetensors":
         return False
     names = safetensors.read_header(path).entries
     return bool(names) and all(ENTRY.fullmatch(name) for name in names)
@@ -187,7 +188,7 @@ def _counts(
     if total is None:
         raise ValueError("must have a file, got none")
     if translate is not None:
-        total = by_expert(total, translate, int(translate.max()) + 1)
+        total = by_expert(total, translate, hints.num_experts)
     with naming(files[0]):
         return RoutingStatistics.from_load(total)
 
@@ -289,7 +290,7 @@ def layer_numbers(layers: int, hints: Hints) -> list[int]:
 
 def recognises_map(path: Path) -> bool:
     """Whether a file is such a YAML."""
-    start = start_of(path)
+    start = head(path, 4096)
     return any(key.encode() in start for key in KEYS[:2])
 
 

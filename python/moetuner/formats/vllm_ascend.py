@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import experts_in
-from moetuner.files import naming, npz, read_whole, replacing, safetensors, start_of
+from moetuner.files import naming, npz, read_whole, replacing, safetensors
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
+from moetuner.formats.records import head
 from moetuner.formats.slots import by_expert
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
@@ -34,7 +34,7 @@ TABLES = ("current_expert_table", "expert_table", "table")
 
 def recognises(path: Path) -> bool:
     """Whether a file is a workload with its table, a bare tensor, or an expert map."""
-    start = start_of(path)
+    start = head(path, 4096)
     if start.startswith(b"PK"):
         if pickled.is_pickled(path):
             content = pickled.load(path)
@@ -81,7 +81,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
 
 def _read(path: Path, hints: Hints) -> tuple[NDArray[Any] | None, NDArray[np.int64] | None]:
     """Workload and table of a file, as far as it has them."""
-    start = start_of(path, 6)
+    start = head(path, 6)
     if start.startswith(b"PK"):
         if pickled.is_pickled(path):
             content = pickled.load(path)
@@ -138,9 +138,8 @@ def _by_expert(
         raise ValueError("workload must be whole numbers of tokens")
     if load.dtype.kind not in "iuf" or not (load >= 0).all() or not (load < 1 << 48).all():
         raise ValueError(f"workload must be counts from 0 to 2**48, got {load.dtype}")
-    count = int(table.max()) + 1 if experts is None else experts
-    stages = load.reshape(-1, len(table), table[0].size)
-    return by_expert(stages, table.reshape(len(table), -1), experts_in(count))
+    stages = load.astype(np.int64).reshape(-1, len(table), table[0].size)
+    return by_expert(stages, table.reshape(len(table), -1), experts)
 
 
 def write_map(placement: Placement, path: Path, _: Hints) -> None:
@@ -176,7 +175,7 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
 
 def recognises_map(path: Path) -> bool:
     """Whether a file is such a map."""
-    return b'"moe_layer_count"' in start_of(path)
+    return b'"moe_layer_count"' in head(path, 4096)
 
 
 def read_map(path: Path, _: Hints) -> Layout:
