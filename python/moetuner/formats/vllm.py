@@ -24,6 +24,7 @@ from moetuner.files import naming, npz, read_whole, replacing
 from moetuner.files.safetensors import TensorInFile
 from moetuner.formats.hints import Hints, Traffic, files_in
 from moetuner.formats.layout import Layout
+from moetuner.formats.pickled import is_pickled
 from moetuner.formats.pieces import ArrayPiece, Base64Piece, Piece, decoded, ids_of
 from moetuner.formats.records import Record, head, looks_like_json, records
 from moetuner.formats.slots import by_expert
@@ -49,6 +50,8 @@ def recognises(path: Path) -> bool:
     if start.startswith(npz.MAGIC):
         return _has_dense_rows(path)
     if start.startswith(b"PK\x03\x04"):
+        if is_pickled(path):
+            return False
         with naming(path):
             names = npz.names_in_npz(path)
         return bool(names) and not names & {"expert_ids", "load"} and _are_sequences(path, names)
