@@ -15,8 +15,8 @@ from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 COLUMNS = ("token", "layer", "expert", "sequence", "group", "weight")
-# Of a table of tokens by layers, which is made before it is known whether each has its experts.
-TABLE_LIMIT = 1 << 34
+# Of a table that may be larger than the rows that fill it.
+TABLE_LIMIT = 1 << 27
 INTEGER = re.compile(r"-?\d{1,10}", re.ASCII)
 
 
@@ -127,8 +127,11 @@ class Rows:
             raise ValueError("num_experts is needed: the file does not say it")
         first, token = _numbered(columns["token"], columns.get("sequence"))
         tokens = len(first)
-        if tokens * len(layers) > TABLE_LIMIT:
-            raise ValueError(f"must have fewer tokens and layers, got {tokens} x {len(layers)}")
+        if tokens * len(layers) > max(self.count, TABLE_LIMIT):
+            raise ValueError(
+                f"each token must have experts in each layer, got {self.count} rows for {tokens} "
+                f"tokens and {len(layers)} layers"
+            )
         cell = token * len(layers) + layer
         sizes = np.bincount(cell, minlength=tokens * len(layers))
         if (sizes != sizes[0]).any():
@@ -169,7 +172,7 @@ class Rows:
         by = next((name for name in ("sequence", "group") if name in columns), None)
         window = np.zeros(self.count, dtype=np.int64) if by is None else columns[by]
         windows = int(window.max()) + 1
-        if windows * len(layers) * experts > TABLE_LIMIT >> 4:
+        if windows * len(layers) * experts > TABLE_LIMIT:
             raise ValueError(
                 f"counts must be of fewer windows, got {windows} of {len(layers)} x {experts}"
             )
