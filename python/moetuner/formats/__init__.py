@@ -87,6 +87,10 @@ class Writer:
 
 # Those of engines first: what they do not know is moetuner's own, or nothing.
 READERS: dict[str, Reader] = {
+    "vllm": Reader("routed experts of vLLM, responses or arrays", vllm.recognises, vllm.read),
+    "vllm-loads": Reader(
+        "windows of load of vLLM (pull request 41141)", vllm.recognises_loads, vllm.read_loads
+    ),
     "sglang": Reader("dumps of SGLang's recorder", sglang.recognises, sglang.read),
     "sglang-responses": Reader(
         "routed experts of SGLang, responses", sglang.recognises_responses, sglang.read_responses
@@ -107,10 +111,6 @@ READERS: dict[str, Reader] = {
     ),
     "arrow": Reader("Parquet or Arrow", arrow.recognises, arrow.read),
     "csv": Reader("CSV with columns layer and expert", csv.recognises, csv.read),
-    "vllm": Reader("routed experts of vLLM, responses or arrays", vllm.recognises, vllm.read),
-    "vllm-loads": Reader(
-        "windows of load of vLLM (pull request 41141)", vllm.recognises_loads, vllm.read_loads
-    ),
     **{
         kind: Reader(f"moetuner's own, as {kind}", own.recogniser(kind), own.read)
         for kind in own.KINDS
