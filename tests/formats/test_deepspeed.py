@@ -1,6 +1,7 @@
 """DeepSpeed's counts: every rank its own, in each container."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,3 +82,14 @@ def test_missing_rank(tmp_path):
         mt.open_input(tmp_path)
     with pytest.raises(ValueError, match=r"counts must be \[5\], got \[4\]"):
         mt.open_input(tmp_path / "c_rank0.npz", num_experts=5)
+
+
+def test_what_deepspeed_wrote():
+    """Two ranks of 24 tokens each, top-2."""
+    folder = Path(__file__).parent / "golden" / "deepspeed"
+    assert reader_of(folder) == "deepspeed"
+    found = mt.open_input(folder)
+    assert found.window_load.sum(axis=2).tolist() == [[96] * 4]
+    each = [mt.open_input(folder / f"counts-{rank}.npz").window_load for rank in range(2)]
+    assert np.array_equal(found.window_load, each[0] + each[1])
+    assert not np.array_equal(*each)

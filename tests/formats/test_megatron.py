@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,3 +154,18 @@ def test_replay(tmp_path, kind):
         np.savez(path, arrays[0], arrays[1][:-1])
         with pytest.raises(ValueError, match=r"layer 1 must be \[9, 2\] like layer 0"):
             mt.open_input(path, num_experts=8)
+
+
+GOLDEN = Path(__file__).parent / "golden" / "megatron"
+
+
+def test_what_megatron_wrote():
+    """The tracer's files of two ranks say what RouterReplay recorded, in the order of experts."""
+    trace = mt.open_input(GOLDEN, num_experts=8)
+    assert (trace.tokens, trace.layers, trace.top_k) == (72, 2, 2)
+    replays = [mt.open_input(GOLDEN / f"replay-{rank}.npz", num_experts=8) for rank in range(2)]
+    for rank, replay in enumerate(replays):
+        mine = trace.select(groups=f"rank {rank}")
+        assert np.array_equal(mine.expert_ids, np.sort(replay.expert_ids))
+        assert replay.sequence.tolist() == np.repeat([0, 1, 2], 12).tolist()
+    assert not np.array_equal(*(replay.expert_ids for replay in replays))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from moetuner._checks import one_of, path_in, window_in
-from moetuner.files import kind_of
+from moetuner._checks import instance, one_of, path_in, window_in
+from moetuner.files import is_stream, kind_of, naming, size_of
 from moetuner.formats import (
     arrow,
     csv,
@@ -19,11 +19,13 @@ from moetuner.formats import (
     eplb,
     megatron,
     own,
+    sglang,
     tensorrt_llm,
     vllm,
     vllm_ascend,
 )
-from moetuner.formats.hints import Hints, Traffic
+from moetuner.formats.checks import Rows, check_placement
+from moetuner.formats.hints import Hints, Traffic, files_in
 from moetuner.formats.layout import Layout
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
@@ -63,6 +65,8 @@ class Writer:
         Write a placement, or raise ValueError if the engine could not load it.
     engine
         Name in ``ENGINES`` of what loads it; None if it is nobody's.
+    rows
+        What the format's rows are.
     state
         What is to be known before relying on it, such as "proposed, open"; empty for nothing.
     recognises
@@ -75,6 +79,7 @@ class Writer:
     suffixes: tuple[str, ...]
     write: Callable[[Placement, Path, Hints], None]
     engine: str | None = None
+    rows: Rows = "moe"
     state: str = ""
     recognises: Callable[[Path], bool] | None = None
     read: Callable[[Path, Hints], Layout] | None = None
@@ -82,6 +87,10 @@ class Writer:
 
 # Those of engines first: what they do not know is moetuner's own, or nothing.
 READERS: dict[str, Reader] = {
+    "sglang": Reader("dumps of SGLang's recorder", sglang.recognises, sglang.read),
+    "sglang-responses": Reader(
+        "routed experts of SGLang, responses", sglang.recognises_responses, sglang.read_responses
+    ),
     "megatron": Reader(
         "Megatron-Core's router trace, or arrays of its RouterReplay",
         megatron.recognises,
@@ -124,6 +133,15 @@ WRITERS: dict[str, Writer] = {
         recognises=eplb.recognises_map,
         read=eplb.read_map,
     ),
+    "sglang": Writer(
+        "SGLang's --init-expert-location",
+        (".json",),
+        sglang.write_map,
+        engine="sglang",
+        rows="hidden",
+        recognises=sglang.recognises_map,
+        read=sglang.read_map,
+    ),
     "vllm-49572": Writer(
         "vLLM's initial_expert_map_path",
         (".json",),
@@ -156,6 +174,7 @@ WRITERS: dict[str, Writer] = {
         (".yaml", ".yml"),
         tensorrt_llm.write_map,
         engine="tensorrt-llm",
+        rows="numbered",
         recognises=tensorrt_llm.recognises_map,
         read=tensorrt_llm.read_map,
     ),
@@ -168,6 +187,10 @@ WRITERS: dict[str, Writer] = {
         read=vllm_ascend.read_map,
     ),
 }
+
+
+# Of the files of a folder, those that are looked at.
+FIRST = 16
 
 
 def reader_of(path: str | Path) -> str:
@@ -185,6 +208,9 @@ def reader_of(path: str | Path) -> str:
         if name not in own.KINDS and reader.recognises(path):
             return name
     if path.is_dir():
+        kinds = {kind_of(file) for file in files_in([path])[:FIRST]}
+        if len(kinds) == 1:
+            return kinds.pop()
         raise ValueError(f"{path}: folder holds no recording that moetuner knows")
     return kind_of(path)
 
@@ -271,6 +297,95 @@ def read_input(paths: Sequence[Path], hints: Hints, reader: str | None = None) -
         for name, of in groupby(zip(paths, names, strict=True), key=lambda pair: pair[1])
     ]
     return parts[0] if len(parts) == 1 else own.join(parts)
+
+
+def write_placement(placement: Placement, to: str, path: str | Path, hints: Hints) -> None:
+    """Write a placement in a format of ``WRITERS``; the file appears whole or not at all.
+
+    Raises
+    ------
+    ValueError
+        If the name has another ending, or the engine could not load the placement: the message says
+        which of its constraints is broken, and how to solve so that it is kept.
+    """
+    one_of("format", to, WRITERS)
+    instance("placement", placement, Placement)
+    path, writer = path_in(path), WRITERS[to]
+    if not is_stream(path) and path.suffix not in writer.suffixes:
+        raise ValueError(
+            f"{path}: the name must end in {' or '.join(writer.suffixes)} for {writer.title}, "
+            f"got {path.suffix!r}"
+        )
+    if writer.engine is not None:
+        check_placement(placement, writer.engine)
+    writer.write(placement, path, hints)
+
+
+def form_of(path: str | Path) -> str:
+    """Return the name in ``WRITERS`` of the format that a map of experts is in, by its content.
+
+    Raises
+    ------
+    ValueError
+        If it is none of them.
+    """
+    path = path_in(path)
+    size_of(path)
+    for name, writer in WRITERS.items():
+        if writer.recognises is not None and writer.recognises(path):
+            return name
+    raise ValueError(f"{path}: not a placement: its content is none of {', '.join(WRITERS)}")
+
+
+def read_placement(
+    path: str | Path,
+    *,
+    devices: int | None = None,
+    num_experts: int | None = None,
+    dense_layers: Iterable[int] | None = None,
+    form: str | None = None,
+) -> Placement:
+    """Read a placement of moetuner, or a map of experts that an engine loads.
+
+    Parameters
+    ----------
+    path
+        The file; its content decides what it is.
+    devices
+        Devices, where the file does not say how many there are.
+    num_experts
+        Experts per layer; by default one more than the largest that the file names.
+    dense_layers
+        Hidden layers without experts, whose rows are left out where the format has them.
+    form
+        Name in ``WRITERS``, where content is not to decide.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged or none of these, breaks a rule of placements, or leaves something
+        open.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import moetuner as mt
+    >>> _ = Path("map.json").write_text('{"physical_to_logical_map": [[0, 3, 1, 2]]}')
+    >>> mt.read_placement("map.json", devices=2).slots.tolist()
+    [[[0, 3], [1, 2]]]
+    """
+    path = path_in(path)
+    if form is not None:
+        one_of("form", form, WRITERS)
+    read = WRITERS[form or form_of(path)].read
+    if read is None:
+        raise ValueError(f"{path}: {form} is only written")
+    if read is own.read_map:
+        return Placement.load(path)
+    dense = None if dense_layers is None else tuple(dense_layers)
+    hints = Hints(num_experts=num_experts, devices=devices, dense_layers=dense)
+    with naming(path):
+        return read(path, hints).placement(hints)
 
 
 def _check_counts(

@@ -29,7 +29,7 @@ from moetuner.statistics import RoutingStatistics
 
 NAME = re.compile(r"(?:.*\D)?(\d{1,5})\D*\.?(?:tokens_per_expert|exp_counts)", re.ASCII)
 SUFFIXES = ("tokens_per_expert", "exp_counts")
-PATTERN = "*rank*"
+PATTERN = "*[0-9].*"
 
 
 def recognises(path: Path) -> bool:

@@ -12,12 +12,15 @@ the rank that the tokens came from its group. Layers of multi-token prediction (
 other positions and are left out.
 
 ``RouterReplay.get_recorded_data()`` is a list of ids [T,K], one for every MoE layer, for
-``torch.save`` or ``numpy.savez(file, *arrays)``.
+``torch.save`` or ``numpy.savez(file, *arrays)``; or with names such as ``step0.layer3``, where
+every step becomes a sequence.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,10 @@ PATTERN = "router_trace_rank*.jsonl"
 KEYS = Keys(
     [("top_indices", 2)], ["step", "layer", "rank", "num_tokens", "topk"], ["block", "stage"]
 )
+REPLAY = re.compile(
+    r"arr_(?P<number>\d{1,6})|(?:step[_.]?(?P<step>\d{1,9})[._])?layer[_.]?(?P<layer>\d{1,6})",
+    re.ASCII,
+)
 NUMBERS = ("step", "layer", "rank")
 # A microbatch: its step, which of the rank's it is in that step, and the rank.
 Microbatch = tuple[int, int, int]
@@ -54,14 +61,14 @@ def recognises(path: Path) -> bool:
 
 
 def is_replay(path: Path) -> bool:
-    """Whether a file holds nothing but arrays without names: an ``.npz``, or a ``.pt`` list."""
+    """Whether a file holds arrays by number or layer and nothing else, or is a ``.pt`` list."""
     if pickled.is_pickled(path):
         return isinstance(pickled.load(path), list | tuple)
     if head(path, 2) != b"PK":
         return False
     with naming(path):
         names = npz.names_in_npz(path)
-    return bool(names) and names == {f"arr_{number}" for number in range(len(names))}
+    return bool(names) and all(REPLAY.fullmatch(name) for name in names)
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
@@ -105,9 +112,23 @@ def read_replay(path: Path, hints: Hints) -> RoutingTrace:
             return replayed(
                 [t.array() if isinstance(t, pickled.Tensor) else t for t in tensors], experts
             )
-        names = tuple(f"arr_{n}" for n in range(len(npz.names_in_npz(path))))
-        arrays = npz.read_npz(path, names)
-        return replayed([arrays[name] for name in names], experts)
+        steps: dict[int, dict[int, str]] = {}
+        for name in npz.names_in_npz(path):
+            found = REPLAY.fullmatch(name)
+            if found is None:
+                raise ValueError(f"arrays must be named as step0.layer3, got {name:.40}")
+            step, layer = int(found["step"] or 0), int(found["layer"] or found["number"])
+            steps.setdefault(step, {})[layer] = name
+        arrays = npz.read_npz(path, tuple(name for of in steps.values() for name in of.values()))
+        parts = []
+        for step, of in sorted(steps.items()):
+            if set(of) != set(steps[min(steps)]):
+                raise ValueError(f"step {step} must have layers {_few(sorted(steps[min(steps)]))}")
+            parts.append(replayed([arrays[of[layer]] for layer in sorted(of)], experts))
+        if len(parts) == 1:
+            return parts[0]
+        sequence = np.repeat(np.arange(len(parts)), [part.tokens for part in parts])
+        return replace(RoutingTrace.concat(parts), sequence=sequence.astype(np.int32))
 
 
 def replayed(arrays: Sequence[Any], num_experts: int) -> RoutingTrace:

@@ -9,7 +9,7 @@ import numpy as np
 
 from moetuner.files import Kind, kind_of
 from moetuner.files.contents import holds_statistics
-from moetuner.formats.hints import Hints, Traffic
+from moetuner.formats.hints import Hints, Traffic, files_in
 from moetuner.formats.layout import Layout
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
@@ -35,7 +35,7 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     ValueError
         If one is damaged, or they do not fit together.
     """
-    found = [_read_one(path, hints) for path in paths]
+    found = [_read_one(path, hints) for path in files_in(paths)]
     return found[0] if len(found) == 1 else join(found)
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 
 from moetuner.formats.hints import files_in
 
-NUMBER = re.compile(r"rank[_-]?(\d{1,6})", re.ASCII)
+# "rank3" wherever it stands, else a number at the end, as in "counts-3".
+NUMBERS = (re.compile(r"rank[_-]?(\d{1,6})", re.ASCII), re.compile(r"[_-](\d{1,6})$", re.ASCII))
 
 
 def rank_of(path: Path) -> int | None:
-    """Return the rank in the name of a file, as ``rank3`` has it; None if there is none."""
-    found = NUMBER.search(path.name)
-    return None if found is None else int(found[1])
+    """Return the rank in the name of a file; None if there is none."""
+    for pattern in NUMBERS:
+        if found := pattern.search(path.stem):
+            return int(found[1])
+    return None
 
 
 def by_rank(paths: Sequence[Path], pattern: str) -> list[Path]:

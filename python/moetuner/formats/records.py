@@ -46,8 +46,12 @@ class Record:
 
         ``after`` is the byte to look from.
         """
-        at = self.text.find(value, max(0, after - self.start))
-        return None if at < 0 else self.start + at
+        at = max(0, after - self.start) - 1
+        # By its beginning first: a long text is not searched for, only compared.
+        while (at := self.text.find(value[:128], at + 1)) >= 0:
+            if self.text.startswith(value, at):
+                return self.start + at
+        return None
 
 
 def head(path: Path, size: int = HEAD) -> bytes:

@@ -24,6 +24,7 @@ from moetuner.files import naming, npz, read_whole, replacing
 from moetuner.files.safetensors import TensorInFile
 from moetuner.formats.hints import Hints, Traffic, files_in
 from moetuner.formats.layout import Layout
+from moetuner.formats.pickled import is_pickled
 from moetuner.formats.pieces import ArrayPiece, Base64Piece, Piece, decoded, ids_of
 from moetuner.formats.records import Record, head, looks_like_json, records
 from moetuner.formats.slots import by_expert
@@ -49,6 +50,8 @@ def recognises(path: Path) -> bool:
     if start.startswith(npz.MAGIC):
         return _has_dense_rows(path)
     if start.startswith(b"PK\x03\x04"):
+        if is_pickled(path):
+            return False
         with naming(path):
             names = npz.names_in_npz(path)
         return bool(names) and not names & {"expert_ids", "load"} and _are_sequences(path, names)
@@ -235,7 +238,12 @@ def read_loads(paths: Sequence[Path], hints: Hints) -> Traffic:
                 with naming(record.where):
                     load = Layout.of(record.fields.get("expert_load")).experts
                     slots = Layout.of(record.fields.get("p2l_map")).experts
-                    windows.append(by_expert(load, slots, experts))
+                    if load.shape != slots.shape:
+                        raise ValueError(
+                            f"expert_load must be {list(slots.shape)} like p2l_map, "
+                            f"got {list(load.shape)}"
+                        )
+                    windows.append(by_expert(load[None], slots, experts or _most(slots))[0])
                 experts = experts or windows[0].shape[1]
                 if windows[-1].shape != windows[0].shape:
                     raise ValueError(
@@ -245,6 +253,13 @@ def read_loads(paths: Sequence[Path], hints: Hints) -> Traffic:
     if not windows:
         raise ValueError(f"{paths[0]}: must have at least one record, got none")
     return RoutingStatistics.from_load(np.stack(windows))
+
+
+def _most(slots: NDArray[np.int64]) -> int:
+    most = int(slots.max(initial=0)) + 1
+    if most > 1 << 16:
+        raise ValueError(f"p2l_map must hold experts below {1 << 16}, got {most - 1}")
+    return most
 
 
 def write_map_49572(placement: Placement, path: Path, _: Hints) -> None:

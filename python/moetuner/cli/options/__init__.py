@@ -124,6 +124,15 @@ def parse_layers(
     return tuple(sorted(found))
 
 
+def as_options(text: str) -> str:
+    """Write the arguments that a message names as the options that give them."""
+    return ARGUMENTS.sub(lambda found: "--" + found[0].replace("_", "-"), text)
+
+
+ARGUMENTS = re.compile(
+    r"(?<!-)\b(slots_per_device|extra_slots|router_groups|hidden_layers|dense_layers|num_experts|"
+    r"top_k)\b"
+)
 IN_FILE = InFile()
 IN_INPUT = InFile(folders=True)
 
@@ -191,6 +200,12 @@ top_k_option = click.option(
     type=click.IntRange(1, 65536),
     metavar="K",
     help="Experts per token and layer, where nothing recorded says it (SGLang's responses).",
+)
+hidden_layers_option = click.option(
+    "--hidden-layers",
+    type=click.IntRange(1, 65536),
+    metavar="N",
+    help="Layers of the model, dense ones included.",
 )
 dense_layers_option = click.option(
     "--dense-layers",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar, get_args
@@ -104,7 +103,7 @@ class Asked:
                 router_groups=self.router_groups,
             )
         except ValueError as error:
-            raise click.UsageError(f"'--for {self.engine}': {_as_option(str(error))}.") from None
+            raise click.UsageError(f"'--for {self.engine}': {_as_options(str(error))}.") from None
 
     def explain(self, problem: Problem) -> str:
         """Write in a line what ``--for`` has set, and what it left as the user set it."""
@@ -133,13 +132,8 @@ class Asked:
         return line + (f"; as you said: {', '.join(yours)}." if yours else ".")
 
 
-def _as_option(text: str) -> str:
-    """Write the arguments that a message names as options."""
-    return re.sub(
-        r"\b(slots_per_device|extra_slots|router_groups)\b",
-        lambda found: "--" + found[0].replace("_", "-"),
-        text,
-    ).replace("devices must", "--devices must")
+def _as_options(text: str) -> str:
+    return options.as_options(text).replace("devices must", "--devices must")
 
 
 def _default_regime(
