@@ -42,6 +42,7 @@ FORMATS = "".join(f"\n\n{name}: {reader.title}." for name, reader in READERS.ite
     help="Experts per layer, where a source does not say (.npy).",
 )
 @options.top_k_option
+@options.hidden_layers_option
 @options.dense_layers_option
 @options.json_option
 def command(
@@ -50,6 +51,7 @@ def command(
     out_file: Path,
     num_experts: int | None,
     top_k: int | None,
+    hidden_layers: int | None,
     dense_layers: tuple[int, ...] | None,
     json_file: Path | None,
 ) -> None:
@@ -58,7 +60,7 @@ def command(
     A source is a file or a folder, of moetuner's own or as an engine recorded it. Sequences of
     different sources stay different; groups of the same name become one.
     """
-    hints = Hints(num_experts=num_experts, top_k=top_k, dense_layers=dense_layers)
+    hints = Hints(num_experts, top_k, hidden_layers, dense_layers)
     with working(f"reading {len(sources)} sources"):
         traffic = read_input(sources, hints, None if form == AUTO else form)
     with working(f"writing {out_file}"):

@@ -221,6 +221,7 @@ def open_input(
     window: int | None = None,
     num_experts: int | None = None,
     top_k: int | None = None,
+    hidden_layers: int | None = None,
     dense_layers: Iterable[int] | None = None,
     reader: str | None = None,
 ) -> Traffic:
@@ -239,6 +240,8 @@ def open_input(
         statistics.
     top_k
         Experts per token and layer; needed where files have neither shape nor lists.
+    hidden_layers
+        Layers of the model, dense ones included; needed where neither files nor their tokens say.
     dense_layers
         Numbers of the hidden layers without experts, where an engine counts them too; by default
         they are told by their content.
@@ -271,7 +274,7 @@ def open_input(
         raise ValueError("path must name at least one file, got none")
     window_in(window)
     dense = None if dense_layers is None else tuple(dense_layers)
-    hints = Hints(num_experts=num_experts, top_k=top_k, dense_layers=dense)
+    hints = Hints(num_experts, top_k, hidden_layers, dense)
     found = read_input(paths, hints, reader)
     if isinstance(found, RoutingStatistics):
         _check_counts(", ".join(map(str, paths)), found, window, num_experts)
