@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ import click
 from moetuner.cli import options
 from moetuner.cli.options.traffic import describe, facts
 from moetuner.cli.output import Output, working
-from moetuner.formats import READERS, read_input
+from moetuner.formats import READERS, read_input, read_placement
 from moetuner.formats.hints import Hints
 from moetuner.trace import RoutingTrace
 
@@ -44,6 +45,14 @@ FORMATS = "".join(f"\n\n{name}: {reader.title}." for name, reader in READERS.ite
 @options.top_k_option
 @options.hidden_layers_option
 @options.dense_layers_option
+@click.option(
+    "--running",
+    "running_file",
+    type=options.IN_FILE,
+    metavar="PLACEMENT",
+    help="Placement that the engine ran while it recorded, where it counted slots "
+    "(TensorRT-LLM's load balancer).",
+)
 @options.json_option
 def command(
     sources: tuple[Path, ...],
@@ -53,6 +62,7 @@ def command(
     top_k: int | None,
     hidden_layers: int | None,
     dense_layers: tuple[int, ...] | None,
+    running_file: Path | None,
     json_file: Path | None,
 ) -> None:
     """Join sources, one after the other, into one trace; or counts, where engines recorded those.
@@ -61,6 +71,8 @@ def command(
     different sources stay different; groups of the same name become one.
     """
     hints = Hints(num_experts, top_k, hidden_layers, dense_layers)
+    if running_file is not None:
+        hints = replace(hints, running=read_placement(running_file, num_experts=num_experts))
     with working(f"reading {len(sources)} sources"):
         traffic = read_input(sources, hints, None if form == AUTO else form)
     with working(f"writing {out_file}"):
