@@ -10,7 +10,7 @@ import click
 from moetuner.cli import options
 from moetuner.cli.options.traffic import describe, facts
 from moetuner.cli.output import Output, working
-from moetuner.formats import READERS, read_input, read_placement
+from moetuner.formats import READERS, read_input, read_map
 from moetuner.formats.hints import Hints
 from moetuner.trace import RoutingTrace
 
@@ -42,27 +42,27 @@ FORMATS = "".join(f"\n\n{name}: {reader.title}." for name, reader in READERS.ite
     metavar="E",
     help="Experts per layer, where a source does not say (.npy).",
 )
-@options.top_k_option
-@options.hidden_layers_option
-@options.dense_layers_option
 @click.option(
     "--running",
     "running_file",
     type=options.IN_FILE,
-    metavar="PLACEMENT",
-    help="Placement that the engine ran while it recorded, where it counted slots "
-    "(TensorRT-LLM's load balancer).",
+    metavar="MAP",
+    help="Map of experts that ran, in any format of export, where a source counts slots "
+    "(TensorRT-LLM's and vllm-ascend's balancers).",
 )
+@options.top_k_option
+@options.hidden_layers_option
+@options.dense_layers_option
 @options.json_option
 def command(
     sources: tuple[Path, ...],
     form: str,
     out_file: Path,
     num_experts: int | None,
+    running_file: Path | None,
     top_k: int | None,
     hidden_layers: int | None,
     dense_layers: tuple[int, ...] | None,
-    running_file: Path | None,
     json_file: Path | None,
 ) -> None:
     """Join sources, one after the other, into one trace; or counts, where engines recorded those.
@@ -72,7 +72,7 @@ def command(
     """
     hints = Hints(num_experts, top_k, hidden_layers, dense_layers)
     if running_file is not None:
-        hints = replace(hints, running=read_placement(running_file, num_experts=num_experts))
+        hints = replace(hints, running=read_map(running_file, hints).experts)
     with working(f"reading {len(sources)} sources"):
         traffic = read_input(sources, hints, None if form == AUTO else form)
     with working(f"writing {out_file}"):

@@ -340,6 +340,23 @@ def form_of(path: str | Path) -> str:
     raise ValueError(f"{path}: not a placement: its content is none of {', '.join(WRITERS)}")
 
 
+def read_map(path: str | Path, hints: Hints) -> Layout:
+    """Read a map of experts of any format as it stands; its content decides what it is.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or damaged.
+    """
+    path = path_in(path)
+    form = form_of(path)
+    read = WRITERS[form].read
+    if read is None:
+        raise ValueError(f"{path}: {form} is only written")
+    with naming(path):
+        return read(path, hints)
+
+
 def read_placement(
     path: str | Path,
     *,
