@@ -51,6 +51,7 @@ FORMATS = "".join(f"\n\n{name}: {reader.title}." for name, reader in READERS.ite
     "(TensorRT-LLM's and vllm-ascend's balancers).",
 )
 @options.top_k_option
+@options.hidden_layers_option
 @options.dense_layers_option
 @options.json_option
 def command(
@@ -60,6 +61,7 @@ def command(
     num_experts: int | None,
     running_file: Path | None,
     top_k: int | None,
+    hidden_layers: int | None,
     dense_layers: tuple[int, ...] | None,
     json_file: Path | None,
 ) -> None:
@@ -68,7 +70,7 @@ def command(
     A source is a file or a folder, of moetuner's own or as an engine recorded it. Sequences of
     different sources stay different; groups of the same name become one.
     """
-    hints = Hints(num_experts=num_experts, top_k=top_k, dense_layers=dense_layers)
+    hints = Hints(num_experts, top_k, hidden_layers, dense_layers)
     if running_file is not None:
         hints = replace(hints, running=read_map(running_file, hints).experts)
     with working(f"reading {len(sources)} sources"):

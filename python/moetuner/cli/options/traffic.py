@@ -94,6 +94,7 @@ class Source:
     input_file: Path
     num_experts: int | None = None
     top_k: int | None = None
+    hidden_layers: int | None = None
     dense_layers: tuple[int, ...] | None = None
     window: int | None = None
     threads: int | None = None
@@ -106,6 +107,7 @@ class Source:
             window=self.window,
             num_experts=self.num_experts,
             top_k=self.top_k,
+            hidden_layers=self.hidden_layers,
             dense_layers=self.dense_layers,
         )
 
@@ -139,6 +141,7 @@ _input = (
         help="Experts per layer, where INPUT does not say (.npy).",
     ),
     options.top_k_option,
+    options.hidden_layers_option,
     options.dense_layers_option,
 )
 _window = click.option(
