@@ -117,6 +117,8 @@ def command(
 
     output = Output(json_file)
     output.say(source.describe())
+    if asked.engine is not None:
+        output.say(asked.explain(problem))
     output.say(_setting(problem, window, holdout, unseen))
     output.say()
     began, interrupted = time.monotonic(), False
@@ -157,6 +159,7 @@ def command(
             "input": source.facts(),
             "settings": {
                 **settings(problem),
+                "for": asked.engine,
                 "window": window,
                 "seed": seed,
                 "time_limit": time_limit,

@@ -88,6 +88,8 @@ def command(
 
     output = Output(json_file)
     output.say(source.describe())
+    if asked.engine is not None:
+        output.say(asked.explain(problem))
     outcome = try_method(
         method,
         problem,
@@ -136,6 +138,7 @@ def command(
             "input": source.facts(),
             "settings": {
                 **settings(problem),
+                "for": asked.engine,
                 **moving.settings(),
                 "window": window,
                 "time_limit": time_limit,
