@@ -151,6 +151,6 @@ _window = click.option(
     help=f"Tokens whose load is balanced together; a trace is cut into {WINDOW} by default, "
     "statistics have their own.",
 )
-# Where windows do not matter.
+# Commands to which windows do not matter take the first.
 input_options = options.gathered("source", Source, (*_input, options.threads_option))
 traffic_options = options.gathered("source", Source, (*_input, _window, options.threads_option))
