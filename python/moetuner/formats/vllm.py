@@ -84,7 +84,7 @@ def trace_of(pieces: Sequence[Piece], hints: Hints, where: str) -> RoutingTrace:
         ids = ids_of(pieces, hints.num_experts, moe, "responses")
         lengths = [piece.shape[0] for piece in ids.pieces]
         sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        return RoutingTrace(ids, ids.num_experts, sequence)
+        return RoutingTrace(ids, ids.num_experts, sequence=sequence)
 
 
 def _pieces(path: Path) -> Iterator[Piece]:
