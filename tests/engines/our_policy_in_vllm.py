@@ -1,4 +1,4 @@
-"""A plugin of pytest that puts our policy where vLLM's tests import theirs."""
+"""A plugin of pytest that puts our policy where vLLM's tests import theirs.
 
 Where our policy fails it lets vLLM's decide, which would hide that it does; so every failure is
 said, with its test, in the file that `FAILURES` names.
