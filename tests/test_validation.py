@@ -388,10 +388,10 @@ def calls() -> dict[str, Call]:
                 ),
             ),
         ),
-        "CostModel.weights": Call(
-            mt.CostModel.preset("h100").weights,
-            {"topology": mt.Topology(2)},
-            {"topology": (*no(mt.Topology), None), "tokens": bandwidth, "active": latency},
+        "CostModel.crossing_us": Call(
+            mt.CostModel.preset("h100").crossing_us,
+            {"topology": mt.Topology(2), "returns": True},
+            {"topology": (*no(mt.Topology), None)},
         ),
         "CostModel.load": Call(mt.CostModel.load, {}, {"path": (3, None, [], {}, True)}),
         "Problem": Call(

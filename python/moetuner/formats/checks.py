@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from moetuner._checks import EXPERT_LIMIT
 from moetuner.formats.engines import ENGINES, Engine
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
@@ -122,9 +123,8 @@ def _expert_faults(layout: Layout, of: Engine | None, hints: Hints) -> list[str]
     table = layout.experts
     experts = hints.num_experts or layout.num_experts or int(table.max(initial=0)) + 1
     if layout.num_experts and hints.num_experts and layout.num_experts != hints.num_experts:
-        return [
-            f"must be of {hints.num_experts} experts, got {layout.num_experts}: another model's"
-        ]
+        return [f"must have {hints.num_experts} experts, got {layout.num_experts}: another model"]
+    experts = min(experts, EXPERT_LIMIT)
     wrong = np.argwhere((table >= experts) | (table < EMPTY))
     if len(wrong):
         row, slot = wrong[0]
