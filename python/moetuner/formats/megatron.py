@@ -92,7 +92,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
     found: dict[Microbatch, dict[int, NDArray[Any]]] = {}
     for file in files:
         _gather(file, experts, found)
-    return _joined(files, experts, found)
+    return _joined(files, experts, _whole(found))
 
 
 def read_replay(path: Path, hints: Hints) -> RoutingTrace:
@@ -260,6 +260,30 @@ def _line(line: dict[str, Any]) -> tuple[int, int, int, NDArray[Any]] | None:
     return line["step"], line["layer"], line["rank"], ids.astype(np.uint16)
 
 
+def _whole(
+    found: dict[Microbatch, dict[int, NDArray[Any]]],
+) -> dict[Microbatch, dict[int, NDArray[Any]]]:
+    """Join what ranks of several pipeline stages hold of a microbatch, under that of the first one.
+
+    Stages are the outermost of Megatron's groups, so the ranks of a stage stand together, and the
+    first of each hold layers of the same tokens. What does not look like stages is left as it is.
+    """
+    held: dict[int, set[int]] = {}
+    for (_, _, rank), layers in found.items():
+        held.setdefault(rank, set()).update(layers)
+    stages: dict[frozenset[int], list[int]] = {}
+    for rank in sorted(held):
+        stages.setdefault(frozenset(held[rank]), []).append(rank)
+    overlap = sum(map(len, stages)) > len(set().union(*stages))
+    if overlap or len({len(ranks) for ranks in stages.values()}) > 1:
+        return found
+    first = {rank: peers[0] for peers in zip(*stages.values(), strict=True) for rank in peers}
+    joined: dict[Microbatch, dict[int, NDArray[Any]]] = {}
+    for (step, turn, rank), layers in found.items():
+        joined.setdefault((step, turn, first[rank]), {}).update(layers)
+    return joined
+
+
 def _joined(
     files: Sequence[Path], experts: int, found: dict[Microbatch, dict[int, NDArray[Any]]]
 ) -> RoutingTrace:
@@ -275,7 +299,7 @@ def _joined(
         if missing:
             raise ValueError(
                 f"{here}: must have a line for each of layers {_few(numbers)}, got none of layer "
-                f"{missing[0]}: the file is cut off, or ranks hold other stages of a pipeline"
+                f"{missing[0]}: a file is cut off or missing"
             )
         sizes = {layers[layer].shape for layer in numbers}
         if len(sizes) > 1:
