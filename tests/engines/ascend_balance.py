@@ -3,7 +3,8 @@
 Its policies run on any CPU once a module stands in for the one of Huawei's devices; its packages
 are entered without their `__init__`, which patch vLLM. RESULT holds `problem.npz` (a table of
 experts [L,D,S], workloads [W,L,D,S]), `ours.npy`, another table, and `map.json`. Written are
-`<policy>.npy`; `checked.npy`, our table after the worker's checks; `read.npy`, the map as read.
+`<policy>.npy`; `checked.npy`, our table after the worker's checks; `read.npy`, the map as read;
+`exported.json`, the map of the first two layers as vllm-ascend writes it.
 """
 
 import importlib
@@ -54,6 +55,12 @@ def main():
         for layer in range(len(table))
     ]
     np.save(result / "read.npy", np.stack(read))
+    adaptor = importlib.import_module("vllm_ascend.eplb.adaptor.vllm_adaptor").VllmEplbAdaptor
+    adaptor._export_tensor_to_file(
+        types.SimpleNamespace(rank_id=0),
+        worker.local2global(None, ours[:2]),
+        result / "exported.json",
+    )
 
 
 if __name__ == "__main__":

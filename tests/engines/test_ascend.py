@@ -111,6 +111,14 @@ def test_its_reader_reads_our_map(asked):
     assert (np.load(folder / "read.npy") == np.load(folder / "ours.npy")).all()
 
 
+def test_its_map_is_read(asked):
+    """`expert_map_record_path`: our reader reads what vllm-ascend writes."""
+    folder, _, _ = asked
+    moetuner("export", folder / "exported.json", "--to", "json", "--out", folder / "read.json")
+    found = mt.Placement.load(folder / "read.json").slots
+    assert (found == np.load(folder / "ours.npy")[:2]).all()
+
+
 def test_its_workload_is_read(asked):
     """Workloads of slots are read as loads of experts."""
     folder, _, workload = asked
