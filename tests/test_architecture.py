@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "placement": ("topology", "files"),
     "router_groups": ("statistics", "placement"),
     "evaluation": VALUES,
-    "formats": (*VALUES, "files"),
+    "formats": (*VALUES, "files", "router_groups", "evaluation.copies"),
     "problem": (*VALUES, "evaluation"),
     "solver.result": ("solver.bounds.certificate", *SOLVER),
     "solver.effort": (),
@@ -139,6 +139,15 @@ def test_imports_go_down_the_flow(path):
         assert is_in(module, allowed), f"{name(path)} imports {module}"
 
 
+@pytest.mark.parametrize("path", [p for p in MODULES if is_in(name(p), ("cli",))], ids=name)
+def test_the_command_line_takes_what_the_solver_exports(path):
+    """Of the solver, cli imports names of ``solver.__all__`` alone, and none of its modules."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and is_in(node.module, ("moetuner.solver",)):
+            assert node.module == "moetuner.solver", f"{name(path)} imports {node.module}"
+            assert {alias.name for alias in node.names} <= set(moetuner.solver.__all__)
+
+
 def test_no_circle_of_modules():
     """No module reaches itself by imports."""
     arrows = {name(path): {m for m in own_imports(path) if m in KNOWN} for path in MODULES}
@@ -200,6 +209,7 @@ CORE_MAY_IMPORT = {
     "layer": set(),
     "bound": set(),
     "colocation": set(),
+    "lines": set(),
 }
 
 

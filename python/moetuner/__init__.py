@@ -12,17 +12,22 @@ from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.auditing import Audit, audit
 from moetuner.evaluation.rows import dispatch_rows
 from moetuner.evaluation.verdicts import Verdict, verdict
-from moetuner.formats import open_input
+from moetuner.formats import open_input, read_placement
+from moetuner.formats.engines import engine_settings
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.structure import structure
-from moetuner.solver import solve
-from moetuner.solver.balancing import balance
-from moetuner.solver.bounds.certificate import Certificate
-from moetuner.solver.bounds.pairs import verify
-from moetuner.solver.pareto import Trade, pareto
-from moetuner.solver.result import Progress, Result
+from moetuner.solver import (
+    Certificate,
+    Progress,
+    Result,
+    Trade,
+    balance,
+    pareto,
+    solve,
+    verify,
+)
 from moetuner.statistics import ExpertSets, RoutingStatistics
 from moetuner.topology import Tier, Topology
 from moetuner.trace import RoutingTrace
@@ -39,6 +44,7 @@ __all__ = [  # noqa: RUF022
     "CostModel",
     "Placement",
     "PlacementDiff",
+    "read_placement",
     "Evaluation",
     "evaluate",
     "dispatch_rows",
@@ -47,6 +53,7 @@ __all__ = [  # noqa: RUF022
     "Verdict",
     "verdict",
     "Problem",
+    "engine_settings",
     "Objective",
     "solve",
     "Result",

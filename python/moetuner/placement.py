@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class PlacementDiff(Frozen):
     pairs: NDArray[np.int64]
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON values."""
+        """Return fields as JSON values."""
         return {
             "experts_moved": self.experts_moved,
             "experts_moved_per_layer": self.experts_moved_per_layer.tolist(),
@@ -176,6 +176,7 @@ class Placement(Frozen):
 
     slots: NDArray[np.int32]
     num_experts: int = 0
+    _: KW_ONLY
     model: str | None = None
     topology: str | None = None
     fingerprint: str | None = None
@@ -260,7 +261,7 @@ class Placement(Frozen):
                 )
             width = slots_per_device
         check_slots(devices, width, layers)
-        # As narrow as they can be: numpy sorts 8 and 16 bits by radix.
+        # Devices are as narrow as they can be: numpy sorts 8 and 16 bits by radix.
         narrow = device_of.astype(np.min_scalar_type(max(devices - 1, 0)))
         order = np.argsort(narrow, axis=1, kind="stable")
         cell = cell[(order + row * experts).ravel()]
@@ -352,7 +353,7 @@ class Placement(Frozen):
         if tokens is not None and not (np.isfinite(tokens) & (tokens >= 0)).all():
             raise ValueError("load must be finite and at least 0")
         full = filled(self.slots, self.num_experts, load=tokens)
-        # What a solver said was of other copies.
+        # A solver's figures were of other copies.
         return replace(self, slots=full, objective=None, bound=None)
 
     def save(self, path: str | Path) -> None:
@@ -483,8 +484,6 @@ def _number(fields: dict[str, Any], key: str) -> float | None:
     return None if value is None else float(value)
 
 
-# As in ``placement``, which needs this module.
-
 Slots = NDArray[np.int32]
 
 
@@ -515,11 +514,6 @@ def filled(
     held
         What is on every device already [L,D,E], and so need not be brought: it comes before
         all else.
-
-    Raises
-    ------
-    ValueError
-        If a device has more slots than there are experts that it may hold.
     """
     full = slots.copy()
     layers, devices, width = slots.shape

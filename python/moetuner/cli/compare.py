@@ -23,7 +23,7 @@ from moetuner.trace import RoutingTrace
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
 # Splits where nobody says how many: so many, as long as another one ends within so many seconds.
 SPLITS, SECONDS = 5, 60
-# What methods are compared with, if it is among them.
+# Methods are compared with this one, if it is among them.
 PEER = "eplb"
 
 
@@ -117,6 +117,8 @@ def command(
 
     output = Output(json_file)
     output.say(source.describe())
+    if asked.engine is not None:
+        output.say(asked.explain(problem))
     output.say(_setting(problem, window, holdout, unseen))
     output.say()
     began, interrupted = time.monotonic(), False
@@ -157,6 +159,7 @@ def command(
             "input": source.facts(),
             "settings": {
                 **settings(problem),
+                "for": asked.engine,
                 "window": window,
                 "seed": seed,
                 "time_limit": time_limit,

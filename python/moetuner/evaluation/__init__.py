@@ -140,7 +140,7 @@ class Evaluation(Frozen):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON values; traffic is summed over layers."""
+        """Return fields as JSON values; traffic is summed over layers."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         del fields["replayed"]
         fields["imbalance_per_layer"] = list(self.imbalance_per_layer)

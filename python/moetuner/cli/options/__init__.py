@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,13 +20,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def claim(context: click.Context | None, parameter: click.Parameter | None, path: Path) -> None:
-    """Note that an option names a file to read; nothing may be written there.
-
-    Raises
-    ------
-    click.BadParameter
-        If another option writes it.
-    """
+    """Remember that an option names a file to read; nothing may be written there."""
     _claim(context, parameter, path, writes=False)
 
 
@@ -45,13 +40,19 @@ def _claim(
 
 
 class InFile(click.Path):
-    """A file to read, which no option of the same command may write."""
+    """A file to read, which no option of the same command may write.
 
-    def __init__(self) -> None:
-        super().__init__(exists=True, dir_okay=False, path_type=Path)
+    Parameters
+    ----------
+    folders
+        Whether it may be a folder, too.
+    """
+
+    def __init__(self, *, folders: bool = False) -> None:
+        super().__init__(exists=True, dir_okay=folders, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Note what is read."""
+        """Return the path, and remember that it is read."""
         path = super().convert(value, param, ctx)
         claim(ctx, param, Path(str(path)))
         return path
@@ -101,7 +102,33 @@ class Number(click.FloatRange):
         return number
 
 
+def parse_layers(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """Read numbers of layers and ranges of them, both ends included; "none" for none of them."""
+    if value is None or value == "none":
+        return None if value is None else ()
+    found: set[int] = set()
+    for part in value.split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip(), re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise click.BadParameter(f"must be numbers as in 0-2,5, or none, got '{value:.60}'")
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+def as_options(text: str) -> str:
+    """Write the arguments that a message names as the options that give them."""
+    return ARGUMENTS.sub(lambda found: "--" + found[0].replace("_", "-"), text)
+
+
+ARGUMENTS = re.compile(
+    r"(?<!-)\b(slots_per_device|extra_slots|router_groups|hidden_layers|dense_layers|num_experts|"
+    r"top_k)\b"
+)
 IN_FILE = InFile()
+IN_INPUT = InFile(folders=True)
 
 
 def together(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
@@ -162,13 +189,34 @@ threads_option = click.option(
     metavar="N",
     help="All cores by default; the answer does not depend on it.",
 )
+top_k_option = click.option(
+    "--top-k",
+    type=click.IntRange(1, 65536),
+    metavar="K",
+    help="Experts per token and layer, where nothing recorded says it (SGLang's responses).",
+)
+hidden_layers_option = click.option(
+    "--hidden-layers",
+    type=click.IntRange(1, 65536),
+    metavar="N",
+    help="Layers of the model, dense ones included.",
+)
+dense_layers_option = click.option(
+    "--dense-layers",
+    callback=parse_layers,
+    metavar="A-B,C,...|none",
+    help="Hidden layers without experts, where an engine counts them too.",
+)
+HOW_SPLIT = (
+    "Which of an expert's copies serves a token: by hash (vLLM), the nearest (SGLang), or in "
+    "turns (TensorRT-LLM)."
+)
 split_option = click.option(
     "--split",
     type=click.Choice(SPLITS),
     default="even",
     show_default=True,
-    help="Which of an expert's copies serves a token: by hash (vLLM), the nearest (SGLang), or in "
-    "turns (TensorRT-LLM).",
+    help=HOW_SPLIT,
 )
 json_option = click.option(
     "--json",

@@ -14,7 +14,7 @@ from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.cells import percent
-from moetuner.solver.pareto import pareto
+from moetuner.solver import pareto
 from moetuner.topology import Topology
 
 # Devices up to which moves per pair are a table; with more, JSON has them.
@@ -56,7 +56,7 @@ class Moving:
         return None if self.initial_file is None else Placement.load(self.initial_file)
 
     def arguments(self, initial: Placement | None) -> dict[str, Any]:
-        """Arguments of ``solve``."""
+        """Return arguments of ``solve``."""
         if initial is None:
             return {}
         return {
@@ -136,7 +136,7 @@ def show_pareto(
             for trade in trades
         ],
     )
-    # Without the size of an expert there are no bytes to tell.
+    # Bytes are not known without the size of an expert.
     known = moving.expert_bytes is not None
     return [trade.to_dict() | ({} if known else {"bytes_moved": None}) for trade in trades]
 
