@@ -117,7 +117,16 @@ def rebalance(
     """
     load = windows[None] if windows.ndim == 2 else windows
     found = _relieved(
-        load.sum(axis=0), slots, time, budget, dead_zone, deviations, tolerance, forbidden
+        load.sum(axis=0),
+        slots,
+        time,
+        budget,
+        dead_zone,
+        deviations,
+        tolerance,
+        forbidden,
+        full=full,
+        price=price,
     )
     if len(load) == 1 and pairs is None:
         return found
