@@ -16,6 +16,8 @@ from moetuner.formats import open_input
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.report.advice import advise
+from moetuner.report.advice.values import Advice
 from moetuner.report.structure import structure
 from moetuner.solver import solve
 from moetuner.solver.balancing import balance
@@ -56,5 +58,7 @@ __all__ = [  # noqa: RUF022
     "pareto",
     "Trade",
     "balance",
+    "advise",
+    "Advice",
     "__version__",
 ]

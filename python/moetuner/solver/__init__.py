@@ -124,10 +124,13 @@ def solve(
 
     begin = time.perf_counter()
 
+    history: list[Progress] = []
+
     def report(line: Progress) -> None:
         # Phases count their own seconds.
         assert progress is not None
-        progress(replace(line, seconds=time.perf_counter() - begin))
+        history.append(replace(line, seconds=time.perf_counter() - begin))
+        progress(history[-1])
 
     limits = replace(limits, progress=progress and report)
     if initial is None:
@@ -173,6 +176,7 @@ def solve(
         certificate=candidate.certificate,
         bound_scope=about,
         violations=violations,
+        history=tuple(history),
     )
 
 

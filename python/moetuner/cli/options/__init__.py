@@ -14,6 +14,7 @@ import click
 
 from moetuner.evaluation.copies import SPLITS
 from moetuner.files import same_file
+from moetuner.report.page import check_libraries
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -143,6 +144,18 @@ def gathered(
     return decorate
 
 
+def needs_report(
+    context: click.Context, parameter: click.Parameter, value: Path | None
+) -> Path | None:
+    """Refuse a report before any work where its libraries are missing."""
+    if value is not None:
+        try:
+            check_libraries()
+        except ImportError as error:
+            raise click.UsageError(f"{error}.") from None
+    return value
+
+
 time_limit_option = click.option(
     "--time-limit",
     type=Number(min=0),
@@ -176,4 +189,12 @@ json_option = click.option(
     type=OutFile(standard_output=True),
     metavar="FILE",
     help='Write everything as JSON too; "-" for standard output, then nothing else goes there.',
+)
+report_option = click.option(
+    "--report",
+    "report_file",
+    type=OutFile(".html"),
+    metavar="FILE.html",
+    callback=needs_report,
+    help="Write one page for people, which opens offline.",
 )
