@@ -51,7 +51,7 @@ MAY_IMPORT = {
         *SOLVER,
     ),
     "solver": SOLVER,
-    "report": ("solver", *SOLVER),
+    "report": ("solver", "files", *SOLVER),
     "plugins": ("solver", "formats", *VALUES),
     "torch": ("solver", "files", *SOLVER),
     "cli": (
@@ -73,6 +73,9 @@ PLACES = {
     "highspy": ("solver.milp.highs",),
     "click": ("cli",),
     "rich": ("cli",),
+    "plotly": ("report.page",),
+    "jinja2": ("report.page",),
+    "markupsafe": ("report.page",),
 }
 
 

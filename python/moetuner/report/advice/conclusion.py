@@ -147,16 +147,17 @@ def _is_settled(judged: Judged, price: float) -> bool:
 
 def _headline(judged: Judged, running: str) -> str:
     gain, verdict = judged.gain, judged.verdict
-    where = "" if judged.window is None else f" in windows of {judged.window:,} tokens"
-    ends = ""
+    notes = []
     if gain.interval is not None:
-        ends = f" (95 %: {100 * gain.interval[0]:.1f} to {100 * gain.interval[1]:.1f} %)"
+        notes.append(f"95 %: {100 * gain.interval[0]:.1f} to {100 * gain.interval[1]:.1f} %")
+    if judged.window is not None:
+        notes.append(f"windows of {judged.window:,} tokens")
     word = "less" if gain.mean >= 0 else "more"
     much = f"{100 * abs(gain.mean):.1f} % {word}" if abs(gain.mean) >= 0.0005 else "no less"
     return (
-        f"{much} predicted time of a layer than the "
-        f"{running} placement on unseen traffic{where}{ends}: "
+        f"on unseen traffic a layer takes {much} predicted time than with the {running} placement, "
         f"{verdict.before:.1f} to {verdict.after:.1f} us"
+        + (f" ({', '.join(notes)})" if notes else "")
     )
 
 
@@ -191,9 +192,10 @@ def _of_copies(swept: tuple[Copies, ...], knee: int) -> str:
         text += f", {100 * plain[0].best:.1f} % without"
     if best.best > chosen.best + KNEE:
         worst = min(best.gains, key=lambda window: float(np.mean(best.gains[window])))
+        loss = -100 * float(np.mean(best.gains[worst]))
         text += (
-            f"; {_slots(best)} would gain {100 * best.best:.1f} %, but in windows of {worst:,} "
-            f"tokens they gain {100 * float(np.mean(best.gains[worst])):.1f} %"
+            f"; {_slots(best)} would gain {100 * best.best:.1f} %, but windows of {worst:,} tokens "
+            f"would take {loss:.1f} % longer"
         )
     elif not knee:
         most = max(each.per_device for each in plain)

@@ -336,10 +336,10 @@ def _matrix(
         spec["annotations"].append(
             {
                 "text": plain(name),
-                "x": low + 0.5 / len(tables),
-                "y": 1.04,
-                "xref": "paper",
-                "yref": "paper",
+                "x": 0.5,
+                "y": 1.02,
+                "xref": f"x{last} domain",
+                "yref": f"y{last} domain",
                 "showarrow": False,
                 "yanchor": "bottom",
             }
@@ -583,6 +583,8 @@ def _over_time(shown: Shown) -> Panel:
             f"the recording than in the first; of halves by chance {percent(drift.expected)}."
         )
     spec = layout("window", "busiest / mean")
+    if count <= 12:
+        spec["xaxis"]["dtick"] = 1
     return Panel(
         "time",
         title,
@@ -805,6 +807,7 @@ def _copies(advice: Advice) -> tuple[Chart, Table]:
                 continue
             gains = [100 * np.array(each.gains[window]) for each in mine]
             mean = np.array([each.mean() for each in gains])
+            knee = [each.per_device == advice.knee and not shared for each in mine]
             name = "copies" if window is None else f"windows of {window:,}"
             data.append(
                 {
@@ -832,10 +835,11 @@ def _copies(advice: Advice) -> tuple[Chart, Table]:
                     },
                     "marker": {
                         "symbol": ("circle", "square")[number % 2],
-                        "size": [
-                            16 if each.per_device == advice.knee and not shared else 8
-                            for each in mine
-                        ],
+                        "size": [14 if is_knee else 8 for is_knee in knee],
+                        "line": {
+                            "color": "var(--text)",
+                            "width": [3 if is_knee else 0 for is_knee in knee],
+                        },
                     },
                 }
             )
