@@ -225,7 +225,8 @@ class Advice(Frozen):
     @property
     def sentence(self) -> str:
         """The answer and its first reason, which stand alone."""
-        return f"{self.answer[0].upper()}{self.answer[1:]}: {self.reasons[0]}"
+        first = self.reasons[0]
+        return f"{self.answer.capitalize()}: {first[0].lower()}{first[1:]}"
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values; of evaluations what ``Evaluation.to_dict`` has."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from moetuner._core import __version__
 from moetuner.files import replacing
-from moetuner.report.page.panels import panels
+from moetuner.report.page.panels import panels_of
 from moetuner.report.page.shown import Shown
 
 EXTRA = "a report needs plotly and jinja2: pip install 'moetuner[report]'"
@@ -52,8 +52,8 @@ def render(shown: Shown) -> str:
     check_libraries()
     import jinja2
 
-    found = panels(shown)
-    script, plotly = _own("page.js"), _plotly()
+    found = panels_of(shown)
+    script, (allowed, plotly) = _own("page.js"), _plotly()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -65,15 +65,15 @@ def render(shown: Shown) -> str:
         for panel in found
         for chart in panel.charts
     }
-    contents = {"moetuner": __version__, **shown.contents}
+    contents = {"moetuner": __version__, **_slim(shown.contents)}
     return environment.from_string(_own("page.html")).render(
         shown=shown,
         panels=found,
         version=__version__,
         style=_safe(_own("page.css")),
         script=_safe(script),
-        hashes=[_hash(script), _hash(plotly)],
-        plotly=_packed(plotly.encode()),
+        hashes=[_hash(script), allowed],
+        plotly=plotly,
         charts=_packed(_json(charts)),
         contents=_packed(_json(contents, indent=1)),
         has_charts=any(panel.charts for panel in found),
@@ -85,10 +85,11 @@ def _own(name: str) -> str:
 
 
 @cache
-def _plotly() -> str:
-    """Return plotly's script, without what would end or mislead the element that it stands in."""
+def _plotly() -> tuple[str, str]:
+    """Return the hash of plotly's script, and the script as the page carries it."""
     file = resources.files("plotly") / "package_data" / "plotly.min.js"
-    return file.read_text(encoding="utf-8")
+    script = file.read_text(encoding="utf-8")
+    return _hash(script), _packed(script.encode())
 
 
 def _safe(text: str) -> Any:
@@ -105,6 +106,17 @@ def _hash(script: str) -> str:
 
 def _packed(data: bytes) -> str:
     return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode()
+
+
+def _slim(contents: Any) -> Any:
+    """Leave out matrices of groups: of many groups they would be most of the page."""
+    if isinstance(contents, dict):
+        found = {key: _slim(each) for key, each in contents.items()}
+        for each in (found.get("by_group") or {}).values():
+            if isinstance(each, dict):
+                each.pop("traffic", None)
+        return found
+    return contents
 
 
 def _json(value: Any, indent: int | None = None) -> bytes:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner.files.text import name as one_line
 from moetuner.report.advice.values import Advice
 from moetuner.report.cells import percent, signed
 from moetuner.report.page.shown import Shown
@@ -88,7 +89,7 @@ class Panel:
     notes: tuple[str, ...] = field(default=())
 
 
-def panels(shown: Shown) -> tuple[Panel, ...]:
+def panels_of(shown: Shown) -> tuple[Panel, ...]:
     """Make the panels after the verdict, in the order of reading."""
     makers = (
         _layers,
@@ -131,7 +132,7 @@ def layout(x: str = "", y: str = "", **others: Any) -> Spec:
 
 def plain(text: str, most: int = 40) -> str:
     """Return a name that is nothing but text: plotly reads some tags."""
-    text = text.replace("<", "\u2039").replace(">", "\u203a").replace("&", "\uff06")
+    text = one_line(text).replace("<", "\u2039").replace(">", "\u203a").replace("&", "\uff06")
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -650,7 +651,7 @@ def _groups(shown: Shown) -> Panel:
     rows = []
     for _, name, change in found[:ROWS]:
         ends = ["-" if end is None else signed(end) for end in (change.low, change.high)]
-        rows.append((name, signed(change.value), *ends, "worse" if name in losers else ""))
+        rows.append((plain(name), signed(change.value), *ends, "worse" if name in losers else ""))
     notes = [f"{len(losers)} of {len(found)} groups are worse beyond chance."]
     if audit.too_few:
         notes.append(
