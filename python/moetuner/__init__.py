@@ -12,7 +12,8 @@ from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.auditing import Audit, audit
 from moetuner.evaluation.rows import dispatch_rows
 from moetuner.evaluation.verdicts import Verdict, verdict
-from moetuner.formats import open_input
+from moetuner.formats import open_input, read_placement
+from moetuner.formats.engines import engine_settings
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
@@ -41,6 +42,7 @@ __all__ = [  # noqa: RUF022
     "CostModel",
     "Placement",
     "PlacementDiff",
+    "read_placement",
     "Evaluation",
     "evaluate",
     "dispatch_rows",
@@ -49,6 +51,7 @@ __all__ = [  # noqa: RUF022
     "Verdict",
     "verdict",
     "Problem",
+    "engine_settings",
     "Objective",
     "solve",
     "Result",

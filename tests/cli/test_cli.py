@@ -536,7 +536,7 @@ def test_export(ok, trace, tmp_path):
 
 WRONG = [
     (["inspect", "absent.npz"], "'absent.npz' does not exist"),
-    (["inspect", "."], "is a directory"),
+    (["inspect", "."], ".: folder holds no recording"),
     (["inspect", "junk.txt"], "junk.txt: "),
     (["inspect"], "Missing argument 'INPUT'"),
     (["inspect", "ids.npy"], "num_experts"),
@@ -632,7 +632,10 @@ WRONG = [
     (["export", "junk.txt", "--to", "eplb", "--out", "x.npz"], "junk.txt: not a placement"),
     (["convert", "trace.safetensors", "--out", "t.npz"], "must end in .safetensors, got 't.npz'"),
     (["convert", "--out", "t.safetensors"], "Missing argument 'SOURCE...'"),
-    (["convert", "load.npz", "--out", "t.safetensors"], "load.npz: "),
+    (
+        ["convert", "trace.safetensors", "load.npz", "--out", "t.safetensors"],
+        "sources must all be traces or all be counts",
+    ),
     (["guess"], "No such command 'guess'"),
     (["inspect", "trace.safetensors", "--colour"], "No such option"),
 ]

@@ -16,6 +16,8 @@ from moetuner.cli.output import Output, steps
 from moetuner.cli.reporting import write_advice
 from moetuner.cost import CostModel
 from moetuner.evaluation.verdicts import PRICE
+from moetuner.formats import WRITERS
+from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement
 from moetuner.report import advice as advising
 from moetuner.report.advice.values import Advice
@@ -38,9 +40,23 @@ def parse_copies(context: click.Context, parameter: click.Parameter, value: str)
     return tuple(map(int, parts))
 
 
-@click.command("advise")
+GROUPS = {
+    "Begin with": "--devices --devices-per-node --for --report",
+    "The machine": "--topology --cost-model --expert-bytes --regime --split",
+    "What runs, and what is tried": "--initial --copies",
+    "How it is judged": "--window --splits --price --any-order --seed --threads",
+}
+
+
+@click.command("advise", cls=options.Grouped, groups=GROUPS)
 @traffic_options
 @machine_options
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice(list(ENGINES)),
+    help="Engine that serves the model: which copy serves a token, and what it can load.",
+)
 @click.option(
     "--initial",
     default="contiguous",
@@ -91,6 +107,7 @@ def parse_copies(context: click.Context, parameter: click.Parameter, value: str)
 def command(
     source: Source,
     machine: Machine,
+    engine: str | None,
     initial: str,
     copies: tuple[int, ...],
     expert_bytes: float | None,
@@ -127,6 +144,7 @@ def command(
             traffic,
             topology,
             initial=running,
+            engine=engine,
             copies=copies,
             window=source.window,
             splits=splits,
@@ -140,7 +158,7 @@ def command(
             threads=source.threads,
             report=report,
         )
-    commands = _commands(source, machine, advice, initial)
+    commands = _commands(source, machine, advice, initial, engine)
     _show(output, advice, commands)
     contents = {"input": source.facts(), **advice.to_dict(), "commands": commands}
     if report_file is not None:
@@ -216,7 +234,9 @@ def _moving(advice: Advice) -> str:
     return f"{text}; paid back after {moving.steps:,.0f} steps, if serving stops for it."
 
 
-def _commands(source: Source, machine: Machine, advice: Advice, initial: str) -> list[str]:
+def _commands(
+    source: Source, machine: Machine, advice: Advice, initial: str, engine: str | None
+) -> list[str]:
     """Return the commands that come next."""
     file = shlex.quote(str(source.input_file))
     where = machine.words()
@@ -227,13 +247,23 @@ def _commands(source: Source, machine: Machine, advice: Advice, initial: str) ->
         found.append(
             "moetuner collect MODEL --dataset FILE --out TRACE  # record more, of all kinds"
         )
-    slots = ""
+    slots = "" if engine is None else f" --for {engine}"
     if advice.knee:
-        slots = f" --slots-per-device {advice.problem.slots + advice.knee}"
+        slots += f" --slots-per-device {advice.problem.slots + advice.knee}"
     start = "" if initial in ("contiguous", "round_robin") else f" --initial {shlex.quote(initial)}"
     found += [
         f"moetuner solve {file} {where}{slots}{start} --out placement.json",
         f"moetuner report placement.json {file} --out report.html",
-        "moetuner export placement.json --to eplb --out eplb.npz",
     ]
+    for name, writer in WRITERS.items():
+        if engine is not None and writer.engine == engine:
+            note = f"  # {writer.state}" if writer.state else ""
+            file = f"experts{writer.suffixes[0]}"
+            found.append(f"moetuner export placement.json --to {name} --out {file}{note}")
+    if engine is None:
+        found.append("moetuner export placement.json --to eplb --out experts.npz")
+    elif not ENGINES[engine].may_copy:
+        found.append(
+            'python -c "from moetuner.torch import permute_state_dict; help(permute_state_dict)"'
+        )
     return found

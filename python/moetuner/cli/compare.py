@@ -38,11 +38,21 @@ def parse_methods(
     if unknown or not names:
         raise click.BadParameter(
             f"must be some of {','.join(METHODS)}, got {unknown[0] if unknown else value!r}"
+            + (options.meant(unknown[0], METHODS) if unknown else "")
         )
     return names
 
 
-@click.command("compare")
+GROUPS = {
+    "Begin with": "--devices --devices-per-node --for --methods --report",
+    "The machine": "--topology --cost-model --slots-per-device --extra-slots --fill-slots",
+    "What is wanted": "--objective --max-imbalance --risk --groups --arrival --window",
+    "What engines do": "--regime --split --router-groups --pin --forbid",
+    "How it is judged": "--holdout --splits --baseline --time-limit --seed --threads",
+}
+
+
+@click.command("compare", cls=options.Grouped, groups=GROUPS)
 @traffic_options
 @machine_options
 @problem_options
@@ -120,6 +130,8 @@ def command(
 
     output = Output(json_file)
     output.say(source.describe())
+    if asked.engine is not None:
+        output.say(asked.explain(problem))
     output.say(_setting(problem, window, holdout, unseen))
     output.say()
     began, interrupted = time.monotonic(), False
@@ -159,6 +171,7 @@ def command(
         "input": source.facts(),
         "settings": {
             **settings(problem),
+            "for": asked.engine,
             "window": window,
             "seed": seed,
             "time_limit": time_limit,

@@ -32,11 +32,25 @@ from moetuner.solver.result import Result
 
 def parse_method(context: click.Context, parameter: click.Parameter, value: str) -> str:
     """Return the method that a name, or another name of it, means."""
-    known = click.Choice(list(METHODS))
-    return str(known.convert(ALIASES.get(value, value), parameter, context))
+    name = ALIASES.get(value, value)
+    if name not in METHODS:
+        raise click.BadParameter(
+            f"must be one of {', '.join(METHODS)}, got '{value:.60}'{options.meant(value, METHODS)}"
+        )
+    return name
 
 
-@click.command("solve")
+GROUPS = {
+    "Begin with": "--devices --devices-per-node --for --out --report",
+    "The machine": "--topology --cost-model --slots-per-device --extra-slots --fill-slots",
+    "What is wanted": "--objective --max-imbalance --risk --groups --arrival --window",
+    "What engines do": "--regime --split --router-groups --pin --forbid",
+    "From a running placement": "--initial --expert-bytes --move-budget --move-cost --pareto",
+    "The search": "--method --time-limit --seed --threads --certificate",
+}
+
+
+@click.command("solve", cls=options.Grouped, groups=GROUPS)
 @traffic_options
 @machine_options
 @problem_options
@@ -98,6 +112,8 @@ def command(
 
     output = Output(json_file)
     output.say(source.describe())
+    if asked.engine is not None:
+        output.say(asked.explain(problem))
     outcome = try_method(
         method,
         problem,
@@ -147,6 +163,7 @@ def command(
         "input": source.facts(),
         "settings": {
             **settings(problem),
+            "for": asked.engine,
             **moving.settings(),
             "window": window,
             "time_limit": time_limit,

@@ -97,5 +97,7 @@ PARETO_STEPS, PARETO_PRICES = 24, (0.1, 0.3, 0.7, 1.5, 3.0, 8.0)
 # What a millisecond allows, and what devices need that differ, because the heaviest copies first
 # leave more to mend there.
 QUICK, PATIENT = 14, 10_000
+# From running slots ("The policy of the plugins"): steps of a layer at most, for each device.
+ADAPT_STEPS = 8
 # Trials for a layer that DeepSeek's own code would balance better.
 CATCH_UP = 20_000

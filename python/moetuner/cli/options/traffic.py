@@ -22,10 +22,10 @@ Traffic = RoutingTrace | RoutingStatistics
 WINDOW = 512
 
 
-def read(path: Path, *, window: int | None = None, num_experts: int | None = None) -> Traffic:
-    """Open a trace, saved statistics or a load table."""
+def read(path: Path, **arguments: Any) -> Traffic:
+    """Open moetuner's own files or an engine's."""
     with working(f"reading {path}"):
-        return open_input(path, window=window, num_experts=num_experts)
+        return open_input(path, **arguments)
 
 
 def count(
@@ -93,13 +93,21 @@ class Source:
 
     input_file: Path
     num_experts: int | None = None
+    top_k: int | None = None
+    dense_layers: tuple[int, ...] | None = None
     window: int | None = None
     threads: int | None = None
 
     @cached_property
     def traffic(self) -> Traffic:
-        """The trace, saved statistics or load table."""
-        return read(self.input_file, window=self.window, num_experts=self.num_experts)
+        """What INPUT holds."""
+        return read(
+            self.input_file,
+            window=self.window,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            dense_layers=self.dense_layers,
+        )
 
     @property
     def counted(self) -> int | None:
@@ -123,13 +131,15 @@ class Source:
 
 
 _input = (
-    click.argument("input_file", metavar="INPUT", type=options.IN_FILE),
+    click.argument("input_file", metavar="INPUT", type=options.IN_INPUT),
     click.option(
         "--num-experts",
         type=click.IntRange(1, 65536),
         metavar="E",
         help="Experts per layer, where INPUT does not say (.npy).",
     ),
+    options.top_k_option,
+    options.dense_layers_option,
 )
 _window = click.option(
     "--window",

@@ -27,6 +27,7 @@ from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.auditing import Audit, audit
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.verdicts import PRICE
+from moetuner.formats.engines import ENGINES, engine_settings
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice import drift
@@ -57,6 +58,7 @@ def advise(
     topology: Topology,
     *,
     initial: Placement | Running = "contiguous",
+    engine: str | None = None,
     copies: Sequence[int] = COPIES,
     window: int | None = None,
     splits: int = SPLITS,
@@ -64,7 +66,7 @@ def advise(
     expert_bytes: float | None = None,
     cost_model: CostModel | None = None,
     regime: Regime = "dispatch",
-    split: Split = "even",
+    split: Split | None = None,
     in_order: bool = True,
     iterations: int | None = ITERATIONS,
     seed: int = 0,
@@ -82,6 +84,9 @@ def advise(
         The devices and links.
     initial
         The placement that runs: one of your own, or what engines begin with.
+    engine
+        Who serves the model: decides which copy serves a token, whether there may be copies, and
+        that all slots are full and of one number in all layers. Names as in ``engine_settings``.
     copies
         Numbers of slots of a device in a layer, beyond one slot for each expert, that are tried.
     window
@@ -94,7 +99,7 @@ def advise(
     expert_bytes
         Bytes of one expert of one layer; by default of the model's experts in 8 bits, where known.
     cost_model, regime, split
-        As for ``Problem``.
+        As for ``Problem``; the split by default the engine's, else even.
     in_order
         Whether the order of the recording is that of serving. Where not, a change of kind between
         its halves is no matter.
@@ -138,17 +143,23 @@ def advise(
         positive("expert_bytes", expert_bytes, "number of bytes")
     if isinstance(initial, str):
         one_of("initial", initial, get_args(Running))
+    if engine is not None:
+        one_of("engine", engine, ENGINES)
+        split = split or ENGINES[engine].split
+        if not ENGINES[engine].may_copy:
+            counts = [0]
     model = cost_model_of(traffic) if cost_model is None else cost_model
     work = _Work(
         _with_blocks(traffic),
         topology,
         initial=initial,
+        engine=engine,
         counts=tuple(counts),
         windows=_windows_of(traffic, window_in(window)),
         expert_bytes=_bytes(traffic) if expert_bytes is None else expert_bytes,
         model=model,
         regime=regime,
-        split=split,
+        split=split or "even",
         iterations=iterations,
         threads=threads_in(threads),
         say=report or (lambda _: None),
@@ -179,6 +190,7 @@ class _Work:
         topology: Topology,
         *,
         initial: Placement | Running,
+        engine: str | None,
         counts: tuple[int, ...],
         windows: tuple[int | None, ...],
         expert_bytes: float | None,
@@ -190,6 +202,7 @@ class _Work:
         say: Callable[[str], None],
     ) -> None:
         self.traffic, self.topology, self.initial = traffic, topology, initial
+        self.engine = engine
         self.windows, self.expert_bytes, self.model = windows, expert_bytes, model
         self.regime, self.split, self.iterations = regime, split, iterations
         self.threads, self.say = threads, say
@@ -272,6 +285,7 @@ class _Work:
                 "devices": self.topology.devices,
                 "devices_per_node": self.topology.devices_per_node,
                 "topology": self.topology.name,
+                "engine": self.engine,
                 "initial": self.initial if isinstance(self.initial, str) else "given",
                 "copies": list(self.counts),
                 "windows": list(self.windows),
@@ -293,12 +307,12 @@ class _Work:
         running = self._running(problem, seed)
         results: dict[tuple[int, bool], Result] = {}
         for count in self.counts:
-            for shared in (False, True) if count and len(self.counts) > 1 else (False,):
+            # Engines have as many slots in every layer.
+            may_share = count and problem.layers > 1 and self.engine is None
+            for shared in (False, True) if may_share else (False,):
                 what = f"{count} slots for copies" + (" on average" if shared else "")
                 self.say(f"{name}: searching with {what}")
                 results[count, shared] = self._searched(problem, count, seed, shared=shared)
-        if problem.layers == 1:
-            results = {key: each for key, each in results.items() if not key[1]}
         self.say(f"{name}: predicting")
 
         def times(placement: Placement) -> dict[int | None, float]:
@@ -342,6 +356,11 @@ class _Work:
         if shared:
             beyond = self.topology.devices * (self.fewest + count) - problem.experts
             slots = {"slots_per_device": None, "extra_slots": problem.layers * beyond}
+        if self.engine is not None:
+            found_by = engine_settings(
+                self.engine, problem.statistics, self.topology, slots_per_device=self.fewest + count
+            )
+            slots["fill_slots"] = found_by["fill_slots"]
         asked = replace(problem, **slots)
         goals: tuple[Literal["balance", "time"], ...] = (
             ("balance",) if count else ("balance", "time")
