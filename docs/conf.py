@@ -19,9 +19,10 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 html_math_renderer = "mathjax"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 napoleon_numpy_docstring = True
 napoleon_google_docstring = False
 napoleon_use_param = False
 napoleon_use_rtype = False
-suppress_warnings = ["ref.python"]
+# First lines of properties say what comes back, which napoleon takes for types before a colon.
+nitpick_ignore_regex = [("py:class", ".*")]

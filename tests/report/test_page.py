@@ -149,7 +149,8 @@ def test_drawn_is_computed(made, html):
     charts = data(html, "charts")
     (heat,) = charts["experts"]["variants"][0]["data"]
     placement = made.placements[1]
-    shade, expert, copies = (numbers(heat[key]) for key in ("z", "customdata", "text"))
+    shade, known, share = (numbers(heat[key]) for key in ("z", "customdata", "text"))
+    expert, copies = known[:, :, 0], known[:, :, 1]
     assert shade.shape == expert.shape == (4, 8 * 3)
     relative = made.load / made.load.mean(axis=1, keepdims=True)
     for layer, column in ((0, 0), (1, 7), (3, 12)):
@@ -157,8 +158,9 @@ def test_drawn_is_computed(made, html):
         which = expert[layer, column]
         assert which in placement.slots[layer, device]
         assert copies[layer, column] == (placement.slots[layer] == which).sum()
-        share = relative[layer, which] / copies[layer, column]
-        assert 2.0 ** shade[layer, column] == pytest.approx(share, rel=1e-5)
+        busy = relative[layer, which] / copies[layer, column]
+        assert share[layer, column] == pytest.approx(busy, rel=1e-6)
+        assert 2.0 ** shade[layer, column] == pytest.approx(busy, rel=1e-5)
     first, second = charts["links"]["variants"][0]["data"]
     for drawn, of in ((first, made.running), (second, made.proposed)):
         table = of.traffic["dispatch"].sum(axis=0) / 4 / 1600 * 1000

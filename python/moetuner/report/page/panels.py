@@ -241,10 +241,10 @@ def _experts(shown: Shown) -> Panel:
                 {
                     "type": "heatmap",
                     "z": packed(shade),
-                    "customdata": packed(flat[1], "i2" if placement.num_experts < 32768 else "i4"),
-                    "text": packed(flat[2], "i2"),
-                    "hovertemplate": "layer %{y}, expert %{customdata}: 2^%{z:.2f} x the mean"
-                    " of an expert, %{text} cop(y/ies)<extra></extra>",
+                    "customdata": packed(np.stack([flat[1], flat[2]], axis=2), "i4"),
+                    "text": packed(np.maximum(flat[0], 0)),
+                    "hovertemplate": "layer %{y}, expert %{customdata[0]}: %{text:.2f} x the mean"
+                    " of an expert (copies: %{customdata[1]})<extra></extra>",
                     "colorscale": "Cividis",
                     "zmin": -3,
                     "zmax": 3,
