@@ -15,6 +15,7 @@ from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output, steps
 from moetuner.cli.reporting import write_advice
 from moetuner.cost import CostModel
+from moetuner.evaluation.copies import SPLITS
 from moetuner.evaluation.verdicts import PRICE
 from moetuner.formats import WRITERS
 from moetuner.formats.engines import ENGINES
@@ -100,7 +101,11 @@ GROUPS = {
     help="The order of INPUT is not that of serving: its kinds were recorded one after the other.",
 )
 @time_options
-@options.split_option
+@click.option(
+    "--split",
+    type=click.Choice(SPLITS),
+    help=f"{options.HOW_SPLIT}  [default: the engine's, else even]",
+)
 @options.seed_option
 @options.report_option
 @options.json_option

@@ -216,7 +216,7 @@ class _Work:
         for number in range(splits):
             seen, unseen = hold_out(self.traffic, 0.5, seed=seed + number)
             name = f"split {number + 1} of {splits}"
-            fitted.append(self.fit(seen, unseen, seed + number, name))
+            fitted.append(self.fit(seen, unseen, seed + number, name, first=number == 0))
         swept = self._swept(fitted)
         knee = knee_of(swept)
         audits = []
@@ -300,15 +300,18 @@ class _Work:
             },
         )
 
-    def fit(self, seen: Traffic, unseen: Traffic, seed: int, name: str) -> _Fitted:
-        """Place with every number of copies, and predict times on the unseen traffic."""
+    def fit(self, seen: Traffic, unseen: Traffic, seed: int, name: str, *, first: bool) -> _Fitted:
+        """Place with every number of copies, and predict times on the unseen traffic.
+
+        A budget that layers share is tried in the first split only, which tells enough of it.
+        """
         self.say(f"{name}: counting")
         problem = self.problem(seen)
         running = self._running(problem, seed)
         results: dict[tuple[int, bool], Result] = {}
         for count in self.counts:
             # Engines have as many slots in every layer.
-            may_share = count and problem.layers > 1 and self.engine is None
+            may_share = first and count and problem.layers > 1 and self.engine is None
             for shared in (False, True) if may_share else (False,):
                 what = f"{count} slots for copies" + (" on average" if shared else "")
                 self.say(f"{name}: searching with {what}")
@@ -410,7 +413,9 @@ class _Work:
         for count, shared in fitted[0].results:
             gains = {
                 window: tuple(
-                    1 - each.after[count, shared][window] / each.before[window] for each in fitted
+                    1 - each.after[count, shared][window] / each.before[window]
+                    for each in fitted
+                    if (count, shared) in each.after
                 )
                 for window in self.windows
             }

@@ -12,6 +12,8 @@ from moetuner.report.gains import Gain
 
 # Part of the best gain that a number of copies may miss and still be the knee, as a share.
 KNEE = 0.005
+# Times the price that the upper end of an interval may reach where nothing is to be won.
+NEAR = 2
 # Part of the gain that must be left on the other half of a recording that changes its kind.
 CARRIED = 0.5
 
@@ -138,10 +140,16 @@ def concluded(
 
 
 def _is_settled(judged: Judged, price: float) -> bool:
-    """Whether the traffic says that there is nothing to win that would pay."""
-    high = judged.verdict.high
+    """Whether the traffic says that there is nothing to win that would pay.
+
+    More of it is not worth recording where the gain is below its price, and surely not far above.
+    """
+    gain, high = judged.gain.mean, judged.verdict.high
     return judged.verdict.answer in ("certain but small", "worse") or (
-        judged.verdict.answer == "no evidence" and high is not None and high <= price
+        judged.verdict.answer == "no evidence"
+        and high is not None
+        and gain < price
+        and high <= NEAR * price
     )
 
 

@@ -73,7 +73,8 @@ class Copies(Frozen):
     shared
         Whether the slots of all layers are one budget, which goes where copies help most.
     gains
-        Share of predicted time that is saved over the running placement, by window; of each split.
+        Share of predicted time that is saved over the running placement, by window; of each split,
+        where layers share a budget of the first one.
     bytes_per_device
         Memory that the copies take; None where the bytes of an expert are not known.
     """
