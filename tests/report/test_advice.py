@@ -89,7 +89,7 @@ def test_few_sequences_are_not_enough_evidence():
     """Four unseen sequences tell nothing, however strong they are."""
     found = advise(routed(skewed(8 * LENGTH)), TWO_NODES, copies=(0,), splits=2)
     assert found.answer == "not enough evidence"
-    assert "4 unseen sequences" in found.reasons[0]
+    assert "too few (4)" in found.reasons[0]
 
 
 def test_one_kind_is_not_enough_evidence():
@@ -207,6 +207,20 @@ def test_saved_statistics_cannot_be_split():
     counted = mt.RoutingStatistics.from_trace(routed(even(400)), window=100)
     with pytest.raises(ValueError, match="give the trace"):
         advise(counted, TWO_NODES)
+
+
+@pytest.mark.parametrize(
+    "traffic",
+    [
+        routed(even(50)).select(sequences=[0]).split(0.02)[0],
+        mt.RoutingStatistics.from_load([[[1, 2, 3, 4]]]),
+        mt.RoutingStatistics.from_load(np.zeros((9, 2, 4), dtype=int)),
+    ],
+)
+def test_what_cannot_be_halved_is_named(traffic):
+    """One token, one window, and no load at all."""
+    with pytest.raises(ValueError, match="traffic must have"):
+        mt.advise(traffic, mt.Topology(2))
 
 
 def test_the_knee_harms_no_window():

@@ -129,6 +129,7 @@ def advise(
     """
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
     instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
+    _check_traffic(traffic)
     counts = sorted(
         {
             whole_number("copies", each, lowest=0)
@@ -486,6 +487,18 @@ class _Work:
                 assert us is not None
                 found[name][phase] = us
         return Phases(found)
+
+
+def _check_traffic(traffic: Traffic) -> None:
+    """Raise unless there is something to see and something to judge on."""
+    if isinstance(traffic, RoutingTrace):
+        if traffic.tokens < 2:
+            raise ValueError(f"traffic must have two tokens or more, got {traffic.tokens}")
+        return
+    if traffic.windows < 2:
+        raise ValueError("traffic must have two windows or more to judge on unseen ones, got 1")
+    if not traffic.total_load.any():
+        raise ValueError("traffic must have tokens, got a load of 0")
 
 
 def _bytes(traffic: Traffic) -> float | None:

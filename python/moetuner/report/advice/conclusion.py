@@ -93,7 +93,8 @@ def concluded(
         answer = "not enough evidence"
         units = judged[0].gain.units
         reasons.insert(
-            0, f"{units} unseen sequences or windows are too few to say how sure a gain is."
+            0,
+            f"unseen sequences or windows are too few ({units}) to say how sure a gain is.",
         )
     elif "worth it" in answers:
         answer = "worth a trial"
@@ -157,7 +158,8 @@ def _headline(judged: Judged, running: str) -> str:
     gain, verdict = judged.gain, judged.verdict
     notes = []
     if gain.interval is not None:
-        notes.append(f"95 %: {100 * gain.interval[0]:.1f} to {100 * gain.interval[1]:.1f} %")
+        low, high = (round(100 * end, 1) + 0.0 for end in gain.interval)
+        notes.append(f"95 %: {low:.1f} to {high:.1f} %")
     if judged.window is not None:
         notes.append(f"windows of {judged.window:,} tokens")
     word = "less" if gain.mean >= 0 else "more"
