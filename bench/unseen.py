@@ -141,7 +141,7 @@ def ours(chosen: list[str]) -> Method:
             statistics, mt.Topology(devices), slots_per_device=slots, objective="balance"
         )
         result = mt.solve(problem, "heuristic")
-        chosen.append(result.details["unseen"]["chosen"])
+        chosen.append(result.details.unseen.chosen)
         return result.placement.slots
 
     return place

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "solver.milp": ("solver.result", "solver.effort", "solver.bounds", *SOLVER),
     "solver.two_stage": ("solver.milp", "solver.result", "solver.effort", *SOLVER),
     "solver.balancing": ("solver.effort", "placement"),
-    "solver.rebalancing": ("solver.effort",),
+    "solver.rebalancing": ("solver.effort", "placement"),
     "solver.baselines": (
         "solver.search",
         "solver.balancing",
@@ -139,6 +139,15 @@ def test_imports_go_down_the_flow(path):
     for module in own_imports(path):
         assert module, f"{name(path)} imports the package itself; import the module"
         assert is_in(module, allowed), f"{name(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if is_in(name(p), ("cli",))], ids=name)
+def test_the_command_line_takes_what_the_solver_exports(path):
+    """Of the solver, cli imports names of ``solver.__all__`` alone, and none of its modules."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and is_in(node.module, ("moetuner.solver",)):
+            assert node.module == "moetuner.solver", f"{name(path)} imports {node.module}"
+            assert {alias.name for alias in node.names} <= set(moetuner.solver.__all__)
 
 
 def test_no_circle_of_modules():

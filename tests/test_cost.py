@@ -204,22 +204,12 @@ def test_a_faster_device_or_link_never_takes_longer():
     assert (MODEL.compute_us([5, 900], [3, 3], [2, 2]) < MODEL.compute_us([5, 900], [3, 3])).all()
 
 
-def test_weights_are_slopes():
-    """One token more costs its slope on a device, and a D-th of its bytes on the busiest port."""
-    topology = mt.Topology(
-        4, 2, intra_node_bandwidth=100e9, inter_node_bandwidth=10e9, speed=[1, 1, 2, 2]
-    )
-    found = MODEL.weights(topology)
-    assert found.token_us.tolist() == [0.05, 0.05, 0.025, 0.025]
-    assert found.crossing_us == pytest.approx([0, 4000 / 100e9 * 1e6 / 4, 4000 / 10e9 * 1e6 / 4])
-    one_way = MODEL.weights(topology, returns=False)
-    assert one_way.crossing_us == pytest.approx(found.crossing_us / 4)
-
-
-def test_weights_know_where_time_is_flat():
-    """Far below the knee a token is free, across it it costs a part, above it all."""
-    prices = [MODEL.weights(NODES, tokens=t, active=8).token_us[0] for t in (10, 500, 5000)]
-    assert prices == pytest.approx([0, (12 + 50 - 44) / 500, 0.05])
+def test_a_row_over_a_link_costs_its_part_of_the_busiest_port():
+    """One token more costs a D-th of its bytes, there and back or one way."""
+    topology = mt.Topology(4, 2, intra_node_bandwidth=100e9, inter_node_bandwidth=10e9)
+    found = MODEL.crossing_us(topology, returns=True)
+    assert found == pytest.approx([0, 4000 / 100e9 * 1e6 / 4, 4000 / 10e9 * 1e6 / 4])
+    assert MODEL.crossing_us(topology, returns=False) == pytest.approx(found / 4)
 
 
 @pytest.mark.parametrize("gpu", GPUS)

@@ -106,6 +106,7 @@ def values():
             problem,
             replace(result, seconds=0.0),
             result.certificate,
+            result.details,
             placement,
             placement.diff(result.placement, topology=topology, expert_bytes=2),
             evaluation,
@@ -143,10 +144,11 @@ def test_values_are_shown_in_a_few_lines(values):
     for value in values[0]:
         lines = repr(value).split("\n")
         assert lines[0].startswith(f"{type(value).__name__}(")
-        assert len(lines) <= 12
+        assert len(lines) <= 8
         assert max(map(len, lines)) <= 160, lines
     with_table = [value for value in values[0] if hasattr(value, "_repr_html_")]
-    assert {type(value) for value in with_table} == {mt.Result, mt.Evaluation, mt.Audit}
+    tables = {mt.Result, mt.Evaluation, mt.Audit, type(mt.structure(values[0][-1]))}
+    assert {type(value) for value in with_table} == tables
     for value in with_table:
         found = value._repr_html_()
         rows = [row.count("</t") for row in found.split("\n")[1:-1]]
@@ -158,6 +160,15 @@ def test_experts_have_the_name_of_their_argument(values):
     """``num_experts`` everywhere, ``experts`` beside it."""
     statistics, problem = values[0][0], values[0][5]
     assert statistics.num_experts == statistics.experts == problem.num_experts == problem.experts
+
+
+@pytest.mark.parametrize(
+    "named", [mt.Problem, mt.Placement, mt.RoutingTrace, mt.Topology, mt.solve]
+)
+def test_arguments_have_names_after_the_first_two(named):
+    """What callers make themselves takes two arguments by their places, all others by name."""
+    kinds = [each.kind for each in inspect.signature(named).parameters.values()]
+    assert set(kinds[2:]) == {inspect.Parameter.KEYWORD_ONLY}
 
 
 PUBLIC = [name for name in mt.__all__ if name != "__version__"]

@@ -282,7 +282,7 @@ def test_a_cap_beyond_all_loads_is_none(cap, objective):
         for each in (cap, float("inf"))
     ]
     assert found[0].placement == found[1].placement
-    assert "caps_raised" not in found[0].details
+    assert not found[0].details.caps.raised
 
 
 def test_deadlines_of_the_core_never_panic(layers):

@@ -20,12 +20,16 @@ from moetuner.problem.objective import Objective
 from moetuner.report.advice import advise
 from moetuner.report.advice.values import Advice
 from moetuner.report.structure import structure
-from moetuner.solver import solve
-from moetuner.solver.balancing import balance
-from moetuner.solver.bounds.certificate import Certificate
-from moetuner.solver.bounds.pairs import verify
-from moetuner.solver.pareto import Trade, pareto
-from moetuner.solver.result import Progress, Result
+from moetuner.solver import (
+    Certificate,
+    Progress,
+    Result,
+    Trade,
+    balance,
+    pareto,
+    solve,
+    verify,
+)
 from moetuner.statistics import ExpertSets, RoutingStatistics
 from moetuner.topology import Tier, Topology
 from moetuner.trace import RoutingTrace

@@ -1,4 +1,8 @@
-"""The rules for what callers give: kinds, choices, numbers, arrays, and expert ids."""
+"""The rules for what callers give: kinds, choices, numbers, arrays, and expert ids.
+
+What breaks one raises ValueError, or TypeError where it is of the wrong kind; the message names the
+argument, the rule and the value.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +24,14 @@ IdType = np.dtype[np.uint8] | np.dtype[np.uint16]
 U8, U16 = np.dtype(np.uint8), np.dtype(np.uint16)
 LAYER_LIMIT = 1 << 16
 EXPERT_LIMIT = 1 << 16
-# Of a topology, whose tables are of pairs of devices.
+# Devices of a topology, whose tables are of pairs of devices.
 DEVICE_LIMIT = 1 << 13
-# Of all devices of a layer together, each as wide as the widest.
+# Slots of a layer's devices together, each device as wide as the widest.
 SLOT_LIMIT = 1 << 16
-# Of a table of layers, experts and devices.
+# Cells of a table of layers, experts and devices.
 CELL_LIMIT = 1 << 28
 THREAD_LIMIT = 1 << 12
-# Of times, sizes and rates, in any unit: within them no product or quotient is infinite.
+# Times, sizes and rates are between these, in any unit, so that no product or quotient is infinite.
 SMALLEST, LARGEST = 1e-30, 1e30
 # Characters of a value that a message shows.
 SHOWN = 40
@@ -48,63 +52,33 @@ def shown(value: object) -> str:
 
 
 def instance(name: str, value: object, *kinds: type, hint: str = "") -> None:
-    """Check that an argument is of a class; ``hint`` says how to make one.
-
-    Raises
-    ------
-    TypeError
-        If it is of none of them.
-    """
+    """Check that an argument is of a class; ``hint`` says how to make one."""
     if not isinstance(value, kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"{name} must be a {wanted}{hint}, got {shown(value)}")
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
-    """Check a choice.
-
-    Raises
-    ------
-    ValueError
-        If it is none of them.
-    """
+    """Check a choice."""
     known = tuple(choices)
     if not (isinstance(value, str) and value in known):
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
 
 
 def flag(name: str, value: object) -> None:
-    """Check a truth value.
-
-    Raises
-    ------
-    TypeError
-        If it is not one.
-    """
+    """Check a truth value."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def text_or_none(name: str, value: object) -> None:
-    """Check a name for people.
-
-    Raises
-    ------
-    ValueError
-        If it is neither a text nor None.
-    """
+    """Check a name for people."""
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{name} must be a text, got {shown(value)}")
 
 
 def path_in(path: object) -> Path:
-    """Return the path of a file.
-
-    Raises
-    ------
-    TypeError
-        If it is none.
-    """
+    """Return the path of a file."""
     try:
         return Path(cast(Any, path))
     except TypeError:
@@ -112,26 +86,14 @@ def path_in(path: object) -> Path:
 
 
 def listed(name: str, values: object, what: str) -> list[Any]:
-    """Return the members of what should be a list.
-
-    Raises
-    ------
-    ValueError
-        If it is none, or a text, whose members are letters.
-    """
+    """Return the members of what should be a list."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise ValueError(f"{name} must be a list of {what}, got {shown(values)}")
     return list(values)
 
 
 def array_in(name: str, values: ArrayLike) -> NDArray[Any]:
-    """Return an array of whatever type.
-
-    Raises
-    ------
-    ValueError
-        If it is none, as rows of different lengths.
-    """
+    """Return an array of whatever type."""
     try:
         return np.asarray(values)
     except (ValueError, TypeError, OverflowError):
@@ -139,13 +101,7 @@ def array_in(name: str, values: ArrayLike) -> NDArray[Any]:
 
 
 def numbers_in(name: str, values: ArrayLike) -> NDArray[np.float64]:
-    """Return an array of floats, of numbers whatever their type.
-
-    Raises
-    ------
-    ValueError
-        If they are no numbers.
-    """
+    """Return an array of floats, of numbers whatever their type."""
     array = array_in(name, values)
     if array.dtype.kind not in "iuf" and array.size:
         raise ValueError(f"{name} must be numbers, got {array.dtype} {list(array.shape)}")
@@ -153,57 +109,27 @@ def numbers_in(name: str, values: ArrayLike) -> NDArray[np.float64]:
 
 
 def seed_in(seed: object, name: str = "seed") -> int:
-    """Check a seed.
-
-    Raises
-    ------
-    ValueError
-        If it is not an integer of at least 0.
-    """
+    """Check a seed."""
     return whole_number(name, seed, lowest=0)
 
 
 def threads_in(threads: object) -> int | None:
-    """Check a number of threads; None, all cores, as it is.
-
-    Raises
-    ------
-    ValueError
-        If it is no such number.
-    """
+    """Check a number of threads; None, all cores, as it is."""
     return None if threads is None else whole_number("threads", threads, highest=THREAD_LIMIT)
 
 
 def window_in(window: object) -> int | None:
-    """Check tokens per window; None, all of them, as it is.
-
-    Raises
-    ------
-    ValueError
-        If it is no such number.
-    """
+    """Check tokens per window; None, all of them, as it is."""
     return None if window is None else whole_number("window", window)
 
 
 def experts_in(num_experts: object, name: str = "num_experts") -> int:
-    """Check a number of experts per layer.
-
-    Raises
-    ------
-    ValueError
-        If it is not an integer that 16-bit ids can count to.
-    """
+    """Check a number of experts per layer."""
     return whole_number(name, num_experts, highest=EXPERT_LIMIT)
 
 
 def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1 << 63) - 1) -> int:
-    """Check an integer from ``lowest`` to ``highest``.
-
-    Raises
-    ------
-    ValueError
-        If it is not one.
-    """
+    """Check an integer from ``lowest`` to ``highest``."""
     number = None
     if isinstance(value, SupportsIndex) and not isinstance(value, bool):
         try:
@@ -218,13 +144,7 @@ def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1
 
 
 def check_slots(devices: int, slots_per_device: int, layers: int = 1) -> None:
-    """Check how many slots there are, before anything of that size is made.
-
-    Raises
-    ------
-    ValueError
-        If a layer has more than 16 bits can count, or all layers more than a table can have.
-    """
+    """Check how many slots there are, before anything of that size is made."""
     if layers * devices * slots_per_device > CELL_LIMIT:
         raise ValueError(
             f"slots_per_device must make at most {CELL_LIMIT} slots, "
@@ -238,13 +158,7 @@ def check_slots(devices: int, slots_per_device: int, layers: int = 1) -> None:
 
 
 def check_sizes(shape: tuple[int, ...], dtype: np.dtype[np.generic], num_experts: int) -> None:
-    """Check the type of ids and their sizes [T,L,K].
-
-    Raises
-    ------
-    ValueError
-        If ids are not integers, or a model cannot have these sizes.
-    """
+    """Check the type of ids and their sizes [T,L,K]."""
     if len(shape) != 3 or dtype.kind not in "iu":
         raise ValueError(
             f"expert_ids must be integers [tokens, layers, top_k], got {dtype} {list(shape)}"
@@ -259,13 +173,7 @@ def check_sizes(shape: tuple[int, ...], dtype: np.dtype[np.generic], num_experts
 def valid(
     ids: NDArray[np.generic], num_experts: int, first_token: int = 0, threads: int | None = None
 ) -> IdArray:
-    """Validate integer ids [T,L,K] and give them as C-contiguous uint8 or uint16.
-
-    Raises
-    ------
-    ValueError
-        Naming the first faulty token (counted from ``first_token``), its layer and the id.
-    """
+    """Validate integer ids [T,L,K] and give them as C-contiguous uint8 or uint16."""
     dtype = id_type(ids.dtype, num_experts)
     if ids.dtype != dtype and ids.size:
         numbers = cast("NDArray[np.integer[Any]]", ids)
@@ -283,20 +191,14 @@ def valid(
 
 
 def id_type(dtype: np.dtype[np.generic], num_experts: int) -> IdType:
-    """Type that ids are held in: uint8 and uint16 as they are, others the smaller that fits."""
+    """Return the type to hold ids in: uint8 and uint16 as they are, else the smaller that fits."""
     if dtype in (U8, U16):
         return U8 if dtype == U8 else U16
     return U8 if num_experts <= 256 else U16
 
 
 def per_device(name: str, values: Any, devices: int) -> list[Any]:
-    """Check that there is one number for every device.
-
-    Raises
-    ------
-    ValueError
-        If there is not.
-    """
+    """Check that there is one number for every device."""
     array = array_in(name, values)
     if array.shape != (devices,) or array.dtype.kind not in "iuf":
         raise ValueError(
@@ -308,13 +210,7 @@ def per_device(name: str, values: Any, devices: int) -> list[Any]:
 
 
 def positive(name: str, value: object, what: str) -> None:
-    """Check a number above 0; ``what`` says its unit.
-
-    Raises
-    ------
-    ValueError
-        If it is not one.
-    """
+    """Check a number above 0; ``what`` says its unit."""
     if not (is_number(value) and value > 0):
         raise ValueError(f"{name} must be a positive {what}, got {shown(value)}")
     if not SMALLEST <= value <= LARGEST:
@@ -324,13 +220,7 @@ def positive(name: str, value: object, what: str) -> None:
 
 
 def not_negative(name: str, value: object, what: str) -> None:
-    """Check a number of at least 0; ``what`` says its unit.
-
-    Raises
-    ------
-    ValueError
-        If it is not one.
-    """
+    """Check a number of at least 0; ``what`` says its unit."""
     if not (is_number(value) and value >= 0):
         raise ValueError(f"{name} must be a {what} of at least 0, got {shown(value)}")
     if value > LARGEST:
@@ -338,26 +228,14 @@ def not_negative(name: str, value: object, what: str) -> None:
 
 
 def at_least(name: str, value: object, lowest: float, unit: str = "") -> None:
-    """Check a number that may be infinite.
-
-    Raises
-    ------
-    ValueError
-        If it is below ``lowest``, or no number.
-    """
+    """Check a number that may be infinite."""
     endless = isinstance(value, float | np.floating) and value == math.inf
     if not (endless or (is_number(value) and value >= lowest)):
         raise ValueError(f"{name} must be at least {lowest:g}{unit}, got {shown(value)}")
 
 
 def number_or_none(name: str, value: object) -> None:
-    """Check a finite number.
-
-    Raises
-    ------
-    ValueError
-        If it is neither one nor None.
-    """
+    """Check a finite number."""
     if value is not None and not is_number(value):
         raise ValueError(f"{name} must be a finite number, got {shown(value)}")
 
@@ -379,13 +257,7 @@ PIECE = 1 << 20
 
 
 def labels(name: str, values: ArrayLike, length: int, dtype: type[Integer]) -> NDArray[Integer]:
-    """Check one integer label per token or window [length] and hold it as ``dtype``, read-only.
-
-    Raises
-    ------
-    ValueError
-        If the values are not integers, not that many, or do not fit ``dtype``.
-    """
+    """Check one integer label per token or window [length] and hold it as ``dtype``, read-only."""
     array = array_in(name, values)
     if array.shape != (length,) or (array.dtype.kind not in "iu" and length):
         raise ValueError(
@@ -400,13 +272,7 @@ def labels(name: str, values: ArrayLike, length: int, dtype: type[Integer]) -> N
 
 
 def names(values: Iterable[str] | None) -> tuple[str, ...]:
-    """Check the names of groups: texts that differ.
-
-    Raises
-    ------
-    ValueError
-        If a name is not a text or occurs twice, or if ``values`` is one text instead of several.
-    """
+    """Check the names of groups: texts that differ."""
     if values is None:
         return ()
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
@@ -424,13 +290,7 @@ def names(values: Iterable[str] | None) -> tuple[str, ...]:
 def groups(
     values: ArrayLike, length: int, group_names: tuple[str, ...], dtype: type[Integer]
 ) -> NDArray[Integer]:
-    """Check group numbers [length]: each is an index into the names.
-
-    Raises
-    ------
-    ValueError
-        If a number has no name.
-    """
+    """Check group numbers [length]: each is an index into the names."""
     array = labels("group", values, length, dtype)
     if length and (array.min() < 0 or array.max() >= len(group_names)):
         wrong = array.min() if array.min() < 0 else array.max()
@@ -442,7 +302,7 @@ def groups(
 
 
 def distinct(values: NDArray[Integer]) -> NDArray[Integer]:
-    """Labels that occur, in ascending order; in pieces, since numpy alone takes much memory."""
+    """Find the labels that occur, ascending; in pieces, since numpy alone takes much memory."""
     pieces: list[NDArray[Integer]] = [
         np.unique(values[at : at + PIECE]) for at in range(0, len(values), PIECE)
     ]
@@ -458,7 +318,7 @@ def among(values: NDArray[Integer], wanted: ArrayLike) -> NDArray[np.bool_]:
 
 
 def numbered(group: ArrayLike) -> list[str]:
-    """Names for groups that have none: their numbers."""
+    """Return names for groups that have none: their numbers."""
     array = array_in("group", group)
     if array.dtype.kind not in "iu" and array.size:
         raise ValueError(f"group must be integers, got {array.dtype} {list(array.shape)}")
@@ -469,7 +329,7 @@ def numbered(group: ArrayLike) -> list[str]:
 
 
 def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64] | None:
-    """Sequence labels of traces one after the other, moved up where they would come back.
+    """Join the sequence labels of traces, moved up where they would come back.
 
     Where moving up leaves 32 bits, all are numbered anew, from 0.
     """

@@ -55,7 +55,7 @@ def heard() -> Iterator[None]:
 
 
 def status() -> int | None:
-    """Exit status of a process that was told to terminate; None if it was not."""
+    """Return the exit status of a process that was told to terminate; None if it was not."""
     return 128 + signal.SIGTERM if _terminated else None
 
 

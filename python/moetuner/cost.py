@@ -42,21 +42,6 @@ LAUNCH_US = 10.0
 Floats = NDArray[np.float64]
 
 
-class Weights(NamedTuple):
-    """What one more token costs, near a working point.
-
-    Parameters
-    ----------
-    token_us
-        Microseconds of one more token of load, by device [D].
-    crossing_us
-        Microseconds of one more token sent over a link, by tier [tiers + 1]; 0 for tier 0, no link.
-    """
-
-    token_us: Floats
-    crossing_us: Floats
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class CostModel(Frozen):
     """Time of a layer: the slowest device, and the busiest port of every tier.
@@ -237,12 +222,12 @@ class CostModel(Frozen):
         dtype_bytes: float = 1,
         **others: Any,
     ) -> CostModel:
-        """Roofline of a common GPU, ``"h100"`` for one; the sizes are DeepSeek-V3's by default.
+        """Return the roofline of a common GPU, such as ``"h100"``; sizes are DeepSeek-V3's.
 
         Raises
         ------
         ValueError
-            If the GPU is not known; ``_machines.py`` has the list and the sources.
+            If the GPU is not known; ``presets.py`` has the list and the sources.
         """
         if not isinstance(gpu, str) or gpu not in GPUS:
             raise ValueError(f"preset must be one of {', '.join(GPUS)}, got {gpu!r:.60}")
@@ -262,7 +247,7 @@ class CostModel(Frozen):
         active: ArrayLike | None = None,
         speed: ArrayLike | None = None,
     ) -> Floats:
-        """Microseconds that devices [...,D] compute.
+        """Compute microseconds that devices [...,D] compute.
 
         Parameters
         ----------
@@ -282,7 +267,7 @@ class CostModel(Frozen):
     def ports_us(
         self, ports: ArrayLike, topology: Topology, *, bytes_each: float | None = None
     ) -> Floats:
-        """Microseconds [...] of tiers whose busiest ports carry these rows [...,tiers].
+        """Compute microseconds [...] of tiers whose busiest ports carry these rows [...,tiers].
 
         Tier 1 comes first; a tier that carries nothing takes no time.
         """
@@ -294,51 +279,22 @@ class CostModel(Frozen):
         return time
 
     def layer_us(self, compute: ArrayLike, communication: ArrayLike) -> Floats:
-        """Microseconds of layers [...] from devices' compute [...,D] and communication [...]."""
+        """Compute microseconds of layers [...] of devices' compute [...,D] and exchange [...]."""
         slowest = np.asarray(compute, dtype=np.float64).max(axis=-1)
         other = np.asarray(communication, dtype=np.float64)
         time: Floats = slowest + other - self.overlap * np.minimum(slowest, other)
         return time
 
-    def weights(
-        self,
-        topology: Topology,
-        *,
-        tokens: float | None = None,
-        active: float | None = None,
-        returns: bool = True,
-    ) -> Weights:
-        """Prices of one more token, for solvers that add.
+    def crossing_us(self, topology: Topology, *, returns: bool) -> Floats:
+        """Compute the price of one more token over a link, by tier [tiers + 1]; 0 for no link.
 
-        Parameters
-        ----------
-        topology
-            Speeds of devices, bandwidths of tiers.
-        tokens, active
-            Working point: tokens and active experts of a device in a window. The price of a token
-            is the slope from there to twice the tokens, where the busiest device is to be
-            expected: less than ``token_us`` where time is flat at first. None for ``token_us``.
-        returns
-            Whether tokens come back, as in regime dispatch.
-
-        Returns
-        -------
-        Weights
-            One token more on a device, on which all wait; and one more over a link, if ports are
-            evenly used: then the busiest carries one in D.
+        If ports are evenly used, the busiest carries one row in D. ``returns`` is whether tokens
+        come back, as in regime dispatch.
         """
         instance("topology", topology, Topology)
-        if active is not None:
-            not_negative("active", active, "number of experts")
-        each = self.token_us
-        if tokens is not None:
-            positive("tokens", tokens, "number")
-            ends = self.compute_us([tokens, 2 * tokens], active)
-            each = float(ends[1] - ends[0]) / tokens
         carried = self.token_bytes + (self.bytes_back if returns else 0.0)
         links = [carried / level.bandwidth * 1e6 / topology.devices for level in topology.levels]
-        shown = 1.0 - self.overlap
-        return Weights(each / topology.speed_of_device, shown * np.array([0.0, *links]))
+        return (1.0 - self.overlap) * np.array([0.0, *links])
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; the file appears whole or not at all."""
@@ -373,7 +329,7 @@ class CostModel(Frozen):
 
 
 def busiest_ports(sent: ArrayLike, topology: Topology) -> Floats:
-    """Rows at the busiest port of every tier [...,tiers] of rows sent [...,D,D].
+    """Compute rows at the busiest port of every tier [...,tiers] of rows sent [...,D,D].
 
     A device's port of a tier carries what it sends to, or receives from, devices of that tier:
     links work in both directions at once, so the larger of the two counts.
@@ -409,18 +365,12 @@ class TwoPlanes(NamedTuple):
     residual: float
 
     def predict(self, tokens: Floats, experts: Floats) -> Floats:
-        """Time of every measurement [n]."""
+        """Compute the time of every measurement [n]."""
         return np.maximum(self.a + self.b * experts, self.c + self.d * tokens)
 
 
 def measurements(*values: ArrayLike) -> list[Floats]:
-    """Check tokens, experts and microseconds, [n] each.
-
-    Raises
-    ------
-    ValueError
-        If there are too few, or one is out of range.
-    """
+    """Check tokens, experts and microseconds, [n] each."""
     names = ("tokens", "experts", "microseconds")
     columns = [numbers_in(name, column) for name, column in zip(names, values, strict=True)]
     shapes = [list(column.shape) for column in columns]
@@ -504,7 +454,7 @@ def _evidence(
 ) -> Evidence:
     """Leave out parts of the measurements, all repeats of a batch at once."""
     batches = np.unique(np.stack([tokens, experts]), axis=1, return_inverse=True)[1].ravel()
-    # At random, since batches are measured along a grid; the answer is always the same.
+    # Folds are random, since batches are measured along a grid; the answer is always the same.
     fold = np.random.default_rng(0).permutation(int(batches.max()) + 1)[batches] % FOLDS
     error, found = np.zeros(len(times)), []
     for number in range(FOLDS):
@@ -559,7 +509,7 @@ def _alternate(
 
 
 def _line(x: Floats, y: Floats, weight: Floats) -> tuple[float, float]:
-    """Weighted least squares of y on 1 and x, neither coefficient negative."""
+    """Compute the weighted least squares of y on 1 and x, neither coefficient negative."""
     if not x.size:
         return 0.0, 0.0
     columns = np.stack([weight, weight * x], axis=1)
@@ -578,12 +528,12 @@ def _line(x: Floats, y: Floats, weight: Floats) -> tuple[float, float]:
 
 
 def _loss(error: Floats) -> float:
-    """Huber's loss, with the scale of one part in a hundred: guesses compare on one scale."""
+    """Compute Huber's loss at a scale of one part in a hundred: guesses compare on one scale."""
     size = np.abs(error)
     return float(np.where(size < 0.01, size**2 / 2, 0.01 * (size - 0.005)).sum())
 
 
-# Whose times count when nobody says.
+# Times are of this GPU when nobody names one.
 DEFAULT_GPU = "h100"
 
 # Hidden and intermediate size of a routed expert: `hidden_size` and `moe_intermediate_size` (where

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class PlacementDiff(Frozen):
     pairs: NDArray[np.int64]
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON values."""
+        """Return fields as JSON values."""
         return {
             "experts_moved": self.experts_moved,
             "experts_moved_per_layer": self.experts_moved_per_layer.tolist(),
@@ -116,22 +116,23 @@ def kept(
 
     Only those that a device has itself [L,D]: tables are as wide as the widest device.
     """
-    ordered = slots.copy()
-    same = min(initial.shape[2], slots.shape[2])
-    differs = (initial[:, :, :same] != slots[:, :, :same]).any(axis=2)
-    differs |= (slots[:, :, same:] >= 0).any(axis=2)
-    for layer, device in np.argwhere(differs):
-        ordered[layer, device] = -1
-        here = [int(e) for e in slots[layer, device] if e >= 0]
-        before = {int(e): s for s, e in enumerate(initial[layer, device]) if e >= 0}
-        room = rooms[layer, device]
-        stay = [e for e in here if before.get(e, room) < room]
-        for expert in stay:
-            ordered[layer, device, before[expert]] = expert
-        free = iter(np.flatnonzero(ordered[layer, device] == -1))
-        for expert in here:
-            if expert not in stay:
-                ordered[layer, device, next(free)] = expert
+    width = slots.shape[2]
+    column = np.arange(width)
+    before = np.full(slots.shape, -1, dtype=np.int64)
+    same = min(initial.shape[2], width)
+    before[:, :, :same] = initial[:, :, :same]
+    before[column >= rooms[:, :, None]] = -1
+    matches = (slots[:, :, :, None] == before[:, :, None, :]) & (slots >= 0)[:, :, :, None]
+    stays, place = matches.any(axis=3), matches.argmax(axis=3)
+    taken = (matches.any(axis=2)) | (column >= rooms[:, :, None])
+    ordered = np.full_like(slots, -1)
+    # Those that come, in their order, go into free slots in theirs; empty ones are last.
+    comes = np.argsort(np.where(stays, 2, slots < 0), axis=2, kind="stable")
+    free = np.argsort(taken, axis=2, kind="stable")
+    arrivals = np.take_along_axis(np.where(stays, -1, slots), comes, axis=2)
+    np.put_along_axis(ordered, free, arrivals, axis=2)
+    layer, device, at = np.nonzero(stays)
+    ordered[layer, device, place[layer, device, at]] = slots[layer, device, at]
     return ordered
 
 
@@ -175,6 +176,7 @@ class Placement(Frozen):
 
     slots: NDArray[np.int32]
     num_experts: int = 0
+    _: KW_ONLY
     model: str | None = None
     topology: str | None = None
     fingerprint: str | None = None
@@ -259,7 +261,7 @@ class Placement(Frozen):
                 )
             width = slots_per_device
         check_slots(devices, width, layers)
-        # As narrow as they can be: numpy sorts 8 and 16 bits by radix.
+        # Devices are as narrow as they can be: numpy sorts 8 and 16 bits by radix.
         narrow = device_of.astype(np.min_scalar_type(max(devices - 1, 0)))
         order = np.argsort(narrow, axis=1, kind="stable")
         cell = cell[(order + row * experts).ravel()]
@@ -351,7 +353,7 @@ class Placement(Frozen):
         if tokens is not None and not (np.isfinite(tokens) & (tokens >= 0)).all():
             raise ValueError("load must be finite and at least 0")
         full = filled(self.slots, self.num_experts, load=tokens)
-        # What a solver said was of other copies.
+        # A solver's figures were of other copies.
         return replace(self, slots=full, objective=None, bound=None)
 
     def save(self, path: str | Path) -> None:
@@ -482,8 +484,6 @@ def _number(fields: dict[str, Any], key: str) -> float | None:
     return None if value is None else float(value)
 
 
-# As in ``placement``, which needs this module.
-
 Slots = NDArray[np.int32]
 
 
@@ -514,11 +514,6 @@ def filled(
     held
         What is on every device already [L,D,E], and so need not be brought: it comes before
         all else.
-
-    Raises
-    ------
-    ValueError
-        If a device has more slots than there are experts that it may hold.
     """
     full = slots.copy()
     layers, devices, width = slots.shape

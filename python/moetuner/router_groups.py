@@ -70,7 +70,7 @@ def expanded(placement: Placement, experts: int) -> Placement:
 
 
 def forbidden(experts: int, groups: int, devices: int) -> list[tuple[None, int, int]]:
-    """Rules for ``Problem`` that keep group after group on the same number of devices.
+    """Return rules for ``Problem`` that keep group after group on the same number of devices.
 
     Raises
     ------

@@ -104,7 +104,7 @@ class ExpertSets(Frozen):
         )
 
     def load(self, experts: int) -> NDArray[np.uint64]:
-        """Tokens of every expert [E]."""
+        """Return tokens of every expert [E]."""
         load = np.zeros(experts, dtype=np.uint64)
         np.add.at(load, self.ids, self.counts[:, None])
         return load
@@ -134,13 +134,7 @@ def to_tables(sets: tuple[ExpertSets, ...] | None) -> dict[str, NDArray[Any] | N
 
 
 def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | None:
-    """Return the sets of every layer, None where the tables are missing.
-
-    Raises
-    ------
-    ValueError
-        If they do not belong together.
-    """
+    """Return the sets of every layer, None where the tables are missing."""
     if not any(name in tables for name in SET_TABLES):
         return None
     missing = [name for name in SET_TABLES if name not in tables]
@@ -397,7 +391,7 @@ class RoutingStatistics(Frozen):
         return f"RoutingStatistics({', '.join(about)})"
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
-        """Statistics of both traces: windows one after the other, pairs summed.
+        """Add the statistics of two traces: windows one after the other, pairs summed.
 
         Pairs and sets that only one side has counted are dropped, and so are the model's name and
         sizes that only one side knows. Groups are the same if they have the same name.

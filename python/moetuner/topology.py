@@ -292,7 +292,7 @@ class Topology(Frozen):
         Parameters
         ----------
         machine
-            One of those in ``_machines.py``, where the sources of the numbers are.
+            One of those in ``presets.py``, where the sources of the numbers are.
         nodes
             Number of nodes.
         others
@@ -383,7 +383,7 @@ def checked(values: ArrayLike, devices: int) -> NDArray[np.float64]:
 
 
 def in_integers(cost: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Lowest terms of whole numbers; others scaled until the largest is ``HIGHEST_COST``."""
+    """Return lowest terms of whole numbers; others scaled until the largest is ``HIGHEST_COST``."""
     if (cost == np.floor(cost)).all() and cost.max() < 2.0**53:
         whole = cost.astype(np.int64)
         whole //= np.gcd.reduce(whole, axis=None)

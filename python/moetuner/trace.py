@@ -8,7 +8,7 @@ and ``concat``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -73,6 +73,7 @@ class RoutingTrace:
 
     ids: Ids
     num_experts: int
+    _: KW_ONLY
     sequence: NDArray[np.int32] | None = None
     group: NDArray[np.int16] | None = None
     group_names: tuple[str, ...] = ()
@@ -135,15 +136,9 @@ class RoutingTrace:
             Naming argument, rule and value, and for a faulty id its token and layer.
         """
         experts = experts_in(num_experts)
-        return cls._labelled(
-            IdsInMemory.of(array_in("expert_ids", expert_ids), experts),
-            experts,
-            sequence,
-            group,
-            group_names,
-            model,
-            expert_size,
-        )
+        ids: Ids = IdsInMemory.of(array_in("expert_ids", expert_ids), experts)
+        labels: dict[str, Any] = {"sequence": sequence, "group": group, "group_names": group_names}
+        return cls._of(TraceContents(ids, experts, model=model, expert_size=expert_size, **labels))
 
     @classmethod
     def load(cls, path: str | Path, *, num_experts: int | None = None) -> RoutingTrace:
@@ -174,15 +169,7 @@ class RoutingTrace:
         else:
             found = read_trace(path, kind, num_experts)
         with naming(path):
-            return cls._labelled(
-                found.ids,
-                found.num_experts,
-                found.sequence,
-                found.group,
-                found.group_names,
-                found.model,
-                found.expert_size,
-            )
+            return cls._of(found)
 
     def save(self, path: str | Path, *, source: str | None = None) -> None:
         """Write as safetensors, shard by shard; the file appears whole or not at all.
@@ -379,16 +366,19 @@ class RoutingTrace:
         models = {trace.model for trace in traces}
         expert_sizes = {trace.expert_size for trace in traces}
         ids = joined(tuple(trace.ids for trace in traces))
-        return RoutingTrace._labelled(
-            ids,
-            traces[0].num_experts,
-            _checks.joined_sequences([trace.sequence for trace in traces]),
-            _checks.joined_groups(
-                [(trace.group, trace.group_names) for trace in traces], group_names
-            ),
-            group_names,
-            models.pop() if len(models) == 1 else None,
-            expert_sizes.pop() if len(expert_sizes) == 1 else None,
+        groups = _checks.joined_groups(
+            [(each.group, each.group_names) for each in traces], group_names
+        )
+        return RoutingTrace._of(
+            TraceContents(
+                ids,
+                traces[0].num_experts,
+                _checks.joined_sequences([trace.sequence for trace in traces]),
+                groups,
+                group_names,
+                models.pop() if len(models) == 1 else None,
+                expert_sizes.pop() if len(expert_sizes) == 1 else None,
+            )
         )
 
     def __repr__(self) -> str:
@@ -400,21 +390,19 @@ class RoutingTrace:
         return f"RoutingTrace({', '.join(about)})"
 
     @classmethod
-    def _labelled(
-        cls,
-        ids: Ids,
-        num_experts: int,
-        sequence: ArrayLike | None,
-        group: ArrayLike | None,
-        group_names: Iterable[str] | None,
-        model: str | None,
-        expert_size: tuple[int, int] | None,
-    ) -> RoutingTrace:
-        if group is not None and group_names is None:
-            group_names = _checks.numbered(group)
-        names = _checks.names(group_names)
-        labels: dict[str, Any] = {"sequence": sequence, "group": group, "group_names": names}
-        return cls(ids, num_experts, model=model, expert_size=expert_size, **labels)
+    def _of(cls, found: TraceContents) -> RoutingTrace:
+        names = found.group_names
+        if found.group is not None and names is None:
+            names = _checks.numbered(found.group)
+        labels: dict[str, Any] = {"sequence": found.sequence, "group": found.group}
+        return cls(
+            found.ids,
+            found.num_experts,
+            group_names=_checks.names(names),
+            model=found.model,
+            expert_size=found.expert_size,
+            **labels,
+        )
 
     def _taken(
         self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None

@@ -1,6 +1,9 @@
 """Damaged files of engines: a reader gives a valid object, or says in one line what is wrong."""
 
 import json
+import pickle
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,3 +171,27 @@ def test_readers_refuse_what_is_no_file(tmp_path, reader):
         with pytest.raises((ValueError, OSError), match=r"^[^\n]+$") as caught:
             read_input([path], Hints(num_experts=EXPERTS), reader)
         assert str(tmp_path) in str(caught.value)
+
+
+class Evil:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("reader", [None, "megatron", "deepspeed", "vllm-ascend"])
+def test_pickles_that_run_code_are_refused(tmp_path, reader):
+    """Neither telling a file's format nor reading it runs what is in it."""
+    path, mark = tmp_path / "counts_rank0.pt", tmp_path / "ran"
+    for content in (Evil(mark), {"layers.0.tokens_per_expert": Evil(mark)}, [Evil(mark)]):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps(content, protocol=2))
+            archive.writestr("archive/version", "3\n")
+        for source in (path, tmp_path):
+            with pytest.raises((ValueError, IsADirectoryError), match=r"^[^\n]+$"):
+                read_input([source], Hints(num_experts=EXPERTS), reader)
+        assert not mark.exists()

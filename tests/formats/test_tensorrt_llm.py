@@ -72,7 +72,7 @@ def test_choices(tmp_path):
 
 def test_slots_are_translated(tmp_path):
     """With the balancer on slots are counted; the placement that ran says whose they are."""
-    running = mt.Placement([[[0, 1], [2, 0]], [[2, 1], [0, 1]]], num_experts=3)
+    running = np.array([[0, 1, 2, 0], [2, 1, 0, 1]])
     load = np.arange(8).reshape(2, 4)
     dump(tmp_path, 0, {(0, 3): load[0], (0, 4): load[1]})
     meta(tmp_path, experts=4)
@@ -85,7 +85,7 @@ def test_slots_are_translated(tmp_path):
     trace = read_input([tmp_path], Hints(running=running))
     assert trace.expert_ids[:, 0].tolist() == [[0, 2], [0, 1], [1, 2]]
     assert trace.expert_ids[:, 1].tolist() == [[1, 0], [2, 1], [2, 0]]
-    wider = mt.Placement([[[0, 1, 2], [2, 0, 1]]] * 2, num_experts=3)
+    wider = np.array([[0, 1, 2, 2, 0, 1]] * 2)
     with pytest.raises(ValueError, match="counts 4 slots, but the placement that ran has 6"):
         read_input([tmp_path], Hints(running=wider))
 
@@ -185,3 +185,17 @@ def test_layers_must_fit(tmp_path):
     with pytest.raises(ValueError, match="layer 0: slot 3 is empty"):
         tensorrt_llm.write_map(empty, tmp_path / "m.yaml", Hints())
     assert not list(tmp_path.iterdir())
+
+
+def test_convert_with_the_map_that_ran(tmp_path, run):
+    """The command line takes the engine's own YAML to translate slots."""
+    running, out = tmp_path / "map.yaml", tmp_path / "load.safetensors"
+    placement = mt.Placement([[[0, 1], [2, 0]], [[2, 1], [0, 1]]], num_experts=3)
+    tensorrt_llm.write_map(placement, running, Hints(dense_layers=(0, 1, 2)))
+    dump(tmp_path, 0, {(0, 3): np.arange(4), (0, 4): np.arange(4, 8)})
+    meta(tmp_path, experts=4)
+    status, _, error = run("convert", tmp_path, "--num-experts", 3, "--out", out)
+    assert status == 2
+    assert "the placement that ran is needed" in error
+    assert run("convert", tmp_path, "--running", running, "--out", out)[0] == 0
+    assert mt.RoutingStatistics.load(out).window_load.tolist() == [[[3, 1, 2], [6, 12, 4]]]

@@ -38,9 +38,9 @@ def test_workload_beside_the_map(tmp_path):
     assert reader_of(other) == "vllm-ascend"
     found = mt.open_input([path, other], reader="vllm-ascend")
     assert found.window_load.tolist() == [BY_EXPERT]
-    assert read_input([path], Hints(running=running), "vllm-ascend").window_load.tolist() == [
-        BY_EXPERT
-    ]
+    assert read_input(
+        [path], Hints(running=TABLE.reshape(2, 4)), "vllm-ascend"
+    ).window_load.tolist() == [BY_EXPERT]
     with pytest.raises(ValueError, match="workload counts slots: the expert map that ran is"):
         mt.open_input(path, reader="vllm-ascend")
     with pytest.raises(ValueError, match="is an expert map; a workload is needed beside it"):

@@ -67,11 +67,11 @@ def test_a_placement_of_another_machine_is_refused():
 
 
 def test_a_cap_that_had_to_be_raised_is_told_without_another_status():
-    """Who raises a cap says so in ``caps_raised``; who ignores it violates rules."""
+    """Who raises a cap says so in ``details.caps``; who ignores it violates rules."""
     load = np.array([[[90, 10, 10, 10]]])
     problem = mt.Problem(mt.RoutingStatistics(load), mt.Topology(2), max_imbalance=1.1)
     searched, plain = mt.solve(problem), mt.solve(problem, "contiguous")
-    assert "caps_raised" in searched.details
+    assert searched.details.caps.raised
     assert searched.status != "violates rules"
     assert searched.violations
     assert plain.status == "violates rules"
@@ -118,7 +118,7 @@ def test_caps_are_told_of_slots_that_were_filled():
     )
     initial = mt.Placement(np.array([[[0, -1], [1, 2], [3, 4]]], dtype=np.int32), num_experts=5)
     result = mt.solve(problem, initial=initial, time_limit=0)
-    assert result.details["caps_raised"] == {0: pytest.approx(1.25)}
+    assert result.details.caps.raised == {0: pytest.approx(1.25)}
     assert result.status == "time_limit"
 
 
@@ -127,7 +127,7 @@ def test_caps_are_told_of_copies_that_run():
     statistics = mt.RoutingStatistics.from_load(np.array([[[10, 1, 9]]]))
     problem = mt.Problem(statistics, mt.Topology(2), max_imbalance=1.1)
     told = exceeded(problem, np.array([[[0, 1], [0, 2]]], dtype=np.int32))
-    assert told["caps_raised"] == {0: pytest.approx(1.4)}
+    assert told.raised == {0: pytest.approx(1.4)}
 
 
 def test_a_cap_that_copies_can_keep_is_kept():

@@ -60,7 +60,7 @@ def test_raises_a_cap_no_further_than_needed() -> None:
     )
     found = chain(problem)
     assert device_load(problem, found.slots).max() == 100
-    assert told(problem, found)["caps_raised"] == {0: pytest.approx(100 / 60)}
+    assert told(problem, found).raised == {0: pytest.approx(100 / 60)}
 
 
 def test_gives_up_where_partitions_are_too_many_or_time_too_short() -> None:

@@ -6,6 +6,8 @@ import itertools
 import os
 import signal
 import threading
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ import moetuner as mt
 from moetuner import _core
 from moetuner.solver.bounds.caps import told
 from moetuner.solver.exact.partitions import chain
-from moetuner.solver.milp.colocation import Joint, Model, colocation, entries_of, fits
+from moetuner.solver.milp.colocation import CoLocationData, Model, colocation, entries_of, fits
+from moetuner.solver.milp.highs import Ilp, Solution
 from moetuner.solver.result import Candidate, Limits
 
 
@@ -52,7 +55,7 @@ def test_agrees_with_brute_force(seed, layers, experts, regime, max_imbalance) -
     assert cost(problem, found) == found.bound == best
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 10**6), max_imbalance=st.sampled_from([1.3, None]))
 def test_two_tiers_are_two_relations(seed, max_imbalance) -> None:
     """With nodes it agrees with brute force, and with the chain."""
@@ -100,7 +103,7 @@ def test_separation_finds_the_broken_triangles(seed, layers, nodes, regime) -> N
     problem = small_problem(
         seed, layers, 6, 4, devices_per_node=2 if nodes else None, regime=regime
     )
-    joint = Joint.of(problem, problem.caps.whole)
+    joint = CoLocationData.of(problem, problem.caps.whole)
     model = Model(joint)
     values = np.random.default_rng(seed).integers(0, 5, model.columns) / 4
     sizes = [relation.devices * joint.slots for relation in joint.relations]
@@ -118,7 +121,7 @@ def test_separation_finds_the_broken_triangles(seed, layers, nodes, regime) -> N
 def test_no_placement_breaks_what_was_added() -> None:
     """Rows found at fractional values hold at every placement, gatherings included."""
     problem = small_problem(5, 3, 8, 4, max_imbalance=None)
-    model = Model(Joint.of(problem, problem.caps.whole))
+    model = Model(CoLocationData.of(problem, problem.caps.whole))
     random = np.random.default_rng(0)
     for _ in range(5):
         assert model.separate(random.random(model.columns))
@@ -136,7 +139,7 @@ def test_values_and_placement_are_one(seed, slots, nodes) -> None:
         seed, 3, 6, 4, slots=slots, devices_per_node=2 if nodes else None, max_imbalance=None
     )
     start = shuffled(problem, seed)
-    model = Model(Joint.of(problem, problem.caps.whole))
+    model = Model(CoLocationData.of(problem, problem.caps.whole))
     device_of = entries_of(start.slots, problem.experts)
     values = model.values(device_of)
     assert model.ilp.broken(values) is None
@@ -150,7 +153,7 @@ def test_the_first_incumbent_is_the_start() -> None:
     problem = small_problem(1, 3, 8, 4, max_imbalance=None)
     start = shuffled(problem)
     found = colocation(problem, seed=0, limits=Limits(), start=start)
-    assert found.details["colocation"]["first_incumbent"] == cost(problem, start)
+    assert found.details.search.colocation["first_incumbent"] == cost(problem, start)
 
 
 def test_no_time_gives_the_start() -> None:
@@ -190,9 +193,21 @@ def test_caps_of_the_start_are_said() -> None:
     """A start that breaks a cap raises it, and the answer says so."""
     problem = small_problem(3, 2, 6, 3, max_imbalance=1.0)
     found = colocation(problem, seed=0, limits=Limits(), start=shuffled(problem))
-    raised = told(problem, found)["caps_raised"]
+    raised = told(problem, found).raised
     assert set(raised) <= {0, 1}
     assert min(raised.values()) > 1
+
+
+def test_an_interrupt_is_heard_as_the_relaxation_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends the method also where HiGHS had just solved the relaxation."""
+    problem, relax = small_problem(3, 2, 6, 3, max_imbalance=2.0), Ilp.relax
+
+    def interrupted(self: Ilp, **how: Any) -> Solution:
+        return replace(relax(self, **how), status="interrupted")
+
+    monkeypatch.setattr(Ilp, "relax", interrupted)
+    found = colocation(problem, seed=0, limits=Limits(), start=shuffled(problem))
+    assert found.status == "interrupted"
 
 
 def test_knows_what_fits() -> None:

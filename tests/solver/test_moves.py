@@ -10,7 +10,7 @@ import moetuner as mt
 from moetuner.solver.migration import Migration, migrate
 from moetuner.solver.result import Candidate, Limits
 from moetuner.solver.search.balanced import balanced
-from moetuner.solver.search.layerwise import Search
+from moetuner.solver.search.layerwise import LayerSearch
 from moetuner.solver.search.move_cost import lawful
 
 
@@ -59,7 +59,7 @@ def test_figures_of_steps_are_what_placements_have(goal):
     """Moves and excess after every step are a fresh count's; a layer's own cost is exact, too."""
     problem, initial = problem_of(goal), contiguous(3, 16, 4)
     start = lawful(problem, initial)
-    path, _ = Search(problem, 0).descend(start, initial, np.inf, Limits())
+    path, _ = LayerSearch(problem, 0).descend(start, initial, np.inf, Limits())
     assert len(path.moved) > 5
     for steps in range(len(path.moved)):
         placement = mt.Placement(path.after(steps), num_experts=16)
@@ -74,7 +74,7 @@ def test_steps_follow_traffic_between_layers():
     """A step in one layer changes what steps in the next are worth: figures stay right."""
     problem, initial = problem_of(GOALS[-1]), contiguous(3, 16, 4)
     start = lawful(problem, initial)
-    path, _ = Search(problem, 0).descend(start, initial, np.inf, Limits())
+    path, _ = LayerSearch(problem, 0).descend(start, initial, np.inf, Limits())
     for steps in (1, len(path.moved) // 2, len(path.moved) - 1):
         placement = mt.Placement(path.after(steps), num_experts=16)
         gain = mt.Objective(problem).value(placement) - mt.Objective(problem).value(initial)
@@ -87,7 +87,7 @@ def test_steps_do_not_depend_on_threads(threads):
     """One start, one way down."""
     problem, initial = problem_of(GOALS[0]), contiguous(3, 16, 4)
     paths = [
-        Search(problem, 0).descend(lawful(problem, initial), initial, 9, Limits(threads=n))[0]
+        LayerSearch(problem, 0).descend(lawful(problem, initial), initial, 9, Limits(threads=n))[0]
         for n in (1, threads)
     ]
     assert np.array_equal(paths[0].places, paths[1].places)
@@ -153,9 +153,9 @@ def test_excess_comes_before_value(budget):
     before = excess(problem, initial)
     result = mt.solve(problem, initial=initial, move_budget=budget, iterations=500)
     after = excess(problem, result.placement)
-    assert 0 < result.details["experts_moved"] <= budget
+    assert 0 < result.details.search.experts_moved <= budget
     assert after < before
-    told = result.details.get("caps_raised", {})
+    told = result.details.caps.raised
     assert bool(told) == (after > 0)
     assert len(told) == (problem.caps.excess(result.placement) > 0).sum()
     if budget == 60:
@@ -300,7 +300,7 @@ def test_a_step_with_copies_gains_most_for_a_move(seed):
     initial = contiguous(1, 8, 4)
     start = lawful(problem, initial)
     for _ in range(3):
-        path, _ = Search(problem, 0).descend(start, initial, np.inf, Limits())
+        path, _ = LayerSearch(problem, 0).descend(start, initial, np.inf, Limits())
         before, moved = (
             mt.Objective(problem).value(mt.Placement(start, num_experts=8)),
             path.moved[0],
@@ -325,7 +325,7 @@ def test_a_step_with_copies_gains_most_for_a_move(seed):
 def test_with_little_time_steps_come_first(monkeypatch):
     """Where steps take most of the time, nothing else is done, and their end is the answer."""
     problem, initial = problem_of(GOALS[0]), contiguous(3, 16, 4)
-    now, descend = [0.0], Search.descend
+    now, descend = [0.0], LayerSearch.descend
 
     def slow(self, start, initial, most, limits):
         now[0] += 0.9
@@ -335,10 +335,10 @@ def test_with_little_time_steps_come_first(monkeypatch):
         raise AssertionError("a search without time")
 
     monkeypatch.setattr("moetuner.solver.result.time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(Search, "descend", slow)
-    monkeypatch.setattr(Search, "run", run)
+    monkeypatch.setattr(LayerSearch, "descend", slow)
+    monkeypatch.setattr(LayerSearch, "run", run)
     result = mt.solve(problem, initial=initial, move_budget=8, time_limit=1.0)
-    path, _ = descend(Search(problem, 0), lawful(problem, initial), initial, 8, Limits())
+    path, _ = descend(LayerSearch(problem, 0), lawful(problem, initial), initial, 8, Limits())
     best = mt.Placement(path.after(path.best(8, 0.0)), num_experts=16)
     assert result.objective == mt.Objective(problem).value(best)
     assert result.status == "time_limit"
@@ -375,7 +375,7 @@ def test_what_runs_is_searched_on_where_it_is_ahead(goal, monkeypatch):
         return Candidate(start)
 
     monkeypatch.setattr("moetuner.solver.result.time", STOPPED)
-    monkeypatch.setattr(Search, "run", run)
+    monkeypatch.setattr(LayerSearch, "run", run)
     migrate(problem, initial, Migration(), method, seed=0, limits=Limits(time_limit=8.0))
     ((given, start),) = starts
     assert fresh[0] >= 7.0
@@ -423,6 +423,6 @@ def test_steps_lower_excess_at_any_price():
         max_imbalance=1.05,
     )
     initial = contiguous(3, 8, 2)
-    path, _ = Search(problem, 0).descend(initial.slots, initial, np.inf, Limits())
+    path, _ = LayerSearch(problem, 0).descend(initial.slots, initial, np.inf, Limits())
     assert path.excess[0] > 0
     assert path.excess[-1] == 0

@@ -176,10 +176,10 @@ def test_caps_are_kept_or_said_to_be_in_the_way(problem, cap, goal):
         allowed = [each for each, at in zip(every, peaks, strict=True) if at <= cap * (1 + 1e-10)]
         assert result.objective <= min(map(mt.Objective(problem).value, allowed)) * (1 + 1e-9)
     if peaks.min() > cap * (1 + 1e-8):
-        assert result.details["caps_infeasible"][0] == pytest.approx([peaks.min()] * 2)
-        assert result.details["caps_raised"][0] == pytest.approx(mine)
+        assert result.details.caps.infeasible[0] == pytest.approx((peaks.min(),) * 2)
+        assert result.details.caps.raised[0] == pytest.approx(mine)
     elif mine <= cap:
-        assert "caps_raised" not in result.details
+        assert not result.details.caps.raised
 
 
 @given(problems(), st.data())
@@ -207,6 +207,7 @@ def kept(placement, rule):
     return placement.held[layer, device, expert]
 
 
+@few
 @given(problems())
 def test_another_slot_never_hurts(problem):
     """What a placement can be only grows with the slots."""
@@ -348,7 +349,7 @@ def test_migration_keeps_its_budget(load, budget, seed, slots):
     )
     diff = initial.diff(result.placement)
     assert diff.experts_moved <= budget
-    assert diff.experts_moved == result.details["experts_moved"]
+    assert diff.experts_moved == result.details.search.experts_moved
     assert result.objective <= mt.Objective(problem).value(initial) * (1 + 1e-12)
     stays = initial.held & result.placement.held
     for layer, device, slot in itertools.product(range(2), range(3), range(slots // 3)):
@@ -371,7 +372,7 @@ def test_budgets_are_used_to_the_optimum(problem, data):
     for budget in (1, 2):
         within = [each for each, moves in zip(every, moved, strict=True) if moves <= budget]
         found = mt.solve(problem, initial=initial, move_budget=budget, iterations=500)
-        assert found.details["experts_moved"] <= budget
+        assert found.details.search.experts_moved <= budget
         assert found.objective <= min(map(mt.Objective(problem).value, within)) * (1 + 1e-9)
 
 
@@ -413,8 +414,8 @@ def test_short_limits_leave_out_the_choice():
     statistics = mt.RoutingStatistics.from_load(load)
     problem = mt.Problem(statistics, mt.Topology(3), objective="balance")
     result = mt.solve(problem, "heuristic", time_limit=0.01)
-    assert result.details["unseen"]["reason"] == "too little time to try others"
-    assert "scores" in mt.solve(problem, "heuristic").details["unseen"]
+    assert result.details.unseen.reason == "too little time to try others"
+    assert mt.solve(problem, "heuristic").details.unseen.scores
 
 
 def test_bound_of_visits_is_in_visits(make_trace):

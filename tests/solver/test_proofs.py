@@ -22,7 +22,7 @@ from moetuner.solver.bounds.caps import exceeded, scope, told
 from moetuner.solver.bounds.loads import bounded
 from moetuner.solver.bounds.pairs import bound, padded, verify
 from moetuner.solver.milp.colocation import colocation
-from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.result import Candidate, CapsDetails, Details, Limits
 from moetuner.solver.search.traffic import search_traffic
 from moetuner.solver.two_stage import place_clusters
 from moetuner.statistics import ExpertSets
@@ -108,7 +108,7 @@ def test_no_placement_refutes_a_claim(seed):
     if result.status == "optimal":
         assert result.objective <= best + slack
         assert (own <= np.maximum(cap, least) * (1 + 2e-9)).all()
-    for layer in result.details.get("caps_infeasible", {}):
+    for layer in result.details.caps.infeasible:
         assert least[layer] > cap[layer]
     if result.certificate is not None:
         assert verify(result.certificate, problem) / mt.Objective(problem).scale == result.bound
@@ -156,7 +156,7 @@ def test_copies_are_searched_and_nothing_false_is_proven(regime):
     assert result.objective <= before.objective
     assert (result.bound, result.bound_scope, result.status) == (None, None, "feasible")
     assert result.certificate is None
-    assert "caps_infeasible" not in result.details
+    assert not result.details.caps.infeasible
     assert before.bound_scope == "placements with one copy of each expert under the load cap 1.2"
     assert before.placement.bound_scope == before.bound_scope
 
@@ -196,12 +196,12 @@ def test_caps_that_copies_keep_are_not_called_impossible():
                 objective="traffic",
             )
             result = mt.solve(problem, iterations=300)
-            assert "caps_infeasible" not in result.details
+            assert not result.details.caps.infeasible
             alone = search_traffic(problem, limits=Limits(iterations=10))
-            assert "caps_raised" in told(problem, alone)
-            assert "caps_infeasible" not in told(problem, alone)
+            assert told(problem, alone).raised
+            assert not told(problem, alone).infeasible
             if result.status == "optimal":
-                assert not exceeded(problem, result.placement.slots)
+                assert not exceeded(problem, result.placement.slots).raised
 
 
 @pytest.mark.parametrize(
@@ -209,26 +209,28 @@ def test_caps_that_copies_keep_are_not_called_impossible():
     [
         Candidate(np.zeros(0, np.int32), "optimal", bound=10**9, bound_source="false"),
         Candidate(np.zeros(0, np.int32), "optimal"),
-        Candidate(np.zeros(0, np.int32), "optimal", bound=0, details={"caps_raised": {0: 1.5}}),
+        Candidate(
+            np.zeros(0, np.int32), "optimal", bound=0, details=Details(caps=CapsDetails({0: 1.5}))
+        ),
     ],
     ids=["above the answer", "without a bound", "under a cap that others may keep"],
 )
 def test_false_claims_are_taken_back(monkeypatch, claim):
     """Whatever a method claims, an answer that refutes it goes out without."""
-    problem = small_problem(1, 2, 4, 2, max_imbalance=1.2 if claim.details else 2.0)
+    problem = small_problem(1, 2, 4, 2, max_imbalance=1.2 if claim.details.caps.raised else 2.0)
     slots = mt.Placement.from_assignment([[0, 0, 1, 1]] * 2, 2).slots
     monkeypatch.setitem(solver.METHODS, "joint", lambda *_, **__: replace(claim, slots=slots))
     result = mt.solve(problem)
     assert result.status == "feasible"
     if claim.bound == 10**9:
         assert (result.bound, result.gap, result.placement.bound) == (None, None, None)
-        assert result.details["bound_refuted"] == "false"
+        assert result.details.bound.refuted == "false"
 
 
 def test_raised_caps_are_told_with_the_bound():
     """The scope names the layers whose cap was raised, a few of them."""
     problem = small_problem(1, 2, 4, 2, max_imbalance=1.2)
-    told = scope(problem, {"caps_raised": dict.fromkeys(range(5), 1.5)})
+    told = scope(problem, CapsDetails(dict.fromkeys(range(5), 1.5)))
     layers = ", ".join(f"1.5000 in layer {layer}" for layer in range(3))
     assert told.endswith(f"1.2, raised to {layers} and in 2 more")
 

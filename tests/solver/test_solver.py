@@ -110,7 +110,7 @@ def test_load_tables_are_placed(problem, method):
         mt.Problem(stats, problem.topology, max_imbalance=1.2), method, iterations=500
     )
     assert (result.placement.replicas == 1).all()
-    assert result.details.get("trials", 0) == 0
+    assert not result.details.search.trials
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -129,7 +129,7 @@ def test_load_cap_is_kept(problem, method):
     """No device is above a cap that some placement keeps."""
     problem = capped(problem)
     result = mt.solve(problem, method)
-    assert "caps_raised" not in result.details
+    assert not result.details.caps.raised
     assert imbalances(problem, result.placement).max() <= problem.max_imbalance + 1e-9
 
 
@@ -137,7 +137,7 @@ def test_impossible_cap_is_raised_and_told(problem):
     """Where nothing fits under the cap, the answer is the most balanced and says so."""
     tight = mt.Problem(problem.statistics, problem.topology, max_imbalance=1.0)
     result = mt.solve(tight, "heuristic", iterations=2000)
-    raised = result.details["caps_raised"]
+    raised = result.details.caps.raised
     found = imbalances(tight, result.placement)
     for layer, cap in raised.items():
         assert found[layer] <= cap + 1e-9
@@ -148,7 +148,7 @@ def test_impossible_cap_is_raised_and_told(problem):
 def test_infeasible_caps_are_told_apart(method, seed):
     """Layers whose cap nothing keeps are named, with the smallest cap that something keeps."""
     problem = small_problem(seed, 3, 7, 3, max_imbalance=1.03)
-    details = mt.solve(problem, method, iterations=2000).details
+    found = mt.solve(problem, method, iterations=2000).details.caps
     least = {}
     for layer, load in enumerate(problem.load.astype(int)):
         ways = np.array(list(itertools.product(range(3), repeat=7)))
@@ -157,10 +157,10 @@ def test_infeasible_caps_are_told_apart(method, seed):
         peak = np.einsum("wed,e->wd", held, load).max(axis=1).min()
         if peak > problem.caps.whole[layer]:
             least[layer] = peak * 3 / load.sum()
-    assert details.get("caps_infeasible", {}) == {
-        layer: [pytest.approx(cap)] * 2 for layer, cap in least.items()
+    assert found.infeasible == {
+        layer: (pytest.approx(cap), pytest.approx(cap)) for layer, cap in least.items()
     }
-    lines = caps.remarks(problem, details)
+    lines = caps.remarks(problem, found)
     assert bool(least) == any(
         "no placement with one copy of each expert keeps the load cap 1.03" in line
         for line in lines

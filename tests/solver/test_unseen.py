@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moetuner import _core
-from moetuner.solver.search.cross_validation import Choice, Setting, _folds, choose
+from moetuner.solver.search.cross_validation import Choice, SearchSetting, _folds, choose
 
 
 def table(windows: int, layers: int = 3, experts: int = 12, seed: int = 0) -> np.ndarray:
@@ -20,7 +20,7 @@ def choice(load: np.ndarray, group: np.ndarray | None = None, **options: Any) ->
     devices, layers = 4, load.shape[1]
     arguments = {
         "weight": np.ones(len(load)),
-        "room": np.full((layers, devices), load.shape[2] // devices + 1),
+        "capacity": np.full((layers, devices), load.shape[2] // devices + 1),
         "node": np.arange(devices) // 2,
         "time": np.ones(devices),
         "nearest": False,
@@ -33,7 +33,7 @@ def choice(load: np.ndarray, group: np.ndarray | None = None, **options: Any) ->
 
 def score(load: np.ndarray) -> float:
     """Score of the maximum on windows held out."""
-    found: float = choice(load).details["scores"]["maximum"]
+    found: float = choice(load).details.scores["maximum"]
     return found
 
 
@@ -41,16 +41,16 @@ def score(load: np.ndarray) -> float:
 def test_few_windows_stay_as_they_are(windows: int) -> None:
     load = table(windows)
     found = choice(load)
-    assert found.setting == Setting(0)
-    assert found.details["reason"] == "too few windows"
+    assert found.setting == SearchSetting(0)
+    assert found.details.reason == "too few windows"
 
 
 def test_windows_that_do_not_count_are_not_counted() -> None:
     load = table(6)
     load[0] = 0
     weight = np.array([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
-    assert choice(load, weight=weight).details["chosen"] == "maximum"
-    assert "folds" in choice(load, weight=np.ones(6)).details
+    assert choice(load, weight=weight).details.chosen == "maximum"
+    assert choice(load, weight=np.ones(6)).details.folds
 
 
 @pytest.mark.parametrize("group", [None, np.arange(9), np.arange(9) % 2])
@@ -62,21 +62,21 @@ def test_one_seed_gives_one_choice_on_any_number_of_threads(group: np.ndarray | 
 
 def test_says_what_was_chosen_and_every_score() -> None:
     details = choice(table(8)).details
-    assert details["chosen"] in details["scores"]
-    assert "maximum" in details["scores"]
-    assert all(score >= 1 for score in details["scores"].values())
+    assert details.chosen in details.scores
+    assert "maximum" in details.scores
+    assert all(score >= 1 for score in details.scores.values())
 
 
 def test_groups_of_a_window_each_are_held_out_whole() -> None:
     details = choice(table(7), np.array([3, 1, 4, 5, 9, 2, 6])).details
-    assert details["held_out"] == "groups"
-    assert details["folds"] == 7
+    assert details.held_out == "groups"
+    assert details.folds == 7
 
 
 def test_groups_of_many_windows_are_not() -> None:
     details = choice(table(24), np.arange(24) % 6).details
-    assert details["held_out"] == "windows"
-    assert details["folds"] == 4
+    assert details.held_out == "windows"
+    assert details.folds == 4
 
 
 def test_parts_are_runs_of_neighbours() -> None:
@@ -109,18 +109,18 @@ def test_neighbours_that_are_alike_do_not_vouch_for_each_other() -> None:
 def test_unequal_devices_and_nearest_copies() -> None:
     details = choice(table(8), time=np.array([1.0, 1.0, 0.5, 0.5]), nearest=True).details
     # Imbalance is relative to what a perfect split over devices of such speeds would take.
-    assert all(1 <= score < 4 for score in details["scores"].values())
+    assert all(1 <= score < 4 for score in details.scores.values())
 
 
 def test_a_layer_without_tokens() -> None:
     load = table(8)
     load[:, 1] = 0
-    assert all(np.isfinite(score) for score in choice(load).details["scores"].values())
+    assert all(np.isfinite(score) for score in choice(load).details.scores.values())
 
 
 def test_few_windows_without_groups_are_held_out_whole() -> None:
-    assert choice(table(16, experts=40)).details["held_out"] == "groups"
-    assert choice(table(17, experts=40)).details["held_out"] == "windows"
+    assert choice(table(16, experts=40)).details.held_out == "groups"
+    assert choice(table(17, experts=40)).details.held_out == "windows"
 
 
 def placed(load: np.ndarray, **options: Any) -> list[set[int]]:
@@ -162,9 +162,9 @@ def test_what_mixes_well_is_chosen_where_it_costs_nothing() -> None:
     found = choice(
         np.round(load * 1000),
         np.arange(40) % 10,
-        room=np.full((3, 32), 4),
+        capacity=np.full((3, 32), 4),
         node=np.zeros(32, np.int64),
         time=np.ones(32),
     )
     assert found.setting.mixed
-    assert found.details["chosen"].endswith("mixed")
+    assert found.details.chosen.endswith("mixed")

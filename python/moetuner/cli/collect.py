@@ -12,7 +12,7 @@ import click
 from moetuner.cli import options
 from moetuner.cli.options.traffic import describe, facts
 from moetuner.cli.output import Output, working
-from moetuner.solver.result import Progress
+from moetuner.solver import Progress
 
 
 @click.command("collect")

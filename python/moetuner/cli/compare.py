@@ -24,7 +24,7 @@ from moetuner.trace import RoutingTrace
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
 # Splits where nobody says how many: so many, as long as another one ends within so many seconds.
 SPLITS, SECONDS = 5, 60
-# What methods are compared with, if it is among them.
+# Methods are compared with this one, if it is among them.
 PEER = "eplb"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ import click
 from moetuner.cli import options
 from moetuner.cli.options.traffic import describe, facts
 from moetuner.cli.output import Output, working
-from moetuner.formats import READERS, read_input
+from moetuner.formats import READERS, read_input, read_map
 from moetuner.formats.hints import Hints
 from moetuner.trace import RoutingTrace
 
@@ -41,7 +42,16 @@ FORMATS = "".join(f"\n\n{name}: {reader.title}." for name, reader in READERS.ite
     metavar="E",
     help="Experts per layer, where a source does not say (.npy).",
 )
+@click.option(
+    "--running",
+    "running_file",
+    type=options.IN_FILE,
+    metavar="MAP",
+    help="Map of experts that ran, in any format of export, where a source counts slots "
+    "(TensorRT-LLM's and vllm-ascend's balancers).",
+)
 @options.top_k_option
+@options.hidden_layers_option
 @options.dense_layers_option
 @options.json_option
 def command(
@@ -49,7 +59,9 @@ def command(
     form: str,
     out_file: Path,
     num_experts: int | None,
+    running_file: Path | None,
     top_k: int | None,
+    hidden_layers: int | None,
     dense_layers: tuple[int, ...] | None,
     json_file: Path | None,
 ) -> None:
@@ -58,7 +70,9 @@ def command(
     A source is a file or a folder, of moetuner's own or as an engine recorded it. Sequences of
     different sources stay different; groups of the same name become one.
     """
-    hints = Hints(num_experts=num_experts, top_k=top_k, dense_layers=dense_layers)
+    hints = Hints(num_experts, top_k, hidden_layers, dense_layers)
+    if running_file is not None:
+        hints = replace(hints, running=read_map(running_file, hints).experts)
     with working(f"reading {len(sources)} sources"):
         traffic = read_input(sources, hints, None if form == AUTO else form)
     with working(f"writing {out_file}"):

@@ -12,15 +12,17 @@ from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
 from moetuner.cli.options.machine import Machine, node_options
 from moetuner.cli.options.moves import show_pairs
-from moetuner.cli.output import Output
+from moetuner.cli.output import Output, working
 from moetuner.files import naming, replacing
 from moetuner.formats import WRITERS, form_of, read_placement, write_placement
-from moetuner.formats.checks import faults
+from moetuner.formats.checks import check_placement, faults
 from moetuner.formats.engines import ENGINES
 from moetuner.formats.hints import Hints
 from moetuner.placement import EMPTY, Placement
 
 MOVES = "moves"
+# Engines that take a placement as a checkpoint whose experts are in its order.
+RENUMBERING = tuple(name for name, engine in ENGINES.items() if not engine.may_copy)
 FORMS = "\n\n".join(
     f"{name}: {writer.title}, {' or '.join(writer.suffixes)}"
     + (f" ({writer.state})." if writer.state else ".")
@@ -30,7 +32,7 @@ FORMS = "\n\n".join(
 
 @click.command("export", epilog=f"Formats:\n\n{FORMS}")
 @click.argument("placement_file", metavar="[PLACEMENT]", type=options.IN_FILE, required=False)
-@click.option("--to", "form", type=click.Choice([*WRITERS, MOVES]), help="Format.")
+@click.option("--to", "form", type=click.Choice([*WRITERS, MOVES, *RENUMBERING]), help="Format.")
 @click.option("--out", "out_file", type=options.OutFile(), metavar="FILE", help="File to write.")
 @click.option(
     "--check",
@@ -60,6 +62,14 @@ FORMS = "\n\n".join(
 @options.hidden_layers_option
 @options.dense_layers_option
 @click.option(
+    "--checkpoint",
+    "checkpoint_folder",
+    type=options.InFile(folders=True),
+    metavar="FOLDER",
+    help="Checkpoint as transformers writes it, for engines that take a placement as one: --out "
+    "is the folder of the renumbered one.",
+)
+@click.option(
     "--initial",
     "initial_file",
     type=options.IN_FILE,
@@ -77,6 +87,7 @@ def command(
     num_experts: int | None,
     hidden_layers: int | None,
     dense_layers: tuple[int, ...] | None,
+    checkpoint_folder: Path | None,
     initial_file: Path | None,
     machine: Machine,
     json_file: Path | None,
@@ -87,7 +98,9 @@ def command(
     refused, with the option of "moetuner solve" that avoids it; only eplb, which is for many,
     fills empty slots with further copies, no two of an expert on one device, and says so. moves:
     JSON with (layer, expert, device from, device to) of every expert that a device of --initial
-    lacks, and how many go between every two devices.
+    lacks, and how many go between every two devices. megatron, deepspeed, transformers: the model
+    of --checkpoint with its experts and routers renumbered, so that engines which put contiguous
+    experts on a device run the placement; needs torch.
     """
     hints = Hints(
         num_experts=num_experts,
@@ -126,6 +139,8 @@ def command(
             temporary.write_text(json.dumps(diff.to_dict()) + "\n")
         output.say(f"{diff.experts_moved} experts move")
         show_pairs(output, diff)
+    elif form in RENUMBERING:
+        _renumber(placement, form, checkpoint_folder, out_file)
     else:
         empty = int((placement.slots == EMPTY).sum())
         if form == "eplb" and empty:
@@ -145,6 +160,32 @@ def command(
     output.finish(answer)
 
 
+def _renumber(placement: Placement, engine: str, checkpoint: Path | None, out_folder: Path) -> None:
+    """Write a checkpoint with its experts in the order of a placement.
+
+    Raises
+    ------
+    click.ClickException
+        If the engine could not run the placement, or torch is not installed.
+    """
+    title = ENGINES[engine].title
+    if checkpoint is None or not checkpoint.is_dir():
+        raise click.UsageError(
+            f"'--to {engine}' needs '--checkpoint', a folder as transformers writes it: {title} "
+            "has no file for a placement and runs the one that the numbers of its experts are."
+        )
+    try:
+        check_placement(placement, engine)
+    except ValueError as error:
+        raise click.ClickException(options.as_options(str(error))) from None
+    try:
+        from moetuner.torch import permute_state_dict
+    except ImportError as error:
+        raise click.ClickException(str(error)) from None
+    with working(f"writing {out_folder}"):
+        permute_state_dict(checkpoint, placement, out_folder)
+
+
 def _check(path: Path, form: str | None, engine: str | None, hints: Hints, output: Output) -> None:
     """Say what a map is, and what is wrong with it.
 
@@ -153,8 +194,8 @@ def _check(path: Path, form: str | None, engine: str | None, hints: Hints, outpu
     click.ClickException
         If anything is.
     """
-    if form == MOVES:
-        raise click.UsageError("'--check' is of maps; moves are none.")
+    if form is not None and form not in WRITERS:
+        raise click.UsageError(f"'--check' is of maps; {form} is none.")
     form = form or form_of(path)
     writer = WRITERS[form]
     assert writer.read is not None

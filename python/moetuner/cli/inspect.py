@@ -82,7 +82,7 @@ def show_groups(output: Output, found: Structure) -> None:
         output.say("No groups: nothing to compare between kinds of traffic.")
         output.say()
         return
-    # Where they are many, those that differ most.
+    # The groups that differ most are shown where there are many.
     names = sorted(found.group_share, key=lambda name: -found.group_distance[name])
     rows = [
         (name, percent(found.group_share[name]), number(found.group_distance[name], 3))
@@ -134,7 +134,7 @@ def show_crossings(output: Output, found: Structure) -> None:
 
 
 def _spread(name: str, values: Sequence[float], decimals: int) -> tuple[str, ...]:
-    """Least, median and most of a value per layer, and the layer that has the most."""
+    """Write the least, median and most of a value per layer, and the layer that has the most."""
     array = np.asarray(values, dtype=float)
     figures = (array.min(), float(np.median(array)), array.max())
     return (name, *(number(float(f), decimals) for f in figures), str(int(array.argmax())))

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from moetuner.files import descriptor_of, replacing
 from moetuner.files.text import line, name, printable
-from moetuner.solver.result import Progress
+from moetuner.solver import Progress
 
 # Output that goes to a file or another program is not fitted to any screen.
 UNLIMITED = 1000
@@ -82,7 +82,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-# Where nobody watches: the first line after a second, the next ones rarely.
+# A log gets the first line after a second, the next ones rarely.
 FIRST_S = 1.0
 INTERVAL_S = 10.0
 

@@ -24,7 +24,7 @@ from moetuner.report.cells import percent
 from moetuner.report.outcome import Outcome
 from moetuner.report.page import write_page
 from moetuner.report.page.shown import Shown
-from moetuner.solver.pareto import Trade
+from moetuner.solver import Trade
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 

@@ -24,10 +24,7 @@ from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.cells import number
 from moetuner.report.outcome import Outcome, head, remarks, sentences
-from moetuner.solver import ALIASES, METHODS
-from moetuner.solver.migration import check
-from moetuner.solver.pareto import Trade
-from moetuner.solver.result import Result
+from moetuner.solver import ALIASES, METHODS, Result, Trade
 
 
 def parse_method(context: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -105,7 +102,7 @@ def command(
     window, threads = source.counted, source.threads
     problem = asked.problem(source.traffic, topology, window=window, threads=threads)
     if initial is not None:
-        check(problem, initial)  # before anything is said
+        problem.check_running(initial)  # before anything is said
     if certificate_file is not None:
         _refuse_unprovable(problem, method, moving=initial is not None)
     how: dict[str, Any] = {"seed": seed, "threads": threads}
@@ -249,13 +246,7 @@ def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
 
 
 def _prove(problem: Problem, result: Result, path: Path) -> str:
-    """Write the certificate of a bound, and say what it proves.
-
-    Raises
-    ------
-    click.ClickException
-        If there is none; then no older one is left, which would look like that of this answer.
-    """
+    """Write the certificate of a bound, and say what it proves."""
     certificate = result.certificate
     if certificate is None:
         if path.is_file():

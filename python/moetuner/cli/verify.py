@@ -18,9 +18,7 @@ from moetuner.problem import Problem
 from moetuner.problem.caps import device_load
 from moetuner.problem.objective import Objective
 from moetuner.report.cells import percent
-from moetuner.solver.bounds.caps import SINGLE
-from moetuner.solver.bounds.certificate import Certificate
-from moetuner.solver.bounds.pairs import verify
+from moetuner.solver import Certificate, verify
 
 # Decimals of an imbalance, and imbalances that are told one by one.
 DECIMALS, FEW = 4, 6
@@ -62,14 +60,14 @@ def command(
 
     output = Output(json_file)
     output.say(
-        f"Proven by a {certificate.method}: of placements{SINGLE}, with "
+        f"Proven by a {certificate.method}: of {certificate.about}, with "
         f"{certificate.slots} slots per device and no device load above {_told(imbalances)}, no "
         f"placement has an objective below {bound:.6f}."
     )
     answer: dict[str, object] = {
         "bound": bound,
         "cost": cost,
-        "scope": f"placements{SINGLE}",
+        "scope": certificate.about,
         "method": certificate.method,
         "regime": certificate.regime,
         "max_imbalance": imbalances if len(imbalances) > 1 else imbalances[0],

@@ -146,7 +146,7 @@ class Evaluation(Frozen):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON values; traffic is summed over layers."""
+        """Return fields as JSON values; traffic is summed over layers."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         del fields["replayed"]
         for name in ("imbalance_per_layer", "imbalance_per_window", "predicted_us_per_layer"):

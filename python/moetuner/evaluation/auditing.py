@@ -161,7 +161,7 @@ class Audit(Frozen):
         return html_table(head, rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON values; intervals are value, low and high."""
+        """Return fields as JSON values; intervals are value, low and high."""
         fields = asdict(self)
         return {
             "all": {name: _plain(change) for name, change in fields["whole"].items()},
@@ -278,7 +278,7 @@ def audit(
 
 
 def contiguous(placement: Placement) -> Placement:
-    """Experts in blocks on the devices of a placement, one copy each."""
+    """Return experts in blocks on the devices of a placement, one copy each."""
     device_of = np.arange(placement.num_experts) * placement.devices // placement.num_experts
     return Placement.from_assignment(np.tile(device_of, (placement.layers, 1)), placement.devices)
 

@@ -24,10 +24,10 @@ Whole = NDArray[np.int64]
 AT_ONCE = 1 << 11
 # Counts of parts of windows that are held at once.
 CELLS = 1 << 20
-# By how much a window is moved towards what one of its sequences does.
+# Step by which a window is moved towards what one of its sequences does.
 NUDGE = 1e-4
 
-# By name, numerators and denominators [W]: their sums, divided, are the figure.
+# Numerators and denominators [W] by name: their sums, divided, are the figure.
 Measures = dict[str, tuple[Floats, Floats]]
 
 
@@ -271,14 +271,14 @@ class _Lists:
         self._layer = np.arange(placement.layers)[None, :, None]
 
     def devices(self, ids: Whole, position: Whole) -> Whole:
-        """Devices that serve tokens of these positions [t] and experts [t,L,K]: an even split."""
+        """Return devices that serve tokens of positions [t] and experts [t,L,K]: an even split."""
         hashed = mixed(position)[:, None, None]
         on: Whole = self._device[self._layer, ids, hashed % self._number[self._layer, ids]]
         return on
 
 
 def crossings(placement: Placement, trace: RoutingTrace) -> Floats | None:
-    """Share of every token's pairs of neighbouring layers' experts that are on two devices [T].
+    """Compute the share of every token's pairs of neighbouring layers that cross [T].
 
     Copies of an expert take the same tokens as in ``evaluate`` with an even split. None for a model
     of one layer.

@@ -29,7 +29,7 @@ def check(split: str) -> None:
 
 
 def shares(placement: Placement, topology: Topology, split: Split) -> Floats:
-    """Share of every expert's tokens that a device serves [L,D,E]."""
+    """Compute the share of every expert's tokens that a device serves [L,D,E]."""
     held = placement.held.astype(np.float64)
     if split != "nearest" or not placement.has_copies:
         even: Floats = held / held.sum(axis=1, keepdims=True)
@@ -38,12 +38,12 @@ def shares(placement: Placement, topology: Topology, split: Split) -> Floats:
 
 
 def copy_shares(placement: Placement, topology: Topology, split: Split) -> Floats | None:
-    """Shares [L,D,E]; None where every expert has one copy, which takes all."""
+    """Compute shares [L,D,E]; None where every expert has one copy, which takes all."""
     return shares(placement, topology, split) if placement.has_copies else None
 
 
 def served(placement: Placement, share: Floats | None, load: NDArray[Any]) -> Floats:
-    """Tokens that every device serves [W,L,D], of those of experts [W,L,E].
+    """Return tokens that every device serves [W,L,D], of those of experts [W,L,E].
 
     Shares are those of ``copy_shares``.
     """
@@ -62,7 +62,7 @@ def served(placement: Placement, share: Floats | None, load: NDArray[Any]) -> Fl
 
 
 def of_layer(held: Floats, node: NDArray[np.int64], split: Split) -> Floats:
-    """Share of every expert's tokens that a device serves [D,E], from 1 where it holds one."""
+    """Compute shares of experts' tokens that a device serves [D,E], of 1 where it holds one."""
     if split != "nearest":
         even: Floats = held / held.sum(axis=0)
         return even
@@ -71,7 +71,7 @@ def of_layer(held: Floats, node: NDArray[np.int64], split: Split) -> Floats:
 
 
 def by_home(placement: Placement, topology: Topology, split: Split) -> Iterator[tuple[int, Floats]]:
-    """Layer by layer, shares of the tokens of every home [home,D,E]."""
+    """Yield shares of the tokens of every home [home,D,E], layer by layer."""
     for number, held in enumerate(placement.held.astype(np.float64)):
         if split == "nearest":
             yield number, _nearest(held, topology.node_of_device)
@@ -80,7 +80,7 @@ def by_home(placement: Placement, topology: Topology, split: Split) -> Iterator[
 
 
 def _nearest(held: Floats, node: NDArray[np.int64]) -> Floats:
-    """Shares [home,D,E] of a layer that holds experts so [D,E]."""
+    """Compute shares [home,D,E] of a layer that holds experts so [D,E]."""
     near = (node[:, None] == node[None, :])[:, :, None] * held
     in_node = near.sum(axis=1, keepdims=True)
     # Copies that a home may use: those of its node if there are any.

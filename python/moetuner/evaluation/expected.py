@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 def visits(
     share: Floats, sets: Sequence[ExpertSets], node: NDArray[np.int64]
 ) -> tuple[Floats, Floats]:
-    """Tokens that visit every device [L,D], and every node [L,N].
+    """Return tokens that visit every device [L,D], and every node [L,N].
 
     Copies, which take shares [L,D,E] of their expert's tokens, are taken to be chosen independently
     of each other.
@@ -46,7 +46,7 @@ def visits(
 def followed(
     placement: Placement, topology: Topology, split: Split, transitions: NDArray[np.uint64]
 ) -> Floats:
-    """Pairs of neighbouring layers' experts by their devices [L-1,D,D].
+    """Return pairs of neighbouring layers' experts by their devices [L-1,D,D].
 
     A token has one home in all layers; apart from that, copies are taken to be chosen independently
     of each other.
@@ -72,7 +72,7 @@ def dispatched(
     visits: NDArray[Any],
     expert_load: NDArray[Any] | None,
 ) -> Floats:
-    """Rows [L,D,D] from homes that are spread evenly, given visits [L,D].
+    """Compute rows [L,D,D] from homes that are spread evenly, given visits [L,D].
 
     Where a home has preferences the rows of a device come from homes in proportion to the tokens
     that they send to its experts, of which there are so many in every window [W,L,E].
@@ -93,9 +93,9 @@ def dispatched(
 
 
 def active(placement: Placement, share: Floats | None, expert_load: NDArray[Any]) -> Floats:
-    """Experts of every device that have a token, or are expected to [W,L,D].
+    """Return experts of every device that have a token, or are expected to [W,L,D].
 
-    Of shares of every window's tokens [W,L,E], as ``_split.copy_shares`` gives them.
+    Of shares of every window's tokens [W,L,E], as ``copies.copy_shares`` has them.
     """
     if share is None:
         return copies.served(placement, share, expert_load > 0)

@@ -15,7 +15,7 @@ Floats = NDArray[np.float64]
 
 
 def ratios(load: NDArray[Any], speed: Floats) -> Floats:
-    """Imbalance [...] of device loads [...,D] on devices of these speeds [D].
+    """Compute the imbalance [...] of device loads [...,D] on devices of these speeds [D].
 
     The slowest device's time over that of loads in proportion to speeds. Layers and windows without
     load count as balanced.
@@ -34,14 +34,14 @@ def ratios(load: NDArray[Any], speed: Floats) -> Floats:
 
 
 def crossing(follow: NDArray[Any]) -> float:
-    """Share of the pairs [L-1,D,D] that are on different devices."""
+    """Compute the share of the pairs [L-1,D,D] that are on different devices."""
     total = follow.sum(dtype=np.float64)
     kept = np.einsum("ldd->", follow, dtype=np.float64)
     return float((total - kept) / total) if total else 0.0
 
 
 def busiest_port(rows: NDArray[Any], topology: Topology) -> dict[str, list[float]]:
-    """Rows out of and into the busiest port of every tier, of rows [L,D,D], mean over layers."""
+    """Compute rows out of and into the busiest port of every tier, of rows [L,D,D], by layer."""
     found: dict[str, list[float]] = {"out": [], "in": []}
     for tier in range(1, len(topology.levels) + 1):
         mine = rows * (topology.tier == tier)
@@ -52,14 +52,14 @@ def busiest_port(rows: NDArray[Any], topology: Topology) -> dict[str, list[float
 
 
 def layer_us(counts: Counts, topology: Topology, model: CostModel, regime: Regime) -> Floats:
-    """Predicted microseconds of every window and layer [W,L]."""
+    """Compute the predicted microseconds of every window and layer [W,L]."""
     compute = model.compute_us(counts.load, counts.active, topology.speed_of_device)
     moved = _dispatched if regime == "dispatch" else _followed
     return model.layer_us(compute, moved(counts, topology, model))
 
 
 def _dispatched(counts: Counts, topology: Topology, model: CostModel) -> Floats:
-    """Rows go from their homes to devices of work and back."""
+    """Compute microseconds of rows that go from their homes to devices of work and back."""
     if model.once_per == "node" and counts.node_visits is not None and len(topology.levels) == 2:
         busiest = _by_node(counts, counts.node_visits, topology)
     else:
@@ -69,7 +69,7 @@ def _dispatched(counts: Counts, topology: Topology, model: CostModel) -> Floats:
 
 
 def _by_device(counts: Counts, topology: Topology) -> Floats:
-    """Rows at the busiest port [W,L,tiers]; a window has homes as all of them have."""
+    """Compute rows at the busiest port [W,L,tiers]; a window has homes as all of them have."""
     visits: Floats = counts.visits.transpose(1, 0, 2).astype(np.float64)
     total = np.maximum(visits.sum(axis=1), 1e-300)
     from_home = counts.dispatch / total[:, None, :]
@@ -83,7 +83,7 @@ def _by_device(counts: Counts, topology: Topology) -> Floats:
 
 
 def _by_node(counts: Counts, node_visits: NDArray[Any], topology: Topology) -> Floats:
-    """Rows at the busiest port [W,L,2] if a row crosses to a node once, for homes spread evenly.
+    """Compute rows at the busiest port [W,L,2] if a row crosses to a node once, for even homes.
 
     It arrives at the device with its home's number in the node, which hands it on. So every device
     of a node gets, and hands on, an equal part of what the node gets.
@@ -100,7 +100,7 @@ def _by_node(counts: Counts, node_visits: NDArray[Any], topology: Topology) -> F
 
 
 def _followed(counts: Counts, topology: Topology, model: CostModel) -> Floats:
-    """Rows go on to the next layer: pairs of experts, in each window as in all.
+    """Compute microseconds of rows that go on to the next layer, in each window as in all.
 
     A token with K experts in both layers makes K * K pairs, and its state goes to K experts.
     """
@@ -109,7 +109,7 @@ def _followed(counts: Counts, topology: Topology, model: CostModel) -> Floats:
     if counts.follow is None or not len(counts.follow):
         return time
     pairs = counts.follow.sum(axis=(1, 2), dtype=np.float64)
-    # Of every pair, the part that a window's token sends: load of the next layer over all pairs.
+    # A window's part of every pair: load of the next layer over all pairs.
     part = load[:, 1:] / np.maximum(pairs, 1)
     busiest = busiest_ports(counts.follow, topology)
     time[:, :-1] = model.ports_us(part[:, :, None] * busiest, topology)

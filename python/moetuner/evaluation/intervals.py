@@ -22,7 +22,7 @@ RESAMPLES = 1000
 FEWEST = 5
 # Drawn units that are held at once.
 DRAWN = 1 << 22
-# What 95 % of normal variates do not exceed in size.
+# 95 % of normal variates do not exceed this in size.
 NORMAL = 1.959963984540054
 
 Floats = NDArray[np.float64]
@@ -203,7 +203,7 @@ def _quotients(sums: Floats) -> tuple[Floats, Floats]:
 
 
 def _lost(weights: Floats) -> tuple[float, float]:
-    """By how much resamples of units of these weights [U] deviate too little; degrees of freedom.
+    """Compute by how much resamples of weights [U] deviate too little, and degrees of freedom.
 
     Units deviate from a mean that is partly their own: the more, the heavier they are. Of equal
     units these are the root of n / (n - 1), and n - 1.
@@ -224,7 +224,7 @@ TERMS, SMALLEST, ENOUGH = 300, 1e-300, 1e-14
 
 
 def tail(t: float, freedom: float) -> float:
-    """Probability that a variate of Student's t with these degrees of freedom is above ``t``."""
+    """Compute the probability that a variate of Student's t of such freedom is above ``t``."""
     if math.isnan(t):
         return 1.0
     if math.isinf(t):
@@ -234,7 +234,7 @@ def tail(t: float, freedom: float) -> float:
 
 
 def quantile(above: float, freedom: float) -> float:
-    """Value that a variate exceeds with a probability of at most a half, by bisection."""
+    """Find the value that a variate exceeds with a probability of at most a half, by bisection."""
     low, high = 0.0, 1.0
     while tail(high, freedom) > above:
         high *= 2
@@ -245,7 +245,7 @@ def quantile(above: float, freedom: float) -> float:
 
 
 def _beta(x: float, a: float, b: float) -> float:
-    """Regularised incomplete beta function, by its continued fraction."""
+    """Compute the regularised incomplete beta function, by its continued fraction."""
     if x <= 0 or x >= 1:
         return float(x >= 1)
     if x > (a + 1) / (a + b + 2):

@@ -182,7 +182,7 @@ class _Part:
 
 
 def of_statistics(statistics: RoutingStatistics, rules: Rules) -> tuple[Counts, dict[str, Counts]]:
-    """Expect what counts tell: of all windows, and of every group that has some."""
+    """Compute what counts lead one to expect, of all windows and of every group that has some."""
     expected = Expected(statistics, rules)
     whole = expected.counts(statistics.window_load)
     groups = {}
@@ -238,7 +238,7 @@ class Expected:
             self._met_nodes = _ratio(of_nodes, _of_nodes(load, topology))
 
     def counts(self, window_load: Numbers) -> Counts:
-        """Expect the counts of windows of load [W,L,E]."""
+        """Compute the expected counts of windows of load [W,L,E]."""
         rules, topology = self._rules, self._rules.topology
         load = copies.served(rules.placement, self._share, window_load)
         mixed = None

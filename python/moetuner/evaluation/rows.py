@@ -15,7 +15,7 @@ from moetuner._checks import array_in, instance, one_of, whole_number
 from moetuner.placement import EMPTY, Placement
 from moetuner.trace import RoutingTrace
 
-Split = Literal["even", "nearest"]
+LayerSplit = Literal["even", "nearest"]
 
 LOW = 0xFFFFFFFF  # the low 32 bits
 
@@ -25,7 +25,7 @@ def dispatch_rows(
     trace: RoutingTrace,
     home: ArrayLike | Literal["blocks"] = "blocks",
     *,
-    split: Split = "even",
+    split: LayerSplit = "even",
     devices_per_node: int | None = None,
     position: ArrayLike | None = None,
 ) -> NDArray[np.int64]:
@@ -161,13 +161,7 @@ def mixed(position: Any) -> Any:
 
 
 def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int64]:
-    """Return the home device of every token [T]; ``"blocks"`` as in ``dispatch_rows``.
-
-    Raises
-    ------
-    ValueError
-        If a home is no device.
-    """
+    """Return the home device of every token [T]; ``"blocks"`` as in ``dispatch_rows``."""
     if isinstance(home, str):
         if home != "blocks":
             raise ValueError(f"home must be devices [tokens] or 'blocks', got {home!r}")
@@ -184,13 +178,7 @@ def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int
 
 
 def node_size(devices: int, devices_per_node: int | None) -> int:
-    """Check the devices of a node; None is all devices.
-
-    Raises
-    ------
-    ValueError
-        If it does not divide the number of devices.
-    """
+    """Check the devices of a node; None is all devices."""
     size = devices if devices_per_node is None else devices_per_node
     whole_number("devices_per_node", size)
     if devices % size:
@@ -200,15 +188,9 @@ def node_size(devices: int, devices_per_node: int | None) -> int:
     return size
 
 
-def split_rule(split: str) -> Split:
-    """Check the name of a rule for choosing between copies.
-
-    Raises
-    ------
-    ValueError
-        If there is no such rule.
-    """
-    one_of("split", split, get_args(Split))
+def split_rule(split: str) -> LayerSplit:
+    """Check the name of a rule for choosing between copies."""
+    one_of("split", split, get_args(LayerSplit))
     return "even" if split == "even" else "nearest"
 
 
@@ -226,7 +208,7 @@ def _positions(position: ArrayLike | None, tokens: int) -> NDArray[np.int64]:
 def _rows_of(
     visited: NDArray[np.bool_], home: NDArray[np.int64], node: int | None
 ) -> NDArray[np.int64]:
-    """Rows [D,D] of tokens that visit devices [T,D] from their homes [T]."""
+    """Compute rows [D,D] of tokens that visit devices [T,D] from their homes [T]."""
     devices = visited.shape[1]
     token, device = np.nonzero(visited)
     if node is None:

@@ -21,7 +21,7 @@ from moetuner.files.text import printable
 Kind = Literal["safetensors", "npz", "npy", "jsonl"]
 
 SHORTEST_SAFETENSORS = 8
-# Of a file that is held whole in memory: the largest placement has a tenth.
+# Bytes of a file that is held whole in memory: the largest placement has a tenth.
 LONGEST_TEXT = 1 << 29
 # Temporary files are hidden and have what they become, a random part and this in their names.
 TEMPORARY = ".moetuner"
@@ -178,7 +178,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def size_of(path: Path) -> int:
-    """Size of a regular file; a pipe or a device would block, or could not be read twice."""
+    """Return the size of a regular file; others would block, or could not be read twice."""
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(f"{path}: must be a file, got a directory")
@@ -188,15 +188,7 @@ def size_of(path: Path) -> int:
 
 
 def read_whole(path: str | Path, most: int = LONGEST_TEXT) -> bytes:
-    """Read a small file into memory.
-
-    Raises
-    ------
-    ValueError
-        If it is a pipe or a device, or has more than ``most`` bytes.
-    OSError
-        If it cannot be read.
-    """
+    """Read a small file into memory."""
     path = Path(path)
     size = size_of(path)
     if size > most:
@@ -206,15 +198,10 @@ def read_whole(path: str | Path, most: int = LONGEST_TEXT) -> bytes:
 
 
 def kind_of(path: Path) -> Kind:
-    """Format of a file by its first bytes; the name does not matter.
+    """Return the format of a file by its first bytes; the name does not matter.
 
     A safetensors file begins with the length of its header. Text read as such a length is beyond
     any file's size, so JSON lines are never taken for it.
-
-    Raises
-    ------
-    ValueError
-        If the content is none of the formats that moetuner reads.
     """
     size = size_of(path)
     with path.open("rb") as file:

@@ -35,13 +35,7 @@ class TraceContents:
 
 
 def read_trace(path: Path, kind: Kind, num_experts: int | None) -> TraceContents:
-    """Read a file of a known kind.
-
-    Raises
-    ------
-    ValueError
-        Naming the file, if it is cut off, damaged or not a trace.
-    """
+    """Read a file of a known kind."""
     with naming(path):
         if kind == "safetensors":
             return _trace_in_safetensors(path, num_experts)
@@ -129,7 +123,7 @@ def _trace_in_npy(path: Path, num_experts: int | None) -> TraceContents:
 
 
 def _experts(given: int | None, in_file: int | str | None) -> int:
-    """Experts per layer: as the caller says, else as the file says."""
+    """Return experts per layer: as the caller says, else as the file says."""
     if given is not None:
         return experts_in(given)
     if in_file is None:
@@ -160,13 +154,7 @@ class StatisticsContents:
 
 
 def holds_statistics(path: Path) -> bool:
-    """Whether a file says that it holds counts, well or damaged.
-
-    Raises
-    ------
-    ValueError
-        If its format cannot be told, or its index is damaged.
-    """
+    """Whether a file says that it holds counts, well or damaged."""
     kind = kind_of(path)
     if kind == "safetensors":
         return safetensors.read_header(path).metadata.get("format") == STATISTICS_FORMAT
@@ -178,13 +166,7 @@ def holds_statistics(path: Path) -> bool:
 
 
 def read_statistics(path: Path) -> StatisticsContents:
-    """Read either format.
-
-    Raises
-    ------
-    ValueError
-        Naming the file, if it is cut off, damaged or holds something else.
-    """
+    """Read either format."""
     kind = kind_of(path)
     with naming(path):
         if kind == "safetensors":

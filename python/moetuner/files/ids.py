@@ -44,7 +44,7 @@ class Ids(Protocol):
         """
 
     def array(self) -> IdArray:
-        """All ids [T,L,K]; those of a file not yet validated."""
+        """Return all ids [T,L,K]; those of a file not yet validated."""
 
     def select(self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None) -> Ids:
         """Keep the marked tokens and the numbered layers; None keeps all."""
@@ -58,13 +58,7 @@ class IdsInMemory:
 
     @classmethod
     def of(cls, values: NDArray[np.generic], num_experts: int) -> IdsInMemory:
-        """Validate and wrap; uint8 and uint16 are not copied if they are C-contiguous.
-
-        Raises
-        ------
-        ValueError
-            If an id, the type or the shape is wrong.
-        """
+        """Validate and wrap; uint8 and uint16 are not copied if they are C-contiguous."""
         check_sizes(values.shape, values.dtype, num_experts)
         return cls(_frozen(valid(values, num_experts)))
 
@@ -111,13 +105,7 @@ class IdsInFile:
 
     @classmethod
     def of(cls, path: Path, stored: TensorInFile, num_experts: int) -> IdsInFile:
-        """Check sizes and type; the ids themselves are not touched.
-
-        Raises
-        ------
-        ValueError
-            If the type or the shape is wrong, or the file has not as many bytes as they ask for.
-        """
+        """Check sizes and type; the ids themselves are not touched."""
         check_sizes(stored.shape, stored.dtype, num_experts)
         size = size_of(path)
         if stored.offset + stored.nbytes > size:
@@ -243,7 +231,7 @@ class JoinedIds:
 
 
 def joined(parts: tuple[Ids, ...]) -> Ids:
-    """Ids one after the other: an array if all are in memory, else left where they are."""
+    """Join ids one after the other: an array if all are in memory, else left where they are."""
     whole = JoinedIds(parts)
     if all(isinstance(part, IdsInMemory) for part in parts):
         return IdsInMemory(_frozen(gathered(whole)))
@@ -251,7 +239,7 @@ def joined(parts: tuple[Ids, ...]) -> Ids:
 
 
 def gathered(ids: Ids) -> IdArray:
-    """All shards in one array."""
+    """Return all shards in one array."""
     array: IdArray = np.empty(ids.shape, dtype=ids.dtype)
     first = 0
     for shard in ids.shards(1 << 24):
@@ -261,7 +249,7 @@ def gathered(ids: Ids) -> IdArray:
 
 
 def tokens_per_shard(shape: Shape, dtype: np.dtype[np.generic], max_bytes: int) -> int:
-    """Tokens that fit ``max_bytes``, at least one."""
+    """Return tokens that fit ``max_bytes``, at least one."""
     if max_bytes < 1:
         raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
     return max(1, max_bytes // (shape[1] * shape[2] * dtype.itemsize))

@@ -33,11 +33,6 @@ def read_npy_header(file: IO[bytes]) -> tuple[TensorInFile, bool]:
 
     The header is a Python literal in a fixed form. It is matched, not evaluated: a damaged one
     would make the interpreter print warnings.
-
-    Raises
-    ------
-    ValueError
-        If it is not an .npy header of version 1 or 2 with a plain element type.
     """
     start = file.read(8)
     if start[:6] != MAGIC or len(start) < 8:
@@ -80,7 +75,7 @@ def read_npy_header(file: IO[bytes]) -> tuple[TensorInFile, bool]:
 
 
 def names_in_npz(path: Path) -> set[str]:
-    """Names of an archive's arrays; none is read."""
+    """Return the names of an archive's arrays; none is read."""
     with _opened(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
@@ -103,13 +98,7 @@ def shapes_in_npz(path: Path) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]
 
 
 def read_npz(path: Path, wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    """Read those of the wanted arrays that an archive has; others are not looked at.
-
-    Raises
-    ------
-    ValueError
-        If the archive is cut off or damaged, would expand beyond reason, or an array is not plain.
-    """
+    """Read those of the wanted arrays that an archive has; others are not looked at."""
     size = size_of(path)
     with naming(path), _opened(path) as archive:
         members = {
@@ -148,7 +137,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def text(arrays: dict[str, NDArray[Any]], name: str) -> str | None:
-    """Value of a scalar text, if it is there."""
+    """Return the value of a scalar text, if it is there."""
     array = arrays.get(name)
     if array is None:
         return None
@@ -158,7 +147,7 @@ def text(arrays: dict[str, NDArray[Any]], name: str) -> str | None:
 
 
 def integer(arrays: dict[str, NDArray[Any]], name: str) -> int | None:
-    """Value of a scalar integer, if it is there."""
+    """Return the value of a scalar integer, if it is there."""
     array = arrays.get(name)
     if array is None:
         return None
@@ -168,7 +157,7 @@ def integer(arrays: dict[str, NDArray[Any]], name: str) -> int | None:
 
 
 def texts(arrays: dict[str, NDArray[Any]], name: str) -> list[str] | None:
-    """Values of a list of texts, if it is there."""
+    """Return values of a list of texts, if it is there."""
     array = arrays.get(name)
     if array is None:
         return None

@@ -61,13 +61,7 @@ class Header:
         return name in self.entries
 
     def tensor(self, name: str) -> TensorInFile:
-        """Place of a tensor.
-
-        Raises
-        ------
-        ValueError
-            If there is none of this name, or type, shape and extent contradict each other.
-        """
+        """Place of a tensor."""
         if name not in self.entries:
             raise ValueError(f"must hold a tensor {name!r}, got {sorted(self.entries)[:8]}")
         entry = self.entries[name]
@@ -86,13 +80,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header; no tensor is touched.
-
-    Raises
-    ------
-    ValueError
-        If the file is not safetensors, or is cut off or damaged as far as its header shows.
-    """
+    """Read and check the header; no tensor is touched."""
     with naming(path):
         size = size_of(path)
         with path.open("rb") as file:
@@ -147,15 +135,8 @@ def whole(array: NDArray[Any]) -> Pieces:
 def write(path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[str, str]) -> None:
     """Write tensors, each in pieces that follow one another along the first axis.
 
-    Parameters
-    ----------
-    path
-        File to write; give the temporary path of ``replacing``.
-    tensors
-        Type, shape and pieces of every tensor. The widest types should come first, so that all are
-        aligned.
-    metadata
-        Texts about the file.
+    ``path`` is a temporary one of ``replacing``. The widest types come first, so that all tensors
+    are aligned.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0

@@ -221,6 +221,7 @@ def open_input(
     window: int | None = None,
     num_experts: int | None = None,
     top_k: int | None = None,
+    hidden_layers: int | None = None,
     dense_layers: Iterable[int] | None = None,
     reader: str | None = None,
 ) -> Traffic:
@@ -239,6 +240,8 @@ def open_input(
         statistics.
     top_k
         Experts per token and layer; needed where files have neither shape nor lists.
+    hidden_layers
+        Layers of the model, dense ones included; needed where neither files nor their tokens say.
     dense_layers
         Numbers of the hidden layers without experts, where an engine counts them too; by default
         they are told by their content.
@@ -271,7 +274,7 @@ def open_input(
         raise ValueError("path must name at least one file, got none")
     window_in(window)
     dense = None if dense_layers is None else tuple(dense_layers)
-    hints = Hints(num_experts=num_experts, top_k=top_k, dense_layers=dense)
+    hints = Hints(num_experts, top_k, hidden_layers, dense)
     found = read_input(paths, hints, reader)
     if isinstance(found, RoutingStatistics):
         _check_counts(", ".join(map(str, paths)), found, window, num_experts)
@@ -335,6 +338,23 @@ def form_of(path: str | Path) -> str:
         if writer.recognises is not None and writer.recognises(path):
             return name
     raise ValueError(f"{path}: not a placement: its content is none of {', '.join(WRITERS)}")
+
+
+def read_map(path: str | Path, hints: Hints) -> Layout:
+    """Read a map of experts of any format as it stands; its content decides what it is.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or damaged.
+    """
+    path = path_in(path)
+    form = form_of(path)
+    read = WRITERS[form].read
+    if read is None:
+        raise ValueError(f"{path}: {form} is only written")
+    with naming(path):
+        return read(path, hints)
 
 
 def read_placement(

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moetuner._checks import (
     DEVICE_LIMIT,
     LAYER_LIMIT,
@@ -13,14 +16,13 @@ from moetuner._checks import (
     listed,
     whole_number,
 )
-from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 Traffic = RoutingTrace | RoutingStatistics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hints:
     """What a file may leave out.
 
@@ -37,7 +39,8 @@ class Hints:
     devices
         Devices, which engines call ranks, D.
     running
-        Placement that the engine ran while it recorded, where it counts slots instead of experts.
+        Expert in every slot [L,P] of the placement that ran while an engine recorded, for those
+        that count slots instead of experts.
     """
 
     num_experts: int | None = None
@@ -45,7 +48,7 @@ class Hints:
     hidden_layers: int | None = None
     dense_layers: tuple[int, ...] | None = None
     devices: int | None = None
-    running: Placement | None = None
+    running: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if self.num_experts is not None:

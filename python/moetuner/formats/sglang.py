@@ -248,7 +248,7 @@ def _trace(passes: Sequence[_Pass], hints: Hints) -> RoutingTrace:
     moe = hints.moe_layers(pieces[0].shape[1]) if pieces else None
     experts = hints.num_experts or max(int(each.slots.max(initial=0)) + 1 for each in passes)
     ids_of_all = ids_of(pieces, experts, moe, "passes")
-    return RoutingTrace(ids_of_all, experts, np.asarray(labels, dtype=np.int32))
+    return RoutingTrace(ids_of_all, experts, sequence=np.asarray(labels, dtype=np.int32))
 
 
 def _tokens_of(each: _Pass, most: int) -> tuple[list[Any], list[Any], list[int]]:
@@ -330,7 +330,7 @@ def read_responses(paths: Sequence[Path], hints: Hints) -> Traffic:
         ids = ids_of(pieces, hints.num_experts, moe, "responses")
         lengths = [piece.shape[0] for piece in ids.pieces]
         sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        return RoutingTrace(ids, ids.num_experts, sequence)
+        return RoutingTrace(ids, ids.num_experts, sequence=sequence)
 
 
 def _of_response(path: Path, record: Record, hints: Hints) -> Iterator[Piece]:

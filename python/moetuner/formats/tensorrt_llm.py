@@ -91,15 +91,14 @@ def _translation(path: Path, counted: int, hints: Hints) -> NDArray[np.int64] | 
     """Expert in every slot [L,P] of the placement that ran; None where experts were counted."""
     running = hints.running
     if running is not None:
-        slots = running.devices * running.slots_per_device
-        if slots != counted:
+        if running.shape[1] != counted:
             raise ValueError(
                 f"{path.parent / META}: counts {counted} slots, but the placement that ran has "
-                f"{slots}"
+                f"{running.shape[1]}"
             )
-        if (running.slots < 0).any():
+        if (running < 0).any():
             raise ValueError("the placement that ran must have no empty slots")
-        return running.slots.reshape(running.layers, slots).astype(np.int64)
+        return running
     if hints.num_experts is not None and hints.num_experts != counted:
         raise ValueError(
             f"{path.parent / META}: num_experts is {counted}, not {hints.num_experts}: the load "

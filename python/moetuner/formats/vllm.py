@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from moetuner.trace import RoutingTrace
 
 STATS, INITIAL = "eplb_load_stats", "eplb_initial_mapping"
 ON = "start vLLM with --enable-return-routed-experts"
+# Names of arrays in an archive of sequences: np.savez gives the first ones.
+SEQUENCE = re.compile(r"arr_\d+|\d+|.*routed_experts.*")
 # Base64 letters that surely hold the header of an array.
 HEADER = 4096
 
@@ -54,7 +57,7 @@ def recognises(path: Path) -> bool:
             return False
         with naming(path):
             names = npz.names_in_npz(path)
-        return bool(names) and not names & {"expert_ids", "load"} and _are_sequences(path, names)
+        return bool(names) and all(map(SEQUENCE.fullmatch, names)) and _are_sequences(path, names)
     return False
 
 
@@ -81,7 +84,7 @@ def trace_of(pieces: Sequence[Piece], hints: Hints, where: str) -> RoutingTrace:
         ids = ids_of(pieces, hints.num_experts, moe, "responses")
         lengths = [piece.shape[0] for piece in ids.pieces]
         sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        return RoutingTrace(ids, ids.num_experts, sequence)
+        return RoutingTrace(ids, ids.num_experts, sequence=sequence)
 
 
 def _pieces(path: Path) -> Iterator[Piece]:

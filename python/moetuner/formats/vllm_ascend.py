@@ -55,9 +55,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
         If a table is missing, or workload and table do not fit together.
     """
     loads: list[tuple[Path, NDArray[Any]]] = []
-    table: NDArray[np.int64] | None = None
-    if hints.running is not None:
-        table = hints.running.slots.astype(np.int64)
+    table = hints.running
     for path in paths:
         with naming(path):
             load, found = _read(path, hints)
@@ -130,6 +128,8 @@ def _by_expert(
             "workload counts slots: the expert map that ran is needed, as another source or "
             f"as {TABLES[0]} in the file"
         )
+    if table.shape == (load.shape[-3], load.shape[-2] * load.shape[-1]):
+        table = table.reshape(load.shape[-3:])
     if table.shape != load.shape[-3:]:
         raise ValueError(
             f"table must be {list(load.shape[-3:])} like the workload, got {list(table.shape)}"

@@ -260,6 +260,19 @@ class Problem(Frozen):
                 f"devices like the problem, got {found[0]}, {found[1]} and {found[2]}"
             )
 
+    def check_running(self, initial: Placement) -> None:
+        """Raise ValueError if ``initial`` is of another model or machine, or beyond the slots."""
+        instance("initial", initial, Placement)
+        self.check_shape(initial, "initial")
+        held = (initial.slots != EMPTY).sum(axis=2)
+        full = np.argwhere(held > self.capacity)
+        if full.size:
+            layer, device = full[0]
+            raise ValueError(
+                f"initial has {held[layer, device]} experts of layer {layer} on device {device}, "
+                f"which has {self.capacity[layer, device]} slots"
+            )
+
     def filled(
         self, slots: NDArray[np.int32], running: Placement | None = None
     ) -> NDArray[np.int32]:
@@ -276,5 +289,5 @@ class Problem(Frozen):
         )
 
     def empty_slots(self) -> NDArray[np.int32]:
-        """Slots [L,D,S] with nothing in them."""
+        """Return slots [L,D,S] with nothing in them."""
         return np.full((self.layers, self.devices, self.slots), EMPTY, dtype=np.int32)

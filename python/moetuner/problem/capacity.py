@@ -19,13 +19,7 @@ def capacity_of(
     slots_per_device: int | Sequence[int] | None,
     extra_slots: int | None,
 ) -> NDArray[np.int64]:
-    """Return the slots of every device [L,D]: as asked, else the topology's, else what is needed.
-
-    Raises
-    ------
-    ValueError
-        If they do not suffice for a copy of each expert.
-    """
+    """Return the slots of every device [L,D]: as asked, else the topology's, else as needed."""
     layers, experts = load.shape
     devices = topology.devices
     if layers * experts * devices > CELL_LIMIT:

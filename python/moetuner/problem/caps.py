@@ -17,7 +17,7 @@ from moetuner.topology import Topology
 
 Floats = NDArray[np.float64]
 
-# What sums of copies' fractions may be off.
+# Sums of copies' fractions may be off by this part.
 ROUNDING = 1e-9
 
 
@@ -54,8 +54,8 @@ class Caps:
         total: NDArray[np.uint64] = self.load.sum(axis=1, dtype=np.uint64)
         if self.max_imbalance is None or not self.some:
             return total
-        # In whole numbers, however large, and a hair wider than the number that was asked for, so
-        # that whoever divides floats and compares finds all placements allowed that keep the cap.
+        # Caps are whole numbers, however large, and a hair wider than the number asked for:
+        # whoever divides floats and compares finds all placements allowed that keep the cap.
         ratio = Fraction(self.max_imbalance) * (1 + Fraction(1, 2**50))
         caps = [min(math.floor(int(t) * ratio / self.topology.devices), int(t)) for t in total]
         return np.array(caps, dtype=np.uint64)

@@ -374,8 +374,8 @@ class Objective:
         """
         model, topology = self.problem.cost_model, self.problem.topology
         assert model is not None
-        weights = model.weights(topology, returns=self.problem.regime == "dispatch")
-        price: Floats = weights.crossing_us[topology.tier] / self.top_k
+        crossing = model.crossing_us(topology, returns=self.problem.regime == "dispatch")
+        price: Floats = crossing[topology.tier] / self.top_k
         return price
 
     @property

@@ -48,13 +48,7 @@ class Rules:
 def rules_of(
     pinned: Iterable[Pin], forbidden: Iterable[Pin], experts: int, capacity: NDArray[np.int64]
 ) -> Rules:
-    """Return tables of rules for so many experts in slots [L,D], checked.
-
-    Raises
-    ------
-    ValueError
-        If a rule names what does not exist, or rules contradict each other or the slots.
-    """
+    """Return tables of rules for so many experts in slots [L,D], checked."""
     shape = (len(capacity), experts, capacity.shape[1])
     must, must_not = _table("pinned", pinned, shape), _table("forbidden", forbidden, shape)
     _check(must, must_not, capacity)

@@ -69,7 +69,7 @@ class Windows:
         return scaled
 
     def _parts(self) -> list[NDArray[np.bool_]]:
-        """Windows that compete: those of every group if the worst one counts, else all as one."""
+        """Return windows that compete: of every group if the worst one counts, else all as one."""
         if not self.minimax or self.group is None:
             return [np.ones(len(self.weight), dtype=bool)]
         return [self.group == number for number in np.unique(self.group)]
@@ -105,13 +105,7 @@ def windows_of(
     risk: Risk,
     groups: Mapping[str, float] | Literal["minimax"] | None,
 ) -> Windows:
-    """Return the windows that count, with their weights.
-
-    Raises
-    ------
-    ValueError
-        If an argument is out of range or names what does not exist.
-    """
+    """Return the windows that count, with their weights."""
     share = {"bursts": 0.0, "mixed": 1.0}.get(arrival) if isinstance(arrival, str) else arrival
     if share is None or not (is_number(share) and 0 <= share <= 1):
         raise ValueError(

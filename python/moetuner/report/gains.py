@@ -68,7 +68,7 @@ class Gain:
         return None if self.interval is None else self.interval[1]
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON values; ``kind`` says what low and high are."""
+        """Return fields as JSON values; ``kind`` says what low and high are."""
         return {
             "over": self.over,
             "measure": self.measure,

@@ -42,7 +42,7 @@ class Outcome:
         return self.result.status == "violates rules"
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields of the evaluation and of the result."""
+        """Return fields of the evaluation and of the result."""
         known = self.worth.is_known
         return {
             **self.evaluation.to_dict(),
@@ -55,7 +55,7 @@ class Outcome:
             "status": self.result.status,
             "violations": list(self.result.violations),
             "solve_seconds": self.result.seconds,
-            "details": self.result.details,
+            "details": self.result.details.to_dict(),
         }
 
     def row(self) -> tuple[str, ...]:
@@ -73,7 +73,7 @@ class Outcome:
 
 
 def head(problem: Problem) -> tuple[str, ...]:
-    """Columns of a table of outcomes: what says most of the objective, within 80 characters."""
+    """Return a table's columns: what says most of the objective, within 80 characters."""
     figures = [COLUMNS[name][0] for name in Objective(problem).figures]
     return ("method", "imbalance", "mixed", *figures, "objective", "gap", "seconds")
 
@@ -87,21 +87,23 @@ def sentences(outcome: Outcome) -> list[str]:
         if result.bound is not None and result.gap is not None:
             which = caps.SINGLE if problem.stays_single else ""
             if problem.max_imbalance is not None:
-                raised = "caps_raised" in result.details
+                raised = result.details.caps.raised
                 which += " under the caps that it keeps" if raised else " under this cap"
             line += (
                 f"; no placement{which} is below {worth.text(result.bound)} "
                 f"({result.bound_source}), so this one is within {percent(result.gap)}"
             )
         lines.append(line + ".")
-    unseen = result.details.get("unseen")
-    if unseen:
-        why = unseen.get("reason")
+    unseen = result.details.unseen
+    if unseen is not None:
+        why = unseen.reason
         if why is None:
-            score = unseen["scores"][unseen["chosen"]]
-            folds = f"{unseen['folds']} folds of {unseen['held_out']}"
+            score, folds = (
+                unseen.scores[unseen.chosen],
+                f"{unseen.folds} folds of {unseen.held_out}",
+            )
             why = f"max / mean {score:.3f}, bursts and mixed, in {folds}"
-        lines.append(f"Chosen for unseen traffic: {unseen['chosen']} ({why}).")
+        lines.append(f"Chosen for unseen traffic: {unseen.chosen} ({why}).")
     return lines
 
 
@@ -113,7 +115,7 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
     if worth.lacks is not None:
         lines.append(f"INPUT has {worth.lacks}.")
     for outcome in outcomes:
-        told = caps.remarks(problem, outcome.result.details)
+        told = caps.remarks(problem, outcome.result.details.caps)
         lines.extend(f"{outcome.result.method}: {line}" for line in told)
         if outcome.breaks_rules:
             mark = f"{outcome.result.method} ! violates rules:"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import at_least, instance, seed_in, threads_in
 from moetuner.evaluation import Evaluation, evaluate, intervals
-from moetuner.frozen import Frozen
+from moetuner.frozen import Frozen, html_table
 from moetuner.problem import Problem
 from moetuner.solver import solve
 from moetuner.statistics import RoutingStatistics, hold_out
@@ -88,6 +88,13 @@ class Structure(Frozen):
     crossing_independent: float | None
     gain: tuple[float, float] | None
 
+    def _repr_html_(self) -> str:
+        bits = ("", *(self.information or ("",) * (len(self.skew) - 1)))
+        head = ("layer", "skew", "unused", "bits shared with the layer before")
+        return html_table(
+            head, zip(range(len(self.skew)), self.skew, self.unused, bits, strict=True)
+        )
+
 
 def structure(
     traffic: RoutingTrace | RoutingStatistics,
@@ -97,7 +104,7 @@ def structure(
     seed: int = 0,
     threads: int | None = None,
 ) -> Structure:
-    """Look for structure.
+    """Measure the structure of traffic that a placement could use.
 
     Parameters
     ----------
@@ -187,7 +194,7 @@ def _gain(found: Evaluation, null: float | None) -> tuple[float, float] | None:
     blocks = int((pairs > 0).sum())
     if blocks < 2:
         return None
-    # Of a ratio of two sums over blocks.
+    # The standard error of a ratio of two sums over blocks.
     apart = (pairs - stay) - found.crossing * pairs
     error = np.sqrt(blocks / (blocks - 1) * (apart**2).sum()) / pairs.sum()
     width = intervals.quantile(CHANCE, blocks - 1) * float(error)
@@ -218,7 +225,7 @@ def _independent(statistics: RoutingStatistics) -> RoutingStatistics:
 
 
 def _rounded(weights: NDArray[np.float64], total: int) -> NDArray[np.uint64]:
-    """Share out ``total`` by weight in whole counts: largest remainder, ties to the lower index."""
+    """Divide ``total`` by weight into whole counts: largest remainder, ties to the lower index."""
     flat = weights.ravel()
     exact = flat * (total / max(float(flat.sum()), 1.0))
     counts = np.floor(exact)
@@ -230,7 +237,7 @@ def _rounded(weights: NDArray[np.float64], total: int) -> NDArray[np.uint64]:
 def _groups(
     traffic: RoutingTrace | RoutingStatistics, load: NDArray[np.uint64], threads: int | None
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Share and distance of every group that has tokens."""
+    """Compute the share and distance of every group that has tokens."""
     if traffic.group is None:
         return {}, {}
     total = load.sum(dtype=np.float64)
@@ -272,7 +279,7 @@ def _shares(load: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 
 def _over_mean(load: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Largest share of a layer times experts; 1 where a layer has no load."""
+    """Compute the largest share of a layer times experts; 1 where a layer has no load."""
     skew = _shares(load).max(axis=1) * load.shape[1]
     return np.where(load.any(axis=1), skew, 1.0)
 
@@ -293,7 +300,7 @@ def _chance_bits(tables: NDArray[np.uint64], seed: int) -> list[float]:
 
 
 def _bits(table: NDArray[np.integer[Any]]) -> float:
-    """Mutual information of rows and columns of a table of counts."""
+    """Compute the mutual information of rows and columns of a table of counts."""
     joint = table / max(float(table.sum(dtype=np.float64)), 1.0)
     apart = np.outer(joint.sum(axis=1), joint.sum(axis=0))
     there = joint > 0

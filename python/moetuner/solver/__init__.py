@@ -12,25 +12,44 @@ from moetuner.placement import Placement, kept
 from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
 from moetuner.problem.objective import Objective
-from moetuner.solver import baselines, joint, two_stage
-from moetuner.solver.bounds.caps import scope, settled, told
-from moetuner.solver.migration import Migration, migrate
-from moetuner.solver.result import Candidate, Limits, Progress, Result, Status
+from moetuner.solver import baselines, two_stage
+from moetuner.solver.balancing import balance
+from moetuner.solver.bounds.caps import are_least, scope, told
+from moetuner.solver.bounds.certificate import Certificate
+from moetuner.solver.bounds.pairs import verify
+from moetuner.solver.joint import SEARCHES
+from moetuner.solver.migration import Migration, Trade, migrate, pareto
+from moetuner.solver.result import Candidate, Details, Limits, Progress, Result, Status
 from moetuner.solver.search.balanced import no_worse
+
+__all__ = [
+    "ALIASES",
+    "METHODS",
+    "Certificate",
+    "Details",
+    "Method",
+    "Progress",
+    "Result",
+    "Trade",
+    "balance",
+    "pareto",
+    "solve",
+    "verify",
+]
 
 
 class Method(Protocol):
     """How every method is called."""
 
     def __call__(self, problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-        """Answer a problem within limits."""
+        """Return what was found for a problem within limits."""
         ...
 
 
 METHODS: dict[str, Method] = {
-    "joint": joint.joint,
+    "joint": SEARCHES["joint"],
     "paper": two_stage.two_stage,
-    "heuristic": joint.heuristic,
+    "heuristic": SEARCHES["heuristic"],
     "contiguous": baselines.contiguous,
     "round_robin": baselines.round_robin,
     "random": baselines.random,
@@ -38,7 +57,7 @@ METHODS: dict[str, Method] = {
     "eplb": baselines.eplb,
     "exflow": baselines.exflow,
 }
-# The paper calls its method after itself, and so did moetuner.
+# The paper calls its method MoETuner, and so did this package.
 ALIASES = {"moetuner": "paper"}
 
 
@@ -118,21 +137,19 @@ def solve(
     migration = Migration(move_budget, move_cost, expert_bytes)
     if initial is None and (migration.budget is not None or migration.cost):
         raise ValueError("move_budget and move_cost need initial, the placement to move from")
-    searches = METHODS[method] in (joint.joint, joint.heuristic)
+    searches = METHODS[method] in SEARCHES.values()
     if initial is not None and not searches:
         raise ValueError(f"initial needs method joint or heuristic, got {method!r}")
 
-    begin = time.perf_counter()
-
     history: list[Progress] = []
 
-    def report(line: Progress) -> None:
-        # Phases count their own seconds.
+    def tell(line: Progress) -> None:
         assert progress is not None
-        history.append(replace(line, seconds=time.perf_counter() - begin))
-        progress(history[-1])
+        history.append(line)
+        progress(line)
 
-    limits = replace(limits, progress=progress and report)
+    limits = replace(limits, progress=progress and tell)
+    begin, limits = time.perf_counter(), limits.counting()
     if initial is None:
         candidate = METHODS[method](problem, seed=seed, limits=limits)
         if problem.is_plain and searches:
@@ -143,7 +160,7 @@ def solve(
         candidate = _filled(problem, candidate, initial)
     if searches:
         caps = told(problem, candidate, threads=threads)
-        candidate = replace(candidate, details={**candidate.details, **caps})
+        candidate = replace(candidate, details=replace(candidate.details, caps=caps))
     seconds = time.perf_counter() - begin
 
     # Bounds of pairs are costs; those of visits are of what they are a bound of.
@@ -153,7 +170,7 @@ def solve(
     objective = worth.value(placement)
     candidate = _held(worth, candidate, placement, objective)
     bound = None if candidate.bound is None else candidate.bound / scale
-    about = None if bound is None else scope(problem, candidate.details)
+    about = None if bound is None else scope(problem, candidate.details.caps)
     violations = problem.violations(placement)
     if initial is not None and migration.budget is not None:
         violations += _beyond_budget(initial, placement, migration.budget, expert_bytes)
@@ -204,7 +221,7 @@ def _status(problem: Problem, candidate: Candidate, violations: tuple[str, ...])
     """Return how a method ended, or that its answer breaks rules without saying so."""
     placement = Placement(candidate.slots, num_experts=problem.experts)
     known: list[str] = []
-    if "caps_raised" in candidate.details:
+    if candidate.details.caps.raised:
         known = problem.caps.violations(placement)
     silent = len(violations) > len(known) and candidate.status != "interrupted"
     return "violates rules" if silent else candidate.status
@@ -233,11 +250,12 @@ def _held(
         exact = worth.counts_pairs and not placement.has_copies
         value = worth.cost(placement) if exact else objective * (1 + ROUNDING)
         if candidate.bound > value:
-            details = {**candidate.details, "bound_refuted": candidate.bound_source}
+            refuted = replace(candidate.details.bound, refuted=candidate.bound_source)
+            details = replace(candidate.details, bound=refuted)
             candidate = replace(
                 candidate, bound=None, bound_source=None, certificate=None, details=details
             )
-    proven = candidate.bound is not None and settled(candidate.details)
+    proven = candidate.bound is not None and are_least(candidate.details.caps)
     if candidate.status == "optimal" and not proven:
         return replace(candidate, status="feasible")
     return candidate

@@ -97,7 +97,7 @@ def balance(
 
 
 def _times(speed: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Time of every device per token [D], as a share of the slowest one's."""
+    """Compute the time of every device per token [D], as a share of the slowest one's."""
     if not (np.isfinite(speed).all() and (speed > 0).all()):
         raise ValueError(f"speed must be finite and above 0, got {speed.tolist()}")
     time: NDArray[np.float64] = speed.min() / speed

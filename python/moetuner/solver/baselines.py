@@ -23,7 +23,7 @@ Slots = NDArray[np.int32]
 
 
 def contiguous(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Experts in blocks, as engines load them; the first devices take what is left over.
+    """Place experts in blocks, as engines load them; the first devices take what is left over.
 
     Like all that ignore loads it keeps the slots of every device, but neither pins, bans nor caps.
     """
@@ -31,18 +31,18 @@ def contiguous(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 
 
 def round_robin(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Expert e on device e mod D, full devices left out."""
+    """Place expert e on device e mod D, full devices left out."""
     return _dealt(problem, lambda device, turn: np.lexsort((device, turn)))
 
 
 def random(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Equal counts, as far as slots allow, experts drawn at random in every layer."""
+    """Place equal counts, as far as slots allow, drawn at random in every layer."""
     generator = np.random.default_rng(seed)
     return _dealt(problem, lambda device, turn: generator.permutation(np.lexsort((device, turn))))
 
 
 def lpt(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Longest processing time first (Graham, 1969), then exchanges: balance, whatever the traffic.
+    """Place the longest processing time first (Graham, 1969), then exchange: balance alone.
 
     With more slots than experts, copies of the heaviest experts as well. Keeps slots, pins and
     bans.
@@ -56,7 +56,7 @@ def lpt(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
 
 
 def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """DeepSeek's expert-parallel load balancer, global policy: github.com/deepseek-ai/EPLB.
+    """Place as DeepSeek's load balancer does, by its global policy: github.com/deepseek-ai/EPLB.
 
     Copies by the largest load per copy, then the heaviest copy first to the lightest device. Loads
     are summed over all windows. No device gets a second copy of an expert, which would serve
@@ -94,7 +94,7 @@ def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None
 
 
 def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Transitions alone, loads ignored: the objective of ExFlow (Yao et al., 2024)."""
+    """Search for the least crossing, loads ignored: the objective of ExFlow (Yao et al., 2024)."""
     asked = replace(problem, regime="follow", max_imbalance=None, objective="traffic")
     ruled = problem.rules.some or len(np.unique(problem.capacity)) > 1
     # One copy of each expert where slots and rules allow it, as in the paper.
@@ -127,7 +127,7 @@ def deepseek_peaks(load: NDArray[np.uint64], devices: int, slots: int) -> Floats
 
 
 def _peaks(problem: Problem, slots: Slots) -> Floats:
-    """Largest device load [L] of slots [L,D,S] whose copies take equal parts."""
+    """Compute the largest device load [L] of slots [L,D,S] whose copies take equal parts."""
     placement = Placement(slots, num_experts=problem.experts)
     each = problem.load / placement.replicas
     peaks: Floats = np.einsum("lde,le->ld", placement.held, each).max(axis=1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 SEARCH_SHARE, BOUND_SHARE = 0.55, 0.38
 # Seconds below which a programme is not worth building: the bound then takes all that is left.
 PROGRAMME_LEAST = 1.0
-# Of single copies, where there is room for more (not measured).
+# The search of single copies gets this share where there is room for more copies (not measured).
 SINGLE_SHARE = 0.4
 
 # Dynamic programming over all partitions, about a nanosecond a step: what a solve, or the check of
@@ -31,7 +31,7 @@ TRIALS_OF_FEW = {range(1, 4): 1000, range(4, 17): 10_000}
 SLOT_WORK, LANES = 60_000, 16
 # Trials of a layer: the least, also as work, and the most.
 LEAST_TRIALS, LEAST_WORK, MOST_TRIALS = 20_000, 1_600_000, 1_500_000
-# Where neighbouring layers count: turns of all layers, trials for a slot, and the least of a layer.
+# Turns of all layers, trials for a slot, and the least of a layer, where neighbouring layers count.
 ROUNDS, LINKED_TRIALS, LEAST_LINKED = 3, 600, 60_000
 # Layers of few slots are searched several times: they have valleys that one descent does not leave.
 FEW_SLOTS, RESTARTS = 64, 8
@@ -39,8 +39,8 @@ FEW_SLOTS, RESTARTS = 64, 8
 REWEIGHTINGS, REWEIGHTINGS_AGAIN = 4, 2
 # Share of a time limit for choosing how to search, and the seconds below which nothing is tried.
 LEARN_SHARE, LEARN_LEAST = 0.25, 0.1
-# Where time weighs both load and traffic: caps on the imbalance under which traffic alone is
-# searched, and the share of what is left that these searches get (not measured).
+# Caps on the imbalance under which traffic alone is searched where time weighs both, and
+# the share of what is left that these searches get (not measured).
 TRAFFIC_CAPS, TRAFFIC_SHARE = (1.02, 1.08, 1.2, 1.5, float("inf")), 0.6
 
 # Choosing how to search by cross-validation ("Windows that nobody has seen"): parts of the windows
@@ -82,22 +82,25 @@ CLUSTER_NODES, LEVEL_NODES, PLACE_NODES = 200, 200, 20
 # Products y[l,c,d] * y[l+1,c',d'] that HiGHS is given at most: with 6480 it took a minute.
 MOST_PRODUCTS = 4096
 
-# From a running placement ("Risk, the worst group, and budgets"): prices of a move that are tried
+# Few moves ("Risk, the worst group, and budgets"): prices of a move that are tried
 # to come nearer to a budget, times that risk and groups are weighed anew by steps, and lengths of a
 # way whose ends are compared by what the objective truly is.
 PRICES_TRIED, STEP_REWEIGHTINGS, LENGTHS = 4, 3, 6
 # Share of a time limit for a solve from nothing, where moves are free (not measured).
 FRESH_SHARE = 0.9
-# Of `pareto` (not measured): ends of steps that are kept, at about even distances of the logarithm
-# of their moves; and prices of a move, in parts of what a move gains on average where moving is
-# free. The first moves gain far more than that, the last ones far less.
+# `pareto` (not measured) keeps the ends of so many steps, at about even distances of the logarithm
+# of their moves, and tries prices of a move, in parts of what a move gains on average where moving
+# is free. The first moves gain far more than that, the last ones far less.
 PARETO_STEPS, PARETO_PRICES = 24, (0.1, 0.3, 0.7, 1.5, 3.0, 8.0)
 
 # Balancing with copies ("Balancing with copies"): pairs of devices that are tried for exchanges.
-# What a millisecond allows, and what devices need that differ, because the heaviest copies first
-# leave more to mend there.
+# The first are what a millisecond allows; devices that differ need the second, because placing the
+# heaviest copies first leaves more to mend there.
 QUICK, PATIENT = 14, 10_000
 # From running slots ("The policy of the plugins"): steps of a layer at most, for each device.
 ADAPT_STEPS = 8
+# In windows, or where pairs count: the norm that stands for the maximum, trials for a slot, and
+# what a copy must gain, as a share of all tokens of a device.
+LIVE_NORM, LIVE_TRIALS, LIVE_PRICE = 8, 35, 1e-3
 # Trials for a layer that DeepSeek's own code would balance better.
 CATCH_UP = 20_000

@@ -21,9 +21,9 @@ from moetuner.solver.bounds.pairs import bound, certified
 from moetuner.solver.exact.enumeration import eased, enumerated, fewest_visits
 from moetuner.solver.exact.partitions import chain
 from moetuner.solver.milp.colocation import colocation, fits
-from moetuner.solver.result import Candidate, Clock, Limits, Moving
+from moetuner.solver.result import BoundDetails, Candidate, Clock, Limits, MoveCost
 from moetuner.solver.search.fanout import dispatch
-from moetuner.solver.search.layerwise import Search, layers, without_spare
+from moetuner.solver.search.layerwise import LayerSearch, layers, without_spare
 from moetuner.solver.search.move_cost import widened
 from moetuner.solver.search.traffic import search_traffic
 
@@ -31,15 +31,8 @@ from moetuner.solver.search.traffic import search_traffic
 def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Solve the joint problem within limits.
 
-    Parameters
-    ----------
-    problem
-        Of any size and regime.
-    seed
-        Of all random choices.
-    limits
-        Without ``time_limit`` no integer programme is run, so that the answer depends on the
-        problem and the seed alone and comes in seconds.
+    Without ``time_limit`` no integer programme is run, so that the answer depends on the problem
+    and the seed alone and comes in seconds.
     """
     clock = Clock(limits)
     if not _is_of_pairs(problem):
@@ -91,25 +84,21 @@ def heuristic(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     rest = clock.within()
     if rest.time_limit == 0:
         return replace(single, status="time_limit")
-    found = Search(problem, seed).run(rest, start=single.slots)
+    found = LayerSearch(problem, seed).run(rest, start=single.slots)
     return _eased(problem, found, seed, clock.within())
 
 
+# Methods that can begin from a placement that runs.
+SEARCHES = {"joint": joint, "heuristic": heuristic}
+
+
 def best_of_all(
-    problem: Problem, found: Candidate, limits: Limits, *, moving: Moving | None = None
+    problem: Problem, found: Candidate, limits: Limits, *, moving: MoveCost | None = None
 ) -> Candidate:
     """Return what was found, or the best there is if placements are few and windows do not add up.
 
-    Parameters
-    ----------
-    problem
-        What was searched.
-    found
-        What the search found.
-    limits
-        Nothing is tried in less time than it may take.
-    moving
-        What changes cost. The best with its price is not proven: without, others may be better.
+    Nothing is tried in less time than it may take. Where moving has a price, the best is not
+    proven: without, others may be better.
     """
     short = limits.time_limit is not None and limits.time_limit < effort.ENUMERATION_SECONDS
     if found.status != "feasible" or problem.goal == "traffic" or short:
@@ -142,7 +131,7 @@ def _eased(problem: Problem, found: Candidate, seed: int, limits: Limits) -> Can
     start = None if found.status != "feasible" else eased(problem, found.slots)
     if start is None or limits.time_limit == 0:
         return found
-    search = Search(problem, seed)
+    search = LayerSearch(problem, seed)
     again = search.run(limits, start=start)
     return min(found, again, key=lambda each: search.rank(each.slots))
 
@@ -174,7 +163,7 @@ def _with_bound(problem: Problem, found: Candidate, limits: Limits) -> Candidate
         bound_source=proven.source,
         certificate=proven.certificate,
         status="interrupted" if proven.interrupted else found.status,
-        details={**found.details, "bound": proven.details},
+        details=replace(found.details, bound=BoundDetails(proven.levels)),
     )
     if proven.cost >= cost:
         return replace(found, status="optimal")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from moetuner.solver.bounds.certificate import Certificate
 # Seconds that nobody waits for: such a limit, infinity too, is none.
 LONGEST_LIMIT = 1e9
 
+Part = TypeVar("Part", bound="_Part")
 Status = Literal[
     "optimal", "feasible", "gap_reached", "time_limit", "interrupted", "violates rules"
 ]
@@ -79,6 +80,178 @@ class Limits:
         if self.progress is not None and not callable(self.progress):
             raise TypeError(f"progress must be a function, got {shown(self.progress)}")
 
+    def counting(self) -> Limits:
+        """Return the same limits with a progress whose seconds count from now.
+
+        Phases count their own.
+        """
+        begin, progress = time.monotonic(), self.progress
+        if progress is None:
+            return self
+        report = progress
+        return replace(
+            self,
+            progress=lambda line: report(replace(line, seconds=time.monotonic() - begin)),
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Part(Frozen):
+    """Facts that a method knows; those that it does not are None or empty."""
+
+    def _known(self) -> dict[str, Any]:
+        each = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in each if value not in (None, {})}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is known as JSON values."""
+        return {name: _plain(value) for name, value in self._known().items()}
+
+    def or_else(self: Part, other: Part) -> Part:
+        """Return this part, with the other's facts where this one knows none."""
+        return replace(other, **self._known())
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a part as JSON has it."""
+    if isinstance(value, _Part):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ClusterStage(_Part):
+    """How the paper's first stage went, which clusters the experts of every layer."""
+
+    sizes: str
+    layers_proven_without_search: int
+    layers_searched: int
+    largest_gap: float
+    largest_deviation: float
+    tolerance: float
+    note: str | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PlaceStage(_Part):
+    """How the paper's second stage went, which places the clusters; its bound is of its own sum."""
+
+    way: str
+    experts_per_device: tuple[int, int]
+    bottleneck: int | None = None
+    bound: int | None = None
+    gap: float | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SearchDetails(_Part):
+    """How the placement was found; ``colocation`` counts what HiGHS was handed."""
+
+    trials: int | None = None
+    counts_rounded_to_multiples_of: int | None = None
+    device_cost: int | None = None
+    node_cost: int | None = None
+    way: str | None = None
+    found_by: str | None = None
+    experts_moved: int | None = None
+    stage_1: ClusterStage | None = None
+    stage_2: PlaceStage | None = None
+    colocation: Mapping[str, int | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CapsDetails(_Part):
+    """Load caps that were not kept, as imbalances by layer.
+
+    ``raised`` has what was settled for. ``infeasible``, for layers where it is proven that no
+    placement keeps the cap, has from where to where the smallest one lies that can be kept: twice
+    the same number where that is known.
+    """
+
+    raised: Mapping[int, float] = field(default_factory=dict)
+    infeasible: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is known as JSON values."""
+        return {f"caps_{name}": value for name, value in super().to_dict().items()}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class UnseenDetails(_Part):
+    """What was chosen for unseen traffic, and each choice's score, or the reason of no choice.
+
+    A score is the mean of max / mean device load on the windows held out and on their mean.
+    """
+
+    chosen: str
+    reason: str | None = None
+    held_out: str | None = None
+    folds: int | None = None
+    layers: int | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LevelBound(_Part):
+    """What was proven of one level of the topology: pairs that cross at least."""
+
+    crossing_pairs: int
+    iterations: int
+    ended: str
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BoundDetails(_Part):
+    """How the bound was found, by level, and which one the answer itself ``refuted``."""
+
+    levels: Mapping[str, LevelBound] = field(default_factory=dict)
+    refuted: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is known as JSON values."""
+        names = {"levels": "bound", "refuted": "bound_refuted"}
+        return {names[name]: value for name, value in super().to_dict().items()}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Details(Frozen):
+    """What a method knows of its answer besides the placement, in four parts.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> load = [[8, 4, 2, 2]]
+    >>> problem = mt.Problem(mt.RoutingStatistics.from_load(load), mt.Topology(2), max_imbalance=1)
+    >>> details = mt.solve(problem).details
+    >>> details.caps.infeasible, details.to_dict()["caps_raised"]
+    ({}, {})
+    """
+
+    search: SearchDetails = field(default_factory=SearchDetails)
+    caps: CapsDetails = field(default_factory=CapsDetails)
+    unseen: UnseenDetails | None = None
+    bound: BoundDetails = field(default_factory=BoundDetails)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is known as JSON values, one entry per fact."""
+        found = {**self.search.to_dict(), **self.caps.to_dict(), **self.bound.to_dict()}
+        return found if self.unseen is None else {**found, "unseen": self.unseen.to_dict()}
+
+    def searched(self, **facts: Any) -> Details:
+        """Return these details with facts of the search."""
+        return replace(self, search=replace(self.search, **facts))
+
+    def or_else(self, other: Details) -> Details:
+        """Return these details, with the other's where these know nothing."""
+        return Details(
+            self.search.or_else(other.search),
+            self.caps.or_else(other.caps),
+            other.unseen if self.unseen is None else self.unseen,
+            self.bound.or_else(other.bound),
+        )
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -96,7 +269,7 @@ class Candidate:
     bound_source
         Which bound it is.
     details
-        What the method has to say about itself, one entry per fact, JSON values.
+        What the method knows of its answer besides.
     caps
         Caps [L] that the search kept, which had to raise those that it knew no placement under;
         None where ``slots`` alone tell what they exceed.
@@ -106,7 +279,7 @@ class Candidate:
     status: Status = "feasible"
     bound: float | None = None
     bound_source: str | None = None
-    details: dict[str, Any] = field(default_factory=dict)
+    details: Details = field(default_factory=Details)
     certificate: Certificate | None = None
     caps: NDArray[np.uint64] | None = None
 
@@ -120,7 +293,7 @@ class Result(Frozen):
     links are equal). ``bound_scope`` says of which placements ``bound`` is a bound: whether they
     may have copies of experts, and which load caps they keep. ``violations`` are rules that the
     placement breaks, in words; ``status`` then is ``"violates rules"``, unless all that is broken
-    is a load cap that had to be raised, as ``details["caps_raised"]`` says. ``history`` is what was
+    is a load cap that had to be raised, as ``details.caps.raised`` says. ``history`` is what was
     reported on the way, where somebody listened.
 
     Examples
@@ -139,9 +312,9 @@ class Result(Frozen):
     bound: float | None
     bound_source: str | None
     seconds: float
-    details: dict[str, Any] = field(default_factory=dict)
+    details: Details = field(default_factory=Details, repr=False)
     certificate: Certificate | None = None
-    bound_scope: str | None = None
+    bound_scope: str | None = field(default=None, repr=False)  # the placement shows it
     violations: tuple[str, ...] = ()
     history: tuple[Progress, ...] = field(default=(), repr=False, compare=False)
 
@@ -162,7 +335,7 @@ class Result(Frozen):
 
 
 @dataclass(frozen=True)
-class Moving:
+class MoveCost:
     """What it costs to leave a running placement.
 
     Parameters

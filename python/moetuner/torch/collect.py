@@ -182,7 +182,7 @@ def _load(library: Any, model: str, dtype: str, device: str | None) -> Any:
 
 
 def _padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask [batch,tokens] of texts that differ in length, padded on the right."""
+    """Return token ids and mask [batch,tokens] of texts, padded on the right."""
     length = max(map(len, rows))
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     mask = torch.zeros(len(rows), length, dtype=torch.int64)

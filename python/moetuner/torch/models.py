@@ -64,11 +64,6 @@ def moe_layers(
     routers
         Routers to use, as modules of the model or their dotted names, in the order of the layers;
         by default those that are found.
-
-    Raises
-    ------
-    ValueError
-        If there are none, one that is named is not in the model, or its sizes cannot be read.
     """
     instance("model", model, nn.Module)
     modules = dict(model.named_modules())
@@ -87,13 +82,7 @@ def moe_layers(
 
 
 def same_sizes(layers: tuple[MoELayer, ...]) -> tuple[int, int]:
-    """Return experts E and top-k K, which all layers must share.
-
-    Raises
-    ------
-    ValueError
-        Naming two layers that differ.
-    """
+    """Return experts E and top-k K, which all layers must share."""
     first = layers[0]
     for layer in layers:
         for what, ours, theirs in (

@@ -22,13 +22,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def claim(context: click.Context | None, parameter: click.Parameter | None, path: Path) -> None:
-    """Note that an option names a file to read; nothing may be written there.
-
-    Raises
-    ------
-    click.BadParameter
-        If another option writes it.
-    """
+    """Remember that an option names a file to read; nothing may be written there."""
     _claim(context, parameter, path, writes=False)
 
 
@@ -60,7 +54,7 @@ class InFile(click.Path):
         super().__init__(exists=True, dir_okay=folders, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Note what is read."""
+        """Return the path, and remember that it is read."""
         path = super().convert(value, param, ctx)
         claim(ctx, param, Path(str(path)))
         return path

@@ -120,7 +120,7 @@ _nodes = (
         "such as h100-nvl8-ib400:2.",
     ),
 )
-# Where a placement says how many devices there are.
+# A placement says how many devices there are; these are the other options.
 node_options = options.gathered("machine", Machine, _nodes)
 machine_options = options.gathered(
     "machine",

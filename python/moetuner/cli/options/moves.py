@@ -14,7 +14,7 @@ from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.cells import percent
-from moetuner.solver.pareto import Trade, pareto
+from moetuner.solver import Trade, pareto
 from moetuner.topology import Topology
 
 # Devices up to which moves per pair are a table; with more, JSON has them.
@@ -56,7 +56,7 @@ class Moving:
         return None if self.initial_file is None else Placement.load(self.initial_file)
 
     def arguments(self, initial: Placement | None) -> dict[str, Any]:
-        """Arguments of ``solve``."""
+        """Return arguments of ``solve``."""
         if initial is None:
             return {}
         return {

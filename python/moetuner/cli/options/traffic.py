@@ -94,6 +94,7 @@ class Source:
     input_file: Path
     num_experts: int | None = None
     top_k: int | None = None
+    hidden_layers: int | None = None
     dense_layers: tuple[int, ...] | None = None
     window: int | None = None
     threads: int | None = None
@@ -106,6 +107,7 @@ class Source:
             window=self.window,
             num_experts=self.num_experts,
             top_k=self.top_k,
+            hidden_layers=self.hidden_layers,
             dense_layers=self.dense_layers,
         )
 
@@ -139,6 +141,7 @@ _input = (
         help="Experts per layer, where INPUT does not say (.npy).",
     ),
     options.top_k_option,
+    options.hidden_layers_option,
     options.dense_layers_option,
 )
 _window = click.option(
@@ -148,6 +151,6 @@ _window = click.option(
     help=f"Tokens whose load is balanced together; a trace is cut into {WINDOW} by default, "
     "statistics have their own.",
 )
-# Where windows do not matter.
+# Commands to which windows do not matter take the first.
 input_options = options.gathered("source", Source, (*_input, options.threads_option))
 traffic_options = options.gathered("source", Source, (*_input, _window, options.threads_option))

@@ -35,7 +35,6 @@ from moetuner.report.advice.conclusion import concluded, judged_in, knee_of
 from moetuner.report.advice.power_law import exponents
 from moetuner.report.advice.values import PHASES, Advice, Copies, Moving, Phases
 from moetuner.solver import solve
-from moetuner.solver.migration import check
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics, hold_out
 from moetuner.topology import Regime, Topology
@@ -351,7 +350,7 @@ class _Work:
         if isinstance(self.initial, str):
             return solve(problem, self.initial, seed=seed, threads=self.threads).placement
         slots = max(self.initial.slots_per_device, self.fewest)
-        check(replace(problem, slots_per_device=slots), self.initial)
+        replace(problem, slots_per_device=slots).check_running(self.initial)
         return self.initial
 
     def _searched(self, problem: Problem, count: int, seed: int, *, shared: bool) -> Result:

@@ -11,7 +11,7 @@ from moetuner.evaluation import Evaluation
 from moetuner.evaluation.auditing import Audit
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.report.advice.values import Advice
-from moetuner.solver.pareto import Trade
+from moetuner.solver import Trade
 from moetuner.solver.result import Result
 from moetuner.topology import Topology
 

@@ -8,21 +8,18 @@ so few partitions that dynamic programming over all of them is the proof, which 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from numpy.typing import NDArray
 
-from moetuner.files import naming, replacing, size_of
+from moetuner.files import naming, replacing, safetensors
 from moetuner.frozen import Frozen
 from moetuner.topology import Regime
 
 FORMAT, VERSION = "moetuner.certificate", "2"
-ABOUT = "placements with one copy of each expert"
 
 Method = Literal["dual point", "complete dynamic programme"]
 
@@ -80,24 +77,27 @@ class Certificate(Frozen):
     True
     """
 
+    about: ClassVar[str] = "placements with one copy of each expert"
+
     fingerprint: str
     regime: Regime
     slots: int
     caps: NDArray[np.uint64]
     method: Method
     cost: int
-    proofs: tuple[Proof, ...] = ()
+    proofs: tuple[Proof, ...] = field(default=(), repr=False)
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
-        tensors: dict[str, NDArray[np.generic]] = {"caps": self.caps}
-        for number, proof in enumerate(self.proofs):
-            for name in ARRAYS:
-                tensors[f"{number}.{name}"] = np.ascontiguousarray(getattr(proof, name))
+        tensors: dict[str, NDArray[Any]] = {"caps": self.caps}
+        # The widest type first: then all tensors are aligned.
+        for name in sorted(ARRAYS, key=lambda name: -np.dtype(ARRAYS[name]).itemsize):
+            for number, proof in enumerate(self.proofs):
+                tensors[f"{number}.{name}"] = getattr(proof, name)
         metadata = {
             "format": FORMAT,
             "version": VERSION,
-            "about": ABOUT,
+            "about": self.about,
             "fingerprint": self.fingerprint,
             "regime": self.regime,
             "slots": str(self.slots),
@@ -106,7 +106,8 @@ class Certificate(Frozen):
             "levels": json.dumps([[proof.parts, proof.price] for proof in self.proofs]),
         }
         with replacing(path) as temporary:
-            temporary.write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
+            whole = {name: safetensors.whole(array) for name, array in tensors.items()}
+            safetensors.write(temporary, whole, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Certificate:
@@ -117,52 +118,50 @@ class Certificate(Frozen):
         ValueError
             If the file is truncated, corrupt, of another version, or something else.
         """
-        size_of(Path(path))
+        path = Path(path)
         with naming(path):
             try:
                 return cls._read(path)
-            except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"not a certificate: {error}") from None
+            except (KeyError, TypeError, ValueError) as error:
+                what = str(error).removeprefix(f"{path}: ")
+                raise ValueError(f"not a certificate: {what}") from None
 
     @classmethod
-    def _read(cls, path: str | Path) -> Certificate:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            for name, wanted in (("format", FORMAT), ("version", VERSION), ("about", ABOUT)):
-                if metadata.get(name) != wanted:
-                    raise ValueError(f"{name} must be {wanted!r}, got {metadata.get(name)!r:.60}")
-            regime, method = metadata["regime"], metadata["method"]
-            for name, text, known in (
-                ("regime", regime, get_args(Regime)),
-                ("method", method, get_args(Method)),
-            ):
-                if text not in known:
-                    raise ValueError(f"{name} must be {' or '.join(known)}, got {text!r:.60}")
-            proofs = [
-                Proof(
-                    *level,
-                    *(_array(file, f"{number}.{name}", dtype) for name, dtype in ARRAYS.items()),
-                )
-                for number, level in enumerate(json.loads(metadata["levels"]))
-            ]
-            return cls(
-                metadata["fingerprint"],
-                regime,
-                _count("slots", metadata["slots"]),
-                _array(file, "caps", np.uint64),
-                method,
-                _count("cost", metadata["cost"]),
-                tuple(proofs),
-            )
+    def _read(cls, path: Path) -> Certificate:
+        header = safetensors.read_header(path)
+        metadata: dict[str, Any] = dict(header.metadata)
+        for name, wanted in (("format", FORMAT), ("version", VERSION), ("about", cls.about)):
+            if metadata.get(name) != wanted:
+                raise ValueError(f"{name} must be {wanted!r}, got {metadata.get(name)!r:.60}")
+        regime, method = metadata["regime"], metadata["method"]
+        for name, text, known in (
+            ("regime", regime, get_args(Regime)),
+            ("method", method, get_args(Method)),
+        ):
+            if text not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, got {text!r:.60}")
 
+        def array(name: str, dtype: Any) -> NDArray[Any]:
+            """Read an array of one dimension and just this type."""
+            place = header.tensor(name)
+            if len(place.shape) != 1 or place.dtype != dtype:
+                wanted = f"{np.dtype(dtype)} of one dimension"
+                raise ValueError(f"{name} must be {wanted}, got {place.dtype} {list(place.shape)}")
+            return safetensors.read(path, place)
 
-def _array(file: Any, name: str, dtype: Any) -> NDArray[Any]:
-    """Read an array of one dimension and just this type."""
-    found: NDArray[Any] = file.get_tensor(name)
-    if found.ndim != 1 or found.dtype != dtype:
-        wanted = f"{np.dtype(dtype)} of one dimension"
-        raise ValueError(f"{name} must be {wanted}, got {found.dtype} {list(found.shape)}")
-    return np.ascontiguousarray(found)
+        proofs = [
+            Proof(*level, *(array(f"{number}.{name}", ARRAYS[name]) for name in ARRAYS))
+            for number, level in enumerate(json.loads(metadata["levels"]))
+        ]
+        return cls(
+            metadata["fingerprint"],
+            regime,
+            _count("slots", metadata["slots"]),
+            array("caps", np.uint64),
+            method,
+            _count("cost", metadata["cost"]),
+            tuple(proofs),
+        )
 
 
 def _count(name: str, text: str) -> int:

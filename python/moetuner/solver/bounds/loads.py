@@ -15,7 +15,7 @@ from moetuner.solver.result import Candidate, Limits
 
 Floats = NDArray[np.float64]
 
-# What sums of floats may be off.
+# Sums of floats may be off by this part.
 ROUNDING = 1e-10
 
 
@@ -57,13 +57,13 @@ def proves_pairs(problem: Problem) -> bool:
 
 
 def least_balance(problem: Problem) -> float:
-    """Below this no placement's balance can be."""
+    """Compute what no placement's balance is below."""
     least = least_slowest(problem, problem.windows.load)
     return problem.windows.value(least.sum(axis=1), Objective(problem).reference)
 
 
 def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
-    """Below this no placement's time can be, whose pairs cost at least so much in all [us].
+    """Compute what no placement's time is below whose pairs cost at least so much in all [us].
 
     What compute and communication overlap is convex in both, so the mean over layers is no less
     than what the means would take.
@@ -79,7 +79,7 @@ def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
 
 
 def least_visits(problem: Problem) -> float:
-    """Below this no placement's ``visits`` can be: a token's experts fill the fewest devices."""
+    """Compute what no placement's visits are below: a token's experts fill the fewest devices."""
     device_cost, node_cost = Objective(problem).visit_costs
     assert problem.statistics.sets is not None
     fewest = -(-problem.statistics.sets[0].top_k // problem.slots)
@@ -87,7 +87,7 @@ def least_visits(problem: Problem) -> float:
 
 
 def least_slowest(problem: Problem, load: Floats) -> Floats:
-    """Least load over speed of the slowest device in windows and layers [W,L] of load [W,L,E].
+    """Compute the least load over speed of the slowest device [W,L] of windows of load [W,L,E].
 
     It takes at least the mean, and at least what the heaviest expert takes on the fastest devices
     that can hold all the copies there is room for.
@@ -110,7 +110,7 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
 
 
 def _least_compute(problem: Problem) -> Floats:
-    """Least microseconds that the slowest device computes, in every window and layer [W,L]."""
+    """Compute the least microseconds of the slowest device, in every window and layer [W,L]."""
     model, load, speed = problem.cost_model, problem.windows.load, problem.topology.speed_of_device
     assert model is not None
     # An idle device starts as well.
@@ -128,7 +128,7 @@ def _least_compute(problem: Problem) -> Floats:
 
 
 def _least_rows_us(problem: Problem) -> Floats:
-    """Least microseconds of rows to devices and back, in every window and layer [W,L].
+    """Compute the least microseconds of rows to devices and back, in every window and layer [W,L].
 
     The busiest port carries no less than the mean one.
     """
@@ -152,7 +152,7 @@ def _least_rows_us(problem: Problem) -> Floats:
 
 
 def _least_part(problem: Problem) -> Floats:
-    """Part of the pairs' cost that every window [W] pays at least, of all pairs' cost."""
+    """Compute the part of all pairs' cost that every window [W] pays at least."""
     load = problem.windows.load.sum(axis=2)[:, 1:]
     if problem.statistics.transitions is None:
         return np.zeros(len(load))
@@ -163,7 +163,7 @@ def _least_part(problem: Problem) -> Floats:
 
 
 def _least_pairs_us(problem: Problem, limits: Limits) -> tuple[float, str] | None:
-    """Least microseconds that pairs cost on links whose ports are evenly used, and the proof."""
+    """Compute the least microseconds of pairs on links with evenly used ports, and the proof."""
     assert problem.cost_model is not None
     if not proves_pairs(problem):
         return None

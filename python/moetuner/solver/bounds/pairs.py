@@ -22,7 +22,7 @@ from moetuner.problem.objective import Objective
 from moetuner.solver import effort
 from moetuner.solver.bounds.certificate import Certificate, Method, Proof
 from moetuner.solver.exact.partitions import complete
-from moetuner.solver.result import Limits, Progress
+from moetuner.solver.result import LevelBound, Limits, Progress
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Bounded:
     cost: int
     source: str
     certificate: Certificate
-    details: dict[str, object]
+    levels: dict[str, LevelBound]
     interrupted: bool = False
 
 
@@ -43,19 +43,11 @@ def bound(
     limits: Limits,
     target: int | None = None,
 ) -> Bounded | None:
-    """Bound a problem's cost from below.
+    """Bound a problem's cost from below, of placements under caps [L] on their device loads.
 
-    Parameters
-    ----------
-    problem
-        Without pairs of its regime, or on one device, there is nothing to bound and the answer is
-        None.
-    caps
-        Largest device load in every layer [L] that placements may reach.
-    limits
-        ``time_limit``, ``gap``, ``threads`` and ``progress`` apply.
-    target
-        Cost of the best known placement, for the gap.
+    Without pairs of its regime, or on one device, there is nothing to bound and the answer is None.
+    ``target`` is the cost of the best known placement, for the gap. Of the limits all but
+    ``iterations`` apply.
     """
     levels = _levels(problem)
     if levels is None:
@@ -65,7 +57,7 @@ def bound(
     cost, interrupted = 0, False
     iterations = int(np.clip(effort.BOUND_WORK / _flops(problem), 1, effort.BOUND_ITERATIONS))
     sources: list[str] = []
-    details: dict[str, object] = {}
+    proven: dict[str, LevelBound] = {}
     for name, price, parts in levels:
         left = None
         if limits.time_limit is not None:
@@ -87,11 +79,11 @@ def bound(
         cost += price * found
         interrupted |= stopped
         sources.append(source if len(levels) == 1 else f"{source} ({name})")
-        details[name] = {"crossing_pairs": found, "iterations": done, "ended": stop}
+        proven[name] = LevelBound(found, done, stop)
         proofs.append(Proof(parts, price, *arrays))
     cost = _of_count(problem, cost)
     certificate = certified(problem, caps, "dual point", cost, tuple(proofs))
-    return Bounded(cost, " + ".join(sources), certificate, details, interrupted)
+    return Bounded(cost, " + ".join(sources), certificate, proven, interrupted)
 
 
 def certified(
@@ -246,7 +238,7 @@ def padded(
 
 
 def _of_count(problem: Problem, cost: int) -> int:
-    """Cost of the problem from that of `padded`: with ``dispatch`` every pair was counted twice."""
+    """Return the problem's cost from that of `padded`, which counts dispatch's pairs twice."""
     return cost if problem.regime == "follow" else -(-cost // 2)
 
 
@@ -280,7 +272,7 @@ def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
 
 
 def _flops(problem: Problem) -> float:
-    """Work of one iteration, dominated by one eigenproblem of order 2P per pair of layers."""
+    """Compute the work of an iteration: an eigenproblem of order 2P per pair of layers."""
     order = 2 * problem.devices * problem.slots
     pairs = problem.layers - 1 if problem.regime == "follow" else 2 * problem.layers - 1
     return float(pairs) * order**3

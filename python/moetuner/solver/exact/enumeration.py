@@ -18,7 +18,7 @@ from moetuner.problem import Problem
 from moetuner.problem.caps import slowest
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
-from moetuner.solver.result import Moving
+from moetuner.solver.result import MoveCost
 from moetuner.statistics import ExpertSets
 
 Floats = NDArray[np.float64]
@@ -27,7 +27,7 @@ Flags = NDArray[np.bool_]
 
 # Sums that are held at once, and those among which the dominated ones are looked for.
 AT_ONCE, COMPARED = 1_000_000, 2_000
-# What sums of floats may be off.
+# Sums of floats may be off by this part.
 ROUNDING = 1e-9
 
 
@@ -45,7 +45,7 @@ def enumerated(
     known: float,
     *,
     caps: Floats | None = None,
-    moving: Moving | None = None,
+    moving: MoveCost | None = None,
     most: float = np.inf,
 ) -> Slots | None:
     """Find the best slots [L,D,S] of a small problem; of shape [0,D,S] if none beat what is known.
@@ -129,7 +129,7 @@ def fewest_visits(problem: Problem, caps: Floats | None) -> Slots | None:
 
 
 def contents_of(problem: Problem, layer: int, running: Flags | None = None) -> Slots | None:
-    """Every content [N,D,S] of a layer that keeps the rules; None if there are too many.
+    """List every content [N,D,S] of a layer that keeps the rules; None if there are too many.
 
     Of contents that differ by an exchange of devices that are alike there is one, unless layers are
     joined, or differ in what they hold of the placement that is running [D,E].
@@ -194,7 +194,7 @@ def _twins(problem: Problem, layer: int, running: Flags | None) -> dict[int, int
 
 
 def peaks_of(problem: Problem, layer: int, contents: Slots) -> Floats:
-    """Largest load over speed of a device with each content [N], in the sum of all windows."""
+    """Compute the largest load over speed of a device with each content [N], over all windows."""
     total = np.tile(problem.load[layer].astype(np.float64), (1, len(contents), 1))
     peaks: Floats = slowest(_placement(problem, contents), total, problem.topology, problem.split)[
         0
@@ -234,7 +234,7 @@ def _widened(shares: Floats) -> Floats:
 
 
 def _shares(problem: Problem, layer: int, contents: Slots) -> Floats:
-    """Shares [N,W] of a layer by itself, of all contents as if they were layers."""
+    """Compute shares [N,W] of a layer by itself, of all contents as if they were layers."""
     count, sets = len(contents), problem.statistics.sets
     statistics = _Counted(
         np.tile(problem.load[layer], (count, 1)),
@@ -245,7 +245,7 @@ def _shares(problem: Problem, layer: int, contents: Slots) -> Floats:
 
 
 def _pair_shares(problem: Problem, layer: int, here: Slots, there: Slots) -> Floats:
-    """Shares [N,M,W] of a layer with every content of it and of the next, in turns as layers."""
+    """Compute shares [N,M,W] of a layer with all contents of it and of the next, in turns."""
     first, second = len(here), len(there)
     slots = np.empty((2 * first * second, *here.shape[1:]), dtype=np.int32)
     slots[::2], slots[1::2] = np.repeat(here, second, axis=0), np.tile(there, (first, 1, 1))
@@ -261,7 +261,7 @@ def _pair_shares(problem: Problem, layer: int, here: Slots, there: Slots) -> Flo
 def _best(
     problem: Problem, tables: list[Floats], known: float, price: float, most: float
 ) -> NDArray[np.int64] | None:
-    """Contents [L] of the best way through tables; none if it is not below what is known.
+    """Find contents [L] of the best way through tables; none if it is not below what is known.
 
     Their last number, at most ``most``, has a price. None where too many are to be tried.
     """
@@ -308,7 +308,7 @@ def _best(
 
 
 def _undominated(rows: Floats) -> NDArray[np.int64]:
-    """Rows [n,W] that no other one is at most in all columns; all where they are many."""
+    """Find the rows [n,W] that no other one is at most in all columns; all where they are many."""
     _, first = np.unique(rows, axis=0, return_index=True)
     if len(first) > COMPARED:
         return np.sort(first)

@@ -13,32 +13,17 @@ from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
-from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.result import Candidate, Details, Limits, SearchDetails
 
 BOUND_SOURCE = "complete dynamic programme"
 
 
-def chain(
-    problem: Problem,
-    *,
-    seed: int = 0,
-    limits: Limits | None = None,
-) -> Candidate | None:
+def chain(problem: Problem, *, limits: Limits | None = None) -> Candidate | None:
     """Find the proven optimum of one copy of each expert, or None where this is out of reach.
 
-    Parameters
-    ----------
-    problem
-        Its links may be of one or of two tiers (devices within nodes).
-    seed
-        Of no effect: the optimum knows no chance.
-    limits
-        Of them, ``threads`` and ``time_limit`` apply: no attempt is made that would take longer.
-
-    Returns
-    -------
-    Candidate or None
-        None where a layer has too many partitions (105 for 8 experts on 4 devices are few).
+    It is where links are not of one or two tiers (devices within nodes), or a layer has too many
+    partitions (105 for 8 experts on 4 devices are few). Of the limits, ``threads`` and
+    ``time_limit`` apply: no attempt is made that would take longer.
     """
     limits = limits or Limits()
     steps = effort.PARTITION_STEPS
@@ -48,7 +33,7 @@ def chain(
     if found is None:
         return None
     slots, value, caps = found
-    details = {"way": "dynamic programming over all partitions"}
+    details = Details(SearchDetails(way="dynamic programming over all partitions"))
     return Candidate(slots, "optimal", value, BOUND_SOURCE, details, caps=caps)
 
 

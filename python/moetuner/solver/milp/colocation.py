@@ -38,7 +38,7 @@ class Relation:
 
 
 @dataclass(frozen=True)
-class Joint:
+class CoLocationData:
     """A joint problem of interchangeable devices, or a part of one.
 
     Parameters
@@ -66,8 +66,8 @@ class Joint:
     relations: tuple[Relation, ...]
 
     @classmethod
-    def of(cls, problem: Problem, caps: Counts) -> Joint | None:
-        """Whole problem; None where links are of other kinds than two tiers, nodes the dearer."""
+    def of(cls, problem: Problem, caps: Counts) -> CoLocationData | None:
+        """Return the whole problem; None where links are not of two tiers, nodes the dearer."""
         topology, cost = problem.topology, problem.topology.cost
         follow = problem.regime == "follow"
         within, between = (
@@ -113,7 +113,7 @@ class Model:
         What to place.
     """
 
-    def __init__(self, joint: Joint) -> None:
+    def __init__(self, joint: CoLocationData) -> None:
         self.joint = joint
         self.layers, self.experts = joint.load.shape
         self.entries = P = joint.devices * joint.slots
@@ -217,6 +217,8 @@ class Model:
             if relaxed.values is None:
                 return bound, relaxed.status
             rise, bound = relaxed.bound - bound, relaxed.bound
+            if relaxed.status == "interrupted":
+                return bound, relaxed.status
             gap = cost / self.unit - bound
             least = effort.RELAXED_PROGRESS * gap
             if not self.separate(relaxed.values) or gap <= 0 or rise < least:
@@ -246,7 +248,7 @@ class Model:
         return count + gatherings
 
     def _saved(self) -> Values:
-        """Cost saved by every column."""
+        """Compute the cost saved by every column."""
         joint, E = self.joint, self.experts
         saved = np.zeros(self.columns)
         for tier, relation in enumerate(joint.relations):
@@ -258,7 +260,7 @@ class Model:
         return saved
 
     def _upper(self) -> Values:
-        """Upper bounds: 0 for two experts that with the lightest others break the cap."""
+        """Return upper bounds: 0 for two experts that with the lightest others break the cap."""
         upper = np.ones(self.columns)
         C = self.joint.slots
         if C < 2:
@@ -295,7 +297,7 @@ class Model:
                     self.ilp.add_rows(np.full(P, size), size, row, z.ravel())
 
     def _add_nesting(self) -> None:
-        """On one device, so in one node."""
+        """Add rows that have what is on one device in one node."""
         if len(self.joint.relations) < 2:
             return
         e, f = np.triu_indices(self.entries, 1)
@@ -310,41 +312,24 @@ BOUND_SOURCE = "co-location integer programme"
 
 def fits(problem: Problem) -> bool:
     """Whether the whole programme is of a size that HiGHS makes headway with."""
-    joint = Joint.of(problem, problem.caps.whole)
+    joint = CoLocationData.of(problem, problem.caps.whole)
     return joint is not None and joint.triangle_rows <= effort.MOST_TRIANGLES
 
 
 def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate) -> Candidate:
     """Improve a placement and prove how far from the optimum it can be.
 
-    Parameters
-    ----------
-    problem
-        With links of one tier or two; `fits` says whether it is small enough.
-    seed
-        For HiGHS.
-    limits
-        Of them, ``time_limit``, ``gap`` and ``progress`` apply; without ``time_limit`` the number
-        of nodes is limited.
-    start
-        To begin from. Where it breaks a cap, that layer's cap becomes its largest device load: the
-        bound is then that of these caps, which the answer carries.
-
-    Returns
-    -------
-    Candidate
-        Never worse than the start; ``"optimal"`` only where cost and bound are equal.
-
-    Raises
-    ------
-    ValueError
-        If devices differ other than by node.
+    Links must be of one tier or two; `fits` says whether a problem is small enough. Where the start
+    breaks a cap, that layer's cap becomes its largest device load: the bound is then that of these
+    caps, which the answer carries. The answer is never worse than the start, and ``"optimal"`` only
+    where cost and bound are equal. Of the limits, ``time_limit``, ``gap`` and ``progress`` apply;
+    without ``time_limit`` the number of nodes is limited.
     """
     if limits.time_limit is not None and limits.time_limit <= 0:
         return replace(start, status="time_limit")
     begin = time.monotonic()
     caps = problem.caps.kept(start.slots)
-    joint = Joint.of(problem, caps)
+    joint = CoLocationData.of(problem, caps)
     if joint is None:
         raise ValueError("co-location needs links of one kind, or dearer ones between nodes")
     model = Model(joint)
@@ -397,13 +382,14 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         status = "gap_reached"
     elif status not in ("interrupted", "time_limit"):
         status = "feasible"
-    details = dict(start.details)
-    details["colocation"] = {
-        "columns": model.columns,
-        **model.rows,
-        "rounds": rounds,
-        "first_incumbent": None if first is None else round(first * model.unit),
-    }
+    details = start.details.searched(
+        colocation={
+            "columns": model.columns,
+            **model.rows,
+            "rounds": rounds,
+            "first_incumbent": None if first is None else round(first * model.unit),
+        }
+    )
     source = BOUND_SOURCE if bound > (start.bound or 0) else start.bound_source
     return replace(
         start,
@@ -417,7 +403,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
 
 
 def entries_of(slots: NDArray[np.int32], experts: int) -> NDArray[np.int64]:
-    """Device of every entry [L,P]: of the experts, then of the empty slots."""
+    """Return the device of every entry [L,P]: of the experts, then of the empty slots."""
     layers, _, per_device = slots.shape
     flat = slots.reshape(layers, -1)
     # Empty slots sort behind all experts, in order.
@@ -429,7 +415,7 @@ def entries_of(slots: NDArray[np.int32], experts: int) -> NDArray[np.int64]:
 def _read(
     problem: Problem, model: Model, caps: NDArray[np.uint64], solution: Solution
 ) -> tuple[NDArray[np.int32], int] | None:
-    """Slots [L,D,S] and cost of a solution; None if it is no placement under the caps."""
+    """Read slots [L,D,S] and cost of a solution; None if it is no placement under the caps."""
     device_of = None if solution.values is None else model.device_of(solution.values)
     if device_of is None:
         return None

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from highspy._core import _Highs
 
 FEASIBILITY = 1e-6  # HiGHS's own default for rows and for whole numbers
-# Of HiGHS's dual bound: reduced costs are right to within its dual feasibility tolerance, and nodes
-# this close to the incumbent are dropped.
+# HiGHS's dual bound may be off by these: reduced costs are right to within its dual feasibility
+# tolerance, and nodes this close to the incumbent are dropped.
 DUAL_TOLERANCE = 1e-7
 CUTOFF_TOLERANCE = 1e-6
 POLL_SECONDS = 0.05
@@ -138,7 +138,7 @@ class Ilp:
         return max(math.ceil((dual - self.margin - rounding) * unit), 0)
 
     def objective(self, values: NDArray[np.float64]) -> float:
-        """Objective of some values [columns]."""
+        """Compute the objective of some values [columns]."""
         return float(self.cost @ values) + self.offset
 
     def broken(self, values: NDArray[np.float64]) -> str | None:
@@ -171,7 +171,7 @@ class Ilp:
         time_limit: float | None = None,
         progress: Callable[[float | None, float], None] | None = None,
     ) -> Solution:
-        """Solve.
+        """Run HiGHS and return the best values that it found.
 
         Ctrl-C ends the search, not the program: the best values so far come back with status
         ``"interrupted"``.
@@ -236,11 +236,6 @@ class Ilp:
         Solution
             Its values need not be whole. Without values the bound is infinite and ``status`` says
             why: ``"time_limit"`` or ``"interrupted"``.
-
-        Raises
-        ------
-        ValueError
-            If nothing is feasible or bounded.
         """
         highs = self._highs = self._highs or self._build()
         limit = math.inf if time_limit is None else max(float(time_limit), 0.0)

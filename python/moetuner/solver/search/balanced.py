@@ -29,7 +29,7 @@ def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> NDArray[np.in
 
 
 def no_worse(problem: Problem, found: Candidate) -> Candidate:
-    """Answer with what ``balance`` would place where a search for traffic ended behind it.
+    """Return what ``balance`` would place where a search for traffic ended behind it.
 
     Such searches know single copies only, and may have had no time at all.
     """
@@ -49,7 +49,7 @@ def no_worse(problem: Problem, found: Candidate) -> Candidate:
         status=status,
         bound=None,
         bound_source=None,
-        details={**found.details, "found_by": "balance"},
+        details=found.details.searched(found_by="balance"),
         certificate=None,
         caps=None,
     )

@@ -9,8 +9,7 @@ a few layers are placed on the others, and the held-out windows, and their mean,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from moetuner import _core
 from moetuner.evaluation.copies import of_layer
 from moetuner.placement import EMPTY
 from moetuner.solver import effort
+from moetuner.solver.result import UnseenDetails
 from moetuner.solver.search.noise import noise_of
 
 Floats = NDArray[np.float64]
@@ -37,7 +37,7 @@ MIXED = 1.0
 
 
 @dataclass(frozen=True)
-class Setting:
+class SearchSetting:
     """How to search.
 
     Parameters
@@ -63,26 +63,25 @@ class Setting:
 
 
 # What is tried besides the norm that noise suggests; of equals the first is taken.
-WITHOUT_NOISE = (Setting(8), Setting(16), Setting(0))
+WITHOUT_NOISE = (SearchSetting(8), SearchSetting(16), SearchSetting(0))
 
 
 @dataclass(frozen=True)
 class Choice:
     """Setting to search with.
 
-    ``details`` says what was chosen, out of what, and each one's score: the mean of max / mean
-    device load on the windows held out and on their mean.
+    ``details`` has what was chosen, out of what; None where nothing had to be.
     """
 
-    setting: Setting = Setting(0)
-    details: dict[str, Any] = field(default_factory=dict)
+    setting: SearchSetting = SearchSetting(0)
+    details: UnseenDetails | None = None
 
 
 def choose(
     load: Floats,
     weight: Floats,
     group: Integers | None,
-    room: Integers,
+    capacity: Integers,
     node: Integers,
     time: Floats,
     *,
@@ -99,7 +98,7 @@ def choose(
         Tokens [W,L,E], how much a window counts [W] and its group [W]. Where groups have hardly
         more than a window each, whole groups are held out, as what comes is another group; else
         windows of every group.
-    room, node, time
+    capacity, node, time
         Slots of every device [L,D], its node [D] and its time per token, as a share of the
         slowest one's [D].
     nearest
@@ -111,22 +110,21 @@ def choose(
     """
     used = np.flatnonzero((weight > 0) & load.any(axis=(1, 2)))
     if len(used) < FEWEST_WINDOWS:
-        details: dict[str, Any] = {"chosen": Setting(0).name, "reason": "too few windows"}
-        return Choice(details=details)
+        return Choice(details=UnseenDetails(SearchSetting(0).name, "too few windows"))
     fold, whole_groups = _folds(used, len(load), group)
     layers = np.unique(
         np.linspace(0, load.shape[1] - 1, effort.TRIED_LAYERS).round().astype(np.int64)
     )
-    trial = _Trial(load[:, layers], weight, fold, room[layers], node, time, nearest)
+    trial = _Trial(load[:, layers], weight, fold, capacity[layers], node, time, nearest)
     settings = list(WITHOUT_NOISE)
     noise = noise_of(trial.load[used], repeats=not whole_groups)
     if noise is not None:
-        devices, experts = room.shape[1], load.shape[2]
-        settings.insert(0, Setting(noise.order(devices, experts), noise.counted(devices)))
+        devices, experts = capacity.shape[1], load.shape[2]
+        settings.insert(0, SearchSetting(noise.order(devices, experts), noise.counted(devices)))
     each = None if time_limit is None else time_limit / (len(settings) + 1)
-    scores: dict[Setting, Floats] = {}
+    scores: dict[SearchSetting, Floats] = {}
 
-    def is_better(setting: Setting, than: Setting, errors: float) -> bool:
+    def is_better(setting: SearchSetting, than: SearchSetting, errors: float) -> bool:
         scores[setting] = trial.scores(setting, seed=seed, threads=threads, time_limit=each)
         gain = scores[than] - scores[setting]
         error = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else 0.0
@@ -139,13 +137,13 @@ def choose(
     if chosen.norm:
         safe = replace(chosen, mixed=MIXED)
         chosen = safe if is_better(safe, chosen, SAFELY) else chosen
-    details = {
-        "chosen": chosen.name,
-        "held_out": "groups" if whole_groups else "windows",
-        "folds": int(fold.max()) + 1,
-        "layers": len(layers),
-        "scores": {setting.name: float(score.mean()) for setting, score in scores.items()},
-    }
+    details = UnseenDetails(
+        chosen.name,
+        held_out="groups" if whole_groups else "windows",
+        folds=int(fold.max()) + 1,
+        layers=len(layers),
+        scores={setting.name: float(score.mean()) for setting, score in scores.items()},
+    )
     return Choice(chosen, details)
 
 
@@ -178,22 +176,22 @@ class _Trial:
     load: Floats
     weight: Floats
     fold: Integers
-    room: Integers
+    capacity: Integers
     node: Integers
     time: Floats
     nearest: bool
 
     def scores(
-        self, setting: Setting, *, seed: int, threads: int | None, time_limit: float | None
+        self, setting: SearchSetting, *, seed: int, threads: int | None, time_limit: float | None
     ) -> Floats:
-        """Imbalance on the windows held out [parts * L]."""
+        """Compute the imbalance on the windows held out [parts * L]."""
         parts = range(int(self.fold.max()) + 1)
         held_out = [(self.fold == part)[:, None, None] for part in parts]
         tables = [np.where(out, 0, self.load) for out in held_out]
         layers = _core.Layers(
             np.concatenate(tables, axis=1),
             self.weight,
-            np.tile(self.room, (len(parts), 1)),
+            np.tile(self.capacity, (len(parts), 1)),
             self.node.tolist(),
             self.time.tolist(),
             nearest=self.nearest,
@@ -204,7 +202,7 @@ class _Trial:
         slots, interrupted = layers.place(
             layers.construct(threads=threads),
             trials=max(
-                effort.TRIED_PER_SLOT * int(self.room.sum(axis=1).max()), effort.TRIED_LEAST
+                effort.TRIED_PER_SLOT * int(self.capacity.sum(axis=1).max()), effort.TRIED_LEAST
             ),
             seed=seed,
             threads=threads,
@@ -217,7 +215,7 @@ class _Trial:
         return np.concatenate(scores)
 
     def _judge(self, part: int, slots: NDArray[np.int32]) -> Floats:
-        """Imbalance of slots [L,D,S] on the windows of a part and on their mean, of every layer."""
+        """Compute layers' imbalance of slots [L,D,S] on the windows of a part and on their mean."""
         out = self.fold == part
         load, weight = self.load[out], self.weight[out]
         mixed = np.einsum("w,wle->le", weight, load)

@@ -32,24 +32,10 @@ def dispatch(
     limits: Limits = Limits(),  # noqa: B008 - frozen
     copies: bool = False,
 ) -> Candidate:
-    """Search for the least fanout under the load cap.
+    """Search for the least fanout under the load cap, of statistics with expert sets.
 
-    Parameters
-    ----------
-    problem
-        Its statistics must have ``sets``.
-    seed
-        Of all random choices.
-    limits
-        ``iterations`` are trials of every layer. Without ``time_limit`` the answer depends on the
-        problem and the seed alone.
-    copies
-        Whether slots to spare may hold second copies of experts.
-
-    Raises
-    ------
-    ValueError
-        If no sets were counted.
+    ``iterations`` are trials of every layer; ``copies`` says whether slots to spare may hold second
+    copies of experts.
     """
     sets = problem.statistics.sets
     if sets is None:
@@ -65,7 +51,7 @@ def dispatch(
     )
     found = search_traffic(problem, seed=seed, limits=pairs)
     device_cost, node_cost = objective.visit_costs
-    details = {**found.details, "device_cost": device_cost, "node_cost": node_cost}
+    details = found.details.searched(device_cost=device_cost, node_cost=node_cost)
     if found.status == "interrupted" or problem.devices < 2:
         return replace(found, details=details)
 
@@ -98,7 +84,7 @@ def dispatch(
         threads=limits.threads,
         progress=progress and (lambda seconds, _: progress(Progress(seconds, "fanout"))),
     )
-    details["trials"] = trials
     status: Status = "interrupted" if interrupted else "feasible"
     # The caps that the start had to raise say nothing of copies.
+    details = details.searched(trials=trials)
     return Candidate(slots, status, details=details, caps=None if copies else found.caps)

@@ -7,7 +7,6 @@ layers, in turns, each given its neighbours, from a start that the search for tr
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +16,18 @@ from moetuner.placement import EMPTY, Placement, brought
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
-from moetuner.solver.result import Candidate, Clock, Limits, Moving, Progress, Status
+from moetuner.solver.result import (
+    Candidate,
+    Clock,
+    Details,
+    Limits,
+    MoveCost,
+    Progress,
+    Status,
+    UnseenDetails,
+)
 from moetuner.solver.search.balanced import balanced
-from moetuner.solver.search.cross_validation import Choice, choose
+from moetuner.solver.search.cross_validation import Choice, SearchSetting, choose
 from moetuner.solver.search.fanout import most_trials
 from moetuner.solver.search.move_cost import Path, widened
 from moetuner.solver.search.surrogate import link_prices, pair_prices, tokens_per_unit, visit_prices
@@ -36,7 +44,7 @@ DEAR = 4.0
 
 def layers(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """Solve for balance or time, or for traffic where devices or slots are not all alike."""
-    return Search(problem, seed).run(limits)
+    return LayerSearch(problem, seed).run(limits)
 
 
 def trials_of(slots: int, windows: int | None) -> int:
@@ -54,7 +62,7 @@ def trials_of(slots: int, windows: int | None) -> int:
 
 
 def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Candidate:
-    """One copy of each expert on devices that are alike, for traffic alone under a cap."""
+    """Search with one copy of each expert on devices that are alike, for traffic under a cap."""
     fewest = -(-problem.experts // problem.devices)
     alike = replace(
         problem,
@@ -88,7 +96,7 @@ def without_spare(problem: Problem) -> Problem | None:
         return None
 
 
-class Search:
+class LayerSearch:
     """A problem as the core's search of layers sees it.
 
     What is learned of its windows is kept from one run to the next.
@@ -97,7 +105,7 @@ class Search:
     def __init__(self, problem: Problem, seed: int) -> None:
         self.problem, self.seed = problem, seed
         self.objective = Objective(problem)
-        self.moving: Moving | None = None
+        self.moving: MoveCost | None = None
         topology = problem.topology
         self.slowest = topology.speed_of_device.min()
         self.time = topology.time_of_device
@@ -105,22 +113,16 @@ class Search:
         windows = problem.windows
         self.weight, self.choice = windows.weight, Choice()
         self.reweighted: list[Floats] = []
-        self.details: dict[str, Any] = {}
         self.caps = problem.caps.over_speed
-        # What traffic costs, as a multiple of what it takes.
+        # Traffic costs this multiple of what it takes.
         self.dear = 1.0
 
     def run(
-        self, limits: Limits, *, start: Slots | None = None, moving: Moving | None = None
+        self, limits: Limits, *, start: Slots | None = None, moving: MoveCost | None = None
     ) -> Candidate:
-        """Search within limits.
+        """Search within limits, from slots [L,D,S] to improve on besides the search's own starts.
 
-        Parameters
-        ----------
-        start
-            Slots [L,D,S] to improve on, besides the search's own starts.
-        moving
-            What changes cost. Then ``start`` is the only start.
+        Where moving has a price, ``start`` is the only start.
         """
         clock, problem = Clock(limits), self.problem
         self.moving = moving
@@ -184,12 +186,12 @@ class Search:
         dispatched = problem.goal == "time" and problem.regime == "dispatch"
         return dispatched and problem.devices > 1 and self.objective.has_traffic
 
-    def narrow(self) -> Search | None:
+    def narrow(self) -> LayerSearch | None:
         """Return the same search without slots to spare, where copies may not be worth them."""
         alike = without_spare(self.problem)
         if alike is None:
             return None
-        search = Search(alike, self.seed)
+        search = LayerSearch(alike, self.seed)
         search.choice, search.reweighted = self.choice, list(self.reweighted)
         search.weight = self.weight
         return search
@@ -199,9 +201,8 @@ class Search:
         windows = self.problem.windows
         self.reweighted = [np.ones(len(windows.weight))]
         if limits.time_limit is not None and limits.time_limit < effort.LEARN_LEAST:
-            reason = {"chosen": "maximum", "reason": "too little time to try others"}
-            self.choice = replace(self.choice, details=reason)
-            self.details["unseen"] = reason
+            reason = "too little time to try others"
+            self.choice = Choice(details=UnseenDetails(SearchSetting(0).name, reason))
             return
         self.choice = choose(
             windows.load,
@@ -215,10 +216,9 @@ class Search:
             threads=limits.threads,
             time_limit=limits.time_limit,
         )
-        self.details["unseen"] = self.choice.details
 
     def rank(self, slots: Slots) -> tuple[float, float]:
-        """By how much caps are exceeded, in all layers, and the value; lower is better."""
+        """Return by how much caps are exceeded, in all layers, and the value; lower is better."""
         excess = self.problem.caps.excess(self._placement(slots))
         return float(excess.sum()), self.value(slots)
 
@@ -227,7 +227,7 @@ class Search:
         return Known(*self.rank(slots), slots)
 
     def value(self, slots: Slots) -> float:
-        """Objective of slots, and what moving there costs."""
+        """Compute the objective of slots, and what moving there costs."""
         placement = self._placement(slots)
         value, moving = self.objective.value(placement), self.moving
         return value if moving is None else value + moving.price * moving.moved(slots)
@@ -286,7 +286,7 @@ class Search:
         return self.problem.caps.excess(self._placement(slots))
 
     def reweight(self, slots: Slots) -> None:
-        """Weigh the windows that a risk or the worst group is made of more, next time."""
+        """Give more weight to the windows that a risk or the worst group is made of, next time."""
         windows = self.problem.windows
         if windows.is_mean:
             return
@@ -295,7 +295,7 @@ class Search:
         self.weight = windows.weight * np.mean(self.reweighted, axis=0)
 
     def allowed(self, slots: Slots) -> Slots | None:
-        """Slots [L,D,S] of one copy each, in the problem's rooms; None where they break a rule."""
+        """Return slots [L,D,S] as wide as the problem's; None where they break a rule."""
         problem = self.problem
         if ((slots != EMPTY).sum(axis=2) > problem.capacity).any():
             return None
@@ -307,8 +307,8 @@ class Search:
         return self.problem.filled(slots, None if self.moving is None else self.moving.initial)
 
     def candidate(self, slots: Slots, status: Status) -> Candidate:
-        """Answer with slots."""
-        return Candidate(slots, status, details=dict(self.details))
+        """Return slots as a candidate."""
+        return Candidate(slots, status, details=Details(unseen=self.choice.details))
 
     def _placement(self, slots: Slots) -> Placement:
         return Placement(slots, num_experts=self.problem.experts)

@@ -77,7 +77,7 @@ class Path:
 
 
 def widened(problem: Problem, slots: Slots) -> Slots:
-    """Slots [L,D,S] as wide as the problem's, which hold them; what is in them moves down."""
+    """Widen slots [L,D,S] to the problem's, which hold them; what is in them moves down."""
     wide = problem.empty_slots()
     width = min(slots.shape[2], problem.slots)
     # Full slots first: a device may have fewer than these are wide.
@@ -87,7 +87,7 @@ def widened(problem: Problem, slots: Slots) -> Slots:
 
 
 def lawful(problem: Problem, initial: Placement) -> Slots:
-    """Slots [L,D,S] that keep the rules, to which the fewest copies have to be brought.
+    """Find slots [L,D,S] that keep the rules, to which the fewest copies have to be brought.
 
     An expert without pins needs one device, which costs a move if it does not hold the expert yet:
     in a layer that breaks a rule that is a flow of least cost. What else is held stays where there
@@ -131,7 +131,7 @@ def _assigned(cost: Floats, room: NDArray[np.int64]) -> NDArray[np.int64]:
             device_of[expert] = free[0]
             left[free[0]] -= 1
     for expert in np.flatnonzero(device_of < 0).tolist():
-        # What it costs to hand an expert on from one device to another, and which one [D,D].
+        # Least cost of handing an expert on from one device to another, and which expert [D,D].
         onward = np.full((devices, devices), np.inf)
         handed = np.zeros((devices, devices), dtype=np.int64)
         for device in range(devices):

@@ -137,7 +137,7 @@ def _not_negative(feature: Floats, value: Floats) -> Floats:
         for support in combinations(range(count), size):
             at = list(support)
             part = np.linalg.lstsq(product[np.ix_(at, at)], target[at], rcond=None)[0]
-            # What the squares become, less what they are without any.
+            # The squares that are left, less those without any support.
             change = part @ product[np.ix_(at, at)] @ part - 2 * part @ target[at]
             if (part >= 0).all() and change < best:
                 best, found = float(change), np.zeros(count)

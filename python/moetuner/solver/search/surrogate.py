@@ -21,7 +21,7 @@ TRAFFIC_FIRST = 1e3
 
 
 def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
-    """Weighted tokens on the slowest device that make one unit of the objective.
+    """Compute the weighted tokens on the slowest device that make one unit of the objective.
 
     Of windows of load [W,L,E] with these weights [W].
     """
@@ -36,7 +36,7 @@ def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
 
 
 def visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
-    """Expert sets and what a visit costs, where visits count; arguments of the core's layers."""
+    """Return expert sets and a visit's costs, where visits count: arguments of the core."""
     objective = Objective(problem)
     sets = objective.sets
     if sets is None:
@@ -53,7 +53,7 @@ def visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
 
 
 def pair_prices(problem: Problem, unit: float) -> dict[str, Any]:
-    """Co-activated pairs and what one that is apart costs; arguments of the core's layers.
+    """Return co-activated pairs and what one that is apart costs: arguments of the core's layers.
 
     Where pairs stand for visits: in regime dispatch, if expert sets are not known.
     """
@@ -74,14 +74,14 @@ def pair_prices(problem: Problem, unit: float) -> dict[str, Any]:
 
 
 def link_prices(problem: Problem, unit: float) -> Floats:
-    """Price of a pair over a link [D,D]."""
+    """Compute the price of a pair over a link [D,D]."""
     if problem.goal == "traffic":
         return problem.topology.cost.astype(np.float64) * (unit / Objective(problem).scale)
     return Objective(problem).link_us * (unit / (problem.layers * problem.statistics.windows))
 
 
 def visit_us(problem: Problem) -> float:
-    """Microseconds of a layer and window if every token visited one more device.
+    """Compute microseconds of a layer and window if every token visited one more device.
 
     Of D devices that are visited alike, a token is at home on one.
     """
@@ -91,7 +91,7 @@ def visit_us(problem: Problem) -> float:
 
 
 def _visit_us(problem: Problem) -> float:
-    """Microseconds of one token's visit of one more device."""
+    """Compute microseconds of one token's visit of one more device."""
     assert problem.cost_model is not None
-    crossing = problem.cost_model.weights(problem.topology, returns=True).crossing_us
+    crossing = problem.cost_model.crossing_us(problem.topology, returns=True)
     return float(crossing[min(1, len(crossing) - 1)]) * (1 - 1 / problem.devices)

@@ -40,14 +40,8 @@ class Known:
 def settled(problem: Problem, known: list[Known], limit: tuple[float, float]) -> Slots:
     """Return slots whose time is as good as the best's, with the least traffic found.
 
-    Parameters
-    ----------
-    problem
-        Its objective is time.
-    known
-        What was found; layers of different ones are combined where nothing joins them.
-    limit
-        Rank of a placement that the answer must not be behind.
+    Layers of different ones are combined where nothing joins them. ``limit`` is the rank of a
+    placement that the answer must not be behind.
     """
     best = min(known, key=lambda each: each.rank)
     limit = (limit[0], limit[1] * (1 + ROUNDING))

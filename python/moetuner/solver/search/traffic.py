@@ -7,7 +7,7 @@ import numpy as np
 from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.solver.result import Candidate, Limits, Progress, Status
+from moetuner.solver.result import Candidate, Details, Limits, Progress, SearchDetails, Status
 
 
 def search_traffic(
@@ -16,13 +16,7 @@ def search_traffic(
     seed: int = 0,
     limits: Limits = Limits(),  # noqa: B008 - frozen
 ) -> Candidate:
-    """Search for the least traffic under the load cap.
-
-    Parameters
-    ----------
-    problem
-        With the regime ``follow`` transitions cost, with ``dispatch`` co-activation saves.
-    """
+    """Search for the least traffic of pairs under the load cap."""
     objective, follow = Objective(problem), problem.regime == "follow"
     # Without pairs all placements cost nothing, and the balanced one that the search starts from
     # is the answer.
@@ -48,8 +42,7 @@ def search_traffic(
         threads=limits.threads,
         progress=report if limits.progress is not None else None,
     )
-    details: dict[str, object] = {"trials": trials}
-    if shift:
-        details["counts_rounded_to_multiples_of"] = 1 << shift
+    rounded = 1 << shift if shift else None
+    details = Details(SearchDetails(trials, rounded))
     status: Status = "interrupted" if interrupted else "feasible"
     return Candidate(slots, status, details=details, caps=caps.max(axis=1))

@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.solver.result import Candidate, Clock, Limits, Status
+from moetuner.solver.result import (
+    Candidate,
+    Clock,
+    ClusterStage,
+    Details,
+    Limits,
+    PlaceStage,
+    SearchDetails,
+    Status,
+)
 from moetuner.solver.two_stage.cluster import TOLERANCE, cluster_layers
 from moetuner.solver.two_stage.place import cluster_traffic, place_clusters
 
@@ -26,33 +35,13 @@ def two_stage(
     *,
     seed: int = 0,
     limits: Limits | None = None,
-    tolerance: float = TOLERANCE,
     equal_sizes: bool | None = None,
 ) -> Candidate:
     """Solve by the paper's two stages.
 
-    Parameters
-    ----------
-    problem
-        What to place.
-    seed
-        For HiGHS.
-    limits
-        Of them, ``time_limit``, ``threads`` and ``progress`` apply.
-    tolerance
-        Stage 1: of the mean load. Stage 2, where HiGHS is called: of the objective.
-    equal_sizes
-        Whether clusters hold equally many experts; by default where the slots leave no choice.
-
-    Returns
-    -------
-    Candidate
-        Without a bound: the method bounds its own stages (in ``details``), not the problem.
-
-    Raises
-    ------
-    ValueError
-        If ``tolerance`` is not from 0 to 1.
+    ``equal_sizes`` says whether clusters hold equally many experts; by default they do where the
+    slots leave no choice. Of the limits, ``time_limit``, ``threads`` and ``progress`` apply. The
+    answer has no bound: the method bounds its own stages (in ``details``), not the problem.
     """
     limits = limits or Limits()
     layers, devices, experts = problem.layers, problem.devices, problem.experts
@@ -64,28 +53,25 @@ def two_stage(
         devices,
         equal_sizes=equal_sizes,
         largest=problem.slots,
-        tolerance=tolerance,
         seed=seed,
         limits=clock.rest(),
     )
-    details: dict[str, Any] = {
-        "stage_1": {
-            "sizes": "equal" if equal_sizes else "free",
-            "layers_proven_without_search": int((~clusters.searched).sum()),
-            "layers_searched": int(clusters.searched.sum()),
-            "largest_gap": float(clusters.gap.max()),
-            "largest_deviation": float(clusters.deviation.max()),
-            "tolerance": tolerance,
-        }
-    }
-    if experts < devices:
-        details["stage_1"]["note"] = f"{experts} experts on {devices} devices: some stay empty"
+    few = f"{experts} experts on {devices} devices: some stay empty"
+    stage_1 = ClusterStage(
+        sizes="equal" if equal_sizes else "free",
+        layers_proven_without_search=int((~clusters.searched).sum()),
+        layers_searched=int(clusters.searched.sum()),
+        largest_gap=float(clusters.gap.max()),
+        largest_deviation=float(clusters.deviation.max()),
+        tolerance=TOLERANCE,
+        note=few if experts < devices else None,
+    )
     sizes = _sizes(clusters.cluster, devices)
     transitions = problem.statistics.transitions
     statuses = [clusters.status]
     if transitions is None and np.ptp(sizes) == 0:
         device = np.broadcast_to(np.arange(devices), (layers, devices))
-        details["stage_2"] = {"way": "skipped: no transitions were counted"}
+        stage_2: dict[str, Any] = {"way": "skipped: no transitions were counted"}
     else:
         if transitions is None:
             transitions = np.zeros((layers - 1, experts, experts), dtype=np.uint64)
@@ -95,13 +81,12 @@ def two_stage(
             problem.topology.cost,
             # Where they differ, devices are to hold equally many experts over all layers.
             sizes=None if np.ptp(sizes) == 0 else sizes,
-            tolerance=tolerance,
             seed=seed,
             limits=clock.rest(),
         )
         device = placed.device
         statuses.append(placed.status)
-        details["stage_2"] = {
+        stage_2 = {
             "way": placed.way,
             "bottleneck": placed.bottleneck << cut,
             "bound": placed.bound << cut,
@@ -109,16 +94,21 @@ def two_stage(
         }
     held = np.zeros(devices, dtype=np.int64)
     np.add.at(held, device, sizes)
-    details["stage_2"]["experts_per_device"] = [int(held.min()), int(held.max())]
+    per_device = int(held.min()), int(held.max())
+    placing = PlaceStage(experts_per_device=per_device, **stage_2)
     device_of = np.take_along_axis(device, clusters.cluster, axis=1)
     placement = Placement.from_assignment(device_of, devices, slots_per_device=problem.slots)
     status: Status = "feasible"
     for stopped in ("time_limit", "interrupted"):
         status = stopped if stopped in statuses else status
-    return Candidate(placement.slots, status, details=details)
+    return Candidate(
+        placement.slots,
+        status,
+        details=Details(SearchDetails(stage_1=stage_1, stage_2=placing)),
+    )
 
 
 def _sizes(cluster: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
-    """Experts of every cluster [L,D]."""
+    """Return experts of every cluster [L,D]."""
     sizes: NDArray[np.int64] = (cluster[:, :, None] == np.arange(clusters)).sum(axis=1)
     return sizes

@@ -52,7 +52,7 @@ def cluster_layers(
     seed: int = 0,
     limits: Limits | None = None,
 ) -> Clusters:
-    """Stage 1: minimise sum_c abs(load_c - mean) in every layer, to within ``tolerance`` * mean.
+    """Minimise sum_c abs(load_c - mean) in every layer, to within ``tolerance`` * mean: stage 1.
 
     A relative gap on deviations that are nearly zero means nothing, so the gap is measured against
     the mean cluster load.
@@ -71,18 +71,8 @@ def cluster_layers(
         0 asks for a proven optimum.
     seed, limits
         As in `two_stage.two_stage`.
-
-    Raises
-    ------
-    ValueError
-        If a number is out of range.
     """
     load = np.ascontiguousarray(load, dtype=np.uint64)
-    check_tolerance(tolerance)
-    if load.ndim != 2 or 0 in load.shape:
-        raise ValueError(f"load must be counts [layers, experts], got {list(load.shape)}")
-    if not 1 <= clusters <= 65535:
-        raise ValueError(f"clusters must be from 1 to 65535, got {clusters}")
     limits = limits or Limits()
     clock = Clock(limits)
     experts = load.shape[1]
@@ -126,9 +116,3 @@ def cluster_layers(
         if found.status == "feasible":
             status = "feasible"
     return Clusters(cluster, deviation, bound, searched, status)
-
-
-def check_tolerance(tolerance: float) -> None:
-    """Raise unless a MIP tolerance makes sense."""
-    if not 0 <= tolerance <= 1:
-        raise ValueError(f"tolerance must be from 0 to 1, got {tolerance}")

@@ -12,7 +12,7 @@ from moetuner import _core
 from moetuner.solver import effort
 from moetuner.solver.result import Clock, Limits, Status
 from moetuner.solver.two_stage import programmes
-from moetuner.solver.two_stage.cluster import TOLERANCE, check_tolerance
+from moetuner.solver.two_stage.cluster import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PlacedClusters:
 def cluster_traffic(
     transitions: NDArray[np.uint64], cluster: NDArray[np.int64], clusters: int
 ) -> tuple[NDArray[np.uint64], int]:
-    """Tokens from cluster to cluster of the next layer [L-1,D,D].
+    """Return tokens from cluster to cluster of the next layer [L-1,D,D].
 
     Also the number of low bits cut off all counts so that their sums fit in 64 bits: 0 unless
     counts are huge.
@@ -74,7 +74,7 @@ def place_clusters(
     seed: int = 0,
     limits: Limits | None = None,
 ) -> PlacedClusters:
-    """Stage 2: minimise sum_l max_{d != d'} traffic_l(d,d') / bandwidth(d,d').
+    """Minimise sum_l max_{d != d'} traffic_l(d,d') / bandwidth(d,d'): stage 2.
 
     Parameters
     ----------
@@ -92,24 +92,12 @@ def place_clusters(
         Relative MIP tolerance.
     seed, limits
         As in `two_stage.two_stage`.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit or a number is out of range.
     """
     traffic = np.ascontiguousarray(traffic, dtype=np.uint64)
     cost = np.ascontiguousarray(cost, dtype=np.int64)
-    check_tolerance(tolerance)
-    if cost.ndim != 2 or cost.shape[0] != cost.shape[1] or not cost.size or cost.min() < 0:
-        raise ValueError(f"cost must be counts [devices, devices], got {list(cost.shape)}")
-    if traffic.ndim != 3 or traffic.shape[1:] != cost.shape:
-        raise ValueError(f"traffic must be [L-1, {len(cost)}, {len(cost)}], got {traffic.shape}")
     limits = limits or Limits()
     clock = Clock(limits)
     counts = None if sizes is None else np.ascontiguousarray(sizes, dtype=np.uint64)
-    if counts is not None and counts.shape != (len(traffic) + 1, len(cost)):
-        raise ValueError(f"sizes must be [{len(traffic) + 1}, {len(cost)}], got {counts.shape}")
     links = cost.astype(np.uint64)
     found, way, bound = _core.place_clusters(traffic, links, sizes=counts, threads=limits.threads)
     if counts is not None and not _level(found, counts):

@@ -15,11 +15,11 @@ from moetuner.solver import effort
 from moetuner.solver.milp.highs import Ilp
 from moetuner.solver.result import Status
 
-Progress = Callable[[float | None, float], None]
+OnProgress = Callable[[float | None, float], None]
 
 
 @dataclass(frozen=True)
-class Choice:
+class Solved:
     """The cluster of every expert [E] or the device of every cluster [L,D], and its worth."""
 
     chosen: NDArray[np.int64]
@@ -39,9 +39,9 @@ def cluster(
     tolerance: float,
     seed: int,
     time_limit: float | None,
-    progress: Progress | None,
-) -> Choice:
-    """Stage 1 of one layer: sum_c t_c with t_c >= +-(load_c - mean), in units of the mean.
+    progress: OnProgress | None,
+) -> Solved:
+    """Minimise sum_c t_c with t_c >= +-(load_c - mean), in units of the mean: stage 1 of a layer.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def cluster(
         chosen, objective = start.copy(), deviation
     else:
         objective = solution.objective
-    return Choice(chosen, objective, min(proven, objective), solution.status)
+    return Solved(chosen, objective, min(proven, objective), solution.status)
 
 
 def level(
@@ -157,9 +157,9 @@ def place(
     tolerance: float,
     seed: int,
     time_limit: float | None,
-    progress: Progress | None,
-) -> Choice:
-    """Stage 2: sum_l t_l with t_l >= traffic_l(d,d') / bandwidth(d,d') for all d != d'.
+    progress: OnProgress | None,
+) -> Solved:
+    """Minimise sum_l t_l with t_l >= traffic_l(d,d') / bandwidth(d,d') for all d != d': stage 2.
 
     A product w[l,c,c',d,d'] = y[l,c,d] * y[l+1,c',d'] is continuous and adds up to its two factors
     over d' and over d.
@@ -194,7 +194,7 @@ def place(
     chosen = solution.values[y].argmax(axis=2)
     # HiGHS proves in floating point: keep what it proves a hair smaller.
     proven = max(float(bound), (solution.bound - 1e-6) * scale)
-    return Choice(chosen, solution.objective * scale, proven, solution.status)
+    return Solved(chosen, solution.objective * scale, proven, solution.status)
 
 
 def _placement(

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-# What a rank can find wrong with its input; all ranks learn of it from the header.
+# Faults that a rank can find in its input; all ranks learn of them from the header.
 NOT_FINITE, NO_EXPERT, MISFIT = 1, 2, 4
 FAULTS = {
     NOT_FINITE: "top_k_weights must be finite",
@@ -27,7 +27,7 @@ FAULTS = {
     MISFIT: "its tensors do not fit the layer",
 }
 
-# What a rank says of the backward pass, beside the faults.
+# Marks of the backward pass, beside the faults.
 TOKENS_LEARN, EXPERTS_LEARN, NO_GRADIENTS = 8, 16, 32
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moetuner.evaluation.rows import Split, copies, mixed, node_size, split_rule
+from moetuner.evaluation.rows import LayerSplit, copies, mixed, node_size, split_rule
 from moetuner.placement import Placement
 from moetuner.torch.parallel.exchange import (
     MISFIT,
@@ -59,7 +59,7 @@ class Routes:
         *,
         rank: int,
         devices_per_node: int | None,
-        split: Split,
+        split: LayerSplit,
         device: torch.device,
     ) -> None:
         if not 0 <= layer < placement.layers:
@@ -140,7 +140,7 @@ class ExpertParallelMoE(nn.Module):
         *,
         group: dist.ProcessGroup | None = None,
         devices_per_node: int | None = None,
-        split: Split = "even",
+        split: LayerSplit = "even",
     ) -> None:
         super().__init__()
         self.group = group
@@ -394,7 +394,7 @@ class ExpertParallelMoE(nn.Module):
         return None
 
     def _refuse(self, reason: str) -> None:
-        """Let the other ranks, who wait for this one, know, and raise."""
+        """Raise on this rank and on all others, which wait for it."""
         nothing = torch.empty(0, 1, dtype=torch.int64, device=self.device)
         faults = torch.tensor(MISFIT, device=self.device)
         try:

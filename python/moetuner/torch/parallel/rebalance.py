@@ -123,7 +123,7 @@ def spare_bytes(device: torch.device, sharing: int = 1) -> int:
 def _free_bytes(device: torch.device, sharing: int) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch has set aside and nobody uses.
+        # Memory that torch has set aside and nobody uses.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + cached
     if device.type == "cpu":
@@ -145,7 +145,7 @@ class ComputeCost(Protocol):
     """What the rebalancer asks of a cost model; ``moetuner.CostModel`` answers it."""
 
     def compute_us(self, tokens: ArrayLike, active: ArrayLike | None = None) -> NDArray[np.float64]:
-        """Microseconds of devices for tokens [...], each counted per expert, of active experts."""
+        """Compute microseconds of devices for tokens [...], by expert, of so many experts."""
         ...
 
 

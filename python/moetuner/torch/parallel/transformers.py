@@ -19,7 +19,7 @@ from transformers.distributed.expert_parallel import (
     EPImplementationInterface,
 )
 
-from moetuner.evaluation.rows import Split
+from moetuner.evaluation.rows import LayerSplit
 from moetuner.placement import Placement
 from moetuner.torch.parallel.layer import ExpertParallelMoE
 from moetuner.torch.parallel.migrate import Spares, moves
@@ -30,7 +30,7 @@ def register_placement(
     name: str = "moetuner",
     *,
     devices_per_node: int | None = None,
-    split: Split = "even",
+    split: LayerSplit = "even",
     timeout: float = 600.0,
 ) -> list[ExpertParallelMoE]:
     """Make ``DistributedConfig(ep_implementation=name)`` run experts by a placement.
@@ -103,7 +103,7 @@ class _PlacedExperts(EPImplementation):
         placement: Placement,
         number: int,
         devices_per_node: int | None,
-        split: Split,
+        split: LayerSplit,
         timeout: float,
     ) -> None:
         """Bring the weights of this rank's slots from the ranks that loaded them."""

@@ -276,7 +276,7 @@ class Recorder:
         self._offload.put(step.ids, batch.keep, labels)
 
     def _sequence_of(self, step: Step) -> NDArray[np.int32]:
-        """Labels of the sequences of a batch [B]: those of the cache that it continues, or new."""
+        """Return labels of a batch's sequences [B]: of the cache that it continues, or new."""
         rows, cache = step.batch.rows, step.batch.cache
         known = self._of_cache.get(cache) if _is_weak(cache) else None
         if known is None or len(known) != rows:

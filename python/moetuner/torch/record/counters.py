@@ -248,7 +248,7 @@ class RoutingCounters:
         )
 
     def _windows(self) -> int:
-        """Windows that hold tokens, at least one."""
+        """Return windows that hold tokens, at least one."""
         if self._ranks > 1 or self.window is None:
             # After a sum the rank with the most windows decides, not the number of tokens.
             held = self._load.sum(dim=(1, 2)).nonzero()
@@ -354,7 +354,7 @@ def _add_product(table: Tensor, first: Tensor, second: Tensor, keep: Tensor | No
 
 
 def _one_hot(ids: Tensor, experts: int, keep: Tensor | None) -> Tensor:
-    """Which experts a token visits [L,T,E], as 0 and 1; nothing for tokens that do not count."""
+    """Return which experts a token visits [L,T,E], as 0 and 1; 0 for tokens that do not count."""
     tokens, layers, top_k = ids.shape
     hot = torch.zeros(layers, tokens, experts, device=ids.device, dtype=torch.float32)
     ones = torch.ones((), device=ids.device, dtype=torch.float32)
@@ -398,11 +398,6 @@ def largest_on_ranks(
         Where the group can exchange tensors.
     group
         The ranks, all of which must call; None is all there are.
-
-    Raises
-    ------
-    ValueError
-        On every rank, naming the settings that differ.
     """
     ours = list(settings.values())
     # The largest of a number and of its negative: the range, in one exchange.

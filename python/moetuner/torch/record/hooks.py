@@ -66,24 +66,7 @@ def batch_of(
     mask: Tensor | None = None,
     generations: GenerateHooks | None = None,
 ) -> Batch:
-    """Read the arguments of a forward pass.
-
-    Parameters
-    ----------
-    model
-        The module that is called.
-    args, kwargs
-        What it is called with.
-    mask
-        Used instead of the argument ``attention_mask``.
-    generations
-        What is known of the model's ``generate``.
-
-    Raises
-    ------
-    ValueError
-        If there are no tokens to be found, or the mask does not fit them.
-    """
+    """Read the arguments of a forward pass; ``mask`` replaces that of its arguments."""
     given = arguments_of(model, args, kwargs)
     rows, length = _sizes(model, given)
     generation = generations.of(given) if generations is not None else None
@@ -123,7 +106,7 @@ def _sizes(model: nn.Module, given: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _kept(mask: object, rows: int, length: int) -> Tensor:
-    """Last ``length`` columns of a mask: the earlier ones are tokens of earlier steps."""
+    """Return the last ``length`` columns of a mask: others are tokens of earlier steps."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows:
         found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
@@ -258,13 +241,7 @@ class StepHooks:
             self._nan.zero_()
 
     def check_scores(self) -> None:
-        """Wait for the device and look whether all routers gave numbers.
-
-        Raises
-        ------
-        ValueError
-            Naming the first layer whose router gave NaN for a token that is not padding.
-        """
+        """Wait for the device and look whether all routers gave numbers."""
         if self._nan is not None and (wrong := self._nan.nonzero()).numel():
             number = int(wrong[0])
             raise ValueError(

@@ -191,15 +191,7 @@ class Parts:
         source: str | None,
         expert_size: tuple[int, int] | None = None,
     ) -> RoutingTrace:
-        """Make the trace and write it to a path, if there is one; without names it has no groups.
-
-        Raises
-        ------
-        ValueError
-            If a recorded id is wrong.
-        OSError
-            If the trace cannot be written.
-        """
+        """Make the trace, and write it if there is a path; without names it has no groups."""
         self._close()
         layers, top_k = self._sizes
         place = TensorInFile(self._dtype, (self.tokens, layers, top_k), 0)

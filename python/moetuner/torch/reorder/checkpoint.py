@@ -16,7 +16,7 @@ from torch import Tensor
 from moetuner._checks import flag, instance
 from moetuner.files import naming, read_whole, replacing, safetensors
 from moetuner.placement import Placement
-from moetuner.torch.reorder.keys import Move, plan
+from moetuner.torch.reorder.keys import TensorChange, plan
 from moetuner.torch.reorder.order import (
     Order,
     check_groups,
@@ -126,7 +126,7 @@ def _moves(
     order: Order,
     settings: Mapping[str, Any] | None,
     inverse: bool,
-) -> dict[str, Move]:
+) -> dict[str, TensorChange]:
     """Return what becomes of every tensor, if that is exact."""
     if settings is None and any(name.endswith("e_score_correction_bias") for name in held):
         raise ValueError(
@@ -158,7 +158,7 @@ def _permute_tensors(
         tensor = tensors[name]
         if move.order is not None:
             rows = tensor.detach().reshape(len(move.order), -1)
-            # As bytes: not every type of number can be indexed.
+            # Rows are bytes: not every type of number can be indexed.
             bits = rows.contiguous().view(torch.uint8)[torch.from_numpy(move.order).to(rows.device)]
             tensor = bits.view(tensor.dtype).reshape(tensor.shape)
         elif move.ids is not None:
@@ -167,7 +167,9 @@ def _permute_tensors(
     return moved
 
 
-def _check_all_ties(routers: Mapping[str, list[NDArray[np.uint8]]], moves: dict[str, Move]) -> None:
+def _check_all_ties(
+    routers: Mapping[str, list[NDArray[np.uint8]]], moves: dict[str, TensorChange]
+) -> None:
     still = {
         move.block: np.array_equal(move.order, np.arange(len(move.order)))
         for move in moves.values()
@@ -231,9 +233,9 @@ def _index_of(source: Path) -> dict[str, Any] | None:
 
 
 def _router_rows(
-    headers: Mapping[Path, safetensors.Header], moves: Mapping[str, Move]
+    headers: Mapping[Path, safetensors.Header], moves: Mapping[str, TensorChange]
 ) -> dict[str, list[NDArray[np.uint8]]]:
-    """Bytes of the router state of every block, row by row."""
+    """Return bytes of the router state of every block, row by row."""
     rows: dict[str, list[NDArray[np.uint8]]] = {}
     for file, header in headers.items():
         with file.open("rb") as data:
@@ -248,7 +250,7 @@ def _router_rows(
 
 
 def _tables(
-    headers: Mapping[Path, safetensors.Header], moves: Mapping[str, Move]
+    headers: Mapping[Path, safetensors.Header], moves: Mapping[str, TensorChange]
 ) -> dict[str, bytes]:
     """Compute what the tables of experts' ids become, before anything is written."""
     found = {}
@@ -268,7 +270,7 @@ def _tables(
 def _write_shard(
     file: Path,
     header: safetensors.Header,
-    moves: Mapping[str, Move],
+    moves: Mapping[str, TensorChange],
     tables: Mapping[str, bytes],
     path: Path,
 ) -> None:

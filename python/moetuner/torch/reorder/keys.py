@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Move:
+class TensorChange:
     """What becomes of a tensor: its new name, and what changes in it.
 
     ``order`` [E] is given if its rows change places, ``ids`` [E] if it holds old experts' ids: the
@@ -41,23 +41,14 @@ class Move:
     is_router: bool = False
 
 
-def plan(held: Mapping[str, Held], order: Order, num_hidden_layers: int | None) -> dict[str, Move]:
+def plan(
+    held: Mapping[str, Held], order: Order, num_hidden_layers: int | None
+) -> dict[str, TensorChange]:
     """Return what becomes of every tensor of a checkpoint.
 
-    Parameters
-    ----------
-    held
-        Shape of each tensor by its name, and whether it holds whole numbers.
-    order
-        Old expert at every new position [L,E].
-    num_hidden_layers
-        Layers of the model, dense ones included; what a checkpoint holds beyond them (multi-token
-        prediction) keeps its order if the placement does not speak of it.
-
-    Raises
-    ------
-    ValueError
-        If layers or experts are not those of the order, or a tensor fits no known layout.
+    ``order`` is the old expert at every new position [L,E]. Of the model's layers dense ones count
+    too; what a checkpoint holds beyond them (multi-token prediction) keeps its order if the
+    placement does not speak of it.
     """
     parsed = {name: parts for name in held if (parts := _expert(name)) is not None}
     stacked = {
@@ -83,12 +74,12 @@ def plan(held: Mapping[str, Held], order: Order, num_hidden_layers: int | None) 
     experts_own = {*parsed, *stacked}
     rest = {name: tensor for name, tensor in held.items() if name not in experts_own}
     routing = dependents(rest, dict.fromkeys(blocks), experts, named.difference(blocks))
-    moves: dict[str, Move] = {}
+    moves: dict[str, TensorChange] = {}
     for name, tensor in held.items():
         if name in parsed:
             head, block, expert, tail = parsed[name]
             new = int(new_of[row[block], expert]) if block in row and expert < experts else expert
-            moves[name] = Move(f"{head}{new}{tail}", block)
+            moves[name] = TensorChange(f"{head}{new}{tail}", block)
         elif name in stacked:
             block = stacked[name]
             positions = order[row[block]] if block in row else None
@@ -97,12 +88,12 @@ def plan(held: Mapping[str, Held], order: Order, num_hidden_layers: int | None) 
             where = routing[name]
             number = row[where.block]
             moves[name] = (
-                Move(name, where.block, ids=new_of[number])
+                TensorChange(name, where.block, ids=new_of[number])
                 if where.is_table
-                else Move(name, where.block, order[number], is_router=True)
+                else TensorChange(name, where.block, order[number], is_router=True)
             )
         else:
-            moves[name] = Move(name)
+            moves[name] = TensorChange(name)
     routed = {move.block for move in moves.values() if move.is_router}
     for block in row:
         if block not in routed:
@@ -121,7 +112,7 @@ def _expert(name: str) -> tuple[str, str, int, str] | None:
 
 
 def _blocks(found: set[str], layers: int, num_hidden_layers: int | None) -> list[str]:
-    """MoE blocks that the placement is about, in the order of layers."""
+    """Return MoE blocks that the placement is about, in the order of layers."""
 
     def number(block: str) -> int:
         layer = LAYER.search(block + ".")
@@ -140,12 +131,12 @@ def _blocks(found: set[str], layers: int, num_hidden_layers: int | None) -> list
     return blocks
 
 
-def _stacked(name: str, shape: Shape, block: str, order: NDArray[np.int64] | None) -> Move:
+def _stacked(name: str, shape: Shape, block: str, order: NDArray[np.int64] | None) -> TensorChange:
     if order is None or shape in ((), (1,)):
-        return Move(name, block)
+        return TensorChange(name, block)
     if shape[0] != len(order):
         raise ValueError(
             f"{name}: must be [{len(order)}, ..], experts first as in the placement, got "
             f"{list(shape)}"
         )
-    return Move(name, block, order)
+    return TensorChange(name, block, order)

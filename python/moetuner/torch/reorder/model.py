@@ -194,13 +194,7 @@ def _experts(layer: MoELayer, tensors: dict[str, Tensor]) -> Iterator[tuple[str,
 
 
 def _once(moved: list[_Moved], order: Order, tensors: dict[str, Tensor]) -> list[_Moved]:
-    """Return each piece of memory once, if all that share it move alike.
-
-    Raises
-    ------
-    ValueError
-        Naming two tensors that share memory, of which only one is to move, or each otherwise.
-    """
+    """Return each piece of memory once, if all that share it move alike."""
     by_name = {one.name: one for one in moved}
     kept: list[_Moved] = []
     # Sorted by where they begin, whatever overlaps follows at once.

@@ -17,13 +17,7 @@ ROUTER_NAMES = ("gate", "router")
 
 
 def order_of(placement: Placement) -> Order:
-    """Old expert at every new position [L,E]: device by device, ascending within a device.
-
-    Raises
-    ------
-    ValueError
-        If an expert has several copies, or devices hold unequal numbers of experts.
-    """
+    """Return the old expert at every new position [L,E]: by device, ascending within one."""
     layers, devices, _ = placement.slots.shape
     copies = placement.replicas
     if (copies > 1).any():
@@ -55,11 +49,6 @@ def check_groups(order: NDArray[np.int64], groups: int, layer: str) -> None:
 
     A group-limited router first chooses groups by their positions. If a run of positions held
     experts of two groups, other groups would win, and other experts be chosen.
-
-    Raises
-    ------
-    ValueError
-        Naming the layer and the first run that mixes groups.
     """
     experts = len(order)
     if groups == 1:
@@ -81,11 +70,6 @@ def check_ties(rows: list[bytes], layer: str) -> None:
     """Check that no two experts have the same router state, given as bytes per expert.
 
     Such experts always tie, and their numbers alone decide between them.
-
-    Raises
-    ------
-    ValueError
-        Naming the layer and two such experts.
     """
     first: dict[bytes, int] = {}
     for expert, row in enumerate(rows):
@@ -97,5 +81,5 @@ def check_ties(rows: list[bytes], layer: str) -> None:
 
 
 def inverse_of(order: Order) -> Order:
-    """Order [L,E] that undoes another one."""
+    """Return the order [L,E] that undoes another one."""
     return np.argsort(order, axis=1)

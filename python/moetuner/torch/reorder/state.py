@@ -82,11 +82,6 @@ def dependents(
         Number of experts E.
     others
         Names of MoE blocks that keep their order.
-
-    Raises
-    ------
-    ValueError
-        Naming a tensor that may depend on the order in a way that is not known.
     """
     others = set(others)
     places = sorted({*routers, *others}, key=len, reverse=True)
@@ -135,13 +130,7 @@ def held_as(tensor: Tensor) -> Held:
 
 
 def renumbered(name: str, table: Tensor, new: NDArray[np.int64]) -> Tensor:
-    """Return a table of experts' ids with the new number of every old expert [E].
-
-    Raises
-    ------
-    ValueError
-        If it holds other numbers.
-    """
+    """Return a table of experts' ids with the new number of every old expert [E]."""
     old = table.long()
     if table.numel() and not 0 <= int(old.min()) <= int(old.max()) < len(new):
         raise ValueError(
