@@ -75,8 +75,12 @@ def deepspeed(target: Path) -> None:
 
 
 def ascend(target: Path) -> None:
-    for file in (RUNS / "ascend").glob("*.*"):
-        shutil.copy(file, target)
+    run = RUNS / "ascend"
+    shutil.copy(run / "exported.json", target)
+    with np.load(run / "problem.npz") as problem:
+        table, workload = (problem[name] for name in ("current_expert_table", "expert_workload"))
+    first = {"current_expert_table": table[:2], "expert_workload": workload[:, :2]}
+    np.savez_compressed(target / "workload.npz", **first)
 
 
 def main() -> None:

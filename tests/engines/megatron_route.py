@@ -1,12 +1,15 @@
-"""Route with Megatron-Core on two ranks: `python megatron_route.py RESULT`.
+"""Route with Megatron-Core on two ranks: `python megatron_route.py RESULT PORT [PLACEMENT]`.
 
 Two Mixture-of-Experts layers of four decoder layers, one after the other, with the experts of each
-spread over two processes. The result is a folder with what the router's tracer writes, and by rank
-`replay-<r>.npz`: the replay's ids by layer, inputs and outputs. Every step has other tokens.
+spread over two processes, in the order of the placement if there is one. The result is a folder
+with what the router's tracer writes, and by rank `replay-<r>.npz`, the replay's ids by layer, and
+`states-<r>.npy`, what comes out of the layers. Every step has other tokens.
 """
 
 import os
+import re
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-RANKS, LAYERS, STEPS = 2, (1, 3), 3
+import moetuner as mt
+from moetuner.torch import permute_state_dict
+
+RANKS, EXPERTS, LAYERS, STEPS = 2, 8, (1, 3), 3
 
 
 class Nothing:
@@ -48,7 +54,7 @@ def layers():
         num_layers=max(LAYERS) + 1,
         hidden_size=64,
         num_attention_heads=4,
-        num_moe_experts=8,
+        num_moe_experts=EXPERTS,
         moe_router_topk=2,
         moe_ffn_hidden_size=32,
         moe_router_load_balancing_type="none",
@@ -60,7 +66,7 @@ def layers():
         expert_model_parallel_size=RANKS,
         params_dtype=torch.float32,
     )
-    made = get_gpt_layer_local_spec(num_experts=8, moe_grouped_gemm=False).submodules.mlp
+    made = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False).submodules.mlp
     blocks = [torch.nn.Module() for _ in range(config.num_layers)]
     for number in LAYERS:
         blocks[number].mlp = made(
@@ -74,7 +80,30 @@ def layers():
     return model
 
 
-def work(rank, result, port):
+def place(model, rank, placement):
+    """Give the layers weights of their own by expert, in the order of a placement if there is one.
+
+    Each rank has the experts that it holds, so the checkpoint that is renumbered is all ranks'.
+    """
+    local = {key: of for key, of in model.state_dict().items() if torch.is_tensor(of)}
+    held = EXPERTS // RANKS
+    everything = {}
+    for key, weight in local.items():
+        own, *expert = re.split(r"(?<=local_experts\.)(\d+)", key)
+        for number in range(EXPERTS) if expert else [0]:
+            name = f"{own}{number}{expert[1]}" if expert else key
+            seed = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            everything[name] = 0.2 * torch.randn(weight.shape, generator=seed)
+    if placement is not None:
+        everything = permute_state_dict(everything, mt.Placement.load(placement))
+    for key, weight in local.items():
+        name = re.sub(
+            r"(?<=local_experts\.)\d+", lambda found: str(int(found[0]) + held * rank), key
+        )
+        weight.copy_(everything[name])
+
+
+def work(rank, result, port, placement=None):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.set_num_threads(1)
     without_gpu()
@@ -86,11 +115,12 @@ def work(rank, result, port):
     parallel_state.initialize_model_parallel(1, 1, expert_model_parallel_size=RANKS)
     torch.manual_seed(0)
     model = layers()
+    place(model, rank, placement)
     RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
     router_trace.init_moe_router_tracer(result, STEPS, rank, training_mode=True)
     tracer = router_trace.get_moe_router_tracer()
     tracer.register_hooks(model)
-    kept = {}
+    kept, out = {}, []
     for step in range(STEPS):
         seed = torch.Generator().manual_seed(10 * step + rank)
         states = torch.randn(6, 2, 64, generator=seed)
@@ -99,10 +129,12 @@ def work(rank, result, port):
         for number, ids in zip(LAYERS, RouterReplay.get_recorded_data(), strict=True):
             kept[f"step{step}.layer{number}"] = ids.numpy()
         tracer.advance_step()
+        out.append(states.detach().numpy())
     tracer.flush()
     np.savez(Path(result) / f"replay-{rank}.npz", **kept)
+    np.save(Path(result) / f"states-{rank}.npy", np.stack(out))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    mp.spawn(work, (sys.argv[1], sys.argv[2]), nprocs=RANKS)
+    mp.spawn(work, tuple(sys.argv[1:]), nprocs=RANKS)

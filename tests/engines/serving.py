@@ -25,6 +25,8 @@ import tiny_models
 HERE = Path(__file__).parent
 BELOW = HERE.parents[1] / ".engines"
 TOKENS = 12
+# DeepSpeed looks for ninja, which is in this environment.
+PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
 LIMIT = 900  # seconds for one run; half a minute on a quiet machine
 
 VLLM = {
@@ -82,6 +84,13 @@ def folder_of(name: str) -> Path:
     return folder
 
 
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def program(name: str, arguments: list[str], environment: dict[str, str], folder: Path) -> str:
     """Run a program of this folder; return what it wrote, or fail with its end."""
     log = folder / "log.txt"
@@ -90,7 +99,7 @@ def program(name: str, arguments: list[str], environment: dict[str, str], folder
             [sys.executable, HERE / name, *map(str, arguments)],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PATH": PATH, **environment},
             timeout=LIMIT,
             check=False,
         ).returncode
@@ -136,9 +145,7 @@ def ask_vllm_server(name: str, checkpoint: Path, requests: dict[str, tuple[str, 
     A request is a path and a body; the model's name is added to it.
     """
     folder = folder_of(name)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint]
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
@@ -180,3 +187,35 @@ def _is_up(url: str) -> bool:
             return True
     except OSError:
         return False
+
+
+def moetuner(*arguments: Any) -> str:
+    """Run moetuner's command line as it is installed here; return what it wrote."""
+    done = subprocess.run(
+        [sys.executable, "-m", "moetuner", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def sets(ids: np.ndarray) -> np.ndarray:
+    """Return expert ids [T,L,K] as sets: the order inside a token says nothing in vLLM."""
+    return np.sort(ids, axis=2)
+
+
+def same_routing(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Whether the same tokens visit the same experts in all layers."""
+    return ours.shape == theirs.shape and bool((sets(ours) == sets(theirs)).all())
+
+
+def order_of(placement: Any) -> np.ndarray:
+    """Return the old expert at every new position [L,E] of a permuted checkpoint."""
+    return np.sort(placement.slots, axis=2).reshape(placement.layers, -1)
+
+
+def by_rank(layer_maps: list[list[int]], ranks: int) -> list[list[list[int]]]:
+    """Return every rank's experts [L,D,S] in rising order: the engine chooses among its slots."""
+    return np.sort(np.array(layer_maps).reshape(len(layer_maps), ranks, -1), axis=2).tolist()

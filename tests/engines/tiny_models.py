@@ -35,7 +35,8 @@ QWEN = {
     "num_experts_per_tok": 4,
     "norm_topk_prob": True,
 }
-# Name: architecture and what its config has beyond COMMON. Layer 0 of the second is dense.
+# Name: architecture and what its config has beyond COMMON. Layer 0 of the second is dense, and of
+# the last, whose router chooses among groups; SGLang knows no dense layers in a Qwen3-MoE.
 MODELS = {
     "qwen3_moe": ("Qwen3Moe", QWEN),
     "qwen3_moe_dense": ("Qwen3Moe", {**QWEN, "mlp_only_layers": [0]}),
@@ -46,6 +47,22 @@ MODELS = {
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
             "sliding_window": None,
+        },
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            "head_dim": 32,
+            "intermediate_size": 128,
+            "moe_intermediate_size": 64,
+            "n_routed_experts": 16,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": True,
+            "first_k_dense_replace": 1,
+            "use_qk_norm": True,
         },
     ),
 }
@@ -111,6 +128,18 @@ def truth(checkpoint: Path, sequences: list[list[int]]) -> list[np.ndarray]:
             model(torch.tensor([ids]))
         found.append(np.stack([chosen[layer] for layer in sorted(chosen)], axis=1))
     return found
+
+
+def greedy(checkpoint: Path, prompt: list[int], tokens: int) -> list[int]:
+    """Compute the likeliest continuation of a prompt."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    ids = list(prompt)
+    for _ in range(tokens):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
 
 
 if __name__ == "__main__":

@@ -94,6 +94,25 @@ def test_steps_without_tokens(tmp_path):
     assert mt.open_input(tmp_path, num_experts=8).tokens == 3
 
 
+def test_stages_of_a_pipeline(tmp_path):
+    """Ranks with other layers of the same tokens are joined, in the order of ranks."""
+    ids = {rank: random_ids(5 + rank, 3, 2, 8, seed=rank) for rank in range(2)}
+    for rank, of in ids.items():
+        for stage, layers in enumerate((LAYERS[:1], LAYERS[1:])):
+            at = slice(0, 1) if stage == 0 else slice(1, 3)
+            number = rank + 2 * stage
+            write(tmp_path, number, lines_of(of[:, at], 0, number, layers=layers))
+    found = mt.open_input(tmp_path, num_experts=8)
+    assert np.array_equal(found.expert_ids, np.concatenate([ids[0], ids[1]]))
+    assert found.group_names == ("rank 0", "rank 1")
+    write(tmp_path, 3, lines_of(ids[0][:, 1:], 0, 3, layers=LAYERS[1:]))
+    with pytest.raises(ValueError, match="step 0, rank 1: layers must have the same tokens"):
+        mt.open_input(tmp_path, num_experts=8)
+    (tmp_path / "router_trace_rank3.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"must have a line for each of layers 1, 2, 4, got none"):
+        mt.open_input(tmp_path, num_experts=8)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import moetuner as mt
 from moetuner.plugins import rebalance_experts
 
 
@@ -133,6 +134,57 @@ def test_ranks_come_and_leave(case, more):
     assert (copies.sum(axis=1) > 0).all()
     assert (found >= 0).all()
     assert (copies <= -(-width // experts)).all()
+
+
+@given(cases(), st.integers(1, 5), st.booleans())
+def test_windows_and_pairs_keep_all_promises(case, windows, runs):
+    """Slots, budget, determinism and dead zone, where more than the sum of loads counts."""
+    load, slots, _, _, ranks, random = case
+    layers, experts = load.shape
+    load = np.floor(load * random.lognormal(0, 1, (windows, *load.shape)))
+    counts = np.triu(random.integers(0, 100, (layers, experts, experts)), 1)
+    profile = mt.RoutingStatistics(
+        np.full((1, layers, experts), 1000), coactivation=counts + counts.transpose(0, 2, 1)
+    )
+    old = rebalance_experts(load[0], slots, 1, 1, ranks) if runs else None
+    rules = {"budget": 5, "profile": profile if experts > 1 else None}
+    found = rebalance_experts(load, slots, 1, 1, ranks, old, **rules)
+    copies = held(found, ranks, experts)
+    assert (copies.sum(axis=1) > 0).all()
+    assert (copies <= -(-slots // ranks // experts)).all()
+    assert np.array_equal(found, rebalance_experts(load, slots, 1, 1, ranks, old, **rules))
+    if runs:
+        assert (copies > held(old, ranks, experts)).sum() <= 5
+        same = rebalance_experts(load, slots, 1, 1, ranks, found, dead_zone=1.0, profile=profile)
+        assert np.array_equal(same, found)
+
+
+def test_windows_are_balanced_one_by_one():
+    """Experts that are busy at different times share a rank; on the sum they are all alike."""
+    load = np.zeros((4, 1, 8))
+    for window in range(4):
+        load[window, 0, [window, window + 4]] = 1000
+    found = rebalance_experts(load, 8, 1, 1, 4).reshape(4, 2)
+    assert (found[:, 0] % 4 != found[:, 1] % 4).all()
+
+
+def test_a_profile_brings_together_what_is_chosen_together():
+    """Loads alone cannot tell pairs apart; with a profile each pair is on one rank."""
+    pairs = np.zeros((2, 8, 8), dtype=np.int64)
+    for expert in range(8):
+        pairs[:, expert, (expert + 4) % 8] = 500
+    profile = mt.RoutingStatistics(np.full((1, 2, 8), 500), coactivation=pairs)
+    load = np.full((2, 8), 1000)
+    old = np.tile(np.arange(8), (2, 1))
+    for start in (None, old):
+        found = rebalance_experts(load, 8, 1, 1, 4, start, profile=profile).reshape(2, 4, 2)
+        assert (found[..., 0] % 4 == found[..., 1] % 4).all()
+    hidden = np.concatenate([load[:1] * 0, load])
+    assert (rebalance_experts(hidden, 8, 1, 1, 4, profile=profile)[1:] == found.reshape(2, 8)).any()
+    with pytest.raises(ValueError, match="co-activation"):
+        rebalance_experts(load, 8, 1, 1, 4, profile=mt.RoutingStatistics.from_load(load))
+    with pytest.raises(ValueError, match="8 experts a layer, and the engine 6"):
+        rebalance_experts(load[:, :6], 8, 1, 1, 4, profile=profile)
 
 
 def test_groups_stay_on_nodes_where_that_costs_little():

@@ -133,6 +133,25 @@ def test_rules_come_from_the_environment():
         Settings.of({"MOETUNER_REBALANCE": "1", "MOETUNER_DEAD_ZONE": "much"})
 
 
+def test_a_profile_is_a_trace_or_statistics(tmp_path):
+    """Both give the same map; a file that is not there is an error at the first decision."""
+    random = np.random.default_rng(0)
+    ids = random.permuted(np.tile(np.arange(8), (200, 2, 1)), axis=2)[:, :, :2]
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+    trace.save(tmp_path / "trace.safetensors")
+    statistics = mt.RoutingStatistics.from_trace(trace)
+    statistics.save(tmp_path / "statistics.safetensors")
+    load = statistics.total_load
+    maps = [
+        policy(REBALANCE=1, PROFILE=tmp_path / f"{name}.safetensors").decide(load, 8, 1, 1, 4)
+        for name in ("trace", "statistics")
+    ]
+    assert np.array_equal(*maps)
+    assert np.array_equal(maps[0], rebalance_experts(load, 8, 1, 1, 4, profile=statistics))
+    with pytest.raises(FileNotFoundError):
+        policy(REBALANCE=1, PROFILE=tmp_path / "none").decide(load, 8, 1, 1, 4)
+
+
 def test_records_what_solve_reads(tmp_path):
     """Windows [L,E] and [W,L,E], empty ones left out, on rank 0 alone."""
     record = policy(RECORD=tmp_path / "loads")

@@ -203,7 +203,8 @@ class _Reader:
             return False
         found = lines.ids.reshape(-1, *shape)
         try:
-            check_sizes(found.shape, found.dtype, self.experts)
+            if self.shape is None:
+                check_sizes(found.shape, found.dtype, self.experts)
             found = found if found.max() >= 256 else found.astype(np.uint8)
             ids = valid(found, self.experts, self.tokens)
         except ValueError:

@@ -15,32 +15,46 @@ from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 COLUMNS = ("token", "layer", "expert", "sequence", "group", "weight")
-# Of a table of tokens by layers, which is made before it is known whether each has its experts.
-TABLE_LIMIT = 1 << 34
-INTEGER = re.compile(r"-?\d{1,10}", re.ASCII)
+# Of a table that may be larger than the rows that fill it.
+TABLE_LIMIT = 1 << 27
+# As Python writes it, so that no two texts are one number.
+INTEGER = re.compile(r"0|-?[1-9]\d{0,17}", re.ASCII)
 
 
 @dataclass
 class Labels:
-    """Names, numbered in the order in which they appear."""
+    """Names, numbered in the order in which they appear; 7 and "7" are the same."""
 
     numbers: dict[Any, int] = field(default_factory=dict)
+    seen: dict[Any, int] = field(default_factory=dict)
 
     def of(self, values: Any) -> NDArray[np.int32]:
         """Return the numbers of some of them."""
-        numbers = self.numbers
-        return np.asarray([numbers.setdefault(v, len(numbers)) for v in values], dtype=np.int32)
+        if isinstance(values, np.ndarray):
+            found, first, place = np.unique(values, return_index=True, return_inverse=True)
+            order = np.argsort(first)
+            known = np.empty(len(found), dtype=np.int32)
+            known[order] = self.of(found[order].tolist())
+            return known[place]
+        seen = self.seen
+        return np.asarray(
+            [seen[value] if value in seen else self._new(value) for value in values],
+            dtype=np.int32,
+        )
+
+    def _new(self, value: Any) -> int:
+        name = value
+        if isinstance(value, str) and INTEGER.fullmatch(value):
+            name = int(value)
+        number = self.numbers.setdefault(name, len(self.numbers))
+        self.seen[value] = number
+        return number
 
 
 def as_integers(labels: Labels, numbers: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return labels themselves where all are integers of 32 bits, as texts or not, else numbers."""
-    known = [
-        int(value) if isinstance(value, str) and INTEGER.fullmatch(value) else value
-        for value in labels.numbers
-    ]
-    if len(set(known)) < len(known) or not all(
-        type(value) is int and -(1 << 31) <= value < 1 << 31 for value in known
-    ):
+    """Return labels themselves where all are integers of 32 bits, else their numbers."""
+    known = list(labels.numbers)
+    if not all(type(value) is int and -(1 << 31) <= value < 1 << 31 for value in known):
         return numbers
     return np.asarray(known, dtype=np.int32)[numbers]
 
@@ -127,8 +141,11 @@ class Rows:
             raise ValueError("num_experts is needed: the file does not say it")
         first, token = _numbered(columns["token"], columns.get("sequence"))
         tokens = len(first)
-        if tokens * len(layers) > TABLE_LIMIT:
-            raise ValueError(f"must have fewer tokens and layers, got {tokens} x {len(layers)}")
+        if tokens * len(layers) > max(self.count, TABLE_LIMIT):
+            raise ValueError(
+                f"each token must have experts in each layer, got {self.count} rows for {tokens} "
+                f"tokens and {len(layers)} layers"
+            )
         cell = token * len(layers) + layer
         sizes = np.bincount(cell, minlength=tokens * len(layers))
         if (sizes != sizes[0]).any():
@@ -169,7 +186,7 @@ class Rows:
         by = next((name for name in ("sequence", "group") if name in columns), None)
         window = np.zeros(self.count, dtype=np.int64) if by is None else columns[by]
         windows = int(window.max()) + 1
-        if windows * len(layers) * experts > TABLE_LIMIT >> 4:
+        if windows * len(layers) * experts > TABLE_LIMIT:
             raise ValueError(
                 f"counts must be of fewer windows, got {windows} of {len(layers)} x {experts}"
             )

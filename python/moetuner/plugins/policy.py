@@ -18,16 +18,30 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import at_least, is_number, numbers_in, shown, whole_number
+from moetuner._checks import array_in, at_least, is_number, numbers_in, shown, whole_number
+from moetuner.formats import open_input
 from moetuner.placement import EMPTY, Placement, kept
 from moetuner.plugins.recorder import LoadRecorder
-from moetuner.solver.rebalancing import DEAD_ZONE, DEVIATIONS, Rebalanced, largest_move, rebalance
+from moetuner.solver.rebalancing import (
+    DEAD_ZONE,
+    DEVIATIONS,
+    Pairs,
+    Rebalanced,
+    largest_move,
+    rebalance,
+)
+from moetuner.statistics import RoutingStatistics
+from moetuner.trace import RoutingTrace
 
 Slots = NDArray[np.int32]
 
 PREFIX = "MOETUNER_"
 # Slowest rank that whole groups on nodes may cost, as a part of what it takes without.
 GROUP_SLACK = 0.1
+# Time of a token's visit of a rank, as a part of what an expert takes for a token.
+TRAFFIC = 0.2
+# Windows that a decision looks at.
+MOST_WINDOWS = 64
 
 
 def rebalance_experts(
@@ -42,6 +56,8 @@ def rebalance_experts(
     dead_zone: float = DEAD_ZONE,
     deviations: float = DEVIATIONS,
     group_slack: float = GROUP_SLACK,
+    profile: RoutingStatistics | None = None,
+    traffic: float = TRAFFIC,
 ) -> NDArray[np.int64]:
     """Return the expert of every slot [L,P] for live loads, as engines ask for it.
 
@@ -72,6 +88,10 @@ def rebalance_experts(
         and more than so many standard deviations of counts as large.
     group_slack
         By what share the slowest rank may take longer where groups stay whole.
+    profile
+        Statistics with co-activation, of traffic like this: then a token's visits count as well.
+    traffic
+        Time of a token's visit of a rank, as a part of what an expert takes for a token.
 
     Raises
     ------
@@ -85,8 +105,8 @@ def rebalance_experts(
     [[0, 3, 1, 0, 2, 3]]
     """
     case = _Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map)
-    rules = Rules(budget, dead_zone, deviations, group_slack)
-    return case.map_of(case.rebalanced(rules).slots)
+    rules = Rules(budget, dead_zone, deviations, group_slack, traffic)
+    return case.map_of(case.rebalanced(rules, profile).slots)
 
 
 @dataclass(frozen=True)
@@ -97,11 +117,12 @@ class Rules:
     dead_zone: float = DEAD_ZONE
     deviations: float = DEVIATIONS
     group_slack: float = GROUP_SLACK
+    traffic: float = TRAFFIC
 
     def __post_init__(self) -> None:
         if self.budget is not None:
             at_least("budget", self.budget, 0)
-        for name in ("dead_zone", "deviations", "group_slack"):
+        for name in ("dead_zone", "deviations", "group_slack", "traffic"):
             at_least(name, getattr(self, name), 0)
 
 
@@ -125,14 +146,7 @@ class _Case:
         num_ranks: int,
         old_map: ArrayLike | None,
     ) -> _Case:
-        windows = numbers_in("weight", weight)
-        if windows.ndim == 2:
-            windows = windows[None]
-        if windows.ndim != 3 or windows.size == 0:
-            raise ValueError(
-                "weight must be [layers, experts] or [windows, layers, experts], none of them "
-                f"zero, got {list(windows.shape)}"
-            )
+        windows = numbers_in("weight", few_windows(array_in("weight", weight)))
         if not (np.isfinite(windows).all() and (windows >= 0).all()):
             raise ValueError("weight must be finite and at least 0")
         whole_number("num_replicas", num_replicas)
@@ -178,19 +192,20 @@ class _Case:
             full[layer, slot] = was
         return full
 
-    def rebalanced(self, rules: Rules) -> Rebalanced:
-        """Relieve the slowest ranks."""
+    def rebalanced(self, rules: Rules, profile: RoutingStatistics | None = None) -> Rebalanced:
+        """Relieve the slowest ranks, and keep together what a profile has seen together."""
         layers, ranks, _ = self.slots.shape
         budget = rules.budget
         if budget is None:
             budget = largest_move(layers, self.experts, ranks)
         load = self.load
-        free = _rebalance(load, self.slots, budget, rules)
+        pairs = None if profile is None else self.pairs_of(profile, rules.traffic)
+        free = _rebalance(self.windows, self.slots, budget, rules, pairs)
         if self.nodes == 1:
             return free
         # Groups stay whole on nodes, where that costs little.
         forbidden = _elsewhere(load, self.slots, self.groups, self.nodes)
-        whole = _rebalance(load, self.slots, budget, rules, forbidden)
+        whole = _rebalance(self.windows, self.slots, budget, rules, pairs, forbidden)
         cheap = whole.after <= free.after * (1 + rules.group_slack)
         if self.runs:
             # What runs well in parts stays, and so does what would take more moves than allowed.
@@ -209,23 +224,101 @@ class _Case:
             np.where(better, whole.brought, free.brought),
         )
 
+    def pairs_of(self, profile: RoutingStatistics, traffic: float) -> Pairs:
+        """Return the pairs of a profile as they count for loads like these.
+
+        Raises
+        ------
+        ValueError
+            If the profile is of another model, or has no pairs.
+        """
+        if profile.coactivation is None:
+            raise ValueError("the profile has no co-activation: count it from a trace")
+        if profile.experts != self.experts:
+            raise ValueError(
+                f"the profile has {profile.experts} experts a layer, and the engine {self.experts}"
+            )
+        layers, ranks, _ = self.slots.shape
+        rows = self.rows_of(profile.layers, "the profile")
+        load, pairs = profile.total_load.sum(axis=1, dtype=np.float64), profile.coactivation
+        twice = pairs.sum(axis=(1, 2), dtype=np.float64)
+        # Of K experts on one rank instead of K, K (K - 1) / 2 pairs save K - 1 visits.
+        each = load / np.maximum(load + twice, 1.0)
+        live = self.load.sum(axis=1)[rows]
+        cost = np.zeros(layers)
+        cost[rows] = traffic * 2 * each / ranks * live / np.maximum(load, 1.0)
+        counts = np.zeros((layers, self.experts, self.experts), dtype=np.uint64)
+        counts[rows] = pairs
+        return Pairs(counts, cost)
+
+    def rows_of(self, layers: int, what: str) -> NDArray[np.intp]:
+        """Tell which of the engine's layers have experts, where some of its are dense.
+
+        Raises
+        ------
+        ValueError
+            If they are not as many as ``what`` has.
+        """
+        here = len(self.slots)
+        if layers == here:
+            return np.arange(here)
+        sparse = np.flatnonzero(self.load.any(axis=1))
+        if len(sparse) == layers:
+            return sparse
+        if sparse.size or here < layers:
+            raise ValueError(
+                f"{what} has {layers} layers, but the engine has {here}, of which {len(sparse)} "
+                "have load"
+            )
+        # Where there is no load to tell: dense layers come first in all models that have few.
+        return np.arange(here - layers, here)
+
 
 def _rebalance(
-    load: NDArray[np.float64],
+    windows: NDArray[np.float64],
     slots: Slots,
     budget: int,
     rules: Rules,
+    pairs: Pairs | None,
     forbidden: NDArray[np.bool_] | None = None,
 ) -> Rebalanced:
     return rebalance(
-        load,
+        windows,
         slots,
         time=np.ones(slots.shape[1]),
         budget=budget,
         dead_zone=rules.dead_zone,
         deviations=rules.deviations,
         forbidden=forbidden,
+        pairs=pairs,
     )
+
+
+def few_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Return windows [W,L,E] of loads [L,E] or [W,L,E]: those with load, few enough to search on.
+
+    Neighbours are added up where there are more. Of loads that are all zero one window is left.
+
+    Raises
+    ------
+    ValueError
+        If they have another number of dimensions, or none of something.
+    """
+    windows = weight[None] if weight.ndim == 2 else weight
+    if windows.ndim != 3 or windows.size == 0:
+        raise ValueError(
+            "weight must be [layers, experts] or [windows, layers, experts], none of them zero, "
+            f"got {list(weight.shape)}"
+        )
+    used = windows[windows.any(axis=(1, 2))] if len(windows) > 1 else windows
+    if not len(used):
+        return windows[:1]
+    if len(used) <= MOST_WINDOWS:
+        return used
+    begin = np.arange(MOST_WINDOWS) * len(used) // MOST_WINDOWS
+    wide = np.float64 if used.dtype.kind == "f" else np.int64
+    joined: NDArray[np.generic] = np.add.reduceat(used, begin, axis=0, dtype=wide)
+    return joined
 
 
 def _running(old_map: ArrayLike | None, shape: tuple[int, int, int], experts: int) -> Slots:
@@ -283,14 +376,18 @@ class Settings:
         File of a placement to serve: ``MOETUNER_PLACEMENT``.
     rebalance
         Whether to follow live loads: ``MOETUNER_REBALANCE``.
+    profile
+        File of a trace, or of statistics with co-activation: ``MOETUNER_PROFILE``.
     record
         Folder for windows of load: ``MOETUNER_RECORD``.
     rules
-        ``MOETUNER_MOVE_BUDGET``, ``MOETUNER_DEAD_ZONE`` and ``MOETUNER_GROUP_SLACK``.
+        ``MOETUNER_MOVE_BUDGET``, ``MOETUNER_DEAD_ZONE``, ``MOETUNER_DEVIATIONS``,
+        ``MOETUNER_GROUP_SLACK`` and ``MOETUNER_TRAFFIC``.
     """
 
     placement: Path | None = None
     rebalance: bool = False
+    profile: Path | None = None
     record: Path | None = None
     rules: Rules = Rules()
 
@@ -330,12 +427,14 @@ class Settings:
         found = cls(
             path("PLACEMENT"),
             switch in ("1", "true", "on"),
+            path("PROFILE"),
             path("RECORD"),
             Rules(
                 None if budget < 0 else int(budget),
                 number("DEAD_ZONE", DEAD_ZONE),
                 number("DEVIATIONS", DEVIATIONS),
                 number("GROUP_SLACK", GROUP_SLACK),
+                number("TRAFFIC", TRAFFIC),
             ),
         )
         return found if found.placement or found.rebalance or found.record else None
@@ -389,7 +488,7 @@ class Policy:
             slots = self._stored(case)
             words = f"{self.settings.placement}"
         else:
-            found = case.rebalanced(self.settings.rules)
+            found = case.rebalanced(self.settings.rules, self._profile)
             slots = found.slots
             words = _said(case, found)
         answer = case.map_of(slots)
@@ -425,6 +524,15 @@ class Policy:
         assert self.settings.placement is not None
         return Placement.load(self.settings.placement).filled()
 
+    @cached_property
+    def _profile(self) -> RoutingStatistics | None:
+        if self.settings.profile is None:
+            return None
+        found = open_input(self.settings.profile)
+        if isinstance(found, RoutingTrace):
+            found = RoutingStatistics.from_trace(found, transitions=False)
+        return found
+
     def _stored(self, case: _Case) -> Slots:
         """Return the stored placement, what stays on a rank in the slot that it has."""
         placement = self._placement
@@ -437,33 +545,16 @@ class Policy:
                 f"{stored[2]} experts, but the engine has {asked[0]} ranks x {asked[1]} slots for "
                 f"{asked[2]} experts"
             )
-        slots = placement.slots
-        if placement.layers != layers:
-            slots = self._with_dense(case)
+        rows = case.rows_of(placement.layers, f"{self.settings.placement}: the placement")
+        slots = case.slots.copy()
+        if not case.runs:
+            # Layers without experts, which engines that count hidden layers have.
+            slots[:] = (np.arange(ranks * width) % case.experts).reshape(ranks, width)
+        slots[rows] = placement.slots
         if not case.runs:
             return slots
         rooms = np.full((layers, ranks), width)
         return kept(case.slots, slots, rooms)
-
-    def _with_dense(self, case: _Case) -> Slots:
-        """Add rows for layers without experts, which engines that count hidden layers have."""
-        placement, layers = self._placement, len(case.slots)
-        sparse = np.flatnonzero(case.load.any(axis=1))
-        if len(sparse) != placement.layers:
-            # Where there is no load to tell: dense layers come first in all models that have few.
-            if sparse.size or layers < placement.layers:
-                raise ValueError(
-                    f"{self.settings.placement}: {placement.layers} layers, but the engine has "
-                    f"{layers}, of which {len(sparse)} have load"
-                )
-            sparse = np.arange(layers - placement.layers, layers)
-        ranks, width = case.slots.shape[1:]
-        slots = case.slots.copy()
-        if not case.runs:
-            in_turn = np.arange(ranks * width, dtype=np.int32) % case.experts
-            slots[:] = in_turn.reshape(ranks, width)
-        slots[sparse] = placement.slots
-        return slots
 
 
 def _said(case: _Case, found: Rebalanced) -> str:

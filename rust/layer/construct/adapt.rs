@@ -8,7 +8,7 @@ use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
 use super::draft::{Draft, Site};
-use super::polish::{changes, may_exchange};
+use super::polish::may_exchange;
 use super::squeeze::squeeze;
 use super::{NoSlot, check, fill};
 use crate::error::{Error, Result};
@@ -44,6 +44,8 @@ pub struct Change {
 const GAIN: f64 = 1e-12;
 /// Copies that a step counts as which brings none.
 const FREE: f64 = 1e-3;
+/// What relief beyond where none is needed counts.
+const BEYOND: f64 = 1e-6;
 
 /// Changes running slots `[L, D, S]`, -1 where one is empty, on loads `[L, E]`; `all` is as of
 /// [`super::fill_layers`]. Experts without a slot get one and empty slots are filled, whatever they bring.
@@ -125,7 +127,7 @@ fn walk(site: Site<'_>, load: &[f64], slots: &[i32], reach: Reach) -> std::resul
     for (slot, device) in places(&draft) {
         let expert = u16::try_from(slots[slot]).unwrap_or(EMPTY);
         if usize::from(expert) < load.len() {
-            held[usize::from(expert) * site.room.len() + device] = true;
+            held[device * load.len() + usize::from(expert)] = true;
             if draft.takes(expert, device) {
                 draft.put(slot, device, expert);
             }
@@ -141,6 +143,9 @@ fn walk(site: Site<'_>, load: &[f64], slots: &[i32], reach: Reach) -> std::resul
     let mut walk = Walk::new(draft, &held, reach.tolerance);
     walk.note();
     let start = walk.draft.expert_in.clone();
+    if !held.contains(&true) {
+        return Ok(Path { start, edits: walk.edits, stops: walk.stops });
+    }
     for _ in 0..reach.steps * site.room.len() {
         if !walk.step() {
             break;
@@ -153,7 +158,7 @@ fn walk(site: Site<'_>, load: &[f64], slots: &[i32], reach: Reach) -> std::resul
 
 /// Gives experts that have no slot one, the heaviest first, and fills empty slots with copies that take most.
 fn complete(draft: &mut Draft<'_>) -> std::result::Result<(), NoSlot> {
-    let empty = draft.expert_in.iter().any(|&e| e == EMPTY);
+    let empty = draft.expert_in.contains(&EMPTY);
     let mut missing: Vec<u16> =
         (0..draft.load.len() as u16).filter(|&e| draft.copies[usize::from(e)] == 0).collect();
     if missing.is_empty() && !empty {
@@ -191,14 +196,23 @@ fn complete(draft: &mut Draft<'_>) -> std::result::Result<(), NoSlot> {
 
 struct Walk<'a, 'b> {
     draft: Draft<'b>,
-    /// What was on a device at the start `[E, D]`.
+    /// What was on a device at the start `[D, E]`.
     held: &'a [bool],
+    /// Of every slot `[P]`.
+    device_of: Vec<usize>,
     /// Of every device `[D]`.
     times: Vec<f64>,
     /// Load in every slot `[P]`.
     load_in: Vec<f64>,
+    /// What a copy would get of every expert, were there one more `[E]`.
+    with_one_more: Vec<f64>,
+    /// Whether what is in a slot was brought, 0 or 1 `[P]`.
+    is_brought: Vec<f64>,
+    /// Devices that had an expert at the start `[E]`.
+    had: Vec<Vec<usize>>,
     /// Where nothing is relieved any more.
     target: f64,
+    scan: Scan,
     edits: Vec<(u32, u16)>,
     stops: Vec<Stop>,
 }
@@ -206,56 +220,149 @@ struct Walk<'a, 'b> {
 /// A step of a [`Walk`].
 #[derive(Debug, Clone, Copy)]
 enum Step {
-    /// Exchange slots of devices.
-    Swap((usize, usize), (usize, usize)),
-    /// Put a copy of an expert into a slot of a device.
-    Put(u16, (usize, usize)),
+    /// Exchange two slots.
+    Swap(usize, usize),
+    /// Put a copy of an expert into a slot.
+    Put(u16, usize),
 }
 
 /// The best step so far.
 struct Best {
-    /// Time of the slowest device, and below which all that a step touches must end.
+    /// Time of the slowest device, below which all that a step touches must end, and where it need not fall further.
     now: f64,
     goal: f64,
     target: f64,
     worth: f64,
-    longest: f64,
     step: Option<Step>,
 }
 
 impl Best {
     /// What a step is worth after which the slowest of those it touches takes `longest`.
-    fn worth(&self, longest: f64, brings: i64) -> f64 {
-        (self.now - longest.max(self.target)) / if brings > 0 { brings as f64 } else { FREE }
+    fn worth(&self, longest: f64, brings: f64) -> f64 {
+        worth([self.now, self.target, self.goal], longest, brings)
     }
 
-    fn beats(&self, worth: f64, longest: f64) -> bool {
-        worth > self.worth || (worth == self.worth && longest < self.longest)
+    fn take(&mut self, worth: f64, step: Step) {
+        (self.worth, self.step) = (worth, Some(step));
+    }
+}
+
+/// What is relieved for a copy that is brought, where it is more than nothing.
+#[inline(always)]
+fn worth([now, target, goal]: [f64; 3], longest: f64, brings: f64) -> f64 {
+    let capped = if longest > target { longest } else { target };
+    let relief = (now - capped) + BEYOND * (now - longest);
+    let each = if brings > 1.5 {
+        0.5
+    } else if brings > 0.5 {
+        1.0
+    } else {
+        1.0 / FREE
+    };
+    if longest < goal { relief * each } else { 0.0 }
+}
+
+/// Slots side by side, for all exchanges of one slot with them at once.
+#[derive(Default)]
+struct Scan {
+    /// Time of the slot's device, infinite where there is none, and its time per token `[row]`.
+    time: Vec<f64>,
+    per_token: Vec<f64>,
+    /// Load in the slot `[row]`.
+    load: Vec<f64>,
+    /// Copies brought by what comes from the slot, and by what goes there, less what these take back `[row]`.
+    comes: Vec<f64>,
+    goes: Vec<f64>,
+    /// What each exchange is worth `[row]`.
+    worth: Vec<f64>,
+}
+
+/// Slots that are looked at together.
+const LANES: usize = 8;
+
+impl Scan {
+    fn new(draft: &Draft<'_>, device_of: &[usize]) -> Self {
+        let row = device_of.len().next_multiple_of(LANES);
+        let [load, comes, goes, worth] = std::array::from_fn(|_| vec![0.0; row]);
+        let mut per_token = vec![1.0; row];
+        for (per_token, &device) in per_token.iter_mut().zip(device_of) {
+            *per_token = draft.site.time[device];
+        }
+        Self { time: vec![f64::INFINITY; row], per_token, load, comes, goes, worth }
     }
 
-    fn take(&mut self, worth: f64, longest: f64, step: Step) {
-        (self.worth, self.longest, self.step) = (worth, longest, Some(step));
+    /// Looks at exchanges of a slot of load `given` on a device of time `before`; the most that one is worth.
+    fn look(&mut self, given: f64, before: f64, per_token: f64, best: &Best) -> f64 {
+        look(self, given, before, per_token, [best.now, best.target, best.goal])
     }
+}
+
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn look(scan: &mut Scan, given: f64, before: f64, per_token: f64, marks: [f64; 3]) -> f64 {
+    let row = scan.worth.len();
+    let (time, per, load) = (&scan.time[..row], &scan.per_token[..row], &scan.load[..row]);
+    let (comes, goes, found) = (&scan.comes[..row], &scan.goes[..row], &mut scan.worth[..row]);
+    for q in 0..row {
+        let moved = given - load[q];
+        let (here, there) = (before - moved * per_token, time[q] + moved * per[q]);
+        let longest = if here > there { here } else { there };
+        found[q] = worth(marks, longest, comes[q] + goes[q]);
+    }
+    let mut most = [0.0; LANES];
+    for found in found.as_chunks::<LANES>().0 {
+        for lane in 0..LANES {
+            most[lane] = if found[lane] > most[lane] { found[lane] } else { most[lane] };
+        }
+    }
+    most.into_iter().fold(0.0, f64::max)
 }
 
 impl<'a, 'b> Walk<'a, 'b> {
     fn new(draft: Draft<'b>, held: &'a [bool], tolerance: f64) -> Self {
-        let (times, load_in) = draft.measure();
         let site = draft.site;
-        let rate: f64 =
-            site.time.iter().zip(site.room).filter(|(_, room)| **room > 0).map(|(time, _)| 1.0 / time).sum();
+        let used = site.time.iter().zip(site.room).filter(|(_, room)| **room > 0);
+        let rate: f64 = used.map(|(time, _)| 1.0 / time).sum();
         let target = draft.load.iter().sum::<f64>() / rate * (1.0 + tolerance);
-        Self { draft, held, times, load_in, target, edits: vec![], stops: vec![] }
+        let device_of: Vec<usize> = places(&draft).into_iter().map(|(_, device)| device).collect();
+        let scan = Scan::new(&draft, &device_of);
+        let (experts, is_brought) = (draft.load.len(), vec![0.0; device_of.len()]);
+        let had = |e: usize| (0..site.room.len()).filter(|g| held[g * experts + e]).collect();
+        let mut walk = Self {
+            held,
+            device_of,
+            times: vec![],
+            load_in: vec![],
+            with_one_more: vec![],
+            is_brought,
+            had: (0..experts).map(had).collect(),
+            target,
+            scan,
+            edits: vec![],
+            stops: vec![],
+            draft,
+        };
+        walk.measure();
+        walk
+    }
+
+    /// Follows the draft, whatever has become of it.
+    fn measure(&mut self) {
+        (self.times, self.load_in) = self.draft.measure();
+        let copies = self.draft.copies.iter().map(|&copies| f64::from(copies + 1));
+        self.with_one_more = self.draft.load.iter().zip(copies).map(|(load, copies)| load / copies).collect();
+        for slot in 0..self.device_of.len() {
+            let is_new = self.is_new(self.draft.expert_in[slot], self.device_of[slot]);
+            self.is_brought[slot] = f64::from(u8::from(is_new));
+        }
     }
 
     fn is_new(&self, expert: u16, device: usize) -> bool {
-        expert != EMPTY && !self.held[usize::from(expert) * self.times.len() + device]
+        expert != EMPTY && !self.held[device * self.draft.load.len() + usize::from(expert)]
     }
 
     fn note(&mut self) {
-        let slots = places(&self.draft).into_iter();
-        let brought = slots.filter(|&(slot, g)| self.is_new(self.draft.expert_in[slot], g)).count();
         let slowest = self.times.iter().copied().fold(0.0, f64::max);
+        let brought = self.is_brought.iter().sum::<f64>() as usize;
         self.stops.push(Stop { brought, slowest, edits: self.edits.len() });
     }
 
@@ -267,9 +374,8 @@ impl<'a, 'b> Walk<'a, 'b> {
         if now <= self.target {
             return false;
         }
-        let goal = now * (1.0 - GAIN);
-        let mut best =
-            Best { now, goal, target: self.target, worth: 0.0, longest: f64::INFINITY, step: None };
+        let (goal, target) = (now * (1.0 - GAIN), self.target);
+        let mut best = Best { now, goal, target, worth: 0.0, step: None };
         self.look_for_swaps(slow, &mut best);
         if self.draft.site.copies {
             self.look_for_copies(slow, &mut best);
@@ -277,7 +383,8 @@ impl<'a, 'b> Walk<'a, 'b> {
         let Some(step) = best.step else { return false };
         let draft = &mut self.draft;
         match step {
-            Step::Swap((p, g), (q, h)) => {
+            Step::Swap(p, q) => {
+                let (g, h) = (self.device_of[p], self.device_of[q]);
                 let (a, b) = (draft.expert_in[p], draft.expert_in[q]);
                 draft.put(p, g, EMPTY);
                 draft.put(q, h, a);
@@ -287,79 +394,128 @@ impl<'a, 'b> Walk<'a, 'b> {
                 self.times[g] -= moved * draft.site.time[g];
                 self.times[h] += moved * draft.site.time[h];
                 self.edits.extend([(p as u32, b), (q as u32, a)]);
+                for (slot, e, device) in [(p, b, g), (q, a, h)] {
+                    self.is_brought[slot] = f64::from(u8::from(self.is_new(e, device)));
+                }
             }
-            Step::Put(e, (q, g)) => {
-                draft.put(q, g, e);
-                (self.times, self.load_in) = draft.measure();
+            Step::Put(e, q) => {
+                draft.put(q, self.device_of[q], e);
                 self.edits.push((q as u32, e));
+                self.measure();
             }
         }
         true
     }
 
-    fn look_for_swaps(&self, slow: usize, best: &mut Best) {
-        let draft = &self.draft;
-        let before = self.times[slow];
-        for other in (0..self.times.len()).filter(|&g| g != slow) {
-            let [t, u] = [draft.site.time[slow], draft.site.time[other]];
-            let beside = self.times[other];
-            for p in draft.slots(slow) {
-                let given = self.load_in[p];
-                let a = draft.expert_in[p];
-                let goes = i64::from(self.is_new(a, other)) - i64::from(self.is_new(a, slow));
-                for q in draft.slots(other) {
-                    let moved = given - self.load_in[q];
-                    let longest = f64::max(before - moved * t, beside + moved * u);
-                    // Two copies at the most are brought.
-                    if longest >= best.goal {
-                        continue;
-                    }
-                    let b = draft.expert_in[q];
-                    let brings = goes + i64::from(self.is_new(b, slow)) - i64::from(self.is_new(b, other));
-                    let worth = best.worth(longest, brings);
-                    if best.beats(worth, longest) && may_exchange(draft, (p, slow), (q, other)) {
-                        best.take(worth, longest, Step::Swap((p, slow), (q, other)));
-                    }
+    fn look_for_swaps(&mut self, slow: usize, best: &mut Best) {
+        let (draft, experts, slots) = (&self.draft, self.draft.load.len(), self.device_of.len());
+        let held = |device: usize| &self.held[device * experts..][..experts];
+        let new = |held: &[bool], e: u16| f64::from(u8::from(e != EMPTY && !held[usize::from(e)]));
+        let scan = &mut self.scan;
+        let mine = held(slow);
+        for g in 0..self.times.len() {
+            // Nothing goes from a device to itself.
+            scan.time[draft.slots(g)].fill(if g == slow { f64::INFINITY } else { self.times[g] });
+        }
+        for q in 0..slots {
+            scan.comes[q] = new(mine, draft.expert_in[q]) - self.is_brought[q];
+        }
+        scan.load[..slots].copy_from_slice(&self.load_in);
+        let least = self.load_in.iter().copied().fold(f64::INFINITY, f64::min);
+        let mut barred = vec![];
+        for p in draft.slots(slow) {
+            let a = draft.expert_in[p];
+            // The least that an exchange can leave, if it brings one copy.
+            let longest = self.times[slow] - (self.load_in[p] - least) * draft.site.time[slow];
+            if best.worth(longest, 1.0) <= best.worth {
+                continue;
+            }
+            scan.goes.fill(f64::from(u8::from(a != EMPTY)) - self.is_brought[p]);
+            for &g in self.had.get(usize::from(a)).into_iter().flatten() {
+                scan.goes[draft.slots(g)].fill(-self.is_brought[p]);
+            }
+            loop {
+                let worth = scan.look(self.load_in[p], self.times[slow], draft.site.time[slow], best);
+                if worth <= best.worth {
+                    break;
                 }
+                let q = scan.worth.iter().position(|&of| of >= worth).unwrap_or(p);
+                if may_exchange(draft, (p, slow), (q, self.device_of[q])) {
+                    best.take(worth, Step::Swap(p, q));
+                    break;
+                }
+                // What is not allowed for this one may be for the next.
+                scan.time[q] = f64::INFINITY;
+                barred.push(q);
+            }
+            for q in barred.drain(..) {
+                scan.time[q] = self.times[self.device_of[q]];
             }
         }
     }
 
     /// Looks at copies of what is on the slowest device in slots elsewhere, and of others there.
+    ///
+    /// That other copies of an expert get less when there is one more is left out, so that a step may turn out better.
     fn look_for_copies(&self, slow: usize, best: &mut Best) {
         let draft = &self.draft;
-        let spare = |slot: usize| {
-            let e = draft.expert_in[slot];
-            e == EMPTY || draft.copies[usize::from(e)] > 1
-        };
-        let mut look = |e: u16, (q, g): (usize, usize), relief: f64| {
-            let gone = draft.expert_in[q];
-            let brings = i64::from(self.is_new(e, g)) - i64::from(self.is_new(gone, g));
-            // No more than the slowest device itself is relieved.
-            if best.worth(best.now - relief, brings) < best.worth || relief <= 0.0 {
-                return;
+        let brought = |e: u16, g: usize| f64::from(u8::from(self.is_new(e, g)));
+        let t = draft.site.time[slow];
+        // Of everything on the slowest device: what one more copy would take of it, and relieve.
+        let mut here: Vec<(u16, f64, f64)> = draft
+            .slots(slow)
+            .map(|p| (draft.expert_in[p], self.load_in[p]))
+            .filter(|&(e, _)| e != EMPTY)
+            .map(|(e, load)| (e, self.with_one_more[usize::from(e)], load))
+            .map(|(e, more, load)| (e, more, (load - more) * t))
+            .collect();
+        here.sort_by(|a, b| b.2.total_cmp(&a.2));
+        for q in 0..self.device_of.len() {
+            let (g, gone) = (self.device_of[q], draft.expert_in[q]);
+            let copies = if gone == EMPTY { 2 } else { draft.copies[usize::from(gone)] };
+            if copies < 2 || !draft.releases(q, g) {
+                continue;
             }
-            let after = changes(draft, e, (q, g)).map(|(h, by)| self.times[h] + by);
-            let longest = after.fold(0.0, f64::max);
-            let worth = best.worth(longest, brings);
-            if longest < best.goal && best.beats(worth, longest) {
-                best.take(worth, longest, Step::Put(e, (q, g)));
-            }
-        };
-        let time = draft.site.time[slow];
-        let more = |e: u16| draft.load[usize::from(e)] / f64::from(draft.copies[usize::from(e)] + 1);
-        for g in 0..self.times.len() {
-            for q in draft.slots(g).filter(|&q| spare(q) && draft.releases(q, g)) {
-                if g == slow {
-                    for e in (0..draft.load.len() as u16).filter(|&e| draft.takes(e, g)) {
-                        look(e, (q, g), (self.load_in[q] - more(e)) * time);
+            // What other devices take that have what goes.
+            let (mut beside, mut also) = (0.0, 0.0);
+            if gone != EMPTY {
+                let more = draft.load[usize::from(gone)] / f64::from(copies - 1) - self.load_in[q];
+                for h in draft.devices(gone).filter(|&h| h != g) {
+                    if h == slow {
+                        also = more * t;
+                    } else {
+                        beside = f64::max(beside, self.times[h] + more * draft.site.time[h]);
                     }
-                } else {
-                    for p in draft.slots(slow) {
-                        let e = draft.expert_in[p];
-                        if e != EMPTY && draft.takes(e, g) {
-                            look(e, (q, g), (self.load_in[p] - more(e)) * time);
+                }
+            }
+            if beside >= best.goal {
+                continue;
+            }
+            let less = brought(gone, g);
+            if g == slow {
+                let gains = self.times[g] - self.load_in[q] * t;
+                for (e, &more) in (0..).zip(&self.with_one_more) {
+                    let longest = f64::max(beside, gains + more * t);
+                    if best.worth(longest, 1.0 - less) > best.worth && draft.takes(e, g) {
+                        let worth = best.worth(longest, brought(e, g) - less);
+                        if worth > best.worth {
+                            best.take(worth, Step::Put(e, q));
                         }
+                    }
+                }
+                continue;
+            }
+            let (rest, u) = (self.times[g] - self.load_in[q] * draft.site.time[g], draft.site.time[g]);
+            for &(e, more, relief) in &here {
+                // No step relieves more for a copy, nor do those behind.
+                if less == 0.0 && best.worth(best.now - relief, 1.0) <= best.worth {
+                    break;
+                }
+                let longest = f64::max(f64::max(beside, rest + more * u), self.times[slow] - relief + also);
+                if longest < best.goal && draft.takes(e, g) {
+                    let worth = best.worth(longest, brought(e, g) - less);
+                    if worth > best.worth {
+                        best.take(worth, Step::Put(e, q));
                     }
                 }
             }
@@ -384,12 +540,12 @@ impl<'a, 'b> Walk<'a, 'b> {
             }
         }
         complete(&mut packed)?;
-        let (times, load_in) = packed.measure();
-        if times.iter().copied().fold(0.0, f64::max) >= reached * (1.0 - reach.dead_zone) {
+        if packed.measure().0.into_iter().fold(0.0, f64::max) >= reached * (1.0 - reach.dead_zone) {
             return Ok(());
         }
         self.edits.extend((0..).zip(packed.expert_in.iter().copied()));
-        (self.draft, self.times, self.load_in) = (packed, times, load_in);
+        self.draft = packed;
+        self.measure();
         self.note();
         Ok(())
     }
@@ -399,7 +555,9 @@ impl<'a, 'b> Walk<'a, 'b> {
     fn matching(&self, contents: &[u16]) -> Vec<usize> {
         let d = self.times.len();
         let site = self.draft.site;
-        let alike = |g: usize, h: usize| site.room[g] == site.room[h] && site.time[g] == site.time[h];
+        let alike = |g: usize, h: usize| {
+            site.room[g] == site.room[h] && site.time[g].total_cmp(&site.time[h]).is_eq()
+        };
         if !site.forbidden.is_empty() {
             return (0..d).collect();
         }

@@ -173,7 +173,7 @@ pub(super) fn may_exchange(draft: &Draft<'_>, (p, g): (usize, usize), (q, h): (u
 }
 
 /// What a copy of expert `e` in slot `q` of device `g` adds to the time of every device that feels it.
-pub(super) fn changes<'a>(
+fn changes<'a>(
     draft: &'a Draft<'_>,
     e: u16,
     (q, g): (usize, usize),

@@ -7,6 +7,7 @@ raises here, at start. `ENGINES_MAPS=folder` writes the maps in force, one file 
 """
 
 import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -110,15 +111,18 @@ def _experts_of_this_rank():
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
     inner = CPUUnquantizedExperts.apply
+    signature = inspect.signature(inner)
 
-    def apply(
-        self, output, states, w1, w2, weights, ids, activation, experts, expert_map, *rest, **named
-    ):
+    def apply(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        ids, weights = given["topk_ids"], given["topk_weights"]
+        expert_map = given["expert_map"]
         if expert_map is not None:
             local = expert_map[ids.long()]
-            weights = torch.where(local >= 0, weights, 0).contiguous()
-            ids = local.clamp(min=0).to(ids.dtype).contiguous()
-        inner(self, output, states, w1, w2, weights, ids, activation, experts, None, *rest, **named)
+            given["topk_weights"] = torch.where(local >= 0, weights, 0).contiguous()
+            given["topk_ids"] = local.clamp(min=0).to(ids.dtype).contiguous()
+            given["expert_map"] = None
+        inner(**given)
 
     CPUUnquantizedExperts.apply = apply
 
