@@ -20,6 +20,7 @@ HEAD = 1 << 20
 MARK = "\xef\xbb\xbf"
 # Server-sent events, as streaming servers write them.
 EVENT = "data:"
+BETWEEN = ("event:", ":", "id:", "retry:")
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,11 @@ def records(path: Path) -> Iterator[Record]:
             text = line.decode("latin-1")
             begin = start
             start += len(line)
-            bare = text.removeprefix(MARK).lstrip().removeprefix(EVENT).strip()
-            if not bare or bare == "[DONE]" or bare.startswith(("event:", ":", "id:", "retry:")):
-                continue
+            bare = text
+            if text[:1] != "{":  # no copy is made of a long line that needs none
+                bare = text.removeprefix(MARK).lstrip().removeprefix(EVENT).strip()
+                if not bare or bare == "[DONE]" or bare.startswith(BETWEEN):
+                    continue
             if first:
                 first = False
                 try:

@@ -144,7 +144,7 @@ def _header(text: str, where: str) -> tuple[TensorInFile, bool]:
             f"{where}: routed_experts must be integers [tokens, layers, top_k], got "
             f"{stored.dtype} {list(stored.shape)}"
         )
-    held = len(text) // 4 * 3 - (len(text) - len(text.rstrip("=")))
+    held = len(text) // 4 * 3 - text[-2:].count("=")
     if stored.offset + stored.nbytes != held:
         raise ValueError(
             f"{where}: routed_experts {list(stored.shape)} must have "
