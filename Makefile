@@ -63,7 +63,7 @@ test-rust:  ## tests of the core alone
 	cargo test --quiet --doc
 
 test-python: $(CORE) $(TOOLS)  ## tests of the package
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 wheel: $(BASE)  ## build dist/*.whl
 	rm -rf dist

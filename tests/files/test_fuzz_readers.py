@@ -17,7 +17,7 @@ from moetuner.files import jsonl
 from moetuner.formats import open_input
 
 # Many more examples than elsewhere: each takes about a millisecond.
-MORE = 20
+MORE = 10
 
 
 def check(path, content, **arguments):

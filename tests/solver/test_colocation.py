@@ -6,6 +6,8 @@ import itertools
 import os
 import signal
 import threading
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from moetuner import _core
 from moetuner.solver.bounds.caps import told
 from moetuner.solver.exact.partitions import chain
 from moetuner.solver.milp.colocation import CoLocationData, Model, colocation, entries_of, fits
+from moetuner.solver.milp.highs import Ilp, Solution
 from moetuner.solver.result import Candidate, Limits
 
 
@@ -52,7 +55,7 @@ def test_agrees_with_brute_force(seed, layers, experts, regime, max_imbalance) -
     assert cost(problem, found) == found.bound == best
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 10**6), max_imbalance=st.sampled_from([1.3, None]))
 def test_two_tiers_are_two_relations(seed, max_imbalance) -> None:
     """With nodes it agrees with brute force, and with the chain."""
@@ -193,6 +196,18 @@ def test_caps_of_the_start_are_said() -> None:
     raised = told(problem, found).raised
     assert set(raised) <= {0, 1}
     assert min(raised.values()) > 1
+
+
+def test_an_interrupt_is_heard_as_the_relaxation_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends the method also where HiGHS had just solved the relaxation."""
+    problem, relax = small_problem(3, 2, 6, 3, max_imbalance=2.0), Ilp.relax
+
+    def interrupted(self: Ilp, **how: Any) -> Solution:
+        return replace(relax(self, **how), status="interrupted")
+
+    monkeypatch.setattr(Ilp, "relax", interrupted)
+    found = colocation(problem, seed=0, limits=Limits(), start=shuffled(problem))
+    assert found.status == "interrupted"
 
 
 def test_knows_what_fits() -> None:

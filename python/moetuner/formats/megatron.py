@@ -21,7 +21,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -187,33 +186,31 @@ def _gather(path: Path, experts: int, found: dict[Microbatch, dict[int, NDArray[
 
 def _lines(path: Path) -> Iterator[tuple[int, int, int, NDArray[Any]]]:
     """Step, layer, rank and ids [t,K] of every line of the decoder."""
-    for each in batches(path, KEYS):
-        if not isinstance(each, Batch):
-            number, line = each
+    for found in batches(path, KEYS):
+        if isinstance(found, Batch) and _is_plain(found):
+            yield from _decoder(found)
+            continue
+        for number, line in found.one_by_one() if isinstance(found, Batch) else [found]:
             try:
-                if (found := _line(line)) is not None:
-                    yield found
+                of = _line(line)
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
-            continue
-        if not _is_plain(each):
-            for number, line in each.one_by_one():
-                try:
-                    if (found := _line(line)) is not None:
-                        yield found
-                except ValueError as error:
-                    raise ValueError(f"line {number}: {error}") from None
-            continue
-        decoder = [name == "decoder" for name in each.names]
-        ends = np.cumsum(each.sizes[:, 1] * each.sizes[:, 2])
-        columns = [each.integers[name].tolist() for name in NUMBERS]
-        blocks, widths = each.texts["block"].tolist(), each.sizes[:, 2].tolist()
-        for step, layer, rank, block, end, size, width in zip(
-            *columns, blocks, ends.tolist(), each.sizes[:, 1].tolist(), widths, strict=True
-        ):
-            if decoder[block]:
-                ids = each.ids[end - size * width : end].reshape(size, width)
-                yield step, layer, rank, ids
+            if of is not None:
+                yield of
+
+
+def _decoder(lines: Batch) -> Iterator[tuple[int, int, int, NDArray[Any]]]:
+    """Step, layer, rank and ids of the lines of a batch that are of the decoder."""
+    decoder = [name == "decoder" for name in lines.names]
+    blocks, tokens, top_k = (
+        column.tolist() for column in (lines.texts["block"], *lines.sizes.T[1:])
+    )
+    numbers = zip(*(lines.integers[name].tolist() for name in NUMBERS), strict=True)
+    end = 0
+    for (step, layer, rank), block, count, k in zip(numbers, blocks, tokens, top_k, strict=True):
+        begin, end = end, end + count * k
+        if decoder[block]:
+            yield step, layer, rank, lines.ids[begin:end].reshape(count, k)
 
 
 def _is_plain(lines: Batch) -> bool:
@@ -320,7 +317,7 @@ def _joined(
     return RoutingTrace.from_arrays(
         ids,
         num_experts=experts,
-        sequence=np.repeat(np.fromiter(count(), np.int32, len(keys)), tokens),
+        sequence=np.repeat(np.arange(len(keys)), tokens),
         group=np.repeat(np.asarray(group, dtype=np.int16), tokens),
         group_names=[f"rank {rank}" for rank in ranks],
     )

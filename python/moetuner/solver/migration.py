@@ -339,7 +339,13 @@ def pareto(
         excess = problem.caps.excess(placement)
         raised = dict(exceeded(problem, placement.slots).raised)
         figures = (before - objective, moved, moved * expert_bytes, raised)
-        return float(excess.sum()), Trade(placement, objective, *figures)
+        named = placement.with_names(
+            model=problem.statistics.model,
+            topology=problem.topology.name,
+            fingerprint=problem.statistics.fingerprint,
+            objective=objective,
+        )
+        return float(excess.sum()), Trade(named, objective, *figures)
 
     def at(price: float, left: int) -> tuple[_Ranked, bool]:
         """Solve at a price per expert, with one of the ``left`` parts of the time that is left."""

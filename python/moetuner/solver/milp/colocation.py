@@ -217,6 +217,8 @@ class Model:
             if relaxed.values is None:
                 return bound, relaxed.status
             rise, bound = relaxed.bound - bound, relaxed.bound
+            if relaxed.status == "interrupted":
+                return bound, relaxed.status
             gap = cost / self.unit - bound
             least = effort.RELAXED_PROGRESS * gap
             if not self.separate(relaxed.values) or gap <= 0 or rise < least:
