@@ -242,6 +242,18 @@ def ids_of(
     return IdsInPieces(pieces, tuple(rows), num_experts)
 
 
+def layers_left_out(ids: Ids) -> tuple[int, tuple[int, ...]] | None:
+    """Return how many hidden layers were recorded, and those of them that were left out as dense.
+
+    None where all have experts, or nothing is known of others.
+    """
+    if not isinstance(ids, IdsInPieces):
+        return None
+    hidden = ids.pieces[0].shape[1]
+    dense = tuple(layer for layer in range(hidden) if layer not in set(ids.rows))
+    return (hidden, dense) if dense else None
+
+
 def _dense(pieces: Sequence[Piece]) -> NDArray[np.bool_]:
     """Which rows [R] are filled with zeros and no more."""
     _, rows, top_k = pieces[0].shape

@@ -42,12 +42,12 @@ class Record:
     start: int
     where: str
 
-    def find(self, value: str, after: int = 0) -> int | None:
+    def find(self, value: str) -> int | None:
         """First byte in the file of a text that the object holds; None if it is written otherwise.
 
-        ``after`` is the byte to look from.
+        Where it is there several times, any of them will do.
         """
-        at = max(0, after - self.start) - 1
+        at = -1
         # By its beginning first: a long text is not searched for, only compared.
         while (at := self.text.find(value[:128], at + 1)) >= 0:
             if self.text.startswith(value, at):

@@ -358,7 +358,6 @@ def _of_response(path: Path, record: Record, hints: Hints) -> Iterator[Piece]:
         for number, choice in enumerate(of_choices)
         if isinstance(choice, dict)
     ]
-    after = 0
     for part, name in found:
         text = part.get("routed_experts") if isinstance(part, dict) else None
         if text is None:
@@ -369,10 +368,9 @@ def _of_response(path: Path, record: Record, hints: Hints) -> Iterator[Piece]:
         count = (len(text) // 4 * 3 - text[-2:].count("=")) / INT32.itemsize
         usage = fields.get("usage") if name != "meta_info" else part
         shape = _shape(count, usage if isinstance(usage, dict) else {}, hints, where)
-        place = record.find(text, after)
+        place = record.find(text)
         if place is None:
             raise ValueError(f"{where}: routed_experts must be plain letters, not escaped")
-        after = place + len(text)
         decoded(text[-8:].encode(), where)
         yield Base64Piece(path, place, shape, INT32, 0, where)
 
