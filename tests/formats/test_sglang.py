@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import random_ids
 from damage import damage, damaged
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 import moetuner as mt
 from moetuner.formats import pickled, reader_of, sglang, write_placement
@@ -264,6 +264,7 @@ def test_damaged_files(tmp_path, name):
 
     @settings(max_examples=settings().max_examples * 2)
     @given(damage)
+    @example([("delete", 0.5, b"\0")])
     def run(steps):
         path.write_bytes(damaged(whole, steps))
         read = sglang.read if name.endswith("pt") else sglang.read_responses
