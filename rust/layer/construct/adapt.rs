@@ -356,7 +356,7 @@ impl<'a, 'b> Walk<'a, 'b> {
     }
 
     /// Follows the draft, whatever has become of it.
-    fn measure(&mut self) {
+    fn times_and_loads(&mut self) {
         (self.times, self.load_in) = self.draft.times_and_loads();
         let copies = self.draft.copies.iter().map(|&copies| f64::from(copies + 1));
         self.with_one_more = self.draft.load.iter().zip(copies).map(|(load, copies)| load / copies).collect();
