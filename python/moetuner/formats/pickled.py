@@ -198,6 +198,9 @@ class _Archive:
             raise ValueError(f"{name}: must not be compressed, as torch.save writes it")
         if info.flag_bits & 1:
             raise ValueError(f"{name}: must not be encrypted")
+        if info.header_offset < 0:
+            # Bytes that are missing put the start of an entry before that of the file.
+            raise ValueError(f"{name}: must begin within the file")
         with self.path.open("rb") as file:
             file.seek(info.header_offset)
             header = file.read(LOCAL_HEADER)
