@@ -123,6 +123,9 @@ fn places(draft: &Draft<'_>) -> Vec<(usize, usize)> {
 /// Goes from running slots as far as steps gain.
 fn walk(site: Site<'_>, load: &[f64], slots: &[i32], reach: Reach) -> std::result::Result<Path, NoSlot> {
     let mut draft = Draft::new(site, load);
+    if slots.iter().all(|&e| e < 0) {
+        return packed(draft, reach);
+    }
     let mut held = vec![false; load.len() * site.room.len()];
     for (slot, device) in places(&draft) {
         let expert = u16::try_from(slots[slot]).unwrap_or(EMPTY);
@@ -133,19 +136,10 @@ fn walk(site: Site<'_>, load: &[f64], slots: &[i32], reach: Reach) -> std::resul
             }
         }
     }
-    if !held.contains(&true) {
-        let packed = fill(site, load, reach.trials)?;
-        for (slot, device) in places(&draft) {
-            draft.put(slot, device, packed[slot]);
-        }
-    }
     complete(&mut draft)?;
     let mut walk = Walk::new(draft, &held, reach.tolerance);
     walk.note();
     let start = walk.draft.expert_in.clone();
-    if !held.contains(&true) {
-        return Ok(Path { start, edits: walk.edits, stops: walk.stops });
-    }
     for _ in 0..reach.steps * site.room.len() {
         if !walk.step() {
             break;
@@ -154,6 +148,19 @@ fn walk(site: Site<'_>, load: &[f64], slots: &[i32], reach: Reach) -> std::resul
     }
     walk.anew(reach)?;
     Ok(Path { start, edits: walk.edits, stops: walk.stops })
+}
+
+/// Packs a layer where nothing is yet: there is nowhere to go from there.
+fn packed(mut draft: Draft<'_>, reach: Reach) -> std::result::Result<Path, NoSlot> {
+    let found = fill(draft.site, draft.load, reach.trials)?;
+    for (slot, device) in places(&draft) {
+        draft.put(slot, device, found[slot]);
+    }
+    complete(&mut draft)?;
+    let brought = draft.expert_in.iter().filter(|&&e| e != EMPTY).count();
+    let slowest = draft.measure().0.into_iter().fold(0.0, f64::max);
+    let stop = Stop { brought, slowest, edits: 0 };
+    Ok(Path { start: draft.expert_in, edits: vec![], stops: vec![stop] })
 }
 
 /// Gives experts that have no slot one, the heaviest first, and fills empty slots with copies that take most.
@@ -326,7 +333,10 @@ impl<'a, 'b> Walk<'a, 'b> {
         let device_of: Vec<usize> = places(&draft).into_iter().map(|(_, device)| device).collect();
         let scan = Scan::new(&draft, &device_of);
         let (experts, is_brought) = (draft.load.len(), vec![0.0; device_of.len()]);
-        let had = |e: usize| (0..site.room.len()).filter(|g| held[g * experts + e]).collect();
+        let mut had = vec![vec![]; experts];
+        for (device, held) in held.chunks_exact(experts).enumerate() {
+            held.iter().zip(&mut had).filter(|(held, _)| **held).for_each(|(_, had)| had.push(device));
+        }
         let mut walk = Self {
             held,
             device_of,
@@ -334,7 +344,7 @@ impl<'a, 'b> Walk<'a, 'b> {
             load_in: vec![],
             with_one_more: vec![],
             is_brought,
-            had: (0..experts).map(had).collect(),
+            had,
             target,
             scan,
             edits: vec![],
@@ -671,6 +681,9 @@ fn hull(stops: &[Stop]) -> Vec<usize> {
 
 /// Orders new contents so that what stays on a device keeps its slot, -1 where a slot is empty.
 fn keep(before: &[i32], now: &[u16], room: &[usize]) -> Vec<i32> {
+    if before.iter().all(|&e| e < 0) {
+        return now.iter().map(|&e| if e == EMPTY { -1 } else { i32::from(e) }).collect();
+    }
     let mut ordered = vec![-1; now.len()];
     let mut first = 0;
     for &room in room {
