@@ -158,7 +158,7 @@ fn packed(mut draft: Draft<'_>, reach: Reach) -> std::result::Result<Path, NoSlo
     }
     complete(&mut draft)?;
     let brought = draft.expert_in.iter().filter(|&&e| e != EMPTY).count();
-    let slowest = draft.measure().0.into_iter().fold(0.0, f64::max);
+    let slowest = draft.times_and_loads().0.into_iter().fold(0.0, f64::max);
     let stop = Stop { brought, slowest, edits: 0 };
     Ok(Path { start: draft.expert_in, edits: vec![], stops: vec![stop] })
 }
@@ -173,7 +173,7 @@ fn complete(draft: &mut Draft<'_>) -> std::result::Result<(), NoSlot> {
     }
     missing.sort_by(|&a, &b| draft.load[usize::from(b)].total_cmp(&draft.load[usize::from(a)]));
     for e in missing {
-        let times = draft.measure().0;
+        let times = draft.times_and_loads().0;
         let open = (0..times.len())
             .filter(|&g| draft.takes(e, g))
             .filter_map(|g| draft.slots(g).find(|&slot| draft.expert_in[slot] == EMPTY).map(|slot| (g, slot)))
@@ -185,7 +185,7 @@ fn complete(draft: &mut Draft<'_>) -> std::result::Result<(), NoSlot> {
         }
     }
     loop {
-        let times = draft.measure().0;
+        let times = draft.times_and_loads().0;
         let best = (0..times.len())
             .filter_map(|g| {
                 let slot = draft.slots(g).find(|&slot| draft.expert_in[slot] == EMPTY)?;
@@ -351,13 +351,13 @@ impl<'a, 'b> Walk<'a, 'b> {
             stops: vec![],
             draft,
         };
-        walk.measure();
+        walk.times_and_loads();
         walk
     }
 
     /// Follows the draft, whatever has become of it.
-    fn measure(&mut self) {
-        (self.times, self.load_in) = self.draft.measure();
+    fn times_and_loads(&mut self) {
+        (self.times, self.load_in) = self.draft.times_and_loads();
         let copies = self.draft.copies.iter().map(|&copies| f64::from(copies + 1));
         self.with_one_more = self.draft.load.iter().zip(copies).map(|(load, copies)| load / copies).collect();
         for slot in 0..self.device_of.len() {
@@ -411,7 +411,7 @@ impl<'a, 'b> Walk<'a, 'b> {
             Step::Put(e, q) => {
                 draft.put(q, self.device_of[q], e);
                 self.edits.push((q as u32, e));
-                self.measure();
+                self.times_and_loads();
             }
         }
         true
@@ -550,12 +550,12 @@ impl<'a, 'b> Walk<'a, 'b> {
             }
         }
         complete(&mut packed)?;
-        if packed.measure().0.into_iter().fold(0.0, f64::max) >= reached * (1.0 - reach.dead_zone) {
+        if packed.times_and_loads().0.into_iter().fold(0.0, f64::max) >= reached * (1.0 - reach.dead_zone) {
             return Ok(());
         }
         self.edits.extend((0..).zip(packed.expert_in.iter().copied()));
         self.draft = packed;
-        self.measure();
+        self.times_and_loads();
         self.note();
         Ok(())
     }
