@@ -71,6 +71,7 @@ MAY_IMPORT = {
 PLACES = {
     "torch": ("torch", "plugins.tensors", "plugins.vllm", "plugins.sglang"),
     "vllm": ("plugins.vllm",),
+    "vllm_ascend": ("plugins.vllm_ascend",),
     "sglang": ("plugins.sglang",),
     "transformers": ("torch",),
     "highspy": ("solver.milp.highs",),

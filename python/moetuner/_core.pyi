@@ -222,14 +222,12 @@ def search(
     trials: int | None = None,
     time_limit: float | None = None,
     threads: int | None = None,
-    initial: list[NDArray[np.int32]] = ...,
     progress: Callable[[float, int | None], None] | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.uint64], int, bool, int]:
     """Search for the placement of least pair cost whose device loads stay under their caps.
 
     Takes load [L,E], cap [L,D], cost [D,D] (symmetric, zero diagonal), transitions [L-1,E,E],
-    coactivation [L,E,E], and placements [L,D,S] to start from as well. ``trials`` is per start.
-    ``progress`` gets seconds and the best cost.
+    coactivation [L,E,E]. ``trials`` is per start. ``progress`` gets seconds and the best cost.
 
     Where no placement under a cap is known, the cap is raised to what the most balanced one needs.
 

@@ -47,7 +47,9 @@ def test_three_commands(ok, tmp_path):
 def test_input_is_whatever_was_recorded(ok, tmp_path):
     """Responses, a folder of dumps, a folder of load tables as the plugin writes them."""
     path = GOLDEN / "vllm" / "completions.json"
-    assert "95 tokens, 3 layers" in ok("inspect", path, "--num-experts", 16, "--devices", 2)
+    text = ok("inspect", path, "--num-experts", 16, "--devices", 2)
+    assert "95 tokens, 3 layers" in text
+    assert "as options of export: --hidden-layers 4 --dense-layers 0\n" in text
     folder = tmp_path / "dumps"
     folder.mkdir()
     for rank in range(2):

@@ -3,11 +3,14 @@
 Its policies run on any CPU once a module stands in for the one of Huawei's devices; its packages
 are entered without their `__init__`, which patch vLLM. RESULT holds `problem.npz` (a table of
 experts [L,D,S], workloads [W,L,D,S]), `ours.npy`, another table, and `map.json`. Written are
-`<policy>.npy`; `checked.npy`, our table after the worker's checks; `read.npy`, the map as read;
-`exported.json`, the map of the first two layers as vllm-ascend writes it.
+
+- `<policy>.npy` of their policies, and `plugin.npy` of our plugin in their factory;
+- `ours-checked.npy` and `plugin-checked.npy`, what the worker's checks leave of these tables;
+- `read.npy`, what they read of the map, and `exported.json`, what they write of two layers.
 """
 
 import importlib
+import os
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -15,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from moetuner.plugins.vllm_ascend import register
 
 POLICIES = {"default": 1, "swift": 2, "flashlb": 3}
 
@@ -24,6 +29,7 @@ def enter(package):
     for name in ("", ".distributed", ".eplb", ".eplb.adaptor", ".eplb.core", ".eplb.core.policy"):
         module = types.ModuleType(f"vllm_ascend{name}")
         module.__path__ = [str(package / module.__name__.replace(".", "/"))]
+        module.__spec__ = ModuleSpec(module.__name__, None, is_package=True)
         sys.modules[module.__name__] = module
     device = types.ModuleType("torch_npu")
     device.__spec__ = ModuleSpec("torch_npu", None)
@@ -47,9 +53,16 @@ def main():
         windows = workload if name == "flashlb" else workload.sum(0)
         _, _, new = factory.generate_policy(number).rebalance_experts(table.clone(), windows)
         np.save(result / f"{name}.npy", np.asarray(new))
+    os.environ["MOETUNER_REBALANCE"] = "1"
+    register()
+    policy = factory.generate_policy(POLICIES["swift"])
+    _, _, new = policy.rebalance_experts(table.clone(), workload)
+    np.save(result / "plugin.npy", np.asarray(new))
+    for name in ("ours", "plugin"):
+        found = torch.from_numpy(np.load(result / f"{name}.npy"))
+        worker.check_expert_placement(None, table, found)  # puts back what breaks a rule
+        np.save(result / f"{name}-checked.npy", found.numpy())
     ours = torch.from_numpy(np.load(result / "ours.npy"))
-    worker.check_expert_placement(None, table, ours)  # puts back what breaks a rule
-    np.save(result / "checked.npy", ours.numpy())
     read = [
         utils.expert_file_to_tensor(result / "map.json", layer)[0].numpy()
         for layer in range(len(table))

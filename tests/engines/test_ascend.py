@@ -71,7 +71,19 @@ def imbalance(table: np.ndarray, load: np.ndarray) -> float:
 def test_our_table_breaks_no_rule_of_the_worker(asked):
     """No copy twice on a device, kept experts in their slots: the worker puts nothing back."""
     folder, _, _ = asked
-    assert (np.load(folder / "checked.npy") == np.load(folder / "ours.npy")).all()
+    for name in ("ours", "plugin"):
+        found = np.load(folder / f"{name}.npy")
+        assert (np.load(folder / f"{name}-checked.npy") == found).all()
+
+
+def test_our_plugin_answers_in_their_factory(asked):
+    """`MOETUNER_REBALANCE`: whatever the type, the factory makes our policy."""
+    folder, load, _ = asked
+    found = np.load(folder / "plugin.npy")
+    with np.load(folder / "problem.npz") as problem:
+        table = problem["current_expert_table"]
+    assert (found != np.load(folder / "swift.npy")).any()
+    assert imbalance(found, load) <= BOUND < imbalance(table, load)
 
 
 def moves(table: np.ndarray, asked_table: np.ndarray) -> int:

@@ -217,7 +217,10 @@ def test_permuted_checkpoint_serves_the_same_tokens():
 
 
 def test_dense_layers_have_rows_in_the_file_and_none_in_the_trace():
-    """GLM-4-MoE, layer 0 dense, a router of groups: placed on two ranks by our file."""
+    """GLM-4-MoE, layer 0 dense, a router of groups: placed on two ranks by our file.
+
+    Without copies: SGLang 0.5.23 makes no slots for them in this model.
+    """
     options = {"disable_shared_experts_fusion": True}
     before = serve("sglang", "sglang-dense-one-rank", model(DENSE), options, ONE)
     assert before.tokens == [
@@ -231,11 +234,10 @@ def test_dense_layers_have_rows_in_the_file_and_none_in_the_trace():
     expected = np.concatenate(tiny_models.truth(model(DENSE), before.sequences))
     assert same_routing(np.asarray(mt.RoutingTrace.load(recorded).expert_ids), expected)
     answer, location = folder / "placement.json", folder / "expert_location.json"
-    arguments = ["--for", "sglang", "--devices", 2, "--slots-per-device", SLOTS]
-    moetuner("solve", recorded, *arguments, "--out", answer)
+    moetuner("solve", recorded, "--for", "sglang", "--devices", 2, "--out", answer)
     arguments = ["--dense-layers", 0, "--hidden-layers", tiny_models.LAYERS]
     moetuner("export", answer, "--to", "sglang", *arguments, "--out", location)
-    options |= {**WITH_COPIES, **recorder("stat", "one"), "init_expert_location": str(location)}
+    options |= {**TWO, **recorder("stat", "one"), "init_expert_location": str(location)}
     after = on_two_ranks("sglang-dense-two-ranks", options, {}, model(DENSE))
     assert after.tokens == before.tokens
     assert (

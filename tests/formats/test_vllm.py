@@ -152,6 +152,16 @@ def test_nonsense(tmp_path, content, words):
     assert str(path) in str(caught.value)
 
 
+def test_long_lists_are_read_in_parts(tmp_path, monkeypatch):
+    """However little is read at once, objects and places come out right."""
+    arrays = [routed(tokens, seed=tokens) for tokens in (5, 1, 30, 2)]
+    (tmp_path / "r.json").write_text(json.dumps([response(a) for a, _ in arrays], indent=1))
+    for size in (2, 7, 200, 1000):
+        monkeypatch.setattr("moetuner.formats.records.CHUNK", size)
+        trace = mt.open_input(tmp_path / "r.json", num_experts=8)
+        assert np.array_equal(trace.expert_ids, np.concatenate([moe for _, moe in arrays]))
+
+
 def test_experts_must_be_said(tmp_path):
     """The largest id tells nothing of how many there are."""
     (tmp_path / "r.json").write_text(json.dumps(response(routed(3)[0])))

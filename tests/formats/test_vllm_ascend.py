@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,3 +132,33 @@ def test_empty_slots_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"layer 0, device 1: slot 1 is empty.*--fill-slots"):
         vllm_ascend.write_map(holed, tmp_path / "m.json", Hints())
     assert not list(tmp_path.iterdir())
+
+
+def test_what_vllm_ascend_wrote():
+    """What its policies are asked, and a map that it exported, which is ours and written again."""
+    folder = Path(__file__).parent / "golden" / "ascend"
+    asked = np.load(folder / "workload.npz")
+    found = mt.open_input(folder / "workload.npz")
+    assert found.window_load.shape == (4, 2, 256)
+    for window, layer in np.ndindex(4, 2):
+        expected = np.zeros(256, dtype=int)
+        for expert, tokens in zip(
+            asked["current_expert_table"][layer].ravel(),
+            asked["expert_workload"][window, layer].ravel(),
+            strict=True,
+        ):
+            expected[expert] += tokens
+        assert np.array_equal(found.window_load[window, layer], expected)
+    exported = json.loads((folder / "exported.json").read_text())
+    placement = mt.read_placement(folder / "exported.json")
+    assert (placement.layers, placement.devices, placement.slots_per_device) == (2, 32, 9)
+    for layer, device in np.ndindex(2, 32):
+        held = exported["layer_list"][layer]["device_list"][device]["device_expert"]
+        assert placement.slots[layer, device].tolist() == held
+
+
+def test_what_is_written_is_what_vllm_ascend_writes(tmp_path):
+    """Our file of its map has the same content, key by key."""
+    exported = Path(__file__).parent / "golden" / "ascend" / "exported.json"
+    vllm_ascend.write_map(mt.read_placement(exported), tmp_path / "m.json", Hints())
+    assert json.loads((tmp_path / "m.json").read_text()) == json.loads(exported.read_text())

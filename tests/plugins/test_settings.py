@@ -1,6 +1,7 @@
 """What the environment asks of plugins: what they serve, record and say, and what errors become."""
 
 import logging
+import pickle
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.plugins import rebalance_experts, sglang, vllm
+from moetuner.plugins import rebalance_experts, sglang, vllm, vllm_ascend
 from moetuner.plugins.policy import Policy, Settings
 from moetuner.plugins.recorder import MOST_WINDOWS, LoadRecorder
 
@@ -42,7 +43,7 @@ def test_imports_no_engine_and_no_torch():
     assert done.stdout + done.stderr == b""
 
 
-@pytest.mark.parametrize("register", [vllm.register, sglang.register])
+@pytest.mark.parametrize("register", [vllm.register, sglang.register, vllm_ascend.register])
 def test_asked_nothing_does_nothing(register, monkeypatch):
     """Without variables the engine is not even imported, though it is absent here."""
     for name in ("PLACEMENT", "REBALANCE", "RECORD"):
@@ -281,3 +282,35 @@ def test_sglang_by_its_name_alone():
     # More slots on a rank than experts: two copies there, which SGLang would fill only once.
     asked |= {"num_physical_experts": 10, "num_local_physical_experts": 5}
     assert hooks.rebalance_experts(own, **asked, algorithm=name) == "deepseek"
+
+
+class Unasked:
+    """A policy that must not be asked."""
+
+    def rebalance_experts(self, table, workload):
+        """Say so."""
+        raise AssertionError("asked")
+
+
+@pytest.mark.parametrize("windows", [(), (4,)])
+def test_vllm_ascend_takes_loads_of_slots(windows):
+    """From tables and slots' loads; balance within 1.08, kept slots, no two copies, picklable."""
+    layers, ranks, width = 6, 8, 9
+    experts = ranks * width - 8
+    random = np.random.default_rng(0)
+    base = np.arange(ranks * width) % experts
+    table = np.tile(base.reshape(ranks, width), (layers, 1, 1))
+    load = random.lognormal(6, 1, (layers, experts)) * np.ones((*windows, 1, 1))
+    of_slots = (load / np.bincount(base))[..., base].reshape(*windows, layers, ranks, width)
+    ours = vllm_ascend.AscendPolicy(Unasked(), policy(REBALANCE=1))
+    change, order, placed = pickle.loads(pickle.dumps(ours)).rebalance_experts(table, of_slots)
+    placed = np.array(placed)
+    assert change == 1
+    assert sorted(order.tolist()) == list(range(layers))
+    total = load.reshape(-1, layers, experts)
+    ratio = vllm_ascend.slowest(total, placed) / total.sum(axis=(0, 2)) * ranks
+    assert ratio.mean() <= 1.08
+    for old, new in zip(table.reshape(-1, width), placed.reshape(-1, width), strict=True):
+        assert len(set(new.tolist())) == width
+        assert all(new[at] == old[at] for at in range(width) if old[at] in new)
+    assert ours.rebalance_experts(placed, of_slots * 0)[0] == 0

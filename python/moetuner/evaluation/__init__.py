@@ -12,7 +12,7 @@ from moetuner._checks import flag, instance, one_of, seed_in, threads_in, window
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, figures, replay
 from moetuner.evaluation.copies import Split
-from moetuner.evaluation.replay import Counts, Rules
+from moetuner.evaluation.replay import Counts, Setting
 from moetuner.evaluation.rows import dispatch_rows, homes_of
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
@@ -40,14 +40,14 @@ class Replayed:
 
     Parameters
     ----------
-    traffic, rules, model, regime
+    traffic, setting, model, regime
         What was replayed, and how.
     group
         Group of the traffic; None for all.
     """
 
     traffic: RoutingTrace | RoutingStatistics
-    rules: Rules
+    setting: Setting
     model: CostModel | None
     regime: Regime
     group: str | None = None
@@ -228,7 +228,7 @@ def evaluate(
     check_times(cost_model, regime)
     flag("mixed", mixed)
     with_active = cost_model is not None and cost_model.expert_us > 0
-    rules = Rules(
+    setting = Setting(
         placement,
         topology,
         window,
@@ -241,17 +241,17 @@ def evaluate(
     if isinstance(traffic, RoutingStatistics):
         if home is not None:
             raise ValueError("home needs a trace: statistics have no tokens")
-        counts, by_group = replay.of_statistics(traffic, rules)
+        counts, by_group = replay.of_statistics(traffic, setting)
     else:
         if home is not None and split != "even":
             raise ValueError(
                 f"home needs split 'even', got {split!r}: others know homes only spread"
             )
-        counts, by_group = replay.of_trace(traffic, rules)
+        counts, by_group = replay.of_trace(traffic, setting)
         if home is not None:
             counts, by_group = _with_homes(counts, by_group, placement, traffic, home)
     whole = _evaluation(counts, topology, cost_model, regime)
-    replayed = Replayed(traffic, rules, cost_model, regime)
+    replayed = Replayed(traffic, setting, cost_model, regime)
     groups = {
         name: replace(
             _evaluation(group, topology, cost_model, regime),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import binascii
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -134,42 +135,62 @@ class IdsInPieces:
 
     @property
     def dtype(self) -> IdType:
-        return id_type(np.result_type(*{piece.dtype for piece in self.pieces}), self.num_experts)
+        return id_type(np.result_type(*self._dtypes), self.num_experts)
 
     @property
     def fresh(self) -> bool:
         return True
 
     def shards(self, max_bytes: int, threads: int | None = None) -> Iterator[IdArray]:
-        wide = max(piece.dtype.itemsize for piece in self.pieces) * self.pieces[0].shape[1]
+        wide = max(dtype.itemsize for dtype in self._dtypes) * self.pieces[0].shape[1]
         step = tokens_per_shard((0, wide, self.shape[2]), np.dtype(np.uint8), max_bytes)
-        found: list[IdArray] = []
+        chosen = self._chosen
+        found: list[tuple[Path, NDArray[Any]]] = []
         tokens = done = 0
         for piece in self.pieces:
             for first in range(0, piece.shape[0], step):
                 count = min(step, piece.shape[0] - first)
                 if tokens and tokens + count > step:
-                    yield _joined(found)
-                    found, tokens = [], 0
+                    yield self._valid(found, done, threads)
+                    found, tokens, done = [], 0, done + tokens
                 with naming(piece.path):
-                    raw = piece.read(first, count)
-                    if len(self.rows) < raw.shape[1]:
-                        raw = raw[:, list(self.rows)]
-                    ids = valid(raw, self.num_experts, done, threads)
-                found.append(ids.astype(self.dtype, copy=False))  # type: ignore[arg-type]
-                tokens, done = tokens + count, done + count
+                    found.append((piece.path, piece.read(first, count)[:, chosen]))
+                tokens += count
         if tokens:
-            yield _joined(found)
+            yield self._valid(found, done, threads)
+
+    def _valid(
+        self, found: list[tuple[Path, NDArray[Any]]], done: int, threads: int | None
+    ) -> IdArray:
+        """Validate many pieces at once; only where one is wrong, each, to name its file."""
+        joined = np.concatenate([raw for _, raw in found])
+        try:
+            ids = valid(joined, self.num_experts, done, threads)
+        except ValueError:
+            for path, raw in found:
+                with naming(path):
+                    valid(raw, self.num_experts, done, threads)
+                done += len(raw)
+            raise
+        return cast(IdArray, ids.astype(self.dtype, copy=False))
+
+    @cached_property
+    def _dtypes(self) -> set[np.dtype[Any]]:
+        return {piece.dtype for piece in self.pieces}
+
+    @property
+    def _chosen(self) -> slice | list[int]:
+        """The rows, as what is quickest to take: dense layers mostly come first."""
+        first, last = self.rows[0], self.rows[-1]
+        if self.rows == tuple(range(first, last + 1)):
+            return slice(first, last + 1)
+        return list(self.rows)
 
     def array(self) -> IdArray:
         return gathered(self)
 
     def select(self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None) -> Ids:
         return SelectedIds(self, tokens, layers)
-
-
-def _joined(parts: list[IdArray]) -> IdArray:
-    return parts[0] if len(parts) == 1 else cast(IdArray, np.concatenate(parts))
 
 
 def ids_of(
@@ -219,6 +240,18 @@ def ids_of(
     tokens = sum(piece.shape[0] for piece in pieces)
     check_sizes((tokens, len(rows), pieces[0].shape[2]), pieces[0].dtype, num_experts)
     return IdsInPieces(pieces, tuple(rows), num_experts)
+
+
+def layers_left_out(ids: Ids) -> tuple[int, tuple[int, ...]] | None:
+    """Return how many hidden layers were recorded, and those of them that were left out as dense.
+
+    None where all have experts, or nothing is known of others.
+    """
+    if not isinstance(ids, IdsInPieces):
+        return None
+    hidden = ids.pieces[0].shape[1]
+    dense = tuple(layer for layer in range(hidden) if layer not in set(ids.rows))
+    return (hidden, dense) if dense else None
 
 
 def _dense(pieces: Sequence[Piece]) -> NDArray[np.bool_]:

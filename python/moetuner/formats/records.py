@@ -20,6 +20,7 @@ HEAD = 1 << 20
 MARK = "\xef\xbb\xbf"
 # Server-sent events, as streaming servers write them.
 EVENT = "data:"
+BETWEEN = ("event:", ":", "id:", "retry:")
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Record:
     start: int
     where: str
 
-    def find(self, value: str, after: int = 0) -> int | None:
+    def find(self, value: str) -> int | None:
         """First byte in the file of a text that the object holds; None if it is written otherwise.
 
-        ``after`` is the byte to look from.
+        Where it is there several times, any of them will do.
         """
-        at = max(0, after - self.start) - 1
+        at = -1
         # By its beginning first: a long text is not searched for, only compared.
         while (at := self.text.find(value[:128], at + 1)) >= 0:
             if self.text.startswith(value, at):
@@ -91,9 +92,11 @@ def records(path: Path) -> Iterator[Record]:
             text = line.decode("latin-1")
             begin = start
             start += len(line)
-            bare = text.removeprefix(MARK).lstrip().removeprefix(EVENT).strip()
-            if not bare or bare == "[DONE]" or bare.startswith(("event:", ":", "id:", "retry:")):
-                continue
+            bare = text
+            if text[:1] != "{":  # no copy is made of a long line that needs none
+                bare = text.removeprefix(MARK).lstrip().removeprefix(EVENT).strip()
+                if not bare or bare == "[DONE]" or bare.startswith(BETWEEN):
+                    continue
             if first:
                 first = False
                 try:

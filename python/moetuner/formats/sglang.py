@@ -148,6 +148,8 @@ def _windows(counts: Sequence[NDArray[Any]], hints: Hints) -> RoutingStatistics:
 
 def _passes(path: Path, found: dict[str, Any]) -> Iterator[_Pass]:
     slots = _tensor(found.get(LAST_MAP), LAST_MAP, 2).astype(np.int64)
+    if slots.min(initial=0) < 0:
+        raise ValueError(f"{LAST_MAP} must hold experts from 0, got {slots.min()}")
     listed = found["records"]
     if not isinstance(listed, list):
         raise ValueError(f"records must be a list, got {_kind(listed)}")
@@ -189,23 +191,28 @@ def _by_pass(passes: Sequence[_Pass], hints: Hints) -> list[NDArray[Any]]:
 class _TokenPiece:
     """The tokens of a pass: slots in the file, experts when they are read."""
 
-    def __init__(self, of: _Pass, tensor: pickled.Tensor, tokens: int, top_k: int) -> None:
-        self.path, self.tensor, self.slots = of.path, tensor, of.slots
+    def __init__(
+        self, of: _Pass, tensor: pickled.Tensor, tokens: int, top_k: int, experts: int
+    ) -> None:
+        self.path, self.tensor, self.number = of.path, tensor, of.number
         self.shape = (tokens, tensor.shape[0], top_k)
-        self.dtype = np.dtype(np.int32)
-        self.number = of.number
+        self.dtype = np.dtype(np.uint8 if experts < 255 else np.uint16)
+        # Expert of every slot; -1, the last entry, is no expert that there is.
+        self.expert_of = np.full((len(of.slots), of.slots.shape[1] + 1), experts, self.dtype)
+        self.expert_of[:, :-1] = of.slots
 
     def read(self, first: int, count: int) -> NDArray[Any]:
         """Translate slots to experts; rows without any become zero, as those of dense layers."""
         slots = self.tensor.array()[:, first : first + count, : self.shape[2]]
-        if slots.max(initial=-1) >= self.slots.shape[1]:
-            raise ValueError(
-                f"pass {self.number}: slots must be below {self.slots.shape[1]}, got {slots.max()}"
-            )
-        layer = np.arange(len(slots))[:, None, None]
-        experts = np.where(slots < 0, slots, self.slots[layer, slots])
-        experts[(slots < 0).all(axis=2)] = 0
-        return experts.transpose(1, 0, 2)
+        most = self.expert_of.shape[1] - 1
+        if slots.max(initial=-1) >= most or slots.min(initial=-1) < -1:
+            wrong = slots.max() if slots.max() >= most else slots.min()
+            raise ValueError(f"pass {self.number}: slots must be below {most}, got {wrong}")
+        experts = np.empty((count, *self.shape[1:]), self.dtype)
+        for layer, held in enumerate(slots):
+            dense = bool(held[0, 0] < 0 and (held < 0).all())
+            experts[:, layer] = 0 if dense else self.expert_of[layer].take(held)
+        return experts
 
 
 def _trace(passes: Sequence[_Pass], hints: Hints) -> RoutingTrace:
@@ -215,6 +222,12 @@ def _trace(passes: Sequence[_Pass], hints: Hints) -> RoutingTrace:
     sequences = _Sequences()
     before: list[tuple[int, Any, Any]] = []
     top_k = hints.top_k
+    most = (1 << 16) - 1
+    experts = max(int(each.slots.max(initial=0)) + 1 for each in passes)
+    if hints.num_experts is not None:
+        if experts > hints.num_experts:
+            raise ValueError(f"num_experts must be at least {experts}, got {hints.num_experts}")
+        experts = hints.num_experts
     for each in passes:
         with naming(each.path):
             tensor = each.fields["topk_ids_of_layer"]
@@ -243,10 +256,11 @@ def _trace(passes: Sequence[_Pass], hints: Hints) -> RoutingTrace:
                 top_k = int(used.sum())
             if not 1 <= top_k <= tensor.shape[2]:
                 raise ValueError(f"top_k must be from 1 to {tensor.shape[2]}, got {top_k}")
-            pieces.append(_TokenPiece(each, tensor, len(ids), top_k))
+            if experts > most:
+                raise ValueError(f"{LAST_MAP} must hold experts below {most}, got {experts - 1}")
+            pieces.append(_TokenPiece(each, tensor, len(ids), top_k, experts))
             labels += sequences.of(positions, lengths)
     moe = hints.moe_layers(pieces[0].shape[1]) if pieces else None
-    experts = hints.num_experts or max(int(each.slots.max(initial=0)) + 1 for each in passes)
     ids_of_all = ids_of(pieces, experts, moe, "passes")
     return RoutingTrace(ids_of_all, experts, sequence=np.asarray(labels, dtype=np.int32))
 
@@ -344,7 +358,6 @@ def _of_response(path: Path, record: Record, hints: Hints) -> Iterator[Piece]:
         for number, choice in enumerate(of_choices)
         if isinstance(choice, dict)
     ]
-    after = 0
     for part, name in found:
         text = part.get("routed_experts") if isinstance(part, dict) else None
         if text is None:
@@ -352,13 +365,12 @@ def _of_response(path: Path, record: Record, hints: Hints) -> Iterator[Piece]:
         where = f"{record.where}, {name}"
         if not isinstance(text, str) or len(text) % 4 or not text.isascii():
             raise ValueError(f"{where}: routed_experts must be base64, got {shown(text)}")
-        count = (len(text) // 4 * 3 - (len(text) - len(text.rstrip("=")))) / INT32.itemsize
+        count = (len(text) // 4 * 3 - text[-2:].count("=")) / INT32.itemsize
         usage = fields.get("usage") if name != "meta_info" else part
         shape = _shape(count, usage if isinstance(usage, dict) else {}, hints, where)
-        place = record.find(text, after)
+        place = record.find(text)
         if place is None:
             raise ValueError(f"{where}: routed_experts must be plain letters, not escaped")
-        after = place + len(text)
         decoded(text[-8:].encode(), where)
         yield Base64Piece(path, place, shape, INT32, 0, where)
 

@@ -111,7 +111,6 @@ def _of_response(path: Path, record: Record) -> Iterator[Piece]:
     choices = record.fields.get("choices")
     if not isinstance(choices, list):
         raise ValueError(f"{record.where}: must be a response with 'choices'")
-    after = 0
     for number, choice in enumerate(choices):
         text = choice.get("routed_experts") if isinstance(choice, dict) else None
         if text is None:
@@ -120,13 +119,12 @@ def _of_response(path: Path, record: Record) -> Iterator[Piece]:
         if not isinstance(text, str):
             raise ValueError(f"{where}: routed_experts must be base64, got {text!r:.40}")
         stored, fortran = _header(text, where)
-        place = record.find(text, after)
+        place = record.find(text)
         if place is None or fortran:
             data = decoded(text.encode("latin-1"), where)
             flat = np.frombuffer(data, dtype=stored.dtype, offset=stored.offset)
             yield ArrayPiece(path, flat.reshape(stored.shape, order="F" if fortran else "C"))
         else:
-            after = place + len(text)
             yield Base64Piece(path, place, stored.shape, stored.dtype, stored.offset, where)
 
 
@@ -144,7 +142,7 @@ def _header(text: str, where: str) -> tuple[TensorInFile, bool]:
             f"{where}: routed_experts must be integers [tokens, layers, top_k], got "
             f"{stored.dtype} {list(stored.shape)}"
         )
-    held = len(text) // 4 * 3 - (len(text) - len(text.rstrip("=")))
+    held = len(text) // 4 * 3 - text[-2:].count("=")
     if stored.offset + stored.nbytes != held:
         raise ValueError(
             f"{where}: routed_experts {list(stored.shape)} must have "

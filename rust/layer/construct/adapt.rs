@@ -123,6 +123,9 @@ fn places(draft: &Draft<'_>) -> Vec<(usize, usize)> {
 /// Goes from running slots as far as steps gain.
 fn walk(site: Site<'_>, load: &[f64], slots: &[i32], reach: Reach) -> std::result::Result<Path, NoSlot> {
     let mut draft = Draft::new(site, load);
+    if slots.iter().all(|&e| e < 0) {
+        return packed(draft, reach);
+    }
     let mut held = vec![false; load.len() * site.room.len()];
     for (slot, device) in places(&draft) {
         let expert = u16::try_from(slots[slot]).unwrap_or(EMPTY);
@@ -133,19 +136,10 @@ fn walk(site: Site<'_>, load: &[f64], slots: &[i32], reach: Reach) -> std::resul
             }
         }
     }
-    if !held.contains(&true) {
-        let packed = fill(site, load, reach.trials)?;
-        for (slot, device) in places(&draft) {
-            draft.put(slot, device, packed[slot]);
-        }
-    }
     complete(&mut draft)?;
     let mut walk = Walk::new(draft, &held, reach.tolerance);
     walk.note();
     let start = walk.draft.expert_in.clone();
-    if !held.contains(&true) {
-        return Ok(Path { start, edits: walk.edits, stops: walk.stops });
-    }
     for _ in 0..reach.steps * site.room.len() {
         if !walk.step() {
             break;
@@ -154,6 +148,19 @@ fn walk(site: Site<'_>, load: &[f64], slots: &[i32], reach: Reach) -> std::resul
     }
     walk.anew(reach)?;
     Ok(Path { start, edits: walk.edits, stops: walk.stops })
+}
+
+/// Packs a layer where nothing is yet: there is nowhere to go from there.
+fn packed(mut draft: Draft<'_>, reach: Reach) -> std::result::Result<Path, NoSlot> {
+    let found = fill(draft.site, draft.load, reach.trials)?;
+    for (slot, device) in places(&draft) {
+        draft.put(slot, device, found[slot]);
+    }
+    complete(&mut draft)?;
+    let brought = draft.expert_in.iter().filter(|&&e| e != EMPTY).count();
+    let slowest = draft.times_and_loads().0.into_iter().fold(0.0, f64::max);
+    let stop = Stop { brought, slowest, edits: 0 };
+    Ok(Path { start: draft.expert_in, edits: vec![], stops: vec![stop] })
 }
 
 /// Gives experts that have no slot one, the heaviest first, and fills empty slots with copies that take most.
@@ -166,7 +173,7 @@ fn complete(draft: &mut Draft<'_>) -> std::result::Result<(), NoSlot> {
     }
     missing.sort_by(|&a, &b| draft.load[usize::from(b)].total_cmp(&draft.load[usize::from(a)]));
     for e in missing {
-        let times = draft.measure().0;
+        let times = draft.times_and_loads().0;
         let open = (0..times.len())
             .filter(|&g| draft.takes(e, g))
             .filter_map(|g| draft.slots(g).find(|&slot| draft.expert_in[slot] == EMPTY).map(|slot| (g, slot)))
@@ -178,7 +185,7 @@ fn complete(draft: &mut Draft<'_>) -> std::result::Result<(), NoSlot> {
         }
     }
     loop {
-        let times = draft.measure().0;
+        let times = draft.times_and_loads().0;
         let best = (0..times.len())
             .filter_map(|g| {
                 let slot = draft.slots(g).find(|&slot| draft.expert_in[slot] == EMPTY)?;
@@ -326,7 +333,10 @@ impl<'a, 'b> Walk<'a, 'b> {
         let device_of: Vec<usize> = places(&draft).into_iter().map(|(_, device)| device).collect();
         let scan = Scan::new(&draft, &device_of);
         let (experts, is_brought) = (draft.load.len(), vec![0.0; device_of.len()]);
-        let had = |e: usize| (0..site.room.len()).filter(|g| held[g * experts + e]).collect();
+        let mut had = vec![vec![]; experts];
+        for (device, held) in held.chunks_exact(experts).enumerate() {
+            held.iter().zip(&mut had).filter(|(held, _)| **held).for_each(|(_, had)| had.push(device));
+        }
         let mut walk = Self {
             held,
             device_of,
@@ -334,20 +344,20 @@ impl<'a, 'b> Walk<'a, 'b> {
             load_in: vec![],
             with_one_more: vec![],
             is_brought,
-            had: (0..experts).map(had).collect(),
+            had,
             target,
             scan,
             edits: vec![],
             stops: vec![],
             draft,
         };
-        walk.measure();
+        walk.times_and_loads();
         walk
     }
 
     /// Follows the draft, whatever has become of it.
-    fn measure(&mut self) {
-        (self.times, self.load_in) = self.draft.measure();
+    fn times_and_loads(&mut self) {
+        (self.times, self.load_in) = self.draft.times_and_loads();
         let copies = self.draft.copies.iter().map(|&copies| f64::from(copies + 1));
         self.with_one_more = self.draft.load.iter().zip(copies).map(|(load, copies)| load / copies).collect();
         for slot in 0..self.device_of.len() {
@@ -401,7 +411,7 @@ impl<'a, 'b> Walk<'a, 'b> {
             Step::Put(e, q) => {
                 draft.put(q, self.device_of[q], e);
                 self.edits.push((q as u32, e));
-                self.measure();
+                self.times_and_loads();
             }
         }
         true
@@ -540,12 +550,12 @@ impl<'a, 'b> Walk<'a, 'b> {
             }
         }
         complete(&mut packed)?;
-        if packed.measure().0.into_iter().fold(0.0, f64::max) >= reached * (1.0 - reach.dead_zone) {
+        if packed.times_and_loads().0.into_iter().fold(0.0, f64::max) >= reached * (1.0 - reach.dead_zone) {
             return Ok(());
         }
         self.edits.extend((0..).zip(packed.expert_in.iter().copied()));
         self.draft = packed;
-        self.measure();
+        self.times_and_loads();
         self.note();
         Ok(())
     }
@@ -671,6 +681,9 @@ fn hull(stops: &[Stop]) -> Vec<usize> {
 
 /// Orders new contents so that what stays on a device keeps its slot, -1 where a slot is empty.
 fn keep(before: &[i32], now: &[u16], room: &[usize]) -> Vec<i32> {
+    if before.iter().all(|&e| e < 0) {
+        return now.iter().map(|&e| if e == EMPTY { -1 } else { i32::from(e) }).collect();
+    }
     let mut ordered = vec![-1; now.len()];
     let mut first = 0;
     for &room in room {

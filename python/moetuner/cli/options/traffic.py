@@ -13,6 +13,7 @@ from moetuner.cli import options
 from moetuner.cli.output import working
 from moetuner.files.text import name
 from moetuner.formats import open_input
+from moetuner.formats.pieces import layers_left_out
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -84,7 +85,15 @@ def describe(path: Path, traffic: Traffic) -> str:
     if of["groups"]:
         parts.append(f"{len(of['groups'])} groups")
     model = f" of {name(of['model'])}" if of["model"] else ""
-    return f"{name(path.name)}: {of['kind']}{model}, {', '.join(parts)}"
+    line = f"{name(path.name)}: {of['kind']}{model}, {', '.join(parts)}"
+    left_out = layers_left_out(traffic.ids) if isinstance(traffic, RoutingTrace) else None
+    if left_out is not None:
+        hidden, dense = left_out
+        line += (
+            "\nLayers without experts are left out; as options of export: "
+            f"--hidden-layers {hidden} --dense-layers {','.join(map(str, dense))}"
+        )
+    return line
 
 
 @dataclass(frozen=True)
