@@ -101,7 +101,8 @@ def on_two_ranks(name: str, arguments: dict, environment: dict, checkpoint: str 
 def placed(mode: str) -> Served:
     """Serve on two ranks with the file of our writer: the third command; the recorder runs."""
     location = one_rank().folder / "expert_location.json"
-    moetuner("export", placement(), "--to", "sglang", "--out", location)
+    layers = ["--hidden-layers", tiny_models.LAYERS]
+    moetuner("export", placement(), "--to", "sglang", *layers, "--out", location)
     arguments = {**WITH_COPIES, **recorder(mode, "two"), "init_expert_location": str(location)}
     return on_two_ranks(f"sglang-two-ranks-{mode}", arguments, {}, model(MODEL))
 
