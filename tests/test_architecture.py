@@ -52,7 +52,7 @@ MAY_IMPORT = {
         *SOLVER,
     ),
     "solver": SOLVER,
-    "report": ("solver", *SOLVER),
+    "report": ("solver", "formats", "files", *SOLVER),
     "plugins": ("solver", "formats", "files", *VALUES),
     "torch": ("solver", "files", *SOLVER),
     "cli": (
@@ -77,6 +77,9 @@ PLACES = {
     "highspy": ("solver.milp.highs",),
     "click": ("cli",),
     "rich": ("cli",),
+    "plotly": ("report.page",),
+    "jinja2": ("report.page",),
+    "markupsafe": ("report.page",),
 }
 
 

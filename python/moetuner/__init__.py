@@ -17,6 +17,8 @@ from moetuner.formats.engines import engine_settings
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.report.advice import advise
+from moetuner.report.advice.values import Advice
 from moetuner.report.structure import structure
 from moetuner.solver import (
     Certificate,
@@ -63,5 +65,7 @@ __all__ = [  # noqa: RUF022
     "pareto",
     "Trade",
     "balance",
+    "advise",
+    "Advice",
     "__version__",
 ]

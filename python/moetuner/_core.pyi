@@ -222,14 +222,12 @@ def search(
     trials: int | None = None,
     time_limit: float | None = None,
     threads: int | None = None,
-    initial: list[NDArray[np.int32]] = ...,
     progress: Callable[[float, int | None], None] | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.uint64], int, bool, int]:
     """Search for the placement of least pair cost whose device loads stay under their caps.
 
     Takes load [L,E], cap [L,D], cost [D,D] (symmetric, zero diagonal), transitions [L-1,E,E],
-    coactivation [L,E,E], and placements [L,D,S] to start from as well. ``trials`` is per start.
-    ``progress`` gets seconds and the best cost.
+    coactivation [L,E,E]. ``trials`` is per start. ``progress`` gets seconds and the best cost.
 
     Where no placement under a cap is known, the cap is raised to what the most balanced one needs.
 
@@ -327,17 +325,21 @@ def adapt_slots(
     steps: int,
     trials: int = ...,
     copies: bool = ...,
+    full: bool = ...,
+    price: float = ...,
     forbidden: NDArray[np.bool_] | None = ...,
 ) -> tuple[NDArray[np.int32], list[float], list[float], list[int]]:
     """Relieve the slowest devices of running slots by few copies that have to be brought.
 
     Takes load [L,E], slots [L,D,S] with -1 for an empty one, and the time of every device per token
-    as a share of the slowest one's [D]. At most ``most`` copies are brought, where they gain most.
+    as a share of the slowest one's [D]. At most ``most`` copies are brought, where they gain most,
+    and each more than ``price`` tokens.
     A layer stays unless the time of its slowest device falls by more than the part ``dead_zone``,
     and by more than ``deviations`` standard deviations of counts as large; devices within the part
     ``tolerance`` of the mean are relieved no further; ``steps`` is for each device of a layer, and
-    ``trials`` as in ``replicate_experts``. Experts without a slot get one and empty slots are
-    filled, unless a device holds all experts already. What stays on a device keeps its slot.
+    ``trials`` as in ``replicate_experts``. Experts without a slot get one, and with ``full`` empty
+    slots are filled, unless a device holds all experts already. What stays on a device keeps its
+    slot.
 
     Returns slots [L,D,S], and of every layer the time of the slowest device before (once all slots
     were filled) and after, and the copies brought.

@@ -30,12 +30,12 @@ impl Contents {
         if magnitude.is_nan() || magnitude > 1e250 {
             return Harvest { bound: f64::INFINITY, sets: Vec::new() };
         }
-        Search::new(self, g, floor).run(magnitude)
+        DepthFirst::new(self, g, floor).run(magnitude)
     }
 }
 
 /// A depth-first search; experts are numbered from the most promising on.
-struct Search<'a> {
+struct DepthFirst<'a> {
     contents: &'a Contents,
     e: usize,
     order: Vec<usize>,
@@ -60,7 +60,7 @@ struct Search<'a> {
     found: Vec<(f64, Set)>,
 }
 
-impl<'a> Search<'a> {
+impl<'a> DepthFirst<'a> {
     /// A search for contents of at least three members with a sum of the symmetric `g` above `floor`.
     fn new(contents: &'a Contents, g: &[f64], floor: f64) -> Self {
         let (e, c) = (contents.experts, contents.slots);
@@ -270,7 +270,7 @@ fn by_promise(g: &[f64], e: usize, c: usize) -> Vec<usize> {
     order
 }
 
-/// See [`Search::halves`].
+/// See [`DepthFirst::halves`].
 fn halves(g: &[f64], e: usize, c: usize) -> Vec<f64> {
     let mut halves = vec![0.0; (e + 1) * e * c];
     let mut tops = vec![f64::NEG_INFINITY; e * c];

@@ -165,30 +165,30 @@ pub(super) fn crossing(relaxation: &Relaxation, value: f64) -> u64 {
 pub(super) fn dual_value(relaxation: &Relaxation, dual: &Dual, hints: Option<&Hints>) -> f64 {
     let cuts = &dual.cuts;
     let pairs = relaxation.pairs();
-    let sides: Vec<Side> = (0..pairs)
+    let by_pair: Vec<PairValue> = (0..pairs)
         .into_par_iter()
         .map(|l| {
             let start = cuts.partition_point(|(cut, _)| (cut.pair as usize) < l);
             let end = cuts.partition_point(|(cut, _)| cut.pair as usize <= l);
-            Side::new(relaxation, l, dual, &cuts[start..end], hints.map(|h| h.spectrum[l]))
+            PairValue::new(relaxation, l, dual, &cuts[start..end], hints.map(|h| h.spectrum[l]))
         })
         .collect();
     let layers: Vec<Sum> =
-        (0..=pairs).into_par_iter().map(|l| layer_value(relaxation, l, dual, &sides, hints)).collect();
+        (0..=pairs).into_par_iter().map(|l| layer_value(relaxation, l, dual, &by_pair, hints)).collect();
     let mut sum = Sum::default();
-    for part in sides.iter().map(|side| side.sum).chain(layers) {
+    for part in by_pair.iter().map(|side| side.sum).chain(layers) {
         sum.join(part);
     }
     // No number passes through more roundings than this: a coefficient, its multiplier, the cuts of its variable,
     // the longest sum of a pair, the sum over pairs.
     let e = relaxation.experts;
-    let most = sides.iter().map(|side| side.terms).max().unwrap_or(0) as usize;
+    let most = by_pair.iter().map(|side| side.terms).max().unwrap_or(0) as usize;
     let roundings = (2 * most + 4 * e * e + 2 * e + 8 * pairs + 64) as f64;
     sum.value - roundings * f64::EPSILON * sum.magnitude
 }
 
 /// What pair l adds to D, and its reduced costs.
-struct Side {
+struct PairValue {
     sum: Sum,
     /// `r` of the slice; the z part is spent.
     reduced: Vec<f64>,
@@ -198,7 +198,7 @@ struct Side {
     terms: u32,
 }
 
-impl Side {
+impl PairValue {
     fn new(
         relaxation: &Relaxation,
         l: usize,
@@ -299,7 +299,13 @@ fn transport_value(r: &[f64], e: usize, slots: usize, columns: Option<&[f64]>) -
 }
 
 /// A lower bound on `sum r s` over the partitions of layer l: each expert has C - 1 companions.
-fn layer_value(relaxation: &Relaxation, l: usize, dual: &Dual, sides: &[Side], hints: Option<&Hints>) -> Sum {
+fn layer_value(
+    relaxation: &Relaxation,
+    l: usize,
+    dual: &Dual,
+    by_pair: &[PairValue],
+    hints: Option<&Hints>,
+) -> Sum {
     let Relaxation { experts: e, slots, .. } = *relaxation;
     let mut sum = Sum::default();
     if dual.lambda.is_empty() && dual.contents.is_empty() && dual.cuts.is_empty() {
@@ -308,7 +314,7 @@ fn layer_value(relaxation: &Relaxation, l: usize, dual: &Dual, sides: &[Side], h
     let mut r = vec![0.0; e * e];
     let blocks = [(l.checked_sub(1), 2), (Some(l), 0)];
     for (side, block) in blocks {
-        if let Some(side) = side.and_then(|l| sides.get(l)) {
+        if let Some(side) = side.and_then(|l| by_pair.get(l)) {
             r.iter_mut().zip(&side.reduced[block * e * e..]).for_each(|(r, x)| *r += x);
             sum.magnitude += 2.0 * side.magnitude[block];
         }

@@ -23,33 +23,7 @@ impl Sizes {
         self.devices * self.per_device
     }
 
-    /// Puts the nothings into empty slots (-1) of slots `[L, D, S]`, so that every entry occurs once in a layer.
-    ///
-    /// # Errors
-    /// When an expert is missing, appears twice, or does not exist.
-    pub fn fill(&self, slots: &[i32]) -> Result<Vec<u16>> {
-        let p = self.slots();
-        check("initial", slots.len(), &[self.layers * p])?;
-        let mut filled = Vec::with_capacity(slots.len());
-        for (l, layer) in slots.chunks_exact(p.max(1)).enumerate() {
-            let mut seen = vec![false; self.experts];
-            let mut nothing = self.experts..p;
-            for &expert in layer {
-                let entry = match usize::try_from(expert) {
-                    Err(_) => nothing.next(),
-                    Ok(e) => (e < self.experts && !std::mem::replace(&mut seen[e], true)).then_some(e),
-                };
-                let Some(entry) = entry else {
-                    let rule = format!("each of {} experts once in layer {l}", self.experts);
-                    return Err(Error::Shape { what: "initial", rule, found: format!("{expert}") });
-                };
-                filled.push(entry as u16);
-            }
-        }
-        Ok(filled)
-    }
-
-    /// The reverse of [`Sizes::fill`].
+    /// Slots `[L, D, S]` as they are told: -1 for what stands for nothing.
     #[must_use]
     pub fn unfill(&self, filled: &[u16]) -> Vec<i32> {
         let expert = |&entry: &u16| if usize::from(entry) < self.experts { i32::from(entry) } else { -1 };

@@ -56,21 +56,14 @@ const TIGHT: f64 = 0.1;
 /// The expert in every slot `[L, P]` of the best placement found.
 ///
 /// Starts from `balanced`, which must respect the caps ([`Instance::allow`]); so does the answer. Where caps are tight,
-/// the search crosses them on the way. Placements of `initial` take part in recombination and polishing.
+/// the search crosses them on the way.
 #[must_use]
-pub fn search(
-    instance: &Instance,
-    options: &Options,
-    balanced: &[u16],
-    initial: &[Vec<u16>],
-    control: &Control,
-) -> Vec<u16> {
+pub fn search(instance: &Instance, options: &Options, balanced: &[u16], control: &Control) -> Vec<u16> {
     let judged = |expert_in: Vec<u16>| {
         let state = State::new(instance, expert_in);
         found(&state, control)
     };
     let mut elite: Vec<Found> = vec![judged(balanced.to_vec())];
-    elite.extend(initial.iter().cloned().map(judged));
     if instance.sizes.devices < 2 || !instance.has_pairs() || control.stopped() {
         return best(elite);
     }
@@ -95,8 +88,8 @@ pub fn search(
     };
     loop {
         let mut pool = elite.clone();
-        // Only what was given takes part from the beginning: what an earlier epoch found would drown the new starts.
-        pool.truncate(1 + initial.len());
+        // What an earlier epoch found would drown the new starts.
+        pool.truncate(1);
         let mut starts = effort.starts;
         if let Some(flat) = &flat {
             let alike = starts.div_ceil(FLAT);
@@ -175,8 +168,8 @@ pub fn balanced(instance: &Instance, control: &Control) -> Result<Vec<u16>> {
 }
 
 /// Cost of a placement in the instance's counts.
-#[must_use]
-pub fn cost_of(instance: &Instance, expert_in: &[u16]) -> i64 {
+#[cfg(test)]
+fn cost_of(instance: &Instance, expert_in: &[u16]) -> i64 {
     State::new(instance, expert_in.to_vec()).cost()
 }
 
@@ -337,7 +330,7 @@ mod tests {
         let balanced = balanced(instance, &control).expect("fits");
         instance.allow(&balanced);
         let options = Options { seed: 0, trials: Some(trials), time_limit: None };
-        search(instance, &options, &balanced, &[], &control)
+        search(instance, &options, &balanced, &control)
     }
 
     /// What a search finds of 8 layers whose loads allow hardly another placement, beside where it starts.
@@ -409,7 +402,7 @@ mod tests {
             }
             let before = State::new(&instance, start.clone()).excess();
             let options = Options { seed, trials: Some(20_000), time_limit: None };
-            let found = search(&instance, &options, &start, &[], &Control::new(None));
+            let found = search(&instance, &options, &start, &Control::new(None));
             prop_assert!(State::new(&instance, found).excess() <= before);
         }
 
@@ -422,10 +415,8 @@ mod tests {
             // Tokens go other ways than loads are balanced.
             let mut instance = planted(6, 4, 4, &mut Random::new(seed, 1));
             instance.load.clone_from(&loads.load);
-            let p = instance.sizes.slots() as u16;
-            let start: Vec<u16> = (0..instance.sizes.layers).flat_map(|_| 0..p).collect();
             let options = Options { seed, trials: Some(5_000), time_limit: None };
-            let found = search(&instance, &options, &start, &[kept], &Control::new(None));
+            let found = search(&instance, &options, &kept, &Control::new(None));
             prop_assert_eq!(State::new(&instance, found).excess(), 0);
         }
     }

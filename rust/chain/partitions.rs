@@ -34,8 +34,8 @@ pub fn optimum(instance: &Instance, work: u64) -> Option<Optimum> {
     let tiers = Tiers::of(instance).filter(|_| instance.shift == 0)?;
     let all = all_partitions(instance, tiers)?;
     let groups = Groups::new(&all, instance.sizes.devices);
-    let layers: Vec<Layer> =
-        (0..instance.sizes.layers).map(|l| Layer::new(instance, &all, &groups, l)).collect();
+    let layers: Vec<LayerPartitions> =
+        (0..instance.sizes.layers).map(|l| LayerPartitions::new(instance, &all, &groups, l)).collect();
     let steps = layers.windows(2).map(|pair| {
         let (left, right) = (&pair[0], &pair[1]);
         let flows = right.groups.len() * instance.sizes.slots() / ADDITIONS;
@@ -242,7 +242,7 @@ fn extend(
 }
 
 /// The partitions that a layer may take.
-struct Layer {
+struct LayerPartitions {
     /// Among all.
     kept: Vec<usize>,
     /// The groups that occur in them.
@@ -252,7 +252,7 @@ struct Layer {
     cap: u64,
 }
 
-impl Layer {
+impl LayerPartitions {
     fn new(instance: &Instance, all: &[Vec<u16>], groups: &Groups, l: usize) -> Self {
         let sizes = instance.sizes;
         let load = &instance.load[l * sizes.slots()..][..sizes.experts];
@@ -352,7 +352,7 @@ fn step(
     groups: &Groups,
     l: usize,
     value: &[i64],
-    layers: &[Layer],
+    layers: &[LayerPartitions],
 ) -> Vec<(i64, u32)> {
     let (left, right) = (&layers[0].kept, &layers[1].kept);
     let nothing = || vec![(i64::MAX, u32::MAX); right.len()];

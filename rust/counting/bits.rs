@@ -87,14 +87,14 @@ fn sets_of<I: ExpertId, N: Number>(ids: &[I], top_k: usize, sets: &mut [N; BLOCK
 /// Numbers of ids, whose sums by token become rows.
 #[derive(Debug)]
 pub struct Units {
-    tables: Tables,
+    tables: UnitTable,
     /// Which row a bit is, [`NONE`] for a bit that is unused.
     columns: Vec<usize>,
 }
 
 /// A number per id, as wide as the rows need. Of constant size: an index below it needs no check.
 #[derive(Debug)]
-enum Tables {
+enum UnitTable {
     Of8(Box<[u8; IDS]>),
     Of32(Box<[u32; IDS]>),
     Of64(Vec<[u64; IDS]>),
@@ -113,9 +113,9 @@ impl Units {
         });
         let mut only = || words.next().expect("a size above zero has a word");
         let tables = match size {
-            0..=8 => Tables::Of8(Box::new(only().map(|unit| unit as u8))),
-            9..=32 => Tables::Of32(Box::new(only().map(|unit| unit as u32))),
-            _ => Tables::Of64(words.collect()),
+            0..=8 => UnitTable::Of8(Box::new(only().map(|unit| unit as u8))),
+            9..=32 => UnitTable::Of32(Box::new(only().map(|unit| unit as u32))),
+            _ => UnitTable::Of64(words.collect()),
         };
         Self { tables, columns }
     }
@@ -135,17 +135,17 @@ pub(super) fn rows_of_sums<I: ExpertId>(
 ) {
     let columns = &units.columns;
     match &units.tables {
-        Tables::Of8(table) => {
+        UnitTable::Of8(table) => {
             rows_with(ids, top_k, size, columns, rows, |_, ids, sums: &mut [u8; BLOCK]| {
                 sums_of(ids, top_k, table, sums);
             });
         }
-        Tables::Of32(table) => {
+        UnitTable::Of32(table) => {
             rows_with(ids, top_k, size, columns, rows, |_, ids, sums: &mut [u32; BLOCK]| {
                 sums_of(ids, top_k, table, sums);
             });
         }
-        Tables::Of64(tables) => {
+        UnitTable::Of64(tables) => {
             rows_with(ids, top_k, size, columns, rows, |word, ids, sums: &mut [u64; BLOCK]| {
                 sums_of(ids, top_k, &tables[word], sums);
             });

@@ -33,7 +33,7 @@ pub struct Tables<'a> {
 #[derive(Debug)]
 pub struct Counter {
     routing: Routing,
-    windows: Windows,
+    windows: WindowCounts,
     /// Of every layer; none where they are not wanted.
     sets: Vec<Sets>,
 }
@@ -57,7 +57,7 @@ impl Counter {
     pub fn new(routing: Routing, window: Option<u64>, sets: bool) -> Self {
         let Routing { layers, experts, top_k } = routing;
         let sets = vec![Sets::new(top_k); if sets { layers } else { 0 }];
-        Self { routing, windows: Windows::new(layers, experts, window), sets }
+        Self { routing, windows: WindowCounts::new(layers, experts, window), sets }
     }
 
     /// Validates and counts the next tokens of the trace, `[tokens, layers, top_k]`.
@@ -78,8 +78,8 @@ impl Counter {
         let mut transitions = by_layer(&mut tables.transitions, table);
         let mut coactivation = by_layer(&mut tables.coactivation, table);
         let mut sets = sets.iter_mut();
-        let mut layers: Vec<Layer<'_>> = (windows.counts.iter_mut().enumerate())
-            .map(|(l, load)| Layer {
+        let mut layers: Vec<LayerTables<'_>> = (windows.counts.iter_mut().enumerate())
+            .map(|(l, load)| LayerTables {
                 load,
                 // The transitions of a layer are those that lead to it: the first layer has none.
                 transitions: l.checked_sub(1).and_then(|at| transitions.get_mut(at)?.take()),
@@ -130,7 +130,7 @@ fn by_layer<'a>(tables: &'a mut Option<&mut [u64]>, size: usize) -> Vec<Option<&
 }
 
 /// One layer's tables.
-struct Layer<'a> {
+struct LayerTables<'a> {
     load: &'a mut Vec<u64>,
     transitions: Option<&'a mut [u64]>,
     coactivation: Option<&'a mut [u64]>,
@@ -139,7 +139,7 @@ struct Layer<'a> {
 
 /// Counts by window: runs of `length` tokens, or the whole trace.
 #[derive(Debug)]
-pub(crate) struct Windows {
+pub(crate) struct WindowCounts {
     pub(crate) length: Option<u64>,
     pub(crate) tokens: u64,
     /// Counts of a layer in a window.
@@ -148,7 +148,7 @@ pub(crate) struct Windows {
     pub(crate) counts: Vec<Vec<u64>>,
 }
 
-impl Windows {
+impl WindowCounts {
     pub(crate) fn new(layers: usize, size: usize, length: Option<u64>) -> Self {
         Self { length, tokens: 0, size, counts: vec![Vec::new(); layers] }
     }

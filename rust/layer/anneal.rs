@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::terms::Terms;
-use super::{Contents, EMPTY, Layer, Move};
+use super::{EMPTY, Layer, Move, Placement};
 use crate::anneal::{self, Blocks, Length, Ramp};
 use crate::control::Control;
 use crate::random::{Random, scale};
@@ -37,45 +37,45 @@ const QUICK: u64 = 50;
 /// Proposals that are looked at to find the typical change.
 const SAMPLE: usize = 255;
 
-/// The best contents that annealing finds from `start` and the first temperature `hot`, and their cost.
+/// The best placement that annealing finds from `start` and the first temperature `hot`, and their cost.
 #[must_use]
 pub(super) fn search(
     layer: &Layer,
-    start: Contents,
+    start: Placement,
     effort: Effort,
     hot: f64,
     time: Option<Duration>,
     random: &mut Random,
     control: &Control,
-) -> (f64, Contents) {
-    let mut contents = start;
-    let mut terms = Terms::new(layer, &contents);
-    let mut best = (terms.cost(layer), contents.expert_in.clone());
+) -> (f64, Placement) {
+    let mut placement = start;
+    let mut terms = Terms::new(layer, &placement);
+    let mut best = (terms.cost(layer), placement.expert_in.clone());
     // What a slot may hold instead, where slots are to spare: any expert or, as the last of them, nothing.
     let spare = effort.copies && layer.slots() > layer.experts;
     let kinds = if spare { layer.experts + usize::from(effort.empties) } else { 0 };
     let cold = if terms.balance.is_some() && layer.windows.count <= FEW_WINDOWS { COLDEST } else { COLD };
-    let typical = typical_change(layer, &mut terms, &contents, kinds, random);
+    let typical = typical_change(layer, &mut terms, &placement, kinds, random);
     let length = Length { trials: effort.trials, least: effort.trials / QUICK, time };
     let ramp = Ramp { first: hot * typical, change: cold / hot };
     anneal::anneal(length, BLOCKS, [ramp], control, |[temperature]| {
         for _ in 0..BLOCKS.trials {
             let step = proposal(layer, kinds, random);
-            if !contents.allows(layer, step) {
+            if !placement.allows(layer, step) {
                 continue;
             }
-            let Some(change) = terms.change(layer, &contents, step) else { continue };
+            let Some(change) = terms.change(layer, &placement, step) else { continue };
             if accepts(change, temperature, random.bits()) {
-                terms.apply(layer, &mut contents, step);
+                terms.apply(layer, &mut placement, step);
                 let cost = terms.cost(layer);
                 if cost < best.0 {
                     best.0 = cost;
-                    best.1.clone_from(&contents.expert_in);
+                    best.1.clone_from(&placement.expert_in);
                 }
             }
         }
     });
-    (best.0, Contents::new(layer, best.1))
+    (best.0, Placement::new(layer, best.1))
 }
 
 /// A random exchange of two slots or, every eighth time where there are `kinds` of contents, others of one.
@@ -95,14 +95,14 @@ fn proposal(layer: &Layer, kinds: usize, random: &mut Random) -> Move {
 fn typical_change(
     layer: &Layer,
     terms: &mut Terms,
-    contents: &Contents,
+    placement: &Placement,
     kinds: usize,
     random: &mut Random,
 ) -> f64 {
     let mut changes: Vec<f64> = (0..SAMPLE)
         .filter_map(|_| {
             let step = proposal(layer, kinds, random);
-            let change = contents.allows(layer, step).then(|| terms.change(layer, contents, step))??;
+            let change = placement.allows(layer, step).then(|| terms.change(layer, placement, step))??;
             (change != 0.0).then_some(change.abs())
         })
         .collect();
@@ -205,8 +205,8 @@ mod tests {
             let mut random = Random::new(seed, 0);
             let layer = layer(&mut random, experts, devices, norm, nearest);
             let start = replicate(&layer, construct::QUICK, true).expect("slots suffice");
-            let mut contents = Contents::new(&layer, start);
-            let mut terms = Terms::new(&layer, &contents);
+            let mut placement = Placement::new(&layer, start);
+            let mut terms = Terms::new(&layer, &placement);
             let slots = layer.slots();
             for _ in 0..60 {
                 let step = if random.below(2) == 0 {
@@ -215,13 +215,13 @@ mod tests {
                     let e = random.below(experts + 1);
                     Move::Put(random.below(slots), if e == experts { EMPTY } else { e as u16 })
                 };
-                if !contents.allows(&layer, step) {
+                if !placement.allows(&layer, step) {
                     continue;
                 }
                 let before = terms.cost(&layer);
-                let change = terms.change(&layer, &contents, step).expect("no cap");
-                terms.apply(&layer, &mut contents, step);
-                let fresh = Terms::new(&layer, &contents);
+                let change = terms.change(&layer, &placement, step).expect("no cap");
+                terms.apply(&layer, &mut placement, step);
+                let fresh = Terms::new(&layer, &placement);
                 let fresh_cost = fresh.cost(&layer);
                 let close = |a: f64, b: f64| (a - b).abs() <= 1e-9 * b.abs().max(1.0);
                 prop_assert!(close(terms.cost(&layer), fresh_cost));
@@ -231,7 +231,7 @@ mod tests {
                     // The powers are single precision.
                     prop_assert!(fresh_cost <= before + change + 1e-3 * fresh_cost.abs());
                 }
-                prop_assert!(contents.expert_in.iter().all(|&e| e == EMPTY || !contents.devices(e).is_empty()));
+                prop_assert!(placement.expert_in.iter().all(|&e| e == EMPTY || !placement.devices(e).is_empty()));
             }
         }
     }

@@ -7,15 +7,15 @@
 
 mod anneal;
 pub mod construct;
-mod contents;
 mod moves;
+mod placement;
 pub mod terms;
 mod turns;
 
 pub use anneal::Effort;
 pub use construct::draft::Site;
-pub use contents::{Contents, EMPTY, Move};
 pub use moves::{Reach, Step, descend};
+pub use placement::{EMPTY, Move, Placement};
 pub use turns::{Links, place};
 
 use terms::windows::Windows;

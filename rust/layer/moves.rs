@@ -1,4 +1,4 @@
-//! From running contents to better ones by few moves: always the step that gains most for a copy that has to be brought.
+//! From a running placement to better ones by few moves: always the step that gains most for a copy that has to be brought.
 //!
 //! Load above the caps comes before all else, as everywhere. The best exchange of every two devices is kept; a step looks
 //! again only at the pairs of devices that it touches, and at others when it is their turn.
@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::terms::balance::Balance;
 use super::terms::{Terms, linear};
 use super::turns::{Links, prices};
-use super::{Contents, EMPTY, Layer, Move, Split};
+use super::{EMPTY, Layer, Move, Placement, Split};
 use crate::control::Control;
 
 /// A step, and what is so after it.
@@ -68,17 +68,17 @@ fn each(moves: i64) -> f64 {
     if moves > 0 { moves as f64 } else { FREE }
 }
 
-/// A layer on its way.
-struct Way<'a> {
-    contents: Contents,
+/// A layer on its way down.
+struct Walk<'a> {
+    placement: Placement,
     terms: Terms,
-    /// Where the running contents have experts `[E, D]`.
+    /// Where the running placement has experts `[E, D]`.
     held: &'a [bool],
     /// First slot of every device, and the number of slots `[D + 1]`.
     first: Vec<usize>,
     /// Best exchange of two devices, and on the diagonal the best new content of a slot `[D, D]`.
     best: Vec<Option<Choice>>,
-    /// Whether all of them are of the contents as they stand.
+    /// Whether all of them are of the placement as it stands.
     fresh: bool,
     /// The best of all that may be done.
     top: Option<Choice>,
@@ -87,21 +87,21 @@ struct Way<'a> {
     slow: Vec<(Vec<usize>, f64)>,
 }
 
-impl<'a> Way<'a> {
-    fn new(layer: &Layer, contents: Contents, held: &'a [bool], copies: bool) -> Self {
+impl<'a> Walk<'a> {
+    fn new(layer: &Layer, placement: Placement, held: &'a [bool], copies: bool) -> Self {
         let d = layer.devices();
         let mut first = vec![0];
         first.extend(layer.room.iter().scan(0, |slots, &room| {
             *slots += room;
             Some(*slots)
         }));
-        let terms = Terms::new(layer, &contents);
+        let terms = Terms::new(layer, &placement);
         let copies = copies && layer.slots() > layer.experts;
         let best = vec![None; d * d];
-        let mut way =
-            Self { contents, terms, held, first, best, fresh: false, top: None, copies, slow: vec![] };
-        way.find_slow(layer);
-        way
+        let mut walk =
+            Self { placement, terms, held, first, best, fresh: false, top: None, copies, slow: vec![] };
+        walk.find_slow(layer);
+        walk
     }
 
     /// Finds the slowest devices; the ones of other windows than before, or where there is more to gain.
@@ -133,7 +133,7 @@ impl<'a> Way<'a> {
         if expert == EMPTY {
             return 0.0;
         }
-        let devices = self.contents.devices(expert);
+        let devices = self.placement.devices(expert);
         let here = if devices.contains(&(g as u16)) { g } else { h };
         let share = f64::from(layer.share(devices, here as u16));
         (self.slowest_part(layer, expert, g) - self.slowest_part(layer, expert, h)) * share
@@ -142,15 +142,15 @@ impl<'a> Way<'a> {
     /// What a slot's new content gains at the most where a device is the slowest, likewise: equal shares of `expert`,
     /// one more of them, and none of what was there.
     fn put_relieves(&self, layer: &Layer, slot: usize, expert: u16) -> f64 {
-        let (device, here) = (usize::from(self.contents.device_of(slot)), self.contents.expert_in[slot]);
-        let holders = self.contents.devices(expert);
+        let (device, here) = (usize::from(self.placement.device_of(slot)), self.placement.expert_in[slot]);
+        let holders = self.placement.devices(expert);
         let (before, after) = (1.0 / holders.len() as f64, 1.0 / (holders.len() + 1) as f64);
         let part = |device: usize| self.slowest_part(layer, expert, device);
         let elsewhere: f64 = holders.iter().map(|&holder| part(usize::from(holder))).sum();
         let gone = if here == EMPTY {
             0.0
         } else {
-            self.slowest_part(layer, here, device) / self.contents.devices(here).len() as f64
+            self.slowest_part(layer, here, device) / self.placement.devices(here).len() as f64
         };
         gone + elsewhere * (before - after) - part(device) * after
     }
@@ -168,20 +168,20 @@ impl<'a> Way<'a> {
             let at = |device: u16| usize::from(expert) * layer.devices() + usize::from(device);
             i64::from(device.is_some_and(|device| !self.held[at(device)]))
         };
-        self.contents.edits(step).map(|edit| new(edit.expert, edit.to) - new(edit.expert, edit.from)).sum()
+        self.placement.edits(step).map(|edit| new(edit.expert, edit.to) - new(edit.expert, edit.from)).sum()
     }
 
     /// What a step is worth, if that is something.
     fn judge(&mut self, layer: &Layer, step: Move) -> Option<Choice> {
-        if !self.contents.allows(layer, step) {
+        if !self.placement.allows(layer, step) {
             return None;
         }
-        let rise = self.terms.caps.rise(layer, &self.contents, step);
+        let rise = self.terms.caps.rise(layer, &self.placement, step);
         if rise > LEAST_RELIEF {
             return None;
         }
         let relief = if rise < -LEAST_RELIEF { -rise } else { 0.0 };
-        let gain = -self.terms.added(layer, &self.contents, step) / layer.windows.scale;
+        let gain = -self.terms.added(layer, &self.placement, step) / layer.windows.scale;
         if relief == 0.0 && gain * layer.windows.scale <= LEAST_GAIN * self.terms.cost(layer) {
             return None;
         }
@@ -193,8 +193,8 @@ impl<'a> Way<'a> {
     /// Looks at all exchanges of two devices, or (of one) at all contents of its slots.
     fn look(&mut self, layer: &Layer, g: usize, h: usize) {
         let mut best: Option<Choice> = None;
-        let try_one = |way: &mut Self, step: Move, best: &mut Option<Choice>| {
-            if let Some(choice) = way.judge(layer, step)
+        let try_one = |walk: &mut Self, step: Move, best: &mut Option<Choice>| {
+            if let Some(choice) = walk.judge(layer, step)
                 && best.is_none_or(|best| choice.worth.beats(best.worth))
             {
                 *best = Some(choice);
@@ -206,8 +206,8 @@ impl<'a> Way<'a> {
         let linear = !(layer.serve.is_empty() && layer.hold.is_empty());
         if g == h {
             for p in self.first[g]..self.first[g + 1] {
-                let here = self.contents.expert_in[p];
-                if here != EMPTY && self.contents.devices(here).len() < 2 {
+                let here = self.placement.expert_in[p];
+                if here != EMPTY && self.placement.devices(here).len() < 2 {
                     continue;
                 }
                 for e in 0..layer.experts as u16 {
@@ -217,7 +217,7 @@ impl<'a> Way<'a> {
                         let relief = self.put_relieves(layer, p, e);
                         let mut gain = if relief == 0.0 { 0.0 } else { relief + rounding };
                         if linear {
-                            gain -= linear::change(layer, &self.contents, step);
+                            gain -= linear::change(layer, &self.placement, step);
                         }
                         let worth = gain / layer.windows.scale / each(self.brings(layer, step));
                         if gain <= 0.0 || best.is_some_and(|best| worth <= best.worth.gain) {
@@ -235,11 +235,11 @@ impl<'a> Way<'a> {
             }
         } else if linear || self.slow[g].1 + self.slow[h].1 > 0.0 {
             let most = self.slow[g].1 + self.slow[h].1;
-            let relieves = |way: &Self, p: usize| way.relieves(layer, way.contents.expert_in[p], g, h);
-            let goes = |way: &Self, slot: usize, from: usize, to: usize| {
-                let expert = way.contents.expert_in[slot];
+            let relieves = |walk: &Self, p: usize| walk.relieves(layer, walk.placement.expert_in[p], g, h);
+            let goes = |walk: &Self, slot: usize, from: usize, to: usize| {
+                let expert = walk.placement.expert_in[slot];
                 let new = |device: usize| {
-                    i64::from(expert != EMPTY && !way.held[usize::from(expert) * layer.devices() + device])
+                    i64::from(expert != EMPTY && !walk.held[usize::from(expert) * layer.devices() + device])
                 };
                 new(to) - new(from)
             };
@@ -252,7 +252,7 @@ impl<'a> Way<'a> {
                     let step = Move::Swap(p, q);
                     let mut gain = most.min(mine - theirs + rounding);
                     if linear {
-                        gain -= linear::change(layer, &self.contents, step);
+                        gain -= linear::change(layer, &self.placement, step);
                     }
                     if gain <= 0.0 {
                         continue;
@@ -323,14 +323,14 @@ impl<'a> Way<'a> {
     /// Makes a step; the devices whose loads it changes, and those that are the slowest now or were.
     fn make(&mut self, layer: &Layer, step: Move) -> Vec<u16> {
         let mut touched = Vec::new();
-        for edit in self.contents.edits(step) {
-            let shared = self.contents.devices(edit.expert).len() > 1;
-            let others = if shared { self.contents.devices(edit.expert) } else { &[] };
+        for edit in self.placement.edits(step) {
+            let shared = self.placement.devices(edit.expert).len() > 1;
+            let others = if shared { self.placement.devices(edit.expert) } else { &[] };
             touched.extend(others.iter().copied().chain(edit.from).chain(edit.to));
         }
         // What is applied is what was asked about last.
-        self.terms.added(layer, &self.contents, step);
-        self.terms.apply(layer, &mut self.contents, step);
+        self.terms.added(layer, &self.placement, step);
+        self.terms.apply(layer, &mut self.placement, step);
         touched.extend(self.find_slow(layer));
         touched
     }
@@ -342,7 +342,7 @@ impl<'a> Way<'a> {
 #[must_use]
 pub fn descend(
     layers: &mut [Layer],
-    start: Vec<Contents>,
+    start: Vec<Placement>,
     held: &[Vec<bool>],
     links: Links<'_>,
     reach: Reach,
@@ -356,30 +356,30 @@ pub fn descend(
     }
     let mut moved: i64 =
         start.iter().zip(held).zip(&*layers).map(|((now, held), layer)| brought(layer, now, held)).sum();
-    let mut ways: Vec<Way<'_>> = layers
+    let mut walks: Vec<Walk<'_>> = layers
         .par_iter()
         .zip(start)
         .zip(held)
-        .map(|((layer, contents), held)| {
-            let mut way = Way::new(layer, contents, held, reach.copies);
+        .map(|((layer, placement), held)| {
+            let mut walk = Walk::new(layer, placement, held, reach.copies);
             if !control.stopped() {
-                way.look_at_all(layer);
-                way.choose(layer, reach.most - moved);
+                walk.look_at_all(layer);
+                walk.choose(layer, reach.most - moved);
             }
-            way
+            walk
         })
         .collect();
     let (mut steps, mut change) = (Vec::new(), 0.0);
     while !control.stopped() {
         let left = reach.most - moved;
-        for (way, layer) in ways.iter_mut().zip(&*layers) {
-            if way.top.is_some_and(|top| top.moves > left) {
-                way.choose(layer, left);
+        for (walk, layer) in walks.iter_mut().zip(&*layers) {
+            if walk.top.is_some_and(|top| top.moves > left) {
+                walk.choose(layer, left);
             }
         }
         let mut best: Option<(usize, Choice)> = None;
-        for (l, way) in ways.iter().enumerate() {
-            if let Some(top) = way.top
+        for (l, walk) in walks.iter().enumerate() {
+            if let Some(top) = walk.top
                 && best.is_none_or(|(_, best)| top.worth.beats(best.worth))
             {
                 best = Some((l, top));
@@ -391,15 +391,15 @@ pub fn descend(
         change -= gain;
         let left = reach.most - moved;
         if linked {
-            relink(layers, &mut ways, links, l, step);
+            relink(layers, &mut walks, links, l, step);
         }
-        let touched = ways[l].make(&layers[l], step);
+        let touched = walks[l].make(&layers[l], step);
         let neighbours = if linked { l.saturating_sub(1)..(l + 2).min(layers.len()) } else { l..l + 1 };
         for l in neighbours {
-            ways[l].look_at(&layers[l], &touched);
-            ways[l].choose(&layers[l], left);
+            walks[l].look_at(&layers[l], &touched);
+            walks[l].choose(&layers[l], left);
         }
-        let excess = layers.iter().zip(&ways).map(|(layer, way)| way.terms.caps.peak_excess(layer)).sum();
+        let excess = layers.iter().zip(&walks).map(|(layer, walk)| walk.terms.caps.peak_excess(layer)).sum();
         steps.push(Step { layer: l, step, moved, excess, change });
     }
     for layer in layers.iter_mut() {
@@ -409,7 +409,7 @@ pub fn descend(
 }
 
 /// Copies that are where none were.
-fn brought(layer: &Layer, now: &Contents, held: &[bool]) -> i64 {
+fn brought(layer: &Layer, now: &Placement, held: &[bool]) -> i64 {
     let of = |e: u16| {
         let new = |&&device: &&u16| !held[usize::from(e) * layer.devices() + usize::from(device)];
         now.devices(e).iter().filter(new).count() as i64
@@ -418,11 +418,11 @@ fn brought(layer: &Layer, now: &Contents, held: &[bool]) -> i64 {
 }
 
 /// Tells a layer's neighbours what a step, not yet made, changes for them.
-fn relink(layers: &mut [Layer], ways: &mut [Way<'_>], links: Links<'_>, l: usize, step: Move) {
+fn relink(layers: &mut [Layer], walks: &mut [Walk<'_>], links: Links<'_>, l: usize, step: Move) {
     let (e, d) = (layers[l].experts, layers[l].devices());
     let table = e * e;
-    for edit in ways[l].contents.edits(step) {
-        let before = ways[l].contents.devices(edit.expert);
+    for edit in walks[l].placement.edits(step) {
+        let before = walks[l].placement.devices(edit.expert);
         let after: Vec<u16> = edit.after(before).collect();
         let mean = |device: usize, to: &[u16]| {
             to.iter().map(|&to| links.cost[device * d + usize::from(to)]).sum::<f64>()
@@ -440,13 +440,13 @@ fn relink(layers: &mut [Layer], ways: &mut [Way<'_>], links: Links<'_>, l: usize
         if l > 0 {
             tell(l - 1, &|x| links.transitions[(l - 1) * table + x * e + expert]);
         }
-        if l + 1 < ways.len() {
+        if l + 1 < walks.len() {
             tell(l + 1, &|x| links.transitions[l * table + expert * e + x]);
         }
     }
     for m in [l.wrapping_sub(1), l + 1] {
-        if let (Some(way), Some(layer)) = (ways.get_mut(m), layers.get(m)) {
-            way.terms.linear = linear::cost(layer, &way.contents);
+        if let (Some(walk), Some(layer)) = (walks.get_mut(m), layers.get(m)) {
+            walk.terms.linear = linear::cost(layer, &walk.placement);
         }
     }
 }

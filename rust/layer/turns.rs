@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 
 use super::anneal::{Effort, HOT, WARM, search};
-use super::{Contents, Layer};
+use super::{Layer, Placement};
 use crate::control::Control;
 use crate::random::Random;
 
@@ -29,13 +29,13 @@ pub struct Links<'a> {
 #[must_use]
 pub fn place(
     layers: &mut [Layer],
-    start: Vec<Contents>,
+    start: Vec<Placement>,
     links: Links<'_>,
     effort: Effort,
     rounds: u64,
     seed: u64,
     control: &Control,
-) -> Vec<Contents> {
+) -> Vec<Placement> {
     if links.transitions.is_empty() {
         let all: Vec<usize> = (0..layers.len()).collect();
         return turn(layers, &all, &start, effort, 1, seed, 0, control);
@@ -51,70 +51,72 @@ pub fn place(
         }
         let stream = (round / 2 + 1) * layers.len() as u64;
         let found = turn(layers, &these, &now, effort, 2 * rounds - round, seed, stream, control);
-        for (l, contents) in these.into_iter().zip(found) {
-            now[l] = contents;
+        for (l, placement) in these.into_iter().zip(found) {
+            now[l] = placement;
         }
     }
     now
 }
 
-/// Contents of `these` layers after a turn, of which so many are to come in what is left of the time.
+/// Placements of `these` layers after a turn, of which so many are to come in what is left of the time.
+///
+/// Every layer is searched once before any is searched again, and again only where there is time for it: a search that
+/// is cut short costs more than another one brings.
 fn turn(
     layers: &[Layer],
     these: &[usize],
-    now: &[Contents],
+    now: &[Placement],
     effort: Effort,
     turns: u64,
     seed: u64,
     stream: u64,
     control: &Control,
-) -> Vec<Contents> {
+) -> Vec<Placement> {
     let left = |end: Instant| end.saturating_duration_since(Instant::now());
     let end = control.deadline().map(|end| Instant::now() + left(end).mul_f64(SAFE / turns as f64));
+    // Every other search of a layer is hot.
+    let run = |l: usize, restart: u64, time: Option<Duration>| {
+        let seed = seed.wrapping_add(restart.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let hot = if restart.is_multiple_of(2) { WARM } else { HOT };
+        search(
+            &layers[l],
+            now[l].clone(),
+            effort,
+            hot,
+            time,
+            &mut Random::new(seed, stream + l as u64),
+            control,
+        )
+    };
     let waiting = AtomicUsize::new(these.len());
-    let anneal = |&l: &usize| {
+    let first = |&l: &usize| {
         // Layers that have not begun share the time with this one.
         let waves = waiting.fetch_sub(1, Ordering::Relaxed).div_ceil(rayon::current_num_threads());
-        let time = end.map(|end| left(end) / waves as u32);
-        restarted(&layers[l], &now[l], effort, time, seed, stream + l as u64, control)
+        let begin = Instant::now();
+        let found = run(l, 0, end.map(|end| left(end) / waves as u32));
+        (found, begin.elapsed())
     };
-    these.par_iter().map(anneal).collect()
-}
-
-/// The best of several searches from one start, every other one hot; of those that there is time for.
-fn restarted(
-    layer: &Layer,
-    start: &Contents,
-    effort: Effort,
-    time: Option<Duration>,
-    seed: u64,
-    stream: u64,
-    control: &Control,
-) -> Contents {
-    let begin = Instant::now();
-    let run = |restart: u64| {
-        let mut random = Random::new(seed.wrapping_add(restart.wrapping_mul(0x9E37_79B9_7F4A_7C15)), stream);
-        let hot = if restart.is_multiple_of(2) { WARM } else { HOT };
-        let left = time.map(|time| time.saturating_sub(begin.elapsed()));
-        search(layer, start.clone(), effort, hot, left, &mut random, control)
+    let (mut best, took): (Vec<_>, Vec<_>) = these.par_iter().map(first).unzip();
+    let again = |k: usize| {
+        let (restart, i) = (k / these.len(), k % these.len());
+        let time = end.map(left);
+        let in_time = time.is_none_or(|time| time >= took[i]) && !control.stopped();
+        in_time.then(|| run(these[i], restart as u64, time))
     };
-    let mut best = run(0);
-    let each = begin.elapsed();
-    for restart in 1..effort.restarts {
-        if time.is_some_and(|time| begin.elapsed() + each > time) {
-            break;
-        }
-        let found = run(restart);
-        if found.0 < best.0 {
-            best = found;
+    let others: Vec<_> =
+        (these.len()..these.len() * effort.restarts as usize).into_par_iter().map(again).collect();
+    for (k, found) in others.into_iter().enumerate() {
+        let best = &mut best[k % these.len()];
+        if let Some(found) = found.filter(|found| found.0 < best.0) {
+            *best = found;
         }
     }
-    best.1
+    best.into_iter().map(|(_, placement)| placement).collect()
 }
 
 /// What serving an expert of layer `l` costs on a device `[E, D]`, given where the neighbours' experts are: copies of
 /// those take equal parts.
-pub(super) fn prices(layers: &[Layer], now: &[Contents], links: Links<'_>, l: usize) -> Vec<f64> {
+pub(super) fn prices(layers: &[Layer], now: &[Placement], links: Links<'_>, l: usize) -> Vec<f64> {
     let (e, d) = (layers[l].experts, layers[l].devices());
     let table = e * e;
     // Tokens between every expert and the devices of a neighbour.

@@ -29,7 +29,7 @@ struct Cluster {
 }
 
 /// A packing that is being improved.
-pub(super) struct Search<'a> {
+pub(super) struct Exchanges<'a> {
     load: Vec<i64>,
     clusters: Vec<Cluster>,
     room: Room,
@@ -42,7 +42,7 @@ pub(super) struct Search<'a> {
     changed: Vec<usize>,
 }
 
-impl<'a> Search<'a> {
+impl<'a> Exchanges<'a> {
     pub(super) fn new(
         load: &[u64],
         start: &[u16],
@@ -60,7 +60,7 @@ impl<'a> Search<'a> {
         for (e, &c) in start.iter().enumerate() {
             members[usize::from(c)].experts.push(e as u16);
         }
-        let mut search = Self {
+        let mut exchanges = Self {
             load: load.iter().map(|&load| (load >> shift) as i64).collect(),
             clusters: members,
             room,
@@ -69,8 +69,8 @@ impl<'a> Search<'a> {
             open: Vec::new(),
             changed: Vec::new(),
         };
-        (0..clusters).for_each(|c| search.refresh(c));
-        search
+        (0..clusters).for_each(|c| exchanges.refresh(c));
+        exchanges
     }
 
     /// The cluster of every expert in the best packing found.
@@ -134,7 +134,7 @@ impl<'a> Search<'a> {
     }
 
     /// Peak and deviation.
-    fn measure(&self) -> (i128, i128) {
+    fn peak_and_deviation(&self) -> (i128, i128) {
         let d = self.clusters.len() as i128;
         let loads = || self.clusters.iter().map(|cluster| i128::from(cluster.load));
         let total: i128 = loads().sum();
@@ -143,7 +143,7 @@ impl<'a> Search<'a> {
 
     /// Whether it is not enough yet, what the goal asks for, then the other.
     fn value(&self) -> (bool, i128, i128) {
-        let (peak, deviation) = self.measure();
+        let (peak, deviation) = self.peak_and_deviation();
         match self.improve.goal {
             Goal::Peak => (!self.is_enough(), peak, deviation),
             Goal::Deviation { .. } => (!self.is_enough(), deviation, peak),
@@ -151,7 +151,7 @@ impl<'a> Search<'a> {
     }
 
     fn is_enough(&self) -> bool {
-        let (peak, deviation) = self.measure();
+        let (peak, deviation) = self.peak_and_deviation();
         peak <= self.enough.0 && deviation <= self.enough.1
     }
 

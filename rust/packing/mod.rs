@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::tournament::Tournament;
 use bounds::Bounds;
-use exchange::Search;
+use exchange::Exchanges;
 
 /// How many experts a cluster may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,9 +135,9 @@ fn pack_layer(load: &[u64], clusters: usize, room: Room, improve: Option<Improve
     let mut cluster = longest_first(load, &order, clusters, room);
     let bounds = Bounds::new(load, &order, clusters, room);
     if let Some(effort) = improve {
-        cluster = Search::new(load, &cluster, clusters, room, effort, &bounds).run();
+        cluster = Exchanges::new(load, &cluster, clusters, room, effort, &bounds).run();
     }
-    let (peak, deviation) = measure(load, &cluster, clusters);
+    let (peak, deviation) = peak_and_deviation(load, &cluster, clusters);
     Packing { cluster, peak: (peak, bounds.peak), deviation: (deviation, bounds.deviation) }
 }
 
@@ -216,7 +216,7 @@ fn fill<K: Ord + Copy + Add<Output = K>>(
 
 /// Load of the heaviest cluster, and `clusters` times the sum of deviations from the mean.
 #[must_use]
-pub fn measure(load: &[u64], cluster: &[u16], clusters: usize) -> (u128, u128) {
+pub fn peak_and_deviation(load: &[u64], cluster: &[u16], clusters: usize) -> (u128, u128) {
     let mut sums = vec![0u128; clusters];
     for (&load, &c) in load.iter().zip(cluster) {
         sums[usize::from(c)] += u128::from(load);
@@ -243,7 +243,7 @@ mod tests {
             let cluster: Vec<u16> =
                 (0..load.len()).map(|e| (code / clusters.pow(e as u32) % clusters) as u16).collect();
             if fits(&cluster, clusters, room) {
-                let (peak, deviation) = measure(load, &cluster, clusters);
+                let (peak, deviation) = peak_and_deviation(load, &cluster, clusters);
                 best = (best.0.min(peak), best.1.min(deviation));
             }
         }
@@ -275,7 +275,7 @@ mod tests {
             for (goal, optimum) in [(Goal::Peak, peak), (Goal::Deviation { tolerance: 0.0 }, deviation)] {
                 let packing = &improved(&load, experts, clusters, room, goal)[0];
                 prop_assert!(fits(&packing.cluster, clusters, room));
-                prop_assert_eq!(measure(&load, &packing.cluster, clusters), (packing.peak.0, packing.deviation.0));
+                prop_assert_eq!(peak_and_deviation(&load, &packing.cluster, clusters), (packing.peak.0, packing.deviation.0));
                 prop_assert!(packing.peak.1 <= peak && packing.deviation.1 <= deviation);
                 let found = if goal == Goal::Peak { packing.peak.0 } else { packing.deviation.0 };
                 let total: u128 = load.iter().map(|&l| u128::from(l)).sum();

@@ -40,7 +40,7 @@ type Searched<'py> = (Bound<'py, PyArray3<i32>>, Bound<'py, PyArray2<u64>>, u64,
 
 #[pyfunction]
 #[pyo3(signature = (load, cap, cost, slots_per_device, *, transitions = None, coactivation = None, seed = 0,
-                    trials = None, time_limit = None, threads = None, initial = Vec::new(), progress = None))]
+                    trials = None, time_limit = None, threads = None, progress = None))]
 pub(super) fn search<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, u64>,
@@ -53,21 +53,18 @@ pub(super) fn search<'py>(
     trials: Option<u64>,
     time_limit: Option<f64>,
     threads: Option<usize>,
-    initial: Vec<PyReadonlyArray3<'py, i32>>,
     progress: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Searched<'py>> {
     let pairs = [transitions.as_ref(), coactivation.as_ref()];
     let mut instance = instance_of(&load, &cap, &cost, slots_per_device, pairs)?;
     let sizes = instance.sizes;
-    let initial =
-        initial.iter().map(|slots| Ok(sizes.fill(slice(Some(slots))?)?)).collect::<PyResult<Vec<_>>>()?;
     let control = Control::new(deadline(time_limit));
     let time_limit = control.deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()));
     let options = Options { seed, trials, time_limit };
     // Where no placement under the cap is known the most balanced one is what can be kept.
     let balanced = detached(py, threads, || balanced(&instance, &control))??;
     instance.allow(&balanced);
-    let work = || run_search(&instance, &options, &balanced, &initial, &control);
+    let work = || run_search(&instance, &options, &balanced, &control);
     let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
     let shape = (sizes.layers, sizes.devices, slots_per_device);
     let trials = control.trials.load(Ordering::Relaxed);

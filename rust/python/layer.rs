@@ -13,27 +13,27 @@ use crate::layer::terms::fanout;
 use crate::layer::terms::noise::Noise;
 use crate::layer::terms::together::Pairs;
 use crate::layer::terms::windows::Windows;
-use crate::layer::{Contents, EMPTY, Effort, Layer, Links, Move, Reach, Site, Split, descend, place};
+use crate::layer::{EMPTY, Effort, Layer, Links, Move, Placement, Reach, Site, Split, descend, place};
 
-/// Contents of every layer, from slots [L,D,S] with -1 for an empty one and the slots of every device [L,D].
-fn contents_of(layers: &[Layer], slots: &[i32], per_device: usize) -> Vec<Contents> {
+/// The placement of every layer, from slots [L,D,S] with -1 for an empty one and the slots of every device [L,D].
+fn placements_of(layers: &[Layer], slots: &[i32], per_device: usize) -> Vec<Placement> {
     let of = |(l, layer): (usize, &Layer)| {
         let d = layer.devices();
         let rows = slots[l * d * per_device..][..d * per_device].chunks_exact(per_device).zip(&layer.room);
         let expert = |&e: &i32| u16::try_from(e).unwrap_or(EMPTY);
-        Contents::new(layer, rows.flat_map(|(row, &room)| row[..room].iter().map(expert)).collect())
+        Placement::new(layer, rows.flat_map(|(row, &room)| row[..room].iter().map(expert)).collect())
     };
     layers.iter().enumerate().map(of).collect()
 }
 
-/// The reverse of [`contents_of`].
-fn slots_of(layers: &[Layer], contents: &[Contents], per_device: usize) -> Vec<i32> {
+/// The reverse of [`placements_of`].
+fn slots_of(layers: &[Layer], placement: &[Placement], per_device: usize) -> Vec<i32> {
     let mut slots = Vec::with_capacity(layers.len() * layers.first().map_or(0, Layer::devices) * per_device);
-    for (layer, contents) in layers.iter().zip(contents) {
+    for (layer, placement) in layers.iter().zip(placement) {
         let mut at = 0;
         for &room in &layer.room {
             let expert = |&e: &u16| if e == EMPTY { -1 } else { i32::from(e) };
-            slots.extend(contents.expert_in[at..at + room].iter().map(expert));
+            slots.extend(placement.expert_in[at..at + room].iter().map(expert));
             slots.extend(std::iter::repeat_n(-1, per_device - room));
             at += room;
         }
@@ -42,12 +42,12 @@ fn slots_of(layers: &[Layer], contents: &[Contents], per_device: usize) -> Vec<i
 }
 
 impl Layers {
-    /// Contents of slots [L,D,S].
-    fn begin(&self, start: &PyReadonlyArray3<'_, i32>) -> PyResult<Vec<Contents>> {
+    /// Placements of slots [L,D,S].
+    fn begin(&self, start: &PyReadonlyArray3<'_, i32>) -> PyResult<Vec<Placement>> {
         let [l, _, d] = self.sizes();
         shaped("start", start.shape(), &[l, d, self.per_device])?;
         let start = contiguous(start.as_slice().ok())?;
-        caught(|| contents_of(&self.layers, start, self.per_device))
+        caught(|| placements_of(&self.layers, start, self.per_device))
     }
 }
 
@@ -289,17 +289,17 @@ impl Layers {
         let mut now = begin;
         let (mut places, mut experts, mut figures) = (Vec::new(), Vec::new(), Vec::new());
         for step in &steps {
-            let contents = &mut now[step.layer];
+            let placement = &mut now[step.layer];
             let slots = match step.step {
                 Move::Swap(p, q) => [p, q],
                 Move::Put(p, _) => [p, p],
             };
-            contents.apply(&self.layers[step.layer], step.step);
+            placement.apply(&self.layers[step.layer], step.step);
             for slot in slots {
-                let device = usize::from(contents.device_of(slot));
+                let device = usize::from(placement.device_of(slot));
                 let first: usize = self.layers[step.layer].room[..device].iter().sum();
                 places.push(((step.layer * d + device) * self.per_device + slot - first) as i64);
-                let expert = contents.expert_in[slot];
+                let expert = placement.expert_in[slot];
                 experts.push(if expert == EMPTY { -1 } else { i32::from(expert) });
             }
             figures.extend([step.moved as f64, step.excess, step.change]);
@@ -321,11 +321,11 @@ impl Layers {
         let construct = |(l, layer): (usize, &Layer)| {
             let slots = replicate(layer, QUICK, copies)
                 .map_err(|NoSlot(expert)| Error::NoSlot { layer: l, expert })?;
-            Ok(Contents::new(layer, slots))
+            Ok(Placement::new(layer, slots))
         };
-        let contents: Result<Vec<Contents>, Error> =
+        let placement: Result<Vec<Placement>, Error> =
             detached(py, threads, || self.layers.par_iter().enumerate().map(construct).collect())?;
-        let slots = slots_of(&self.layers, &contents?, self.per_device);
+        let slots = slots_of(&self.layers, &placement?, self.per_device);
         let [l, _, d] = self.sizes();
         array3(py, (l, d, self.per_device), slots)
     }
@@ -362,7 +362,7 @@ pub(super) fn replicate_experts<'py>(
 type Adapted<'py> = (Bound<'py, PyArray3<i32>>, Vec<f64>, Vec<f64>, Vec<usize>);
 
 #[pyfunction]
-#[pyo3(signature = (load, slots, time, *, most, dead_zone, deviations, tolerance, steps, trials = QUICK, copies = true, forbidden = None))]
+#[pyo3(signature = (load, slots, time, *, most, dead_zone, deviations, tolerance, steps, trials = QUICK, copies = true, full = true, price = 0.0, forbidden = None))]
 pub(super) fn adapt_slots<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, f64>,
@@ -375,6 +375,8 @@ pub(super) fn adapt_slots<'py>(
     steps: usize,
     trials: usize,
     copies: bool,
+    full: bool,
+    price: f64,
     forbidden: Option<PyReadonlyArray3<'py, bool>>,
 ) -> PyResult<Adapted<'py>> {
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
@@ -391,7 +393,7 @@ pub(super) fn adapt_slots<'py>(
     let mut now = contiguous(slots.as_slice().ok())?.to_vec();
     let (room, forbidden) = (vec![per_device; d], slice(forbidden.as_ref())?);
     let all = Site { room: &room, time, forbidden, pinned: &[], copies };
-    let reach = construct::Reach { most, dead_zone, deviations, tolerance, steps, trials };
+    let reach = construct::Reach { most, dead_zone, deviations, price, tolerance, steps, trials, full };
     let changes = alone(py, || adapt_layers(load, e, all, &mut now, reach))??;
     let of = |pick: fn(&construct::Change) -> f64| changes.iter().map(pick).collect();
     let (before, after) = (of(|change| change.slowest.0), of(|change| change.slowest.1));

@@ -85,7 +85,7 @@ fn deadline(time_limit: Option<f64>) -> Option<Instant> {
 /// Runs long `work` on other threads while this one looks for signals and reports progress.
 ///
 /// An interrupt (Ctrl-C) sets `control.stop`; the work then ends soon with the best it has, and the second value is
-/// true. An error raised by `progress` stops the work and is raised.
+/// true. Any other error, of `progress` or of a signal's handler (a timer's, say), stops the work and is raised.
 fn watched<T: Send>(
     py: Python<'_>,
     threads: Option<usize>,
@@ -112,10 +112,18 @@ fn watched<T: Send>(
                 let receive = receive.lock().unwrap_or_else(PoisonError::into_inner);
                 receive.recv_timeout(Duration::from_millis(50)) == Err(RecvTimeoutError::Timeout)
             };
-            while py.detach(wait) {
-                if py.check_signals().is_err() {
+            let mut end = |error: PyErr| {
+                control.stop.store(true, Ordering::Relaxed);
+                // Ctrl-C may well come while a report is being written. What else a handler raises is not for us.
+                if error.is_instance_of::<PyKeyboardInterrupt>(py) {
                     interrupted = true;
-                    control.stop.store(true, Ordering::Relaxed);
+                } else {
+                    failed.get_or_insert(error);
+                }
+            };
+            while py.detach(wait) {
+                if let Err(error) = py.check_signals() {
+                    end(error);
                 }
                 let now = begin.elapsed();
                 if let (Some(progress), true) = (progress, now >= reported + Duration::from_millis(200)) {
@@ -123,13 +131,7 @@ fn watched<T: Send>(
                     let best = control.best.load(Ordering::Relaxed);
                     let best = (best != i64::MAX).then_some(best);
                     if let Err(error) = progress.call1((now.as_secs_f64(), best)) {
-                        control.stop.store(true, Ordering::Relaxed);
-                        // Ctrl-C may well come while a report is being written.
-                        if error.is_instance_of::<PyKeyboardInterrupt>(py) {
-                            interrupted = true;
-                        } else {
-                            failed.get_or_insert(error);
-                        }
+                        end(error);
                     }
                 }
             }

@@ -9,7 +9,7 @@ use planes::Planes;
 use rayon::prelude::*;
 
 use crate::counting::pairs::{SHORT_BLOCK, Side, block};
-use crate::counting::{Windows, by_layers, by_window};
+use crate::counting::{WindowCounts, by_layers, by_window};
 use crate::error::{Error, Result, SLOTS, room_for};
 use crate::random::{mixed, scale};
 use crate::trace::{ExpertId, Routing, validate};
@@ -220,7 +220,7 @@ pub struct Replay {
     copies: Copies,
     planes: Option<Planes>,
     /// Load of every device, visits of every device, visits of every node.
-    windows: Windows,
+    windows: WindowCounts,
     /// For every layer the pairs of columns, bits of the planes or slots, of the layer before and of this one; empty in
     /// the first layer.
     pairs: Vec<Vec<u64>>,
@@ -237,7 +237,7 @@ impl Replay {
         room_for("traffic", &[layers, table.saturating_add(copies.devices * copies.devices), 8])?;
         Ok(Self {
             pairs: (0..routing.layers).map(|l| vec![0; if l > 0 { table } else { 0 }]).collect(),
-            windows: Windows::new(routing.layers, 2 * copies.devices + copies.nodes(), window),
+            windows: WindowCounts::new(routing.layers, 2 * copies.devices + copies.nodes(), window),
             planes,
             routing,
             copies,

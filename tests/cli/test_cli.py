@@ -547,7 +547,7 @@ WRONG = [
     (["solve", "trace.safetensors", "--devices", "4", "--slots-per-device", "1"], "at least 2"),
     (
         ["solve", "trace.safetensors", "--devices", "4", "--method", "magic"],
-        "'magic' is not one of",
+        "got 'magic'",
     ),
     (["solve", "trace.safetensors", "--devices", "4", "--max-imbalance", "0.5"], "0.5 is not in"),
     (

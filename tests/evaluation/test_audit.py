@@ -11,7 +11,7 @@ from moetuner.evaluation import intervals
 from moetuner.evaluation.auditing import _judged
 from moetuner.evaluation.by_unit import crossings, of_traffic
 from moetuner.evaluation.intervals import Paired, Spread, Sums, holm, paired
-from moetuner.evaluation.replay import Rules
+from moetuner.evaluation.replay import Setting
 
 BUNDLED = Path(mt.__file__).parent / "data" / "small-moe.safetensors"
 MODEL = mt.CostModel.preset("h100", hidden=1024, intermediate=512)
@@ -172,10 +172,10 @@ def test_threads_do_not_matter():
 def units(trace, *, window=40, model=None, devices=4):
     """Figures of experts in blocks, and what each sequence adds to them."""
     placement = contiguous(trace, devices)
-    rules = Rules(
+    setting = Setting(
         placement, mt.Topology(devices, 2), window, "even", model is not None, 1, with_mixed=False
     )
-    return of_traffic(trace, rules, model, "dispatch")
+    return of_traffic(trace, setting, model, "dispatch")
 
 
 @pytest.mark.parametrize("together", [False, True])

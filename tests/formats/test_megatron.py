@@ -183,7 +183,10 @@ def test_what_megatron_wrote():
     trace = mt.open_input(GOLDEN, num_experts=8)
     assert (trace.tokens, trace.layers, trace.top_k) == (72, 2, 2)
     replays = [mt.open_input(GOLDEN / f"replay-{rank}.npz", num_experts=8) for rank in range(2)]
+    both = mt.open_input([GOLDEN / f"replay-{rank}.npz" for rank in range(2)], num_experts=8)
+    assert both.group_names == ("rank 0", "rank 1")
     for rank, replay in enumerate(replays):
+        assert np.array_equal(both.select(groups=f"rank {rank}").expert_ids, replay.expert_ids)
         mine = trace.select(groups=f"rank {rank}")
         assert np.array_equal(mine.expert_ids, np.sort(replay.expert_ids))
         assert replay.sequence.tolist() == np.repeat([0, 1, 2], 12).tolist()

@@ -209,6 +209,26 @@ def test_interrupt_returns_the_best_so_far(make_trace):
     assert (result.placement.replicas == 1).all()
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer's signal")
+def test_what_a_handler_of_signals_raises_is_raised(make_trace):
+    """Only Ctrl-C asks for the best so far: a timer's error is not taken for it, nor lost."""
+    stats = mt.RoutingStatistics.from_trace(make_trace(500, layers=12, experts=64))
+    problem = mt.Problem(stats, mt.Topology(8), max_imbalance=1.3)
+
+    def late(number, frame):
+        raise TimeoutError("late")
+
+    # The limit of the whole test is a timer too: it is put back.
+    before, handler = signal.getitimer(signal.ITIMER_REAL), signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(TimeoutError, match="late"):
+            mt.solve(problem, "heuristic", time_limit=20)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *before)
+
+
 @pytest.mark.skipif(not hasattr(signal, "raise_signal"), reason="needs signals")
 @pytest.mark.parametrize(
     ("phase", "experts", "cap"),

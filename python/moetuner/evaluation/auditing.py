@@ -34,7 +34,7 @@ from moetuner.evaluation.intervals import (
     holm,
     paired,
 )
-from moetuner.evaluation.replay import Rules
+from moetuner.evaluation.replay import Setting
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
@@ -251,7 +251,7 @@ def audit(
     mine, theirs = (
         of_traffic(
             traffic,
-            Rules(each, topology, window, "even", with_active, threads, with_mixed=False),
+            Setting(each, topology, window, "even", with_active, threads, with_mixed=False),
             cost_model,
             regime,
         )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from moetuner.cost import CostModel
 from moetuner.evaluation import figures, replay
 from moetuner.evaluation.intervals import Sums
-from moetuner.evaluation.replay import Counts, Rules
+from moetuner.evaluation.replay import Counts, Setting
 from moetuner.evaluation.rows import copies, mixed
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
@@ -33,7 +33,7 @@ Measures = dict[str, tuple[Floats, Floats]]
 
 def of_traffic(
     traffic: RoutingTrace | RoutingStatistics,
-    rules: Rules,
+    setting: Setting,
     model: CostModel | None,
     regime: Regime,
     *,
@@ -47,20 +47,20 @@ def of_traffic(
     sequences are, and their sum is the figure.
     """
     if isinstance(traffic, RoutingStatistics):
-        whole, groups = replay.of_statistics(traffic, rules)
+        whole, groups = replay.of_statistics(traffic, setting)
         return {
-            name: _summed(of_windows(counts, rules.topology, model, regime))
+            name: _summed(of_windows(counts, setting.topology, model, regime))
             for name, counts in _parts(whole, groups)
             if name is None or not only_whole
         }
-    whole, groups = replay.of_trace(traffic, rules)
-    crossing = crossings(rules.placement, traffic)
+    whole, groups = replay.of_trace(traffic, setting)
+    crossing = crossings(setting.placement, traffic)
     tokens = _tokens(traffic)
     found: dict[str | None, dict[str, Sums]] = {}
     for name, counts in _parts(whole, groups):
         if name is None or not only_whole:
             crossed = None if crossing is None else crossing[tokens[name]]
-            part = _Part(traffic, tokens[name], counts, crossed, rules, model, regime)
+            part = _Part(traffic, tokens[name], counts, crossed, setting, model, regime)
             found[name] = part.by_window() if traffic.sequence is None else part.by_sequence()
     return found
 
@@ -94,14 +94,14 @@ class _Part:
         tokens: Whole,
         counts: Counts,
         crossing: Floats | None,
-        rules: Rules,
+        setting: Setting,
         model: CostModel | None,
         regime: Regime,
     ) -> None:
         self._trace, self._tokens, self._counts = trace, tokens, counts
-        self._crossing, self._rules = crossing, rules
+        self._crossing, self._setting = crossing, setting
         self._model, self._regime = model, regime
-        window = len(tokens) if rules.window is None else rules.window
+        window = len(tokens) if setting.window is None else setting.window
         self._window = np.arange(len(tokens)) // max(window, 1)
         self._lengths = np.bincount(self._window)
 
@@ -111,14 +111,14 @@ class _Part:
 
     def _by_window(self) -> Measures:
         found = self._waited_for(self._counts)
-        found |= of_tokens(self._counts, self._lengths, self._rules.topology)
+        found |= of_tokens(self._counts, self._lengths, self._setting.topology)
         if self._crossing is not None:
             tokens = self._lengths.astype(np.float64)
             found["crossing"] = (_sums(self._window, self._crossing), tokens)
         return found
 
     def _waited_for(self, counts: Counts) -> Measures:
-        return of_windows(counts, self._rules.topology, self._model, self._regime)
+        return of_windows(counts, self._setting.topology, self._model, self._regime)
 
     def by_sequence(self) -> dict[str, Sums]:
         """Take sequences as the units."""
@@ -139,7 +139,7 @@ class _Part:
         shared = np.flatnonzero(share < 1)
         tokens = np.argsort(which, kind="stable")
         end = np.cumsum(size)
-        lists = _Lists(self._rules.placement)
+        lists = _Lists(self._setting.placement)
         layers, devices = self._counts.load.shape[1:]
         at_once = max(CELLS // (layers * devices), 1)
         for first in range(0, len(shared), at_once):
@@ -156,7 +156,7 @@ class _Part:
                 slope = (above - back[name][0]) / (2 * NUDGE)
                 before = by_window[name][0][window[some]]
                 by_cut[name][0][some] = share[some] * (before + slope)
-            for name, (above, _) in of_tokens(counts, size[some], self._rules.topology).items():
+            for name, (above, _) in of_tokens(counts, size[some], self._setting.topology).items():
                 by_cut[name][0][some] = above
         found = {}
         for name, (above, below) in by_cut.items():
@@ -171,7 +171,7 @@ class _Part:
 
     def _counted(self, row: Whole, tokens: Whole, lists: _Lists) -> Counts:
         """Count some of the tokens [n] in rows [n]; copies take tokens as in an even split."""
-        topology, ids = self._rules.topology, self._trace.expert_ids
+        topology, ids = self._setting.topology, self._trace.expert_ids
         layers, devices = self._counts.load.shape[1:]
         shape = (int(row.max()) + 1, layers, devices)
         load, visits = np.zeros((2, *shape))
@@ -201,7 +201,7 @@ class _Part:
         active = None
         if whole.active is not None:
             # The more of a device's experts are active, the less more tokens change that.
-            held = (self._rules.placement.slots >= 0).sum(axis=2)
+            held = (self._setting.placement.slots >= 0).sum(axis=2)
             active = whole.active[window]
             before = np.maximum(whole.load[window], 1e-300)
             room = 1 - active / np.maximum(held, 1)

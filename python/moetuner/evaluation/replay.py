@@ -65,7 +65,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Rules:
+class Setting:
     """What stays the same for all traffic of one evaluation."""
 
     placement: Placement
@@ -95,19 +95,19 @@ class Rules:
         return self.with_active or self.split == "nearest"
 
 
-def of_trace(trace: RoutingTrace, rules: Rules) -> tuple[Counts, dict[str, Counts]]:
+def of_trace(trace: RoutingTrace, setting: Setting) -> tuple[Counts, dict[str, Counts]]:
     """Replay a trace: all of it, and every group that has tokens by itself."""
-    _check_table_bytes(trace, rules)
-    parts = [_Part(trace, rules, np.arange(trace.tokens))]
+    _check_table_bytes(trace, setting)
+    parts = [_Part(trace, setting, np.arange(trace.tokens))]
     names: list[str] = []
     if trace.group is not None:
         for number, name in enumerate(trace.group_names):
             mine = np.flatnonzero(trace.group == number)
             if mine.size:
                 names.append(name)
-                parts.append(_Part(trace, rules, mine))
+                parts.append(_Part(trace, setting, mine))
     first = 0
-    for shard in trace.shards(threads=rules.threads):
+    for shard in trace.shards(threads=setting.threads):
         for part in parts:
             part.push(shard, first)
         first += len(shard)
@@ -118,16 +118,16 @@ def of_trace(trace: RoutingTrace, rules: Rules) -> tuple[Counts, dict[str, Count
 class _Part:
     """Some tokens of a trace under replay."""
 
-    def __init__(self, trace: RoutingTrace, rules: Rules, tokens: NDArray[np.int64]) -> None:
-        self._trace, self._rules, self._tokens = trace, rules, tokens
-        self._replay = rules.replay(trace, pairs=True)
+    def __init__(self, trace: RoutingTrace, setting: Setting, tokens: NDArray[np.int64]) -> None:
+        self._trace, self._setting, self._tokens = trace, setting, tokens
+        self._replay = setting.replay(trace, pairs=True)
         self._experts: _core.StatisticsCounter | None = None
-        if rules.needs_experts:
+        if setting.needs_experts:
             self._experts = _core.StatisticsCounter(
                 trace.layers,
                 trace.num_experts,
                 trace.top_k,
-                window=rules.window,
+                window=setting.window,
                 transitions=False,
                 coactivation=False,
             )
@@ -138,52 +138,54 @@ class _Part:
         if begin == end:
             return
         mine = shard if end - begin == len(shard) else shard[self._tokens[begin:end] - first]
-        self._replay.push(mine, self._rules.threads, checked=self._trace.ids.fresh)
+        self._replay.push(mine, self._setting.threads, checked=self._trace.ids.fresh)
         if self._experts is not None:
-            self._experts.push(mine, self._rules.threads, checked=True)
+            self._experts.push(mine, self._setting.threads, checked=True)
 
     def finish(self) -> Counts:
         """Return what was counted, once replayed in mixed order too."""
-        rules = self._rules
+        setting = self._setting
         tokens, load, follow, visits, node_visits = self._replay.finish()
-        expert_load = None if self._experts is None else self._experts.finish(rules.threads)[1]
+        expert_load = None if self._experts is None else self._experts.finish(setting.threads)[1]
         return Counts(
             tokens=tokens,
             load=load,
-            mixed=self._mixed(load) if rules.with_mixed else None,
+            mixed=self._mixed(load) if setting.with_mixed else None,
             visits=visits,
             node_visits=node_visits,
             follow=follow,
             dispatch=expected_.dispatched(
-                rules.placement, rules.topology, rules.split, visits.sum(axis=0), expert_load
+                setting.placement, setting.topology, setting.split, visits.sum(axis=0), expert_load
             ),
-            active=None if not rules.with_active else self._active(expert_load),
+            active=None if not setting.with_active else self._active(expert_load),
         )
 
     def _active(self, expert_load: Numbers | None) -> Floats:
         assert expert_load is not None
-        rules = self._rules
-        share = copies.copy_shares(rules.placement, rules.topology, rules.split)
-        return expected_.active(rules.placement, share, expert_load)
+        setting = self._setting
+        share = copies.copy_shares(setting.placement, setting.topology, setting.split)
+        return expected_.active(setting.placement, share, expert_load)
 
     def _mixed(self, load: Numbers) -> Numbers:
         """Replay in mixed order; one window is the same in any order."""
         if len(load) == 1:
             return load
-        rules, sequence = self._rules, self._trace.sequence
+        setting, sequence = self._setting, self._trace.sequence
         mine = None if sequence is None else sequence[self._tokens]
-        order = self._tokens[mixed_order(mine, len(self._tokens), seed=rules.mixed_seed)]
+        order = self._tokens[mixed_order(mine, len(self._tokens), seed=setting.mixed_seed)]
         ids = self._trace.expert_ids
-        replay = rules.replay(self._trace, pairs=False)
+        replay = setting.replay(self._trace, pairs=False)
         for at in range(0, len(order), FETCH):
             part = cast(IdArray, np.ascontiguousarray(ids[order[at : at + FETCH]]))
-            replay.push(part, rules.threads)
+            replay.push(part, setting.threads)
         return replay.finish()[1]
 
 
-def of_statistics(statistics: RoutingStatistics, rules: Rules) -> tuple[Counts, dict[str, Counts]]:
+def of_statistics(
+    statistics: RoutingStatistics, setting: Setting
+) -> tuple[Counts, dict[str, Counts]]:
     """Compute what counts lead one to expect, of all windows and of every group that has some."""
-    expected = Expected(statistics, rules)
+    expected = Expected(statistics, setting)
     whole = expected.counts(statistics.window_load)
     groups = {}
     if statistics.group is not None:
@@ -218,19 +220,19 @@ class Counted(Protocol):
 class Expected:
     """A placement under traffic of which there are counts: copies take shares of the tokens."""
 
-    def __init__(self, statistics: Counted, rules: Rules) -> None:
-        self._rules = rules
-        topology = rules.topology
-        self._share = copies.copy_shares(rules.placement, topology, rules.split)
+    def __init__(self, statistics: Counted, setting: Setting) -> None:
+        self._setting = setting
+        topology = setting.topology
+        self._share = copies.copy_shares(setting.placement, topology, setting.split)
         self._follow: Floats | None = None
         if statistics.transitions is not None:
             self._follow = expected_.followed(
-                rules.placement, topology, rules.split, statistics.transitions
+                setting.placement, topology, setting.split, statistics.transitions
             )
         self._tokens: int | None = None
         if statistics.sets is not None:
             self._tokens = int(statistics.sets[0].counts.sum())
-            share = copies.shares(rules.placement, topology, rules.split)
+            share = copies.shares(setting.placement, topology, setting.split)
             visits, of_nodes = expected_.visits(share, statistics.sets, topology.node_of_device)
             load = np.einsum("lde,le->ld", share, statistics.total_load.astype(np.float64))
             # Visits for each token of load: in every window as in all.
@@ -239,12 +241,12 @@ class Expected:
 
     def counts(self, window_load: Numbers) -> Counts:
         """Compute the expected counts of windows of load [W,L,E]."""
-        rules, topology = self._rules, self._rules.topology
-        load = copies.served(rules.placement, self._share, window_load)
+        setting, topology = self._setting, self._setting.topology
+        load = copies.served(setting.placement, self._share, window_load)
         mixed = None
-        if rules.with_mixed:
+        if setting.with_mixed:
             mixed = np.empty_like(load)
-            for place, windows in mixed_windows(load, seed=rules.mixed_seed):
+            for place, windows in mixed_windows(load, seed=setting.mixed_seed):
                 mixed[place] = windows
         visits, node_visits = load, None
         if self._tokens is not None:
@@ -257,11 +259,11 @@ class Expected:
             node_visits=node_visits,
             follow=self._follow,
             dispatch=expected_.dispatched(
-                rules.placement, topology, rules.split, visits.sum(axis=0), window_load
+                setting.placement, topology, setting.split, visits.sum(axis=0), window_load
             ),
             active=(
-                expected_.active(rules.placement, self._share, window_load)
-                if rules.with_active
+                expected_.active(setting.placement, self._share, window_load)
+                if setting.with_active
                 else None
             ),
         )
@@ -278,16 +280,17 @@ def _ratio(part: Floats, whole: Floats) -> Floats:
     return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
-def _check_table_bytes(trace: RoutingTrace, rules: Rules) -> None:
-    window = rules.window
+def _check_table_bytes(trace: RoutingTrace, setting: Setting) -> None:
+    window = setting.window
     windows = 1 if window is None else max(1, -(-trace.tokens // max(window, 1)))
     # Load and visits of devices, visits of nodes, twice: in both arrivals.
-    columns = 2 * (2 * rules.topology.devices + rules.topology.nodes)
-    columns += trace.num_experts if rules.needs_experts else 0
+    columns = 2 * (2 * setting.topology.devices + setting.topology.nodes)
+    columns += trace.num_experts if setting.needs_experts else 0
     # Once more for groups, whose windows add up to the trace's.
     size = 8 * windows * trace.layers * columns * (1 if trace.group is None else 2)
     if size > TABLE_LIMIT:
         raise ValueError(
             f"counts must fit {TABLE_LIMIT >> 30} GiB, got {size / 2**30:.0f} GiB for {windows} "
-            f"windows, {trace.layers} layers, {rules.topology.devices} devices: make windows longer"
+            f"windows, {trace.layers} layers, {setting.topology.devices} devices: make windows "
+            "longer"
         )

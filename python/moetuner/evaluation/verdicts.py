@@ -141,9 +141,9 @@ def gain(before: Evaluation, after: Evaluation, measure: str, *, seed: int = 0) 
     sums = []
     for each in (ours, theirs):
         traffic, group = each.traffic, each.group
-        rules = replace(each.rules, with_mixed=False)
+        setting = replace(each.setting, with_mixed=False)
         # A group alone would be all of its traffic, but copies look at a token's place in all.
-        parts = of_traffic(traffic, rules, each.model, each.regime, only_whole=group is None)
+        parts = of_traffic(traffic, setting, each.model, each.regime, only_whole=group is None)
         sums.append(parts[group])
     counts = [_units(each.traffic) for each in (ours, theirs)]
     if counts[0] != counts[1] or len(sums[0]["imbalance"].above) != len(sums[1]["imbalance"].above):

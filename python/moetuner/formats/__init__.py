@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moetuner._checks import instance, one_of, path_in, window_in
 from moetuner.files import is_stream, kind_of, naming, size_of
+from moetuner.files.text import printable
 from moetuner.formats import (
     arrow,
     csv,
@@ -208,10 +209,15 @@ def reader_of(path: str | Path) -> str:
         if name not in own.KINDS and reader.recognises(path):
             return name
     if path.is_dir():
-        kinds = {kind_of(file) for file in files_in([path])[:FIRST]}
-        if len(kinds) == 1:
+        kinds, unknown = set(), ""
+        for file in files_in([path])[:FIRST]:
+            try:
+                kinds.add(kind_of(file))
+            except ValueError:
+                unknown = f", and {printable(file.name)} is none"
+        if len(kinds) == 1 and not unknown:
             return kinds.pop()
-        raise ValueError(f"{path}: folder holds no recording that moetuner knows")
+        raise ValueError(f"{path}: folder holds no recording that moetuner knows{unknown}")
     return kind_of(path)
 
 

@@ -32,7 +32,7 @@ from moetuner.files import naming, npz, size_of
 from moetuner.files.lines import NO_INTEGER, NO_TEXT, Batch, Keys, batches
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
-from moetuner.formats.ranks import by_rank
+from moetuner.formats.ranks import by_rank, rank_of
 from moetuner.formats.records import head
 from moetuner.trace import RoutingTrace
 
@@ -81,7 +81,16 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
     files = by_rank(paths, PATTERN)
     replays = [is_replay(file) for file in files]
     if all(replays):
-        return RoutingTrace.concat([read_replay(file, hints) for file in files])
+        parts = [read_replay(file, hints) for file in files]
+        ranks = [rank_of(file) for file in files]
+        if None in ranks or len(set(ranks)) < len(ranks):
+            return RoutingTrace.concat(parts)
+        return RoutingTrace.concat(
+            [
+                replace(part, group=np.zeros(part.tokens, np.int16), group_names=(f"rank {rank}",))
+                for part, rank in zip(parts, ranks, strict=True)
+            ]
+        )
     if any(replays):
         raise ValueError(
             f"{files[replays.index(True)]}: must be a router trace like the other files, "

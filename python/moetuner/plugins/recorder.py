@@ -51,7 +51,8 @@ class LoadRecorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"load-{os.getpid()}-{shape[0]}x{shape[1]}.npz"
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, load=np.concatenate(parts))
+            load = np.concatenate(parts)
+            np.savez(file, load=load.astype(np.min_scalar_type(load.max())))
         return path
 
     def _take(self, shape: tuple[int, ...], window: NDArray[np.uint64]) -> None:

@@ -249,7 +249,7 @@ class Objective:
         """Predict the microseconds of every window and layer [W,L]."""
         model, topology = self.cost_model, self.problem.topology
         assert model is not None
-        rules = replay.Rules(
+        setting = replay.Setting(
             placement,
             topology,
             window=None,
@@ -258,7 +258,7 @@ class Objective:
             threads=None,
             with_mixed=False,
         )
-        counts = replay.Expected(statistics, rules).counts(load)
+        counts = replay.Expected(statistics, setting).counts(load)
         return figures.layer_us(counts, topology, model, self.problem.regime)
 
     # Of traffic, whatever the goal is.

@@ -80,6 +80,8 @@ def rebalance(
     tolerance: float | None = None,
     forbidden: NDArray[np.bool_] | None = None,
     pairs: Pairs | None = None,
+    full: bool = True,
+    price: float = 0.0,
 ) -> Rebalanced:
     """Relieve the slowest devices of running slots by few copies that come to a device.
 
@@ -92,7 +94,7 @@ def rebalance(
         Tokens [L,E], or in windows [W,L,E]: finite, at least 0.
     slots
         Experts [L,D,S], -1 where a slot is empty. Experts that have no slot get one and empty slots
-        are filled, whatever they bring. What stays on a device keeps its slot.
+        may be filled, whatever they bring. What stays on a device keeps its slot.
     time
         Time of every device per token, as a share of the slowest one's [D].
     budget
@@ -108,10 +110,23 @@ def rebalance(
         Where experts must not be [L,E,D].
     pairs
         What else counts, besides load.
+    full
+        Whether empty slots are filled; on one load alone they may stay.
+    price
+        Tokens that a copy must gain at least, on one load.
     """
     load = windows[None] if windows.ndim == 2 else windows
     found = _relieved(
-        load.sum(axis=0), slots, time, budget, dead_zone, deviations, tolerance, forbidden
+        load.sum(axis=0),
+        slots,
+        time,
+        budget,
+        dead_zone,
+        deviations,
+        tolerance,
+        forbidden,
+        full=full,
+        price=price,
     )
     if len(load) == 1 and pairs is None:
         return found
@@ -127,6 +142,9 @@ def _relieved(
     deviations: float,
     tolerance: float | None,
     forbidden: NDArray[np.bool_] | None,
+    *,
+    full: bool = True,
+    price: float = 0.0,
 ) -> Rebalanced:
     """Relieve devices on one load [L,E], by the core's steps."""
     found, before, after, brought = _core.adapt_slots(
@@ -139,6 +157,8 @@ def _relieved(
         tolerance=dead_zone / 4 if tolerance is None else tolerance,
         steps=effort.ADAPT_STEPS,
         trials=effort.QUICK,
+        full=full,
+        price=price,
         forbidden=forbidden,
     )
     return Rebalanced(found, np.array(before), np.array(after), np.array(brought, dtype=np.int64))

@@ -23,12 +23,16 @@ pub struct Reach {
     pub dead_zone: f64,
     /// And by more than so many standard deviations of counts as large.
     pub deviations: f64,
+    /// What a copy must gain, in time.
+    pub price: f64,
     /// A device this near to the mean is relieved no further, as a part of it.
     pub tolerance: f64,
     /// Steps of a layer at the most, for each of its devices.
     pub steps: usize,
     /// Trials of the polish where a layer is packed anew.
     pub trials: usize,
+    /// Whether empty slots are filled, whatever that brings.
+    pub full: bool,
 }
 
 /// What became of a layer.
@@ -136,7 +140,7 @@ fn walk(site: Site<'_>, load: &[f64], slots: &[i32], reach: Reach) -> std::resul
             }
         }
     }
-    complete(&mut draft)?;
+    complete(&mut draft, reach.full)?;
     let mut walk = Walk::new(draft, &held, reach.tolerance);
     walk.note();
     let start = walk.draft.expert_in.clone();
@@ -156,24 +160,20 @@ fn packed(mut draft: Draft<'_>, reach: Reach) -> std::result::Result<Path, NoSlo
     for (slot, device) in places(&draft) {
         draft.put(slot, device, found[slot]);
     }
-    complete(&mut draft)?;
+    complete(&mut draft, reach.full)?;
     let brought = draft.expert_in.iter().filter(|&&e| e != EMPTY).count();
-    let slowest = draft.measure().0.into_iter().fold(0.0, f64::max);
+    let slowest = draft.times_and_loads().0.into_iter().fold(0.0, f64::max);
     let stop = Stop { brought, slowest, edits: 0 };
     Ok(Path { start: draft.expert_in, edits: vec![], stops: vec![stop] })
 }
 
-/// Gives experts that have no slot one, the heaviest first, and fills empty slots with copies that take most.
-fn complete(draft: &mut Draft<'_>) -> std::result::Result<(), NoSlot> {
-    let empty = draft.expert_in.contains(&EMPTY);
+/// Gives experts that have no slot one, the heaviest first, and may fill empty slots with copies that take most.
+fn complete(draft: &mut Draft<'_>, full: bool) -> std::result::Result<(), NoSlot> {
     let mut missing: Vec<u16> =
         (0..draft.load.len() as u16).filter(|&e| draft.copies[usize::from(e)] == 0).collect();
-    if missing.is_empty() && !empty {
-        return Ok(());
-    }
     missing.sort_by(|&a, &b| draft.load[usize::from(b)].total_cmp(&draft.load[usize::from(a)]));
     for e in missing {
-        let times = draft.measure().0;
+        let times = draft.times_and_loads().0;
         let open = (0..times.len())
             .filter(|&g| draft.takes(e, g))
             .filter_map(|g| draft.slots(g).find(|&slot| draft.expert_in[slot] == EMPTY).map(|slot| (g, slot)))
@@ -184,8 +184,8 @@ fn complete(draft: &mut Draft<'_>) -> std::result::Result<(), NoSlot> {
             None => return Err(NoSlot(usize::from(e))),
         }
     }
-    loop {
-        let times = draft.measure().0;
+    while full && draft.expert_in.contains(&EMPTY) {
+        let times = draft.times_and_loads().0;
         let best = (0..times.len())
             .filter_map(|g| {
                 let slot = draft.slots(g).find(|&slot| draft.expert_in[slot] == EMPTY)?;
@@ -196,9 +196,10 @@ fn complete(draft: &mut Draft<'_>) -> std::result::Result<(), NoSlot> {
                 Some((g, slot, expert))
             })
             .min_by(|a, b| times[a.0].total_cmp(&times[b.0]));
-        let Some((g, slot, expert)) = best else { return Ok(()) };
+        let Some((g, slot, expert)) = best else { break };
         draft.put(slot, g, expert);
     }
+    Ok(())
 }
 
 struct Walk<'a, 'b> {
@@ -351,13 +352,13 @@ impl<'a, 'b> Walk<'a, 'b> {
             stops: vec![],
             draft,
         };
-        walk.measure();
+        walk.times_and_loads();
         walk
     }
 
     /// Follows the draft, whatever has become of it.
-    fn measure(&mut self) {
-        (self.times, self.load_in) = self.draft.measure();
+    fn times_and_loads(&mut self) {
+        (self.times, self.load_in) = self.draft.times_and_loads();
         let copies = self.draft.copies.iter().map(|&copies| f64::from(copies + 1));
         self.with_one_more = self.draft.load.iter().zip(copies).map(|(load, copies)| load / copies).collect();
         for slot in 0..self.device_of.len() {
@@ -411,7 +412,7 @@ impl<'a, 'b> Walk<'a, 'b> {
             Step::Put(e, q) => {
                 draft.put(q, self.device_of[q], e);
                 self.edits.push((q as u32, e));
-                self.measure();
+                self.times_and_loads();
             }
         }
         true
@@ -549,13 +550,13 @@ impl<'a, 'b> Walk<'a, 'b> {
                 }
             }
         }
-        complete(&mut packed)?;
-        if packed.measure().0.into_iter().fold(0.0, f64::max) >= reached * (1.0 - reach.dead_zone) {
+        complete(&mut packed, reach.full)?;
+        if packed.times_and_loads().0.into_iter().fold(0.0, f64::max) >= reached * (1.0 - reach.dead_zone) {
             return Ok(());
         }
         self.edits.extend((0..).zip(packed.expert_in.iter().copied()));
         self.draft = packed;
-        self.measure();
+        self.times_and_loads();
         self.note();
         Ok(())
     }
@@ -628,7 +629,7 @@ fn choose(paths: &[Path], reach: Reach) -> Vec<usize> {
         let (stops, hull) = (&paths[layer].stops, &hulls[layer]);
         let (a, b) = (stops[hull[from]], stops[*hull.get(to)?]);
         let slope = (a.slowest - b.slowest) / (b.brought - a.brought).max(1) as f64;
-        Some(Offer { slope, layer, to })
+        (slope > reach.price).then_some(Offer { slope, layer, to })
     };
     let mut heap: BinaryHeap<Offer> = (0..paths.len()).filter_map(|layer| offer(layer, 0, 1)).collect();
     while let Some(Offer { layer, to, .. }) = heap.pop() {
@@ -703,4 +704,66 @@ fn keep(before: &[i32], now: &[u16], room: &[usize]) -> Vec<i32> {
         }
     }
     ordered
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Random;
+    use proptest::prelude::*;
+
+    fn measured(load: &[f64], slots: &[i32], width: usize) -> f64 {
+        let copies = |e: i32| slots.iter().filter(|&&of| of == e).count() as f64;
+        let part = |&e: &i32| if e < 0 { 0.0 } else { load[e as usize] / copies(e) };
+        slots.chunks(width).map(|row| row.iter().map(part).sum()).fold(0.0, f64::max)
+    }
+
+    proptest! {
+        /// Every expert has a slot and no device two copies; what stays keeps its slot; and what is said of a layer is
+        /// so: times, and copies within the budget, or those that had to be brought.
+        #[test]
+        fn keeps_its_promises(
+            experts in 1usize..12, devices in 1usize..5, more in 0usize..3, most in 0usize..12, full: bool, seed: u64,
+        ) {
+            let mut random = Random::new(seed, 0);
+            let width = (experts.div_ceil(devices) + more).min(experts);
+            let load: Vec<f64> = (0..2 * experts).map(|_| random.below(1000) as f64).collect();
+            let before: Vec<i32> =
+                (0..2 * devices * width).map(|_| random.below(experts + 2) as i32 - 2).collect();
+            let (room, time) = (vec![width; devices], vec![1.0; devices]);
+            let all = Site { room: &room, time: &time, forbidden: &[], pinned: &[], copies: true };
+            let reach = |most, steps| Reach {
+                most, dead_zone: 0.0, deviations: 0.0, price: 0.0, tolerance: 0.0, steps, trials: super::super::QUICK, full,
+            };
+            let mut after = before.clone();
+            let changes = adapt_layers(&load, experts, all, &mut after, reach(most, 8)).expect("slots suffice");
+            let mut must = before.clone();
+            let least = adapt_layers(&load, experts, all, &mut must, reach(0, 0)).expect("slots suffice");
+            let per_layer = devices * width;
+            let mut brought = 0;
+            for (l, change) in changes.iter().enumerate() {
+                let (old, new) = (&before[l * per_layer..][..per_layer], &after[l * per_layer..][..per_layer]);
+                let load = &load[l * experts..][..experts];
+                prop_assert!((0..experts as i32).all(|e| new.contains(&e)));
+                let mut came = 0;
+                for (old, new) in old.chunks(width).zip(new.chunks(width)) {
+                    for (slot, &e) in new.iter().enumerate().filter(|(_, e)| **e >= 0) {
+                        prop_assert_eq!(new.iter().filter(|&&of| of == e).count(), 1);
+                        match old.iter().position(|&of| of == e) {
+                            Some(at) => prop_assert_eq!(at, slot),
+                            None => came += 1,
+                        }
+                    }
+                    prop_assert!(!full || !new.contains(&-1));
+                }
+                prop_assert_eq!(came, change.brought);
+                let slowest = measured(load, new, width);
+                prop_assert!((slowest - change.slowest.1).abs() <= 1e-9 * slowest.max(1.0));
+                prop_assert!(change.slowest.1 <= change.slowest.0 * (1.0 + 1e-9));
+                brought += came;
+            }
+            let needed: usize = least.iter().map(|change| change.brought).sum();
+            prop_assert!(brought <= needed.max(most));
+        }
+    }
 }

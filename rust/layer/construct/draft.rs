@@ -120,7 +120,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Time of every device `[D]` and load in every slot `[P]`.
-    pub(in crate::layer) fn measure(&self) -> (Vec<f64>, Vec<f64>) {
+    pub(in crate::layer) fn times_and_loads(&self) -> (Vec<f64>, Vec<f64>) {
         let load_in: Vec<f64> = self.expert_in.iter().map(|&e| self.share(e)).collect();
         let time = |g: usize| load_in[self.slots(g)].iter().sum::<f64>() * self.site.time[g];
         ((0..self.site.room.len()).map(time).collect(), load_in)

@@ -178,7 +178,7 @@ fn copies(draft: &Draft<'_>) -> std::result::Result<(Vec<Item>, Vec<u32>), NoSlo
 fn open(draft: &Draft<'_>) -> (Vec<usize>, Tournament<u64>) {
     let filled = |g| draft.slots(g).take_while(|&slot| draft.expert_in[slot] != EMPTY).count();
     let used: Vec<usize> = (0..draft.site.room.len()).map(filled).collect();
-    let times = draft.measure().0;
+    let times = draft.times_and_loads().0;
     // Of idle devices, the fastest first.
     let key = |g: usize| {
         if used[g] < draft.site.room[g] { done(times[g] + LEAST * draft.site.time[g], g) } else { u64::MAX }

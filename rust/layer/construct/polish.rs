@@ -58,7 +58,7 @@ struct Polish<'a, 'b> {
 
 impl<'a, 'b> Polish<'a, 'b> {
     fn new(draft: &'a mut Draft<'b>, trials: usize) -> Self {
-        let (times, load_in) = draft.measure();
+        let (times, load_in) = draft.times_and_loads();
         Self { draft, times, load_in, trials }
     }
 
@@ -128,7 +128,7 @@ impl<'a, 'b> Polish<'a, 'b> {
         }
         let Some(p) = best.1 else { return false };
         draft.put(p, slow, EMPTY);
-        (self.times, self.load_in) = draft.measure();
+        (self.times, self.load_in) = draft.times_and_loads();
         true
     }
 
@@ -161,7 +161,7 @@ impl<'a, 'b> Polish<'a, 'b> {
         }
         let Some((e, q, g)) = best.1 else { return false };
         draft.put(q, g, e);
-        (self.times, self.load_in) = draft.measure();
+        (self.times, self.load_in) = draft.times_and_loads();
         true
     }
 }

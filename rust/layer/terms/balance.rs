@@ -1,7 +1,7 @@
 //! The balance term: over windows, how long the slowest device takes, which all others wait for.
 
 use super::measure::{Measure, Peak};
-use crate::layer::{Contents, EMPTY, Layer, Move, Split};
+use crate::layer::{EMPTY, Layer, Move, Placement, Split};
 
 /// Loads of devices, and what they cost.
 #[derive(Debug, Clone)]
@@ -18,12 +18,12 @@ pub(crate) struct Balance {
 }
 
 impl Balance {
-    pub(crate) fn new(layer: &Layer, contents: &Contents) -> Self {
+    pub(crate) fn new(layer: &Layer, placement: &Placement) -> Self {
         let (d, windows) = (layer.devices(), &layer.windows);
         let row = windows.row;
         let mut load = vec![0.0; d * row];
         for e in 0..layer.experts as u16 {
-            let devices = contents.devices(e);
+            let devices = placement.devices(e);
             for &device in devices {
                 let of_device = &mut load[usize::from(device) * row..][..row];
                 windows.add(of_device, e, layer.part(devices, device), 1.0);
@@ -52,8 +52,8 @@ impl Balance {
     }
 
     /// What a move would add to the cost.
-    pub(crate) fn change(&mut self, layer: &Layer, contents: &Contents, step: Move) -> f64 {
-        self.stage(layer, contents, step);
+    pub(crate) fn change(&mut self, layer: &Layer, placement: &Placement, step: Move) -> f64 {
+        self.stage(layer, placement, step);
         self.measure.change(&self.load, &self.rows, &self.touched)
     }
 
@@ -68,16 +68,16 @@ impl Balance {
     }
 
     /// Puts the loads of all devices that a move touches into `rows`.
-    fn stage(&mut self, layer: &Layer, contents: &Contents, step: Move) {
+    fn stage(&mut self, layer: &Layer, placement: &Placement, step: Move) {
         self.touched.clear();
         if let Move::Swap(p, q) = step
-            && self.stage_swap(layer, contents, [p, q])
+            && self.stage_swap(layer, placement, [p, q])
         {
             return;
         }
         let mut after = std::mem::take(&mut self.after);
-        for edit in contents.edits(step) {
-            let before = contents.devices(edit.expert);
+        for edit in placement.edits(step) {
+            let before = placement.devices(edit.expert);
             after.clear();
             after.extend(edit.after(before));
             for &device in before {
@@ -98,13 +98,13 @@ impl Balance {
     }
 
     /// Most moves are swaps in which copies keep their shares, so that only two devices feel them; whether this is one.
-    fn stage_swap(&mut self, layer: &Layer, contents: &Contents, slots: [usize; 2]) -> bool {
-        let experts = slots.map(|slot| contents.expert_in[slot]);
-        let devices = slots.map(|slot| contents.device_of(slot));
+    fn stage_swap(&mut self, layer: &Layer, placement: &Placement, slots: [usize; 2]) -> bool {
+        let experts = slots.map(|slot| placement.expert_in[slot]);
+        let devices = slots.map(|slot| placement.device_of(slot));
         let mut share = [0.0; 2];
         for i in 0..2 {
             if experts[i] != EMPTY {
-                let holders = contents.devices(experts[i]);
+                let holders = placement.devices(experts[i]);
                 if holders.len() > 1 && layer.split == Split::Nearest {
                     return false;
                 }

@@ -1,6 +1,6 @@
 //! The cap on a device's load over all windows: not a cost but a rule.
 
-use crate::layer::{Contents, EMPTY, Layer, Move};
+use crate::layer::{EMPTY, Layer, Move, Placement};
 
 /// Loads of devices over all windows `[D]`, in time of the slowest.
 #[derive(Debug, Clone)]
@@ -12,10 +12,10 @@ pub(crate) struct Caps {
 const ROUNDING: f64 = 1e-9;
 
 impl Caps {
-    pub(crate) fn new(layer: &Layer, contents: &Contents) -> Self {
+    pub(crate) fn new(layer: &Layer, placement: &Placement) -> Self {
         let mut caps = Self { load: vec![0.0; layer.devices()] };
         for e in 0..layer.experts as u16 {
-            let devices = contents.devices(e);
+            let devices = placement.devices(e);
             for &device in devices {
                 caps.load[usize::from(device)] += taken(layer, e, devices, device);
             }
@@ -24,16 +24,16 @@ impl Caps {
     }
 
     /// Whether every device that a move gives load to stays within the cap, or the worst of them gets less.
-    pub(crate) fn allows(&self, layer: &Layer, contents: &Contents, step: Move) -> bool {
+    pub(crate) fn allows(&self, layer: &Layer, placement: &Placement, step: Move) -> bool {
         if layer.cap == f64::INFINITY {
             return true;
         }
-        if let Some([(g, more), (h, less)]) = exchange(layer, contents, step) {
+        if let Some([(g, more), (h, less)]) = exchange(layer, placement, step) {
             let before = [g, h].map(|device| self.load[usize::from(device)]);
             let worst = (before[0] + more).max(before[1] + less);
             return worst <= layer.cap * (1.0 + ROUNDING) || worst < before[0].max(before[1]);
         }
-        let changes = changes(layer, contents, step);
+        let changes = changes(layer, placement, step);
         let (mut worst, mut before) = (0.0f64, 0.0f64);
         for (i, &(device, _)) in changes.iter().enumerate() {
             if changes[..i].iter().all(|&(earlier, _)| earlier != device) {
@@ -52,14 +52,14 @@ impl Caps {
     }
 
     /// What a move adds to the parts of the cap that devices exceed it by, summed.
-    pub(crate) fn rise(&self, layer: &Layer, contents: &Contents, step: Move) -> f64 {
+    pub(crate) fn rise(&self, layer: &Layer, placement: &Placement, step: Move) -> f64 {
         if layer.cap == f64::INFINITY {
             return 0.0;
         }
-        if let Some(changes) = exchange(layer, contents, step) {
+        if let Some(changes) = exchange(layer, placement, step) {
             return changes.iter().map(|&(device, by)| self.risen(layer, device, by)).sum();
         }
-        let changes = changes(layer, contents, step);
+        let changes = changes(layer, placement, step);
         let mut rise = 0.0;
         for (i, &(device, _)) in changes.iter().enumerate() {
             if changes[..i].iter().all(|&(earlier, _)| earlier != device) {
@@ -75,9 +75,9 @@ impl Caps {
         above(layer, load + by) - above(layer, load)
     }
 
-    pub(crate) fn apply(&mut self, layer: &Layer, contents: &Contents, step: Move) {
+    pub(crate) fn apply(&mut self, layer: &Layer, placement: &Placement, step: Move) {
         if layer.cap != f64::INFINITY {
-            for (device, by) in changes(layer, contents, step) {
+            for (device, by) in changes(layer, placement, step) {
                 self.load[usize::from(device)] += by;
             }
         }
@@ -96,24 +96,24 @@ fn taken(layer: &Layer, expert: u16, devices: &[u16], device: u16) -> f64 {
 }
 
 /// What an exchange of two experts without other copies adds to the loads of their devices: most moves are one.
-fn exchange(layer: &Layer, contents: &Contents, step: Move) -> Option<[(u16, f64); 2]> {
+fn exchange(layer: &Layer, placement: &Placement, step: Move) -> Option<[(u16, f64); 2]> {
     let Move::Swap(p, q) = step else { return None };
-    let [a, b] = [p, q].map(|slot| contents.expert_in[slot]);
-    let single = |e: u16| e == EMPTY || contents.devices(e).len() == 1;
+    let [a, b] = [p, q].map(|slot| placement.expert_in[slot]);
+    let single = |e: u16| e == EMPTY || placement.devices(e).len() == 1;
     if !(single(a) && single(b)) {
         return None;
     }
     let load = |e: u16| if e == EMPTY { 0.0 } else { layer.load[usize::from(e)] };
     let more = load(b) - load(a);
     let by = |device: u16, more: f64| (device, more * f64::from(layer.time[usize::from(device)]));
-    Some([by(contents.device_of(p), more), by(contents.device_of(q), -more)])
+    Some([by(placement.device_of(p), more), by(placement.device_of(q), -more)])
 }
 
 /// What a move adds to the loads of devices; a device may occur more than once.
-fn changes(layer: &Layer, contents: &Contents, step: Move) -> Vec<(u16, f64)> {
+fn changes(layer: &Layer, placement: &Placement, step: Move) -> Vec<(u16, f64)> {
     let mut changes = Vec::with_capacity(4);
-    for edit in contents.edits(step) {
-        let before = contents.devices(edit.expert);
+    for edit in placement.edits(step) {
+        let before = placement.devices(edit.expert);
         let after: Vec<u16> = edit.after(before).collect();
         changes.extend(before.iter().map(|&device| (device, -taken(layer, edit.expert, before, device))));
         changes.extend(after.iter().map(|&device| (device, taken(layer, edit.expert, &after, device))));

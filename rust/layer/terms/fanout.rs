@@ -9,7 +9,7 @@
 //! of each of its experts, in the order of devices: this gives the expected fanout of an even split, and comes close for
 //! others.
 
-use crate::layer::{Contents, EMPTY, Layer, Move};
+use crate::layer::{EMPTY, Layer, Move, Placement};
 
 /// Bits in a word.
 const WORD: usize = 64;
@@ -116,7 +116,7 @@ pub(crate) struct Fanout {
 
 impl Fanout {
     /// Of a layer with sets.
-    pub(crate) fn new(layer: &Layer, sets: &Sets, contents: &Contents) -> Self {
+    pub(crate) fn new(layer: &Layer, sets: &Sets, placement: &Placement) -> Self {
         let (d, words) = (layer.devices(), sets.words);
         let mut first = vec![0];
         first.extend(layer.room.iter().scan(0, |at, &room| {
@@ -135,7 +135,7 @@ impl Fanout {
             first,
         };
         let all: Vec<u16> = (0..d as u16).collect();
-        fanout.refresh(layer, sets, contents, &all);
+        fanout.refresh(layer, sets, placement, &all);
         fanout
     }
 
@@ -145,23 +145,23 @@ impl Fanout {
     }
 
     /// What a move would add to the cost.
-    pub(crate) fn change(&self, layer: &Layer, sets: &Sets, contents: &Contents, step: Move) -> f64 {
+    pub(crate) fn change(&self, layer: &Layer, sets: &Sets, placement: &Placement, step: Move) -> f64 {
         if let Move::Swap(p, q) = step {
-            let [a, b] = [p, q].map(|slot| contents.expert_in[slot]);
-            let single = |e: u16| e == EMPTY || contents.devices(e).len() == 1;
+            let [a, b] = [p, q].map(|slot| placement.expert_in[slot]);
+            let single = |e: u16| e == EMPTY || placement.devices(e).len() == 1;
             if single(a) && single(b) {
-                return self.exchange(layer, sets, contents, [(p, b), (q, a)]);
+                return self.exchange(layer, sets, placement, [(p, b), (q, a)]);
             }
         }
-        let mut after = contents.clone();
+        let mut after = placement.clone();
         after.apply(layer, step);
         let mut fanout = self.clone();
-        fanout.refresh(layer, sets, &after, &touched(contents, step));
+        fanout.refresh(layer, sets, &after, &touched(placement, step));
         fanout.cost(sets) - self.cost(sets)
     }
 
-    /// Follows a move; `after` are the contents behind it, `touched` the devices that it may have changed.
-    pub(crate) fn refresh(&mut self, layer: &Layer, sets: &Sets, after: &Contents, touched: &[u16]) {
+    /// Follows a move; `after` is the placement behind it, `touched` the devices that it may have changed.
+    pub(crate) fn refresh(&mut self, layer: &Layer, sets: &Sets, after: &Placement, touched: &[u16]) {
         let words = self.words;
         for &device in touched {
             let g = usize::from(device);
@@ -203,13 +203,13 @@ impl Fanout {
     }
 
     /// What it would add if two slots got these experts, which have no other copies.
-    fn exchange(&self, layer: &Layer, sets: &Sets, contents: &Contents, new: [(usize, u16); 2]) -> f64 {
+    fn exchange(&self, layer: &Layer, sets: &Sets, placement: &Placement, new: [(usize, u16); 2]) -> f64 {
         let words = self.words;
         let (mut devices, mut nodes) = (0, 0);
-        let [here, there] = new.map(|(slot, _)| usize::from(contents.device_of(slot)));
+        let [here, there] = new.map(|(slot, _)| usize::from(placement.device_of(slot)));
         let apart = layer.node[here] != layer.node[there] && !self.beside.is_empty();
         for (slot, expert) in new {
-            let g = usize::from(contents.device_of(slot));
+            let g = usize::from(placement.device_of(slot));
             let (others, row) = (&self.others[slot * words..][..words], sets.row(expert));
             devices += sets.tokens([others, row]) - self.visits[g];
             // Within a node, an exchange changes nothing for it.
@@ -223,10 +223,10 @@ impl Fanout {
 }
 
 /// Devices whose sets a move may change: those of all copies of the experts that it moves.
-pub(crate) fn touched(contents: &Contents, step: Move) -> Vec<u16> {
+pub(crate) fn touched(placement: &Placement, step: Move) -> Vec<u16> {
     let mut touched = Vec::with_capacity(8);
-    for edit in contents.edits(step) {
-        touched.extend_from_slice(contents.devices(edit.expert));
+    for edit in placement.edits(step) {
+        touched.extend_from_slice(placement.devices(edit.expert));
         touched.extend(edit.to);
     }
     touched.sort_unstable();
@@ -239,10 +239,10 @@ fn price(sets: &Sets, devices: i64, nodes: i64) -> f64 {
 }
 
 /// Adds what a slot serves to a row.
-fn add(sets: &Sets, contents: &Contents, slot: usize, to: &mut [u64]) {
-    let expert = contents.expert_in[slot];
+fn add(sets: &Sets, placement: &Placement, slot: usize, to: &mut [u64]) {
+    let expert = placement.expert_in[slot];
     if expert != EMPTY {
-        sets.serve(to, expert, contents.devices(expert), contents.device_of(slot));
+        sets.serve(to, expert, placement.devices(expert), placement.device_of(slot));
     }
 }
 
@@ -315,8 +315,8 @@ mod tests {
             let mut expert_in: Vec<u16> = (0..experts as u16).collect();
             expert_in.resize(layer.slots(), EMPTY);
             random.shuffle(&mut expert_in);
-            let mut contents = Contents::new(&layer, expert_in);
-            let mut fanout = Fanout::new(&layer, &sets, &contents);
+            let mut placement = Placement::new(&layer, expert_in);
+            let mut fanout = Fanout::new(&layer, &sets, &placement);
             for _ in 0..40 {
                 let slots = layer.slots();
                 let step = if copies && random.below(2) == 0 {
@@ -324,22 +324,22 @@ mod tests {
                 } else {
                     Move::Swap(random.below(slots), random.below(slots))
                 };
-                if !contents.allows(&layer, step) {
+                if !placement.allows(&layer, step) {
                     continue;
                 }
-                let said = fanout.cost(&sets) + fanout.change(&layer, &sets, &contents, step);
-                let touched = touched(&contents, step);
-                contents.apply(&layer, step);
-                fanout.refresh(&layer, &sets, &contents, &touched);
+                let said = fanout.cost(&sets) + fanout.change(&layer, &sets, &placement, step);
+                let touched = touched(&placement, step);
+                placement.apply(&layer, step);
+                fanout.refresh(&layer, &sets, &placement, &touched);
                 prop_assert_eq!(said, fanout.cost(&sets));
-                prop_assert_eq!(said, Fanout::new(&layer, &sets, &contents).cost(&sets));
-                prop_assert_eq!(said, plain(&layer, &sets, &contents, &ids, &counts));
+                prop_assert_eq!(said, Fanout::new(&layer, &sets, &placement).cost(&sets));
+                prop_assert_eq!(said, plain(&layer, &sets, &placement, &ids, &counts));
             }
         }
     }
 
     /// The cost of visits, part by part.
-    fn plain(layer: &Layer, sets: &Sets, contents: &Contents, ids: &[u16], counts: &[u64]) -> f64 {
+    fn plain(layer: &Layer, sets: &Sets, placement: &Placement, ids: &[u16], counts: &[u64]) -> f64 {
         let mut parts = Vec::new();
         for (set, &count) in counts.iter().enumerate() {
             let cut = if layer.slots() > layer.experts { 12.min(count) } else { count.min(1) };
@@ -350,7 +350,7 @@ mod tests {
         let mut cost = 0.0;
         for (n, (set, count)) in parts.into_iter().enumerate() {
             let served = |&e: &u16| {
-                let mut devices = contents.devices(e).to_vec();
+                let mut devices = placement.devices(e).to_vec();
                 devices.sort_unstable();
                 devices[n % devices.len()]
             };

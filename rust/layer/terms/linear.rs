@@ -2,17 +2,17 @@
 //!
 //! Moved bytes are a cost of holding; traffic from neighbouring layers whose placement stands is a cost of serving.
 
-use crate::layer::{Contents, Layer, Move};
+use crate::layer::{Layer, Move, Placement};
 
 /// What a move would add.
-pub(crate) fn change(layer: &Layer, contents: &Contents, step: Move) -> f64 {
+pub(crate) fn change(layer: &Layer, placement: &Placement, step: Move) -> f64 {
     if layer.hold.is_empty() && layer.serve.is_empty() {
         return 0.0;
     }
     let mut after = Vec::with_capacity(8);
     let mut change = 0.0;
-    for edit in contents.edits(step) {
-        let before = contents.devices(edit.expert);
+    for edit in placement.edits(step) {
+        let before = placement.devices(edit.expert);
         after.clear();
         after.extend(edit.after(before));
         change += of_expert(layer, edit.expert, &after) - of_expert(layer, edit.expert, before);
@@ -21,8 +21,8 @@ pub(crate) fn change(layer: &Layer, contents: &Contents, step: Move) -> f64 {
 }
 
 /// Of all experts.
-pub(crate) fn cost(layer: &Layer, contents: &Contents) -> f64 {
-    (0..layer.experts as u16).map(|e| of_expert(layer, e, contents.devices(e))).sum()
+pub(crate) fn cost(layer: &Layer, placement: &Placement) -> f64 {
+    (0..layer.experts as u16).map(|e| of_expert(layer, e, placement.devices(e))).sum()
 }
 
 fn of_expert(layer: &Layer, expert: u16, devices: &[u16]) -> f64 {

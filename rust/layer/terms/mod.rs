@@ -9,13 +9,13 @@ pub mod noise;
 pub mod together;
 pub mod windows;
 
-use crate::layer::{Contents, Layer, Move};
+use crate::layer::{Layer, Move, Placement};
 use balance::Balance;
 use caps::Caps;
 use fanout::Fanout;
 use together::Together;
 
-/// The terms of a layer's cost, for the contents as they stand.
+/// The terms of a layer's cost, for the placement as it stands.
 #[derive(Debug)]
 pub(super) struct Terms {
     /// None where no window weighs anything.
@@ -30,13 +30,13 @@ pub(super) struct Terms {
 }
 
 impl Terms {
-    pub(super) fn new(layer: &Layer, contents: &Contents) -> Self {
+    pub(super) fn new(layer: &Layer, placement: &Placement) -> Self {
         Self {
-            balance: (!layer.windows.is_weightless()).then(|| Balance::new(layer, contents)),
-            fanout: layer.sets.as_ref().map(|sets| Fanout::new(layer, sets, contents)),
-            together: layer.pairs.as_ref().map(|pairs| Together::new(layer, pairs, contents)),
-            caps: Caps::new(layer, contents),
-            linear: linear::cost(layer, contents),
+            balance: (!layer.windows.is_weightless()).then(|| Balance::new(layer, placement)),
+            fanout: layer.sets.as_ref().map(|sets| Fanout::new(layer, sets, placement)),
+            together: layer.pairs.as_ref().map(|pairs| Together::new(layer, pairs, placement)),
+            caps: Caps::new(layer, placement),
+            linear: linear::cost(layer, placement),
         }
     }
 
@@ -50,42 +50,42 @@ impl Terms {
     }
 
     /// What a move would add to the cost; nothing if it breaks the cap.
-    pub(super) fn change(&mut self, layer: &Layer, contents: &Contents, step: Move) -> Option<f64> {
-        if !self.caps.allows(layer, contents, step) {
+    pub(super) fn change(&mut self, layer: &Layer, placement: &Placement, step: Move) -> Option<f64> {
+        if !self.caps.allows(layer, placement, step) {
             return None;
         }
-        Some(self.added(layer, contents, step))
+        Some(self.added(layer, placement, step))
     }
 
     /// What a move would add to the cost, whatever the cap.
-    pub(super) fn added(&mut self, layer: &Layer, contents: &Contents, step: Move) -> f64 {
-        let mut change = linear::change(layer, contents, step);
+    pub(super) fn added(&mut self, layer: &Layer, placement: &Placement, step: Move) -> f64 {
+        let mut change = linear::change(layer, placement, step);
         if let Some(balance) = &mut self.balance {
-            change += balance.change(layer, contents, step);
+            change += balance.change(layer, placement, step);
         }
         if let (Some(fanout), Some(sets)) = (&self.fanout, &layer.sets) {
-            change += fanout.change(layer, sets, contents, step);
+            change += fanout.change(layer, sets, placement, step);
         }
         if let (Some(together), Some(pairs)) = (&self.together, &layer.pairs) {
-            change += together.change(layer, pairs, contents, step);
+            change += together.change(layer, pairs, placement, step);
         }
         change
     }
 
     /// Makes the move that [`Terms::change`] or [`Terms::added`] was last asked about.
-    pub(super) fn apply(&mut self, layer: &Layer, contents: &mut Contents, step: Move) {
-        self.caps.apply(layer, contents, step);
-        self.linear += linear::change(layer, contents, step);
+    pub(super) fn apply(&mut self, layer: &Layer, placement: &mut Placement, step: Move) {
+        self.caps.apply(layer, placement, step);
+        self.linear += linear::change(layer, placement, step);
         if let Some(balance) = &mut self.balance {
             balance.apply();
         }
         if let (Some(together), Some(pairs)) = (&mut self.together, &layer.pairs) {
-            together.apply(layer, pairs, contents, step);
+            together.apply(layer, pairs, placement, step);
         }
-        let touched = self.fanout.is_some().then(|| fanout::touched(contents, step));
-        contents.apply(layer, step);
+        let touched = self.fanout.is_some().then(|| fanout::touched(placement, step));
+        placement.apply(layer, step);
         if let (Some(fanout), Some(sets), Some(touched)) = (&mut self.fanout, &layer.sets, touched) {
-            fanout.refresh(layer, sets, contents, &touched);
+            fanout.refresh(layer, sets, placement, &touched);
         }
     }
 }

@@ -50,7 +50,7 @@ mod tests {
     use super::*;
     use crate::layer::terms::balance::Balance;
     use crate::layer::terms::windows::Windows;
-    use crate::layer::{Contents, EMPTY, Layer};
+    use crate::layer::{EMPTY, Layer, Placement};
     use proptest::prelude::*;
 
     proptest! {
@@ -70,8 +70,8 @@ mod tests {
             let layer = Layer::plain(vec![3; 3], 6, Windows::new(&rows, &weight, 6, norm, Some(noise), mixed));
             let mut slots = vec![0, 1, EMPTY, 2, 3, EMPTY, 4, 5, EMPTY];
             slots[if copied < 2 { 5 } else { 2 }] = copied;
-            let contents = Contents::new(&layer, slots);
-            let cost = Balance::new(&layer, &contents).cost() / layer.windows.scale;
+            let placement = Placement::new(&layer, slots);
+            let cost = Balance::new(&layer, &placement).cost() / layer.windows.scale;
 
             let total: f64 = rows.iter().sum();
             let of = |w: usize| &rows[w * 6..][..6];
@@ -98,10 +98,10 @@ mod tests {
             for (shares, own, counted) in all {
                 let mut powers = 0.0;
                 for device in 0..3u16 {
-                    let held = (0..6u16).filter(|&e| contents.devices(e).contains(&device));
+                    let held = (0..6u16).filter(|&e| placement.devices(e).contains(&device));
                     let (mut load, mut variance) = (0.0, 0.0);
                     for e in held {
-                        let (part, e) = (1.0 / contents.devices(e).len() as f64, usize::from(e));
+                        let (part, e) = (1.0 / placement.devices(e).len() as f64, usize::from(e));
                         load += part * shares[e];
                         variance += part * part * own[e];
                     }

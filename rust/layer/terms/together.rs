@@ -4,7 +4,7 @@
 //! its copies on one device say, copies being chosen independently. Every device knows each expert's *affinity*, the
 //! pairs that it has with what is there; so a move is judged by a few numbers, and followed by adding rows.
 
-use crate::layer::{Contents, Layer, Move};
+use crate::layer::{Layer, Move, Placement};
 
 /// Co-activated pairs of a layer and what one costs that is apart.
 #[derive(Debug, Clone)]
@@ -39,11 +39,11 @@ pub(crate) struct Together {
 }
 
 impl Together {
-    pub(crate) fn new(layer: &Layer, pairs: &Pairs, contents: &Contents) -> Self {
+    pub(crate) fn new(layer: &Layer, pairs: &Pairs, placement: &Placement) -> Self {
         let apart = pairs.counts.iter().map(|&count| f64::from(count)).sum::<f64>() / 2.0;
         let mut together = Self { affinity: vec![0.0; layer.devices() * layer.experts], apart };
         for expert in 0..layer.experts as u16 {
-            let devices = contents.devices(expert);
+            let devices = placement.devices(expert);
             let each = |&device: &u16| Change { device, expert, by: share(layer, devices, device) };
             together.follow(pairs, &devices.iter().map(each).collect::<Vec<_>>());
         }
@@ -55,12 +55,12 @@ impl Together {
     }
 
     /// What a move would add to the cost.
-    pub(crate) fn change(&self, layer: &Layer, pairs: &Pairs, contents: &Contents, step: Move) -> f64 {
-        -self.joined(pairs, &changes(layer, contents, step)) * pairs.cost
+    pub(crate) fn change(&self, layer: &Layer, pairs: &Pairs, placement: &Placement, step: Move) -> f64 {
+        -self.joined(pairs, &changes(layer, placement, step)) * pairs.cost
     }
 
     /// Follows a move that is to be made of `before`.
-    pub(crate) fn apply(&mut self, layer: &Layer, pairs: &Pairs, before: &Contents, step: Move) {
+    pub(crate) fn apply(&mut self, layer: &Layer, pairs: &Pairs, before: &Placement, step: Move) {
         self.follow(pairs, &changes(layer, before, step));
     }
 
@@ -98,11 +98,11 @@ fn share(layer: &Layer, devices: &[u16], device: u16) -> f64 {
     }
 }
 
-fn changes(layer: &Layer, contents: &Contents, step: Move) -> Vec<Change> {
+fn changes(layer: &Layer, placement: &Placement, step: Move) -> Vec<Change> {
     let mut changes = Vec::with_capacity(4);
-    for edit in contents.edits(step) {
+    for edit in placement.edits(step) {
         let expert = edit.expert;
-        let before = contents.devices(expert);
+        let before = placement.devices(expert);
         if let ([_], Some(from), Some(to)) = (before, edit.from, edit.to) {
             changes.push(Change { device: from, expert, by: -1.0 });
             changes.push(Change { device: to, expert, by: 1.0 });
@@ -129,11 +129,11 @@ mod tests {
     use proptest::prelude::*;
 
     /// Pairs that are apart, by a plain loop.
-    fn plain(layer: &Layer, pairs: &Pairs, contents: &Contents) -> f64 {
+    fn plain(layer: &Layer, pairs: &Pairs, placement: &Placement) -> f64 {
         let mut apart = 0.0;
         for e in 0..layer.experts as u16 {
             for f in 0..e {
-                let [mine, theirs] = [e, f].map(|expert| contents.devices(expert));
+                let [mine, theirs] = [e, f].map(|expert| placement.devices(expert));
                 let both = mine.iter().filter(|device| theirs.contains(device));
                 let met: f64 =
                     both.map(|&device| share(layer, mine, device) * share(layer, theirs, device)).sum();
@@ -172,23 +172,23 @@ mod tests {
             let mut expert_in: Vec<u16> = (0..experts as u16).collect();
             expert_in.resize(slots, crate::layer::EMPTY);
             random.shuffle(&mut expert_in);
-            let mut contents = Contents::new(&layer, expert_in);
-            let mut together = Together::new(&layer, &pairs, &contents);
+            let mut placement = Placement::new(&layer, expert_in);
+            let mut together = Together::new(&layer, &pairs, &placement);
             for _ in 0..40 {
                 let step = if random.below(2) == 0 {
                     Move::Put(random.below(slots), random.below(experts) as u16)
                 } else {
                     Move::Swap(random.below(slots), random.below(slots))
                 };
-                if !contents.allows(&layer, step) {
+                if !placement.allows(&layer, step) {
                     continue;
                 }
-                let said = together.cost(&pairs) + together.change(&layer, &pairs, &contents, step);
-                together.apply(&layer, &pairs, &contents, step);
-                contents.apply(&layer, step);
+                let said = together.cost(&pairs) + together.change(&layer, &pairs, &placement, step);
+                together.apply(&layer, &pairs, &placement, step);
+                placement.apply(&layer, step);
                 let close = |a: f64, b: f64| (a - b).abs() <= 1e-9 * a.abs().max(b.abs()).max(1e3);
                 prop_assert!(close(said, together.cost(&pairs)));
-                let counted = plain(&layer, &pairs, &contents);
+                let counted = plain(&layer, &pairs, &placement);
                 prop_assert!(close(said, counted), "{} {}", said, counted);
             }
         }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import click
 
 from moetuner.evaluation.copies import SPLITS
 from moetuner.files import same_file
+from moetuner.report.page import check_libraries
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -128,6 +130,43 @@ ARGUMENTS = re.compile(
     r"top_k)\b"
 )
 IN_FILE = InFile()
+
+
+class Grouped(click.Command):
+    """A command whose help has options in groups, those that a newcomer needs first.
+
+    Parameters
+    ----------
+    groups
+        Names of options by the title of their group, in the order of help; what is in none comes
+        last.
+    """
+
+    def __init__(self, *arguments: Any, groups: Mapping[str, str], **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.groups = {title: names.split() for title, names in groups.items()}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for every group."""
+        left: dict[str, tuple[str, str]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                left[max(parameter.opts, key=len)] = record
+        for title, names in self.groups.items():
+            mine = [left.pop(name) for name in names]
+            with formatter.section(title):
+                formatter.write_dl(mine)
+        with formatter.section("Other"):
+            formatter.write_dl(list(left.values()))
+
+
+def meant(value: str, known: Iterable[str]) -> str:
+    """Return a question for what is probably meant; empty if nothing comes near."""
+    near = difflib.get_close_matches(value, list(known), n=1)
+    return f". Did you mean {near[0]}?" if near else ""
+
+
 IN_INPUT = InFile(folders=True)
 
 
@@ -168,6 +207,18 @@ def gathered(
         return decorated
 
     return decorate
+
+
+def needs_report(
+    context: click.Context, parameter: click.Parameter, value: Path | None
+) -> Path | None:
+    """Refuse a report before any work where its libraries are missing."""
+    if value is not None:
+        try:
+            check_libraries()
+        except ImportError as error:
+            raise click.UsageError(f"{error}.") from None
+    return value
 
 
 time_limit_option = click.option(
@@ -224,4 +275,12 @@ json_option = click.option(
     type=OutFile(standard_output=True),
     metavar="FILE",
     help='Write everything as JSON too; "-" for standard output, then nothing else goes there.',
+)
+report_option = click.option(
+    "--report",
+    "report_file",
+    type=OutFile(".html"),
+    metavar="FILE.html",
+    callback=needs_report,
+    help="Write one page for people, which opens offline.",
 )

@@ -32,7 +32,7 @@ impl Edit {
 
 /// What every slot of a layer holds, and where every expert is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Contents {
+pub struct Placement {
     /// Expert of every slot `[P]`; slots are numbered device by device.
     pub expert_in: Vec<u16>,
     /// Device of every slot `[P]`.
@@ -43,7 +43,7 @@ pub struct Contents {
     holds: Vec<bool>,
 }
 
-impl Contents {
+impl Placement {
     /// Takes the expert of every slot `[P]`, none of them twice on a device.
     #[must_use]
     pub fn new(layer: &Layer, expert_in: Vec<u16>) -> Self {
