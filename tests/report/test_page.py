@@ -41,7 +41,7 @@ def shown(trace, placement, topology, **others):
     )
     found = {
         "title": "a title",
-        "subtitle": "about",
+        "subtitle": HOSTILE[0],
         "sentence": "Worth a trial: so it is.",
         "answer": "good",
         "names": ("contiguous", "proposed"),
@@ -49,7 +49,7 @@ def shown(trace, placement, topology, **others):
         "running": running,
         "proposed": proposed,
         "topology": topology,
-        "traffic": "All.",
+        "traffic": "<script>alert(2)</script>",
         "load": counted.total_load.astype(float),
         "moves": blocks.diff(placement, topology=topology),
         "numbers": (("One", "1.5 us", "first"), ("Two", "2.5 x", ""), ("Three", "3.5 GB", "")),

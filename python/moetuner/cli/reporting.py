@@ -16,7 +16,7 @@ from moetuner.cli.options.traffic import Source, Traffic, count
 from moetuner.cli.output import Output, working
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.auditing import Audit
-from moetuner.evaluation.verdicts import Verdict, verdict
+from moetuner.evaluation.verdicts import PRICE, Verdict, gain, verdict
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice.values import Advice
@@ -133,6 +133,7 @@ def write_comparison(
         load=load,
         result=after.result,
         numbers=numbers,
+        measure=after.worth.figure,
         token_bytes=_token_bytes(problem),
         commands=commands,
         audit=audit,
@@ -152,13 +153,14 @@ def write_pair(
     contents: dict[str, Any],
     output: Output,
     traffic: str,
+    measure: str | None = None,
     numbers: tuple[tuple[str, str, str], ...] = (),
     expert_bytes: float | None = None,
     **others: Any,
 ) -> None:
-    """Write the page of two placements on the same traffic."""
+    """Write the page of two placements on the same traffic, judged by a figure of evaluations."""
     with working("judging"):
-        judged = verdict(*evaluations)
+        judged = _verdict(*evaluations, measure)
     answer, words = GAINED[judged.answer]
     moves = placements[0].diff(placements[1], topology=topology, expert_bytes=expert_bytes)
     moved = f"{moves.experts_moved:,} experts"
@@ -203,6 +205,18 @@ def load_of(source: Source, traffic: Traffic) -> NDArray[Any]:
     return counted.total_load.astype(np.float64)
 
 
+def _verdict(before: Evaluation, after: Evaluation, measure: str | None) -> Verdict:
+    """Judge by what was made small; by time or imbalance where that has no interval."""
+    if measure in (None, "predicted_layer_us", "imbalance", "imbalance_mixed"):
+        return verdict(before, after)
+    old, new = getattr(before, measure), getattr(after, measure)
+    if old is None or new is None:
+        return verdict(before, after)
+    found = gain(before, after, measure)
+    _, low, high = found.interval
+    return Verdict(measure, old, new, found.value, low, high, found.units, PRICE)
+
+
 def _judged(judged: Verdict, names: tuple[str, str]) -> str:
     word = "less" if judged.gain >= 0 else "more"
     measure = {"predicted_layer_us": "predicted time of a layer"}.get(
@@ -218,6 +232,8 @@ def _measured(judged: Verdict) -> tuple[str, str, str]:
     unit = " us" if judged.measure == "predicted_layer_us" else ""
     name = "Predicted layer time" if unit else judged.measure.capitalize()
     note = f"of {judged.units} sequences or windows"
+    if judged.measure != "imbalance":
+        name = name.replace("_", " ")
     return (name, f"{judged.before:.4g} → {judged.after:.4g}{unit}", note)
 
 

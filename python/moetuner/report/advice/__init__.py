@@ -203,6 +203,9 @@ class _Work:
     ) -> None:
         self.traffic, self.topology, self.initial = traffic, topology, initial
         self.engine = engine
+        # What is searched for with single copies: both, until the first split has shown which of
+        # them brings time down further, on what it saw.
+        self.goals: tuple[Literal["balance", "time"], ...] = ("balance", "time")
         self.windows, self.expert_bytes, self.model = windows, expert_bytes, model
         self.regime, self.split, self.iterations = regime, split, iterations
         self.threads, self.say = threads, say
@@ -354,7 +357,7 @@ class _Work:
         return self.initial
 
     def _searched(self, problem: Problem, count: int, seed: int, *, shared: bool) -> Result:
-        """Search for balance and, of single copies, for time; take what is better for time."""
+        """Search for balance or, of single copies, for time: what is better for time."""
         slots: dict[str, Any] = {"slots_per_device": self.fewest + count}
         if shared:
             beyond = self.topology.devices * (self.fewest + count) - problem.experts
@@ -365,20 +368,20 @@ class _Work:
             )
             slots["fill_slots"] = found_by["fill_slots"]
         asked = replace(problem, **slots)
-        goals: tuple[Literal["balance", "time"], ...] = (
-            ("balance",) if count else ("balance", "time")
-        )
-        found = [
-            solve(
+        found = {
+            goal: solve(
                 replace(asked, objective=goal),
                 "heuristic",
                 seed=seed,
                 iterations=self.iterations,
                 threads=self.threads,
             )
-            for goal in goals
-        ]
-        return min(found, key=lambda each: asked.value(each.placement))
+            for goal in (("balance",) if count else self.goals)
+        }
+        best = min(found, key=lambda goal: asked.value(found[goal].placement))
+        if not count:
+            self.goals = (best,)
+        return found[best]
 
     def _evaluation(self, placement: Placement, traffic: Traffic, window: int | None) -> Evaluation:
         return evaluate(

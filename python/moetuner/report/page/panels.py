@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from moetuner.files.text import name as one_line
 from moetuner.report.advice.values import Advice
 from moetuner.report.cells import percent, signed
 from moetuner.report.page.shown import Shown
+from moetuner.solver import Progress
 
 Spec = dict[str, Any]
 Rows = list[tuple[str, ...]]
@@ -332,6 +333,8 @@ def _matrix(
             "scaleanchor": f"x{last}",
             "constrain": "domain",
         }
+        if len(table) <= MOST_DEVICES:
+            spec[f"xaxis{last}"]["dtick"] = spec[f"yaxis{last}"]["dtick"] = 1
         if number:
             spec[f"yaxis{last}"]["title"] = {"text": ""}
         spec["annotations"].append(
@@ -700,6 +703,8 @@ def _search(shown: Shown) -> Panel:
             f"{result.bound:.6g} ({result.bound_source}), so it is within {percent(result.gap)}."
         )
     history = [each for each in result.history if each.objective is not None]
+    if history:
+        history.append(Progress(result.seconds, "answer", result.objective, result.bound))
     if len(history) < 2:
         return Panel(
             "search", title, reading, absent=f"The search was over before it told its way. {gap}"
@@ -716,6 +721,9 @@ def _search(shown: Shown) -> Panel:
         }
     ]
     bounded = [each for each in history if each.bound is not None]
+    if len(bounded) == 1:
+        # Proven at the end, and true all the time.
+        bounded.insert(0, replace(bounded[0], seconds=history[0].seconds))
     if bounded:
         data.append(
             {
