@@ -54,9 +54,14 @@ def recorder(mode: str, ranks: str) -> dict:
     return arguments
 
 
+def one_rank() -> Served:
+    """Return what all others are compared with."""
+    return recorded("per_token")
+
+
 @cache
-def one_rank(mode: str = "per_token") -> Served:
-    """Serve on one rank while the recorder runs: what all others are compared with."""
+def recorded(mode: str) -> Served:
+    """Serve on one rank while the recorder runs."""
     name = f"sglang-one-rank-{mode}"
     return serve("sglang", name, model(MODEL), recorder(mode, "one"), ONE)
 
@@ -96,7 +101,8 @@ def on_two_ranks(name: str, arguments: dict, environment: dict, checkpoint: str 
 def placed(mode: str) -> Served:
     """Serve on two ranks with the file of our writer: the third command; the recorder runs."""
     location = one_rank().folder / "expert_location.json"
-    moetuner("export", placement(), "--to", "sglang", "--out", location)
+    layers = ["--hidden-layers", tiny_models.LAYERS]
+    moetuner("export", placement(), "--to", "sglang", *layers, "--out", location)
     arguments = {**WITH_COPIES, **recorder(mode, "two"), "init_expert_location": str(location)}
     return on_two_ranks(f"sglang-two-ranks-{mode}", arguments, {}, model(MODEL))
 
@@ -127,7 +133,7 @@ def test_routed_experts_are_what_transformers_routes():
 @pytest.mark.parametrize("mode", MODES)
 def test_recorder_on_one_rank(mode):
     """What the recorder dumps is read as the loads of the returned trace."""
-    served = one_rank(mode)
+    served = recorded(mode)
     assert served.tokens == one_rank().tokens
     found = read(served)
     ids = np.asarray(trace().expert_ids)
