@@ -13,7 +13,7 @@ unexport CONDA_PREFIX PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint fix types test-rust test-python test-wheel bench wheel clean
+.PHONY: help setup demo docs test lint fix types test-rust test-python test-wheel engines bench wheel clean
 
 help:  ## show this menu
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -63,7 +63,11 @@ test-rust:  ## tests of the core alone
 	cargo test --quiet --doc
 
 test-python: $(CORE) $(TOOLS)  ## tests of the package
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
+
+docs: $(CORE)  ## build docs/_build/html, and stop at dead links and unknown names
+	$(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/python -m sphinx -n -W --keep-going -q docs docs/_build/html
 
 wheel: $(BASE)  ## build dist/*.whl
 	rm -rf dist
@@ -71,6 +75,9 @@ wheel: $(BASE)  ## build dist/*.whl
 
 test-wheel: wheel  ## install the wheel into a fresh environment and use it there
 	tests/wheel.sh $(BIN)/python dist/*.whl
+
+engines: wheel  ## real engines on the CPU with moetuner inside (20 GB, half an hour): ENGINES=vllm for one
+	$(BIN)/python tests/engines/run.py --wheel dist/*.whl $(ENGINES)
 
 bench: $(CORE) $(TOOLS)  ## one file per question, each prints its answer (quick settings)
 	$(BIN)/python bench/transitions.py --repeat 3
@@ -82,4 +89,4 @@ bench: $(CORE) $(TOOLS)  ## one file per question, each prints its answer (quick
 	$(BIN)/python bench/expert_parallel.py --quick
 
 clean:  ## remove everything that was built
-	rm -rf $(VENV) target dist $(CORE) demo-output
+	rm -rf $(VENV) .engines target dist $(CORE) demo-output docs/_build

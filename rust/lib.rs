@@ -13,6 +13,7 @@ pub mod control;
 pub mod counting;
 pub mod error;
 pub mod layer;
+pub mod lines;
 pub mod packing;
 #[cfg(feature = "python")]
 mod python;

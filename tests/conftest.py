@@ -17,6 +17,9 @@ settings.register_profile("fast", max_examples=30, derandomize=True, database=No
 settings.register_profile("thorough", max_examples=1000, **quiet)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
+# Tests of real engines run in environments of their own: make engines.
+collect_ignore = ["engines"]
+
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "placement": ("topology", "files"),
     "router_groups": ("statistics", "placement"),
     "evaluation": VALUES,
-    "formats": (*VALUES, "files"),
+    "formats": (*VALUES, "files", "router_groups", "evaluation.copies"),
     "problem": (*VALUES, "evaluation"),
     "solver.result": ("solver.bounds.certificate", *SOLVER),
     "solver.effort": (),
@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "solver.milp": ("solver.result", "solver.effort", "solver.bounds", *SOLVER),
     "solver.two_stage": ("solver.milp", "solver.result", "solver.effort", *SOLVER),
     "solver.balancing": ("solver.effort", "placement"),
+    "solver.rebalancing": ("solver.effort", "placement"),
     "solver.baselines": (
         "solver.search",
         "solver.balancing",
@@ -51,8 +52,8 @@ MAY_IMPORT = {
         *SOLVER,
     ),
     "solver": SOLVER,
-    "report": ("solver", *SOLVER),
-    "plugins": ("solver", "formats", *VALUES),
+    "report": ("solver", "formats", "files", *SOLVER),
+    "plugins": ("solver", "formats", "files", *VALUES),
     "torch": ("solver", "files", *SOLVER),
     "cli": (
         "report",
@@ -68,11 +69,17 @@ MAY_IMPORT = {
 }
 # Rooms where a foreign library is known.
 PLACES = {
-    "torch": ("torch",),
+    "torch": ("torch", "plugins.tensors", "plugins.vllm", "plugins.sglang"),
+    "vllm": ("plugins.vllm",),
+    "vllm_ascend": ("plugins.vllm_ascend",),
+    "sglang": ("plugins.sglang",),
     "transformers": ("torch",),
     "highspy": ("solver.milp.highs",),
     "click": ("cli",),
     "rich": ("cli",),
+    "plotly": ("report.page",),
+    "jinja2": ("report.page",),
+    "markupsafe": ("report.page",),
 }
 
 
@@ -179,6 +186,20 @@ def test_foreign_libraries_have_their_place(path):
         assert places is None or is_in(name(path), places), f"{name(path)} imports {module}"
 
 
+PLUGINS = [path for path in MODULES if name(path).startswith("plugins")]
+
+
+@pytest.mark.parametrize("path", PLUGINS, ids=name)
+def test_plugins_import_engines_and_torch_inside_functions(path):
+    """Importing the plugins loads neither an engine nor torch."""
+    body = ast.parse(path.read_text()).body
+    top = ast.Module([node for node in body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+    for node in ast.walk(top):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert not {of.split(".")[0] for of in names} & {"torch", "vllm", "sglang", "vllm_ascend"}
+
+
 RUST = PACKAGE.parents[1] / "rust"
 # What a room of the core may import besides itself and the tools that serve all.
 TOOLS = {"error", "random", "control", "anneal", "tournament", "assignment", "trace"}
@@ -191,6 +212,7 @@ CORE_MAY_IMPORT = {
     "layer": set(),
     "bound": set(),
     "colocation": set(),
+    "lines": set(),
 }
 
 

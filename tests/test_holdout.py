@@ -25,6 +25,14 @@ def test_windows_are_on_one_side():
         assert part.window_load.tolist() == load[part.group].tolist()
 
 
+@pytest.mark.parametrize(("share", "held"), [(0.01, 1), (0.3, 3), (0.8, 8), (0.99, 9)])
+def test_the_share_is_what_is_held_out(share, held):
+    """Of ten windows the unseen part has so many, and each part has one at least."""
+    table = mt.RoutingStatistics.from_load(np.arange(20).reshape(10, 1, 2))
+    seen, unseen = hold_out(table, share)
+    assert (seen.windows, unseen.windows) == (10 - held, held)
+
+
 def test_nothing_held_out_is_the_whole(make_trace):
     """Both parts of a split by 0 are the input."""
     trace = make_trace()

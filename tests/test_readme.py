@@ -40,5 +40,5 @@ def test_example_with_torch(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README.read_text()))
 def test_links_lead_somewhere(link):
-    """Files that the README links to exist."""
-    assert (README.parent / link).is_file()
+    """What the README links to exists."""
+    assert (README.parent / link).exists()

@@ -10,6 +10,7 @@ from conftest import random_ids
 
 import moetuner as mt
 from moetuner import router_groups
+from moetuner._checks import one_of
 from moetuner.evaluation.rows import dispatch_rows
 from moetuner.files import jsonl
 from moetuner.files.contents import TraceContents
@@ -684,3 +685,11 @@ def test_a_wrong_argument_is_named_in_one_line(of, name):
         if said is not None:
             found.append(f"{value!r:.60} -> {said}")
     assert not found, "\n".join(found)
+
+
+def test_a_choice_is_a_string_of_those_there_are():
+    """Also where the choices come one by one, and what is compared does not say yes or no."""
+    one_of("way", "b", iter("abc"))
+    for value in (np.array(["a"]), ["a"], b"a", None, "ab", ""):
+        with pytest.raises(ValueError, match="way must be one of a, b, c, got"):
+            one_of("way", value, iter("abc"))

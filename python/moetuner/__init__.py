@@ -12,10 +12,13 @@ from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.auditing import Audit, audit
 from moetuner.evaluation.rows import dispatch_rows
 from moetuner.evaluation.verdicts import Verdict, verdict
-from moetuner.formats import open_input
+from moetuner.formats import open_input, read_placement
+from moetuner.formats.engines import engine_settings
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.report.advice import advise
+from moetuner.report.advice.values import Advice
 from moetuner.report.structure import structure
 from moetuner.solver import (
     Certificate,
@@ -43,6 +46,7 @@ __all__ = [  # noqa: RUF022
     "CostModel",
     "Placement",
     "PlacementDiff",
+    "read_placement",
     "Evaluation",
     "evaluate",
     "dispatch_rows",
@@ -51,6 +55,7 @@ __all__ = [  # noqa: RUF022
     "Verdict",
     "verdict",
     "Problem",
+    "engine_settings",
     "Objective",
     "solve",
     "Result",
@@ -60,5 +65,7 @@ __all__ = [  # noqa: RUF022
     "pareto",
     "Trade",
     "balance",
+    "advise",
+    "Advice",
     "__version__",
 ]

@@ -23,6 +23,7 @@ __all__ = [
     "merge_sets",
     "place_clusters",
     "replicate_experts",
+    "scan_lines",
     "search",
     "separate",
     "smallest_peaks",
@@ -39,6 +40,22 @@ def validate(
 
     Raises ``ValueError`` naming the first faulty token (counted from ``first_token``), layer and
     id.
+    """
+
+def scan_lines(
+    text: bytes,
+    start: int,
+    arrays: list[tuple[str, int]],
+    integers: list[str],
+    texts: list[str],
+) -> tuple[int, int, NDArray[np.uint16], NDArray[np.int64], list[bytes]]:
+    """Read JSON lines from byte ``start`` on, up to the first that is not plain.
+
+    ``arrays`` are keys of ids with their dimensions, 2 or 3, of which a line has exactly one;
+    ``integers`` and ``texts`` other keys that it may have. Gives the end of what was read, the line
+    ends in it, all ids, and a row for every line: number of the array, its three sizes (1 in front
+    of two), integers (-2**63 where it has none) and numbers of texts (-1 where it has none), which
+    come last, as they stand in the file.
     """
 
 @final
@@ -294,6 +311,38 @@ def replicate_experts(
     that lower the time of the slowest; with 0 this is DeepSeek's balancer, less second copies on a
     device. ``forbidden`` and ``pinned`` [L,E,D] are kept; without ``copies`` only pins make any.
     Returns slots [L,D,S], -1 for an empty one.
+    """
+
+def adapt_slots(
+    load: NDArray[np.float64],
+    slots: NDArray[np.int32],
+    time: NDArray[np.float64],
+    *,
+    most: int,
+    dead_zone: float,
+    deviations: float,
+    tolerance: float,
+    steps: int,
+    trials: int = ...,
+    copies: bool = ...,
+    full: bool = ...,
+    price: float = ...,
+    forbidden: NDArray[np.bool_] | None = ...,
+) -> tuple[NDArray[np.int32], list[float], list[float], list[int]]:
+    """Relieve the slowest devices of running slots by few copies that have to be brought.
+
+    Takes load [L,E], slots [L,D,S] with -1 for an empty one, and the time of every device per token
+    as a share of the slowest one's [D]. At most ``most`` copies are brought, where they gain most,
+    and each more than ``price`` tokens.
+    A layer stays unless the time of its slowest device falls by more than the part ``dead_zone``,
+    and by more than ``deviations`` standard deviations of counts as large; devices within the part
+    ``tolerance`` of the mean are relieved no further; ``steps`` is for each device of a layer, and
+    ``trials`` as in ``replicate_experts``. Experts without a slot get one, and with ``full`` empty
+    slots are filled, unless a device holds all experts already. What stays on a device keeps its
+    slot.
+
+    Returns slots [L,D,S], and of every layer the time of the slowest device before (once all slots
+    were filled) and after, and the copies brought.
     """
 
 def cluster(

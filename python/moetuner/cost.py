@@ -594,6 +594,14 @@ def known_as(model: str | None) -> str | None:
     return max(fits, key=len, default=None)
 
 
+def size_of_expert(traffic: Named) -> tuple[int, int] | None:
+    """Return hidden and intermediate size of an expert: as recorded, else of the public model."""
+    known = known_as(traffic.model)
+    if traffic.expert_size is None and known is not None:
+        return SIZES[known]
+    return traffic.expert_size
+
+
 def cost_model_of(traffic: Named, gpu: str = DEFAULT_GPU) -> CostModel:
     """Return the roofline of a GPU with the experts of a traffic's model.
 

@@ -116,22 +116,23 @@ def kept(
 
     Only those that a device has itself [L,D]: tables are as wide as the widest device.
     """
-    ordered = slots.copy()
-    same = min(initial.shape[2], slots.shape[2])
-    differs = (initial[:, :, :same] != slots[:, :, :same]).any(axis=2)
-    differs |= (slots[:, :, same:] >= 0).any(axis=2)
-    for layer, device in np.argwhere(differs):
-        ordered[layer, device] = -1
-        here = [int(e) for e in slots[layer, device] if e >= 0]
-        before = {int(e): s for s, e in enumerate(initial[layer, device]) if e >= 0}
-        room = rooms[layer, device]
-        stay = [e for e in here if before.get(e, room) < room]
-        for expert in stay:
-            ordered[layer, device, before[expert]] = expert
-        free = iter(np.flatnonzero(ordered[layer, device] == -1))
-        for expert in here:
-            if expert not in stay:
-                ordered[layer, device, next(free)] = expert
+    width = slots.shape[2]
+    column = np.arange(width)
+    before = np.full(slots.shape, -1, dtype=np.int64)
+    same = min(initial.shape[2], width)
+    before[:, :, :same] = initial[:, :, :same]
+    before[column >= rooms[:, :, None]] = -1
+    matches = (slots[:, :, :, None] == before[:, :, None, :]) & (slots >= 0)[:, :, :, None]
+    stays, place = matches.any(axis=3), matches.argmax(axis=3)
+    taken = (matches.any(axis=2)) | (column >= rooms[:, :, None])
+    ordered = np.full_like(slots, -1)
+    # Those that come, in their order, go into free slots in theirs; empty ones are last.
+    comes = np.argsort(np.where(stays, 2, slots < 0), axis=2, kind="stable")
+    free = np.argsort(taken, axis=2, kind="stable")
+    arrivals = np.take_along_axis(np.where(stays, -1, slots), comes, axis=2)
+    np.put_along_axis(ordered, free, arrivals, axis=2)
+    layer, device, at = np.nonzero(stays)
+    ordered[layer, device, place[layer, device, at]] = slots[layer, device, at]
     return ordered
 
 

@@ -609,10 +609,11 @@ def hold_out(
     held = min(max(round(share * traffic.windows), 1), traffic.windows - 1)
     unseen = np.zeros(traffic.windows, dtype=bool)
     unseen[np.random.default_rng(seed).permutation(traffic.windows)[:held]] = True
-    return _windows(traffic, ~unseen), _windows(traffic, unseen)
+    return some_windows(traffic, ~unseen), some_windows(traffic, unseen)
 
 
-def _windows(statistics: RoutingStatistics, keep: NDArray[np.bool_]) -> RoutingStatistics:
+def some_windows(statistics: RoutingStatistics, keep: NDArray[np.bool_]) -> RoutingStatistics:
+    """Return a load table of some windows [W] of one."""
     return replace(
         statistics,
         window_load=statistics.window_load[keep],

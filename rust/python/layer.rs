@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use super::{alone, array2, array3, caught, contiguous, deadline, detached, slice, watched};
 use crate::control::Control;
 use crate::error::{Error, SLOTS, room_for};
-use crate::layer::construct::{NoSlot, QUICK, fill_layers, replicate};
+use crate::layer::construct::{self, NoSlot, QUICK, adapt_layers, fill_layers, replicate};
 use crate::layer::terms::fanout;
 use crate::layer::terms::noise::Noise;
 use crate::layer::terms::together::Pairs;
@@ -356,4 +356,47 @@ pub(super) fn replicate_experts<'py>(
     let all = Site { room: &room, time, forbidden, pinned, copies };
     let slots = alone(py, || fill_layers(load, e, all, trials))??;
     array3(py, (l, d, per_device), slots)
+}
+
+/// Slots, and of every layer the time of the slowest device before and after, and copies brought.
+type Adapted<'py> = (Bound<'py, PyArray3<i32>>, Vec<f64>, Vec<f64>, Vec<usize>);
+
+#[pyfunction]
+#[pyo3(signature = (load, slots, time, *, most, dead_zone, deviations, tolerance, steps, trials = QUICK, copies = true, full = true, price = 0.0, forbidden = None))]
+pub(super) fn adapt_slots<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray2<'py, f64>,
+    slots: PyReadonlyArray3<'py, i32>,
+    time: PyReadonlyArray1<'py, f64>,
+    most: usize,
+    dead_zone: f64,
+    deviations: f64,
+    tolerance: f64,
+    steps: usize,
+    trials: usize,
+    copies: bool,
+    full: bool,
+    price: f64,
+    forbidden: Option<PyReadonlyArray3<'py, bool>>,
+) -> PyResult<Adapted<'py>> {
+    let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
+    let (d, per_device) = (time.shape()[0], slots.shape()[2]);
+    shaped("slots", slots.shape(), &[l, d, per_device])?;
+    if let Some(rules) = &forbidden {
+        shaped("rules", rules.shape(), &[l, e, d])?;
+    }
+    if d.saturating_mul(per_device) > SLOTS {
+        let rule = format!("at most {SLOTS} slots in a layer");
+        return Err(Error::Shape { what: "slots", rule, found: format!("{d} x {per_device}") }.into());
+    }
+    let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
+    let mut now = contiguous(slots.as_slice().ok())?.to_vec();
+    let (room, forbidden) = (vec![per_device; d], slice(forbidden.as_ref())?);
+    let all = Site { room: &room, time, forbidden, pinned: &[], copies };
+    let reach = construct::Reach { most, dead_zone, deviations, price, tolerance, steps, trials, full };
+    let changes = alone(py, || adapt_layers(load, e, all, &mut now, reach))??;
+    let of = |pick: fn(&construct::Change) -> f64| changes.iter().map(pick).collect();
+    let (before, after) = (of(|change| change.slowest.0), of(|change| change.slowest.1));
+    let brought = changes.iter().map(|change| change.brought).collect();
+    Ok((array3(py, (l, d, per_device), now)?, before, after, brought))
 }

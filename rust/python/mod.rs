@@ -7,6 +7,7 @@ mod bounding;
 mod chain;
 mod counting;
 mod layer;
+mod lines;
 mod packing;
 mod pools;
 
@@ -180,7 +181,9 @@ mod _core {
     #[pymodule_export]
     use super::counting::{Replay, StatisticsCounter, merge_sets, validate};
     #[pymodule_export]
-    use super::layer::{Layers, replicate_experts};
+    use super::layer::{Layers, adapt_slots, replicate_experts};
+    #[pymodule_export]
+    use super::lines::scan_lines;
     #[pymodule_export]
     use super::packing::{cluster, lpt, place_clusters, smallest_peaks};
     #[pymodule_export]

@@ -78,6 +78,7 @@ def test_a_placement_is_no_worse_than_itself():
     assert found.behind() == []
     assert found.whole["imbalance"].change == (0, 0, 0)
     assert found.units == ("sequence", 80)
+    assert found.to_dict()["units"] == {"kind": "sequence", "number": 80}
 
 
 def test_other_text_is_served_worse_than_what_was_solved_for():
@@ -259,6 +260,22 @@ def test_the_best_group_was_picked_and_that_counts():
     assert [found[name]["x"].chance for name in "abcd"] == wanted[:4]
     assert [found[name]["x"].behind_chance for name in "bcd"] == wanted[4:]
     assert (found["a"]["x"].behind, found["a"]["x"].behind_chance) == (None, 1.0)
+
+
+def test_the_best_group_is_the_one_that_gains_most_surely():
+    """Not one of few units, whose gain is larger and may be chance."""
+    rng = np.random.default_rng(0)
+    values = {"few": (-0.4, 0.3), "many": (-0.2, 0.01), "none": (0.0, 0.01)}
+    groups = {
+        name: {"x": Paired(each, each, each)}
+        for name, (value, error) in values.items()
+        for each in [Spread(value, rng.normal(0, error, 500), 9, 10)]
+    }
+    found = {name: of["x"] for name, of in _judged(groups).items()}
+    assert found["many"].behind is None
+    assert found["none"].behind.value == pytest.approx(0.2)
+    assert found["few"].behind.value == pytest.approx(-0.2)
+    assert found["none"].behind_chance < 0.05 < found["few"].behind_chance
 
 
 @pytest.mark.parametrize(("number", "most"), [(3, 0.09), (5, 0.09), (10, 0.09), (50, 0.08)])

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 from conftest import random_ids
+from damage import damage, damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -16,7 +17,7 @@ from moetuner.files import jsonl
 from moetuner.formats import open_input
 
 # Many more examples than elsewhere: each takes about a millisecond.
-MORE = 20
+MORE = 10
 
 
 def check(path, content, **arguments):
@@ -96,39 +97,6 @@ def samples(tmp_path):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     return folder / "file", samples(folder)
-
-
-damage = st.lists(
-    st.tuples(
-        st.sampled_from(["flip", "set", "insert", "delete", "cut", "copy"]),
-        st.floats(0, 1, exclude_max=True),
-        st.one_of(st.binary(min_size=1, max_size=8), st.sampled_from([b"9", b"-", b"\n", b"\0"])),
-    ),
-    min_size=1,
-    max_size=4,
-)
-
-
-def damaged(content, steps):
-    """Apply some damage."""
-    content = bytearray(content)
-    for kind, where, what in steps:
-        # Headers are where the interesting bytes are: half of the damage goes there.
-        length = len(content) if int(where * 1e6) % 2 else min(len(content), 300)
-        at = int(where * length)
-        if kind == "flip" and content:
-            content[at] ^= 1 << what[0] % 8
-        elif kind == "set":
-            content[at : at + len(what)] = what
-        elif kind == "insert":
-            content[at:at] = what
-        elif kind == "delete":
-            del content[at : at + 1 + what[0] % 16]
-        elif kind == "cut":
-            del content[at:]
-        elif kind == "copy":
-            content[at:at] = content[at : at + what[0]]
-    return bytes(content)
 
 
 NAMES = (

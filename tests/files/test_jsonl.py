@@ -2,13 +2,17 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import random_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_trace import IDS, same
 
 import moetuner as mt
-from moetuner.files import jsonl
+from moetuner.files import jsonl, lines
 
 TOKEN = {"experts": [[0, 1], [2, 3]]}
 
@@ -22,6 +26,11 @@ def load(path, *lines, **arguments):
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "a.jsonl"
+
+
+@pytest.fixture(scope="module")
+def path_of_lines(tmp_path_factory):
+    return tmp_path_factory.mktemp("lines") / "a.jsonl"
 
 
 @pytest.mark.parametrize("per", ["token", "sequence"])
@@ -141,3 +150,74 @@ def test_what_does_not_fit_on_lines(make_trace, path):
         with pytest.raises(ValueError, match=text):
             jsonl.write(wrong.contents, path, per="sequence")
         assert not list(path.parent.iterdir())
+
+
+scalars = st.none() | st.booleans() | st.integers(-3, 70000) | st.floats() | st.text(max_size=3)
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner)
+)
+shapes = st.sampled_from([(1, 2), (2, 2), (1, 3)])
+
+
+@st.composite
+def texts_of_lines(draw):
+    """Lines that are mostly of one form, written in one of several ways."""
+    form = draw(st.sampled_from(["experts", "tokens"]))
+    layers, top_k = draw(shapes)
+    keys = draw(st.sets(st.sampled_from(["sequence", "group", "other"])))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    texts = []
+    for _ in range(draw(st.integers(1, 8))):
+        tokens = 1 if form == "experts" else int(rng.integers(1, 4))
+        ids = random_ids(tokens, layers, top_k, 6, seed=int(rng.integers(99)))
+        line = {form: ids[0].tolist() if form == "experts" else ids.tolist()}
+        if "sequence" in keys:
+            line["sequence"] = int(rng.integers(-5, 5))
+        if "group" in keys:
+            line["group"] = draw(st.sampled_from(["a", "é", '"', "b\\"]))
+        if "other" in keys:
+            line["other"] = draw(anything)
+        if draw(st.integers(0, 9)) == 0:
+            line[draw(st.sampled_from([form, "sequence", "group", "tokens"]))] = draw(anything)
+        text = json.dumps(
+            line,
+            ensure_ascii=draw(st.booleans()),
+            separators=draw(st.sampled_from([(",", ":"), (", ", ": "), (" ,\t", " :")])),
+        )
+        texts.append(text + draw(st.sampled_from(["", "", "", "\r", " ", "\n", "\n \n", "x"])))
+    return texts
+
+
+@settings(max_examples=settings().max_examples * 5)
+@given(texts_of_lines(), st.integers(1, 60), st.booleans())
+def test_batches_agree_with_single_lines(path_of_lines, texts, block, cut):
+    """What the core takes means what Python's JSON says, and errors are the same ones."""
+    content = "\n".join(['{"num_experts": 6}', *texts]).encode("utf-8", "surrogatepass")
+    path_of_lines.write_bytes(content[:-3] if cut else content)
+
+    def found():
+        try:
+            trace = mt.RoutingTrace.load(path_of_lines)
+        except ValueError as error:
+            return str(error)
+        labels = (trace.sequence, trace.group)
+        texts = [None if each is None else each.tolist() for each in labels]
+        return trace.expert_ids.tolist(), texts, trace.group_names
+
+    def nothing(text, start, arrays, integers, texts):
+        width = 4 + len(integers) + len(texts)
+        return start, 0, np.zeros(0, np.uint16), np.zeros((0, width), np.int64), []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "BLOCK", block)
+        fast = found()
+        patch.setattr(lines, "_core", SimpleNamespace(scan_lines=nothing))
+        assert found() == fast
+
+
+def test_long_lines_are_refused(path, monkeypatch):
+    """A line beyond the limit is not gathered in memory."""
+    monkeypatch.setattr(lines, "LINE_LIMIT", 100)
+    monkeypatch.setattr(lines, "BLOCK", 64)
+    with pytest.raises(ValueError, match="line 3: must have at most 100 bytes"):
+        load(path, {"num_experts": 4}, TOKEN, TOKEN | {"text": "x" * 200})

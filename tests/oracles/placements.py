@@ -23,3 +23,19 @@ def murmur(bits):
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         bits = (bits ^ bits >> shift) * factor % 2**32
     return bits
+
+
+def full_slots(seed):
+    """Slots [L,D,S] of any size without an empty one, and how many experts there are."""
+    rng = np.random.default_rng(seed)
+    layers, devices = (int(rng.integers(1, 5)) for _ in range(2))
+    experts = int(rng.integers(devices, 14))
+    width = min(-(-experts // devices) + int(rng.integers(0, 3)), experts)
+    slots = np.empty((layers, devices, width), dtype=int)
+    for layer in slots:
+        order = rng.permutation(experts)
+        for device, row in enumerate(layer):
+            mine = order[device::devices]
+            others = rng.permutation(np.setdiff1d(order, mine))[: width - len(mine)]
+            row[:] = rng.permutation(np.concatenate([mine, others]))
+    return slots, experts

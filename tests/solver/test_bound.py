@@ -71,7 +71,7 @@ def test_bound_is_below_the_optimum_and_verifies(seed, layers, size):
     assert result.status != "optimal" or result.gap == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**32), layers=st.integers(1, 3), slots=st.sampled_from([None, 3]))
 def test_bound_of_co_activation(seed, layers, slots):
     """With dispatch, too, no placement is below the bound, and a certificate proves it."""

@@ -207,6 +207,7 @@ def kept(placement, rule):
     return placement.held[layer, device, expert]
 
 
+@few
 @given(problems())
 def test_another_slot_never_hurts(problem):
     """What a placement can be only grows with the slots."""

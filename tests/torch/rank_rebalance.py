@@ -178,7 +178,7 @@ def failing_rank(rank, how):
             message, _ = refused(model)
     elif rank == 1 and how == "solver":
         broken = ValueError("no answer")
-        with mock.patch("moetuner.torch.parallel.rebalance.solve", side_effect=broken):
+        with mock.patch("moetuner.torch.parallel.rebalance.rebalance", side_effect=broken):
             message, _ = refused(model)
     else:
         load = model.rebalancer._observed.total.copy()

@@ -328,3 +328,24 @@ def test_numbers_of_layers_count_whatever_they_are_called():
     for layer in range(11):
         first = moved[f"net.blocks.{layer}.mlp.experts.0.w.weight"][0, 0]
         assert first == 10 * layer + (2 if layer == 10 else 0)
+
+
+def test_export_of_the_command_line(tmp_path, run):
+    """Engines without files for placements get a renumbered checkpoint, and only what they run."""
+    model = build("mixtral")
+    model.save_pretrained(tmp_path / "old")
+    placement = placement_for(model)
+    placement.save(tmp_path / "p.json")
+    new = tmp_path / "new"
+    arguments = ("export", tmp_path / "p.json", "--to", "megatron", "--out", new)
+    assert run(*arguments, "--checkpoint", tmp_path / "old")[0] == 0
+    expected = permute_state_dict(tmp_path / "old", placement, tmp_path / "expected")
+    assert same(tensors_of(new), tensors_of(expected))
+    copies = mt.Placement(np.stack([np.arange(8), np.arange(8)], axis=0)[None].repeat(3, axis=0))
+    copies.save(tmp_path / "p.json")
+    arguments = (*arguments[:-1], tmp_path / "newer")
+    assert "needs '--checkpoint'" in run(*arguments)[2]
+    status, _, error = run(*arguments, "--checkpoint", tmp_path / "old")
+    assert status != 0
+    assert "expert 0 has 2 copies, and Megatron-Core has none" in error
+    assert not (tmp_path / "newer").exists()

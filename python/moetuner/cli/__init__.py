@@ -12,6 +12,7 @@ import click
 from moetuner import _interrupts
 from moetuner._core import __version__
 from moetuner.cli import (
+    advise,
     audit,
     collect,
     compare,
@@ -20,6 +21,7 @@ from moetuner.cli import (
     evaluate,
     export,
     inspect,
+    report,
     solve,
     verify,
 )
@@ -40,7 +42,20 @@ def moetuner() -> None:
     """
 
 
-for _module in (demo, collect, inspect, convert, solve, evaluate, audit, compare, export, verify):
+for _module in (
+    demo,
+    collect,
+    inspect,
+    advise,
+    solve,
+    compare,
+    evaluate,
+    audit,
+    report,
+    export,
+    convert,
+    verify,
+):
     moetuner.add_command(_module.command)
 
 

@@ -13,6 +13,7 @@ from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.problem import Asked, problem_options, settings
 from moetuner.cli.options.traffic import Source, Traffic, traffic_options
 from moetuner.cli.output import Output
+from moetuner.cli.reporting import load_of, write_comparison
 from moetuner.problem import Problem
 from moetuner.report.gains import Gain, gains
 from moetuner.report.outcome import Outcome, head, remarks, sentences
@@ -37,11 +38,21 @@ def parse_methods(
     if unknown or not names:
         raise click.BadParameter(
             f"must be some of {','.join(METHODS)}, got {unknown[0] if unknown else value!r}"
+            + (options.meant(unknown[0], METHODS) if unknown else "")
         )
     return names
 
 
-@click.command("compare")
+GROUPS = {
+    "Begin with": "--devices --devices-per-node --for --methods --report",
+    "The machine": "--topology --cost-model --slots-per-device --extra-slots --fill-slots",
+    "What is wanted": "--objective --max-imbalance --risk --groups --arrival --window",
+    "What engines do": "--regime --split --router-groups --pin --forbid",
+    "How it is judged": "--holdout --splits --baseline --time-limit --seed --threads",
+}
+
+
+@click.command("compare", cls=options.Grouped, groups=GROUPS)
 @traffic_options
 @machine_options
 @problem_options
@@ -76,6 +87,7 @@ def parse_methods(
     help=f"One of the methods, over which gains are told.  [default: {PEER}, else the first]",
 )
 @options.seed_option
+@options.report_option
 @options.json_option
 def command(
     source: Source,
@@ -87,6 +99,7 @@ def command(
     splits: int | None,
     baseline: str | None,
     seed: int,
+    report_file: Path | None,
     json_file: Path | None,
 ) -> None:
     """Compare methods on traffic that they have not seen.
@@ -117,6 +130,8 @@ def command(
 
     output = Output(json_file)
     output.say(source.describe())
+    if asked.engine is not None:
+        output.say(asked.explain(problem))
     output.say(_setting(problem, window, holdout, unseen))
     output.say()
     began, interrupted = time.monotonic(), False
@@ -152,25 +167,45 @@ def command(
     found = gains(all_splits, over, seed=seed) if over in all_splits[0] else []
     _show_gains(output, found, best.result.method, held_out=holdout > 0)
     told = {each.method: each.to_dict() for each in found}
-    output.finish(
-        {
-            "input": source.facts(),
-            "settings": {
-                **settings(problem),
-                "window": window,
-                "seed": seed,
-                "time_limit": time_limit,
-                "holdout": holdout,
-                "threads": threads,
-                "splits": len(all_splits),
-                "baseline": over,
-            },
-            "methods": {
-                method: {**outcome.to_dict(), "gain": told.get(method)}
-                for method, outcome in all_splits[0].items()
-            },
-        }
-    )
+    contents = {
+        "input": source.facts(),
+        "settings": {
+            **settings(problem),
+            "for": asked.engine,
+            "window": window,
+            "seed": seed,
+            "time_limit": time_limit,
+            "holdout": holdout,
+            "threads": threads,
+            "splits": len(all_splits),
+            "baseline": over,
+        },
+        "methods": {
+            method: {**outcome.to_dict(), "gain": told.get(method)}
+            for method, outcome in all_splits[0].items()
+        },
+    }
+    if report_file is not None:
+        outcomes = all_splits[0]
+        rival = over if over in outcomes and over != best.result.method else first[0].result.method
+        _, unseen = hold_out(source.traffic, holdout, seed=seed)
+        write_comparison(
+            report_file,
+            source,
+            outcomes[rival],
+            best,
+            contents,
+            output,
+            traffic=_judged_on(holdout),
+            load=load_of(source, unseen),
+        )
+    output.finish(contents)
+
+
+def _judged_on(holdout: float) -> str:
+    if holdout == 0:
+        return "The traffic that the placements were computed from, which flatters them."
+    return "Unseen traffic of the first split."
 
 
 def _goes_on(splits: int | None, holdout: float, done: int, began: float) -> bool:

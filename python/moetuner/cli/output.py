@@ -117,6 +117,14 @@ def working(label: str) -> Iterator[Callable[[Progress], None]]:
         timer.cancel()
 
 
+@contextmanager
+def steps(label: str) -> Iterator[Callable[[str], None]]:
+    """Show which step is being taken, and for how long all have taken; yield what is told them."""
+    began = time.monotonic()
+    with working(label) as report:
+        yield lambda step: report(Progress(time.monotonic() - began, step))
+
+
 def _line(progress: Progress) -> str:
     parts = [f"{progress.seconds:.1f} s", progress.phase]
     if progress.objective is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,39 @@ from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.moves import Moving, moving_options
 from moetuner.cli.options.problem import Asked, problem_options, settings
 from moetuner.cli.options.traffic import Source, traffic_options
-from moetuner.cli.output import Output
+from moetuner.cli.output import Output, working
+from moetuner.cli.reporting import load_of, write_comparison
+from moetuner.evaluation import evaluate
+from moetuner.evaluation.auditing import contiguous
+from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.cells import number
-from moetuner.report.outcome import head, remarks, sentences
-from moetuner.solver import ALIASES, METHODS, Result
+from moetuner.report.outcome import Outcome, head, remarks, sentences
+from moetuner.solver import ALIASES, METHODS, Result, Trade
 
 
 def parse_method(context: click.Context, parameter: click.Parameter, value: str) -> str:
     """Return the method that a name, or another name of it, means."""
-    known = click.Choice(list(METHODS))
-    return str(known.convert(ALIASES.get(value, value), parameter, context))
+    name = ALIASES.get(value, value)
+    if name not in METHODS:
+        raise click.BadParameter(
+            f"must be one of {', '.join(METHODS)}, got '{value:.60}'{options.meant(value, METHODS)}"
+        )
+    return name
 
 
-@click.command("solve")
+GROUPS = {
+    "Begin with": "--devices --devices-per-node --for --out --report",
+    "The machine": "--topology --cost-model --slots-per-device --extra-slots --fill-slots",
+    "What is wanted": "--objective --max-imbalance --risk --groups --arrival --window",
+    "What engines do": "--regime --split --router-groups --pin --forbid",
+    "From a running placement": "--initial --expert-bytes --move-budget --move-cost --pareto",
+    "The search": "--method --time-limit --seed --threads --certificate",
+}
+
+
+@click.command("solve", cls=options.Grouped, groups=GROUPS)
 @traffic_options
 @machine_options
 @problem_options
@@ -59,6 +78,7 @@ def parse_method(context: click.Context, parameter: click.Parameter, value: str)
     metavar="FILE",
     help='Write the proof of the bound, for "moetuner verify"; without one the command fails.',
 )
+@options.report_option
 @options.json_option
 def command(
     source: Source,
@@ -70,6 +90,7 @@ def command(
     seed: int,
     out_file: Path,
     certificate_file: Path | None,
+    report_file: Path | None,
     json_file: Path | None,
 ) -> None:
     """Compute a placement for all of INPUT and write it.
@@ -88,6 +109,8 @@ def command(
 
     output = Output(json_file)
     output.say(source.describe())
+    if asked.engine is not None:
+        output.say(asked.explain(problem))
     outcome = try_method(
         method,
         problem,
@@ -112,6 +135,7 @@ def command(
         replayed = outcome.evaluation.predicted_layer_us
         output.say(f"Replayed token by token: {number(replayed, 1)} us per layer.")
     answer: dict[str, Any] = {}
+    trades: list[Trade] = []
     if initial is not None:
         diff = initial.diff(outcome.result.placement, topology=topology)
         for line in moves.sentences(diff, topology, moving):
@@ -121,9 +145,10 @@ def command(
         bytes_moved = diff.experts_moved * moving.each if known else None
         answer["moves"] = {**diff.to_dict(), "bytes_moved": bytes_moved}
         if moving.wants_pareto and outcome.result.status != "interrupted":
-            answer["pareto"] = moves.show_pareto(
+            trades = moves.show_pareto(
                 output, problem, initial, moving, time_limit=time_limit, **how
             )
+            answer["pareto"] = moves.told(trades, moving)
     output.say(f"wrote {out_file}")
     failed: click.ClickException | None = None
     if certificate_file is not None:
@@ -131,24 +156,72 @@ def command(
             output.say(_prove(problem, outcome.result, certificate_file))
         except click.ClickException as error:
             failed = error
-    output.finish(
-        {
-            "input": source.facts(),
-            "settings": {
-                **settings(problem),
-                **moving.settings(),
-                "window": window,
-                "time_limit": time_limit,
-                **how,
-            },
-            "placement": str(out_file),
-            "method": method,
-            **outcome.to_dict(),
-            **answer,
-        }
-    )
+    contents = {
+        "input": source.facts(),
+        "settings": {
+            **settings(problem),
+            "for": asked.engine,
+            **moving.settings(),
+            "window": window,
+            "time_limit": time_limit,
+            **how,
+        },
+        "placement": str(out_file),
+        "method": method,
+        **outcome.to_dict(),
+        **answer,
+    }
+    if report_file is not None:
+        _report(report_file, source, outcomes, initial, moving, contents, trades, output)
+    output.finish(contents)
     if failed is not None:
         raise failed
+
+
+def _report(
+    path: Path,
+    source: Source,
+    outcomes: list[Outcome],
+    initial: Placement | None,
+    moving: Moving,
+    contents: dict[str, Any],
+    trades: list[Trade],
+    output: Output,
+) -> None:
+    """Write a page of the placement beside what runs, or experts in blocks."""
+    after = outcomes[-1]
+    problem = after.problem
+    running, name = initial, "running"
+    if running is None:
+        running, name = contiguous(after.result.placement), "contiguous"
+    if len(outcomes) == 1 or initial is not None:
+        with working("replaying what runs"):
+            before = evaluate(
+                running,
+                source.traffic,
+                problem.topology,
+                window=source.replayed,
+                split=problem.split,
+                cost_model=Objective(problem).cost_model,
+                regime=problem.regime,
+                threads=source.threads,
+            )
+    else:
+        running, before = outcomes[0].result.placement, outcomes[0].evaluation
+    result = replace(after.result, placement=running, method=name)
+    write_comparison(
+        path,
+        source,
+        Outcome(problem, result, before),
+        after,
+        contents,
+        output,
+        traffic="The traffic that the placement was computed from, which flatters it; moetuner "
+        "advise judges on unseen traffic.",
+        load=load_of(source, source.traffic),
+        trades=tuple(trades),
+        expert_bytes=moving.expert_bytes,
+    )
 
 
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:

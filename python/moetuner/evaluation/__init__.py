@@ -79,6 +79,8 @@ class Evaluation(Frozen):
         The largest of any layer and window.
     imbalance_per_layer
         Averaged over windows [L].
+    imbalance_per_window
+        Averaged over layers [W].
     crossing
         Share of transitions whose two experts are on different devices.
     fanout, node_fanout
@@ -95,6 +97,8 @@ class Evaluation(Frozen):
         cost model.
     predicted_layer_us_p50, predicted_layer_us_p95, predicted_layer_us_p99
         The times that so many percent of windows and layers do not exceed.
+    predicted_us_per_layer
+        Predicted time of every layer in microseconds, averaged over windows [L].
     by_group
         The same for every group of the traffic that has tokens or windows.
     replayed
@@ -124,6 +128,8 @@ class Evaluation(Frozen):
     predicted_layer_us_p50: float | None = None
     predicted_layer_us_p95: float | None = None
     predicted_layer_us_p99: float | None = None
+    predicted_us_per_layer: tuple[float, ...] | None = None
+    imbalance_per_window: tuple[float, ...] = ()
     by_group: dict[str, Evaluation] = field(default_factory=dict)
     replayed: Replayed | None = field(default=None, repr=False, compare=False)
 
@@ -143,7 +149,8 @@ class Evaluation(Frozen):
         """Return fields as JSON values; traffic is summed over layers."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         del fields["replayed"]
-        fields["imbalance_per_layer"] = list(self.imbalance_per_layer)
+        for name in ("imbalance_per_layer", "imbalance_per_window", "predicted_us_per_layer"):
+            fields[name] = None if fields[name] is None else list(fields[name])
         fields["traffic"] = {
             regime: table.sum(axis=0).tolist() for regime, table in self.traffic.items()
         }
@@ -327,6 +334,7 @@ def _evaluation(
         imbalance_total=float(figures.ratios(counts.load.sum(axis=0), speed).mean()),
         imbalance_worst=float(windowed.max()),
         imbalance_per_layer=tuple(windowed.mean(axis=0).tolist()),
+        imbalance_per_window=tuple(windowed.mean(axis=1).tolist()),
         crossing=None if counts.follow is None else figures.crossing(counts.follow),
         fanout=None if per_token is None else int(visits.sum()) / per_token,
         node_fanout=(
@@ -344,4 +352,8 @@ def _times(counts: Counts, topology: Topology, model: CostModel, regime: Regime)
         f"predicted_layer_us_p{percent}": float(np.percentile(times, percent))
         for percent in (50, 95, 99)
     }
-    return {"predicted_layer_us": float(times.mean()), **percentiles}
+    return {
+        "predicted_layer_us": float(times.mean()),
+        "predicted_us_per_layer": tuple(times.mean(axis=0).tolist()),
+        **percentiles,
+    }

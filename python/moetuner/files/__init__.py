@@ -44,7 +44,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary: Path | None = None
     try:
-        if _is_stream(path):
+        if is_stream(path):
             with tempfile.TemporaryDirectory(prefix="moetuner-") as folder:
                 temporary = Path(folder) / "stream"
                 yield temporary
@@ -102,7 +102,8 @@ def descriptor_of(path: str | Path) -> int | None:
     return None
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
+    """Whether a path stands for a pipe, a device or an open descriptor, which have no endings."""
     if descriptor_of(path) is not None:
         return True
     try:

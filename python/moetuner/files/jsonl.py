@@ -17,7 +17,7 @@ or one sequence per line, [T,L,K]::
 sequence without a number gets the number of its line, counted from 0. Other keys are ignored.
 Groups that the header does not name are numbered in the order in which they appear.
 
-Reading goes line by line; memory holds one line and the compact trace.
+Reading goes in batches of lines; memory holds one of them and the compact trace.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ from moetuner._checks import (
 from moetuner.files import naming, replacing, size_of
 from moetuner.files.contents import TraceContents
 from moetuner.files.ids import IdsInMemory
+from moetuner.files.lines import NO_INTEGER, NO_TEXT, Batch, Keys, batches
 
-LINE_LIMIT = 1 << 29
 GROUP_LIMIT = 1 << 15
+KEYS = Keys([("experts", 2), ("tokens", 3)], ["sequence"], ["group"])
 
 
 def read(path: str | Path, *, num_experts: int | None = None) -> TraceContents:
@@ -70,14 +71,18 @@ def read(path: str | Path, *, num_experts: int | None = None) -> TraceContents:
     size_of(path)
     with naming(path):
         reader = _Reader(None if num_experts is None else experts_in(num_experts))
-        for number, line in _lines(path):
-            try:
-                if number == 1 and not {"experts", "tokens"} & line.keys():
-                    reader.header(line)
-                else:
-                    reader.data(line)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"line {number}: {error}") from None
+        for found in batches(path, KEYS):
+            if isinstance(found, Batch) and reader.batch(found):
+                continue
+            # Lines that are not plain, or break a rule: one of them is named.
+            for number, line in found.one_by_one() if isinstance(found, Batch) else [found]:
+                try:
+                    if number == 1 and not {"experts", "tokens"} & line.keys():
+                        reader.header(line)
+                    else:
+                        reader.data(line)
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"line {number}: {error}") from None
         return reader.contents()
 
 
@@ -176,6 +181,50 @@ class _Reader:
         self.tokens += len(ids)
         self.lines += 1
 
+    def batch(self, lines: Batch) -> bool:
+        """Take in many lines as ``data`` would; none of them, and False, if one breaks a rule."""
+        if self.experts is None:
+            return False
+        form = KEYS.arrays[lines.array[0]][0]
+        given, named = lines.integers["sequence"], lines.texts["group"]
+        keys = {form}
+        keys |= {"sequence"} if given[0] != NO_INTEGER else set()
+        keys |= {"group"} if named[0] != NO_TEXT else set()
+        shape = (int(lines.sizes[0, 1]), int(lines.sizes[0, 2]))
+        if (
+            (lines.array != lines.array[0]).any()
+            or (lines.sizes[:, 1:] != shape).any()
+            or ((given == NO_INTEGER) != (given[0] == NO_INTEGER)).any()
+            or ((named == NO_TEXT) != (named[0] == NO_TEXT)).any()
+            or (self.shape is not None and (shape != self.shape or keys != self.keys))
+        ):
+            return False
+        if "sequence" in keys and (given.astype(np.int32) != given).any():
+            return False
+        found = lines.ids.reshape(-1, *shape)
+        try:
+            if self.shape is None:
+                check_sizes(found.shape, found.dtype, self.experts)
+            found = found if found.max() >= 256 else found.astype(np.uint8)
+            ids = valid(found, self.experts, self.tokens)
+        except ValueError:
+            return False
+        if len(self.groups.keys() | set(lines.names)) > GROUP_LIMIT:
+            return False
+        tokens = lines.sizes[:, 0]
+        if form == "tokens" or "sequence" in keys:
+            if "sequence" not in keys:
+                given = np.arange(self.lines, self.lines + len(lines))
+            self.sequence.frombytes(np.repeat(given.astype(np.int32), tokens).tobytes())
+        if "group" in keys:
+            numbers = np.array([self._group_number(name) for name in lines.names])
+            self.group.frombytes(np.repeat(numbers[named].astype(np.int16), tokens).tobytes())
+        self.ids += ids.astype(id_type(np.dtype(np.int64), self.experts), copy=False).tobytes()
+        self.shape, self.keys = shape, keys
+        self.tokens += len(ids)
+        self.lines += len(lines)
+        return True
+
     def contents(self) -> TraceContents:
         """Return what the lines say."""
         if self.shape is None or self.experts is None:
@@ -229,27 +278,6 @@ class _Reader:
         if len(self.groups) == GROUP_LIMIT and name not in self.groups:
             raise ValueError(f"there must be at most {GROUP_LIMIT} groups, got {name!r:.40}")
         return self.groups.setdefault(name, len(self.groups))
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Objects of a file, with the numbers of their lines from 1."""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(LINE_LIMIT + 1):
-            number += 1
-            if len(line) > LINE_LIMIT:
-                raise ValueError(f"line {number}: must have at most {LINE_LIMIT} bytes")
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number}: must be JSON: {error}") from None
-            if not isinstance(fields, dict):
-                raise ValueError(
-                    f"line {number}: must be a JSON object, got {type(fields).__name__}"
-                )
-            yield number, fields
 
 
 def _per_token(trace: TraceContents) -> Iterator[dict[str, object]]:

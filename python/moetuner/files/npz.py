@@ -80,6 +80,23 @@ def names_in_npz(path: Path) -> set[str]:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
+def shapes_in_npz(path: Path) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Types and sizes of an archive's arrays, by their headers.
+
+    Raises
+    ------
+    ValueError
+        If the archive is cut off or damaged, or a member is no array.
+    """
+    found = {}
+    with naming(path), _opened(path) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as file:
+                stored, _ = read_npy_header(file)
+            found[info.filename.removesuffix(".npy")] = (stored.dtype, stored.shape)
+    return found
+
+
 def read_npz(path: Path, wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     """Read those of the wanted arrays that an archive has; others are not looked at."""
     size = size_of(path)

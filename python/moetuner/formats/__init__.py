@@ -1,35 +1,263 @@
-"""Foreign formats, one file each. Nothing here imports an engine."""
+"""Foreign formats, one file each: a table of those that are read and one of those that are written.
+
+Nothing here imports an engine, and no engine's file imports these tables.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
-from moetuner._checks import path_in, window_in
-from moetuner.files.contents import holds_statistics
+from moetuner._checks import instance, one_of, path_in, window_in
+from moetuner.files import is_stream, kind_of, naming, size_of
+from moetuner.files.text import printable
+from moetuner.formats import (
+    arrow,
+    csv,
+    deepspeed,
+    eplb,
+    megatron,
+    own,
+    sglang,
+    tensorrt_llm,
+    vllm,
+    vllm_ascend,
+)
+from moetuner.formats.checks import Rows, check_placement
+from moetuner.formats.hints import Hints, Traffic, files_in
+from moetuner.formats.layout import Layout
+from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
-from moetuner.trace import RoutingTrace
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How recorded routing is read.
+
+    Parameters
+    ----------
+    title
+        What is read, in a few words.
+    recognises
+        Whether a file or a folder holds it, by its content and not by its name. A damaged one may
+        raise ValueError.
+    read
+        Read files or folders of one recording, all together.
+    """
+
+    title: str
+    recognises: Callable[[Path], bool]
+    read: Callable[[Sequence[Path], Hints], Traffic]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """How placements are written, and read again.
+
+    Parameters
+    ----------
+    title
+        What is written, in a few words.
+    suffixes
+        Endings that the name may have; the first one is the usual.
+    write
+        Write a placement, or raise ValueError if the engine could not load it.
+    engine
+        Name in ``ENGINES`` of what loads it; None if it is nobody's.
+    rows
+        What the format's rows are.
+    state
+        What is to be known before relying on it, such as "proposed, open"; empty for nothing.
+    recognises
+        Whether a file holds such a map, by its content.
+    read
+        Read a map as it stands, good or bad.
+    """
+
+    title: str
+    suffixes: tuple[str, ...]
+    write: Callable[[Placement, Path, Hints], None]
+    engine: str | None = None
+    rows: Rows = "moe"
+    state: str = ""
+    recognises: Callable[[Path], bool] | None = None
+    read: Callable[[Path, Hints], Layout] | None = None
+
+
+# Those of engines first: what they do not know is moetuner's own, or nothing.
+READERS: dict[str, Reader] = {
+    "vllm": Reader("routed experts of vLLM, responses or arrays", vllm.recognises, vllm.read),
+    "vllm-loads": Reader(
+        "windows of load of vLLM (pull request 41141)", vllm.recognises_loads, vllm.read_loads
+    ),
+    "sglang": Reader("dumps of SGLang's recorder", sglang.recognises, sglang.read),
+    "sglang-responses": Reader(
+        "routed experts of SGLang, responses", sglang.recognises_responses, sglang.read_responses
+    ),
+    "megatron": Reader(
+        "Megatron-Core's router trace, or arrays of its RouterReplay",
+        megatron.recognises,
+        megatron.read,
+    ),
+    "tensorrt-llm": Reader(
+        "TensorRT-LLM's expert statistics", tensorrt_llm.recognises, tensorrt_llm.read
+    ),
+    "deepspeed": Reader(
+        "tokens_per_expert of DeepSpeed's ranks", deepspeed.recognises, deepspeed.read
+    ),
+    "vllm-ascend": Reader(
+        "workloads of vllm-ascend's balancer", vllm_ascend.recognises, vllm_ascend.read
+    ),
+    "arrow": Reader("Parquet or Arrow", arrow.recognises, arrow.read),
+    "csv": Reader("CSV with columns layer and expert", csv.recognises, csv.read),
+    **{
+        kind: Reader(f"moetuner's own, as {kind}", own.recogniser(kind), own.read)
+        for kind in own.KINDS
+    },
+}
+
+VLLM_PROPOSED = "proposed, open: pull request {} of vllm-project/vllm; no release loads it"
+WRITERS: dict[str, Writer] = {
+    "json": Writer(
+        "moetuner's own JSON, which its plugins load",
+        (".json",),
+        own.write_map,
+        recognises=own.recognises_map,
+        read=own.read_map,
+    ),
+    "eplb": Writer(
+        "the three arrays of DeepSeek's balancer",
+        (".npz",),
+        eplb.write_map,
+        recognises=eplb.recognises_map,
+        read=eplb.read_map,
+    ),
+    "sglang": Writer(
+        "SGLang's --init-expert-location",
+        (".json",),
+        sglang.write_map,
+        engine="sglang",
+        rows="hidden",
+        recognises=sglang.recognises_map,
+        read=sglang.read_map,
+    ),
+    "vllm-49572": Writer(
+        "vLLM's initial_expert_map_path",
+        (".json",),
+        vllm.write_map_49572,
+        engine="vllm",
+        state=VLLM_PROPOSED.format(49572),
+        recognises=vllm.recognises_map_49572,
+        read=vllm.read_map_49572,
+    ),
+    "vllm-53022": Writer(
+        "vLLM's expert_map_path",
+        (".json",),
+        vllm.write_map_53022,
+        engine="vllm",
+        state=VLLM_PROPOSED.format(53022),
+        recognises=vllm.recognises_map_53022,
+        read=vllm.read_map_53022,
+    ),
+    "vllm-41141": Writer(
+        "vLLM's initial_mapping_path",
+        (".jsonl", ".json"),
+        vllm.write_map_41141,
+        engine="vllm",
+        state=VLLM_PROPOSED.format(41141),
+        recognises=vllm.recognises_map_41141,
+        read=vllm.read_map_41141,
+    ),
+    "tensorrt-llm": Writer(
+        "the YAML of TensorRT-LLM's load balancer",
+        (".yaml", ".yml"),
+        tensorrt_llm.write_map,
+        engine="tensorrt-llm",
+        rows="numbered",
+        recognises=tensorrt_llm.recognises_map,
+        read=tensorrt_llm.read_map,
+    ),
+    "vllm-ascend": Writer(
+        "the JSON of vllm-ascend's expert_map_path",
+        (".json",),
+        vllm_ascend.write_map,
+        engine="vllm-ascend",
+        recognises=vllm_ascend.recognises_map,
+        read=vllm_ascend.read_map,
+    ),
+}
+
+
+# Of the files of a folder, those that are looked at.
+FIRST = 16
+
+
+def reader_of(path: str | Path) -> str:
+    """Return the name of the reader of a file or a folder, by its content.
+
+    Raises
+    ------
+    ValueError
+        If none knows it.
+    OSError
+        If it cannot be read.
+    """
+    path = path_in(path)
+    for name, reader in READERS.items():
+        if name not in own.KINDS and reader.recognises(path):
+            return name
+    if path.is_dir():
+        kinds, unknown = set(), ""
+        for file in files_in([path])[:FIRST]:
+            try:
+                kinds.add(kind_of(file))
+            except ValueError:
+                unknown = f", and {printable(file.name)} is none"
+        if len(kinds) == 1 and not unknown:
+            return kinds.pop()
+        raise ValueError(f"{path}: folder holds no recording that moetuner knows{unknown}")
+    return kind_of(path)
 
 
 def open_input(
-    path: str | Path, *, window: int | None = None, num_experts: int | None = None
-) -> RoutingTrace | RoutingStatistics:
-    """Open a trace, saved statistics or a load table.
+    path: str | Path | Iterable[str | Path],
+    *,
+    window: int | None = None,
+    num_experts: int | None = None,
+    top_k: int | None = None,
+    hidden_layers: int | None = None,
+    dense_layers: Iterable[int] | None = None,
+    reader: str | None = None,
+) -> Traffic:
+    """Open recorded routing: moetuner's own files, or what an engine recorded.
 
     Parameters
     ----------
     path
-        File to open; its content decides what it is, not its name.
+        File or folder to open; its content decides what it is, not its name. Several are joined:
+        files of one recording, as its ranks wrote them, or several recordings.
     window
         Tokens per window that the caller wants. A trace can be counted in any windows; statistics
         and load tables have theirs, and must be asked for no others.
     num_experts
         Experts per layer of a trace; needed where its file does not say, and must be that of
         statistics.
+    top_k
+        Experts per token and layer; needed where files have neither shape nor lists.
+    hidden_layers
+        Layers of the model, dense ones included; needed where neither files nor their tokens say.
+    dense_layers
+        Numbers of the hidden layers without experts, where an engine counts them too; by default
+        they are told by their content.
+    reader
+        Name in ``READERS``, where content is not to decide.
 
     Returns
     -------
     RoutingTrace or RoutingStatistics
-        What the file holds. A trace is not counted yet.
+        What is there. A trace is not counted yet.
 
     Raises
     ------
@@ -46,19 +274,156 @@ def open_input(
     >>> mt.open_input("trace.safetensors")
     RoutingTrace(tokens=2, layers=1, top_k=2, num_experts=4)
     """
-    path = path_in(path)
+    several = not isinstance(path, str | Path) and isinstance(path, Iterable)
+    paths = [path_in(each) for each in path] if several else [path_in(path)]  # type: ignore[union-attr]
+    if not paths:
+        raise ValueError("path must name at least one file, got none")
     window_in(window)
-    if not holds_statistics(path):
-        return RoutingTrace.load(path, num_experts=num_experts)
-    statistics = RoutingStatistics.load(path)
+    dense = None if dense_layers is None else tuple(dense_layers)
+    hints = Hints(num_experts, top_k, hidden_layers, dense)
+    found = read_input(paths, hints, reader)
+    if isinstance(found, RoutingStatistics):
+        _check_counts(", ".join(map(str, paths)), found, window, num_experts)
+    return found
+
+
+def read_input(paths: Sequence[Path], hints: Hints, reader: str | None = None) -> Traffic:
+    """Read files and folders; neighbours of the same reader are one recording.
+
+    Raises
+    ------
+    ValueError
+        If one is damaged or unknown, is not what ``reader`` names, or they do not fit together.
+    """
+    if reader is not None:
+        one_of("reader", reader, READERS)
+    names = [reader_of(path) if reader in (None, *own.KINDS) else reader for path in paths]
+    for path, name in zip(paths, names, strict=True):
+        if reader not in (None, name):
+            raise ValueError(f"{path}: must be {reader} as --from says, got {name}")
+    parts = [
+        READERS[str(name)].read([path for path, _ in of], hints)
+        for name, of in groupby(zip(paths, names, strict=True), key=lambda pair: pair[1])
+    ]
+    return parts[0] if len(parts) == 1 else own.join(parts)
+
+
+def write_placement(placement: Placement, to: str, path: str | Path, hints: Hints) -> None:
+    """Write a placement in a format of ``WRITERS``; the file appears whole or not at all.
+
+    Raises
+    ------
+    ValueError
+        If the name has another ending, or the engine could not load the placement: the message says
+        which of its constraints is broken, and how to solve so that it is kept.
+    """
+    one_of("format", to, WRITERS)
+    instance("placement", placement, Placement)
+    path, writer = path_in(path), WRITERS[to]
+    if not is_stream(path) and path.suffix not in writer.suffixes:
+        raise ValueError(
+            f"{path}: the name must end in {' or '.join(writer.suffixes)} for {writer.title}, "
+            f"got {path.suffix!r}"
+        )
+    if writer.engine is not None:
+        check_placement(placement, writer.engine)
+    writer.write(placement, path, hints)
+
+
+def form_of(path: str | Path) -> str:
+    """Return the name in ``WRITERS`` of the format that a map of experts is in, by its content.
+
+    Raises
+    ------
+    ValueError
+        If it is none of them.
+    """
+    path = path_in(path)
+    size_of(path)
+    for name, writer in WRITERS.items():
+        if writer.recognises is not None and writer.recognises(path):
+            return name
+    raise ValueError(f"{path}: not a placement: its content is none of {', '.join(WRITERS)}")
+
+
+def read_map(path: str | Path, hints: Hints) -> Layout:
+    """Read a map of experts of any format as it stands; its content decides what it is.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or damaged.
+    """
+    path = path_in(path)
+    form = form_of(path)
+    read = WRITERS[form].read
+    if read is None:
+        raise ValueError(f"{path}: {form} is only written")
+    with naming(path):
+        return read(path, hints)
+
+
+def read_placement(
+    path: str | Path,
+    *,
+    devices: int | None = None,
+    num_experts: int | None = None,
+    dense_layers: Iterable[int] | None = None,
+    form: str | None = None,
+) -> Placement:
+    """Read a placement of moetuner, or a map of experts that an engine loads.
+
+    Parameters
+    ----------
+    path
+        The file; its content decides what it is.
+    devices
+        Devices, where the file does not say how many there are.
+    num_experts
+        Experts per layer; by default one more than the largest that the file names.
+    dense_layers
+        Hidden layers without experts, whose rows are left out where the format has them.
+    form
+        Name in ``WRITERS``, where content is not to decide.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged or none of these, breaks a rule of placements, or leaves something
+        open.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import moetuner as mt
+    >>> _ = Path("map.json").write_text('{"physical_to_logical_map": [[0, 3, 1, 2]]}')
+    >>> mt.read_placement("map.json", devices=2).slots.tolist()
+    [[[0, 3], [1, 2]]]
+    """
+    path = path_in(path)
+    if form is not None:
+        one_of("form", form, WRITERS)
+    read = WRITERS[form or form_of(path)].read
+    if read is None:
+        raise ValueError(f"{path}: {form} is only written")
+    if read is own.read_map:
+        return Placement.load(path)
+    dense = None if dense_layers is None else tuple(dense_layers)
+    hints = Hints(num_experts=num_experts, devices=devices, dense_layers=dense)
+    with naming(path):
+        return read(path, hints).placement(hints)
+
+
+def _check_counts(
+    where: str, statistics: RoutingStatistics, window: int | None, num_experts: int | None
+) -> None:
     if window is not None and window != statistics.window:
         theirs = (
             "those of its table" if statistics.window is None else f"{statistics.window} tokens"
         )
         raise ValueError(
-            f"{path}: window must be left out: the file holds counts in windows already "
+            f"{where}: window must be left out: the file holds counts in windows already "
             f"({theirs}), got {window}"
         )
     if num_experts is not None and num_experts != statistics.experts:
-        raise ValueError(f"{path}: num_experts must be {statistics.experts}, got {num_experts}")
-    return statistics
+        raise ValueError(f"{where}: num_experts must be {statistics.experts}, got {num_experts}")

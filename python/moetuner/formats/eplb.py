@@ -13,7 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import instance, path_in
-from moetuner.files import replacing
+from moetuner.files import naming, npz, replacing
+from moetuner.formats.hints import Hints
+from moetuner.formats.layout import Layout
+from moetuner.formats.records import head
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement
 
@@ -82,3 +85,27 @@ def write(placement: Placement, path: str | Path) -> None:
     arrays = vars(eplb_maps(placement))
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
+
+
+def write_map(placement: Placement, path: Path, _: Hints) -> None:
+    """Write the arrays, with further copies in slots that are empty."""
+    write(placement.filled(), path)
+
+
+def recognises_map(path: Path) -> bool:
+    """Whether a file is an archive with EPLB's map."""
+    if not head(path, 4).startswith(b"PK"):
+        return False
+    with naming(path):
+        return "physical_to_logical_map" in npz.names_in_npz(path)
+
+
+def read_map(path: Path, _: Hints) -> Layout:
+    """Read the map of the archive; what follows from it is not looked at."""
+    with naming(path):
+        arrays = npz.read_npz(path, ("physical_to_logical_map", "logical_replica_count"))
+        if "physical_to_logical_map" not in arrays:
+            raise ValueError("must hold an array 'physical_to_logical_map'")
+        count = arrays.get("logical_replica_count")
+        experts = None if count is None or count.ndim != 2 else count.shape[1]
+        return Layout.of(arrays["physical_to_logical_map"], num_experts=experts)

@@ -34,10 +34,11 @@ class Gain:
     splits
         One gain for every split.
     interval
-        Of a single split: 95 % of what other sequences, or windows, of its kind had shown of these
-        two placements; None where there are too few of them, or several splits.
+        95 % of what other sequences, or windows, of the kind had shown of the two placements; of
+        several splits the mean of their intervals, which is no narrower than that of their mean,
+        whatever the splits have in common. None where there are too few of them, or nobody asked.
     units
-        How many sequences or windows that is of.
+        How many sequences or windows that is of, in a split.
     """
 
     method: str

@@ -141,6 +141,14 @@ def solve(
     if initial is not None and not searches:
         raise ValueError(f"initial needs method joint or heuristic, got {method!r}")
 
+    history: list[Progress] = []
+
+    def tell(line: Progress) -> None:
+        assert progress is not None
+        history.append(line)
+        progress(line)
+
+    limits = replace(limits, progress=progress and tell)
     begin, limits = time.perf_counter(), limits.counting()
     if initial is None:
         candidate = METHODS[method](problem, seed=seed, limits=limits)
@@ -185,6 +193,7 @@ def solve(
         certificate=candidate.certificate,
         bound_scope=about,
         violations=violations,
+        history=tuple(history),
     )
 
 

@@ -97,5 +97,10 @@ PARETO_STEPS, PARETO_PRICES = 24, (0.1, 0.3, 0.7, 1.5, 3.0, 8.0)
 # The first are what a millisecond allows; devices that differ need the second, because placing the
 # heaviest copies first leaves more to mend there.
 QUICK, PATIENT = 14, 10_000
+# From running slots ("The plugins' policy"): steps of a layer at most, for each device.
+ADAPT_STEPS = 8
+# In windows, or where pairs count: the norm that stands for the maximum, trials for a slot, and
+# what a copy must gain, as a share of all tokens of a device (not measured).
+LIVE_NORM, LIVE_TRIALS, LIVE_PRICE = 8, 35, 1e-3
 # Trials for a layer that DeepSeek's own code would balance better.
 CATCH_UP = 20_000

@@ -293,7 +293,8 @@ class Result(Frozen):
     links are equal). ``bound_scope`` says of which placements ``bound`` is a bound: whether they
     may have copies of experts, and which load caps they keep. ``violations`` are rules that the
     placement breaks, in words; ``status`` then is ``"violates rules"``, unless all that is broken
-    is a load cap that had to be raised, as ``details.caps.raised`` says.
+    is a load cap that had to be raised, as ``details.caps.raised`` says. ``history`` is what was
+    reported on the way, where somebody listened.
 
     Examples
     --------
@@ -315,6 +316,7 @@ class Result(Frozen):
     certificate: Certificate | None = None
     bound_scope: str | None = field(default=None, repr=False)  # the placement shows it
     violations: tuple[str, ...] = ()
+    history: tuple[Progress, ...] = field(default=(), repr=False, compare=False)
 
     _also_shown = ("gap",)
 

@@ -5,6 +5,7 @@
 //! second copies on one device, which serve nobody. It is the call that engines make while they serve, so it takes
 //! microseconds.
 
+mod adapt;
 pub(super) mod draft;
 mod polish;
 mod squeeze;
@@ -15,6 +16,7 @@ use std::collections::binary_heap::PeekMut;
 use crate::error::{Error, Result, SLOTS, room_for};
 use crate::layer::{EMPTY, Layer};
 use crate::tournament::Tournament;
+pub use adapt::{Change, Reach, adapt_layers};
 use draft::{Draft, Site};
 use polish::polish;
 use squeeze::squeeze;

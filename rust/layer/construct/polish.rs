@@ -166,7 +166,7 @@ impl<'a, 'b> Polish<'a, 'b> {
     }
 }
 
-fn may_exchange(draft: &Draft<'_>, (p, g): (usize, usize), (q, h): (usize, usize)) -> bool {
+pub(super) fn may_exchange(draft: &Draft<'_>, (p, g): (usize, usize), (q, h): (usize, usize)) -> bool {
     let enters = |expert: u16, device: usize| expert == EMPTY || draft.takes(expert, device);
     let (a, b) = (draft.expert_in[p], draft.expert_in[q]);
     enters(a, h) && enters(b, g) && draft.releases(p, g) && draft.releases(q, h)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +16,7 @@ import click
 
 from moetuner.evaluation.copies import SPLITS
 from moetuner.files import same_file
+from moetuner.report.page import check_libraries
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -39,10 +42,16 @@ def _claim(
 
 
 class InFile(click.Path):
-    """A file to read, which no option of the same command may write."""
+    """A file to read, which no option of the same command may write.
 
-    def __init__(self) -> None:
-        super().__init__(exists=True, dir_okay=False, path_type=Path)
+    Parameters
+    ----------
+    folders
+        Whether it may be a folder, too.
+    """
+
+    def __init__(self, *, folders: bool = False) -> None:
+        super().__init__(exists=True, dir_okay=folders, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path, and remember that it is read."""
@@ -95,7 +104,70 @@ class Number(click.FloatRange):
         return number
 
 
+def parse_layers(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """Read numbers of layers and ranges of them, both ends included; "none" for none of them."""
+    if value is None or value == "none":
+        return None if value is None else ()
+    found: set[int] = set()
+    for part in value.split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip(), re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise click.BadParameter(f"must be numbers as in 0-2,5, or none, got '{value:.60}'")
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+def as_options(text: str) -> str:
+    """Write the arguments that a message names as the options that give them."""
+    return ARGUMENTS.sub(lambda found: "--" + found[0].replace("_", "-"), text)
+
+
+ARGUMENTS = re.compile(
+    r"(?<!-)\b(slots_per_device|extra_slots|router_groups|hidden_layers|dense_layers|num_experts|"
+    r"top_k)\b"
+)
 IN_FILE = InFile()
+
+
+class Grouped(click.Command):
+    """A command whose help has options in groups, those that a newcomer needs first.
+
+    Parameters
+    ----------
+    groups
+        Names of options by the title of their group, in the order of help; what is in none comes
+        last.
+    """
+
+    def __init__(self, *arguments: Any, groups: Mapping[str, str], **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.groups = {title: names.split() for title, names in groups.items()}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for every group."""
+        left: dict[str, tuple[str, str]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                left[max(parameter.opts, key=len)] = record
+        for title, names in self.groups.items():
+            mine = [left.pop(name) for name in names]
+            with formatter.section(title):
+                formatter.write_dl(mine)
+        with formatter.section("Other"):
+            formatter.write_dl(list(left.values()))
+
+
+def meant(value: str, known: Iterable[str]) -> str:
+    """Return a question for what is probably meant; empty if nothing comes near."""
+    near = difflib.get_close_matches(value, list(known), n=1)
+    return f". Did you mean {near[0]}?" if near else ""
+
+
+IN_INPUT = InFile(folders=True)
 
 
 def together(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
@@ -137,6 +209,18 @@ def gathered(
     return decorate
 
 
+def needs_report(
+    context: click.Context, parameter: click.Parameter, value: Path | None
+) -> Path | None:
+    """Refuse a report before any work where its libraries are missing."""
+    if value is not None:
+        try:
+            check_libraries()
+        except ImportError as error:
+            raise click.UsageError(f"{error}.") from None
+    return value
+
+
 time_limit_option = click.option(
     "--time-limit",
     type=Number(min=0),
@@ -156,13 +240,34 @@ threads_option = click.option(
     metavar="N",
     help="All cores by default; the answer does not depend on it.",
 )
+top_k_option = click.option(
+    "--top-k",
+    type=click.IntRange(1, 65536),
+    metavar="K",
+    help="Experts per token and layer, where nothing recorded says it (SGLang's responses).",
+)
+hidden_layers_option = click.option(
+    "--hidden-layers",
+    type=click.IntRange(1, 65536),
+    metavar="N",
+    help="Layers of the model, dense ones included.",
+)
+dense_layers_option = click.option(
+    "--dense-layers",
+    callback=parse_layers,
+    metavar="A-B,C,...|none",
+    help="Hidden layers without experts, where an engine counts them too.",
+)
+HOW_SPLIT = (
+    "Which of an expert's copies serves a token: by hash (vLLM), the nearest (SGLang), or in "
+    "turns (TensorRT-LLM)."
+)
 split_option = click.option(
     "--split",
     type=click.Choice(SPLITS),
     default="even",
     show_default=True,
-    help="Which of an expert's copies serves a token: by hash (vLLM), the nearest (SGLang), or in "
-    "turns (TensorRT-LLM).",
+    help=HOW_SPLIT,
 )
 json_option = click.option(
     "--json",
@@ -170,4 +275,12 @@ json_option = click.option(
     type=OutFile(standard_output=True),
     metavar="FILE",
     help='Write everything as JSON too; "-" for standard output, then nothing else goes there.',
+)
+report_option = click.option(
+    "--report",
+    "report_file",
+    type=OutFile(".html"),
+    metavar="FILE.html",
+    callback=needs_report,
+    help="Write one page for people, which opens offline.",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from moetuner.cli.options.traffic import Traffic
 from moetuner.cost import DEFAULT_GPU, CostModel, cost_model_of
 from moetuner.presets import GPUS, MACHINES
 from moetuner.topology import Topology
+
+# Where the context keeps what --topology was given.
+GIVEN = f"{__name__}.topology"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,14 @@ class Machine:
             )
         return self.machine
 
+    def words(self) -> str:
+        """Return the options that say the same."""
+        if self.machine is not None:
+            given = click.get_current_context().meta.get(GIVEN, self.machine.name)
+            return f"--topology {shlex.quote(str(given))}"
+        node = self.devices_per_node
+        return f"--devices {self.devices}" + (f" --devices-per-node {node}" if node else "")
+
 
 def parse_topology(
     context: click.Context, parameter: click.Parameter, value: str | None
@@ -47,6 +59,7 @@ def parse_topology(
     """Read a topology from a file, or make a common machine of the nodes behind its name."""
     if value is None:
         return None
+    context.meta[GIVEN] = value
     if Path(value).exists():
         options.claim(context, parameter, Path(value))
         return Topology.load(value)

@@ -14,7 +14,7 @@ from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.cells import percent
-from moetuner.solver import pareto
+from moetuner.solver import Trade, pareto
 from moetuner.topology import Topology
 
 # Devices up to which moves per pair are a table; with more, JSON has them.
@@ -119,8 +119,8 @@ def show_pareto(
     initial: Placement,
     moving: Moving,
     **how: Any,
-) -> list[dict[str, Any]]:
-    """Solve at several prices of a move, print what is not dominated, and give it for JSON."""
+) -> list[Trade]:
+    """Solve at several prices of a move, and print and return what is not dominated."""
     with working("weighing moves"):
         trades = pareto(problem, initial, expert_bytes=moving.each, **how)
     before, worth = trades[0].objective, Objective(problem)
@@ -136,7 +136,11 @@ def show_pareto(
             for trade in trades
         ],
     )
-    # Bytes are not known without the size of an expert.
+    return trades
+
+
+def told(trades: list[Trade], moving: Moving) -> list[dict[str, Any]]:
+    """Return trades for JSON; without the size of an expert there are no bytes to tell."""
     known = moving.expert_bytes is not None
     return [trade.to_dict() | ({} if known else {"bytes_moved": None}) for trade in trades]
 

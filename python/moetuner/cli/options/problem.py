@@ -12,6 +12,8 @@ from moetuner.cli import options
 from moetuner.cli.options.machine import cost_model_for, cost_model_option
 from moetuner.cli.options.traffic import Traffic, count
 from moetuner.cost import CostModel
+from moetuner.evaluation.copies import SPLITS
+from moetuner.formats.engines import ENGINES, engine_settings
 from moetuner.problem import Problem
 from moetuner.problem.objective import Goal, Objective
 from moetuner.statistics import RoutingStatistics
@@ -29,14 +31,16 @@ Value = TypeVar("Value")
 class Asked:
     """What was asked for."""
 
+    engine: str | None = None
+    router_groups: int | None = None
     objective: Any = None
     max_imbalance: float | None = None
     slots_per_device: int | tuple[int, ...] | None = None
     extra_slots: int | None = None
     regime: Any = None
     cost_model: CostModel | str | None = None
-    split: Any = "even"
-    arrival: Any = "bursts"
+    split: Any = None
+    arrival: Any = None
     risk: Any = "mean"
     groups: Any = None
     pinned: tuple[Rule, ...] = field(default=())
@@ -58,23 +62,78 @@ class Asked:
         cap = self.max_imbalance
         if cap is None and self.objective == "traffic":
             cap = CAP
+        by_engine = self._by_engine(statistics, topology)
+        regime = self.regime or by_engine.get("regime")
+        extra = None if by_engine else self.extra_slots
         return Problem(
             statistics,
             topology,
-            slots_per_device=self.slots_per_device,
-            regime=self.regime or _default_regime(statistics, self.objective, cap),
+            slots_per_device=by_engine.get("slots_per_device", self.slots_per_device),
+            regime=regime or _default_regime(statistics, self.objective, cap),
             max_imbalance=cap,
             objective=self.objective,
             cost_model=cost_model_for(self.cost_model, statistics),
-            split=self.split,
-            extra_slots=self.extra_slots,
-            arrival=self.arrival,
+            split=self.split or by_engine.get("split", "even"),
+            extra_slots=extra,
+            arrival=by_engine.get("arrival", "bursts") if self.arrival is None else self.arrival,
             risk=self.risk,
             groups=self.groups,
             pinned=self.pinned,
-            forbidden=self.forbidden,
-            fill_slots=self.fill_slots,
+            forbidden=(*self.forbidden, *by_engine.get("forbidden", ())),
+            fill_slots=self.fill_slots or by_engine.get("fill_slots", False),
         )
+
+    def _by_engine(self, statistics: RoutingStatistics, topology: Topology) -> dict[str, Any]:
+        if self.engine is None:
+            if self.router_groups is not None:
+                raise click.UsageError("'--router-groups' needs '--for', the engine.")
+            return {}
+        if self.router_groups is not None and not ENGINES[self.engine].keeps_groups:
+            raise click.UsageError(
+                f"'--router-groups' is for engines that renumber experts in the checkpoint; "
+                f"{ENGINES[self.engine].title} does not, and its groups may be divided."
+            )
+        try:
+            return engine_settings(
+                self.engine,
+                statistics,
+                topology,
+                slots_per_device=self.slots_per_device,  # type: ignore[arg-type]
+                extra_slots=self.extra_slots,
+                router_groups=self.router_groups,
+            )
+        except ValueError as error:
+            raise click.UsageError(f"'--for {self.engine}': {_as_options(str(error))}.") from None
+
+    def explain(self, problem: Problem) -> str:
+        """Write in a line what ``--for`` has set, and what it left as the user set it."""
+        if self.engine is None:
+            return ""
+        of = ENGINES[self.engine]
+        parts = {
+            "regime": (self.regime, f"regime {problem.regime}"),
+            "split": (self.split, f"split {problem.split}"),
+            "arrival": (self.arrival, f"arrival {problem.arrival}"),
+        }
+        if not of.may_copy:
+            del parts["split"]
+        elif self.split is None:
+            parts["split"] = (None, f"split {problem.split} ({of.how_split})")
+        made = [text for given, text in parts.values() if given is None]
+        full = "full " if problem.fill_slots else ""
+        total = problem.slots * problem.devices
+        made.append(f"{problem.slots} {full}slots on every device in every layer")
+        if of.may_copy:
+            made[-1] += f" ({total} slots, {total - problem.experts} of them redundant)"
+        if self.router_groups is not None:
+            made.append(f"{self.router_groups} groups of the router whole")
+        yours = [text for given, text in parts.values() if given is not None]
+        line = f"For {of.title}: {', '.join(made)}"
+        return line + (f"; as you said: {', '.join(yours)}." if yours else ".")
+
+
+def _as_options(text: str) -> str:
+    return options.as_options(text).replace("devices must", "--devices must")
 
 
 def _default_regime(
@@ -176,6 +235,20 @@ problem_options = options.gathered(
     Asked,
     [
         click.option(
+            "--for",
+            "engine",
+            type=click.Choice(list(ENGINES)),
+            help="Engine that will load the placement: what it does is set, where other options do "
+            "not say it: regime, split, arrival, equal slots and all of them full.",
+        ),
+        click.option(
+            "--router-groups",
+            type=click.IntRange(1, 65536),
+            metavar="N",
+            help="Groups that the router chooses among first (n_group), to be kept whole by an "
+            "engine that renumbers experts in its checkpoint.",
+        ),
+        click.option(
             "--objective",
             type=click.Choice(get_args(Goal)),
             help="What to make small: predicted time of a layer, max / mean load, or traffic "
@@ -210,17 +283,19 @@ problem_options = options.gathered(
             "(follow, the default for traffic where INPUT has counts of transitions alone).",
         ),
         cost_model_option,
-        options.split_option,
+        click.option(
+            "--split",
+            type=click.Choice(SPLITS),
+            help=f"{options.HOW_SPLIT}  [default: even, or the engine's]",
+        ),
         click.option(
             "--arrival",
-            default="bursts",
-            show_default=True,
             callback=_parsed(
                 _number_or("bursts", "mixed"), "bursts, mixed, or the weight of mixed from 0 to 1"
             ),
             metavar="bursts|mixed|W",
             help="Windows as recorded, of many sequences at once, or both with the weight of "
-            "mixed ones.",
+            "mixed ones.  [default: bursts, or the engine's]",
         ),
         click.option(
             "--risk",

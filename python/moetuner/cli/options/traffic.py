@@ -13,6 +13,7 @@ from moetuner.cli import options
 from moetuner.cli.output import working
 from moetuner.files.text import name
 from moetuner.formats import open_input
+from moetuner.formats.pieces import layers_left_out
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -22,10 +23,10 @@ Traffic = RoutingTrace | RoutingStatistics
 WINDOW = 512
 
 
-def read(path: Path, *, window: int | None = None, num_experts: int | None = None) -> Traffic:
-    """Open a trace, saved statistics or a load table."""
+def read(path: Path, **arguments: Any) -> Traffic:
+    """Open moetuner's own files or an engine's."""
     with working(f"reading {path}"):
-        return open_input(path, window=window, num_experts=num_experts)
+        return open_input(path, **arguments)
 
 
 def count(
@@ -84,7 +85,15 @@ def describe(path: Path, traffic: Traffic) -> str:
     if of["groups"]:
         parts.append(f"{len(of['groups'])} groups")
     model = f" of {name(of['model'])}" if of["model"] else ""
-    return f"{name(path.name)}: {of['kind']}{model}, {', '.join(parts)}"
+    line = f"{name(path.name)}: {of['kind']}{model}, {', '.join(parts)}"
+    left_out = layers_left_out(traffic.ids) if isinstance(traffic, RoutingTrace) else None
+    if left_out is not None:
+        hidden, dense = left_out
+        line += (
+            "\nLayers without experts are left out; as options of export: "
+            f"--hidden-layers {hidden} --dense-layers {','.join(map(str, dense))}"
+        )
+    return line
 
 
 @dataclass(frozen=True)
@@ -93,13 +102,23 @@ class Source:
 
     input_file: Path
     num_experts: int | None = None
+    top_k: int | None = None
+    hidden_layers: int | None = None
+    dense_layers: tuple[int, ...] | None = None
     window: int | None = None
     threads: int | None = None
 
     @cached_property
     def traffic(self) -> Traffic:
-        """The trace, saved statistics or load table."""
-        return read(self.input_file, window=self.window, num_experts=self.num_experts)
+        """What INPUT holds."""
+        return read(
+            self.input_file,
+            window=self.window,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            hidden_layers=self.hidden_layers,
+            dense_layers=self.dense_layers,
+        )
 
     @property
     def counted(self) -> int | None:
@@ -123,13 +142,16 @@ class Source:
 
 
 _input = (
-    click.argument("input_file", metavar="INPUT", type=options.IN_FILE),
+    click.argument("input_file", metavar="INPUT", type=options.IN_INPUT),
     click.option(
         "--num-experts",
         type=click.IntRange(1, 65536),
         metavar="E",
         help="Experts per layer, where INPUT does not say (.npy).",
     ),
+    options.top_k_option,
+    options.hidden_layers_option,
+    options.dense_layers_option,
 )
 _window = click.option(
     "--window",

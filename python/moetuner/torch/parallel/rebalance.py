@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,8 +23,7 @@ from moetuner._checks import (
     whole_number,
 )
 from moetuner.placement import EMPTY, Placement
-from moetuner.problem import Problem
-from moetuner.solver import solve
+from moetuner.solver.rebalancing import largest_move, rebalance
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.torch.parallel.layer import ExpertParallelMoE
@@ -133,12 +131,7 @@ def _free_bytes(device: torch.device, sharing: int) -> int | None:
     return None
 
 
-# Search steps of each start: the model waits meanwhile.
-ITERATIONS = 20_000
-# Largest share of a model's experts that one move brings to other devices, if nobody says more.
-LARGEST_MOVE = 0.25
 PATIENCE = 0.9  # what the time of a search is worth, one step without a search later
-FEW = 8  # copies that come to a device: never too many, in a small model
 
 
 class ComputeCost(Protocol):
@@ -223,7 +216,7 @@ class Rebalancer:
         experts or eight to a device. The layers that gain most by a copy move first; where a rank
         turns out to have no room, half of the layers move, and so on.
     seed
-        Of the solver.
+        Of how tokens are dealt to those held out.
     timeout
         Seconds to wait for a rank before a move is given up.
 
@@ -398,27 +391,24 @@ class Rebalancer:
             return _Plan(current, "a device has no memory for an expert that arrives")
         budget = self.move_budget
         if budget is None:
-            share = math.ceil(current.layers * current.num_experts * LARGEST_MOVE)
-            budget = min(room * current.devices, max(share, FEW * current.devices))
+            most_moved = largest_move(current.layers, current.num_experts, current.devices)
+            budget = min(room * current.devices, most_moved)
         budget = min(budget, current.slots.size)
-        # Counts are whole; a factor keeps what decay has left behind the point.
-        counts = np.rint(observed.learned * 64)
-        problem = Problem(
-            RoutingStatistics.from_load(counts),
-            self.topology,
-            slots_per_device=current.slots_per_device,
-            objective="balance",
-        )
+        learned = observed.learned
+        # A step in balance 1 is a device's mean load in every layer.
+        price = self._price(ideal) * float(learned.sum()) / current.devices
         while True:
-            target = solve(
-                problem,
-                "heuristic",
-                seed=self.seed,
-                iterations=ITERATIONS,
-                initial=current,
-                move_budget=budget,
-                move_cost=self._price(ideal),
-            ).placement
+            found = rebalance(
+                learned,
+                current.slots,
+                time=self.topology.time_of_device,
+                budget=budget,
+                dead_zone=self.dead_zone,
+                deviations=0.0,  # the gain is judged by counts that were held out
+                full=False,
+                price=price,
+            )
+            target = Placement(found.slots, num_experts=current.num_experts)
             plan, too_large = self._fitting(target, room)
             if plan.layers or not too_large or budget < 2:
                 return plan

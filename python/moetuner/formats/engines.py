@@ -1,0 +1,193 @@
+"""What engines do with a placement: one table, and the settings of ``Problem`` that follow from it.
+
+The facts were read from released code: vLLM 0.33, SGLang 0.5.23, TensorRT-LLM 1.2, vllm-ascend
+0.26, Megatron-Core 0.19, DeepSpeed 0.19, transformers 5.23. In all of them slots are contiguous
+blocks of one size: slot p of a layer is on device ``p // (P / D)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moetuner import router_groups as whole_groups
+from moetuner._checks import instance, one_of, whole_number
+from moetuner.evaluation.copies import Split
+from moetuner.statistics import RoutingStatistics
+from moetuner.topology import Regime, Topology
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine does, as far as a placement has to know it.
+
+    Parameters
+    ----------
+    title
+        Its name, for people.
+    split
+        Which copy of an expert serves a token.
+    how_split
+        That in words; empty where there are no copies.
+    arrival
+        How traffic arrives: mixed where requests are served, as recorded in training.
+    may_copy
+        Whether an expert may have several slots in a layer.
+    may_repeat
+        Whether two of them may be on one device.
+    keeps_groups
+        Whether experts are renumbered in the checkpoint, so that groups of the router must stay
+        whole.
+    regime
+        What moves: tokens fan out from their home device and come back, in all of them.
+    """
+
+    title: str
+    split: Split = "even"
+    how_split: str = ""
+    arrival: Literal["bursts", "mixed"] = "mixed"
+    may_copy: bool = True
+    may_repeat: bool = True
+    keeps_groups: bool = False
+    regime: Regime = "dispatch"
+
+
+ENGINES: dict[str, Engine] = {
+    "vllm": Engine("vLLM", "even", "by a hash of the token"),
+    "sglang": Engine("SGLang", "nearest", "the nearest, as static dispatch does", may_repeat=False),
+    "tensorrt-llm": Engine("TensorRT-LLM", "round_robin", "in turns"),
+    "vllm-ascend": Engine(
+        "vllm-ascend", "even", "one for each device, in turns over devices", may_repeat=False
+    ),
+    "megatron": Engine("Megatron-Core", arrival="bursts", may_copy=False, keeps_groups=True),
+    "deepspeed": Engine("DeepSpeed", arrival="bursts", may_copy=False, keeps_groups=True),
+    "transformers": Engine("transformers", arrival="bursts", may_copy=False, keeps_groups=True),
+}
+
+
+def engine_settings(
+    engine: str,
+    statistics: RoutingStatistics,
+    topology: Topology,
+    *,
+    slots_per_device: int | None = None,
+    extra_slots: int | None = None,
+    router_groups: int | None = None,
+) -> dict[str, Any]:
+    """Return the arguments of ``Problem`` that say what an engine does.
+
+    Parameters
+    ----------
+    engine
+        ``vllm``, ``sglang``, ``tensorrt-llm``, ``vllm-ascend``, ``megatron``, ``deepspeed`` or
+        ``transformers``.
+    statistics, topology
+        Those of the problem.
+    slots_per_device
+        Slots of a device in a layer; just enough by default.
+    extra_slots
+        Instead: slots beyond one for each expert, over all layers.
+    router_groups
+        Groups that the router chooses among first (``n_group`` of DeepSeek-V3), for engines that
+        take a placement as a renumbered checkpoint. No more than there are devices.
+
+    Raises
+    ------
+    ValueError
+        If the engine could not load a placement with these slots, or keep the groups whole; the
+        message says what would do.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
+    >>> settings = mt.engine_settings("vllm", statistics, mt.Topology(2), slots_per_device=3)
+    >>> problem = mt.Problem(statistics, mt.Topology(2), **settings)
+    >>> problem.split, problem.slots, problem.fill_slots
+    ('even', 3, True)
+    """
+    one_of("engine", engine, ENGINES)
+    instance("statistics", statistics, RoutingStatistics)
+    instance("topology", topology, Topology)
+    of = ENGINES[engine]
+    experts, devices = statistics.experts, topology.devices
+    slots = _slots(of, statistics, topology, slots_per_device, extra_slots)
+    found: dict[str, Any] = {
+        "regime": of.regime,
+        "split": of.split,
+        "arrival": of.arrival,
+        "slots_per_device": slots,
+        "fill_slots": of.may_copy,
+    }
+    if router_groups is not None and of.keeps_groups:
+        whole_number("router_groups", router_groups)
+        if devices % router_groups:
+            raise ValueError(
+                f"router_groups must divide {devices} devices, got {router_groups}: with fewer "
+                "devices than groups, place the groups themselves (moetuner.router_groups.merged)"
+            )
+        found["forbidden"] = whole_groups.forbidden(experts, router_groups, devices)
+    return found
+
+
+def _slots(
+    of: Engine,
+    statistics: RoutingStatistics,
+    topology: Topology,
+    slots_per_device: Any,
+    extra_slots: int | None,
+) -> int:
+    """Return the slots of every device in every layer."""
+    layers, experts, devices = statistics.layers, statistics.experts, topology.devices
+    fewest = -(-experts // devices)
+    if extra_slots is not None:
+        if slots_per_device is not None:
+            raise ValueError("slots_per_device and extra_slots cannot both be given")
+        whole_number("extra_slots", extra_slots, lowest=0)
+        step = layers * devices
+        total = layers * experts + extra_slots
+        if total % step:
+            around = (total // step * step, -(-total // step) * step)
+            fit = [str(n - layers * experts) for n in around if n >= layers * experts]
+            raise ValueError(
+                f"extra_slots must give every device as many slots in every layer, as {of.title} "
+                f"has them, got {extra_slots}: {' or '.join(fit)} would"
+            )
+        slots_per_device = total // step
+    if slots_per_device is None:
+        slots_per_device = topology.slots_per_device
+    if isinstance(slots_per_device, tuple | list):
+        if len(set(slots_per_device)) > 1:
+            raise ValueError(
+                f"slots_per_device must be the same on every device, as {of.title} has them, got "
+                f"{min(slots_per_device)} to {max(slots_per_device)}: {max(slots_per_device)} "
+                "on every device would do"
+            )
+        slots_per_device = slots_per_device[0]
+    each = (
+        fewest if slots_per_device is None else whole_number("slots_per_device", slots_per_device)
+    )
+    if each < fewest:
+        raise ValueError(
+            f"slots_per_device must be at least {fewest} for {experts} experts on {devices} "
+            f"devices, got {each}"
+        )
+    if of.may_copy:
+        if each > experts:
+            raise ValueError(
+                f"slots_per_device must be at most {experts}, one for each expert, got {each}"
+            )
+        return each
+    if experts % devices:
+        divisors = [n for n in range(1, experts + 1) if experts % n == 0]
+        near = {max(n for n in divisors if n < devices), *(n for n in divisors if n > devices)}
+        near = set(sorted(near)[:2])
+        raise ValueError(
+            f"devices must divide {experts} experts, as {of.title} has no copies of experts, got "
+            f"{devices}: {' or '.join(map(str, sorted(near)))} would"
+        )
+    if each != fewest:
+        raise ValueError(
+            f"slots_per_device must be {fewest}, as {of.title} has no copies of experts, got {each}"
+        )
+    return each

@@ -1,0 +1,106 @@
+"""What the user knows of the model and the engine, where a file does not say it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner._checks import (
+    DEVICE_LIMIT,
+    LAYER_LIMIT,
+    experts_in,
+    listed,
+    whole_number,
+)
+from moetuner.statistics import RoutingStatistics
+from moetuner.trace import RoutingTrace
+
+Traffic = RoutingTrace | RoutingStatistics
+
+
+@dataclass(frozen=True, eq=False)
+class Hints:
+    """What a file may leave out.
+
+    Parameters
+    ----------
+    num_experts
+        Experts per layer, E.
+    top_k
+        Experts per token and layer, K.
+    hidden_layers
+        Layers of the model, dense ones included.
+    dense_layers
+        Numbers of those hidden layers that have no experts; empty for none, None if not known.
+    devices
+        Devices, which engines call ranks, D.
+    running
+        Expert in every slot [L,P] of the placement that ran while an engine recorded, for those
+        that count slots instead of experts.
+    """
+
+    num_experts: int | None = None
+    top_k: int | None = None
+    hidden_layers: int | None = None
+    dense_layers: tuple[int, ...] | None = None
+    devices: int | None = None
+    running: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_experts is not None:
+            experts_in(self.num_experts)
+        for name, highest in (
+            ("top_k", 1 << 16),
+            ("hidden_layers", LAYER_LIMIT),
+            ("devices", DEVICE_LIMIT),
+        ):
+            value = getattr(self, name)
+            if value is not None:
+                whole_number(name, value, highest=highest)
+        if self.dense_layers is not None:
+            end = LAYER_LIMIT if self.hidden_layers is None else self.hidden_layers
+            dense = tuple(
+                whole_number("dense_layers", layer, lowest=0, highest=end - 1)
+                for layer in listed("dense_layers", self.dense_layers, "numbers")
+            )
+            object.__setattr__(self, "dense_layers", tuple(sorted(set(dense))))
+
+    def moe_layers(self, hidden: int) -> list[int] | None:
+        """Numbers of the layers with experts, of so many hidden ones; None if not known.
+
+        Raises
+        ------
+        ValueError
+            If the model has another number of layers, or none with experts.
+        """
+        if self.hidden_layers is not None and self.hidden_layers != hidden:
+            raise ValueError(
+                f"hidden_layers must be {hidden}, the layers that the file has, "
+                f"got {self.hidden_layers}"
+            )
+        if self.dense_layers is None:
+            return None
+        if self.dense_layers and self.dense_layers[-1] >= hidden:
+            raise ValueError(
+                f"dense_layers must be below {hidden}, the layers that the file has, "
+                f"got {self.dense_layers[-1]}"
+            )
+        found = sorted(set(range(hidden)) - set(self.dense_layers))
+        if not found:
+            raise ValueError(f"dense_layers must leave a layer with experts, got all {hidden}")
+        return found
+
+
+def files_in(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
+    """List the files that paths name: themselves, and those of folders that fit a pattern."""
+    return [
+        file
+        for path in paths
+        for file in (
+            sorted(f for f in path.glob(pattern) if f.is_file()) if path.is_dir() else [path]
+        )
+    ]

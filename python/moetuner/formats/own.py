@@ -1,0 +1,84 @@
+"""Moetuner's own files: a trace, saved statistics or a load table, in one of four containers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moetuner.files import Kind, kind_of
+from moetuner.files.contents import holds_statistics
+from moetuner.formats.hints import Hints, Traffic, files_in
+from moetuner.formats.layout import Layout
+from moetuner.placement import Placement
+from moetuner.statistics import RoutingStatistics
+from moetuner.trace import RoutingTrace
+
+KINDS: tuple[Kind, ...] = ("safetensors", "npz", "npy", "jsonl")
+
+
+def recogniser(kind: Kind) -> Callable[[Path], bool]:
+    """Make the function that tells whether a file is one of a kind."""
+
+    def recognises(path: Path) -> bool:
+        return path.is_file() and kind_of(path) == kind
+
+    return recognises
+
+
+def read(paths: Sequence[Path], hints: Hints) -> Traffic:
+    """Read files one after the other: traces, or counts.
+
+    Raises
+    ------
+    ValueError
+        If one is damaged, or they do not fit together.
+    """
+    found = [_read_one(path, hints) for path in files_in(paths)]
+    return found[0] if len(found) == 1 else join(found)
+
+
+def _read_one(path: Path, hints: Hints) -> Traffic:
+    if not holds_statistics(path):
+        return RoutingTrace.load(path, num_experts=hints.num_experts)
+    return RoutingStatistics.load(path)
+
+
+def join(parts: Sequence[Traffic]) -> Traffic:
+    """Join traces, one after the other, or add counts.
+
+    Raises
+    ------
+    ValueError
+        If there are both, or they are of other sizes.
+    """
+    traces = [part for part in parts if isinstance(part, RoutingTrace)]
+    counts = [part for part in parts if isinstance(part, RoutingStatistics)]
+    if traces and counts:
+        raise ValueError(
+            f"sources must all be traces or all be counts, got {len(traces)} and {len(counts)}: "
+            "tokens cannot be got back from counts"
+        )
+    return RoutingTrace.concat(traces) if traces else RoutingStatistics.sum(counts)
+
+
+def write_map(placement: Placement, path: Path, _: Hints) -> None:
+    """Write a placement as moetuner's JSON."""
+    placement.save(path)
+
+
+def recognises_map(path: Path) -> bool:
+    """Whether a file is a placement of moetuner."""
+    with path.open("rb") as file:
+        return b"moetuner.placement/" in file.read(200)
+
+
+def read_map(path: Path, _: Hints) -> Layout:
+    """Read moetuner's JSON."""
+    placement = Placement.load(path)
+    return Layout(
+        placement.slots.reshape(placement.layers, -1).astype(np.int64),
+        devices=placement.devices,
+        num_experts=placement.num_experts,
+    )

@@ -1,0 +1,155 @@
+"""JSON of others: one value, a list of them or one per line, read value by value.
+
+Text is taken as Latin-1: everything that is wanted of it is ASCII, and so every letter is one byte
+of the file, wherever it stands.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moetuner.files import size_of
+
+LONGEST = 1 << 29
+CHUNK = 1 << 22
+HEAD = 1 << 20
+MARK = "\xef\xbb\xbf"
+# Server-sent events, as streaming servers write them.
+EVENT = "data:"
+BETWEEN = ("event:", ":", "id:", "retry:")
+
+
+@dataclass(frozen=True)
+class Record:
+    """An object of a file.
+
+    Parameters
+    ----------
+    fields
+        What it says.
+    text, start
+        Its text, and where that begins in the file.
+    where
+        Which it is, for messages.
+    """
+
+    fields: dict[str, Any]
+    text: str
+    start: int
+    where: str
+
+    def find(self, value: str) -> int | None:
+        """First byte in the file of a text that the object holds; None if it is written otherwise.
+
+        Where it is there several times, any of them will do.
+        """
+        at = -1
+        # By its beginning first: a long text is not searched for, only compared.
+        while (at := self.text.find(value[:128], at + 1)) >= 0:
+            if self.text.startswith(value, at):
+                return self.start + at
+        return None
+
+
+def head(path: Path, size: int = HEAD) -> bytes:
+    """Read the beginning of a file; empty for a folder."""
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        return file.read(size)
+
+
+def looks_like_json(start: bytes) -> bool:
+    """Whether text begins as an object, a list or an event does."""
+    start = start[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
+    return start[:1] in (b"{", b"[") or start.startswith(EVENT.encode())
+
+
+def records(path: Path) -> Iterator[Record]:
+    """Read the objects of a file in order.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, is cut off, or has a value that is no object.
+    """
+    size_of(path)
+    if head(path, 64).decode("latin-1").removeprefix(MARK).lstrip()[:1] == "[":
+        yield from _listed(path)
+        return
+    first = True
+    with path.open("rb") as file:
+        number, start = 0, 0
+        while line := file.readline(LONGEST + 1):
+            number += 1
+            where = f"line {number}"
+            if len(line) > LONGEST:
+                raise ValueError(f"{where}: must have at most {LONGEST} bytes")
+            text = line.decode("latin-1")
+            begin = start
+            start += len(line)
+            bare = text
+            if text[:1] != "{":  # no copy is made of a long line that needs none
+                bare = text.removeprefix(MARK).lstrip().removeprefix(EVENT).strip()
+                if not bare or bare == "[DONE]" or bare.startswith(BETWEEN):
+                    continue
+            if first:
+                first = False
+                try:
+                    fields = json.loads(bare)
+                except (ValueError, RecursionError):
+                    # One value over several lines.
+                    file.seek(0)
+                    text = file.read(LONGEST + 1).decode("latin-1")
+                    if len(text) > LONGEST:
+                        raise ValueError(f"must have at most {LONGEST} bytes a value") from None
+                    yield _record(_parsed(text.removeprefix(MARK), where), text, 0, "response")
+                    return
+            else:
+                fields = _parsed(bare, where)
+            yield _record(fields, text, begin, where)
+
+
+def _listed(path: Path) -> Iterator[Record]:
+    """Read the objects of a list, as many bytes at once as the longest of them needs."""
+    decoder = json.JSONDecoder()
+    with path.open("rb") as file:
+        buffer = file.read(CHUNK).decode("latin-1")
+        at = buffer.index("[") + 1
+        start, number, chunk = 0, 0, CHUNK
+        while True:
+            while at < len(buffer) and buffer[at] in " \t\r\n,":
+                at += 1
+            where = f"response {number}"
+            if at < len(buffer) and buffer[at] == "]":
+                return
+            try:
+                fields, end = decoder.raw_decode(buffer, at)
+            except RecursionError:
+                raise ValueError(f"{where}: must be JSON: nested too deeply") from None
+            except ValueError as error:
+                more = file.read(chunk).decode("latin-1")
+                if not more or len(buffer) - at > LONGEST:
+                    raise ValueError(f"{where}: must be JSON: {error}") from None
+                start, buffer, at = start + at, buffer[at:] + more, 0
+                chunk = min(2 * chunk, LONGEST)
+                continue
+            yield _record(fields, buffer[at:end], start + at, where)
+            number, at, chunk = number + 1, end, CHUNK
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: must be JSON: {error}") from None
+
+
+def _record(fields: Any, text: str, start: int, where: str) -> Record:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: must be a JSON object, got {type(fields).__name__}")
+    return Record(fields, text, start, where)

@@ -1,0 +1,231 @@
+"""vllm-ascend's own balancer: the workloads that its policies get, and its expert map.
+
+A policy gets ``expert_workload`` [L,D,S] (FlashLB: [W,L,D,S]), tokens by slot, and
+``current_expert_table`` [L,D,S], the expert in each of them
+(``eplb/core/policy/policy_abstract.py`` of 0.26.0rc1). Read are an ``.npz`` or ``.pt`` with both
+by these names, or a workload (``.npy``, ``.pt``) of slots together with the expert map, or one of
+experts [L,E], as ``examples/eplb/eplb_strategy.py`` takes it.
+
+``expert_map_path`` names a JSON file of MoE layers only, every device's experts in slot order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.files import naming, npz, read_whole, replacing, safetensors
+from moetuner.formats import pickled
+from moetuner.formats.hints import Hints
+from moetuner.formats.layout import Layout
+from moetuner.formats.records import head
+from moetuner.formats.slots import by_expert
+from moetuner.placement import Placement
+from moetuner.statistics import RoutingStatistics
+
+LOADS = ("expert_workload", "moe_load", "workload")
+TABLES = ("current_expert_table", "expert_table", "table")
+
+
+def recognises(path: Path) -> bool:
+    """Whether a file is a workload with its table, a bare tensor, or an expert map."""
+    start = head(path, 4096)
+    if start.startswith(b"PK"):
+        if pickled.is_pickled(path):
+            content = pickled.load(path)
+            named = isinstance(content, dict) and any(name in content for name in LOADS)
+            return named or isinstance(content, pickled.Tensor)
+        with naming(path):
+            names = npz.names_in_npz(path)
+        return any(name in names for name in LOADS) and any(name in names for name in TABLES)
+    return b'"moe_layer_count"' in start
+
+
+def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
+    """Read workloads, with the table of one of the files where they are of slots.
+
+    Raises
+    ------
+    ValueError
+        If a table is missing, or workload and table do not fit together.
+    """
+    loads: list[tuple[Path, NDArray[Any]]] = []
+    table = hints.running
+    for path in paths:
+        with naming(path):
+            load, found = _read(path, hints)
+        if load is not None:
+            loads.append((path, load))
+        table = table if found is None else found
+    if not loads:
+        raise ValueError(f"{paths[0]}: is an expert map; a workload is needed beside it")
+    parts = []
+    for path, load in loads:
+        with naming(path):
+            if load.ndim != 2:
+                load = _by_expert(load, table, hints.num_experts)
+            elif hints.num_experts not in (None, load.shape[1]):
+                raise ValueError(
+                    f"workload must be [layers, {hints.num_experts}], got {list(load.shape)}"
+                )
+            parts.append(RoutingStatistics.from_load(load))
+    return RoutingStatistics.sum(parts)
+
+
+def _read(path: Path, hints: Hints) -> tuple[NDArray[Any] | None, NDArray[np.int64] | None]:
+    """Workload and table of a file, as far as it has them."""
+    start = head(path, 6)
+    if start.startswith(b"PK"):
+        if pickled.is_pickled(path):
+            content = pickled.load(path)
+            if isinstance(content, pickled.Tensor):
+                return content.array(), None
+            arrays = {
+                name: value.array()
+                for name, value in (content.items() if isinstance(content, dict) else ())
+                if isinstance(value, pickled.Tensor)
+            }
+        else:
+            arrays = npz.read_npz(path, (*LOADS, *TABLES))
+        load = next((arrays[name] for name in LOADS if name in arrays), None)
+        if load is None:
+            raise ValueError(f"must hold {LOADS[0]!r}")
+        table = next((arrays[name] for name in TABLES if name in arrays), None)
+        return load, None if table is None else _integers("table", table)
+    if start == npz.MAGIC:
+        with path.open("rb") as file:
+            place, fortran = npz.read_npy_header(file)
+        shape = place.shape[::-1] if fortran else place.shape
+        array = safetensors.read(path, type(place)(place.dtype, shape, place.offset))
+        return array.transpose() if fortran else array, None
+    layout = read_map(path, hints)
+    devices = layout.devices or 1
+    return None, layout.experts.reshape(len(layout.experts), devices, -1)
+
+
+def _integers(name: str, array: NDArray[Any]) -> NDArray[np.int64]:
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers, got {array.dtype} {list(array.shape)}")
+    return array.astype(np.int64)
+
+
+def _by_expert(
+    load: NDArray[Any], table: NDArray[np.int64] | None, experts: int | None
+) -> NDArray[np.int64]:
+    """Add the tokens of slots [W,L,D,S] or [L,D,S] by expert [W,L,E]."""
+    if load.ndim not in (3, 4) or 0 in load.shape:
+        raise ValueError(
+            "workload must be [layers, experts], [layers, ranks, slots] or "
+            f"[stages, layers, ranks, slots], got {list(load.shape)}"
+        )
+    if table is None:
+        raise ValueError(
+            "workload counts slots: the expert map that ran is needed, as another source or "
+            f"as {TABLES[0]} in the file"
+        )
+    if table.shape == (load.shape[-3], load.shape[-2] * load.shape[-1]):
+        table = table.reshape(load.shape[-3:])
+    if table.shape != load.shape[-3:]:
+        raise ValueError(
+            f"table must be {list(load.shape[-3:])} like the workload, got {list(table.shape)}"
+        )
+    if load.dtype.kind == "f" and not np.array_equal(load, np.floor(load)):
+        raise ValueError("workload must be whole numbers of tokens")
+    if load.dtype.kind not in "iuf" or not (load >= 0).all() or not (load < 1 << 48).all():
+        raise ValueError(f"workload must be counts from 0 to 2**48, got {load.dtype}")
+    stages = load.astype(np.int64).reshape(-1, len(table), table[0].size)
+    return by_expert(stages, table.reshape(len(table), -1), experts)
+
+
+def write_map(placement: Placement, path: Path, _: Hints) -> None:
+    """Write the expert map.
+
+    Raises
+    ------
+    ValueError
+        If a slot is empty: all devices must have lists of one length.
+    """
+    empty = np.argwhere(placement.slots < 0)
+    if empty.size:
+        layer, device, slot = empty[0]
+        raise ValueError(
+            f"layer {layer}, device {device}: slot {slot} is empty, and vllm-ascend fills every "
+            'slot: "moetuner solve --fill-slots" does'
+        )
+    layers = [
+        {
+            "layer_id": layer,
+            "device_count": placement.devices,
+            "device_list": [
+                {"device_id": device, "device_expert": experts}
+                for device, experts in enumerate(devices)
+            ],
+        }
+        for layer, devices in enumerate(placement.slots.tolist())
+    ]
+    with replacing(path) as temporary:
+        fields = {"moe_layer_count": placement.layers, "layer_list": layers}
+        temporary.write_text(json.dumps(fields) + "\n")
+
+
+def recognises_map(path: Path) -> bool:
+    """Whether a file is such a map."""
+    return b'"moe_layer_count"' in head(path, 4096)
+
+
+def read_map(path: Path, _: Hints) -> Layout:
+    """Read the expert map.
+
+    Raises
+    ------
+    ValueError
+        If layers or devices are missing, or their lists differ in length.
+    """
+    with naming(path):
+        fields = json.loads(read_whole(path))
+        layers = _member("the file", fields, "layer_list", list)
+        if _member("the file", fields, "moe_layer_count", int) != len(layers):
+            raise ValueError(
+                f"moe_layer_count must be {len(layers)}, the length of layer_list, "
+                f"got {fields['moe_layer_count']}"
+            )
+        rows, devices = [], 0
+        for at, layer in enumerate(_in_order("layer_list", layers, "layer_id")):
+            held = _member(f"layer {at}", layer, "device_list", list)
+            if _member(f"layer {at}", layer, "device_count", int) != len(held):
+                raise ValueError(f"layer {at}: device_count must be {len(held)}")
+            devices = devices or len(held)
+            lists = [
+                _member(f"layer {at}, device {number}", device, "device_expert", list)
+                for number, device in enumerate(
+                    _in_order(f"layer {at}: device_list", held, "device_id")
+                )
+            ]
+            if len(held) != devices or len({len(experts) for experts in lists}) != 1:
+                raise ValueError(
+                    f"layer {at}: must have {devices} devices with as many experts each, got "
+                    f"{[len(experts) for experts in lists][:16]}"
+                )
+            rows.append([expert for experts in lists for expert in experts])
+        return Layout.of(rows, devices=devices)
+
+
+def _member(where: str, fields: object, key: str, kind: type) -> Any:
+    value = fields.get(key) if isinstance(fields, dict) else None
+    if type(value) is not kind:
+        word = {list: "a list", int: "an integer"}[kind]
+        raise ValueError(f"{where}: {key} must be {word}, got {value!r:.40}")
+    return value
+
+
+def _in_order(where: str, members: list[Any], key: str) -> list[Any]:
+    """Members by their number; each from 0 must be there once."""
+    numbers = [_member(where, member, key, int) for member in members]
+    if sorted(numbers) != list(range(len(members))):
+        raise ValueError(f"{where}: {key} must be 0 to {len(members) - 1}, each once")
+    return [members[numbers.index(number)] for number in range(len(members))]

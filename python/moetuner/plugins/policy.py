@@ -1,0 +1,571 @@
+"""The policy of all engines: loads and the running map in, the map to be out.
+
+Every rank decides for itself on the same loads, and then exchanges weights with others, so the
+answer is a function of the arguments, the environment and the files that it names, alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moetuner._checks import array_in, at_least, is_number, numbers_in, shown, whole_number
+from moetuner.formats import open_input
+from moetuner.placement import EMPTY, Placement, kept
+from moetuner.plugins.recorder import LoadRecorder
+from moetuner.solver.rebalancing import (
+    DEAD_ZONE,
+    DEVIATIONS,
+    Pairs,
+    Rebalanced,
+    largest_move,
+    rebalance,
+)
+from moetuner.statistics import RoutingStatistics
+from moetuner.trace import RoutingTrace
+
+Slots = NDArray[np.int32]
+
+PREFIX = "MOETUNER_"
+# Slowest rank that whole groups on nodes may cost, as a part of what it takes without.
+GROUP_SLACK = 0.1
+# Time of a token's visit of a rank, as a part of what an expert takes for a token.
+TRAFFIC = 0.2
+# Windows that a decision looks at.
+MOST_WINDOWS = 64
+
+
+def rebalance_experts(
+    weight: ArrayLike,
+    num_replicas: int,
+    num_groups: int | None,
+    num_nodes: int,
+    num_ranks: int,
+    old_map: ArrayLike | None = None,
+    *,
+    budget: int | None = None,
+    dead_zone: float = DEAD_ZONE,
+    deviations: float = DEVIATIONS,
+    group_slack: float = GROUP_SLACK,
+    profile: RoutingStatistics | None = None,
+    traffic: float = TRAFFIC,
+) -> NDArray[np.int64]:
+    """Return the expert of every slot [L,P] for live loads, as engines ask for it.
+
+    The answer is a function of the arguments alone, on every rank. No rank gets two copies of an
+    expert, unless it has more slots than there are experts. What stays on a rank keeps its slot.
+
+    Parameters
+    ----------
+    weight
+        Tokens per expert [L,E], or in windows [W,L,E], in whatever unit.
+    num_replicas
+        Slots of a layer, P: as many on every rank.
+    num_groups
+        Groups of experts that the router chooses among; None or 1 where it does not.
+    num_nodes
+        Nodes of ``num_ranks / num_nodes`` ranks. Where they divide the groups, every group stays on
+        one node in layers where that costs little balance.
+    num_ranks
+        Ranks: slot p is on rank ``p // (P / num_ranks)``.
+    old_map
+        Experts in the slots now [L,P]; -1 is an empty slot. Of another width, ranks were added or
+        left at the end. By default nothing is anywhere yet.
+    budget
+        Copies that come to a rank at most; by default a quarter of all experts, or 8 for a rank.
+    dead_zone
+        A layer stays as it is unless its slowest rank gains more than this share of its time,
+    deviations
+        and more than so many standard deviations of counts as large.
+    group_slack
+        By what share the slowest rank may take longer where groups stay whole.
+    profile
+        Statistics with co-activation, of traffic like this: then a token's visits count as well.
+    traffic
+        Time of a token's visit of a rank, as a part of what an expert takes for a token.
+
+    Raises
+    ------
+    ValueError
+        If sizes do not fit one another, or a load makes no sense.
+
+    Examples
+    --------
+    >>> from moetuner.plugins import rebalance_experts
+    >>> rebalance_experts([[8, 1, 1, 2]], 6, None, 1, 2).tolist()
+    [[0, 3, 1, 0, 2, 3]]
+    """
+    case = _Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map)
+    rules = Rules(budget, dead_zone, deviations, group_slack, traffic)
+    return case.map_of(case.rebalanced(rules, profile).slots)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How far live loads change what runs; as the arguments of ``rebalance_experts``."""
+
+    budget: int | None = None
+    dead_zone: float = DEAD_ZONE
+    deviations: float = DEVIATIONS
+    group_slack: float = GROUP_SLACK
+    traffic: float = TRAFFIC
+
+    def __post_init__(self) -> None:
+        if self.budget is not None:
+            at_least("budget", self.budget, 0)
+        for name in ("dead_zone", "deviations", "group_slack", "traffic"):
+            at_least(name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What an engine asks, checked: loads [W,L,E], the slots that run [L,D,S], groups and nodes."""
+
+    windows: NDArray[np.float64]
+    slots: Slots
+    runs: bool
+    groups: int
+    nodes: int
+
+    @classmethod
+    def of(
+        cls,
+        weight: ArrayLike,
+        num_replicas: int,
+        num_groups: int | None,
+        num_nodes: int,
+        num_ranks: int,
+        old_map: ArrayLike | None,
+    ) -> _Case:
+        windows = numbers_in("weight", few_windows(array_in("weight", weight)))
+        if not (np.isfinite(windows).all() and (windows >= 0).all()):
+            raise ValueError("weight must be finite and at least 0")
+        whole_number("num_replicas", num_replicas)
+        whole_number("num_ranks", num_ranks)
+        whole_number("num_nodes", num_nodes)
+        _, layers, experts = windows.shape
+        if num_replicas % num_ranks or num_replicas < experts:
+            raise ValueError(
+                f"num_replicas must be a multiple of num_ranks ({num_ranks}) and at least the "
+                f"{experts} experts, got {num_replicas}"
+            )
+        shape = (layers, num_ranks, num_replicas // num_ranks)
+        slots = _running(old_map, shape, experts)
+        groups = 1 if num_groups is None else int(num_groups)
+        whole = num_ranks % num_nodes == 0 and groups % num_nodes == 0 and experts % groups == 0
+        nodes = num_nodes if whole and groups > 1 else 1
+        return cls(windows, slots, bool((slots >= 0).any()), groups, nodes)
+
+    @property
+    def load(self) -> NDArray[np.float64]:
+        """Tokens over all windows [L,E]."""
+        total: NDArray[np.float64] = self.windows.sum(axis=0)
+        return total
+
+    @property
+    def experts(self) -> int:
+        return int(self.windows.shape[2])
+
+    def map_of(self, slots: Slots) -> NDArray[np.int64]:
+        """Turn slots [L,D,S] into what engines take [L,P], with no slot empty."""
+        full = slots.reshape(len(slots), -1).astype(np.int64)
+        old, width = self.slots.reshape(full.shape), slots.shape[2]
+        for layer, slot in np.argwhere(full == EMPTY):
+            # The rank holds all experts that it may already: what was there, or else the one with
+            # the fewest copies there, before those that had a slot of theirs.
+            row = slice(slot // width * width, slot // width * width + width)
+            here = full[layer, row]
+            copies = np.bincount(here[here >= 0], minlength=self.experts)
+            was = old[layer, slot]
+            if was == EMPTY or copies[was]:
+                had = np.isin(np.arange(self.experts), old[layer, row])
+                was = np.lexsort((had, copies))[0]
+            full[layer, slot] = was
+        return full
+
+    def rebalanced(self, rules: Rules, profile: RoutingStatistics | None = None) -> Rebalanced:
+        """Relieve the slowest ranks, and keep together what a profile has seen together."""
+        layers, ranks, _ = self.slots.shape
+        budget = rules.budget
+        if budget is None:
+            budget = largest_move(layers, self.experts, ranks)
+        load = self.load
+        pairs = None if profile is None else self.pairs_of(profile, rules.traffic)
+        free = _rebalance(self.windows, self.slots, budget, rules, pairs)
+        if self.nodes == 1:
+            return free
+        # Groups stay whole on nodes, where that costs little.
+        forbidden = _elsewhere(load, self.slots, self.groups, self.nodes)
+        whole = _rebalance(self.windows, self.slots, budget, rules, pairs, forbidden)
+        cheap = whole.after <= free.after * (1 + rules.group_slack)
+        if self.runs:
+            # What runs well in parts stays, and so does what would take more moves than allowed.
+            parted = np.take_along_axis(
+                forbidden, np.maximum(self.slots, 0).transpose(0, 2, 1).astype(np.int64), axis=1
+            )
+            parted &= (self.slots >= 0).transpose(0, 2, 1)
+            cheap &= (free.brought > 0) | ~parted.any(axis=(1, 2))
+            brought = np.where(cheap, whole.brought, 0).cumsum() + free.brought.sum()
+            cheap &= brought <= budget
+        better = cheap & load.any(axis=1)
+        return Rebalanced(
+            np.where(better[:, None, None], whole.slots, free.slots),
+            np.where(better, whole.before, free.before),
+            np.where(better, whole.after, free.after),
+            np.where(better, whole.brought, free.brought),
+        )
+
+    def pairs_of(self, profile: RoutingStatistics, traffic: float) -> Pairs:
+        """Return the pairs of a profile as they count for loads like these.
+
+        Raises
+        ------
+        ValueError
+            If the profile is of another model, or has no pairs.
+        """
+        if profile.coactivation is None:
+            raise ValueError("the profile has no co-activation: count it from a trace")
+        if profile.experts != self.experts:
+            raise ValueError(
+                f"the profile has {profile.experts} experts a layer, and the engine {self.experts}"
+            )
+        layers, ranks, _ = self.slots.shape
+        rows = self.rows_of(profile.layers, "the profile")
+        load, pairs = profile.total_load.sum(axis=1, dtype=np.float64), profile.coactivation
+        twice = pairs.sum(axis=(1, 2), dtype=np.float64)
+        # Of K experts on one rank instead of K, K (K - 1) / 2 pairs save K - 1 visits.
+        each = load / np.maximum(load + twice, 1.0)
+        live = self.load.sum(axis=1)[rows]
+        cost = np.zeros(layers)
+        cost[rows] = traffic * 2 * each / ranks * live / np.maximum(load, 1.0)
+        counts = np.zeros((layers, self.experts, self.experts), dtype=np.uint64)
+        counts[rows] = pairs
+        return Pairs(counts, cost)
+
+    def rows_of(self, layers: int, what: str) -> NDArray[np.intp]:
+        """Tell which of the engine's layers have experts, where some of its are dense.
+
+        Raises
+        ------
+        ValueError
+            If they are not as many as ``what`` has.
+        """
+        here = len(self.slots)
+        if layers == here:
+            return np.arange(here)
+        sparse = np.flatnonzero(self.load.any(axis=1))
+        if len(sparse) == layers:
+            return sparse
+        if sparse.size or here < layers:
+            raise ValueError(
+                f"{what} has {layers} layers, but the engine has {here}, of which {len(sparse)} "
+                "have load"
+            )
+        # Where there is no load to tell: dense layers come first in all models that have few.
+        return np.arange(here - layers, here)
+
+
+def _rebalance(
+    windows: NDArray[np.float64],
+    slots: Slots,
+    budget: int,
+    rules: Rules,
+    pairs: Pairs | None,
+    forbidden: NDArray[np.bool_] | None = None,
+) -> Rebalanced:
+    return rebalance(
+        windows,
+        slots,
+        time=np.ones(slots.shape[1]),
+        budget=budget,
+        dead_zone=rules.dead_zone,
+        deviations=rules.deviations,
+        forbidden=forbidden,
+        pairs=pairs,
+    )
+
+
+def few_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Return windows [W,L,E] of loads [L,E] or [W,L,E]: those with load, few enough to search on.
+
+    Neighbours are added up where there are more. Of loads that are all zero one window is left.
+
+    Raises
+    ------
+    ValueError
+        If they have another number of dimensions, or none of something.
+    """
+    windows = weight[None] if weight.ndim == 2 else weight
+    if windows.ndim != 3 or windows.size == 0:
+        raise ValueError(
+            "weight must be [layers, experts] or [windows, layers, experts], none of them zero, "
+            f"got {list(weight.shape)}"
+        )
+    used = windows[windows.any(axis=(1, 2))] if len(windows) > 1 else windows
+    if not len(used):
+        return windows[:1]
+    if len(used) <= MOST_WINDOWS:
+        return used
+    begin = np.arange(MOST_WINDOWS) * len(used) // MOST_WINDOWS
+    wide = np.float64 if used.dtype.kind == "f" else np.int64
+    joined: NDArray[np.generic] = np.add.reduceat(used, begin, axis=0, dtype=wide)
+    return joined
+
+
+def _running(old_map: ArrayLike | None, shape: tuple[int, int, int], experts: int) -> Slots:
+    """Return the slots that run [L,D,S] as ranks are now, -1 where there is nothing of use."""
+    layers, ranks, width = shape
+    slots = np.full((layers, ranks * width), EMPTY, dtype=np.int32)
+    if old_map is None:
+        return slots.reshape(shape)
+    old = np.asarray(old_map)
+    if old.ndim != 2 or len(old) != layers or old.dtype.kind not in "iu":
+        raise ValueError(
+            f"old_map must be integers [{layers}, slots], got {old.dtype} {list(old.shape)}"
+        )
+    # Ranks come and leave at the end, so slots that are left keep their numbers.
+    same = min(old.shape[1], ranks * width)
+    slots[:, :same] = np.where((old >= 0) & (old < experts), old, EMPTY)[:, :same]
+    return slots.reshape(shape)
+
+
+def _elsewhere(
+    load: NDArray[np.float64], slots: Slots, groups: int, nodes: int
+) -> NDArray[np.bool_]:
+    """Where experts are not to be [L,E,D]: outside the node of their group.
+
+    Every node gets as many groups: those of which it holds most, then the heaviest first to the
+    node with the least load.
+    """
+    layers, ranks, _ = slots.shape
+    experts = load.shape[1]
+    size = experts // groups
+    of_group = load.reshape(layers, groups, size).sum(axis=2)
+    group_of = np.where(slots >= 0, slots // size, groups)
+    node_of_rank = np.arange(ranks) // (ranks // nodes)
+    forbidden = np.ones((layers, experts, ranks), dtype=bool)
+    for layer in range(layers):
+        there = np.zeros((groups + 1, nodes), dtype=np.int64)
+        np.add.at(there, (group_of[layer], node_of_rank[:, None]), 1)
+        room = np.full(nodes, groups // nodes)
+        heavy = np.zeros(nodes)
+        for group in np.lexsort((-of_group[layer], -there[:groups].max(axis=1))):
+            node = int(np.lexsort((heavy, -there[group], room == 0))[0])
+            room[node] -= 1
+            heavy[node] += of_group[layer, group]
+            forbidden[layer, group * size : (group + 1) * size, node_of_rank == node] = False
+    return forbidden
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks of the plugins.
+
+    Parameters
+    ----------
+    placement
+        File of a placement to serve: ``MOETUNER_PLACEMENT``.
+    rebalance
+        Whether to follow live loads: ``MOETUNER_REBALANCE``.
+    profile
+        File of a trace, or of statistics with co-activation: ``MOETUNER_PROFILE``.
+    record
+        Folder for windows of load: ``MOETUNER_RECORD``.
+    rules
+        ``MOETUNER_MOVE_BUDGET``, ``MOETUNER_DEAD_ZONE``, ``MOETUNER_DEVIATIONS``,
+        ``MOETUNER_GROUP_SLACK`` and ``MOETUNER_TRAFFIC``.
+    """
+
+    placement: Path | None = None
+    rebalance: bool = False
+    profile: Path | None = None
+    record: Path | None = None
+    rules: Rules = Rules()
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str] | None = None) -> Settings | None:
+        """Read an environment, by default the process's; None if it asks nothing.
+
+        Raises
+        ------
+        ValueError
+            If a variable makes no sense; the message names it.
+        """
+        given = os.environ if environment is None else environment
+
+        def path(name: str) -> Path | None:
+            value = given.get(PREFIX + name, "")
+            return Path(value) if value else None
+
+        def number(name: str, default: float) -> float:
+            value = given.get(PREFIX + name, "")
+            if not value:
+                return default
+            try:
+                found = float(value)
+            except ValueError:
+                found = -1.0
+            if not (is_number(found) and 0 <= found < float("inf")):
+                raise ValueError(
+                    f"{PREFIX}{name} must be a number of at least 0, got {shown(value)}"
+                )
+            return found
+
+        switch = given.get(PREFIX + "REBALANCE", "0").strip().lower()
+        if switch not in ("", "0", "1", "true", "false", "on", "off"):
+            raise ValueError(f"{PREFIX}REBALANCE must be 0 or 1, got {shown(switch)}")
+        budget = number("MOVE_BUDGET", -1.0)
+        found = cls(
+            path("PLACEMENT"),
+            switch in ("1", "true", "on"),
+            path("PROFILE"),
+            path("RECORD"),
+            Rules(
+                None if budget < 0 else int(budget),
+                number("DEAD_ZONE", DEAD_ZONE),
+                number("DEVIATIONS", DEVIATIONS),
+                number("GROUP_SLACK", GROUP_SLACK),
+                number("TRAFFIC", TRAFFIC),
+            ),
+        )
+        return found if found.placement or found.rebalance or found.record else None
+
+
+class Policy:
+    """What the settings ask, call by call, for one engine.
+
+    Parameters
+    ----------
+    settings
+        What is asked.
+    log
+        Where decisions are said: one line each, at INFO on rank 0 and at DEBUG on others.
+    """
+
+    def __init__(self, settings: Settings, log: logging.Logger) -> None:
+        self.settings, self.log = settings, log
+        self._recorder = None if settings.record is None else LoadRecorder(settings.record)
+        self._failed: set[str] = set()
+
+    @property
+    def decides(self) -> bool:
+        """Whether maps are asked of it, not records alone."""
+        return self.settings.rebalance or self.settings.placement is not None
+
+    def decide(
+        self,
+        weight: ArrayLike,
+        num_replicas: int,
+        num_groups: int | None,
+        num_nodes: int,
+        num_ranks: int,
+        old_map: ArrayLike | None = None,
+        *,
+        rank: int = 0,
+    ) -> NDArray[np.int64]:
+        """Return the expert of every slot [L,P], and say so in one line.
+
+        Raises
+        ------
+        ValueError
+            If the engine's arguments make no sense, or the stored placement is of another model or
+            machine.
+        OSError
+            If a file cannot be read.
+        """
+        begin = time.perf_counter()
+        case = _Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map)
+        if self.settings.placement is not None:
+            slots = self._stored(case)
+            words = f"{self.settings.placement}"
+        else:
+            found = case.rebalanced(self.settings.rules, self._profile)
+            slots = found.slots
+            words = _said(case, found)
+        answer = case.map_of(slots)
+        self.log.log(
+            logging.INFO if rank == 0 else logging.DEBUG,
+            "moetuner: %s; map %08x of %d layers x %d slots on %d ranks, %.1f ms",
+            words,
+            zlib.crc32(answer.tobytes()),
+            *answer.shape,
+            num_ranks,
+            1e3 * (time.perf_counter() - begin),
+        )
+        return answer
+
+    def record(self, weight: ArrayLike, rank: int = 0) -> None:
+        """Keep windows of load [L,E] or [W,L,E], where that is asked for; never fails."""
+        if self._recorder is None or rank != 0:
+            return
+        try:
+            self._recorder.add(np.asarray(weight))
+        except (OSError, ValueError) as error:
+            self.failed("loads are not recorded", error)
+
+    def failed(self, what: str, error: BaseException) -> None:
+        """Warn of an error, once of each kind."""
+        kind = f"{what}: {error}"
+        if kind not in self._failed:
+            self._failed.add(kind)
+            self.log.warning("moetuner: %s: %s", what, " ".join(str(error).split()))
+
+    @cached_property
+    def _placement(self) -> Placement:
+        assert self.settings.placement is not None
+        return Placement.load(self.settings.placement).filled()
+
+    @cached_property
+    def _profile(self) -> RoutingStatistics | None:
+        if self.settings.profile is None:
+            return None
+        found = open_input(self.settings.profile)
+        if isinstance(found, RoutingTrace):
+            found = RoutingStatistics.from_trace(found, transitions=False)
+        return found
+
+    def _stored(self, case: _Case) -> Slots:
+        """Return the stored placement, what stays on a rank in the slot that it has."""
+        placement = self._placement
+        layers, ranks, width = case.slots.shape
+        asked = (ranks, width, case.experts)
+        stored = (placement.devices, placement.slots_per_device, placement.num_experts)
+        if asked != stored:
+            raise ValueError(
+                f"{self.settings.placement}: {stored[0]} devices x {stored[1]} slots for "
+                f"{stored[2]} experts, but the engine has {asked[0]} ranks x {asked[1]} slots for "
+                f"{asked[2]} experts"
+            )
+        rows = case.rows_of(placement.layers, f"{self.settings.placement}: the placement")
+        slots = case.slots.copy()
+        if not case.runs:
+            # Layers without experts, which engines that count hidden layers have.
+            slots[:] = (np.arange(ranks * width) % case.experts).reshape(ranks, width)
+        slots[rows] = placement.slots
+        if not case.runs:
+            return slots
+        rooms = np.full((layers, ranks), width)
+        return kept(case.slots, slots, rooms)
+
+
+def _said(case: _Case, found: Rebalanced) -> str:
+    """Say what a decision changes, and what the slowest ranks gain by it."""
+    total = case.load.sum()
+    ranks = case.slots.shape[1]
+    if not total:
+        return "no load yet"
+    before, after = (float(of.sum()) * ranks / total for of in (found.before, found.after))
+    changed = int((found.slots != case.slots).any(axis=(1, 2)).sum())
+    return (
+        f"slowest rank {before:.3f} -> {after:.3f} of the mean, {changed} layers change, "
+        f"{int(found.brought.sum())} copies move"
+    )

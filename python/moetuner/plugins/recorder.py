@@ -1,0 +1,71 @@
+"""A load table of what a policy sees: a recording that needs no feature of the engine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.files import replacing
+
+# Windows of a model that are kept; beyond them neighbours are added up, two and two.
+MOST_WINDOWS = 256
+
+
+class LoadRecorder:
+    """Keeps windows of load in one file per process and model, ``load-PID-LxE.npz`` in a folder.
+
+    A file is a load table, ``load`` [W,L,E], as ``moetuner solve`` and ``RoutingStatistics.load``
+    read it. It is written anew, whole or not at all, whenever windows come.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._windows: dict[tuple[int, ...], NDArray[np.uint64]] = {}
+        # Windows of the engine that one window holds by now.
+        self._joined: dict[tuple[int, ...], int] = {}
+        self._open: dict[tuple[int, ...], tuple[NDArray[np.uint64], int]] = {}
+
+    def add(self, weight: NDArray[np.generic]) -> Path | None:
+        """Take windows [L,E] or [W,L,E]; empty ones are left out. Returns the file, if it changed.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        """
+        windows = weight[None] if weight.ndim == 2 else weight
+        if windows.ndim != 3:
+            raise ValueError(f"loads must be [layers, experts], got {list(weight.shape)}")
+        windows = windows[windows.any(axis=(1, 2))].astype(np.uint64)
+        if not len(windows):
+            return None
+        shape = windows.shape[1:]
+        for window in windows:
+            self._take(shape, window)
+        kept = self._windows.get(shape)
+        open_window, count = self._open[shape]
+        parts = [part for part in (kept, open_window[None] if count else None) if part is not None]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"load-{os.getpid()}-{shape[0]}x{shape[1]}.npz"
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            load = np.concatenate(parts)
+            np.savez(file, load=load.astype(np.min_scalar_type(load.max())))
+        return path
+
+    def _take(self, shape: tuple[int, ...], window: NDArray[np.uint64]) -> None:
+        joined = self._joined.setdefault(shape, 1)
+        now, count = self._open.get(shape, (np.zeros(shape, np.uint64), 0))
+        now, count = now + window, count + 1
+        if count < joined:
+            self._open[shape] = (now, count)
+            return
+        kept = self._windows.get(shape, np.zeros((0, *shape), np.uint64))
+        kept = np.concatenate([kept, now[None]])
+        if len(kept) == MOST_WINDOWS:
+            kept = kept[0::2] + kept[1::2]
+            self._joined[shape] = 2 * joined
+        self._windows[shape] = kept
+        self._open[shape] = (np.zeros(shape, np.uint64), 0)

@@ -1,0 +1,37 @@
+"""What engines' files share that needs torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.formats.eplb import eplb_maps
+from moetuner.placement import Placement
+
+
+def three_maps(slots: NDArray[np.int64], ranks: int, experts: int) -> tuple[Any, ...]:
+    """Return experts of slots [L,P], slots of experts [L,E,X] and copies [L,E] as tensors.
+
+    Raises
+    ------
+    ValueError
+        If a rank holds two copies of one expert.
+    """
+    import torch
+
+    placement = Placement(
+        slots.reshape(len(slots), ranks, -1).astype(np.int32), num_experts=experts
+    )
+    return tuple(torch.from_numpy(of) for of in vars(eplb_maps(placement)).values())
+
+
+def rank_of_process() -> int:
+    """Return the rank of this process in the whole job, 0 where there is none."""
+    import torch
+
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank())
+    return 0

@@ -1,0 +1,88 @@
+"""vllm-ascend's entry point: replaces the policies of its own balancer, where the environment asks.
+
+That is the one of its first model runner; the second runs vLLM's, which ``plugins.vllm`` serves.
+The policies were tested with 0.26.0rc1, outside the engine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.plugins.policy import Policy, Settings
+
+LOG = logging.getLogger("vllm.moetuner")
+
+
+def register() -> None:
+    """Answer for every policy type with ours; nothing without ``MOETUNER_`` variables."""
+    try:
+        settings = Settings.of()
+    except ValueError:
+        return  # vLLM's entry point has said it
+    if settings is None or importlib.util.find_spec("vllm_ascend") is None:
+        return
+    from vllm_ascend.eplb.core.policy.policy_factory import PolicyFactory
+
+    theirs = PolicyFactory.generate_policy
+    if not hasattr(theirs, "moetuner"):
+
+        def generate_policy(policy_type: int) -> AscendPolicy:
+            return AscendPolicy(theirs(policy_type), Policy(settings, LOG))
+
+        generate_policy.moetuner = True  # type: ignore[attr-defined]
+        PolicyFactory.generate_policy = staticmethod(generate_policy)
+
+
+class AscendPolicy:
+    """A policy of vllm-ascend that decides by ours, and by ``theirs`` where ours fails.
+
+    Another process than the one that makes it may run it, so it can be pickled.
+    """
+
+    def __init__(self, theirs: Any, policy: Policy) -> None:
+        self.theirs, self.policy = theirs, policy
+
+    def rebalance_experts(self, current_expert_table: Any, expert_workload: Any) -> Any:
+        """Return whether the table changes, layers by what they gain, and the table [L,D,S].
+
+        Takes experts [L,D,S] and the load of every slot [L,D,S], or [W,L,D,S] in windows.
+        """
+        try:
+            slots = np.asarray(current_expert_table)
+            windows = loads_of(slots, np.asarray(expert_workload))
+            self.policy.record(windows)
+            if self.policy.decides:
+                layers, ranks, width = slots.shape
+                old = slots.reshape(layers, -1)
+                found = self.policy.decide(windows, ranks * width, None, 1, ranks, old)
+                found = found.reshape(slots.shape)
+                gain = slowest(windows, slots) - slowest(windows, found)
+                order = np.argsort(-gain, kind="stable")
+                return int((found != slots).any()), order, found.tolist()
+        except Exception as error:
+            self.policy.failed("vllm-ascend's own policy decides", error)
+        return self.theirs.rebalance_experts(current_expert_table, expert_workload)
+
+
+def loads_of(slots: NDArray[np.integer[Any]], workload: NDArray[Any]) -> NDArray[np.float64]:
+    """Add up the loads of slots [..., L,D,S] by their experts: windows [W,L,E]."""
+    layers = len(slots)
+    windows = workload.reshape(-1, layers, slots[0].size)
+    experts = slots.reshape(1, layers, -1)
+    load = np.zeros((len(windows), layers, int(slots.max()) + 1))
+    window, layer = np.arange(len(windows))[:, None, None], np.arange(layers)[None, :, None]
+    np.add.at(load, (window, layer, experts), np.maximum(windows, 0) * (experts >= 0))
+    return load
+
+
+def slowest(windows: NDArray[np.float64], slots: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the tokens of the slowest rank of every layer [L], over windows [W,L,E]."""
+    held = (slots[..., None] == np.arange(windows.shape[2])).sum(axis=2).astype(np.float64)
+    held /= np.maximum(held.sum(axis=1, keepdims=True), 1)
+    times: NDArray[np.float64] = (held @ windows.transpose(1, 2, 0)).max(axis=1).sum(axis=1)
+    return times

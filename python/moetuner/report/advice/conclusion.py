@@ -1,0 +1,228 @@
+"""What the figures of all splits amount to: one of three answers, with reasons in sentences."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moetuner.evaluation.auditing import Audit
+from moetuner.evaluation.verdicts import Verdict
+from moetuner.report.advice.drift import Drift
+from moetuner.report.advice.values import Answer, Copies, Judged
+from moetuner.report.gains import Gain
+
+# Part of the best gain that a number of copies may miss and still be the knee, as a share.
+KNEE = 0.005
+# Times the price that the upper end of an interval may reach where nothing is to be won.
+NEAR = 2
+# Part of the gain that must be left on the other half of a recording that changes its kind.
+CARRIED = 0.5
+
+
+def judged_in(window: int | None, audits: list[Audit], price: float) -> Judged:
+    """Average over splits what audits say of all traffic; intervals by their ends."""
+    gains, before, after = {}, {}, {}
+    for measure in audits[0].whole:
+        changes = [each.whole[measure] for each in audits]
+        before[measure] = float(np.mean([each.baseline.value for each in changes]))
+        after[measure] = float(np.mean([each.value.value for each in changes]))
+        found = [each.change for each in changes]
+        known = [each for each in found if each is not None]
+        if len(known) < len(found):
+            continue
+        lows = [each.low for each in known if each.low is not None]
+        highs = [each.high for each in known if each.high is not None]
+        ends = None
+        if len(lows) == len(known):
+            ends = (-float(np.mean(highs)), -float(np.mean(lows)))
+        splits = tuple(-each.value for each in known)
+        units = min(each.units[1] for each in audits)
+        gains[measure] = Gain("proposed", "running", measure, splits, ends, units)
+    measure = "predicted_layer_us"
+    gain = gains[measure]
+    low, high = gain.interval or (None, None)
+    verdict = Verdict(
+        measure, before[measure], after[measure], gain.mean, low, high, gain.units, price
+    )
+    return Judged(window, before, after, gains, verdict)
+
+
+def knee_of(swept: tuple[Copies, ...]) -> int:
+    """Return the fewest slots for copies whose gain comes near to the best that harms no window.
+
+    Copies share tokens, and so have the weights of an expert read on several devices: in windows of
+    few tokens that may cost more than balance saves.
+    """
+    plain = [each for each in swept if not each.shared]
+    least = min(plain, key=lambda each: each.per_device)
+    harmless = [
+        each
+        for each in plain
+        if all(
+            np.mean(gains) >= min(0.0, float(np.mean(least.gains[window]))) - KNEE
+            for window, gains in each.gains.items()
+        )
+    ]
+    best = max(each.best for each in harmless)
+    return min(each.per_device for each in harmless if each.best >= best - KNEE)
+
+
+def concluded(
+    judged: tuple[Judged, ...],
+    swept: tuple[Copies, ...],
+    knee: int,
+    found: Drift | None,
+    carried: tuple[float, ...],
+    kinds: tuple[str, ...] | None,
+    price: float,
+    *,
+    running: str,
+    model: str | None,
+) -> tuple[Answer, tuple[str, ...], tuple[str, ...]]:
+    """Decide, with reasons and warnings."""
+    main = max(judged, key=lambda each: each.gain.mean)
+    reasons, warnings = [_headline(main, running)], []
+    for each in judged:
+        if each is not main:
+            reasons.append(_headline(each, running))
+    reasons += _parts(main, price)
+    if knee or len(swept) > 1:
+        reasons.append(_of_copies(swept, knee))
+    answers = {each.verdict.answer for each in judged}
+    answer: Answer
+    if answers == {"too few"}:
+        answer = "not enough evidence"
+        units = judged[0].gain.units
+        reasons.insert(
+            0,
+            f"unseen sequences or windows are too few ({units}) to say how sure a gain is.",
+        )
+    elif "worth it" in answers:
+        answer = "worth a trial"
+    elif all(_is_settled(each, price) for each in judged):
+        answer = "not now"
+    else:
+        answer = "not enough evidence"
+        reasons.append("The interval allows both nothing and a gain that would pay: record more.")
+    if any(each.verdict.answer == "worse" for each in judged) and answer == "worth a trial":
+        warnings.append("In windows of another size the proposed placement is slower; see above.")
+    if found is not None and found.is_told:
+        change = (
+            f"the second half of the recording sends {100 * found.distance:.0f} % of its tokens to "
+            f"other experts than the first (by chance {100 * found.expected:.0f} %)"
+        )
+        if not carried:
+            warnings.append(f"{change[0].upper()}{change[1:]}; its order was said not to matter.")
+        elif min(carried) > 0 and min(carried) >= CARRIED * main.gain.mean:
+            warnings.append(
+                f"{change[0].upper()}{change[1:]}; a placement of either half gains on the other."
+            )
+        else:
+            answer = "not enough evidence"
+            reasons.insert(
+                0,
+                f"{change}, and a placement computed from one half surely gains only "
+                f"{100 * min(carried):.1f} % on the other. What comes next is not known.",
+            )
+            warnings.append(
+                "The unseen half is of another kind than the seen one. Record traffic as it will "
+                "be served; if the order of the recording means nothing, say so (--any-order)."
+            )
+    if kinds is not None and len(kinds) == 1:
+        answer = "not enough evidence"
+        reasons.insert(0, f"all traffic is of one kind, {kinds[0]}; of others nothing is known.")
+    if main.window is not None:
+        warnings.append(f"Times are predicted, not measured, with {model or 'your cost model'}.")
+    else:
+        warnings.append(
+            "Times are predicted, not measured; a load table does not tell which experts a token "
+            "chose together, so traffic is an upper bound."
+        )
+    return answer, tuple(_sentence(each) for each in reasons), tuple(warnings)
+
+
+def _is_settled(judged: Judged, price: float) -> bool:
+    """Whether the traffic says that there is nothing to win that would pay.
+
+    More of it is not worth recording where the gain is below its price, and surely not far above.
+    """
+    gain, high = judged.gain.mean, judged.verdict.high
+    return judged.verdict.answer in ("certain but small", "worse") or (
+        judged.verdict.answer == "no evidence"
+        and high is not None
+        and gain < price
+        and high <= NEAR * price
+    )
+
+
+def _headline(judged: Judged, running: str) -> str:
+    gain, verdict = judged.gain, judged.verdict
+    notes = []
+    if gain.interval is not None:
+        low, high = (round(100 * end, 1) + 0.0 for end in gain.interval)
+        notes.append(f"95 %: {low:.1f} to {high:.1f} %")
+    if judged.window is not None:
+        notes.append(f"windows of {judged.window:,} tokens")
+    word = "less" if gain.mean >= 0 else "more"
+    much = f"{100 * abs(gain.mean):.1f} % {word}" if abs(gain.mean) >= 0.0005 else "no less"
+    return (
+        f"on unseen traffic a layer takes {much} predicted time than with the {running} placement, "
+        f"{verdict.before:.1f} to {verdict.after:.1f} us"
+        + (f" ({', '.join(notes)})" if notes else "")
+    )
+
+
+def _parts(judged: Judged, price: float) -> list[str]:
+    """Say what balance and traffic have to do with it."""
+    lines = []
+    for measure, word, nothing in (
+        ("imbalance", "Busiest device", "nothing to balance"),
+        ("fanout", "Devices that a token visits", "nothing to win in traffic"),
+        ("node_fanout", "Nodes that a token visits", "nothing to win between nodes"),
+    ):
+        gain = judged.gains.get(measure)
+        if gain is None:
+            continue
+        before, after = judged.before[measure], judged.after[measure]
+        unit = " x the mean" if measure == "imbalance" else ""
+        line = f"{word}: {before:.2f} to {after:.2f}{unit}"
+        if abs(gain.mean) < price or (gain.interval and gain.interval[0] <= 0 <= gain.interval[1]):
+            line += f"; {nothing}"
+        lines.append(line)
+    return lines
+
+
+def _of_copies(swept: tuple[Copies, ...], knee: int) -> str:
+    plain = [each for each in swept if not each.shared]
+    (chosen,) = (each for each in plain if each.per_device == knee)
+    best = max(plain, key=lambda each: each.best)
+    text = "Copies: none"
+    if knee:
+        text = f"Copies: {_slots(chosen)} gain {100 * chosen.best:.1f} %"
+    if knee and plain[0].per_device == 0:
+        text += f", {100 * plain[0].best:.1f} % without"
+    if best.best > chosen.best + KNEE:
+        worst = min(best.gains, key=lambda window: float(np.mean(best.gains[window])))
+        loss = -100 * float(np.mean(best.gains[worst]))
+        text += (
+            f"; {_slots(best)} would gain {100 * best.best:.1f} %, but windows of {worst:,} tokens "
+            f"would take {loss:.1f} % longer"
+        )
+    elif not knee:
+        most = max(each.per_device for each in plain)
+        text += (
+            f"; up to {most} more slots per device and layer bring no more than one copy of each "
+            "expert does"
+        )
+    return text
+
+
+def _slots(copies: Copies) -> str:
+    number = copies.per_device
+    text = f"{number} more slot{'' if number == 1 else 's'} per device and layer"
+    if copies.bytes_per_device is not None:
+        text += f" ({copies.bytes_per_device / 1e9:.2f} GB per device)"
+    return text
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}".rstrip(".") + "."

@@ -1,0 +1,254 @@
+"""What advise() answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from moetuner.evaluation import Evaluation
+from moetuner.evaluation.auditing import Audit
+from moetuner.evaluation.verdicts import Verdict
+from moetuner.frozen import Frozen
+from moetuner.placement import Placement
+from moetuner.problem import Problem
+from moetuner.report.advice.drift import Drift
+from moetuner.report.gains import Gain
+from moetuner.solver.result import Result
+
+Answer = Literal["worth a trial", "not now", "not enough evidence"]
+PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Judged(Frozen):
+    """The running placement and the proposed one in windows of one size, on unseen traffic.
+
+    Parameters
+    ----------
+    window
+        Tokens whose load is balanced together; None where windows are given.
+    before, after
+        Measures under both, means over splits.
+    gains
+        Share of each measure that the proposed placement saves.
+    verdict
+        On the first measure: ``predicted_layer_us``.
+    """
+
+    window: int | None
+    before: dict[str, float]
+    after: dict[str, float]
+    gains: dict[str, Gain]
+    verdict: Verdict
+
+    @property
+    def gain(self) -> Gain:
+        """Of the measure that the verdict is on."""
+        return self.gains[self.verdict.measure]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON values."""
+        return {
+            "window": self.window,
+            "before": self.before,
+            "after": self.after,
+            "gains": {
+                name: {**gain.to_dict(), "interval": _listed(gain.interval), "units": gain.units}
+                for name, gain in self.gains.items()
+            },
+            "answer": self.verdict.answer,
+        }
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Copies(Frozen):
+    """What some slots for copies gain on unseen traffic, and what they cost.
+
+    Parameters
+    ----------
+    per_device
+        Slots of a device in a layer beyond those that hold each expert once, on average.
+    shared
+        Whether the slots of all layers are one budget, which goes where copies help most.
+    gains
+        Share of predicted time that is saved over the running placement, by window; of each split,
+        where layers share a budget of the first one.
+    bytes_per_device
+        Memory that the copies take; None where the bytes of an expert are not known.
+    """
+
+    per_device: int
+    shared: bool
+    gains: dict[int | None, tuple[float, ...]]
+    bytes_per_device: float | None
+
+    @property
+    def best(self) -> float:
+        """Mean gain in the windows where it is largest."""
+        return max(float(np.mean(each)) for each in self.gains.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON values."""
+        return {
+            "per_device": self.per_device,
+            "shared": self.shared,
+            "gains": [
+                {"window": window, "mean": float(np.mean(each)), "splits": list(each)}
+                for window, each in self.gains.items()
+            ],
+            "bytes_per_device": self.bytes_per_device,
+        }
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Moving(Frozen):
+    """What it costs to leave the running placement.
+
+    Parameters
+    ----------
+    experts
+        Copies that have to be brought to devices.
+    bytes, seconds
+        Of weights, and the time of the busiest port at the topology's bandwidth; None where the
+        bytes of an expert are not known.
+    steps
+        Steps of the model after which a stop of so many seconds has paid; None where nothing is
+        gained, or the seconds are not known.
+    """
+
+    experts: int
+    bytes: float | None
+    seconds: float | None
+    steps: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON values."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Phases(Frozen):
+    """One placement for prefill and decode, or two.
+
+    Parameters
+    ----------
+    microseconds
+        Predicted time of a layer on the unseen traffic of a phase, by what the placement was
+        computed from (``"prefill"``, ``"decode"``, ``"both"``), then by phase.
+    costs
+        By how much a phase is slower under the other's placement than under its own, as a share.
+    """
+
+    microseconds: dict[str, dict[str, float]]
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """By how much a phase is slower under the other phase's placement than under its own."""
+        found, (one, other) = self.microseconds, PHASES
+        return {
+            one: found[other][one] / found[one][one] - 1,
+            other: found[one][other] / found[other][other] - 1,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON values."""
+        return {"predicted_layer_us": self.microseconds, "costs": self.costs}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Advice(Frozen):
+    """Whether a placement is worth a trial, with what speaks for and against it.
+
+    Times are predicted by a cost model and not measured.
+
+    Parameters
+    ----------
+    answer
+        ``"worth a trial"``, ``"not now"`` or ``"not enough evidence"``.
+    reasons, warnings
+        Why, and what to know before relying on it, in sentences.
+    judged
+        Both placements on unseen traffic, for each size of windows.
+    copies, knee
+        What slots for copies would bring, and how many of a device the proposed placement has: the
+        fewest that are nearly as good as the best.
+    moving
+        From the running placement to the proposed one.
+    phases
+        Prefill and decode apart; None where the traffic does not know both.
+    drift
+        How far the second half of the recording differs from the first; None where that is not
+        known.
+    carried
+        Gains of a placement of the one half on the other, where the halves differ.
+    exponents
+        Of each layer, for the running and the proposed placement: the power law that keeps its
+        busiest device as busy, as simulators draw it.
+    running, proposed
+        Evaluations on the unseen traffic of the first split, with the placements in ``placements``.
+    result
+        What the search found on the seen traffic of the first split.
+    audit
+        Of groups, in the first split.
+    settings
+        What was asked for.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> flat = mt.RoutingStatistics.from_load(np.full((40, 2, 8), 64))
+    >>> mt.advise(flat, mt.Topology(4)).answer
+    'not now'
+    """
+
+    answer: Answer
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
+    judged: tuple[Judged, ...]
+    copies: tuple[Copies, ...]
+    knee: int
+    moving: Moving
+    phases: Phases | None
+    drift: Drift | None
+    carried: tuple[float, ...]
+    exponents: dict[str, tuple[float | None, ...]]
+    running: Evaluation = field(repr=False)
+    proposed: Evaluation = field(repr=False)
+    placements: tuple[Placement, Placement] = field(repr=False)
+    result: Result = field(repr=False)
+    audit: Audit = field(repr=False)
+    problem: Problem = field(repr=False)
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def sentence(self) -> str:
+        """The answer and its first reason, which stand alone."""
+        first = self.reasons[0]
+        return f"{self.answer.capitalize()}: {first[0].lower()}{first[1:]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON values; of evaluations what ``Evaluation.to_dict`` has."""
+        return {
+            "answer": self.answer,
+            "reasons": list(self.reasons),
+            "warnings": list(self.warnings),
+            "judged": [each.to_dict() for each in self.judged],
+            "copies": [each.to_dict() for each in self.copies],
+            "knee": self.knee,
+            "moving": self.moving.to_dict(),
+            "phases": None if self.phases is None else self.phases.to_dict(),
+            "drift": None if self.drift is None else vars(self.drift),
+            "carried": list(self.carried),
+            "exponents": {name: list(each) for name, each in self.exponents.items()},
+            "running": self.running.to_dict(),
+            "proposed": self.proposed.to_dict(),
+            "audit": self.audit.to_dict(),
+            "settings": self.settings,
+        }
+
+
+def _listed(ends: tuple[float, float] | None) -> list[float] | None:
+    return None if ends is None else list(ends)

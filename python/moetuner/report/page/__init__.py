@@ -1,0 +1,135 @@
+"""write_page(): results on one page that opens offline, for people who decide.
+
+The page asks nobody for anything: its policy of content forbids every request. Data and plotly's
+script are embedded, compressed, and unpacked by the browser.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import math
+from functools import cache
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from moetuner._core import __version__
+from moetuner.files import replacing
+from moetuner.report.page.panels import panels_of
+from moetuner.report.page.shown import Shown
+
+EXTRA = "a report needs plotly and jinja2: pip install 'moetuner[report]'"
+
+
+def check_libraries() -> None:
+    """Raise ImportError, naming the extra, unless the libraries of a page are installed."""
+    for library in ("plotly", "jinja2"):
+        if find_spec(library) is None:
+            raise ImportError(EXTRA)
+
+
+def write_page(path: Path, shown: Shown) -> None:
+    """Write a page; it appears whole or not at all, and is the same for the same results.
+
+    Raises
+    ------
+    ImportError
+        If plotly or jinja2 is not installed.
+    OSError
+        If the file cannot be written.
+    """
+    page = render(shown)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def render(shown: Shown) -> str:
+    """Return the page as HTML."""
+    check_libraries()
+    import jinja2
+
+    found = panels_of(shown)
+    script, (allowed, plotly) = _own("page.js"), _plotly()
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    charts = {
+        chart.key: {
+            "variants": [{"name": name, **spec} for name, spec in chart.variants.items()],
+            "selects": chart.selects,
+        }
+        for panel in found
+        for chart in panel.charts
+    }
+    contents = {"moetuner": __version__, **_slim(shown.contents)}
+    return environment.from_string(_own("page.html")).render(
+        shown=shown,
+        panels=found,
+        version=__version__,
+        style=_safe(_own("page.css")),
+        script=_safe(script),
+        hashes=[_hash(script), allowed],
+        plotly=plotly,
+        charts=_packed(_json(charts)),
+        contents=_packed(_json(contents, indent=1)),
+        has_charts=any(panel.charts for panel in found),
+    )
+
+
+def _own(name: str) -> str:
+    return (resources.files("moetuner") / "report" / "page" / name).read_text(encoding="utf-8")
+
+
+@cache
+def _plotly() -> tuple[str, str]:
+    """Return the hash of plotly's script, and the script as the page carries it."""
+    file = resources.files("plotly") / "package_data" / "plotly.min.js"
+    script = file.read_text(encoding="utf-8")
+    return _hash(script), _packed(script.encode())
+
+
+def _safe(text: str) -> Any:
+    """Mark our own text as markup."""
+    import markupsafe
+
+    return markupsafe.Markup(text)
+
+
+def _hash(script: str) -> str:
+    """Return the hash by which a policy of content allows a script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _packed(data: bytes) -> str:
+    return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode()
+
+
+def _slim(contents: Any) -> Any:
+    """Leave out matrices of groups: of many groups they would be most of the page."""
+    if isinstance(contents, dict):
+        found = {key: _slim(each) for key, each in contents.items()}
+        for each in (found.get("by_group") or {}).values():
+            if isinstance(each, dict):
+                each.pop("traffic", None)
+        return found
+    return contents
+
+
+def _json(value: Any, indent: int | None = None) -> bytes:
+    """Write JSON, null for what JSON cannot say."""
+    compact = None if indent else (",", ":")
+    return json.dumps(_finite(value), allow_nan=False, indent=indent, separators=compact).encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,102 @@
+"use strict";
+(() => {
+  const root = document.documentElement, $ = (id) => document.getElementById(id);
+  const unpack = async (id) => {
+    const bytes = Uint8Array.from(atob($(id).textContent), (c) => c.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  };
+  const click = (id, act) => { const of = $(id); if (of) { of.hidden = false; of.addEventListener("click", act); } };
+
+  // Tables sort by the column that is clicked.
+  for (const head of document.querySelectorAll("thead th")) {
+    head.addEventListener("click", () => {
+      const body = head.closest("table").tBodies[0], column = head.cellIndex;
+      const up = head.getAttribute("aria-sort") !== "ascending";
+      for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      const key = (row) => row.cells[column].textContent, number = (text) => parseFloat(text.replace(/,/g, ""));
+      const compare = (a, b) => {
+        const x = number(key(a)), y = number(key(b));
+        return isNaN(x) || isNaN(y) ? key(a).localeCompare(key(b)) : x - y;
+      };
+      body.append(...[...body.rows].sort((a, b) => (up ? 1 : -1) * compare(a, b)));
+    });
+  }
+  click("copy", async () => {
+    const text = $("commands").textContent;
+    try { await navigator.clipboard.writeText(text); } catch { getSelection().selectAllChildren($("commands")); }
+  });
+  click("download", async () => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([await unpack("data-contents")], { type: "application/json" }));
+    link.download = "moetuner-report.json";
+    link.click();
+    URL.revokeObjectURL(link.href);
+  });
+
+  if (!$("data-charts")) return;
+  const charts = {}, chosen = {};
+  // Colours are named by the style sheet, so that charts follow the scheme.
+  const coloured = (value, style) => {
+    if (typeof value === "string") {
+      const named = /^var\((--[a-z]+)\)$/.exec(value);
+      return named ? style.getPropertyValue(named[1]).trim() : value;
+    }
+    if (Array.isArray(value)) return value.map((each) => coloured(each, style));
+    if (value && typeof value === "object") {
+      return Object.fromEntries(Object.entries(value).map(([key, each]) => [key, coloured(each, style)]));
+    }
+    return value;
+  };
+  const draw = (key) => {
+    const place = $("chart-" + key), chart = charts[key];
+    if (!place || !chart) return;
+    const narrow = innerWidth < 600, { data, layout } = coloured(chart.variants[chosen[key] || 0], getComputedStyle(root));
+    const zoom = narrow ? { dragmode: false } : {};
+    Plotly.react(place, data, { autosize: true, ...layout, ...zoom }, {
+      responsive: true, displaylogo: false, showSendToCloud: false, displayModeBar: narrow ? false : "hover",
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    });
+    if (!place.dataset.drawn && chart.selects.length) {
+      place.on("plotly_click", (event) => {
+        const point = event.points[0].x;
+        for (const other of chart.selects) {
+          const names = charts[other] ? charts[other].variants.map((each) => each.name) : [];
+          const number = names.findIndex((name) => name.split(" ").slice(0, 2).join(" ") === "layer " + point);
+          if (number >= 0) choose(other, number);
+        }
+      });
+    }
+    place.dataset.drawn = "yes";
+  };
+  const choose = (key, number) => {
+    chosen[key] = number;
+    const select = document.querySelector(`select[data-for="${key}"]`);
+    if (select) select.value = String(number);
+    draw(key);
+  };
+  const again = () => { for (const place of document.querySelectorAll("[data-drawn]")) draw(place.dataset.chart); };
+  const begin = async () => {
+    const [plotly, specs] = await Promise.all([unpack("data-plotly"), unpack("data-charts")]);
+    Object.assign(charts, JSON.parse(specs));
+    const script = document.createElement("script");
+    script.textContent = plotly;
+    document.head.append(script);
+    for (const select of document.querySelectorAll("select[data-for]")) {
+      select.addEventListener("change", () => choose(select.dataset.for, Number(select.value)));
+    }
+    // One after the other, so that the page answers in between.
+    for (const place of document.querySelectorAll("[data-chart]")) {
+      draw(place.dataset.chart);
+      await new Promise((next) => setTimeout(next));
+    }
+    root.dataset.ready = "yes";
+  };
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
+  click("theme", () => {
+    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    root.dataset.theme = dark ? "light" : "dark";
+    again();
+  });
+  begin();
+})();

@@ -1,0 +1,316 @@
+"""rebalance(): from running slots to better ones on live loads, by few moves and bounded work.
+
+One set of rules for all who rebalance while a model serves: the plugins of engines and the
+rebalancer of expert-parallel layers.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core
+from moetuner.placement import kept
+from moetuner.solver import effort
+
+Floats = NDArray[np.float64]
+Slots = NDArray[np.int32]
+
+# Largest share of a model's experts that one decision brings to other devices, if nobody says more,
+# and copies for every device that are never too many, in a small model.
+LARGEST_MOVE, FEW = 0.25, 8
+# Smallest share of the slowest device's time that is worth moving a layer's experts.
+DEAD_ZONE = 0.02
+# Standard deviations of a count within which a gain is taken for chance.
+DEVIATIONS = 2.0
+# The same for packing a layer anew in windows, which suits those seen better than any other.
+ANEW_DEAD_ZONE = 0.1
+# Counts of pairs are whole numbers in the core: what one is cut into.
+PARTS = 1024
+
+
+def largest_move(layers: int, experts: int, devices: int) -> int:
+    """Return how many copies one decision brings at most, if nobody says more."""
+    return max(math.ceil(layers * experts * LARGEST_MOVE), FEW * devices)
+
+
+@dataclass(frozen=True)
+class Rebalanced:
+    """What became of running slots.
+
+    Parameters
+    ----------
+    slots
+        Expert ids [L,D,S]; -1 where a device holds all experts that it may already.
+    before, after
+        Tokens of the slowest device of every layer [L], over all windows, and what pairs cost.
+    brought
+        Copies of every layer that come to a device [L].
+    """
+
+    slots: Slots
+    before: Floats
+    after: Floats
+    brought: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Co-activated pairs of an offline profile [L,E,E], and what one costs, in tokens [L].
+
+    That is, of a pair whose experts are not on one device; a pair stands for its part of a visit.
+    """
+
+    counts: NDArray[np.uint64]
+    cost: Floats
+
+
+def rebalance(
+    windows: Floats,
+    slots: Slots,
+    *,
+    time: Floats,
+    budget: int,
+    dead_zone: float = DEAD_ZONE,
+    deviations: float = DEVIATIONS,
+    tolerance: float | None = None,
+    forbidden: NDArray[np.bool_] | None = None,
+    pairs: Pairs | None = None,
+    full: bool = True,
+    price: float = 0.0,
+) -> Rebalanced:
+    """Relieve the slowest devices of running slots by few copies that come to a device.
+
+    The answer is a function of the arguments alone. The work is bounded by steps and trials, not
+    by time; it runs in the calling thread, without the interpreter's lock.
+
+    Parameters
+    ----------
+    windows
+        Tokens [L,E], or in windows [W,L,E]: finite, at least 0.
+    slots
+        Experts [L,D,S], -1 where a slot is empty. Experts that have no slot get one and empty slots
+        may be filled, whatever they bring. What stays on a device keeps its slot.
+    time
+        Time of every device per token, as a share of the slowest one's [D].
+    budget
+        Copies that are brought at most, where they gain most.
+    dead_zone
+        A layer stays unless its slowest device gains more than this share of its time.
+    deviations
+        And more than so many standard deviations of counts as large, which are by chance.
+    tolerance
+        A device within this share of the mean is relieved no further; a quarter of the dead zone by
+        default.
+    forbidden
+        Where experts must not be [L,E,D].
+    pairs
+        What else counts, besides load.
+    full
+        Whether empty slots are filled; on one load alone they may stay.
+    price
+        Tokens that a copy must gain at least, on one load.
+    """
+    load = windows[None] if windows.ndim == 2 else windows
+    found = _relieved(
+        load.sum(axis=0),
+        slots,
+        time,
+        budget,
+        dead_zone,
+        deviations,
+        tolerance,
+        forbidden,
+        full=full,
+        price=price,
+    )
+    if len(load) == 1 and pairs is None:
+        return found
+    return _annealed(load, slots, found, time, budget, dead_zone, deviations, forbidden, pairs)
+
+
+def _relieved(
+    load: Floats,
+    slots: Slots,
+    time: Floats,
+    budget: int,
+    dead_zone: float,
+    deviations: float,
+    tolerance: float | None,
+    forbidden: NDArray[np.bool_] | None,
+    *,
+    full: bool = True,
+    price: float = 0.0,
+) -> Rebalanced:
+    """Relieve devices on one load [L,E], by the core's steps."""
+    found, before, after, brought = _core.adapt_slots(
+        np.ascontiguousarray(load),
+        np.ascontiguousarray(slots),
+        time,
+        most=min(budget, slots.size),
+        dead_zone=dead_zone,
+        deviations=deviations,
+        tolerance=dead_zone / 4 if tolerance is None else tolerance,
+        steps=effort.ADAPT_STEPS,
+        trials=effort.QUICK,
+        full=full,
+        price=price,
+        forbidden=forbidden,
+    )
+    return Rebalanced(found, np.array(before), np.array(after), np.array(brought, dtype=np.int64))
+
+
+def _annealed(
+    windows: Floats,
+    slots: Slots,
+    start: Rebalanced,
+    time: Floats,
+    budget: int,
+    dead_zone: float,
+    deviations: float,
+    forbidden: NDArray[np.bool_] | None,
+    pairs: Pairs | None,
+) -> Rebalanced:
+    """Go on from what suits the sum of windows to what suits every window, and pairs.
+
+    Where nothing runs yet, moves are free. Else each layer has a few ways to go, from few moves to
+    a new packing, and the budget goes to those that gain most for a copy.
+    """
+    layers, devices, width = slots.shape
+    room = np.full((layers, devices), width, dtype=np.int64)
+    search = _core.Layers(
+        np.ascontiguousarray(windows),
+        np.ones(len(windows)),
+        room,
+        [0] * devices,
+        time.tolist(),
+        nearest=False,
+        norm=effort.LIVE_NORM,
+    )
+    if forbidden is not None:
+        search.rule(forbidden=forbidden)
+    if pairs is not None:
+        unit = pairs.cost.max()
+        scaled = pairs.counts * (PARTS * pairs.cost / max(unit, 1e-300))[:, None, None]
+        search.price_pairs(np.rint(scaled).astype(np.uint64), float(unit) / PARTS)
+
+    def anneal(begin: Slots) -> Slots:
+        trials = effort.LIVE_TRIALS * devices * width
+        begin = np.ascontiguousarray(begin)
+        return search.place(begin, trials=trials, empties=False, threads=1)[0]
+
+    held = _held(slots, windows.shape[2])
+    if not held.any():
+        found = anneal(start.slots)
+        before = _cost(windows, start.slots, time, pairs)
+        return Rebalanced(found, before, _cost(windows, found, time, pairs), start.brought)
+    total = windows.sum(axis=0)
+    # What must be done whatever it brings: experts that had no slot.
+    least = _relieved(total, slots, time, 0, dead_zone, deviations, None, forbidden).slots
+    nothing = np.full_like(slots, -1)
+    anew = _relieved(total, nothing, time, 0, dead_zone, deviations, None, forbidden).slots
+    anew = anneal(anew)
+    if forbidden is None and (time == time[0]).all():
+        anew = _relabelled(held, anew)
+    mean = windows.sum(axis=(0, 2)) / devices
+    price = np.where(held.transpose(0, 2, 1), 0.0, effort.LIVE_PRICE * mean[:, None, None])
+    search.hold(np.ascontiguousarray(price))
+    ways = [start.slots, anneal(start.slots), anew]
+    ways = [least, *(kept(slots, way, room) for way in ways)]
+    costs = np.stack([_cost(windows, way, time, pairs) for way in ways])
+    moves = np.stack([_brought(held, way) for way in ways])
+    # What runs well is not packed anew for what may be the luck of the windows seen.
+    offered = costs.copy()
+    if len(windows) > 1:
+        offered[-1, costs[-1] >= (1 - ANEW_DEAD_ZONE) * costs[0]] = np.inf
+    chosen = _spent(offered, moves, budget, dead_zone, deviations)
+    layer = np.arange(layers)
+    return Rebalanced(
+        np.stack(ways)[chosen, layer], costs[0], costs[chosen, layer], moves[chosen, layer]
+    )
+
+
+def _spent(
+    costs: Floats, moves: NDArray[np.int64], budget: int, dead_zone: float, deviations: float
+) -> NDArray[np.int64]:
+    """Choose a way for every layer [L], of costs [N,L] and the copies that they bring [N,L].
+
+    Way 0 is to stay. From way to way those come first that gain most for a copy, and each must gain
+    more than the dead zone and chance.
+    """
+    _, layers = costs.shape
+    chosen = np.zeros(layers, dtype=np.int64)
+    left = budget - int(moves[0].sum())
+
+    def next_of(layer: int) -> tuple[float, int] | None:
+        """Return the way on that gains most for a copy, and what that is, negative."""
+        now = chosen[layer]
+        gain = costs[now, layer] - costs[:, layer]
+        least = np.maximum(
+            dead_zone * costs[now, layer],
+            deviations * np.sqrt(costs[now, layer] + costs[:, layer]),
+        )
+        more = moves[:, layer] - moves[now, layer]
+        slope = np.where((gain > least) & (more <= left), gain / np.maximum(more, 1), 0.0)
+        way = int(slope.argmax())
+        return (-float(slope[way]), way) if slope[way] > 0 else None
+
+    heap = [(*on, layer) for layer in range(layers) if (on := next_of(layer))]
+    heapq.heapify(heap)
+    while heap:
+        _, way, layer = heapq.heappop(heap)
+        more = int(moves[way, layer] - moves[chosen[layer], layer])
+        if more <= left:
+            left -= more
+            chosen[layer] = way
+        # Where it was too much, another way may be open.
+        if (then := next_of(layer)) is not None:
+            heapq.heappush(heap, (*then, layer))
+    return chosen
+
+
+def _relabelled(held: NDArray[np.bool_], slots: Slots) -> Slots:
+    """Give what was packed for devices that are alike to those that hold most of it [L,D,S]."""
+    layers, devices, _ = slots.shape
+    same = _held(slots, held.shape[2]).astype(np.float32)
+    overlap = same @ held.transpose(0, 2, 1).astype(np.float32)
+    order = np.empty((layers, devices), dtype=np.int64)
+    row = np.arange(layers)
+    for _ in range(devices):
+        best = overlap.reshape(layers, -1).argmax(axis=1)
+        packed, device = np.divmod(best, devices)
+        order[row, device] = packed
+        overlap[row, packed] = -1
+        overlap[row, :, device] = -1
+    return np.take_along_axis(slots, order[:, :, None], axis=1)
+
+
+def _held(slots: Slots, experts: int) -> NDArray[np.bool_]:
+    """Whether a device holds an expert [L,D,E]."""
+    held = np.zeros((*slots.shape[:2], experts + 1), dtype=bool)
+    np.put_along_axis(held, slots.astype(np.int64), True, axis=2)
+    return held[:, :, :-1]
+
+
+def _brought(held: NDArray[np.bool_], slots: Slots) -> NDArray[np.int64]:
+    """Count the copies of every layer that a device does not hold [L]."""
+    new = _held(slots, held.shape[2]) & ~held
+    brought: NDArray[np.int64] = new.sum(axis=(1, 2))
+    return brought
+
+
+def _cost(windows: Floats, slots: Slots, time: Floats, pairs: Pairs | None) -> Floats:
+    """Tokens of the slowest device over all windows, and what pairs apart cost [L]."""
+    part = _held(slots, windows.shape[2]).astype(np.float64)
+    part /= part.sum(axis=1, keepdims=True)
+    load = part @ windows.transpose(1, 2, 0)
+    cost: Floats = (load * time[:, None]).max(axis=1).sum(axis=1)
+    if pairs is not None:
+        all_pairs = pairs.counts.sum(axis=(1, 2), dtype=np.float64)
+        together = ((part @ pairs.counts.astype(np.float64)) * part).sum(axis=(1, 2))
+        cost += pairs.cost * (all_pairs - together) / 2
+    return cost

@@ -1,0 +1,169 @@
+"""The command line with engines' files: record, solve, load, check."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.cli import output
+
+GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
+
+
+@pytest.fixture
+def ok(run, monkeypatch):
+    """Run a command that must succeed in silence, and give its output."""
+    monkeypatch.setattr(output, "FIRST_S", 3600.0)
+    monkeypatch.setattr(output, "INTERVAL_S", 3600.0)
+
+    def ok(*arguments):
+        status, out, err = run(*arguments)
+        assert (status, err) == (0, "")
+        return out
+
+    return ok
+
+
+def test_three_commands(ok, tmp_path):
+    """What SGLang recorded, solved for it, in its format, and found good."""
+    recorded = [GOLDEN / "sglang" / f"two-ranks-per_token-{rank}.pt" for rank in range(2)]
+    trace, placement, out = (tmp_path / name for name in ("t.safetensors", "p.json", "m.json"))
+    assert "95 tokens, 4 layers, 16 experts, top-4" in ok("convert", *recorded, "--out", trace)
+    text = ok(
+        *("solve", trace, "--devices", 2, "--for", "sglang", "--slots-per-device", 9),
+        *("--method", "eplb", "--out", placement),
+    )
+    line = next(line for line in text.splitlines() if line.startswith("For SGLang"))
+    assert "split nearest (the nearest, as static dispatch does), arrival mixed" in line
+    assert "9 full slots on every device in every layer (18 slots, 2 of them redundant)" in line
+    ok("export", placement, "--to", "sglang", "--dense-layers", "none", "--out", out)
+    told = ok("export", "--check", out, "--devices", 2, "--num-experts", 16, "--hidden-layers", 4)
+    assert "nothing is wrong with it for SGLang" in told
+    assert mt.read_placement(out, devices=2) == mt.Placement.load(placement)
+
+
+def test_input_is_whatever_was_recorded(ok, tmp_path):
+    """Responses, a folder of dumps, a folder of load tables as the plugin writes them."""
+    path = GOLDEN / "vllm" / "completions.json"
+    text = ok("inspect", path, "--num-experts", 16, "--devices", 2)
+    assert "95 tokens, 3 layers" in text
+    assert "as options of export: --hidden-layers 4 --dense-layers 0\n" in text
+    folder = tmp_path / "dumps"
+    folder.mkdir()
+    for rank in range(2):
+        name = f"two-ranks-per_pass-{rank}.pt"
+        (folder / name).write_bytes((GOLDEN / "sglang" / name).read_bytes())
+    assert "12 windows, 4 layers" in ok("inspect", folder, "--devices", 2)
+    recorded = tmp_path / "recorded"
+    recorded.mkdir()
+    for process in (7, 8):
+        np.savez(recorded / f"load-{process}-2x4.npz", load=np.ones((3, 2, 4), dtype=int))
+    assert "6 windows, 2 layers, 4 experts" in ok("inspect", recorded, "--devices", 2)
+    out = tmp_path / "counts.safetensors"
+    ok("convert", recorded, "--out", out)
+    assert mt.RoutingStatistics.load(out).windows == 6
+
+
+def test_engine_is_a_default(ok, make_trace, tmp_path):
+    """Options win over it, and without it nothing is set."""
+    trace, said = tmp_path / "t.safetensors", tmp_path / "s.json"
+    make_trace(300).save(trace)
+    about = (*("--devices", 4, "--method", "lpt", "--out", tmp_path / "p.json"), "--json", said)
+
+    def settings(*more):
+        ok("solve", trace, *about, *more)
+        return json.loads(said.read_text())["settings"]
+
+    plain = settings()
+    assert (plain["for"], plain["split"], plain["arrival"]) == (None, "even", "bursts")
+    engine = settings("--for", "tensorrt-llm")
+    assert (engine["split"], engine["arrival"], engine["fill_slots"]) == (
+        "round_robin",
+        "mixed",
+        True,
+    )
+    mine = settings("--for", "tensorrt-llm", "--split", "even", "--arrival", "0.5")
+    assert (mine["split"], mine["arrival"], mine["regime"]) == ("even", 0.5, "dispatch")
+    text = ok("solve", trace, *about, "--for", "sglang", "--split", "even")
+    assert "; as you said: split even." in text
+    text = ok(
+        "compare", trace, "--devices", 4, "--for", "megatron", "--methods", "lpt", "--splits", 1
+    )
+    assert "For Megatron-Core: regime dispatch, arrival bursts, 2 slots on every device" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--for", "megatron", "--devices", "3"], "--devices must divide 8 experts"),
+        (["--for", "megatron", "--devices", "3"], "2 or 4 would"),
+        (["--for", "vllm", "--devices", "4", "--extra-slots", "5"], "got 5: 0 or 12 would"),
+        (
+            ["--for", "vllm", "--devices", "4", "--slots-per-device", "1"],
+            "--slots-per-device must be",
+        ),
+        (
+            ["--for", "vllm", "--devices", "2", "--slots-per-device", "4,5"],
+            "5 on every device would",
+        ),
+        (["--for", "vllm", "--devices", "4", "--router-groups", "4"], "vLLM does not"),
+        (["--devices", "4", "--router-groups", "4"], "needs '--for'"),
+        (["--for", "deepspeed", "--devices", "4", "--router-groups", "8"], "divide 4 devices"),
+        (["--for", "nobody", "--devices", "4"], "'nobody' is not one of"),
+    ],
+)
+def test_contradictions_are_one_line(run, make_trace, tmp_path, arguments, words):
+    """What an engine cannot do is refused, with the number that would do."""
+    trace = tmp_path / "t.safetensors"
+    make_trace(30).save(trace)
+    status, _, err = run("solve", trace, *arguments, "--out", tmp_path / "p.json")
+    assert status == 2
+    line = err.splitlines()[-1]
+    assert line.startswith("moetuner: error: ")
+    assert words in line
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_maps_of_others_are_converted_and_checked(ok, run, tmp_path):
+    """SGLang's own map becomes one of every proposal; what is wrong is said, dense layers first."""
+    given = GOLDEN / "sglang" / "expert_location.json"
+    for form, name in (("vllm-49572", "a.json"), ("vllm-41141", "b.jsonl"), ("json", "c.json")):
+        text = ok("export", given, "--devices", 2, "--to", form, "--out", tmp_path / name)
+        assert ("proposed, open" in text) == form.startswith("vllm")
+    wrong = tmp_path / "a.json"
+    status, out, err = run(
+        "export", "--check", wrong, "--hidden-layers", 5, "--dense-layers", "0,3-4"
+    )
+    assert status == 2
+    assert "must have 2 rows, one for layers with experts only, got 4" in err
+    assert "- must have 2 rows" in out
+    said = tmp_path / "said.json"
+    status, _, err = run(
+        "export", "--check", given, "--hidden-layers", 5, "--dense-layers", 0, "--json", said
+    )
+    assert "got 4, one for layers with experts only: off by the 1 dense layer" in err
+    assert len(json.loads(said.read_text())["faults"]) == 1
+    for arguments, words in (
+        (["--check", given, "--out", wrong], "'--check' takes neither"),
+        (["--to", "eplb", "--out", tmp_path / "x.npz"], "Missing argument 'PLACEMENT'"),
+        ([given, "--out", tmp_path / "x.npz"], "Missing option '--to'"),
+        ([given, "--to", "eplb"], "Missing option '--out'"),
+        ([given, "--to", "eplb", "--out", tmp_path / "x.npz"], "devices must be given"),
+        (["--check", __file__], "not a placement"),
+    ):
+        status, _, err = run("export", *arguments)
+        assert status == 2
+        assert words in err, err
+
+
+def test_tables_are_in_the_help(ok):
+    """Every reader and every writer is named, with its state."""
+    text = ok("convert", "--help")
+    for name in mt.formats.READERS:
+        assert f"{name}: " in text
+    text = " ".join(ok("export", "--help").split())
+    for name, writer in mt.formats.WRITERS.items():
+        assert f"{name}: {writer.title}" in text
+        assert writer.state in text

@@ -1,0 +1,195 @@
+"""Advise and report on the command line: what they say and write, and one line for mistakes."""
+
+import json
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+from moetuner.cli import advise, compare, options, output, solve
+
+FEW = ("--devices", 4, "--copies", "0", "--splits", 1)
+
+
+@pytest.fixture
+def trace(make_trace, tmp_path):
+    """File of a small trace."""
+    path = tmp_path / "trace.safetensors"
+    make_trace(800).save(path)
+    return path
+
+
+@pytest.fixture
+def ok(run, monkeypatch):
+    """Run a command that must succeed in silence, and give its output."""
+    monkeypatch.setattr(output, "FIRST_S", 3600.0)
+    monkeypatch.setattr(output, "INTERVAL_S", 3600.0)
+
+    def ok(*arguments):
+        status, out, err = run(*arguments)
+        assert (status, err) == (0, "")
+        return out
+
+    return ok
+
+
+def test_advise_says_what_json_has(ok, trace, tmp_path):
+    """The answer, the table and the next commands; the commands run as they stand."""
+    file = tmp_path / "advice.json"
+    out = ok("advise", trace, *FEW, "--expert-bytes", 1e6, "--json", file)
+    found = json.loads(file.read_text())
+    assert found["answer"].capitalize() in out
+    assert all(each in out for each in found["reasons"][1:])
+    assert found["settings"]["expert_bytes"] == 1e6
+    for line in found["commands"]:
+        assert line in out
+    (line,) = (each for each in found["commands"] if each.startswith("moetuner solve"))
+    arguments = shlex.split(line)[1:]
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "placement.json")
+    assert "wrote" in ok(*arguments)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "megatron"])
+def test_advise_for_an_engine(ok, trace, engine):
+    """The engine stands in the commands, and no copies where it has none."""
+    found = json.loads(
+        ok(
+            "advise",
+            trace,
+            "--devices",
+            4,
+            "--copies",
+            "0,1",
+            "--splits",
+            1,
+            "--for",
+            engine,
+            "--json",
+            "-",
+        )
+    )
+    assert any(f"--for {engine}" in each for each in found["commands"])
+    counts = [each["per_device"] for each in found["copies"]]
+    assert counts == ([0] if engine == "megatron" else [0, 1])
+    assert found["settings"]["split"] == ("nearest" if engine == "sglang" else "even")
+
+
+def test_every_report_opens(ok, trace, tmp_path):
+    """Advise, solve, compare and report write a page each, that of a placement twice the same."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    pages = [tmp_path / f"{name}.html" for name in ("advise", "solve", "compare", "one", "two")]
+    placement = tmp_path / "placement.json"
+    ok("advise", trace, *FEW, "--report", pages[0])
+    ok(
+        "solve",
+        trace,
+        "--devices",
+        4,
+        "--objective",
+        "balance",
+        "--out",
+        placement,
+        "--report",
+        pages[1],
+    )
+    ok(
+        "compare",
+        trace,
+        "--devices",
+        4,
+        "--methods",
+        "contiguous,lpt",
+        "--splits",
+        1,
+        "--report",
+        pages[2],
+    )
+    for page in pages[3:]:
+        ok("report", placement, trace, "--out", page)
+    for page in pages:
+        html = page.read_text()
+        assert html.count("<section") == 10
+        assert re.search("<h1[^>]*>[^<]+</h1>", html)
+        assert html.count("<strong>") >= 3
+    one, two = (page.read_text().replace(page.name, "") for page in pages[3:])
+    assert one == two
+
+
+def test_load_tables_have_reports(ok, tmp_path):
+    """Without tokens panels say why they are empty."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    table, page = tmp_path / "load.npz", tmp_path / "page.html"
+    np.savez(table, load=np.random.default_rng(0).integers(1, 100, (12, 2, 8)))
+    ok("advise", table, *FEW, "--report", page)
+    assert "does not tell which experts a token chose together" in page.read_text()
+
+
+def test_missing_libraries_are_told_before_any_work(run, trace, tmp_path, monkeypatch):
+    """One line names the extra."""
+
+    def missing():
+        raise ImportError("a report needs plotly and jinja2: pip install 'moetuner[report]'")
+
+    monkeypatch.setattr(options, "check_libraries", missing)
+    status, out, err = run("advise", trace, *FEW, "--report", tmp_path / "page.html")
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "pip install 'moetuner[report]'" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--copies", "some"), "must be numbers as in 0,1,2,4"),
+        (("--initial", "nowhere.json"), "must be a file, contiguous or round_robin"),
+        (("--report", "page.pdf"), "must end in .html"),
+        (("--report", "/nowhere/page.html"), "does not exist"),
+        (("--devics", "4"), "Did you mean"),
+    ],
+)
+def test_wrong_options_are_one_line(run, trace, arguments, words):
+    """Each says what would be right."""
+    status, _, err = run("advise", trace, "--devices", 4, *arguments)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_a_placement_of_another_model_is_one_line(run, trace, ok, tmp_path):
+    """The report says which shapes do not fit."""
+    import moetuner as mt
+
+    other = tmp_path / "other.json"
+    mt.Placement([[[0, 1], [2, 3]]]).save(other)
+    status, _, err = run("report", other, trace, "--out", tmp_path / "page.html")
+    assert status == 2
+    assert "layers" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("advis",), "advise"),
+        (("solve", "TRACE", "--devices", 4, "--method", "jont"), "Did you mean joint?"),
+        (("compare", "TRACE", "--devices", 4, "--methods", "ebpl"), "Did you mean eplb?"),
+    ],
+)
+def test_what_was_meant(run, trace, arguments, words):
+    """Mistyped commands and methods are answered with what comes near."""
+    status, _, err = run(*(trace if each == "TRACE" else each for each in arguments))
+    assert status == 2
+    assert words in err
+
+
+@pytest.mark.parametrize("module", [solve, compare, advise])
+def test_help_has_all_options_once(ok, module):
+    """Every option stands in one group or below "Other", in the order that a newcomer needs."""
+    text = ok(module.command.name, "--help")
+    named = [name for names in module.GROUPS.values() for name in names.split()]
+    assert len(set(named)) == len(named)
+    for option in module.command.params:
+        if option.opts[0].startswith("--"):
+            assert len(re.findall(rf"^  (-\w, )?{option.opts[0]}\b(?!-)", text, re.MULTILINE)) == 1
+    assert text.index("Begin with:") < text.index("The machine:")

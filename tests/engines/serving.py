@@ -1,0 +1,221 @@
+"""Run an engine once in a process of its own and hand its answer to the tests.
+
+An engine takes half a minute to start, so each run serves many assertions. Its files stay below
+`.engines/runs/` until the next run of that name; the golden files of the readers are made of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+
+HERE = Path(__file__).parent
+BELOW = HERE.parents[1] / ".engines"
+TOKENS = 12
+# DeepSpeed looks for ninja, which is in this environment.
+PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+LIMIT = 900  # seconds for one run; half a minute on a quiet machine
+
+VLLM = {
+    "PYTHONPATH": f"{HERE / 'vllm_on_cpu'}:{HERE}",
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_CPU_CI_ENV": "1",  # no warm-up
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+SGLANG = {
+    "PYTHONPATH": f"{HERE / 'sglang_on_cpu'}:{HERE}",
+    "SGLANG_USE_CPU_ENGINE": "1",
+    # Or it builds a communicator of NCCL, which wants a GPU.
+    "SGLANG_NCCL_SO_PATH": "/nonexistent/libnccl.so",
+}
+RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an engine answered: tokens by prompt, routed experts if returned, its files and log."""
+
+    folder: Path
+    log: str
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    routed: list[np.ndarray]
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Prompts with what was generated, without the last token: it was never routed."""
+        return [
+            prompt + tokens[:-1] for prompt, tokens in zip(self.prompts, self.tokens, strict=True)
+        ]
+
+    def maps(self) -> list[list[list[list[int]]]]:
+        """Return the maps [L,P] that came into force, by rank."""
+        return [
+            [json.loads(line)[1] for line in file.read_text().splitlines()]
+            for file in sorted((self.folder / "maps").glob("rank*.jsonl"))
+        ]
+
+
+def model(name: str) -> Path:
+    """Return the folder of a tiny model, made if it is not there."""
+    return tiny_models.build(name, BELOW / "models")
+
+
+def folder_of(name: str) -> Path:
+    """Return an empty folder for the run ``name``."""
+    folder = BELOW / "runs" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def program(name: str, arguments: list[str], environment: dict[str, str], folder: Path) -> str:
+    """Run a program of this folder; return what it wrote, or fail with its end."""
+    log = folder / "log.txt"
+    with log.open("w") as file:
+        status = subprocess.run(
+            [sys.executable, HERE / name, *map(str, arguments)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PATH": PATH, **environment},
+            timeout=LIMIT,
+            check=False,
+        ).returncode
+    text = log.read_text(errors="replace")
+    if status:
+        pytest.fail(f"{name} ended with status {status}; the end of {log}:\n{text[-4000:]}")
+    return text
+
+
+def serve(
+    engine: str,
+    name: str,
+    checkpoint: Path,
+    arguments: dict[str, Any],
+    environment: dict[str, str] | None = None,
+    **more: Any,
+) -> Served:
+    """Serve the prompts with ``engine`` ("vllm" or "sglang") and return what came."""
+    folder = folder_of(name)
+    prompts = tiny_models.prompts()
+    specification = folder / "specification.json"
+    asked = {"model": str(checkpoint), "arguments": arguments, "prompts": prompts, "tokens": TOKENS}
+    specification.write_text(json.dumps({**asked, **more}))
+    defaults = VLLM if engine == "vllm" else SGLANG
+    log = program(
+        f"{engine}_serve.py",
+        [specification, folder],
+        {**defaults, **(environment or {})},
+        folder,
+    )
+    return Served(
+        folder,
+        log,
+        prompts,
+        json.loads((folder / "tokens.json").read_text()),
+        [np.load(file) for file in sorted(folder.glob("routed-*.npy"))],
+    )
+
+
+def ask_vllm_server(name: str, checkpoint: Path, requests: dict[str, tuple[str, dict]]) -> Path:
+    """Start vLLM's HTTP server, post every request, and keep the answers as `<key>.json`.
+
+    A request is a path and a body; the model's name is added to it.
+    """
+    folder = folder_of(name)
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint]
+    command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
+    command += ["--max-num-seqs", "8", "--enable-return-routed-experts"]
+    log = folder / "log.txt"
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **VLLM},
+        )
+    try:
+        deadline = time.monotonic() + LIMIT
+        while not _is_up(f"{url}/health"):
+            if server.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(
+                    f"the server did not start; the end of {log}:\n{log.read_text()[-4000:]}"
+                )
+            time.sleep(1)
+        for key, (path, body) in requests.items():
+            request = urllib.request.Request(
+                url + path,
+                json.dumps({"model": "tiny", **body}).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=LIMIT) as answer:
+                (folder / f"{key}.json").write_bytes(answer.read())
+    finally:
+        server.terminate()
+        server.wait(60)
+    return folder
+
+
+def _is_up(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=10):
+            return True
+    except OSError:
+        return False
+
+
+def moetuner(*arguments: Any) -> str:
+    """Run moetuner's command line as it is installed here; return what it wrote."""
+    done = subprocess.run(
+        [sys.executable, "-m", "moetuner", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def sets(ids: np.ndarray) -> np.ndarray:
+    """Return expert ids [T,L,K] as sets: the order inside a token says nothing in vLLM."""
+    return np.sort(ids, axis=2)
+
+
+def same_routing(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Whether the same tokens visit the same experts in all layers."""
+    return ours.shape == theirs.shape and bool((sets(ours) == sets(theirs)).all())
+
+
+def order_of(placement: Any) -> np.ndarray:
+    """Return the old expert at every new position [L,E] of a permuted checkpoint."""
+    return np.sort(placement.slots, axis=2).reshape(placement.layers, -1)
+
+
+def by_rank(layer_maps: list[list[int]], ranks: int) -> list[list[list[int]]]:
+    """Return every rank's experts [L,D,S] in rising order: the engine chooses among its slots."""
+    return np.sort(np.array(layer_maps).reshape(len(layer_maps), ranks, -1), axis=2).tolist()

@@ -1,0 +1,145 @@
+"""vllm-ascend's own policies, checks and reader of maps, on a CPU, against ours."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from serving import BELOW, VLLM, folder_of, moetuner, program
+
+import moetuner as mt
+from moetuner.plugins import rebalance_experts
+
+PACKAGE = "vllm-ascend==0.26.0rc1"
+LAYERS, DEVICES, SLOTS = 12, 32, 9
+EXPERTS = DEVICES * (SLOTS - 1)
+WINDOWS = 4
+# What vllm-ascend's own test wants of its balancers: mean over layers of max / mean load.
+BOUND = 1.08
+
+
+@pytest.fixture(scope="module")
+def package():
+    folder = BELOW / "ascend"
+    if not (folder / "vllm_ascend").exists():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+        done = subprocess.run(
+            [*command, folder, PACKAGE], check=False, capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"no {PACKAGE} from pip: {done.stderr.strip()[-200:]}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def asked(package):
+    """Ask them all the same: loads of a long tail, the table that vllm-ascend starts with."""
+    folder = folder_of("ascend")
+    rng = np.random.default_rng(0)
+    slots = np.append(np.arange(EXPERTS), np.arange(DEVICES))
+    table = np.tile(slots, (LAYERS, 1)).reshape(LAYERS, DEVICES, SLOTS)
+    load = rng.poisson(1000 * rng.lognormal(0, 1, (LAYERS, EXPERTS)), (WINDOWS, LAYERS, EXPERTS))
+    workload = (load / np.bincount(slots))[:, :, slots].reshape(WINDOWS, *table.shape)
+    workload = workload.astype(np.int64)
+    np.savez(folder / "problem.npz", current_expert_table=table, expert_workload=workload)
+    found = rebalance_experts(
+        load, table[0].size, None, 1, DEVICES, table.reshape(LAYERS, -1), budget=table.size
+    )
+    ours = found.reshape(table.shape)
+    np.save(folder / "ours.npy", ours)
+    placement = mt.Placement(ours.astype(np.int32), num_experts=EXPERTS)
+    placement.save(folder / "placement.json")
+    moetuner(
+        "export", folder / "placement.json", "--to", "vllm-ascend", "--out", folder / "map.json"
+    )
+    environment = {"PYTHONPATH": VLLM["PYTHONPATH"]}
+    program("ascend_balance.py", [package, folder], environment, folder)
+    return folder, load, workload
+
+
+def imbalance(table: np.ndarray, load: np.ndarray) -> float:
+    """Compute the mean over layers of max / mean load of a device, copies sharing alike."""
+    layers = []
+    for row, of in zip(table.reshape(len(table), DEVICES, -1), load.sum(axis=0), strict=True):
+        device = (of / np.bincount(row.ravel(), minlength=EXPERTS))[row].sum(axis=1)
+        layers.append(device.max() / device.mean())
+    return float(np.mean(layers))
+
+
+def test_our_table_breaks_no_rule_of_the_worker(asked):
+    """No copy twice on a device, kept experts in their slots: the worker puts nothing back."""
+    folder, _, _ = asked
+    for name in ("ours", "plugin"):
+        found = np.load(folder / f"{name}.npy")
+        assert (np.load(folder / f"{name}-checked.npy") == found).all()
+
+
+def test_our_plugin_answers_in_their_factory(asked):
+    """`MOETUNER_REBALANCE`: whatever the type, the factory makes our policy."""
+    folder, load, _ = asked
+    found = np.load(folder / "plugin.npy")
+    with np.load(folder / "problem.npz") as problem:
+        table = problem["current_expert_table"]
+    assert (found != np.load(folder / "swift.npy")).any()
+    assert imbalance(found, load) <= BOUND < imbalance(table, load)
+
+
+def moves(table: np.ndarray, asked_table: np.ndarray) -> int:
+    """Count the copies on devices that did not hold the expert before."""
+    pairs = zip(table.reshape(-1, SLOTS), asked_table.reshape(-1, SLOTS), strict=True)
+    return sum(len(set(new.tolist()) - set(old.tolist())) for new, old in pairs)
+
+
+def test_balance_is_within_their_bound_with_the_fewest_moves(asked):
+    """Max / mean load is at most 1.08 with fewer moves than theirs; where moves are free, least."""
+    folder, load, _ = asked
+    with np.load(folder / "problem.npz") as problem:
+        table = problem["current_expert_table"]
+    free = rebalance_experts(
+        load,
+        table[0].size,
+        None,
+        1,
+        DEVICES,
+        table.reshape(LAYERS, -1),
+        budget=table.size,
+        dead_zone=0,
+        deviations=0,
+    )
+    theirs = {name: np.load(folder / f"{name}.npy") for name in ("default", "swift", "flashlb")}
+    ours = np.load(folder / "ours.npy")
+    for name, of in {"ours": ours, "ours, moves free": free, **theirs}.items():
+        print(f"{name}: max / mean {imbalance(of, load):.4f}, {moves(of, table)} moves")
+    assert imbalance(ours, load) <= BOUND
+    assert all(moves(ours, table) < moves(of, table) for of in theirs.values())
+    assert all(imbalance(free, load) <= imbalance(of, load) for of in theirs.values())
+
+
+def test_its_reader_reads_our_map(asked):
+    """`expert_map_path`: what vllm-ascend reads of our file is the placement."""
+    folder, _, _ = asked
+    assert (np.load(folder / "read.npy") == np.load(folder / "ours.npy")).all()
+
+
+def test_its_map_is_read(asked):
+    """`expert_map_record_path`: our reader reads what vllm-ascend writes."""
+    folder, _, _ = asked
+    moetuner("export", folder / "exported.json", "--to", "json", "--out", folder / "read.json")
+    found = mt.Placement.load(folder / "read.json").slots
+    assert (found == np.load(folder / "ours.npy")[:2]).all()
+
+
+def test_its_workload_is_read(asked):
+    """Workloads of slots are read as loads of experts."""
+    folder, _, workload = asked
+    moetuner("convert", folder / "problem.npz", "--out", folder / "loads.safetensors")
+    found = mt.RoutingStatistics.load(folder / "loads.safetensors")
+    with np.load(folder / "problem.npz") as problem:
+        table = problem["current_expert_table"].reshape(LAYERS, -1)
+    expected = np.zeros((WINDOWS, LAYERS, EXPERTS), dtype=np.int64)
+    for window in range(WINDOWS):
+        for layer in range(LAYERS):
+            np.add.at(expected[window, layer], table[layer], workload[window, layer].ravel())
+    assert (found.window_load == expected).all()

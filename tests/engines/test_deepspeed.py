@@ -1,0 +1,66 @@
+"""DeepSpeed counts on two ranks: counts are read, and a permuted checkpoint permutes them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from serving import folder_of, free_port, model, moetuner, order_of, program
+
+import moetuner as mt
+from moetuner.torch import permute_state_dict
+
+MODEL, EXPERTS, LAYERS, RANKS = "mixtral", 8, 4, 2
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """Count the loads of a model, and of the same with its experts in another order."""
+    folder = folder_of("deepspeed")
+    rng = np.random.default_rng(0)
+    slots = np.stack([rng.permutation(EXPERTS).reshape(RANKS, -1) for _ in range(LAYERS)])
+    placement = mt.Placement(slots.astype(np.int32), num_experts=EXPERTS)
+    placed = folder / "placed"
+    permute_state_dict(model(MODEL), placement, placed)
+    # The first run of all builds an extension of DeepSpeed.
+    program("deepspeed_count.py", [folder, free_port(), model(MODEL), placed], {}, folder)
+    return folder, placement
+
+
+def buffers(folder, name) -> list[np.ndarray]:
+    """Return the buffers [L,E] of every rank."""
+    key = "model.layers.{}.mlp.tokens_per_expert"
+    found = []
+    for rank in range(RANKS):
+        with np.load(folder / f"counts-{name}-rank{rank}.npz") as of:
+            found.append(np.stack([of[key.format(layer)] for layer in range(LAYERS)]))
+    return found
+
+
+def test_counts_of_all_ranks_are_read(counted):
+    """The reader adds up what ranks count, each its own tokens."""
+    folder, _ = counted
+    names = [key for key in np.load(folder / f"counts-{MODEL}-rank0.npz") if "per_expert" in key]
+    files = []
+    for rank in range(RANKS):
+        with np.load(folder / f"counts-{MODEL}-rank{rank}.npz") as of:
+            files.append(folder / f"tokens_per_expert_rank{rank}.npz")
+            np.savez(files[-1], **{key: of[key] for key in names})
+    moetuner("convert", *files, "--out", folder / "loads.safetensors")
+    found = mt.RoutingStatistics.load(folder / "loads.safetensors")
+    first, second = buffers(folder, MODEL)
+    assert first.sum() == second.sum() == LAYERS * 24 * 2
+    assert (found.window_load.sum(axis=0) == first + second).all()
+
+
+def test_permuted_checkpoint_gives_permuted_counts(counted):
+    """Experts renumbered: slot s of the placed model counts what its expert counted before."""
+    folder, placement = counted
+    order = order_of(placement)
+    for before, after in zip(buffers(folder, MODEL), buffers(folder, "placed"), strict=True):
+        assert (after == np.take_along_axis(before, order, axis=1)).all()
+    for rank in range(RANKS):
+        with (
+            np.load(folder / f"counts-{MODEL}-rank{rank}.npz") as before,
+            np.load(folder / f"counts-placed-rank{rank}.npz") as after,
+        ):
+            np.testing.assert_allclose(after["logits"], before["logits"], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,254 @@
+"""SGLang serves tiny models with moetuner inside: a Qwen3-MoE, and a GLM-4-MoE with a dense layer.
+
+Every run of the engine serves the same prompts greedily. A placement moves weights and nothing
+else, so the tokens must stay what they are on one rank; the negative control shows that they do
+not if weights are not moved.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from serving import (
+    BELOW,
+    RANKS,
+    Served,
+    by_rank,
+    folder_of,
+    model,
+    moetuner,
+    order_of,
+    same_routing,
+    serve,
+)
+
+import moetuner as mt
+from moetuner.plugins import rebalance_experts
+from moetuner.torch import permute_state_dict
+
+MODEL, DENSE = "qwen3_moe", "glm4_moe"
+EXPERTS, COPIES, SLOTS = 16, 2, 9  # 16 experts and 2 copies on 2 ranks with 9 slots
+PASSES = 12  # one of all prompts, and one for every token but the first
+MODES = ("per_token", "per_pass", "stat")
+# Steps that the recorder keeps in mode stat: more than there are, and fewer.
+BUFFER = {"one": 16, "two": 8}
+ONE = {"SGLANG_CPU_OMP_THREADS_BIND": "0"}
+TWO = {"tp_size": 2, "ep_size": 2}
+WITH_COPIES = {**TWO, "ep_num_redundant_experts": COPIES}
+BALANCED = {
+    **WITH_COPIES,
+    "enable_eplb": True,
+    "eplb_algorithm": "moetuner",
+    "eplb_rebalance_num_iterations": 4,
+}
+
+
+def recorder(mode: str, ranks: str) -> dict:
+    arguments: dict = {"expert_distribution_recorder_mode": mode}
+    if mode == "stat":
+        arguments["expert_distribution_recorder_buffer_size"] = BUFFER[ranks]
+    return arguments
+
+
+def one_rank() -> Served:
+    """Return what all others are compared with."""
+    return recorded("per_token")
+
+
+@cache
+def recorded(mode: str) -> Served:
+    """Serve on one rank while the recorder runs."""
+    name = f"sglang-one-rank-{mode}"
+    return serve("sglang", name, model(MODEL), recorder(mode, "one"), ONE)
+
+
+@cache
+def trace() -> mt.RoutingTrace:
+    """Read what SGLang returned with its answers: the first of the three commands."""
+    out = one_rank().folder / "trace.safetensors"
+    answers = one_rank().folder / "responses.json"
+    moetuner("convert", answers, "--num-experts", EXPERTS, "--top-k", 4, "--out", out)
+    return mt.RoutingTrace.load(out)
+
+
+@cache
+def placement() -> Path:
+    """Solve for two ranks with copies: the second command. The plugin loads the file."""
+    trace()
+    folder = one_rank().folder
+    out = folder / "placement.json"
+    arguments = ["--for", "sglang", "--devices", 2, "--slots-per-device", SLOTS, "--out", out]
+    moetuner("solve", folder / "trace.safetensors", *arguments)
+    return out
+
+
+def expected_by_rank() -> list[list[list[int]]]:
+    return np.sort(mt.Placement.load(placement()).slots, axis=2).tolist()
+
+
+def on_two_ranks(name: str, arguments: dict, environment: dict, checkpoint: str | Path) -> Served:
+    maps = {"ENGINES_MAPS": str(BELOW / "runs" / name / "maps")}
+    served = serve("sglang", name, checkpoint, arguments, {**RANKS, **maps, **environment})
+    assert "Failed to apply hooks" not in served.log
+    return served
+
+
+@cache
+def placed(mode: str) -> Served:
+    """Serve on two ranks with the file of our writer: the third command; the recorder runs."""
+    location = one_rank().folder / "expert_location.json"
+    layers = ["--hidden-layers", tiny_models.LAYERS]
+    moetuner("export", placement(), "--to", "sglang", *layers, "--out", location)
+    arguments = {**WITH_COPIES, **recorder(mode, "two"), "init_expert_location": str(location)}
+    return on_two_ranks(f"sglang-two-ranks-{mode}", arguments, {}, model(MODEL))
+
+
+def read(served: Served) -> mt.RoutingTrace | mt.RoutingStatistics:
+    """Read the recorder's dump of a run."""
+    out = served.folder / "dump.safetensors"
+    moetuner("convert", *sorted(served.folder.glob("*.pt")), "--out", out)
+    return mt.open_input(out)
+
+
+def loads(ids: np.ndarray) -> np.ndarray:
+    """Count tokens by expert [L,E], as an oracle."""
+    return np.stack([np.bincount(of.ravel(), minlength=EXPERTS) for of in ids.transpose(1, 0, 2)])
+
+
+def rows(ids: np.ndarray) -> list:
+    """Return the tokens' sets of experts in an order of their own."""
+    return sorted(np.sort(ids, axis=2).tolist())
+
+
+def test_routed_experts_are_what_transformers_routes():
+    """Our reader gives what transformers' routers choose, and even in their order."""
+    expected = np.concatenate(tiny_models.truth(model(MODEL), one_rank().sequences))
+    assert (np.asarray(trace().expert_ids) == expected).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recorder_on_one_rank(mode):
+    """What the recorder dumps is read as the loads of the returned trace."""
+    served = recorded(mode)
+    assert served.tokens == one_rank().tokens
+    found = read(served)
+    ids = np.asarray(trace().expert_ids)
+    if mode == "per_token":
+        assert rows(np.asarray(found.expert_ids)) == rows(ids)
+    else:
+        assert found.windows == PASSES
+        assert (found.window_load.sum(axis=0) == loads(ids)).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_file_of_our_writer_places_experts_and_slots_are_read_back(mode):
+    """`--init-expert-location`: our placement is in force, tokens stay, slots become experts."""
+    served = placed(mode)
+    for maps in served.maps():
+        assert by_rank(maps[0], 2) == expected_by_rank()
+    assert served.tokens == one_rank().tokens
+    for ours, theirs in zip(served.routed, one_rank().routed, strict=True):
+        assert same_routing(ours, theirs)
+    found = read(served)
+    ids = np.asarray(trace().expert_ids)
+    if mode == "per_token":
+        assert rows(np.asarray(found.expert_ids)) == rows(ids)
+    elif mode == "per_pass":
+        # Both ranks of tensor parallelism count the same tokens, and SGLang adds them up.
+        assert (found.window_load.sum(axis=0) == 2 * loads(ids)).all()
+    else:
+        assert found.windows == BUFFER["two"]
+
+
+def test_stored_placement_comes_into_force_and_tokens_stay():
+    """`--eplb-algorithm moetuner` with `MOETUNER_PLACEMENT`: both ranks run our placement."""
+    asked = {"MOETUNER_PLACEMENT": str(placement())}
+    served = on_two_ranks("sglang-static", BALANCED, asked, model(MODEL))
+    first, second = served.maps()
+    assert first == second
+    assert by_rank(first[0], 2) != by_rank(first[-1], 2)  # SGLang starts with its own
+    assert by_rank(first[-1], 2) == expected_by_rank()
+    assert served.tokens == one_rank().tokens
+    for ours, theirs in zip(served.routed, one_rank().routed, strict=True):
+        assert same_routing(ours, theirs)
+
+
+def test_live_rebalancing_agrees_on_all_ranks_and_tokens_stay():
+    """`MOETUNER_REBALANCE`: the map in force is our policy's answer to the loads it saw."""
+    record = BELOW / "runs" / "sglang-live" / "loads"
+    asked = {"MOETUNER_REBALANCE": "1", "MOETUNER_RECORD": str(record)}
+    # So few tokens show nothing beyond chance; the thresholds are for loads of real traffic.
+    always = {"MOETUNER_DEAD_ZONE": "0", "MOETUNER_DEVIATIONS": "0"}
+    served = on_two_ranks("sglang-live", BALANCED, {**asked, **always}, model(MODEL))
+    first, second = served.maps()
+    assert first == second
+    assert len(first) > 1
+    (table,) = sorted(record.glob("*.npz"))[:1]
+    load = np.load(table)["load"][: BALANCED["eplb_rebalance_num_iterations"]]
+    answer = rebalance_experts(
+        load, EXPERTS + COPIES, None, 1, 2, np.array(first[0]), dead_zone=0, deviations=0
+    )
+    assert answer.tolist() == first[1]
+    assert served.tokens == one_rank().tokens
+    for ours, theirs in zip(served.routed, one_rank().routed, strict=True):
+        assert same_routing(ours, theirs)
+
+
+def test_tokens_change_if_weights_do_not_move():
+    """Negative control: maps in force without their weights give other tokens."""
+    asked = {"MOETUNER_PLACEMENT": str(placement()), "ENGINES_KEEP_WEIGHTS": "1"}
+    served = on_two_ranks("sglang-weights-kept", BALANCED, asked, model(MODEL))
+    assert by_rank(served.maps()[0][-1], 2) == expected_by_rank()
+    assert all(
+        ours != theirs for ours, theirs in zip(served.tokens, one_rank().tokens, strict=True)
+    )
+
+
+def test_permuted_checkpoint_serves_the_same_tokens():
+    """Experts renumbered in the checkpoint: same tokens on two ranks, and ids map back."""
+    folder = folder_of("sglang-permuted-checkpoint") / "model"
+    statistics = mt.RoutingStatistics.from_trace(trace(), window=32, sets=True)
+    found = mt.solve(mt.Problem(statistics, mt.Topology(devices=2))).placement
+    permute_state_dict(model(MODEL), found, folder)
+    served = on_two_ranks("sglang-permuted", TWO, {}, folder)
+    assert served.tokens == one_rank().tokens
+    order = order_of(found)
+    assert (order != np.arange(EXPERTS)).any()
+    for new, old in zip(served.routed, one_rank().routed, strict=True):
+        assert same_routing(order[np.arange(found.layers)[:, None], new], old)
+
+
+def test_dense_layers_have_rows_in_the_file_and_none_in_the_trace():
+    """GLM-4-MoE, layer 0 dense, a router of groups: placed on two ranks by our file.
+
+    Without copies: SGLang 0.5.23 makes no slots for them in this model.
+    """
+    options = {"disable_shared_experts_fusion": True}
+    before = serve("sglang", "sglang-dense-one-rank", model(DENSE), options, ONE)
+    assert before.tokens == [
+        tiny_models.greedy(model(DENSE), prompt, len(new))
+        for prompt, new in zip(before.prompts, before.tokens, strict=True)
+    ]
+    folder = before.folder
+    recorded = folder / "trace.safetensors"
+    arguments = ["--num-experts", EXPERTS, "--top-k", 4, "--dense-layers", 0]
+    moetuner("convert", folder / "responses.json", *arguments, "--out", recorded)
+    expected = np.concatenate(tiny_models.truth(model(DENSE), before.sequences))
+    assert same_routing(np.asarray(mt.RoutingTrace.load(recorded).expert_ids), expected)
+    answer, location = folder / "placement.json", folder / "expert_location.json"
+    moetuner("solve", recorded, "--for", "sglang", "--devices", 2, "--out", answer)
+    arguments = ["--dense-layers", 0, "--hidden-layers", tiny_models.LAYERS]
+    moetuner("export", answer, "--to", "sglang", *arguments, "--out", location)
+    options |= {**TWO, **recorder("stat", "one"), "init_expert_location": str(location)}
+    after = on_two_ranks("sglang-dense-two-ranks", options, {}, model(DENSE))
+    assert after.tokens == before.tokens
+    assert (
+        by_rank(after.maps()[0][0][1:], 2)
+        == np.sort(mt.Placement.load(answer).slots, axis=2).tolist()
+    )
+    found = read(after)
+    assert (found.window_load.sum(axis=0) == 2 * loads(expected)).all()

@@ -1,0 +1,79 @@
+"""What engines do, as settings of a problem: they can load what comes out."""
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.formats import WRITERS, write_placement
+from moetuner.formats.checks import check_placement
+from moetuner.formats.engines import ENGINES
+from moetuner.formats.hints import Hints
+
+STATISTICS = mt.RoutingStatistics.from_load(np.random.default_rng(0).integers(1, 99, (2, 3, 12)))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("method", ["joint", "eplb", "contiguous"])
+def test_an_engine_can_load_it(tmp_path, engine, method):
+    """Placements of problems with an engine's settings break none of its constraints."""
+    spare = {"slots_per_device": 4} if ENGINES[engine].may_copy else {}
+    topology = mt.Topology(4)
+    found = mt.engine_settings(engine, STATISTICS, topology, **spare)
+    problem = mt.Problem(STATISTICS, topology, objective="balance", **found)
+    result = mt.solve(problem, method, iterations=200)
+    check_placement(result.placement, engine)
+    for name, writer in WRITERS.items():
+        if writer.engine == engine:
+            path = tmp_path / f"map{writer.suffixes[0]}"
+            write_placement(result.placement, name, path, Hints(dense_layers=()))
+
+
+def test_facts():
+    """The regime of all; the splits that engines have."""
+    splits = {"vllm": "even", "sglang": "nearest", "tensorrt-llm": "round_robin"}
+    for engine in ENGINES:
+        found = mt.engine_settings(engine, STATISTICS, mt.Topology(4))
+        assert found["regime"] == "dispatch"
+        assert found["split"] == splits.get(engine, "even")
+        serves = engine not in ("megatron", "deepspeed", "transformers")
+        assert found["arrival"] == ("mixed" if serves else "bursts")
+        assert found["fill_slots"] is serves
+        assert found["slots_per_device"] == 3
+
+
+@pytest.mark.parametrize(
+    ("engine", "devices", "arguments", "words"),
+    [
+        ("vllm", 4, {"slots_per_device": 2}, "at least 3 for 12 experts"),
+        ("vllm", 4, {"slots_per_device": 13}, "at most 12"),
+        ("vllm", 4, {"slots_per_device": (3, 3, 3, 4)}, "same on every device.*4 on every"),
+        ("vllm", 4, {"extra_slots": 13}, "got 13: 12 or 24 would"),
+        ("vllm", 5, {"extra_slots": 0}, "got 0: 9 would"),
+        ("vllm", 4, {"extra_slots": 12, "slots_per_device": 4}, "cannot both"),
+        ("megatron", 5, {}, "must divide 12 experts.*got 5: 4 or 6 would"),
+        ("megatron", 4, {"slots_per_device": 4}, "must be 3.*no copies"),
+        ("megatron", 4, {"router_groups": 3}, "must divide 4 devices"),
+        ("sgl", 4, {}, "engine must be one of"),
+    ],
+)
+def test_what_does_not_fit(engine, devices, arguments, words):
+    """The message says which number would."""
+    with pytest.raises(ValueError, match=words):
+        mt.engine_settings(engine, STATISTICS, mt.Topology(devices), **arguments)
+
+
+def test_slots_over_all_layers():
+    """As many as make equal slots are taken as those."""
+    found = mt.engine_settings("vllm", STATISTICS, mt.Topology(4), extra_slots=12)
+    assert found["slots_per_device"] == 4
+    topology = mt.Topology(4, slots_per_device=[5, 5, 5, 5])
+    assert mt.engine_settings("vllm", STATISTICS, topology)["slots_per_device"] == 5
+
+
+def test_groups_of_the_router():
+    """They stay whole where experts are renumbered, and are nobody's business elsewhere."""
+    topology = mt.Topology(4)
+    found = mt.engine_settings("megatron", STATISTICS, topology, router_groups=2)
+    result = mt.solve(mt.Problem(STATISTICS, topology, objective="balance", **found))
+    assert np.array_equal(result.placement.device_of // 2, np.tile(np.arange(12) // 6, (3, 1)))
+    assert "forbidden" not in mt.engine_settings("vllm", STATISTICS, topology, router_groups=2)

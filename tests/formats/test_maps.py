@@ -1,0 +1,187 @@
+"""Maps of experts: what is written can be read, converted and checked, whatever the format."""
+
+import json
+
+import numpy as np
+import pytest
+from damage import damage, damaged
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from placements import full_slots
+
+import moetuner as mt
+from moetuner.formats import WRITERS, form_of, read_placement, write_placement
+from moetuner.formats.checks import faults
+from moetuner.formats.hints import Hints
+from moetuner.formats.layout import Layout
+
+READ = sorted(name for name, writer in WRITERS.items() if writer.read is not None)
+
+
+def path_of(folder, name):
+    return folder / f"map{WRITERS[name].suffixes[0]}"
+
+
+@given(st.integers(0, 1 << 32), st.sets(st.integers(0, 8), max_size=4))
+def test_what_is_written_is_read(tmp_path_factory, seed, dense):
+    """Every format gives the same placement, and says by its content which one it is."""
+    slots, experts = full_slots(seed)
+    placement = mt.Placement(slots, num_experts=experts)
+    hidden = placement.layers + len(dense)
+    dense = tuple(layer for layer in dense if layer < hidden)
+    hidden = placement.layers + len(dense)
+    if any(layer >= hidden for layer in dense):
+        dense, hidden = (), placement.layers
+    hints = Hints(num_experts=experts, hidden_layers=hidden, dense_layers=dense)
+    folder = tmp_path_factory.mktemp("maps")
+    before = path_of(folder, "json")
+    placement.save(before)
+    for name in READ:
+        path = path_of(folder, name)
+        # From what was written last: any format can be made of any other.
+        given_to = read_placement(
+            before, devices=placement.devices, num_experts=experts, dense_layers=dense
+        )
+        write_placement(given_to, name, path, hints)
+        assert form_of(path) == name
+        found = read_placement(
+            path, devices=placement.devices, num_experts=experts, dense_layers=dense
+        )
+        assert found == placement
+        writer = WRITERS[name]
+        layout = writer.read(path, hints)
+        assert faults(layout, writer.rows, writer.engine, hints) == []
+        before = path.rename(folder / f"before{path.suffix}")
+
+
+@pytest.mark.parametrize("name", sorted(n for n, writer in WRITERS.items() if writer.engine))
+def test_what_an_engine_cannot_load_is_not_written(tmp_path, name):
+    """An empty slot is named, with the option that avoids it; so is a wrong ending."""
+    placement = mt.Placement([[[0, 1], [2, -1]], [[0, 1], [2, 0]]])
+    path = path_of(tmp_path, name)
+    with pytest.raises(ValueError, match=r"layer 0, device 1: slot 1 is empty.*--for ") as caught:
+        write_placement(placement, name, path, Hints(dense_layers=()))
+    assert f'"--for {WRITERS[name].engine}"' in str(caught.value)
+    assert not path.exists()
+    with pytest.raises(ValueError, match="the name must end in"):
+        write_placement(placement.filled(), name, tmp_path / "map.txt", Hints(dense_layers=()))
+
+
+def of(rows, **fields):
+    return Layout.of(rows, **fields)
+
+
+GOOD = [[0, 1, 2, 3, 0, 2]] * 4
+
+
+@pytest.mark.parametrize(
+    ("layout", "rows", "engine", "hints", "words"),
+    [
+        (of(GOOD), "moe", "vllm", {}, None),
+        (of(GOOD), "moe", "vllm", {"devices": 3, "num_experts": 4, "hidden_layers": 4}, None),
+        # One row too many or too few by the dense layers: the commonest mistake.
+        (
+            of(GOOD),
+            "moe",
+            "vllm",
+            {"hidden_layers": 4, "dense_layers": (0,)},
+            "must have 3 rows, one for layers with experts only, got 4, one for every hidden layer",
+        ),
+        (
+            of(GOOD),
+            "hidden",
+            "sglang",
+            {"hidden_layers": 6, "dense_layers": (0, 1)},
+            "must have 6 rows, one for every hidden layer, dense ones too, got 4",
+        ),
+        (of(GOOD), "moe", "vllm", {"hidden_layers": 9}, "got 4: of another model"),
+        (of(GOOD, layers=(1, 2, 3, 4)), "moe", "vllm", {}, "must be numbered from 0 to 3"),
+        (of(GOOD, layers=(0, 2, 3, 4)), "numbered", None, {"dense_layers": (0,)}, "layer 0 has no"),
+        (of(GOOD), "moe", "vllm", {"devices": 4}, "4 or 8 would fit"),
+        (of(GOOD, devices=2), "moe", "vllm", {"devices": 3}, "must be for 3 devices, got 2"),
+        (of(GOOD), "moe", "vllm", {"num_experts": 5}, "row 0: expert 4 has no slot"),
+        (of(GOOD), "moe", "vllm", {"num_experts": 3}, "expert 3 is not below 3"),
+        (of(GOOD, num_experts=4), "moe", "vllm", {"num_experts": 8}, "another model"),
+        (of([[0, 1, 3, 3]]), "moe", "vllm", {}, "row 0: expert 2 has no slot"),
+        (of([[0, 1, -1, 2]]), "moe", "vllm", {}, "row 0: slot 2 is empty"),
+        (of([[0, 1, 1 << 40, 2]]), "moe", "vllm", {}, "is not below 65536"),
+        # Two copies on a device: lawful in vLLM, not in SGLang.
+        (of([[0, 0, 1, 2]]), "moe", "vllm", {"devices": 2}, None),
+        (of([[0, 0, 1, 2]]), "moe", "sglang", {"devices": 2}, "expert 0 is there twice"),
+        (of([[0, 0, 1, 2]]), "moe", "vllm-ascend", {"devices": 2}, "refuses it"),
+        (of([[0, 0, 1, 2]]), "moe", "megatron", {"devices": 2}, "has no copies"),
+    ],
+)
+def test_faults(layout, rows, engine, hints, words):
+    """What is wrong is said in words that say what would be right."""
+    found = faults(layout, rows, engine, Hints(**hints))
+    assert (not found) if words is None else any(words in fault for fault in found), found
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([], "none of"),
+        ([[0, 1], [0]], "row 1 must have 2 slots like row 0, got 1"),
+        ([[0, 1], 3], "row 1 must be a list"),
+        ([[0, 1.5]], "must be integers"),
+        ([[0, 1 << 70]], "must be integers"),
+        ({"0": [0, 1], "00": [1, 0]}, "each once"),
+        ({"0": [0, 1], "x": [1, 0]}, "keys must be numbers of layers"),
+        ({"physical_to_logical_map": [[0, 1]], "b": 1}, "single key"),
+        ({"physical_to_logical_map": 7}, "at least one row"),
+        ({"record_type": "eplb_initial_mapping"}, "must be an object of layers"),
+        (
+            {
+                "record_type": "eplb_initial_mapping",
+                "num_slots": 3,
+                "initial_global_assignments": {"0": [0, 1]},
+            },
+            "num_slots must be 2",
+        ),
+        ({"hello": 1}, "none of"),
+    ],
+)
+def test_nonsense(tmp_path, content, words):
+    """One line names the file and the rule."""
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
+        read_placement(path, devices=2)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_devices_must_be_said(tmp_path):
+    """A flat list does not tell how many devices there are; they must divide its slots."""
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps([0, 1, 2, 3]))
+    with pytest.raises(ValueError, match="devices must be given"):
+        read_placement(path)
+    with pytest.raises(ValueError, match="devices must divide the 4 slots, got 3"):
+        read_placement(path, devices=3)
+    assert read_placement(path, devices=2).slots.tolist() == [[[0, 1], [2, 3]]]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_damaged_maps(tmp_path, name):
+    """Bits flipped, ends cut off: a placement, or one line."""
+    slots, experts = full_slots(3)
+    path = path_of(tmp_path, name)
+    write_placement(mt.Placement(slots, num_experts=experts), name, path, Hints(dense_layers=()))
+    whole = path.read_bytes()
+
+    @settings(max_examples=settings().max_examples * 2)
+    @given(damage)
+    def run(steps):
+        path.write_bytes(damaged(whole, steps))
+        try:
+            found = read_placement(path, devices=slots.shape[1])
+            assert found.slots.dtype == np.int32
+        except ValueError as error:
+            text = str(error)
+            assert "\n" not in text
+            assert len(text) < 700
+            assert str(path) in text
+
+    run()

@@ -1,0 +1,218 @@
+"""Files of torch.save: what torch wrote is read without it, and nothing in them is run."""
+
+import os
+import pickle
+import pickletools
+import struct
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+from damage import damage, damaged
+from hypothesis import given, settings
+
+from moetuner.formats import pickled
+
+
+def archive(path, description, storages=None, byteorder=b"little", method=zipfile.ZIP_STORED):
+    """Write an archive as torch.save lays it out."""
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr("a/data.pkl", description)
+        file.writestr("a/byteorder", byteorder)
+        for key, content in (storages or {}).items():
+            file.writestr(f"a/data/{key}", content)
+    return path
+
+
+def tensor(shape, strides, offset=0, key="0", kind="LongStorage", count=4):
+    """Write the description of a tensor, by hand: it may be one that torch would never write."""
+    text = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(("
+    text += b"X" + struct.pack("<I", 7) + b"storage"
+    text += b"ctorch\n" + kind.encode() + b"\n"
+    text += b"X" + struct.pack("<I", len(key)) + key.encode()
+    text += b"X\x03\0\0\0cpu" + b"J" + struct.pack("<i", count) + b"tQ"
+    text += b"J" + struct.pack("<i", offset)
+    for sizes in (shape, strides):
+        text += b"(" + b"".join(b"J" + struct.pack("<i", n) for n in sizes) + b"t"
+    return text + b"\x89ccollections\nOrderedDict\n)RtR."
+
+
+def refused(path, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        pickled.load(path)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def check_line(error):
+    text = str(error)
+    assert text
+    assert "\n" not in text
+    assert len(text) < 600, text
+
+
+FOUR = np.arange(4, dtype="<i8").tobytes()
+
+
+def test_what_torch_writes(tmp_path):
+    """Containers, numbers, and tensors of all types and layouts, in every protocol."""
+    torch = pytest.importorskip("torch")
+    x = torch.arange(24).reshape(4, 6)
+    held = {
+        "plain": x,
+        "transposed": x.t(),
+        "strided": x[1:3, ::2],
+        "expanded not": x[:1],
+        "scalar": torch.tensor(5),
+        "empty": torch.empty(0, 3),
+        "bool": torch.tensor([True, False]),
+        "half": torch.tensor([0.5, 2.0]).half(),
+        "bfloat16": torch.tensor([1.5, -3.0], dtype=torch.bfloat16),
+        "uint16": torch.tensor([1, 65535], dtype=torch.uint16),
+        "int8": torch.tensor([-1, 7], dtype=torch.int8),
+    }
+    rest = {"n": None, "f": 1.5, "l": [1, 2, -3, 70000, 1 << 40], "t": (1, "é"), "b": True}
+    for protocol in (2, 3, 4, 5):
+        path = tmp_path / f"{protocol}.pt"
+        content = {
+            **held,
+            **rest,
+            "od": OrderedDict(a=1),
+            "size": x.shape,
+            "dev": torch.device("cpu"),
+        }
+        torch.save(content, path, pickle_protocol=protocol)
+        assert pickled.is_pickled(path)
+        found = pickled.load(path)
+        for name, wanted in held.items():
+            wanted = wanted.float() if wanted.dtype == torch.bfloat16 else wanted
+            array = found[name].array()
+            assert array.dtype == wanted.numpy().dtype
+            assert array.shape == wanted.shape
+            assert np.array_equal(array, wanted.numpy()), name
+        assert {name: found[name] for name in rest} == rest
+        assert (found["od"], found["size"], found["dev"]) == ({"a": 1}, (4, 6), "cpu")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/moetuner-was-run",)
+
+
+def test_code_is_refused_by_name(tmp_path):
+    """Whatever would be called is named, and is not called."""
+    refused(archive(tmp_path / "a.pt", pickle.dumps({"a": Evil()}, 2)), "asks for posix.system")
+    for name in (b"builtins\neval", b"torch\nload", b"torch._utils\n__builtins__", b"numpy\nload"):
+        text = b"\x80\x02c" + name + b"\n)R."
+        refused(archive(tmp_path / "b.pt", text), "asks for " + name.decode().replace("\n", "."))
+    # A name that stands for a type makes nothing else, and what is made cannot be changed.
+    refused(archive(tmp_path / "c.pt", b"\x80\x02ctorch\nLongStorage\n)R."), "does not write")
+    text = b"\x80\x02ctorch\nLongStorage\n}b."
+    refused(archive(tmp_path / "d.pt", text), "asks to change an object")
+    text = b"\x80\x02X\x01\0\0\0aQ."
+    refused(archive(tmp_path / "e.pt", text), "persistent ids must be storages")
+    for code in (b"i", b"o", b"\x81", b"\x82", b"P", b"\x98", b"0"):
+        refused(archive(tmp_path / "f.pt", b"\x80\x02" + code + b"x\nx\n."), "pickle instruction")
+    assert not os.path.exists("/tmp/moetuner-was-run")  # noqa: PTH110
+
+
+def test_every_instruction_is_known_or_refused(tmp_path):
+    """No instruction of pickle's machine leads to anything but a value or one line."""
+    for code in pickletools.opcodes:
+        path = archive(tmp_path / "a.pt", b"\x80\x02(}]K\x01" + code.code.encode("latin-1") + b".")
+        try:
+            assert list(pickled.load(path)) == [{}, [], 1], code.name
+        except ValueError as error:
+            check_line(error)
+
+
+def test_tensors_stay_in_their_storages(tmp_path):
+    """A tensor beyond its storage, or larger than it, is refused before anything is made."""
+    good = archive(tmp_path / "a.pt", tensor((2, 2), (1, 2)), {"0": FOUR})
+    assert pickled.load(good).array().tolist() == [[0, 2], [1, 3]]
+    big = archive(tmp_path / "b.pt", tensor((4,), (1,)), {"0": FOUR[::-1]}, b"big")
+    assert pickled.load(big).array().tolist() == [3, 2, 1, 0]
+    for at, text in enumerate(
+        [
+            tensor((5,), (1,)),
+            tensor((4,), (1,), offset=1),
+            tensor((2,), (4,)),
+            tensor((1 << 30,), (0,)),
+            tensor((2, 2), (1,)),
+            tensor((-1,), (1,)),
+            tensor((2,), (-1,)),
+            tensor((2,), (1,), offset=-1),
+        ]
+    ):
+        refused(
+            archive(tmp_path / f"c{at}.pt", text, {"0": FOUR}),
+            "storage 0 must have|must be|must fit",
+        )
+    refused(archive(tmp_path / "d.pt", tensor((1,), (1,))), "must have an entry a/data/0")
+    refused(
+        archive(tmp_path / "e.pt", tensor((1,), (1,), key="../0"), {"0": FOUR}), "must have a key"
+    )
+    refused(
+        archive(tmp_path / "f.pt", tensor((1,), (1,), kind="BoolStorages"), {"0": FOUR}), "asks for"
+    )
+    text = tensor((1,), (1,))
+    refused(
+        archive(tmp_path / "g.pt", text, {"0": FOUR}, method=zipfile.ZIP_DEFLATED), "compressed"
+    )
+    refused(archive(tmp_path / "h.pt", text, {"0": FOUR}, b"middle"), "byteorder must be")
+
+
+def test_descriptions_that_unfold_without_end(tmp_path):
+    """A container in itself, and one that is there a billion times."""
+    refused(archive(tmp_path / "a.pt", b"\x80\x02]q\0h\0a."), "must not hold itself")
+    text = b"\x80\x02]q\0"
+    for level in range(40):
+        text += (
+            b"]q" + bytes([level + 1]) + b"(" + b"h" + bytes([level]) + b"h" + bytes([level]) + b"e"
+        )
+    # The stack must end with one value: those below it are taken into a tuple.
+    refused(archive(tmp_path / "b.pt", b"\x80\x02(" + text[2:] + b"t."), "too often")
+    deep = b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b"."
+    pickled.load(archive(tmp_path / "c.pt", deep))
+
+
+def test_other_files(tmp_path):
+    """The format of before 1.6, no archive, no description, two of them."""
+    torch = pytest.importorskip("torch")
+    torch.save({"a": 1}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert pickled.is_pickled(tmp_path / "old.pt")
+    refused(tmp_path / "old.pt", "before 1.6")
+    (tmp_path / "text").write_text("hello")
+    assert not pickled.is_pickled(tmp_path / "text")
+    refused(tmp_path / "text", "must be a zip archive")
+    np.savez(tmp_path / "a.npz", a=[1])
+    assert not pickled.is_pickled(tmp_path / "a.npz")
+    refused(tmp_path / "a.npz", "must have one data.pkl")
+
+
+def test_damaged_archives(tmp_path):
+    """Bits flipped, ends cut off: values, or one line."""
+    path = archive(
+        tmp_path / "a.pt",
+        b"\x80\x02}X\1\0\0\0a" + tensor((2, 2), (1, 2))[2:-1] + b"s.",
+        {"0": FOUR},
+    )
+    assert pickled.load(path)["a"].array().shape == (2, 2)
+    content = path.read_bytes()
+
+    @settings(max_examples=settings().max_examples * 10)
+    @given(damage)
+    def run(steps):
+        path.write_bytes(damaged(content, steps))
+        try:
+            pickled.is_pickled(path)
+            found = pickled.load(path)
+            if isinstance(found, dict):
+                for value in found.values():
+                    if isinstance(value, pickled.Tensor):
+                        value.array()
+        except (ValueError, OSError) as error:
+            check_line(error)
+
+    run()

@@ -1,0 +1,286 @@
+"""SGLang: what its recorder dumped is read, slots become experts, and nonsense is named."""
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import random_ids
+from damage import damage, damaged
+from hypothesis import example, given, settings
+
+import moetuner as mt
+from moetuner.formats import pickled, reader_of, sglang, write_placement
+from moetuner.formats.hints import Hints
+
+GOLDEN = Path(__file__).parent / "golden" / "sglang"
+
+
+def truth():
+    with np.load(GOLDEN / "truth.npz") as arrays:
+        return arrays["ids"], arrays["lengths"]
+
+
+def bag(ids):
+    """Expert sets of all tokens, in any order."""
+    return sorted(np.sort(ids, axis=2).reshape(len(ids), -1).tolist())
+
+
+def test_responses():
+    """What the engine answered: the router's experts, best first."""
+    ids, lengths = truth()
+    path = GOLDEN / "responses.json"
+    assert reader_of(path) == "sglang-responses"
+    trace = mt.open_input(path, num_experts=16, top_k=4)
+    assert np.array_equal(trace.expert_ids, ids)
+    assert np.bincount(trace.sequence).tolist() == lengths.tolist()
+    with pytest.raises(ValueError, match="top_k is needed"):
+        mt.open_input(path, num_experts=16)
+    with pytest.raises(ValueError, match="must fill tokens x layers x top-k"):
+        mt.open_input(path, num_experts=16, top_k=7)
+
+
+@pytest.mark.parametrize(
+    "ranks", [["one-rank-per_token-0"], ["two-ranks-per_token-0", "two-ranks-per_token-1"]]
+)
+def test_tokens(ranks):
+    """Slots are translated, and tokens that two ranks recorded are counted once."""
+    ids, lengths = truth()
+    files = [GOLDEN / f"{name}.pt" for name in ranks]
+    assert {reader_of(file) for file in files} == {"sglang"}
+    trace = mt.open_input(files)
+    assert bag(trace.expert_ids) == bag(ids)
+    assert sorted(np.bincount(trace.sequence)) == sorted(lengths)
+    for label, length in enumerate(np.bincount(trace.sequence)):
+        one = trace.select(sequences=[label]).expert_ids
+        first = int(np.cumsum([0, *lengths])[lengths.tolist().index(length)])
+        assert np.array_equal(np.sort(one, axis=2), np.sort(ids[first : first + length], axis=2))
+
+
+@pytest.mark.parametrize("mode", ["stat", "per_pass"])
+@pytest.mark.parametrize("name", ["one-rank", "two-ranks"])
+def test_counts(mode, name):
+    """Loads of all steps are those of the tokens, as far as the buffer kept them."""
+    files = sorted(GOLDEN.glob(f"{name}-{mode}*.pt"))
+    if not files:
+        pytest.skip("no such golden file yet")
+    counted = mt.open_input(files)
+    ids, _ = truth()
+    load = np.stack([np.bincount(layer.ravel(), minlength=16) for layer in np.moveaxis(ids, 1, 0)])
+    total = counted.total_load.astype(int)
+    if name == "one-rank":
+        assert np.array_equal(total, load)
+    elif mode == "per_pass":
+        assert np.array_equal(total, load * len(files))  # every rank counts every token
+    else:
+        assert (total <= 2 * load).all()
+    assert counted.window_load.any(axis=(1, 2)).all()
+
+
+def dump(path, content):
+    torch = pytest.importorskip("torch")
+
+    def tensors(value):
+        if isinstance(value, dict):
+            return {key: tensors(each) for key, each in value.items()}
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return [tensors(each) for each in value]
+        return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+
+    torch.save(tensors(content), path)
+    return path
+
+
+def test_buffer(tmp_path):
+    """Unused steps are left out, and so are rows of dense layers; dumps are joined."""
+    count = np.zeros((5, 3, 4), dtype=np.int32)
+    count[1, 1:] = [[1, 2, 3, 4], [4, 3, 2, 1]]
+    count[4, 1:] = [[5, 5, 5, 5], [0, 0, 0, 20]]
+    path = dump(tmp_path / "a.pt", {"rank": 0, "logical_count": count})
+    assert mt.open_input(path).window_load.tolist() == count[[1, 4], 1:].tolist()
+    assert mt.open_input(path, dense_layers=[]).layers == 3
+    assert mt.open_input([path, path]).windows == 4
+    with pytest.raises(ValueError, match="num_experts must be 4"):
+        mt.open_input(path, num_experts=8)
+    dump(path, {"rank": 0, "logical_count": count[:1]})
+    with pytest.raises(ValueError, match="at least one step with tokens"):
+        mt.open_input(path)
+
+
+MAP = np.array([[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 2]])
+
+
+def of_tokens(number, rank, slots, positions, lengths, name="topk_ids_of_layer"):
+    padded = np.full((*slots.shape[:2], 8), -1, dtype=np.int32)
+    padded[:, :, : slots.shape[2]] = slots
+    padded[0] = -1
+    return {"forward_pass_id": number, "rank": rank, "gatherer_key": "primary"} | {
+        "input_ids": list(range(len(positions))),
+        "positions": positions,
+        "extend_seq_lens": lengths,
+        "forward_mode": 1,
+        name: padded,
+        "misc_objects": [],
+    }
+
+
+def test_sequences_and_padding(tmp_path):
+    """Prompts go on as their positions say; slots of copies are one expert; layer 0 is dense."""
+    slots = np.array([[[0, 5], [4, 3], [1, 2]]] * 3)
+    records = [
+        of_tokens(0, 0, slots, [0, 1, 0], [2, 1]),
+        of_tokens(1, 0, slots[:, :2], [1, 2], None),
+        of_tokens(1, 1, slots[:, :1], [7], None),
+    ]
+    path = dump(tmp_path / "a.pt", {"records": records, "last_physical_to_logical_map": MAP})
+    trace = mt.open_input(path)
+    assert trace.sequence.tolist() == [0, 0, 1, 1, 0, 2]
+    assert (trace.layers, trace.top_k, trace.num_experts) == (2, 2, 4)
+    assert trace.expert_ids[:3].tolist() == [[[0, 1], [3, 2]], [[0, 3], [3, 0]], [[1, 2], [2, 1]]]
+    records[0]["topk_ids_of_layer"][1, 1, 0] = 6
+    dump(path, {"records": records, "last_physical_to_logical_map": MAP})
+    trace = mt.open_input(path)
+    with pytest.raises(ValueError, match="slots must be below 6, got 6"):
+        trace.expert_ids.sum()
+
+
+def test_sequences_of_one_length_go_on_in_their_order():
+    """Which of two that end alike a token belongs to is not known; the older one comes first."""
+    sequences = sglang._Sequences()
+    assert sequences.of([0, 1, 0, 1, 0], [2, 2, 1]) == [0, 0, 1, 1, 2]
+    assert sequences.of([2, 2, 1], []) == [0, 1, 2]
+    assert sequences.of([3, 3, 2], []) == [0, 1, 2]
+    # A prompt that begins where none ended had its beginning in a cache.
+    assert sequences.of([9, 10, 3], [2, 1]) == [3, 3, 2]
+
+
+def test_passes_of_ranks(tmp_path):
+    """Counts of a pass are added over ranks, slot by slot of every rank's own map."""
+    files = []
+    for rank in range(2):
+        count = np.zeros((3, 6), dtype=np.int32)
+        count[1, rank * 4], count[2, 0] = 3, 1 + rank
+        about = {"forward_pass_id": 5, "rank": rank, "gatherer_key": "primary"}
+        content = {"records": [about | {"global_physical_count": count}]}
+        content["last_physical_to_logical_map"] = MAP
+        files.append(dump(tmp_path / f"x_{rank}.pt", content))
+    counted = mt.open_input(files)
+    assert counted.window_load.tolist() == [[[6, 0, 0, 0], [0, 0, 0, 3]]]
+    assert mt.open_input(tmp_path).fingerprint == counted.fingerprint
+    stat = dump(tmp_path / "y.pt", {"rank": 0, "logical_count": np.ones((1, 3, 4), np.int32)})
+    with pytest.raises(ValueError, match="must be of one mode"):
+        mt.open_input([*files, stat])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"records": 1}, "records must be a list"),
+        ({"records": [1]}, "record 0 must be a dict"),
+        ({"records": [{}]}, "forward_pass_id and a rank"),
+        ({"last_physical_to_logical_map": 1}, "must be a tensor of 2 dimensions"),
+        ({"last_physical_to_logical_map": MAP[:2]}, "must have 2 layers like the map"),
+        ({"last_physical_to_logical_map": MAP.astype(float)}, "must be integers"),
+        ({"positions": [1]}, "must have positions and ids of 3 tokens"),
+        ({"positions": "x"}, "positions must be a list of numbers"),
+        ({"extend_seq_lens": [1]}, "must add up to 3 tokens"),
+        ({"topk_ids_of_layer": 1}, "topk_ids_of_layer must be a tensor"),
+    ],
+)
+def test_nonsense(tmp_path, change, words):
+    """One line names the file and the rule."""
+    record = of_tokens(0, 0, np.array([[[0, 5], [4, 3], [1, 2]]] * 3), [0, 1, 0], [2, 1])
+    record |= {key: value for key, value in change.items() if key in record}
+    content = {"records": [record], "last_physical_to_logical_map": MAP}
+    content |= {key: value for key, value in change.items() if key in content}
+    path = dump(tmp_path / "a.pt", content)
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
+        mt.open_input(path, reader="sglang").expert_ids.sum()
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_shapes_of_responses(tmp_path):
+    """Of OpenAI's route, and cut at a start that the request asked for."""
+    ids = random_ids(5, 3, 2, 8).astype("<i4")
+    ids[:, 0] = 0
+    text = base64.b64encode(ids.tobytes()).decode()
+    usage = {"prompt_tokens": 4, "completion_tokens": 2}
+    path = tmp_path / "r.json"
+    for content in (
+        {"choices": [{"text": ""}], "usage": usage, "sglext": {"routed_experts": text}},
+        {"choices": [{"sglext": {"routed_experts": text}}], "usage": usage},
+        {"text": "", "meta_info": usage | {"routed_experts": text}},
+    ):
+        path.write_text(json.dumps(content))
+        assert np.array_equal(mt.open_input(path, num_experts=8, top_k=2).expert_ids, ids[:, 1:])
+    path.write_text(json.dumps({"meta_info": {"routed_experts": text}}))
+    with pytest.raises(ValueError, match="hidden_layers is needed"):
+        mt.open_input(path, num_experts=8, top_k=2)
+    for wrong in ("abc", "####", text[:-3], 7):
+        path.write_text(json.dumps({"meta_info": usage | {"routed_experts": wrong}}))
+        with pytest.raises(ValueError, match=r"^[^\n]+$"):
+            mt.open_input(path, num_experts=8, top_k=2, reader="sglang-responses").expert_ids.sum()
+
+
+def test_map(tmp_path):
+    """The engine's own map, and one of ours: a row for every hidden layer, one key."""
+    placement = mt.read_placement(GOLDEN / "expert_location.json", devices=2)
+    assert (placement.layers, placement.devices, placement.num_experts) == (4, 2, 16)
+    path = tmp_path / "m.json"
+    write_placement(placement, "sglang", path, Hints(dense_layers=(0, 3)))
+    rows = json.loads(path.read_text())
+    assert list(rows) == ["physical_to_logical_map"]
+    assert len(rows["physical_to_logical_map"]) == 6
+    assert mt.read_placement(path, devices=2, dense_layers=[0, 3]) == placement
+    for hints, words in (
+        (Hints(), "hidden_layers is needed"),
+        (Hints(hidden_layers=6), "dense_layers is needed: which 2 of 6"),
+        (Hints(hidden_layers=6, dense_layers=(1,)), "must leave 4 layers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            write_placement(placement, "sglang", path, hints)
+    path.write_text(json.dumps(rows | {"extra": 1}))
+    with pytest.raises(ValueError, match="single key"):
+        mt.read_placement(path, devices=2)
+
+
+def test_map_of_torch(tmp_path):
+    """A map may be a file of torch.save, too."""
+    torch = pytest.importorskip("torch")
+    slots = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
+    torch.save({"physical_to_logical_map": slots}, tmp_path / "m.pt")
+    assert pickled.is_pickled(tmp_path / "m.pt")
+    placement = mt.read_placement(tmp_path / "m.pt", devices=2)
+    assert placement.slots.reshape(2, 4).tolist() == slots.tolist()
+
+
+@pytest.mark.parametrize("name", ["one-rank-per_token-0.pt", "responses.json"])
+def test_damaged_files(tmp_path, name):
+    """Bits flipped, ends cut off: a valid trace, or one line."""
+    whole = (GOLDEN / name).read_bytes()
+    path = tmp_path / "a"
+
+    @settings(max_examples=settings().max_examples * 2)
+    @given(damage)
+    @example([("delete", 0.5, b"\0")])
+    def run(steps):
+        path.write_bytes(damaged(whole, steps))
+        read = sglang.read if name.endswith("pt") else sglang.read_responses
+        try:
+            found = read([path], Hints(num_experts=16, top_k=4))
+            if isinstance(found, mt.RoutingTrace):
+                for shard in found.shards(1 << 12):
+                    assert int(shard.max()) < 16
+        except ValueError as error:
+            check_line(error, path)
+
+    run()
+
+
+def check_line(error, path):
+    text = str(error)
+    assert "\n" not in text
+    assert len(text) < 600
+    assert str(path) in text

@@ -1,0 +1,235 @@
+"""CSV, Parquet and Arrow: traces and counts, whatever the order of rows and columns."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+from conftest import random_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner.formats import csv, reader_of
+
+LAYERS = (2, 5, 7)
+
+
+def rows_of(ids):
+    """One row for every choice of ids [T,L,K]."""
+    return [
+        {"token": t, "layer": LAYERS[layer], "expert": int(expert), "sequence": t // 3}
+        for t, of in enumerate(ids)
+        for layer, experts in enumerate(of)
+        for expert in experts
+    ]
+
+
+def write(path, rows, names=None, separator=","):
+    names = names or list(rows[0])
+    lines = [separator.join(names), *(separator.join(str(r[n]) for n in names) for r in rows)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@given(st.integers(0, 1 << 30), st.permutations(["token", "layer", "expert", "sequence"]))
+def test_rows_in_any_order(tmp_path_factory, seed, names):
+    """Columns may stand in any order, and rows of different tokens and layers may be mixed."""
+    path = tmp_path_factory.getbasetemp() / "rows.csv"
+    ids = random_ids(10, 3, 2, 8, seed=seed % 1000)
+    rows = rows_of(ids)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    write(path, [rows[at] for at in order], names, ",;\t"[seed % 3])
+    assert reader_of(path) == "csv"
+    found = mt.open_input(path, num_experts=8)
+    first = list(dict.fromkeys(rows[at]["token"] for at in order))
+    assert np.array_equal(np.sort(found.expert_ids), np.sort(ids[first]))
+    assert found.sequence.tolist() == [token // 3 for token in first]
+
+
+def test_tokens_of_sequences(tmp_path, monkeypatch):
+    """Tokens may be counted anew in every sequence; batches of lines do not show."""
+    monkeypatch.setattr(csv, "BATCH", 5)
+    path = tmp_path / "rows.csv"
+    ids = random_ids(9, 3, 2, 8)
+    rows = [row | {"token": row["token"] % 3} for row in rows_of(ids)]
+    write(path, [row | {"group": "a b" if row["sequence"] else "c"} for row in rows])
+    found = mt.open_input(path, num_experts=8)
+    assert np.array_equal(found.expert_ids, ids)
+    assert found.group_names == ("c", "a b")
+    assert found.group.tolist() == [0] * 3 + [1] * 6
+
+
+digits = st.integers(0, 12).map(str)
+odd = st.sampled_from(["", "x", '"3"', "-1", "1.0", "007", "9" * 19, "9" * 30, " 2", "1\n", "0,0"])
+cells = st.one_of(*[digits] * 30, odd)
+
+
+@settings(max_examples=settings().max_examples * 5)
+@given(
+    st.sampled_from(["layer,expert", "token,layer,expert", "layer,expert,sequence,group,weight"]),
+    st.lists(st.lists(cells, min_size=5, max_size=5), max_size=12),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from([1, 7, 30, 1 << 21]),
+)
+def test_numbers_are_read_as_any_text(tmp_path_factory, header, lines, end, block):
+    """Blocks of nothing but numbers mean what the general reader says, and errors are the same."""
+    path = tmp_path_factory.getbasetemp() / "rows.csv"
+    columns = header.count(",") + 1
+    text = end.join([header, *(",".join(line[:columns]) for line in lines)])
+    path.write_text(text + end * (len(lines) % 2), newline="")
+
+    def found():
+        try:
+            traffic = mt.open_input(path, num_experts=13)
+        except ValueError as error:
+            return str(error)
+        if isinstance(traffic, mt.RoutingTrace):
+            return traffic.expert_ids.tolist()
+        return traffic.window_load.tolist(), traffic.group_names
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(csv, "BLOCK", block)
+        fast = found()
+        patch.setattr(csv, "_numbers", lambda *_: None)
+        slow = found()
+    # Which lines a damaged quote takes in depends on where reading begins.
+    assert fast == slow or "must be CSV" in f"{fast}{slow}"
+
+
+def test_counts(tmp_path):
+    """Without tokens rows are counts, with a weight or of one, in windows by group."""
+    path = tmp_path / "rows.csv"
+    path.write_text("layer,expert\n3,0\n3,0\n4,1\n")
+    assert mt.open_input(path).window_load.tolist() == [[[2, 0], [0, 1]]]
+    path.write_text('group,"layer",weight,expert\na,3,5,0\nb,3,2,1\na,4,0,1\n')
+    found = mt.open_input(path, num_experts=3)
+    assert found.window_load.tolist() == [[[5, 0, 0], [0, 0, 0]], [[0, 2, 0], [0, 0, 0]]]
+    assert found.group_names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("token,layer,expert\n", "must have at least one row"),
+        ("token,layer,expert\n0,0,1\n1,0,x\n", "line 3: expert must be integers, got 'x'"),
+        ("token,layer,expert\n0,0,1\n1,0\n", "line 3: must have 3 values, one for each column"),
+        ("token,layer,expert\n0,0,1\n1,0,-1\n", "line 3: expert must be from 0 to 65535, got -1"),
+        ("token,layer,expert\n0,0,1.5\n", "line 2: expert must be integers, got '1.5'"),
+        ("token,layer,expert\n0,0,1\n0,0,2\n1,0,1\n", "token 1 must have 2 experts in layer 0"),
+        ("token,layer,expert\n0,0,1\n0,1,1\n1,0,1\n", "token 1 must have 1 experts in layer 1"),
+        ("token,layer,expert\n0,0,9\n", "expert id 9 is not below num_experts 8"),
+        ("token,layer,expert\n0,0,1\n0,0,1\n", "expert id 1 appears twice"),
+        ('token,layer,expert\n0,0,"1\n', "must be CSV"),
+        ("token,layer,expert,group\n0,0,1,a\n0,0,2,b\n", "token 0 must be of one group, not two"),
+        ("layer,expert\n0,8\n", "expert 8 must be below num_experts 8"),
+        ("layer,expert,weight\n0,1,0.5\n", "line 2: weight must be integers, got '0.5'"),
+        (f"layer,expert\n0,{10**30}\n", "line 2: expert must be integers"),
+    ],
+)
+def test_bad_rows(tmp_path, text, message):
+    """The message names file, line and rule, in one line."""
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        mt.open_input(path, num_experts=8)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def as_arrow(path, columns, metadata=None):
+    """Write columns as the name's ending says, in several groups of rows."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table(columns).replace_schema_metadata(metadata)
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path, row_group_size=4)
+    else:
+        with (
+            pyarrow.OSFile(str(path), "wb") as file,
+            pyarrow.ipc.new_file(file, table.schema) as to,
+        ):
+            to.write_table(table, 4)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("form", ["experts", "layers", "fixed", "rows"])
+def test_arrow(tmp_path, suffix, form):
+    """Tokens as lists, as a list for every layer, as lists of a fixed size, or row by row."""
+    pyarrow = pytest.importorskip("pyarrow")
+    ids = random_ids(10, 3, 2, 8)
+    labels = {
+        "sequence": [t // 3 for t in range(10)],
+        "group": ["a" if t < 6 else "b" for t in range(10)],
+    }
+    if form == "rows":
+        rows = [row | {"group": labels["group"][row["token"]]} for row in rows_of(ids)]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+    elif form == "experts":
+        columns = {"experts": ids.tolist(), **labels}
+    else:
+        lists = {f"layer_{10 - n}": ids[:, 2 - n].tolist() for n in range(3)}
+        if form == "fixed":
+            kind = pyarrow.list_(pyarrow.int16(), 2)
+            lists = {name: pyarrow.array(values, kind) for name, values in lists.items()}
+        columns = {**lists, **labels}
+    path = tmp_path / f"t.{suffix}"
+    as_arrow(path, columns)
+    assert reader_of(path) == "arrow"
+    found = mt.open_input(path, num_experts=8)
+    assert np.array_equal(found.expert_ids, ids)
+    assert found.sequence.tolist() == labels["sequence"]
+    assert [found.group_names[g] for g in found.group] == labels["group"]
+
+
+def test_arrow_may_say_how_many_experts(tmp_path):
+    """Metadata of the schema name the experts; without, they must be given."""
+    path = tmp_path / "t.parquet"
+    as_arrow(path, {"experts": [[[0, 1]], [[2, 3]]]}, {"num_experts": "5"})
+    assert mt.open_input(path).num_experts == 5
+    as_arrow(path, {"experts": [[[0, 1]], [[2, 3]]]})
+    with pytest.raises(ValueError, match="num_experts is needed: the file does not say it"):
+        mt.open_input(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        ({"experts": [[[0, 1]], [[2]]]}, "experts must have lists of one length"),
+        ({"experts": [[[0, 1]], None]}, "experts must have no empty lists"),
+        ({"experts": [[[0, 1]], [[2, None]]]}, "experts must be lists of integers"),
+        ({"experts": [[[0, 1.5]]]}, "experts must be lists of integers, got double"),
+        ({"experts": [[0, 1]]}, "experts must be ids, got int64 [1, 2]"),
+        ({"experts": [[[0, 9]]]}, "expert id 9 is not below num_experts 8"),
+        ({"layer_0": [0, 1]}, "layer_0 must be ids, got int64 [2, 1]"),
+        ({"x": [0]}, "must have a column 'experts'"),
+        ({"layer": [0], "expert": ["a"]}, "expert must be integers, got 'a'"),
+        ({"layer": [0], "expert": [None]}, "columns must have no empty values"),
+    ],
+)
+def test_bad_columns(tmp_path, columns, text):
+    """The message names file, column and rule."""
+    path = tmp_path / "t.parquet"
+    as_arrow(path, columns)
+    with pytest.raises(ValueError, match=re.escape(text)) as caught:
+        mt.open_input(path, num_experts=8)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_damaged_parquet(tmp_path):
+    """A file that is cut off, or whose pages are damaged."""
+    path = tmp_path / "t.parquet"
+    as_arrow(path, {"experts": random_ids(200, 2, 2, 8).tolist()})
+    content = path.read_bytes()
+    for wrong in (content[:-9], content[:50], content[:20] + b"\xff" * 40 + content[60:]):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=r"t.parquet: [^\n]+$"):
+            mt.open_input(path, num_experts=8)
+
+
+def test_without_pyarrow(tmp_path, monkeypatch):
+    """The message names the extra to install."""
+    path = tmp_path / "t.parquet"
+    path.write_bytes(b"PAR1" + b"\0" * 20 + b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"need pyarrow: pip install 'moetuner\[parquet\]'"):
+        mt.open_input(path, num_experts=8)

@@ -1,0 +1,201 @@
+"""TensorRT-LLM: counts and choices of all ranks, slots or experts, and the balancer's YAML."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import random_ids
+from hypothesis import given
+from hypothesis import strategies as st
+from placements import full_slots
+from safetensors.numpy import save_file
+
+import moetuner as mt
+from moetuner.formats import WRITERS, read_input, reader_of, tensorrt_llm
+from moetuner.formats.hints import Hints
+
+EXPERTS, LAYERS = 6, (3, 4)
+
+
+def dump(folder, rank, entries, raw=False):
+    name = f"rank{rank}{'_raw' if raw else ''}.safetensors"
+    save_file({f"{i}_{layer}": array for (i, layer), array in entries.items()}, folder / name)
+
+
+def meta(folder, experts=EXPERTS, top_k=2):
+    about = {"num_experts": experts, "num_experts_per_token": top_k}
+    (folder / "meta_info.json").write_text(json.dumps(about))
+
+
+@pytest.fixture
+def counted(tmp_path):
+    """Write counts of two ranks in three iterations, and their sum [W,L,E]."""
+    rng = np.random.default_rng(0)
+    load = rng.integers(0, 50, (2, 3, 2, EXPERTS))
+    for rank in range(2):
+        entries = {(10 + i, n): load[rank, i, at] for i in range(3) for at, n in enumerate(LAYERS)}
+        dump(tmp_path, rank, entries)
+    meta(tmp_path)
+    return tmp_path, load.sum(axis=0)
+
+
+def test_counts(counted):
+    """Iterations are windows; ranks are added; layers count MoE layers."""
+    folder, load = counted
+    assert reader_of(folder) == "tensorrt-llm"
+    assert np.array_equal(mt.open_input(folder).window_load, load)
+    files = sorted(folder.glob("rank*.safetensors"))
+    assert [reader_of(file) for file in files] == ["tensorrt-llm"] * 2
+    assert np.array_equal(mt.open_input(files).window_load, load)
+
+
+def test_choices(tmp_path):
+    """Raw dumps are a trace, and come before counts."""
+    ids = random_ids(12, 2, 2, EXPERTS, dtype=np.int32)
+    cuts = {(0, 0): slice(0, 3), (0, 1): slice(3, 7), (1, 0): slice(7, 9), (1, 1): slice(9, 12)}
+    for rank in range(2):
+        entries = {
+            (i, layer): np.ascontiguousarray(ids[of, at])
+            for (i, r), of in cuts.items()
+            if r == rank
+            for at, layer in enumerate(LAYERS)
+        }
+        dump(tmp_path, rank, entries, raw=True)
+        dump(tmp_path, rank, {(0, 3): np.zeros(EXPERTS, np.int64)})
+    meta(tmp_path)
+    found = mt.open_input(tmp_path)
+    assert np.array_equal(found.expert_ids, ids)
+    assert found.sequence.tolist() == [0] * 3 + [1] * 4 + [2] * 2 + [3] * 3
+    assert found.group.tolist() == [0] * 3 + [1] * 4 + [0] * 2 + [1] * 3
+
+
+def test_slots_are_translated(tmp_path):
+    """With the balancer on slots are counted; the placement that ran says whose they are."""
+    running = np.array([[0, 1, 2, 0], [2, 1, 0, 1]])
+    load = np.arange(8).reshape(2, 4)
+    dump(tmp_path, 0, {(0, 3): load[0], (0, 4): load[1]})
+    meta(tmp_path, experts=4)
+    with pytest.raises(ValueError, match="the load balancer was on, so slots are counted"):
+        mt.open_input(tmp_path, num_experts=3)
+    found = read_input([tmp_path], Hints(num_experts=3, running=running))
+    assert found.window_load.tolist() == [[[0 + 3, 1, 2], [6, 5 + 7, 4]]]
+    ids = np.array([[0, 2], [3, 1], [1, 2]], dtype=np.int32)
+    dump(tmp_path, 0, {(0, 3): ids, (0, 4): ids[::-1].copy() % 3}, raw=True)
+    trace = read_input([tmp_path], Hints(running=running))
+    assert trace.expert_ids[:, 0].tolist() == [[0, 2], [0, 1], [1, 2]]
+    assert trace.expert_ids[:, 1].tolist() == [[1, 0], [2, 1], [2, 0]]
+    wider = np.array([[0, 1, 2, 2, 0, 1]] * 2)
+    with pytest.raises(ValueError, match="counts 4 slots, but the placement that ran has 6"):
+        read_input([tmp_path], Hints(running=wider))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda f: (f / "rank0.safetensors").unlink(), "got none of rank 0"),
+        (lambda f: (f / "meta_info.json").unlink(), "must be beside rank0.safetensors"),
+        (lambda f: meta(f, experts=7), "must be counts [7] as meta_info.json says, got int64 [6]"),
+        (lambda f: meta(f, experts="7"), "num_experts must be an integer, got '7'"),
+        (lambda f: dump(f, 1, {(0, 3): np.zeros(6, int)}), "must have the iterations and layers"),
+        (
+            lambda f: dump(f, 0, {(0, 3): np.zeros(6, int), (1, 4): np.zeros(6, int)}),
+            "iteration 0 must have layer 4 like the others",
+        ),
+        (lambda f: dump(f, 0, {(0, 3): -np.ones(6, int)}), "counts must be from 0 to 2**48"),
+        (
+            lambda f: (f / "rank0.safetensors").write_bytes(
+                (f / "rank0.safetensors").read_bytes()[:-9]
+            ),
+            "file must have",
+        ),
+    ],
+)
+def test_bad_dumps(counted, change, text):
+    """A rank that is missing, files of different runs, files cut off."""
+    folder, _ = counted
+    change(folder)
+    with pytest.raises(ValueError, match=re.escape(text)) as caught:
+        mt.open_input(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_dense_layers_disagree(counted):
+    """Counts of a layer that the user calls dense are those of another model."""
+    with pytest.raises(ValueError, match="layer 3 must be dense as dense_layers says"):
+        mt.open_input(counted[0], dense_layers=[3])
+
+
+@given(st.integers(0, 1 << 30), st.sampled_from([(), (0,), (0, 3)]))
+def test_maps_come_back(tmp_path_factory, seed, dense):
+    """What is written is read, by this library and by PyYAML, with the keys of the engine."""
+    slots, experts = full_slots(seed)
+    placement = mt.Placement(slots, num_experts=experts)
+    path = tmp_path_factory.getbasetemp() / "map.yaml"
+    writer = WRITERS["tensorrt-llm"]
+    hints = Hints(num_experts=experts, dense_layers=dense, devices=placement.devices)
+    writer.write(placement, path, hints)
+    assert writer.recognises(path)
+    layout = writer.read(path, hints)
+    assert layout.placement(hints) == placement
+    numbers = [n for n in range(placement.layers + len(dense) + 5) if n not in dense]
+    assert layout.layers == tuple(numbers[: placement.layers])
+    yaml = pytest.importorskip("yaml")
+    read = yaml.safe_load(path.read_text())
+    assert list(read) == ["num_slots", "initial_global_assignments", "layer_updates_per_iter"]
+    assert read["layer_updates_per_iter"] == 0
+    rows = placement.slots.reshape(placement.layers, -1)
+    assert list(read["initial_global_assignments"].values()) == rows.tolist()
+    for flow in (None, False):
+        path.write_text(yaml.dump(read, default_flow_style=flow))
+        assert tensorrt_llm.read_map(path, hints).placement(hints) == placement
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_slots: 4\n", "must have 'initial_global_assignments'"),
+        ("num_slots: 4\nep_size: 2\n", "got 'ep_size'"),
+        ("num_slots: x\n", "line 1: num_slots must be a number, got 'x'"),
+        ("num_slots: 4\ninitial_global_assignments:\n  3: [0, 1]\n", "layer 3 must have num_slots"),
+        ("num_slots: 2\ninitial_global_assignments:\n  3: [0, a]\n", "line 3: must be a list of"),
+        ("num_slots: 2\ninitial_global_assignments:\n  3: [0, 1]\n  3: [0, 1]\n", "there once"),
+        ("num_slots: 2\ninitial_global_assignments:\n  3: [0,\n", "a list has no end"),
+        ("num_slots: 2\ninitial_global_assignments: !!python/object/apply:os.system [x]\n", "line"),
+    ],
+)
+def test_bad_maps(tmp_path, text, message):
+    """Keys are as strict as the engine's; nothing but numbers is read."""
+    path = tmp_path / "map.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        tensorrt_llm.read_map(path, Hints())
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_layers_must_fit(tmp_path):
+    """Hidden layers that are not dense must be as many as the placement has."""
+    placement = mt.Placement([[[0, 1], [2, 3]]])
+    with pytest.raises(ValueError, match="must have 4 layers, those with experts of 5 hidden"):
+        tensorrt_llm.write_map(
+            placement, tmp_path / "m.yaml", Hints(hidden_layers=5, dense_layers=(0,))
+        )
+    empty = mt.Placement([[[0, 1], [2, -1]]])
+    with pytest.raises(ValueError, match="layer 0: slot 3 is empty"):
+        tensorrt_llm.write_map(empty, tmp_path / "m.yaml", Hints())
+    assert not list(tmp_path.iterdir())
+
+
+def test_convert_with_the_map_that_ran(tmp_path, run):
+    """The command line takes the engine's own YAML to translate slots."""
+    running, out = tmp_path / "map.yaml", tmp_path / "load.safetensors"
+    placement = mt.Placement([[[0, 1], [2, 0]], [[2, 1], [0, 1]]], num_experts=3)
+    tensorrt_llm.write_map(placement, running, Hints(dense_layers=(0, 1, 2)))
+    dump(tmp_path, 0, {(0, 3): np.arange(4), (0, 4): np.arange(4, 8)})
+    meta(tmp_path, experts=4)
+    status, _, error = run("convert", tmp_path, "--num-experts", 3, "--out", out)
+    assert status == 2
+    assert "the placement that ran is needed" in error
+    assert run("convert", tmp_path, "--running", running, "--out", out)[0] == 0
+    assert mt.RoutingStatistics.load(out).window_load.tolist() == [[[3, 1, 2], [6, 12, 4]]]

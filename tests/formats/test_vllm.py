@@ -1,0 +1,244 @@
+"""vLLM: what it wrote is read, in whatever way responses are kept; nonsense is named."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import random_ids
+from damage import damage, damaged
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner.formats import reader_of
+from moetuner.formats.records import records
+
+GOLDEN = Path(__file__).parent / "golden" / "vllm"
+
+
+def truth():
+    with np.load(GOLDEN / "truth.npz") as arrays:
+        return arrays["ids"], arrays["lengths"]
+
+
+def same_sets(trace, ids):
+    """Whether every token has the same experts in every layer, in any order."""
+    return np.array_equal(np.sort(trace.expert_ids, axis=2), np.sort(ids, axis=2))
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def response(*arrays, **fields):
+    choices = [{"index": i, "text": "é", "routed_experts": npy(a)} for i, a in enumerate(arrays)]
+    return {"id": "x", "object": "text_completion", **fields, "choices": choices}
+
+
+def routed(tokens, layers=3, dense=(0,), seed=0):
+    """Ids of hidden layers [T,L,K] as vLLM writes them, and those of layers with experts."""
+    ids = random_ids(tokens, layers, 2, 8, seed=seed).astype(np.uint8)
+    ids[:, list(dense)] = 0
+    return ids, np.delete(ids, list(dense), axis=1)
+
+
+def test_what_vllm_wrote():
+    """Over HTTP and offline, whole and from a token on: the router's experts, as sets."""
+    ids, lengths = truth()
+    for paths in ("completions.json", [f"routed-{i}.npy" for i in range(3)]):
+        paths = [GOLDEN / paths] if isinstance(paths, str) else [GOLDEN / path for path in paths]
+        assert {reader_of(path) for path in paths} == {"vllm"}
+        trace = mt.open_input(paths, num_experts=16)
+        assert np.bincount(trace.sequence).tolist() == lengths.tolist()
+        assert same_sets(trace, ids)
+    part = mt.open_input(GOLDEN / "completion-from-3.json", num_experts=16)
+    assert same_sets(part, ids[3 : lengths[0]])
+    assert mt.open_input(GOLDEN / "chat.json", num_experts=16).tokens == 37
+
+
+@pytest.mark.parametrize("form", ["one", "list", "lines", "events", "spread"])
+def test_ways_to_keep_responses(tmp_path, form):
+    """One response, a list, JSON lines, server-sent events: sequences in their order."""
+    arrays = [routed(tokens, seed=tokens) for tokens in (5, 1, 30)]
+    each = [response(arrays[0][0], arrays[1][0]), response(), response(arrays[2][0])]
+    if form == "one":
+        each, text = [response(*(a for a, _ in arrays))], ""
+        text = json.dumps(each[0])
+    elif form == "list":
+        text = " " + json.dumps(each, ensure_ascii=False)
+    elif form == "lines":
+        text = "\n\n".join(json.dumps(one, ensure_ascii=False) for one in each)
+    elif form == "events":
+        text = "".join(f"data: {json.dumps(one)}\n\n" for one in each) + "data: [DONE]\n"
+    else:
+        text = json.dumps(response(*(a for a, _ in arrays)), indent=1)
+    path = tmp_path / "r"
+    path.write_bytes(b"\xef\xbb\xbf" * (form == "lines") + text.encode())
+    assert reader_of(path) == "vllm"
+    trace = mt.open_input(path, num_experts=8)
+    wanted = np.concatenate([moe for _, moe in arrays])
+    assert np.array_equal(trace.expert_ids, wanted)
+    assert np.bincount(trace.sequence).tolist() == [5, 1, 30]
+    for size in (1, 40, 100, 10_000):
+        shards = list(trace.shards(size))
+        assert np.array_equal(np.concatenate(shards), wanted)
+        assert max(shard.nbytes for shard in shards) <= max(size, wanted[0].nbytes)
+    kept = trace.select(layers=[1], sequences=[2])
+    assert np.array_equal(kept.expert_ids, arrays[2][1][:, 1:])
+
+
+def test_arrays(tmp_path):
+    """Archives of sequences; .npy in either order; text that JSON writes with escapes."""
+    arrays = [routed(tokens, seed=tokens) for tokens in (4, 9, 2)]
+    np.savez(tmp_path / "a.npz", *(a for a, _ in arrays))
+    trace = mt.open_input(tmp_path / "a.npz", num_experts=8)
+    assert np.array_equal(trace.expert_ids, np.concatenate([moe for _, moe in arrays]))
+    assert np.bincount(trace.sequence).tolist() == [4, 9, 2]
+    np.save(tmp_path / "f.npy", np.asfortranarray(arrays[1][0]))
+    trace = mt.open_input(tmp_path / "f.npy", num_experts=8)
+    assert np.array_equal(trace.expert_ids, arrays[1][1])
+    text = json.dumps(response(arrays[1][0])).replace("/", "\\/")
+    (tmp_path / "escaped.json").write_text(text)
+    trace = mt.open_input(tmp_path / "escaped.json", num_experts=8)
+    assert np.array_equal(trace.expert_ids, arrays[1][1])
+
+
+def test_dense_layers(tmp_path):
+    """With one expert a token, zeros may be expert 0: only rows of nothing else are dense."""
+    ids = np.array([[[0], [0], [3]], [[0], [1], [0]]], dtype=np.uint8)
+    (tmp_path / "r.json").write_text(json.dumps(response(ids)))
+    assert np.array_equal(mt.open_input(tmp_path / "r.json", num_experts=4).expert_ids, ids[:, 1:])
+    none = mt.open_input(tmp_path / "r.json", num_experts=4, dense_layers=[])
+    assert np.array_equal(none.expert_ids, ids)
+    with pytest.raises(ValueError, match="dense_layers must be below 3"):
+        mt.open_input(tmp_path / "r.json", num_experts=4, dense_layers=[3])
+    with pytest.raises(ValueError, match="must leave a layer"):
+        mt.open_input(tmp_path / "r.json", num_experts=4, dense_layers=range(3))
+    # The wrong layers are found when they are read: a token has an expert twice.
+    (tmp_path / "k.json").write_text(json.dumps(response(routed(3)[0])))
+    with pytest.raises(ValueError, match=r"k\.json: .*layer 0"):
+        mt.open_input(tmp_path / "k.json", num_experts=8, dense_layers=[2]).expert_ids.sum()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (response(), "no routed experts: start vLLM with --enable-return-routed-experts"),
+        ({"choices": [{"routed_experts": "hello"}]}, "must be base64, got 5 letters"),
+        ({"choices": [{"routed_experts": "????"}]}, "must be an array as .npy"),
+        ({"choices": [{"routed_experts": [1]}]}, "must be base64, got [1]"),
+        ({"choices": [{"routed_experts": npy(np.zeros((2, 2, 2)))}]}, "must be integers [tokens"),
+        ({"choices": [{"routed_experts": npy(np.zeros((2, 2), int))}]}, "must be integers [tokens"),
+        ({"choices": [{"routed_experts": npy(routed(9)[0])[:-8]}]}, "must have 182 bytes, got 177"),
+        (response(routed(3)[0] + 9), "expert id 9"),
+        (response(routed(3)[0], routed(3, layers=4)[0]), "same layers and top-k"),
+        (response(np.zeros((3, 2, 2), np.uint8)), "got only rows of zeros"),
+        (response(np.zeros((0, 2, 2), np.uint8)), "at least one token"),
+        ({"routed_experts": 1, "choices": 1}, "must be a response with 'choices'"),
+    ],
+)
+def test_nonsense(tmp_path, content, words):
+    """One line names file, response and rule."""
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
+        mt.open_input(path, num_experts=8, reader="vllm").expert_ids.sum()
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_long_lists_are_read_in_parts(tmp_path, monkeypatch):
+    """However little is read at once, objects and places come out right."""
+    arrays = [routed(tokens, seed=tokens) for tokens in (5, 1, 30, 2)]
+    (tmp_path / "r.json").write_text(json.dumps([response(a) for a, _ in arrays], indent=1))
+    for size in (2, 7, 200, 1000):
+        monkeypatch.setattr("moetuner.formats.records.CHUNK", size)
+        trace = mt.open_input(tmp_path / "r.json", num_experts=8)
+        assert np.array_equal(trace.expert_ids, np.concatenate([moe for _, moe in arrays]))
+
+
+def test_experts_must_be_said(tmp_path):
+    """The largest id tells nothing of how many there are."""
+    (tmp_path / "r.json").write_text(json.dumps(response(routed(3)[0])))
+    with pytest.raises(ValueError, match="num_experts is needed"):
+        mt.open_input(tmp_path / "r.json")
+
+
+def test_windows_of_load(tmp_path):
+    """Slots of an expert are added up, window by window."""
+    loads = [[[1, 2, 3], [4, 5, 6]], [[0, 1, 0], [0, 0, 7]]]
+    slots = [[0, 1, 0], [1, 1, 0]]
+    lines = [
+        {"record_type": "eplb_load_stats", "version": 1, "step": i, "num_ranks": 1}
+        | {"expert_load": load, "p2l_map": slots}
+        for i, load in enumerate(loads)
+    ]
+    path = tmp_path / "stats.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert reader_of(path) == "vllm-loads"
+    counted = mt.open_input(path)
+    assert counted.window_load.tolist() == [[[4, 2], [6, 9]], [[0, 1], [7, 0]]]
+    assert mt.open_input(path, num_experts=3).window_load.shape == (2, 2, 3)
+    for change in (
+        {"p2l_map": [[0, 1]]},
+        {"expert_load": [[-1] * 3] * 2},
+        {"p2l_map": [[9, 1, 1]] * 2},
+    ):
+        path.write_text(json.dumps(lines[0] | change))
+        with pytest.raises(ValueError, match=r"^[^\n]+$"):
+            mt.open_input(path, num_experts=2)
+
+
+def test_damaged_responses(tmp_path):
+    """Bits flipped, ends cut off: a valid trace, or one line."""
+    path = tmp_path / "r.json"
+    whole = "\n".join(json.dumps(response(routed(t, seed=t)[0])) for t in (3, 2)).encode()
+
+    @settings(max_examples=settings().max_examples * 5)
+    @given(damage)
+    def run(steps):
+        path.write_bytes(damaged(whole, steps))
+        try:
+            trace = mt.open_input(path, num_experts=8)
+            for shard in trace.shards(16):
+                assert int(shard.max()) < 8
+        except ValueError as error:
+            check_line(error, path)
+
+    run()
+
+
+def check_line(error, path):
+    text = str(error)
+    assert "\n" not in text
+    assert len(text) < 600
+    assert str(path) in text
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.lists(st.dictionaries(st.text(max_size=5), values, max_size=4), min_size=1, max_size=5))
+def test_records_are_those_of_json(tmp_path_factory, objects):
+    """Objects come out as they were, however they are written, and texts are where they say."""
+    path = tmp_path_factory.mktemp("records") / "r"
+    for text in (
+        json.dumps(objects),
+        "\n".join(map(json.dumps, objects)),
+        json.dumps(objects, indent=1),
+    ):
+        path.write_text(text)
+        assert [record.fields for record in records(path)] == objects
+        for record in records(path):
+            assert text[record.start :].startswith(record.text)

@@ -1,0 +1,164 @@
+"""vllm-ascend: workloads of slots by the table of experts, and the expert map."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from placements import full_slots
+
+import moetuner as mt
+from moetuner.formats import WRITERS, read_input, reader_of, vllm_ascend
+from moetuner.formats.hints import Hints
+
+TABLE = np.array([[[0, 1], [2, 0]], [[2, 1], [0, 1]]])
+LOAD = np.array([[[1, 2], [3, 4]], [[5, 6], [7, 8]]])
+BY_EXPERT = [[1 + 4, 2, 3], [7, 6 + 8, 5]]
+
+
+def test_workload_with_its_table(tmp_path):
+    """Tokens of slots become those of experts; stages are windows."""
+    path = tmp_path / "load.npz"
+    np.savez(path, expert_workload=LOAD, current_expert_table=TABLE)
+    assert reader_of(path) == "vllm-ascend"
+    assert mt.open_input(path).window_load.tolist() == [BY_EXPERT]
+    assert mt.open_input(path, num_experts=4).window_load.shape == (1, 2, 4)
+    np.savez(path, expert_workload=np.stack([LOAD, 2 * LOAD]), current_expert_table=TABLE)
+    assert mt.open_input(path).window_load[1].tolist() == (2 * np.array(BY_EXPERT)).tolist()
+
+
+def test_workload_beside_the_map(tmp_path):
+    """The table may be the expert map, or the placement that ran."""
+    path, other = tmp_path / "load.npy", tmp_path / "map.json"
+    np.save(path, LOAD)
+    running = mt.Placement(TABLE, num_experts=3)
+    vllm_ascend.write_map(running, other, Hints())
+    assert reader_of(other) == "vllm-ascend"
+    found = mt.open_input([path, other], reader="vllm-ascend")
+    assert found.window_load.tolist() == [BY_EXPERT]
+    assert read_input(
+        [path], Hints(running=TABLE.reshape(2, 4)), "vllm-ascend"
+    ).window_load.tolist() == [BY_EXPERT]
+    with pytest.raises(ValueError, match="workload counts slots: the expert map that ran is"):
+        mt.open_input(path, reader="vllm-ascend")
+    with pytest.raises(ValueError, match="is an expert map; a workload is needed beside it"):
+        mt.open_input(other)
+
+
+def test_tensors(tmp_path):
+    """A file of torch.save: loads of experts, or workload and table by name."""
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "expert_load_view.pt"
+    torch.save(torch.tensor(BY_EXPERT), path)
+    assert reader_of(path) == "vllm-ascend"
+    assert mt.open_input(path).window_load.tolist() == [BY_EXPERT]
+    torch.save({"moe_load": torch.tensor(LOAD), "table": torch.tensor(TABLE)}, path)
+    assert mt.open_input(path).window_load.tolist() == [BY_EXPERT]
+
+
+@pytest.mark.parametrize(
+    ("load", "table", "text"),
+    [
+        (LOAD, TABLE[:, :1], "table must be [2, 2, 2] like the workload, got [2, 1, 2]"),
+        (LOAD, TABLE - 2, "slots must hold experts from 0 to 0, got -2 to 0"),
+        (LOAD, TABLE * 0.5, "table must be integers, got float64"),
+        (-LOAD, TABLE, "workload must be counts from 0 to 2**48"),
+        (LOAD + 0.5, TABLE, "workload must be whole numbers of tokens"),
+        (LOAD * np.nan, TABLE, "workload must be whole numbers of tokens"),
+        (LOAD[0, 0], TABLE, "workload must be [layers, experts], [layers, ranks, slots]"),
+    ],
+)
+def test_bad_workloads(tmp_path, load, table, text):
+    """The message names the file and the rule."""
+    path = tmp_path / "load.npz"
+    np.savez(path, expert_workload=load, current_expert_table=table)
+    with pytest.raises(ValueError, match=re.escape(text)) as caught:
+        mt.open_input(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+@given(st.integers(0, 1 << 30))
+def test_maps_come_back(tmp_path_factory, seed):
+    """What is written is read, whatever the placement."""
+    slots, experts = full_slots(seed)
+    placement = mt.Placement(slots, num_experts=experts)
+    path = tmp_path_factory.getbasetemp() / "map.json"
+    writer = WRITERS["vllm-ascend"]
+    writer.write(placement, path, Hints())
+    assert writer.recognises(path)
+    assert writer.read(path, Hints()).placement(Hints(num_experts=experts)) == placement
+    fields = json.loads(path.read_text())
+    lengths = {len(d["device_expert"]) for m in fields["layer_list"] for d in m["device_list"]}
+    assert lengths == {placement.slots_per_device}
+    for layer in fields["layer_list"]:
+        layer["device_list"].reverse()
+    fields["layer_list"].reverse()
+    path.write_text(json.dumps(fields))
+    assert writer.read(path, Hints()).placement(Hints(num_experts=experts)) == placement
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda f: f.pop("layer_list"), "layer_list must be a list, got None"),
+        (lambda f: f.update(moe_layer_count=3), "moe_layer_count must be 2"),
+        (lambda f: f["layer_list"][1].update(layer_id=0), "layer_id must be 0 to 1, each once"),
+        (lambda f: f["layer_list"][1].update(device_count=3), "layer 1: device_count must be 2"),
+        (
+            lambda f: f["layer_list"][0]["device_list"][1]["device_expert"].pop(),
+            "layer 0: must have 2 devices with as many experts each, got [2, 1]",
+        ),
+        (lambda f: f["layer_list"][0]["device_list"].clear(), "layer 0: device_count must be 0"),
+    ],
+)
+def test_bad_maps(tmp_path, change, text):
+    """The message names layer and key."""
+    path = tmp_path / "map.json"
+    vllm_ascend.write_map(mt.Placement(TABLE, num_experts=3), path, Hints())
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=re.escape(text)) as caught:
+        vllm_ascend.read_map(path, Hints())
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_empty_slots_are_named(tmp_path):
+    """The engine has no empty slots; the message says which option fills them."""
+    holed = mt.Placement([[[0, 1], [2, -1]]])
+    with pytest.raises(ValueError, match=r"layer 0, device 1: slot 1 is empty.*--fill-slots"):
+        vllm_ascend.write_map(holed, tmp_path / "m.json", Hints())
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_vllm_ascend_wrote():
+    """What its policies are asked, and a map that it exported, which is ours and written again."""
+    folder = Path(__file__).parent / "golden" / "ascend"
+    asked = np.load(folder / "workload.npz")
+    found = mt.open_input(folder / "workload.npz")
+    assert found.window_load.shape == (4, 2, 256)
+    for window, layer in np.ndindex(4, 2):
+        expected = np.zeros(256, dtype=int)
+        for expert, tokens in zip(
+            asked["current_expert_table"][layer].ravel(),
+            asked["expert_workload"][window, layer].ravel(),
+            strict=True,
+        ):
+            expected[expert] += tokens
+        assert np.array_equal(found.window_load[window, layer], expected)
+    exported = json.loads((folder / "exported.json").read_text())
+    placement = mt.read_placement(folder / "exported.json")
+    assert (placement.layers, placement.devices, placement.slots_per_device) == (2, 32, 9)
+    for layer, device in np.ndindex(2, 32):
+        held = exported["layer_list"][layer]["device_list"][device]["device_expert"]
+        assert placement.slots[layer, device].tolist() == held
+
+
+def test_what_is_written_is_what_vllm_ascend_writes(tmp_path):
+    """Our file of its map has the same content, key by key."""
+    exported = Path(__file__).parent / "golden" / "ascend" / "exported.json"
+    vllm_ascend.write_map(mt.read_placement(exported), tmp_path / "m.json", Hints())
+    assert json.loads((tmp_path / "m.json").read_text()) == json.loads(exported.read_text())

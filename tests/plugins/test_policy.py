@@ -1,0 +1,221 @@
+"""The policy of the plugins: what engines rely on, whatever they hand over."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner.plugins import rebalance_experts
+
+
+@st.composite
+def cases(draw):
+    """Draw loads [L,E] and sizes of a layer of more slots than experts, on ranks and nodes."""
+    nodes = draw(st.integers(1, 3))
+    ranks = nodes * draw(st.integers(1, 4))
+    groups = nodes * draw(st.integers(1, 2))
+    experts = groups * draw(st.integers(1, 6))
+    width = -(-experts // ranks) + draw(st.integers(0, 2))
+    layers = draw(st.integers(1, 3))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    load = np.floor(random.lognormal(6, draw(st.sampled_from([0, 1, 3])), (layers, experts)))
+    load[random.random(layers) < 0.2] = 0
+    return load, width * ranks, groups, nodes, ranks, random
+
+
+def held(slots, ranks, experts):
+    """Count copies of every expert on every rank [L,D,E]."""
+    rows = slots.reshape(len(slots), ranks, -1)
+    return (rows[..., None] == np.arange(experts)).sum(axis=2)
+
+
+def slowest(load, slots, ranks):
+    """Tokens of the busiest rank [L], copies sharing evenly."""
+    copies = held(slots, ranks, load.shape[1])
+    share = load / copies.sum(axis=1)
+    return (copies * share[:, None]).sum(axis=2).max(axis=1)
+
+
+def running(random, shape, experts):
+    """Slots that some other policy left behind, every expert in one of them."""
+    layers, slots = shape
+    return np.stack([random.permutation(np.arange(slots) % experts) for _ in range(layers)]).astype(
+        np.int64
+    )
+
+
+@given(cases())
+def test_every_expert_has_a_slot_and_no_rank_two_copies(case):
+    """With and without a running map; two copies only where a rank has more slots than experts."""
+    load, slots, groups, nodes, ranks, random = case
+    experts = load.shape[1]
+    for old in (None, running(random, (len(load), slots), experts)):
+        found = rebalance_experts(load, slots, groups, nodes, ranks, old)
+        assert (found.shape, found.dtype) == ((len(load), slots), np.int64)
+        copies = held(found, ranks, experts)
+        assert (copies.sum(axis=1) > 0).all()
+        assert copies.sum() == found.size
+        assert (copies <= -(-slots // ranks // experts)).all()
+
+
+@given(cases())
+def test_what_stays_on_a_rank_keeps_its_slot(case):
+    """An expert that a rank had once and has still is in the same slot."""
+    load, slots, groups, nodes, ranks, random = case
+    experts = load.shape[1]
+    old = running(random, (len(load), slots), experts)
+    found = rebalance_experts(load, slots, groups, nodes, ranks, old, dead_zone=0, deviations=0)
+    before, after = held(old, ranks, experts), held(found, ranks, experts)
+    same = old == found
+    width = slots // ranks
+    for layer, rank, expert in np.argwhere((before == 1) & (after == 1)):
+        here = slice(rank * width, (rank + 1) * width)
+        assert same[layer, here][old[layer, here] == expert].all()
+
+
+@given(cases())
+def test_never_slower_and_settles(case):
+    """The slowest rank does not get slower, and the same loads change nothing a second time."""
+    load, slots, _, _, ranks, _ = case
+    experts = load.shape[1]
+    old = rebalance_experts(np.ones_like(load), slots, 1, 1, ranks)
+    found = rebalance_experts(load, slots, 1, 1, ranks, old, budget=10**6)
+    assert (slowest(load, found, ranks) <= slowest(load, old, ranks) * (1 + 1e-9)).all()
+    again = rebalance_experts(load, slots, 1, 1, ranks, found, budget=10**6)
+    moved = held(again, ranks, experts) != held(found, ranks, experts)
+    gain = slowest(load, found, ranks) - slowest(load, again, ranks)
+    assert (
+        not moved.any() or (gain > 0.02 * slowest(load, found, ranks))[moved.any(axis=(1, 2))].all()
+    )
+
+
+@given(cases(), st.integers(0, 40))
+def test_a_budget_is_kept(case, budget):
+    """Copies that come to a rank are at most the budget, where nothing has to be mended."""
+    load, slots, _, _, ranks, random = case
+    experts = load.shape[1]
+    old = rebalance_experts(random.random(load.shape), slots, 1, 1, ranks)
+    found = rebalance_experts(load, slots, 1, 1, ranks, old, budget=budget)
+    assert (held(found, ranks, experts) > held(old, ranks, experts)).sum() <= budget
+
+
+@given(cases())
+def test_only_ratios_count_and_the_answer_is_a_function(case):
+    """Loads counted by every rank of a tensor-parallel group, or asked again: the same map."""
+    load, slots, groups, nodes, ranks, random = case
+    old = running(random, (len(load), slots), load.shape[1])
+    found = rebalance_experts(load, slots, groups, nodes, ranks, old, deviations=0)
+    for factor in (1, 2, 8):
+        again = rebalance_experts(load * factor, slots, groups, nodes, ranks, old, deviations=0)
+        assert np.array_equal(found, again)
+
+
+@given(cases())
+def test_without_load_nothing_moves(case):
+    """A profile run counts nothing; a map that runs stays, and with none every slot is filled."""
+    load, slots, groups, nodes, ranks, _ = case
+    zero = np.zeros_like(load)
+    fresh = rebalance_experts(zero, slots, groups, nodes, ranks)
+    if slots // ranks <= load.shape[1]:
+        assert np.array_equal(rebalance_experts(zero, slots, groups, nodes, ranks, fresh), fresh)
+
+
+@given(cases(), st.integers(-2, 2))
+def test_ranks_come_and_leave(case, more):
+    """Of a map of another width, or with empty slots, what fits stays where it is."""
+    load, slots, _, _, ranks, random = case
+    experts, width = load.shape[1], slots // ranks
+    others = max(ranks + more, -(-experts // width))
+    old = running(random, (len(load), others * width), experts)
+    old[random.random(old.shape) < 0.3] = -1
+    found = rebalance_experts(load, slots, 1, 1, ranks, old)
+    copies = held(found, ranks, experts)
+    assert (copies.sum(axis=1) > 0).all()
+    assert (found >= 0).all()
+    assert (copies <= -(-width // experts)).all()
+
+
+@given(cases(), st.integers(1, 5), st.booleans())
+def test_windows_and_pairs_keep_all_promises(case, windows, runs):
+    """Slots, budget, determinism and dead zone, where more than the sum of loads counts."""
+    load, slots, _, _, ranks, random = case
+    layers, experts = load.shape
+    load = np.floor(load * random.lognormal(0, 1, (windows, *load.shape)))
+    counts = np.triu(random.integers(0, 100, (layers, experts, experts)), 1)
+    profile = mt.RoutingStatistics(
+        np.full((1, layers, experts), 1000), coactivation=counts + counts.transpose(0, 2, 1)
+    )
+    old = rebalance_experts(load[0], slots, 1, 1, ranks) if runs else None
+    rules = {"budget": 5, "profile": profile if experts > 1 else None}
+    found = rebalance_experts(load, slots, 1, 1, ranks, old, **rules)
+    copies = held(found, ranks, experts)
+    assert (copies.sum(axis=1) > 0).all()
+    assert (copies <= -(-slots // ranks // experts)).all()
+    assert np.array_equal(found, rebalance_experts(load, slots, 1, 1, ranks, old, **rules))
+    if runs:
+        assert (copies > held(old, ranks, experts)).sum() <= 5
+        same = rebalance_experts(load, slots, 1, 1, ranks, found, dead_zone=1.0, profile=profile)
+        assert np.array_equal(same, found)
+
+
+def test_windows_are_balanced_one_by_one():
+    """Experts that are busy at different times share a rank; on the sum they are all alike."""
+    load = np.zeros((4, 1, 8))
+    for window in range(4):
+        load[window, 0, [window, window + 4]] = 1000
+    found = rebalance_experts(load, 8, 1, 1, 4).reshape(4, 2)
+    assert (found[:, 0] % 4 != found[:, 1] % 4).all()
+
+
+def test_a_profile_brings_together_what_is_chosen_together():
+    """Loads alone cannot tell pairs apart; with a profile each pair is on one rank."""
+    pairs = np.zeros((2, 8, 8), dtype=np.int64)
+    for expert in range(8):
+        pairs[:, expert, (expert + 4) % 8] = 500
+    profile = mt.RoutingStatistics(np.full((1, 2, 8), 500), coactivation=pairs)
+    load = np.full((2, 8), 1000)
+    old = np.tile(np.arange(8), (2, 1))
+    for start in (None, old):
+        found = rebalance_experts(load, 8, 1, 1, 4, start, profile=profile).reshape(2, 4, 2)
+        assert (found[..., 0] % 4 == found[..., 1] % 4).all()
+    hidden = np.concatenate([load[:1] * 0, load])
+    assert (rebalance_experts(hidden, 8, 1, 1, 4, profile=profile)[1:] == found.reshape(2, 8)).any()
+    with pytest.raises(ValueError, match="co-activation"):
+        rebalance_experts(load, 8, 1, 1, 4, profile=mt.RoutingStatistics.from_load(load))
+    with pytest.raises(ValueError, match="8 experts a layer, and the engine 6"):
+        rebalance_experts(load[:, :6], 8, 1, 1, 4, profile=profile)
+
+
+def test_groups_stay_on_nodes_where_that_costs_little():
+    """Even loads: every group is on one node; a group far heavier than others is parted."""
+    load = np.random.default_rng(0).integers(50, 150, (4, 64))
+    node = np.arange(80) // 40
+
+    def parted(**rules):
+        found = rebalance_experts(load, 80, 4, 2, 8, **rules)
+        nodes = [[len(set(node[row // 16 == group])) for group in range(4)] for row in found]
+        return np.array(nodes) > 1
+
+    assert not parted().any()
+    load[:, :16] *= 20
+    assert parted()[:, 0].all()
+    assert not parted(group_slack=10).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (([[1, 2]], 3, 1, 1, 2), "num_replicas"),
+        (([[1, 2, 3]], 2, 1, 1, 2), "num_replicas"),
+        (([[1, -2]], 2, 1, 1, 2), "at least 0"),
+        (([[1, float("nan")]], 2, 1, 1, 2), "finite"),
+        (([1, 2], 2, 1, 1, 2), "layers, experts"),
+        (([[1, 2]], 2, 1, 1, 2, [[0.5, 1.5]]), "old_map"),
+        (([[1, 2]], 2, 1, 1, 2, [[0, 1], [1, 0]]), "old_map"),
+    ],
+)
+def test_says_what_is_wrong(arguments, words):
+    """One line that names the argument."""
+    with pytest.raises(ValueError, match=words):
+        rebalance_experts(*arguments)

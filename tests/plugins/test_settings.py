@@ -1,0 +1,316 @@
+"""What the environment asks of plugins: what they serve, record and say, and what errors become."""
+
+import logging
+import pickle
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.plugins import rebalance_experts, sglang, vllm, vllm_ascend
+from moetuner.plugins.policy import Policy, Settings
+from moetuner.plugins.recorder import MOST_WINDOWS, LoadRecorder
+
+LOG = logging.getLogger("moetuner.plugins")
+
+
+def policy(**environment):
+    """Make the policy of an environment."""
+    asked = Settings.of({f"MOETUNER_{name}": str(value) for name, value in environment.items()})
+    return Policy(asked, LOG)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Write a placement of 3 layers, 2 ranks x 3 slots and 5 experts; its path and itself."""
+    placement = mt.Placement([[[0, 1, 2], [3, 4, 0]]] * 2 + [[[4, 3, 2], [1, 0, 2]]])
+    path = tmp_path / "placement.json"
+    placement.save(path)
+    return path, placement
+
+
+def test_imports_no_engine_and_no_torch():
+    """Neither the package nor an engine's file loads one, and nothing is printed."""
+    code = (
+        "import sys, moetuner.plugins.vllm, moetuner.plugins.sglang\n"
+        "sys.exit(bool({'torch', 'vllm', 'sglang'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout + done.stderr == b""
+
+
+@pytest.mark.parametrize("register", [vllm.register, sglang.register, vllm_ascend.register])
+def test_asked_nothing_does_nothing(register, monkeypatch):
+    """Without variables the engine is not even imported, though it is absent here."""
+    for name in ("PLACEMENT", "REBALANCE", "RECORD"):
+        monkeypatch.delenv(f"MOETUNER_{name}", raising=False)
+    register()
+    monkeypatch.setenv("MOETUNER_REBALANCE", "0")
+    register()
+
+
+@pytest.mark.parametrize("register", [vllm.register, sglang.register])
+def test_a_variable_that_makes_no_sense_is_a_warning(register, monkeypatch, caplog):
+    """The engine goes on by itself."""
+    monkeypatch.setenv("MOETUNER_REBALANCE", "perhaps")
+    register()
+    assert "MOETUNER_REBALANCE must be 0 or 1" in caplog.text
+
+
+def test_entry_points_name_the_functions():
+    """The engines find what they call."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    for group, function in (
+        ("vllm.general_plugins", vllm.register),
+        ("sglang.srt.plugins", sglang.register),
+    ):
+        given = text.split(f'[project.entry-points."{group}"]\n', 1)[1].splitlines()[0]
+        point = EntryPoint("moetuner", given.split('"')[1], group)
+        assert given.startswith("moetuner = ")
+        assert point.load() is function
+
+
+def test_serves_a_stored_placement(stored):
+    """From the first call on, whatever the loads; what runs keeps its slots; then nothing moves."""
+    path, placement = stored
+    serve = policy(PLACEMENT=path)
+    expected = placement.slots.reshape(3, 6)
+    assert np.array_equal(serve.decide(np.zeros((3, 5)), 6, 1, 1, 2), expected)
+    old = np.array([[2, 1, 0, 4, 3, 1]] * 3)
+    found = serve.decide(np.ones((3, 5)), 6, 1, 1, 2, old)
+    assert found.tolist() == [[2, 1, 0, 4, 3, 0]] * 2 + [[2, 4, 3, 0, 2, 1]]
+    assert np.array_equal(serve.decide(np.ones((3, 5)), 6, 1, 1, 2, found), found)
+
+
+def test_serves_where_hidden_layers_are_counted(stored):
+    """Layers that never have load are dense: they keep what they have."""
+    path, placement = stored
+    load = np.ones((5, 5))
+    load[[0, 2]] = 0
+    found = policy(PLACEMENT=path).decide(load, 6, None, 1, 2)
+    assert np.array_equal(found[[1, 3, 4]], placement.slots.reshape(3, 6))
+    assert found[0].tolist() == [0, 1, 2, 3, 4, 0]
+
+
+@pytest.mark.parametrize(
+    ("load", "sizes"),
+    [
+        (np.ones((3, 5)), (8, 1, 1, 2)),
+        (np.ones((3, 6)), (6, 1, 1, 2)),
+        (np.ones((4, 5)), (6, 1, 1, 2)),
+    ],
+)
+def test_a_placement_of_something_else_is_refused(stored, load, sizes):
+    """Of other slots, experts or layers; the message names the file."""
+    with pytest.raises(ValueError, match=r"placement.json: .*but the engine has"):
+        policy(PLACEMENT=stored[0]).decide(load, *sizes)
+
+
+def test_says_one_line_on_rank_0(caplog):
+    """At INFO there, at DEBUG elsewhere, with the same map named on both."""
+    caplog.set_level(logging.DEBUG, LOG.name)
+    decide = policy(REBALANCE=1)
+    load = np.random.default_rng(0).lognormal(5, 1, (4, 16))
+    first = decide.decide(load, 20, 1, 1, 4)
+    assert np.array_equal(first, decide.decide(load, 20, 1, 1, 4, rank=1))
+    said, also = caplog.records
+    assert (said.levelno, also.levelno) == (logging.INFO, logging.DEBUG)
+    assert said.getMessage().rsplit(",", 1)[0] == also.getMessage().rsplit(",", 1)[0]
+    assert np.array_equal(first, rebalance_experts(load, 20, 1, 1, 4))
+
+
+def test_rules_come_from_the_environment():
+    """Their names are those of the arguments."""
+    asked = Settings.of(
+        {"MOETUNER_REBALANCE": "1", "MOETUNER_MOVE_BUDGET": "7", "MOETUNER_DEAD_ZONE": "0.5"}
+    )
+    assert asked.rebalance
+    assert (asked.rules.budget, asked.rules.dead_zone) == (7, 0.5)
+    with pytest.raises(ValueError, match="MOETUNER_DEAD_ZONE must be a number"):
+        Settings.of({"MOETUNER_REBALANCE": "1", "MOETUNER_DEAD_ZONE": "much"})
+
+
+def test_a_profile_is_a_trace_or_statistics(tmp_path):
+    """Both give the same map; a file that is not there is an error at the first decision."""
+    random = np.random.default_rng(0)
+    ids = random.permuted(np.tile(np.arange(8), (200, 2, 1)), axis=2)[:, :, :2]
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+    trace.save(tmp_path / "trace.safetensors")
+    statistics = mt.RoutingStatistics.from_trace(trace)
+    statistics.save(tmp_path / "statistics.safetensors")
+    load = statistics.total_load
+    maps = [
+        policy(REBALANCE=1, PROFILE=tmp_path / f"{name}.safetensors").decide(load, 8, 1, 1, 4)
+        for name in ("trace", "statistics")
+    ]
+    assert np.array_equal(*maps)
+    assert np.array_equal(maps[0], rebalance_experts(load, 8, 1, 1, 4, profile=statistics))
+    with pytest.raises(FileNotFoundError):
+        policy(REBALANCE=1, PROFILE=tmp_path / "none").decide(load, 8, 1, 1, 4)
+
+
+def test_records_what_solve_reads(tmp_path):
+    """Windows [L,E] and [W,L,E], empty ones left out, on rank 0 alone."""
+    record = policy(RECORD=tmp_path / "loads")
+    load = np.random.default_rng(0).integers(0, 1000, (6, 4, 8))
+    record.record(load[0] * 0)
+    assert not (tmp_path / "loads").exists()
+    record.record(load[0], rank=1)
+    record.record(load[0])
+    record.record(load[1:].astype(np.int32))
+    (path,) = (tmp_path / "loads").iterdir()
+    statistics = mt.open_input(path)
+    assert np.array_equal(statistics.window_load, load)
+    assert not record.decides
+
+
+def test_a_recording_is_bounded(tmp_path):
+    """Windows are joined by twos; none is lost."""
+    recorder = LoadRecorder(tmp_path)
+    random = np.random.default_rng(1)
+    total = np.zeros((2, 3))
+    for _ in range(9):
+        load = random.integers(1, 9, (101, 2, 3))
+        total += load.sum(axis=0)
+        path = recorder.add(load)
+        found = mt.RoutingStatistics.load(path)
+        assert found.windows <= MOST_WINDOWS
+        assert np.array_equal(found.total_load, total)
+
+
+def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, caplog):
+    """Serving goes on."""
+    (tmp_path / "file").write_text("")
+    record = policy(RECORD=tmp_path / "file")
+    for _ in range(3):
+        record.record(np.ones((2, 3)))
+    assert caplog.text.count("loads are not recorded") == 1
+
+
+class Theirs:
+    """An engine's policy of one tensor, as far as ours sees it."""
+
+    calls = 0
+
+    @classmethod
+    def rebalance_experts(cls, weight, replicas, groups, nodes, ranks, old=None) -> "torch.Tensor":  # noqa: F821
+        """Answer with experts in turn."""
+        torch = pytest.importorskip("torch")
+        cls.calls += 1
+        assert replicas % ranks == 0
+        return torch.arange(replicas).repeat(len(weight), 1) % weight.shape[1]
+
+    @classmethod
+    def preserve_intragpu_slots(cls):
+        """Be kept."""
+
+
+class TheirsOfThree(Theirs):
+    """The same, of three tensors."""
+
+    @classmethod
+    def rebalance_experts(cls, *arguments) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":  # noqa: F821
+        """Never be asked."""
+        raise AssertionError
+
+
+def test_vllm_gets_one_tensor_or_three():
+    """On the CPU, int64; as the class in force says."""
+    torch = pytest.importorskip("torch")
+    load = torch.tensor([[90, 132, 40, 61], [20, 107, 104, 64]])
+    decide = policy(REBALANCE=1)
+    one = vllm.policy_class(Theirs, decide)
+    assert issubclass(one, Theirs)
+    assert one.preserve_intragpu_slots is not None
+    found = one.rebalance_experts(load, 6, 1, 1, 2)
+    assert (found.dtype, found.device.type, tuple(found.shape)) == (torch.int64, "cpu", (2, 6))
+    slots, places, copies = vllm.policy_class(TheirsOfThree, decide).rebalance_experts(
+        load, 6, 1, 1, 2, found
+    )
+    assert torch.equal(slots, found)
+    for layer in range(2):
+        for expert in range(4):
+            here = [slot for slot in range(6) if slots[layer, slot] == expert]
+            row = places[layer, expert].tolist()
+            assert row == here + [-1] * (len(row) - len(here))
+            assert copies[layer, expert] == len(here)
+
+
+def test_vllm_falls_back_with_one_warning(tmp_path, caplog):
+    """A placement that is not there, or sizes that do not divide: vLLM's policy decides."""
+    torch = pytest.importorskip("torch")
+    theirs = type("Own", (Theirs,), {})
+    ours = vllm.policy_class(theirs, policy(PLACEMENT=tmp_path / "none.json"))
+    load = torch.ones((2, 4), dtype=torch.int64)
+    for _ in range(3):
+        assert ours.rebalance_experts(load, 6, 1, 1, 2).tolist() == [[0, 1, 2, 3, 0, 1]] * 2
+    assert theirs.calls == 3
+    assert caplog.text.count("vLLM's own policy decides") == 1
+    with pytest.raises(AssertionError):
+        ours.rebalance_experts(load, 7, 1, 1, 2)
+
+
+def test_sglang_by_its_name_alone():
+    """Other algorithms pass through; ours takes steps, no groups, and int32."""
+    torch = pytest.importorskip("torch")
+    hooks = sglang.Hooks(policy(REBALANCE=1))
+
+    def compute(raw_algorithm, num_groups, num_nodes):
+        return {"auto": "deepseek"}[raw_algorithm]
+
+    def own(**asked):
+        return asked["algorithm"]
+
+    named = {"num_groups": None, "num_nodes": 1}
+    assert hooks.compute_algorithm(compute, raw_algorithm="auto", **named) == "deepseek"
+    asked = {
+        "tokens_per_expert": torch.randint(0, 99, (5, 3, 4), dtype=torch.int32),
+        "num_physical_experts": 6,
+        "num_local_physical_experts": 3,
+        "num_groups": None,
+        "num_nodes": 1,
+    }
+    assert hooks.rebalance_experts(own, **asked, algorithm="deepseek") == "deepseek"
+    name = hooks.compute_algorithm(compute, raw_algorithm="moetuner", **named)
+    slots, places, copies = hooks.rebalance_experts(own, **asked, algorithm=name)
+    assert tuple(slots.shape) == (3, 6)
+    assert (places >= 0).sum() == slots.numel() == copies.sum()
+    # More slots on a rank than experts: two copies there, which SGLang would fill only once.
+    asked |= {"num_physical_experts": 10, "num_local_physical_experts": 5}
+    assert hooks.rebalance_experts(own, **asked, algorithm=name) == "deepseek"
+
+
+class Unasked:
+    """A policy that must not be asked."""
+
+    def rebalance_experts(self, table, workload):
+        """Say so."""
+        raise AssertionError("asked")
+
+
+@pytest.mark.parametrize("windows", [(), (4,)])
+def test_vllm_ascend_takes_loads_of_slots(windows):
+    """From tables and slots' loads; balance within 1.08, kept slots, no two copies, picklable."""
+    layers, ranks, width = 6, 8, 9
+    experts = ranks * width - 8
+    random = np.random.default_rng(0)
+    base = np.arange(ranks * width) % experts
+    table = np.tile(base.reshape(ranks, width), (layers, 1, 1))
+    load = random.lognormal(6, 1, (layers, experts)) * np.ones((*windows, 1, 1))
+    of_slots = (load / np.bincount(base))[..., base].reshape(*windows, layers, ranks, width)
+    ours = vllm_ascend.AscendPolicy(Unasked(), policy(REBALANCE=1))
+    change, order, placed = pickle.loads(pickle.dumps(ours)).rebalance_experts(table, of_slots)
+    placed = np.array(placed)
+    assert change == 1
+    assert sorted(order.tolist()) == list(range(layers))
+    total = load.reshape(-1, layers, experts)
+    ratio = vllm_ascend.slowest(total, placed) / total.sum(axis=(0, 2)) * ranks
+    assert ratio.mean() <= 1.08
+    for old, new in zip(table.reshape(-1, width), placed.reshape(-1, width), strict=True):
+        assert len(set(new.tolist())) == width
+        assert all(new[at] == old[at] for at in range(width) if old[at] in new)
+    assert ours.rebalance_experts(placed, of_slots * 0)[0] == 0

@@ -1,0 +1,278 @@
+"""advise(): right answers where they are known, and what they are made of."""
+
+import json
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.report.advice import drift, power_law
+from moetuner.report.advice.conclusion import judged_in, knee_of
+from moetuner.report.advice.values import Copies
+
+LAYERS, EXPERTS, TOP_K, LENGTH = 3, 8, 2, 50
+TWO_NODES = mt.Topology(4, devices_per_node=2)
+
+
+def routed(scores, seed=0, **labels):
+    """Trace that picks the experts with the highest scores [T,L,E], with noise of its own."""
+    noise = np.random.default_rng(seed).gumbel(size=scores.shape)
+    ids = np.argsort(-(scores + noise), axis=2, kind="stable")[:, :, :TOP_K]
+    sequence = np.arange(len(ids)) // LENGTH
+    return mt.RoutingTrace.from_arrays(ids, num_experts=EXPERTS, sequence=sequence, **labels)
+
+
+def even(tokens=4000):
+    """Scores of experts that nobody prefers."""
+    return np.zeros((tokens, LAYERS, EXPERTS))
+
+
+def skewed(tokens=4000):
+    """Scores of experts whose first ones are hot: contiguous placements suffer."""
+    return even(tokens) + np.linspace(2, 0, EXPERTS)
+
+
+def shifted(tokens=4000):
+    """Scores whose favourites change in the middle."""
+    taste = 1.5 * np.random.default_rng(1).normal(size=(2, LAYERS, EXPERTS))
+    return taste[(np.arange(tokens) >= tokens // 2).astype(int)]
+
+
+def advise(traffic, topology, **options):
+    """Advise after a short search."""
+    return mt.advise(traffic, topology, **{"iterations": 200, **options})
+
+
+@pytest.fixture(scope="module")
+def strong():
+    """Advice on skewed traffic with the sizes of the experts known."""
+    return advise(routed(skewed()), TWO_NODES, copies=(0, 1), expert_bytes=1e6, splits=2)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_one_flat_load_has_nothing_to_balance(seed):
+    """Independent layers of one flat load: no gain in time, balance or traffic, and it is said."""
+    found = advise(routed(even(), seed), TWO_NODES, copies=(0,), splits=2)
+    assert found.answer == "not now"
+    text = " ".join(found.reasons)
+    assert "nothing to balance" in text
+    assert "nothing to win in traffic" in text
+    assert not found.drift.is_told
+    assert abs(found.judged[0].gain.mean) < 0.02
+
+
+def test_a_strong_skew_is_worth_a_trial(strong):
+    """The interval is above the price, and the sentence stands alone."""
+    gain = strong.judged[0].gain
+    assert strong.answer == "worth a trial"
+    assert gain.interval[0] > 0.02
+    assert gain.interval[0] <= gain.mean <= gain.interval[1]
+    assert strong.sentence.startswith("Worth a trial: on unseen traffic a layer takes ")
+    assert "predicted" in strong.sentence
+    assert strong.judged[0].after["imbalance"] < strong.judged[0].before["imbalance"]
+
+
+def test_a_change_of_kind_is_not_enough_evidence():
+    """A random split hides it; the halves do not, and the advice warns."""
+    trace = routed(shifted())
+    found = advise(trace, TWO_NODES, copies=(0,), splits=1)
+    assert found.answer == "not enough evidence"
+    assert "second half" in found.reasons[0]
+    assert any("another kind" in each for each in found.warnings)
+    assert len(found.carried) == 2
+    ordered = advise(trace, TWO_NODES, copies=(0,), splits=1, in_order=False)
+    assert ordered.answer == "worth a trial"
+    assert any("order was said not to matter" in each for each in ordered.warnings)
+
+
+def test_few_sequences_are_not_enough_evidence():
+    """Four unseen sequences tell nothing, however strong they are."""
+    found = advise(routed(skewed(8 * LENGTH)), TWO_NODES, copies=(0,), splits=2)
+    assert found.answer == "not enough evidence"
+    assert "too few (4)" in found.reasons[0]
+
+
+def test_one_kind_is_not_enough_evidence():
+    """Of other kinds nothing is known; phases are no kinds."""
+    group = np.zeros(4000, dtype=int)
+    for name, answer in (("code", "not enough evidence"), ("decode", "worth a trial")):
+        trace = routed(skewed(), group=group, group_names=[name])
+        assert advise(trace, TWO_NODES, copies=(0,), splits=1).answer == answer
+
+
+def test_phases_are_placed_apart():
+    """Where prefill and decode are known, each has a placement, and its cost for the other."""
+    phase = np.arange(4000) // LENGTH % 2
+    trace = routed(
+        np.where(phase[:, None, None], skewed(), skewed()[:, :, ::2].repeat(2, axis=2)[:, ::-1]),
+        group=phase,
+        group_names=["prefill", "decode"],
+    )
+    found = advise(trace, TWO_NODES, copies=(0,), splits=1).phases
+    assert set(found.microseconds) == {"both", "prefill", "decode"}
+    assert set(found.costs) == {"prefill", "decode"}
+    assert advise(routed(skewed()), TWO_NODES, copies=(0,), splits=1).phases is None
+
+
+def test_figures_are_those_of_evaluate(strong):
+    """What is told of the first split, evaluate and diff find again."""
+    _, unseen = routed(skewed()).split(0.5, seed=0)
+    for placement, found in zip(strong.placements, (strong.running, strong.proposed), strict=True):
+        again = mt.evaluate(
+            placement,
+            unseen,
+            TWO_NODES,
+            window=512,
+            cost_model=mt.CostModel.preset("h100"),
+            mixed=False,
+        )
+        assert again.predicted_layer_us == pytest.approx(found.predicted_layer_us)
+        assert np.mean(again.imbalance_per_window) == pytest.approx(again.imbalance)
+        assert np.mean(again.predicted_us_per_layer) == pytest.approx(again.predicted_layer_us)
+    gain = 1 - strong.proposed.predicted_layer_us / strong.running.predicted_layer_us
+    assert strong.judged[0].gain.splits[0] == pytest.approx(gain, abs=1e-3)
+    diff = strong.placements[0].diff(strong.placements[1], topology=TWO_NODES, expert_bytes=1e6)
+    assert (strong.moving.experts, strong.moving.bytes) == (diff.experts_moved, diff.bytes_moved)
+    node = TWO_NODES.node_of_device
+    slowest = 0.0
+    for tier, links in enumerate((450e9, 50e9), start=1):
+        far = (node[:, None] != node[None, :]) == (tier == 2)
+        rows = diff.pairs * far
+        slowest += max(rows.sum(axis=0).max(), rows.sum(axis=1).max()) * 1e6 / links
+    assert strong.moving.seconds == pytest.approx(slowest, rel=0.2)
+    saved = strong.judged[0].before["predicted_layer_us"]
+    saved -= strong.judged[0].after["predicted_layer_us"]
+    steps = np.ceil(strong.moving.seconds * 1e6 / saved / LAYERS)
+    assert strong.moving.steps == steps
+
+
+def test_advice_is_json_and_short(strong):
+    """Everything is told as JSON, and shown in a few lines."""
+    found = json.loads(json.dumps(strong.to_dict()))
+    assert found["answer"] == strong.answer
+    assert [each["per_device"] for each in found["copies"]] == [0, 1, 1]
+    assert found["copies"][1]["bytes_per_device"] == LAYERS * 1e6
+    assert found["settings"]["splits"] == 2
+    assert len(repr(strong)) < 2500
+
+
+def test_the_answer_does_not_depend_on_threads():
+    """One thread and two give the same."""
+    one, two = (
+        advise(routed(skewed(2000)), TWO_NODES, copies=(0, 1), splits=1, threads=threads)
+        for threads in (1, 2)
+    )
+    assert one.to_dict() == two.to_dict()
+
+
+def test_load_tables_are_split_by_window():
+    """Without tokens there is balance, and traffic is an upper bound."""
+    rng = np.random.default_rng(0)
+    load = rng.poisson(np.tile([900, 900, 100, 100, 100, 100, 100, 100], (40, 2, 1)))
+    found = advise(mt.RoutingStatistics.from_load(load), mt.Topology(4), copies=(0,))
+    assert found.answer == "worth a trial"
+    assert "fanout" not in found.judged[0].gains
+    assert any("upper bound" in each for each in found.warnings)
+
+
+def test_a_running_placement_is_the_one_to_beat():
+    """What is balanced already has nothing left to win."""
+    trace = routed(skewed())
+    found = advise(trace, TWO_NODES, copies=(0,), splits=1)
+    again = advise(trace, TWO_NODES, copies=(0,), splits=1, initial=found.placements[1])
+    assert again.answer == "not now"
+    assert "running placement" in again.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"copies": ()}, "at least one number of slots"),
+        ({"copies": (-1,)}, "copies"),
+        ({"splits": 0}, "splits"),
+        ({"price": -1}, "price"),
+        ({"initial": "best"}, "initial"),
+        ({"expert_bytes": 0}, "expert_bytes"),
+        ({"initial": mt.Placement([[[0, 1], [2, 3]]])}, "initial must have 3 layers"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, words):
+    """Each in one line, with what would be right."""
+    with pytest.raises((ValueError, TypeError), match=words):
+        advise(routed(even(400)), TWO_NODES, **arguments)
+
+
+def test_saved_statistics_cannot_be_split():
+    """Pairs are counted over all windows: the trace is asked for."""
+    counted = mt.RoutingStatistics.from_trace(routed(even(400)), window=100)
+    with pytest.raises(ValueError, match="give the trace"):
+        advise(counted, TWO_NODES)
+
+
+@pytest.mark.parametrize(
+    "traffic",
+    [
+        routed(even(50)).select(sequences=[0]).split(0.02)[0],
+        mt.RoutingStatistics.from_load([[[1, 2, 3, 4]]]),
+        mt.RoutingStatistics.from_load(np.zeros((9, 2, 4), dtype=int)),
+    ],
+)
+def test_what_cannot_be_halved_is_named(traffic):
+    """One token, one window, and no load at all."""
+    with pytest.raises(ValueError, match="traffic must have"):
+        mt.advise(traffic, mt.Topology(2))
+
+
+def test_the_knee_harms_no_window():
+    """Copies that pay in large windows only are not proposed; nor more than are needed."""
+
+    def copies(number, small, large):
+        return Copies(number, False, {512: (small,), 8192: (large,)}, None)
+
+    assert knee_of((copies(0, 0.0, 0.1), copies(1, -0.2, 0.3))) == 0
+    assert knee_of((copies(0, 0.0, 0.1), copies(1, 0.0, 0.3), copies(2, 0.0, 0.302))) == 1
+
+
+def test_drift_is_seldom_told_of_one_kind():
+    """Of twenty recordings of one kind, none changes it."""
+    told = [drift.drift_of(routed(skewed(2000), seed)).is_told for seed in range(20)]
+    assert not any(told)
+    assert drift.drift_of(routed(shifted(2000))).is_told
+
+
+def test_intervals_of_several_splits_hold_the_truth():
+    """The interval of the splits' mean has the gain on endless traffic in most of 30 recordings."""
+    model = mt.CostModel.preset("h100")
+    better, blocks = (
+        mt.Placement.from_assignment([devices] * LAYERS, 4)
+        for devices in ([0, 1, 2, 3, 3, 2, 1, 0], [0, 0, 1, 1, 2, 2, 3, 3])
+    )
+
+    def judged(trace, splits):
+        unseen = [trace.split(0.5, seed=seed)[1] for seed in range(splits)]
+        audits = [
+            mt.audit(better, each, TWO_NODES, baseline=blocks, cost_model=model) for each in unseen
+        ]
+        return judged_in(512, audits, 0.02).gain
+
+    # Tastes differ from sequence to sequence, so that the units matter.
+    def recorded(sequences, seed):
+        taste = np.random.default_rng(seed).normal(size=(sequences, LAYERS, EXPERTS))
+        return routed(skewed(sequences * LENGTH) + taste.repeat(LENGTH, axis=0), seed)
+
+    truth = judged(recorded(1000, 999), 1).mean
+    held = 0
+    for seed in range(30):
+        low, high = judged(recorded(40, seed), 2).interval
+        held += low <= truth <= high
+    assert held >= 26
+
+
+def test_power_laws_come_back():
+    """The exponent of a simulated busiest device is found again."""
+    drawn = np.random.default_rng(0).random((power_law.DRAWS, 64))
+    for alpha in (-2.0, 0.0, 0.6, 1.0, 1.01):
+        busiest = power_law._busiest(alpha, drawn, 8, 512)
+        (found,) = power_law.exponents((busiest,), experts=64, devices=8, tokens=512)
+        assert found == pytest.approx(alpha, abs=0.05)
+    assert power_law.exponents((1.0, 99.0), experts=64, devices=8, tokens=512) == (None, None)

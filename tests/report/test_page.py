@@ -1,0 +1,282 @@
+"""The page: what is drawn is what was found, and it asks nobody for anything."""
+
+import base64
+import gzip
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.report import page
+from moetuner.report.page import panels as drawing
+from moetuner.report.page.shown import Shown
+
+pytest.importorskip("plotly", reason="the extra report is not installed")
+pytest.importorskip("jinja2", reason="the extra report is not installed")
+
+HOSTILE = ["</script><script>alert(1)</script>", 'say "no" & <b>', "\u202eright\u202c", "x" * 300]
+MODEL = mt.CostModel.preset("h100")
+
+
+def shown(trace, placement, topology, **others):
+    """Gather what a page of a placement beside experts in blocks is made of."""
+    blocks = mt.Placement.from_assignment(
+        np.tile(
+            np.arange(placement.num_experts) * topology.devices // placement.num_experts,
+            (placement.layers, 1),
+        ),
+        topology.devices,
+    )
+    counted = trace
+    if isinstance(trace, mt.RoutingTrace):
+        counted = mt.RoutingStatistics.from_trace(trace, window=100)
+    window = 100 if isinstance(trace, mt.RoutingTrace) else None
+    options = {"window": window, "cost_model": MODEL, "mixed": False}
+    running, proposed = (
+        mt.evaluate(each, trace, topology, **options) for each in (blocks, placement)
+    )
+    found = {
+        "title": "a title",
+        "subtitle": HOSTILE[0],
+        "sentence": "Worth a trial: so it is.",
+        "answer": "good",
+        "names": ("contiguous", "proposed"),
+        "placements": (blocks, placement),
+        "running": running,
+        "proposed": proposed,
+        "topology": topology,
+        "traffic": "<script>alert(2)</script>",
+        "load": counted.total_load.astype(float),
+        "moves": blocks.diff(placement, topology=topology),
+        "numbers": (("One", "1.5 us", "first"), ("Two", "2.5 x", ""), ("Three", "3.5 GB", "")),
+        "contents": {"proposed": proposed.to_dict()},
+    }
+    return Shown(**{**found, **others})
+
+
+@pytest.fixture(scope="module")
+def trace():
+    """Trace of four layers, 16 experts and groups with names that would like to be more."""
+    rng = np.random.default_rng(0)
+    scores = rng.gumbel(size=(1600, 4, 16)) + rng.normal(size=(4, 16))
+    sequence = np.arange(1600) // 20
+    return mt.RoutingTrace.from_arrays(
+        np.argsort(-scores, axis=2)[:, :, :2],
+        num_experts=16,
+        sequence=sequence,
+        group=sequence % len(HOSTILE),
+        group_names=HOSTILE,
+    )
+
+
+@pytest.fixture(scope="module")
+def made(trace):
+    """Page of a searched placement with copies on two nodes."""
+    topology = mt.Topology(8, devices_per_node=4)
+    placement = mt.balance(
+        mt.RoutingStatistics.from_trace(trace).total_load, devices=8, slots_per_device=3
+    )
+    audit = mt.audit(placement, trace, topology, window=100, cost_model=MODEL)
+    return shown(trace, placement, topology, audit=audit)
+
+
+@pytest.fixture(scope="module")
+def html(made):
+    """Give the page itself."""
+    return page.render(made)
+
+
+def data(html, key):
+    """Unpack what the page carries."""
+    found = re.search(rf'id="data-{key}">([^<]*)<', html)[1]
+    return json.loads(gzip.decompress(base64.b64decode(found)))
+
+
+def numbers(packed):
+    """Unpack numbers as plotly does."""
+    values = np.frombuffer(base64.b64decode(packed["bdata"]), dtype=f"<{packed['dtype']}")
+    shape = packed.get("shape")
+    return values if shape is None else values.reshape([int(n) for n in shape.split(",")])
+
+
+def test_the_first_screen_needs_no_script(made, html):
+    """The sentence and three numbers stand in the markup."""
+    assert "<h1" in html
+    for words in (made.sentence, "1.5 us", "2.5 x", "3.5 GB"):
+        assert words in html
+
+
+def test_the_same_results_give_the_same_bytes(made, html):
+    """Nothing of a page is random or of the hour."""
+    assert page.render(made) == html
+
+
+def test_no_request_is_possible(html):
+    """The policy forbids all; scripts run by their hashes only; nothing is fetched by name."""
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe-inline'; img-src" in policy  # styles only
+    assert "unsafe-eval" not in policy
+    assert "connect-src" not in policy
+    assert not re.search(r'(src|href)="(?!#|data:,)', html)
+    assert "showSendToCloud: false" in html
+
+
+def test_names_are_nothing_but_text(html):
+    """Groups cannot end the script, mark up the page or turn the text around."""
+    assert html.count("<script") == 4
+    assert "<script>alert" not in html
+    assert "\u202e" not in html
+    assert "\u202e" not in json.dumps(data(html, "charts"))
+
+
+def test_the_page_carries_its_numbers(made, html):
+    """The JSON is that of the results, but for matrices of groups."""
+    found = data(html, "contents")
+    wanted = json.loads(json.dumps(made.proposed.to_dict()))
+    for group in wanted["by_group"].values():
+        del group["traffic"]
+    assert found["proposed"] == wanted
+    assert found["moetuner"] == mt.__version__
+
+
+def test_drawn_is_computed(made, html):
+    """Heat maps have the size of their matrices, and cells are what numpy says."""
+    charts = data(html, "charts")
+    (heat,) = charts["experts"]["variants"][0]["data"]
+    placement = made.placements[1]
+    shade, known, share = (numbers(heat[key]) for key in ("z", "customdata", "text"))
+    expert, copies = known[:, :, 0], known[:, :, 1]
+    assert shade.shape == expert.shape == (4, 8 * 3)
+    relative = made.load / made.load.mean(axis=1, keepdims=True)
+    for layer, column in ((0, 0), (1, 7), (3, 12)):
+        device = column // 3
+        which = expert[layer, column]
+        assert which in placement.slots[layer, device]
+        assert copies[layer, column] == (placement.slots[layer] == which).sum()
+        busy = relative[layer, which] / copies[layer, column]
+        assert share[layer, column] == pytest.approx(busy, rel=1e-6)
+        assert 2.0 ** shade[layer, column] == pytest.approx(busy, rel=1e-5)
+    first, second = charts["links"]["variants"][0]["data"]
+    for drawn, of in ((first, made.running), (second, made.proposed)):
+        table = of.traffic["dispatch"].sum(axis=0) / 4 / 1600 * 1000
+        assert numbers(drawn["z"]) == pytest.approx(table, rel=1e-5)
+    for drawn, of in zip(
+        charts["layers"]["variants"][0]["data"], (made.running, made.proposed), strict=True
+    ):
+        assert numbers(drawn["y"]) == pytest.approx(of.predicted_us_per_layer, rel=1e-6)
+    for drawn, of in zip(
+        charts["time"]["variants"][0]["data"], (made.running, made.proposed), strict=True
+    ):
+        assert numbers(drawn["y"]) == pytest.approx(of.imbalance_per_window, rel=1e-6)
+    (moves,) = charts["moves"]["variants"][0]["data"]
+    assert (numbers(moves["z"]) == made.moves.pairs).all()
+
+
+def test_plotly_knows_every_word(html):
+    """Its own classes take the figures as they are."""
+    objects = pytest.importorskip("plotly.graph_objects")
+    for chart in data(html, "charts").values():
+        for variant in chart["variants"]:
+            assert objects.Figure(data=variant["data"], layout=variant["layout"])
+
+
+def test_every_chart_has_a_label_and_a_table(made, html):
+    """Who cannot see a chart reads what it shows, and the numbers."""
+    found = drawing.panels_of(made)
+    assert [each.title[-1] for each in found] == ["?"] * 9
+    assert html.count('role="group" aria-label="') == sum(len(each.charts) for each in found)
+    for each in found:
+        assert each.reading.endswith(".")
+        assert each.absent or (each.charts and each.tables)
+
+
+@pytest.mark.parametrize(
+    ("load", "devices"),
+    [([[[4, 3, 2, 1]]], 2), ([[[4, 3, 2, 1]] * 2] * 3, 1), ([[[0, 0, 0, 0]]] * 2, 4)],
+)
+def test_what_is_not_known_says_why(load, devices):
+    """One layer, one window, one device, no transitions, no groups, no load: still a page."""
+    table = mt.RoutingStatistics.from_load(load)
+    made = shown(
+        table,
+        mt.Placement.from_assignment([np.arange(4) % devices] * len(load[0]), devices),
+        mt.Topology(devices),
+        audit=mt.audit(
+            mt.Placement.from_assignment([np.arange(4) % devices] * len(load[0]), devices),
+            table,
+            cost_model=MODEL,
+        )
+        if np.any(load)
+        else None,
+    )
+    found = {each.key: each for each in drawing.panels_of(made)}
+    assert found["links"].absent
+    assert found["next"].absent
+    assert found["groups"].absent
+    assert found["search"].absent
+    assert "Nothing to show: " in page.render(made)
+
+
+def test_many_groups_and_windows_stay_few_points():
+    """Of ten thousand groups the ends are drawn; of many windows the least and most remain."""
+    values = np.random.default_rng(0).normal(size=10_000)
+    at, kept = drawing.thinned(values.tolist())
+    assert len(at) <= drawing.POINTS
+    assert (kept.min(), kept.max()) == (values.min(), values.max())
+    assert (values[at] == kept).all()
+
+
+def test_a_large_model_stays_small():
+    """61 layers of 384 experts on 72 devices in nine nodes: below 3 MB."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 384 // 4, (64, 61, 4)) + 96 * np.arange(4)
+    large = mt.RoutingTrace.from_arrays(ids, num_experts=384)
+    slots = np.full((61, 72, 6), -1)
+    for layer in slots:
+        layer.reshape(-1)[rng.permutation(432)[:384]] = rng.permutation(384)
+    topology = mt.Topology(72, devices_per_node=8)
+    made = shown(large, mt.Placement(slots, num_experts=384), topology)
+    assert len(page.render(made).encode()) < 3_000_000
+
+
+def test_missing_libraries_are_one_line(monkeypatch):
+    """The extra is named."""
+    monkeypatch.setattr(page, "find_spec", lambda library: None)
+    with pytest.raises(ImportError, match=r"pip install 'moetuner\[report\]'"):
+        page.check_libraries()
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_draws_all(made, tmp_path):
+    """Headless Chromium, offline, draws each chart, its heat maps as images."""
+    file = tmp_path / "page.html"
+    page.write_page(file, made)
+    done = subprocess.run(
+        [
+            BROWSER,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=30000",
+            "--dump-dom",
+            file.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    charts = sum(len(each.charts) for each in drawing.panels_of(made))
+    assert done.stdout.count('data-drawn="yes"') == charts
+    assert len(re.findall(r"<image[ >]", done.stdout)) == 6
+    body = re.sub("<script.*?</script>", "", done.stdout, flags=re.DOTALL)
+    assert "Share chart" not in body

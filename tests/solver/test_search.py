@@ -1,0 +1,363 @@
+"""What steers the search, on instances too large to try everything: planted optima, caps, weights.
+
+Small instances are solved exactly, so a search that is steered wrongly is not seen there.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner import _core
+from moetuner.problem.caps import device_load
+from moetuner.problem.windows import MOST, windows_of
+from moetuner.solver.exact.enumeration import enumerated
+from moetuner.solver.migration import Migration, migrate
+from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.search import cross_validation
+from moetuner.solver.search.fanout import dispatch
+from moetuner.solver.search.layerwise import LayerSearch
+from moetuner.solver.search.surrogate import link_prices
+from moetuner.solver.search.traffic import search_traffic
+
+
+def planted_homes(random, layers, experts, devices):
+    """Device of every expert [L,E], as many on each, in no order."""
+    even = np.arange(experts) % devices
+    return np.stack([random.permutation(even) for _ in range(layers)])
+
+
+def planted_load(random, homes, windows=1):
+    """Tokens [W,L,E] of which every device has a thousand in each layer and window."""
+    load = np.zeros((windows, *homes.shape), dtype=np.int64)
+    for window, layer in np.ndindex(windows, len(homes)):
+        for device in range(homes.max() + 1):
+            mine = np.flatnonzero(homes[layer] == device)
+            share = random.dirichlet(np.ones(len(mine)))
+            load[window, layer, mine] = 1 + random.multinomial(1000 - len(mine), share)
+    return load
+
+
+def planted_traffic(seed, layers=8, experts=64, devices=8):
+    """Statistics whose transitions all stay on one device, at an equal load of all."""
+    random = np.random.default_rng(seed)
+    homes = planted_homes(random, layers, experts, devices)
+    together = homes[:-1, :, None] == homes[1:, None, :]
+    table = np.where(together, random.integers(1, 90, together.shape), 0)
+    return mt.RoutingStatistics(planted_load(random, homes), table)
+
+
+# Planted optima.
+
+
+@pytest.mark.parametrize("per_node", [None, 4])
+@pytest.mark.parametrize("cap", [None, 1.2, 1.0])
+def test_traffic_that_can_stay_stays(cap, per_node):
+    """Where no transition need cross a device, none does, under a cap that one placement keeps."""
+    problem = mt.Problem(
+        planted_traffic(0),
+        mt.Topology(8, devices_per_node=per_node),
+        regime="follow",
+        objective="traffic",
+        max_imbalance=cap,
+    )
+    found = mt.solve(problem, "heuristic", iterations=100_000)
+    assert found.objective == 0
+    assert found.violations == ()
+    assert not found.details.caps.raised
+
+
+@pytest.mark.parametrize(("windows", "experts", "devices"), [(1, 32, 4), (3, 16, 8), (4, 24, 8)])
+def test_load_that_can_be_even_is_even(windows, experts, devices):
+    """Where one placement levels every window at once, it is found, or one as good."""
+    random = np.random.default_rng(1)
+    load = planted_load(random, planted_homes(random, 3, experts, devices), windows)
+    problem = mt.Problem(
+        mt.RoutingStatistics.from_load(load), mt.Topology(devices), objective="balance"
+    )
+    found = mt.solve(problem, "heuristic", iterations=100_000)
+    assert found.objective == pytest.approx(1, abs=1e-3)
+
+
+def families(seed=0, experts=32, devices=4, layers=2, tokens=2000, top_k=4):
+    """Tokens whose experts are all of one family, of which the first is chosen most."""
+    random = np.random.default_rng(seed)
+    ids = np.empty((tokens, layers, top_k), dtype=np.uint8)
+    for layer in range(layers):
+        family = random.permutation(experts).reshape(devices, -1)
+        chosen = random.choice(devices, tokens, p=np.arange(devices, 0, -1) / 10)
+        order = random.random((tokens, family.shape[1])).argsort(axis=1)[:, :top_k]
+        ids[:, layer] = np.take_along_axis(family[chosen], order, axis=1)
+    return mt.RoutingTrace.from_arrays(ids, num_experts=experts)
+
+
+def visits_problem(cap):
+    """Families of experts on four devices, for the fewest visits under a cap."""
+    statistics = mt.RoutingStatistics.from_trace(families(), sets=True)
+    return mt.Problem(
+        statistics, mt.Topology(4), regime="dispatch", objective="traffic", max_imbalance=cap
+    )
+
+
+def test_experts_that_are_chosen_together_are_together():
+    """Where every token's experts fit one device, each token visits one."""
+    problem = visits_problem(None)
+    slots = dispatch(problem, limits=Limits(iterations=20_000)).slots
+    placement = mt.Placement(slots, num_experts=32)
+    assert mt.Objective(problem).value(placement) == pytest.approx(1, abs=1e-12)
+
+
+# Limits that hold.
+
+
+@pytest.mark.parametrize("cap", [1.4, 1.2, 1.1, 1.05])
+def test_fewest_visits_keep_the_cap(cap):
+    """Families of unequal load want to break the cap, and must not by a token."""
+    problem = visits_problem(cap)
+    free = dispatch(visits_problem(None), limits=Limits(iterations=5_000)).slots
+    assert (device_load(free, problem.load).max(axis=1) > problem.caps.whole).all()
+    for iterations in (5_000, 50_000):
+        slots = dispatch(problem, limits=Limits(iterations=iterations)).slots
+        assert (device_load(slots, problem.load).max(axis=1) <= problem.caps.whole).all()
+
+
+def test_a_looser_cap_costs_no_visits():
+    """What a cap allows a looser one allows as well: visits fall from cap to cap."""
+    found = []
+    for cap in (1.05, 1.2, 1.5, None):
+        problem = visits_problem(cap)
+        slots = dispatch(problem, limits=Limits(iterations=20_000)).slots
+        found.append(mt.Objective(problem).value(mt.Placement(slots, num_experts=32)))
+    assert found == sorted(found, reverse=True)
+    assert found[0] > 1.5 * found[-1]
+
+
+# More effort.
+
+
+def test_more_starts_are_never_worse():
+    """The first of several searches of a layer is the only one of one: the best of all counts."""
+    load = np.random.default_rng(3).lognormal(0, 1, (4, 3, 16)) * 1000
+    layers = _core.Layers(
+        load, np.ones(4), np.full((3, 4), 5), [0] * 4, [1.0] * 4, nearest=False, norm=0
+    )
+    start = layers.construct()
+
+    def slowest(restarts):
+        slots, _ = layers.place(start, trials=500, restarts=restarts, seed=1)
+        share = mt.Placement(slots, num_experts=16)
+        each = share.held / share.replicas[:, None, :]
+        return np.einsum("lde,wle->wld", each, load).max(axis=2).sum(axis=0)
+
+    found = np.stack([slowest(restarts) for restarts in (1, 2, 4, 8)])
+    assert (np.diff(found, axis=0) <= 1e-9).all()
+    assert (found[-1] < found[0]).any()
+
+
+@pytest.mark.parametrize("objective", ["balance", "time", "traffic"])
+def test_any_effort_is_better_than_none(objective):
+    """A search keeps the best that it passes: no number of trials is behind none at all."""
+    random = np.random.default_rng(1)
+    load, table = random.integers(1, 99, (1, 3, 24)), random.integers(0, 99, (2, 24, 24))
+    statistics = mt.RoutingStatistics(load, table)
+    problem = mt.Problem(statistics, mt.Topology(4), regime="follow", objective=objective)
+    none, *some = (
+        mt.solve(problem, "heuristic", iterations=n).objective for n in (0, 1, 300, 3000)
+    )
+    assert max(some) <= none
+    assert some[-1] < none
+
+
+# Weights.
+
+
+def rare_windows(seed, windows=40, experts=48, kind=None):
+    """Windows of one kind, and a tenth of another with other busy experts."""
+    random = np.random.default_rng(seed)
+    usual = random.lognormal(3, 1, (1, 2, experts))
+    usual = usual * random.lognormal(0, 0.2, (windows, 2, experts))
+    rare = np.arange(windows) % 10 == 9
+    usual[rare] = random.lognormal(3, 1, (rare.sum(), 2, experts))
+    group = {"group": rare.astype(int), "group_names": ("usual", "rare")}
+    return mt.RoutingStatistics.from_load(np.round(usual).astype(np.int64), **group), rare
+
+
+@pytest.mark.parametrize("how", [{"risk": 0.9}, {"groups": "minimax"}])
+def test_what_a_risk_is_made_of_weighs_more(how):
+    """Windows of the worst tenth, or group, get the weight, and the answer is better for it."""
+    found, without = [], []
+    for seed in range(2):
+        statistics, rare = rare_windows(seed)
+        problem = mt.Problem(statistics, mt.Topology(8), objective="balance", **how)
+        search = LayerSearch(problem, 0)
+        found.append(search.value(search.run(Limits(iterations=2000)).slots))
+        assert search.weight[rare].mean() > 1.5 * search.weight[~rare].mean()
+        mean = mt.solve(replace(problem, risk="mean", groups=None), "heuristic", iterations=2000)
+        without.append(search.value(mean.placement.slots))
+    assert np.mean(found) < 0.99 * np.mean(without)
+
+
+def test_thinned_windows_stand_for_those_left_out():
+    """Of more than 512 windows those kept weigh as much as all, each group's by its weight."""
+    load = np.random.default_rng(0).integers(1, 9, (4 * MOST, 1, 4))
+    statistics = mt.RoutingStatistics.from_load(
+        load, group=np.arange(4 * MOST) % 3, group_names=("a", "b", "c")
+    )
+    weights = {"a": 5.0, "b": 1.0, "c": 0.0}
+    for arrival in ("bursts", "mixed", 0.5):
+        windows = windows_of(statistics, arrival, "mean", weights)
+        assert windows.weight.sum() == pytest.approx(4 * MOST * 2, rel=0.01)
+    bursts = windows_of(statistics, "bursts", "mean", weights)
+    assert len(bursts.load) == MOST
+    assert [np.unique(bursts.weight[bursts.group == g]).tolist() for g in range(3)] == [
+        [20.0],
+        [4.0],
+        [0.0],
+    ]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("devices", [2, 4])
+def test_price_of_links_is_what_evaluate_predicts(top_k, devices):
+    """Where ports are evenly used, pairs at their prices are the predicted time, for any top-k."""
+    device = np.arange(240) % devices
+    experts = np.arange(top_k)
+    here, there = device, (device + 1) % devices
+    ids = np.stack([each[:, None] * top_k + experts for each in (here, there)], axis=1)
+    trace = mt.RoutingTrace.from_arrays(ids.astype(np.uint8), num_experts=devices * top_k)
+    problem = mt.Problem(
+        mt.RoutingStatistics.from_trace(trace, window=60),
+        mt.Topology(devices),
+        regime="follow",
+        objective="time",
+        cost_model=mt.CostModel(0, 0, 0, 0, 1e6),
+    )
+    device_of = np.tile(np.arange(devices * top_k) // top_k, (2, 1))
+    placement = mt.Placement.from_assignment(device_of, devices)
+    prices = link_prices(problem, 1.0)[np.ix_(*device_of)]
+    paid = (problem.statistics.transitions[0] * prices).sum()
+    assert paid == pytest.approx(mt.Objective(problem).value(placement))
+
+
+# What is kept.
+
+
+def exchanged(placement, layer, one, other):
+    """Slots with two experts of a layer exchanged."""
+    slots = placement.slots.copy()
+    at, there = (np.argwhere(slots[layer] == expert)[0] for expert in (one, other))
+    slots[(layer, *at)], slots[(layer, *there)] = other, one
+    return slots
+
+
+@pytest.mark.parametrize("objective", ["balance", "traffic"])
+def test_a_migration_keeps_the_best_that_it_passes(objective, monkeypatch):
+    """What searches at prices of a move bring last, within the budget but worse, is not taken."""
+    problem = mt.Problem(
+        planted_traffic(2, 3, 32, 4), mt.Topology(4), regime="follow", objective=objective
+    )
+    initial = mt.Placement.from_assignment(np.tile(np.arange(32) // 8, (3, 1)), 4)
+    how = {"seed": 0, "limits": Limits(iterations=300)}
+    monkeypatch.setattr(LayerSearch, "run", lambda self, limits, *, start, moving: Candidate(start))
+    steps = migrate(problem, initial, Migration(10), mt.solve, **how)
+    best = mt.Objective(problem).value(mt.Placement(steps.slots, num_experts=32))
+
+    def worse(self, limits, *, start, moving):
+        """Two moves away from where the steps began, which gain nothing."""
+        ranked = sorted(
+            (exchanged(initial, 0, one, 31) for one in range(8)), key=lambda slots: self.rank(slots)
+        )
+        return Candidate(ranked[-1])
+
+    monkeypatch.setattr(LayerSearch, "run", worse)
+    found = migrate(problem, initial, Migration(10), mt.solve, **how)
+    assert mt.Objective(problem).value(mt.Placement(found.slots, num_experts=32)) == best
+    assert best < mt.Objective(problem).value(initial)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("risk", [0.5, 0.9])
+def test_trying_everything_finds_what_is_hardly_better(seed, risk):
+    """Where a value a millionth above the optimum is known, it is found; where it is, nothing."""
+    load = np.random.default_rng(seed).integers(1, 60, (6, 2, 6))
+    problem = mt.Problem(
+        mt.RoutingStatistics.from_load(load), mt.Topology(3), objective="balance", risk=risk
+    )
+
+    def value(slots):
+        return mt.Objective(problem).value(mt.Placement(slots, num_experts=6))
+
+    best = value(enumerated(problem, np.inf))
+    assert value(enumerated(problem, best * (1 + 1e-6))) == pytest.approx(best, rel=1e-12)
+    assert len(enumerated(problem, best)) == 0
+
+
+# What generalises.
+
+
+def held_out(load, fold, setting=None):
+    """Scores of one setting on the parts that are held out."""
+    trial = cross_validation._Trial(
+        load,
+        np.ones(len(load)),
+        fold,
+        np.full((load.shape[1], 4), load.shape[2] // 4),
+        np.zeros(4, dtype=np.int64),
+        np.ones(4),
+        nearest=False,
+    )
+    return trial.scores(cross_validation.SearchSetting(0), seed=0, threads=1, time_limit=None)
+
+
+def test_a_part_is_judged_by_a_placement_that_has_not_seen_it():
+    """Of seven like windows and an odd one, held out alone, only the odd one surprises.
+
+    The placement that is judged on it was made for the others, and theirs was made for all but one.
+    """
+    random = np.random.default_rng(0)
+    homes = planted_homes(random, 3, 32, 4)
+    usual, odd = planted_load(random, homes), planted_load(random, homes[:, ::-1])
+    load = np.concatenate([np.repeat(usual, 8, axis=0), odd]).astype(np.float64)
+    scores = held_out(load, np.repeat([0, 1], [8, 1])).reshape(2, 3)
+    assert (scores > 1.05).all()
+    # The odd window is in both parts' tables of the others: there its part has been seen.
+    mixed = np.concatenate([load, load[-1:]])
+    seen = held_out(mixed, np.array([0] * 4 + [1] * 4 + [0, 1])).reshape(2, 3)
+    assert (seen < scores.min()).all()
+
+
+@pytest.mark.parametrize(("errors", "other"), [(2.5, False), (3.5, True)])
+def test_another_setting_must_be_clearly_better(errors, other, monkeypatch):
+    """By three standard errors over layers and parts; with less the first one stands."""
+    gains = np.array([-1.0, 1.0] * 12)
+    gains += errors * gains.std(ddof=1) / np.sqrt(len(gains))
+    asked = []
+
+    def scores(self, setting, **_):
+        asked.append(setting)
+        return 2.0 - 0.01 * gains if len(asked) == 2 else np.full(24, 2.0)
+
+    monkeypatch.setattr(cross_validation._Trial, "scores", scores)
+    # As many windows as experts: nothing is known of noise, and three norms are tried.
+    load = np.random.default_rng(0).integers(1, 99, (12, 6, 12)).astype(np.float64)
+    found = cross_validation.choose(
+        load,
+        np.ones(12),
+        None,
+        np.full((6, 4), 3),
+        np.zeros(4, dtype=np.int64),
+        np.ones(4),
+        nearest=False,
+        seed=0,
+        threads=1,
+    )
+    assert (found.setting.norm == asked[1].norm) == other
+    assert found.setting.norm in {asked[0].norm, asked[1].norm}
+
+
+def test_traffic_search_starts_from_balance():
+    """Without a trial the answer keeps the cap that loads allow, at whatever traffic."""
+    problem = mt.Problem(planted_traffic(3), mt.Topology(8), max_imbalance=1.02, regime="follow")
+    slots = search_traffic(problem, limits=Limits(iterations=0)).slots
+    assert (device_load(slots, problem.load).max(axis=1) <= problem.caps.whole).all()
