@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import moetuner as mt
 from moetuner.cli import output
+from moetuner.cli.advise import next_commands
+from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.traffic import Source
 
 GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
 
@@ -110,7 +114,10 @@ def test_engine_is_a_default(ok, make_trace, tmp_path):
         ),
         (["--for", "vllm", "--devices", "4", "--router-groups", "4"], "vLLM does not"),
         (["--devices", "4", "--router-groups", "4"], "needs '--for'"),
-        (["--for", "deepspeed", "--devices", "4", "--router-groups", "8"], "divide 4 devices"),
+        (
+            ["--for", "deepspeed", "--devices", "4", "--router-groups", "8"],
+            "(moetuner.router_groups.merged",
+        ),
         (["--for", "nobody", "--devices", "4"], "'nobody' is not one of"),
     ],
 )
@@ -167,3 +174,48 @@ def test_tables_are_in_the_help(ok):
     for name, writer in mt.formats.WRITERS.items():
         assert f"{name}: {writer.title}" in text
         assert writer.state in text
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        (
+            "vllm",
+            "MOETUNER_PLACEMENT=placement.json vllm serve MODEL --enable-expert-parallel "
+            "--enable-eplb --eplb-config '{\"num_redundant_experts\": 2}'  # the plugin",
+        ),
+        ("sglang", "--to sglang --hidden-layers 4 --dense-layers 0 --out experts.json"),
+        ("tensorrt-llm", "--to tensorrt-llm --dense-layers 0 --out experts.yaml"),
+        ("megatron", "--to megatron --checkpoint MODEL --out MODEL-placed"),
+    ],
+)
+def test_commands_that_come_next_run_as_they_are(engine, words):
+    """They read INPUT as it was read, and say what the engine's map needs."""
+    source = Source(GOLDEN / "vllm" / "completions.json", num_experts=16)
+    statistics = mt.RoutingStatistics.from_trace(source.traffic, window=512)
+    problem = mt.Problem(statistics, mt.Topology(2))
+    advice = SimpleNamespace(answer="worth a trial", knee=1, problem=problem)
+    found = next_commands(source, Machine(devices=2), advice, "contiguous", engine)
+    assert " --devices 2 --num-experts 16 --for " in found[0]
+    assert found[1].endswith("completions.json --num-experts 16 --out report.html")
+    assert any(words in line for line in found[2:])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x1f\x8b\x08\x00", "must not be compressed: unpack it with gunzip first"),
+        (b'{"choices": [{"text": "a", "finish_reason": "stop"}]}', "--enable-return-routed-expert"),
+        (b"a,b\n1,2\n", "JSON lines, or what an engine records; its first bytes"),
+    ],
+)
+def test_wrong_files_are_told_what_would_be_right(run, tmp_path, content, words):
+    """One line that says how to get a file that can be read."""
+    recorded = tmp_path / "recorded"
+    recorded.write_bytes(content)
+    status, _, err = run(
+        "convert", recorded, "--num-experts", 16, "--out", tmp_path / "t.safetensors"
+    )
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert words in err
+    assert [each.name for each in tmp_path.iterdir()] == ["recorded"]

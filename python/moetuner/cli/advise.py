@@ -163,7 +163,7 @@ def command(
             threads=source.threads,
             report=report,
         )
-    commands = _commands(source, machine, advice, initial, engine)
+    commands = next_commands(source, machine, advice, initial, engine)
     _show(output, advice, commands)
     contents = {"input": source.facts(), **advice.to_dict(), "commands": commands}
     if report_file is not None:
@@ -239,14 +239,12 @@ def _moving(advice: Advice) -> str:
     return f"{text}; paid back after {moving.steps:,.0f} steps, if serving stops for it."
 
 
-def _commands(
+def next_commands(
     source: Source, machine: Machine, advice: Advice, initial: str, engine: str | None
 ) -> list[str]:
     """Return the commands that come next."""
     file = shlex.quote(str(source.input_file))
-    where = machine.words()
-    if source.num_experts is not None:
-        where += f" --num-experts {source.num_experts}"
+    where = f"{machine.words()}{source.words()}"
     found = []
     if advice.answer == "not enough evidence":
         found.append(
@@ -258,17 +256,32 @@ def _commands(
     start = "" if initial in ("contiguous", "round_robin") else f" --initial {shlex.quote(initial)}"
     found += [
         f"moetuner solve {file} {where}{slots}{start} --out placement.json",
-        f"moetuner report placement.json {file} --out report.html",
+        f"moetuner report placement.json {file}{source.words()} --out report.html",
     ]
+    if engine == "vllm":  # whose releases load no map from a file
+        problem = advice.problem
+        redundant = (problem.slots + advice.knee) * problem.devices - problem.experts
+        config = shlex.quote(f'{{"num_redundant_experts": {redundant}}}')
+        found.append(
+            "MOETUNER_PLACEMENT=placement.json vllm serve MODEL --enable-expert-parallel "
+            f"--enable-eplb --eplb-config {config}  # the plugin"
+        )
+    hidden, dense = source.layer_words()
+    layers = {
+        "hidden": f" --hidden-layers {hidden} --dense-layers {dense}",
+        "numbered": f" --dense-layers {dense}",
+    }
     for name, writer in WRITERS.items():
         if engine is not None and writer.engine == engine:
             note = f"  # {writer.state}" if writer.state else ""
-            file = f"experts{writer.suffixes[0]}"
-            found.append(f"moetuner export placement.json --to {name} --out {file}{note}")
+            to = f"{name}{layers.get(writer.rows, '')}"
+            found.append(
+                f"moetuner export placement.json --to {to} --out experts{writer.suffixes[0]}{note}"
+            )
     if engine is None:
         found.append("moetuner export placement.json --to eplb --out experts.npz")
     elif not ENGINES[engine].may_copy:
         found.append(
-            'python -c "from moetuner.torch import permute_state_dict; help(permute_state_dict)"'
+            f"moetuner export placement.json --to {engine} --checkpoint MODEL --out MODEL-placed"
         )
     return found

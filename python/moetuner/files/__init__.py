@@ -21,6 +21,8 @@ from moetuner.files.text import printable
 Kind = Literal["safetensors", "npz", "npy", "jsonl"]
 
 SHORTEST_SAFETENSORS = 8
+# First bytes of compressed files, and what unpacks them.
+PACKED = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "unzstd", b"\xfd7zXZ": "unxz"}
 # Bytes of a file that is held whole in memory: the largest placement has a tenth.
 LONGEST_TEXT = 1 << 29
 # Temporary files are hidden and have what they become, a random part and this in their names.
@@ -217,5 +219,8 @@ def kind_of(path: Path) -> Kind:
         return "safetensors"
     if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
         return "jsonl"
-    rule = "must be safetensors, .npz, .npy or JSON lines"
+    for magic, program in PACKED.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path}: must not be compressed: unpack it with {program} first")
+    rule = "must be safetensors, .npz, .npy or JSON lines, or what an engine records"
     raise ValueError(f"{path}: {rule}; its first bytes fit none of them, or its header is cut off")

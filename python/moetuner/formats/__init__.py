@@ -214,10 +214,13 @@ def reader_of(path: str | Path) -> str:
             try:
                 kinds.add(kind_of(file))
             except ValueError:
-                unknown = f", and {printable(file.name)} is none"
+                unknown = f", and {printable(file.name)} is of none"
         if len(kinds) == 1 and not unknown:
             return kinds.pop()
-        raise ValueError(f"{path}: folder holds no recording that moetuner knows{unknown}")
+        raise ValueError(
+            f"{path}: folder holds no recording that moetuner knows; it must hold the files of one "
+            f"and no others{unknown}"
+        )
     return kind_of(path)
 
 

@@ -124,7 +124,8 @@ def engine_settings(
         if devices % router_groups:
             raise ValueError(
                 f"router_groups must divide {devices} devices, got {router_groups}: with fewer "
-                "devices than groups, place the groups themselves (moetuner.router_groups.merged)"
+                "devices than groups, place the groups themselves, in Python "
+                "(moetuner.router_groups.merged and expanded)"
             )
         found["forbidden"] = whole_groups.forbidden(experts, router_groups, devices)
     return found

@@ -378,7 +378,8 @@ def _of_response(path: Path, record: Record, hints: Hints) -> Iterator[Piece]:
 def _shape(count: float, usage: dict[str, Any], hints: Hints, where: str) -> tuple[int, int, int]:
     """Return tokens, hidden layers and top-k of so many ids."""
     if count != int(count):
-        raise ValueError(f"{where}: routed_experts must be 32-bit integers, got {count * 4} bytes")
+        got = f"{count * INT32.itemsize:.0f} bytes"
+        raise ValueError(f"{where}: routed_experts must be 32-bit integers, got {got}")
     if hints.top_k is None:
         raise ValueError(f"top_k is needed ({where}): responses hold bytes without a shape")
     rows, rest = divmod(int(count), hints.top_k)

@@ -48,7 +48,9 @@ def recognises(path: Path) -> bool:
         return bool(files) and files[0].is_file() and recognises(files[0])
     start = head(path)
     if looks_like_json(start):
-        ours = b'"choices"' in start and b'"routed_experts"' in start
+        # Answers without experts are ours too: reading them says which option is missing.
+        answers = b'"routed_experts"' in start or b'"finish_reason"' in start
+        ours = answers and b'"choices"' in start
         return ours and b'"sglext"' not in start and b'"meta_info"' not in start
     if start.startswith(npz.MAGIC):
         return _has_dense_rows(path)

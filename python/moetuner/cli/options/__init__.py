@@ -120,13 +120,20 @@ def parse_layers(
     return tuple(sorted(found))
 
 
+def layer_list(layers: Sequence[int] | None) -> str | None:
+    """Write numbers of layers as ``--dense-layers`` takes them."""
+    if layers is None:
+        return None
+    return ",".join(map(str, layers)) or "none"
+
+
 def as_options(text: str) -> str:
     """Write the arguments that a message names as the options that give them."""
     return ARGUMENTS.sub(lambda found: "--" + found[0].replace("_", "-"), text)
 
 
 ARGUMENTS = re.compile(
-    r"(?<!-)\b(slots_per_device|extra_slots|router_groups|hidden_layers|dense_layers|num_experts|"
+    r"(?<![-.])\b(slots_per_device|extra_slots|router_groups|hidden_layers|dense_layers|num_experts|"
     r"top_k)\b"
 )
 IN_FILE = InFile()

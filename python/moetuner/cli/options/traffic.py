@@ -91,7 +91,7 @@ def describe(path: Path, traffic: Traffic) -> str:
         hidden, dense = left_out
         line += (
             "\nLayers without experts are left out; as options of export: "
-            f"--hidden-layers {hidden} --dense-layers {','.join(map(str, dense))}"
+            f"--hidden-layers {hidden} --dense-layers {options.layer_list(dense)}"
         )
     return line
 
@@ -131,6 +131,24 @@ class Source:
     def replayed(self) -> int | None:
         """Tokens per window of a replay; None where windows are counted already."""
         return None if isinstance(self.traffic, RoutingStatistics) else self.window or WINDOW
+
+    def words(self) -> str:
+        """Return the options that read INPUT the same, a space in front of each."""
+        dense = options.layer_list(self.dense_layers)
+        given = {
+            "--num-experts": self.num_experts,
+            "--top-k": self.top_k,
+            "--hidden-layers": self.hidden_layers,
+            "--dense-layers": dense,
+        }
+        return "".join(f" {name} {value}" for name, value in given.items() if value is not None)
+
+    def layer_words(self) -> tuple[str, str]:
+        """Return the model's hidden layers and the dense ones as options take them."""
+        traffic = self.traffic
+        left_out = layers_left_out(traffic.ids) if isinstance(traffic, RoutingTrace) else None
+        hidden, dense = left_out or (self.hidden_layers, self.dense_layers)
+        return str(hidden or "N"), options.layer_list(dense) or "A-B"
 
     def facts(self) -> dict[str, Any]:
         """Return kind and sizes, for JSON."""
