@@ -284,3 +284,32 @@ def check_line(error, path):
     assert "\n" not in text
     assert len(text) < 600
     assert str(path) in text
+
+
+@pytest.mark.parametrize(
+    ("mode", "said", "words"),
+    [
+        ("per_token", {"num_experts": 32}, "num_experts must be 16, got 32"),
+        ("per_pass", {"num_experts": 32}, "num_experts must be 16, got 32"),
+        ("per_token", {"top_k": 2}, "top_k must be above 2: tokens have more experts"),
+    ],
+)
+def test_dumps_of_another_model_are_refused(mode, said, words):
+    """The map of slots and the tokens say how many experts there are."""
+    path = GOLDEN / f"two-ranks-{mode}-0.pt"
+    with pytest.raises(ValueError, match=words):
+        mt.open_input(path, **said)
+    right = {"num_experts": 16} if "num_experts" in said else {"top_k": 4}
+    mt.open_input(path, **right)
+
+
+def test_dumps_of_two_models_are_not_joined(tmp_path):
+    """Maps of 4 and of 6 experts are of two models, however alike their passes look."""
+    for rank, experts in enumerate((4, 6)):
+        record = {"forward_pass_id": rank, "rank": 0, "gatherer_key": "primary"}
+        record["global_physical_count"] = np.ones((1, experts), dtype=np.int32)
+        content = {"records": [record], sglang.LAST_MAP: np.arange(experts)[None]}
+        dump(tmp_path / f"{rank}.pt", content)
+    with pytest.raises(ValueError, match="must be of one model, got 4 and 6 experts"):
+        mt.open_input(tmp_path)
+    assert mt.open_input(tmp_path / "1.pt").experts == 6

@@ -163,9 +163,20 @@ def _passes(path: Path, found: dict[str, Any]) -> Iterator[_Pass]:
             yield _Pass(path, ids[0], ids[1], slots, fields)  # type: ignore[arg-type]
 
 
+def _experts(passes: Sequence[_Pass], hints: Hints) -> int:
+    """Count the experts of the map, in which every one has a slot."""
+    counts = {int(each.slots.max(initial=0)) + 1 for each in passes}
+    if len(counts) > 1:
+        raise ValueError(f"dumps must be of one model, got {min(counts)} and {max(counts)} experts")
+    experts = counts.pop()
+    if hints.num_experts not in (None, experts):
+        raise ValueError(f"num_experts must be {experts}, got {hints.num_experts}")
+    return experts
+
+
 def _by_pass(passes: Sequence[_Pass], hints: Hints) -> list[NDArray[Any]]:
     """Add up the ranks of every pass: [passes,hidden,E]."""
-    experts = hints.num_experts or max(int(each.slots.max(initial=0)) + 1 for each in passes)
+    experts = _experts(passes, hints)
     sums: dict[tuple[int, int], NDArray[Any]] = {}
     seen: Counter[tuple[int, int]] = Counter()
     for each in passes:
@@ -223,11 +234,7 @@ def _trace(passes: Sequence[_Pass], hints: Hints) -> RoutingTrace:
     before: list[tuple[int, Any, Any]] = []
     top_k = hints.top_k
     most = (1 << 16) - 1
-    experts = max(int(each.slots.max(initial=0)) + 1 for each in passes)
-    if hints.num_experts is not None:
-        if experts > hints.num_experts:
-            raise ValueError(f"num_experts must be at least {experts}, got {hints.num_experts}")
-        experts = hints.num_experts
+    experts = _experts(passes, hints)
     for each in passes:
         with naming(each.path):
             tensor = each.fields["topk_ids_of_layer"]
@@ -256,6 +263,10 @@ def _trace(passes: Sequence[_Pass], hints: Hints) -> RoutingTrace:
                 top_k = int(used.sum())
             if not 1 <= top_k <= tensor.shape[2]:
                 raise ValueError(f"top_k must be from 1 to {tensor.shape[2]}, got {top_k}")
+            if hints.top_k is not None:
+                left_out = tensor.array()[:, : len(ids), top_k:]
+                if ((left_out >= 0) & (left_out < each.slots.shape[1])).any():
+                    raise ValueError(f"top_k must be above {top_k}: tokens have more experts")
             if experts > most:
                 raise ValueError(f"{LAST_MAP} must hold experts below {most}, got {experts - 1}")
             pieces.append(_TokenPiece(each, tensor, len(ids), top_k, experts))
