@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 import moetuner as mt
 
+Ids = NDArray[np.uint8] | NDArray[np.uint16]
+
 # tokens, layers, top-k, experts
 ROWS = [
     (200_000, 32, 2, 8),
@@ -24,21 +26,24 @@ ROWS = [
     (100_000, 16, 8, 64),
     (60_000, 48, 8, 128),
     (40_000, 58, 8, 256),
+    (20_000, 16, 8, 384),
+    (20_000, 16, 8, 512),
+    (20_000, 16, 4, 512),
 ]
 
 
-def routing(tokens: int, layers: int, top_k: int, experts: int, seed: int = 0) -> NDArray[np.uint8]:
+def routing(tokens: int, layers: int, top_k: int, experts: int, seed: int = 0) -> Ids:
     """Expert ids [T,L,K]: the top-k of random scores, with popular and unpopular experts."""
     generator = np.random.default_rng(seed)
     popularity = np.linspace(1, 2, experts, dtype=np.float32)
-    ids = np.empty((tokens, layers, top_k), dtype=np.uint8)
+    ids = np.empty((tokens, layers, top_k), dtype=np.uint8 if experts <= 256 else np.uint16)
     for layer in range(layers):
         scores = generator.random((tokens, experts), dtype=np.float32) * popularity
         ids[:, layer] = np.argpartition(scores, experts - top_k, axis=1)[:, experts - top_k :]
     return ids
 
 
-def with_numpy(ids: NDArray[np.uint8], experts: int) -> NDArray[np.int64]:
+def with_numpy(ids: Ids, experts: int) -> NDArray[np.int64]:
     """Transitions [L-1,E,E] by one bincount per pair of layers."""
     layers = ids.shape[1]
     tables = np.empty((layers - 1, experts, experts), dtype=np.int64)

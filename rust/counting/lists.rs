@@ -6,16 +6,24 @@
 
 use std::ops::Range;
 
+use super::transpose::Number;
 use crate::trace::ExpertId;
 
 /// Ids at the most.
-pub(super) const IDS: usize = 256;
+pub(super) const IDS: usize = 512;
+
+/// Words of a set, a bit per id: as many as a vector has, or half of them where ids are few.
+const WIDE: usize = IDS / 64;
+const NARROW: usize = WIDE / 2;
 
 /// A bit per id.
-type Set = [u64; IDS / 64];
+type Set<const N: usize> = [u64; N];
 
 /// Tokens whose sets stay near while the lists go by: lists of fewer tokens would be short, and filled up in vain.
 const CHUNK: usize = 4096;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Sets added at a time.
 const GROUP: usize = 16;
@@ -33,27 +41,50 @@ pub(super) struct Lists {
     room: usize,
     /// How often each id occurs, for every chunk.
     lengths: Vec<[u16; IDS]>,
-    /// For every chunk the set of each token, and behind them the empty one.
-    sets: Vec<Set>,
+    /// For every chunk the set of each token, `width` words, and behind them the empty one.
+    sets: Vec<u64>,
+    width: usize,
+    /// Words before the first set, which begins a cache line: a set that straddles two takes twice as long.
+    before: usize,
 }
 
 impl Lists {
-    /// Takes the ids of other tokens, as many of each as before.
-    pub(super) fn fill<I: ExpertId>(&mut self, ids: &[I], top_k: usize) {
+    /// Takes the ids of other tokens, as many of each as before, all below `size`.
+    pub(super) fn fill<I: ExpertId>(&mut self, ids: &[I], top_k: usize, size: usize) {
         let chunks = ids.len().div_ceil(CHUNK * top_k);
         self.room = CHUNK * top_k + IDS * GROUP;
+        self.width = if size > 64 * NARROW { WIDE } else { NARROW };
         self.tokens.resize(chunks * self.room, 0);
         self.lengths.resize(chunks, [0; IDS]);
-        self.sets.resize(chunks * (CHUNK + 1), [0; IDS / 64]);
+        let before = |sets: &[u64]| sets.as_ptr().align_offset(LINE).min(LINE / 8);
+        let length = chunks * (CHUNK + 1) * self.width + LINE / 8;
+        if self.sets.len() < length || self.before != before(&self.sets) {
+            // Empty ones must be where they are looked for.
+            self.sets.clear();
+            self.sets.resize(length, 0);
+            self.before = before(&self.sets);
+        }
+        let sets = &mut self.sets[self.before..];
         for (chunk, ids) in ids.chunks(CHUNK * top_k).enumerate() {
-            sets_of(ids, top_k, &mut self.sets[chunk * (CHUNK + 1)..]);
+            let sets = &mut sets[chunk * (CHUNK + 1) * self.width..];
+            if self.width == WIDE {
+                sets_of::<I, WIDE>(ids, top_k, sets);
+            } else {
+                sets_of::<I, NARROW>(ids, top_k, sets);
+            }
             let tokens = &mut self.tokens[chunk * self.room..][..self.room];
             self.lengths[chunk] = match top_k {
+                4 => sort(ids, 4, tokens),
                 6 => sort(ids, 6, tokens),
                 8 => sort(ids, 8, tokens),
                 _ => sort(ids, top_k, tokens),
             };
         }
+    }
+
+    /// For every chunk the set of each token, and the empty one.
+    fn sets<const N: usize>(&self) -> impl Iterator<Item = &[Set<N>]> {
+        self.sets[self.before..].chunks_exact((CHUNK + 1) * N).map(|sets| sets.as_chunks::<N>().0)
     }
 
     /// Adds how often each id occurs in some of the tokens to `counts`.
@@ -111,38 +142,46 @@ fn sort<I: ExpertId>(ids: &[I], top_k: usize, tokens: &mut [u16]) -> [u16; IDS] 
     lengths
 }
 
-/// The set of each id alone.
-static SINGLE: [Set; IDS] = {
-    let mut single = [[0; IDS / 64]; IDS];
-    let mut id = 0;
-    while id < IDS {
-        single[id][id / 64] = 1 << (id % 64);
-        id += 1;
-    }
-    single
-};
-
 /// Never inlined, so compiled without vector gathers: one look-up after the other is faster.
 #[inline(never)]
-fn sets_of<I: ExpertId>(ids: &[I], top_k: usize, sets: &mut [Set]) {
+fn sets_of<I: ExpertId, const N: usize>(ids: &[I], top_k: usize, sets: &mut [u64]) {
     match top_k {
-        8 => sets_with(ids, 8, sets),
-        _ => sets_with(ids, top_k, sets),
+        4 => sets_with::<I, N>(ids, 4, sets),
+        8 => sets_with::<I, N>(ids, 8, sets),
+        _ => sets_with::<I, N>(ids, top_k, sets),
     }
 }
 
 /// Inlined for constant `top_k`, so that the loop over a token's ids unrolls.
 #[inline(always)]
-fn sets_with<I: ExpertId>(ids: &[I], top_k: usize, sets: &mut [Set]) {
-    for (set, ids) in sets.iter_mut().zip(ids.chunks_exact(top_k)) {
-        let mut bits = [0u64; IDS / 64];
-        for id in ids {
-            let single = &SINGLE[id.index() % IDS];
-            for i in 0..IDS / 64 {
-                bits[i] |= single[i];
+fn sets_with<I: ExpertId, const N: usize>(ids: &[I], top_k: usize, sets: &mut [u64]) {
+    /// The set of each id alone, among the ids of a half.
+    static SINGLE: [Set<NARROW>; 64 * NARROW] = {
+        let mut single = [[0; NARROW]; 64 * NARROW];
+        let mut id = 0;
+        while id < 64 * NARROW {
+            single[id][id / 64] = 1 << (id % 64);
+            id += 1;
+        }
+        single
+    };
+    for (set, ids) in sets.as_chunks_mut::<N>().0.iter_mut().zip(ids.chunks_exact(top_k)) {
+        if N == NARROW {
+            let mut bits = [0u64; N];
+            for id in ids {
+                let single = &SINGLE[id.index() % (64 * NARROW)];
+                for i in 0..N {
+                    bits[i] |= single[i];
+                }
+            }
+            *set = bits;
+        } else {
+            // Where it is: words that have just been written cannot be read as a vector without waiting.
+            *set = [0; N];
+            for id in ids {
+                set[id.index() / 64 % N] |= 1 << (id.index() % 64);
             }
         }
-        *set = bits;
     }
 }
 
@@ -160,18 +199,20 @@ pub(super) fn count_pairs(left: &Lists, right: &Lists, size: usize, counts: &mut
         }
         most = tokens.max(most);
     }
-    if most < 1 << FEW_PLANES {
-        count_with::<FEW_PLANES>(left, right, size, counts);
-    } else {
-        count_with::<PLANES>(left, right, size, counts);
+    let few = most < 1 << FEW_PLANES;
+    match (right.width, few) {
+        (WIDE, true) => count_with::<WIDE, FEW_PLANES>(left, right, size, counts),
+        (WIDE, false) => count_with::<WIDE, PLANES>(left, right, size, counts),
+        (_, true) => count_with::<NARROW, FEW_PLANES>(left, right, size, counts),
+        (_, false) => count_with::<NARROW, PLANES>(left, right, size, counts),
     }
 }
 
 #[inline(always)]
-fn count_with<const P: usize>(left: &Lists, right: &Lists, size: usize, counts: &mut [u64]) {
-    let mut sums = vec![[[0u64; IDS / 64]; P]; size];
+fn count_with<const N: usize, const P: usize>(left: &Lists, right: &Lists, size: usize, counts: &mut [u64]) {
+    let mut sums = vec![[[0u64; N]; P]; size];
     let lists = left.lengths.iter().zip(left.tokens.chunks_exact(left.room.max(1)));
-    for ((lengths, tokens), sets) in lists.zip(right.sets.chunks_exact(CHUNK + 1)) {
+    for ((lengths, tokens), sets) in lists.zip(right.sets::<N>()) {
         let mut from = 0;
         // Ids beyond `size` occur in no token: their lists are empty.
         for (sums, &length) in sums.iter_mut().zip(lengths) {
@@ -188,7 +229,7 @@ fn count_with<const P: usize>(left: &Lists, right: &Lists, size: usize, counts: 
     }
     for (planes, counts) in sums.iter().zip(counts.chunks_exact_mut(size)) {
         for (part, planes) in planes.chunks(8).enumerate() {
-            if planes.iter().any(|plane| *plane != [0; IDS / 64]) {
+            if planes.iter().any(|plane| *plane != [0; N]) {
                 add_columns(planes, 8 * part, counts);
             }
         }
@@ -197,34 +238,39 @@ fn count_with<const P: usize>(left: &Lists, right: &Lists, size: usize, counts: 
 
 /// Adds the sums of all columns that up to eight planes hold, the lowest of which counts `1 << shift`.
 #[inline(always)]
-fn add_columns(planes: &[Set], shift: usize, counts: &mut [u64]) {
-    // For every eight columns a square of bits: a byte per plane.
-    let mut squares = [0u64; IDS / 8];
-    for (plane, set) in planes.iter().enumerate() {
-        for (squares, word) in squares.as_chunks_mut::<8>().0.iter_mut().zip(set) {
-            for (i, square) in squares.iter_mut().enumerate() {
-                *square |= ((word >> (8 * i)) & 0xFF) << (8 * plane);
+fn add_columns<const N: usize>(planes: &[Set<N>], shift: usize, counts: &mut [u64]) {
+    let mut rows = [[0u64; N]; 8];
+    rows[..planes.len()].copy_from_slice(planes);
+    // A byte of every plane to a word: a row for each byte.
+    for by in [4, 2, 1] {
+        for row in (0..8).filter(|row| row & by == 0) {
+            let [low, high] = rows.get_disjoint_mut([row, row + by]).expect("two rows");
+            for (low, high) in low.iter_mut().zip(high) {
+                Number::swap(low, high, 8 * by);
             }
         }
     }
-    for (x, counts) in squares.iter_mut().zip(counts.chunks_mut(8)) {
-        // Transposed, a byte per column (Warren, Hacker's Delight, 7-3).
-        let mut swap = |by: u32, mask: u64| {
-            let t = (*x ^ (*x >> by)) & mask;
-            *x ^= t ^ (t << by);
-        };
-        swap(7, 0x00AA_00AA_00AA_00AA);
-        swap(14, 0x0000_CCCC_0000_CCCC);
-        swap(28, 0x0000_0000_F0F0_F0F0);
-        for (i, count) in counts.iter_mut().enumerate() {
-            *count += ((*x >> (8 * i)) & 0xFF) << shift;
+    // A bit of every plane to a byte (Warren, Hacker's Delight, 7-3): the sums of eight columns to a word.
+    for (by, mask) in [(7, 0x00AA_00AA_00AA_00AA), (14, 0x0000_CCCC_0000_CCCC), (28, 0x0000_0000_F0F0_F0F0)] {
+        for word in rows.as_flattened_mut() {
+            let t = (*word ^ (*word >> by)) & mask;
+            *word ^= t ^ (t << by);
         }
+    }
+    let mut sums = [[[0u8; 8]; 8]; N];
+    for (row, words) in rows.iter().enumerate() {
+        for (sums, word) in sums.iter_mut().zip(words) {
+            sums[row] = word.to_le_bytes();
+        }
+    }
+    for (count, &sum) in counts.iter_mut().zip(sums.as_flattened().as_flattened()) {
+        *count += u64::from(sum) << shift;
     }
 }
 
 /// Adds 16 sets to the sums of all columns (Harley and Seal's tree of carry-save adders).
 #[inline(always)]
-fn add<const P: usize>(sets: [&Set; GROUP], planes: &mut [Set; P]) {
+fn add<const N: usize, const P: usize>(sets: [&Set<N>; GROUP], planes: &mut [Set<N>; P]) {
     /// Adds b and c to a; gives the carries.
     #[inline(always)]
     fn carries(a: &mut u64, b: u64, c: u64) -> u64 {
@@ -232,7 +278,7 @@ fn add<const P: usize>(sets: [&Set; GROUP], planes: &mut [Set; P]) {
         *a ^= b ^ c;
         carry
     }
-    for i in 0..IDS / 64 {
+    for i in 0..N {
         let [mut ones, mut twos, mut fours, mut eights] = [0, 1, 2, 3].map(|plane: usize| planes[plane][i]);
         let mut of_two = [0; 2];
         let mut of_four = [0; 2];
