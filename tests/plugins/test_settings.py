@@ -86,6 +86,16 @@ def test_serves_a_stored_placement(stored):
     assert np.array_equal(serve.decide(np.ones((3, 5)), 6, 1, 1, 2, found), found)
 
 
+def test_what_runs_may_have_copies_on_one_rank(tmp_path):
+    """As the engines' own algorithms leave them: no expert of the file is lost for their sake."""
+    path = tmp_path / "placement.json"
+    mt.Placement([[[0, 3, 4], [1, 2, 0]]]).save(path)
+    old = [[0, 0, 0, 1, 2, 4]]
+    assert policy(PLACEMENT=path).decide(np.ones((1, 5)), 6, 0, 1, 2, old).tolist() == [
+        [0, 3, 4, 1, 2, 0]
+    ]
+
+
 def test_serves_where_hidden_layers_are_counted(stored):
     """Layers that never have load are dense: they keep what they have."""
     path, placement = stored

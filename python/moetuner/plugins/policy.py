@@ -160,7 +160,8 @@ class _Case:
             )
         shape = (layers, num_ranks, num_replicas // num_ranks)
         slots = _running(old_map, shape, experts)
-        groups = 1 if num_groups is None else int(num_groups)
+        # Configurations of models without groups say 0 as well.
+        groups = max(int(num_groups or 1), 1)
         whole = num_ranks % num_nodes == 0 and groups % num_nodes == 0 and experts % groups == 0
         nodes = num_nodes if whole and groups > 1 else 1
         return cls(windows, slots, bool((slots >= 0).any()), groups, nodes)
