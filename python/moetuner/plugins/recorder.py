@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import numbers_in
 from moetuner.files import replacing
 
 # Windows of a model that are kept; beyond them neighbours are added up, two and two.
@@ -45,7 +46,8 @@ class LoadRecorder:
         windows = weight[None] if weight.ndim == 2 else weight
         if windows.ndim != 3:
             raise ValueError(f"loads must be [layers, experts], got {list(weight.shape)}")
-        if not ((windows >= 0) & (windows <= LARGEST)).all():
+        numbers = numbers_in("loads", windows)
+        if not ((numbers >= 0) & (numbers <= LARGEST)).all():
             raise ValueError(f"loads must be from 0 to {LARGEST}")
         windows = windows[windows.any(axis=(1, 2))].astype(np.uint64)
         if not len(windows):
