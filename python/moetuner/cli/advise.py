@@ -265,6 +265,21 @@ def _commands(
             note = f"  # {writer.state}" if writer.state else ""
             file = f"experts{writer.suffixes[0]}"
             found.append(f"moetuner export placement.json --to {name} --out {file}{note}")
+    problem = advice.problem
+    devices = problem.topology.devices
+    more = devices * (problem.slots + advice.knee) - problem.experts
+    if engine == "vllm":
+        # The one way in that a release has.
+        found.append(
+            f"MOETUNER_PLACEMENT=placement.json vllm serve MODEL --tensor-parallel-size {devices} "
+            "--enable-expert-parallel --enable-eplb "
+            f"""--eplb-config '{{"num_redundant_experts": {more}}}'"""
+        )
+    elif engine == "sglang":
+        found.append(
+            f"python -m sglang.launch_server --model MODEL --tp-size {devices} --ep-size {devices} "
+            f"--init-expert-location experts.json --ep-num-redundant-experts {more}"
+        )
     if engine is None:
         found.append("moetuner export placement.json --to eplb --out experts.npz")
     elif not ENGINES[engine].may_copy:
