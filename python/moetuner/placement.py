@@ -124,14 +124,16 @@ def kept(
     before[column >= rooms[:, :, None]] = -1
     matches = (slots[:, :, :, None] == before[:, :, None, :]) & (slots >= 0)[:, :, :, None]
     stays, place = matches.any(axis=3), matches.argmax(axis=3)
-    taken = (matches.any(axis=2)) | (column >= rooms[:, :, None])
+    layer, device, at = np.nonzero(stays)
+    taken = np.broadcast_to(column >= rooms[:, :, None], slots.shape).copy()
+    # The first slot of an expert alone: engines' own maps may have it twice on a device.
+    taken[layer, device, place[layer, device, at]] = True
     ordered = np.full_like(slots, -1)
     # Those that come, in their order, go into free slots in theirs; empty ones are last.
     comes = np.argsort(np.where(stays, 2, slots < 0), axis=2, kind="stable")
     free = np.argsort(taken, axis=2, kind="stable")
     arrivals = np.take_along_axis(np.where(stays, -1, slots), comes, axis=2)
     np.put_along_axis(ordered, free, arrivals, axis=2)
-    layer, device, at = np.nonzero(stays)
     ordered[layer, device, place[layer, device, at]] = slots[layer, device, at]
     return ordered
 

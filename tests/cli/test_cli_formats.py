@@ -181,8 +181,9 @@ def test_tables_are_in_the_help(ok):
     [
         (
             "vllm",
-            "MOETUNER_PLACEMENT=placement.json vllm serve MODEL --enable-expert-parallel "
-            "--enable-eplb --eplb-config '{\"num_redundant_experts\": 2}'  # the plugin",
+            "MOETUNER_PLACEMENT=placement.json vllm serve MODEL --tensor-parallel-size 2 "
+            "--enable-expert-parallel --enable-eplb "
+            "--eplb-config '{\"num_redundant_experts\": 2}'",
         ),
         ("sglang", "--to sglang --hidden-layers 4 --dense-layers 0 --out experts.json"),
         ("tensorrt-llm", "--to tensorrt-llm --dense-layers 0 --out experts.yaml"),

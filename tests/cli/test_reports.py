@@ -70,6 +70,9 @@ def test_advise_for_an_engine(ok, trace, engine):
         )
     )
     assert any(f"--for {engine}" in each for each in found["commands"])
+    # What serves it is last, with as many copies as the placement has.
+    served = {"vllm": "vllm serve", "sglang": "sglang.launch_server"}.get(engine, "--checkpoint")
+    assert served in found["commands"][-1]
     counts = [each["per_device"] for each in found["copies"]]
     assert counts == ([0] if engine == "megatron" else [0, 1])
     assert found["settings"]["split"] == ("nearest" if engine == "sglang" else "even")

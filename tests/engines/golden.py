@@ -63,8 +63,9 @@ def sglang(target: Path) -> None:
 
 
 def megatron(target: Path) -> None:
-    for file in (RUNS / "megatron").glob("r*"):
-        shutil.copy(file, target)
+    for pattern in ("router_trace_rank*.jsonl", "replay-*.npz"):
+        for file in (RUNS / "megatron").glob(pattern):
+            shutil.copy(file, target)
 
 
 def deepspeed(target: Path) -> None:

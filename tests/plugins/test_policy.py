@@ -1,5 +1,7 @@
 """The policy of the plugins: what engines rely on, whatever they hand over."""
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -185,6 +187,20 @@ def test_a_profile_brings_together_what_is_chosen_together():
         rebalance_experts(load, 8, 1, 1, 4, profile=mt.RoutingStatistics.from_load(load))
     with pytest.raises(ValueError, match="8 experts a layer, and the engine 6"):
         rebalance_experts(load[:, :6], 8, 1, 1, 4, profile=profile)
+
+
+def test_copies_on_one_rank_are_taken_apart():
+    """Windows of load, and a map where a rank has an expert twice: all experts, one copy a rank."""
+    random = np.random.default_rng(0)
+    windows = random.integers(1, 100, (2, 2, 8))
+    old = np.stack([random.permutation(12) % 8 for _ in range(2)])
+    old[:, :3] = old[:, :1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = rebalance_experts(windows, 12, 0, 1, 4, old).reshape(2, 4, 3)
+    for layer in found:
+        assert set(layer.ravel().tolist()) == set(range(8))
+        assert all(len(set(row.tolist())) == 3 for row in layer)
 
 
 def test_groups_stay_on_nodes_where_that_costs_little():

@@ -12,7 +12,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.plugins import rebalance_experts, sglang, vllm, vllm_ascend
-from moetuner.plugins.policy import Policy, Settings
+from moetuner.plugins.policy import Policy, Settings, asked
 from moetuner.plugins.recorder import MOST_WINDOWS, LoadRecorder
 
 LOG = logging.getLogger("moetuner.plugins")
@@ -61,6 +61,40 @@ def test_a_variable_that_makes_no_sense_is_a_warning(register, monkeypatch, capl
     assert "MOETUNER_REBALANCE must be 0 or 1" in caplog.text
 
 
+@pytest.mark.parametrize("register", [vllm.register, sglang.register])
+def test_an_engine_that_cannot_be_reached_is_a_warning(register, monkeypatch, caplog):
+    """It is absent here, as a module that another version has elsewhere would be."""
+    monkeypatch.setenv("MOETUNER_REBALANCE", "1")
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "sglang", None)
+    register()
+    (record,) = caplog.records
+    assert "keeps its own" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("PLACEMENT REBALANCE", "MOETUNER_PLACEMENT is served"),
+        ("PROFILE", "MOETUNER_PROFILE does nothing by itself"),
+        ("PROFILE RECORD", "MOETUNER_PROFILE does nothing by itself"),
+        ("PROFILE PLACEMENT", "MOETUNER_PROFILE does nothing with MOETUNER_PLACEMENT"),
+        ("PROFILE REBALANCE", None),
+    ],
+)
+def test_says_which_variable_does_nothing(names, words, monkeypatch, caplog):
+    """In one line."""
+    for name in ("PLACEMENT", "REBALANCE", "PROFILE", "RECORD"):
+        monkeypatch.delenv(f"MOETUNER_{name}", raising=False)
+    for name in names.split():
+        monkeypatch.setenv(f"MOETUNER_{name}", "1")
+    caplog.set_level(logging.INFO, LOG.name)
+    asked(LOG, "")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (words is not None)
+    assert words is None or words in said[0]
+
+
 def test_entry_points_name_the_functions():
     """The engines find what they call."""
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
@@ -84,6 +118,16 @@ def test_serves_a_stored_placement(stored):
     found = serve.decide(np.ones((3, 5)), 6, 1, 1, 2, old)
     assert found.tolist() == [[2, 1, 0, 4, 3, 0]] * 2 + [[2, 4, 3, 0, 2, 1]]
     assert np.array_equal(serve.decide(np.ones((3, 5)), 6, 1, 1, 2, found), found)
+
+
+def test_what_runs_may_have_copies_on_one_rank(tmp_path):
+    """As the engines' own algorithms leave them: no expert of the file is lost for their sake."""
+    path = tmp_path / "placement.json"
+    mt.Placement([[[0, 3, 4], [1, 2, 0]]]).save(path)
+    old = [[0, 0, 0, 1, 2, 4]]
+    assert policy(PLACEMENT=path).decide(np.ones((1, 5)), 6, 0, 1, 2, old).tolist() == [
+        [0, 3, 4, 1, 2, 0]
+    ]
 
 
 def test_serves_where_hidden_layers_are_counted(stored):
@@ -180,6 +224,27 @@ def test_a_recording_is_bounded(tmp_path):
         found = mt.RoutingStatistics.load(path)
         assert found.windows <= MOST_WINDOWS
         assert np.array_equal(found.total_load, total)
+
+
+def test_a_recording_keeps_those_of_others(tmp_path):
+    """A process that was started again may have the same number."""
+    load = np.ones((1, 2, 3), dtype=np.int64)
+    first, again = (LoadRecorder(tmp_path) for _ in range(2))
+    path = first.add(load)
+    other = again.add(2 * load)
+    assert path != other
+    assert first.add(load) == path
+    assert np.array_equal(mt.RoutingStatistics.load(path).total_load, 2 * load[0])
+    assert np.array_equal(mt.RoutingStatistics.load(other).total_load, 2 * load[0])
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -1, 2.0**62, "x"])
+def test_loads_that_make_no_sense_are_not_recorded(wrong, tmp_path, caplog):
+    """Nor are they an error."""
+    record = policy(RECORD=tmp_path)
+    record.record(np.array([[1, wrong]]))
+    assert caplog.text.count("loads are not recorded") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, caplog):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moetuner.solver.rebalancing import rebalance
+from moetuner.solver.rebalancing import _cost, rebalance
 
 
 def running(layers, ranks, width):
@@ -57,3 +57,13 @@ def test_slow_devices_get_less():
     slots = np.full((1, 2, 12), -1, dtype=np.int32)
     found = rebalance(load, slots, time=np.array([1.0, 0.5]), budget=100, full=False)
     assert found.after[0] <= 420
+
+
+def test_costs_do_not_depend_on_the_order_of_sums():
+    """Experts numbered in another order: sums of thirds end in other bits, costs in the same."""
+    random = np.random.default_rng(0)
+    windows = np.floor(random.lognormal(6, 1, (8, 20, 64)))
+    slots = np.stack([random.permutation(288) % 64 for _ in range(20)]).reshape(20, 32, 9)
+    order = random.permutation(64)
+    again = _cost(windows[:, :, order], np.argsort(order)[slots], np.ones(32), None)
+    assert np.array_equal(_cost(windows, slots, np.ones(32), None), again)

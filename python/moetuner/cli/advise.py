@@ -258,14 +258,6 @@ def next_commands(
         f"moetuner solve {file} {where}{slots}{start} --out placement.json",
         f"moetuner report placement.json {file}{source.words()} --out report.html",
     ]
-    if engine == "vllm":  # whose releases load no map from a file
-        problem = advice.problem
-        redundant = (problem.slots + advice.knee) * problem.devices - problem.experts
-        config = shlex.quote(f'{{"num_redundant_experts": {redundant}}}')
-        found.append(
-            "MOETUNER_PLACEMENT=placement.json vllm serve MODEL --enable-expert-parallel "
-            f"--enable-eplb --eplb-config {config}  # the plugin"
-        )
     hidden, dense = source.layer_words()
     layers = {
         "hidden": f" --hidden-layers {hidden} --dense-layers {dense}",
@@ -278,6 +270,21 @@ def next_commands(
             found.append(
                 f"moetuner export placement.json --to {to} --out experts{writer.suffixes[0]}{note}"
             )
+    problem = advice.problem
+    devices = problem.topology.devices
+    more = devices * (problem.slots + advice.knee) - problem.experts
+    if engine == "vllm":
+        # The one way in that a release has.
+        found.append(
+            f"MOETUNER_PLACEMENT=placement.json vllm serve MODEL --tensor-parallel-size {devices} "
+            "--enable-expert-parallel --enable-eplb "
+            f"""--eplb-config '{{"num_redundant_experts": {more}}}'"""
+        )
+    elif engine == "sglang":
+        found.append(
+            f"python -m sglang.launch_server --model MODEL --tp-size {devices} --ep-size {devices} "
+            f"--init-expert-location experts.json --ep-num-redundant-experts {more}"
+        )
     if engine is None:
         found.append("moetuner export placement.json --to eplb --out experts.npz")
     elif not ENGINES[engine].may_copy:

@@ -160,7 +160,8 @@ class _Case:
             )
         shape = (layers, num_ranks, num_replicas // num_ranks)
         slots = _running(old_map, shape, experts)
-        groups = 1 if num_groups is None else int(num_groups)
+        # Configurations of models without groups say 0 as well.
+        groups = max(int(num_groups or 1), 1)
         whole = num_ranks % num_nodes == 0 and groups % num_nodes == 0 and experts % groups == 0
         nodes = num_nodes if whole and groups > 1 else 1
         return cls(windows, slots, bool((slots >= 0).any()), groups, nodes)
@@ -440,6 +441,28 @@ class Settings:
         return found if found.placement or found.rebalance or found.record else None
 
 
+def asked(log: logging.Logger, otherwise: str) -> Settings | None:
+    """Return what the process's environment asks, None if that is nothing or makes no sense.
+
+    Variables that do nothing beside others, or without them, are said.
+    """
+    try:
+        settings = Settings.of()
+    except ValueError as error:
+        log.warning("moetuner: %s; %s", error, otherwise)
+        return None
+    placement = settings is not None and settings.placement is not None
+    rebalance = settings is not None and settings.rebalance
+    if placement and rebalance:
+        log.info("moetuner: MOETUNER_PLACEMENT is served, so MOETUNER_REBALANCE does nothing")
+    if os.environ.get(PREFIX + "PROFILE") and (placement or not rebalance):
+        log.warning(
+            "moetuner: MOETUNER_PROFILE does nothing %s",
+            "with MOETUNER_PLACEMENT" if placement else "by itself: MOETUNER_REBALANCE=1 uses it",
+        )
+    return settings
+
+
 class Policy:
     """What the settings ask, call by call, for one engine.
 
@@ -509,7 +532,7 @@ class Policy:
             return
         try:
             self._recorder.add(np.asarray(weight))
-        except (OSError, ValueError) as error:
+        except Exception as error:
             self.failed("loads are not recorded", error)
 
     def failed(self, what: str, error: BaseException) -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import numbers_in
 from moetuner.files import replacing
 
 # Windows of a model that are kept; beyond them neighbours are added up, two and two.
 MOST_WINDOWS = 256
+# Tokens of an expert in a window that can be added up for ever.
+LARGEST = 2**40
 
 
 class LoadRecorder:
     """Keeps windows of load in one file per process and model, ``load-PID-LxE.npz`` in a folder.
+
+    Where a file of that name is there already, a number follows.
 
     A file is a load table, ``load`` [W,L,E], as ``moetuner solve`` and ``RoutingStatistics.load``
     read it. It is written anew, whole or not at all, whenever windows come.
@@ -23,6 +29,7 @@ class LoadRecorder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._files: dict[tuple[int, ...], Path] = {}
         self._windows: dict[tuple[int, ...], NDArray[np.uint64]] = {}
         # Windows of the engine that one window holds by now.
         self._joined: dict[tuple[int, ...], int] = {}
@@ -39,6 +46,9 @@ class LoadRecorder:
         windows = weight[None] if weight.ndim == 2 else weight
         if windows.ndim != 3:
             raise ValueError(f"loads must be [layers, experts], got {list(weight.shape)}")
+        numbers = numbers_in("loads", windows)
+        if not ((numbers >= 0) & (numbers <= LARGEST)).all():
+            raise ValueError(f"loads must be from 0 to {LARGEST}")
         windows = windows[windows.any(axis=(1, 2))].astype(np.uint64)
         if not len(windows):
             return None
@@ -46,21 +56,30 @@ class LoadRecorder:
         for window in windows:
             self._take(shape, window)
         kept = self._windows.get(shape)
-        open_window, count = self._open[shape]
-        parts = [part for part in (kept, open_window[None] if count else None) if part is not None]
+        open_window, joined = self._open[shape]
+        parts = [part for part in (kept, open_window[None] if joined else None) if part is not None]
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"load-{os.getpid()}-{shape[0]}x{shape[1]}.npz"
+        path = self._file(shape)
         with replacing(path) as temporary, temporary.open("wb") as file:
             load = np.concatenate(parts)
             np.savez(file, load=load.astype(np.min_scalar_type(load.max())))
         return path
 
+    def _file(self, shape: tuple[int, ...]) -> Path:
+        """Return the file of a model, not one of another process: containers give the same PID."""
+        if shape not in self._files:
+            name = f"load-{os.getpid()}-{shape[0]}x{shape[1]}"
+            names = chain([name], (f"{name}-{number}" for number in count(2)))
+            paths = (self.folder / f"{each}.npz" for each in names)
+            self._files[shape] = next(path for path in paths if not path.exists())
+        return self._files[shape]
+
     def _take(self, shape: tuple[int, ...], window: NDArray[np.uint64]) -> None:
         joined = self._joined.setdefault(shape, 1)
-        now, count = self._open.get(shape, (np.zeros(shape, np.uint64), 0))
-        now, count = now + window, count + 1
-        if count < joined:
-            self._open[shape] = (now, count)
+        now, number = self._open.get(shape, (np.zeros(shape, np.uint64), 0))
+        now, number = now + window, number + 1
+        if number < joined:
+            self._open[shape] = (now, number)
             return
         kept = self._windows.get(shape, np.zeros((0, *shape), np.uint64))
         kept = np.concatenate([kept, now[None]])

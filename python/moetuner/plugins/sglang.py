@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from moetuner.plugins.policy import Policy, Settings
+from moetuner.plugins.policy import Policy, asked
 from moetuner.plugins.tensors import rank_of_process, three_maps
 
 LOG = logging.getLogger("moetuner.plugins")
@@ -19,18 +19,17 @@ MODULE = "sglang.srt.eplb.eplb_algorithms"
 
 def register() -> None:
     """Put hooks around SGLang's balancing algorithms; nothing without ``MOETUNER_`` variables."""
-    try:
-        settings = Settings.of()
-    except ValueError as error:
-        LOG.warning("moetuner: %s; SGLang keeps its own algorithms", error)
-        return
+    settings = asked(LOG, "SGLang keeps its own algorithms")
     if settings is None:
         return
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     hooks = Hooks(Policy(settings, LOG))
-    HookRegistry.register(f"{MODULE}.compute_algorithm", hooks.compute_algorithm, HookType.AROUND)
-    HookRegistry.register(f"{MODULE}.rebalance_experts", hooks.rebalance_experts, HookType.AROUND)
+    try:
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        for function in (hooks.compute_algorithm, hooks.rebalance_experts):
+            HookRegistry.register(f"{MODULE}.{function.__name__}", function, HookType.AROUND)
+    except Exception as error:
+        LOG.warning("moetuner: SGLang keeps its own algorithms: %r", error)
 
 
 class Hooks:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from moetuner.plugins.policy import Policy, Settings
+from moetuner.plugins.policy import Policy, asked
 from moetuner.plugins.tensors import rank_of_process, three_maps
 
 # A child of vLLM's logger, so that lines appear among its own.
@@ -20,18 +20,18 @@ def register() -> None:
 
     vLLM calls this in every process, some of them several times.
     """
-    try:
-        settings = Settings.of()
-    except ValueError as error:
-        LOG.warning("moetuner: %s; vLLM keeps its own policy", error)
-        return
+    settings = asked(LOG, "vLLM keeps its own policy")
     if settings is None:
         return
-    from vllm.distributed.eplb.policy import EPLB_POLICIES
+    try:
+        from vllm.distributed.eplb.policy import EPLB_POLICIES
 
-    theirs = EPLB_POLICIES["default"]
-    if not hasattr(theirs, "moetuner"):
-        EPLB_POLICIES["default"] = policy_class(theirs, Policy(settings, LOG))
+        theirs = EPLB_POLICIES["default"]
+        if not hasattr(theirs, "moetuner"):
+            EPLB_POLICIES["default"] = policy_class(theirs, Policy(settings, LOG))
+    except Exception as error:
+        # Another version: vLLM would not start if this were raised.
+        LOG.warning("moetuner: vLLM keeps its own policy: %r", error)
 
 
 def policy_class(theirs: Any, policy: Policy) -> Any:

@@ -26,9 +26,13 @@ def register() -> None:
         return  # vLLM's entry point has said it
     if settings is None or importlib.util.find_spec("vllm_ascend") is None:
         return
-    from vllm_ascend.eplb.core.policy.policy_factory import PolicyFactory
+    try:
+        from vllm_ascend.eplb.core.policy.policy_factory import PolicyFactory
 
-    theirs = PolicyFactory.generate_policy
+        theirs = PolicyFactory.generate_policy
+    except Exception as error:
+        LOG.warning("moetuner: vllm-ascend keeps its own policies: %r", error)
+        return
     if not hasattr(theirs, "moetuner"):
 
         def generate_policy(policy_type: int) -> AscendPolicy:

@@ -313,4 +313,7 @@ def _cost(windows: Floats, slots: Slots, time: Floats, pairs: Pairs | None) -> F
         all_pairs = pairs.counts.sum(axis=(1, 2), dtype=np.float64)
         together = ((part @ pairs.counts.astype(np.float64)) * part).sum(axis=(1, 2))
         cost += pairs.cost * (all_pairs - together) / 2
-    return cost
+    # Sums of floats end in other bits on another processor, and every rank must choose alike.
+    digits, power = np.frexp(cost)
+    rounded: Floats = np.ldexp(np.rint(np.ldexp(digits, 30)), power - 30)
+    return rounded

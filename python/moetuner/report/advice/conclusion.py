@@ -197,9 +197,10 @@ def _of_copies(swept: tuple[Copies, ...], knee: int) -> str:
     best = max(plain, key=lambda each: each.best)
     text = "Copies: none"
     if knee:
-        text = f"Copies: {_slots(chosen)} gain {100 * chosen.best:.1f} %"
+        verb = "gains" if knee == 1 else "gain"
+        text = f"Copies: {_slots(chosen)} {verb} {_percent(chosen.best)}"
     if knee and plain[0].per_device == 0:
-        text += f", {100 * plain[0].best:.1f} % without"
+        text += f", {_percent(plain[0].best)} without"
     if best.best > chosen.best + KNEE:
         worst = min(best.gains, key=lambda window: float(np.mean(best.gains[window])))
         loss = -100 * float(np.mean(best.gains[worst]))
@@ -214,6 +215,11 @@ def _of_copies(swept: tuple[Copies, ...], knee: int) -> str:
             "expert does"
         )
     return text
+
+
+def _percent(share: float) -> str:
+    # No minus before nothing.
+    return f"{round(100 * share, 1) + 0.0:.1f} %"
 
 
 def _slots(copies: Copies) -> str:
