@@ -385,8 +385,8 @@ pub(super) fn adapt_slots<'py>(
     if let Some(rules) = &forbidden {
         shaped("rules", rules.shape(), &[l, e, d])?;
     }
-    if d.saturating_mul(per_device) > SLOTS {
-        let rule = format!("at most {SLOTS} slots in a layer");
+    if !(1..=SLOTS).contains(&d.saturating_mul(per_device)) {
+        let rule = format!("1 to {SLOTS} slots in a layer");
         return Err(Error::Shape { what: "slots", rule, found: format!("{d} x {per_device}") }.into());
     }
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);

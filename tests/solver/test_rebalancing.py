@@ -1,6 +1,7 @@
 """rebalance(): rules of live decisions that plugins and the rebalancer of layers share."""
 
 import numpy as np
+import pytest
 
 from moetuner.solver.rebalancing import _cost, rebalance
 
@@ -67,3 +68,9 @@ def test_costs_do_not_depend_on_the_order_of_sums():
     order = random.permutation(64)
     again = _cost(windows[:, :, order], np.argsort(order)[slots], np.ones(32), None)
     assert np.array_equal(_cost(windows, slots, np.ones(32), None), again)
+
+
+def test_no_slot_at_all_is_refused():
+    """No device has a slot: a line, and no panic."""
+    with pytest.raises(ValueError, match="slots in a layer"):
+        decide(np.ones((1, 2)), np.zeros((1, 2, 0), dtype=np.int32))
