@@ -15,6 +15,7 @@ __all__ = [
     "Replay",
     "StatisticsCounter",
     "__version__",
+    "adapt_slots",
     "bound",
     "cluster",
     "exact_chain",
