@@ -86,6 +86,7 @@ def test_slots_are_just_enough_by_default():
         ({"extra_slots": 1000}, "extra_slots must be at most 54, .* got 1000"),
         ({"arrival": "late"}, "arrival must be 'bursts', 'mixed', or a weight .* got 'late'"),
         ({"arrival": 1.5}, "arrival must be .* got 1.5"),
+        ({"arrival": -0.5}, "arrival must be .* got -0.5"),
         ({"risk": 1.0}, "risk must be 'mean', or a level from 0 to below 1, got 1.0"),
         ({"risk": "worst"}, "risk must be .* got 'worst'"),
         ({"groups": "minimax"}, "groups needs windows with groups; these statistics have none"),
