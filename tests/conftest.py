@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import moetuner as mt
-from moetuner.cli import main
+from moetuner.cli import main, output
 
 # Deterministic by default; HYPOTHESIS_PROFILE=thorough searches longer and anew each time.
 quiet = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -82,3 +82,18 @@ def data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no real traces: {DATA} is absent")
     return DATA
+
+
+@pytest.fixture
+def ok(run, monkeypatch):
+    """Run a command that must succeed in silence, and give its output."""
+    # On a busy machine progress may be due at any time.
+    monkeypatch.setattr(output, "FIRST_S", 3600.0)
+    monkeypatch.setattr(output, "INTERVAL_S", 3600.0)
+
+    def ok(*arguments):
+        status, out, err = run(*arguments)
+        assert (status, err) == (0, "")
+        return out
+
+    return ok

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.cli import output
 
 METHODS = "contiguous,lpt,joint"
 # Where the number of splits does not matter.
@@ -34,21 +33,6 @@ def table(tmp_path):
     load = np.random.default_rng(0).integers(0, 100, (6, 3, 8))
     np.savez(path, load=load, group=np.arange(6) % 2, group_names=np.array(["a", "b"]))
     return path
-
-
-@pytest.fixture
-def ok(run, monkeypatch):
-    """Run a command that must succeed in silence, and give its output."""
-    # On a busy machine progress may be due at any time.
-    monkeypatch.setattr(output, "FIRST_S", 3600.0)
-    monkeypatch.setattr(output, "INTERVAL_S", 3600.0)
-
-    def ok(*arguments):
-        status, out, err = run(*arguments)
-        assert (status, err) == (0, "")
-        return out
-
-    return ok
 
 
 def test_help_names_every_subcommand(ok):

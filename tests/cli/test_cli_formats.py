@@ -8,26 +8,11 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.cli import output
 from moetuner.cli.advise import next_commands
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.traffic import Source
 
 GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
-
-
-@pytest.fixture
-def ok(run, monkeypatch):
-    """Run a command that must succeed in silence, and give its output."""
-    monkeypatch.setattr(output, "FIRST_S", 3600.0)
-    monkeypatch.setattr(output, "INTERVAL_S", 3600.0)
-
-    def ok(*arguments):
-        status, out, err = run(*arguments)
-        assert (status, err) == (0, "")
-        return out
-
-    return ok
 
 
 def test_three_commands(ok, tmp_path):

@@ -7,7 +7,7 @@ import shlex
 import numpy as np
 import pytest
 
-from moetuner.cli import advise, compare, options, output, solve
+from moetuner.cli import advise, compare, options, solve
 
 FEW = ("--devices", 4, "--copies", "0", "--splits", 1)
 
@@ -18,20 +18,6 @@ def trace(make_trace, tmp_path):
     path = tmp_path / "trace.safetensors"
     make_trace(800).save(path)
     return path
-
-
-@pytest.fixture
-def ok(run, monkeypatch):
-    """Run a command that must succeed in silence, and give its output."""
-    monkeypatch.setattr(output, "FIRST_S", 3600.0)
-    monkeypatch.setattr(output, "INTERVAL_S", 3600.0)
-
-    def ok(*arguments):
-        status, out, err = run(*arguments)
-        assert (status, err) == (0, "")
-        return out
-
-    return ok
 
 
 def test_advise_says_what_json_has(ok, trace, tmp_path):

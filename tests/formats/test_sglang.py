@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import random_ids
-from damage import damage, damaged
+from damage import check_line, damage, damaged
 from hypothesis import example, given, settings
 
 import moetuner as mt
@@ -277,13 +277,6 @@ def test_damaged_files(tmp_path, name):
             check_line(error, path)
 
     run()
-
-
-def check_line(error, path):
-    text = str(error)
-    assert "\n" not in text
-    assert len(text) < 600
-    assert str(path) in text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import random_ids
-from damage import damage, damaged
+from damage import check_line, damage, damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -211,13 +211,6 @@ def test_damaged_responses(tmp_path):
             check_line(error, path)
 
     run()
-
-
-def check_line(error, path):
-    text = str(error)
-    assert "\n" not in text
-    assert len(text) < 600
-    assert str(path) in text
 
 
 values = st.recursive(

@@ -33,3 +33,11 @@ def damaged(content, steps):
         elif kind == "copy":
             content[at:at] = content[at : at + what[0]]
     return bytes(content)
+
+
+def check_line(error, path):
+    """Assert that an error is one line of readable length that names the file."""
+    text = str(error)
+    assert "\n" not in text
+    assert len(text) < 600
+    assert str(path) in text
