@@ -293,6 +293,12 @@ def test_speeds_count_in_the_imbalance():
 MODEL = mt.CostModel(5, 2, 3, 0.25, token_bytes=1000, combine_bytes=2000, overlap=0.5)
 
 
+def test_one_token_is_no_balance():
+    """The least load there is: one of two devices has it all."""
+    trace = mt.RoutingTrace.from_arrays([[[0]]], num_experts=2)
+    assert mt.evaluate(mt.Placement([[[0], [1]]]), trace).imbalance == 2
+
+
 def test_times_are_the_cost_models(make_trace):
     """Every window and layer takes what its loads, active experts and rows cost."""
     trace, window = make_trace(200, top_k=2), 50
