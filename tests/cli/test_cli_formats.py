@@ -205,3 +205,12 @@ def test_wrong_files_are_told_what_would_be_right(run, tmp_path, content, words)
     assert (status, len(err.splitlines())) == (2, 1)
     assert words in err
     assert [each.name for each in tmp_path.iterdir()] == ["recorded"]
+
+
+def test_layers_that_nobody_numbers_are_said_to_start_at_0(ok, tmp_path):
+    """TensorRT-LLM counts dense layers, and a placement does not know them."""
+    placement, out = tmp_path / "placement.json", tmp_path / "experts.yaml"
+    mt.Placement([[[0], [1]]]).save(placement)
+    command = ("export", placement, "--to", "tensorrt-llm", "--out", out)
+    assert "layers are numbered from 0" in ok(*command)
+    assert "numbered" not in ok(*command, "--dense-layers", "0")

@@ -153,6 +153,10 @@ def command(
             write_placement(placement, form, out_file, hints)
         except ValueError as error:
             raise click.ClickException(options.as_options(str(error))) from None
+        if form == "tensorrt-llm" and hidden_layers is None and dense_layers is None:
+            output.say(
+                "layers are numbered from 0; if the model has dense ones, --dense-layers names them"
+            )
         if WRITERS[form].state:
             answer["state"] = WRITERS[form].state
             output.say(f"{WRITERS[form].title}: {WRITERS[form].state}")
