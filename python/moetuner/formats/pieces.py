@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from moetuner._checks import IdArray, IdType, check_sizes, id_type, valid
 from moetuner.files import naming
 from moetuner.files.ids import Ids, SelectedIds, Shape, gathered, tokens_per_shard
+from moetuner.formats.hints import Hints
+from moetuner.trace import RoutingTrace
 
 # Where what is dense cannot be seen in one token: so many bytes are looked at at once.
 LOOK = 1 << 24
@@ -240,6 +242,17 @@ def ids_of(
     tokens = sum(piece.shape[0] for piece in pieces)
     check_sizes((tokens, len(rows), pieces[0].shape[2]), pieces[0].dtype, num_experts)
     return IdsInPieces(pieces, tuple(rows), num_experts)
+
+
+def trace_of(pieces: Sequence[Piece], hints: Hints, paths: Sequence[Path]) -> RoutingTrace:
+    """Make a trace of responses, a sequence each, without the rows of layers that are dense."""
+    where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    with naming(where):
+        moe = hints.moe_layers(pieces[0].shape[1]) if pieces else None
+        ids = ids_of(pieces, hints.num_experts, moe, "responses")
+        lengths = [piece.shape[0] for piece in ids.pieces]
+        sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        return RoutingTrace(ids, ids.num_experts, sequence=sequence)
 
 
 def layers_left_out(ids: Ids) -> tuple[int, tuple[int, ...]] | None:

@@ -28,7 +28,7 @@ from moetuner.files import naming, read_whole, replacing
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints, Traffic, files_in
 from moetuner.formats.layout import Layout
-from moetuner.formats.pieces import Base64Piece, Piece, decoded, ids_of
+from moetuner.formats.pieces import Base64Piece, Piece, decoded, ids_of, trace_of
 from moetuner.formats.records import Record, head, looks_like_json, records
 from moetuner.formats.slots import by_expert
 from moetuner.placement import Placement
@@ -349,13 +349,7 @@ def read_responses(paths: Sequence[Path], hints: Hints) -> Traffic:
                 pieces += _of_response(path, record, hints)
             if len(pieces) == before:
                 raise ValueError(f"holds no routed experts: {ON}")
-    where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-    with naming(where):
-        moe = hints.moe_layers(pieces[0].shape[1]) if pieces else None
-        ids = ids_of(pieces, hints.num_experts, moe, "responses")
-        lengths = [piece.shape[0] for piece in ids.pieces]
-        sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        return RoutingTrace(ids, ids.num_experts, sequence=sequence)
+    return trace_of(pieces, hints, paths)
 
 
 def _of_response(path: Path, record: Record, hints: Hints) -> Iterator[Piece]:

@@ -26,12 +26,11 @@ from moetuner.files.safetensors import TensorInFile
 from moetuner.formats.hints import Hints, Traffic, files_in
 from moetuner.formats.layout import Layout
 from moetuner.formats.pickled import is_pickled
-from moetuner.formats.pieces import ArrayPiece, Base64Piece, Piece, decoded, ids_of
+from moetuner.formats.pieces import ArrayPiece, Base64Piece, Piece, decoded, trace_of
 from moetuner.formats.records import Record, head, looks_like_json, records
 from moetuner.formats.slots import by_expert
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
-from moetuner.trace import RoutingTrace
 
 STATS, INITIAL = "eplb_load_stats", "eplb_initial_mapping"
 ON = "start vLLM with --enable-return-routed-experts"
@@ -75,18 +74,7 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     for path in files_in(paths):
         with naming(path):
             pieces += _pieces(path)
-    where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-    return trace_of(pieces, hints, where)
-
-
-def trace_of(pieces: Sequence[Piece], hints: Hints, where: str) -> RoutingTrace:
-    """Make a trace of sequences, each a piece, without the rows of layers that are dense."""
-    with naming(where):
-        moe = hints.moe_layers(pieces[0].shape[1]) if pieces else None
-        ids = ids_of(pieces, hints.num_experts, moe, "responses")
-        lengths = [piece.shape[0] for piece in ids.pieces]
-        sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        return RoutingTrace(ids, ids.num_experts, sequence=sequence)
+    return trace_of(pieces, hints, paths)
 
 
 def _pieces(path: Path) -> Iterator[Piece]:
