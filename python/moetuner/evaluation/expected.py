@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _core
 from moetuner.evaluation import copies
 from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement
@@ -20,27 +21,18 @@ Floats = NDArray[np.float64]
 
 
 def visits(
-    share: Floats, sets: Sequence[ExpertSets], node: NDArray[np.int64]
+    share: Floats,
+    sets: Sequence[ExpertSets],
+    node: NDArray[np.int64],
+    threads: int | None = None,
 ) -> tuple[Floats, Floats]:
     """Return tokens that visit every device [L,D], and every node [L,N].
 
     Copies, which take shares [L,D,E] of their expert's tokens, are taken to be chosen independently
     of each other.
     """
-    layers, devices, _ = share.shape
-    nodes = int(node.max()) + 1
-    found, of_nodes = np.empty((layers, devices)), np.empty((layers, nodes))
-    for layer, (mine, tokens) in enumerate(zip(share, sets, strict=True)):
-        # Share of a set's tokens that do not visit a device [N,D], or a node.
-        missed = np.ones((len(tokens), devices))
-        far = np.ones((len(tokens), nodes))
-        in_node = np.stack([mine[node == n].sum(axis=0) for n in range(nodes)])
-        for expert in tokens.ids.T:
-            missed *= 1 - mine.T[expert]
-            far *= 1 - in_node.T[expert]
-        count = tokens.counts.astype(np.float64)
-        found[layer], of_nodes[layer] = count @ (1 - missed), count @ (1 - far)
-    return found, of_nodes
+    each = [(of.ids, of.counts) for of in sets]
+    return _core.expected_visits(share, node.tolist(), each, threads=threads)
 
 
 def followed(
