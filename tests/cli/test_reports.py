@@ -105,6 +105,25 @@ def test_every_report_opens(ok, trace, tmp_path):
     assert one == two
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("advise", *FEW),
+        ("solve", "--devices", 4, "--slots-per-device", 3, "--out", "/dev/null"),
+        ("compare", "--devices", 4, "--methods", "contiguous,lpt", "--splits", 1),
+    ],
+)
+def test_pages_are_the_same_every_time(ok, trace, tmp_path, arguments):
+    """No time that anything took is in them, as long as nobody limits it."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    command, *others = arguments
+    page, found = tmp_path / "page.html", []
+    for _ in range(2):
+        ok(command, trace, *others, "--report", page)
+        found.append(page.read_bytes())
+    assert found[0] == found[1]
+
+
 def test_load_tables_have_reports(ok, tmp_path):
     """Without tokens panels say why they are empty."""
     pytest.importorskip("plotly", reason="the extra report is not installed")

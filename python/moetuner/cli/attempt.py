@@ -22,10 +22,14 @@ def try_method(
     seed: int,
     time_limit: float | None = None,
     threads: int | None = None,
+    place: str = "",
     **moving: Any,
 ) -> Outcome:
-    """Solve, and evaluate the placement on other traffic; ``moving`` as for ``solve``."""
-    with working(f"solving, {method}") as progress:
+    """Solve, and evaluate the placement on other traffic; ``moving`` as for ``solve``.
+
+    ``place`` is how far the whole is, for who waits.
+    """
+    with working(f"solving, {method}{place and f' ({place})'}") as progress:
         result = solve(
             problem,
             method,
@@ -35,6 +39,7 @@ def try_method(
             progress=progress,
             **moving,
         )
+    with working(f"replaying {method}"):
         evaluation = evaluate(
             result.placement,
             judged_on,

@@ -143,7 +143,8 @@ def command(
             seen, unseen = hold_out(source.traffic, holdout, seed=of)
             asked_of = asked.problem(seen, topology, window=window, threads=threads)
         outcomes: dict[str, Outcome] = {}
-        for method in methods:
+        for number, method in enumerate(methods, 1):
+            place = f"{number} of {len(methods)}, split {len(all_splits) + 1}"
             outcomes[method] = try_method(
                 method,
                 asked_of,
@@ -152,6 +153,7 @@ def command(
                 seed=of,
                 time_limit=time_limit,
                 threads=threads,
+                place=place,
             )
             interrupted = outcomes[method].result.status == "interrupted"
             if interrupted:

@@ -114,6 +114,10 @@ def write_comparison(
 ) -> None:
     """Write the page of two outcomes of one problem."""
     problem = after.problem
+    timed = contents["settings"]["time_limit"] is not None
+    if not timed:
+        # All else is the same in every run.
+        contents = _timeless(contents)
     numbers: tuple[tuple[str, str, str], ...] = ()
     if after.worth.is_known:
         gap, note = "-", "no bound was proven"
@@ -132,6 +136,7 @@ def write_comparison(
         traffic=traffic,
         load=load,
         result=after.result,
+        timed=timed,
         numbers=numbers,
         measure=after.worth.figure,
         token_bytes=_token_bytes(problem),
@@ -235,6 +240,14 @@ def _measured(judged: Verdict) -> tuple[str, str, str]:
     if judged.measure != "imbalance":
         name = name.replace("_", " ")
     return (name, f"{judged.before:.4g} → {judged.after:.4g}{unit}", note)
+
+
+def _timeless(contents: dict[str, Any]) -> dict[str, Any]:
+    """Return contents without the seconds that solves took."""
+    found = {key: each for key, each in contents.items() if key != "solve_seconds"}
+    if "methods" in found:
+        found["methods"] = {name: _timeless(each) for name, each in found["methods"].items()}
+    return found
 
 
 def _token_bytes(problem: Problem) -> float | None:

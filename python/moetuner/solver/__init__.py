@@ -19,7 +19,15 @@ from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.bounds.pairs import verify
 from moetuner.solver.joint import SEARCHES
 from moetuner.solver.migration import Migration, Trade, migrate, pareto
-from moetuner.solver.result import Candidate, Details, Limits, Progress, Result, Status
+from moetuner.solver.result import (
+    Candidate,
+    Details,
+    History,
+    Limits,
+    Progress,
+    Result,
+    Status,
+)
 from moetuner.solver.search.balanced import no_worse
 
 __all__ = [
@@ -99,7 +107,8 @@ def solve(
     threads
         Threads to use, all cores by default.
     progress
-        Called now and then with a ``Progress``, from the calling thread.
+        Called now and then with a ``Progress``, from the calling thread: the phase, and the best
+        objective and bound so far. ``Result.history`` keeps what changed, listened to or not.
     initial
         The placement that runs, to be improved by few moves; experts that stay keep their slots.
         With ``joint`` and ``heuristic``.
@@ -141,14 +150,8 @@ def solve(
     if initial is not None and not searches:
         raise ValueError(f"initial needs method joint or heuristic, got {method!r}")
 
-    history: list[Progress] = []
-
-    def tell(line: Progress) -> None:
-        assert progress is not None
-        history.append(line)
-        progress(line)
-
-    limits = replace(limits, progress=progress and tell)
+    history = History(progress)
+    limits = replace(limits, progress=history.tell)
     begin, limits = time.perf_counter(), limits.counting()
     if initial is None:
         candidate = METHODS[method](problem, seed=seed, limits=limits)
@@ -193,7 +196,7 @@ def solve(
         certificate=candidate.certificate,
         bound_scope=about,
         violations=violations,
-        history=tuple(history),
+        history=history.end(Progress(seconds, "answer", objective, bound, is_step=True)),
     )
 
 

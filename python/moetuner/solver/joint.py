@@ -154,6 +154,7 @@ def _optimum(problem: Problem, limits: Limits) -> Candidate | None:
 def _with_bound(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
     """Add what pairs cost at least, and whether that is near enough."""
     cost = Objective(problem).cost(Placement(found.slots, num_experts=problem.experts))
+    limits.tell("bound", cost / Objective(problem).scale)
     proven = bound(problem, problem.caps.kept(found.slots), limits=limits, target=cost)
     if proven is None:
         return found

@@ -75,7 +75,7 @@ def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Can
         forbidden=(),
         fill_slots=False,
     )
-    return search_traffic(alike, seed=seed, limits=limits)
+    return search_traffic(alike, seed=seed, limits=limits.muted())
 
 
 def without_spare(problem: Problem) -> Problem | None:
@@ -158,6 +158,7 @@ class LayerSearch:
         limit = min(each.rank for each in known)
         known += [self.known(slots) for slots in traffic]
         best = min(known, key=lambda each: each.rank).slots
+        self._tell(known, limits)
         narrow = self.narrow() if moving is None else None
         prices = [1.0] * turns + [DEAR] * (moving is None and self.prices_visits)
         parts = len(prices) if narrow is None else 2 * len(prices)
@@ -167,6 +168,7 @@ class LayerSearch:
             improved, interrupted = self.improve(best, clock.within(1 / (parts - turn)))
             self.reweight(improved)
             known.append(self.known(improved))
+            self._tell(known, limits)
             best = min(known, key=lambda each: each.rank).slots
         self.dear = 1.0
         if narrow is not None and not interrupted:
@@ -178,6 +180,12 @@ class LayerSearch:
         if problem.goal == "time" and moving is None:
             best = settled(problem, known, limit)
         return self.candidate(best, "interrupted" if interrupted else "feasible")
+
+    def _tell(self, known: list[Known], limits: Limits) -> None:
+        """Tell of the best so far, if it keeps the caps; what moves has a price of its own."""
+        best = min(known, key=lambda each: each.rank)
+        if self.moving is None and not best.excess:
+            limits.tell("layers", best.value)
 
     @property
     def prices_visits(self) -> bool:
