@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
@@ -19,7 +18,7 @@ from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.bounds.pairs import verify
 from moetuner.solver.joint import SEARCHES
 from moetuner.solver.migration import Migration, Trade, migrate, pareto
-from moetuner.solver.result import Candidate, Details, Limits, Progress, Result, Status
+from moetuner.solver.result import Candidate, Clock, Details, Limits, Progress, Result, Status
 from moetuner.solver.search.balanced import no_worse
 
 __all__ = [
@@ -149,7 +148,10 @@ def solve(
         progress(line)
 
     limits = replace(limits, progress=progress and tell)
-    begin, limits = time.perf_counter(), limits.counting()
+    clock, limits = Clock(limits), limits.counting()
+    # Of large tables this takes a while: not after the search, when the time is over.
+    fingerprint = problem.statistics.fingerprint
+    limits = replace(limits, time_limit=clock.within().time_limit)
     if initial is None:
         candidate = METHODS[method](problem, seed=seed, limits=limits)
         if problem.is_plain and searches:
@@ -161,7 +163,6 @@ def solve(
     if searches:
         caps = told(problem, candidate, threads=threads)
         candidate = replace(candidate, details=replace(candidate.details, caps=caps))
-    seconds = time.perf_counter() - begin
 
     # Bounds of pairs are costs; those of visits are of what they are a bound of.
     worth = Objective(problem)
@@ -178,7 +179,7 @@ def solve(
         placement=placement.with_names(
             model=problem.statistics.model,
             topology=problem.topology.name,
-            fingerprint=problem.statistics.fingerprint,
+            fingerprint=fingerprint,
             objective=objective,
             bound=bound,
             bound_scope=about,
@@ -188,7 +189,7 @@ def solve(
         objective=objective,
         bound=bound,
         bound_source=candidate.bound_source,
-        seconds=seconds,
+        seconds=clock.gone,
         details=candidate.details,
         certificate=candidate.certificate,
         bound_scope=about,
