@@ -19,10 +19,14 @@ __all__ = [
     "bound",
     "cluster",
     "exact_chain",
+    "expected_apart",
+    "expected_followed",
+    "expected_load",
     "expected_visits",
     "forget_pools",
     "lpt",
     "merge_sets",
+    "pair_cost",
     "place_clusters",
     "replicate_experts",
     "scan_lines",
@@ -238,9 +242,20 @@ def search(
     costs are then off by less than that per pair).
     """
 
-@final
+# Slots [L,D,S], -1 for an empty one, and the shares of their experts' tokens that they serve.
+_Slots = tuple[NDArray[np.int32], NDArray[np.float64]]
+
+def expected_load(
+    slots: _Slots,
+    load: NDArray[np.float64] | NDArray[np.uint64] | NDArray[np.bool_],
+    *,
+    threads: int | None = None,
+) -> NDArray[np.float64]:
+    """Return tokens of every device [W,L,D], of those of experts [W,L,E]."""
+
 def expected_visits(
-    share: NDArray[np.float64],
+    slots: _Slots,
+    num_experts: int,
     node_of_device: list[int],
     sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]],
     *,
@@ -248,9 +263,30 @@ def expected_visits(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return tokens of expert sets that visit every device [L,D], and every node [L,N].
 
-    Devices take shares [L,D,E] of the tokens of their experts, independently of each other.
+    Copies are chosen independently of each other.
     """
 
+def expected_apart(
+    slots: _Slots, pairs: NDArray[np.uint64], *, threads: int | None = None
+) -> NDArray[np.float64]:
+    """Return pairs of every layer [L] not served by one device, of counts [L,E,E]."""
+
+def expected_followed(
+    slots: _Slots, transitions: NDArray[np.uint64], *, threads: int | None = None
+) -> NDArray[np.float64]:
+    """Return pairs of neighbouring layers by their devices [L-1,D,D], of counts [L-1,E,E]."""
+
+def pair_cost(
+    here: NDArray[np.uint16],
+    there: NDArray[np.uint16],
+    pairs: NDArray[np.uint64],
+    link_cost: NDArray[np.uint64],
+    *,
+    threads: int | None = None,
+) -> int:
+    """Return what counts [N,E,E] of pairs cost [D,D], with their experts on devices [N,E] each."""
+
+@final
 class Replay:
     """Replays a trace under a placement, shard by shard."""
 
@@ -305,8 +341,8 @@ def lpt(
     """Pack load [L,E] onto devices of ``slots`` slots.
 
     The heaviest expert goes first, to the least loaded device. With ``improve``, exchanges between
-    devices then lower the largest device load, as far as time allows. Returns slots [L,D,S], -1 for an empty one, the
-    experts of each device by rising id.
+    devices then lower the largest device load, as far as time allows. Returns slots [L,D,S], -1 for
+    an empty one, the experts of each device by rising id.
     """
 
 def replicate_experts(
@@ -372,11 +408,12 @@ def cluster(
 ) -> tuple[NDArray[np.uint16], list[tuple[int, int, int, int]], bool]:
     """Split every layer of load [L,E] into clusters of load as even as possible.
 
-    Returns the cluster [L,E], whether it was interrupted, and between them per layer four whole numbers: the heaviest cluster's load, a
-    proven lower bound of it, ``clusters`` times the sum of deviations from the mean, and a proven
-    lower bound of that. A layer is searched no further once its deviations are within ``tolerance``
-    times the mean of their bound and its heaviest cluster within 0.05 %. With free sizes a cluster
-    has 1 to ``slots`` experts, or 0 where there are fewer experts than clusters.
+    Returns the cluster [L,E], per layer four whole numbers, and whether it was interrupted. The
+    numbers: the heaviest cluster's load, a proven lower bound of it, ``clusters`` times the sum of
+    deviations from the mean, and a proven lower bound of that. A layer is searched no further once
+    its deviations are within ``tolerance`` times the mean of their bound and its heaviest cluster
+    within 0.05 %. With free sizes a cluster has 1 to ``slots`` experts, or 0 where there are fewer
+    experts than clusters.
     """
 
 def smallest_peaks(

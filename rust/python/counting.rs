@@ -12,7 +12,7 @@ use super::{alone, array2, array3, caught, contiguous, detached};
 use crate::counting::sets::Sets;
 use crate::counting::{Counter, Tables};
 use crate::error::{Error, room_for};
-use crate::replay::{Copies, Split, expected};
+use crate::replay::{Copies, Split};
 use crate::trace::Routing;
 
 /// Expert ids as numpy hands them over.
@@ -300,41 +300,4 @@ impl Replay {
 
 fn finished() -> PyErr {
     PyValueError::new_err("the counter is finished; make a new one")
-}
-
-/// Tokens that visit devices [L,D] and nodes [L,N].
-type VisitArrays<'py> = (Bound<'py, PyArray2<f64>>, Bound<'py, PyArray2<f64>>);
-
-#[pyfunction]
-#[pyo3(signature = (share, node_of_device, sets, *, threads = None))]
-pub(super) fn expected_visits<'py>(
-    py: Python<'py>,
-    share: PyReadonlyArray3<'py, f64>,
-    node_of_device: Vec<u16>,
-    sets: Vec<(PyReadonlyArray2<'py, u16>, PyReadonlyArray1<'py, u64>)>,
-    threads: Option<usize>,
-) -> PyResult<VisitArrays<'py>> {
-    let &[layers, devices, experts] = share.shape() else { unreachable!("the array has three dimensions") };
-    let nodes = node_of_device.iter().max().map_or(0, |&node| usize::from(node) + 1);
-    if [layers, devices, experts] != [sets.len(), node_of_device.len(), experts.max(1)] {
-        let rule = format!("shape [{}, {}, experts]", sets.len(), node_of_device.len());
-        return Err(Error::Shape { what: "share", rule, found: format!("{:?}", share.shape()) }.into());
-    }
-    let share = contiguous(share.as_slice().ok())?;
-    if sets.iter().any(|(ids, counts)| ids.shape()[0] != counts.len()) {
-        let rule = "ids [N, K] and counts [N]".into();
-        return Err(Error::Shape { what: "sets", rule, found: "others".into() }.into());
-    }
-    let slices = sets
-        .iter()
-        .map(|(ids, counts)| {
-            Ok(expected::Sets {
-                ids: contiguous(ids.as_slice().ok())?,
-                counts: contiguous(counts.as_slice().ok())?,
-            })
-        })
-        .collect::<PyResult<Vec<_>>>()?;
-    let (of_devices, of_nodes) =
-        detached(py, threads, || expected::visits(share, experts, &node_of_device, &slices))??;
-    Ok((array2(py, (layers, devices), of_devices)?, array2(py, (layers, nodes), of_nodes)?))
 }

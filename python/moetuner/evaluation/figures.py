@@ -70,7 +70,7 @@ def _dispatched(counts: Counts, topology: Topology, model: CostModel) -> Floats:
 
 def _by_device(counts: Counts, topology: Topology) -> Floats:
     """Compute rows at the busiest port [W,L,tiers]; a window has homes as all of them have."""
-    visits: Floats = counts.visits.transpose(1, 0, 2).astype(np.float64)
+    visits: Floats = counts.visits.transpose(1, 0, 2).astype(np.float64, order="C")
     total = np.maximum(visits.sum(axis=1), 1e-300)
     from_home = counts.dispatch / total[:, None, :]
     ports = []

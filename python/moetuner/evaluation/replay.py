@@ -163,7 +163,7 @@ class _Part:
     def _active(self, expert_load: Numbers | None) -> Floats:
         assert expert_load is not None
         setting = self._setting
-        share = copies.copy_shares(setting.placement, setting.topology, setting.split)
+        share = copies.slot_shares(setting.placement, setting.topology, setting.split)
         return expected_.active(setting.placement, share, expert_load)
 
     def _mixed(self, load: Numbers) -> Numbers:
@@ -220,23 +220,36 @@ class Counted(Protocol):
 class Expected:
     """A placement under traffic of which there are counts: copies take shares of the tokens."""
 
-    def __init__(self, statistics: Counted, setting: Setting) -> None:
+    def __init__(
+        self,
+        statistics: Counted,
+        setting: Setting,
+        *,
+        follows: bool = True,
+        visits: tuple[Floats, Floats] | None = None,
+    ) -> None:
+        """Without ``follows`` leave out pairs of neighbouring layers.
+
+        ``visits`` of devices [L,D] and nodes [L,N] are counted unless they are known.
+        """
         self._setting = setting
         topology = setting.topology
-        self._share = copies.copy_shares(setting.placement, topology, setting.split)
+        self._share = copies.slot_shares(setting.placement, topology, setting.split)
         self._follow: Floats | None = None
-        if statistics.transitions is not None:
+        if follows and statistics.transitions is not None:
             self._follow = expected_.followed(
                 setting.placement, topology, setting.split, statistics.transitions
             )
         self._tokens: int | None = None
         if statistics.sets is not None:
             self._tokens = int(statistics.sets[0].counts.sum())
-            share = copies.shares(setting.placement, topology, setting.split)
-            visits, of_nodes = expected_.visits(share, statistics.sets, topology.node_of_device)
-            load = np.einsum("lde,le->ld", share, statistics.total_load.astype(np.float64))
+            placement = setting.placement
+            of_devices, of_nodes = visits or expected_.visits(
+                placement, self._share, statistics.sets, topology.node_of_device, setting.threads
+            )
+            load = copies.served(placement, self._share, statistics.total_load[None])[0]
             # Visits for each token of load: in every window as in all.
-            self._met = _ratio(visits, load)
+            self._met = _ratio(of_devices, load)
             self._met_nodes = _ratio(of_nodes, _of_nodes(load, topology))
 
     def counts(self, window_load: Numbers) -> Counts:

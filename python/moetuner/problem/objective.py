@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _core
 from moetuner._checks import instance, shown
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, expected, figures, replay
@@ -20,6 +23,41 @@ from moetuner.topology import Regime, Topology
 
 Floats = NDArray[np.float64]
 Goal = Literal["time", "balance", "traffic"]
+Value = TypeVar("Value")
+
+
+# Placements of which it is remembered what they are worth.
+REMEMBERED = 16
+
+
+class Remembered:
+    """What the last placements came to: a solve asks for some of them again and again."""
+
+    def __init__(self) -> None:
+        self._known: deque[tuple[tuple[str, bytes], Any]] = deque(maxlen=REMEMBERED)
+        self._always: dict[str, Any] = {}
+
+    def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
+        """Forget all when a problem is pickled or copied."""
+        return Remembered, ()
+
+    def of(self, what: str, placement: Placement, compute: Callable[[], Value]) -> Value:
+        """Return what was computed of a placement before, or compute it; nobody may change it."""
+        key = what, placement.slots.tobytes()
+        for known, value in tuple(self._known):
+            if known == key:
+                return cast("Value", value)
+        value = compute()
+        if isinstance(value, np.ndarray):
+            value.setflags(write=False)
+        self._known.append((key, value))
+        return value
+
+    def once(self, what: str, compute: Callable[[], Value]) -> Value:
+        """Return what does not depend on the placement, computed when it is first asked for."""
+        if what not in self._always:
+            self._always[what] = compute()
+        return cast("Value", self._always[what])
 
 
 class Wanted(Protocol):
@@ -43,6 +81,8 @@ class Wanted(Protocol):
     def arrival(self) -> str | float: ...  # noqa: D102
     @property
     def load(self) -> NDArray[np.uint64]: ...  # noqa: D102
+    @property
+    def remembered(self) -> Remembered: ...  # noqa: D102
     @property
     def layers(self) -> int: ...  # noqa: D102
     @property
@@ -214,8 +254,18 @@ class Objective:
         load
             Their windows of load [W,L,E], the problem's by default.
         """
+        if statistics is None and load is None:
+            whole = (self.problem.statistics, self.problem.windows.load)
+            return self.problem.remembered.of(
+                "window cost", placement, lambda: self._window_cost(placement, *whole)
+            )
         statistics = self.problem.statistics if statistics is None else statistics
         load = self.problem.windows.load if load is None else load
+        return self._window_cost(placement, statistics, load)
+
+    def _window_cost(
+        self, placement: Placement, statistics: replay.Counted, load: Floats
+    ) -> Floats:
         if self.problem.goal == "time":
             return self._layer_times(placement, statistics, load) / self.problem.layers
         return self._slowest(placement, load)
@@ -258,7 +308,11 @@ class Objective:
             threads=None,
             with_mixed=False,
         )
-        counts = replay.Expected(statistics, setting).counts(load)
+        follows = self.problem.regime == "follow"
+        visits = None
+        if statistics is self.problem.statistics and statistics.sets is not None:
+            visits = self._count_visits(placement)
+        counts = replay.Expected(statistics, setting, follows=follows, visits=visits).counts(load)
         return figures.layer_us(counts, topology, model, self.problem.regime)
 
     # Of traffic, whatever the goal is.
@@ -291,6 +345,9 @@ class Objective:
         With one copy of each expert it is ``cost`` over ``scale``; with copies it is expected.
         """
         instance("placement", placement, Placement)
+        return self.problem.remembered.of("traffic", placement, lambda: self._traffic(placement))
+
+    def _traffic(self, placement: Placement) -> float:
         if self.counts_visits:
             return float(self._visits(placement).sum())
         if not placement.has_copies:
@@ -324,12 +381,12 @@ class Objective:
             return 0
         device_of = placement.device_of
         there = device_of[1:] if self.problem.regime == "follow" else device_of
-        costs, inverse = np.unique(self.link_cost, return_inverse=True)
-        kind = inverse.astype(np.int32).reshape(self.link_cost.shape)
-        total = 0
-        for table, one, other in zip(self.pairs, device_of, there, strict=False):
-            link = kind[np.ix_(one, other)]
-            total += sum(int(c) * _exact_sum(table[link == k]) for k, c in enumerate(costs) if c)
+        total = _core.pair_cost(
+            device_of[: len(there)].astype(np.uint16),
+            there.astype(np.uint16),
+            self.pairs,
+            self.link_cost.astype(np.uint64),
+        )
         return total if self.problem.regime == "follow" else total // 2
 
     @cached_property
@@ -339,9 +396,12 @@ class Objective:
             return self.problem.topology.cost
         return 1 - np.eye(self.problem.devices, dtype=np.int64)
 
-    @cached_property
+    @property
     def scale(self) -> int:
         """Cost if every counted pair moved over the cheapest link; shares are of it."""
+        return self.problem.remembered.once("scale", self._scale)
+
+    def _scale(self) -> int:
         pairs = self.pairs
         counted = 0 if pairs is None else sum(_exact_sum(table) for table in pairs)
         if self.problem.regime == "dispatch":
@@ -386,27 +446,34 @@ class Objective:
 
     def _apart(self, placement: Placement) -> Floats:
         """Compute the share of all co-activated pairs that are apart, by layer [L]."""
-        shares = copies.shares(placement, self.problem.topology, self.problem.split)
-        tables = self.problem.statistics.coactivation_or_empty
-        apart = [
-            (table.astype(np.float64) * (1 - share.T @ share)).sum() / 2
-            for share, table in zip(shares, tables, strict=True)
-        ]
-        return np.array(apart) / self.scale
+        share = copies.slot_shares(placement, self.problem.topology, self.problem.split)
+        pairs = self.problem.statistics.coactivation_or_empty
+        return _core.expected_apart((placement.slots, share), pairs) / self.scale
 
     def _visits(self, placement: Placement) -> Floats:
         """Compute what every layer [L] adds to the visits of a token.
 
         Copies are taken to be chosen independently of each other.
         """
-        topology, sets = self.problem.topology, self.problem.statistics.sets
+        sets = self.problem.statistics.sets
         assert sets is not None
         device_cost, node_cost = self.visit_costs
-        shares = copies.shares(placement, topology, self.problem.split)
-        devices, nodes = expected.visits(shares, sets, topology.node_of_device)
+        devices, nodes = self._count_visits(placement)
         tokens = sum(float(of.counts.sum()) for of in sets)
         total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
         return total / max(tokens, 1.0)
+
+    def _count_visits(self, placement: Placement) -> tuple[Floats, Floats]:
+        """Count the tokens that visit every device [L,D], and every node [L,N]."""
+        problem, topology = self.problem, self.problem.topology
+        sets = problem.statistics.sets
+        assert sets is not None
+
+        def count() -> tuple[Floats, Floats]:
+            share = copies.slot_shares(placement, topology, problem.split)
+            return expected.visits(placement, share, sets, topology.node_of_device)
+
+        return problem.remembered.of("visits", placement, count)
 
 
 def _exact_sum(table: NDArray[np.uint64]) -> int:

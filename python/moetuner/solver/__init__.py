@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
@@ -21,6 +20,7 @@ from moetuner.solver.joint import SEARCHES
 from moetuner.solver.migration import Migration, Trade, migrate, pareto
 from moetuner.solver.result import (
     Candidate,
+    Clock,
     Details,
     History,
     Limits,
@@ -152,7 +152,10 @@ def solve(
 
     history = History(progress)
     limits = replace(limits, progress=history.tell)
-    begin, limits = time.perf_counter(), limits.counting()
+    clock, limits = Clock(limits), limits.counting()
+    # Of large tables this takes a while: not after the search, when the time is over.
+    fingerprint = problem.statistics.fingerprint
+    limits = replace(limits, time_limit=clock.within().time_limit)
     if initial is None:
         candidate = METHODS[method](problem, seed=seed, limits=limits)
         if problem.is_plain and searches:
@@ -164,7 +167,6 @@ def solve(
     if searches:
         caps = told(problem, candidate, threads=threads)
         candidate = replace(candidate, details=replace(candidate.details, caps=caps))
-    seconds = time.perf_counter() - begin
 
     # Bounds of pairs are costs; those of visits are of what they are a bound of.
     worth = Objective(problem)
@@ -177,11 +179,12 @@ def solve(
     violations = problem.violations(placement)
     if initial is not None and migration.budget is not None:
         violations += _beyond_budget(initial, placement, migration.budget, expert_bytes)
+    seconds = clock.gone
     return Result(
         placement=placement.with_names(
             model=problem.statistics.model,
             topology=problem.topology.name,
-            fingerprint=problem.statistics.fingerprint,
+            fingerprint=fingerprint,
             objective=objective,
             bound=bound,
             bound_scope=about,

@@ -428,12 +428,30 @@ class Clock:
         self.limits = limits
         self.begin = time.monotonic()
 
-    def within(self, share: float = 1.0) -> Limits:
-        """Return the limits with a share of the time that is left; all of it by default."""
-        if self.limits.time_limit is None:
+    @property
+    def gone(self) -> float:
+        """Seconds since the clock was started."""
+        return time.monotonic() - self.begin
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that are left, at least 0; None without a limit."""
+        limit = self.limits.time_limit
+        return None if limit is None else max(limit - self.gone, 0.0)
+
+    def is_over(self) -> bool:
+        """Whether no time is left."""
+        return self.left == 0
+
+    def within(self, share: float = 1.0, *, keep: float = 0.0) -> Limits:
+        """Return the limits with a share of the time that is left; all of it by default.
+
+        ``keep`` seconds of it are kept back for what is to come.
+        """
+        left = self.left
+        if left is None:
             return self.limits
-        left = self.limits.time_limit - (time.monotonic() - self.begin)
-        return replace(self.limits, time_limit=max(left, 0.0) * share)
+        return replace(self.limits, time_limit=max(left - keep, 0.0) * share)
 
     def rest(self) -> Limits:
         """Return the time that is left, threads and progress, for what has its own iterations."""
@@ -447,9 +465,8 @@ class Clock:
         report = progress
 
         def tell(objective: float | None, bound: float) -> None:
-            seconds = time.monotonic() - self.begin
-            gap = Progress(seconds, phase, objective, bound).gap
+            gap = Progress(self.gone, phase, objective, bound).gap
             told = phase if gap is None else f"{phase}, {100 * gap:.1f} % from their optimum"
-            report(Progress(seconds, told))
+            report(Progress(self.gone, told))
 
         return tell

@@ -53,6 +53,8 @@ def dispatch(
     details = found.details.searched(device_cost=device_cost, node_cost=node_cost)
     if found.status == "interrupted" or problem.devices < 2:
         return replace(found, details=details)
+    if clock.is_over():
+        return replace(found, details=details, status="time_limit")
 
     if trials is None:
         trials = min(effort.VISIT_TRIALS * problem.devices * problem.slots, most_trials(sets))

@@ -129,16 +129,22 @@ class LayerSearch:
         starts = [] if start is None else [self.full(start)]
         if moving is None or start is None:
             # Whatever becomes of the search, it is not behind what engines get from ``balance``.
-            made = self._layers().construct(copies=problem.may_copy, threads=limits.threads)
-            starts += [self.full(slots) for slots in (made, balanced(problem))]
-        slots = min(starts, key=self.rank)
-        if limits.time_limit == 0:
+            floor = balanced(problem)
+            if not clock.is_over():
+                made = self._layers().construct(copies=problem.may_copy, threads=limits.threads)
+                starts.append(self.full(made))
+            starts.append(self.full(floor))
+        begin = clock.gone
+        slots = min(starts, key=self.rank) if len(starts) > 1 else starts[0]
+        # What judging the answers will take: known here before it is needed.
+        judging = (clock.gone - begin) / len(starts)
+        if clock.is_over():
             return self.candidate(slots, "time_limit")
         again = effort.REWEIGHTINGS_AGAIN if self.reweighted else effort.REWEIGHTINGS
         turns = 1 if problem.windows.is_mean else again
         try:
             if not self.reweighted:
-                self.learn(clock.within(effort.LEARN_SHARE))
+                self.learn(clock.within(effort.LEARN_SHARE, keep=judging))
         except KeyboardInterrupt:
             return self.candidate(slots, "interrupted")
         traffic: list[Slots] = []
@@ -146,8 +152,11 @@ class LayerSearch:
         if self.links is not None and moving is None:
             caps = sorted({min(cap, problem.max_imbalance or cap) for cap in effort.TRAFFIC_CAPS})
             for number, cap in enumerate(caps):
+                if clock.is_over():
+                    break
                 share = effort.TRAFFIC_SHARE / (len(caps) - number)
-                found = _for_traffic(problem, cap, self.seed, clock.within(share))
+                within = clock.within(share, keep=(len(caps) + 1) * judging)
+                found = _for_traffic(problem, cap, self.seed, within)
                 wider = self.allowed(found.slots)
                 traffic.extend([] if wider is None else [wider])
                 interrupted = found.status == "interrupted"
@@ -156,28 +165,32 @@ class LayerSearch:
         # What peers could have found: no answer is behind these, be it by a hair.
         known = [self.known(slots) for slots in starts]
         limit = min(each.rank for each in known)
-        known += [self.known(slots) for slots in traffic]
+        for slots in traffic:
+            if clock.is_over():
+                break
+            known.append(self.known(slots))
         best = min(known, key=lambda each: each.rank).slots
         self._tell(known, limits)
-        narrow = self.narrow() if moving is None else None
+        narrow = self.narrow() if moving is None and not clock.is_over() else None
         prices = [1.0] * turns + [DEAR] * (moving is None and self.prices_visits)
         parts = len(prices) if narrow is None else 2 * len(prices)
         for turn, self.dear in enumerate(prices):
-            if interrupted:
+            if interrupted or clock.is_over():
                 break
-            improved, interrupted = self.improve(best, clock.within(1 / (parts - turn)))
+            within = clock.within(1 / (parts - turn), keep=(parts - turn) * judging)
+            improved, interrupted = self.improve(best, within)
             self.reweight(improved)
             known.append(self.known(improved))
             self._tell(known, limits)
             best = min(known, key=lambda each: each.rank).slots
         self.dear = 1.0
-        if narrow is not None and not interrupted:
-            found = narrow.run(clock.within())
+        if narrow is not None and not interrupted and not clock.is_over():
+            found = narrow.run(clock.within(keep=judging))
             interrupted = found.status == "interrupted"
             wider = self.allowed(found.slots)
             known.extend([] if wider is None else [self.known(wider)])
             best = min(known, key=lambda each: each.rank).slots
-        if problem.goal == "time" and moving is None:
+        if problem.goal == "time" and moving is None and not clock.is_over():
             best = settled(problem, known, limit)
         return self.candidate(best, "interrupted" if interrupted else "feasible")
 
