@@ -134,7 +134,7 @@ def as_options(text: str) -> str:
 
 
 ARGUMENTS = re.compile(
-    r"(?<![-.])\b(slots_per_device|extra_slots|router_groups|hidden_layers|dense_layers|num_experts|"
+    r"(?<![-.'\"])\b(slots_per_device|extra_slots|router_groups|hidden_layers|dense_layers|num_experts|"
     r"top_k)\b"
 )
 IN_FILE = InFile()
