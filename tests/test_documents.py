@@ -8,6 +8,7 @@ name is run where they name files, and else only known.
 """
 
 import doctest
+import importlib
 import re
 import shlex
 import textwrap
@@ -23,6 +24,13 @@ from moetuner.cli import moetuner
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page.relative_to(ROOT).as_posix() for page in PAGES if "_build" not in page.parts]
+
+PACKAGE = ROOT / "python"
+MODULES = [
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if ">>>" in path.read_text()
+]
 
 FENCES = FencedCodeBlockLexer(r"[^\n]*")
 NOT_RUN = DirectiveInHTMLCommentLexer("not run", r"[^\n]*?")
@@ -151,6 +159,20 @@ def test_what_is_shown_is_so(page, ok, capsys, tmp_path, monkeypatch):
     for example in Sybil([reader]).parse(ROOT / page):
         example.evaluate()
     assert not reader.unneeded
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name, tmp_path, monkeypatch):
+    """Examples in docstrings print what they say."""
+    monkeypatch.chdir(tmp_path)
+    if name.startswith("moetuner.torch"):
+        pytest.importorskip("torch")
+    module = importlib.import_module(name)
+    found = [each for each in doctest.DocTestFinder().find(module) if each.examples]
+    written = Path(module.__file__).read_text().count("    >>> ")
+    assert sum(len(each.examples) for each in found) == written
+    for each in found:
+        assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(each).failed == 0
 
 
 @pytest.mark.parametrize("page", PAGES)
