@@ -63,6 +63,7 @@ GROUPS = {
     default="contiguous",
     show_default=True,
     metavar="PLACEMENT|contiguous|round_robin",
+    shell_complete=options.completing("contiguous", "round_robin", files=True),
     help="The placement that runs.",
 )
 @click.option(

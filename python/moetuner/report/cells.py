@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def many(count: int, what: str) -> str:
+    """Write how many there are of something, one or more."""
+    return f"{count:,} {what}" + "s" * (count != 1)
+
+
 def number(value: float | None, decimals: int) -> str:
     """Write a number, or a dash for what is not known."""
     return "-" if value is None else f"{value:.{decimals}f}"

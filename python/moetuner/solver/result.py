@@ -288,7 +288,7 @@ class Details(Frozen):
     >>> problem = mt.Problem(mt.RoutingStatistics.from_load(load), mt.Topology(2), max_imbalance=1)
     >>> details = mt.solve(problem).details
     >>> details.caps.infeasible, details.to_dict()["caps_raised"]
-    ({}, {})
+    ({0: (1.25, 1.25)}, {0: 1.25})
     """
 
     search: SearchDetails = field(default_factory=SearchDetails)

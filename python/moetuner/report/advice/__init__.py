@@ -498,7 +498,10 @@ def _check_traffic(traffic: Traffic) -> None:
             raise ValueError(f"traffic must have two tokens or more, got {traffic.tokens}")
         return
     if traffic.windows < 2:
-        raise ValueError("traffic must have two windows or more to judge on unseen ones, got 1")
+        raise ValueError(
+            "traffic must have two windows or more to judge on unseen ones, got 1: give the trace, "
+            "or count it in windows"
+        )
     if not traffic.total_load.any():
         raise ValueError("traffic must have tokens, got a load of 0")
 
