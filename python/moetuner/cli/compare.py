@@ -15,7 +15,7 @@ from moetuner.cli.options.traffic import Source, Traffic, traffic_options
 from moetuner.cli.output import Output
 from moetuner.cli.reporting import load_of, write_comparison
 from moetuner.problem import Problem
-from moetuner.report.cells import many
+from moetuner.report.cells import counted
 from moetuner.report.gains import Gain, gains
 from moetuner.report.outcome import Outcome, head, remarks, sentences
 from moetuner.solver import ALIASES, METHODS
@@ -23,7 +23,7 @@ from moetuner.statistics import hold_out
 from moetuner.trace import RoutingTrace
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
-# Splits where nobody says how many: so many, as long as another one ends within so many seconds.
+# Splits where nobody says how many: so counted, as long as another one ends within so many seconds.
 SPLITS, SECONDS = 5, 60
 # Methods are compared with this one, if it is among them.
 PEER = "eplb"
@@ -220,7 +220,7 @@ def _goes_on(splits: int | None, holdout: float, done: int, began: float) -> boo
 
 
 def _setting(problem: Problem, window: int | None, holdout: float, unseen: Traffic) -> str:
-    machine = f"{many(problem.devices, 'device')} x {many(problem.slots, 'slot')}"
+    machine = f"{counted(problem.devices, 'device')} x {counted(problem.slots, 'slot')}"
     if problem.topology.nodes > 1:
         machine += f" in {problem.topology.nodes} nodes"
     wanted = f"least {problem.goal}"
@@ -230,9 +230,9 @@ def _setting(problem: Problem, window: int | None, holdout: float, unseen: Traff
     if holdout == 0:
         judged = "judged on the same traffic"
     elif isinstance(unseen, RoutingTrace):
-        judged = f"judged on {many(unseen.tokens, 'unseen token')}"
+        judged = f"judged on {counted(unseen.tokens, 'unseen token')}"
     else:
-        judged = f"judged on {many(unseen.windows, 'unseen window')}"
+        judged = f"judged on {counted(unseen.windows, 'unseen window')}"
     return f"{machine}, {problem.regime}, {wanted}{windows}, {judged}"
 
 

@@ -20,7 +20,7 @@ from moetuner.evaluation.verdicts import PRICE, Verdict, gain, verdict
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice.values import Advice
-from moetuner.report.cells import many, percent
+from moetuner.report.cells import counted, percent
 from moetuner.report.outcome import Outcome
 from moetuner.report.page import write_page
 from moetuner.report.page.shown import Shown
@@ -255,7 +255,7 @@ def _token_bytes(problem: Problem) -> float | None:
 
 
 def _subtitle(source: Source, topology: Topology) -> str:
-    machine = many(topology.devices, "device")
+    machine = counted(topology.devices, "device")
     if topology.nodes > 1:
         machine += f" in {topology.nodes} nodes"
     if topology.name:

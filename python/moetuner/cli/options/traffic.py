@@ -14,7 +14,7 @@ from moetuner.cli.output import working
 from moetuner.files.text import name
 from moetuner.formats import open_input
 from moetuner.formats.pieces import layers_left_out
-from moetuner.report.cells import many
+from moetuner.report.cells import counted
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -75,16 +75,16 @@ def describe(path: Path, traffic: Traffic) -> str:
     of = facts(path, traffic)
     parts = []
     if "tokens" in of:
-        parts.append(many(of["tokens"], "token"))
+        parts.append(counted(of["tokens"], "token"))
     if of.get("windows"):
-        parts.append(many(of["windows"], "window"))
-    parts += [many(of["layers"], "layer"), many(of["experts"], "expert")]
+        parts.append(counted(of["windows"], "window"))
+    parts += [counted(of["layers"], "layer"), counted(of["experts"], "expert")]
     if "top_k" in of:
         parts.append(f"top-{of['top_k']}")
     if of.get("sequences"):
-        parts.append(many(of["sequences"], "sequence"))
+        parts.append(counted(of["sequences"], "sequence"))
     if of["groups"]:
-        parts.append(many(len(of["groups"]), "group"))
+        parts.append(counted(len(of["groups"]), "group"))
     model = f" of {name(of['model'])}" if of["model"] else ""
     line = f"{name(path.name)}: {of['kind']}{model}, {', '.join(parts)}"
     left_out = layers_left_out(traffic.ids) if isinstance(traffic, RoutingTrace) else None
