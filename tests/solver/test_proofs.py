@@ -20,7 +20,8 @@ from moetuner import solver
 from moetuner.evaluation import copies
 from moetuner.solver.bounds.caps import exceeded, scope, told
 from moetuner.solver.bounds.loads import bounded
-from moetuner.solver.bounds.pairs import bound, padded, verify
+from moetuner.solver.bounds.pairs import bound, padded
+from moetuner.solver.bounds.verification import verify
 from moetuner.solver.milp.colocation import colocation
 from moetuner.solver.result import Candidate, CapsDetails, Details, Limits
 from moetuner.solver.search.traffic import search_traffic

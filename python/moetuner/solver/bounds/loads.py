@@ -1,4 +1,4 @@
-"""What no placement can beat: proven bounds of balance, of time, and of the visits of tokens."""
+"""What no placement can beat: the best proven bound of what was found, and those of loads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.solver.bounds import visits
 from moetuner.solver.bounds.pairs import bound
 from moetuner.solver.result import Candidate, Limits
 
@@ -17,6 +18,8 @@ Floats = NDArray[np.float64]
 
 # Sums of floats may be off by this part.
 ROUNDING = 1e-10
+# What a bound is of that knows loads alone.
+LOADS = "load"
 
 
 def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
@@ -26,15 +29,17 @@ def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
     are bounded one by one. Traffic from layer to layer is bounded for one copy of each expert on
     equal devices only.
     """
+    objective = Objective(problem)
+    if problem.goal == "traffic" and objective.counts_visits:
+        return _visited(problem, found, limits)
     if found.status == "optimal":
         return found
-    objective = Objective(problem)
     value = objective.value(Placement(found.slots, num_experts=problem.experts))
-    source = "load"
+    source = LOADS
     if problem.goal == "traffic":
-        if not objective.counts_visits and value > 0:
+        if value > 0:
             return found  # what copies of experts cost at least is not known
-        least = least_visits(problem) if objective.counts_visits else 0.0
+        least = 0.0
     elif problem.goal == "balance":
         least = least_balance(problem)
     else:
@@ -42,15 +47,37 @@ def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
         interrupted = found.status == "interrupted"
         moved = None if interrupted else _least_pairs_us(problem, limits)
         least = least_time(problem, 0.0 if moved is None else moved[0])
-        source = "load" if moved is None else f"load + {moved[1]}"
+        source = LOADS if moved is None else f"{LOADS} + {moved[1]}"
     # Rounding of the sums above, far below what anybody reads of an objective.
     least *= 1 - ROUNDING
     status = "optimal" if least >= value * (1 - 10 * ROUNDING) else found.status
     return replace(found, bound=least, bound_source=source, status=status)
 
 
+def _visited(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
+    """Add what tokens visit at least, with what proves it where devices are all alike."""
+    value = Objective(problem).value(Placement(found.slots, num_experts=problem.experts))
+    least, source, certificate = visits.least_visits(problem), "capacity", None
+    status = found.status
+    if not problem.may_copy and status != "interrupted":
+        # Nothing is known of caps where devices differ, or experts have rules.
+        plain = problem.is_plain
+        caps = problem.caps.kept(found.slots) if plain else problem.load.sum(axis=1)
+        proven = visits.bound(problem, found.slots, caps, limits=limits)
+        least, source = proven.cost / max(visits.tokens(problem), 1), proven.source
+        certificate = visits.certified(problem, caps, proven) if plain else None
+        status = "interrupted" if proven.interrupted else status
+    if found.status == "optimal":
+        return replace(found, certificate=certificate)
+    if least >= value * (1 - ROUNDING):
+        least, status = min(least, value), "optimal"
+    elif status == "feasible" and limits.gap is not None and value - least <= limits.gap * value:
+        status = "gap_reached"
+    return replace(found, bound=least, bound_source=source, certificate=certificate, status=status)
+
+
 def proves_pairs(problem: Problem) -> bool:
-    """Whether `bounded` proves what pairs cost at least, which takes time; all else is instant."""
+    """Whether `bounded` proves what pairs cost at least, which takes time."""
     alike = problem.topology.has_equal_devices and not problem.may_copy
     follows = problem.goal == "time" and problem.regime == "follow"
     return follows and alike and problem.devices > 1
@@ -76,14 +103,6 @@ def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
         moved = pairs_us * _least_part(problem) / problem.layers
     times = problem.cost_model.layer_us(compute[:, None], moved)
     return problem.windows.value(times, np.ones(len(times)))
-
-
-def least_visits(problem: Problem) -> float:
-    """Compute what no placement's visits are below: a token's experts fill the fewest devices."""
-    device_cost, node_cost = Objective(problem).visit_costs
-    assert problem.statistics.sets is not None
-    fewest = -(-problem.statistics.sets[0].top_k // problem.slots)
-    return float(device_cost * fewest + node_cost)
 
 
 def least_slowest(problem: Problem, load: Floats) -> Floats:
