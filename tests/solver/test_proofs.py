@@ -382,7 +382,7 @@ MALFORMED = {
     "infinite level": ({}, {"levels": "[[1e999, 1]]"}),
     "levels of text": ({}, {"levels": '["41"]'}),
     "deep levels": ({}, {"levels": "[" * 100_000}),
-    "version": ({}, {"version": "3"}),
+    "version": ({}, {"version": "4"}),
     "old version": ({}, {"version": "1"}),
     "regime": ({}, {"regime": "other"}),
     "other regime": ({}, {"regime": "dispatch"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ import moetuner as mt
 from moetuner.solver import effort
 from moetuner.solver.bounds import visits
 from moetuner.solver.bounds.certificate import Certificate
+from moetuner.solver.bounds.loads import least_balance, least_shared
 from moetuner.solver.result import Limits
 
 SIZES = st.sampled_from([(6, 3, None), (6, 2, None), (5, 2, None), (7, 3, None), (6, 4, 2)])
@@ -90,7 +92,9 @@ def test_bound_is_below_every_placement(seed, layers, size, top_k, cap, by_tange
             patch.setattr(visits, "_by_prices", lambda *_: None)
         proven = visits.bound(problem, slots, caps, limits=Limits())
     assert proven.cost <= fewest(problem, caps) * (1 + 1e-12)
-    assert proven.cost >= np.floor(visits.least_visits(problem) * visits.tokens(problem) * 0.999999)
+    assert proven.cost >= np.floor(
+        visits.least_visits(problem) * mt.Objective(problem).tokens * 0.999999
+    )
     certificate = visits.certified(problem, caps, proven)
     assert mt.verify(certificate, problem) == certificate.cost == proven.cost
 
@@ -113,7 +117,7 @@ def test_bound_on_unequal_devices(seed, slots, top_k, by_tangents):
         proven = visits.bound(problem, placed, caps, limits=Limits())
     assert proven.cost <= fewest(problem, caps) * (1 + 1e-12)
     result = mt.solve(problem)
-    assert result.bound * visits.tokens(problem) <= fewest(problem, caps) * (1 + 1e-9)
+    assert result.bound * mt.Objective(problem).tokens <= fewest(problem, caps) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4, 6, 8])
@@ -215,4 +219,51 @@ def test_bound_of_real_routing(data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visits, "_by_prices", lambda *_: None)
         weaker = visits.bound(problem, slots, caps, limits=Limits())
-    assert one.objective * 0.8 < weaker.cost / visits.tokens(problem) <= one.bound
+    assert one.objective * 0.8 < weaker.cost / mt.Objective(problem).tokens <= one.bound
+
+
+def test_heavy_experts_share_a_device():
+    """Of three heavy experts on two devices two share one, unless they have copies."""
+    load = np.array([[9.0, 9, 9, 1, 1, 1]])
+    assert least_shared(load, 2, 0).tolist() == [18]
+    assert least_shared(load, 2, 1).tolist() == [10]
+    assert least_shared(load, 3, 0).tolist() == [10]
+    assert least_shared(load, 6, 0).tolist() == [0]
+    statistics = mt.RoutingStatistics.from_load(load.astype(int))
+    problem = mt.Problem(statistics, mt.Topology(2), objective="balance")
+    assert least_balance(problem) == pytest.approx(18 / 15)
+
+
+def test_command_line_writes_and_checks_the_proof(run, tmp_path):
+    """What solve proves of visits, verify recomputes from the trace; a wrong answer is told."""
+    trace, proof, placement = (
+        tmp_path / name for name in ("t.safetensors", "c.safetensors", "p.json")
+    )
+    ids = random_ids(300, 2, 2, 14, seed=1)
+    mt.RoutingTrace.from_arrays(ids, num_experts=14).save(trace)
+    asked = ("--objective", "traffic", "--devices", 2)
+    status, out, _ = run(
+        *("solve", trace, *asked, "--certificate", proof, "--out", placement, "--json", "-")
+    )
+    assert status == 0
+    (joint,) = [row for row in json.loads(out)["results"] if row["method"] == "joint"]
+    arguments = ("verify", proof, trace, "--devices", 2, "--placement", placement, "--json", "-")
+    status, out, _ = run(*arguments)
+    found = json.loads(out)
+    assert status == 0
+    assert found["method"] == "visits"
+    assert found["bound"] <= joint["bound"] + 1e-9
+    assert found["objective"] == pytest.approx(joint["objective"])
+    assert 0 <= found["gap"] < 1
+
+
+def test_bound_of_loads_is_not_told_as_a_gap(run, tmp_path):
+    """Where windows disagree, the table has no gap, and the sentence says of what the bound is."""
+    counts = tmp_path / "counts.safetensors"
+    load = np.random.default_rng(0).integers(0, 100, (6, 2, 16))
+    mt.RoutingStatistics(load).save(counts)
+    asked = ("--devices", 4, "--objective", "balance", "--out", tmp_path / "p.json")
+    status, out, _ = run("solve", counts, *asked)
+    assert status == 0
+    assert "bound of loads alone: imbalance 1." in out
+    assert "so this one is within" not in out

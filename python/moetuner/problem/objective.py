@@ -351,6 +351,12 @@ class Objective:
         return max(counted * cheapest, 1)
 
     @cached_property
+    def tokens(self) -> int:
+        """Tokens of all layers, whose visits are counted; 0 where expert sets are not known."""
+        sets = self.problem.statistics.sets or ()
+        return sum(int(of.counts.sum(dtype=np.uint64)) for of in sets)
+
+    @cached_property
     def visit_costs(self) -> tuple[float, float]:
         """Cost of a token's visit of a device and, on top of it, of a node.
 
@@ -404,9 +410,8 @@ class Objective:
         device_cost, node_cost = self.visit_costs
         shares = copies.shares(placement, topology, self.problem.split)
         devices, nodes = expected.visits(shares, sets, topology.node_of_device)
-        tokens = sum(float(of.counts.sum()) for of in sets)
         total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
-        return total / max(tokens, 1.0)
+        return total / max(self.tokens, 1)
 
 
 def _exact_sum(table: NDArray[np.uint64]) -> int:

@@ -12,14 +12,14 @@ from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver.bounds import visits
 from moetuner.solver.bounds.pairs import bound
-from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.result import LOADS, Candidate, Limits
 
 Floats = NDArray[np.float64]
 
 # Sums of floats may be off by this part.
 ROUNDING = 1e-10
-# What a bound is of that knows loads alone.
-LOADS = "load"
+# Loads of windows, layers and experts up to which heavy experts that must share are counted.
+MOST_SORTED = 20_000_000
 
 
 def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
@@ -47,7 +47,7 @@ def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
         interrupted = found.status == "interrupted"
         moved = None if interrupted else _least_pairs_us(problem, limits)
         least = least_time(problem, 0.0 if moved is None else moved[0])
-        source = LOADS if moved is None else f"{LOADS} + {moved[1]}"
+        source = LOADS if moved is None else f"loads + {moved[1]}"
     # Rounding of the sums above, far below what anybody reads of an objective.
     least *= 1 - ROUNDING
     status = "optimal" if least >= value * (1 - 10 * ROUNDING) else found.status
@@ -56,7 +56,8 @@ def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
 
 def _visited(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
     """Add what tokens visit at least, with what proves it where devices are all alike."""
-    value = Objective(problem).value(Placement(found.slots, num_experts=problem.experts))
+    objective = Objective(problem)
+    value = objective.value(Placement(found.slots, num_experts=problem.experts))
     least, source, certificate = visits.least_visits(problem), "capacity", None
     status = found.status
     if not problem.may_copy and status != "interrupted":
@@ -64,7 +65,7 @@ def _visited(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
         plain = problem.is_plain
         caps = problem.caps.kept(found.slots) if plain else problem.load.sum(axis=1)
         proven = visits.bound(problem, found.slots, caps, limits=limits)
-        least, source = proven.cost / max(visits.tokens(problem), 1), proven.source
+        least, source = proven.cost / max(objective.tokens, 1), proven.source
         certificate = visits.certified(problem, caps, proven) if plain else None
         status = "interrupted" if proven.interrupted else status
     if found.status == "optimal":
@@ -108,8 +109,8 @@ def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
 def least_slowest(problem: Problem, load: Floats) -> Floats:
     """Compute the least load over speed of the slowest device [W,L] of windows of load [W,L,E].
 
-    It takes at least the mean, and at least what the heaviest expert takes on the fastest devices
-    that can hold all the copies there is room for.
+    It takes at least the mean, at least what the heaviest expert takes on the fastest devices that
+    can hold all the copies there is room for, and at least what heavy experts take that must share.
     """
     speed = np.sort(problem.topology.speed_of_device)[::-1]
     devices = int((problem.capacity > 0).sum(axis=1).min())
@@ -117,7 +118,8 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
     least = np.empty(load.shape[:2])
     for layer in range(problem.layers):
         mine = load[:, layer]
-        copies = min(int(spare[layer]) + 1, devices) if problem.may_copy else 1
+        more = int(spare[layer]) if problem.may_copy else 0
+        copies = min(more + 1, devices)
         heaviest = mine.max(axis=1)
         if problem.split == "nearest":
             # Uneven parts are at least those that make all copies equally slow.
@@ -125,6 +127,23 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
         else:
             one = heaviest / copies / speed[0]
         least[:, layer] = np.maximum(mine.sum(axis=1) / speed.sum(), one)
+        if load.size <= MOST_SORTED and more < problem.experts:
+            together = least_shared(mine, int((problem.capacity[layer] > 0).sum()), more) / speed[0]
+            least[:, layer] = np.maximum(least[:, layer], together)
+    return least
+
+
+def least_shared(load: Floats, devices: int, copied: int) -> Floats:
+    """Compute what experts that must share a device carry at least [W], of loads [W,E].
+
+    No more than ``copied`` of them have copies, at the best the heaviest. Of k times as many of the
+    others as there are devices, and one more, k + 1 share a device: no less than the k + 1 lightest
+    of these.
+    """
+    single = np.sort(load, axis=1)[:, ::-1][:, copied:]
+    least = np.zeros(len(load))
+    for k in range(1, (single.shape[1] - 1) // devices + 1):
+        least = np.maximum(least, single[:, k * (devices - 1) : k * devices + 1].sum(axis=1))
     return least
 
 

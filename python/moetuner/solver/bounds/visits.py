@@ -31,7 +31,6 @@ from moetuner.solver import effort
 from moetuner.solver.bounds import pairs
 from moetuner.solver.bounds.certificate import Certificate, Visits
 from moetuner.solver.result import Clock, Limits, Progress
-from moetuner.solver.search.traffic import search_traffic
 from moetuner.statistics import ExpertSets, RoutingStatistics
 from moetuner.topology import Topology
 
@@ -81,12 +80,7 @@ def least_visits(problem: Problem) -> float:
     sets = _sets(problem)
     levels = _levels(problem, problem.caps.whole)
     cost = sum(level.price * level.least(sets) for level in levels)
-    return cost / max(tokens(problem), 1)
-
-
-def tokens(problem: Problem) -> int:
-    """Return tokens of all layers, which visits are a mean over."""
-    return sum(_tokens(of) for of in _sets(problem))
+    return cost / max(Objective(problem).tokens, 1)
 
 
 def bound(
@@ -104,7 +98,7 @@ def bound(
     for number, level in enumerate(levels):
         mine = clock.within(1 / (len(levels) - number))
         start = level.part_of[device_of]
-        tell = _teller(mine, cost, level.price, tokens(problem))
+        tell = _teller(mine, cost, level.price, Objective(problem).tokens)
         least = level.least(sets)
         proven = _Proven(least, Visits(level.parts, np.zeros(0), np.zeros(0, np.uint8)), "capacity")
         if level.parts > 1 and mine.time_limit != 0 and not interrupted:
@@ -347,6 +341,22 @@ def _first_slopes(together: Counts, corners: tuple[Counts, Counts]) -> Floats:
     return slopes
 
 
+def _preferred(weighed: Problem, seed: int, limits: Limits) -> tuple[Counts, bool]:
+    """Search the parts [L,E] that weighted pairs prefer; and whether that was interrupted."""
+    slots, _, _, interrupted, _ = _core.search(
+        weighed.load,
+        np.repeat(weighed.caps.whole[:, None], weighed.devices, axis=1),
+        Objective(weighed).link_cost,
+        weighed.slots,
+        coactivation=weighed.statistics.coactivation,
+        seed=seed,
+        trials=effort.TANGENT_TRIALS,
+        time_limit=limits.time_limit,
+        threads=limits.threads,
+    )
+    return Placement(slots, num_experts=weighed.experts).device_of, interrupted
+
+
 def _by_tangents(
     problem: Problem, level: _Level, start: Counts, limits: Limits, tell: Tell
 ) -> _Proven | None:
@@ -371,15 +381,9 @@ def _by_tangents(
         weighed = _weighed(problem, level, rounded())
         if weighed is None or now.time_limit == 0:
             break
-        preferred = search_traffic(
-            weighed.problem,
-            seed=step,
-            limits=replace(now, iterations=effort.TANGENT_TRIALS, progress=None, gap=None),
-        )
-        interrupted = preferred.status == "interrupted"
+        part_of, interrupted = _preferred(weighed.problem, step, now)
         if interrupted or steps.within().time_limit == 0:
             break
-        part_of = Placement(preferred.slots, num_experts=problem.experts).device_of
         for layer, (of, each) in enumerate(zip(sets, corners, strict=True)):
             vertex = touching(np.rint(slopes[layer]).astype(np.int64), each)[1]
             ahead = (each[0][vertex] - _together(of, part_of[layer])).clip(-REACH, REACH)
