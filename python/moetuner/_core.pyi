@@ -17,6 +17,7 @@ __all__ = [
     "__version__",
     "adapt_slots",
     "bound",
+    "bound_visits",
     "cluster",
     "exact_chain",
     "expected_apart",
@@ -35,6 +36,7 @@ __all__ = [
     "smallest_peaks",
     "validate",
     "verify_bound",
+    "verify_visits",
 ]
 
 _ExpertIds = NDArray[np.uint8] | NDArray[np.uint16]
@@ -528,6 +530,28 @@ def bound(
 def forget_pools() -> None:
     """Leave the threads of a parent process alone; called in a child that was just forked."""
 
+def bound_visits(
+    sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]],
+    load: NDArray[np.uint64],
+    cap: NDArray[np.uint64],
+    slots: NDArray[np.uint64],
+    start: NDArray[np.uint16],
+    *,
+    rounds: int,
+    work: float,
+    gap: float = 0.0,
+    time_limit: float | None = None,
+    threads: int | None = None,
+    progress: Callable[[float, int | None], None] | None = None,
+) -> tuple[NDArray[np.uint64], NDArray[np.float64], NDArray[np.uint64], bool] | None:
+    """Bound the devices that tokens visit from below, by prices of experts.
+
+    Takes each layer's sets (ids [N,K] and counts [N]), load [L,E], caps [L], slots of every device
+    [L,D], and a placement to begin from [L,E]. Returns proven visits [L], what proves them (prices
+    [L*E]), looks at all contents of a device [L], and whether it was interrupted; None where these
+    contents are too many to look at. ``progress`` takes seconds and the negated visits.
+    """
+
 def verify_bound(
     load: NDArray[np.uint64],
     transitions: NDArray[np.uint64],
@@ -543,3 +567,14 @@ def verify_bound(
     threads: int | None = None,
 ) -> int:
     """Recompute a bound from a certificate alone; whatever it holds, the count is proven."""
+
+def verify_visits(
+    sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]],
+    load: NDArray[np.uint64],
+    cap: NDArray[np.uint64],
+    slots: NDArray[np.uint64],
+    prices: NDArray[np.float64],
+    *,
+    threads: int | None = None,
+) -> NDArray[np.uint64]:
+    """Recompute the visits [L] that prices [L*E] prove; whatever these are, it is proven."""

@@ -66,6 +66,7 @@ mod semidefinite;
 mod separation;
 mod spectrum;
 mod transport;
+pub mod visits;
 
 pub use certificate::{Certificate, verify};
 pub use cuts::Kind;
@@ -223,6 +224,9 @@ fn search(relaxation: &Relaxation, limits: &Limits<'_>, report: impl FnMut(Progr
     }
     if relaxation.experts > LARGEST {
         return best.finish(Stop::Size, 0);
+    }
+    if limits.iterations == 0 {
+        return best.finish(Stop::Iterations, 0);
     }
     // Costs and D share their unit and their zero: all transitions inside devices.
     let target = limits.target.map(|target| (target as f64 - relaxation.total as f64) / relaxation.unit);

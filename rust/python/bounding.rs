@@ -8,7 +8,9 @@ use numpy::{
 use pyo3::prelude::*;
 
 use super::{contiguous, deadline, detached, watched};
+use crate::bound::visits;
 use crate::control::Control;
+use crate::error::Error;
 
 /// A certificate's lambda, columns, multipliers of the cuts, cuts, choices, and contents, as flat arrays.
 type CertificateArrays<'py> = (
@@ -118,4 +120,102 @@ fn bound_instance<'a>(
         load: contiguous(load.as_slice().ok())?,
         cap: contiguous(cap.as_slice().ok())?,
     })
+}
+
+/// Expert sets of a layer: ids [N,K] and counts [N].
+type Sets<'py> = Vec<(PyReadonlyArray2<'py, u16>, PyReadonlyArray1<'py, u64>)>;
+
+/// Proven visits of every layer [L], prices [L,E], looks at all contents [L], and whether it was interrupted.
+type BoundedVisits<'py> =
+    (Bound<'py, PyArray1<u64>>, Bound<'py, PyArray1<f64>>, Bound<'py, PyArray1<u64>>, bool);
+
+#[pyfunction]
+#[pyo3(signature = (sets, load, cap, slots, start, *, rounds, work, gap = 0.0, time_limit = None, threads = None,
+                    progress = None))]
+pub(super) fn bound_visits<'py>(
+    py: Python<'py>,
+    sets: Sets<'py>,
+    load: PyReadonlyArray2<'py, u64>,
+    cap: PyReadonlyArray1<'py, u64>,
+    slots: PyReadonlyArray2<'py, u64>,
+    start: PyReadonlyArray2<'py, u16>,
+    rounds: usize,
+    work: f64,
+    gap: f64,
+    time_limit: Option<f64>,
+    threads: Option<usize>,
+    progress: Option<Bound<'py, PyAny>>,
+) -> PyResult<Option<BoundedVisits<'py>>> {
+    let slots = slots_by_layer(&slots)?;
+    let layers = visited_layers(&sets, &load, &cap, &slots)?;
+    let start = contiguous(start.as_slice().ok())?;
+    let control = Control::new(deadline(time_limit));
+    let limits = visits::Limits { rounds, work, gap, deadline: control.deadline(), stop: &control.stop };
+    if !visits::is_in_reach(&layers)? {
+        return Ok(None);
+    }
+    // A bound rises, so the watched number is its negative.
+    let report = |visits: u64| {
+        control.best.fetch_min(-i64::try_from(visits).unwrap_or(i64::MAX), Ordering::Relaxed);
+    };
+    let work = || visits::bound(&layers, start, &limits, report);
+    let (bound, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
+    let bound = bound?;
+    let rounds: Vec<u64> = bound.rounds.into_iter().map(|rounds| rounds as u64).collect();
+    Ok(Some((
+        bound.visits.into_pyarray(py),
+        bound.prices.into_pyarray(py),
+        rounds.into_pyarray(py),
+        interrupted,
+    )))
+}
+
+#[pyfunction]
+#[pyo3(signature = (sets, load, cap, slots, prices, *, threads = None))]
+pub(super) fn verify_visits<'py>(
+    py: Python<'py>,
+    sets: Sets<'py>,
+    load: PyReadonlyArray2<'py, u64>,
+    cap: PyReadonlyArray1<'py, u64>,
+    slots: PyReadonlyArray2<'py, u64>,
+    prices: PyReadonlyArray1<'py, f64>,
+    threads: Option<usize>,
+) -> PyResult<Bound<'py, PyArray1<u64>>> {
+    let slots = slots_by_layer(&slots)?;
+    let layers = visited_layers(&sets, &load, &cap, &slots)?;
+    let prices = contiguous(prices.as_slice().ok())?;
+    let found = detached(py, threads, || visits::verify(&layers, prices))??;
+    Ok(found.into_pyarray(py))
+}
+
+fn slots_by_layer(slots: &PyReadonlyArray2<'_, u64>) -> PyResult<Vec<Vec<usize>>> {
+    let devices = slots.shape()[1];
+    let rows = contiguous(slots.as_slice().ok())?.chunks(devices.max(1));
+    Ok(rows.map(|row| row.iter().map(|&slots| slots as usize).collect()).collect())
+}
+
+fn visited_layers<'a>(
+    sets: &'a Sets<'_>,
+    load: &'a PyReadonlyArray2<'_, u64>,
+    cap: &'a PyReadonlyArray1<'_, u64>,
+    slots: &'a [Vec<usize>],
+) -> PyResult<Vec<visits::Layer<'a>>> {
+    let experts = load.shape()[1];
+    let cap = contiguous(cap.as_slice().ok())?;
+    let load = contiguous(load.as_slice().ok())?;
+    if [cap.len(), slots.len(), load.len() / experts.max(1)].iter().any(|&found| found != sets.len()) {
+        let rule = format!("{} layers, like the sets", sets.len());
+        return Err(Error::Shape { what: "load", rule, found: "others".into() }.into());
+    }
+    let layer = |(l, (ids, counts)): (usize, &'a (PyReadonlyArray2<'_, u16>, PyReadonlyArray1<'_, u64>))| {
+        Ok(visits::Layer {
+            ids: contiguous(ids.as_slice().ok())?,
+            counts: contiguous(counts.as_slice().ok())?,
+            top_k: ids.shape()[1],
+            load: &load[l * experts..][..experts],
+            cap: cap[l],
+            slots: &slots[l],
+        })
+    };
+    sets.iter().enumerate().map(layer).collect()
 }

@@ -176,7 +176,7 @@ mod _core {
     use pyo3::types::PyDict;
 
     #[pymodule_export]
-    use super::bounding::{bound, verify_bound};
+    use super::bounding::{bound, bound_visits, verify_bound, verify_visits};
     #[pymodule_export]
     use super::chain::{exact_chain, search, separate};
     #[pymodule_export]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner.solver.bounds.certificate import Certificate
-from moetuner.solver.bounds.pairs import bound, verify
+from moetuner.solver.bounds.pairs import bound
+from moetuner.solver.bounds.verification import verify
 from moetuner.solver.joint import joint
 from moetuner.solver.result import Limits
 

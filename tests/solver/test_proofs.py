@@ -20,7 +20,8 @@ from moetuner import solver
 from moetuner.evaluation import copies
 from moetuner.solver.bounds.caps import exceeded, scope, told
 from moetuner.solver.bounds.loads import bounded
-from moetuner.solver.bounds.pairs import bound, padded, verify
+from moetuner.solver.bounds.pairs import bound, padded
+from moetuner.solver.bounds.verification import verify
 from moetuner.solver.milp.colocation import colocation
 from moetuner.solver.result import Candidate, CapsDetails, Details, Limits
 from moetuner.solver.search.traffic import search_traffic
@@ -381,7 +382,7 @@ MALFORMED = {
     "infinite level": ({}, {"levels": "[[1e999, 1]]"}),
     "levels of text": ({}, {"levels": '["41"]'}),
     "deep levels": ({}, {"levels": "[" * 100_000}),
-    "version": ({}, {"version": "3"}),
+    "version": ({}, {"version": "4"}),
     "old version": ({}, {"version": "1"}),
     "regime": ({}, {"regime": "other"}),
     "other regime": ({}, {"regime": "dispatch"}),

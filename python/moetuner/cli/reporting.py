@@ -121,8 +121,10 @@ def write_comparison(
     numbers: tuple[tuple[str, str, str], ...] = ()
     if after.worth.is_known:
         gap, note = "-", "no bound was proven"
-        if after.result.gap is not None:
-            gap, note = percent(after.result.gap), f"of the bound, by {after.result.bound_source}"
+        if after.gap is not None:
+            gap, note = percent(after.gap), f"of the bound, by {after.result.bound_source}"
+        elif after.result.bound_is_of_loads:
+            note = "the bound is of loads alone"
         numbers = (("The optimum is within", gap, note),)
     write_pair(
         path,

@@ -233,8 +233,6 @@ def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
         why = f"method {method} proves nothing; take joint"
     elif moving:
         why = "nothing is proven of moves from --initial"
-    elif Objective(problem).counts_visits:
-        why = "bounds of the devices that tokens visit have none"
     elif problem.may_copy:
         why = "nothing is proven where slots may hold copies of experts"
     elif not problem.is_plain:
@@ -257,7 +255,8 @@ def _prove(problem: Problem, result: Result, path: Path) -> str:
             "bound that has one; the placement was written"
         )
     certificate.save(path)
-    proven = certificate.cost / Objective(problem).scale
+    worth = Objective(problem)
+    proven = certificate.cost / (worth.tokens if certificate.method == "visits" else worth.scale)
     if result.bound is None or proven >= result.bound:
         return f"wrote {path}"
-    return f"wrote {path}, which proves {proven:.6f}; what HiGHS proved on top has no certificate"
+    return f"wrote {path}, which proves {proven:.6f}; what was proven on top has no certificate"

@@ -20,6 +20,8 @@ from moetuner.problem.objective import Objective
 from moetuner.report.cells import percent
 from moetuner.solver import Certificate, verify
 
+# Sums of visits may be off by this part.
+ROUNDING = 1e-12
 # Decimals of an imbalance, and imbalances that are told one by one.
 DECIMALS, FEW = 4, 6
 
@@ -49,18 +51,21 @@ def command(
     numbers, whoever made them. INPUT and --window must be those of the solve.
     """
     certificate = Certificate.load(certificate_file)
-    statistics = count(source.traffic, source.counted, source.threads)
+    of_visits = certificate.method == "visits"
+    statistics = count(source.traffic, source.counted, source.threads, sets=of_visits)
     problem = Problem(
         statistics, machine.topology(), regime=certificate.regime, objective="traffic"
     )
     cost = verify(certificate, problem, threads=source.threads)
     worth = Objective(problem)
-    bound = cost / worth.scale
+    scale = worth.tokens if of_visits else worth.scale
+    bound = cost / scale
     imbalances = _imbalances(problem, certificate)
 
     output = Output(json_file)
+    proof = "prices or tangents of" if of_visits else "a"
     output.say(
-        f"Proven by a {certificate.method}: of {certificate.about}, with "
+        f"Proven by {proof} {certificate.method}: of {certificate.about}, with "
         f"{certificate.slots} slots per device and no device load above {_told(imbalances)}, no "
         f"placement has an objective below {bound:.6f}."
     )
@@ -76,8 +81,8 @@ def command(
     if placement_file is not None:
         placement = Placement.load(placement_file)
         _check(placement_file, placement, problem)
-        reached = worth.cost(placement)
-        objective = reached / worth.scale
+        objective = worth.traffic(placement)
+        reached = objective * scale * (1 + ROUNDING) if of_visits else worth.cost(placement)
         within = bool(
             (device_load(placement.slots, problem.load) <= certificate.caps[:, None]).all()
             and (placement.slots >= 0).sum(axis=2).max() <= certificate.slots

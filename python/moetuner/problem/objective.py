@@ -411,6 +411,12 @@ class Objective:
         return max(counted * cheapest, 1)
 
     @cached_property
+    def tokens(self) -> int:
+        """Tokens of all layers, whose visits are counted; 0 where expert sets are not known."""
+        sets = self.problem.statistics.sets or ()
+        return sum(int(of.counts.sum(dtype=np.uint64)) for of in sets)
+
+    @cached_property
     def visit_costs(self) -> tuple[float, float]:
         """Cost of a token's visit of a device and, on top of it, of a node.
 
@@ -459,9 +465,8 @@ class Objective:
         assert sets is not None
         device_cost, node_cost = self.visit_costs
         devices, nodes = self._count_visits(placement)
-        tokens = sum(float(of.counts.sum()) for of in sets)
         total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
-        return total / max(tokens, 1.0)
+        return total / max(self.tokens, 1)
 
     def _count_visits(self, placement: Placement) -> tuple[Floats, Floats]:
         """Count the tokens that visit every device [L,D], and every node [L,N]."""

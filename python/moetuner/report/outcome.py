@@ -41,6 +41,12 @@ class Outcome:
         """Whether the placement breaks rules, other than a cap that had to be raised."""
         return self.result.status == "violates rules"
 
+    @property
+    def gap(self) -> float | None:
+        """Gap to a bound that says something; None to one of loads alone."""
+        told = self.worth.is_known and not self.result.bound_is_of_loads
+        return self.result.gap if told else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return fields of the evaluation and of the result."""
         known = self.worth.is_known
@@ -67,7 +73,7 @@ class Outcome:
             number(of.imbalance_mixed, 3),
             *(number(getattr(of, name), COLUMNS[name][1]) for name in worth.figures),
             number(self.result.objective if worth.is_known else None, worth.decimals),
-            percent(self.result.gap if worth.is_known else None),
+            percent(self.gap),
             number(self.result.seconds, 2),
         )
 
@@ -84,7 +90,9 @@ def sentences(outcome: Outcome) -> list[str]:
     lines = []
     if worth.is_known:
         line = f"Objective: {worth.text(result.objective)}"
-        if result.bound is not None and result.gap is not None:
+        if result.bound_is_of_loads:
+            line += f"; {loads_alone(worth.text(result.bound or 0.0))}"
+        elif result.bound is not None and result.gap is not None:
             which = caps.SINGLE if problem.stays_single else ""
             if problem.max_imbalance is not None:
                 raised = result.details.caps.raised
@@ -105,6 +113,11 @@ def sentences(outcome: Outcome) -> list[str]:
             why = f"max / mean {score:.3f}, bursts and mixed, in {folds}"
         lines.append(f"Chosen for unseen traffic: {unseen.chosen} ({why}).")
     return lines
+
+
+def loads_alone(bound: str) -> str:
+    """Return what a bound of loads alone says, and what it does not."""
+    return f"bound of loads alone: {bound}, which says little of how near this one is"
 
 
 def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:

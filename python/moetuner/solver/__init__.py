@@ -15,7 +15,7 @@ from moetuner.solver import baselines, two_stage
 from moetuner.solver.balancing import balance
 from moetuner.solver.bounds.caps import are_least, scope, told
 from moetuner.solver.bounds.certificate import Certificate
-from moetuner.solver.bounds.pairs import verify
+from moetuner.solver.bounds.verification import verify
 from moetuner.solver.joint import SEARCHES
 from moetuner.solver.migration import Migration, Trade, migrate, pareto
 from moetuner.solver.result import (

@@ -63,6 +63,13 @@ VISIT_FEW_SLOTS, VISIT_RESTARTS = 16, 8
 # are made without a time limit, how many at most, and how many with one.
 BOUND_WORK, BOUND_ITERATIONS, BOUND_ITERATIONS_TIMED = 3e9, 150, 10_000
 
+# Bounds of visits ("Bounds of visits"): the share of a time limit for the search before them. Looks
+# at all contents of a layer at the most, and contents that are looked at without a time limit.
+VISIT_SEARCH_SHARE, PRICE_ROUNDS, PRICE_WORK = 0.7, 60, 3e9
+# Steps of tangents, trials of the placement that each moves towards, a step's size as a share of
+# the range of slopes, and the steps' share of a time limit.
+TANGENT_STEPS, TANGENT_TRIALS, TANGENT_STEP, TANGENT_SHARE = 16, 100_000, 0.22, 0.5
+
 # The co-location programme ("The co-location programme"): triangle rows beyond which HiGHS does
 # not get through its first node in minutes.
 MOST_TRIANGLES = 400_000

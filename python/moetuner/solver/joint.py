@@ -37,7 +37,11 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     """
     clock = Clock(limits)
     if not _is_of_pairs(problem):
-        share = effort.SEARCH_SHARE if proves_pairs(problem) else 1.0
+        share = 1.0
+        if proves_pairs(problem):
+            share = effort.SEARCH_SHARE
+        elif problem.goal == "traffic" and not problem.may_copy:
+            share = effort.VISIT_SEARCH_SHARE
         found = heuristic(problem, seed=seed, limits=clock.within(share))
         return bounded(problem, found, clock.within())
     try:

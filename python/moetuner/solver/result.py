@@ -18,6 +18,9 @@ from moetuner.solver.bounds.certificate import Certificate
 # Seconds that nobody waits for: such a limit, infinity too, is none.
 LONGEST_LIMIT = 1e9
 
+# The source of a bound that knows loads alone.
+LOADS = "loads alone"
+
 Part = TypeVar("Part", bound="_Part")
 Status = Literal[
     "optimal", "feasible", "gap_reached", "time_limit", "interrupted", "violates rules"
@@ -383,8 +386,20 @@ class Result(Frozen):
     _also_shown = ("gap",)
 
     @property
+    def bound_is_of_loads(self) -> bool:
+        """Whether the bound knows loads alone, so that the gap to it says little.
+
+        It takes every window's best placement, though there is one for all; and of time no traffic,
+        or next to none.
+        """
+        return self.bound_source == LOADS and self.status != "optimal"
+
+    @property
     def gap(self) -> float | None:
-        """(objective - bound) / objective: how far from the optimum this can be at most."""
+        """(objective - bound) / objective: how far from the optimum this can be at most.
+
+        Where ``bound_is_of_loads``, it is mostly the bound that is far from the optimum.
+        """
         if self.bound is None:
             return None
         if self.objective <= self.bound:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moetuner.files.text import name as one_line
 from moetuner.report.advice.values import Advice
 from moetuner.report.cells import percent, signed
+from moetuner.report.outcome import loads_alone
 from moetuner.report.page.shown import Shown
 
 Spec = dict[str, Any]
@@ -694,7 +695,11 @@ def _search(shown: Shown) -> Panel:
     gap = "No bound was proven, so how far the optimum may be is not known."
     if shown.advice is not None:
         gap = "Advice searches briefly and proves no bound of time; moetuner solve searches longer."
-    if result.gap is not None:
+    if result.bound_is_of_loads:
+        gap = (
+            f"{result.method} reached {result.objective:.6g}; {loads_alone(f'{result.bound:.6g}')}."
+        )
+    elif result.gap is not None:
         gap = (
             f"{result.method} reached {result.objective:.6g}; no placement is below "
             f"{result.bound:.6g} ({result.bound_source}), so it is within {percent(result.gap)}."

@@ -1,8 +1,9 @@
 """Certificate: what a bound can be recomputed from, without trusting who found it.
 
 It is about placements with one copy of each expert, on devices of so many slots, whose loads keep
-the caps. Either it holds a dual point, which proves a bound by itself; or it says that a layer has
-so few partitions that dynamic programming over all of them is the proof, which is done again.
+the caps. It holds a dual point, which proves a bound by itself; or prices or tangents, which prove
+one of visits; or it says that a layer has so few partitions that dynamic programming over all of
+them is the proof, which is done again.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from moetuner.files import naming, replacing, safetensors
 from moetuner.frozen import Frozen
 from moetuner.topology import Regime
 
-FORMAT, VERSION = "moetuner.certificate", "2"
+FORMAT, VERSION = "moetuner.certificate", "3"
 
-Method = Literal["dual point", "complete dynamic programme"]
+Method = Literal["dual point", "complete dynamic programme", "visits"]
 
 ARRAYS = {
     "lambda_": np.float64,
@@ -31,6 +32,7 @@ ARRAYS = {
     "choices": np.uint8,
     "contents": np.float64,
 }
+VISIT_ARRAYS = ("prices", "slopes")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,6 +54,26 @@ class Proof(Frozen):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Visits(Frozen):
+    """What proves visits of ``parts``, devices or nodes: one of two ways, or capacity alone.
+
+    Parameters
+    ----------
+    prices
+        Of experts [L*E], in tokens, where all contents of a part are tried; else empty.
+    slopes
+        Of the tangent of every distinct set, layer after layer; else empty.
+    pairs
+        What proves how many pairs, weighted by slopes, lie apart.
+    """
+
+    parts: int
+    prices: NDArray[np.float64]
+    slopes: NDArray[np.uint8]
+    pairs: Proof | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Certificate(Frozen):
     """What proves a bound: of a regime's cost, for ``slots`` per device under ``caps`` [L].
 
@@ -60,9 +82,10 @@ class Certificate(Frozen):
     fingerprint
         Of the statistics.
     method
-        How it proves; only a dual point has ``proofs``.
+        How it proves; a dual point has ``proofs``, visits have ``visits``, level by level.
     cost
-        The bound of ``Objective.cost`` that it was written for. Nobody has to believe it.
+        The bound that it was written for, of ``Objective.cost`` or of visits. Nobody has to believe
+        it.
 
     Examples
     --------
@@ -86,14 +109,20 @@ class Certificate(Frozen):
     method: Method
     cost: int
     proofs: tuple[Proof, ...] = field(default=(), repr=False)
+    visits: tuple[Visits, ...] = field(default=(), repr=False)
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
         tensors: dict[str, NDArray[Any]] = {"caps": self.caps}
+        for number, proof in enumerate(self.proofs):
+            tensors |= {f"{number}.{name}": getattr(proof, name) for name in ARRAYS}
+        for number, level in enumerate(self.visits):
+            tensors |= {f"visits.{number}.{name}": getattr(level, name) for name in VISIT_ARRAYS}
+            if level.pairs is not None:
+                names = {f"visits.{number}.{name}": name for name in ARRAYS}
+                tensors |= {to: getattr(level.pairs, name) for to, name in names.items()}
         # The widest type first: then all tensors are aligned.
-        for name in sorted(ARRAYS, key=lambda name: -np.dtype(ARRAYS[name]).itemsize):
-            for number, proof in enumerate(self.proofs):
-                tensors[f"{number}.{name}"] = getattr(proof, name)
+        tensors = dict(sorted(tensors.items(), key=lambda each: (-each[1].itemsize, each[0])))
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -104,6 +133,7 @@ class Certificate(Frozen):
             "method": self.method,
             "cost": str(self.cost),
             "levels": json.dumps([[proof.parts, proof.price] for proof in self.proofs]),
+            "visits": json.dumps([[each.parts, each.pairs is not None] for each in self.visits]),
         }
         with replacing(path) as temporary:
             whole = {name: safetensors.whole(array) for name, array in tensors.items()}
@@ -149,9 +179,20 @@ class Certificate(Frozen):
                 raise ValueError(f"{name} must be {wanted}, got {place.dtype} {list(place.shape)}")
             return safetensors.read(path, place)
 
-        proofs = [
-            Proof(*level, *(array(f"{number}.{name}", ARRAYS[name]) for name in ARRAYS))
-            for number, level in enumerate(json.loads(metadata["levels"]))
+        def proof(prefix: str, parts: int, price: int) -> Proof:
+            arrays = [array(f"{prefix}.{name}", dtype) for name, dtype in ARRAYS.items()]
+            return Proof(parts, price, *arrays)
+
+        levels = json.loads(metadata["levels"])
+        proofs = [proof(str(number), *level) for number, level in enumerate(levels)]
+        visits = [
+            Visits(
+                parts,
+                array(f"visits.{number}.prices", np.float64),
+                array(f"visits.{number}.slopes", np.uint8),
+                proof(f"visits.{number}", parts, 1) if with_pairs else None,
+            )
+            for number, (parts, with_pairs) in enumerate(json.loads(metadata["visits"]))
         ]
         return cls(
             metadata["fingerprint"],
@@ -161,6 +202,7 @@ class Certificate(Frozen):
             method,
             _count("cost", metadata["cost"]),
             tuple(proofs),
+            tuple(visits),
         )
 
 

@@ -1,4 +1,4 @@
-"""What no placement can beat: proven bounds of balance, of time, and of the visits of tokens."""
+"""What no placement can beat: the best proven bound of what was found, and those of loads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from numpy.typing import NDArray
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.solver.bounds import visits
 from moetuner.solver.bounds.pairs import bound
-from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.result import LOADS, Candidate, Limits
 
 Floats = NDArray[np.float64]
 
 # Sums of floats may be off by this part.
 ROUNDING = 1e-10
+# Loads of windows, layers and experts up to which heavy experts that must share are counted.
+MOST_SORTED = 20_000_000
 
 
 def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
@@ -26,15 +29,17 @@ def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
     are bounded one by one. Traffic from layer to layer is bounded for one copy of each expert on
     equal devices only.
     """
+    objective = Objective(problem)
+    if problem.goal == "traffic" and objective.counts_visits:
+        return _visited(problem, found, limits)
     if found.status == "optimal":
         return found
-    objective = Objective(problem)
     value = objective.value(Placement(found.slots, num_experts=problem.experts))
-    source = "load"
+    source = LOADS
     if problem.goal == "traffic":
-        if not objective.counts_visits and value > 0:
+        if value > 0:
             return found  # what copies of experts cost at least is not known
-        least = least_visits(problem) if objective.counts_visits else 0.0
+        least = 0.0
     elif problem.goal == "balance":
         least = least_balance(problem)
     else:
@@ -42,15 +47,38 @@ def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
         interrupted = found.status == "interrupted"
         moved = None if interrupted else _least_pairs_us(problem, limits)
         least = least_time(problem, 0.0 if moved is None else moved[0])
-        source = "load" if moved is None else f"load + {moved[1]}"
+        source = LOADS if moved is None else f"loads + {moved[1]}"
     # Rounding of the sums above, far below what anybody reads of an objective.
     least *= 1 - ROUNDING
     status = "optimal" if least >= value * (1 - 10 * ROUNDING) else found.status
     return replace(found, bound=least, bound_source=source, status=status)
 
 
+def _visited(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
+    """Add what tokens visit at least, with what proves it where devices are all alike."""
+    objective = Objective(problem)
+    value = objective.value(Placement(found.slots, num_experts=problem.experts))
+    least, source, certificate = visits.least_visits(problem), "capacity", None
+    status = found.status
+    if not problem.may_copy and status != "interrupted":
+        # Nothing is known of caps where devices differ, or experts have rules.
+        plain = problem.is_plain
+        caps = problem.caps.kept(found.slots) if plain else problem.load.sum(axis=1)
+        proven = visits.bound(problem, found.slots, caps, limits=limits)
+        least, source = proven.cost / max(objective.tokens, 1), proven.source
+        certificate = visits.certified(problem, caps, proven) if plain else None
+        status = "interrupted" if proven.interrupted else status
+    if found.status == "optimal":
+        return replace(found, certificate=certificate)
+    if least >= value * (1 - ROUNDING):
+        least, status = min(least, value), "optimal"
+    elif status == "feasible" and limits.gap is not None and value - least <= limits.gap * value:
+        status = "gap_reached"
+    return replace(found, bound=least, bound_source=source, certificate=certificate, status=status)
+
+
 def proves_pairs(problem: Problem) -> bool:
-    """Whether `bounded` proves what pairs cost at least, which takes time; all else is instant."""
+    """Whether `bounded` proves what pairs cost at least, which takes time."""
     alike = problem.topology.has_equal_devices and not problem.may_copy
     follows = problem.goal == "time" and problem.regime == "follow"
     return follows and alike and problem.devices > 1
@@ -78,19 +106,11 @@ def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
     return problem.windows.value(times, np.ones(len(times)))
 
 
-def least_visits(problem: Problem) -> float:
-    """Compute what no placement's visits are below: a token's experts fill the fewest devices."""
-    device_cost, node_cost = Objective(problem).visit_costs
-    assert problem.statistics.sets is not None
-    fewest = -(-problem.statistics.sets[0].top_k // problem.slots)
-    return float(device_cost * fewest + node_cost)
-
-
 def least_slowest(problem: Problem, load: Floats) -> Floats:
     """Compute the least load over speed of the slowest device [W,L] of windows of load [W,L,E].
 
-    It takes at least the mean, and at least what the heaviest expert takes on the fastest devices
-    that can hold all the copies there is room for.
+    It takes at least the mean, at least what the heaviest expert takes on the fastest devices that
+    can hold all the copies there is room for, and at least what heavy experts take that must share.
     """
     speed = np.sort(problem.topology.speed_of_device)[::-1]
     devices = int((problem.capacity > 0).sum(axis=1).min())
@@ -98,7 +118,8 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
     least = np.empty(load.shape[:2])
     for layer in range(problem.layers):
         mine = load[:, layer]
-        copies = min(int(spare[layer]) + 1, devices) if problem.may_copy else 1
+        more = int(spare[layer]) if problem.may_copy else 0
+        copies = min(more + 1, devices)
         heaviest = mine.max(axis=1)
         if problem.split == "nearest":
             # Uneven parts are at least those that make all copies equally slow.
@@ -106,6 +127,23 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
         else:
             one = heaviest / copies / speed[0]
         least[:, layer] = np.maximum(mine.sum(axis=1) / speed.sum(), one)
+        if load.size <= MOST_SORTED and more < problem.experts:
+            together = least_shared(mine, int((problem.capacity[layer] > 0).sum()), more) / speed[0]
+            least[:, layer] = np.maximum(least[:, layer], together)
+    return least
+
+
+def least_shared(load: Floats, devices: int, copied: int) -> Floats:
+    """Compute what experts that must share a device carry at least [W], of loads [W,E].
+
+    No more than ``copied`` of them have copies, at the best the heaviest. Of k times as many of the
+    others as there are devices, and one more, k + 1 share a device: no less than the k + 1 lightest
+    of these.
+    """
+    single = np.sort(load, axis=1)[:, ::-1][:, copied:]
+    least = np.zeros(len(load))
+    for k in range(1, (single.shape[1] - 1) // devices + 1):
+        least = np.maximum(least, single[:, k * (devices - 1) : k * devices + 1].sum(axis=1))
     return least
 
 

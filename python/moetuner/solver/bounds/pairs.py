@@ -21,7 +21,6 @@ from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
 from moetuner.solver.bounds.certificate import Certificate, Method, Proof
-from moetuner.solver.exact.partitions import complete
 from moetuner.solver.result import LevelBound, Limits, Progress
 
 
@@ -42,12 +41,13 @@ def bound(
     *,
     limits: Limits,
     target: int | None = None,
+    iterations: int | None = None,
 ) -> Bounded | None:
     """Bound a problem's cost from below, of placements under caps [L] on their device loads.
 
     Without pairs of its regime, or on one device, there is nothing to bound and the answer is None.
-    ``target`` is the cost of the best known placement, for the gap. Of the limits all but
-    ``iterations`` apply.
+    ``target`` is the cost of the best known placement, for the gap. ``iterations`` are those of the
+    semidefinite method, by default what is affordable: those of the limits are another matter.
     """
     levels = _levels(problem)
     if levels is None:
@@ -55,7 +55,10 @@ def bound(
     begin = time.perf_counter()
     proofs: list[Proof] = []
     cost, interrupted = 0, False
-    iterations = int(np.clip(effort.BOUND_WORK / _flops(problem), 1, effort.BOUND_ITERATIONS))
+    if iterations is None:
+        iterations = int(np.clip(affordable(problem), 1, effort.BOUND_ITERATIONS))
+        if limits.time_limit is not None:
+            iterations = effort.BOUND_ITERATIONS_TIMED
     sources: list[str] = []
     proven: dict[str, LevelBound] = {}
     for name, price, parts in levels:
@@ -69,7 +72,7 @@ def bound(
             transitions,
             part_caps,
             parts,
-            iterations=iterations if left is None else effort.BOUND_ITERATIONS_TIMED,
+            iterations=iterations,
             target=_target(problem, target) if len(levels) == 1 and price == 1 else None,
             gap=limits.gap or 0.0,
             time_limit=left,
@@ -98,58 +101,32 @@ def certified(
     return Certificate(fingerprint, problem.regime, problem.slots, caps, method, cost, proofs)
 
 
-def verify(certificate: Certificate, problem: Problem, *, threads: int | None = None) -> int:
-    """Recompute a bound of ``Objective.cost`` from a certificate and the statistics alone.
+def verified(
+    problem: Problem,
+    caps: NDArray[np.uint64],
+    proofs: tuple[Proof, ...],
+    *,
+    threads: int | None = None,
+) -> int:
+    """Recompute what dual points prove of a problem's cost under caps [L].
 
     Raises
     ------
     ValueError
-        If the certificate is of other statistics or another topology, a cut in it is not true, or
-        nothing keeps its caps, under which all and nothing would be true.
-
-    Examples
-    --------
-    >>> import moetuner as mt
-    >>> import numpy as np
-    >>> load, pairs = np.array([[[2, 2], [2, 2]]]), np.array([[[1, 1], [1, 1]]])
-    >>> statistics = mt.RoutingStatistics(load, pairs)
-    >>> problem = mt.Problem(statistics, mt.Topology(2), regime="follow", max_imbalance=1.0)
-    >>> certificate = mt.solve(problem).certificate
-    >>> mt.verify(certificate, problem) == certificate.cost
-    True
+        If they are of another topology, or a cut in one is not true.
     """
-    if certificate.regime != problem.regime:
-        raise ValueError(
-            f"certificate must be of regime {problem.regime}, got one of {certificate.regime}"
-        )
-    if certificate.fingerprint != problem.statistics.fingerprint:
-        raise ValueError(
-            f"certificate must be of these statistics ({problem.statistics.fingerprint}), "
-            f"got one of {certificate.fingerprint}"
-        )
-    if certificate.slots != problem.slots:
-        raise ValueError(
-            f"certificate must be for {problem.slots} slots per device, got {certificate.slots}"
-        )
-    if certificate.caps.shape != (problem.layers,):
-        raise ValueError(
-            f"certificate must have caps [{problem.layers}], got {list(certificate.caps.shape)}"
-        )
-    _refuse_vacuous(certificate, problem, threads)
-    if certificate.method == "complete dynamic programme":
-        return _complete_again(certificate, problem, threads)
     levels = _levels(problem)
     wanted = None if levels is None else [(parts, price) for _, price, parts in levels]
-    found = [(proof.parts, proof.price) for proof in certificate.proofs]
+    found = [(proof.parts, proof.price) for proof in proofs]
     if wanted != found:
         raise ValueError(f"certificate must be for parts and prices {wanted}, got {found}")
     total = 0
-    for proof in certificate.proofs:
-        load, transitions, caps = padded(problem, certificate.caps, proof.parts)
+    for proof in proofs:
+        load, transitions, part_caps = padded(problem, caps, proof.parts)
         total += proof.price * _core.verify_bound(
             load,
             transitions,
-            caps,
+            part_caps,
             proof.parts,
             proof.lambda_,
             proof.columns,
@@ -160,44 +137,6 @@ def verify(certificate: Certificate, problem: Problem, *, threads: int | None = 
             threads=threads,
         )
     return _of_count(problem, total)
-
-
-def _refuse_vacuous(certificate: Certificate, problem: Problem, threads: int | None) -> None:
-    """Raise if a cap is below what counting, or trying all packings of few experts, allows."""
-    total = problem.load.sum(axis=1, dtype=np.uint64)
-    peaks = _core.smallest_peaks(
-        problem.load, problem.devices, problem.slots, total, threads=threads
-    )
-    for layer, (cap, (_, least)) in enumerate(zip(certificate.caps.tolist(), peaks, strict=True)):
-        if cap < least:
-            raise ValueError(
-                f"certificate must have caps that a placement can keep, got {cap} in layer "
-                f"{layer}, where the fullest device carries at least {least}"
-            )
-
-
-def _complete_again(certificate: Certificate, problem: Problem, threads: int | None) -> int:
-    """Recompute an optimum under a certificate's caps."""
-    caps = np.minimum(certificate.caps, problem.load.sum(axis=1, dtype=np.uint64))
-    found = complete(problem, caps, threads=threads)
-    if found is None:
-        raise ValueError(
-            "certificate says that dynamic programming over all partitions is its proof, which is "
-            "out of reach for these sizes and links"
-        )
-    _, cost, kept = found
-    if (kept != caps).any():
-        first = int(np.flatnonzero(kept != caps)[0])
-        raise ValueError(
-            f"certificate must have caps that a placement can keep, got {caps[first]} in layer "
-            f"{first}, where the fullest device carries at least {kept[first]}"
-        )
-    if cost != certificate.cost:
-        raise ValueError(
-            f"certificate must be for these links: it was written for a cost of "
-            f"{certificate.cost}, and the optimum here is {cost}"
-        )
-    return cost
 
 
 def padded(
@@ -271,11 +210,14 @@ def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
     return levels
 
 
-def _flops(problem: Problem) -> float:
-    """Compute the work of an iteration: an eigenproblem of order 2P per pair of layers."""
+def affordable(problem: Problem) -> float:
+    """Compute how many iterations a solve without a time limit makes.
+
+    Each is an eigenproblem of order 2P per pair of layers.
+    """
     order = 2 * problem.devices * problem.slots
     pairs = problem.layers - 1 if problem.regime == "follow" else 2 * problem.layers - 1
-    return float(pairs) * order**3
+    return effort.BOUND_WORK / (float(pairs) * order**3)
 
 
 def _report(

@@ -1,0 +1,97 @@
+"""Checking certificates: what they prove is computed again, and nothing in them is believed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moetuner import _core
+from moetuner.problem import Problem
+from moetuner.solver.bounds import pairs, visits
+from moetuner.solver.bounds.certificate import Certificate
+from moetuner.solver.exact.partitions import complete
+
+
+def verify(certificate: Certificate, problem: Problem, *, threads: int | None = None) -> int:
+    """Recompute a bound from a certificate and the statistics alone.
+
+    It is of ``Objective.cost``; or of visits, where expert sets are known: of all tokens, in visits
+    of devices.
+
+    Raises
+    ------
+    ValueError
+        If the certificate is of other statistics or another topology, a cut in it is not true, or
+        nothing keeps its caps, under which all and nothing would be true.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> load, pairs = np.array([[[2, 2], [2, 2]]]), np.array([[[1, 1], [1, 1]]])
+    >>> statistics = mt.RoutingStatistics(load, pairs)
+    >>> problem = mt.Problem(statistics, mt.Topology(2), regime="follow", max_imbalance=1.0)
+    >>> certificate = mt.solve(problem).certificate
+    >>> mt.verify(certificate, problem) == certificate.cost
+    True
+    """
+    if certificate.regime != problem.regime:
+        raise ValueError(
+            f"certificate must be of regime {problem.regime}, got one of {certificate.regime}"
+        )
+    if certificate.fingerprint != problem.statistics.fingerprint:
+        raise ValueError(
+            f"certificate must be of these statistics ({problem.statistics.fingerprint}), "
+            f"got one of {certificate.fingerprint}"
+        )
+    if certificate.slots != problem.slots:
+        raise ValueError(
+            f"certificate must be for {problem.slots} slots per device, got {certificate.slots}"
+        )
+    if certificate.caps.shape != (problem.layers,):
+        raise ValueError(
+            f"certificate must have caps [{problem.layers}], got {list(certificate.caps.shape)}"
+        )
+    _refuse_vacuous(certificate, problem, threads)
+    if certificate.method == "complete dynamic programme":
+        return _complete_again(certificate, problem, threads)
+    if certificate.method == "visits":
+        return visits.verified(problem, certificate.caps, certificate.visits, threads=threads)
+    return pairs.verified(problem, certificate.caps, certificate.proofs, threads=threads)
+
+
+def _refuse_vacuous(certificate: Certificate, problem: Problem, threads: int | None) -> None:
+    """Raise if a cap is below what counting, or trying all packings of few experts, allows."""
+    total = problem.load.sum(axis=1, dtype=np.uint64)
+    peaks = _core.smallest_peaks(
+        problem.load, problem.devices, problem.slots, total, threads=threads
+    )
+    for layer, (cap, (_, least)) in enumerate(zip(certificate.caps.tolist(), peaks, strict=True)):
+        if cap < least:
+            raise ValueError(
+                f"certificate must have caps that a placement can keep, got {cap} in layer "
+                f"{layer}, where the fullest device carries at least {least}"
+            )
+
+
+def _complete_again(certificate: Certificate, problem: Problem, threads: int | None) -> int:
+    """Recompute an optimum under a certificate's caps."""
+    caps = np.minimum(certificate.caps, problem.load.sum(axis=1, dtype=np.uint64))
+    found = complete(problem, caps, threads=threads)
+    if found is None:
+        raise ValueError(
+            "certificate says that dynamic programming over all partitions is its proof, which is "
+            "out of reach for these sizes and links"
+        )
+    _, cost, kept = found
+    if (kept != caps).any():
+        first = int(np.flatnonzero(kept != caps)[0])
+        raise ValueError(
+            f"certificate must have caps that a placement can keep, got {caps[first]} in layer "
+            f"{first}, where the fullest device carries at least {kept[first]}"
+        )
+    if cost != certificate.cost:
+        raise ValueError(
+            f"certificate must be for these links: it was written for a cost of "
+            f"{certificate.cost}, and the optimum here is {cost}"
+        )
+    return cost

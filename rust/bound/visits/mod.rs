@@ -1,0 +1,295 @@
+//! A proven lower bound on the devices that tokens visit, where the contents of a device are few enough to try all.
+//!
+//! # Bound
+//!
+//! In one layer a token chooses a set of experts, and visits every device that holds one of them. A device that holds
+//! the experts C is visited by `f(C)` tokens: those whose set meets C. A placement with one copy of each expert splits
+//! the experts into the contents of the devices, so its visits are `sum_d f(C_d)`, and with any prices `p(e)`
+//!
+//! ```text
+//! sum_d f(C_d) = sum_e p(e) + sum_d [f(C_d) - p(C_d)] >= sum_e p(e) + sum_d min { f(C) - p(C) : C fits on d }
+//! ```
+//!
+//! where `p(C)` adds the prices of C's experts: each expert lies on one device, so all prices are taken off once and
+//! given back once. C fits on a device if it has no more experts than slots, no fewer than the other devices leave over,
+//! and a load between what the cap allows and what the other devices must leave. The best prices are the dual point of
+//! the linear programme that covers every expert once with contents (Dantzig and Wolfe, 1960; of partitions of graphs,
+//! Johnson, Mehrotra and Nemhauser, 1993). No pair stands for a set of experts here: f is exact.
+//!
+//! A token whose K experts do not fit on fewer than n devices visits n: that is the bound where it is higher.
+//!
+//! # Rounding
+//!
+//! Prices are whole multiples of [`UNIT`], counts are below 2^31, and all sums are whole numbers below 2^53 in `f64`: none
+//! is rounded. So the search for good prices and the check of a certificate do the same, and prove the same.
+
+mod contents;
+mod prices;
+mod programme;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use contents::Table;
+
+/// Prices are whole multiples of a token by this.
+const UNIT: f64 = 65_536.0;
+/// No price is further from 0 than this many tokens, so that sums of [`MOST_SLOTS`] prices are exact.
+const LARGEST_PRICE: f64 = (1u64 << 31) as f64;
+/// More slots than any device has whose contents can be tried.
+const MOST_SLOTS: usize = 32;
+/// Contents of all sizes up to which those of a layer are tried.
+const MOST_CONTENTS: f64 = 2.5e7;
+/// Seconds that the table of a layer takes for each content and each expert of a token, on a slow core.
+const TABLE_SECONDS: f64 = 5e-9;
+/// Contents that are held at once, of all layers that are being worked on: four bytes each, and as many again for prices.
+const HELD_CONTENTS: f64 = 1e8;
+
+/// Which experts tokens choose in one layer, and what its devices can hold.
+#[derive(Debug, Clone, Copy)]
+pub struct Layer<'a> {
+    /// Distinct sets `[N, top_k]`, ids rising.
+    pub ids: &'a [u16],
+    /// Tokens of each set, `[N]`.
+    pub counts: &'a [u64],
+    /// Experts of a set, K.
+    pub top_k: usize,
+    /// `[E]`.
+    pub load: &'a [u64],
+    /// The largest load that a device may carry; `u64::MAX` for none.
+    pub cap: u64,
+    /// Slots of every device, `[D]`.
+    pub slots: &'a [usize],
+}
+
+impl Layer<'_> {
+    fn experts(&self) -> usize {
+        self.load.len()
+    }
+
+    fn tokens(&self) -> u128 {
+        self.counts.iter().map(|&count| u128::from(count)).sum()
+    }
+
+    fn check(&self) -> Result<()> {
+        let experts = self.experts();
+        let wrong = |what, rule: String, found: String| Err(Error::Shape { what, rule, found });
+        if self.top_k == 0 || self.ids.len() != self.counts.len() * self.top_k {
+            let rule = format!("{} ids for each of {} counts", self.top_k, self.counts.len());
+            return wrong("sets", rule, self.ids.len().to_string());
+        }
+        if let Some(id) = self.ids.iter().find(|&&id| usize::from(id) >= experts) {
+            return wrong("sets", format!("ids below {experts}"), id.to_string());
+        }
+        if self.ids.chunks_exact(self.top_k).any(|set| set.windows(2).any(|pair| pair[0] >= pair[1])) {
+            return wrong("sets", "ids that rise within a set".into(), "others".into());
+        }
+        let room: usize = self.slots.iter().sum();
+        if room < experts {
+            return wrong("slots", format!("at least {experts} in all"), room.to_string());
+        }
+        Ok(())
+    }
+
+    /// The fewest and the most experts of every device, `[D]`.
+    fn sizes(&self) -> Vec<(usize, usize)> {
+        let room: usize = self.slots.iter().sum();
+        let experts = self.experts();
+        self.slots.iter().map(|&own| ((own + experts).saturating_sub(room), own.min(experts))).collect()
+    }
+
+    /// The fewest and the most experts of any device.
+    fn range(&self) -> (usize, usize) {
+        let sizes = self.sizes();
+        let least = sizes.iter().map(|size| size.0).min().unwrap_or(0);
+        (least, sizes.iter().map(|size| size.1).max().unwrap_or(0))
+    }
+
+    /// How many contents there are.
+    fn contents(&self) -> f64 {
+        let (least, most) = self.range();
+        (least..=most).map(|size| contents::binomial_f64(self.experts(), size)).sum()
+    }
+
+    /// Whether all contents can be tried: few, of few tokens.
+    fn is_in_reach(&self) -> bool {
+        let (_, most) = self.range();
+        most <= MOST_SLOTS && self.contents() <= MOST_CONTENTS && self.tokens() < 1 << 31
+    }
+
+    /// Visits that capacity alone asks for.
+    fn least(&self) -> u128 {
+        let (_, most) = self.range();
+        self.tokens() * self.top_k.div_ceil(most.max(1)) as u128
+    }
+
+    /// What prices prove, in visits; `least_of` has the least `f(C) - p(C)` by size of C, in units.
+    fn proven(&self, prices: &[f64], least_of: &[f64]) -> u64 {
+        let mut sum: i128 = prices.iter().map(|&price| price as i128).sum();
+        let (first, _) = self.range();
+        for (least, most) in self.sizes() {
+            let best = least_of[least - first..=most - first].iter().copied().fold(f64::INFINITY, f64::min);
+            if best == f64::INFINITY {
+                return self.least() as u64; // nothing keeps the cap: whatever is said is true
+            }
+            sum += best as i128;
+        }
+        let visits = -(-sum).div_euclid(UNIT as i128);
+        visits.max(self.least() as i128) as u64
+    }
+}
+
+/// When to stop, whatever comes first.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits<'a> {
+    /// Times that all contents of a layer are looked at.
+    pub rounds: usize,
+    /// Contents that are looked at in all: every layer has its share, and is looked at once at least.
+    pub work: f64,
+    /// Good enough: the visits that a better placement could save, as a share of those of the placement known.
+    pub gap: f64,
+    /// With a deadline the result depends on the machine.
+    pub deadline: Option<Instant>,
+    /// Set from another thread to stop soon.
+    pub stop: &'a AtomicBool,
+}
+
+impl Limits<'_> {
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
+/// Proven visits with the prices that prove them.
+#[derive(Debug, Clone, Default)]
+pub struct Bound {
+    /// Of every layer, `[L]`.
+    pub visits: Vec<u64>,
+    /// `[L, E]`, in tokens; zeros where nothing better was found.
+    pub prices: Vec<f64>,
+    /// Rounds of every layer, `[L]`; 0 where capacity alone proves.
+    pub rounds: Vec<usize>,
+}
+
+/// Whether the contents of every layer can be tried.
+pub fn is_in_reach(layers: &[Layer<'_>]) -> Result<bool> {
+    layers.iter().try_for_each(Layer::check)?;
+    Ok(layers.iter().all(Layer::is_in_reach))
+}
+
+/// Bounds the visits of every layer from below; `start` is a placement to begin from, the device of each expert `[L, E]`.
+///
+/// Runs on the ambient rayon pool; without a deadline the result is a function of the arguments alone. `report` is called
+/// with the visits proven so far, of all layers.
+pub fn bound(
+    layers: &[Layer<'_>],
+    start: &[u16],
+    limits: &Limits<'_>,
+    mut report: impl FnMut(u64),
+) -> Result<Bound> {
+    if !is_in_reach(layers)? {
+        let found = format!("more, or more than {} tokens", 1u64 << 31);
+        return Err(Error::Shape {
+            what: "devices",
+            rule: format!("at most {MOST_CONTENTS} contents"),
+            found,
+        });
+    }
+    let experts = layers.first().map_or(0, Layer::experts);
+    if start.len() != layers.len() * experts || layers.iter().any(|layer| layer.experts() != experts) {
+        let rule = format!("shape [{}, {experts}]", layers.len());
+        return Err(Error::Shape { what: "start", rule, found: start.len().to_string() });
+    }
+    let mut bound = Bound::default();
+    let largest = layers.iter().map(Layer::contents).fold(1.0, f64::max);
+    let together = ((HELD_CONTENTS / largest) as usize).clamp(1, rayon::current_num_threads());
+    let total = layers.len();
+    let mut known: u64 = layers.iter().map(|layer| layer.least() as u64).sum();
+    for (number, wave) in layers.chunks(together).enumerate() {
+        let done = number * together;
+        // What is left of the time is shared among the layers that are left.
+        let begin = Instant::now();
+        let share = limits.deadline.map(|deadline| {
+            deadline
+                .saturating_duration_since(begin)
+                .div_f64(total.saturating_sub(done).div_ceil(wave.len()) as f64)
+        });
+        let found: Vec<_> = wave
+            .par_iter()
+            .enumerate()
+            .with_max_len(1)
+            .map(|(at, layer)| {
+                let start = &start[(done + at) * experts..][..experts];
+                bound_layer(layer, start, limits, total, share.map(|share| begin + share))
+            })
+            .collect();
+        for (layer, (visits, prices, rounds)) in wave.iter().zip(found) {
+            known += visits - layer.least() as u64;
+            bound.visits.push(visits);
+            bound.prices.extend(prices.iter().map(|price| price / UNIT));
+            bound.rounds.push(rounds);
+        }
+        report(known);
+    }
+    Ok(bound)
+}
+
+/// Recomputes the visits of every layer that prices `[L, E]` prove. Any numbers prove something true.
+pub fn verify(layers: &[Layer<'_>], prices: &[f64]) -> Result<Vec<u64>> {
+    if !is_in_reach(layers)? {
+        let found = "more".into();
+        return Err(Error::Shape { what: "certificate", rule: "contents that can be tried".into(), found });
+    }
+    let experts: usize = layers.iter().map(Layer::experts).sum();
+    if prices.len() != experts {
+        let rule = format!("{experts} prices");
+        return Err(Error::Shape { what: "certificate", rule, found: prices.len().to_string() });
+    }
+    let largest = layers.iter().map(Layer::contents).fold(1.0, f64::max);
+    let together = ((HELD_CONTENTS / largest) as usize).clamp(1, rayon::current_num_threads());
+    let mut found = Vec::with_capacity(layers.len());
+    let mut rest = prices;
+    for wave in layers.chunks(together) {
+        let (mine, others) = rest.split_at(wave.iter().map(Layer::experts).sum());
+        rest = others;
+        let each = mine.par_chunks(wave[0].experts()).zip(wave).map(|(prices, layer)| {
+            let prices: Vec<f64> = prices.iter().map(|&price| whole(price * UNIT)).collect();
+            if prices.iter().all(|&price| price == 0.0) {
+                return layer.least() as u64;
+            }
+            layer.proven(&prices, &Table::new(layer).price(&prices, 0).0)
+        });
+        found.extend(each.collect::<Vec<_>>());
+    }
+    Ok(found)
+}
+
+/// A price in units: whole, and near enough to 0.
+fn whole(price: f64) -> f64 {
+    if price.is_nan() { 0.0 } else { price.clamp(-LARGEST_PRICE * UNIT, LARGEST_PRICE * UNIT).floor() }
+}
+
+fn bound_layer(
+    layer: &Layer<'_>,
+    start: &[u16],
+    limits: &Limits<'_>,
+    layers: usize,
+    deadline: Option<Instant>,
+) -> (u64, Vec<f64>, usize) {
+    let orders = layer.top_k.min(layer.range().1);
+    let seconds = TABLE_SECONDS * layer.contents() * orders as f64;
+    let late = deadline
+        .is_some_and(|deadline| deadline.saturating_duration_since(Instant::now()).as_secs_f64() < seconds);
+    if late || limits.is_stopped() || layer.counts.is_empty() {
+        return (layer.least() as u64, vec![0.0; layer.experts()], 0);
+    }
+    let affordable = limits.work / layers.max(1) as f64 / layer.contents().max(1.0);
+    let rounds = limits.rounds.min((affordable as usize).max(1));
+    prices::search(layer, &Table::new(layer), start, &prices::Budget { rounds, deadline, limits })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,125 @@
+//! Good prices of experts, by a programme over some contents that grows by those that all of them show to be missing.
+//!
+//! The programme's own prices jump about while it knows few contents. So they are kept in a box around the best prices
+//! known (Marsten, Hogan and Blankenship, 1975), which moves with them and shrinks where it misled.
+
+use std::time::Instant;
+
+use super::contents::{Table, spread};
+use super::programme::Programme;
+use super::{Layer, Limits, UNIT, whole};
+
+/// Contents that a look at all of them brings, and how many of them may hold an expert.
+const HARVEST: usize = 600;
+const EACH: usize = 25;
+/// Half of the first box, as a share of the mean price, and how it grows and shrinks.
+const BOX: f64 = 0.15;
+const GROWTH: f64 = 1.5;
+const SHRINKAGE: f64 = 0.5;
+/// How much wider a box is that was all there was to find.
+const WIDER: f64 = 8.0;
+/// What the programme hopes for beyond what is proven, as a share, that is not worth another look.
+const ENOUGH: f64 = 1e-4;
+
+/// How long to search.
+pub(super) struct Budget<'a> {
+    pub(super) rounds: usize,
+    pub(super) deadline: Option<Instant>,
+    pub(super) limits: &'a Limits<'a>,
+}
+
+/// Searches prices from a placement on: the visits they prove, the prices in units, and looks at all contents.
+pub(super) fn search(
+    layer: &Layer<'_>,
+    table: &Table,
+    start: &[u16],
+    budget: &Budget<'_>,
+) -> (u64, Vec<f64>, usize) {
+    let (experts, devices) = (layer.experts(), layer.slots.len());
+    let placed: Vec<Vec<u16>> = (0..devices)
+        .map(|d| (0..experts as u16).rev().filter(|&e| usize::from(start[usize::from(e)]) == d).collect())
+        .collect();
+    // Of a placement that breaks the cap nothing is known.
+    let target: Option<u64> = placed.iter().map(|content| table.visits(content)).sum();
+    let good = target.map_or(u64::MAX, |target| (target as f64 * (1.0 - budget.limits.gap)).ceil() as u64);
+
+    // A visit is shared among the experts that it is for: the prices of what a device holds are its visits.
+    let mut best: Vec<f64> = shares(layer, start).into_iter().map(|price| whole(price * UNIT)).collect();
+    let mut begin = Instant::now();
+    let (least, mut found) = table.price(&best, HARVEST);
+    let mut proven = layer.proven(&best, &least);
+    let mut width = BOX * best.iter().sum::<f64>() / experts as f64 / UNIT;
+    let mut programme = Programme::new(experts, devices);
+    let add = |programme: &mut Programme, contents: Vec<Vec<u16>>| {
+        for content in contents {
+            if let Some(visits) = table.visits(&content) {
+                programme.add(content, visits as f64);
+            }
+        }
+    };
+    add(&mut programme, neighbours(&placed));
+    let (mut rounds, mut settled) = (1, 0);
+    // A round that takes as long as the longest one must end in time.
+    let mut longest = begin.elapsed();
+    let late = |longest| budget.deadline.is_some_and(|deadline| Instant::now() + longest >= deadline);
+    while rounds < budget.rounds && proven < good && !budget.limits.is_stopped() && !late(longest) {
+        begin = Instant::now();
+        add(&mut programme, spread(found, experts, EACH));
+        let centre: Vec<f64> = best.iter().map(|price| price / UNIT).collect();
+        let (hoped, prices, inside) = programme.solve(&centre, width);
+        let prices: Vec<f64> = prices.iter().map(|price| whole(price * UNIT)).collect();
+        let (least, new) = table.price(&prices, HARVEST);
+        rounds += 1;
+        let value = layer.proven(&prices, &least);
+        settled = if hoped - value.max(proven) as f64 <= ENOUGH * hoped || new.is_empty() {
+            settled + 1
+        } else {
+            0
+        };
+        if value > proven {
+            (proven, best, found) = (value, prices, new);
+            width *= GROWTH;
+        } else {
+            found = new;
+            width *= SHRINKAGE;
+        }
+        // Nothing better is left in the box, and if it is not for the box, or in a wider one either, anywhere.
+        if settled > 1 || settled == 1 && inside {
+            break;
+        }
+        if settled == 1 {
+            width *= WIDER;
+        }
+        longest = longest.max(begin.elapsed());
+    }
+    (proven, best, rounds)
+}
+
+/// Visits of a placement by expert: each is shared among the experts that it is for.
+fn shares(layer: &Layer<'_>, start: &[u16]) -> Vec<f64> {
+    let mut found = vec![0.0; layer.experts()];
+    for (set, &count) in layer.ids.chunks_exact(layer.top_k).zip(layer.counts) {
+        for &e in set {
+            let device = start[usize::from(e)];
+            let together = set.iter().filter(|&&other| start[usize::from(other)] == device).count();
+            found[usize::from(e)] += count as f64 / together as f64;
+        }
+    }
+    found
+}
+
+/// The contents of a placement, and those that differ by an exchange of one expert.
+fn neighbours(placed: &[Vec<u16>]) -> Vec<Vec<u16>> {
+    let mut found: Vec<Vec<u16>> = placed.to_vec();
+    for content in placed {
+        for at in 0..content.len() {
+            for other in placed.iter().filter(|other| *other != content).flatten() {
+                let mut next = content.clone();
+                next[at] = *other;
+                next.sort_unstable_by(|a, b| b.cmp(a));
+                found.push(next);
+            }
+        }
+    }
+    found
+}

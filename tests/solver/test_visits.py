@@ -1,0 +1,269 @@
+"""Bounds of visits: below every placement's, recomputable, and of one problem only."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import random_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner.solver import effort
+from moetuner.solver.bounds import visits
+from moetuner.solver.bounds.certificate import Certificate
+from moetuner.solver.bounds.loads import least_balance, least_shared
+from moetuner.solver.result import Limits
+
+SIZES = st.sampled_from([(6, 3, None), (6, 2, None), (5, 2, None), (7, 3, None), (6, 4, 2)])
+
+
+def problem_of(seed, layers, size, top_k, cap=None, slots=None) -> mt.Problem:
+    """Small counts of sets, some of which many tokens choose."""
+    experts, devices, per_node = size
+    ids = random_ids(40, layers, top_k, experts, seed=seed)
+    statistics = mt.RoutingStatistics.from_trace(
+        mt.RoutingTrace.from_arrays(ids, num_experts=experts), sets=True
+    )
+    rng = np.random.default_rng(seed)
+    sets = [
+        mt.ExpertSets(of.ids, of.counts * rng.integers(1, 9, len(of), dtype=np.uint64))
+        for of in statistics.sets
+    ]
+    load = np.array([[of.load(experts) for of in sets]])
+    statistics = mt.RoutingStatistics(load, coactivation=statistics.coactivation, sets=tuple(sets))
+    topology = mt.Topology(devices, devices_per_node=per_node)
+    return mt.Problem(
+        statistics,
+        topology,
+        regime="dispatch",
+        objective="traffic",
+        max_imbalance=cap,
+        slots_per_device=slots,
+    )
+
+
+def fewest(problem: mt.Problem, caps: np.ndarray) -> float:
+    """Fewest visits of all placements under caps [L], by trying every one."""
+    each = np.array(list(itertools.product(range(problem.devices), repeat=problem.experts)))
+    node, price = problem.topology.node_of_device, mt.Objective(problem).visit_costs
+    total = 0.0
+    for layer, of in enumerate(problem.statistics.sets):
+        held = [(each == d) for d in range(problem.devices)]
+        keep = np.all([h.sum(1) <= problem.capacity[layer, d] for d, h in enumerate(held)], axis=0)
+        load = [h @ problem.load[layer].astype(float) for h in held]
+        here = each[keep & (np.max(load, axis=0) <= caps[layer])]
+        cost = np.zeros(len(here))
+        for part_of, one in zip((here, node[here]), price, strict=True):
+            for part in range(problem.devices):
+                meets = (part_of[:, of.ids.astype(int)] == part).any(axis=2)
+                cost += one * (meets @ of.counts.astype(float))
+        total += cost.min()
+    return total
+
+
+def found(problem: mt.Problem):
+    """Return what the search finds, and the caps that it keeps."""
+    slots = mt.solve(problem, "heuristic", iterations=200).placement.slots
+    return slots, problem.caps.kept(slots)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    layers=st.integers(1, 2),
+    size=SIZES,
+    top_k=st.integers(1, 5),
+    cap=st.sampled_from([None, 1.2]),
+    by_tangents=st.booleans(),
+)
+def test_bound_is_below_every_placement(seed, layers, size, top_k, cap, by_tangents):
+    """By prices or by tangents, on devices and nodes: never above the optimum, and it verifies."""
+    problem = problem_of(seed, layers, size, top_k, cap)
+    slots, caps = found(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(effort, "TANGENT_STEPS", 3)
+        patch.setattr(effort, "TANGENT_TRIALS", 500)
+        if by_tangents:
+            patch.setattr(visits, "_by_prices", lambda *_: None)
+        proven = visits.bound(problem, slots, caps, limits=Limits())
+    assert proven.cost <= fewest(problem, caps) * (1 + 1e-12)
+    assert proven.cost >= np.floor(
+        visits.least_visits(problem) * mt.Objective(problem).tokens * 0.999999
+    )
+    certificate = visits.certified(problem, caps, proven)
+    assert mt.verify(certificate, problem) == certificate.cost == proven.cost
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    slots=st.sampled_from([(3, 2, 1), (4, 1, 1), (2, 2, 2), (3, 3, 0)]),
+    top_k=st.integers(2, 4),
+    by_tangents=st.booleans(),
+)
+def test_bound_on_unequal_devices(seed, slots, top_k, by_tangents):
+    """Devices of different sizes: never above the optimum."""
+    problem = problem_of(seed, 2, (6, 3, None), top_k, slots=slots)
+    placed, caps = found(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(effort, "TANGENT_STEPS", 2)
+        if by_tangents:
+            patch.setattr(visits, "_by_prices", lambda *_: None)
+        proven = visits.bound(problem, placed, caps, limits=Limits())
+    assert proven.cost <= fewest(problem, caps) * (1 + 1e-12)
+    result = mt.solve(problem)
+    assert result.bound * mt.Objective(problem).tokens <= fewest(problem, caps) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("room", [2, 3, 8])
+@pytest.mark.parametrize("parts", [2, 4, 9])
+def test_hull_is_below_every_partition(top_k, room, parts):
+    """No way to lie on parts has fewer pairs for its parts, and each tangent touches one."""
+    if room * parts < top_k:
+        return
+    together, spread = visits.hull(top_k, room, parts)
+    least = dict(zip(spread.tolist(), together.tolist(), strict=True))
+    seen: dict[int, int] = {}
+
+    def split(left: int, largest: int, sizes: list[int]) -> None:
+        if left == 0 and len(sizes) <= parts:
+            pairs = sum(size * (size - 1) // 2 for size in sizes)
+            seen[len(sizes)] = min(seen.get(len(sizes), pairs), pairs)
+        for size in range(1, min(left, largest) + 1):
+            split(left - size, size, [*sizes, size])
+
+    split(top_k, room, [])
+    assert least == seen
+
+
+def test_certificate_round_trip_and_refusals(tmp_path):
+    """What is saved verifies; another problem's, a cut-off or a forged certificate is refused."""
+    problem = problem_of(1, 2, (6, 3, None), 3)
+    slots, caps = found(problem)
+    path = tmp_path / "proof.safetensors"
+    for by_tangents in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if by_tangents:
+                patch.setattr(visits, "_by_prices", lambda *_: None)
+            proven = visits.bound(problem, slots, caps, limits=Limits())
+        certificate = visits.certified(problem, caps, proven)
+        certificate.save(path)
+        again = Certificate.load(path)
+        assert again == certificate
+        assert mt.verify(again, problem) == proven.cost
+        (level,) = again.visits
+        assert bool(len(level.slopes)) == by_tangents
+        with pytest.raises(ValueError, match="of these statistics"):
+            mt.verify(again, problem_of(2, 2, (6, 3, None), 3))
+        with pytest.raises(ValueError, match="for parts"):
+            mt.verify(replace(again, visits=(replace(level, parts=2),)), problem)
+        with pytest.raises(ValueError, match="for parts"):
+            mt.verify(replace(again, visits=()), problem)
+        short = {"slopes": level.slopes[1:]} if by_tangents else {"prices": level.prices[1:]}
+        with pytest.raises(ValueError, match="certificate must"):
+            mt.verify(replace(again, visits=(replace(level, **short),)), problem)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="not a certificate"):
+        Certificate.load(path)
+
+
+def test_forged_numbers_prove_nothing_false():
+    """Whatever prices and slopes are, what they prove is true."""
+    problem = problem_of(3, 2, (6, 3, None), 3)
+    slots, caps = found(problem)
+    best, rng = fewest(problem, caps), np.random.default_rng(0)
+    proven = visits.bound(problem, slots, caps, limits=Limits())
+    certificate = visits.certified(problem, caps, proven)
+    (level,) = certificate.visits
+    for scale in (0.1, 5.0, 1e6, np.nan):
+        wild = level.prices + scale * rng.normal(size=level.prices.shape)
+        forged = replace(certificate, visits=(replace(level, prices=wild),))
+        assert mt.verify(forged, problem) <= best
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(visits, "_by_prices", lambda *_: None)
+        proven = visits.bound(problem, slots, caps, limits=Limits())
+    certificate = visits.certified(problem, caps, proven)
+    (level,) = certificate.visits
+    for _ in range(5):
+        wild = rng.integers(0, 256, level.slopes.shape).astype(np.uint8)
+        forged = replace(certificate, visits=(replace(level, slopes=wild),))
+        assert mt.verify(forged, problem) <= best
+
+
+def test_copies_leave_capacity():
+    """Where slots may hold copies, a token visits as many devices as its experts need at least."""
+    problem = problem_of(5, 1, (14, 4, None), 6, slots=5)
+    result = mt.solve(problem, iterations=500)
+    assert result.bound == pytest.approx(2.0)
+    assert result.bound_source == "capacity"
+    assert result.certificate is None
+
+
+def test_bound_of_real_routing(data):
+    """On recorded routing next to nothing is left to win, and threads change nothing."""
+    trace = mt.RoutingTrace.load(data / "gpt-oss-20b-mini.npz").select(layers=range(3))
+    statistics = mt.RoutingStatistics.from_trace(trace, transitions=False, sets=True)
+    problem = mt.Problem(statistics, mt.Topology(8), regime="dispatch", objective="traffic")
+    one, two = [mt.solve(problem, threads=threads, iterations=20_000) for threads in (1, 2)]
+    assert one.bound == two.bound
+    assert one.certificate == two.certificate
+    assert one.gap < 0.06
+    assert mt.verify(one.certificate, problem) == one.certificate.cost
+    slots, caps = one.placement.slots, problem.caps.whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(visits, "_by_prices", lambda *_: None)
+        weaker = visits.bound(problem, slots, caps, limits=Limits())
+    assert one.objective * 0.8 < weaker.cost / mt.Objective(problem).tokens <= one.bound
+
+
+def test_heavy_experts_share_a_device():
+    """Of three heavy experts on two devices two share one, unless they have copies."""
+    load = np.array([[9.0, 9, 9, 1, 1, 1]])
+    assert least_shared(load, 2, 0).tolist() == [18]
+    assert least_shared(load, 2, 1).tolist() == [10]
+    assert least_shared(load, 3, 0).tolist() == [10]
+    assert least_shared(load, 6, 0).tolist() == [0]
+    statistics = mt.RoutingStatistics.from_load(load.astype(int))
+    problem = mt.Problem(statistics, mt.Topology(2), objective="balance")
+    assert least_balance(problem) == pytest.approx(18 / 15)
+
+
+def test_command_line_writes_and_checks_the_proof(run, tmp_path):
+    """What solve proves of visits, verify recomputes from the trace; a wrong answer is told."""
+    trace, proof, placement = (
+        tmp_path / name for name in ("t.safetensors", "c.safetensors", "p.json")
+    )
+    ids = random_ids(300, 2, 2, 14, seed=1)
+    mt.RoutingTrace.from_arrays(ids, num_experts=14).save(trace)
+    asked = ("--objective", "traffic", "--devices", 2)
+    status, out, _ = run(
+        *("solve", trace, *asked, "--certificate", proof, "--out", placement, "--json", "-")
+    )
+    assert status == 0
+    (joint,) = [row for row in json.loads(out)["results"] if row["method"] == "joint"]
+    arguments = ("verify", proof, trace, "--devices", 2, "--placement", placement, "--json", "-")
+    status, out, _ = run(*arguments)
+    found = json.loads(out)
+    assert status == 0
+    assert found["method"] == "visits"
+    assert found["bound"] <= joint["bound"] + 1e-9
+    assert found["objective"] == pytest.approx(joint["objective"])
+    assert 0 <= found["gap"] < 1
+
+
+def test_bound_of_loads_is_not_told_as_a_gap(run, tmp_path):
+    """Where windows disagree, the table has no gap, and the sentence says of what the bound is."""
+    counts = tmp_path / "counts.safetensors"
+    load = np.random.default_rng(0).integers(0, 100, (6, 2, 16))
+    mt.RoutingStatistics(load).save(counts)
+    asked = ("--devices", 4, "--objective", "balance", "--out", tmp_path / "p.json")
+    status, out, _ = run("solve", counts, *asked)
+    assert status == 0
+    assert "bound of loads alone: imbalance 1." in out
+    assert "so this one is within" not in out
