@@ -18,6 +18,7 @@ __all__ = [
     "adapt_slots",
     "bound",
     "bound_visits",
+    "busiest_rows",
     "cluster",
     "exact_chain",
     "expected_apart",
@@ -277,6 +278,20 @@ def expected_followed(
     slots: _Slots, transitions: NDArray[np.uint64], *, threads: int | None = None
 ) -> NDArray[np.float64]:
     """Return pairs of neighbouring layers by their devices [L-1,D,D], of counts [L-1,E,E]."""
+
+def busiest_rows(
+    visits: NDArray[np.float64],
+    share: NDArray[np.float64],
+    tier: NDArray[np.uint16],
+    tiers: int,
+    *,
+    threads: int | None = None,
+) -> NDArray[np.float64]:
+    """Return rows at the busiest port of every tier [W,L,T], of visits [W,L,D].
+
+    A device is visited from every home by a share of its tokens [L,D,D], home first, over a link of
+    their tier [D,D]; 0 is no link.
+    """
 
 def pair_cost(
     here: NDArray[np.uint16],

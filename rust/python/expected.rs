@@ -6,9 +6,9 @@ use numpy::{
 };
 use pyo3::prelude::*;
 
-use super::{array2, array3, contiguous, detached};
+use super::{alone, array2, array3, contiguous, detached};
 use crate::error::{Error, Result};
-use crate::replay::expected::{Sets, Shared, cost};
+use crate::replay::expected::{Sets, Shared, busiest, cost, is_large};
 
 /// Slots [L,D,S] and the shares that they serve of their experts' tokens.
 type Slots<'py> = (PyReadonlyArray3<'py, i32>, PyReadonlyArray3<'py, f64>);
@@ -18,7 +18,7 @@ fn shared<T: Send>(
     py: Python<'_>,
     (slots, share): &Slots<'_>,
     experts: usize,
-    threads: Option<usize>,
+    (steps, threads): (usize, Option<usize>),
     work: impl FnOnce(&Shared) -> Result<T> + Send,
 ) -> PyResult<T> {
     let &[layers, devices, per_device] = slots.shape() else {
@@ -26,7 +26,17 @@ fn shared<T: Send>(
     };
     let (slots, share) = (contiguous(slots.as_slice().ok())?, contiguous(share.as_slice().ok())?);
     let make = || work(&Shared::new(slots, share, [layers, devices, per_device], experts)?);
-    Ok(detached(py, threads, make)??)
+    made(py, steps, threads, make)
+}
+
+/// Makes `work` of so many steps, on other threads where they are many.
+fn made<T: Send>(
+    py: Python<'_>,
+    steps: usize,
+    threads: Option<usize>,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> PyResult<T> {
+    Ok(if is_large(steps) { detached(py, threads, work)?? } else { alone(py, work)?? })
 }
 
 /// Loads of experts as numpy hands them over.
@@ -59,15 +69,15 @@ pub(super) fn expected_load<'py>(
     let found = match &load {
         Loads::Shares(load) => {
             let load = contiguous(load.as_slice().ok())?;
-            shared(py, &slots, experts, threads, |shared| shared.load(load))
+            shared(py, &slots, experts, (load.len(), threads), |shared| shared.load(load))
         }
         Loads::Counts(load) => {
             let load = contiguous(load.as_slice().ok())?;
-            shared(py, &slots, experts, threads, |shared| shared.load(load))
+            shared(py, &slots, experts, (load.len(), threads), |shared| shared.load(load))
         }
         Loads::Flags(load) => {
             let load = contiguous(load.as_slice().ok())?;
-            shared(py, &slots, experts, threads, |shared| shared.load(load))
+            shared(py, &slots, experts, (load.len(), threads), |shared| shared.load(load))
         }
     };
     array3(py, (windows, layers, devices), found?)
@@ -95,8 +105,9 @@ pub(super) fn expected_visits<'py>(
             Ok(Sets { ids, counts })
         })
         .collect::<PyResult<Vec<_>>>()?;
-    let (of_devices, of_nodes) =
-        shared(py, &slots, num_experts, threads, |shared| shared.visits(&node_of_device, &slices))?;
+    let steps = slices.iter().map(|of| of.ids.len()).sum();
+    let work = |shared: &Shared| shared.visits(&node_of_device, &slices);
+    let (of_devices, of_nodes) = shared(py, &slots, num_experts, (steps, threads), work)?;
     Ok((array2(py, (layers, devices), of_devices)?, array2(py, (layers, nodes), of_nodes)?))
 }
 
@@ -110,7 +121,7 @@ pub(super) fn expected_apart<'py>(
 ) -> PyResult<Bound<'py, PyArray1<f64>>> {
     let experts = pairs.shape()[2];
     let pairs = contiguous(pairs.as_slice().ok())?;
-    Ok(shared(py, &slots, experts, threads, |shared| shared.apart(pairs))?.into_pyarray(py))
+    Ok(shared(py, &slots, experts, (pairs.len(), threads), |shared| shared.apart(pairs))?.into_pyarray(py))
 }
 
 #[pyfunction]
@@ -123,7 +134,8 @@ pub(super) fn expected_followed<'py>(
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
     let (boundaries, experts, devices) = (transitions.shape()[0], transitions.shape()[2], slots.0.shape()[1]);
     let transitions = contiguous(transitions.as_slice().ok())?;
-    let found = shared(py, &slots, experts, threads, |shared| shared.followed(transitions))?;
+    let found =
+        shared(py, &slots, experts, (transitions.len(), threads), |shared| shared.followed(transitions))?;
     array3(py, (boundaries, devices, devices), found)
 }
 
@@ -140,5 +152,23 @@ pub(super) fn pair_cost(
     let experts = pairs.shape()[2];
     let (here, there) = (contiguous(here.as_slice().ok())?, contiguous(there.as_slice().ok())?);
     let (pairs, price) = (contiguous(pairs.as_slice().ok())?, contiguous(link_cost.as_slice().ok())?);
-    Ok(detached(py, threads, || cost(here, there, pairs, price, experts))??)
+    made(py, pairs.len(), threads, || cost(here, there, pairs, price, experts))
+}
+
+#[pyfunction]
+#[pyo3(signature = (visits, share, tier, tiers, *, threads = None))]
+pub(super) fn busiest_rows<'py>(
+    py: Python<'py>,
+    visits: PyReadonlyArray3<'py, f64>,
+    share: PyReadonlyArray3<'py, f64>,
+    tier: PyReadonlyArray2<'py, u16>,
+    tiers: usize,
+    threads: Option<usize>,
+) -> PyResult<Bound<'py, PyArray3<f64>>> {
+    let (windows, layers) = (visits.shape()[0], visits.shape()[1]);
+    let (visits, share) = (contiguous(visits.as_slice().ok())?, contiguous(share.as_slice().ok())?);
+    let tier = contiguous(tier.as_slice().ok())?;
+    let steps = visits.len().saturating_mul(tier.len().isqrt() * tiers);
+    let found = made(py, steps, threads, || busiest(visits, share, tier, tiers))?;
+    array3(py, (windows, layers, tiers), found)
 }

@@ -182,7 +182,9 @@ mod _core {
     #[pymodule_export]
     use super::counting::{Replay, StatisticsCounter, merge_sets, validate};
     #[pymodule_export]
-    use super::expected::{expected_apart, expected_followed, expected_load, expected_visits, pair_cost};
+    use super::expected::{
+        busiest_rows, expected_apart, expected_followed, expected_load, expected_visits, pair_cost,
+    };
     #[pymodule_export]
     use super::layer::{Layers, adapt_slots, replicate_experts};
     #[pymodule_export]

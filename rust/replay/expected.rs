@@ -8,8 +8,16 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 
-/// Fewer steps than this are made in the calling thread.
-const FEW: usize = 1 << 18;
+/// Whether steps are so many that threads are worth waking; fewer are made in the calling one.
+#[must_use]
+pub fn is_large(steps: usize) -> bool {
+    steps >= 1 << 18
+}
+
+/// Results of numbers from 0, by threads where work is `large`.
+fn each<T: Send>(large: bool, count: usize, make: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
+    if large { (0..count).into_par_iter().map(make).collect() } else { (0..count).map(make).collect() }
+}
 
 /// A number of tokens.
 pub trait Tokens: Copy + Send + Sync {
@@ -76,27 +84,20 @@ impl Holders {
         Self { first, unit, share }
     }
 
-    /// Tokens that visit every unit, of sets `[N, K]` and the tokens of each `[N]`.
-    fn visits(&self, units: usize, sets: Sets<'_>) -> Vec<f64> {
-        let k = (sets.ids.len() / sets.counts.len().max(1)).max(1);
-        let sets = sets.ids.chunks_exact(k).zip(sets.counts).enumerate();
-        let mut last = vec![usize::MAX; units];
-        if let Some(unit) = self.single() {
-            let mut tokens = vec![0u64; units];
-            for (set, (ids, &count)) in sets {
-                for &e in ids {
-                    let unit = unit[usize::from(e)] as usize;
-                    if last[unit] != set {
-                        last[unit] = set;
-                        tokens[unit] += count;
-                    }
-                }
-            }
-            return tokens.into_iter().map(|tokens| tokens as f64).collect();
+    /// Tokens that visit every device and every node `[D, N]`, of sets; `node` of every device is one of `nodes`.
+    fn visits(&self, node: &[u16], nodes: usize, sets: Sets<'_>) -> (Vec<f64>, Vec<f64>) {
+        if let Some(device) = self.single() {
+            return visits_of_single(device, node, nodes, sets);
         }
+        (self.expected(node.len(), sets), self.within(node).expected(nodes, sets))
+    }
+
+    /// Tokens that are expected to visit every unit.
+    fn expected(&self, units: usize, sets: Sets<'_>) -> Vec<f64> {
+        let mut last = vec![u32::MAX; units];
         // Share of the set's tokens that miss a unit, of the units that it meets.
         let (mut tokens, mut missed, mut met) = (vec![0.0; units], vec![0.0; units], Vec::new());
-        for (set, (ids, &count)) in sets {
+        for (set, (ids, count)) in (0..).zip(sets.each()) {
             for &e in ids {
                 for (unit, share) in self.of(usize::from(e)) {
                     if last[unit] == set {
@@ -114,6 +115,26 @@ impl Holders {
         }
         tokens
     }
+}
+
+/// Tokens that visit every device and every node, of experts that are on one device each.
+fn visits_of_single(device: &[u32], node: &[u16], nodes: usize, sets: Sets<'_>) -> (Vec<f64>, Vec<f64>) {
+    // The last set that was there, and the tokens so far.
+    let mut devices = vec![(u32::MAX, 0u64); node.len()];
+    let mut of_nodes = vec![(u32::MAX, 0u64); nodes];
+    for (set, (ids, count)) in (0..).zip(sets.each()) {
+        for &e in ids {
+            let device = device[usize::from(e)] as usize;
+            let here = &mut devices[device];
+            if here.0 != set {
+                *here = (set, here.1 + count);
+                let here = &mut of_nodes[usize::from(node[device])];
+                *here = (set, here.1 + if here.0 == set { 0 } else { count });
+            }
+        }
+    }
+    let tokens = |of: Vec<(u32, u64)>| of.into_iter().map(|(_, tokens)| tokens as f64).collect();
+    (tokens(devices), tokens(of_nodes))
 }
 
 /// Expert sets of a layer.
@@ -135,6 +156,13 @@ pub struct Shared {
 
 fn wrong<T>(what: &'static str, rule: String, found: usize) -> Result<T> {
     Err(Error::Shape { what, rule, found: format!("{found} values") })
+}
+
+impl<'a> Sets<'a> {
+    fn each(self) -> impl Iterator<Item = (&'a [u16], u64)> {
+        let k = (self.ids.len() / self.counts.len().max(1)).max(1);
+        self.ids.chunks_exact(k).zip(self.counts.iter().copied())
+    }
 }
 
 impl Shared {
@@ -177,27 +205,20 @@ impl Shared {
         if !load.len().is_multiple_of((layers * e).max(1)) {
             return wrong("load", format!("[windows, {layers}, {e}]"), load.len());
         }
-        let mut found = vec![0.0; load.len() / e.max(1) * d];
-        let window = |(found, load): (&mut [f64], &[T])| {
-            for ((found, load), holders) in
-                found.chunks_exact_mut(d).zip(load.chunks_exact(e)).zip(&self.layers)
-            {
+        let size = layers * e;
+        let window = |w: usize| {
+            let mut found = vec![0.0; layers * d];
+            let layers = found.chunks_exact_mut(d).zip(load[w * size..][..size].chunks_exact(e));
+            for ((found, load), holders) in layers.zip(&self.layers) {
                 for (expert, &load) in load.iter().enumerate() {
                     for (device, share) in holders.of(expert) {
                         found[device] += share * load.tokens();
                     }
                 }
             }
-        };
-        if load.len() < FEW {
             found
-                .chunks_exact_mut((layers * d).max(1))
-                .zip(load.chunks_exact((layers * e).max(1)))
-                .for_each(window);
-        } else {
-            found.par_chunks_exact_mut(layers * d).zip(load.par_chunks_exact(layers * e)).for_each(window);
-        }
-        Ok(found)
+        };
+        Ok(each(is_large(load.len()), load.len() / size.max(1), window).concat())
     }
 
     /// Tokens that visit every device `[L, D]` and every node `[L, N]`, of sets of every layer and the node of every
@@ -209,14 +230,13 @@ impl Shared {
         }
         let known = |of: &Sets<'_>| {
             let k = of.ids.len() / of.counts.len().max(1);
-            k * of.counts.len() == of.ids.len() && of.ids.iter().all(|&id| usize::from(id) < e)
+            let few = of.counts.len() < u32::MAX as usize;
+            few && k * of.counts.len() == of.ids.len() && of.ids.iter().all(|&id| usize::from(id) < e)
         };
         let nodes = node.iter().max().map_or(0, |&node| usize::from(node) + 1);
-        let layer = |(holders, &of): (&Holders, &Sets<'_>)| {
-            known(&of).then(|| (holders.visits(d, of), holders.within(node).visits(nodes, of)))
-        };
-        let all = self.layers.par_iter().zip(sets);
-        let Some(found) = all.map(layer).collect::<Option<Vec<_>>>() else {
+        let layer = |l: usize| known(&sets[l]).then(|| self.layers[l].visits(node, nodes, sets[l]));
+        let large = is_large(sets.iter().map(|of| of.ids.len()).sum());
+        let Some(found) = each(large, sets.len(), layer).into_iter().collect::<Option<Vec<_>>>() else {
             return wrong("sets", format!("ids [N, K] below {e} and counts [N]"), 0);
         };
         let (devices, nodes): (Vec<_>, Vec<_>) = found.into_iter().unzip();
@@ -229,7 +249,8 @@ impl Shared {
         if pairs.len() != self.layers.len() * e * e {
             return wrong("pairs", format!("[{}, {e}, {e}]", self.layers.len()), pairs.len());
         }
-        let layer = |(holders, pairs): (&Holders, &[u64])| {
+        let layer = |l: usize| {
+            let (holders, pairs) = (&self.layers[l], &pairs[l * e * e..][..e * e]);
             if let Some(device) = holders.single() {
                 let row = |(row, &here): (&[u64], &u32)| -> u128 {
                     let apart =
@@ -250,7 +271,7 @@ impl Shared {
             }
             sum / 2.0
         };
-        Ok(self.layers.par_iter().zip(pairs.par_chunks_exact((e * e).max(1))).map(layer).collect())
+        Ok(each(is_large(pairs.len()), self.layers.len(), layer))
     }
 
     /// Pairs of neighbouring layers' experts by their devices `[L - 1, D, D]`, of counts `[L - 1, E, E]`.
@@ -260,7 +281,8 @@ impl Shared {
         if transitions.len() != boundaries * e * e {
             return wrong("transitions", format!("[{boundaries}, {e}, {e}]"), transitions.len());
         }
-        let boundary = |(two, table): (&[Holders], &[u64])| {
+        let boundary = |l: usize| {
+            let (two, table) = (&self.layers[l..l + 2], &transitions[l * e * e..][..e * e]);
             let mut from = vec![0.0; d * e];
             for (expert, row) in table.chunks_exact(e).enumerate() {
                 for (device, share) in two[0].of(expert) {
@@ -276,8 +298,7 @@ impl Shared {
             }
             found
         };
-        let tables = transitions.par_chunks_exact((e * e).max(1));
-        Ok(self.layers.par_windows(2).zip(tables).map(boundary).collect::<Vec<_>>().concat())
+        Ok(each(is_large(transitions.len()), boundaries, boundary).concat())
     }
 }
 
@@ -292,18 +313,55 @@ pub fn cost(here: &[u16], there: &[u16], pairs: &[u64], cost: &[u64], experts: u
     if !here.iter().chain(there).all(known) {
         return wrong("device_of", format!("devices below {devices}"), here.len());
     }
-    let table = |((pairs, here), there): ((&[u64], &[u16]), &[u16])| -> u128 {
+    let table = |l: usize| -> u128 {
+        let [here, there] = [here, there].map(|all| &all[l * experts..][..experts]);
         let row = |(row, &here): (&[u64], &u16)| -> u128 {
             let cost = &cost[usize::from(here) * devices..][..devices];
             let of =
                 |(&count, &there): (&u64, &u16)| u128::from(count) * u128::from(cost[usize::from(there)]);
             row.iter().zip(there).map(of).sum()
         };
-        pairs.chunks_exact(experts).zip(here).map(row).sum()
+        pairs[l * experts * experts..][..experts * experts].chunks_exact(experts).zip(here).map(row).sum()
     };
-    let experts = experts.max(1);
-    let layers = pairs.par_chunks_exact(experts * experts).zip(here.par_chunks_exact(experts));
-    Ok(layers.zip(there.par_chunks_exact(experts)).map(table).sum())
+    Ok(each(is_large(pairs.len()), here.len() / experts.max(1), table).into_iter().sum())
+}
+
+/// Rows at the busiest port of every tier `[W, L, T]`, of visits `[W, L, D]`: a device is visited from every home by a
+/// share of its tokens `[L, D, D]`, home first, over the links of their tier `[D, D]`, of which 0 is no link.
+pub fn busiest(visits: &[f64], share: &[f64], tier: &[u16], tiers: usize) -> Result<Vec<f64>> {
+    let d = tier.len().isqrt();
+    let layers = share.len() / (d * d).max(1);
+    let whole = d * d == tier.len() && layers * d * d == share.len() && layers > 0;
+    if !whole || !visits.len().is_multiple_of(layers * d) {
+        return wrong("visits", format!("[windows, {layers}, {d}]"), visits.len());
+    }
+    // What a visit of a device makes homes send `[L, T, D, D]`, device first, and what in all `[L, T, D]`.
+    let mut sent = vec![0.0; layers * tiers * d * d];
+    let mut sum = vec![0.0; layers * tiers * d];
+    for (l, share) in share.chunks_exact(d * d).enumerate() {
+        for (at, (&share, &tier)) in share.iter().zip(tier).enumerate().filter(|&(_, (_, &tier))| tier > 0) {
+            let (home, device, row) = (at / d, at % d, l * tiers + usize::from(tier) - 1);
+            if usize::from(tier) <= tiers {
+                sent[(row * d + device) * d + home] = share;
+                sum[row * d + device] += share;
+            }
+        }
+    }
+    let window = |w: usize| {
+        let (mut found, mut out) = (vec![0.0; layers * tiers], vec![0.0; d]);
+        for (row, found) in found.iter_mut().enumerate() {
+            let visits = &visits[(w * layers + row / tiers) * d..][..d];
+            out.fill(0.0);
+            for (sent, &tokens) in sent[row * d * d..][..d * d].chunks_exact(d).zip(visits) {
+                out.iter_mut().zip(sent).for_each(|(out, share)| *out += tokens * share);
+            }
+            let into = visits.iter().zip(&sum[row * d..]).map(|(tokens, share)| tokens * share);
+            *found = into.chain(out.iter().copied()).fold(0.0, f64::max);
+        }
+        found
+    };
+    let large = is_large(visits.len().saturating_mul(d * tiers));
+    Ok(each(large, visits.len() / (layers * d), window).concat())
 }
 
 #[cfg(test)]
@@ -338,6 +396,15 @@ mod tests {
         assert_eq!(shared.followed(&[2, 10, 4, 100]).expect("valid"), [3.0, 113.0, 0.0, 0.0]);
         let all = cost(&[0, 0], &[0, 1], &[2, 10, 4, u64::MAX], &[0, 7, 7, 0], 2).expect("valid");
         assert_eq!(all, 7 * (10 + u128::from(u64::MAX)));
+    }
+
+    #[test]
+    fn the_busiest_port_is_the_one_of_most_rows() {
+        // Two nodes of two devices, homes alike: device 3 gets 8 / 4 from its neighbour and as much from two homes beyond.
+        let tier = [0, 1, 2, 2, 1, 0, 2, 2, 2, 2, 0, 1, 2, 2, 1, 0];
+        let found = busiest(&[1.0, 0.0, 0.0, 8.0], &[0.25; 16], &tier, 2).expect("valid");
+        assert_eq!(found, [2.0, 4.0]);
+        assert!(busiest(&[1.0; 3], &[0.25; 16], &tier, 2).is_err());
     }
 
     #[test]

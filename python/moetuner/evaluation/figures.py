@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _core
 from moetuner.cost import CostModel, busiest_ports
 from moetuner.evaluation.replay import Counts
 from moetuner.topology import Regime, Topology
@@ -70,16 +71,11 @@ def _dispatched(counts: Counts, topology: Topology, model: CostModel) -> Floats:
 
 def _by_device(counts: Counts, topology: Topology) -> Floats:
     """Compute rows at the busiest port [W,L,tiers]; a window has homes as all of them have."""
-    visits: Floats = counts.visits.transpose(1, 0, 2).astype(np.float64, order="C")
-    total = np.maximum(visits.sum(axis=1), 1e-300)
-    from_home = counts.dispatch / total[:, None, :]
-    ports = []
-    for tier in range(1, len(topology.levels) + 1):
-        share = from_home * (topology.tier == tier)
-        into = (visits * share.sum(axis=1)[:, None, :]).max(axis=-1)
-        out = np.matmul(visits, share.transpose(0, 2, 1)).max(axis=-1)
-        ports.append(np.maximum(into, out).T)
-    return np.stack(ports, axis=-1)
+    visits = np.ascontiguousarray(counts.visits, dtype=np.float64)
+    total = np.maximum(visits.sum(axis=0), 1e-300)
+    from_home = np.ascontiguousarray(counts.dispatch / total[:, None, :])
+    tier = topology.tier.astype(np.uint16)
+    return _core.busiest_rows(visits, from_home, tier, len(topology.levels))
 
 
 def _by_node(counts: Counts, node_visits: NDArray[Any], topology: Topology) -> Floats:

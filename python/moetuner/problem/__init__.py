@@ -175,7 +175,7 @@ class Problem(Frozen):
             self.goal == "traffic"
             and not (self.fill_slots and self.may_copy)
             and not self.rules.some
-            and len(np.unique(self.capacity)) == 1
+            and self.capacity.min() == self.capacity.max()
             and self.topology.has_equal_devices
         )
 

@@ -158,16 +158,35 @@ def solve(
     limits = replace(limits, time_limit=clock.within().time_limit)
     if initial is None:
         candidate = METHODS[method](problem, seed=seed, limits=limits)
-        if problem.is_plain and searches:
-            candidate = no_worse(problem, candidate)
     else:
         candidate = migrate(problem, initial, migration, METHODS[method], seed=seed, limits=limits)
-    if problem.fill_slots:
-        candidate = _filled(problem, candidate, initial)
-    if searches:
-        caps = told(problem, candidate, threads=threads)
-        candidate = replace(candidate, details=replace(candidate.details, caps=caps))
 
+    def result(candidate: Candidate) -> Result:
+        if initial is None and problem.is_plain and searches:
+            candidate = no_worse(problem, candidate)
+        if problem.fill_slots:
+            candidate = _filled(problem, candidate, initial)
+        if searches:
+            caps = told(problem, candidate, threads=threads)
+            candidate = replace(candidate, details=replace(candidate.details, caps=caps))
+        found = _result(problem, candidate, method, fingerprint)
+        if initial is not None and migration.budget is not None:
+            more = _beyond_budget(initial, found.placement, migration.budget, expert_bytes)
+            found = replace(found, violations=found.violations + more)
+        status = _status(problem, found)
+        seconds = clock.gone
+        end = Progress(seconds, "answer", found.objective, found.bound, is_step=True)
+        return replace(found, status=status, seconds=seconds, history=history.end(end))
+
+    try:
+        return result(candidate)
+    except KeyboardInterrupt:
+        # What is found is not lost: this takes no longer than what was interrupted.
+        return result(replace(candidate, status="interrupted"))
+
+
+def _result(problem: Problem, candidate: Candidate, method: str, fingerprint: str) -> Result:
+    """Say of an answer what it is worth, and take back what is not true of it."""
     # Bounds of pairs are costs; those of visits are of what they are a bound of.
     worth = Objective(problem)
     scale = worth.scale if worth.counts_pairs else 1
@@ -176,10 +195,6 @@ def solve(
     candidate = _held(worth, candidate, placement, objective)
     bound = None if candidate.bound is None else candidate.bound / scale
     about = None if bound is None else scope(problem, candidate.details.caps)
-    violations = problem.violations(placement)
-    if initial is not None and migration.budget is not None:
-        violations += _beyond_budget(initial, placement, migration.budget, expert_bytes)
-    seconds = clock.gone
     return Result(
         placement=placement.with_names(
             model=problem.statistics.model,
@@ -190,16 +205,15 @@ def solve(
             bound_scope=about,
         ),
         method=method,
-        status=_status(problem, candidate, violations),
+        status=candidate.status,
         objective=objective,
         bound=bound,
         bound_source=candidate.bound_source,
-        seconds=seconds,
+        seconds=0.0,
         details=candidate.details,
         certificate=candidate.certificate,
         bound_scope=about,
-        violations=violations,
-        history=history.end(Progress(seconds, "answer", objective, bound, is_step=True)),
+        violations=problem.violations(placement),
     )
 
 
@@ -223,14 +237,13 @@ def _filled(problem: Problem, candidate: Candidate, initial: Placement | None) -
     )
 
 
-def _status(problem: Problem, candidate: Candidate, violations: tuple[str, ...]) -> Status:
+def _status(problem: Problem, found: Result) -> Status:
     """Return how a method ended, or that its answer breaks rules without saying so."""
-    placement = Placement(candidate.slots, num_experts=problem.experts)
     known: list[str] = []
-    if candidate.details.caps.raised:
-        known = problem.caps.violations(placement)
-    silent = len(violations) > len(known) and candidate.status != "interrupted"
-    return "violates rules" if silent else candidate.status
+    if found.details.caps.raised:
+        known = problem.caps.violations(found.placement)
+    silent = len(found.violations) > len(known) and found.status != "interrupted"
+    return "violates rules" if silent else found.status
 
 
 def _beyond_budget(

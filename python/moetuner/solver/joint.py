@@ -35,7 +35,17 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     Without ``time_limit`` no integer programme is run, so that the answer depends on the problem
     and the seed alone and comes in seconds.
     """
-    clock = Clock(limits)
+    best: list[Candidate] = []
+    try:
+        return _joint(problem, seed, Clock(limits), best)
+    except KeyboardInterrupt:  # outside of the core, which ends with the best it has
+        found = best[0] if best else Candidate(balanced(problem))
+        return replace(found, status="interrupted")
+
+
+def _joint(problem: Problem, seed: int, clock: Clock, best: list[Candidate]) -> Candidate:
+    """Solve the joint problem; ``best`` gets what the search finds as soon as it is known."""
+    limits = clock.limits
     if not _is_of_pairs(problem):
         share = 1.0
         if proves_pairs(problem):
@@ -43,14 +53,13 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
         elif problem.goal == "traffic" and not problem.may_copy:
             share = effort.VISIT_SEARCH_SHARE
         found = heuristic(problem, seed=seed, limits=clock.within(share))
+        best.append(found)
         return bounded(problem, found, clock.within())
-    try:
-        exact = None if limits.time_limit == 0 else _optimum(problem, clock.within())
-    except KeyboardInterrupt:
-        return Candidate(balanced(problem), "interrupted")
+    exact = None if limits.time_limit == 0 else _optimum(problem, clock.within())
     if exact is not None:
         return exact
     found = heuristic(problem, seed=seed, limits=clock.within(effort.SEARCH_SHARE))
+    best.append(found)
     if found.status == "interrupted":
         return found
     left = clock.within().time_limit
@@ -74,19 +83,30 @@ def heuristic(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     if not problem.is_plain:
         clock = Clock(limits)
         found = layers(problem, seed=seed, limits=limits)
-        found = _eased(problem, found, seed, clock.within())
-        return best_of_all(problem, found, clock.within())
+        try:
+            found = _eased(problem, found, seed, clock.within())
+            return best_of_all(problem, found, clock.within())
+        except KeyboardInterrupt:
+            return replace(found, status="interrupted")
+    clock = Clock(limits)
+    if limits.time_limit is not None:
+        # Whatever is found is compared with this, and has to be judged itself: no time is left for
+        # that when the search ends.
+        floor = Placement(balanced(problem), num_experts=problem.experts)
+        begin = clock.gone
+        if clock.is_over():
+            return Candidate(floor.slots, "time_limit")
+        Objective(problem).value(floor)
+        clock = Clock(clock.within(keep=clock.gone - begin))
     if Objective(problem).counts_visits:
-        clock = Clock(limits)
         least = fewest_visits(problem, problem.caps.over_speed, clock)
         if least is not None:
             visits = Objective(problem).traffic(Placement(least, num_experts=problem.experts))
             return Candidate(least, "optimal", visits, "every placement")
         return dispatch(problem, seed=seed, limits=clock.within(), copies=problem.may_copy)
     if not problem.may_copy:
-        return search_traffic(problem, seed=seed, limits=limits)
+        return search_traffic(problem, seed=seed, limits=clock.within())
     # The best with one copy of each expert is a start; copies must better it.
-    clock = Clock(limits)
     single = search_traffic(problem, seed=seed, limits=clock.within(effort.SINGLE_SHARE))
     if single.status == "interrupted":
         return single

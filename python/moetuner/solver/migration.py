@@ -93,12 +93,15 @@ def migrate(
     """
     problem.check_running(initial)
     solve = _Migrating(problem, initial, migration, seed, Clock(limits))
-    if limits.time_limit == 0:
-        solve.best = replace(solve.best, status="time_limit")
-    elif solve.price == 0 and solve.most >= problem.capacity.sum():
-        solve.freely(method)
-    elif solve.most > 0:
-        solve.step_by_step()
+    try:
+        if limits.time_limit == 0:
+            solve.best = replace(solve.best, status="time_limit")
+        elif solve.price == 0 and solve.most >= problem.capacity.sum():
+            solve.freely(method)
+        elif solve.most > 0:
+            solve.step_by_step()
+    except KeyboardInterrupt:  # outside of the core, which ends with the best it has
+        solve.best = replace(solve.best, status="interrupted")
     return solve.answer()
 
 

@@ -6,7 +6,6 @@ A placement enters; the same or a better one leaves, with a proven lower bound o
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -20,7 +19,7 @@ from moetuner.problem.caps import device_load
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
 from moetuner.solver.milp.highs import Ilp, Solution
-from moetuner.solver.result import Candidate, Limits, Progress, Status
+from moetuner.solver.result import Candidate, Clock, Limits, Progress, Status
 
 # A row counts as broken by more than this.
 VIOLATION = 1e-3
@@ -327,16 +326,12 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
     """
     if limits.time_limit is not None and limits.time_limit <= 0:
         return replace(start, status="time_limit")
-    begin = time.monotonic()
+    clock = Clock(limits)
     caps = problem.caps.kept(start.slots)
     joint = CoLocationData.of(problem, caps)
     if joint is None:
         raise ValueError("co-location needs links of one kind, or dearer ones between nodes")
     model = Model(joint)
-
-    def left() -> float | None:
-        gone = time.monotonic() - begin
-        return None if limits.time_limit is None else max(limits.time_limit - gone, 0.0)
 
     worth, slots = Objective(problem), start.slots
     cost = worth.cost(Placement(slots, num_experts=problem.experts))
@@ -346,12 +341,11 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         if limits.progress is not None:
             # While triangles are still to come, HiGHS's incumbent need be no placement.
             known = max(bound, model.ilp.proven(dual, model.unit)) / worth.scale
-            seconds = time.monotonic() - begin
-            limits.progress(Progress(seconds, "co-location", cost / worth.scale, known))
+            limits.progress(Progress(clock.gone, "co-location", cost / worth.scale, known))
 
     device_of = entries_of(slots, problem.experts)
     rounds, first = 0, None
-    relaxed, ended = model.tighten(cost, left, report)
+    relaxed, ended = model.tighten(cost, lambda: clock.left, report)
     status: Status = ended
     bound = max(bound, model.ilp.proven(relaxed, model.unit))
     while ended == "feasible" and bound < cost and rounds < effort.PROGRAMME_ROUNDS:
@@ -362,7 +356,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
             gap=limits.gap or 0.0,
             absolute_gap=model.absolute_gap,
             nodes=effort.PROGRAMME_NODES,
-            time_limit=left(),
+            time_limit=clock.left,
             progress=report,
         )
         rounds += 1

@@ -40,7 +40,7 @@ def no_worse(problem: Problem, found: Candidate) -> Candidate:
         return float(problem.caps.excess(placement).sum()), objective.value(placement)
 
     slots = balanced(problem)
-    if rank(slots) >= rank(found.slots):
+    if np.array_equal(slots, found.slots) or rank(slots) >= rank(found.slots):
         return found
     status = found.status if found.status in ("time_limit", "interrupted") else "feasible"
     return replace(

@@ -18,7 +18,7 @@ from moetuner import _core
 from moetuner.evaluation.copies import of_layer
 from moetuner.placement import EMPTY
 from moetuner.solver import effort
-from moetuner.solver.result import UnseenDetails
+from moetuner.solver.result import Clock, Limits, UnseenDetails
 from moetuner.solver.search.noise import noise_of
 
 Floats = NDArray[np.float64]
@@ -108,6 +108,7 @@ def choose(
     time_limit
         Seconds for all searches together.
     """
+    clock = Clock(Limits(time_limit))
     used = np.flatnonzero((weight > 0) & load.any(axis=(1, 2)))
     if len(used) < FEWEST_WINDOWS:
         return Choice(details=UnseenDetails(SearchSetting(0).name, "too few windows"))
@@ -121,17 +122,23 @@ def choose(
     if noise is not None:
         devices, experts = capacity.shape[1], load.shape[2]
         settings.insert(0, SearchSetting(noise.order(devices, experts), noise.counted(devices)))
-    each = None if time_limit is None else time_limit / (len(settings) + 1)
+    tries = len(settings) + 1
     scores: dict[SearchSetting, Floats] = {}
 
+    def judge(setting: SearchSetting) -> Floats:
+        within = clock.within(1 / (tries - len(scores)))
+        return trial.scores(setting, seed=seed, threads=threads, time_limit=within.time_limit)
+
     def is_better(setting: SearchSetting, than: SearchSetting, errors: float) -> bool:
-        scores[setting] = trial.scores(setting, seed=seed, threads=threads, time_limit=each)
+        if clock.is_over():
+            return False
+        scores[setting] = judge(setting)
         gain = scores[than] - scores[setting]
         error = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else 0.0
         return bool(gain.mean() > errors * error)
 
     chosen = settings[0]
-    scores[chosen] = trial.scores(chosen, seed=seed, threads=threads, time_limit=each)
+    scores[chosen] = judge(chosen)
     for setting in settings[1:]:
         chosen = setting if is_better(setting, chosen, CLEARLY) else chosen
     if chosen.norm:
@@ -185,6 +192,7 @@ class _Trial:
         self, setting: SearchSetting, *, seed: int, threads: int | None, time_limit: float | None
     ) -> Floats:
         """Compute the imbalance on the windows held out [parts * L]."""
+        clock = Clock(Limits(time_limit))
         parts = range(int(self.fold.max()) + 1)
         held_out = [(self.fold == part)[:, None, None] for part in parts]
         tables = [np.where(out, 0, self.load) for out in held_out]
@@ -199,14 +207,15 @@ class _Trial:
             noise=setting.noise,
             mixed=setting.mixed,
         )
+        start = layers.construct(threads=threads)
         slots, interrupted = layers.place(
-            layers.construct(threads=threads),
+            start,
             trials=max(
                 effort.TRIED_PER_SLOT * int(self.capacity.sum(axis=1).max()), effort.TRIED_LEAST
             ),
             seed=seed,
             threads=threads,
-            time_limit=time_limit,
+            time_limit=clock.left,
         )
         if interrupted:
             raise KeyboardInterrupt

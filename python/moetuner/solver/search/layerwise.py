@@ -124,8 +124,21 @@ class LayerSearch:
 
         Where moving has a price, ``start`` is the only start.
         """
-        clock, problem = Clock(limits), self.problem
         self.moving = moving
+        # What was found so far, in the order in which it was.
+        known: list[Known] = []
+        try:
+            return self._run(Clock(limits), start, known)
+        except KeyboardInterrupt:  # outside of the core, which ends with the best it has
+            self.dear = 1.0
+            if known:
+                best = min(known, key=lambda each: each.rank).slots
+            else:
+                best = self.full(balanced(self.problem) if start is None else start)
+            return self.candidate(best, "interrupted")
+
+    def _run(self, clock: Clock, start: Slots | None, known: list[Known]) -> Candidate:
+        problem, limits, moving = self.problem, clock.limits, self.moving
         starts = [] if start is None else [self.full(start)]
         if moving is None or start is None:
             # Whatever becomes of the search, it is not behind what engines get from ``balance``.
@@ -134,19 +147,21 @@ class LayerSearch:
                 made = self._layers().construct(copies=problem.may_copy, threads=limits.threads)
                 starts.append(self.full(made))
             starts.append(self.full(floor))
+        if len(starts) == 1 and clock.is_over():
+            return self.candidate(starts[0], "time_limit")
         begin = clock.gone
-        slots = min(starts, key=self.rank) if len(starts) > 1 else starts[0]
-        # What judging the answers will take: known here before it is needed.
+        known.extend(self.known(slots) for slots in starts)
+        # What peers could have found: no answer is behind these, be it by a hair.
+        limit = min(each.rank for each in known)
+        # Seconds that judging an answer takes, which are kept back for those to come.
         judging = (clock.gone - begin) / len(starts)
         if clock.is_over():
-            return self.candidate(slots, "time_limit")
+            best = min(known, key=lambda each: each.rank).slots
+            return self.candidate(best, "time_limit")
         again = effort.REWEIGHTINGS_AGAIN if self.reweighted else effort.REWEIGHTINGS
         turns = 1 if problem.windows.is_mean else again
-        try:
-            if not self.reweighted:
-                self.learn(clock.within(effort.LEARN_SHARE, keep=judging))
-        except KeyboardInterrupt:
-            return self.candidate(slots, "interrupted")
+        if not self.reweighted:
+            self.learn(clock.within(effort.LEARN_SHARE, keep=judging))
         traffic: list[Slots] = []
         interrupted = False
         if self.links is not None and moving is None:
@@ -162,9 +177,6 @@ class LayerSearch:
                 interrupted = found.status == "interrupted"
                 if interrupted:
                     break
-        # What peers could have found: no answer is behind these, be it by a hair.
-        known = [self.known(slots) for slots in starts]
-        limit = min(each.rank for each in known)
         for slots in traffic:
             if clock.is_over():
                 break
@@ -255,6 +267,7 @@ class LayerSearch:
 
     def improve(self, slots: Slots, limits: Limits) -> tuple[Slots, bool]:
         """Anneal every layer, and say whether it was interrupted."""
+        clock = Clock(limits)
         trials, slots_of_layer = limits.iterations, int(self.problem.capacity.sum(axis=1).max())
         if trials is None:
             windows = None if self.links is not None else len(self.problem.windows.load)
@@ -268,7 +281,8 @@ class LayerSearch:
                 limits.progress(Progress(seconds, "layers"))
 
         links = None if self.links is None else link_prices(self.problem, self._tokens_per_unit())
-        return self._layers().place(
+        layers = self._layers()
+        return layers.place(
             np.ascontiguousarray(slots),
             trials=trials,
             restarts=effort.RESTARTS if slots_of_layer <= effort.FEW_SLOTS else 1,
@@ -278,7 +292,7 @@ class LayerSearch:
             transitions=self.links,
             link_cost=links,
             seed=self.seed,
-            time_limit=limits.time_limit,
+            time_limit=clock.left,
             threads=limits.threads,
             progress=report if limits.progress is not None else None,
         )
@@ -287,15 +301,17 @@ class LayerSearch:
         self, start: Slots, initial: Placement, most: float, limits: Limits
     ) -> tuple[Path, bool]:
         """Go down from slots by the steps that gain most for a move, and say if interrupted."""
+        clock = Clock(limits)
         problem, unit = self.problem, self._tokens_per_unit()
-        places, experts, figures, interrupted = self._layers().descend(
+        layers = self._layers()
+        places, experts, figures, interrupted = layers.descend(
             np.ascontiguousarray(start),
             np.ascontiguousarray(initial.held.transpose(0, 2, 1)),
             most=int(most) if most < problem.capacity.sum() else None,
             copies=problem.may_copy,
             transitions=self.links,
             link_cost=None if self.links is None else link_prices(problem, unit),
-            time_limit=limits.time_limit,
+            time_limit=clock.left,
             threads=limits.threads,
         )
         begin = [[brought(initial.held, start), self._excess(start).sum(), 0.0]]

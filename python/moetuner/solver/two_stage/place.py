@@ -57,12 +57,22 @@ def cluster_traffic(
     """
     high = (transitions >> np.uint64(32)).sum(dtype=np.uint64)
     cut = max(int(high).bit_length() - 30, 0)
-    member = (cluster[:, :, None] == np.arange(clusters)).astype(np.uint64)
     traffic = np.zeros((len(transitions), clusters, clusters), dtype=np.uint64)
     for layer, table in enumerate(transitions):
-        counts = table >> np.uint64(cut)
-        traffic[layer] = member[layer].T @ counts @ member[layer + 1]
+        rows = _merged(table >> np.uint64(cut), cluster[layer], clusters)
+        traffic[layer] = _merged(rows.T, cluster[layer + 1], clusters).T
     return traffic, cut
+
+
+def _merged(
+    counts: NDArray[np.uint64], cluster: NDArray[np.int64], clusters: int
+) -> NDArray[np.uint64]:
+    """Add up the rows [E,N] of every cluster [D,N]; some may have none."""
+    order = np.argsort(cluster, kind="stable")
+    some, first = np.unique(cluster[order], return_index=True)
+    merged = np.zeros((clusters, counts.shape[1]), dtype=np.uint64)
+    merged[some] = np.add.reduceat(counts[order], first, axis=0)
+    return merged
 
 
 def place_clusters(

@@ -1,0 +1,158 @@
+"""Limits that hold: one clock that every phase asks, and interrupts that lose nothing."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.solver import result
+from moetuner.solver.joint import best_of_all
+from moetuner.solver.result import Candidate, Clock, Limits
+from moetuner.solver.search.balanced import balanced
+from moetuner.solver.search.layerwise import LayerSearch
+
+PROBLEMS = {
+    "balance": {"objective": "balance", "slots_per_device": 5},
+    "worst": {"objective": "balance", "risk": 0.5},
+    "time": {"objective": "time"},
+    "copies": {"objective": "time", "slots_per_device": 5},
+    "follow": {"objective": "time", "regime": "follow"},
+    "visits": {"objective": "traffic", "max_imbalance": 1.3},
+    "visits, copies": {"objective": "traffic", "max_imbalance": 1.3, "slots_per_device": 5},
+    "crossing": {"objective": "traffic", "regime": "follow", "max_imbalance": 1.3},
+}
+
+
+class Time:
+    """A clock that goes on by a step whenever it is read."""
+
+    def __init__(self, step, begin=0.0):
+        self.now, self.step = begin, step
+
+    def monotonic(self):
+        """Read it."""
+        self.now += self.step
+        return self.now
+
+
+@pytest.fixture
+def tick(monkeypatch):
+    """Replace the clock by one that goes on by a step whenever it is read."""
+
+    def tick(step):
+        time = Time(step)
+        monkeypatch.setattr(result, "time", SimpleNamespace(monotonic=time.monotonic))
+        return time
+
+    return tick
+
+
+@pytest.fixture
+def problem(make_trace):
+    """Make a problem of a name, of 16 experts on four devices."""
+
+    def problem(name, **more):
+        trace = make_trace(tokens=400, experts=16, seed=3)
+        counted = mt.RoutingStatistics.from_trace(trace, window=50, sets=True)
+        return mt.Problem(counted, mt.Topology(4, devices_per_node=2), **{**PROBLEMS[name], **more})
+
+    return problem
+
+
+def no_worse_than_balance(problem, found):
+    """Whether a result is not behind what every search starts from."""
+    floor = mt.Placement(balanced(problem), num_experts=problem.experts)
+
+    def rank(placement):
+        return float(problem.caps.excess(placement).sum()), problem.value(placement)
+
+    return rank(found.placement) <= rank(floor)
+
+
+def test_a_clock_says_what_is_left(tick):
+    """Shares are of what is left less what is kept back; nothing is ever below 0."""
+    time = tick(0.0)
+    clock = Clock(Limits(10.0))
+    assert (clock.left, clock.within(0.5, keep=2.0).time_limit) == (10.0, 4.0)
+    time.now += 7.0
+    assert (clock.gone, clock.left, clock.is_over()) == (7.0, 3.0, False)
+    assert clock.within(keep=4.0).time_limit == 0.0
+    time.now += 7.0
+    assert (clock.left, clock.is_over(), clock.within().time_limit) == (0.0, True, 0.0)
+    endless = Clock(Limits())
+    assert (endless.left, endless.is_over()) == (None, False)
+    assert endless.within(0.1, keep=5.0) == Limits()
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("limit", [0.0, 2.5, 10.0])
+def test_time_that_is_over_ends_every_search(tick, problem, monkeypatch, name, limit):
+    """What is started when the clock says that nothing is left has no time to search in."""
+    time, begun = tick(1.0), []
+    for what in ("learn", "improve"):
+        plain = getattr(LayerSearch, what)
+
+        def asked(self, *arguments, plain=plain):
+            begun.append(arguments[-1].time_limit)
+            return plain(self, *arguments)
+
+        monkeypatch.setattr(LayerSearch, what, asked)
+    found = mt.solve(problem(name), time_limit=limit)
+    assert all(left < limit for left in begun)
+    # As many readings as phases, however long the real ones take.
+    assert time.now < limit + 60
+    assert found.seconds == pytest.approx(time.now, abs=2.0)
+    assert no_worse_than_balance(problem(name), found)
+    if not limit:
+        assert not begun
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_interrupts_at_any_moment_lose_nothing(problem, monkeypatch, name):
+    """Ctrl-C while Python judges placements gives the best so far, as it does in the core."""
+    plain = mt.Objective.value
+    for moment in range(12):
+        calls = iter(range(10_000))
+
+        def value(self, placement, moment=moment, calls=calls):
+            if next(calls) == moment:
+                raise KeyboardInterrupt
+            return plain(self, placement)
+
+        monkeypatch.setattr(mt.Objective, "value", value)
+        found = mt.solve(problem(name), iterations=500)
+        monkeypatch.setattr(mt.Objective, "value", plain)
+        assert found.status == "interrupted" or next(calls) <= moment
+        assert no_worse_than_balance(problem(name), found)
+
+
+def test_few_placements_are_tried_within_the_time_alone(tick, problem):
+    """Trying every placement is given up when time is over."""
+    small = mt.Problem(
+        mt.RoutingStatistics.from_load([[[8, 4, 2, 1]], [[1, 4, 8, 2]]]),
+        mt.Topology(2),
+        objective="balance",
+        risk=0.5,
+    )
+    worst = Candidate(np.array([[[0, 2], [1, 3]]], dtype=np.int32))
+    assert best_of_all(small, worst, Limits()).status == "optimal"
+    tick(3.0)
+    assert best_of_all(small, worst, Limits(5.0)).status == "feasible"
+
+
+def test_what_is_remembered_is_what_would_be_computed(problem):
+    """Of more placements than are remembered, in any order; of a copy of the problem, too."""
+    mine = problem("time")
+    rng = np.random.default_rng(0)
+    placements = [
+        mt.Placement.from_assignment(
+            np.stack([rng.permutation(16) % 4 for _ in range(mine.layers)]), 4
+        )
+        for _ in range(20)
+    ]
+    values = [mine.value(placement) for placement in placements]
+    assert len(set(values)) > 1
+    for at in rng.permutation(20):
+        assert mine.value(placements[at]) == values[at]
+        assert problem("time").value(placements[at]) == values[at]
