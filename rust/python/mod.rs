@@ -179,7 +179,7 @@ mod _core {
     #[pymodule_export]
     use super::chain::{exact_chain, search, separate};
     #[pymodule_export]
-    use super::counting::{Replay, StatisticsCounter, merge_sets, validate};
+    use super::counting::{ArrivalLoad, Replay, StatisticsCounter, merge_sets, validate};
     #[pymodule_export]
     use super::layer::{Layers, adapt_slots, replicate_experts};
     #[pymodule_export]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -65,6 +66,8 @@ class Objective:
     ----------
     problem
         What is to be placed.
+    windows
+        Windows of load that are judged; all of the problem's by default.
 
     Examples
     --------
@@ -76,10 +79,11 @@ class Objective:
     'imbalance 1.3333'
     """
 
-    def __init__(self, problem: Wanted) -> None:
+    def __init__(self, problem: Wanted, windows: Windows | None = None) -> None:
         if not isinstance(getattr(problem, "windows", None), Windows):
             raise TypeError(f"problem must be a Problem, got {shown(problem)}")
         self.problem = problem
+        self.windows = problem.windows if windows is None else windows
 
     def __repr__(self) -> str:
         """Return what is made small, and in which regime."""
@@ -93,7 +97,7 @@ class Objective:
         if self.problem.goal == "traffic":
             return self.traffic(placement)
         cost = self.window_cost(placement).sum(axis=1)
-        return self.problem.windows.value(cost, self.reference)
+        return self.windows.value(cost, self.reference)
 
     @property
     def is_known(self) -> bool:
@@ -212,41 +216,43 @@ class Objective:
         statistics
             Pairs and sets of these layers, the problem's by default.
         load
-            Their windows of load [W,L,E], the problem's by default.
+            Their windows of load [W,L,E], all that are judged by default.
         """
         statistics = self.problem.statistics if statistics is None else statistics
-        load = self.problem.windows.load if load is None else load
         if self.problem.goal == "time":
-            return self._layer_times(placement, statistics, load) / self.problem.layers
-        return self._slowest(placement, load)
+            times = self._layer_times(placement, statistics)
+        else:
+            times = self._slowest(placement)
+        return self.windows.each(times) if load is None else times(load)
 
     @cached_property
     def reference(self) -> Floats:
         """What a window's costs are measured by [W]: 1 for time, else load over speed if even."""
         if self.problem.goal == "time":
-            return np.ones(len(self.problem.windows.load))
+            return np.ones(len(self.windows))
         return self._even
 
     def imbalances(self, placement: Placement) -> Floats:
         """Compute what every layer [L] adds to max / mean load, whatever the goal is."""
-        windows = self.problem.windows
-        each = self._slowest(placement, windows.load)
-        return np.array([windows.value(of, self._even) for of in each.T])
+        each = self.windows.each(self._slowest(placement))
+        return np.array([self.windows.value(of, self._even) for of in each.T])
 
     @cached_property
     def _even(self) -> Floats:
         """Load over speed of every window's layers [W], if every device had its part."""
         speed = self.problem.topology.speed_of_device
-        mean: Floats = self.problem.windows.load.sum(axis=(1, 2)) / speed.sum()
+        mean: Floats = self.windows.each(lambda load: load.sum(axis=(1, 2))) / speed.sum()
         return mean
 
-    def _slowest(self, placement: Placement, load: Floats) -> Floats:
-        return slowest(placement, load, self.problem.topology, self.problem.split)
+    def _slowest(self, placement: Placement) -> Callable[[Floats], Floats]:
+        """Return what computes the load over speed of the slowest devices [W,L] of windows."""
+        topology, split = self.problem.topology, self.problem.split
+        return lambda load: slowest(placement, load, topology, split)
 
     def _layer_times(
-        self, placement: Placement, statistics: replay.Counted, load: Floats
-    ) -> Floats:
-        """Predict the microseconds of every window and layer [W,L]."""
+        self, placement: Placement, statistics: replay.Counted
+    ) -> Callable[[Floats], Floats]:
+        """Return what predicts microseconds over L of every layer of windows [W,L]."""
         model, topology = self.cost_model, self.problem.topology
         assert model is not None
         setting = replay.Setting(
@@ -258,8 +264,24 @@ class Objective:
             threads=None,
             with_mixed=False,
         )
-        counts = replay.Expected(statistics, setting).counts(load)
-        return figures.layer_us(counts, topology, model, self.problem.regime)
+        expected, regime, layers = (
+            replay.Expected(statistics, setting),
+            self.problem.regime,
+            self.problem.layers,
+        )
+        # Homes are of all windows together.
+        total = self.windows.total[None] if setting.split == "nearest" and self._is_many else None
+
+        def times(load: Floats) -> Floats:
+            counts = expected.counts(load, total)
+            return figures.layer_us(counts, topology, model, regime) / layers
+
+        return times
+
+    @property
+    def _is_many(self) -> bool:
+        """Whether windows come in several blocks."""
+        return self.windows.load.dtype != np.float64
 
     # Of traffic, whatever the goal is.
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import is_number
-from moetuner.evaluation.arrival import mixed_windows
+from moetuner.evaluation.arrival import drawn_windows, mixed_windows
+from moetuner.evaluation.blocks import blocks
 from moetuner.statistics import RoutingStatistics
 
 Floats = NDArray[np.float64]
 Risk = Literal["mean"] | float
 
-# More windows than this say hardly more: the rest is left out, at even distances.
+# Windows that searches see at the most: of more, each stands for several.
 MOST = 512
 
 
@@ -27,7 +29,8 @@ class Windows:
     Parameters
     ----------
     load
-        Tokens [W,L,E].
+        Tokens [W,L,E], of whatever type: there are thousands of windows, and never all of them in
+        double precision.
     weight
         How much a window's tokens count [W].
     group
@@ -36,13 +39,51 @@ class Windows:
         ``"mean"``, or the level of the conditional value at risk.
     minimax
         Whether the worst group counts.
+    mixed
+        More windows, behind those of ``load`` [M,L,E]; None for none.
     """
 
-    load: Floats
+    load: NDArray[Any]
     weight: Floats
     group: NDArray[np.int64] | None
     risk: Risk
     minimax: bool
+    mixed: Floats | None = None
+
+    def __len__(self) -> int:
+        """Return the number of windows, W."""
+        return len(self.weight)
+
+    def each(self, compute: Callable[[Floats], Floats]) -> Floats:
+        """Compute something of every window [W,...], of a block of them [w,L,E] at a time."""
+        found = [compute(block) for block in self.blocks()]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def blocks(self) -> Iterator[Floats]:
+        """Yield the loads of all windows in double precision, a block of them [w,L,E] at a time."""
+        if self.load.dtype == np.float64:
+            yield self.load
+        else:
+            for run in blocks(len(self.load), self.load[0].size):
+                yield self.load[run].astype(np.float64)
+        if self.mixed is not None:
+            yield self.mixed
+
+    def of_layers(self, layers: int | slice) -> Floats:
+        """Return the loads of one layer [W,E], or of some [W,l,E], in double precision."""
+        parts = [self.load] if self.mixed is None else [self.load, self.mixed]
+        return np.concatenate([part[:, layers].astype(np.float64) for part in parts])
+
+    @cached_property
+    def total(self) -> Floats:
+        """Tokens of all windows together [L,E], each counted once."""
+        total: Floats = self.load.sum(axis=0, dtype=np.float64)
+        return total if self.mixed is None else total + self.mixed.sum(axis=0)
+
+    @cached_property
+    def searched(self) -> Windows:
+        """Windows that stand for these in a search: these, or where they are many, `MOST`."""
+        return self if self.load.dtype == np.float64 else _representatives(self)
 
     @property
     def is_mean(self) -> bool:
@@ -113,15 +154,13 @@ def windows_of(
         )
     if risk != "mean" and not (is_number(risk) and 0 <= risk < 1):
         raise ValueError(f"risk must be 'mean', or a level from 0 to below 1, got {risk!r:.40}")
-    load = statistics.window_load.astype(np.float64)
     group = statistics.group
-    weight = np.ones(len(load))
+    weight = np.ones(statistics.windows)
     if groups is not None:
         weight = _group_weights(statistics, groups)
-    if len(load) > MOST:
-        kept = np.linspace(0, len(load) - 1, MOST).astype(np.int64)
-        load, weight = load[kept], weight[kept] * (len(weight) / MOST)
-        group = None if group is None else group[kept]
+    if statistics.windows > MOST:
+        return _many(statistics, weight, share, risk, groups == "minimax")
+    load = statistics.window_load.astype(np.float64)
     if share > 0 and len(load) > 1:
         weighted = load * weight[:, None, None]
         mixed = np.concatenate([part for _, part in mixed_windows(weighted)])
@@ -135,6 +174,42 @@ def windows_of(
             # Mixed windows are of no group; where groups compete, they are one of their own.
             group = np.concatenate([group, np.full(len(mixed), len(statistics.group_names))])[used]
     return Windows(load, weight, group, risk, groups == "minimax")
+
+
+def _many(
+    statistics: RoutingStatistics, weight: Floats, share: float, risk: Risk, minimax: bool
+) -> Windows:
+    """Return more windows than searches see, with at most as many mixed ones as they see."""
+    load, group = statistics.window_load, statistics.group
+    if share == 0:
+        return Windows(load, weight, group, risk, minimax)
+    mixed = drawn_windows(load, weight, MOST)
+    each = np.full(len(mixed), share * weight.sum() / len(mixed))
+    of_mixed = None
+    if group is not None:
+        # Mixed windows are of no group; where groups compete, they are one of their own.
+        of_mixed = np.full(len(mixed), len(statistics.group_names))
+    if share == 1:
+        return Windows(mixed, each, of_mixed, risk, minimax)
+    if group is not None and of_mixed is not None:
+        group = np.concatenate([group, of_mixed])
+    weights = np.concatenate([weight * (1 - share), each])
+    return Windows(load, weights, group, risk, minimax, mixed)
+
+
+def _representatives(windows: Windows) -> Windows:
+    """Return windows that stand for many."""
+    load, weight, group = windows.load, windows.weight, windows.group
+    recorded = weight[: len(load)]
+    kept = np.linspace(0, len(load) - 1, MOST).astype(np.int64)
+    some, each = load[kept].astype(np.float64), recorded[kept] * (len(recorded) / MOST)
+    of_kept = None if group is None else group[: len(load)][kept]
+    if windows.mixed is not None:
+        some = np.concatenate([some, windows.mixed])
+        each = np.concatenate([each, weight[len(load) :]])
+        if group is not None and of_kept is not None:
+            of_kept = np.concatenate([of_kept, group[len(load) :]])
+    return Windows(some, each, of_kept, windows.risk, windows.minimax)
 
 
 def _group_weights(
