@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
@@ -262,6 +262,7 @@ class RoutingStatistics(Frozen):
         sets: bool = False,
         by_group: bool = False,
         threads: int | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> RoutingStatistics:
         """Count a trace, shard by shard; memory holds one shard and the counts.
 
@@ -282,6 +283,8 @@ class RoutingStatistics(Frozen):
             Whether windows are cut within groups, one group after the other, and say which.
         threads
             Threads to use, all cores by default. The counts do not depend on it.
+        progress
+            Called now and then with the share of the tokens that have been counted.
 
         Raises
         ------
@@ -301,14 +304,20 @@ class RoutingStatistics(Frozen):
         _check_table_bytes(trace, window, transitions, coactivation)
         tables = {"transitions": transitions, "coactivation": coactivation, "sets": sets}
         every = _sampling(trace) if sets else 1
+        told = progress or _nobody
         if not by_group:
-            return cls._counted(trace, window, every, threads, tables)
+            return cls._counted(trace, window, every, threads, tables, told)
         if trace.group is None:
             raise ValueError("by_group needs a trace with groups; this one has none")
-        parts = []
-        for number in np.unique(trace.group):
-            of = trace.select(groups=[int(number)])
-            part = cls._counted(of, window, every, threads, tables)
+        parts: list[RoutingStatistics] = []
+        numbers = np.unique(trace.group)
+        for number in numbers:
+            of, begin = trace.select(groups=[int(number)]), len(parts) / len(numbers)
+
+            def tell(share: float, begin: float = begin) -> None:
+                told(begin + share / len(numbers))
+
+            part = cls._counted(of, window, every, threads, tables, tell)
             group = np.full(part.windows, number)
             parts.append(replace(part, group=group, group_names=trace.group_names))
         return reduce(operator.add, parts)
@@ -321,13 +330,17 @@ class RoutingStatistics(Frozen):
         every: int,
         threads: int | None,
         tables: Mapping[str, bool],
+        progress: Callable[[float], None],
     ) -> RoutingStatistics:
         """Count a trace whose arguments were checked, and the sets of one token in ``every``."""
         counter = _core.StatisticsCounter(
             trace.layers, trace.num_experts, trace.top_k, window=window, every=every, **tables
         )
+        counted = 0
         for shard in trace.shards(SHARD_BYTES, threads=threads):
             counter.push(shard, threads, checked=trace.ids.fresh)
+            counted += len(shard)
+            progress(counted / trace.tokens)
             del shard  # else the next shard is read while this one is still held
         _, load, pairs, together, found = counter.finish(threads)
         by_layer = None if found is None else tuple(ExpertSets(*of) for of in found)
@@ -373,6 +386,13 @@ class RoutingStatistics(Frozen):
         """Load over all windows [L,E]."""
         total: NDArray[np.uint64] = self.window_load.sum(axis=0, dtype=np.uint64)
         return total
+
+    @cached_property
+    def set_load(self) -> NDArray[np.uint64]:
+        """Load over all windows [L,E], by the expert sets where those are of a sample."""
+        if self.sets is None or self.set_tokens is None:
+            return self.total_load
+        return np.stack([of.load(self.experts) for of in self.sets])
 
     @property
     def transitions_or_empty(self) -> NDArray[np.uint64]:
@@ -590,6 +610,10 @@ def _check_table_bytes(
             f"counts must fit {TABLE_LIMIT >> 30} GiB, got {size / 2**30:.0f} GiB for {windows} "
             f"windows, {layers} layers, {experts} experts: count fewer windows or leave out pairs"
         )
+
+
+def _nobody(_share: float) -> None:
+    """Tell nobody."""
 
 
 def _sampling(trace: RoutingTrace) -> int:

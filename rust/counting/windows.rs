@@ -84,7 +84,14 @@ impl WindowCounts {
     /// No tokens yet, each of which will add at most `each` to a count.
     pub(crate) fn new(layers: usize, size: usize, length: Option<u64>, each: usize) -> Self {
         let most = length.map_or(u64::MAX, |length| length.saturating_mul(each as u64));
-        Self { length, tokens: 0, size, full: Narrow::up_to(most), closed: 0, counts: vec![Vec::new(); layers] }
+        Self {
+            length,
+            tokens: 0,
+            size,
+            full: Narrow::up_to(most),
+            closed: 0,
+            counts: vec![Vec::new(); layers],
+        }
     }
 
     /// Refuses so many more tokens if their windows, and a copy of them in the end, are more than memory can hold.

@@ -254,13 +254,7 @@ pub(super) struct Replay {
 }
 
 /// tokens, load [W,L,D], traffic [L-1,D,D], visits [W,L,D], node visits [W,L,N]
-type Tallied<'py> = (
-    u64,
-    Bound<'py, PyAny>,
-    Bound<'py, PyArray3<u64>>,
-    Bound<'py, PyAny>,
-    Bound<'py, PyAny>,
-);
+type Tallied<'py> = (u64, Bound<'py, PyAny>, Bound<'py, PyArray3<u64>>, Bound<'py, PyAny>, Bound<'py, PyAny>);
 
 #[pymethods]
 impl Replay {

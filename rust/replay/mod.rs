@@ -9,8 +9,8 @@ mod planes;
 use planes::Planes;
 use rayon::prelude::*;
 
-use crate::counting::pairs::{SHORT_BLOCK, Side, block};
 use crate::counting::by_layers;
+use crate::counting::pairs::{SHORT_BLOCK, Side, block};
 use crate::counting::windows::{Narrow, WindowCounts, by_window};
 use crate::error::{Error, Result, SLOTS, room_for};
 use crate::random::{mixed, scale};

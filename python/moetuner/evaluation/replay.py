@@ -363,6 +363,11 @@ class Counted(Protocol):
         """Expert sets, layer by layer."""
         ...
 
+    @property
+    def set_load(self) -> NDArray[np.uint64]:
+        """Load [L,E] by the expert sets: what it is, unless they are of a sample."""
+        ...
+
 
 class Expected:
     """A placement under traffic of which there are counts: copies take shares of the tokens."""
@@ -381,7 +386,7 @@ class Expected:
             self._tokens = int(statistics.sets[0].counts.sum())
             share = copies.shares(setting.placement, topology, setting.split)
             visits, of_nodes = expected_.visits(share, statistics.sets, topology.node_of_device)
-            load = np.einsum("lde,le->ld", share, statistics.total_load.astype(np.float64))
+            load = np.einsum("lde,le->ld", share, statistics.set_load.astype(np.float64))
             # Visits for each token of load: in every window as in all.
             self._met = _ratio(visits, load)
             self._met_nodes = _ratio(of_nodes, _of_nodes(load, topology))

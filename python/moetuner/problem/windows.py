@@ -12,14 +12,20 @@ from numpy.typing import NDArray
 
 from moetuner._checks import is_number
 from moetuner.evaluation.arrival import drawn_windows, mixed_windows
-from moetuner.evaluation.blocks import blocks
+from moetuner.evaluation.blocks import blocks, by_block
 from moetuner.statistics import RoutingStatistics
 
 Floats = NDArray[np.float64]
 Risk = Literal["mean"] | float
 
-# Windows that searches see at the most: of more, each stands for several.
-MOST = 512
+# Windows that a search sees as they are. More are merged by likeness into so many (and one more for
+# every group at most), whatever their number is: its memory is bounded by them (bench/RESULTS.md,
+# "Long traces").
+MOST, MERGED = 512, 128
+# Numbers that windows are compared by, and rounds of the clustering.
+COMPARED, ROUNDS = 64, 5
+# Largest of the numbers: sums of their products are exact, so that all machines merge alike.
+LARGEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Windows:
 
     @cached_property
     def searched(self) -> Windows:
-        """Windows that stand for these in a search: these, or where they are many, `MOST`."""
+        """Windows that a search sees instead of these: these, or where they are many, means."""
         return self if self.load.dtype == np.float64 else _representatives(self)
 
     @property
@@ -198,18 +204,70 @@ def _many(
 
 
 def _representatives(windows: Windows) -> Windows:
-    """Return windows that stand for many."""
+    """Return means of windows that are alike, each of one group, which count as all of them."""
     load, weight, group = windows.load, windows.weight, windows.group
     recorded = weight[: len(load)]
-    kept = np.linspace(0, len(load) - 1, MOST).astype(np.int64)
-    some, each = load[kept].astype(np.float64), recorded[kept] * (len(recorded) / MOST)
-    of_kept = None if group is None else group[: len(load)][kept]
+    features = _features(load)
+    means, weights, groups = [], [], []
+    used = np.flatnonzero(recorded > 0)
+    labels = np.zeros(len(load), dtype=np.int64) if group is None else group[: len(load)]
+    for label in np.unique(labels[used]):
+        mine = used[labels[used] == label]
+        cluster = _clusters(features[mine], max(len(mine) * MERGED // len(used), 1))
+        for number in range(int(cluster.max()) + 1):
+            some = mine[cluster == number]
+            if len(some):
+                runs = [load[some[run]] for run in blocks(len(some), load[0].size)]
+                means.append(sum(run.sum(axis=0, dtype=np.float64) for run in runs) / len(some))
+                weights.append(recorded[some].sum())
+                groups.append(label)
+    merged, each, of_merged = np.array(means), np.array(weights), np.array(groups)
     if windows.mixed is not None:
-        some = np.concatenate([some, windows.mixed])
-        each = np.concatenate([each, weight[len(load) :]])
-        if group is not None and of_kept is not None:
-            of_kept = np.concatenate([of_kept, group[len(load) :]])
-    return Windows(some, each, of_kept, windows.risk, windows.minimax)
+        # They are drawn at random: some say what all of them do.
+        few = slice(len(load), len(load) + MERGED)
+        part = weight[len(load) :].sum() / max(weight[few].sum(), 1e-300)
+        merged = np.concatenate([merged, windows.mixed[:MERGED]])
+        each = np.concatenate([each, weight[few] * part])
+        if group is not None:
+            of_merged = np.concatenate([of_merged, group[few]])
+    of = None if group is None else of_merged
+    return Windows(merged, each, of, windows.risk, windows.minimax)
+
+
+def _features(load: NDArray[Any]) -> Floats:
+    """Sum the loads of windows [W,L,E] with random signs: whole numbers [W,n], far where they are.
+
+    Distances are kept in expectation (Johnson and Lindenstrauss, 1984; with signs Achlioptas,
+    2003). Loads are taken as shares of their window's tokens.
+    """
+    size = load[0].size
+    signs = np.random.default_rng(0).integers(0, 2, (size, COMPARED)) * 2.0 - 1
+    found = np.empty((len(load), COMPARED))
+    for run in blocks(len(load), size):
+        some = load[run].reshape(-1, size)
+        total = some.sum(axis=1, dtype=np.float64)
+        # Sums of whole numbers below 2^24 are exact in single precision, in any order.
+        kind = np.float32 if total.max(initial=0) < 1 << 24 else np.float64
+        found[run] = some.astype(kind) @ signs.astype(kind)
+        found[run] /= np.maximum(total, 1)[:, None]
+    scale = LARGEST / max(float(np.abs(found).max()), 1e-300)
+    return np.rint(found * scale)
+
+
+def _clusters(points: Floats, count: int) -> NDArray[np.int64]:
+    """Assign points [n,d] of whole numbers to clusters [n] that are near their means (Lloyd, 1982).
+
+    It begins with points at even distances, so with some of all times.
+    """
+    centre = points[np.linspace(0, len(points) - 1, count).round().astype(np.int64)]
+    for _ in range(ROUNDS):
+        square = (centre**2).sum(axis=1)
+        nearest = by_block(points, lambda some: (square - 2 * some @ centre.T).argmin(axis=1))  # noqa: B023
+        size = np.bincount(nearest, minlength=count)
+        total = np.stack([np.bincount(nearest, of, minlength=count) for of in points.T], axis=1)
+        mean = np.rint(total / np.maximum(size, 1)[:, None])
+        centre = np.where(size[:, None] > 0, mean, centre)
+    return nearest
 
 
 def _group_weights(

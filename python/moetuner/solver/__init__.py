@@ -160,7 +160,8 @@ def solve(
         candidate = _filled(problem, candidate, initial)
     if searches:
         caps = told(problem, candidate, threads=threads)
-        candidate = replace(candidate, details=replace(candidate.details, caps=caps))
+        details = replace(candidate.details, caps=caps).searched(**_stood_for(problem))
+        candidate = replace(candidate, details=details)
     seconds = time.perf_counter() - begin
 
     # Bounds of pairs are costs; those of visits are of what they are a bound of.
@@ -195,6 +196,16 @@ def solve(
         violations=violations,
         history=tuple(history),
     )
+
+
+def _stood_for(problem: Problem) -> dict[str, int]:
+    """Return how many windows and tokens stand for all, where a search has seen no more."""
+    found, windows, worth = {}, problem.windows, Objective(problem)
+    if windows.searched is not windows and problem.goal != "traffic":
+        found = {"windows": len(windows), "windows_searched": len(windows.searched)}
+    if worth.counts_visits and problem.statistics.set_tokens is not None:
+        found["set_tokens"] = problem.statistics.set_tokens
+    return found
 
 
 def _filled(problem: Problem, candidate: Candidate, initial: Placement | None) -> Candidate:

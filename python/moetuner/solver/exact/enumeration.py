@@ -40,6 +40,11 @@ class _Counted:
     transitions: NDArray[np.uint64] | None = None
     sets: tuple[ExpertSets, ...] | None = None
 
+    @property
+    def set_load(self) -> NDArray[np.uint64]:
+        """Load by the sets."""
+        return self.total_load
+
 
 def enumerated(
     problem: Problem,
