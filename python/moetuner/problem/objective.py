@@ -220,7 +220,9 @@ class Objective:
         """
         statistics = self.problem.statistics if statistics is None else statistics
         if self.problem.goal == "time":
-            times = self._layer_times(placement, statistics)
+            # Homes are of all windows together; those that are given are all there are.
+            total = self.windows.total[None] if load is None and self._is_many else None
+            times = self._layer_times(placement, statistics, total)
         else:
             times = self._slowest(placement)
         return self.windows.each(times) if load is None else times(load)
@@ -250,9 +252,12 @@ class Objective:
         return lambda load: slowest(placement, load, topology, split)
 
     def _layer_times(
-        self, placement: Placement, statistics: replay.Counted
+        self, placement: Placement, statistics: replay.Counted, total: Floats | None
     ) -> Callable[[Floats], Floats]:
-        """Return what predicts microseconds over L of every layer of windows [W,L]."""
+        """Return what predicts microseconds over L of every layer of windows [W,L].
+
+        Where it is given these by and by, ``total`` is the load of all [1,L,E].
+        """
         model, topology = self.cost_model, self.problem.topology
         assert model is not None
         setting = replay.Setting(
@@ -269,8 +274,6 @@ class Objective:
             self.problem.regime,
             self.problem.layers,
         )
-        # Homes are of all windows together.
-        total = self.windows.total[None] if setting.split == "nearest" and self._is_many else None
 
         def times(load: Floats) -> Floats:
             counts = expected.counts(load, total)
