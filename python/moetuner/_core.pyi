@@ -4,13 +4,14 @@ Dimensions: windows W, layers L, experts E, devices D, slots S, tokens T, top-k 
 """
 
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 __version__: str
 __all__ = [
+    "ArrivalLoad",
     "Layers",
     "Replay",
     "StatisticsCounter",
@@ -188,7 +189,13 @@ class StatisticsCounter:
         transitions: bool = True,
         coactivation: bool = True,
         sets: bool = False,
-    ) -> StatisticsCounter: ...
+        every: int = 1,
+    ) -> StatisticsCounter:
+        """Without a ``window`` all tokens are one.
+
+        Sets are counted of one token in ``every``, the first, which stands for all of them.
+        """
+
     def push(
         self, expert_ids: _ExpertIds, threads: int | None = None, *, checked: bool = False
     ) -> None:
@@ -201,14 +208,15 @@ class StatisticsCounter:
         self, threads: int | None = None
     ) -> tuple[
         int,
-        NDArray[np.uint64],
+        NDArray[np.unsignedinteger[Any]],
         NDArray[np.uint64] | None,
         NDArray[np.uint64] | None,
         list[tuple[NDArray[np.uint16], NDArray[np.uint64]]] | None,
     ]:
         """Tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E], and sets by layer.
 
-        Sets are what `merge_sets` returns. Ends the counter.
+        Load is of the narrowest type that holds what windows may have. Sets are what `merge_sets`
+        returns. Ends the counter.
         """
 
 def merge_sets(
@@ -335,16 +343,49 @@ class Replay:
         self,
     ) -> tuple[
         int,
+        NDArray[np.unsignedinteger[Any]],
         NDArray[np.uint64],
-        NDArray[np.uint64],
-        NDArray[np.uint64],
-        NDArray[np.uint64],
+        NDArray[np.unsignedinteger[Any]],
+        NDArray[np.unsignedinteger[Any]],
     ]:
         """Tokens, load [W,L,D], traffic [L-1,D,D], visits [W,L,D] and node visits [W,L,N].
 
         Visits are tokens with at least one expert there: their sum is the fanout of all tokens.
         Ends the replay.
         """
+
+@final
+class ArrivalLoad:
+    """Counts the tokens of devices in windows of another order than the trace's."""
+
+    def __new__(
+        cls,
+        slots: NDArray[np.int32],
+        num_experts: int,
+        top_k: int,
+        node_of_device: list[int],
+        *,
+        window: int,
+        tokens: int,
+        split: str = "even",
+    ) -> ArrivalLoad:
+        """Take what `Replay` takes, and the number of all tokens.
+
+        Not for copies that take turns: whose turn it is depends on the tokens before.
+        """
+
+    def push(
+        self,
+        expert_ids: _ExpertIds,
+        places: NDArray[np.uint64],
+        threads: int | None = None,
+        *,
+        checked: bool = False,
+    ) -> None:
+        """Count tokens [T,L,K], each at its place [T] in the other order."""
+
+    def finish(self) -> NDArray[np.unsignedinteger[Any]]:
+        """Load [L,W,D], of the narrowest type that holds what windows may have."""
 
 def lpt(
     load: NDArray[np.uint64],

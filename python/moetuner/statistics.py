@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
@@ -25,12 +26,15 @@ from moetuner._checks import (
     shown,
     text_or_none,
     threads_in,
+    whole_number,
     window_in,
 )
 from moetuner.files import contents, naming
 from moetuner.files.contents import SET_TABLES
 from moetuner.frozen import Frozen
 from moetuner.trace import RoutingTrace
+
+Loads = NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -154,6 +158,9 @@ def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | 
 # Counts beyond this are a mistake in the number of experts or the window, not a model.
 TABLE_LIMIT = 16 << 30
 
+# Distinct expert sets of all layers, beyond which a sample of the tokens has to do.
+MOST_SETS = 1 << 22
+
 # Small enough that a shard is counted from the cache it was read into, on most machines.
 SHARD_BYTES = 16 << 20
 
@@ -165,7 +172,8 @@ class RoutingStatistics(Frozen):
     Parameters
     ----------
     window_load
-        Tokens per window, layer and expert [W,L,E].
+        Tokens per window, layer and expert [W,L,E], in the narrowest unsigned type that holds them:
+        convert them before adding or multiplying, as numpy's small integers wrap around.
     transitions
         Tokens routed to expert e in layer l and to f in layer l+1 [L-1,E,E]; None if not counted.
     coactivation
@@ -177,6 +185,9 @@ class RoutingStatistics(Frozen):
     sets
         Distinct expert sets of every layer, which the exact fanout is computed from; None if not
         counted.
+    set_tokens
+        Tokens whose sets were counted, where those are a sample of all: each stands for its part
+        of them. None where all were counted, or none.
     group
         Group of every window [W], an index into ``group_names``; None without groups.
     expert_size
@@ -193,7 +204,7 @@ class RoutingStatistics(Frozen):
     [[1, 1, 1, 1]]
     """
 
-    window_load: NDArray[np.uint64]
+    window_load: Loads
     transitions: NDArray[np.uint64] | None = None
     coactivation: NDArray[np.uint64] | None = None
     _: KW_ONLY
@@ -203,6 +214,7 @@ class RoutingStatistics(Frozen):
     model: str | None = None
     sets: tuple[ExpertSets, ...] | None = None
     expert_size: tuple[int, int] | None = None
+    set_tokens: int | None = None
 
     def __post_init__(self) -> None:
         load = _counts("load", self.window_load, "[windows, layers, experts]")
@@ -210,13 +222,13 @@ class RoutingStatistics(Frozen):
             raise ValueError(
                 f"load must have at least one window, layer and expert, got {list(load.shape)}"
             )
-        object.__setattr__(self, "window_load", load)
+        object.__setattr__(self, "window_load", _narrowest(load))
         _, layers, experts = load.shape
         for name, n in (("transitions", layers - 1), ("coactivation", layers)):
             table = getattr(self, name)
             if table is None:
                 continue
-            table = _counts(name, table, "[.., experts, experts]")
+            table = _counts(name, table, "[.., experts, experts]").astype(np.uint64, copy=False)
             if table.shape != (n, experts, experts):
                 raise ValueError(
                     f"{name} must be [{n}, {experts}, {experts}], got {list(table.shape)}"
@@ -227,6 +239,10 @@ class RoutingStatistics(Frozen):
         if self.sets is not None:
             object.__setattr__(self, "sets", tuple(listed("sets", self.sets, "expert sets")))
             _check_sets(self.sets, layers, experts)
+        if self.set_tokens is not None:
+            if self.sets is None:
+                raise ValueError("set_tokens must be None without sets")
+            whole_number("set_tokens", self.set_tokens)
         object.__setattr__(self, "group_names", _checks.names(self.group_names))
         object.__setattr__(self, "expert_size", _checks.expert_size(self.expert_size))
         if self.group is not None:
@@ -246,6 +262,7 @@ class RoutingStatistics(Frozen):
         sets: bool = False,
         by_group: bool = False,
         threads: int | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> RoutingStatistics:
         """Count a trace, shard by shard; memory holds one shard and the counts.
 
@@ -258,13 +275,16 @@ class RoutingStatistics(Frozen):
         transitions, coactivation
             Whether to count these pairs.
         sets
-            Whether to count distinct expert sets. These are the only counts whose memory grows with
-            the trace: 2 K + 8 bytes (while counting up to three times that) for each distinct set
-            of a layer, of which there are at most as many as tokens.
+            Whether to count distinct expert sets: 2 K + 8 bytes (while counting up to three times
+            that) for each one of a layer. Where all layers together could have more than
+            ``MOST_SETS`` of them, every so many-th token is counted for all of them
+            (``set_tokens``).
         by_group
             Whether windows are cut within groups, one group after the other, and say which.
         threads
             Threads to use, all cores by default. The counts do not depend on it.
+        progress
+            Called now and then with the share of the tokens that have been counted.
 
         Raises
         ------
@@ -282,28 +302,45 @@ class RoutingStatistics(Frozen):
         ):
             flag(name, value)
         _check_table_bytes(trace, window, transitions, coactivation)
-        if by_group:
-            if trace.group is None:
-                raise ValueError("by_group needs a trace with groups; this one has none")
-            tables = {"transitions": transitions, "coactivation": coactivation, "sets": sets}
-            parts = []
-            for number in np.unique(trace.group):
-                of = trace.select(groups=[int(number)])
-                part = cls.from_trace(of, window=window, threads=threads, **tables)
-                group = np.full(part.windows, number)
-                parts.append(replace(part, group=group, group_names=trace.group_names))
-            return reduce(operator.add, parts)
+        tables = {"transitions": transitions, "coactivation": coactivation, "sets": sets}
+        every = _sampling(trace) if sets else 1
+        told = progress or _nobody
+        if not by_group:
+            return cls._counted(trace, window, every, threads, tables, told)
+        if trace.group is None:
+            raise ValueError("by_group needs a trace with groups; this one has none")
+        parts: list[RoutingStatistics] = []
+        numbers = np.unique(trace.group)
+        for number in numbers:
+            of, begin = trace.select(groups=[int(number)]), len(parts) / len(numbers)
+
+            def tell(share: float, begin: float = begin) -> None:
+                told(begin + share / len(numbers))
+
+            part = cls._counted(of, window, every, threads, tables, tell)
+            group = np.full(part.windows, number)
+            parts.append(replace(part, group=group, group_names=trace.group_names))
+        return reduce(operator.add, parts)
+
+    @classmethod
+    def _counted(
+        cls,
+        trace: RoutingTrace,
+        window: int | None,
+        every: int,
+        threads: int | None,
+        tables: Mapping[str, bool],
+        progress: Callable[[float], None],
+    ) -> RoutingStatistics:
+        """Count a trace whose arguments were checked, and the sets of one token in ``every``."""
         counter = _core.StatisticsCounter(
-            trace.layers,
-            trace.num_experts,
-            trace.top_k,
-            window=window,
-            transitions=transitions,
-            coactivation=coactivation,
-            sets=sets,
+            trace.layers, trace.num_experts, trace.top_k, window=window, every=every, **tables
         )
+        counted = 0
         for shard in trace.shards(SHARD_BYTES, threads=threads):
             counter.push(shard, threads, checked=trace.ids.fresh)
+            counted += len(shard)
+            progress(counted / trace.tokens)
             del shard  # else the next shard is read while this one is still held
         _, load, pairs, together, found = counter.finish(threads)
         by_layer = None if found is None else tuple(ExpertSets(*of) for of in found)
@@ -315,6 +352,7 @@ class RoutingStatistics(Frozen):
             model=trace.model,
             sets=by_layer,
             expert_size=trace.expert_size,
+            set_tokens=None if every == 1 else -(-trace.tokens // every),
         )
 
     @classmethod
@@ -349,6 +387,13 @@ class RoutingStatistics(Frozen):
         total: NDArray[np.uint64] = self.window_load.sum(axis=0, dtype=np.uint64)
         return total
 
+    @cached_property
+    def set_load(self) -> NDArray[np.uint64]:
+        """Load over all windows [L,E], by the expert sets where those are of a sample."""
+        if self.sets is None or self.set_tokens is None:
+            return self.total_load
+        return np.stack([of.load(self.experts) for of in self.sets])
+
     @property
     def transitions_or_empty(self) -> NDArray[np.uint64]:
         """Transitions, or no tables at all where they were not counted."""
@@ -372,7 +417,8 @@ class RoutingStatistics(Frozen):
                 digest.update(b"none")
             else:
                 digest.update(repr(table.shape).encode())
-                digest.update(np.ascontiguousarray(table, dtype="<u8").data)
+                for part in table:  # not all of them twice, or in 64 bits
+                    digest.update(np.ascontiguousarray(part, dtype="<u8").data)
         for of in self.sets or ():
             digest.update(repr(of.ids.shape).encode())
             digest.update(np.ascontiguousarray(of.ids, dtype="<u2").data)
@@ -433,6 +479,7 @@ class RoutingStatistics(Frozen):
             if self.sets is None or other.sets is None
             else tuple(a + b for a, b in zip(self.sets, other.sets, strict=True)),
             expert_size=self.expert_size if self.expert_size == other.expert_size else None,
+            set_tokens=_joined_sample(self, other),
         )
 
     @classmethod
@@ -458,6 +505,7 @@ class RoutingStatistics(Frozen):
                 **to_tables(self.sets),
             },
             window=self.window,
+            set_tokens=self.set_tokens,
             group_names=self.group_names,
             model=self.model,
             expert_size=self.expert_size,
@@ -490,11 +538,12 @@ class RoutingStatistics(Frozen):
                 model=found.model,
                 sets=from_tables(found.tables),
                 expert_size=found.expert_size,
+                set_tokens=found.set_tokens,
             )
 
 
-def _counts(name: str, table: Any, dimensions: str) -> NDArray[np.uint64]:
-    """Turn a table of counts into uint64, or say what is wrong with it."""
+def _counts(name: str, table: Any, dimensions: str) -> Loads:
+    """Turn a table of counts into unsigned numbers, or say what is wrong with it."""
     table = array_in(name, table)
     if table.ndim != 3 or table.dtype.kind not in "uif":
         raise ValueError(
@@ -503,7 +552,7 @@ def _counts(name: str, table: Any, dimensions: str) -> NDArray[np.uint64]:
     if table.dtype.kind != "f" and _is_beyond(table):
         raise ValueError(f"{name} must add up to less than 2**63, got a count of {table.max()}")
     if table.dtype.kind == "u":
-        return np.ascontiguousarray(table, dtype=np.uint64)
+        return np.ascontiguousarray(table, dtype=table.dtype.newbyteorder("="))
     if table.dtype.itemsize < 8:
         table = table.astype(np.float64)  # as 2**63 is too much for half floats
     wrong = ~((table >= 0) & (table < 2.0**63) & (np.floor(table) == table))
@@ -516,6 +565,11 @@ def _counts(name: str, table: Any, dimensions: str) -> NDArray[np.uint64]:
     if _is_beyond(whole):
         raise ValueError(f"{name} must add up to less than 2**63, got a count of {whole.max()}")
     return whole
+
+
+def _narrowest(table: Loads) -> Loads:
+    """Return a table in the narrowest unsigned type that holds it: equal ones have equal types."""
+    return table.astype(np.min_scalar_type(int(table.max())), copy=False)
 
 
 def _is_beyond(table: NDArray[Any]) -> bool:
@@ -549,12 +603,36 @@ def _check_table_bytes(
     layers, experts = trace.layers, trace.num_experts
     windows = 1 if window is None else max(1, -(-trace.tokens // window))
     pairs = (layers - 1) * transitions + layers * coactivation
-    size = 8 * experts * (windows * layers + pairs * experts)
+    each = np.min_scalar_type(trace.tokens if window is None else window).itemsize
+    size = experts * (each * windows * layers + 8 * pairs * experts)
     if size > TABLE_LIMIT:
         raise ValueError(
             f"counts must fit {TABLE_LIMIT >> 30} GiB, got {size / 2**30:.0f} GiB for {windows} "
             f"windows, {layers} layers, {experts} experts: count fewer windows or leave out pairs"
         )
+
+
+def _nobody(_share: float) -> None:
+    """Tell nobody."""
+
+
+def _sampling(trace: RoutingTrace) -> int:
+    """Return how many tokens each whose sets are counted stands for."""
+    distinct = min(trace.tokens, math.comb(trace.num_experts, trace.top_k))
+    if distinct * trace.layers <= MOST_SETS:
+        return 1
+    return -(-trace.tokens * trace.layers // MOST_SETS)
+
+
+def _joined_sample(one: RoutingStatistics, other: RoutingStatistics) -> int | None:
+    """Return the tokens whose sets both together have counted; None where those are all."""
+    if one.sets is None or other.sets is None:
+        return None
+    if one.set_tokens is None and other.set_tokens is None:
+        return None
+    parts = [each.set_tokens for each in (one, other)]
+    of = [int(each.sets[0].counts.sum()) for each in (one, other) if each.sets is not None]
+    return sum(all_ if part is None else part for part, all_ in zip(parts, of, strict=True))
 
 
 def _sum(a: NDArray[np.uint64] | None, b: NDArray[np.uint64] | None) -> NDArray[np.uint64] | None:

@@ -9,15 +9,17 @@ pub mod pairs;
 mod rows;
 pub mod sets;
 mod transpose;
+pub mod windows;
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::error::{Result, room_for};
+use crate::error::Result;
 use crate::trace::{ExpertId, Routing, validate};
 use pairs::{SHORT_BLOCK, Side, block};
 use sets::Sets;
+use windows::{Narrow, WindowCounts, by_window};
 
 /// Where pairs are added up, by the caller's leave: the tables are large, and whose memory they are is his choice.
 #[derive(Debug, Default)]
@@ -36,6 +38,8 @@ pub struct Counter {
     windows: WindowCounts,
     /// Of every layer; none where they are not wanted.
     sets: Vec<Sets>,
+    /// One token of so many has its sets counted, for all of them.
+    every: u64,
 }
 
 /// What a counter has counted.
@@ -46,18 +50,21 @@ pub struct Counted {
     /// Windows, at least one, the last one possibly shorter.
     pub windows: usize,
     /// Load `[windows, layers, experts]`.
-    pub load: Vec<u64>,
+    pub load: Narrow,
     /// Distinct expert sets of every layer, where they were wanted.
     pub sets: Vec<Sets>,
 }
 
 impl Counter {
     /// An empty counter; `window` tokens make a window, the whole trace where there is no number.
+    ///
+    /// Sets are counted of one token in so many as `sets` says, the first of them, which stands for all.
     #[must_use]
-    pub fn new(routing: Routing, window: Option<u64>, sets: bool) -> Self {
+    pub fn new(routing: Routing, window: Option<u64>, sets: Option<u64>) -> Self {
         let Routing { layers, experts, top_k } = routing;
-        let sets = vec![Sets::new(top_k); if sets { layers } else { 0 }];
-        Self { routing, windows: WindowCounts::new(layers, experts, window), sets }
+        let every = sets.unwrap_or(1);
+        let sets = vec![Sets::new(top_k); if sets.is_some() { layers } else { 0 }];
+        Self { routing, windows: WindowCounts::new(layers, experts, window, 1), sets, every }
     }
 
     /// Validates and counts the next tokens of the trace, `[tokens, layers, top_k]`.
@@ -70,11 +77,11 @@ impl Counter {
 
     /// Counts the next tokens of the trace, which have passed [`validate`] since nobody could change them.
     pub fn push_valid<I: ExpertId>(&mut self, ids: &[I], tables: &mut Tables<'_>) -> Result<()> {
-        let Self { routing, windows, sets } = self;
+        let Self { routing, windows, sets, every } = self;
         windows.room_for(ids.len() / routing.row())?;
         let Routing { experts, top_k, .. } = *routing;
         let table = experts * experts;
-        let first = windows.tokens;
+        let (begin, first) = (windows.tokens, windows.begin());
         let mut transitions = by_layer(&mut tables.transitions, table);
         let mut coactivation = by_layer(&mut tables.coactivation, table);
         let mut sets = sets.iter_mut();
@@ -105,22 +112,26 @@ impl Counter {
                     here.count_own_pairs(counts);
                 }
                 if let Some(sets) = &mut layer.sets {
-                    for ids in here.rows() {
-                        sets.add(ids.iter().map(|id| id.index() as u16), 1);
+                    // Where among the block's tokens the first one is that counts.
+                    let skip = (*every - (begin + at) % *every) % *every;
+                    for ids in here.rows().skip(skip as usize).step_by(*every as usize) {
+                        sets.add(ids.iter().map(|id| id.index() as u16), *every);
                     }
                 }
             },
         );
-        windows.tokens += (ids.len() / routing.row()) as u64;
+        windows.advance((ids.len() / routing.row()) as u64);
         Ok(())
     }
 
     /// Everything that was counted.
     #[must_use]
     pub fn finish(self) -> Counted {
-        let Self { routing, windows, sets } = self;
-        let load = windows.columns(0..routing.experts);
-        Counted { tokens: windows.tokens, windows: windows.number(), load, sets }
+        let Self { windows, mut sets, every, .. } = self;
+        // The last token of a sample stands for fewer.
+        let beyond = windows.tokens.next_multiple_of(every) - windows.tokens;
+        sets.iter_mut().for_each(|sets| sets.take_back(beyond));
+        Counted { tokens: windows.tokens, windows: windows.number(), load: windows.finish(), sets }
     }
 }
 
@@ -135,74 +146,6 @@ struct LayerTables<'a> {
     transitions: Option<&'a mut [u64]>,
     coactivation: Option<&'a mut [u64]>,
     sets: Option<&'a mut Sets>,
-}
-
-/// Counts by window: runs of `length` tokens, or the whole trace.
-#[derive(Debug)]
-pub(crate) struct WindowCounts {
-    pub(crate) length: Option<u64>,
-    pub(crate) tokens: u64,
-    /// Counts of a layer in a window.
-    size: usize,
-    /// For every layer `[windows so far, size]`.
-    pub(crate) counts: Vec<Vec<u64>>,
-}
-
-impl WindowCounts {
-    pub(crate) fn new(layers: usize, size: usize, length: Option<u64>) -> Self {
-        Self { length, tokens: 0, size, counts: vec![Vec::new(); layers] }
-    }
-
-    /// Refuses so many more tokens if their windows, and a copy of them in the end, are more than memory can hold.
-    pub(crate) fn room_for(&self, tokens: usize) -> Result<()> {
-        let tokens = self.tokens.saturating_add(tokens as u64);
-        let windows = self.length.map_or(1, |length| tokens.div_ceil(length).max(1)) as usize;
-        // Tables grow by doubling.
-        room_for("windows", &[windows, self.counts.len(), self.size, 3 * size_of::<u64>()])
-    }
-
-    /// Windows, at least one.
-    pub(crate) fn number(&self) -> usize {
-        self.length.map_or(1, |length| self.tokens.div_ceil(length).max(1)) as usize
-    }
-
-    /// Some of the counts, `[windows, layers, columns]`.
-    pub(crate) fn columns(&self, columns: Range<usize>) -> Vec<u64> {
-        let layers = self.counts.len();
-        let mut taken = vec![0; self.number() * layers * columns.len()];
-        for (l, counts) in self.counts.iter().enumerate() {
-            for (w, counts) in counts.chunks_exact(self.size).enumerate() {
-                let at = (w * layers + l) * columns.len();
-                taken[at..at + columns.len()].copy_from_slice(&counts[columns.clone()]);
-            }
-        }
-        taken
-    }
-}
-
-/// Gives `visit` each run of a block's tokens that share a window, and the window's counts.
-///
-/// The block's `tokens` tokens begin with token `first` of the trace; `counts`, `[windows so far, size]`, grows.
-pub(crate) fn by_window(
-    length: Option<u64>,
-    first: u64,
-    tokens: usize,
-    size: usize,
-    counts: &mut Vec<u64>,
-    mut visit: impl FnMut(Range<usize>, &mut [u64]),
-) {
-    let mut from = 0;
-    while from < tokens {
-        let token = first + from as u64;
-        let (window, left) = length.map_or((0, u64::MAX), |n| (token / n, n - token % n));
-        let to = tokens.min(from.saturating_add(usize::try_from(left).unwrap_or(usize::MAX)));
-        let end = (window as usize + 1) * size;
-        if counts.len() < end {
-            counts.resize(end, 0);
-        }
-        visit(from..to, &mut counts[end - size..end]);
-        from = to;
-    }
 }
 
 /// Layers whose ids are gathered together: they stay in the second-level cache.

@@ -16,13 +16,15 @@ pub struct Sets {
     table: Vec<u32>,
     /// The row at hand.
     row: Vec<u16>,
+    /// The set that was counted last.
+    last: usize,
 }
 
 impl Sets {
     /// No sets yet, of `top_k` experts each.
     #[must_use]
     pub fn new(top_k: usize) -> Self {
-        Self { top_k, ids: Vec::new(), counts: Vec::new(), table: vec![FREE; 64], row: Vec::new() }
+        Self { top_k, ids: Vec::new(), counts: Vec::new(), table: vec![FREE; 64], row: Vec::new(), last: 0 }
     }
 
     /// Counts a set, its experts in any order.
@@ -36,16 +38,25 @@ impl Sets {
                 FREE => break,
                 set if self.of(set as usize) == self.row => {
                     self.counts[set as usize] += count;
+                    self.last = set as usize;
                     return;
                 }
                 _ => at = (at + 1) & (self.table.len() - 1),
             }
         }
-        self.table[at] = self.counts.len() as u32;
+        self.last = self.counts.len();
+        self.table[at] = self.last as u32;
         self.ids.extend_from_slice(&self.row);
         self.counts.push(count);
         if self.counts.len() * 2 > self.table.len() {
             self.grow();
+        }
+    }
+
+    /// Takes so many back of the set that was counted last, if there is one.
+    pub fn take_back(&mut self, count: u64) {
+        if let Some(last) = self.counts.get_mut(self.last) {
+            *last -= count;
         }
     }
 

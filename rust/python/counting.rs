@@ -10,8 +10,10 @@ use rayon::prelude::*;
 
 use super::{alone, array2, array3, caught, contiguous, detached};
 use crate::counting::sets::Sets;
+use crate::counting::windows::Narrow;
 use crate::counting::{Counter, Tables};
 use crate::error::{Error, room_for};
+use crate::replay::arrival::{Arrival, Tables as ArrivalTables};
 use crate::replay::{Copies, Split};
 use crate::trace::Routing;
 
@@ -87,11 +89,21 @@ type SetArrays<'py> = (Bound<'py, PyArray2<u16>>, Bound<'py, PyArray1<u64>>);
 /// tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E], sets of every layer
 type Counts<'py> = (
     u64,
-    Bound<'py, PyArray3<u64>>,
+    Bound<'py, PyAny>,
     Option<Py<PyArray3<u64>>>,
     Option<Py<PyArray3<u64>>>,
     Option<Vec<SetArrays<'py>>>,
 );
+
+/// Counts as numpy has them, in their own type.
+fn narrow3(py: Python<'_>, shape: (usize, usize, usize), counts: Narrow) -> PyResult<Bound<'_, PyAny>> {
+    Ok(match counts {
+        Narrow::U8(counts) => array3(py, shape, counts)?.into_any(),
+        Narrow::U16(counts) => array3(py, shape, counts)?.into_any(),
+        Narrow::U32(counts) => array3(py, shape, counts)?.into_any(),
+        Narrow::U64(counts) => array3(py, shape, counts)?.into_any(),
+    })
+}
 
 fn set_arrays(py: Python<'_>, top_k: usize, sets: (Vec<u16>, Vec<u64>)) -> PyResult<SetArrays<'_>> {
     let (ids, counts) = sets;
@@ -125,7 +137,7 @@ pub(super) fn merge_sets<'py>(
 impl StatisticsCounter {
     #[new]
     #[pyo3(signature = (layers, num_experts, top_k, *, window = None, transitions = true, coactivation = true,
-                        sets = false))]
+                        sets = false, every = 1))]
     fn new(
         py: Python<'_>,
         layers: usize,
@@ -135,6 +147,7 @@ impl StatisticsCounter {
         transitions: bool,
         coactivation: bool,
         sets: bool,
+        every: u64,
     ) -> PyResult<Self> {
         let routing = Routing::new(layers, num_experts, top_k)?;
         if window == Some(0) {
@@ -149,7 +162,7 @@ impl StatisticsCounter {
         };
         Ok(Self {
             routing,
-            counter: Some(Counter::new(routing, window, sets)),
+            counter: Some(Counter::new(routing, window, sets.then_some(every.max(1)))),
             transitions: table(transitions, layers - 1)?,
             coactivation: table(coactivation, layers)?,
         })
@@ -199,10 +212,36 @@ impl StatisticsCounter {
                 }
             }
         }
-        let load = array3(py, (counted.windows, layers, experts), counted.load)?;
+        let load = narrow3(py, (counted.windows, layers, experts), counted.load)?;
         let sets = (!sets.is_empty()).then_some(sets);
         Ok((counted.tokens, load, self.transitions.take(), self.coactivation.take(), sets))
     }
+}
+
+/// Takes slots [L,D,S] of experts, the node of every device [D], and which copy serves.
+fn copies_of(
+    slots: &PyReadonlyArray3<'_, i32>,
+    routing: Routing,
+    node_of_device: &[u16],
+    split: &str,
+) -> PyResult<Copies> {
+    let &[_, devices, per_device] = slots.shape() else { unreachable!("the array has three dimensions") };
+    if node_of_device.len() != devices || node_of_device.iter().any(|&node| usize::from(node) >= devices) {
+        let rule = format!("a node from 0 to {} for each of {devices} devices", devices.saturating_sub(1));
+        let found = format!("{} values", node_of_device.len());
+        return Err(Error::Shape { what: "node_of_device", rule, found }.into());
+    }
+    let split = match split {
+        "even" => Split::Even,
+        "nearest" => Split::Nearest,
+        "round_robin" => Split::RoundRobin,
+        _ => {
+            let rule = "must be 'even', 'nearest' or 'round_robin'";
+            return Err(PyValueError::new_err(format!("split {rule}, got '{split}'")));
+        }
+    };
+    let slots = contiguous(slots.as_slice().ok())?;
+    Ok(caught(|| Copies::new(slots, routing, per_device, node_of_device, split))??)
 }
 
 /// Replays a trace under a placement, shard by shard.
@@ -215,13 +254,7 @@ pub(super) struct Replay {
 }
 
 /// tokens, load [W,L,D], traffic [L-1,D,D], visits [W,L,D], node visits [W,L,N]
-type Tallied<'py> = (
-    u64,
-    Bound<'py, PyArray3<u64>>,
-    Bound<'py, PyArray3<u64>>,
-    Bound<'py, PyArray3<u64>>,
-    Bound<'py, PyArray3<u64>>,
-);
+type Tallied<'py> = (u64, Bound<'py, PyAny>, Bound<'py, PyArray3<u64>>, Bound<'py, PyAny>, Bound<'py, PyAny>);
 
 #[pymethods]
 impl Replay {
@@ -237,31 +270,12 @@ impl Replay {
         split: &str,
         pairs: bool,
     ) -> PyResult<Self> {
-        let &[layers, devices, per_device] = slots.shape() else {
-            unreachable!("the array has three dimensions")
-        };
-        let routing = Routing::new(layers, num_experts, top_k)?;
-        if node_of_device.len() != devices || node_of_device.iter().any(|&node| usize::from(node) >= devices)
-        {
-            let rule =
-                format!("a node from 0 to {} for each of {devices} devices", devices.saturating_sub(1));
-            let found = format!("{} values", node_of_device.len());
-            return Err(Error::Shape { what: "node_of_device", rule, found }.into());
-        }
+        let routing = Routing::new(slots.shape()[0], num_experts, top_k)?;
+        let devices = slots.shape()[1];
+        let copies = copies_of(&slots, routing, &node_of_device, split)?;
         if window == Some(0) {
             return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
         }
-        let split = match split {
-            "even" => Split::Even,
-            "nearest" => Split::Nearest,
-            "round_robin" => Split::RoundRobin,
-            _ => {
-                let rule = "must be 'even', 'nearest' or 'round_robin'";
-                return Err(PyValueError::new_err(format!("split {rule}, got '{split}'")));
-            }
-        };
-        let slots = contiguous(slots.as_slice().ok())?;
-        let copies = caught(|| Copies::new(slots, routing, per_device, &node_of_device, split))??;
         let nodes = copies.nodes();
         let replay = Some(crate::replay::Replay::new(routing, copies, window, pairs)?);
         Ok(Self { routing, devices, nodes, replay })
@@ -290,11 +304,70 @@ impl Replay {
         let (layers, d) = (self.routing.layers, self.devices);
         Ok((
             tally.tokens,
-            array3(py, (tally.windows, layers, d), tally.load)?,
+            narrow3(py, (tally.windows, layers, d), tally.load)?,
             array3(py, (layers - 1, d, d), tally.traffic)?,
-            array3(py, (tally.windows, layers, d), tally.visits)?,
-            array3(py, (tally.windows, layers, self.nodes), tally.node_visits)?,
+            narrow3(py, (tally.windows, layers, d), tally.visits)?,
+            narrow3(py, (tally.windows, layers, self.nodes), tally.node_visits)?,
         ))
+    }
+}
+
+/// Counts the tokens of devices in windows of another order than the trace's, shard by shard.
+#[pyclass(module = "moetuner._core")]
+pub(super) struct ArrivalLoad {
+    routing: Routing,
+    devices: usize,
+    arrival: Option<Arrival>,
+}
+
+#[pymethods]
+impl ArrivalLoad {
+    #[new]
+    #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, window, tokens, split = "even"))]
+    fn new(
+        slots: PyReadonlyArray3<'_, i32>,
+        num_experts: usize,
+        top_k: usize,
+        node_of_device: Vec<u16>,
+        window: u64,
+        tokens: u64,
+        split: &str,
+    ) -> PyResult<Self> {
+        let routing = Routing::new(slots.shape()[0], num_experts, top_k)?;
+        let copies = copies_of(&slots, routing, &node_of_device, split)?;
+        if window == 0 {
+            return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
+        }
+        let arrival = Some(Arrival::new(routing, copies, window, tokens)?);
+        Ok(Self { routing, devices: slots.shape()[1], arrival })
+    }
+
+    #[pyo3(signature = (expert_ids, places, threads = None, *, checked = false))]
+    fn push(
+        &mut self,
+        py: Python<'_>,
+        expert_ids: Ids<'_>,
+        places: PyReadonlyArray1<'_, u64>,
+        threads: Option<usize>,
+        checked: bool,
+    ) -> PyResult<()> {
+        expert_ids.check(self.routing)?;
+        let places = contiguous(places.as_slice().ok())?;
+        let mut arrival = self.arrival.take().ok_or_else(finished)?;
+        let counted =
+            with_ids!(expert_ids, ids => detached(py, threads, || arrival.push(ids, places, checked))?);
+        self.arrival = Some(arrival);
+        Ok(counted?)
+    }
+
+    fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let arrival = self.arrival.take().ok_or_else(finished)?;
+        let shape = (self.routing.layers, arrival.windows(), self.devices);
+        Ok(match arrival.finish() {
+            ArrivalTables::U16(counts) => array3(py, shape, counts)?.into_any(),
+            ArrivalTables::U32(counts) => array3(py, shape, counts)?.into_any(),
+            ArrivalTables::U64(counts) => array3(py, shape, counts)?.into_any(),
+        })
     }
 }
 

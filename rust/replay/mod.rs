@@ -3,14 +3,16 @@
 //! Nothing asks which of its experts a token met on a device, only how many. So these counts are counted, as bits
 //! ([`planes`]); where there are too many devices for that, slots are, and added up by device in the end.
 
+pub mod arrival;
 pub mod expected;
 mod planes;
 
 use planes::Planes;
 use rayon::prelude::*;
 
+use crate::counting::by_layers;
 use crate::counting::pairs::{SHORT_BLOCK, Side, block};
-use crate::counting::{WindowCounts, by_layers, by_window};
+use crate::counting::windows::{Narrow, WindowCounts, by_window};
 use crate::error::{Error, Result, SLOTS, room_for};
 use crate::random::{mixed, scale};
 use crate::trace::{ExpertId, Routing, validate};
@@ -121,7 +123,15 @@ impl Copies {
     }
 
     /// The slots that serve the ids of a layer.
-    fn route<I: ExpertId>(&self, l: usize, ids: &[I], top_k: usize, first_token: u64) -> Vec<u16> {
+    ///
+    /// `tokens` are the numbers of theirs.
+    fn route<I: ExpertId>(
+        &self,
+        l: usize,
+        ids: &[I],
+        top_k: usize,
+        tokens: impl Iterator<Item = u64>,
+    ) -> Vec<u16> {
         let (copies, begin) = (&self.slots_of[l], &self.begin[l]);
         if self.is_single(l) {
             return ids.iter().map(|id| copies[id.index()]).collect();
@@ -137,7 +147,7 @@ impl Copies {
             return ids.iter().map(turn).collect();
         }
         let mut slots = Vec::with_capacity(ids.len());
-        for (token, ids) in (first_token..).zip(ids.chunks_exact(top_k)) {
+        for (token, ids) in tokens.zip(ids.chunks_exact(top_k)) {
             let hash = mixed(token as u32);
             if self.split == Split::Even {
                 slots.extend(ids.iter().map(|id| of(id)[hash as usize % of(id).len()]));
@@ -205,13 +215,13 @@ pub struct Tally {
     /// Windows, at least one.
     pub windows: usize,
     /// Tokens arriving at every device, once per expert `[W, L, D]`.
-    pub load: Vec<u64>,
+    pub load: Narrow,
     /// Pairs of neighbouring layers' experts by their devices `[L - 1, D, D]`.
     pub traffic: Vec<u64>,
     /// Tokens with at least one expert on the device `[W, L, D]`. Their sum is the fanout of all tokens.
-    pub visits: Vec<u64>,
+    pub visits: Narrow,
     /// Tokens with at least one expert on the node `[W, L, N]`.
-    pub node_visits: Vec<u64>,
+    pub node_visits: Narrow,
 }
 
 /// Replays a trace shard by shard. Push its shards in order, then [`Replay::finish`].
@@ -238,7 +248,12 @@ impl Replay {
         room_for("traffic", &[layers, table.saturating_add(copies.devices * copies.devices), 8])?;
         Ok(Self {
             pairs: (0..routing.layers).map(|l| vec![0; if l > 0 { table } else { 0 }]).collect(),
-            windows: WindowCounts::new(routing.layers, 2 * copies.devices + copies.nodes(), window),
+            windows: WindowCounts::new(
+                routing.layers,
+                2 * copies.devices + copies.nodes(),
+                window,
+                routing.top_k,
+            ),
             planes,
             routing,
             copies,
@@ -262,7 +277,7 @@ impl Replay {
         // Whose turn it is in a block depends on the one before.
         let step = if copies.split == Split::RoundRobin { tokens * routing.row() } else { ids.len().max(1) };
         for ids in ids.chunks(step) {
-            let first = windows.tokens;
+            let (first, open) = (windows.tokens, windows.begin());
             let mut tasks: Vec<_> = pairs.iter_mut().zip(&mut windows.counts).collect();
             if let Some(planes) = planes {
                 by_layers(
@@ -276,7 +291,7 @@ impl Replay {
                         if let Some(before) = before.filter(|_| !pairs.is_empty()) {
                             before.count_pairs(here, pairs);
                         }
-                        by_window(length, first + at, here.tokens(), size, counts, |tokens, counts| {
+                        by_window(length, open + at, here.tokens(), size, counts, |tokens, counts| {
                             planes.count(here, tokens, copies, counts);
                         });
                     },
@@ -289,21 +304,21 @@ impl Replay {
                     *routing,
                     || (Side::new(top_k, copies.slots), Vec::new()),
                     |l, at, ids: &mut Vec<I>, (side, slots): &mut (Side<u16>, Vec<u16>)| {
-                        *slots = copies.route(l, ids, top_k, first + at);
+                        *slots = copies.route(l, ids, top_k, first + at..);
                         side.fill(&mut slots.clone());
                     },
                     |(pairs, counts), at, before, (here, slots)| {
                         if let Some((before, _)) = before.filter(|_| !pairs.is_empty()) {
                             before.count_pairs(here, pairs);
                         }
-                        by_window(length, first + at, here.tokens(), size, counts, |tokens, counts| {
+                        by_window(length, open + at, here.tokens(), size, counts, |tokens, counts| {
                             copies.count(&slots[tokens.start * top_k..tokens.end * top_k], top_k, counts);
                         });
                     },
                 );
             }
             copies.count_served(ids, *routing);
-            windows.tokens += (ids.len() / routing.row()) as u64;
+            windows.advance((ids.len() / routing.row()) as u64);
         }
         Ok(())
     }
@@ -324,13 +339,8 @@ impl Replay {
                 }
             }
         }
-        Tally {
-            tokens: windows.tokens,
-            windows: windows.number(),
-            load: windows.columns(0..d),
-            traffic,
-            visits: windows.columns(d..2 * d),
-            node_visits: windows.columns(2 * d..2 * d + copies.nodes()),
-        }
+        let (tokens, number) = (windows.tokens, windows.number());
+        let [load, visits, node_visits] = windows.columns(&[0..d, d..2 * d, 2 * d..2 * d + copies.nodes()]);
+        Tally { tokens, windows: number, load, traffic, visits, node_visits }
     }
 }

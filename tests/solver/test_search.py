@@ -208,7 +208,8 @@ def test_thinned_windows_stand_for_those_left_out():
     for arrival in ("bursts", "mixed", 0.5):
         windows = windows_of(statistics, arrival, "mean", weights)
         assert windows.weight.sum() == pytest.approx(4 * MOST * 2, rel=0.01)
-    bursts = windows_of(statistics, "bursts", "mean", weights)
+        assert windows.searched.weight.sum() == pytest.approx(4 * MOST * 2, rel=0.01)
+    bursts = windows_of(statistics, "bursts", "mean", weights).searched
     assert len(bursts.load) == MOST
     assert [np.unique(bursts.weight[bursts.group == g]).tolist() for g in range(3)] == [
         [20.0],

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from moetuner.cli.options.traffic import Traffic
-from moetuner.cli.output import working
-from moetuner.evaluation import evaluate
+from moetuner.cli.output import shares, working
+from moetuner.evaluation import evaluate_each
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.outcome import Outcome
-from moetuner.solver import solve
+from moetuner.solver import Result, solve
 
 
-def try_method(
-    method: str,
-    problem: Problem,
-    judged_on: Traffic,
-    *,
-    window: int | None,
-    seed: int,
-    time_limit: float | None = None,
-    threads: int | None = None,
-    place: str = "",
-    **moving: Any,
-) -> Outcome:
-    """Solve, and evaluate the placement on other traffic; ``moving`` as for ``solve``.
+def solve_with(method: str, problem: Problem, *, place: str = "", **how: Any) -> Result:
+    """Solve, and show how far that is; ``how`` as for ``solve``.
 
     ``place`` is how far the whole is, for who waits.
     """
     with working(f"solving, {method}{place and f' ({place})'}") as progress:
-        result = solve(
-            problem,
-            method,
-            seed=seed,
-            time_limit=time_limit,
-            threads=threads,
-            progress=progress,
-            **moving,
-        )
-    with working(f"replaying {method}"):
-        evaluation = evaluate(
-            result.placement,
+        return solve(problem, method, progress=progress, **how)
+
+
+def judge(
+    results: Sequence[Result],
+    problem: Problem,
+    judged_on: Traffic,
+    *,
+    window: int | None,
+    threads: int | None,
+) -> list[Outcome]:
+    """Evaluate placements on other traffic, which is read once for all of them."""
+    with working("replaying") as report:
+        evaluations = evaluate_each(
+            [result.placement for result in results],
             judged_on,
             problem.topology,
             window=window,
@@ -49,5 +42,9 @@ def try_method(
             cost_model=Objective(problem).cost_model,
             regime=problem.regime,
             threads=threads,
+            progress=shares(report, "of the tokens"),
         )
-    return Outcome(problem, result, evaluation)
+    return [
+        Outcome(problem, result, evaluation)
+        for result, evaluation in zip(results, evaluations, strict=True)
+    ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from moetuner.cli import options
-from moetuner.cli.attempt import try_method
+from moetuner.cli.attempt import judge, solve_with
 from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.problem import Asked, problem_options, settings
 from moetuner.cli.options.traffic import Source, Traffic, traffic_options
@@ -18,7 +18,7 @@ from moetuner.problem import Problem
 from moetuner.report.cells import counted
 from moetuner.report.gains import Gain, gains
 from moetuner.report.outcome import Outcome, head, remarks, sentences
-from moetuner.solver import ALIASES, METHODS
+from moetuner.solver import ALIASES, METHODS, Result
 from moetuner.statistics import hold_out
 from moetuner.trace import RoutingTrace
 
@@ -143,23 +143,23 @@ def command(
         if all_splits:
             seen, unseen = hold_out(source.traffic, holdout, seed=of)
             asked_of = asked.problem(seen, topology, window=window, threads=threads)
-        outcomes: dict[str, Outcome] = {}
+        results: dict[str, Result] = {}
         for number, method in enumerate(methods, 1):
-            place = f"{number} of {len(methods)}, split {len(all_splits) + 1}"
-            outcomes[method] = try_method(
+            results[method] = solve_with(
                 method,
                 asked_of,
-                unseen,
-                window=source.replayed,
+                place=f"{number} of {len(methods)}, split {len(all_splits) + 1}",
                 seed=of,
                 time_limit=time_limit,
                 threads=threads,
-                place=place,
             )
-            interrupted = outcomes[method].result.status == "interrupted"
+            interrupted = results[method].status == "interrupted"
             if interrupted:
                 break
-        all_splits.append(outcomes)
+        judged = judge(
+            list(results.values()), asked_of, unseen, window=source.replayed, threads=threads
+        )
+        all_splits.append(dict(zip(results, judged, strict=True)))
     first = list(all_splits[0].values())
     output.table(head(problem), [outcome.row() for outcome in first])
     for line in remarks(first, problem):

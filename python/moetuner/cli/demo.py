@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from moetuner.cli import options
-from moetuner.cli.attempt import try_method
+from moetuner.cli.attempt import judge, solve_with
 from moetuner.cli.options.traffic import WINDOW, count, facts
 from moetuner.cli.output import Output, working
 from moetuner.files import same_file
@@ -69,10 +69,9 @@ def command(directory: Path, threads: int | None, json_file: Path | None) -> Non
         regime="follow",
         max_imbalance=MAX_IMBALANCE,
     )
-    outcomes = {
-        method: try_method(method, problem, unseen, window=WINDOW, seed=0, threads=threads)
-        for method in METHODS
-    }
+    results = [solve_with(method, problem, seed=0, threads=threads) for method in METHODS]
+    judged = judge(results, problem, unseen, window=WINDOW, threads=threads)
+    outcomes = dict(zip(METHODS, judged, strict=True))
     output.say(
         f"Placements on {DEVICES} devices, computed from half of the texts, judged on the other."
     )

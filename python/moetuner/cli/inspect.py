@@ -12,7 +12,7 @@ import numpy as np
 from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
 from moetuner.cli.options.traffic import Source, input_options
-from moetuner.cli.output import Output, working
+from moetuner.cli.output import Output, shares, working
 from moetuner.report.cells import number, percent
 from moetuner.report.structure import Structure, structure
 
@@ -50,9 +50,14 @@ def command(
 ) -> None:
     """Show what is in a trace: sizes, skew, differences between groups, inter-layer structure."""
     traffic = source.traffic
-    with working("looking for structure"):
+    with working("looking for structure") as report:
         found = structure(
-            traffic, devices, max_imbalance=max_imbalance, seed=seed, threads=source.threads
+            traffic,
+            devices,
+            max_imbalance=max_imbalance,
+            seed=seed,
+            threads=source.threads,
+            progress=shares(report, "read"),
         )
     output = Output(json_file)
     output.say(source.describe())

@@ -140,6 +140,12 @@ def steps(label: str) -> Iterator[Callable[[str], None]]:
         yield lambda step: report(Progress(time.monotonic() - began, step))
 
 
+def shares(report: Callable[[Progress], None], of: str) -> Callable[[float], None]:
+    """Return what is told the share of work that is done, and shows it."""
+    began = time.monotonic()
+    return lambda share: report(Progress(time.monotonic() - began, f"{100 * share:.0f} % {of}"))
+
+
 def _line(progress: Progress) -> str:
     parts = [progress.phase]
     if progress.objective is not None:

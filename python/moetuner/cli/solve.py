@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from moetuner.cli import options
-from moetuner.cli.attempt import try_method
+from moetuner.cli.attempt import judge, solve_with
 from moetuner.cli.options import moves
 from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.moves import Moving, moving_options
@@ -112,22 +112,16 @@ def command(
     output.say(source.describe())
     if asked.engine is not None:
         output.say(asked.explain(problem))
-    outcome = try_method(
-        method,
-        problem,
-        source.traffic,
-        window=source.replayed,
-        time_limit=time_limit,
-        **how,
-        **moving.arguments(initial),
-    )
+    results = [
+        solve_with(method, problem, time_limit=time_limit, **how, **moving.arguments(initial))
+    ]
     # Written before anything is said about it: a closed pipe must not lose the answer.
-    outcome.result.placement.save(out_file)
+    results[0].placement.save(out_file)
     output.say()
-    outcomes = [outcome]
-    if method != "contiguous" and outcome.result.status != "interrupted":
-        before = try_method("contiguous", problem, source.traffic, window=source.replayed, **how)
-        outcomes.insert(0, before)
+    if method != "contiguous" and results[0].status != "interrupted":
+        results.insert(0, solve_with("contiguous", problem, **how))
+    outcomes = judge(results, problem, source.traffic, window=source.replayed, threads=threads)
+    outcome = outcomes[-1]
     output.table(head(problem), [each.row() for each in outcomes])
     for line in (*remarks([outcome], problem), *sentences(outcome)):
         output.say(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -221,45 +222,89 @@ def evaluate(
     >>> mt.evaluate(mt.Placement([[[0, 2], [1, 3]]]), trace).fanout
     2.0
     """
-    topology = topology_of(placement, topology)
-    check_model(placement, traffic, topology)
+    return evaluate_each(
+        [placement],
+        traffic,
+        topology,
+        window=window,
+        split=split,
+        cost_model=cost_model,
+        regime=regime,
+        home=home,
+        mixed=mixed,
+        mixed_seed=mixed_seed,
+        threads=threads,
+    )[0]
+
+
+def evaluate_each(
+    placements: Sequence[Placement],
+    traffic: RoutingTrace | RoutingStatistics,
+    topology: Topology | None = None,
+    *,
+    window: int | None = None,
+    split: Split = "even",
+    cost_model: CostModel | None = None,
+    regime: Regime = "dispatch",
+    home: ArrayLike | Literal["blocks"] | None = None,
+    mixed: bool = True,
+    mixed_seed: int = 0,
+    threads: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> list[Evaluation]:
+    """Replay several placements of one model and machine, and read the trace once for all.
+
+    Takes what ``evaluate`` takes, and returns what it returns for each of them. ``progress`` gets
+    the share of a trace that has been replayed.
+    """
+    if not placements:
+        return []
+    topology = topology_of(placements[0], topology)
+    for placement in placements:
+        check_model(placement, traffic, topology)
     copies.check(split)
     window, threads = window_in(window), threads_in(threads)
     check_times(cost_model, regime)
     flag("mixed", mixed)
-    with_active = cost_model is not None and cost_model.expert_us > 0
-    setting = Setting(
-        placement,
-        topology,
-        window,
-        split,
-        with_active,
-        threads,
-        with_mixed=mixed,
-        mixed_seed=seed_in(mixed_seed, "mixed_seed"),
-    )
+    settings = [
+        Setting(
+            placement,
+            topology,
+            window,
+            split,
+            cost_model is not None and cost_model.expert_us > 0,
+            threads,
+            with_mixed=mixed,
+            mixed_seed=seed_in(mixed_seed, "mixed_seed"),
+        )
+        for placement in placements
+    ]
+    counted: Iterator[tuple[Counts, dict[str, Counts]]]
     if isinstance(traffic, RoutingStatistics):
         if home is not None:
             raise ValueError("home needs a trace: statistics have no tokens")
-        counts, by_group = replay.of_statistics(traffic, setting)
+        counted = (replay.of_statistics(traffic, setting) for setting in settings)
     else:
         if home is not None and split != "even":
             raise ValueError(
                 f"home needs split 'even', got {split!r}: others know homes only spread"
             )
-        counts, by_group = replay.of_trace(traffic, setting)
-        if home is not None:
-            counts, by_group = _with_homes(counts, by_group, placement, traffic, home)
-    whole = _evaluation(counts, topology, cost_model, regime)
-    replayed = Replayed(traffic, setting, cost_model, regime)
-    groups = {
-        name: replace(
-            _evaluation(group, topology, cost_model, regime),
-            replayed=replace(replayed, group=name),
-        )
-        for name, group in by_group.items()
-    }
-    return replace(whole, by_group=groups, replayed=replayed)
+        counted = replay.of_trace(traffic, settings, progress)
+    found = []
+    for setting, (counts, by_group) in zip(settings, counted, strict=True):
+        if home is not None and isinstance(traffic, RoutingTrace):
+            counts, by_group = _with_homes(counts, by_group, setting.placement, traffic, home)
+        whole = _evaluation(counts, topology, cost_model, regime)
+        replayed = Replayed(traffic, setting, cost_model, regime)
+        groups = {
+            name: replace(
+                _evaluation(group, topology, cost_model, regime),
+                replayed=replace(replayed, group=name),
+            )
+            for name, group in by_group.items()
+        }
+        found.append(replace(whole, by_group=groups, replayed=replayed))
+    return found
 
 
 def topology_of(placement: Placement, topology: Topology | None) -> Topology:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,3 +69,16 @@ def mixed_windows(
         place = slice(first, min(first + per_run, total))
         drawn = [rng.choice(total, size, replace=False) for _ in range(place.stop - place.start)]
         yield place, windows[np.stack(drawn)].mean(axis=1)
+
+
+def drawn_windows(
+    windows: NDArray[Any], weight: NDArray[np.float64], count: int, *, seed: int = 0
+) -> NDArray[np.float64]:
+    """Mix so many windows [count,...] of many [W,...], each counted by its weight [W]."""
+    rng, size = np.random.default_rng(seed), min(len(windows), WINDOWS_MIXED)
+    found = np.empty((count, *windows.shape[1:]))
+    each = weight.reshape(-1, *[1] * (windows.ndim - 1))
+    for number in range(count):
+        drawn = rng.choice(len(windows), size, replace=False)
+        found[number] = (windows[drawn] * each[drawn]).mean(axis=0)
+    return found

@@ -52,7 +52,7 @@ def of_traffic(
             for name, counts in _parts(whole, groups)
             if name is None or not only_whole
         }
-    whole, groups = replay.of_trace(traffic, setting)
+    [(whole, groups)] = replay.of_trace(traffic, [setting])
     crossing = crossings(setting, traffic)
     tokens = _tokens(traffic)
     found: dict[str | None, dict[str, Sums]] = {}

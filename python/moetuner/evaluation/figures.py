@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.cost import CostModel, busiest_ports
+from moetuner.evaluation.blocks import blocks, by_block
 from moetuner.evaluation.replay import Counts
 from moetuner.topology import Regime, Topology
 
@@ -21,6 +22,12 @@ def ratios(load: NDArray[Any], speed: Floats) -> Floats:
     The slowest device's time over that of loads in proportion to speeds. Layers and windows without
     load count as balanced.
     """
+    if load.ndim == 3:
+        return by_block(load, lambda some: _ratios(some, speed))
+    return _ratios(load, speed)
+
+
+def _ratios(load: NDArray[Any], speed: Floats) -> Floats:
     # Devices first: numpy is slow on a short last axis. Counts add up the same in any order.
     by_device = np.ascontiguousarray(np.moveaxis(load, -1, 0))
     if load.dtype.kind in "ui":
@@ -54,25 +61,44 @@ def busiest_port(rows: NDArray[Any], topology: Topology) -> dict[str, list[float
 
 def layer_us(counts: Counts, topology: Topology, model: CostModel, regime: Regime) -> Floats:
     """Compute the predicted microseconds of every window and layer [W,L]."""
-    compute = model.compute_us(counts.load, counts.active, topology.speed_of_device)
+    runs = list(blocks(len(counts.load), counts.load[0].size))
+    # Homes, and what follows, are of all windows together.
+    visits = counts.visits.sum(axis=0) if len(runs) == 1 else _sum(counts.visits, runs)
     moved = _dispatched if regime == "dispatch" else _followed
-    return model.layer_us(compute, moved(counts, topology, model))
+
+    def times(some: Counts) -> Floats:
+        compute = model.compute_us(some.load, some.active, topology.speed_of_device)
+        return model.layer_us(compute, moved(some, topology, model, visits))
+
+    if len(runs) == 1:
+        return times(counts)
+    return np.concatenate([times(counts.run(some)) for some in runs])
 
 
-def _dispatched(counts: Counts, topology: Topology, model: CostModel) -> Floats:
+def _sum(table: NDArray[Any], runs: list[slice]) -> NDArray[Any]:
+    total: NDArray[Any] = np.sum([table[some].sum(axis=0) for some in runs], axis=0)
+    return total
+
+
+def _dispatched(
+    counts: Counts, topology: Topology, model: CostModel, visits: NDArray[Any]
+) -> Floats:
     """Compute microseconds of rows that go from their homes to devices of work and back."""
     if model.once_per == "node" and counts.node_visits is not None and len(topology.levels) == 2:
         busiest = _by_node(counts, counts.node_visits, topology)
     else:
-        busiest = _by_device(counts, topology)
+        busiest = _by_device(counts, topology, visits)
     back = model.ports_us(busiest, topology, bytes_each=model.bytes_back)
     return model.ports_us(busiest, topology) + back
 
 
-def _by_device(counts: Counts, topology: Topology) -> Floats:
-    """Compute rows at the busiest port [W,L,tiers]; a window has homes as all of them have."""
+def _by_device(counts: Counts, topology: Topology, of_all: NDArray[Any]) -> Floats:
+    """Compute rows at the busiest port [W,L,tiers]; a window has homes as all of them have.
+
+    All windows together have visits ``of_all`` [L,D].
+    """
     visits = np.ascontiguousarray(counts.visits, dtype=np.float64)
-    total = np.maximum(visits.sum(axis=0), 1e-300)
+    total = np.maximum(of_all.astype(np.float64), 1e-300)
     from_home = np.ascontiguousarray(counts.dispatch / total[:, None, :])
     tier = topology.tier.astype(np.uint16)
     return _core.busiest_rows(visits, from_home, tier, len(topology.levels))
@@ -95,7 +121,9 @@ def _by_node(counts: Counts, node_visits: NDArray[Any], topology: Topology) -> F
     return np.stack([np.maximum(into, out), np.maximum(into_node, out_of_node)], axis=-1)
 
 
-def _followed(counts: Counts, topology: Topology, model: CostModel) -> Floats:
+def _followed(
+    counts: Counts, topology: Topology, model: CostModel, _visits: NDArray[Any]
+) -> Floats:
     """Compute microseconds of rows that go on to the next layer, in each window as in all.
 
     A token with K experts in both layers makes K * K pairs, and its state goes to K experts.

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +17,15 @@ from moetuner._checks import IdArray
 from moetuner.evaluation import copies
 from moetuner.evaluation import expected as expected_
 from moetuner.evaluation.arrival import mixed_order, mixed_windows
+from moetuner.evaluation.blocks import by_block
 from moetuner.evaluation.copies import Split
-from moetuner.placement import Placement
+from moetuner.placement import EMPTY, Placement
 from moetuner.statistics import TABLE_LIMIT, ExpertSets, RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
-# Tokens that are fetched at once in an order other than the trace's.
-FETCH = 1 << 16
+# Bytes of a trace that are replayed at once: under all placements while they are in the cache.
+SHARD_BYTES = 16 << 20
 
 Numbers = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -61,7 +63,18 @@ class Counts:
     node_visits: Numbers | None
     follow: Numbers | None
     dispatch: Numbers
-    active: Floats | None
+    active: Numbers | None
+
+    def run(self, windows: slice) -> Counts:
+        """Return the counts of some windows; what is of all windows together stays."""
+        return replace(
+            self,
+            load=self.load[windows],
+            mixed=None,
+            visits=self.visits[windows],
+            node_visits=None if self.node_visits is None else self.node_visits[windows],
+            active=None if self.active is None else self.active[windows],
+        )
 
 
 @dataclass(frozen=True)
@@ -95,42 +108,69 @@ class Setting:
         return self.with_active or self.split == "nearest"
 
 
-def of_trace(trace: RoutingTrace, setting: Setting) -> tuple[Counts, dict[str, Counts]]:
-    """Replay a trace: all of it, and every group that has tokens by itself."""
-    _check_table_bytes(trace, setting)
-    parts = [_Part(trace, setting, np.arange(trace.tokens))]
+def of_trace(
+    trace: RoutingTrace,
+    settings: Sequence[Setting],
+    progress: Callable[[float], None] | None = None,
+) -> Iterator[tuple[Counts, dict[str, Counts]]]:
+    """Replay a trace once for all settings, which differ in their placements alone.
+
+    Yields what was counted under each: of all of it, and of every group that has tokens by itself.
+    ``progress`` gets the share of the tokens that were read.
+    """
+    _check_table_bytes(trace, settings)
+    parts = [_Part(trace, settings, np.arange(trace.tokens))]
     names: list[str] = []
     if trace.group is not None:
         for number, name in enumerate(trace.group_names):
             mine = np.flatnonzero(trace.group == number)
             if mine.size:
                 names.append(name)
-                parts.append(_Part(trace, setting, mine))
+                parts.append(_Part(trace, settings, mine))
     first = 0
-    for shard in trace.shards(threads=setting.threads):
+    for shard in trace.shards(SHARD_BYTES, threads=settings[0].threads):
         for part in parts:
             part.push(shard, first)
         first += len(shard)
-    whole, *groups = [part.finish() for part in parts]
-    return whole, dict(zip(names, groups, strict=True))
+        if progress is not None:
+            progress(first / trace.tokens)
+        del shard  # else the next shard is read while this one is still held
+    for number in range(len(settings)):
+        whole, *groups = [part.finish(number) for part in parts]
+        yield whole, dict(zip(names, groups, strict=True))
 
 
 class _Part:
-    """Some tokens of a trace under replay."""
+    """Some tokens of a trace under replay, for all settings.
 
-    def __init__(self, trace: RoutingTrace, setting: Setting, tokens: NDArray[np.int64]) -> None:
-        self._trace, self._setting, self._tokens = trace, setting, tokens
-        self._replay = setting.replay(trace, pairs=True)
+    Placements with one copy of each expert have much in common: pairs of experts and loads in
+    mixed order are counted once where there are several of them.
+    """
+
+    def __init__(
+        self, trace: RoutingTrace, settings: Sequence[Setting], tokens: NDArray[np.int64]
+    ) -> None:
+        self._trace, self._settings, self._tokens = trace, settings, tokens
+        common = settings[0]
+        single = [not setting.placement.has_copies for setting in settings]
+        self._shares_pairs = sum(single) > 1 and trace.layers > 1
+        self._replays: list[_core.Replay | None] = [
+            setting.replay(trace, pairs=not (alone and self._shares_pairs))
+            for setting, alone in zip(settings, single, strict=True)
+        ]
+        needs_experts = any(setting.needs_experts for setting in settings)
         self._experts: _core.StatisticsCounter | None = None
-        if setting.needs_experts:
+        if needs_experts or self._shares_pairs:
             self._experts = _core.StatisticsCounter(
                 trace.layers,
                 trace.num_experts,
                 trace.top_k,
-                window=setting.window,
-                transitions=False,
+                window=common.window if needs_experts else None,
+                transitions=self._shares_pairs,
                 coactivation=False,
             )
+        self._arrival = _Arrival(trace, settings, tokens)
+        self._counted: tuple[Numbers | None, Numbers | None] | None = None
 
     def push(self, shard: IdArray, first: int) -> None:
         """Replay those of a shard's tokens that are of this part."""
@@ -138,47 +178,156 @@ class _Part:
         if begin == end:
             return
         mine = shard if end - begin == len(shard) else shard[self._tokens[begin:end] - first]
-        self._replay.push(mine, self._setting.threads, checked=self._trace.ids.fresh)
+        threads, checked = self._settings[0].threads, self._trace.ids.fresh
+        for replay in self._replays:
+            assert replay is not None
+            replay.push(mine, threads, checked=checked)
+            checked = True
         if self._experts is not None:
-            self._experts.push(mine, self._setting.threads, checked=True)
+            self._experts.push(mine, threads, checked=True)
+        self._arrival.push(mine, int(begin), threads)
 
-    def finish(self) -> Counts:
-        """Return what was counted, once replayed in mixed order too."""
-        setting = self._setting
-        tokens, load, follow, visits, node_visits = self._replay.finish()
-        expert_load = None if self._experts is None else self._experts.finish(setting.threads)[1]
+    def finish(self, number: int) -> Counts:
+        """Return what was counted under a setting, once."""
+        setting, replay = self._settings[number], self._replays[number]
+        assert replay is not None
+        self._replays[number] = None  # with its tables
+        tokens, load, follow, visits, node_visits = replay.finish()
+        if self._counted is None:
+            found = None if self._experts is None else self._experts.finish(setting.threads)
+            self._counted = (None, None) if found is None else found[1:3]
+        expert_load, transitions = self._counted
+        if self._shares_pairs and not setting.placement.has_copies:
+            assert transitions is not None
+            follow = _by_device(setting.placement, transitions)
         return Counts(
             tokens=tokens,
             load=load,
-            mixed=self._mixed(load) if setting.with_mixed else None,
+            mixed=self._arrival.finish(number, load) if setting.with_mixed else None,
             visits=visits,
             node_visits=node_visits,
             follow=follow,
             dispatch=expected_.dispatched(
                 setting.placement, setting.topology, setting.split, visits.sum(axis=0), expert_load
             ),
-            active=None if not setting.with_active else self._active(expert_load),
+            active=None if not setting.with_active else _active(setting, expert_load),
         )
 
-    def _active(self, expert_load: Numbers | None) -> Floats:
-        assert expert_load is not None
-        setting = self._setting
-        share = copies.slot_shares(setting.placement, setting.topology, setting.split)
-        return expected_.active(setting.placement, share, expert_load)
 
-    def _mixed(self, load: Numbers) -> Numbers:
-        """Replay in mixed order; one window is the same in any order."""
-        if len(load) == 1:
+def _by_device(placement: Placement, transitions: Numbers) -> Numbers:
+    """Add up transitions [L-1,E,E] by the devices [L-1,D,D] of experts with one copy each."""
+    device_of, devices = placement.device_of, placement.devices
+    found = np.zeros((len(transitions), devices, devices), dtype=np.uint64)
+    for layer, table in enumerate(transitions):
+        rows = np.zeros((devices, table.shape[1]), dtype=np.uint64)
+        np.add.at(rows, device_of[layer], table)
+        np.add.at(found[layer].T, device_of[layer + 1], rows.T)
+    return found
+
+
+def _active(setting: Setting, expert_load: Numbers | None) -> Numbers:
+    """Count experts with a token [W,L,D], as few bytes each as hold them where that is exact."""
+    assert expert_load is not None
+    placement = setting.placement
+    share = copies.slot_shares(placement, setting.topology, setting.split)
+
+    def active(load: Numbers) -> Numbers:
+        found = expected_.active(placement, share, load)
+        return found if placement.has_copies else found.astype(np.uint16)
+
+    return by_block(expert_load, active)
+
+
+class _Arrival:
+    """Loads of devices if the tokens of a part had come in mixed order: they add up in any order.
+
+    Every token has a place in that order, and so in a window of it. Loads of experts give those of
+    devices where an expert has one copy, or copies take turns; else each placement is counted.
+    """
+
+    def __init__(
+        self, trace: RoutingTrace, settings: Sequence[Setting], tokens: NDArray[np.int64]
+    ) -> None:
+        self._settings = settings
+        window = settings[0].window
+        self._place: NDArray[np.uint64] | None = None
+        self._experts: _core.ArrivalLoad | None = None
+        self._devices: dict[int, _core.ArrivalLoad] = {}
+        self._load: Numbers | None = None
+        # One window is the same in any order.
+        if not settings[0].with_mixed or window is None or len(tokens) <= window:
+            return
+        sequence = None if trace.sequence is None else trace.sequence[tokens]
+        order = mixed_order(sequence, len(tokens), seed=settings[0].mixed_seed)
+        self._place = np.empty(len(tokens), dtype=np.uint64)
+        self._place[order] = np.arange(len(tokens), dtype=np.uint64)
+        sizes: Any = {"window": window, "tokens": len(tokens)}
+        for number, setting in enumerate(settings):
+            placement = setting.placement
+            if placement.has_copies and setting.split != "round_robin":
+                self._devices[number] = _core.ArrivalLoad(
+                    placement.slots,
+                    trace.num_experts,
+                    trace.top_k,
+                    setting.topology.node_of_device.tolist(),
+                    split=setting.split,
+                    **sizes,
+                )
+        if len(self._devices) < len(settings):
+            experts = np.arange(trace.num_experts, dtype=np.int32)
+            alone = np.tile(experts[None, :, None], (trace.layers, 1, 1))
+            nodes = [0] * trace.num_experts
+            self._experts = _core.ArrivalLoad(alone, trace.num_experts, trace.top_k, nodes, **sizes)
+
+    def push(self, mine: IdArray, begin: int, threads: int | None) -> None:
+        """Count tokens of the part, from its token ``begin`` on, which have been checked."""
+        if self._place is None:
+            return
+        place = self._place[begin : begin + len(mine)]
+        for each in (*self._devices.values(), *([self._experts] if self._experts else [])):
+            each.push(mine, place, threads, checked=True)
+
+    def finish(self, number: int, load: Numbers) -> Numbers:
+        """Return loads [W,L,D] in mixed order under a setting, of those as recorded."""
+        if self._place is None:
             return load
-        setting, sequence = self._setting, self._trace.sequence
-        mine = None if sequence is None else sequence[self._tokens]
-        order = self._tokens[mixed_order(mine, len(self._tokens), seed=setting.mixed_seed)]
-        ids = self._trace.expert_ids
-        replay = setting.replay(self._trace, pairs=False)
-        for at in range(0, len(order), FETCH):
-            part = cast(IdArray, np.ascontiguousarray(ids[order[at : at + FETCH]]))
-            replay.push(part, setting.threads)
-        return replay.finish()[1]
+        if number in self._devices:
+            return self._devices.pop(number).finish().transpose(1, 0, 2)
+        if self._load is None:
+            assert self._experts is not None
+            self._load = self._experts.finish()
+        placement = self._settings[number].placement
+        if placement.has_copies:
+            return _in_turns(placement, self._load)
+        of_experts = self._load.transpose(1, 0, 2)
+        setting = self._settings[number]
+        share = copies.slot_shares(placement, setting.topology, setting.split)
+
+        def served(some: Numbers) -> Numbers:
+            found = copies.served(placement, share, np.ascontiguousarray(some))
+            return found.astype(np.min_scalar_type(int(found.max(initial=0))))
+
+        return by_block(of_experts, served)
+
+
+def _in_turns(placement: Placement, load: Numbers) -> Numbers:
+    """Return loads of devices [W,L,D] whose copies take turns, of loads of experts [L,W,E].
+
+    Of the n tokens of a window that come after s others, the j-th of c copies serves those whose
+    number is j modulo c.
+    """
+    found = np.zeros((load.shape[1], placement.layers, placement.devices), dtype=np.int64)
+    for layer, slots in enumerate(placement.slots):
+        after = np.cumsum(load[layer], axis=0, dtype=np.int64)
+        before = after - load[layer]
+        seen = np.zeros(placement.num_experts, dtype=np.int64)
+        for device, slot in np.argwhere(slots != EMPTY):
+            expert = slots[device, slot]
+            turn, of = seen[expert], placement.replicas[layer, expert]
+            seen[expert] += 1
+            ends = [(tokens[:, expert] - 1 - turn) // of for tokens in (after, before)]
+            found[:, layer, device] += ends[0] - ends[1]
+    return found
 
 
 def of_statistics(
@@ -214,6 +363,11 @@ class Counted(Protocol):
     @property
     def sets(self) -> tuple[ExpertSets, ...] | None:
         """Expert sets, layer by layer."""
+        ...
+
+    @property
+    def set_load(self) -> NDArray[np.uint64]:
+        """Load [L,E] by the expert sets: what it is, unless they are of a sample."""
         ...
 
 
@@ -252,10 +406,15 @@ class Expected:
             self._met = _ratio(of_devices, load)
             self._met_nodes = _ratio(of_nodes, _of_nodes(load, topology))
 
-    def counts(self, window_load: Numbers) -> Counts:
-        """Compute the expected counts of windows of load [W,L,E]."""
+    def counts(self, window_load: Numbers, total: Numbers | None = None) -> Counts:
+        """Compute the expected counts of windows of load [W,L,E].
+
+        Where these are a part of all windows, ``total`` has the load of all [1,L,E].
+        """
         setting, topology = self._setting, self._setting.topology
-        load = copies.served(setting.placement, self._share, window_load)
+        load = by_block(
+            window_load, lambda some: copies.served(setting.placement, self._share, some)
+        )
         mixed = None
         if setting.with_mixed:
             mixed = np.empty_like(load)
@@ -272,10 +431,17 @@ class Expected:
             node_visits=node_visits,
             follow=self._follow,
             dispatch=expected_.dispatched(
-                setting.placement, topology, setting.split, visits.sum(axis=0), window_load
+                setting.placement,
+                topology,
+                setting.split,
+                visits.sum(axis=0),
+                window_load if total is None else total,
             ),
             active=(
-                expected_.active(setting.placement, self._share, window_load)
+                by_block(
+                    window_load,
+                    lambda some: expected_.active(setting.placement, self._share, some),
+                )
                 if setting.with_active
                 else None
             ),
@@ -293,17 +459,18 @@ def _ratio(part: Floats, whole: Floats) -> Floats:
     return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
-def _check_table_bytes(trace: RoutingTrace, setting: Setting) -> None:
-    window = setting.window
+def _check_table_bytes(trace: RoutingTrace, settings: Sequence[Setting]) -> None:
+    window, topology = settings[0].window, settings[0].topology
     windows = 1 if window is None else max(1, -(-trace.tokens // max(window, 1)))
-    # Load and visits of devices, visits of nodes, twice: in both arrivals.
-    columns = 2 * (2 * setting.topology.devices + setting.topology.nodes)
-    columns += trace.num_experts if setting.needs_experts else 0
+    each = np.min_scalar_type((window or trace.tokens) * trace.top_k).itemsize
+    # Load and visits of devices, visits of nodes, and load in mixed order; while they are put
+    # together, some of it twice.
+    columns = len(settings) * 2 * (2 * topology.devices + topology.nodes)
+    columns += 2 * trace.num_experts
     # Once more for groups, whose windows add up to the trace's.
-    size = 8 * windows * trace.layers * columns * (1 if trace.group is None else 2)
+    size = each * windows * trace.layers * columns * (1 if trace.group is None else 2)
     if size > TABLE_LIMIT:
         raise ValueError(
             f"counts must fit {TABLE_LIMIT >> 30} GiB, got {size / 2**30:.0f} GiB for {windows} "
-            f"windows, {trace.layers} layers, {setting.topology.devices} devices: make windows "
-            "longer"
+            f"windows, {trace.layers} layers, {topology.devices} devices: make windows longer"
         )

@@ -151,6 +151,7 @@ class StatisticsContents:
     group_names: Sequence[str]
     model: str | None
     expert_size: tuple[int, int] | None = None
+    set_tokens: int | None = None
 
 
 def holds_statistics(path: Path) -> bool:
@@ -184,6 +185,7 @@ def write_statistics(
     group_names: Sequence[str],
     model: str | None,
     expert_size: tuple[int, int] | None = None,
+    set_tokens: int | None = None,
 ) -> None:
     """Write as safetensors; the file appears whole or not at all."""
     metadata = {
@@ -193,6 +195,7 @@ def write_statistics(
         "window": None if window is None else str(window),
         "model": model,
         "expert_size": _checks.size_text(expert_size),
+        "set_tokens": None if set_tokens is None else str(set_tokens),
     }
     with replacing(path) as temporary:
         safetensors.write(
@@ -211,13 +214,14 @@ def _statistics_in_safetensors(path: Path) -> StatisticsContents:
             f"got {about.get('format')} version {about.get('version')}"
         )
     header.tensor("load")
-    window = about.get("window")
+    window, sampled = about.get("window"), about.get("set_tokens")
     return StatisticsContents(
         {name: safetensors.read(path, header.tensor(name)) for name in TABLES if name in header},
         None if window is None else int(window),
         json.loads(about.get("group_names", "[]")),
         about.get("model"),
         _checks.size_of(about.get("expert_size")),
+        None if sampled is None else int(sampled),
     )
 
 

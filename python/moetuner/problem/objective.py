@@ -105,6 +105,8 @@ class Objective:
     ----------
     problem
         What is to be placed.
+    windows
+        Windows of load that are judged; all of the problem's by default.
 
     Examples
     --------
@@ -116,10 +118,11 @@ class Objective:
     'imbalance 1.3333'
     """
 
-    def __init__(self, problem: Wanted) -> None:
+    def __init__(self, problem: Wanted, windows: Windows | None = None) -> None:
         if not isinstance(getattr(problem, "windows", None), Windows):
             raise TypeError(f"problem must be a Problem, got {shown(problem)}")
         self.problem = problem
+        self.windows = problem.windows if windows is None else windows
 
     def __repr__(self) -> str:
         """Return what is made small, and in which regime."""
@@ -133,7 +136,7 @@ class Objective:
         if self.problem.goal == "traffic":
             return self.traffic(placement)
         cost = self.window_cost(placement).sum(axis=1)
-        return self.problem.windows.value(cost, self.reference)
+        return self.windows.value(cost, self.reference)
 
     @property
     def is_known(self) -> bool:
@@ -252,51 +255,57 @@ class Objective:
         statistics
             Pairs and sets of these layers, the problem's by default.
         load
-            Their windows of load [W,L,E], the problem's by default.
+            Their windows of load [W,L,E], all that are judged by default.
         """
-        if statistics is None and load is None:
-            whole = (self.problem.statistics, self.problem.windows.load)
+        if statistics is None and load is None and self.windows is self.problem.windows:
             return self.problem.remembered.of(
-                "window cost", placement, lambda: self._window_cost(placement, *whole)
+                "window cost", placement, lambda: self._window_cost(placement, None, None)
             )
-        statistics = self.problem.statistics if statistics is None else statistics
-        load = self.problem.windows.load if load is None else load
         return self._window_cost(placement, statistics, load)
 
     def _window_cost(
-        self, placement: Placement, statistics: replay.Counted, load: Floats
+        self, placement: Placement, statistics: replay.Counted | None, load: Floats | None
     ) -> Floats:
+        statistics = self.problem.statistics if statistics is None else statistics
         if self.problem.goal == "time":
-            return self._layer_times(placement, statistics, load) / self.problem.layers
-        return self._slowest(placement, load)
+            # Homes are of all windows together; those that are given are all there are.
+            total = self.windows.total[None] if load is None and self._is_many else None
+            times = self._layer_times(placement, statistics, total)
+        else:
+            times = self._slowest(placement)
+        return self.windows.each(times) if load is None else times(load)
 
     @cached_property
     def reference(self) -> Floats:
         """What a window's costs are measured by [W]: 1 for time, else load over speed if even."""
         if self.problem.goal == "time":
-            return np.ones(len(self.problem.windows.load))
+            return np.ones(len(self.windows))
         return self._even
 
     def imbalances(self, placement: Placement) -> Floats:
         """Compute what every layer [L] adds to max / mean load, whatever the goal is."""
-        windows = self.problem.windows
-        each = self._slowest(placement, windows.load)
-        return np.array([windows.value(of, self._even) for of in each.T])
+        each = self.windows.each(self._slowest(placement))
+        return np.array([self.windows.value(of, self._even) for of in each.T])
 
     @cached_property
     def _even(self) -> Floats:
         """Load over speed of every window's layers [W], if every device had its part."""
         speed = self.problem.topology.speed_of_device
-        mean: Floats = self.problem.windows.load.sum(axis=(1, 2)) / speed.sum()
+        mean: Floats = self.windows.each(lambda load: load.sum(axis=(1, 2))) / speed.sum()
         return mean
 
-    def _slowest(self, placement: Placement, load: Floats) -> Floats:
-        return slowest(placement, load, self.problem.topology, self.problem.split)
+    def _slowest(self, placement: Placement) -> Callable[[Floats], Floats]:
+        """Return what computes the load over speed of the slowest devices [W,L] of windows."""
+        topology, split = self.problem.topology, self.problem.split
+        return lambda load: slowest(placement, load, topology, split)
 
     def _layer_times(
-        self, placement: Placement, statistics: replay.Counted, load: Floats
-    ) -> Floats:
-        """Predict the microseconds of every window and layer [W,L]."""
+        self, placement: Placement, statistics: replay.Counted, total: Floats | None
+    ) -> Callable[[Floats], Floats]:
+        """Return what predicts microseconds over L of every layer of windows [W,L].
+
+        Where it is given these by and by, ``total`` is the load of all [1,L,E].
+        """
         model, topology = self.cost_model, self.problem.topology
         assert model is not None
         setting = replay.Setting(
@@ -308,12 +317,22 @@ class Objective:
             threads=None,
             with_mixed=False,
         )
-        follows = self.problem.regime == "follow"
+        layers, regime = self.problem.layers, self.problem.regime
         visits = None
         if statistics is self.problem.statistics and statistics.sets is not None:
             visits = self._count_visits(placement)
-        counts = replay.Expected(statistics, setting, follows=follows, visits=visits).counts(load)
-        return figures.layer_us(counts, topology, model, self.problem.regime)
+        expected = replay.Expected(statistics, setting, follows=regime == "follow", visits=visits)
+
+        def times(load: Floats) -> Floats:
+            counts = expected.counts(load, total)
+            return figures.layer_us(counts, topology, model, regime) / layers
+
+        return times
+
+    @property
+    def _is_many(self) -> bool:
+        """Whether windows come in several blocks."""
+        return self.windows.load.dtype != np.float64
 
     # Of traffic, whatever the goal is.
 

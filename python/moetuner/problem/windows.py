@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import is_number
-from moetuner.evaluation.arrival import mixed_windows
+from moetuner.evaluation.arrival import drawn_windows, mixed_windows
+from moetuner.evaluation.blocks import blocks, by_block
 from moetuner.statistics import RoutingStatistics
 
 Floats = NDArray[np.float64]
 Risk = Literal["mean"] | float
 
-# More windows than this say hardly more: the rest is left out, at even distances.
-MOST = 512
+# Windows that a search sees as they are. More are merged by likeness into so many (and one more for
+# every group at most), whatever their number is: its memory is bounded by them (bench/RESULTS.md,
+# "Long traces").
+MOST, MERGED = 512, 128
+# Numbers that windows are compared by, and rounds of the clustering.
+COMPARED, ROUNDS = 64, 5
+# Largest of the numbers: sums of their products are exact, so that all machines merge alike.
+LARGEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,8 @@ class Windows:
     Parameters
     ----------
     load
-        Tokens [W,L,E].
+        Tokens [W,L,E], of whatever type: there are thousands of windows, and never all of them in
+        double precision.
     weight
         How much a window's tokens count [W].
     group
@@ -36,13 +45,51 @@ class Windows:
         ``"mean"``, or the level of the conditional value at risk.
     minimax
         Whether the worst group counts.
+    mixed
+        More windows, behind those of ``load`` [M,L,E]; None for none.
     """
 
-    load: Floats
+    load: NDArray[Any]
     weight: Floats
     group: NDArray[np.int64] | None
     risk: Risk
     minimax: bool
+    mixed: Floats | None = None
+
+    def __len__(self) -> int:
+        """Return the number of windows, W."""
+        return len(self.weight)
+
+    def each(self, compute: Callable[[Floats], Floats]) -> Floats:
+        """Compute something of every window [W,...], of a block of them [w,L,E] at a time."""
+        found = [compute(block) for block in self.blocks()]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def blocks(self) -> Iterator[Floats]:
+        """Yield the loads of all windows in double precision, a block of them [w,L,E] at a time."""
+        if self.load.dtype == np.float64:
+            yield self.load
+        else:
+            for run in blocks(len(self.load), self.load[0].size):
+                yield self.load[run].astype(np.float64)
+        if self.mixed is not None:
+            yield self.mixed
+
+    def of_layers(self, layers: int | slice) -> Floats:
+        """Return the loads of one layer [W,E], or of some [W,l,E], in double precision."""
+        parts = [self.load] if self.mixed is None else [self.load, self.mixed]
+        return np.concatenate([part[:, layers].astype(np.float64) for part in parts])
+
+    @cached_property
+    def total(self) -> Floats:
+        """Tokens of all windows together [L,E], each counted once."""
+        total: Floats = self.load.sum(axis=0, dtype=np.float64)
+        return total if self.mixed is None else total + self.mixed.sum(axis=0)
+
+    @cached_property
+    def searched(self) -> Windows:
+        """Windows that a search sees instead of these: these, or where they are many, means."""
+        return self if self.load.dtype == np.float64 else _representatives(self)
 
     @property
     def is_mean(self) -> bool:
@@ -113,15 +160,13 @@ def windows_of(
         )
     if risk != "mean" and not (is_number(risk) and 0 <= risk < 1):
         raise ValueError(f"risk must be 'mean', or a level from 0 to below 1, got {risk!r:.40}")
-    load = statistics.window_load.astype(np.float64)
     group = statistics.group
-    weight = np.ones(len(load))
+    weight = np.ones(statistics.windows)
     if groups is not None:
         weight = _group_weights(statistics, groups)
-    if len(load) > MOST:
-        kept = np.linspace(0, len(load) - 1, MOST).astype(np.int64)
-        load, weight = load[kept], weight[kept] * (len(weight) / MOST)
-        group = None if group is None else group[kept]
+    if statistics.windows > MOST:
+        return _many(statistics, weight, share, risk, groups == "minimax")
+    load = statistics.window_load.astype(np.float64)
     if share > 0 and len(load) > 1:
         weighted = load * weight[:, None, None]
         mixed = np.concatenate([part for _, part in mixed_windows(weighted)])
@@ -135,6 +180,94 @@ def windows_of(
             # Mixed windows are of no group; where groups compete, they are one of their own.
             group = np.concatenate([group, np.full(len(mixed), len(statistics.group_names))])[used]
     return Windows(load, weight, group, risk, groups == "minimax")
+
+
+def _many(
+    statistics: RoutingStatistics, weight: Floats, share: float, risk: Risk, minimax: bool
+) -> Windows:
+    """Return more windows than searches see, with at most as many mixed ones as they see."""
+    load, group = statistics.window_load, statistics.group
+    if share == 0:
+        return Windows(load, weight, group, risk, minimax)
+    mixed = drawn_windows(load, weight, MOST)
+    each = np.full(len(mixed), share * weight.sum() / len(mixed))
+    of_mixed = None
+    if group is not None:
+        # Mixed windows are of no group; where groups compete, they are one of their own.
+        of_mixed = np.full(len(mixed), len(statistics.group_names))
+    if share == 1:
+        return Windows(mixed, each, of_mixed, risk, minimax)
+    if group is not None and of_mixed is not None:
+        group = np.concatenate([group, of_mixed])
+    weights = np.concatenate([weight * (1 - share), each])
+    return Windows(load, weights, group, risk, minimax, mixed)
+
+
+def _representatives(windows: Windows) -> Windows:
+    """Return means of windows that are alike, each of one group, which count as all of them."""
+    load, weight, group = windows.load, windows.weight, windows.group
+    recorded = weight[: len(load)]
+    features = _features(load)
+    means, weights, groups = [], [], []
+    used = np.flatnonzero(recorded > 0)
+    labels = np.zeros(len(load), dtype=np.int64) if group is None else group[: len(load)]
+    for label in np.unique(labels[used]):
+        mine = used[labels[used] == label]
+        cluster = _clusters(features[mine], max(len(mine) * MERGED // len(used), 1))
+        for number in range(int(cluster.max()) + 1):
+            some = mine[cluster == number]
+            if len(some):
+                runs = [load[some[run]] for run in blocks(len(some), load[0].size)]
+                means.append(sum(run.sum(axis=0, dtype=np.float64) for run in runs) / len(some))
+                weights.append(recorded[some].sum())
+                groups.append(label)
+    merged, each, of_merged = np.array(means), np.array(weights), np.array(groups)
+    if windows.mixed is not None:
+        # They are drawn at random: some say what all of them do.
+        few = slice(len(load), len(load) + MERGED)
+        part = weight[len(load) :].sum() / max(weight[few].sum(), 1e-300)
+        merged = np.concatenate([merged, windows.mixed[:MERGED]])
+        each = np.concatenate([each, weight[few] * part])
+        if group is not None:
+            of_merged = np.concatenate([of_merged, group[few]])
+    of = None if group is None else of_merged
+    return Windows(merged, each, of, windows.risk, windows.minimax)
+
+
+def _features(load: NDArray[Any]) -> Floats:
+    """Sum the loads of windows [W,L,E] with random signs: whole numbers [W,n], far where they are.
+
+    Distances are kept in expectation (Johnson and Lindenstrauss, 1984; with signs Achlioptas,
+    2003). Loads are taken as shares of their window's tokens.
+    """
+    size = load[0].size
+    signs = np.random.default_rng(0).integers(0, 2, (size, COMPARED)) * 2.0 - 1
+    found = np.empty((len(load), COMPARED))
+    for run in blocks(len(load), size):
+        some = load[run].reshape(-1, size)
+        total = some.sum(axis=1, dtype=np.float64)
+        # Sums of whole numbers below 2^24 are exact in single precision, in any order.
+        kind = np.float32 if total.max(initial=0) < 1 << 24 else np.float64
+        found[run] = some.astype(kind) @ signs.astype(kind)
+        found[run] /= np.maximum(total, 1)[:, None]
+    scale = LARGEST / max(float(np.abs(found).max()), 1e-300)
+    return np.rint(found * scale)
+
+
+def _clusters(points: Floats, count: int) -> NDArray[np.int64]:
+    """Assign points [n,d] of whole numbers to clusters [n] that are near their means (Lloyd, 1982).
+
+    It begins with points at even distances, so with some of all times.
+    """
+    centre = points[np.linspace(0, len(points) - 1, count).round().astype(np.int64)]
+    for _ in range(ROUNDS):
+        square = (centre**2).sum(axis=1)
+        nearest = by_block(points, lambda some: (square - 2 * some @ centre.T).argmin(axis=1))  # noqa: B023
+        size = np.bincount(nearest, minlength=count)
+        total = np.stack([np.bincount(nearest, of, minlength=count) for of in points.T], axis=1)
+        mean = np.rint(total / np.maximum(size, 1)[:, None])
+        centre = np.where(size[:, None] > 0, mean, centre)
+    return nearest
 
 
 def _group_weights(

@@ -112,6 +112,14 @@ def sentences(outcome: Outcome) -> list[str]:
             )
             why = f"max / mean {score:.3f}, bursts and mixed, in {folds}"
         lines.append(f"Chosen for unseen traffic: {unseen.chosen} ({why}).")
+    search = result.details.search
+    if search.windows_searched is not None:
+        lines.append(
+            f"Searched on {search.windows_searched:,} means of windows that are alike, judged on "
+            f"all {search.windows:,}."
+        )
+    if search.set_tokens is not None:
+        lines.append(f"Expert sets are of a sample of {search.set_tokens:,} tokens.")
     return lines
 
 

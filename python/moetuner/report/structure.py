@@ -7,6 +7,7 @@ not seen, beside the independence null.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import at_least, instance, seed_in, threads_in
-from moetuner.evaluation import Evaluation, evaluate, intervals
+from moetuner.evaluation import Evaluation, evaluate_each, intervals
 from moetuner.frozen import Frozen, html_table
 from moetuner.problem import Problem
 from moetuner.solver import solve
@@ -31,6 +32,8 @@ COUNTS_PER_CELL = 1 << 16
 
 # Parts of the held-out sequences whose crossings say how uncertain their mean is.
 BLOCKS = 32
+# Times that a trace is read: both halves are counted, and the second one is replayed.
+READINGS = 3
 # Chance of a gain beyond either end of its interval.
 CHANCE = 0.025
 
@@ -103,6 +106,7 @@ def structure(
     max_imbalance: float = 1.05,
     seed: int = 0,
     threads: int | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Structure:
     """Measure the structure of traffic that a placement could use.
 
@@ -119,6 +123,8 @@ def structure(
         Of the split and the searches.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
+    progress
+        Called now and then with the share of what is to be read that has been.
 
     Examples
     --------
@@ -132,7 +138,14 @@ def structure(
     at_least("max_imbalance", max_imbalance, 1)
     held_out = isinstance(traffic, RoutingTrace) and traffic.tokens > 1
     parts = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
-    seen, unseen = (_pairs(part, threads) for part in parts)
+
+    def told(number: int) -> Callable[[float], None] | None:
+        """Return what is told how far the reading of this number is."""
+        if progress is None:
+            return None
+        return lambda share: progress((number + share) / READINGS)
+
+    seen, unseen = (_pairs(part, threads, told(number)) for number, part in enumerate(parts))
     whole = seen + unseen if held_out else seen
     load = whole.total_load
     share, distance = _groups(traffic, load, threads)
@@ -142,7 +155,9 @@ def structure(
     ) -> Evaluation:
         problem = Problem(seen, topology, regime="follow", max_imbalance=max_imbalance)
         found = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
-        return evaluate(found.placement, unseen, mixed=False, threads=threads)
+        return evaluate_each(
+            [found.placement], unseen, mixed=False, threads=threads, progress=told(READINGS - 1)
+        )[0]
 
     tables = whole.transitions_or_empty
     known = bool(tables.any())
@@ -201,11 +216,17 @@ def _gain(found: Evaluation, null: float | None) -> tuple[float, float] | None:
     return null - found.crossing - width, null - found.crossing + width
 
 
-def _pairs(traffic: RoutingTrace | RoutingStatistics, threads: int | None) -> RoutingStatistics:
+def _pairs(
+    traffic: RoutingTrace | RoutingStatistics,
+    threads: int | None,
+    progress: Callable[[float], None] | None,
+) -> RoutingStatistics:
     """Count a trace, without the co-activation that is not needed here."""
     if isinstance(traffic, RoutingStatistics):
         return traffic
-    return RoutingStatistics.from_trace(traffic, coactivation=False, threads=threads)
+    return RoutingStatistics.from_trace(
+        traffic, coactivation=False, threads=threads, progress=progress
+    )
 
 
 def _independent(statistics: RoutingStatistics) -> RoutingStatistics:

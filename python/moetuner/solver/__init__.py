@@ -168,7 +168,8 @@ def solve(
             candidate = _filled(problem, candidate, initial)
         if searches:
             caps = told(problem, candidate, threads=threads)
-            candidate = replace(candidate, details=replace(candidate.details, caps=caps))
+            details = replace(candidate.details, caps=caps).searched(**_stood_for(problem))
+            candidate = replace(candidate, details=details)
         found = _result(problem, candidate, method, fingerprint)
         if initial is not None and migration.budget is not None:
             more = _beyond_budget(initial, found.placement, migration.budget, expert_bytes)
@@ -215,6 +216,16 @@ def _result(problem: Problem, candidate: Candidate, method: str, fingerprint: st
         bound_scope=about,
         violations=problem.violations(placement),
     )
+
+
+def _stood_for(problem: Problem) -> dict[str, int]:
+    """Return how many windows and tokens stand for all, where a search has seen no more."""
+    found, windows, worth = {}, problem.windows, Objective(problem)
+    if windows.searched is not windows and problem.goal != "traffic":
+        found = {"windows": len(windows), "windows_searched": len(windows.searched)}
+    if worth.counts_visits and problem.statistics.set_tokens is not None:
+        found["set_tokens"] = problem.statistics.set_tokens
+    return found
 
 
 def _filled(problem: Problem, candidate: Candidate, initial: Placement | None) -> Candidate:

@@ -33,6 +33,8 @@ SLOT_WORK, LANES = 60_000, 16
 LEAST_TRIALS, LEAST_WORK, MOST_TRIALS = 20_000, 1_600_000, 1_500_000
 # Turns of all layers, trials for a slot, and the least of a layer, where neighbouring layers count.
 ROUNDS, LINKED_TRIALS, LEAST_LINKED = 3, 600, 60_000
+# Placements that are judged on all windows, where a search has seen some that stand for them.
+JUDGED = 3
 # Layers of few slots are searched several times: they have valleys that one descent does not leave.
 FEW_SLOTS, RESTARTS = 64, 8
 # Times that risk and groups are weighed anew, and when something is known of the weights.

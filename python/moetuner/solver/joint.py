@@ -166,7 +166,7 @@ def _eased(problem: Problem, found: Candidate, seed: int, limits: Limits) -> Can
     limits = clock.within()
     search = LayerSearch(problem, seed)
     again = search.run(limits, start=start)
-    return min(found, again, key=lambda each: search.rank(each.slots))
+    return min(found, again, key=lambda each: search.rank_of_all(each.slots))
 
 
 def _is_of_pairs(problem: Problem) -> bool:

@@ -212,7 +212,11 @@ class PlaceStage(_Part):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SearchDetails(_Part):
-    """How the placement was found; ``colocation`` counts what HiGHS was handed."""
+    """How the placement was found; ``colocation`` counts what HiGHS was handed.
+
+    Of many windows, ``windows``, a search sees means that stand for them, ``windows_searched``. Of
+    many tokens a sample stands for all where expert sets are counted, ``set_tokens``.
+    """
 
     trials: int | None = None
     counts_rounded_to_multiples_of: int | None = None
@@ -223,6 +227,9 @@ class SearchDetails(_Part):
     experts_moved: int | None = None
     stage_1: ClusterStage | None = None
     stage_2: PlaceStage | None = None
+    windows: int | None = None
+    windows_searched: int | None = None
+    set_tokens: int | None = None
     colocation: Mapping[str, int | None] = field(default_factory=dict)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from moetuner.cli import options
-from moetuner.cli.output import working
+from moetuner.cli.output import shares, working
 from moetuner.files.text import name
 from moetuner.formats import open_input
 from moetuner.formats.pieces import layers_left_out
@@ -41,9 +41,14 @@ def count(
     """Count a trace in windows, with its expert sets if wanted; statistics are counted already."""
     if isinstance(traffic, RoutingStatistics):
         return traffic
-    with working("counting"):
+    with working("counting") as report:
         return RoutingStatistics.from_trace(
-            traffic, window=window or WINDOW, sets=sets, by_group=by_group, threads=threads
+            traffic,
+            window=window or WINDOW,
+            sets=sets,
+            by_group=by_group,
+            threads=threads,
+            progress=shares(report, "of the tokens"),
         )
 
 

@@ -86,8 +86,8 @@ def proves_pairs(problem: Problem) -> bool:
 
 def least_balance(problem: Problem) -> float:
     """Compute what no placement's balance is below."""
-    least = least_slowest(problem, problem.windows.load)
-    return problem.windows.value(least.sum(axis=1), Objective(problem).reference)
+    least = problem.windows.each(lambda load: least_slowest(problem, load).sum(axis=1))
+    return problem.windows.value(least, Objective(problem).reference)
 
 
 def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
@@ -97,9 +97,9 @@ def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
     than what the means would take.
     """
     assert problem.cost_model is not None
-    compute = _least_compute(problem).mean(axis=1)
+    compute = problem.windows.each(lambda load: _least_compute(problem, load).mean(axis=1))
     if problem.regime == "dispatch":
-        moved = _least_rows_us(problem).mean(axis=1)
+        moved = problem.windows.each(lambda load: _least_rows_us(problem, load).mean(axis=1))
     else:
         moved = pairs_us * _least_part(problem) / problem.layers
     times = problem.cost_model.layer_us(compute[:, None], moved)
@@ -147,9 +147,9 @@ def least_shared(load: Floats, devices: int, copied: int) -> Floats:
     return least
 
 
-def _least_compute(problem: Problem) -> Floats:
-    """Compute the least microseconds of the slowest device, in every window and layer [W,L]."""
-    model, load, speed = problem.cost_model, problem.windows.load, problem.topology.speed_of_device
+def _least_compute(problem: Problem, load: Floats) -> Floats:
+    """Compute the least microseconds of the slowest device [W,L], of windows of load [W,L,E]."""
+    model, speed = problem.cost_model, problem.topology.speed_of_device
     assert model is not None
     # An idle device starts as well.
     least = max(model.base_us, model.start_us) / speed.min()
@@ -165,14 +165,14 @@ def _least_compute(problem: Problem) -> Floats:
     return found
 
 
-def _least_rows_us(problem: Problem) -> Floats:
-    """Compute the least microseconds of rows to devices and back, in every window and layer [W,L].
+def _least_rows_us(problem: Problem, load: Floats) -> Floats:
+    """Compute the least microseconds of rows to devices and back [W,L], of load [W,L,E].
 
     The busiest port carries no less than the mean one.
     """
     model, topology = problem.cost_model, problem.topology
     assert model is not None
-    tokens: Floats = problem.windows.load.sum(axis=2)
+    tokens: Floats = load.sum(axis=2)
     if problem.split == "nearest" and problem.may_copy:
         return np.zeros_like(tokens)
     if problem.statistics.sets is not None:
@@ -191,7 +191,7 @@ def _least_rows_us(problem: Problem) -> Floats:
 
 def _least_part(problem: Problem) -> Floats:
     """Compute the part of all pairs' cost that every window [W] pays at least."""
-    load = problem.windows.load.sum(axis=2)[:, 1:]
+    load = problem.windows.each(lambda load: load.sum(axis=2))[:, 1:]
     if problem.statistics.transitions is None:
         return np.zeros(len(load))
     pairs = problem.statistics.transitions.sum(axis=(1, 2), dtype=np.float64)

@@ -17,6 +17,7 @@ from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.caps import slowest
 from moetuner.problem.objective import Objective
+from moetuner.problem.windows import MOST
 from moetuner.solver import effort
 from moetuner.solver.result import Clock, Limits, MoveCost
 from moetuner.statistics import ExpertSets
@@ -38,6 +39,11 @@ class _Counted:
     total_load: NDArray[np.uint64]
     transitions: NDArray[np.uint64] | None = None
     sets: tuple[ExpertSets, ...] | None = None
+
+    @property
+    def set_load(self) -> NDArray[np.uint64]:
+        """Load by the sets."""
+        return self.total_load
 
 
 def enumerated(
@@ -83,6 +89,8 @@ def enumerated(
         if caps is not None:
             peak = peaks_of(problem, layer, each)
             each = each[peak <= max(caps[layer], peak.min()) * (1 + ROUNDING)]
+        if len(each) > _fewer(problem, effort.MOST_CONTENTS):
+            return None
         contents.append(each)
     tables = _tables(problem, contents, clock)
     if tables is None:
@@ -96,6 +104,11 @@ def enumerated(
         return None
     found = [slots[at] for slots, at in zip(contents, path, strict=False)]
     return np.array(found, dtype=np.int32).reshape(-1, problem.devices, problem.slots)
+
+
+def _fewer(problem: Problem, most: int) -> int:
+    """Return how many there may be where windows, which each of them has, are many."""
+    return most * MOST // max(len(problem.windows), MOST)
 
 
 def eased(problem: Problem, slots: NDArray[np.int32]) -> NDArray[np.int32] | None:
@@ -240,7 +253,7 @@ def _tables(problem: Problem, contents: list[Slots], clock: Clock) -> list[Float
     tables = [np.zeros((1, len(contents[0]), len(problem.windows.weight) + 1))]
     for layer in range(problem.layers - 1):
         here, there = contents[layer], contents[layer + 1]
-        if clock.is_over() or len(here) * len(there) > effort.MOST_PAIRS:
+        if clock.is_over() or len(here) * len(there) > _fewer(problem, effort.MOST_PAIRS):
             return None
         tables.append(_widened(_pair_shares(problem, layer, here, there)))
     last = problem.layers - 1
@@ -265,7 +278,7 @@ def _shares(problem: Problem, layer: int, contents: Slots) -> Floats:
         np.tile(problem.load[layer], (count, 1)),
         sets=None if sets is None else (sets[layer],) * count,
     )
-    load = np.repeat(problem.windows.load[:, layer, None], count, axis=1)
+    load = np.repeat(problem.windows.of_layers(layer)[:, None], count, axis=1)
     return Objective(problem).window_cost(_placement(problem, contents), statistics, load).T
 
 
@@ -278,7 +291,7 @@ def _pair_shares(problem: Problem, layer: int, here: Slots, there: Slots) -> Flo
     transitions[::2] = problem.statistics.transitions_or_empty[layer]
     pairs = first * second
     statistics = _Counted(np.tile(problem.load[layer : layer + 2], (pairs, 1)), transitions)
-    load = np.tile(problem.windows.load[:, layer : layer + 2], (1, pairs, 1))
+    load = np.tile(problem.windows.of_layers(slice(layer, layer + 2)), (1, pairs, 1))
     shares = Objective(problem).window_cost(_placement(problem, slots), statistics, load)
     return shares[:, ::2].T.reshape(first, second, -1)
 
@@ -304,7 +317,7 @@ def _best(
 
     least = [table.min(axis=(0, 1)) for table in tables]
     sums, path = np.zeros((1, tables[0].shape[2])), np.zeros((1, 0), dtype=np.int64)
-    left = effort.MOST_SUMS
+    left = _fewer(problem, effort.MOST_SUMS)
     for number, table in enumerate(tables):
         rest = np.sum(least[number + 1 :], axis=0)
         # Contents that are too dear wherever the others are cheapest.
@@ -320,7 +333,7 @@ def _best(
         if not len(usable):
             return np.zeros(0, dtype=np.int64)
         found, ways = [], []
-        step = max(AT_ONCE // len(usable), 1)
+        step = max(_fewer(problem, AT_ONCE) // len(usable), 1)
         for at in range(0, len(sums), step):
             if clock.is_over():
                 return None

@@ -31,7 +31,7 @@ from moetuner.solver.search.cross_validation import Choice, SearchSetting, choos
 from moetuner.solver.search.fanout import most_trials
 from moetuner.solver.search.move_cost import Path, widened
 from moetuner.solver.search.surrogate import link_prices, pair_prices, tokens_per_unit, visit_prices
-from moetuner.solver.search.ties import Known, settled
+from moetuner.solver.search.ties import TIE, Known, settled
 from moetuner.solver.search.traffic import search_traffic
 
 Floats = NDArray[np.float64]
@@ -40,6 +40,10 @@ Slots = NDArray[np.int32]
 # Among times that are as good traffic decides. To have some to choose from, layers are annealed
 # once more with traffic this many times as dear.
 DEAR = 4.0
+
+
+def _rank(known: Known) -> tuple[float, float]:
+    return known.rank
 
 
 def layers(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -104,14 +108,15 @@ class LayerSearch:
 
     def __init__(self, problem: Problem, seed: int) -> None:
         self.problem, self.seed = problem, seed
-        self.objective = Objective(problem)
+        # Windows that the search sees, and what it makes small: of many windows some stand for all.
+        self.windows = problem.windows.searched
+        self.objective = Objective(problem, self.windows)
         self.moving: MoveCost | None = None
         topology = problem.topology
         self.slowest = topology.speed_of_device.min()
         self.time = topology.time_of_device
         self.links = self.objective.transitions
-        windows = problem.windows
-        self.weight, self.choice = windows.weight, Choice()
+        self.weight, self.choice = self.windows.weight, Choice()
         self.reweighted: list[Floats] = []
         self.caps = problem.caps.over_speed
         # Traffic costs this multiple of what it takes.
@@ -203,8 +208,23 @@ class LayerSearch:
             known.extend([] if wider is None else [self.known(wider)])
             best = min(known, key=lambda each: each.rank).slots
         if problem.goal == "time" and moving is None and not clock.is_over():
-            best = settled(problem, known, limit)
+            best = settled(problem, self.objective, known, limit)
+        if self.windows is not problem.windows:
+            best = self.judged(best, known, starts)
         return self.candidate(best, "interrupted" if interrupted else "feasible")
+
+    def judged(self, best: Slots, known: list[Known], starts: list[Slots]) -> Slots:
+        """Return the best slots by all windows, where a search has seen some that stand for them.
+
+        Out of the few that it likes best, and the start that no answer may be behind. What it
+        chose stays where it is as good as the best by more than chance can tell.
+        """
+        floor = min(starts, key=self.rank)
+        few = [best, floor, *(each.slots for each in sorted(known, key=_rank)[: effort.JUDGED])]
+        ranks = {slots.tobytes(): (*self.rank_of_all(slots), slots) for slots in few}
+        excess, value, first = min(ranks.values(), key=lambda each: each[:2])
+        mine, least = ranks[best.tobytes()][:2], ranks[floor.tobytes()][:2]
+        return best if mine <= min((excess, value * (1 + TIE)), least) else first
 
     def _tell(self, known: list[Known], limits: Limits) -> None:
         """Tell of the best so far, if it keeps the caps; what moves has a price of its own."""
@@ -231,8 +251,8 @@ class LayerSearch:
 
     def learn(self, limits: Limits) -> None:
         """Choose what generalises to traffic that nobody has seen, by cross-validation."""
-        windows = self.problem.windows
-        self.reweighted = [np.ones(len(windows.weight))]
+        windows = self.windows
+        self.reweighted = [np.ones(len(windows))]
         if limits.time_limit is not None and limits.time_limit < effort.LEARN_LEAST:
             reason = "too little time to try others"
             self.choice = Choice(details=UnseenDetails(SearchSetting(0).name, reason))
@@ -255,14 +275,21 @@ class LayerSearch:
         excess = self.problem.caps.excess(self._placement(slots))
         return float(excess.sum()), self.value(slots)
 
+    def rank_of_all(self, slots: Slots) -> tuple[float, float]:
+        """Return ``rank`` by all windows, of which there may be more than the search sees."""
+        excess = self.problem.caps.excess(self._placement(slots))
+        return float(excess.sum()), self._worth(slots, Objective(self.problem))
+
     def known(self, slots: Slots) -> Known:
         """Return slots with their rank."""
         return Known(*self.rank(slots), slots)
 
     def value(self, slots: Slots) -> float:
         """Compute the objective of slots, and what moving there costs."""
-        placement = self._placement(slots)
-        value, moving = self.objective.value(placement), self.moving
+        return self._worth(slots, self.objective)
+
+    def _worth(self, slots: Slots, objective: Objective) -> float:
+        value, moving = objective.value(self._placement(slots)), self.moving
         return value if moving is None else value + moving.price * moving.moved(slots)
 
     def improve(self, slots: Slots, limits: Limits) -> tuple[Slots, bool]:
@@ -270,7 +297,7 @@ class LayerSearch:
         clock = Clock(limits)
         trials, slots_of_layer = limits.iterations, int(self.problem.capacity.sum(axis=1).max())
         if trials is None:
-            windows = None if self.links is not None else len(self.problem.windows.load)
+            windows = None if self.links is not None else len(self.windows)
             trials = trials_of(slots_of_layer, windows)
             sets = self.objective.sets
             if sets is not None:
@@ -324,7 +351,7 @@ class LayerSearch:
 
     def reweight(self, slots: Slots) -> None:
         """Give more weight to the windows that a risk or the worst group is made of, next time."""
-        windows = self.problem.windows
+        windows = self.windows
         if windows.is_mean:
             return
         cost = self.objective.window_cost(self._placement(slots)).sum(axis=1)
@@ -351,13 +378,13 @@ class LayerSearch:
         return Placement(slots, num_experts=self.problem.experts)
 
     def _tokens_per_unit(self) -> float:
-        return tokens_per_unit(self.problem, self.problem.windows.load, self.weight)
+        return tokens_per_unit(self.problem, self.windows.load, self.weight)
 
     def _layers(self) -> _core.Layers:
         problem, choice = self.problem, self.choice
         unit, moving, rules = self._tokens_per_unit(), self.moving, problem.rules
         layers = _core.Layers(
-            np.ascontiguousarray(problem.windows.load),
+            np.ascontiguousarray(self.windows.load),
             self.weight,
             problem.capacity,
             problem.topology.node_of_device.tolist(),

@@ -37,7 +37,9 @@ class Known:
         return self.excess, self.value
 
 
-def settled(problem: Problem, known: list[Known], limit: tuple[float, float]) -> Slots:
+def settled(
+    problem: Problem, objective: Objective, known: list[Known], limit: tuple[float, float]
+) -> Slots:
     """Return slots whose time is as good as the best's, with the least traffic found.
 
     Layers of different ones are combined where nothing joins them. ``limit`` is the rank of a
@@ -48,11 +50,9 @@ def settled(problem: Problem, known: list[Known], limit: tuple[float, float]) ->
     joined = problem.regime == "follow" and problem.layers > 1
     # Layers add up in the mean; excess that only some placements have does not mix.
     if not joined and problem.windows.is_mean and best.excess == 0:
-        return _by_layer(problem, known, limit[1] if limit[0] == 0 else np.inf)
+        return _by_layer(problem, objective, known, limit[1] if limit[0] == 0 else np.inf)
     most = max(min((best.excess, best.value * (1 + TIE)), limit), best.rank)
     equals = [each.slots for each in known if each.excess == best.excess and each.rank <= most]
-
-    objective = Objective(problem)
 
     def tastes(slots: Slots) -> tuple[float, float]:
         placement = Placement(slots, num_experts=problem.experts)
@@ -61,11 +61,11 @@ def settled(problem: Problem, known: list[Known], limit: tuple[float, float]) ->
     return min(equals, key=tastes)
 
 
-def _by_layer(problem: Problem, known: list[Known], limit: float) -> Slots:
+def _by_layer(problem: Problem, objective: Objective, known: list[Known], limit: float) -> Slots:
     """Take the quickest contents of every layer, then less traffic where that costs least."""
     pool = [each for each in known if each.excess == 0]
     placements = [Placement(each.slots, num_experts=problem.experts) for each in pool]
-    objective, windows = Objective(problem), problem.windows
+    windows = objective.windows
     times = np.array(
         [
             [windows.value(cost, objective.reference) for cost in objective.window_cost(each).T]

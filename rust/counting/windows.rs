@@ -1,0 +1,180 @@
+//! Counts by window, in the narrowest type that holds them.
+//!
+//! A trace has thousands of windows, and of most nothing is counted any more: only those that are still open take
+//! 64 bits a count.
+
+use std::ops::Range;
+
+use crate::error::{Result, room_for};
+
+/// Counts of one unsigned type.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Narrow {
+    /// Below 2^8.
+    U8(Vec<u8>),
+    /// Below 2^16.
+    U16(Vec<u16>),
+    /// Below 2^32.
+    U32(Vec<u32>),
+    /// All others.
+    U64(Vec<u64>),
+}
+
+impl Narrow {
+    /// No counts yet, none of which will be above `most`.
+    pub(crate) fn up_to(most: u64) -> Self {
+        match most {
+            0..=0xFF => Self::U8(vec![]),
+            0x100..=0xFFFF => Self::U16(vec![]),
+            0x1_0000..=0xFFFF_FFFF => Self::U32(vec![]),
+            _ => Self::U64(vec![]),
+        }
+    }
+
+    /// Bytes of a count.
+    fn width(&self) -> usize {
+        match self {
+            Self::U8(_) => 1,
+            Self::U16(_) => 2,
+            Self::U32(_) => 4,
+            Self::U64(_) => 8,
+        }
+    }
+
+    /// Adds counts at the end, which are none of them above what was promised.
+    fn extend(&mut self, counts: &[u64]) {
+        let counts = counts.iter().copied();
+        match self {
+            Self::U8(all) => all.extend(counts.map(|count| count as u8)),
+            Self::U16(all) => all.extend(counts.map(|count| count as u16)),
+            Self::U32(all) => all.extend(counts.map(|count| count as u32)),
+            Self::U64(all) => all.extend(counts),
+        }
+    }
+
+    /// Some columns of every row of so many counts.
+    fn columns(&self, size: usize, columns: &Range<usize>) -> Self {
+        fn taken<T: Copy>(counts: &[T], size: usize, columns: &Range<usize>) -> Vec<T> {
+            counts.chunks_exact(size).flat_map(|row| &row[columns.clone()]).copied().collect()
+        }
+        match self {
+            Self::U8(counts) => Self::U8(taken(counts, size, columns)),
+            Self::U16(counts) => Self::U16(taken(counts, size, columns)),
+            Self::U32(counts) => Self::U32(taken(counts, size, columns)),
+            Self::U64(counts) => Self::U64(taken(counts, size, columns)),
+        }
+    }
+}
+
+/// Counts by window: runs of `length` tokens, or the whole trace.
+#[derive(Debug)]
+pub(crate) struct WindowCounts {
+    pub(crate) length: Option<u64>,
+    pub(crate) tokens: u64,
+    /// Counts of a layer in a window.
+    size: usize,
+    /// Windows that are full `[windows, layers, size]`, and how many there are.
+    full: Narrow,
+    closed: usize,
+    /// For every layer the windows since `[windows, size]`.
+    pub(crate) counts: Vec<Vec<u64>>,
+}
+
+impl WindowCounts {
+    /// No tokens yet, each of which will add at most `each` to a count.
+    pub(crate) fn new(layers: usize, size: usize, length: Option<u64>, each: usize) -> Self {
+        let most = length.map_or(u64::MAX, |length| length.saturating_mul(each as u64));
+        Self {
+            length,
+            tokens: 0,
+            size,
+            full: Narrow::up_to(most),
+            closed: 0,
+            counts: vec![Vec::new(); layers],
+        }
+    }
+
+    /// Refuses so many more tokens if their windows, and a copy of them in the end, are more than memory can hold.
+    pub(crate) fn room_for(&self, tokens: usize) -> Result<()> {
+        let more = self.length.map_or(1, |length| (tokens as u64).div_ceil(length)) as usize;
+        let tokens = self.tokens.saturating_add(tokens as u64);
+        let windows = self.length.map_or(1, |length| tokens.div_ceil(length).max(1)) as usize;
+        let (layers, size) = (self.counts.len(), self.size);
+        // Tables grow by doubling.
+        room_for("windows", &[windows, layers, size, 3 * self.full.width()])?;
+        room_for("windows", &[more.saturating_add(1), layers, size, 2 * size_of::<u64>()])
+    }
+
+    /// Windows, at least one.
+    pub(crate) fn number(&self) -> usize {
+        self.length.map_or(1, |length| self.tokens.div_ceil(length).max(1)) as usize
+    }
+
+    /// Where the next token is, counted from the first one of the windows that are open.
+    pub(crate) fn begin(&self) -> u64 {
+        self.tokens - self.length.map_or(0, |length| self.closed as u64 * length)
+    }
+
+    /// Goes on behind tokens that were counted, and closes the windows that they have filled.
+    pub(crate) fn advance(&mut self, tokens: u64) {
+        self.tokens += tokens;
+        if let Some(length) = self.length {
+            self.close((self.tokens / length) as usize);
+        }
+    }
+
+    /// Closes all windows before this one.
+    fn close(&mut self, end: usize) {
+        let size = self.size;
+        for window in 0..end - self.closed {
+            for counts in &mut self.counts {
+                if counts.len() < (window + 1) * size {
+                    counts.resize((window + 1) * size, 0);
+                }
+                self.full.extend(&counts[window * size..][..size]);
+            }
+        }
+        for counts in &mut self.counts {
+            counts.drain(..(end - self.closed) * size);
+        }
+        self.closed = end;
+    }
+
+    /// All counts, `[windows, layers, size]`.
+    pub(crate) fn finish(mut self) -> Narrow {
+        self.close(self.number());
+        self.full
+    }
+
+    /// Some of the counts each, `[windows, layers, columns]`.
+    pub(crate) fn columns<const N: usize>(self, columns: &[Range<usize>; N]) -> [Narrow; N] {
+        let size = self.size;
+        let all = self.finish();
+        columns.each_ref().map(|columns| all.columns(size, columns))
+    }
+}
+
+/// Gives `visit` each run of a block's tokens that share a window, and the window's counts.
+///
+/// The block's `tokens` tokens begin with token `first` of the open windows; `counts`, `[windows so far, size]`, grows.
+pub(crate) fn by_window(
+    length: Option<u64>,
+    first: u64,
+    tokens: usize,
+    size: usize,
+    counts: &mut Vec<u64>,
+    mut visit: impl FnMut(Range<usize>, &mut [u64]),
+) {
+    let mut from = 0;
+    while from < tokens {
+        let token = first + from as u64;
+        let (window, left) = length.map_or((0, u64::MAX), |n| (token / n, n - token % n));
+        let to = tokens.min(from.saturating_add(usize::try_from(left).unwrap_or(usize::MAX)));
+        let end = (window as usize + 1) * size;
+        if counts.len() < end {
+            counts.resize(end, 0);
+        }
+        visit(from..to, &mut counts[end - size..end]);
+        from = to;
+    }
+}

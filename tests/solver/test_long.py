@@ -1,0 +1,193 @@
+"""Thousands of windows: a search sees some that stand for them, the answer is judged on all."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner import statistics as statistics_
+from moetuner.problem.windows import MERGED, MOST, windows_of
+from moetuner.solver.bounds.loads import least_balance, least_time
+
+MANY = 2 * MOST + 3
+
+
+def many(seed=0, windows=MANY, experts=8, layers=2, **fields):
+    """Load of many windows, in which four kinds of text follow each other."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.dirichlet(np.ones(experts), (4, layers)) * 60
+    of_window = np.arange(windows) // 7 % 4
+    return mt.RoutingStatistics.from_load(rng.poisson(kinds[of_window]), **fields)
+
+
+@pytest.mark.parametrize("largest", [255, 256, 65535, 65536, 2**32 - 1, 2**32])
+def test_loads_are_held_in_the_narrowest_type(largest, tmp_path):
+    """Whatever type they came in; what is equal is equal, and hashes and fingerprints are."""
+    given_load = np.array([[[0, largest]], [[3, 4]]])
+    made = [
+        mt.RoutingStatistics.from_load(given_load.astype(kind))
+        for kind in (np.int64, np.uint64, np.float64)
+    ]
+    made[0].save(tmp_path / "s.safetensors")
+    made.append(mt.RoutingStatistics.load(tmp_path / "s.safetensors"))
+    for each in made:
+        assert each.window_load.dtype == np.min_scalar_type(largest)
+        assert each.window_load.tolist() == given_load.tolist()
+        assert (each, hash(each), each.fingerprint) == (made[0], hash(made[0]), made[0].fingerprint)
+    both = made[0] + mt.RoutingStatistics.from_load([[1, 2]])
+    assert both.total_load.tolist() == [[4, largest + 6]]
+
+
+@given(st.integers(1, 70), st.integers(1, 60), st.integers(1, 300))
+def test_windows_are_counted_wherever_a_trace_is_cut(window, shard, tokens):
+    """Tiny windows that a shard ends in are those of the whole trace."""
+    ids = np.random.default_rng(tokens).integers(0, 5, (tokens, 2, 1))
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics_, "SHARD_BYTES", 2 * shard)
+        found = mt.RoutingStatistics.from_trace(trace, window=window)
+    expected = np.zeros((-(-tokens // window), 2, 5), dtype=int)
+    at = np.arange(tokens)[:, None] // window
+    np.add.at(expected, (at, np.arange(2)[None], ids[:, :, 0]), 1)
+    assert found.window_load.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("arrival", ["bursts", 0.5])
+def test_means_stand_for_all_windows(arrival):
+    """They have all tokens, none of two groups, and as much weight as what they stand for."""
+    group = np.arange(MANY) % 3
+    statistics = many(group=group, group_names=("a", "b", "c"))
+    windows = windows_of(statistics, arrival, "mean", {"a": 2.0, "b": 1.0, "c": 0.0})
+    few = windows.searched
+    assert few is windows.searched
+    assert few.load.dtype == np.float64
+    assert len(few) <= MERGED + 3 + (0 if arrival == "bursts" else MERGED)
+    recorded = few.group < 3
+    load = np.tensordot(few.weight[recorded], few.load[recorded], axes=1)
+    weight = windows.weight[:MANY]
+    assert load == pytest.approx(np.tensordot(weight, statistics.window_load, axes=1))
+    assert few.weight.sum() == pytest.approx(windows.weight.sum())
+    for number in range(3):
+        of = few.weight[few.group == number].sum()
+        assert of == pytest.approx(weight[group == number].sum())
+
+
+def test_like_windows_are_merged():
+    """Means of windows in which kinds of text take turns are of one kind each, not of all."""
+    statistics = many()
+    few = windows_of(statistics, "bursts", "mean", None).searched
+    share = statistics.window_load / statistics.window_load.sum(axis=2, keepdims=True)
+    kinds = np.stack([share[np.arange(MANY) // 7 % 4 == kind].mean(axis=0) for kind in range(4)])
+    mine = few.load / few.load.sum(axis=2, keepdims=True)
+    away = np.abs(mine[:, None] - kinds[None]).sum(axis=(2, 3)).min(axis=1)
+    assert (
+        np.average(away, weights=few.weight)
+        < 0.4 * np.abs(kinds - kinds.mean(axis=0)).sum(axis=(1, 2)).min()
+    )
+
+
+@pytest.mark.parametrize("split", ["even", "nearest"])
+@pytest.mark.parametrize("goal", ["balance", "time"])
+@pytest.mark.parametrize("regime", ["follow", "dispatch"])
+def test_the_objective_is_of_all_windows(goal, regime, split, monkeypatch):
+    """What is reported is what a dense table of all windows gives, and so is the bound."""
+    ids = np.random.default_rng(0).integers(0, 8, (3 * MANY, 2, 1)) ** 2 // 8
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+    statistics = mt.RoutingStatistics.from_trace(trace, window=3, sets=True)
+    topology = mt.Topology(4, devices_per_node=2)
+    problem = mt.Problem(
+        statistics, topology, objective=goal, regime=regime, split=split, slots_per_device=3
+    )
+    monkeypatch.setattr("moetuner.evaluation.blocks.BLOCK_BYTES", 8 * 16 * 100)
+    result = mt.solve(problem, iterations=300)
+    dense = replace(problem.windows, load=statistics.window_load.astype(np.float64))
+    expected = mt.Objective(problem, dense).value(result.placement)
+    assert result.objective == pytest.approx(expected, rel=1e-12)
+    found = mt.evaluate(
+        result.placement,
+        statistics,
+        topology,
+        split=split,
+        cost_model=problem.cost_model,
+        regime=regime,
+    )
+    figure = found.predicted_layer_us if goal == "time" else None
+    assert figure is None or figure == pytest.approx(expected, rel=1e-9)
+    bound = least_time if goal == "time" else least_balance
+    assert bound(problem) <= expected
+    assert result.details.search.windows == MANY
+    assert result.details.search.windows_searched <= MERGED
+
+
+@pytest.mark.parametrize("goal", ["balance", "time"])
+def test_the_answer_is_the_same_for_any_threads_and_no_worse_than_balance(goal):
+    """Merging, search and judgement do not depend on threads."""
+    statistics = many(seed=1, experts=16)
+    problem = mt.Problem(statistics, mt.Topology(4), objective=goal, slots_per_device=5)
+    one, two = (mt.solve(problem, iterations=2000, threads=threads) for threads in (1, 2))
+    assert one.placement == two.placement
+    start = mt.balance(statistics.window_load, devices=4, slots_per_device=5)
+    assert one.objective <= problem.value(start)
+
+
+def test_means_are_as_good_as_all_windows():
+    """On unseen windows of the same kinds the answer is as good as that of all windows seen."""
+    seen, unseen = many(seed=2, experts=16), many(seed=2, windows=2 * MANY, experts=16)
+    late = unseen.window_load[MANY:]
+    found = []
+    for statistics in (seen, mt.RoutingStatistics.from_load(seen.window_load[:MOST])):
+        problem = mt.Problem(statistics, mt.Topology(4), objective="balance")
+        placement = mt.solve(problem, "heuristic", iterations=5000).placement
+        found.append(mt.evaluate(placement, mt.RoutingStatistics.from_load(late)).imbalance)
+    assert found[0] <= found[1] * 1.01
+
+
+def test_sets_of_a_sample_stand_for_all(monkeypatch, make_trace, tmp_path):
+    """Where sets would be too many, one token in so many counts for those that follow it."""
+    trace = make_trace(tokens=203, experts=16, top_k=3, layers=2)
+    whole = mt.RoutingStatistics.from_trace(trace, sets=True)
+    assert whole.set_tokens is None
+    monkeypatch.setattr(statistics_, "MOST_SETS", 100)
+    found = mt.RoutingStatistics.from_trace(trace, window=50, sets=True)
+    every = -(-203 * 2 // 100)
+    assert found.set_tokens == -(-203 // every)
+    sampled = np.sort(trace.expert_ids[::every], axis=2)
+    stands_for = np.minimum(every, 203 - np.arange(0, 203, every)).astype(np.uint64)
+    for layer, of in enumerate(found.sets):
+        assert of == mt.ExpertSets(sampled[:, layer], stands_for)
+        assert of.counts.sum() == 203
+    assert (found.set_load != found.total_load).any()
+    assert (whole.set_load == whole.total_load).all()
+    found.save(tmp_path / "s.safetensors")
+    assert mt.RoutingStatistics.load(tmp_path / "s.safetensors") == found
+    assert (found + found).set_tokens == 2 * found.set_tokens
+    unsampled = replace(whole, window=50)
+    assert (found + unsampled).set_tokens == found.set_tokens + 203
+    result = mt.solve(mt.Problem(found, mt.Topology(4)), iterations=500)
+    assert result.details.search.set_tokens == found.set_tokens
+    # Each device is visited by no more tokens than it has.
+    evaluation = mt.evaluate(result.placement, found)
+    assert 1 <= evaluation.fanout <= 3
+
+
+def test_groups_share_one_sample(monkeypatch, make_trace):
+    """Sets of all groups together are bounded, not those of each."""
+    monkeypatch.setattr(statistics_, "MOST_SETS", 100)
+    trace = make_trace(tokens=200, experts=16, top_k=3, layers=2)
+    found = mt.RoutingStatistics.from_trace(trace, sets=True, by_group=True)
+    assert sum(len(of) for of in found.sets) <= 104
+    assert found.sets[0].counts.sum() == 200
+
+
+def test_counting_tells_how_far_it_is(make_trace, monkeypatch):
+    """Shares rise to one, with groups as well."""
+    monkeypatch.setattr(statistics_, "SHARD_BYTES", 100)
+    for by_group in (False, True):
+        shares = []
+        mt.RoutingStatistics.from_trace(make_trace(), by_group=by_group, progress=shares.append)
+        assert shares == sorted(shares)
+        assert len(shares) > 2
+        assert shares[-1] == pytest.approx(1.0)
