@@ -34,7 +34,7 @@ $(TOOLS): $(BASE)
 
 $(CORE): $(BASE) $(RUST)
 	@echo 'building the core: about three minutes of one core, once'
-	PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
+	PIP_QUIET=1 $(BIN)/maturin develop --release --quiet --extras report
 	@touch $@
 
 setup: $(CORE) $(TOOLS)  ## make .venv with the package (editable) and the tools
