@@ -33,21 +33,27 @@ $(TOOLS): $(BASE)
 	@touch $@
 
 $(CORE): $(BASE) $(RUST)
-	PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
+	@echo 'building the core: about three minutes of one core, once'
+	PIP_QUIET=1 $(BIN)/maturin develop --release --quiet --extras report
 	@touch $@
 
 setup: $(CORE) $(TOOLS)  ## make .venv with the package (editable) and the tools
 
 demo: $(CORE)  ## run the whole flow on the bundled trace
-	$(BIN)/moetuner demo
+	@$(BIN)/moetuner demo
+	@echo; echo 'moetuner is in $(BIN): ". $(BIN)/activate" puts it on the path of this shell.'
 
 test: lint types test-rust test-python test-wheel  ## everything that must be green
 
-lint: $(TOOLS)  ## ruff, rustfmt, clippy
+lint: $(TOOLS)  ## ruff, rustfmt, clippy; public names against those of the last tag
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	cargo fmt --check
 	cargo clippy --quiet --all-targets --features python -- -D warnings
+	@if tag=$$(git describe --tags --abbrev=0 2> /dev/null); then \
+		echo "griffe check: public names against $$tag"; \
+		$(BIN)/python -m griffe check moetuner --search python --against "$$tag"; \
+	else echo 'griffe check: no tag yet, so no public names to keep'; fi
 
 fix: $(TOOLS)  ## format, and mend what the linters can mend
 	$(BIN)/ruff check --fix

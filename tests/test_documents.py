@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from given import GIVEN
 from sybil import Example, Region, Sybil
+from sybil.example import SybilFailure
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer, FencedCodeBlockLexer
 
 from moetuner.cli import moetuner
@@ -148,6 +149,14 @@ class Reader:
         return f"unknown: {unknown}" if unknown else None
 
 
+def read(page, run, capsys, names):
+    """Read a document to its end."""
+    reader = Reader(run, lambda: capsys.readouterr().out, names)
+    for example in Sybil([reader]).parse(page):
+        example.evaluate()
+    assert not reader.unneeded
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", PAGES)
 def test_what_is_shown_is_so(page, ok, capsys, tmp_path, monkeypatch):
@@ -155,10 +164,35 @@ def test_what_is_shown_is_so(page, ok, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = GIVEN[page](tmp_path) if page in GIVEN else {}
     capsys.readouterr()
-    reader = Reader(ok, lambda: capsys.readouterr().out, names)
-    for example in Sybil([reader]).parse(ROOT / page):
-        example.evaluate()
-    assert not reader.unneeded
+    read(ROOT / page, ok, capsys, names)
+
+
+FAULTS = {
+    "another output": "```python\nprint(1)\n```\n\n```\n2\n```\n",
+    "no output": "```sh\nmoetuner --version\n```\n\n```\n```\n",
+    "an output of nothing": "```\n1\n```\n",
+    "an error": "```python\nprint(one)\n```\n",
+    "an unknown option": "```sh\nmoetuner demo --directory x\n```\n",
+    "an unknown option in the text": "`moetuner demo --directory x`",
+    "an unknown command in the text": "`moetuner demonstrate --out x`",
+    "a file that is not there": "`moetuner inspect trace.npz`",
+    "a command of others": "```sh\nvllm serve\n```\n",
+    "no reason": "<!-- not run: vllm -->\n```sh\nvllm serve\n```\n",
+    "a reason for nothing": "<!-- not run: vllm: why -->\n```sh\nmoetuner --version\n```\n",
+    "a reason for another fence": "<!-- not run: vllm: why -->\n",
+    "a hidden command": "```text\nmoetuner demo\n```\n",
+    "an unknown language": "```console\n$ moetuner demo\n```\n",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(fault, ok, capsys, tmp_path, monkeypatch):
+    """A document that is wrong does not pass."""
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(FAULTS[fault])
+    with pytest.raises((AssertionError, KeyError, NameError, SybilFailure)):
+        read(page, ok, capsys, {})
 
 
 @pytest.mark.parametrize("name", MODULES)
