@@ -78,6 +78,8 @@ PLACES = {
     "click": ("cli",),
     "rich": ("cli",),
     "plotly": ("report.page",),
+    "kaleido": ("report.page",),
+    "choreographer": ("report.page",),
     "jinja2": ("report.page",),
     "markupsafe": ("report.page",),
 }

@@ -6,14 +6,17 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import moetuner as mt
 from moetuner.report import page
+from moetuner.report.page import figures
 from moetuner.report.page import panels as drawing
 from moetuner.report.page.shown import Shown
+from moetuner.solver import Progress
 
 pytest.importorskip("plotly", reason="the extra report is not installed")
 pytest.importorskip("jinja2", reason="the extra report is not installed")
@@ -280,3 +283,72 @@ def test_a_browser_draws_all(made, tmp_path):
     assert len(re.findall(r"<image[ >]", done.stdout)) == 6
     body = re.sub("<script.*?</script>", "", done.stdout, flags=re.DOTALL)
     assert "Share chart" not in body
+
+
+def test_figures_name_what_is_missing(monkeypatch):
+    """The extra, or the browser, in one line."""
+    monkeypatch.setattr(figures, "find_spec", lambda library: None)
+    with pytest.raises(ImportError, match=r"pip install 'moetuner\[figures\]'"):
+        figures.check_figures()
+    monkeypatch.undo()
+    pytest.importorskip("kaleido", reason="the extra figures is not installed")
+    from choreographer.browsers.chromium import Chromium
+
+    monkeypatch.delenv("BROWSER_PATH", raising=False)
+    monkeypatch.setattr(Chromium, "find_browser", lambda **_: None)
+    with pytest.raises(ImportError, match="none is installed: plotly_get_chrome") as found:
+        figures.check_figures()
+    assert "\n" not in str(found.value)
+
+
+def test_figures_take_the_light_colours():
+    """Names of the style sheet are replaced, wherever they stand."""
+    spec = {"a": ["var(--bad)", 1], "b": {"c": "var(--text)"}, "d": "var"}
+    colours = {"--bad": "#b3261e", "--text": "#1c2026"}
+    assert figures._coloured(spec, colours) == {
+        "a": ["#b3261e", 1],
+        "b": {"c": "#1c2026"},
+        "d": "var",
+    }
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.filterwarnings("ignore")
+def test_figures_are_the_charts_of_the_page(made, tmp_path):
+    """One SVG for each chart, heat maps as images in it; the names are those of the page."""
+    pytest.importorskip("kaleido", reason="the extra figures is not installed")
+    folder = tmp_path / "new" / "figures"
+    few = replace(made, audit=None)
+    number = figures.write_figures(folder, few, ("svg",))
+    keys = {chart.key for panel in drawing.panels_of(few) for chart in panel.charts}
+    assert {file.name for file in folder.iterdir()} == {f"{key}.svg" for key in keys}
+    assert number == len(keys)
+    text = (folder / "links.svg").read_text()
+    assert text.count("<image") == 2
+    assert 'width="1080"' in text
+    assert "var(--" not in text
+
+
+def test_a_search_is_shown_by_its_steps(made):
+    """Without a time limit a page knows nothing of the clock; with one, seconds are the axis."""
+    history = (
+        Progress(0.21, "search", 3.0),
+        Progress(0.3, "layers", 2.5, is_step=True),
+        Progress(0.5, "layers", 2.0, is_step=True),
+        Progress(0.7, "answer", 2.0, 1.5, is_step=True),
+    )
+    placement = made.placements[1]
+    result = mt.Result(placement, "joint", "feasible", 2.0, 1.5, "load", 0.7, history=history)
+    found = {}
+    for timed in (False, True):
+        panels = {
+            each.key: each for each in drawing.panels_of(replace(made, result=result, timed=timed))
+        }
+        (chart,) = panels["search"].charts
+        best, bound = chart.variants[""]["data"]
+        found[timed] = numbers(best["x"]).tolist()
+        assert numbers(best["y"])[-1] == 2.0
+        assert numbers(bound["y"]).tolist() == [1.5, 1.5]
+        assert panels["search"].tables[0].rows[-1][1:] == ("answer", "2", "1.5", "25.0 %")
+    assert found[False] == [1, 2, 3]
+    assert found[True] == pytest.approx([0.21, 0.3, 0.5, 0.7])

@@ -42,7 +42,7 @@ def parse_copies(context: click.Context, parameter: click.Parameter, value: str)
 
 
 GROUPS = {
-    "Begin with": "--devices --devices-per-node --for --report",
+    "Begin with": "--devices --devices-per-node --for --report --figures",
     "The machine": "--topology --cost-model --expert-bytes --regime --split",
     "What runs, and what is tried": "--initial --copies",
     "How it is judged": "--window --splits --price --any-order --seed --threads",
@@ -109,6 +109,7 @@ GROUPS = {
 )
 @options.seed_option
 @options.report_option
+@options.figures_option
 @options.json_option
 def command(
     source: Source,
@@ -167,7 +168,7 @@ def command(
     commands = next_commands(source, machine, advice, initial, engine)
     _show(output, advice, commands)
     contents = {"input": source.facts(), **advice.to_dict(), "commands": commands}
-    if report_file is not None:
+    if report_file is not None or options.figures_folder() is not None:
         write_advice(report_file, source, advice, contents, output)
     output.finish(contents)
 
@@ -179,6 +180,7 @@ def _show(output: Output, advice: Advice, commands: list[str]) -> None:
         output.say(f"- {reason}")
     for warning in advice.warnings:
         output.say(f"! {warning}")
+    seen = "unseen" if advice.settings["held_out"] else "all"
     for judged in advice.judged:
         output.say()
         where = "" if judged.window is None else f"windows of {judged.window:,}"
@@ -197,7 +199,7 @@ def _show(output: Output, advice: Advice, commands: list[str]) -> None:
                     ends,
                 )
             )
-        head = (where or "unseen windows", "running", "proposed", "gain", "splits", "95 %")
+        head = (where or f"{seen} windows", "running", "proposed", "gain", "splits", "95 %")
         output.table(head, rows)
     output.say()
     rows = []

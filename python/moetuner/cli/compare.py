@@ -13,7 +13,7 @@ from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.problem import Asked, problem_options, settings
 from moetuner.cli.options.traffic import Source, Traffic, traffic_options
 from moetuner.cli.output import Output
-from moetuner.cli.reporting import load_of, write_comparison
+from moetuner.cli.reporting import write_comparison
 from moetuner.problem import Problem
 from moetuner.report.cells import counted
 from moetuner.report.gains import Gain, gains
@@ -45,7 +45,7 @@ def parse_methods(
 
 
 GROUPS = {
-    "Begin with": "--devices --devices-per-node --for --methods --report",
+    "Begin with": "--devices --devices-per-node --for --methods --report --figures",
     "The machine": "--topology --cost-model --slots-per-device --extra-slots --fill-slots",
     "What is wanted": "--objective --max-imbalance --risk --groups --arrival --window",
     "What engines do": "--regime --split --router-groups --pin --forbid",
@@ -89,6 +89,7 @@ GROUPS = {
 )
 @options.seed_option
 @options.report_option
+@options.figures_option
 @options.json_option
 def command(
     source: Source,
@@ -188,7 +189,7 @@ def command(
             for method, outcome in all_splits[0].items()
         },
     }
-    if report_file is not None:
+    if report_file is not None or options.figures_folder() is not None:
         outcomes = all_splits[0]
         rival = over if over in outcomes and over != best.result.method else first[0].result.method
         _, unseen = hold_out(source.traffic, holdout, seed=seed)
@@ -200,7 +201,7 @@ def command(
             contents,
             output,
             traffic=_judged_on(holdout),
-            load=load_of(source, unseen),
+            judged_on=unseen,
         )
     output.finish(contents)
 

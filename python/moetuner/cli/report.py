@@ -48,6 +48,7 @@ from moetuner.placement import Placement
     metavar="BYTES",
     help="Bytes of one expert of one layer.",
 )
+@options.figures_option
 @options.json_option
 def command(
     placement_file: Path,

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner.cli.options import figures_folder
 from moetuner.cli.options.moves import in_bytes
 from moetuner.cli.options.traffic import Source, Traffic, count
 from moetuner.cli.output import Output, working
 from moetuner.evaluation import Evaluation
-from moetuner.evaluation.auditing import Audit
+from moetuner.evaluation.auditing import audit
 from moetuner.evaluation.verdicts import PRICE, Verdict, gain, verdict
 from moetuner.placement import Placement
 from moetuner.problem import Problem
@@ -23,6 +24,7 @@ from moetuner.report.advice.values import Advice
 from moetuner.report.cells import counted, percent
 from moetuner.report.outcome import Outcome
 from moetuner.report.page import write_page
+from moetuner.report.page.figures import write_figures
 from moetuner.report.page.shown import Shown
 from moetuner.solver import Trade
 from moetuner.statistics import RoutingStatistics
@@ -40,7 +42,7 @@ GAINED = {
 
 
 def write_advice(
-    path: Path, source: Source, advice: Advice, contents: dict[str, Any], output: Output
+    path: Path | None, source: Source, advice: Advice, contents: dict[str, Any], output: Output
 ) -> None:
     """Write the page of an advice."""
     judged = max(advice.judged, key=lambda each: each.gain.mean)
@@ -50,7 +52,7 @@ def write_advice(
     if low is not None and high is not None:
         ends = f"gain {percent(gain.mean)} (95 %: {100 * low:.1f} to {100 * high:.1f} %)"
     moving = advice.moving
-    size = f"{moving.experts:,} experts" if moving.bytes is None else in_bytes(moving.bytes)
+    size = counted(moving.experts, "expert") if moving.bytes is None else in_bytes(moving.bytes)
     paid = "bytes of an expert not known"
     if moving.seconds is not None:
         paid = "does not pay" if moving.steps is None else f"paid back in {moving.steps:,.0f} steps"
@@ -98,7 +100,7 @@ def write_advice(
 
 
 def write_comparison(
-    path: Path,
+    path: Path | None,
     source: Source,
     before: Outcome,
     after: Outcome,
@@ -106,14 +108,27 @@ def write_comparison(
     output: Output,
     *,
     traffic: str,
-    load: NDArray[Any],
+    judged_on: Traffic,
     commands: tuple[str, ...] = (),
-    audit: Audit | None = None,
     trades: tuple[Trade, ...] = (),
     expert_bytes: float | None = None,
 ) -> None:
     """Write the page of two outcomes of one problem."""
     problem = after.problem
+    audited = None
+    if judged_on.group is not None:
+        with working("comparing groups"):
+            audited = audit(
+                after.result.placement,
+                judged_on,
+                problem.topology,
+                baseline=before.result.placement,
+                window=source.replayed or 1,
+                cost_model=after.worth.cost_model,
+                regime=problem.regime,
+                split=problem.split,
+                threads=source.threads,
+            )
     timed = contents["settings"]["time_limit"] is not None
     if not timed:
         # All else is the same in every run.
@@ -136,21 +151,21 @@ def write_comparison(
         contents=contents,
         output=output,
         traffic=traffic,
-        load=load,
+        load=load_of(source, judged_on),
         result=after.result,
         timed=timed,
         numbers=numbers,
         measure=after.worth.figure,
         token_bytes=_token_bytes(problem),
         commands=commands,
-        audit=audit,
+        audit=audited,
         trades=trades,
         expert_bytes=expert_bytes,
     )
 
 
 def write_pair(
-    path: Path,
+    path: Path | None,
     source: Source,
     topology: Topology,
     *,
@@ -169,15 +184,18 @@ def write_pair(
     with working("judging"):
         judged = _verdict(*evaluations, measure)
     answer, words = GAINED[judged.answer]
+    sentence = f"{words}: {_judged(judged, names)}"
     moves = placements[0].diff(placements[1], topology=topology, expert_bytes=expert_bytes)
-    moved = f"{moves.experts_moved:,} experts"
+    if not moves.experts_moved and evaluations[0].imbalance == evaluations[1].imbalance:
+        sentence = f"There is nothing to gain: {names[0]} and {names[1]} place all experts alike."
+    moved = counted(moves.experts_moved, "expert")
     if moves.bytes_moved is not None:
         moved = in_bytes(moves.bytes_moved)
     busiest = [each.imbalance for each in evaluations]
     shown = Shown(
         title=f"moetuner: {names[1]} against {names[0]}",
         subtitle=_subtitle(source, topology),
-        sentence=f"{words}: {_judged(judged, names)}",
+        sentence=sentence,
         answer=answer,
         names=names,
         placements=placements,
@@ -289,7 +307,13 @@ def _sum(path: Path) -> str:
     return found.hexdigest()
 
 
-def _write(path: Path, shown: Shown, output: Output) -> None:
-    with working("writing the report"):
-        write_page(path, shown)
-    output.say(f"wrote {path}")
+def _write(path: Path | None, shown: Shown, output: Output) -> None:
+    if path is not None:
+        with working("writing the report"):
+            write_page(path, shown)
+        output.say(f"wrote {path}")
+    folder = figures_folder()
+    if folder is not None:
+        with working("drawing figures"):
+            number = write_figures(folder, shown)
+        output.say(f"wrote {number} figures into {folder}/")

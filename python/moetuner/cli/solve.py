@@ -16,7 +16,7 @@ from moetuner.cli.options.moves import Moving, moving_options
 from moetuner.cli.options.problem import Asked, problem_options, settings
 from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output, working
-from moetuner.cli.reporting import load_of, write_comparison
+from moetuner.cli.reporting import write_comparison
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.auditing import contiguous
 from moetuner.placement import Placement
@@ -38,7 +38,7 @@ def parse_method(context: click.Context, parameter: click.Parameter, value: str)
 
 
 GROUPS = {
-    "Begin with": "--devices --devices-per-node --for --out --report",
+    "Begin with": "--devices --devices-per-node --for --out --report --figures",
     "The machine": "--topology --cost-model --slots-per-device --extra-slots --fill-slots",
     "What is wanted": "--objective --max-imbalance --risk --groups --arrival --window",
     "What engines do": "--regime --split --router-groups --pin --forbid",
@@ -80,6 +80,7 @@ GROUPS = {
     help='Write the proof of the bound, for "moetuner verify"; without one the command fails.',
 )
 @options.report_option
+@options.figures_option
 @options.json_option
 def command(
     source: Source,
@@ -166,7 +167,7 @@ def command(
         **outcome.to_dict(),
         **answer,
     }
-    if report_file is not None:
+    if report_file is not None or options.figures_folder() is not None:
         _report(report_file, source, outcomes, initial, moving, contents, trades, output)
     output.finish(contents)
     if failed is not None:
@@ -174,7 +175,7 @@ def command(
 
 
 def _report(
-    path: Path,
+    path: Path | None,
     source: Source,
     outcomes: list[Outcome],
     initial: Placement | None,
@@ -213,7 +214,7 @@ def _report(
         output,
         traffic="The traffic that the placement was computed from, which flatters it; moetuner "
         "advise judges on unseen traffic.",
-        load=load_of(source, source.traffic),
+        judged_on=source.traffic,
         trades=tuple(trades),
         expert_bytes=moving.expert_bytes,
     )

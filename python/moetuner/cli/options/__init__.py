@@ -18,6 +18,7 @@ from click.shell_completion import CompletionItem
 from moetuner.evaluation.copies import SPLITS
 from moetuner.files import same_file
 from moetuner.report.page import check_libraries
+from moetuner.report.page.figures import check_figures
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -227,6 +228,9 @@ def gathered(
     return decorate
 
 
+FIGURES = f"{__name__}.figures"
+
+
 def needs_report(
     context: click.Context, parameter: click.Parameter, value: Path | None
 ) -> Path | None:
@@ -237,6 +241,23 @@ def needs_report(
         except ImportError as error:
             raise click.UsageError(f"{error}.") from None
     return value
+
+
+def wants_figures(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
+    """Keep where figures go; refuse them before any work where they cannot be drawn."""
+    if value is not None:
+        try:
+            check_libraries()
+            check_figures()
+        except ImportError as error:
+            raise click.UsageError(f"{error}.") from None
+        context.meta[FIGURES] = value
+
+
+def figures_folder() -> Path | None:
+    """Return where the running command is to write figures."""
+    found: Path | None = click.get_current_context().meta.get(FIGURES)
+    return found
 
 
 time_limit_option = click.option(
@@ -293,6 +314,14 @@ json_option = click.option(
     type=OutFile(standard_output=True),
     metavar="FILE",
     help='Write everything as JSON too; "-" for standard output, then nothing else goes there.',
+)
+figures_option = click.option(
+    "--figures",
+    type=click.Path(file_okay=False, writable=True, path_type=Path),
+    metavar="DIR",
+    expose_value=False,
+    callback=wants_figures,
+    help="Write the charts of the page as SVG and PNG; needs a Chrome or Chromium.",
 )
 report_option = click.option(
     "--report",

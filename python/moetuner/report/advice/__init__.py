@@ -227,6 +227,8 @@ class _Work:
         self.is_held_out = isinstance(traffic, RoutingTrace) or traffic.windows > 1
 
     def advice(self, splits: int, seed: int, price: float, *, in_order: bool) -> Advice:
+        # The whole, seen twice, is the same every time.
+        splits = splits if self.is_held_out else 1
         fitted = []
         for number in range(splits):
             seen, unseen = self._halves(seed + number)
@@ -274,6 +276,8 @@ class _Work:
             price,
             running=running,
             model=self.model.name,
+            devices=self.topology.devices,
+            losers=_losers(audits[0][main.window], main.verdict.measure),
             regime=self.regime,
             held_out=self.is_held_out,
             notes=self._notes(phases, price, knee),
@@ -308,6 +312,7 @@ class _Work:
                 "copies": list(self.counts),
                 "windows": list(self.windows),
                 "splits": splits,
+                "held_out": self.is_held_out,
                 "price": price,
                 "expert_bytes": self.expert_bytes,
                 "cost_model": self.model.name,
@@ -576,6 +581,12 @@ def _check_traffic(traffic: Traffic) -> None:
         return
     if not traffic.total_load.any():
         raise ValueError("traffic must have tokens, got a load of 0")
+
+
+def _losers(found: Audit, measure: str) -> tuple[str, ...]:
+    """Name the groups that are worse beyond chance."""
+    worse = found.worse(measures=(measure,)) if found.groups else []
+    return tuple(dict.fromkeys(each.group for each in worse))
 
 
 def _bytes(traffic: Traffic) -> float | None:

@@ -7,6 +7,7 @@ import numpy as np
 from moetuner.evaluation.auditing import Audit
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.verdicts import Verdict
+from moetuner.files.text import name
 from moetuner.report.advice.drift import Drift
 from moetuner.report.advice.values import Answer, Copies, Judged
 from moetuner.report.gains import Gain
@@ -16,6 +17,8 @@ from moetuner.topology import Regime
 KNEE = 0.005
 # Times the price that the upper end of an interval may reach where nothing is to be won.
 NEAR = 2
+# Groups that are named.
+LOSERS = 5
 # Part of the gain that must be left on the other half of a recording that changes its kind.
 CARRIED = 0.5
 
@@ -79,6 +82,8 @@ def concluded(
     *,
     running: str,
     model: str | None,
+    devices: int,
+    losers: tuple[str, ...] = (),
     regime: Regime = "dispatch",
     held_out: bool = True,
     notes: tuple[str, ...] = (),
@@ -142,6 +147,14 @@ def concluded(
                 "The unseen half is of another kind than the seen one. Record traffic as it will "
                 "be served; if the order of the recording means nothing, say so (--any-order)."
             )
+    if losers:
+        names = ", ".join(name(each) for each in losers[:LOSERS])
+        more = f" and {len(losers) - LOSERS} more" if len(losers) > LOSERS else ""
+        verb = "is" if len(losers) == 1 else "are"
+        warnings.append(f"Beyond chance {names}{more} {verb} served slower than before.")
+    if devices == 1:
+        answer = "not now"
+        reasons.insert(0, "there is one device, so all placements are alike.")
     if kinds is not None and len(kinds) == 1:
         answer = "not enough evidence"
         reasons.insert(0, f"all traffic is of one kind, {kinds[0]}; of others nothing is known.")
@@ -201,8 +214,10 @@ def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
         before, after = judged.before[measure], judged.after[measure]
         unit = " x the mean" if measure == "imbalance" else ""
         line = f"{word}: {before:.2f} to {after:.2f}{unit}"
-        if gain.mean < price or (gain.interval and gain.interval[0] <= 0):
+        if gain.mean < price:
             line += f"; {nothing}"
+        elif gain.interval is None or gain.interval[0] <= 0:
+            line += "; that may be chance"
         lines.append(line)
     return lines
 

@@ -21,6 +21,7 @@ from moetuner._core import __version__
 from moetuner.files import replacing
 from moetuner.report.page.panels import panels_of
 from moetuner.report.page.shown import Shown
+from moetuner.report.page.texts import own
 
 EXTRA = "a report needs plotly and jinja2: pip install 'moetuner[report]'"
 
@@ -53,7 +54,7 @@ def render(shown: Shown) -> str:
     import jinja2
 
     found = panels_of(shown)
-    script, (allowed, plotly) = _own("page.js"), _plotly()
+    script, (allowed, plotly) = own("page.js"), _plotly()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -66,11 +67,11 @@ def render(shown: Shown) -> str:
         for chart in panel.charts
     }
     contents = {"moetuner": __version__, **_slim(shown.contents)}
-    return environment.from_string(_own("page.html")).render(
+    return environment.from_string(own("page.html")).render(
         shown=shown,
         panels=found,
         version=__version__,
-        style=_safe(_own("page.css")),
+        style=_safe(own("page.css")),
         script=_safe(script),
         hashes=[_hash(script), allowed],
         plotly=plotly,
@@ -78,10 +79,6 @@ def render(shown: Shown) -> str:
         contents=_packed(_json(contents, indent=1)),
         has_charts=any(panel.charts for panel in found),
     )
-
-
-def _own(name: str) -> str:
-    return (resources.files("moetuner") / "report" / "page" / name).read_text(encoding="utf-8")
 
 
 @cache

@@ -1,8 +1,14 @@
 "use strict";
 (() => {
   const root = document.documentElement, $ = (id) => document.getElementById(id);
+  const decode = (text) => {
+    if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
+    const binary = atob(text), bytes = new Uint8Array(binary.length);
+    for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
+    return bytes;
+  };
   const unpack = async (id) => {
-    const bytes = Uint8Array.from(atob($(id).textContent), (c) => c.charCodeAt(0));
+    const bytes = decode($(id).textContent);
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
   };
   const click = (id, act) => { const of = $(id); if (of) { of.hidden = false; of.addEventListener("click", act); } };

@@ -175,7 +175,11 @@ def _layers(shown: Shown) -> Panel:
         )
         for number in layer
     ]
-    click = " Click a layer to see its links below." if len(layer) > 1 else ""
+    has_layers = len(layer) > 1 and shown.running.traffic.get("dispatch") is not None
+    has_layers = has_layers and 1 < _sides(shown) <= MOST_DEVICES
+    click = " Click a layer to see its links below." if has_layers else ""
+    spec = layout("layer", unit)
+    _whole(spec, len(layer))
     return Panel(
         "layers",
         "Which layers hold us up?",
@@ -185,7 +189,7 @@ def _layers(shown: Shown) -> Panel:
             Chart(
                 "layers",
                 f"{measure} of every layer under both placements",
-                {"": {"data": data, "layout": layout("layer", unit)}},
+                {"": {"data": data, "layout": spec}},
                 selects=("links", "boundary"),
             ),
         ),
@@ -235,6 +239,7 @@ def _experts(shown: Shown) -> Panel:
             for d in range(1, shape[0])
         ]
         spec = layout("slots, by device", "layer", shapes=borders)
+        _whole(spec, placement.layers, "yaxis")
         spec["xaxis"] |= labels | {"showgrid": False}
         spec["yaxis"] |= {"autorange": "reversed", "showgrid": False}
         variants[name] = {
@@ -376,6 +381,19 @@ def _matrix(
     return {"data": data, "layout": spec}
 
 
+def _whole(spec: Spec, count: int, axis: str = "xaxis") -> None:
+    """Label few whole numbers one by one."""
+    if count <= 12:
+        spec[axis]["dtick"] = 1
+
+
+def _sides(shown: Shown) -> int:
+    """Count the rows of a layer's matrix."""
+    topology = shown.topology
+    few = topology.devices <= MOST_DEVICES or topology.nodes == 1
+    return topology.devices if few else topology.nodes
+
+
 def _by_node(table: NDArray[Any], shown: Shown) -> tuple[NDArray[Any], str]:
     """Sum devices [..,D,D] to nodes where there are too many to draw."""
     topology = shown.topology
@@ -505,6 +523,7 @@ def _next(shown: Shown) -> Panel:
                 }
             )
     spec = layout("layer", "leaves, %")
+    _whole(spec, len(first))
     spec["yaxis"]["rangemode"] = "tozero"
     by = [_by_node(table, shown) for table in (first, second)]
     charts = [
@@ -587,8 +606,7 @@ def _over_time(shown: Shown) -> Panel:
             f"the recording than in the first; of halves by chance {percent(drift.expected)}."
         )
     spec = layout("window", "busiest / mean")
-    if count <= 12:
-        spec["xaxis"]["dtick"] = 1
+    _whole(spec, count)
     return Panel(
         "time",
         title,
@@ -749,7 +767,7 @@ def _search(shown: Shown) -> Panel:
     if shown.timed:
         spec["xaxis"]["type"] = "log"
     else:
-        spec["xaxis"]["dtick"] = 1 if len(history) <= 12 else None
+        _whole(spec, len(history))
     rows = [
         (
             f"{x:.2f}" if shown.timed else str(x),

@@ -1,0 +1,88 @@
+"""write_figures(): the charts of a page as files, for papers and slides."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from moetuner.report.page.panels import panels_of
+from moetuner.report.page.shown import Shown
+from moetuner.report.page.texts import own
+
+Format = Literal["svg", "png"]
+
+EXTRA = "figures need kaleido: pip install 'moetuner[figures]'"
+BROWSER = (
+    "figures are drawn by Chrome or Chromium, and none is installed: plotly_get_chrome fetches "
+    "one, or BROWSER_PATH names yours"
+)
+WIDTH, SCALE = 1080, 2
+
+
+def check_figures() -> None:
+    """Raise ImportError unless figures can be drawn, naming the extra or the browser."""
+    if find_spec("kaleido") is None:
+        raise ImportError(EXTRA)
+    from choreographer.browsers.chromium import Chromium
+
+    if not os.environ.get("BROWSER_PATH") and Chromium.find_browser(skip_local=False) is None:
+        raise ImportError(BROWSER)
+
+
+def write_figures(folder: Path, shown: Shown, formats: tuple[Format, ...] = ("svg", "png")) -> int:
+    """Write every chart as it first stands on the page, in its light colours.
+
+    Heat maps of an SVG are images in it.
+
+    Returns
+    -------
+    int
+        Files written, named after their charts.
+
+    Raises
+    ------
+    ImportError
+        If kaleido, or a browser for it, is not installed.
+    OSError
+        If a file cannot be written.
+    """
+    check_figures()
+    import plotly.graph_objects as draw
+    import plotly.io
+
+    folder.mkdir(parents=True, exist_ok=True)
+    colours = dict(re.findall(r"(--[a-z]+): (#\w+)", own("page.css").split("}", 1)[0]))
+    figures, files, heights = [], [], []
+    for panel in panels_of(shown):
+        for chart in panel.charts:
+            spec = _coloured(next(iter(chart.variants.values())), colours)
+            back = {"paper_bgcolor": colours["--back"], "plot_bgcolor": colours["--back"]}
+            figure = draw.Figure(data=spec["data"], layout={**spec["layout"], **back})
+            figure.update_layout(template="none")
+            for kind in formats:
+                figures.append(figure)
+                files.append(folder / f"{chart.key}.{kind}")
+                heights.append(chart.height)
+    plotly.io.write_images(
+        figures,
+        files,
+        width=[WIDTH] * len(files),
+        height=heights,
+        scale=[1 if file.suffix == ".svg" else SCALE for file in files],
+    )
+    return len(files)
+
+
+def _coloured(value: Any, colours: dict[str, str]) -> Any:
+    """Replace names of the style sheet's colours by what they are in its light scheme."""
+    if isinstance(value, str):
+        named = re.fullmatch(r"var\((--[a-z]+)\)", value)
+        return value if named is None else colours[named[1]]
+    if isinstance(value, dict):
+        return {key: _coloured(each, colours) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_coloured(each, colours) for each in value]
+    return value
