@@ -181,7 +181,7 @@ mod _core {
     #[pymodule_export]
     use super::counting::{Replay, StatisticsCounter, merge_sets, validate};
     #[pymodule_export]
-    use super::layer::{Layers, adapt_slots, replicate_experts};
+    use super::layer::{Layers, adapt_slots, level_windows, replicate_experts};
     #[pymodule_export]
     use super::lines::scan_lines;
     #[pymodule_export]
