@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "solver.milp": ("solver.result", "solver.effort", "solver.bounds", *SOLVER),
     "solver.two_stage": ("solver.milp", "solver.result", "solver.effort", *SOLVER),
     "solver.balancing": ("solver.effort", "placement"),
-    "solver.rebalancing": ("solver.effort", "placement"),
+    "solver.rebalancing": ("solver.effort", "solver.search.level", "placement"),
     "solver.baselines": (
         "solver.search",
         "solver.balancing",

@@ -27,6 +27,7 @@ __all__ = [
     "expected_load",
     "expected_visits",
     "forget_pools",
+    "level_windows",
     "lpt",
     "merge_sets",
     "pair_cost",
@@ -420,6 +421,37 @@ def replicate_experts(
     that lower the time of the slowest; with 0 this is DeepSeek's balancer, less second copies on a
     device. ``forbidden`` and ``pinned`` [L,E,D] are kept; without ``copies`` only pins make any.
     Returns slots [L,D,S], -1 for an empty one.
+    """
+
+def level_windows(
+    load: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    room: NDArray[np.int64],
+    time: NDArray[np.float64],
+    *,
+    trials: int,
+    noise: float,
+    start: NDArray[np.int32] | None = ...,
+    price: float = ...,
+    copies: bool = ...,
+    forbidden: NDArray[np.bool_] | None = ...,
+    pinned: NDArray[np.bool_] | None = ...,
+    seed: int = ...,
+    time_limit: float | None = ...,
+    threads: int | None = ...,
+    alone: bool = ...,
+    progress: Callable[[float, int | None], None] | None = ...,
+) -> tuple[NDArray[np.int32], bool]:
+    """Balance windows of load by a greedy start that sees all of them, and exchanges from there.
+
+    Takes load [W,L,E], the weight of every window [W], the slots of every device [L,D], and its
+    time per token as a share of the slowest one's [D]; ``start`` is slots [L,D,S] with -1 for an
+    empty one, a layer of which nothing runs is placed anew. ``trials`` are of a layer; ``noise`` is
+    the part of an expert's variance among windows that counts as its own; a copy that is not in the
+    start costs ``price``, as a share of the mean device's time. ``alone`` does all work in the
+    calling thread; then there is no limit, and no interrupt either.
+
+    Returns slots [L,D,S], and whether it was interrupted.
     """
 
 def adapt_slots(

@@ -125,7 +125,7 @@ fn typical_change(
 }
 
 /// Whether a change is made: one that adds nothing always, else with probability exp(-change / temperature).
-fn accepts(change: f64, temperature: f64, bits: u64) -> bool {
+pub(super) fn accepts(change: f64, temperature: f64, bits: u64) -> bool {
     if change <= 0.0 {
         return true;
     }

@@ -7,6 +7,7 @@
 
 mod anneal;
 pub mod construct;
+pub mod level;
 mod moves;
 mod placement;
 pub mod terms;
@@ -14,6 +15,7 @@ mod turns;
 
 pub use anneal::Effort;
 pub use construct::draft::Site;
+pub use level::{Pace, level_layers};
 pub use moves::{Reach, Step, descend};
 pub use placement::{EMPTY, Move, Placement};
 pub use turns::{Links, place};

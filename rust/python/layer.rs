@@ -13,7 +13,9 @@ use crate::layer::terms::fanout;
 use crate::layer::terms::noise::Noise;
 use crate::layer::terms::together::Pairs;
 use crate::layer::terms::windows::Windows;
-use crate::layer::{EMPTY, Effort, Layer, Links, Move, Placement, Reach, Site, Split, descend, place};
+use crate::layer::{
+    EMPTY, Effort, Layer, Links, Move, Pace, Placement, Reach, Site, Split, descend, level_layers, place,
+};
 
 /// The placement of every layer, from slots [L,D,S] with -1 for an empty one and the slots of every device [L,D].
 fn placements_of(layers: &[Layer], slots: &[i32], per_device: usize) -> Vec<Placement> {
@@ -402,4 +404,60 @@ pub(super) fn adapt_slots<'py>(
     let (before, after) = (of(|change| change.slowest.0), of(|change| change.slowest.1));
     let brought = changes.iter().map(|change| change.brought).collect();
     Ok((array3(py, (l, d, per_device), now)?, before, after, brought))
+}
+
+#[pyfunction]
+#[pyo3(signature = (load, weight, room, time, *, trials, noise, start = None, price = 0.0, copies = true, forbidden = None, pinned = None, seed = 0, time_limit = None, threads = None, alone = false, progress = None))]
+pub(super) fn level_windows<'py>(
+    py: Python<'py>,
+    load: PyReadonlyArray3<'py, f64>,
+    weight: PyReadonlyArray1<'py, f64>,
+    room: PyReadonlyArray2<'py, i64>,
+    time: PyReadonlyArray1<'py, f64>,
+    trials: u64,
+    noise: f64,
+    start: Option<PyReadonlyArray3<'py, i32>>,
+    price: f64,
+    copies: bool,
+    forbidden: Option<PyReadonlyArray3<'py, bool>>,
+    pinned: Option<PyReadonlyArray3<'py, bool>>,
+    seed: u64,
+    time_limit: Option<f64>,
+    threads: Option<usize>,
+    alone: bool,
+    progress: Option<Bound<'py, PyAny>>,
+) -> PyResult<(Bound<'py, PyArray3<i32>>, bool)> {
+    let &[w, l, e] = load.shape() else { unreachable!("the array has three dimensions") };
+    let d = time.shape()[0];
+    shaped("weight", weight.shape(), &[w])?;
+    shaped("room", room.shape(), &[l, d])?;
+    for rules in [&forbidden, &pinned].into_iter().flatten() {
+        shaped("rules", rules.shape(), &[l, e, d])?;
+    }
+    let room: Vec<usize> = room.as_array().iter().map(|&slots| slots.max(0) as usize).collect();
+    let per_device = room.iter().copied().max().unwrap_or(0);
+    let mut slots = if let Some(start) = &start {
+        shaped("start", start.shape(), &[l, d, per_device])?;
+        contiguous(start.as_slice().ok())?.to_vec()
+    } else {
+        room_for("slots", &[l, d, per_device, size_of::<i32>()])?;
+        vec![-1; l * d * per_device]
+    };
+    let (load, weight) = (contiguous(load.as_slice().ok())?, contiguous(weight.as_slice().ok())?);
+    let time = contiguous(time.as_slice().ok())?;
+    let (forbidden, pinned) = (slice(forbidden.as_ref())?, slice(pinned.as_ref())?);
+    let all = Site { room: &room, time, forbidden, pinned, copies };
+    let pace = Pace { trials, noise, price };
+    let interrupted = if alone {
+        super::alone(py, || level_layers(load, weight, e, all, &mut slots, pace, seed, None))??;
+        false
+    } else {
+        let control = Control::new(deadline(time_limit));
+        let (levelled, interrupted) = watched(py, threads, &control, progress.as_ref(), || {
+            level_layers(load, weight, e, all, &mut slots, pace, seed, Some(&control))
+        })?;
+        levelled?;
+        interrupted
+    };
+    Ok((array3(py, (l, d, per_device), slots)?, interrupted))
 }

@@ -28,7 +28,7 @@ from moetuner.solver.result import (
     Result,
     Status,
 )
-from moetuner.solver.search.balanced import no_worse
+from moetuner.solver.search.balanced import no_worse, quick
 
 __all__ = [
     "ALIASES",
@@ -58,6 +58,7 @@ METHODS: dict[str, Method] = {
     "joint": SEARCHES["joint"],
     "paper": two_stage.two_stage,
     "heuristic": SEARCHES["heuristic"],
+    "quick": quick,
     "contiguous": baselines.contiguous,
     "round_robin": baselines.round_robin,
     "random": baselines.random,
@@ -92,7 +93,8 @@ def solve(
         What to place.
     method
         ``joint`` (the default), ``paper`` (MoETuner's two stages; ``moetuner`` means it too),
-        ``heuristic`` (no integer programme), or a baseline: ``contiguous``, ``round_robin``,
+        ``heuristic`` (no integer programme), ``quick`` (balance of windows within milliseconds, as
+        the plugins decide), or a baseline: ``contiguous``, ``round_robin``,
         ``random``, ``lpt``, ``eplb``, ``exflow``.
     seed
         Of all random choices.

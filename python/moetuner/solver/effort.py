@@ -108,8 +108,15 @@ PARETO_STEPS, PARETO_PRICES = 24, (0.1, 0.3, 0.7, 1.5, 3.0, 8.0)
 QUICK, PATIENT = 14, 10_000
 # From running slots ("The plugins' policy"): steps of a layer at most, for each device.
 ADAPT_STEPS = 8
-# In windows, or where pairs count: the norm that stands for the maximum, trials for a slot, and
-# what a copy must gain, as a share of all tokens of a device (not measured).
-LIVE_NORM, LIVE_TRIALS, LIVE_PRICE = 8, 35, 1e-3
+# What a copy must gain in windows, as a share of all tokens of a device (not measured).
+LIVE_PRICE = 1e-3
+# Where pairs count: the norm that stands for the maximum, and trials for a slot.
+LIVE_NORM, LIVE_TRIALS = 8, 35
+# The quick search in windows ("Balance in windows within milliseconds"): trials for a slot, the
+# least of a layer, the most for a slot times LANES windows, and the part of experts' variance among
+# windows that is noise.
+LEVEL_TRIALS, LEAST_LEVEL, LEVEL_WORK, LEVEL_NOISE = 12, 4000, 400, 0.25
+# Without hurry: trials for a slot times LANES windows, and the fewest windows for which it is used.
+LEVEL_FULL, MANY_WINDOWS = 4000, 17
 # Trials for a layer that DeepSeek's own code would balance better.
 CATCH_UP = 20_000

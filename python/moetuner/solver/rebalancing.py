@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import kept
 from moetuner.solver import effort
+from moetuner.solver.search.level import level
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -116,21 +117,31 @@ def rebalance(
         Tokens that a copy must gain at least, on one load.
     """
     load = windows[None] if windows.ndim == 2 else windows
-    found = _relieved(
-        load.sum(axis=0),
-        slots,
-        time,
-        budget,
-        dead_zone,
-        deviations,
-        tolerance,
-        forbidden,
-        full=full,
-        price=price,
-    )
+
+    def relieved() -> Rebalanced:
+        return _relieved(
+            load.sum(axis=0),
+            slots,
+            time,
+            budget,
+            dead_zone,
+            deviations,
+            tolerance,
+            forbidden,
+            full=full,
+            price=price,
+        )
+
     if len(load) == 1 and pairs is None:
-        return found
-    return _annealed(load, slots, found, time, budget, dead_zone, deviations, forbidden, pairs)
+        return relieved()
+    if not slots.size:
+        raise ValueError(f"no slots in a layer: {list(slots.shape)}")
+    search = _Search(np.ascontiguousarray(load), slots, time, forbidden, pairs)
+    if not search.held.any():
+        found = search.run(None)
+        cost = search.cost(found)
+        return Rebalanced(found, cost, cost, _brought(search.held, found))
+    return _budgeted(search, relieved(), budget, dead_zone, deviations)
 
 
 def _relieved(
@@ -145,6 +156,7 @@ def _relieved(
     *,
     full: bool = True,
     price: float = 0.0,
+    steps: int = effort.ADAPT_STEPS,
 ) -> Rebalanced:
     """Relieve devices on one load [L,E], by the core's steps."""
     found, before, after, brought = _core.adapt_slots(
@@ -155,7 +167,7 @@ def _relieved(
         dead_zone=dead_zone,
         deviations=deviations,
         tolerance=dead_zone / 4 if tolerance is None else tolerance,
-        steps=effort.ADAPT_STEPS,
+        steps=steps,
         trials=effort.QUICK,
         full=full,
         price=price,
@@ -164,71 +176,90 @@ def _relieved(
     return Rebalanced(found, np.array(before), np.array(after), np.array(brought, dtype=np.int64))
 
 
-def _annealed(
-    windows: Floats,
-    slots: Slots,
-    start: Rebalanced,
-    time: Floats,
-    budget: int,
-    dead_zone: float,
-    deviations: float,
-    forbidden: NDArray[np.bool_] | None,
-    pairs: Pairs | None,
-) -> Rebalanced:
-    """Go on from what suits the sum of windows to what suits every window, and pairs.
+class _Search:
+    """What suits every window, and pairs, not the sum of windows alone."""
 
-    Where nothing runs yet, moves are free. Else each layer has a few ways to go, from few moves to
-    a new packing, and the budget goes to those that gain most for a copy.
-    """
-    layers, devices, width = slots.shape
-    room = np.full((layers, devices), width, dtype=np.int64)
-    search = _core.Layers(
-        np.ascontiguousarray(windows),
-        np.ones(len(windows)),
-        room,
-        [0] * devices,
-        time.tolist(),
-        nearest=False,
-        norm=effort.LIVE_NORM,
-    )
-    if forbidden is not None:
-        search.rule(forbidden=forbidden)
-    if pairs is not None:
+    def __init__(
+        self,
+        windows: Floats,
+        slots: Slots,
+        time: Floats,
+        forbidden: NDArray[np.bool_] | None,
+        pairs: Pairs | None,
+    ) -> None:
+        layers, devices, width = slots.shape
+        self.windows, self.slots, self.time = windows, slots, time
+        self.forbidden, self.pairs = forbidden, pairs
+        self.room = np.full((layers, devices), width, dtype=np.int64)
+        self.held = _held(slots, windows.shape[2])
+        self.together = None if pairs is None else self._together(pairs)
+
+    def _together(self, pairs: Pairs) -> _core.Layers:
+        layers = _core.Layers(
+            self.windows,
+            np.ones(len(self.windows)),
+            self.room,
+            [0] * len(self.time),
+            self.time.tolist(),
+            nearest=False,
+            norm=effort.LIVE_NORM,
+        )
+        if self.forbidden is not None:
+            layers.rule(forbidden=self.forbidden)
         unit = pairs.cost.max()
         scaled = pairs.counts * (PARTS * pairs.cost / max(unit, 1e-300))[:, None, None]
-        search.price_pairs(np.rint(scaled).astype(np.uint64), float(unit) / PARTS)
+        layers.price_pairs(np.rint(scaled).astype(np.uint64), float(unit) / PARTS)
+        return layers
 
-    def anneal(begin: Slots) -> Slots:
-        trials = effort.LIVE_TRIALS * devices * width
-        begin = np.ascontiguousarray(begin)
-        return search.place(begin, trials=trials, empties=False, threads=1)[0]
+    def run(self, begin: Slots | None) -> Slots:
+        """Search from slots, where a copy that comes has its price, or from nothing."""
+        found = level(
+            self.windows,
+            self.room,
+            self.time,
+            begin,
+            price=effort.LIVE_PRICE,
+            forbidden=self.forbidden,
+        )
+        if self.together is None:
+            return found
+        if begin is not None:
+            mean = effort.LIVE_PRICE * self.windows.sum(axis=(0, 2)) / len(self.time)
+            price = np.where(self.held.transpose(0, 2, 1), 0.0, mean[:, None, None])
+            self.together.hold(np.ascontiguousarray(price))
+        trials = effort.LIVE_TRIALS * int(self.room.sum(axis=1).max())
+        return self.together.place(found, trials=trials, empties=False, threads=1)[0]
 
-    held = _held(slots, windows.shape[2])
-    if not held.any():
-        found = anneal(start.slots)
-        before = _cost(windows, start.slots, time, pairs)
-        return Rebalanced(found, before, _cost(windows, found, time, pairs), start.brought)
-    total = windows.sum(axis=0)
+    def cost(self, slots: Slots) -> Floats:
+        """Compute what slots cost [L]."""
+        return _cost(self.windows, slots, self.time, self.pairs)
+
+
+def _budgeted(
+    search: _Search, relieved: Rebalanced, budget: int, dead_zone: float, deviations: float
+) -> Rebalanced:
+    """Give every layer one of a few ways to go, from few moves to a new packing.
+
+    The budget goes to those that gain most for a copy.
+    """
+    windows, slots, time, held = search.windows, search.slots, search.time, search.held
     # What must be done whatever it brings: experts that had no slot.
-    least = _relieved(total, slots, time, 0, dead_zone, deviations, None, forbidden).slots
-    nothing = np.full_like(slots, -1)
-    anew = _relieved(total, nothing, time, 0, dead_zone, deviations, None, forbidden).slots
-    anew = anneal(anew)
-    if forbidden is None and (time == time[0]).all():
+    least = _relieved(
+        windows.sum(axis=0), slots, time, 0, dead_zone, deviations, None, search.forbidden, steps=0
+    ).slots
+    anew = search.run(None)
+    if search.forbidden is None and (time == time[0]).all():
         anew = _relabelled(held, anew)
-    mean = windows.sum(axis=(0, 2)) / devices
-    price = np.where(held.transpose(0, 2, 1), 0.0, effort.LIVE_PRICE * mean[:, None, None])
-    search.hold(np.ascontiguousarray(price))
-    ways = [start.slots, anneal(start.slots), anew]
-    ways = [least, *(kept(slots, way, room) for way in ways)]
-    costs = np.stack([_cost(windows, way, time, pairs) for way in ways])
+    ways = [relieved.slots, search.run(relieved.slots), anew]
+    ways = [least, *(kept(slots, way, search.room) for way in ways)]
+    costs = np.stack([search.cost(way) for way in ways])
     moves = np.stack([_brought(held, way) for way in ways])
     # What runs well is not packed anew for what may be the luck of the windows seen.
     offered = costs.copy()
     if len(windows) > 1:
         offered[-1, costs[-1] >= (1 - ANEW_DEAD_ZONE) * costs[0]] = np.inf
     chosen = _spent(offered, moves, budget, dead_zone, deviations)
-    layer = np.arange(layers)
+    layer = np.arange(len(slots))
     return Rebalanced(
         np.stack(ways)[chosen, layer], costs[0], costs[chosen, layer], moves[chosen, layer]
     )

@@ -168,7 +168,7 @@ fn packed(mut draft: Draft<'_>, reach: Reach) -> std::result::Result<Path, NoSlo
 }
 
 /// Gives experts that have no slot one, the heaviest first, and may fill empty slots with copies that take most.
-fn complete(draft: &mut Draft<'_>, full: bool) -> std::result::Result<(), NoSlot> {
+pub(in crate::layer) fn complete(draft: &mut Draft<'_>, full: bool) -> std::result::Result<(), NoSlot> {
     let mut missing: Vec<u16> =
         (0..draft.load.len() as u16).filter(|&e| draft.copies[usize::from(e)] == 0).collect();
     missing.sort_by(|&a, &b| draft.load[usize::from(b)].total_cmp(&draft.load[usize::from(a)]));

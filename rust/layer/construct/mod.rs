@@ -16,10 +16,11 @@ use std::collections::binary_heap::PeekMut;
 use crate::error::{Error, Result, SLOTS, room_for};
 use crate::layer::{EMPTY, Layer};
 use crate::tournament::Tournament;
+pub(super) use adapt::complete;
 pub use adapt::{Change, Reach, adapt_layers};
 use draft::{Draft, Site};
 use polish::polish;
-use squeeze::squeeze;
+pub(super) use squeeze::squeeze;
 
 /// An expert for which the rules leave no slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,7 +85,7 @@ pub fn fill_layers(load: &[f64], experts: usize, all: Site<'_>, trials: usize) -
 }
 
 /// Refuses sizes that ids cannot count, and numbers that sums cannot hold.
-fn check(load: &[f64], experts: usize, time: &[f64]) -> Result<()> {
+pub(super) fn check(load: &[f64], experts: usize, time: &[f64]) -> Result<()> {
     let fault = |what, rule: &str, found: String| Err(Error::Shape { what, rule: rule.to_owned(), found });
     if experts == 0 || experts >= usize::from(EMPTY) {
         return fault("load", "from 1 to 65534 experts", experts.to_string());
@@ -110,7 +111,7 @@ fn check(load: &[f64], experts: usize, time: &[f64]) -> Result<()> {
 }
 
 /// Puts experts where they must be.
-fn pin(draft: &mut Draft<'_>) -> std::result::Result<(), NoSlot> {
+pub(super) fn pin(draft: &mut Draft<'_>) -> std::result::Result<(), NoSlot> {
     let d = draft.site.room.len();
     for at in (0..draft.site.pinned.len()).filter(|&at| draft.site.pinned[at]) {
         let (e, g) = (at / d, at % d);
@@ -126,7 +127,7 @@ fn pin(draft: &mut Draft<'_>) -> std::result::Result<(), NoSlot> {
 /// An expert and its load per copy as one number: the load, and in its lowest 16 of 64 bits the expert, so that equal
 /// loads sort by index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Item(u64);
+pub(super) struct Item(u64);
 
 impl Item {
     fn new(load: f64, copies: u32, expert: usize) -> Self {
@@ -135,13 +136,13 @@ impl Item {
         Self(per_copy.to_bits() & !0xffff | u64::from(!(expert as u16)))
     }
 
-    fn expert(self) -> usize {
+    pub(super) fn expert(self) -> usize {
         usize::from(!(self.0 as u16))
     }
 }
 
 /// The experts, the heaviest copies first, and how many every expert is to have `[E]`.
-fn copies(draft: &Draft<'_>) -> std::result::Result<(Vec<Item>, Vec<u32>), NoSlot> {
+pub(super) fn copies(draft: &Draft<'_>) -> std::result::Result<(Vec<Item>, Vec<u32>), NoSlot> {
     let (site, slots) = (draft.site, draft.expert_in.len());
     let filled = site.room.iter().filter(|&&room| room > 0).count() as u32;
     let most = |e: usize| -> u32 {

@@ -1,4 +1,4 @@
-"""The placement of ``balance`` under a problem's rules: a start of searches, and their floor."""
+"""Balance alone under a problem's rules: ``balance``, a floor of searches, and the quick method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
-from moetuner.solver.result import Candidate
+from moetuner.solver.result import Candidate, Limits, Progress
+from moetuner.solver.search.level import quick_trials
 
 
 def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> NDArray[np.int32]:
@@ -28,19 +29,60 @@ def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> NDArray[np.in
     )
 
 
+def quick(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
+    """Balance every window within milliseconds, as the plugins do, and look at nothing else.
+
+    Never behind ``balance``. Keeps slots, pins and bans.
+    """
+    trials, windows = limits.iterations, problem.windows.searched
+    if trials is None:
+        trials = quick_trials(int(problem.capacity.sum(axis=1).max()), len(windows))
+    levelled, interrupted = levelled_on(
+        problem, windows.load, windows.weight, trials, seed=seed, limits=limits
+    )
+    slots = min((levelled, balanced(problem)), key=lambda slots: _rank(problem, slots))
+    return Candidate(slots, "interrupted" if interrupted else "feasible")
+
+
+def levelled_on(
+    problem: Problem,
+    load: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    trials: int,
+    *,
+    seed: int,
+    limits: Limits,
+) -> tuple[NDArray[np.int32], bool]:
+    """Level windows [W,L,E] of so much weight [W] by trials of a layer, and say if interrupted."""
+
+    def report(seconds: float, _: int | None) -> None:
+        if limits.progress is not None:
+            limits.progress(Progress(seconds, "layers"))
+
+    return _core.level_windows(
+        np.ascontiguousarray(load),
+        np.ascontiguousarray(weight, dtype=np.float64),
+        problem.capacity,
+        problem.topology.time_of_device,
+        trials=trials,
+        noise=effort.LEVEL_NOISE,
+        copies=problem.may_copy,
+        forbidden=problem.rules.forbidden,
+        pinned=problem.rules.pinned,
+        seed=seed,
+        time_limit=limits.time_limit,
+        threads=limits.threads,
+        progress=report if limits.progress is not None else None,
+    )
+
+
 def no_worse(problem: Problem, found: Candidate) -> Candidate:
     """Return what ``balance`` would place where a search for traffic ended behind it.
 
     Such searches know single copies only, and may have had no time at all.
     """
-    objective = Objective(problem)
-
-    def rank(slots: NDArray[np.int32]) -> tuple[float, float]:
-        placement = Placement(slots, num_experts=problem.experts)
-        return float(problem.caps.excess(placement).sum()), objective.value(placement)
-
     slots = balanced(problem)
-    if np.array_equal(slots, found.slots) or rank(slots) >= rank(found.slots):
+    if np.array_equal(slots, found.slots) or _rank(problem, slots) >= _rank(problem, found.slots):
         return found
     status = found.status if found.status in ("time_limit", "interrupted") else "feasible"
     return replace(
@@ -53,3 +95,9 @@ def no_worse(problem: Problem, found: Candidate) -> Candidate:
         certificate=None,
         caps=None,
     )
+
+
+def _rank(problem: Problem, slots: NDArray[np.int32]) -> tuple[float, float]:
+    """Return by how much slots exceed caps, and their value; lower is better."""
+    placement = Placement(slots, num_experts=problem.experts)
+    return float(problem.caps.excess(placement).sum()), Objective(problem).value(placement)

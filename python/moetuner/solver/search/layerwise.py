@@ -26,9 +26,10 @@ from moetuner.solver.result import (
     Status,
     UnseenDetails,
 )
-from moetuner.solver.search.balanced import balanced
-from moetuner.solver.search.cross_validation import Choice, SearchSetting, choose
+from moetuner.solver.search.balanced import balanced, levelled_on
+from moetuner.solver.search.cross_validation import MIXED, Choice, SearchSetting, choose
 from moetuner.solver.search.fanout import most_trials
+from moetuner.solver.search.level import full_trials
 from moetuner.solver.search.move_cost import Path, widened
 from moetuner.solver.search.surrogate import link_prices, pair_prices, tokens_per_unit, visit_prices
 from moetuner.solver.search.ties import TIE, Known, settled
@@ -253,6 +254,10 @@ class LayerSearch:
         """Choose what generalises to traffic that nobody has seen, by cross-validation."""
         windows = self.windows
         self.reweighted = [np.ones(len(windows))]
+        if self.levels:
+            reason = "large layers in many windows: nothing to choose"
+            self.choice = Choice(details=UnseenDetails("norm 8, noise, mixed", reason))
+            return
         if limits.time_limit is not None and limits.time_limit < effort.LEARN_LEAST:
             reason = "too little time to try others"
             self.choice = Choice(details=UnseenDetails(SearchSetting(0).name, reason))
@@ -294,6 +299,8 @@ class LayerSearch:
 
     def improve(self, slots: Slots, limits: Limits) -> tuple[Slots, bool]:
         """Anneal every layer, and say whether it was interrupted."""
+        if self.levels:
+            return self.levelled(limits)
         clock = Clock(limits)
         trials, slots_of_layer = limits.iterations, int(self.problem.capacity.sum(axis=1).max())
         if trials is None:
@@ -323,6 +330,38 @@ class LayerSearch:
             threads=limits.threads,
             progress=report if limits.progress is not None else None,
         )
+
+    @property
+    def levels(self) -> bool:
+        """Whether windows alone count, of layers and windows so many that the quick search is best.
+
+        Of few slots or windows the search of all terms finds more.
+        """
+        problem = self.problem
+        windows_alone = problem.goal == "balance" and self.caps is None and self.moving is None
+        even = problem.split != "nearest" or not problem.may_copy
+        many = (
+            problem.capacity.sum(axis=1).min() > effort.FEW_SLOTS
+            and len(self.windows) >= effort.MANY_WINDOWS
+        )
+        return windows_alone and even and many
+
+    def levelled(self, limits: Limits) -> tuple[Slots, bool]:
+        """Level every layer on the windows and on their mean, for traffic of all kinds at once."""
+        load, weight = self.windows.load, self.weight
+        mean = np.einsum("w,wle->le", weight, load) / max(weight.sum(), 1e-300)
+        trials = limits.iterations
+        if trials is None:
+            trials = full_trials(int(self.problem.capacity.sum(axis=1).max()), len(load) + 1)
+        slots, interrupted = levelled_on(
+            self.problem,
+            np.concatenate([load, mean[None]]),
+            np.append(weight, MIXED * weight.sum()),
+            trials,
+            seed=self.seed,
+            limits=limits,
+        )
+        return self.full(slots), interrupted
 
     def descend(
         self, start: Slots, initial: Placement, most: float, limits: Limits

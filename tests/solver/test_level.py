@@ -1,0 +1,207 @@
+"""The quick search in windows: what plugins, the method ``quick`` and large layers get."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner import _core
+from moetuner.plugins import rebalance_experts
+from moetuner.problem.objective import Objective
+from moetuner.solver.rebalancing import rebalance
+from moetuner.solver.search.level import level, quick_trials
+
+
+def domains(windows, layers, experts, seed=0):
+    """Windows [W,L,E] of four domains that take turns, each with experts of its own."""
+    random = np.random.default_rng(seed)
+    popular = random.lognormal(0, 1, (4, layers, experts))
+    turn = np.arange(windows) % 4
+    return np.floor(1000 * popular[turn] * random.lognormal(0, 0.2, (windows, layers, experts)))
+
+
+def imbalance(load, slots):
+    """Largest over mean device load: the mean over layers of that over windows, by tokens."""
+    held = (slots[..., None] == np.arange(load.shape[2])).any(axis=2)
+    part = held / held.sum(axis=1, keepdims=True)
+    device = np.einsum("lde,wle->wld", part, load)
+    return float((device.max(axis=2).sum(axis=0) / device.mean(axis=2).sum(axis=0)).mean())
+
+
+def of_balance(problem_load, devices, width):
+    return mt.balance(problem_load, devices=devices, slots_per_device=width).slots
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.integers(2, 16),
+    st.integers(1, 5),
+    st.integers(0, 2),
+    st.integers(0, 99),
+)
+def test_never_behind_the_packing(windows, layers, experts, devices, more, seed):
+    """In the windows given, the slowest devices take no longer than those of ``balance``."""
+    load = domains(windows, layers, experts, seed)
+    width = min(-(-experts // devices) + more, experts)
+    room = np.full((layers, devices), width)
+    slots = level(load, room, np.ones(devices))
+    packed = of_balance(load, devices, width)
+    if (packed >= 0).all():
+        assert imbalance(load, slots) <= imbalance(load, packed) * (1 + 1e-5)
+    mt.Placement(slots, num_experts=experts)
+
+
+def test_windows_are_seen_one_by_one():
+    """Where domains have experts of their own, windows are far better than their sum."""
+    load = domains(48, 4, 64)
+    slots = level(load[:24], np.full((4, 8), 9), np.ones(8))
+    packed = of_balance(load[:24], 8, 9)
+    gained = (imbalance(load[24:], slots) - 1) / (imbalance(load[24:], packed) - 1)
+    assert gained < 0.5
+
+
+def test_from_what_runs_a_copy_has_its_price():
+    """The dearer a copy, the fewer come; at no price at all that is worth it, nothing moves."""
+    load = domains(20, 3, 16)
+    room, time = np.full((3, 4), 5), np.ones(4)
+    begin = of_balance(load, 4, 5)
+    held = (begin[..., None] == np.arange(16)).any(axis=2)
+    brought = []
+    for price in (0.0, 0.01, 0.05, 100.0):
+        found = level(load, room, time, begin, price=price)
+        came = (found[..., None] == np.arange(16)).any(axis=2) & ~held
+        brought.append(int(came.sum()))
+        assert imbalance(load, found) <= imbalance(load, begin) * (1 + 1e-5)
+    assert brought == sorted(brought, reverse=True)
+    assert brought[0] > brought[-1] == 0
+
+
+def test_layers_and_threads_are_independent():
+    """A layer is placed as if it were alone with its number; threads change nothing."""
+    load = domains(20, 5, 16)
+    room = np.full((5, 4), 5)
+    arguments = (np.ones(20), room, np.ones(4))
+    alone, _ = _core.level_windows(load, *arguments, trials=500, noise=0.25, alone=True)
+    for threads in (1, 2, None):
+        found, interrupted = _core.level_windows(
+            load, *arguments, trials=500, noise=0.25, threads=threads
+        )
+        assert not interrupted
+        assert np.array_equal(found, alone)
+
+
+def test_bans_and_pins_are_kept():
+    """Also where greedy filling runs into them."""
+    load = domains(20, 2, 12)
+    forbidden = np.zeros((2, 12, 4), dtype=bool)
+    forbidden[:, :6, :2] = True
+    forbidden[:, 6:, 2:] = True
+    pinned = np.zeros_like(forbidden)
+    pinned[:, 0, 3] = pinned[:, 7, 1] = True
+    slots, _ = _core.level_windows(
+        load,
+        np.ones(20),
+        np.full((2, 4), 4),
+        np.ones(4),
+        trials=2000,
+        noise=0.25,
+        forbidden=forbidden,
+        pinned=pinned,
+    )
+    held = (slots[..., None] == np.arange(12)).any(axis=2).transpose(0, 2, 1)
+    assert not (held & forbidden).any()
+    assert (held | ~pinned).all()
+
+
+def test_windows_that_do_not_count_are_not_counted():
+    """A window of weight zero, or without tokens, changes nothing but the noise of others."""
+    load = domains(16, 2, 16)
+    more = np.concatenate([load, 50 * load[::-1][:2], np.zeros((1, 2, 16))])
+    arguments = (np.full((2, 4), 5), np.ones(4))
+    one, _ = _core.level_windows(load, np.ones(16), *arguments, trials=0, noise=0.25)
+    weight = np.append(np.ones(16), [0.0, 0.0, 1.0])
+    two, _ = _core.level_windows(more, weight, *arguments, trials=0, noise=0.25)
+    assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"weight": np.ones(3)}, "weight"),
+        ({"room": np.full((1, 4), 5)}, "room"),
+        ({"start": np.zeros((2, 4, 6), dtype=np.int32)}, "start"),
+        ({"load": np.full((4, 2, 16), np.nan)}, "load"),
+        ({"time": np.zeros(4)}, "time"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, what):
+    """A line that names it, and no panic."""
+    arguments = {
+        "load": domains(4, 2, 16),
+        "weight": np.ones(4),
+        "room": np.full((2, 4), 5),
+        "time": np.ones(4),
+    }
+    with pytest.raises(ValueError, match=what):
+        _core.level_windows(**{**arguments, **change}, trials=100, noise=0.25)
+
+
+def test_plugins_and_rebalancer_use_it():
+    """The first call in windows is the quick search, slot for slot."""
+    load = domains(24, 3, 16)
+    expected = level(load, np.full((3, 4), 5), np.ones(4))
+    assert np.array_equal(rebalance_experts(load, 20, None, 1, 4).reshape(3, 4, 5), expected)
+    nothing = np.full((3, 4, 5), -1, dtype=np.int32)
+    found = rebalance(load, nothing, time=np.ones(4), budget=60)
+    assert np.array_equal(found.slots, expected)
+    assert np.array_equal(found.brought, [20, 20, 20])
+
+
+def problem(load, **options):
+    statistics = mt.RoutingStatistics.from_load(load.astype(np.uint64))
+    return mt.Problem(statistics, mt.Topology(devices=8), objective="balance", **options)
+
+
+def test_method_quick_is_never_behind_balance():
+    """By the objective and caps of the problem, whatever it is about."""
+    load = domains(20, 2, 24)
+    for options in (
+        {"slots_per_device": 4},
+        {"slots_per_device": 3},
+        {"slots_per_device": 4, "split": "nearest"},
+        {"slots_per_device": 4, "max_imbalance": 1.3},
+    ):
+        given = problem(load, **options)
+        found = mt.solve(given, "quick")
+        slots = of_balance(load, 8, options["slots_per_device"])
+        packed = mt.Placement(slots, num_experts=24)
+        behind, ahead = (float(given.caps.excess(each).sum()) for each in (found.placement, packed))
+        assert (behind, found.objective) <= (ahead, Objective(given).value(packed))
+
+
+def test_large_layers_get_it():
+    """More than a few slots and windows: the same search, for longer, so no worse."""
+    load = domains(24, 2, 96)
+    given = problem(load, slots_per_device=14)
+    quick, full = (mt.solve(given, method, threads=2) for method in ("quick", "heuristic"))
+    assert full.details.unseen.reason == "large layers in many windows: nothing to choose"
+    assert imbalance(load, full.placement.slots) < imbalance(load, quick.placement.slots) * 1.01
+    assert mt.solve(given, "heuristic", threads=1).placement == full.placement
+
+
+def test_trials_are_bounded_by_windows():
+    """More windows take as long, from some number on."""
+    assert quick_trials(640, 64) > quick_trials(40, 64)
+    work = [quick_trials(288, windows) * -(-windows // 16) for windows in (640, 6400)]
+    assert work[1] <= work[0] * 1.1
+
+
+def test_real_traffic(data):
+    """What nobody has seen of a real model is better balanced than by the sum of windows."""
+    load = np.load(data / "qwen3-30b-a3b-languages.npz")["load"].astype(np.float64)
+    seen, unseen = load[1:], load[:1]
+    slots = level(seen, np.full((48, 16), 9), np.ones(16))
+    packed = of_balance(seen, 16, 9)
+    assert (imbalance(unseen, slots) - 1) / (imbalance(unseen, packed) - 1) < 0.85
