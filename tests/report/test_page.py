@@ -352,3 +352,75 @@ def test_a_search_is_shown_by_its_steps(made):
         assert panels["search"].tables[0].rows[-1][1:] == ("answer", "2", "1.5", "25.0 %")
     assert found[False] == [1, 2, 3]
     assert found[True] == pytest.approx([0.21, 0.3, 0.5, 0.7])
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_reader_sees_what_numpy_says(made, tmp_path):
+    """Pixels of heat maps are their cells, hovering tells a cell, tables are the JSON's rows."""
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    file = tmp_path / "page.html"
+    page.write_page(file, made)
+    heard = []
+    with driver.sync_playwright() as playing:
+        browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
+        tab = context.new_page()
+        tab.on("console", lambda message: heard.append(message.text))
+        tab.on("pageerror", lambda error: heard.append(str(error)))
+        tab.on("request", lambda request: heard.append(request.url))
+        tab.goto(file.as_uri())
+        for _ in range(600):
+            if tab.evaluate("document.documentElement.dataset.ready"):
+                break
+            tab.wait_for_timeout(100)
+        assert heard == [file.as_uri()]
+        sizes = tab.evaluate(
+            """async () => {
+              const found = {};
+              const all = "#chart-experts .heatmaplayer image, #chart-links .heatmaplayer image";
+              for (const image of document.querySelectorAll(all)) {
+                const read = new Image(), key = image.closest("[data-chart]").dataset.chart;
+                read.src = image.href.baseVal;
+                await read.decode();
+                (found[key] ||= []).push([read.naturalWidth, read.naturalHeight]);
+              }
+              return found;
+            }"""
+        )
+        placement = made.placements[1]
+        slots = placement.devices * placement.slots_per_device
+        assert sizes == {"experts": [[slots, placement.layers]], "links": [[8, 8], [8, 8]]}
+        tab.locator("#chart-experts").scroll_into_view_if_needed()
+        box = tab.locator("#chart-experts .heatmaplayer image").first.bounding_box()
+        relative = made.load / made.load.mean(axis=1, keepdims=True)
+        for layer, device in ((0, 0), (1, 3), (3, 7)):
+            # The busiest of a device comes first.
+            held = placement.slots[layer, device]
+            share = {e: relative[layer, e] / placement.replicas[layer, e] for e in held.tolist()}
+            expert = max(held.tolist(), key=share.get)
+            column = device * placement.slots_per_device
+            tab.mouse.move(
+                box["x"] + box["width"] * (column + 0.5) / slots,
+                box["y"] + box["height"] * (layer + 0.5) / placement.layers,
+            )
+            wanted = f"layer {layer}, expert {expert}: {share[expert]:.2f} x the mean"
+            told = tab.locator("#chart-experts .hoverlayer text").first
+            for _ in range(100):
+                if told.count() and wanted in told.text_content():
+                    break
+                tab.wait_for_timeout(50)
+            assert wanted in told.text_content()
+        rows = tab.evaluate(
+            "[...document.querySelectorAll('#layers tbody tr')]"
+            ".map(row => [...row.cells].map(cell => cell.textContent))"
+        )
+        times = data(file.read_text(), "contents")["proposed"]["predicted_us_per_layer"]
+        assert [row[2] for row in rows] == [f"{each:.4g}" for each in times]
+        for width in (390, 1280):
+            tab.set_viewport_size({"width": width, "height": 900})
+            assert tab.evaluate("document.documentElement.scrollWidth") == width
+        plain = browser.new_context(offline=True, java_script_enabled=False).new_page()
+        plain.goto(file.as_uri())
+        seen = plain.locator("body").inner_text()
+        assert all(words in seen for words in (made.sentence, "1.5 us", "2.5 x", "3.5 GB"))
+        browser.close()

@@ -42,7 +42,7 @@ def parse_copies(context: click.Context, parameter: click.Parameter, value: str)
 
 
 GROUPS = {
-    "Begin with": "--devices --devices-per-node --for --report --figures",
+    "Begin with": "--devices --devices-per-node --for --report",
     "The machine": "--topology --cost-model --expert-bytes --regime --split",
     "What runs, and what is tried": "--initial --copies",
     "How it is judged": "--window --splits --price --any-order --seed --threads",
@@ -56,7 +56,8 @@ GROUPS = {
     "--for",
     "engine",
     type=click.Choice(list(ENGINES)),
-    help="Engine that serves the model: which copy serves a token, and what it can load.",
+    help="Engine that serves the model: which copy serves a token, which tokens are served "
+    "together, and what it can load.",
 )
 @click.option(
     "--initial",

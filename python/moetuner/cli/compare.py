@@ -45,7 +45,7 @@ def parse_methods(
 
 
 GROUPS = {
-    "Begin with": "--devices --devices-per-node --for --methods --report --figures",
+    "Begin with": "--devices --devices-per-node --for --methods --report",
     "The machine": "--topology --cost-model --slots-per-device --extra-slots --fill-slots",
     "What is wanted": "--objective --max-imbalance --risk --groups --arrival --window",
     "What engines do": "--regime --split --router-groups --pin --forbid",

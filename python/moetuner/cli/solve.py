@@ -38,7 +38,7 @@ def parse_method(context: click.Context, parameter: click.Parameter, value: str)
 
 
 GROUPS = {
-    "Begin with": "--devices --devices-per-node --for --out --report --figures",
+    "Begin with": "--devices --devices-per-node --for --out --report",
     "The machine": "--topology --cost-model --slots-per-device --extra-slots --fill-slots",
     "What is wanted": "--objective --max-imbalance --risk --groups --arrival --window",
     "What engines do": "--regime --split --router-groups --pin --forbid",
