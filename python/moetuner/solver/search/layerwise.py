@@ -159,13 +159,13 @@ class LayerSearch:
         limit = min(each.rank for each in known)
         # Seconds that judging an answer takes, which are kept back for those to come.
         judging = (clock.gone - begin) / len(known)
-        if clock.is_over():
-            best = min(known, key=lambda each: each.rank).slots
-            return self.candidate(best, "time_limit")
         again = effort.REWEIGHTINGS_AGAIN if self.reweighted else effort.REWEIGHTINGS
         turns = 1 if problem.windows.is_mean else again
         if not self.reweighted:
             self.learn(clock.within(effort.LEARN_SHARE, keep=judging))
+        if clock.is_over():
+            best = min(known, key=lambda each: each.rank).slots
+            return self.candidate(best, "time_limit")
         traffic: list[Slots] = []
         interrupted = False
         if self.links is not None and moving is None:
