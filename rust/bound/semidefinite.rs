@@ -38,6 +38,8 @@ const UNMIXED: usize = 20;
 const WORTHWHILE: u32 = 5;
 /// With less time than for so many iterations the method proves nothing useful, and is not tried.
 const FEWEST: u32 = 11;
+/// Seconds of an eigenproblem, as a part of the cube of its order: no processor of today is faster.
+const SHORTEST: f64 = 1e-9;
 
 /// Q and U of one pair.
 #[derive(Debug, Clone)]
@@ -105,6 +107,13 @@ impl<'a> Admm<'a> {
         }
     }
 
+    /// The least that an iteration can take: an eigenproblem of the experts of two layers for every pair.
+    fn shortest(&self) -> Duration {
+        let order = 2.0 * self.relaxation.experts as f64;
+        let work = self.relaxation.pairs() as f64 * order.powi(3) / rayon::current_num_threads() as f64;
+        Duration::from_secs_f64(work * SHORTEST)
+    }
+
     /// Iterates until a limit is reached; `better` sees every dual point that is better than those before.
     ///
     /// `target` is the value of the best placement in units of the dual function.
@@ -142,6 +151,10 @@ impl<'a> Admm<'a> {
                 && limits.deadline.is_none_or(worthwhile)
             {
                 self.mix();
+            }
+            // What the first one takes is not known yet: none is begun that is out of the question.
+            if self.iterations == 0 && limits.deadline.is_some_and(|d| Instant::now() + self.shortest() > d) {
+                return Stop::Deadline;
             }
             self.iterate();
             if self.iterations == 1 && limits.deadline.is_some_and(|d| start + FEWEST * start.elapsed() > d) {

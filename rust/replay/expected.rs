@@ -94,23 +94,40 @@ impl Holders {
 
     /// Tokens that are expected to visit every unit.
     fn expected(&self, units: usize, sets: Sets<'_>) -> Vec<f64> {
-        let mut last = vec![u32::MAX; units];
-        // Share of the set's tokens that miss a unit, of the units that it meets.
-        let (mut tokens, mut missed, mut met) = (vec![0.0; units], vec![0.0; units], Vec::new());
+        #[allow(clippy::float_cmp)] // one is one
+        let whole =
+            |e: usize| self.of(e).next().filter(|&(_, share)| share == 1.0).map(|(unit, _)| unit as u32);
+        // The unit of an expert that takes all of its tokens, or this.
+        const SHARED: u32 = u32::MAX;
+        let alone: Vec<u32> = (0..self.first.len() - 1).map(|e| whole(e).unwrap_or(SHARED)).collect();
+        let mut tokens = vec![0.0; units];
+        // The last set that was there for certain, and the last that may have been, with the share that was not.
+        let (mut last, mut perhaps) = (vec![u32::MAX; units], vec![(u32::MAX, 0.0); units]);
+        let (mut shared, mut met) = (Vec::new(), Vec::new());
         for (set, (ids, count)) in (0..).zip(sets.each()) {
+            let count = count as f64;
             for &e in ids {
-                for (unit, share) in self.of(usize::from(e)) {
-                    if last[unit] == set {
-                        missed[unit] *= 1.0 - share;
+                let unit = alone[usize::from(e)];
+                if unit == SHARED {
+                    shared.push(usize::from(e));
+                } else if last[unit as usize] != set {
+                    last[unit as usize] = set;
+                    tokens[unit as usize] += count;
+                }
+            }
+            for e in shared.drain(..) {
+                for (unit, share) in self.of(e).filter(|&(unit, _)| last[unit] != set) {
+                    let (seen, missed) = &mut perhaps[unit];
+                    if *seen == set {
+                        *missed *= 1.0 - share;
                     } else {
-                        last[unit] = set;
-                        missed[unit] = 1.0 - share;
+                        (*seen, *missed) = (set, 1.0 - share);
                         met.push(unit);
                     }
                 }
             }
             for unit in met.drain(..) {
-                tokens[unit] += count as f64 * (1.0 - missed[unit]);
+                tokens[unit] += count * (1.0 - perhaps[unit].1);
             }
         }
         tokens

@@ -17,7 +17,7 @@ from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
 from moetuner.solver.bounds.loads import bounded, proves_pairs
-from moetuner.solver.bounds.pairs import bound, certified
+from moetuner.solver.bounds.pairs import bound, certified, least_seconds
 from moetuner.solver.exact.enumeration import eased, enumerated, fewest_visits
 from moetuner.solver.exact.partitions import chain
 from moetuner.solver.milp.colocation import colocation, fits
@@ -62,8 +62,8 @@ def _joint(problem: Problem, seed: int, clock: Clock, best: list[Candidate]) -> 
     best.append(found)
     if found.status == "interrupted":
         return found
-    left = clock.within().time_limit
-    if left == 0:
+    left = clock.left
+    if left is not None and left <= least_seconds(problem):
         return replace(found, status="time_limit")
     programme = left is not None and problem.regime == "follow" and fits(problem)
     share = effort.BOUND_SHARE / (1 - effort.SEARCH_SHARE) if programme else 1.0
@@ -98,6 +98,8 @@ def heuristic(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
             return Candidate(floor.slots, "time_limit")
         Objective(problem).value(floor)
         clock = Clock(clock.within(keep=clock.gone - begin))
+        if clock.is_over():
+            return Candidate(floor.slots, "time_limit")
     if Objective(problem).counts_visits:
         least = fewest_visits(problem, problem.caps.over_speed, clock)
         if least is not None:

@@ -11,7 +11,7 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver.bounds import visits
-from moetuner.solver.bounds.pairs import bound
+from moetuner.solver.bounds.pairs import bound, least_seconds
 from moetuner.solver.result import LOADS, Candidate, Limits
 
 Floats = NDArray[np.float64]
@@ -203,7 +203,8 @@ def _least_part(problem: Problem) -> Floats:
 def _least_pairs_us(problem: Problem, limits: Limits) -> tuple[float, str] | None:
     """Compute the least microseconds of pairs on links with evenly used ports, and the proof."""
     assert problem.cost_model is not None
-    if not proves_pairs(problem) or limits.time_limit == 0:
+    short = limits.time_limit is not None and limits.time_limit < least_seconds(problem)
+    if not proves_pairs(problem) or short:
         return None
     plain = replace(
         problem,

@@ -89,6 +89,12 @@ def bound(
     return Bounded(cost, " + ".join(sources), certificate, proven, interrupted)
 
 
+def least_seconds(problem: Problem) -> float:
+    """Compute the seconds below which no bound is worth beginning."""
+    order = problem.devices * problem.slots
+    return effort.BOUND_SECONDS * _flops(problem) / (8 * order)
+
+
 def certified(
     problem: Problem,
     caps: NDArray[np.uint64],

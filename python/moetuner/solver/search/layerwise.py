@@ -156,27 +156,31 @@ class LayerSearch:
         if len(starts) == 1 and clock.is_over():
             return self.candidate(starts[0], "time_limit")
         begin = clock.gone
-        known.extend(self.known(slots) for slots in starts)
+        # The one that no answer is behind comes first, the search's own only if there is time.
+        for slots in reversed(starts):
+            given = start is not None and slots is starts[0]
+            if given or not known or not clock.is_over():
+                known.insert(0, self.known(slots))
         # What peers could have found: no answer is behind these, be it by a hair.
         limit = min(each.rank for each in known)
         # Seconds that judging an answer takes, which are kept back for those to come.
-        judging = (clock.gone - begin) / len(starts)
-        if clock.is_over():
-            best = min(known, key=lambda each: each.rank).slots
-            return self.candidate(best, "time_limit")
+        judging = (clock.gone - begin) / len(known)
         again = effort.REWEIGHTINGS_AGAIN if self.reweighted else effort.REWEIGHTINGS
         turns = 1 if problem.windows.is_mean else again
         if not self.reweighted:
             self.learn(clock.within(effort.LEARN_SHARE, keep=judging))
+        if clock.is_over():
+            best = min(known, key=lambda each: each.rank).slots
+            return self.candidate(best, "time_limit")
         traffic: list[Slots] = []
         interrupted = False
         if self.links is not None and moving is None:
             caps = sorted({min(cap, problem.max_imbalance or cap) for cap in effort.TRAFFIC_CAPS})
             for number, cap in enumerate(caps):
-                if clock.is_over():
-                    break
                 share = effort.TRAFFIC_SHARE / (len(caps) - number)
                 within = clock.within(share, keep=(len(caps) + 1) * judging)
+                if within.time_limit == 0:
+                    break
                 found = _for_traffic(problem, cap, self.seed, within)
                 wider = self.allowed(found.slots)
                 traffic.extend([] if wider is None else [wider])
@@ -193,9 +197,9 @@ class LayerSearch:
         prices = [1.0] * turns + [DEAR] * (moving is None and self.prices_visits)
         parts = len(prices) if narrow is None else 2 * len(prices)
         for turn, self.dear in enumerate(prices):
-            if interrupted or clock.is_over():
-                break
             within = clock.within(1 / (parts - turn), keep=(parts - turn) * judging)
+            if interrupted or within.time_limit == 0:
+                break
             improved, interrupted = self.improve(best, within)
             self.reweight(improved)
             known.append(self.known(improved))
