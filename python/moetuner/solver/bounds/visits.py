@@ -376,7 +376,10 @@ def _by_tangents(
 
     searching, interrupted = clock.within(effort.TANGENT_SHARE), False
     steps = Clock(searching)
-    for step in range(effort.TANGENT_STEPS):
+    count, timed = effort.TANGENT_STEPS, limits.time_limit is not None
+    if not timed:
+        count = min(count, int(effort.TANGENT_WORK / (problem.layers * problem.experts**2)))
+    for step in range(count):
         now = steps.within()
         weighed = _weighed(problem, level, rounded())
         if weighed is None or now.time_limit == 0:
@@ -393,13 +396,14 @@ def _by_tangents(
     weighed = _weighed(problem, level, whole)
     if weighed is None:
         return None
-    affordable = pairs.affordable(weighed.problem)
-    timed = limits.time_limit is not None
+    affordable = int(min(pairs.affordable(weighed.problem), effort.BOUND_ITERATIONS))
+    if affordable < effort.TANGENT_ITERATIONS:
+        affordable = 0  # few prove less than none, which sum rows and columns
     proven = pairs.bound(
         weighed.problem,
         weighed.problem.caps.whole,
         limits=replace(clock.within(), progress=None, gap=None),
-        iterations=None if timed else min(int(affordable), effort.BOUND_ITERATIONS),
+        iterations=None if timed else affordable,
     )
     if proven is None:
         return None
