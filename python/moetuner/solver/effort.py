@@ -65,7 +65,10 @@ BOUND_WORK, BOUND_ITERATIONS, BOUND_ITERATIONS_TIMED = 3e9, 150, 10_000
 
 # Bounds of visits ("Bounds of visits"): the share of a time limit for the search before them. Looks
 # at all contents of a layer at the most, and contents that are looked at without a time limit.
+# Experts of a layer up to which a programme is solved between two looks, in milliseconds; and looks
+# times layers times cubed experts, without a time limit.
 VISIT_SEARCH_SHARE, PRICE_ROUNDS, PRICE_WORK = 0.5, 60, 3e9
+PRICE_EXPERTS, PROGRAMME_WORK = 128, 5e8
 # Steps of tangents, trials of the placement that each moves towards, a step's size as a share of
 # the range of slopes, and the steps' share of a time limit. Without one: steps times layers times
 # squared experts, and the fewest iterations of the bound of pairs that are worth it.

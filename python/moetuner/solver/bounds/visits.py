@@ -223,7 +223,16 @@ def _seen(problem: Problem, level: _Level) -> Seen:
 def _by_prices(
     problem: Problem, level: _Level, start: Counts, limits: Limits, tell: Tell
 ) -> _Proven | None:
-    """Bound visits by prices of experts; None where contents of a part are too many to try."""
+    """Bound visits by prices of experts; None where contents of a part are too many to try.
+
+    Or experts, for the programme that makes the prices.
+    """
+    if problem.experts > effort.PRICE_EXPERTS:
+        return None
+    rounds, work = effort.PRICE_ROUNDS, math.inf
+    if limits.time_limit is None:
+        programmes = effort.PROGRAMME_WORK / (problem.layers * problem.experts**3)
+        rounds, work = int(np.clip(programmes, 1, rounds)), effort.PRICE_WORK
 
     def report(seconds: float, negated: int | None) -> None:
         if tell is not None and negated is not None:
@@ -232,8 +241,8 @@ def _by_prices(
     found = _core.bound_visits(
         *_seen(problem, level),
         start.astype(np.uint16),
-        rounds=effort.PRICE_ROUNDS,
-        work=effort.PRICE_WORK if limits.time_limit is None else math.inf,
+        rounds=rounds,
+        work=work,
         gap=limits.gap or 0.0,
         time_limit=limits.time_limit,
         threads=limits.threads,
