@@ -101,9 +101,13 @@ def bound(
         tell = _teller(mine, cost, level.price, Objective(problem).tokens)
         least = level.least(sets)
         proven = _Proven(least, Visits(level.parts, np.zeros(0), np.zeros(0, np.uint8)), "capacity")
-        if level.parts > 1 and mine.time_limit != 0 and not interrupted:
-            better = _by_prices(problem, level, start, mine, tell)
-            better = better or _by_tangents(problem, level, start, mine, tell)
+        here = Clock(mine)
+        for way in (_by_prices, _by_tangents) if level.parts > 1 else ():
+            # The second is for what the first cannot do, or not in time.
+            left = here.within()
+            if left.time_limit == 0 or interrupted or proven.visits > least:
+                break
+            better = way(problem, level, start, left, tell)
             interrupted = better is not None and better.interrupted
             if better is not None and better.visits > least:
                 proven = better
