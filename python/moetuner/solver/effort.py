@@ -69,10 +69,15 @@ BOUND_SECONDS = 1e-7
 
 # Bounds of visits ("Bounds of visits"): the share of a time limit for the search before them. Looks
 # at all contents of a layer at the most, and contents that are looked at without a time limit.
-VISIT_SEARCH_SHARE, PRICE_ROUNDS, PRICE_WORK = 0.7, 60, 3e9
+# Experts of a layer up to which a programme is solved between two looks, in milliseconds; and looks
+# times layers times cubed experts, without a time limit.
+VISIT_SEARCH_SHARE, PRICE_ROUNDS, PRICE_WORK = 0.5, 60, 3e9
+PRICE_EXPERTS, PROGRAMME_WORK = 128, 5e8
 # Steps of tangents, trials of the placement that each moves towards, a step's size as a share of
-# the range of slopes, and the steps' share of a time limit.
-TANGENT_STEPS, TANGENT_TRIALS, TANGENT_STEP, TANGENT_SHARE = 16, 100_000, 0.22, 0.5
+# the range of slopes, and the steps' share of a time limit. Without one: steps times layers times
+# squared experts, and the fewest iterations of the bound of pairs that are worth it.
+TANGENT_STEPS, TANGENT_TRIALS, TANGENT_STEP, TANGENT_SHARE = 16, 10_000, 0.15, 0.5
+TANGENT_WORK, TANGENT_ITERATIONS = 1e6, 20
 
 # The co-location programme ("The co-location programme"): triangle rows beyond which HiGHS does
 # not get through its first node in minutes.

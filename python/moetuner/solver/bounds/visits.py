@@ -101,9 +101,13 @@ def bound(
         tell = _teller(mine, cost, level.price, Objective(problem).tokens)
         least = level.least(sets)
         proven = _Proven(least, Visits(level.parts, np.zeros(0), np.zeros(0, np.uint8)), "capacity")
-        if level.parts > 1 and mine.time_limit != 0 and not interrupted:
-            better = _by_prices(problem, level, start, mine, tell)
-            better = better or _by_tangents(problem, level, start, mine, tell)
+        here = Clock(mine)
+        for way in (_by_prices, _by_tangents) if level.parts > 1 else ():
+            # The second is for what the first cannot do, or not in time.
+            left = here.within()
+            if left.time_limit == 0 or interrupted or proven.visits > least:
+                break
+            better = way(problem, level, start, left, tell)
             interrupted = better is not None and better.interrupted
             if better is not None and better.visits > least:
                 proven = better
@@ -223,7 +227,16 @@ def _seen(problem: Problem, level: _Level) -> Seen:
 def _by_prices(
     problem: Problem, level: _Level, start: Counts, limits: Limits, tell: Tell
 ) -> _Proven | None:
-    """Bound visits by prices of experts; None where contents of a part are too many to try."""
+    """Bound visits by prices of experts; None where contents of a part are too many to try.
+
+    Or experts, for the programme that makes the prices.
+    """
+    if problem.experts > effort.PRICE_EXPERTS:
+        return None
+    rounds, work = effort.PRICE_ROUNDS, math.inf
+    if limits.time_limit is None:
+        programmes = effort.PROGRAMME_WORK / (problem.layers * problem.experts**3)
+        rounds, work = int(np.clip(programmes, 1, rounds)), effort.PRICE_WORK
 
     def report(seconds: float, negated: int | None) -> None:
         if tell is not None and negated is not None:
@@ -232,8 +245,8 @@ def _by_prices(
     found = _core.bound_visits(
         *_seen(problem, level),
         start.astype(np.uint16),
-        rounds=effort.PRICE_ROUNDS,
-        work=effort.PRICE_WORK if limits.time_limit is None else math.inf,
+        rounds=rounds,
+        work=work,
         gap=limits.gap or 0.0,
         time_limit=limits.time_limit,
         threads=limits.threads,
@@ -376,7 +389,10 @@ def _by_tangents(
 
     searching, interrupted = clock.within(effort.TANGENT_SHARE), False
     steps = Clock(searching)
-    for step in range(effort.TANGENT_STEPS):
+    count, timed = effort.TANGENT_STEPS, limits.time_limit is not None
+    if not timed:
+        count = min(count, int(effort.TANGENT_WORK / (problem.layers * problem.experts**2)))
+    for step in range(count):
         now = steps.within()
         weighed = _weighed(problem, level, rounded())
         if weighed is None or now.time_limit == 0:
@@ -393,13 +409,14 @@ def _by_tangents(
     weighed = _weighed(problem, level, whole)
     if weighed is None:
         return None
-    affordable = pairs.affordable(weighed.problem)
-    timed = limits.time_limit is not None
+    affordable = int(min(pairs.affordable(weighed.problem), effort.BOUND_ITERATIONS))
+    if affordable < effort.TANGENT_ITERATIONS:
+        affordable = 0  # few prove less than none, which sum rows and columns
     proven = pairs.bound(
         weighed.problem,
         weighed.problem.caps.whole,
         limits=replace(clock.within(), progress=None, gap=None),
-        iterations=None if timed else min(int(affordable), effort.BOUND_ITERATIONS),
+        iterations=None if timed else affordable,
     )
     if proven is None:
         return None
