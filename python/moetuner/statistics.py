@@ -344,16 +344,18 @@ class RoutingStatistics(Frozen):
             del shard  # else the next shard is read while this one is still held
         _, load, pairs, together, found = counter.finish(threads)
         by_layer = None if found is None else tuple(ExpertSets(*of) for of in found)
-        return cls(
+        counted = cls(
             load,
-            pairs,
-            together,
             window=window,
             model=trace.model,
             sets=by_layer,
             expert_size=trace.expert_size,
             set_tokens=None if every == 1 else -(-trace.tokens // every),
         )
+        # What the core has counted needs no check, which takes as long as writing it.
+        object.__setattr__(counted, "transitions", pairs)
+        object.__setattr__(counted, "coactivation", together)
+        return counted
 
     @classmethod
     def from_load(cls, load: ArrayLike, **fields: Any) -> RoutingStatistics:

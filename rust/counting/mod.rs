@@ -17,11 +17,12 @@ use rayon::prelude::*;
 
 use crate::error::Result;
 use crate::trace::{ExpertId, Routing, validate};
-use pairs::{SHORT_BLOCK, Side, block};
+use pairs::{Cuts, SHORT_BLOCK, Side, block};
 use sets::Sets;
 use windows::{Narrow, WindowCounts, by_window};
 
-/// Where pairs are added up, by the caller's leave: the tables are large, and whose memory they are is his choice.
+/// Where pairs are added up, by the caller's leave: the tables are large, and whose memory they are is his choice. What
+/// is in them before a counter's first token is not read.
 #[derive(Debug, Default)]
 pub struct Tables<'a> {
     /// Pairs of experts in neighbouring layers `[layers - 1, experts, experts]`.
@@ -100,17 +101,13 @@ impl Counter {
             block(experts, top_k),
             *routing,
             || Side::new(top_k, experts),
-            |_, _, ids, side| side.fill(ids),
+            |_, at, ids, side| side.fill(ids, Cuts::new(windows.length, first + at)),
             |layer, at, before, here| {
                 by_window(windows.length, first + at, here.tokens(), experts, layer.load, |tokens, load| {
                     here.count(tokens, load);
                 });
-                if let (Some(before), Some(counts)) = (before, &mut layer.transitions) {
-                    before.count_pairs(here, counts);
-                }
-                if let Some(counts) = &mut layer.coactivation {
-                    here.count_own_pairs(counts);
-                }
+                let before = before.zip(layer.transitions.as_deref_mut());
+                here.count_pairs(before, layer.coactivation.as_deref_mut(), first + at == 0);
                 if let Some(sets) = &mut layer.sets {
                     // Where among the block's tokens the first one is that counts.
                     let skip = (*every - (begin + at) % *every) % *every;
@@ -149,7 +146,7 @@ struct LayerTables<'a> {
 }
 
 /// Layers whose ids are gathered together: they stay in the second-level cache.
-const LAYERS: usize = 8;
+const LAYERS: usize = 4;
 
 /// Visits all layers of the tokens `ids`, one run of layers per thread, `tokens` at a time: threads wait for each other
 /// only in the end. `fill` turns a layer's ids `[tokens, top_k]` into what `visit` then sees of the layer before (if
@@ -162,7 +159,7 @@ pub(crate) fn by_layers<I: ExpertId, T: Send, S>(
     routing: Routing,
     make: impl Fn() -> S + Sync,
     fill: impl Fn(usize, u64, &mut Vec<I>, &mut S) + Sync,
-    visit: impl Fn(&mut T, u64, Option<&S>, &S) + Sync,
+    visit: impl Fn(&mut T, u64, Option<&S>, &mut S) + Sync,
 ) {
     let per_task = layers.len().div_ceil(rayon::current_num_threads());
     // Blocks of about the same size: a short one costs as much beside its tokens as a long one.
@@ -180,7 +177,7 @@ pub(crate) fn by_layers<I: ExpertId, T: Send, S>(
                 for (l, ids) in (from..to).zip(&mut of_layer) {
                     fill(l, at, ids, &mut here);
                     if let Some(layer) = l.checked_sub(first) {
-                        visit(&mut layers[layer], at, (l > 0).then_some(&before), &here);
+                        visit(&mut layers[layer], at, (l > 0).then_some(&before), &mut here);
                     }
                     std::mem::swap(&mut before, &mut here);
                 }

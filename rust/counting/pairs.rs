@@ -17,7 +17,8 @@ pub use bits::{IDS as MOST_UNITS, NONE as NO_UNIT, Units};
 
 use std::ops::Range;
 
-use super::lists::{self, Lists};
+pub use super::lists::Cuts;
+use super::lists::{self, Lists, Workplace};
 use super::{bits, rows};
 use crate::trace::ExpertId;
 
@@ -67,6 +68,7 @@ pub struct Side<I> {
     /// Whether the rows of bits are those of sums.
     sums: bool,
     lists: Lists,
+    workplace: Workplace,
     tokens: usize,
     top_k: usize,
     size: usize,
@@ -82,16 +84,17 @@ impl<I: ExpertId> Side<I> {
 
     fn with(kernel: Kernel, top_k: usize, size: usize) -> Self {
         let (ids, bits, lists) = (Vec::new(), Vec::new(), Lists::default());
-        Self { ids, bits, sums: false, lists, tokens: 0, top_k, size, kernel }
+        let workplace = Workplace::default();
+        Self { ids, bits, sums: false, lists, workplace, tokens: 0, top_k, size, kernel }
     }
 
     /// Takes the ids of a block in place of those it had, which it leaves in the vector; a token's ids must differ.
-    pub fn fill(&mut self, ids: &mut Vec<I>) {
+    pub fn fill(&mut self, ids: &mut Vec<I>, cuts: Cuts) {
         std::mem::swap(&mut self.ids, ids);
         self.tokens = self.ids.len() / self.top_k;
         match self.kernel {
             Kernel::Bits => bits::rows_of(&self.ids, self.top_k, self.size, &mut self.bits),
-            Kernel::Lists => self.lists.fill(&self.ids, self.top_k, self.size),
+            Kernel::Lists => self.lists.fill(&self.ids, self.top_k, cuts),
             Kernel::Rows | Kernel::Cells => {}
         }
     }
@@ -142,37 +145,56 @@ impl<I: ExpertId> Side<I> {
         }
     }
 
-    /// Adds the pairs of this side's ids with each other, and of each with itself, to `counts` `[size, size]`.
-    pub fn count_own_pairs(&self, counts: &mut [u64]) {
-        assert!(counts.len() == self.size * self.size);
-        if self.kernel == Kernel::Bits {
-            bits::count_pairs(&self.bits, &self.bits, self.size, true, self.sums, counts);
-        } else {
-            self.count_pairs(self, counts);
-        }
-    }
-
-    /// Adds the pairs of this side's ids with `right`'s to `counts` `[size, size]`.
+    /// Adds pairs to tables `[size, size]`, or writes them there where `new`: of the ids of another side, on the left, with
+    /// this one's, and of this one's with each other and each with itself.
     ///
     /// # Panics
     /// When the two sides are not of the same tokens.
-    pub fn count_pairs(&self, right: &Self, counts: &mut [u64]) {
-        assert!(self.tokens == right.tokens && counts.len() == self.size * self.size);
+    pub fn count_pairs(&mut self, left: Option<(&Self, &mut [u64])>, own: Option<&mut [u64]>, new: bool) {
+        let (size, top_k) = (self.size, self.top_k);
+        if self.kernel == Kernel::Lists {
+            let mut tables = Vec::new();
+            if let Some((left, counts)) = left {
+                assert!(left.tokens == self.tokens && counts.len() == size * size);
+                tables.push((&left.lists, counts));
+            }
+            if let Some(counts) = own {
+                tables.push((&self.lists, counts));
+            }
+            lists::count_pairs(&mut tables, &self.ids, top_k, size, new, &mut self.workplace);
+            return;
+        }
+        if let Some((left, counts)) = left {
+            assert!(left.tokens == self.tokens);
+            left.add_pairs(self, counts, new);
+        }
+        if let Some(counts) = own {
+            self.add_pairs(self, counts, new);
+        }
+    }
+
+    fn add_pairs(&self, right: &Self, counts: &mut [u64], new: bool) {
+        let (size, top_k) = (self.size, self.top_k);
+        let own = std::ptr::eq(self, right);
+        assert!(counts.len() == size * size);
+        if new {
+            counts.fill(0);
+        }
         match self.kernel {
-            Kernel::Bits => bits::count_pairs(&self.bits, &right.bits, self.size, false, self.sums, counts),
-            Kernel::Lists => lists::count_pairs(&self.lists, &right.lists, self.size, counts),
-            Kernel::Rows => rows::count_pairs(&self.ids, &right.ids, self.top_k, self.size, counts),
+            Kernel::Bits => bits::count_pairs(&self.bits, &right.bits, size, own, self.sums, counts),
+            Kernel::Rows => rows::count_pairs(&self.ids, &right.ids, top_k, size, counts),
             Kernel::Cells => {
-                let (left, right) = (self.ids.chunks_exact(self.top_k), right.ids.chunks_exact(self.top_k));
+                let (left, right) = (self.ids.chunks_exact(top_k), right.ids.chunks_exact(top_k));
                 for (left, right) in left.zip(right) {
                     for a in left {
-                        let row = &mut counts[a.index() * self.size..][..self.size];
+                        let row = &mut counts[a.index() * size..][..size];
                         for b in right {
                             row[b.index()] += 1;
                         }
                     }
                 }
             }
+            Kernel::Lists => unreachable!("lists are counted for both at once"),
         }
     }
 }
@@ -217,6 +239,10 @@ mod tests {
             for &a in &left[from * top_k..to * top_k] {
                 expected_single[usize::from(a)] += 1;
             }
+            // Windows that begin somewhere, and whose ids may be counted while they are sorted.
+            let window = (tokens / 7).max(1);
+            let cut = window - (seed % 1000) as usize % window;
+            let cuts: Vec<usize> = [0].into_iter().chain((cut..tokens).step_by(window)).chain([tokens]).collect();
             for kernel in [Kernel::Bits, Kernel::Lists, Kernel::Rows, Kernel::Cells] {
                 if (kernel == Kernel::Bits && size > 64) || (kernel == Kernel::Lists && size > lists::IDS) {
                     continue;
@@ -224,19 +250,30 @@ mod tests {
                 // A side that had other tokens before.
                 let side = |ids: &[u16]| {
                     let mut side = Side::with(kernel, top_k, size);
-                    side.fill(&mut right.iter().chain(&left).copied().collect());
-                    side.fill(&mut ids.to_vec());
+                    side.fill(&mut right.iter().chain(&left).copied().collect(), Cuts::NONE);
+                    side.fill(&mut ids.to_vec(), Cuts::new(Some(window as u64), seed % 1000));
                     side
                 };
-                let mut counts = vec![7u64; size * size];
-                side(&left).count_pairs(&side(&right), &mut counts);
+                let mut here = side(&right);
+                let (mut counts, mut own) = (vec![3u64; size * size], vec![7u64; size * size]);
+                here.count_pairs(Some((&side(&left), &mut counts)), None, true);
+                counts.iter_mut().for_each(|count| *count += 7);
                 prop_assert_eq!(&counts, &expected);
-                let mut counts = vec![7u64; size * size];
-                side(&left).count_own_pairs(&mut counts);
+                let mut here = side(&left);
+                counts.fill(7);
+                here.count_pairs(Some((&side(&left), &mut counts)), Some(&mut own), false);
                 prop_assert_eq!(&counts, &expected_own);
+                prop_assert_eq!(&own, &expected_own);
                 let mut counts = vec![3u64; size];
                 side(&left).count(from..to, &mut counts);
                 prop_assert_eq!(&counts, &expected_single);
+                for part in cuts.windows(2) {
+                    let mut expected = vec![5u64; size];
+                    left[part[0] * top_k..part[1] * top_k].iter().for_each(|&id| expected[usize::from(id)] += 1);
+                    let mut counts = vec![5u64; size];
+                    side(&left).count(part[0]..part[1], &mut counts);
+                    prop_assert_eq!(&counts, &expected);
+                }
             }
         }
     }

@@ -158,7 +158,9 @@ impl StatisticsCounter {
                 return Ok(None);
             }
             room_for("tables", &[n, num_experts, num_experts, size_of::<u64>()])?;
-            Ok(Some(PyArray3::zeros(py, (n, num_experts, num_experts), false).unbind()))
+            // What is in it is written before it is read: zeros would be written in vain.
+            let table = py.import("numpy")?.call_method1("empty", ((n, num_experts, num_experts), "u8"))?;
+            Ok(Some(table.cast_into::<PyArray3<u64>>()?.unbind()))
         };
         Ok(Self {
             routing,
@@ -203,6 +205,11 @@ impl StatisticsCounter {
             (counted, sets)
         })?;
         let sets = sets.into_iter().map(|sets| set_arrays(py, top_k, sets)).collect::<PyResult<Vec<_>>>()?;
+        if counted.tokens == 0 {
+            for table in [&self.transitions, &self.coactivation].into_iter().flatten() {
+                table.bind(py).readwrite().as_slice_mut()?.fill(0);
+            }
+        }
         if let Some(coactivation) = &self.coactivation {
             let mut tables = coactivation.bind(py).readwrite();
             for table in tables.as_slice_mut()?.chunks_exact_mut(experts * experts) {

@@ -11,7 +11,7 @@ use planes::Planes;
 use rayon::prelude::*;
 
 use crate::counting::by_layers;
-use crate::counting::pairs::{SHORT_BLOCK, Side, block};
+use crate::counting::pairs::{Cuts, SHORT_BLOCK, Side, block};
 use crate::counting::windows::{Narrow, WindowCounts, by_window};
 use crate::error::{Error, Result, SLOTS, room_for};
 use crate::random::{mixed, scale};
@@ -289,7 +289,7 @@ impl Replay {
                     |l, at, ids: &mut Vec<I>, side| planes.fill(copies, l, ids, first + at, side),
                     |(pairs, counts), at, before, here| {
                         if let Some(before) = before.filter(|_| !pairs.is_empty()) {
-                            before.count_pairs(here, pairs);
+                            here.count_pairs(Some((before, pairs)), None, false);
                         }
                         by_window(length, open + at, here.tokens(), size, counts, |tokens, counts| {
                             planes.count(here, tokens, copies, counts);
@@ -305,11 +305,11 @@ impl Replay {
                     || (Side::new(top_k, copies.slots), Vec::new()),
                     |l, at, ids: &mut Vec<I>, (side, slots): &mut (Side<u16>, Vec<u16>)| {
                         *slots = copies.route(l, ids, top_k, first + at..);
-                        side.fill(&mut slots.clone());
+                        side.fill(&mut slots.clone(), Cuts::NONE);
                     },
                     |(pairs, counts), at, before, (here, slots)| {
                         if let Some((before, _)) = before.filter(|_| !pairs.is_empty()) {
-                            before.count_pairs(here, pairs);
+                            here.count_pairs(Some((before, pairs)), None, false);
                         }
                         by_window(length, open + at, here.tokens(), size, counts, |tokens, counts| {
                             copies.count(&slots[tokens.start * top_k..tokens.end * top_k], top_k, counts);

@@ -217,13 +217,15 @@ def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
 
 
 def affordable(problem: Problem) -> float:
-    """Compute how many iterations a solve without a time limit makes.
+    """Compute how many iterations a solve without a time limit makes."""
+    return effort.BOUND_WORK / _flops(problem)
 
-    Each is an eigenproblem of order 2P per pair of layers.
-    """
+
+def _flops(problem: Problem) -> float:
+    """Compute the work of an iteration: an eigenproblem of order 2P per pair of layers."""
     order = 2 * problem.devices * problem.slots
     pairs = problem.layers - 1 if problem.regime == "follow" else 2 * problem.layers - 1
-    return effort.BOUND_WORK / (float(pairs) * order**3)
+    return float(pairs) * order**3
 
 
 def _report(
