@@ -344,7 +344,7 @@ class RoutingStatistics(Frozen):
             del shard  # else the next shard is read while this one is still held
         _, load, pairs, together, found = counter.finish(threads)
         by_layer = None if found is None else tuple(ExpertSets(*of) for of in found)
-        counted = cls(
+        statistics = cls(
             load,
             window=window,
             model=trace.model,
@@ -353,9 +353,9 @@ class RoutingStatistics(Frozen):
             set_tokens=None if every == 1 else -(-trace.tokens // every),
         )
         # What the core has counted needs no check, which takes as long as writing it.
-        object.__setattr__(counted, "transitions", pairs)
-        object.__setattr__(counted, "coactivation", together)
-        return counted
+        object.__setattr__(statistics, "transitions", pairs)
+        object.__setattr__(statistics, "coactivation", together)
+        return statistics
 
     @classmethod
     def from_load(cls, load: ArrayLike, **fields: Any) -> RoutingStatistics:
