@@ -144,7 +144,8 @@ def row(name: str, limit: float, found: dict[str, Any]) -> str:
     """Return the line of a solve."""
     over = found["seconds"] - limit
     mark = "*" if over > 0.1 * limit + 0.2 else " "
-    worse = (found["excess"], found["objective"]) > (found["start_excess"], found["start"])
+    behind = (found["excess"], found["objective"]) > (found["start_excess"], found["start"])
+    worse = behind and INSTANCES[name][3] == "joint"
     return (
         f"{name:32} {limit:6.2f} {found['seconds']:7.2f} {found['told']:7.2f} "
         f"{max(over, 0):+7.2f}{mark} {found['late']:6.2f} {found['cpu']:7.2f} {found['built']:6.2f}"

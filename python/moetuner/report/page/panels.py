@@ -226,18 +226,9 @@ def _experts(shown: Shown) -> Panel:
             "tickvals": [shape[1] * d + (shape[1] - 1) / 2 for d in _some(shape[0])],
             "ticktext": [f"{d}" for d in _some(shape[0])],
         }
-        borders = [
-            {
-                "type": "line",
-                "x0": shape[1] * d - 0.5,
-                "x1": shape[1] * d - 0.5,
-                "y0": 0,
-                "y1": 1,
-                "yref": "paper",
-                "line": {"color": "var(--border)", "width": 1},
-            }
-            for d in range(1, shape[0])
-        ]
+        # One shape for all: each has a price in the browser.
+        lines = "".join(f"M{shape[1] * d - 0.5},0V1" for d in range(1, shape[0]))
+        borders = [_outline(lines, yref="paper")] if lines else []
         spec = layout("slots, by device", "layer", shapes=borders)
         _whole(spec, placement.layers, "yaxis")
         spec["xaxis"] |= labels | {"showgrid": False}
@@ -298,6 +289,11 @@ def _experts(shown: Shown) -> Panel:
     )
 
 
+def _outline(path: str, **where: str) -> Spec:
+    """Draw lines over a heat map."""
+    return {"type": "path", "path": path, **where, "line": {"color": "var(--border)", "width": 1}}
+
+
 def _some(devices: int) -> list[int]:
     """Devices that get a label."""
     step = max(1, -(-devices // 24))
@@ -355,19 +351,9 @@ def _matrix(
         )
         side = len(table)
         if outline > 1 and side > outline:
-            for begin in range(0, side, outline):
-                spec["shapes"].append(
-                    {
-                        "type": "rect",
-                        "xref": f"x{last}",
-                        "yref": f"y{last}",
-                        "x0": begin - 0.5,
-                        "x1": begin + outline - 0.5,
-                        "y0": begin - 0.5,
-                        "y1": begin + outline - 0.5,
-                        "line": {"color": "var(--border)", "width": 1},
-                    }
-                )
+            ends = [(n - 0.5, n + outline - 0.5) for n in range(0, side, outline)]
+            boxes = "".join(f"M{low},{low}H{high}V{high}H{low}Z" for low, high in ends)
+            spec["shapes"].append(_outline(boxes, xref=f"x{last}", yref=f"y{last}"))
         data.append(
             {
                 "type": "heatmap",
