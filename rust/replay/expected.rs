@@ -19,6 +19,9 @@ fn each<T: Send>(large: bool, count: usize, make: impl Fn(usize) -> T + Sync + S
     if large { (0..count).into_par_iter().map(make).collect() } else { (0..count).map(make).collect() }
 }
 
+/// Stands for the unit of an expert that has several.
+const SHARED: u32 = u32::MAX;
+
 /// A number of tokens.
 pub trait Tokens: Copy + Send + Sync {
     /// As a number that shares can be taken of.
@@ -97,8 +100,6 @@ impl Holders {
         #[allow(clippy::float_cmp)] // one is one
         let whole =
             |e: usize| self.of(e).next().filter(|&(_, share)| share == 1.0).map(|(unit, _)| unit as u32);
-        // The unit of an expert that takes all of its tokens, or this.
-        const SHARED: u32 = u32::MAX;
         let alone: Vec<u32> = (0..self.first.len() - 1).map(|e| whole(e).unwrap_or(SHARED)).collect();
         let mut tokens = vec![0.0; units];
         // The last set that was there for certain, and the last that may have been, with the share that was not.
