@@ -112,7 +112,9 @@ def main() -> None:
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--data", type=Path)
     given = parser.parse_args()
-    methods: dict[str, Method] = {"EPLB": lambda load, *size: eplb(load, np.zeros(0), *size)}
+    methods: dict[str, Method] = {
+        "EPLB": lambda load, *size: eplb(load, np.zeros(0, np.int64), *size)
+    }
     peer = flashlb(given.wheels)
     if isinstance(peer, str):
         print(f"no FlashLB: {peer}")

@@ -40,8 +40,12 @@ def quick(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     levelled, interrupted = levelled_on(
         problem, windows.load, windows.weight, trials, seed=seed, limits=limits
     )
-    slots = min((levelled, balanced(problem)), key=lambda slots: _rank(problem, slots))
-    return Candidate(slots, "interrupted" if interrupted else "feasible")
+    # Where these windows are all that counts, the core has held it against a packing already.
+    alike = problem.split != "nearest" and problem.topology.has_equal_devices
+    alone = problem.goal == "balance" and windows.is_mean and problem.caps.over_speed is None
+    if not (alike and alone):
+        levelled = min((levelled, balanced(problem)), key=lambda slots: _rank(problem, slots))
+    return Candidate(levelled, "interrupted" if interrupted else "feasible")
 
 
 def levelled_on(
