@@ -156,6 +156,9 @@ TABLE_LIMIT = 16 << 30
 
 # Small enough that a shard is counted from the cache it was read into, on most machines.
 SHARD_BYTES = 16 << 20
+# Of wide tables the cache holds none, so they are to be added to seldom: as many tokens at once as
+# the core adds up before it does.
+WIDE_SHARD_BYTES, WIDE_SHARD_TOKENS = 64 << 20, 1 << 15
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -302,7 +305,7 @@ class RoutingStatistics(Frozen):
             coactivation=coactivation,
             sets=sets,
         )
-        for shard in trace.shards(SHARD_BYTES, threads=threads):
+        for shard in trace.shards(_shard_bytes(trace), threads=threads):
             counter.push(shard, threads, checked=trace.ids.fresh)
             del shard  # else the next shard is read while this one is still held
         _, load, pairs, together, found = counter.finish(threads)
@@ -543,6 +546,12 @@ def _check_sets(sets: tuple[ExpertSets, ...], layers: int, experts: int) -> None
             raise ValueError(
                 f"sets must have expert ids below {experts}, layer {layer} has {of.ids.max()}"
             )
+
+
+def _shard_bytes(trace: RoutingTrace) -> int:
+    """Return how many bytes of a trace to count at a time."""
+    tokens = WIDE_SHARD_TOKENS * trace.layers * trace.top_k * trace.ids.dtype.itemsize
+    return min(max(SHARD_BYTES, tokens), WIDE_SHARD_BYTES)
 
 
 def _check_table_bytes(
