@@ -73,6 +73,32 @@ def test_counts_like_a_plain_loop(routing, window, cuts, threads):
         assert np.array_equal(table, right)
 
 
+@pytest.mark.parametrize("experts", [129, 256, 257, 300, 384, 385, 511, 512, 513, 700])
+@pytest.mark.parametrize("top_k", [1, 4, 5, 8, 10])
+def test_wide_tables_count_like_numpy(experts, top_k):
+    """Every kernel of wide tables, with tokens of two chunks and windows that straddle them."""
+    tokens, layers, window = 4500, 2, 700
+    rng = np.random.default_rng(experts)
+    scores = rng.random((tokens, layers, experts), dtype=np.float32) * np.linspace(1, 3, experts)
+    ids = np.argpartition(scores, experts - top_k, axis=2)[:, :, experts - top_k :]
+    counted = mt.RoutingStatistics.from_trace(
+        mt.RoutingTrace.from_arrays(ids, num_experts=experts), window=window
+    )
+
+    def pairs(left, right):
+        cells = (left[:, :, None] * experts + right[:, None, :]).ravel()
+        return np.bincount(cells, minlength=experts * experts).reshape(experts, experts)
+
+    assert np.array_equal(counted.transitions[0], pairs(ids[:, 0], ids[:, 1]))
+    for layer in range(layers):
+        own = pairs(ids[:, layer], ids[:, layer])
+        np.fill_diagonal(own, 0)
+        assert np.array_equal(counted.coactivation[layer], own)
+        for number, load in enumerate(counted.window_load[:, layer]):
+            part = ids[number * window : (number + 1) * window, layer]
+            assert np.array_equal(load, np.bincount(part.ravel(), minlength=experts))
+
+
 @given(routing=routings(), where=st.integers(0, 40))
 def test_statistics_add_up(routing, where):
     """The statistics of a trace are the sum of those of its parts."""
@@ -142,6 +168,7 @@ def test_no_tokens_are_one_window_of_zeros(make_trace):
     assert none.window_load.shape == (1, 3, 8)
     assert not none.window_load.any()
     assert not none.transitions.any()
+    assert not none.coactivation.any()
 
 
 def test_real_trace(data):

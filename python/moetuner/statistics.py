@@ -163,6 +163,9 @@ MOST_SETS = 1 << 22
 
 # Small enough that a shard is counted from the cache it was read into, on most machines.
 SHARD_BYTES = 16 << 20
+# Of wide tables the cache holds none, so they are to be added to seldom: as many tokens at once as
+# the core adds up before it does.
+WIDE_SHARD_BYTES, WIDE_SHARD_TOKENS = 64 << 20, 1 << 15
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -337,7 +340,7 @@ class RoutingStatistics(Frozen):
             trace.layers, trace.num_experts, trace.top_k, window=window, every=every, **tables
         )
         counted = 0
-        for shard in trace.shards(SHARD_BYTES, threads=threads):
+        for shard in trace.shards(_shard_bytes(trace), threads=threads):
             counter.push(shard, threads, checked=trace.ids.fresh)
             counted += len(shard)
             progress(counted / trace.tokens)
@@ -597,6 +600,12 @@ def _check_sets(sets: tuple[ExpertSets, ...], layers: int, experts: int) -> None
             raise ValueError(
                 f"sets must have expert ids below {experts}, layer {layer} has {of.ids.max()}"
             )
+
+
+def _shard_bytes(trace: RoutingTrace) -> int:
+    """Return how many bytes of a trace to count at a time."""
+    tokens = WIDE_SHARD_TOKENS * trace.layers * trace.top_k * trace.ids.dtype.itemsize
+    return min(max(SHARD_BYTES, tokens), WIDE_SHARD_BYTES)
 
 
 def _check_table_bytes(

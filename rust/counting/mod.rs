@@ -107,7 +107,7 @@ impl Counter {
                     here.count(tokens, load);
                 });
                 let before = before.zip(layer.transitions.as_deref_mut());
-                here.count_pairs(before, layer.coactivation.as_deref_mut(), first + at == 0);
+                here.count_pairs(before, layer.coactivation.as_deref_mut(), begin + at == 0);
                 if let Some(sets) = &mut layer.sets {
                     // Where among the block's tokens the first one is that counts.
                     let skip = (*every - (begin + at) % *every) % *every;
@@ -127,7 +127,9 @@ impl Counter {
         let Self { windows, mut sets, every, .. } = self;
         // The last token of a sample stands for fewer.
         let beyond = windows.tokens.next_multiple_of(every) - windows.tokens;
-        sets.iter_mut().for_each(|sets| sets.take_back(beyond));
+        for sets in &mut sets {
+            sets.take_back(beyond);
+        }
         Counted { tokens: windows.tokens, windows: windows.number(), load: windows.finish(), sets }
     }
 }
