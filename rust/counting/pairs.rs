@@ -257,7 +257,9 @@ mod tests {
                 let mut here = side(&right);
                 let (mut counts, mut own) = (vec![3u64; size * size], vec![7u64; size * size]);
                 here.count_pairs(Some((&side(&left), &mut counts)), None, true);
-                counts.iter_mut().for_each(|count| *count += 7);
+                for count in counts.iter_mut() {
+                    *count += 7;
+                }
                 prop_assert_eq!(&counts, &expected);
                 let mut here = side(&left);
                 counts.fill(7);
