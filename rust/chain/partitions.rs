@@ -528,7 +528,7 @@ mod tests {
             assert!(!are_too_many(sizes));
         }
         let many = instance(Sizes { layers: 1, experts: 16, devices: 4, per_device: 4 }, 0, (4, 1, 1), false);
-        assert!(optimum(&many, u64::MAX).is_none());
+        assert!(optimum(&many, u64::MAX, &Control::new(None)).is_none());
     }
 
     /// The count says the same as the list, also with empty slots.
@@ -552,6 +552,6 @@ mod tests {
         let sizes = Sizes { layers: 2, experts: 4, devices: 2, per_device: 2 };
         let mut unequal = instance(sizes, 0, (2, 1, 1), false);
         unequal.cap[0] += 1;
-        assert!(optimum(&unequal, u64::MAX).is_none());
+        assert!(optimum(&unequal, u64::MAX, &Control::new(None)).is_none());
     }
 }
