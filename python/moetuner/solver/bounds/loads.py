@@ -115,6 +115,7 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
     speed = np.sort(problem.topology.speed_of_device)[::-1]
     devices = int((problem.capacity > 0).sum(axis=1).min())
     spare = problem.capacity.sum(axis=1) - problem.experts
+    few = problem.statistics.windows * problem.layers * problem.experts <= MOST_SORTED
     least = np.empty(load.shape[:2])
     for layer in range(problem.layers):
         mine = load[:, layer]
@@ -127,7 +128,7 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
         else:
             one = heaviest / copies / speed[0]
         least[:, layer] = np.maximum(mine.sum(axis=1) / speed.sum(), one)
-        if load.size <= MOST_SORTED and more < problem.experts:
+        if few and more < problem.experts:
             together = least_shared(mine, int((problem.capacity[layer] > 0).sum()), more) / speed[0]
             least[:, layer] = np.maximum(least[:, layer], together)
     return least
