@@ -23,6 +23,11 @@ impl Sizes {
         self.devices * self.per_device
     }
 
+    /// Whether there are so many slots that a search looks at all swaps of an expert at once.
+    pub(crate) fn is_wide(&self) -> bool {
+        self.slots() >= WIDE
+    }
+
     /// Slots `[L, D, S]` as they are told: -1 for what stands for nothing.
     #[must_use]
     pub fn unfill(&self, filled: &[u16]) -> Vec<i32> {
@@ -30,6 +35,9 @@ impl Sizes {
         filled.iter().map(expert).collect()
     }
 }
+
+/// Slots of a layer from which on all swaps of an expert are looked at at once (measured: bench/RESULTS.md).
+const WIDE: usize = 100;
 
 /// A placement problem with one copy of each expert.
 #[derive(Debug, Clone)]

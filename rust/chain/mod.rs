@@ -43,15 +43,22 @@ const STARTS: usize = 24;
 const ROUNDS: u64 = 12;
 const TIMED_ROUNDS: u64 = 30;
 const RUNS: u64 = 4;
+/// Rounds without gain after which there are no more.
+const PATIENCE: u64 = 3;
+/// Of wide layers: swaps that all starts look at together, and half of those that rounds do.
+const WORK: f64 = 4e8;
 /// Share of a time limit for the first starts.
 const START_SHARE: f64 = 0.4;
 /// Temperatures between which a start cools, and a polishing run (measured: bench/RESULTS.md).
 const START: (f64, f64) = (12.0, 0.35);
+const WIDE_START: (f64, f64) = (4.0, 0.35);
 const POLISH: (f64, f64) = (3.0, 0.2);
 /// Of links that differ, one start of so many is annealed as if they did not.
 const FLAT: u64 = 4;
-/// Caps are tight if less than this share of the swaps from a balanced placement keeps them.
+/// Caps are tight if less than this share of the swaps from a balanced placement keeps them: all runs cross them. Up to
+/// the other share every other run does, since a placement that costs less keeps them in fewer ways (bench/RESULTS.md).
 const TIGHT: f64 = 0.1;
+const LOOSE: f64 = 0.6;
 
 /// The expert in every slot `[L, P]` of the best placement found.
 ///
@@ -72,6 +79,7 @@ pub fn search(instance: &Instance, options: &Options, balanced: &[u16], control:
     let flat = (!instance.uniform()).then(|| instance.flat());
     let run = |schedule: Schedule, from: &[u16], stream: u64| {
         let mut state = State::new(instance, from.to_vec());
+        let schedule = Schedule { crosses: effort.crosses(stream), ..schedule };
         anneal(&mut state, schedule, &mut Random::new(options.seed, stream), control);
         // A run that was cut short ends hot: it is compared like any other, and hardly ever wins.
         found(&state, control)
@@ -106,12 +114,15 @@ pub fn search(instance: &Instance, options: &Options, balanced: &[u16], control:
             stream += alike;
         }
         runs(&mut pool, &mut stream, starts, effort.start, balanced);
+        let mut idle = 0;
         for _ in 0..effort.rounds {
-            if control.stopped() {
+            // Nothing costs less than nothing.
+            if control.stopped() || idle == PATIENCE || pool[0].0 == (0, 0) {
                 break;
             }
-            let from = pool[0].1.clone();
+            let (before, from) = pool[0].clone();
             runs(&mut pool, &mut stream, RUNS, effort.polish, &from);
+            idle = if pool[0].0 < before { 0 } else { idle + 1 };
         }
         elite.append(&mut pool);
         if options.time_limit.is_none() || control.stopped() {
@@ -133,7 +144,8 @@ fn lift(
     let length = effort.start.length.half();
     let run = |instance, from: &[u16], stream, schedule| {
         let mut state = State::new(instance, from.to_vec());
-        anneal(&mut state, Schedule { length, ..schedule }, &mut Random::new(seed, stream), control);
+        let schedule = Schedule { length, crosses: effort.crosses(stream), ..schedule };
+        anneal(&mut state, schedule, &mut Random::new(seed, stream), control);
         state
     };
     let numbers: Vec<u64> = streams.collect();
@@ -213,12 +225,14 @@ struct Effort {
     polish: Schedule,
     /// Placements that are recombined together at the most.
     pool: usize,
+    /// Every how manieth run crosses caps; none of them for 0.
+    crossing: u64,
 }
 
 impl Effort {
     fn new(instance: &Instance, options: &Options, balanced: &[u16], control: &Control) -> Self {
         let sizes = instance.sizes;
-        let places = (sizes.layers * sizes.slots()) as u64;
+        let (places, wide) = ((sizes.layers * sizes.slots()) as u64, sizes.is_wide());
         let pool = (5e8 / per_pair(instance)).sqrt().clamp(3.0, STARTS as f64) as usize;
         let (starts, start, rounds, polish) = match (options.trials, options.time_limit) {
             (None, Some(limit)) => {
@@ -229,7 +243,12 @@ impl Effort {
                     control.deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()));
                 let limit = left.unwrap_or(limit).as_secs_f64();
                 // A run is worth this long; where the time does not suffice for many, few take what there is.
-                let whole = (places * 5000).clamp(400_000, 32_000_000) as f64 * per_trial;
+                let whole = if wide {
+                    (places * 60).clamp(100_000, 1_600_000)
+                } else {
+                    (places * 5000).clamp(400_000, 32_000_000)
+                };
+                let whole = whole as f64 * per_trial;
                 let starts =
                     (limit * START_SHARE * threads as f64 / whole).clamp(threads as f64, STARTS as f64);
                 let waves = (starts as usize).div_ceil(threads) as f64;
@@ -244,44 +263,60 @@ impl Effort {
                     time((1.0 - START_SHARE) * 0.95, polish_waves),
                 )
             }
+            (trials, _) if wide => {
+                let trials = trials.unwrap_or((places * 30).clamp(50_000, 600_000));
+                let work = trials.max(1) as f64 * sizes.slots() as f64;
+                let starts = (WORK / work).clamp(2.0, STARTS as f64);
+                let rounds = (2.0 * WORK / (RUNS as f64 * work)).min(ROUNDS as f64);
+                (starts as u64, Length::trials(trials), rounds as u64, Length::trials(trials))
+            }
             (trials, _) => {
                 let trials = trials.unwrap_or((places * 2600).clamp(200_000, 16_000_000));
                 let starts = (100_000_000 / trials.max(1)).clamp(4, STARTS as u64);
                 (starts, Length::trials(trials), ROUNDS, Length::trials(trials))
             }
         };
-        let crosses = are_tight(instance, balanced);
-        let schedule = |length, (hot, cold)| Schedule { length, hot, cold, crosses };
+        let schedule = |length, (hot, cold)| Schedule { length, hot, cold, crosses: false };
         Self {
             starts,
-            start: schedule(start, START),
+            start: schedule(start, if wide { WIDE_START } else { START }),
             rounds,
             polish: schedule(polish, POLISH),
             pool: pool.min(starts as usize + 1),
+            crossing: match kept(instance, balanced) {
+                share if share < TIGHT => 1,
+                share if share < LOOSE => 2,
+                _ => 0,
+            },
         }
+    }
+
+    /// Whether the run with this stream may cross caps on its way.
+    fn crosses(&self, stream: u64) -> bool {
+        self.crossing > 0 && stream.is_multiple_of(self.crossing)
     }
 }
 
-/// Whether hardly any swap from a balanced placement keeps the caps.
-fn are_tight(instance: &Instance, balanced: &[u16]) -> bool {
+/// The share of swaps from a balanced placement that keeps the caps; 1 where there is none.
+fn kept(instance: &Instance, balanced: &[u16]) -> f64 {
     const SAMPLE: usize = 1 << 12;
     let (layers, slots) = (instance.sizes.layers, instance.sizes.slots());
     let (state, mut random) = (State::new(instance, balanced.to_vec()), Random::new(0, 0));
     let mut swap = || state.swap_with_slot(random.below(layers), random.below(slots), random.below(slots));
     let swaps: Vec<_> = (0..SAMPLE).filter_map(|_| swap()).collect();
     let fitting = swaps.iter().filter(|&&swap| state.fits(swap)).count();
-    (fitting as f64) < TIGHT * swaps.len() as f64
+    if swaps.is_empty() { 1.0 } else { fitting as f64 / swaps.len() as f64 }
 }
 
 /// Measured on a short run at the starting temperature.
 fn seconds_per_trial(instance: &Instance, balanced: &[u16]) -> f64 {
-    const SAMPLE: u64 = 1 << 15;
+    let sample = if instance.sizes.is_wide() { 1 << 11 } else { 1 << 15 };
     let mut state = State::new(instance, balanced.to_vec());
-    let (length, hot) = (Length::trials(SAMPLE), START.0);
+    let (length, hot) = (Length::trials(sample), START.0);
     let schedule = Schedule { length, hot, cold: hot, crosses: false };
     let begin = Instant::now();
     anneal(&mut state, schedule, &mut Random::new(0, 0), &Control::new(None));
-    begin.elapsed().as_secs_f64() / SAMPLE as f64
+    begin.elapsed().as_secs_f64() / sample as f64
 }
 
 #[cfg(test)]
@@ -362,6 +397,20 @@ mod tests {
             instance.cap.fill(u64::MAX);
             let found = searched(&mut instance, 20_000);
             assert_eq!(cost_of(&instance, &found), 0);
+        }
+    }
+
+    /// What costs nothing is found whatever the cap and the shape, also where a fifth or a half of all swaps keeps it.
+    #[test]
+    fn caps_hide_nothing() {
+        for (layers, devices) in [(8, 8), (3, 4), (4, 26)] {
+            for cap in [1000, 1010, 1020, 1030, 1050, 1100, 1300] {
+                let mut instance = planted(layers, devices, devices, &mut Random::new(cap, 0));
+                instance.cap.fill(cap);
+                let trials = if instance.sizes.is_wide() { 10_000 } else { 100_000 };
+                let found = searched(&mut instance, trials);
+                assert_eq!(cost_of(&instance, &found), 0, "{layers} layers, {devices} devices, cap {cap}");
+            }
         }
     }
 

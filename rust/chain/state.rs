@@ -20,7 +20,13 @@ pub(crate) struct State<'a> {
     ///
     /// Device-major, because a move changes few devices' rows and all experts in them.
     price: Vec<i32>,
+    /// What the expert in a slot costs there `[L, P]`, which is in `price`, too; of wide layers only.
+    own: Vec<i32>,
+    /// Load of the expert in a slot `[L, P]`, likewise.
+    load_in: Vec<i64>,
     /// Scratch rows, `[P]` each.
+    changed: Vec<i32>,
+    score: Vec<f32>,
     next: Vec<i32>,
     previous: Vec<i32>,
     with: Vec<i32>,
@@ -40,6 +46,7 @@ impl<'a> State<'a> {
         let sizes = instance.sizes;
         let (p, d) = (sizes.slots(), sizes.devices);
         let device_of_slot: Vec<u16> = (0..p).map(|slot| (slot / sizes.per_device) as u16).collect();
+        let wide = sizes.is_wide();
         let mut state = Self {
             instance,
             slot_of: vec![0; expert_in.len()],
@@ -47,6 +54,10 @@ impl<'a> State<'a> {
             device_of_slot,
             load: vec![0; sizes.layers * d],
             price: vec![0; sizes.layers * d * p],
+            own: vec![0; if wide { sizes.layers * p } else { 0 }],
+            load_in: vec![0; if wide { sizes.layers * p } else { 0 }],
+            changed: vec![0; p],
+            score: vec![0.0; p],
             next: vec![0; p],
             previous: vec![0; p],
             with: vec![0; p],
@@ -56,12 +67,104 @@ impl<'a> State<'a> {
             for slot in 0..p {
                 let e = usize::from(state.expert_in[l * p + slot]);
                 state.slot_of[l * p + e] = slot as u16;
+                if wide {
+                    state.load_in[l * p + slot] = instance.load[l * p + e] as i64;
+                }
                 state.device_of[l * p + e] = state.device_of_slot[slot];
                 state.load[l * d + usize::from(state.device_of_slot[slot])] += instance.load[l * p + e];
             }
         }
         (0..sizes.layers).for_each(|l| state.add_partner_prices(l));
+        for l in (0..sizes.layers).filter(|_| wide) {
+            (0..d).for_each(|g| state.refresh_own(l, g));
+        }
         state
+    }
+
+    /// Reads what the experts of a device cost there.
+    fn refresh_own(&mut self, l: usize, g: usize) {
+        let Sizes { devices: d, per_device: s, .. } = self.instance.sizes;
+        let p = self.instance.sizes.slots();
+        let row = &self.price[(l * d + g) * p..][..p];
+        let at = l * p + g * s;
+        for (own, &e) in self.own[at..][..s].iter_mut().zip(&self.expert_in[at..][..s]) {
+            *own = row[usize::from(e)];
+        }
+    }
+
+    /// Of all swaps of an expert, and of leaving it where it is, the one for which the change of the cost, less `heat`
+    /// times its number in `noise` `[P + 1]`, is the least; the last number is that of leaving it.
+    ///
+    /// Swaps keep the caps, or do not rise where loads are above; with a `price` of tokens above caps they may cross them.
+    pub(crate) fn choose(
+        &mut self,
+        l: usize,
+        expert: usize,
+        heat: f32,
+        noise: &[f32],
+        price: Option<f32>,
+    ) -> Option<Swap> {
+        let Sizes { devices: d, per_device: s, .. } = self.instance.sizes;
+        let p = self.instance.sizes.slots();
+        let here = usize::from(self.device_of[l * p + expert]);
+        let row = &self.price[(l * d + here) * p..][..p];
+        let (experts, own) = (&self.expert_in[l * p..][..p], &self.own[l * p..][..p]);
+        let prices = self.price[l * d * p..][..d * p].chunks_exact(p);
+        let devices = experts.chunks_exact(s).zip(own.chunks_exact(s)).zip(self.changed.chunks_exact_mut(s));
+        if let Some(with) = self.instance.with(l, expert) {
+            // As in [`State::change`]: their own pair changes nothing.
+            let cost = &self.instance.cost[here * d..][..d];
+            for ((((experts, own), changed), prices), &cost) in devices.zip(prices).zip(cost) {
+                let (to, cost) = (prices[expert] - row[expert], 2 * cost as i32);
+                for ((&f, &own), changed) in experts.iter().zip(own).zip(changed) {
+                    *changed = to + row[usize::from(f)] - own + cost * with[usize::from(f)];
+                }
+            }
+        } else {
+            for (((experts, own), changed), prices) in devices.zip(prices) {
+                let to = prices[expert] - row[expert];
+                for ((&f, &own), changed) in experts.iter().zip(own).zip(changed) {
+                    *changed = to + row[usize::from(f)] - own;
+                }
+            }
+        }
+
+        let mine = self.instance.load[l * p + expert] as i64;
+        let room = |g: usize| self.instance.cap[l * d + g] as i64 - self.load[l * d + g] as i64;
+        let free = room(here);
+        let most = free + mine;
+        let stay = -heat * noise[p];
+        let mut best = stay;
+        let loads = self.load_in[l * p..][..p].chunks_exact(s).zip(noise.chunks_exact(s));
+        let devices = loads.zip(self.changed.chunks_exact(s)).zip(self.score.chunks_exact_mut(s));
+        for (g, (((load, noise), changed), score)) in devices.enumerate() {
+            if g == here {
+                score.fill(f32::INFINITY);
+                continue;
+            }
+            let space = room(g);
+            let each = load.iter().zip(noise).zip(changed).zip(score);
+            if let Some(price) = price {
+                let above = (-free).max(0) + (-space).max(0);
+                for (((&load, &noise), &changed), score) in each {
+                    let rise = (load - most).max(0) + (mine - load - space).max(0) - above;
+                    *score = changed as f32 + price * rise as f32 - heat * noise;
+                    best = best.min(*score);
+                }
+            } else {
+                let least = mine - space;
+                for (((&load, &noise), &changed), score) in each {
+                    let fits = (load >= mine || load >= least) && (load <= mine || load <= most);
+                    *score = if fits { changed as f32 - heat * noise } else { f32::INFINITY };
+                    best = best.min(*score);
+                }
+            }
+        }
+        if best >= stay {
+            return None;
+        }
+        let slot = self.score.iter().position(|&score| score == best)?;
+        Some(Swap { layer: l, expert, other: usize::from(experts[slot]) })
     }
 
     /// Adds what the experts of layer `l` make their partners pay: the dearest cost, less what is nearer.
@@ -203,13 +306,22 @@ impl<'a> State<'a> {
         self.slot_of.swap(row + expert, row + other);
         self.expert_in[row + usize::from(self.slot_of[row + expert])] = expert as u16;
         self.expert_in[row + usize::from(self.slot_of[row + other])] = other as u16;
+        let (s, wide) = (instance.sizes.per_device, instance.sizes.is_wide());
 
         let changes = instance.changes(here, there);
         let prices = &mut self.price;
+        let (owns, experts_in) = (&mut self.own, &self.expert_in);
         let mut spread = |l: usize, of_expert: &[i32], of_other: &[i32], difference: &mut [i32]| {
             subtract(difference, of_expert, of_other);
             for &(device, by) in changes {
                 add_scaled(&mut prices[(l * d + device as usize) * p..][..p], difference, by);
+                if !wide {
+                    continue;
+                }
+                let at = l * p + device as usize * s;
+                for (own, &e) in owns[at..at + s].iter_mut().zip(&experts_in[at..at + s]) {
+                    *own += difference[usize::from(e)] * by;
+                }
             }
         };
         if instance.has_transitions() {
@@ -223,6 +335,11 @@ impl<'a> State<'a> {
         }
         if let (Some(of_expert), Some(of_other)) = (instance.with(l, expert), instance.with(l, other)) {
             spread(l, of_expert, of_other, &mut self.with);
+        }
+        for e in [expert, other].into_iter().filter(|_| wide) {
+            let slot = usize::from(self.slot_of[row + e]);
+            self.own[row + slot] = self.price[(l * d + slot / s) * p + e];
+            self.load_in[row + slot] = instance.load[row + e] as i64;
         }
     }
 
@@ -280,12 +397,23 @@ impl<'a> State<'a> {
             for slot in 0..s {
                 let (at_g, at_h) = (g * s + slot, h * s + slot);
                 self.expert_in.swap(l * p + at_g, l * p + at_h);
+                if instance.sizes.is_wide() {
+                    self.load_in.swap(l * p + at_g, l * p + at_h);
+                    self.own.swap(l * p + at_g, l * p + at_h);
+                }
                 for (at, device) in [(at_g, g), (at_h, h)] {
                     let e = usize::from(self.expert_in[l * p + at]);
                     self.slot_of[l * p + e] = at as u16;
                     self.device_of[l * p + e] = device as u16;
                 }
             }
+        }
+        if instance.sizes.is_wide() {
+            for &(device, _) in instance.changes(g, h) {
+                self.refresh_own(l - 1, device as usize);
+            }
+            self.refresh_own(l, g);
+            self.refresh_own(l, h);
         }
     }
 
@@ -350,6 +478,32 @@ mod tests {
         total
     }
 
+    /// Random counts, loads of which about half of all swaps keep the caps, devices alike or in nodes of two.
+    fn random_instance(sizes: Sizes, tiers: bool, dispatch: bool, random: &mut Random) -> Instance {
+        let Sizes { layers, experts, devices, per_device } = sizes;
+        let table = experts * experts;
+        let transitions: Vec<u64> = (0..(layers - 1) * table).map(|_| random.below(9) as u64).collect();
+        let mut coactivation = vec![0; if dispatch { layers * table } else { 0 }];
+        for at in 0..coactivation.len() {
+            let (l, e, f) = (at / table, at % table / experts, at % experts);
+            if e < f {
+                let count = random.below(9) as u64;
+                coactivation[l * table + e * experts + f] = count;
+                coactivation[l * table + f * experts + e] = count;
+            }
+        }
+        let cost: Vec<i64> = (0..devices * devices)
+            .map(|at| match (at / devices, at % devices) {
+                (g, h) if g == h => 0,
+                (g, h) if tiers && g / 2 != h / 2 => 5,
+                _ => 1,
+            })
+            .collect();
+        let cap = vec![per_device as u64 * 3; layers * devices];
+        let load: Vec<u64> = (0..layers * experts).map(|_| random.below(9) as u64).collect();
+        Instance::new(sizes, &load, &transitions, &coactivation, &cap, &cost).expect("valid")
+    }
+
     proptest! {
         /// Every judged change is what the plain sums over pairs and above caps change by, for swaps and relabelling.
         #[test]
@@ -363,29 +517,8 @@ mod tests {
             seed in any::<u64>(),
         ) {
             let mut random = Random::new(seed, 0);
-            let per_device = experts.div_ceil(devices) + spare;
-            let sizes = Sizes { layers, experts, devices, per_device };
-            let table = experts * experts;
-            let transitions: Vec<u64> = (0..(layers - 1) * table).map(|_| random.below(9) as u64).collect();
-            let mut coactivation = vec![0; if dispatch { layers * table } else { 0 }];
-            for at in 0..coactivation.len() {
-                let (l, e, f) = (at / table, at % table / experts, at % experts);
-                if e < f {
-                    let count = random.below(9) as u64;
-                    coactivation[l * table + e * experts + f] = count;
-                    coactivation[l * table + f * experts + e] = count;
-                }
-            }
-            let cost: Vec<i64> = (0..devices * devices)
-                .map(|at| match (at / devices, at % devices) {
-                    (g, h) if g == h => 0,
-                    (g, h) if tiers && g / 2 != h / 2 => 5,
-                    _ => 1,
-                })
-                .collect();
-            let cap = vec![per_device as u64 * 3; layers * devices];
-            let load: Vec<u64> = (0..layers * experts).map(|_| random.below(9) as u64).collect();
-            let instance = Instance::new(sizes, &load, &transitions, &coactivation, &cap, &cost).expect("valid");
+            let sizes = Sizes { layers, experts, devices, per_device: experts.div_ceil(devices) + spare };
+            let instance = random_instance(sizes, tiers, dispatch, &mut random);
             let p = sizes.slots();
             let mut state = State::new(&instance, (0..layers * p).map(|at| (at % p) as u16).collect());
             prop_assert_eq!(state.cost(), plain_cost(&instance, &state));
@@ -415,6 +548,49 @@ mod tests {
             prop_assert_eq!(&fresh.price, &state.price);
             prop_assert_eq!(&fresh.load, &state.load);
             prop_assert_eq!(&fresh.slot_of, &state.slot_of);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+
+        /// Of a wide layer the swap is chosen that is the best when every one is judged by itself, whatever came before.
+        #[test]
+        fn the_best_of_all_swaps_is_chosen(tiers in any::<bool>(), dispatch in any::<bool>(), seed in any::<u64>()) {
+            let mut random = Random::new(seed, 0);
+            let sizes = Sizes { layers: 3, experts: 103, devices: 26, per_device: 4 };
+            let instance = random_instance(sizes, tiers, dispatch, &mut random);
+            let p = sizes.slots();
+            let mut state = State::new(&instance, (0..3 * p).map(|at| (at % p) as u16).collect());
+            for _ in 0..40 {
+                let (l, expert) = (random.below(3), random.below(p));
+                let noise: Vec<f32> = (0..=p).map(|_| random.below(1000) as f32 / 100.0).collect();
+                let heat = [0.0, 1.0, 30.0][random.below(3)];
+                let price = [None, Some(0.5), Some(40.0)][random.below(3)];
+                let mut best = (-heat * noise[p], None);
+                for slot in 0..p {
+                    let Some(swap) = state.swap_with_slot(l, expert, slot) else { continue };
+                    let above = price.map_or(0.0, |price| price * state.rise(swap) as f32);
+                    let worth = state.change(swap) as f32 + above - heat * noise[slot];
+                    if (price.is_some() || state.fits(swap)) && worth < best.0 {
+                        best = (worth, Some(swap.other));
+                    }
+                }
+                let found = state.choose(l, expert, heat, &noise, price);
+                prop_assert_eq!(found.map(|swap| swap.other), best.1);
+                if let Some(swap) = found {
+                    state.apply(swap);
+                }
+                if l > 0 && random.below(4) == 0 {
+                    for &(g, h) in &instance.exchanges[random.below(instance.exchanges.len())] {
+                        state.relabel(l, g.into(), h.into());
+                    }
+                }
+            }
+            let fresh = State::new(&instance, state.expert_in.clone());
+            prop_assert_eq!(&fresh.own, &state.own);
+            prop_assert_eq!(&fresh.load_in, &state.load_in);
+            prop_assert_eq!(&fresh.price, &state.price);
         }
     }
 }

@@ -99,18 +99,30 @@ fn turn(
         (found, begin.elapsed())
     };
     let (mut best, took): (Vec<_>, Vec<_>) = these.par_iter().map(first).unzip();
-    let again = |k: usize| {
-        let (restart, i) = (k / these.len(), k % these.len());
-        let time = end.map(left);
-        let in_time = time.is_none_or(|time| time >= took[i]) && !control.stopped();
-        in_time.then(|| run(these[i], restart as u64, time))
+    let again = |tries: &[(u64, usize)]| -> Vec<_> {
+        let tried = tries.par_iter().map(|&(restart, i)| {
+            let time = end.map(left);
+            let in_time = time.is_none_or(|time| time >= took[i]) && !control.stopped();
+            in_time.then(|| run(these[i], restart, time))
+        });
+        tried.collect()
     };
-    let others: Vec<_> =
-        (these.len()..these.len() * effort.restarts as usize).into_par_iter().map(again).collect();
-    for (k, found) in others.into_iter().enumerate() {
-        let best = &mut best[k % these.len()];
-        if let Some(found) = found.filter(|found| found.0 < best.0) {
-            *best = found;
+    let mut open: Vec<usize> = (0..these.len()).collect();
+    let visits_alone = these.iter().all(|&l| layers[l].windows.is_weightless());
+    let wave = if visits_alone { 1 } else { effort.restarts.max(1) };
+    for first in (1..effort.restarts).step_by(wave as usize) {
+        let restarts = first..(first + wave).min(effort.restarts);
+        let tries: Vec<(u64, usize)> =
+            restarts.flat_map(|restart| open.iter().map(move |&i| (restart, i))).collect();
+        for (&(_, i), found) in tries.iter().zip(again(&tries)) {
+            let Some(found) = found else { continue };
+            let best = &mut best[i];
+            if found.0 < best.0 {
+                *best = found;
+            } else if found.0.total_cmp(&best.0).is_eq() && visits_alone {
+                // Visits are whole numbers: where two searches end at the same one, others hardly ever end below it.
+                open.retain(|&other| other != i);
+            }
         }
     }
     best.into_iter().map(|(_, placement)| placement).collect()

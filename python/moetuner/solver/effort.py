@@ -52,14 +52,14 @@ TRIED_LAYERS, TRIED_PER_SLOT, TRIED_LEAST = 6, 100, 10_000
 # Windows from which noise is estimated.
 NOISE_WINDOWS = 64
 
-# Fewest visits ("Fewest devices per token"): trials of each start on pairs, and the share of a time
-# limit that they get.
-PAIR_TRIALS, PAIR_SHARE = 200_000, 0.3
+# Fewest visits ("Fewest devices per token"): trials of each start on pairs, where they are of wide
+# layers (whose trials look at all swaps of an expert), and the share of a time limit that they get.
+PAIR_TRIALS, WIDE_SLOTS, WIDE_PAIR_TRIALS, PAIR_SHARE = 200_000, 100, 20_000, 0.3
 # Trials for a slot of the exact search; the work that all layers may be at the most, of which 64
 # sets of a trial are a unit; and the units of a trial besides its sets.
 VISIT_TRIALS, MOST_VISIT_WORK, UNITS_PER_TRIAL = 30_000, 1.5e10, 100
-# Searches of a layer of at most so many slots.
-VISIT_FEW_SLOTS, VISIT_RESTARTS = 16, 8
+# Searches that share the trials of a layer of at most so many slots; it is left when two agree.
+VISIT_FEW_SLOTS, VISIT_RESTARTS = 64, 8
 
 # Bounds of pairs ("The joint method", the bound alone): floating-point work of the iterations that
 # are made without a time limit, how many at most, and how many with one.

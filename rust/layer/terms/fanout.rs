@@ -19,6 +19,8 @@ const WORD: usize = 64;
 const WORDS: usize = 8;
 /// Parts that a set's tokens are cut into where experts have copies: divisible by most numbers of copies.
 const PARTS: u64 = 12;
+/// A number of tokens that is not known yet.
+const UNKNOWN: i64 = -1;
 
 /// Sets that are made when a search first asks for them: what a time limit leaves out costs nothing.
 pub type Lazy = Arc<LazyLock<Sets, Box<dyn FnOnce() -> Sets + Send>>>;
@@ -111,6 +113,8 @@ impl Sets {
 #[derive(Debug, Clone)]
 pub(crate) struct Fanout {
     words: usize,
+    /// E + 1.
+    kinds: usize,
     /// Sets of every device `[D, words]`.
     device: Vec<u64>,
     /// Sets of the others on a slot's device `[P, words]`.
@@ -123,6 +127,9 @@ pub(crate) struct Fanout {
     node_visits: Vec<i64>,
     /// First slot of every device `[D + 1]`.
     first: Vec<usize>,
+    /// Tokens that would visit a slot's device if the slot held an expert, or nobody, who is the last `[P, E + 1]`;
+    /// [`UNKNOWN`] where nobody has asked since the others there changed. A cold search asks the same again and again.
+    would: Vec<i64>,
 }
 
 impl Fanout {
@@ -136,8 +143,11 @@ impl Fanout {
         }));
         let tiers = sets.node_cost != 0.0;
         let nodes = layer.node.iter().map(|&node| usize::from(node) + 1).max().unwrap_or(0);
+        let kinds = layer.experts + 1;
         let mut fanout = Self {
             words,
+            kinds,
+            would: vec![UNKNOWN; layer.slots() * kinds],
             device: vec![0; d * words],
             others: vec![0; layer.slots() * words],
             beside: vec![0; if tiers { d * words } else { 0 }],
@@ -156,7 +166,7 @@ impl Fanout {
     }
 
     /// What a move would add to the cost.
-    pub(crate) fn change(&self, layer: &Layer, sets: &Sets, placement: &Placement, step: Move) -> f64 {
+    pub(crate) fn change(&mut self, layer: &Layer, sets: &Sets, placement: &Placement, step: Move) -> f64 {
         if let Move::Swap(p, q) = step {
             let [a, b] = [p, q].map(|slot| placement.expert_in[slot]);
             let single = |e: u16| e == EMPTY || placement.devices(e).len() == 1;
@@ -177,6 +187,7 @@ impl Fanout {
         for &device in touched {
             let g = usize::from(device);
             let slots = self.first[g]..self.first[g + 1];
+            self.would[slots.start * self.kinds..slots.end * self.kinds].fill(UNKNOWN);
             // Forwards and backwards, so that every slot gets the others before and behind it.
             let mut sum = vec![0; words];
             for slot in slots.clone() {
@@ -214,7 +225,7 @@ impl Fanout {
     }
 
     /// What it would add if two slots got these experts, which have no other copies.
-    fn exchange(&self, layer: &Layer, sets: &Sets, placement: &Placement, new: [(usize, u16); 2]) -> f64 {
+    fn exchange(&mut self, layer: &Layer, sets: &Sets, placement: &Placement, new: [(usize, u16); 2]) -> f64 {
         let words = self.words;
         let (mut devices, mut nodes) = (0, 0);
         let [here, there] = new.map(|(slot, _)| usize::from(placement.device_of(slot)));
@@ -222,7 +233,11 @@ impl Fanout {
         for (slot, expert) in new {
             let g = usize::from(placement.device_of(slot));
             let (others, row) = (&self.others[slot * words..][..words], sets.row(expert));
-            devices += sets.tokens([others, row]) - self.visits[g];
+            let would = &mut self.would[slot * self.kinds + usize::from(expert).min(self.kinds - 1)];
+            if *would == UNKNOWN {
+                *would = sets.tokens([others, row]);
+            }
+            devices += *would - self.visits[g];
             // Within a node, an exchange changes nothing for it.
             if apart {
                 let beside = &self.beside[g * words..][..words];

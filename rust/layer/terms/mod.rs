@@ -63,7 +63,7 @@ impl Terms {
         if let Some(balance) = &mut self.balance {
             change += balance.change(layer, placement, step);
         }
-        if let (Some(fanout), Some(sets)) = (&self.fanout, &layer.sets) {
+        if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.sets) {
             change += fanout.change(layer, sets, placement, step);
         }
         if let (Some(together), Some(pairs)) = (&self.together, &layer.pairs) {

@@ -42,10 +42,12 @@ def dispatch(
         raise ValueError("statistics must have expert sets: count them with sets=True")
     objective = Objective(problem)
     clock = Clock(limits)
-    trials = limits.iterations
+    trials, slots_of_layer = limits.iterations, problem.devices * problem.slots
+    wide = slots_of_layer >= effort.WIDE_SLOTS
+    of_pairs = effort.WIDE_PAIR_TRIALS if wide else effort.PAIR_TRIALS
     pairs = replace(
         clock.within(effort.PAIR_SHARE),
-        iterations=effort.PAIR_TRIALS if trials is None else min(trials, effort.PAIR_TRIALS),
+        iterations=of_pairs if trials is None else min(trials, of_pairs),
     )
     # Their cost is in another unit.
     found = search_traffic(problem, seed=seed, limits=pairs.muted())
@@ -57,7 +59,7 @@ def dispatch(
         return replace(found, details=details, status="time_limit")
 
     if trials is None:
-        trials = min(effort.VISIT_TRIALS * problem.devices * problem.slots, most_trials(sets))
+        trials = min(effort.VISIT_TRIALS * slots_of_layer, most_trials(sets))
     progress = limits.progress
     layers = _core.Layers(
         problem.load[None].astype(np.float64),
@@ -73,13 +75,14 @@ def dispatch(
     kinds = [(of.ids, of.counts) for of in sets]
     layers.price_visits(kinds, device_cost=device_cost, node_cost=node_cost)
 
-    limits, few = clock.within(), problem.devices * problem.slots <= effort.VISIT_FEW_SLOTS
+    # Layers of few slots have valleys that one descent does not leave, and descents that agree.
+    restarts = effort.VISIT_RESTARTS if slots_of_layer <= effort.VISIT_FEW_SLOTS else 1
+    limits = clock.within()
     slots, interrupted = layers.place(
         found.slots,
-        trials=trials,
+        trials=max(trials // restarts, 1),
         copies=copies,
-        # Layers of few slots have valleys that one descent does not leave.
-        restarts=effort.VISIT_RESTARTS if few else 1,
+        restarts=restarts,
         seed=seed,
         time_limit=limits.time_limit,
         threads=limits.threads,
