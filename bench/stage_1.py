@@ -50,7 +50,7 @@ def packing(seeds: int) -> None:
         for seed in range(seeds):
             load = loads(layers, experts, seed)
             begin = time.perf_counter()
-            _, balance = _core.cluster(load, clusters, experts // clusters, tolerance=TOLERANCE)
+            _, balance, _ = _core.cluster(load, clusters, experts // clusters, tolerance=TOLERANCE)
             middle = time.perf_counter()
             found = cluster_layers(load, clusters)
             end = time.perf_counter()

@@ -93,7 +93,7 @@ def ok(run, monkeypatch):
 
     def ok(*arguments):
         status, out, err = run(*arguments)
-        assert (status, err) == (0, "")
+        assert (status, err) == (0, ""), err
         return out
 
     return ok

@@ -1,14 +1,66 @@
 """Examples do what they say."""
 
+import ast
+import json
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import moetuner as mt
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch, capsys):
+    """Run an example in this process and a folder of its own, and give what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def example(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return example
+
+
+def test_quick_start(make_trace, tmp_path, example):
+    """It answers, bounds, judges, and writes a placement that the engine can load."""
+    make_trace(800).save(tmp_path / "trace.safetensors")
+    arguments = ("trace.safetensors", "--devices", 4, "--engine", "vllm", "--out", "p.json")
+    out = example("quick_start.py", *arguments).splitlines()
+    assert re.match("(Worth a trial|Not now|Not enough evidence): ", out[0])
+    objective, bound = map(float, re.findall(r"(\d+\.\d+)", out[1]))
+    assert 0 < bound <= objective
+    assert [line.split()[0] for line in out[2:]] == ["contiguous", "moetuner", "wrote"]
+    assert mt.Placement.load(tmp_path / "p.json").slots.shape == (3, 4, 2)
+
+
+def test_placed_model_is_the_same(tmp_path, example):
+    """The model is recorded, renumbered and saved; its logits do not change."""
+    import moe_models  # noqa: F401 - one thread, no network; skips without transformers
+
+    out = example("place_transformers.py", "--out", "placed")
+    assert "RoutingTrace(tokens=4096, layers=4, top_k=2, num_experts=16" in out
+    assert float(re.search(r"difference of a logit: (\S+)", out)[1]) < 1e-5
+    assert (tmp_path / "placed" / "config.json").exists()
+
+
+def test_windows_are_followed(example):
+    """On traffic that changes the adapted map is better, and no step moves more than its budget."""
+    out = example("rebalance_windows.py", "--budget", 12).splitlines()
+    rows = np.array([line.split() for line in out[1:-1]], dtype=float)
+    _, stays, follows, moves = rows.T
+    assert (moves <= 12).all()
+    assert moves.any()
+    assert follows.mean() < 0.9 * stays.mean()
+    means = [float(value) for value in out[-1].split()[1:3]]
+    assert np.allclose([stays.mean(), follows.mean()], means, rtol=0, atol=0.001)
 
 
 def test_merged_shards_are_the_serial_sum(make_trace, tmp_path):
@@ -18,6 +70,7 @@ def test_merged_shards_are_the_serial_sum(make_trace, tmp_path):
     for number, path in enumerate(paths):
         make_trace(tokens=100 + number, seed=number).save(path)
     out = tmp_path / "statistics.safetensors"
+    # In a process of its own, which dask's workers import.
     done = subprocess.run(
         [sys.executable, EXAMPLES / "merge_shards.py", *paths, "--out", out, "--window", "30"],
         capture_output=True,
@@ -30,3 +83,49 @@ def test_merged_shards_are_the_serial_sum(make_trace, tmp_path):
     )
     assert mt.RoutingStatistics.load(out).fingerprint == expected.fingerprint
     assert done.stdout == f"wrote {out}: {expected}\n"
+
+
+def run_cells(path):
+    """Run a notebook's cells in one namespace, and return it with what each cell shows."""
+    names, shown = {}, []
+    notebook = json.loads(path.read_text())
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        tree = ast.parse("".join(cell["source"]))
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, path.name, "exec"), names)
+        if last is not None:
+            shown.append(eval(compile(ast.Expression(last.value), path.name, "eval"), names))
+    return notebook, names, shown
+
+
+def test_notebook(tmp_path, monkeypatch):
+    """Every cell runs, every figure shows what was computed, and no output is committed."""
+    figures = pytest.importorskip("plotly.graph_objects", reason="needs plotly")
+    monkeypatch.chdir(tmp_path)
+    notebook, names, shown = run_cells(EXAMPLES / "figures.ipynb")
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    assert shown[0] == names["trace"]
+    heat, methods, over_time, copies = shown[1:]
+    assert all(isinstance(each, figures.Figure) for each in shown[1:])
+    assert np.array_equal(heat.data[0].z, names["load"])
+    assert [each.name for each in methods.data] == list(names["found"])
+    for point in methods.data:
+        found = names["found"][point.name]
+        assert (point.x, point.y) == ((found.imbalance,), (found.fanout,))
+    for line in over_time.data:
+        found = names["found"][line.name]
+        assert np.array_equal(line.y, found.imbalance_per_window)
+    assert [line.name for line in copies.data] == ["windows of 512", "windows of 8,192"]
+    assert list(copies.data[0].x) == [0, 1, 2, 4]
+
+
+LISTED = [path.name for path in sorted(EXAMPLES.iterdir()) if path.suffix in (".py", ".ipynb")]
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_examples_are_listed(name):
+    """Who reads about the examples finds all of them."""
+    assert f"({name})" in (EXAMPLES / "README.md").read_text()

@@ -175,12 +175,8 @@ PUBLIC = [name for name in mt.__all__ if name != "__version__"]
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_examples_run(name, tmp_path, monkeypatch):
-    """Every public class and function has an example, which prints what it says."""
-    monkeypatch.chdir(tmp_path)
+def test_examples_are_there(name):
+    """Every public class and function has an example; ``test_documents`` runs it."""
     found = getattr(mt, name)
     assert "\nExamples\n--------\n" in inspect.getdoc(found)
-    example = doctest.DocTestParser().get_doctest(found.__doc__, {}, name, None, None)
-    assert example.examples
-    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example)
-    assert result.failed == 0
+    assert doctest.DocTestParser().get_examples(found.__doc__)

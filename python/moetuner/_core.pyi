@@ -20,9 +20,14 @@ __all__ = [
     "bound",
     "cluster",
     "exact_chain",
+    "expected_apart",
+    "expected_followed",
+    "expected_load",
+    "expected_visits",
     "forget_pools",
     "lpt",
     "merge_sets",
+    "pair_cost",
     "place_clusters",
     "replicate_experts",
     "scan_lines",
@@ -245,6 +250,50 @@ def search(
     costs are then off by less than that per pair).
     """
 
+# Slots [L,D,S], -1 for an empty one, and the shares of their experts' tokens that they serve.
+_Slots = tuple[NDArray[np.int32], NDArray[np.float64]]
+
+def expected_load(
+    slots: _Slots,
+    load: NDArray[np.float64] | NDArray[np.uint64] | NDArray[np.bool_],
+    *,
+    threads: int | None = None,
+) -> NDArray[np.float64]:
+    """Return tokens of every device [W,L,D], of those of experts [W,L,E]."""
+
+def expected_visits(
+    slots: _Slots,
+    num_experts: int,
+    node_of_device: list[int],
+    sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]],
+    *,
+    threads: int | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return tokens of expert sets that visit every device [L,D], and every node [L,N].
+
+    Copies are chosen independently of each other.
+    """
+
+def expected_apart(
+    slots: _Slots, pairs: NDArray[np.uint64], *, threads: int | None = None
+) -> NDArray[np.float64]:
+    """Return pairs of every layer [L] not served by one device, of counts [L,E,E]."""
+
+def expected_followed(
+    slots: _Slots, transitions: NDArray[np.uint64], *, threads: int | None = None
+) -> NDArray[np.float64]:
+    """Return pairs of neighbouring layers by their devices [L-1,D,D], of counts [L-1,E,E]."""
+
+def pair_cost(
+    here: NDArray[np.uint16],
+    there: NDArray[np.uint16],
+    pairs: NDArray[np.uint64],
+    link_cost: NDArray[np.uint64],
+    *,
+    threads: int | None = None,
+) -> int:
+    """Return what counts [N,E,E] of pairs cost [D,D], with their experts on devices [N,E] each."""
+
 @final
 class Replay:
     """Replays a trace under a placement, shard by shard."""
@@ -327,13 +376,14 @@ def lpt(
     slots: int,
     *,
     improve: bool = False,
+    time_limit: float | None = None,
     threads: int | None = None,
 ) -> NDArray[np.int32]:
     """Pack load [L,E] onto devices of ``slots`` slots.
 
     The heaviest expert goes first, to the least loaded device. With ``improve``, exchanges between
-    devices then lower the largest device load. Returns slots [L,D,S], -1 for an empty one, the
-    experts of each device by rising id.
+    devices then lower the largest device load, as far as time allows. Returns slots [L,D,S], -1 for
+    an empty one, the experts of each device by rising id.
     """
 
 def replicate_experts(
@@ -394,15 +444,17 @@ def cluster(
     *,
     equal_sizes: bool = True,
     tolerance: float = 0.0,
+    time_limit: float | None = None,
     threads: int | None = None,
-) -> tuple[NDArray[np.uint16], list[tuple[int, int, int, int]]]:
+) -> tuple[NDArray[np.uint16], list[tuple[int, int, int, int]], bool]:
     """Split every layer of load [L,E] into clusters of load as even as possible.
 
-    Returns the cluster [L,E] and per layer four whole numbers: the heaviest cluster's load, a
-    proven lower bound of it, ``clusters`` times the sum of deviations from the mean, and a proven
-    lower bound of that. A layer is searched no further once its deviations are within ``tolerance``
-    times the mean of their bound and its heaviest cluster within 0.05 %. With free sizes a cluster
-    has 1 to ``slots`` experts, or 0 where there are fewer experts than clusters.
+    Returns the cluster [L,E], per layer four whole numbers, and whether it was interrupted. The
+    numbers: the heaviest cluster's load, a proven lower bound of it, ``clusters`` times the sum of
+    deviations from the mean, and a proven lower bound of that. A layer is searched no further once
+    its deviations are within ``tolerance`` times the mean of their bound and its heaviest cluster
+    within 0.05 %. With free sizes a cluster has 1 to ``slots`` experts, or 0 where there are fewer
+    experts than clusters.
     """
 
 def smallest_peaks(
@@ -425,16 +477,17 @@ def place_clusters(
     *,
     sizes: NDArray[np.uint64] | None = None,
     start: NDArray[np.uint16] | None = None,
+    time_limit: float | None = None,
     threads: int | None = None,
-) -> tuple[NDArray[np.uint16], str, int]:
+) -> tuple[NDArray[np.uint16], str, int, bool]:
     """Place clusters on devices.
 
     Seeks the least sum over boundaries of the busiest pair's time, then the least total. Takes
     traffic [L-1,D,D] between clusters of neighbouring layers, the cost of a token from device to
     device [D,D], and sizes [L,D] in experts where every device is to hold the same total over all
     layers, as nearly as exchanges reach it; a search may begin at a ``start`` [L,D] as well.
-    Returns the device of every cluster [L,D], how it was found, and a proven lower bound of the
-    sum.
+    Returns the device of every cluster [L,D], how it was found, a proven lower bound of the sum,
+    and whether it was interrupted.
     """
 
 def exact_chain(
@@ -446,14 +499,15 @@ def exact_chain(
     transitions: NDArray[np.uint64] | None = None,
     coactivation: NDArray[np.uint64] | None = None,
     work: int,
+    time_limit: float | None = None,
     threads: int | None = None,
 ) -> tuple[NDArray[np.int32], int, NDArray[np.uint64]] | None:
     """Find the proven optimum by dynamic programming over all partitions of every layer.
 
     Takes what `search` takes. Returns slots [L,D,S], their cost and the caps that were kept [L]:
     where no placement keeps a cap, the least that one does keep. None where devices differ other
-    than by node, where partitions are too many, where counts are too huge to be exact, or where it
-    would take more than ``work`` steps of about a nanosecond.
+    than by node, where partitions are too many, where counts are too huge to be exact, where it
+    would take more than ``work`` steps of about a nanosecond, or where the time is over.
     """
 
 def separate(

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use crate::assignment::assign_max;
 use crate::chain::instance::{Instance, Sizes};
+use crate::control::Control;
 
 /// Partitions of a layer, at the most.
 const LARGEST: usize = 20_000;
@@ -28,9 +29,9 @@ pub struct Optimum {
 }
 
 /// The optimum of an instance; None where devices differ, where counts do not fit exactly, or where this would take
-/// more than `work` steps (about a nanosecond each).
+/// more than `work` steps (about a nanosecond each), or is stopped.
 #[must_use]
-pub fn optimum(instance: &Instance, work: u64) -> Option<Optimum> {
+pub fn optimum(instance: &Instance, work: u64, control: &Control) -> Option<Optimum> {
     let tiers = Tiers::of(instance).filter(|_| instance.shift == 0)?;
     let all = all_partitions(instance, tiers)?;
     let groups = Groups::new(&all, instance.sizes.devices);
@@ -49,6 +50,9 @@ pub fn optimum(instance: &Instance, work: u64) -> Option<Optimum> {
     let mut value = layers[0].own.clone();
     let mut came_from = Vec::with_capacity(layers.len());
     for l in 1..layers.len() {
+        if control.stopped() {
+            return None;
+        }
         let best = step(instance, tiers, &groups, l, &value, &layers[l - 1..=l]);
         value = best.iter().zip(&layers[l].own).map(|(&(cost, _), own)| cost + own).collect();
         came_from.push(best);
@@ -500,7 +504,7 @@ mod tests {
                 (Sizes { layers, experts: 6 - spare, devices: 3, per_device: 2 }, (3, 2, 2))
             };
             let instance = instance(sizes, seed, tiers, together);
-            let found = optimum(&instance, u64::MAX).expect("few");
+            let found = optimum(&instance, u64::MAX, &Control::new(None)).expect("few");
             prop_assert_eq!(found.cost, cost_of(&instance, &found.expert_in));
             prop_assert_eq!(found.cost, brute(&instance, &found.cap));
         }

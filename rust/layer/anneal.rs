@@ -1,6 +1,6 @@
 //! Annealing of one layer by swaps and, where slots are to spare, by other copies.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::terms::Terms;
 use super::{EMPTY, Layer, Move, Placement};
@@ -36,8 +36,12 @@ const FEW_WINDOWS: usize = 3;
 const QUICK: u64 = 50;
 /// Proposals that are looked at to find the typical change.
 const SAMPLE: usize = 255;
+/// Trials between two looks at the clock where one looks at thousands of expert sets.
+const DEAR: u64 = 16;
 
 /// The best placement that annealing finds from `start` and the first temperature `hot`, and their cost.
+///
+/// Where the time is over before it begins that is the start, at an infinite cost: what a search needs takes time, too.
 #[must_use]
 pub(super) fn search(
     layer: &Layer,
@@ -48,6 +52,10 @@ pub(super) fn search(
     random: &mut Random,
     control: &Control,
 ) -> (f64, Placement) {
+    if control.stopped() {
+        return (f64::INFINITY, start);
+    }
+    let begin = Instant::now();
     let mut placement = start;
     let mut terms = Terms::new(layer, &placement);
     let mut best = (terms.cost(layer), placement.expert_in.clone());
@@ -55,11 +63,15 @@ pub(super) fn search(
     let spare = effort.copies && layer.slots() > layer.experts;
     let kinds = if spare { layer.experts + usize::from(effort.empties) } else { 0 };
     let cold = if terms.balance.is_some() && layer.windows.count <= FEW_WINDOWS { COLDEST } else { COLD };
-    let typical = typical_change(layer, &mut terms, &placement, kinds, random);
+    let typical = typical_change(layer, &mut terms, &placement, kinds, random, control);
+    let time = time.map(|time| time.saturating_sub(begin.elapsed()));
     let length = Length { trials: effort.trials, least: effort.trials / QUICK, time };
     let ramp = Ramp { first: hot * typical, change: cold / hot };
     anneal::anneal(length, BLOCKS, [ramp], control, |[temperature]| {
-        for _ in 0..BLOCKS.trials {
+        for trial in 0..BLOCKS.trials {
+            if trial % DEAR == DEAR - 1 && layer.sets.is_some() && control.stopped() {
+                break;
+            }
             let step = proposal(layer, kinds, random);
             if !placement.allows(layer, step) {
                 continue;
@@ -98,8 +110,10 @@ fn typical_change(
     placement: &Placement,
     kinds: usize,
     random: &mut Random,
+    control: &Control,
 ) -> f64 {
     let mut changes: Vec<f64> = (0..SAMPLE)
+        .take_while(|_| !control.stopped())
         .filter_map(|_| {
             let step = proposal(layer, kinds, random);
             let change = placement.allows(layer, step).then(|| terms.change(layer, placement, step))??;
@@ -177,7 +191,7 @@ mod tests {
             cap: f64::INFINITY,
             hold: random_costs(random),
             serve: random_costs(random),
-            sets: Some(sets),
+            sets: Some(fanout::Sets::later(move || sets)),
             pairs: Some(pairs),
             forbidden: vec![],
             pinned: vec![],

@@ -54,7 +54,7 @@ pub struct Layer {
     /// Cost of serving all of an expert's tokens from a device; a copy pays its share `[E, D]`; empty for none.
     pub serve: Vec<f64>,
     /// Expert sets, where visits of devices and nodes cost.
-    pub sets: Option<terms::fanout::Sets>,
+    pub sets: Option<terms::fanout::Lazy>,
     /// Co-activated pairs, where those that are apart cost.
     pub pairs: Option<terms::together::Pairs>,
     /// Devices where an expert must not be `[E, D]`; empty for none.

@@ -85,10 +85,17 @@ struct Walk<'a> {
     copies: bool,
     /// Windows in which a device is the slowest, and by how much in all: what can be gained there at the most `[D]`.
     slow: Vec<(Vec<usize>, f64)>,
+    control: &'a Control,
 }
 
 impl<'a> Walk<'a> {
-    fn new(layer: &Layer, placement: Placement, held: &'a [bool], copies: bool) -> Self {
+    fn new(
+        layer: &Layer,
+        placement: Placement,
+        held: &'a [bool],
+        copies: bool,
+        control: &'a Control,
+    ) -> Self {
         let d = layer.devices();
         let mut first = vec![0];
         first.extend(layer.room.iter().scan(0, |slots, &room| {
@@ -98,8 +105,8 @@ impl<'a> Walk<'a> {
         let terms = Terms::new(layer, &placement);
         let copies = copies && layer.slots() > layer.experts;
         let best = vec![None; d * d];
-        let mut walk =
-            Self { placement, terms, held, first, best, fresh: false, top: None, copies, slow: vec![] };
+        let (fresh, top, slow) = (false, None, vec![]);
+        let mut walk = Self { placement, terms, held, first, best, fresh, top, copies, slow, control };
         walk.find_slow(layer);
         walk
     }
@@ -211,6 +218,9 @@ impl<'a> Walk<'a> {
                     continue;
                 }
                 for e in 0..layer.experts as u16 {
+                    if self.control.stopped() {
+                        return;
+                    }
                     let step = Move::Put(p, e);
                     if bounded {
                         // Nothing where no slowest device feels it.
@@ -271,6 +281,9 @@ impl<'a> Walk<'a> {
         let d = layer.devices();
         for g in 0..d {
             for h in g + usize::from(!self.copies)..d {
+                if self.control.stopped() {
+                    return;
+                }
                 self.look(layer, g, h);
             }
         }
@@ -303,7 +316,7 @@ impl<'a> Walk<'a> {
                 }
             }
             let Some((at, choice)) = top else {
-                if self.fresh {
+                if self.fresh || self.control.stopped() {
                     self.top = None;
                     return;
                 }
@@ -350,26 +363,32 @@ pub fn descend(
 ) -> Vec<Step> {
     let linked = !links.transitions.is_empty();
     if linked {
-        for l in 0..layers.len() {
-            layers[l].serve = prices(layers, &start, links, l);
+        let all = &*layers;
+        let price = |l: usize| if control.stopped() { vec![] } else { prices(all, &start, links, l) };
+        let priced: Vec<Vec<f64>> = (0..all.len()).into_par_iter().map(price).collect();
+        for (layer, price) in layers.iter_mut().zip(priced) {
+            layer.serve = price;
         }
     }
     let mut moved: i64 =
         start.iter().zip(held).zip(&*layers).map(|((now, held), layer)| brought(layer, now, held)).sum();
-    let mut walks: Vec<Walk<'_>> = layers
+    let walks: Option<Vec<Walk<'_>>> = layers
         .par_iter()
         .zip(start)
         .zip(held)
         .map(|((layer, placement), held)| {
-            let mut walk = Walk::new(layer, placement, held, reach.copies);
-            if !control.stopped() {
-                walk.look_at_all(layer);
-                walk.choose(layer, reach.most - moved);
+            if control.stopped() {
+                return None;
             }
-            walk
+            let mut walk = Walk::new(layer, placement, held, reach.copies, control);
+            walk.look_at_all(layer);
+            walk.choose(layer, reach.most - moved);
+            Some(walk)
         })
         .collect();
     let (mut steps, mut change) = (Vec::new(), 0.0);
+    // Where the time is over before all layers were looked at, no step is known to be the best.
+    let mut walks = walks.unwrap_or_default();
     while !control.stopped() {
         let left = reach.most - moved;
         for (walk, layer) in walks.iter_mut().zip(&*layers) {

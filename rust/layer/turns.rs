@@ -46,8 +46,10 @@ pub fn place(
             break;
         }
         let these: Vec<usize> = (round as usize % 2..layers.len()).step_by(2).collect();
-        for &l in &these {
-            layers[l].serve = prices(layers, &now, links, l);
+        let price = |&l: &usize| (!control.stopped()).then(|| prices(layers, &now, links, l));
+        let Some(priced) = these.par_iter().map(price).collect::<Option<Vec<_>>>() else { break };
+        for (&l, price) in these.iter().zip(priced) {
+            layers[l].serve = price;
         }
         let stream = (round / 2 + 1) * layers.len() as u64;
         let found = turn(layers, &these, &now, effort, 2 * rounds - round, seed, stream, control);

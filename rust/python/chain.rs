@@ -7,6 +7,7 @@ use numpy::{
     IntoPyArray, PyArray1, PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3,
     PyUntypedArrayMethods,
 };
+use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 
 use super::{array2, array3, caught, contiguous, deadline, detached, slice, watched};
@@ -61,11 +62,14 @@ pub(super) fn search<'py>(
     let control = Control::new(deadline(time_limit));
     let time_limit = control.deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()));
     let options = Options { seed, trials, time_limit };
-    // Where no placement under the cap is known the most balanced one is what can be kept.
-    let balanced = detached(py, threads, || balanced(&instance, &control))??;
-    instance.allow(&balanced);
-    let work = || run_search(&instance, &options, &balanced, &control);
+    let work = || -> Result<_, Error> {
+        // Where no placement under the cap is known the most balanced one is what can be kept.
+        let balanced = balanced(&instance, &control)?;
+        instance.allow(&balanced);
+        Ok(run_search(&instance, &options, &balanced, &control))
+    };
     let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
+    let found = found?;
     let shape = (sizes.layers, sizes.devices, slots_per_device);
     let trials = control.trials.load(Ordering::Relaxed);
     let cap = array2(py, (sizes.layers, sizes.devices), instance.cap.clone())?;
@@ -76,7 +80,7 @@ pub(super) fn search<'py>(
 type Optimal<'py> = (Bound<'py, PyArray3<i32>>, i64, Bound<'py, PyArray1<u64>>);
 
 #[pyfunction]
-#[pyo3(signature = (load, cap, cost, slots_per_device, *, transitions = None, coactivation = None, work, threads = None))]
+#[pyo3(signature = (load, cap, cost, slots_per_device, *, transitions = None, coactivation = None, work, time_limit = None, threads = None))]
 pub(super) fn exact_chain<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, u64>,
@@ -86,6 +90,7 @@ pub(super) fn exact_chain<'py>(
     transitions: Option<PyReadonlyArray3<'py, u64>>,
     coactivation: Option<PyReadonlyArray3<'py, u64>>,
     work: u64,
+    time_limit: Option<f64>,
     threads: Option<usize>,
 ) -> PyResult<Option<Optimal<'py>>> {
     let pairs = [transitions.as_ref(), coactivation.as_ref()];
@@ -94,7 +99,12 @@ pub(super) fn exact_chain<'py>(
         return Ok(None);
     }
     let instance = instance_of(&load, &cap, &cost, slots_per_device, pairs)?;
-    let found = detached(py, threads, || crate::chain::partitions::optimum(&instance, work))?;
+    let control = Control::new(deadline(time_limit));
+    let search = || crate::chain::partitions::optimum(&instance, work, &control);
+    let (found, interrupted) = watched(py, threads, &control, None, search)?;
+    if interrupted {
+        return Err(PyKeyboardInterrupt::new_err(()));
+    }
     let Some(found) = found else { return Ok(None) };
     let shape = (sizes.layers, sizes.devices, slots_per_device);
     let slots = array3(py, shape, sizes.unfill(&found.expert_in))?;

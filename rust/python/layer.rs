@@ -204,10 +204,13 @@ impl Layers {
                 let rule = format!("ids [N, K] below {e} and counts [N]");
                 return Err(Error::Shape { what: "sets", rule, found: "others".into() }.into());
             }
-            let mut sets = caught(|| fanout::Sets::new(ids, counts, e, copies))?;
-            sets.device_cost = device_cost * layer.windows.scale;
-            sets.node_cost = node_cost * layer.windows.scale;
-            layer.sets = Some(sets);
+            let (ids, counts, scale) = (ids.to_vec(), counts.to_vec(), layer.windows.scale);
+            layer.sets = Some(fanout::Sets::later(move || {
+                let mut sets = fanout::Sets::new(&ids, &counts, e, copies);
+                sets.device_cost = device_cost * scale;
+                sets.node_cost = node_cost * scale;
+                sets
+            }));
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 mod bounding;
 mod chain;
 mod counting;
+mod expected;
 mod layer;
 mod lines;
 mod packing;
@@ -180,6 +181,8 @@ mod _core {
     use super::chain::{exact_chain, search, separate};
     #[pymodule_export]
     use super::counting::{ArrivalLoad, Replay, StatisticsCounter, merge_sets, validate};
+    #[pymodule_export]
+    use super::expected::{expected_apart, expected_followed, expected_load, expected_visits, pair_cost};
     #[pymodule_export]
     use super::layer::{Layers, adapt_slots, replicate_experts};
     #[pymodule_export]

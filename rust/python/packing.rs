@@ -3,16 +3,38 @@
 use numpy::{
     PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods,
 };
+use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 use rayon::prelude::*;
 
-use super::{alone, array2, array3, contiguous, detached};
+use super::{alone, array2, array3, contiguous, deadline, detached, watched};
+use crate::control::Control;
 use crate::error::Error;
-use crate::packing::{Goal, Improve, Room, smallest_peak};
+use crate::packing::{Goal, Improve, Packing, Room, smallest_peak};
 use crate::two_stage::{Chain, Way};
 
 /// Peak and its bound, deviation times clusters and its bound: one row per layer.
 type Balance = Vec<(u128, u128, u128, u128)>;
+
+/// Layers packed as well as time allows, and whether that was interrupted.
+fn packed(
+    py: Python<'_>,
+    load: &PyReadonlyArray2<'_, u64>,
+    devices: usize,
+    room: Room,
+    goal: Goal,
+    time_limit: Option<f64>,
+    threads: Option<usize>,
+) -> PyResult<(Vec<Packing>, bool)> {
+    let (experts, load) = (load.shape()[1], contiguous(load.as_slice().ok())?);
+    let control = Control::new(deadline(time_limit));
+    let work = || {
+        let improve = Some(Improve { goal, stop: &|| control.stopped() });
+        crate::packing::pack(load, experts, devices, room, improve)
+    };
+    let (packed, interrupted) = watched(py, threads, &control, None, work)?;
+    Ok((packed?, interrupted))
+}
 
 fn pack<'py>(
     py: Python<'py>,
@@ -20,35 +42,37 @@ fn pack<'py>(
     devices: usize,
     room: Room,
     goal: Goal,
+    time_limit: Option<f64>,
     threads: Option<usize>,
-) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance)> {
+) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance, bool)> {
     let (layers, experts) = (load.shape()[0], load.shape()[1]);
-    let load = contiguous(load.as_slice().ok())?;
-    let improve = Some(Improve { goal, stop: &|| false });
-    let packed = detached(py, threads, || crate::packing::pack(load, experts, devices, room, improve))??;
+    let (packed, interrupted) = packed(py, load, devices, room, goal, time_limit, threads)?;
     let balance = packed.iter().map(|p| (p.peak.0, p.peak.1, p.deviation.0, p.deviation.1)).collect();
     let cluster = packed.into_iter().flat_map(|p| p.cluster).collect();
-    Ok((array2(py, (layers, experts), cluster)?, balance))
+    Ok((array2(py, (layers, experts), cluster)?, balance, interrupted))
 }
 
 #[pyfunction]
-#[pyo3(signature = (load, devices, slots, *, improve = false, threads = None))]
+#[pyo3(signature = (load, devices, slots, *, improve = false, time_limit = None, threads = None))]
 pub(super) fn lpt<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, u64>,
     devices: usize,
     slots: usize,
     improve: bool,
+    time_limit: Option<f64>,
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray3<i32>>> {
     let (layers, experts) = (load.shape()[0], load.shape()[1]);
     let room = Room { fewest: 0, most: slots };
-    let load = contiguous(load.as_slice().ok())?;
-    let cluster = if improve {
-        let improve = Some(Improve { goal: Goal::Peak, stop: &|| false });
-        let packed = detached(py, threads, || crate::packing::pack(load, experts, devices, room, improve))??;
+    let cluster: Vec<u16> = if improve {
+        let (packed, interrupted) = packed(py, &load, devices, room, Goal::Peak, time_limit, threads)?;
+        if interrupted {
+            return Err(PyKeyboardInterrupt::new_err(()));
+        }
         packed.into_iter().flat_map(|packing| packing.cluster).collect()
     } else {
+        let load = contiguous(load.as_slice().ok())?;
         alone(py, || crate::packing::pack_quickly(load, experts, devices, room))??
     };
     let mut filled = vec![-1; layers * devices * slots];
@@ -85,7 +109,7 @@ pub(super) fn smallest_peaks(
 }
 
 #[pyfunction]
-#[pyo3(signature = (load, clusters, slots, *, equal_sizes = true, tolerance = 0.0, threads = None))]
+#[pyo3(signature = (load, clusters, slots, *, equal_sizes = true, tolerance = 0.0, time_limit = None, threads = None))]
 pub(super) fn cluster<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, u64>,
@@ -93,28 +117,30 @@ pub(super) fn cluster<'py>(
     slots: usize,
     equal_sizes: bool,
     tolerance: f64,
+    time_limit: Option<f64>,
     threads: Option<usize>,
-) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance)> {
+) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance, bool)> {
     let experts = load.shape()[1];
     let room = if equal_sizes && clusters > 0 {
         Room::equal(experts, clusters)
     } else {
         Room::free(experts, clusters, slots)
     };
-    pack(py, &load, clusters, room, Goal::Deviation { tolerance }, threads)
+    pack(py, &load, clusters, room, Goal::Deviation { tolerance }, time_limit, threads)
 }
 
-/// The device of every cluster [L,D], how it was found, a lower bound of the bottleneck.
-type Placed<'py> = (Bound<'py, PyArray2<u16>>, &'static str, u128);
+/// The device of every cluster [L,D], how it was found, a lower bound of the bottleneck, whether it was interrupted.
+type Placed<'py> = (Bound<'py, PyArray2<u16>>, &'static str, u128, bool);
 
 #[pyfunction]
-#[pyo3(signature = (traffic, cost, *, sizes = None, start = None, threads = None))]
+#[pyo3(signature = (traffic, cost, *, sizes = None, start = None, time_limit = None, threads = None))]
 pub(super) fn place_clusters<'py>(
     py: Python<'py>,
     traffic: PyReadonlyArray3<'py, u64>,
     cost: PyReadonlyArray2<'py, u64>,
     sizes: Option<PyReadonlyArray2<'py, u64>>,
     start: Option<PyReadonlyArray2<'py, u16>>,
+    time_limit: Option<f64>,
     threads: Option<usize>,
 ) -> PyResult<Placed<'py>> {
     let (layers, devices) = (traffic.shape()[0] + 1, cost.shape()[0]);
@@ -122,11 +148,13 @@ pub(super) fn place_clusters<'py>(
     let start = start.as_ref().map(|start| contiguous(start.as_slice().ok())).transpose()?;
     let (traffic, cost) = (contiguous(traffic.as_slice().ok())?, contiguous(cost.as_slice().ok())?);
     let chain = Chain { traffic, cost, sizes, start, layers, devices };
-    let placed = detached(py, threads, || chain.place())??;
+    let control = Control::new(deadline(time_limit));
+    let (placed, interrupted) = watched(py, threads, &control, None, || chain.place(&control))?;
+    let placed = placed?;
     let way = match placed.way {
         Way::Uniform => "exact: uniform links",
         Way::DynamicProgramming => "exact: dynamic programming",
         Way::LocalSearch => "heuristic: local search",
     };
-    Ok((array2(py, (layers, devices), placed.device)?, way, placed.bound))
+    Ok((array2(py, (layers, devices), placed.device)?, way, placed.bound, interrupted))
 }

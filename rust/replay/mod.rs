@@ -4,6 +4,7 @@
 //! ([`planes`]); where there are too many devices for that, slots are, and added up by device in the end.
 
 pub mod arrival;
+pub mod expected;
 mod planes;
 
 use planes::Planes;

@@ -2,6 +2,7 @@
 
 use super::{Cost, PERMUTED, Table};
 use crate::assignment::assign_max;
+use crate::control::Control;
 
 /// Sweeps at most; it usually ends at a local optimum within ten.
 const SWEEPS: usize = 50;
@@ -26,11 +27,16 @@ impl Table<'_> {
         device
     }
 
-    /// A local optimum. Totals of experts per device come first where `sizes` are given.
-    pub(super) fn by_local_search<'b>(&'b self, start: Vec<u16>, sizes: Option<&'b [u64]>) -> Local<'b> {
+    /// A local optimum, or what is found in time. Totals of experts per device come first where `sizes` are given.
+    pub(super) fn by_local_search<'b>(
+        &'b self,
+        start: Vec<u16>,
+        sizes: Option<&'b [u64]>,
+        control: &Control,
+    ) -> Local<'b> {
         let mut search = Local::new(self, start, sizes);
         for _ in 0..SWEEPS {
-            if !search.sweep() {
+            if !search.sweep(control) {
                 break;
             }
         }
@@ -78,12 +84,15 @@ impl<'a> Local<'a> {
     /// Tries every exchange of two devices: in one layer, in two layers at once, and in all layers from one on. Where
     /// the links of the two are alike, that last exchange changes one boundary alone; otherwise it is worth trying
     /// for few devices only.
-    fn sweep(&mut self) -> bool {
+    fn sweep(&mut self, control: &Control) -> bool {
         let (n, layers) = (self.table.n, self.table.layers);
         let all: Vec<usize> = (0..layers).collect();
         let mut improved = false;
         for i in 0..n as u16 {
             for j in i + 1..n as u16 {
+                if control.stopped() {
+                    return false;
+                }
                 let alike = self.table.is_symmetry(&transposition(i, j, n));
                 for l in 0..layers {
                     improved |= self.attempt(i, j, &[l], &[l.wrapping_sub(1), l]);

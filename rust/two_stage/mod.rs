@@ -13,6 +13,7 @@ mod local;
 use rayon::prelude::*;
 
 use crate::assignment::assign_max;
+use crate::control::Control;
 use crate::error::{Error, Result};
 
 /// Transitions of the dynamic programme between two layers, at most: about half a second on two cores. Four nodes of
@@ -72,7 +73,7 @@ impl Chain<'_> {
     ///
     /// # Panics
     /// Never: there is always a start.
-    pub fn place(&self) -> Result<Placed> {
+    pub fn place(&self, control: &Control) -> Result<Placed> {
         self.check()?;
         // Counts so huge that sums could overflow lose their lowest bits.
         let dearest = u128::from(self.cost.iter().copied().max().unwrap_or(0));
@@ -96,7 +97,7 @@ impl Chain<'_> {
                 let exact = exact.map(|(device, _)| device);
                 let given = self.start.map(<[u16]>::to_vec);
                 let starts = exact.into_iter().chain(given).chain([table.chained()]);
-                let ends = starts.map(|start| table.by_local_search(start, sizes));
+                let ends = starts.map(|start| table.by_local_search(start, sizes, control));
                 let best = ends.min_by_key(local::Local::value).expect("there is a start");
                 (best.device, Way::LocalSearch)
             }
@@ -422,7 +423,7 @@ mod tests {
             entries in prop::collection::vec(prop_oneof![0u64..6, 0u64..1000], 4 * 25),
         ) {
             let (traffic, cost) = (&entries[..(layers - 1) * n * n], &links(n, per_node, far));
-            let placed = Chain { traffic, cost, sizes: None, start: None, layers, devices: n }.place().expect("valid");
+            let placed = Chain { traffic, cost, sizes: None, start: None, layers, devices: n }.place(&Control::new(None)).expect("valid");
             let table = Table { traffic, cost, layers, n };
             prop_assert!(is_a_chain_of_permutations(&placed.device, n));
             prop_assert_ne!(placed.way, Way::LocalSearch);
@@ -430,7 +431,7 @@ mod tests {
             prop_assert_eq!(table.value(&placed.device), best);
             prop_assert_eq!(placed.bound, best >> 64);
             prop_assert_eq!(table.value(&table.by_dynamic_programming().expect("small")), best);
-            let local = table.by_local_search(table.chained(), None).device;
+            let local = table.by_local_search(table.chained(), None, &Control::new(None)).device;
             prop_assert!(is_a_chain_of_permutations(&local, n));
             prop_assert!(table.value(&local) >= best);
             let chain = Chain { traffic, cost, sizes: None, start: None, layers, devices: n };
@@ -445,7 +446,7 @@ mod tests {
         ) {
             let (traffic, cost) = (&entries[..(layers - 1) * n * n], &links(n, n, 2));
             let sizes = &experts[..layers * n];
-            let placed = Chain { traffic, cost, sizes: Some(sizes), start: None, layers, devices: n }.place().expect("valid");
+            let placed = Chain { traffic, cost, sizes: Some(sizes), start: None, layers, devices: n }.place(&Control::new(None)).expect("valid");
             prop_assert!(is_a_chain_of_permutations(&placed.device, n));
             let table = Table { traffic, cost, layers, n };
             prop_assert!(table.value(&placed.device) >> 64 >= placed.bound);
@@ -471,7 +472,8 @@ mod tests {
         let traffic = [u64::MAX, 1, 1, u64::MAX];
         let cost = links(2, 1, 9);
         let placed =
-            Chain { traffic: &traffic, cost: &cost, sizes: None, start: None, layers: 2, devices: 2 }.place();
+            Chain { traffic: &traffic, cost: &cost, sizes: None, start: None, layers: 2, devices: 2 }
+                .place(&Control::new(None));
         assert_eq!(placed.expect("valid").device, [0, 1, 0, 1]);
     }
 }

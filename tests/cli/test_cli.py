@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.cli import moetuner
 
 METHODS = "contiguous,lpt,joint"
 # Where the number of splits does not matter.
@@ -523,7 +524,7 @@ WRONG = [
     (["inspect", "."], ".: folder holds no recording"),
     (["inspect", "junk.txt"], "junk.txt: "),
     (["inspect"], "Missing argument 'INPUT'"),
-    (["inspect", "ids.npy"], "num_experts"),
+    (["inspect", "ids.npy"], "--num-experts is needed"),
     (["solve", "trace.safetensors"], "Missing option '--devices'"),
     (["solve", "trace.safetensors", "--devices", "0"], "0 is not in the range 1<=x<=8192"),
     (["solve", "trace.safetensors", "--devices", "two"], "'two' is not a valid integer"),
@@ -732,3 +733,20 @@ def test_the_papers_method_has_two_names(ok, trace, tmp_path):
     assert json.loads(ok("compare", trace, *asked, *ONCE, *over))["settings"]["baseline"] == "paper"
     out = ok("solve", trace, *asked, "--method", "moetuner", "--out", tmp_path / "p.json")
     assert json.loads(out)["method"] == "paper"
+
+
+def test_the_menu_begins_with_the_demo(ok):
+    """Moetuner alone lists its commands in the order of the flow, each in a whole line."""
+    out = ok()
+    listed = re.findall(r"^  (\w+) +(.+)$", out.split("Commands:")[1], re.MULTILINE)
+    assert [name for name, _ in listed] == list(moetuner.commands)
+    assert listed[0][0] == "demo"
+    assert all(what.endswith(".") and "..." not in what for _, what in listed)
+
+
+def test_one_of_a_kind_is_not_many(tmp_path, ok):
+    """One window, one layer: no plural."""
+    path = tmp_path / "load.npy"
+    np.save(path, [[[0, 1]]])
+    line = ok("inspect", path, "--num-experts", 2).splitlines()[0]
+    assert line == "load.npy: trace, 1 token, 1 layer, 2 experts, top-2"

@@ -7,6 +7,7 @@ import shlex
 import numpy as np
 import pytest
 
+import moetuner as mt
 from moetuner.cli import advise, compare, options, solve
 
 FEW = ("--devices", 4, "--copies", "0", "--splits", 1)
@@ -20,10 +21,20 @@ def trace(make_trace, tmp_path):
     return path
 
 
-def test_advise_says_what_json_has(ok, trace, tmp_path):
+@pytest.fixture
+def skewed(tmp_path):
+    """File of a trace that experts in blocks serve badly."""
+    path, rng = tmp_path / "skewed.safetensors", np.random.default_rng(0)
+    scores = rng.gumbel(size=(2000, 3, 16)) + np.linspace(3, 0, 16)
+    ids = np.argsort(-scores, axis=2)[:, :, :2]
+    mt.RoutingTrace.from_arrays(ids, num_experts=16, sequence=np.arange(2000) // 50).save(path)
+    return path
+
+
+def test_advise_says_what_json_has(ok, skewed, tmp_path):
     """The answer, the table and the next commands; the commands run as they stand."""
     file = tmp_path / "advice.json"
-    out = ok("advise", trace, *FEW, "--expert-bytes", 1e6, "--json", file)
+    out = ok("advise", skewed, *FEW, "--expert-bytes", 1e6, "--json", file)
     found = json.loads(file.read_text())
     assert found["answer"].capitalize() in out
     assert all(each in out for each in found["reasons"][1:])
@@ -36,13 +47,39 @@ def test_advise_says_what_json_has(ok, trace, tmp_path):
     assert "wrote" in ok(*arguments)
 
 
+def test_what_is_not_worth_a_trial_is_not_turned_on(ok, skewed, tmp_path):
+    """What comes next is to look again or to record more, neither to solve nor to export."""
+    flat = tmp_path / "flat.npz"
+    np.savez(flat, load=np.full((40, 2, 8), 64))
+    one = tmp_path / "one.npz"
+    np.savez(one, load=np.arange(16).reshape(1, 2, 8))
+    for file, answer, words in (
+        (flat, "Not now", "moetuner advise NEWER --devices 4 --for vllm  # again, when"),
+        (one, "Not enough evidence: there is one window", "moetuner collect MODEL"),
+    ):
+        out = ok("advise", file, *FEW, "--for", "vllm")
+        assert answer in out
+        after = out[out.index("Next:") :]
+        assert words in after
+        assert "solve" not in after
+        assert "export" not in after
+
+
+def test_megatron_has_no_copies(ok, skewed):
+    """What was asked for and cannot be is said, with the reason."""
+    out = ok(
+        "advise", skewed, "--devices", 4, "--splits", 1, "--for", "megatron", "--copies", "0,1"
+    )
+    assert "Copies were left out: Megatron-Core loads a placement as a renumbered checkpoint" in out
+
+
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "megatron"])
-def test_advise_for_an_engine(ok, trace, engine):
+def test_advise_for_an_engine(ok, skewed, engine):
     """The engine stands in the commands, and no copies where it has none."""
     found = json.loads(
         ok(
             "advise",
-            trace,
+            skewed,
             "--devices",
             4,
             "--copies",
@@ -105,6 +142,25 @@ def test_every_report_opens(ok, trace, tmp_path):
     assert one == two
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("advise", *FEW),
+        ("solve", "--devices", 4, "--objective", "balance", "--out", "/dev/null"),
+        ("compare", "--devices", 4, "--methods", "contiguous,lpt", "--splits", 1),
+    ],
+)
+def test_pages_are_the_same_every_time(ok, trace, tmp_path, arguments):
+    """No time that anything took is in them, as long as nobody limits it."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    command, *others = arguments
+    page, found = tmp_path / "page.html", []
+    for _ in range(2):
+        ok(command, trace, *others, "--report", page)
+        found.append(page.read_bytes())
+    assert found[0] == found[1]
+
+
 def test_load_tables_have_reports(ok, tmp_path):
     """Without tokens panels say why they are empty."""
     pytest.importorskip("plotly", reason="the extra report is not installed")
@@ -147,8 +203,6 @@ def test_wrong_options_are_one_line(run, trace, arguments, words):
 
 def test_a_placement_of_another_model_is_one_line(run, trace, ok, tmp_path):
     """The report says which shapes do not fit."""
-    import moetuner as mt
-
     other = tmp_path / "other.json"
     mt.Placement([[[0, 1], [2, 3]]]).save(other)
     status, _, err = run("report", other, trace, "--out", tmp_path / "page.html")

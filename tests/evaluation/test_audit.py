@@ -60,14 +60,30 @@ def test_figures_are_those_of_evaluate():
             assert change.change.value == pytest.approx(mine / theirs - 1)
 
 
-def test_crossings_are_those_of_the_replay_also_with_copies():
+@pytest.mark.parametrize("split", ["even", "nearest"])
+@pytest.mark.parametrize("devices_per_node", [2, 4])
+def test_crossings_are_those_of_the_replay_also_with_copies(split, devices_per_node):
     """A token's pairs take the copies that the replay takes."""
-    trace = two_kinds()
+    trace, topology = two_kinds(), mt.Topology(4, devices_per_node=devices_per_node)
     slots = np.array([[[0, 1, 2], [3, 4, 0], [5, 6, 1], [7, 0, -1]]] * 3)
     placement = mt.Placement(slots, num_experts=8)
-    assert crossings(placement, trace).mean() == pytest.approx(
-        mt.evaluate(placement, trace).crossing
+    setting = Setting(placement, topology, 512, split, with_active=False, threads=None)
+    assert crossings(setting, trace).mean() == pytest.approx(
+        mt.evaluate(placement, trace, topology, split=split).crossing
     )
+
+
+@pytest.mark.parametrize("split", ["even", "nearest"])
+def test_an_audit_splits_as_evaluate_does(split):
+    """All traffic has the figures of evaluate under the same split."""
+    trace, topology = two_kinds(), mt.Topology(4, devices_per_node=2)
+    slots = np.array([[[0, 1, 2], [3, 4, 0], [5, 6, 1], [7, 0, 5]]] * 3)
+    placement = mt.Placement(slots, num_experts=8)
+    found = mt.audit(placement, trace, topology, window=100, split=split)
+    wanted = mt.evaluate(placement, trace, topology, window=100, split=split)
+    for measure in ("imbalance", "crossing", "fanout"):
+        value = found.whole[measure].value.value
+        assert value == pytest.approx(getattr(wanted, measure)), measure
 
 
 def test_a_placement_is_no_worse_than_itself():

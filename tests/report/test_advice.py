@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.formats.engines import tokens_per_rank
 from moetuner.report.advice import drift, power_law
 from moetuner.report.advice.conclusion import judged_in, knee_of
 from moetuner.report.advice.values import Copies
@@ -89,7 +90,7 @@ def test_few_sequences_are_not_enough_evidence():
     """Four unseen sequences tell nothing, however strong they are."""
     found = advise(routed(skewed(8 * LENGTH)), TWO_NODES, copies=(0,), splits=2)
     assert found.answer == "not enough evidence"
-    assert "too few (4)" in found.reasons[0]
+    assert "too few (4, and at least 5 are needed)" in found.reasons[0]
 
 
 def test_one_kind_is_not_enough_evidence():
@@ -110,7 +111,13 @@ def test_phases_are_placed_apart():
     )
     found = advise(trace, TWO_NODES, copies=(0,), splits=1).phases
     assert set(found.microseconds) == {"both", "prefill", "decode"}
-    assert set(found.costs) == {"prefill", "decode"}
+    assert set(found.costs) == set(found.costs_of_one) == {"prefill", "decode"}
+    times = found.microseconds
+    assert found.costs["prefill"] == times["decode"]["prefill"] / times["prefill"]["prefill"] - 1
+    assert found.costs_of_one["decode"] == times["both"]["decode"] / times["decode"]["decode"] - 1
+    assert found.sentence(0.02).startswith("Prefill and decode: ")
+    assert "one placement does" in found.sentence(9.0)
+    assert "two placements pay" in found.sentence(-1.0)
     assert advise(routed(skewed()), TWO_NODES, copies=(0,), splits=1).phases is None
 
 
@@ -202,25 +209,91 @@ def test_wrong_arguments_are_named(arguments, words):
         advise(routed(even(400)), TWO_NODES, **arguments)
 
 
-def test_saved_statistics_cannot_be_split():
-    """Pairs are counted over all windows: the trace is asked for."""
-    counted = mt.RoutingStatistics.from_trace(routed(even(400)), window=100)
-    with pytest.raises(ValueError, match="give the trace"):
-        advise(counted, TWO_NODES)
+def test_saved_statistics_are_judged_by_their_loads():
+    """Pairs are counted over all windows, so they are left out: the answer is a load table's."""
+    counted = mt.RoutingStatistics.from_trace(routed(skewed()), window=100)
+    found = advise(counted, TWO_NODES, copies=(0,))
+    alone = mt.RoutingStatistics.from_load(counted.window_load)
+    assert found.answer == "worth a trial"
+    assert found.to_dict() == advise(alone, TWO_NODES, copies=(0,)).to_dict()
+
+
+@pytest.mark.parametrize("load", [[[[1, 2, 3, 4]]], [[[90, 5, 5, 5]] * 3]])
+def test_one_window_is_not_enough_evidence(load):
+    """However strong: nothing is left to judge on, and that is the reason."""
+    found = mt.advise(mt.RoutingStatistics.from_load(load), mt.Topology(2), copies=(0, 1))
+    assert found.answer == "not enough evidence"
+    assert found.reasons[0].startswith("There is one window, so nothing is left to judge")
+    assert "unseen" not in " ".join(found.reasons)
+    json.dumps(found.to_dict())
 
 
 @pytest.mark.parametrize(
     "traffic",
     [
         routed(even(50)).select(sequences=[0]).split(0.02)[0],
-        mt.RoutingStatistics.from_load([[[1, 2, 3, 4]]]),
         mt.RoutingStatistics.from_load(np.zeros((9, 2, 4), dtype=int)),
     ],
 )
-def test_what_cannot_be_halved_is_named(traffic):
-    """One token, one window, and no load at all."""
+def test_nothing_to_place_is_named(traffic):
+    """One token, and no load at all."""
     with pytest.raises(ValueError, match="traffic must have"):
         mt.advise(traffic, mt.Topology(2))
+
+
+def test_an_engine_decides_copies_and_order():
+    """What it cannot load is left out, with the reason; its windows are of mixed sequences."""
+    trace = routed(skewed(2000))
+    found = advise(trace, TWO_NODES, copies=(0, 1), splits=1, engine="megatron")
+    assert [each.per_device for each in found.copies] == [0]
+    assert any("Copies were left out: Megatron-Core" in each for each in found.reasons)
+    assert found.settings["arrival"] == "bursts"
+    served = advise(trace, TWO_NODES, copies=(0,), splits=1, engine="sglang")
+    assert (served.settings["arrival"], served.settings["split"]) == ("mixed", "nearest")
+    assert any("serves together" in each for each in served.reasons)
+    # The same tokens, in windows of others.
+    plain = advise(trace, TWO_NODES, copies=(0,), splits=1)
+    assert served.running.tokens == plain.running.tokens
+    assert served.running.fanout == pytest.approx(plain.running.fanout)
+    assert served.running.imbalance_per_window != plain.running.imbalance_per_window
+
+
+def test_audits_split_as_the_engine_does():
+    """The audit of the first split is that of the placement under its split and order."""
+    trace = routed(skewed(3000))
+    found = advise(trace, TWO_NODES, copies=(1,), splits=1, engine="sglang")
+    time = found.audit.whole["predicted_layer_us"]
+    assert found.placements[1].has_copies
+    assert time.value.value == pytest.approx(found.proposed.predicted_layer_us)
+    assert time.baseline.value == pytest.approx(found.running.predicted_layer_us)
+
+
+def test_low_latency_buffers_limit_tokens():
+    """The limit is that of DeepEP's buffer, told where slots for copies shrink it."""
+    # A row of 7168 on 288 slots: the 2,048 tokens that vLLM's documents name; of 5120 on 448: 1,843
+    # as reported, in steps of 16.
+    assert tokens_per_rank(7168, 288) == 2048
+    assert tokens_per_rank(5120, 448) // 16 * 16 == 1840
+    for hidden, slots in ((5120, 448), (2048, 144), (7168, 320)):
+        message = hidden * 2 + hidden // 128 * 4
+        tokens = tokens_per_rank(hidden, slots)
+
+        def size(tokens, slots=slots, message=message):
+            return 2 * (2 * slots * tokens * message + -(-slots * 4 // 128) * 128)
+
+        assert size(tokens) // 16 < 2**31 - 1 <= size(tokens + 1) // 16 + 1
+    trace = routed(skewed(2000))
+    large = mt.RoutingTrace.from_arrays(
+        trace.expert_ids, num_experts=EXPERTS, sequence=trace.sequence, expert_size=(1 << 18, 512)
+    )
+    found = advise(large, TWO_NODES, copies=(0, 1), splits=1, engine="vllm")
+    limits = [each.tokens_per_rank for each in found.copies]
+    assert limits == [tokens_per_rank(1 << 18, 8), tokens_per_rank(1 << 18, 12)]
+    assert any("low-latency" in each for each in found.reasons)
+    assert all(
+        each.tokens_per_rank is None
+        for each in advise(large, TWO_NODES, copies=(0,), splits=1, engine="tensorrt-llm").copies
+    )
 
 
 def test_the_knee_harms_no_window():

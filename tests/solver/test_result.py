@@ -10,8 +10,11 @@ from moetuner.solver.result import (
     BoundDetails,
     CapsDetails,
     Details,
+    History,
     LevelBound,
+    Limits,
     PlaceStage,
+    Progress,
     SearchDetails,
     UnseenDetails,
 )
@@ -65,3 +68,59 @@ def test_methods_say_what_they_did(method, keys):
     details = mt.solve(problem, method, iterations=10).details
     assert set(details.to_dict()) == keys
     assert len(repr(details)) < 500
+
+
+def test_history_keeps_every_change_once():
+    """The best only falls and the bound only rises; who listens hears what is known."""
+    heard = []
+    history = History(heard.append)
+    history.tell(Progress(0.1, "search", 5.0))
+    history.tell(Progress(0.2, "search", 6.0))
+    history.tell(Progress(0.3, "search", 4.0))
+    history.tell(Progress(0.0, "bound", 4.0, is_step=True))
+    history.tell(Progress(0.4, "bound", None, 3.0))
+    history.tell(Progress(0.5, "bound", None, 2.0))
+    lines = history.end(Progress(0.6, "answer", 4.0, 3.5, is_step=True))
+    assert [(each.objective, each.bound) for each in lines] == [
+        (5.0, None),
+        (4.0, None),
+        (4.0, None),
+        (4.0, 3.0),
+        (4.0, 3.5),
+    ]
+    assert [each.is_step for each in lines] == [False, False, True, False, True]
+    assert heard[-1] == Progress(0.5, "bound", 4.0, 3.0)
+    assert len(heard) == 5  # not between phases
+    assert lines[-1].gap == 0.125
+    assert Progress(0.0, "search", 4.0).gap is None
+
+
+@pytest.mark.parametrize("objective", ["time", "balance", "traffic"])
+def test_a_result_has_its_history_without_a_listener(make_trace, objective):
+    """The last line is the answer; steps are the same in each run, and nothing beats a bound."""
+    statistics = mt.RoutingStatistics.from_trace(make_trace(1500), window=100, sets=True)
+    problem = mt.Problem(
+        statistics, mt.Topology(4), objective=objective, slots_per_device=3, regime="dispatch"
+    )
+    one, two = (mt.solve(problem, iterations=2000, threads=threads) for threads in (1, 2))
+    last = one.history[-1]
+    assert (last.objective, last.bound) == (one.objective, one.bound)
+    assert last.gap == one.gap
+    steps = [
+        [(each.phase, each.objective, each.bound) for each in result.history if each.is_step]
+        for result in (one, two)
+    ]
+    assert steps[0] == steps[1]
+    if objective != "traffic":
+        assert len(steps[0]) > 2
+    for line in one.history:
+        assert line.objective is None or one.bound is None or line.objective >= one.bound
+
+
+def test_values_in_another_unit_are_not_told():
+    """Phases are heard of, their numbers are not."""
+    heard = []
+    limits = Limits(progress=heard.append).muted()
+    limits.progress(Progress(1.0, "pairs", 3.0, 2.0))
+    assert heard == [Progress(1.0, "pairs")]
+    assert Limits().muted().progress is None

@@ -21,6 +21,7 @@ from moetuner.cli import (
     evaluate,
     export,
     inspect,
+    options,
     report,
     solve,
     verify,
@@ -32,7 +33,17 @@ INTERRUPTED = 130
 LONGEST_LINE = 1000
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Menu(click.Group):
+    """Commands in the order in which most need them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return names in the order of the flow, not of the alphabet."""
+        return list(self.commands)
+
+
+@click.group(
+    cls=Menu, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="moetuner", message="%(prog)s %(version)s")
 def moetuner() -> None:
     """Decide which GPU each expert of a Mixture-of-Experts model lives on.
@@ -42,20 +53,21 @@ def moetuner() -> None:
     """
 
 
-for _module in (
-    demo,
-    collect,
-    inspect,
-    advise,
-    solve,
-    compare,
-    evaluate,
-    audit,
-    report,
-    export,
-    convert,
-    verify,
+for _module, _words in (
+    (demo, "Run the whole flow on the bundled trace."),
+    (collect, "Record which experts texts visit in a model."),
+    (inspect, "Show what is in a trace: skew, groups, structure."),
+    (advise, "Advise whether a better placement is worth a trial."),
+    (solve, "Compute a placement and write it."),
+    (compare, "Compare methods on traffic that they have not seen."),
+    (evaluate, "Replay a placement token by token."),
+    (audit, "Show which groups a placement serves worse."),
+    (report, "Write one page on what a placement does to traffic."),
+    (export, "Write a placement as an engine loads it, or check one."),
+    (convert, "Join recordings into one trace."),
+    (verify, "Recompute the bound that a certificate proves."),
 ):
+    _module.command.short_help = _words
     moetuner.add_command(_module.command)
 
 
@@ -96,7 +108,8 @@ def _run(arguments: Sequence[str]) -> int:
     except MemoryError as error:
         return _failed(f"out of memory: {error}".removesuffix(": "))
     except ValueError as error:
-        return _failed(str(error))
+        text = str(error)
+        return _failed(options.as_options(text) if " is needed" in text else text)
     except Exception as error:
         if sys.flags.dev_mode:
             raise

@@ -22,7 +22,7 @@ from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement
 from moetuner.report import advice as advising
 from moetuner.report.advice.values import Advice
-from moetuner.report.cells import number, percent, signed
+from moetuner.report.cells import counted, number, signed
 
 NAMES = {
     "predicted_layer_us": "predicted layer us",
@@ -63,6 +63,7 @@ GROUPS = {
     default="contiguous",
     show_default=True,
     metavar="PLACEMENT|contiguous|round_robin",
+    shell_complete=options.completing("contiguous", "round_robin", files=True),
     help="The placement that runs.",
 )
 @click.option(
@@ -200,22 +201,21 @@ def _show(output: Output, advice: Advice, commands: list[str]) -> None:
         output.table(head, rows)
     output.say()
     rows = []
+    limited = all(each.tokens_per_rank is not None for each in advice.copies)
     for copies in advice.copies:
         label = f"{copies.per_device}{' on average' if copies.shared else ''}"
         mark = " <- knee" if copies.per_device == advice.knee and not copies.shared else ""
         size = copies.bytes_per_device
         means = [sum(each) / len(each) for each in copies.gains.values()]
-        rows.append((label, *map(signed, means), "-" if size is None else in_bytes(size), mark))
+        limit = () if not limited else (f"{copies.tokens_per_rank:,}",)
+        size_told = "-" if size is None else in_bytes(size)
+        rows.append((label, *map(signed, means), size_told, *limit, mark))
     windows = [f"windows of {each:,}" if each else "gain" for each in advice.copies[0].gains]
-    output.table(("slots for copies", *windows, "per device", ""), rows)
+    # Of low-latency kernels, whose buffers grow with the slots.
+    limit = ("DeepEP tokens",) if limited else ()
+    output.table(("slots for copies", *windows, "per device", *limit, ""), rows)
     output.say()
     output.say(_moving(advice))
-    if advice.phases is not None:
-        one, other = advice.phases.costs.items()
-        output.say(
-            f"Phases: {one[0]} under the placement of {other[0]} is {percent(one[1])} slower than "
-            f"under its own, {other[0]} under that of {one[0]} {percent(other[1])}."
-        )
     known = [each for each in advice.exponents["running"] if each is not None]
     after = [each for each in advice.exponents["proposed"] if each is not None]
     if known and after:
@@ -230,7 +230,7 @@ def _show(output: Output, advice: Advice, commands: list[str]) -> None:
 
 def _moving(advice: Advice) -> str:
     moving = advice.moving
-    text = f"Moving there: {moving.experts} experts"
+    text = f"Moving there: {counted(moving.experts, 'expert')}"
     if moving.bytes is None or moving.seconds is None:
         return f"{text}; --expert-bytes tells bytes and seconds."
     text += f", {in_bytes(moving.bytes)}, {moving.seconds:.3g} s at the links' bandwidth"
@@ -239,18 +239,31 @@ def _moving(advice: Advice) -> str:
     return f"{text}; paid back after {moving.steps:,.0f} steps, if serving stops for it."
 
 
+def _later(advice: Advice, file: str, where: str, words: str) -> list[str]:
+    """Return what to do where nothing is to be turned on yet."""
+    if advice.answer == "not now":
+        return [
+            f"moetuner inspect {file}{words}  # what there is to win, layer by layer",
+            f"moetuner advise NEWER {where}  # again, when traffic, engine or the number of "
+            "devices has changed",
+        ]
+    return [
+        "moetuner collect MODEL --dataset FILE --out MORE  # record more, of all kinds; or as the "
+        "engine does, see docs/engines",
+        f"moetuner advise MORE {where}",
+    ]
+
+
 def next_commands(
     source: Source, machine: Machine, advice: Advice, initial: str, engine: str | None
 ) -> list[str]:
     """Return the commands that come next."""
     file = shlex.quote(str(source.input_file))
     where = f"{machine.words()}{source.words()}"
-    found = []
-    if advice.answer == "not enough evidence":
-        found.append(
-            "moetuner collect MODEL --dataset FILE --out TRACE  # record more, of all kinds"
-        )
     slots = "" if engine is None else f" --for {engine}"
+    if advice.answer != "worth a trial":
+        return _later(advice, file, f"{where}{slots}", source.words())
+    found = []
     if advice.knee:
         slots += f" --slots-per-device {advice.problem.slots + advice.knee}"
     start = "" if initial in ("contiguous", "round_robin") else f" --initial {shlex.quote(initial)}"

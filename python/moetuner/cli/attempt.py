@@ -14,9 +14,12 @@ from moetuner.report.outcome import Outcome
 from moetuner.solver import Result, solve
 
 
-def solve_with(method: str, problem: Problem, **how: Any) -> Result:
-    """Solve, and show how far that is; ``how`` as for ``solve``."""
-    with working(f"solving, {method}") as progress:
+def solve_with(method: str, problem: Problem, *, place: str = "", **how: Any) -> Result:
+    """Solve, and show how far that is; ``how`` as for ``solve``.
+
+    ``place`` is how far the whole is, for who waits.
+    """
+    with working(f"solving, {method}{place and f' ({place})'}") as progress:
         return solve(problem, method, progress=progress, **how)
 
 

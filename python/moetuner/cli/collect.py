@@ -16,7 +16,7 @@ from moetuner.solver import Progress
 
 
 @click.command("collect")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="MODEL", shell_complete=options.completing(files=True))
 @click.option(
     "--dataset",
     type=options.IN_FILE,

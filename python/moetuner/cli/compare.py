@@ -15,6 +15,7 @@ from moetuner.cli.options.traffic import Source, Traffic, traffic_options
 from moetuner.cli.output import Output
 from moetuner.cli.reporting import load_of, write_comparison
 from moetuner.problem import Problem
+from moetuner.report.cells import counted
 from moetuner.report.gains import Gain, gains
 from moetuner.report.outcome import Outcome, head, remarks, sentences
 from moetuner.solver import ALIASES, METHODS, Result
@@ -22,7 +23,7 @@ from moetuner.statistics import hold_out
 from moetuner.trace import RoutingTrace
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
-# Splits where nobody says how many: so many, as long as another one ends within so many seconds.
+# Splits where nobody says how many: so counted, as long as another one ends within so many seconds.
 SPLITS, SECONDS = 5, 60
 # Methods are compared with this one, if it is among them.
 PEER = "eplb"
@@ -143,9 +144,14 @@ def command(
             seen, unseen = hold_out(source.traffic, holdout, seed=of)
             asked_of = asked.problem(seen, topology, window=window, threads=threads)
         results: dict[str, Result] = {}
-        for method in methods:
+        for number, method in enumerate(methods, 1):
             results[method] = solve_with(
-                method, asked_of, seed=of, time_limit=time_limit, threads=threads
+                method,
+                asked_of,
+                seed=of,
+                time_limit=time_limit,
+                threads=threads,
+                place=f"{number} of {len(methods)}, split {len(all_splits) + 1}",
             )
             interrupted = results[method].status == "interrupted"
             if interrupted:
@@ -214,7 +220,7 @@ def _goes_on(splits: int | None, holdout: float, done: int, began: float) -> boo
 
 
 def _setting(problem: Problem, window: int | None, holdout: float, unseen: Traffic) -> str:
-    machine = f"{problem.devices} devices x {problem.slots} slots"
+    machine = f"{counted(problem.devices, 'device')} x {counted(problem.slots, 'slot')}"
     if problem.topology.nodes > 1:
         machine += f" in {problem.topology.nodes} nodes"
     wanted = f"least {problem.goal}"
@@ -224,9 +230,9 @@ def _setting(problem: Problem, window: int | None, holdout: float, unseen: Traff
     if holdout == 0:
         judged = "judged on the same traffic"
     elif isinstance(unseen, RoutingTrace):
-        judged = f"judged on {unseen.tokens:,} unseen tokens"
+        judged = f"judged on {counted(unseen.tokens, 'unseen token')}"
     else:
-        judged = f"judged on {unseen.windows:,} unseen windows"
+        judged = f"judged on {counted(unseen.windows, 'unseen window')}"
     return f"{machine}, {problem.regime}, {wanted}{windows}, {judged}"
 
 

@@ -23,7 +23,7 @@ from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
 from moetuner.files import text
 from moetuner.placement import Placement
-from moetuner.report.cells import number
+from moetuner.report.cells import counted, number
 from moetuner.report.outcome import whose_times
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -86,8 +86,8 @@ def command(
     output.say(source.describe())
     windows = f", windows of {window} tokens" if window else ""
     output.say(
-        f"{text.name(placement_file.name)}: {placement.devices} devices x "
-        f"{placement.slots_per_device} slots{windows}"
+        f"{text.name(placement_file.name)}: {counted(placement.devices, 'device')} x "
+        f"{counted(placement.slots_per_device, 'slot')}{windows}"
     )
     output.say()
     rows = [("all", found), *found.by_group.items()]

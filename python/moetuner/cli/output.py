@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.progress import Progress as Screen
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moetuner.files import descriptor_of, replacing
@@ -82,9 +84,10 @@ def _finite(value: Any) -> Any:
     return value
 
 
-# A log gets the first line after a second, the next ones rarely.
+# A log gets the first line after a second, the next ones rarely; a screen is drawn anew so often.
 FIRST_S = 1.0
 INTERVAL_S = 10.0
+FRAMES_PER_S = 4
 
 
 @contextmanager
@@ -93,8 +96,20 @@ def working(label: str) -> Iterator[Callable[[Progress], None]]:
     label = printable(label)
     console = Console(stderr=True, highlight=False, markup=False)
     if console.is_terminal:
-        with console.status(label) as status:
-            yield lambda progress: status.update(f"{label}: {_line(progress)}")
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False))
+        with Screen(
+            *columns,
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            refresh_per_second=FRAMES_PER_S,
+        ) as screen:
+            task = screen.add_task(label)
+
+            def draw(progress: Progress) -> None:
+                screen.update(task, description=f"{label}: {_line(progress)}")
+
+            yield draw
         return
 
     def say(text: str) -> None:
@@ -108,7 +123,7 @@ def working(label: str) -> Iterator[Callable[[Progress], None]]:
         nonlocal last
         if time.monotonic() - last >= INTERVAL_S:
             last = time.monotonic()
-            say(f"{label}: {_line(progress)}")
+            say(f"{label}: {progress.seconds:.0f} s, {_line(progress)}")
 
     timer.start()
     try:
@@ -132,9 +147,11 @@ def shares(report: Callable[[Progress], None], of: str) -> Callable[[float], Non
 
 
 def _line(progress: Progress) -> str:
-    parts = [f"{progress.seconds:.1f} s", progress.phase]
+    parts = [progress.phase]
     if progress.objective is not None:
-        parts.append(f"objective {progress.objective:.4f}")
+        parts.append(f"best {progress.objective:.6g}")
     if progress.bound is not None:
-        parts.append(f"bound {progress.bound:.4f}")
+        parts.append(f"bound {progress.bound:.6g}")
+    if progress.gap is not None:
+        parts.append(f"gap {100 * progress.gap:.1f} %")
     return ", ".join(parts)

@@ -100,6 +100,7 @@ def command(
                 window=source.replayed or 1,
                 cost_model=model,
                 regime=regime,
+                split=split,
                 threads=source.threads,
             )
     contents = {

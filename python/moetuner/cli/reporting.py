@@ -20,7 +20,7 @@ from moetuner.evaluation.verdicts import PRICE, Verdict, gain, verdict
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice.values import Advice
-from moetuner.report.cells import percent
+from moetuner.report.cells import counted, percent
 from moetuner.report.outcome import Outcome
 from moetuner.report.page import write_page
 from moetuner.report.page.shown import Shown
@@ -114,6 +114,10 @@ def write_comparison(
 ) -> None:
     """Write the page of two outcomes of one problem."""
     problem = after.problem
+    timed = contents["settings"]["time_limit"] is not None
+    if not timed:
+        # All else is the same in every run.
+        contents = _timeless(contents)
     numbers: tuple[tuple[str, str, str], ...] = ()
     if after.worth.is_known:
         gap, note = "-", "no bound was proven"
@@ -132,6 +136,7 @@ def write_comparison(
         traffic=traffic,
         load=load,
         result=after.result,
+        timed=timed,
         numbers=numbers,
         measure=after.worth.figure,
         token_bytes=_token_bytes(problem),
@@ -237,12 +242,20 @@ def _measured(judged: Verdict) -> tuple[str, str, str]:
     return (name, f"{judged.before:.4g} → {judged.after:.4g}{unit}", note)
 
 
+def _timeless(contents: dict[str, Any]) -> dict[str, Any]:
+    """Return contents without the seconds that solves took."""
+    found = {key: each for key, each in contents.items() if key != "solve_seconds"}
+    if "methods" in found:
+        found["methods"] = {name: _timeless(each) for name, each in found["methods"].items()}
+    return found
+
+
 def _token_bytes(problem: Problem) -> float | None:
     return None if problem.cost_model is None else problem.cost_model.token_bytes
 
 
 def _subtitle(source: Source, topology: Topology) -> str:
-    machine = f"{topology.devices} devices"
+    machine = counted(topology.devices, "device")
     if topology.nodes > 1:
         machine += f" in {topology.nodes} nodes"
     if topology.name:

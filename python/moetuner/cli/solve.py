@@ -56,6 +56,7 @@ GROUPS = {
 @click.option(
     "--method",
     callback=parse_method,
+    shell_complete=options.completing(*METHODS),
     metavar="METHOD",
     default="joint",
     show_default=True,

@@ -23,8 +23,9 @@ from moetuner._checks import (
     whole_number,
 )
 from moetuner.cost import CostModel
-from moetuner.evaluation import check_model, check_times, topology_of
+from moetuner.evaluation import check_model, check_times, copies, topology_of
 from moetuner.evaluation.by_unit import of_traffic
+from moetuner.evaluation.copies import Split
 from moetuner.evaluation.intervals import (
     CONFIDENCE,
     FEWEST,
@@ -185,14 +186,15 @@ def audit(
     window: int = WINDOW,
     cost_model: CostModel | None = None,
     regime: Regime = "dispatch",
+    split: Split = "even",
     resamples: int = RESAMPLES,
     seed: int = 0,
     threads: int | None = None,
 ) -> Audit:
     """Compare a placement with a baseline for every group of the traffic.
 
-    Every group is replayed by itself, in windows of its own tokens, under both placements; copies
-    of an expert share its tokens evenly. Intervals are of a bootstrap over whole sequences; what
+    Every group is replayed by itself, in windows of its own tokens, under both placements.
+    Intervals are of a bootstrap over whole sequences; what
     several have in one window is shared out among them. Both placements see the same resamples, so
     what they have in common does not blur the change. What is named is corrected for the number of
     groups and measures (Holm's way).
@@ -210,7 +212,7 @@ def audit(
         What to compare with; experts in blocks by default, as engines place them.
     window
         Tokens per window of a trace.
-    cost_model, regime
+    cost_model, regime, split
         As in ``evaluate``; without a cost model no times are compared.
     resamples
         Number of resamples.
@@ -242,6 +244,7 @@ def audit(
     for each in (placement, baseline):
         check_model(each, traffic, topology)
     check_times(cost_model, regime)
+    copies.check(split)
     seed, threads = seed_in(seed), threads_in(threads)
     if isinstance(traffic, RoutingTrace) and not traffic.tokens:
         raise ValueError("traffic must have tokens to audit, got a trace of 0")
@@ -251,7 +254,7 @@ def audit(
     mine, theirs = (
         of_traffic(
             traffic,
-            Setting(each, topology, window, "even", with_active, threads, with_mixed=False),
+            Setting(each, topology, window, split, with_active, threads, with_mixed=False),
             cost_model,
             regime,
         )

@@ -12,7 +12,6 @@ from moetuner.evaluation import figures, replay
 from moetuner.evaluation.intervals import Sums
 from moetuner.evaluation.replay import Counts, Setting
 from moetuner.evaluation.rows import copies, mixed
-from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
@@ -54,7 +53,7 @@ def of_traffic(
             if name is None or not only_whole
         }
     [(whole, groups)] = replay.of_trace(traffic, [setting])
-    crossing = crossings(setting.placement, traffic)
+    crossing = crossings(setting, traffic)
     tokens = _tokens(traffic)
     found: dict[str | None, dict[str, Sums]] = {}
     for name, counts in _parts(whole, groups):
@@ -139,7 +138,7 @@ class _Part:
         shared = np.flatnonzero(share < 1)
         tokens = np.argsort(which, kind="stable")
         end = np.cumsum(size)
-        lists = _Lists(self._setting.placement)
+        lists = _Lists(self._setting)
         layers, devices = self._counts.load.shape[1:]
         at_once = max(CELLS // (layers * devices), 1)
         for first in range(0, len(shared), at_once):
@@ -170,7 +169,7 @@ class _Part:
         return found
 
     def _counted(self, row: Whole, tokens: Whole, lists: _Lists) -> Counts:
-        """Count some of the tokens [n] in rows [n]; copies take tokens as in an even split."""
+        """Count some of the tokens [n] in rows [n]."""
         topology, ids = self._setting.topology, self._trace.expert_ids
         layers, devices = self._counts.load.shape[1:]
         shape = (int(row.max()) + 1, layers, devices)
@@ -258,9 +257,10 @@ def of_tokens(counts: Counts, lengths: Whole, topology: Topology) -> Measures:
 
 
 class _Lists:
-    """Devices of every expert's copies."""
+    """Devices of every expert's copies, and which one serves a token."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, setting: Setting) -> None:
+        placement, topology = setting.placement, setting.topology
         lists = [copies(slots, placement.num_experts) for slots in placement.slots]
         most = max(table.shape[1] for table, _ in lists)
         self._device = np.stack(
@@ -269,23 +269,44 @@ class _Lists:
         self._device //= placement.slots_per_device
         self._number = np.stack([count for _, count in lists])
         self._layer = np.arange(placement.layers)[None, :, None]
+        self._node = topology.node_of_device
+        self._is_nearest = setting.split == "nearest"
 
     def devices(self, ids: Whole, position: Whole) -> Whole:
-        """Return devices that serve tokens of positions [t] and experts [t,L,K]: an even split."""
+        """Return devices that serve tokens of positions [t] and experts [t,L,K].
+
+        Copies that serve in turns are taken to serve by position, which is as even.
+        """
+        if self._device.shape[2] == 1:
+            alone: Whole = self._device[self._layer, ids, 0]
+            return alone
         hashed = mixed(position)[:, None, None]
-        on: Whole = self._device[self._layer, ids, hashed % self._number[self._layer, ids]]
-        return on
+        number = self._number[self._layer, ids]
+        on: Whole = self._device[self._layer, ids, hashed % number]
+        return self._near(ids, hashed, number, on) if self._is_nearest else on
+
+    def _near(self, ids: Whole, hashed: Whole, number: Whole, other: Whole) -> Whole:
+        """Return the token's home where it has a copy; else a copy of the home's node, if any."""
+        home = hashed * len(self._node) >> 32
+        held = self._device[self._layer, ids]
+        is_copy = np.arange(held.shape[3]) < number[..., None]
+        is_near = is_copy & (self._node[held] == self._node[home][..., None])
+        rank = is_near.cumsum(axis=3)
+        near = rank[..., -1]
+        which = (is_near & (rank == 1 + (hashed % np.maximum(near, 1))[..., None])).argmax(axis=3)
+        on = np.where(near > 0, np.take_along_axis(held, which[..., None], axis=3)[..., 0], other)
+        found: Whole = np.where((is_copy & (held == home[..., None])).any(axis=3), home, on)
+        return found
 
 
-def crossings(placement: Placement, trace: RoutingTrace) -> Floats | None:
+def crossings(setting: Setting, trace: RoutingTrace) -> Floats | None:
     """Compute the share of every token's pairs of neighbouring layers that cross [T].
 
-    Copies of an expert take the same tokens as in ``evaluate`` with an even split. None for a model
-    of one layer.
+    None for a model of one layer.
     """
     if trace.layers < 2:
         return None
-    lists = _Lists(placement)
+    lists = _Lists(setting)
     found = np.empty(trace.tokens)
     first = 0
     for shard in trace.shards():

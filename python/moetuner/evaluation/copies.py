@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _core
 from moetuner._checks import one_of
 from moetuner.placement import EMPTY, Placement
 from moetuner.topology import Topology
@@ -37,28 +38,26 @@ def shares(placement: Placement, topology: Topology, split: Split) -> Floats:
     return np.stack([of_layer(layer, topology.node_of_device, split) for layer in held])
 
 
-def copy_shares(placement: Placement, topology: Topology, split: Split) -> Floats | None:
-    """Compute shares [L,D,E]; None where every expert has one copy, which takes all."""
-    return shares(placement, topology, split) if placement.has_copies else None
+def slot_shares(placement: Placement, topology: Topology, split: Split) -> Floats:
+    """Compute the share of its expert's tokens that every slot serves [L,D,S]; 0 if it is empty."""
+    slots = placement.slots
+    layer, expert = np.arange(placement.layers)[:, None, None], np.maximum(slots, 0)
+    if split != "nearest" or not placement.has_copies:
+        held = placement.replicas[layer, expert]
+        return np.divide(1.0, held, out=np.zeros(slots.shape), where=slots != EMPTY)
+    device = np.arange(placement.devices)[None, :, None]
+    each = shares(placement, topology, split)[layer, device, expert]
+    return np.where(slots == EMPTY, 0.0, each)
 
 
-def served(placement: Placement, share: Floats | None, load: NDArray[Any]) -> Floats:
+def served(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
     """Return tokens that every device serves [W,L,D], of those of experts [W,L,E].
 
-    Shares are those of ``copy_shares``.
+    Slots serve shares [L,D,S], as ``slot_shares`` has them.
     """
-    slots = placement.slots
-    if share is None:
-        filled = slots != EMPTY
-        cell = slots + np.arange(placement.layers)[:, None, None] * placement.num_experts
-        of_slot = load.reshape(len(load), -1).take(cell, axis=1)
-        alone: Floats = (of_slot if filled.all() else of_slot * filled).sum(
-            axis=3, dtype=np.float64
-        )
-        return alone
-    # Layers first: a product of matrices for each.
-    by_layer = np.matmul(load.transpose(1, 0, 2).astype(np.float64), share.transpose(0, 2, 1))
-    return np.ascontiguousarray(by_layer.transpose(1, 0, 2))
+    if load.dtype not in (np.float64, np.uint64, np.bool_):
+        load = load.astype(np.float64)
+    return _core.expected_load((placement.slots, share), np.ascontiguousarray(load))
 
 
 def of_layer(held: Floats, node: NDArray[np.int64], split: Split) -> Floats:

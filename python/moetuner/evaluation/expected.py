@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _core
 from moetuner.evaluation import copies
 from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement
@@ -20,27 +21,20 @@ Floats = NDArray[np.float64]
 
 
 def visits(
-    share: Floats, sets: Sequence[ExpertSets], node: NDArray[np.int64]
+    placement: Placement,
+    share: Floats,
+    sets: Sequence[ExpertSets],
+    node: NDArray[np.int64],
+    threads: int | None = None,
 ) -> tuple[Floats, Floats]:
     """Return tokens that visit every device [L,D], and every node [L,N].
 
-    Copies, which take shares [L,D,E] of their expert's tokens, are taken to be chosen independently
-    of each other.
+    Copies, whose slots serve shares [L,D,S] of their expert's tokens, are taken to be chosen
+    independently of each other.
     """
-    layers, devices, _ = share.shape
-    nodes = int(node.max()) + 1
-    found, of_nodes = np.empty((layers, devices)), np.empty((layers, nodes))
-    for layer, (mine, tokens) in enumerate(zip(share, sets, strict=True)):
-        # Share of a set's tokens that do not visit a device [N,D], or a node.
-        missed = np.ones((len(tokens), devices))
-        far = np.ones((len(tokens), nodes))
-        in_node = np.stack([mine[node == n].sum(axis=0) for n in range(nodes)])
-        for expert in tokens.ids.T:
-            missed *= 1 - mine.T[expert]
-            far *= 1 - in_node.T[expert]
-        count = tokens.counts.astype(np.float64)
-        found[layer], of_nodes[layer] = count @ (1 - missed), count @ (1 - far)
-    return found, of_nodes
+    each = [(of.ids, of.counts) for of in sets]
+    slots = (placement.slots, share)
+    return _core.expected_visits(slots, placement.num_experts, node.tolist(), each, threads=threads)
 
 
 def followed(
@@ -51,11 +45,10 @@ def followed(
     A token has one home in all layers; apart from that, copies are taken to be chosen independently
     of each other.
     """
-    tables = transitions.astype(np.float64)
     if split != "nearest" or not placement.has_copies:
-        share = copies.shares(placement, topology, split)
-        mean: Floats = np.matmul(np.matmul(share[:-1], tables), share[1:].transpose(0, 2, 1))
-        return mean
+        share = copies.slot_shares(placement, topology, split)
+        return _core.expected_followed((placement.slots, share), transitions)
+    tables = transitions.astype(np.float64)
     found = np.empty((len(tables), placement.devices, placement.devices))
     layers = copies.by_home(placement, topology, split)
     _, here = next(layers)
@@ -92,12 +85,12 @@ def dispatched(
     return rows
 
 
-def active(placement: Placement, share: Floats | None, expert_load: NDArray[Any]) -> Floats:
+def active(placement: Placement, share: Floats, expert_load: NDArray[Any]) -> Floats:
     """Return experts of every device that have a token, or are expected to [W,L,D].
 
-    Of shares of every window's tokens [W,L,E], as ``copies.copy_shares`` has them.
+    Of every window's tokens [W,L,E]; slots serve shares [L,D,S], as ``slot_shares`` has them.
     """
-    if share is None:
+    if not placement.has_copies:
         return copies.served(placement, share, expert_load > 0)
     found = np.empty((len(expert_load), placement.layers, placement.devices))
     for layer, slots in enumerate(placement.slots):
@@ -106,7 +99,7 @@ def active(placement: Placement, share: Floats | None, expert_load: NDArray[Any]
         load = expert_load[:, layer, expert].astype(np.float64)
         # A copy with a share of the tokens is idle if all of them go to others.
         with np.errstate(divide="ignore", invalid="ignore"):
-            rest = np.log1p(-share[layer, device, expert])
+            rest = np.log1p(-share[layer, device, slot])
             busy = np.where(load > 0, 1 - np.exp(load * rest), 0.0)
         found[:, layer] = busy @ np.equal.outer(device, np.arange(placement.devices))
     return found

@@ -96,7 +96,7 @@ def _by_device(counts: Counts, topology: Topology, of_all: NDArray[Any]) -> Floa
 
     All windows together have visits ``of_all`` [L,D].
     """
-    visits: Floats = counts.visits.transpose(1, 0, 2).astype(np.float64)
+    visits: Floats = counts.visits.transpose(1, 0, 2).astype(np.float64, order="C")
     total = np.maximum(of_all.astype(np.float64), 1e-300)
     from_home = counts.dispatch / total[:, None, :]
     ports = []

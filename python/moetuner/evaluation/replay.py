@@ -229,7 +229,7 @@ def _active(setting: Setting, expert_load: Numbers | None) -> Numbers:
     """Count experts with a token [W,L,D], as few bytes each as hold them where that is exact."""
     assert expert_load is not None
     placement = setting.placement
-    share = copies.copy_shares(placement, setting.topology, setting.split)
+    share = copies.slot_shares(placement, setting.topology, setting.split)
 
     def active(load: Numbers) -> Numbers:
         found = expected_.active(placement, share, load)
@@ -296,13 +296,15 @@ class _Arrival:
         if self._load is None:
             assert self._experts is not None
             self._load = self._experts.finish()
-        placement = self._settings[number].placement
+        setting = self._settings[number]
+        placement = setting.placement
         if placement.has_copies:
             return _in_turns(placement, self._load)
         of_experts = self._load.transpose(1, 0, 2)
+        share = copies.slot_shares(placement, setting.topology, setting.split)
 
         def served(some: Numbers) -> Numbers:
-            found = copies.served(placement, None, np.ascontiguousarray(some))
+            found = copies.served(placement, share, some)
             return found.astype(np.min_scalar_type(int(found.max(initial=0))))
 
         return by_block(of_experts, served)
@@ -372,23 +374,36 @@ class Counted(Protocol):
 class Expected:
     """A placement under traffic of which there are counts: copies take shares of the tokens."""
 
-    def __init__(self, statistics: Counted, setting: Setting) -> None:
+    def __init__(
+        self,
+        statistics: Counted,
+        setting: Setting,
+        *,
+        follows: bool = True,
+        visits: tuple[Floats, Floats] | None = None,
+    ) -> None:
+        """Without ``follows`` leave out pairs of neighbouring layers.
+
+        ``visits`` of devices [L,D] and nodes [L,N] are counted unless they are known.
+        """
         self._setting = setting
         topology = setting.topology
-        self._share = copies.copy_shares(setting.placement, topology, setting.split)
+        self._share = copies.slot_shares(setting.placement, topology, setting.split)
         self._follow: Floats | None = None
-        if statistics.transitions is not None:
+        if follows and statistics.transitions is not None:
             self._follow = expected_.followed(
                 setting.placement, topology, setting.split, statistics.transitions
             )
         self._tokens: int | None = None
         if statistics.sets is not None:
             self._tokens = int(statistics.sets[0].counts.sum())
-            share = copies.shares(setting.placement, topology, setting.split)
-            visits, of_nodes = expected_.visits(share, statistics.sets, topology.node_of_device)
-            load = np.einsum("lde,le->ld", share, statistics.set_load.astype(np.float64))
+            placement = setting.placement
+            of_devices, of_nodes = visits or expected_.visits(
+                placement, self._share, statistics.sets, topology.node_of_device, setting.threads
+            )
+            load = copies.served(placement, self._share, statistics.set_load[None])[0]
             # Visits for each token of load: in every window as in all.
-            self._met = _ratio(visits, load)
+            self._met = _ratio(of_devices, load)
             self._met_nodes = _ratio(of_nodes, _of_nodes(load, topology))
 
     def counts(self, window_load: Numbers, total: Numbers | None = None) -> Counts:

@@ -130,8 +130,7 @@ def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> V
 def gain(before: Evaluation, after: Evaluation, measure: str, *, seed: int = 0) -> Spread:
     """Return the share of a measure that is saved, with its spread over the traffic's units.
 
-    Copies are taken to serve in even parts, whatever the evaluations' split; figures of a mixed
-    arrival, and those that depend on given homes, have no spread.
+    Figures of a mixed arrival, and those that depend on given homes, have no spread.
     """
     old, new = getattr(before, measure), getattr(after, measure)
     value = 1 - new / old if old else 0.0

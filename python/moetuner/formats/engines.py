@@ -40,6 +40,8 @@ class Engine:
         whole.
     regime
         What moves: tokens fan out from their home device and come back, in all of them.
+    has_low_latency
+        Whether it may exchange tokens by DeepEP's low-latency kernels, see ``tokens_per_rank``.
     """
 
     title: str
@@ -50,11 +52,18 @@ class Engine:
     may_repeat: bool = True
     keeps_groups: bool = False
     regime: Regime = "dispatch"
+    has_low_latency: bool = False
 
 
 ENGINES: dict[str, Engine] = {
-    "vllm": Engine("vLLM", "even", "by a hash of the token"),
-    "sglang": Engine("SGLang", "nearest", "the nearest, as static dispatch does", may_repeat=False),
+    "vllm": Engine("vLLM", "even", "by a hash of the token", has_low_latency=True),
+    "sglang": Engine(
+        "SGLang",
+        "nearest",
+        "the nearest, as static dispatch does",
+        may_repeat=False,
+        has_low_latency=True,
+    ),
     "tensorrt-llm": Engine("TensorRT-LLM", "round_robin", "in turns"),
     "vllm-ascend": Engine(
         "vllm-ascend", "even", "one for each device, in turns over devices", may_repeat=False
@@ -63,6 +72,30 @@ ENGINES: dict[str, Engine] = {
     "deepspeed": Engine("DeepSpeed", arrival="bursts", may_copy=False, keeps_groups=True),
     "transformers": Engine("transformers", arrival="bursts", may_copy=False, keeps_groups=True),
 }
+
+# Bytes that a buffer of DeepEP's low-latency kernels stays below: it is counted in 16 bytes, by 32
+# bits with a sign.
+BUFFER = 16 * (2**31 - 1)
+
+
+def tokens_per_rank(hidden: int, slots: int) -> int:
+    """Compute how many tokens a rank may send at once by DeepEP's low-latency kernels.
+
+    Each of two buffers sends and receives a message for every token and slot of all ranks: a row
+    in 16 bits, and the scales of its blocks of 128 (``LowLatencyLayout`` of DeepEP 1.2; vLLM's
+    ``max_num_batched_tokens`` and SGLang's ``SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK`` have
+    to stay within it).
+
+    Parameters
+    ----------
+    hidden
+        Size of a token's row.
+    slots
+        Of all ranks in a layer, those for copies included.
+    """
+    message = 2 * hidden + 4 * (hidden // 128)
+    signals = -(-4 * slots // 128) * 128
+    return int(max((BUFFER - 1 - 2 * signals) // (4 * slots * message), 0))
 
 
 def engine_settings(

@@ -102,7 +102,7 @@ def rebalance_experts(
     --------
     >>> from moetuner.plugins import rebalance_experts
     >>> rebalance_experts([[8, 1, 1, 2]], 6, None, 1, 2).tolist()
-    [[0, 3, 1, 0, 2, 3]]
+    [[0, 1, 3, 0, 2, 3]]
     """
     case = _Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map)
     rules = Rules(budget, dead_zone, deviations, group_slack, traffic)

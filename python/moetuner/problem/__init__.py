@@ -18,7 +18,7 @@ from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, filled
 from moetuner.problem import capacity
 from moetuner.problem.caps import Caps
-from moetuner.problem.objective import Goal, Objective
+from moetuner.problem.objective import Goal, Objective, Remembered
 from moetuner.problem.pins import Pin, Rules, rules_of
 from moetuner.problem.windows import Risk, Windows, windows_of
 from moetuner.statistics import RoutingStatistics
@@ -222,6 +222,11 @@ class Problem(Frozen):
     def slots(self) -> int:
         """Slots of a device in a layer, S: the most of any."""
         return int(self.capacity.max())
+
+    @cached_property
+    def remembered(self) -> Remembered:
+        """What the objective was of the last placements."""
+        return Remembered()
 
     @cached_property
     def load(self) -> NDArray[np.uint64]:

@@ -105,7 +105,7 @@ class Caps:
 
 def slowest(placement: Placement, load: Floats, topology: Topology, split: Split) -> Floats:
     """Compute the largest load over speed of a device in windows and layers [W,L], of [W,L,E]."""
-    share = copies.copy_shares(placement, topology, split)
+    share = copies.slot_shares(placement, topology, split)
     each = copies.served(placement, share, load)
     slowest: Floats = (each / topology.speed_of_device).max(axis=2)
     return slowest

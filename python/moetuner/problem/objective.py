@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _core
 from moetuner._checks import instance, shown
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, expected, figures, replay
@@ -21,6 +23,41 @@ from moetuner.topology import Regime, Topology
 
 Floats = NDArray[np.float64]
 Goal = Literal["time", "balance", "traffic"]
+Value = TypeVar("Value")
+
+
+# Placements of which it is remembered what they are worth.
+REMEMBERED = 16
+
+
+class Remembered:
+    """What the last placements came to: a solve asks for some of them again and again."""
+
+    def __init__(self) -> None:
+        self._known: deque[tuple[tuple[str, bytes], Any]] = deque(maxlen=REMEMBERED)
+        self._always: dict[str, Any] = {}
+
+    def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
+        """Forget all when a problem is pickled or copied."""
+        return Remembered, ()
+
+    def of(self, what: str, placement: Placement, compute: Callable[[], Value]) -> Value:
+        """Return what was computed of a placement before, or compute it; nobody may change it."""
+        key = what, placement.slots.tobytes()
+        for known, value in tuple(self._known):
+            if known == key:
+                return cast("Value", value)
+        value = compute()
+        if isinstance(value, np.ndarray):
+            value.setflags(write=False)
+        self._known.append((key, value))
+        return value
+
+    def once(self, what: str, compute: Callable[[], Value]) -> Value:
+        """Return what does not depend on the placement, computed when it is first asked for."""
+        if what not in self._always:
+            self._always[what] = compute()
+        return cast("Value", self._always[what])
 
 
 class Wanted(Protocol):
@@ -44,6 +81,8 @@ class Wanted(Protocol):
     def arrival(self) -> str | float: ...  # noqa: D102
     @property
     def load(self) -> NDArray[np.uint64]: ...  # noqa: D102
+    @property
+    def remembered(self) -> Remembered: ...  # noqa: D102
     @property
     def layers(self) -> int: ...  # noqa: D102
     @property
@@ -218,7 +257,21 @@ class Objective:
         load
             Their windows of load [W,L,E], all that are judged by default.
         """
+        if statistics is None and load is None:
+            whole, windows = self.problem.statistics, self.problem.windows
+            # Of other windows nothing is remembered.
+            means = vars(windows).get("searched")
+            if self.windows is windows or self.windows is means:
+                what = "window cost" + " of means" * (self.windows is not windows)
+                return self.problem.remembered.of(
+                    what, placement, lambda: self._window_cost(placement, whole, None)
+                )
         statistics = self.problem.statistics if statistics is None else statistics
+        return self._window_cost(placement, statistics, load)
+
+    def _window_cost(
+        self, placement: Placement, statistics: replay.Counted, load: Floats | None
+    ) -> Floats:
         if self.problem.goal == "time":
             # Homes are of all windows together; those that are given are all there are.
             total = self.windows.total[None] if load is None and self._is_many else None
@@ -269,11 +322,11 @@ class Objective:
             threads=None,
             with_mixed=False,
         )
-        expected, regime, layers = (
-            replay.Expected(statistics, setting),
-            self.problem.regime,
-            self.problem.layers,
-        )
+        layers, regime = self.problem.layers, self.problem.regime
+        visits = None
+        if statistics is self.problem.statistics and statistics.sets is not None:
+            visits = self._count_visits(placement)
+        expected = replay.Expected(statistics, setting, follows=regime == "follow", visits=visits)
 
         def times(load: Floats) -> Floats:
             counts = expected.counts(load, total)
@@ -316,6 +369,9 @@ class Objective:
         With one copy of each expert it is ``cost`` over ``scale``; with copies it is expected.
         """
         instance("placement", placement, Placement)
+        return self.problem.remembered.of("traffic", placement, lambda: self._traffic(placement))
+
+    def _traffic(self, placement: Placement) -> float:
         if self.counts_visits:
             return float(self._visits(placement).sum())
         if not placement.has_copies:
@@ -349,12 +405,12 @@ class Objective:
             return 0
         device_of = placement.device_of
         there = device_of[1:] if self.problem.regime == "follow" else device_of
-        costs, inverse = np.unique(self.link_cost, return_inverse=True)
-        kind = inverse.astype(np.int32).reshape(self.link_cost.shape)
-        total = 0
-        for table, one, other in zip(self.pairs, device_of, there, strict=False):
-            link = kind[np.ix_(one, other)]
-            total += sum(int(c) * _exact_sum(table[link == k]) for k, c in enumerate(costs) if c)
+        total = _core.pair_cost(
+            device_of[: len(there)].astype(np.uint16),
+            there.astype(np.uint16),
+            self.pairs,
+            self.link_cost.astype(np.uint64),
+        )
         return total if self.problem.regime == "follow" else total // 2
 
     @cached_property
@@ -364,9 +420,12 @@ class Objective:
             return self.problem.topology.cost
         return 1 - np.eye(self.problem.devices, dtype=np.int64)
 
-    @cached_property
+    @property
     def scale(self) -> int:
         """Cost if every counted pair moved over the cheapest link; shares are of it."""
+        return self.problem.remembered.once("scale", self._scale)
+
+    def _scale(self) -> int:
         pairs = self.pairs
         counted = 0 if pairs is None else sum(_exact_sum(table) for table in pairs)
         if self.problem.regime == "dispatch":
@@ -411,27 +470,34 @@ class Objective:
 
     def _apart(self, placement: Placement) -> Floats:
         """Compute the share of all co-activated pairs that are apart, by layer [L]."""
-        shares = copies.shares(placement, self.problem.topology, self.problem.split)
-        tables = self.problem.statistics.coactivation_or_empty
-        apart = [
-            (table.astype(np.float64) * (1 - share.T @ share)).sum() / 2
-            for share, table in zip(shares, tables, strict=True)
-        ]
-        return np.array(apart) / self.scale
+        share = copies.slot_shares(placement, self.problem.topology, self.problem.split)
+        pairs = self.problem.statistics.coactivation_or_empty
+        return _core.expected_apart((placement.slots, share), pairs) / self.scale
 
     def _visits(self, placement: Placement) -> Floats:
         """Compute what every layer [L] adds to the visits of a token.
 
         Copies are taken to be chosen independently of each other.
         """
-        topology, sets = self.problem.topology, self.problem.statistics.sets
+        sets = self.problem.statistics.sets
         assert sets is not None
         device_cost, node_cost = self.visit_costs
-        shares = copies.shares(placement, topology, self.problem.split)
-        devices, nodes = expected.visits(shares, sets, topology.node_of_device)
+        devices, nodes = self._count_visits(placement)
         tokens = sum(float(of.counts.sum()) for of in sets)
         total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
         return total / max(tokens, 1.0)
+
+    def _count_visits(self, placement: Placement) -> tuple[Floats, Floats]:
+        """Count the tokens that visit every device [L,D], and every node [L,N]."""
+        problem, topology = self.problem, self.problem.topology
+        sets = problem.statistics.sets
+        assert sets is not None
+
+        def count() -> tuple[Floats, Floats]:
+            share = copies.slot_shares(placement, topology, problem.split)
+            return expected.visits(placement, share, sets, topology.node_of_device)
+
+        return problem.remembered.of("visits", placement, count)
 
 
 def _exact_sum(table: NDArray[np.uint64]) -> int:

@@ -16,3 +16,8 @@ def percent(value: float | None) -> str:
 def signed(value: float | None) -> str:
     """Write a share with its sign."""
     return "-" if value is None else f"{round(100 * value, 1) + 0.0:+.1f} %"
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number of things."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

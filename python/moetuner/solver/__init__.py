@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
@@ -19,7 +18,16 @@ from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.bounds.pairs import verify
 from moetuner.solver.joint import SEARCHES
 from moetuner.solver.migration import Migration, Trade, migrate, pareto
-from moetuner.solver.result import Candidate, Details, Limits, Progress, Result, Status
+from moetuner.solver.result import (
+    Candidate,
+    Clock,
+    Details,
+    History,
+    Limits,
+    Progress,
+    Result,
+    Status,
+)
 from moetuner.solver.search.balanced import no_worse
 
 __all__ = [
@@ -99,7 +107,8 @@ def solve(
     threads
         Threads to use, all cores by default.
     progress
-        Called now and then with a ``Progress``, from the calling thread.
+        Called now and then with a ``Progress``, from the calling thread: the phase, and the best
+        objective and bound so far. ``Result.history`` keeps what changed, listened to or not.
     initial
         The placement that runs, to be improved by few moves; experts that stay keep their slots.
         With ``joint`` and ``heuristic``.
@@ -141,15 +150,12 @@ def solve(
     if initial is not None and not searches:
         raise ValueError(f"initial needs method joint or heuristic, got {method!r}")
 
-    history: list[Progress] = []
-
-    def tell(line: Progress) -> None:
-        assert progress is not None
-        history.append(line)
-        progress(line)
-
-    limits = replace(limits, progress=progress and tell)
-    begin, limits = time.perf_counter(), limits.counting()
+    history = History(progress)
+    limits = replace(limits, progress=history.tell)
+    clock, limits = Clock(limits), limits.counting()
+    # Of large tables this takes a while: not after the search, when the time is over.
+    fingerprint = problem.statistics.fingerprint
+    limits = replace(limits, time_limit=clock.within().time_limit)
     if initial is None:
         candidate = METHODS[method](problem, seed=seed, limits=limits)
         if problem.is_plain and searches:
@@ -162,7 +168,6 @@ def solve(
         caps = told(problem, candidate, threads=threads)
         details = replace(candidate.details, caps=caps).searched(**_stood_for(problem))
         candidate = replace(candidate, details=details)
-    seconds = time.perf_counter() - begin
 
     # Bounds of pairs are costs; those of visits are of what they are a bound of.
     worth = Objective(problem)
@@ -175,11 +180,12 @@ def solve(
     violations = problem.violations(placement)
     if initial is not None and migration.budget is not None:
         violations += _beyond_budget(initial, placement, migration.budget, expert_bytes)
+    seconds = clock.gone
     return Result(
         placement=placement.with_names(
             model=problem.statistics.model,
             topology=problem.topology.name,
-            fingerprint=problem.statistics.fingerprint,
+            fingerprint=fingerprint,
             objective=objective,
             bound=bound,
             bound_scope=about,
@@ -194,7 +200,7 @@ def solve(
         certificate=candidate.certificate,
         bound_scope=about,
         violations=violations,
-        history=tuple(history),
+        history=history.end(Progress(seconds, "answer", objective, bound, is_step=True)),
     )
 
 

@@ -50,7 +50,12 @@ def lpt(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     if problem.may_copy or not _is_even(problem):
         return Candidate(balanced(problem))
     packed = _core.lpt(
-        problem.load, problem.devices, problem.slots, improve=True, threads=limits.threads
+        problem.load,
+        problem.devices,
+        problem.slots,
+        improve=True,
+        time_limit=limits.time_limit,
+        threads=limits.threads,
     )
     return Candidate(packed)
 

@@ -22,6 +22,7 @@ from moetuner.solver.exact.enumeration import eased, enumerated, fewest_visits
 from moetuner.solver.exact.partitions import chain
 from moetuner.solver.milp.colocation import colocation, fits
 from moetuner.solver.result import BoundDetails, Candidate, Clock, Limits, MoveCost
+from moetuner.solver.search.balanced import balanced
 from moetuner.solver.search.fanout import dispatch
 from moetuner.solver.search.layerwise import LayerSearch, layers, without_spare
 from moetuner.solver.search.move_cost import widened
@@ -39,7 +40,10 @@ def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
         share = effort.SEARCH_SHARE if proves_pairs(problem) else 1.0
         found = heuristic(problem, seed=seed, limits=clock.within(share))
         return bounded(problem, found, clock.within())
-    exact = None if limits.time_limit == 0 else _optimum(problem, clock.within())
+    try:
+        exact = None if limits.time_limit == 0 else _optimum(problem, clock.within())
+    except KeyboardInterrupt:
+        return Candidate(balanced(problem), "interrupted")
     if exact is not None:
         return exact
     found = heuristic(problem, seed=seed, limits=clock.within(effort.SEARCH_SHARE))
@@ -69,11 +73,12 @@ def heuristic(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
         found = _eased(problem, found, seed, clock.within())
         return best_of_all(problem, found, clock.within())
     if Objective(problem).counts_visits:
-        least = None if limits.time_limit == 0 else fewest_visits(problem, problem.caps.over_speed)
+        clock = Clock(limits)
+        least = fewest_visits(problem, problem.caps.over_speed, clock)
         if least is not None:
             visits = Objective(problem).traffic(Placement(least, num_experts=problem.experts))
             return Candidate(least, "optimal", visits, "every placement")
-        return dispatch(problem, seed=seed, limits=limits, copies=problem.may_copy)
+        return dispatch(problem, seed=seed, limits=clock.within(), copies=problem.may_copy)
     if not problem.may_copy:
         return search_traffic(problem, seed=seed, limits=limits)
     # The best with one copy of each expert is a start; copies must better it.
@@ -100,6 +105,7 @@ def best_of_all(
     Nothing is tried in less time than it may take. Where moving has a price, the best is not
     proven: without, others may be better.
     """
+    clock = Clock(limits)
     short = limits.time_limit is not None and limits.time_limit < effort.ENUMERATION_SECONDS
     if found.status != "feasible" or problem.goal == "traffic" or short:
         return found
@@ -110,7 +116,7 @@ def best_of_all(
     objective, caps = Objective(problem), problem.caps.over_speed
     price = 0.0 if moving is None else moving.price * moving.moved(found.slots)
     known = np.inf if exceeds else objective.value(placement) + price
-    best = enumerated(problem, known, caps=caps, moving=moving)
+    best = enumerated(problem, known, caps=caps, moving=moving, clock=clock)
     if best is not None:
         slots = best if len(best) else found.slots
         if moving is not None:
@@ -120,7 +126,7 @@ def best_of_all(
             found, slots=slots, status="optimal", bound=value, bound_source="every placement"
         )
     single = without_spare(problem) if moving is None else None
-    best = None if single is None else enumerated(single, known, caps=caps)
+    best = None if single is None else enumerated(single, known, caps=caps, clock=clock)
     if best is None or not len(best):
         return found
     return replace(found, slots=widened(problem, best))
@@ -128,9 +134,12 @@ def best_of_all(
 
 def _eased(problem: Problem, found: Candidate, seed: int, limits: Limits) -> Candidate:
     """Search again from contents that exceed caps less, where those of a layer can all be tried."""
-    start = None if found.status != "feasible" else eased(problem, found.slots)
-    if start is None or limits.time_limit == 0:
+    clock = Clock(limits)
+    searched = found.status == "feasible" and not clock.is_over()
+    start = eased(problem, found.slots) if searched else None
+    if start is None or clock.is_over():
         return found
+    limits = clock.within()
     search = LayerSearch(problem, seed)
     again = search.run(limits, start=start)
     return min(found, again, key=lambda each: search.rank_of_all(each.slots))
@@ -154,6 +163,7 @@ def _optimum(problem: Problem, limits: Limits) -> Candidate | None:
 def _with_bound(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
     """Add what pairs cost at least, and whether that is near enough."""
     cost = Objective(problem).cost(Placement(found.slots, num_experts=problem.experts))
+    limits.tell("bound", cost / Objective(problem).scale)
     proven = bound(problem, problem.caps.kept(found.slots), limits=limits, target=cost)
     if proven is None:
         return found

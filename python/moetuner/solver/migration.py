@@ -122,6 +122,7 @@ class _Migrating:
             )
         self.best = Candidate(self.start)
         self.rank = self.rank_of(self.start, fewest)
+        self._tell()
 
     def freely(self, method: Callable[..., Candidate]) -> None:
         """Solve from nothing; what runs is one start more, if it is better than that."""
@@ -203,6 +204,7 @@ class _Migrating:
         rank = self.rank_of(found.slots, moved)
         if moved <= self.most and rank < self.rank:
             self.best, self.rank = found, rank
+            self._tell()
             return True
         if rank == self.rank and found.status == "optimal":
             self.best = replace(found, slots=self.best.slots)
@@ -211,6 +213,12 @@ class _Migrating:
         details = self.best.details.or_else(found.details)
         self.best = replace(self.best, status=status, details=details)
         return False
+
+    def _tell(self) -> None:
+        """Tell of the best so far where its rank is its objective."""
+        excess, value = self.rank
+        if not excess and self.price == 0:
+            self.clock.limits.tell("moves", value)
 
     def rank_of(self, slots: Slots, moved: int) -> tuple[float, float]:
         """Load above caps in parts of them, then the objective with moves at their price."""

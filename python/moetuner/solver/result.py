@@ -29,6 +29,8 @@ class Progress(Frozen):
     """One line of a long solve.
 
     Seconds since it began, the phase, and the best objective and bound (None while unknown).
+    ``is_step`` where a step of the search has ended with it: without a time limit these lines, but
+    for their seconds, are the same in every run, while others depend on when somebody looked.
 
     Examples
     --------
@@ -41,6 +43,51 @@ class Progress(Frozen):
     phase: str
     objective: float | None = None
     bound: float | None = None
+    is_step: bool = False
+
+    @property
+    def gap(self) -> float | None:
+        """(objective - bound) / objective; None while one of them is unknown."""
+        if self.objective is None or self.bound is None:
+            return None
+        return max((self.objective - self.bound) / self.objective, 0.0) if self.objective else 0.0
+
+
+class History:
+    """What a solve tells on its way: the best and the bound so far, every change of them once.
+
+    Parameters
+    ----------
+    listener
+        Who else hears of it, now and then.
+    """
+
+    def __init__(self, listener: Callable[[Progress], None] | None = None) -> None:
+        self.listener = listener
+        self.lines: list[Progress] = []
+
+    def tell(self, line: Progress) -> None:
+        """Add a line, with what was known before it where it knows nothing better."""
+        if self.lines:
+            last = self.lines[-1]
+            objectives = [each.objective for each in (line, last) if each.objective is not None]
+            bounds = [each.bound for each in (line, last) if each.bound is not None]
+            line = replace(
+                line, objective=min(objectives, default=None), bound=max(bounds, default=None)
+            )
+            changed = (line.phase, line.objective, line.bound)
+            is_new = line.is_step or changed != (last.phase, last.objective, last.bound)
+        else:
+            is_new = True
+        if is_new:
+            self.lines.append(line)
+        # Between phases nobody is called: what a listener raises there, nobody waits for.
+        if self.listener is not None and not line.is_step:
+            self.listener(line)
+
+    def end(self, line: Progress) -> tuple[Progress, ...]:
+        """Return all lines, the answer's as the last."""
+        return (*self.lines, line)
 
 
 @dataclass(frozen=True)
@@ -93,6 +140,21 @@ class Limits:
             self,
             progress=lambda line: report(replace(line, seconds=time.monotonic() - begin)),
         )
+
+    def muted(self) -> Limits:
+        """Return the same limits, of which nobody hears values: they are in another unit."""
+        progress = self.progress
+        if progress is None:
+            return self
+        report = progress
+        return replace(
+            self, progress=lambda line: report(replace(line, objective=None, bound=None))
+        )
+
+    def tell(self, phase: str, objective: float) -> None:
+        """Tell of a better placement, if somebody listens; who counts the seconds adds them."""
+        if self.progress is not None:
+            self.progress(Progress(0.0, phase, objective, is_step=True))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -233,7 +295,7 @@ class Details(Frozen):
     >>> problem = mt.Problem(mt.RoutingStatistics.from_load(load), mt.Topology(2), max_imbalance=1)
     >>> details = mt.solve(problem).details
     >>> details.caps.infeasible, details.to_dict()["caps_raised"]
-    ({}, {})
+    ({0: (1.25, 1.25)}, {0: 1.25})
     """
 
     search: SearchDetails = field(default_factory=SearchDetails)
@@ -300,8 +362,8 @@ class Result(Frozen):
     links are equal). ``bound_scope`` says of which placements ``bound`` is a bound: whether they
     may have copies of experts, and which load caps they keep. ``violations`` are rules that the
     placement breaks, in words; ``status`` then is ``"violates rules"``, unless all that is broken
-    is a load cap that had to be raised, as ``details.caps.raised`` says. ``history`` is what was
-    reported on the way, where somebody listened.
+    is a load cap that had to be raised, as ``details.caps.raised`` says. ``history`` tells the way:
+    the phases, and every change of the best objective and the bound, the answer's last.
 
     Examples
     --------
@@ -373,23 +435,45 @@ class Clock:
         self.limits = limits
         self.begin = time.monotonic()
 
-    def within(self, share: float = 1.0) -> Limits:
-        """Return the limits with a share of the time that is left; all of it by default."""
-        if self.limits.time_limit is None:
+    @property
+    def gone(self) -> float:
+        """Seconds since the clock was started."""
+        return time.monotonic() - self.begin
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that are left, at least 0; None without a limit."""
+        limit = self.limits.time_limit
+        return None if limit is None else max(limit - self.gone, 0.0)
+
+    def is_over(self) -> bool:
+        """Whether no time is left."""
+        return self.left == 0
+
+    def within(self, share: float = 1.0, *, keep: float = 0.0) -> Limits:
+        """Return the limits with a share of the time that is left; all of it by default.
+
+        ``keep`` seconds of it are kept back for what is to come.
+        """
+        left = self.left
+        if left is None:
             return self.limits
-        left = self.limits.time_limit - (time.monotonic() - self.begin)
-        return replace(self.limits, time_limit=max(left, 0.0) * share)
+        return replace(self.limits, time_limit=max(left - keep, 0.0) * share)
 
     def rest(self) -> Limits:
         """Return the time that is left, threads and progress, for what has its own iterations."""
         return replace(self.within(), iterations=None, gap=None)
 
     def report(self, phase: str) -> Callable[[float | None, float], None] | None:
-        """Turn what HiGHS reports into `Progress` of a phase."""
+        """Turn what HiGHS reports of a programme, whose unit is its own, into `Progress`."""
         progress = self.limits.progress
         if progress is None:
             return None
         report = progress
-        return lambda objective, bound: report(
-            Progress(time.monotonic() - self.begin, phase, objective, bound)
-        )
+
+        def tell(objective: float | None, bound: float) -> None:
+            gap = Progress(self.gone, phase, objective, bound).gap
+            told = phase if gap is None else f"{phase}, {100 * gap:.1f} % from their optimum"
+            report(Progress(self.gone, told))
+
+        return tell

@@ -9,6 +9,8 @@
 //! of each of its experts, in the order of devices: this gives the expected fanout of an even split, and comes close for
 //! others.
 
+use std::sync::{Arc, LazyLock};
+
 use crate::layer::{EMPTY, Layer, Move, Placement};
 
 /// Bits in a word.
@@ -17,6 +19,9 @@ const WORD: usize = 64;
 const WORDS: usize = 8;
 /// Parts that a set's tokens are cut into where experts have copies: divisible by most numbers of copies.
 const PARTS: u64 = 12;
+
+/// Sets that are made when a search first asks for them: what a time limit leaves out costs nothing.
+pub type Lazy = Arc<LazyLock<Sets, Box<dyn FnOnce() -> Sets + Send>>>;
 
 /// Expert sets of a layer and what their visits cost.
 #[derive(Debug, Clone)]
@@ -66,6 +71,12 @@ impl Sets {
             }
         }
         Self { words, rows, planes, device_cost: 0.0, node_cost: 0.0 }
+    }
+
+    /// The same, made when it is first asked for.
+    #[must_use]
+    pub fn later(make: impl FnOnce() -> Self + Send + 'static) -> Lazy {
+        Arc::new(LazyLock::new(Box::new(make)))
     }
 
     fn row(&self, expert: u16) -> &[u64] {

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from moetuner.evaluation.copies import SPLITS
 from moetuner.files import same_file
@@ -133,7 +134,7 @@ def as_options(text: str) -> str:
 
 
 ARGUMENTS = re.compile(
-    r"(?<![-.])\b(slots_per_device|extra_slots|router_groups|hidden_layers|dense_layers|num_experts|"
+    r"(?<![-.'\"])\b(slots_per_device|extra_slots|router_groups|hidden_layers|dense_layers|num_experts|"
     r"top_k)\b"
 )
 IN_FILE = InFile()
@@ -172,6 +173,16 @@ def meant(value: str, known: Iterable[str]) -> str:
     """Return a question for what is probably meant; empty if nothing comes near."""
     near = difflib.get_close_matches(value, list(known), n=1)
     return f". Did you mean {near[0]}?" if near else ""
+
+
+def completing(*words: str, files: bool = False) -> Callable[..., list[CompletionItem]]:
+    """Make what completes an option in a shell: by its words, and by names of files."""
+
+    def complete(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
+        found = [CompletionItem(word) for word in words if word.startswith(begun)]
+        return found or ([CompletionItem(begun, type="file")] if files else [])
+
+    return complete
 
 
 IN_INPUT = InFile(folders=True)

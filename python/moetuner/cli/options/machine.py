@@ -115,6 +115,7 @@ _nodes = (
         "--topology",
         "machine",
         callback=parse_topology,
+        shell_complete=options.completing(*MACHINES, files=True),
         metavar="FILE|NAME",
         help="JSON or TOML file of a topology, or a common machine and its number of nodes, "
         "such as h100-nvl8-ib400:2.",
@@ -138,6 +139,7 @@ machine_options = options.gathered(
 cost_model_option = click.option(
     "--cost-model",
     callback=parse_cost_model,
+    shell_complete=options.completing(*GPUS, files=True),
     metavar="FILE|GPU",
     help="What time is made of: a file, or a common GPU and an expert's hidden and intermediate "
     "sizes, such as h100:4096x1024 (in 8 bits).  [default: h100; sizes of INPUT's model, else of "

@@ -14,6 +14,7 @@ from moetuner.cli.output import shares, working
 from moetuner.files.text import name
 from moetuner.formats import open_input
 from moetuner.formats.pieces import layers_left_out
+from moetuner.report.cells import counted
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -79,16 +80,16 @@ def describe(path: Path, traffic: Traffic) -> str:
     of = facts(path, traffic)
     parts = []
     if "tokens" in of:
-        parts.append(f"{of['tokens']:,} tokens")
+        parts.append(counted(of["tokens"], "token"))
     if of.get("windows"):
-        parts.append(f"{of['windows']:,} windows")
-    parts += [f"{of['layers']} layers", f"{of['experts']} experts"]
+        parts.append(counted(of["windows"], "window"))
+    parts += [counted(of["layers"], "layer"), counted(of["experts"], "expert")]
     if "top_k" in of:
         parts.append(f"top-{of['top_k']}")
     if of.get("sequences"):
-        parts.append(f"{of['sequences']:,} sequences")
+        parts.append(counted(of["sequences"], "sequence"))
     if of["groups"]:
-        parts.append(f"{len(of['groups'])} groups")
+        parts.append(counted(len(of["groups"]), "group"))
     model = f" of {name(of['model'])}" if of["model"] else ""
     line = f"{name(path.name)}: {of['kind']}{model}, {', '.join(parts)}"
     left_out = layers_left_out(traffic.ids) if isinstance(traffic, RoutingTrace) else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moetuner._checks import (
     instance,
@@ -24,10 +25,11 @@ from moetuner._checks import (
 )
 from moetuner.cost import CostModel, busiest_ports, cost_model_of, size_of_expert
 from moetuner.evaluation import Evaluation, evaluate
+from moetuner.evaluation.arrival import mixed_order
 from moetuner.evaluation.auditing import Audit, audit
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.verdicts import PRICE
-from moetuner.formats.engines import ENGINES, engine_settings
+from moetuner.formats.engines import ENGINES, engine_settings, tokens_per_rank
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice import drift
@@ -77,15 +79,18 @@ def advise(
     Parameters
     ----------
     traffic
-        A trace, which is split by sequence (without sequences by 64 runs of tokens); or a load
-        table, which is split by window.
+        A trace, which is split by sequence (without sequences by 64 runs of tokens); or statistics,
+        whose loads are split by window. Of a single window nothing can be left to judge on, so the
+        answer is that there is not enough evidence.
     topology
         The devices and links.
     initial
         The placement that runs: one of your own, or what engines begin with.
     engine
-        Who serves the model: decides which copy serves a token, whether there may be copies, and
-        that all slots are full and of one number in all layers. Names as in ``engine_settings``.
+        Who serves the model: decides which copy serves a token, whether there may be copies, that
+        all slots are full and of one number in all layers, and whether the tokens of a window are
+        of sequences that are served together or of one after the other. Names as in
+        ``engine_settings``.
     copies
         Numbers of slots of a device in a layer, beyond one slot for each expert, that are tried.
     window
@@ -114,7 +119,7 @@ def advise(
     Raises
     ------
     ValueError
-        If the traffic cannot be split, the placement is not of this model and machine, or an
+        If the traffic has nothing to place, the placement is not of this model and machine, or an
         argument is out of range.
 
     Examples
@@ -146,11 +151,9 @@ def advise(
     if engine is not None:
         one_of("engine", engine, ENGINES)
         split = split or ENGINES[engine].split
-        if not ENGINES[engine].may_copy:
-            counts = [0]
     model = cost_model_of(traffic) if cost_model is None else cost_model
     work = _Work(
-        _with_blocks(traffic),
+        _splittable(traffic),
         topology,
         initial=initial,
         engine=engine,
@@ -209,15 +212,24 @@ class _Work:
         self.windows, self.expert_bytes, self.model = windows, expert_bytes, model
         self.regime, self.split, self.iterations = regime, split, iterations
         self.threads, self.say = threads, say
+        # Order in which tokens come, where that is not theirs already.
+        self.arrival: Literal["bursts", "mixed"] = "bursts"
+        if engine is not None and isinstance(traffic, RoutingTrace):
+            self.arrival = ENGINES[engine].arrival
         experts = traffic.num_experts
         fewest = -(-experts // topology.devices)
-        self.counts = tuple(each for each in counts if fewest + each <= experts) or (0,)
+        may_copy = engine is None or ENGINES[engine].may_copy
+        most = experts - fewest if may_copy else 0
+        self.counts = tuple(each for each in counts if each <= most) or (0,)
         self.fewest = fewest
+        self.left_out = tuple(each for each in counts if each > most)
+        # One window cannot be halved.
+        self.is_held_out = isinstance(traffic, RoutingTrace) or traffic.windows > 1
 
     def advice(self, splits: int, seed: int, price: float, *, in_order: bool) -> Advice:
         fitted = []
         for number in range(splits):
-            seen, unseen = hold_out(self.traffic, 0.5, seed=seed + number)
+            seen, unseen = self._halves(seed + number)
             name = f"split {number + 1} of {splits}"
             fitted.append(self.fit(seen, unseen, seed + number, name, first=number == 0))
         swept = self._swept(fitted)
@@ -230,7 +242,7 @@ class _Work:
             judged_in(window, [of[window] for of in audits], price) for window in self.windows
         )
         first, main = fitted[0], max(judged, key=lambda each: each.gain.mean)
-        self.say("looking for a change of kind")
+        self.say("comparing the halves of the recording")
         found = drift.drift_of(self.traffic, seed=seed)
         carried: tuple[float, ...] = ()
         if in_order and found is not None and found.is_told:
@@ -240,7 +252,7 @@ class _Work:
             self._evaluation(placement, first.unseen, main.window)
             for placement in (first.running, proposed)
         ]
-        self.say("moving and phases")
+        self.say("weighing what moves, and phases")
         saved = main.before[main.verdict.measure] - main.after[main.verdict.measure]
         moving = self._moving(first.running, proposed, saved)
         phases = self._phases(first, knee, seed)
@@ -262,6 +274,9 @@ class _Work:
             price,
             running=running,
             model=self.model.name,
+            regime=self.regime,
+            held_out=self.is_held_out,
+            notes=self._notes(phases, price, knee),
         )
         return Advice(
             answer=answer,
@@ -298,10 +313,69 @@ class _Work:
                 "cost_model": self.model.name,
                 "regime": self.regime,
                 "split": self.split,
+                "arrival": self.arrival,
                 "in_order": in_order,
                 "seed": seed,
             },
         )
+
+    def _halves(self, seed: int) -> tuple[Traffic, Traffic]:
+        """Split into what is seen and what is not; the whole twice where that cannot be."""
+        return hold_out(self.traffic, 0.5 if self.is_held_out else 0.0, seed=seed)
+
+    def _arriving(self, traffic: Traffic) -> Traffic:
+        """Put tokens into the order in which the engine serves them."""
+        if self.arrival == "bursts" or isinstance(traffic, RoutingStatistics):
+            return traffic
+        order = mixed_order(traffic.sequence, traffic.tokens)
+
+        def sorted_by(labels: NDArray[Any] | None) -> NDArray[Any] | None:
+            return None if labels is None else labels[order]
+
+        return RoutingTrace.from_arrays(
+            traffic.expert_ids[order],
+            num_experts=traffic.num_experts,
+            sequence=sorted_by(traffic.sequence),
+            group=sorted_by(traffic.group),
+            group_names=None if traffic.group is None else traffic.group_names,
+            model=traffic.model,
+            expert_size=traffic.expert_size,
+        )
+
+    def _notes(self, phases: Phases | None, price: float, knee: int) -> tuple[str, ...]:
+        """Say what phases cost each other, and what the engine cannot do."""
+        notes = [] if phases is None else [phases.sentence(price)]
+        if self.engine is None:
+            return tuple(notes)
+        of = ENGINES[self.engine]
+        if self.arrival == "mixed":
+            notes.append(
+                f"Windows are of sequences that {of.title} serves together, not of the order of "
+                "the recording"
+            )
+        if self.left_out and not of.may_copy:
+            notes.append(
+                f"Copies were left out: {of.title} loads a placement as a renumbered checkpoint, "
+                "which has every expert once"
+            )
+        most = self._tokens_per_rank(knee)
+        if most is not None and most < WINDOWS[-1]:
+            note = (
+                f"{of.title} with DeepEP's low-latency kernels: a rank may send at most {most:,} "
+                "tokens at once, as their buffer of 32 GiB grows with the slots"
+            )
+            fewer = self._tokens_per_rank(0)
+            if knee and fewer is not None:
+                note += f" ({fewer:,} without copies)"
+            notes.append(note)
+        return tuple(notes)
+
+    def _tokens_per_rank(self, count: int) -> int | None:
+        """Compute the limit of low-latency kernels with so many slots for copies, if known."""
+        size = size_of_expert(self.traffic)
+        if self.engine is None or not ENGINES[self.engine].has_low_latency or size is None:
+            return None
+        return tokens_per_rank(size[0], self.topology.devices * (self.fewest + count))
 
     def fit(self, seen: Traffic, unseen: Traffic, seed: int, name: str, *, first: bool) -> _Fitted:
         """Place with every number of copies, and predict times on the unseen traffic.
@@ -309,6 +383,7 @@ class _Work:
         A budget that layers share is tried in the first split only, which tells enough of it.
         """
         self.say(f"{name}: counting")
+        unseen = self._arriving(unseen)
         problem = self.problem(seen)
         running = self._running(problem, seed)
         results: dict[tuple[int, bool], Result] = {}
@@ -347,6 +422,7 @@ class _Work:
             regime=self.regime,
             cost_model=self.model,
             split=self.split,
+            arrival=self.arrival,
         )
 
     def _running(self, problem: Problem, seed: int) -> Placement:
@@ -398,18 +474,24 @@ class _Work:
 
     def _audits(self, fitted: _Fitted, proposed: Placement) -> dict[int | None, Audit]:
         return {
-            window: audit(
-                proposed,
-                fitted.unseen,
-                self.topology,
-                baseline=fitted.running,
-                window=window or 1,
-                cost_model=self.model,
-                regime=self.regime,
-                threads=self.threads,
-            )
+            window: self._audit(proposed, fitted.running, fitted.unseen, window)
             for window in self.windows
         }
+
+    def _audit(
+        self, proposed: Placement, running: Placement, unseen: Traffic, window: int | None
+    ) -> Audit:
+        return audit(
+            proposed,
+            unseen,
+            self.topology,
+            baseline=running,
+            window=window or 1,
+            cost_model=self.model,
+            regime=self.regime,
+            split=self.split,
+            threads=self.threads,
+        )
 
     def _swept(self, fitted: list[_Fitted]) -> tuple[Copies, ...]:
         found = []
@@ -425,7 +507,13 @@ class _Work:
             each = self.expert_bytes
             layers = self.traffic.layers
             found.append(
-                Copies(count, shared, gains, None if each is None else count * layers * each)
+                Copies(
+                    count,
+                    shared,
+                    gains,
+                    None if each is None else count * layers * each,
+                    self._tokens_per_rank(count),
+                )
             )
         return tuple(found)
 
@@ -437,20 +525,9 @@ class _Work:
             self.say(f"a placement of the {name} half on the other")
             problem = self.problem(seen)
             result = self._searched(problem, knee, seed, shared=False)
-            change = (
-                audit(
-                    result.placement,
-                    unseen,
-                    self.topology,
-                    baseline=self._running(problem, seed),
-                    window=window or 1,
-                    cost_model=self.model,
-                    regime=self.regime,
-                    threads=self.threads,
-                )
-                .whole["predicted_layer_us"]
-                .change
-            )
+            running = self._running(problem, seed)
+            judged = self._audit(result.placement, running, self._arriving(unseen), window)
+            change = judged.whole["predicted_layer_us"].change
             found.append(0.0 if change is None or change.high is None else -change.high)
         return tuple(found)
 
@@ -483,7 +560,7 @@ class _Work:
         for name, placement in placements.items():
             found[name] = {}
             for phase in PHASES:
-                part = unseen.select(groups=phase)
+                part = self._arriving(unseen.select(groups=phase))
                 window = self.windows[-1 if phase == "prefill" else 0]
                 us = self._evaluation(placement, part, window).predicted_layer_us
                 assert us is not None
@@ -497,8 +574,6 @@ def _check_traffic(traffic: Traffic) -> None:
         if traffic.tokens < 2:
             raise ValueError(f"traffic must have two tokens or more, got {traffic.tokens}")
         return
-    if traffic.windows < 2:
-        raise ValueError("traffic must have two windows or more to judge on unseen ones, got 1")
     if not traffic.total_load.any():
         raise ValueError("traffic must have tokens, got a load of 0")
 
@@ -518,9 +593,14 @@ def _windows_of(traffic: Traffic, window: int | None) -> tuple[int | None, ...]:
     return tuple(each for each in WINDOWS if each == WINDOWS[0] or traffic.tokens >= 4 * each)
 
 
-def _with_blocks(traffic: Traffic) -> Traffic:
-    """Cut a trace without sequences into runs of tokens, which take their part."""
-    if isinstance(traffic, RoutingStatistics) or traffic.sequence is not None:
+def _splittable(traffic: Traffic) -> Traffic:
+    """Return traffic that can be halved: runs of tokens for want of sequences, loads without pairs.
+
+    Pairs are counted over all windows together.
+    """
+    if isinstance(traffic, RoutingStatistics):
+        return replace(traffic, transitions=None, coactivation=None, sets=None)
+    if traffic.sequence is not None:
         return traffic
     runs = max(min(BLOCKS, traffic.tokens // WINDOWS[0]), min(traffic.tokens, 2))
     block = np.arange(traffic.tokens) * runs // max(traffic.tokens, 1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from moetuner.evaluation.auditing import Audit
+from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.verdicts import Verdict
 from moetuner.report.advice.drift import Drift
 from moetuner.report.advice.values import Answer, Copies, Judged
 from moetuner.report.gains import Gain
+from moetuner.topology import Regime
 
 # Part of the best gain that a number of copies may miss and still be the knee, as a share.
 KNEE = 0.005
@@ -77,24 +79,37 @@ def concluded(
     *,
     running: str,
     model: str | None,
+    regime: Regime = "dispatch",
+    held_out: bool = True,
+    notes: tuple[str, ...] = (),
 ) -> tuple[Answer, tuple[str, ...], tuple[str, ...]]:
     """Decide, with reasons and warnings."""
     main = max(judged, key=lambda each: each.gain.mean)
-    reasons, warnings = [_headline(main, running)], []
+    where = "on unseen traffic" if held_out else "on the traffic that placements were computed from"
+    reasons, warnings = [_headline(main, running, where)], []
     for each in judged:
         if each is not main:
-            reasons.append(_headline(each, running))
-    reasons += _parts(main, price)
+            reasons.append(_headline(each, running, where))
+    reasons += _parts(main, price, regime)
     if knee or len(swept) > 1:
         reasons.append(_of_copies(swept, knee))
+    reasons += notes
     answers = {each.verdict.answer for each in judged}
     answer: Answer
-    if answers == {"too few"}:
+    if not held_out:
+        answer = "not enough evidence"
+        reasons.insert(
+            0,
+            "there is one window, so nothing is left to judge a placement on that it was not "
+            "computed from; count loads in windows, or record a trace.",
+        )
+    elif answers == {"too few"}:
         answer = "not enough evidence"
         units = judged[0].gain.units
         reasons.insert(
             0,
-            f"unseen sequences or windows are too few ({units}) to say how sure a gain is.",
+            f"unseen sequences or windows are too few ({units}, and at least {FEWEST} are needed) "
+            "to say how sure a gain is.",
         )
     elif "worth it" in answers:
         answer = "worth a trial"
@@ -154,7 +169,7 @@ def _is_settled(judged: Judged, price: float) -> bool:
     )
 
 
-def _headline(judged: Judged, running: str) -> str:
+def _headline(judged: Judged, running: str, where: str) -> str:
     gain, verdict = judged.gain, judged.verdict
     notes = []
     if gain.interval is not None:
@@ -165,27 +180,28 @@ def _headline(judged: Judged, running: str) -> str:
     word = "less" if gain.mean >= 0 else "more"
     much = f"{100 * abs(gain.mean):.1f} % {word}" if abs(gain.mean) >= 0.0005 else "no less"
     return (
-        f"on unseen traffic a layer takes {much} predicted time than with the {running} placement, "
+        f"{where} a layer takes {much} predicted time than with the {running} placement, "
         f"{verdict.before:.1f} to {verdict.after:.1f} us"
         + (f" ({', '.join(notes)})" if notes else "")
     )
 
 
-def _parts(judged: Judged, price: float) -> list[str]:
+def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
     """Say what balance and traffic have to do with it."""
     lines = []
-    for measure, word, nothing in (
-        ("imbalance", "Busiest device", "nothing to balance"),
-        ("fanout", "Devices that a token visits", "nothing to win in traffic"),
-        ("node_fanout", "Nodes that a token visits", "nothing to win between nodes"),
+    for measure, word, nothing, of in (
+        ("imbalance", "Busiest device", "nothing to balance", None),
+        ("fanout", "Devices that a token visits", "nothing to win in traffic", "dispatch"),
+        ("node_fanout", "Nodes that a token visits", "nothing to win between nodes", "dispatch"),
+        ("crossing", "Steps that leave the device", "nothing to win in traffic", "follow"),
     ):
         gain = judged.gains.get(measure)
-        if gain is None:
+        if gain is None or of not in (None, regime):
             continue
         before, after = judged.before[measure], judged.after[measure]
         unit = " x the mean" if measure == "imbalance" else ""
         line = f"{word}: {before:.2f} to {after:.2f}{unit}"
-        if abs(gain.mean) < price or (gain.interval and gain.interval[0] <= 0 <= gain.interval[1]):
+        if gain.mean < price or (gain.interval and gain.interval[0] <= 0):
             line += f"; {nothing}"
         lines.append(line)
     return lines

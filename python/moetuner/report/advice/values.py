@@ -14,6 +14,7 @@ from moetuner.frozen import Frozen
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice.drift import Drift
+from moetuner.report.cells import signed
 from moetuner.report.gains import Gain
 from moetuner.solver.result import Result
 
@@ -77,12 +78,16 @@ class Copies(Frozen):
         where layers share a budget of the first one.
     bytes_per_device
         Memory that the copies take; None where the bytes of an expert are not known.
+    tokens_per_rank
+        Tokens that a rank may send at once by DeepEP's low-latency kernels, whose buffers grow with
+        the slots; None where the engine has none or the size of a row is not known.
     """
 
     per_device: int
     shared: bool
     gains: dict[int | None, tuple[float, ...]]
     bytes_per_device: float | None
+    tokens_per_rank: int | None = None
 
     @property
     def best(self) -> float:
@@ -99,6 +104,7 @@ class Copies(Frozen):
                 for window, each in self.gains.items()
             ],
             "bytes_per_device": self.bytes_per_device,
+            "tokens_per_rank": self.tokens_per_rank,
         }
 
 
@@ -137,8 +143,9 @@ class Phases(Frozen):
     microseconds
         Predicted time of a layer on the unseen traffic of a phase, by what the placement was
         computed from (``"prefill"``, ``"decode"``, ``"both"``), then by phase.
-    costs
-        By how much a phase is slower under the other's placement than under its own, as a share.
+    costs, costs_of_one
+        By how much a phase is slower under the other's placement, or under one for both, than under
+        its own, as a share.
     """
 
     microseconds: dict[str, dict[str, float]]
@@ -152,9 +159,33 @@ class Phases(Frozen):
             other: found[one][other] / found[other][other] - 1,
         }
 
+    @property
+    def costs_of_one(self) -> dict[str, float]:
+        """By how much a phase is slower under one placement for both than under its own."""
+        found = self.microseconds
+        return {phase: found["both"][phase] / found[phase][phase] - 1 for phase in PHASES}
+
+    def sentence(self, price: float) -> str:
+        """Say whether one placement does for both, and what one for the other costs."""
+
+        def told(costs: dict[str, float]) -> str:
+            return " and ".join(f"{phase} {signed(cost)}" for phase, cost in costs.items())
+
+        pays = max(self.costs_of_one.values()) > price
+        answer = "two placements pay" if pays else "one placement does for both"
+        return (
+            f"Prefill and decode: {answer}; "
+            f"one computed from both costs {told(self.costs_of_one)} of predicted time against one "
+            f"of each phase, one of the other phase {told(self.costs)}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values."""
-        return {"predicted_layer_us": self.microseconds, "costs": self.costs}
+        return {
+            "predicted_layer_us": self.microseconds,
+            "costs": self.costs,
+            "costs_of_one": self.costs_of_one,
+        }
 
 
 @dataclass(frozen=True, eq=False, repr=False)

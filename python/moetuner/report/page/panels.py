@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from moetuner.files.text import name as one_line
 from moetuner.report.advice.values import Advice
 from moetuner.report.cells import percent, signed
 from moetuner.report.page.shown import Shown
-from moetuner.solver import Progress
 
 Spec = dict[str, Any]
 Rows = list[tuple[str, ...]]
@@ -681,10 +680,8 @@ def _groups(shown: Shown) -> Panel:
 
 def _search(shown: Shown) -> Panel:
     title = "How good is the search?"
-    reading = (
-        "The best placement so far, and the bound that no placement is below, over the seconds of "
-        "the search."
-    )
+    over = "over the seconds of the search" if shown.timed else "after each step of the search"
+    reading = f"The best placement so far, and the bound that no placement is below, {over}."
     result = shown.result
     if result is None:
         return Panel(
@@ -702,61 +699,73 @@ def _search(shown: Shown) -> Panel:
             f"{result.method} reached {result.objective:.6g}; no placement is below "
             f"{result.bound:.6g} ({result.bound_source}), so it is within {percent(result.gap)}."
         )
-    history = [each for each in result.history if each.objective is not None]
-    if history:
-        history.append(Progress(result.seconds, "answer", result.objective, result.bound))
+    # When somebody looked depends on the clock; without a time limit nothing else does.
+    history = [
+        each
+        for each in result.history
+        if each.objective is not None and (shown.timed or each.is_step)
+    ]
     if len(history) < 2:
         return Panel(
-            "search", title, reading, absent=f"The search was over before it told its way. {gap}"
+            "search", title, reading, absent=f"The search told nothing before its answer. {gap}"
         )
-    seconds = [max(each.seconds, 0.001) for each in history]
+    at = [max(each.seconds, 0.001) if shown.timed else n for n, each in enumerate(history, 1)]
+    phases = [each.phase for each in history]
     data: list[Spec] = [
         {
             "type": "scatter",
             "mode": "lines+markers",
             "name": "best so far",
-            "x": packed(seconds),
+            "x": packed(at),
             "y": packed([each.objective for each in history]),
+            "customdata": phases,
+            "hovertemplate": "%{customdata}: %{y:.6g}<extra></extra>",
             "line": {"shape": "hv", "color": PROPOSED},
         }
     ]
-    bounded = [each for each in history if each.bound is not None]
+    bounded = [(x, each.bound) for x, each in zip(at, history, strict=True) if each.bound]
     if len(bounded) == 1:
         # Proven at the end, and true all the time.
-        bounded.insert(0, replace(bounded[0], seconds=history[0].seconds))
+        bounded.insert(0, (at[0], bounded[0][1]))
     if bounded:
         data.append(
             {
                 "type": "scatter",
                 "mode": "lines+markers",
                 "name": "bound",
-                "x": packed([max(each.seconds, 0.001) for each in bounded]),
-                "y": packed([each.bound for each in bounded]),
+                "x": packed([x for x, _ in bounded]),
+                "y": packed([bound for _, bound in bounded]),
+                "hovertemplate": "bound: %{y:.6g}<extra></extra>",
                 "line": {"shape": "hv", "color": "var(--good)", "dash": "dash"},
                 "marker": {"symbol": "triangle-up"},
             }
         )
-    spec = layout("seconds", "objective of the phase")
-    spec["xaxis"]["type"] = "log"
+    spec = layout("seconds" if shown.timed else "step", "objective")
+    if shown.timed:
+        spec["xaxis"]["type"] = "log"
+    else:
+        spec["xaxis"]["dtick"] = 1 if len(history) <= 12 else None
     rows = [
         (
-            f"{each.seconds:.2f}",
+            f"{x:.2f}" if shown.timed else str(x),
             each.phase,
             f"{each.objective:.6g}",
             "-" if each.bound is None else f"{each.bound:.6g}",
+            percent(each.gap),
         )
-        for each in history[-ROWS:]
+        for x, each in list(zip(at, history, strict=True))[-ROWS:]
     ]
+    head = ("seconds" if shown.timed else "step", "phase", "best", "bound", "gap")
     return Panel(
         "search",
         title,
         reading,
         (
             Chart(
-                "search", "best placement and bound over time", {"": {"data": data, "layout": spec}}
+                "search", f"best placement and bound {over}", {"": {"data": data, "layout": spec}}
             ),
         ),
-        (Table("Progress", ("seconds", "phase", "best", "bound"), rows),),
+        (Table("Progress", head, rows),),
         notes=(gap,),
     )
 

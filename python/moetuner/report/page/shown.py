@@ -44,6 +44,8 @@ class Shown:
         Bytes of a row and of an expert; None where not known.
     result, audit, advice, trades, moves
         What else is known.
+    timed
+        Whether the search had a time limit, so that its answer depends on the clock anyway.
     commands
         What comes next.
     facts
@@ -73,6 +75,7 @@ class Shown:
     advice: Advice | None = None
     trades: tuple[Trade, ...] = ()
     moves: PlacementDiff | None = None
+    timed: bool = False
     commands: tuple[str, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
     contents: dict[str, Any] = field(default_factory=dict)

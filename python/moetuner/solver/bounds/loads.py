@@ -165,7 +165,7 @@ def _least_part(problem: Problem) -> Floats:
 def _least_pairs_us(problem: Problem, limits: Limits) -> tuple[float, str] | None:
     """Compute the least microseconds of pairs on links with evenly used ports, and the proof."""
     assert problem.cost_model is not None
-    if not proves_pairs(problem):
+    if not proves_pairs(problem) or limits.time_limit == 0:
         return None
     plain = replace(
         problem,

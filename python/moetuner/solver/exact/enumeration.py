@@ -19,7 +19,7 @@ from moetuner.problem.caps import slowest
 from moetuner.problem.objective import Objective
 from moetuner.problem.windows import MOST
 from moetuner.solver import effort
-from moetuner.solver.result import MoveCost
+from moetuner.solver.result import Clock, Limits, MoveCost
 from moetuner.statistics import ExpertSets
 
 Floats = NDArray[np.float64]
@@ -53,6 +53,7 @@ def enumerated(
     caps: Floats | None = None,
     moving: MoveCost | None = None,
     most: float = np.inf,
+    clock: Clock | None = None,
 ) -> Slots | None:
     """Find the best slots [L,D,S] of a small problem; of shape [0,D,S] if none beat what is known.
 
@@ -69,14 +70,19 @@ def enumerated(
         What changes cost.
     most
         Copies that may be brought.
+    clock
+        When to give up.
 
     Returns
     -------
     ndarray or None
-        None where there are too many placements to try.
+        None where there are too many placements to try, or time is over.
     """
     contents = []
+    clock = clock or Clock(Limits())
     for layer in range(problem.layers):
+        if clock.is_over():
+            return None
         each = contents_of(problem, layer, None if moving is None else moving.initial.held[layer])
         if each is None:
             return None
@@ -86,14 +92,14 @@ def enumerated(
         if len(each) > _fewer(problem, effort.MOST_CONTENTS):
             return None
         contents.append(each)
-    tables = _tables(problem, contents)
+    tables = _tables(problem, contents, clock)
     if tables is None:
         return None
     if moving is not None:
         for table, slots, held in zip(tables, contents, moving.initial.held, strict=True):
             table[:, :, -1] = (_placement(problem, slots).held & ~held).sum(axis=(1, 2))
     price = 0.0 if moving is None else moving.price
-    path = _best(problem, tables, known * (1 - ROUNDING), price, most)
+    path = _best(problem, tables, known * (1 - ROUNDING), price, most, clock)
     if path is None:
         return None
     found = [slots[at] for slots, at in zip(contents, path, strict=False)]
@@ -117,8 +123,12 @@ def eased(problem: Problem, slots: NDArray[np.int32]) -> NDArray[np.int32] | Non
     return found if after.sum() < before.sum() else None
 
 
-def fewest_visits(problem: Problem, caps: Floats | None) -> Slots | None:
-    """Find the slots [L,D,S] whose devices and nodes tokens visit least; None if too many to try.
+def fewest_visits(
+    problem: Problem, caps: Floats | None, clock: Clock | None = None
+) -> Slots | None:
+    """Find the slots [L,D,S] whose devices and nodes tokens visit least.
+
+    None if these are too many to try, or time is over.
 
     Layers are independent of each other. Where no content keeps a layer's cap (as in `enumerated`)
     those that exceed it least compete.
@@ -126,7 +136,10 @@ def fewest_visits(problem: Problem, caps: Floats | None) -> Slots | None:
     assert problem.statistics.sets is not None
     price, node = Objective(problem).visit_costs, problem.topology.node_of_device
     best, left = problem.empty_slots(), effort.MOST_CONTENTS
+    clock = clock or Clock(Limits())
     for layer, sets in enumerate(problem.statistics.sets):
+        if clock.is_over():
+            return None
         contents = contents_of(problem, layer)
         left -= 0 if contents is None else len(contents)
         if contents is None or left < 0:
@@ -134,9 +147,17 @@ def fewest_visits(problem: Problem, caps: Floats | None) -> Slots | None:
         if caps is not None:
             peak = peaks_of(problem, layer, contents)
             contents = contents[peak <= max(caps[layer], peak.min()) * (1 + ROUNDING)]
-        shares = copies.shares(_placement(problem, contents), problem.topology, problem.split)
-        visits = expected.visits(shares, (sets,) * len(contents), node)
-        cost = sum(each * of.sum(axis=1) for each, of in zip(price, visits, strict=True))
+        cost = np.empty(len(contents))
+        step = max(AT_ONCE // max(sets.ids.size, 1), 1)
+        for at in range(0, len(contents), step):
+            if clock.is_over():
+                return None
+            placement = _placement(problem, contents[at : at + step])
+            share = copies.slot_shares(placement, problem.topology, problem.split)
+            visits = expected.visits(placement, share, (sets,) * placement.layers, node)
+            cost[at : at + step] = sum(
+                each * of.sum(axis=1) for each, of in zip(price, visits, strict=True)
+            )
         best[layer] = contents[np.argmin(cost)]
     return best
 
@@ -215,20 +236,25 @@ def peaks_of(problem: Problem, layer: int, contents: Slots) -> Floats:
     return peaks
 
 
-def _tables(problem: Problem, contents: list[Slots]) -> list[Floats] | None:
+def _tables(problem: Problem, contents: list[Slots], clock: Clock) -> list[Floats] | None:
     """Return what every content of a layer adds to windows' sums and to moves [P,N,W+1].
 
-    P are the contents of the layer before, or one where they do not matter.
+    P are the contents of the layer before, or one where they do not matter. None where these are
+    too many, or time is over.
     """
     if not _is_joined(problem):
-        return [
-            _widened(_shares(problem, layer, slots)[None]) for layer, slots in enumerate(contents)
-        ]
+        tables = []
+        for layer, slots in enumerate(contents):
+            if clock.is_over():
+                return None
+            tables.append(_widened(_shares(problem, layer, slots)[None]))
+        return tables
     # A layer's time depends on where the next one's experts are.
     tables = [np.zeros((1, len(contents[0]), len(problem.windows.weight) + 1))]
     for layer in range(problem.layers - 1):
         here, there = contents[layer], contents[layer + 1]
-        if len(here) * len(there) > _fewer(problem, effort.MOST_PAIRS):
+        too_many = len(here) * len(there) > _fewer(problem, effort.MOST_PAIRS)
+        if clock.is_over() or too_many:
             return None
         tables.append(_widened(_pair_shares(problem, layer, here, there)))
     last = problem.layers - 1
@@ -272,11 +298,17 @@ def _pair_shares(problem: Problem, layer: int, here: Slots, there: Slots) -> Flo
 
 
 def _best(
-    problem: Problem, tables: list[Floats], known: float, price: float, most: float
+    problem: Problem,
+    tables: list[Floats],
+    known: float,
+    price: float,
+    most: float,
+    clock: Clock,
 ) -> NDArray[np.int64] | None:
     """Find contents [L] of the best way through tables; none if it is not below what is known.
 
-    Their last number, at most ``most``, has a price. None where too many are to be tried.
+    Their last number, at most ``most``, has a price. None where too many are to be tried, or time
+    is over.
     """
     reference = Objective(problem).reference
 
@@ -304,6 +336,8 @@ def _best(
         found, ways = [], []
         step = max(_fewer(problem, AT_ONCE) // len(usable), 1)
         for at in range(0, len(sums), step):
+            if clock.is_over():
+                return None
             mine, way = sums[at : at + step], path[at : at + step]
             rise = table[way[:, -1] if len(table) > 1 else [0] * len(mine)][:, usable]
             longer = (mine[:, None] + rise).reshape(-1, sums.shape[1])

@@ -29,7 +29,13 @@ def chain(problem: Problem, *, limits: Limits | None = None) -> Candidate | None
     steps = effort.PARTITION_STEPS
     if limits.time_limit is not None:
         steps = int(min(steps, limits.time_limit * effort.PARTITION_STEPS_PER_SECOND))
-    found = complete(problem, problem.caps.whole, steps=steps, threads=limits.threads)
+    found = complete(
+        problem,
+        problem.caps.whole,
+        steps=steps,
+        time_limit=limits.time_limit,
+        threads=limits.threads,
+    )
     if found is None:
         return None
     slots, value, caps = found
@@ -42,6 +48,7 @@ def complete(
     caps: NDArray[np.uint64],
     *,
     steps: int = effort.PARTITION_STEPS,
+    time_limit: float | None = None,
     threads: int | None = None,
 ) -> tuple[NDArray[np.int32], int, NDArray[np.uint64]] | None:
     """Find the optimum by dynamic programming over all partitions, of one copy of each expert.
@@ -50,7 +57,7 @@ def complete(
     -------
     tuple or None
         Slots [L,D,S], their cost, and the caps [L], raised to the least that can be kept. None
-        where it would take more steps, or devices differ.
+        where it would take more steps or seconds, or devices differ.
     """
     follow = problem.regime == "follow"
     return _core.exact_chain(
@@ -61,5 +68,6 @@ def complete(
         transitions=problem.statistics.transitions if follow else None,
         coactivation=None if follow else problem.statistics.coactivation,
         work=steps,
+        time_limit=time_limit,
         threads=threads,
     )

@@ -46,14 +46,15 @@ def dispatch(
     pairs = replace(
         clock.within(effort.PAIR_SHARE),
         iterations=effort.PAIR_TRIALS if trials is None else min(trials, effort.PAIR_TRIALS),
-        # Their cost is in another unit.
-        progress=None,
     )
-    found = search_traffic(problem, seed=seed, limits=pairs)
+    # Their cost is in another unit.
+    found = search_traffic(problem, seed=seed, limits=pairs.muted())
     device_cost, node_cost = objective.visit_costs
     details = found.details.searched(device_cost=device_cost, node_cost=node_cost)
     if found.status == "interrupted" or problem.devices < 2:
         return replace(found, details=details)
+    if clock.is_over():
+        return replace(found, details=details, status="time_limit")
 
     if trials is None:
         trials = min(effort.VISIT_TRIALS * problem.devices * problem.slots, most_trials(sets))

@@ -15,6 +15,7 @@ from moetuner import _core
 from moetuner.placement import EMPTY, Placement, brought
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.problem.windows import Windows
 from moetuner.solver import effort
 from moetuner.solver.result import (
     Candidate,
@@ -79,7 +80,7 @@ def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Can
         forbidden=(),
         fill_slots=False,
     )
-    return search_traffic(alike, seed=seed, limits=limits)
+    return search_traffic(alike, seed=seed, limits=limits.muted())
 
 
 def without_spare(problem: Problem) -> Problem | None:
@@ -106,10 +107,10 @@ class LayerSearch:
     What is learned of its windows is kept from one run to the next.
     """
 
-    def __init__(self, problem: Problem, seed: int) -> None:
+    def __init__(self, problem: Problem, seed: int, windows: Windows | None = None) -> None:
         self.problem, self.seed = problem, seed
         # Windows that the search sees, and what it makes small: of many windows some stand for all.
-        self.windows = problem.windows.searched
+        self.windows = problem.windows.searched if windows is None else windows
         self.objective = Objective(problem, self.windows)
         self.moving: MoveCost | None = None
         topology = problem.topology
@@ -134,16 +135,29 @@ class LayerSearch:
         starts = [] if start is None else [self.full(start)]
         if moving is None or start is None:
             # Whatever becomes of the search, it is not behind what engines get from ``balance``.
-            made = self._layers().construct(copies=problem.may_copy, threads=limits.threads)
-            starts += [self.full(slots) for slots in (made, balanced(problem))]
-        slots = min(starts, key=self.rank)
-        if limits.time_limit == 0:
+            floor = balanced(problem)
+            if not clock.is_over():
+                made = self._layers().construct(copies=problem.may_copy, threads=limits.threads)
+                starts.append(self.full(made))
+            starts.append(self.full(floor))
+        begin = clock.gone
+        slots = min(starts, key=self.rank) if len(starts) > 1 else starts[0]
+        # What judging the answers will take: known here before it is needed.
+        judging = (clock.gone - begin) / len(starts)
+        whole = clock
+        if self.windows is not problem.windows and not clock.is_over():
+            # The best few, and their bound, are judged on all windows in the end.
+            begin = clock.gone
+            self.rank_of_all(slots)
+            each = clock.gone - begin
+            clock = Clock(clock.within(keep=(effort.JUDGED + 2) * each))
+        if clock.is_over():
             return self.candidate(slots, "time_limit")
         again = effort.REWEIGHTINGS_AGAIN if self.reweighted else effort.REWEIGHTINGS
         turns = 1 if problem.windows.is_mean else again
         try:
             if not self.reweighted:
-                self.learn(clock.within(effort.LEARN_SHARE))
+                self.learn(clock.within(effort.LEARN_SHARE, keep=judging))
         except KeyboardInterrupt:
             return self.candidate(slots, "interrupted")
         traffic: list[Slots] = []
@@ -151,8 +165,11 @@ class LayerSearch:
         if self.links is not None and moving is None:
             caps = sorted({min(cap, problem.max_imbalance or cap) for cap in effort.TRAFFIC_CAPS})
             for number, cap in enumerate(caps):
+                if clock.is_over():
+                    break
                 share = effort.TRAFFIC_SHARE / (len(caps) - number)
-                found = _for_traffic(problem, cap, self.seed, clock.within(share))
+                within = clock.within(share, keep=(len(caps) + 1) * judging)
+                found = _for_traffic(problem, cap, self.seed, within)
                 wider = self.allowed(found.slots)
                 traffic.extend([] if wider is None else [wider])
                 interrupted = found.status == "interrupted"
@@ -161,43 +178,66 @@ class LayerSearch:
         # What peers could have found: no answer is behind these, be it by a hair.
         known = [self.known(slots) for slots in starts]
         limit = min(each.rank for each in known)
-        known += [self.known(slots) for slots in traffic]
+        for slots in traffic:
+            if clock.is_over():
+                break
+            known.append(self.known(slots))
         best = min(known, key=lambda each: each.rank).slots
-        narrow = self.narrow() if moving is None else None
+        self._tell(known, limits)
+        narrow = self.narrow() if moving is None and not clock.is_over() else None
         prices = [1.0] * turns + [DEAR] * (moving is None and self.prices_visits)
         parts = len(prices) if narrow is None else 2 * len(prices)
         for turn, self.dear in enumerate(prices):
-            if interrupted:
+            if interrupted or clock.is_over():
                 break
-            improved, interrupted = self.improve(best, clock.within(1 / (parts - turn)))
+            within = clock.within(1 / (parts - turn), keep=(parts - turn) * judging)
+            improved, interrupted = self.improve(best, within)
             self.reweight(improved)
             known.append(self.known(improved))
+            self._tell(known, limits)
             best = min(known, key=lambda each: each.rank).slots
         self.dear = 1.0
-        if narrow is not None and not interrupted:
-            found = narrow.run(clock.within())
+        if narrow is not None and not interrupted and not clock.is_over():
+            found = narrow.run(clock.within(keep=judging))
             interrupted = found.status == "interrupted"
             wider = self.allowed(found.slots)
             known.extend([] if wider is None else [self.known(wider)])
             best = min(known, key=lambda each: each.rank).slots
-        if problem.goal == "time" and moving is None:
+        if problem.goal == "time" and moving is None and not clock.is_over():
             best = settled(problem, self.objective, known, limit)
         if self.windows is not problem.windows:
-            best = self.judged(best, known, starts)
+            best = self.judged(best, known, starts, whole)
         return self.candidate(best, "interrupted" if interrupted else "feasible")
 
-    def judged(self, best: Slots, known: list[Known], starts: list[Slots]) -> Slots:
+    def judged(self, best: Slots, known: list[Known], starts: list[Slots], clock: Clock) -> Slots:
         """Return the best slots by all windows, where a search has seen some that stand for them.
 
         Out of the few that it likes best, and the start that no answer may be behind. What it
         chose stays where it is as good as the best by more than chance can tell.
         """
         floor = min(starts, key=self.rank)
-        few = [best, floor, *(each.slots for each in sorted(known, key=_rank)[: effort.JUDGED])]
-        ranks = {slots.tobytes(): (*self.rank_of_all(slots), slots) for slots in few}
-        excess, value, first = min(ranks.values(), key=lambda each: each[:2])
-        mine, least = ranks[best.tobytes()][:2], ranks[floor.tobytes()][:2]
-        return best if mine <= min((excess, value * (1 + TIE)), least) else first
+        few = [floor, best, *(each.slots for each in sorted(known, key=_rank)[: effort.JUDGED])]
+        ranks: dict[bytes, tuple[float, float]] = {}
+        found = {slots.tobytes(): slots for slots in few}
+        for key, slots in found.items():
+            if not ranks or not clock.is_over():
+                ranks[key] = self.rank_of_all(slots)
+        first = min(ranks, key=ranks.__getitem__)
+        excess, value = ranks[first]
+        mine, least = ranks.get(best.tobytes()), ranks[floor.tobytes()]
+        if mine is not None and mine <= min((excess, value * (1 + TIE)), least):
+            return best
+        return found[first]
+
+    def _tell(self, known: list[Known], limits: Limits) -> None:
+        """Tell of the best so far, if it keeps the caps; what moves has a price of its own.
+
+        Nothing where it was not judged on all windows.
+        """
+        best = min(known, key=lambda each: each.rank)
+        all_seen = self.windows is self.problem.windows
+        if self.moving is None and not best.excess and all_seen:
+            limits.tell("layers", best.value)
 
     @property
     def prices_visits(self) -> bool:
@@ -211,7 +251,8 @@ class LayerSearch:
         alike = without_spare(self.problem)
         if alike is None:
             return None
-        search = LayerSearch(alike, self.seed)
+        few = None if self.windows is self.problem.windows else self.windows
+        search = LayerSearch(alike, self.seed, few)
         search.choice, search.reweighted = self.choice, list(self.reweighted)
         search.weight = self.weight
         return search

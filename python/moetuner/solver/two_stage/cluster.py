@@ -77,12 +77,13 @@ def cluster_layers(
     clock = Clock(limits)
     experts = load.shape[1]
     largest = experts if largest is None else largest
-    start, balance = _core.cluster(
+    start, balance, interrupted = _core.cluster(
         load,
         clusters,
         largest,
         equal_sizes=equal_sizes,
         tolerance=tolerance,
+        time_limit=limits.time_limit,
         threads=limits.threads,
     )
     cluster = start.astype(np.int64)
@@ -93,8 +94,14 @@ def cluster_layers(
     searched = deviation - bound > tolerance
     fewest = experts // clusters if equal_sizes else int(experts >= clusters)
     most = -(-experts // clusters) if equal_sizes else min(largest, experts)
-    status: Status = "gap_reached"
+    status: Status = "interrupted" if interrupted else "gap_reached"
     for layer in np.flatnonzero(searched):
+        left = clock.rest().time_limit
+        if interrupted or left == 0:
+            # The layers not reached keep their start and their gap.
+            status = "interrupted" if interrupted else "time_limit"
+            searched[layer:] = False
+            break
         found = programmes.cluster(
             load[layer],
             cluster[layer],
@@ -104,13 +111,12 @@ def cluster_layers(
             bound[layer],
             tolerance=tolerance,
             seed=seed,
-            time_limit=clock.rest().time_limit,
+            time_limit=left,
             progress=clock.report(f"clusters of layer {layer}"),
         )
         cluster[layer], deviation[layer], bound[layer] = found.chosen, found.objective, found.bound
         if found.status in ("interrupted", "time_limit"):
             status = found.status
-            # The layers not reached keep their start and their gap.
             searched[layer + 1 :] = False
             break
         if found.status == "feasible":

@@ -99,15 +99,22 @@ def place_clusters(
     clock = Clock(limits)
     counts = None if sizes is None else np.ascontiguousarray(sizes, dtype=np.uint64)
     links = cost.astype(np.uint64)
-    found, way, bound = _core.place_clusters(traffic, links, sizes=counts, threads=limits.threads)
-    if counts is not None and not _level(found, counts):
-        left = clock.rest().time_limit
+    found, way, bound, interrupted = _core.place_clusters(
+        traffic,
+        links,
+        sizes=counts,
+        time_limit=limits.time_limit,
+        threads=limits.threads,
+    )
+    left = clock.rest().time_limit
+    if counts is not None and not _level(found, counts) and not interrupted and left != 0:
         start = programmes.level(counts, found.astype(np.int64), seed=seed, time_limit=left)
-        found, way, bound = _core.place_clusters(
+        found, way, bound, interrupted = _core.place_clusters(
             traffic,
             links,
             sizes=counts,
             start=start.astype(np.uint16),
+            time_limit=clock.rest().time_limit,
             threads=limits.threads,
         )
     device = found.astype(np.int64)
@@ -117,7 +124,9 @@ def place_clusters(
     status: Status = "feasible"
     if bottleneck - bound <= tolerance * bottleneck:
         status = "optimal" if bottleneck <= bound else "gap_reached"
-    if few and bottleneck - bound > tolerance * bottleneck:
+    if interrupted:
+        status = "interrupted"
+    elif few and bottleneck - bound > tolerance * bottleneck:
         solved = programmes.place(
             traffic,
             cost,

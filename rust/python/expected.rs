@@ -1,0 +1,144 @@
+//! What is expected of a placement, and what its pairs cost.
+
+use numpy::{
+    IntoPyArray, PyArray1, PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3,
+    PyUntypedArrayMethods,
+};
+use pyo3::prelude::*;
+
+use super::{array2, array3, contiguous, detached};
+use crate::error::{Error, Result};
+use crate::replay::expected::{Sets, Shared, cost};
+
+/// Slots [L,D,S] and the shares that they serve of their experts' tokens.
+type Slots<'py> = (PyReadonlyArray3<'py, i32>, PyReadonlyArray3<'py, f64>);
+
+/// Makes `work` of what the slots share, on other threads.
+fn shared<T: Send>(
+    py: Python<'_>,
+    (slots, share): &Slots<'_>,
+    experts: usize,
+    threads: Option<usize>,
+    work: impl FnOnce(&Shared) -> Result<T> + Send,
+) -> PyResult<T> {
+    let &[layers, devices, per_device] = slots.shape() else {
+        unreachable!("the array has three dimensions")
+    };
+    let (slots, share) = (contiguous(slots.as_slice().ok())?, contiguous(share.as_slice().ok())?);
+    let make = || work(&Shared::new(slots, share, [layers, devices, per_device], experts)?);
+    Ok(detached(py, threads, make)??)
+}
+
+/// Loads of experts as numpy hands them over.
+#[derive(FromPyObject)]
+pub(super) enum Loads<'py> {
+    Shares(PyReadonlyArray3<'py, f64>),
+    Counts(PyReadonlyArray3<'py, u64>),
+    Flags(PyReadonlyArray3<'py, bool>),
+}
+
+#[pyfunction]
+#[pyo3(signature = (slots, load, *, threads = None))]
+pub(super) fn expected_load<'py>(
+    py: Python<'py>,
+    slots: Slots<'py>,
+    load: Loads<'py>,
+    threads: Option<usize>,
+) -> PyResult<Bound<'py, PyArray3<f64>>> {
+    let shape = match &load {
+        Loads::Shares(load) => load.shape(),
+        Loads::Counts(load) => load.shape(),
+        Loads::Flags(load) => load.shape(),
+    };
+    let &[windows, layers, experts] = shape else { unreachable!("the array has three dimensions") };
+    if layers != slots.0.shape()[0] {
+        let (rule, found) = (format!("{} layers", slots.0.shape()[0]), layers.to_string());
+        return Err(Error::Shape { what: "load", rule, found }.into());
+    }
+    let devices = slots.0.shape()[1];
+    let found = match &load {
+        Loads::Shares(load) => {
+            let load = contiguous(load.as_slice().ok())?;
+            shared(py, &slots, experts, threads, |shared| shared.load(load))
+        }
+        Loads::Counts(load) => {
+            let load = contiguous(load.as_slice().ok())?;
+            shared(py, &slots, experts, threads, |shared| shared.load(load))
+        }
+        Loads::Flags(load) => {
+            let load = contiguous(load.as_slice().ok())?;
+            shared(py, &slots, experts, threads, |shared| shared.load(load))
+        }
+    };
+    array3(py, (windows, layers, devices), found?)
+}
+
+/// Tokens that visit devices [L,D] and nodes [L,N].
+type Visits<'py> = (Bound<'py, PyArray2<f64>>, Bound<'py, PyArray2<f64>>);
+
+#[pyfunction]
+#[pyo3(signature = (slots, num_experts, node_of_device, sets, *, threads = None))]
+pub(super) fn expected_visits<'py>(
+    py: Python<'py>,
+    slots: Slots<'py>,
+    num_experts: usize,
+    node_of_device: Vec<u16>,
+    sets: Vec<(PyReadonlyArray2<'py, u16>, PyReadonlyArray1<'py, u64>)>,
+    threads: Option<usize>,
+) -> PyResult<Visits<'py>> {
+    let (layers, devices) = (slots.0.shape()[0], slots.0.shape()[1]);
+    let nodes = node_of_device.iter().max().map_or(0, |&node| usize::from(node) + 1);
+    let slices = sets
+        .iter()
+        .map(|(ids, counts)| {
+            let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
+            Ok(Sets { ids, counts })
+        })
+        .collect::<PyResult<Vec<_>>>()?;
+    let (of_devices, of_nodes) =
+        shared(py, &slots, num_experts, threads, |shared| shared.visits(&node_of_device, &slices))?;
+    Ok((array2(py, (layers, devices), of_devices)?, array2(py, (layers, nodes), of_nodes)?))
+}
+
+#[pyfunction]
+#[pyo3(signature = (slots, pairs, *, threads = None))]
+pub(super) fn expected_apart<'py>(
+    py: Python<'py>,
+    slots: Slots<'py>,
+    pairs: PyReadonlyArray3<'py, u64>,
+    threads: Option<usize>,
+) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    let experts = pairs.shape()[2];
+    let pairs = contiguous(pairs.as_slice().ok())?;
+    Ok(shared(py, &slots, experts, threads, |shared| shared.apart(pairs))?.into_pyarray(py))
+}
+
+#[pyfunction]
+#[pyo3(signature = (slots, transitions, *, threads = None))]
+pub(super) fn expected_followed<'py>(
+    py: Python<'py>,
+    slots: Slots<'py>,
+    transitions: PyReadonlyArray3<'py, u64>,
+    threads: Option<usize>,
+) -> PyResult<Bound<'py, PyArray3<f64>>> {
+    let (boundaries, experts, devices) = (transitions.shape()[0], transitions.shape()[2], slots.0.shape()[1]);
+    let transitions = contiguous(transitions.as_slice().ok())?;
+    let found = shared(py, &slots, experts, threads, |shared| shared.followed(transitions))?;
+    array3(py, (boundaries, devices, devices), found)
+}
+
+#[pyfunction]
+#[pyo3(signature = (here, there, pairs, link_cost, *, threads = None))]
+pub(super) fn pair_cost(
+    py: Python<'_>,
+    here: PyReadonlyArray2<'_, u16>,
+    there: PyReadonlyArray2<'_, u16>,
+    pairs: PyReadonlyArray3<'_, u64>,
+    link_cost: PyReadonlyArray2<'_, u64>,
+    threads: Option<usize>,
+) -> PyResult<u128> {
+    let experts = pairs.shape()[2];
+    let (here, there) = (contiguous(here.as_slice().ok())?, contiguous(there.as_slice().ok())?);
+    let (pairs, price) = (contiguous(pairs.as_slice().ok())?, contiguous(link_cost.as_slice().ok())?);
+    Ok(detached(py, threads, || cost(here, there, pairs, price, experts))??)
+}

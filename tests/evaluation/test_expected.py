@@ -1,0 +1,109 @@
+"""What is expected of a placement: loads, visits and pairs, by the core and by plain sums."""
+
+import expectation as oracle
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from placements import random_slots
+
+import moetuner as mt
+from moetuner import _core
+from moetuner.evaluation import copies, expected
+
+
+def close(found, wanted):
+    """Compare numbers that may be off by the rounding of a sum."""
+    assert found == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+
+
+@st.composite
+def cases(draw):
+    """Draw a placement with copies, its topology, its shares in two forms, and a generator."""
+    layers = draw(st.integers(1, 3))
+    devices, node = draw(st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 3), (8, 8)]))
+    experts, rng = draw(st.integers(1, 9)), np.random.default_rng(draw(st.integers(0, 2**32)))
+    slots = random_slots(rng, layers, devices, experts, draw(st.integers(0, 2)))
+    placement = mt.Placement(slots, num_experts=experts)
+    topology = mt.Topology(devices, devices_per_node=node)
+    split = draw(st.sampled_from(copies.SPLITS))
+    share, each = (of(placement, topology, split) for of in (copies.shares, copies.slot_shares))
+    return placement, topology, share, each, rng
+
+
+def some_sets(placement, rng):
+    """Draw expert sets of every layer, none in some."""
+    experts = placement.num_experts
+    top_k, sets = int(rng.integers(1, min(experts, 4) + 1)), []
+    for _ in range(placement.layers):
+        ids = [rng.permutation(experts)[:top_k] for _ in range(rng.integers(0, 10))]
+        counts = rng.integers(0, 1000, len(ids))
+        sets.append(mt.ExpertSets(np.array(ids, dtype=int).reshape(-1, top_k), counts))
+    return tuple(sets)
+
+
+@given(cases())
+def test_shares_of_slots_are_those_of_devices(case):
+    """What a slot serves is what its device serves of the expert in it; an empty one, nothing."""
+    placement, _, share, each, _ = case
+    for (layer, device, slot), expert in np.ndenumerate(placement.slots):
+        wanted = share[layer, device, expert] if expert >= 0 else 0.0
+        assert each[layer, device, slot] == wanted
+
+
+@given(cases(), st.sampled_from([np.float64, np.uint64, np.uint16, bool]))
+def test_loads_are_plain_sums(case, kind):
+    """Of any number of windows, and of counts of any type."""
+    placement, _, share, each, rng = case
+    shape = (int(rng.integers(1, 4)), placement.layers, placement.num_experts)
+    load = rng.integers(0, 1000, shape).astype(kind)
+    close(copies.served(placement, each, load), oracle.load(share, load.astype(float)))
+
+
+def test_many_windows_have_the_loads_of_each():
+    """Windows so many that threads share them are each what they are alone."""
+    rng = np.random.default_rng(0)
+    placement = mt.Placement(random_slots(rng, 3, 4, 40, 2), num_experts=40)
+    share = copies.slot_shares(placement, mt.Topology(4), "even")
+    load = rng.random((3000, 3, 40))
+    found = copies.served(placement, share, load)
+    for window in (0, 1, 1500, 2999):
+        alone = copies.served(placement, share, load[window : window + 1])
+        assert found[window].tolist() == alone[0].tolist()
+
+
+@given(cases())
+def test_visits_are_those_of_the_plain_loop(case):
+    """With copies on any devices; exactly so where every expert has one."""
+    placement, topology, share, each, rng = case
+    sets, node = some_sets(placement, rng), topology.node_of_device
+    found = expected.visits(placement, each, sets, node)
+    for mine, plain in zip(found, oracle.visits(share, sets, node), strict=True):
+        close(mine, plain)
+        assert placement.has_copies or mine.tolist() == plain.tolist()
+    # Sums of every layer are in the order of its sets.
+    one, two = (expected.visits(placement, each, sets, node, threads) for threads in (1, 2))
+    assert [mine.tolist() for mine in one] == [mine.tolist() for mine in two]
+
+
+@given(cases())
+def test_pairs_are_plain_sums(case):
+    """Pairs apart, and pairs from layer to layer, with copies on any devices."""
+    placement, _, share, each, rng = case
+    shape = (placement.layers, placement.num_experts, placement.num_experts)
+    pairs = rng.integers(0, 1000, shape).astype(np.uint64)
+    slots = placement.slots, each
+    close(_core.expected_apart(slots, pairs), oracle.apart(share, pairs.astype(float)))
+    found = _core.expected_followed(slots, pairs[1:])
+    close(found, oracle.followed(share, pairs[1:].astype(float)))
+
+
+@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 6), st.integers(0, 3))
+def test_costs_of_pairs_are_whole_numbers(seed, devices, experts, tables):
+    """However large the counts are."""
+    rng = np.random.default_rng(seed)
+    pairs = rng.integers(0, 2**63, (tables, experts, experts)).astype(np.uint64)
+    here, there = (rng.integers(0, devices, (tables, experts)).astype(np.uint16) for _ in range(2))
+    link_cost = rng.integers(0, 2**16, (devices, devices)).astype(np.uint64)
+    found = _core.pair_cost(here, there, pairs, link_cost)
+    assert found == oracle.cost(here, there, pairs, link_cost)

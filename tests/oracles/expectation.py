@@ -1,0 +1,43 @@
+"""What is expected of a placement, one number after the other: what the core must find."""
+
+import numpy as np
+
+
+def visits(share, sets, node):
+    """Tokens that visit every device [L,D], and every node [L,N], of shares [L,D,E]."""
+    layers, devices, _ = share.shape
+    nodes = int(node.max()) + 1
+    found, of_nodes = np.zeros((layers, devices)), np.zeros((layers, nodes))
+    for layer, tokens in enumerate(sets):
+        for ids, count in zip(tokens.ids.tolist(), tokens.counts.tolist(), strict=True):
+            for device in range(devices):
+                missed = np.prod([1 - share[layer, device, expert] for expert in ids])
+                found[layer, device] += count * (1 - missed)
+            for n in range(nodes):
+                mine = [share[layer, node == n, expert].sum() for expert in ids]
+                of_nodes[layer, n] += count * (1 - np.prod([1 - each for each in mine]))
+    return found, of_nodes
+
+
+def load(share, tokens):
+    """Tokens of every device [W,L,D], of those of experts [W,L,E]."""
+    return np.einsum("lde,wle->wld", share, tokens)
+
+
+def apart(share, pairs):
+    """Pairs [L] whose experts are not served by one device, of counts [L,E,E] in both orders."""
+    together = np.einsum("lde,ldf->lef", share, share)
+    return (pairs * (1 - together)).sum(axis=(1, 2)) / 2
+
+
+def followed(share, transitions):
+    """Pairs of neighbouring layers by their devices [L-1,D,D], of counts [L-1,E,E]."""
+    return np.einsum("lde,lef,lgf->ldg", share[:-1], transitions, share[1:])
+
+
+def cost(device_of, there, pairs, link_cost):
+    """Whole cost of counts [N,E,E] of pairs over links [D,D], pair by pair."""
+    total = 0
+    for layer, e, f in np.ndindex(pairs.shape):
+        total += int(pairs[layer, e, f]) * int(link_cost[device_of[layer, e], there[layer, f]])
+    return total

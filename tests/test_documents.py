@@ -1,0 +1,182 @@
+"""Documents tell the truth: what they show is run, and prints what they say.
+
+Every document is read from its first line to its last in a folder of its own. Fences of ``python``
+and ``sh`` are run; a fence without a language is what the one before printed, with ``...`` for what
+differs from run to run. A command that is not moetuner's is named, with the reason, in a comment
+before its fence: ``<!-- not run: vllm, curl: they need a GPU -->``. What commands in running text
+name is run where they name files, and else only known.
+"""
+
+import doctest
+import importlib
+import re
+import shlex
+import textwrap
+from pathlib import Path
+
+import pytest
+from given import GIVEN
+from sybil import Example, Region, Sybil
+from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer, FencedCodeBlockLexer
+
+from moetuner.cli import moetuner
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page.relative_to(ROOT).as_posix() for page in PAGES if "_build" not in page.parts]
+
+PACKAGE = ROOT / "python"
+MODULES = [
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if ">>>" in path.read_text()
+]
+
+FENCES = FencedCodeBlockLexer(r"[^\n]*")
+NOT_RUN = DirectiveInHTMLCommentLexer("not run", r"[^\n]*?")
+INLINE = re.compile(r"`(moetuner [a-z]+(?: [^`]*)?)`")
+LINK = re.compile(r"\]\((?!http)([^)#]+)[^)]*\)")
+# Neither run nor printed by anything.
+TEXT = {"text", "yaml"}
+# Searches whose answers no document shows are cut short.
+SEARCHES, SHORT = {"solve", "compare"}, ["--time-limit", "0.1"]
+
+
+class Reader:
+    """Runs what a document shows, in order.
+
+    ``run`` runs moetuner's command line and gives what it printed, ``printed`` what Python has.
+    """
+
+    def __init__(self, run, printed, names):
+        self.run, self.printed = run, printed
+        self.names = names
+        self.said = None  # by the last fence that was run
+        self.unneeded, self.needed = {}, set()  # programs that are not to be run
+
+    def __call__(self, document):
+        """Find what there is to do, as Sybil asks."""
+        fences = list(FENCES(document))
+        for number, fence in enumerate(fences):
+            language = fence.lexemes["language"].strip()
+            if language.startswith("{") or language in TEXT:
+                evaluate = self.text
+            else:
+                evaluate = {"python": self.python, "sh": self.commands, "": self.output}[language]
+            after = fences[number + 1] if number + 1 < len(fences) else None
+            shown = after is not None and not after.lexemes["language"].strip()
+            yield Region(fence.start, fence.end, (fence.lexemes["source"], shown), evaluate)
+        comments = list(NOT_RUN(document))
+        for comment in comments:
+            yield Region(comment.start, comment.end, comment.lexemes["arguments"], self.excuse)
+        taken = [(each.start, each.end) for each in (*fences, *comments)]
+        for match in INLINE.finditer(document.text):
+            if not any(start <= match.start() < end for start, end in taken):
+                yield Region(match.start(), match.end(), match[1], self.mention)
+
+    def text(self, example: Example) -> str | None:
+        """Nothing that could be run hides here."""
+        source, _ = example.parsed
+        return "a command in a fence of text" if re.search("^moetuner ", source, re.M) else None
+
+    def excuse(self, example: Example) -> str | None:
+        """Note which programs are not run."""
+        programs, _, reason = example.parsed.partition(": ")
+        if not reason:
+            return "what is not run needs a reason"
+        self.unneeded |= dict.fromkeys(re.split(r",\s*", programs), reason)
+        return None
+
+    def python(self, example: Example) -> None:
+        """Run a block; names stay for the next."""
+        source, _ = example.parsed
+        self.printed()
+        code = "\n" * example.line + textwrap.dedent(source)
+        exec(compile(code, example.path, "exec"), self.names)
+        self.said = self.printed()
+
+    def commands(self, example: Example) -> str | None:
+        """Run moetuner's lines; the others have an excuse, and all of those are needed."""
+        source, shown = example.parsed
+        self.said = ""
+        for line in source.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"\w+=.*", words[0]):
+                del words[0]
+            if words[:1] == ["moetuner"]:
+                self.said += self.command(words[1:], shown)
+            elif words and words[0] in self.unneeded:
+                self.needed.add(words[0])
+            elif words:
+                return f"{words[0]!r} is not run, and no comment before the fence says why"
+        return self.settled()
+
+    def settled(self) -> str | None:
+        """Every excuse was needed."""
+        left = self.unneeded.keys() - self.needed
+        self.unneeded, self.needed = {}, set()
+        return f"not said to be run, and not there: {sorted(left)}" if left else None
+
+    def command(self, words, shown):
+        """Run one; it must succeed in silence."""
+        if words[0] in SEARCHES and not shown:
+            words = [*words, *SHORT]
+        return self.run(*words)
+
+    def output(self, example: Example) -> str | None:
+        """Compare with what was printed; every line but its trailing spaces."""
+        expected, _ = example.parsed
+        if self.said is None:
+            return "nothing before this fence prints anything; other fences name their language"
+        found = "".join(line.rstrip() + "\n" for line in self.said.splitlines())
+        self.said, checker = None, doctest.OutputChecker()
+        if checker.check_output(expected, found, doctest.ELLIPSIS):
+            return None
+        return checker.output_difference(doctest.Example("", expected), found, doctest.ELLIPSIS)
+
+    def mention(self, example: Example) -> str | None:
+        """Run a command in running text that names files; know the others."""
+        words = shlex.split(example.parsed)[1:]
+        if any(re.search(r"[a-z]\.[a-z]|^[A-Z]+$", word) for word in words):
+            self.command(words, shown=False)
+            return None
+        command = moetuner.commands.get(words[0])
+        if command is None:
+            return f"no command {words[0]}"
+        known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+        unknown = [word for word in words[1:] if word.startswith("--") and word not in known]
+        return f"unknown: {unknown}" if unknown else None
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_shown_is_so(page, ok, capsys, tmp_path, monkeypatch):
+    """Blocks and commands run, in order, and print what stands below them."""
+    monkeypatch.chdir(tmp_path)
+    names = GIVEN[page](tmp_path) if page in GIVEN else {}
+    capsys.readouterr()
+    reader = Reader(ok, lambda: capsys.readouterr().out, names)
+    for example in Sybil([reader]).parse(ROOT / page):
+        example.evaluate()
+    assert not reader.unneeded
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name, tmp_path, monkeypatch):
+    """Examples in docstrings print what they say."""
+    monkeypatch.chdir(tmp_path)
+    if name.startswith("moetuner.torch"):
+        pytest.importorskip("torch")
+    module = importlib.import_module(name)
+    found = [each for each in doctest.DocTestFinder().find(module) if each.examples]
+    written = Path(module.__file__).read_text().count("    >>> ")
+    assert sum(len(each.examples) for each in found) == written
+    for each in found:
+        assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(each).failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """What a page links to exists."""
+    for link in LINK.findall((ROOT / page).read_text()):
+        assert ((ROOT / page).parent / link).exists(), link
