@@ -11,7 +11,7 @@ import pytest
 import moetuner as mt
 from moetuner import _core
 from moetuner.problem.caps import device_load
-from moetuner.problem.windows import MOST, windows_of
+from moetuner.problem.windows import MERGED, MOST, windows_of
 from moetuner.solver.exact.enumeration import enumerated
 from moetuner.solver.migration import Migration, migrate
 from moetuner.solver.result import Candidate, Limits
@@ -199,7 +199,7 @@ def test_what_a_risk_is_made_of_weighs_more(how):
 
 
 def test_thinned_windows_stand_for_those_left_out():
-    """Of more than 512 windows those kept weigh as much as all, each group's by its weight."""
+    """Means of more than 512 windows weigh as much as all, each group's by its weight."""
     load = np.random.default_rng(0).integers(1, 9, (4 * MOST, 1, 4))
     statistics = mt.RoutingStatistics.from_load(
         load, group=np.arange(4 * MOST) % 3, group_names=("a", "b", "c")
@@ -210,12 +210,8 @@ def test_thinned_windows_stand_for_those_left_out():
         assert windows.weight.sum() == pytest.approx(4 * MOST * 2, rel=0.01)
         assert windows.searched.weight.sum() == pytest.approx(4 * MOST * 2, rel=0.01)
     bursts = windows_of(statistics, "bursts", "mean", weights).searched
-    assert len(bursts.load) == MOST
-    assert [np.unique(bursts.weight[bursts.group == g]).tolist() for g in range(3)] == [
-        [20.0],
-        [4.0],
-        [0.0],
-    ]
+    assert len(bursts.load) <= MERGED + 2
+    assert np.bincount(bursts.group, bursts.weight).tolist() == [5 * 683, 683]
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

@@ -296,7 +296,8 @@ class _Arrival:
         if self._load is None:
             assert self._experts is not None
             self._load = self._experts.finish()
-        placement = self._settings[number].placement
+        setting = self._settings[number]
+        placement = setting.placement
         if placement.has_copies:
             return _in_turns(placement, self._load)
         of_experts = self._load.transpose(1, 0, 2)
@@ -304,7 +305,7 @@ class _Arrival:
         share = copies.slot_shares(placement, setting.topology, setting.split)
 
         def served(some: Numbers) -> Numbers:
-            found = copies.served(placement, share, np.ascontiguousarray(some))
+            found = copies.served(placement, share, some)
             return found.astype(np.min_scalar_type(int(found.max(initial=0))))
 
         return by_block(of_experts, served)
@@ -401,7 +402,7 @@ class Expected:
             of_devices, of_nodes = visits or expected_.visits(
                 placement, self._share, statistics.sets, topology.node_of_device, setting.threads
             )
-            load = copies.served(placement, self._share, statistics.total_load[None])[0]
+            load = copies.served(placement, self._share, statistics.set_load[None])[0]
             # Visits for each token of load: in every window as in all.
             self._met = _ratio(of_devices, load)
             self._met_nodes = _ratio(of_nodes, _of_nodes(load, topology))

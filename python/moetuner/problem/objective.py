@@ -257,16 +257,21 @@ class Objective:
         load
             Their windows of load [W,L,E], all that are judged by default.
         """
-        if statistics is None and load is None and self.windows is self.problem.windows:
-            return self.problem.remembered.of(
-                "window cost", placement, lambda: self._window_cost(placement, None, None)
-            )
+        if statistics is None and load is None:
+            whole, windows = self.problem.statistics, self.problem.windows
+            # Of other windows nothing is remembered.
+            means = vars(windows).get("searched")
+            if self.windows is windows or self.windows is means:
+                what = "window cost" + " of means" * (self.windows is not windows)
+                return self.problem.remembered.of(
+                    what, placement, lambda: self._window_cost(placement, whole, None)
+                )
+        statistics = self.problem.statistics if statistics is None else statistics
         return self._window_cost(placement, statistics, load)
 
     def _window_cost(
-        self, placement: Placement, statistics: replay.Counted | None, load: Floats | None
+        self, placement: Placement, statistics: replay.Counted, load: Floats | None
     ) -> Floats:
-        statistics = self.problem.statistics if statistics is None else statistics
         if self.problem.goal == "time":
             # Homes are of all windows together; those that are given are all there are.
             total = self.windows.total[None] if load is None and self._is_many else None

@@ -253,7 +253,8 @@ def _tables(problem: Problem, contents: list[Slots], clock: Clock) -> list[Float
     tables = [np.zeros((1, len(contents[0]), len(problem.windows.weight) + 1))]
     for layer in range(problem.layers - 1):
         here, there = contents[layer], contents[layer + 1]
-        if clock.is_over() or len(here) * len(there) > _fewer(problem, effort.MOST_PAIRS):
+        too_many = len(here) * len(there) > _fewer(problem, effort.MOST_PAIRS)
+        if clock.is_over() or too_many:
             return None
         tables.append(_widened(_pair_shares(problem, layer, here, there)))
     last = problem.layers - 1

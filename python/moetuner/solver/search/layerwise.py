@@ -15,6 +15,7 @@ from moetuner import _core
 from moetuner.placement import EMPTY, Placement, brought
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.problem.windows import Windows
 from moetuner.solver import effort
 from moetuner.solver.result import (
     Candidate,
@@ -107,10 +108,10 @@ class LayerSearch:
     What is learned of its windows is kept from one run to the next.
     """
 
-    def __init__(self, problem: Problem, seed: int) -> None:
+    def __init__(self, problem: Problem, seed: int, windows: Windows | None = None) -> None:
         self.problem, self.seed = problem, seed
         # Windows that the search sees, and what it makes small: of many windows some stand for all.
-        self.windows = problem.windows.searched
+        self.windows = problem.windows.searched if windows is None else windows
         self.objective = Objective(problem, self.windows)
         self.moving: MoveCost | None = None
         topology = problem.topology
@@ -165,6 +166,12 @@ class LayerSearch:
         limit = min(each.rank for each in known)
         # Seconds that judging an answer takes, which are kept back for those to come.
         judging = (clock.gone - begin) / len(known)
+        whole = clock
+        if self.windows is not problem.windows and not clock.is_over():
+            # The best few, and their bound, are judged on all windows in the end.
+            begin = clock.gone
+            self.rank_of_all(min(known, key=lambda each: each.rank).slots)
+            clock = Clock(clock.within(keep=(effort.JUDGED + 2) * (clock.gone - begin)))
         again = effort.REWEIGHTINGS_AGAIN if self.reweighted else effort.REWEIGHTINGS
         turns = 1 if problem.windows.is_mean else again
         if not self.reweighted:
@@ -215,26 +222,37 @@ class LayerSearch:
         if problem.goal == "time" and moving is None and not clock.is_over():
             best = settled(problem, self.objective, known, limit)
         if self.windows is not problem.windows:
-            best = self.judged(best, known, starts)
+            best = self.judged(best, known, starts, whole)
         return self.candidate(best, "interrupted" if interrupted else "feasible")
 
-    def judged(self, best: Slots, known: list[Known], starts: list[Slots]) -> Slots:
+    def judged(self, best: Slots, known: list[Known], starts: list[Slots], clock: Clock) -> Slots:
         """Return the best slots by all windows, where a search has seen some that stand for them.
 
         Out of the few that it likes best, and the start that no answer may be behind. What it
         chose stays where it is as good as the best by more than chance can tell.
         """
         floor = min(starts, key=self.rank)
-        few = [best, floor, *(each.slots for each in sorted(known, key=_rank)[: effort.JUDGED])]
-        ranks = {slots.tobytes(): (*self.rank_of_all(slots), slots) for slots in few}
-        excess, value, first = min(ranks.values(), key=lambda each: each[:2])
-        mine, least = ranks[best.tobytes()][:2], ranks[floor.tobytes()][:2]
-        return best if mine <= min((excess, value * (1 + TIE)), least) else first
+        few = [floor, best, *(each.slots for each in sorted(known, key=_rank)[: effort.JUDGED])]
+        ranks: dict[bytes, tuple[float, float]] = {}
+        found = {slots.tobytes(): slots for slots in few}
+        for key, slots in found.items():
+            if not ranks or not clock.is_over():
+                ranks[key] = self.rank_of_all(slots)
+        first = min(ranks, key=ranks.__getitem__)
+        excess, value = ranks[first]
+        mine, least = ranks.get(best.tobytes()), ranks[floor.tobytes()]
+        if mine is not None and mine <= min((excess, value * (1 + TIE)), least):
+            return best
+        return found[first]
 
     def _tell(self, known: list[Known], limits: Limits) -> None:
-        """Tell of the best so far, if it keeps the caps; what moves has a price of its own."""
+        """Tell of the best so far, if it keeps the caps; what moves has a price of its own.
+
+        Nothing where it was not judged on all windows.
+        """
         best = min(known, key=lambda each: each.rank)
-        if self.moving is None and not best.excess:
+        all_seen = self.windows is self.problem.windows
+        if self.moving is None and not best.excess and all_seen:
             limits.tell("layers", best.value)
 
     @property
@@ -249,7 +267,8 @@ class LayerSearch:
         alike = without_spare(self.problem)
         if alike is None:
             return None
-        search = LayerSearch(alike, self.seed)
+        few = None if self.windows is self.problem.windows else self.windows
+        search = LayerSearch(alike, self.seed, few)
         search.choice, search.reweighted = self.choice, list(self.reweighted)
         search.weight = self.weight
         return search
