@@ -12,6 +12,10 @@ use crate::random::Random;
 
 /// The part of the time left that searches may take.
 const SAFE: f64 = 0.95;
+/// Searches of a layer after which no more are made if most of them found the same best cost.
+const SURE: u64 = 4;
+/// Costs that differ by less of themselves are the same: devices in another order are summed up in another one.
+const ALIKE: f64 = 1e-6;
 
 /// What joins neighbouring layers.
 #[derive(Debug, Clone, Copy)]
@@ -61,7 +65,7 @@ pub fn place(
 /// Placements of `these` layers after a turn, of which so many are to come in what is left of the time.
 ///
 /// Every layer is searched once before any is searched again, and again only where there is time for it: a search that
-/// is cut short costs more than another one brings.
+/// is cut short costs more than another one brings. Where most of a few searches end at the same cost, others would, too.
 fn turn(
     layers: &[Layer],
     these: &[usize],
@@ -97,21 +101,33 @@ fn turn(
         (found, begin.elapsed())
     };
     let (mut best, took): (Vec<_>, Vec<_>) = these.par_iter().map(first).unzip();
-    let again = |k: usize| {
-        let (restart, i) = (k / these.len(), k % these.len());
+    let again = |&(i, restart): &(usize, u64)| {
         let time = end.map(left);
         let in_time = time.is_none_or(|time| time >= took[i]) && !control.stopped();
-        in_time.then(|| run(these[i], restart as u64, time))
+        in_time.then(|| run(these[i], restart, time))
     };
-    let others: Vec<_> =
-        (these.len()..these.len() * effort.restarts as usize).into_par_iter().map(again).collect();
-    for (k, found) in others.into_iter().enumerate() {
-        let best = &mut best[k % these.len()];
-        if let Some(found) = found.filter(|found| found.0 < best.0) {
-            *best = found;
+    let mut costs: Vec<Vec<f64>> = best.iter().map(|found| vec![found.0]).collect();
+    let half = SURE.min(effort.restarts);
+    for restarts in [1..half, half..effort.restarts] {
+        let open = restarts.flat_map(|restart| (0..these.len()).map(move |i| (i, restart)));
+        let open: Vec<(usize, u64)> = open.filter(|(i, _)| !agree(&costs[*i])).collect();
+        let others: Vec<_> = open.par_iter().map(again).collect();
+        for ((i, _), found) in open.into_iter().zip(others) {
+            let Some(found) = found else { continue };
+            costs[i].push(found.0);
+            if found.0 < best[i].0 {
+                best[i] = found;
+            }
         }
     }
     best.into_iter().map(|(_, placement)| placement).collect()
+}
+
+/// Whether most searches of a layer found the best one's cost.
+fn agree(costs: &[f64]) -> bool {
+    let best = costs.iter().copied().fold(f64::INFINITY, f64::min);
+    let same = costs.iter().filter(|&&cost| cost <= best + ALIKE * best.abs()).count();
+    costs.len() as u64 >= SURE && 2 * same > costs.len()
 }
 
 /// What serving an expert of layer `l` costs on a device `[E, D]`, given where the neighbours' experts are: copies of
