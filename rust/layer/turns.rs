@@ -12,6 +12,10 @@ use crate::random::Random;
 
 /// The part of the time left that searches may take.
 const SAFE: f64 = 0.95;
+/// Searches of a layer after which no more are made if most of them found the same best cost.
+const SURE: u64 = 4;
+/// Costs that differ by less of themselves are the same: devices in another order are summed up in another one.
+const ALIKE: f64 = 1e-6;
 
 /// What joins neighbouring layers.
 #[derive(Debug, Clone, Copy)]
@@ -63,7 +67,7 @@ pub fn place(
 /// Placements of `these` layers after a turn, of which so many are to come in what is left of the time.
 ///
 /// Every layer is searched once before any is searched again, and again only where there is time for it: a search that
-/// is cut short costs more than another one brings.
+/// is cut short costs more than another one brings. Where most of a few searches end at the same cost, others would, too.
 fn turn(
     layers: &[Layer],
     these: &[usize],
@@ -99,33 +103,39 @@ fn turn(
         (found, begin.elapsed())
     };
     let (mut best, took): (Vec<_>, Vec<_>) = these.par_iter().map(first).unzip();
-    let again = |tries: &[(u64, usize)]| -> Vec<_> {
-        let tried = tries.par_iter().map(|&(restart, i)| {
-            let time = end.map(left);
-            let in_time = time.is_none_or(|time| time >= took[i]) && !control.stopped();
-            in_time.then(|| run(these[i], restart, time))
-        });
-        tried.collect()
+    let again = |&(i, restart): &(usize, u64)| {
+        let time = end.map(left);
+        let in_time = time.is_none_or(|time| time >= took[i]) && !control.stopped();
+        in_time.then(|| run(these[i], restart, time))
     };
-    let mut open: Vec<usize> = (0..these.len()).collect();
+    let mut costs: Vec<Vec<f64>> = best.iter().map(|found| vec![found.0]).collect();
     let visits_alone = these.iter().all(|&l| layers[l].windows.is_weightless());
-    let wave = if visits_alone { 1 } else { effort.restarts.max(1) };
-    for first in (1..effort.restarts).step_by(wave as usize) {
-        let restarts = first..(first + wave).min(effort.restarts);
-        let tries: Vec<(u64, usize)> =
-            restarts.flat_map(|restart| open.iter().map(move |&i| (restart, i))).collect();
-        for (&(_, i), found) in tries.iter().zip(again(&tries)) {
+    let few = if visits_alone { 2 } else { SURE }.min(effort.restarts);
+    let (mut from, mut to) = (1, few);
+    while from < effort.restarts {
+        let open = (from..to).flat_map(|restart| (0..these.len()).map(move |i| (i, restart)));
+        let open: Vec<(usize, u64)> = open.filter(|(i, _)| !agree(&costs[*i], visits_alone)).collect();
+        let others: Vec<_> = open.par_iter().map(again).collect();
+        for ((i, _), found) in open.into_iter().zip(others) {
             let Some(found) = found else { continue };
-            let best = &mut best[i];
-            if found.0 < best.0 {
-                *best = found;
-            } else if found.0.total_cmp(&best.0).is_eq() && visits_alone {
-                // Visits are whole numbers: where two searches end at the same one, others hardly ever end below it.
-                open.retain(|&other| other != i);
+            costs[i].push(found.0);
+            if found.0 < best[i].0 {
+                best[i] = found;
             }
         }
+        (from, to) = (to, if visits_alone { to + 1 } else { effort.restarts });
     }
     best.into_iter().map(|(_, placement)| placement).collect()
+}
+
+/// Whether most searches of a layer found the best one's cost.
+///
+/// Visits are whole numbers: where two searches end at the same one, others hardly ever end below it.
+fn agree(costs: &[f64], visits_alone: bool) -> bool {
+    let best = costs.iter().copied().fold(f64::INFINITY, f64::min);
+    let alike = if visits_alone { 0.0 } else { ALIKE };
+    let same = costs.iter().filter(|&&cost| cost <= best + alike * best.abs()).count();
+    if visits_alone { same >= 2 } else { costs.len() as u64 >= SURE && 2 * same > costs.len() }
 }
 
 /// What serving an expert of layer `l` costs on a device `[E, D]`, given where the neighbours' experts are: copies of

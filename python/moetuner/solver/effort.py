@@ -122,7 +122,7 @@ LIVE_NORM, LIVE_TRIALS = 8, 35
 # The quick search in windows ("Balance in windows within milliseconds"): trials for a slot, the
 # least of a layer, the most for a slot times LANES windows, and the part of experts' variance among
 # windows that is noise.
-LEVEL_TRIALS, LEAST_LEVEL, LEVEL_WORK, LEVEL_NOISE = 12, 4000, 400, 0.25
+LEVEL_TRIALS, LEAST_LEVEL, LEVEL_WORK, LEVEL_NOISE = 10, 2500, 400, 0.25
 # Without hurry: trials for a slot times LANES windows, and the fewest windows for which it is used.
 LEVEL_FULL, MANY_WINDOWS = 4000, 17
 # Trials for a layer that DeepSeek's own code would balance better.
