@@ -43,8 +43,6 @@ const STARTS: usize = 24;
 const ROUNDS: u64 = 12;
 const TIMED_ROUNDS: u64 = 30;
 const RUNS: u64 = 4;
-/// Rounds without gain after which there are no more.
-const PATIENCE: u64 = 3;
 /// Of wide layers: swaps that all starts look at together, and half of those that rounds do.
 const WORK: f64 = 4e8;
 /// Share of a time limit for the first starts.
@@ -114,15 +112,13 @@ pub fn search(instance: &Instance, options: &Options, balanced: &[u16], control:
             stream += alike;
         }
         runs(&mut pool, &mut stream, starts, effort.start, balanced);
-        let mut idle = 0;
         for _ in 0..effort.rounds {
             // Nothing costs less than nothing.
-            if control.stopped() || idle == PATIENCE || pool[0].0 == (0, 0) {
+            if control.stopped() || pool[0].0 == (0, 0) {
                 break;
             }
-            let (before, from) = pool[0].clone();
+            let from = pool[0].1.clone();
             runs(&mut pool, &mut stream, RUNS, effort.polish, &from);
-            idle = if pool[0].0 < before { 0 } else { idle + 1 };
         }
         elite.append(&mut pool);
         if options.time_limit.is_none() || control.stopped() {
