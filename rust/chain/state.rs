@@ -163,6 +163,7 @@ impl<'a> State<'a> {
         if best >= stay {
             return None;
         }
+        #[allow(clippy::float_cmp)] // one of them is the least
         let slot = self.score.iter().position(|&score| score == best)?;
         Some(Swap { layer: l, expert, other: usize::from(experts[slot]) })
     }

@@ -257,7 +257,7 @@ mod tests {
                 let mut here = side(&right);
                 let (mut counts, mut own) = (vec![3u64; size * size], vec![7u64; size * size]);
                 here.count_pairs(Some((&side(&left), &mut counts)), None, true);
-                for count in counts.iter_mut() {
+                for count in &mut counts {
                     *count += 7;
                 }
                 prop_assert_eq!(&counts, &expected);
