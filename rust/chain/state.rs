@@ -154,7 +154,7 @@ impl<'a> State<'a> {
             } else {
                 let least = mine - space;
                 for (((&load, &noise), &changed), score) in each {
-                    let fits = (load >= mine || load >= least) && (load <= mine || load <= most);
+                    let fits = (load > mine || load >= least) && (load <= mine || load <= most);
                     *score = if fits { changed as f32 - heat * noise } else { f32::INFINITY };
                     best = best.min(*score);
                 }
