@@ -161,6 +161,9 @@ TABLE_LIMIT = 16 << 30
 # Distinct expert sets of all layers, beyond which a sample of the tokens has to do.
 MOST_SETS = 1 << 22
 
+# Loads that take more in 64 bits are held in fewer: of thousands of windows.
+NARROW_BYTES = 64 << 20
+
 # Small enough that a shard is counted from the cache it was read into, on most machines.
 SHARD_BYTES = 16 << 20
 # Of wide tables the cache holds none, so they are to be added to seldom: as many tokens at once as
@@ -175,8 +178,9 @@ class RoutingStatistics(Frozen):
     Parameters
     ----------
     window_load
-        Tokens per window, layer and expert [W,L,E], in the narrowest unsigned type that holds them:
-        convert them before adding or multiplying, as numpy's small integers wrap around.
+        Tokens per window, layer and expert [W,L,E], in 64 bits; beyond ``NARROW_BYTES`` of those in
+        the narrowest unsigned type that holds them: convert such before adding or multiplying, as
+        numpy's small integers wrap around.
     transitions
         Tokens routed to expert e in layer l and to f in layer l+1 [L-1,E,E]; None if not counted.
     coactivation
@@ -573,8 +577,10 @@ def _counts(name: str, table: Any, dimensions: str) -> Loads:
 
 
 def _narrowest(table: Loads) -> Loads:
-    """Return a table in the narrowest unsigned type that holds it: equal ones have equal types."""
-    return table.astype(np.min_scalar_type(int(table.max())), copy=False)
+    """Return a large table in the narrowest unsigned type that holds it: equal ones are alike."""
+    is_large = table.size * 8 > NARROW_BYTES
+    kind = np.min_scalar_type(int(table.max())) if is_large else np.dtype(np.uint64)
+    return table.astype(kind, copy=False)
 
 
 def _is_beyond(table: NDArray[Any]) -> bool:

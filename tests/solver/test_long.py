@@ -24,8 +24,11 @@ def many(seed=0, windows=MANY, experts=8, layers=2, **fields):
 
 
 @pytest.mark.parametrize("largest", [255, 256, 65535, 65536, 2**32 - 1, 2**32])
-def test_loads_are_held_in_the_narrowest_type(largest, tmp_path):
-    """Whatever type they came in; what is equal is equal, and hashes and fingerprints are."""
+def test_loads_are_held_in_the_narrowest_type(largest, tmp_path, monkeypatch):
+    """Where they are large, whatever they came in; what is equal is equal, and so are hashes."""
+    small = mt.RoutingStatistics.from_load([[[0, 7]], [[3, 4]]])
+    assert small.window_load.dtype == np.uint64
+    monkeypatch.setattr(statistics_, "NARROW_BYTES", 0)
     given_load = np.array([[[0, largest]], [[3, 4]]])
     made = [
         mt.RoutingStatistics.from_load(given_load.astype(kind))
@@ -47,7 +50,7 @@ def test_windows_are_counted_wherever_a_trace_is_cut(window, shard, tokens):
     ids = np.random.default_rng(tokens).integers(0, 5, (tokens, 2, 1))
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics_, "SHARD_BYTES", 2 * shard)
+        patch.setattr(statistics_, "WIDE_SHARD_BYTES", 2 * shard)
         found = mt.RoutingStatistics.from_trace(trace, window=window)
     expected = np.zeros((-(-tokens // window), 2, 5), dtype=int)
     at = np.arange(tokens)[:, None] // window
@@ -184,7 +187,7 @@ def test_groups_share_one_sample(monkeypatch, make_trace):
 
 def test_counting_tells_how_far_it_is(make_trace, monkeypatch):
     """Shares rise to one, with groups as well."""
-    monkeypatch.setattr(statistics_, "SHARD_BYTES", 100)
+    monkeypatch.setattr(statistics_, "WIDE_SHARD_BYTES", 100)
     for by_group in (False, True):
         shares = []
         mt.RoutingStatistics.from_trace(make_trace(), by_group=by_group, progress=shares.append)
