@@ -288,7 +288,8 @@ fn bound_layer(
     }
     let affordable = limits.work / layers.max(1) as f64 / layer.contents().max(1.0);
     let rounds = limits.rounds.min((affordable as usize).max(1));
-    let found = prices::search(layer, &Table::new(layer), start, &prices::Budget { rounds, deadline, limits });
+    let found =
+        prices::search(layer, &Table::new(layer), start, &prices::Budget { rounds, deadline, limits });
     // A certificate of no prices is read as that of capacity, without a look at the contents.
     if found.1.iter().all(|&price| price == 0.0) { (layer.least() as u64, found.1, found.2) } else { found }
 }
