@@ -78,6 +78,8 @@ PRICE_EXPERTS, PROGRAMME_WORK = 128, 5e8
 # squared experts, and the fewest iterations of the bound of pairs that are worth it.
 TANGENT_STEPS, TANGENT_TRIALS, TANGENT_STEP, TANGENT_SHARE = 16, 10_000, 0.15, 0.5
 TANGENT_WORK, TANGENT_ITERATIONS = 1e6, 20
+# Seconds for a pair of experts of a set, to be weighed ("Limits").
+TANGENT_SECONDS = 3e-8
 
 # The co-location programme ("The co-location programme"): triangle rows beyond which HiGHS does
 # not get through its first node in minutes.

@@ -16,6 +16,7 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
+from moetuner.solver.bounds import visits
 from moetuner.solver.bounds.loads import bounded, proves_pairs
 from moetuner.solver.bounds.pairs import bound, certified, least_seconds
 from moetuner.solver.exact.enumeration import eased, enumerated, fewest_visits
@@ -51,7 +52,9 @@ def _joint(problem: Problem, seed: int, clock: Clock, best: list[Candidate]) -> 
         if proves_pairs(problem):
             share = effort.SEARCH_SHARE
         elif problem.goal == "traffic" and not problem.may_copy:
-            share = effort.VISIT_SEARCH_SHARE
+            share, least = effort.VISIT_SEARCH_SHARE, visits.least_seconds(problem)
+            if limits.time_limit is not None and (1 - share) * limits.time_limit < least:
+                share = 1.0
         found = heuristic(problem, seed=seed, limits=clock.within(share))
         best.append(found)
         return bounded(problem, found, clock.within())

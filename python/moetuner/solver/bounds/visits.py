@@ -83,6 +83,14 @@ def least_visits(problem: Problem) -> float:
     return cost / max(Objective(problem).tokens, 1)
 
 
+def least_seconds(problem: Problem) -> float:
+    """Compute the seconds below which no bound is worth beginning: what cannot be broken off."""
+    if problem.statistics.sets is None or problem.experts <= effort.PRICE_EXPERTS:
+        return 0.0
+    levels = len(list(_levels(problem, problem.caps.whole)))
+    return levels * (_weighing_seconds(_sets(problem)) + pairs.least_seconds(problem))
+
+
 def bound(
     problem: Problem, slots: NDArray[np.int32], caps: NDArray[np.uint64], *, limits: Limits
 ) -> Bounded:
@@ -336,6 +344,11 @@ def _weighed(problem: Problem, level: _Level, slopes: list[Counts]) -> _Weighed 
     return _Weighed(weighed, alone)
 
 
+def _weighing_seconds(sets: Sequence[ExpertSets]) -> float:
+    """Compute the seconds that weighing the pairs of all sets takes."""
+    return effort.TANGENT_SECONDS * sum(len(of) * math.comb(of.top_k, 2) for of in sets)
+
+
 def _together(sets: ExpertSets, part_of: Counts) -> Counts:
     """Count the pairs of each set [N] that share a part."""
     part = part_of[sets.ids]
@@ -378,6 +391,10 @@ def _by_tangents(
     sets, corners = _sets(problem), _corners(problem, level)
     if any(len(of[0]) < 2 for of in corners):
         return None  # capacity says it all
+    weighing = _weighing_seconds(sets)
+    finishing = weighing + pairs.least_seconds(problem)
+    if limits.time_limit is not None and limits.time_limit < finishing:
+        return None
     edges = [-np.diff(of[1]) / np.diff(of[0]) * UNIT for of in corners]
     slopes = [
         _first_slopes(_together(of, parts), each)
@@ -387,15 +404,17 @@ def _by_tangents(
     def rounded() -> list[Counts]:
         return [np.rint(each).astype(np.int64) for each in slopes]
 
-    searching, interrupted = clock.within(effort.TANGENT_SHARE), False
+    searching, interrupted = clock.within(effort.TANGENT_SHARE, keep=finishing), False
     steps = Clock(searching)
     count, timed = effort.TANGENT_STEPS, limits.time_limit is not None
     if not timed:
         count = min(count, int(effort.TANGENT_WORK / (problem.layers * problem.experts**2)))
     for step in range(count):
-        now = steps.within()
+        now = steps.within(keep=weighing)
+        if now.time_limit == 0:
+            break
         weighed = _weighed(problem, level, rounded())
-        if weighed is None or now.time_limit == 0:
+        if weighed is None:
             break
         part_of, interrupted = _preferred(weighed.problem, step, now)
         if interrupted or steps.within().time_limit == 0:
