@@ -65,7 +65,7 @@ VISIT_FEW_SLOTS, VISIT_RESTARTS = 64, 8
 # are made without a time limit, how many at most, and how many with one.
 BOUND_WORK, BOUND_ITERATIONS, BOUND_ITERATIONS_TIMED = 3e9, 150, 10_000
 # Seconds for an entry of the tables of pairs, in which no bound can be proven ("Limits").
-BOUND_SECONDS = 1e-7
+BOUND_SECONDS = 3e-7
 
 # Bounds of visits ("Bounds of visits"): the share of a time limit for the search before them. Looks
 # at all contents of a layer at the most, and contents that are looked at without a time limit.

@@ -50,18 +50,18 @@ def _joint(problem: Problem, seed: int, clock: Clock, best: list[Candidate]) -> 
     if not _is_of_pairs(problem):
         share = 1.0
         if proves_pairs(problem):
-            share = effort.SEARCH_SHARE
+            share = _search_share(limits, effort.SEARCH_SHARE, least_seconds(problem))
         elif problem.goal == "traffic" and not problem.may_copy:
-            share, least = effort.VISIT_SEARCH_SHARE, visits.least_seconds(problem)
-            if limits.time_limit is not None and (1 - share) * limits.time_limit < least:
-                share = 1.0
+            least = visits.least_seconds(problem)
+            share = _search_share(limits, effort.VISIT_SEARCH_SHARE, least)
         found = heuristic(problem, seed=seed, limits=clock.within(share))
         best.append(found)
         return bounded(problem, found, clock.within())
     exact = None if limits.time_limit == 0 else _optimum(problem, clock.within())
     if exact is not None:
         return exact
-    found = heuristic(problem, seed=seed, limits=clock.within(effort.SEARCH_SHARE))
+    share = _search_share(clock.within(), effort.SEARCH_SHARE, least_seconds(problem))
+    found = heuristic(problem, seed=seed, limits=clock.within(share))
     best.append(found)
     if found.status == "interrupted":
         return found
@@ -79,6 +79,12 @@ def _joint(problem: Problem, seed: int, clock: Clock, best: list[Candidate]) -> 
     if programme and found.bound is not None and left >= effort.PROGRAMME_LEAST:
         found = colocation(problem, seed=seed, limits=clock.within(), start=found)
     return replace(found, status="time_limit") if found.status == "feasible" else found
+
+
+def _search_share(limits: Limits, share: float, least: float) -> float:
+    """Return the share of a time limit that a search gets: all where no bound could end in time."""
+    limit = limits.time_limit
+    return share if limit is None or (1 - share) * limit >= least else 1.0
 
 
 def heuristic(problem: Problem, *, seed: int, limits: Limits) -> Candidate:

@@ -91,8 +91,7 @@ def bound(
 
 def least_seconds(problem: Problem) -> float:
     """Compute the seconds below which no bound is worth beginning."""
-    order = problem.devices * problem.slots
-    return effort.BOUND_SECONDS * _flops(problem) / (8 * order)
+    return effort.BOUND_SECONDS * problem.layers * (problem.devices * problem.slots) ** 2
 
 
 def certified(
