@@ -168,10 +168,10 @@ class LayerSearch:
         judging = (clock.gone - begin) / len(known)
         whole = clock
         if self.windows is not problem.windows and not clock.is_over():
-            # The best few, and their bound, are judged on all windows in the end.
+            # The start and the best are judged on all windows in the end, others if time is left.
             begin = clock.gone
             self.rank_of_all(min(known, key=lambda each: each.rank).slots)
-            clock = Clock(clock.within(keep=(effort.JUDGED + 2) * (clock.gone - begin)))
+            clock = Clock(clock.within(keep=2 * (clock.gone - begin)))
         again = effort.REWEIGHTINGS_AGAIN if self.reweighted else effort.REWEIGHTINGS
         turns = 1 if problem.windows.is_mean else again
         if not self.reweighted:
