@@ -73,6 +73,9 @@ BOUND_SECONDS = 3e-7
 # times layers times cubed experts, without a time limit.
 VISIT_SEARCH_SHARE, PRICE_ROUNDS, PRICE_WORK = 0.5, 60, 3e9
 PRICE_EXPERTS, PROGRAMME_WORK = 128, 5e8
+# Contents of a device up to which all are tried, as the core has it; seconds for each of them and
+# each expert of a token; and in how many times what all of them take prices are good.
+PRICE_CONTENTS, PRICE_SECONDS, PRICE_TIMES = 25_000_000, 2.5e-9, 20
 # Steps of tangents, trials of the placement that each moves towards, a step's size as a share of
 # the range of slopes, and the steps' share of a time limit. Without one: steps times layers times
 # squared experts, and the fewest iterations of the bound of pairs that are worth it.

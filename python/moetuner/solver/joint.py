@@ -52,8 +52,11 @@ def _joint(problem: Problem, seed: int, clock: Clock, best: list[Candidate]) -> 
         if proves_pairs(problem):
             share = _search_share(limits, effort.SEARCH_SHARE, least_seconds(problem))
         elif problem.goal == "traffic" and not problem.may_copy:
-            least = visits.least_seconds(problem)
-            share = _search_share(limits, effort.VISIT_SEARCH_SHARE, least)
+            least, share = visits.least_seconds(problem), effort.VISIT_SEARCH_SHARE
+            if limits.time_limit and problem.experts <= effort.PRICE_EXPERTS:
+                # Prices are soon as good as they get.
+                share = max(share, 1 - effort.PRICE_TIMES * least / limits.time_limit)
+            share = _search_share(limits, share, least)
         found = heuristic(problem, seed=seed, limits=clock.within(share))
         best.append(found)
         return bounded(problem, found, clock.within())

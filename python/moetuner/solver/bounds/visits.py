@@ -85,10 +85,16 @@ def least_visits(problem: Problem) -> float:
 
 def least_seconds(problem: Problem) -> float:
     """Compute the seconds below which no bound is worth beginning: what cannot be broken off."""
-    if problem.statistics.sets is None or problem.experts <= effort.PRICE_EXPERTS:
+    if problem.statistics.sets is None:
         return 0.0
-    levels = len(list(_levels(problem, problem.caps.whole)))
-    return levels * (_weighing_seconds(_sets(problem)) + pairs.least_seconds(problem))
+    levels = list(_levels(problem, problem.caps.whole))
+    if problem.experts > effort.PRICE_EXPERTS:
+        each = _weighing_seconds(_sets(problem)) + pairs.least_seconds(problem)
+        return len(levels) * each
+    rooms = [int(room.max()) for level in levels for room in level.room]
+    contents = [math.comb(problem.experts, room) for room in rooms]
+    orders = max(of.top_k for of in _sets(problem))
+    return effort.PRICE_SECONDS * orders * sum(n for n in contents if n <= effort.PRICE_CONTENTS)
 
 
 def bound(
