@@ -56,7 +56,8 @@ def bound(
     proofs: list[Proof] = []
     cost, interrupted = 0, False
     if iterations is None:
-        iterations = int(np.clip(affordable(problem), 1, effort.BOUND_ITERATIONS))
+        # Less than one is none: sums of rows and columns prove more than a single iteration.
+        iterations = int(min(affordable(problem), effort.BOUND_ITERATIONS))
         if limits.time_limit is not None:
             iterations = effort.BOUND_ITERATIONS_TIMED
     sources: list[str] = []
