@@ -696,8 +696,8 @@ def hold_out(
         return traffic.split(1 - share, seed=seed)
     if traffic.transitions is not None or traffic.coactivation is not None:
         raise ValueError(
-            f"holdout must be 0 for saved statistics, got {share}: pairs are counted over all "
-            "windows; give the trace to judge on unseen sequences"
+            f"holdout must be 0 for saved statistics (--holdout 0), got {share}: pairs are counted "
+            "over all windows; give the trace to judge on unseen sequences"
         )
     if traffic.windows < 2:
         raise ValueError(f"holdout must be 0 for a load table of one window, got {share}")

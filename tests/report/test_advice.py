@@ -115,10 +115,11 @@ def test_groups_that_lose_are_named():
     scores = np.repeat(taste[group][:, None], LAYERS, axis=1)
     trace = routed(scores, group=group, group_names=["many", "few"])
     found = advise(trace, TWO_NODES, copies=(0,), splits=1)
-    losers = {each.group for each in found.audit.worse(measures=("predicted_layer_us",))}
+    (loser,) = found.audit.worse(measures=("predicted_layer_us",))
     told = [each for each in found.warnings if "slower than before" in each]
-    assert losers == {"few"}
-    assert told == ["Beyond chance few is served slower than before."]
+    assert loser.group == "few"
+    much = f"{100 * loser.change.value:.1f} %"
+    assert told == [f"Beyond chance few ({much}) is served slower than before; audit tells more."]
 
 
 def test_few_sequences_are_not_enough_evidence():

@@ -124,7 +124,8 @@ def command(
     outcomes = judge(results, problem, source.traffic, window=source.replayed, threads=threads)
     outcome = outcomes[-1]
     output.table(head(problem), [each.row() for each in outcomes])
-    for line in (*remarks([outcome], problem), *sentences(outcome)):
+    broken = [each for each in outcomes[:-1] if each.breaks_rules]
+    for line in (*remarks([*broken, outcome], problem), *sentences(outcome)):
         output.say(line)
     if outcome.worth.cost_model is not None and source.replayed is not None:
         # Counts know windows and expert sets, but not which sets were in which window.

@@ -350,6 +350,13 @@ class _Work:
     def _notes(self, phases: Phases | None, price: float, knee: int) -> tuple[str, ...]:
         """Say what phases cost each other, and what the engine cannot do."""
         notes = [] if phases is None else [phases.sentence(price)]
+        traffic = self.traffic
+        short = isinstance(traffic, RoutingTrace) and traffic.tokens < 4 * WINDOWS[-1]
+        if short and self.windows == WINDOWS[:1]:
+            notes.append(
+                f"Windows of {WINDOWS[-1]:,} tokens, as in prefill, were not judged: those need "
+                f"{4 * WINDOWS[-1]:,} tokens"
+            )
         if self.engine is None:
             return tuple(notes)
         of = ENGINES[self.engine]
@@ -583,10 +590,10 @@ def _check_traffic(traffic: Traffic) -> None:
         raise ValueError("traffic must have tokens, got a load of 0")
 
 
-def _losers(found: Audit, measure: str) -> tuple[str, ...]:
-    """Name the groups that are worse beyond chance."""
+def _losers(found: Audit, measure: str) -> dict[str, float]:
+    """Name the groups that are worse beyond chance, and by what share."""
     worse = found.worse(measures=(measure,)) if found.groups else []
-    return tuple(dict.fromkeys(each.group for each in worse))
+    return {each.group: each.change.value for each in worse}
 
 
 def _bytes(traffic: Traffic) -> float | None:

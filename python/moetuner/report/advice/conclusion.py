@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 
 from moetuner.evaluation.auditing import Audit
@@ -83,7 +86,7 @@ def concluded(
     running: str,
     model: str | None,
     devices: int,
-    losers: tuple[str, ...] = (),
+    losers: Mapping[str, float] = MappingProxyType({}),
     regime: Regime = "dispatch",
     held_out: bool = True,
     notes: tuple[str, ...] = (),
@@ -120,6 +123,7 @@ def concluded(
         answer = "worth a trial"
     elif all(_is_settled(each, price) for each in judged):
         answer = "not now"
+        reasons.insert(1, f"that is less than the {100 * price:g} % that a change should gain")
     else:
         answer = "not enough evidence"
         reasons.append("The interval allows both nothing and a gain that would pay: record more.")
@@ -148,10 +152,13 @@ def concluded(
                 "be served; if the order of the recording means nothing, say so (--any-order)."
             )
     if losers:
-        names = ", ".join(name(each) for each in losers[:LOSERS])
+        named = list(losers.items())[:LOSERS]
+        names = ", ".join(f"{name(each)} ({100 * change:.1f} %)" for each, change in named)
         more = f" and {len(losers) - LOSERS} more" if len(losers) > LOSERS else ""
         verb = "is" if len(losers) == 1 else "are"
-        warnings.append(f"Beyond chance {names}{more} {verb} served slower than before.")
+        warnings.append(
+            f"Beyond chance {names}{more} {verb} served slower than before; audit tells more."
+        )
     if devices == 1:
         answer = "not now"
         reasons.insert(0, "there is one device, so all placements are alike.")
@@ -214,9 +221,13 @@ def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
         before, after = judged.before[measure], judged.after[measure]
         unit = " x the mean" if measure == "imbalance" else ""
         line = f"{word}: {before:.2f} to {after:.2f}{unit}"
-        if gain.mean < price:
+        if gain.mean <= -price:
+            line += "; that is a cost"
+        elif gain.mean < price:
             line += f"; {nothing}"
-        elif gain.interval is None or gain.interval[0] <= 0:
+        elif gain.interval is None:
+            line += "; how surely is not known"
+        elif gain.interval[0] <= 0:
             line += "; that may be chance"
         lines.append(line)
     return lines
@@ -245,6 +256,8 @@ def _of_copies(swept: tuple[Copies, ...], knee: int) -> str:
             f"; up to {most} more slots per device and layer bring no more than one copy of each "
             "expert does"
         )
+        if len(best.gains) == 1 and (window := next(iter(best.gains))) is not None:
+            text += f" in windows of {window:,} tokens"
     return text
 
 
