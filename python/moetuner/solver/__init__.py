@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from threading import Thread
 from typing import Protocol
 
 from moetuner._checks import instance, one_of, seed_in
@@ -156,11 +155,8 @@ def solve(
     history = History(progress)
     limits = replace(limits, progress=history.tell)
     clock, limits = Clock(limits), limits.counting()
-    # Of large tables a hash takes a while: it is made beside the search, or before on one thread.
-    hashing = Thread(target=lambda: problem.statistics.fingerprint, daemon=True)
-    hashing.start()
-    if threads == 1:
-        hashing.join()
+    # Of large tables this takes a while: not after the search, when the time is over.
+    fingerprint = problem.statistics.fingerprint
     limits = replace(limits, time_limit=clock.within().time_limit)
     if initial is None:
         candidate = METHODS[method](problem, seed=seed, limits=limits)
@@ -176,8 +172,7 @@ def solve(
             caps = told(problem, candidate, threads=threads)
             details = replace(candidate.details, caps=caps).searched(**_stood_for(problem))
             candidate = replace(candidate, details=details)
-        hashing.join()
-        found = _result(problem, candidate, method)
+        found = _result(problem, candidate, method, fingerprint)
         if initial is not None and migration.budget is not None:
             more = _beyond_budget(initial, found.placement, migration.budget, expert_bytes)
             found = replace(found, violations=found.violations + more)
@@ -193,7 +188,7 @@ def solve(
         return result(replace(candidate, status="interrupted"))
 
 
-def _result(problem: Problem, candidate: Candidate, method: str) -> Result:
+def _result(problem: Problem, candidate: Candidate, method: str, fingerprint: str) -> Result:
     """Say of an answer what it is worth, and take back what is not true of it."""
     # Bounds of pairs are costs; those of visits are of what they are a bound of.
     worth = Objective(problem)
@@ -207,7 +202,7 @@ def _result(problem: Problem, candidate: Candidate, method: str) -> Result:
         placement=placement.with_names(
             model=problem.statistics.model,
             topology=problem.topology.name,
-            fingerprint=problem.statistics.fingerprint,
+            fingerprint=fingerprint,
             objective=objective,
             bound=bound,
             bound_scope=about,
