@@ -116,9 +116,21 @@ def test_endings_are_those_of_the_call():
     assert np.bincount(padding.trace().sequence).tolist() == [7 + 5] * 3
 
 
-@pytest.mark.parametrize("how", [{"cache_implementation": "static"}, {"use_cache": False}])
+def eager_everywhere():
+    """Give what makes generate compile passes on any device."""
+    config = transformers.CompileConfig(backend="eager")
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.mark.parametrize("how", ["static", "compiled", "none"])
 def test_generation_without_a_growing_cache(how):
     """Each token of prompt and text once, without padding, as with the cache of every day."""
+    how = {
+        "static": {"cache_implementation": "static"},
+        "compiled": {"cache_implementation": "static", "compile_config": eager_everywhere()},
+        "none": {"use_cache": False},
+    }[how]
     model, tokens = build("qwen3_moe"), prompts()
     model.generation_config.eos_token_id = None
     mask = torch.ones_like(tokens)
