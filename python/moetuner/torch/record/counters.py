@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import TracebackType
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -94,7 +94,7 @@ class RoutingCounters:
         experts, top_k = same_sizes(layers)
         weights = next(layers[0].router.parameters(), None)
         # Weights that are offloaded have no device; the first pass tells.
-        unknown = weights is None or weights.device.type == "meta"
+        device = torch.device("cpu") if weights is None else weights.device
         counters = cls(
             len(layers),
             experts,
@@ -102,7 +102,7 @@ class RoutingCounters:
             window=window,
             transitions=transitions,
             coactivation=coactivation,
-            device="cpu" if unknown else weights.device,
+            device="cpu" if device.type == "meta" else device,
         )
         counters._choices = layers[0].choices
         counters.reset()
@@ -254,7 +254,7 @@ class RoutingCounters:
             raise ValueError(f"expert_ids must be from 0 to {self.experts - 1}, some were not")
         real = slice(self.experts)
 
-        def pairs(table: Tensor | None) -> NDArray[np.int64] | None:
+        def pairs(table: Tensor | None) -> NDArray[Any] | None:
             return None if table is None else table[:, real, real].cpu().numpy()
 
         return RoutingStatistics(

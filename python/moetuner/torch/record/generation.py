@@ -107,15 +107,15 @@ class GenerateHooks:
     ) -> None:
         """Pass what a method returns through ``change``; the method of a copy stays as it is."""
         own = model.__dict__.get(name)
+        is_function = own is not None and not isinstance(own, MethodType)
         method = getattr(own, "__func__", own) or getattr(type(model), name, None)
         if method is None:
             return
 
         @functools.wraps(method)
-        def call(called: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            plain = own is not None and not isinstance(own, MethodType)
-            found = method(*args, **kwargs) if plain else method(called, *args, **kwargs)
-            return change(found, kwargs) if called is self._model() else found
+        def call(of: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs) if is_function else method(of, *args, **kwargs)
+            return change(result, kwargs) if of is self._model() else result
 
         self._before[name] = own
         model.__dict__[name] = MethodType(call, model)
