@@ -61,10 +61,10 @@ def capture(
     routers that run inside a CUDA graph are not heard.
 
     The model is never failed by its recording: a step that cannot be understood (paged batches, a
-    mask of another shape) is left out, counted in ``Recorder.dropped``, and the first one warned
-    of. Nor is a recording lost: after an error or Ctrl-C in the block what was recorded until then
-    is given by ``Recorder.trace`` and, with a path, in a file beside it that ends in
-    ``.partial.safetensors``.
+    mask of another shape, a router that runs several times in a pass) is left out, counted in
+    ``Recorder.dropped``, and the first one warned of. Nor is a recording lost: after an error or
+    Ctrl-C in the block what was recorded until then is given by ``Recorder.trace`` and, with a
+    path, in a file beside it that ends in ``.partial.safetensors``.
 
     Parameters
     ----------
@@ -93,8 +93,8 @@ def capture(
     ------
     ValueError
         If the model has no MoE layers, its layers differ in experts or top-k, or an argument is
-        wrong. At the end of the block: if a router gave NaN (the other tokens are kept, as after an
-        error), or no step could be recorded.
+        wrong. At the end of the block: if a router gave NaN, an id out of range or an expert twice
+        (the other tokens are kept, as after an error), or no step could be recorded.
     """
     text_or_none("name", name)
     of_batch = [] if group is None or isinstance(group, str) else listed("group", group, "names")
