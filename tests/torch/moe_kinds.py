@@ -55,6 +55,7 @@ SPECIAL = {
     "dots1": {"layer_types": ["full_attention"] * 4},
     "qwen3_next": {"layer_types": HALF},
     "bailing_hybrid": {"layer_types": HALF},
+    "longcat_flash": {"num_layers": 2, "head_dim": 4, "zero_expert_num": 256},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {
@@ -104,7 +105,8 @@ def config_of(kind):
         if name not in special and may and now is not ... and not isinstance(now, (list, tuple)):
             given[name] = value
     if "kv_lora_rank" in given:
-        given.pop("head_dim", None)
+        if "head_dim" not in special:
+            given.pop("head_dim", None)
         if "num_key_value_heads" in given:
             given["num_key_value_heads"] = 4
     if known(base, "n_group") not in (..., None) and known(base, "topk_group") not in (..., None):

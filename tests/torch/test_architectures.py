@@ -9,7 +9,7 @@ from moe_kinds import EXPERTS, build, kinds, outputs
 from moe_models import random_placement, torch, transformers
 from safetensors.torch import load_file
 
-from moetuner.torch import apply_placement, moe_layers, permute_state_dict
+from moetuner.torch import apply_placement, capture, moe_layers, permute_state_dict
 
 # What is here must be right, and neither refused nor passed over.
 RIGHT = {
@@ -51,9 +51,32 @@ def tensors_of(folder):
     return {key: t for file in folder.glob("*.safetensors") for key, t in load_file(file).items()}
 
 
+def reaching_experts(model, layers, tokens):
+    """Ids [T,K] as they reach the experts, by layer, where they can be seen."""
+    found, handles = {}, []
+
+    def listen(number):
+        def hook(_, args, named):
+            ids = [t for t in (*args, *named.values()) if isinstance(t, torch.Tensor)]
+            ids = [t for t in ids if not t.is_floating_point() and t.dim() == 2]
+            found.setdefault(number, ids[0].clone() if ids else None)
+
+        return hook
+
+    for number, layer in enumerate(layers):
+        if layer.experts is not None:
+            handles.append(
+                layer.experts.register_forward_pre_hook(listen(number), with_kwargs=True)
+            )
+    outputs(model, tokens)
+    for handle in handles:
+        handle.remove()
+    return {number: ids.numpy() for number, ids in found.items() if ids is not None}
+
+
 @pytest.mark.parametrize("kind", kinds())
 def test_right_or_refused(kind, tmp_path):
-    """Logits stay in memory, and on disk the permuted files are those of the permuted model."""
+    """What reaches the experts is recorded; outputs stay in memory and files are permuted alike."""
     tokens = torch.randint(2, 64, (4, 12), generator=torch.Generator().manual_seed(1))
     why = None
     try:
@@ -72,6 +95,15 @@ def test_right_or_refused(kind, tmp_path):
         model.save_pretrained(old)
     refused = []
     try:
+        with capture(model) as recorder:
+            outputs(model, tokens)
+    except REFUSED as error:
+        refused.append(f"capture: {error}")
+    else:
+        recorded = np.sort(recorder.trace().expert_ids, axis=2)
+        for number, ids in reaching_experts(model, layers, tokens).items():
+            assert np.array_equal(np.sort(ids, axis=1), recorded[:, number]), number
+    try:
         apply_placement(model, placement)
     except REFUSED as error:
         refused.append(f"apply_placement: {error}")
@@ -85,7 +117,9 @@ def test_right_or_refused(kind, tmp_path):
             refused.append(f"permute_state_dict: {error}")
             assert not new.exists()
         else:
-            assert not refused, "what the model refuses is done to its files"
+            assert not any("apply_placement" in why for why in refused), (
+                "what the model refuses is done to its files"
+            )
             model.save_pretrained(saved)
             found, expected = tensors_of(new), tensors_of(saved)
             assert found.keys() == expected.keys()

@@ -116,9 +116,17 @@ def test_endings_are_those_of_the_call():
     assert np.bincount(padding.trace().sequence).tolist() == [7 + 5] * 3
 
 
-@pytest.mark.parametrize("how", [{"cache_implementation": "static"}, {"use_cache": False}])
+@pytest.mark.parametrize("how", ["static", "compiled", "none"])
 def test_generation_without_a_growing_cache(how):
     """Each token of prompt and text once, without padding, as with the cache of every day."""
+    compiled = []
+    config = transformers.CompileConfig(backend=lambda graph, _: compiled.append(graph) or graph)
+    config._compile_all_devices = True
+    how = {
+        "static": {"cache_implementation": "static"},
+        "compiled": {"cache_implementation": "static", "compile_config": config},
+        "none": {"use_cache": False},
+    }[how]
     model, tokens = build("qwen3_moe"), prompts()
     model.generation_config.eos_token_id = None
     mask = torch.ones_like(tokens)
@@ -136,6 +144,7 @@ def test_generation_without_a_growing_cache(how):
         assert len(usual) == 7 + 4 - 3 * (row == 0)
         assert np.array_equal(usual, found)
     assert [trace.sequence.max() for trace in traces] == [2, 2]
+    assert not compiled  # what is compiled could not be heard
 
 
 def test_a_cache_that_the_model_made():

@@ -18,6 +18,7 @@ from moetuner.torch.reorder.order import ROUTER_NAMES, groups_chosen
 SIZE_NAMES = ("num_experts", "n_routed_experts", "num_local_experts")
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "topk", "top_k_experts")
 GROUP_NAMES = ("num_group", "n_group")
+IDLE_NAMES = ("zero_expert_num",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,9 @@ class MoELayer:
         The module that holds their weights; None if the block has none of that name.
     num_experts
         Experts, E.
+    choices
+        Rows of the router: more than experts where those beyond are zero-computation experts, which
+        return a token as it is (LongCat-Flash) and so have no weights, device or load.
     top_k
         Experts per token, K.
     expert_groups
@@ -48,6 +52,7 @@ class MoELayer:
     router: nn.Module = field(repr=False)
     experts: nn.Module | None = field(repr=False)
     num_experts: int
+    choices: int
     top_k: int
     expert_groups: int
 
@@ -87,6 +92,7 @@ def same_sizes(layers: tuple[MoELayer, ...]) -> tuple[int, int]:
     for layer in layers:
         for what, ours, theirs in (
             ("experts", first.num_experts, layer.num_experts),
+            ("rows of the router", first.choices, layer.choices),
             ("top_k", first.top_k, layer.top_k),
         ):
             if ours != theirs:
@@ -154,7 +160,8 @@ def _layer(name: str, modules: dict[str, nn.Module]) -> MoELayer:
             f"{name}: the number of {missing} must be an attribute {' or '.join(names)} of the "
             f"router or its block, {type(router).__name__} has none"
         )
-    return MoELayer(name, block, router, experts, size, top_k, _expert_groups(router))
+    choices = size + (_number([*holders, *config], IDLE_NAMES) or 0)
+    return MoELayer(name, block, router, experts, size, choices, top_k, _expert_groups(router))
 
 
 def _expert_groups(router: nn.Module) -> int:

@@ -11,10 +11,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moetuner._checks import IdArray, instance, listed, path_in, text_or_none, whole_number
+from moetuner._core import validate
 from moetuner.torch.models import MoELayer, moe_layers
 from moetuner.torch.record.hooks import Step, StepHooks, cache_of
 from moetuner.torch.record.spool import Labels, Offload, Parts
@@ -59,10 +61,10 @@ def capture(
     routers that run inside a CUDA graph are not heard.
 
     The model is never failed by its recording: a step that cannot be understood (paged batches, a
-    mask of another shape) is left out, counted in ``Recorder.dropped``, and the first one warned
-    of. Nor is a recording lost: after an error or Ctrl-C in the block what was recorded until then
-    is given by ``Recorder.trace`` and, with a path, in a file beside it that ends in
-    ``.partial.safetensors``.
+    mask of another shape, a router that runs several times in a pass) is left out, counted in
+    ``Recorder.dropped``, and the first one warned of. Nor is a recording lost: after an error or
+    Ctrl-C in the block what was recorded until then is given by ``Recorder.trace`` and, with a
+    path, in a file beside it that ends in ``.partial.safetensors``.
 
     Parameters
     ----------
@@ -91,8 +93,8 @@ def capture(
     ------
     ValueError
         If the model has no MoE layers, its layers differ in experts or top-k, or an argument is
-        wrong. At the end of the block: if a router gave NaN (the other tokens are kept, as after an
-        error), or no step could be recorded.
+        wrong. At the end of the block: if a router gave NaN, an id out of range or an expert twice
+        (the other tokens are kept, as after an error), or no step could be recorded.
     """
     text_or_none("name", name)
     of_batch = [] if group is None or isinstance(group, str) else listed("group", group, "names")
@@ -145,11 +147,14 @@ class Recorder:
         self._hooks = StepHooks(model, layers, self._step)
         self._hooks.attention_mask = attention_mask
         self._path = path
-        token_bytes = len(layers) * self._hooks.top_k * (1 if self._hooks.num_experts <= 256 else 2)
+        small = self._hooks.num_experts <= 256
+        self._dtype = torch.uint8 if small else torch.uint16
+        token_bytes = len(layers) * self._hooks.top_k * self._dtype.itemsize
         self._offload = Offload(max(1, buffer_bytes // token_bytes), self._arrived)
         self._parts: Parts | None = None
         self._trace: RoutingTrace | None = None
         self._lost: Exception | None = None
+        self._wrong: Exception | None = None
         self._group = group
         self._numbers: dict[str, int] = {}
         self._sequences = 0
@@ -217,8 +222,11 @@ class Recorder:
         self._hooks.remove()
         fault = self._flush()
         if kind is None and fault is None:
-            self._finish(self._path)
-            return
+            try:
+                self._finish(self._path)
+                return
+            except Exception as found:
+                fault = found
         ended = type(fault).__name__ if kind is None else kind.__name__
         self._keep(f"the recording ended with {ended}")
         if kind is None and fault is not None:
@@ -230,10 +238,10 @@ class Recorder:
             return self._lost
         try:
             self._offload.flush()
-            self._hooks.check_scores()
+            self._hooks.check()
         except Exception as error:
             return error
-        return None if self.tokens else self._hooks.fault
+        return self._wrong or (None if self.tokens else self._hooks.fault)
 
     def _keep(self, why: str) -> None:
         """Keep an incomplete recording, beside where it was to be; never fails."""
@@ -270,10 +278,16 @@ class Recorder:
                 "paged batches do not say which sequences they continue: RoutingCounters counts "
                 "them, a trace needs batches of their own"
             )
+        if self._hooks.choices > self._hooks.num_experts:
+            raise ValueError(
+                f"a trace needs {self._hooks.top_k} experts for each token, and these routers also "
+                f"choose among {self._hooks.choices - self._hooks.num_experts} zero-computation "
+                "experts: RoutingCounters counts the others"
+            )
         sequence = self._sequence_of(step)
         group = self._group_of(batch.rows)
         labels = (np.repeat(sequence, batch.length), np.repeat(group, batch.length))
-        self._offload.put(step.ids, batch.keep, labels)
+        self._offload.put(step.ids.to(self._dtype), batch.keep, labels)
 
     def _sequence_of(self, step: Step) -> NDArray[np.int32]:
         """Return labels of a batch's sequences [B]: of the cache that it continues, or new."""
@@ -304,6 +318,13 @@ class Recorder:
         # An interrupt may have come between labels and what they belong to.
         sequence = np.concatenate([part[0] for part in labels])[: len(keep)]
         group = np.concatenate([part[1] for part in labels])[: len(keep)]
+        try:
+            validate(ids[keep], self._hooks.num_experts, self.tokens)
+        except ValueError as error:
+            # A table of experts by token may name one twice; a trace would not be read again.
+            self._wrong = self._wrong or error
+            ordered = np.sort(ids, axis=2)
+            keep = keep & (ordered[:, :, 1:] != ordered[:, :, :-1]).all((1, 2))
         try:
             self._parts.append(ids[keep], sequence[keep], group[keep])
         except Exception as error:

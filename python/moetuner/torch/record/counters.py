@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moetuner._checks import experts_in, flag, shown, whole_number, window_in
@@ -63,6 +65,7 @@ class RoutingCounters:
         self._counts_transitions = transitions
         self._counts_coactivation = coactivation
         self._hooks: StepHooks | None = None
+        self._choices = self.experts  # with those of zero computation, which are not given out
         self.reset()
 
     @classmethod
@@ -79,7 +82,8 @@ class RoutingCounters:
 
         They stop at ``detach``, or at the end of a ``with`` block. The model is never failed by
         them: a pass that cannot be understood is left out, counted in ``dropped``, and the first
-        one warned of. A compiled model runs eagerly while it is counted.
+        one warned of. A compiled model runs eagerly while it is counted. Zero-computation experts
+        do no work and are not counted, so that layers may have different totals.
 
         Raises
         ------
@@ -89,6 +93,8 @@ class RoutingCounters:
         layers = moe_layers(model, routers)
         experts, top_k = same_sizes(layers)
         weights = next(layers[0].router.parameters(), None)
+        # Weights that are offloaded have no device; the first pass tells.
+        device = torch.device("cpu") if weights is None else weights.device
         counters = cls(
             len(layers),
             experts,
@@ -96,8 +102,10 @@ class RoutingCounters:
             window=window,
             transitions=transitions,
             coactivation=coactivation,
-            device="cpu" if weights is None else weights.device,
+            device="cpu" if device.type == "meta" else device,
         )
+        counters._choices = layers[0].choices
+        counters.reset()
         counters._hooks = StepHooks(model, layers, counters._step)
         counters._hooks.attach()
         return counters
@@ -120,10 +128,10 @@ class RoutingCounters:
 
     def reset(self) -> None:
         """Set all counts to zero."""
-        pairs = (self.experts, self.experts)
+        pairs = (self._choices, self._choices)
         # Tensors born in inference mode could not be written outside it.
         with torch.inference_mode(False):
-            self._load = self._zeros(1, self.layers, self.experts)
+            self._load = self._zeros(1, self.layers, self._choices)
             self._transitions = (
                 self._zeros(self.layers - 1, *pairs) if self._counts_transitions else None
             )
@@ -189,6 +197,7 @@ class RoutingCounters:
         settings = {
             "layers": self.layers,
             "experts": self.experts,
+            "rows of the router": self._choices,
             "top_k": self.top_k,
             "window": self.window or 0,
             "transitions": int(self._counts_transitions),
@@ -204,7 +213,9 @@ class RoutingCounters:
             coactivation=self._counts_coactivation,
             device=self.device,
         )
-        total._load = self._zeros(windows, self.layers, self.experts)
+        total._choices = self._choices
+        total.reset()
+        total._load = self._zeros(windows, self.layers, self._choices)
         total._load[: len(self._load)] = self._load
         total._tokens += self._tokens
         total._wrong |= self._wrong
@@ -233,16 +244,23 @@ class RoutingCounters:
         Raises
         ------
         ValueError
-            If an expert id was out of range, or a router gave NaN.
+            If an expert id was out of range, a router gave NaN, or no pass could be counted.
         """
         if self._hooks is not None:
-            self._hooks.check_scores()
+            self._hooks.check()
+            if self._hooks.fault is not None and not self._most_tokens:
+                raise self._hooks.fault
         if self._wrong.item():
             raise ValueError(f"expert_ids must be from 0 to {self.experts - 1}, some were not")
+        real = slice(self.experts)
+
+        def pairs(table: Tensor | None) -> NDArray[Any] | None:
+            return None if table is None else table[:, real, real].cpu().numpy()
+
         return RoutingStatistics(
-            self._load[: self._windows()].cpu().numpy(),
-            None if self._transitions is None else self._transitions.cpu().numpy(),
-            None if self._coactivation is None else self._coactivation.cpu().numpy(),
+            self._load[: self._windows(), :, real].cpu().numpy(),
+            pairs(self._transitions),
+            pairs(self._coactivation),
             window=None if self.window is None else self.window * self._ranks,
             model=model,
         )
@@ -256,21 +274,26 @@ class RoutingCounters:
         return max(1, -(-int(self._tokens) // self.window))
 
     def _step(self, step: Step) -> None:
-        keep = step.batch.keep
-        self.update(step.ids, None if keep is None else keep.to(self.device, non_blocking=True))
+        if step.ids.device != self.device:
+            # The model was moved, or its weights did not tell.
+            self.device = step.ids.device
+            for name in ("_load", "_transitions", "_coactivation", "_tokens", "_wrong"):
+                table = getattr(self, name)
+                setattr(self, name, None if table is None else table.to(self.device))
+        self.update(step.ids, step.batch.keep)
 
     def _count(self, ids: Tensor, keep: Tensor | None) -> None:
-        outside = (ids < 0) | (ids >= self.experts)
+        outside = (ids < 0) | (ids >= self._choices)
         if keep is not None:
             outside &= keep[:, None, None]
         self._wrong |= outside.any()
-        ids = ids.clamp(0, self.experts - 1)
+        ids = ids.clamp(0, self._choices - 1)
         layer = torch.arange(self.layers, device=self.device)[None, :, None]
-        place = layer * self.experts + ids
+        place = layer * self._choices + ids
         if self.window is not None:
             self._make_room(len(ids), self.window)
             number = self._number(len(ids), keep).div(self.window, rounding_mode="floor")
-            place = place + number[:, None, None] * (self.layers * self.experts)
+            place = place + number[:, None, None] * (self.layers * self._choices)
         self._most_tokens += len(ids)
         self._tokens += len(ids) if keep is None else keep.sum()
         add_ones(self._load, place, keep)
@@ -292,14 +315,14 @@ class RoutingCounters:
         have = len(self._load)
         if needed <= have:
             return
-        size = 8 * needed * self.layers * self.experts
+        size = 8 * needed * self.layers * self._choices
         if size > TABLE_LIMIT:
             raise ValueError(
                 f"windows must fit {TABLE_LIMIT >> 30} GiB, got {size / 2**30:.0f} GiB for "
                 f"{needed} windows: read the statistics and reset the counters"
             )
         with torch.inference_mode(False):
-            load = self._zeros(max(needed, 2 * have), self.layers, self.experts)
+            load = self._zeros(max(needed, 2 * have), self.layers, self._choices)
         load[:have] = self._load
         self._load = load
 

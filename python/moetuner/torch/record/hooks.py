@@ -63,13 +63,13 @@ def batch_of(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    mask: Tensor | None = None,
-    generations: GenerateHooks | None = None,
+    mask: Tensor | None,
+    generations: GenerateHooks,
 ) -> Batch:
     """Read the arguments of a forward pass; ``mask`` replaces that of its arguments."""
     given = arguments_of(model, args, kwargs)
     rows, length = _sizes(model, given)
-    generation = generations.of(given) if generations is not None else None
+    generation = generations.of(given)
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
     packed = given.get(PACKED)
     if mask is None:
@@ -124,16 +124,17 @@ def _generated(
     keep: Tensor | None, rows: int, length: int, cache: object | None, generation: Generation
 ) -> Tensor | None:
     """Leave out sequences that have ended and, without a cache, tokens that were there before."""
-    if cache is None:
-        first, generation.seen = generation.seen, length
-        if 0 < first < length:
-            new = (torch.arange(length) >= first).repeat(rows)
-            keep = new if keep is None else keep & new.to(keep.device)
+    marks = [] if keep is None else [keep]
+    if cache is None and 0 < generation.repeated < length:
+        columns = torch.arange(length, device=None if keep is None else keep.device)
+        marks.append((columns >= generation.repeated).repeat(rows))
     ended = generation.ended
     if ended is not None and len(ended) == rows:
-        goes_on = ~ended.repeat_interleave(length)
-        keep = goes_on if keep is None else keep.to(goes_on.device) & goes_on
-    return keep
+        marks.append(~ended.repeat_interleave(length))
+    while len(marks) > 1:
+        mark = marks.pop()
+        marks[0] = marks[0].to(mark.device, non_blocking=True) & mark
+    return marks[0] if marks else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,9 +144,11 @@ class Step:
     Attributes
     ----------
     ids
-        Expert ids [T,L,K], uint8 or uint16, on the device; overwritten by the next step.
+        Chosen rows of the routers [T,L,K], int64, on the device of the first router; those from E
+        on are zero-computation experts.
     batch
-        The tokens; those of padding, and those with scores that are no numbers, have ids as well.
+        The tokens; those of padding, with scores that are no numbers, or with ids out of range are
+        not kept.
     output
         What the model returned.
     """
@@ -155,21 +158,13 @@ class Step:
     output: Any
 
 
-@dataclass(frozen=True, eq=False)
-class _Room:
-    """Where the routers of a step write [T,L,K]; scores stay zero where a router gives none."""
-
-    ids: Tensor
-    scores: Tensor
-
-
 class StepHooks:
     """Collects the choices of all routers and hands them over after each forward pass.
 
-    Nothing here waits for the device: sizes are known on the host, and whether a router gave NaN is
-    kept in a flag on the device until ``check_scores`` asks for it. And nothing here fails the
-    model: a pass that cannot be understood, or received, is left out, counted and told of once. A
-    compiled model runs eagerly meanwhile, since hooks are not heard in compiled code.
+    Nothing here waits for the device: sizes are known on the host, and whether a router gave NaN or
+    an id out of range is kept in flags on the device until ``check`` reads them. And nothing here
+    fails the model: a pass that cannot be understood, or received, is left out, counted and warned
+    of once. A compiled model runs eagerly meanwhile, since hooks are not heard in compiled code.
 
     Parameters
     ----------
@@ -194,33 +189,38 @@ class StepHooks:
         self, model: nn.Module, layers: tuple[MoELayer, ...], receive: Callable[[Step], None]
     ) -> None:
         self.num_experts, self.top_k = same_sizes(layers)
+        self.choices = layers[0].choices
         self.attention_mask: Tensor | None = None
         self.dropped = 0
         self.fault: Exception | None = None
         # What torch.compile gives only calls the model that it was given.
         self._wrapped = hasattr(model, "_orig_mod")
         model = getattr(model, "_orig_mod", model)
-        self._generations = GenerateHooks(model)
+        self._generations: GenerateHooks | None = None
         self._stance: _Eagerly | None = None
         self._model = model
         self._layers = layers
         self._receive = receive
         self._handles: list[RemovableHandle] = []
         self._batch: Batch | None = None
-        self._seen: set[int] = set()
+        self._routed: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._dropping = False
         self._steps = 0
-        self._room: _Room | None = None
-        self._nan: Tensor | None = None
+        self._faults: Tensor | None = None
 
     def attach(self) -> None:
         """Start to listen."""
         if self._wrapped or any(_is_compiled(module) for module in self._model.modules()):
             self._stance = _Eagerly()
-        self._generations.attach()
+        self._generations = GenerateHooks.attach(self._model)
+        # Functions, which a copy of the model shares; methods would be copied with all they hold.
         self._handles = [
-            self._model.register_forward_pre_hook(self._before_pass, with_kwargs=True),
-            self._model.register_forward_hook(self._after_pass),
+            self._model.register_forward_pre_hook(
+                lambda model, args, kwargs: self._before_pass(model, args, kwargs), with_kwargs=True
+            ),
+            self._model.register_forward_hook(
+                lambda model, _, output: self._after_pass(model, output)
+            ),
         ]
         for number, layer in enumerate(self._layers):
             self._handles.append(layer.router.register_forward_hook(self._listener(number)))
@@ -230,57 +230,74 @@ class StepHooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._generations.remove()
+        if self._generations is not None:
+            self._generations.detach()
+            self._generations = None
         if self._stance is not None:
             self._stance.leave()
             self._stance = None
 
     def forget(self) -> None:
-        """Forget which routers gave NaN."""
-        if self._nan is not None:
-            self._nan.zero_()
+        """Forget what was wrong so far."""
+        self._faults = self.fault = None
 
-    def check_scores(self) -> None:
-        """Wait for the device and look whether all routers gave numbers."""
-        if self._nan is not None and (wrong := self._nan.nonzero()).numel():
-            number = int(wrong[0])
-            raise ValueError(
-                f"router scores must be numbers, got NaN in layer {number} "
-                f"({self._layers[number].name})"
-            )
+    def check(self) -> None:
+        """Wait for the device and check that routers gave numbers, and ids of their rows.
 
-    def _before_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        Raises
+        ------
+        ValueError
+            If one did not.
+        """
+        if self._faults is None:
+            return
+        for wrong, (rule, got) in zip(
+            self._faults.tolist(),
+            (
+                ("router scores must be numbers", "NaN"),
+                (f"expert ids must be from 0 to {self.choices - 1}", "others"),
+            ),
+            strict=True,
+        ):
+            if any(wrong):
+                number = wrong.index(True)
+                name = self._layers[number].name
+                raise ValueError(f"{rule}, got {got} in layer {number} ({name})")
+
+    def _before_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model is not self._model or self._generations is None:
+            return
         # A pass that failed half-way has left its layers behind.
-        self._seen.clear()
+        self._routed = {}
         self._batch, self._dropping = None, False
         try:
-            self._batch = batch_of(
-                self._model, args, kwargs, self.attention_mask, self._generations
-            )
+            self._batch = batch_of(model, args, kwargs, self.attention_mask, self._generations)
         except Exception as error:
             self._drop(error)
 
     def _listener(self, number: int) -> Callable[[nn.Module, Any, Any], None]:
-        def listen(_: nn.Module, _inputs: Any, output: Any) -> None:
-            if self._dropping:
+        def listen(router: nn.Module, _inputs: Any, output: Any) -> None:
+            if self._dropping or router is not self._layers[number].router:
                 return
             try:
-                with torch.no_grad():
-                    self._routed(number, output)
+                self._take(number, output)
             except Exception as error:
                 self._drop(error)
 
         return listen
 
-    def _after_pass(self, _: nn.Module, _args: Any, output: Any) -> None:
+    def _after_pass(self, model: nn.Module, output: Any) -> None:
+        if model is not self._model:
+            return
         try:
-            self._end(output)
+            with torch.no_grad():
+                self._end(output)
         except Exception as error:
             self._drop(error)
 
     def _drop(self, error: Exception) -> None:
         """Leave out the pass at hand; the first time say so."""
-        self._batch, self._dropping = None, True
+        self._batch, self._dropping, self._routed = None, True, {}
         self.dropped += 1
         if self.fault is not None:
             return
@@ -290,7 +307,8 @@ class StepHooks:
             text = f"a forward pass is not recorded, nor are others like it: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
-    def _routed(self, number: int, output: Any) -> None:
+    def _take(self, number: int, output: Any) -> None:
+        """Take what a router returned."""
         batch, name = self._batch, self._layers[number].name
         if batch is None:
             if self._steps:  # a recomputation in the backward pass chooses what was chosen before
@@ -299,62 +317,60 @@ class StepHooks:
                 f"{name} ran outside a forward pass of {type(self._model).__name__}: "
                 "the model given must be the module that is called"
             )
+        if number in self._routed:
+            raise ValueError(
+                f"{name} ran more than once in a forward pass, and a token can have one choice of "
+                "experts in each layer: name the routers that run once in routers=[...]"
+            )
         found = chosen(output)
         if found is None:
             raise ValueError(
                 f"{name}: a router must return expert ids [tokens, top_k] as integers, "
                 f"{type(self._layers[number].router).__name__} does not"
             )
-        ids, scores = found
-        if ids.flatten(0, -2).shape != (batch.tokens, self.top_k):
+        ids, scores = (None if part is None else part.detach().flatten(0, -2) for part in found)
+        assert ids is not None  # chosen gives ids, if anything
+        if ids.shape != (batch.tokens, self.top_k):
             raise ValueError(
                 f"{name}: expert ids must be [{batch.tokens}, {self.top_k}], [tokens, top_k] as "
-                f"the forward pass was called, got {list(ids.shape)}"
+                f"the forward pass was called, got {[*found[0].shape]}"
             )
-        room = self._room_for(batch.tokens, ids.device)
-        room.ids[: batch.tokens, number].copy_(ids.flatten(0, -2), non_blocking=True)
-        if scores is not None:
-            room.scores[: batch.tokens, number].copy_(scores.flatten(0, -2), non_blocking=True)
-        self._seen.add(number)
-
-    def _room_for(self, tokens: int, device: torch.device) -> _Room:
-        """Return room for a step, on the device of the first router."""
-        if self._room is None or len(self._room.ids) < tokens:
-            device = device if self._room is None else self._room.ids.device
-            dtype = torch.uint8 if self.num_experts <= 256 else torch.uint16
-            sizes = (tokens, len(self._layers), self.top_k)
-            # Tensors born in inference mode could not be written outside it.
-            with torch.inference_mode(False):
-                self._room = _Room(
-                    torch.zeros(sizes, dtype=dtype, device=device),
-                    torch.zeros(sizes, dtype=torch.float32, device=device),
-                )
-                if self._nan is None:
-                    self._nan = torch.zeros(len(self._layers), dtype=torch.bool, device=device)
-        return self._room
+        self._routed[number] = ids.clone(), scores  # a router may write to its ids again
 
     def _end(self, output: Any) -> None:
+        """Hand over a pass, without the tokens whose ids or scores are wrong."""
         batch, self._batch = self._batch, None
         if batch is None:
             return
-        missing = [n for n in range(len(self._layers)) if n not in self._seen]
+        missing = [n for n in range(len(self._layers)) if n not in self._routed]
         if missing:
             raise ValueError(
                 f"every router must run in a forward pass, {self._layers[missing[0]].name} did not "
                 "(what torch.compile or a CUDA graph runs is not heard: give the compiled model)"
             )
         self._steps += 1
-        if self._room is None or self._nan is None:
-            return
-        with torch.no_grad():
-            wrong = self._room.scores[: batch.tokens].isnan().any(-1)
-            keep = ~wrong.any(-1)
-            if batch.keep is not None:
-                given = batch.keep.to(wrong.device, non_blocking=True)
-                wrong &= given[:, None]
-                keep &= given
-            self._nan |= wrong.any(0)
-            self._receive(Step(self._room.ids[: batch.tokens], replace(batch, keep=keep), output))
+        routed = [self._routed[number] for number in range(len(self._layers))]
+        self._routed = {}
+        device = routed[0][0].device
+        ids = torch.stack(
+            [of.to(device, torch.int64, non_blocking=True) for of, _ in routed], dim=1
+        )
+        # Where a router gives no scores, its ids stand in: they are never NaN.
+        scores = torch.stack(
+            [(of if by is None else by).to(device, non_blocking=True) for of, by in routed], dim=1
+        )
+        # Ids are checked before they become one or two bytes, in which they would be others.
+        outside = (ids < 0) | (ids >= self.choices)
+        faults = torch.stack([scores.isnan().any(-1), outside.any(-1)])
+        if batch.keep is not None:
+            keep = batch.keep.to(device, non_blocking=True)
+            faults = faults & keep[:, None]
+        else:
+            keep = torch.ones_like(faults[0, :, 0])
+        keep = keep & ~faults.any(0).any(-1)
+        wrong = faults.any(1)
+        self._faults = wrong if self._faults is None else self._faults.to(device) | wrong
+        self._receive(Step(ids, replace(batch, keep=keep), output))
 
 
 class _Eagerly:

@@ -1,0 +1,251 @@
+"""Recording where routers are unusual: ids, runs, places, copies, and waiting for the device."""
+
+import copy
+
+import moe_kinds
+import numpy as np
+import pytest
+from moe_models import build, prompts, torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import moetuner as mt
+from moetuner.torch import RoutingCounters, capture, moe_layers
+
+
+def ids_in(output):
+    """Give the integers of what a router returned."""
+    return next(part for part in output if not part.is_floating_point())
+
+
+@pytest.mark.parametrize("observe", [capture, RoutingCounters.attach])
+def test_a_router_that_runs_twice_is_refused(observe):
+    """One block at two places has no single choice per token; the other layers can be named."""
+    model, tokens = build("mixtral"), prompts()
+    with torch.no_grad(), capture(model) as recorder:
+        model(input_ids=tokens)
+    expected = recorder.trace().expert_ids[:, 0]
+    model.model.layers[2].mlp = model.model.layers[1].mlp
+
+    def record(routers=None):
+        with torch.no_grad(), observe(model, routers=routers) as watcher:
+            model(input_ids=tokens)
+        return watcher.trace() if observe is capture else watcher.statistics()
+
+    with (
+        pytest.warns(RuntimeWarning, match="ran more than once"),
+        pytest.raises(ValueError, match=r"layers.1.mlp.gate ran more than once in a forward pass"),
+    ):
+        record()
+    found = record(["model.layers.0.mlp.gate"])
+    counted = np.bincount(expected.ravel(), minlength=8)
+    load = found.total_load[0] if observe is not capture else np.bincount(found.expert_ids.ravel())
+    assert load.tolist() == counted.tolist()
+
+
+def test_zero_computation_experts():
+    """LongCat's router also chooses rows without experts: counters leave them out."""
+    model, tokens = moe_kinds.build("longcat_flash"), prompts()
+    layers, found = moe_layers(model), []
+    assert layers[0].choices > 256 > layers[0].num_experts
+    for layer in layers:
+        layer.router.e_score_correction_bias[:8] += 0.2  # some of both kinds are chosen
+    handles = [
+        layer.router.register_forward_hook(lambda _m, _i, output: found.append(ids_in(output)))
+        for layer in layers
+    ]
+    with torch.no_grad(), RoutingCounters.attach(model, window=10) as counters:
+        model(input_ids=tokens)
+    for handle in handles:
+        handle.remove()
+    ids = torch.stack(found, 1)
+    load = counters.statistics().window_load
+    for window, part in enumerate(ids.split(10)):
+        for layer in range(len(layers)):
+            real = part[:, layer][part[:, layer] < 8]
+            assert load[window, layer].tolist() == real.bincount(minlength=8).tolist()
+    assert 0 < load.sum() < ids.numel()
+    with (
+        pytest.warns(RuntimeWarning, match="is not recorded"),
+        pytest.raises(ValueError, match="256 zero-computation experts: RoutingCounters counts the"),
+        torch.no_grad(),
+        capture(model),
+    ):
+        model(input_ids=tokens)
+
+
+class Fixed(torch.nn.Module):
+    """Router that gives the ids that it is given."""
+
+    top_k, num_experts = 2, 250
+
+    def forward(self, ids):
+        """Return the ids [T,2], which came as numbers of the hidden state."""
+        return ids.long(), torch.zeros_like(ids)
+
+
+def fixed(ids, observe, **arguments):
+    """Record the ids as a model's only router gives them."""
+    model = torch.nn.Sequential(Fixed())
+    with observe(model, routers=["0"], **arguments) as watcher:
+        model(torch.tensor(ids).float())
+    return watcher
+
+
+@pytest.mark.parametrize("wrong", [250, 256 + 3, 65536 + 3, -1])
+def test_ids_beyond_the_experts_are_never_others(wrong, tmp_path):
+    """An id that one or two bytes would make another is an error; other tokens are kept."""
+    ids = [[1, 2], [3, wrong], [5, 6]]
+    text = r"expert ids must be from 0 to 249, got others in layer 0 \(0\)"
+    path = tmp_path / "t.safetensors"
+    with (
+        pytest.warns(RuntimeWarning, match="the 2 tokens until then"),
+        pytest.raises(ValueError, match=text),
+    ):
+        fixed(ids, capture, path=path)
+    kept = mt.RoutingTrace.load(tmp_path / "t.partial.safetensors")
+    assert kept.expert_ids[:, 0].tolist() == [[1, 2], [5, 6]]
+    with pytest.raises(ValueError, match=text):
+        fixed(ids, RoutingCounters.attach).statistics()
+
+
+def test_an_expert_chosen_twice_is_an_error():
+    """A trace of it could not be read again; other tokens are kept."""
+    with (
+        pytest.warns(RuntimeWarning, match="the 2 tokens until then"),
+        pytest.raises(ValueError, match="token 1, layer 0"),
+    ):
+        fixed([[1, 2], [7, 7], [5, 6]], capture)
+
+
+def test_a_trace_that_cannot_be_written_is_not_lost(tmp_path):
+    """What was recorded is in a file beside it, and the error comes out of the block."""
+    path = tmp_path / "t.safetensors"
+    path.mkdir()
+    with (
+        pytest.warns(RuntimeWarning, match="partial.safetensors has the 2 tokens"),
+        pytest.raises(IsADirectoryError),
+    ):
+        fixed([[1, 2], [5, 6]], capture, path=path)
+    assert mt.RoutingTrace.load(tmp_path / "t.partial.safetensors").tokens == 2
+
+
+def test_offloaded_models_are_counted():
+    """Weights without a device do not keep counters from counting."""
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    model, tokens = build("mixtral"), prompts()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with torch.no_grad(), RoutingCounters.attach(model) as counters, capture(model) as recorder:
+        model(input_ids=tokens)
+    assert (counters.dropped, recorder.dropped) == (0, 0)
+    expected = mt.RoutingStatistics.from_trace(recorder.trace())
+    assert counters.statistics().fingerprint == expected.fingerprint
+
+
+@pytest.mark.filterwarnings("ignore:a forward pass is not recorded")  # meta has no autocast
+def test_counters_follow_a_model_that_moves():
+    """After ``to`` their tables are where the model runs."""
+    model = torch.nn.Sequential(Fixed())
+    with RoutingCounters.attach(model, routers=["0"]) as counters:
+        model(torch.zeros(6, 2))
+        model(torch.zeros(6, 2, device="meta"))
+    assert counters.device.type == "meta"
+    assert counters._load.device == counters.device
+
+
+def test_a_copy_of_a_recorded_model_is_not_recorded(tmp_path):
+    """It generates with its own weights; afterwards neither is changed."""
+    model, tokens = build("mixtral"), prompts()
+    model.generation_config.eos_token_id = None
+    own = set(model.__dict__)
+    with torch.no_grad(), capture(model, path=tmp_path / "t.safetensors") as recorder:
+        model(input_ids=tokens)
+        other = copy.deepcopy(model)
+        other(input_ids=tokens)
+        other.generate(tokens, max_new_tokens=3)
+    assert (recorder.trace().tokens, recorder.dropped) == (21, 0)
+    assert set(model.__dict__) == own
+    assert other.prepare_inputs_for_generation.__self__ is other
+
+
+def test_recorders_of_one_model_end_in_any_order():
+    """Both record generate, and nothing stays behind."""
+    model, tokens = build("mixtral"), prompts()
+    model.generation_config.eos_token_id = None
+    own = set(model.__dict__)
+    with torch.no_grad():
+        first = RoutingCounters.attach(model)
+        second = RoutingCounters.attach(model)
+        model.generate(tokens, max_new_tokens=3, do_sample=False, use_cache=False)
+        first.detach()
+        model.generate(tokens, max_new_tokens=3, do_sample=False, use_cache=False)
+        second.detach()
+    assert set(model.__dict__) == own
+    loads = [each.statistics().total_load[0].sum() for each in (first, second)]
+    assert loads == [2 * 3 * (7 + 2), 2 * 2 * 3 * (7 + 2)]
+
+
+WAITS = {
+    "item",
+    "tolist",
+    "nonzero",
+    "cpu",
+    "numpy",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+}
+
+
+class Waits(TorchFunctionMode):
+    """Counts the calls that would wait for a device."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Count and call."""
+        self.count += func.__name__ in WAITS
+        return func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that wait for a device, wherever they are called from."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Count and call."""
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            of is not None and of.dtype in (torch.bool, torch.uint8)
+            for part in args[1:2]
+            for of in (part if isinstance(part, (list, tuple)) else [])
+        )
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2")
+        self.count += name in waits or by_mask
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("observe", [capture, RoutingCounters.attach])
+def test_no_pass_waits_for_the_device(observe):
+    """A pass and a step of generate ask the device for nothing that they did not ask before."""
+    model, tokens = build("mixtral"), prompts()
+    model.generation_config.eos_token_id = None
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+
+    def waits():
+        with Waits() as calls, Operators() as operators, torch.no_grad():
+            model(input_ids=tokens, attention_mask=mask)
+            for more in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+                model.generate(
+                    tokens, attention_mask=mask, max_new_tokens=4, do_sample=False, **more
+                )
+        return calls.count, operators.count
+
+    model.generate(tokens, max_new_tokens=2)  # what is asked for once only
+    without = waits()
+    assert min(without) > 0
+    with observe(model):
+        assert waits() == without
