@@ -523,7 +523,7 @@ WRONG = [
     (["inspect", "absent.npz"], "'absent.npz' does not exist"),
     (["inspect", "."], ".: folder holds no recording"),
     (["inspect", "junk.txt"], "junk.txt: "),
-    (["inspect"], "Missing argument 'INPUT'"),
+    (["inspect"], "Missing argument 'INPUT...'"),
     (["inspect", "ids.npy"], "--num-experts is needed"),
     (["solve", "trace.safetensors"], "Missing option '--devices'"),
     (["solve", "trace.safetensors", "--devices", "0"], "0 is not in the range 1<=x<=8192"),

@@ -55,6 +55,22 @@ def test_input_is_whatever_was_recorded(ok, tmp_path):
     assert mt.RoutingStatistics.load(out).windows == 6
 
 
+def test_several_inputs_are_one(ok, run, tmp_path):
+    """Files of all ranks may be given wherever a folder may; none of them twice."""
+    files = [GOLDEN / "sglang" / f"two-ranks-per_token-{rank}.pt" for rank in range(2)]
+    placement, said = tmp_path / "p.json", tmp_path / "s.json"
+    text = ok("solve", *files, "--devices", 2, "--method", "eplb", "--out", placement)
+    assert "two-ranks-per_token-0.pt and 1 more file: trace, 95 tokens" in text
+    assert "95 tokens" in ok("evaluate", placement, *files, "--json", said)
+    of = json.loads(said.read_text())["input"]
+    assert (of["file"], of["files"]) == (str(files[0]), [str(path) for path in files])
+    advice = ok("advise", *files, "--devices", 2, "--copies", 0)
+    assert "moetuner advise MORE --devices 2" in advice or f"solve {files[0]} {files[1]}" in advice
+    status, _, error = run("inspect", files[0], files[0], "--devices", 2)
+    assert status == 2
+    assert "must name every file once" in error
+
+
 def test_engine_is_a_default(ok, make_trace, tmp_path):
     """Options win over it, and without it nothing is set."""
     trace, said = tmp_path / "t.safetensors", tmp_path / "s.json"
@@ -177,7 +193,7 @@ def test_tables_are_in_the_help(ok):
 )
 def test_commands_that_come_next_run_as_they_are(engine, words):
     """They read INPUT as it was read, and say what the engine's map needs."""
-    source = Source(GOLDEN / "vllm" / "completions.json", num_experts=16)
+    source = Source((GOLDEN / "vllm" / "completions.json",), num_experts=16)
     statistics = mt.RoutingStatistics.from_trace(source.traffic, window=512)
     problem = mt.Problem(statistics, mt.Topology(2))
     advice = SimpleNamespace(answer="worth a trial", knee=1, problem=problem)

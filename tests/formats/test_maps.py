@@ -15,7 +15,10 @@ from moetuner.formats.checks import faults
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
 
-READ = sorted(name for name, writer in WRITERS.items() if writer.read is not None)
+# omni-infer's pattern knows no order of slots; test_omni_infer.py reads it.
+READ = sorted(
+    name for name, writer in WRITERS.items() if writer.read is not None and name != "omni-infer"
+)
 
 
 def path_of(folder, name):

@@ -261,7 +261,7 @@ def next_commands(
     source: Source, machine: Machine, advice: Advice, initial: str, engine: str | None
 ) -> list[str]:
     """Return the commands that come next."""
-    file = shlex.quote(str(source.input_file))
+    file = source.files()
     where = f"{machine.words()}{source.words()}"
     slots = "" if engine is None else f" --for {engine}"
     if advice.answer != "worth a trial":

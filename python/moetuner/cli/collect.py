@@ -127,5 +127,5 @@ def command(
             # What is missing, or a device that is not there: neither is a bug in moetuner.
             raise click.ClickException(str(error)) from error
     output = Output(json_file)
-    output.say(f"wrote {describe(out_file, trace)}")
-    output.finish({"model": model, "dataset": str(dataset), "trace": facts(out_file, trace)})
+    output.say(f"wrote {describe([out_file], trace)}")
+    output.finish({"model": model, "dataset": str(dataset), "trace": facts([out_file], trace)})

@@ -81,6 +81,8 @@ def command(
         else:
             traffic.save(out_file)
     output = Output(json_file)
-    output.say(f"wrote {describe(out_file, traffic)}")
+    output.say(f"wrote {describe([out_file], traffic)}")
     kind = "trace" if isinstance(traffic, RoutingTrace) else "statistics"
-    output.finish({"sources": [str(source) for source in sources], kind: facts(out_file, traffic)})
+    output.finish(
+        {"sources": [str(source) for source in sources], kind: facts([out_file], traffic)}
+    )

@@ -92,7 +92,7 @@ def command(directory: Path, threads: int | None, json_file: Path | None) -> Non
     _say_next(output, directory)
     output.finish(
         {
-            "input": facts(path, trace),
+            "input": facts([path], trace),
             "structure": asdict(found),
             "methods": {method: outcome.to_dict() for method, outcome in outcomes.items()},
         }

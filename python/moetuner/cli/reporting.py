@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +289,7 @@ def _facts(source: Source, settings: dict[str, Any]) -> tuple[tuple[str, str], .
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     if words[0] in ("__main__.py", "-c"):
         words[0] = "moetuner"
-    facts = [("Command", shlex.join(words)), ("SHA-256 of INPUT", _sum(source.input_file))]
+    facts = [("Command", shlex.join(words)), ("SHA-256 of INPUT", _sum(source.input_files))]
     facts += [
         (name.replace("_", " "), str(value))
         for name, value in settings.items()
@@ -297,13 +298,15 @@ def _facts(source: Source, settings: dict[str, Any]) -> tuple[tuple[str, str], .
     return tuple(facts)
 
 
-def _sum(path: Path) -> str:
-    if not path.is_file():
+def _sum(paths: Sequence[Path]) -> str:
+    """Compute the checksum of files, one after the other."""
+    if not all(path.is_file() for path in paths):
         return "not a file"
     found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            found.update(chunk)
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                found.update(chunk)
     return found.hexdigest()
 
 

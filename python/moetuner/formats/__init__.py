@@ -19,6 +19,7 @@ from moetuner.formats import (
     deepspeed,
     eplb,
     megatron,
+    omni_infer,
     own,
     sglang,
     tensorrt_llm,
@@ -187,6 +188,13 @@ WRITERS: dict[str, Writer] = {
         recognises=vllm_ascend.recognises_map,
         read=vllm_ascend.read_map,
     ),
+    "omni-infer": Writer(
+        "the pattern of omni-infer's placement",
+        (".npy",),
+        omni_infer.write_map,
+        recognises=omni_infer.recognises_map,
+        read=omni_infer.read_map,
+    ),
 }
 
 
@@ -208,6 +216,10 @@ def reader_of(path: str | Path) -> str:
     for name, reader in READERS.items():
         if name not in own.KINDS and reader.recognises(path):
             return name
+    if path.is_file() and omni_infer.recognises_map(path):
+        raise ValueError(
+            f"{path}: must be recorded routing, got a placement: 0 or 1 [devices, layers, experts]"
+        )
     if path.is_dir():
         kinds, unknown = set(), ""
         for file in files_in([path])[:FIRST]:

@@ -60,8 +60,12 @@ def faults(layout: Layout, rows: Rows, engine: str | None, hints: Hints) -> list
         What is known of the model and of the devices.
     """
     of = None if engine is None else ENGINES[engine]
-    found = [*_layer_faults(layout, rows, hints), *_device_faults(layout, of, hints)]
-    return found + _expert_faults(layout, of, hints)
+    return [
+        *layout.remarks,
+        *_layer_faults(layout, rows, hints),
+        *_device_faults(layout, of, hints),
+        *_expert_faults(layout, of, hints),
+    ]
 
 
 def _layer_faults(layout: Layout, rows: Rows, hints: Hints) -> list[str]:

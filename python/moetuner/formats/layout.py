@@ -28,6 +28,8 @@ class Layout:
         Numbers of the rows, as the file has them; None for 0, 1, 2 and so on.
     counts_dense
         Whether the format has a row for every hidden layer, dense ones too.
+    remarks
+        What the file says beside the map that contradicts it.
     """
 
     experts: NDArray[np.int64]
@@ -35,6 +37,7 @@ class Layout:
     num_experts: int | None = None
     layers: tuple[int, ...] | None = None
     counts_dense: bool = False
+    remarks: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, rows: Any, **fields: Any) -> Layout:

@@ -179,7 +179,10 @@ def recognises_map(path: Path) -> bool:
 
 
 def read_map(path: Path, _: Hints) -> Layout:
-    """Read the expert map.
+    """Read the expert map in file order, as the engine does: it looks at no id.
+
+    Layers and devices whose ``layer_id`` or ``device_id`` is another than their place are named in
+    the layout's ``remarks``.
 
     Raises
     ------
@@ -194,25 +197,24 @@ def read_map(path: Path, _: Hints) -> Layout:
                 f"moe_layer_count must be {len(layers)}, the length of layer_list, "
                 f"got {fields['moe_layer_count']}"
             )
-        rows, devices = [], 0
-        for at, layer in enumerate(_in_order("layer_list", layers, "layer_id")):
+        rows, devices, remarks = [], 0, _misplaced("layer_list", layers, "layer_id")
+        for at, layer in enumerate(layers):
             held = _member(f"layer {at}", layer, "device_list", list)
             if _member(f"layer {at}", layer, "device_count", int) != len(held):
                 raise ValueError(f"layer {at}: device_count must be {len(held)}")
             devices = devices or len(held)
             lists = [
                 _member(f"layer {at}, device {number}", device, "device_expert", list)
-                for number, device in enumerate(
-                    _in_order(f"layer {at}: device_list", held, "device_id")
-                )
+                for number, device in enumerate(held)
             ]
+            remarks += _misplaced(f"layer {at}: device_list", held, "device_id")
             if len(held) != devices or len({len(experts) for experts in lists}) != 1:
                 raise ValueError(
                     f"layer {at}: must have {devices} devices with as many experts each, got "
                     f"{[len(experts) for experts in lists][:16]}"
                 )
             rows.append([expert for experts in lists for expert in experts])
-        return Layout.of(rows, devices=devices)
+        return Layout.of(rows, devices=devices, remarks=tuple(remarks))
 
 
 def _member(where: str, fields: object, key: str, kind: type) -> Any:
@@ -223,9 +225,15 @@ def _member(where: str, fields: object, key: str, kind: type) -> Any:
     return value
 
 
-def _in_order(where: str, members: list[Any], key: str) -> list[Any]:
-    """Members by their number; each from 0 must be there once."""
-    numbers = [_member(where, member, key, int) for member in members]
-    if sorted(numbers) != list(range(len(members))):
-        raise ValueError(f"{where}: {key} must be 0 to {len(members) - 1}, each once")
-    return [members[numbers.index(number)] for number in range(len(members))]
+def _misplaced(where: str, members: list[Any], key: str) -> list[str]:
+    """Name the first member whose number, where it has one, is another than its place."""
+    numbers = [member.get(key, at) for at, member in enumerate(members) if isinstance(member, dict)]
+    wrong = [at for at, number in enumerate(numbers) if number != at]
+    if not wrong:
+        return []
+    at = wrong[0]
+    more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return [
+        f"{where}: entry {at} has {key} {numbers[at]!r:.40}{more}: vllm-ascend takes entries in "
+        "the order of the file, whatever their numbers"
+    ]

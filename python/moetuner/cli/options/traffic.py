@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +13,7 @@ import click
 
 from moetuner.cli import options
 from moetuner.cli.output import shares, working
+from moetuner.files import same_file
 from moetuner.files.text import name
 from moetuner.formats import open_input
 from moetuner.formats.pieces import layers_left_out
@@ -24,10 +27,16 @@ Traffic = RoutingTrace | RoutingStatistics
 WINDOW = 512
 
 
-def read(path: Path, **arguments: Any) -> Traffic:
-    """Open moetuner's own files or an engine's."""
-    with working(f"reading {path}"):
-        return open_input(path, **arguments)
+def read(paths: Sequence[Path], **arguments: Any) -> Traffic:
+    """Read moetuner's own files or an engine's, joined into one."""
+    with working(f"reading {names(paths)}"):
+        return open_input(paths, **arguments)
+
+
+def names(paths: Sequence[Path]) -> str:
+    """Write the first file's name, and how many more there are."""
+    more = f" and {counted(len(paths) - 1, 'more file')}" if len(paths) > 1 else ""
+    return f"{name(paths[0].name)}{more}"
 
 
 def count(
@@ -52,9 +61,10 @@ def count(
         )
 
 
-def facts(path: Path, traffic: Traffic) -> dict[str, Any]:
+def facts(paths: Sequence[Path], traffic: Traffic) -> dict[str, Any]:
     """Return kind and sizes, for JSON."""
-    common = {"file": str(path), "model": traffic.model, "layers": traffic.layers}
+    files = {"file": str(paths[0]), "files": [str(path) for path in paths]}
+    common = {**files, "model": traffic.model, "layers": traffic.layers}
     groups = list(traffic.group_names) if traffic.group is not None else []
     if isinstance(traffic, RoutingStatistics):
         return {
@@ -75,9 +85,9 @@ def facts(path: Path, traffic: Traffic) -> dict[str, Any]:
     }
 
 
-def describe(path: Path, traffic: Traffic) -> str:
-    """Describe a file in a line."""
-    of = facts(path, traffic)
+def describe(paths: Sequence[Path], traffic: Traffic) -> str:
+    """Describe files in a line."""
+    of = facts(paths, traffic)
     parts = []
     if "tokens" in of:
         parts.append(counted(of["tokens"], "token"))
@@ -91,7 +101,7 @@ def describe(path: Path, traffic: Traffic) -> str:
     if of["groups"]:
         parts.append(counted(len(of["groups"]), "group"))
     model = f" of {name(of['model'])}" if of["model"] else ""
-    line = f"{name(path.name)}: {of['kind']}{model}, {', '.join(parts)}"
+    line = f"{names(paths)}: {of['kind']}{model}, {', '.join(parts)}"
     left_out = layers_left_out(traffic.ids) if isinstance(traffic, RoutingTrace) else None
     if left_out is not None:
         hidden, dense = left_out
@@ -106,7 +116,7 @@ def describe(path: Path, traffic: Traffic) -> str:
 class Source:
     """INPUT, and how it is counted."""
 
-    input_file: Path
+    input_files: tuple[Path, ...]
     num_experts: int | None = None
     top_k: int | None = None
     hidden_layers: int | None = None
@@ -118,7 +128,7 @@ class Source:
     def traffic(self) -> Traffic:
         """What INPUT holds."""
         return read(
-            self.input_file,
+            self.input_files,
             window=self.window,
             num_experts=self.num_experts,
             top_k=self.top_k,
@@ -137,6 +147,10 @@ class Source:
     def replayed(self) -> int | None:
         """Tokens per window of a replay; None where windows are counted already."""
         return None if isinstance(self.traffic, RoutingStatistics) else self.window or WINDOW
+
+    def files(self) -> str:
+        """Return the files as a shell takes them."""
+        return shlex.join(map(str, self.input_files))
 
     def words(self) -> str:
         """Return the options that read INPUT the same, a space in front of each."""
@@ -158,15 +172,32 @@ class Source:
 
     def facts(self) -> dict[str, Any]:
         """Return kind and sizes, for JSON."""
-        return facts(self.input_file, self.traffic)
+        return facts(self.input_files, self.traffic)
 
     def describe(self) -> str:
         """Describe INPUT in a line."""
-        return describe(self.input_file, self.traffic)
+        return describe(self.input_files, self.traffic)
+
+
+def parse_files(
+    context: click.Context, parameter: click.Parameter, value: tuple[Path, ...]
+) -> tuple[Path, ...]:
+    """Refuse a file that is given twice: its tokens would count twice."""
+    for number, path in enumerate(value):
+        if any(same_file(path, other) for other in value[:number]):
+            raise click.BadParameter(f"must name every file once, got '{path}' twice.")
+    return value
 
 
 _input = (
-    click.argument("input_file", metavar="INPUT", type=options.IN_INPUT),
+    click.argument(
+        "input_files",
+        metavar="INPUT...",
+        type=options.IN_INPUT,
+        nargs=-1,
+        required=True,
+        callback=parse_files,
+    ),
     click.option(
         "--num-experts",
         type=click.IntRange(1, 65536),
