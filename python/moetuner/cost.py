@@ -26,6 +26,7 @@ from moetuner._checks import (
     text_or_none,
 )
 from moetuner.files import naming, read_whole, replacing
+from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
 from moetuner.presets import GPUS
 from moetuner.topology import Topology
@@ -340,10 +341,7 @@ class CostModel(Frozen):
         """
         path = path_in(path)
         with naming(path):
-            try:
-                found = json.loads(read_whole(path))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"not a cost model: {error}") from None
+            found = parse_json(read_whole(path))
             schema = found.pop("schema", None) if isinstance(found, dict) else None
             if schema != SCHEMA:
                 raise ValueError(f"not a cost model: schema must be {SCHEMA!r}, got {schema!r}")

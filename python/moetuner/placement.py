@@ -26,6 +26,7 @@ from moetuner._checks import (
     whole_number,
 )
 from moetuner.files import naming, read_whole, replacing
+from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
 from moetuner.topology import Topology
 
@@ -388,7 +389,7 @@ class Placement(Frozen):
         with naming(path):
             content = read_whole(path)
             try:
-                fields = json.loads(content)
+                fields = parse_json(content)
                 if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
                     found = fields.get("schema") if isinstance(fields, dict) else type(fields)
                     raise ValueError(f"schema must be {SCHEMA!r}, got {shown(found)}")

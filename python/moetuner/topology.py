@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
@@ -29,6 +28,7 @@ from moetuner._checks import (
     whole_number,
 )
 from moetuner.files import naming, read_whole
+from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
 from moetuner.presets import MACHINES
 
@@ -408,8 +408,8 @@ def parse(content: bytes) -> dict[str, Any]:
     """Read JSON or TOML, told apart by the first character: no TOML file begins with a brace."""
     try:
         text = content.decode()
-        found = json.loads(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        found = parse_json(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)
+    except ValueError as error:
         raise ValueError(f"must be a JSON object or TOML: {error}") from None
     assert isinstance(found, dict)
     return found

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import shown
 from moetuner.files import naming, size_of
+from moetuner.files.text import parse_json
 
 DTYPES = {
     "BOOL": np.dtype("?"),
@@ -93,7 +94,7 @@ def read_header(path: Path) -> Header:
                 )
             text = file.read(length)
         try:
-            fields = json.loads(text.decode())
+            fields = parse_json(text.decode())
         except ValueError as error:
             raise ValueError(f"safetensors header must be JSON: {error}") from None
         if not isinstance(fields, dict):

@@ -7,6 +7,7 @@ row is one choice, with columns ``token``, ``layer`` and ``expert`` as in CSV.
 
 from __future__ import annotations
 
+import errno
 import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -117,7 +118,7 @@ def _opened(path: Path) -> Iterator[_Source]:
     except pyarrow.ArrowException as error:
         raise ValueError(f"damaged file: {error}") from None
     except OSError as error:
-        if error.errno is not None:
+        if error.errno not in (None, errno.EINVAL):  # a place beyond all files
             raise
         raise ValueError(f"damaged file: {error}") from None
 

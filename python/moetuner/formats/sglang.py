@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import shown
 from moetuner.files import naming, read_whole, replacing
+from moetuner.files.text import parse_json
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints, Traffic, files_in
 from moetuner.formats.layout import Layout
@@ -458,13 +459,7 @@ def read_map(path: Path, _: Hints) -> Layout:
         If there is another key: SGLang takes every key for an argument.
     """
     with naming(path):
-        if pickled.is_pickled(path):
-            found = pickled.load(path)
-        else:
-            try:
-                found = json.loads(read_whole(path))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"must be JSON: {error}") from None
+        found = pickled.load(path) if pickled.is_pickled(path) else parse_json(read_whole(path))
         if not isinstance(found, dict) or set(found) != {MAP}:
             keys = sorted(map(str, found))[:4] if isinstance(found, dict) else _kind(found)
             raise ValueError(f"must have the single key {MAP}, got {keys}")

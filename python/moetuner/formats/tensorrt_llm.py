@@ -14,7 +14,6 @@ be known. ``rank{r}_raw.safetensors`` has the choices themselves [T,K]
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from itertools import count, islice
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import LAYER_LIMIT, experts_in, shown
 from moetuner.files import kind_of, naming, read_whole, replacing, safetensors
+from moetuner.files.text import parse_json
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.ranks import by_rank, rank_of
@@ -78,7 +78,7 @@ def _about(files: Sequence[Path]) -> tuple[int, int]:
     if not path.exists():
         raise ValueError(f"{path}: must be beside {files[0].name}: it says how many experts count")
     with naming(path):
-        about = json.loads(read_whole(path, 1 << 16))
+        about = parse_json(read_whole(path, 1 << 16))
         if not isinstance(about, dict):
             raise ValueError(f"must be a JSON object, got {type(about).__name__}")
         return (
@@ -301,7 +301,7 @@ def read_map(path: Path, hints: Hints) -> Layout:
     """
     with naming(path):
         text = read_whole(path).decode("utf-8")
-        found = json.loads(text) if text.lstrip()[:1] == "{" else _yaml(text)
+        found = parse_json(text) if text.lstrip()[:1] == "{" else _yaml(text)
         if not isinstance(found, dict):
             raise ValueError("must be a mapping")
         unknown = sorted(map(str, found.keys() - set(KEYS)))

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from moetuner._checks import shown, whole_number
 from moetuner.files import naming, npz, read_whole, replacing
 from moetuner.files.safetensors import TensorInFile
+from moetuner.files.text import parse_json
 from moetuner.formats.hints import Hints, Traffic, files_in
 from moetuner.formats.layout import Layout
 from moetuner.formats.pickled import is_pickled
@@ -361,8 +362,4 @@ def by_layer(found: Any) -> Layout:
 
 
 def _json(path: Path) -> Any:
-    content = read_whole(path)
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"must be JSON: {error}") from None
+    return parse_json(read_whole(path))

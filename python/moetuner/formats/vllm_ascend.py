@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import shown
 from moetuner.files import naming, npz, read_whole, replacing, safetensors
+from moetuner.files.text import parse_json
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
@@ -184,7 +185,7 @@ def read_map(path: Path, _: Hints) -> Layout:
         If layers or devices are missing, or their lists differ in length.
     """
     with naming(path):
-        fields = json.loads(read_whole(path))
+        fields = parse_json(read_whole(path))
         layers = _member("the file", fields, "layer_list", list)
         if _member("the file", fields, "moe_layer_count", int) != len(layers):
             raise ValueError(
