@@ -27,7 +27,7 @@ from moetuner.files import naming, size_of
 LONGEST_PICKLE = 1 << 27
 # Bytes of memory that what is made may take for each byte of the description, beyond some that are
 # free: an integer of three bytes takes 40, a container of five or more takes 72.
-FREE_BYTES, BYTES_PER_BYTE = 1 << 20, 14
+FREE_BYTES, BYTES_PER_BYTE = 1 << 22, 14
 POINTER, OBJECT, CONTAINER = 8, 40, 80
 # Values for each byte, where the description names the same part again and again.
 EXPANSION = 16
