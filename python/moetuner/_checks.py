@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import re
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeGuard, TypeVar, cast
 
@@ -30,12 +32,33 @@ DEVICE_LIMIT = 1 << 13
 SLOT_LIMIT = 1 << 16
 # Cells of a table of layers, experts and devices.
 CELL_LIMIT = 1 << 28
-THREAD_LIMIT = 1 << 12
+THREAD_LIMIT = 1 << 10
 # Times, sizes and rates are between these, in any unit, so that no product or quotient is infinite.
 SMALLEST, LARGEST = 1e-30, 1e30
-# Characters of a value that a message shows.
-SHOWN = 40
+# Characters of a value that a message shows, and of a path.
+SHOWN, LONGEST_PATH = 40, 4096
 PLAIN = (str, bytes, int, float, complex, list, tuple, dict, set, type, type(None), np.generic)
+
+
+class _Short(reprlib.Repr):
+    """Representations that do not read all of a long value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 2 * SHOWN
+        self.maxlist = self.maxtuple = self.maxset = self.maxdict = SHOWN // 2
+        self.maxlevel = 4
+
+    def repr_instance(self, x: object, level: int) -> str:
+        if isinstance(x, np.ndarray) or not isinstance(x, PLAIN):
+            return f"a {type(x).__name__}"
+        return super().repr_instance(x, level)
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return repr(x[: self.maxstring])
+
+
+SHORT = _Short()
 
 
 def shown(value: object) -> str:
@@ -45,10 +68,11 @@ def shown(value: object) -> str:
     if not isinstance(value, PLAIN):
         return f"a {type(value).__name__}"
     try:
-        text = repr(value)
+        text = " ".join(SHORT.repr(value).split())
     except ValueError:  # a number of thousands of digits
         return f"a {type(value).__name__}"
-    return " ".join(text.split())[:SHOWN]
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def instance(name: str, value: object, *kinds: type, hint: str = "") -> None:
@@ -79,21 +103,42 @@ def text_or_none(name: str, value: object) -> None:
 
 def path_in(path: object) -> Path:
     """Return the path of a file."""
-    try:
-        return Path(cast(Any, path))
-    except TypeError:
-        raise TypeError(f"path must be the name of a file, got {shown(path)}") from None
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be the name of a file, got {shown(path)}")
+    text = str(path)
+    if len(text) > LONGEST_PATH or "\0" in text:
+        raise ValueError(
+            f"path must have at most {LONGEST_PATH} letters, none of them zero, got {shown(text)}"
+        )
+    return Path(cast(Any, path))
 
 
 def listed(name: str, values: object, what: str) -> list[Any]:
     """Return the members of what should be a list."""
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+    single = isinstance(values, np.ndarray) and values.ndim == 0
+    if single or isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise ValueError(f"{name} must be a list of {what}, got {shown(values)}")
-    return list(values)
+    return list(_members(name, values))
+
+
+def _members(name: str, values: Iterable[Any]) -> Iterator[Any]:
+    """Yield the members of an iterable; what it raises itself names it."""
+    try:
+        yield from values
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a list, got {shown(values)}: {error}") from None
+
+
+def callable_or_none(name: str, value: object) -> None:
+    """Check a function that is called back."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function, got {shown(value)}")
 
 
 def array_in(name: str, values: ArrayLike) -> NDArray[Any]:
     """Return an array of whatever type."""
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise ValueError(f"{name} must have no masked values, got {shown(values)}")
     try:
         return np.asarray(values)
     except (ValueError, TypeError, OverflowError):
@@ -105,7 +150,20 @@ def numbers_in(name: str, values: ArrayLike) -> NDArray[np.float64]:
     array = array_in(name, values)
     if array.dtype.kind not in "iuf" and array.size:
         raise ValueError(f"{name} must be numbers, got {array.dtype} {list(array.shape)}")
-    return array.astype(np.float64, copy=False)
+    with np.errstate(over="ignore"):
+        return array.astype(np.float64, copy=False)
+
+
+def amounts_in(name: str, values: ArrayLike, axes: int = 0) -> NDArray[np.float64]:
+    """Return an array of floats from 0 to ``LARGEST``, of so many axes or more."""
+    array = numbers_in(name, values)
+    if array.ndim < axes:
+        raise ValueError(f"{name} must be an array of {axes} axes or more, got {array.ndim}")
+    if not ((array >= 0) & (array <= LARGEST)).all():
+        raise ValueError(
+            f"{name} must be numbers from 0 to {LARGEST:g}, got {array.min():g} to {array.max():g}"
+        )
+    return array
 
 
 def seed_in(seed: object, name: str = "seed") -> int:
@@ -131,10 +189,11 @@ def experts_in(num_experts: object, name: str = "num_experts") -> int:
 def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1 << 63) - 1) -> int:
     """Check an integer from ``lowest`` to ``highest``."""
     number = None
-    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+    # An array has the method, whatever is in it.
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool | np.ndarray):
         try:
             number = operator.index(value)
-        except TypeError:  # an array has the method, whatever is in it
+        except TypeError:
             number = None
     if number is None:
         raise ValueError(f"{name} must be an integer, got {shown(value)}")
@@ -209,22 +268,24 @@ def per_device(name: str, values: Any, devices: int) -> list[Any]:
     return found
 
 
-def positive(name: str, value: object, what: str) -> None:
-    """Check a number above 0; ``what`` says its unit."""
+def positive(name: str, value: object, what: str) -> float:
+    """Return a number above 0, as Python has it; ``what`` says its unit."""
     if not (is_number(value) and value > 0):
         raise ValueError(f"{name} must be a positive {what}, got {shown(value)}")
-    if not SMALLEST <= value <= LARGEST:
+    if not SMALLEST <= float(value) <= LARGEST:
         raise ValueError(
             f"{name} must be a {what} from {SMALLEST:g} to {LARGEST:g}, got {shown(value)}"
         )
+    return float(value) if isinstance(value, np.generic) else value
 
 
-def not_negative(name: str, value: object, what: str) -> None:
-    """Check a number of at least 0; ``what`` says its unit."""
+def not_negative(name: str, value: object, what: str) -> float:
+    """Return a number of at least 0, as Python has it; ``what`` says its unit."""
     if not (is_number(value) and value >= 0):
         raise ValueError(f"{name} must be a {what} of at least 0, got {shown(value)}")
-    if value > LARGEST:
+    if float(value) > LARGEST:
         raise ValueError(f"{name} must be a {what} of at most {LARGEST:g}, got {shown(value)}")
+    return float(value) if isinstance(value, np.generic) else value
 
 
 def at_least(name: str, value: object, lowest: float, unit: str = "") -> None:
@@ -242,7 +303,10 @@ def number_or_none(name: str, value: object) -> None:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number, and not a truth value."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+    # A time span of NumPy is an integer of it.
+    if isinstance(value, bool | np.timedelta64):
+        return False
+    if not isinstance(value, int | float | np.integer | np.floating):
         return False
     try:
         return math.isfinite(value)
@@ -275,15 +339,14 @@ def names(values: Iterable[str] | None) -> tuple[str, ...]:
     """Check the names of groups: texts that differ."""
     if values is None:
         return ()
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise ValueError(f"group_names must be a list of names, got {shown(values)}")
-    found = tuple(value.item() if isinstance(value, np.str_) else value for value in values)
+    each = listed("group_names", values, "names")
+    found = tuple(value.item() if isinstance(value, np.str_) else value for value in each)
     for name in found:
         if not isinstance(name, str):
             raise ValueError(f"group_names must be texts, got {shown(name)}")
     if len(set(found)) < len(found):
         twice = next(name for at, name in enumerate(found) if name in found[:at])
-        raise ValueError(f"group_names must differ, got {twice!r} twice")
+        raise ValueError(f"group_names must differ, got {shown(twice)} twice")
     return found
 
 
@@ -392,5 +455,5 @@ def size_of(text: str | None) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"(\d{1,8})x(\d{1,8})", text, re.ASCII)
     if found is None:
-        raise ValueError(f"expert_size must be as in 4096x1024, got {text!r:.40}")
+        raise ValueError(f"expert_size must be as in 4096x1024, got {shown(text)}")
     return expert_size((int(found[1]), int(found[2])))

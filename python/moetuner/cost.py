@@ -12,6 +12,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner._checks import (
+    SMALLEST,
+    amounts_in,
+    flag,
     instance,
     is_number,
     not_negative,
@@ -23,6 +26,7 @@ from moetuner._checks import (
     text_or_none,
 )
 from moetuner.files import naming, read_whole, replacing
+from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
 from moetuner.presets import GPUS
 from moetuner.topology import Topology
@@ -109,10 +113,12 @@ class CostModel(Frozen):
 
     def __post_init__(self) -> None:
         for name in ("base_us", "expert_us", "start_us", "token_us"):
-            not_negative(name, getattr(self, name), "number of microseconds")
+            value = not_negative(name, getattr(self, name), "number of microseconds")
+            object.__setattr__(self, name, value)
         for name in ("token_bytes", "combine_bytes"):
             if name != "combine_bytes" or self.combine_bytes is not None:
-                not_negative(name, getattr(self, name), "number of bytes")
+                value = not_negative(name, getattr(self, name), "number of bytes")
+                object.__setattr__(self, name, value)
         if not (is_number(self.overlap) and 0 <= self.overlap <= 1):
             raise ValueError(f"overlap must be from 0 to 1, got {shown(self.overlap)}")
         for name in ("parameter_errors", "measured"):
@@ -165,8 +171,8 @@ class CostModel(Frozen):
     @classmethod
     def from_hardware(
         cls,
-        hidden: int,
-        intermediate: int,
+        hidden: float,
+        intermediate: float,
         *,
         flops: float,
         memory_bandwidth: float,
@@ -195,9 +201,10 @@ class CostModel(Frozen):
         """
         numbers = {"hidden": hidden, "intermediate": intermediate, "flops": flops}
         numbers |= {"memory_bandwidth": memory_bandwidth, "dtype_bytes": dtype_bytes}
-        for name, value in {**numbers, "efficiency": efficiency}.items():
-            positive(name, value, "number")
-        not_negative("launch_us", launch_us, "number of microseconds")
+        numbers |= {"efficiency": efficiency}
+        checked = {name: positive(name, value, "number") for name, value in numbers.items()}
+        hidden, intermediate, flops, memory_bandwidth, dtype_bytes, efficiency = checked.values()
+        launch_us = not_negative("launch_us", launch_us, "number of microseconds")
         weights = 3 * hidden * intermediate
         return cls(
             **{
@@ -229,8 +236,8 @@ class CostModel(Frozen):
         ValueError
             If the GPU is not known; ``presets.py`` has the list and the sources.
         """
-        if not isinstance(gpu, str) or gpu not in GPUS:
-            raise ValueError(f"preset must be one of {', '.join(GPUS)}, got {gpu!r:.60}")
+        one_of("preset", gpu, GPUS)
+        dtype_bytes = positive("dtype_bytes", dtype_bytes, "number")
         peak = GPUS[gpu]
         return cls.from_hardware(
             hidden,
@@ -259,10 +266,17 @@ class CostModel(Frozen):
         speed
             Relative speed of every device [D].
         """
-        time = self.start_us + self.token_us * np.asarray(tokens, dtype=np.float64)
-        experts = np.zeros(()) if active is None else np.asarray(active, dtype=np.float64)
+        time = self.start_us + self.token_us * amounts_in("tokens", tokens)
+        experts = np.zeros(()) if active is None else amounts_in("active", active)
+        _check_shapes("active", experts, "tokens", time)
         time = np.maximum(self.base_us + self.expert_us * experts, time)
-        return time if speed is None else time / np.asarray(speed, dtype=np.float64)
+        if speed is None:
+            return time
+        speeds = amounts_in("speed", speed)
+        if not (speeds >= SMALLEST).all():
+            raise ValueError(f"speed must be above 0, got {speeds.min():g}")
+        _check_shapes("speed", speeds, "tokens", time)
+        return time / speeds
 
     def ports_us(
         self, ports: ArrayLike, topology: Topology, *, bytes_each: float | None = None
@@ -271,8 +285,16 @@ class CostModel(Frozen):
 
         Tier 1 comes first; a tier that carries nothing takes no time.
         """
-        each = self.token_bytes if bytes_each is None else bytes_each
-        rows = np.asarray(ports, dtype=np.float64)
+        instance("topology", topology, Topology)
+        each = self.token_bytes
+        if bytes_each is not None:
+            each = not_negative("bytes_each", bytes_each, "number of bytes")
+        rows = amounts_in("ports", ports, 1)
+        if rows.shape[-1] != len(topology.levels):
+            raise ValueError(
+                f"ports must be rows [..,{len(topology.levels)}], one for each tier of the "
+                f"topology, got {list(rows.shape)}"
+            )
         bandwidth = np.array([level.bandwidth for level in topology.levels])
         latency = np.array([level.latency for level in topology.levels])
         time: Floats = ((rows > 0) * latency + rows * each / bandwidth).sum(axis=-1) * 1e6
@@ -280,8 +302,12 @@ class CostModel(Frozen):
 
     def layer_us(self, compute: ArrayLike, communication: ArrayLike) -> Floats:
         """Compute microseconds of layers [...] of devices' compute [...,D] and exchange [...]."""
-        slowest = np.asarray(compute, dtype=np.float64).max(axis=-1)
-        other = np.asarray(communication, dtype=np.float64)
+        devices = amounts_in("compute", compute, 1)
+        if not devices.shape[-1]:
+            raise ValueError(f"compute must be of at least one device, got {list(devices.shape)}")
+        slowest = devices.max(axis=-1)
+        other = amounts_in("communication", communication)
+        _check_shapes("communication", other, "compute", slowest)
         time: Floats = slowest + other - self.overlap * np.minimum(slowest, other)
         return time
 
@@ -292,6 +318,7 @@ class CostModel(Frozen):
         come back, as in regime dispatch.
         """
         instance("topology", topology, Topology)
+        flag("returns", returns)
         carried = self.token_bytes + (self.bytes_back if returns else 0.0)
         links = [carried / level.bandwidth * 1e6 / topology.devices for level in topology.levels]
         return (1.0 - self.overlap) * np.array([0.0, *links])
@@ -314,10 +341,7 @@ class CostModel(Frozen):
         """
         path = path_in(path)
         with naming(path):
-            try:
-                found = json.loads(read_whole(path))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"not a cost model: {error}") from None
+            found = parse_json(read_whole(path))
             schema = found.pop("schema", None) if isinstance(found, dict) else None
             if schema != SCHEMA:
                 raise ValueError(f"not a cost model: schema must be {SCHEMA!r}, got {schema!r}")
@@ -326,6 +350,16 @@ class CostModel(Frozen):
             if unknown:
                 raise ValueError(f"keys must be out of {known}, got {unknown[0]!r}")
             return cls(**found)
+
+
+def _check_shapes(name: str, array: Floats, other: str, like: Floats) -> None:
+    """Check that two arrays can be combined."""
+    try:
+        np.broadcast_shapes(array.shape, like.shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} must fit {other} {list(like.shape)}, got {list(array.shape)}"
+        ) from None
 
 
 def busiest_ports(sent: ArrayLike, topology: Topology) -> Floats:

@@ -15,6 +15,7 @@ from moetuner._checks import (
     SLOT_LIMIT,
     array_in,
     check_slots,
+    experts_in,
     instance,
     not_negative,
     number_or_none,
@@ -25,6 +26,7 @@ from moetuner._checks import (
     whole_number,
 )
 from moetuner.files import naming, read_whole, replacing
+from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
 from moetuner.topology import Topology
 
@@ -244,7 +246,7 @@ class Placement(Frozen):
             )
         if device_of.size and not (device_of.min() >= 0 and device_of.max() < devices):
             raise ValueError(
-                f"device_of must be from 0 to {devices - 1}, "
+                f"device_of must be from 0 to {devices - 1}, below devices, "
                 f"got {device_of.min()} to {device_of.max()}"
             )
         layers, experts = device_of.shape
@@ -387,17 +389,17 @@ class Placement(Frozen):
         with naming(path):
             content = read_whole(path)
             try:
-                fields = json.loads(content)
+                fields = parse_json(content)
                 if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
                     found = fields.get("schema") if isinstance(fields, dict) else type(fields)
-                    raise ValueError(f"schema must be {SCHEMA!r}, got {found!r:.40}")
+                    raise ValueError(f"schema must be {SCHEMA!r}, got {shown(found)}")
                 slots = np.asarray(fields["slots"], dtype=None)
                 names = {
                     k: fields.get(k) for k in ("model", "topology", "fingerprint", "bound_scope")
                 }
                 return cls(
                     slots,
-                    num_experts=int(fields["num_experts"]),
+                    num_experts=experts_in(fields["num_experts"]),
                     objective=_number(fields, "objective"),
                     bound=_number(fields, "bound"),
                     **names,
@@ -463,7 +465,7 @@ def _check(slots: NDArray[Any], experts: int) -> None:
         layer, device, slot = np.argwhere(wrong)[0]
         raise ValueError(
             f"slots: layer {layer}, device {device}: expert id {slots[layer, device, slot]} "
-            f"is not from -1 to {experts - 1}"
+            f"is not from -1 to {experts - 1}, below num_experts"
         )
     copies = _copies(slots, experts)
     if not copies.all():
@@ -483,6 +485,7 @@ def _check(slots: NDArray[Any], experts: int) -> None:
 
 def _number(fields: dict[str, Any], key: str) -> float | None:
     value = fields.get(key)
+    number_or_none(key, value)
     return None if value is None else float(value)
 
 

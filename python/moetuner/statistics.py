@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _checks, _core
 from moetuner._checks import (
     array_in,
+    callable_or_none,
     flag,
     instance,
     is_number,
@@ -66,14 +67,16 @@ class ExpertSets(Frozen):
     counts: NDArray[np.uint64]
 
     def __post_init__(self) -> None:
-        ids, counts = np.asarray(self.ids), np.asarray(self.counts)
+        ids = array_in("ids of expert sets", self.ids)
+        counts = array_in("counts of expert sets", self.counts)
         if ids.ndim != 2 or ids.shape[1] == 0 or not _whole(ids, 1 << 16):
             raise ValueError(
                 f"ids of expert sets must be [sets, top_k] from 0 to 65535, got {_kind(ids)}"
             )
         if counts.shape != ids.shape[:1] or not _whole(counts, 1 << 63):
             raise ValueError(
-                f"counts of expert sets must be whole numbers [{len(ids)}], got {_kind(counts)}"
+                f"counts of expert sets must be whole numbers [{len(ids)}] like their ids, "
+                f"got {_kind(counts)}"
             )
         if not float(counts.sum(dtype=np.float64)) < 2.0**63:
             raise ValueError("counts of expert sets must add up to less than 2**63")
@@ -109,7 +112,8 @@ class ExpertSets(Frozen):
 
     def load(self, experts: int) -> NDArray[np.uint64]:
         """Return tokens of every expert [E]."""
-        load = np.zeros(experts, dtype=np.uint64)
+        least = int(self.ids.max(initial=0)) + 1
+        load = np.zeros(whole_number("experts", experts, lowest=least), dtype=np.uint64)
         np.add.at(load, self.ids, self.counts[:, None])
         return load
 
@@ -311,7 +315,8 @@ class RoutingStatistics(Frozen):
         _check_table_bytes(trace, window, transitions, coactivation)
         tables = {"transitions": transitions, "coactivation": coactivation, "sets": sets}
         every = _sampling(trace) if sets else 1
-        told = progress or _nobody
+        callable_or_none("progress", progress)
+        told = _nobody if progress is None else progress
         if not by_group:
             return cls._counted(trace, window, every, threads, tables, told)
         if trace.group is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
@@ -20,6 +19,7 @@ from moetuner._checks import (
     array_in,
     listed,
     not_negative,
+    one_of,
     path_in,
     per_device,
     positive,
@@ -28,6 +28,7 @@ from moetuner._checks import (
     whole_number,
 )
 from moetuner.files import naming, read_whole
+from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
 from moetuner.presets import MACHINES
 
@@ -71,8 +72,11 @@ class Tier(Frozen):
 
     def __post_init__(self) -> None:
         whole_number("devices", self.devices, highest=DEVICE_LIMIT)
-        positive("bandwidth", self.bandwidth, BYTES_PER_SECOND)
-        not_negative("latency", self.latency, SECONDS)
+        for name, check, unit in (
+            ("bandwidth", positive, BYTES_PER_SECOND),
+            ("latency", not_negative, SECONDS),
+        ):
+            object.__setattr__(self, name, check(name, getattr(self, name), unit))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -144,9 +148,11 @@ class Topology(Frozen):
                 f"got {self.devices_per_node}"
             )
         for end in ("intra_node", "inter_node"):
-            bandwidth = f"{end}_bandwidth"
-            positive(bandwidth, getattr(self, bandwidth), BYTES_PER_SECOND)
-            not_negative(f"{end}_latency", getattr(self, f"{end}_latency"), SECONDS)
+            for name, check, unit in (
+                (f"{end}_bandwidth", positive, BYTES_PER_SECOND),
+                (f"{end}_latency", not_negative, SECONDS),
+            ):
+                object.__setattr__(self, name, check(name, getattr(self, name), unit))
         if self.link_cost is not None:
             # Held as tuples, so that topologies compare, hash and cannot be changed.
             cost = checked(self.link_cost, self.devices)
@@ -303,8 +309,7 @@ class Topology(Frozen):
         ValueError
             If there is no such machine, or it cannot have that many nodes.
         """
-        if not isinstance(machine, str) or machine not in MACHINES:
-            raise ValueError(f"preset must be one of {', '.join(MACHINES)}, got {machine!r:.60}")
+        one_of("preset", machine, MACHINES)
         numbers = MACHINES[machine]
         devices = numbers.devices_per_node * whole_number("nodes", nodes, highest=DEVICE_LIMIT)
         return cls(
@@ -403,8 +408,8 @@ def parse(content: bytes) -> dict[str, Any]:
     """Read JSON or TOML, told apart by the first character: no TOML file begins with a brace."""
     try:
         text = content.decode()
-        found = json.loads(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        found = parse_json(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)
+    except ValueError as error:
         raise ValueError(f"must be a JSON object or TOML: {error}") from None
     assert isinstance(found, dict)
     return found

@@ -81,7 +81,7 @@ class RoutingTrace:
     expert_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if not hasattr(self.ids, "shards"):
+        if not all(hasattr(self.ids, name) for name in ("shards", "shape", "fresh")):
             raise TypeError(
                 f"ids must be what from_arrays makes of an array: use RoutingTrace.from_arrays, "
                 f"got {shown(self.ids)}"
@@ -184,6 +184,7 @@ class RoutingTrace:
         path = path_in(path)
         if path.suffix in (".npz", ".npy", ".jsonl", ".json"):
             raise ValueError(f"{path}: a trace is saved as .safetensors, got {path.suffix}")
+        text_or_none("source", source)
         write_trace(self.contents, path, source, SHARD_BYTES)
 
     @property
@@ -266,7 +267,7 @@ class RoutingTrace:
         """
         if not (is_number(share) and 0 < share < 1):
             raise ValueError(f"share must be between 0 and 1, got {shown(share)}")
-        seed_in(seed)
+        seed = seed_in(seed)
         sequences = _checks.distinct(self.sequence) if self.sequence is not None else np.empty(0)
         units = sequences.size if sequences.size > 1 else self.tokens
         count = min(max(round(share * units), 1), max(units - 1, 0))
@@ -418,6 +419,8 @@ class RoutingTrace:
     def _group_number(self, group: str | SupportsIndex) -> int:
         if isinstance(group, str):
             if group not in self.group_names:
-                raise ValueError(f"groups must be of {list(self.group_names)}, got {group!r}")
+                raise ValueError(
+                    f"groups must be of {shown(list(self.group_names))}, got {shown(group)}"
+                )
             return self.group_names.index(group)
         return whole_number("groups", group, lowest=0, highest=len(self.group_names) - 1)

@@ -1,9 +1,11 @@
 """Files of torch.save: what torch wrote is read without it, and nothing in them is run."""
 
+import contextlib
 import os
 import pickle
 import pickletools
 import struct
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 
@@ -175,6 +177,31 @@ def test_descriptions_that_unfold_without_end(tmp_path):
     refused(archive(tmp_path / "b.pt", b"\x80\x02(" + text[2:] + b"t."), "too often")
     deep = b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b"."
     pickled.load(archive(tmp_path / "c.pt", deep))
+
+
+@pytest.mark.parametrize(
+    "code", [b"}", b"]", b")", b"N", b"(", b"N\x94", b"]\x94", b"M\0\x80", b"h\0"]
+)
+def test_memory_is_bounded_by_the_description(tmp_path, code):
+    """Many short instructions that make large objects take at most 20 times the file."""
+    text = b"\x80\x02]q\x00(" + code * (300_000 // len(code)) + b"tt."
+    path = archive(tmp_path / "a.pt", text)
+    tracemalloc.start()
+    with contextlib.suppress(ValueError):
+        pickled.load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * path.stat().st_size + (1 << 22)
+
+
+def test_what_was_peeked_at_is_loaded_once(tmp_path, monkeypatch):
+    """Telling what a file is and reading it carry out its description once, and keep nothing."""
+    path, runs = archive(tmp_path / "a.pt", pickle.dumps([1, 2], 2)), []
+    content = pickled._Archive.content
+    monkeypatch.setattr(pickled._Archive, "content", lambda of: (runs.append(1), content(of))[1])
+    assert pickled.peek(path) == pickled.peek(path) == pickled.load(path) == [1, 2]
+    assert len(runs) == 1
+    assert pickled._load.cache_info().currsize == 0
 
 
 def test_other_files(tmp_path):

@@ -202,7 +202,7 @@ def test_arrow_may_say_how_many_experts(tmp_path):
         ({"experts": [[[0, 9]]]}, "expert id 9 is not below num_experts 8"),
         ({"layer_0": [0, 1]}, "layer_0 must be ids, got int64 [2, 1]"),
         ({"x": [0]}, "must have a column 'experts'"),
-        ({"layer": [0], "expert": ["a"]}, "expert must be integers, got 'a'"),
+        ({"layer": [0], "expert": ["a"]}, "expert must be integers, got string"),
         ({"layer": [0], "expert": [None]}, "columns must have no empty values"),
     ],
 )
@@ -224,6 +224,69 @@ def test_damaged_parquet(tmp_path):
         path.write_bytes(wrong)
         with pytest.raises(ValueError, match=r"t.parquet: [^\n]+$"):
             mt.open_input(path, num_experts=8)
+
+
+def test_offsets_that_point_outside(tmp_path):
+    """A corrupt offset of a text column is an error, not a read outside of the file."""
+    path = tmp_path / "t.arrow"
+    columns = {"experts": [[[1, 2]]] * 40, "sequence": range(40), "group": ["a", "b"] * 20}
+    pytest.importorskip("pyarrow.feather").write_feather(
+        pytest.importorskip("pyarrow").table(columns), path, compression="uncompressed"
+    )
+    content = bytearray(path.read_bytes())
+    at = content.rfind(np.arange(5, dtype="<i4").tobytes())
+    content[at + 60 : at + 64] = (2949127).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"t\.arrow: damaged file: "):
+        mt.open_input(path, num_experts=8)
+
+
+@pytest.mark.parametrize("form", ["parquet", "lz4", "zstd", "texts"])
+def test_bombs(tmp_path, form):
+    """What would unpack to far more than routing does is refused before it is unpacked."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, zeros = tmp_path / "t.arrow", pyarrow.array(np.zeros(1 << 21, "i8"))
+    table = pyarrow.table({"layer": zeros, "expert": zeros, "weight": zeros, "group": zeros})
+    if form == "parquet":
+        parquet.write_table(table, path, compression="zstd")
+    elif form == "texts":
+        # Few bytes, since a dictionary holds the one text, and not too many rows.
+        long = pyarrow.DictionaryArray.from_arrays(np.zeros(1 << 15, "i4"), ["x" * (1 << 20)])
+        few = zeros[: 1 << 15]
+        table = pyarrow.table({"layer": few, "expert": few, "group": long})
+        parquet.write_table(table, path, compression="zstd", store_schema=False)
+    else:
+        pytest.importorskip("pyarrow.feather").write_feather(
+            pyarrow.concat_tables([table] * 3), path, compression=form, chunksize=1 << 20
+        )
+    before = pyarrow.total_allocated_bytes()
+    pool = pyarrow.default_memory_pool()
+    if form == "texts":
+        found = mt.open_input(path, num_experts=8)
+        assert found.group_names == ("x" * (1 << 20),)
+    else:
+        with pytest.raises(ValueError, match="write it without compression"):
+            mt.open_input(path, num_experts=8)
+    del table, zeros
+    assert pyarrow.total_allocated_bytes() <= before
+    assert pool.max_memory() < 1 << 30
+
+
+def test_counts_that_would_wrap(tmp_path):
+    """Weights whose sum does not fit 64 bits are refused, not read as few tokens."""
+    path = tmp_path / "rows.csv"
+    path.write_text("layer,expert,weight\n" + f"0,0,{(1 << 48) - 1}\n" * (1 << 16))
+    with pytest.raises(ValueError, match="weight must add up to less than 2"):
+        mt.open_input(path)
+
+
+def test_a_single_row_makes_no_large_table(tmp_path):
+    """Windows and experts that no row fills are refused before a table of them is made."""
+    path = tmp_path / "rows.csv"
+    rows = "".join(f"0,{n % 2 * 65535},{n}\n" for n in range(1 << 10))
+    path.write_text(f"layer,expert,sequence\n{rows}")
+    with pytest.raises(ValueError, match="counts must fill their table"):
+        mt.open_input(path)
 
 
 def test_without_pyarrow(tmp_path, monkeypatch):

@@ -102,7 +102,7 @@ def test_slots_are_translated(tmp_path):
             lambda f: dump(f, 0, {(0, 3): np.zeros(6, int), (1, 4): np.zeros(6, int)}),
             "iteration 0 must have layer 4 like the others",
         ),
-        (lambda f: dump(f, 0, {(0, 3): -np.ones(6, int)}), "counts must be from 0 to 2**48"),
+        (lambda f: dump(f, 0, {(0, 3): -np.ones(6, int)}), "must be counts from 0 to 2**48"),
         (
             lambda f: (f / "rank0.safetensors").write_bytes(
                 (f / "rank0.safetensors").read_bytes()[:-9]

@@ -136,7 +136,8 @@ class Audit(Frozen):
     ) -> list[Finding]:
         if not is_number(than):
             raise ValueError(f"than must be a finite number, got {shown(than)}")
-        for measure in listed("measures", measures, "names"):
+        measures = tuple(listed("measures", measures, "names"))
+        for measure in measures:
             one_of("measures", measure, self.whole)
         found = []
         for group, changes in (self.groups or {"all": self.whole}).items():

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import array_in, instance, one_of, whole_number
+from moetuner._checks import array_in, instance, one_of, shown, whole_number
 from moetuner.placement import EMPTY, Placement
 from moetuner.trace import RoutingTrace
 
@@ -164,7 +164,7 @@ def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int
     """Return the home device of every token [T]; ``"blocks"`` as in ``dispatch_rows``."""
     if isinstance(home, str):
         if home != "blocks":
-            raise ValueError(f"home must be devices [tokens] or 'blocks', got {home!r}")
+            raise ValueError(f"home must be devices [tokens] or 'blocks', got {shown(home)}")
         share, more = divmod(tokens, devices)
         return np.repeat(np.arange(devices), share + (np.arange(devices) < more))
     homes = array_in("home", home)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from moetuner.files.text import printable
+from moetuner.files.text import line, printable
 
 Kind = Literal["safetensors", "npz", "npy", "jsonl"]
 
@@ -173,10 +173,9 @@ def naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, EOFError) as error:
-        prefix = f"{path}: "
-        text = str(error).removeprefix(prefix) or type(error).__name__
+        text = str(error).removeprefix(f"{path}: ") or type(error).__name__
         # Some of it may be the content of the file, of any length and with any control character.
-        raise ValueError(prefix + printable(text)) from None
+        raise ValueError(f"{line(str(path))}: {printable(text)}") from None
 
 
 def size_of(path: Path) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _checks
-from moetuner._checks import experts_in
+from moetuner._checks import experts_in, shown
 from moetuner.files import Kind, kind_of, naming, npz, replacing, safetensors
 from moetuner.files.ids import Ids, IdsInFile, IdsInMemory
 
@@ -131,7 +131,7 @@ def _experts(given: int | None, in_file: int | str | None) -> int:
     try:
         return experts_in(int(in_file))
     except ValueError:
-        raise ValueError(f"num_experts must be from 1 to 65536, got {in_file!r:.40}") from None
+        raise ValueError(f"num_experts must be from 1 to 65536, got {shown(in_file)}") from None
 
 
 STATISTICS_FORMAT = "moetuner.statistics"

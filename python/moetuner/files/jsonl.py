@@ -41,6 +41,7 @@ from moetuner._checks import (
     names,
     one_of,
     path_in,
+    shown,
     valid,
 )
 from moetuner.files import naming, replacing, size_of
@@ -146,7 +147,7 @@ class _Reader:
     def header(self, line: dict[str, Any]) -> None:
         """Take in the first line, if it is a header."""
         if "schema" in line:
-            raise ValueError(f"must be a trace, got a file of schema {line['schema']!r:.40}")
+            raise ValueError(f"must be a trace, got a file of schema {shown(line['schema'])}")
         if "num_experts" not in line:
             raise ValueError(
                 f"must have 'experts', 'tokens' or 'num_experts', got keys {list(line)[:8]}"
@@ -155,7 +156,7 @@ class _Reader:
         self.experts = experts if self.given is None else self.given
         self.model = line.get("model")
         if self.model is not None and not isinstance(self.model, str):
-            raise ValueError(f"model must be a text, got {self.model!r:.40}")
+            raise ValueError(f"model must be a text, got {shown(self.model)}")
         self.expert_size = expert_size(line.get("expert_size"))
         for name in names(line.get("group_names")):
             self._group_number(name)
@@ -269,14 +270,14 @@ class _Reader:
             or isinstance(number, bool)
             or not -(1 << 31) <= number < 1 << 31
         ):
-            raise ValueError(f"sequence must be an integer of 32 bits, got {number!r:.40}")
+            raise ValueError(f"sequence must be an integer of 32 bits, got {shown(number)}")
         return number
 
     def _group_number(self, name: object) -> int:
         if not isinstance(name, str):
-            raise ValueError(f"group must be a text, got {name!r:.40}")
+            raise ValueError(f"group must be a text, got {shown(name)}")
         if len(self.groups) == GROUP_LIMIT and name not in self.groups:
-            raise ValueError(f"there must be at most {GROUP_LIMIT} groups, got {name!r:.40}")
+            raise ValueError(f"there must be at most {GROUP_LIMIT} groups, got {shown(name)}")
         return self.groups.setdefault(name, len(self.groups))
 
 

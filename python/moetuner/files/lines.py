@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
+from moetuner.files.text import parse_json
 
 LINE_LIMIT = 1 << 29
 BLOCK = 1 << 22
@@ -141,9 +142,9 @@ def fields_of(line: bytes, number: int) -> dict[str, Any]:
         Naming the line, if it is not JSON or not an object.
     """
     try:
-        fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"line {number}: must be JSON: {error}") from None
+        fields = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"line {number}: must be a JSON object, got {type(fields).__name__}")
     return fields

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import shown
 from moetuner.files import naming, size_of
+from moetuner.files.text import parse_json
 
 DTYPES = {
     "BOOL": np.dtype("?"),
@@ -70,7 +72,7 @@ class Header:
         if not isinstance(code, str) or code not in DTYPES:
             raise ValueError(f"{name}: dtype must be one of {', '.join(DTYPES)}, got {code!r}")
         if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
-            raise ValueError(f"{name}: shape must be a list of sizes, got {shape!r:.80}")
+            raise ValueError(f"{name}: shape must be a list of sizes, got {shown(shape)}")
         tensor = TensorInFile(DTYPES[code], tuple(shape), self.data + begin)
         if tensor.nbytes != end - begin:
             raise ValueError(
@@ -92,7 +94,7 @@ def read_header(path: Path) -> Header:
                 )
             text = file.read(length)
         try:
-            fields = json.loads(text.decode())
+            fields = parse_json(text.decode())
         except ValueError as error:
             raise ValueError(f"safetensors header must be JSON: {error}") from None
         if not isinstance(fields, dict):
@@ -104,7 +106,7 @@ def read_header(path: Path) -> Header:
         for name, entry in fields.items():
             extent = entry.get("data_offsets") if isinstance(entry, dict) else None
             if not (isinstance(extent, list) and len(extent) == 2 and all(map(_is_size, extent))):
-                raise ValueError(f"{name}: data_offsets must be two sizes, got {extent!r:.80}")
+                raise ValueError(f"{name}: data_offsets must be two sizes, got {shown(extent)}")
             last = max(last, *extent)
         if 8 + length + last != size:
             raise ValueError(

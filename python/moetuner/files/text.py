@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
+
+from moetuner._checks import shown
 
 LONGEST = 300
 LONGEST_NAME = 60
 # Without a space in between: a path may have many letters, a name or a list has no use for them.
 LONG_WORD = re.compile(r"\S{241,}")
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Read JSON as its standard has it: every key once, and no NaN.
+
+    Raises
+    ------
+    ValueError
+        If it is anything else: of two values of a key readers would take different ones.
+    """
+    try:
+        return json.loads(content, object_pairs_hook=_once, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("must be JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"must be JSON: {error}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for at, key in enumerate(keys) if key in keys[:at])
+        raise ValueError(f"key {shown(twice)} must be there once")
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def printable(text: str, most: int = LONGEST) -> str:

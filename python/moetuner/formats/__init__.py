@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from moetuner._checks import instance, one_of, path_in, window_in
+from moetuner._checks import instance, listed, one_of, path_in, window_in
 from moetuner.files import is_stream, kind_of, naming, size_of
 from moetuner.files.text import printable
 from moetuner.formats import (
@@ -290,12 +290,11 @@ def open_input(
     RoutingTrace(tokens=2, layers=1, top_k=2, num_experts=4)
     """
     several = not isinstance(path, str | Path) and isinstance(path, Iterable)
-    paths = [path_in(each) for each in path] if several else [path_in(path)]  # type: ignore[union-attr]
+    paths = [path_in(each) for each in (listed("path", path, "files") if several else [path])]
     if not paths:
         raise ValueError("path must name at least one file, got none")
     window_in(window)
-    dense = None if dense_layers is None else tuple(dense_layers)
-    hints = Hints(num_experts, top_k, hidden_layers, dense)
+    hints = Hints(num_experts, top_k, hidden_layers, _numbers(dense_layers))
     found = read_input(paths, hints, reader)
     if isinstance(found, RoutingStatistics):
         _check_counts(", ".join(map(str, paths)), found, window, num_experts)
@@ -423,10 +422,13 @@ def read_placement(
         raise ValueError(f"{path}: {form} is only written")
     if read is own.read_map:
         return Placement.load(path)
-    dense = None if dense_layers is None else tuple(dense_layers)
-    hints = Hints(num_experts=num_experts, devices=devices, dense_layers=dense)
+    hints = Hints(num_experts, devices=devices, dense_layers=_numbers(dense_layers))
     with naming(path):
         return read(path, hints).placement(hints)
+
+
+def _numbers(dense_layers: Iterable[int] | None) -> tuple[int, ...] | None:
+    return None if dense_layers is None else tuple(listed("dense_layers", dense_layers, "numbers"))
 
 
 def _check_counts(

@@ -7,16 +7,20 @@ row is one choice, with columns ``token``, ``layer`` and ``expert`` as in CSV.
 
 from __future__ import annotations
 
+import errno
 import re
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import id_type, valid
+from moetuner._checks import experts_in, id_type, valid
 from moetuner.files import naming, size_of
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.records import head
@@ -26,6 +30,12 @@ from moetuner.trace import RoutingTrace
 PARQUET, ARROW = b"PAR1", b"ARROW1\0\0"
 LAYER = re.compile(r"(?:layers?|experts?|l)[_.]?(\d{1,5})", re.ASCII | re.IGNORECASE)
 BATCH = 1 << 16
+LABELS = ("sequence", "group")
+LONGEST_LABEL = 1 << 12
+# A choice of an expert has a bit or more, and few files are packed better: what has more values
+# for each byte, or unpacks to more bytes, is taken for a decompression bomb.
+FREE_VALUES, VALUES_PER_BYTE = 1 << 20, 16
+FREE_BYTES, UNPACKED_PER_BYTE = 1 << 26, 100
 
 
 def recognises(path: Path) -> bool:
@@ -42,35 +52,43 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     ValueError
         If pyarrow is not installed, a file is damaged, or columns are not those of a trace.
     """
-    table: _Tokens | Rows | None = None
+    table: _Tokens | _Choices | None = None
     names: list[str] = []
     for path in paths:
-        with naming(path), _opened(path) as (found, experts, batches):
+        with naming(path), _opened(path) as source:
             if table is None:
-                names = found
-                table = _table(names, hints.num_experts or experts)
-            if found != names:
-                raise ValueError(f"must have columns {names[:8]} like the others, got {found[:8]}")
-            for batch in batches:
-                if isinstance(table, Rows):
-                    table.add({name: _plain(batch.column(name)) for name in table.names})
-                else:
-                    table.add(batch)
+                names = source.names
+                table = _table(names, hints.num_experts or source.experts)
+            if source.names != names:
+                raise ValueError(
+                    f"must have columns {names[:8]} like the others, got {source.names[:8]}"
+                )
+            for batch in source.batches(table.names):
+                table.add_batch(batch)
     if table is None:
         raise ValueError("must have a file, got none")
     with naming(paths[0]):
         return table.traffic(hints)
 
 
-def _table(names: list[str], experts: int | None) -> _Tokens | Rows:
+def _table(names: list[str], experts: int | None) -> _Tokens | _Choices:
     if "layer" in names and "expert" in names:
-        return Rows(names)
+        return _Choices(names)
     return _Tokens(names, experts)
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A file that is open: its columns, the experts that its metadata name, and its batches."""
+
+    names: list[str]
+    experts: int | None
+    batches: Callable[[list[str]], Iterator[Any]]
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[list[str], int | None, Iterator[Any]]]:
-    """Open a file: its columns, the experts that its metadata name, and its batches."""
+def _opened(path: Path) -> Iterator[_Source]:
+    """Open a file."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -78,37 +96,196 @@ def _opened(path: Path) -> Iterator[tuple[list[str], int | None, Iterator[Any]]]
         raise ValueError(
             "Parquet and Arrow files need pyarrow: pip install 'moetuner[parquet]'"
         ) from None
-    size_of(path)
+    size = size_of(path)
     try:
         with path.open("rb") as file:
             is_parquet = file.read(4) == PARQUET
             file.seek(0)
             if is_parquet:
-                source = pyarrow.parquet.ParquetFile(file)
-                schema = source.schema_arrow
-                batches = source.iter_batches(BATCH)
+                about = pyarrow.parquet.read_metadata(file)
+                schema = about.schema.to_arrow_schema()
+                texts = [name for name in LABELS if name in schema.names]
+                source = pyarrow.parquet.ParquetFile(file, metadata=about, read_dictionary=texts)
             else:
                 source = pyarrow.ipc.open_file(file)
                 schema = source.schema
-                batches = (source.get_batch(n) for n in range(source.num_record_batches))
+            read = _parquet_batches if is_parquet else _arrow_batches
+            if len(set(schema.names)) < len(schema.names):
+                raise ValueError("columns must have different names")
             known = (schema.metadata or {}).get(b"num_experts")
-            experts = int(known) if known is not None else None
-            yield list(schema.names), experts, batches
-    except pyarrow.ArrowInvalid as error:
+            experts = experts_in(int(known)) if known is not None else None
+            yield _Source(list(schema.names), experts, partial(read, source, file, size))
+    except pyarrow.ArrowException as error:
         raise ValueError(f"damaged file: {error}") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # a place beyond all files
             raise
         raise ValueError(f"damaged file: {error}") from None
 
 
-def _plain(column: Any) -> Any:
+def _parquet_batches(source: Any, file: Any, size: int, names: list[str]) -> Iterator[Any]:
+    """Read the columns of these names."""
+    del file
+    about = source.metadata
+    values, unpacked = about.num_rows, 0
+    for number in range(about.num_row_groups):
+        group = about.row_group(number)
+        columns = [group.column(at) for at in range(group.num_columns)]
+        mine = [of for of in columns if of.path_in_schema.split(".list.")[0] in names]
+        unpacked += sum(of.total_uncompressed_size for of in mine)
+        values = max(values, sum(of.num_values for of in mine))
+    _check_size(size, values, unpacked)
+    for batch in source.iter_batches(BATCH, columns=names):
+        batch.validate(full=True)
+        yield batch
+
+
+def _arrow_batches(source: Any, file: Any, size: int, names: list[str]) -> Iterator[Any]:
+    """Read the columns of these names."""
+    rows = 0
+    _check_size(size, 0, _unpacked_bytes(file, size))
+    for number in range(source.num_record_batches):
+        batch = source.get_batch(number).select(names)
+        # Offsets that point outside would be followed.
+        batch.validate(full=True)
+        rows += batch.num_rows
+        _check_size(size, rows, 0)
+        yield batch
+
+
+def _check_size(size: int, values: int, unpacked: int) -> None:
+    """Refuse what unpacks to far more than routing would: a decompression bomb."""
+    if values > max(FREE_VALUES, VALUES_PER_BYTE * size):
+        raise ValueError(
+            f"must have at most {VALUES_PER_BYTE} values a byte, got {values} in {size} bytes: "
+            "write it without compression"
+        )
+    if unpacked > max(FREE_BYTES, UNPACKED_PER_BYTE * size):
+        raise ValueError(
+            f"must not unpack to more than {UNPACKED_PER_BYTE} times its size, got {unpacked} "
+            f"bytes from {size}: write it without compression"
+        )
+
+
+def _unpacked_bytes(file: Any, size: int) -> int:
+    """Add up what the compressed buffers of an Arrow file say that they unpack to.
+
+    The footer says where its batches are, each begins with its list of buffers, and each of these
+    with its unpacked size (``File.fbs`` and ``Message.fbs`` of Arrow, tables of flatbuffers).
+    """
+    file.seek(size - 10)
+    length = int.from_bytes(file.read(4), "little", signed=True)
+    if not 0 < length <= size - 10:
+        raise ValueError(f"damaged file: its footer has {length} bytes")
+    file.seek(size - 10 - length)
+    data = file.read(length)
+    total = looked_at = 0
+    try:
+        footer = _Flat(data)
+        for field in (2, 3):  # dictionaries, batches
+            for at in footer.structs(footer.root, field, 24):
+                begin, about = struct.unpack_from("<qi", footer.data, at)
+                looked_at += max(about, 0)
+                if looked_at > size:
+                    raise ValueError("damaged file: its batches overlap")
+                file.seek(max(begin, 0))
+                text = file.read(max(about, 0))
+                # Before Arrow 0.15 there was only the length in front.
+                message = _Flat(text[8:] if text.startswith(b"\xff\xff\xff\xff") else text[4:])
+                batch = message.table(message.root, 2)
+                if field == 2 and batch is not None:
+                    batch = message.table(batch, 1)
+                if batch is None or message.table(batch, 3) is None:
+                    continue  # not compressed
+                for place in message.structs(batch, 2, 16):
+                    offset, held = struct.unpack_from("<qq", message.data, place)
+                    file.seek(max(begin + about + offset, 0))
+                    unpacked = int.from_bytes(file.read(8), "little", signed=True)
+                    total += max(unpacked, 0) if held > 0 else 0
+    except struct.error:
+        raise ValueError("damaged file: its footer points outside itself") from None
+    return total
+
+
+class _Flat:
+    """Tables of flatbuffers, as far as sizes need them."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.root = struct.unpack_from("<I", data)[0]
+
+    def field(self, table: int, number: int) -> int | None:
+        """Where a field of a table is; None if it has its default."""
+        back = struct.unpack_from("<i", self.data, table)[0]
+        end = struct.unpack_from("<H", self.data, table - back)[0]
+        if 4 + 2 * number >= end:
+            return None
+        offset = struct.unpack_from("<H", self.data, table - back + 4 + 2 * number)[0]
+        return table + offset if offset else None
+
+    def table(self, table: int, number: int) -> int | None:
+        """Where a table in a table is."""
+        at = self.field(table, number)
+        return None if at is None else at + int(struct.unpack_from("<I", self.data, at)[0])
+
+    def structs(self, table: int, number: int, size: int) -> range:
+        """Where the structs of a list are."""
+        at = self.table(table, number)
+        if at is None:
+            return range(0)
+        count = struct.unpack_from("<I", self.data, at)[0]
+        return range(at + 4, min(at + 4 + count * size, len(self.data)), size)
+
+
+class _Choices(Rows):
+    """Rows that are choices of tokens, or counts, as columns of Arrow."""
+
+    def add_batch(self, batch: Any) -> None:
+        """Take in rows."""
+        columns = {}
+        for name in self.names:
+            column = batch.column(name)
+            columns[name] = _labels(column) if name in LABELS else _plain(name, column)
+        self.add(columns)
+
+
+def _labels(column: Any) -> Any:
+    """Texts or integers of a column, each kind once in memory."""
+    import pyarrow
+
+    types = pyarrow.types
+    if column.null_count:
+        raise ValueError("columns must have no empty values")
+    if types.is_dictionary(column.type):
+        _check_labels(column.type.value_type)
+        codes, values = column.indices.to_numpy(zero_copy_only=False), column.dictionary
+        used, place = np.unique(codes, return_inverse=True)
+        texts = np.empty(len(used), dtype=object)
+        texts[:] = [values[int(code)].as_py() for code in used]
+        return texts[place].tolist()
+    _check_labels(column.type)
+    if types.is_integer(column.type):
+        return column.to_numpy(zero_copy_only=False).tolist()
+    if str(column.type) == "string_view":
+        # Many views may be of the same bytes: their lengths, the first of four numbers each.
+        views = np.frombuffer(column.buffers()[1], dtype=np.int32)[::4]
+        if views.max(initial=0) > LONGEST_LABEL:
+            raise ValueError(f"labels must have at most {LONGEST_LABEL} letters")
+    return column.to_pylist()
+
+
+def _check_labels(kind: Any) -> None:
+    if not str(kind).startswith(("int", "uint", "string", "large_string")):
+        raise ValueError(f"sequence and group must be integers or texts, got {kind}")
+
+
+def _plain(name: str, column: Any) -> Any:
     """Values of a column: an array of integers where it has such, else a list."""
     if column.null_count:
         raise ValueError("columns must have no empty values")
-    if str(column.type).startswith(("int", "uint")):
+    if str(column.type).startswith(("int", "uint", "float", "double")):
         return column.to_numpy(zero_copy_only=False)
-    return column.to_pylist()
+    raise ValueError(f"{name} must be integers, got {column.type}")
 
 
 class _Tokens:
@@ -129,12 +306,13 @@ class _Tokens:
         if experts is None:
             raise ValueError("num_experts is needed: the file does not say it")
         self.experts = experts
-        self.labels = {name: Labels() for name in ("sequence", "group") if name in names}
+        self.names = [*self.columns, *(name for name in LABELS if name in names)]
+        self.labels = {name: Labels() for name in LABELS if name in names}
         self.numbers: dict[str, list[NDArray[np.int32]]] = {name: [] for name in self.labels}
         self.parts: list[NDArray[Any]] = []
         self.tokens = 0
 
-    def add(self, batch: Any) -> None:
+    def add_batch(self, batch: Any) -> None:
         """Take in rows.
 
         Raises
@@ -157,7 +335,7 @@ class _Tokens:
         self.parts.append(ids.astype(id_type(np.dtype(np.int64), self.experts), copy=False))
         self.tokens += len(ids)
         for name, labels in self.labels.items():
-            self.numbers[name].append(labels.of(batch.column(name).to_pylist()))
+            self.numbers[name].append(labels.of(_labels(batch.column(name))))
 
     def traffic(self, _: Hints) -> RoutingTrace:
         """Return the trace."""

@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import shown
 from moetuner.files import kind_of, naming, npz, safetensors
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
 from moetuner.formats.ranks import by_rank
 from moetuner.formats.records import head
+from moetuner.formats.slots import added
 from moetuner.statistics import RoutingStatistics
 
 NAME = re.compile(r"(?:.*\D)?(\d{1,5})\D*\.?(?:tokens_per_expert|exp_counts)", re.ASCII)
@@ -49,7 +51,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
     ValueError
         If a rank's file is missing, or files are of other layers or experts.
     """
-    total: NDArray[np.uint64] | None = None
+    total: NDArray[np.int64] | None = None
     for path in by_rank(paths, PATTERN):
         with naming(path):
             load = _load(_arrays(path))
@@ -62,14 +64,14 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
                     f"counts must be {list(total.shape)} [windows, layers, experts] like those "
                     f"of the ranks before, got {list(load.shape)}"
                 )
-            total = load if total is None else total + load
+            total = added(total, load)
     return RoutingStatistics.from_load(np.empty((0, 0, 0)) if total is None else total)
 
 
 def _names(path: Path) -> list[str]:
     """Names of the arrays of a file; none where it has no names."""
     if pickled.is_pickled(path):
-        content = pickled.load(path)
+        content = pickled.peek(path)
         return [str(name) for name in content] if isinstance(content, dict) else []
     start = head(path, 9)
     if start.startswith(b"PK"):
@@ -86,7 +88,7 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
         content = pickled.load(path)
         for name in names:
             if not isinstance(content[name], pickled.Tensor):
-                raise ValueError(f"{name:.60} must be a tensor, got {content[name]!r:.40}")
+                raise ValueError(f"{name:.60} must be a tensor, got {shown(content[name])}")
         return {name: content[name].array() for name in names}
     if kind_of(path) == "npz":
         return npz.read_npz(path, tuple(names))

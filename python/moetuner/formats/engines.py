@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from moetuner import router_groups as whole_groups
-from moetuner._checks import instance, one_of, whole_number
+from moetuner._checks import instance, one_of, per_device, whole_number
 from moetuner.evaluation.copies import Split
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
@@ -190,7 +192,8 @@ def _slots(
         slots_per_device = total // step
     if slots_per_device is None:
         slots_per_device = topology.slots_per_device
-    if isinstance(slots_per_device, tuple | list):
+    if isinstance(slots_per_device, tuple | list | np.ndarray):
+        slots_per_device = per_device("slots_per_device", slots_per_device, devices)
         if len(set(slots_per_device)) > 1:
             raise ValueError(
                 f"slots_per_device must be the same on every device, as {of.title} has them, got "
@@ -210,6 +213,7 @@ def _slots(
         if each > experts:
             raise ValueError(
                 f"slots_per_device must be at most {experts}, one for each expert, got {each}"
+                + ("" if extra_slots is None else f" by extra_slots {extra_slots}")
             )
         return each
     if experts % devices:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import shown
 from moetuner.formats.hints import Hints
 from moetuner.placement import EMPTY, Placement
 
@@ -49,10 +50,10 @@ class Layout:
             Naming the first row of another width, or the value that is no expert.
         """
         if not isinstance(rows, list | tuple | np.ndarray) or not len(rows):
-            raise ValueError(f"must have at least one row of expert ids, got {rows!r:.40}")
+            raise ValueError(f"must have at least one row of expert ids, got {shown(rows)}")
         for number, row in enumerate(rows):
             if not isinstance(row, list | tuple | np.ndarray):
-                raise ValueError(f"row {number} must be a list of expert ids, got {row!r:.40}")
+                raise ValueError(f"row {number} must be a list of expert ids, got {shown(row)}")
             if len(row) != len(rows[0]) or not len(row):
                 raise ValueError(
                     f"row {number} must have {len(rows[0]) or 'some'} slots like row 0, "
@@ -66,6 +67,8 @@ class Layout:
             raise ValueError(
                 f"rows must be integers [layers, slots], got {found.dtype} {list(found.shape)}"
             )
+        if int(found.max()) >= 1 << 63:
+            raise ValueError(f"rows must be integers below 2**63, got {found.max()}")
         return cls(found.astype(np.int64), **fields)
 
     def placement(self, hints: Hints) -> Placement:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import experts_in, id_type
+from moetuner._checks import experts_in, id_type, shown
 from moetuner.files import naming, npz, size_of
 from moetuner.files.lines import NO_INTEGER, NO_TEXT, Batch, Keys, batches
 from moetuner.formats import pickled
@@ -62,7 +62,7 @@ def recognises(path: Path) -> bool:
 def is_replay(path: Path) -> bool:
     """Whether a file holds arrays by number or layer and nothing else, or is a ``.pt`` list."""
     if pickled.is_pickled(path):
-        return isinstance(pickled.load(path), list | tuple)
+        return isinstance(pickled.peek(path), list | tuple)
     if head(path, 2) != b"PK":
         return False
     with naming(path):
@@ -246,7 +246,7 @@ def _line(line: dict[str, Any]) -> tuple[int, int, int, NDArray[Any]] | None:
         raise ValueError(f"must have {missing[0]!r} as a router trace has, got {list(line)[:8]}")
     for key in KEYS.integers:
         if isinstance(line[key], bool) or not isinstance(line[key], int) or line[key] < 0:
-            raise ValueError(f"{key} must be an integer of at least 0, got {line[key]!r:.40}")
+            raise ValueError(f"{key} must be an integer of at least 0, got {shown(line[key])}")
     if line["block"] != "decoder":
         return None
     shape = (line["num_tokens"], line["topk"])

@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,13 @@ from numpy.typing import NDArray
 from moetuner.files import naming, size_of
 
 # Of an archive's description; per-token dumps list their tokens there.
-LONGEST_PICKLE = 1 << 29
-# How many times the description may unfold, where it names the same part again and again.
-EXPANSION = 64
+LONGEST_PICKLE = 1 << 27
+# Bytes of memory that what is made may take for each byte of the description, beyond some that are
+# free: an integer of three bytes takes 40, a container of five or more takes 72.
+FREE_BYTES, BYTES_PER_BYTE = 1 << 22, 14
+POINTER, OBJECT, CONTAINER = 8, 40, 80
+# Values for each byte, where the description names the same part again and again.
+EXPANSION = 16
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 ZIP = b"PK\x03\x04"
 LOCAL_HEADER = 30
@@ -120,6 +125,12 @@ def is_pickled(path: Path) -> bool:
         return b"/data.pkl" in head
 
 
+def peek(path: Path) -> Any:
+    """Read what was saved, to tell what it is; ``load`` will not read it again."""
+    found = path.stat()
+    return _load(path, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
 def load(path: Path) -> Any:
     """Read what was saved: dicts, lists, tuples, numbers, texts, and a ``Tensor`` for each tensor.
 
@@ -130,6 +141,13 @@ def load(path: Path) -> Any:
     OSError
         If it cannot be read.
     """
+    found = peek(path)
+    _load.cache_clear()  # a description may take much memory
+    return found
+
+
+@lru_cache(maxsize=1)
+def _load(path: Path, *_: int) -> Any:
     size = size_of(path)
     with naming(path):
         with path.open("rb") as file:
@@ -185,9 +203,7 @@ class _Archive:
     def content(self) -> Any:
         """Carry out the description."""
         text = self.read(self.description, LONGEST_PICKLE)
-        value = _Machine(text, self).run()
-        _check_expansion(value, len(text))
-        return value
+        return _Machine(text, self).run()
 
     def place(self, name: str) -> tuple[int, int]:
         """First byte and number of bytes of an entry."""
@@ -284,7 +300,50 @@ class _Machine:
     def __init__(self, text: bytes, archive: _Archive) -> None:
         self.text, self.at, self.archive = text, 0, archive
         self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        # Picklers number what they name again from 0 on.
+        self.memo: list[Any] = []
+        # Containers that were named again, which then change no more.
+        self.complete: set[int] = set()
+        self.memory = max(FREE_BYTES, BYTES_PER_BYTE * len(text))
+        self.values = max(1 << 16, EXPANSION * len(text))
+
+    def spend(self, size: int) -> None:
+        """Count memory of what is made."""
+        self.memory -= size
+        if self.memory < 0:
+            raise ValueError("description makes far more than it has bytes")
+
+    def push(self, value: Any) -> None:
+        """Push what was made."""
+        if isinstance(value, list | dict | tuple):
+            self.spend(CONTAINER + POINTER * len(value))
+        elif isinstance(value, str | bytes):
+            self.spend(OBJECT + len(value))
+        elif value is None or isinstance(value, bool):
+            self.spend(POINTER)
+        else:
+            self.spend(OBJECT)
+        self.stack.append(value)
+
+    def put(self, index: int) -> None:
+        """Give a number to what is on top, by which it is named again."""
+        self.spend(POINTER)
+        if index < len(self.memo):
+            self.memo[index] = self.stack[-1]
+        elif index == len(self.memo):
+            self.memo.append(self.stack[-1])
+        else:
+            raise ValueError(f"must number its parts one after the other, got {index}")
+
+    def get(self, index: int) -> None:
+        """Push what was numbered."""
+        value = self.memo[index]
+        self.spend(POINTER)
+        if isinstance(value, list | dict | tuple):
+            self.spend(CONTAINER)
+            self.complete.add(id(value))
+            self.values -= _unfolded(value, self.values)
+        self.stack.append(value)
 
     def run(self) -> Any:
         """Carry out instruction after instruction, up to the one that says stop."""
@@ -312,15 +371,18 @@ class _Machine:
     def integers(self, code: int) -> None:
         """Push a run of integers: token ids come by the million."""
         text, at, push = self.text, self.at, self.stack.append
+        memory = 0
         while (width := INTEGERS.get(code)) is not None:
             piece = text[at : at + width]
             if len(piece) < width:
                 raise IndexError
             push(int.from_bytes(piece, "little", signed=width == 4))
+            memory += OBJECT if width > 1 else POINTER  # Python has small ones once
             at += width
             code = text[at]
             at += 1
         self.at = at - 1
+        self.spend(memory)
 
     def take(self, count: int) -> bytes:
         """Take so many bytes of the text."""
@@ -362,15 +424,16 @@ class _Machine:
     def append(self, values: list[Any]) -> None:
         """Append to the list on top."""
         target = self.stack[-1]
-        if type(target) is not list:
-            raise TypeError("only lists take members")
+        if type(target) is not list or id(target) in self.complete:
+            raise TypeError("only lists take members, and a container must not hold itself")
         target.extend(values)
 
     def set(self, pairs: list[Any]) -> None:
         """Set keys of the dict on top."""
         target = self.stack[-1]
-        if type(target) is not dict or len(pairs) % 2:
-            raise TypeError("only dicts take keys with values")
+        if type(target) is not dict or len(pairs) % 2 or id(target) in self.complete:
+            raise TypeError("only dicts take keys, and a container must not hold itself")
+        self.spend(CONTAINER * (len(pairs) // 2))
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             if not isinstance(key, str | int | float | bool | None) and not _is_plain(key):
                 raise TypeError(f"keys must be texts or numbers, got a {type(key).__name__}")
@@ -384,14 +447,14 @@ class _Machine:
                 f"asks for {full:.80}, which is no plain content: pickles that call code are not "
                 "opened"
             )
-        self.stack.append(_Name(full))
+        self.push(_Name(full))
 
     def reduce(self) -> None:
         """Make what a name and its arguments stand for."""
         arguments, callee = self.pop(), self.pop()
         if not isinstance(callee, _Name) or not isinstance(arguments, tuple):
             raise ValueError("asks for a call of what is no name")
-        self.stack.append(self.made(callee.text, arguments))
+        self.push(self.made(callee.text, arguments))
 
     def made(self, name: str, arguments: tuple[Any, ...]) -> Any:
         """Make a container or a tensor."""
@@ -426,7 +489,7 @@ class _Machine:
             raise ValueError("a storage must have a key and a size")
         if name not in (*STORAGES, "UntypedStorage"):
             raise ValueError(f"a storage must be of a known type, got {name or 'none'}")
-        self.stack.append(_Storage(key, STORAGES.get(name)))
+        self.push(_Storage(key, STORAGES.get(name)))
 
     def build(self) -> None:
         """Drop attributes of a dict, such as the versions of a state dict; nothing else has any."""
@@ -444,26 +507,23 @@ Action = Callable[[_Machine], object]
 
 
 def _push(make: Callable[[_Machine], Any]) -> Action:
-    return lambda machine: machine.stack.append(make(machine))
+    return lambda machine: machine.push(make(machine))
 
 
 def _tuple_of(count: int) -> Action:
     def make(machine: _Machine) -> None:
         values = [machine.pop() for _ in range(count)]
-        machine.stack.append(tuple(reversed(values)))
+        machine.push(tuple(reversed(values)))
 
     return make
 
 
 def _put(index: Callable[[_Machine], int]) -> Action:
-    def put(machine: _Machine) -> None:
-        machine.memo[index(machine)] = machine.stack[-1]
-
-    return put
+    return lambda machine: machine.put(index(machine))
 
 
 def _get(width: int) -> Action:
-    return lambda machine: machine.stack.append(machine.memo[machine.number(width)])
+    return lambda machine: machine.get(machine.number(width))
 
 
 def _text(width: int) -> Action:
@@ -486,7 +546,7 @@ INTEGERS = {ord("K"): 1, ord("M"): 2, ord("J"): 4}
 ACTIONS: dict[int, Action] = {
     0x80: lambda m: m.take(1),  # protocol
     0x95: lambda m: m.take(8),  # frame
-    ord("("): lambda m: m.stack.append(MARK),
+    ord("("): lambda m: m.push(MARK),
     ord("}"): _push(lambda m: {}),
     ord("]"): _push(lambda m: []),
     ord(")"): _push(lambda m: ()),
@@ -521,26 +581,20 @@ ACTIONS: dict[int, Action] = {
 }
 
 
-def _check_expansion(value: Any, size: int) -> None:
-    """Raise if a container holds itself, or unfolds to far more than the description's bytes."""
-    unfolded: dict[int, int] = {}
-    open_: set[int] = set()
-    stack: list[tuple[Any, bool]] = [(value, False)]
+def _unfolded(value: Any, most: int) -> int:
+    """Count the values that a container holds, also those that its members hold.
+
+    Raises
+    ------
+    ValueError
+        If they are more than ``most``.
+    """
+    count, stack = 0, [value]
     while stack:
-        node, done = stack.pop()
-        members = list(node.values()) if isinstance(node, dict) else node
-        if not isinstance(members, list | tuple):
-            continue
-        inner = [each for each in members if isinstance(each, dict | list | tuple)]
-        if done:
-            open_.discard(id(node))
-            total = 1 + len(members) + sum(unfolded[id(each)] for each in inner)
-            if total > max(1 << 16, EXPANSION * size):
-                raise ValueError("description names the same parts too often")
-            unfolded[id(node)] = total
-        elif id(node) in open_:
-            raise ValueError("a container must not hold itself")
-        elif id(node) not in unfolded:
-            open_.add(id(node))
-            stack.append((node, True))
-            stack.extend((each, False) for each in inner)
+        node = stack.pop()
+        members = node.values() if isinstance(node, dict) else node
+        count += 1 + len(node)
+        if count > most:
+            raise ValueError("description names the same parts too often")
+        stack.extend(each for each in members if isinstance(each, dict | list | tuple))
+    return count

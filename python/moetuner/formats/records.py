@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moetuner.files import size_of
+from moetuner.files.text import parse_json
 
 LONGEST = 1 << 29
 CHUNK = 1 << 22
@@ -144,9 +145,9 @@ def _listed(path: Path) -> Iterator[Record]:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: must be JSON: {error}") from None
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _record(fields: Any, text: str, start: int, where: str) -> Record:

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT
+from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT, shown
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 COLUMNS = ("token", "layer", "expert", "sequence", "group", "weight")
-# Of a table that may be larger than the rows that fill it.
-TABLE_LIMIT = 1 << 27
+# Cells of a table that may be larger than the rows that fill it, and cells for each row: a token
+# with one of 128 experts leaves as many empty.
+FREE_CELLS, CELLS_PER_ROW = 1 << 22, 128
 # As Python writes it, so that no two texts are one number.
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}", re.ASCII)
 
@@ -141,7 +142,7 @@ class Rows:
             raise ValueError("num_experts is needed: the file does not say it")
         first, token = _numbered(columns["token"], columns.get("sequence"))
         tokens = len(first)
-        if tokens * len(layers) > max(self.count, TABLE_LIMIT):
+        if tokens * len(layers) > max(self.count, FREE_CELLS):
             raise ValueError(
                 f"each token must have experts in each layer, got {self.count} rows for {tokens} "
                 f"tokens and {len(layers)} layers"
@@ -186,13 +187,17 @@ class Rows:
         by = next((name for name in ("sequence", "group") if name in columns), None)
         window = np.zeros(self.count, dtype=np.int64) if by is None else columns[by]
         windows = int(window.max()) + 1
-        if windows * len(layers) * experts > TABLE_LIMIT:
+        if windows * len(layers) * experts > max(FREE_CELLS, CELLS_PER_ROW * self.count):
             raise ValueError(
-                f"counts must be of fewer windows, got {windows} of {len(layers)} x {experts}"
+                f"counts must fill their table, got {self.count} rows for {windows} windows of "
+                f"{len(layers)} layers x {experts} experts"
             )
         load = np.zeros(windows * len(layers) * experts, dtype=np.int64)
         cell = (window.astype(np.int64) * len(layers) + layer) * experts + expert
-        np.add.at(load, cell, columns.get("weight", 1))
+        weight = columns.get("weight")
+        if weight is not None and not float(weight.sum(dtype=np.float64)) < 2.0**63:
+            raise ValueError("weight must add up to less than 2**63")
+        np.add.at(load, cell, 1 if weight is None else weight)
         group = columns.get("group")
         of_window = None
         if group is not None:
@@ -230,11 +235,11 @@ def _integers(name: str, values: Any, limit: int) -> NDArray[np.int64]:
         else:
             found = np.asarray(values)
     except (ValueError, OverflowError):
-        raise ValueError(f"{name} must be integers, got {_wrong(values)!r:.40}") from None
+        raise ValueError(f"{name} must be integers, got {shown(_wrong(values))}") from None
     if found.dtype.kind == "f" and np.array_equal(found, np.floor(found)):
         found = found.astype(np.int64)
     if found.dtype.kind not in "iu" or found.ndim != 1:
-        raise ValueError(f"{name} must be integers, got {_wrong(values)!r:.40}")
+        raise ValueError(f"{name} must be integers, got {shown(_wrong(values))}")
     if found.size and (found.min() < 0 or found.max() >= limit):
         wrong = found.min() if found.min() < 0 else found.max()
         raise ValueError(f"{name} must be from 0 to {limit - 1}, got {wrong}")

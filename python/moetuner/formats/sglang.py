@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 
 from moetuner._checks import shown
 from moetuner.files import naming, read_whole, replacing
+from moetuner.files.text import parse_json
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints, Traffic, files_in
 from moetuner.formats.layout import Layout
 from moetuner.formats.pieces import Base64Piece, Piece, decoded, ids_of, trace_of
 from moetuner.formats.records import Record, head, looks_like_json, records
-from moetuner.formats.slots import by_expert
+from moetuner.formats.slots import added, by_expert, counts_in
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -123,9 +124,7 @@ def _kind(value: object) -> str:
 
 
 def _counts(value: object) -> NDArray[Any]:
-    count = _tensor(value, "logical_count", 3)
-    if count.min(initial=0) < 0:
-        raise ValueError(f"logical_count must be at least 0, got {count.min()}")
+    count = counts_in("logical_count", _tensor(value, "logical_count", 3))
     # Of the buffer's steps, those that were used.
     return np.asarray(count[count.any(axis=(1, 2))])
 
@@ -181,9 +180,8 @@ def _by_pass(passes: Sequence[_Pass], hints: Hints) -> list[NDArray[Any]]:
     seen: Counter[tuple[int, int]] = Counter()
     for each in passes:
         with naming(each.path):
-            count = _tensor(each.fields.get("global_physical_count"), "global_physical_count", 2)
-            if count.min(initial=0) < 0:
-                raise ValueError(f"global_physical_count must be at least 0, got {count.min()}")
+            name = "global_physical_count"
+            count = counts_in(name, _tensor(each.fields.get(name), name, 2))
             load = by_expert(count[None], each.slots, experts)[0]
         # A rank has a pass once; again, it is another run of the engine.
         key = (each.number, seen[each.number, each.rank])
@@ -192,7 +190,7 @@ def _by_pass(passes: Sequence[_Pass], hints: Hints) -> list[NDArray[Any]]:
             raise ValueError(
                 f"ranks must have the same layers, got {len(sums[key])} and {len(load)}"
             )
-        sums[key] = sums[key] + load if key in sums else load
+        sums[key] = added(sums.get(key), load)
     found = [load for load in sums.values() if load.any()]
     if len({load.shape for load in found}) > 1:
         raise ValueError("dumps must have the same layers and experts")
@@ -461,13 +459,7 @@ def read_map(path: Path, _: Hints) -> Layout:
         If there is another key: SGLang takes every key for an argument.
     """
     with naming(path):
-        if pickled.is_pickled(path):
-            found = pickled.load(path)
-        else:
-            try:
-                found = json.loads(read_whole(path))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"must be JSON: {error}") from None
+        found = pickled.load(path) if pickled.is_pickled(path) else parse_json(read_whole(path))
         if not isinstance(found, dict) or set(found) != {MAP}:
             keys = sorted(map(str, found))[:4] if isinstance(found, dict) else _kind(found)
             raise ValueError(f"must have the single key {MAP}, got {keys}")

@@ -14,7 +14,6 @@ be known. ``rank{r}_raw.safetensors`` has the choices themselves [T,K]
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from itertools import count, islice
@@ -24,13 +23,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import LAYER_LIMIT, experts_in
+from moetuner._checks import LAYER_LIMIT, experts_in, shown
 from moetuner.files import kind_of, naming, read_whole, replacing, safetensors
+from moetuner.files.text import parse_json
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.ranks import by_rank, rank_of
 from moetuner.formats.records import head
-from moetuner.formats.slots import by_expert
+from moetuner.formats.slots import added, by_expert, counts_in
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -78,7 +78,7 @@ def _about(files: Sequence[Path]) -> tuple[int, int]:
     if not path.exists():
         raise ValueError(f"{path}: must be beside {files[0].name}: it says how many experts count")
     with naming(path):
-        about = json.loads(read_whole(path, 1 << 16))
+        about = parse_json(read_whole(path, 1 << 16))
         if not isinstance(about, dict):
             raise ValueError(f"must be a JSON object, got {type(about).__name__}")
         return (
@@ -114,7 +114,7 @@ def _entries(path: Path) -> tuple[safetensors.Header, dict[tuple[int, int], str]
     for name in header.entries:
         match = ENTRY.fullmatch(name)
         if match is None:
-            raise ValueError(f"{path}: tensors must be named iteration_layer, got {name!r:.40}")
+            raise ValueError(f"{path}: tensors must be named iteration_layer, got {shown(name)}")
         found[int(match[1]), int(match[2])] = name
     if not found:
         raise ValueError(f"{path}: must hold counts of at least one iteration, got none")
@@ -181,14 +181,12 @@ def _counts(
                         f"{name} must be counts [{experts}] as {META} says, "
                         f"got {counts.dtype} {list(counts.shape)}"
                     )
-                if counts.min() < 0 or counts.max() >= 1 << 48:
-                    raise ValueError(f"{name}: counts must be from 0 to 2**48, got {counts.min()}")
-                flat[at[key]] += counts.astype(np.int64)
+                flat[at[key]] = added(flat[at[key]], counts_in(name, counts))
     if total is None:
         raise ValueError("must have a file, got none")
-    if translate is not None:
-        total = by_expert(total, translate, hints.num_experts)
     with naming(files[0]):
+        if translate is not None:
+            total = by_expert(total, translate, hints.num_experts)
         return RoutingStatistics.from_load(total)
 
 
@@ -303,18 +301,18 @@ def read_map(path: Path, hints: Hints) -> Layout:
     """
     with naming(path):
         text = read_whole(path).decode("utf-8")
-        found = json.loads(text) if text.lstrip()[:1] == "{" else _yaml(text)
+        found = parse_json(text) if text.lstrip()[:1] == "{" else _yaml(text)
         if not isinstance(found, dict):
             raise ValueError("must be a mapping")
         unknown = sorted(map(str, found.keys() - set(KEYS)))
         if unknown:
-            raise ValueError(f"keys must be {', '.join(KEYS)}, got {unknown[0]!r:.40}")
+            raise ValueError(f"keys must be {', '.join(KEYS)}, got {shown(unknown[0])}")
         for key in KEYS[:2]:
             if key not in found:
                 raise ValueError(f"must have {key!r}")
         slots, rows = found["num_slots"], found["initial_global_assignments"]
         if type(slots) is not int or not 1 <= slots <= 1 << 16:
-            raise ValueError(f"num_slots must be an integer from 1 to 65536, got {slots!r:.40}")
+            raise ValueError(f"num_slots must be an integer from 1 to 65536, got {shown(slots)}")
         if not isinstance(rows, dict) or not rows:
             raise ValueError("initial_global_assignments must be lists of experts by layer")
         numbers = {_layer(key): row for key, row in rows.items()}
@@ -330,7 +328,7 @@ def _layer(key: object) -> int:
     if isinstance(key, str) and re.fullmatch(r"\d{1,5}", key, re.ASCII):
         key = int(key)
     if type(key) is not int or not 0 <= key < LAYER_LIMIT:
-        raise ValueError(f"layers must be numbers, got {key!r:.40}")
+        raise ValueError(f"layers must be numbers, got {shown(key)}")
     return key
 
 
@@ -369,13 +367,13 @@ def _yaml(text: str) -> dict[str, Any]:
         if match is None or match[1] in found:
             raise ValueError(
                 f"line {number}: must be one of {', '.join(KEYS)}, a layer or an expert, "
-                f"got {line.strip()!r:.60}"
+                f"got {shown(line.strip())}"
             )
         rows = row = None
         if match[2] and match[2] != "{}":
             if not re.fullmatch(r"\d{1,6}", match[2], re.ASCII):
                 raise ValueError(
-                    f"line {number}: {match[1]} must be a number, got {match[2]!r:.40}"
+                    f"line {number}: {match[1]} must be a number, got {shown(match[2])}"
                 )
             found[match[1]] = int(match[2])
         else:
@@ -390,5 +388,5 @@ def _numbers(text: str, line: int) -> list[int]:
     parts = inner[1].split(",") if inner else []
     parts = [part.strip() for part in parts]
     if inner is None or not all(re.fullmatch(r"\d{1,6}", part, re.ASCII) for part in parts):
-        raise ValueError(f"line {line}: must be a list of experts [0, 1, ...], got {text!r:.40}")
+        raise ValueError(f"line {line}: must be a list of experts [0, 1, ...], got {shown(text)}")
     return [int(part) for part in parts]

@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import whole_number
+from moetuner._checks import shown, whole_number
 from moetuner.files import naming, npz, read_whole, replacing
 from moetuner.files.safetensors import TensorInFile
+from moetuner.files.text import parse_json
 from moetuner.formats.hints import Hints, Traffic, files_in
 from moetuner.formats.layout import Layout
 from moetuner.formats.pickled import is_pickled
 from moetuner.formats.pieces import ArrayPiece, Base64Piece, Piece, decoded, trace_of
 from moetuner.formats.records import Record, head, looks_like_json, records
-from moetuner.formats.slots import by_expert
+from moetuner.formats.slots import by_expert, counts_in
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
@@ -107,7 +108,7 @@ def _of_response(path: Path, record: Record) -> Iterator[Piece]:
             continue
         where = f"{record.where}, choice {number}"
         if not isinstance(text, str):
-            raise ValueError(f"{where}: routed_experts must be base64, got {text!r:.40}")
+            raise ValueError(f"{where}: routed_experts must be base64, got {shown(text)}")
         stored, fortran = _header(text, where)
         place = record.find(text)
         if place is None or fortran:
@@ -227,14 +228,15 @@ def read_loads(paths: Sequence[Path], hints: Hints) -> Traffic:
                 if record.fields.get("record_type") != STATS:
                     raise ValueError(f"{record.where}: record_type must be {STATS!r}")
                 with naming(record.where):
-                    load = Layout.of(record.fields.get("expert_load")).experts
+                    table = Layout.of(record.fields.get("expert_load")).experts
+                    load = counts_in("expert_load", table)
                     slots = Layout.of(record.fields.get("p2l_map")).experts
                     if load.shape != slots.shape:
                         raise ValueError(
                             f"expert_load must be {list(slots.shape)} like p2l_map, "
                             f"got {list(load.shape)}"
                         )
-                    windows.append(by_expert(load[None], slots, experts or _most(slots))[0])
+                    windows.append(by_expert(load[None], slots, experts)[0])
                 experts = experts or windows[0].shape[1]
                 if windows[-1].shape != windows[0].shape:
                     raise ValueError(
@@ -244,13 +246,6 @@ def read_loads(paths: Sequence[Path], hints: Hints) -> Traffic:
     if not windows:
         raise ValueError(f"{paths[0]}: must have at least one record, got none")
     return RoutingStatistics.from_load(np.stack(windows))
-
-
-def _most(slots: NDArray[np.int64]) -> int:
-    most = int(slots.max(initial=0)) + 1
-    if most > 1 << 16:
-        raise ValueError(f"p2l_map must hold experts below {1 << 16}, got {most - 1}")
-    return most
 
 
 def write_map_49572(placement: Placement, path: Path, _: Hints) -> None:
@@ -339,7 +334,7 @@ def read_map_41141(path: Path, _: Hints) -> Layout:
         told = found.fields.get("num_slots", slots)
         if told != slots:
             raise ValueError(
-                f"num_slots must be {slots}, the slots of every layer, got {told!r:.40}"
+                f"num_slots must be {slots}, the slots of every layer, got {shown(told)}"
             )
         redundant = found.fields.get("num_redundant_experts", 0)
         whole_number("num_redundant_experts", redundant, lowest=0, highest=slots - 1)
@@ -355,20 +350,16 @@ def by_layer(found: Any) -> Layout:
         If a key is no number or a value no list.
     """
     if not isinstance(found, dict) or not found:
-        raise ValueError(f"must be an object of layers, got {found!r:.40}")
+        raise ValueError(f"must be an object of layers, got {shown(found)}")
     rows: dict[int, Any] = {}
     for key, row in found.items():
         text = str(key)
         if not (text.isascii() and text.isdigit() and len(text) < 6) or int(text) in rows:
-            raise ValueError(f"keys must be numbers of layers, each once, got {text!r:.40}")
+            raise ValueError(f"keys must be numbers of layers, each once, got {shown(text)}")
         rows[int(text)] = row
     layers = tuple(sorted(rows))
     return Layout.of([rows[layer] for layer in layers], layers=layers)
 
 
 def _json(path: Path) -> Any:
-    content = read_whole(path)
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"must be JSON: {error}") from None
+    return parse_json(read_whole(path))

@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import shown
 from moetuner.files import naming, npz, read_whole, replacing, safetensors
+from moetuner.files.text import parse_json
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import head
-from moetuner.formats.slots import by_expert
+from moetuner.formats.slots import by_expert, counts_in
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
@@ -37,7 +39,7 @@ def recognises(path: Path) -> bool:
     start = head(path, 4096)
     if start.startswith(b"PK"):
         if pickled.is_pickled(path):
-            content = pickled.load(path)
+            content = pickled.peek(path)
             named = isinstance(content, dict) and any(name in content for name in LOADS)
             return named or isinstance(content, pickled.Tensor)
         with naming(path):
@@ -134,11 +136,7 @@ def _by_expert(
         raise ValueError(
             f"table must be {list(load.shape[-3:])} like the workload, got {list(table.shape)}"
         )
-    if load.dtype.kind == "f" and not np.array_equal(load, np.floor(load)):
-        raise ValueError("workload must be whole numbers of tokens")
-    if load.dtype.kind not in "iuf" or not (load >= 0).all() or not (load < 1 << 48).all():
-        raise ValueError(f"workload must be counts from 0 to 2**48, got {load.dtype}")
-    stages = load.astype(np.int64).reshape(-1, len(table), table[0].size)
+    stages = counts_in("workload", load).reshape(-1, len(table), table[0].size)
     return by_expert(stages, table.reshape(len(table), -1), experts)
 
 
@@ -190,7 +188,7 @@ def read_map(path: Path, _: Hints) -> Layout:
         If layers or devices are missing, or their lists differ in length.
     """
     with naming(path):
-        fields = json.loads(read_whole(path))
+        fields = parse_json(read_whole(path))
         layers = _member("the file", fields, "layer_list", list)
         if _member("the file", fields, "moe_layer_count", int) != len(layers):
             raise ValueError(
@@ -221,7 +219,7 @@ def _member(where: str, fields: object, key: str, kind: type) -> Any:
     value = fields.get(key) if isinstance(fields, dict) else None
     if type(value) is not kind:
         word = {list: "a list", int: "an integer"}[kind]
-        raise ValueError(f"{where}: {key} must be {word}, got {value!r:.40}")
+        raise ValueError(f"{where}: {key} must be {word}, got {shown(value)}")
     return value
 
 

@@ -317,8 +317,8 @@ def few_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:
     if len(used) <= MOST_WINDOWS:
         return used
     begin = np.arange(MOST_WINDOWS) * len(used) // MOST_WINDOWS
-    wide = np.float64 if used.dtype.kind == "f" else np.int64
-    joined: NDArray[np.generic] = np.add.reduceat(used, begin, axis=0, dtype=wide)
+    # In floats, which do not wrap; they are exact up to 2**53 tokens.
+    joined: NDArray[np.generic] = np.add.reduceat(used, begin, axis=0, dtype=np.float64)
     return joined
 
 

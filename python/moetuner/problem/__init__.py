@@ -10,7 +10,16 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import at_least, flag, instance, listed, not_negative, one_of
+from moetuner._checks import (
+    at_least,
+    flag,
+    instance,
+    listed,
+    not_negative,
+    one_of,
+    per_device,
+    shown,
+)
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation import copies
 from moetuner.evaluation.copies import Split
@@ -130,11 +139,12 @@ class Problem(Frozen):
         if not isinstance(self.groups, str | None):
             instance("groups", self.groups, Mapping, hint=" of weights by name, or 'minimax'")
             for group, weight in self.groups.items():
-                not_negative(f"groups: weight of {group!r:.40}", weight, "number")
+                not_negative(f"groups: weight of {shown(group)}", weight, "number")
             object.__setattr__(self, "groups", dict(self.groups))
         # Slots, rules and windows are checked by being made.
         if isinstance(self.slots_per_device, Sequence | np.ndarray):
-            object.__setattr__(self, "slots_per_device", tuple(self.slots_per_device))
+            slots = per_device("slots_per_device", self.slots_per_device, self.devices)
+            object.__setattr__(self, "slots_per_device", tuple(slots))
         _ = self.capacity, self.rules, self.windows
         if self.fill_slots:
             capacity.check_filling(self.capacity, self.rules.forbidden, self.experts)
@@ -257,6 +267,7 @@ class Problem(Frozen):
 
     def check_shape(self, placement: Placement, name: str = "placement") -> None:
         """Raise ValueError if a placement, of this name, is of another model or machine."""
+        instance(name, placement, Placement)
         found = (placement.layers, placement.num_experts, placement.devices)
         wanted = (self.layers, self.experts, self.devices)
         if found != wanted:

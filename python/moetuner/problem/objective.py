@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner._checks import instance, shown
+from moetuner._checks import instance, is_number, shown
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, expected, figures, replay
 from moetuner.evaluation.copies import Split
@@ -121,6 +121,8 @@ class Objective:
     def __init__(self, problem: Wanted, windows: Windows | None = None) -> None:
         if not isinstance(getattr(problem, "windows", None), Windows):
             raise TypeError(f"problem must be a Problem, got {shown(problem)}")
+        if windows is not None:
+            instance("windows", windows, Windows)
         self.problem = problem
         self.windows = problem.windows if windows is None else windows
 
@@ -157,6 +159,8 @@ class Objective:
 
     def text(self, value: float) -> str:
         """Return a value with its unit, as it stands in a sentence."""
+        if not is_number(value):
+            raise TypeError(f"value must be a finite number, got {shown(value)}")
         if self.problem.goal == "time":
             return f"{value:.1f} us per layer"
         if self.problem.goal == "balance":

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import is_number
+from moetuner._checks import is_number, shown
 from moetuner.evaluation.arrival import drawn_windows, mixed_windows
 from moetuner.evaluation.blocks import blocks, by_block
 from moetuner.statistics import RoutingStatistics
@@ -156,10 +156,10 @@ def windows_of(
     share = {"bursts": 0.0, "mixed": 1.0}.get(arrival) if isinstance(arrival, str) else arrival
     if share is None or not (is_number(share) and 0 <= share <= 1):
         raise ValueError(
-            f"arrival must be 'bursts', 'mixed', or a weight from 0 to 1, got {arrival!r:.40}"
+            f"arrival must be 'bursts', 'mixed', or a weight from 0 to 1, got {shown(arrival)}"
         )
-    if risk != "mean" and not (is_number(risk) and 0 <= risk < 1):
-        raise ValueError(f"risk must be 'mean', or a level from 0 to below 1, got {risk!r:.40}")
+    if not (isinstance(risk, str) and risk == "mean") and not (is_number(risk) and 0 <= risk < 1):
+        raise ValueError(f"risk must be 'mean', or a level from 0 to below 1, got {shown(risk)}")
     group = statistics.group
     weight = np.ones(statistics.windows)
     if groups is not None:
@@ -278,15 +278,15 @@ def _group_weights(
     weight = np.ones(statistics.windows)
     if isinstance(groups, str):
         if groups != "minimax":
-            raise ValueError(f"groups must be 'minimax' or weights by name, got {groups!r:.40}")
+            raise ValueError(f"groups must be 'minimax' or weights by name, got {shown(groups)}")
         return weight
     names = list(statistics.group_names)
     for name, value in groups.items():
         if name not in names:
-            raise ValueError(f"groups names {name!r:.40}, which is none of {', '.join(names)}")
+            raise ValueError(f"groups names {shown(name)}, which is none of {', '.join(names)}")
         mine = statistics.group == names.index(name)
         if not mine.any() or not statistics.window_load[mine].any():
-            raise ValueError(f"groups names {name!r:.40}, which has no tokens")
+            raise ValueError(f"groups names {shown(name)}, which has no tokens")
         weight[mine] = value
     if not weight.any():
         raise ValueError("groups leaves no window with a weight above 0")

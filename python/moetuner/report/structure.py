@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import at_least, instance, seed_in, threads_in
+from moetuner._checks import at_least, callable_or_none, instance, seed_in, threads_in
 from moetuner.evaluation import Evaluation, evaluate_each, intervals
 from moetuner.frozen import Frozen, html_table
 from moetuner.problem import Problem
@@ -134,6 +134,7 @@ def structure(
     (3.0,)
     """
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    callable_or_none("progress", progress)
     topology, seed, threads = Topology(devices), seed_in(seed), threads_in(threads)
     at_least("max_imbalance", max_imbalance, 1)
     held_out = isinstance(traffic, RoutingTrace) and traffic.tokens > 1

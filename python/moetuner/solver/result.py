@@ -120,8 +120,8 @@ class Limits:
     def __post_init__(self) -> None:
         if self.time_limit is not None:
             at_least("time_limit", self.time_limit, 0, " seconds")
-            if self.time_limit > LONGEST_LIMIT:
-                object.__setattr__(self, "time_limit", None)
+            seconds = float(self.time_limit)
+            object.__setattr__(self, "time_limit", None if seconds > LONGEST_LIMIT else seconds)
         if self.iterations is not None:
             whole_number("iterations", self.iterations, lowest=0)
         if self.gap is not None:

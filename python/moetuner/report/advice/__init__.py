@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import (
+    callable_or_none,
+    flag,
     instance,
     listed,
     not_negative,
@@ -133,6 +135,10 @@ def advise(
     """
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
     instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
+    if not isinstance(initial, str):
+        instance("initial", initial, Placement)
+    flag("in_order", in_order)
+    callable_or_none("report", report)
     _check_traffic(traffic)
     counts = sorted(
         {

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import path_in, shown
 from moetuner.files import naming, replacing, safetensors
 from moetuner.frozen import Frozen
 from moetuner.topology import Regime
@@ -135,7 +136,7 @@ class Certificate(Frozen):
             "levels": json.dumps([[proof.parts, proof.price] for proof in self.proofs]),
             "visits": json.dumps([[each.parts, each.pairs is not None] for each in self.visits]),
         }
-        with replacing(path) as temporary:
+        with replacing(path_in(path)) as temporary:
             whole = {name: safetensors.whole(array) for name, array in tensors.items()}
             safetensors.write(temporary, whole, metadata)
 
@@ -148,7 +149,7 @@ class Certificate(Frozen):
         ValueError
             If the file is truncated, corrupt, of another version, or something else.
         """
-        path = Path(path)
+        path = path_in(path)
         with naming(path):
             try:
                 return cls._read(path)
@@ -162,14 +163,14 @@ class Certificate(Frozen):
         metadata: dict[str, Any] = dict(header.metadata)
         for name, wanted in (("format", FORMAT), ("version", VERSION), ("about", cls.about)):
             if metadata.get(name) != wanted:
-                raise ValueError(f"{name} must be {wanted!r}, got {metadata.get(name)!r:.60}")
+                raise ValueError(f"{name} must be {wanted!r}, got {shown(metadata.get(name))}")
         regime, method = metadata["regime"], metadata["method"]
         for name, text, known in (
             ("regime", regime, get_args(Regime)),
             ("method", method, get_args(Method)),
         ):
             if text not in known:
-                raise ValueError(f"{name} must be {' or '.join(known)}, got {text!r:.60}")
+                raise ValueError(f"{name} must be {' or '.join(known)}, got {shown(text)}")
 
         def array(name: str, dtype: Any) -> NDArray[Any]:
             """Read an array of one dimension and just this type."""
@@ -208,5 +209,5 @@ class Certificate(Frozen):
 
 def _count(name: str, text: str) -> int:
     if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{name} must be a whole number, got {text!r:.60}")
+        raise ValueError(f"{name} must be a whole number, got {shown(text)}")
     return int(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moetuner import _core
+from moetuner._checks import instance, threads_in
 from moetuner.problem import Problem
 from moetuner.solver.bounds import pairs, visits
 from moetuner.solver.bounds.certificate import Certificate
@@ -34,6 +35,9 @@ def verify(certificate: Certificate, problem: Problem, *, threads: int | None = 
     >>> mt.verify(certificate, problem) == certificate.cost
     True
     """
+    instance("certificate", certificate, Certificate)
+    instance("problem", problem, Problem)
+    threads = threads_in(threads)
     if certificate.regime != problem.regime:
         raise ValueError(
             f"certificate must be of regime {problem.regime}, got one of {certificate.regime}"

@@ -1,0 +1,42 @@
+"""Counts that engines record: checked before they are added, so that no sum wraps."""
+
+import json
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.formats import slots
+from moetuner.formats.layout import Layout
+
+
+def test_sums_that_would_wrap_are_refused(tmp_path):
+    """Slots, ranks and windows beyond 2**48 each, or 2**63 together."""
+    path = tmp_path / "loads.jsonl"
+    for load, slot in ((1 << 62, [0] * 8), ((1 << 48) - 1, [0] * (1 << 16))):
+        rows = {"expert_load": [[load] * len(slot)], "p2l_map": [slot]}
+        path.write_text(json.dumps({"record_type": "eplb_load_stats", **rows}) + "\n")
+        with pytest.raises(ValueError, match=r"2\*\*(48|63)"):
+            mt.open_input(path)
+    large = np.full(2, 1 << 62)
+    assert slots.added(None, large).tolist() == large.tolist()
+    with pytest.raises(ValueError, match="must add up to less than 2"):
+        slots.added(large, large)
+
+
+def test_narrow_counts_are_added_in_64_bits():
+    """Counts in 8 bits do not wrap at 256."""
+    narrow = np.full(3, 200, dtype=np.uint8)
+    assert slots.added(slots.added(None, narrow), narrow).tolist() == [400] * 3
+
+
+def test_ids_beyond_64_bits_are_no_empty_slots():
+    """2**64 - 1 is not -1."""
+    with pytest.raises(ValueError, match="must be integers below 2"):
+        Layout.of([[(1 << 64) - 1, 1 << 63]])
+
+
+def test_a_slot_makes_no_large_table():
+    """An expert beyond the slots of a layer is refused: every expert has one."""
+    with pytest.raises(ValueError, match="slots must hold every expert"):
+        slots.by_expert(np.ones((1, 1, 2), int), np.array([[0, 1 << 20]]), None)
