@@ -95,9 +95,10 @@ def test_certificate_round_trip_and_refusals(tmp_path):
     assert verify(again, problem) == proven.cost
     with pytest.raises(ValueError, match="of these statistics"):
         verify(again, random_problem(2, 3, 8, mt.Topology(2)))
-    dearer = mt.Topology(2, link_cost=[[0, 2], [2, 0]])
+    flat, tiered = (replace(problem, topology=mt.Topology(4, node)) for node in (None, 2))
+    four = bound(flat, flat.caps.whole, limits=LIMITS)
     with pytest.raises(ValueError, match="parts and prices"):
-        verify(again, replace(problem, topology=dearer))
+        verify(four.certificate, tiered)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="not a certificate"):
         Certificate.load(path)
