@@ -144,6 +144,20 @@ def test_one_thread_is_one_thread():
     subprocess.run(command, env=QUIET, timeout=120, check=True)
 
 
+def test_a_pool_has_at_most_four_threads_for_every_core():
+    """However many are asked for."""
+    program = (
+        "import os\n"
+        "import numpy as np\n"
+        "from moetuner import _core\n"
+        "load = np.arange(8, dtype=np.uint64).reshape(1, 8)\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "_core.lpt(load, 2, 4, improve=True, threads=2**31)\n"
+        "assert len(os.listdir('/proc/self/task')) - before <= 4 * os.cpu_count()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], env=QUIET, timeout=60, check=True)
+
+
 def test_two_calls_have_two_pools(make_trace):
     """One-threaded solves at once both get on: neither waits until the other is done."""
     statistics = mt.RoutingStatistics.from_trace(make_trace(400, 8, 4, 64))

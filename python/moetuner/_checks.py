@@ -32,6 +32,7 @@ DEVICE_LIMIT = 1 << 13
 SLOT_LIMIT = 1 << 16
 # Cells of a table of layers, experts and devices.
 CELL_LIMIT = 1 << 28
+# Threads that may be asked for; the core starts at most four for every core.
 THREAD_LIMIT = 1 << 10
 # Times, sizes and rates are between these, in any unit, so that no product or quotient is infinite.
 SMALLEST, LARGEST = 1e-30, 1e30

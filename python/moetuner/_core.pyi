@@ -271,11 +271,12 @@ def expected_visits(
     node_of_device: list[int],
     sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]],
     *,
+    hashed: bool,
     threads: int | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return tokens of expert sets that visit every device [L,D], and every node [L,N].
 
-    Copies are chosen independently of each other.
+    Copies are chosen by one hash of the token, or independently of each other.
     """
 
 def expected_apart(

@@ -87,13 +87,14 @@ pub(super) fn expected_load<'py>(
 type Visits<'py> = (Bound<'py, PyArray2<f64>>, Bound<'py, PyArray2<f64>>);
 
 #[pyfunction]
-#[pyo3(signature = (slots, num_experts, node_of_device, sets, *, threads = None))]
+#[pyo3(signature = (slots, num_experts, node_of_device, sets, *, hashed, threads = None))]
 pub(super) fn expected_visits<'py>(
     py: Python<'py>,
     slots: Slots<'py>,
     num_experts: usize,
     node_of_device: Vec<u16>,
     sets: Vec<(PyReadonlyArray2<'py, u16>, PyReadonlyArray1<'py, u64>)>,
+    hashed: bool,
     threads: Option<usize>,
 ) -> PyResult<Visits<'py>> {
     let (layers, devices) = (slots.0.shape()[0], slots.0.shape()[1]);
@@ -106,7 +107,7 @@ pub(super) fn expected_visits<'py>(
         })
         .collect::<PyResult<Vec<_>>>()?;
     let steps = slices.iter().map(|of| of.ids.len()).sum();
-    let work = |shared: &Shared| shared.visits(&node_of_device, &slices);
+    let work = |shared: &Shared| shared.visits(&node_of_device, &slices, hashed);
     let (of_devices, of_nodes) = shared(py, &slots, num_experts, (steps, threads), work)?;
     Ok((array2(py, (layers, devices), of_devices)?, array2(py, (layers, nodes), of_nodes)?))
 }

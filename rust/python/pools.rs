@@ -1,6 +1,7 @@
 //! Threads for every call: never rayon's global pool, never a parent process's, never another call's.
 
 use std::mem;
+use std::num::NonZero;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pyo3::exceptions::PyRuntimeError;
@@ -9,6 +10,8 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 /// Pools kept for the next call.
 const KEPT: usize = 4;
+/// Threads of a pool for every core, at most: more would only take memory.
+const PER_CORE: usize = 4;
 
 /// The pools of one process that nobody uses now, by the number of threads that was asked for; 0 for all cores.
 struct Idle {
@@ -33,6 +36,7 @@ fn idle(_: Python<'_>) -> MutexGuard<'static, Idle> {
 }
 
 /// Runs `work` with a pool of so many threads that is its own meanwhile; one for every core where no number is given.
+/// No pool has more than [`PER_CORE`] of them for every core, whatever is asked for: answers do not depend on it.
 ///
 /// Two calls at once would wait for each other's work in one pool, beyond their time limits.
 pub(super) fn with_pool<T>(
@@ -40,7 +44,8 @@ pub(super) fn with_pool<T>(
     threads: Option<usize>,
     work: impl FnOnce(&ThreadPool) -> PyResult<T>,
 ) -> PyResult<T> {
-    let wanted = threads.map_or(0, |threads| threads.max(1));
+    let most = || std::thread::available_parallelism().map_or(1, NonZero::get) * PER_CORE;
+    let wanted = threads.map_or(0, |threads| threads.clamp(1, most()));
     let process = std::process::id();
     let found = {
         let mut idle = idle(py);

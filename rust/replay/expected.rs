@@ -1,8 +1,9 @@
 //! What a placement is expected to make of counts, without a token being replayed: loads, visits, pairs.
 //!
-//! Copies share the tokens of an expert and are chosen independently of each other. Sums run over experts, or sets, in
-//! their order, so that they are the same on any number of threads; with one copy of each expert they are sums of whole
-//! numbers, and exact.
+//! Copies share the tokens of an expert. They are chosen independently of each other; visits also as by one hash of the
+//! token, of which every expert takes the remainder by its number of copies ([`missed`]). Sums run over experts, or sets,
+//! in their order, so that they are the same on any number of threads; with one copy of each expert they are sums of
+//! whole numbers, and exact.
 
 use rayon::prelude::*;
 
@@ -21,6 +22,8 @@ fn each<T: Send>(large: bool, count: usize, make: impl Fn(usize) -> T + Sync + S
 
 /// Stands for the unit of an expert that has several.
 const SHARED: u32 = u32::MAX;
+/// Remainders that are tried one by one; numbers of copies with longer periods are taken to be independent.
+const PERIOD: u32 = 1 << 12;
 
 /// A number of tokens.
 pub trait Tokens: Copy + Send + Sync {
@@ -88,11 +91,57 @@ impl Holders {
     }
 
     /// Tokens that visit every device and every node `[D, N]`, of sets; `node` of every device is one of `nodes`.
-    fn visits(&self, node: &[u16], nodes: usize, sets: Sets<'_>) -> (Vec<f64>, Vec<f64>) {
+    fn visits(&self, node: &[u16], nodes: usize, sets: Sets<'_>, hashed: bool) -> (Vec<f64>, Vec<f64>) {
         if let Some(device) = self.single() {
             return visits_of_single(device, node, nodes, sets);
         }
+        let every: Vec<u16> = (0..node.len() as u16).collect();
+        if hashed {
+            return (self.by_hash(&every, node.len(), sets), self.by_hash(node, nodes, sets));
+        }
         (self.expected(node.len(), sets), self.within(node).expected(nodes, sets))
+    }
+
+    /// Tokens that visit every unit, and a unit of every device, where one hash chooses the copies of all experts.
+    fn by_hash(&self, unit_of: &[u16], units: usize, sets: Sets<'_>) -> Vec<f64> {
+        let whole = self.within(unit_of);
+        let alone = |e: usize| {
+            if whole.first[e + 1] - whole.first[e] == 1 { whole.unit[whole.first[e]] } else { SHARED }
+        };
+        let alone: Vec<u32> = (0..self.first.len() - 1).map(alone).collect();
+        let mut tokens = vec![0.0; units];
+        let mut last = vec![u32::MAX; units];
+        // Copies that may serve the set on every unit: of how many, and which one.
+        let mut copies: Vec<Vec<(u32, u32)>> = vec![vec![]; units];
+        let (mut shared, mut met) = (Vec::new(), Vec::new());
+        for (set, (ids, count)) in (0..).zip(sets.each()) {
+            let count = count as f64;
+            for &e in ids {
+                let unit = alone[usize::from(e)];
+                if unit == SHARED {
+                    shared.push(usize::from(e));
+                } else if last[unit as usize] != set {
+                    last[unit as usize] = set;
+                    tokens[unit as usize] += count;
+                }
+            }
+            for e in shared.drain(..) {
+                let all = (self.first[e + 1] - self.first[e]) as u32;
+                for (copy, (device, _)) in (0..).zip(self.of(e)) {
+                    let unit = usize::from(unit_of[device]);
+                    if last[unit] != set {
+                        if copies[unit].is_empty() {
+                            met.push(unit);
+                        }
+                        copies[unit].push((all, copy));
+                    }
+                }
+            }
+            for unit in met.drain(..) {
+                tokens[unit] += count * (1.0 - missed(&mut copies[unit]));
+            }
+        }
+        tokens
     }
 
     /// Tokens that are expected to visit every unit.
@@ -133,6 +182,34 @@ impl Holders {
         }
         tokens
     }
+}
+
+/// The share of hashes that have none of some remainders `(divisor, remainder)`, which are taken away.
+fn missed(remainders: &mut Vec<(u32, u32)>) -> f64 {
+    remainders.sort_unstable();
+    remainders.dedup();
+    let mut missed = 1.0;
+    while let Some(&(first, _)) = remainders.first() {
+        // Divisors without a common factor are independent; those with one are tried together, up to their period.
+        let mut period = first;
+        for &(divisor, _) in remainders.iter() {
+            let common = gcd(period, divisor);
+            let both = period / common * divisor;
+            if common > 1 && both <= PERIOD {
+                period = both;
+            }
+        }
+        let of = |&(divisor, _): &(u32, u32)| period.is_multiple_of(divisor);
+        let hit = |hash: u32| remainders.iter().filter(|of_one| of(of_one)).any(|&(d, r)| hash % d == r);
+        let none = (0..period).filter(|&hash| !hit(hash)).count();
+        missed *= none as f64 / f64::from(period);
+        remainders.retain(|one| !of(one));
+    }
+    missed
+}
+
+fn gcd(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// Tokens that visit every device and every node, of experts that are on one device each.
@@ -240,8 +317,8 @@ impl Shared {
     }
 
     /// Tokens that visit every device `[L, D]` and every node `[L, N]`, of sets of every layer and the node of every
-    /// device `[D]`.
-    pub fn visits(&self, node: &[u16], sets: &[Sets<'_>]) -> Result<(Vec<f64>, Vec<f64>)> {
+    /// device `[D]`; `hashed` says whether one hash of a token chooses the copies of all its experts.
+    pub fn visits(&self, node: &[u16], sets: &[Sets<'_>], hashed: bool) -> Result<(Vec<f64>, Vec<f64>)> {
         let (e, d) = (self.experts, self.devices);
         if sets.len() != self.layers.len() || node.len() != d {
             return wrong("sets", format!("one for each of {} layers", self.layers.len()), sets.len());
@@ -252,7 +329,7 @@ impl Shared {
             few && k * of.counts.len() == of.ids.len() && of.ids.iter().all(|&id| usize::from(id) < e)
         };
         let nodes = node.iter().max().map_or(0, |&node| usize::from(node) + 1);
-        let layer = |l: usize| known(&sets[l]).then(|| self.layers[l].visits(node, nodes, sets[l]));
+        let layer = |l: usize| known(&sets[l]).then(|| self.layers[l].visits(node, nodes, sets[l], hashed));
         let large = is_large(sets.iter().map(|of| of.ids.len()).sum());
         let Some(found) = each(large, sets.len(), layer).into_iter().collect::<Option<Vec<_>>>() else {
             return wrong("sets", format!("ids [N, K] below {e} and counts [N]"), 0);
@@ -397,13 +474,30 @@ mod tests {
     #[test]
     fn copies_are_chosen_independently() {
         let sets = Sets { ids: &[0, 2, 0, 1], counts: &[10, 100] };
-        let (devices, nodes) = shared().visits(&[0, 0, 1], &[sets]).expect("valid");
+        let (devices, nodes) = shared().visits(&[0, 0, 1], &[sets], false).expect("valid");
         assert_eq!(devices, [55.0, 105.0, 10.0]);
         assert_eq!(nodes, [110.0, 10.0]);
         assert_eq!(shared().load(&[10.0, 1.0, 100.0]).expect("valid"), [5.0, 6.0, 100.0]);
         // 0 with 1, 0 with 2, 1 with 2.
         let pairs = [0, 8, 16, 8, 0, 100, 16, 100, 0];
         assert_eq!(shared().apart(&pairs).expect("valid"), [4.0 + 16.0 + 100.0]);
+    }
+
+    #[test]
+    fn one_hash_chooses_the_copies_of_all_experts() {
+        // Expert 0 on devices 0 and 1, expert 1 too, expert 2 on all three, expert 3 on 1 and 2.
+        let (slots, share) = ([0, 1, 2, -1, 0, 1, 2, 3, 2, 3, -1, -1], [0.0; 12]);
+        let shared = Shared::new(&slots, &share, [1, 3, 4], 4).expect("valid");
+        let sets = |ids| [Sets { ids, counts: &[12] }];
+        let devices = |ids| shared.visits(&[0, 0, 1], &sets(ids), true).expect("valid").0;
+        assert_eq!(devices(&[0, 1]), [6.0, 6.0, 0.0]);
+        // 0 is on device 0 where 3 is on device 1, and on 1 where that is on 2.
+        assert_eq!(devices(&[0, 3]), [6.0, 12.0, 6.0]);
+        // By hash 0 to 5: device 0 is missed by 1 and 5, device 1 by 0 and 2, device 2 by all but 2 and 5.
+        assert_eq!(devices(&[0, 2]), [8.0, 8.0, 4.0]);
+        let nodes = shared.visits(&[0, 0, 1], &sets(&[0, 2]), true).expect("valid").1;
+        assert_eq!(nodes, [12.0, 4.0]);
+        assert_eq!(missed(&mut vec![(4, 1), (6, 3), (6, 1), (5, 0)]), 7.0 / 12.0 * 0.8);
     }
 
     #[test]
@@ -429,9 +523,9 @@ mod tests {
     fn what_is_not_there_is_refused() {
         let shared = shared();
         let sets = |ids| [Sets { ids, counts: &[1] }];
-        assert!(shared.visits(&[0, 0, 1], &sets(&[2])).is_ok());
-        assert!(shared.visits(&[0, 0, 1], &sets(&[3])).is_err());
-        assert!(shared.visits(&[0, 0], &sets(&[2])).is_err());
+        assert!(shared.visits(&[0, 0, 1], &sets(&[2]), true).is_ok());
+        assert!(shared.visits(&[0, 0, 1], &sets(&[3]), true).is_err());
+        assert!(shared.visits(&[0, 0], &sets(&[2]), true).is_err());
         assert!(shared.load(&[1.0; 4]).is_err());
         assert!(shared.apart(&[1; 8]).is_err());
         assert!(shared.followed(&[1]).is_err());

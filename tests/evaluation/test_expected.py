@@ -19,7 +19,7 @@ def close(found, wanted):
 
 @st.composite
 def cases(draw):
-    """Draw a placement with copies, its topology, its shares in two forms, and a generator."""
+    """Draw a placement with copies, topology, split, its shares in two forms, and a generator."""
     layers = draw(st.integers(1, 3))
     devices, node = draw(st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 3), (8, 8)]))
     experts, rng = draw(st.integers(1, 9)), np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -28,7 +28,7 @@ def cases(draw):
     topology = mt.Topology(devices, devices_per_node=node)
     split = draw(st.sampled_from(copies.SPLITS))
     share, each = (of(placement, topology, split) for of in (copies.shares, copies.slot_shares))
-    return placement, topology, share, each, rng
+    return placement, topology, split, share, each, rng
 
 
 def some_sets(placement, rng):
@@ -45,7 +45,7 @@ def some_sets(placement, rng):
 @given(cases())
 def test_shares_of_slots_are_those_of_devices(case):
     """What a slot serves is what its device serves of the expert in it; an empty one, nothing."""
-    placement, _, share, each, _ = case
+    placement, _, _, share, each, _ = case
     for (layer, device, slot), expert in np.ndenumerate(placement.slots):
         wanted = share[layer, device, expert] if expert >= 0 else 0.0
         assert each[layer, device, slot] == wanted
@@ -54,7 +54,7 @@ def test_shares_of_slots_are_those_of_devices(case):
 @given(cases(), st.sampled_from([np.float64, np.uint64, np.uint16, bool]))
 def test_loads_are_plain_sums(case, kind):
     """Of any number of windows, and of counts of any type."""
-    placement, _, share, each, rng = case
+    placement, _, _, share, each, rng = case
     shape = (int(rng.integers(1, 4)), placement.layers, placement.num_experts)
     load = rng.integers(0, 1000, shape).astype(kind)
     close(copies.served(placement, each, load), oracle.load(share, load.astype(float)))
@@ -75,21 +75,25 @@ def test_many_windows_have_the_loads_of_each():
 @given(cases())
 def test_visits_are_those_of_the_plain_loop(case):
     """With copies on any devices; exactly so where every expert has one."""
-    placement, topology, share, each, rng = case
+    placement, topology, split, share, _, rng = case
     sets, node = some_sets(placement, rng), topology.node_of_device
-    found = expected.visits(placement, each, sets, node)
-    for mine, plain in zip(found, oracle.visits(share, sets, node), strict=True):
+    found = expected.visits(placement, topology, split, sets)
+    if split == "even":
+        expectation = oracle.hashed_visits(placement.slots, sets, node)
+    else:
+        expectation = oracle.visits(share, sets, node)
+    for mine, plain in zip(found, expectation, strict=True):
         close(mine, plain)
         assert placement.has_copies or mine.tolist() == plain.tolist()
     # Sums of every layer are in the order of its sets.
-    one, two = (expected.visits(placement, each, sets, node, threads) for threads in (1, 2))
+    one, two = (expected.visits(placement, topology, split, sets, threads) for threads in (1, 2))
     assert [mine.tolist() for mine in one] == [mine.tolist() for mine in two]
 
 
 @given(cases())
 def test_pairs_are_plain_sums(case):
     """Pairs apart, and pairs from layer to layer, with copies on any devices."""
-    placement, _, share, each, rng = case
+    placement, _, _, share, each, rng = case
     shape = (placement.layers, placement.num_experts, placement.num_experts)
     pairs = rng.integers(0, 1000, shape).astype(np.uint64)
     slots = placement.slots, each

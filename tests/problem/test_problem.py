@@ -1,6 +1,7 @@
 """Problem: exact costs, exact caps, and limits that make sense."""
 
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -200,3 +201,27 @@ def test_the_objective_says_what_statistics_lack():
             told = objective.lacks
             assert told is None if goal == "balance" else told.startswith(f"no {pairs}: methods")
             assert objective.traffic(mt.Placement([[[0, 1], [2, 3]]] * 2)) == 0
+
+
+def test_pins_of_one_expert_to_several_devices_ask_for_copies():
+    """Slots that are left over hold copies where a pin asks for them, else they stay empty."""
+    statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 1, 1]])
+    of = partial(mt.Problem, statistics, mt.Topology(3), objective="balance")
+    assert not of().may_copy
+    assert not of(pinned=[(None, 4, 0), (None, 3, 1)]).may_copy
+    twice = of(pinned=[(None, 4, 0), (0, 4, 2)])
+    assert twice.may_copy
+    assert twice.without_copies() is None
+    with pytest.raises(ValueError, match=r"pinned leaves 3 slots of layer 0 for the 4 experts"):
+        of(pinned=[(0, 4, 0), (0, 4, 1), (0, 4, 2)])
+
+
+def test_a_problem_without_copies_has_the_same_slots():
+    """Its placements are placements of the problem, each expert on one device."""
+    statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
+    problem = mt.Problem(statistics, mt.Topology(2), slots_per_device=3, fill_slots=True)
+    single = problem.without_copies()
+    assert (single.may_copy, single.fill_slots, single.stays_single) == (False, False, True)
+    assert single.capacity.tolist() == problem.capacity.tolist()
+    assert single.without_copies() is None
+    assert mt.Problem(statistics, mt.Topology(2)).without_copies() is None

@@ -95,9 +95,10 @@ def test_certificate_round_trip_and_refusals(tmp_path):
     assert verify(again, problem) == proven.cost
     with pytest.raises(ValueError, match="of these statistics"):
         verify(again, random_problem(2, 3, 8, mt.Topology(2)))
-    tiered = mt.Problem(problem.statistics, mt.Topology(4, 2), slots_per_device=4, regime="follow")
+    flat, tiered = (replace(problem, topology=mt.Topology(4, node)) for node in (None, 2))
+    four = bound(flat, flat.caps.whole, limits=LIMITS)
     with pytest.raises(ValueError, match="parts and prices"):
-        verify(again, tiered)
+        verify(four.certificate, tiered)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="not a certificate"):
         Certificate.load(path)

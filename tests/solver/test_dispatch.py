@@ -86,17 +86,18 @@ def test_optimum_of_few_experts_is_proven(make_trace):
 
 
 def test_same_seed_same_answer(make_trace):
-    """On any number of threads; an expert keeps one copy unless copies are allowed."""
+    """On any number of threads; an expert has one copy unless the problem has copies."""
     statistics = mt.RoutingStatistics.from_trace(make_trace(), sets=True)
     problem = mt.Problem(
         statistics, mt.Topology(4), slots_per_device=3, regime="dispatch", max_imbalance=1.3
     )
+    single = problem.without_copies()
     limits = [Limits(iterations=5000, threads=threads) for threads in (1, 3)]
-    first, second = (dispatch(problem, seed=5, limits=limit).slots for limit in limits)
+    first, second = (dispatch(single, seed=5, limits=limit).slots for limit in limits)
     assert np.array_equal(first, second)
     for layer in first:
         assert sorted(layer[layer >= 0].tolist()) == list(range(8))
-    more = dispatch(problem, limits=limits[0], copies=True).slots
+    more = dispatch(problem, limits=limits[0], start=first).slots
     assert all(set(layer[layer >= 0].tolist()) == set(range(8)) for layer in more)
 
 
@@ -134,3 +135,15 @@ def test_beats_pairs_on_real_routing(data):
     )
     assert exact.fanout < pairs.fanout
     assert nodes.node_fanout < exact.node_fanout
+
+
+@pytest.mark.parametrize("split", ["even", "nearest", "round_robin"])
+@pytest.mark.parametrize("slots", [3, 4])
+def test_slots_to_spare_are_worth_no_less_than_none(make_trace, split, slots):
+    """The answer is not behind that of one copy each, whatever copies do to what tokens visit."""
+    statistics = mt.RoutingStatistics.from_trace(make_trace(300, experts=16, top_k=4), sets=True)
+    given = {"objective": "traffic", "split": split, "slots_per_device": slots}
+    problem = mt.Problem(statistics, mt.Topology(8), **given)
+    both = problem, problem.without_copies()
+    copied, single = (mt.solve(each, iterations=300) for each in both)
+    assert copied.objective <= single.objective

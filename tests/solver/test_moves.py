@@ -426,3 +426,31 @@ def test_steps_lower_excess_at_any_price():
     path, _ = LayerSearch(problem, 0).descend(initial.slots, initial, np.inf, Limits())
     assert path.excess[0] > 0
     assert path.excess[-1] == 0
+
+
+def test_filling_empty_slots_is_counted_in_the_budget():
+    """What fills the slots of the running placement comes first; then the rest may be spent."""
+    for seed in range(6):
+        running, problem = contiguous(2, 8, 4), filled_problem(seed)
+        empty = int(problem.capacity.sum()) - 16
+        for more in range(4):
+            found = mt.solve(problem, initial=running, move_budget=empty + more, iterations=200)
+            assert found.violations == ()
+            assert running.diff(found.placement).experts_moved <= empty + more
+        with pytest.raises(ValueError, match=f"fill_slots: .* takes {empty} moves"):
+            mt.solve(problem, initial=running, move_budget=empty - 1)
+
+
+def test_every_trade_fills_the_slots():
+    """Also that of the fewest moves, and those on the way."""
+    problem, running = filled_problem(0), contiguous(2, 8, 4)
+    for trade in mt.pareto(problem, running, iterations=200):
+        assert problem.violations(trade.placement) == ()
+        assert trade.experts_moved >= 8
+
+
+def filled_problem(seed):
+    """Make a problem of three full slots a device, for two layers of eight experts on four."""
+    slots = {"slots_per_device": 3, "fill_slots": True}
+    counts = statistics(seed, layers=2, experts=8)
+    return mt.Problem(counts, mt.Topology(4), objective="balance", **slots)

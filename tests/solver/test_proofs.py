@@ -485,3 +485,53 @@ def test_the_complete_programme_is_certified_in_python():
     wide = replace(found.certificate, caps=problem.load.sum(axis=1), cost=0)
     with pytest.raises(ValueError, match="optimum here is"):
         verify(wide, problem)
+
+
+def capped(**changes):
+    """Make a problem of five experts under a cap, changed."""
+    statistics = small_problem(3, 3, 5, 2).statistics
+    given = {"regime": "follow", "objective": "traffic", "max_imbalance": 1.2, **changes}
+    return mt.Problem(statistics, given.pop("topology", mt.Topology(2)), **given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"max_imbalance": None}, "caps of at least the problem's"),
+        ({"max_imbalance": 1.5}, "caps of at least the problem's"),
+        ({"slots_per_device": 3}, "one copy of each expert"),
+        ({"pinned": [(0, 1, 0), (0, 1, 1)]}, "one copy of each expert"),
+        ({"slots_per_device": 4}, "3 slots|4 slots"),
+        ({"regime": "dispatch"}, "regime"),
+        ({"topology": mt.Topology(2, speed=[1, 2])}, "equal devices"),
+    ],
+)
+def test_a_certificate_is_refused_for_placements_that_it_does_not_cover(changes, why):
+    """`verify` answers for the problem that it is given: other caps, copies or devices are not."""
+    certificate = mt.solve(capped()).certificate
+    assert mt.verify(certificate, capped()) == certificate.cost
+    with pytest.raises(ValueError, match=why):
+        mt.verify(certificate, capped(**changes))
+
+
+def test_a_certificate_covers_the_placements_of_tighter_caps():
+    """What no placement of a wide cap is below, none of a tighter cap or with pins is below."""
+    certificate = mt.solve(capped(max_imbalance=1.5)).certificate
+    for changes in ({"max_imbalance": 1.2}, {"max_imbalance": 1.5, "pinned": [(0, 1, 0)]}):
+        assert mt.verify(certificate, capped(**changes)) == certificate.cost
+
+
+@pytest.mark.parametrize("threads", [1500, 0, -1, 1.5, "2", True])
+def test_verify_checks_its_threads(threads):
+    """As every other call that takes a number of threads does."""
+    certificate = mt.solve(capped()).certificate
+    with pytest.raises(ValueError, match="threads"):
+        mt.verify(certificate, capped(), threads=threads)
+
+
+def test_verify_names_arguments_of_a_wrong_type():
+    """A file's name is no certificate, and statistics are no problem."""
+    with pytest.raises(TypeError, match="certificate must be a Certificate"):
+        mt.verify("bound.certificate", capped())
+    with pytest.raises(TypeError, match="problem must be a Problem"):
+        mt.verify(mt.solve(capped()).certificate, capped().statistics)

@@ -320,7 +320,7 @@ def test_error_in_progress_is_raised(make_trace):
         ({"time_limit": float("nan")}, "time_limit must be"),
         ({"iterations": -1}, "iterations must be from 0 to .*, got -1"),
         ({"gap": float("inf")}, "gap must be a share of at least 0, got inf"),
-        ({"threads": 0}, "threads must be from 1 to 4096, got 0"),
+        ({"threads": 0}, "threads must be from 1 to 1024, got 0"),
     ],
 )
 def test_wrong_arguments_are_named(problem, arguments, words):

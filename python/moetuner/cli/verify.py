@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 from moetuner.cli import options
 from moetuner.cli.options.machine import Machine, machine_options
@@ -53,14 +54,20 @@ def command(
     certificate = Certificate.load(certificate_file)
     of_visits = certificate.method == "visits"
     statistics = count(source.traffic, source.counted, source.threads, sets=of_visits)
+    topology = machine.topology()
+    imbalances = _imbalances(statistics.total_load, topology.devices, certificate)
+    # The tightest cap that the certificate covers in every layer; its own caps are said below.
     problem = Problem(
-        statistics, machine.topology(), regime=certificate.regime, objective="traffic"
+        statistics,
+        topology,
+        regime=certificate.regime,
+        objective="traffic",
+        max_imbalance=max(min(imbalances), 1.0),
     )
     cost = verify(certificate, problem, threads=source.threads)
     worth = Objective(problem)
     scale = worth.tokens if of_visits else worth.scale
     bound = cost / scale
-    imbalances = _imbalances(problem, certificate)
 
     output = Output(json_file)
     proof = "prices or tangents of" if of_visits else "a"
@@ -120,16 +127,18 @@ def _check(path: Path, placement: Placement, problem: Problem) -> None:
         )
 
 
-def _imbalances(problem: Problem, certificate: Certificate) -> list[float]:
+def _imbalances(load: NDArray[np.uint64], devices: int, certificate: Certificate) -> list[float]:
     """Return caps as imbalances, load over the mean: one if it says them all, else by layer [L].
 
     A cap is a whole number of tokens, so a range of imbalances says the same; of these a short one
-    is told. Whatever is within it keeps the cap.
+    is told. Whatever is within it keeps the cap. The loads are of layers and experts [L,E].
     """
-    total = problem.load.sum(axis=1, dtype=np.uint64).tolist()
+    total = load.sum(axis=1, dtype=np.uint64).tolist()
+    if len(total) != len(certificate.caps):
+        return [1.0]  # of another model, which `verify` says
     caps = [min(each) for each in zip(certificate.caps.tolist(), total, strict=True)]
     ranges = [
-        (Fraction(cap * problem.devices, load), Fraction((cap + 1) * problem.devices, load))
+        (Fraction(cap * devices, load), Fraction((cap + 1) * devices, load))
         for cap, load in zip(caps, total, strict=True)
         if load
     ] or [(Fraction(1), Fraction(2))]

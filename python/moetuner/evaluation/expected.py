@@ -22,19 +22,27 @@ Floats = NDArray[np.float64]
 
 def visits(
     placement: Placement,
-    share: Floats,
+    topology: Topology,
+    split: Split,
     sets: Sequence[ExpertSets],
-    node: NDArray[np.int64],
     threads: int | None = None,
 ) -> tuple[Floats, Floats]:
     """Return tokens that visit every device [L,D], and every node [L,N].
 
-    Copies, whose slots serve shares [L,D,S] of their expert's tokens, are taken to be chosen
-    independently of each other.
+    With split ``even`` one hash of a token chooses the copies of all its experts, as the replay and
+    engines have it: two experts with equally many copies take the same one. With others, copies are
+    taken to be chosen independently of each other.
     """
     each = [(of.ids, of.counts) for of in sets]
-    slots = (placement.slots, share)
-    return _core.expected_visits(slots, placement.num_experts, node.tolist(), each, threads=threads)
+    slots = (placement.slots, copies.slot_shares(placement, topology, split))
+    return _core.expected_visits(
+        slots,
+        placement.num_experts,
+        topology.node_of_device.tolist(),
+        each,
+        hashed=split == "even",
+        threads=threads,
+    )
 
 
 def followed(

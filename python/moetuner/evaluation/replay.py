@@ -398,9 +398,9 @@ class Expected:
         self._tokens: int | None = None
         if statistics.sets is not None:
             self._tokens = int(statistics.sets[0].counts.sum())
-            placement = setting.placement
+            placement, sets = setting.placement, statistics.sets
             of_devices, of_nodes = visits or expected_.visits(
-                placement, self._share, statistics.sets, topology.node_of_device, setting.threads
+                placement, topology, setting.split, sets, setting.threads
             )
             load = copies.served(placement, self._share, statistics.set_load[None])[0]
             # Visits for each token of load: in every window as in all.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -194,11 +194,12 @@ class Problem(Frozen):
         """Whether slots beyond one for each expert hold copies: where somebody has asked for slots.
 
         Those that are left over only because experts do not divide by devices stay empty, unless
-        all are to be full.
+        all are to be full, or an expert is pinned to several devices.
         """
         given = (self.slots_per_device, self.extra_slots, self.topology.slots_per_device)
+        asked = self.fill_slots or any(slots is not None for slots in given)
         spare = (self.capacity.sum(axis=1) > self.experts).any()
-        return bool(spare) and (self.fill_slots or any(slots is not None for slots in given))
+        return bool(spare) and (asked or self.rules.ask_for_copies)
 
     @property
     def stays_single(self) -> bool:
@@ -307,3 +308,19 @@ class Problem(Frozen):
     def empty_slots(self) -> NDArray[np.int32]:
         """Return slots [L,D,S] with nothing in them."""
         return np.full((self.layers, self.devices, self.slots), EMPTY, dtype=np.int32)
+
+    def without_copies(self) -> Problem | None:
+        """Return the problem of placements with one copy of each expert; None if this is one.
+
+        None too if pins ask for copies. Its placements are placements of this problem.
+        """
+        if not self.may_copy or self.rules.ask_for_copies:
+            return None
+        arguments = {each.name: getattr(self, each.name) for each in fields(self)}
+        return _SingleCopies(**{**arguments, "fill_slots": False})
+
+
+class _SingleCopies(Problem):
+    """A problem whose slots to spare stay empty."""
+
+    may_copy = False

@@ -485,10 +485,7 @@ class Objective:
         return _core.expected_apart((placement.slots, share), pairs) / self.scale
 
     def _visits(self, placement: Placement) -> Floats:
-        """Compute what every layer [L] adds to the visits of a token.
-
-        Copies are taken to be chosen independently of each other.
-        """
+        """Compute what every layer [L] adds to a token's visits, as ``expected.visits`` does."""
         sets = self.problem.statistics.sets
         assert sets is not None
         device_cost, node_cost = self.visit_costs
@@ -498,13 +495,11 @@ class Objective:
 
     def _count_visits(self, placement: Placement) -> tuple[Floats, Floats]:
         """Count the tokens that visit every device [L,D], and every node [L,N]."""
-        problem, topology = self.problem, self.problem.topology
-        sets = problem.statistics.sets
+        problem, sets = self.problem, self.problem.statistics.sets
         assert sets is not None
 
         def count() -> tuple[Floats, Floats]:
-            share = copies.slot_shares(placement, topology, problem.split)
-            return expected.visits(placement, share, sets, topology.node_of_device)
+            return expected.visits(placement, problem.topology, problem.split, sets)
 
         return problem.remembered.of("visits", placement, count)
 

@@ -28,6 +28,11 @@ class Rules:
         """Whether there is a rule at all."""
         return self.pinned is not None or self.forbidden is not None
 
+    @property
+    def ask_for_copies(self) -> bool:
+        """Whether an expert is pinned to several devices of a layer."""
+        return self.pinned is not None and bool((self.pinned.sum(axis=2) > 1).any())
+
     def violations(self, placement: Placement) -> list[str]:
         """Return in words which pins and bans a placement breaks."""
         held, lines = placement.held.transpose(0, 2, 1), []

@@ -28,7 +28,8 @@ from moetuner.solver.result import (
     Result,
     Status,
 )
-from moetuner.solver.search.balanced import no_worse, quick
+from moetuner.solver.search.balanced import balanced, no_worse, quick
+from moetuner.solver.search.move_cost import lawful
 
 __all__ = [
     "ALIASES",
@@ -155,13 +156,20 @@ def solve(
     history = History(progress)
     limits = replace(limits, progress=history.tell)
     clock, limits = Clock(limits), limits.counting()
-    # Of large tables this takes a while: not after the search, when the time is over.
-    fingerprint = problem.statistics.fingerprint
-    limits = replace(limits, time_limit=clock.within().time_limit)
-    if initial is None:
-        candidate = METHODS[method](problem, seed=seed, limits=limits)
-    else:
-        candidate = migrate(problem, initial, migration, METHODS[method], seed=seed, limits=limits)
+    try:
+        # Of large tables this takes a while: not after the search, when the time is over.
+        fingerprint = problem.statistics.fingerprint
+        limits = replace(limits, time_limit=clock.within().time_limit)
+        if initial is None:
+            candidate = METHODS[method](problem, seed=seed, limits=limits)
+        else:
+            candidate = migrate(
+                problem, initial, migration, METHODS[method], seed=seed, limits=limits
+            )
+    except KeyboardInterrupt:
+        # Before a method had anything, or one that keeps nothing on its way.
+        begin = balanced(problem) if initial is None else lawful(problem, initial)
+        candidate, fingerprint = Candidate(begin, "interrupted"), problem.statistics.fingerprint
 
     def result(candidate: Candidate) -> Result:
         if initial is None and problem.is_plain and searches:

@@ -12,8 +12,10 @@ from __future__ import annotations
 SEARCH_SHARE, BOUND_SHARE = 0.55, 0.38
 # Seconds below which a programme is not worth building: the bound then takes all that is left.
 PROGRAMME_LEAST = 1.0
-# The search of single copies gets this share where there is room for more copies (not measured).
-SINGLE_SHARE = 0.4
+# The search of single copies gets this share where there is room for more copies, and that one for
+# balance, which copies seldom make worse; if a time limit is at least so many times what judging an
+# answer takes (not measured).
+SINGLE_SHARE, SINGLE_BALANCE_SHARE, SINGLE_LEAST = 0.4, 0.1, 20
 
 # Dynamic programming over all partitions, about a nanosecond a step: what a solve, or the check of
 # its certificate, may take, and steps of a second on a slow core ("The co-location programme").

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
@@ -23,11 +24,12 @@ from moetuner.solver.exact.enumeration import eased, enumerated, fewest_visits
 from moetuner.solver.exact.partitions import chain
 from moetuner.solver.milp.colocation import colocation, fits
 from moetuner.solver.result import BoundDetails, Candidate, Clock, Limits, MoveCost
-from moetuner.solver.search.balanced import balanced
+from moetuner.solver.search.balanced import balanced, no_worse, rank
 from moetuner.solver.search.fanout import dispatch
-from moetuner.solver.search.layerwise import LayerSearch, layers, without_spare
-from moetuner.solver.search.move_cost import widened
+from moetuner.solver.search.layerwise import LayerSearch
 from moetuner.solver.search.traffic import search_traffic
+
+Slots = NDArray[np.int32]
 
 
 def joint(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
@@ -91,44 +93,62 @@ def _search_share(limits: Limits, share: float, least: float) -> float:
 
 
 def heuristic(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
-    """Search, without a bound and without a programme; try all placements where they are few."""
-    if not problem.is_plain:
-        clock = Clock(limits)
-        found = layers(problem, seed=seed, limits=limits)
-        try:
-            found = _eased(problem, found, seed, clock.within())
-            return best_of_all(problem, found, clock.within())
-        except KeyboardInterrupt:
-            return replace(found, status="interrupted")
-    clock = Clock(limits)
+    """Search, without a bound and without a programme; try all placements where they are few.
+
+    With slots to spare the best with one copy of each expert is a start: copies must better it.
+    """
+    clock, judging = Clock(limits), 0.0
     if limits.time_limit is not None:
         # Whatever is found is compared with this, and has to be judged itself: no time is left for
         # that when the search ends.
-        floor = Placement(balanced(problem), num_experts=problem.experts)
+        floor = Placement(problem.filled(balanced(problem)), num_experts=problem.experts)
         begin = clock.gone
         if clock.is_over():
             return Candidate(floor.slots, "time_limit")
         Objective(problem).value(floor)
-        clock = Clock(clock.within(keep=clock.gone - begin))
+        judging = clock.gone - begin
+        clock = Clock(clock.within(keep=judging if problem.is_plain else 0.0))
         if clock.is_over():
             return Candidate(floor.slots, "time_limit")
-    if Objective(problem).counts_visits:
+    if problem.is_plain and Objective(problem).counts_visits:
         least = fewest_visits(problem, problem.caps.over_speed, clock)
         if least is not None:
             visits = Objective(problem).traffic(Placement(least, num_experts=problem.experts))
             return Candidate(least, "optimal", visits, "every placement")
-        return dispatch(problem, seed=seed, limits=clock.within(), copies=problem.may_copy)
-    if not problem.may_copy:
-        return search_traffic(problem, seed=seed, limits=clock.within())
-    # The best with one copy of each expert is a start; copies must better it.
-    single = search_traffic(problem, seed=seed, limits=clock.within(effort.SINGLE_SHARE))
-    if single.status == "interrupted":
-        return single
-    rest = clock.within()
-    if rest.time_limit == 0:
-        return replace(single, status="time_limit")
-    found = LayerSearch(problem, seed).run(rest, start=single.slots)
-    return _eased(problem, found, seed, clock.within())
+    single = problem.without_copies()
+    if single is None or (clock.left or judging) < effort.SINGLE_LEAST * judging:
+        return _searched(problem, seed, clock.within())
+    of_balance = problem.goal == "balance"
+    within = clock.within(effort.SINGLE_BALANCE_SHARE if of_balance else effort.SINGLE_SHARE)
+    within = within.muted() if problem.fill_slots else within
+    exact = chain(single, limits=within) if _is_of_pairs(single) else None
+    first = heuristic(single, seed=seed, limits=within) if exact is None else exact
+    start = problem.filled(first.slots)
+    interrupted = Candidate(start, "interrupted", details=first.details)
+    if first.status == "interrupted":
+        return no_worse(problem, interrupted)
+    try:
+        found = _searched(problem, seed, clock.within(), start)
+    except KeyboardInterrupt:  # outside of the core
+        found = interrupted
+    if found.status == "interrupted":
+        found = no_worse(problem, found)
+    return min(found, replace(found, slots=start), key=lambda each: rank(problem, each.slots))
+
+
+def _searched(problem: Problem, seed: int, limits: Limits, start: Slots | None = None) -> Candidate:
+    """Search all placements, from slots [L,D,S] to improve on if there are some."""
+    clock = Clock(limits)
+    if problem.is_plain and Objective(problem).counts_visits:
+        return dispatch(problem, seed=seed, limits=limits, start=start)
+    if problem.is_plain and not problem.may_copy:
+        return search_traffic(problem, seed=seed, limits=limits)
+    found = LayerSearch(problem, seed).run(limits, start=start)
+    try:
+        found = _eased(problem, found, seed, clock.within())
+        return best_of_all(problem, found, clock.within())
+    except KeyboardInterrupt:
+        return replace(found, status="interrupted")
 
 
 # Methods that can begin from a placement that runs.
@@ -163,11 +183,7 @@ def best_of_all(
         return replace(
             found, slots=slots, status="optimal", bound=value, bound_source="every placement"
         )
-    single = without_spare(problem) if moving is None else None
-    best = None if single is None else enumerated(single, known, caps=caps, clock=clock)
-    if best is None or not len(best):
-        return found
-    return replace(found, slots=widened(problem, best))
+    return found
 
 
 def _eased(problem: Problem, found: Candidate, seed: int, limits: Limits) -> Candidate:
@@ -177,10 +193,8 @@ def _eased(problem: Problem, found: Candidate, seed: int, limits: Limits) -> Can
     start = eased(problem, found.slots) if searched else None
     if start is None or clock.is_over():
         return found
-    limits = clock.within()
-    search = LayerSearch(problem, seed)
-    again = search.run(limits, start=start)
-    return min(found, again, key=lambda each: search.rank_of_all(each.slots))
+    again = LayerSearch(problem, seed).run(clock.within(), start=start)
+    return min(found, again, key=lambda each: rank(problem, each.slots))
 
 
 def _is_of_pairs(problem: Problem) -> bool:

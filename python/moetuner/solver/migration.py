@@ -120,7 +120,7 @@ class _Migrating:
         if fewest > self.most:
             raise ValueError(
                 f"move_budget {migration.budget:g} is too small: "
-                f"initial breaks a rule ({problem.rules.violations(self.initial)[0]}), and to keep "
+                f"initial breaks a rule ({problem.violations(self.initial)[0]}), and to keep "
                 f"all rules takes {fewest} moves"
             )
         self.best = Candidate(self.start)

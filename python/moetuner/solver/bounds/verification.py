@@ -15,14 +15,16 @@ from moetuner.solver.exact.partitions import complete
 def verify(certificate: Certificate, problem: Problem, *, threads: int | None = None) -> int:
     """Recompute a bound from a certificate and the statistics alone.
 
-    It is of ``Objective.cost``; or of visits, where expert sets are known: of all tokens, in visits
-    of devices.
+    No placement of the problem is below it. It is of ``Objective.cost``; or of visits, where expert
+    sets are known: of all tokens, in visits of devices.
 
     Raises
     ------
     ValueError
-        If the certificate is of other statistics or another topology, a cut in it is not true, or
-        nothing keeps its caps, under which all and nothing would be true.
+        If the certificate does not cover every placement of the problem: it is of other statistics,
+        another topology, regime or other slots, its caps are below the problem's, or the problem's
+        placements may have copies of experts. Also if a cut in it is not true, or no placement
+        keeps its caps.
 
     Examples
     --------
@@ -35,8 +37,8 @@ def verify(certificate: Certificate, problem: Problem, *, threads: int | None = 
     >>> mt.verify(certificate, problem) == certificate.cost
     True
     """
-    instance("certificate", certificate, Certificate)
-    instance("problem", problem, Problem)
+    instance("certificate", certificate, Certificate, hint=", such as Certificate.load(path)")
+    instance("problem", problem, Problem, hint=", such as Problem(statistics, topology)")
     threads = threads_in(threads)
     if certificate.regime != problem.regime:
         raise ValueError(
@@ -56,6 +58,7 @@ def verify(certificate: Certificate, problem: Problem, *, threads: int | None = 
             f"certificate must have caps [{problem.layers}], got {list(certificate.caps.shape)}"
         )
     _refuse_vacuous(certificate, problem, threads)
+    _refuse_uncovered(certificate, problem)
     if certificate.method == "complete dynamic programme":
         return _complete_again(certificate, problem, threads)
     if certificate.method == "visits":
@@ -75,6 +78,28 @@ def _refuse_vacuous(certificate: Certificate, problem: Problem, threads: int | N
                 f"certificate must have caps that a placement can keep, got {cap} in layer "
                 f"{layer}, where the fullest device carries at least {least}"
             )
+
+
+def _refuse_uncovered(certificate: Certificate, problem: Problem) -> None:
+    """Raise if the problem has placements that the certificate proves nothing about."""
+    if problem.may_copy:
+        raise ValueError(
+            f"problem must have {certificate.about}, which certificate is about, got one with "
+            "slots for further copies"
+        )
+    if not problem.topology.has_equal_devices and problem.caps.some:
+        raise ValueError(
+            "problem must have equal devices, as the caps in certificate are of equal devices, "
+            "got devices of different speed or slots"
+        )
+    below = np.flatnonzero(certificate.caps < problem.caps.whole)
+    if below.size:
+        layer = below[0]
+        raise ValueError(
+            f"certificate must have caps of at least the problem's, got {certificate.caps[layer]} "
+            f"in layer {layer}, where the problem allows a device load of "
+            f"{problem.caps.whole[layer]}"
+        )
 
 
 def _complete_again(certificate: Certificate, problem: Problem, threads: int | None) -> int:

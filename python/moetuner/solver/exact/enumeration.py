@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.evaluation import copies, expected
+from moetuner.evaluation import expected
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.caps import slowest
@@ -134,7 +134,7 @@ def fewest_visits(
     those that exceed it least compete.
     """
     assert problem.statistics.sets is not None
-    price, node = Objective(problem).visit_costs, problem.topology.node_of_device
+    price = Objective(problem).visit_costs
     best, left = problem.empty_slots(), effort.MOST_CONTENTS
     clock = clock or Clock(Limits())
     for layer, sets in enumerate(problem.statistics.sets):
@@ -153,8 +153,8 @@ def fewest_visits(
             if clock.is_over():
                 return None
             placement = _placement(problem, contents[at : at + step])
-            share = copies.slot_shares(placement, problem.topology, problem.split)
-            visits = expected.visits(placement, share, (sets,) * placement.layers, node)
+            layers = (sets,) * placement.layers
+            visits = expected.visits(placement, problem.topology, problem.split, layers)
             cost[at : at + step] = sum(
                 each * of.sum(axis=1) for each, of in zip(price, visits, strict=True)
             )
@@ -166,7 +166,8 @@ def contents_of(problem: Problem, layer: int, running: Flags | None = None) -> S
     """List every content [N,D,S] of a layer that keeps the rules; None if there are too many.
 
     Of contents that differ by an exchange of devices that are alike there is one, unless layers are
-    joined, or differ in what they hold of the placement that is running [D,E].
+    joined, a hash chooses between copies in the order of devices, or they differ in what they hold
+    of the placement that is running [D,E].
     """
     experts, rooms, rules = problem.experts, problem.capacity[layer], problem.rules
     if experts > effort.MOST_EXPERTS:
@@ -174,7 +175,8 @@ def contents_of(problem: Problem, layer: int, running: Flags | None = None) -> S
     every = np.arange(1 << experts)
     bits = (every[:, None] >> np.arange(experts) & 1).astype(bool)
     count = bits.sum(axis=1)
-    twin = {} if _is_joined(problem) else _twins(problem, layer, running)
+    hashed = problem.may_copy and problem.split == "even" and Objective(problem).sets is not None
+    twin = {} if hashed or _is_joined(problem) else _twins(problem, layer, running)
     held, union = np.zeros((1, 0), dtype=np.int64), np.zeros(1, dtype=np.int64)
     for device, room in enumerate(rooms):
         fits = count == room if problem.fill_slots else count <= room

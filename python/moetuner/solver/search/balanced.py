@@ -44,7 +44,7 @@ def quick(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     alike = problem.split != "nearest" and problem.topology.has_equal_devices
     alone = problem.goal == "balance" and windows.is_mean and problem.caps.over_speed is None
     if not (alike and alone):
-        levelled = min((levelled, balanced(problem)), key=lambda slots: _rank(problem, slots))
+        levelled = min((levelled, balanced(problem)), key=lambda slots: rank(problem, slots))
     return Candidate(levelled, "interrupted" if interrupted else "feasible")
 
 
@@ -86,7 +86,7 @@ def no_worse(problem: Problem, found: Candidate) -> Candidate:
     Such searches know single copies only, and may have had no time at all.
     """
     slots = balanced(problem)
-    if np.array_equal(slots, found.slots) or _rank(problem, slots) >= _rank(problem, found.slots):
+    if np.array_equal(slots, found.slots) or rank(problem, slots) >= rank(problem, found.slots):
         return found
     status = found.status if found.status in ("time_limit", "interrupted") else "feasible"
     return replace(
@@ -101,7 +101,7 @@ def no_worse(problem: Problem, found: Candidate) -> Candidate:
     )
 
 
-def _rank(problem: Problem, slots: NDArray[np.int32]) -> tuple[float, float]:
+def rank(problem: Problem, slots: NDArray[np.int32]) -> tuple[float, float]:
     """Return by how much slots exceed caps, and their value; lower is better."""
     placement = Placement(slots, num_experts=problem.experts)
     return float(problem.caps.excess(placement).sum()), Objective(problem).value(placement)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.problem import Problem
@@ -30,12 +31,12 @@ def dispatch(
     *,
     seed: int = 0,
     limits: Limits = Limits(),  # noqa: B008 - frozen
-    copies: bool = False,
+    start: NDArray[np.int32] | None = None,
 ) -> Candidate:
     """Search for the least fanout under the load cap, of statistics with expert sets.
 
-    ``iterations`` are trials of every layer; ``copies`` says whether slots to spare may hold second
-    copies of experts.
+    ``iterations`` are trials of every layer. It begins from slots [L,D,S] with one copy of each
+    expert, by default those that a search of pairs finds.
     """
     sets = problem.statistics.sets
     if sets is None:
@@ -49,8 +50,11 @@ def dispatch(
         clock.within(effort.PAIR_SHARE),
         iterations=of_pairs if trials is None else min(trials, of_pairs),
     )
-    # Their cost is in another unit.
-    found = search_traffic(problem, seed=seed, limits=pairs.muted())
+    if start is None:
+        # Their cost is in another unit.
+        found = search_traffic(problem, seed=seed, limits=pairs.muted())
+    else:
+        found = Candidate(start)
     device_cost, node_cost = objective.visit_costs
     details = found.details.searched(device_cost=device_cost, node_cost=node_cost)
     if found.status == "interrupted" or problem.devices < 2:
@@ -81,7 +85,7 @@ def dispatch(
     slots, interrupted = layers.place(
         found.slots,
         trials=max(trials // restarts, 1),
-        copies=copies,
+        copies=problem.may_copy,
         restarts=restarts,
         seed=seed,
         time_limit=limits.time_limit,
@@ -91,4 +95,4 @@ def dispatch(
     status: Status = "interrupted" if interrupted else "feasible"
     # The caps that the start had to raise say nothing of copies.
     details = details.searched(trials=trials)
-    return Candidate(slots, status, details=details, caps=None if copies else found.caps)
+    return Candidate(slots, status, details=details, caps=None if problem.may_copy else found.caps)

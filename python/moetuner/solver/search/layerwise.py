@@ -84,24 +84,6 @@ def _for_traffic(problem: Problem, cap: float, seed: int, limits: Limits) -> Can
     return search_traffic(alike, seed=seed, limits=limits.muted())
 
 
-def without_spare(problem: Problem) -> Problem | None:
-    """Return a problem without slots to spare, where reading a copy's weights has a price.
-
-    It may be more than a copy saves. None where nothing is spare, or layers are joined.
-    """
-    model, fewest = problem.cost_model, -(-problem.experts // problem.devices)
-    wide = problem.may_copy and not problem.fill_slots and (problem.capacity > fewest).any()
-    assert model is not None
-    if problem.goal != "time" or model.expert_us == 0 or not wide:
-        return None
-    if Objective(problem).transitions is not None:
-        return None
-    try:
-        return replace(problem, slots_per_device=fewest, extra_slots=None)
-    except ValueError:  # pins that need more
-        return None
-
-
 class LayerSearch:
     """A problem as the core's search of layers sees it.
 
@@ -200,11 +182,10 @@ class LayerSearch:
             known.append(self.known(slots))
         best = min(known, key=lambda each: each.rank).slots
         self._tell(known, limits)
-        narrow = self.narrow() if moving is None and not clock.is_over() else None
         prices = [1.0] * turns + [DEAR] * (moving is None and self.prices_visits)
-        parts = len(prices) if narrow is None else 2 * len(prices)
         for turn, self.dear in enumerate(prices):
-            within = clock.within(1 / (parts - turn), keep=(parts - turn) * judging)
+            left = len(prices) - turn
+            within = clock.within(1 / left, keep=left * judging)
             if interrupted or within.time_limit == 0:
                 break
             improved, interrupted = self.improve(best, within)
@@ -213,12 +194,6 @@ class LayerSearch:
             self._tell(known, limits)
             best = min(known, key=lambda each: each.rank).slots
         self.dear = 1.0
-        if narrow is not None and not interrupted and not clock.is_over():
-            found = narrow.run(clock.within(keep=judging))
-            interrupted = found.status == "interrupted"
-            wider = self.allowed(found.slots)
-            known.extend([] if wider is None else [self.known(wider)])
-            best = min(known, key=lambda each: each.rank).slots
         if problem.goal == "time" and moving is None and not clock.is_over():
             best = settled(problem, self.objective, known, limit)
         if self.windows is not problem.windows:
@@ -261,17 +236,6 @@ class LayerSearch:
         problem = self.problem
         dispatched = problem.goal == "time" and problem.regime == "dispatch"
         return dispatched and problem.devices > 1 and self.objective.has_traffic
-
-    def narrow(self) -> LayerSearch | None:
-        """Return the same search without slots to spare, where copies may not be worth them."""
-        alike = without_spare(self.problem)
-        if alike is None:
-            return None
-        few = None if self.windows is self.problem.windows else self.windows
-        search = LayerSearch(alike, self.seed, few)
-        search.choice, search.reweighted = self.choice, list(self.reweighted)
-        search.weight = self.weight
-        return search
 
     def learn(self, limits: Limits) -> None:
         """Choose what generalises to traffic that nobody has seen, by cross-validation."""

@@ -89,6 +89,8 @@ def widened(problem: Problem, slots: Slots) -> Slots:
 def lawful(problem: Problem, initial: Placement) -> Slots:
     """Find slots [L,D,S] that keep the rules, to which the fewest copies have to be brought.
 
+    Full ones, where all are to be full.
+
     An expert without pins needs one device, which costs a move if it does not hold the expert yet:
     in a layer that breaks a rule that is a flow of least cost. What else is held stays where there
     is room.
@@ -113,7 +115,7 @@ def lawful(problem: Problem, initial: Placement) -> Slots:
             mine = np.flatnonzero(holds[device])
             slots[layer, device] = EMPTY
             slots[layer, device, : len(mine)] = mine
-    return slots
+    return problem.filled(slots, initial)
 
 
 def _assigned(cost: Floats, room: NDArray[np.int64]) -> NDArray[np.int64]:
