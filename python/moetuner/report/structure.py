@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from moetuner._checks import at_least, instance, seed_in, threads_in
 from moetuner.evaluation import Evaluation, evaluate_each, intervals
+from moetuner.evaluation.units import hold_out
 from moetuner.frozen import Frozen, html_table
 from moetuner.problem import Problem
 from moetuner.solver import solve
-from moetuner.statistics import RoutingStatistics, hold_out
+from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
