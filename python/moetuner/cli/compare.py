@@ -64,8 +64,8 @@ GROUPS = {
     default=0.5,
     show_default=True,
     metavar="SHARE",
-    help="Share of the sequences (of a load table: windows) that methods do not see and are judged "
-    "on; 0 judges on what they saw.",
+    help="Share of the sequences that methods do not see and are judged on (without sequence "
+    "labels: runs of windows); 0 judges on what they saw.",
 )
 @click.option(
     "--methods",
