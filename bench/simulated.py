@@ -110,6 +110,12 @@ def advised(
     )
 
 
+def placed(rng: np.random.Generator) -> mt.Placement:
+    """Draw a placement of the experts, as many on each device."""
+    device = np.repeat(np.arange(DEVICES), EXPERTS // DEVICES)
+    return mt.Placement.from_assignment([rng.permutation(device) for _ in range(LAYERS)], DEVICES)
+
+
 def true_gain(
     placements: tuple[mt.Placement, mt.Placement], fresh: mt.RoutingTrace | mt.RoutingStatistics
 ) -> float:

@@ -260,7 +260,9 @@ def audit(
         raise ValueError("traffic must have tokens to audit, got a trace of 0")
     whole_number("window", window)
     whole_number("resamples", resamples, highest=1 << 20)
-    if units is None:
+    if units is not None:
+        instance("units", units, Units)
+    else:
         units = units_of(traffic, window=window, threads=threads)
     with_active = cost_model is not None and cost_model.expert_us > 0
     mine, theirs = (
