@@ -12,7 +12,7 @@ from moetuner.evaluation import figures, replay
 from moetuner.evaluation.intervals import Cuts, Sums
 from moetuner.evaluation.replay import Counts, Setting
 from moetuner.evaluation.rows import copies, mixed
-from moetuner.evaluation.units import Blocks, Units
+from moetuner.evaluation.units import INDEPENDENT, Blocks, Units
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
@@ -24,6 +24,9 @@ Whole = NDArray[np.int64]
 AT_ONCE = 1 << 11
 # Counts of parts of windows that are held at once.
 CELLS = 1 << 20
+# By how much runs deviate too little that are as long as tokens are alike, and begin anywhere: the
+# root of 3 / 2, for a correlation that falls in a straight line.
+CUT = 1.22
 # Step by which a window is moved towards what one of its sequences does.
 NUDGE = 1e-4
 
@@ -161,6 +164,8 @@ class _Part:
                 by_cut[name][0][some] = share[some] * (before + slope)
             for name, (above, _) in of_tokens(counts, size[some], self._setting.topology).items():
                 by_cut[name][0][some] = above
+        # Sequences that stand for runs of alike tokens cut some of these.
+        blocks = Blocks(inflation=CUT) if units_of_all.name == "window" else INDEPENDENT
         found = {}
         for name, (above, below) in by_cut.items():
             total, count = by_window[name]
@@ -170,6 +175,7 @@ class _Part:
                 float(total.sum() / count.sum()),
                 _sums(unit_of_cut, above, units),
                 _sums(unit_of_cut, below, units),
+                blocks=blocks,
                 cuts=Cuts(above, below, unit_of_cut, window),
             )
         return found

@@ -237,6 +237,7 @@ class _Spreads:
         blocks, units = sums.blocks, len(sums.below)
         self._units, self._cuts = units, sums.cuts
         self._wider, self._freedom = _lost(sums.below)
+        self._wider *= blocks.inflation
         if blocks.length > 1:
             self._units = blocks.number(units)
             length = min(blocks.length, units)

@@ -126,6 +126,9 @@ def _counts(trace: RoutingTrace, labels: NDArray[np.int32], layers: int) -> Floa
         ids = shard[:, chosen].astype(np.int64)
         row = which[first : first + len(ids), None] * len(chosen) + np.arange(len(chosen))
         cell = row[:, :, None] * trace.num_experts + ids
-        counts += np.bincount(cell.ravel(), minlength=len(counts))
+        # Sequences mostly lie together, and so do their cells.
+        low = int(cell.min())
+        found = np.bincount(cell.ravel() - low)
+        counts[low : low + len(found)] += found
         first += len(shard)
     return counts.reshape(shape)
