@@ -1,25 +1,41 @@
-"""What audit claims where nothing is the case, and what it finds where something is.
+"""What advise, audit, verdict and compare claim where nothing is the case, and find where it is.
 
-    python bench/chance.py [--runs 150] [--audits 60]
+    python bench/chance.py [--runs 150] [--audits 60] [--advices 40]
 
 Routing of simulated sequences: each likes experts of its own, more or less, in every layer, and its
 tokens follow. No expert is better than another before sequences are drawn, so a placement of
 neighbours in blocks and one in turns are equally good in truth: what an audit of one against the
 other calls worse is a false alarm, and an interval of the change that does not hold 0 misses.
 
-Prints how often the interval of 95 % misses, by the number of sequences and how they lie in
-windows; how often a null audit of seven groups names somebody; how often one group that is served
-worse is named; and what verdict says of a change between the two. Seeds are fixed.
+The first table judges advise, verdict and compare by the truth, on traffic of laws that are known
+(bench/simulated.py), with and without labels, of windows that are alike and that are not, of few
+kinds and of groups that follow one another: how often a gain is claimed that fresh traffic does
+not have, how many intervals hold the truth, and, where all text shares a skew, how often the gain
+is found. The others print how often the interval of 95 % misses, by the number of sequences and how
+they lie in windows; how often a null audit of seven groups names somebody; how often one group that
+is served worse is named; and what verdict says of a change between the two. Seeds are fixed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+from click.testing import CliRunner
 from numpy.typing import NDArray
+from simulated import DEVICES as FEW
+from simulated import WINDOW as LONG
+from simulated import Law, advised, placed, prompts, true_gain
 
 import moetuner as mt
+from moetuner.cli import moetuner as command_line
+
+Traffic = mt.RoutingTrace | mt.RoutingStatistics
+Rng = np.random.Generator
 
 LAYERS, EXPERTS, TOP_K, DEVICES, WINDOW = 4, 16, 2, 4, 64
 # How much sequences differ, in standard deviations of an expert's score.
@@ -128,13 +144,107 @@ def verdicts(sequences: int, shape: str, runs: int) -> tuple[float, float]:
     return worth_it, by_size
 
 
+def _labelled(law: Law, rng: Rng) -> Traffic:
+    return law.trace(rng, prompts(rng, 60))
+
+
+def _unlabelled(law: Law, rng: Rng) -> Traffic:
+    return law.trace(rng, np.full(40, 1000), labels=False)
+
+
+def _grouped(law: Law, rng: Rng) -> Traffic:
+    return law.trace(rng, prompts(rng, 84), groups=7)
+
+
+# Recordings by name, with what fresh traffic of the same law has of groups.
+RECORDINGS: dict[str, tuple[Callable[[Law, Rng], Traffic], int]] = {
+    "60 sequences": (_labelled, 0),
+    "sequences without labels": (_unlabelled, 0),
+    "60 of 5 kinds": (lambda law, rng: law.trace(rng, prompts(rng, 60), kinds=5), 0),
+    "60 of 20 kinds": (lambda law, rng: law.trace(rng, prompts(rng, 60), kinds=20), 0),
+    "64 windows": (lambda law, rng: law.table(rng, 64, 1), 0),
+    "16 topics of 4 windows": (lambda law, rng: law.table(rng, 16, 4), 0),
+    "8 topics of 8 windows": (lambda law, rng: law.table(rng, 8, 8), 0),
+    "40 topics of 4 windows": (lambda law, rng: law.table(rng, 40, 4), 0),
+    "7 groups, one by one": (_grouped, 7),
+}
+
+
+def advices(name: str, runs: int, skew: float = 0.0) -> tuple[float, float, float, float]:
+    """Return shares of advice: false claims, intervals that hold the truth, trials; and the truth.
+
+    An interval is of the placement that is proposed. A claim is false if the advice is worth a
+    trial and fresh traffic has less than the price.
+    """
+    law, (recorded, groups) = Law(skew), RECORDINGS[name]
+    fresh = law.fresh(np.random.default_rng(1), 700, groups=groups)
+    count = np.zeros(4)
+    for run in range(runs):
+        advice = advised(recorded(law, np.random.default_rng([5, run])), run)
+        truth = true_gain(advice.placements, fresh)
+        low, high = advice.judged[0].gain.interval or (-np.inf, np.inf)
+        claims = advice.answer == "worth a trial"
+        count += [claims and truth < advice.settings["price"], low <= truth <= high, claims, truth]
+    false, held, trials, truth = (count / runs).tolist()
+    return false, held, trials, truth
+
+
+def certain(name: str, runs: int) -> tuple[float, float]:
+    """Return shares of verdicts and of audits that are certain, of equally good placements."""
+    recorded, _ = RECORDINGS[name]
+    count = np.zeros(2)
+    for run in range(runs):
+        rng = np.random.default_rng([6, run])
+        traffic, (one, other) = recorded(Law(), rng), (placed(rng), placed(rng))
+        before, after = (
+            mt.evaluate(each, traffic, window=LONG, mixed=False, threads=1) for each in (one, other)
+        )
+        answer = mt.verdict(before, after).answer
+        audit = mt.audit(other, traffic, baseline=one, window=LONG, threads=1)
+        change = audit.whole["imbalance"].change
+        assert change is not None
+        ends = (change.low or 0.0, change.high or 0.0)
+        is_sure = not audit.too_few.get("all") and (ends[0] > 0 or ends[1] < 0)
+        count += [answer not in ("no evidence", "too few"), is_sure]
+    by_verdict, by_audit = (count / runs).tolist()
+    return by_verdict, by_audit
+
+
+def compared(name: str, runs: int, *, splits: int = 3) -> tuple[float, float]:
+    """Return shares of comparisons: sure that eplb differs from blocks, and all splits agree."""
+    recorded, _ = RECORDINGS[name]
+    count = np.zeros(2)
+    with tempfile.TemporaryDirectory() as folder:
+        file, found = Path(folder) / "traffic.safetensors", Path(folder) / "found.json"
+        for run in range(runs):
+            recorded(Law(), np.random.default_rng([7, run])).save(file)
+            how = f"--devices {FEW} --objective balance --methods contiguous,eplb --threads 1"
+            how += f" --baseline contiguous --splits {splits} --seed {run} --json {found}"
+            how += f" --window {LONG}" if "windows" not in name else ""
+            CliRunner().invoke(command_line, ["compare", str(file), *how.split()])
+            gain = json.loads(found.read_text())["methods"]["eplb"]["gain"]
+            low, high = gain["interval"] or (-1, 1)
+            count += [low > 0 or high < 0, min(gain["splits"]) > 0 or max(gain["splits"]) < 0]
+    sure, agreed = (count / runs).tolist()
+    return sure, agreed
+
+
 def main() -> None:
-    """Print the three tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=150, help="audits for each share of intervals")
     parser.add_argument("--audits", type=int, default=60, help="audits of seven groups for each")
+    parser.add_argument("--advices", type=int, default=40, help="advices for each share of them")
     asked = parser.parse_args()
     runs, audits = asked.runs, asked.audits
+    print(f"Of {asked.advices} advices, percent: false, intervals that hold; found, of a gain of")
+    print("and of equally good placements, certain by: verdict, audit, compare, splits that agree")
+    for name in RECORDINGS:
+        false, held, _, _ = advices(name, asked.advices)
+        *_, found, gain = advices(name, asked.advices, 1.0)
+        others = (*certain(name, asked.advices), *compared(name, asked.advices))
+        shares = (false, held, found, gain, *others)
+        print(f"{name:26}", *(f"{100 * share:6.1f}" for share in shares), flush=True)
     print(f"Intervals of 95 % that miss, in percent of {runs} null audits")
     print("sequences", *MEASURES, sep="  ")
     for shape in SHAPES:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.statistics import hold_out
+from moetuner.evaluation.units import hold_out
 
 
 def test_sequences_are_on_one_side(make_trace):

@@ -12,11 +12,11 @@ import moetuner as mt
 from moetuner import router_groups
 from moetuner._checks import one_of
 from moetuner.evaluation.rows import dispatch_rows
+from moetuner.evaluation.units import hold_out
 from moetuner.files import jsonl
 from moetuner.files.contents import TraceContents
 from moetuner.formats import eplb
 from moetuner.report.structure import structure
-from moetuner.statistics import hold_out
 
 NAN, INF = float("nan"), float("inf")
 HUGE = 10**400

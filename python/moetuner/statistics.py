@@ -20,10 +20,8 @@ from moetuner._checks import (
     callable_or_none,
     flag,
     instance,
-    is_number,
     listed,
     path_in,
-    seed_in,
     shown,
     text_or_none,
     threads_in,
@@ -659,57 +657,6 @@ def _joined_sample(one: RoutingStatistics, other: RoutingStatistics) -> int | No
 
 def _sum(a: NDArray[np.uint64] | None, b: NDArray[np.uint64] | None) -> NDArray[np.uint64] | None:
     return None if a is None or b is None else a + b
-
-
-def hold_out(
-    traffic: RoutingTrace | RoutingStatistics, share: float, *, seed: int = 0
-) -> tuple[RoutingTrace | RoutingStatistics, RoutingTrace | RoutingStatistics]:
-    """Split traffic into what the solver sees and what it does not.
-
-    Parameters
-    ----------
-    traffic
-        A trace is split by sequence, a load table by window.
-    share
-        Share of the sequences or windows, chosen at random, that is held out. 0 holds nothing
-        out: both parts are the whole.
-    seed
-        Of the choice.
-
-    Returns
-    -------
-    tuple
-        The seen part and the unseen part.
-
-    Raises
-    ------
-    ValueError
-        If ``share`` is not from 0 to 1 (1 excluded), or counts cannot be split: pairs are summed
-        over all windows, and one window is not two.
-    """
-    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
-    if not (is_number(share) and 0 <= share < 1):
-        raise ValueError(f"holdout must be at least 0 and below 1, got {shown(share)}")
-    seed = seed_in(seed)
-    if share == 0:
-        return traffic, traffic
-    if isinstance(traffic, RoutingTrace):
-        if traffic.tokens < 2:
-            raise ValueError(
-                f"holdout must be 0 for a trace of {traffic.tokens} tokens, got {share}"
-            )
-        return traffic.split(1 - share, seed=seed)
-    if traffic.transitions is not None or traffic.coactivation is not None:
-        raise ValueError(
-            f"holdout must be 0 for saved statistics (--holdout 0), got {share}: pairs are counted "
-            "over all windows; give the trace to judge on unseen sequences"
-        )
-    if traffic.windows < 2:
-        raise ValueError(f"holdout must be 0 for a load table of one window, got {share}")
-    held = min(max(round(share * traffic.windows), 1), traffic.windows - 1)
-    unseen = np.zeros(traffic.windows, dtype=bool)
-    unseen[np.random.default_rng(seed).permutation(traffic.windows)[:held]] = True
-    return some_windows(traffic, ~unseen), some_windows(traffic, unseen)
 
 
 def some_windows(statistics: RoutingStatistics, keep: NDArray[np.bool_]) -> RoutingStatistics:

@@ -12,6 +12,7 @@ from moetuner.evaluation.auditing import _judged
 from moetuner.evaluation.by_unit import crossings, of_traffic
 from moetuner.evaluation.intervals import Paired, Spread, Sums, holm, paired
 from moetuner.evaluation.replay import Setting
+from moetuner.evaluation.units import Units
 
 BUNDLED = Path(mt.__file__).parent / "data" / "small-moe.safetensors"
 MODEL = mt.CostModel.preset("h100", hidden=1024, intermediate=512)
@@ -191,7 +192,8 @@ def units(trace, *, window=40, model=None, devices=4):
     setting = Setting(
         placement, mt.Topology(devices, 2), window, "even", model is not None, 1, with_mixed=False
     )
-    return of_traffic(trace, setting, model, "dispatch")
+    units = Units("sequence", len(np.unique(trace.sequence)))
+    return of_traffic(trace, setting, model, "dispatch", units)
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.evaluation.units import Units, likeness
 from moetuner.formats.engines import tokens_per_rank
 from moetuner.report.advice import drift, power_law
 from moetuner.report.advice.conclusion import judged_in, knee_of
@@ -34,9 +35,12 @@ def skewed(tokens=4000):
 
 
 def shifted(tokens=4000, seed=1):
-    """Scores whose favourites change in the middle."""
-    taste = 1.5 * np.random.default_rng(seed).normal(size=(2, LAYERS, EXPERTS))
-    return taste[(np.arange(tokens) >= tokens // 2).astype(int)]
+    """Scores whose favourites change in the middle, of sequences that differ from each other."""
+    rng = np.random.default_rng(seed)
+    taste = 1.5 * rng.normal(size=(2, LAYERS, EXPERTS))
+    own = 0.5 * rng.normal(size=(-(-tokens // LENGTH), LAYERS, EXPERTS))
+    token = np.arange(tokens)
+    return taste[(token >= tokens // 2).astype(int)] + own[token // LENGTH]
 
 
 def advise(traffic, topology, **options):
@@ -344,9 +348,10 @@ def test_the_knee_harms_no_window():
 
 def test_drift_is_seldom_told_of_one_kind():
     """Of twenty recordings of one kind, none changes it."""
-    told = [drift.drift_of(routed(skewed(2000), seed)).is_told for seed in range(20)]
+    units = Units("sequence", 40)
+    told = [drift.drift_of(routed(skewed(2000), seed), units).is_told for seed in range(20)]
     assert not any(told)
-    assert drift.drift_of(routed(shifted(2000))).is_told
+    assert drift.drift_of(routed(shifted(2000)), units).is_told
 
 
 def test_intervals_of_several_splits_hold_the_truth():
@@ -357,22 +362,22 @@ def test_intervals_of_several_splits_hold_the_truth():
         for devices in ([0, 1, 2, 3, 3, 2, 1, 0], [0, 0, 1, 1, 2, 2, 3, 3])
     )
 
-    def judged(trace, splits):
+    def judged(trace, splits, sequences):
         unseen = [trace.split(0.5, seed=seed)[1] for seed in range(splits)]
         audits = [
             mt.audit(better, each, TWO_NODES, baseline=blocks, cost_model=model) for each in unseen
         ]
-        return judged_in(512, audits, 0.02).gain
+        return judged_in(512, audits, 0.02, likeness(0.5, Units("sequence", sequences))).gain
 
     # Tastes differ from sequence to sequence, so that the units matter.
     def recorded(sequences, seed):
         taste = np.random.default_rng(seed).normal(size=(sequences, LAYERS, EXPERTS))
         return routed(skewed(sequences * LENGTH) + taste.repeat(LENGTH, axis=0), seed)
 
-    truth = judged(recorded(1000, 999), 1).mean
+    truth = judged(recorded(1000, 999), 1, 1000).mean
     held = 0
     for seed in range(30):
-        low, high = judged(recorded(40, seed), 2).interval
+        low, high = judged(recorded(40, seed), 3, 40).interval
         held += low <= truth <= high
     assert held >= 26
 

@@ -94,9 +94,9 @@ def command(
     """Show which groups of INPUT a placement serves worse than a baseline, and by how much.
 
     Lower is better for every measure. Intervals are of each change by itself: 95 %, over whole
-    sequences (of a load table: over windows). Beyond chance is what remains of all groups and
-    measures together: where nothing is worse or behind, 19 of 20 audits name nobody. Of fewer than
-    five sequences nothing is said.
+    sequences (without sequence labels: over blocks of windows that are alike). Beyond chance is
+    what remains of all groups and measures together: where nothing is worse or behind, 19 of 20
+    audits name nobody. Of fewer than five sequences, or blocks, nothing is said.
     """
     placement = Placement.load(placement_file)
     baseline = None if baseline_file is None else Placement.load(baseline_file)
@@ -132,10 +132,16 @@ def command(
     output.say(source.describe())
     against = "experts in blocks" if baseline_file is None else text.name(baseline_file.name)
     kind, units = found.units
+    independent = "independent " if found.block_length > 1 else ""
     output.say(
         f"{text.name(placement_file.name)} against {against}, 95 % intervals over {units:,} "
-        f"{kind}{'' if units == 1 else 's'}"
+        f"{independent}{kind}{'' if units == 1 else 's'}"
     )
+    if found.block_length > 1:
+        output.say(
+            f"No sequence labels: neighbouring windows are alike, so they were resampled in blocks "
+            f"of {found.block_length}."
+        )
     for measure in known:
         output.say()
         head = (NAMES[measure], "baseline", "placement", "change", "interval")

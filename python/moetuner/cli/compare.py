@@ -14,12 +14,12 @@ from moetuner.cli.options.problem import Asked, problem_options, settings
 from moetuner.cli.options.traffic import Source, Traffic, traffic_options
 from moetuner.cli.output import Output
 from moetuner.cli.reporting import write_comparison
+from moetuner.evaluation.units import hold_out, units_of
 from moetuner.problem import Problem
 from moetuner.report.cells import counted
 from moetuner.report.gains import Gain, gains
 from moetuner.report.outcome import Outcome, head, remarks, sentences
 from moetuner.solver import ALIASES, METHODS, Result
-from moetuner.statistics import hold_out
 from moetuner.trace import RoutingTrace
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
@@ -64,8 +64,8 @@ GROUPS = {
     default=0.5,
     show_default=True,
     metavar="SHARE",
-    help="Share of the sequences (of a load table: windows) that methods do not see and are judged "
-    "on; 0 judges on what they saw.",
+    help="Share of the sequences that methods do not see and are judged on (without sequence "
+    "labels: runs of windows); 0 judges on what they saw.",
 )
 @click.option(
     "--methods",
@@ -79,7 +79,7 @@ GROUPS = {
     "--splits",
     type=click.IntRange(1, 1000),
     metavar="N",
-    help="Ways to choose what is held out; with several, gains come with their range.  "
+    help="Ways to choose what is held out; with several, gains come with their range too.  "
     f"[default: up to {SPLITS}, as many as fit into {SECONDS} seconds]",
 )
 @click.option(
@@ -112,7 +112,8 @@ def command(
     visits in a layer; layer us: predicted time of a layer. objective and gap are the solver's, on
     what it saw: a time, an imbalance, or the crossing weighed by links (in regime dispatch: the
     fanout and, at what their links cost more, nodes; without expert sets, co-activations apart).
-    The table is of the first split; gains are of all of them, on what was not seen.
+    The table is of the first split; gains are of all of them, on what was not seen. Splits overlap,
+    so that all of them agree is no evidence: the last sentence is by the interval of 95 %.
     """
     over = baseline or (PEER if PEER in methods else methods[0])
     over = ALIASES.get(over, over)
@@ -168,7 +169,10 @@ def command(
     best = min(first, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
     for line in sentences(best):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
-    found = gains(all_splits, over, seed=seed) if over in all_splits[0] else []
+    found: list[Gain] = []
+    if over in all_splits[0]:
+        units = units_of(source.traffic, window=source.replayed, threads=threads)
+        found = gains(all_splits, over, units, share=holdout, seed=seed)
     _show_gains(output, found, best.result.method, held_out=holdout > 0)
     told = {each.method: each.to_dict() for each in found}
     contents = {

@@ -13,13 +13,13 @@ from moetuner.cli import options
 from moetuner.cli.attempt import judge, solve_with
 from moetuner.cli.options.traffic import WINDOW, count, facts
 from moetuner.cli.output import Output, working
+from moetuner.evaluation.units import hold_out
 from moetuner.files import same_file
 from moetuner.formats import eplb
 from moetuner.problem import Problem
 from moetuner.report.cells import percent
 from moetuner.report.outcome import Outcome, head, remarks
 from moetuner.report.structure import Structure, structure
-from moetuner.statistics import hold_out
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 

@@ -13,6 +13,7 @@ from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
 from moetuner.cli.options.traffic import Source, input_options
 from moetuner.cli.output import Output, shares, working
+from moetuner.evaluation.intervals import FEWEST
 from moetuner.report.cells import number, percent
 from moetuner.report.structure import Structure, structure
 
@@ -120,7 +121,10 @@ def show_crossings(output: Output, found: Structure) -> None:
         ],
     )
     if found.gain is None:
-        output.say("One held-out sequence: too few to tell structure from chance.")
+        output.say(
+            f"Fewer than {FEWEST} independent held-out sequences: too few to tell structure from "
+            "chance. Record more, with sequence labels."
+        )
         return
     low, high = found.gain
     between = f"{percent(low)} to {percent(high)}"

@@ -36,6 +36,7 @@ from moetuner.evaluation.intervals import (
     paired,
 )
 from moetuner.evaluation.replay import Setting
+from moetuner.evaluation.units import Units, units_of
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
@@ -98,7 +99,9 @@ class Audit(Frozen):
         The same of every group that has tokens or windows.
     units
         What was resampled for the intervals, sequences, or windows where those are not known, and
-        how many there are in all traffic.
+        how many independent ones there are in all traffic.
+    block_length
+        Windows that were resampled together, as neighbours are alike; 1 where they are not.
     too_few
         Groups of which nothing is said, as they have fewer than five units, and how many they have;
         without groups all traffic, called ``"all"``.
@@ -118,6 +121,7 @@ class Audit(Frozen):
     groups: dict[str, dict[str, Change]]
     units: tuple[str, int]
     too_few: dict[str, int] = field(default_factory=dict)
+    block_length: int = 1
 
     def worse(self, than: float = 0.0, *, measures: tuple[str, ...] = ()) -> list[Finding]:
         """Name groups that got worse by more than a share, beyond chance; the worst first.
@@ -172,6 +176,7 @@ class Audit(Frozen):
                 for group, changes in fields["groups"].items()
             },
             "units": {"kind": self.units[0], "number": self.units[1]},
+            "block_length": self.block_length,
             "too_few": self.too_few,
             "worse": [_plain(asdict(each)) for each in self.worse()],
             "behind": [_plain(asdict(each)) for each in self.behind()],
@@ -191,14 +196,16 @@ def audit(
     resamples: int = RESAMPLES,
     seed: int = 0,
     threads: int | None = None,
+    units: Units | None = None,
 ) -> Audit:
     """Compare a placement with a baseline for every group of the traffic.
 
     Every group is replayed by itself, in windows of its own tokens, under both placements.
     Intervals are of a bootstrap over whole sequences; what
-    several have in one window is shared out among them. Both placements see the same resamples, so
-    what they have in common does not blur the change. What is named is corrected for the number of
-    groups and measures (Holm's way).
+    several have in one window is shared out among them. Where sequences are not known, they are
+    over blocks of windows, as long as neighbours are alike. Both placements see the same resamples,
+    so what they have in common does not blur the change. What is named is corrected for the number
+    of groups and measures (Holm's way).
 
     Parameters
     ----------
@@ -221,6 +228,9 @@ def audit(
         Of the resamples.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
+    units
+        What is independent in the traffic; by default what ``units_of`` finds in it. Give that of a
+        whole recording to audit a part of it.
 
     Raises
     ------
@@ -251,6 +261,10 @@ def audit(
         raise ValueError("traffic must have tokens to audit, got a trace of 0")
     whole_number("window", window)
     whole_number("resamples", resamples, highest=1 << 20)
+    if units is not None:
+        instance("units", units, Units)
+    else:
+        units = units_of(traffic, window=window, threads=threads)
     with_active = cost_model is not None and cost_model.expert_us > 0
     mine, theirs = (
         of_traffic(
@@ -258,6 +272,7 @@ def audit(
             Setting(each, topology, window, split, with_active, threads, with_mixed=False),
             cost_model,
             regime,
+            units,
         )
         for each in (placement, baseline)
     )
@@ -271,14 +286,15 @@ def audit(
             whole = found
         else:
             changes[name] = found
-    kind = "window"
-    if isinstance(traffic, RoutingTrace) and traffic.sequence is not None:
-        kind = "sequence"
-    if not changes:
-        judged = _judged({"all": whole})
-        return Audit(judged["all"], {}, (kind, _units(whole)), _too_few({"all": whole}))
-    shown = {name: _shown(each) for name, each in whole.items()}
-    return Audit(shown, _judged(changes), (kind, _units(whole)), _too_few(changes))
+    groups = changes or {"all": whole}
+    judged = _judged(groups)
+    return Audit(
+        {name: _shown(each) for name, each in whole.items()} if changes else judged["all"],
+        judged if changes else {},
+        (units.name, _units(whole)),
+        _too_few(groups),
+        units.blocks.length,
+    )
 
 
 def contiguous(placement: Placement) -> Placement:

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from moetuner.cost import CostModel
 from moetuner.evaluation import figures, replay
-from moetuner.evaluation.intervals import Sums
+from moetuner.evaluation.intervals import Cuts, Sums
 from moetuner.evaluation.replay import Counts, Setting
 from moetuner.evaluation.rows import copies, mixed
+from moetuner.evaluation.units import INDEPENDENT, Blocks, Units
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
@@ -23,6 +24,9 @@ Whole = NDArray[np.int64]
 AT_ONCE = 1 << 11
 # Counts of parts of windows that are held at once.
 CELLS = 1 << 20
+# By how much runs deviate too little that are as long as tokens are alike, and begin anywhere: the
+# root of 3 / 2, for a correlation that falls in a straight line.
+CUT = 1.22
 # Step by which a window is moved towards what one of its sequences does.
 NUDGE = 1e-4
 
@@ -35,20 +39,21 @@ def of_traffic(
     setting: Setting,
     model: CostModel | None,
     regime: Regime,
+    units: Units,
     *,
     only_whole: bool = False,
 ) -> dict[str | None, dict[str, Sums]]:
     """Return figures of all traffic (None: a group may have any name) and of every group.
 
-    Their units are whole sequences where sequences are known, else windows. A window that several
-    sequences share is shared out in first order: each sequence gets what one more like it would
-    add (of imbalance: its part of the slowest device's load). So the units are independent, as the
-    sequences are, and their sum is the figure.
+    Their units are whole sequences, or kinds of them, where sequences are known, else windows. A
+    window that several sequences share is shared out in first order: each sequence gets what one
+    more like it would add (of imbalance: its part of the slowest device's load). So the units are
+    independent, as the sequences are, and their sum is the figure.
     """
     if isinstance(traffic, RoutingStatistics):
         whole, groups = replay.of_statistics(traffic, setting)
         return {
-            name: _summed(of_windows(counts, setting.topology, model, regime))
+            name: _summed(of_windows(counts, setting.topology, model, regime), units.blocks)
             for name, counts in _parts(whole, groups)
             if name is None or not only_whole
         }
@@ -60,7 +65,8 @@ def of_traffic(
         if name is None or not only_whole:
             crossed = None if crossing is None else crossing[tokens[name]]
             part = _Part(traffic, tokens[name], counts, crossed, setting, model, regime)
-            found[name] = part.by_window() if traffic.sequence is None else part.by_sequence()
+            is_labelled = traffic.sequence is not None
+            found[name] = part.by_sequence(units) if is_labelled else part.by_window(units)
     return found
 
 
@@ -77,9 +83,9 @@ def _tokens(trace: RoutingTrace) -> dict[str | None, Whole]:
     return {name: tokens for name, tokens in found.items() if name is None or tokens.size}
 
 
-def _summed(by_unit: Measures) -> dict[str, Sums]:
+def _summed(by_unit: Measures, blocks: Blocks) -> dict[str, Sums]:
     return {
-        name: Sums(float(above.sum() / below.sum()), above, below)
+        name: Sums(float(above.sum() / below.sum()), above, below, blocks)
         for name, (above, below) in by_unit.items()
     }
 
@@ -104,9 +110,9 @@ class _Part:
         self._window = np.arange(len(tokens)) // max(window, 1)
         self._lengths = np.bincount(self._window)
 
-    def by_window(self) -> dict[str, Sums]:
+    def by_window(self, units: Units) -> dict[str, Sums]:
         """Take windows as the units."""
-        return _summed(self._by_window())
+        return _summed(self._by_window(), units.blocks)
 
     def _by_window(self) -> Measures:
         found = self._waited_for(self._counts)
@@ -119,10 +125,11 @@ class _Part:
     def _waited_for(self, counts: Counts) -> Measures:
         return of_windows(counts, self._setting.topology, self._model, self._regime)
 
-    def by_sequence(self) -> dict[str, Sums]:
-        """Take sequences as the units."""
+    def by_sequence(self, units_of_all: Units) -> dict[str, Sums]:
+        """Take sequences, or kinds of them, as the units."""
         assert self._trace.sequence is not None
-        _, unit = np.unique(self._trace.sequence[self._tokens], return_inverse=True)
+        label = units_of_all.of_tokens(self._trace.sequence[self._tokens])
+        _, unit = np.unique(label, return_inverse=True)
         units = int(unit.max(initial=0)) + 1
         # A cut is what a window has of a sequence.
         cut, which, size = np.unique(
@@ -157,14 +164,19 @@ class _Part:
                 by_cut[name][0][some] = share[some] * (before + slope)
             for name, (above, _) in of_tokens(counts, size[some], self._setting.topology).items():
                 by_cut[name][0][some] = above
+        # Sequences that stand for runs of alike tokens cut some of these.
+        blocks = Blocks(inflation=CUT) if units_of_all.name == "window" else INDEPENDENT
         found = {}
         for name, (above, below) in by_cut.items():
             total, count = by_window[name]
-            mine = _sums(unit_of_cut, above, units)
             if name == "crossing" and self._crossing is not None:
-                mine = _sums(unit, self._crossing, units)
+                above = _sums(which, self._crossing)
             found[name] = Sums(
-                float(total.sum() / count.sum()), mine, _sums(unit_of_cut, below, units)
+                float(total.sum() / count.sum()),
+                _sums(unit_of_cut, above, units),
+                _sums(unit_of_cut, below, units),
+                blocks=blocks,
+                cuts=Cuts(above, below, unit_of_cut, window),
             )
         return found
 

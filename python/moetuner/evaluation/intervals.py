@@ -1,9 +1,14 @@
 """Bootstrap of quotients: how far a figure might have been another had other units come along.
 
 Units are whole sequences, or windows where no sequences are known: what is drawn with replacement,
-as many as there are. Percentiles of few units are too narrow, for two reasons that have known
-sizes: units deviate less from their own mean than from the true one, and the width is itself
-learned from few units, for which there is Student's t.
+as many as there are; windows whose neighbours are alike in circular blocks (Politis & Romano 1992).
+Percentiles of few units are too narrow, for two reasons that have known sizes: units deviate less
+from their own mean than from the true one, and the width is itself learned from few units, for
+which there is Student's t.
+
+Where many sequences share a window, which device is the slowest is chance that belongs to the
+window, and what sequences deviate by counts it once for each of them. So deviations are scaled to
+the variance that is clustered both ways (Cameron, Gelbach & Miller 2011), where that is less.
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner.evaluation.units import INDEPENDENT, Blocks
+
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 # Units below which an interval is shown, but nothing is concluded from it.
@@ -26,6 +33,7 @@ DRAWN = 1 << 22
 NORMAL = 1.959963984540054
 
 Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 
 class Interval(NamedTuple):
@@ -34,6 +42,23 @@ class Interval(NamedTuple):
     value: float
     low: float | None
     high: float | None
+
+
+class Cuts(NamedTuple):
+    """What sequences add to a figure in each of their windows.
+
+    Parameters
+    ----------
+    above, below
+        What every cut adds to numerator and denominator [C].
+    unit, window
+        Whose it is, and where [C].
+    """
+
+    above: Floats
+    below: Floats
+    unit: Integers
+    window: Integers
 
 
 class Sums(NamedTuple):
@@ -45,11 +70,17 @@ class Sums(NamedTuple):
         The figure.
     above, below
         What every unit adds to numerator and denominator [U].
+    blocks
+        How far units are alike, which are windows in their order then.
+    cuts
+        What units that are sequences have in each window.
     """
 
     value: float
     above: Floats
     below: Floats
+    blocks: Blocks = INDEPENDENT
+    cuts: Cuts | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +96,7 @@ class Spread:
     freedom
         Degrees of freedom of their size.
     units
-        How many units were resampled.
+        How many independent units were resampled.
     """
 
     value: float
@@ -88,6 +119,10 @@ class Spread:
         wider = quantile(outside, self.freedom) / NORMAL
         low, high = self.value + wider * below, self.value + wider * above
         return Interval(self.value, float(low), float(high))
+
+    def scaled(self, factor: float) -> Spread:
+        """Return the same figure with deviations that are larger or smaller by a factor."""
+        return Spread(self.value, factor * self.deviations, self.freedom, self.units)
 
     @property
     def chance(self) -> float:
@@ -112,18 +147,31 @@ class Spread:
         return Spread(value, self.deviations - other.deviations, freedom, units)
 
 
-def drawn(units: int, resamples: int, rng: np.random.Generator, columns: Floats) -> Floats:
-    """Sum columns [U,C] over units drawn with replacement [resamples,C]; none come of one unit."""
+def drawn(
+    units: int, resamples: int, rng: np.random.Generator, columns: Floats, length: int = 1
+) -> Floats:
+    """Sum columns [U,C] over units drawn with replacement [resamples,C]; none come of one unit.
+
+    Units are drawn in circular blocks of a length, of which there are as many as make up all units.
+    """
     if units < 2:
         return np.empty((0, columns.shape[1]))
+    if length > 1:
+        summed = np.cumsum(np.concatenate([np.zeros((1, columns.shape[1])), *2 * [columns]]), 0)
+        columns = summed[length : length + units] - summed[:units]
+    blocks = _blocks_drawn(units, length)
     at_once = max(DRAWN // units, 1)
     sums = []
     for first in range(0, resamples, at_once):
         size = min(at_once, resamples - first)
-        taken = rng.multinomial(units, np.full(units, 1 / units), size=size)
+        taken = rng.multinomial(blocks, np.full(units, 1 / units), size=size)
         sums.append(taken @ columns)
     found: Floats = np.concatenate(sums)
     return found
+
+
+def _blocks_drawn(units: int, length: int) -> int:
+    return max(round(units / length), 1)
 
 
 class Paired(NamedTuple):
@@ -152,9 +200,9 @@ def paired(
     """Compare every figure of two placements on the same units."""
     names = [name for name in placement if name in baseline]
     both = [sums for name in names for sums in (placement[name], baseline[name])]
-    columns = np.stack([column for each in both for column in each[1:]], axis=1)
-    units = len(columns)
-    sums = drawn(units, resamples, rng, columns)
+    columns = np.stack([column for each in both for column in each[1:3]], axis=1)
+    blocks = both[0].blocks
+    sums = drawn(len(columns), resamples, rng, columns, min(blocks.length, len(columns)))
     total = columns.sum(axis=0)
     found = {}
     for number, name in enumerate(names):
@@ -162,26 +210,98 @@ def paired(
         part = slice(4 * number, 4 * number + 4)
         now, before = _quotients(sums[:, part])
         (at,), (at_before,) = _quotients(total[None, part])
-        wider, freedom = _lost(mine.below)
-
-        def spread(
-            value: float,
-            samples: Floats,
-            center: float,
-            wider: float = wider,
-            freedom: float = freedom,
-        ) -> Spread:
-            finite = samples[np.isfinite(samples)]
-            return Spread(value, wider * (finite - center), freedom, units)
-
+        spread = _Spreads(mine)
+        of_mine = _influence(mine.cuts)
+        of_theirs = _influence(theirs.cuts)
         change = None
         if theirs.value > 0 and at_before > 0:
             with np.errstate(divide="ignore", invalid="ignore"):
-                change = spread(mine.value / theirs.value - 1, now / before - 1, at / at_before - 1)
+                change = spread(
+                    mine.value / theirs.value - 1,
+                    now / before - 1,
+                    at / at_before - 1,
+                    None if of_mine is None or of_theirs is None else of_mine - of_theirs,
+                )
         found[name] = Paired(
-            spread(mine.value, now, at), spread(theirs.value, before, at_before), change
+            spread(mine.value, now, at, of_mine),
+            spread(theirs.value, before, at_before, of_theirs),
+            change,
         )
     return found
+
+
+class _Spreads:
+    """Make the spreads of one figure out of its resamples."""
+
+    def __init__(self, sums: Sums) -> None:
+        blocks, units = sums.blocks, len(sums.below)
+        self._units, self._cuts = units, sums.cuts
+        self._wider, self._freedom = _lost(sums.below)
+        self._wider *= blocks.inflation
+        if blocks.length > 1:
+            self._units = blocks.number(units)
+            length = min(blocks.length, units)
+            worth = units / blocks.correlation
+            drawn_too_many = _blocks_drawn(units, length) * length / units
+            lost = worth / (worth - 1) if worth > 1 else 1.0
+            self._wider = blocks.inflation * math.sqrt(lost * drawn_too_many)
+            self._freedom = max(worth - 1, 1.0)
+
+    def __call__(
+        self, value: float, samples: Floats, center: float, influence: Floats | None
+    ) -> Spread:
+        finite = samples[np.isfinite(samples)]
+        if self._units < 2:
+            return Spread(value, np.empty(0), 1.0, self._units)
+        wider, freedom = self._wider, self._freedom
+        if influence is not None and self._cuts is not None:
+            both, fewest = _both_ways(self._cuts, influence, freedom)
+            outside = (1 - CONFIDENCE) / 2
+            if both * quantile(outside, fewest) < quantile(outside, freedom):
+                wider, freedom = wider * both, fewest
+        return Spread(value, wider * (finite - center), freedom, self._units)
+
+
+def _influence(cuts: Cuts | None) -> Floats | None:
+    """Compute what every cut adds to the relative deviation of a quotient [C]."""
+    if cuts is None:
+        return None
+    above, below = float(cuts.above.sum()), float(cuts.below.sum())
+    if above <= 0 or below <= 0:
+        return None
+    added: Floats = cuts.above / above - cuts.below / below
+    return added
+
+
+def _both_ways(cuts: Cuts, influence: Floats, freedom: float) -> tuple[float, float]:
+    """Compute by how much deviations of sequences are too large, and the degrees of freedom.
+
+    The variance is that of sequences and that of windows less that of cuts, which both count; it is
+    no less than that of windows, as what a sequence does in two windows goes the same way.
+    """
+    by_unit = float((np.bincount(cuts.unit, influence) ** 2).sum())
+    by_window = np.bincount(cuts.window, influence)
+    windows = int((np.bincount(cuts.window) > 0).sum())
+    if by_unit <= 0 or windows < 2:
+        return 1.0, freedom
+    of_windows = float((by_window**2).sum()) * windows / (windows - 1)
+    both = max(by_unit + of_windows - float((influence**2).sum()), of_windows)
+    return math.sqrt(both / by_unit), min(freedom, windows - 1.0)
+
+
+def mean_interval(splits: Sequence[Interval], likeness: float) -> Interval:
+    """Return the mean over splits of a recording, whose errors have a correlation."""
+    value = float(np.mean([each.value for each in splits]))
+    known = [
+        (each.value - each.low, each.high - each.value)
+        for each in splits
+        if each.low is not None and each.high is not None
+    ]
+    if len(known) < len(splits):
+        return Interval(value, None, None)
+    narrower = math.sqrt((1 + (len(splits) - 1) * likeness) / len(splits))
+    below, above = narrower * np.mean(known, axis=0)
+    return Interval(value, value - float(below), value + float(above))
 
 
 def holm(chances: Sequence[float]) -> list[float]:

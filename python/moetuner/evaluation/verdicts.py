@@ -11,6 +11,7 @@ from moetuner._checks import instance, not_negative
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.intervals import FEWEST, RESAMPLES, Spread, paired
+from moetuner.evaluation.units import Units, units_of
 from moetuner.frozen import Frozen
 from moetuner.statistics import RoutingStatistics
 
@@ -35,9 +36,9 @@ class Verdict(Frozen):
         Share that is saved; negative where the change makes things worse.
     low, high
         Its interval of 95 %, both placements on the same resamples of the traffic's sequences, or
-        windows where those are not known; None of a single one.
+        of blocks of windows where those are not known; None of a single one.
     units
-        How many there are; nothing is concluded from fewer than five.
+        How many independent ones there are; nothing is concluded from fewer than five.
     price
         Gain from which a change is worth the trouble.
 
@@ -127,9 +128,17 @@ def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> V
     return Verdict(measure, old, new, found.value, low, high, found.units, price)
 
 
-def gain(before: Evaluation, after: Evaluation, measure: str, *, seed: int = 0) -> Spread:
+def gain(
+    before: Evaluation,
+    after: Evaluation,
+    measure: str,
+    *,
+    units: Units | None = None,
+    seed: int = 0,
+) -> Spread:
     """Return the share of a measure that is saved, with its spread over the traffic's units.
 
+    ``units`` are by default those of the traffic itself, which may be a part of a recording.
     Figures of a mixed arrival, and those that depend on given homes, have no spread.
     """
     old, new = getattr(before, measure), getattr(after, measure)
@@ -137,12 +146,15 @@ def gain(before: Evaluation, after: Evaluation, measure: str, *, seed: int = 0) 
     ours, theirs = after.replayed, before.replayed
     if ours is None or theirs is None:
         return Spread(value, np.empty(0), 1.0, 0)
+    if units is None:
+        units = units_of(ours.traffic, window=ours.setting.window, threads=ours.setting.threads)
     sums = []
     for each in (ours, theirs):
         traffic, group = each.traffic, each.group
         setting = replace(each.setting, with_mixed=False)
         # A group alone would be all of its traffic, but copies look at a token's place in all.
-        parts = of_traffic(traffic, setting, each.model, each.regime, only_whole=group is None)
+        whole = group is None
+        parts = of_traffic(traffic, setting, each.model, each.regime, units, only_whole=whole)
         sums.append(parts[group])
     counts = [_units(each.traffic) for each in (ours, theirs)]
     if counts[0] != counts[1] or len(sums[0]["imbalance"].above) != len(sums[1]["imbalance"].above):
@@ -153,7 +165,7 @@ def gain(before: Evaluation, after: Evaluation, measure: str, *, seed: int = 0) 
     found = paired(sums[0], sums[1], resamples=RESAMPLES, rng=rng)
     change = found[measure].change if measure in found else None
     if change is None:
-        return Spread(value, np.empty(0), 1.0, len(sums[0]["imbalance"].above))
+        return Spread(value, np.empty(0), 1.0, units.number)
     return replace(-change, value=value)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from moetuner.evaluation.intervals import FEWEST
+from moetuner.evaluation.intervals import FEWEST, mean_interval
+from moetuner.evaluation.units import Units, likeness
 from moetuner.evaluation.verdicts import gain
 from moetuner.report.cells import signed
 from moetuner.report.outcome import Outcome
@@ -34,11 +35,11 @@ class Gain:
     splits
         One gain for every split.
     interval
-        95 % of what other sequences, or windows, of the kind had shown of the two placements; of
-        several splits the mean of their intervals, which is no narrower than that of their mean,
-        whatever the splits have in common. None where there are too few of them, or nobody asked.
+        95 % of what other sequences, or windows, of the kind had shown of the placements; of
+        several splits that of their mean, whose errors have much in common. None where there are
+        too few of them.
     units
-        How many sequences or windows that is of, in a split.
+        How many independent sequences or windows that is of, in a split.
     """
 
     method: str
@@ -77,6 +78,8 @@ class Gain:
             "high": self.high,
             "kind": "range of splits" if len(self.splits) > 1 else "interval of this placement",
             "splits": list(self.splits),
+            "interval": None if self.interval is None else list(self.interval),
+            "units": self.units,
         }
 
     def row(self) -> tuple[str, ...]:
@@ -90,22 +93,22 @@ class Gain:
     def sentence(self, where: str) -> str:
         """Write it down, with the traffic that it is of and its uncertainty."""
         name = NAMES[self.measure]
-        if len(self.splits) > 1:
-            found = f"{signed(self.low)} to {signed(self.high)} over {len(self.splits)} splits"
-            kind, unsure = f"mean {signed(self.mean)}, {found}", "the splits do not agree"
-        elif self.interval is not None:
-            found = f"95 %: {signed(self.low)} to {signed(self.high)}"
-            kind, unsure = f"{found}, of this placement", "that may be chance"
-        else:
+        if self.interval is None:
             return (
-                f"{self.method} over {self.over}: {signed(self.mean)} in {name}; too few sequences "
-                f"or windows to say how sure that is (below {FEWEST})."
+                f"{self.method} over {self.over}: {signed(self.mean)} in {name}; too few "
+                f"independent sequences or windows to say how sure that is ({self.units}, below "
+                f"{FEWEST})."
             )
-        assert self.low is not None
-        assert self.high is not None
-        if self.low <= 0 <= self.high:
-            return f"{self.method} is not surely better or worse than {self.over} in {name}: " + (
-                f"{unsure} ({kind})."
+        low, high = self.interval
+        kind = f"95 %: {signed(low)} to {signed(high)}, "
+        if len(self.splits) > 1:
+            kind = f"mean {signed(self.mean)}, {kind}over {len(self.splits)} splits"
+        else:
+            kind += "of this placement"
+        if low <= 0 <= high:
+            return (
+                f"{self.method} is not surely better or worse than {self.over} in {name}: that may "
+                f"be chance ({kind})."
             )
         word = "less" if self.mean > 0 else "more"
         return (
@@ -114,11 +117,13 @@ class Gain:
         )
 
 
-def gains(splits: list[dict[str, Outcome]], over: str, *, seed: int) -> list[Gain]:
+def gains(
+    splits: list[dict[str, Outcome]], over: str, units: Units, *, share: float, seed: int
+) -> list[Gain]:
     """Compare all methods with one, split by split.
 
-    Only splits count in which every method ran. Nothing comes where the traffic does not tell the
-    measure.
+    ``units`` are those of the recording, and ``share`` what each split holds out. Only splits count
+    in which every method ran. Nothing comes where the traffic does not tell the measure.
     """
     first = splits[0]
     measure = first[over].worth.figure
@@ -127,19 +132,13 @@ def gains(splits: list[dict[str, Outcome]], over: str, *, seed: int) -> list[Gai
     for method in first:
         if method == over or getattr(first[over].evaluation, measure) is None:
             continue
-        spreads = []
-        for split in whole:
-            before, after = split[over].evaluation, split[method].evaluation
-            if len(whole) == 1:
-                spread = gain(before, after, measure, seed=seed)
-                _, low, high = spread.interval
-                ends = None
-                if spread.is_enough and low is not None and high is not None:
-                    ends = (low, high)
-                found.append(Gain(method, over, measure, (spread.value,), ends, spread.units))
-            else:
-                old = getattr(before, measure)
-                spreads.append(1 - getattr(after, measure) / old if old else 0.0)
-        if spreads:
-            found.append(Gain(method, over, measure, tuple(spreads)))
+        spreads = [
+            gain(split[over].evaluation, split[method].evaluation, measure, units=units, seed=seed)
+            for split in whole
+        ]
+        _, low, high = mean_interval([each.interval for each in spreads], likeness(share, units))
+        is_enough = all(each.is_enough for each in spreads)
+        ends = (low, high) if is_enough and low is not None and high is not None else None
+        values = tuple(each.value for each in spreads)
+        found.append(Gain(method, over, measure, values, ends, min(e.units for e in spreads)))
     return found

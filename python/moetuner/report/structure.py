@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from moetuner._checks import at_least, callable_or_none, instance, seed_in, threads_in
 from moetuner.evaluation import Evaluation, evaluate_each, intervals
+from moetuner.evaluation.units import Units, hold_out, reach_of, units_of
 from moetuner.frozen import Frozen, html_table
 from moetuner.problem import Problem
 from moetuner.solver import solve
-from moetuner.statistics import RoutingStatistics, hold_out
+from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -168,7 +169,7 @@ def structure(
         bits = tuple(max(_bits(t) - c, 0.0) for t, c in zip(tables, chance, strict=True))
         contiguous = crossing("contiguous", seen, unseen).crossing
     if known and isinstance(parts[1], RoutingTrace) and held_out:
-        found = crossing("heuristic", seen, _in_blocks(parts[1], seed))
+        found = crossing("heuristic", seen, _in_blocks(parts[1], units_of(traffic), seed))
         searched = found.crossing
         null = crossing("heuristic", _independent(seen), _independent(unseen)).crossing
         gain = _gain(found, null)
@@ -189,12 +190,16 @@ def structure(
     )
 
 
-def _in_blocks(trace: RoutingTrace, seed: int) -> RoutingTrace:
-    """Group whole sequences at random into blocks; runs of tokens where there are no sequences."""
+def _in_blocks(trace: RoutingTrace, units: Units, seed: int) -> RoutingTrace:
+    """Group whole sequences, or kinds of them, at random into blocks.
+
+    Without sequences blocks are runs of tokens, none shorter than tokens are alike.
+    """
     if trace.sequence is None:
-        block = np.arange(trace.tokens) * BLOCKS // max(trace.tokens, 1)
+        blocks = max(min(BLOCKS, trace.tokens // reach_of(trace)), 1)
+        block = np.arange(trace.tokens) * blocks // max(trace.tokens, 1)
     else:
-        labels, which = np.unique(trace.sequence, return_inverse=True)
+        labels, which = np.unique(units.of_tokens(trace.sequence), return_inverse=True)
         block = np.random.default_rng(seed).permutation(labels.size)[which] % BLOCKS
     names = tuple(f"block {number}" for number in range(BLOCKS))
     return replace(trace, group=block.astype(np.int16), group_names=names)
@@ -208,7 +213,7 @@ def _gain(found: Evaluation, null: float | None) -> tuple[float, float] | None:
     pairs = np.array([table.sum(dtype=np.float64) for table in tables])
     stay = np.array([np.einsum("ldd->", table.astype(np.float64)) for table in tables])
     blocks = int((pairs > 0).sum())
-    if blocks < 2:
+    if blocks < intervals.FEWEST:
         return None
     # The standard error of a ratio of two sums over blocks.
     apart = (pairs - stay) - found.crossing * pairs

@@ -30,6 +30,7 @@ from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.arrival import mixed_order
 from moetuner.evaluation.auditing import Audit, audit
 from moetuner.evaluation.copies import Split
+from moetuner.evaluation.units import hold_out, likeness, reach_of, units_of
 from moetuner.evaluation.verdicts import PRICE
 from moetuner.formats.engines import ENGINES, engine_settings, tokens_per_rank
 from moetuner.placement import Placement
@@ -40,7 +41,7 @@ from moetuner.report.advice.power_law import exponents
 from moetuner.report.advice.values import PHASES, Advice, Copies, Moving, Phases
 from moetuner.solver import solve
 from moetuner.solver.result import Result
-from moetuner.statistics import RoutingStatistics, hold_out
+from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
@@ -52,8 +53,6 @@ WINDOWS = (512, 8192)
 SPLITS, COPIES = 3, (0, 1, 2, 4)
 # Search steps of a start: enough to see what there is to win, in a second for a common model.
 ITERATIONS = 2000
-# Blocks that traffic without sequences is cut into: neighbouring tokens route alike.
-BLOCKS = 64
 
 
 def advise(
@@ -81,9 +80,10 @@ def advise(
     Parameters
     ----------
     traffic
-        A trace, which is split by sequence (without sequences by 64 runs of tokens); or statistics,
-        whose loads are split by window. Of a single window nothing can be left to judge on, so the
-        answer is that there is not enough evidence.
+        A trace, which is split by sequence, or by kind where its sequences repeat few prompts; or
+        statistics, whose loads are split by window. Where neighbouring windows are alike, and where
+        a trace has no sequences, runs are held out. Of a single window nothing can be left to judge
+        on, so the answer is that there is not enough evidence.
     topology
         The devices and links.
     initial
@@ -229,6 +229,10 @@ class _Work:
         self.counts = tuple(each for each in counts if each <= most) or (0,)
         self.fewest = fewest
         self.left_out = tuple(each for each in counts if each > most)
+        # What is independent, by window; kinds and sequences are the same in all of them.
+        self.units = {
+            each: units_of(traffic, window=each, threads=threads) for each in self.windows
+        }
         # One window cannot be halved.
         self.is_held_out = isinstance(traffic, RoutingTrace) or traffic.windows > 1
 
@@ -247,11 +251,14 @@ class _Work:
             self.say(f"judging, split {number + 1} of {splits}")
             audits.append(self._audits(each, each.results[knee, False].placement))
         judged = tuple(
-            judged_in(window, [of[window] for of in audits], price) for window in self.windows
+            judged_in(
+                window, [of[window] for of in audits], price, likeness(0.5, self.units[window])
+            )
+            for window in self.windows
         )
         first, main = fitted[0], max(judged, key=lambda each: each.gain.mean)
         self.say("comparing the halves of the recording")
-        found = drift.drift_of(self.traffic, seed=seed)
+        found = drift.drift_of(self.traffic, self.units[main.window], seed=seed)
         carried: tuple[float, ...] = ()
         if in_order and found is not None and found.is_told:
             carried = self._carried(knee, main.window, seed)
@@ -286,6 +293,7 @@ class _Work:
             losers=_losers(audits[0][main.window], main.verdict.measure),
             regime=self.regime,
             held_out=self.is_held_out,
+            units=self.units[main.window],
             notes=self._notes(phases, price, knee),
         )
         return Advice(
@@ -308,6 +316,7 @@ class _Work:
             placements=(first.running, proposed),
             result=first.results[knee, False],
             audit=audits[0][main.window],
+            units=self.units[main.window],
             problem=first.problem,
             settings={
                 "devices": self.topology.devices,
@@ -338,6 +347,10 @@ class _Work:
         """Put tokens into the order in which the engine serves them."""
         if self.arrival == "bursts" or isinstance(traffic, RoutingStatistics):
             return traffic
+        if traffic.sequence is None:
+            # Tokens that are alike are served together, and are resampled together.
+            run = np.arange(traffic.tokens) // reach_of(traffic)
+            traffic = replace(traffic, sequence=run.astype(np.int32))
         order = mixed_order(traffic.sequence, traffic.tokens)
 
         def sorted_by(labels: NDArray[Any] | None) -> NDArray[Any] | None:
@@ -509,6 +522,7 @@ class _Work:
             regime=self.regime,
             split=self.split,
             threads=self.threads,
+            units=self.units[window],
         )
 
     def _swept(self, fitted: list[_Fitted]) -> tuple[Copies, ...]:
@@ -618,17 +632,10 @@ def _windows_of(traffic: Traffic, window: int | None) -> tuple[int | None, ...]:
 
 
 def _splittable(traffic: Traffic) -> Traffic:
-    """Return traffic that can be halved: runs of tokens for want of sequences, loads without pairs.
-
-    Pairs are counted over all windows together.
-    """
+    """Return traffic that can be halved: of loads without pairs, which are of all windows."""
     if isinstance(traffic, RoutingStatistics):
         return replace(traffic, transitions=None, coactivation=None, sets=None)
-    if traffic.sequence is not None:
-        return traffic
-    runs = max(min(BLOCKS, traffic.tokens // WINDOWS[0]), min(traffic.tokens, 2))
-    block = np.arange(traffic.tokens) * runs // max(traffic.tokens, 1)
-    return replace(traffic, sequence=block.astype(np.int32))
+    return traffic
 
 
 def _present(trace: RoutingTrace) -> tuple[str, ...]:

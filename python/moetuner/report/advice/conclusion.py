@@ -8,7 +8,8 @@ from types import MappingProxyType
 import numpy as np
 
 from moetuner.evaluation.auditing import Audit
-from moetuner.evaluation.intervals import FEWEST
+from moetuner.evaluation.intervals import FEWEST, mean_interval
+from moetuner.evaluation.units import Units
 from moetuner.evaluation.verdicts import Verdict
 from moetuner.files.text import name
 from moetuner.report.advice.drift import Drift
@@ -22,26 +23,24 @@ KNEE = 0.005
 NEAR = 2
 # Groups that are named.
 LOSERS = 5
+# Kinds of sequences below which it is said how few they are.
+FEW_KINDS = 10
 # Part of the gain that must be left on the other half of a recording that changes its kind.
 CARRIED = 0.5
 
 
-def judged_in(window: int | None, audits: list[Audit], price: float) -> Judged:
-    """Average over splits what audits say of all traffic; intervals by their ends."""
+def judged_in(window: int | None, audits: list[Audit], price: float, likeness: float) -> Judged:
+    """Average over splits what audits say of all traffic; their errors have a correlation."""
     gains, before, after = {}, {}, {}
     for measure in audits[0].whole:
         changes = [each.whole[measure] for each in audits]
         before[measure] = float(np.mean([each.baseline.value for each in changes]))
         after[measure] = float(np.mean([each.value.value for each in changes]))
-        found = [each.change for each in changes]
-        known = [each for each in found if each is not None]
-        if len(known) < len(found):
+        known = [each.change for each in changes if each.change is not None]
+        if len(known) < len(changes):
             continue
-        lows = [each.low for each in known if each.low is not None]
-        highs = [each.high for each in known if each.high is not None]
-        ends = None
-        if len(lows) == len(known):
-            ends = (-float(np.mean(highs)), -float(np.mean(lows)))
+        _, low, high = mean_interval(known, likeness)
+        ends = None if low is None or high is None else (-high, -low)
         splits = tuple(-each.value for each in known)
         units = min(each.units[1] for each in audits)
         gains[measure] = Gain("proposed", "running", measure, splits, ends, units)
@@ -86,6 +85,7 @@ def concluded(
     running: str,
     model: str | None,
     devices: int,
+    units: Units,
     losers: Mapping[str, float] = MappingProxyType({}),
     regime: Regime = "dispatch",
     held_out: bool = True,
@@ -113,12 +113,7 @@ def concluded(
         )
     elif answers == {"too few"}:
         answer = "not enough evidence"
-        units = judged[0].gain.units
-        reasons.insert(
-            0,
-            f"unseen sequences or windows are too few ({units}, and at least {FEWEST} are needed) "
-            "to say how sure a gain is.",
-        )
+        reasons.insert(0, _too_few(units, judged[0].gain.units))
     elif "worth it" in answers:
         answer = "worth a trial"
     elif all(_is_settled(each, price) for each in judged):
@@ -127,6 +122,7 @@ def concluded(
     else:
         answer = "not enough evidence"
         reasons.append("The interval allows both nothing and a gain that would pay: record more.")
+    warnings += _of_units(units, held_out)
     if any(each.verdict.answer == "worse" for each in judged) and answer == "worth a trial":
         warnings.append("In windows of another size the proposed placement is slower; see above.")
     if found is not None and found.is_told:
@@ -136,16 +132,25 @@ def concluded(
         )
         if not carried:
             warnings.append(f"{change[0].upper()}{change[1:]}; its order was said not to matter.")
+        elif found.is_of_groups:
+            reasons.insert(
+                1,
+                f"the halves of the recording hold different groups: served mixed, the gain is "
+                f"{_percent(main.gain.mean)}; served as recorded, a placement of one half gains "
+                f"{_percent(min(carried))} or more on the other (lower end of 95 %)",
+            )
         elif min(carried) > 0 and min(carried) >= CARRIED * main.gain.mean:
             warnings.append(
                 f"{change[0].upper()}{change[1:]}; a placement of either half gains on the other."
             )
         else:
             answer = "not enough evidence"
+            worst = min(carried)
+            verb = "is sure to gain only" if worst >= 0 else "may lose up to"
             reasons.insert(
                 0,
-                f"{change}, and a placement computed from one half surely gains only "
-                f"{100 * min(carried):.1f} % on the other. What comes next is not known.",
+                f"{change}, and a placement of one half {verb} {100 * abs(worst):.1f} % on the "
+                "other. What comes next is not known.",
             )
             warnings.append(
                 "The unseen half is of another kind than the seen one. Record traffic as it will "
@@ -173,6 +178,47 @@ def concluded(
             "chose together, so traffic is an upper bound."
         )
     return answer, tuple(_sentence(each) for each in reasons), tuple(warnings)
+
+
+def _too_few(units: Units, number: int) -> str:
+    """Say that what was judged is too little, and what would help."""
+    least = f"at least {FEWEST} are needed"
+    if units.name == "kind":
+        return (
+            f"sequences are of {units.number} kinds only, {number} of them unseen, and {least} to "
+            "say how sure a gain is; record more different prompts."
+        )
+    if units.blocks.length > 1:
+        return (
+            f"neighbouring windows are alike, so the unseen ones are worth {number} independent "
+            f"windows, and {least} to say how sure a gain is; record longer, or with sequences."
+        )
+    return f"unseen {units.name}s are too few ({number}, and {least}) to say how sure a gain is."
+
+
+def _of_units(units: Units, held_out: bool) -> list[str]:
+    """Say what was taken for independent, where that is not each of many sequences."""
+    if not held_out:
+        return []
+    if units.name == "kind" and units.number < FEW_KINDS:
+        return [
+            f"Sequences are of {units.number} kinds only, such as few prompts that are asked again "
+            "and again; of other kinds nothing is known. Whole kinds were held out."
+        ]
+    if units.all_alike:
+        return [
+            "All sequences route alike, as far as their tokens tell: if they are one prompt, or "
+            "random tokens, asked again and again, other text may gain nothing."
+        ]
+    if units.name != "window":
+        return []
+    text = "There are no sequence labels, so windows were judged"
+    if units.blocks.length > 1:
+        return [
+            f"{text} in blocks of {units.blocks.length}, as neighbours are alike: they are worth "
+            f"{units.number} independent ones. With sequences fewer tokens tell as much."
+        ]
+    return [f"{text} one by one, as neighbours are no more alike than others."]
 
 
 def _is_settled(judged: Judged, price: float) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner.evaluation.units import Units, some_tokens
 from moetuner.statistics import RoutingStatistics, some_windows
 from moetuner.trace import RoutingTrace
 
@@ -34,11 +35,14 @@ class Drift:
         The same of halves that are chosen at random.
     chance
         How many of the random halves differ as much.
+    is_of_groups
+        Whether the halves differ as they hold different groups, and each group stays as it is.
     """
 
     distance: float
     expected: float
     chance: float
+    is_of_groups: bool = False
 
     @property
     def is_told(self) -> bool:
@@ -46,9 +50,23 @@ class Drift:
         return self.chance <= CHANCE and self.distance - self.expected >= LEAST
 
 
-def drift_of(traffic: RoutingTrace | RoutingStatistics, *, seed: int = 0) -> Drift | None:
+def drift_of(
+    traffic: RoutingTrace | RoutingStatistics, units: Units, *, seed: int = 0
+) -> Drift | None:
     """Compute how far the halves of a recording differ; None where there is too little to tell."""
-    loads = _blocks(traffic)
+    found = _drift(traffic, units, seed, by_group=False)
+    if found is None or not found.is_told or traffic.group is None:
+        return found
+    mixed = _drift(traffic, units, seed, by_group=True)
+    return replace(found, is_of_groups=mixed is not None and not mixed.is_told)
+
+
+def _drift(
+    traffic: RoutingTrace | RoutingStatistics, units: Units, seed: int, *, by_group: bool
+) -> Drift | None:
+    # Blocks are taken as independent, so that none may be shorter than what is alike.
+    blocks = min(BLOCKS, units.number) if units.name == "window" else BLOCKS
+    loads = _blocks(traffic, blocks, by_group=by_group)
     if len(loads) < FEWEST or not loads.sum():
         return None
     half = len(loads) // 2
@@ -64,40 +82,51 @@ def drift_of(traffic: RoutingTrace | RoutingStatistics, *, seed: int = 0) -> Dri
 def halves(
     traffic: RoutingTrace | RoutingStatistics,
 ) -> tuple[RoutingTrace, RoutingTrace] | tuple[RoutingStatistics, RoutingStatistics]:
-    """Cut a recording in the middle of its sequences, or of its windows."""
+    """Cut a recording in the middle of its sequences, or of its windows or tokens without them."""
+    item, place = _in_order(traffic, by_group=False)
+    is_early = place[item] < len(place) // 2
     if isinstance(traffic, RoutingStatistics):
-        is_early = np.arange(traffic.windows) < traffic.windows // 2
         return some_windows(traffic, is_early), some_windows(traffic, ~is_early)
-    labels, order = _in_order(traffic)
-    middle = len(labels) // 2
-    early, late = labels[order < middle], labels[order >= middle]
-    return (
-        traffic.select(sequences=early.tolist()),
-        traffic.select(sequences=late.tolist()),
-    )
+    return some_tokens(traffic, is_early), some_tokens(traffic, ~is_early)
 
 
-def _in_order(trace: RoutingTrace) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Labels of the sequences, and each one's place in the order of their first tokens."""
-    assert trace.sequence is not None
-    labels, first = np.unique(trace.sequence, return_index=True)
-    place = np.empty(len(labels), dtype=np.int64)
-    place[np.argsort(first)] = np.arange(len(labels))
-    return labels, place
+def _in_order(
+    traffic: RoutingTrace | RoutingStatistics, *, by_group: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the item of every token or window, and each item's place in the order of recording.
+
+    Items are sequences, or windows or tokens without them. With ``by_group`` those of every group
+    are spread over the whole, in their order.
+    """
+    rows = traffic.windows if isinstance(traffic, RoutingStatistics) else traffic.tokens
+    item = first = np.arange(rows)
+    if isinstance(traffic, RoutingTrace) and traffic.sequence is not None:
+        _, first, item = np.unique(traffic.sequence, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    if by_group and traffic.group is not None:
+        group = traffic.group[first][order]
+        sizes = np.bincount(group)
+        grouped = np.argsort(group, kind="stable")
+        rank = np.empty(len(group))
+        rank[grouped] = np.arange(len(group)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        order = order[np.argsort((rank + 0.5) / sizes[group], kind="stable")]
+    place = np.empty(len(first), dtype=np.int64)
+    place[order] = np.arange(len(first))
+    return item, place
 
 
-def _blocks(traffic: RoutingTrace | RoutingStatistics) -> NDArray[np.float64]:
-    """Load of blocks of neighbouring sequences, or windows [B,L,E]."""
+def _blocks(
+    traffic: RoutingTrace | RoutingStatistics, blocks: int, *, by_group: bool
+) -> NDArray[np.float64]:
+    """Load of blocks of neighbouring sequences, or windows or tokens [B,L,E]."""
+    item, place = _in_order(traffic, by_group=by_group)
+    of_item = place * blocks // len(place)
+    block = of_item[item]
     if isinstance(traffic, RoutingStatistics):
-        block = np.arange(traffic.windows) * BLOCKS // traffic.windows
-        loads = np.zeros((BLOCKS, traffic.layers, traffic.experts))
+        loads = np.zeros((blocks, traffic.layers, traffic.experts))
         np.add.at(loads, block, traffic.window_load.astype(np.float64))
         return loads[np.unique(block)]
-    labels, place = _in_order(traffic)
-    assert traffic.sequence is not None
-    of_label = place * BLOCKS // len(labels)
-    block = of_label[np.searchsorted(labels, traffic.sequence)]
-    loads = np.zeros((BLOCKS, traffic.layers, traffic.num_experts))
+    loads = np.zeros((blocks, traffic.layers, traffic.num_experts))
     layer = np.arange(traffic.layers)[None, :, None]
     first = 0
     for shard in traffic.shards():
@@ -105,7 +134,7 @@ def _blocks(traffic: RoutingTrace | RoutingStatistics) -> NDArray[np.float64]:
         cell = (at * traffic.layers + layer) * traffic.num_experts + shard.astype(np.int64)
         loads += np.bincount(cell.ravel(), minlength=loads.size).reshape(loads.shape)
         first += len(shard)
-    return loads[np.unique(of_label)]
+    return loads[np.unique(of_item)]
 
 
 def _distance(loads: NDArray[np.float64], first: NDArray[np.bool_]) -> float:

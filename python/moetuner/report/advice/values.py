@@ -9,6 +9,7 @@ import numpy as np
 
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.auditing import Audit
+from moetuner.evaluation.units import Units
 from moetuner.evaluation.verdicts import Verdict
 from moetuner.frozen import Frozen
 from moetuner.placement import Placement
@@ -55,10 +56,7 @@ class Judged(Frozen):
             "window": self.window,
             "before": self.before,
             "after": self.after,
-            "gains": {
-                name: {**gain.to_dict(), "interval": _listed(gain.interval), "units": gain.units}
-                for name, gain in self.gains.items()
-            },
+            "gains": {name: gain.to_dict() for name, gain in self.gains.items()},
             "answer": self.verdict.answer,
         }
 
@@ -223,6 +221,8 @@ class Advice(Frozen):
         What the search found on the seen traffic of the first split.
     audit
         Of groups, in the first split.
+    units
+        What is independent in the traffic, in the window where most is gained.
     settings
         What was asked for.
 
@@ -251,6 +251,7 @@ class Advice(Frozen):
     placements: tuple[Placement, Placement] = field(repr=False)
     result: Result = field(repr=False)
     audit: Audit = field(repr=False)
+    units: Units = field(repr=False)
     problem: Problem = field(repr=False)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -277,9 +278,6 @@ class Advice(Frozen):
             "running": self.running.to_dict(),
             "proposed": self.proposed.to_dict(),
             "audit": self.audit.to_dict(),
+            "units": self.units.to_dict(),
             "settings": self.settings,
         }
-
-
-def _listed(ends: tuple[float, float] | None) -> list[float] | None:
-    return None if ends is None else list(ends)

@@ -1,0 +1,134 @@
+"""Whether sequences repeat few prompts: kinds of sequences that route alike, as far as tokens tell.
+
+Two sequences of one kind differ by the noise of their tokens alone. Kinds are looked for among
+sequences that differ by much more than that: where all do, each is of its own kind, and where none
+does, all traffic routes alike and nothing tells prompts apart.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.trace import RoutingTrace
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+# Cells of counts [S,L,E] that are held; of more, fewer layers are looked at, and none of too many.
+CELLS = 1 << 24
+LAYERS = 8
+# Kinds from which nobody asks how many there are.
+MOST = 256
+# Standard deviations of its noise by which a sequence may be from its kind.
+NEAR = 4.0
+# How much kinds must differ, in terms of the noise of a sequence, for anything to be said.
+APART = 3.0
+# Kinds are few if there is one for so many sequences or more.
+EACH = 2
+
+
+class Kinds(NamedTuple):
+    """What is known of how sequences differ.
+
+    Parameters
+    ----------
+    kind
+        Kind of every sequence [S], numbered; None where kinds are not few.
+    all_alike
+        Whether no group has sequences that differ by more than the noise of their tokens.
+    """
+
+    kind: Integers | None
+    all_alike: bool = False
+
+
+def kinds_of(trace: RoutingTrace, labels: NDArray[np.int32]) -> Kinds:
+    """Find the kinds of the sequences in ``labels`` [S].
+
+    Groups are kinds that are known, so each is looked at by itself.
+    """
+    number = len(labels)
+    layers = min(LAYERS, trace.layers, CELLS // max(number * trace.num_experts, 1))
+    if number < 2 * EACH or layers < 1:
+        return Kinds(None)
+    count = _counts(trace, labels, layers)
+    of_sequence = np.zeros(number, dtype=np.int64)
+    if trace.group is not None:
+        assert trace.sequence is not None
+        of_sequence[np.searchsorted(labels, trace.sequence)] = trace.group
+    kind, total, all_alike = np.arange(number), 0, True
+    for group in np.unique(of_sequence):
+        mine = np.flatnonzero(of_sequence == group)
+        found = _few_kinds(count[mine])
+        all_alike = all_alike and found is not None and not found.any()
+        if found is None or not found.any():
+            found = np.arange(len(mine))
+        kind[mine] = total + found
+        total = int(kind[mine].max()) + 1
+    return Kinds(kind if total * EACH <= number else None, all_alike)
+
+
+def _few_kinds(count: Floats) -> Integers | None:
+    """Return the kind of sequences with counts [S,L,E], all 0 if alike; None if kinds are not few.
+
+    Longest first, a sequence joins the kind whose mean its expert shares are nearest to, or begins
+    one if they are further from all than noise explains.
+    """
+    number, layers, experts = count.shape
+    tokens = count[:, 0].sum(axis=1)
+    share = (count / tokens[:, None, None]).reshape(number, -1)
+    # Tokens choose distinct experts, so their counts vary less than a multinomial's.
+    spread = 1 - (share.reshape(count.shape) ** 2).sum(axis=2)
+    noise = spread.sum(axis=1) / np.maximum(tokens, 1)
+    far = 1 + NEAR * np.sqrt(2 / max(layers * (experts - 1), 1))
+    order = np.argsort(-tokens, kind="stable")
+    means = np.empty((MOST, share.shape[1]))
+    weight = np.zeros(MOST)
+    kind = np.empty(number, dtype=np.int64)
+    found = 0
+    for one in order:
+        nearest, least = found, np.inf
+        if found:
+            distance = ((means[:found] - share[one]) ** 2).sum(axis=1)
+            # A kind's mean has noise too, that of all its tokens.
+            ratio = distance / (noise[one] * (1 + tokens[one] / weight[:found]))
+            nearest = int(ratio.argmin())
+            least = float(ratio[nearest])
+        if least > far:
+            if found == min(MOST, number // EACH):
+                return None
+            nearest, found = found, found + 1
+            means[nearest], weight[nearest] = share[one], tokens[one]
+        else:
+            total = weight[nearest] + tokens[one]
+            means[nearest] += (share[one] - means[nearest]) * (tokens[one] / total)
+            weight[nearest] = total
+        kind[one] = nearest
+    if found < 2:
+        return np.zeros(number, dtype=np.int64)
+    between = ((means[:found, None] - means[None, :found]) ** 2).sum(axis=2)
+    typical = float(between[~np.eye(found, dtype=bool)].mean())
+    return kind if typical >= APART * 2 * float(np.median(noise)) else None
+
+
+def _counts(trace: RoutingTrace, labels: NDArray[np.int32], layers: int) -> Floats:
+    """Count tokens of sequences at experts [S,L,E] in evenly spaced layers."""
+    chosen = np.unique(np.linspace(0, trace.layers - 1, layers).round().astype(np.int64))
+    assert trace.sequence is not None
+    which = np.searchsorted(labels, trace.sequence)
+    shape = (len(labels), len(chosen), trace.num_experts)
+    counts = np.zeros(int(np.prod(shape)))
+    first = 0
+    for shard in trace.shards():
+        ids = shard[:, chosen].astype(np.int64)
+        row = which[first : first + len(ids), None] * len(chosen) + np.arange(len(chosen))
+        cell = row[:, :, None] * trace.num_experts + ids
+        # Sequences mostly lie together, and so do their cells.
+        low = int(cell.min())
+        found = np.bincount(cell.ravel() - low)
+        counts[low : low + len(found)] += found
+        first += len(shard)
+    return counts.reshape(shape)

@@ -1,0 +1,348 @@
+"""What of some traffic is independent of the rest, how much of it there is, and how to hold it out.
+
+Sequences are, where they are labelled: tokens of one request route alike, those of two do not know
+of each other. Where many sequences repeat few prompts, kinds of them are. Without labels all that
+is there is the order: windows whose expert shares are alike are not independent, and how far that
+reaches is what their autocorrelation tells. Blocks of so many windows are resampled (Kuensch 1989),
+and what is held out keeps as far from what is seen.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner._checks import instance, is_number, seed_in, shown
+from moetuner.evaluation.kinds import kinds_of
+from moetuner.statistics import RoutingStatistics, some_windows
+from moetuner.trace import RoutingTrace
+
+Traffic = RoutingTrace | RoutingStatistics
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Name = Literal["sequence", "kind", "window"]
+
+# Lags that are looked at, before windows are taken two by two to look further.
+LAGS = 16
+# Standard errors, of lags in random order, from which windows are alike beyond chance.
+ALIKE = 2.0
+# Random orders that say how far lags differ by chance.
+ORDERS = 8
+# Cells of shares [W,L,E] that are looked at; of more, evenly spaced layers are.
+CELLS = 1 << 23
+# Shares are rounded to this part, so that sums of their products are exact in any order.
+PART = 1 << 16
+# Groups of fewer windows have no level of their own.
+FEW_PER_GROUP = 4
+# Tokens of the shortest piece, and the most pieces, of a trace whose autocorrelation is measured.
+PIECE, PIECES = 16, 2048
+# Part of the traffic that may be lost between what is seen and what is held out.
+LOST = 4
+# Correlation of the gains of two splits by runs, half of whose units are held out.
+RUNS = 0.65
+# Consecutive seeds begin the runs that they hold out at places far from each other.
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Windows that are alike, as far as that reaches.
+
+    Parameters
+    ----------
+    correlation
+        Integrated autocorrelation time in windows: as many are worth one independent window.
+    length
+        Windows of a block that is resampled, 1 where neighbours are no more alike than others.
+    inflation
+        Factor by which resamples of such blocks deviate too little, as they cut what is alike.
+    """
+
+    correlation: float = 1.0
+    length: int = 1
+    inflation: float = 1.0
+
+    def number(self, windows: int) -> int:
+        """Compute how many independent windows so many windows are worth."""
+        return int(windows / self.correlation + 1e-9)
+
+
+INDEPENDENT = Blocks()
+
+
+@dataclass(frozen=True)
+class Units:
+    """What is independent in some traffic.
+
+    Parameters
+    ----------
+    name
+        ``"sequence"``, ``"kind"`` (of sequences), or ``"window"`` where sequences are not known.
+    number
+        How many there are; of windows what they are worth if they were independent.
+    blocks
+        Of windows: how far neighbours are alike.
+    sequences, kinds
+        Labels of sequences, sorted, and the kind of each; None where kinds are not few.
+    all_alike
+        Whether sequences differ by no more than the noise of their tokens.
+    """
+
+    name: Name
+    number: int
+    blocks: Blocks = INDEPENDENT
+    sequences: NDArray[np.int32] | None = None
+    kinds: Integers | None = None
+    all_alike: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what there is as JSON values."""
+        return {
+            "kind": self.name,
+            "number": self.number,
+            "block_length": self.blocks.length,
+            "all_alike": self.all_alike,
+        }
+
+    def of_tokens(self, sequence: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return the unit of tokens of sequences [t]."""
+        if self.sequences is None or self.kinds is None:
+            return sequence
+        return self.kinds[np.searchsorted(self.sequences, sequence)].astype(np.int32)
+
+
+def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None = None) -> Units:
+    """Return what is independent in traffic; unlabelled traces are cut into windows of tokens."""
+    if isinstance(traffic, RoutingStatistics):
+        blocks = blocks_of(traffic.window_load, traffic.group)
+        return Units("window", blocks.number(traffic.windows), blocks)
+    if traffic.sequence is None:
+        blocks = blocks_of(*_loads(traffic, window, threads))
+        windows = 1 if window is None else -(-traffic.tokens // window)
+        return Units("window", blocks.number(windows), blocks)
+    labels = np.unique(traffic.sequence)
+    kinds, all_alike = kinds_of(traffic, labels)
+    if kinds is None:
+        return Units("sequence", len(labels), all_alike=all_alike)
+    return Units("kind", int(kinds.max(initial=-1)) + 1, sequences=labels, kinds=kinds)
+
+
+def _loads(
+    trace: RoutingTrace, window: int | None, threads: int | None
+) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.integer[Any]] | None]:
+    """Count windows of the tokens of every group [W,L,E], and return the group of each [W]."""
+    parts, numbers = [trace], np.zeros(1, dtype=np.int64)
+    if trace.group is not None:
+        numbers = np.unique(trace.group)
+        parts = [trace.select(groups=[int(number)]) for number in numbers]
+    loads = [
+        RoutingStatistics.from_trace(
+            part, window=window, transitions=False, coactivation=False, threads=threads
+        ).window_load
+        for part in parts
+    ]
+    group = np.repeat(numbers, [len(load) for load in loads])
+    return np.concatenate(loads), None if trace.group is None else group
+
+
+def blocks_of(
+    load: NDArray[np.unsignedinteger[Any]], group: NDArray[np.integer[Any]] | None = None
+) -> Blocks:
+    """Compute how far windows are alike from their loads [W,L,E], each group around its own mean.
+
+    The autocovariance of expert shares, summed over experts and layers, is compared with that of
+    the same windows in random order, lag by lag, up to the first that is no larger. Noise of few
+    tokens has none. The integrated autocorrelation time is the sum of what is left over its value
+    at lag 0, which noise hides and a line through the next two tells.
+    """
+    share, label = _shares(load, group)
+    times = 1
+    while True:
+        lags, noisy = _lags(share, label)
+        if len(lags) < LAGS or len(share) <= 4 * LAGS:
+            break
+        half = len(share) // 2
+        share, label = share[: 2 * half].reshape(half, 2, -1).sum(axis=1) / 2, label[: 2 * half : 2]
+        share, times = np.round(share), 2 * times
+    if not len(lags):
+        return INDEPENDENT
+    next_one = lags[1] if len(lags) > 1 else 0.0
+    first = min(max(2 * lags[0] - next_one, lags[0]), max(noisy, lags[0]))
+    correlation = np.minimum(lags / first, 1.0)
+    lag = np.arange(1, len(lags) + 1)
+    time = 1 + 2 * float(correlation.sum())
+    length = math.ceil(time)
+    inside = 1 + 2 * float((correlation * np.maximum(1 - lag / length, 0)).sum())
+    return Blocks(times * time, times * length, math.sqrt(time / inside))
+
+
+def _shares(
+    load: NDArray[np.unsignedinteger[Any]], group: NDArray[np.integer[Any]] | None
+) -> tuple[Floats, Integers]:
+    """Return shares [W,L*E] less the mean of their group, as whole numbers, and groups in order."""
+    windows, layers, experts = load.shape
+    some = max(min(CELLS // max(windows * experts, 1), layers), 1)
+    chosen = np.unique(np.linspace(0, layers - 1, some).round().astype(np.int64))
+    part = load[:, chosen].astype(np.float64)
+    total = part.sum(axis=2, keepdims=True)
+    share = np.divide(part, total, out=np.zeros_like(part), where=total > 0).reshape(windows, -1)
+    label = np.zeros(windows, dtype=np.int64)
+    if group is not None:
+        _, label = np.unique(group, return_inverse=True)
+        if windows < FEW_PER_GROUP * (int(label.max()) + 1):
+            label = np.zeros(windows, dtype=np.int64)
+    order = np.argsort(label, kind="stable")
+    share, label = share[order], label[order]
+    for number in range(int(label.max(initial=0)) + 1):
+        mine = label == number
+        share[mine] -= share[mine].mean(axis=0)
+    # Unused windows say nothing.
+    share[total.sum(axis=(1, 2))[order] == 0] = 0
+    return np.round(share * PART), label
+
+
+def _lags(share: Floats, label: Integers) -> tuple[Floats, float]:
+    """Compute autocovariances of windows [W,F] beyond chance, and at lag 0 with its noise."""
+    windows = len(share)
+    if windows < 3 or not share.any():
+        return np.empty(0), 0.0
+    rng = np.random.default_rng(0)
+    by_chance = []
+    for _ in range(ORDERS):
+        order = rng.permutation(windows)
+        by_chance.append(np.einsum("wf,wf->w", share[order], share[np.roll(order, 1)]))
+    products = np.concatenate(by_chance)
+    mean, error = float(products.mean()), float(products.std())
+    found: list[float] = []
+    for lag in range(1, min(LAGS, windows - 2) + 1):
+        same = label[lag:] == label[:-lag]
+        pairs = int(same.sum())
+        if pairs < 2:
+            break
+        product = np.einsum("wf,wf->w", share[lag:], share[:-lag])[same].mean() - mean
+        if product <= ALIKE * error / math.sqrt(pairs):
+            break
+        found.append(float(product))
+    return np.array(found), float((share**2).sum() / windows) - mean
+
+
+def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic, Traffic]:
+    """Split traffic into what the solver sees and what it does not.
+
+    Parameters
+    ----------
+    traffic
+        A trace is split by sequence, by kind where its sequences are of few kinds. Without
+        sequences, and for a load table, windows are drawn where neighbours are no more alike than
+        others; else runs of them are held out, and what is as near to these as neighbours are
+        alike is left out of both parts.
+    share
+        Share of the sequences or windows that is held out. 0 holds nothing out: both parts are the
+        whole.
+    seed
+        Of the choice.
+
+    Returns
+    -------
+    tuple
+        The seen part and the unseen part.
+
+    Raises
+    ------
+    ValueError
+        If ``share`` is not from 0 to 1 (1 excluded), or counts cannot be split: pairs are summed
+        over all windows, and one window is not two.
+    """
+    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    if not (is_number(share) and 0 <= share < 1):
+        raise ValueError(f"holdout must be at least 0 and below 1, got {shown(share)}")
+    seed = seed_in(seed)
+    if share == 0:
+        return traffic, traffic
+    if isinstance(traffic, RoutingTrace):
+        if traffic.tokens < 2:
+            raise ValueError(
+                f"holdout must be 0 for a trace of {traffic.tokens} tokens, got {share}"
+            )
+        return _part_of_trace(traffic, share, seed)
+    if traffic.transitions is not None or traffic.coactivation is not None:
+        raise ValueError(
+            f"holdout must be 0 for saved statistics (--holdout 0), got {share}: pairs are counted "
+            "over all windows; give the trace to judge on unseen sequences"
+        )
+    if traffic.windows < 2:
+        raise ValueError(f"holdout must be 0 for a load table of one window, got {share}")
+    blocks = blocks_of(traffic.window_load, traffic.group)
+    if blocks.length == 1:
+        held_out = min(max(round(share * traffic.windows), 1), traffic.windows - 1)
+        unseen = np.zeros(traffic.windows, dtype=bool)
+        unseen[np.random.default_rng(seed).permutation(traffic.windows)[:held_out]] = True
+        return some_windows(traffic, ~unseen), some_windows(traffic, unseen)
+    seen, unseen = runs(traffic.windows, share, blocks.length, seed, traffic.group)
+    return some_windows(traffic, seen), some_windows(traffic, unseen)
+
+
+def _part_of_trace(trace: RoutingTrace, share: float, seed: int) -> tuple[Traffic, Traffic]:
+    if trace.sequence is not None and (trace.sequence != trace.sequence[0]).any():
+        unit = units_of(trace).of_tokens(trace.sequence)
+        labels = np.unique(unit)
+        count = min(max(round((1 - share) * labels.size), 1), labels.size - 1)
+        chosen = np.random.default_rng(seed).permutation(labels)[:count]
+        seen = np.isin(unit, chosen)
+        return some_tokens(trace, seen), some_tokens(trace, ~seen)
+    seen, unseen = runs(trace.tokens, share, reach_of(trace), seed, trace.group)
+    return some_tokens(trace, seen), some_tokens(trace, unseen)
+
+
+def some_tokens(trace: RoutingTrace, keep: NDArray[np.bool_]) -> RoutingTrace:
+    """Return some tokens [T] of a trace."""
+    kept = replace(trace, sequence=keep.astype(np.int32)).select(sequences=[1])
+    return replace(kept, sequence=None if trace.sequence is None else trace.sequence[keep])
+
+
+def likeness(share: float, units: Units) -> float:
+    """Compute how alike two splits judge that hold out a share: the correlation of their gains.
+
+    It has two parts. Units are unseen in both splits; and what a unit gains by another one that
+    was seen is, where nothing is to be learnt, what that gains by it, so two units count alike that
+    are on different sides in both. Halves that are drawn at random have half of either in common.
+    Runs begin at places that consecutive seeds spread, and have more of the second.
+    """
+    alike = max(share, 2 * share * (1 - share))
+    return alike if units.blocks.length == 1 and units.name != "window" else max(alike, RUNS)
+
+
+def reach_of(trace: RoutingTrace) -> int:
+    """Compute over how many tokens neighbours of an unlabelled trace are alike."""
+    piece = max(PIECE, -(-trace.tokens // PIECES))
+    return piece * blocks_of(*_loads(trace, piece, None)).length
+
+
+def runs(
+    number: int,
+    share: float,
+    gap: int,
+    seed: int,
+    group: NDArray[np.integer[Any]] | None = None,
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Choose runs of windows or tokens to hold out, and what is seen, apart from them by a gap.
+
+    Runs are as many as lose no more than a quarter of all to their gaps, and one at least; both
+    parts have something where there are two. Groups [W] are taken one after the other, so that
+    each is split.
+    """
+    periods = max(number // (2 * LOST * gap), 1)
+    length = number / periods
+    gap = min(gap, max(int(length - 2) // 2, 0))
+    of_unseen = min(max(round(share * (length - 2 * gap)), 1), max(int(length) - 2 * gap - 1, 1))
+    start = int(length * ((seed * GOLDEN) % 1.0))
+    place = (np.arange(number) - start) % number % length
+    if group is not None:
+        place[np.argsort(group, kind="stable")] = place.copy()
+    unseen = place < of_unseen
+    seen = (place >= of_unseen + gap) & (place < length - gap)
+    return seen, unseen

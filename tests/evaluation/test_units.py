@@ -1,0 +1,174 @@
+"""Units: what is independent in traffic, how much there is, and how it is held out."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.evaluation.intervals import Interval, Sums, mean_interval, paired
+from moetuner.evaluation.units import (
+    Blocks,
+    Units,
+    blocks_of,
+    hold_out,
+    likeness,
+    reach_of,
+    runs,
+    units_of,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+
+import simulated
+
+LAW = simulated.Law()
+
+
+def table(topics, windows, seed):
+    """Load table of topics of so many windows."""
+    return LAW.table(np.random.default_rng([topics, windows, seed]), topics, windows)
+
+
+@pytest.mark.parametrize(("topics", "windows"), [(32, 2), (16, 4), (8, 8)])
+def test_blocks_are_as_long_as_topics(topics, windows):
+    """The correlation time is the topics' length, within a quarter of it in the mean."""
+    found = [blocks_of(table(topics, windows, seed).window_load) for seed in range(8)]
+    assert np.mean([each.correlation for each in found]) == pytest.approx(windows, rel=0.25)
+    assert all(windows <= each.length + 1 for each in found)
+
+
+def test_independent_windows_are_no_blocks():
+    """Of twenty tables whose windows differ by themselves, at most two seem to be alike."""
+    assert sum(blocks_of(table(64, 1, seed).window_load).length > 1 for seed in range(20)) <= 2
+
+
+def test_long_correlations_are_measured_on_fewer_windows():
+    """Topics of 40 windows reach beyond the lags that are looked at."""
+    found = blocks_of(table(10, 40, 0).window_load)
+    assert found.correlation == pytest.approx(40, rel=0.4)
+
+
+def test_groups_have_levels_of_their_own():
+    """Groups that follow one another are no correlation; without their labels they are."""
+    rng = np.random.default_rng(0)
+    share = np.repeat(rng.dirichlet(np.ones(8), (4, 1)), 16, axis=0)
+    load = rng.multinomial(500, share)
+    group = np.arange(64) // 16
+    assert blocks_of(load, group).length == 1
+    assert blocks_of(load).length > 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_are_held_out_with_a_gap(seed):
+    """No window that is seen is within a block of one that is held out; few are lost."""
+    load = table(32, 4, seed)
+    length = blocks_of(load.window_load).length
+    numbered = mt.RoutingStatistics.from_load(
+        load.window_load, group=np.zeros(128, int), group_names=("all",)
+    )
+    seen, unseen = runs(128, 0.5, length, seed)
+    assert not (seen & unseen).any()
+    apart = np.abs(np.flatnonzero(seen)[:, None] - np.flatnonzero(unseen))
+    assert np.minimum(apart, 128 - apart).min() > length
+    assert seen.sum() + unseen.sum() >= 0.7 * 128
+    parts = hold_out(numbered, 0.5, seed=seed)
+    assert [part.windows for part in parts] == [seen.sum(), unseen.sum()]
+
+
+@pytest.mark.parametrize("gap", [1, 3, 50, 1000])
+@pytest.mark.parametrize("number", [2, 3, 7, 64])
+def test_both_parts_have_something(number, gap):
+    """However long the gap, and however few there are."""
+    for share in (0.01, 0.5, 0.99):
+        seen, unseen = runs(number, share, gap, 3)
+        assert seen.any()
+        assert unseen.any()
+
+
+def test_every_group_is_split():
+    """Runs are of every group, though groups follow one another."""
+    group = np.arange(400) // 100
+    seen, unseen = runs(400, 0.5, 5, 0, group)
+    for part in (seen, unseen):
+        assert set(group[part]) == {0, 1, 2, 3}
+
+
+def test_an_unlabelled_trace_is_held_out_further_than_its_sequences_reach():
+    """No sequence that was seen has tokens in the unseen part, though nobody labelled it."""
+    rng = np.random.default_rng(5)
+    labelled = LAW.trace(rng, np.full(40, 300))
+    trace = mt.RoutingTrace.from_arrays(labelled.expert_ids, num_experts=simulated.EXPERTS)
+    assert 200 <= reach_of(trace) <= 600
+    seen, unseen = runs(trace.tokens, 0.5, reach_of(trace), 0)
+    both = set(labelled.sequence[seen]) & set(labelled.sequence[unseen])
+    assert len(both) <= 2
+    parts = hold_out(trace, 0.5)
+    assert [part.tokens for part in parts] == [seen.sum(), unseen.sum()]
+    assert parts[0].sequence is None
+
+
+@pytest.mark.parametrize("kinds", [2, 5, 12])
+def test_few_kinds_are_counted(kinds):
+    """Prompts that are asked again and again are as many units as there are prompts."""
+    rng = np.random.default_rng(kinds)
+    found = units_of(LAW.trace(rng, simulated.prompts(rng, 60), kinds=kinds))
+    assert found.name == "kind"
+    assert found.number == pytest.approx(kinds, abs=1)
+
+
+def test_kinds_are_on_one_side():
+    """No kind is both seen and unseen."""
+    rng = np.random.default_rng(1)
+    trace = LAW.trace(rng, simulated.prompts(rng, 60), kinds=8)
+    units = units_of(trace)
+    seen, unseen = (
+        set(units.of_tokens(part.sequence).tolist()) for part in hold_out(trace, 0.5, seed=2)
+    )
+    assert not seen & unseen
+
+
+@pytest.mark.parametrize("evenness", [2.0, 20.0, 200.0])
+@pytest.mark.parametrize("skew", [0.0, 1.0])
+def test_sequences_that_differ_are_units(evenness, skew):
+    """However little they differ, sequences of kinds of their own count one by one."""
+    rng = np.random.default_rng(3)
+    found = units_of(simulated.Law(skew, evenness).trace(rng, simulated.prompts(rng, 60)))
+    assert (found.name, found.number) == ("sequence", 60)
+
+
+def test_one_kind_is_told():
+    """Sequences that all route alike may be one prompt: they count, and it is said."""
+    rng = np.random.default_rng(4)
+    found = units_of(LAW.trace(rng, simulated.prompts(rng, 40), kinds=1))
+    assert (found.name, found.number, found.all_alike) == ("sequence", 40, True)
+
+
+def test_blocks_widen_intervals_as_much_as_windows_are_alike():
+    """The interval of windows that come four times is that of four times fewer."""
+    rng = np.random.default_rng(6)
+    each = 1 + 0.1 * rng.normal(size=60)
+
+    def width(repeat, blocks):
+        above, ones = each.repeat(repeat), np.ones(60 * repeat)
+        flat = Sums(1.0, ones, ones, blocks)
+        sums = Sums(float(above.mean()), above, ones, blocks)
+        change = paired({"x": sums}, {"x": flat}, rng=np.random.default_rng(0))["x"].change
+        assert change.units == 60
+        return change.interval.high - change.interval.low
+
+    lag = 1 - np.arange(1, 4) / 4
+    inside = 1 + 2 * (lag * lag).sum()
+    blocks = Blocks(4.0, 4, float(np.sqrt(4 / inside)))
+    assert width(4, blocks) == pytest.approx(width(1, Blocks()), rel=0.2)
+
+
+def test_the_mean_of_splits_is_surer_than_one():
+    """Halves have half in common: of three, the interval of the mean is a fifth narrower."""
+    alike = likeness(0.5, Units("sequence", 60))
+    assert alike == 0.5
+    low_high = mean_interval([Interval(1.0, 0.0, 2.0)] * 3, alike)
+    assert low_high.high - low_high.low == pytest.approx(2 * np.sqrt(2 / 3))
+    assert mean_interval([Interval(1.0, 0.0, 2.0)] * 3, 1.0) == (1.0, 0.0, 2.0)
+    assert mean_interval([Interval(1.0, None, None)], alike) == (1.0, None, None)

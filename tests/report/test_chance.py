@@ -1,0 +1,77 @@
+"""What is claimed of traffic that gains nothing: the first table of bench/chance.py in small."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+
+import chance
+import simulated
+
+RUNS = 3
+
+
+@pytest.mark.parametrize(
+    "name", ["16 topics of 4 windows", "sequences without labels", "60 of 5 kinds"]
+)
+def test_no_gain_is_claimed_where_there_is_none(name):
+    """Of traffic that is alike where it was recorded, and gains nothing elsewhere."""
+    false, held, trials, _ = chance.advices(name, RUNS)
+    assert false == trials == 0
+    assert held >= 1 - 1 / RUNS
+
+
+def test_a_gain_is_found_without_labels():
+    """Windows that are alike hide no gain that all text has."""
+    assert chance.advices("40 topics of 4 windows", 2, 2.0)[2] == 1
+
+
+def test_what_is_too_little_without_labels_is_told():
+    """Eight topics are three independent unseen windows, and the reason says so."""
+    table = simulated.Law(2.0).table(np.random.default_rng(0), 8, 8)
+    found = simulated.advised(table, 0, splits=1)
+    assert found.answer == "not enough evidence"
+    assert found.reasons[0].startswith("Neighbouring windows are alike")
+    assert any("no sequence labels" in each for each in found.warnings)
+    assert found.to_dict()["units"]["block_length"] == found.units.blocks.length > 5
+
+
+def test_few_kinds_are_told():
+    """Five kinds of prompts, six by their tokens, are too few, and it is said how many."""
+    rng = np.random.default_rng(0)
+    trace = simulated.Law(2.0).trace(rng, simulated.prompts(rng, 60), kinds=5)
+    found = simulated.advised(trace, 0, splits=1)
+    assert found.answer == "not enough evidence"
+    assert f"of {found.units.number} kinds only" in found.reasons[0]
+    assert 5 <= found.units.number <= 6
+    assert any("asked again" in each for each in found.warnings)
+
+
+@pytest.mark.parametrize("name", ["64 windows", "16 topics of 4 windows"])
+def test_equally_good_placements_are_seldom_certain(name):
+    """Of 24 tables at most three seem to tell them apart; of windows alone every third would."""
+    assert max(chance.certain(name, 24)) <= 3 / 24
+
+
+def test_splits_that_agree_are_no_evidence():
+    """The sentence of compare is by the interval; all splits agree more often."""
+    sure, agreed = chance.compared("60 sequences", 5)
+    assert sure <= 1 / 5
+    assert sure <= agreed
+
+
+def test_groups_that_follow_one_another_are_judged_mixed_and_as_recorded():
+    """One sentence has both gains; the order is no reason to refuse."""
+    rng = np.random.default_rng(0)
+    law = simulated.Law(2.0)
+    trace = law.trace(rng, simulated.prompts(rng, 80), groups=2)
+    found = simulated.advised(trace, 0, splits=1)
+    assert found.drift.is_told
+    assert found.drift.is_of_groups
+    assert found.answer == "worth a trial"
+    (sentence,) = (each for each in found.reasons if "hold different groups" in each)
+    assert "served mixed" in sentence
+    assert "as recorded" in sentence
