@@ -20,6 +20,7 @@ from unittest import mock
 
 # What the processes import by name: the work of the ranks, and the oracles.
 IMPORTED = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "oracles")]
+IMPORTED += filter(None, [os.environ.get("PYTHONPATH")])
 
 
 @dataclass(frozen=True)

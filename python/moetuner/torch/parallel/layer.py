@@ -48,8 +48,10 @@ class Routes:
 
     Attributes
     ----------
+    placement
+        The placement in force.
     fingerprint
-        Number that ranks with the same slots and rules share, and others do not.
+        Number that ranks with the same slots and rules share, and others do not; a scalar tensor.
     """
 
     def __init__(
@@ -66,19 +68,33 @@ class Routes:
             raise ValueError(
                 f"layer must be from 0 to {placement.layers - 1}, the placement's, got {layer}"
             )
-        self.placement = placement
-        self.layer = layer
+        self.layer, self.rank = layer, rank
         self.experts = placement.num_experts
         self.slots_per_device = placement.slots_per_device
+        self.devices_per_node = devices_per_node
         self.node_size = node_size(placement.devices, devices_per_node)
-        near = rank if split_rule(split) == "nearest" else None
-        slots = placement.slots[layer]
+        self.split = split_rule(split)
+        # As many copies as an expert can have in slots of this number, whatever the placement.
+        most = placement.devices * self.slots_per_device - self.experts + 1
+        self._table = torch.zeros(self.experts, most, dtype=torch.int32, device=device)
+        self._count = torch.ones(self.experts, dtype=torch.int64, device=device)
+        self.fingerprint = torch.zeros((), dtype=torch.int64, device=device)
+        self.update(placement)
+
+    def update(self, placement: Placement) -> None:
+        """Route by another placement of the same sizes.
+
+        Tensors stay where they are, so that a captured CUDA graph routes by the new placement.
+        """
+        slots = placement.slots[self.layer]
+        near = self.rank if self.split == "nearest" else None
         table, count = copies(slots, self.experts, near=near, node=self.node_size)
-        self._table = torch.from_numpy(table).to(device)
-        self._count = torch.from_numpy(count).to(device)
-        rules = (slots.shape, self.experts, layer, devices_per_node, split)
+        rules = (slots.shape, self.experts, self.layer, self.devices_per_node, self.split)
         digest = hashlib.sha256(repr(rules).encode() + slots.astype("<i4").tobytes()).digest()
-        self.fingerprint = int.from_bytes(digest[:8], "little", signed=True)
+        self._table[:, : table.shape[1]].copy_(torch.from_numpy(table))
+        self._count.copy_(torch.from_numpy(count))
+        self.fingerprint.fill_(int.from_bytes(digest[:8], "little", signed=True))
+        self.placement = placement
 
     def slots_of(self, expert_ids: Tensor, position: Tensor) -> Tensor:
         """Return the slots ``device * S + slot`` [T,K] that serve experts [T,K] of tokens [T]."""
@@ -225,9 +241,10 @@ class ExpertParallelMoE(nn.Module):
 
     def switch(self, placement: Placement) -> None:
         """Put another placement in force; the experts' weights must be in its slots already."""
-        self.routes = self._routes(placement, self.routes.layer)
+        self._check_sizes(placement)
+        self.routes.update(placement)
 
-    def _routes(self, placement: Placement, layer: int) -> Routes:
+    def _check_sizes(self, placement: Placement) -> None:
         if placement.devices != self.ranks:
             raise ValueError(
                 f"placement must have {self.ranks} devices, the ranks of the group, "
@@ -239,6 +256,9 @@ class ExpertParallelMoE(nn.Module):
                     f"experts: {name} must have the placement's {placement.slots_per_device} "
                     f"slots, got {list(weight.shape)}"
                 )
+
+    def _routes(self, placement: Placement, layer: int) -> Routes:
+        self._check_sizes(placement)
         self._routed_on = self.device
         return Routes(
             placement,
@@ -303,7 +323,7 @@ class ExpertParallelMoE(nn.Module):
         faults = torch.where(torch.isfinite(top_k_weights).all(), 0, NOT_FINITE)
         faults = faults + torch.where((known == top_k_index).all(), 0, NO_EXPERT)
         # Slots travel as 32 bits beside their row.
-        slots = routes.slots_of(known, position).to(torch.int32)
+        slots = routes.slots_of(known, position)
 
         rows, weights = hidden_states, top_k_weights
         backward = Backward(
@@ -319,7 +339,7 @@ class ExpertParallelMoE(nn.Module):
             here = slots.long() // (width * size) == self.rank // size
             slots = torch.where(here, slots, -1)
             hops.append(hop)
-        results = self._compute(rows, slots - self.rank * width, weights, here)
+        results = self._compute(rows, slots - self.rank * width, weights, here, hop.splits.visits)
         for hop in reversed(hops):
             results = hop.gather(results)
         self.traffic.steps += 1
@@ -346,17 +366,19 @@ class ExpertParallelMoE(nn.Module):
             weights += experts.parameters()
         return any(weight.requires_grad for weight in weights)
 
-    def _compute(self, rows: Tensor, slots: Tensor, weights: Tensor, here: Tensor) -> Tensor:
-        """Sum the results of a row's slots [R,K] in their order, as far as they are ``here``."""
+    def _compute(
+        self, rows: Tensor, slots: Tensor, weights: Tensor, here: Tensor, served: int
+    ) -> Tensor:
+        """Sum the results of a row's slots [R,K] in their order: the ``served`` that are here."""
         width, top_k = self.routes.slots_per_device, slots.shape[1]
         flat = torch.where(here, slots.long(), width).reshape(-1)
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=width + 1)[:width]
-        chosen = order[: int(counts.sum())]
+        chosen = flat.argsort(stable=True)[:served]
+        # Neither ``bincount`` nor a sum that the host must wait for.
+        counts = flat.new_zeros(width + 1).scatter_add_(0, flat, torch.ones_like(flat))[:width]
         # Experts under autocast, or without a row, may give another type: ranks must send alike.
         values = self.experts(rows[chosen // top_k], counts).to(rows.dtype)
-        which = torch.full_like(flat, len(chosen))
-        which[chosen] = torch.arange(len(chosen), device=flat.device)
+        which = torch.full_like(flat, served)
+        which[chosen] = torch.arange(served, device=flat.device)
         return sum_rows(values, which.view_as(slots), weights)
 
     def _misfit(
@@ -396,7 +418,7 @@ class ExpertParallelMoE(nn.Module):
     def _refuse(self, reason: str) -> None:
         """Raise on this rank and on all others, which wait for it."""
         nothing = torch.empty(0, 1, dtype=torch.int64, device=self.device)
-        faults = torch.tensor(MISFIT, device=self.device)
+        faults = torch.full((), MISFIT, device=self.device)
         try:
             header = Header(self.routes.fingerprint, 0, faults)
             experts = self.routes.experts
