@@ -152,43 +152,81 @@ def lost_rank(rank, how):
     return message, seconds, model.unchanged()
 
 
-def torn_switch(rank):
-    """Rank 2 fails when all have agreed and the others have switched: errors of the next step."""
-    model = Model(rank)
-    model.unbalance()
-    broken = RuntimeError("lost the device")
-    with (
-        mock.patch.object(Spares, "put", side_effect=broken if rank == 2 else None),
-        contextlib.suppress(RuntimeError),
-    ):
-        model.rebalancer.step()
-    try:
-        model.step()
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
+def fault(name, rank):
+    """Make this rank fail, or be late, at a phase of a move."""
+    broken = ValueError("broken")
+    fill, put = Spares.fill, Spares.put
+
+    def late(self, *arguments):
+        time.sleep(1.5 * PATIENCE)
+        fill(self, *arguments)
+
+    def half_filled(self, *arguments):
+        self.weights = dict(reversed(self.weights.items())) | {"down": None}
+        fill(self, *arguments)
+
+    def half_put(self, weights):
+        put(self, dict(list(weights.items())[:1]))
+
+    where = "moetuner.torch.parallel.rebalance"
+    return {
+        "memory": lambda: mock.patch.object(Spares, "__init__", side_effect=MemoryError("no room")),
+        "solver": lambda: mock.patch(f"{where}.rebalance", side_effect=broken),
+        "judge": lambda: mock.patch.object(Rebalancer, "_judge", side_effect=broken),
+        "room": lambda: mock.patch(f"{where}.spare_bytes", side_effect=broken),
+        "fill": lambda: mock.patch.object(Spares, "fill", side_effect=broken),
+        "half a fill": lambda: mock.patch.object(Spares, "fill", half_filled),
+        "late fill": lambda: mock.patch.object(Spares, "fill", late),
+        "put": lambda: mock.patch.object(Spares, "put", side_effect=broken),
+        "half a put": lambda: mock.patch.object(Spares, "put", half_put),
+    }.get(name, contextlib.nullcontext)()
 
 
 def failing_rank(rank, how):
     """Rank 1 fails or differs; afterwards the old placement works, and the next move as well."""
     model = Model(rank)
     model.unbalance()
-    if rank == 1 and how == "memory":
-        with mock.patch.object(Spares, "__init__", side_effect=MemoryError("no room")):
-            message, _ = refused(model)
-    elif rank == 1 and how == "solver":
-        broken = ValueError("no answer")
-        with mock.patch("moetuner.torch.parallel.rebalance.rebalance", side_effect=broken):
-            message, _ = refused(model)
-    else:
-        load = model.rebalancer._observed.total.copy()
-        if rank == 1 and how == "counts":
-            model.rebalancer._observed.total[0, 0] += 1
+    if how == "counts":
+        model.rebalancer._observed.total[0, 0] += rank == 1
+    with fault(how if rank == 1 else "none", rank):
         message, _ = refused(model)
-        model.rebalancer._observed.total = load
     unchanged, before = model.unchanged(), model.step()
+    if how == "counts":
+        assert not model.rebalancer.load.any()
+        model.unbalance()
     moved, after = model.rebalancer.step().moved, model.step()
     return message, unchanged, before == after == 0.0, moved
+
+
+def faulty(rank, faults):
+    """Live through faults (name, rank): what became of every step, and if all is right after it.
+
+    After each fault there are four steps without; then traffic that a move must follow.
+    """
+    model = Model(rank)
+    said = []
+    for name, where in [step for at in faults for step in (at, *[("none", 0)] * 4)]:
+        model.shift()
+        right = max(model.step() for _ in range(4)) == 0.0
+        name = name if where == rank else "none"
+        load, model.load = model.load, np.zeros_like(model.load)
+        with contextlib.suppress(ValueError):
+            if name != "unobserved":
+                wrong = {"miscounted": 1, "not a number": float("nan")}.get(name, 0)
+                model.rebalancer.observe(load + wrong, steps=4)
+        if name == "late":
+            time.sleep(1.5 * PATIENCE)
+        outcome = "skipped"
+        if name != "skipped":
+            with fault(name, rank):
+                try:
+                    decision = model.rebalancer.step()
+                    outcome = f"{decision.moved} {decision.reason}"
+                except MoveError:
+                    outcome = "MoveError"
+        said.append((outcome, model.rebalancer.placement.slots.tobytes(), right))
+    model.unbalance()
+    return said, model.rebalancer.step().moved and model.step() == 0.0
 
 
 def decisions(rank):
@@ -250,12 +288,12 @@ def no_room_for_two(rank):
     model.unbalance()
     make, held = Spares.__init__, []
 
-    def scarce(self, weights, plan, own):
+    def scarce(self, weights, plan, *own):
         if plan and rank == 1:
             if held and held[-1]() is not None:
                 raise MemoryError("no room")
             held.append(weakref.ref(self))
-        make(self, weights, plan, own)
+        make(self, weights, plan, *own)
 
     with mock.patch.object(Spares, "__init__", scarce):
         decision = model.rebalancer.step()
@@ -296,14 +334,14 @@ def slow_decisions(rank):
     """Search for longer than it can bring in: give the reasons of two steps."""
     model = Model(rank)
     model.unbalance()
-    agreement, largest = model.rebalancer._agreement, Agreement.largest
+    exchange = Agreement.exchange
 
-    def slow(self, about, value):
-        return largest(self, about, 10**18 if "took" in about and rank == 1 else value)
+    def slow(self, about, value=0, *arguments):
+        value = 10**18 if "took" in about and rank == 1 else value
+        return exchange(self, about, value, *arguments)
 
-    with mock.patch.object(Agreement, "largest", slow):
+    with mock.patch.object(Agreement, "exchange", slow):
         first, second = model.rebalancer.step(), model.rebalancer.step()
-    assert agreement is model.rebalancer._agreement
     return first.reason, second.reason, first.decision_us, model.unchanged()
 
 

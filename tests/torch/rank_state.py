@@ -7,7 +7,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from rank_work import single
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import moetuner as mt
 from moetuner.torch import ExpertParallelMoE, GroupedExperts, swiglu
@@ -49,7 +58,7 @@ def saved_and_loaded(rank, folder, high_level):
         model = torch.nn.ModuleDict({"mlp": layer, "head": torch.nn.Linear(2, 2)})
         state = get_model_state_dict(model) if high_level else model.state_dict()
         # Into new memory, so that it is the loading of the state that counts.
-        state = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+        state = {key: tensor.clone() for key, tensor in state.items()}
         dcp.load(state, checkpoint_id=folder)
         if high_level:
             set_model_state_dict(model, state)
@@ -59,10 +68,91 @@ def saved_and_loaded(rank, folder, high_level):
     return found
 
 
+class Routed(torch.nn.Module):
+    """A layer whose tokens choose by themselves, between other modules."""
+
+    def __init__(self, layer):
+        super().__init__()
+        torch.manual_seed(1)
+        self.gate, self.moe = torch.nn.Linear(4, 4, bias=False), layer
+
+    def forward(self, x):
+        weights, chosen = self.gate(x).softmax(dim=-1).topk(2)
+        return self.moe(x, chosen, weights)
+
+
+def gathered(rank):
+    """Give what every expert is in a full state, and what another placement holds of it."""
+    full = StateDictOptions(full_state_dict=True)
+    state = get_model_state_dict(Routed(layer_of(HERE, rank)), options=full)
+    found = {name: tensor.flatten()[0].item() - 1 for name, tensor in state.items()}
+    del found["gate.weight"]
+    whole = all(tensor.shape[0] in (4, 8) for tensor in state.values())
+    other = Routed(layer_of(THERE, rank, known=0.0))
+    set_model_state_dict(other, state, options=full)
+    return found, whole, held(other.moe)
+
+
+def optimised(rank, folder):
+    """Whether an optimizer's state comes back on every rank, and what other slots say to it."""
+    warnings.filterwarnings("ignore")
+
+    def trained(slots, learn):
+        model = Routed(layer_of(slots, rank, known=0.1))
+        optimizer = torch.optim.AdamW(model.parameters())
+        if learn:
+            model(numbers(7, 6, 4)).square().sum().backward()
+            optimizer.step()
+        return model, optimizer
+
+    model, optimizer = trained(HERE, True)
+    dcp.save(dict(zip("mo", get_state_dict(model, optimizer), strict=True)), checkpoint_id=folder)
+    right = optimizer.state[model.moe.experts.up]["exp_avg"]
+    model, optimizer = trained(HERE, False)
+    state = dict(zip("mo", get_state_dict(model, optimizer), strict=True))
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["m"], optim_state_dict=state["o"])
+    same = torch.equal(optimizer.state[model.moe.experts.up]["exp_avg"], right)
+    model, optimizer = trained(THERE, False)
+    try:
+        state = dict(zip("mo", get_state_dict(model, optimizer), strict=True))
+        dcp.load(state, checkpoint_id=folder)
+    except BaseException as error:
+        return same and bool(right.any()), str(error)
+    return same, "no error"
+
+
+def wrapped(rank, how):
+    """Give what a model says that is wrapped whole, and how far it is off with experts left out."""
+    x = numbers(rank, 6, 4)
+    expected = Routed(layer_of(HERE, rank))(x).detach()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def wrap(model, ignore):
+        if how == "fully_shard":
+            ignored = set(model.moe.experts.parameters()) if ignore else None
+            return fully_shard(model, mesh=mesh, ignored_params=ignored)
+        if ignore:
+            names = [name for name, _ in model.named_parameters() if "experts_" in name]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+        return DistributedDataParallel(model)
+
+    try:
+        wrap(Routed(layer_of(HERE, rank)), False)(x)
+        said = "no error"
+    except ValueError as error:
+        said = str(error)
+    model = wrap(Routed(layer_of(HERE, rank)), True)
+    out = [model(x) for _ in range(2)][1]
+    out.sum().backward()
+    return said, float((out.detach() - expected).abs().max())
+
+
 def states(rank):
     """Give names of a state and what loading other ones says."""
     layer = layer_of(HERE, rank)
     names = sorted(layer.state_dict())
+    here = sorted(name for name, w in layer.state_dict().items() if len(w.to_local()))
     said = []
     whole = {f"expert.{e}.{n}": torch.full(s, e + 1.0) for e in range(4) for n, s in SIZES}
     for state in (
@@ -82,7 +172,7 @@ def states(rank):
     empty.load_state_dict(whole, assign=True)
     weights = empty.experts.weights().values()
     assert all(isinstance(weight, torch.nn.Parameter) for weight in weights)
-    return names, said, held(empty)
+    return names, here, said, held(empty)
 
 
 SIZES = (("up", (8, 4)), ("down", (4, 4)))

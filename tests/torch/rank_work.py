@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from placements import random_slots
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import moetuner as mt
@@ -176,6 +178,79 @@ def recomputed(rank):
         out.square().sum().backward()
         gradients.append(x.grad)
     return torch.equal(*gradients)
+
+
+class Waiting(TorchFunctionMode):
+    """Names of calls for which a CUDA device and the host would wait for one another."""
+
+    CALLS = "tolist item numpy cpu __bool__ __int__ __index__ __float__ tensor as_tensor from_numpy"
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in self.CALLS.split():
+            self.names.append(function.__name__)
+        return function(*args, **kwargs or {})
+
+
+class WaitingInside(TorchDispatchMode):
+    """The same of what those calls are made of: sizes that depend on values, scalars."""
+
+    CALLS = (
+        "nonzero bincount masked_select _local_scalar_dense unique_dim _unique2 repeat_interleave"
+    )
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.split("::")[1]
+        by_mask = name in ("index", "index_put_") and any(
+            of is not None and of.dtype == torch.bool for of in args[1]
+        )
+        if name in self.CALLS.split() or by_mask:
+            self.names.append(name)
+        return function(*args, **kwargs or {})
+
+
+def waits(rank, node):
+    """Give the calls of a pass in which host and device wait, but for those of the experts."""
+    case = Case(7, dist.get_world_size(), exact=True)
+    case.node = node
+    layer, at = case.distributed(rank), case.mine(rank)
+    forward = layer.experts.forward
+    with Waiting() as waiting, WaitingInside(waiting.names):
+
+        def uncounted(*arguments):
+            before = len(waiting.names)
+            out = forward(*arguments)
+            del waiting.names[before:]
+            return out
+
+        layer.experts.forward = uncounted
+        layer(case.x[at], case.index[at], case.w[at], first_token=at)
+    return waiting.names
+
+
+def switched(rank):
+    """Whether tables stay where they are when the placement changes, and what a pass gives."""
+    case = Case(7, dist.get_world_size(), exact=True)
+    layer, at = case.distributed(rank), case.mine(rank)
+    routes = layer.routes
+    tensors = [name for name, value in vars(routes).items() if isinstance(value, torch.Tensor)]
+    before = {name: getattr(routes, name).data_ptr() for name in tensors}
+    case.placement = mt.Placement(
+        np.roll(case.placement.slots, 1, axis=1), num_experts=case.experts
+    )
+    other = case.distributed(rank)
+    for name, weight in layer.experts.weights().items():
+        weight.copy_(other.experts.weights()[name])
+    layer.switch(case.placement)
+    after = {name: getattr(layer.routes, name).data_ptr() for name in tensors}
+    return len(tensors), before == after, torch.equal(case.run(layer, rank), case.expected()[at])
 
 
 def autocast(rank):

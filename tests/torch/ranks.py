@@ -20,6 +20,7 @@ from unittest import mock
 
 # What the processes import by name: the work of the ranks, and the oracles.
 IMPORTED = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "oracles")]
+IMPORTED += filter(None, [os.environ.get("PYTHONPATH")])
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def values(ranks: int, work: str, *arguments: Any, timeout: float = 60) -> list[
 def _context() -> Any:
     """Start the fork server; it takes its path from the environment, not from this process."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["rank_work", "rank_rebalance", "rank_transformers"])
+    context.set_forkserver_preload(
+        ["rank_work", "rank_state", "rank_rebalance", "rank_transformers"]
+    )
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(IMPORTED)):
         forkserver.ensure_running()
     return context

@@ -97,3 +97,14 @@ def test_recomputation_finds_the_same_copies():
 def test_bytes_under_autocast_are_those_of_the_wire():
     """Results go back in the type of the tokens, on every rank, and are counted so."""
     assert values(3, "rank_work.autocast") == [(True, True, True)] * 3
+
+
+@pytest.mark.parametrize(("node", "hops"), [(None, 1), (2, 2)])
+def test_the_host_waits_once_for_an_exchange(node, hops):
+    """Only the numbers of rows are read from the device, once per hop."""
+    assert values(4, "rank_work.waits", node) == [["tolist"] * hops] * 4
+
+
+def test_tables_are_changed_in_place():
+    """A CUDA graph that was captured before a move routes by the placement after it."""
+    assert values(2, "rank_work.switched") == [(3, True, True)] * 2

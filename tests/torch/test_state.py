@@ -18,9 +18,10 @@ def test_a_distributed_checkpoint_has_every_expert(tmp_path, high_level):
 
 def test_a_state_is_of_experts():
     """Names are of experts; a state of all of them loads; what is missing or strange is said."""
-    for rank, (names, said, empty) in enumerate(values(2, "rank_state.states")):
+    for rank, (names, held, said, empty) in enumerate(values(2, "rank_state.states")):
         experts = ([0, 1], [0, 2, 3])[rank]
-        assert names == sorted(f"expert.{e}.{n}" for e in experts for n in ("up", "down"))
+        assert names == sorted(f"expert.{e}.{n}" for e in range(4) for n in ("up", "down"))
+        assert held == sorted(f"expert.{e}.{n}" for e in experts for n in ("up", "down"))
         whole, strange, missing, shape, slots = said
         assert whole == ""
         assert 'Unexpected key(s) in state_dict: "expert.4.up"' in strange
@@ -28,6 +29,30 @@ def test_a_state_is_of_experts():
         assert f"expert.{2 * rank}.up must be [8, 4], got [3, 4]" in shape
         assert "experts.up is of slots, and must be of experts one by one" in slots
         assert empty == ([0, 1, -1], [2, 3, 0])[rank]
+
+
+def test_a_full_state_has_every_expert():
+    """It is gathered from all ranks, copies once, and loads into any placement."""
+    for rank, (found, whole, other) in enumerate(values(2, "rank_state.gathered")):
+        assert found == {f"moe.expert.{e}.{n}": e for e in range(4) for n in ("up", "down")}
+        assert whole
+        assert other == ([3, -1, 0], [1, 3, 2])[rank]
+
+
+def test_an_optimizer_is_not_loaded_into_other_slots(tmp_path):
+    """A checkpoint keeps the state of every rank's experts; where they moved it has none."""
+    for same, said in values(2, "rank_state.optimised", str(tmp_path / "saved")):
+        assert same
+        assert "experts_" in said
+
+
+@pytest.mark.parametrize("how", ["DistributedDataParallel", "fully_shard"])
+def test_wrappers_must_leave_out_the_experts(how):
+    """A model that is wrapped whole is refused on all ranks; with experts left out it is right."""
+    for said, difference in values(2, "rank_state.wrapped", how):
+        assert said.startswith(how)
+        assert "build the model again" in said
+        assert difference < 1e-5
 
 
 def test_a_layer_moves_as_a_whole():

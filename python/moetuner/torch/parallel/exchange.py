@@ -73,7 +73,7 @@ class Header:
     Parameters
     ----------
     fingerprint
-        Of placement and rules.
+        Of placement and rules, a scalar on the device of the rows.
     layout
         How a row with its slots and weights is made up.
     faults
@@ -82,7 +82,7 @@ class Header:
         Bits of ``Backward.wants``.
     """
 
-    fingerprint: int
+    fingerprint: Tensor
     layout: int
     faults: Tensor
     wants: int = 0
@@ -92,13 +92,15 @@ class Header:
 class Splits:
     """Rows that go to and come from every rank of a group.
 
-    ``learning`` has the bits of ``Backward.wants`` of all ranks.
+    ``learning`` has the bits of ``Backward.wants`` of all ranks; ``visits`` counts the targets of
+    the rows that come.
     """
 
     send: list[int]
     receive: list[int]
     group: dist.ProcessGroup | None
     learning: int = 0
+    visits: int = 0
 
     @property
     def back(self) -> Splits:
@@ -141,18 +143,25 @@ class Hop:
     ) -> None:
         self._backward = backward
         ranks = dist.get_world_size(group)
-        rows, top_k = target.shape
-        visits = torch.zeros(rows, ranks + 1, dtype=torch.bool, device=target.device)
-        visits.scatter_(1, torch.where(target < 0, ranks, target), True)
-        visits = visits[:, :ranks]
-        self.splits = _introduce(visits.sum(dim=0), header, group, experts)
-        # Sorted by rank, then by row: the order on the wire.
-        rank, self._row = visits.T.nonzero(as_tuple=True)
+        (rows, top_k), device = target.shape, target.device
+        target = torch.where(target < 0, ranks, target)
+        chosen = target.new_zeros(rows, ranks + 1).scatter_add_(1, target, torch.ones_like(target))
+        chosen = chosen[:, :ranks]
+        visits = chosen > 0
+        counts = torch.stack([visits.sum(dim=0), chosen.sum(dim=0)], dim=1)
+        self.splits = _introduce(counts, header, group, experts)
+        # Sorted by rank, then by row: the order on the wire. The host knows how many there are, so
+        # it need not wait for the device again, as ``nonzero`` would.
+        total, flat = sum(self.splits.send), visits.T.reshape(-1)
+        order = torch.where(flat, flat.cumsum(dim=0) - 1, total)
+        place = torch.arange(len(flat), device=device)
+        place = place.new_zeros(total + 1).scatter_(0, order, place)[:total]
+        rank, self._row = place // max(rows, 1), place % max(rows, 1)
         # A row's results in ascending order of rank: its j-th is number `_parts[row, j]` of those
         # that come back. What is missing points at a row of zeros behind the last.
         nth = visits.cumsum(dim=1)[self._row, rank] - 1
-        parts = torch.full((rows, min(top_k, ranks)), len(rank), device=target.device)
-        parts[self._row, nth] = torch.arange(len(rank), device=target.device)
+        parts = torch.full((rows, min(top_k, ranks)), total, device=device)
+        parts[self._row, nth] = torch.arange(total, device=device)
         self._parts = parts
 
     def send(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -241,35 +250,25 @@ def _all_to_all(out: Tensor, rows: Tensor, splits: Splits) -> None:
 def _introduce(
     counts: Tensor, header: Header, group: dist.ProcessGroup | None, experts: int
 ) -> Splits:
-    """Exchange headers with the counts of rows to come; raise what they say is wrong."""
+    """Exchange headers with counts of rows and targets [D,2]; raise what they say is wrong."""
     ranks = len(counts)
-    same = torch.tensor([header.fingerprint, header.layout], device=counts.device)
-    sent = torch.cat(
-        [
-            counts[:, None],
-            same.expand(ranks, 2),
-            (header.faults + header.wants).expand(ranks)[:, None],
-        ],
-        dim=1,
-    )
+    layout = torch.full((ranks, 1), header.layout, device=counts.device)
+    said = torch.stack([header.fingerprint, header.faults + header.wants]).expand(ranks, 2)
+    sent = torch.cat([counts, layout, said], dim=1)
     came = torch.empty_like(sent)
     dist.all_to_all_single(came, sent, group=group)
     # The one time that the host waits for the device before the rows are exchanged.
-    table = torch.cat([came, counts[:, None]], dim=1).tolist()
-    for rank, (_, _, _, faults, _) in enumerate(table):
+    table = torch.cat([came, sent], dim=1).tolist()
+    me, own = dist.get_rank(group), table[0][5:]
+    for rank, row in enumerate(table):
         for bit, message in FAULTS.items():
-            if faults & bit:
+            if row[4] & bit:
                 raise ValueError(f"rank {rank}: {message.format(experts=experts)}")
-    for what, column, own in (
-        ("placements", 1, header.fingerprint),
-        ("rows of another size or type", 2, header.layout),
-    ):
-        others = [rank for rank in range(ranks) if table[rank][column] != own]
+    for what, column in (("other placements", 3), ("rows of another size or type", 2)):
+        others = [rank for rank in range(ranks) if table[rank][column] != own[column]]
         if others:
-            me = dist.get_rank(group)
-            verb = "other placements than" if what == "placements" else f"{what} than"
-            raise RuntimeError(f"ranks {others} have {verb} rank {me}: nothing was sent")
-    wants = [row[3] for row in table]
+            raise RuntimeError(f"ranks {others} have {what} than rank {me}: nothing was sent")
+    wants = [row[4] for row in table]
     learning = [rank for rank in range(ranks) if wants[rank] & (TOKENS_LEARN | EXPERTS_LEARN)]
     others = [rank for rank in range(ranks) if wants[rank] & NO_GRADIENTS]
     if learning and others:
@@ -279,7 +278,8 @@ def _introduce(
         )
     either = TOKENS_LEARN | EXPERTS_LEARN
     every = functools.reduce(operator.or_, wants) & either
-    return Splits([row[4] for row in table], [row[0] for row in table], group, every)
+    send, receive = [row[5] for row in table], [row[0] for row in table]
+    return Splits(send, receive, group, every, visits=sum(row[1] for row in table))
 
 
 def _zeros() -> NDArray[np.int64]:
@@ -290,7 +290,7 @@ def _zeros() -> NDArray[np.int64]:
 class TrafficCounters:
     """What one rank sent to its peers, and received, in one layer.
 
-    A rank's rows to itself do not travel and are not counted, nor are the headers (32 bytes per
+    A rank's rows to itself do not travel and are not counted, nor are the headers (40 bytes per
     peer and exchange).
 
     Parameters

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moetuner.placement import EMPTY
@@ -126,13 +129,39 @@ class ByExpert:
         return ByExpert(below)
 
 
-def by_expert(weights: Mapping[str, Tensor], slots: Sequence[int]) -> ByExpert:
-    """Return the weights [S,..] of slots that hold experts [S] one by one, as views."""
+def by_expert(
+    weights: Mapping[str, Tensor],
+    slots: NDArray[np.int32],
+    rank: int,
+    group: dist.ProcessGroup | None,
+) -> ByExpert:
+    """Return the weights of all experts one by one, as views of a rank's weights [S,...].
+
+    Parameters
+    ----------
+    weights
+        Weights by name [S,...].
+    slots
+        Experts of the slots of all ranks [D,S], -1 for none.
+    rank
+        This one.
+    group
+        The ranks.
+    """
+    # Here, since it takes a while, and few ask for states.
+    from moetuner.torch.parallel.state import ExpertTensor, mesh_of
+
     found: dict[str, Tensor] = {}
+    own = slots[rank].tolist()
     for name, weight in weights.items():
-        for slot, expert in enumerate(slots):
-            if expert != EMPTY:
-                found.setdefault(f"{expert}.{name}", weight[slot])
+        for expert in np.unique(slots[slots != EMPTY]).tolist():
+            local = weight[own.index(expert)] if expert in own else None
+            if len(slots) > 1 and weight.ndim > 1:
+                ranks = np.flatnonzero((slots == expert).any(axis=1)).tolist()
+                mesh = mesh_of(group, "cpu" if weight.is_meta else weight.device.type)
+                local = ExpertTensor.of(local, weight[0], ranks, mesh)
+            if local is not None:
+                found[f"{expert}.{name}"] = local
     return ByExpert(found)
 
 
@@ -188,14 +217,17 @@ def fill(
             key = f"{expert}.{name}"
             if expert == EMPTY:
                 continue
-            if key not in given:
+            value: Any = given.get(key)
+            if hasattr(value, "to_local"):
+                value = value.to_local()
+            if value is None:
                 missing[key] = None
-            elif given[key].shape != weight.shape[1:]:
-                found, needed = list(given[key].shape), list(weight.shape[1:])
+            elif value.shape != weight.shape[1:]:
+                found, needed = list(value.shape), list(weight.shape[1:])
                 wrong.append(f"{key} must be {needed}, got {found}")
             else:
                 with torch.no_grad():
-                    weight[slot].copy_(given[key])
+                    weight[slot].copy_(value)
     strange = []
     for key in given:
         number, _, name = key.partition(".")

@@ -7,14 +7,17 @@ experts' results. It does not route, and adds no shared expert.
 from __future__ import annotations
 
 import hashlib
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from moetuner.evaluation.rows import LayerSplit, copies, mixed, node_size, split_rule
-from moetuner.placement import Placement
+from moetuner.placement import EMPTY, Placement
 from moetuner.torch.parallel.exchange import (
     MISFIT,
     NO_EXPERT,
@@ -48,8 +51,10 @@ class Routes:
 
     Attributes
     ----------
+    placement
+        The placement in force.
     fingerprint
-        Number that ranks with the same slots and rules share, and others do not.
+        Number that ranks with the same slots and rules share, and others do not; a scalar tensor.
     """
 
     def __init__(
@@ -66,19 +71,33 @@ class Routes:
             raise ValueError(
                 f"layer must be from 0 to {placement.layers - 1}, the placement's, got {layer}"
             )
-        self.placement = placement
-        self.layer = layer
+        self.layer, self.rank = layer, rank
         self.experts = placement.num_experts
         self.slots_per_device = placement.slots_per_device
+        self.devices_per_node = devices_per_node
         self.node_size = node_size(placement.devices, devices_per_node)
-        near = rank if split_rule(split) == "nearest" else None
-        slots = placement.slots[layer]
+        self.split = split_rule(split)
+        # As many copies as an expert can have in slots of this number, whatever the placement.
+        most = placement.devices * self.slots_per_device - self.experts + 1
+        self._table = torch.zeros(self.experts, most, dtype=torch.int32, device=device)
+        self._count = torch.ones(self.experts, dtype=torch.int64, device=device)
+        self.fingerprint = torch.zeros((), dtype=torch.int64, device=device)
+        self.update(placement)
+
+    def update(self, placement: Placement) -> None:
+        """Route by another placement of the same sizes.
+
+        Tensors stay where they are, so that a captured CUDA graph routes by the new placement.
+        """
+        slots = placement.slots[self.layer]
+        near = self.rank if self.split == "nearest" else None
         table, count = copies(slots, self.experts, near=near, node=self.node_size)
-        self._table = torch.from_numpy(table).to(device)
-        self._count = torch.from_numpy(count).to(device)
-        rules = (slots.shape, self.experts, layer, devices_per_node, split)
+        rules = (slots.shape, self.experts, self.layer, self.devices_per_node, self.split)
         digest = hashlib.sha256(repr(rules).encode() + slots.astype("<i4").tobytes()).digest()
-        self.fingerprint = int.from_bytes(digest[:8], "little", signed=True)
+        self._table[:, : table.shape[1]].copy_(torch.from_numpy(table))
+        self._count.copy_(torch.from_numpy(count))
+        self.fingerprint.fill_(int.from_bytes(digest[:8], "little", signed=True))
+        self.placement = placement
 
     def slots_of(self, expert_ids: Tensor, position: Tensor) -> Tensor:
         """Return the slots ``device * S + slot`` [T,K] that serve experts [T,K] of tokens [T]."""
@@ -122,9 +141,14 @@ class ExpertParallelMoE(nn.Module):
 
     Notes
     -----
-    The state has the weights of this rank's experts one by one, as ``expert.3.up``: saved by
-    ``torch.distributed.checkpoint`` from all ranks, it can be loaded into any other placement. The
-    state of an optimizer follows the slots, and is each rank's own.
+    The state has the weights of experts one by one, as ``expert.3.up``. With several ranks they are
+    DTensors, so ``torch.distributed.checkpoint`` loads what all ranks saved into any other
+    placement, and ``full_state_dict`` gathers them. The state of an optimizer follows the slots:
+    parameters are named by them, as ``experts_0_2_4.up``, and every rank saves and loads its own.
+
+    Wrappers that take all ranks for equal (``DistributedDataParallel``, ``fully_shard``) must leave
+    out the experts; a forward pass that finds them inside is refused. The gradient of an expert is
+    the sum over the tokens of all ranks, where those wrappers take means: divide it by the ranks.
 
     Raises
     ------
@@ -145,11 +169,32 @@ class ExpertParallelMoE(nn.Module):
         super().__init__()
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self.experts = experts
+        self._experts = [experts]  # in a list, so that no name without slots is registered
         self.devices_per_node, self.split = devices_per_node, split
         self.traffic = TrafficCounters(self.ranks)
         self._served = 0  # tokens of this rank so far: where its positions run on
         self.routes = self._routes(placement, layer)
+        self._name = ""
+        self._name_experts()
+        self._last_ddp: Any = None
+
+    @property
+    def experts(self) -> Experts:
+        """The experts of this rank's slots."""
+        return self._experts[0]
+
+    def _name_experts(self) -> None:
+        """Register a module of experts by a name that says what is in its slots.
+
+        So nothing takes the parameters of different experts for one, which have a name in common
+        otherwise: a checkpoint of an optimizer keeps those of every rank, and is not loaded into
+        other slots.
+        """
+        if isinstance(self.experts, nn.Module):
+            self._modules.pop(self._name, None)
+            slots = ("none" if expert == EMPTY else str(expert) for expert in self._slots())
+            self._name = f"experts_{'_'.join(slots)}"
+            self.add_module(self._name, self.experts)
 
     @property
     def device(self) -> torch.device:
@@ -163,8 +208,9 @@ class ExpertParallelMoE(nn.Module):
 
     @property
     def expert(self) -> ByExpert:
-        """The weights of this rank's experts one by one, as the state names them."""
-        return by_expert(self.experts.weights(), self._slots())
+        """The weights of all experts one by one, as the state names them."""
+        slots = self.placement.slots[self.routes.layer]
+        return by_expert(self.experts.weights(), slots, self.rank, self.group)
 
     def _slots(self) -> list[int]:
         slots: list[int] = self.placement.slots[self.routes.layer, self.rank].tolist()
@@ -173,14 +219,16 @@ class ExpertParallelMoE(nn.Module):
     def state_dict(
         self, *arguments: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
-        """Return the state, with the weights of this rank's experts one by one."""
+        """Return the state, with the weights of the experts one by one."""
         state = super().state_dict(
             *arguments, destination=destination, prefix=prefix, keep_vars=keep_vars
         )
         for name in own_tensors(self.experts, self.experts.weights()):
-            state.pop(f"{prefix}experts.{name}", None)
+            state.pop(f"{prefix}{self._name}.{name}", None)
         for key, weight in self.expert.weights.items():
-            state[f"{prefix}expert.{key}"] = weight if keep_vars else weight.detach()
+            if not keep_vars:
+                weight = weight.detach()
+            state[f"{prefix}expert.{key}"] = weight
         return state
 
     def _load_from_state_dict(
@@ -212,7 +260,7 @@ class ExpertParallelMoE(nn.Module):
         unexpected_keys += [mine + key for key in strange if strict]
         error_msgs += [mine + message for message in wrong]
         # The experts have what is theirs; of themselves they find nothing else.
-        state_dict.update({f"{prefix}experts.{name}": tensor for name, tensor in own.items()})
+        state_dict.update({f"{prefix}{self._name}.{name}": tensor for name, tensor in own.items()})
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -225,9 +273,11 @@ class ExpertParallelMoE(nn.Module):
 
     def switch(self, placement: Placement) -> None:
         """Put another placement in force; the experts' weights must be in its slots already."""
-        self.routes = self._routes(placement, self.routes.layer)
+        self._check_sizes(placement)
+        self.routes.update(placement)
+        self._name_experts()
 
-    def _routes(self, placement: Placement, layer: int) -> Routes:
+    def _check_sizes(self, placement: Placement) -> None:
         if placement.devices != self.ranks:
             raise ValueError(
                 f"placement must have {self.ranks} devices, the ranks of the group, "
@@ -239,6 +289,9 @@ class ExpertParallelMoE(nn.Module):
                     f"experts: {name} must have the placement's {placement.slots_per_device} "
                     f"slots, got {list(weight.shape)}"
                 )
+
+    def _routes(self, placement: Placement, layer: int) -> Routes:
+        self._check_sizes(placement)
         self._routed_on = self.device
         return Routes(
             placement,
@@ -288,7 +341,9 @@ class ExpertParallelMoE(nn.Module):
         if self._routed_on != self.device:
             # The weights have moved, or got memory: the placement is known here, wherever they are.
             self.routes = self._routes(self.placement, self.routes.layer)
-        misfit = self._misfit(hidden_states, top_k_index, top_k_weights, first_token)
+        misfit = self._shared() or self._misfit(
+            hidden_states, top_k_index, top_k_weights, first_token
+        )
         if misfit:
             self._refuse(misfit)
         position = first_token
@@ -303,7 +358,7 @@ class ExpertParallelMoE(nn.Module):
         faults = torch.where(torch.isfinite(top_k_weights).all(), 0, NOT_FINITE)
         faults = faults + torch.where((known == top_k_index).all(), 0, NO_EXPERT)
         # Slots travel as 32 bits beside their row.
-        slots = routes.slots_of(known, position).to(torch.int32)
+        slots = routes.slots_of(known, position)
 
         rows, weights = hidden_states, top_k_weights
         backward = Backward(
@@ -319,7 +374,7 @@ class ExpertParallelMoE(nn.Module):
             here = slots.long() // (width * size) == self.rank // size
             slots = torch.where(here, slots, -1)
             hops.append(hop)
-        results = self._compute(rows, slots - self.rank * width, weights, here)
+        results = self._compute(rows, slots - self.rank * width, weights, here, hop.splits.visits)
         for hop in reversed(hops):
             results = hop.gather(results)
         self.traffic.steps += 1
@@ -346,17 +401,19 @@ class ExpertParallelMoE(nn.Module):
             weights += experts.parameters()
         return any(weight.requires_grad for weight in weights)
 
-    def _compute(self, rows: Tensor, slots: Tensor, weights: Tensor, here: Tensor) -> Tensor:
-        """Sum the results of a row's slots [R,K] in their order, as far as they are ``here``."""
+    def _compute(
+        self, rows: Tensor, slots: Tensor, weights: Tensor, here: Tensor, served: int
+    ) -> Tensor:
+        """Sum the results of a row's slots [R,K] in their order: the ``served`` that are here."""
         width, top_k = self.routes.slots_per_device, slots.shape[1]
         flat = torch.where(here, slots.long(), width).reshape(-1)
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=width + 1)[:width]
-        chosen = order[: int(counts.sum())]
+        chosen = flat.argsort(stable=True)[:served]
+        # Neither ``bincount`` nor a sum that the host must wait for.
+        counts = flat.new_zeros(width + 1).scatter_add_(0, flat, torch.ones_like(flat))[:width]
         # Experts under autocast, or without a row, may give another type: ranks must send alike.
         values = self.experts(rows[chosen // top_k], counts).to(rows.dtype)
-        which = torch.full_like(flat, len(chosen))
-        which[chosen] = torch.arange(len(chosen), device=flat.device)
+        which = torch.full_like(flat, served)
+        which[chosen] = torch.arange(served, device=flat.device)
         return sum_rows(values, which.view_as(slots), weights)
 
     def _misfit(
@@ -393,10 +450,47 @@ class ExpertParallelMoE(nn.Module):
             )
         return None
 
+    def _shared(self) -> str | None:
+        """Return what is wrong if a wrapper takes the experts of several ranks for one."""
+        experts = self.experts
+        if self.ranks == 1 or not isinstance(experts, nn.Module):
+            return None
+        wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+        if wrapper is not None and (self._last_ddp is None or self._last_ddp() is not wrapper):
+            named = wrapper.module.named_parameters()
+            seen = {id(p) for name, p in named if name not in wrapper.parameters_to_ignore}
+            ranks = dist.get_process_group_ranks(wrapper.process_group)
+            if self._others(ranks) and any(id(p) in seen for p in experts.parameters()):
+                return (
+                    "DistributedDataParallel gave all ranks the experts of its first one and would "
+                    "average their gradients; build the model again, and before wrapping it call "
+                    "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, "
+                    "[n for n, _ in model.named_parameters() if 'experts_' in n])"
+                )
+            self._last_ddp = weakref.ref(wrapper)
+        for hook in experts._load_state_dict_post_hooks.values():
+            if not str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp"):
+                continue
+            # The hook of a sharded parameter; where its mesh cannot be known, it is refused.
+            cells = (cell.cell_contents for cell in getattr(hook, "__closure__", None) or ())
+            meshes = [cell.mesh_info.mesh for cell in cells if hasattr(cell, "mesh_info")]
+            if not meshes or any(self._others(mesh.mesh.flatten().tolist()) for mesh in meshes):
+                return (
+                    "fully_shard took the experts of several ranks for shards of the same ones; "
+                    "build the model again, and call fully_shard(model, "
+                    "ignored_params={*layer.experts.parameters()}) with those of every layer"
+                )
+        return None
+
+    def _others(self, ranks: Sequence[int]) -> bool:
+        """Whether other ranks of the group are among global ranks."""
+        mine = dist.get_process_group_ranks(self.group or dist.group.WORLD)
+        return len(set(mine) & set(ranks)) > 1
+
     def _refuse(self, reason: str) -> None:
         """Raise on this rank and on all others, which wait for it."""
         nothing = torch.empty(0, 1, dtype=torch.int64, device=self.device)
-        faults = torch.tensor(MISFIT, device=self.device)
+        faults = torch.full((), MISFIT, device=self.device)
         try:
             header = Header(self.routes.fingerprint, 0, faults)
             experts = self.routes.experts

@@ -27,7 +27,16 @@ from moetuner.solver.rebalancing import largest_move, rebalance
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.torch.parallel.layer import ExpertParallelMoE
-from moetuner.torch.parallel.migrate import Agreement, NoRoomError, fingerprint, migrate, moves
+from moetuner.torch.parallel.migrate import (
+    Agreement,
+    DisagreementError,
+    MoveError,
+    NoRoomError,
+    attempt,
+    fingerprint,
+    migrate,
+    moves,
+)
 
 # With fewer windows, a half would be of one kind of traffic: tokens are dealt instead.
 FEWEST_WINDOWS = 4
@@ -324,35 +333,49 @@ class Rebalancer:
         Raises
         ------
         MoveError
-            On every rank, if one fails, is lost, or has observed something else. The old placement
-            is in force on all of them.
+            On every rank, if one fails, is lost or late, or has observed something else. The old
+            placement is in force on all of them. Counts that differ are forgotten on all ranks, so
+            the next steps work again.
         """
-        begin = time.perf_counter()
-        room = self._room()
-        plan, failure = _Plan(self.placement, "failed"), None
+        begin, agreement = time.perf_counter(), self._agreement
+        agreement.begin()
+        observed = self._observed
+        counts = (observed.total, observed.held, np.array([observed.steps]), self.placement.slots)
         try:
-            plan = self._plan(room)
-        except Exception as error:
-            failure = error
-        observed, slots = self._observed, plan.target.slots
-        counts = (observed.total.tobytes(), observed.held.tobytes())
-        said = fingerprint(*counts, slots.tobytes(), str(plan.nothing).encode())
-        self._agreement.reach("the next placement", said, failure)
+            agreement.reach("what was observed", fingerprint(*(of.tobytes() for of in counts)))
+        except DisagreementError as error:
+            # Their counts would differ for ever, as old ones only fade.
+            self.reset()
+            raise MoveError(f"{error}, and all ranks forget what they observed") from None
+        room, failure = attempt(self._room)
+        room = -max(agreement.exchange("room for experts", -(room or 0), failure))
+        plan, failure = attempt(self._plan, room)
+        said = plan and fingerprint(plan.target.slots.tobytes(), str(plan.nothing).encode())
+        agreement.reach("the next placement", said or 0, failure)
+        assert plan is not None
         if plan.nothing is not None:
             # One slow search must not be the last one.
             self._decision_us *= PATIENCE
             return Decision(False, plan.nothing)
         # The slowest rank is what the others waited for; all judge by the same time.
         took = 1e6 * (time.perf_counter() - begin)
-        self._decision_us = self._agreement.largest("the time it took", round(took))
+        self._decision_us = max(agreement.exchange("the time it took", round(took)))
         return self._carry_out(plan)
+
+    def reset(self) -> None:
+        """Forget what was observed. Every rank calls it between the same two steps of the model."""
+        layers, experts = self._observed.total.shape
+        self._observed = Observed(layers, experts, self.decay, self.seed)
+        self._decision_us = 0.0
 
     def _carry_out(self, plan: _Plan) -> Decision:
         """Move to a planned placement if it pays; where it does not fit, half of its layers."""
         while True:
-            decision = self._judge(plan)
+            decision, failure = attempt(self._judge, plan)
             # Ranks with other prices would wait for one another in vain.
-            self._agreement.reach("whether to move", int(decision.moved))
+            moved = decision is not None and decision.moved
+            self._agreement.reach("whether to move", int(moved), failure)
+            assert decision is not None
             if not decision.moved:
                 return decision
             try:
@@ -371,9 +394,10 @@ class Rebalancer:
         gain = now - self._step_us(plan.target, held)
         copies, size, cost = self._move(self.placement, plan.target)
         figures = (gain, cost, copies, size, self._decision_us)
-        if gain <= self.dead_zone * now:
+        # What is no number, of a cost model without an answer, is no gain.
+        if not gain > self.dead_zone * now:
             return Decision(False, "the gain is within the dead zone", *figures)
-        if gain * self.steps_ahead <= self.hysteresis * (cost + self._decision_us):
+        if not gain * self.steps_ahead > self.hysteresis * (cost + self._decision_us):
             return Decision(False, "the move takes longer than it brings in", *figures)
         return Decision(True, "the move pays", *figures)
 
@@ -439,11 +463,11 @@ class Rebalancer:
         return _Plan(Placement(slots, num_experts=self.placement.num_experts), None, layers)
 
     def _room(self) -> int:
-        """Return how many copies may come to every device: by the one with the least memory."""
+        """Return how many copies have room on this device."""
         devices = self.placement.devices
         spare = spare_bytes(self.layers[0].device, devices)
         each = max(self._expert_bytes(layer) for layer in self.layers)
-        return -self._agreement.largest("room for experts", -(spare // max(each, 1)))
+        return spare // max(each, 1)
 
     def _arrivals(self, current: Placement, target: Placement) -> NDArray[np.int64]:
         """Count the copies that come to a device, with those that change slots [L,D]."""
