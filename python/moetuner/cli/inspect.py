@@ -33,7 +33,7 @@ LITTLE = 0.005
 )
 @click.option(
     "--max-imbalance",
-    type=options.Number(min=1),
+    type=options.Number(min=1, infinite=True),
     default=1.05,
     show_default=True,
     metavar="X",

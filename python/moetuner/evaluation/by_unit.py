@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.cost import CostModel
-from moetuner.evaluation import figures, replay
+from moetuner.evaluation import arrival, figures, replay
 from moetuner.evaluation.intervals import Sums
 from moetuner.evaluation.replay import Counts, Setting
 from moetuner.evaluation.rows import copies, mixed
@@ -52,6 +52,32 @@ def of_traffic(
             for name, counts in _parts(whole, groups)
             if name is None or not only_whole
         }
+    orders = arrival.orders(traffic, setting.arrival, seed=setting.mixed_seed)
+    if any(order is not None for _, order in orders) and traffic.sequence is None:
+        # In mixed order every window has tokens of all times: units are those as recorded.
+        window = np.arange(traffic.tokens) // (setting.window or max(traffic.tokens, 1))
+        traffic = replace(traffic, sequence=window.astype(np.int32))
+    parts = [
+        (weight, _of_trace(arrival.in_order(traffic, order), setting, model, regime, only_whole))
+        for weight, order in orders
+    ]
+    return {
+        name: {
+            measure: _weighed([(weight, of[name][measure]) for weight, of in parts])
+            for measure in measures
+        }
+        for name, measures in parts[0][1].items()
+    }
+
+
+def _of_trace(
+    traffic: RoutingTrace,
+    setting: Setting,
+    model: CostModel | None,
+    regime: Regime,
+    only_whole: bool,
+) -> dict[str | None, dict[str, Sums]]:
+    """Return the figures of a trace in its own order."""
     [(whole, groups)] = replay.of_trace(traffic, [setting])
     crossing = crossings(setting, traffic)
     tokens = _tokens(traffic)
@@ -62,6 +88,15 @@ def of_traffic(
             part = _Part(traffic, tokens[name], counts, crossed, setting, model, regime)
             found[name] = part.by_window() if traffic.sequence is None else part.by_sequence()
     return found
+
+
+def _weighed(parts: list[tuple[float, Sums]]) -> Sums:
+    """Return a figure of several orders of arrival by weight; their units are the same."""
+    if len(parts) == 1:
+        return parts[0][1]
+    columns = [[weight * np.asarray(column) for column in of] for weight, of in parts]
+    value, above, below = (np.sum(column, axis=0) for column in zip(*columns, strict=True))
+    return Sums(float(value), above, below)
 
 
 def _parts(whole: Counts, groups: dict[str, Counts]) -> list[tuple[str | None, Counts]]:

@@ -11,11 +11,15 @@ import click
 
 from moetuner.cli import options
 from moetuner.cli.output import shares, working
+from moetuner.evaluation import check_model
+from moetuner.files import naming
 from moetuner.files.text import name
 from moetuner.formats import open_input
 from moetuner.formats.pieces import layers_left_out
+from moetuner.placement import Placement
 from moetuner.report.cells import counted
 from moetuner.statistics import RoutingStatistics
+from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
 Traffic = RoutingTrace | RoutingStatistics
@@ -137,6 +141,13 @@ class Source:
     def replayed(self) -> int | None:
         """Tokens per window of a replay; None where windows are counted already."""
         return None if isinstance(self.traffic, RoutingStatistics) else self.window or WINDOW
+
+    def load(self, path: Path, topology: Topology | None = None) -> Placement:
+        """Read a placement, which must be of this traffic and of a machine."""
+        placement = Placement.load(path)
+        with naming(path):
+            check_model(placement, self.traffic, topology or Topology(placement.devices))
+        return placement
 
     def words(self) -> str:
         """Return the options that read INPUT the same, a space in front of each."""
