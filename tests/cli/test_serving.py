@@ -68,7 +68,7 @@ def test_counts_are_evaluated_as_recorded(ok, tmp_path):
     assert mixed.split("\n\n")[1] == plain.split("\n\n")[1]
 
 
-@pytest.mark.parametrize("command", ["solve", "compare", "advise", "evaluate", "report", "audit"])
+@pytest.mark.parametrize("command", ["compare", "advise", "evaluate", "report", "audit", "inspect"])
 def test_serving_is_said_alike_everywhere(command):
     """Options that say how traffic is served are the same objects in all commands."""
     mine, wanted = (
@@ -76,6 +76,18 @@ def test_serving_is_said_alike_everywhere(command):
         for name in (command, "solve")
     )
     assert {name: mine[name] for name in SERVING} == {name: wanted[name] for name in SERVING}
+
+
+def test_inspect_predicts_the_time_of_experts_in_blocks(ok, trace, tmp_path):
+    """Where it is said how traffic is served: the time that solve names for contiguous."""
+    how = ("--devices", 4, "--window", 128, "--for", "vllm", "--json", "-")
+    blocks = ("--method", "contiguous", "--out", tmp_path / "p.json")
+    found, solved = (
+        json.loads(ok(*line, *how)) for line in (("inspect", trace), ("solve", trace, *blocks))
+    )
+    name = "predicted_layer_us"
+    assert found["contiguous"][name] == pytest.approx(solved[name], rel=1e-12)
+    assert "contiguous" not in json.loads(ok("inspect", trace, "--json", "-"))
 
 
 def test_audit_compares_times_for_an_engine(ok, trace, tmp_path):

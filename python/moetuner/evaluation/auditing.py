@@ -289,8 +289,13 @@ def audit(
 
 def contiguous(placement: Placement) -> Placement:
     """Return experts in blocks on the devices of a placement, one copy each."""
-    device_of = np.arange(placement.num_experts) * placement.devices // placement.num_experts
-    return Placement.from_assignment(np.tile(device_of, (placement.layers, 1)), placement.devices)
+    return blocks(placement.layers, placement.num_experts, placement.devices)
+
+
+def blocks(layers: int, experts: int, devices: int) -> Placement:
+    """Return experts in blocks on devices, one copy each, as engines load them."""
+    device_of = np.arange(experts) * devices // experts
+    return Placement.from_assignment(np.tile(device_of, (layers, 1)), devices)
 
 
 def _units(found: dict[str, Paired]) -> int:

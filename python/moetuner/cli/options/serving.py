@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 import click
@@ -33,6 +33,11 @@ class Serving:
     regime: Any = None
     split: Any = None
     arrival: Any = None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether any option says it."""
+        return any(getattr(self, each.name) is not None for each in fields(self))
 
     def value(self, name: str) -> Any:
         """Return the regime, split or arrival: the one given, else the engine's, else a default."""

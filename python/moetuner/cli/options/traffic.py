@@ -176,25 +176,27 @@ class Source:
         return describe(self.input_file, self.traffic)
 
 
-_input = (
-    click.argument("input_file", metavar="INPUT", type=options.IN_INPUT),
-    click.option(
-        "--num-experts",
-        type=click.IntRange(1, 65536),
-        metavar="E",
-        help="Experts per layer, where INPUT does not say (.npy).",
+traffic_options = options.gathered(
+    "source",
+    Source,
+    (
+        click.argument("input_file", metavar="INPUT", type=options.IN_INPUT),
+        click.option(
+            "--num-experts",
+            type=click.IntRange(1, 65536),
+            metavar="E",
+            help="Experts per layer, where INPUT does not say (.npy).",
+        ),
+        options.top_k_option,
+        options.hidden_layers_option,
+        options.dense_layers_option,
+        click.option(
+            "--window",
+            type=click.IntRange(min=1),
+            metavar="TOKENS",
+            help=f"Tokens whose load is balanced together; a trace is cut into {WINDOW} by "
+            "default, statistics have their own.",
+        ),
+        options.threads_option,
     ),
-    options.top_k_option,
-    options.hidden_layers_option,
-    options.dense_layers_option,
 )
-_window = click.option(
-    "--window",
-    type=click.IntRange(min=1),
-    metavar="TOKENS",
-    help=f"Tokens whose load is balanced together; a trace is cut into {WINDOW} by default, "
-    "statistics have their own.",
-)
-# Commands to which windows do not matter take the first.
-input_options = options.gathered("source", Source, (*_input, options.threads_option))
-traffic_options = options.gathered("source", Source, (*_input, _window, options.threads_option))
