@@ -1,6 +1,8 @@
 """Closed streams, readers that have gone, and signals: one rule for all commands."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -173,3 +175,28 @@ libc.fclose(ctypes.c_void_p(file))
         heaps[name] = path.read_text().count("<heap nr=")
     assert heaps["limited"] == 1
     assert heaps["free"] > 1
+
+
+def test_threads_without_memory_are_no_bug(files):
+    """The line says how to take fewer."""
+    line = 'ulimit -v 250000; exec "$@"'
+    done = subprocess.run(
+        ["bash", "-c", line, "bash", *MOETUNER, *COMMANDS["evaluate"], "--threads", "500"],
+        cwd=files,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"moetuner: error: threads: [^\n]+ --threads[^\n]+\n", done.stderr)
+
+
+def test_imports_without_memory_are_one_line():
+    """Where this process is the command line, which is imported before its own code runs."""
+    program = "import sys; sys.argv = ['moetuner']; import moetuner; raise MemoryError"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "moetuner: error: out of memory\n")

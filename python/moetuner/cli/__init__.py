@@ -144,6 +144,8 @@ def _run(arguments: Sequence[str]) -> int:
         if _interrupts.status() is not None:
             # A signal came where nobody expected one, say in an import inside of the core.
             return _failed("interrupted", INTERRUPTED)
+        if isinstance(error, RuntimeError) and str(error).startswith("threads: "):
+            return _failed(f"{error}; take fewer with --threads, or allow more memory")
         if sys.flags.dev_mode or not isinstance(error, Exception):
             raise
         text = f"{type(error).__name__}: {error}; this is a bug in moetuner: please report it"

@@ -116,9 +116,12 @@ def command(
     # Written before anything is said about it: a closed pipe must not lose the answer.
     results[0].placement.save(out_file)
     output.say()
-    if method != "contiguous" and results[0].status != "interrupted":
-        results.insert(0, solve_with("contiguous", problem, **how))
-    outcomes = judge(results, problem, source.traffic, window=source.replayed, threads=threads)
+    try:
+        if method != "contiguous" and results[0].status != "interrupted":
+            results.insert(0, solve_with("contiguous", problem, **how))
+        outcomes = judge(results, problem, source.traffic, window=source.replayed, threads=threads)
+    except KeyboardInterrupt:
+        raise click.ClickException(f"interrupted; {out_file} was written") from None
     outcome = outcomes[-1]
     output.table(head(problem), [each.row() for each in outcomes])
     broken = [each for each in outcomes[:-1] if each.breaks_rules]
