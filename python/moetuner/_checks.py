@@ -172,6 +172,11 @@ def seed_in(seed: object, name: str = "seed") -> int:
     return whole_number(name, seed, lowest=0)
 
 
+def nth_seed(seed: int, number: int) -> int:
+    """Return the seed of one of several parts; after the largest seed comes 0."""
+    return (seed + number) % (1 << 63)
+
+
 def threads_in(threads: object) -> int | None:
     """Check a number of threads; None, all cores, as it is."""
     return None if threads is None else whole_number("threads", threads, highest=THREAD_LIMIT)

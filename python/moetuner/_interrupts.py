@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM on the command line, from the first import on.
+"""Ctrl-C, SIGTERM and want of memory on the command line, from the first import on.
 
 A library leaves signals to its user. But the command line is imported for most of a second before
 its own code runs, and an interrupt then would print a traceback. So where this process is the
@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 
-_terminated = False
+# Signal that has interrupted the command that runs.
+_signal: int | None = None
 
 
 def quiet_start() -> None:
@@ -26,6 +27,7 @@ def quiet_start() -> None:
     as_module = started == "-m" and ("-m", "moetuner") in pairwise(sys.orig_argv)
     if not (Path(started).name == "moetuner" or as_module):
         return
+    sys.excepthook = _say_briefly
     with suppress(ValueError):  # not the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
             # One that is ignored, as under nohup, stays so.
@@ -35,35 +37,50 @@ def quiet_start() -> None:
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """Raise KeyboardInterrupt for SIGTERM as for Ctrl-C.
+    """Raise KeyboardInterrupt for the first SIGINT or SIGTERM.
 
-    Only for the first one: the second would break off the writing of the best so far.
+    A second SIGTERM, as sent to a whole group, is ignored: it would break off the writing of the
+    best so far. A second Ctrl-C raises once more, for who does not want to wait for it.
     """
-    global _terminated
-    _terminated = False
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _stop}
-    taken = [number for number in handlers if signal.getsignal(number) in (_end, signal.SIG_DFL)]
+    global _signal
+    _signal = None
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    # One that is ignored, or somebody else's, stays so.
+    mine = (_end, signal.SIG_DFL, signal.default_int_handler)
+    taken = [number for number in numbers if before[number] in mine]
     with suppress(ValueError):  # not the main thread
         for number in taken:
-            signal.signal(number, handlers[number])
+            signal.signal(number, _stop)
     try:
         yield
     finally:
         with suppress(ValueError):
             for number in taken:
-                signal.signal(number, signal.SIG_DFL)
+                own = before[number]
+                signal.signal(number, signal.SIG_DFL if own is _end else own)
 
 
 def status() -> int | None:
-    """Return the exit status of a process that was told to terminate; None if it was not."""
-    return 128 + signal.SIGTERM if _terminated else None
+    """Return the exit status of a command that a signal interrupted; None where none did."""
+    return None if _signal is None else 128 + _signal
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    global _terminated
-    if not _terminated:
-        _terminated = True
+    global _signal
+    if _signal is None or number == signal.SIGINT:
+        _signal = _signal or number
         raise KeyboardInterrupt
+
+
+def _say_briefly(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Say in one line that not even imports found memory; show all else as Python does."""
+    if issubclass(kind, MemoryError):
+        os.write(2, b"moetuner: error: out of memory\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -393,16 +393,13 @@ class Placement(Frozen):
                 if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
                     found = fields.get("schema") if isinstance(fields, dict) else type(fields)
                     raise ValueError(f"schema must be {SCHEMA!r}, got {shown(found)}")
-                slots = np.asarray(fields["slots"], dtype=None)
-                names = {
-                    k: fields.get(k) for k in ("model", "topology", "fingerprint", "bound_scope")
-                }
+                slots = array_in("slots", fields["slots"])
+                names = ("model", "topology", "fingerprint", "bound_scope", "objective", "bound")
+                others = {name: fields.get(name) for name in names}
                 return cls(
                     slots,
                     num_experts=experts_in(fields["num_experts"]),
-                    objective=_number(fields, "objective"),
-                    bound=_number(fields, "bound"),
-                    **names,
+                    **others,
                 )
             except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 raise ValueError(f"not a placement: {error}") from None
@@ -481,12 +478,6 @@ def _check(slots: NDArray[Any], experts: int) -> None:
             f"slots: layer {layer}, device {device}: "
             f"expert {ordered[layer, device, slot]} has two slots"
         )
-
-
-def _number(fields: dict[str, Any], key: str) -> float | None:
-    value = fields.get(key)
-    number_or_none(key, value)
-    return None if value is None else float(value)
 
 
 Slots = NDArray[np.int32]

@@ -216,7 +216,8 @@ def test_objective_is_time_unless_a_cap_is_given(ok, trace, tmp_path):
         found = json.loads(report.read_text())
         settings = found["settings"]
         assert (settings["objective"], settings["max_imbalance"]) == (objective, cap)
-        assert f"Objective: {words}" in text or re.search(rf"Objective: \d+\.\d {words}", text)
+        name = "Predicted time" if objective == "time" else "Objective"
+        assert re.search(rf"^{name}: (\d+\.\d )?{words}", text, re.MULTILINE)
         assert ("layer us" in text) == (objective == "time")
         assert ("predicted_layer_us" in found and found["predicted_layer_us"] is not None) == (
             objective == "time"
@@ -581,7 +582,10 @@ WRONG = [
     (["solve", "load.npz", "--devices", "4", "--slots-per-device", "2,2"], "must be numbers [4]"),
     (["solve", "load.npz", "--devices", "4", "--slots-per-device", "0"], "a number from 1, or"),
     (["solve", "load.npz", "--devices", "4", "--arrival", "late"], "the weight of mixed from 0 to"),
-    (["solve", "load.npz", "--devices", "4", "--arrival", "2"], "or a weight from 0 to 1, got 2.0"),
+    (
+        ["solve", "load.npz", "--devices", "4", "--arrival", "2"],
+        "or the weight of mixed from 0 to 1, got '2'",
+    ),
     (["solve", "load.npz", "--devices", "4", "--risk", "1"], "a level from 0 to below 1, got 1.0"),
     (["solve", "load.npz", "--devices", "4", "--groups", "a"], "minimax, or NAME=WEIGHT,..., got"),
     (["solve", "load.npz", "--devices", "4", "--groups", "x=1"], "which is none of a, b"),
@@ -589,7 +593,7 @@ WRONG = [
     (["solve", "load.npz", "--devices", "4", "--pin", "0:8:0"], "expert must be from 0 to 7"),
     (
         ["compare", "load.npz", "--devices", "4", "--pin", "0:1:2", "--forbid", "*:1:2"],
-        "pinned and forbidden contradict each other: expert 1 of layer 0 on device 2",
+        "--pin and --forbid contradict each other: expert 1 of layer 0 on device 2",
     ),
     (["compare", "load.npz", "--devices", "4", "--objective", "speed"], "'speed' is not one of"),
     (["solve", "load.npz", "--devices", "4", "--move-budget", "1"], "needs '--initial'"),
@@ -702,14 +706,14 @@ def wait_for(process, words):
 
 
 def test_interrupted_solve_writes_the_best_so_far(large, tmp_path):
-    """Ctrl-C during a solve is not an error: the placement is there."""
+    """Ctrl-C during a solve loses nothing: the placement is there, and the status says how."""
     out = tmp_path / "p.json"
     started = module("solve", large, "--devices", 8, "--time-limit", 100, "--out", out)
     wait_for(started, "solving")
     time.sleep(0.2)
     started.send_signal(signal.SIGINT)
     text, err = started.communicate(timeout=60)
-    assert started.returncode == 0, err
+    assert started.returncode == 130, err
     assert "interrupted, best so far" in text
     assert mt.Placement.load(out).devices == 8
 

@@ -230,7 +230,7 @@ def test_what_was_meant(run, trace, arguments, words):
 def test_help_has_all_options_once(ok, module):
     """Every option stands in one group or below "Other", in the order that a newcomer needs."""
     text = ok(module.command.name, "--help")
-    named = [name for names in module.GROUPS.values() for name in names.split()]
+    named = [name for names in module.command.groups.values() for name in names]
     assert len(set(named)) == len(named)
     for option in module.command.params:
         if option.opts[0].startswith("--"):

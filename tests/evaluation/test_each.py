@@ -9,7 +9,7 @@ from placements import random_slots
 
 import moetuner as mt
 from moetuner import _core
-from moetuner.evaluation import evaluate_each
+from moetuner.evaluation import evaluate_each, figures
 from moetuner.evaluation import replay as replay_
 from moetuner.evaluation.arrival import mixed_order
 from moetuner.evaluation.copies import SPLITS
@@ -132,3 +132,81 @@ def test_blocks_of_windows_change_nothing(make_trace, monkeypatch):
         for name in ("imbalance", "imbalance_mixed", "imbalance_worst", "predicted_layer_us"):
             assert getattr(found, name) == pytest.approx(getattr(alone, name), rel=1e-12), name
         assert found.predicted_us_per_layer == pytest.approx(alone.predicted_us_per_layer)
+
+
+@given(st.sampled_from(SPLITS), st.integers(0, 2), st.integers(1, 40), st.booleans())
+def test_arrival_is_the_replay_of_tokens_in_that_order(split, spare, window, labelled):
+    """Evaluated in mixed order, a trace is what a trace in that order is as recorded."""
+    rng = np.random.default_rng(spare)
+    ids = random_ids(90, 2, 3, 8, seed=window)
+    sequence = np.arange(90, dtype=np.int32) // 4 if labelled else None
+    group = rng.integers(0, 2, 90)
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=sequence, group=group)
+    order = mixed_order(sequence, 90)
+    served = mt.RoutingTrace.from_arrays(
+        ids[order],
+        num_experts=8,
+        sequence=None if sequence is None else sequence[order],
+        group=group[order],
+    )
+    placement = mt.Placement(random_slots(rng, 2, 4, 8, spare=spare), num_experts=8)
+    how = {"window": window, "split": split, "cost_model": MODEL}
+    mixed = mt.evaluate(placement, trace, arrival="mixed", mixed=False, **how)
+    oracle = mt.evaluate(placement, served, mixed=False, **how)
+    assert mixed.to_dict() == oracle.to_dict()
+    assert mt.evaluate(placement, trace, arrival=1, **how).imbalance_mixed == mixed.imbalance
+
+
+@given(st.floats(0.01, 0.99), st.integers(1, 40))
+def test_a_weight_mixes_both_orders(share, window):
+    """Figures over windows are means by weight, the worst is the worst of both."""
+    rng = np.random.default_rng(window)
+    trace = mt.RoutingTrace.from_arrays(
+        random_ids(80, 2, 2, 8, seed=1), num_experts=8, sequence=np.arange(80) // 5
+    )
+    placement = mt.Placement(random_slots(rng, 2, 4, 8, spare=1), num_experts=8)
+    how = {"window": window, "cost_model": MODEL}
+    bursts, mixed, both = (
+        mt.evaluate(placement, trace, arrival=arrival, **how)
+        for arrival in ("bursts", "mixed", share)
+    )
+    for name in ("imbalance", "predicted_layer_us"):
+        ends = [getattr(each, name) for each in (bursts, mixed)]
+        assert getattr(both, name) == pytest.approx((1 - share) * ends[0] + share * ends[1])
+    assert both.imbalance_worst == max(bursts.imbalance_worst, mixed.imbalance_worst)
+    assert both.imbalance_mixed == mixed.imbalance
+    assert both.imbalance_total == bursts.imbalance_total
+
+
+@given(st.lists(st.integers(0, 9), min_size=1), st.lists(st.integers(0, 9), min_size=1))
+def test_percentile_of_two_parts(some, others):
+    """Half of the weight on each part: the least value that reaches the share of the weight."""
+    parts = [(0.5, np.array(some, float)), (0.5, np.array(others, float))]
+    for percent in (50, 95, 99):
+        found = figures.percentile(parts, percent)
+        reached, before = (
+            sum(0.5 * np.mean(compare(part, found)) for _, part in parts)
+            for compare in (np.less_equal, np.less)
+        )
+        assert before - 1e-9 <= percent / 100 <= reached + 1e-9
+
+
+@given(st.sampled_from(["bursts", "mixed", 0.3]), st.booleans(), st.booleans())
+def test_audit_predicts_what_evaluate_predicts(arrival, labelled, grouped):
+    """Figures by sequence add up to those of evaluate, of all traffic and of every group."""
+    rng = np.random.default_rng(3)
+    trace = mt.RoutingTrace.from_arrays(
+        random_ids(200, 2, 2, 8, seed=2),
+        num_experts=8,
+        sequence=np.arange(200) // 6 if labelled else None,
+        group=rng.integers(0, 2, 200) if grouped else None,
+    )
+    placement = mt.Placement(random_slots(rng, 2, 4, 8, spare=1), num_experts=8)
+    how = {"window": 16, "cost_model": MODEL, "arrival": arrival}
+    audited = mt.audit(placement, trace, resamples=5, **how)
+    found = mt.evaluate(placement, trace, **how)
+    assert audited.whole["predicted_layer_us"].value.value == pytest.approx(
+        found.predicted_layer_us
+    )
+    for name, of in audited.groups.items():
+        assert of["imbalance"].value.value == pytest.approx(found.by_group[name].imbalance)

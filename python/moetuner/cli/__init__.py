@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import os
+import ctypes
+import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import click
 
@@ -24,12 +26,17 @@ from moetuner.cli import (
     options,
     report,
     solve,
+    streams,
     verify,
 )
 from moetuner.files.text import printable
 
 WRONG = 2
 INTERRUPTED = 130
+# Nobody reads standard output any more: 128 + SIGPIPE.
+GONE = 141
+# Number of glibc's setting: most parts of memory that threads have by themselves.
+M_ARENA_MAX = -8
 LONGEST_LINE = 1000
 
 
@@ -39,6 +46,16 @@ class Menu(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return names in the order of the flow, not of the alphabet."""
         return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; arguments that it refuses are named as the options that gave them."""
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            if ctx.invoked_subcommand is None:
+                raise
+            command = self.commands[ctx.invoked_subcommand]
+            raise ValueError(options.options_of(command, str(error))) from error
 
 
 @click.group(
@@ -74,30 +91,44 @@ for _module, _words in (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    What goes wrong is told in one line on standard error: status 2, or 130 for Ctrl-C. SIGTERM is
-    heard like Ctrl-C, and gives status 143 also where the best so far was written.
+    What goes wrong is told in one line on standard error: status 2, or 130 for Ctrl-C and 143 for
+    SIGTERM, also where the best so far was written. A closed standard output changes nothing; where
+    its reader has gone, work goes on in silence and ends with status 141, as if SIGPIPE had ended
+    it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # Paths that are not UTF-8, and other alphabets on an ASCII terminal.
-            stream.reconfigure(errors="backslashreplace")
-    with _interrupts.heard():
+    _share_memory()
+    with _interrupts.heard(), streams.standard_streams() as output:
         status = _run(arguments)
-        return _interrupts.status() or status
+        sys.stdout.flush()
+        if output is not None and isinstance(output.failure, BrokenPipeError):
+            status = status or GONE
+        elif output is not None and output.failure is not None:
+            status = _failed(f"standard output: {output.failure.strerror}")
+        interrupted = _interrupts.status()
+        if interrupted is not None and status == 0:
+            print("moetuner: interrupted: this is the best so far", file=sys.stderr)  # noqa: T201
+        return interrupted or status
+
+
+def _share_memory() -> None:
+    """Let threads share memory where little may be taken (ulimit -v).
+
+    Else glibc wants 64 MB of addresses for every thread, and where it does not get them it asks the
+    system for each object by itself: right, but a hundred times slower.
+    """
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def _run(arguments: Sequence[str]) -> int:
     try:
         status = moetuner.main(arguments, prog_name="moetuner", standalone_mode=False)
-        sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except BrokenPipeError as error:
-        if error.filename:
-            return _failed(f"{error.filename}: {error.strerror}")
-        # The reader has gone (| head). What is still buffered must not be complained about at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        # Of a file that was to be written: whoever read it has gone.
+        return _failed(f"{error.filename}: {error.strerror}") if error.filename else GONE
     except (KeyboardInterrupt, click.Abort):
         return _failed("interrupted", INTERRUPTED)
     except click.ClickException as error:
@@ -108,10 +139,14 @@ def _run(arguments: Sequence[str]) -> int:
     except MemoryError as error:
         return _failed(f"out of memory: {error}".removesuffix(": "))
     except ValueError as error:
-        text = str(error)
-        return _failed(options.as_options(text) if " is needed" in text else text)
-    except Exception as error:
-        if sys.flags.dev_mode:
+        return _failed(str(error))
+    except BaseException as error:  # the core's panics are no Exception
+        if _interrupts.status() is not None:
+            # A signal came where nobody expected one, say in an import inside of the core.
+            return _failed("interrupted", INTERRUPTED)
+        if isinstance(error, RuntimeError) and str(error).startswith("threads: "):
+            return _failed(f"{error}; take fewer with --threads, or allow more memory")
+        if sys.flags.dev_mode or not isinstance(error, Exception):
             raise
         text = f"{type(error).__name__}: {error}; this is a bug in moetuner: please report it"
         return _failed(f"{text} with the output of 'python -X dev -m moetuner ...'")

@@ -9,13 +9,12 @@ from typing import Any
 import click
 
 from moetuner.cli import options
-from moetuner.cli.options.machine import Machine, cost_model_for, machine_options, time_options
+from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.moves import in_bytes
+from moetuner.cli.options.serving import Serving, serving_options
 from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output, steps
 from moetuner.cli.reporting import write_advice
-from moetuner.cost import CostModel
-from moetuner.evaluation.copies import SPLITS
 from moetuner.evaluation.verdicts import PRICE
 from moetuner.formats import WRITERS
 from moetuner.formats.engines import ENGINES
@@ -43,7 +42,7 @@ def parse_copies(context: click.Context, parameter: click.Parameter, value: str)
 
 GROUPS = {
     "Begin with": "--devices --devices-per-node --for --report",
-    "The machine": "--topology --cost-model --expert-bytes --regime --split",
+    "The machine": "--topology --cost-model --expert-bytes --regime --split --arrival",
     "What runs, and what is tried": "--initial --copies",
     "How it is judged": "--window --splits --price --any-order --seed --threads",
 }
@@ -52,13 +51,6 @@ GROUPS = {
 @click.command("advise", cls=options.Grouped, groups=GROUPS)
 @traffic_options
 @machine_options
-@click.option(
-    "--for",
-    "engine",
-    type=click.Choice(list(ENGINES)),
-    help="Engine that serves the model: which copy serves a token, which tokens are served "
-    "together, and what it can load.",
-)
 @click.option(
     "--initial",
     default="contiguous",
@@ -102,12 +94,7 @@ GROUPS = {
     is_flag=True,
     help="The order of INPUT is not that of serving: its kinds were recorded one after the other.",
 )
-@time_options
-@click.option(
-    "--split",
-    type=click.Choice(SPLITS),
-    help=f"{options.HOW_SPLIT}  [default: the engine's, else even]",
-)
+@serving_options
 @options.seed_option
 @options.report_option
 @options.figures_option
@@ -115,16 +102,13 @@ GROUPS = {
 def command(
     source: Source,
     machine: Machine,
-    engine: str | None,
     initial: str,
     copies: tuple[int, ...],
     expert_bytes: float | None,
     price: float,
     splits: int,
     any_order: bool,
-    cost_model: CostModel | str | None,
-    regime: Any,
-    split: Any,
+    serving: Serving,
     seed: int,
     report_file: Path | None,
     json_file: Path | None,
@@ -152,21 +136,19 @@ def command(
             traffic,
             topology,
             initial=running,
-            engine=engine,
+            engine=serving.engine,
             copies=copies,
             window=source.window,
             splits=splits,
             price=price,
             expert_bytes=expert_bytes,
-            cost_model=cost_model_for(cost_model, traffic),
-            regime=regime,
-            split=split,
+            **serving.arguments(traffic),
             in_order=not any_order,
             seed=seed,
             threads=source.threads,
             report=report,
         )
-    commands = next_commands(source, machine, advice, initial, engine)
+    commands = next_commands(source, machine, advice, initial, serving.engine)
     _show(output, advice, commands)
     contents = {"input": source.facts(), **advice.to_dict(), "commands": commands}
     if report_file is not None or options.figures_folder() is not None:

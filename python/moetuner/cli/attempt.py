@@ -41,6 +41,7 @@ def judge(
             split=problem.split,
             cost_model=Objective(problem).cost_model,
             regime=problem.regime,
+            arrival=problem.arrival,
             threads=threads,
             progress=shares(report, "of the tokens"),
         )

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from moetuner.cli import options
-from moetuner.cli.options.machine import (
-    Machine,
-    cost_model_for,
-    node_options,
-    time_options,
-)
+from moetuner.cli.options.machine import Machine, machine_options
+from moetuner.cli.options.serving import Serving, serving_options
 from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output, working
-from moetuner.cost import CostModel
 from moetuner.evaluation.auditing import Audit, Finding, audit
 from moetuner.evaluation.intervals import FEWEST, RESAMPLES, Interval
 from moetuner.files import text
-from moetuner.placement import Placement
 from moetuner.report import gains
 from moetuner.report.cells import number, signed
 from moetuner.report.outcome import whose_times
@@ -51,8 +44,8 @@ NAMES = {
     metavar="FILE",
     help="Placement to compare with; experts in blocks by default.",
 )
-@node_options
-@time_options
+@machine_options
+@serving_options
 @click.option(
     "--fail-if-worse",
     type=options.Number(min=0),
@@ -83,8 +76,7 @@ def command(
     source: Source,
     baseline_file: Path | None,
     machine: Machine,
-    cost_model: CostModel | str | None,
-    regime: Any,
+    serving: Serving,
     fail_if_worse: float | None,
     measures: tuple[str, ...],
     resamples: int,
@@ -93,16 +85,19 @@ def command(
 ) -> int:
     """Show which groups of INPUT a placement serves worse than a baseline, and by how much.
 
-    Lower is better for every measure. Intervals are of each change by itself: 95 %, over whole
-    sequences (without sequence labels: over blocks of windows that are alike). Beyond chance is
-    what remains of all groups and measures together: where nothing is worse or behind, 19 of 20
-    audits name nobody. Of fewer than five sequences, or blocks, nothing is said.
+    Lower is better for every measure. Times are compared with --cost-model or --for. Intervals are
+    of each change by itself: 95 %, over whole sequences (without sequence labels: over blocks of
+    windows that are alike). Beyond chance is what remains of all groups and measures together:
+    where nothing is worse or behind, 19 of 20 audits name nobody. Of fewer than five sequences, or
+    blocks, nothing is said.
     """
-    placement = Placement.load(placement_file)
-    baseline = None if baseline_file is None else Placement.load(baseline_file)
+    placement = source.load(placement_file)
     topology = machine.topology(placement.devices)
+    baseline = None if baseline_file is None else source.load(baseline_file, topology)
     traffic, window = source.traffic, source.counted
-    model = None if cost_model is None else cost_model_for(cost_model, traffic)
+    how = serving.arguments(traffic)
+    if serving.cost_model is None and serving.engine is None:
+        how["cost_model"] = None
     with working("auditing"):
         found = audit(
             placement,
@@ -110,8 +105,7 @@ def command(
             topology,
             baseline=baseline,
             window=window or 1,
-            cost_model=model,
-            regime=regime,
+            **how,
             resamples=resamples,
             seed=seed,
             threads=source.threads,
@@ -130,6 +124,8 @@ def command(
 
     output = Output(json_file)
     output.say(source.describe())
+    if serving.engine is not None:
+        output.say(serving.explain())
     against = "experts in blocks" if baseline_file is None else text.name(baseline_file.name)
     kind, units = found.units
     independent = "independent " if found.block_length > 1 else ""
@@ -148,8 +144,8 @@ def command(
         rows = [("all", found.whole), *found.groups.items()]
         output.table(head, [_row(name, changes[measure]) for name, changes in rows])
     output.say()
-    if model is not None:
-        output.say(whose_times(model))
+    if how["cost_model"] is not None:
+        output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
     output.say(_gain(found, judged[0], against))
     _summary(output, found)
     for line in _advice(found, judged, None if baseline_file is None else against):
@@ -166,11 +162,8 @@ def command(
             "placement": str(placement_file),
             "baseline": None if baseline_file is None else str(baseline_file),
             "settings": {
-                "devices": topology.devices,
-                "devices_per_node": topology.devices_per_node,
+                **serving.settings(topology, how),
                 "window": window,
-                "cost_model": None if model is None else asdict(model),
-                "regime": regime,
                 "fail_if_worse": fail_if_worse,
                 "judged": list(judged),
                 "resamples": resamples,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
+from moetuner._checks import nth_seed
 from moetuner.cli import options
 from moetuner.cli.attempt import judge, solve_with
 from moetuner.cli.options.machine import Machine, machine_options
-from moetuner.cli.options.problem import Asked, problem_options, settings
+from moetuner.cli.options.problem import GROUPS, Asked, problem_options
 from moetuner.cli.options.traffic import Source, Traffic, traffic_options
 from moetuner.cli.output import Output
 from moetuner.cli.reporting import write_comparison
@@ -44,16 +46,14 @@ def parse_methods(
     return names
 
 
-GROUPS = {
+HELP = {
     "Begin with": "--devices --devices-per-node --for --methods --report",
-    "The machine": "--topology --cost-model --slots-per-device --extra-slots --fill-slots",
-    "What is wanted": "--objective --max-imbalance --risk --groups --arrival --window",
-    "What engines do": "--regime --split --router-groups --pin --forbid",
+    **GROUPS,
     "How it is judged": "--holdout --splits --baseline --time-limit --seed --threads",
 }
 
 
-@click.command("compare", cls=options.Grouped, groups=GROUPS)
+@click.command("compare", cls=options.Grouped, groups=HELP)
 @traffic_options
 @machine_options
 @problem_options
@@ -106,7 +106,7 @@ def command(
 ) -> None:
     """Compare methods on traffic that they have not seen.
 
-    imbalance: max / mean device load, averaged over layers and windows in the order of INPUT;
+    imbalance: max / mean device load, averaged over layers and windows as they arrive (--arrival);
     mixed: of windows in which sequences are served together; total: of the sum of all windows;
     crossing: share of transitions between devices; fanout, nodes: devices and nodes that a token
     visits in a layer; layer us: predicted time of a layer. objective and gap are the solver's, on
@@ -134,34 +134,41 @@ def command(
     output = Output(json_file)
     output.say(source.describe())
     if asked.engine is not None:
-        output.say(asked.explain(problem))
+        output.say(asked.explain_problem(problem))
     output.say(_setting(problem, window, holdout, unseen))
     output.say()
-    began, interrupted = time.monotonic(), False
+    began = time.monotonic()
     all_splits: list[dict[str, Outcome]] = []
-    while not interrupted and _goes_on(splits, holdout, len(all_splits), began):
-        of = seed + len(all_splits)
-        asked_of = problem
-        if all_splits:
-            seen, unseen = hold_out(source.traffic, holdout, seed=of)
-            asked_of = asked.problem(seen, topology, window=window, threads=threads)
+
+    def split(number: int) -> dict[str, Outcome]:
+        """Solve with every method on what one split shows it, and judge on the rest."""
+        of = nth_seed(seed, number)
+        seen, unseen = hold_out(source.traffic, holdout, seed=of)
+        mine = asked.problem(seen, topology, window=window, threads=threads) if number else problem
         results: dict[str, Result] = {}
-        for number, method in enumerate(methods, 1):
-            results[method] = solve_with(
-                method,
-                asked_of,
-                place=f"{number} of {len(methods)}, split {len(all_splits) + 1}",
-                seed=of,
-                time_limit=time_limit,
-                threads=threads,
-            )
-            interrupted = results[method].status == "interrupted"
-            if interrupted:
+        for place, method in enumerate(methods, 1):
+            where = f"{place} of {len(methods)}, split {number + 1}"
+            how: dict[str, Any] = {"seed": of, "time_limit": time_limit, "threads": threads}
+            result = solve_with(method, mine, place=where, **how)
+            # Only the first split shows the best so far: gains are of whole splits.
+            results[method] = result if not number else result.uninterrupted()
+            if result.status == "interrupted":
                 break
         judged = judge(
-            list(results.values()), asked_of, unseen, window=source.replayed, threads=threads
+            list(results.values()), mine, unseen, window=source.replayed, threads=threads
         )
-        all_splits.append(dict(zip(results, judged, strict=True)))
+        return dict(zip(results, judged, strict=True))
+
+    while _goes_on(splits, holdout, len(all_splits), began):
+        try:
+            all_splits.append(split(len(all_splits)))
+        except KeyboardInterrupt:
+            if not all_splits:
+                raise
+            output.say(f"Interrupted: gains are of {counted(len(all_splits), 'complete split')}.")
+            break
+        if list(all_splits[-1].values())[-1].result.status == "interrupted":
+            break
     first = list(all_splits[0].values())
     output.table(head(problem), [outcome.row() for outcome in first])
     for line in remarks(first, problem):
@@ -178,8 +185,7 @@ def command(
     contents = {
         "input": source.facts(),
         "settings": {
-            **settings(problem),
-            "for": asked.engine,
+            **asked.problem_settings(problem),
             "window": window,
             "seed": seed,
             "time_limit": time_limit,

@@ -69,7 +69,9 @@ def command(directory: Path, threads: int | None, json_file: Path | None) -> Non
         regime="follow",
         max_imbalance=MAX_IMBALANCE,
     )
-    results = [solve_with(method, problem, seed=0, threads=threads) for method in METHODS]
+    results = [
+        solve_with(method, problem, seed=0, threads=threads).uninterrupted() for method in METHODS
+    ]
     judged = judge(results, problem, unseen, window=WINDOW, threads=threads)
     outcomes = dict(zip(METHODS, judged, strict=True))
     output.say(

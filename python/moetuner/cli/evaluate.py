@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
 from moetuner import _checks
 from moetuner.cli import options
-from moetuner.cli.options.machine import (
-    Machine,
-    cost_model_for,
-    node_options,
-    time_options,
-)
+from moetuner.cli.options.machine import Machine, machine_options
+from moetuner.cli.options.serving import Serving, serving_options
 from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output, working
-from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
 from moetuner.files import text
-from moetuner.placement import Placement
 from moetuner.report.cells import counted, number
 from moetuner.report.outcome import whose_times
 from moetuner.statistics import RoutingStatistics
@@ -35,9 +27,8 @@ TIMES = ("layer, us", "mean", "p50", "p95", "p99")
 @click.command("evaluate")
 @click.argument("placement_file", metavar="PLACEMENT", type=options.IN_FILE)
 @traffic_options
-@node_options
-@options.split_option
-@time_options
+@machine_options
+@serving_options
 @click.option(
     "--mixed-seed",
     type=click.IntRange(0, 2**63 - 1),
@@ -50,40 +41,38 @@ def command(
     placement_file: Path,
     source: Source,
     machine: Machine,
-    split: Any,
-    cost_model: CostModel | str | None,
-    regime: Any,
+    serving: Serving,
     mixed_seed: int,
     json_file: Path | None,
 ) -> None:
     """Replay a placement token by token, for all traffic and for each of its groups.
 
-    imbalance: max / mean device load, averaged over layers and windows in the order of INPUT;
+    imbalance: max / mean device load, averaged over layers and windows as they arrive (--arrival);
     mixed: of windows in which sequences are served together, the more the more INPUT has, so that
     inputs of different size do not compare; total: of the sum of all windows; worst: of any layer
     and window; crossing: share of transitions between devices; fanout, nodes: devices and nodes
     that a token visits in a layer; layer us: predicted time of a layer, and what 50, 95 and 99
     percent of layers and windows do not exceed.
     """
-    placement = Placement.load(placement_file)
+    placement = source.load(placement_file)
     topology = machine.topology(placement.devices)
     traffic, window = source.traffic, source.counted
-    model = cost_model_for(cost_model, traffic)
+    how = serving.arguments(traffic)
     with working("replaying"):
         found = evaluate(
             placement,
             traffic,
             topology,
             window=source.replayed,
-            split=split,
-            cost_model=model,
-            regime=regime,
+            **how,
             mixed_seed=mixed_seed,
             threads=source.threads,
         )
 
     output = Output(json_file)
     output.say(source.describe())
+    if serving.engine is not None:
+        output.say(serving.explain())
     windows = f", windows of {window} tokens" if window else ""
     output.say(
         f"{text.name(placement_file.name)}: {counted(placement.devices, 'device')} x "
@@ -95,7 +84,7 @@ def command(
     output.say(_mixed(traffic, mixed_seed))
     output.say()
     output.table(TIMES, [_times(name, each) for name, each in rows])
-    output.say(whose_times(model))
+    output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
     output.say()
     for name, ports in found.busiest_port.items():
         output.say(_ports(name, ports))
@@ -104,12 +93,8 @@ def command(
             "input": source.facts(),
             "placement": str(placement_file),
             "settings": {
-                "devices": topology.devices,
-                "devices_per_node": topology.devices_per_node,
+                **serving.settings(topology, how),
                 "window": window,
-                "split": split,
-                "cost_model": asdict(model),
-                "regime": regime,
                 "mixed_seed": mixed_seed,
             },
             **found.to_dict(),

@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 
-from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
-from moetuner.cli.options.machine import Machine, node_options
+from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.moves import show_pairs
 from moetuner.cli.output import Output, working
 from moetuner.files import naming, replacing
@@ -48,12 +47,6 @@ FORMS = "\n\n".join(
     help="Engine that is to load what is checked, where its format does not tell.",
 )
 @click.option(
-    "--devices",
-    type=click.IntRange(1, DEVICE_LIMIT),
-    metavar="N",
-    help="Devices, where PLACEMENT or the map does not say how many there are.",
-)
-@click.option(
     "--num-experts",
     type=click.IntRange(1, 65536),
     metavar="E",
@@ -76,7 +69,7 @@ FORMS = "\n\n".join(
     metavar="PLACEMENT",
     help="The placement that runs, for moves.",
 )
-@node_options
+@machine_options
 @options.json_option
 def command(
     placement_file: Path | None,

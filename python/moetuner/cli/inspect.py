@@ -11,10 +11,14 @@ import numpy as np
 
 from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
-from moetuner.cli.options.traffic import Source, input_options
+from moetuner.cli.options.serving import Serving, serving_options
+from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output, shares, working
+from moetuner.evaluation import evaluate
+from moetuner.evaluation.auditing import blocks
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.report.cells import number, percent
+from moetuner.report.outcome import whose_times
 from moetuner.report.structure import Structure, structure
 
 MOST_GROUPS = 12
@@ -23,7 +27,7 @@ LITTLE = 0.005
 
 
 @click.command("inspect")
-@input_options
+@traffic_options
 @click.option(
     "--devices",
     type=click.IntRange(1, DEVICE_LIMIT),
@@ -34,22 +38,28 @@ LITTLE = 0.005
 )
 @click.option(
     "--max-imbalance",
-    type=options.Number(min=1),
+    type=options.Number(min=1, infinite=True),
     default=1.05,
     show_default=True,
     metavar="X",
     help="Load cap of the placements that measure it.",
 )
+@serving_options
 @options.seed_option
 @options.json_option
 def command(
     source: Source,
     devices: int,
     max_imbalance: float,
+    serving: Serving,
     seed: int,
     json_file: Path | None,
 ) -> None:
-    """Show what is in a trace: sizes, skew, differences between groups, inter-layer structure."""
+    """Show what is in a trace: sizes, skew, differences between groups, inter-layer structure.
+
+    With --for, or another option that says how INPUT is served, also the predicted time of experts
+    in blocks, as engines load them: what "moetuner solve" names for contiguous.
+    """
     traffic = source.traffic
     with working("looking for structure") as report:
         found = structure(
@@ -66,7 +76,35 @@ def command(
     show_skew(output, found)
     show_groups(output, found)
     show_crossings(output, found)
-    output.finish({"input": source.facts(), **asdict(found)})
+    contents = {"input": source.facts(), **asdict(found)}
+    if serving.is_given:
+        contents["contiguous"] = show_served(output, source, serving, devices)
+    output.finish(contents)
+
+
+def show_served(
+    output: Output, source: Source, serving: Serving, devices: int
+) -> dict[str, float | None]:
+    """Print and return what experts in blocks make of the traffic as it is served."""
+    traffic, how = source.traffic, serving.arguments(source.traffic)
+    with working("replaying"):
+        found = evaluate(
+            blocks(traffic.layers, traffic.num_experts, devices),
+            traffic,
+            window=source.replayed,
+            **how,
+            threads=source.threads,
+        )
+    output.say()
+    if serving.engine is not None:
+        output.say(serving.explain())
+    output.say(
+        f"Experts in blocks: imbalance {number(found.imbalance, 3)}, predicted time "
+        f"{number(found.predicted_layer_us, 1)} us per layer."
+    )
+    output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
+    names = ("imbalance", "imbalance_mixed", "predicted_layer_us")
+    return {name: getattr(found, name) for name in names}
 
 
 def show_skew(output: Output, found: Structure) -> None:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from moetuner.cli import options
-from moetuner.cli.options.machine import Machine, cost_model_for, node_options, time_options
+from moetuner.cli.options.machine import Machine, machine_options
+from moetuner.cli.options.serving import Serving, serving_options
 from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output, working
 from moetuner.cli.reporting import load_of, write_pair
-from moetuner.cost import CostModel
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.auditing import audit, contiguous
 from moetuner.files import text
-from moetuner.placement import Placement
 
 
 @click.command("report")
 @click.argument("placement_file", metavar="PLACEMENT", type=options.IN_FILE)
 @traffic_options
-@node_options
+@machine_options
 @click.option(
     "--baseline",
     "baseline_file",
@@ -40,14 +38,8 @@ from moetuner.placement import Placement
     metavar="FILE.html",
     help="Page to write.",
 )
-@time_options
-@options.split_option
-@click.option(
-    "--expert-bytes",
-    type=options.Number(min=0, min_open=True),
-    metavar="BYTES",
-    help="Bytes of one expert of one layer.",
-)
+@serving_options
+@options.expert_bytes_option
 @options.figures_option
 @options.json_option
 def command(
@@ -56,9 +48,7 @@ def command(
     machine: Machine,
     baseline_file: Path | None,
     report_file: Path,
-    cost_model: CostModel | str | None,
-    regime: Any,
-    split: Any,
+    serving: Serving,
     expert_bytes: float | None,
     json_file: Path | None,
 ) -> None:
@@ -67,14 +57,19 @@ def command(
     The page opens offline in any browser and sends nothing. Give traffic that the placement was not
     computed from, or it flatters.
     """
-    placement = Placement.load(placement_file)
+    placement = source.load(placement_file)
     topology = machine.topology(placement.devices)
     traffic = source.traffic
-    running = contiguous(placement) if baseline_file is None else Placement.load(baseline_file)
+    running = contiguous(placement)
+    if baseline_file is not None:
+        running = source.load(baseline_file, topology)
     names = ("contiguous" if baseline_file is None else "running", text.name(placement_file.stem))
-    model = cost_model_for(cost_model, traffic)
+    how = serving.arguments(traffic)
+    model = how["cost_model"]
     output = Output(json_file)
     output.say(source.describe())
+    if serving.engine is not None:
+        output.say(serving.explain())
     with working("replaying"):
         evaluations = tuple(
             evaluate(
@@ -82,10 +77,8 @@ def command(
                 traffic,
                 topology,
                 window=source.replayed,
-                split=split,
-                cost_model=model,
-                regime=regime,
                 mixed=False,
+                **how,
                 threads=source.threads,
             )
             for each in (running, placement)
@@ -99,9 +92,7 @@ def command(
                 topology,
                 baseline=running,
                 window=source.replayed or 1,
-                cost_model=model,
-                regime=regime,
-                split=split,
+                **how,
                 threads=source.threads,
             )
     contents = {
@@ -110,9 +101,8 @@ def command(
             "placement": str(placement_file),
             "baseline": None if baseline_file is None else str(baseline_file),
             "window": source.counted,
+            **serving.settings(topology, how),
             "cost_model": model.name,
-            "regime": regime,
-            "split": split,
         },
         "running": evaluations[0].to_dict(),
         "proposed": evaluations[1].to_dict(),

@@ -13,7 +13,7 @@ from moetuner.cli.attempt import judge, solve_with
 from moetuner.cli.options import moves
 from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.moves import Moving, moving_options
-from moetuner.cli.options.problem import Asked, problem_options, settings
+from moetuner.cli.options.problem import GROUPS, Asked, problem_options
 from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output, working
 from moetuner.cli.reporting import write_comparison
@@ -22,7 +22,6 @@ from moetuner.evaluation.auditing import contiguous
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.report.cells import number
 from moetuner.report.outcome import Outcome, head, remarks, sentences
 from moetuner.solver import ALIASES, METHODS, Result, Trade
 
@@ -37,17 +36,15 @@ def parse_method(context: click.Context, parameter: click.Parameter, value: str)
     return name
 
 
-GROUPS = {
+HELP = {
     "Begin with": "--devices --devices-per-node --for --out --report",
-    "The machine": "--topology --cost-model --slots-per-device --extra-slots --fill-slots",
-    "What is wanted": "--objective --max-imbalance --risk --groups --arrival --window",
-    "What engines do": "--regime --split --router-groups --pin --forbid",
+    **GROUPS,
     "From a running placement": "--initial --expert-bytes --move-budget --move-cost --pareto",
     "The search": "--method --time-limit --seed --threads --certificate",
 }
 
 
-@click.command("solve", cls=options.Grouped, groups=GROUPS)
+@click.command("solve", cls=options.Grouped, groups=HELP)
 @traffic_options
 @machine_options
 @problem_options
@@ -112,25 +109,24 @@ def command(
     output = Output(json_file)
     output.say(source.describe())
     if asked.engine is not None:
-        output.say(asked.explain(problem))
+        output.say(asked.explain_problem(problem))
     results = [
         solve_with(method, problem, time_limit=time_limit, **how, **moving.arguments(initial))
     ]
     # Written before anything is said about it: a closed pipe must not lose the answer.
     results[0].placement.save(out_file)
     output.say()
-    if method != "contiguous" and results[0].status != "interrupted":
-        results.insert(0, solve_with("contiguous", problem, **how))
-    outcomes = judge(results, problem, source.traffic, window=source.replayed, threads=threads)
+    try:
+        if method != "contiguous" and results[0].status != "interrupted":
+            results.insert(0, solve_with("contiguous", problem, **how))
+        outcomes = judge(results, problem, source.traffic, window=source.replayed, threads=threads)
+    except KeyboardInterrupt:
+        raise click.ClickException(f"interrupted; {out_file} was written") from None
     outcome = outcomes[-1]
     output.table(head(problem), [each.row() for each in outcomes])
     broken = [each for each in outcomes[:-1] if each.breaks_rules]
     for line in (*remarks([*broken, outcome], problem), *sentences(outcome)):
         output.say(line)
-    if outcome.worth.cost_model is not None and source.replayed is not None:
-        # Counts know windows and expert sets, but not which sets were in which window.
-        replayed = outcome.evaluation.predicted_layer_us
-        output.say(f"Replayed token by token: {number(replayed, 1)} us per layer.")
     answer: dict[str, Any] = {}
     trades: list[Trade] = []
     if initial is not None:
@@ -156,8 +152,7 @@ def command(
     contents = {
         "input": source.facts(),
         "settings": {
-            **settings(problem),
-            "for": asked.engine,
+            **asked.problem_settings(problem),
             **moving.settings(),
             "window": window,
             "time_limit": time_limit,
@@ -201,6 +196,7 @@ def _report(
                 split=problem.split,
                 cost_model=Objective(problem).cost_model,
                 regime=problem.regime,
+                arrival=problem.arrival,
                 threads=source.threads,
             )
     else:

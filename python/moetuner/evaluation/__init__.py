@@ -11,7 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner._checks import flag, instance, one_of, seed_in, threads_in, window_in
 from moetuner.cost import CostModel
+from moetuner.evaluation import arrival as arrival_
 from moetuner.evaluation import copies, figures, replay
+from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.replay import Counts, Setting
 from moetuner.evaluation.rows import dispatch_rows, homes_of
@@ -65,8 +67,8 @@ class Evaluation(Frozen):
     imbalance
         Largest / mean device load in a layer and window, averaged over layers and windows; 1 is
         perfect. Where devices differ in speed, the slowest device's time over that of loads in
-        proportion to speeds. Windows are those of the order given: in bursts, if that is how the
-        traffic was recorded.
+        proportion to speeds. Windows are those of the order in which traffic arrives, as are those
+        of predicted times.
     imbalance_mixed
         The same if sequences are served together, as by continuous batching: in windows of the same
         tokens in mixed order, or for counts, in means of 16 windows drawn at random. It depends on
@@ -81,7 +83,7 @@ class Evaluation(Frozen):
     imbalance_per_layer
         Averaged over windows [L].
     imbalance_per_window
-        Averaged over layers [W].
+        Averaged over layers [W]; where windows as recorded and mixed ones are weighed, as recorded.
     crossing
         Share of transitions whose two experts are on different devices.
     fanout, node_fanout
@@ -168,6 +170,7 @@ def evaluate(
     split: Split = "even",
     cost_model: CostModel | None = None,
     regime: Regime = "dispatch",
+    arrival: Arrival = "bursts",
     home: ArrayLike | Literal["blocks"] | None = None,
     mixed: bool = True,
     mixed_seed: int = 0,
@@ -198,6 +201,10 @@ def evaluate(
     regime
         What moves in the predicted times: rows from their homes to devices and back in each layer,
         as in today's engines, or on to the next layer's device.
+    arrival
+        Which tokens of a trace share a window, in imbalances and predicted times: those that follow
+        one another (``"bursts"``), those of sequences that are served together (``"mixed"``), or
+        both, by the weight of mixed windows from 0 to 1. Statistics keep their windows.
     home
         Device that each token of a trace comes from [T], or ``"blocks"`` (see ``dispatch_rows``):
         then ``traffic["dispatch"]`` counts its rows exactly. None spreads homes evenly.
@@ -230,6 +237,7 @@ def evaluate(
         split=split,
         cost_model=cost_model,
         regime=regime,
+        arrival=arrival,
         home=home,
         mixed=mixed,
         mixed_seed=mixed_seed,
@@ -246,6 +254,7 @@ def evaluate_each(
     split: Split = "even",
     cost_model: CostModel | None = None,
     regime: Regime = "dispatch",
+    arrival: Arrival = "bursts",
     home: ArrayLike | Literal["blocks"] | None = None,
     mixed: bool = True,
     mixed_seed: int = 0,
@@ -274,37 +283,57 @@ def evaluate_each(
             split,
             cost_model is not None and cost_model.expert_us > 0,
             threads,
-            with_mixed=mixed,
             mixed_seed=seed_in(mixed_seed, "mixed_seed"),
+            arrival=arrival,
         )
         for placement in placements
     ]
-    counted: Iterator[tuple[Counts, dict[str, Counts]]]
-    if isinstance(traffic, RoutingStatistics):
-        if home is not None:
-            raise ValueError("home needs a trace: statistics have no tokens")
-        counted = (replay.of_statistics(traffic, setting) for setting in settings)
-    else:
-        if home is not None and split != "even":
-            raise ValueError(
-                f"home needs split 'even', got {split!r}: others know homes only spread"
-            )
-        counted = replay.of_trace(traffic, settings, progress)
+    orders = arrival_.orders(traffic, arrival, seed=mixed_seed)
+    # Where tokens are replayed in mixed order anyway, their windows are not counted once more.
+    is_mixed = any(order is not None for _, order in orders)
+    counting = [replace(each, with_mixed=mixed and not is_mixed) for each in settings]
+    runs: list[Iterator[tuple[Counts, dict[str, Counts]]]] = []
+    for number, (_, order) in enumerate(orders):
+        if isinstance(traffic, RoutingStatistics):
+            if home is not None:
+                raise ValueError("home needs a trace: statistics have no tokens")
+            runs.append(replay.of_statistics(traffic, setting) for setting in counting)
+        else:
+            if home is not None and split != "even":
+                raise ValueError(
+                    f"home needs split 'even', got {split!r}: others know homes only spread"
+                )
+            trace = arrival_.in_order(traffic, order)
+            part = _part_of(progress, number, len(orders))
+            runs.append(replay.of_trace(trace, counting, part))
     found = []
-    for setting, (counts, by_group) in zip(settings, counted, strict=True):
+    for setting, *parts in zip(settings, *runs, strict=True):
         if home is not None and isinstance(traffic, RoutingTrace):
-            counts, by_group = _with_homes(counts, by_group, setting.placement, traffic, home)
-        whole = _evaluation(counts, topology, cost_model, regime)
-        replayed = Replayed(traffic, setting, cost_model, regime)
-        groups = {
-            name: replace(
-                _evaluation(group, topology, cost_model, regime),
-                replayed=replace(replayed, group=name),
-            )
-            for name, group in by_group.items()
-        }
-        found.append(replace(whole, by_group=groups, replayed=replayed))
+            parts = [
+                _with_homes(counts, groups, setting.placement, traffic, home)
+                for counts, groups in parts
+            ]
+        named: dict[str | None, list[Counts]] = {None: [counts for counts, _ in parts]}
+        named |= {name: [groups[name] for _, groups in parts] for name in parts[0][1]}
+        evaluations: dict[str | None, Evaluation] = {}
+        for name, of_orders in named.items():
+            weighed = [(weight, of) for (weight, _), of in zip(orders, of_orders, strict=True)]
+            evaluation = _evaluation(weighed, topology, cost_model, regime)
+            if mixed and is_mixed:
+                ratios = figures.ratios(of_orders[-1].load, topology.speed_of_device)
+                evaluation = replace(evaluation, imbalance_mixed=float(ratios.mean()))
+            replayed = Replayed(traffic, setting, cost_model, regime, name)
+            evaluations[name] = replace(evaluation, replayed=replayed)
+        by_group = {name: of for name, of in evaluations.items() if name is not None}
+        found.append(replace(evaluations[None], by_group=by_group))
     return found
+
+
+def _part_of(
+    progress: Callable[[float], None] | None, number: int, of: int
+) -> Callable[[float], None] | None:
+    """Return what reports the share of one of several runs as that of all."""
+    return None if progress is None else lambda share: progress((number + share) / of)
 
 
 def topology_of(placement: Placement, topology: Topology | None) -> Topology:
@@ -357,10 +386,15 @@ def _with_homes(
 
 
 def _evaluation(
-    counts: Counts, topology: Topology, model: CostModel | None, regime: Regime
+    parts: list[tuple[float, Counts]], topology: Topology, model: CostModel | None, regime: Regime
 ) -> Evaluation:
+    """Compute figures of windows that were counted in one order of arrival or, by weight, in two.
+
+    What is of all tokens together is the same in any order.
+    """
     speed = topology.speed_of_device
-    windowed = figures.ratios(counts.load, speed)
+    windowed = [(weight, figures.ratios(each.load, speed)) for weight, each in parts]
+    counts = parts[0][1]
     visits = counts.visits
     traffic: dict[str, NDArray[Any]] = {}
     if counts.follow is not None:
@@ -372,14 +406,14 @@ def _evaluation(
     node_visits = counts.node_visits
     found = Evaluation(
         tokens=counts.tokens,
-        imbalance=float(windowed.mean()),
+        imbalance=sum(weight * float(each.mean()) for weight, each in windowed),
         imbalance_mixed=(
             None if counts.mixed is None else float(figures.ratios(counts.mixed, speed).mean())
         ),
         imbalance_total=float(figures.ratios(counts.load.sum(axis=0), speed).mean()),
-        imbalance_worst=float(windowed.max()),
-        imbalance_per_layer=tuple(windowed.mean(axis=0).tolist()),
-        imbalance_per_window=tuple(windowed.mean(axis=1).tolist()),
+        imbalance_worst=max(float(each.max()) for _, each in windowed),
+        imbalance_per_layer=_per_layer(windowed),
+        imbalance_per_window=tuple(windowed[0][1].mean(axis=1).tolist()),
         crossing=None if counts.follow is None else figures.crossing(counts.follow),
         fanout=None if per_token is None else int(visits.sum()) / per_token,
         node_fanout=(
@@ -388,17 +422,25 @@ def _evaluation(
         traffic=traffic,
         busiest_port={name: figures.busiest_port(rows, topology) for name, rows in traffic.items()},
     )
-    return found if model is None else replace(found, **_times(counts, topology, model, regime))
+    return found if model is None else replace(found, **_times(parts, topology, model, regime))
 
 
-def _times(counts: Counts, topology: Topology, model: CostModel, regime: Regime) -> dict[str, Any]:
-    times = figures.layer_us(counts, topology, model, regime)
+def _times(
+    parts: list[tuple[float, Counts]], topology: Topology, model: CostModel, regime: Regime
+) -> dict[str, Any]:
+    times = [(weight, figures.layer_us(each, topology, model, regime)) for weight, each in parts]
     percentiles = {
-        f"predicted_layer_us_p{percent}": float(np.percentile(times, percent))
+        f"predicted_layer_us_p{percent}": figures.percentile(times, percent)
         for percent in (50, 95, 99)
     }
     return {
-        "predicted_layer_us": float(times.mean()),
-        "predicted_us_per_layer": tuple(times.mean(axis=0).tolist()),
+        "predicted_layer_us": sum(weight * float(each.mean()) for weight, each in times),
+        "predicted_us_per_layer": _per_layer(times),
         **percentiles,
     }
+
+
+def _per_layer(windowed: list[tuple[float, NDArray[np.float64]]]) -> tuple[float, ...]:
+    """Average figures of windows and layers [W,L] over windows, by weight."""
+    means = [weight * each.mean(axis=0) for weight, each in windowed]
+    return tuple(np.sum(means, axis=0).tolist())

@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moetuner._checks import is_number, shown
+from moetuner.statistics import RoutingStatistics
+from moetuner.trace import RoutingTrace
+
+Arrival = Literal["bursts", "mixed"] | float
 
 # Sequences that are served at once: as many as engines take by default, but no more than a quarter
 # of all where there are few, so that the batch stays full until near the end.
@@ -23,6 +30,42 @@ FEWEST_AT_ONCE = 8
 WINDOWS_MIXED = 16
 
 Order = NDArray[np.int64]
+
+
+def share_mixed(arrival: object) -> float:
+    """Check an arrival; return the weight of mixed windows, from 0 (bursts) to 1."""
+    share = {"bursts": 0.0, "mixed": 1.0}.get(arrival) if isinstance(arrival, str) else arrival
+    if not (is_number(share) and 0 <= share <= 1):
+        raise ValueError(
+            f"arrival must be 'bursts', 'mixed', or a weight from 0 to 1, got {shown(arrival)}"
+        )
+    return float(share)
+
+
+def orders(
+    traffic: RoutingTrace | RoutingStatistics, arrival: Arrival, *, seed: int = 0
+) -> list[tuple[float, Order | None]]:
+    """Return the orders in which the tokens of a trace arrive, with their weights.
+
+    None is the order of the recording. Statistics bring their windows, so they have no other order.
+    """
+    share = share_mixed(arrival)
+    if share == 0 or isinstance(traffic, RoutingStatistics):
+        return [(1.0, None)]
+    mixed = (share, mixed_order(traffic.sequence, traffic.tokens, seed=seed))
+    return [mixed] if share == 1 else [(1 - share, None), mixed]
+
+
+def in_order(trace: RoutingTrace, order: Order | None) -> RoutingTrace:
+    """Return a trace with its tokens, and their labels, in an order [T]."""
+    if order is None:
+        return trace
+    return replace(
+        trace,
+        ids=RoutingTrace.from_arrays(trace.expert_ids[order], num_experts=trace.num_experts).ids,
+        sequence=None if trace.sequence is None else trace.sequence[order],
+        group=None if trace.group is None else trace.group[order],
+    )
 
 
 def at_once(sequences: int) -> int:

@@ -24,6 +24,7 @@ from moetuner._checks import (
 )
 from moetuner.cost import CostModel
 from moetuner.evaluation import check_model, check_times, copies, topology_of
+from moetuner.evaluation.arrival import Arrival, share_mixed
 from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.intervals import (
@@ -193,6 +194,7 @@ def audit(
     cost_model: CostModel | None = None,
     regime: Regime = "dispatch",
     split: Split = "even",
+    arrival: Arrival = "bursts",
     resamples: int = RESAMPLES,
     seed: int = 0,
     threads: int | None = None,
@@ -220,7 +222,7 @@ def audit(
         What to compare with; experts in blocks by default, as engines place them.
     window
         Tokens per window of a trace.
-    cost_model, regime, split
+    cost_model, regime, split, arrival
         As in ``evaluate``; without a cost model no times are compared.
     resamples
         Number of resamples.
@@ -256,6 +258,7 @@ def audit(
         check_model(each, traffic, topology)
     check_times(cost_model, regime)
     copies.check(split)
+    share_mixed(arrival)
     seed, threads = seed_in(seed), threads_in(threads)
     if isinstance(traffic, RoutingTrace) and not traffic.tokens:
         raise ValueError("traffic must have tokens to audit, got a trace of 0")
@@ -269,7 +272,11 @@ def audit(
     mine, theirs = (
         of_traffic(
             traffic,
-            Setting(each, topology, window, split, with_active, threads, with_mixed=False),
+            Setting(
+                *(each, topology, window, split, with_active, threads),
+                with_mixed=False,
+                arrival=arrival,
+            ),
             cost_model,
             regime,
             units,
@@ -299,8 +306,13 @@ def audit(
 
 def contiguous(placement: Placement) -> Placement:
     """Return experts in blocks on the devices of a placement, one copy each."""
-    device_of = np.arange(placement.num_experts) * placement.devices // placement.num_experts
-    return Placement.from_assignment(np.tile(device_of, (placement.layers, 1)), placement.devices)
+    return blocks(placement.layers, placement.num_experts, placement.devices)
+
+
+def blocks(layers: int, experts: int, devices: int) -> Placement:
+    """Return experts in blocks on devices, one copy each, as engines load them."""
+    device_of = np.arange(experts) * devices // experts
+    return Placement.from_assignment(np.tile(device_of, (layers, 1)), devices)
 
 
 def _units(found: dict[str, Paired]) -> int:

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from moetuner.cost import CostModel
 from moetuner.evaluation import figures, replay
+from moetuner.evaluation.arrival import in_order, orders
 from moetuner.evaluation.intervals import Cuts, Sums
 from moetuner.evaluation.replay import Counts, Setting
 from moetuner.evaluation.rows import copies, mixed
-from moetuner.evaluation.units import INDEPENDENT, Blocks, Units
+from moetuner.evaluation.units import INDEPENDENT, Blocks, Units, with_runs
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
@@ -57,6 +58,32 @@ def of_traffic(
             for name, counts in _parts(whole, groups)
             if name is None or not only_whole
         }
+    served = orders(traffic, setting.arrival, seed=setting.mixed_seed)
+    if any(order is not None for _, order in served):
+        # In mixed order every window has tokens of all times: units are runs as recorded.
+        traffic = with_runs(traffic)
+    parts = [
+        (weight, _of_trace(in_order(traffic, order), setting, model, regime, units, only_whole))
+        for weight, order in served
+    ]
+    return {
+        name: {
+            measure: _weighed([(weight, of[name][measure]) for weight, of in parts])
+            for measure in measures
+        }
+        for name, measures in parts[0][1].items()
+    }
+
+
+def _of_trace(
+    traffic: RoutingTrace,
+    setting: Setting,
+    model: CostModel | None,
+    regime: Regime,
+    units: Units,
+    only_whole: bool,
+) -> dict[str | None, dict[str, Sums]]:
+    """Return the figures of a trace in its own order."""
     [(whole, groups)] = replay.of_trace(traffic, [setting])
     crossing = crossings(setting, traffic)
     tokens = _tokens(traffic)
@@ -68,6 +95,15 @@ def of_traffic(
             is_labelled = traffic.sequence is not None
             found[name] = part.by_sequence(units) if is_labelled else part.by_window(units)
     return found
+
+
+def _weighed(parts: list[tuple[float, Sums]]) -> Sums:
+    """Return a figure of several orders of arrival by weight; their units are the same."""
+    if len(parts) == 1:
+        return parts[0][1]
+    columns = [[weight * np.asarray(column) for column in of[:3]] for weight, of in parts]
+    value, above, below = (np.sum(column, axis=0) for column in zip(*columns, strict=True))
+    return Sums(float(value), above, below, parts[0][1].blocks)
 
 
 def _parts(whole: Counts, groups: dict[str, Counts]) -> list[tuple[str | None, Counts]]:

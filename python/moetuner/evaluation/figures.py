@@ -41,6 +41,18 @@ def _ratios(load: NDArray[Any], speed: Floats) -> Floats:
     return found
 
 
+def percentile(parts: list[tuple[float, Floats]], percent: float) -> float:
+    """Compute what so many percent of values [...] do not exceed, each part's by its weight."""
+    if len(parts) == 1:
+        return float(np.percentile(parts[0][1], percent))
+    values = np.concatenate([each.ravel() for _, each in parts])
+    weights = np.concatenate([np.full(each.size, weight / each.size) for weight, each in parts])
+    order = np.argsort(values, kind="stable")
+    reached = np.cumsum(weights[order])
+    place = int(np.searchsorted(reached, percent / 100 * reached[-1]))
+    return float(values[order][min(place, len(values) - 1)])
+
+
 def crossing(follow: NDArray[Any]) -> float:
     """Compute the share of the pairs [L-1,D,D] that are on different devices."""
     total = follow.sum(dtype=np.float64)

@@ -16,7 +16,7 @@ from moetuner import _core
 from moetuner._checks import IdArray
 from moetuner.evaluation import copies
 from moetuner.evaluation import expected as expected_
-from moetuner.evaluation.arrival import mixed_order, mixed_windows
+from moetuner.evaluation.arrival import Arrival, mixed_order, mixed_windows
 from moetuner.evaluation.blocks import by_block
 from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement
@@ -89,6 +89,8 @@ class Setting:
     threads: int | None
     with_mixed: bool = True
     mixed_seed: int = 0
+    # For whoever replays what was replayed once more; what is replayed here is in its order.
+    arrival: Arrival = "bursts"
 
     def replay(self, trace: RoutingTrace, *, pairs: bool) -> _core.Replay:
         """Begin to replay a trace like this one."""

@@ -322,6 +322,14 @@ def reach_of(trace: RoutingTrace) -> int:
     return piece * blocks_of(*_loads(trace, piece, None)).length
 
 
+def with_runs(trace: RoutingTrace) -> RoutingTrace:
+    """Return a trace with runs of tokens that are alike for the sequences that it has not."""
+    if trace.sequence is not None:
+        return trace
+    run = np.arange(trace.tokens) // reach_of(trace)
+    return replace(trace, sequence=run.astype(np.int32))
+
+
 def runs(
     number: int,
     share: float,

@@ -10,6 +10,8 @@ from moetuner._checks import shown
 
 LONGEST = 300
 LONGEST_NAME = 60
+# Of a line that a command prints: a name may have spaces.
+LONGEST_LINE = 4000
 # Without a space in between: a path may have many letters, a name or a list has no use for them.
 LONG_WORD = re.compile(r"\S{241,}")
 
@@ -53,14 +55,14 @@ def printable(text: str, most: int = LONGEST) -> str:
 
 
 def line(text: str) -> str:
-    """Return a line as it may be shown, with the middle of very long words left out."""
-    return clean(LONG_WORD.sub(lambda word: name(word[0]), text))
+    """Return a line as it may be shown, with the middle of very long words and lines left out."""
+    return name(LONG_WORD.sub(lambda word: name(word[0]), text), LONGEST_LINE)
 
 
-def name(text: str) -> str:
+def name(text: str, most: int = LONGEST_NAME) -> str:
     """Return a name as it fits into a line: the beginning and the end of a long one."""
-    if len(text) > LONGEST_NAME:
-        half = (LONGEST_NAME - 3) // 2
+    if len(text) > most:
+        half = (most - 3) // 2
         text = f"{text[:half]}...{text[-half:]}"
     return clean(text)
 

@@ -22,6 +22,7 @@ from moetuner._checks import (
 )
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation import copies
+from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.copies import Split
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, filled
@@ -111,7 +112,7 @@ class Problem(Frozen):
     cost_model: CostModel | None = None
     split: Split = "even"
     extra_slots: int | None = None
-    arrival: Literal["bursts", "mixed"] | float = "bursts"
+    arrival: Arrival = "bursts"
     risk: Risk = "mean"
     groups: Mapping[str, float] | Literal["minimax"] | None = None
     pinned: Iterable[Pin] = ()

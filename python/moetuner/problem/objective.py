@@ -74,11 +74,11 @@ class Wanted(Protocol):
     @property
     def split(self) -> Split: ...  # noqa: D102
     @property
+    def groups(self) -> object: ...  # noqa: D102
+    @property
     def cost_model(self) -> CostModel | None: ...  # noqa: D102
     @property
     def windows(self) -> Windows: ...  # noqa: D102
-    @property
-    def arrival(self) -> str | float: ...  # noqa: D102
     @property
     def load(self) -> NDArray[np.uint64]: ...  # noqa: D102
     @property
@@ -179,13 +179,22 @@ class Objective:
         return 1 if self.problem.goal == "time" else 4
 
     @property
+    def is_predicted_time(self) -> bool:
+        """Whether it is the predicted time that ``evaluate`` replays, as far as counts tell it."""
+        return (
+            self.problem.goal == "time"
+            and self.windows.risk == "mean"
+            and (self.problem.groups is None)
+        )
+
+    @property
     def figure(self) -> str:
         """Figure of an evaluation that comes nearest to the objective on other traffic."""
         if self.problem.goal == "time":
             return "predicted_layer_us"
         if self.problem.goal == "traffic":
             return "crossing" if self.problem.regime == "follow" else "fanout"
-        return "imbalance_mixed" if self.problem.arrival == "mixed" else "imbalance"
+        return "imbalance"
 
     @property
     def figures(self) -> tuple[str, ...]:

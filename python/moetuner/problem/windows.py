@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import is_number, shown
-from moetuner.evaluation.arrival import drawn_windows, mixed_windows
+from moetuner.evaluation.arrival import Arrival, drawn_windows, mixed_windows, share_mixed
 from moetuner.evaluation.blocks import blocks, by_block
 from moetuner.statistics import RoutingStatistics
 
@@ -148,16 +148,12 @@ class Windows:
 
 def windows_of(
     statistics: RoutingStatistics,
-    arrival: Literal["bursts", "mixed"] | float,
+    arrival: Arrival,
     risk: Risk,
     groups: Mapping[str, float] | Literal["minimax"] | None,
 ) -> Windows:
     """Return the windows that count, with their weights."""
-    share = {"bursts": 0.0, "mixed": 1.0}.get(arrival) if isinstance(arrival, str) else arrival
-    if share is None or not (is_number(share) and 0 <= share <= 1):
-        raise ValueError(
-            f"arrival must be 'bursts', 'mixed', or a weight from 0 to 1, got {shown(arrival)}"
-        )
+    share = share_mixed(arrival)
     if not (isinstance(risk, str) and risk == "mean") and not (is_number(risk) and 0 <= risk < 1):
         raise ValueError(f"risk must be 'mean', or a level from 0 to below 1, got {shown(risk)}")
     group = statistics.group

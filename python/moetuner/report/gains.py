@@ -17,7 +17,6 @@ from moetuner.report.outcome import Outcome
 NAMES = {
     "predicted_layer_us": "predicted time of a layer",
     "imbalance": "imbalance",
-    "imbalance_mixed": "imbalance in mixed windows",
     "crossing": "crossing",
     "fanout": "fanout",
     "node_fanout": "node fanout",

@@ -12,6 +12,7 @@ from moetuner.problem.objective import Objective
 from moetuner.report.cells import number, percent
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
+from moetuner.statistics import RoutingStatistics
 
 # Names and decimals of the columns that depend on the objective.
 COLUMNS = {
@@ -67,12 +68,13 @@ class Outcome:
     def row(self) -> tuple[str, ...]:
         """Return the cells of a table under ``head``."""
         of, worth = self.evaluation, self.worth
+        value = self.result.objective if worth.is_known else None
         return (
             f"{self.result.method} !" if self.breaks_rules else self.result.method,
             number(of.imbalance, 3),
             number(of.imbalance_mixed, 3),
             *(number(getattr(of, name), COLUMNS[name][1]) for name in worth.figures),
-            number(self.result.objective if worth.is_known else None, worth.decimals),
+            *_objective(worth, number(value, worth.decimals)),
             percent(self.gap),
             number(self.result.seconds, 2),
         )
@@ -80,28 +82,57 @@ class Outcome:
 
 def head(problem: Problem) -> tuple[str, ...]:
     """Return a table's columns: what says most of the objective, within 80 characters."""
-    figures = [COLUMNS[name][0] for name in Objective(problem).figures]
-    return ("method", "imbalance", "mixed", *figures, "objective", "gap", "seconds")
+    worth = Objective(problem)
+    figures = [COLUMNS[name][0] for name in worth.figures]
+    return (
+        "method",
+        "imbalance",
+        "mixed",
+        *figures,
+        *_objective(worth, "objective"),
+        "gap",
+        "seconds",
+    )
+
+
+def _objective(worth: Objective, cell: str) -> tuple[str, ...]:
+    """Return the cell of the objective, unless it is a predicted time, which has a column."""
+    return () if worth.is_predicted_time else (cell,)
 
 
 def sentences(outcome: Outcome) -> list[str]:
     """Return what was reached, how far from the optimum it can be, and what was chosen."""
     problem, result, worth = outcome.problem, outcome.result, outcome.worth
     lines = []
+    time = outcome.evaluation.predicted_layer_us
+    if worth.cost_model is not None and time is not None:
+        lines.append(f"Predicted time: {number(time, 1)} us per layer.")
     if worth.is_known:
-        line = f"Objective: {worth.text(result.objective)}"
+        # A time that is predicted by counts would be a second one beside that of the replay.
+        line = "" if worth.is_predicted_time else f"Objective: {worth.text(result.objective)}"
         if result.bound_is_of_loads:
-            line += f"; {loads_alone(worth.text(result.bound or 0.0))}"
+            bound = worth.text(result.bound or 0.0)
+            if worth.is_predicted_time:
+                bound = f"{percent(result.gap)} less time"
+            line += f"; {loads_alone(bound)}"
         elif result.bound is not None and result.gap is not None:
             which = caps.SINGLE if problem.stays_single else ""
             if problem.max_imbalance is not None:
                 raised = result.details.caps.raised
                 which += " under the caps that it keeps" if raised else " under this cap"
-            line += (
-                f"; no placement{which} is below {worth.text(result.bound)} "
-                f"({result.bound_source}), so this one is within {percent(result.gap)}"
-            )
-        lines.append(line + ".")
+            if worth.is_predicted_time:
+                line = (
+                    f"By INPUT's counts no placement{which} takes {percent(result.gap)} less time "
+                    f"({result.bound_source})"
+                )
+            else:
+                line += (
+                    f"; no placement{which} is below {worth.text(result.bound)} "
+                    f"({result.bound_source}), so this one is within {percent(result.gap)}"
+                )
+        if line:
+            line = line.removeprefix("; ")
+            lines.append(f"{line[0].upper()}{line[1:]}.")
     unseen = result.details.unseen
     if unseen is not None:
         why = unseen.reason
@@ -132,7 +163,9 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
     """Return what a reader of the table must know."""
     lines, worth = [], Objective(problem)
     if worth.cost_model is not None:
-        lines.append(whose_times(worth.cost_model))
+        replayed = outcomes[0].evaluation.replayed
+        traffic = None if replayed is None else replayed.traffic
+        lines.append(whose_times(worth.cost_model, traffic, problem.arrival))
     if worth.lacks is not None:
         lines.append(f"INPUT has {worth.lacks}.")
     for outcome in outcomes:
@@ -146,9 +179,15 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
     return lines
 
 
-def whose_times(model: CostModel) -> str:
-    """Return a sentence on whose times are predicted, and how to get others."""
-    return (
+def whose_times(model: CostModel, traffic: object, arrival: str | float) -> str:
+    """Return sentences on whose times are predicted, how to get others, and of which windows."""
+    line = (
         f"Predicted times are of {model.name or 'an unnamed cost model'}; for others: "
         "--cost-model FILE or GPU:HIDDENxINTERMEDIATE."
     )
+    if arrival != "bursts" and isinstance(traffic, RoutingStatistics):
+        line += (
+            " INPUT holds counts, so its windows are evaluated as recorded: which sequences would "
+            "be served together is not known."
+        )
+    return line

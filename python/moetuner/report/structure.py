@@ -157,6 +157,7 @@ def structure(
     ) -> Evaluation:
         problem = Problem(seen, topology, regime="follow", max_imbalance=max_imbalance)
         found = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
+        found = found.uninterrupted()
         return evaluate_each(
             [found.placement], unseen, mixed=False, threads=threads, progress=told(READINGS - 1)
         )[0]

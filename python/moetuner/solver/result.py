@@ -413,6 +413,15 @@ class Result(Frozen):
             return 0.0
         return (self.objective - self.bound) / self.objective
 
+    def uninterrupted(self) -> Result:
+        """Return this result; raise KeyboardInterrupt if one has ended its search.
+
+        For whoever draws conclusions from several results, which the best so far does not allow.
+        """
+        if self.status == "interrupted":
+            raise KeyboardInterrupt
+        return self
+
     def _repr_html_(self) -> str:
         head = ("method", "status", "objective", "bound", "gap", "seconds")
         return html_table(head, [[getattr(self, name) for name in head]])

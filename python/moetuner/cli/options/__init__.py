@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from moetuner.evaluation.copies import SPLITS
 from moetuner.files import same_file
 from moetuner.report.page import check_libraries
 from moetuner.report.page.figures import check_figures
@@ -96,13 +95,25 @@ class OutFile(click.Path):
 
 
 class Number(click.FloatRange):
-    """A number in a range; NaN is in none."""
+    """A number in a range; NaN is in none.
+
+    Parameters
+    ----------
+    infinite
+        Whether "inf" is one.
+    """
+
+    def __init__(self, *arguments: Any, infinite: bool = False, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.infinite = infinite
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Refuse what compares with nothing."""
+        """Refuse what compares with nothing, and what no figure reaches."""
         number = super().convert(value, param, ctx)
         if math.isnan(number):
             self.fail("nan is not a number.", param, ctx)
+        if math.isinf(number) and not self.infinite:
+            self.fail("must be a finite number, got inf.", param, ctx)
         return number
 
 
@@ -132,6 +143,20 @@ def layer_list(layers: Sequence[int] | None) -> str | None:
 def as_options(text: str) -> str:
     """Write the arguments that a message names as the options that give them."""
     return ARGUMENTS.sub(lambda found: "--" + found[0].replace("_", "-"), text)
+
+
+def options_of(command: click.Command, text: str) -> str:
+    """Write the argument that a message begins with, or needs, as the option of a command."""
+    names = {
+        str(each.name): max(each.opts, key=len)
+        for each in command.params
+        if isinstance(each, click.Option)
+    }
+    first = re.match(r"\w+( and \w+)?(?=:? )", text)
+    if first is not None:
+        words = " ".join(names.get(word, word) for word in first[0].split())
+        text = words + text.removeprefix(first[0])
+    return as_options(text) if " is needed" in text else text
 
 
 ARGUMENTS = re.compile(
@@ -262,9 +287,15 @@ def figures_folder() -> Path | None:
 
 time_limit_option = click.option(
     "--time-limit",
-    type=Number(min=0),
+    type=Number(min=0, infinite=True),
     metavar="SECONDS",
     help="Of each solve; the answer then depends on the machine.",
+)
+expert_bytes_option = click.option(
+    "--expert-bytes",
+    type=Number(min=0, min_open=True),
+    metavar="BYTES",
+    help="Bytes of one expert of one layer.",
 )
 seed_option = click.option(
     "--seed",
@@ -296,17 +327,6 @@ dense_layers_option = click.option(
     callback=parse_layers,
     metavar="A-B,C,...|none",
     help="Hidden layers without experts, where an engine counts them too.",
-)
-HOW_SPLIT = (
-    "Which of an expert's copies serves a token: by hash (vLLM), the nearest (SGLang), or in "
-    "turns (TensorRT-LLM)."
-)
-split_option = click.option(
-    "--split",
-    type=click.Choice(SPLITS),
-    default="even",
-    show_default=True,
-    help=HOW_SPLIT,
 )
 json_option = click.option(
     "--json",

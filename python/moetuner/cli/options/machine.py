@@ -29,7 +29,11 @@ class Machine:
     machine: Topology | None = None
 
     def topology(self, devices: int | None = None) -> Topology:
-        """Make the topology, for so many devices if nothing was said of their number."""
+        """Make the topology; ``devices`` are those of a placement, where there is one."""
+        if devices is not None and self.devices not in (None, devices):
+            raise click.UsageError(
+                f"'--devices' must be {devices} as in the placement, got {self.devices}."
+            )
         if self.machine is None:
             devices = devices if self.devices is None else self.devices
             if devices is None:
@@ -121,8 +125,6 @@ _nodes = (
         "such as h100-nvl8-ib400:2.",
     ),
 )
-# A placement says how many devices there are; these are the other options.
-node_options = options.gathered("machine", Machine, _nodes)
 machine_options = options.gathered(
     "machine",
     Machine,
@@ -131,30 +133,8 @@ machine_options = options.gathered(
             "--devices",
             type=click.IntRange(1, DEVICE_LIMIT),
             metavar="N",
-            help="Number of devices.  [required, or --topology]",
+            help="Number of devices.  [required, unless --topology or a placement says it]",
         ),
         *_nodes,
     ),
-)
-cost_model_option = click.option(
-    "--cost-model",
-    callback=parse_cost_model,
-    shell_complete=options.completing(*GPUS, files=True),
-    metavar="FILE|GPU",
-    help="What time is made of: a file, or a common GPU and an expert's hidden and intermediate "
-    "sizes, such as h100:4096x1024 (in 8 bits).  [default: h100; sizes of INPUT's model, else of "
-    "DeepSeek-V3]",
-)
-time_options = options.together(
-    [
-        cost_model_option,
-        click.option(
-            "--regime",
-            type=click.Choice(["follow", "dispatch"]),
-            default="dispatch",
-            show_default=True,
-            help="What moves in predicted times: tokens from expert to expert, or from their home "
-            "device and back.",
-        ),
-    ]
 )

@@ -124,13 +124,15 @@ def show_pareto(
     with working("weighing moves"):
         trades = pareto(problem, initial, expert_bytes=moving.each, **how)
     before, worth = trades[0].objective, Objective(problem)
+    # Times by counts would stand beside the replayed one; gains say what moves bring.
+    is_time = worth.is_predicted_time
     output.table(
-        PARETO,
+        [name for name in PARETO if not (is_time and name == "objective")],
         [
             (
                 str(trade.experts_moved),
                 moving.bytes(trade.experts_moved),
-                worth.text(trade.objective),
+                *(() if is_time else (worth.text(trade.objective),)),
                 percent(trade.gain / before if before else 0.0),
             )
             for trade in trades
@@ -158,7 +160,7 @@ moving_options = options.gathered(
         ),
         click.option(
             "--move-budget",
-            type=options.Number(min=0),
+            type=options.Number(min=0, infinite=True),
             metavar="BYTES",
             help="Bytes that may move between devices; experts without --expert-bytes.",
         ),
@@ -169,12 +171,7 @@ moving_options = options.gathered(
             metavar="COST",
             help="What a moved byte costs, in units of the objective.",
         ),
-        click.option(
-            "--expert-bytes",
-            type=options.Number(min=0, min_open=True),
-            metavar="BYTES",
-            help="Bytes of one expert of one layer.",
-        ),
+        options.expert_bytes_option,
         click.option(
             "--pareto",
             "wants_pareto",

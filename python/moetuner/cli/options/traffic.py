@@ -13,12 +13,15 @@ import click
 
 from moetuner.cli import options
 from moetuner.cli.output import shares, working
-from moetuner.files import same_file
+from moetuner.evaluation import check_model
+from moetuner.files import naming, same_file
 from moetuner.files.text import name
 from moetuner.formats import open_input
 from moetuner.formats.pieces import layers_left_out
+from moetuner.placement import Placement
 from moetuner.report.cells import counted
 from moetuner.statistics import RoutingStatistics
+from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
 Traffic = RoutingTrace | RoutingStatistics
@@ -152,6 +155,13 @@ class Source:
         """Return the files as a shell takes them."""
         return shlex.join(map(str, self.input_files))
 
+    def load(self, path: Path, topology: Topology | None = None) -> Placement:
+        """Read a placement, which must be of this traffic and of a machine."""
+        placement = Placement.load(path)
+        with naming(path):
+            check_model(placement, self.traffic, topology or Topology(placement.devices))
+        return placement
+
     def words(self) -> str:
         """Return the options that read INPUT the same, a space in front of each."""
         dense = options.layer_list(self.dense_layers)
@@ -189,32 +199,34 @@ def parse_files(
     return value
 
 
-_input = (
-    click.argument(
-        "input_files",
-        metavar="INPUT...",
-        type=options.IN_INPUT,
-        nargs=-1,
-        required=True,
-        callback=parse_files,
+traffic_options = options.gathered(
+    "source",
+    Source,
+    (
+        click.argument(
+            "input_files",
+            metavar="INPUT...",
+            type=options.IN_INPUT,
+            nargs=-1,
+            required=True,
+            callback=parse_files,
+        ),
+        click.option(
+            "--num-experts",
+            type=click.IntRange(1, 65536),
+            metavar="E",
+            help="Experts per layer, where INPUT does not say (.npy).",
+        ),
+        options.top_k_option,
+        options.hidden_layers_option,
+        options.dense_layers_option,
+        click.option(
+            "--window",
+            type=click.IntRange(min=1),
+            metavar="TOKENS",
+            help=f"Tokens whose load is balanced together; a trace is cut into {WINDOW} by "
+            "default, statistics have their own.",
+        ),
+        options.threads_option,
     ),
-    click.option(
-        "--num-experts",
-        type=click.IntRange(1, 65536),
-        metavar="E",
-        help="Experts per layer, where INPUT does not say (.npy).",
-    ),
-    options.top_k_option,
-    options.hidden_layers_option,
-    options.dense_layers_option,
 )
-_window = click.option(
-    "--window",
-    type=click.IntRange(min=1),
-    metavar="TOKENS",
-    help=f"Tokens whose load is balanced together; a trace is cut into {WINDOW} by default, "
-    "statistics have their own.",
-)
-# Commands to which windows do not matter take the first.
-input_options = options.gathered("source", Source, (*_input, options.threads_option))
-traffic_options = options.gathered("source", Source, (*_input, _window, options.threads_option))

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner._checks import (
     callable_or_none,
@@ -18,6 +17,7 @@ from moetuner._checks import (
     instance,
     listed,
     not_negative,
+    nth_seed,
     one_of,
     positive,
     seed_in,
@@ -27,10 +27,10 @@ from moetuner._checks import (
 )
 from moetuner.cost import CostModel, busiest_ports, cost_model_of, size_of_expert
 from moetuner.evaluation import Evaluation, evaluate
-from moetuner.evaluation.arrival import mixed_order
+from moetuner.evaluation.arrival import Arrival, in_order, orders, share_mixed
 from moetuner.evaluation.auditing import Audit, audit
 from moetuner.evaluation.copies import Split
-from moetuner.evaluation.units import hold_out, likeness, reach_of, units_of
+from moetuner.evaluation.units import hold_out, likeness, units_of, with_runs
 from moetuner.evaluation.verdicts import PRICE
 from moetuner.formats.engines import ENGINES, engine_settings, tokens_per_rank
 from moetuner.placement import Placement
@@ -69,6 +69,7 @@ def advise(
     cost_model: CostModel | None = None,
     regime: Regime = "dispatch",
     split: Split | None = None,
+    arrival: Arrival | None = None,
     in_order: bool = True,
     iterations: int | None = ITERATIONS,
     seed: int = 0,
@@ -104,8 +105,8 @@ def advise(
         Share of the predicted time that a change must save to be worth the trouble.
     expert_bytes
         Bytes of one expert of one layer; by default of the model's experts in 8 bits, where known.
-    cost_model, regime, split
-        As for ``Problem``; the split by default the engine's, else even.
+    cost_model, regime, split, arrival
+        As for ``Problem``; split and arrival by default the engine's, else even and in bursts.
     in_order
         Whether the order of the recording is that of serving. Where not, a change of kind between
         its halves is no matter.
@@ -157,6 +158,8 @@ def advise(
     if engine is not None:
         one_of("engine", engine, ENGINES)
         split = split or ENGINES[engine].split
+        arrival = ENGINES[engine].arrival if arrival is None else arrival
+    share_mixed("bursts" if arrival is None else arrival)
     model = cost_model_of(traffic) if cost_model is None else cost_model
     work = _Work(
         _splittable(traffic),
@@ -169,6 +172,7 @@ def advise(
         model=model,
         regime=regime,
         split=split or "even",
+        arrival="bursts" if arrival is None else arrival,
         iterations=iterations,
         threads=threads_in(threads),
         say=report or (lambda _: None),
@@ -206,6 +210,7 @@ class _Work:
         model: CostModel,
         regime: Regime,
         split: Split,
+        arrival: Arrival,
         iterations: int | None,
         threads: int | None,
         say: Callable[[str], None],
@@ -219,9 +224,9 @@ class _Work:
         self.regime, self.split, self.iterations = regime, split, iterations
         self.threads, self.say = threads, say
         # Order in which tokens come, where that is not theirs already.
-        self.arrival: Literal["bursts", "mixed"] = "bursts"
-        if engine is not None and isinstance(traffic, RoutingTrace):
-            self.arrival = ENGINES[engine].arrival
+        self.arrival: Arrival = arrival if isinstance(traffic, RoutingTrace) else "bursts"
+        # Of two orders by weight none is the one; of one order tokens are in it, see _arriving.
+        self.weighed: Arrival = "bursts" if self.arrival == "mixed" else self.arrival
         experts = traffic.num_experts
         fewest = -(-experts // topology.devices)
         may_copy = engine is None or ENGINES[engine].may_copy
@@ -241,9 +246,10 @@ class _Work:
         splits = splits if self.is_held_out else 1
         fitted = []
         for number in range(splits):
-            seen, unseen = self._halves(seed + number)
+            of = nth_seed(seed, number)
+            seen, unseen = self._halves(of)
             name = f"split {number + 1} of {splits}"
-            fitted.append(self.fit(seen, unseen, seed + number, name, first=number == 0))
+            fitted.append(self.fit(seen, unseen, of, name, first=number == 0))
         swept = self._swept(fitted)
         knee = knee_of(swept)
         audits = []
@@ -344,27 +350,11 @@ class _Work:
         return hold_out(self.traffic, 0.5 if self.is_held_out else 0.0, seed=seed)
 
     def _arriving(self, traffic: Traffic) -> Traffic:
-        """Put tokens into the order in which the engine serves them."""
-        if self.arrival == "bursts" or isinstance(traffic, RoutingStatistics):
-            return traffic
-        if traffic.sequence is None:
-            # Tokens that are alike are served together, and are resampled together.
-            run = np.arange(traffic.tokens) // reach_of(traffic)
-            traffic = replace(traffic, sequence=run.astype(np.int32))
-        order = mixed_order(traffic.sequence, traffic.tokens)
-
-        def sorted_by(labels: NDArray[Any] | None) -> NDArray[Any] | None:
-            return None if labels is None else labels[order]
-
-        return RoutingTrace.from_arrays(
-            traffic.expert_ids[order],
-            num_experts=traffic.num_experts,
-            sequence=sorted_by(traffic.sequence),
-            group=sorted_by(traffic.group),
-            group_names=None if traffic.group is None else traffic.group_names,
-            model=traffic.model,
-            expert_size=traffic.expert_size,
-        )
+        """Put tokens once into the one order in which they are served."""
+        if self.arrival == "mixed" and isinstance(traffic, RoutingTrace):
+            [(_, order)] = orders(traffic, self.arrival)
+            return in_order(with_runs(traffic), order)
+        return traffic
 
     def _notes(self, phases: Phases | None, price: float, knee: int) -> tuple[str, ...]:
         """Say what phases cost each other, and what the engine cannot do."""
@@ -458,7 +448,8 @@ class _Work:
 
     def _running(self, problem: Problem, seed: int) -> Placement:
         if isinstance(self.initial, str):
-            return solve(problem, self.initial, seed=seed, threads=self.threads).placement
+            found = solve(problem, self.initial, seed=seed, threads=self.threads)
+            return found.uninterrupted().placement
         slots = max(self.initial.slots_per_device, self.fewest)
         replace(problem, slots_per_device=slots).check_running(self.initial)
         return self.initial
@@ -482,7 +473,7 @@ class _Work:
                 seed=seed,
                 iterations=self.iterations,
                 threads=self.threads,
-            )
+            ).uninterrupted()
             for goal in (("balance",) if count else self.goals)
         }
         best = min(found, key=lambda goal: asked.value(found[goal].placement))
@@ -499,6 +490,7 @@ class _Work:
             split=self.split,
             cost_model=self.model,
             regime=self.regime,
+            arrival=self.weighed,
             mixed=False,
             threads=self.threads,
         )
@@ -521,6 +513,7 @@ class _Work:
             cost_model=self.model,
             regime=self.regime,
             split=self.split,
+            arrival=self.weighed,
             threads=self.threads,
             units=self.units[window],
         )

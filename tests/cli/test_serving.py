@@ -1,0 +1,107 @@
+"""What one command names under options, the others repeat under the same options."""
+
+import json
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.cli import moetuner
+from moetuner.formats.engines import ENGINES
+
+SERVING = ("--for", "--cost-model", "--regime", "--split", "--arrival")
+
+
+@pytest.fixture
+def trace(make_trace, tmp_path):
+    """File of a trace whose windows in mixed order differ from those recorded."""
+    make_trace(1200, experts=16).save(tmp_path / "trace.safetensors")
+    return tmp_path / "trace.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("how", "slots"),
+    [
+        *((("--for", engine), ()) for engine in ENGINES),
+        (("--for", "vllm"), ("--slots-per-device", 5)),
+        (("--for", "sglang"), ("--extra-slots", 12)),
+        (("--for", "vllm", "--arrival", "bursts", "--split", "nearest"), ()),
+        (("--cost-model", "h100:512x256", "--arrival", 0.3, "--devices-per-node", 2), ()),
+    ],
+)
+def test_all_commands_name_the_time_that_solve_names(ok, trace, tmp_path, how, slots):
+    """Under the same options evaluate, report, audit and compare predict the time of solve."""
+    p, page, model = tmp_path / "p.json", tmp_path / "page.html", "predicted_layer_us"
+
+    def run(*arguments):
+        return json.loads(ok(*arguments, "--devices", 4, "--window", 128, *how, "--json", "-"))
+
+    compared = run("compare", trace, "--methods", "lpt,eplb", "--holdout", 0, *slots)
+    found = {
+        "solve": run("solve", trace, "--method", "eplb", "--out", p, *slots)[model],
+        "evaluate": run("evaluate", p, trace)[model],
+        "report": run("report", p, trace, "--out", page)["proposed"][model],
+        "audit": run("audit", p, trace, "--resamples", 10)["all"][model]["value"]["value"],
+        "compare": compared["methods"]["eplb"][model],
+    }
+    assert found == pytest.approx(dict.fromkeys(found, found["solve"]), rel=1e-12)
+
+
+def test_solve_prints_the_time_that_evaluate_prints(ok, trace, tmp_path):
+    """One time per layer stands in the text of solve, that of the replay."""
+    how = ("--devices", 4, "--window", 128, "--for", "vllm")
+    text = ok("solve", trace, *how, "--out", tmp_path / "p.json")
+    us = json.loads(ok("evaluate", tmp_path / "p.json", trace, *how, "--json", "-"))
+    assert f"Predicted time: {us['predicted_layer_us']:.1f} us per layer.\n" in text
+    assert text.count("us per layer") == 1
+
+
+def test_counts_are_evaluated_as_recorded(ok, tmp_path):
+    """A load table has the windows that it has; that --arrival changes none of them is said."""
+    load = np.random.default_rng(0).integers(0, 100, (40, 2, 16))
+    np.savez(tmp_path / "load.npz", load=load)
+    mt.Placement.from_assignment(np.tile(np.arange(16) // 4, (2, 1)), 4).save(tmp_path / "p.json")
+    arguments = ("evaluate", tmp_path / "p.json", tmp_path / "load.npz")
+    mixed, plain = (ok(*arguments, *how) for how in (("--arrival", "mixed"), ()))
+    assert "its windows are evaluated as recorded" in mixed
+    assert "its windows are evaluated as recorded" not in plain
+    assert mixed.split("\n\n")[1] == plain.split("\n\n")[1]
+
+
+@pytest.mark.parametrize("command", ["compare", "advise", "evaluate", "report", "audit", "inspect"])
+def test_serving_is_said_alike_everywhere(command):
+    """Options that say how traffic is served are the same objects in all commands."""
+    mine, wanted = (
+        {each.opts[-1]: each.to_info_dict() for each in moetuner.commands[name].params}
+        for name in (command, "solve")
+    )
+    assert {name: mine[name] for name in SERVING} == {name: wanted[name] for name in SERVING}
+
+
+def test_inspect_predicts_the_time_of_experts_in_blocks(ok, trace, tmp_path):
+    """Where it is said how traffic is served: the time that solve names for contiguous."""
+    how = ("--devices", 4, "--window", 128, "--for", "vllm", "--json", "-")
+    blocks = ("--method", "contiguous", "--out", tmp_path / "p.json")
+    found, solved = (
+        json.loads(ok(*line, *how)) for line in (("inspect", trace), ("solve", trace, *blocks))
+    )
+    name = "predicted_layer_us"
+    assert found["contiguous"][name] == pytest.approx(solved[name], rel=1e-12)
+    assert "contiguous" not in json.loads(ok("inspect", trace, "--json", "-"))
+
+
+def test_audit_compares_times_for_an_engine(ok, trace, tmp_path):
+    """Without --for or --cost-model it compares none, as before."""
+    p = tmp_path / "p.json"
+    ok("solve", trace, "--devices", 4, "--method", "lpt", "--out", p)
+    assert "layer us" not in ok("audit", p, trace)
+    assert "layer us" in ok("audit", p, trace, "--for", "vllm")
+
+
+def test_devices_must_be_those_of_the_placement(run, trace, tmp_path):
+    """A command that is given both says where they differ."""
+    p = tmp_path / "p.json"
+    run("solve", trace, "--devices", 4, "--method", "lpt", "--out", p)
+    status, _, err = run("evaluate", p, trace, "--devices", 8)
+    assert status == 2
+    assert "'--devices' must be 4 as in the placement, got 8" in err

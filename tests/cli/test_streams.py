@@ -1,0 +1,202 @@
+"""Closed streams, readers that have gone, and signals: one rule for all commands."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+
+MOETUNER = (sys.executable, "-m", "moetuner")
+GONE = 128 + signal.SIGPIPE
+
+
+@pytest.fixture
+def files(make_trace, tmp_path):
+    """Folder with a small trace and a placement of it."""
+    make_trace(300).save(tmp_path / "t.safetensors")
+    mt.Placement.from_assignment(np.tile(np.arange(8) // 4, (3, 1)), 2).save(tmp_path / "p.json")
+    return tmp_path
+
+
+COMMANDS = {
+    "solve": ("solve", "t.safetensors", "--devices", "2", "--method", "lpt"),
+    "evaluate": ("evaluate", "p.json", "t.safetensors"),
+    "compare": ("compare", "t.safetensors", "--devices", "2", "--methods", "lpt", "--splits", "1"),
+    "export": ("export", "p.json", "--to", "eplb", "--out", "e.npz"),
+}
+
+
+def shell(files, redirection, *arguments):
+    """Run a command in a shell; return its status and what it says on standard error."""
+    line = '"$@" ' + redirection
+    done = subprocess.run(
+        ["bash", "-c", line, "bash", *MOETUNER, *arguments],
+        cwd=files,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    said = [line for line in done.stderr.splitlines() if not line.endswith(" ...")]
+    return done.returncode, said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_closed_standard_output_changes_nothing(files, command):
+    """The work is done and the JSON is written; a file never gets what was to be printed."""
+    status, said = shell(files, ">&-", *COMMANDS[command], "--json", "found.json")
+    assert (status, said) == (0, [])
+    assert json.loads((files / "found.json").read_text())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_reader_that_has_gone_stops_no_work(files, command):
+    """As after SIGPIPE the status is 141, but all files are written."""
+    gone = '| head -0; exit "${PIPESTATUS[0]}"'
+    status, said = shell(files, gone, *COMMANDS[command], "--json", "found.json")
+    assert (status, said) == (GONE, [])
+    assert json.loads((files / "found.json").read_text())
+
+
+def test_standard_error_may_be_closed(files):
+    """What goes wrong then shows in the status alone, and nothing lands on standard output."""
+    assert shell(files, "2>&- >out.txt", "solve", "none", "--devices", "2") == (2, [])
+    assert (files / "out.txt").read_text() == ""
+    assert shell(files, "<&- >&- 2>&-", *COMMANDS["solve"])[0] == 0
+
+
+def test_a_full_disk_is_said_once(files):
+    """It is no bug, and not silent either."""
+    status, said = shell(files, ">/dev/full", *COMMANDS["evaluate"])
+    assert status == 2
+    assert said == ["moetuner: error: standard output: No space left on device"]
+
+
+LONG = {
+    "inspect": ("inspect",),
+    "compare": ("compare", "--devices", "8"),
+    "advise": ("advise", "--devices", "8"),
+    "solve": ("solve", "--devices", "8", "--objective", "traffic", "--time-limit", "100"),
+}
+
+
+@pytest.mark.parametrize("command", LONG)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_every_command_alike(make_trace, tmp_path, command, number):
+    """Status 128 + signal, a line that says so, and no conclusion from what did not end."""
+    make_trace(2000, layers=24, top_k=4, experts=64).save(tmp_path / "large.safetensors")
+    name, *others = LONG[command]
+    arguments = (name, "large.safetensors", *others)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [*MOETUNER, *arguments], cwd=tmp_path, stdout=pipe, stderr=pipe, text=True
+    )
+    said = process.stderr.readline()  # after a second of work
+    process.send_signal(number)
+    out, err = process.communicate(timeout=100)
+    said += err
+    assert process.returncode == 128 + number, said
+    assert "interrupted" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert "structure between layers" not in out
+    assert "worth a trial" not in out
+
+
+def test_the_best_so_far_is_said_to_be_it(make_trace, tmp_path):
+    """Also where standard output holds JSON alone."""
+    make_trace(400, layers=8, top_k=4, experts=64).save(tmp_path / "t.safetensors")
+    line = ("solve", "t.safetensors", "--devices", "8", "--objective", "traffic")
+    process = subprocess.Popen(
+        [*MOETUNER, *line, "--time-limit", "100", "--json", "-"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "solving" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGINT
+    assert json.loads(out)["status"] == "interrupted"
+    assert err.splitlines()[-1] == "moetuner: interrupted: this is the best so far"
+
+
+def test_a_panic_under_a_signal_is_the_signal(run, monkeypatch):
+    """Where a signal makes the core panic nobody is shown the core's inside."""
+
+    class Panic(BaseException):
+        pass
+
+    def panic(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise Panic("PyErr { type: KeyboardInterrupt }") from None
+
+    monkeypatch.setattr("moetuner.cli._share_memory", lambda: None)
+    monkeypatch.setattr("moetuner.cli.verify.command.callback", panic)
+    monkeypatch.setattr("moetuner.cli.verify.command.params", [])
+    assert run("verify") == (143, "", "moetuner: error: interrupted\n")
+
+
+def test_threads_share_memory_where_addresses_are_limited(tmp_path):
+    """Under ulimit -v no thread asks for 64 MB of its own, which it would not get."""
+    program = """
+import ctypes, resource, sys, threading
+from moetuner.cli import main
+if sys.argv[1] == "limited":
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 42, 1 << 42))
+main(["--version"])
+barrier = threading.Barrier(4)
+def work():
+    mine = [bytes(2000) for _ in range(100)]
+    barrier.wait()
+threads = [threading.Thread(target=work) for _ in range(4)]
+[each.start() for each in threads]
+[each.join() for each in threads]
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+file = libc.fopen(sys.argv[2].encode(), b"w")
+libc.malloc_info(0, ctypes.c_void_p(file))
+libc.fclose(ctypes.c_void_p(file))
+"""
+    heaps = {}
+    for name in ("limited", "free"):
+        path = tmp_path / name
+        line = [sys.executable, "-c", program, name, str(path)]
+        subprocess.run(line, check=True, capture_output=True, timeout=100)
+        heaps[name] = path.read_text().count("<heap nr=")
+    assert heaps["limited"] == 1
+    assert heaps["free"] > 1
+
+
+def test_threads_without_memory_are_no_bug(files):
+    """The line says how to take fewer."""
+    line = 'ulimit -v 250000; exec "$@"'
+    done = subprocess.run(
+        ["bash", "-c", line, "bash", *MOETUNER, *COMMANDS["evaluate"], "--threads", "500"],
+        cwd=files,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"moetuner: error: threads: [^\n]+ --threads[^\n]+\n", done.stderr)
+
+
+def test_imports_without_memory_are_one_line():
+    """Where this process is the command line, which is imported before its own code runs."""
+    program = "import sys; sys.argv = ['moetuner']; import moetuner; raise MemoryError"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "moetuner: error: out of memory\n")
