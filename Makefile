@@ -13,7 +13,7 @@ unexport CONDA_PREFIX PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo docs test lint fix types test-rust test-python test-wheel engines bench wheel clean
+.PHONY: help setup demo docs test lint fix types test-rust test-python test-wheel engines bench scorecard wheel clean
 
 help:  ## show this menu
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -93,6 +93,9 @@ bench: $(CORE) $(TOOLS)  ## one file per question, each prints its answer (quick
 	$(BIN)/python bench/stage_1.py --seeds 1
 	$(BIN)/python bench/joint.py --quick
 	$(BIN)/python bench/expert_parallel.py --quick
+
+scorecard: $(CORE) $(TOOLS)  ## some ninety answers beside those stored: what a change of the code changes
+	$(BIN)/python bench/scorecard.py
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) .engines target dist $(CORE) demo-output docs/_build

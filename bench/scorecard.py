@@ -1,0 +1,561 @@
+"""Whether a change of the code changes an answer: some sixty answers beside those stored.
+
+    python bench/scorecard.py [NAME ...] [--quick] [--write]
+
+Every case has a fixed seed and no time limit, so its answer is a function of the code alone. A case
+is a solve (a part of a name selects it), a judgement of a placement, a decision of the plugins'
+policy, or a command on the bundled trace with ``--json``. What came out last is in
+``scorecard.json``; fields that differ are printed as a table, with ``worse`` where a solve ends
+with a larger objective, a larger excess over caps or a smaller bound. The status is 1 if any
+differs. ``--write`` stores what comes out; ``--quick`` takes the cases that end within seconds,
+which ``tests/test_scorecard.py`` runs as well.
+
+Slots are stored as a checksum. Lists of more than eight numbers are stored as their length,
+checksum and mean. Seconds, paths and progress are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from instances import routing
+
+import moetuner as mt
+from moetuner.cli import main as command_line
+from moetuner.plugins import rebalance_experts
+
+STORED = Path(__file__).with_suffix(".json")
+# Digits of a float that are compared: sums may end in other bits on another processor.
+DIGITS = 9
+# Numbers of a list that are stored one by one.
+LISTED = 8
+UNSTABLE = {"seconds", "solve_seconds", "history", "milliseconds", "version", "path", "file"}
+FIGURES = ("imbalance", "imbalance_total", "crossing", "fanout", "predicted_layer_us")
+
+Answer = dict[str, Any]
+Case = Callable[[], Answer]
+
+# name: layers, experts, top-k, tokens, tokens of a window
+SIZES = {
+    "24x32": (24, 32, 4, 8_000, 500),
+    "32x8": (32, 8, 2, 8_000, 500),
+    "26x64": (26, 64, 6, 6_000, 500),
+    "8x16": (8, 16, 2, 6_000, 400),
+    "58x256": (58, 256, 8, 8_192, 512),
+    "61x384": (61, 384, 8, 8_192, 512),
+}
+
+
+@cache
+def halves(name: str) -> tuple[mt.RoutingTrace, mt.RoutingTrace, int]:
+    """Return the seen and the unseen half of some traffic, and the tokens of a window."""
+    if name == "bundled":
+        with resources.as_file(
+            resources.files("moetuner") / "data" / "small-moe.safetensors"
+        ) as at:
+            seen, unseen = mt.RoutingTrace.load(at).split(0.5, seed=0)
+        return seen, unseen, 512
+    layers, experts, top_k, tokens, window = SIZES[name]
+    trace = routing(layers, experts, top_k, tokens=tokens, types=12)
+    group = np.arange(tokens) * 4 // tokens % 2
+    trace = mt.RoutingTrace.from_arrays(
+        trace.expert_ids[:],
+        num_experts=experts,
+        sequence=np.arange(tokens) // 100,
+        group=group,
+        group_names=["a", "b"],
+    )
+    seen, unseen = trace.split(0.5, seed=0)
+    return seen, unseen, window
+
+
+@cache
+def counted(name: str, *, sets: bool = True, by_group: bool = False) -> mt.RoutingStatistics:
+    """Count the seen half."""
+    seen, _, window = halves(name)
+    return mt.RoutingStatistics.from_trace(seen, window=window, sets=sets, by_group=by_group)
+
+
+def solved(
+    traffic: str,
+    nodes: int,
+    per_node: int,
+    method: str,
+    *,
+    initial: str | None = None,
+    budget: float | None = None,
+    price: float = 0.0,
+    iterations: int | None = None,
+    speeds: list[float] | None = None,
+    sets: bool = True,
+    **arguments: Any,
+) -> Answer:
+    """Solve one problem and judge the placement on the unseen half."""
+    devices = nodes * per_node
+    topology = mt.Topology(devices, devices_per_node=per_node)
+    if speeds is not None:
+        topology = mt.Topology(devices, devices_per_node=per_node, speed=speeds)
+    statistics = counted(traffic, sets=sets, by_group="groups" in arguments)
+    problem = mt.Problem(statistics, topology, **arguments)
+    running = None
+    if initial is not None:
+        running = mt.solve(problem, initial).placement
+    total = problem.layers * problem.experts
+    result = mt.solve(
+        problem,
+        method,
+        iterations=iterations,
+        initial=running,
+        move_budget=None if budget is None else budget * total,
+        move_cost=price,
+    )
+    _, unseen, window = halves(traffic)
+    judged = mt.evaluate(
+        result.placement,
+        unseen,
+        topology,
+        window=window,
+        regime=problem.regime,
+        split=problem.split,
+    )
+    slots = np.ascontiguousarray(result.placement.slots)
+    return {
+        "slots": checksum(slots),
+        "status": result.status,
+        "objective": result.objective,
+        "bound": result.bound,
+        "bound_source": result.bound_source,
+        "excess": float(problem.caps.excess(result.placement).max())
+        if problem.max_imbalance
+        else 0.0,
+        "moves": None if running is None else running.diff(result.placement).experts_moved,
+        "violations": list(result.violations),
+        **{name: getattr(judged, name) for name in FIGURES},
+    }
+
+
+CAPPED = {"objective": "traffic", "max_imbalance": 1.05}
+FOLLOW = {**CAPPED, "regime": "follow"}
+Row = tuple[str, int, int, str, dict[str, Any]]
+QUICK: dict[str, Row] = {
+    # the bundled trace
+    "bundled, joint, follow": ("bundled", 1, 4, "joint", FOLLOW),
+    "bundled, joint, dispatch": ("bundled", 1, 4, "joint", {**CAPPED, "iterations": 2000}),
+    "bundled, joint, time": ("bundled", 1, 4, "joint", {"iterations": 2000}),
+    "bundled, paper, follow": ("bundled", 1, 4, "paper", FOLLOW),
+    "bundled, eplb, balance": ("bundled", 1, 4, "eplb", {"objective": "balance"}),
+    "bundled, quick, balance": ("bundled", 1, 4, "quick", {"objective": "balance"}),
+    # the paper's size
+    "32x8, joint, follow": ("32x8", 1, 4, "joint", FOLLOW),
+    "32x8, paper, follow": ("32x8", 1, 4, "paper", FOLLOW),
+    "32x8, joint, follow, nodes": ("32x8", 2, 2, "joint", FOLLOW),
+    "32x8, exflow, follow": ("32x8", 1, 4, "exflow", FOLLOW),
+    # small: every objective, regime and rule
+    "8x16, joint, time": ("8x16", 1, 4, "joint", {"iterations": 2000}),
+    "8x16, joint, time, follow": (
+        *("8x16", 1, 4, "joint"),
+        {"regime": "follow", "iterations": 2000},
+    ),
+    "8x16, joint, visits": ("8x16", 1, 4, "joint", CAPPED),
+    "8x16, joint, visits, nodes": ("8x16", 2, 2, "joint", {**CAPPED, "iterations": 2000}),
+    "8x16, joint, crossing": ("8x16", 1, 4, "joint", FOLLOW),
+    "8x16, joint, crossing, copies": (
+        *("8x16", 1, 4, "joint"),
+        {**FOLLOW, "slots_per_device": 5, "iterations": 2000},
+    ),
+    "8x16, joint, visits, copies": (
+        *("8x16", 1, 4, "joint"),
+        {**CAPPED, "slots_per_device": 5, "iterations": 1000},
+    ),
+    "8x16, joint, visits, copies, nearest": (
+        *("8x16", 1, 4, "joint"),
+        {**CAPPED, "slots_per_device": 5, "split": "nearest", "iterations": 500},
+    ),
+    "8x16, joint, balance": ("8x16", 1, 4, "joint", {"objective": "balance"}),
+    "8x16, joint, balance, copies": (
+        *("8x16", 1, 4, "joint"),
+        {"objective": "balance", "slots_per_device": 5, "iterations": 2000},
+    ),
+    "8x16, joint, balance, budget of slots": (
+        *("8x16", 1, 4, "joint"),
+        {"objective": "balance", "extra_slots": 12, "iterations": 1000},
+    ),
+    "8x16, joint, balance, risk": (
+        *("8x16", 1, 4, "joint"),
+        {"objective": "balance", "risk": 0.8, "iterations": 1000},
+    ),
+    "8x16, joint, balance, minimax": (
+        *("8x16", 1, 4, "joint"),
+        {"objective": "balance", "groups": "minimax", "iterations": 1000},
+    ),
+    "8x16, joint, balance, mixed": (
+        *("8x16", 1, 4, "joint"),
+        {"objective": "balance", "arrival": "mixed", "iterations": 1000},
+    ),
+    "8x16, joint, balance, speeds": (
+        *("8x16", 1, 4, "joint"),
+        {"objective": "balance", "speeds": [1.0, 1.0, 0.8, 0.5], "iterations": 1000},
+    ),
+    "8x16, joint, crossing, pins": (
+        *("8x16", 1, 4, "joint"),
+        {**FOLLOW, "pinned": [(None, 0, 3)], "forbidden": [(0, 5, 0)], "iterations": 1000},
+    ),
+    "8x16, joint, time, full slots": (
+        *("8x16", 1, 4, "joint"),
+        {"slots_per_device": 6, "fill_slots": True, "iterations": 500},
+    ),
+    "8x16, joint, tight cap": (
+        *("8x16", 1, 4, "joint"),
+        {"objective": "traffic", "max_imbalance": 1.005, "regime": "follow"},
+    ),
+    "8x16, moves, balance": (
+        *("8x16", 1, 4, "joint"),
+        {"objective": "balance", "initial": "contiguous", "budget": 0.1, "iterations": 1000},
+    ),
+    "8x16, moves, time, price": (
+        *("8x16", 1, 4, "joint"),
+        {"initial": "contiguous", "price": 0.01, "iterations": 1000},
+    ),
+    "8x16, moves, crossing": (
+        *("8x16", 1, 4, "joint"),
+        {**FOLLOW, "initial": "contiguous", "budget": 0.2, "iterations": 1000},
+    ),
+    "8x16, heuristic, visits": ("8x16", 1, 4, "heuristic", CAPPED),
+    # baselines at a common size
+    **{
+        f"24x32, {method}, balance": ("24x32", 1, 8, method, {"objective": "balance"})
+        for method in ("contiguous", "round_robin", "random", "lpt", "eplb", "quick")
+    },
+    "24x32, eplb, copies": ("24x32", 1, 8, "eplb", {"objective": "balance", "slots_per_device": 5}),
+}
+SLOW: dict[str, Row] = {
+    # large: what plugins and limits take
+    "58x256, quick, copies": (
+        *("58x256", 1, 32, "quick"),
+        {"objective": "balance", "slots_per_device": 9, "sets": False},
+    ),
+    "58x256, eplb, copies": (
+        *("58x256", 1, 32, "eplb"),
+        {"objective": "balance", "slots_per_device": 9, "sets": False},
+    ),
+    "32x8, joint, time, copies": (
+        *("32x8", 1, 4, "joint"),
+        {"slots_per_device": 3, "iterations": 50},
+    ),
+    "24x32, joint, crossing": ("24x32", 1, 8, "joint", FOLLOW),
+    "24x32, joint, crossing, nodes": ("24x32", 2, 4, "joint", FOLLOW),
+    "24x32, joint, visits": ("24x32", 1, 8, "joint", {**CAPPED, "iterations": 3000}),
+    "24x32, joint, time": ("24x32", 1, 8, "joint", {"iterations": 2000}),
+    "24x32, joint, time, copies": (
+        *("24x32", 2, 4, "joint"),
+        {"slots_per_device": 5, "iterations": 500},
+    ),
+    "24x32, joint, balance, copies": (
+        *("24x32", 1, 8, "joint"),
+        {"objective": "balance", "slots_per_device": 5},
+    ),
+    "24x32, paper, crossing": ("24x32", 1, 8, "paper", FOLLOW),
+    "26x64, joint, time": ("26x64", 2, 4, "joint", {"iterations": 500}),
+    "26x64, joint, time, copies": (
+        *("26x64", 2, 4, "joint"),
+        {"slots_per_device": 10, "iterations": 100},
+    ),
+    "26x64, moves, time": (
+        *("26x64", 2, 4, "joint"),
+        {"initial": "contiguous", "budget": 0.1, "iterations": 200},
+    ),
+    "58x256, joint, balance, copies": (
+        *("58x256", 1, 32, "joint"),
+        {"objective": "balance", "slots_per_device": 9, "sets": False, "iterations": 200},
+    ),
+    "58x256, moves, balance, copies": (
+        *("58x256", 1, 32, "joint"),
+        {
+            "objective": "balance",
+            "slots_per_device": 9,
+            "sets": False,
+            "initial": "eplb",
+            "budget": 0.02,
+            "iterations": 100,
+        },
+    ),
+    "61x384, quick": ("61x384", 1, 64, "quick", {"objective": "balance", "sets": False}),
+    "61x384, joint, crossing": (
+        *("61x384", 1, 64, "joint"),
+        {**FOLLOW, "sets": False, "iterations": 20},
+    ),
+}
+
+
+def judged() -> Iterator[tuple[str, Case]]:
+    """Yield what judges placements: on the bundled trace, and on a generated one."""
+    for name, devices in (("bundled", 4), ("24x32", 8)):
+        topology = mt.Topology(devices, devices_per_node=devices // 2)
+
+        def placements(
+            name: str = name, topology: mt.Topology = topology
+        ) -> tuple[mt.Placement, ...]:
+            problem = mt.Problem(counted(name), topology, objective="balance")
+            return tuple(mt.solve(problem, method).placement for method in ("contiguous", "lpt"))
+
+        for regime in ("dispatch", "follow"):
+
+            def evaluated(
+                name: str = name, topology: mt.Topology = topology, regime: Any = regime
+            ) -> Answer:
+                _, unseen, window = halves(name)
+                placement = placements(name, topology)[1]
+                return mt.evaluate(
+                    placement, unseen, topology, window=window, regime=regime
+                ).to_dict()
+
+            yield f"evaluate {name}, {regime}", evaluated
+
+        def audited(name: str = name, topology: mt.Topology = topology) -> Answer:
+            _, unseen, window = halves(name)
+            before, after = placements(name, topology)
+            return mt.audit(after, unseen, topology, baseline=before, window=window).to_dict()
+
+        yield f"audit {name}", audited
+
+        def compared(name: str = name, topology: mt.Topology = topology) -> Answer:
+            _, unseen, window = halves(name)
+            pair = [
+                mt.evaluate(of, unseen, topology, window=window)
+                for of in placements(name, topology)
+            ]
+            found = mt.verdict(*pair)
+            return {
+                "answer": found.answer,
+                "gain": found.gain,
+                "low": found.low,
+                "high": found.high,
+            }
+
+        yield f"verdict {name}", compared
+
+        def advised(name: str = name, topology: mt.Topology = topology) -> Answer:
+            trace, _, window = halves(name)
+            return mt.advise(
+                trace, topology, copies=(0, 1), window=window, splits=2, iterations=200
+            ).to_dict()
+
+        yield f"advise {name}", advised
+
+
+def decided() -> Iterator[tuple[str, Case]]:
+    """Yield decisions of the plugins' policy: from nothing, from what runs, and in windows."""
+    shape = (58, 256, 288, 32)
+
+    def loads(seed: int, windows: int = 1) -> Any:
+        layers, experts = shape[:2]
+        rng = np.random.default_rng(seed)
+        popular = rng.lognormal(0, 0.8, (layers, experts))
+        drift = rng.lognormal(0, 0.2, (windows, layers, experts))
+        share = popular * drift
+        return np.floor(1e6 * share / share.sum(axis=2, keepdims=True))
+
+    def answer(slots: Any, old: Any, load: Any) -> Answer:
+        rank = np.arange(shape[2]) // (shape[2] // shape[3])
+        copies = np.stack([np.bincount(row, minlength=shape[1]) for row in slots])
+        part = np.take_along_axis(load.sum(axis=0) / copies, slots, axis=1)
+        ranks = np.stack([np.bincount(rank, row, shape[3]) for row in part])
+        moved = None if old is None else int((slots != old).sum())
+        imbalance = float((ranks.max(axis=1) / ranks.mean(axis=1)).mean())
+        return {"slots": checksum(slots), "moves": moved, "objective": imbalance}
+
+    def decide(load: Any, old: Any) -> Answer:
+        return answer(rebalance_experts(load, shape[2], None, 1, shape[3], old), old, load)
+
+    initial = np.tile(np.concatenate([np.arange(256), np.arange(32)]), (58, 1))
+    yield "policy, from nothing", lambda: decide(loads(0), None)
+    yield "policy, from the first map", lambda: decide(loads(0), initial)
+
+    def drifted() -> Answer:
+        old = rebalance_experts(loads(0), shape[2], None, 1, shape[3])
+        return decide(loads(0, 2)[1:], old)
+
+    yield "policy, drifted", drifted
+    yield "policy, windows", lambda: decide(loads(1, 16), initial)
+
+
+def commands() -> Iterator[tuple[str, Case]]:
+    """Yield every command with ``--json`` on the bundled trace, in a folder made for it."""
+    machine = ("--devices", "4")
+    rows: dict[str, tuple[str, ...]] = {
+        "inspect": ("inspect", "trace", *machine),
+        "solve": ("solve", "trace", *machine, "--out", "other.json"),
+        "solve --for vllm": (
+            *("solve", "trace", *machine, "--for", "vllm", "--slots-per-device", "9"),
+            *("--method", "quick", "--objective", "balance", "--out", "other.json"),
+        ),
+        "solve --initial": (
+            *("solve", "trace", *machine, "--initial", "placement.json"),
+            *("--objective", "balance", "--move-budget", "20", "--out", "other.json"),
+        ),
+        "compare": (
+            *("compare", "trace", *machine, "--methods", "contiguous,eplb,paper"),
+            *("--splits", "2", "--regime", "follow", "--max-imbalance", "1.05"),
+        ),
+        "evaluate": ("evaluate", "placement.json", "trace"),
+        "audit": ("audit", "placement.json", "trace"),
+        "advise": ("advise", "trace", *machine, "--copies", "0,1"),
+        "export": ("export", "placement.json", "--to", "eplb", "--out", "map.npz"),
+        "convert": ("convert", "trace", "--out", "again.safetensors"),
+        "verify": ("verify", "certificate.json", "trace", *machine),
+        "report": ("report", "placement.json", "trace", "--out", "page.html"),
+    }
+    for name, words in rows.items():
+        yield f"moetuner {name}", lambda words=words: told(words)
+
+
+@cache
+def folder() -> Path:
+    """Make the files that commands read: a trace, a placement and its certificate."""
+    path = Path(tempfile.mkdtemp(prefix="scorecard-"))
+    with resources.as_file(
+        resources.files("moetuner") / "data" / "small-moe.safetensors"
+    ) as bundled:
+        (path / "trace").write_bytes(bundled.read_bytes())
+    words = ("--regime", "follow", "--max-imbalance", "1.05", "--devices", "4")
+    made = ("--out", path / "placement.json", "--certificate", path / "certificate.json")
+    status(["solve", path / "trace", *words, *made])
+    return path
+
+
+def status(words: list[Any]) -> None:
+    """Run a command in silence; it must succeed."""
+    import contextlib
+    import io
+
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()) as said,
+    ):
+        failed = command_line([str(word) for word in words])
+    if failed:
+        raise RuntimeError(
+            f"moetuner {' '.join(map(str, words))}: status {failed}: {said.getvalue()}"
+        )
+
+
+def told(words: tuple[str, ...]) -> Answer:
+    """Run a command and return what its ``--json`` says."""
+    files = ("trace", "placement.json", "certificate.json", "other.json", "map.npz")
+    files += ("again.safetensors", "page.html")
+    at = folder()
+    named = [at / word if word in files else word for word in words]
+    path = at / "out.json"
+    path.unlink(missing_ok=True)
+    status([*named, "--json", path])
+    answer: Answer = json.loads(path.read_text().replace(str(at), "."))
+    return answer
+
+
+def cases(*, quick: bool) -> dict[str, Case]:
+    """Return all cases by name, or those that end within seconds."""
+    rows = QUICK if quick else QUICK | SLOW
+    found: dict[str, Case] = {}
+    for name, (traffic, nodes, per_node, method, arguments) in rows.items():
+        found[name] = lambda row=(traffic, nodes, per_node, method), of=arguments: solved(
+            *row, **of
+        )
+    found |= {name: case for name, case in judged() if not (quick and "24x32" in name)}
+    found |= dict(decided())
+    found |= {name: case for name, case in commands() if not (quick and "advise" in name)}
+    return found
+
+
+def checksum(array: Any) -> str:
+    """Return a checksum of an array's content."""
+    return f"{zlib.crc32(np.ascontiguousarray(array).tobytes()):08x}"
+
+
+def flat(answer: Any, at: str = "") -> Answer:
+    """Write nested fields side by side, by dotted names; floats shortened, long lists summed up."""
+    if isinstance(answer, np.ndarray | np.generic | tuple):
+        answer = answer.tolist() if isinstance(answer, np.ndarray | np.generic) else list(answer)
+    if isinstance(answer, dict):
+        parts = [(str(name), of) for name, of in answer.items() if name not in UNSTABLE]
+    elif isinstance(answer, list):
+        parts = [(str(number), of) for number, of in enumerate(answer)]
+    elif isinstance(answer, float):
+        return {at: float(f"{answer:.{DIGITS}g}")}
+    else:
+        return {at: answer}
+    fields: Answer = {}
+    for name, of in parts:
+        fields |= flat(of, f"{at}.{name}" if at else name)
+    if (isinstance(answer, list) and len(fields) > LISTED) or not parts:
+        return {at: f"{len(answer)} entries, {zlib.crc32(json.dumps(fields).encode()):08x}"}
+    return fields
+
+
+def differences(before: Answer, after: Answer) -> list[tuple[str, Any, Any, str]]:
+    """Return fields that differ: name, stored, now, and what that means."""
+    rows = []
+    for field in sorted(before.keys() | after.keys()):
+        old, new = before.get(field, "-"), after.get(field, "-")
+        if old == new:
+            continue
+        meaning = ""
+        if all(isinstance(of, int | float) and not isinstance(of, bool) for of in (old, new)):
+            change = new / old - 1 if old else float("inf")
+            meaning = f"{100 * change:+.3f} %"
+            if (field in ("objective", "excess") and new > old) or (field == "bound" and new < old):
+                meaning += " worse"
+        rows.append((field, old, new, meaning))
+    return rows
+
+
+def main() -> int:
+    """Run cases, print what differs, and store what came out if asked to."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="cases whose name has this in it")
+    parser.add_argument("--quick", action="store_true", help="the cases that end within seconds")
+    parser.add_argument("--write", action="store_true", help="store what comes out")
+    asked = parser.parse_args()
+    stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+    chosen = {
+        name: case
+        for name, case in cases(quick=asked.quick).items()
+        if not asked.names or any(part in name for part in asked.names)
+    }
+    changed, begin = 0, time.perf_counter()
+    for name, case in chosen.items():
+        since = time.perf_counter()
+        after = flat(case())
+        rows = differences(stored.get(name, {}), after)
+        changed += bool(rows)
+        took = time.perf_counter() - since
+        print(
+            f"{name:44} {took:6.1f} s  {'as stored' if not rows else f'{len(rows)} differ'}",
+            flush=True,
+        )
+        if name in stored:
+            for field, old, new, meaning in rows:
+                print(f"    {field:40} {old!s:>24.24} {new!s:>24.24}  {meaning}")
+        stored[name] = after
+    if asked.write:
+        known = cases(quick=False)
+        kept = {name: stored[name] for name in known if name in stored}
+        STORED.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    print(f"{len(chosen)} cases, {changed} differ, {time.perf_counter() - begin:.0f} s")
+    return int(changed > 0 and not asked.write)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
