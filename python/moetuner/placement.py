@@ -383,27 +383,47 @@ class Placement(Frozen):
         ValueError
             If the file is not a placement, or is one of another schema version.
         """
+        placements = cls.load_all(path)
+        if len(placements) != 1:
+            raise ValueError(f"{path}: must hold one placement, got {len(placements)}")
+        return placements[0]
+
+    @classmethod
+    def load_all(cls, path: str | Path) -> list[Placement]:
+        """Read placements that ``save`` wrote, of several models one after another in a file.
+
+        Raises
+        ------
+        ValueError
+            If the file is no placements, or some are of another schema version.
+        """
         path = path_in(path)
         with naming(path):
             content = read_whole(path)
+            placements: list[Placement] = []
             try:
-                fields = json.loads(content)
-                if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
-                    found = fields.get("schema") if isinstance(fields, dict) else type(fields)
-                    raise ValueError(f"schema must be {SCHEMA!r}, got {found!r:.40}")
-                slots = np.asarray(fields["slots"], dtype=None)
-                names = {
-                    k: fields.get(k) for k in ("model", "topology", "fingerprint", "bound_scope")
-                }
-                return cls(
-                    slots,
-                    num_experts=int(fields["num_experts"]),
-                    objective=_number(fields, "objective"),
-                    bound=_number(fields, "bound"),
-                    **names,
-                )
+                text = content.decode().strip()
+                while text or not placements:
+                    fields, end = json.JSONDecoder().raw_decode(text)
+                    placements.append(cls._of_fields(fields))
+                    text = text[end:].lstrip()
             except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 raise ValueError(f"not a placement: {error}") from None
+            return placements
+
+    @classmethod
+    def _of_fields(cls, fields: Any) -> Placement:
+        if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
+            found = fields.get("schema") if isinstance(fields, dict) else type(fields)
+            raise ValueError(f"schema must be {SCHEMA!r}, got {found!r:.40}")
+        names = {k: fields.get(k) for k in ("model", "topology", "fingerprint", "bound_scope")}
+        return cls(
+            np.asarray(fields["slots"], dtype=None),
+            num_experts=int(fields["num_experts"]),
+            objective=_number(fields, "objective"),
+            bound=_number(fields, "bound"),
+            **names,
+        )
 
     def diff(
         self,

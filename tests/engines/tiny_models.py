@@ -49,6 +49,10 @@ MODELS = {
             "sliding_window": None,
         },
     ),
+    "olmoe": (
+        "Olmoe",
+        {"intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4},
+    ),
     "glm4_moe": (
         "Glm4Moe",
         {

@@ -10,6 +10,7 @@ import json
 import os
 from pathlib import Path
 
+import broken_rank  # noqa: F401
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
