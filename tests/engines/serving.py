@@ -153,19 +153,24 @@ def serve(
     environment: dict[str, str] | None = None,
     **more: Any,
 ) -> Served:
-    """Serve the prompts with ``engine`` ("vllm" or "sglang") and return what came."""
-    folder = folder_of(name)
+    """Serve the prompts with ``engine`` ("vllm" or "sglang") and return what came.
+
+    With ``ENGINES_REUSE=1`` the answers of an earlier run of this name are taken, if it had any.
+    """
+    folder = BELOW / "runs" / name
+    reuse = os.environ.get("ENGINES_REUSE") == "1" and (folder / "tokens.json").exists()
+    if not reuse:
+        folder = folder_of(name)
     prompts = tiny_models.prompts()
     specification = folder / "specification.json"
     asked = {"model": str(checkpoint), "arguments": arguments, "prompts": prompts, "tokens": TOKENS}
     specification.write_text(json.dumps({**asked, **more}))
     defaults = VLLM if engine == "vllm" else SGLANG
-    log = program(
-        f"{engine}_serve.py",
-        [specification, folder],
-        {**defaults, **(environment or {})},
-        folder,
-    )
+    if reuse:
+        log = (folder / "log.txt").read_text(errors="replace")
+    else:
+        asked_of = {**defaults, **(environment or {})}
+        log = program(f"{engine}_serve.py", [specification, folder], asked_of, folder)
     return Served(
         folder,
         log,

@@ -159,7 +159,7 @@ def test_commands_of_the_page_work_as_printed():
     folder, typed = type_page("vllm", {**sizes, "MODEL": model("qwen3_moe"), "COPIES": COPIES})
     servers = [each.output for each in typed if "vllm serve" in each.command]
     assert len(servers) == 2
-    assert len((folder / "routed.jsonl").read_text().splitlines()) == 2
+    assert (folder / "routed.jsonl").read_bytes().count(b"\n") == 2
     log = Path(servers[1]).read_text()
     assert "moetuner: in use" in log
     assert "4 layers change" in log  # at the load
@@ -193,7 +193,7 @@ def test_stored_placement_comes_into_force_and_tokens_stay(asynchronous):
     assert served.tokens == one_rank().tokens
     for ours, theirs in zip(served.routed, one_rank().routed, strict=True):
         assert same_routing(ours, theirs)
-    assert served.log.count("moetuner: in use, with --enable-eplb: serves ") == 1
+    assert served.log.count("moetuner: in use: serves ") == 1
     assert served.log.count("3 layers change") == 1
 
 
@@ -258,7 +258,7 @@ def test_without_the_balancer_nothing_changes():
     asked = {"MOETUNER_PLACEMENT": str(placement()), "MOETUNER_PLACMENT": "x"}
     served = serve("vllm", "vllm-no-balancer", model(MODEL), TWO, {**RANKS, **maps, **asked})
     assert served.tokens == one_rank().tokens
-    assert "moetuner: in use, with --enable-eplb: serves " in served.log
+    assert "moetuner: does nothing without --enable-eplb" in served.log
     assert "MOETUNER_PLACMENT is not a variable of moetuner: did you mean" in served.log
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,15 +112,27 @@ def test_says_which_variable_does_nothing(names, words):
     assert words is None or words in lines[0]
 
 
-def test_one_line_says_what_is_in_use(stored, monkeypatch, caplog):
-    """With the file, its checksum and sizes, and the option without which nothing happens."""
+def test_one_line_says_what_is_in_use(stored, caplog):
+    """With the file, its checksum and sizes; or that an option of the engine is missing."""
     caplog.set_level(logging.INFO, LOG.name)
-    monkeypatch.setenv("MOETUNER_PLACEMENT", str(stored[0]))
-    found = Balancer.of(Log(LOG), "vLLM", "--enable-eplb")
-    (line,) = caplog.messages
-    assert line.startswith(f"moetuner: in use, with --enable-eplb: serves {stored[0]} (")
-    assert found.files.placements[0].checksum in line
+    serve = balancer(PLACEMENT=stored[0])
+
+    class Configuration:
+        def __init__(self, on):
+            self.parallel_config = SimpleNamespace(enable_eplb=on)
+            self.__post_init__()
+
+        def __post_init__(self):
+            """Be wrapped."""
+
+    vllm.announce(Configuration, serve)
+    for on in (True, True, False):
+        Configuration(on)
+    line, other = caplog.messages
+    assert line.startswith(f"moetuner: in use: serves {stored[0]} (")
+    assert serve.files.placements[0].checksum in line
     assert "3 layers x 3 slots on 2 ranks, 5 experts" in line
+    assert other == "moetuner: does nothing without --enable-eplb"
 
 
 def test_entry_points_name_the_functions():
@@ -456,3 +469,60 @@ def test_vllm_ascend_takes_loads_of_slots(windows):
         assert len(set(new.tolist())) == width
         assert all(new[at] == old[at] for at in range(width) if old[at] in new)
     assert ours.rebalance_experts(placed, of_slots * 0)[0] == 0
+
+
+class States:
+    """vLLM's `EplbState` as far as a placement at the load touches it."""
+
+    def __init__(self, elastic=False, backend="naive"):
+        self.model_states, self.is_async, self.rearranged = {}, True, []
+        self.parallel_config = SimpleNamespace(enable_elastic_ep=elastic, all2all_backend=backend)
+
+    def add_model(self, model, config, model_name=None):
+        """Take a model with the experts in order."""
+        torch = pytest.importorskip("torch")
+        running = torch.arange(6).repeat(3, 1) % 5
+        self.model_states[model] = SimpleNamespace(
+            physical_to_logical_map=running, model_name=model_name
+        )
+
+    def rearrange(self):
+        """Note that weights move, and how."""
+        self.rearranged.append(self.is_async)
+
+
+class Model:
+    """A model of 5 experts in 6 slots on 2 ranks, perhaps with an adapter."""
+
+    num_logical_experts, num_physical_experts, num_local_physical_experts = 5, 6, 3
+    num_expert_groups = 1
+
+    def __init__(self, *modules):
+        self.modules = lambda: modules
+
+
+def test_vllm_places_experts_at_the_load(stored):
+    """By its synchronous way, once; not where ranks may come alone, nor where nothing is stored."""
+    for environment, elastic, expected in (
+        ({"PLACEMENT": stored[0]}, False, [False]),
+        ({"PLACEMENT": stored[0]}, True, []),
+        ({"PLACEMENT": stored[0].parent / "none"}, False, []),
+        ({"REBALANCE": 1}, False, []),
+    ):
+        states = type("States", (States,), {})
+        vllm.place_at_load(states, balancer(**environment))
+        state = states(elastic)
+        state.add_model(Model(), None, model_name="tiny")
+        assert state.rearranged == expected
+        assert state.is_async
+
+
+def test_vllm_warns_of_its_traps(stored, caplog):
+    """Adapters of experts, and a low-latency buffer that copies take from."""
+    states = type("States", (States,), {})
+    vllm.place_at_load(states, balancer(PLACEMENT=stored[0]))
+    adapter = type("FusedMoEWithLoRA", (), {})()
+    config = SimpleNamespace(quantization=None, get_hidden_size=lambda: 5120)
+    states(backend="deepep_low_latency").add_model(Model(adapter), config)
+    assert "pull request 40867" in caplog.text
+    assert "with 6 slots its buffer of 32 GiB takes" in caplog.text

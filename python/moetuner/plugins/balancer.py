@@ -62,20 +62,11 @@ class Balancer:
         self._models: dict[int, set[str]] = {}
 
     @classmethod
-    def of(cls, log: Log, engine: str, needs: str) -> Balancer | None:
+    def of(cls, log: Log, engine: str) -> Balancer | None:
         """Return what the process's environment asks for, None if that is nothing.
 
-        Say so in one line, and warn of variables that do nothing. A variable that makes no sense
-        makes a balancer too: the other ranks have to hear of it.
-
-        Parameters
-        ----------
-        log
-            Where it is said.
-        engine
-            Name of the engine.
-        needs
-            Options of the engine without which nothing happens.
+        Warn of variables that do nothing, and of files that cannot be read. A variable that makes
+        no sense makes a balancer too: the other ranks have to hear of it.
         """
         # Engines have many processes; the first speaks for all that start as it does.
         rank = int(multiprocessing.parent_process() is not None)
@@ -83,16 +74,11 @@ class Balancer:
             log.warn(line, rank)
         try:
             settings = Settings.of()
+            balancer = None if settings is None else cls(settings, log)
         except ValueError as error:
-            log.warn(f"{error}; {engine} decides by itself", rank)
-            return cls(str(error), log)
-        if settings is None:
-            return None
-        balancer = cls(settings, log)
-        if balancer.files.error:
+            balancer = cls(str(error), log)
+        if balancer is not None and balancer.files.error:
             log.warn(f"{balancer.files.error}; {engine} decides by itself", rank)
-        else:
-            log.say(f"in use, with {needs}: {balancer.purpose}", rank)
         return balancer
 
     @property
@@ -236,7 +222,7 @@ class Balancer:
         assert said is not None
         case, full, source = said
         layers, ranks, _ = case.slots.shape
-        slots = full.reshape(case.slots.shape)
+        slots = full.astype(np.int32).reshape(case.slots.shape)
         changed = int((slots != case.slots).any(axis=(1, 2)).sum())
         before, after = case.balancedness(case.slots), case.balancedness(slots)
         moved = case.copies_moved(slots)

@@ -192,18 +192,24 @@ class Case:
 
     def balancedness(self, slots: Slots) -> float | None:
         """Return mean over slowest rank of these loads, layers added up; None without any."""
-        total, held = self.load.sum(), _held(slots, self.experts)
-        copies = held.sum(axis=1)
-        if not total or (copies == 0).any():
+        load, flat = self.load, slots.reshape(len(slots), -1)
+        full, row = flat != EMPTY, np.arange(len(slots))[:, None] * self.experts
+        copies = np.bincount((row + flat)[full], minlength=load.size).reshape(load.shape)
+        if not load.any() or (copies == 0).any():
             return None
-        share = self.load / copies
-        slowest = np.einsum("lde,le->ld", held, share).max(axis=1).sum()
-        return float(total / (slots.shape[1] * slowest))
+        share = np.take_along_axis(load / copies, np.maximum(flat, 0).astype(np.int64), axis=1)
+        slowest = np.where(full, share, 0).reshape(slots.shape).sum(axis=2).max(axis=1).sum()
+        return float(load.sum() / (slots.shape[1] * slowest))
 
     def copies_moved(self, slots: Slots) -> int:
         """Count experts that come to a rank which does not hold them yet."""
-        new = (_held(slots, self.experts) > 0) & (_held(self.slots, self.experts) == 0)
-        return int(new.sum())
+        rows = np.arange(slots.shape[0] * slots.shape[1]).reshape(*slots.shape[:2], 1)
+        before, after = ((rows * self.experts + of)[of != EMPTY] for of in (self.slots, slots))
+        seen = np.zeros(rows.size * self.experts, dtype=bool)
+        seen[before] = True
+        held = np.count_nonzero(seen)
+        seen[after] = True
+        return int(np.count_nonzero(seen) - held)
 
     def rebalanced(self, rules: Rules, profile: RoutingStatistics | None = None) -> Rebalanced:
         """Relieve the slowest ranks, and keep together what a profile has seen together."""
@@ -305,15 +311,6 @@ def _rebalance(
         forbidden=forbidden,
         pairs=pairs,
     )
-
-
-def _held(slots: Slots, experts: int) -> NDArray[np.int64]:
-    """Count the copies of every expert on every rank [L,D,E]; empty slots hold none."""
-    layers, ranks, width = slots.shape
-    row = np.arange(layers * ranks)[:, None] * (experts + 1)
-    flat = row + np.where(slots >= 0, slots, experts).reshape(-1, width)
-    counts = np.bincount(flat.ravel(), minlength=layers * ranks * (experts + 1))
-    return counts.reshape(layers, ranks, experts + 1)[:, :, :experts]
 
 
 def few_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:

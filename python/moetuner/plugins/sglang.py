@@ -30,9 +30,11 @@ def register() -> None:
     The name of ours is known in any case: without ``MOETUNER_`` variables, or with bad ones,
     SGLang's own algorithm answers to it. It would end the server at the first rebalance otherwise.
     """
-    balancer = Balancer.of(LOG, "SGLang", OPTIONS)
+    balancer = Balancer.of(LOG, "SGLang")
     hooks = Hooks(balancer)
-    targets = {"eplb_algorithms.compute_algorithm": hooks.compute_algorithm}
+    targets: dict[str, Callable[..., Any]] = {
+        "eplb_algorithms.compute_algorithm": hooks.compute_algorithm
+    }
     if balancer is not None:
         targets["eplb_algorithms.rebalance_experts"] = hooks.rebalance_experts
         targets["expert_location.ExpertLocationMetadata.init_trivial"] = hooks.init_trivial
@@ -81,6 +83,7 @@ class Hooks:
         balancer, rank = self.balancer, rank_of_process()
         if balancer is None or trivial is None:
             return trivial
+        LOG.say(f"in use: {balancer.purpose}", rank)
         if chosen_algorithm() != ALGORITHM:
             if balancer.decides:
                 LOG.warn(f"does nothing without {OPTIONS}", rank)
@@ -88,7 +91,6 @@ class Hooks:
         running = trivial.physical_to_logical_map_cpu.numpy()
         layers, slots = running.shape
         ranks, experts = int(trivial.ep_size), int(trivial.num_logical_experts)
-        LOG.say(f"in use: {balancer.purpose}", rank)
         first = balancer.decide(
             np.zeros((layers, experts), dtype=np.int64),
             slots,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import multiprocessing
 import sys
 from typing import Any
 
@@ -31,7 +32,7 @@ def register() -> None:
     loaded = sys.modules.get(POLICIES)
     if loaded is not None and hasattr(loaded.EPLB_POLICIES["default"], "moetuner"):
         return
-    balancer = Balancer.of(LOG, "vLLM", "--enable-eplb")
+    balancer = Balancer.of(LOG, "vLLM")
     if balancer is None:
         return
     try:
@@ -42,9 +43,29 @@ def register() -> None:
             from vllm.distributed.eplb.eplb_state import EplbState
 
             place_at_load(EplbState, balancer)
+        from vllm.config import VllmConfig
+
+        announce(VllmConfig, balancer)
     except Exception as error:
         # Another version: vLLM would not start if this were raised.
         LOG.warn(f"vLLM keeps its own policy: {error!r}")
+
+
+def announce(configurations: Any, balancer: Balancer) -> None:
+    """Say what is in use when the engine has its configuration (``VllmConfig``), and its log."""
+    post_init = configurations.__post_init__
+    # Engines have many processes; the first speaks for all that start as it does.
+    rank = int(multiprocessing.parent_process() is not None)
+
+    @functools.wraps(post_init)
+    def announced(self: Any, *args: Any, **named: Any) -> None:
+        post_init(self, *args, **named)
+        if self.parallel_config.enable_eplb:
+            LOG.say(f"in use: {balancer.purpose}", rank, about="use")
+        else:
+            LOG.warn("does nothing without --enable-eplb", rank)
+
+    configurations.__post_init__ = announced
 
 
 def group() -> Any:
