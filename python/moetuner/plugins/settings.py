@@ -5,21 +5,17 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from moetuner._checks import is_number, shown
 from moetuner.plugins.decision import Rules
-from moetuner.solver.rebalancing import DEAD_ZONE, DEVIATIONS
 
 PREFIX = "MOETUNER_"
-# Names of numbers, with the argument of ``Rules`` that each sets and its default.
+# Variables that are numbers: the arguments of ``Rules``.
 NUMBERS = {
-    "MOVE_BUDGET": ("budget", None),
-    "DEAD_ZONE": ("dead_zone", DEAD_ZONE),
-    "DEVIATIONS": ("deviations", DEVIATIONS),
-    "GROUP_SLACK": ("group_slack", Rules.group_slack),
-    "TRAFFIC": ("traffic", Rules.traffic),
+    "MOVE_BUDGET" if field.name == "budget" else field.name.upper(): field
+    for field in fields(Rules)
 }
 NAMES = ("PLACEMENT", "REBALANCE", "PROFILE", "RECORD", "RELOAD", *NUMBERS)
 # Variables of the package that are not the plugins'.
@@ -43,8 +39,8 @@ class Settings:
     reload
         File whose change has all others read again: ``MOETUNER_RELOAD``.
     rules
-        ``MOETUNER_MOVE_BUDGET``, ``MOETUNER_DEAD_ZONE``, ``MOETUNER_DEVIATIONS``,
-        ``MOETUNER_GROUP_SLACK`` and ``MOETUNER_TRAFFIC``.
+        A variable for each, in capitals: ``MOETUNER_DEAD_ZONE``; the budget is
+        ``MOETUNER_MOVE_BUDGET``.
     """
 
     placements: tuple[Path, ...] = ()
@@ -75,9 +71,10 @@ class Settings:
         if switch not in ("", "0", "1", "true", "false", "on", "off"):
             raise ValueError(f"{PREFIX}REBALANCE must be 0 or 1, got {shown(switch)}")
         numbers = {}
-        for name, (argument, default) in NUMBERS.items():
-            number = _number(name, text(name)) if text(name) else default
-            numbers[argument] = int(number) if name == "MOVE_BUDGET" and number else number
+        for name, rule in NUMBERS.items():
+            number = _number(name, text(name)) if text(name) else rule.default
+            whole = name == "MOVE_BUDGET" and number is not None
+            numbers[rule.name] = int(number) if whole else number
         settings = cls(
             tuple(Path(part) for part in text("PLACEMENT").split(os.pathsep) if part.strip()),
             switch in ("1", "true", "on"),
