@@ -72,6 +72,10 @@ class Files:
                 if isinstance(found, RoutingTrace):
                     found = RoutingStatistics.from_trace(found, transitions=False)
                 profile = found
+        except OSError as error:
+            return cls(
+                error=f"{error.filename}: {error.strerror}" if error.filename else f"{error}"
+            )
         except Exception as error:
             return cls(error=" ".join(f"{error}".split()) or repr(error))
         content = [settings.rebalance, settings.rules, settings.reload is not None]

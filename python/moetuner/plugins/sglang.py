@@ -84,8 +84,9 @@ class Hooks:
         if balancer is None or trivial is None:
             return trivial
         LOG.say(f"in use: {balancer.purpose}", rank)
-        if chosen_algorithm() != ALGORITHM:
-            if balancer.decides:
+        chosen = chosen_algorithm()
+        if chosen != ALGORITHM:
+            if balancer.decides and chosen is not None:
                 LOG.warn(f"does nothing without {OPTIONS}", rank)
             return trivial
         running = trivial.physical_to_logical_map_cpu.numpy()
@@ -105,7 +106,12 @@ class Hooks:
         )
         if first is None or (first.numpy() == running).all():
             return trivial
-        return type(trivial).init_by_mapping(model_config, first, moe_ep_rank)
+        try:
+            return type(trivial).init_by_mapping(model_config, first, moe_ep_rank)
+        except Exception as error:
+            # Another version, on all ranks alike.
+            LOG.warn(f"serves from the first rebalance on, not from the load on: {error!r}", rank)
+            return trivial
 
     def rebalance_experts(
         self,
@@ -170,10 +176,14 @@ def group() -> Group | None:
 
 
 def chosen_algorithm() -> str | None:
-    """Return the value of ``--eplb-algorithm``."""
-    from sglang.srt.runtime_context import get_exec
+    """Return the value of ``--eplb-algorithm``, None where this version hides it."""
+    try:
+        from sglang.srt.runtime_context import get_exec
 
-    return str(get_exec().moe.eplb_algorithm)
+        return str(get_exec().moe.eplb_algorithm)
+    except Exception as error:
+        LOG.warn(f"serves from the first rebalance on, not from the load on: {error!r}")
+        return None
 
 
 def running_map(layers: int) -> Any:

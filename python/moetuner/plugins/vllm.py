@@ -139,21 +139,26 @@ def place_at_load(states: Any, balancer: Balancer) -> None:
     @functools.wraps(add_model)
     def add_and_place(self: Any, model: Any, model_config: Any, *args: Any, **named: Any) -> None:
         add_model(self, model, model_config, *args, **named)
-        state = list(self.model_states.values())[-1]
-        running = state.physical_to_logical_map.cpu().numpy()
-        name = getattr(state, "model_name", None)
-        balancer.take_model(len(running), name)
         with contextlib.suppress(Exception):
             warn_of_traps(model, model_config, self.parallel_config)
         if getattr(self.parallel_config, "enable_elastic_ep", False):
             return
+        try:
+            state = list(self.model_states.values())[-1]
+            running = state.physical_to_logical_map.cpu().numpy()
+            name = getattr(state, "model_name", None)
+            load = running[:, : model.num_logical_experts] * 0
+            ranks = model.num_physical_experts // model.num_local_physical_experts
+            sizes = (model.num_physical_experts, model.num_expert_groups, 1, ranks)
+        except Exception as error:
+            # Another version, on all ranks alike.
+            LOG.warn(f"serves from the first rearrangement on, not from the load on: {error!r}")
+            return
+        balancer.take_model(len(running), name)
         # Ranks that follow live loads take part as well: here all compare what they read.
         maps = balancer.decide(
-            running[:, : model.num_logical_experts] * 0,
-            model.num_physical_experts,
-            model.num_expert_groups,
-            1,
-            model.num_physical_experts // model.num_local_physical_experts,
+            load,
+            *sizes,
             running,
             group=group,
             model=name,
