@@ -19,11 +19,11 @@ from moetuner.plugins.vllm import policy_class
 class Watched(Balancer):
     """Our policy, which says where it failed."""
 
-    def _fall_back(self, verdict, rank):
+    def _fall_back(self, verdict):
         with Path(os.environ["FAILURES"]).open("a") as file:
             test = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split()[0]
             print(test, verdict.reason, file=file)
-        super()._fall_back(verdict, rank)
+        super()._fall_back(verdict)
 
 
 default.DefaultEplbPolicy = policy_class(

@@ -78,12 +78,15 @@ class Post:
 class Verdict:
     """What all ranks do: ``take`` the map, ``own`` (the engine's), ``reload``, or ``off``.
 
-    ``off`` is the engine's own map, now and always; ``silent`` says that a rank did not answer.
+    ``off`` is the engine's own map, now and always; ``silent`` says that a rank did not answer, and
+    ``speaker`` is the first that did; ``speaks`` whether that is this one.
     """
 
     do: str
     reason: str = ""
     silent: bool = False
+    speaker: int = 0
+    speaks: bool = True
 
 
 def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
@@ -95,6 +98,7 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
             f"{ranks_named(silent)} did not answer within {wait:.0f} s: is moetuner installed "
             "there, with the same MOETUNER_ variables?",
             silent=True,
+            speaker=next((rank for rank, post in enumerate(posts) if post is not None), 0),
         )
     given = [post for post in posts if post is not None]
     first = given[0]
@@ -151,9 +155,8 @@ class Agreement:
         except Exception as error:
             return Verdict("own", f"ranks cannot compare their maps: {error!r}"[:LONGEST])
         self._silent = self._silent + 1 if verdict.silent else 0
-        if self._silent >= PATIENCE:
-            return Verdict("off", verdict.reason, silent=True)
-        return verdict
+        do = "off" if self._silent >= PATIENCE else verdict.do
+        return replace(verdict, do=do, speaks=verdict.speaker == ranks.rank)
 
     def _round(self, group: Group, post: Post, wait: float) -> Verdict:
         number = self._rounds.get(group.ranks, 0)
@@ -166,15 +169,15 @@ class Agreement:
 
         posts, final = keys(number), f"moetuner/{name}/{number}/verdict"
         store.set(posts[group.rank], json.dumps(asdict(post)))
-        if group.rank:
-            if not _until(lambda: store.check([final]), wait):
-                verdict = judge([None, *[post] * (size - 1)], wait)
-                return _settle(store, final, verdict)
+        if group.rank and _until(lambda: store.check([final]), 2 * wait):
             return _verdict(store.get(final))
-        everyone = _until(lambda: store.check(posts), wait)
+        # Rank 0 judges; another does where it does not, and then it was silent whatever it posted.
+        everyone = not group.rank and _until(lambda: store.check(posts), wait)
         answers = [
-            Post(**json.loads(store.get(key))) if everyone or store.check([key]) else None
-            for key in posts
+            Post(**json.loads(store.get(key)))
+            if everyone or (bool(group.rank) <= rank and store.check([key]))
+            else None
+            for rank, key in enumerate(posts)
         ]
         verdict = _settle(store, final, judge(answers, wait))
         if number and everyone:

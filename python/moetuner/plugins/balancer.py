@@ -168,7 +168,7 @@ class Balancer:
             if not quiet:
                 self._report(said, rank, 1e3 * (time.perf_counter() - begin))
             return answer
-        self._fall_back(verdict, rank)
+        self._fall_back(verdict)
         return None
 
     def _outcome(
@@ -239,10 +239,11 @@ class Balancer:
         if rank == 0 and after is not None:
             self.log.count(before or 0.0, after, moved, milliseconds / 1e3)
 
-    def _fall_back(self, verdict: Verdict, rank: int) -> None:
+    def _fall_back(self, verdict: Verdict) -> None:
         self._off = verdict.do == "off"
         until = " from now on" if self._off else ""
-        self.log.warn(f"all ranks take the engine's own map{until}: {verdict.reason}", rank)
+        text = f"all ranks take the engine's own map{until}: {verdict.reason}"
+        self.log.warn(text, int(not verdict.speaks))
 
     def failed(self, what: str, error: BaseException) -> None:
         """Warn of an error, once of each kind."""

@@ -25,6 +25,7 @@ def register():
     """Register the hooks; the engine applies them once all plugins have registered."""
     if not torch.cuda.is_available():  # EPLB waits for the device before it looks at the clock
         torch.cuda.synchronize = torch.cuda.empty_cache = nothing
+        torch.cuda.is_current_stream_capturing = nothing  # asked while the recorder does not run
     pinned = SRT + "mem_cache.pool_host.common._cuda_host_register"
     HookRegistry.register(pinned, nothing, HookType.REPLACE)
     experts = SRT + "layers.moe.fused_moe_native.moe_forward_native"
