@@ -64,7 +64,10 @@ def map_in_force(result, *args, **kwargs):
         return
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
-    now = get_global_expert_location_metadata().physical_to_logical_map_cpu.tolist()
+    metadata = get_global_expert_location_metadata()
+    if metadata is None:  # SGLang knows no places of experts for this model
+        return
+    now = metadata.physical_to_logical_map_cpu.tolist()
     file = Path(folder) / f"rank{torch.distributed.get_rank()}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = file.read_text().splitlines() if file.exists() else []
