@@ -12,9 +12,9 @@ from moetuner._checks import is_number, shown
 from moetuner.plugins.decision import Rules
 
 PREFIX = "MOETUNER_"
-# Variables that are numbers: the arguments of ``Rules``.
+# Variables that are numbers, and the arguments of ``Rules`` that they set.
 NUMBERS = {
-    "MOVE_BUDGET" if field.name == "budget" else field.name.upper(): field
+    "MOVE_BUDGET" if field.name == "budget" else field.name.upper(): field.name
     for field in fields(Rules)
 }
 NAMES = ("PLACEMENT", "REBALANCE", "PROFILE", "RECORD", "RELOAD", *NUMBERS)
@@ -71,10 +71,10 @@ class Settings:
         if switch not in ("", "0", "1", "true", "false", "on", "off"):
             raise ValueError(f"{PREFIX}REBALANCE must be 0 or 1, got {shown(switch)}")
         numbers = {}
-        for name, rule in NUMBERS.items():
-            number = _number(name, text(name)) if text(name) else rule.default
+        for name, argument in NUMBERS.items():
+            number = _number(name, text(name)) if text(name) else getattr(Rules, argument)
             whole = name == "MOVE_BUDGET" and number is not None
-            numbers[rule.name] = int(number) if whole else number
+            numbers[argument] = int(number) if whole else number
         settings = cls(
             tuple(Path(part) for part in text("PLACEMENT").split(os.pathsep) if part.strip()),
             switch in ("1", "true", "on"),
