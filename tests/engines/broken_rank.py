@@ -38,7 +38,7 @@ def apply():
 
     asked = os.environ.get("ENGINES_BREAK", ":")
     rank, how = asked.split(":")
-    wait = SHORT if how == "unset" else PATIENT
+    wait = SHORT if how == "unset" or how.startswith("kill") else PATIENT
     agreement.WAIT = vllm.WAIT_AT_LOAD = sglang.WAIT_AT_LOAD = wait
     if str(rank_of_this_process()) != rank:
         return
