@@ -82,7 +82,7 @@ wheel: $(BASE)  ## build dist/*.whl
 test-wheel: wheel  ## install the wheel into a fresh environment and use it there
 	tests/wheel.sh $(BIN)/python dist/*.whl
 
-engines: wheel  ## real engines on the CPU with moetuner inside (20 GB, half an hour): ENGINES=vllm for one
+engines: wheel  ## real engines on the CPU with moetuner inside (20 GB, an hour): ENGINES=vllm for one
 	$(BIN)/python tests/engines/run.py --wheel dist/*.whl $(ENGINES)
 
 bench: $(CORE) $(TOOLS)  ## one file per question, each prints its answer (quick settings)

@@ -54,6 +54,7 @@ class Reader:
         self.names = names
         self.said = None  # by the last fence that was run
         self.unneeded, self.needed = {}, set()  # programs that are not to be run
+        self.values = {}  # of the shell's variables
 
     def __call__(self, document):
         """Find what there is to do, as Sybil asks."""
@@ -101,9 +102,13 @@ class Reader:
         source, shown = example.parsed
         self.said = ""
         for line in source.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            while words and re.fullmatch(r"\w+=.*", words[0]):
+            given = re.sub(r"\$([A-Z]+)", lambda name: self.values[name[1]], line)
+            words, values = shlex.split(given, comments=True), {}
+            while words and (value := re.fullmatch(r"(\w+)=(.*)", words[0])):
+                values[value[1]] = value[2]
                 del words[0]
+            if not words:
+                self.values |= values
             if words[:1] == ["moetuner"]:
                 self.said += self.command(words[1:], shown)
             elif words and words[0] in self.unneeded:

@@ -46,6 +46,19 @@ def test_every_expert_is_somewhere_and_no_device_holds_it_twice(placement):
     assert counts.sum() == (placement.slots != -1).sum()
 
 
+def test_a_file_may_hold_placements_of_several_models(tmp_path):
+    """One after another, with or without a line between; where one is wanted it is refused."""
+    placements = [mt.Placement([[[0, 1], [2, 3]]], model="a"), mt.Placement([[[1, 0]]], model="b")]
+    for number, placement in enumerate(placements):
+        placement.save(tmp_path / f"{number}.json")
+    text = [(tmp_path / f"{number}.json").read_text().strip() for number in range(2)]
+    for between in ("", "\n\n"):
+        (tmp_path / "both.json").write_text(between.join(text))
+        assert mt.Placement.load_all(tmp_path / "both.json") == placements
+    with pytest.raises(ValueError, match="must hold one placement, got 2"):
+        mt.Placement.load(tmp_path / "both.json")
+
+
 @given(placements())
 def test_save_and_load_give_the_same_placement(tmp_path_factory, placement):
     """What is saved is what is loaded, names and figures too."""

@@ -26,7 +26,7 @@ from moetuner._checks import (
     whole_number,
 )
 from moetuner.files import naming, read_whole, replacing
-from moetuner.files.text import parse_json
+from moetuner.files.text import DECODER
 from moetuner.frozen import Frozen
 from moetuner.topology import Topology
 
@@ -385,24 +385,45 @@ class Placement(Frozen):
         ValueError
             If the file is not a placement, or is one of another schema version.
         """
+        placements = cls.load_all(path)
+        if len(placements) != 1:
+            raise ValueError(f"{path}: must hold one placement, got {len(placements)}")
+        return placements[0]
+
+    @classmethod
+    def load_all(cls, path: str | Path) -> list[Placement]:
+        """Read placements that ``save`` wrote, of several models one after another in a file.
+
+        Raises
+        ------
+        ValueError
+            If the file is no placements, or some are of another schema version.
+        """
         path = path_in(path)
         with naming(path):
             content = read_whole(path)
+            placements: list[Placement] = []
             try:
-                fields = parse_json(content)
-                if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
-                    found = fields.get("schema") if isinstance(fields, dict) else type(fields)
-                    raise ValueError(f"schema must be {SCHEMA!r}, got {shown(found)}")
-                slots = array_in("slots", fields["slots"])
-                names = ("model", "topology", "fingerprint", "bound_scope", "objective", "bound")
-                others = {name: fields.get(name) for name in names}
-                return cls(
-                    slots,
-                    num_experts=experts_in(fields["num_experts"]),
-                    **others,
-                )
+                text = content.decode().strip()
+                while text or not placements:
+                    fields, end = DECODER.raw_decode(text)
+                    placements.append(cls._of_fields(fields))
+                    text = text[end:].lstrip()
             except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 raise ValueError(f"not a placement: {error}") from None
+            return placements
+
+    @classmethod
+    def _of_fields(cls, fields: Any) -> Placement:
+        if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
+            found = fields.get("schema") if isinstance(fields, dict) else type(fields)
+            raise ValueError(f"schema must be {SCHEMA!r}, got {shown(found)}")
+        names = ("model", "topology", "fingerprint", "bound_scope", "objective", "bound")
+        return cls(
+            array_in("slots", fields["slots"]),
+            num_experts=experts_in(fields["num_experts"]),
+            **{name: fields.get(name) for name in names},
+        )
 
     def diff(
         self,

@@ -10,19 +10,22 @@ from pathlib import Path
 
 from vllm.distributed.eplb.policy import default
 
-from moetuner.plugins.policy import Policy, Settings
+from moetuner.plugins.balancer import Balancer
+from moetuner.plugins.log import Log
+from moetuner.plugins.settings import Settings
 from moetuner.plugins.vllm import policy_class
 
 
-class Watched(Policy):
+class Watched(Balancer):
     """Our policy, which says where it failed."""
 
-    def failed(self, instead, error):
+    def _fall_back(self, verdict):
         with Path(os.environ["FAILURES"]).open("a") as file:
-            print(os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split()[0], error, file=file)
-        super().failed(instead, error)
+            test = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split()[0]
+            print(test, verdict.reason, file=file)
+        super()._fall_back(verdict)
 
 
 default.DefaultEplbPolicy = policy_class(
-    default.DefaultEplbPolicy, Watched(Settings(rebalance=True), logging.getLogger("moetuner"))
+    default.DefaultEplbPolicy, Watched(Settings(rebalance=True), Log(logging.getLogger("moetuner")))
 )

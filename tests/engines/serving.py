@@ -6,9 +6,11 @@ An engine takes half a minute to start, so each run serves many assertions. Its 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 import pytest
 import tiny_models
+
+import moetuner as mt
 
 HERE = Path(__file__).parent
 BELOW = HERE.parents[1] / ".engines"
@@ -91,22 +96,53 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def program(name: str, arguments: list[str], environment: dict[str, str], folder: Path) -> str:
-    """Run a program of this folder; return what it wrote, or fail with its end."""
+def program(
+    name: str, arguments: list[str], environment: dict[str, str], folder: Path, *, ends: bool = True
+) -> str:
+    """Run a program of this folder; return what it wrote, or fail with its end.
+
+    Without ``ends`` it has to end with an error; it fails here if it goes on or ends well.
+    """
     log = folder / "log.txt"
     with log.open("w") as file:
-        status = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, HERE / name, *map(str, arguments)],
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "PATH": PATH, **environment},
-            timeout=LIMIT,
-            check=False,
-        ).returncode
+            start_new_session=True,
+        )
+    try:
+        status = process.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        status = None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     text = log.read_text(errors="replace")
-    if status:
+    if status is None or (status == 0) != ends:
         pytest.fail(f"{name} ended with status {status}; the end of {log}:\n{text[-4000:]}")
     return text
+
+
+def kill_a_rank(engine: str, name: str, arguments: dict[str, Any], asked: dict[str, str]) -> str:
+    """Serve while a rank is killed, which has to end the engine; return its log."""
+    folder = folder_of(name)
+    specification = folder / "specification.json"
+    model = {"model": arguments.pop("model"), "prompts": tiny_models.prompts(), "tokens": TOKENS}
+    specification.write_text(json.dumps({**model, "arguments": arguments}))
+    environment = {**(VLLM if engine == "vllm" else SGLANG), **RANKS, **asked}
+    environment["ENGINES_MAPS"] = str(folder / "maps")
+    return program(f"{engine}_serve.py", [specification, folder], environment, folder, ends=False)
+
+
+def any_placement(name: str, layers: int, experts: int, slots: int, turn: int = 0) -> Path:
+    """Write a placement on two ranks unlike any engine's own: experts in falling order, turned."""
+    row = (np.arange(2 * slots)[::-1] + turn) % experts
+    path = BELOW / "runs" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mt.Placement([row.reshape(2, slots)] * layers, num_experts=experts).save(path)
+    return path
 
 
 def serve(
@@ -117,19 +153,24 @@ def serve(
     environment: dict[str, str] | None = None,
     **more: Any,
 ) -> Served:
-    """Serve the prompts with ``engine`` ("vllm" or "sglang") and return what came."""
-    folder = folder_of(name)
+    """Serve the prompts with ``engine`` ("vllm" or "sglang") and return what came.
+
+    With ``ENGINES_REUSE=1`` the answers of an earlier run of this name are taken, if it had any.
+    """
+    folder = BELOW / "runs" / name
+    reuse = os.environ.get("ENGINES_REUSE") == "1" and (folder / "tokens.json").exists()
+    if not reuse:
+        folder = folder_of(name)
     prompts = tiny_models.prompts()
     specification = folder / "specification.json"
     asked = {"model": str(checkpoint), "arguments": arguments, "prompts": prompts, "tokens": TOKENS}
     specification.write_text(json.dumps({**asked, **more}))
     defaults = VLLM if engine == "vllm" else SGLANG
-    log = program(
-        f"{engine}_serve.py",
-        [specification, folder],
-        {**defaults, **(environment or {})},
-        folder,
-    )
+    if reuse:
+        log = (folder / "log.txt").read_text(errors="replace")
+    else:
+        asked_of = {**defaults, **(environment or {})}
+        log = program(f"{engine}_serve.py", [specification, folder], asked_of, folder)
     return Served(
         folder,
         log,
@@ -187,6 +228,24 @@ def _is_up(url: str) -> bool:
             return True
     except OSError:
         return False
+
+
+def type_page(engine: str, values: dict[str, Any]) -> tuple[Path, list[pages.Typed]]:
+    """Type the commands of an engine's page, as printed, with these values of its variables."""
+    folder = folder_of(f"{engine}-page")
+    environment = {**(VLLM if engine == "vllm" else SGLANG), **RANKS}
+    environment |= {"PATH": PATH, "ENGINES_PYTHON": sys.executable}
+    environment |= {name: str(value) for name, value in values.items()}
+    shell = pages.Shell(folder, {"vllm": 8000, "sglang": 30000}[engine], environment)
+    typed = []
+    try:
+        for command in pages.commands(f"{engine}.md"):
+            typed.append(shell.type(command))
+            if typed[-1].status:
+                pytest.fail(f"{command}\nended with {typed[-1].status}:\n{typed[-1].output}")
+    finally:
+        shell.stop()
+    return folder, typed
 
 
 def moetuner(*arguments: Any) -> str:

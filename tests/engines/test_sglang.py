@@ -17,13 +17,16 @@ from serving import (
     BELOW,
     RANKS,
     Served,
+    any_placement,
     by_rank,
     folder_of,
+    kill_a_rank,
     model,
     moetuner,
     order_of,
     same_routing,
     serve,
+    type_page,
 )
 
 import moetuner as mt
@@ -164,14 +167,27 @@ def test_file_of_our_writer_places_experts_and_slots_are_read_back(mode):
         assert found.windows == BUFFER["two"]
 
 
+def test_commands_of_the_page_work_as_printed():
+    """docs/engines/sglang.md, typed from its first line to its last."""
+    sizes = {"RANKS": 2, "EXPERTS": EXPERTS, "LAYERS": tiny_models.LAYERS, "SLOTS": SLOTS}
+    sizes |= {"TOPK": 4, "DENSE": "none", "COPIES": COPIES}
+    folder, typed = type_page("sglang", {**sizes, "MODEL": model(MODEL)})
+    servers = [each.output for each in typed if "launch_server" in each.command]
+    assert len(servers) == 5
+    assert (folder / "routed.jsonl").read_bytes().count(b"\n") == 2
+    assert "moetuner: in use: serves " in Path(servers[3]).read_text()
+    assert "moetuner: in use: rebalances by live loads" in Path(servers[4]).read_text()
+
+
 def test_stored_placement_comes_into_force_and_tokens_stay():
     """`--eplb-algorithm moetuner` with `MOETUNER_PLACEMENT`: both ranks run our placement."""
     asked = {"MOETUNER_PLACEMENT": str(placement())}
     served = on_two_ranks("sglang-static", BALANCED, asked, model(MODEL))
     first, second = served.maps()
     assert first == second
-    assert by_rank(first[0], 2) != by_rank(first[-1], 2)  # SGLang starts with its own
-    assert by_rank(first[-1], 2) == expected_by_rank()
+    # From the load on.
+    assert [by_rank(of, 2) for of in first] == [expected_by_rank()] * len(first)
+    assert "moetuner: in use: serves " in served.log
     assert served.tokens == one_rank().tokens
     for ours, theirs in zip(served.routed, one_rank().routed, strict=True):
         assert same_routing(ours, theirs)
@@ -196,6 +212,67 @@ def test_live_rebalancing_agrees_on_all_ranks_and_tokens_stay():
     assert served.tokens == one_rank().tokens
     for ours, theirs in zip(served.routed, one_rank().routed, strict=True):
         assert same_routing(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("missing", "from now on: rank 1: /nonexistent/placement.json"),
+        ("variable", "from now on: rank 1: MOETUNER_REBALANCE must be 0 or 1"),
+        ("raise", "own map: rank 1: broken on purpose"),
+        ("unset", "own map: rank 1 did not answer within"),
+    ],
+)
+def test_one_broken_rank_leaves_all_with_the_engines_own_map(how, reason):
+    """No hang: both ranks run SGLang's own maps, tokens stay, and a line names the rank."""
+    asked = {"MOETUNER_PLACEMENT": str(placement()), "ENGINES_BREAK": f"1:{how}"}
+    served = on_two_ranks(f"sglang-broken-{how}", BALANCED, asked, model(MODEL))
+    first, second = served.maps()
+    assert first == second
+    assert len(first) > 1
+    assert expected_by_rank() not in [by_rank(of, 2) for of in first]
+    assert served.tokens == one_rank().tokens
+    assert reason in served.log
+
+
+def test_without_variables_the_name_is_sglangs_own_algorithm():
+    """`--eplb-algorithm moetuner` alone ended the server at the first rebalance."""
+    served = on_two_ranks("sglang-no-variables", BALANCED, {}, model(MODEL))
+    first, second = served.maps()
+    assert first == second
+    assert len(first) > 1
+    assert served.tokens == one_rank().tokens
+    assert "neither MOETUNER_PLACEMENT nor MOETUNER_REBALANCE is set" in served.log
+
+
+@pytest.mark.parametrize("call", [1, 2], ids=["at-the-load", "in-a-rebalance"])
+def test_a_killed_rank_ends_the_engine(call):
+    """SIGKILL of a rank in a decision: the engine ends as it does by itself, nothing waits."""
+    kill_a_rank(
+        "sglang",
+        f"sglang-killed-{call}",
+        {"model": str(model(MODEL)), **BALANCED},
+        {"MOETUNER_PLACEMENT": str(placement()), "ENGINES_BREAK": f"1:kill-{call}"},
+    )
+
+
+def test_without_the_balancer_a_warning_says_so():
+    """Without `--eplb-algorithm moetuner` nothing changes."""
+    asked = {"MOETUNER_PLACEMENT": str(placement())}
+    served = on_two_ranks("sglang-no-balancer", WITH_COPIES, asked, model(MODEL))
+    assert served.tokens == one_rank().tokens
+    assert "does nothing without --enable-eplb --eplb-algorithm moetuner" in served.log
+
+
+def test_a_model_without_a_balancer_serves_as_ever():
+    """SGLang knows no places of experts for Mixtral: nothing of ours comes into force."""
+    checkpoint = model("mixtral")
+    path = any_placement("sglang-mixtral", tiny_models.LAYERS, 8, 4)
+    served = on_two_ranks("sglang-mixtral", TWO, {"MOETUNER_PLACEMENT": str(path)}, checkpoint)
+    assert served.tokens == [
+        tiny_models.greedy(checkpoint, prompt, len(new))
+        for prompt, new in zip(served.prompts, served.tokens, strict=True)
+    ]
 
 
 def test_tokens_change_if_weights_do_not_move():

@@ -19,14 +19,17 @@ from serving import (
     RANKS,
     TOKENS,
     Served,
+    any_placement,
     ask_vllm_server,
     by_rank,
     folder_of,
+    kill_a_rank,
     model,
     moetuner,
     order_of,
     same_routing,
     serve,
+    type_page,
 )
 
 import moetuner as mt
@@ -64,10 +67,9 @@ def placement() -> Path:
     return out
 
 
-@cache
-def balanced(name: str, asynchronous: bool, environment: tuple[tuple[str, str], ...]) -> Served:
-    """Serve on two ranks with vLLM's load balancer on: the third command."""
-    balancer = {
+def balancer(asynchronous: bool) -> dict:
+    """Return a configuration of vLLM's load balancer with two copies."""
+    return {
         "window_size": 4,
         "step_interval": 8,  # the first rearrangement comes after a quarter of it
         "num_redundant_experts": COPIES,
@@ -75,12 +77,19 @@ def balanced(name: str, asynchronous: bool, environment: tuple[tuple[str, str], 
         "log_balancedness": True,
         "communicator": "torch_gloo",
     }
+
+
+@cache
+def balanced(
+    name: str, asynchronous: bool, environment: tuple[tuple[str, str], ...], checkpoint: str = MODEL
+) -> Served:
+    """Serve on two ranks with vLLM's load balancer on: the third command."""
     maps = {"ENGINES_MAPS": str(BELOW / "runs" / name / "maps")}
     return serve(
         "vllm",
         name,
-        model(MODEL),
-        {**TWO, "enable_eplb": True, "eplb_config": balancer},
+        model(checkpoint),
+        {**TWO, "enable_eplb": True, "eplb_config": balancer(asynchronous)},
         {**RANKS, **maps, **dict(environment)},
     )
 
@@ -144,6 +153,18 @@ def test_http_responses_say_what_offline_arrays_say():
     assert same_routing(found["chat"], expected)
 
 
+def test_commands_of_the_page_work_as_printed():
+    """docs/engines/vllm.md, typed from its first line to its last."""
+    sizes = {"RANKS": 2, "EXPERTS": EXPERTS, "LAYERS": tiny_models.LAYERS, "SLOTS": SLOTS}
+    folder, typed = type_page("vllm", {**sizes, "MODEL": model("qwen3_moe"), "COPIES": COPIES})
+    servers = [each.output for each in typed if "vllm serve" in each.command]
+    assert len(servers) == 2
+    assert (folder / "routed.jsonl").read_bytes().count(b"\n") == 2
+    log = Path(servers[1]).read_text()
+    assert "moetuner: in use" in log
+    assert "4 layers change" in log  # at the load
+
+
 def test_permuted_checkpoint_serves_the_same_tokens():
     """Experts renumbered in the checkpoint: same tokens on two ranks, and ids map back."""
     folder = folder_of("vllm-permuted-checkpoint") / "model"
@@ -166,13 +187,14 @@ def test_stored_placement_comes_into_force_and_tokens_stay(asynchronous):
     served = static(asynchronous)
     first, second = served.maps()
     assert first == second
-    expected = mt.Placement.load(placement())
-    assert by_rank(first[0], 2) != by_rank(first[-1], 2)  # vLLM starts with its own
-    assert by_rank(first[-1], 2) == np.sort(expected.slots, axis=2).tolist()
+    expected = np.sort(mt.Placement.load(placement()).slots, axis=2).tolist()
+    # From the first step on: vLLM's own map was replaced at the load.
+    assert [by_rank(of, 2) for of in first] == [expected] * len(first)
     assert served.tokens == one_rank().tokens
     for ours, theirs in zip(served.routed, one_rank().routed, strict=True):
         assert same_routing(ours, theirs)
-    assert "moetuner" in served.log.lower()
+    assert served.log.count("moetuner: in use: serves ") == 1
+    assert served.log.count("3 layers change") == 1
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
@@ -193,6 +215,70 @@ def test_live_rebalancing_agrees_on_all_ranks_and_tokens_stay(asynchronous):
     assert served.tokens == one_rank().tokens
     for ours, theirs in zip(served.routed, one_rank().routed, strict=True):
         assert same_routing(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("how", "asynchronous", "reason"),
+    [
+        ("missing", False, "from now on: rank 1: /nonexistent/placement.json"),
+        ("raise", False, "own map: rank 1: broken on purpose"),
+        ("unset", False, "own map: rank 1 did not answer within"),
+        ("other", True, "from now on: rank 1 read other files or variables than rank 0"),
+    ],
+)
+def test_one_broken_rank_leaves_all_with_the_engines_own_map(how, asynchronous, reason):
+    """No hang: both ranks run vLLM's own maps, tokens stay, and a line names the rank."""
+    other = any_placement("vllm-other", tiny_models.LAYERS - 1, EXPERTS, SLOTS)
+    broken = (("ENGINES_BREAK", f"1:{how}"), ("ENGINES_OTHER", str(other)))
+    asked = (("MOETUNER_PLACEMENT", str(placement())), *broken)
+    served = balanced(f"vllm-broken-{how}", asynchronous, asked)
+    first, second = served.maps()
+    assert first == second
+    ours = np.sort(mt.Placement.load(placement()).slots, axis=2).tolist()
+    assert ours not in [by_rank(of, 2) for of in first]
+    assert served.tokens == one_rank().tokens
+    assert reason in served.log
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [(1, "WorkerProc initialization failed"), (3, "died unexpectedly")],
+    ids=["at-the-load", "in-a-rebalance"],
+)
+def test_a_killed_rank_ends_the_engine(call, reason):
+    """SIGKILL of a rank in a decision: the engine ends as it does by itself, nothing waits."""
+    log = kill_a_rank(
+        "vllm",
+        f"vllm-killed-{call}",
+        {"model": str(model(MODEL)), **TWO, "enable_eplb": True, "eplb_config": balancer(False)},
+        {"MOETUNER_PLACEMENT": str(placement()), "ENGINES_BREAK": f"1:kill-{call}"},
+    )
+    assert reason in log
+
+
+def test_without_the_balancer_nothing_changes():
+    """Without `enable_eplb` vLLM never asks: same tokens, and the line says what is missing."""
+    maps = {"ENGINES_MAPS": str(BELOW / "runs" / "vllm-no-balancer" / "maps")}
+    asked = {"MOETUNER_PLACEMENT": str(placement()), "MOETUNER_PLACMENT": "x"}
+    served = serve("vllm", "vllm-no-balancer", model(MODEL), TWO, {**RANKS, **maps, **asked})
+    assert served.tokens == one_rank().tokens
+    assert "moetuner: does nothing without --enable-eplb" in served.log
+    assert "MOETUNER_PLACMENT is not a variable of moetuner: did you mean" in served.log
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_other_models(name):
+    """Mixtral serves our placement. OLMoE has no balancer in vLLM, and serves as ever."""
+    experts, width = {"mixtral": (8, 5), "olmoe": (16, 9)}[name]
+    path = any_placement(f"vllm-{name}", tiny_models.LAYERS, experts, width)
+    asked = (("MOETUNER_PLACEMENT", str(path)),)
+    served = balanced(f"vllm-{name}", False, asked, name)
+    assert served.tokens == [
+        tiny_models.greedy(model(name), prompt, len(new))
+        for prompt, new in zip(served.prompts, served.tokens, strict=True)
+    ]
+    ours = np.sort(mt.Placement.load(path).slots, axis=2).tolist()
+    assert [by_rank(of[0], 2) for of in served.maps()] == ([ours] * 2 if name == "mixtral" else [])
 
 
 def test_tokens_change_if_weights_do_not_move():

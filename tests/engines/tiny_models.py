@@ -49,6 +49,16 @@ MODELS = {
             "sliding_window": None,
         },
     ),
+    "olmoe": (
+        "Olmoe",
+        # SGLang has as many heads of keys as of queries there, like the models that are released.
+        {
+            "intermediate_size": 64,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "num_key_value_heads": 4,
+        },
+    ),
     "glm4_moe": (
         "Glm4Moe",
         {

@@ -61,9 +61,9 @@ def test_what_vllm_wrote():
     assert mt.open_input(GOLDEN / "chat.json", num_experts=16).tokens == 37
 
 
-@pytest.mark.parametrize("form", ["one", "list", "lines", "events", "spread"])
+@pytest.mark.parametrize("form", ["one", "list", "lines", "events", "spread", "joined"])
 def test_ways_to_keep_responses(tmp_path, form):
-    """One response, a list, JSON lines, server-sent events: sequences in their order."""
+    """One response, a list, lines, events, or with nothing between: sequences in their order."""
     arrays = [routed(tokens, seed=tokens) for tokens in (5, 1, 30)]
     each = [response(arrays[0][0], arrays[1][0]), response(), response(arrays[2][0])]
     if form == "one":
@@ -75,6 +75,8 @@ def test_ways_to_keep_responses(tmp_path, form):
         text = "\n\n".join(json.dumps(one, ensure_ascii=False) for one in each)
     elif form == "events":
         text = "".join(f"data: {json.dumps(one)}\n\n" for one in each) + "data: [DONE]\n"
+    elif form == "joined":  # as curl leaves them, some over several lines
+        text = "".join(json.dumps(one, indent=at % 2 or None) for at, one in enumerate(each))
     else:
         text = json.dumps(response(*(a for a, _ in arrays)), indent=1)
     path = tmp_path / "r"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner.plugins import rebalance_experts
+from moetuner.plugins.decision import Case
 
 
 @st.composite
@@ -235,3 +236,19 @@ def test_says_what_is_wrong(arguments, words):
     """One line that names the argument."""
     with pytest.raises(ValueError, match=words):
         rebalance_experts(*arguments)
+
+
+@given(cases())
+def test_what_is_said_of_a_map(case):
+    """Balancedness and copies moved, against a count rank by rank."""
+    load, slots, groups, nodes, ranks, random = case
+    experts = load.shape[1]
+    old, new = (running(random, (len(load), slots), experts) for _ in range(2))
+    engine = Case.of(load, slots, groups, nodes, ranks, old)
+    mapped = new.reshape(len(load), ranks, -1).astype(np.int32)
+    before, after = held(old, ranks, experts), held(new, ranks, experts)
+    assert engine.copies_moved(mapped) == ((after > 0) & (before == 0)).sum()
+    expected = None
+    if load.any():
+        expected = load.sum() / (ranks * slowest(load, new, ranks).sum())
+    assert engine.balancedness(mapped) == pytest.approx(expected)

@@ -1,27 +1,39 @@
 """What the environment asks of plugins: what they serve, record and say, and what errors become."""
 
 import logging
+import os
 import pickle
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import moetuner as mt
 from moetuner.plugins import rebalance_experts, sglang, vllm, vllm_ascend
-from moetuner.plugins.policy import Policy, Settings, asked
+from moetuner.plugins.balancer import Balancer
+from moetuner.plugins.log import Log
 from moetuner.plugins.recorder import MOST_WINDOWS, LoadRecorder
+from moetuner.plugins.settings import Settings, complaints
 
 LOG = logging.getLogger("moetuner.plugins")
 
 
-def policy(**environment):
-    """Make the policy of an environment."""
+def balancer(**environment):
+    """Make the balancer of an environment."""
     asked = Settings.of({f"MOETUNER_{name}": str(value) for name, value in environment.items()})
-    return Policy(asked, LOG)
+    return Balancer(asked, Log(LOG))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_logs(monkeypatch):
+    """Let every test hear its warnings, though an engine's process says each once."""
+    for module in (vllm, sglang, vllm_ascend):
+        monkeypatch.setattr(module, "LOG", Log(LOG))
 
 
 @pytest.fixture
@@ -61,6 +73,14 @@ def test_a_variable_that_makes_no_sense_is_a_warning(register, monkeypatch, capl
     assert "MOETUNER_REBALANCE must be 0 or 1" in caplog.text
 
 
+def test_sglang_knows_the_name_without_variables(caplog):
+    """`--eplb-algorithm moetuner` alone is SGLang's own algorithm, not the end of the server."""
+    hooks = sglang.Hooks(None)
+    own = hooks.compute_algorithm(lambda *given: given, "moetuner", None, 1)
+    assert own == ("auto", None, 1)
+    assert "neither MOETUNER_PLACEMENT nor MOETUNER_REBALANCE is set" in caplog.text
+
+
 @pytest.mark.parametrize("register", [vllm.register, sglang.register])
 def test_an_engine_that_cannot_be_reached_is_a_warning(register, monkeypatch, caplog):
     """It is absent here, as a module that another version has elsewhere would be."""
@@ -76,23 +96,43 @@ def test_an_engine_that_cannot_be_reached_is_a_warning(register, monkeypatch, ca
     ("names", "words"),
     [
         ("PLACEMENT REBALANCE", "MOETUNER_PLACEMENT is served"),
-        ("PROFILE", "MOETUNER_PROFILE does nothing by itself"),
-        ("PROFILE RECORD", "MOETUNER_PROFILE does nothing by itself"),
+        ("PROFILE", "MOETUNER_PROFILE does nothing without"),
+        ("PROFILE RECORD", "MOETUNER_PROFILE does nothing without"),
         ("PROFILE PLACEMENT", "MOETUNER_PROFILE does nothing with MOETUNER_PLACEMENT"),
+        ("RELOAD", "MOETUNER_RELOAD does nothing without"),
+        ("PLACMENT", "did you mean MOETUNER_PLACEMENT?"),
+        ("SPEED", "MOETUNER_SPEED is not a variable of moetuner: known are PLACEMENT, "),
         ("PROFILE REBALANCE", None),
     ],
 )
-def test_says_which_variable_does_nothing(names, words, monkeypatch, caplog):
+def test_says_which_variable_does_nothing(names, words):
     """In one line."""
-    for name in ("PLACEMENT", "REBALANCE", "PROFILE", "RECORD"):
-        monkeypatch.delenv(f"MOETUNER_{name}", raising=False)
-    for name in names.split():
-        monkeypatch.setenv(f"MOETUNER_{name}", "1")
+    lines = complaints({f"MOETUNER_{name}": "1" for name in names.split()})
+    assert len(lines) == (words is not None)
+    assert words is None or words in lines[0]
+
+
+def test_one_line_says_what_is_in_use(stored, caplog):
+    """With the file, its checksum and sizes; or that an option of the engine is missing."""
     caplog.set_level(logging.INFO, LOG.name)
-    asked(LOG, "")
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == (words is not None)
-    assert words is None or words in said[0]
+    serve = balancer(PLACEMENT=stored[0])
+
+    class Configuration:
+        def __init__(self, on):
+            self.parallel_config = SimpleNamespace(enable_eplb=on)
+            self.__post_init__()
+
+        def __post_init__(self):
+            """Be wrapped."""
+
+    vllm.announce(Configuration, serve)
+    for on in (True, True, False):
+        Configuration(on)
+    line, other = caplog.messages
+    assert line.startswith(f"moetuner: in use: serves {stored[0]} (")
+    assert serve.files.placements[0].checksum in line
+    assert "3 layers x 3 slots on 2 ranks, 5 experts" in line
+    assert other == "moetuner: does nothing without --enable-eplb"
 
 
 def test_entry_points_name_the_functions():
@@ -111,7 +151,7 @@ def test_entry_points_name_the_functions():
 def test_serves_a_stored_placement(stored):
     """From the first call on, whatever the loads; what runs keeps its slots; then nothing moves."""
     path, placement = stored
-    serve = policy(PLACEMENT=path)
+    serve = balancer(PLACEMENT=path)
     expected = placement.slots.reshape(3, 6)
     assert np.array_equal(serve.decide(np.zeros((3, 5)), 6, 1, 1, 2), expected)
     old = np.array([[2, 1, 0, 4, 3, 1]] * 3)
@@ -125,7 +165,7 @@ def test_what_runs_may_have_copies_on_one_rank(tmp_path):
     path = tmp_path / "placement.json"
     mt.Placement([[[0, 3, 4], [1, 2, 0]]]).save(path)
     old = [[0, 0, 0, 1, 2, 4]]
-    assert policy(PLACEMENT=path).decide(np.ones((1, 5)), 6, 0, 1, 2, old).tolist() == [
+    assert balancer(PLACEMENT=path).decide(np.ones((1, 5)), 6, 0, 1, 2, old).tolist() == [
         [0, 3, 4, 1, 2, 0]
     ]
 
@@ -135,7 +175,7 @@ def test_serves_where_hidden_layers_are_counted(stored):
     path, placement = stored
     load = np.ones((5, 5))
     load[[0, 2]] = 0
-    found = policy(PLACEMENT=path).decide(load, 6, None, 1, 2)
+    found = balancer(PLACEMENT=path).decide(load, 6, None, 1, 2)
     assert np.array_equal(found[[1, 3, 4]], placement.slots.reshape(3, 6))
     assert found[0].tolist() == [0, 1, 2, 3, 4, 0]
 
@@ -148,23 +188,69 @@ def test_serves_where_hidden_layers_are_counted(stored):
         (np.ones((4, 5)), (6, 1, 1, 2)),
     ],
 )
-def test_a_placement_of_something_else_is_refused(stored, load, sizes):
-    """Of other slots, experts or layers; the message names the file."""
-    with pytest.raises(ValueError, match=r"placement.json: .*but the engine has"):
-        policy(PLACEMENT=stored[0]).decide(load, *sizes)
+def test_a_placement_of_something_else_is_refused(stored, load, sizes, caplog):
+    """Of other slots, experts or layers: the engine's own map; the message names the file."""
+    assert balancer(PLACEMENT=stored[0]).decide(load, *sizes) is None
+    assert re.search(r"placement.json: .*but the engine has", caplog.text)
 
 
-def test_says_one_line_on_rank_0(caplog):
-    """At INFO there, at DEBUG elsewhere, with the same map named on both."""
+def test_models_of_one_engine_get_a_placement_each(stored, tmp_path, caplog):
+    """Chosen by sizes among files, and among placements in a file; then by the model's name."""
+    path, placement = stored
+    draft = mt.Placement([[[4, 3, 2], [1, 0, 2]]], model="org/draft")
+    both = tmp_path / "both.json"
+    draft.save(tmp_path / "draft.json")
+    both.write_text(path.read_text() + (tmp_path / "draft.json").read_text())
+    for files in (both, f"{path}{os.pathsep}{tmp_path / 'draft.json'}"):
+        serve = balancer(PLACEMENT=files)
+        assert np.array_equal(
+            serve.decide(np.ones((3, 5)), 6, 1, 1, 2).ravel(), placement.slots.ravel()
+        )
+        assert serve.decide(np.ones((1, 5)), 6, 1, 1, 2).tolist() == [[4, 3, 2, 1, 0, 2]]
+    other = mt.Placement([[[0, 1, 2], [3, 4, 0]]], model="org/main")
+    other.save(tmp_path / "other.json")
+    serve = balancer(PLACEMENT=f"{tmp_path / 'other.json'}{os.pathsep}{tmp_path / 'draft.json'}")
+    named = serve.decide(np.ones((1, 5)), 6, 1, 1, 2, model="/models/draft")
+    assert named.tolist() == [[4, 3, 2, 1, 0, 2]]
+    assert serve.decide(np.ones((1, 5)), 6, 1, 1, 2) is None
+    assert "more than one placement" in caplog.text
+
+
+def test_files_are_read_at_the_start(stored):
+    """What happens to a file later is nothing to a server that runs."""
+    path, placement = stored
+    serve = balancer(PLACEMENT=path)
+    path.write_text("gone")
+    found = serve.decide(np.zeros((3, 5)), 6, 1, 1, 2)
+    assert np.array_equal(found, placement.slots.reshape(3, 6))
+
+
+def test_says_one_line_when_something_changes(caplog):
+    """At INFO on rank 0 and at DEBUG elsewhere; at DEBUG alone where nothing moves."""
     caplog.set_level(logging.DEBUG, LOG.name)
-    decide = policy(REBALANCE=1)
     load = np.random.default_rng(0).lognormal(5, 1, (4, 16))
+    decide = balancer(REBALANCE=1)
     first = decide.decide(load, 20, 1, 1, 4)
-    assert np.array_equal(first, decide.decide(load, 20, 1, 1, 4, rank=1))
-    said, also = caplog.records
-    assert (said.levelno, also.levelno) == (logging.INFO, logging.DEBUG)
-    assert said.getMessage().rsplit(",", 1)[0] == also.getMessage().rsplit(",", 1)[0]
+    decide.decide(load, 20, 1, 1, 4, rank=1)
+    decide.decide(load, 20, 1, 1, 4, first)
+    assert [record.levelno for record in caplog.records] == [
+        logging.INFO,
+        logging.DEBUG,
+        logging.DEBUG,
+    ]
+    assert "0 layers change, 0 copies move" in caplog.messages[-1]
     assert np.array_equal(first, rebalance_experts(load, 20, 1, 1, 4))
+
+
+def test_metrics_where_the_engine_collects_them(stored, monkeypatch, tmp_path):
+    """Balancedness before and after, copies moved and seconds, by prometheus_client."""
+    client = pytest.importorskip("prometheus_client")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    serve = balancer(PLACEMENT=stored[0])
+    serve.decide(np.ones((3, 5)), 6, 1, 1, 2, np.array([[0, 1, 2, 3, 4, 4]] * 3))
+    text = client.generate_latest().decode()
+    assert "moetuner_copies_moved_total 4.0" in text
+    assert "moetuner_balancedness_after" in text
 
 
 def test_rules_come_from_the_environment():
@@ -179,7 +265,7 @@ def test_rules_come_from_the_environment():
 
 
 def test_a_profile_is_a_trace_or_statistics(tmp_path):
-    """Both give the same map; a file that is not there is an error at the first decision."""
+    """Both give the same map; with a file that is not there the engine decides."""
     random = np.random.default_rng(0)
     ids = random.permuted(np.tile(np.arange(8), (200, 2, 1)), axis=2)[:, :, :2]
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
@@ -188,24 +274,26 @@ def test_a_profile_is_a_trace_or_statistics(tmp_path):
     statistics.save(tmp_path / "statistics.safetensors")
     load = statistics.total_load
     maps = [
-        policy(REBALANCE=1, PROFILE=tmp_path / f"{name}.safetensors").decide(load, 8, 1, 1, 4)
+        balancer(REBALANCE=1, PROFILE=tmp_path / f"{name}.safetensors").decide(load, 8, 1, 1, 4)
         for name in ("trace", "statistics")
     ]
     assert np.array_equal(*maps)
     assert np.array_equal(maps[0], rebalance_experts(load, 8, 1, 1, 4, profile=statistics))
-    with pytest.raises(FileNotFoundError):
-        policy(REBALANCE=1, PROFILE=tmp_path / "none").decide(load, 8, 1, 1, 4)
+    missing = balancer(REBALANCE=1, PROFILE=tmp_path / "none")
+    assert missing.decide(load, 8, 1, 1, 4) is None
 
 
 def test_records_what_solve_reads(tmp_path):
     """Windows [L,E] and [W,L,E], empty ones left out, on rank 0 alone."""
-    record = policy(RECORD=tmp_path / "loads")
+    record = balancer(RECORD=tmp_path / "loads")
     load = np.random.default_rng(0).integers(0, 1000, (6, 4, 8))
     record.record(load[0] * 0)
+    record.flush()
     assert not (tmp_path / "loads").exists()
     record.record(load[0], rank=1)
     record.record(load[0])
     record.record(load[1:].astype(np.int32))
+    record.flush()
     (path,) = (tmp_path / "loads").iterdir()
     statistics = mt.open_input(path)
     assert np.array_equal(statistics.window_load, load)
@@ -241,8 +329,9 @@ def test_a_recording_keeps_those_of_others(tmp_path):
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -1, 2.0**62, "x"])
 def test_loads_that_make_no_sense_are_not_recorded(wrong, tmp_path, caplog):
     """Nor are they an error."""
-    record = policy(RECORD=tmp_path)
+    record = balancer(RECORD=tmp_path)
     record.record(np.array([[1, wrong]]))
+    record.flush()
     assert caplog.text.count("loads are not recorded") == 1
     assert not list(tmp_path.iterdir())
 
@@ -250,9 +339,10 @@ def test_loads_that_make_no_sense_are_not_recorded(wrong, tmp_path, caplog):
 def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, caplog):
     """Serving goes on."""
     (tmp_path / "file").write_text("")
-    record = policy(RECORD=tmp_path / "file")
+    record = balancer(RECORD=tmp_path / "file")
     for _ in range(3):
         record.record(np.ones((2, 3)))
+    record.flush()
     assert caplog.text.count("loads are not recorded") == 1
 
 
@@ -287,7 +377,7 @@ def test_vllm_gets_one_tensor_or_three():
     """On the CPU, int64; as the class in force says."""
     torch = pytest.importorskip("torch")
     load = torch.tensor([[90, 132, 40, 61], [20, 107, 104, 64]])
-    decide = policy(REBALANCE=1)
+    decide = balancer(REBALANCE=1)
     one = vllm.policy_class(Theirs, decide)
     assert issubclass(one, Theirs)
     assert one.preserve_intragpu_slots is not None
@@ -309,12 +399,12 @@ def test_vllm_falls_back_with_one_warning(tmp_path, caplog):
     """A placement that is not there, or sizes that do not divide: vLLM's policy decides."""
     torch = pytest.importorskip("torch")
     theirs = type("Own", (Theirs,), {})
-    ours = vllm.policy_class(theirs, policy(PLACEMENT=tmp_path / "none.json"))
+    ours = vllm.policy_class(theirs, balancer(PLACEMENT=tmp_path / "none.json"))
     load = torch.ones((2, 4), dtype=torch.int64)
     for _ in range(3):
         assert ours.rebalance_experts(load, 6, 1, 1, 2).tolist() == [[0, 1, 2, 3, 0, 1]] * 2
     assert theirs.calls == 3
-    assert caplog.text.count("vLLM's own policy decides") == 1
+    assert caplog.text.count("the engine's own map") == 1
     with pytest.raises(AssertionError):
         ours.rebalance_experts(load, 7, 1, 1, 2)
 
@@ -322,7 +412,7 @@ def test_vllm_falls_back_with_one_warning(tmp_path, caplog):
 def test_sglang_by_its_name_alone():
     """Other algorithms pass through; ours takes steps, no groups, and int32."""
     torch = pytest.importorskip("torch")
-    hooks = sglang.Hooks(policy(REBALANCE=1))
+    hooks = sglang.Hooks(balancer(REBALANCE=1))
 
     def compute(raw_algorithm, num_groups, num_nodes):
         return {"auto": "deepseek"}[raw_algorithm]
@@ -367,7 +457,7 @@ def test_vllm_ascend_takes_loads_of_slots(windows):
     table = np.tile(base.reshape(ranks, width), (layers, 1, 1))
     load = random.lognormal(6, 1, (layers, experts)) * np.ones((*windows, 1, 1))
     of_slots = (load / np.bincount(base))[..., base].reshape(*windows, layers, ranks, width)
-    ours = vllm_ascend.AscendPolicy(Unasked(), policy(REBALANCE=1))
+    ours = vllm_ascend.AscendPolicy(Unasked(), balancer(REBALANCE=1))
     change, order, placed = pickle.loads(pickle.dumps(ours)).rebalance_experts(table, of_slots)
     placed = np.array(placed)
     assert change == 1
@@ -379,3 +469,60 @@ def test_vllm_ascend_takes_loads_of_slots(windows):
         assert len(set(new.tolist())) == width
         assert all(new[at] == old[at] for at in range(width) if old[at] in new)
     assert ours.rebalance_experts(placed, of_slots * 0)[0] == 0
+
+
+class States:
+    """vLLM's `EplbState` as far as a placement at the load touches it."""
+
+    def __init__(self, elastic=False, backend="naive"):
+        self.model_states, self.is_async, self.rearranged = {}, True, []
+        self.parallel_config = SimpleNamespace(enable_elastic_ep=elastic, all2all_backend=backend)
+
+    def add_model(self, model, config, model_name=None):
+        """Take a model with the experts in order."""
+        torch = pytest.importorskip("torch")
+        running = torch.arange(6).repeat(3, 1) % 5
+        self.model_states[model] = SimpleNamespace(
+            physical_to_logical_map=running, model_name=model_name
+        )
+
+    def rearrange(self):
+        """Note that weights move, and how."""
+        self.rearranged.append(self.is_async)
+
+
+class Model:
+    """A model of 5 experts in 6 slots on 2 ranks, perhaps with an adapter."""
+
+    num_logical_experts, num_physical_experts, num_local_physical_experts = 5, 6, 3
+    num_expert_groups = 1
+
+    def __init__(self, *modules):
+        self.modules = lambda: modules
+
+
+def test_vllm_places_experts_at_the_load(stored):
+    """By its synchronous way, once; not where ranks may come alone, nor where nothing is stored."""
+    for environment, elastic, expected in (
+        ({"PLACEMENT": stored[0]}, False, [False]),
+        ({"PLACEMENT": stored[0]}, True, []),
+        ({"PLACEMENT": stored[0].parent / "none"}, False, []),
+        ({"REBALANCE": 1}, False, []),
+    ):
+        states = type("States", (States,), {})
+        vllm.place_at_load(states, balancer(**environment))
+        state = states(elastic)
+        state.add_model(Model(), None, model_name="tiny")
+        assert state.rearranged == expected
+        assert state.is_async
+
+
+def test_vllm_warns_of_its_traps(stored, caplog):
+    """Adapters of experts, and a low-latency buffer that copies take from."""
+    states = type("States", (States,), {})
+    vllm.place_at_load(states, balancer(PLACEMENT=stored[0]))
+    adapter = type("FusedMoEWithLoRA", (), {})()
+    config = SimpleNamespace(quantization=None, get_hidden_size=lambda: 5120)
+    states(backend="deepep_low_latency").add_model(Model(adapter), config)
+    assert "pull request 40867" in caplog.text
+    assert "with 6 slots its buffer of 32 GiB takes" in caplog.text

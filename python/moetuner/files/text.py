@@ -45,6 +45,10 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
 
 
+# Reads a value where others follow it, by the same rules.
+DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse)
+
+
 def printable(text: str, most: int = LONGEST) -> str:
     """Return text as one line without control characters, cut where it is longer than ``most``.
 

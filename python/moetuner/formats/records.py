@@ -6,14 +6,13 @@ of the file, wherever it stands.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moetuner.files import size_of
-from moetuner.files.text import parse_json
+from moetuner.files.text import DECODER, parse_json
 
 LONGEST = 1 << 29
 CHUNK = 1 << 22
@@ -71,7 +70,7 @@ def looks_like_json(start: bytes) -> bool:
 
 
 def records(path: Path) -> Iterator[Record]:
-    """Read the objects of a file in order.
+    """Read the objects of a file in order: a list, lines, events, or one after another.
 
     Raises
     ------
@@ -79,11 +78,12 @@ def records(path: Path) -> Iterator[Record]:
         If it is no JSON, is cut off, or has a value that is no object.
     """
     size_of(path)
-    if head(path, 64).decode("latin-1").removeprefix(MARK).lstrip()[:1] == "[":
-        yield from _listed(path)
-        return
-    first = True
     with path.open("rb") as file:
+        beginning = file.read(64).decode("latin-1")
+        if beginning.removeprefix(MARK).lstrip()[:1] == "[":
+            yield from _sequence(file, beginning.index("[") + 1, "]")
+            return
+        file.seek(0)
         number, start = 0, 0
         while line := file.readline(LONGEST + 1):
             number += 1
@@ -98,56 +98,50 @@ def records(path: Path) -> Iterator[Record]:
                 bare = text.removeprefix(MARK).lstrip().removeprefix(EVENT).strip()
                 if not bare or bare == "[DONE]" or bare.startswith(BETWEEN):
                     continue
-            if first:
-                first = False
-                try:
-                    fields = json.loads(bare)
-                except (ValueError, RecursionError):
-                    # One value over several lines.
-                    file.seek(0)
-                    text = file.read(LONGEST + 1).decode("latin-1")
-                    if len(text) > LONGEST:
-                        raise ValueError(f"must have at most {LONGEST} bytes a value") from None
-                    yield _record(_parsed(text.removeprefix(MARK), where), text, 0, "response")
-                    return
-            else:
-                fields = _parsed(bare, where)
+            try:
+                fields = parse_json(bare)
+            except ValueError as error:
+                if bare[:1] != "{" or text.lstrip().startswith(EVENT):
+                    raise ValueError(f"{where}: {error}") from None
+                # A value over several lines, or several on one, as shells put them together.
+                yield from _sequence(file, begin + text.index("{"), "", where)
+                return
             yield _record(fields, text, begin, where)
 
 
-def _listed(path: Path) -> Iterator[Record]:
-    """Read the objects of a list, as many bytes at once as the longest of them needs."""
-    decoder = json.JSONDecoder()
-    with path.open("rb") as file:
-        buffer = file.read(CHUNK).decode("latin-1")
-        at = buffer.index("[") + 1
-        start, number, chunk = 0, 0, CHUNK
-        while True:
-            while at < len(buffer) and buffer[at] in " \t\r\n,":
-                at += 1
-            where = f"response {number}"
-            if at < len(buffer) and buffer[at] == "]":
+def _sequence(file: BinaryIO, start: int, closing: str, line: str = "") -> Iterator[Record]:
+    """Read objects one after another, as many bytes at once as the longest of them needs.
+
+    They end with ``closing``, or with the file where that is empty; ``line`` names the first.
+    """
+    between = " \t\r\n," if closing else " \t\r\n"
+    file.seek(start)
+    buffer = file.read(CHUNK).decode("latin-1")
+    at, number, chunk = 0, 0, CHUNK
+    while True:
+        while at < len(buffer) and buffer[at] in between:
+            at += 1
+        where = line if line and not number else f"response {number}"
+        if closing and at < len(buffer) and buffer[at] == closing:
+            return
+        if not closing and at == len(buffer):
+            start, buffer, at = start + at, file.read(CHUNK).decode("latin-1"), 0
+            if not buffer:
                 return
-            try:
-                fields, end = decoder.raw_decode(buffer, at)
-            except RecursionError:
-                raise ValueError(f"{where}: must be JSON: nested too deeply") from None
-            except ValueError as error:
-                more = file.read(chunk).decode("latin-1")
-                if not more or len(buffer) - at > LONGEST:
-                    raise ValueError(f"{where}: must be JSON: {error}") from None
-                start, buffer, at = start + at, buffer[at:] + more, 0
-                chunk = min(2 * chunk, LONGEST)
-                continue
-            yield _record(fields, buffer[at:end], start + at, where)
-            number, at, chunk = number + 1, end, CHUNK
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+            continue
+        try:
+            fields, end = DECODER.raw_decode(buffer, at)
+        except RecursionError:
+            raise ValueError(f"{where}: must be JSON: nested too deeply") from None
+        except ValueError as error:
+            more = file.read(chunk).decode("latin-1")
+            if not more or len(buffer) - at > LONGEST:
+                raise ValueError(f"{where}: must be JSON: {error}") from None
+            start, buffer, at = start + at, buffer[at:] + more, 0
+            chunk = min(2 * chunk, LONGEST)
+            continue
+        yield _record(fields, buffer[at:end], start + at, where)
+        number, at, chunk = number + 1, end, CHUNK
 
 
 def _record(fields: Any, text: str, start: int, where: str) -> Record:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from moetuner.formats.eplb import eplb_maps
 from moetuner.placement import Placement
+from moetuner.plugins.agreement import Group
 
 
 def three_maps(slots: NDArray[np.int64], ranks: int, experts: int) -> tuple[Any, ...]:
@@ -35,3 +36,19 @@ def rank_of_process() -> int:
     if distributed.is_available() and distributed.is_initialized():
         return int(distributed.get_rank())
     return 0
+
+
+def group_of(coordinator: Any) -> Group | None:
+    """Return the ranks of an engine's group, None where this process is alone.
+
+    ``coordinator`` is a ``GroupCoordinator`` of vLLM or SGLang.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    ranks = tuple(int(rank) for rank in coordinator.ranks)
+    if len(ranks) == 1:
+        return None
+    # Groups of vLLM's elastic expert parallelism are no part of torch's world.
+    apart = getattr(coordinator, "tcp_store_group", None)
+    store = _get_default_store() if apart is None else apart.store
+    return Group(store, ranks, int(coordinator.rank_in_group))

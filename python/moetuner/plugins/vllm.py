@@ -5,14 +5,23 @@ Tested with 0.32 and 0.33. Up to 0.18 a policy returned three tensors, from 0.19
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
+import multiprocessing
+import sys
 from typing import Any
 
-from moetuner.plugins.policy import Policy, asked
-from moetuner.plugins.tensors import rank_of_process, three_maps
+from moetuner.formats.engines import tokens_per_rank
+from moetuner.plugins.balancer import Balancer
+from moetuner.plugins.log import Log
+from moetuner.plugins.tensors import group_of, rank_of_process, three_maps
 
 # A child of vLLM's logger, so that lines appear among its own.
-LOG = logging.getLogger("vllm.moetuner")
+LOG = Log(logging.getLogger("vllm.moetuner"))
+POLICIES = "vllm.distributed.eplb.policy"
+# Seconds that a rank waits for others at the load, which takes some longer than others.
+WAIT_AT_LOAD = 120.0
 
 
 def register() -> None:
@@ -20,21 +29,57 @@ def register() -> None:
 
     vLLM calls this in every process, some of them several times.
     """
-    settings = asked(LOG, "vLLM keeps its own policy")
-    if settings is None:
+    loaded = sys.modules.get(POLICIES)
+    if loaded is not None and hasattr(loaded.EPLB_POLICIES["default"], "moetuner"):
+        return
+    balancer = Balancer.of(LOG, "vLLM")
+    if balancer is None:
         return
     try:
         from vllm.distributed.eplb.policy import EPLB_POLICIES
 
-        theirs = EPLB_POLICIES["default"]
-        if not hasattr(theirs, "moetuner"):
-            EPLB_POLICIES["default"] = policy_class(theirs, Policy(settings, LOG))
+        EPLB_POLICIES["default"] = policy_class(EPLB_POLICIES["default"], balancer)
+        if balancer.decides:
+            from vllm.distributed.eplb.eplb_state import EplbState
+
+            place_at_load(EplbState, balancer)
+        from vllm.config import VllmConfig
+
+        announce(VllmConfig, balancer)
     except Exception as error:
         # Another version: vLLM would not start if this were raised.
-        LOG.warning("moetuner: vLLM keeps its own policy: %r", error)
+        LOG.warn(f"vLLM keeps its own policy: {error!r}")
 
 
-def policy_class(theirs: Any, policy: Policy) -> Any:
+def announce(configurations: Any, balancer: Balancer) -> None:
+    """Say what is in use when the engine has its configuration (``VllmConfig``), and its log."""
+    post_init = configurations.__post_init__
+    # Engines have many processes; the first speaks for all that start as it does.
+    rank = int(multiprocessing.parent_process() is not None)
+
+    @functools.wraps(post_init)
+    def announced(self: Any, *args: Any, **named: Any) -> None:
+        post_init(self, *args, **named)
+        if self.parallel_config.enable_eplb:
+            LOG.say(f"in use: {balancer.purpose}", rank, about="use")
+        else:
+            LOG.warn("does nothing without --enable-eplb", rank)
+
+    configurations.__post_init__ = announced
+
+
+def group() -> Any:
+    """Return the ranks that exchange experts, None where this process is alone."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    from vllm.distributed.parallel_state import get_ep_group
+
+    return group_of(get_ep_group())
+
+
+def policy_class(theirs: Any, balancer: Balancer) -> Any:
     """Return a policy class of vLLM that decides by ours, and by ``theirs`` where ours fails."""
     import torch
 
@@ -45,7 +90,7 @@ def policy_class(theirs: Any, policy: Policy) -> Any:
     class MoetunerPolicy(theirs):  # type: ignore[misc]
         """moetuner's placement in vLLM's expert-parallel load balancer."""
 
-        moetuner = policy
+        moetuner = balancer
 
         @classmethod
         def rebalance_experts(
@@ -58,19 +103,103 @@ def policy_class(theirs: Any, policy: Policy) -> Any:
             old_global_expert_indices: Any = None,
         ) -> Any:
             sizes = (num_replicas, num_groups, num_nodes, num_ranks)
-            try:
-                rank = rank_of_process()
-                loads = weight.detach().cpu().numpy()
-                policy.record(loads, rank)
-                if policy.decides:
-                    old = old_global_expert_indices
-                    old = None if old is None else old.cpu().numpy()
-                    slots = policy.decide(loads, *sizes, old, rank=rank)
-                    if not returns_three:
-                        return torch.from_numpy(slots)
-                    return three_maps(slots, num_ranks, loads.shape[1])
-            except Exception as error:
-                policy.failed("vLLM's own policy decides", error)
+            loads = weight.detach().cpu().numpy()
+            rank = rank_of_process()
+            balancer.record(loads, rank)
+            old = old_global_expert_indices
+            maps = balancer.decide(
+                loads,
+                *sizes,
+                None if old is None else old.cpu().numpy(),
+                group=group,
+                model=balancer.model_of(len(loads)),
+                rank=rank,
+                form=lambda slots: (
+                    three_maps(slots, num_ranks, loads.shape[1])
+                    if returns_three
+                    else torch.from_numpy(slots)
+                ),
+            )
+            if maps is not None:
+                return maps
             return theirs.rebalance_experts(weight, *sizes, old_global_expert_indices)
 
     return MoetunerPolicy
+
+
+def place_at_load(states: Any, balancer: Balancer) -> None:
+    """Put a stored placement in force when ``states`` (``EplbState``) takes a model.
+
+    That is after its weights were loaded and before it serves: all ranks are there, and vLLM's own
+    rearrangement moves the weights. With elastic expert parallelism ranks may come alone; there the
+    first rearrangement does it.
+    """
+    add_model = states.add_model
+
+    @functools.wraps(add_model)
+    def add_and_place(self: Any, model: Any, model_config: Any, *args: Any, **named: Any) -> None:
+        add_model(self, model, model_config, *args, **named)
+        with contextlib.suppress(Exception):
+            warn_of_traps(model, model_config, self.parallel_config)
+        if getattr(self.parallel_config, "enable_elastic_ep", False):
+            return
+        try:
+            state = list(self.model_states.values())[-1]
+            running = state.physical_to_logical_map.cpu().numpy()
+            name = getattr(state, "model_name", None)
+            load = running[:, : model.num_logical_experts] * 0
+            ranks = model.num_physical_experts // model.num_local_physical_experts
+            sizes = (model.num_physical_experts, model.num_expert_groups, 1, ranks)
+        except Exception as error:
+            # Another version, on all ranks alike.
+            LOG.warn(f"serves from the first rearrangement on, not from the load on: {error!r}")
+            return
+        balancer.take_model(len(running), name)
+        # Ranks that follow live loads take part as well: here all compare what they read.
+        maps = balancer.decide(
+            load,
+            *sizes,
+            running,
+            group=group,
+            model=name,
+            rank=rank_of_process(),
+            wait=WAIT_AT_LOAD,
+            quiet=True,
+        )
+        if maps is None or (maps == running).all():
+            return
+        # The way of the synchronous balancer, which is there in the asynchronous one as well.
+        asynchronous, self.is_async = self.is_async, False
+        try:
+            self.rearrange()
+        finally:
+            self.is_async = asynchronous
+
+    states.add_model = add_and_place
+
+
+def warn_of_traps(model: Any, model_config: Any, parallel_config: Any) -> None:
+    """Warn of what this version of vLLM does wrong, or may, where experts are placed."""
+    names = {type(module).__name__ for module in model.modules()}
+    if any("FusedMoE" in name and "LoRA" in name for name in names):
+        LOG.warn(
+            "adapters (LoRA) of experts: vLLM slices them by ep_rank * num_experts (pull request "
+            "40867), so that experts which moved may get the adapter of others"
+        )
+    quantization = str(getattr(model_config, "quantization", None) or "")
+    if any(kind in quantization for kind in ("fp4", "fp8", "compressed", "modelopt")):
+        from vllm.model_executor.models import interfaces
+
+        if not hasattr(interfaces, "get_mixture_of_experts_model"):
+            LOG.warn(
+                f"{quantization} weights: scales move with their expert since vLLM's pull request "
+                "48355, which this version does not have; compare answers before and after"
+            )
+    slots = model.num_physical_experts
+    backend = getattr(parallel_config, "all2all_backend", "")
+    if slots > model.num_logical_experts and backend == "deepep_low_latency":
+        most = tokens_per_rank(model_config.get_hidden_size(), slots)
+        LOG.warn(
+            f"deepep_low_latency: with {slots} slots its buffer of 32 GiB takes {most} tokens a "
+            "rank at most, and vLLM does not check it (issue 57894)"
+        )

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.plugins.policy import Policy, Settings
+from moetuner.plugins.balancer import Balancer
+from moetuner.plugins.log import Log
+from moetuner.plugins.settings import Settings
 
-LOG = logging.getLogger("vllm.moetuner")
+LOG = Log(logging.getLogger("vllm.moetuner"))
 
 
 def register() -> None:
@@ -31,12 +33,13 @@ def register() -> None:
 
         theirs = PolicyFactory.generate_policy
     except Exception as error:
-        LOG.warning("moetuner: vllm-ascend keeps its own policies: %r", error)
+        LOG.warn(f"vllm-ascend keeps its own policies: {error!r}")
         return
     if not hasattr(theirs, "moetuner"):
+        balancer = Balancer(settings, LOG)
 
         def generate_policy(policy_type: int) -> AscendPolicy:
-            return AscendPolicy(theirs(policy_type), Policy(settings, LOG))
+            return AscendPolicy(theirs(policy_type), balancer)
 
         generate_policy.moetuner = True  # type: ignore[attr-defined]
         PolicyFactory.generate_policy = staticmethod(generate_policy)
@@ -48,8 +51,8 @@ class AscendPolicy:
     Another process than the one that makes it may run it, so it can be pickled.
     """
 
-    def __init__(self, theirs: Any, policy: Policy) -> None:
-        self.theirs, self.policy = theirs, policy
+    def __init__(self, theirs: Any, balancer: Balancer) -> None:
+        self.theirs, self.balancer = theirs, balancer
 
     def rebalance_experts(self, current_expert_table: Any, expert_workload: Any) -> Any:
         """Return whether the table changes, layers by what they gain, and the table [L,D,S].
@@ -59,18 +62,22 @@ class AscendPolicy:
         try:
             slots = np.asarray(current_expert_table)
             windows = loads_of(slots, np.asarray(expert_workload))
-            self.policy.record(windows)
-            if self.policy.decides:
-                layers, ranks, width = slots.shape
-                old = slots.reshape(layers, -1)
-                found = self.policy.decide(windows, ranks * width, None, 1, ranks, old)
-                found = found.reshape(slots.shape)
-                gain = slowest(windows, slots) - slowest(windows, found)
-                order = np.argsort(-gain, kind="stable")
-                return int((found != slots).any()), order, found.tolist()
         except Exception as error:
-            self.policy.failed("vllm-ascend's own policy decides", error)
-        return self.theirs.rebalance_experts(current_expert_table, expert_workload)
+            self.balancer.failed("vllm-ascend's own policy decides", error)
+            return self.theirs.rebalance_experts(current_expert_table, expert_workload)
+        self.balancer.record(windows)
+        layers, ranks, width = slots.shape
+        # This runs in a process beside each rank, which is in no group of torch's: ranks are given
+        # the same loads and decide alike, but cannot compare what they read.
+        full = self.balancer.decide(
+            windows, ranks * width, None, 1, ranks, slots.reshape(layers, -1)
+        )
+        if full is None:
+            return self.theirs.rebalance_experts(current_expert_table, expert_workload)
+        placed = full.reshape(slots.shape)
+        gain = slowest(windows, slots) - slowest(windows, placed)
+        order = np.argsort(-gain, kind="stable")
+        return int((placed != slots).any()), order, placed.tolist()
 
 
 def loads_of(slots: NDArray[np.integer[Any]], workload: NDArray[Any]) -> NDArray[np.float64]:

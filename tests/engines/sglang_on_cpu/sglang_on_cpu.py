@@ -10,6 +10,7 @@ import json
 import os
 from pathlib import Path
 
+import broken_rank  # noqa: F401
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -24,6 +25,7 @@ def register():
     """Register the hooks; the engine applies them once all plugins have registered."""
     if not torch.cuda.is_available():  # EPLB waits for the device before it looks at the clock
         torch.cuda.synchronize = torch.cuda.empty_cache = nothing
+        torch.cuda.is_current_stream_capturing = nothing  # asked while the recorder does not run
     pinned = SRT + "mem_cache.pool_host.common._cuda_host_register"
     HookRegistry.register(pinned, nothing, HookType.REPLACE)
     experts = SRT + "layers.moe.fused_moe_native.moe_forward_native"
@@ -62,7 +64,10 @@ def map_in_force(result, *args, **kwargs):
         return
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
-    now = get_global_expert_location_metadata().physical_to_logical_map_cpu.tolist()
+    metadata = get_global_expert_location_metadata()
+    if metadata is None:  # SGLang knows no places of experts for this model
+        return
+    now = metadata.physical_to_logical_map_cpu.tolist()
     file = Path(folder) / f"rank{torch.distributed.get_rank()}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = file.read_text().splitlines() if file.exists() else []

@@ -15,6 +15,7 @@ import time
 import types
 from pathlib import Path
 
+import broken_rank  # noqa: F401
 import torch
 
 

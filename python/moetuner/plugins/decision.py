@@ -1,27 +1,18 @@
-"""The policy of all engines: loads and the running map in, the map to be out.
+"""The decision of all engines: loads and the running map in, the next map out.
 
 Every rank decides for itself on the same loads, and then exchanges weights with others, so the
-answer is a function of the arguments, the environment and the files that it names, alone.
+answer is a function of the arguments alone.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import time
-import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import array_in, at_least, is_number, numbers_in, shown, whole_number
-from moetuner.formats import open_input
-from moetuner.placement import EMPTY, Placement, kept
-from moetuner.plugins.recorder import LoadRecorder
+from moetuner._checks import array_in, at_least, numbers_in, whole_number
+from moetuner.placement import EMPTY
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,
     DEVIATIONS,
@@ -31,11 +22,9 @@ from moetuner.solver.rebalancing import (
     rebalance,
 )
 from moetuner.statistics import RoutingStatistics
-from moetuner.trace import RoutingTrace
 
 Slots = NDArray[np.int32]
 
-PREFIX = "MOETUNER_"
 # Slowest rank that whole groups on nodes may cost, as a part of what it takes without.
 GROUP_SLACK = 0.1
 # Time of a token's visit of a rank, as a part of what an expert takes for a token.
@@ -104,7 +93,7 @@ def rebalance_experts(
     >>> rebalance_experts([[8, 1, 1, 2]], 6, None, 1, 2).tolist()
     [[0, 1, 3, 0, 2, 3]]
     """
-    case = _Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map)
+    case = Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map)
     rules = Rules(budget, dead_zone, deviations, group_slack, traffic)
     return case.map_of(case.rebalanced(rules, profile).slots)
 
@@ -127,7 +116,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
     """What an engine asks, checked: loads [W,L,E], the slots that run [L,D,S], groups and nodes."""
 
     windows: NDArray[np.float64]
@@ -145,7 +134,14 @@ class _Case:
         num_nodes: int,
         num_ranks: int,
         old_map: ArrayLike | None,
-    ) -> _Case:
+    ) -> Case:
+        """Check an engine's arguments, as those of ``rebalance_experts``.
+
+        Raises
+        ------
+        ValueError
+            If sizes do not fit one another, or a load makes no sense.
+        """
         windows = numbers_in("weight", few_windows(array_in("weight", weight)))
         if not (np.isfinite(windows).all() and (windows >= 0).all()):
             raise ValueError("weight must be finite and at least 0")
@@ -174,6 +170,7 @@ class _Case:
 
     @property
     def experts(self) -> int:
+        """Number of experts of a layer."""
         return int(self.windows.shape[2])
 
     def map_of(self, slots: Slots) -> NDArray[np.int64]:
@@ -192,6 +189,27 @@ class _Case:
                 was = np.lexsort((had, copies))[0]
             full[layer, slot] = was
         return full
+
+    def balancedness(self, slots: Slots) -> float | None:
+        """Return mean over slowest rank of these loads, layers added up; None without any."""
+        load, flat = self.load, slots.reshape(len(slots), -1)
+        full, row = flat != EMPTY, np.arange(len(slots))[:, None] * self.experts
+        copies = np.bincount((row + flat)[full], minlength=load.size).reshape(load.shape)
+        if not load.any() or (copies == 0).any():
+            return None
+        share = np.take_along_axis(load / copies, np.maximum(flat, 0).astype(np.int64), axis=1)
+        slowest = np.where(full, share, 0).reshape(slots.shape).sum(axis=2).max(axis=1).sum()
+        return float(load.sum() / (slots.shape[1] * slowest))
+
+    def copies_moved(self, slots: Slots) -> int:
+        """Count experts that come to a rank which does not hold them yet."""
+        rows = np.arange(slots.shape[0] * slots.shape[1]).reshape(*slots.shape[:2], 1)
+        before, after = ((rows * self.experts + of)[of != EMPTY] for of in (self.slots, slots))
+        seen = np.zeros(rows.size * self.experts, dtype=bool)
+        seen[before] = True
+        held = np.count_nonzero(seen)
+        seen[after] = True
+        return int(np.count_nonzero(seen) - held)
 
     def rebalanced(self, rules: Rules, profile: RoutingStatistics | None = None) -> Rebalanced:
         """Relieve the slowest ranks, and keep together what a profile has seen together."""
@@ -365,230 +383,3 @@ def _elsewhere(
             heavy[node] += of_group[layer, group]
             forbidden[layer, group * size : (group + 1) * size, node_of_rank == node] = False
     return forbidden
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the environment asks of the plugins.
-
-    Parameters
-    ----------
-    placement
-        File of a placement to serve: ``MOETUNER_PLACEMENT``.
-    rebalance
-        Whether to follow live loads: ``MOETUNER_REBALANCE``.
-    profile
-        File of a trace, or of statistics with co-activation: ``MOETUNER_PROFILE``.
-    record
-        Folder for windows of load: ``MOETUNER_RECORD``.
-    rules
-        ``MOETUNER_MOVE_BUDGET``, ``MOETUNER_DEAD_ZONE``, ``MOETUNER_DEVIATIONS``,
-        ``MOETUNER_GROUP_SLACK`` and ``MOETUNER_TRAFFIC``.
-    """
-
-    placement: Path | None = None
-    rebalance: bool = False
-    profile: Path | None = None
-    record: Path | None = None
-    rules: Rules = Rules()
-
-    @classmethod
-    def of(cls, environment: Mapping[str, str] | None = None) -> Settings | None:
-        """Read an environment, by default the process's; None if it asks nothing.
-
-        Raises
-        ------
-        ValueError
-            If a variable makes no sense; the message names it.
-        """
-        given = os.environ if environment is None else environment
-
-        def path(name: str) -> Path | None:
-            value = given.get(PREFIX + name, "")
-            return Path(value) if value else None
-
-        def number(name: str, default: float) -> float:
-            value = given.get(PREFIX + name, "")
-            if not value:
-                return default
-            try:
-                found = float(value)
-            except ValueError:
-                found = -1.0
-            if not (is_number(found) and 0 <= found < float("inf")):
-                raise ValueError(
-                    f"{PREFIX}{name} must be a number of at least 0, got {shown(value)}"
-                )
-            return found
-
-        switch = given.get(PREFIX + "REBALANCE", "0").strip().lower()
-        if switch not in ("", "0", "1", "true", "false", "on", "off"):
-            raise ValueError(f"{PREFIX}REBALANCE must be 0 or 1, got {shown(switch)}")
-        budget = number("MOVE_BUDGET", -1.0)
-        found = cls(
-            path("PLACEMENT"),
-            switch in ("1", "true", "on"),
-            path("PROFILE"),
-            path("RECORD"),
-            Rules(
-                None if budget < 0 else int(budget),
-                number("DEAD_ZONE", DEAD_ZONE),
-                number("DEVIATIONS", DEVIATIONS),
-                number("GROUP_SLACK", GROUP_SLACK),
-                number("TRAFFIC", TRAFFIC),
-            ),
-        )
-        return found if found.placement or found.rebalance or found.record else None
-
-
-def asked(log: logging.Logger, otherwise: str) -> Settings | None:
-    """Return what the process's environment asks, None if that is nothing or makes no sense.
-
-    Variables that do nothing beside others, or without them, are said.
-    """
-    try:
-        settings = Settings.of()
-    except ValueError as error:
-        log.warning("moetuner: %s; %s", error, otherwise)
-        return None
-    placement = settings is not None and settings.placement is not None
-    rebalance = settings is not None and settings.rebalance
-    if placement and rebalance:
-        log.info("moetuner: MOETUNER_PLACEMENT is served, so MOETUNER_REBALANCE does nothing")
-    if os.environ.get(PREFIX + "PROFILE") and (placement or not rebalance):
-        log.warning(
-            "moetuner: MOETUNER_PROFILE does nothing %s",
-            "with MOETUNER_PLACEMENT" if placement else "by itself: MOETUNER_REBALANCE=1 uses it",
-        )
-    return settings
-
-
-class Policy:
-    """What the settings ask, call by call, for one engine.
-
-    Parameters
-    ----------
-    settings
-        What is asked.
-    log
-        Where decisions are said: one line each, at INFO on rank 0 and at DEBUG on others.
-    """
-
-    def __init__(self, settings: Settings, log: logging.Logger) -> None:
-        self.settings, self.log = settings, log
-        self._recorder = None if settings.record is None else LoadRecorder(settings.record)
-        self._failed: set[str] = set()
-
-    @property
-    def decides(self) -> bool:
-        """Whether maps are asked of it, not records alone."""
-        return self.settings.rebalance or self.settings.placement is not None
-
-    def decide(
-        self,
-        weight: ArrayLike,
-        num_replicas: int,
-        num_groups: int | None,
-        num_nodes: int,
-        num_ranks: int,
-        old_map: ArrayLike | None = None,
-        *,
-        rank: int = 0,
-    ) -> NDArray[np.int64]:
-        """Return the expert of every slot [L,P], and say so in one line.
-
-        Raises
-        ------
-        ValueError
-            If the engine's arguments make no sense, or the stored placement is of another model or
-            machine.
-        OSError
-            If a file cannot be read.
-        """
-        begin = time.perf_counter()
-        case = _Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map)
-        if self.settings.placement is not None:
-            slots = self._stored(case)
-            words = f"{self.settings.placement}"
-        else:
-            found = case.rebalanced(self.settings.rules, self._profile)
-            slots = found.slots
-            words = _said(case, found)
-        answer = case.map_of(slots)
-        self.log.log(
-            logging.INFO if rank == 0 else logging.DEBUG,
-            "moetuner: %s; map %08x of %d layers x %d slots on %d ranks, %.1f ms",
-            words,
-            zlib.crc32(answer.tobytes()),
-            *answer.shape,
-            num_ranks,
-            1e3 * (time.perf_counter() - begin),
-        )
-        return answer
-
-    def record(self, weight: ArrayLike, rank: int = 0) -> None:
-        """Keep windows of load [L,E] or [W,L,E], where that is asked for; never fails."""
-        if self._recorder is None or rank != 0:
-            return
-        try:
-            self._recorder.add(np.asarray(weight))
-        except Exception as error:
-            self.failed("loads are not recorded", error)
-
-    def failed(self, what: str, error: BaseException) -> None:
-        """Warn of an error, once of each kind."""
-        kind = f"{what}: {error}"
-        if kind not in self._failed:
-            self._failed.add(kind)
-            self.log.warning("moetuner: %s: %s", what, " ".join(str(error).split()))
-
-    @cached_property
-    def _placement(self) -> Placement:
-        assert self.settings.placement is not None
-        return Placement.load(self.settings.placement).filled()
-
-    @cached_property
-    def _profile(self) -> RoutingStatistics | None:
-        if self.settings.profile is None:
-            return None
-        found = open_input(self.settings.profile)
-        if isinstance(found, RoutingTrace):
-            found = RoutingStatistics.from_trace(found, transitions=False)
-        return found
-
-    def _stored(self, case: _Case) -> Slots:
-        """Return the stored placement, what stays on a rank in the slot that it has."""
-        placement = self._placement
-        layers, ranks, width = case.slots.shape
-        asked = (ranks, width, case.experts)
-        stored = (placement.devices, placement.slots_per_device, placement.num_experts)
-        if asked != stored:
-            raise ValueError(
-                f"{self.settings.placement}: {stored[0]} devices x {stored[1]} slots for "
-                f"{stored[2]} experts, but the engine has {asked[0]} ranks x {asked[1]} slots for "
-                f"{asked[2]} experts"
-            )
-        rows = case.rows_of(placement.layers, f"{self.settings.placement}: the placement")
-        slots = case.slots.copy()
-        if not case.runs:
-            # Layers without experts, which engines that count hidden layers have.
-            slots[:] = (np.arange(ranks * width) % case.experts).reshape(ranks, width)
-        slots[rows] = placement.slots
-        if not case.runs:
-            return slots
-        rooms = np.full((layers, ranks), width)
-        return kept(case.slots, slots, rooms)
-
-
-def _said(case: _Case, found: Rebalanced) -> str:
-    """Say what a decision changes, and what the slowest ranks gain by it."""
-    total = case.load.sum()
-    ranks = case.slots.shape[1]
-    if not total:
-        return "no load yet"
-    before, after = (float(of.sum()) * ranks / total for of in (found.before, found.after))
-    changed = int((found.slots != case.slots).any(axis=(1, 2)).sum())
-    return (
-        f"slowest rank {before:.3f} -> {after:.3f} of the mean, {changed} layers change, "
-        f"{int(found.brought.sum())} copies move"
-    )

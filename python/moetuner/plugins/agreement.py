@@ -1,0 +1,211 @@
+"""Ranks agree on a map, or all of them take the engine's own.
+
+Ranks that serve different maps wait for each other's weights for ever. So before a map is returned
+every rank posts what it decided from which files, and one verdict holds for all. The store of
+``torch.distributed`` carries it, not a collective of the engine's groups: a collective would hang
+where a rank has no plugin, and may not run beside another one of the same group, which another
+thread of the engine can be in. The verdict is written by an atomic compare-and-set, so that it is
+the same for ranks that gave up waiting and for those that did not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+# Seconds that a rank waits for the others. A rank without the plugin never answers.
+WAIT = 30.0
+# Rounds in which somebody was silent, after which this process asks no more.
+PATIENCE = 2
+# Characters of an error that are passed on.
+LONGEST = 400
+# Ranks that a line names.
+MOST_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks that exchange experts.
+
+    Parameters
+    ----------
+    store
+        A store of ``torch.distributed`` that all of them reach.
+    ranks
+        Their numbers in the whole job.
+    rank
+        The place of this rank among them.
+    """
+
+    store: Any
+    ranks: tuple[int, ...]
+    rank: int
+
+
+@dataclass(frozen=True)
+class Post:
+    """What a rank says of a decision.
+
+    Parameters
+    ----------
+    files
+        Checksum of its files and rules.
+    map
+        Checksum of the map, empty where there is none.
+    error
+        Why there is none.
+    unread
+        Whether the error is of the files, and so is one of the next decision too.
+    pending
+        Checksum of files that were read again, empty where none were.
+    reloads
+        Whether files may be read again.
+    """
+
+    files: str = ""
+    map: str = ""
+    error: str = ""
+    unread: bool = False
+    pending: str = ""
+    reloads: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks do: ``take`` the map, ``own`` (the engine's), ``reload``, or ``off``.
+
+    ``off`` is the engine's own map, now and always; ``silent`` says that a rank did not answer, and
+    ``speaker`` is the first that did; ``speaks`` whether that is this one.
+    """
+
+    do: str
+    reason: str = ""
+    silent: bool = False
+    speaker: int = 0
+    speaks: bool = True
+
+
+def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
+    """Return the verdict on what ranks posted; None is a rank that did not."""
+    silent = [rank for rank, post in enumerate(posts) if post is None]
+    if silent:
+        return Verdict(
+            "own",
+            f"{ranks_named(silent)} did not answer within {wait:.0f} s: is moetuner installed "
+            "there, with the same MOETUNER_ variables?",
+            silent=True,
+            speaker=next((rank for rank, post in enumerate(posts) if post is not None), 0),
+        )
+    given = [post for post in posts if post is not None]
+    first = given[0]
+    if first.pending and all(post.pending == first.pending for post in given):
+        return Verdict("reload")
+    never = "own" if all(post.reloads for post in given) else "off"
+    for unread, do in ((True, never), (False, "own")):
+        if unread:
+            other = [r for r, post in enumerate(given) if post.files != first.files]
+            failed = [r for r, post in enumerate(given) if post.unread]
+        else:
+            other = [r for r, post in enumerate(given) if post.map != first.map]
+            failed = [r for r, post in enumerate(given) if post.error]
+        if failed:
+            reason = given[failed[0]].error
+            where = "" if len(failed) == len(given) else f"{ranks_named(failed)}: "
+            return Verdict(do, f"{where}{reason}")
+        if other:
+            what = "read other files or variables" if unread else "decided another map"
+            return Verdict(do, f"{ranks_named(other)} {what} than rank 0")
+    return Verdict("take")
+
+
+def ranks_named(ranks: Sequence[int]) -> str:
+    """Name ranks in a line: ``rank 1``, or ``ranks 1, 2, 5``."""
+    named = ", ".join(map(str, ranks[:MOST_NAMED]))
+    more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {named}{more}"
+
+
+class Agreement:
+    """Rounds of posts and verdicts of one process: one for each of its decisions."""
+
+    def __init__(self, wait: float | None = None) -> None:
+        self.wait = WAIT if wait is None else wait
+        self._rounds: dict[tuple[int, ...], int] = {}
+        self._silent = 0
+
+    def verdict(
+        self, group: Callable[[], Group | None], post: Post, wait: float | None = None
+    ) -> Verdict:
+        """Return the verdict of all ranks on this rank's post and theirs; it never hangs.
+
+        It never raises either: without the store no rank gets an answer, and all take the engine's
+        own map.
+        """
+        post = replace(post, error=post.error[:LONGEST])
+        wait = self.wait if wait is None else wait
+        try:
+            ranks = group()
+            if ranks is None or len(ranks.ranks) == 1:
+                return judge([post], wait)
+            verdict = self._round(ranks, post, wait)
+        except Exception as error:
+            return Verdict("own", f"ranks cannot compare their maps: {error!r}"[:LONGEST])
+        self._silent = self._silent + 1 if verdict.silent else 0
+        do = "off" if self._silent >= PATIENCE else verdict.do
+        return replace(verdict, do=do, speaks=verdict.speaker == ranks.rank)
+
+    def _round(self, group: Group, post: Post, wait: float) -> Verdict:
+        number = self._rounds.get(group.ranks, 0)
+        self._rounds[group.ranks] = number + 1
+        name = "-".join(map(str, group.ranks))
+        store, size = group.store, len(group.ranks)
+
+        def keys(of: int) -> list[str]:
+            return [f"moetuner/{name}/{of}/{rank}" for rank in range(size)]
+
+        posts, final = keys(number), f"moetuner/{name}/{number}/verdict"
+        store.set(posts[group.rank], json.dumps(asdict(post)))
+        if group.rank and _until(lambda: store.check([final]), 2 * wait):
+            return _verdict(store.get(final))
+        # Rank 0 judges; another does where it does not, and then it was silent whatever it posted.
+        everyone = not group.rank and _until(lambda: store.check(posts), wait)
+        answers = [
+            Post(**json.loads(store.get(key)))
+            if everyone or (bool(group.rank) <= rank and store.check([key]))
+            else None
+            for rank, key in enumerate(posts)
+        ]
+        verdict = _settle(store, final, judge(answers, wait))
+        if number and everyone:
+            # All have read the verdict before this one. What is left over harms nobody.
+            with contextlib.suppress(Exception):
+                for key in (*keys(number - 1), f"moetuner/{name}/{number - 1}/verdict"):
+                    store.delete_key(key)
+        return verdict
+
+
+def _until(is_so: Callable[[], bool], seconds: float) -> bool:
+    """Look until something is so, or the time is over.
+
+    Short questions, as a wait inside the store would keep other threads of the engine from it.
+    """
+    deadline, pause = time.monotonic() + seconds, 0.0002
+    while not is_so():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+    return True
+
+
+def _settle(store: Any, key: str, verdict: Verdict) -> Verdict:
+    """Write a verdict unless there is one; return the one that holds."""
+    return _verdict(store.compare_set(key, "", json.dumps(asdict(verdict))))
+
+
+def _verdict(content: bytes) -> Verdict:
+    return Verdict(**json.loads(content))

@@ -1,0 +1,308 @@
+"""What an engine's plugin calls: decide with all ranks, record, and say what was done."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moetuner._checks import shown
+from moetuner.plugins.agreement import Agreement, Group, Post, Verdict
+from moetuner.plugins.decision import Case, Slots
+from moetuner.plugins.files import Files
+from moetuner.plugins.log import Log
+from moetuner.plugins.recorder import LoadRecorder
+from moetuner.plugins.settings import Settings, complaints
+
+# Seconds between two looks at the file of MOETUNER_RELOAD.
+LOOK = 0.5
+
+
+class Balancer:
+    """Decisions and records of one engine, as the settings ask.
+
+    Files are read here and now, so never while the engine waits.
+
+    Parameters
+    ----------
+    settings
+        What is asked for, or why that makes no sense.
+    log
+        Where it is said.
+    agreement
+        How ranks agree; by default with the usual patience.
+    """
+
+    def __init__(
+        self, settings: Settings | str, log: Log, agreement: Agreement | None = None
+    ) -> None:
+        self.log = log
+        self.settings = Settings(rebalance=True) if isinstance(settings, str) else settings
+        self.files = (
+            Files(error=settings) if isinstance(settings, str) else Files.read(self.settings)
+        )
+        self._agreement = agreement or Agreement()
+        self._off = False
+        self._pending: Files | None = None
+        self._seen = _signature(self.settings.reload)
+        self._looks = False
+        self._recorder = (
+            None if self.settings.record is None else LoadRecorder(self.settings.record)
+        )
+        self._writer: ThreadPoolExecutor | None = None
+        self._models: dict[int, set[str]] = {}
+
+    @classmethod
+    def of(cls, log: Log, engine: str) -> Balancer | None:
+        """Return what the process's environment asks for, None if that is nothing.
+
+        Warn of variables that do nothing, and of files that cannot be read. A variable that makes
+        no sense makes a balancer too: the other ranks have to hear of it.
+        """
+        # Engines have many processes; the first speaks for all that start as it does.
+        rank = int(multiprocessing.parent_process() is not None)
+        for line in complaints():
+            log.warn(line, rank)
+        try:
+            settings = Settings.of()
+            balancer = None if settings is None else cls(settings, log)
+        except ValueError as error:
+            balancer = cls(str(error), log)
+        if balancer is not None and balancer.files.error:
+            log.warn(f"{balancer.files.error}; {engine} decides by itself", rank)
+        return balancer
+
+    @property
+    def decides(self) -> bool:
+        """Whether maps are asked of it, not records alone."""
+        return self.settings.decides
+
+    @property
+    def purpose(self) -> str:
+        """What the settings ask for, in words."""
+        asked, files = self.settings, self.files
+        if files.error:
+            return f"takes part with nothing, as {files.error}"
+        parts = []
+        if files.placements:
+            parts.append("serves " + " and ".join(map(str, files.placements)))
+        elif asked.rebalance:
+            with_pairs = f", with the pairs of {asked.profile}" if files.profile else ""
+            parts.append(f"rebalances by live loads{with_pairs}")
+        if asked.record:
+            parts.append(f"records loads in {asked.record}")
+        if asked.reload:
+            parts.append(f"reads its files again when {asked.reload} changes")
+        return "; ".join(parts) + f"; checksum {files.checksum}"
+
+    def take_model(self, layers: int, name: str | None) -> None:
+        """Note the name of a model that the engine has."""
+        self._models.setdefault(layers, set()).update([name] if name else [])
+
+    def model_of(self, layers: int) -> str | None:
+        """Return the name of the one model with so many layers, None where there are more."""
+        names = self._models.get(layers, set())
+        return next(iter(names)) if len(names) == 1 else None
+
+    def decide(
+        self,
+        weight: ArrayLike,
+        num_replicas: int,
+        num_groups: int | None,
+        num_nodes: int,
+        num_ranks: int,
+        old_map: ArrayLike | None = None,
+        *,
+        group: Callable[[], Group | None] = lambda: None,
+        model: str | None = None,
+        form: Callable[[NDArray[np.int64]], Any] = lambda slots: slots,
+        rank: int = 0,
+        wait: float | None = None,
+        quiet: bool = False,
+    ) -> Any:
+        """Return the expert of every slot [L,P] in an engine's form, None for the engine's own map.
+
+        All ranks of a group get a map or all get None. No error leaves this function.
+
+        Parameters
+        ----------
+        weight, num_replicas, num_groups, num_nodes, num_ranks, old_map
+            As ``rebalance_experts`` takes them.
+        group
+            Returns the ranks that exchange experts; None where this process is alone.
+        model
+            Name of the model, where the engine says it.
+        form
+            Makes what the engine takes out of the map; it may refuse by raising.
+        rank
+            Rank of this process: lines are of rank 0.
+        wait
+            Seconds that the ranks wait for each other, if not the usual ones.
+        quiet
+            Whether the same decision follows, and says what it does.
+        """
+        if self._off or not self.decides:
+            return None
+        self._look()
+        arguments = (weight, num_replicas, num_groups, num_nodes, num_ranks, old_map)
+        while True:
+            begin, pending = time.perf_counter(), self._pending
+            answer, said, post = self._outcome(arguments, model, form, pending)
+            verdict = self._agreement.verdict(group, post, wait)
+            if verdict.do != "reload" or pending is None:
+                break
+            self.files = pending
+            if self._pending is pending:
+                self._pending = None
+            self.log.say(f"read its files again: {self.purpose}", rank)
+        if verdict.do == "take":
+            if not quiet:
+                self._report(said, rank, 1e3 * (time.perf_counter() - begin))
+            return answer
+        self._fall_back(verdict)
+        return None
+
+    def _outcome(
+        self,
+        arguments: tuple[Any, ...],
+        model: str | None,
+        form: Callable[[NDArray[np.int64]], Any],
+        pending: Files | None,
+    ) -> tuple[Any, tuple[Case, NDArray[np.int64], str] | None, Post]:
+        """Decide by what was read, and return the answer, what there is to say, and the post."""
+        files = self.files
+        post = Post(
+            files.checksum,
+            pending="" if pending is None or pending.error else pending.checksum,
+            reloads=self.settings.reload is not None,
+        )
+        if files.error:
+            return None, None, replace(post, error=files.error, unread=True)
+        try:
+            case = Case.of(*arguments)
+            source, slots = self._slots(case, model)
+            full = case.map_of(slots)
+            answer = form(full)
+        except Exception as error:
+            text = " ".join(f"{error}".split()) or repr(error)
+            return None, None, replace(post, error=text)
+        checksum = f"{zlib.crc32(full.tobytes()):08x}"
+        return answer, (case, full, source), replace(post, map=checksum)
+
+    def _slots(self, case: Case, model: str | None) -> tuple[str, Slots]:
+        if self.files.placements:
+            stored, slots = self.files.slots(case, model)
+            return f"{stored.path} ({stored.checksum})", slots
+        return "live loads", case.rebalanced(self.settings.rules, self.files.profile).slots
+
+    def _report(
+        self, said: tuple[Case, NDArray[np.int64], str] | None, rank: int, milliseconds: float
+    ) -> None:
+        """Say what a map changes: where it changes nothing, only to who debugs.
+
+        All ranks take the map by now, so nothing here may raise.
+        """
+        try:
+            self._describe(said, rank, milliseconds)
+        except Exception as error:
+            self.failed("a decision is not described", error)
+
+    def _describe(
+        self, said: tuple[Case, NDArray[np.int64], str] | None, rank: int, milliseconds: float
+    ) -> None:
+        assert said is not None
+        case, full, source = said
+        layers, ranks, _ = case.slots.shape
+        slots = full.astype(np.int32).reshape(case.slots.shape)
+        changed = int((slots != case.slots).any(axis=(1, 2)).sum())
+        before, after = case.balancedness(case.slots), case.balancedness(slots)
+        moved = case.copies_moved(slots)
+        gain = "no load yet"
+        if after is not None:
+            was = "" if before is None else f"{before:.3f} -> "
+            gain = f"balancedness {was}{after:.3f}"
+        self.log.say(
+            f"{source}: {gain}, {changed} layers change, {moved} copies move; map "
+            f"{zlib.crc32(full.tobytes()):08x} of {layers} layers x {full.shape[1]} slots on "
+            f"{ranks} ranks, {milliseconds:.1f} ms",
+            rank if changed else 1,
+        )
+        if rank == 0 and after is not None:
+            self.log.count(before or 0.0, after, moved, milliseconds / 1e3)
+
+    def _fall_back(self, verdict: Verdict) -> None:
+        self._off = verdict.do == "off"
+        until = " from now on" if self._off else ""
+        text = f"all ranks take the engine's own map{until}: {verdict.reason}"
+        self.log.warn(text, int(not verdict.speaks))
+
+    def failed(self, what: str, error: BaseException) -> None:
+        """Warn of an error, once of each kind."""
+        self.log.warn(f"{what}: {' '.join(str(error).split()) or repr(error)}")
+
+    def record(self, weight: ArrayLike, rank: int = 0) -> None:
+        """Keep windows of load [L,E] or [W,L,E] on rank 0, where asked for; never fails.
+
+        The file is written by a thread of its own.
+        """
+        if self._recorder is None or rank != 0:
+            return
+        if self._writer is None:
+            self._writer = ThreadPoolExecutor(1, thread_name_prefix="moetuner")
+        self._writer.submit(self._record, np.array(weight))
+
+    def _record(self, windows: NDArray[Any]) -> None:
+        assert self._recorder is not None
+        try:
+            self._recorder.add(windows)
+        except Exception as error:
+            self.failed("loads are not recorded", error)
+
+    def flush(self) -> None:
+        """Wait until all windows are in the file."""
+        if self._writer is not None:
+            self._writer.shutdown()
+            self._writer = None
+
+    def _look(self) -> None:
+        """Begin to look at the file of MOETUNER_RELOAD, once, in the process that decides."""
+        if self.settings.reload is None or self._looks:
+            return
+        self._looks = True
+        threading.Thread(target=self._watch, name="moetuner-reload", daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.look_again()
+            time.sleep(LOOK)
+
+    def look_again(self) -> None:
+        """Read the files again if that of MOETUNER_RELOAD changed; the next decision agrees."""
+        seen = _signature(self.settings.reload)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        files = Files.read(self.settings)
+        if files.error:
+            self.log.warn(f"read again, not taken: {shown(files.error)}")
+        self._pending = files
+
+
+def _signature(path: Path | None) -> tuple[int, ...] | None:
+    """Return what changes when a file does; None for one that is not there."""
+    if path is None:
+        return None
+    try:
+        of = path.stat()
+    except OSError:
+        return None
+    return (of.st_mtime_ns, of.st_size, of.st_ino)

@@ -1,0 +1,148 @@
+"""Files that the settings name, read once and whole, and what they are for an engine's model."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from moetuner.formats import open_input
+from moetuner.placement import Placement, kept
+from moetuner.plugins.decision import Case, Slots
+from moetuner.plugins.settings import Settings
+from moetuner.statistics import RoutingStatistics
+from moetuner.trace import RoutingTrace
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A placement of a file, with no slot empty."""
+
+    path: Path
+    placement: Placement
+
+    @property
+    def checksum(self) -> str:
+        """Eight hexadecimal digits of the slots."""
+        return f"{zlib.crc32(self.placement.slots.tobytes()):08x}"
+
+    def __str__(self) -> str:
+        of = self.placement
+        return (
+            f"{self.path} ({self.checksum}: {of.layers} layers x {of.slots_per_device} slots on "
+            f"{of.devices} ranks, {of.num_experts} experts)"
+        )
+
+
+@dataclass(frozen=True)
+class Files:
+    """What was read, or why it could not be.
+
+    Parameters
+    ----------
+    placements
+        Placements of all files.
+    profile
+        Statistics that live decisions take pairs from.
+    checksum
+        Of the rules and of all content: ranks with the same one decide alike.
+    error
+        Why a file could not be read, empty where all were.
+    """
+
+    placements: tuple[Stored, ...] = ()
+    profile: RoutingStatistics | None = None
+    checksum: str = ""
+    error: str = field(default="", compare=False)
+
+    @classmethod
+    def read(cls, settings: Settings) -> Files:
+        """Read what the settings name. An error becomes the ``error`` of the result."""
+        try:
+            placements = tuple(
+                Stored(path, placement.filled())
+                for path in settings.placements
+                for placement in Placement.load_all(path)
+            )
+            profile = None
+            if settings.profile is not None and settings.rebalance and not placements:
+                found = open_input(settings.profile)
+                if isinstance(found, RoutingTrace):
+                    found = RoutingStatistics.from_trace(found, transitions=False)
+                profile = found
+        except OSError as error:
+            return cls(
+                error=f"{error.filename}: {error.strerror}" if error.filename else f"{error}"
+            )
+        except Exception as error:
+            return cls(error=" ".join(f"{error}".split()) or repr(error))
+        content = [settings.rebalance, settings.rules, settings.reload is not None]
+        content += [(of.checksum, of.placement.num_experts) for of in placements]
+        content += [None if profile is None else profile.fingerprint]
+        return cls(placements, profile, f"{zlib.crc32(repr(content).encode()):08x}")
+
+    def slots(self, case: Case, model: str | None = None) -> tuple[Stored, Slots]:
+        """Return the placement of a model and its slots [L,D,S]; what stays keeps its slot.
+
+        Parameters
+        ----------
+        case
+            What the engine asks: it says how many layers, ranks, slots and experts there are.
+        model
+            Name of the model: it chooses where several placements have these sizes.
+
+        Raises
+        ------
+        ValueError
+            If no placement, or more than one, is of this model.
+        """
+        stored, rows = self._choose(case, model)
+        layers, ranks, width = case.slots.shape
+        slots = case.slots.copy()
+        if not case.runs:
+            # Layers without experts, which engines that count hidden layers have.
+            slots[:] = (np.arange(ranks * width) % case.experts).reshape(ranks, width)
+        slots[rows] = stored.placement.slots
+        if case.runs:
+            slots = kept(case.slots, slots, np.full((layers, ranks), width))
+        return stored, slots
+
+    def _choose(self, case: Case, model: str | None) -> tuple[Stored, np.ndarray]:
+        layers, ranks, width = case.slots.shape
+        fitting, reasons = [], []
+        for stored in self.placements:
+            of = stored.placement
+            if (of.devices, of.slots_per_device, of.num_experts) != (ranks, width, case.experts):
+                reasons.append(
+                    f"{stored.path}: {of.devices} devices x {of.slots_per_device} slots for "
+                    f"{of.num_experts} experts, but the engine has {ranks} ranks x {width} slots "
+                    f"for {case.experts} experts"
+                )
+                continue
+            try:
+                rows = case.rows_of(of.layers, f"{stored.path}: the placement")
+            except ValueError as error:
+                reasons.append(str(error))
+                continue
+            fitting.append((stored, rows))
+        exact = [(stored, rows) for stored, rows in fitting if stored.placement.layers == layers]
+        fitting = exact or fitting
+        if len(fitting) > 1 and model:
+            named = [each for each in fitting if _same(each[0].placement.model, model)]
+            fitting = named or fitting
+        if len(fitting) > 1:
+            files = ", ".join(str(stored.path) for stored, _ in fitting)
+            raise ValueError(
+                f"{files}: more than one placement has {layers} layers x {width} slots on {ranks} "
+                f"ranks, and none alone is named {model or 'like the model'}"
+            )
+        if not fitting:
+            raise ValueError("; ".join(reasons))
+        return fitting[0]
+
+
+def _same(name: str | None, model: str) -> bool:
+    """Whether a placement's model is the engine's, whose name is a path or a repository's."""
+    return bool(name) and (name == model or Path(str(name)).name == Path(model).name)

@@ -1,0 +1,130 @@
+"""What the environment asks of the plugins: variables whose names begin with ``MOETUNER_``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from moetuner._checks import is_number, shown
+from moetuner.plugins.decision import Rules
+
+PREFIX = "MOETUNER_"
+# Variables that are numbers, and the arguments of ``Rules`` that they set.
+NUMBERS = {
+    "MOVE_BUDGET" if field.name == "budget" else field.name.upper(): field.name
+    for field in fields(Rules)
+}
+NAMES = ("PLACEMENT", "REBALANCE", "PROFILE", "RECORD", "RELOAD", *NUMBERS)
+# Variables of the package that are not the plugins'.
+OTHERS = ("COMPLETE",)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The variables of the plugins.
+
+    Parameters
+    ----------
+    placements
+        Files of placements to serve, one for each model of the engine: ``MOETUNER_PLACEMENT``.
+    rebalance
+        Whether to follow live loads: ``MOETUNER_REBALANCE``.
+    profile
+        File of a trace, or of statistics with co-activation: ``MOETUNER_PROFILE``.
+    record
+        Folder for windows of load: ``MOETUNER_RECORD``.
+    reload
+        File whose change has all others read again: ``MOETUNER_RELOAD``.
+    rules
+        A variable for each, in capitals: ``MOETUNER_DEAD_ZONE``; the budget is
+        ``MOETUNER_MOVE_BUDGET``.
+    """
+
+    placements: tuple[Path, ...] = ()
+    rebalance: bool = False
+    profile: Path | None = None
+    record: Path | None = None
+    reload: Path | None = None
+    rules: Rules = field(default_factory=Rules)
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str] | None = None) -> Settings | None:
+        """Read an environment, by default the process's; None if it asks for nothing.
+
+        Raises
+        ------
+        ValueError
+            If a variable makes no sense; the message names it.
+        """
+        given = os.environ if environment is None else environment
+
+        def text(name: str) -> str:
+            return given.get(PREFIX + name, "").strip()
+
+        def path(name: str) -> Path | None:
+            return Path(text(name)) if text(name) else None
+
+        switch = text("REBALANCE").lower()
+        if switch not in ("", "0", "1", "true", "false", "on", "off"):
+            raise ValueError(f"{PREFIX}REBALANCE must be 0 or 1, got {shown(switch)}")
+        numbers = {}
+        for name, argument in NUMBERS.items():
+            number = _number(name, text(name)) if text(name) else getattr(Rules, argument)
+            whole = name == "MOVE_BUDGET" and number is not None
+            numbers[argument] = int(number) if whole else number
+        settings = cls(
+            tuple(Path(part) for part in text("PLACEMENT").split(os.pathsep) if part.strip()),
+            switch in ("1", "true", "on"),
+            path("PROFILE"),
+            path("RECORD"),
+            path("RELOAD"),
+            Rules(**numbers),  # type: ignore[arg-type]
+        )
+        return settings if settings.decides or settings.record else None
+
+    @property
+    def decides(self) -> bool:
+        """Whether maps are asked for, not records alone."""
+        return bool(self.placements) or self.rebalance
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not (is_number(number) and 0 <= number < float("inf")):
+        raise ValueError(f"{PREFIX}{name} must be a number of at least 0, got {shown(value)}")
+    return number
+
+
+def complaints(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Return a line for every variable that does nothing: its name is unknown, or others win."""
+    given = os.environ if environment is None else environment
+    names = [name.removeprefix(PREFIX) for name in sorted(given) if name.startswith(PREFIX)]
+    lines = []
+    for name in names:
+        if name in NAMES or name.strip("_").startswith(OTHERS):
+            continue
+        near = difflib.get_close_matches(name, NAMES, 1)
+        hint = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {', '.join(NAMES)}"
+        lines.append(f"{PREFIX}{name} is not a variable of moetuner: {hint}")
+    try:
+        settings = Settings.of(given)
+    except ValueError:
+        return lines
+    placement = settings is not None and bool(settings.placements)
+    rebalance = settings is not None and settings.rebalance
+    if placement and rebalance:
+        lines.append("MOETUNER_PLACEMENT is served, so MOETUNER_REBALANCE does nothing")
+    if given.get(PREFIX + "PROFILE") and (placement or not rebalance):
+        because = "with MOETUNER_PLACEMENT" if placement else "without MOETUNER_REBALANCE=1"
+        lines.append(f"MOETUNER_PROFILE does nothing {because}")
+    if given.get(PREFIX + "RELOAD") and not (settings is not None and settings.decides):
+        lines.append(
+            "MOETUNER_RELOAD does nothing without MOETUNER_PLACEMENT or MOETUNER_REBALANCE=1"
+        )
+    return lines
