@@ -341,7 +341,10 @@ class CostModel(Frozen):
         """
         path = path_in(path)
         with naming(path):
-            found = parse_json(read_whole(path))
+            try:
+                found = parse_json(read_whole(path))
+            except ValueError as error:
+                raise ValueError(f"not a cost model: {error}") from None
             schema = found.pop("schema", None) if isinstance(found, dict) else None
             if schema != SCHEMA:
                 raise ValueError(f"not a cost model: schema must be {SCHEMA!r}, got {schema!r}")

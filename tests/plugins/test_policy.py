@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import moetuner as mt
 from moetuner.plugins import rebalance_experts
 from moetuner.plugins.decision import Case
+from moetuner.plugins.vllm_ascend import loads_of
 
 
 @st.composite
@@ -252,3 +253,19 @@ def test_what_is_said_of_a_map(case):
     if load.any():
         expected = load.sum() / (ranks * slowest(load, new, ranks).sum())
     assert engine.balancedness(mapped) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"), [((1 << 40, 1), "num_replicas"), ((1 << 40, 1 << 38), "num_replicas")]
+)
+def test_sizes_beyond_any_engine_allocate_nothing(sizes, name):
+    """A size that no engine has is refused by its name before a table is made of it."""
+    slots, ranks = sizes
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        rebalance_experts([[8, 1, 1, 2]], slots, None, 1, ranks)
+
+
+def test_a_table_of_other_experts_allocates_nothing():
+    """An expert of vllm-ascend's table beyond its slots is refused before loads are added up."""
+    with pytest.raises(ValueError, match="current_expert_table must hold experts below the 4"):
+        loads_of(np.array([[[0, 1], [2, 1 << 40]]]), np.ones((1, 2, 2)))

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import array_in, at_least, numbers_in, whole_number
+from moetuner._checks import (
+    DEVICE_LIMIT,
+    SLOT_LIMIT,
+    array_in,
+    at_least,
+    numbers_in,
+    whole_number,
+)
 from moetuner.placement import EMPTY
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,
@@ -145,8 +152,8 @@ class Case:
         windows = numbers_in("weight", few_windows(array_in("weight", weight)))
         if not (np.isfinite(windows).all() and (windows >= 0).all()):
             raise ValueError("weight must be finite and at least 0")
-        whole_number("num_replicas", num_replicas)
-        whole_number("num_ranks", num_ranks)
+        whole_number("num_replicas", num_replicas, highest=SLOT_LIMIT)
+        whole_number("num_ranks", num_ranks, highest=DEVICE_LIMIT)
         whole_number("num_nodes", num_nodes)
         _, layers, experts = windows.shape
         if num_replicas % num_ranks or num_replicas < experts:

@@ -82,10 +82,15 @@ class AscendPolicy:
 
 def loads_of(slots: NDArray[np.integer[Any]], workload: NDArray[Any]) -> NDArray[np.float64]:
     """Add up the loads of slots [..., L,D,S] by their experts: windows [W,L,E]."""
-    layers = len(slots)
+    layers, largest = len(slots), int(slots.max())
+    if largest >= slots[0].size:
+        raise ValueError(
+            f"current_expert_table must hold experts below the {slots[0].size} slots of a layer, "
+            f"got {largest}"
+        )
     windows = workload.reshape(-1, layers, slots[0].size)
     experts = slots.reshape(1, layers, -1)
-    load = np.zeros((len(windows), layers, int(slots.max()) + 1))
+    load = np.zeros((len(windows), layers, largest + 1))
     window, layer = np.arange(len(windows))[:, None, None], np.arange(layers)[None, :, None]
     np.add.at(load, (window, layer, experts), np.maximum(windows, 0) * (experts >= 0))
     return load
