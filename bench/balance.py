@@ -11,42 +11,38 @@ per seed; times are medians over instances and repetitions, interleaved; ratios 
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import statistics
-import sys
-import types
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from peers import WHEELS, vllm_policy, wheel_of
 from transitions import seconds
 
 import moetuner as mt
 from moetuner import _core
 
-WHEELS = Path("build/wheels")
 SIZES = [(58, 256, 32), (58, 256, 8)]  # layers, experts, devices
 
 Policy = Callable[[NDArray[np.uint64], int], NDArray[np.int64]]
 
 
-def vllm_policy(wheel: Path | None) -> Policy | str:
+def of_vllm(wheel: Path | None) -> Policy | str:
     """Default policy of vLLM: load [L,E] and devices in, device of every expert [L,E] out.
 
     Where it cannot run: the reason.
     """
-    wheel = wheel or next(iter(sorted(WHEELS.glob("vllm-*.whl"))), None)
+    wheel = wheel or wheel_of(WHEELS, "vllm")
     if wheel is None or not wheel.exists():
         return f"no wheel of vllm in {wheel or WHEELS}"
     try:
         torch: Any = importlib.import_module("torch")
     except ImportError:
         return "torch is not installed"
-    policy = vllm_module(wheel)
+    policy = vllm_policy(wheel)
 
     def balance(load: NDArray[np.uint64], devices: int) -> NDArray[np.int64]:
         experts = load.shape[1]
@@ -58,28 +54,6 @@ def vllm_policy(wheel: Path | None) -> Policy | str:
         return device_of
 
     return balance
-
-
-def vllm_module(wheel: Path) -> Any:
-    """Class of the default policy, out of the wheel."""
-    # The real parent packages would load half of vLLM: empty ones do for these three files.
-    for name in ("vllm", "vllm.distributed", "vllm.config"):
-        package = types.ModuleType(name)
-        package.__path__ = [f"{wheel}/{name.replace('.', '/')}"]
-        sys.modules[name] = package
-    # The one name that the policy takes from vLLM's configuration, out of its own source.
-    parallel = types.ModuleType("vllm.config.parallel")
-    source = _source(wheel, "vllm/config/parallel.py")
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and "EPLBPolicyOption" in ast.unparse(node.targets[0]):
-            exec(f"from typing import Literal\n{ast.unparse(node)}", parallel.__dict__)
-    sys.modules["vllm.config.parallel"] = parallel
-    return importlib.import_module("vllm.distributed.eplb.policy").DefaultEplbPolicy
-
-
-def _source(wheel: Path, name: str) -> str:
-    with zipfile.ZipFile(wheel) as files:
-        return files.read(name).decode()
 
 
 def loads(layers: int, experts: int, seed: int) -> NDArray[np.uint64]:
@@ -136,7 +110,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--repeat", type=int, default=5)
     arguments = parser.parse_args()
-    peer = vllm_policy(arguments.wheel)
+    peer = of_vllm(arguments.wheel)
     if isinstance(peer, str):
         print(f"vLLM's policy is left out: {peer}")
     named = policies(None if isinstance(peer, str) else peer)

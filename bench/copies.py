@@ -12,16 +12,13 @@ get eight groups of experts on four nodes.
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from balance import WHEELS, vllm_module
 from numpy.typing import NDArray
+from peers import WHEELS, Size, sglang, sglang_windows, vllm
 from transitions import seconds
 
 import moetuner as mt
@@ -35,45 +32,20 @@ Policy = Callable[[NDArray[np.float64]], NDArray[Any]]
 
 def peers(wheels: Path) -> dict[str, Policy]:
     """Policies by name: load [L,E] in, expert of every slot [L,P] out."""
-    torch: Any = importlib.import_module("torch")
-    torch.set_num_threads(1)
-    for name in ("sglang", "sglang.srt", "sglang.srt.eplb", "sglang.srt.eplb.eplb_algorithms"):
-        package = types.ModuleType(name)
-        wheel = next(iter(sorted(wheels.glob("sglang-*.whl"))))
-        package.__path__ = [f"{wheel}/{name.replace('.', '/')}"]
-        sys.modules[name] = package
-    vllm = vllm_module(next(iter(sorted(wheels.glob("vllm-*.whl")))))
-    plain: Any = importlib.import_module("sglang.srt.eplb.eplb_algorithms.deepseek")
-    vec: Any = importlib.import_module("sglang.srt.eplb.eplb_algorithms.deepseek_vec")
+    found = {}
+    for name, peer in (("vLLM", vllm), ("deepseek", sglang), ("deepseek_vec", sglang_windows)):
+        for kind, groups, nodes in (("global", 1, 1), ("hierarchical", GROUPS, NODES)):
+            size = Size(LAYERS, EXPERTS, SLOTS, DEVICES, groups, nodes)
+            policy = peer(wheels, size)
+            if isinstance(policy, str):
+                raise SystemExit(policy)
+            found[f"{name}, {kind}"] = of_one_window(policy, size.initial())
+    return found
 
-    def call_vllm(groups: int, nodes: int) -> Policy:
-        return lambda load: vllm.rebalance_experts(
-            torch.from_numpy(load), SLOTS, groups, nodes, DEVICES
-        ).numpy()
 
-    def call_plain(hierarchical: bool) -> Policy:
-        return lambda load: plain.rebalance_experts(
-            torch.from_numpy(load), SLOTS, GROUPS, NODES, DEVICES, hierarchical
-        )[0].numpy()
-
-    def call_vec(hierarchical: bool) -> Policy:
-        return lambda load: vec.rebalance_experts(
-            tokens_per_expert=torch.from_numpy(load)[None],
-            num_physical_experts=SLOTS,
-            num_local_physical_experts=SLOTS // DEVICES,
-            num_groups=GROUPS,
-            num_nodes=NODES,
-            enable_hierarchical=hierarchical,
-        )[0].numpy()
-
-    return {
-        "vLLM, global": call_vllm(1, 1),
-        "vLLM, hierarchical": call_vllm(GROUPS, NODES),
-        "SGLang deepseek, global": call_plain(False),
-        "SGLang deepseek, hierarchical": call_plain(True),
-        "SGLang deepseek_vec, global": call_vec(False),
-        "SGLang deepseek_vec, hierarchical": call_vec(True),
-    }
+def of_one_window(policy: Callable[..., NDArray[Any]], old: NDArray[np.int64]) -> Policy:
+    """Return the policy on one window, from a map that runs."""
+    return lambda load: policy(load[None], old)
 
 
 def imbalance(load: NDArray[np.float64], slots: NDArray[Any]) -> NDArray[Any]:
@@ -119,7 +91,7 @@ def main() -> None:
         load = np.floor(1e4 * random.lognormal(0, random.uniform(0.2, 2), (LAYERS, EXPERTS)))
         for name, policy in policies.items():
             found[name].append(imbalance(load, policy(load)))
-            ours = not name.startswith(("vLLM", "SGLang"))
+            ours = not name.startswith(("vLLM", "deepseek"))
             for _ in range(arguments.repeat if ours and seed < 10 else int(seed < 10)):
                 times[name] = min(times[name], seconds(lambda: policy(load)))
     mine = np.array(found["balance()"])

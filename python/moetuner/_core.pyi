@@ -463,7 +463,6 @@ def adapt_slots(
     most: int,
     dead_zone: float,
     deviations: float,
-    tolerance: float,
     steps: int,
     trials: int = ...,
     copies: bool = ...,
@@ -477,11 +476,10 @@ def adapt_slots(
     as a share of the slowest one's [D]. At most ``most`` copies are brought, where they gain most,
     and each more than ``price`` tokens.
     A layer stays unless the time of its slowest device falls by more than the part ``dead_zone``,
-    and by more than ``deviations`` standard deviations of counts as large; devices within the part
-    ``tolerance`` of the mean are relieved no further; ``steps`` is for each device of a layer, and
-    ``trials`` as in ``replicate_experts``. Experts without a slot get one, and with ``full`` empty
-    slots are filled, unless a device holds all experts already. What stays on a device keeps its
-    slot.
+    and by more than ``deviations`` standard deviations of counts as large; ``steps`` is for each
+    device of a layer, and ``trials`` as in ``replicate_experts``. Experts without a slot get
+    one, and with ``full`` empty slots are filled, unless a device holds all experts already. What
+    stays on a device keeps its slot.
 
     Returns slots [L,D,S], and of every layer the time of the slowest device before (once all slots
     were filled) and after, and the copies brought.

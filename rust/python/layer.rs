@@ -367,7 +367,7 @@ pub(super) fn replicate_experts<'py>(
 type Adapted<'py> = (Bound<'py, PyArray3<i32>>, Vec<f64>, Vec<f64>, Vec<usize>);
 
 #[pyfunction]
-#[pyo3(signature = (load, slots, time, *, most, dead_zone, deviations, tolerance, steps, trials = QUICK, copies = true, full = true, price = 0.0, forbidden = None))]
+#[pyo3(signature = (load, slots, time, *, most, dead_zone, deviations, steps, trials = QUICK, copies = true, full = true, price = 0.0, forbidden = None))]
 pub(super) fn adapt_slots<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, f64>,
@@ -376,7 +376,6 @@ pub(super) fn adapt_slots<'py>(
     most: usize,
     dead_zone: f64,
     deviations: f64,
-    tolerance: f64,
     steps: usize,
     trials: usize,
     copies: bool,
@@ -398,7 +397,7 @@ pub(super) fn adapt_slots<'py>(
     let mut now = contiguous(slots.as_slice().ok())?.to_vec();
     let (room, forbidden) = (vec![per_device; d], slice(forbidden.as_ref())?);
     let all = Site { room: &room, time, forbidden, pinned: &[], copies };
-    let reach = construct::Reach { most, dead_zone, deviations, price, tolerance, steps, trials, full };
+    let reach = construct::Reach { most, dead_zone, deviations, price, steps, trials, full };
     let changes = alone(py, || adapt_layers(load, e, all, &mut now, reach))??;
     let of = |pick: fn(&construct::Change) -> f64| changes.iter().map(pick).collect();
     let (before, after) = (of(|change| change.slowest.0), of(|change| change.slowest.1));

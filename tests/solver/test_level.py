@@ -159,21 +159,6 @@ def test_plugins_and_rebalancer_use_it():
     assert np.array_equal(found.brought, [20, 20, 20])
 
 
-def test_rebalancing_in_windows_keeps_bans():
-    """At the first call and from what runs."""
-    load = domains(24, 2, 16)
-    forbidden = np.zeros((2, 16, 4), dtype=bool)
-    forbidden[:, :8, :2] = forbidden[:, 8:, 2:] = True
-    nothing = np.full((2, 4, 5), -1, dtype=np.int32)
-    options = {"time": np.ones(4), "budget": 40, "forbidden": forbidden}
-    first = rebalance(load, nothing, **options)
-    then = rebalance(load[::-1] * load.mean(axis=0), first.slots, dead_zone=0.0, **options)
-    for found in (first, then):
-        held = (found.slots[..., None] == np.arange(16)).any(axis=2).transpose(0, 2, 1)
-        assert held.any(axis=2).all()
-        assert not (held & forbidden).any()
-
-
 def problem(load, **options):
     statistics = mt.RoutingStatistics.from_load(load.astype(np.uint64))
     return mt.Problem(statistics, mt.Topology(devices=8), objective="balance", **options)

@@ -32,8 +32,8 @@ from moetuner.statistics import RoutingStatistics
 
 Slots = NDArray[np.int32]
 
-# Slowest rank that whole groups on nodes may cost, as a part of what it takes without.
-GROUP_SLACK = 0.1
+# What the heaviest node must gain for two groups to change places, as a part of its load.
+GROUP_GAIN = 0.01
 # Time of a token's visit of a rank, as a part of what an expert takes for a token.
 TRAFFIC = 0.2
 # Windows that a decision looks at.
@@ -51,7 +51,6 @@ def rebalance_experts(
     budget: int | None = None,
     dead_zone: float = DEAD_ZONE,
     deviations: float = DEVIATIONS,
-    group_slack: float = GROUP_SLACK,
     profile: RoutingStatistics | None = None,
     traffic: float = TRAFFIC,
 ) -> NDArray[np.int64]:
@@ -69,21 +68,20 @@ def rebalance_experts(
     num_groups
         Groups of experts that the router chooses among; None or 1 where it does not.
     num_nodes
-        Nodes of ``num_ranks / num_nodes`` ranks. Where they divide the groups, every group stays on
-        one node in layers where that costs little balance.
+        Nodes of ``num_ranks / num_nodes`` ranks. Where they divide the groups, every group is on
+        one node, as in the engines' hierarchical policy, whatever that takes.
     num_ranks
         Ranks: slot p is on rank ``p // (P / num_ranks)``.
     old_map
         Experts in the slots now [L,P]; -1 is an empty slot. Of another width, ranks were added or
         left at the end. By default nothing is anywhere yet.
     budget
-        Copies that come to a rank at most; by default a quarter of all experts, or 8 for a rank.
+        Copies that come to a rank at most; by default 0.19 of what packing anew would bring, or 8
+        for a rank.
     dead_zone
         A layer stays as it is unless its slowest rank gains more than this share of its time,
     deviations
         and more than so many standard deviations of counts as large.
-    group_slack
-        By what share the slowest rank may take longer where groups stay whole.
     profile
         Statistics with co-activation, of traffic like this: then a token's visits count as well.
     traffic
@@ -101,7 +99,7 @@ def rebalance_experts(
     [[0, 1, 3, 0, 2, 3]]
     """
     case = Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map)
-    rules = Rules(budget, dead_zone, deviations, group_slack, traffic)
+    rules = Rules(budget, dead_zone, deviations, traffic)
     return case.map_of(case.rebalanced(rules, profile).slots)
 
 
@@ -112,13 +110,12 @@ class Rules:
     budget: int | None = None
     dead_zone: float = DEAD_ZONE
     deviations: float = DEVIATIONS
-    group_slack: float = GROUP_SLACK
     traffic: float = TRAFFIC
 
     def __post_init__(self) -> None:
         if self.budget is not None:
             at_least("budget", self.budget, 0)
-        for name in ("dead_zone", "deviations", "group_slack", "traffic"):
+        for name in ("dead_zone", "deviations", "traffic"):
             at_least(name, getattr(self, name), 0)
 
 
@@ -185,16 +182,13 @@ class Case:
         full = slots.reshape(len(slots), -1).astype(np.int64)
         old, width = self.slots.reshape(full.shape), slots.shape[2]
         for layer, slot in np.argwhere(full == EMPTY):
-            # The rank holds all experts that it may already: what was there, or else the one with
-            # the fewest copies there, before those that had a slot of theirs.
+            # The rank holds all experts that it may already: again the one with the fewest copies
+            # there, before those that had a slot of theirs.
             row = slice(slot // width * width, slot // width * width + width)
             here = full[layer, row]
             copies = np.bincount(here[here >= 0], minlength=self.experts)
-            was = old[layer, slot]
-            if was == EMPTY or copies[was]:
-                had = np.isin(np.arange(self.experts), old[layer, row])
-                was = np.lexsort((had, copies))[0]
-            full[layer, slot] = was
+            had = np.isin(np.arange(self.experts), old[layer, row])
+            full[layer, slot] = np.lexsort((had, copies, copies == 0))[0]
         return full
 
     def balancedness(self, slots: Slots) -> float | None:
@@ -223,31 +217,52 @@ class Case:
         layers, ranks, _ = self.slots.shape
         budget = rules.budget
         if budget is None:
-            budget = largest_move(layers, self.experts, ranks)
-        load = self.load
+            budget = largest_move(layers, self.slots[0].size, ranks)
         pairs = None if profile is None else self.pairs_of(profile, rules.traffic)
-        free = _rebalance(self.windows, self.slots, budget, rules, pairs)
-        if self.nodes == 1:
-            return free
-        # Groups stay whole on nodes, where that costs little.
-        forbidden = _elsewhere(load, self.slots, self.groups, self.nodes)
-        whole = _rebalance(self.windows, self.slots, budget, rules, pairs, forbidden)
-        cheap = whole.after <= free.after * (1 + rules.group_slack)
-        if self.runs:
-            # What runs well in parts stays, and so does what would take more moves than allowed.
-            parted = np.take_along_axis(
-                forbidden, np.maximum(self.slots, 0).transpose(0, 2, 1).astype(np.int64), axis=1
-            )
-            parted &= (self.slots >= 0).transpose(0, 2, 1)
-            cheap &= (free.brought > 0) | ~parted.any(axis=(1, 2))
-            brought = np.where(cheap, whole.brought, 0).cumsum() + free.brought.sum()
-            cheap &= brought <= budget
-        better = cheap & load.any(axis=1)
+        if self.nodes > 1:
+            return self._whole_groups(budget, rules, pairs)
+        return _rebalanced(self.windows, self.slots, budget, rules, pairs)
+
+    def _whole_groups(self, budget: int, rules: Rules, pairs: Pairs | None) -> Rebalanced:
+        """Rebalance every node by itself, on the groups that it has."""
+        layers, ranks, width = self.slots.shape
+        nodes, size = self.nodes, self.experts // self.groups
+        idle = ~self.load.any(axis=1) & _complete(self.slots, self.experts, self.experts // nodes)
+        node_of = _nodes_of_groups(self.load, self.slots, self.groups, nodes, budget)
+        # Groups in the order of their nodes, as many on each: the experts of every node [L*N,E/N].
+        order = np.argsort(node_of, axis=1, kind="stable")
+        experts = (order[:, :, None] * size + np.arange(size)).reshape(layers * nodes, -1)
+        busy = np.repeat(~idle, nodes)
+        experts, row = experts[busy], np.repeat(np.arange(layers), nodes)[busy]
+        number = np.arange(len(experts))[:, None]
+        # Numbers of experts on their node; what lies elsewhere, and what is empty, has none.
+        local = np.full((len(experts), self.experts + 1), EMPTY, dtype=np.int32)
+        local[number, experts] = np.arange(experts.shape[1])
+        slots = self.slots.reshape(layers * nodes, ranks // nodes, width)
+        found = _rebalanced(
+            np.ascontiguousarray(self.windows[:, row[:, None], experts]),
+            local[number[:, :, None], slots[busy]],
+            budget,
+            rules,
+            None
+            if pairs is None
+            else Pairs(
+                pairs.counts[row[:, None, None], experts[:, :, None], experts[:, None, :]],
+                pairs.cost[row],
+            ),
+        )
+        slots = slots.copy()
+        slots[busy] = np.where(
+            found.slots == EMPTY, EMPTY, experts[number[:, :, None], found.slots]
+        )
+        figures = np.zeros((3, layers * nodes))
+        figures[:, busy] = found.before, found.after, found.brought
+        before, after, brought = figures.reshape(3, layers, nodes)
         return Rebalanced(
-            np.where(better[:, None, None], whole.slots, free.slots),
-            np.where(better, whole.before, free.before),
-            np.where(better, whole.after, free.after),
-            np.where(better, whole.brought, free.brought),
+            slots.reshape(self.slots.shape),
+            before.max(axis=1),
+            after.max(axis=1),
+            brought.sum(axis=1).astype(np.int64),
         )
 
     def pairs_of(self, profile: RoutingStatistics, traffic: float) -> Pairs:
@@ -300,26 +315,6 @@ class Case:
         return np.arange(here - layers, here)
 
 
-def _rebalance(
-    windows: NDArray[np.float64],
-    slots: Slots,
-    budget: int,
-    rules: Rules,
-    pairs: Pairs | None,
-    forbidden: NDArray[np.bool_] | None = None,
-) -> Rebalanced:
-    return rebalance(
-        windows,
-        slots,
-        time=np.ones(slots.shape[1]),
-        budget=budget,
-        dead_zone=rules.dead_zone,
-        deviations=rules.deviations,
-        forbidden=forbidden,
-        pairs=pairs,
-    )
-
-
 def few_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:
     """Return windows [W,L,E] of loads [L,E] or [W,L,E]: those with load, few enough to search on.
 
@@ -364,29 +359,73 @@ def _running(old_map: ArrayLike | None, shape: tuple[int, int, int], experts: in
     return slots.reshape(shape)
 
 
-def _elsewhere(
-    load: NDArray[np.float64], slots: Slots, groups: int, nodes: int
-) -> NDArray[np.bool_]:
-    """Where experts are not to be [L,E,D]: outside the node of their group.
+def _rebalanced(
+    windows: NDArray[np.float64], slots: Slots, budget: int, rules: Rules, pairs: Pairs | None
+) -> Rebalanced:
+    return rebalance(
+        windows,
+        slots,
+        time=np.ones(slots.shape[1]),
+        budget=budget,
+        dead_zone=rules.dead_zone,
+        deviations=rules.deviations,
+        pairs=pairs,
+    )
 
-    Every node gets as many groups: those of which it holds most, then the heaviest first to the
-    node with the least load.
+
+def _complete(slots: Slots, experts: int, most: int) -> NDArray[np.bool_]:
+    """Whether every slot is filled, every expert has one, and no rank the same twice [L].
+
+    That is, as far as a rank may hold ``most`` different ones.
+    """
+    layers, ranks, width = slots.shape
+    there = np.zeros((layers, ranks, experts + 1), dtype=bool)
+    np.put_along_axis(there, slots.astype(np.int64), True, axis=2)
+    once = there.sum(axis=2) >= min(width, most)
+    every = np.all(there[:, :, :-1].any(axis=1), axis=1)
+    complete: NDArray[np.bool_] = every & np.all(once, axis=1) & ~np.any(there[:, :, -1], axis=1)
+    return complete
+
+
+def _nodes_of_groups(
+    load: NDArray[np.float64], slots: Slots, groups: int, nodes: int, budget: int
+) -> NDArray[np.int64]:
+    """Return the node of every group [L,G], as many groups on each.
+
+    Groups go where most of them is, then the heaviest first to the node with the least load. In
+    layers where that relieves the heaviest node, two groups change places, within half the budget.
     """
     layers, ranks, _ = slots.shape
-    experts = load.shape[1]
-    size = experts // groups
+    row, size = np.arange(layers), load.shape[1] // groups
     of_group = load.reshape(layers, groups, size).sum(axis=2)
-    group_of = np.where(slots >= 0, slots // size, groups)
     node_of_rank = np.arange(ranks) // (ranks // nodes)
-    forbidden = np.ones((layers, experts, ranks), dtype=bool)
-    for layer in range(layers):
-        there = np.zeros((groups + 1, nodes), dtype=np.int64)
-        np.add.at(there, (group_of[layer], node_of_rank[:, None]), 1)
-        room = np.full(nodes, groups // nodes)
-        heavy = np.zeros(nodes)
-        for group in np.lexsort((-of_group[layer], -there[:groups].max(axis=1))):
-            node = int(np.lexsort((heavy, -there[group], room == 0))[0])
-            room[node] -= 1
-            heavy[node] += of_group[layer, group]
-            forbidden[layer, group * size : (group + 1) * size, node_of_rank == node] = False
-    return forbidden
+    group_of_slot = np.where(slots >= 0, slots // size, groups)
+    cell = (row[:, None, None] * (groups + 1) + group_of_slot) * nodes + node_of_rank[:, None]
+    there = np.bincount(cell.ravel(), minlength=layers * (groups + 1) * nodes)
+    there = there.reshape(layers, groups + 1, nodes)[:, :groups]
+    node_of = np.zeros((layers, groups), dtype=np.int64)
+    room = np.full((layers, nodes), groups // nodes)
+    heavy = np.zeros((layers, nodes))
+    for group in np.lexsort((-of_group, -there.max(axis=2)), axis=1).T:
+        node = np.lexsort((heavy, -there[row, group], room == 0), axis=1)[:, 0]
+        node_of[row, group] = node
+        room[row, node] -= 1
+        heavy[row, node] += of_group[row, group]
+    if not there.any():
+        return node_of
+    # What the heaviest node gains if one of its groups changes places with another one's.
+    worst = heavy.argmax(axis=1)
+    second = np.sort(heavy, axis=1)[:, -2]
+    moved = of_group[:, :, None] - of_group[:, None, :]
+    rest = np.maximum(heavy[row, worst][:, None, None] - moved, second[:, None, None])
+    rest = np.maximum(rest, np.take_along_axis(heavy, node_of, axis=1)[:, None, :] + moved)
+    here = node_of == worst[:, None]
+    rest[~(here[:, :, None] & ~here[:, None, :])] = np.inf
+    best = rest.reshape(layers, -1).argmin(axis=1)
+    gain = 1 - rest.reshape(layers, -1)[row, best] / np.maximum(heavy[row, worst], 1)
+    most = budget // (4 * size)
+    for layer in np.argsort(-gain, kind="stable")[:most]:
+        if gain[layer] > GROUP_GAIN:
+            pair = list(divmod(int(best[layer]), groups))
+            node_of[layer, pair] = node_of[layer, pair[::-1]]
+    return node_of

