@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of recorded load tables")
     parser.add_argument("--decisions", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(range(len(SIZES))))
+    parser.add_argument("--sizes", type=int, nargs="*", default=list(range(len(SIZES))))
     given = parser.parse_args()
     torch_module()
     print("balancedness on the next windows, copies a decision, milliseconds")
