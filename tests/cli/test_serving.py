@@ -1,6 +1,7 @@
 """What one command names under options, the others repeat under the same options."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -105,3 +106,14 @@ def test_devices_must_be_those_of_the_placement(run, trace, tmp_path):
     status, _, err = run("evaluate", p, trace, "--devices", 8)
     assert status == 2
     assert "'--devices' must be 4 as in the placement, got 8" in err
+
+
+def test_a_placement_slower_than_blocks_is_said(ok, tmp_path):
+    """Copies that cost more than they bring are warned of, with the slots that would not."""
+    load, placement = tmp_path / "load.safetensors", tmp_path / "p.json"
+    mt.RoutingStatistics.from_load(np.full((8, 2, 16), 64)).save(load)
+    words = ("solve", load, "--devices", 4, "--method", "quick", "--out", placement)
+    text = ok(*words, "--for", "vllm", "--slots-per-device", 10)
+    assert re.search(r"slower than experts in blocks: \d+\.\d against \d+\.\d us per layer", text)
+    assert "try --slots-per-device 4, or" in text
+    assert "slower" not in ok(*words)

@@ -22,7 +22,7 @@ from moetuner.evaluation.auditing import contiguous
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.report.outcome import Outcome, head, remarks, sentences
+from moetuner.report.outcome import Outcome, head, remarks, sentences, slower
 from moetuner.solver import ALIASES, METHODS, Result, Trade
 
 
@@ -119,7 +119,11 @@ def command(
     try:
         if method != "contiguous" and results[0].status != "interrupted":
             results.insert(0, solve_with("contiguous", problem, **how))
-        outcomes = judge(results, problem, source.traffic, window=source.replayed, threads=threads)
+        # What runs if nothing is done: experts in blocks, each of them once.
+        running = replace(results[-1], placement=contiguous(results[-1].placement))
+        blocks, *outcomes = judge(
+            [running, *results], problem, source.traffic, window=source.replayed, threads=threads
+        )
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     outcome = outcomes[-1]
@@ -127,6 +131,9 @@ def command(
     broken = [each for each in outcomes[:-1] if each.breaks_rules]
     for line in (*remarks([*broken, outcome], problem), *sentences(outcome)):
         output.say(line)
+    if initial is None:
+        for line in slower(outcome, blocks):
+            output.say(line)
     answer: dict[str, Any] = {}
     trades: list[Trade] = []
     if initial is not None:
