@@ -156,13 +156,13 @@ def numbers_in(name: str, values: ArrayLike) -> NDArray[np.float64]:
 
 
 def amounts_in(name: str, values: ArrayLike, axes: int = 0) -> NDArray[np.float64]:
-    """Return an array of floats from 0 to ``LARGEST``, of so many axes or more."""
+    """Return an array of finite floats of at least 0, of so many axes or more."""
     array = numbers_in(name, values)
     if array.ndim < axes:
         raise ValueError(f"{name} must be an array of {axes} axes or more, got {array.ndim}")
-    if not ((array >= 0) & (array <= LARGEST)).all():
+    if not ((array >= 0) & (array < np.inf)).all():
         raise ValueError(
-            f"{name} must be numbers from 0 to {LARGEST:g}, got {array.min():g} to {array.max():g}"
+            f"{name} must be finite numbers of at least 0, got {array.min():g} to {array.max():g}"
         )
     return array
 

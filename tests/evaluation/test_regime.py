@@ -90,7 +90,7 @@ def test_the_time_of_a_trace_is_that_of_evaluate(ok, make_trace, tmp_path):
     solved = json.loads(report.read_text())
     shown = json.loads(ok("evaluate", placement, trace, "--window", 64, "--json", "-"))
     assert solved["predicted_layer_us"] == shown["predicted_layer_us"]
-    assert f"Replayed token by token: {shown['predicted_layer_us']:.1f} us per layer." in text
+    assert f"Predicted time: {shown['predicted_layer_us']:.1f} us per layer." in text
 
 
 @pytest.mark.parametrize("command", ["solve", "compare", "evaluate", "audit"])

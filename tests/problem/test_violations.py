@@ -101,7 +101,7 @@ def test_compare_marks_methods_that_break_rules(run, make_trace, tmp_path):
     named = "contiguous ! violates rules: pinned: expert 0 of layer 0 is not on device 1, and 11"
     assert named in out
     assert "lpt !" not in out
-    assert "lpt: objective" in out
+    assert "lpt: predicted time" in out
     found = json.loads(report.read_text())["methods"]
     assert found["contiguous"]["status"] == "violates rules"
     assert len(found["contiguous"]["violations"]) == 1

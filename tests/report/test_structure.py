@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.evaluation.units import Units
 from moetuner.report.structure import _in_blocks, _independent, structure
 
 
@@ -125,7 +126,9 @@ def test_sequences_are_observed_whole():
     sequence = np.random.default_rng(0).integers(0, 50, 2000)
     ids = np.zeros((2000, 2, 1), np.int64)
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=4, sequence=sequence)
-    pairs = np.unique(np.stack([sequence, _in_blocks(trace, 0).group]), axis=1)
+    pairs = np.unique(
+        np.stack([sequence, _in_blocks(trace, Units("sequence", 50), 0).group]), axis=1
+    )
     assert pairs.shape[1] == 50
     assert np.unique(pairs[1]).size == 32
 

@@ -49,6 +49,7 @@ def test_the_command(model_folder, lines, tmp_path, run):
     trace = mt.RoutingTrace.load(out)
     assert json.loads(text)["trace"] == {
         "file": str(out),
+        "files": [str(out)],
         "model": "tiny-moe",
         "layers": 3,
         "kind": "trace",

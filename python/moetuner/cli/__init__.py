@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import resource
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ GONE = 141
 # Number of glibc's setting: most parts of memory that threads have by themselves.
 M_ARENA_MAX = -8
 LONGEST_LINE = 1000
+# How the core and Python say that there is no memory for another thread.
+THREADS = re.compile(r"^threads: |can't start new thread")
 
 
 class Menu(click.Group):
@@ -144,8 +147,9 @@ def _run(arguments: Sequence[str]) -> int:
         if _interrupts.status() is not None:
             # A signal came where nobody expected one, say in an import inside of the core.
             return _failed("interrupted", INTERRUPTED)
-        if isinstance(error, RuntimeError) and str(error).startswith("threads: "):
-            return _failed(f"{error}; take fewer with --threads, or allow more memory")
+        if isinstance(error, RuntimeError) and THREADS.search(str(error)):
+            reason = str(error).removeprefix("threads: ")
+            return _failed(f"threads: {reason}; take fewer with --threads, or allow more memory")
         if sys.flags.dev_mode or not isinstance(error, Exception):
             raise
         text = f"{type(error).__name__}: {error}; this is a bug in moetuner: please report it"

@@ -241,7 +241,8 @@ class _Part:
 
         def moved(part: NDArray[np.float64], of: NDArray[np.float64]) -> Floats:
             before = of[window].astype(np.float64)
-            nudged: Floats = before + step * (part / share[:, None, None] - before)
+            # Copies in turns are counted by position, so a part may be where the whole is not.
+            nudged: Floats = np.maximum(before + step * (part / share[:, None, None] - before), 0)
             return nudged
 
         load = moved(counts.load, whole.load)

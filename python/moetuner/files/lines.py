@@ -142,7 +142,11 @@ def fields_of(line: bytes, number: int) -> dict[str, Any]:
         Naming the line, if it is not JSON or not an object.
     """
     try:
-        fields = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except ValueError as error:
+        raise ValueError(f"line {number}: must be JSON: {error}") from None
+    try:
+        fields = parse_json(text, allow_nan=True)
     except ValueError as error:
         raise ValueError(f"line {number}: {error}") from None
     if not isinstance(fields, dict):

@@ -16,8 +16,10 @@ LONGEST_LINE = 4000
 LONG_WORD = re.compile(r"\S{241,}")
 
 
-def parse_json(content: bytes | str) -> Any:
+def parse_json(content: bytes | str, *, allow_nan: bool = False) -> Any:
     """Read JSON as its standard has it: every key once, and no NaN.
+
+    Python writes NaN, so what engines write with it may have some in fields that nobody reads.
 
     Raises
     ------
@@ -25,7 +27,8 @@ def parse_json(content: bytes | str) -> Any:
         If it is anything else: of two values of a key readers would take different ones.
     """
     try:
-        return json.loads(content, object_pairs_hook=_once, parse_constant=_refuse)
+        refuse = None if allow_nan else _refuse
+        return json.loads(content, object_pairs_hook=_once, parse_constant=refuse)
     except RecursionError:
         raise ValueError("must be JSON: nested too deeply") from None
     except ValueError as error:

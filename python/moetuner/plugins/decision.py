@@ -6,7 +6,7 @@ answer is a function of the arguments alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,14 +19,16 @@ from moetuner._checks import (
     numbers_in,
     whole_number,
 )
-from moetuner.placement import EMPTY
+from moetuner.placement import EMPTY, kept
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,
     DEVIATIONS,
     Pairs,
     Rebalanced,
+    copies_brought,
     largest_move,
     rebalance,
+    renumbered,
 )
 from moetuner.statistics import RoutingStatistics
 
@@ -34,6 +36,8 @@ Slots = NDArray[np.int32]
 
 # What the heaviest node must gain for two groups to change places, as a part of its load.
 GROUP_GAIN = 0.01
+# What packing a layer of an engine's first map anew must gain over steps, as a part of its time.
+ANEW_GAIN = 0.005
 # Time of a token's visit of a rank, as a part of what an expert takes for a token.
 TRAFFIC = 0.2
 # Windows that a decision looks at.
@@ -219,6 +223,38 @@ class Case:
         if budget is None:
             budget = largest_move(layers, self.slots[0].size, ranks)
         pairs = None if profile is None else self.pairs_of(profile, rules.traffic)
+        if self.is_initial and rules.budget is None:
+            return self._first(rules, pairs)
+        return self._next(budget, rules, pairs)
+
+    @property
+    def is_initial(self) -> bool:
+        """Whether the map is the one that engines begin with, which no load has shaped."""
+        slots = self.slots.reshape(len(self.slots), -1)
+        return bool((slots == np.arange(slots.shape[1]) % self.experts).all())
+
+    def _first(self, rules: Rules, pairs: Pairs | None) -> Rebalanced:
+        """Leave the engine's first map, by steps without a budget or, in layers, packed anew.
+
+        A layer is packed anew where that is better than all steps; ranks are renumbered so that
+        much of what they hold stays.
+        """
+        layers, ranks, width = self.slots.shape
+        steps = self._next(self.slots.size, rules, pairs)
+        nothing = replace(self, slots=np.full_like(self.slots, EMPTY))
+        packed = nothing._next(self.slots.size, rules, pairs)
+        by_node = (layers * self.nodes, ranks // self.nodes, width)
+        slots = renumbered(packed.slots.reshape(by_node), self.slots.reshape(by_node), self.experts)
+        slots = kept(self.slots, slots.reshape(self.slots.shape), np.full((layers, ranks), width))
+        anew = self.load.any(axis=1) & (packed.after < (1 - ANEW_GAIN) * steps.after)
+        return Rebalanced(
+            np.where(anew[:, None, None], slots, steps.slots),
+            steps.before,
+            np.where(anew, packed.after, steps.after),
+            np.where(anew, copies_brought(self.slots, slots, self.experts), steps.brought),
+        )
+
+    def _next(self, budget: int, rules: Rules, pairs: Pairs | None) -> Rebalanced:
         if self.nodes > 1:
             return self._whole_groups(budget, rules, pairs)
         return _rebalanced(self.windows, self.slots, budget, rules, pairs)

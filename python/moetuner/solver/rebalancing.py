@@ -316,6 +316,27 @@ def _held(slots: Slots, experts: int) -> NDArray[np.bool_]:
     return held[:, :, :-1]
 
 
+def copies_brought(before: Slots, after: Slots, experts: int) -> NDArray[np.int64]:
+    """Count the copies of every layer that a device did not hold before [L]."""
+    return _brought(_held(before, experts), after)
+
+
+def renumbered(slots: Slots, running: Slots, experts: int) -> Slots:
+    """Give what was packed for devices that are alike to those that hold most of it [L,D,S]."""
+    layers, devices, _ = slots.shape
+    same = _held(slots, experts).astype(np.float32)
+    overlap = same @ _held(running, experts).transpose(0, 2, 1).astype(np.float32)
+    order = np.empty((layers, devices), dtype=np.int64)
+    row = np.arange(layers)
+    for _ in range(devices):
+        best = overlap.reshape(layers, -1).argmax(axis=1)
+        packed, device = np.divmod(best, devices)
+        order[row, device] = packed
+        overlap[row, packed] = -1
+        overlap[row, :, device] = -1
+    return np.take_along_axis(slots, order[:, :, None], axis=1)
+
+
 def _brought(held: NDArray[np.bool_], slots: Slots) -> NDArray[np.int64]:
     """Count the copies of every layer that a device does not hold [L]."""
     new = _held(slots, held.shape[2]) & ~held
