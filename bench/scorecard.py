@@ -10,7 +10,7 @@ with a larger objective, a larger excess over caps or a smaller bound. The statu
 differs. ``--write`` stores what comes out; ``--quick`` takes the cases that end within seconds,
 which ``tests/test_scorecard.py`` runs as well.
 
-Slots are stored as a checksum. Lists of more than eight numbers are stored as their length,
+Slots are stored as a checksum. Lists of more than four numbers are stored as their length,
 checksum and mean. Seconds, paths and progress are left out.
 """
 
@@ -39,7 +39,7 @@ STORED = Path(__file__).with_suffix(".json")
 # Digits of a float that are compared: sums may end in other bits on another processor.
 DIGITS = 9
 # Numbers of a list that are stored one by one.
-LISTED = 8
+LISTED = 4
 UNSTABLE = {"seconds", "solve_seconds", "history", "milliseconds", "version", "path", "file"}
 FIGURES = ("imbalance", "imbalance_total", "crossing", "fanout", "predicted_layer_us")
 

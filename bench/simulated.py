@@ -1,4 +1,4 @@
-"""Traffic of known laws: what bench/chance.py and tests/report/test_chance.py judge advice on.
+"""Traffic of known laws: what bench/chance.py and tests/report/test_simulated.py judge advice on.
 
 Experts are alike before kinds of text are drawn, but for a skew that all text shares: without it no
 placement is better than another on text that it has not seen. Every recording and the fresh traffic

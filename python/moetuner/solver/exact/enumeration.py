@@ -335,13 +335,13 @@ def _best(
             return None
         if not len(usable):
             return np.zeros(0, dtype=np.int64)
-        found, ways = [], []
+        found, ways, table = [], [], table[:, usable]
         step = max(_fewer(problem, AT_ONCE) // len(usable), 1)
         for at in range(0, len(sums), step):
             if clock.is_over():
                 return None
             mine, way = sums[at : at + step], path[at : at + step]
-            rise = table[way[:, -1] if len(table) > 1 else [0] * len(mine)][:, usable]
+            rise = table[way[:, -1]] if len(table) > 1 else table
             longer = (mine[:, None] + rise).reshape(-1, sums.shape[1])
             kept = np.flatnonzero(values(longer + rest) < known)
             found.append(longer[kept])
