@@ -67,6 +67,8 @@ class Agreement:
         _made[name] += 1
         self._store = PrefixStore(f"{name}/{_made[name]}", _get_default_store())
         self.rank, self.ranks, self.timeout = dist.get_rank(group), len(ranks), timeout
+        # In torch's fake group one process stands for all ranks, and its store keeps nothing.
+        self._stands_for_all = dist.get_backend(group) == "fake"
         self._round = self._turn = self._missed = 0
         self._verdicts: list[str] = []  # of rounds that a rank may still have to read
 
@@ -78,6 +80,8 @@ class Agreement:
         often, and goes to the round that the others are in.
         """
         self._round, self._turn = self._round + 1, 0
+        if self._stands_for_all:
+            return
         missed = 0
         while self._store.check([f"{self._round + missed}.0"]):
             missed += 1
@@ -110,6 +114,8 @@ class Agreement:
         MoveError
             On every rank, if one has failed, is gone or does not answer in time.
         """
+        if self._stands_for_all and failure is None:
+            return [value] * self.ranks
         turn, self._turn = f"{self._round}.{self._turn}", self._turn + 1
         try:
             if failure is not None:
@@ -259,11 +265,9 @@ class Spares:
         The moves of all ranks.
     rank
         This one.
-    ranks
-        Number of ranks.
     """
 
-    def __init__(self, weights: dict[str, Tensor], plan: list[Move], rank: int, ranks: int) -> None:
+    def __init__(self, weights: dict[str, Tensor], plan: list[Move], rank: int) -> None:
         self.plan = plan
         self.weights = {name: weight.detach() for name, weight in weights.items()}
         # By peer, and of a peer in the order of the plan: the order on the wire.
@@ -271,8 +275,8 @@ class Spares:
         go = sorted((m for m in plan if m.source == rank), key=lambda move: move.target)
         self.slots = [move.target_slot for move in come]
         self._sent = [move.source_slot for move in go]
-        self._receive = np.bincount([m.source for m in come], minlength=ranks).tolist()
-        self._send = np.bincount([m.target for m in go], minlength=ranks).tolist()
+        self._sources = [move.source for move in come]
+        self._targets = [move.target for move in go]
         self.buffers = {
             name: weight.new_empty(len(self.slots), *weight.shape[1:])
             for name, weight in self.weights.items()
@@ -311,9 +315,12 @@ class Spares:
             tensor.view(len(tensor), math.prod(tensor.shape[1:])).view(torch.uint8)
             for tensor in (buffer, sent)
         )
-        work = dist.all_to_all_single(
-            out, rows, self._receive, self._send, group=group, async_op=True
+        ranks = dist.get_world_size(group)
+        receive, send = (
+            np.bincount(np.array(peers, dtype=np.int64), minlength=ranks).tolist()
+            for peers in (self._sources, self._targets)
         )
+        work = dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True)
         assert work is not None
         _finish(work, deadline, blocks=not out.is_cuda)
 
@@ -393,7 +400,7 @@ def migrate(
     def prepare() -> None:
         for number, layer in enumerate(layers):
             steps = moves(current.slots[number], target.slots[number], layer.devices_per_node)
-            spares.append(Spares(layer.experts.weights(), steps, layer.rank, layer.ranks))
+            spares.append(Spares(layer.experts.weights(), steps, layer.rank))
 
     def put() -> None:
         for layer, spare in zip(layers, spares, strict=True):

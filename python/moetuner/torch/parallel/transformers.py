@@ -122,7 +122,7 @@ class _PlacedExperts(EPImplementation):
             raise ValueError(f"experts must be whole on their ranks ({local} each), got {short}")
         slots = placement.slots[number]
         owners = np.arange(ranks * local, dtype=np.int32).reshape(ranks, local)
-        spares = Spares(loaded, moves(owners, slots, devices_per_node), rank, ranks)
+        spares = Spares(loaded, moves(owners, slots, devices_per_node), rank)
         spares.fill(group, timeout)
         placed = {
             name: weight.new_zeros(slots.shape[1], *weight.shape[1:])
