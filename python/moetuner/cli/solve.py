@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from moetuner.cli import options
 from moetuner.cli.attempt import judge, solve_with
@@ -119,20 +120,24 @@ def command(
     try:
         if method != "contiguous" and results[0].status != "interrupted":
             results.insert(0, solve_with("contiguous", problem, **how))
-        # What runs if nothing is done: experts in blocks, each of them once.
-        running = replace(results[-1], placement=contiguous(results[-1].placement))
-        blocks, *outcomes = judge(
-            [running, *results], problem, source.traffic, window=source.replayed, threads=threads
+        # What runs if nothing is done: experts in blocks, each of them once. It is replayed only
+        # where it is asked about and is not there already.
+        blocks = contiguous(results[-1].placement)
+        is_there = np.array_equal(results[0].placement.slots, blocks.slots)
+        more = [] if initial is not None or is_there else [replace(results[-1], placement=blocks)]
+        replayed = judge(
+            [*more, *results], problem, source.traffic, window=source.replayed, threads=threads
         )
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
+    outcomes = replayed[len(more) :]
     outcome = outcomes[-1]
     output.table(head(problem), [each.row() for each in outcomes])
     broken = [each for each in outcomes[:-1] if each.breaks_rules]
     for line in (*remarks([*broken, outcome], problem), *sentences(outcome)):
         output.say(line)
     if initial is None:
-        for line in slower(outcome, blocks):
+        for line in slower(outcome, replayed[0]):
             output.say(line)
     answer: dict[str, Any] = {}
     trades: list[Trade] = []
