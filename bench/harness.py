@@ -36,8 +36,7 @@ def arguments(doc: str, positional: Mapping[str, Any] | None = None, **options: 
         elif isinstance(kind, tuple):
             how |= {"choices": kind}
         elif isinstance(kind, list):
-            many = "+" if name.startswith("--") else "*"
-            how |= {"nargs": many, "default": kind, "type": type(kind[0]) if kind else str}
+            how |= {"nargs": "*", "default": kind, "type": type(kind[0]) if kind else str}
         elif isinstance(kind, bool):
             how |= {"action": "store_true"}
         else:
