@@ -317,7 +317,9 @@ fn bottleneck_assignment(entries: &[u64], n: usize) -> Vec<usize> {
     let weight: Vec<i64> =
         rows.iter().flat_map(|r| columns.iter().map(move |c| entries[r * n + c] as i64)).collect();
     let mut column_of = vec![0; n];
-    matched.into_iter().for_each(|i| column_of[i / n] = i % n);
+    for i in matched {
+        column_of[i / n] = i % n;
+    }
     for (&row, column) in rows.iter().zip(assign_max(&weight, rows.len())) {
         column_of[row] = columns[column];
     }

@@ -230,17 +230,19 @@ class Ilp:
             fault of the formulation.
         """
         values = None if start is None else np.asarray(start, dtype=np.float64)
+        begin = time.monotonic()
         highs = self._build(
             random_seed=seed % 2**31,
             mip_rel_gap=float(gap),
             mip_abs_gap=float(absolute_gap),
             mip_max_nodes=2**31 - 1 if nodes is None else int(nodes),
-            time_limit=math.inf if time_limit is None else max(float(time_limit), 0.0),
         )
         if values is not None:
             self._check_start(values, start_objective)
             columns = np.arange(self.columns, dtype=np.int32)
             _ok(highs.setSolution(self.columns, columns, values), "setSolution")
+        if time_limit is not None:
+            _set(highs, time_limit=max(time_limit - (time.monotonic() - begin), 0.0))
         watch = _Watch(highs)
         interrupted = watch.run(progress)
         ended = _ended(highs, interrupted, feasible=start is not None)
