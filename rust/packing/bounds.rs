@@ -10,10 +10,17 @@ pub(super) struct Bounds {
     pub(super) deviation: u128,
 }
 
+/// Loads from the heaviest on.
+pub(super) fn falling(load: &[u64]) -> Vec<u128> {
+    let mut sorted: Vec<u128> = load.iter().map(|&load| load.into()).collect();
+    sorted.sort_unstable_by(|a, b| b.cmp(a));
+    sorted
+}
+
 impl Bounds {
-    pub(super) fn new(load: &[u64], order: &[usize], clusters: usize, sizes: Sizes) -> Self {
+    pub(super) fn new(load: &[u64], clusters: usize, sizes: Sizes) -> Self {
         let experts = load.len();
-        let sorted: Vec<u128> = order.iter().map(|&e| load[e].into()).collect();
+        let sorted = falling(load);
         let sums = |loads: &mut dyn Iterator<Item = &u128>| -> Vec<u128> {
             let add = |sum: &mut u128, &load: &u128| {
                 *sum += load;

@@ -9,13 +9,11 @@ mod bounds;
 mod exact;
 mod exchange;
 
-use std::cmp::Reverse;
-
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::tournament::Tournament;
-use bounds::Bounds;
+use bounds::{Bounds, falling};
 use exchange::Exchanges;
 
 /// How many experts a cluster may hold.
@@ -105,8 +103,7 @@ pub fn pack(
 /// without threads, which a call of less than a millisecond does not repay.
 pub fn pack_quickly(load: &[u64], experts: usize, clusters: usize, sizes: Sizes) -> Result<Vec<u16>> {
     let sizes = checked(load, experts, clusters, sizes)?;
-    let pack = |load| longest_first(load, &heaviest_first(load), clusters, sizes);
-    Ok(load.chunks_exact(experts).flat_map(pack).collect())
+    Ok(load.chunks_exact(experts).flat_map(|load| longest_first(load, clusters, sizes)).collect())
 }
 
 /// The sizes, at most as many as there are experts.
@@ -114,8 +111,8 @@ fn checked(load: &[u64], experts: usize, clusters: usize, sizes: Sizes) -> Resul
     let fault = |what, rule: &str, found: usize| {
         Err(Error::Shape { what, rule: rule.to_owned(), found: found.to_string() })
     };
-    if experts == 0 || !load.len().is_multiple_of(experts) {
-        return fault("load", "at least one expert per layer", experts);
+    if experts == 0 || experts > 1 << u16::BITS || !load.len().is_multiple_of(experts) {
+        return fault("load", "from 1 to 65536 experts per layer", experts);
     }
     if clusters == 0 || clusters > usize::from(u16::MAX) {
         return fault("devices", "from 1 to 65535 devices", clusters);
@@ -131,9 +128,8 @@ fn checked(load: &[u64], experts: usize, clusters: usize, sizes: Sizes) -> Resul
 }
 
 fn pack_layer(load: &[u64], clusters: usize, sizes: Sizes, improve: Option<Improve<'_>>) -> Packing {
-    let order = heaviest_first(load);
-    let mut cluster = longest_first(load, &order, clusters, sizes);
-    let bounds = Bounds::new(load, &order, clusters, sizes);
+    let mut cluster = longest_first(load, clusters, sizes);
+    let bounds = Bounds::new(load, clusters, sizes);
     if let Some(effort) = improve {
         cluster = Exchanges::new(load, &cluster, clusters, sizes, effort, &bounds).run();
     }
@@ -150,33 +146,32 @@ pub fn smallest_peak(load: &[u64], clusters: usize, slots: usize, peak: u128) ->
     let sizes = Sizes { fewest: 0, most: slots.min(load.len()) };
     let reached = pack(load, load.len(), clusters, sizes, None)?[0].peak;
     let peak = peak.min(reached.0);
-    let sorted: Vec<u128> = heaviest_first(load).into_iter().map(|e| load[e].into()).collect();
-    Ok(exact::tighten(&sorted, clusters, sizes, reached.1, peak))
+    Ok(exact::tighten(&falling(load), clusters, sizes, reached.1, peak))
 }
 
-/// The experts by falling load, equal ones by rising index.
-fn heaviest_first(load: &[u64]) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..load.len()).collect();
-    order.sort_by_key(|&e| Reverse(load[e]));
-    order
-}
-
-/// Longest processing time first: the heaviest expert to the least loaded cluster that may still take one.
-fn longest_first(load: &[u64], order: &[usize], clusters: usize, sizes: Sizes) -> Vec<u16> {
-    // A cluster's key is its load, and its index in the lowest bits.
-    let mut open = Tournament::new((0..clusters).map(|c| c as u128), u128::MAX);
+/// Longest processing time first: the heaviest expert to the least loaded cluster that may still take one; equal experts
+/// by rising index.
+fn longest_first(load: &[u64], clusters: usize, sizes: Sizes) -> Vec<u16> {
+    // A load and the index of an expert or a cluster are one word, which sorts and compares fast: sums of huge counts
+    // lose their lowest bits.
+    let total: u128 = load.iter().map(|&load| u128::from(load)).sum();
+    let shift = (u128::BITS - total.leading_zeros()).saturating_sub(u64::BITS - u16::BITS);
+    let mut order: Vec<u64> =
+        load.iter().zip(0..).map(|(&load, e)| !(load >> shift) << u16::BITS | e).collect();
+    order.sort_unstable();
+    let mut open = Tournament::new((0..clusters).map(|c| c as u64), u64::MAX);
     let mut used = vec![0; clusters];
     let mut missing = clusters * sizes.fewest;
     let mut cluster = vec![0; load.len()];
-    for (placed, &e) in order.iter().enumerate() {
+    for (placed, e) in order.iter().map(|&key| usize::from(key as u16)).enumerate() {
         // The last experts go where the fewest are not reached yet.
         let most = if order.len() - placed > missing { sizes.most } else { sizes.fewest };
         let mut c = open.get() as u16;
         while used[usize::from(c)] >= most {
-            open.set(usize::from(c), u128::MAX);
+            open.set(usize::from(c), u64::MAX);
             c = open.get() as u16;
         }
-        open.set(usize::from(c), open.get() + (u128::from(load[e]) << u16::BITS));
+        open.set(usize::from(c), open.get() + (load[e] >> shift << u16::BITS));
         let size = &mut used[usize::from(c)];
         missing -= usize::from(*size < sizes.fewest);
         *size += 1;
@@ -260,11 +255,9 @@ mod tests {
 
     #[test]
     fn packs_the_longest_first() {
-        let packed =
-            |load: &[u64], clusters, sizes| longest_first(load, &heaviest_first(load), clusters, sizes);
-        assert_eq!(packed(&[1, 5, 3, 3], 2, Sizes { fewest: 0, most: 2 }), [0, 0, 1, 1]);
+        assert_eq!(longest_first(&[1, 5, 3, 3], 2, Sizes { fewest: 0, most: 2 }), [0, 0, 1, 1]);
         // Nothing to balance: still no cluster is empty.
-        assert_eq!(packed(&[0; 4], 3, Sizes::free(4, 3, 4)), [0, 0, 1, 2]);
+        assert_eq!(longest_first(&[0; 4], 3, Sizes::free(4, 3, 4)), [0, 0, 1, 2]);
     }
 
     #[test]
