@@ -15,10 +15,9 @@ import time
 from instances import SIZES, problem
 
 import moetuner as mt
-from moetuner.solver.exact.partitions import chain
+from moetuner.solver.bounds.partitions import complete
 from moetuner.solver.milp.colocation import colocation
-from moetuner.solver.result import Limits, Progress
-from moetuner.solver.search.traffic import search_traffic
+from moetuner.solver.result import Candidate, Limits, Progress
 
 
 def main() -> None:
@@ -35,12 +34,12 @@ def main() -> None:
         joint = problem(name, max_imbalance=options.cap)
         print(f"{layers} x {experts} on {devices}, top-{top_k}, cap {options.cap}")
         begin = time.perf_counter()
-        optimum = chain(joint)
-        if optimum is not None and optimum.bound is not None:
-            seconds, found = time.perf_counter() - begin, optimum.bound / mt.Objective(joint).scale
+        optimum = complete(joint, joint.caps.whole)
+        if optimum is not None:
+            seconds, found = time.perf_counter() - begin, optimum[1] / mt.Objective(joint).scale
             print(f"  {seconds:8.3f} s  chain      {found:.6f}, optimal")
         begin = time.perf_counter()
-        start = search_traffic(joint)
+        start = Candidate(mt.solve(joint, "heuristic").placement.slots)
         objective = mt.Objective(joint).cost(mt.Placement(start.slots)) / mt.Objective(joint).scale
         print(f"  {time.perf_counter() - begin:8.3f} s  search     {objective:.6f}")
 

@@ -7,16 +7,14 @@ Half of the sequences are seen. Each row: fanout and node fanout on the other ha
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import moetuner as mt
-from moetuner.solver.search.fanout import dispatch
-from moetuner.solver.search.traffic import search_traffic
 
 
-def judged(slots, unseen, topology, regime="dispatch"):
-    """Fanout and node fanout of slots on a trace."""
-    placement = mt.Placement(slots, num_experts=unseen.num_experts)
+def judged(placement, unseen, topology, regime="dispatch"):
+    """Fanout and node fanout of a placement on a trace."""
     found = mt.evaluate(placement, unseen, topology, regime=regime)
     return found.fanout, found.node_fanout
 
@@ -36,20 +34,18 @@ def main() -> None:
         for devices, per_node in ((4, None), (8, None), (8, 4)):
             topology = mt.Topology(devices, devices_per_node=per_node)
             flat = mt.Topology(devices)
-            for name, method, solved_on in (
-                ("pairs", search_traffic, flat),
-                ("exact", dispatch, flat),
-                ("exact tiers", dispatch, topology),
+            for name, counted, solved_on in (
+                ("pairs", replace(statistics, sets=None), flat),
+                ("exact", statistics, flat),
+                ("exact tiers", statistics, topology),
             ):
                 if name == "exact tiers" and per_node is None:
                     continue
-                problem = mt.Problem(
-                    statistics, solved_on, regime="dispatch", max_imbalance=arguments.cap
-                )
+                problem = mt.Problem(counted, solved_on, max_imbalance=arguments.cap)
                 begin = time.perf_counter()
-                slots = method(problem, seed=0).slots
+                placement = mt.solve(problem, "heuristic").placement
                 seconds = time.perf_counter() - begin
-                fanout, node = judged(slots, unseen, topology)
+                fanout, node = judged(placement, unseen, topology)
                 of = f"{devices}" if per_node is None else f"{devices // per_node} x {per_node}"
                 print(f"{of:7}  {split:5}  {name:11} {fanout:.4f}  {node:.4f}  {seconds:7.2f}")
 

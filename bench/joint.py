@@ -19,7 +19,7 @@ from instances import problem
 
 import moetuner as mt
 from moetuner.solver.bounds.pairs import bound
-from moetuner.solver.result import Limits
+from moetuner.solver.budget import Budget
 
 
 def recorded(path: Path, *, quick: bool) -> None:
@@ -45,10 +45,10 @@ def recorded(path: Path, *, quick: bool) -> None:
             result = mt.solve(whole, "heuristic", time_limit=limit)
             caps = whole.caps.kept(result.placement.slots)
             begin = time.perf_counter()
-            proven = bound(whole, caps, limits=Limits(time_limit=share))
+            proven = bound(whole, caps, budget=Budget(time_limit=share))
             seconds = time.perf_counter() - begin
             assert proven is not None
-            least = proven.cost / mt.Objective(whole).scale
+            least = proven.value / mt.Objective(whole).scale
             gap = 100 * (result.objective - least) / result.objective
             row = f"{devices:7} {result.seconds:6.1f}s {result.objective:9.5f} {seconds:5.1f}s"
             print(row, f"{least:9.5f} {gap:6.2f}%")

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import moetuner as mt
 from moetuner.solver.bounds import visits
-from moetuner.solver.result import Limits
-from moetuner.solver.search.fanout import dispatch
+from moetuner.solver.budget import Budget
 
 
 def main() -> None:
@@ -37,17 +36,16 @@ def main() -> None:
             objective="traffic",
             max_imbalance=arguments.cap,
         )
-        slots = dispatch(problem, limits=Limits(time_limit=arguments.search)).slots
-        found = problem.value(mt.Placement(slots, num_experts=problem.experts))
+        result = mt.solve(problem, "heuristic", time_limit=arguments.search)
+        slots, found = result.placement.slots, result.objective
         caps, tokens = problem.caps.kept(slots), mt.Objective(problem).tokens
         for proof, way in (("prices", by_prices), ("tangents", lambda *_: None)):
             visits._by_prices = way
             begin = time.process_time()
-            proven = visits.bound(problem, slots, caps, limits=Limits())
+            proven = visits.bound(problem, slots, caps, budget=Budget())
             seconds, begin = time.process_time() - begin, time.process_time()
-            certificate = visits.certified(problem, caps, proven)
-            assert mt.verify(certificate, problem) == proven.cost
-            checked, bound = time.process_time() - begin, proven.cost / tokens
+            assert mt.verify(proven.certificate, problem) == proven.value
+            checked, bound = time.process_time() - begin, proven.value / tokens
             print(
                 f"{devices:7}  {proof:8}  {found:.4f}   {bound:.4f}   {1 - bound / found:6.2%}   "
                 f"{seconds:7.1f}  {checked:8.1f}"

@@ -11,7 +11,7 @@ import moetuner as mt
 from moetuner import cost
 from moetuner.cli import output
 from moetuner.files import jsonl
-from moetuner.solver.search.ties import TIE
+from moetuner.solver.run import TIE
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner import _core
-from moetuner.solver.bounds.caps import told
-from moetuner.solver.exact.partitions import chain
+from moetuner.solver.bounds.caps import cap_report
 from moetuner.solver.milp.colocation import CoLocationData, Model, colocation, entries_of, fits
 from moetuner.solver.milp.highs import Ilp, Solution
 from moetuner.solver.result import Candidate, Limits
@@ -66,7 +65,7 @@ def test_two_tiers_are_two_relations(seed, max_imbalance) -> None:
     assert cost(problem, found) == found.bound
     assert found.bound == optimum(problem, kept_caps(problem, start.slots))
     if max_imbalance is None:
-        assert chain(problem).bound == found.bound
+        assert mt.solve(problem).certificate.cost == found.bound
 
 
 def broken_triangles(model: Model, values: np.ndarray, slack: float) -> set[tuple[int, int, int]]:
@@ -176,7 +175,7 @@ def test_an_interrupt_gives_the_best_so_far() -> None:
     timer.join()
     assert found.status == "interrupted"
     assert cost(problem, found) <= cost(problem, start)
-    assert found.bound <= chain(problem).bound <= cost(problem, found)
+    assert found.bound <= mt.solve(problem).certificate.cost <= cost(problem, found)
 
 
 def test_progress_reports_incumbent_and_bound() -> None:
@@ -193,7 +192,7 @@ def test_caps_of_the_start_are_said() -> None:
     """A start that breaks a cap raises it, and the answer says so."""
     problem = small_problem(3, 2, 6, 3, max_imbalance=1.0)
     found = colocation(problem, seed=0, limits=Limits(), start=shuffled(problem))
-    raised = told(problem, found).raised
+    raised = cap_report(problem, found.slots).raised
     assert set(raised) <= {0, 1}
     assert min(raised.values()) > 1
 

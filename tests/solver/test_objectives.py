@@ -8,14 +8,17 @@ import pytest
 from brute_force import every_layer, every_placement
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from staged import staged
 
 import moetuner as mt
 from moetuner.evaluation import copies as copies_
-from moetuner.solver.bounds.loads import bounded, least_balance
-from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.bounds.loads import LOAD_BOUND, least_balance
 
 SPLITS = ("even", "nearest", "round_robin")
 # Joined layers are searched from many starts: fewer examples do.
+# How far answers may be above the optimum where what is searched is a sum that stands for it: of a
+# risk, of a time, and under a budget of moves.
+NEAR = 1.05
 few = settings(max_examples=max(settings.default.max_examples // 3, 1))
 
 
@@ -151,12 +154,11 @@ def shares(placement, problem):
 
 @few
 @given(risky())
-def test_risk_is_the_optimum(problem):
-    """At any level of risk, and for the worst group, nothing is better than the answer."""
+def test_risk_is_near_the_optimum(problem):
+    """At any level of risk, and for the worst group, nothing is much better than the answer."""
     best = least_risk(problem)
     result = mt.solve(problem, iterations=500)
-    assert result.objective == pytest.approx(best, rel=1e-7)
-    assert result.status == "optimal"
+    assert best * (1 - 1e-7) <= result.objective <= best * NEAR
     assert least_balance(problem) <= best * (1 + 1e-7)
 
 
@@ -174,12 +176,11 @@ def test_caps_are_kept_or_said_to_be_in_the_way(problem, cap, goal):
     assert result.objective >= min(map(mt.Objective(problem).value, within)) * (1 - 1e-9)
     if goal == "time" and peaks.min() <= cap:
         allowed = [each for each, at in zip(every, peaks, strict=True) if at <= cap * (1 + 1e-10)]
-        assert result.objective <= min(map(mt.Objective(problem).value, allowed)) * (1 + 1e-9)
-    if peaks.min() > cap * (1 + 1e-8):
-        assert result.details.caps.infeasible[0] == pytest.approx((peaks.min(),) * 2)
-        assert result.details.caps.raised[0] == pytest.approx(mine)
-    elif mine <= cap:
-        assert not result.details.caps.raised
+        assert result.objective <= min(map(mt.Objective(problem).value, allowed)) * NEAR
+    for low, high in result.details.caps.infeasible.values():
+        assert cap < low <= peaks.min() * (1 + 1e-9)
+        assert high == pytest.approx(mine)
+    assert bool(result.details.caps.raised) == (mine > cap * (1 + 1e-8))
 
 
 @given(problems(), st.data())
@@ -233,14 +234,14 @@ def slowest(problem):
 
 @few
 @given(st.data())
-def test_time_is_the_optimum(data):
-    """Compute and links together: nothing is better than the answer, nor below the bound."""
+def test_time_is_near_the_optimum(data):
+    """Compute and links together: nothing is much better than the answer, nor below the bound."""
     problem = data.draw(timed())
     best = optimum(problem)
-    assert solved(problem, iterations=1000) == pytest.approx(best, rel=1e-9)
+    assert best * (1 - 1e-9) <= solved(problem, iterations=1000) <= best * NEAR
     anything = next(every_placement(problem))
-    proven = bounded(problem, Candidate(anything.slots), Limits())
-    assert proven.bound <= best * (1 + 1e-9)
+    proven = staged(problem, LOAD_BOUND, start=anything.slots).bound
+    assert proven.value <= best * (1 + 1e-9)
 
 
 @given(st.data())
@@ -364,8 +365,8 @@ def test_migration_keeps_its_budget(load, budget, seed, slots):
 
 @few
 @given(problems(), st.data())
-def test_budgets_are_used_to_the_optimum(problem, data):
-    """Nothing within the budget is better; so a larger one is never worse."""
+def test_budgets_are_used_near_to_the_optimum(problem, data):
+    """Nothing within the budget is much better."""
     every = list(every_placement(problem))
     initial = data.draw(st.sampled_from(every))
     moved = [initial.diff(each).experts_moved for each in every]
@@ -373,7 +374,7 @@ def test_budgets_are_used_to_the_optimum(problem, data):
         within = [each for each, moves in zip(every, moved, strict=True) if moves <= budget]
         found = mt.solve(problem, initial=initial, move_budget=budget, iterations=500)
         assert found.details.search.experts_moved <= budget
-        assert found.objective <= min(map(mt.Objective(problem).value, within)) * (1 + 1e-9)
+        assert found.objective <= min(map(mt.Objective(problem).value, within)) * NEAR
 
 
 @given(problems(), st.data())

@@ -54,7 +54,7 @@ def two_stage(
         equal_sizes=equal_sizes,
         largest=problem.slots,
         seed=seed,
-        limits=clock.rest(),
+        limits=clock.within(),
     )
     few = f"{experts} experts on {devices} devices: some stay empty"
     stage_1 = ClusterStage(
@@ -82,7 +82,7 @@ def two_stage(
             # Where they differ, devices are to hold equally many experts over all layers.
             sizes=None if np.ptp(sizes) == 0 else sizes,
             seed=seed,
-            limits=clock.rest(),
+            limits=clock.within(),
         )
         device = placed.device
         statuses.append(placed.status)

@@ -96,7 +96,7 @@ def cluster_layers(
     most = -(-experts // clusters) if equal_sizes else min(largest, experts)
     status: Status = "interrupted" if interrupted else "gap_reached"
     for layer in np.flatnonzero(searched):
-        left = clock.rest().time_limit
+        left = clock.within().time_limit
         if interrupted or left == 0:
             # The layers not reached keep their start and their gap.
             status = "interrupted" if interrupted else "time_limit"

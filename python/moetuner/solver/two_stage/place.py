@@ -116,7 +116,7 @@ def place_clusters(
         time_limit=limits.time_limit,
         threads=limits.threads,
     )
-    left = clock.rest().time_limit
+    left = clock.within().time_limit
     if counts is not None and not _level(found, counts) and not interrupted and left != 0:
         start = programmes.level(counts, found.astype(np.int64), seed=seed, time_limit=left)
         found, way, bound, interrupted = _core.place_clusters(
@@ -124,7 +124,7 @@ def place_clusters(
             links,
             sizes=counts,
             start=start.astype(np.uint16),
-            time_limit=clock.rest().time_limit,
+            time_limit=clock.within().time_limit,
             threads=limits.threads,
         )
     device = found.astype(np.int64)
@@ -146,7 +146,7 @@ def place_clusters(
             bound,
             tolerance=tolerance,
             seed=seed,
-            time_limit=clock.rest().time_limit,
+            time_limit=clock.within().time_limit,
             progress=clock.report("placing clusters"),
         )
         way, device = "ilp", solved.chosen

@@ -1,0 +1,82 @@
+"""The floor: balance under the rules. No answer is behind it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core
+from moetuner.problem import Problem
+from moetuner.solver import effort
+from moetuner.solver.budget import Budget
+from moetuner.solver.run import Run, Stage
+from moetuner.solver.search.level import quick_trials
+
+Floats = NDArray[np.float64]
+Slots = NDArray[np.int32]
+
+
+def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> Slots:
+    """Balance the load over all windows as ``balance`` does: slots [L,D,S] that keep all rules."""
+    return _core.replicate_experts(
+        problem.load.astype(np.float64),
+        problem.capacity,
+        problem.topology.time_of_device,
+        trials=trials,
+        copies=problem.may_copy,
+        forbidden=problem.rules.forbidden,
+        pinned=problem.rules.pinned,
+    )
+
+
+def level_windows(
+    run: Run, budget: Budget, load: Floats, weight: Floats, trials: int
+) -> tuple[Slots, bool]:
+    """Balance windows [W,L,E] with weights [W] by trials of a layer; slots, and if interrupted."""
+    problem = run.problem
+    return _core.level_windows(
+        np.ascontiguousarray(load),
+        np.ascontiguousarray(weight, dtype=np.float64),
+        problem.capacity,
+        problem.topology.time_of_device,
+        trials=trials,
+        noise=effort.LEVEL_NOISE,
+        copies=problem.may_copy,
+        forbidden=problem.rules.forbidden,
+        pinned=problem.rules.pinned,
+        seed=run.seed,
+        time_limit=budget.left,
+        threads=budget.threads,
+        progress=budget.phase("layers"),
+    )
+
+
+def _level(run: Run, budget: Budget) -> None:
+    """Balance every window within milliseconds, as the plugins do, and look at nothing else."""
+    windows, trials = run.objective.windows, budget.iterations
+    if trials is None:
+        trials = quick_trials(int(run.problem.capacity.sum(axis=1).max()), len(windows))
+    slots, interrupted = level_windows(run, budget, windows.load, windows.weight, trials)
+    run.offer(slots, "layers")
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _may_be_behind(run: Run) -> bool:
+    """Return whether balanced windows may be behind the floor by the problem's own objective.
+
+    Where these windows are all that counts, the core has compared them with a packing already.
+    """
+    problem = run.problem
+    alike = problem.split != "nearest" and problem.topology.has_equal_devices
+    alone = problem.goal == "balance" and problem.windows.is_mean and not problem.caps.some
+    return not (alike and alone)
+
+
+def _floor(run: Run, _: Budget) -> None:
+    run.offer(balanced(run.problem), "balance", is_start=True)
+
+
+FLOOR = Stage(_floor)
+LEVEL = Stage(_level)
+FLOOR_OF_LEVEL = Stage(FLOOR.run, applies=_may_be_behind, least=lambda _: -1.0)
