@@ -25,30 +25,6 @@ const SHARED: u32 = u32::MAX;
 /// Remainders that are tried one by one; numbers of copies with longer periods are taken to be independent.
 const PERIOD: u32 = 1 << 12;
 
-/// A number of tokens.
-pub trait Tokens: Copy + Send + Sync {
-    /// As a number that shares can be taken of.
-    fn tokens(self) -> f64;
-}
-
-impl Tokens for f64 {
-    fn tokens(self) -> f64 {
-        self
-    }
-}
-
-impl Tokens for u64 {
-    fn tokens(self) -> f64 {
-        self as f64
-    }
-}
-
-impl Tokens for bool {
-    fn tokens(self) -> f64 {
-        f64::from(u8::from(self))
-    }
-}
-
 /// Where the experts of a layer are: units (devices or nodes) of every expert, in their order, and its share of them.
 #[derive(Debug)]
 struct Holders {
@@ -90,98 +66,72 @@ impl Holders {
         Self { first, unit, share }
     }
 
+    /// The unit of every expert that has all its copies in one, else [`SHARED`].
+    fn alone(&self) -> Vec<u32> {
+        let only = |w: &[usize]| if w[1] - w[0] == 1 { self.unit[w[0]] } else { SHARED };
+        self.first.windows(2).map(only).collect()
+    }
+
     /// Tokens that visit every device and every node `[D, N]`, of sets; `node` of every device is one of `nodes`.
     fn visits(&self, node: &[u16], nodes: usize, sets: Sets<'_>, hashed: bool) -> (Vec<f64>, Vec<f64>) {
         if let Some(device) = self.single() {
             return visits_of_single(device, node, nodes, sets);
         }
-        let every: Vec<u16> = (0..node.len() as u16).collect();
+        let in_nodes = self.within(node);
         if hashed {
-            return (self.by_hash(&every, node.len(), sets), self.by_hash(node, nodes, sets));
-        }
-        (self.expected(node.len(), sets), self.within(node).expected(nodes, sets))
-    }
-
-    /// Tokens that visit every unit, and a unit of every device, where one hash chooses the copies of all experts.
-    fn by_hash(&self, unit_of: &[u16], units: usize, sets: Sets<'_>) -> Vec<f64> {
-        let whole = self.within(unit_of);
-        let alone = |e: usize| {
-            if whole.first[e + 1] - whole.first[e] == 1 { whole.unit[whole.first[e]] } else { SHARED }
-        };
-        let alone: Vec<u32> = (0..self.first.len() - 1).map(alone).collect();
-        let mut tokens = vec![0.0; units];
-        let mut last = vec![u32::MAX; units];
-        // Copies that may serve the set on every unit: of how many, and which one.
-        let mut copies: Vec<Vec<(u32, u32)>> = vec![vec![]; units];
-        let (mut shared, mut met) = (Vec::new(), Vec::new());
-        for (set, (ids, count)) in (0..).zip(sets.each()) {
-            let count = count as f64;
-            for &e in ids {
-                let unit = alone[usize::from(e)];
-                if unit == SHARED {
-                    shared.push(usize::from(e));
-                } else if last[unit as usize] != set {
-                    last[unit as usize] = set;
-                    tokens[unit as usize] += count;
-                }
-            }
-            for e in shared.drain(..) {
+            // A copy that serves is of how many, and which one.
+            let copies = |e: usize| {
                 let all = (self.first[e + 1] - self.first[e]) as u32;
-                for (copy, (device, _)) in (0..).zip(self.of(e)) {
-                    let unit = usize::from(unit_of[device]);
-                    if last[unit] != set {
-                        if copies[unit].is_empty() {
-                            met.push(unit);
-                        }
-                        copies[unit].push((all, copy));
-                    }
-                }
-            }
-            for unit in met.drain(..) {
-                tokens[unit] += count * (1.0 - missed(&mut copies[unit]));
-            }
+                (0..).zip(self.of(e)).map(move |(copy, (device, _))| (device, (all, copy)))
+            };
+            let of_nodes = |e: usize| copies(e).map(|(device, copy)| (usize::from(node[device]), copy));
+            let of_devices = visits_of_copies(&self.alone(), node.len(), sets, copies, missed);
+            return (of_devices, visits_of_copies(&in_nodes.alone(), nodes, sets, of_nodes, missed));
         }
-        tokens
+        let missed = |shares: &mut Vec<f64>| shares.drain(..).map(|share| 1.0 - share).product();
+        (
+            visits_of_copies(&self.alone(), node.len(), sets, |e| self.of(e), missed),
+            visits_of_copies(&in_nodes.alone(), nodes, sets, |e| in_nodes.of(e), missed),
+        )
     }
+}
 
-    /// Tokens that are expected to visit every unit.
-    fn expected(&self, units: usize, sets: Sets<'_>) -> Vec<f64> {
-        #[allow(clippy::float_cmp)] // one is one
-        let whole =
-            |e: usize| self.of(e).next().filter(|&(_, share)| share == 1.0).map(|(unit, _)| unit as u32);
-        let alone: Vec<u32> = (0..self.first.len() - 1).map(|e| whole(e).unwrap_or(SHARED)).collect();
-        let mut tokens = vec![0.0; units];
-        // The last set that was there for certain, and the last that may have been, with the share that was not.
-        let (mut last, mut perhaps) = (vec![u32::MAX; units], vec![(u32::MAX, 0.0); units]);
-        let (mut shared, mut met) = (Vec::new(), Vec::new());
-        for (set, (ids, count)) in (0..).zip(sets.each()) {
-            let count = count as f64;
-            for &e in ids {
-                let unit = alone[usize::from(e)];
-                if unit == SHARED {
-                    shared.push(usize::from(e));
-                } else if last[unit as usize] != set {
-                    last[unit as usize] = set;
-                    tokens[unit as usize] += count;
-                }
-            }
-            for e in shared.drain(..) {
-                for (unit, share) in self.of(e).filter(|&(unit, _)| last[unit] != set) {
-                    let (seen, missed) = &mut perhaps[unit];
-                    if *seen == set {
-                        *missed *= 1.0 - share;
-                    } else {
-                        (*seen, *missed) = (set, 1.0 - share);
-                        met.push(unit);
-                    }
-                }
-            }
-            for unit in met.drain(..) {
-                tokens[unit] += count * (1.0 - perhaps[unit].1);
+/// Tokens that visit every unit, of sets of experts with several copies: the `copies` of an expert by unit, and which share
+/// of tokens misses a unit that some of their experts' copies are in, and that none of them is `alone` in.
+fn visits_of_copies<Copy, Copies: Iterator<Item = (usize, Copy)>>(
+    alone: &[u32],
+    units: usize,
+    sets: Sets<'_>,
+    copies: impl Fn(usize) -> Copies,
+    missed: impl Fn(&mut Vec<Copy>) -> f64,
+) -> Vec<f64> {
+    let mut tokens = vec![0.0; units];
+    // The last set that was in a unit for certain, and copies that may serve a set there.
+    let mut last = vec![u32::MAX; units];
+    let mut perhaps: Vec<Vec<Copy>> = (0..units).map(|_| Vec::new()).collect();
+    let (mut shared, mut met) = (Vec::new(), Vec::new());
+    for (set, (ids, count)) in (0..).zip(sets.each()) {
+        let count = count as f64;
+        for &e in ids {
+            let unit = alone[usize::from(e)];
+            if unit == SHARED {
+                shared.push(usize::from(e));
+            } else if last[unit as usize] != set {
+                last[unit as usize] = set;
+                tokens[unit as usize] += count;
             }
         }
-        tokens
+        for (unit, copy) in shared.drain(..).flat_map(&copies).filter(|&(unit, _)| last[unit] != set) {
+            if perhaps[unit].is_empty() {
+                met.push(unit);
+            }
+            perhaps[unit].push(copy);
+        }
+        for unit in met.drain(..) {
+            tokens[unit] += count * (1.0 - missed(&mut perhaps[unit]));
+        }
     }
+    tokens
 }
 
 /// The share of hashes that have none of some remainders `(divisor, remainder)`, which are taken away.
@@ -295,7 +245,7 @@ impl Shared {
     }
 
     /// Tokens of every device in every window `[W, L, D]`, of those of experts `[W, L, E]`.
-    pub fn load<T: Tokens>(&self, load: &[T]) -> Result<Vec<f64>> {
+    pub fn load(&self, load: &[f64]) -> Result<Vec<f64>> {
         let (layers, e, d) = (self.layers.len(), self.experts, self.devices);
         if !load.len().is_multiple_of((layers * e).max(1)) {
             return wrong("load", format!("[windows, {layers}, {e}]"), load.len());
@@ -307,7 +257,7 @@ impl Shared {
             for ((found, load), holders) in layers.zip(&self.layers) {
                 for (expert, &load) in load.iter().enumerate() {
                     for (device, share) in holders.of(expert) {
-                        found[device] += share * load.tokens();
+                        found[device] += share * load;
                     }
                 }
             }

@@ -3,9 +3,11 @@
 //! Nothing asks which of its experts a token met on a device, only how many. So these counts are counted, as bits
 //! ([`planes`]); where there are too many devices for that, slots are, and added up by device in the end.
 
-pub mod arrival;
 pub mod expected;
+pub mod labels;
 mod planes;
+
+use std::ops::AddAssign;
 
 use planes::Planes;
 use rayon::prelude::*;
@@ -47,6 +49,12 @@ pub struct Copies {
 }
 
 impl Copies {
+    /// Devices.
+    #[must_use]
+    pub fn devices(&self) -> usize {
+        self.devices
+    }
+
     /// Nodes, numbered from 0.
     #[must_use]
     pub fn nodes(&self) -> usize {
@@ -122,15 +130,14 @@ impl Copies {
         })
     }
 
-    /// The slots that serve the ids of a layer.
-    ///
-    /// `tokens` are the numbers of theirs.
+    /// The slots that serve the ids of a layer, of tokens at these positions and homes, which are the hashes' by default.
     fn route<I: ExpertId>(
         &self,
         l: usize,
         ids: &[I],
         top_k: usize,
-        tokens: impl Iterator<Item = u64>,
+        positions: impl Iterator<Item = u64>,
+        homes: Option<&[u16]>,
     ) -> Vec<u16> {
         let (copies, begin) = (&self.slots_of[l], &self.begin[l]);
         if self.is_single(l) {
@@ -147,12 +154,12 @@ impl Copies {
             return ids.iter().map(turn).collect();
         }
         let mut slots = Vec::with_capacity(ids.len());
-        for (token, ids) in tokens.zip(ids.chunks_exact(top_k)) {
-            let hash = mixed(token as u32);
+        for (token, (position, ids)) in positions.zip(ids.chunks_exact(top_k)).enumerate() {
+            let hash = mixed(position as u32);
             if self.split == Split::Even {
                 slots.extend(ids.iter().map(|id| of(id)[hash as usize % of(id).len()]));
             } else {
-                let home = scale(hash.into(), self.devices);
+                let home = homes.map_or_else(|| scale(hash.into(), self.devices), |of| of[token].into());
                 slots.extend(ids.iter().map(|id| self.nearest(of(id), home, hash as usize)));
             }
         }
@@ -185,17 +192,29 @@ impl Copies {
         });
     }
 
-    /// Adds load and visits of devices and visits of nodes, one after the other, of tokens that these slots serve.
-    fn count(&self, slots: &[u16], top_k: usize, counts: &mut [u64]) {
-        let (load, visits) = counts.split_at_mut(self.devices);
+    /// Adds what tokens do that these slots serve, each in its row of a table `[rows, size]`: load of devices and, where
+    /// a row has places for them, visits of devices and visits of nodes.
+    fn count<T: Copy + AddAssign + From<bool>>(
+        &self,
+        slots: &[u16],
+        top_k: usize,
+        table: &mut [T],
+        size: usize,
+        row_of: impl Fn(usize) -> usize,
+    ) {
         // Which token visited a device or, behind them, a node last; tokens are numbered from 1.
-        let mut last = vec![0; self.devices + self.nodes()];
-        for (token, slots) in (1u32..).zip(slots.chunks_exact(top_k)) {
+        let mut last = vec![0; size - self.devices];
+        for (token, slots) in slots.chunks_exact(top_k).enumerate() {
+            let (load, visits) = table[row_of(token) * size..][..size].split_at_mut(self.devices);
+            let token = token as u32 + 1;
             for &slot in slots {
                 let device = usize::from(self.device_of_slot[usize::from(slot)]);
-                load[device] += 1;
+                load[device] += true.into();
+                if visits.is_empty() {
+                    continue;
+                }
                 for place in [device, self.devices + usize::from(self.node_of_device[device])] {
-                    visits[place] += u64::from(std::mem::replace(&mut last[place], token) != token);
+                    visits[place] += (std::mem::replace(&mut last[place], token) != token).into();
                 }
             }
         }
@@ -304,7 +323,7 @@ impl Replay {
                     *routing,
                     || (Side::new(top_k, copies.slots), Vec::new()),
                     |l, at, ids: &mut Vec<I>, (side, slots): &mut (Side<u16>, Vec<u16>)| {
-                        *slots = copies.route(l, ids, top_k, first + at..);
+                        *slots = copies.route(l, ids, top_k, first + at.., None);
                         side.fill(&mut slots.clone(), Cuts::NONE);
                     },
                     |(pairs, counts), at, before, (here, slots)| {
@@ -312,7 +331,8 @@ impl Replay {
                             here.count_pairs(Some((before, pairs)), None, false);
                         }
                         by_window(length, open + at, here.tokens(), size, counts, |tokens, counts| {
-                            copies.count(&slots[tokens.start * top_k..tokens.end * top_k], top_k, counts);
+                            let slots = &slots[tokens.start * top_k..tokens.end * top_k];
+                            copies.count(slots, top_k, counts, size, |_| 0);
                         });
                     },
                 );
@@ -340,7 +360,9 @@ impl Replay {
             }
         }
         let (tokens, number) = (windows.tokens, windows.number());
-        let [load, visits, node_visits] = windows.columns(&[0..d, d..2 * d, 2 * d..2 * d + copies.nodes()]);
+        let size = 2 * d + copies.nodes();
+        let columns = [0..d, d..2 * d, 2 * d..size];
+        let [load, visits, node_visits] = Narrow::columns(vec![windows.finish()], size, &columns);
         Tally { tokens, windows: number, load, traffic, visits, node_visits }
     }
 }

@@ -55,9 +55,7 @@ def served(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
 
     Slots serve shares [L,D,S], as ``slot_shares`` has them.
     """
-    if load.dtype not in (np.float64, np.uint64, np.bool_):
-        load = load.astype(np.float64)
-    return _core.expected_load((placement.slots, share), np.ascontiguousarray(load))
+    return _core.expected_load((placement.slots, share), np.ascontiguousarray(load, np.float64))
 
 
 def of_layer(held: Floats, node: NDArray[np.int64], split: Split) -> Floats:
@@ -69,13 +67,10 @@ def of_layer(held: Floats, node: NDArray[np.int64], split: Split) -> Floats:
     return mean
 
 
-def by_home(placement: Placement, topology: Topology, split: Split) -> Iterator[tuple[int, Floats]]:
-    """Yield shares of the tokens of every home [home,D,E], layer by layer."""
-    for number, held in enumerate(placement.held.astype(np.float64)):
-        if split == "nearest":
-            yield number, _nearest(held, topology.node_of_device)
-        else:
-            yield number, np.repeat((held / held.sum(axis=0))[None], len(held), axis=0)
+def by_home(placement: Placement, topology: Topology) -> Iterator[Floats]:
+    """Yield the shares of nearest copies of every home [home,D,E], layer by layer."""
+    for held in placement.held.astype(np.float64):
+        yield _nearest(held, topology.node_of_device)
 
 
 def _nearest(held: Floats, node: NDArray[np.int64]) -> Floats:

@@ -19,7 +19,7 @@ from moetuner._checks import (
     numbers_in,
     whole_number,
 )
-from moetuner.placement import EMPTY, kept
+from moetuner.placement import EMPTY, keep_slots
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,
     DEVIATIONS,
@@ -245,7 +245,9 @@ class Case:
         packed = nothing._next(self.slots.size, rules, pairs)
         by_node = (layers * self.nodes, ranks // self.nodes, width)
         slots = renumbered(packed.slots.reshape(by_node), self.slots.reshape(by_node), self.experts)
-        slots = kept(self.slots, slots.reshape(self.slots.shape), np.full((layers, ranks), width))
+        slots = keep_slots(
+            self.slots, slots.reshape(self.slots.shape), np.full((layers, ranks), width)
+        )
         anew = self.load.any(axis=1) & (packed.after < (1 - ANEW_GAIN) * steps.after)
         return Rebalanced(
             np.where(anew[:, None, None], slots, steps.slots),
