@@ -328,8 +328,8 @@ class Placement(Frozen):
             width = slots_per_device
         check_slots(devices, width, layers)
         # Devices are as narrow as they can be: numpy sorts 8 and 16 bits by radix.
-        narrow = device_of.astype(np.min_scalar_type(max(devices - 1, 0)))
-        order = np.argsort(narrow, axis=1, kind="stable")
+        small = device_of.astype(np.min_scalar_type(max(devices - 1, 0)))
+        order = np.argsort(small, axis=1, kind="stable")
         cell = cell[(order + row * experts).ravel()]
         slot = np.arange(len(cell)) - (np.cumsum(counts) - counts)[cell]
         slots = np.full((layers, devices, width), EMPTY, dtype=np.int32)
@@ -475,8 +475,8 @@ class Placement(Frozen):
     @classmethod
     def _of_fields(cls, fields: Any) -> Placement:
         if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
-            found = fields.get("schema") if isinstance(fields, dict) else type(fields)
-            raise ValueError(f"schema must be {SCHEMA!r}, got {shown(found)}")
+            schema = fields.get("schema") if isinstance(fields, dict) else type(fields)
+            raise ValueError(f"schema must be {SCHEMA!r}, got {shown(schema)}")
         names = ("model", "topology", "fingerprint", "bound_scope", "objective", "bound")
         return cls(
             array_in("slots", fields["slots"]),

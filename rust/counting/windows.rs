@@ -77,11 +77,11 @@ impl Narrow {
         fn extend<T: Copy>(all: &mut Vec<T>, from: &[T], size: usize, columns: &Range<usize>) {
             from.chunks_exact(size).for_each(|row| all.extend_from_slice(&row[columns.clone()]));
         }
-        let mut found = columns.each_ref().map(|_| tables[0].zeros_like(0));
+        let mut parts = columns.each_ref().map(|_| tables[0].zeros_like(0));
         // Of each table, once it was copied, nothing is held any more.
         for table in tables {
-            for (found, columns) in found.iter_mut().zip(columns) {
-                match (found, &table) {
+            for (part, columns) in parts.iter_mut().zip(columns) {
+                match (part, &table) {
                     (Self::U8(all), Self::U8(from)) => extend(all, from, size, columns),
                     (Self::U16(all), Self::U16(from)) => extend(all, from, size, columns),
                     (Self::U32(all), Self::U32(from)) => extend(all, from, size, columns),
@@ -90,7 +90,7 @@ impl Narrow {
                 }
             }
         }
-        found
+        parts
     }
 }
 
@@ -109,9 +109,9 @@ pub(crate) struct WindowCounts {
 }
 
 impl WindowCounts {
-    /// No tokens yet, each of which will add at most `each` to a count.
-    pub(crate) fn new(layers: usize, size: usize, length: Option<u64>, each: usize) -> Self {
-        let most = length.map_or(u64::MAX, |length| length.saturating_mul(each as u64));
+    /// No tokens yet, each of which will add at most `per_token` to a count.
+    pub(crate) fn new(layers: usize, size: usize, length: Option<u64>, per_token: usize) -> Self {
+        let most = length.map_or(u64::MAX, |length| length.saturating_mul(per_token as u64));
         Self {
             length,
             tokens: 0,

@@ -1,5 +1,7 @@
 //! Traces: checked, counted, replayed.
 
+use std::num::NonZeroU64;
+
 use numpy::{
     IntoPyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
     PyReadonlyArray3, PyUntypedArrayMethods,
@@ -138,16 +140,13 @@ impl StatisticsCounter {
         layers: usize,
         num_experts: usize,
         top_k: usize,
-        window: Option<u64>,
+        window: Option<NonZeroU64>,
         transitions: bool,
         coactivation: bool,
         sets: bool,
         every: u64,
     ) -> PyResult<Self> {
         let routing = Routing::new(layers, num_experts, top_k)?;
-        if window == Some(0) {
-            return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
-        }
         let table = |wanted: bool, n: usize| -> PyResult<Option<Py<PyArray3<u64>>>> {
             if !wanted {
                 return Ok(None);
@@ -159,7 +158,7 @@ impl StatisticsCounter {
         };
         Ok(Self {
             routing,
-            counter: Some(Counter::new(routing, window, sets.then_some(every.max(1)))),
+            counter: Some(Counter::new(routing, window.map(NonZeroU64::get), sets.then_some(every.max(1)))),
             transitions: table(transitions, layers - 1)?,
             coactivation: table(coactivation, layers)?,
         })
@@ -268,18 +267,15 @@ impl Replay {
         num_experts: usize,
         top_k: usize,
         node_of_device: Vec<u16>,
-        window: Option<u64>,
+        window: Option<NonZeroU64>,
         split: &str,
         pairs: bool,
     ) -> PyResult<Self> {
         let routing = Routing::new(slots.shape()[0], num_experts, top_k)?;
         let devices = slots.shape()[1];
         let copies = copies_of(&slots, routing, &node_of_device, split)?;
-        if window == Some(0) {
-            return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
-        }
         let nodes = copies.nodes();
-        let replay = Some(crate::replay::Replay::new(routing, copies, window, pairs)?);
+        let replay = Some(crate::replay::Replay::new(routing, copies, window.map(NonZeroU64::get), pairs)?);
         Ok(Self { routing, devices, nodes, replay })
     }
 

@@ -7,7 +7,8 @@
 
 use rayon::prelude::*;
 
-use crate::error::{Error, Result};
+use super::by_expert;
+use crate::error::{Error, Result, SLOTS};
 
 /// Whether steps are so many that threads are worth waking; fewer are made in the calling one.
 #[must_use]
@@ -15,8 +16,8 @@ pub fn is_large(steps: usize) -> bool {
     steps >= 1 << 18
 }
 
-/// Results of numbers from 0, by threads where work is `large`.
-fn each<T: Send>(large: bool, count: usize, make: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
+/// Makes something of every number from 0, by threads where work is `large`.
+fn made_of<T: Send>(large: bool, count: usize, make: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
     if large { (0..count).into_par_iter().map(make).collect() } else { (0..count).map(make).collect() }
 }
 
@@ -28,14 +29,14 @@ const PERIOD: u32 = 1 << 12;
 /// Where the experts of a layer are: units (devices or nodes) of every expert, in their order, and its share of them.
 #[derive(Debug)]
 struct Holders {
-    first: Vec<usize>,
+    first: Vec<u32>,
     unit: Vec<u32>,
     share: Vec<f64>,
 }
 
 impl Holders {
     fn of(&self, expert: usize) -> impl Iterator<Item = (usize, f64)> + Clone + '_ {
-        let mine = self.first[expert]..self.first[expert + 1];
+        let mine = self.first[expert] as usize..self.first[expert + 1] as usize;
         self.unit[mine.clone()].iter().map(|&unit| unit as usize).zip(self.share[mine].iter().copied())
     }
 
@@ -61,14 +62,14 @@ impl Holders {
                     share.push(part);
                 }
             }
-            first.push(unit.len());
+            first.push(unit.len() as u32);
         }
         Self { first, unit, share }
     }
 
     /// The unit of every expert that has all its copies in one, else [`SHARED`].
     fn alone(&self) -> Vec<u32> {
-        let only = |w: &[usize]| if w[1] - w[0] == 1 { self.unit[w[0]] } else { SHARED };
+        let only = |w: &[u32]| if w[1] - w[0] == 1 { self.unit[w[0] as usize] } else { SHARED };
         self.first.windows(2).map(only).collect()
     }
 
@@ -81,7 +82,7 @@ impl Holders {
         if hashed {
             // A copy that serves is of how many, and which one.
             let copies = |e: usize| {
-                let all = (self.first[e + 1] - self.first[e]) as u32;
+                let all = self.first[e + 1] - self.first[e];
                 (0..).zip(self.of(e)).map(move |(copy, (device, _))| (device, (all, copy)))
             };
             let of_nodes = |e: usize| copies(e).map(|(device, copy)| (usize::from(node[device]), copy));
@@ -110,7 +111,7 @@ fn visits_of_copies<Copy, Copies: Iterator<Item = (usize, Copy)>>(
     let mut last = vec![u32::MAX; units];
     let mut perhaps: Vec<Vec<Copy>> = (0..units).map(|_| Vec::new()).collect();
     let (mut shared, mut met) = (Vec::new(), Vec::new());
-    for (set, (ids, count)) in (0..).zip(sets.each()) {
+    for (set, (ids, count)) in (0..).zip(sets.iter()) {
         let count = count as f64;
         for &e in ids {
             let unit = alone[usize::from(e)];
@@ -167,7 +168,7 @@ fn visits_of_single(device: &[u32], node: &[u16], nodes: usize, sets: Sets<'_>) 
     // The last set that was there, and the tokens so far.
     let mut devices = vec![(u32::MAX, 0u64); node.len()];
     let mut of_nodes = vec![(u32::MAX, 0u64); nodes];
-    for (set, (ids, count)) in (0..).zip(sets.each()) {
+    for (set, (ids, count)) in (0..).zip(sets.iter()) {
         for &e in ids {
             let device = device[usize::from(e)] as usize;
             let here = &mut devices[device];
@@ -199,12 +200,12 @@ pub struct Shared {
     layers: Vec<Holders>,
 }
 
-fn wrong<T>(what: &'static str, rule: String, found: usize) -> Result<T> {
-    Err(Error::Shape { what, rule, found: format!("{found} values") })
+fn wrong<T>(what: &'static str, rule: String, values: usize) -> Result<T> {
+    Err(Error::Shape { what, rule, found: format!("{values} values") })
 }
 
 impl<'a> Sets<'a> {
-    fn each(self) -> impl Iterator<Item = (&'a [u16], u64)> {
+    fn made_of(self) -> impl Iterator<Item = (&'a [u16], u64)> {
         let k = (self.ids.len() / self.counts.len().max(1)).max(1);
         self.ids.chunks_exact(k).zip(self.counts.iter().copied())
     }
@@ -219,29 +220,16 @@ impl Shared {
         experts: usize,
     ) -> Result<Self> {
         let size = devices * per_device;
-        if slots.len() != layers * size || share.len() != slots.len() {
+        if slots.len() != layers * size || share.len() != slots.len() || size > SLOTS {
             return wrong("share", format!("[{layers}, {devices}, {per_device}]"), share.len());
         }
-        if let Some(&expert) = slots.iter().find(|&&e| e >= 0 && e as usize >= experts) {
-            return wrong("slots", format!("ids below {experts}"), expert as usize);
-        }
         let layer = |l: usize| {
-            let (slots, share) = (&slots[l * size..][..size], &share[l * size..][..size]);
-            let mut first = vec![0; experts + 1];
-            for &e in slots.iter().filter(|&&e| e >= 0) {
-                first[e as usize + 1] += 1;
-            }
-            (0..experts).for_each(|e| first[e + 1] += first[e]);
-            let (mut unit, mut part) = (vec![0; first[experts]], vec![0.0; first[experts]]);
-            let mut next = first.clone();
-            for (at, &e) in slots.iter().enumerate().filter(|&(_, &e)| e >= 0) {
-                let place = &mut next[e as usize];
-                (unit[*place], part[*place]) = ((at / per_device) as u32, share[at]);
-                *place += 1;
-            }
-            Holders { first, unit, share: part }
+            let (first, slots) = by_expert(&slots[l * size..][..size], experts)?;
+            let unit = slots.iter().map(|&slot| u32::from(slot) / per_device as u32).collect();
+            let share = slots.iter().map(|&slot| share[l * size + usize::from(slot)]).collect();
+            Ok(Holders { first, unit, share })
         };
-        Ok(Self { devices, experts, layers: (0..layers).map(layer).collect() })
+        Ok(Self { devices, experts, layers: (0..layers).map(layer).collect::<Result<_>>()? })
     }
 
     /// Tokens of every device in every window `[W, L, D]`, of those of experts `[W, L, E]`.
@@ -252,18 +240,18 @@ impl Shared {
         }
         let size = layers * e;
         let window = |w: usize| {
-            let mut found = vec![0.0; layers * d];
-            let layers = found.chunks_exact_mut(d).zip(load[w * size..][..size].chunks_exact(e));
-            for ((found, load), holders) in layers.zip(&self.layers) {
+            let mut tokens = vec![0.0; layers * d];
+            let layers = tokens.chunks_exact_mut(d).zip(load[w * size..][..size].chunks_exact(e));
+            for ((tokens, load), holders) in layers.zip(&self.layers) {
                 for (expert, &load) in load.iter().enumerate() {
                     for (device, share) in holders.of(expert) {
-                        found[device] += share * load;
+                        tokens[device] += share * load;
                     }
                 }
             }
-            found
+            tokens
         };
-        Ok(each(is_large(load.len()), load.len() / size.max(1), window).concat())
+        Ok(made_of(is_large(load.len()), load.len() / size.max(1), window).concat())
     }
 
     /// Tokens that visit every device `[L, D]` and every node `[L, N]`, of sets of every layer and the node of every
@@ -273,18 +261,18 @@ impl Shared {
         if sets.len() != self.layers.len() || node.len() != d {
             return wrong("sets", format!("one for each of {} layers", self.layers.len()), sets.len());
         }
-        let known = |of: &Sets<'_>| {
+        let is_valid = |of: &Sets<'_>| {
             let k = of.ids.len() / of.counts.len().max(1);
             let few = of.counts.len() < u32::MAX as usize;
             few && k * of.counts.len() == of.ids.len() && of.ids.iter().all(|&id| usize::from(id) < e)
         };
         let nodes = node.iter().max().map_or(0, |&node| usize::from(node) + 1);
-        let layer = |l: usize| known(&sets[l]).then(|| self.layers[l].visits(node, nodes, sets[l], hashed));
+        let layer = |l: usize| is_valid(&sets[l]).then(|| self.layers[l].visits(node, nodes, sets[l], hashed));
         let large = is_large(sets.iter().map(|of| of.ids.len()).sum());
-        let Some(found) = each(large, sets.len(), layer).into_iter().collect::<Option<Vec<_>>>() else {
+        let Some(visits) = made_of(large, sets.len(), layer).into_iter().collect::<Option<Vec<_>>>() else {
             return wrong("sets", format!("ids [N, K] below {e} and counts [N]"), 0);
         };
-        let (devices, nodes): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+        let (devices, nodes): (Vec<_>, Vec<_>) = visits.into_iter().unzip();
         Ok((devices.concat(), nodes.concat()))
     }
 
@@ -316,7 +304,7 @@ impl Shared {
             }
             sum / 2.0
         };
-        Ok(each(is_large(pairs.len()), self.layers.len(), layer))
+        Ok(made_of(is_large(pairs.len()), self.layers.len(), layer))
     }
 
     /// Pairs of neighbouring layers' experts by their devices `[L - 1, D, D]`, of counts `[L - 1, E, E]`.
@@ -335,15 +323,15 @@ impl Shared {
                     to.zip(row).for_each(|(to, &count)| *to += share * count as f64);
                 }
             }
-            let mut found = vec![0.0; d * d];
-            for (found, from) in found.chunks_exact_mut(d).zip(from.chunks_exact(e)) {
+            let mut pairs = vec![0.0; d * d];
+            for (pairs, from) in pairs.chunks_exact_mut(d).zip(from.chunks_exact(e)) {
                 for (expert, &tokens) in from.iter().enumerate() {
-                    two[1].of(expert).for_each(|(device, share)| found[device] += tokens * share);
+                    two[1].of(expert).for_each(|(device, share)| pairs[device] += tokens * share);
                 }
             }
-            found
+            pairs
         };
-        Ok(each(is_large(transitions.len()), boundaries, boundary).concat())
+        Ok(made_of(is_large(transitions.len()), boundaries, boundary).concat())
     }
 }
 
@@ -351,11 +339,11 @@ impl Shared {
 /// counts `[N, E, E]` and costs `[D, D]`.
 pub fn cost(here: &[u16], there: &[u16], pairs: &[u64], cost: &[u64], experts: usize) -> Result<u128> {
     let devices = cost.len().isqrt();
-    let known = |device: &u16| usize::from(*device) < devices;
+    let is_device = |device: &u16| usize::from(*device) < devices;
     if here.len() != there.len() || pairs.len() != here.len() * experts || devices * devices != cost.len() {
         return wrong("pairs", format!("[{}, {experts}]", here.len()), pairs.len());
     }
-    if !here.iter().chain(there).all(known) {
+    if !here.iter().chain(there).all(is_device) {
         return wrong("device_of", format!("devices below {devices}"), here.len());
     }
     let table = |l: usize| -> u128 {
@@ -368,7 +356,7 @@ pub fn cost(here: &[u16], there: &[u16], pairs: &[u64], cost: &[u64], experts: u
         };
         pairs[l * experts * experts..][..experts * experts].chunks_exact(experts).zip(here).map(row).sum()
     };
-    Ok(each(is_large(pairs.len()), here.len() / experts.max(1), table).into_iter().sum())
+    Ok(made_of(is_large(pairs.len()), here.len() / experts.max(1), table).into_iter().sum())
 }
 
 /// Rows at the busiest port of every tier `[W, L, T]`, of visits `[W, L, D]`: a device is visited from every home by a
@@ -393,85 +381,32 @@ pub fn busiest(visits: &[f64], share: &[f64], tier: &[u16], tiers: usize) -> Res
         }
     }
     let window = |w: usize| {
-        let (mut found, mut out) = (vec![0.0; layers * tiers], vec![0.0; d]);
-        for (row, found) in found.iter_mut().enumerate() {
+        let (mut rows, mut out) = (vec![0.0; layers * tiers], vec![0.0; d]);
+        for (row, rows) in rows.iter_mut().enumerate() {
             let visits = &visits[(w * layers + row / tiers) * d..][..d];
             out.fill(0.0);
             for (sent, &tokens) in sent[row * d * d..][..d * d].chunks_exact(d).zip(visits) {
                 out.iter_mut().zip(sent).for_each(|(out, share)| *out += tokens * share);
             }
             let into = visits.iter().zip(&sum[row * d..]).map(|(tokens, share)| tokens * share);
-            *found = into.chain(out.iter().copied()).fold(0.0, f64::max);
+            *rows = into.chain(out.iter().copied()).fold(0.0, f64::max);
         }
-        found
+        rows
     };
     let large = is_large(visits.len().saturating_mul(d * tiers));
-    Ok(each(large, visits.len() / (layers * d), window).concat())
+    Ok(made_of(large, visits.len() / (layers * d), window).concat())
 }
 
 #[cfg(test)]
-// Sums of whole numbers and halves are exact.
-#[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
 
-    /// Expert 0 on both devices of node 0, expert 1 on device 1, expert 2 on device 2 of node 1.
-    fn shared() -> Shared {
-        let (slots, share) = ([0, -1, 1, 0, 2, -1], [0.5, 0.0, 1.0, 0.5, 1.0, 0.0]);
-        Shared::new(&slots, &share, [1, 3, 2], 3).expect("valid")
-    }
-
-    #[test]
-    fn copies_are_chosen_independently() {
-        let sets = Sets { ids: &[0, 2, 0, 1], counts: &[10, 100] };
-        let (devices, nodes) = shared().visits(&[0, 0, 1], &[sets], false).expect("valid");
-        assert_eq!(devices, [55.0, 105.0, 10.0]);
-        assert_eq!(nodes, [110.0, 10.0]);
-        assert_eq!(shared().load(&[10.0, 1.0, 100.0]).expect("valid"), [5.0, 6.0, 100.0]);
-        // 0 with 1, 0 with 2, 1 with 2.
-        let pairs = [0, 8, 16, 8, 0, 100, 16, 100, 0];
-        assert_eq!(shared().apart(&pairs).expect("valid"), [4.0 + 16.0 + 100.0]);
-    }
-
-    #[test]
-    fn one_hash_chooses_the_copies_of_all_experts() {
-        // Expert 0 on devices 0 and 1, expert 1 too, expert 2 on all three, expert 3 on 1 and 2.
-        let (slots, share) = ([0, 1, 2, -1, 0, 1, 2, 3, 2, 3, -1, -1], [0.0; 12]);
-        let shared = Shared::new(&slots, &share, [1, 3, 4], 4).expect("valid");
-        let sets = |ids| [Sets { ids, counts: &[12] }];
-        let devices = |ids| shared.visits(&[0, 0, 1], &sets(ids), true).expect("valid").0;
-        assert_eq!(devices(&[0, 1]), [6.0, 6.0, 0.0]);
-        // 0 is on device 0 where 3 is on device 1, and on 1 where that is on 2.
-        assert_eq!(devices(&[0, 3]), [6.0, 12.0, 6.0]);
-        // By hash 0 to 5: device 0 is missed by 1 and 5, device 1 by 0 and 2, device 2 by all but 2 and 5.
-        assert_eq!(devices(&[0, 2]), [8.0, 8.0, 4.0]);
-        let nodes = shared.visits(&[0, 0, 1], &sets(&[0, 2]), true).expect("valid").1;
-        assert_eq!(nodes, [12.0, 4.0]);
-        assert_eq!(missed(&mut vec![(4, 1), (6, 3), (6, 1), (5, 0)]), 7.0 / 12.0 * 0.8);
-    }
-
-    #[test]
-    fn pairs_follow_their_experts() {
-        // Layer 0: both on device 0; layer 1: expert 0 on both devices, expert 1 on device 1.
-        let (slots, share) = ([0, 1, -1, -1, 0, -1, 0, 1], [1.0, 1.0, 0.0, 0.0, 0.5, 0.0, 0.5, 1.0]);
-        let shared = Shared::new(&slots, &share, [2, 2, 2], 2).expect("valid");
-        assert_eq!(shared.followed(&[2, 10, 4, 100]).expect("valid"), [3.0, 113.0, 0.0, 0.0]);
-        let all = cost(&[0, 0], &[0, 1], &[2, 10, 4, u64::MAX], &[0, 7, 7, 0], 2).expect("valid");
-        assert_eq!(all, 7 * (10 + u128::from(u64::MAX)));
-    }
-
-    #[test]
-    fn the_busiest_port_is_the_one_of_most_rows() {
-        // Two nodes of two devices, homes alike: device 3 gets 8 / 4 from its neighbour and as much from two homes beyond.
-        let tier = [0, 1, 2, 2, 1, 0, 2, 2, 2, 2, 0, 1, 2, 2, 1, 0];
-        let found = busiest(&[1.0, 0.0, 0.0, 8.0], &[0.25; 16], &tier, 2).expect("valid");
-        assert_eq!(found, [2.0, 4.0]);
-        assert!(busiest(&[1.0; 3], &[0.25; 16], &tier, 2).is_err());
-    }
-
+    /// Whose sums are right is tested against plain loops, in Python.
     #[test]
     fn what_is_not_there_is_refused() {
-        let shared = shared();
+        // Expert 0 on both devices of node 0, expert 1 on device 1, expert 2 on device 2 of node 1.
+        let (slots, share) = ([0, -1, 1, 0, 2, -1], [0.5, 0.0, 1.0, 0.5, 1.0, 0.0]);
+        let shared = Shared::new(&slots, &share, [1, 3, 2], 3).expect("valid");
         let sets = |ids| [Sets { ids, counts: &[1] }];
         assert!(shared.visits(&[0, 0, 1], &sets(&[2]), true).is_ok());
         assert!(shared.visits(&[0, 0, 1], &sets(&[3]), true).is_err());
@@ -481,5 +416,6 @@ mod tests {
         assert!(shared.followed(&[1]).is_err());
         assert!(Shared::new(&[3], &[1.0], [1, 1, 1], 3).is_err());
         assert!(cost(&[0], &[2], &[1], &[0, 1, 1, 0], 1).is_err());
+        assert!(busiest(&[1.0; 3], &[0.25; 16], &[0; 16], 2).is_err());
     }
 }

@@ -104,25 +104,27 @@ impl Labelled {
     pub fn apart<I: ExpertId>(&self, ids: &[I], first: u64) -> Vec<u32> {
         let Routing { layers, top_k, .. } = self.routing;
         let row = self.routing.row();
-        let mut found = vec![0; ids.len() / row];
-        let blocks = found.par_chunks_mut(BLOCK).zip(ids.par_chunks(BLOCK * row));
-        blocks.enumerate().for_each(|(number, (found, ids))| {
+        let mut crossing = vec![0; ids.len() / row];
+        let blocks = crossing.par_chunks_mut(BLOCK).zip(ids.par_chunks(BLOCK * row));
+        blocks.enumerate().for_each(|(number, (crossing, ids))| {
             let first = first + (number * BLOCK) as u64;
             let mut before: Vec<u16> = Vec::new();
             for l in 0..layers {
                 let of_layer = ids.chunks_exact(row).flat_map(|token| &token[l * top_k..][..top_k]);
                 let of_layer: Vec<I> = of_layer.copied().collect();
                 let mut here = self.copies.route(l, &of_layer, top_k, first.., None);
-                here.iter_mut().for_each(|slot| *slot = self.copies.device_of_slot[usize::from(*slot)]);
+                for slot in &mut here {
+                    *slot = self.copies.device_of_slot[usize::from(*slot)];
+                }
                 let pairs = before.chunks_exact(top_k).zip(here.chunks_exact(top_k));
-                for (found, (before, here)) in found.iter_mut().zip(pairs) {
+                for (crossing, (before, here)) in crossing.iter_mut().zip(pairs) {
                     for device in before {
-                        *found += here.iter().filter(|&other| other != device).count() as u32;
+                        *crossing += here.iter().filter(|&other| other != device).count() as u32;
                     }
                 }
                 before = here;
             }
         });
-        found
+        crossing
     }
 }

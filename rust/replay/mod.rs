@@ -80,34 +80,10 @@ impl Copies {
         let mut copies = Vec::with_capacity(layers);
         let mut begin = Vec::with_capacity(layers);
         for layer in slots.chunks_exact(p) {
-            // First how many slots an expert has, then where they begin, then which they are.
-            let mut starts = vec![0u32; experts + 1];
-            let mut filled = Vec::with_capacity(p);
-            for (slot, &expert) in layer.iter().enumerate() {
-                match usize::try_from(expert) {
-                    Err(_) => {}
-                    Ok(e) if e < experts => {
-                        starts[e + 1] += 1;
-                        filled.push((e, slot as u16));
-                    }
-                    Ok(e) => {
-                        let rule = format!("expert ids below {experts}");
-                        return Err(Error::Shape { what: "slots", rule, found: e.to_string() });
-                    }
-                }
-            }
-            if let Some(e) = starts[1..].iter().position(|&slots| slots == 0) {
+            let (starts, slots_of) = by_expert(layer, experts)?;
+            if let Some(e) = starts.windows(2).position(|ends| ends[0] == ends[1]) {
                 let rule = "a slot for every expert".to_string();
                 return Err(Error::Shape { what: "slots", rule, found: format!("none for expert {e}") });
-            }
-            for e in 0..experts {
-                starts[e + 1] += starts[e];
-            }
-            let mut next = starts.clone();
-            let mut slots_of = vec![0; filled.len()];
-            for (e, slot) in filled {
-                slots_of[next[e] as usize] = slot;
-                next[e] += 1;
             }
             copies.push(slots_of);
             begin.push(starts);
@@ -224,6 +200,27 @@ impl Copies {
     fn is_single(&self, l: usize) -> bool {
         self.slots_of[l].len() + 1 == self.begin[l].len()
     }
+}
+
+/// Where the slots of every expert begin `[E + 1]`, and the slots of a layer, expert by expert.
+fn by_expert(slots: &[i32], experts: usize) -> Result<(Vec<u32>, Vec<u16>)> {
+    let filled =
+        || (0..).zip(slots).filter_map(|(slot, &expert)| Some((slot, usize::try_from(expert).ok()?)));
+    let mut begin = vec![0; experts + 1];
+    for (_, expert) in filled() {
+        let Some(count) = begin.get_mut(expert + 1) else {
+            let rule = format!("expert ids below {experts}");
+            return Err(Error::Shape { what: "slots", rule, found: expert.to_string() });
+        };
+        *count += 1;
+    }
+    (0..experts).for_each(|e| begin[e + 1] += begin[e]);
+    let (mut next, mut slots_of) = (begin.clone(), vec![0; begin[experts] as usize]);
+    for (slot, expert) in filled() {
+        slots_of[next[expert] as usize] = slot;
+        next[expert] += 1;
+    }
+    Ok((begin, slots_of))
 }
 
 /// What a placement does to a trace.

@@ -156,7 +156,7 @@ def test_a_problem_takes_the_sizes_of_its_model():
 )
 def test_models_are_known_by_their_names(name, known):
     """With or without owner and what comes after; the longest name that fits; nothing by guess."""
-    assert cost.known_as(name) == known
+    assert cost.public_name(name) == known
 
 
 def test_recorded_sizes_come_before_the_models_name(make_trace):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.evaluation import copies
+from moetuner.evaluation.blocks import by_block
 from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement
 from moetuner.statistics import ExpertSets
@@ -90,21 +91,26 @@ def dispatched(
     return rows
 
 
-def active(placement: Placement, share: Floats, expert_load: NDArray[Any]) -> Floats:
+def active(placement: Placement, share: Floats, expert_load: NDArray[Any]) -> NDArray[Any]:
     """Return experts of every device that have a token, or are expected to [W,L,D].
 
-    Of every window's tokens [W,L,E]; slots serve shares [L,D,S], as ``slot_shares`` has them.
+    Of every window's tokens [W,L,E]; slots serve shares [L,D,S], as ``slot_shares`` has them. Whole
+    numbers take as few bytes as hold them.
     """
-    if not placement.has_copies:
-        return copies.served(placement, share, expert_load > 0)
-    experts = np.empty((len(expert_load), placement.layers, placement.devices))
-    for layer, slots in enumerate(placement.slots):
-        device, slot = np.nonzero(slots != EMPTY)
-        expert = slots[device, slot]
-        load = expert_load[:, layer, expert].astype(np.float64)
-        # A copy with a share of the tokens is idle if all of them go to others.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rest = np.log1p(-share[layer, device, slot])
-            busy = np.where(load > 0, 1 - np.exp(load * rest), 0.0)
-        experts[:, layer] = busy @ np.equal.outer(device, np.arange(placement.devices))
-    return experts
+
+    def counted(load: NDArray[Any]) -> NDArray[Any]:
+        return copies.served(placement, share, load > 0).astype(np.uint16)
+
+    def by_chance(load: NDArray[Any]) -> NDArray[Any]:
+        experts = np.empty((len(load), placement.layers, placement.devices))
+        for layer, slots in enumerate(placement.slots):
+            device, slot = np.nonzero(slots != EMPTY)
+            tokens = load[:, layer, slots[device, slot]].astype(np.float64)
+            # A copy with a share of the tokens is idle if all of them go to others.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                rest = np.log1p(-share[layer, device, slot])
+                busy = np.where(tokens > 0, 1 - np.exp(tokens * rest), 0.0)
+            experts[:, layer] = busy @ np.equal.outer(device, np.arange(placement.devices))
+        return experts
+
+    return by_block(expert_load, by_chance if placement.has_copies else counted)

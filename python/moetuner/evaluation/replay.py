@@ -224,7 +224,8 @@ class _Part:
         expert_load, transitions = self._counted
         if self._shares_pairs and not setting.placement.has_copies:
             assert transitions is not None
-            follow = _by_device(setting.placement, transitions)
+            placement, topology, split = setting.placement, setting.topology, setting.split
+            follow = expected_.followed(placement, topology, split, transitions).astype(np.uint64)
         mixed = None
         if setting.with_mixed:  # one window is the same in any order
             mixed = load if self._place is None else self._mixed_load(number)
@@ -238,7 +239,7 @@ class _Part:
             dispatch=expected_.dispatched(
                 setting.placement, setting.topology, setting.split, visits.sum(axis=0), expert_load
             ),
-            active=None if not setting.with_active else _active(setting, expert_load),
+            active=_active(setting, expert_load),
         )
 
     @cached_property
@@ -296,28 +297,13 @@ def _of_experts(trace: RoutingTrace, rows: int, most: int) -> _core.LabelledRepl
     )
 
 
-def _by_device(placement: Placement, transitions: Numbers) -> Numbers:
-    """Add up transitions [L-1,E,E] by the devices [L-1,D,D] of experts with one copy each."""
-    device_of, devices = placement.device_of, placement.devices
-    pairs = np.zeros((len(transitions), devices, devices), dtype=np.uint64)
-    for layer, table in enumerate(transitions):
-        rows = np.zeros((devices, table.shape[1]), dtype=np.uint64)
-        np.add.at(rows, device_of[layer], table)
-        np.add.at(pairs[layer].T, device_of[layer + 1], rows.T)
-    return pairs
-
-
-def _active(setting: Setting, expert_load: Numbers | None) -> Numbers:
-    """Count experts with a token [W,L,D], as few bytes each as hold them where that is exact."""
+def _active(setting: Setting, expert_load: Numbers | None) -> Numbers | None:
+    """Count experts with a token [W,L,D] if they are asked for."""
+    if not setting.with_active:
+        return None
     assert expert_load is not None
-    placement = setting.placement
-    share = copies.slot_shares(placement, setting.topology, setting.split)
-
-    def active(load: Numbers) -> Numbers:
-        experts = expected_.active(placement, share, load)
-        return experts if placement.has_copies else experts.astype(np.uint16)
-
-    return by_block(expert_load, active)
+    share = copies.slot_shares(setting.placement, setting.topology, setting.split)
+    return expected_.active(setting.placement, share, expert_load)
 
 
 def _in_turns(placement: Placement, load: Numbers) -> Numbers:
@@ -414,9 +400,7 @@ class Expected:
         Where these are a part of all windows, ``total`` has the load of all [1,L,E].
         """
         setting, topology = self._setting, self._setting.topology
-        load = by_block(
-            window_load, lambda some: copies.served(setting.placement, self._share, some)
-        )
+        load = copies.served(setting.placement, self._share, window_load)
         mixed = None
         if setting.with_mixed:
             mixed = np.empty_like(load)
@@ -439,14 +423,9 @@ class Expected:
                 visits.sum(axis=0),
                 window_load if total is None else total,
             ),
-            active=(
-                by_block(
-                    window_load,
-                    lambda some: expected_.active(setting.placement, self._share, some),
-                )
-                if setting.with_active
-                else None
-            ),
+            active=None
+            if not setting.with_active
+            else expected_.active(setting.placement, self._share, window_load),
         )
 
 

@@ -72,11 +72,11 @@ def dispatch_rows(
     """
     instance("placement", placement, Placement)
     instance("trace", trace, RoutingTrace)
-    found, wanted = (trace.layers, trace.num_experts), (placement.layers, placement.num_experts)
-    if found != wanted:
+    sizes, given = (trace.layers, trace.num_experts), (placement.layers, placement.num_experts)
+    if sizes != given:
         raise ValueError(
-            f"placement must have {found[0]} layers and {found[1]} experts like the trace, "
-            f"got {wanted[0]} and {wanted[1]}"
+            f"placement must have {sizes[0]} layers and {sizes[1]} experts like the trace, "
+            f"got {given[0]} and {given[1]}"
         )
     devices, tokens = placement.devices, trace.tokens
     size = node_size(devices, devices_per_node)
@@ -136,17 +136,17 @@ def copies(
     filled = np.flatnonzero(flat != EMPTY)
     lists = [filled[flat[filled] == expert] for expert in range(experts)]
     if near is not None:
-        for expert, held in enumerate(lists):
-            device = held // width
+        for expert, mine in enumerate(lists):
+            device = mine // width
             for close in (device == near, device // node == near // node):
                 if close.any():
-                    lists[expert] = held[close]
+                    lists[expert] = mine[close]
                     break
-    count = np.array([len(held) for held in lists], dtype=np.int64)
+    count = np.array([len(mine) for mine in lists], dtype=np.int64)
     table = np.empty((experts, int(count.max())), dtype=np.int64)
-    for expert, held in enumerate(lists):
-        table[expert] = held[0]
-        table[expert, : len(held)] = held
+    for expert, mine in enumerate(lists):
+        table[expert] = mine[0]
+        table[expert, : len(mine)] = mine
     return table, count
 
 
