@@ -181,11 +181,10 @@ impl StatisticsCounter {
             transitions: transitions.as_mut().map(|table| table.as_slice_mut()).transpose()?,
             coactivation: coactivation.as_mut().map(|table| table.as_slice_mut()).transpose()?,
         };
-        let counted = with_ids!(expert_ids, ids => detached(py, threads, || {
-            if checked { counter.push_valid(ids, &mut tables) } else { counter.push(ids, &mut tables) }
-        })?);
+        let push =
+            with_ids!(expert_ids, ids => detached(py, threads, || counter.push(ids, &mut tables, checked))?);
         self.counter = Some(counter);
-        Ok(counted?)
+        Ok(push?)
     }
 
     #[pyo3(signature = (threads = None))]
@@ -222,11 +221,15 @@ impl StatisticsCounter {
 /// Takes slots [L,D,S] of experts, the node of every device [D], and which copy serves.
 fn copies_of(
     slots: &PyReadonlyArray3<'_, i32>,
-    routing: Routing,
+    num_experts: usize,
+    top_k: usize,
     node_of_device: &[u16],
     split: &str,
-) -> PyResult<Copies> {
-    let &[_, devices, per_device] = slots.shape() else { unreachable!("the array has three dimensions") };
+) -> PyResult<(Routing, Copies)> {
+    let &[layers, devices, per_device] = slots.shape() else {
+        unreachable!("the array has three dimensions")
+    };
+    let routing = Routing::new(layers, num_experts, top_k)?;
     if node_of_device.len() != devices || node_of_device.iter().any(|&node| usize::from(node) >= devices) {
         let rule = format!("a node from 0 to {} for each of {devices} devices", devices.saturating_sub(1));
         let found = format!("{} values", node_of_device.len());
@@ -242,7 +245,7 @@ fn copies_of(
         }
     };
     let slots = contiguous(slots.as_slice().ok())?;
-    Ok(caught(|| Copies::new(slots, routing, per_device, node_of_device, split))??)
+    Ok((routing, caught(|| Copies::new(slots, routing, per_device, node_of_device, split))??))
 }
 
 /// Replays a trace under a placement, shard by shard.
@@ -271,10 +274,8 @@ impl Replay {
         split: &str,
         pairs: bool,
     ) -> PyResult<Self> {
-        let routing = Routing::new(slots.shape()[0], num_experts, top_k)?;
-        let devices = slots.shape()[1];
-        let copies = copies_of(&slots, routing, &node_of_device, split)?;
-        let nodes = copies.nodes();
+        let (routing, copies) = copies_of(&slots, num_experts, top_k, &node_of_device, split)?;
+        let (devices, nodes) = (copies.devices(), copies.nodes());
         let replay = Some(crate::replay::Replay::new(routing, copies, window.map(NonZeroU64::get), pairs)?);
         Ok(Self { routing, devices, nodes, replay })
     }
@@ -289,9 +290,7 @@ impl Replay {
     ) -> PyResult<()> {
         expert_ids.check(self.routing)?;
         let mut replay = self.replay.take().ok_or_else(finished)?;
-        let counted = with_ids!(expert_ids, ids => detached(py, threads, || {
-            if checked { replay.push_valid(ids) } else { replay.push(ids) }
-        })?);
+        let counted = with_ids!(expert_ids, ids => detached(py, threads, || replay.push(ids, checked))?);
         self.replay = Some(replay);
         Ok(counted?)
     }
@@ -334,8 +333,7 @@ impl LabelledReplay {
         split: &str,
         visits: bool,
     ) -> PyResult<Self> {
-        let routing = Routing::new(slots.shape()[0], num_experts, top_k)?;
-        let copies = copies_of(&slots, routing, &node_of_device, split)?;
+        let (routing, copies) = copies_of(&slots, num_experts, top_k, &node_of_device, split)?;
         let of_visits = if visits { [copies.devices(), copies.nodes()] } else { [0, 0] };
         let sizes = [copies.devices(), of_visits[0], of_visits[1]];
         let replay = Some(Labelled::new(routing, copies, rows, most, visits)?);

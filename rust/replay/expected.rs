@@ -205,7 +205,7 @@ fn wrong<T>(what: &'static str, rule: String, values: usize) -> Result<T> {
 }
 
 impl<'a> Sets<'a> {
-    fn made_of(self) -> impl Iterator<Item = (&'a [u16], u64)> {
+    fn iter(self) -> impl Iterator<Item = (&'a [u16], u64)> {
         let k = (self.ids.len() / self.counts.len().max(1)).max(1);
         self.ids.chunks_exact(k).zip(self.counts.iter().copied())
     }
@@ -267,7 +267,8 @@ impl Shared {
             few && k * of.counts.len() == of.ids.len() && of.ids.iter().all(|&id| usize::from(id) < e)
         };
         let nodes = node.iter().max().map_or(0, |&node| usize::from(node) + 1);
-        let layer = |l: usize| is_valid(&sets[l]).then(|| self.layers[l].visits(node, nodes, sets[l], hashed));
+        let layer =
+            |l: usize| is_valid(&sets[l]).then(|| self.layers[l].visits(node, nodes, sets[l], hashed));
         let large = is_large(sets.iter().map(|of| of.ids.len()).sum());
         let Some(visits) = made_of(large, sets.len(), layer).into_iter().collect::<Option<Vec<_>>>() else {
             return wrong("sets", format!("ids [N, K] below {e} and counts [N]"), 0);

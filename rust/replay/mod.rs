@@ -276,64 +276,51 @@ impl Replay {
         })
     }
 
-    /// Validates and replays the next tokens of the trace, `[tokens, layers, top_k]`.
-    pub fn push<I: ExpertId>(&mut self, ids: &[I]) -> Result<()> {
-        validate(ids, self.routing, self.windows.tokens)?;
-        self.push_valid(ids)
-    }
-
-    /// Replays the next tokens of the trace, which have passed [`validate`] since nobody could change them.
-    pub fn push_valid<I: ExpertId>(&mut self, ids: &[I]) -> Result<()> {
+    /// Replays the next tokens of the trace, `[tokens, layers, top_k]`. Those that are `checked` have passed [`validate`]
+    /// since nobody could change them.
+    pub fn push<I: ExpertId>(&mut self, ids: &[I], checked: bool) -> Result<()> {
+        if !checked {
+            validate(ids, self.routing, self.windows.tokens)?;
+        }
         let Self { routing, copies, planes, windows, pairs } = self;
         windows.room_for(ids.len() / routing.row())?;
-        let top_k = routing.top_k;
+        let (top_k, planes) = (routing.top_k, planes.as_ref());
         let size = 2 * copies.devices + copies.nodes();
+        let columns = planes.map_or(copies.slots, Planes::columns);
         let tokens = if planes.is_some() { SHORT_BLOCK } else { block(copies.slots, top_k) };
         let length = windows.length;
         // Whose turn it is in a block depends on the one before.
         let step = if copies.split == Split::RoundRobin { tokens * routing.row() } else { ids.len().max(1) };
         for ids in ids.chunks(step) {
             let (first, open) = (windows.tokens, windows.begin());
-            let mut tasks: Vec<_> = pairs.iter_mut().zip(&mut windows.counts).collect();
-            if let Some(planes) = planes {
-                by_layers(
-                    &mut tasks,
-                    ids,
-                    tokens,
-                    *routing,
-                    || Side::new(top_k, planes.columns()),
-                    |l, at, ids: &mut Vec<I>, side| planes.fill(copies, l, ids, first + at, side),
-                    |(pairs, counts), at, before, here| {
-                        if let Some(before) = before.filter(|_| !pairs.is_empty()) {
-                            here.count_pairs(Some((before, pairs)), None, false);
-                        }
-                        by_window(length, open + at, here.tokens(), size, counts, |tokens, counts| {
-                            planes.count(here, tokens, copies, counts);
-                        });
-                    },
-                );
-            } else {
-                by_layers(
-                    &mut tasks,
-                    ids,
-                    tokens,
-                    *routing,
-                    || (Side::new(top_k, copies.slots), Vec::new()),
-                    |l, at, ids: &mut Vec<I>, (side, slots): &mut (Side<u16>, Vec<u16>)| {
+            by_layers(
+                &mut pairs.iter_mut().zip(&mut windows.counts).collect::<Vec<_>>(),
+                ids,
+                tokens,
+                *routing,
+                || (Side::new(top_k, columns), Vec::new()),
+                |l, at, ids: &mut Vec<I>, (side, slots): &mut (Side<u16>, Vec<u16>)| {
+                    if let Some(planes) = planes {
+                        planes.fill(copies, l, ids, first + at, side);
+                    } else {
                         *slots = copies.route(l, ids, top_k, first + at.., None);
                         side.fill(&mut slots.clone(), Cuts::NONE);
-                    },
-                    |(pairs, counts), at, before, (here, slots)| {
-                        if let Some((before, _)) = before.filter(|_| !pairs.is_empty()) {
-                            here.count_pairs(Some((before, pairs)), None, false);
-                        }
-                        by_window(length, open + at, here.tokens(), size, counts, |tokens, counts| {
+                    }
+                },
+                |(pairs, counts), at, before, (here, slots)| {
+                    if let Some((before, _)) = before.filter(|_| !pairs.is_empty()) {
+                        here.count_pairs(Some((before, pairs)), None, false);
+                    }
+                    by_window(length, open + at, here.tokens(), size, counts, |tokens, counts| {
+                        if let Some(planes) = planes {
+                            planes.count(here, tokens, copies, counts);
+                        } else {
                             let slots = &slots[tokens.start * top_k..tokens.end * top_k];
                             copies.count(slots, top_k, counts, size, |_| 0);
-                        });
-                    },
-                );
-            }
+                        }
+                    });
+                },
+            );
             copies.count_served(ids, *routing);
             windows.advance((ids.len() / routing.row()) as u64);
         }

@@ -48,30 +48,6 @@ def test_placements_are_replayed_as_each_by_itself(split, layers, spare, window,
         assert same(found, mt.evaluate(placement, trace, topology, **how))
 
 
-@given(st.sampled_from(SPLITS), st.integers(0, 2), st.integers(1, 30), st.integers(0, 5))
-def test_mixed_arrival_is_a_replay_in_that_order(split, spare, window, seed):
-    """Counted at their places, tokens load devices as if they had come in the mixed order."""
-    rng = np.random.default_rng(seed)
-    ids = random_ids(70, 2, 3, 8, seed=seed)
-    sequence = np.arange(70, dtype=np.int32) // 6
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=sequence)
-    topology = mt.Topology(4, devices_per_node=2)
-    placement = mt.Placement(random_slots(rng, 2, 4, 8, spare=spare), num_experts=8)
-    other = mt.Placement(random_slots(rng, 2, 4, 8, spare=0), num_experts=8)
-    order = mixed_order(sequence, 70, seed=3)
-    oracle = _core.Replay(
-        placement.slots, 8, 3, topology.node_of_device.tolist(), window=window, split=split
-    )
-    oracle.push(np.ascontiguousarray(ids[order]))
-    load = oracle.finish()[1]
-    setting = [
-        replay_.Setting(each, topology, window, split, False, None, mixed_seed=3)
-        for each in (other, placement)
-    ]
-    [_, (counts, _)] = replay_.of_trace(trace, setting)
-    assert np.array_equal(counts.mixed, load)
-
-
 def test_progress_is_the_share_of_tokens(make_trace, monkeypatch):
     """It rises to one, and a reading serves all placements."""
     trace = make_trace(tokens=500, experts=4, layers=2)
@@ -188,6 +164,10 @@ def test_arrival_is_the_replay_of_tokens_in_that_order(split, spare, window, lab
     oracle = mt.evaluate(placement, served, mixed=False, **how)
     assert mixed.to_dict() == oracle.to_dict()
     assert mt.evaluate(placement, trace, arrival=1, **how).imbalance_mixed == mixed.imbalance
+    # As recorded, tokens are counted at their places in that order, beside another placement.
+    other = mt.Placement(random_slots(rng, 2, 4, 8, spare=0), num_experts=8)
+    [_, recorded] = evaluate_each([other, placement], trace, **how)
+    assert recorded.imbalance_mixed == mixed.imbalance
 
 
 @given(st.floats(0.01, 0.99), st.integers(1, 40))

@@ -9,23 +9,8 @@ import pytest
 
 import moetuner as mt
 from moetuner import cost
-from moetuner.cli import output
 from moetuner.files import jsonl
 from moetuner.solver.search.ties import TIE
-
-
-@pytest.fixture
-def ok(run, monkeypatch):
-    """Run a command that must succeed, and give its output."""
-    for name in ("FIRST_S", "INTERVAL_S"):
-        monkeypatch.setattr(output, name, 3600.0)
-
-    def ok(*arguments):
-        status, out, err = run(*arguments)
-        assert (status, err) == (0, "")
-        return out
-
-    return ok
 
 
 def test_dispatch_is_the_default_everywhere():
