@@ -535,10 +535,10 @@ WRONG = [
         ["solve", "trace.safetensors", "--devices", "4", "--method", "magic"],
         "got 'magic'",
     ),
-    (["solve", "trace.safetensors", "--devices", "4", "--max-imbalance", "0.5"], "0.5 is not in"),
+    (["solve", "trace.safetensors", "--devices", "4", "--max-imbalance", "0.5"], "a number from 1"),
     (
         ["solve", "trace.safetensors", "--devices", "4", "--max-imbalance", "nan"],
-        "nan is not a number",
+        "must be a number from 1, or inf for no cap, got 'nan'",
     ),
     (
         ["solve", "trace.safetensors", "--devices", "4", "--time-limit", "nan"],

@@ -92,7 +92,7 @@ def test_engine_is_a_default(ok, make_trace, tmp_path):
     mine = settings("--for", "tensorrt-llm", "--split", "even", "--arrival", "0.5")
     assert (mine["split"], mine["arrival"], mine["regime"]) == ("even", 0.5, "dispatch")
     text = ok("solve", trace, *about, "--for", "sglang", "--split", "even")
-    assert "; as you said: split even." in text
+    assert "; from your options: split even." in text
     text = ok(
         "compare", trace, "--devices", 4, "--for", "megatron", "--methods", "lpt", "--splits", 1
     )

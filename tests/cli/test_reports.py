@@ -230,8 +230,6 @@ def test_what_was_meant(run, trace, arguments, words):
 def test_help_has_all_options_once(ok, module):
     """Every option stands in one group or below "Other", in the order that a newcomer needs."""
     text = ok(module.command.name, "--help")
-    named = [name for names in module.command.groups.values() for name in names]
-    assert len(set(named)) == len(named)
     for option in module.command.params:
         if option.opts[0].startswith("--"):
             assert len(re.findall(rf"^  (-\w, )?{option.opts[0]}\b(?!-)", text, re.MULTILINE)) == 1

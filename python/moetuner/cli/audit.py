@@ -96,7 +96,7 @@ def command(
     baseline = None if baseline_file is None else source.load(baseline_file, topology)
     traffic, window = source.traffic, source.counted
     how = serving.arguments(traffic)
-    if serving.cost_model is None and serving.engine is None:
+    if not serving.has_times:
         how["cost_model"] = None
     with working("auditing"):
         found = audit(

@@ -23,16 +23,33 @@ from moetuner._checks import (
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation import copies
 from moetuner.evaluation.arrival import Arrival
-from moetuner.evaluation.copies import Split
+from moetuner.evaluation.copies import SPLITS, Split
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, filled
 from moetuner.problem import capacity
 from moetuner.problem.caps import Caps
 from moetuner.problem.objective import Goal, Objective, Remembered
 from moetuner.problem.pins import Pin, Rules, rules_of
+from moetuner.problem.settings import (
+    ENGINE,
+    GOAL,
+    MACHINE,
+    read_arrival,
+    read_cap,
+    read_count,
+    read_groups,
+    read_pin,
+    read_risk,
+    read_slots,
+    setting,
+)
 from moetuner.problem.windows import Risk, Windows, windows_of
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
+
+# Cap that the command line takes where traffic is minimised and none is given: without one, experts
+# that nobody uses would fill devices, and those that all use would share one.
+TRAFFIC_CAP = 1.05
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -105,19 +122,117 @@ class Problem(Frozen):
     statistics: RoutingStatistics
     topology: Topology
     _: KW_ONLY
-    slots_per_device: int | Sequence[int] | None = None
-    regime: Regime = "dispatch"
-    max_imbalance: float | None = None
-    objective: Goal | None = None
-    cost_model: CostModel | None = None
-    split: Split = "even"
-    extra_slots: int | None = None
-    arrival: Arrival = "bursts"
-    risk: Risk = "mean"
-    groups: Mapping[str, float] | Literal["minimax"] | None = None
-    pinned: Iterable[Pin] = ()
-    forbidden: Iterable[Pin] = ()
-    fill_slots: bool = False
+    slots_per_device: int | Sequence[int] | None = setting(
+        None,
+        MACHINE,
+        "Slots per device and layer: one number, or one for every device. Spare slots hold "
+        "copies of experts.  [default: just enough for one copy of each expert]",
+        read=read_slots,
+        rule="a number from 1, or one for every device as in 8,8,10,10",
+        metavar="S|S,S,...",
+    )
+    regime: Regime = setting(
+        "dispatch",
+        ENGINE,
+        "What tokens do after a layer: return to their home device, as in today's engines "
+        "(dispatch), or move on to the next expert, as in the paper (follow).  [default: "
+        "dispatch; follow for traffic where INPUT has counts of transitions only]",
+        choices=get_args(Regime),
+    )
+    max_imbalance: float | None = setting(
+        None,
+        GOAL,
+        "Cap on max / mean device load in every layer; inf for no cap.  "
+        f"[default: {TRAFFIC_CAP} for traffic, else no cap]",
+        read=read_cap,
+        rule="a number from 1, or inf for no cap",
+        metavar="X",
+    )
+    objective: Goal | None = setting(
+        None,
+        GOAL,
+        "What to minimise: predicted time of a layer, max / mean load, or traffic under "
+        "--max-imbalance.  [default: traffic with --max-imbalance, else time]",
+        choices=get_args(Goal),
+    )
+    cost_model: CostModel | None = setting(
+        None,
+        MACHINE,
+        "Cost model of a layer's time: a file, or a GPU and an expert's hidden and intermediate "
+        "sizes, such as h100:4096x1024 (8-bit weights).  [default: h100; sizes of INPUT's model, "
+        "else of DeepSeek-V3]",
+        metavar="FILE|GPU",
+    )
+    split: Split = setting(
+        "even",
+        ENGINE,
+        "How tokens are split over an expert's copies: by hash (even, vLLM), to the nearest "
+        "(SGLang), or in turns (round_robin, TensorRT-LLM).  [default: the engine's, else even]",
+        choices=SPLITS,
+    )
+    extra_slots: int | None = setting(
+        None,
+        MACHINE,
+        "Copies beyond one of each expert, over all layers, instead of --slots-per-device. They "
+        "go to the layers where they help most.",
+        read=read_count,
+        rule="a number from 0",
+        metavar="N",
+    )
+    arrival: Arrival = setting(
+        "bursts",
+        GOAL,
+        "Order in which traffic arrives: windows as recorded (bursts), windows of many sequences "
+        "at once (mixed), or both, with this weight of mixed ones.  [default: the engine's, else "
+        "bursts]",
+        read=read_arrival,
+        rule="bursts, mixed, or the weight of mixed from 0 to 1",
+        metavar="bursts|mixed|W",
+    )
+    risk: Risk = setting(
+        "mean",
+        GOAL,
+        "Minimise the mean over windows, or over the worst of them: 0.9 for the worst tenth.  "
+        "[default: mean]",
+        read=read_risk,
+        rule="mean, or a level from 0 to below 1",
+        metavar="mean|LEVEL",
+    )
+    groups: Mapping[str, float] | Literal["minimax"] | None = setting(
+        None,
+        GOAL,
+        "Minimise for the worst group of the traffic (minimax), or weigh groups; a group that is "
+        "not named has weight 1.",
+        read=read_groups,
+        rule="minimax, or NAME=WEIGHT,...",
+        metavar="minimax|NAME=W,...",
+    )
+    pinned: Iterable[Pin] = setting(
+        (),
+        ENGINE,
+        'Put a copy of the expert on the device; "*" for all layers. Repeatable.',
+        read=read_pin,
+        rule='LAYER:EXPERT:DEVICE in numbers, or "*" for all layers',
+        metavar="LAYER:EXPERT:DEVICE",
+        option="--pin",
+        repeatable=True,
+    )
+    forbidden: Iterable[Pin] = setting(
+        (),
+        ENGINE,
+        'Keep the expert off the device; "*" for all layers. Repeatable.',
+        read=read_pin,
+        rule='LAYER:EXPERT:DEVICE in numbers, or "*" for all layers',
+        metavar="LAYER:EXPERT:DEVICE",
+        option="--forbid",
+        repeatable=True,
+    )
+    fill_slots: bool = setting(
+        False,
+        MACHINE,
+        "Leave no slot empty, as engines need it: copies of experts with few tokens fill slots "
+        "in which no copy helps.",
+    )
 
     def __post_init__(self) -> None:
         counted = ", such as RoutingStatistics.from_trace(trace)"

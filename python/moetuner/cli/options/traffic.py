@@ -11,7 +11,18 @@ from typing import Any
 
 import click
 
-from moetuner.cli import options
+from moetuner.cli.options import (
+    IN_INPUT,
+    declared,
+    dense_layers_option,
+    hidden_layers_option,
+    layer_list,
+    num_experts_option,
+    option,
+    option_group,
+    threads_option,
+    top_k_option,
+)
 from moetuner.cli.output import shares, working
 from moetuner.evaluation import check_model
 from moetuner.files import naming, same_file
@@ -110,22 +121,50 @@ def describe(paths: Sequence[Path], traffic: Traffic) -> str:
         hidden, dense = left_out
         line += (
             "\nLayers without experts are left out; as options of export: "
-            f"--hidden-layers {hidden} --dense-layers {options.layer_list(dense)}"
+            f"--hidden-layers {hidden} --dense-layers {layer_list(dense)}"
         )
     return line
+
+
+def parse_files(
+    context: click.Context, parameter: click.Parameter, value: tuple[Path, ...]
+) -> tuple[Path, ...]:
+    """Refuse a file that is given twice: its tokens would count twice."""
+    for number, path in enumerate(value):
+        if any(same_file(path, other) for other in value[:number]):
+            raise click.BadParameter(f"must name every file once, got '{path}' twice.")
+    return value
 
 
 @dataclass(frozen=True)
 class Source:
     """INPUT, and how it is counted."""
 
-    input_files: tuple[Path, ...]
-    num_experts: int | None = None
-    top_k: int | None = None
-    hidden_layers: int | None = None
-    dense_layers: tuple[int, ...] | None = None
-    window: int | None = None
-    threads: int | None = None
+    input_files: tuple[Path, ...] = declared(
+        click.argument(
+            "input_files",
+            metavar="INPUT...",
+            type=IN_INPUT,
+            nargs=-1,
+            required=True,
+            callback=parse_files,
+        )
+    )
+    num_experts: int | None = declared(num_experts_option)
+    top_k: int | None = declared(top_k_option)
+    hidden_layers: int | None = declared(hidden_layers_option)
+    dense_layers: tuple[int, ...] | None = declared(dense_layers_option)
+    window: int | None = declared(
+        option(
+            "--window",
+            click.IntRange(min=1),
+            "TOKENS",
+            "Tokens per window; load is balanced in every window. Statistics have windows of their "
+            f"own.  [default: {WINDOW} for a trace]",
+            group="The goal",
+        )
+    )
+    threads: int | None = declared(threads_option)
 
     @cached_property
     def traffic(self) -> Traffic:
@@ -164,7 +203,7 @@ class Source:
 
     def words(self) -> str:
         """Return the options that read INPUT the same, a space in front of each."""
-        dense = options.layer_list(self.dense_layers)
+        dense = layer_list(self.dense_layers)
         given = {
             "--num-experts": self.num_experts,
             "--top-k": self.top_k,
@@ -178,7 +217,7 @@ class Source:
         traffic = self.traffic
         left_out = layers_left_out(traffic.ids) if isinstance(traffic, RoutingTrace) else None
         hidden, dense = left_out or (self.hidden_layers, self.dense_layers)
-        return str(hidden or "N"), options.layer_list(dense) or "A-B"
+        return str(hidden or "N"), layer_list(dense) or "A-B"
 
     def facts(self) -> dict[str, Any]:
         """Return kind and sizes, for JSON."""
@@ -189,44 +228,4 @@ class Source:
         return describe(self.input_files, self.traffic)
 
 
-def parse_files(
-    context: click.Context, parameter: click.Parameter, value: tuple[Path, ...]
-) -> tuple[Path, ...]:
-    """Refuse a file that is given twice: its tokens would count twice."""
-    for number, path in enumerate(value):
-        if any(same_file(path, other) for other in value[:number]):
-            raise click.BadParameter(f"must name every file once, got '{path}' twice.")
-    return value
-
-
-traffic_options = options.gathered(
-    "source",
-    Source,
-    (
-        click.argument(
-            "input_files",
-            metavar="INPUT...",
-            type=options.IN_INPUT,
-            nargs=-1,
-            required=True,
-            callback=parse_files,
-        ),
-        click.option(
-            "--num-experts",
-            type=click.IntRange(1, 65536),
-            metavar="E",
-            help="Experts per layer, where INPUT does not say (.npy).",
-        ),
-        options.top_k_option,
-        options.hidden_layers_option,
-        options.dense_layers_option,
-        click.option(
-            "--window",
-            type=click.IntRange(min=1),
-            metavar="TOKENS",
-            help=f"Tokens whose load is balanced together; a trace is cut into {WINDOW} by "
-            "default, statistics have their own.",
-        ),
-        options.threads_option,
-    ),
-)
+traffic_options = option_group("source", Source)
