@@ -119,7 +119,7 @@ def command(
     report_file: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Advise whether a better placement of experts is worth a trial on traffic like INPUT.
+    """Advise whether a better placement is worth a trial.
 
     Placements are computed from half of INPUT and judged on the other, over several splits. The
     answer is "worth a trial", "not now" or "not enough evidence", with reasons, what copies of

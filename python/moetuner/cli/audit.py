@@ -83,7 +83,7 @@ def command(
     seed: int,
     json_file: Path | None,
 ) -> int:
-    """Show which groups of INPUT a placement serves worse than a baseline, and by how much.
+    """Show which groups a placement serves worse.
 
     Lower is better for every measure. Times are compared with --cost-model or --for. Intervals are
     of each change by itself: 95 %, over whole sequences (without sequence labels: over blocks of

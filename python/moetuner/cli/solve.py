@@ -93,10 +93,10 @@ def command(
     report_file: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Compute a placement for all of INPUT and write it.
+    """Compute a placement and write it.
 
-    Ctrl-C writes the best placement so far. "moetuner compare" says what to expect on traffic that
-    the solver has not seen.
+    The placement is computed for all of INPUT. Ctrl-C writes the best placement so far. "moetuner
+    compare" says what to expect on traffic that the solver has not seen.
     """
     initial, window, threads = moving.initial(), source.counted, source.threads
     problem = wanted.problem(source.traffic, machine.topology(), window=window, threads=threads)

@@ -307,15 +307,15 @@ class Problem(Frozen):
 
     @property
     def may_copy(self) -> bool:
-        """Whether slots beyond one for each expert hold copies: where somebody has asked for slots.
+        """Whether slots beyond one for each expert hold copies: where slots are given.
 
         Those that are left over only because experts do not divide by devices stay empty, unless
         all are to be full, or an expert is pinned to several devices.
         """
         given = (self.slots_per_device, self.extra_slots, self.topology.slots_per_device)
-        asked = self.fill_slots or any(slots is not None for slots in given)
+        wanted = self.fill_slots or any(slots is not None for slots in given)
         spare = (self.capacity.sum(axis=1) > self.experts).any()
-        return bool(spare) and (asked or self.rules.ask_for_copies)
+        return bool(spare) and (wanted or self.rules.ask_for_copies)
 
     @property
     def stays_single(self) -> bool:
@@ -374,7 +374,6 @@ class Problem(Frozen):
         ValueError
             If the placement is of another model or machine.
         """
-        instance("placement", placement, Placement)
         self.check_shape(placement)
         return (
             *capacity.violations(placement, self.capacity, fill_slots=self.fill_slots),
@@ -385,24 +384,21 @@ class Problem(Frozen):
     def check_shape(self, placement: Placement, name: str = "placement") -> None:
         """Raise ValueError if a placement, of this name, is of another model or machine."""
         instance(name, placement, Placement)
-        found = (placement.layers, placement.num_experts, placement.devices)
-        wanted = (self.layers, self.experts, self.devices)
-        if found != wanted:
+        has = (placement.layers, placement.num_experts, placement.devices)
+        wants = (self.layers, self.experts, self.devices)
+        if has != wants:
             raise ValueError(
-                f"{name} must have {wanted[0]} layers, {wanted[1]} experts and {wanted[2]} "
-                f"devices like the problem, got {found[0]}, {found[1]} and {found[2]}"
+                f"{name} must have {wants[0]} layers, {wants[1]} experts and {wants[2]} "
+                f"devices like the problem, got {has[0]}, {has[1]} and {has[2]}"
             )
 
     def check_running(self, initial: Placement) -> None:
         """Raise ValueError if ``initial`` is of another model or machine, or beyond the slots."""
-        instance("initial", initial, Placement)
         self.check_shape(initial, "initial")
-        held = (initial.slots != EMPTY).sum(axis=2)
-        full = np.argwhere(held > self.capacity)
-        if full.size:
-            layer, device = full[0]
+        count = (initial.slots != EMPTY).sum(axis=2)
+        for layer, device in np.argwhere(count > self.capacity):
             raise ValueError(
-                f"initial has {held[layer, device]} experts of layer {layer} on device {device}, "
+                f"initial has {count[layer, device]} experts of layer {layer} on device {device}, "
                 f"which has {self.capacity[layer, device]} slots"
             )
 
@@ -432,7 +428,7 @@ class Problem(Frozen):
         """
         if not self.may_copy or self.rules.ask_for_copies:
             return None
-        arguments = {each.name: getattr(self, each.name) for each in fields(self)}
+        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
         return _SingleCopies(**{**arguments, "fill_slots": False})
 
 

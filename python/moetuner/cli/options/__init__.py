@@ -18,6 +18,7 @@ from moetuner.cli.options.paths import IN_FILE as IN_FILE
 from moetuner.cli.options.paths import IN_INPUT as IN_INPUT
 from moetuner.cli.options.paths import InFile as InFile
 from moetuner.cli.options.paths import OutFile as OutFile
+from moetuner.formats.hints import Hints
 from moetuner.report.page import check_libraries
 from moetuner.report.page.figures import check_figures
 
@@ -308,6 +309,14 @@ json_option = option(
     'Write all results as JSON; "-" writes them to standard output, and nothing else.',
     name="json_file",
 )
+trace_option = option(
+    "--out",
+    OutFile(".safetensors"),
+    "TRACE",
+    "Write the trace to this file, ending in .safetensors.",
+    name="out_file",
+    required=True,
+)
 figures_option = option(
     "--figures",
     click.Path(file_okay=False, writable=True, path_type=Path),
@@ -324,6 +333,19 @@ report_option = option(
     name="report_file",
     callback=needs_report,
 )
+HINTS = {
+    "num_experts": num_experts_option,
+    "top_k": top_k_option,
+    "hidden_layers": hidden_layers_option,
+    "dense_layers": dense_layers_option,
+}
+
+
+def hint_options(*names: str) -> Decorator:
+    """Return a decorator of options for what files leave out, which arrive as ``hints``."""
+    return option_group("hints", Hints, {name: HINTS[name] for name in names or HINTS})
+
+
 time_limit_option = option(
     "--time-limit",
     Number(min=0, infinite=True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,12 @@ class Moving:
         0.0,
     )
     expert_bytes: float | None = declared(expert_bytes_option)
-    wants_pareto: bool = declared(
+    pareto: bool = declared(
         option(
             "--pareto",
             None,
             None,
             "Also show what fewer or more moves would gain.",
-            name="wants_pareto",
             group=RUNNING,
             is_flag=True,
         ),
@@ -80,16 +79,11 @@ class Moving:
 
     def __post_init__(self) -> None:
         if self.initial_file is None:
-            given = {
-                "--move-budget": self.move_budget is not None,
-                "--move-cost": self.move_cost > 0,
-                "--expert-bytes": self.expert_bytes is not None,
-                "--pareto": self.wants_pareto,
-            }
-            for name, is_given in given.items():
-                if is_given:
+            for of in fields(self):
+                if getattr(self, of.name) != of.default:
+                    flag = "--" + of.name.replace("_", "-")
                     raise click.UsageError(
-                        f"'{name}' needs '--initial', the placement to move from."
+                        f"'{flag}' needs '--initial', the placement to move from."
                     )
 
     def initial(self) -> Placement | None:
@@ -131,7 +125,7 @@ class Moving:
         output.say(_sentence(diff, problem.topology, moved))
         show_pairs(output, diff)
         contents: dict[str, Any] = {"moves": {**diff.to_dict(), "bytes_moved": moved}}
-        if not self.wants_pareto or result.status == "interrupted":
+        if not self.pareto or result.status == "interrupted":
             return contents, ()
         with working("weighing moves"):
             trades = pareto(problem, initial, expert_bytes=self.unit_bytes, **how)

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from moetuner.cli.options import (
+    HINTS,
     IN_INPUT,
     declared,
     dense_layers_option,
@@ -77,43 +78,43 @@ def count(
 
 def facts(paths: Sequence[Path], traffic: Traffic) -> dict[str, Any]:
     """Return kind and sizes, for JSON."""
-    files = {"file": str(paths[0]), "files": [str(path) for path in paths]}
-    common = {**files, "model": traffic.model, "layers": traffic.layers}
-    groups = list(traffic.group_names) if traffic.group is not None else []
+    common = {
+        "file": str(paths[0]),
+        "files": [str(path) for path in paths],
+        "model": traffic.model,
+        "layers": traffic.layers,
+        "experts": traffic.num_experts,
+        "groups": list(traffic.group_names) if traffic.group is not None else [],
+    }
     if isinstance(traffic, RoutingStatistics):
-        return {
-            **common,
-            "kind": "load table" if traffic.transitions is None else "statistics",
-            "experts": traffic.experts,
-            "windows": traffic.windows,
-            "groups": groups,
-        }
+        kind = "load table" if traffic.transitions is None else "statistics"
+        return {**common, "kind": kind, "windows": traffic.windows}
     return {
         **common,
         "kind": "trace",
-        "experts": traffic.num_experts,
         "top_k": traffic.top_k,
         "tokens": traffic.tokens,
         "sequences": None if traffic.sequence is None else len(set(traffic.sequence.tolist())),
-        "groups": groups,
     }
 
 
 def describe(paths: Sequence[Path], traffic: Traffic) -> str:
     """Describe files in a line."""
     of = facts(paths, traffic)
-    parts = []
-    if "tokens" in of:
-        parts.append(counted(of["tokens"], "token"))
-    if of.get("windows"):
-        parts.append(counted(of["windows"], "window"))
-    parts += [counted(of["layers"], "layer"), counted(of["experts"], "expert")]
-    if "top_k" in of:
-        parts.append(f"top-{of['top_k']}")
-    if of.get("sequences"):
-        parts.append(counted(of["sequences"], "sequence"))
-    if of["groups"]:
-        parts.append(counted(len(of["groups"]), "group"))
+    sizes = {
+        "token": of.get("tokens"),
+        "window": of.get("windows"),
+        "layer": of["layers"],
+        "expert": of["experts"],
+        "top": of.get("top_k"),
+        "sequence": of.get("sequences"),
+        "group": len(of["groups"]),
+    }
+    parts = [
+        f"top-{size}" if what == "top" else counted(size, what)
+        for what, size in sizes.items()
+        if size
+    ]
     model = f" of {name(of['model'])}" if of["model"] else ""
     line = f"{names(paths)}: {of['kind']}{model}, {', '.join(parts)}"
     left_out = layers_left_out(traffic.ids) if isinstance(traffic, RoutingTrace) else None
@@ -169,14 +170,8 @@ class Source:
     @cached_property
     def traffic(self) -> Traffic:
         """What INPUT holds."""
-        return read(
-            self.input_files,
-            window=self.window,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            hidden_layers=self.hidden_layers,
-            dense_layers=self.dense_layers,
-        )
+        hints = {name: getattr(self, name) for name in HINTS}
+        return read(self.input_files, window=self.window, **hints)
 
     @property
     def counted(self) -> int | None:
@@ -203,14 +198,13 @@ class Source:
 
     def words(self) -> str:
         """Return the options that read INPUT the same, a space in front of each."""
-        dense = layer_list(self.dense_layers)
-        given = {
-            "--num-experts": self.num_experts,
-            "--top-k": self.top_k,
-            "--hidden-layers": self.hidden_layers,
-            "--dense-layers": dense,
-        }
-        return "".join(f" {name} {value}" for name, value in given.items() if value is not None)
+        hints = {name: getattr(self, name) for name in HINTS}
+        hints["dense_layers"] = layer_list(self.dense_layers)
+        return "".join(
+            f" --{name.replace('_', '-')} {value}"
+            for name, value in hints.items()
+            if value is not None
+        )
 
     def layer_words(self) -> tuple[str, str]:
         """Return the model's hidden layers and the dense ones as options take them."""
