@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -23,7 +22,7 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.outcome import Outcome, head, remarks, sentences, slower
-from moetuner.solver import ALIASES, METHODS, Result, Trade
+from moetuner.solver import ALIASES, METHODS, Result
 
 FLATTERED = (
     "The traffic that the placement was computed from, which flatters it; moetuner advise judges "
@@ -114,24 +113,14 @@ def command(
     result.placement.save(out_file)
     output.say()
     page = options.has_page(report_file)
-    running = initial if page else None
-    if initial is None:
-        running = contiguous(result.placement)  # experts in blocks, as engines load them
     try:
-        before, outcomes = _judge(
-            result, running, source, problem, seed=search.seed, threads=threads
-        )
+        before, outcomes = _judge(_running(result, initial, page=page), result, source, problem)
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     _show(output, problem, outcomes, before if initial is None else None)
-    moves: dict[str, Any] = {}
-    trades: tuple[Trade, ...] = ()
-    if initial is not None:
-        moves, trades = moving.show(output, problem, initial, result, **how)
+    moves, trades = moving.show(output, problem, initial, result, **how)
     output.say(f"wrote {out_file}")
-    failure = None
-    if certificate_file is not None:
-        failure = _prove(problem, result, certificate_file, output)
+    failure = _prove(problem, result, certificate_file, output) if certificate_file else None
     settings = {**wanted.problem_settings(problem), **moving.settings(), "window": window, **how}
     contents = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
     contents |= {"method": method, **outcomes[-1].to_dict(), **moves}
@@ -153,22 +142,28 @@ def command(
         raise click.ClickException(failure)
 
 
+def _running(result: Result, initial: Placement | None, *, page: bool) -> Result | None:
+    """Return what runs if nothing is done, if anything is said of it: a placement, else blocks."""
+    if initial is None:
+        return replace(result, placement=contiguous(result.placement), method="contiguous")
+    return replace(result, placement=initial, method="running") if page else None
+
+
 def _judge(
-    result: Result, running: Placement | None, source: Source, problem: Problem, **how: Any
+    running: Result | None, result: Result, source: Source, problem: Problem
 ) -> tuple[Outcome, list[Outcome]]:
-    """Replay what runs, if it is wanted, method contiguous, and a result.
+    """Replay what runs, method contiguous, and a result.
 
     Returns
     -------
     before, rows
-        What runs, if it is wanted; the rows of the table, of which the last is the result's.
+        What runs, if it is given; the rows of the table, of which the last is the result's.
     """
-    rows, more = [result], []
+    rows, more, threads = [result], [], source.threads
     if result.method != "contiguous" and result.status != "interrupted":
-        rows.insert(0, solve_with("contiguous", problem, **how))
-    if running is not None and not np.array_equal(rows[0].placement.slots, running.slots):
-        more = [replace(result, placement=running, method="running")]
-    threads = source.threads
+        rows.insert(0, solve_with("contiguous", problem, threads=threads))
+    if running is not None and not np.array_equal(rows[0].placement.slots, running.placement.slots):
+        more = [running]
     outcomes = judge(
         [*more, *rows], problem, source.traffic, window=source.replayed, threads=threads
     )

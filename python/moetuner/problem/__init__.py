@@ -34,11 +34,11 @@ from moetuner.problem.settings import (
     ENGINE,
     GOAL,
     MACHINE,
+    PIN,
     read_arrival,
     read_cap,
     read_count,
     read_groups,
-    read_pin,
     read_risk,
     read_slots,
     setting,
@@ -66,42 +66,46 @@ class Problem(Frozen):
     topology
         The devices and links.
     slots_per_device
-        Slots of a device in a layer, S, or of every device [D], for experts and further copies of
-        them; by default those of the topology, else just enough for one copy of each expert.
+        Slots per device and layer: one number, or one for every device [D]. Spare slots hold
+        copies of experts. By default those of the topology, else just enough for one copy of each
+        expert.
     regime
-        ``"dispatch"``: a token is sent from its home device to every distinct device of its experts
-        and comes back, as in today's engines, so co-activation saves. ``"follow"``: its state moves
-        on from expert to expert, as in the paper, so transitions cost.
+        What tokens do after a layer. dispatch: they return to their home device, as in today's
+        engines, so co-activation saves traffic. follow: they move on to the next expert, as in the
+        paper, so transitions cost.
     max_imbalance
-        Cap on max / mean device load in every layer, on the sum of all windows; None for no cap.
+        Cap on max / mean device load in every layer, on the sum of all windows.
     objective
-        ``"time"``: predicted microseconds of a layer, as ``evaluate`` predicts them; a large
-        problem is searched for what comes near it and adds up. ``"balance"``: max / mean device
-        load, over windows. ``"traffic"``: share of the traffic that leaves its device, under the
-        cap. By default traffic where ``max_imbalance`` is given, else time.
+        What to minimise. time: predicted microseconds of a layer, as ``evaluate`` predicts them; a
+        large problem is searched for what comes near it and adds up. balance: max / mean device
+        load, over windows. traffic: share of the traffic that leaves its device, under the cap. By
+        default traffic if there is a cap, else time.
     cost_model
-        What time is made of; by default H100 with the experts of the statistics' model, or of
-        DeepSeek-V3 where that is not known.
+        Cost model of a layer's time. By default an H100's with the experts of the statistics'
+        model, or of DeepSeek-V3 if that is not known.
     split
-        Which copy of an expert serves a token: ``"even"`` (vLLM), ``"nearest"`` (SGLang),
-        ``"round_robin"`` (TensorRT-LLM).
+        How tokens are split over an expert's copies: by hash (even, vLLM), to the nearest (nearest,
+        SGLang), or in turns (round_robin, TensorRT-LLM).
     extra_slots
-        Instead of ``slots_per_device``: copies beyond one of each expert, over all layers, which go
-        to the layers where they help most. Every device gets as many over all layers, or one more.
+        Copies beyond one of each expert, over all layers, instead of slots per device. They go to
+        the layers where they help most. Every device gets as many over all layers, or one more.
     arrival
-        How traffic arrives: ``"bursts"``, window after window as recorded; ``"mixed"``, many
-        sequences at once; or the weight of mixed windows, from 0 to 1.
+        Order in which traffic arrives: windows as recorded (bursts), windows of many sequences at
+        once (mixed), or both, with this weight of mixed ones from 0 to 1.
     risk
-        ``"mean"`` over windows, or the level of the conditional value at risk: 0.9 is the mean of
-        the worst tenth.
+        Minimise the mean over windows, or over the worst of them: 0.9 for the worst tenth (the
+        conditional value at risk).
     groups
-        Weight of every group of windows, by name (those not named count as 1 times their tokens);
-        or ``"minimax"`` for the worst group's outcome.
-    pinned, forbidden
-        (layer, expert, device): the expert has a copy there, or has none; layer None for all.
+        Minimise for the worst group of the traffic (minimax), or weigh groups by name. A group that
+        is not named has weight 1 per token.
+    pinned
+        Put a copy of the expert on the device: (layer, expert, device), with None or * for all
+        layers.
+    forbidden
+        Keep the expert off the device: (layer, expert, device), with None or * for all layers.
     fill_slots
-        Whether every slot is to be full, as engines have it: where a copy is of no use, one of an
-        expert with few tokens fills it.
+        Leave no slot empty, as engines need it: copies of experts with few tokens fill slots in
+        which no copy helps.
 
     Raises
     ------
@@ -125,8 +129,6 @@ class Problem(Frozen):
     slots_per_device: int | Sequence[int] | None = setting(
         None,
         MACHINE,
-        "Slots per device and layer: one number, or one for every device. Spare slots hold "
-        "copies of experts.  [default: just enough for one copy of each expert]",
         read=read_slots,
         rule="a number from 1, or one for every device as in 8,8,10,10",
         metavar="S|S,S,...",
@@ -134,57 +136,29 @@ class Problem(Frozen):
     regime: Regime = setting(
         "dispatch",
         ENGINE,
-        "What tokens do after a layer: return to their home device, as in today's engines "
-        "(dispatch), or move on to the next expert, as in the paper (follow).  [default: "
-        "dispatch; follow for traffic where INPUT has counts of transitions only]",
+        "dispatch; follow for traffic if INPUT has only counts of transitions",
         choices=get_args(Regime),
     )
     max_imbalance: float | None = setting(
         None,
         GOAL,
-        "Cap on max / mean device load in every layer; inf for no cap.  "
-        f"[default: {TRAFFIC_CAP} for traffic, else no cap]",
+        f"{TRAFFIC_CAP} for traffic, else no cap",
         read=read_cap,
         rule="a number from 1, or inf for no cap",
         metavar="X",
     )
-    objective: Goal | None = setting(
-        None,
-        GOAL,
-        "What to minimise: predicted time of a layer, max / mean load, or traffic under "
-        "--max-imbalance.  [default: traffic with --max-imbalance, else time]",
-        choices=get_args(Goal),
-    )
+    objective: Goal | None = setting(None, GOAL, choices=get_args(Goal))
     cost_model: CostModel | None = setting(
-        None,
-        MACHINE,
-        "Cost model of a layer's time: a file, or a GPU and an expert's hidden and intermediate "
-        "sizes, such as h100:4096x1024 (8-bit weights).  [default: h100; sizes of INPUT's model, "
-        "else of DeepSeek-V3]",
-        metavar="FILE|GPU",
+        None, MACHINE, metavar="FILE|GPU|GPU:HIDDENxINTERMEDIATE"
     )
-    split: Split = setting(
-        "even",
-        ENGINE,
-        "How tokens are split over an expert's copies: by hash (even, vLLM), to the nearest "
-        "(SGLang), or in turns (round_robin, TensorRT-LLM).  [default: the engine's, else even]",
-        choices=SPLITS,
-    )
+    split: Split = setting("even", ENGINE, "the engine's, else even", choices=SPLITS)
     extra_slots: int | None = setting(
-        None,
-        MACHINE,
-        "Copies beyond one of each expert, over all layers, instead of --slots-per-device. They "
-        "go to the layers where they help most.",
-        read=read_count,
-        rule="a number from 0",
-        metavar="N",
+        None, MACHINE, read=read_count, rule="a number from 0", metavar="N"
     )
     arrival: Arrival = setting(
         "bursts",
         GOAL,
-        "Order in which traffic arrives: windows as recorded (bursts), windows of many sequences "
-        "at once (mixed), or both, with this weight of mixed ones.  [default: the engine's, else "
-        "bursts]",
+        "the engine's, else bursts",
         read=read_arrival,
         rule="bursts, mixed, or the weight of mixed from 0 to 1",
         metavar="bursts|mixed|W",
@@ -192,8 +166,7 @@ class Problem(Frozen):
     risk: Risk = setting(
         "mean",
         GOAL,
-        "Minimise the mean over windows, or over the worst of them: 0.9 for the worst tenth.  "
-        "[default: mean]",
+        "mean",
         read=read_risk,
         rule="mean, or a level from 0 to below 1",
         metavar="mean|LEVEL",
@@ -201,38 +174,13 @@ class Problem(Frozen):
     groups: Mapping[str, float] | Literal["minimax"] | None = setting(
         None,
         GOAL,
-        "Minimise for the worst group of the traffic (minimax), or weigh groups; a group that is "
-        "not named has weight 1.",
         read=read_groups,
         rule="minimax, or NAME=WEIGHT,...",
         metavar="minimax|NAME=W,...",
     )
-    pinned: Iterable[Pin] = setting(
-        (),
-        ENGINE,
-        'Put a copy of the expert on the device; "*" for all layers. Repeatable.',
-        read=read_pin,
-        rule='LAYER:EXPERT:DEVICE in numbers, or "*" for all layers',
-        metavar="LAYER:EXPERT:DEVICE",
-        option="--pin",
-        repeatable=True,
-    )
-    forbidden: Iterable[Pin] = setting(
-        (),
-        ENGINE,
-        'Keep the expert off the device; "*" for all layers. Repeatable.',
-        read=read_pin,
-        rule='LAYER:EXPERT:DEVICE in numbers, or "*" for all layers',
-        metavar="LAYER:EXPERT:DEVICE",
-        option="--forbid",
-        repeatable=True,
-    )
-    fill_slots: bool = setting(
-        False,
-        MACHINE,
-        "Leave no slot empty, as engines need it: copies of experts with few tokens fill slots "
-        "in which no copy helps.",
-    )
+    pinned: Iterable[Pin] = setting((), ENGINE, option="--pin", **PIN)
+    forbidden: Iterable[Pin] = setting((), ENGINE, option="--forbid", **PIN)
+    fill_slots: bool = setting(False, MACHINE)
 
     def __post_init__(self) -> None:
         counted = ", such as RoutingStatistics.from_trace(trace)"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from moetuner.evaluation.arrival import share_mixed
@@ -16,14 +18,14 @@ MACHINE, GOAL, ENGINE = "The machine", "The goal", "The engine"
 
 @dataclass(frozen=True)
 class Setting:
-    """How a field of a problem is given as text.
+    """How a field of a problem is given as text; its help is what the docstring says of it.
 
     Parameters
     ----------
     group
         Group of the help that it is in.
-    help
-        Sentence for ``--help``.
+    default_text
+        What is taken without it; empty if the docstring says it.
     choices
         Words that it may be.
     read
@@ -36,16 +38,19 @@ class Setting:
         Its option; by default its name.
     repeatable
         Whether the option may be given several times.
+    help
+        The help, once it is read.
     """
 
     group: str
-    help: str
+    default_text: str = ""
     choices: tuple[str, ...] = ()
     read: Callable[[str], Any] | None = None
     rule: str = ""
     metavar: str | None = None
     option: str = ""
     repeatable: bool = False
+    help: str = ""
 
 
 def setting(default: Any, *arguments: Any, **others: Any) -> Any:
@@ -54,8 +59,28 @@ def setting(default: Any, *arguments: Any, **others: Any) -> Any:
 
 
 def settings_of(kind: Any) -> dict[str, Setting]:
-    """Return the settings among the fields of a dataclass, by name."""
-    return {of.name: of.metadata["setting"] for of in fields(kind) if "setting" in of.metadata}
+    """Return the settings among the fields of a dataclass, by name, with their help."""
+    texts, settings = parameters_of(kind), {}
+    for of in fields(kind):
+        if "setting" in of.metadata:
+            row = of.metadata["setting"]
+            default = f"  [default: {row.default_text}]" if row.default_text else ""
+            settings[of.name] = replace(row, help=texts.get(of.name, "") + default)
+    return settings
+
+
+def parameters_of(kind: Any) -> dict[str, str]:
+    """Return what a docstring says of parameters, by name, without markup and shapes."""
+    texts: dict[str, str] = {}
+    names: list[str] = []
+    _, _, section = inspect.cleandoc(kind.__doc__ or "").partition("Parameters\n----------\n")
+    for line in section.partition("\n\n")[0].splitlines():
+        if not line.startswith(" "):
+            names = line.split(", ")
+        for name in names:
+            texts[name] = f"{texts[name]} {line.strip()}".strip() if line.startswith(" ") else ""
+    markup = re.compile(r'``"?|"?``| \[[A-Z](,[A-Z])*\]')
+    return {name: markup.sub("", text) for name, text in texts.items()}
 
 
 def read_count(text: str) -> int:
@@ -107,3 +132,13 @@ def read_pin(text: str) -> Pin:
     """Read a layer, an expert and a device."""
     layer, expert, device = text.split(":")
     return (None if layer == "*" else read_count(layer), read_count(expert), read_count(device))
+
+
+# What pins and bans have in common.
+PIN: dict[str, Any] = {
+    "read": read_pin,
+    "rule": 'LAYER:EXPERT:DEVICE in numbers, or "*" for all layers',
+    "metavar": "LAYER:EXPERT:DEVICE",
+    "default_text": "none; may be repeated",
+    "repeatable": True,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from moetuner.cli.options.paths import IN_INPUT as IN_INPUT
 from moetuner.cli.options.paths import InFile as InFile
 from moetuner.cli.options.paths import OutFile as OutFile
 from moetuner.formats.hints import Hints
+from moetuner.problem.settings import parameters_of
 from moetuner.report.page import check_libraries
 from moetuner.report.page.figures import check_figures
 
@@ -84,9 +86,34 @@ def option(
     return click.option(*names, type=kind, metavar=metavar, help=text, cls=Option, **others)
 
 
-def declared(decorator: Decorator, default: Any = None) -> Any:
-    """Return a dataclass's field whose value an option gives; both have the same name."""
-    return field(default=default, metadata={"option": decorator})
+def declared(kind: Any, metavar: str | None = None, *, default: Any = None, **others: Any) -> Any:
+    """Return a dataclass's field that is an option too; its help is what the docstring says of it.
+
+    Parameters
+    ----------
+    kind, metavar
+        Type, and value in ``--help``; ``kind`` may be an option that other commands have too.
+    default
+        Of field and option.
+    others
+        ``flag``, by default the field's name, and what ``option`` takes.
+    """
+    return field(default=default, metadata={"option": (kind, metavar, others)})
+
+
+def _options_of(kind: Any) -> dict[str, Decorator]:
+    """Return the options that a dataclass declares, by field."""
+    texts, options = parameters_of(kind), {}
+    for of in fields(kind):
+        value, metavar, others = of.metadata["option"]
+        if not inspect.isfunction(value):
+            flag = others.get("flag", "--" + of.name.replace("_", "-"))
+            others = {name: other for name, other in others.items() if name != "flag"}
+            text = re.sub(r" \[(?=default|required)", "  [", texts.get(of.name, ""))
+            others |= {"name": of.name, "default": of.default}
+            value = option(flag, value, metavar, text, **others)
+        options[of.name] = value
+    return options
 
 
 def option_group(
@@ -101,19 +128,17 @@ def option_group(
     kind
         What makes it of the options' values.
     options
-        Decorators by parameter, in the order of help; by default those ``declared`` as fields.
+        Decorators by parameter, in the order of help; by default those ``declared`` by ``kind``.
     """
-    if options is None:
-        declarations = {of.name: of.metadata for of in fields(kind)}  # type: ignore[arg-type]
-        options = {of: data["option"] for of, data in declarations.items() if "option" in data}
+    of = _options_of(kind) if options is None else options
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def gather(**values: Any) -> Any:
-            return command(**{name: kind(**{of: values.pop(of) for of in options}), **values})
+            return command(**{name: kind(**{key: values.pop(key) for key in of}), **values})
 
         decorated: Callable[..., Any] = gather
-        for decorator in reversed([*options.values()]):
+        for decorator in reversed([*of.values()]):
             decorated = decorator(decorated)
         return decorated
 
@@ -283,25 +308,35 @@ threads_option = option(
     "Threads; results do not depend on them.  [default: all cores]",
     group=SEARCH,
 )
-num_experts_option = option(
-    "--num-experts", SIZE, "E", "Experts per layer, if the input does not say (.npy)."
-)
-top_k_option = option(
-    "--top-k",
-    SIZE,
-    "K",
-    "Experts per token and layer, if the input does not say (SGLang's responses).",
-)
-hidden_layers_option = option(
-    "--hidden-layers", SIZE, "N", "Layers of the model, dense ones included."
-)
-dense_layers_option = option(
-    "--dense-layers",
-    str,
-    "A-B,C,...|none",
-    "Hidden layers without experts, for engines that count them too.",
-    callback=parsed(read_layers, "numbers as in 0-2,5, or none"),
-)
+# What files may leave out, as fields of `Hints`.
+HINTS = {
+    "num_experts": option(
+        "--num-experts", SIZE, "E", "Experts per layer, if the input does not say (.npy)."
+    ),
+    "top_k": option(
+        "--top-k",
+        SIZE,
+        "K",
+        "Experts per token and layer, if the input does not say (SGLang's responses).",
+    ),
+    "hidden_layers": option(
+        "--hidden-layers", SIZE, "N", "Layers of the model, dense ones included."
+    ),
+    "dense_layers": option(
+        "--dense-layers",
+        str,
+        "A-B,C,...|none",
+        "Hidden layers without experts, for engines that count them too.",
+        callback=parsed(read_layers, "numbers as in 0-2,5, or none"),
+    ),
+}
+
+
+def hint_options(*names: str) -> Decorator:
+    """Return a decorator of options for what files leave out, which arrive as ``hints``."""
+    return option_group("hints", Hints, {name: HINTS[name] for name in names or HINTS})
+
+
 json_option = option(
     "--json",
     OutFile(standard_output=True),
@@ -333,34 +368,20 @@ report_option = option(
     name="report_file",
     callback=needs_report,
 )
-HINTS = {
-    "num_experts": num_experts_option,
-    "top_k": top_k_option,
-    "hidden_layers": hidden_layers_option,
-    "dense_layers": dense_layers_option,
-}
-
-
-def hint_options(*names: str) -> Decorator:
-    """Return a decorator of options for what files leave out, which arrive as ``hints``."""
-    return option_group("hints", Hints, {name: HINTS[name] for name in names or HINTS})
-
-
-time_limit_option = option(
-    "--time-limit",
-    Number(min=0, infinite=True),
-    "SECONDS",
-    "Time limit per solve, in seconds. Results then depend on the machine.",
-    group=SEARCH,
-)
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How placements are searched: arguments of ``solve``."""
+    """How placements are searched: arguments of ``solve``.
 
-    seed: int = declared(seed_option, 0)
-    time_limit: float | None = declared(time_limit_option)
+    Parameters
+    ----------
+    time_limit
+        Time limit per solve, in seconds. Results then depend on the machine.
+    """
+
+    seed: int = declared(seed_option, default=0)
+    time_limit: float | None = declared(Number(min=0, infinite=True), "SECONDS", group=SEARCH)
 
 
 search_options = option_group("search", SearchOptions)

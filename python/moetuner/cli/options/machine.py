@@ -12,14 +12,14 @@ from typing import Any
 import click
 
 from moetuner._checks import DEVICE_LIMIT
-from moetuner.cli.options import completing, declared, option, option_group
+from moetuner.cli.options import completing, declared, option_group
 from moetuner.cli.options.paths import register_path
 from moetuner.cli.options.traffic import Traffic
 from moetuner.cost import DEFAULT_GPU, CostModel, cost_model_of
 from moetuner.presets import GPUS, MACHINES
+from moetuner.problem.settings import MACHINE
 from moetuner.topology import Topology
 
-GROUP = "The machine"
 DEVICES = click.IntRange(1, DEVICE_LIMIT)
 # Where the context has the text of --topology.
 TOPOLOGY = f"{__name__}.topology"
@@ -85,32 +85,28 @@ def cost_model_for(given: CostModel | str | None, traffic: Traffic) -> CostModel
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices and links, as far as options give them."""
+    """Devices and links, as far as options give them.
 
-    devices: int | None = declared(
-        option(
-            "--devices",
-            DEVICES,
-            "N",
-            "Number of devices.  [required, unless --topology or a placement says it]",
-            group=GROUP,
-        )
-    )
-    devices_per_node: int | None = declared(
-        option("--devices-per-node", DEVICES, "M", "Devices per node.", group=GROUP)
-    )
+    Parameters
+    ----------
+    devices
+        Number of devices. [required, unless --topology or a placement says it]
+    devices_per_node
+        Devices per node.
+    machine
+        Devices and links: a JSON or TOML file, or a common machine and its number of nodes, such as
+        h100-nvl8-ib400:2.
+    """
+
+    devices: int | None = declared(DEVICES, "N", group=MACHINE)
+    devices_per_node: int | None = declared(DEVICES, "M", group=MACHINE)
     machine: Topology | None = declared(
-        option(
-            "--topology",
-            str,
-            "FILE|NAME",
-            "Devices and links: a JSON or TOML file, or a common machine and its number of nodes, "
-            "such as h100-nvl8-ib400:2.",
-            name="machine",
-            group=GROUP,
-            callback=parse_topology,
-            shell_complete=completing(*MACHINES, files=True),
-        )
+        str,
+        "FILE|NAME",
+        group=MACHINE,
+        flag="--topology",
+        callback=parse_topology,
+        shell_complete=completing(*MACHINES, files=True),
     )
 
     def topology(self, devices: int | None = None) -> Topology:

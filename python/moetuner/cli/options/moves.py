@@ -14,7 +14,6 @@ from moetuner.cli.options import (
     Number,
     declared,
     expert_bytes_option,
-    option,
     option_group,
 )
 from moetuner.cli.output import Output, working
@@ -32,50 +31,25 @@ PARETO = ("experts moved", "bytes", "objective", "gain")
 
 @dataclass(frozen=True)
 class Moving:
-    """The placement that a solve starts from, and what moving may cost."""
+    """The placement that a solve starts from, and what moving may cost.
 
-    initial_file: Path | None = declared(
-        option(
-            "--initial",
-            IN_FILE,
-            "PLACEMENT",
-            "The running placement, to be improved by few moves.",
-            name="initial_file",
-            group=RUNNING,
-        )
-    )
-    move_budget: float | None = declared(
-        option(
-            "--move-budget",
-            Number(min=0, infinite=True),
-            "BYTES",
-            "Bytes that may move between devices; experts, if --expert-bytes is not given.",
-            group=RUNNING,
-        )
-    )
-    move_cost: float = declared(
-        option(
-            "--move-cost",
-            Number(min=0),
-            "COST",
-            "Cost of moving a byte, in units of the objective.",
-            group=RUNNING,
-            default=0.0,
-        ),
-        0.0,
-    )
+    Parameters
+    ----------
+    initial_file
+        The running placement, to be improved by few moves.
+    move_budget
+        Bytes that may move between devices; experts, if --expert-bytes is not given.
+    move_cost
+        Cost of moving a byte, in units of the objective.
+    pareto
+        Also show what fewer or more moves would gain.
+    """
+
+    initial_file: Path | None = declared(IN_FILE, "PLACEMENT", group=RUNNING, flag="--initial")
+    move_budget: float | None = declared(Number(min=0, infinite=True), "BYTES", group=RUNNING)
+    move_cost: float = declared(Number(min=0), "COST", group=RUNNING, default=0.0)
     expert_bytes: float | None = declared(expert_bytes_option)
-    pareto: bool = declared(
-        option(
-            "--pareto",
-            None,
-            None,
-            "Also show what fewer or more moves would gain.",
-            group=RUNNING,
-            is_flag=True,
-        ),
-        False,
-    )
+    pareto: bool = declared(None, group=RUNNING, default=False, is_flag=True)
 
     def __post_init__(self) -> None:
         if self.initial_file is None:
@@ -110,7 +84,12 @@ class Moving:
         }
 
     def show(
-        self, output: Output, problem: Problem, initial: Placement, result: Result, **how: Any
+        self,
+        output: Output,
+        problem: Problem,
+        initial: Placement | None,
+        result: Result,
+        **how: Any,
     ) -> tuple[dict[str, Any], tuple[Trade, ...]]:
         """Print the moves to a result, and trades if they are wanted.
 
@@ -119,6 +98,8 @@ class Moving:
         contents, trades
             What JSON says of both, and the trades; ``how`` are further arguments of ``solve``.
         """
+        if initial is None:
+            return {}, ()
         diff = initial.diff(result.placement, topology=problem.topology)
         size = self.expert_bytes
         moved = None if size is None else diff.experts_moved * size

@@ -15,14 +15,9 @@ from moetuner.cli.options import (
     HINTS,
     IN_INPUT,
     declared,
-    dense_layers_option,
-    hidden_layers_option,
     layer_list,
-    num_experts_option,
-    option,
     option_group,
     threads_option,
-    top_k_option,
 )
 from moetuner.cli.output import shares, working
 from moetuner.evaluation import check_model
@@ -31,6 +26,7 @@ from moetuner.files.text import name
 from moetuner.formats import open_input
 from moetuner.formats.pieces import layers_left_out
 from moetuner.placement import Placement
+from moetuner.problem.settings import GOAL
 from moetuner.report.cells import counted
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -137,34 +133,33 @@ def parse_files(
     return value
 
 
+INPUT_FILES = click.argument(
+    "input_files",
+    metavar="INPUT...",
+    type=IN_INPUT,
+    nargs=-1,
+    required=True,
+    callback=parse_files,
+)
+
+
 @dataclass(frozen=True)
 class Source:
-    """INPUT, and how it is counted."""
+    """INPUT, and how it is counted.
 
-    input_files: tuple[Path, ...] = declared(
-        click.argument(
-            "input_files",
-            metavar="INPUT...",
-            type=IN_INPUT,
-            nargs=-1,
-            required=True,
-            callback=parse_files,
-        )
-    )
-    num_experts: int | None = declared(num_experts_option)
-    top_k: int | None = declared(top_k_option)
-    hidden_layers: int | None = declared(hidden_layers_option)
-    dense_layers: tuple[int, ...] | None = declared(dense_layers_option)
-    window: int | None = declared(
-        option(
-            "--window",
-            click.IntRange(min=1),
-            "TOKENS",
-            "Tokens per window; load is balanced in every window. Statistics have windows of their "
-            f"own.  [default: {WINDOW} for a trace]",
-            group="The goal",
-        )
-    )
+    Parameters
+    ----------
+    window
+        Tokens per window; load is balanced in every window. Statistics have windows of their own.
+        [default: 512 for a trace]
+    """
+
+    input_files: tuple[Path, ...] = declared(INPUT_FILES)
+    num_experts: int | None = declared(HINTS["num_experts"])
+    top_k: int | None = declared(HINTS["top_k"])
+    hidden_layers: int | None = declared(HINTS["hidden_layers"])
+    dense_layers: tuple[int, ...] | None = declared(HINTS["dense_layers"])
+    window: int | None = declared(click.IntRange(min=1), "TOKENS", group=GOAL)
     threads: int | None = declared(threads_option)
 
     @cached_property
