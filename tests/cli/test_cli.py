@@ -31,27 +31,16 @@ def table(tmp_path):
     return path
 
 
-def test_help_names_every_subcommand(ok):
-    """No arguments, --help and -h all show the menu."""
+def test_the_menu_lists_every_command(ok):
+    """No arguments, --help and -h show it: in the order of the flow, each in a whole line."""
     menu = ok()
     assert menu == ok("--help") == ok("-h")
-    for command in (
-        "demo",
-        "collect",
-        "inspect",
-        "convert",
-        "solve",
-        "evaluate",
-        "audit",
-        "compare",
-        "export",
-    ):
-        assert re.search(rf"^  {command} ", menu, re.MULTILINE)
+    listed = re.findall(r"^  (\w+) +(.+)$", menu.split("Commands:")[1], re.MULTILINE)
+    assert [name for name, _ in listed] == list(moetuner.commands)
+    assert listed[0][0] == "demo"
+    assert all(what.endswith(".") and "..." not in what for _, what in listed)
+    for command in moetuner.commands:
         assert "Usage: moetuner" in ok(command, "--help")
-
-
-def test_version(ok):
-    """The version is the package's."""
     assert ok("--version") == f"moetuner {mt.__version__}\n"
 
 
@@ -68,14 +57,10 @@ def test_demo_shows_the_whole_flow(ok, tmp_path):
 
 
 def test_inspect_shows_structure_beside_its_null(ok, trace):
-    """Skew, groups, and the two crossings."""
+    """Skew, groups, and the two crossings; with --json - nothing but JSON on standard output."""
     out = ok("inspect", trace)
     for words in ("busiest expert", "even", "odd", "independence null", "searched", "contiguous"):
         assert words in out
-
-
-def test_inspect_json_has_what_the_screen_has(ok, trace):
-    """With --json - there is nothing but JSON on standard output."""
     found = json.loads(ok("inspect", trace, "--json", "-"))
     assert found["input"]["tokens"] == 800
     assert len(found["skew"]) == 3
@@ -85,18 +70,14 @@ def test_inspect_json_has_what_the_screen_has(ok, trace):
     assert 0 <= found["crossing_independent"] <= 1
 
 
-def test_inspect_says_nothing_of_structure_without_held_out_sequences(ok, trace, tmp_path):
-    """Saved statistics can be overfitted as much as one likes: no gap is shown."""
+def test_inspect_says_nothing_of_structure_without_held_out_sequences(ok, trace, table, tmp_path):
+    """Saved statistics can be overfitted as much as one likes, and load tables have none."""
     file = tmp_path / "statistics.safetensors"
     mt.RoutingStatistics.from_trace(mt.RoutingTrace.load(trace)).save(file)
     out = ok("inspect", file)
     assert "Give the trace" in out
     assert "null" not in out
     assert "transitions stay" not in out
-
-
-def test_inspect_load_table(ok, table):
-    """A load table has skew and groups, and no inter-layer structure."""
     out = ok("inspect", table)
     assert "No transitions" in out
     assert "6 windows" in out
@@ -504,15 +485,6 @@ def test_the_papers_method_has_two_names(ok, trace, tmp_path):
     assert json.loads(ok("compare", trace, *asked, *ONCE, *over))["settings"]["baseline"] == "paper"
     out = ok("solve", trace, *asked, "--method", "moetuner", "--out", tmp_path / "p.json")
     assert json.loads(out)["method"] == "paper"
-
-
-def test_the_menu_begins_with_the_demo(ok):
-    """Moetuner alone lists its commands in the order of the flow, each in a whole line."""
-    out = ok()
-    listed = re.findall(r"^  (\w+) +(.+)$", out.split("Commands:")[1], re.MULTILINE)
-    assert [name for name, _ in listed] == list(moetuner.commands)
-    assert listed[0][0] == "demo"
-    assert all(what.endswith(".") and "..." not in what for _, what in listed)
 
 
 def test_one_of_a_kind_is_not_many(tmp_path, ok):
