@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moetuner.placement import Placement, kept
+from moetuner.placement import Placement, keep_slots
 from moetuner.problem import Problem
 from moetuner.solver.bounds.caps import are_least, cap_report, scope
 from moetuner.solver.result import Details, Result, Status
@@ -20,7 +20,7 @@ def result_of(run: Run, method: str, *, searched: bool) -> Result:
     slots = incumbent.slots
     if run.moves is not None:
         # What stays keeps its slot.
-        slots = kept(run.moves.initial.slots, slots, problem.capacity)
+        slots = keep_slots(run.moves.initial.slots, slots, problem.capacity)
     placement = Placement(slots, num_experts=problem.experts)
     details = _details(run, incumbent, placement, searched=searched)
     objective, bound = problem.objective_function.value(placement), run.bound

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import instance, one_of, positive, seed_in
 from moetuner.frozen import Frozen
-from moetuner.placement import Placement, kept
+from moetuner.placement import Placement, keep_slots
 from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.bounds.caps import cap_report
@@ -148,7 +148,7 @@ class _Front:
         if (placement.held == initial.held).all():
             placement = initial
         else:
-            slots = kept(initial.slots, placement.slots, problem.capacity)
+            slots = keep_slots(initial.slots, placement.slots, problem.capacity)
             placement = Placement(slots, num_experts=problem.experts)
         objective = problem.value(placement)
         trade = Trade(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import at_least, not_negative
-from moetuner.placement import Placement, brought
+from moetuner.placement import Placement, moves_from
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
@@ -78,7 +78,7 @@ class Moves:
 
     def count(self, slots: Slots) -> int:
         """Count the copies in slots [L,D,S] that have to move."""
-        return brought(self.initial.held, slots)
+        return int(moves_from(self.initial.held, slots).sum())
 
 
 @dataclass(frozen=True)
