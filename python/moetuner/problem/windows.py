@@ -187,8 +187,8 @@ def windows_of(
         return Windows(load, weights, group, *kind, mixed)
     # What weighs nothing is left out: the recorded windows at a share of one, not copied at all.
     used = weights > 0
-    load = mixed if share == 1 else np.concatenate([load, mixed])[used]
-    return Windows(load, weights[used], None if group is None else group[used], *kind)
+    counted = mixed if share == 1 else np.concatenate([load, mixed])[used]
+    return Windows(counted, weights[used], None if group is None else group[used], *kind)
 
 
 def _representatives(windows: Windows) -> Windows:
