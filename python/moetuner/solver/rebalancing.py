@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.placement import kept
+from moetuner.placement import keep_slots
 from moetuner.solver import effort
 from moetuner.solver.search.level import NORM, copy_prices, level
 
@@ -144,7 +144,7 @@ def rebalance(
     # one whatever that gains.
     stay, few = relieved(0, steps=0).slots, relieved(budget).slots
     searched = _searched(load, few, slots, time, pairs)
-    ways = [stay, few, kept(slots, searched, np.full(slots.shape[:2], slots.shape[2]))]
+    ways = [stay, few, keep_slots(slots, searched, np.full(slots.shape[:2], slots.shape[2]))]
     costs = np.stack([_cost(load, way, time, pairs) for way in ways])
     moves = np.stack([_moved(running, way) for way in ways])
     layer = np.arange(len(slots))
