@@ -24,26 +24,26 @@ def check(path, content, **arguments):
     """Read a file and everything in it; either all of it is valid or one line says what is not."""
     path.write_bytes(content)
     try:
-        found = open_input(path, **arguments)
-        if isinstance(found, mt.RoutingTrace):
-            shards = list(found.shards(64))
+        actual = open_input(path, **arguments)
+        if isinstance(actual, mt.RoutingTrace):
+            shards = list(actual.shards(64))
             tokens = sum(len(shard) for shard in shards)
-            assert tokens == found.tokens
+            assert tokens == actual.tokens
             for shard in shards:
                 assert shard.dtype in (np.uint8, np.uint16)
-                assert int(shard.max(initial=0)) < found.num_experts
+                assert int(shard.max(initial=0)) < actual.num_experts
                 assert (np.diff(np.sort(shard, axis=2)) != 0).all()
-            for labels in (found.sequence, found.group):
+            for labels in (actual.sequence, actual.group):
                 assert labels is None or labels.shape == (tokens,)
-            if found.group is not None and tokens:
-                assert 0 <= found.group.min() <= found.group.max() < len(found.group_names)
-            if found.num_experts <= 512 and found.layers <= 64:
-                counted = mt.RoutingStatistics.from_trace(found, window=7)
-                assert counted.window_load.sum() == tokens * found.layers * found.top_k
+            if actual.group is not None and tokens:
+                assert 0 <= actual.group.min() <= actual.group.max() < len(actual.group_names)
+            if actual.num_experts <= 512 and actual.layers <= 64:
+                counted = mt.RoutingStatistics.from_trace(actual, window=7)
+                assert counted.window_load.sum() == tokens * actual.layers * actual.top_k
         else:
-            assert found.window_load.dtype == np.uint64
-            assert 0 not in found.window_load.shape
-            assert len(found.fingerprint) == 16
+            assert actual.window_load.dtype == np.uint64
+            assert 0 not in actual.window_load.shape
+            assert len(actual.fingerprint) == 16
     except (ValueError, OSError) as error:
         text = str(error)
         assert text
@@ -63,13 +63,13 @@ def samples(tmp_path):
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=6, model="m", **labels)
     path = tmp_path / "sample.safetensors"
     trace.save(path)
-    found = {"trace": path.read_bytes()}
+    actual = {"trace": path.read_bytes()}
     counted = mt.RoutingStatistics.from_trace(trace, window=5)
     counted.save(path)
-    found["statistics"] = path.read_bytes()
+    actual["statistics"] = path.read_bytes()
     for per in ("token", "sequence"):
         jsonl.write(trace.contents, path, per=per)
-        found[f"lines per {per}"] = path.read_bytes()
+        actual[f"lines per {per}"] = path.read_bytes()
     for name, save, arrays in (
         ("npz", np.savez, {"expert_ids": ids, "num_experts": 6, "model": "m", **labels}),
         ("npz deflated", np.savez_compressed, {"expert_ids": ids, "num_experts": 6, **labels}),
@@ -81,7 +81,7 @@ def samples(tmp_path):
     ):
         buffer = io.BytesIO()
         save(buffer, **arrays)
-        found[name] = buffer.getvalue()
+        actual[name] = buffer.getvalue()
     for name, array in (
         ("npy", ids),
         ("npy wide", ids.astype(">i4")),
@@ -89,8 +89,8 @@ def samples(tmp_path):
     ):
         buffer = io.BytesIO()
         np.save(buffer, array)
-        found[name] = buffer.getvalue()
-    return found
+        actual[name] = buffer.getvalue()
+    return actual
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moetuner._checks import (
     IdArray,
+    IdType,
     check_sizes,
     expert_size,
     experts_in,
@@ -72,11 +74,11 @@ def read(path: str | Path, *, num_experts: int | None = None) -> TraceContents:
     size_of(path)
     with naming(path):
         reader = _Reader(None if num_experts is None else experts_in(num_experts))
-        for found in batches(path, KEYS):
-            if isinstance(found, Batch) and reader.batch(found):
+        for part in batches(path, KEYS):
+            if isinstance(part, Batch) and reader.batch(part):
                 continue
             # Lines that are not plain, or break a rule: one of them is named.
-            for number, line in found.one_by_one() if isinstance(found, Batch) else [found]:
+            for number, line in part.one_by_one() if isinstance(part, Batch) else [part]:
                 try:
                     if number == 1 and not {"experts", "tokens"} & line.keys():
                         reader.header(line)
@@ -172,65 +174,73 @@ class _Reader:
                 f"must have keys {sorted(self.keys)} like the lines before, got {sorted(keys)}"
             )
         ids = self._valid(line[form], form)
-        sequence = self._sequence_number(line["sequence"]) if "sequence" in line else self.lines
-        if form == "tokens" or "sequence" in line:
-            self.sequence.extend(array("i", [sequence]) * len(ids))
-        if "group" in line:
-            self.group.extend(array("h", [self._group_number(line["group"])]) * len(ids))
-        self.ids += ids.tobytes()
-        self.shape, self.keys = (ids.shape[1], ids.shape[2]), keys
-        self.tokens += len(ids)
-        self.lines += 1
+        sequence = self._sequence_number(line["sequence"]) if "sequence" in line else None
+        group = self._group_number(line["group"]) if "group" in line else None
+        self._add(keys, ids, np.array([len(ids)]), np.array([sequence]), np.array([group]))
 
     def batch(self, lines: Batch) -> bool:
         """Take in many lines as ``data`` would; none of them, and False, if one breaks a rule."""
         if self.experts is None:
             return False
         form = KEYS.arrays[lines.array[0]][0]
-        given, named = lines.integers["sequence"], lines.texts["group"]
+        sequence, group = lines.columns["sequence"], lines.columns["group"]
+        numbered, named = sequence != NO_INTEGER, group != NO_TEXT
         keys = {form}
-        keys |= {"sequence"} if given[0] != NO_INTEGER else set()
-        keys |= {"group"} if named[0] != NO_TEXT else set()
+        keys |= {"sequence"} if numbered[0] else set()
+        keys |= {"group"} if named[0] else set()
         shape = (int(lines.sizes[0, 1]), int(lines.sizes[0, 2]))
         if (
             (lines.array != lines.array[0]).any()
             or (lines.sizes[:, 1:] != shape).any()
-            or ((given == NO_INTEGER) != (given[0] == NO_INTEGER)).any()
-            or ((named == NO_TEXT) != (named[0] == NO_TEXT)).any()
+            or (numbered != numbered[0]).any()
+            or (named != named[0]).any()
             or (self.shape is not None and (shape != self.shape or keys != self.keys))
+            or (numbered[0] and (sequence.astype(np.int32) != sequence).any())
+            or len(self.groups.keys() | set(lines.names)) > GROUP_LIMIT
         ):
             return False
-        if "sequence" in keys and (given.astype(np.int32) != given).any():
-            return False
-        found = lines.ids.reshape(-1, *shape)
+        wide = lines.ids.reshape(-1, *shape)
         try:
             if self.shape is None:
-                check_sizes(found.shape, found.dtype, self.experts)
-            found = found if found.max() >= 256 else found.astype(np.uint8)
-            ids = valid(found, self.experts, self.tokens)
+                check_sizes(wide.shape, wide.dtype, self.experts)
+            small = wide if wide.max() >= 256 else wide.astype(np.uint8)
+            ids = valid(small, self.experts, self.tokens)
         except ValueError:
             return False
-        if len(self.groups.keys() | set(lines.names)) > GROUP_LIMIT:
-            return False
-        tokens = lines.sizes[:, 0]
-        if form == "tokens" or "sequence" in keys:
-            if "sequence" not in keys:
-                given = np.arange(self.lines, self.lines + len(lines))
-            self.sequence.frombytes(np.repeat(given.astype(np.int32), tokens).tobytes())
-        if "group" in keys:
-            numbers = np.array([self._group_number(name) for name in lines.names])
-            self.group.frombytes(np.repeat(numbers[named].astype(np.int16), tokens).tobytes())
-        self.ids += ids.astype(id_type(np.dtype(np.int64), self.experts), copy=False).tobytes()
-        self.shape, self.keys = shape, keys
-        self.tokens += len(ids)
-        self.lines += len(lines)
+        numbers = np.array([self._group_number(name) for name in lines.names], dtype=np.int16)
+        self._add(keys, ids, lines.sizes[:, 0], sequence, numbers[group] if named[0] else group)
         return True
+
+    def _add(
+        self,
+        keys: set[str],
+        ids: IdArray,
+        tokens: NDArray[Any],
+        sequence: NDArray[Any],
+        group: NDArray[Any],
+    ) -> None:
+        """Take in lines of so many tokens, with the labels that the keys say they have."""
+        if "sequence" not in keys:
+            sequence = np.arange(self.lines, self.lines + len(tokens))
+        if "tokens" in keys or "sequence" in keys:
+            self.sequence.frombytes(np.repeat(sequence.astype(np.int32), tokens).tobytes())
+        if "group" in keys:
+            self.group.frombytes(np.repeat(group.astype(np.int16), tokens).tobytes())
+        self.ids += ids.astype(self._type, copy=False).tobytes()
+        self.shape, self.keys = (ids.shape[1], ids.shape[2]), keys
+        self.tokens += len(ids)
+        self.lines += len(tokens)
+
+    @property
+    def _type(self) -> IdType:
+        assert self.experts is not None
+        return id_type(np.dtype(np.int64), self.experts)
 
     def contents(self) -> TraceContents:
         """Return what the lines say."""
         if self.shape is None or self.experts is None:
             raise ValueError("must have at least one line with 'experts' or 'tokens', got none")
-        ids = np.frombuffer(self.ids, dtype=id_type(np.dtype(np.int64), self.experts))
+        ids = np.frombuffer(self.ids, dtype=self._type)
         grouped = "group" in self.keys
         return TraceContents(
             IdsInMemory.of(ids.reshape(self.tokens, *self.shape), self.experts),
@@ -250,19 +260,19 @@ class _Reader:
         dimensions = {"experts": ["layers", "top_k"], "tokens": ["tokens", "layers", "top_k"]}[form]
         rule = f"{form} must be integers [{', '.join(dimensions)}]"
         try:
-            found = np.asarray(values)
+            ids = np.asarray(values)
         except ValueError:
             raise ValueError(f"{rule}, got lists of different lengths or depths") from None
-        if found.ndim != len(dimensions) or found.dtype.kind not in "iu" or not found.size:
-            raise ValueError(f"{rule}, got {found.dtype} {list(found.shape)}")
-        found = found.reshape(-1, *found.shape[-2:])
-        if self.shape is not None and found.shape[1:] != self.shape:
+        if ids.ndim != len(dimensions) or ids.dtype.kind not in "iu" or not ids.size:
+            raise ValueError(f"{rule}, got {ids.dtype} {list(ids.shape)}")
+        ids = ids.reshape(-1, *ids.shape[-2:])
+        if self.shape is not None and ids.shape[1:] != self.shape:
             raise ValueError(
                 f"{form} must have {self.shape[0]} layers of {self.shape[1]} ids "
-                f"like the lines before, got {found.shape[1]} of {found.shape[2]}"
+                f"like the lines before, got {ids.shape[1]} of {ids.shape[2]}"
             )
-        check_sizes(found.shape, found.dtype, self.experts)
-        return valid(found, self.experts, self.tokens)
+        check_sizes(ids.shape, ids.dtype, self.experts)
+        return valid(ids, self.experts, self.tokens)
 
     def _sequence_number(self, number: object) -> int:
         if (

@@ -6,7 +6,6 @@ line means, and what is wrong with it, is said in one place: here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,38 +50,35 @@ class Batch:
     ----------
     number
         Number of the first line, from 1.
+    text
+        The lines themselves.
     ids
         Ids of all lines.
     array
         Which array every line has [n], an index into ``Keys.arrays``.
     sizes
         Its sizes [n,3], outermost first; 1 in front of two.
-    integers
-        Integers of every line by key [n], ``NO_INTEGER`` where it has none.
-    texts
-        Texts of every line by key [n], indices into ``names``; ``NO_TEXT`` where it has none.
+    columns
+        Integers of every line by key [n], ``NO_INTEGER`` where it has none; and texts, as indices
+        into ``names``, ``NO_TEXT`` where it has none.
     names
         The texts that lines have.
     """
 
     number: int
+    text: bytes
     ids: NDArray[np.uint16]
     array: NDArray[np.int64]
     sizes: NDArray[np.int64]
-    integers: dict[str, NDArray[np.int64]]
-    texts: dict[str, NDArray[np.int64]]
+    columns: dict[str, NDArray[np.int64]]
     names: list[str]
-    block: bytes
-    begin: int
-    end: int
 
     def __len__(self) -> int:
         return len(self.array)
 
     def one_by_one(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Read the same lines as objects, with their numbers."""
-        lines = self.block[self.begin : self.end].split(b"\n")
-        for number, line in enumerate(lines, self.number):
+        for number, line in enumerate(self.text.split(b"\n"), self.number):
             if line.strip():
                 yield number, fields_of(line, number)
 
@@ -98,31 +94,18 @@ def batches(path: Path, keys: Keys) -> Iterator[Batch | tuple[int, dict[str, Any
     ValueError
         Naming the line that is too long, not JSON or not an object.
     """
+    arrays, integers, texts = list(keys.arrays), list(keys.integers), list(keys.texts)
     number = 1
     for block in _blocks(path):
         at = 0
         while at < len(block):
             if number > 1:
                 begin = at
-                found = _core.scan_lines(
-                    block, at, list(keys.arrays), list(keys.integers), list(keys.texts)
-                )
-                at, ends, ids, table, raw = found
+                at, ends, ids, table, names = _core.scan_lines(block, at, arrays, integers, texts)
                 if len(table):
-                    names = [json.loads(text) for text in raw]
-                    columns = dict(zip([*keys.integers, *keys.texts], table.T[4:], strict=True))
-                    yield Batch(
-                        number,
-                        ids,
-                        table[:, 0],
-                        table[:, 1:4],
-                        {key: columns[key] for key in keys.integers},
-                        {key: columns[key] for key in keys.texts},
-                        names,
-                        block,
-                        begin,
-                        at,
-                    )
+                    columns = dict(zip([*integers, *texts], table.T[4:], strict=True))
+                    plain = block[begin:at]
+                    yield Batch(number, plain, ids, table[:, 0], table[:, 1:4], columns, names)
                 number += ends
                 if at == len(block):
                     break
