@@ -153,16 +153,6 @@ def test_nonsense(tmp_path, content, words):
     assert str(path) in str(caught.value)
 
 
-def test_long_lists_are_read_in_parts(tmp_path, monkeypatch):
-    """However little is read at once, objects and places come out right."""
-    arrays = [routed(tokens, seed=tokens) for tokens in (5, 1, 30, 2)]
-    (tmp_path / "r.json").write_text(json.dumps([response(a) for a, _ in arrays], indent=1))
-    for size in (2, 7, 200, 1000):
-        monkeypatch.setattr("moetuner.formats.records.CHUNK", size)
-        trace = mt.open_input(tmp_path / "r.json", num_experts=8)
-        assert np.array_equal(trace.expert_ids, np.concatenate([moe for _, moe in arrays]))
-
-
 def test_experts_must_be_said(tmp_path):
     """The largest id tells nothing of how many there are."""
     (tmp_path / "r.json").write_text(json.dumps(response(routed(3)[0])))
@@ -204,9 +194,12 @@ values = st.recursive(
 )
 
 
-@given(st.lists(st.dictionaries(st.text(max_size=5), values, max_size=4), min_size=1, max_size=5))
-def test_records_are_those_of_json(tmp_path_factory, objects):
-    """Objects come out as they were, however they are written."""
+@given(
+    st.lists(st.dictionaries(st.text(max_size=5), values, max_size=4), min_size=1, max_size=5),
+    st.sampled_from([2, 7, 100, 1 << 22]),
+)
+def test_records_are_those_of_json(tmp_path_factory, objects, chunk):
+    """Objects come out as they were, however they are written and in what parts they are read."""
     path = tmp_path_factory.mktemp("records") / "r"
     for text in (
         json.dumps(objects),
@@ -214,4 +207,6 @@ def test_records_are_those_of_json(tmp_path_factory, objects):
         json.dumps(objects, indent=1),
     ):
         path.write_text(text)
-        assert [record.fields for record in records(path)] == objects
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("moetuner.formats.records.CHUNK", chunk)
+            assert [record.fields for record in records(path)] == objects
