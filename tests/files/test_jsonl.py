@@ -110,7 +110,7 @@ def test_sequence_lines(path):
         ([{"num_experts": 4}, TOKEN, TOKEN | {"group": "a"}], "line 3: must have keys ['experts']"),
         ([{"num_experts": 4}, TOKEN, {"tokens": [[[0, 1]]]}], "line 3: must have keys ['experts']"),
         ([{"num_experts": 4}, TOKEN | {"sequence": 1 << 31}], "sequence must be an integer of 32"),
-        ([{"num_experts": 4}, TOKEN | {"sequence": True}], "sequence must be an integer of 32"),
+        ([{"num_experts": 4}, TOKEN | {"sequence": True}], "sequence must be an integer of 64"),
         ([{"num_experts": 4}, TOKEN | {"group": 3}], "line 2: group must be a text, got 3"),
         (
             [{"num_experts": 4, "group_names": [1]}, TOKEN],

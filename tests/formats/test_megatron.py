@@ -122,7 +122,7 @@ def test_stages_of_a_pipeline(tmp_path):
         (lambda lines: [lines[0], lines[1] | {"topk": 3}], "line 2: top_indices must be integers"),
         (lambda lines: [lines[0], lines[1] | {"step": -1}], "line 2: step must be an integer"),
         (lambda lines: [lines[0], {**lines[1], "rank": None}], "line 2: rank must be an integer"),
-        (lambda lines: [lines[0], {"x": 1}], "line 2: must have 'step' as a router trace has"),
+        (lambda lines: [lines[0], {"x": 1}], "line 2: must have 'top_indices', got keys ['x']"),
         (lambda lines: [lines[0] | {"top_indices": [[0, 9]] * 3}], "expert id 9 is not below"),
         (lambda lines: [line | {"block": "mtp"} for line in lines], "must hold lines of block"),
         (lambda lines: [line | {"rank": 0} for line in lines], "rank 0 is in another file too"),

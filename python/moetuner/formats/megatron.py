@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import id_type, shown
+from moetuner._checks import id_type
 from moetuner.files import naming, size_of
-from moetuner.files.lines import Batch, Keys, batches
+from moetuner.files.lines import NO_INTEGER, NO_TEXT, Keys, Lines, batches
 from moetuner.formats import pickled
 from moetuner.formats.arrays import names_in, read_arrays
 from moetuner.formats.hints import Hints
@@ -39,14 +39,17 @@ from moetuner.formats.sources import by_rank, rank_of
 from moetuner.trace import RoutingTrace
 
 PATTERN = "router_trace_rank*.jsonl"
+NUMBERS = ("step", "layer", "rank")
 KEYS = Keys(
-    [("top_indices", 2)], ["step", "layer", "rank", "num_tokens", "topk"], ["block", "stage"]
+    [("top_indices", ("num_tokens", "topk"))],
+    [*NUMBERS, "num_tokens", "topk"],
+    ["block", "stage"],
+    may_be_empty=True,
 )
 REPLAY = re.compile(
     r"arr_(?P<number>\d{1,6})|(?:step[_.]?(?P<step>\d{1,9})[._])?layer[_.]?(?P<layer>\d{1,6})",
     re.ASCII,
 )
-NUMBERS = ("step", "layer", "rank")
 # Step, layer and rank of a line, and its ids [t,K].
 Line = tuple[int, int, int, NDArray[Any]]
 
@@ -165,9 +168,10 @@ def _gather(path: Path, experts: int, batches_of: Microbatches) -> None:
     with naming(path):
         size_of(path)
         for step, layer, rank, ids in _lines(path):
-            if ids.size and ids.max() >= experts:
+            if ids.size and not 0 <= ids.min() <= ids.max() < experts:
+                wrong = ids.min() if ids.min() < 0 else ids.max()
                 raise ValueError(
-                    f"step {step}, layer {layer}: expert id {ids.max()} is not below "
+                    f"step {step}, layer {layer}: expert id {wrong} is not below "
                     f"num_experts {experts}"
                 )
             turn = turns.get((step, layer, rank), 0)
@@ -182,69 +186,45 @@ def _gather(path: Path, experts: int, batches_of: Microbatches) -> None:
 
 def _lines(path: Path) -> Iterator[Line]:
     """Read every line of the decoder."""
-    for part in batches(path, KEYS):
-        if isinstance(part, Batch) and _is_plain(part):
-            yield from _decoder(part)
-            continue
-        for number, fields in part.one_by_one() if isinstance(part, Batch) else [part]:
-            with naming(f"line {number}"):
-                line = _line(fields)
-            if line is not None:
-                yield line
+    taken: list[Line] = []
+    for lines in batches(path, KEYS):
+        lines.hand_to(lambda part: taken.extend(_decoder(part)))
+        yield from taken
+        taken.clear()
 
 
-def _decoder(lines: Batch) -> Iterator[Line]:
-    """Return the lines of a batch that are of the decoder."""
-    blocks, tokens, top_k = lines.columns["block"], *lines.sizes.T[1:]
-    columns = (*(lines.columns[name] for name in NUMBERS), blocks, tokens, top_k)
-    end = 0
-    for step, layer, rank, block, count, k in zip(*(c.tolist() for c in columns), strict=True):
-        begin, end = end, end + count * k
-        if lines.names[block] == "decoder":
-            yield step, layer, rank, lines.ids[begin:end].reshape(count, k)
-
-
-def _is_plain(lines: Batch) -> bool:
-    """Whether all lines have all keys, of values that agree with the ids."""
-    columns = lines.columns
-    return not (
-        any((columns[name] < 0).any() for name in (*NUMBERS, *KEYS.texts))
-        or (columns["num_tokens"] != lines.sizes[:, 1]).any()
-        or (columns["topk"] != lines.sizes[:, 2]).any()
-    )
-
-
-def _line(line: dict[str, Any]) -> Line | None:
-    """Return what a line says; None if it is not of the decoder.
+def _decoder(lines: Lines) -> list[Line]:
+    """Return those lines that are of the decoder.
 
     Raises
     ------
     ValueError
         Naming the key that is missing or wrong.
     """
-    missing = [key for key in (*KEYS.integers, *KEYS.texts, "top_indices") if key not in line]
-    if missing:
-        raise ValueError(f"must have {missing[0]!r} as a router trace has, got {list(line)[:8]}")
-    for key in KEYS.integers:
-        if isinstance(line[key], bool) or not isinstance(line[key], int) or line[key] < 0:
-            raise ValueError(f"{key} must be an integer of at least 0, got {shown(line[key])}")
-    if line["block"] != "decoder":
-        return None
-    shape = (line["num_tokens"], line["topk"])
-    try:
-        ids = np.asarray(line["top_indices"])
-    except (ValueError, OverflowError):
-        raise ValueError("top_indices must be ids [tokens, top_k]") from None
-    if shape[0] == 0 and ids.size == 0:
-        ids = np.zeros(shape, dtype=np.uint16)
-    if ids.shape != shape or ids.dtype.kind not in "iu":
+    columns = lines.columns
+    for key in (*KEYS.integers, *KEYS.texts):
+        missing = NO_INTEGER if key in KEYS.integers else NO_TEXT
+        if (columns[key] == missing).any():
+            raise ValueError(f"must have {key!r} as a router trace has")
+        if (columns[key] < 0).any():
+            raise ValueError(f"{key} must be an integer of at least 0, got {columns[key].min()}")
+    tokens, top_k = columns["num_tokens"], columns["topk"]
+    _, rows, width = lines.sizes.T
+    wrong = (tokens != rows) | ((top_k != width) & (rows > 0))
+    if wrong.any():
+        at = int(np.argmax(wrong))
         raise ValueError(
-            f"top_indices must be integers {list(shape)}, as num_tokens and topk say, "
-            f"got {ids.dtype} {list(ids.shape)}"
+            f"top_indices must be integers [{tokens[at]}, {top_k[at]}], as num_tokens and topk "
+            f"say, got [{rows[at]}, {width[at]}]"
         )
-    if ids.size and (ids.min() < 0 or ids.max() >= 1 << 16):
-        raise ValueError(f"top_indices must be from 0 to 65535, got {ids.min()} to {ids.max()}")
-    return line["step"], line["layer"], line["rank"], ids.astype(np.uint16)
+    decoder = []
+    end = 0
+    values = zip(*(columns[key].tolist() for key in KEYS.integers), columns["block"], strict=True)
+    for step, layer, rank, count, k, block in values:
+        begin, end = end, end + count * k
+        if lines.names[block] == "decoder":
+            decoder.append((step, layer, rank, lines.ids[begin:end].reshape(count, k)))
+    return decoder
 
 
 def _stages_joined(batches_of: Microbatches) -> Microbatches:
