@@ -24,7 +24,6 @@ from moetuner.evaluation import check_model
 from moetuner.files import naming, same_file
 from moetuner.files.text import name
 from moetuner.formats import open_input
-from moetuner.formats.pieces import layers_left_out
 from moetuner.placement import Placement
 from moetuner.problem.settings import GOAL
 from moetuner.report.cells import counted
@@ -113,7 +112,7 @@ def describe(paths: Sequence[Path], traffic: Traffic) -> str:
     ]
     model = f" of {name(of['model'])}" if of["model"] else ""
     line = f"{names(paths)}: {of['kind']}{model}, {', '.join(parts)}"
-    left_out = layers_left_out(traffic.ids) if isinstance(traffic, RoutingTrace) else None
+    left_out = traffic.ids.left_out if isinstance(traffic, RoutingTrace) else None
     if left_out is not None:
         hidden, dense = left_out
         line += (
@@ -204,7 +203,7 @@ class Source:
     def layer_words(self) -> tuple[str, str]:
         """Return the model's hidden layers and the dense ones as options take them."""
         traffic = self.traffic
-        left_out = layers_left_out(traffic.ids) if isinstance(traffic, RoutingTrace) else None
+        left_out = traffic.ids.left_out if isinstance(traffic, RoutingTrace) else None
         hidden, dense = left_out or (self.hidden_layers, self.dense_layers)
         return str(hidden or "N"), layer_list(dense) or "A-B"
 
