@@ -16,8 +16,8 @@ from ranks import answers, values
 def test_logits_and_traffic(tmp_path, family, layers, ranks):
     """Logits of one process, and every row that the evaluation predicts from the router's ids."""
     (expected,) = values(1, "rank_transformers.save_model", family, str(tmp_path))
-    found = values(ranks, "rank_transformers.shared_batch", str(tmp_path), layers, 1)
-    for logits, as_predicted, rows in found:
+    results = values(ranks, "rank_transformers.shared_batch", str(tmp_path), layers, 1)
+    for logits, as_predicted, rows in results:
         assert np.abs(logits - expected).max() < 1e-5
         assert as_predicted
         assert rows
@@ -27,8 +27,8 @@ def test_logits_and_traffic(tmp_path, family, layers, ranks):
 def test_batches_of_their_own(tmp_path, ranks):
     """Data-parallel ranks with batches of different lengths, through nodes, nearest copies."""
     (expected,) = values(1, "rank_transformers.save_model", "mixtral", str(tmp_path))
-    found = values(ranks, "rank_transformers.own_batches", str(tmp_path), 3, 2)
-    for rank, logits in enumerate(found):
+    results = values(ranks, "rank_transformers.own_batches", str(tmp_path), 3, 2)
+    for rank, logits in enumerate(results):
         assert np.abs(logits - expected[:, : 5 + rank]).max() < 1e-5
 
 
