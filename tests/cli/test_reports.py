@@ -183,55 +183,10 @@ def test_missing_libraries_are_told_before_any_work(run, trace, tmp_path, monkey
     assert "pip install 'moetuner[report]'" in err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--copies", "some"), "must be numbers as in 0,1,2,4"),
-        (("--initial", "nowhere.json"), "must be a file, contiguous or round_robin"),
-        (("--report", "page.pdf"), "must end in .html"),
-        (("--report", "/nowhere/page.html"), "does not exist"),
-        (("--devics", "4"), "Did you mean"),
-    ],
-)
-def test_wrong_options_are_one_line(run, trace, arguments, words):
-    """Each says what would be right."""
-    status, _, err = run("advise", trace, "--devices", 4, *arguments)
-    assert status == 2
-    assert err.count("\n") == 1
-    assert words in err
-
-
-def test_a_placement_of_another_model_is_one_line(run, trace, ok, tmp_path):
-    """The report says which shapes do not fit."""
-    other = tmp_path / "other.json"
-    mt.Placement([[[0, 1], [2, 3]]]).save(other)
-    status, _, err = run("report", other, trace, "--out", tmp_path / "page.html")
-    assert status == 2
-    assert "layers" in err
-    assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("advis",), "advise"),
-        (("solve", "TRACE", "--devices", 4, "--method", "jont"), "Did you mean joint?"),
-        (("compare", "TRACE", "--devices", 4, "--methods", "ebpl"), "Did you mean eplb?"),
-    ],
-)
-def test_what_was_meant(run, trace, arguments, words):
-    """Mistyped commands and methods are answered with what comes near."""
-    status, _, err = run(*(trace if each == "TRACE" else each for each in arguments))
-    assert status == 2
-    assert words in err
-
-
 @pytest.mark.parametrize("module", [solve, compare, advise])
 def test_help_has_all_options_once(ok, module):
     """Every option stands in one group or below "Other", in the order that a newcomer needs."""
     text = ok(module.command.name, "--help")
-    named = [name for names in module.command.groups.values() for name in names]
-    assert len(set(named)) == len(named)
     for option in module.command.params:
         if option.opts[0].startswith("--"):
             assert len(re.findall(rf"^  (-\w, )?{option.opts[0]}\b(?!-)", text, re.MULTILINE)) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from moetuner._checks import nth_seed
 from moetuner.cli import options
 from moetuner.cli.attempt import judge, solve_with
 from moetuner.cli.options.machine import Machine, machine_options
-from moetuner.cli.options.problem import GROUPS, Asked, problem_options
+from moetuner.cli.options.problem import ProblemOptions, problem_options
 from moetuner.cli.options.traffic import Source, Traffic, traffic_options
 from moetuner.cli.output import Output
 from moetuner.cli.reporting import write_comparison
@@ -41,25 +42,23 @@ def parse_methods(
     if unknown or not names:
         raise click.BadParameter(
             f"must be some of {','.join(METHODS)}, got {unknown[0] if unknown else value!r}"
-            + (options.meant(unknown[0], METHODS) if unknown else "")
+            + (options.suggestion(unknown[0], METHODS) if unknown else "")
         )
     return names
 
 
-HELP = {
-    "Begin with": "--devices --devices-per-node --for --methods --report",
-    **GROUPS,
-    "How it is judged": "--holdout --splits --baseline --time-limit --seed --threads",
-}
-
-
-@click.command("compare", cls=options.Grouped, groups=HELP)
+@click.command(
+    "compare",
+    cls=options.Grouped,
+    begin_with="--devices --devices-per-node --for --methods --report",
+)
 @traffic_options
 @machine_options
 @problem_options
-@options.time_limit_option
 @click.option(
     "--holdout",
+    cls=options.Option,
+    group=options.JUDGING,
     type=options.Number(0, 1, max_open=True),
     default=0.5,
     show_default=True,
@@ -77,6 +76,8 @@ HELP = {
 )
 @click.option(
     "--splits",
+    cls=options.Option,
+    group=options.JUDGING,
     type=click.IntRange(1, 1000),
     metavar="N",
     help="Ways to choose what is held out; with several, gains come with their range too.  "
@@ -84,23 +85,24 @@ HELP = {
 )
 @click.option(
     "--baseline",
+    cls=options.Option,
+    group=options.JUDGING,
     metavar="METHOD",
     help=f"One of the methods, over which gains are told.  [default: {PEER}, else the first]",
 )
-@options.seed_option
+@options.search_options
 @options.report_option
 @options.figures_option
 @options.json_option
 def command(
     source: Source,
     machine: Machine,
-    asked: Asked,
-    time_limit: float | None,
+    wanted: ProblemOptions,
     holdout: float,
     methods: tuple[str, ...],
     splits: int | None,
     baseline: str | None,
-    seed: int,
+    search: options.SearchOptions,
     report_file: Path | None,
     json_file: Path | None,
 ) -> None:
@@ -126,15 +128,15 @@ def command(
         raise click.BadParameter(
             f"must be 1 where nothing is held out, got {splits}", param_hint="'--splits'"
         )
-    topology = machine.topology()
+    topology, seed = machine.topology(), search.seed
     window, threads = source.counted, source.threads
     seen, unseen = hold_out(source.traffic, holdout, seed=seed)
-    problem = asked.problem(seen, topology, window=window, threads=threads)
+    problem = wanted.problem(seen, topology, window=window, threads=threads)
 
     output = Output(json_file)
     output.say(source.describe())
-    if asked.engine is not None:
-        output.say(asked.explain_problem(problem))
+    if wanted.engine is not None:
+        output.say(wanted.explain_problem(problem))
     output.say(_setting(problem, window, holdout, unseen))
     output.say()
     began = time.monotonic()
@@ -144,11 +146,11 @@ def command(
         """Solve with every method on what one split shows it, and judge on the rest."""
         of = nth_seed(seed, number)
         seen, unseen = hold_out(source.traffic, holdout, seed=of)
-        mine = asked.problem(seen, topology, window=window, threads=threads) if number else problem
+        mine = wanted.problem(seen, topology, window=window, threads=threads) if number else problem
         results: dict[str, Result] = {}
         for place, method in enumerate(methods, 1):
             where = f"{place} of {len(methods)}, split {number + 1}"
-            how: dict[str, Any] = {"seed": of, "time_limit": time_limit, "threads": threads}
+            how: dict[str, Any] = {**asdict(search), "seed": of, "threads": threads}
             result = solve_with(method, mine, place=where, **how)
             # Only the first split shows the best so far: gains are of whole splits.
             results[method] = result if not number else result.uninterrupted()
@@ -185,10 +187,9 @@ def command(
     contents = {
         "input": source.facts(),
         "settings": {
-            **asked.problem_settings(problem),
+            **wanted.problem_settings(problem),
             "window": window,
-            "seed": seed,
-            "time_limit": time_limit,
+            **asdict(search),
             "holdout": holdout,
             "threads": threads,
             "splits": len(all_splits),

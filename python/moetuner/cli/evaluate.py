@@ -45,7 +45,7 @@ def command(
     mixed_seed: int,
     json_file: Path | None,
 ) -> None:
-    """Replay a placement token by token, for all traffic and for each of its groups.
+    """Replay a placement token by token, with its groups.
 
     imbalance: max / mean device load, averaged over layers and windows as they arrive (--arrival);
     mixed: of windows in which sequences are served together, the more the more INPUT has, so that

@@ -52,7 +52,7 @@ def command(
     expert_bytes: float | None,
     json_file: Path | None,
 ) -> None:
-    """Write one page that shows what PLACEMENT does to INPUT, beside what runs.
+    """Write one page on what a placement does to traffic.
 
     The page opens offline in any browser and sends nothing. Give traffic that the placement was not
     computed from, or it flatters.

@@ -19,7 +19,7 @@ from moetuner._checks import (
     numbers_in,
     whole_number,
 )
-from moetuner.placement import EMPTY, kept
+from moetuner.placement import EMPTY, keep_slots
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,
     DEVIATIONS,
@@ -249,7 +249,9 @@ class Case:
         packed = nothing._next(self.slots.size, rules, pairs)
         by_node = (layers * self.nodes, ranks // self.nodes, width)
         slots = renumbered(packed.slots.reshape(by_node), self.slots.reshape(by_node), self.experts)
-        slots = kept(self.slots, slots.reshape(self.slots.shape), np.full((layers, ranks), width))
+        slots = keep_slots(
+            self.slots, slots.reshape(self.slots.shape), np.full((layers, ranks), width)
+        )
         brought = copies_brought(self.slots, slots, self.experts)
         # The layers that gain most come first, as far as the budget goes.
         share = np.where(steps.after > 0, 1 - packed.after / np.maximum(steps.after, 1e-300), 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moetuner.formats import open_input
-from moetuner.placement import Placement, kept
+from moetuner.placement import Placement, keep_slots
 from moetuner.plugins.decision import Case, Slots
 from moetuner.plugins.settings import Settings
 from moetuner.statistics import RoutingStatistics
@@ -111,7 +111,7 @@ class Files:
             slots[:] = (np.arange(ranks * width) % case.experts).reshape(ranks, width)
         slots[rows] = stored.placement.slots
         if case.runs:
-            slots = kept(case.slots, slots, np.full((layers, ranks), width))
+            slots = keep_slots(case.slots, slots, np.full((layers, ranks), width))
         return stored, slots
 
     def _choose(self, case: Case, model: str | None) -> tuple[Stored, np.ndarray]:
