@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -194,7 +195,9 @@ class RoutingCounters:
             **self._pairs,
         }
         said: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(said, (settings, len(self._tables["load"])), group)
+        # Objects travel by the current device.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            dist.all_gather_object(said, (settings, len(self._tables["load"])), group)
         for name in settings:
             values = sorted({of[name] or 0 for of, _ in said})
             if len(values) > 1:

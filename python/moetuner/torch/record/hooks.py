@@ -179,7 +179,7 @@ class StepHooks:
         self._wrapped = hasattr(model, "_orig_mod")
         model = getattr(model, "_orig_mod", model)
         self._generations: GenerateHooks | None = None
-        self._stance: _Eagerly | None = None
+        self._is_eager = False
         self._model = model
         self._layers = layers
         self._receive = receive
@@ -193,7 +193,8 @@ class StepHooks:
     def attach(self) -> None:
         """Start to listen."""
         if self._wrapped or any(_is_compiled(module) for module in self._model.modules()):
-            self._stance = _Eagerly()
+            _run_eagerly()
+            self._is_eager = True
         self._generations = GenerateHooks.attach(self._model)
         # Functions, which a copy of the model shares; methods would be copied with all they hold.
         self._handles = [
@@ -215,9 +216,9 @@ class StepHooks:
         if self._generations is not None:
             self._generations.detach()
             self._generations = None
-        if self._stance is not None:
-            self._stance.leave()
-            self._stance = None
+        if self._is_eager:
+            _run_compiled()
+            self._is_eager = False
 
     def forget(self) -> None:
         """Forget what was wrong so far."""
@@ -352,27 +353,24 @@ class StepHooks:
         self._receive(replace(step, ids=ids, keep=keep, output=output))
 
 
-class _Eagerly:
-    """While any of these is there, compiled code runs eagerly, in the whole process."""
+# Observers of compiled models: while there is one, compiled code runs eagerly in the whole process.
+_eager: list[Any] = []
 
-    inside = 0
-    stance: Any = None
 
-    def __init__(self) -> None:
-        if not hasattr(torch.compiler, "set_stance"):
-            raise ValueError(
-                "model must not be compiled by this version of torch: give the model without "
-                "torch.compile"
-            )
-        if _Eagerly.inside == 0:
-            _Eagerly.stance = torch.compiler.set_stance("force_eager")
-        _Eagerly.inside += 1
+def _run_eagerly() -> None:
+    if not hasattr(torch.compiler, "set_stance"):
+        raise ValueError(
+            "model must not be compiled by this version of torch: give the model without "
+            "torch.compile"
+        )
+    # The first one has the stance; the last one to leave ends it, in whatever order they do.
+    _eager.append(torch.compiler.set_stance("force_eager") if not _eager else _eager[0])
 
-    def leave(self) -> None:
-        """Let compiled code run again, if this was the last."""
-        _Eagerly.inside -= 1
-        if _Eagerly.inside == 0:
-            _Eagerly.stance.__exit__(None, None, None)
+
+def _run_compiled() -> None:
+    stance = _eager.pop()
+    if not _eager:
+        stance.__exit__(None, None, None)
 
 
 def _is_compiled(module: nn.Module) -> bool:
