@@ -223,6 +223,18 @@ def test_evaluate_tells_groups(ok, trace, tmp_path):
     assert set(found["by_group"]) == {"even", "odd"}
 
 
+def test_only_a_group_is_used(ok, trace, tmp_path):
+    """--only leaves the figures that evaluate gives that group, for whichever command reads it."""
+    out = tmp_path / "p.json"
+    ok("solve", trace, "--devices", 4, "--method", "lpt", "--only", "odd", "--out", out)
+    whole = json.loads(ok("evaluate", out, trace, "--json", "-"))["by_group"]["odd"]
+    alone = json.loads(ok("evaluate", out, trace, "--only", "odd", "--json", "-"))
+    assert (alone["tokens"], alone["crossing"]) == (whole["tokens"], whole["crossing"])
+    assert (alone["input"]["groups"], list(alone["by_group"])) == (["odd"], ["odd"])
+    both = json.loads(ok("inspect", trace, "--only", "odd", "--only", "even", "--json", "-"))
+    assert both["input"]["tokens"] == 800
+
+
 def test_evaluate_predicts_times(ok, trace, tmp_path):
     """There are times, of any cost model and split; rows stay as long as the head."""
     out, model = tmp_path / "p.json", tmp_path / "model.json"

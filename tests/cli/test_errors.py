@@ -15,6 +15,8 @@ inspect . | .: folder holds no recording
 inspect junk.txt | junk.txt
 inspect | Missing argument 'INPUT...'
 inspect ids.npy | --num-experts is needed
+inspect LOAD --only a | '--only' needs a trace with groups
+inspect TRACE --only 3 | '--only': INPUT has no group '3'
 solve TRACE | Missing option '--devices'
 solve TRACE --devices 0 | 0 is not in the range 1<=x<=8192
 solve TRACE --devices two | 'two' is not a valid integer
