@@ -25,7 +25,7 @@ from moetuner.evaluation import copies
 from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.copies import SPLITS, Split
 from moetuner.frozen import Frozen
-from moetuner.placement import EMPTY, Placement, filled
+from moetuner.placement import EMPTY, Placement, fill
 from moetuner.problem import capacity
 from moetuner.problem.caps import Caps
 from moetuner.problem.objective import Goal, Objective, Remembered
@@ -356,13 +356,13 @@ class Problem(Frozen):
         """Fill all slots [L,D,S] if ``fill_slots`` says so, first with what is there already."""
         if not self.fill_slots:
             return slots
-        return filled(
+        return fill(
             slots,
             self.experts,
             capacity=self.capacity,
             load=self.load,
             forbidden=self.rules.forbidden,
-            held=None if running is None else running.held,
+            holders=None if running is None else running.held,
         )
 
     def empty_slots(self) -> NDArray[np.int32]:
