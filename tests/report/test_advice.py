@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.evaluation.units import Units, likeness
+from moetuner.evaluation.comparison import compare
+from moetuner.evaluation.units import Units
 from moetuner.formats.engines import tokens_per_rank
 from moetuner.report.advice import drift, power_law
-from moetuner.report.advice.conclusion import judged_in, knee_of
+from moetuner.report.advice.conclusion import knee_of
 from moetuner.report.advice.values import Copies
 
 LAYERS, EXPERTS, TOP_K, LENGTH = 3, 8, 2, 50
@@ -364,10 +365,15 @@ def test_intervals_of_several_splits_hold_the_truth():
 
     def judged(trace, splits, sequences):
         unseen = [trace.split(0.5, seed=seed)[1] for seed in range(splits)]
-        audits = [
-            mt.audit(better, each, TWO_NODES, baseline=blocks, cost_model=model) for each in unseen
+        pairs = [
+            [
+                mt.evaluate(of, each, TWO_NODES, window=512, cost_model=model)
+                for of in (blocks, better)
+            ]
+            for each in unseen
         ]
-        return judged_in(512, audits, 0.02, likeness(0.5, Units("sequence", sequences))).gain
+        units = Units("sequence", sequences)
+        return compare(pairs, ["predicted_layer_us"], units=units, share=0.5)["predicted_layer_us"]
 
     # Tastes differ from sequence to sequence, so that the units matter.
     def recorded(sequences, seed):

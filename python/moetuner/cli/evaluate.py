@@ -14,17 +14,23 @@ from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output, working
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
+from moetuner.evaluation.figures import FIGURES, explain
 from moetuner.files import text
-from moetuner.report.cells import counted, number
+from moetuner.report.cells import counted
 from moetuner.report.outcome import whose_times
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
-HEAD = ("traffic", "tokens", "imbalance", "mixed", "total", "worst", "crossing", "fanout", "nodes")
-TIMES = ("layer, us", "mean", "p50", "p95", "p99")
+BALANCE = ("imbalance", "imbalance_mixed", "imbalance_total", "imbalance_worst")
+MOVED = ("crossing", "fanout", "node_fanout")
+PERCENTILES = tuple(f"predicted_layer_us_p{percent}" for percent in (50, 95, 99))
+HELP = f"""Replay a placement token by token, for all traffic and for each of its groups.
+
+{explain(*BALANCE, *MOVED, "predicted_layer_us", *PERCENTILES)}.
+"""
 
 
-@click.command("evaluate")
+@click.command("evaluate", help=HELP)
 @click.argument("placement_file", metavar="PLACEMENT", type=options.IN_FILE)
 @traffic_options
 @machine_options
@@ -45,15 +51,7 @@ def command(
     mixed_seed: int,
     json_file: Path | None,
 ) -> None:
-    """Replay a placement token by token, for all traffic and for each of its groups.
-
-    imbalance: max / mean device load, averaged over layers and windows as they arrive (--arrival);
-    mixed: of windows in which sequences are served together, the more the more INPUT has, so that
-    inputs of different size do not compare; total: of the sum of all windows; worst: of any layer
-    and window; crossing: share of transitions between devices; fanout, nodes: devices and nodes
-    that a token visits in a layer; layer us: predicted time of a layer, and what 50, 95 and 99
-    percent of layers and windows do not exceed.
-    """
+    """Replay a placement, and print its figures."""
     placement = source.load(placement_file)
     topology = machine.topology(placement.devices)
     traffic, window = source.traffic, source.counted
@@ -80,10 +78,10 @@ def command(
     )
     output.say()
     rows = [("all", found), *found.by_group.items()]
-    output.table(HEAD, [_row(name, each) for name, each in rows])
+    _table(output, "traffic", rows, ("tokens", *BALANCE, *MOVED))
     output.say(_mixed(traffic, mixed_seed))
     output.say()
-    output.table(TIMES, [_times(name, each) for name, each in rows])
+    _table(output, "layer, us", rows, ("predicted_layer_us", *PERCENTILES), "mean")
     output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
     output.say()
     for name, ports in found.busiest_port.items():
@@ -113,27 +111,22 @@ def _mixed(traffic: RoutingTrace | RoutingStatistics, seed: int) -> str:
     return f"mixed: {running} of {sequences:,} sequences at once, groups fewer, seed {seed}"
 
 
-def _row(name: str, of: Evaluation) -> tuple[str, ...]:
-    return (
-        name,
-        "-" if of.tokens is None else f"{of.tokens:,}",
-        number(of.imbalance, 3),
-        number(of.imbalance_mixed, 3),
-        number(of.imbalance_total, 3),
-        number(of.imbalance_worst, 2),
-        number(of.crossing, 4),
-        number(of.fanout, 3),
-        number(of.node_fanout, 3),
-    )
-
-
-def _times(name: str, of: Evaluation) -> tuple[str, ...]:
-    return (
-        name,
-        number(of.predicted_layer_us, 1),
-        number(of.predicted_layer_us_p50, 1),
-        number(of.predicted_layer_us_p95, 1),
-        number(of.predicted_layer_us_p99, 1),
+def _table(
+    output: Output,
+    title: str,
+    rows: list[tuple[str, Evaluation]],
+    names: tuple[str, ...],
+    first: str = "",
+) -> None:
+    """Print figures of all traffic and of groups; the first column may have another head."""
+    figures = [FIGURES[name] for name in names]
+    head = [figure.column for figure in figures]
+    output.table(
+        (title, first or head[0], *head[1:]),
+        [
+            (name, *(figure.text(getattr(of, figure.name)) for figure in figures))
+            for name, of in rows
+        ],
     )
 
 

@@ -16,14 +16,14 @@ from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.moves import Moving, moving_options
 from moetuner.cli.options.problem import GROUPS, Asked, problem_options
 from moetuner.cli.options.traffic import Source, traffic_options
-from moetuner.cli.output import Output, working
-from moetuner.cli.reporting import write_comparison
-from moetuner.evaluation import evaluate
+from moetuner.cli.output import Output
+from moetuner.cli.report import origin_of, write_pages
 from moetuner.evaluation.auditing import contiguous
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.outcome import Outcome, head, remarks, sentences, slower
+from moetuner.report.page.data import PageData, of_outcomes
 from moetuner.solver import ALIASES, METHODS, Result, Trade
 
 
@@ -175,55 +175,40 @@ def command(
         **outcome.to_dict(),
         **answer,
     }
-    if report_file is not None or options.figures_folder() is not None:
-        _report(report_file, source, outcomes, initial, moving, contents, trades, output)
+    write_pages(
+        report_file,
+        lambda: _page(source, outcomes, initial, moving, contents, trades),
+        output,
+    )
     output.finish(contents)
     if failed is not None:
         raise failed
 
 
-def _report(
-    path: Path | None,
+def _page(
     source: Source,
     outcomes: list[Outcome],
     initial: Placement | None,
     moving: Moving,
     contents: dict[str, Any],
     trades: list[Trade],
-    output: Output,
-) -> None:
-    """Write a page of the placement beside what runs, or experts in blocks."""
-    after = outcomes[-1]
-    problem = after.problem
-    running, name = initial, "running"
-    if running is None:
-        running, name = contiguous(after.result.placement), "contiguous"
+) -> PageData:
+    """Make the page of the placement beside what runs, or experts in blocks."""
+    before, after = outcomes[0], outcomes[-1]
     if len(outcomes) == 1 or initial is not None:
-        with working("replaying what runs"):
-            before = evaluate(
-                running,
-                source.traffic,
-                problem.topology,
-                window=source.replayed,
-                split=problem.split,
-                cost_model=Objective(problem).cost_model,
-                regime=problem.regime,
-                arrival=problem.arrival,
-                threads=source.threads,
-            )
-    else:
-        running, before = outcomes[0].result.placement, outcomes[0].evaluation
-    result = replace(after.result, placement=running, method=name)
-    write_comparison(
-        path,
-        source,
-        Outcome(problem, result, before),
-        after,
-        contents,
-        output,
+        running = contiguous(after.result.placement) if initial is None else initial
+        name = "contiguous" if initial is None else "running"
+        (before,) = judge(
+            [replace(after.result, placement=running, method=name)],
+            after.problem,
+            source.traffic,
+            window=source.replayed,
+            threads=source.threads,
+        )
+    return of_outcomes(
+        *(before, after, source.traffic, origin_of(source), contents),
         traffic="The traffic that the placement was computed from, which flatters it; moetuner "
         "advise judges on unseen traffic.",
-        judged_on=source.traffic,
         trades=tuple(trades),
         expert_bytes=moving.expert_bytes,
     )

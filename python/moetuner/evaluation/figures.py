@@ -1,8 +1,11 @@
-"""Figures of an evaluation, computed from counts per window."""
+"""Every figure of an evaluation, declared once, and how counts per window give it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +13,224 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.cost import CostModel, busiest_ports
 from moetuner.evaluation.blocks import blocks, by_block
-from moetuner.evaluation.replay import Counts
+from moetuner.evaluation.replay import Counts, Setting
 from moetuner.topology import Regime, Topology
 
 Floats = NDArray[np.float64]
+# Windows and layers [W,L] in each order of arrival, by its weight.
+Weighed = list[tuple[float, Floats]]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What was counted of a placement.
+
+    Parameters
+    ----------
+    parts
+        Counts in each order of arrival, by its weight. What is of all tokens together is the same
+        in any order.
+    mixed
+        Loads in windows of mixed arrival [W,L,D]; None if not asked for.
+    setting, model, regime
+        What was replayed, and what predicts its times.
+    """
+
+    parts: list[tuple[float, Counts]]
+    mixed: NDArray[Any] | None
+    setting: Setting
+    model: CostModel | None
+    regime: Regime
+
+    @property
+    def counts(self) -> Counts:
+        """Counts in the first order."""
+        return self.parts[0][1]
+
+    @cached_property
+    def imbalances(self) -> Weighed:
+        """Imbalance of every window and layer."""
+        return [(weight, self.imbalance(each.load)) for weight, each in self.parts]
+
+    @cached_property
+    def times(self) -> Weighed:
+        """Predicted microseconds of every window and layer; none without a cost model."""
+        model, topology = self.model, self.setting.topology
+        if model is None:
+            return []
+        return [
+            (weight, layer_us(each, topology, model, self.regime)) for weight, each in self.parts
+        ]
+
+    def imbalance(self, load: NDArray[Any]) -> Floats:
+        """Compute the imbalance [...] of device loads [...,D] on this machine."""
+        return ratios(load, self.setting.topology.speed_of_device)
+
+    def per_token(self, visits: NDArray[Any] | None) -> float | None:
+        """Compute visits of a token in a layer; None where tokens or visits are not known."""
+        tokens = self.counts.tokens
+        if tokens is None or visits is None:
+            return None
+        return float(int(visits.sum()) / (max(tokens, 1) * visits.shape[1]))
+
+    def rows(self) -> dict[str, NDArray[Any]]:
+        """Return rows from device to device, by regime."""
+        found = {} if self.counts.follow is None else {"follow": self.counts.follow}
+        return found if self.counts.tokens is None else {**found, "dispatch": self.counts.dispatch}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that says what a placement does to traffic; the less, the better.
+
+    Parameters
+    ----------
+    name
+        Field of ``Evaluation``, and key of its JSON.
+    column, decimals, unit
+        How tables show it.
+    label
+        What a sentence calls it: "less ...".
+    meaning
+        What help says it is.
+    compute
+        From what was counted; None where that does not tell it.
+    per
+        What it is a mean over, so that parts of traffic add up to it; None where they do not.
+    title, regime, nothing
+        What a conclusion calls it, the regime in which it matters (None for all), and what is said
+        where a placement saves nothing of it.
+    """
+
+    name: str
+    column: str
+    decimals: int
+    meaning: str
+    compute: Callable[[Replay], float | None]
+    label: str = ""
+    unit: str = ""
+    per: Literal["window", "token", "pair"] | None = None
+    title: str = ""
+    regime: Regime | None = None
+    nothing: str = ""
+
+    def text(self, value: float | None) -> str:
+        """Write a value as it stands in a table; a dash where it is not known."""
+        return "-" if value is None else f"{value:,.{self.decimals}f}"
+
+    def with_unit(self, value: float) -> str:
+        """Write a value with its unit."""
+        return f"{value:.4g}{self.unit}"
+
+
+def _table(*figures: Figure) -> dict[str, Figure]:
+    return {figure.name: figure for figure in figures}
+
+
+def mean(parts: Weighed) -> float | None:
+    """Average over windows and layers, by weight; None of nothing."""
+    return sum(weight * float(each.mean()) for weight, each in parts) if parts else None
+
+
+# Every figure of an evaluation, in the order of tables.
+FIGURES = _table(
+    Figure("tokens", "tokens", 0, "tokens replayed", lambda of: of.counts.tokens),
+    Figure(
+        "imbalance",
+        "imbalance",
+        3,
+        "max / mean device load, averaged over layers and windows as they arrive (--arrival)",
+        lambda of: mean(of.imbalances),
+        label="imbalance",
+        per="window",
+        title="Busiest device",
+        unit=" x the mean",
+        nothing="nothing to balance",
+    ),
+    Figure(
+        "predicted_layer_us",
+        "layer us",
+        1,
+        "predicted time of a layer",
+        lambda of: mean(of.times),
+        label="predicted time of a layer",
+        per="window",
+        unit=" us",
+    ),
+    Figure(
+        "imbalance_mixed",
+        "mixed",
+        3,
+        "of windows in which sequences are served together, the more the more INPUT has, so that "
+        "inputs of different size do not compare",
+        lambda of: None if of.mixed is None else float(of.imbalance(of.mixed).mean()),
+    ),
+    Figure(
+        "imbalance_total",
+        "total",
+        3,
+        "of the sum of all windows",
+        lambda of: float(of.imbalance(of.counts.load.sum(axis=0)).mean()),
+    ),
+    Figure(
+        "imbalance_worst",
+        "worst",
+        2,
+        "of any layer and window",
+        lambda of: max(float(each.max()) for _, each in of.imbalances),
+    ),
+    Figure(
+        "fanout",
+        "fanout",
+        3,
+        "devices that a token visits in a layer",
+        lambda of: of.per_token(of.counts.visits),
+        label="fanout",
+        per="token",
+        title="Devices that a token visits",
+        regime="dispatch",
+        nothing="nothing to win in traffic",
+    ),
+    Figure(
+        "node_fanout",
+        "nodes",
+        3,
+        "nodes that a token visits in a layer",
+        lambda of: of.per_token(of.counts.node_visits),
+        label="node fanout",
+        per="token",
+        title="Nodes that a token visits",
+        regime="dispatch",
+        nothing="nothing to win between nodes",
+    ),
+    Figure(
+        "crossing",
+        "crossing",
+        4,
+        "share of transitions between devices",
+        lambda of: None if of.counts.follow is None else crossing(of.counts.follow),
+        label="crossing",
+        per="pair",
+        title="Steps that leave the device",
+        regime="follow",
+        nothing="nothing to win in traffic",
+    ),
+    *(
+        Figure(
+            f"predicted_layer_us_p{percent}",
+            f"p{percent}",
+            1,
+            f"time that {percent} percent of layers and windows do not exceed",
+            lambda of, percent=percent: percentile(of.times, percent) if of.times else None,  # type: ignore[misc]
+        )
+        for percent in (50, 95, 99)
+    ),
+)
+
+
+def explain(*names: str) -> str:
+    """Write what columns of a table mean, for help."""
+    return "; ".join(f"{FIGURES[name].column}: {FIGURES[name].meaning}" for name in names)
 
 
 def ratios(load: NDArray[Any], speed: Floats) -> Floats:

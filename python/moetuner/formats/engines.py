@@ -44,6 +44,9 @@ class Engine:
         What moves: tokens fan out from their home device and come back, in all of them.
     has_low_latency
         Whether it may exchange tokens by DeepEP's low-latency kernels, see ``tokens_per_rank``.
+    serve
+        Command that serves a model with an exported placement, on ``devices`` with ``more`` slots
+        than experts; None where that takes more than a command.
     """
 
     title: str
@@ -55,16 +58,28 @@ class Engine:
     keeps_groups: bool = False
     regime: Regime = "dispatch"
     has_low_latency: bool = False
+    serve: str | None = None
 
 
 ENGINES: dict[str, Engine] = {
-    "vllm": Engine("vLLM", "even", "by a hash of the token", has_low_latency=True),
+    "vllm": Engine(
+        "vLLM",
+        "even",
+        "by a hash of the token",
+        has_low_latency=True,
+        # The one way in that a release has.
+        serve="MOETUNER_PLACEMENT=placement.json vllm serve MODEL --tensor-parallel-size {devices} "
+        "--enable-expert-parallel --enable-eplb "
+        """--eplb-config '{{"num_redundant_experts": {more}}}'""",
+    ),
     "sglang": Engine(
         "SGLang",
         "nearest",
         "the nearest, as static dispatch does",
         may_repeat=False,
         has_low_latency=True,
+        serve="python -m sglang.launch_server --model MODEL --tp-size {devices} "
+        "--ep-size {devices} --init-expert-location experts.json --ep-num-redundant-experts {more}",
     ),
     "tensorrt-llm": Engine("TensorRT-LLM", "round_robin", "in turns"),
     "vllm-ascend": Engine(

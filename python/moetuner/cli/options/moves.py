@@ -13,7 +13,7 @@ from moetuner.cli.output import Output, working
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.report.cells import percent
+from moetuner.report.cells import in_bytes, percent
 from moetuner.solver import Trade, pareto
 from moetuner.topology import Topology
 
@@ -78,15 +78,6 @@ class Moving:
     def bytes(self, experts: float) -> str:
         """Write the bytes of so many experts, if those of one are known."""
         return "-" if self.expert_bytes is None else in_bytes(experts * self.each)
-
-
-def in_bytes(count: float) -> str:
-    """Write a number of bytes."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def sentences(diff: PlacementDiff, topology: Topology, moving: Moving) -> list[str]:
