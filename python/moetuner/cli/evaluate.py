@@ -14,19 +14,19 @@ from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output, working
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
-from moetuner.evaluation.figures import FIGURES, explain
+from moetuner.evaluation.figures import FIGURES, US, explain
 from moetuner.files import text
 from moetuner.report.cells import counted
 from moetuner.report.outcome import whose_times
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
-BALANCE = ("imbalance", "imbalance_mixed", "imbalance_total", "imbalance_worst")
-MOVED = ("crossing", "fanout", "node_fanout")
-PERCENTILES = tuple(f"predicted_layer_us_p{percent}" for percent in (50, 95, 99))
+# Times have a table of their own.
+TIMES = [name for name, figure in FIGURES.items() if figure.unit == US]
+OTHERS = [name for name in FIGURES if name not in TIMES]
 HELP = f"""Replay a placement token by token, for all traffic and for each of its groups.
 
-{explain(*BALANCE, *MOVED, "predicted_layer_us", *PERCENTILES)}.
+{explain(*OTHERS, *TIMES)}.
 """
 
 
@@ -78,10 +78,10 @@ def command(
     )
     output.say()
     rows = [("all", found), *found.by_group.items()]
-    _table(output, "traffic", rows, ("tokens", *BALANCE, *MOVED))
+    _table(output, "traffic", rows, OTHERS)
     output.say(_mixed(traffic, mixed_seed))
     output.say()
-    _table(output, "layer, us", rows, ("predicted_layer_us", *PERCENTILES), "mean")
+    _table(output, "layer, us", rows, TIMES, first="mean")
     output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
     output.say()
     for name, ports in found.busiest_port.items():
@@ -115,18 +115,14 @@ def _table(
     output: Output,
     title: str,
     rows: list[tuple[str, Evaluation]],
-    names: tuple[str, ...],
+    names: list[str],
     first: str = "",
 ) -> None:
     """Print figures of all traffic and of groups; the first column may have another head."""
-    figures = [FIGURES[name] for name in names]
-    head = [figure.column for figure in figures]
+    head = [FIGURES[name].column for name in names]
     output.table(
         (title, first or head[0], *head[1:]),
-        [
-            (name, *(figure.text(getattr(of, figure.name)) for figure in figures))
-            for name, of in rows
-        ],
+        [(group, *(FIGURES[name].text(getattr(of, name)) for name in names)) for group, of in rows],
     )
 
 

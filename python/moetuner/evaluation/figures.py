@@ -17,6 +17,7 @@ from moetuner.evaluation.replay import Counts, Setting
 from moetuner.topology import Regime, Topology
 
 Floats = NDArray[np.float64]
+US = " us"
 # Windows and layers [W,L] in each order of arrival, by its weight.
 Weighed = list[tuple[float, Floats]]
 
@@ -85,16 +86,14 @@ class Figure:
 
     Parameters
     ----------
-    name
-        Field of ``Evaluation``, and key of its JSON.
     column, decimals, unit
         How tables show it.
-    label
-        What a sentence calls it: "less ...".
     meaning
         What help says it is.
     compute
         From what was counted; None where that does not tell it.
+    label
+        What a sentence calls it, "less ..."; figures that have one are compared.
     per
         What it is a mean over, so that parts of traffic add up to it; None where they do not.
     title, regime, nothing
@@ -102,7 +101,6 @@ class Figure:
         where a placement saves nothing of it.
     """
 
-    name: str
     column: str
     decimals: int
     meaning: str
@@ -112,7 +110,7 @@ class Figure:
     per: Literal["window", "token", "pair"] | None = None
     title: str = ""
     regime: Regime | None = None
-    nothing: str = ""
+    nothing: str = "nothing to win in traffic"
 
     def text(self, value: float | None) -> str:
         """Write a value as it stands in a table; a dash where it is not known."""
@@ -123,79 +121,64 @@ class Figure:
         return f"{value:.4g}{self.unit}"
 
 
-def _table(*figures: Figure) -> dict[str, Figure]:
-    return {figure.name: figure for figure in figures}
-
-
 def mean(parts: Weighed) -> float | None:
     """Average over windows and layers, by weight; None of nothing."""
     return sum(weight * float(each.mean()) for weight, each in parts) if parts else None
 
 
-# Every figure of an evaluation, in the order of tables.
-FIGURES = _table(
-    Figure("tokens", "tokens", 0, "tokens replayed", lambda of: of.counts.tokens),
-    Figure(
-        "imbalance",
-        "imbalance",
-        3,
+def _percentile(percent: int) -> Figure:
+    return Figure(
+        *(f"p{percent}", 1, f"time that {percent} percent of layers and windows do not exceed"),
+        lambda of: percentile(of.times, percent) if of.times else None,
+        unit=US,
+    )
+
+
+# Every figure by its field of an evaluation, which is its key in JSON; in the order of tables.
+FIGURES = {
+    "tokens": Figure("tokens", 0, "tokens replayed", lambda of: of.counts.tokens),
+    "imbalance": Figure(
+        *("imbalance", 3),
         "max / mean device load, averaged over layers and windows as they arrive (--arrival)",
         lambda of: mean(of.imbalances),
         label="imbalance",
+        unit=" x the mean",
         per="window",
         title="Busiest device",
-        unit=" x the mean",
         nothing="nothing to balance",
     ),
-    Figure(
-        "predicted_layer_us",
-        "layer us",
-        1,
-        "predicted time of a layer",
-        lambda of: mean(of.times),
-        label="predicted time of a layer",
-        per="window",
-        unit=" us",
-    ),
-    Figure(
-        "imbalance_mixed",
-        "mixed",
-        3,
+    "imbalance_mixed": Figure(
+        *("mixed", 3),
         "of windows in which sequences are served together, the more the more INPUT has, so that "
         "inputs of different size do not compare",
         lambda of: None if of.mixed is None else float(of.imbalance(of.mixed).mean()),
     ),
-    Figure(
-        "imbalance_total",
-        "total",
-        3,
-        "of the sum of all windows",
+    "imbalance_total": Figure(
+        *("total", 3, "of the sum of all windows"),
         lambda of: float(of.imbalance(of.counts.load.sum(axis=0)).mean()),
     ),
-    Figure(
-        "imbalance_worst",
-        "worst",
-        2,
-        "of any layer and window",
+    "imbalance_worst": Figure(
+        *("worst", 2, "of any layer and window"),
         lambda of: max(float(each.max()) for _, each in of.imbalances),
     ),
-    Figure(
-        "fanout",
-        "fanout",
-        3,
-        "devices that a token visits in a layer",
+    "crossing": Figure(
+        *("crossing", 4, "share of transitions between devices"),
+        lambda of: None if of.counts.follow is None else crossing(of.counts.follow),
+        label="crossing",
+        per="pair",
+        title="Steps that leave the device",
+        regime="follow",
+    ),
+    "fanout": Figure(
+        *("fanout", 3, "devices that a token visits in a layer"),
         lambda of: of.per_token(of.counts.visits),
         label="fanout",
         per="token",
         title="Devices that a token visits",
         regime="dispatch",
-        nothing="nothing to win in traffic",
     ),
-    Figure(
-        "node_fanout",
-        "nodes",
-        3,
-        "nodes that a token visits in a layer",
+    "node_fanout": Figure(
+        *("nodes", 3, "nodes that a token visits in a layer"),
         lambda of: of.per_token(of.counts.node_visits),
         label="node fanout",
         per="token",
@@ -203,29 +186,14 @@ FIGURES = _table(
         regime="dispatch",
         nothing="nothing to win between nodes",
     ),
-    Figure(
-        "crossing",
-        "crossing",
-        4,
-        "share of transitions between devices",
-        lambda of: None if of.counts.follow is None else crossing(of.counts.follow),
-        label="crossing",
-        per="pair",
-        title="Steps that leave the device",
-        regime="follow",
-        nothing="nothing to win in traffic",
+    "predicted_layer_us": Figure(
+        *("layer us", 1, "predicted time of a layer", lambda of: mean(of.times)),
+        label="predicted time of a layer",
+        unit=US,
+        per="window",
     ),
-    *(
-        Figure(
-            f"predicted_layer_us_p{percent}",
-            f"p{percent}",
-            1,
-            f"time that {percent} percent of layers and windows do not exceed",
-            lambda of, percent=percent: percentile(of.times, percent) if of.times else None,  # type: ignore[misc]
-        )
-        for percent in (50, 95, 99)
-    ),
-)
+    **{f"predicted_layer_us_p{percent}": _percentile(percent) for percent in (50, 95, 99)},
+}
 
 
 def explain(*names: str) -> str:

@@ -132,21 +132,18 @@ def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None
 
 
 def _loads(
-    trace: RoutingTrace, window: int | None, threads: int | None
+    trace: RoutingTrace, window: int | None, threads: int | None = None
 ) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.integer[Any]] | None]:
     """Count windows of the tokens of every group [W,L,E], and return the group of each [W]."""
-    parts, numbers = [trace], np.zeros(1, dtype=np.int64)
-    if trace.group is not None:
-        numbers = np.unique(trace.group)
-        parts = [trace.select(groups=[int(number)]) for number in numbers]
-    loads = [
-        RoutingStatistics.from_trace(
-            part, window=window, transitions=False, coactivation=False, threads=threads
-        ).window_load
-        for part in parts
-    ]
-    group = np.repeat(numbers, [len(load) for load in loads])
-    return np.concatenate(loads), None if trace.group is None else group
+    found = RoutingStatistics.from_trace(
+        trace,
+        window=window,
+        by_group=trace.group is not None,
+        transitions=False,
+        coactivation=False,
+        threads=threads,
+    )
+    return found.window_load, found.group
 
 
 def blocks_of(
@@ -319,7 +316,7 @@ def likeness(share: float, units: Units) -> float:
 def reach_of(trace: RoutingTrace) -> int:
     """Compute over how many tokens neighbours of an unlabelled trace are alike."""
     piece = max(PIECE, -(-trace.tokens // PIECES))
-    return piece * blocks_of(*_loads(trace, piece, None)).length
+    return piece * blocks_of(*_loads(trace, piece)).length
 
 
 def with_runs(trace: RoutingTrace) -> RoutingTrace:

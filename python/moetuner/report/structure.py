@@ -266,37 +266,21 @@ def _groups(
     traffic: RoutingTrace | RoutingStatistics, load: NDArray[np.uint64], threads: int | None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Compute the share and distance of every group that has tokens."""
-    if traffic.group is None:
+    if traffic.group is None or not traffic.group.size:
         return {}, {}
-    total = load.sum(dtype=np.float64)
-    mix = _shares(load)
+    if isinstance(traffic, RoutingTrace):
+        traffic = RoutingStatistics.from_trace(
+            traffic, by_group=True, transitions=False, coactivation=False, threads=threads
+        )
+    total, mix = load.sum(dtype=np.float64), _shares(load)
     share, distance = {}, {}
-    for name, of_group in _load_by_group(traffic, threads).items():
+    for number, name in enumerate(traffic.group_names):
+        of_group = traffic.window_load[traffic.group == number].sum(axis=0, dtype=np.uint64)
         if of_group.any():
             share[name] = float(of_group.sum(dtype=np.float64) / total)
             apart = np.abs(_shares(of_group) - mix).sum(axis=1) / 2
             distance[name] = float(apart.mean())
     return share, distance
-
-
-def _load_by_group(
-    traffic: RoutingTrace | RoutingStatistics, threads: int | None
-) -> dict[str, NDArray[np.uint64]]:
-    """Load [L,E] of every group."""
-    names = traffic.group_names
-    if isinstance(traffic, RoutingStatistics):
-        of_window = traffic.group
-        return {
-            name: traffic.window_load[of_window == i].sum(axis=0, dtype=np.uint64)
-            for i, name in enumerate(names)
-        }
-    counted = {}
-    for name in names:
-        part = RoutingStatistics.from_trace(
-            traffic.select(groups=name), transitions=False, coactivation=False, threads=threads
-        )
-        counted[name] = part.total_load
-    return counted
 
 
 def _shares(load: NDArray[np.uint64]) -> NDArray[np.float64]:

@@ -271,8 +271,8 @@ def _headline(judged: Judged, running: str, where: str) -> str:
 def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
     """Write what balance and traffic have to do with it."""
     lines = []
-    for figure in FIGURES.values():
-        gain = judged.gains.get(figure.name)
+    for measure, figure in FIGURES.items():
+        gain = judged.gains.get(measure)
         if gain is None or not figure.title or figure.regime not in (None, regime):
             continue
         line = f"{figure.title}: {gain.before:.2f} to {gain.after:.2f}{figure.unit}"
