@@ -86,6 +86,8 @@ class Evaluation(Frozen):
         Share of transitions whose two experts are on different devices.
     fanout, node_fanout
         Distinct devices (nodes) that a token visits in a layer, on average.
+    slots_used
+        Slots of a device in a layer that hold an expert, on average; the others are free.
     traffic
         Rows moved from device to device, by regime. ``follow`` [L-1,D,D]: pairs of neighbouring
         layers' experts, the diagonal stays. ``dispatch`` [L,D,D]: from home device to device of
@@ -123,6 +125,7 @@ class Evaluation(Frozen):
     crossing: float | None
     fanout: float | None
     node_fanout: float | None
+    slots_used: float
     traffic: dict[str, NDArray[Any]]
     busiest_port: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     predicted_layer_us: float | None = None

@@ -186,6 +186,10 @@ FIGURES = {
         regime="dispatch",
         nothing="nothing to win between nodes",
     ),
+    "slots_used": Figure(
+        *("slots", 2, "slots of a device that hold an expert, on average over layers and devices"),
+        lambda of: float((of.setting.placement.slots >= 0).sum(axis=2).mean()),
+    ),
     "predicted_layer_us": Figure(
         *("layer us", 1, "predicted time of a layer", lambda of: mean(of.times)),
         label="predicted time of a layer",
