@@ -31,17 +31,14 @@ def table(topics, windows, seed):
     return LAW.table(np.random.default_rng([topics, windows, seed]), topics, windows)
 
 
-@pytest.mark.parametrize(("topics", "windows"), [(32, 2), (16, 4), (8, 8)])
+@pytest.mark.parametrize(("topics", "windows"), [(64, 1), (32, 2), (16, 4), (8, 8)])
 def test_blocks_are_as_long_as_topics(topics, windows):
-    """The correlation time is the topics' length, within a quarter of it in the mean."""
+    """The correlation time is the topics' length, nearly, in the mean."""
     found = [blocks_of(table(topics, windows, seed).window_load) for seed in range(8)]
     assert np.mean([each.correlation for each in found]) == pytest.approx(windows, rel=0.25)
     assert all(windows <= each.length + 1 for each in found)
-
-
-def test_independent_windows_are_no_blocks():
-    """Of twenty tables whose windows differ by themselves, at most two seem to be alike."""
-    assert sum(blocks_of(table(64, 1, seed).window_load).length > 1 for seed in range(20)) <= 2
+    # By themselves, windows seldom seem to be alike.
+    assert windows > 1 or sum(each.length > 1 for each in found) <= 1
 
 
 def test_long_correlations_are_measured_on_fewer_windows():
