@@ -118,14 +118,7 @@ def command(
     _show(output, found, name, against)
     if how["cost_model"] is not None:
         output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
-    comparison = compared(found, judged[0], (against, name))
-    if comparison is None:
-        output.say(f"All traffic: {FIGURES[judged[0]].label} is 0 under {against}.")
-    else:
-        output.say(f"All traffic: {comparison.sentence}")
-    _summary(output, found)
-    for line in _advice(found, judged, against):
-        output.say(line)
+    _summary(output, found, judged, (against, name))
     if failures:
         worst = failures[0]
         output.say(
@@ -190,26 +183,33 @@ def _show(output: Output, found: Audit, name: str, against: str) -> None:
     output.say()
 
 
-def _summary(output: Output, found: Audit) -> None:
-    """Name the groups that got worse, and those that gained less than the best."""
+def _summary(output: Output, found: Audit, judged: tuple[str, ...], names: tuple[str, str]) -> None:
+    """Print what all traffic gains, which groups got worse or gained less, and what to do."""
+    comparison = compared(found, judged[0], names)
+    if comparison is None:
+        output.say(f"All traffic: {FIGURES[judged[0]].label} is 0 under {names[0]}.")
+    else:
+        output.say(f"All traffic: {comparison.sentence}")
     worse, behind = found.worse(), found.behind()
     for line, findings in (
         ("worse in {}, beyond chance", worse),
         ("behind the group that gains most in {}", behind),
     ):
         for measure in found.whole:
-            names = [
+            groups = [
                 f"{text.name(each.group)} {signed(each.change.value)}"
                 for each in findings
                 if each.measure == measure
             ]
-            if names:
-                output.say(f"{line.format(FIGURES[measure].label)}: {listed(names, NAMED)}")
+            if groups:
+                output.say(f"{line.format(FIGURES[measure].label)}: {listed(groups, NAMED)}")
         if findings is worse and not worse:
             output.say("no group got worse beyond chance")
     if found.too_few:
-        names = [f"{group} ({units})" for group, units in found.too_few.items()]
-        output.say(f"too few {found.units[0]}s to judge (below {FEWEST}): {listed(names, NAMED)}")
+        few = [f"{group} ({units})" for group, units in found.too_few.items()]
+        output.say(f"too few {found.units[0]}s to judge (below {FEWEST}): {listed(few, NAMED)}")
+    for line in _advice(found, judged, names[0]):
+        output.say(line)
 
 
 def _advice(found: Audit, judged: tuple[str, ...], against: str) -> list[str]:

@@ -88,23 +88,16 @@ def command(
         )
     found = None
     if traffic.group is not None:
+        how |= {"window": source.replayed or 1, "threads": source.threads}
         with working("comparing groups"):
-            found = audit(
-                placement,
-                traffic,
-                topology,
-                baseline=running,
-                window=source.replayed or 1,
-                **how,
-                threads=source.threads,
-            )
+            found = audit(placement, traffic, topology, baseline=running, **how)
     contents = {
         "input": source.facts(),
         "settings": {
             "placement": str(placement_file),
             "baseline": None if baseline_file is None else str(baseline_file),
             "window": source.counted,
-            **serving.settings(topology, how),
+            **serving.settings(topology, serving.arguments(traffic)),
             "cost_model": model.name,
         },
         "running": before.to_dict(),

@@ -293,20 +293,17 @@ def evaluate_each(
     # Where tokens are replayed in mixed order anyway, their windows are not counted once more.
     is_mixed = any(order is not None for _, order in orders)
     counting = [replace(each, with_mixed=mixed and not is_mixed) for each in settings]
+    if home is not None and isinstance(traffic, RoutingStatistics):
+        raise ValueError("home needs a trace: statistics have no tokens")
+    if home is not None and split != "even":
+        raise ValueError(f"home needs split 'even', got {split!r}: others know homes only spread")
     runs: list[Iterator[tuple[Counts, dict[str, Counts]]]] = []
     for number, (_, order) in enumerate(orders):
         if isinstance(traffic, RoutingStatistics):
-            if home is not None:
-                raise ValueError("home needs a trace: statistics have no tokens")
             runs.append(replay.of_statistics(traffic, setting) for setting in counting)
         else:
-            if home is not None and split != "even":
-                raise ValueError(
-                    f"home needs split 'even', got {split!r}: others know homes only spread"
-                )
-            trace = arrival_.in_order(traffic, order)
             part = _part_of(progress, number, len(orders))
-            runs.append(replay.of_trace(trace, counting, part))
+            runs.append(replay.of_trace(arrival_.in_order(traffic, order), counting, part))
     found = []
     for setting, *parts in zip(settings, *runs, strict=True):
         if home is not None and isinstance(traffic, RoutingTrace):
@@ -316,14 +313,13 @@ def evaluate_each(
             ]
         named: dict[str | None, list[Counts]] = {None: [counts for counts, _ in parts]}
         named |= {name: [groups[name] for _, groups in parts] for name in parts[0][1]}
-        evaluations: dict[str | None, Evaluation] = {}
+        evaluations = {}
         for name, of_orders in named.items():
             weighed = [(weight, of) for (weight, _), of in zip(orders, of_orders, strict=True)]
             # Where tokens are replayed in mixed order anyway, that is the last order.
             in_mixed_order = of_orders[-1].load if mixed and is_mixed else of_orders[0].mixed
             evaluations[name] = _evaluation(
-                Replay(weighed, in_mixed_order, setting, cost_model, regime),
-                Replayed(traffic, setting, cost_model, regime, name),
+                Replay(weighed, in_mixed_order, setting, cost_model, regime), traffic, name
             )
         by_group = {name: of for name, of in evaluations.items() if name is not None}
         found.append(replace(evaluations[None], by_group=by_group))
@@ -386,7 +382,9 @@ def _with_homes(
     return replace(counts, dispatch=dispatch_rows(placement, trace, homes)), groups
 
 
-def _evaluation(of: Replay, replayed: Replayed) -> Evaluation:
+def _evaluation(
+    of: Replay, traffic: RoutingTrace | RoutingStatistics, group: str | None
+) -> Evaluation:
     """Compute all figures of what was counted in one order of arrival or, by weight, in two."""
     topology, rows = of.setting.topology, of.rows()
     values: dict[str, Any] = {name: figure.compute(of) for name, figure in FIGURES.items()}
@@ -397,7 +395,7 @@ def _evaluation(of: Replay, replayed: Replayed) -> Evaluation:
         predicted_us_per_layer=_per_layer(of.times) if of.times else None,
         traffic=rows,
         busiest_port={name: busiest_port(table, topology) for name, table in rows.items()},
-        replayed=replayed,
+        replayed=Replayed(traffic, of.setting, of.model, of.regime, group),
     )
 
 

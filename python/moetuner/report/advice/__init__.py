@@ -266,58 +266,41 @@ class _Work:
         """Try placements on every split, and conclude."""
         # The whole, seen twice, is the same every time.
         splits = splits if self.is_held_out else 1
-        share = 0.5 if self.is_held_out else 0.0
-        trials = []
-        for number in range(splits):
-            of = nth_seed(self.seed, number)
-            parts = hold_out(self.traffic, share, seed=of)
-            trials.append(self.trial(*parts, of, f"split {number + 1} of {splits}", number == 0))
-        first = trials[0]
-        swept = self._swept(trials)
+        trials = [self.trial(number, splits) for number in range(splits)]
+        first, swept = trials[0], self._swept(trials)
         knee = knee_of(swept)
+        proposed: Key = (knee, False)
         self.say("judging")
-        judged = tuple(
-            Judged(
-                window,
-                compare(
-                    [
-                        (each.evaluations[window][None], each.evaluations[window][knee, False])
-                        for each in trials
-                    ],
-                    units=self.units[window],
-                    share=0.5,
-                ),
-            )
-            for window in self.windows
-        )
-        judged = tuple(self._named(each) for each in judged)
+        judged = tuple(self._compared(trials, proposed, window) for window in self.windows)
         main = max(judged, key=lambda each: each.gain.mean)
-        audited = self._audit(first, (knee, False), main.window)
+        window, units = main.window, self.units[main.window]
+        audited = self._audit(first, proposed, window)
         self.say("comparing the halves of the recording")
-        found = drift.drift_of(self.traffic, self.units[main.window], seed=self.seed)
+        found = drift.drift_of(self.traffic, units, seed=self.seed)
         carried: tuple[float, ...] = ()
         if self.in_order and found is not None and found.is_told:
-            carried = self._carried(knee, main.window)
+            carried = self._carried(knee, window)
         self.say("weighing what moves, and phases")
         phases = self._phases(first, knee)
-        running, proposed = (first.evaluations[main.window][key] for key in (None, (knee, False)))
-        placements = first.placements[None], first.placements[knee, False]
-        evidence = Evidence(
-            *(judged, swept, knee, found, carried, self.units[main.window], _kinds(self.traffic)),
-            losers=_losers(audited),
-            price=self.price,
-            running=self.initial.replace("_", " ") if isinstance(self.initial, str) else "running",
-            model=self.model.name,
-            devices=self.topology.devices,
-            regime=self.regime,
-            held_out=self.is_held_out,
-            notes=self._notes(phases, knee),
+        conclusion = concluded(
+            Evidence(
+                *(judged, swept, knee, found, carried, units, _kinds(self.traffic)),
+                losers=_losers(audited),
+                price=self.price,
+                running=self.running.replace("_", " "),
+                model=self.model.name,
+                devices=self.topology.devices,
+                regime=self.regime,
+                held_out=self.is_held_out,
+                notes=self._notes(phases, knee),
+            )
         )
-        answer = concluded(evidence)
+        of = first.evaluations[window]
+        placements = first.placements[None], first.placements[proposed]
         return Advice(
-            answer=answer.answer,
-            reasons=tuple(answer.reasons),
-            warnings=tuple(answer.warnings),
+            answer=conclusion.answer,
+            reasons=tuple(conclusion.reasons),
+            warnings=tuple(conclusion.warnings),
             judged=judged,
             copies=swept,
             knee=knee,
@@ -325,58 +308,61 @@ class _Work:
             phases=phases,
             drift=found,
             carried=carried,
-            exponents=self._exponents(main.window, running=running, proposed=proposed),
-            running=running,
-            proposed=proposed,
+            exponents={
+                "running": self._exponents(of[None], window),
+                "proposed": self._exponents(of[proposed], window),
+            },
+            running=of[None],
+            proposed=of[proposed],
             placements=placements,
-            result=first.results[knee, False],
+            result=first.results[proposed],
             audit=audited,
-            units=self.units[main.window],
+            units=units,
             problem=first.problem,
             settings=self._settings(splits),
         )
 
-    def _named(self, judged: Judged) -> Judged:
+    @property
+    def running(self) -> str:
+        """What the running placement is called."""
+        return self.initial if isinstance(self.initial, str) else "running"
+
+    def _compared(self, trials: list[_Trial], proposed: Key, window: int | None) -> Judged:
+        """Compare what is proposed with what runs, in windows of a size, over all splits."""
+        evaluations = [each.evaluations[window] for each in trials]
+        figures = compare(
+            [(each[None], each[proposed]) for each in evaluations],
+            units=self.units[window],
+            share=0.5,
+        )
         names = ("running", "proposed")
-        named = {
-            name: replace(each, price=self.price, names=names)
-            for name, each in judged.figures.items()
-        }
-        return Judged(judged.window, named)
+        return Judged(
+            window,
+            {name: replace(of, price=self.price, names=names) for name, of in figures.items()},
+        )
 
     def _settings(self, splits: int) -> dict[str, Any]:
+        same = ("engine", "price", "expert_bytes", "regime", "split", "arrival", "in_order", "seed")
         return {
+            **{name: getattr(self, name) for name in same},
             "devices": self.topology.devices,
             "devices_per_node": self.topology.devices_per_node,
             "topology": self.topology.name,
-            "engine": self.engine,
             "initial": self.initial if isinstance(self.initial, str) else "given",
             "copies": list(self.counts),
             "windows": list(self.windows),
             "splits": splits,
             "held_out": self.is_held_out,
-            "price": self.price,
-            "expert_bytes": self.expert_bytes,
             "cost_model": self.model.name,
-            "regime": self.regime,
-            "split": self.split,
-            "arrival": self.arrival,
-            "in_order": self.in_order,
-            "seed": self.seed,
         }
 
-    def _exponents(
-        self, window: int | None, **evaluations: Evaluation
-    ) -> dict[str, tuple[float | None, ...]]:
-        return {
-            name: exponents(
-                of.imbalance_per_layer,
-                experts=self.traffic.num_experts,
-                devices=self.topology.devices,
-                tokens=window or 512,
-            )
-            for name, of in evaluations.items()
-        }
+    def _exponents(self, of: Evaluation, window: int | None) -> tuple[float | None, ...]:
+        return exponents(
+            of.imbalance_per_layer,
+            experts=self.traffic.num_experts,
+            devices=self.topology.devices,
+            tokens=window or WINDOWS[0],
+        )
 
     def _notes(self, phases: Phases | None, knee: int) -> tuple[str, ...]:
         """Write what phases cost each other, and what the engine cannot do."""
@@ -420,24 +406,26 @@ class _Work:
             return None
         return tokens_per_rank(size[0], self.topology.devices * (self.fewest + count))
 
-    def trial(self, seen: Traffic, unseen: Traffic, seed: int, name: str, is_first: bool) -> _Trial:
-        """Place with every number of copies, and judge on the unseen traffic.
+    def trial(self, number: int, splits: int) -> _Trial:
+        """Place with every number of copies, and judge on the unseen traffic of a split.
 
         A budget that layers share is tried in the first split only, which tells enough of it.
         """
+        seed, name = nth_seed(self.seed, number), f"split {number + 1} of {splits}"
+        seen, unseen = hold_out(self.traffic, 0.5 if self.is_held_out else 0.0, seed=seed)
         self.say(f"{name}: counting")
         problem = self.problem(seen)
         running = self._running(problem, seed)
         results: dict[Key, Result] = {}
         for count in self.counts:
             # Engines have as many slots in every layer.
-            may_share = is_first and count and problem.layers > 1 and self.engine is None
+            may_share = not number and count and problem.layers > 1 and self.engine is None
             for shared in (False, True) if may_share else (False,):
                 what = f"{count} slots for copies" + (" on average" if shared else "")
                 self.say(f"{name}: searching with {what}")
                 results[count, shared] = self._searched(problem, count, seed, shared=shared)
         self.say(f"{name}: predicting")
-        return self._judged(problem, running, results, unseen, self.windows)
+        return self._judged(problem, running, results, unseen, *self.windows)
 
     def _judged(
         self,
@@ -445,7 +433,7 @@ class _Work:
         running: Placement,
         results: dict[Key, Result],
         unseen: Traffic,
-        windows: tuple[int | None, ...],
+        *windows: int | None,
     ) -> _Trial:
         """Judge what runs, and placements, on traffic that they have not seen."""
         if self.arrival == "mixed" and isinstance(unseen, RoutingTrace):
@@ -453,19 +441,21 @@ class _Work:
             [(_, order)] = orders(unseen, self.arrival)
             unseen = in_order(with_runs(unseen), order)
         placements = {None: running, **{key: each.placement for key, each in results.items()}}
+        how: dict[str, Any] = {
+            "arrival": self.judged_arrival,
+            "mixed": False,
+            "threads": self.threads,
+        }
         evaluations = {}
         for window in windows:
-            found = judge(
-                list(placements.values()),
-                problem,
-                unseen,
-                window=window,
-                arrival="bursts" if self.arrival == "mixed" else self.arrival,
-                mixed=False,
-                threads=self.threads,
-            )
+            found = judge(list(placements.values()), problem, unseen, window=window, **how)
             evaluations[window] = dict(zip(placements, found, strict=True))
         return _Trial(problem, unseen, results, placements, evaluations)
+
+    @property
+    def judged_arrival(self) -> Arrival:
+        """In which order tokens come that are in that of serving already."""
+        return "bursts" if self.arrival == "mixed" else self.arrival
 
     def problem(self, seen: Traffic) -> Problem:
         """Count traffic, and ask for the least time with one copy of each expert."""
@@ -530,7 +520,7 @@ class _Work:
             cost_model=self.model,
             regime=self.regime,
             split=self.split,
-            arrival="bursts" if self.arrival == "mixed" else self.arrival,
+            arrival=self.judged_arrival,
             threads=self.threads,
             units=self.units[window],
         )
@@ -566,7 +556,7 @@ class _Work:
             problem = self.problem(seen)
             results: dict[Key, Result] = {(knee, False): self._searched(problem, knee, self.seed)}
             running = self._running(problem, self.seed)
-            of = self._judged(problem, running, results, unseen, (window,)).evaluations[window]
+            of = self._judged(problem, running, results, unseen, window).evaluations[window]
             gain = compare([(of[None], of[knee, False])], units=self.units[window])
             found.append(gain["predicted_layer_us"].low or 0.0)
         return tuple(found)
@@ -597,17 +587,13 @@ class _Work:
         results = {"both": trial.results[knee, False]}
         for phase in PHASES:
             results[phase] = self._searched(self.problem(seen[phase]), knee, self.seed)
+        keys: dict[str, Key] = {name: (at, False) for at, name in enumerate(results)}
+        given = {key: results[name] for name, key in keys.items()}
         found: dict[str, dict[str, float]] = {name: {} for name in results}
         for phase in PHASES:
             window = self.windows[-1 if phase == "prefill" else 0]
-            keys: dict[str, Key] = {name: (at, False) for at, name in enumerate(results)}
-            of = self._judged(
-                trial.problem,
-                trial.placements[None],
-                {key: results[name] for name, key in keys.items()},
-                unseen[phase],
-                (window,),
-            )
+            running = trial.placements[None]
+            of = self._judged(trial.problem, running, given, unseen[phase], window)
             for name, key in keys.items():
                 found[name][phase] = of.time(key, window)
         return Phases(found)

@@ -26,19 +26,8 @@ def exponents(
 ) -> tuple[float | None, ...]:
     """Compute the exponent with the same busiest device, for every layer.
 
-    Parameters
-    ----------
-    imbalance
-        Largest / mean device load of the layers [L].
-    experts, devices
-        Of a layer; experts stand in blocks.
-    tokens
-        Of a window.
-
-    Returns
-    -------
-    tuple
-        None where no exponent from -32 to 2 has it.
+    ``imbalance`` is the largest / mean device load of the layers [L], of experts in blocks and
+    windows of so many tokens. None where no exponent from -32 to 2 has it.
     """
     if devices < 2 or experts % devices or tokens < 4:
         return (None,) * len(imbalance)

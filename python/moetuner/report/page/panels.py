@@ -7,7 +7,7 @@ and results.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from moetuner.report.page.charts import (
     whiskers,
 )
 from moetuner.report.page.data import PageData
+from moetuner.solver.result import Result
 
 Rows = list[tuple[str, ...]]
 
@@ -54,50 +55,43 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a panel shows: charts, tables, notes, and what completes the sentence above them."""
-
-    charts: tuple[Chart, ...]
-    tables: tuple[Table, ...]
-    notes: tuple[str, ...] = ()
-    words: str = ""
-
-
-@dataclass(frozen=True)
 class Panel:
     """A question and its answer.
 
     Parameters
     ----------
-    key, title, reading
-        Anchor, question, and a sentence on how to read the answer.
+    charts, tables, notes
+        What is shown.
+    words
+        What completes the sentence on how to read it.
     absent
         Why there is no chart; empty where there is one.
+    key, title, reading
+        Anchor, question, and a sentence on how to read the answer.
     """
 
-    key: str
-    title: str
-    reading: str
     charts: tuple[Chart, ...] = ()
     tables: tuple[Table, ...] = ()
-    absent: str = ""
     notes: tuple[str, ...] = ()
+    words: str = ""
+    absent: str = ""
+    key: str = ""
+    title: str = ""
+    reading: str = ""
 
 
 def panels_of(page: PageData) -> tuple[Panel, ...]:
     """Make the panels after the verdict, in the order of reading."""
     panels = []
-    for key, (title, reading, answer_of) in PANELS.items():
-        found = answer_of(page)
-        if isinstance(found, str):
-            panels.append(Panel(key, title, reading.format(words=""), absent=found))
-        else:
-            reading = reading.format(words=found.words)
-            panels.append(Panel(key, title, reading, found.charts, found.tables, "", found.notes))
+    for key, (title, reading, panel_of) in PANELS.items():
+        made = panel_of(page)
+        panel = Panel(absent=made) if isinstance(made, str) else made
+        reading = reading.format(words=panel.words)
+        panels.append(replace(panel, key=key, title=title, reading=reading))
     return tuple(panels)
 
 
-def _layers(page: PageData) -> Answer | str:
+def _layers(page: PageData) -> Panel | str:
     measure, unit = "imbalance", "busiest device / mean"
     values = [each.imbalance_per_layer for each in page.evaluations]
     times = [each.predicted_us_per_layer for each in page.evaluations]
@@ -130,14 +124,14 @@ def _layers(page: PageData) -> Answer | str:
     click = " Click a layer to see its links below." if is_linked else ""
     spec = {"data": data, "layout": layout("layer", unit, whole=len(layers))}
     label = f"{measure} of every layer under both placements"
-    return Answer(
+    return Panel(
         (Chart("layers", label, {"": spec}, selects=("links", "boundary")),),
         (Table(f"{measure} by layer", ("layer", *page.names, "less"), rows),),
         words=f"{measure}.{click}",
     )
 
 
-def _experts(page: PageData) -> Answer | str:
+def _experts(page: PageData) -> Panel | str:
     if page.load is None:
         return "The loads of experts were not counted."
     relative = page.load / np.maximum(page.load.mean(axis=1, keepdims=True), 1e-12)
@@ -163,7 +157,7 @@ def _experts(page: PageData) -> Answer | str:
         height=max(280, min(760, 90 + 9 * layers)),
         wide=min(devices * slots_each * 2 + 140, 900),
     )
-    return Answer((chart,), tuple(tables))
+    return Panel((chart,), tuple(tables))
 
 
 def _slots(placement: Placement, busy: NDArray[Any], copies: NDArray[Any]) -> Spec:
@@ -220,7 +214,7 @@ def _by_node(table: NDArray[Any], page: PageData) -> tuple[NDArray[Any], str]:
     return summed, "node"
 
 
-def _links(page: PageData) -> Answer | str:
+def _links(page: PageData) -> Panel | str:
     rows = [each.traffic.get("dispatch") for each in page.evaluations]
     first, second = rows
     if first is None or second is None:
@@ -262,13 +256,13 @@ def _links(page: PageData) -> Answer | str:
     ]
     label = "two matrices of what goes from each device to each other one"
     title = "Rows at the busiest port of a tier, of a layer on average"
-    return Answer(
+    return Panel(
         (Chart("links", label, variants, height=420, wide=560),),
         (Table(title, ("placement", "regime", "tier", "out", "in"), ports),),
     )
 
 
-def _next(page: PageData) -> Answer | str:
+def _next(page: PageData) -> Panel | str:
     first, second = (each.traffic.get("follow") for each in page.evaluations)
     if first is None or second is None or not len(first):
         if page.placements[0].layers == 1:
@@ -319,10 +313,10 @@ def _next(page: PageData) -> Answer | str:
     rows = [
         (str(at), *(percent(float(share[at])) for share in columns.values())) for at in boundaries
     ]
-    return Answer(tuple(charts), (Table("Share that leaves", ("boundary", *columns), rows),))
+    return Panel(tuple(charts), (Table("Share that leaves", ("boundary", *columns), rows),))
 
 
-def _over_time(page: PageData) -> Answer | str:
+def _over_time(page: PageData) -> Panel | str:
     count = len(page.evaluations[0].imbalance_per_window)
     if count < 2:
         return "There is one window, so nothing to see over time."
@@ -350,14 +344,14 @@ def _over_time(page: PageData) -> Answer | str:
             f"the recording than in the first; of halves by chance {percent(drift.expected)}."
         )
     spec = {"data": lines, "layout": layout("window", "busiest / mean", whole=count)}
-    return Answer(
+    return Panel(
         (Chart("time", "imbalance of every window", {"": spec}, 340),),
         (Table("Imbalance of windows", ("placement", "5 %", "median", "95 %"), rows),),
         tuple(notes),
     )
 
 
-def _groups(page: PageData) -> Answer | str:
+def _groups(page: PageData) -> Panel | str:
     audit = page.audit
     if audit is None or not audit.groups:
         return "INPUT tells no groups (domains, languages, tenants, phases) apart."
@@ -411,28 +405,21 @@ def _groups(page: PageData) -> Answer | str:
         notes.append(f"Too few {audit.units[0]}s to judge: {few}.")
     label = "change of every group with its interval"
     chart = {"": {"data": [data], "layout": spec}}
-    return Answer(
+    return Panel(
         (Chart("groups", label, chart, height=130 + 24 * len(drawn)),),
         (Table("Groups", ("group", "change", "from", "to", ""), rows, len(found)),),
         tuple(notes),
     )
 
 
-def _search(page: PageData) -> Answer | str:
+def _search(page: PageData) -> Panel | str:
     result = page.result
     if result is None:
         return (
             "A page of a saved placement knows nothing of its search; moetuner solve --report "
             "shows it."
         )
-    reached = f"{result.method} reached {result.objective:.6g}; "
-    gap = "No bound was proven, so how far the optimum may be is not known."
-    if result.bound is not None and result.bound_is_of_loads:
-        gap = f"{reached}{loads_alone(f'{result.bound:.6g}')}."
-    elif result.bound is not None:
-        gap = f"{reached}{within(result, f'{result.bound:.6g}')}."
-    elif page.advice is not None:
-        gap = "Advice searches briefly and proves no bound of time; moetuner solve searches longer."
+    gap = _gap(result, is_advice=page.advice is not None)
     # When somebody looked depends on the clock; without a time limit nothing else does.
     history = [
         each
@@ -474,18 +461,31 @@ def _search(page: PageData) -> Answer | str:
         for x, each in list(zip(at, history, strict=True))[-ROWS:]
     ]
     label = f"best placement and bound {_steps(page)}"
-    return Answer(
+    return Panel(
         (Chart("search", label, {"": {"data": data, "layout": spec}}),),
         (Table("Progress", (unit, "phase", "best", "bound", "gap"), rows),),
         (gap,),
     )
 
 
+def _gap(result: Result, *, is_advice: bool) -> str:
+    """Write how far the optimum may be."""
+    if result.bound is not None:
+        bound = f"{result.bound:.6g}"
+        told = loads_alone(bound) if result.bound_is_of_loads else within(result, bound)
+        return f"{result.method} reached {result.objective:.6g}; {told}."
+    if is_advice:
+        return (
+            "Advice searches briefly and proves no bound of time; moetuner solve searches longer."
+        )
+    return "No bound was proven, so how far the optimum may be is not known."
+
+
 def _steps(page: PageData) -> str:
     return "over the seconds of the search" if page.timed else "after each step of the search"
 
 
-def _price(page: PageData) -> Answer | str:
+def _price(page: PageData) -> Panel | str:
     charts, tables = [], []
     if page.advice is not None and len(page.advice.copies) > 1:
         charts.append(_copies_chart(page))
@@ -510,7 +510,7 @@ def _price(page: PageData) -> Answer | str:
             "Nobody asked for copies or for fewer moves: moetuner advise sweeps copies, "
             "moetuner solve --initial ... --pareto weighs moves."
         )
-    return Answer(tuple(charts), tuple(tables))
+    return Panel(tuple(charts), tuple(tables))
 
 
 def _copies_chart(page: PageData) -> Chart:
@@ -572,7 +572,7 @@ def _copies_table(page: PageData) -> Table:
     return Table("Slots for copies", ("slots", *head, "GB per device", ""), rows)
 
 
-def _moves(page: PageData) -> Answer | str:
+def _moves(page: PageData) -> Panel | str:
     diff = page.moves
     if diff is None:
         return "The placements are not of one machine."
@@ -583,7 +583,7 @@ def _moves(page: PageData) -> Answer | str:
     rows = [tuple(map(str, row)) for row in diff.moves[:ROWS].tolist()]
     head = ("layer", "expert", "from", "to")
     size = f", {diff.bytes_moved / 1e9:.3g} GB" if diff.bytes_moved is not None else ""
-    return Answer(
+    return Panel(
         (Chart("moves", f"experts that go from {what} to {what}", {"": spec}, height=400),),
         (Table("Moves (all are in the JSON)", head, rows, diff.experts_moved),),
         (f"{diff.experts_moved:,} experts move{size}.",),
@@ -591,7 +591,7 @@ def _moves(page: PageData) -> Answer | str:
 
 
 # Question, how to read the answer, and what makes it or says why there is none.
-PANELS: dict[str, tuple[str, str, Callable[[PageData], Answer | str]]] = {
+PANELS: dict[str, tuple[str, str, Callable[[PageData], Panel | str]]] = {
     "layers": (
         "Which layers hold us up?",
         "Each column is a layer; the lower, the better, and the gap between cross and dot is what "
