@@ -11,10 +11,10 @@ from moetuner.evaluation.intervals import Interval, Sums, mean_interval, paired
 from moetuner.evaluation.units import (
     Blocks,
     Units,
+    alike_tokens,
     blocks_of,
     hold_out,
     likeness,
-    reach_of,
     runs,
     units_of,
 )
@@ -97,8 +97,8 @@ def test_an_unlabelled_trace_is_held_out_further_than_its_sequences_reach():
     rng = np.random.default_rng(5)
     labelled = LAW.trace(rng, np.full(40, 300))
     trace = mt.RoutingTrace.from_arrays(labelled.expert_ids, num_experts=simulated.EXPERTS)
-    assert 200 <= reach_of(trace) <= 600
-    seen, unseen = runs(trace.tokens, 0.5, reach_of(trace), 0)
+    assert 200 <= alike_tokens(trace) <= 600
+    seen, unseen = runs(trace.tokens, 0.5, alike_tokens(trace), 0)
     both = set(labelled.sequence[seen]) & set(labelled.sequence[unseen])
     assert len(both) <= 2
     parts = hold_out(trace, 0.5)

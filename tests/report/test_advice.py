@@ -87,13 +87,13 @@ def test_known_answers_are_given_for_every_seed(seed, engine):
     flat = advise(routed(even(3000), seed), TWO_NODES, **options)
     assert flat.answer == "not now"
     assert abs(flat.judged[0].gain.mean) < 0.02
-    assert not flat.drift.is_told
+    assert not flat.drift.is_beyond_chance
     assert {"nothing to balance", "nothing to win in traffic"} <= {
         each.rstrip(".").rsplit("; ", 1)[-1] for each in flat.reasons
     }
     assert advise(routed(skewed(3000), seed), TWO_NODES, **options).answer == "worth a trial"
     found = advise(routed(shifted(3000, seed), seed), TWO_NODES, **options)
-    assert found.drift.is_told
+    assert found.drift.is_beyond_chance
     # With few experts a placement may happen to suit both halves, which is then said.
     carries = min(found.carried) >= 0.5 * found.judged[0].gain.mean > 0
     assert found.answer == ("worth a trial" if carries else "not enough evidence")
@@ -326,9 +326,11 @@ def test_the_knee_harms_no_window():
 def test_drift_is_seldom_told_of_one_kind():
     """Of twenty recordings of one kind, none changes it."""
     units = Units("sequence", 40)
-    told = [drift.drift_of(routed(skewed(2000), seed), units).is_told for seed in range(20)]
+    told = [
+        drift.drift_of(routed(skewed(2000), seed), units).is_beyond_chance for seed in range(20)
+    ]
     assert not any(told)
-    assert drift.drift_of(routed(shifted(2000)), units).is_told
+    assert drift.drift_of(routed(shifted(2000)), units).is_beyond_chance
 
 
 def test_intervals_of_several_splits_hold_the_truth():

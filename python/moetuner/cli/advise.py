@@ -239,7 +239,7 @@ def _serving(source: Source, advice: Advice, engine: str | None) -> list[str]:
     export = "moetuner export placement.json --to"
     if engine is None:
         return [f"{export} eplb --out experts.npz"]
-    found = []
+    commands = []
     hidden, dense = source.layer_words()
     layers = {
         "hidden": f" --hidden-layers {hidden} --dense-layers {dense}",
@@ -248,7 +248,7 @@ def _serving(source: Source, advice: Advice, engine: str | None) -> list[str]:
     for name, writer in WRITERS.items():
         if writer.engine == engine:
             note = f"  # {writer.state}" if writer.state else ""
-            found.append(
+            commands.append(
                 f"{export} {name}{layers.get(writer.rows, '')} --out experts{writer.suffixes[0]}"
                 f"{note}"
             )
@@ -256,7 +256,7 @@ def _serving(source: Source, advice: Advice, engine: str | None) -> list[str]:
     devices = problem.topology.devices
     more = devices * (problem.slots + advice.knee) - problem.experts
     if of.serve is not None:
-        found.append(of.serve.format(devices=devices, more=more))
+        commands.append(of.serve.format(devices=devices, more=more))
     if not of.may_copy:
-        found.append(f"{export} {engine} --checkpoint MODEL --out MODEL-placed")
-    return found
+        commands.append(f"{export} {engine} --checkpoint MODEL --out MODEL-placed")
+    return commands

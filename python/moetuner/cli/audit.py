@@ -93,7 +93,7 @@ def command(
     if serving.cost_model is None and serving.engine is None:
         how["cost_model"] = None
     with working("auditing"):
-        found = audit(
+        audited = audit(
             placement,
             traffic,
             topology,
@@ -104,10 +104,10 @@ def command(
             seed=seed,
             threads=source.threads,
         )
-    judged = _measures(found, measures)
+    judged = _measures(audited, measures)
     failures = []
     if fail_if_worse is not None:
-        failures = found.worse(fail_if_worse / 100, measures=judged)
+        failures = audited.worse(fail_if_worse / 100, measures=judged)
     output = Output(json_file)
     output.say(source.describe())
     if serving.engine is not None:
@@ -115,10 +115,10 @@ def command(
     name, against = text.name(placement_file.name), "experts in blocks"
     if baseline_file is not None:
         against = text.name(baseline_file.name)
-    _show(output, found, name, against)
+    _show(output, audited, name, against)
     if how["cost_model"] is not None:
         output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
-    _summary(output, found, judged, (against, name))
+    _summary(output, audited, judged, (against, name))
     if failures:
         worst = failures[0]
         output.say(
@@ -138,40 +138,40 @@ def command(
                 "resamples": resamples,
                 "seed": seed,
             },
-            **found.to_dict(),
+            **audited.to_dict(),
             "failed": bool(failures),
         }
     )
     return WORSE if failures else 0
 
 
-def _measures(found: Audit, given: tuple[str, ...]) -> tuple[str, ...]:
+def _measures(audited: Audit, given: tuple[str, ...]) -> tuple[str, ...]:
     """Return the measures that are judged: those given, else the time or, without one, all."""
     for measure in given:
-        if measure not in found.whole:
+        if measure not in audited.whole:
             raise click.BadParameter(
-                f"must be of {', '.join(found.whole)} for this input, got {measure}",
+                f"must be of {', '.join(audited.whole)} for this input, got {measure}",
                 param_hint="'--measure'",
             )
-    return given or tuple({"predicted_layer_us"} & found.whole.keys() or found.whole)
+    return given or tuple({"predicted_layer_us"} & audited.whole.keys() or audited.whole)
 
 
-def _show(output: Output, found: Audit, name: str, against: str) -> None:
+def _show(output: Output, audited: Audit, name: str, against: str) -> None:
     """Print a table of every measure."""
-    kind, units = found.units
-    independent = "independent " if found.block_length > 1 else ""
+    kind, units = audited.units
+    independent = "independent " if audited.block_length > 1 else ""
     output.say(
         f"{name} against {against}, 95 % intervals over {counted(units, independent + kind)}"
     )
-    if found.block_length > 1:
+    if audited.block_length > 1:
         output.say(
             "No sequence labels: neighbouring windows are alike, so they were resampled in blocks "
-            f"of {found.block_length}."
+            f"of {audited.block_length}."
         )
-    for measure in found.whole:
+    for measure in audited.whole:
         output.say()
         rows = []
-        for group, of in (("all", found.whole), *found.groups.items()):
+        for group, of in (("all", audited.whole), *audited.groups.items()):
             values, change = (
                 (of[measure].baseline.value, of[measure].value.value),
                 of[measure].change,
@@ -183,19 +183,21 @@ def _show(output: Output, found: Audit, name: str, against: str) -> None:
     output.say()
 
 
-def _summary(output: Output, found: Audit, judged: tuple[str, ...], names: tuple[str, str]) -> None:
+def _summary(
+    output: Output, audited: Audit, judged: tuple[str, ...], names: tuple[str, str]
+) -> None:
     """Print what all traffic gains, which groups got worse or gained less, and what to do."""
-    comparison = compared(found, judged[0], names)
+    comparison = compared(audited, judged[0], names)
     if comparison is None:
         output.say(f"All traffic: {FIGURES[judged[0]].label} is 0 under {names[0]}.")
     else:
         output.say(f"All traffic: {comparison.sentence}")
-    worse, behind = found.worse(), found.behind()
+    worse, behind = audited.worse(), audited.behind()
     for line, findings in (
         ("worse in {}, beyond chance", worse),
         ("behind the group that gains most in {}", behind),
     ):
-        for measure in found.whole:
+        for measure in audited.whole:
             groups = [
                 f"{text.name(each.group)} {signed(each.change.value)}"
                 for each in findings
@@ -205,18 +207,18 @@ def _summary(output: Output, found: Audit, judged: tuple[str, ...], names: tuple
                 output.say(f"{line.format(FIGURES[measure].label)}: {listed(groups, NAMED)}")
         if findings is worse and not worse:
             output.say("no group got worse beyond chance")
-    if found.too_few:
-        few = [f"{group} ({units})" for group, units in found.too_few.items()]
-        output.say(f"too few {found.units[0]}s to judge (below {FEWEST}): {listed(few, NAMED)}")
-    for line in _advice(found, judged, names[0]):
+    if audited.too_few:
+        few = [f"{group} ({units})" for group, units in audited.too_few.items()]
+        output.say(f"too few {audited.units[0]}s to judge (below {FEWEST}): {listed(few, NAMED)}")
+    for line in _advice(audited, judged, names[0]):
         output.say(line)
 
 
-def _advice(found: Audit, judged: tuple[str, ...], against: str) -> list[str]:
+def _advice(audited: Audit, judged: tuple[str, ...], against: str) -> list[str]:
     """Return what to do about groups that got worse, are behind, or could not be judged."""
     lines = []
-    worse, behind = (find(measures=judged) for find in (found.worse, found.behind))
-    if worse and not found.groups:
+    worse, behind = (find(measures=judged) for find in (audited.worse, audited.behind))
+    if worse and not audited.groups:
         lines.append(f"To do: keep {against}, or solve again on traffic of this kind.")
     elif worse or behind:
         group = (worse or behind)[0].group
@@ -224,8 +226,9 @@ def _advice(found: Audit, judged: tuple[str, ...], against: str) -> list[str]:
             f"To do: record more of {group} and solve again, with --groups minimax for the sake of "
             f'the worst served group, or --groups "{group}=3" to weigh it.'
         )
-    if found.too_few:
+    if audited.too_few:
         lines.append(
-            f"To do: record {FEWEST} {found.units[0]}s or more of every group that is to be judged."
+            f"To do: record {FEWEST} {audited.units[0]}s or more of every group that is to be "
+            "judged."
         )
     return lines

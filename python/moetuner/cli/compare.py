@@ -145,11 +145,11 @@ def command(
     best = min(first, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
     for line in sentences(best):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
-    found: dict[str, Comparison] = {}
+    comparisons: dict[str, Comparison] = {}
     if over in outcomes:
         units = units_of(source.traffic, window=source.replayed, threads=source.threads)
-        found = gains(all_splits, over, units, share=holdout, seed=seed)
-    _show_gains(output, found, over, best.result.method, held_out=holdout > 0)
+        comparisons = gains(all_splits, over, units, share=holdout, seed=seed)
+    _show_gains(output, comparisons, over, best.result.method, held_out=holdout > 0)
     contents = {
         "input": source.facts(),
         "settings": {
@@ -165,7 +165,7 @@ def command(
         "methods": {
             method: {
                 **outcome.to_dict(),
-                "gain": found[method].to_dict() if method in found else None,
+                "gain": comparisons[method].to_dict() if method in comparisons else None,
             }
             for method, outcome in outcomes.items()
         },
@@ -291,24 +291,24 @@ def _setting(problem: Problem, window: int | None, holdout: float, unseen: Traff
 
 
 def _show_gains(
-    output: Output, found: dict[str, Comparison], over: str, best: str, *, held_out: bool
+    output: Output, comparisons: dict[str, Comparison], over: str, best: str, *, held_out: bool
 ) -> None:
     """Print the table, and the sentence of the method that is best by what it saw."""
-    if not found:
+    if not comparisons:
         return
-    several = len(next(iter(found.values())).splits) > 1
+    several = len(next(iter(comparisons.values())).splits) > 1
     head = (
         f"gain over {over}",
         *(("mean", "least", "most") if several else ("gain", "from", "to")),
     )
     rows = []
-    for method, gain in found.items():
+    for method, gain in comparisons.items():
         ends = (min(gain.splits), max(gain.splits)) if several else (gain.low, gain.high)
         rows.append((method, *map(signed, (gain.mean, *ends))))
     output.say()
     output.table(head, rows)
     where = "on unseen traffic" if held_out else "on the traffic that it was computed from"
-    if best in found:
-        output.say(f"Gain: {where} {found[best].sentence}")
+    if best in comparisons:
+        output.say(f"Gain: {where} {comparisons[best].sentence}")
     else:
         output.say(f"Gain: no method has a smaller objective than {over} on what was seen.")

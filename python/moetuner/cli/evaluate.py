@@ -57,7 +57,7 @@ def command(
     traffic, window = source.traffic, source.counted
     how = serving.arguments(traffic)
     with working("replaying"):
-        found = evaluate(
+        evaluation = evaluate(
             placement,
             traffic,
             topology,
@@ -77,14 +77,14 @@ def command(
         f"{counted(placement.slots_per_device, 'slot')}{windows}"
     )
     output.say()
-    rows = [("all", found), *found.by_group.items()]
+    rows = [("all", evaluation), *evaluation.by_group.items()]
     _table(output, "traffic", rows, OTHERS)
     output.say(_mixed(traffic, mixed_seed))
     output.say()
     _table(output, "layer, us", rows, TIMES, first="mean")
     output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
     output.say()
-    for name, ports in found.busiest_port.items():
+    for name, ports in evaluation.busiest_port.items():
         output.say(_ports(name, ports))
     output.finish(
         {
@@ -95,7 +95,7 @@ def command(
                 "window": window,
                 "mixed_seed": mixed_seed,
             },
-            **found.to_dict(),
+            **evaluation.to_dict(),
         }
     )
 

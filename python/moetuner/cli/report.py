@@ -86,11 +86,11 @@ def command(
             threads=source.threads,
             progress=shares(report, "of the tokens"),
         )
-    found = None
+    audited = None
     if traffic.group is not None:
         how |= {"window": source.replayed or 1, "threads": source.threads}
         with working("comparing groups"):
-            found = audit(placement, traffic, topology, baseline=running, **how)
+            audited = audit(placement, traffic, topology, baseline=running, **how)
     contents = {
         "input": source.facts(),
         "settings": {
@@ -102,7 +102,7 @@ def command(
         },
         "running": before.to_dict(),
         "proposed": after.to_dict(),
-        "audit": None if found is None else found.to_dict(),
+        "audit": None if audited is None else audited.to_dict(),
     }
     write_pages(
         report_file,
@@ -112,7 +112,7 @@ def command(
             traffic="All of INPUT; what the placement was computed from flatters it.",
             token_bytes=model.token_bytes,
             expert_bytes=expert_bytes,
-            audit=found,
+            audit=audited,
         ),
         output,
     )

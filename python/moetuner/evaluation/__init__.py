@@ -304,7 +304,7 @@ def evaluate_each(
         else:
             part = _part_of(progress, number, len(orders))
             runs.append(replay.of_trace(arrival_.in_order(traffic, order), counting, part))
-    found = []
+    evaluated = []
     for setting, *parts in zip(settings, *runs, strict=True):
         if home is not None and isinstance(traffic, RoutingTrace):
             parts = [
@@ -322,8 +322,8 @@ def evaluate_each(
                 Replay(weighed, in_mixed_order, setting, cost_model, regime), traffic, name
             )
         by_group = {name: of for name, of in evaluations.items() if name is not None}
-        found.append(replace(evaluations[None], by_group=by_group))
-    return found
+        evaluated.append(replace(evaluations[None], by_group=by_group))
+    return evaluated
 
 
 def _part_of(
@@ -356,12 +356,12 @@ def check_model(
     instance("placement", placement, Placement)
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
     experts = traffic.num_experts if isinstance(traffic, RoutingTrace) else traffic.experts
-    found = (traffic.layers, experts, topology.devices)
-    wanted = (placement.layers, placement.num_experts, placement.devices)
-    if found != wanted:
+    shape = (traffic.layers, experts, topology.devices)
+    given = (placement.layers, placement.num_experts, placement.devices)
+    if shape != given:
         raise ValueError(
-            f"placement must have {found[0]} layers, {found[1]} experts and {found[2]} devices "
-            f"like the input and topology, got {wanted[0]}, {wanted[1]} and {wanted[2]}"
+            f"placement must have {shape[0]} layers, {shape[1]} experts and {shape[2]} devices "
+            f"like the input and topology, got {given[0]}, {given[1]} and {given[2]}"
         )
 
 

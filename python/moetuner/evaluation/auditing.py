@@ -144,14 +144,14 @@ class Audit(Frozen):
         measures = tuple(listed("measures", measures, "names"))
         for measure in measures:
             one_of("measures", measure, self.whole)
-        found = []
+        findings = []
         for group, changes in (self.groups or {"all": self.whole}).items():
             for measure in measures or self.whole:
                 change: Interval | None = getattr(changes[measure], which)
                 surely = getattr(changes[measure], chance)
                 if change is not None and change.value > than and _is_beyond_chance(change, surely):
-                    found.append(Finding(group, measure, change, surely))
-        return sorted(found, key=lambda each: -each.change.value)
+                    findings.append(Finding(group, measure, change, surely))
+        return sorted(findings, key=lambda each: -each.change.value)
 
     def _repr_html_(self) -> str:
         head = ("measure", "group", "baseline", "placement", "change", "from", "to")
@@ -277,7 +277,7 @@ def audit(
         for each in (placement, baseline)
     )
     # Streams of their own, so that groups are resampled independently.
-    found = {
+    resampled = {
         name: paired(
             *(mine[name], theirs[name]),
             resamples=resamples,
@@ -285,8 +285,8 @@ def audit(
         )
         for number, name in enumerate(mine)
     }
-    whole = found[None]
-    groups = {name: of for name, of in found.items() if name is not None}
+    whole = resampled[None]
+    groups = {name: of for name, of in resampled.items() if name is not None}
     judged = _judged(groups or {"all": whole})
     return Audit(
         {name: _shown(each) for name, each in whole.items()} if groups else judged["all"],
@@ -301,15 +301,15 @@ def audit(
     )
 
 
-def compared(found: Audit, measure: str, names: tuple[str, str]) -> Comparison | None:
+def compared(audited: Audit, measure: str, names: tuple[str, str]) -> Comparison | None:
     """Return what a change brings to all traffic; None where the baseline has none of a measure."""
-    of = found.whole[measure]
+    of = audited.whole[measure]
     if of.change is None:
         return None
     low, high = (None if end is None else -end for end in (of.change.high, of.change.low))
     return Comparison(
         *(measure, of.baseline.value, of.value.value, -of.change.value, low, high),
-        units=found.units[1],
+        units=audited.units[1],
         names=names,
     )
 
@@ -325,8 +325,8 @@ def blocks(layers: int, experts: int, devices: int) -> Placement:
     return Placement.from_assignment(np.tile(device_of, (layers, 1)), devices)
 
 
-def _units(found: dict[str, Paired]) -> int:
-    return next(iter(found.values())).value.units
+def _units(figures: dict[str, Paired]) -> int:
+    return next(iter(figures.values())).value.units
 
 
 def _shown(of: Paired) -> Change:
@@ -340,7 +340,7 @@ def _is_beyond_chance(change: Interval, chance: float) -> bool:
 
 def _judged(groups: Resampled) -> dict[str, dict[str, Change]]:
     """Judge all changes of all groups, and how far each is behind the best, as one family."""
-    found = {
+    changes = {
         group: {name: _shown(each) for name, each in of.items()} for group, of in groups.items()
     }
     questions: list[tuple[str, str, str]] = []
@@ -358,13 +358,13 @@ def _judged(groups: Resampled) -> dict[str, dict[str, Change]]:
             chances.append(own.chance)
             if group != best:
                 behind = own - enough[best]
-                found[group][measure] = replace(found[group][measure], behind=behind.interval)
+                changes[group][measure] = replace(changes[group][measure], behind=behind.interval)
                 questions.append((group, measure, "behind_chance"))
                 # The best was picked out of all others, for being far from this one.
                 chances.append(min((len(enough) - 1) * behind.chance, 1.0))
     for (group, measure, which), chance in zip(questions, holm(chances), strict=True):
-        found[group][measure] = replace(found[group][measure], **{which: chance})  # type: ignore[arg-type]
-    return found
+        changes[group][measure] = replace(changes[group][measure], **{which: chance})  # type: ignore[arg-type]
+    return changes
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:

@@ -138,11 +138,11 @@ class Comparison(Frozen):
     def __str__(self) -> str:
         figure = FIGURES[self.measure]
         change = f"{self.measure} {self.before:.4g} -> {figure.with_unit(self.after)}"
-        found = f"{self.units} unit{'' if self.units == 1 else 's'}"
+        evidence = f"{self.units} unit{'' if self.units == 1 else 's'}"
         if self.low is not None and self.high is not None:
-            found = f"95 %: {100 * self.low:.1f} to {100 * self.high:.1f}, of {found}"
+            evidence = f"95 %: {100 * self.low:.1f} to {100 * self.high:.1f}, of {evidence}"
         return (
-            f"{self.answer}: {change}, gain {100 * self.gain:.1f} % ({found}; worth it above "
+            f"{self.answer}: {change}, gain {100 * self.gain:.1f} % ({evidence}; worth it above "
             f"{100 * self.price:g} %)"
         )
 
@@ -221,12 +221,12 @@ def compare(
     seed
         Of the resamples.
     """
-    found = [_paired(before, after, units, seed) for before, after in splits]
+    resampled = [_paired(before, after, units, seed) for before, after in splits]
     comparisons = {}
-    for measure in measures or found[0][0]:
+    for measure in measures or resampled[0][0]:
         pairs = [tuple(getattr(each, measure) for each in pair) for pair in splits]
         spreads = []
-        for (before, after), (by_name, number) in zip(pairs, found, strict=True):
+        for (before, after), (by_name, number) in zip(pairs, resampled, strict=True):
             value = 1 - after / before if before else 0.0
             change = by_name[measure].change if measure in by_name else None
             if change is None:

@@ -76,8 +76,8 @@ class Replay:
 
     def rows(self) -> dict[str, NDArray[Any]]:
         """Return rows from device to device, by regime."""
-        found = {} if self.counts.follow is None else {"follow": self.counts.follow}
-        return found if self.counts.tokens is None else {**found, "dispatch": self.counts.dispatch}
+        rows = {} if self.counts.follow is None else {"follow": self.counts.follow}
+        return rows if self.counts.tokens is None else {**rows, "dispatch": self.counts.dispatch}
 
 
 @dataclass(frozen=True)
@@ -225,9 +225,9 @@ def _ratios(load: NDArray[Any], speed: Floats) -> Floats:
         total = load.sum(axis=-1, dtype=np.float64)
     each = speed.reshape(-1, *[1] * (load.ndim - 1))
     slowest = (by_device / each).max(axis=0) * speed.sum()
-    found: Floats = np.ones_like(total)
-    np.divide(slowest, total, out=found, where=total > 0)
-    return found
+    imbalance: Floats = np.ones_like(total)
+    np.divide(slowest, total, out=imbalance, where=total > 0)
+    return imbalance
 
 
 def percentile(parts: list[tuple[float, Floats]], percent: float) -> float:
@@ -245,19 +245,19 @@ def percentile(parts: list[tuple[float, Floats]], percent: float) -> float:
 def crossing(follow: NDArray[Any]) -> float:
     """Compute the share of the pairs [L-1,D,D] that are on different devices."""
     total = follow.sum(dtype=np.float64)
-    kept = np.einsum("ldd->", follow, dtype=np.float64)
-    return float((total - kept) / total) if total else 0.0
+    stay = np.einsum("ldd->", follow, dtype=np.float64)
+    return float((total - stay) / total) if total else 0.0
 
 
 def busiest_port(rows: NDArray[Any], topology: Topology) -> dict[str, list[float]]:
     """Compute rows out of and into the busiest port of every tier, of rows [L,D,D], by layer."""
-    found: dict[str, list[float]] = {"out": [], "in": []}
+    busiest: dict[str, list[float]] = {"out": [], "in": []}
     for tier in range(1, len(topology.levels) + 1):
         mine = rows * (topology.tier == tier)
         for way, axis in (("out", 2), ("in", 1)):
-            busiest = mine.sum(axis=axis).max(axis=1)
-            found[way].append(float(busiest.mean()) if busiest.size else 0.0)
-    return found
+            rows_at = mine.sum(axis=axis).max(axis=1)
+            busiest[way].append(float(rows_at.mean()) if rows_at.size else 0.0)
+    return busiest
 
 
 def layer_us(counts: Counts, topology: Topology, model: CostModel, regime: Regime) -> Floats:

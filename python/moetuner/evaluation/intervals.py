@@ -162,8 +162,8 @@ def drawn(
         size = min(at_once, resamples - first)
         taken = rng.multinomial(blocks, np.full(units, 1 / units), size=size)
         sums.append(taken @ columns)
-    found: Floats = np.concatenate(sums)
-    return found
+    totals: Floats = np.concatenate(sums)
+    return totals
 
 
 def _blocks_drawn(units: int, length: int) -> int:
@@ -200,7 +200,7 @@ def paired(
     blocks = both[0].blocks
     sums = drawn(len(columns), resamples, rng, columns, min(blocks.length, len(columns)))
     total = columns.sum(axis=0)
-    found = {}
+    pairs = {}
     for number, name in enumerate(names):
         mine, theirs = placement[name], baseline[name]
         part = slice(4 * number, 4 * number + 4)
@@ -213,12 +213,12 @@ def paired(
             with np.errstate(divide="ignore", invalid="ignore"):
                 value, samples = mine.value / theirs.value - 1, now / before - 1
             change = _spread(mine, value, samples, at / at_before - 1, apart)
-        found[name] = Paired(
+        pairs[name] = Paired(
             _spread(mine, mine.value, now, at, of_mine),
             _spread(mine, theirs.value, before, at_before, of_theirs),
             change,
         )
-    return found
+    return pairs
 
 
 def _spread(
@@ -277,15 +277,15 @@ def _both_ways(cuts: Cuts, influence: Floats, freedom: float) -> tuple[float, fl
 def mean_interval(splits: Sequence[Interval], likeness: float) -> Interval:
     """Return the mean over splits of a recording, whose errors have a correlation."""
     value = float(np.mean([each.value for each in splits]))
-    known = [
+    widths = [
         (each.value - each.low, each.high - each.value)
         for each in splits
         if each.low is not None and each.high is not None
     ]
-    if len(known) < len(splits):
+    if len(widths) < len(splits):
         return Interval(value, None, None)
     narrower = math.sqrt((1 + (len(splits) - 1) * likeness) / len(splits))
-    below, above = narrower * np.mean(known, axis=0)
+    below, above = narrower * np.mean(widths, axis=0)
     return Interval(value, value - float(below), value + float(above))
 
 

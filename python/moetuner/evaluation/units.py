@@ -135,7 +135,7 @@ def _loads(
     trace: RoutingTrace, window: int | None, threads: int | None = None
 ) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.integer[Any]] | None]:
     """Count windows of the tokens of every group [W,L,E], and return the group of each [W]."""
-    found = RoutingStatistics.from_trace(
+    counted = RoutingStatistics.from_trace(
         trace,
         window=window,
         by_group=trace.group is not None,
@@ -143,7 +143,7 @@ def _loads(
         coactivation=False,
         threads=threads,
     )
-    return found.window_load, found.group
+    return counted.window_load, counted.group
 
 
 def blocks_of(
@@ -214,7 +214,7 @@ def _lags(share: Floats, label: Integers) -> tuple[Floats, float]:
         by_chance.append(np.einsum("wf,wf->w", share[order], share[np.roll(order, 1)]))
     products = np.concatenate(by_chance)
     mean, error = float(products.mean()), float(products.std())
-    found: list[float] = []
+    covariances: list[float] = []
     for lag in range(1, min(LAGS, windows - 2) + 1):
         same = label[lag:] == label[:-lag]
         pairs = int(same.sum())
@@ -223,8 +223,8 @@ def _lags(share: Floats, label: Integers) -> tuple[Floats, float]:
         product = np.einsum("wf,wf->w", share[lag:], share[:-lag])[same].mean() - mean
         if product <= ALIKE * error / math.sqrt(pairs):
             break
-        found.append(float(product))
-    return np.array(found), float((share**2).sum() / windows) - mean
+        covariances.append(float(product))
+    return np.array(covariances), float((share**2).sum() / windows) - mean
 
 
 def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic, Traffic]:
@@ -291,14 +291,14 @@ def _part_of_trace(trace: RoutingTrace, share: float, seed: int) -> tuple[Traffi
         chosen = np.random.default_rng(seed).permutation(labels)[:count]
         seen = np.isin(unit, chosen)
         return some_tokens(trace, seen), some_tokens(trace, ~seen)
-    seen, unseen = runs(trace.tokens, share, reach_of(trace), seed, trace.group)
+    seen, unseen = runs(trace.tokens, share, alike_tokens(trace), seed, trace.group)
     return some_tokens(trace, seen), some_tokens(trace, unseen)
 
 
 def some_tokens(trace: RoutingTrace, keep: NDArray[np.bool_]) -> RoutingTrace:
     """Return some tokens [T] of a trace."""
-    kept = replace(trace, sequence=keep.astype(np.int32)).select(sequences=[1])
-    return replace(kept, sequence=None if trace.sequence is None else trace.sequence[keep])
+    chosen = replace(trace, sequence=keep.astype(np.int32)).select(sequences=[1])
+    return replace(chosen, sequence=None if trace.sequence is None else trace.sequence[keep])
 
 
 def likeness(share: float, units: Units) -> float:
@@ -313,7 +313,7 @@ def likeness(share: float, units: Units) -> float:
     return alike if units.blocks.length == 1 and units.name != "window" else max(alike, RUNS)
 
 
-def reach_of(trace: RoutingTrace) -> int:
+def alike_tokens(trace: RoutingTrace) -> int:
     """Compute over how many tokens neighbours of an unlabelled trace are alike."""
     piece = max(PIECE, -(-trace.tokens // PIECES))
     return piece * blocks_of(*_loads(trace, piece)).length
@@ -323,7 +323,7 @@ def with_runs(trace: RoutingTrace) -> RoutingTrace:
     """Return a trace with runs of tokens that are alike for the sequences that it has not."""
     if trace.sequence is not None:
         return trace
-    run = np.arange(trace.tokens) // reach_of(trace)
+    run = np.arange(trace.tokens) // alike_tokens(trace)
     return replace(trace, sequence=run.astype(np.int32))
 
 

@@ -43,20 +43,20 @@ class Outcome:
     @property
     def gap(self) -> float | None:
         """Gap to a bound that says something; None to one of loads alone."""
-        told = self.worth.is_known and not self.result.bound_is_of_loads
-        return self.result.gap if told else None
+        is_useful = self.worth.is_known and not self.result.bound_is_of_loads
+        return self.result.gap if is_useful else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields of the evaluation and of the result."""
-        known = self.worth.is_known
+        is_known = self.worth.is_known
         return {
             **self.evaluation.to_dict(),
-            "objective": self.result.objective if known else None,
+            "objective": self.result.objective if is_known else None,
             "unit": self.worth.unit,
-            "bound": self.result.bound if known else None,
+            "bound": self.result.bound if is_known else None,
             "bound_source": self.result.bound_source,
-            "bound_scope": self.result.bound_scope if known else None,
-            "gap": self.result.gap if known else None,
+            "bound_scope": self.result.bound_scope if is_known else None,
+            "gap": self.result.gap if is_known else None,
             "status": self.result.status,
             "violations": list(self.result.violations),
             "solve_seconds": self.result.seconds,
@@ -136,14 +136,14 @@ def gains(
     if getattr(first[over].evaluation, measure) is None:
         return {}
     whole = [split for split in splits if set(split) == set(first)]
-    found = {}
+    comparisons = {}
     for method in first:
         if method != over:
             pairs = [(split[over].evaluation, split[method].evaluation) for split in whole]
             gain = compare(pairs, [measure], units=units, share=share, seed=seed)[measure]
             gain = replace(gain, names=(over, method))
-            found[method] = replace(gain, low=None, high=None) if gain.is_too_few else gain
-    return found
+            comparisons[method] = replace(gain, low=None, high=None) if gain.is_too_few else gain
+    return comparisons
 
 
 def sentences(outcome: Outcome) -> list[str]:
@@ -239,8 +239,8 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
     if worth.lacks is not None:
         lines.append(f"INPUT has {worth.lacks}.")
     for outcome in outcomes:
-        told = caps.remarks(problem, outcome.result.details.caps)
-        lines.extend(f"{outcome.result.method}: {line}" for line in told)
+        notes = caps.remarks(problem, outcome.result.details.caps)
+        lines.extend(f"{outcome.result.method}: {line}" for line in notes)
         if outcome.breaks_rules:
             mark = f"{outcome.result.method} ! violates rules:"
             lines.extend(f"{mark} {broken}." for broken in outcome.result.violations)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import at_least, callable_or_none, instance, seed_in, threads_in
 from moetuner.evaluation import Evaluation, evaluate_each, intervals
-from moetuner.evaluation.units import Units, hold_out, reach_of, units_of
+from moetuner.evaluation.units import Units, alike_tokens, hold_out, units_of
 from moetuner.frozen import Frozen, html_table
 from moetuner.problem import Problem
 from moetuner.solver import solve
@@ -141,13 +141,13 @@ def structure(
     held_out = isinstance(traffic, RoutingTrace) and traffic.tokens > 1
     parts = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
 
-    def told(number: int) -> Callable[[float], None] | None:
+    def progress_of(number: int) -> Callable[[float], None] | None:
         """Return what is told how far the reading of this number is."""
         if progress is None:
             return None
         return lambda share: progress((number + share) / READINGS)
 
-    seen, unseen = (_pairs(part, threads, told(number)) for number, part in enumerate(parts))
+    seen, unseen = (_pairs(part, threads, progress_of(number)) for number, part in enumerate(parts))
     whole = seen + unseen if held_out else seen
     load = whole.total_load
     share, distance = _groups(traffic, load, threads)
@@ -156,24 +156,28 @@ def structure(
         method: str, seen: RoutingStatistics, unseen: RoutingTrace | RoutingStatistics
     ) -> Evaluation:
         problem = Problem(seen, topology, regime="follow", max_imbalance=max_imbalance)
-        found = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
-        found = found.uninterrupted()
+        result = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
+        result = result.uninterrupted()
         return evaluate_each(
-            [found.placement], unseen, mixed=False, threads=threads, progress=told(READINGS - 1)
+            [result.placement],
+            unseen,
+            mixed=False,
+            threads=threads,
+            progress=progress_of(READINGS - 1),
         )[0]
 
     tables = whole.transitions_or_empty
-    known = bool(tables.any())
+    has_pairs = bool(tables.any())
     bits = chance = contiguous = searched = null = gain = None
-    if known:
+    if has_pairs:
         chance = tuple(_chance_bits(tables, seed))
         bits = tuple(max(_bits(t) - c, 0.0) for t, c in zip(tables, chance, strict=True))
         contiguous = crossing("contiguous", seen, unseen).crossing
-    if known and isinstance(parts[1], RoutingTrace) and held_out:
-        found = crossing("heuristic", seen, _in_blocks(parts[1], units_of(traffic), seed))
-        searched = found.crossing
+    if has_pairs and isinstance(parts[1], RoutingTrace) and held_out:
+        evaluation = crossing("heuristic", seen, _in_blocks(parts[1], units_of(traffic), seed))
+        searched = evaluation.crossing
         null = crossing("heuristic", _independent(seen), _independent(unseen)).crossing
-        gain = _gain(found, null)
+        gain = _gain(evaluation, null)
     return Structure(
         skew=tuple(_over_mean(load).tolist()),
         unused=tuple((load == 0).sum(axis=1).tolist()),
@@ -197,7 +201,7 @@ def _in_blocks(trace: RoutingTrace, units: Units, seed: int) -> RoutingTrace:
     Without sequences blocks are runs of tokens, none shorter than tokens are alike.
     """
     if trace.sequence is None:
-        blocks = max(min(BLOCKS, trace.tokens // reach_of(trace)), 1)
+        blocks = max(min(BLOCKS, trace.tokens // alike_tokens(trace)), 1)
         block = np.arange(trace.tokens) * blocks // max(trace.tokens, 1)
     else:
         labels, which = np.unique(units.of_tokens(trace.sequence), return_inverse=True)
@@ -206,21 +210,21 @@ def _in_blocks(trace: RoutingTrace, units: Units, seed: int) -> RoutingTrace:
     return replace(trace, group=block.astype(np.int16), group_names=names)
 
 
-def _gain(found: Evaluation, null: float | None) -> tuple[float, float] | None:
+def _gain(evaluation: Evaluation, null: float | None) -> tuple[float, float] | None:
     """Compute the interval of the null less a crossing, from blocks that differ by chance."""
-    if null is None or found.crossing is None:
+    if null is None or evaluation.crossing is None:
         return None
-    tables = [block.traffic["follow"] for block in found.by_group.values()]
+    tables = [block.traffic["follow"] for block in evaluation.by_group.values()]
     pairs = np.array([table.sum(dtype=np.float64) for table in tables])
     stay = np.array([np.einsum("ldd->", table.astype(np.float64)) for table in tables])
     blocks = int((pairs > 0).sum())
     if blocks < intervals.FEWEST:
         return None
     # The standard error of a ratio of two sums over blocks.
-    apart = (pairs - stay) - found.crossing * pairs
+    apart = (pairs - stay) - evaluation.crossing * pairs
     error = np.sqrt(blocks / (blocks - 1) * (apart**2).sum()) / pairs.sum()
     width = intervals.quantile(CHANCE, blocks - 1) * float(error)
-    return null - found.crossing - width, null - found.crossing + width
+    return null - evaluation.crossing - width, null - evaluation.crossing + width
 
 
 def _pairs(

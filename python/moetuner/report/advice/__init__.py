@@ -276,15 +276,15 @@ class _Work:
         window, units = main.window, self.units[main.window]
         audited = self._audit(first, proposed, window)
         self.say("comparing the halves of the recording")
-        found = drift.drift_of(self.traffic, units, seed=self.seed)
+        difference = drift.drift_of(self.traffic, units, seed=self.seed)
         carried: tuple[float, ...] = ()
-        if self.in_order and found is not None and found.is_told:
+        if self.in_order and difference is not None and difference.is_beyond_chance:
             carried = self._carried(knee, window)
         self.say("weighing what moves, and phases")
         phases = self._phases(first, knee)
         conclusion = concluded(
             Evidence(
-                *(judged, swept, knee, found, carried, units, _kinds(self.traffic)),
+                *(judged, swept, knee, difference, carried, units, _kinds(self.traffic)),
                 losers=_losers(audited),
                 price=self.price,
                 running=self.running.replace("_", " "),
@@ -306,7 +306,7 @@ class _Work:
             knee=knee,
             moving=self._moving(*placements, main.gain.before - main.gain.after),
             phases=phases,
-            drift=found,
+            drift=difference,
             carried=carried,
             exponents={
                 "running": self._exponents(of[None], window),
@@ -448,8 +448,8 @@ class _Work:
         }
         evaluations = {}
         for window in windows:
-            found = judge(list(placements.values()), problem, unseen, window=window, **how)
-            evaluations[window] = dict(zip(placements, found, strict=True))
+            evaluated = judge(list(placements.values()), problem, unseen, window=window, **how)
+            evaluations[window] = dict(zip(placements, evaluated, strict=True))
         return _Trial(problem, unseen, results, placements, evaluations)
 
     @property
@@ -477,8 +477,8 @@ class _Work:
 
     def _running(self, problem: Problem, seed: int) -> Placement:
         if isinstance(self.initial, str):
-            found = solve(problem, self.initial, seed=seed, threads=self.threads)
-            return found.uninterrupted().placement
+            result = solve(problem, self.initial, seed=seed, threads=self.threads)
+            return result.uninterrupted().placement
         slots = max(self.initial.slots_per_device, self.fewest)
         replace(problem, slots_per_device=slots).check_running(self.initial)
         return self.initial
@@ -495,7 +495,7 @@ class _Work:
             )
             slots["fill_slots"] = of_engine["fill_slots"]
         problem = replace(problem, **slots)
-        found = {
+        results = {
             goal: solve(
                 replace(problem, objective=goal),
                 "heuristic",
@@ -505,10 +505,10 @@ class _Work:
             ).uninterrupted()
             for goal in (("balance",) if count else self.goals)
         }
-        best = min(found, key=lambda goal: problem.value(found[goal].placement))
+        best = min(results, key=lambda goal: problem.value(results[goal].placement))
         if not count:
             self.goals = (best,)
-        return found[best]
+        return results[best]
 
     def _audit(self, trial: _Trial, proposed: Key, window: int | None) -> Audit:
         return audit(
@@ -550,7 +550,7 @@ class _Work:
     def _carried(self, knee: int, window: int | None) -> tuple[float, ...]:
         """Gains of a placement of each half of the recording on the other, at their lower ends."""
         early, late = drift.halves(self.traffic)
-        found: list[float] = []
+        gains: list[float] = []
         for seen, unseen, name in ((early, late, "first"), (late, early, "second")):
             self.say(f"a placement of the {name} half on the other")
             problem = self.problem(seen)
@@ -558,8 +558,8 @@ class _Work:
             running = self._running(problem, self.seed)
             of = self._judged(problem, running, results, unseen, window).evaluations[window]
             gain = compare([(of[None], of[knee, False])], units=self.units[window])
-            found.append(gain["predicted_layer_us"].low or 0.0)
-        return tuple(found)
+            gains.append(gain["predicted_layer_us"].low or 0.0)
+        return tuple(gains)
 
     def _moving(self, before: Placement, after: Placement, saved_us: float) -> Moving:
         diff = before.diff(after, topology=self.topology, expert_bytes=self.expert_bytes)
@@ -589,14 +589,14 @@ class _Work:
             results[phase] = self._searched(self.problem(seen[phase]), knee, self.seed)
         keys: dict[str, Key] = {name: (at, False) for at, name in enumerate(results)}
         given = {key: results[name] for name, key in keys.items()}
-        found: dict[str, dict[str, float]] = {name: {} for name in results}
+        times: dict[str, dict[str, float]] = {name: {} for name in results}
         for phase in PHASES:
             window = self.windows[-1 if phase == "prefill" else 0]
             running = trial.placements[None]
             of = self._judged(trial.problem, running, given, unseen[phase], window)
             for name, key in keys.items():
-                found[name][phase] = of.time(key, window)
-        return Phases(found)
+                times[name][phase] = of.time(key, window)
+        return Phases(times)
 
 
 def _check_traffic(traffic: Traffic) -> None:
@@ -608,9 +608,9 @@ def _check_traffic(traffic: Traffic) -> None:
         raise ValueError("traffic must have tokens, got a load of 0")
 
 
-def _losers(found: Audit) -> dict[str, float]:
+def _losers(audited: Audit) -> dict[str, float]:
     """Name the groups that are slower beyond chance, and by what share."""
-    worse = found.worse(measures=("predicted_layer_us",)) if found.groups else []
+    worse = audited.worse(measures=("predicted_layer_us",)) if audited.groups else []
     return {each.group: each.change.value for each in worse}
 
 

@@ -100,61 +100,65 @@ class Conclusion:
 
 def concluded(of: Evidence) -> Conclusion:
     """Decide, with reasons and warnings."""
-    found = Conclusion("not enough evidence", _gains(of), _of_units(of.units, of.held_out))
-    _decide(found, of)
-    if found.answer == "worth a trial" and any(each.gain.answer == "worse" for each in of.judged):
-        found.warnings.append(
+    conclusion = Conclusion("not enough evidence", _gains(of), _of_units(of.units, of.held_out))
+    _decide(conclusion, of)
+    if conclusion.answer == "worth a trial" and any(
+        each.gain.answer == "worse" for each in of.judged
+    ):
+        conclusion.warnings.append(
             "In windows of another size the proposed placement is slower; see above."
         )
-    if of.drift is not None and of.drift.is_told:
-        _weigh_drift(found, of, of.drift)
+    if of.drift is not None and of.drift.is_beyond_chance:
+        _weigh_drift(conclusion, of, of.drift)
     if of.losers:
         names = [f"{name(each)} ({100 * change:.1f} %)" for each, change in of.losers.items()]
         verb = "is" if len(names) == 1 else "are"
-        found.warnings.append(
+        conclusion.warnings.append(
             f"Beyond chance {listed(names, LOSERS)} {verb} served slower than before; audit tells "
             "more."
         )
     if of.devices == 1:
-        found.overrule("not now", "there is one device, so all placements are alike.")
+        conclusion.overrule("not now", "there is one device, so all placements are alike.")
     if of.kinds is not None and len(of.kinds) == 1:
         kind = f"all traffic is of one kind, {of.kinds[0]}; of others nothing is known."
-        found.overrule("not enough evidence", kind)
-    found.warnings.append(
+        conclusion.overrule("not enough evidence", kind)
+    conclusion.warnings.append(
         f"Times are predicted, not measured, with {of.model or 'your cost model'}."
         if of.main.window is not None
         else "Times are predicted, not measured; a load table does not tell which experts a token "
         "chose together, so traffic is an upper bound."
     )
-    found.reasons = [f"{each[0].upper()}{each[1:]}".rstrip(".") + "." for each in found.reasons]
-    return found
+    conclusion.reasons = [
+        f"{each[0].upper()}{each[1:]}".rstrip(".") + "." for each in conclusion.reasons
+    ]
+    return conclusion
 
 
-def _decide(found: Conclusion, of: Evidence) -> None:
+def _decide(conclusion: Conclusion, of: Evidence) -> None:
     """Answer by the gains alone."""
     answers = {each.gain.answer for each in of.judged}
     if not of.held_out:
-        found.overrule(
+        conclusion.overrule(
             "not enough evidence",
             "there is one window, so nothing is left to judge a placement on that it was not "
             "computed from; count loads in windows, or record a trace.",
         )
     elif answers == {"too few"}:
-        found.overrule("not enough evidence", _too_few(of.units, of.judged[0].gain.units))
+        conclusion.overrule("not enough evidence", _too_few(of.units, of.judged[0].gain.units))
     elif "worth it" in answers:
-        found.answer = "worth a trial"
+        conclusion.answer = "worth a trial"
     elif all(_pays_nothing(each, of.price) for each in of.judged):
-        found.answer = "not now"
-        found.reasons.insert(
+        conclusion.answer = "not now"
+        conclusion.reasons.insert(
             1, f"that is less than the {100 * of.price:g} % that a change should gain"
         )
     else:
-        found.reasons.append(
+        conclusion.reasons.append(
             "The interval allows both nothing and a gain that would pay: record more."
         )
 
 
-def _weigh_drift(found: Conclusion, of: Evidence, drift: Drift) -> None:
+def _weigh_drift(conclusion: Conclusion, of: Evidence, drift: Drift) -> None:
     """Take into account that the halves of the recording differ."""
     change = (
         f"the second half of the recording sends {100 * drift.distance:.0f} % of its tokens to "
@@ -163,24 +167,24 @@ def _weigh_drift(found: Conclusion, of: Evidence, drift: Drift) -> None:
     warning = f"T{change[1:]}"
     least = min(of.carried, default=0.0)
     if not of.carried:
-        found.warnings.append(f"{warning}; its order was said not to matter.")
+        conclusion.warnings.append(f"{warning}; its order was said not to matter.")
     elif drift.is_of_groups:
-        found.reasons.insert(
+        conclusion.reasons.insert(
             1,
             f"the halves of the recording hold different groups: served mixed, the gain is "
             f"{percent(of.main.gain.mean)}; served as recorded, a placement of one half gains "
             f"{percent(least)} or more on the other (lower end of 95 %)",
         )
     elif least > 0 and least >= CARRIED * of.main.gain.mean:
-        found.warnings.append(f"{warning}; a placement of either half gains on the other.")
+        conclusion.warnings.append(f"{warning}; a placement of either half gains on the other.")
     else:
         verb = "is sure to gain only" if least >= 0 else "may lose up to"
-        found.overrule(
+        conclusion.overrule(
             "not enough evidence",
             f"{change}, and a placement of one half {verb} {100 * abs(least):.1f} % on the other. "
             "What comes next is not known.",
         )
-        found.warnings.append(
+        conclusion.warnings.append(
             "The unseen half is of another kind than the seen one. Record traffic as it will be "
             "served; if the order of the recording means nothing, say so (--any-order)."
         )

@@ -45,7 +45,7 @@ class Drift:
     is_of_groups: bool = False
 
     @property
-    def is_told(self) -> bool:
+    def is_beyond_chance(self) -> bool:
         """Whether the halves differ beyond chance, and by more than would not matter."""
         return self.chance <= CHANCE and self.distance - self.expected >= LEAST
 
@@ -54,11 +54,11 @@ def drift_of(
     traffic: RoutingTrace | RoutingStatistics, units: Units, *, seed: int = 0
 ) -> Drift | None:
     """Compute how far the halves of a recording differ; None where there is too little to tell."""
-    found = _drift(traffic, units, seed, by_group=False)
-    if found is None or not found.is_told or traffic.group is None:
-        return found
+    drift = _drift(traffic, units, seed, by_group=False)
+    if drift is None or not drift.is_beyond_chance or traffic.group is None:
+        return drift
     mixed = _drift(traffic, units, seed, by_group=True)
-    return replace(found, is_of_groups=mixed is not None and not mixed.is_told)
+    return replace(drift, is_of_groups=mixed is not None and not mixed.is_beyond_chance)
 
 
 def _drift(

@@ -36,11 +36,11 @@ def exponents(
     grid = np.linspace(LOWEST, HIGHEST, STEPS + 1)
     reached = np.array([_busiest(alpha, drawn, devices, tokens) for alpha in grid])
     reached = np.maximum.accumulate(reached)
-    found = np.interp(wanted, reached, grid)
+    alpha = np.interp(wanted, reached, grid)
     inside = (wanted >= reached[0]) & (wanted <= reached[-1])
     return tuple(
         round(float(each), 3) if is_inside else None
-        for each, is_inside in zip(found, inside, strict=True)
+        for each, is_inside in zip(alpha, inside, strict=True)
     )
 
 

@@ -52,7 +52,7 @@ def render(data: PageData) -> str:
     check_libraries()
     import jinja2
 
-    found = panels_of(data)
+    panels = panels_of(data)
     script, (allowed, plotly) = own("page.js"), _plotly()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -62,13 +62,13 @@ def render(data: PageData) -> str:
             "variants": [{"name": name, **spec} for name, spec in chart.variants.items()],
             "selects": chart.selects,
         }
-        for panel in found
+        for panel in panels
         for chart in panel.charts
     }
     contents = {"moetuner": __version__, **_slim(data.contents)}
     return environment.from_string(own("page.html")).render(
         page=data,
-        panels=found,
+        panels=panels,
         version=__version__,
         style=_safe(own("page.css")),
         script=_safe(script),
@@ -76,7 +76,7 @@ def render(data: PageData) -> str:
         plotly=plotly,
         charts=_packed(_json(charts)),
         contents=_packed(_json(contents, indent=1)),
-        has_charts=any(panel.charts for panel in found),
+        has_charts=any(panel.charts for panel in panels),
     )
 
 
@@ -107,11 +107,11 @@ def _packed(content: bytes) -> str:
 def _slim(contents: Any) -> Any:
     """Leave out matrices of groups: of many groups they would be most of the page."""
     if isinstance(contents, dict):
-        found = {key: _slim(each) for key, each in contents.items()}
-        for each in (found.get("by_group") or {}).values():
+        slim = {key: _slim(each) for key, each in contents.items()}
+        for each in (slim.get("by_group") or {}).values():
             if isinstance(each, dict):
                 each.pop("traffic", None)
-        return found
+        return slim
     return contents
 
 

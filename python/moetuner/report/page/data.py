@@ -334,19 +334,19 @@ def _to_move(moves: PlacementDiff, note: str) -> Number:
 
 def _timeless(contents: dict[str, Any]) -> dict[str, Any]:
     """Return contents without the seconds that solves took."""
-    found = {key: each for key, each in contents.items() if key != "solve_seconds"}
-    if "methods" in found:
-        found["methods"] = {name: _timeless(each) for name, each in found["methods"].items()}
-    return found
+    rest = {key: each for key, each in contents.items() if key != "solve_seconds"}
+    if "methods" in rest:
+        rest["methods"] = {name: _timeless(each) for name, each in rest["methods"].items()}
+    return rest
 
 
 def _checksum(paths: Sequence[Path]) -> str:
     """Compute the checksum of files, one after the other."""
     if not all(path.is_file() for path in paths):
         return "not a file"
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
             while chunk := file.read(CHUNK):
-                found.update(chunk)
-    return found.hexdigest()
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -104,14 +104,14 @@ def _layers(page: PageData) -> Panel | str:
     data = [
         scatter(
             layers,
-            found,
+            height,
             "layer %{x}: %{y:.4g}",
             mode="markers",
             of=name,
             kind="i2",
             marker={"symbol": symbol, "color": colour, "size": 9},
         )
-        for name, found, symbol, colour in zip(page.names, values, SYMBOLS, COLOURS, strict=True)
+        for name, height, symbol, colour in zip(page.names, values, SYMBOLS, COLOURS, strict=True)
     ]
     data[1] |= {"mode": "markers+text", "textposition": "top center"}
     data[1]["text"] = [str(each) if each in worst else "" for each in layers]
@@ -357,15 +357,15 @@ def _groups(page: PageData) -> Panel | str:
         return "INPUT tells no groups (domains, languages, tenants, phases) apart."
     measure = "predicted_layer_us" if "predicted_layer_us" in audit.whole else "imbalance"
     losers = {each.group for each in audit.worse(measures=(measure,))}
-    found = [
+    changes = [
         (name, change)
         for name, of in audit.groups.items()
         if (change := of[measure].change) is not None
     ]
-    found.sort(key=lambda each: (-each[1].value, each[0]))
-    drawn = found
-    if len(found) > GROUPS:
-        drawn = [*found[: GROUPS // 2], *found[-GROUPS // 2 :]]
+    changes.sort(key=lambda each: (-each[1].value, each[0]))
+    drawn = changes
+    if len(changes) > GROUPS:
+        drawn = [*changes[: GROUPS // 2], *changes[-GROUPS // 2 :]]
     # Without an interval there is the value alone.
     value, low, high = (
         100
@@ -397,9 +397,9 @@ def _groups(page: PageData) -> Panel | str:
             *(plain(name), signed(of.value), signed(of.low), signed(of.high)),
             "worse" if name in losers else "",
         )
-        for name, of in found[:ROWS]
+        for name, of in changes[:ROWS]
     ]
-    notes = [f"{len(losers)} of {len(found)} groups are worse beyond chance."]
+    notes = [f"{len(losers)} of {len(changes)} groups are worse beyond chance."]
     if audit.too_few:
         few = listed([plain(each) for each in audit.too_few], 10)
         notes.append(f"Too few {audit.units[0]}s to judge: {few}.")
@@ -407,7 +407,7 @@ def _groups(page: PageData) -> Panel | str:
     chart = {"": {"data": [data], "layout": spec}}
     return Panel(
         (Chart("groups", label, chart, height=130 + 24 * len(drawn)),),
-        (Table("Groups", ("group", "change", "from", "to", ""), rows, len(found)),),
+        (Table("Groups", ("group", "change", "from", "to", ""), rows, len(changes)),),
         tuple(notes),
     )
 
@@ -472,8 +472,8 @@ def _gap(result: Result, *, is_advice: bool) -> str:
     """Write how far the optimum may be."""
     if result.bound is not None:
         bound = f"{result.bound:.6g}"
-        told = loads_alone(bound) if result.bound_is_of_loads else within(result, bound)
-        return f"{result.method} reached {result.objective:.6g}; {told}."
+        proven = loads_alone(bound) if result.bound_is_of_loads else within(result, bound)
+        return f"{result.method} reached {result.objective:.6g}; {proven}."
     if is_advice:
         return (
             "Advice searches briefly and proves no bound of time; moetuner solve searches longer."
