@@ -36,7 +36,7 @@ SUBJECTS = {
     "problem": [
         "tests/problem",
         "tests/formats/test_filling.py",
-        "tests/test_validation.py",
+        "tests/test_arguments.py",
         *OBJECTIVES,
     ],
     "evaluation": ["tests/evaluation"],

@@ -54,7 +54,8 @@ MAY_IMPORT = {
     "solver": SOLVER,
     "report": ("solver", "formats", "files", *SOLVER),
     "plugins": ("solver", "formats", "files", *VALUES),
-    "torch": ("solver", "files", *SOLVER),
+    # Ranks agree in one way, whoever places their experts.
+    "torch": ("plugins.consensus", "solver", "files", *SOLVER),
     "cli": (
         "report",
         "formats",

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 __version__: str
 __all__ = [
-    "ArrivalLoad",
+    "LabelledReplay",
     "Layers",
     "Replay",
     "StatisticsCounter",
@@ -259,7 +259,7 @@ _Slots = tuple[NDArray[np.int32], NDArray[np.float64]]
 
 def expected_load(
     slots: _Slots,
-    load: NDArray[np.float64] | NDArray[np.uint64] | NDArray[np.bool_],
+    load: NDArray[np.float64],
     *,
     threads: int | None = None,
 ) -> NDArray[np.float64]:
@@ -357,8 +357,8 @@ class Replay:
         """
 
 @final
-class ArrivalLoad:
-    """Counts the tokens of devices in windows of another order than the trace's."""
+class LabelledReplay:
+    """Replays tokens under a placement, each counted in a row of its own choice."""
 
     def __new__(
         cls,
@@ -367,11 +367,12 @@ class ArrivalLoad:
         top_k: int,
         node_of_device: list[int],
         *,
-        window: int,
-        tokens: int,
+        rows: int,
+        most: int,
         split: str = "even",
-    ) -> ArrivalLoad:
-        """Take what `Replay` takes, and the number of all tokens.
+        visits: bool = True,
+    ) -> LabelledReplay:
+        """Take what `Replay` takes, and how many rows there are, of at most so many tokens.
 
         Not for copies that take turns: whose turn it is depends on the tokens before.
         """
@@ -379,15 +380,29 @@ class ArrivalLoad:
     def push(
         self,
         expert_ids: _ExpertIds,
-        places: NDArray[np.uint64],
+        rows: NDArray[np.uint32],
         threads: int | None = None,
         *,
+        positions: NDArray[np.uint64] | None = None,
+        homes: NDArray[np.uint16] | None = None,
         checked: bool = False,
     ) -> None:
-        """Count tokens [T,L,K], each at its place [T] in the other order."""
+        """Count the next tokens [T,L,K], each in a row [T].
 
-    def finish(self) -> NDArray[np.unsignedinteger[Any]]:
-        """Load [L,W,D], of the narrowest type that holds what windows may have."""
+        Positions [T], which choose between copies, are those of the tokens by default, and homes
+        [T], which the nearest copy is near to, follow from them.
+        """
+
+    def apart(
+        self, expert_ids: _ExpertIds, first_token: int, threads: int | None = None
+    ) -> NDArray[np.uint32]:
+        """Return the pairs of neighbouring layers on different devices of every token [T]."""
+
+    def finish(self) -> list[NDArray[np.unsignedinteger[Any]]]:
+        """Load [L,R,D], visits [L,R,D] and node visits [L,R,N]: none without ``visits``.
+
+        Ends the replay.
+        """
 
 def lpt(
     load: NDArray[np.uint64],

@@ -165,11 +165,11 @@ class RoutingTrace:
         path = path_in(path)
         kind = kind_of(path)
         if kind == "jsonl":
-            found = jsonl.read(path, num_experts=num_experts)
+            contents = jsonl.read(path, num_experts=num_experts)
         else:
-            found = read_trace(path, kind, num_experts)
+            contents = read_trace(path, kind, num_experts)
         with naming(path):
-            return cls._of(found)
+            return cls._of(contents)
 
     def save(self, path: str | Path, *, source: str | None = None) -> None:
         """Write as safetensors, shard by shard; the file appears whole or not at all.
@@ -368,7 +368,7 @@ class RoutingTrace:
         expert_sizes = {trace.expert_size for trace in traces}
         ids = joined(tuple(trace.ids for trace in traces))
         groups = _checks.joined_groups(
-            [(each.group, each.group_names) for each in traces], group_names
+            [(trace.group, trace.group_names) for trace in traces], group_names
         )
         return RoutingTrace._of(
             TraceContents(
@@ -391,17 +391,17 @@ class RoutingTrace:
         return f"RoutingTrace({', '.join(about)})"
 
     @classmethod
-    def _of(cls, found: TraceContents) -> RoutingTrace:
-        names = found.group_names
-        if found.group is not None and names is None:
-            names = _checks.numbered(found.group)
-        labels: dict[str, Any] = {"sequence": found.sequence, "group": found.group}
+    def _of(cls, contents: TraceContents) -> RoutingTrace:
+        names = contents.group_names
+        if contents.group is not None and names is None:
+            names = _checks.numbered(contents.group)
+        labels: dict[str, Any] = {"sequence": contents.sequence, "group": contents.group}
         return cls(
-            found.ids,
-            found.num_experts,
+            contents.ids,
+            contents.num_experts,
             group_names=_checks.names(names),
-            model=found.model,
-            expert_size=found.expert_size,
+            model=contents.model,
+            expert_size=contents.expert_size,
             **labels,
         )
 

@@ -180,7 +180,7 @@ mod _core {
     #[pymodule_export]
     use super::chain::{exact_chain, search, separate};
     #[pymodule_export]
-    use super::counting::{ArrivalLoad, Replay, StatisticsCounter, merge_sets, validate};
+    use super::counting::{LabelledReplay, Replay, StatisticsCounter, merge_sets, validate};
     #[pymodule_export]
     use super::expected::{
         busiest_rows, expected_apart, expected_followed, expected_load, expected_visits, pair_cost,

@@ -131,37 +131,10 @@ def test_missing_libraries_are_told_before_any_work(run, trace, tmp_path, monkey
     assert "pip install 'moetuner[report]'" in err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("advise TRACE --devices 4 --copies some", "must be numbers as in 0,1,2,4"),
-        ("advise TRACE --devices 4 --initial no.json", "must be a file, contiguous or round_robin"),
-        ("advise TRACE --devices 4 --report page.pdf", "must end in .html"),
-        ("advise TRACE --devices 4 --report /nowhere/page.html", "does not exist"),
-        ("advise TRACE --devices 4 --devics 4", "Did you mean"),
-        ("advis", "advise"),
-        ("solve TRACE --devices 4 --method jont", "Did you mean joint?"),
-        ("compare TRACE --devices 4 --methods ebpl", "Did you mean eplb?"),
-        ("report OTHER TRACE --out page.html", "layers"),
-    ],
-)
-def test_mistakes_are_one_line(run, trace, tmp_path, monkeypatch, arguments, words):
-    """Each says what would be right, also of a placement of another model."""
-    monkeypatch.chdir(tmp_path)
-    mt.Placement([[[0, 1], [2, 3]]]).save("other.json")
-    names = {"TRACE": trace, "OTHER": "other.json"}
-    status, _, err = run(*(names.get(word, word) for word in arguments.split()))
-    assert status == 2
-    assert err.count("\n") == 1
-    assert words in err
-
-
 @pytest.mark.parametrize("module", [solve, compare, advise])
 def test_help_has_all_options_once(ok, module):
     """Every option stands in one group or below "Other", in the order that a newcomer needs."""
     text = ok(module.command.name, "--help")
-    named = [name for names in module.command.groups.values() for name in names]
-    assert len(set(named)) == len(named)
     for option in module.command.params:
         if option.opts[0].startswith("--"):
             assert len(re.findall(rf"^  (-\w, )?{option.opts[0]}\b(?!-)", text, re.MULTILINE)) == 1

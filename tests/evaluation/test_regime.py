@@ -9,23 +9,8 @@ import pytest
 
 import moetuner as mt
 from moetuner import cost
-from moetuner.cli import output
 from moetuner.files import jsonl
 from moetuner.solver.search.ties import TIE
-
-
-@pytest.fixture
-def ok(run, monkeypatch):
-    """Run a command that must succeed, and give its output."""
-    for name in ("FIRST_S", "INTERVAL_S"):
-        monkeypatch.setattr(output, name, 3600.0)
-
-    def ok(*arguments):
-        status, out, err = run(*arguments)
-        assert (status, err) == (0, "")
-        return out
-
-    return ok
 
 
 def test_dispatch_is_the_default_everywhere():
@@ -156,7 +141,7 @@ def test_a_problem_takes_the_sizes_of_its_model():
 )
 def test_models_are_known_by_their_names(name, known):
     """With or without owner and what comes after; the longest name that fits; nothing by guess."""
-    assert cost.known_as(name) == known
+    assert cost.public_name(name) == known
 
 
 def test_recorded_sizes_come_before_the_models_name(make_trace):

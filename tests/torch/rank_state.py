@@ -251,3 +251,25 @@ def modes_differ(rank):
     with torch.no_grad():
         layer(hidden, chosen, weights)
     return said
+
+
+def states_and_gradients(rank, folder):
+    """Give what becomes of states, wrappers, moves and gradients, by name."""
+    return {
+        "saved": [saved_and_loaded(rank, f"{folder}/{high}", high) for high in (False, True)],
+        "states": states(rank),
+        "gathered": gathered(rank),
+        "optimised": optimised(rank, f"{folder}/optimised"),
+        "wrapped": {how: wrapped(rank, how) for how in ("DistributedDataParallel", "fully_shard")},
+        "moved": moved(rank),
+        "modes": modes_differ(rank),
+    }
+
+
+def all_gradients(rank):
+    """Give the largest difference of gradients, whoever learns."""
+    return max(
+        trained(rank, node, learns)
+        for node in (None, 2)
+        for learns in ("experts", "last", "tokens")
+    )

@@ -217,7 +217,7 @@ def test_equal_router_rows_always_tie():
     refused(
         model,
         placement_for(model),
-        "model.layers.1.mlp.gate: experts 2 and 6 have the same router rows",
+        "model.layers.1.mlp: experts 2 and 6 have the same router rows",
     )
     apply_placement(model, mt.Placement(np.arange(8).reshape(1, 2, 4).repeat(3, 0)))
 
@@ -234,7 +234,7 @@ def test_weights_must_be_there():
     refused(
         model,
         placement_for(model),
-        "model.layers.2.mlp.gate: experts must hold weights [experts, ..], down_proj is [64, 32]",
+        "model.layers.2.mlp.experts.down_proj: must be [8, ..], experts first as in the placement",
     )
     model = build("mixtral")
     moe_layers(model)[0].router.register_buffer("table", torch.zeros(5, 8))

@@ -73,21 +73,10 @@ def moetuner() -> None:
     """
 
 
-for _module, _words in (
-    (demo, "Run the whole flow on the bundled trace."),
-    (collect, "Record which experts texts visit in a model."),
-    (inspect, "Show what is in a trace: skew, groups, structure."),
-    (advise, "Advise whether a better placement is worth a trial."),
-    (solve, "Compute a placement and write it."),
-    (compare, "Compare methods on traffic that they have not seen."),
-    (evaluate, "Replay a placement token by token."),
-    (audit, "Show which groups a placement serves worse."),
-    (report, "Write one page on what a placement does to traffic."),
-    (export, "Write a placement as an engine loads it, or check one."),
-    (convert, "Join recordings into one trace."),
-    (verify, "Recompute the bound that a certificate proves."),
+for _module in (
+    *(demo, collect, inspect, advise, solve, compare, evaluate),
+    *(audit, report, export, convert, verify),
 ):
-    _module.command.short_help = _words
     moetuner.add_command(_module.command)
 
 

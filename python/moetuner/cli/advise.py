@@ -33,19 +33,15 @@ def parse_copies(context: click.Context, parameter: click.Parameter, value: str)
     return tuple(map(int, parts))
 
 
-GROUPS = {
-    "Begin with": "--devices --devices-per-node --for --report",
-    "The machine": "--topology --cost-model --expert-bytes --regime --split --arrival",
-    "What runs, and what is tried": "--initial --copies",
-    "How it is judged": "--window --splits --price --any-order --seed --threads",
-}
-
-
-@click.command("advise", cls=options.Grouped, groups=GROUPS)
+@click.command(
+    "advise", cls=options.Grouped, begin_with="--devices --devices-per-node --for --report"
+)
 @traffic_options
 @machine_options
 @click.option(
     "--initial",
+    cls=options.Option,
+    group=options.RUNNING,
     default="contiguous",
     show_default=True,
     metavar="PLACEMENT|contiguous|round_robin",
@@ -54,6 +50,8 @@ GROUPS = {
 )
 @click.option(
     "--copies",
+    cls=options.Option,
+    group=options.RUNNING,
     default=",".join(map(str, advising.COPIES)),
     show_default=True,
     callback=parse_copies,
@@ -62,12 +60,16 @@ GROUPS = {
 )
 @click.option(
     "--expert-bytes",
+    cls=options.Option,
+    group=options.RUNNING,
     type=options.Number(min=0, min_open=True),
     metavar="BYTES",
     help="Bytes of one expert of one layer.  [default: of INPUT's model in 8 bits, if known]",
 )
 @click.option(
     "--price",
+    cls=options.Option,
+    group=options.JUDGING,
     type=options.Number(0, 1),
     default=PRICE,
     show_default=True,
@@ -76,6 +78,8 @@ GROUPS = {
 )
 @click.option(
     "--splits",
+    cls=options.Option,
+    group=options.JUDGING,
     type=click.IntRange(1, 100),
     default=advising.SPLITS,
     show_default=True,
@@ -84,6 +88,8 @@ GROUPS = {
 )
 @click.option(
     "--any-order",
+    cls=options.Option,
+    group=options.JUDGING,
     is_flag=True,
     help="The order of INPUT is not that of serving: its kinds were recorded one after the other.",
 )
@@ -106,7 +112,7 @@ def command(
     report_file: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Advise whether a better placement of experts is worth a trial on traffic like INPUT.
+    """Advise whether a better placement is worth a trial.
 
     Placements are computed from half of INPUT and judged on the other, over several splits. The
     answer is "worth a trial", "not now" or "not enough evidence", with reasons, what copies of

@@ -77,7 +77,7 @@ def command(
     seed: int,
     json_file: Path | None,
 ) -> int:
-    """Show which groups of INPUT a placement serves worse than a baseline, and by how much.
+    """Show which groups a placement serves worse.
 
     Lower is better for every measure. Times are compared with --cost-model or --for. Intervals are
     of each change by itself: 95 %, over whole sequences (without sequence labels: over blocks of
@@ -90,7 +90,7 @@ def command(
     baseline = None if baseline_file is None else source.load(baseline_file, topology)
     traffic, window = source.traffic, source.counted
     how = serving.arguments(traffic)
-    if serving.cost_model is None and serving.engine is None:
+    if not serving.has_times:
         how["cost_model"] = None
     with working("auditing"):
         audited = audit(

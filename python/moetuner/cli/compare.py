@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,7 +14,7 @@ from moetuner._checks import nth_seed
 from moetuner.cli import options
 from moetuner.cli.attempt import judge, solve_with
 from moetuner.cli.options.machine import Machine, machine_options
-from moetuner.cli.options.problem import GROUPS, Asked, problem_options
+from moetuner.cli.options.problem import ProblemOptions, problem_options
 from moetuner.cli.options.traffic import Source, Traffic, traffic_options
 from moetuner.cli.output import Output
 from moetuner.cli.report import origin_of, write_pages
@@ -45,16 +46,9 @@ def parse_methods(
     if unknown or not names:
         raise click.BadParameter(
             f"must be some of {','.join(METHODS)}, got {unknown[0] if unknown else value!r}"
-            + (options.meant(unknown[0], METHODS) if unknown else "")
+            + (options.suggestion(unknown[0], METHODS) if unknown else "")
         )
     return names
-
-
-HELP = {
-    "Begin with": "--devices --devices-per-node --for --methods --report",
-    **GROUPS,
-    "How it is judged": "--holdout --splits --baseline --time-limit --seed --threads",
-}
 
 
 TEXT = f"""Compare methods on traffic that they have not seen.
@@ -72,13 +66,19 @@ the interval of 95 %.
 """
 
 
-@click.command("compare", cls=options.Grouped, groups=HELP, help=TEXT)
+@click.command(
+    "compare",
+    cls=options.Grouped,
+    help=TEXT,
+    begin_with="--devices --devices-per-node --for --methods --report",
+)
 @traffic_options
 @machine_options
 @problem_options
-@options.time_limit_option
 @click.option(
     "--holdout",
+    cls=options.Option,
+    group=options.JUDGING,
     type=options.Number(0, 1, max_open=True),
     default=0.5,
     show_default=True,
@@ -96,6 +96,8 @@ the interval of 95 %.
 )
 @click.option(
     "--splits",
+    cls=options.Option,
+    group=options.JUDGING,
     type=click.IntRange(1, 1000),
     metavar="N",
     help="Ways to choose what is held out; with several, gains come with their range too.  "
@@ -103,23 +105,24 @@ the interval of 95 %.
 )
 @click.option(
     "--baseline",
+    cls=options.Option,
+    group=options.JUDGING,
     metavar="METHOD",
     help=f"Method to compare against.  [default: {PEER}, else the first]",
 )
-@options.seed_option
+@options.search_options
 @options.report_option
 @options.figures_option
 @options.json_option
 def command(
     source: Source,
     machine: Machine,
-    asked: Asked,
-    time_limit: float | None,
+    wanted: ProblemOptions,
     holdout: float,
     methods: tuple[str, ...],
     splits: int | None,
     baseline: str | None,
-    seed: int,
+    search: options.SearchOptions,
     report_file: Path | None,
     json_file: Path | None,
 ) -> None:
@@ -129,11 +132,11 @@ def command(
         raise click.BadParameter(
             f"must be 1 where nothing is held out, got {splits}", param_hint="'--splits'"
         )
-    trials = _Trials(source, machine.topology(), asked, methods, holdout, time_limit, seed)
+    trials = _Trials(source, machine.topology(), wanted, methods, holdout, search)
     problem, output = trials.first_problem, Output(json_file)
     output.say(source.describe())
-    if asked.engine is not None:
-        output.say(asked.explain_problem(problem))
+    if wanted.engine is not None:
+        output.say(wanted.explain_problem(problem))
     output.say(_setting(problem, source.counted, holdout, trials.unseen))
     output.say()
     all_splits = trials.run(splits, output)
@@ -148,15 +151,14 @@ def command(
     comparisons: dict[str, Comparison] = {}
     if over in outcomes:
         units = units_of(source.traffic, window=source.replayed, threads=source.threads)
-        comparisons = gains(all_splits, over, units, share=holdout, seed=seed)
+        comparisons = gains(all_splits, over, units, share=holdout, seed=search.seed)
     _show_gains(output, comparisons, over, best.result.method, held_out=holdout > 0)
     contents = {
         "input": source.facts(),
         "settings": {
-            **asked.problem_settings(problem),
+            **wanted.problem_settings(problem),
             "window": source.counted,
-            "seed": seed,
-            "time_limit": time_limit,
+            **asdict(search),
             "holdout": holdout,
             "threads": source.threads,
             "splits": len(all_splits),
@@ -202,15 +204,14 @@ class _Trials:
 
     source: Source
     topology: Topology
-    asked: Asked
+    wanted: ProblemOptions
     methods: tuple[str, ...]
     holdout: float
-    time_limit: float | None
-    seed: int
+    search: options.SearchOptions
 
     @cached_property
     def _parts(self) -> tuple[Traffic, Traffic]:
-        return hold_out(self.source.traffic, self.holdout, seed=self.seed)
+        return hold_out(self.source.traffic, self.holdout, seed=self.search.seed)
 
     @property
     def unseen(self) -> Traffic:
@@ -224,7 +225,7 @@ class _Trials:
 
     def _problem(self, seen: Traffic) -> Problem:
         source = self.source
-        return self.asked.problem(
+        return self.wanted.problem(
             seen, self.topology, window=source.counted, threads=source.threads
         )
 
@@ -244,7 +245,7 @@ class _Trials:
 
     def split(self, number: int) -> dict[str, Outcome]:
         """Solve with every method on what one split shows it, and judge on the rest."""
-        source, of = self.source, nth_seed(self.seed, number)
+        source, of = self.source, nth_seed(self.search.seed, number)
         problem, unseen = self.first_problem, self.unseen
         if number:
             seen, unseen = hold_out(source.traffic, self.holdout, seed=of)
@@ -252,13 +253,8 @@ class _Trials:
         results: list[Result] = []
         for place, method in enumerate(self.methods, 1):
             where = f"{place} of {len(self.methods)}, split {number + 1}"
-            result = solve_with(
-                *(method, problem),
-                place=where,
-                seed=of,
-                time_limit=self.time_limit,
-                threads=source.threads,
-            )
+            how: dict[str, Any] = {**asdict(self.search), "seed": of, "threads": source.threads}
+            result = solve_with(method, problem, place=where, **how)
             results.append(result.uninterrupted() if number else result)
             if result.status == "interrupted":
                 break

@@ -24,7 +24,7 @@ from moetuner.trace import RoutingTrace
 # Times have a table of their own.
 TIMES = [name for name, figure in FIGURES.items() if figure.unit == US]
 OTHERS = [name for name in FIGURES if name not in TIMES]
-HELP = f"""Replay a placement token by token, for all traffic and for each of its groups.
+HELP = f"""Replay a placement token by token, with its groups.
 
 {explain(*OTHERS, *TIMES)}.
 """

@@ -57,7 +57,7 @@ def command(
     expert_bytes: float | None,
     json_file: Path | None,
 ) -> None:
-    """Write one page that shows what PLACEMENT does to INPUT, beside what runs.
+    """Write one page on what a placement does to traffic.
 
     The page opens offline in any browser and sends nothing. Give traffic that the placement was not
     computed from, or it flatters.
@@ -133,9 +133,9 @@ def origin_of(source: Source) -> Origin:
 
 def write_pages(path: Path | None, make: Callable[[], PageData], output: Output) -> None:
     """Write the page and the figures that are wanted; without any, make no data."""
-    folder = options.figures_folder()
-    if path is None and folder is None:
+    if not options.has_page(path):
         return
+    folder = options.figures_folder()
     with working("making the report"):
         data = make()
         if path is not None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from moetuner._checks import instance, one_of, seed_in
-from moetuner.placement import Placement, kept
+from moetuner.placement import Placement, keep_slots
 from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
 from moetuner.problem.objective import Objective
@@ -242,7 +242,7 @@ def _filled(problem: Problem, candidate: Candidate, initial: Placement | None) -
     """Fill the slots that a method left empty."""
     slots = problem.filled(candidate.slots, initial)
     if initial is not None:
-        slots = kept(initial.slots, slots, problem.capacity)
+        slots = keep_slots(initial.slots, slots, problem.capacity)
     if (slots == candidate.slots).all():
         return candidate
     # A proof is of the slots as they were found.

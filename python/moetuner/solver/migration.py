@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import at_least, instance, not_negative, one_of, positive, seed_in
 from moetuner.frozen import Frozen
-from moetuner.placement import Placement, brought, kept
+from moetuner.placement import Placement, keep_slots, moves_from
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
@@ -231,12 +231,12 @@ class _Migrating:
 
     def moved(self, slots: Slots) -> int:
         """Count copies that have to be brought."""
-        return brought(self.held, slots)
+        return int(moves_from(self.held, slots).sum())
 
     def answer(self) -> Candidate:
         """Return the best, in which what stays keeps its slots."""
         details = self.best.details.searched(experts_moved=self.moved(self.best.slots))
-        slots = kept(self.initial.slots, self.best.slots, self.problem.capacity)
+        slots = keep_slots(self.initial.slots, self.best.slots, self.problem.capacity)
         return replace(self.best, slots=slots, details=details, caps=None)
 
 
@@ -396,7 +396,9 @@ def _kept(problem: Problem, initial: Placement, slots: NDArray[np.int32]) -> Pla
         held = Placement(slots, num_experts=problem.experts).held
         if (held == initial.held).all():
             return initial
-    return Placement(kept(initial.slots, slots, problem.capacity), num_experts=problem.experts)
+    return Placement(
+        keep_slots(initial.slots, slots, problem.capacity), num_experts=problem.experts
+    )
 
 
 def _undominated(trades: list[_Ranked]) -> list[Trade]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.placement import kept
+from moetuner.placement import keep_slots
 from moetuner.solver import effort
 from moetuner.solver.search.level import level
 
@@ -259,7 +259,7 @@ def _budgeted(
     windows, slots, time, held = search.windows, search.slots, search.time, search.held
     # What must be done whatever it brings: experts that had no slot.
     least = _relieved(windows.sum(axis=0), slots, time, 0, dead_zone, deviations, steps=0).slots
-    searched = kept(slots, search.run(relieved.slots), search.room)
+    searched = keep_slots(slots, search.run(relieved.slots), search.room)
     ways = [least, relieved.slots, searched]
     costs = np.stack([search.cost(way) for way in ways])
     moves = np.stack([_brought(held, way) for way in ways])

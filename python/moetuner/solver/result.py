@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import at_least, not_negative, shown, threads_in, whole_number
 from moetuner.frozen import Frozen, html_table
-from moetuner.placement import Placement, brought
+from moetuner.placement import Placement, moves_from
 from moetuner.solver.bounds.certificate import Certificate
 
 # Seconds that nobody waits for: such a limit, infinity too, is none.
@@ -449,7 +449,7 @@ class MoveCost:
 
     def moved(self, slots: NDArray[np.int32]) -> int:
         """Count the copies in slots [L,D,S] that have to be brought."""
-        return brought(self.initial.held, slots)
+        return int(moves_from(self.initial.held, slots).sum())
 
 
 class Clock:

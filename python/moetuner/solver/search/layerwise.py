@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.placement import EMPTY, Placement, brought
+from moetuner.placement import EMPTY, Placement, moves_from
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.problem.windows import Windows
@@ -367,7 +367,7 @@ class LayerSearch:
             time_limit=clock.left,
             threads=limits.threads,
         )
-        begin = [[brought(initial.held, start), self._excess(start).sum(), 0.0]]
+        begin = [[moves_from(initial.held, start).sum(), self._excess(start).sum(), 0.0]]
         moved, excess, change = np.concatenate([begin, figures]).T
         path = Path(start, places, experts, moved.astype(np.int64), excess, change / unit)
         return path, interrupted

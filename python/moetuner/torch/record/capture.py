@@ -33,13 +33,11 @@ def expert_size_of(model: nn.Module) -> tuple[int, int] | None:
     config = getattr(model, "config", None)
     # Models of several kinds of input have one for text.
     config = getattr(config, "text_config", None) or config
-    intermediate = [
-        getattr(config, name, None)
-        for name in ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
-    ]
-    found = (getattr(config, "hidden_size", None), next(filter(None, intermediate), None))
-    known = all(isinstance(size, int) and 0 < size < 1 << 24 for size in found)
-    return found if known else None  # type: ignore[return-value]
+    names = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+    inner = next(filter(None, (getattr(config, name, None) for name in names)), None)
+    sizes = (getattr(config, "hidden_size", None), inner)
+    is_right = all(isinstance(size, int) and 0 < size < 1 << 24 for size in sizes)
+    return sizes if is_right else None  # type: ignore[return-value]
 
 
 def capture(
@@ -82,7 +80,7 @@ def capture(
     name
         Name of the model in the trace; its class by default.
     buffer_bytes
-        Most bytes of ids to hold on the device, in each of two halves.
+        Bytes of ids that wait at most, on their way from the device.
 
     Returns
     -------
@@ -98,8 +96,8 @@ def capture(
     """
     text_or_none("name", name)
     of_batch = [] if group is None or isinstance(group, str) else listed("group", group, "names")
-    for each in of_batch:
-        text_or_none("group", each)
+    for label in of_batch:
+        text_or_none("group", label)
     if attention_mask is not None:
         instance("attention_mask", attention_mask, Tensor)
     most = whole_number("buffer_bytes", buffer_bytes)
@@ -225,8 +223,8 @@ class Recorder:
             try:
                 self._finish(self._path)
                 return
-            except Exception as found:
-                fault = found
+            except Exception as unwritten:
+                fault = unwritten
         ended = type(fault).__name__ if kind is None else kind.__name__
         self._keep(f"the recording ended with {ended}")
         if kind is None and fault is not None:
@@ -287,22 +285,22 @@ class Recorder:
         sequence = self._sequence_of(step)
         group = self._group_of(batch.rows)
         labels = (np.repeat(sequence, batch.length), np.repeat(group, batch.length))
-        self._offload.put(step.ids.to(self._dtype), batch.keep, labels)
+        self._offload.put(step.ids.to(self._dtype), step.keep, labels)
 
     def _sequence_of(self, step: Step) -> NDArray[np.int32]:
         """Return labels of a batch's sequences [B]: of the cache that it continues, or new."""
         rows, cache = step.batch.rows, step.batch.cache
-        known = self._of_cache.get(cache) if _is_weak(cache) else None
-        if known is None or len(known) != rows:
+        labels = self._of_cache.get(cache) if _is_weak(cache) else None
+        if labels is None or len(labels) != rows:
             if self._sequences + rows > SEQUENCE_LIMIT:
                 raise ValueError(f"a trace has at most {SEQUENCE_LIMIT} sequences")
-            known = np.arange(self._sequences, self._sequences + rows, dtype=np.int32)
+            labels = np.arange(self._sequences, self._sequences + rows, dtype=np.int32)
             self._sequences += rows
         # The cache of the next step: the one that was given, or one that the model has made.
         for following in (cache, cache_of(step.output)):
             if _is_weak(following):
-                self._of_cache[following] = known
-        return known
+                self._of_cache[following] = labels
+        return labels
 
     def _group_of(self, rows: int) -> NDArray[np.int16]:
         """Return the groups of the sequences of a batch [B]."""
@@ -313,11 +311,8 @@ class Recorder:
         numbers = [self._numbers.setdefault(name, len(self._numbers)) for name in names]
         return np.asarray(numbers, dtype=np.int16)
 
-    def _arrived(self, ids: IdArray, keep: NDArray[np.bool_], labels: list[Labels]) -> None:
+    def _arrived(self, ids: IdArray, keep: NDArray[np.bool_], labels: Labels) -> None:
         assert self._parts is not None  # hooks are attached after it was made
-        # An interrupt may have come between labels and what they belong to.
-        sequence = np.concatenate([part[0] for part in labels])[: len(keep)]
-        group = np.concatenate([part[1] for part in labels])[: len(keep)]
         try:
             validate(ids[keep], self._hooks.num_experts, self.tokens)
         except ValueError as error:
@@ -326,6 +321,7 @@ class Recorder:
             ordered = np.sort(ids, axis=2)
             keep = keep & (ordered[:, :, 1:] != ordered[:, :, :-1]).all((1, 2))
         try:
+            sequence, group = labels
             self._parts.append(ids[keep], sequence[keep], group[keep])
         except Exception as error:
             self._lost = error  # a full disk: what it holds is kept, nothing more can be

@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ def batch_of(
         # Sequences one after the other, and padding behind the last; the mask is of pairs.
         keep: Tensor | None = torch.arange(length, device=packed.device) < packed[-1]
     else:
-        keep = None if mask is None else _kept(mask, rows, length)
+        keep = None if mask is None else _tokens_of(mask, rows, length)
     if generation is not None:
         keep = _generated(keep, rows, length, cache, generation)
         cache = generation if cache is None else cache
@@ -105,12 +105,12 @@ def _sizes(model: nn.Module, given: Mapping[str, Any]) -> tuple[int, int]:
     )
 
 
-def _kept(mask: object, rows: int, length: int) -> Tensor:
+def _tokens_of(mask: object, rows: int, length: int) -> Tensor:
     """Return the last ``length`` columns of a mask: others are tokens of earlier steps."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows:
-        found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"attention_mask must be [batch, tokens] with a batch of {rows}, got {found}; where "
+            f"attention_mask must be [batch, tokens] with a batch of {rows}, got {given}; where "
             "the model is called with another, set the recorder's attention_mask"
         )
     if mask.shape[1] < length:
@@ -146,14 +146,16 @@ class Step:
     ids
         Chosen rows of the routers [T,L,K], int64, on the device of the first router; those from E
         on are zero-computation experts.
+    keep
+        Which tokens count [T]: not padding, nor scores that are no numbers, nor ids out of range.
     batch
-        The tokens; those of padding, with scores that are no numbers, or with ids out of range are
-        not kept.
+        The sequences.
     output
         What the model returned.
     """
 
     ids: Tensor
+    keep: Tensor
     batch: Batch
     output: Any
 
@@ -251,14 +253,11 @@ class StepHooks:
         """
         if self._faults is None:
             return
-        for wrong, (rule, got) in zip(
-            self._faults.tolist(),
-            (
-                ("router scores must be numbers", "NaN"),
-                (f"expert ids must be from 0 to {self.choices - 1}", "others"),
-            ),
-            strict=True,
-        ):
+        rules = (
+            ("router scores must be numbers", "NaN"),
+            (f"expert ids must be from 0 to {self.choices - 1}", "others"),
+        )
+        for wrong, (rule, got) in zip(self._faults.tolist(), rules, strict=True):
             if any(wrong):
                 number = wrong.index(True)
                 name = self._layers[number].name
@@ -322,18 +321,18 @@ class StepHooks:
                 f"{name} ran more than once in a forward pass, and a token can have one choice of "
                 "experts in each layer: name the routers that run once in routers=[...]"
             )
-        found = chosen(output)
-        if found is None:
+        parts = chosen(output)
+        if parts is None:
             raise ValueError(
                 f"{name}: a router must return expert ids [tokens, top_k] as integers, "
                 f"{type(self._layers[number].router).__name__} does not"
             )
-        ids, scores = (None if part is None else part.detach().flatten(0, -2) for part in found)
+        ids, scores = (None if part is None else part.detach().flatten(0, -2) for part in parts)
         assert ids is not None  # chosen gives ids, if anything
         if ids.shape != (batch.tokens, self.top_k):
             raise ValueError(
                 f"{name}: expert ids must be [{batch.tokens}, {self.top_k}], [tokens, top_k] as "
-                f"the forward pass was called, got {[*found[0].shape]}"
+                f"the forward pass was called, got {[*parts[0].shape]}"
             )
         self._routed[number] = ids.clone(), scores  # a router may write to its ids again
 
@@ -362,15 +361,13 @@ class StepHooks:
         # Ids are checked before they become one or two bytes, in which they would be others.
         outside = (ids < 0) | (ids >= self.choices)
         faults = torch.stack([scores.isnan().any(-1), outside.any(-1)])
+        keep = torch.ones_like(faults[0, :, 0])
         if batch.keep is not None:
             keep = batch.keep.to(device, non_blocking=True)
-            faults = faults & keep[:, None]
-        else:
-            keep = torch.ones_like(faults[0, :, 0])
-        keep = keep & ~faults.any(0).any(-1)
+        faults = faults & keep[:, None]
         wrong = faults.any(1)
         self._faults = wrong if self._faults is None else self._faults.to(device) | wrong
-        self._receive(Step(ids, replace(batch, keep=keep), output))
+        self._receive(Step(ids, keep & ~faults.any(0).any(-1), batch, output))
 
 
 class _Eagerly:
