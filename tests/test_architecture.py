@@ -240,7 +240,6 @@ CORE_MAY_IMPORT = {
     "chain": {"packing"},
     "layer": set(),
     "bound": set(),
-    "colocation": set(),
     "lines": set(),
 }
 

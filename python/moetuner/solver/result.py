@@ -12,17 +12,7 @@ from numpy.typing import NDArray
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.solver.bounds.certificate import Certificate
-from moetuner.solver.budget import Budget
-from moetuner.solver.budget import Progress as Progress
-
-# Until the programmes take a run's budget.
-Limits = Budget
-
-
-def Clock(limits: Budget) -> Budget:
-    """Return a budget that begins now."""
-    return limits.within()
-
+from moetuner.solver.budget import Progress
 
 # The source of a bound that knows loads alone.
 LOADS = "loads alone"
@@ -125,17 +115,10 @@ class CapsDetails(_Part):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class UnseenDetails(_Part):
-    """What was chosen for unseen traffic, and each choice's score, or the reason of no choice.
-
-    A score is the mean of max / mean device load on the windows held out and on their mean.
-    """
+    """What the search made small so that it generalises to unseen traffic, and why."""
 
     chosen: str
     reason: str | None = None
-    held_out: str | None = None
-    folds: int | None = None
-    layers: int | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -200,24 +183,20 @@ class Details(Frozen):
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one method found.
+    """What an integer programme found.
 
     Parameters
     ----------
     slots
         Expert ids [L,D,S], -1 for an empty slot.
     status
-        ``"optimal"`` only with a proof.
+        How it ended.
     bound
-        Proven lower bound of ``Objective.cost`` where the objective is traffic, else of
-        ``Objective.value``; None without one. Of what it is one, `caps.scope` says.
+        Proven lower bound of ``Objective.cost``; None without one.
     bound_source
         Which bound it is.
     details
-        What the method knows of its answer besides.
-    caps
-        Caps [L] that the search kept, which had to raise those that it knew no placement under;
-        None where ``slots`` alone tell what they exceed.
+        How it went.
     """
 
     slots: NDArray[np.int32]
@@ -225,8 +204,6 @@ class Candidate:
     bound: float | None = None
     bound_source: str | None = None
     details: Details = field(default_factory=Details)
-    certificate: Certificate | None = None
-    caps: NDArray[np.uint64] | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.problem import Problem
-from moetuner.solver.search.cross_validation import SearchSetting
+from moetuner.solver.search.unseen import SearchSetting
 
 Floats = NDArray[np.float64]
 
@@ -52,7 +52,7 @@ def core_layers(
     weight: Floats,
     terms: Terms,
     *,
-    setting: SearchSetting = SearchSetting(0),  # noqa: B008 - frozen
+    setting: SearchSetting = SearchSetting(),  # noqa: B008 - frozen
     nearest: bool | None = None,
 ) -> _core.Layers:
     """Build the core's layers of a problem for windows of load [W,L,E] with weights [W]."""

@@ -10,7 +10,9 @@ from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run, Stage
-from moetuner.solver.search.level import quick_trials
+from moetuner.solver.search.level import NOISE, NORM, quick_trials
+from moetuner.solver.search.unseen import SearchSetting
+from moetuner.solver.terms import Terms, core_layers
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -30,20 +32,19 @@ def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> Slots:
 
 
 def level_windows(
-    run: Run, budget: Budget, load: Floats, weight: Floats, trials: int
+    run: Run, budget: Budget, weight: Floats, trials: int, *, mixed: float = 0.0
 ) -> tuple[Slots, bool]:
-    """Balance windows [W,L,E] with weights [W] by trials of a layer; slots, and if interrupted."""
-    problem = run.problem
-    return _core.level_windows(
-        np.ascontiguousarray(load),
-        np.ascontiguousarray(weight, dtype=np.float64),
-        problem.capacity,
-        problem.topology.time_of_device,
+    """Balance windows with weights [W] by trials of a layer; return slots, and if interrupted."""
+    problem, load = run.problem, run.objective.windows.load
+    setting = SearchSetting(NORM, NOISE, mixed)
+    layers = core_layers(problem, load, weight, Terms(), setting=setting, nearest=False)
+    start = layers.construct(copies=problem.may_copy, windows=True, threads=budget.threads)
+    return layers.place(
+        start,
         trials=trials,
-        noise=effort.LEVEL_NOISE,
         copies=problem.may_copy,
-        forbidden=problem.rules.forbidden,
-        pinned=problem.rules.pinned,
+        empties=False,
+        quick=True,
         seed=run.seed,
         time_limit=budget.left,
         threads=budget.threads,
@@ -56,7 +57,7 @@ def _level(run: Run, budget: Budget) -> None:
     windows, trials = run.objective.windows, budget.iterations
     if trials is None:
         trials = quick_trials(int(run.problem.capacity.sum(axis=1).max()), len(windows))
-    slots, interrupted = level_windows(run, budget, windows.load, windows.weight, trials)
+    slots, interrupted = level_windows(run, budget, windows.weight, trials)
     run.offer(slots, "layers")
     if interrupted:
         raise KeyboardInterrupt

@@ -18,10 +18,9 @@ from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
-from moetuner.solver.result import UnseenDetails
 from moetuner.solver.run import Moves, Run, Stage
-from moetuner.solver.search.cross_validation import MIXED, Choice, SearchSetting, choose
 from moetuner.solver.search.level import full_trials
+from moetuner.solver.search.unseen import MIXED, SearchSetting, setting_for
 from moetuner.solver.stages.chain import is_chain, search_traffic
 from moetuner.solver.stages.floor import level_windows
 from moetuner.solver.stages.visits import is_of_visits, most_trials
@@ -47,7 +46,7 @@ class LayerModel:
     def __init__(self, run: Run) -> None:
         self.problem, self.seed, self.objective = run.problem, run.seed, run.objective
         self.windows = run.objective.windows
-        self.weight, self.choice = self.windows.weight, Choice()
+        self.weight, self.setting = self.windows.weight, SearchSetting()
         self.weights: list[Floats] = []
 
     @property
@@ -71,8 +70,9 @@ class LayerModel:
         """Build the core's layers, and the arguments for what joins them."""
         prices = None if moves is None else moves.prices
         terms = terms_of(self.problem, self.unit, traffic=traffic, prices=prices)
-        setting = self.choice.setting
-        layers = core_layers(self.problem, self.windows.load, self.weight, terms, setting=setting)
+        layers = core_layers(
+            self.problem, self.windows.load, self.weight, terms, setting=self.setting
+        )
         return layers, terms.links
 
     def levels(self, moves: Moves | None) -> bool:
@@ -89,30 +89,12 @@ class LayerModel:
         )
         return windows_alone and even and many
 
-    def learn(self, budget: Budget, moves: Moves | None) -> None:
-        """Choose what generalises to traffic that nobody has seen, by cross-validation."""
-        windows, problem = self.windows, self.problem
+    def learn(self, moves: Moves | None) -> None:
+        """Choose what generalises to traffic that nobody has seen."""
+        windows = self.windows
         self.weights = [np.ones(len(windows))]
-        if self.levels(moves):
-            reason = "large layers in many windows: nothing to choose"
-            self.choice = Choice(details=UnseenDetails("norm 8, noise, mixed", reason))
-            return
-        if budget.time_limit is not None and budget.time_limit < effort.LEARN_LEAST:
-            reason = "too little time to try others"
-            self.choice = Choice(details=UnseenDetails(SearchSetting(0).name, reason))
-            return
-        self.choice = choose(
-            windows.load,
-            windows.weight,
-            windows.group,
-            problem.capacity,
-            problem.topology.node_of_device,
-            problem.topology.time_of_device,
-            nearest=problem.split == "nearest",
-            seed=self.seed,
-            threads=budget.threads,
-            time_limit=budget.time_limit,
-        )
+        large = self.levels(moves)
+        self.setting = setting_for(windows.load, windows.weight, large=large)
 
     def reweight(self, slots: Slots) -> None:
         """Give more weight to the windows that a risk or the worst group is made of, next time."""
@@ -156,13 +138,10 @@ class LayerModel:
 
     def _level(self, run: Run, budget: Budget) -> tuple[Slots, bool]:
         """Level every layer on the windows and on their mean, for traffic of all kinds at once."""
-        load, weight = self.windows.load, self.weight
-        mean = np.einsum("w,wle->le", weight, load) / max(weight.sum(), 1e-300)
         trials = budget.iterations
         if trials is None:
-            trials = full_trials(self.slots_of_layer, len(load) + 1)
-        both = np.concatenate([load, mean[None]])
-        return level_windows(run, budget, both, np.append(weight, MIXED * weight.sum()), trials)
+            trials = full_trials(self.slots_of_layer, len(self.windows) + 1)
+        return level_windows(run, budget, self.weight, trials, mixed=MIXED)
 
     def descend(
         self, moves: Moves, start: Slots, most: float, budget: Budget
@@ -178,7 +157,7 @@ class LayerModel:
         layers, links = self.core()
         places, experts, figures, interrupted = layers.descend(
             np.ascontiguousarray(start),
-            np.ascontiguousarray(moves.initial.held.transpose(0, 2, 1)),
+            np.ascontiguousarray(moves.initial.slots),
             most=int(most) if most < self.problem.capacity.sum() else None,
             copies=self.problem.may_copy,
             **links,
@@ -270,8 +249,8 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
     if not run.problem.windows.is_mean:
         turns = effort.REWEIGHTINGS_AGAIN if model.weights else effort.REWEIGHTINGS
     if not model.weights:
-        model.learn(budget.within(effort.LEARN_SHARE, keep=run.judging), run.moves)
-    run.details = replace(run.details, unseen=model.choice.details)
+        model.learn(run.moves)
+    run.details = replace(run.details, unseen=model.setting.details)
     traffic = [1.0] * turns + [TRAFFIC_WEIGHT] * _prices_visits(run)
     for turn, multiple in enumerate(traffic):
         left = len(traffic) - turn

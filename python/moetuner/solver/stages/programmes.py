@@ -12,7 +12,7 @@ from moetuner.solver.two_stage import two_stage
 
 
 def _paper(run: Run, budget: Budget) -> None:
-    answer = two_stage(run.problem, seed=run.seed, limits=budget)
+    answer = two_stage(run.problem, seed=run.seed, budget=budget)
     run.details, run.cut = answer.details, answer.status == "time_limit"
     run.offer(answer.slots, "paper")
     if answer.status == "interrupted":
@@ -26,7 +26,7 @@ def _programme(run: Run, budget: Budget) -> None:
     start = Candidate(
         run.best.slots, bound=run.bound.value, bound_source=run.bound.source, details=run.details
     )
-    answer = colocation(run.problem, seed=run.seed, limits=budget, start=start)
+    answer = colocation(run.problem, seed=run.seed, budget=budget, start=start)
     run.details = answer.details
     run.offer(answer.slots, "co-location")
     assert answer.bound is not None
