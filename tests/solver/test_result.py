@@ -39,16 +39,6 @@ def test_json_has_one_flat_object_of_what_is_known():
     assert Details().to_dict() == {}
 
 
-def test_what_is_not_known_comes_from_others():
-    """Facts stay where they are known; a zero is a fact."""
-    other = Details(SearchDetails(trials=9, way="other"), unseen=UnseenDetails("norm 8"))
-    both = FULL.or_else(other)
-    assert (both.search.trials, both.search.way) == (0, "other")
-    assert both.unseen is FULL.unseen
-    assert Details().or_else(other) == other
-    assert FULL.or_else(Details()) == FULL
-
-
 @pytest.mark.parametrize(
     ("method", "keys"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,6 @@ from moetuner.solver.budget import Progress
 # The source of a bound that knows loads alone.
 LOADS = "loads alone"
 
-Part = TypeVar("Part", bound="_Part")
 Status = Literal[
     "optimal", "feasible", "gap_reached", "time_limit", "interrupted", "violates rules"
 ]
@@ -27,17 +26,10 @@ Status = Literal[
 class _Part(Frozen):
     """Facts that a method knows; those that it does not are None or empty."""
 
-    def _facts(self) -> dict[str, Any]:
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in values if value not in (None, {})}
-
     def to_dict(self) -> dict[str, Any]:
         """Return what is known as JSON values."""
-        return {name: _plain(value) for name, value in self._facts().items()}
-
-    def or_else(self: Part, other: Part) -> Part:
-        """Return this part, with the other's facts where this one knows none."""
-        return replace(other, **self._facts())
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: _plain(value) for name, value in values if value not in (None, {})}
 
 
 def _plain(value: Any) -> Any:
@@ -170,15 +162,6 @@ class Details(Frozen):
     def searched(self, **facts: Any) -> Details:
         """Return these details with facts of the search."""
         return replace(self, search=replace(self.search, **facts))
-
-    def or_else(self, other: Details) -> Details:
-        """Return these details, with the other's where these know nothing."""
-        return Details(
-            self.search.or_else(other.search),
-            self.caps.or_else(other.caps),
-            other.unseen if self.unseen is None else self.unseen,
-            self.bound.or_else(other.bound),
-        )
 
 
 @dataclass(frozen=True)

@@ -371,7 +371,8 @@ class Run:
 
     def adopt(self, inner: Run, *, with_bound: bool) -> None:
         """Take over what an inner run of the same problem learned and, if told so, proved."""
-        self.details = self.details.or_else(inner.details)
+        if self.details == Details():
+            self.details = inner.details
         self.cut |= inner.cut
         if with_bound and inner.bound is not None:
             self.bound = inner.bound
