@@ -87,7 +87,7 @@ class LayerModel:
             problem.capacity.sum(axis=1).min() > effort.FEW_SLOTS
             and len(self.windows) >= effort.MANY_WINDOWS
         )
-        return windows_alone and even and many
+        return bool(windows_alone and even and many)
 
     def learn(self, moves: Moves | None) -> None:
         """Choose what generalises to traffic that nobody has seen."""
