@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner.solver.bounds.caps import told
+from moetuner.solver.bounds.caps import cap_report
 from moetuner.solver.budget import Budget
 from moetuner.solver.milp.colocation import Programme, colocation, fits
 from moetuner.solver.result import Candidate
@@ -48,7 +48,7 @@ def test_agrees_with_brute_force(seed, layers, experts, max_imbalance) -> None:
     assert cost(problem, best) == best.bound == optimum(problem, kept_caps(problem, start.slots))
     size = best.details.search.colocation
     assert size["first_incumbent"] in (None, cost(problem, start))
-    raised = told(problem, best).raised
+    raised = cap_report(problem, best.slots).raised
     assert all(ratio > max_imbalance for ratio in raised.values())
 
 
