@@ -92,12 +92,6 @@ impl Slots {
         usize::from(self.device_of[slot])
     }
 
-    /// Device of every slot `[P]`.
-    #[must_use]
-    pub fn device_of(&self) -> &[u16] {
-        &self.device_of
-    }
-
     /// Copies of an expert; none of nothing.
     #[inline(always)]
     pub(crate) fn copies(&self, expert: u16) -> u32 {

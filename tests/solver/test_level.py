@@ -153,7 +153,7 @@ def test_plugins_and_rebalancer_use_it():
     nothing = np.full((3, 4, 5), -1, dtype=np.int32)
     found = rebalance(load, nothing, time=np.ones(4), budget=60)
     assert np.array_equal(found.slots, expected)
-    assert np.array_equal(found.brought, [20, 20, 20])
+    assert np.array_equal(found.moves, [20, 20, 20])
 
 
 def problem(load, **options):

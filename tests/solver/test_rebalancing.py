@@ -27,8 +27,8 @@ def test_a_copy_gains_more_than_its_price():
     moved = []
     for price in (0.0, 10.0, 100.0, 300.0, 1e9):
         found = decide(load, slots, price=price)
-        moved.append(int(found.brought.sum()))
-        assert ((found.before - found.after) >= price * found.brought).all()
+        moved.append(int(found.moves.sum()))
+        assert ((found.before - found.after) >= price * found.moves).all()
     assert moved == sorted(moved, reverse=True)
     assert moved[0] > moved[2] > moved[-1] == 0
 
@@ -50,7 +50,7 @@ def test_chance_moves_nothing():
         load = random.poisson(tokens, (8, 16)).astype(np.float64)
         slots = running(8, 4, 4)
         found = rebalance(load, slots, time=np.ones(4), budget=slots.size, dead_zone=0.0)
-        assert found.brought.sum() <= 8
+        assert found.moves.sum() <= 8
 
 
 def test_slow_devices_get_less():
@@ -89,7 +89,7 @@ def test_steps_on_one_load_are_those_of_the_descent(seed):
         )
         *_, figures, _ = layers.descend(slots, slots, most=budget)
         slow = fast.before.sum() + figures[-1, 2]
-        assert fast.brought.sum() <= budget
+        assert fast.moves.sum() <= budget
         assert figures[-1, 0] <= budget
         assert fast.after.sum() <= slow * 1.03
 

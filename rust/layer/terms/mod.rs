@@ -4,6 +4,7 @@ pub(super) mod balance;
 pub(super) mod caps;
 pub mod fanout;
 pub(super) mod linear;
+mod loads;
 mod norm;
 mod peak;
 pub mod together;
