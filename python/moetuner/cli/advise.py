@@ -269,26 +269,15 @@ def next_commands(
     }
     for name, writer in WRITERS.items():
         if engine is not None and writer.engine == engine:
-            note = f"  # {writer.state}" if writer.state else ""
             to = f"{name}{layers.get(writer.rows, '')}"
             found.append(
-                f"moetuner export placement.json --to {to} --out experts{writer.suffixes[0]}{note}"
+                f"moetuner export placement.json --to {to} --out experts{writer.suffixes[0]}"
             )
     problem = advice.problem
     devices = problem.topology.devices
     more = devices * (problem.slots + advice.knee) - problem.experts
-    if engine == "vllm":
-        # The one way in that a release has.
-        found.append(
-            f"MOETUNER_PLACEMENT=placement.json vllm serve MODEL --tensor-parallel-size {devices} "
-            "--enable-expert-parallel --enable-eplb "
-            f"""--eplb-config '{{"num_redundant_experts": {more}}}'"""
-        )
-    elif engine == "sglang":
-        found.append(
-            f"python -m sglang.launch_server --model MODEL --tp-size {devices} --ep-size {devices} "
-            f"--init-expert-location experts.json --ep-num-redundant-experts {more}"
-        )
+    if engine is not None and ENGINES[engine].serve:
+        found.append(ENGINES[engine].serve.format(devices=devices, redundant=more))
     if engine is None:
         found.append("moetuner export placement.json --to eplb --out experts.npz")
     elif not ENGINES[engine].may_copy:
