@@ -257,6 +257,7 @@ impl Layers {
     }
 
     /// Improves slots [L,D,S].
+    #[allow(clippy::fn_params_excessive_bools)]
     #[pyo3(signature = (start, *, trials, copies = true, empties = true, restarts = 1, rounds = 1, quick = false, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, alone = false, progress = None))]
     fn place<'py>(
         &mut self,
@@ -385,7 +386,9 @@ pub(super) fn replicate_experts<'py>(
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
     let (mut sites, per_device) = sites_of(&capacity, time, [forbidden.as_ref(), pinned.as_ref()], [l, e])?;
-    sites.iter_mut().for_each(|site| site.copies = copies);
+    for site in &mut sites {
+        site.copies = copies;
+    }
     let placements = alone(py, || fill_layers(load, e, &sites, trials))??;
     let all = placements.iter().zip(&sites).map(|(slots, site)| (&slots.expert_in[..], &site.capacity[..]));
     array3(py, (l, time.len(), per_device), slots_of(all, per_device))

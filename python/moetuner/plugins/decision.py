@@ -25,8 +25,8 @@ from moetuner.solver.rebalancing import (
     DEVIATIONS,
     Pairs,
     Rebalanced,
-    moves_between,
     largest_move,
+    moves_between,
     rebalance,
     renumbered,
 )

@@ -117,7 +117,7 @@ pub(in crate::layer) fn deviation(own: i64) -> f32 {
 /// Own variances and how heavy experts are `[E]`, of weighted loads `[W, E]` in units of a window's mean.
 fn moments(rows: &[f64], experts: usize, rate: f64, noise: f64) -> (Vec<f64>, Vec<f64>) {
     let [mut mean, mut square] = [vec![0.0; experts], vec![0.0; experts]];
-    let (mut all, mut used) = (0.0, 0);
+    let (mut all, mut used) = (0.0, 0usize);
     for row in rows.chunks_exact(experts) {
         let total: f64 = row.iter().sum();
         if total > 0.0 {
