@@ -196,12 +196,15 @@ def _bounded(outcome: Outcome) -> str:
     return within(result, worth.text(result.bound), which)
 
 
+def below(bound: str, which: str = "") -> str:
+    """Write what a bound proves of the placements that it is about."""
+    return f"no placement{which} is below {bound}"
+
+
 def within(result: Result, bound: str, which: str = "") -> str:
-    """Write what a bound proves of the placements that it is about, and of this one."""
-    return (
-        f"no placement{which} is below {bound} ({result.bound_source}), so this one is within "
-        f"{percent(result.gap)}"
-    )
+    """Write what a bound proves of a placement."""
+    gap = percent(result.gap)
+    return f"{below(bound, which)} ({result.bound_source}), so this one is within {gap}"
 
 
 def slower(outcome: Outcome, blocks: Outcome) -> list[str]:

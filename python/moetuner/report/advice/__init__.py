@@ -37,7 +37,7 @@ from moetuner.formats.engines import ENGINES, engine_settings, tokens_per_rank
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice import drift
-from moetuner.report.advice.conclusion import Evidence, concluded, knee_of
+from moetuner.report.advice.conclusion import concluded, knee_of
 from moetuner.report.advice.power_law import exponents
 from moetuner.report.advice.values import PHASES, Advice, Copies, Judged, Moving, Phases
 from moetuner.report.outcome import judge
@@ -282,25 +282,12 @@ class _Work:
             carried = self._carried(knee, window)
         self.say("weighing what moves, and phases")
         phases = self._phases(first, knee)
-        conclusion = concluded(
-            Evidence(
-                *(judged, swept, knee, difference, carried, units, _kinds(self.traffic)),
-                losers=_losers(audited),
-                price=self.price,
-                running=self.running.replace("_", " "),
-                model=self.model.name,
-                devices=self.topology.devices,
-                regime=self.regime,
-                held_out=self.is_held_out,
-                notes=self._notes(phases, knee),
-            )
-        )
         of = first.evaluations[window]
         placements = first.placements[None], first.placements[proposed]
-        return Advice(
-            answer=conclusion.answer,
-            reasons=tuple(conclusion.reasons),
-            warnings=tuple(conclusion.warnings),
+        advice = Advice(
+            answer="not enough evidence",
+            reasons=(),
+            warnings=(),
             judged=judged,
             copies=swept,
             knee=knee,
@@ -321,11 +308,7 @@ class _Work:
             problem=first.problem,
             settings=self._settings(splits),
         )
-
-    @property
-    def running(self) -> str:
-        """What the running placement is called."""
-        return self.initial if isinstance(self.initial, str) else "running"
+        return concluded(advice, _kinds(self.traffic), self._notes(phases, knee))
 
     def _compared(self, trials: list[_Trial], proposed: Key, window: int | None) -> Judged:
         """Compare what is proposed with what runs, in windows of a size, over all splits."""
@@ -606,12 +589,6 @@ def _check_traffic(traffic: Traffic) -> None:
             raise ValueError(f"traffic must have two tokens or more, got {traffic.tokens}")
     elif not traffic.total_load.any():
         raise ValueError("traffic must have tokens, got a load of 0")
-
-
-def _losers(audited: Audit) -> dict[str, float]:
-    """Name the groups that are slower beyond chance, and by what share."""
-    worse = audited.worse(measures=("predicted_layer_us",)) if audited.groups else []
-    return {each.group: each.change.value for each in worse}
 
 
 def _windows_of(traffic: Traffic, window: int | None) -> tuple[int | None, ...]:

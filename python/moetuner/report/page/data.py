@@ -155,7 +155,7 @@ class PageData:
 
 def of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> PageData:
     """Make the data of an advice, with its JSON and the commands in it."""
-    judged = max(advice.judged, key=lambda each: each.gain.mean)
+    judged = advice.main
     topology, size = advice.problem.topology, advice.settings["expert_bytes"]
     running = advice.settings["initial"].replace("_", " ")
     moving, paid = advice.moving, "bytes of an expert not known"
