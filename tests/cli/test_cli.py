@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.cli import moetuner
+from moetuner.cli import moetuner, options
+from moetuner.problem.settings import settings_of
 
 METHODS = "contiguous,lpt,joint"
 # Where the number of splits does not matter.
@@ -163,6 +165,28 @@ def test_solve_takes_every_term(ok, trace, tmp_path):
     assert "Chosen for unseen traffic: " in text
 
 
+def test_every_field_of_a_problem_is_an_option(ok, trace, tmp_path):
+    """Declared once: there is an option in a group, its help, and its value in the JSON."""
+    settings = settings_of(mt.Problem)
+    assert {"statistics", "topology", *settings} == {of.name for of in fields(mt.Problem)}
+    how = ("--devices", 2, "--method", "lpt", "--out", tmp_path / "p.json", "--json", "-")
+    assert set(settings) <= set(json.loads(ok("solve", trace, *how))["settings"])
+    for command in ("solve", "compare"):
+        mine = {option.name: option for option in moetuner.commands[command].params}
+        for name, setting in settings.items():
+            assert mine[name].group == setting.group in options.GROUPS
+            assert mine[name].help == setting.help
+            assert setting.help.split("  [")[0].endswith(".")
+
+
+def test_every_option_has_its_help():
+    """A sentence, in whichever command."""
+    for command in moetuner.commands.values():
+        for option in command.params:
+            if option.param_type_name == "option":
+                assert option.help.split("  [")[0].endswith("."), (command.name, option.name)
+
+
 def test_objective_is_time_unless_a_cap_is_given(ok, trace, tmp_path):
     """The default, the cap of traffic, and their units."""
     for arguments, objective, cap, words in (
@@ -221,6 +245,18 @@ def test_evaluate_tells_groups(ok, trace, tmp_path):
     whole = mt.evaluate(mt.Placement.load(out), mt.RoutingTrace.load(trace), window=64)
     assert found["imbalance"] == whole.imbalance
     assert set(found["by_group"]) == {"even", "odd"}
+
+
+def test_only_a_group_is_used(ok, trace, tmp_path):
+    """--only leaves the figures that evaluate gives that group, for whichever command reads it."""
+    out = tmp_path / "p.json"
+    ok("solve", trace, "--devices", 4, "--method", "lpt", "--only", "odd", "--out", out)
+    whole = json.loads(ok("evaluate", out, trace, "--json", "-"))["by_group"]["odd"]
+    alone = json.loads(ok("evaluate", out, trace, "--only", "odd", "--json", "-"))
+    assert (alone["tokens"], alone["crossing"]) == (whole["tokens"], whole["crossing"])
+    assert (alone["input"]["groups"], list(alone["by_group"])) == (["odd"], ["odd"])
+    both = json.loads(ok("inspect", trace, "--only", "odd", "--only", "even", "--json", "-"))
+    assert both["input"]["tokens"] == 800
 
 
 def test_evaluate_predicts_times(ok, trace, tmp_path):

@@ -253,16 +253,14 @@ def _serving(source: Source, advice: Advice, engine: str | None) -> list[str]:
     }
     for name, writer in WRITERS.items():
         if writer.engine == engine:
-            note = f"  # {writer.state}" if writer.state else ""
             commands.append(
                 f"{export} {name}{layers.get(writer.rows, '')} --out experts{writer.suffixes[0]}"
-                f"{note}"
             )
     of, problem = ENGINES[engine], advice.problem
     devices = problem.topology.devices
     more = devices * (problem.slots + advice.knee) - problem.experts
-    if of.serve is not None:
-        commands.append(of.serve.format(devices=devices, more=more))
+    if of.serve:
+        commands.append(of.serve.format(devices=devices, redundant=more))
     if not of.may_copy:
         commands.append(f"{export} {engine} --checkpoint MODEL --out MODEL-placed")
     return commands

@@ -191,9 +191,9 @@ def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
     elif moving:
         why = "nothing is proven of moves from --initial"
     elif problem.may_copy:
-        why = "nothing is proven where slots may hold copies of experts"
+        why = "nothing is proven if slots may hold copies of experts"
     elif not problem.is_plain:
-        why = "nothing is proven where devices, slots or experts have rules of their own"
+        why = "nothing is proven if devices, slots or experts have rules of their own"
     elif not Objective(problem).has_traffic:
         why = "INPUT has none of the pairs that traffic is made of"
     else:

@@ -160,14 +160,7 @@ def sentences(outcome: Outcome) -> list[str]:
         lines += [f"{line[0].upper()}{line[1:]}."] if line else []
     unseen = result.details.unseen
     if unseen is not None:
-        why = unseen.reason
-        if why is None:
-            score, folds = (
-                unseen.scores[unseen.chosen],
-                f"{unseen.folds} folds of {unseen.held_out}",
-            )
-            why = f"max / mean {score:.3f}, bursts and mixed, in {folds}"
-        lines.append(f"Chosen for unseen traffic: {unseen.chosen} ({why}).")
+        lines.append(f"Chosen for unseen traffic: {unseen.chosen} ({unseen.reason}).")
     search = result.details.search
     if search.windows_searched is not None:
         lines.append(
