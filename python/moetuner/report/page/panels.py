@@ -37,8 +37,6 @@ from moetuner.report.page.charts import (
 from moetuner.report.page.data import PageData
 from moetuner.solver.result import Result
 
-Rows = list[tuple[str, ...]]
-
 # Groups of a chart, rows of a table, and devices that get a label.
 GROUPS, ROWS, LABELLED = 60, 200, 24
 COLOURS, SYMBOLS = (RUNNING, PROPOSED), ("x", "circle")
