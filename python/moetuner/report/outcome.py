@@ -48,15 +48,15 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields of the evaluation and of the result."""
-        is_known = self.worth.is_known
+        has_value = self.worth.is_known
         return {
             **self.evaluation.to_dict(),
-            "objective": self.result.objective if is_known else None,
+            "objective": self.result.objective if has_value else None,
             "unit": self.worth.unit,
-            "bound": self.result.bound if is_known else None,
+            "bound": self.result.bound if has_value else None,
             "bound_source": self.result.bound_source,
-            "bound_scope": self.result.bound_scope if is_known else None,
-            "gap": self.result.gap if is_known else None,
+            "bound_scope": self.result.bound_scope if has_value else None,
+            "gap": self.result.gap if has_value else None,
             "status": self.result.status,
             "violations": list(self.result.violations),
             "solve_seconds": self.result.seconds,

@@ -172,7 +172,7 @@ def advise(
         topology,
         initial=initial,
         engine=engine,
-        asked=tuple(counts),
+        copies=tuple(counts),
         windows=_windows_of(traffic, window_in(window)),
         expert_bytes=expert_bytes,
         model=cost_model_of(traffic) if cost_model is None else cost_model,
@@ -221,7 +221,7 @@ class _Work:
     topology: Topology
     initial: Placement | Running
     engine: str | None
-    asked: tuple[int, ...]
+    copies: tuple[int, ...]
     windows: tuple[int | None, ...]
     expert_bytes: float | None
     model: CostModel
@@ -248,7 +248,7 @@ class _Work:
         """Slots for copies that are tried: those asked for that the engine and the model allow."""
         may_copy = self.engine is None or ENGINES[self.engine].may_copy
         most = self.traffic.num_experts - self.fewest if may_copy else 0
-        return tuple(each for each in self.asked if each <= most) or (0,)
+        return tuple(each for each in self.copies if each <= most) or (0,)
 
     @cached_property
     def units(self) -> dict[int | None, Units]:
@@ -365,7 +365,7 @@ class _Work:
                 f"Windows are of sequences that {of.title} serves together, not of the order of "
                 "the recording"
             )
-        if not of.may_copy and self.asked[-1]:
+        if not of.may_copy and self.copies[-1]:
             notes.append(
                 f"Copies were left out: {of.title} loads a placement as a renumbered checkpoint, "
                 "which has every expert once"
