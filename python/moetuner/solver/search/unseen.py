@@ -49,7 +49,7 @@ class SearchSetting:
     def details(self) -> UnseenDetails:
         """The setting, as ``Result.details`` has it."""
         norm = f"norm {self.norm}" if self.norm else "maximum"
-        name = norm + ", noise" * (self.noise > 0) + ", mixed" * (self.mixed > 0)
+        name = norm + ", noise" * bool(self.noise > 0) + ", mixed" * bool(self.mixed > 0)
         return UnseenDetails(name, self.reason)
 
 
