@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from placements import random_slots
-from rank_work import held, single
+from rank_work import in_slots, single
 
 import moetuner as mt
 from moetuner.solver.rebalancing import rebalance
@@ -24,11 +24,11 @@ PATIENCE = 2.0
 class Linear:
     """So many microseconds per token."""
 
-    def __init__(self, each):
-        self.each = each
+    def __init__(self, token_us):
+        self.token_us = token_us
 
     def compute_us(self, tokens, active=None):
-        return self.each * np.asarray(tokens)
+        return self.token_us * np.asarray(tokens)
 
 
 class Model:
@@ -57,7 +57,7 @@ class Model:
     def layer(self, number):
         """Make the layer of this rank with the start's weights."""
         slots = self.start.slots[number, self.rank]
-        up, down = (held(self.weights[name][number], slots) for name in ("up", "down"))
+        up, down = (in_slots(self.weights[name][number], slots) for name in ("up", "down"))
         experts = GroupedExperts(up, down, self.activation).requires_grad_(False)
         return ExpertParallelMoE(experts, self.start, number)
 
@@ -78,8 +78,8 @@ class Model:
             x, w = torch.from_numpy(x).float(), torch.from_numpy(w).float()
             up, down = (self.weights[name][number] for name in ("up", "down"))
             expected = single(x, index, w, up, down, self.activation)[at]
-            found = layer(x[at], index[at], w[at], first_token=at.start)
-            worst = max(worst, (found - expected).abs().max().item())
+            out = layer(x[at], index[at], w[at], first_token=at.start)
+            worst = max(worst, (out - expected).abs().max().item())
         return worst
 
     def observe(self, more=0):

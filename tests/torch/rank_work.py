@@ -44,7 +44,7 @@ def joined(store, rank, ranks, work, arguments):
         dist.destroy_process_group()
 
 
-def held(weights, slots):
+def in_slots(weights, slots):
     """Weights of the experts in slots [S]; nonsense in empty slots, which nobody may read."""
     which = torch.tensor(slots)
     out = weights[which.clamp(min=0)].clone()
@@ -110,7 +110,7 @@ class Case:
         """Make the layer of this rank."""
         slots = self.placement.slots[self.layer, rank]
         experts = GroupedExperts(
-            held(self.up, slots), held(self.down, slots), self.activation
+            in_slots(self.up, slots), in_slots(self.down, slots), self.activation
         ).requires_grad_(False)
         return ExpertParallelMoE(
             experts,

@@ -11,14 +11,14 @@ from ranks import values
 @pytest.fixture(scope="module")
 def four():
     """Run a layer on four ranks in all kinds of cases; gives what they computed, by case."""
-    ranks = values(4, "rank_work.four_ranks", timeout=240)
+    ranks = values(4, "rank_work.four_ranks", timeout=110)
     return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 
 
 @pytest.fixture(scope="module")
 def two():
     """Give two ranks input that is wrong, and placements that do not fit."""
-    return values(2, "rank_work.two_ranks", timeout=120)
+    return values(2, "rank_work.two_ranks", timeout=110)
 
 
 def test_bit_equal_in_exact_arithmetic(four):

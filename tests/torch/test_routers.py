@@ -2,19 +2,13 @@
 
 import copy
 
-import moe_kinds
 import numpy as np
 import pytest
-from moe_models import build, prompts, torch
+from moe_models import build, build_kind, prompts, torch
 from waiting import Waiting
 
 import moetuner as mt
 from moetuner.torch import RoutingCounters, capture, moe_layers
-
-
-def ids_in(output):
-    """Give the integers of what a router returned."""
-    return next(part for part in output if not part.is_floating_point())
 
 
 @pytest.mark.parametrize("observe", [capture, RoutingCounters.attach])
@@ -36,28 +30,29 @@ def test_a_router_that_runs_twice_is_refused(observe):
         pytest.raises(ValueError, match=r"layers.1.mlp.gate ran more than once in a forward pass"),
     ):
         record()
-    found = record(["model.layers.0.mlp.gate"])
+    counts = record(["model.layers.0.mlp.gate"])
     counted = np.bincount(expected.ravel(), minlength=8)
-    load = found.total_load[0] if observe is not capture else np.bincount(found.expert_ids.ravel())
+    load = (
+        counts.total_load[0] if observe is not capture else np.bincount(counts.expert_ids.ravel())
+    )
     assert load.tolist() == counted.tolist()
 
 
 def test_zero_computation_experts():
     """LongCat's router also chooses rows without experts: counters leave them out."""
-    model, tokens = moe_kinds.build("longcat_flash"), prompts()
-    layers, found = moe_layers(model), []
+    model, tokens = build_kind("longcat_flash"), prompts()
+    layers, chosen = moe_layers(model), []
     assert layers[0].choices > 256 > layers[0].num_experts
     for layer in layers:
         layer.router.e_score_correction_bias[:8] += 0.2  # some of both kinds are chosen
-    handles = [
-        layer.router.register_forward_hook(lambda _m, _i, output: found.append(ids_in(output)))
-        for layer in layers
-    ]
+        layer.router.register_forward_hook(
+            lambda _m, _i, output: chosen.append(
+                next(part for part in output if not part.is_floating_point())
+            )
+        )
     with torch.no_grad(), RoutingCounters.attach(model, window=10) as counters:
         model(input_ids=tokens)
-    for handle in handles:
-        handle.remove()
-    ids = torch.stack(found, 1)
+    ids = torch.stack(chosen, 1)
     load = counters.statistics().window_load
     for window, part in enumerate(ids.split(10)):
         for layer in range(len(layers)):
@@ -102,8 +97,8 @@ def test_ids_beyond_the_experts_are_never_others(wrong, tmp_path):
         pytest.raises(ValueError, match=text),
     ):
         fixed(ids, capture, path=path)
-    kept = mt.RoutingTrace.load(tmp_path / "t.partial.safetensors")
-    assert kept.expert_ids[:, 0].tolist() == [[1, 2], [5, 6]]
+    trace = mt.RoutingTrace.load(tmp_path / "t.partial.safetensors")
+    assert trace.expert_ids[:, 0].tolist() == [[1, 2], [5, 6]]
     with pytest.raises(ValueError, match=text):
         fixed(ids, RoutingCounters.attach).statistics()
 
@@ -180,7 +175,7 @@ def test_recorders_of_one_model_end_in_any_order():
         model.generate(tokens, max_new_tokens=3, do_sample=False, use_cache=False)
         second.detach()
     assert set(model.__dict__) == own
-    loads = [each.statistics().total_load[0].sum() for each in (first, second)]
+    loads = [counters.statistics().total_load[0].sum() for counters in (first, second)]
     assert loads == [2 * 3 * (7 + 2), 2 * 2 * 3 * (7 + 2)]
 
 

@@ -11,7 +11,7 @@ from ranks import values
 def ranks(tmp_path_factory):
     """Give what two ranks do with states."""
     folder = str(tmp_path_factory.mktemp("states"))
-    return values(2, "rank_state.states_and_gradients", folder, timeout=120)
+    return values(2, "rank_state.states_and_gradients", folder, timeout=110)
 
 
 def test_a_distributed_checkpoint_has_every_expert(ranks):

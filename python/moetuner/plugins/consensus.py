@@ -63,13 +63,8 @@ def agree(
         store.get(of).decode() if complete or (bool(rank) <= number and store.check([of])) else None
         for number, of in enumerate(posts)
     ]
-    return write_once(store, key, judge(said)), complete
-
-
-def write_once(store: Any, key: str, verdict: str) -> str:
-    """Write the verdict on a question unless there is one; return the one that holds."""
-    holds: str = store.compare_set(verdict_key(key), "", verdict).decode()
-    return holds
+    # What there is already holds.
+    return store.compare_set(verdict, "", judge(said)).decode(), complete
 
 
 def _until(is_so: Callable[[], bool], seconds: float) -> bool:

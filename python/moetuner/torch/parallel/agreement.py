@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from moetuner.plugins.consensus import agree, keys_of, verdict_key, write_once
+from moetuner.plugins.consensus import agree, keys_of, verdict_key
 
 T = TypeVar("T")
 
@@ -34,8 +35,7 @@ class Agreement:
     """Exchange values between all ranks of a group, through the store that they joined by.
 
     Every exchange ends with one verdict, by which all ranks go; so none goes on where another has
-    given up. A rank that fails writes it at once. A late rank reads it without waiting, and the
-    next round of exchanges starts afresh.
+    given up. A late rank reads it without waiting, and the next round of exchanges starts afresh.
 
     Parameters
     ----------
@@ -75,11 +75,7 @@ class Agreement:
         self._missed = missed
 
     def exchange(
-        self,
-        about: str,
-        value: Any = None,
-        failure: Exception | None = None,
-        kind: type[MoveError] = MoveError,
+        self, about: str, value: Any = None, failure: Exception | None = None
     ) -> list[Any]:
         """Return the values of all ranks.
 
@@ -91,20 +87,29 @@ class Agreement:
             Of this rank: what JSON holds.
         failure
             What has gone wrong on this rank, if anything.
-        kind
-            Class of the error where a rank has failed.
 
         Raises
         ------
         MoveError
             On every rank, if one has failed, is gone or does not answer in time.
         """
-        if self._stands_for_all and failure is None:
-            return [value] * self.ranks
         key, self._turn = f"{self._round}.{self._turn}", self._turn + 1
+        post = json.dumps([value, failure and str(failure)])
+        judge = partial(self._judge, about)
         try:
-            verdict, complete = self._verdict(key, about, value, failure)
-            values, problem, has_failed = json.loads(verdict)
+            if self._stands_for_all:
+                verdict, complete = judge([post] * self.ranks), False
+            else:
+                verdict, complete = agree(
+                    self._store,
+                    key,
+                    self.rank,
+                    self.ranks,
+                    post=post,
+                    judge=judge,
+                    wait=self.timeout,
+                )
+            values, problem = json.loads(verdict)
             if complete and key.endswith(".0"):
                 # All are in this round, so nobody has to read what became of earlier ones.
                 for old in self._old:
@@ -113,46 +118,29 @@ class Agreement:
                 self._old.clear()
         except RuntimeError as error:
             # The process that serves the store is gone.
-            values, has_failed = None, False
-            problem = [f"no agreement on {about}", str(failure or error)]
+            values, problem = None, f"no agreement on {about}: {failure or error}"
         self._old.append(key)
-        if values is None:
-            what, why = problem
-            message = f"{what}; the old placement stays in force{why and ': '}{why}"
-            raise (kind if has_failed else MoveError)(message) from failure
+        if problem:
+            raise MoveError(f"{problem}; the old placement stays in force") from failure
         return list(values)
 
-    def _verdict(
-        self, key: str, about: str, value: Any, failure: Exception | None
-    ) -> tuple[str, bool]:
-        """Return the verdict, ``[values, [problem, why], whether a rank failed]``, as ``agree``."""
-        if failure is not None:
-            problem = f"ranks [{self.rank}] failed at {about}"
-            verdict = json.dumps([None, [problem, str(failure)], True])
-            return write_once(self._store, key, verdict), False
-
-        def judge(posts: Sequence[str | None]) -> str:
-            silent = [rank for rank, post in enumerate(posts) if post is None]
-            text = f"ranks {silent} did not answer on {about} within {self.timeout:g} s"
-            values = None if silent else [json.loads(post or "") for post in posts]
-            return json.dumps([values, [text, ""], False])
-
-        return agree(
-            self._store,
-            key,
-            self.rank,
-            self.ranks,
-            post=json.dumps(value),
-            judge=judge,
-            wait=self.timeout,
-        )
+    def _judge(self, about: str, posts: Sequence[str | None]) -> str:
+        """Return the values of all ranks, and what is wrong with them."""
+        silent = [rank for rank, post in enumerate(posts) if post is None]
+        said = [json.loads(post) for post in posts if post is not None]
+        failed = {rank: why for rank, (_, why) in enumerate(said) if why is not None}
+        problem = ""
+        if silent:
+            problem = f"ranks {silent} did not answer on {about} within {self.timeout:g} s"
+        elif failed:
+            problem = f"ranks {list(failed)} failed at {about}: {next(iter(failed.values()))}"
+        return json.dumps([[value for value, _ in said], problem])
 
     def reach(
         self,
         about: str,
         value: Any = None,
         failure: Exception | None = None,
-        kind: type[MoveError] = MoveError,
     ) -> None:
         """Check that every rank means the same value; parameters as of ``exchange``.
 
@@ -162,7 +150,7 @@ class Agreement:
             On every rank, if one has failed, is gone or does not answer in time;
             ``DisagreementError`` if one means another value.
         """
-        values = self.exchange(about, value, failure, kind)
+        values = self.exchange(about, value, failure)
         others = [rank for rank, other in enumerate(values) if other != value]
         if others:
             raise DisagreementError(

@@ -74,23 +74,18 @@ class GroupedExperts(nn.Module):
         """Compute rows [N,H] in groups of ``counts`` [S] rows, one per slot."""
         if rows.is_cuda and self._can_group(rows):
             return self._grouped(rows, counts)
+        linear, groups = nn.functional.linear, torch.split(rows, counts.tolist())
         parts = [
-            nn.functional.linear(
-                self.activation(nn.functional.linear(group, self.up[slot])), self.down[slot]
-            )
-            for slot, group in enumerate(torch.split(rows, counts.tolist()))
+            linear(self.activation(linear(group, up)), down)
+            for group, up, down in zip(groups, self.up, self.down, strict=True)
             if len(group)
         ]
         return torch.cat(parts) if parts else rows.new_empty(0, self.down.shape[1])
 
     def _can_group(self, rows: Tensor) -> bool:
+        is_half = rows.dtype == torch.bfloat16 and len(rows) > 0
         widths = (*self.up.shape[1:], self.down.shape[2])
-        return (
-            _grouped_mm is not None
-            and rows.dtype == torch.bfloat16
-            and len(rows) > 0
-            and all(width % 8 == 0 for width in widths)
-        )
+        return _grouped_mm is not None and is_half and all(width % 8 == 0 for width in widths)
 
     def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
         assert _grouped_mm is not None

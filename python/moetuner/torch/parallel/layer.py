@@ -247,50 +247,33 @@ class ExpertParallelMoE(nn.Module):
         return state
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *said: list[str]
     ) -> None:
         from moetuner.torch.parallel.state import stacked
 
-        mine = f"{prefix}expert."
-        keys = [key for key in state_dict if key.startswith(mine)]
-        given = {key.removeprefix(mine): state_dict.pop(key) for key in keys}
-        old = [key for key in state_dict if key.startswith(f"{prefix}experts.")]
+        missing_keys, unexpected_keys, error_msgs = said
+        mine, weights, names = f"{prefix}expert.", self.experts.weights(), self._names()
+        keys = [key for key in state if key.startswith(mine)]
+        given = {key.removeprefix(mine): state.pop(key) for key in keys}
+        old = [key for key in state if key.startswith(f"{prefix}experts.")]
         error_msgs += [f"{key} is of slots, and must be of experts one by one" for key in old[:1]]
-        names = self._names()
-        for name, weight in self.experts.weights().items():
+        for name, weight in weights.items():
             whole, missing, wrong = stacked(name, weight, self._slots(), given)
             missing_keys += [mine + key for key in missing]
             error_msgs += [mine + message for message in wrong]
             if id(weight) in names:
                 # The experts load what is theirs.
-                state_dict[prefix + names[id(weight)]] = whole
+                state[prefix + names[id(weight)]] = whole
                 continue
             with torch.no_grad():
                 weight.copy_(whole)
             if weight._base is not None and id(weight._base) in names:
-                state_dict[prefix + names[id(weight._base)]] = weight._base
-        unexpected_keys += [mine + key for key in given if strict and not self._is_weight(key)]
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
-
-    def _is_weight(self, key: str) -> bool:
-        expert, _, name = key.partition(".")
-        is_expert = expert.isdecimal() and int(expert) < self.placement.num_experts
-        return is_expert and name in self.experts.weights()
+                state[prefix + names[id(weight._base)]] = weight._base
+        every = {
+            f"{expert}.{name}" for expert in range(self.placement.num_experts) for name in weights
+        }
+        unexpected_keys += [mine + key for key in given if strict and key not in every]
+        super()._load_from_state_dict(state, prefix, metadata, strict, *said)
 
     def switch(self, placement: Placement) -> None:
         """Put another placement in force; the experts' weights must be in its slots already."""
@@ -432,10 +415,8 @@ class ExpertParallelMoE(nn.Module):
         chosen = flat.argsort(stable=True)[:served]
         # Neither ``bincount`` nor a sum that the host must wait for.
         counts = flat.new_zeros(width + 1).scatter_add_(0, flat, torch.ones_like(flat))[:width]
-        values = rows[chosen // top_k]
-        if served:
-            # Experts under autocast may give another type: ranks must send alike.
-            values = self.experts(values, counts).to(rows.dtype)
+        # Experts under autocast, or without a row, may give another type: ranks must send alike.
+        values = self.experts(rows[chosen // top_k], counts).to(rows.dtype)
         which = torch.full_like(flat, served)
         which[chosen] = torch.arange(served, device=flat.device)
         return sum_rows(values, which.view_as(slots), weights)
@@ -444,7 +425,7 @@ class ExpertParallelMoE(nn.Module):
         self, hidden: Tensor, index: Tensor, weights: Tensor, position: int | Tensor | None
     ) -> str | None:
         """Return what is wrong with the input, as far as sizes and types tell."""
-        model = next(iter(self.experts.weights().values()))
+        dtype = next(iter(self.experts.weights().values())).dtype
         shapes = [list(tensor.shape) for tensor in (hidden, index, weights)]
         tokens = len(hidden) if hidden.ndim == 2 else -1
         if index.ndim != 2 or shapes[1] != shapes[2] or shapes[1] != [tokens, max(shapes[1][1], 1)]:
@@ -452,8 +433,8 @@ class ExpertParallelMoE(nn.Module):
                 "hidden_states, top_k_index and top_k_weights must be [T,H], [T,K] and [T,K], "
                 f"got {shapes[0]}, {shapes[1]} and {shapes[2]}"
             )
-        if hidden.dtype != model.dtype:
-            return f"hidden_states must be {model.dtype} like the experts, got {hidden.dtype}"
+        if hidden.dtype != dtype:
+            return f"hidden_states must be {dtype} like the experts, got {hidden.dtype}"
         if index.is_floating_point() or not weights.is_floating_point():
             return (
                 "top_k_index must be integers and top_k_weights floats, "
@@ -461,8 +442,8 @@ class ExpertParallelMoE(nn.Module):
             )
         devices = {tensor.device for tensor in (hidden, index, weights)}
         if devices != {self.device}:
-            found = ", ".join(sorted(map(str, devices)))
-            return f"hidden_states must be on {self.device} like the experts, got {found}"
+            given = ", ".join(sorted(map(str, devices)))
+            return f"hidden_states must be on {self.device} like the experts, got {given}"
         if isinstance(position, Tensor) and (
             position.shape != hidden.shape[:1]
             or position.is_floating_point()

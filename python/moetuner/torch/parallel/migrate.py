@@ -218,34 +218,23 @@ def migrate(
             f"{list(current.slots.shape)} like the placement in force, "
             f"got {target.num_experts} and {list(target.slots.shape)}"
         )
-    spares: list[Spares] = []
     plan = fingerprint(current.slots.tobytes(), target.slots.tobytes())
-
-    def prepare() -> None:
-        steps = [
-            moves(before, after, layer.devices_per_node)
-            for before, after, layer in zip(current.slots, target.slots, layers, strict=True)
-        ]
-        arrive = [
-            sum(m.target == la.rank for m in of) for of, la in zip(steps, layers, strict=True)
-        ]
-        needed = sum(n * expert_bytes(layer) for n, layer in zip(arrive, layers, strict=True))
-        free = free_bytes(layers[0].device, current.devices)
-        if needed > SHARE * free:
-            raise MemoryError(f"{needed} bytes must fit half of the {free:.0f} free ones")
-        for layer, own in zip(layers, steps, strict=True):
-            spares.append(Spares(layer.experts.weights(), own, layer.rank))
+    # The others must not wait for the weights of a rank that has no memory.
+    spares, failure = attempt(_buffers, layers, target)
+    said = agreement.exchange("memory for a move", failure and repr(failure))
+    short = [f"rank {rank} needs memory: {why}" for rank, why in enumerate(said) if why]
+    if short:
+        raise NoMemoryError(f"{'; '.join(short)}; the old placement stays in force")
+    assert spares is not None
+    for number, spare in enumerate(spares):
+        if spare.plan:
+            lost = attempt(spare.fill, group, agreement.timeout)[1]
+            agreement.reach(f"the weights of layer {number}", plan, lost)
 
     def put() -> None:
         for layer, spare in zip(layers, spares, strict=True):
             spare.put(layer.experts.weights())
 
-    # The others must not wait for the weights of a rank that has no memory.
-    agreement.reach("memory for a move", plan, attempt(prepare)[1], NoMemoryError)
-    for number, spare in enumerate(spares):
-        if spare.plan:
-            failure = attempt(spare.fill, group, agreement.timeout)[1]
-            agreement.reach(f"the weights of layer {number}", plan, failure)
     try:
         agreement.reach("the new weights in their slots", plan, attempt(put)[1])
     except BaseException:
@@ -254,3 +243,23 @@ def migrate(
         raise
     for layer in layers:
         layer.switch(target)
+
+
+def _buffers(layers: Sequence[ExpertParallelMoE], target: Placement) -> list[Spares]:
+    """Return buffers of every layer, if half of the free memory holds what arrives on this rank."""
+    current = layers[0].placement
+    steps = [
+        moves(before, after, layer.devices_per_node)
+        for before, after, layer in zip(current.slots, target.slots, layers, strict=True)
+    ]
+    needed = sum(
+        expert_bytes(layer) * sum(move.target == layer.rank for move in own)
+        for layer, own in zip(layers, steps, strict=True)
+    )
+    free = free_bytes(layers[0].device, current.devices)
+    if needed > SHARE * free:
+        raise MemoryError(f"{needed} bytes must fit half of the {free:.0f} free ones")
+    return [
+        Spares(layer.experts.weights(), own, layer.rank)
+        for layer, own in zip(layers, steps, strict=True)
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import TracebackType
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -120,12 +120,7 @@ class RoutingCounters:
     def __enter__(self) -> RoutingCounters:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
     def reset(self) -> None:
@@ -200,7 +195,9 @@ class RoutingCounters:
             **self._pairs,
         }
         said: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(said, (settings, len(self._tables["load"])), group)
+        # Objects travel by the current device.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            dist.all_gather_object(said, (settings, len(self._tables["load"])), group)
         for name in settings:
             values = sorted({of[name] or 0 for of, _ in said})
             if len(values) > 1:
@@ -247,26 +244,21 @@ class RoutingCounters:
         if self._tables["wrong"].item():
             raise ValueError(f"expert_ids must be from 0 to {self.experts - 1}, some were not")
         real = slice(self.experts)
+        load = self._tables["load"]
+        used = load.sum(dim=(1, 2)).nonzero()
+        windows = int(used.max()) + 1 if used.numel() else 1
 
         def pairs(name: str) -> NDArray[Any] | None:
             table = self._tables.get(name)
             return None if table is None else table[:, real, real].cpu().numpy()
 
         return RoutingStatistics(
-            self._tables["load"][: self._windows(), :, real].cpu().numpy(),
+            load[:windows, :, real].cpu().numpy(),
             pairs("transitions"),
             pairs("coactivation"),
             window=None if self.window is None else self.window * self._ranks,
             model=model,
         )
-
-    def _windows(self) -> int:
-        """Return windows that hold tokens, at least one."""
-        if self._ranks > 1 or self.window is None:
-            # After a sum the rank with the most windows decides, not the number of tokens.
-            used = self._tables["load"].sum(dim=(1, 2)).nonzero()
-            return int(used.max()) + 1 if used.numel() else 1
-        return max(1, -(-int(self._tables["tokens"]) // self.window))
 
     def _step(self, step: Step) -> None:
         if step.ids.device != self.device:

@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ PACKED = "cu_seq_lens_q"
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
-    """The tokens of one forward pass.
+class Step:
+    """The tokens of one forward pass, and what the routers chose for them.
 
     Attributes
     ----------
@@ -33,12 +33,18 @@ class Batch:
     length
         Tokens of each, padding included, S.
     keep
-        Which tokens are not padding [B*S], boolean, on the device of the mask; None if all are.
+        Which tokens count [B*S], boolean; None if all do. In the end those are left out that are
+        padding or have scores that are no numbers or ids out of range.
     cache
         The key-value cache that was passed in, or the generation that goes without, which tells a
         later step of the same sequences.
     paged
         Whether tokens of many sequences, each with a past, stand in one row.
+    ids
+        Chosen rows of the routers [T,L,K], int64, on the device of the first router; those from E
+        on are zero-computation experts.
+    output
+        What the model returned.
     """
 
     rows: int
@@ -46,11 +52,8 @@ class Batch:
     keep: Tensor | None
     cache: object | None
     paged: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """Tokens with padding, T = B*S."""
-        return self.rows * self.length
+    ids: Tensor = field(default_factory=lambda: torch.empty(0))
+    output: Any = None
 
 
 def arguments_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -59,13 +62,13 @@ def arguments_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def batch_of(
+def step_of(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     mask: Tensor | None,
     generations: GenerateHooks,
-) -> Batch:
+) -> Step:
     """Read the arguments of a forward pass; ``mask`` replaces that of its arguments."""
     given = arguments_of(model, args, kwargs)
     rows, length = _sizes(model, given)
@@ -84,7 +87,7 @@ def batch_of(
     if generation is not None:
         keep = _generated(keep, rows, length, cache, generation)
         cache = generation if cache is None else cache
-    return Batch(rows, length, keep, cache, isinstance(packed, Tensor) and cache is not None)
+    return Step(rows, length, keep, cache, isinstance(packed, Tensor) and cache is not None)
 
 
 def cache_of(output: object) -> object | None:
@@ -137,29 +140,6 @@ def _generated(
     return marks[0] if marks else None
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What the routers chose in one forward pass.
-
-    Attributes
-    ----------
-    ids
-        Chosen rows of the routers [T,L,K], int64, on the device of the first router; those from E
-        on are zero-computation experts.
-    keep
-        Which tokens count [T]: not padding, nor scores that are no numbers, nor ids out of range.
-    batch
-        The sequences.
-    output
-        What the model returned.
-    """
-
-    ids: Tensor
-    keep: Tensor
-    batch: Batch
-    output: Any
-
-
 class StepHooks:
     """Collects the choices of all routers and hands them over after each forward pass.
 
@@ -199,12 +179,12 @@ class StepHooks:
         self._wrapped = hasattr(model, "_orig_mod")
         model = getattr(model, "_orig_mod", model)
         self._generations: GenerateHooks | None = None
-        self._stance: _Eagerly | None = None
+        self._is_eager = False
         self._model = model
         self._layers = layers
         self._receive = receive
         self._handles: list[RemovableHandle] = []
-        self._batch: Batch | None = None
+        self._step: Step | None = None
         self._routed: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._dropping = False
         self._steps = 0
@@ -213,7 +193,8 @@ class StepHooks:
     def attach(self) -> None:
         """Start to listen."""
         if self._wrapped or any(_is_compiled(module) for module in self._model.modules()):
-            self._stance = _Eagerly()
+            _run_eagerly()
+            self._is_eager = True
         self._generations = GenerateHooks.attach(self._model)
         # Functions, which a copy of the model shares; methods would be copied with all they hold.
         self._handles = [
@@ -235,9 +216,9 @@ class StepHooks:
         if self._generations is not None:
             self._generations.detach()
             self._generations = None
-        if self._stance is not None:
-            self._stance.leave()
-            self._stance = None
+        if self._is_eager:
+            _run_compiled()
+            self._is_eager = False
 
     def forget(self) -> None:
         """Forget what was wrong so far."""
@@ -268,9 +249,9 @@ class StepHooks:
             return
         # A pass that failed half-way has left its layers behind.
         self._routed = {}
-        self._batch, self._dropping = None, False
+        self._step, self._dropping = None, False
         try:
-            self._batch = batch_of(model, args, kwargs, self.attention_mask, self._generations)
+            self._step = step_of(model, args, kwargs, self.attention_mask, self._generations)
         except Exception as error:
             self._drop(error)
 
@@ -296,7 +277,7 @@ class StepHooks:
 
     def _drop(self, error: Exception) -> None:
         """Leave out the pass at hand; the first time say so."""
-        self._batch, self._dropping, self._routed = None, True, {}
+        self._step, self._dropping, self._routed = None, True, {}
         self.dropped += 1
         if self.fault is not None:
             return
@@ -308,8 +289,8 @@ class StepHooks:
 
     def _take(self, number: int, output: Any) -> None:
         """Take what a router returned."""
-        batch, name = self._batch, self._layers[number].name
-        if batch is None:
+        step, name = self._step, self._layers[number].name
+        if step is None:
             if self._steps:  # a recomputation in the backward pass chooses what was chosen before
                 return
             raise ValueError(
@@ -329,17 +310,18 @@ class StepHooks:
             )
         ids, scores = (None if part is None else part.detach().flatten(0, -2) for part in parts)
         assert ids is not None  # chosen gives ids, if anything
-        if ids.shape != (batch.tokens, self.top_k):
+        tokens = step.rows * step.length
+        if ids.shape != (tokens, self.top_k):
             raise ValueError(
-                f"{name}: expert ids must be [{batch.tokens}, {self.top_k}], [tokens, top_k] as "
+                f"{name}: expert ids must be [{tokens}, {self.top_k}], [tokens, top_k] as "
                 f"the forward pass was called, got {[*parts[0].shape]}"
             )
         self._routed[number] = ids.clone(), scores  # a router may write to its ids again
 
     def _end(self, output: Any) -> None:
         """Hand over a pass, without the tokens whose ids or scores are wrong."""
-        batch, self._batch = self._batch, None
-        if batch is None:
+        step, self._step = self._step, None
+        if step is None:
             return
         missing = [n for n in range(len(self._layers)) if n not in self._routed]
         if missing:
@@ -362,35 +344,33 @@ class StepHooks:
         outside = (ids < 0) | (ids >= self.choices)
         faults = torch.stack([scores.isnan().any(-1), outside.any(-1)])
         keep = torch.ones_like(faults[0, :, 0])
-        if batch.keep is not None:
-            keep = batch.keep.to(device, non_blocking=True)
+        if step.keep is not None:
+            keep = step.keep.to(device, non_blocking=True)
         faults = faults & keep[:, None]
         wrong = faults.any(1)
         self._faults = wrong if self._faults is None else self._faults.to(device) | wrong
-        self._receive(Step(ids, keep & ~faults.any(0).any(-1), batch, output))
+        keep = keep & ~faults.any(0).any(-1)
+        self._receive(replace(step, ids=ids, keep=keep, output=output))
 
 
-class _Eagerly:
-    """While any of these is there, compiled code runs eagerly, in the whole process."""
+# Observers of compiled models: while there is one, compiled code runs eagerly in the whole process.
+_eager: list[Any] = []
 
-    inside = 0
-    stance: Any = None
 
-    def __init__(self) -> None:
-        if not hasattr(torch.compiler, "set_stance"):
-            raise ValueError(
-                "model must not be compiled by this version of torch: give the model without "
-                "torch.compile"
-            )
-        if _Eagerly.inside == 0:
-            _Eagerly.stance = torch.compiler.set_stance("force_eager")
-        _Eagerly.inside += 1
+def _run_eagerly() -> None:
+    if not hasattr(torch.compiler, "set_stance"):
+        raise ValueError(
+            "model must not be compiled by this version of torch: give the model without "
+            "torch.compile"
+        )
+    # The first one has the stance; the last one to leave ends it, in whatever order they do.
+    _eager.append(torch.compiler.set_stance("force_eager") if not _eager else _eager[0])
 
-    def leave(self) -> None:
-        """Let compiled code run again, if this was the last."""
-        _Eagerly.inside -= 1
-        if _Eagerly.inside == 0:
-            _Eagerly.stance.__exit__(None, None, None)
+
+def _run_compiled() -> None:
+    stance = _eager.pop()
+    if not _eager:
+        stance.__exit__(None, None, None)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from moetuner.torch.reorder.keys import TensorChange, blocks_of, check_ties, pla
 from moetuner.torch.reorder.order import Order, check_groups, groups_chosen, order_of
 from moetuner.torch.reorder.state import TensorFacts, bits_of, facts_of, renumbered
 
+Changes = dict[str, TensorChange]
+Plan = Callable[[Mapping[str, TensorFacts]], Changes]
+
 INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20
 
@@ -30,28 +34,6 @@ WHOLE = {"I16", "I32", "I64", "U16", "U32", "U64"}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
-@overload
-def permute_state_dict(
-    source: Mapping[str, Tensor],
-    placement: Placement,
-    out: None = None,
-    *,
-    config: Mapping[str, Any] | None = None,
-    inverse: bool = False,
-) -> dict[str, Tensor]: ...
-
-
-@overload
-def permute_state_dict(
-    source: str | Path,
-    placement: Placement,
-    out: str | Path,
-    *,
-    config: Mapping[str, Any] | None = None,
-    inverse: bool = False,
-) -> Path: ...
-
-
 def permute_state_dict(
     source: Mapping[str, Tensor] | str | Path,
     placement: Placement,
@@ -59,7 +41,7 @@ def permute_state_dict(
     *,
     config: Mapping[str, Any] | None = None,
     inverse: bool = False,
-) -> dict[str, Tensor] | Path:
+) -> Any:
     """Renumber the experts of a checkpoint, so that contiguous experts are the placement.
 
     Does to weights on disk what ``apply_placement`` does to a model. Tensors of single experts only
@@ -99,22 +81,22 @@ def permute_state_dict(
     if isinstance(source, Mapping):
         if out is not None:
             raise ValueError(f"out must be left out where source is not a folder, got {out}")
-        return _permute_tensors(source, order, config, inverse)
+        return _permute_tensors(source, partial(_changes, order, config, inverse))
     if out is None:
         raise ValueError("out must be a folder to write where source is a folder, got None")
     source, out = Path(source), Path(out)
     if config is None and (source / "config.json").is_file():
         with naming(source / "config.json"):
             config = json.loads(read_whole(source / "config.json"))
-    return _permute_folder(source, out, order, config, inverse)
+    return _permute_folder(source, out, partial(_changes, order, config, inverse))
 
 
 def _changes(
-    tensors: Mapping[str, TensorFacts],
     order: Order,
     config: Mapping[str, Any] | None,
     inverse: bool,
-) -> dict[str, TensorChange]:
+    tensors: Mapping[str, TensorFacts],
+) -> Changes:
     """Return what becomes of every tensor, if that is exact."""
     if config is None and any(name.endswith("e_score_correction_bias") for name in tensors):
         raise ValueError(
@@ -130,13 +112,8 @@ def _changes(
     return plan(tensors, np.argsort(order, axis=1) if inverse else order, dict.fromkeys(blocks))
 
 
-def _permute_tensors(
-    tensors: Mapping[str, Tensor],
-    order: Order,
-    config: Mapping[str, Any] | None,
-    inverse: bool,
-) -> dict[str, Tensor]:
-    changes = _changes({n: facts_of(t) for n, t in tensors.items()}, order, config, inverse)
+def _permute_tensors(tensors: Mapping[str, Tensor], planned: Plan) -> dict[str, Tensor]:
+    changes = planned({name: facts_of(tensor) for name, tensor in tensors.items()})
     check_ties(changes, lambda name, experts: bits_of(tensors[name], experts))
     moved = {}
     for name, change in changes.items():
@@ -179,9 +156,7 @@ class _Shard:
         old = torch.from_numpy(np.frombuffer(self.read(name), kind).astype(np.int64))
         return renumbered(name, old, ids).numpy().astype(kind).tobytes()
 
-    def write(
-        self, path: Path, changes: Mapping[str, TensorChange], tables: Mapping[str, bytes]
-    ) -> None:
+    def write(self, path: Path, changes: Changes, tables: Mapping[str, bytes]) -> None:
         """Write the file with new names, row orders and ids; every tensor keeps its place."""
         entries: dict[str, Any] = {}
         if self.header.metadata:
@@ -212,9 +187,7 @@ class _Shard:
                             raise ValueError(f"{self.path}: file shrank while it was read")
 
 
-def _permute_folder(
-    source: Path, out: Path, order: Order, config: Mapping[str, Any] | None, inverse: bool
-) -> Path:
+def _permute_folder(source: Path, out: Path, planned: Plan) -> Path:
     index = _index_of(source)
     files = sorted(source.glob("*.safetensors"))
     if index is not None:
@@ -236,7 +209,7 @@ def _permute_folder(
         return np.frombuffer(shard_of[name].read(name), np.uint8).reshape(experts, -1)
 
     with naming(source):
-        changes = _changes(facts, order, config, inverse)
+        changes = planned(facts)
         check_ties(changes, rows)
         # Before anything is written.
         tables = {

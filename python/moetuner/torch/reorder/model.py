@@ -176,16 +176,16 @@ def _same(one: NDArray[np.int64] | None, other: NDArray[np.int64] | None) -> boo
 
 def _spans(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int, int]]:
     """Return memory, first byte and end of every tensor that is in memory."""
-    found = {}
+    spans = {}
     for name, tensor in tensors.items():
         if tensor.is_meta or hasattr(tensor, "placements") or not tensor.numel():
             continue
         size, begin = tensor.element_size(), int(tensor.storage_offset())
         ends = ((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-        reach = sum(map(int, ends))
+        length = sum(map(int, ends))
         memory = tensor.untyped_storage().data_ptr()
-        found[name] = (memory, begin * size, (begin + reach + 1) * size)
-    return found
+        spans[name] = (memory, begin * size, (begin + length + 1) * size)
+    return spans
 
 
 def _check_lists(model: nn.Module, layers: tuple[MoELayer, ...]) -> None:
