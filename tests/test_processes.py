@@ -212,18 +212,6 @@ def test_panics_are_runtime_errors(layers, capfd, monkeypatch):
     assert capfd.readouterr().err == ""
 
 
-def test_a_panic_is_one_line_on_the_command_line(run, monkeypatch):
-    """What nobody foresaw in the core is one line, as all errors are."""
-
-    def panics(*_, **__):
-        raise RuntimeError("the core panicked at rust/x.rs:1:2: of\nno use")
-
-    monkeypatch.setattr("moetuner.cli.inspect.structure", panics)
-    code, out, err = run("inspect", SAMPLE)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "the core panicked at rust/x.rs:1:2: of no use; this is a bug in moetuner" in err
-
-
 def test_memory_that_is_not_there_is_an_error():
     """Where tables fit the rules but not the machine, calls raise MemoryError; nothing aborts."""
     program = (

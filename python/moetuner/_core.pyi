@@ -27,7 +27,6 @@ __all__ = [
     "expected_load",
     "expected_visits",
     "forget_pools",
-    "level_windows",
     "lpt",
     "merge_sets",
     "pair_cost",
@@ -35,8 +34,8 @@ __all__ = [
     "replicate_experts",
     "scan_lines",
     "search",
-    "separate",
     "smallest_peaks",
+    "spend_budget",
     "validate",
     "verify_bound",
     "verify_visits",
@@ -59,14 +58,14 @@ def scan_lines(
     arrays: list[tuple[str, int]],
     integers: list[str],
     texts: list[str],
-) -> tuple[int, int, NDArray[np.uint16], NDArray[np.int64], list[bytes]]:
+) -> tuple[int, int, NDArray[np.uint16], NDArray[np.int64], list[str]]:
     """Read JSON lines from byte ``start`` on, up to the first that is not plain.
 
     ``arrays`` are keys of ids with their dimensions, 2 or 3, of which a line has exactly one;
     ``integers`` and ``texts`` other keys that it may have. Gives the end of what was read, the line
     ends in it, all ids, and a row for every line: number of the array, its three sizes (1 in front
     of two), integers (-2**63 where it has none) and numbers of texts (-1 where it has none), which
-    come last, as they stand in the file.
+    come last.
     """
 
 @final
@@ -74,24 +73,24 @@ class Layers:
     """Layers with copies of experts, in windows, on devices that may differ.
 
     Takes load [W,L,E] and the weight of every window [W], the slots of every device [L,D], the node
-    of every device [D] and its time per token as a share of the slowest one's [D]; ``norm`` is the
-    order of the norm that stands for the largest device load (2, 4, 8 or 16; 0 for the maximum
-    itself), ``noise`` what a norm adds to it: the parts ``even``, ``share`` and ``variance`` of
-    ``rust/layer/terms/noise.rs``; ``mixed`` is how much the mean of all windows counts besides
-    them, as a part of what they all count. All costs are in weighted tokens.
+    of every device [D] and its time per token as a share of the slowest one's [D]. ``norm`` 8 stands
+    for the largest device load of a window, 0 is that load itself. With the norm, ``noise`` is the
+    part of an expert's variance among windows that counts as its own, and ``mixed`` how much the
+    mean of all windows counts besides them, as a part of what they all count. All costs are in
+    weighted tokens.
     """
 
     def __new__(
         cls,
         load: NDArray[np.float64],
         weight: NDArray[np.float64],
-        room: NDArray[np.int64],
+        capacity: NDArray[np.int64],
         node: list[int],
         time: list[float],
         *,
         nearest: bool,
         norm: int,
-        noise: tuple[float, float, float] | None = None,
+        noise: float = 0.0,
         mixed: float = 0.0,
     ) -> Layers: ...
     def limit(self, cap: list[float], total: NDArray[np.float64] | None = None) -> None:
@@ -132,11 +131,13 @@ class Layers:
         empties: bool = True,
         restarts: int = 1,
         rounds: int = 1,
+        quick: bool = False,
         transitions: NDArray[np.uint64] | None = None,
         link_cost: NDArray[np.float64] | None = None,
         seed: int = 0,
         time_limit: float | None = None,
         threads: int | None = None,
+        alone: bool = False,
         progress: Callable[[float, int | None], None] | None = None,
     ) -> tuple[NDArray[np.int32], bool]:
         """Improve slots [L,D,S] by the best of some searches, and say whether it was interrupted.
@@ -144,12 +145,14 @@ class Layers:
         With transitions [L-1,E,E] and the cost of one between devices [D,D], in weighted tokens,
         layers are placed in turns, ``rounds`` times, given their neighbours. Without ``copies`` no
         expert gets more or fewer of them; without ``empties`` no slot that holds one is emptied.
+        A ``quick`` search stays near a good start, and ends no worse than that by the slowest
+        devices of the windows. ``alone`` does all work in the calling thread, uninterrupted.
         """
 
     def descend(
         self,
         start: NDArray[np.int32],
-        held: NDArray[np.bool_],
+        running: NDArray[np.int32],
         *,
         most: int | None = None,
         copies: bool = True,
@@ -160,15 +163,24 @@ class Layers:
     ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64], bool]:
         """Go down from slots [L,D,S] by steps, that which gains most for a copy brought first.
 
-        Brought is what is on a device that does not have it in ``held`` [L,E,D]; ``most`` copies
-        may be. Load above caps comes before all else. Every step writes twice: where in the flat
+        Brought is what is on a device that does not have it in ``running`` [L,D,S], of any width;
+        ``most`` copies may be. Load above caps comes before all else. Every step writes twice: where in the flat
         slots and which expert [N,2]. After it, copies are brought in all, caps are exceeded by a
         part of them (of the worst device, summed over layers), and the cost in weighted tokens has
         changed since the start [N,3]. The last value says whether it was interrupted.
         """
 
-    def construct(self, *, copies: bool = True, threads: int | None = None) -> NDArray[np.int32]:
-        """Slots [L,D,S], balanced on the sum of windows, as by ``replicate_experts``.
+    def construct(
+        self,
+        *,
+        copies: bool = True,
+        windows: bool = False,
+        threads: int | None = None,
+        alone: bool = False,
+    ) -> NDArray[np.int32]:
+        """Build slots [L,D,S], balanced on the sum of windows, as by ``replicate_experts``.
+
+        With ``windows`` every window is seen, by its norm, and no answer is behind that of the sum.
 
         Without ``copies`` no expert gets more than are pinned, or one.
 
@@ -422,7 +434,7 @@ def lpt(
 
 def replicate_experts(
     load: NDArray[np.float64],
-    room: NDArray[np.int64],
+    capacity: NDArray[np.int64],
     time: NDArray[np.float64],
     *,
     trials: int = ...,
@@ -439,37 +451,6 @@ def replicate_experts(
     Returns slots [L,D,S], -1 for an empty one.
     """
 
-def level_windows(
-    load: NDArray[np.float64],
-    weight: NDArray[np.float64],
-    room: NDArray[np.int64],
-    time: NDArray[np.float64],
-    *,
-    trials: int,
-    noise: float,
-    start: NDArray[np.int32] | None = ...,
-    price: float = ...,
-    copies: bool = ...,
-    forbidden: NDArray[np.bool_] | None = ...,
-    pinned: NDArray[np.bool_] | None = ...,
-    seed: int = ...,
-    time_limit: float | None = ...,
-    threads: int | None = ...,
-    alone: bool = ...,
-    progress: Callable[[float, int | None], None] | None = ...,
-) -> tuple[NDArray[np.int32], bool]:
-    """Balance windows of load by a greedy start that sees all of them, and exchanges from there.
-
-    Takes load [W,L,E], the weight of every window [W], the slots of every device [L,D], and its
-    time per token as a share of the slowest one's [D]; ``start`` is slots [L,D,S] with -1 for an
-    empty one, a layer of which nothing runs is placed anew. ``trials`` are of a layer; ``noise`` is
-    the part of an expert's variance among windows that counts as its own; a copy that is not in the
-    start costs ``price``, as a share of the mean device's time. ``alone`` does all work in the
-    calling thread; then there is no limit, and no interrupt either.
-
-    Returns slots [L,D,S], and whether it was interrupted.
-    """
-
 def adapt_slots(
     load: NDArray[np.float64],
     slots: NDArray[np.int32],
@@ -480,12 +461,10 @@ def adapt_slots(
     deviations: float,
     steps: int,
     trials: int = ...,
-    copies: bool = ...,
     full: bool = ...,
     price: float = ...,
-    forbidden: NDArray[np.bool_] | None = ...,
 ) -> tuple[NDArray[np.int32], list[float], list[float], list[int]]:
-    """Relieve the slowest devices of running slots by few copies that have to be brought.
+    """Relieve the slowest devices of running slots by few copies.
 
     Takes load [L,E], slots [L,D,S] with -1 for an empty one, and the time of every device per token
     as a share of the slowest one's [D]. At most ``most`` copies are brought, where they gain most,
@@ -498,6 +477,20 @@ def adapt_slots(
 
     Returns slots [L,D,S], and of every layer the time of the slowest device before (once all slots
     were filled) and after, and the copies brought.
+    """
+
+def spend_budget(
+    cost: NDArray[np.float64],
+    moves: NDArray[np.int64],
+    *,
+    most: int,
+    dead_zone: float,
+    deviations: float,
+) -> list[int]:
+    """Choose a way for every layer [L], of what ways cost [N,L] and the copies that they bring [N,L].
+
+    Way 0 is to stay. At most ``most`` copies are brought, where they gain most; ``dead_zone`` and
+    ``deviations`` are as in ``adapt_slots``.
     """
 
 def cluster(
@@ -524,7 +517,7 @@ def smallest_peaks(
     load: NDArray[np.uint64],
     devices: int,
     slots: int,
-    found: NDArray[np.uint64],
+    reached: NDArray[np.uint64],
     *,
     threads: int | None = None,
 ) -> list[tuple[int, int]]:
@@ -571,25 +564,6 @@ def exact_chain(
     where no placement keeps a cap, the least that one does keep. None where devices differ other
     than by node, where partitions are too many, where counts are too huge to be exact, where it
     would take more than ``work`` steps of about a nanosecond, or where the time is over.
-    """
-
-def separate(
-    values: NDArray[np.float64],
-    sizes: list[int],
-    layers: int,
-    entries: int,
-    boundaries: int,
-    *,
-    slack: float,
-    most: int,
-    threads: int | None = None,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Find the rows of the co-location programme that values of its columns break.
-
-    Columns are s [tiers,L,P(P-1)/2], then z [tiers,boundaries,P,P]; a class of a tier holds its one
-    of ``sizes`` experts of every layer. Of each kind the ``most`` rows that are broken worst, by
-    more than ``slack``, worst first. Returns triangles ``a + b - c <= 1`` as columns [n,3], and
-    gatherings ``sum of factor * column <= 0`` as row, column and factor of every entry.
     """
 
 def bound(

@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -309,28 +309,14 @@ class RoutingStatistics(Frozen):
         _check_table_bytes(trace, window, tables)
         every = _sampling(trace) if sets else 1
         callable_or_none("progress", progress)
-        if not by_group:
-            return cls._counted(trace, window, every, threads, tables, progress)
-        if trace.group is None:
-            raise ValueError("by_group needs a trace with groups; this one has none")
-        parts: list[RoutingStatistics] = []
-        numbers = np.unique(trace.group)
-        for number in numbers:
-            some, begin = trace.select(groups=[int(number)]), len(parts) / len(numbers)
-
-            def report(share: float, begin: float = begin) -> None:
-                if progress is not None:
-                    progress(begin + share / len(numbers))
-
-            part = cls._counted(some, window, every, threads, tables, report)
-            group = np.full(part.windows, number)
-            parts.append(replace(part, group=group, group_names=trace.group_names))
-        return reduce(operator.add, parts)
+        count = partial(cls._counted, window=window, every=every, threads=threads, tables=tables)
+        return _by_group(trace, count, progress) if by_group else count(trace, progress=progress)
 
     @classmethod
     def _counted(
         cls,
         trace: RoutingTrace,
+        *,
         window: int | None,
         every: int,
         threads: int | None,
@@ -545,6 +531,28 @@ class RoutingStatistics(Frozen):
                 expert_size=saved.expert_size,
                 set_tokens=saved.set_tokens,
             )
+
+
+def _by_group(
+    trace: RoutingTrace,
+    count: Callable[..., RoutingStatistics],
+    progress: Callable[[float], None] | None,
+) -> RoutingStatistics:
+    """Count the tokens of every group by themselves, and say whose windows are whose."""
+    if trace.group is None:
+        raise ValueError("by_group needs a trace with groups; this one has none")
+    numbers = np.unique(trace.group)
+
+    def counted(at: int) -> RoutingStatistics:
+        def report(share: float) -> None:
+            if progress is not None:
+                progress((at + share) / len(numbers))
+
+        part = count(trace.select(groups=[int(numbers[at])]), progress=report)
+        group = np.full(part.windows, numbers[at])
+        return replace(part, group=group, group_names=trace.group_names)
+
+    return reduce(operator.add, map(counted, range(len(numbers))))
 
 
 def _counts(name: str, table: Any, dimensions: str) -> Loads:

@@ -304,31 +304,9 @@ class RoutingTrace:
         """
         tokens: NDArray[np.bool_] | None = None
         if groups is not None:
-            if self.group is None:
-                raise ValueError("groups: the trace has no groups")
-            wanted = [
-                self._group_number(group)
-                for group in (
-                    [groups]
-                    if isinstance(groups, str)
-                    else listed("groups", groups, "names or numbers")
-                )
-            ]
-            tokens = _checks.among(self.group, wanted)
+            tokens = self._of_groups(groups)
         if sequences is not None:
-            if self.sequence is None:
-                raise ValueError("sequences: the trace has no sequences")
-            labels = np.asarray(
-                [
-                    whole_number("sequences", label, lowest=-(1 << 31), highest=(1 << 31) - 1)
-                    for label in listed("sequences", sequences, "labels")
-                ],
-                dtype=np.int64,
-            )
-            unknown = labels[~np.isin(labels, _checks.distinct(self.sequence))]
-            if unknown.size:
-                raise ValueError(f"sequences must be labels of the trace, got {unknown[0]}")
-            of_these = _checks.among(self.sequence, labels)
+            of_these = self._of_sequences(sequences)
             tokens = of_these if tokens is None else tokens & of_these
         numbers = None
         if layers is not None:
@@ -339,6 +317,25 @@ class RoutingTrace:
             if not numbers or len(set(numbers)) < len(numbers):
                 raise ValueError(f"layers must be at least one and differ, got {numbers}")
         return self._taken(tokens, None if numbers is None else np.asarray(numbers, dtype=np.intp))
+
+    def _of_groups(self, groups: Iterable[str | SupportsIndex] | str) -> NDArray[np.bool_]:
+        if self.group is None:
+            raise ValueError("groups: the trace has no groups")
+        names: list[Any] = [groups]
+        if not isinstance(groups, str):
+            names = listed("groups", groups, "names or numbers")
+        return _checks.among(self.group, [self._group_number(name) for name in names])
+
+    def _of_sequences(self, sequences: Iterable[SupportsIndex]) -> NDArray[np.bool_]:
+        if self.sequence is None:
+            raise ValueError("sequences: the trace has no sequences")
+        limits = {"lowest": -(1 << 31), "highest": (1 << 31) - 1}
+        given = listed("sequences", sequences, "labels")
+        labels = np.array([whole_number("sequences", label, **limits) for label in given], np.int64)
+        unknown = labels[~np.isin(labels, _checks.distinct(self.sequence))]
+        if unknown.size:
+            raise ValueError(f"sequences must be labels of the trace, got {unknown[0]}")
+        return _checks.among(self.sequence, labels)
 
     def concat(self: RoutingTrace | Iterable[RoutingTrace], *others: RoutingTrace) -> RoutingTrace:
         """Join traces, ``trace.concat(other)`` or ``RoutingTrace.concat([trace, other])``.

@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.cli import moetuner
+from moetuner.cli import moetuner, options
+from moetuner.problem.settings import settings_of
 
 METHODS = "contiguous,lpt,joint"
 # Where the number of splits does not matter.
@@ -163,6 +165,28 @@ def test_solve_takes_every_term(ok, trace, tmp_path):
     assert "Chosen for unseen traffic: " in text
 
 
+def test_every_field_of_a_problem_is_an_option(ok, trace, tmp_path):
+    """Declared once: there is an option in a group, its help, and its value in the JSON."""
+    settings = settings_of(mt.Problem)
+    assert {"statistics", "topology", *settings} == {of.name for of in fields(mt.Problem)}
+    how = ("--devices", 2, "--method", "lpt", "--out", tmp_path / "p.json", "--json", "-")
+    assert set(settings) <= set(json.loads(ok("solve", trace, *how))["settings"])
+    for command in ("solve", "compare"):
+        mine = {option.name: option for option in moetuner.commands[command].params}
+        for name, setting in settings.items():
+            assert mine[name].group == setting.group in options.GROUPS
+            assert mine[name].help == setting.help
+            assert setting.help.split("  [")[0].endswith(".")
+
+
+def test_every_option_has_its_help():
+    """A sentence, in whichever command."""
+    for command in moetuner.commands.values():
+        for option in command.params:
+            if option.param_type_name == "option":
+                assert option.help.split("  [")[0].endswith("."), (command.name, option.name)
+
+
 def test_objective_is_time_unless_a_cap_is_given(ok, trace, tmp_path):
     """The default, the cap of traffic, and their units."""
     for arguments, objective, cap, words in (
@@ -221,6 +245,18 @@ def test_evaluate_tells_groups(ok, trace, tmp_path):
     whole = mt.evaluate(mt.Placement.load(out), mt.RoutingTrace.load(trace), window=64)
     assert found["imbalance"] == whole.imbalance
     assert set(found["by_group"]) == {"even", "odd"}
+
+
+def test_only_a_group_is_used(ok, trace, tmp_path):
+    """--only leaves the figures that evaluate gives that group, for whichever command reads it."""
+    out = tmp_path / "p.json"
+    ok("solve", trace, "--devices", 4, "--method", "lpt", "--only", "odd", "--out", out)
+    whole = json.loads(ok("evaluate", out, trace, "--json", "-"))["by_group"]["odd"]
+    alone = json.loads(ok("evaluate", out, trace, "--only", "odd", "--json", "-"))
+    assert (alone["tokens"], alone["crossing"]) == (whole["tokens"], whole["crossing"])
+    assert (alone["input"]["groups"], list(alone["by_group"])) == (["odd"], ["odd"])
+    both = json.loads(ok("inspect", trace, "--only", "odd", "--only", "even", "--json", "-"))
+    assert both["input"]["tokens"] == 800
 
 
 def test_evaluate_predicts_times(ok, trace, tmp_path):
@@ -291,8 +327,8 @@ def test_audit_says_what_is_gained_and_what_to_do(ok, trace, tmp_path):
     mt.Placement(slots, num_experts=8).save(all_on_two)
     text = ok("audit", all_on_two, trace, "--window", 40)
     assert re.search(
-        r"^All traffic: \d+\.\d % more imbalance than experts in blocks "
-        r"\(95 %: \+[\d.]+ % to \+[\d.]+ %\)\.$",
+        r"^All traffic: two.json has \d+\.\d % more imbalance than experts in blocks "
+        r"\(95 %: [\d.]+ to [\d.]+ %\)\.$",
         text,
         re.M,
     )
@@ -300,7 +336,7 @@ def test_audit_says_what_is_gained_and_what_to_do(ok, trace, tmp_path):
         r"^To do: record more of (even|odd) and solve again, with --groups", text, re.M
     )
     text = ok("audit", blocks, trace, "--baseline", blocks)
-    assert "All traffic: 0.0 % less imbalance than blocks.json" in text
+    assert "All traffic: blocks.json has 0.0 % less imbalance than blocks.json" in text
     assert "that may be chance" in text
     assert "To do" not in text
 
@@ -371,7 +407,7 @@ def test_compare_tells_the_range_of_gains_over_splits(ok, trace):
     assert len(set(wanted)) == 3
     assert found["methods"]["lpt"]["imbalance"] == singles[0]["lpt"]["imbalance"]
     text = ok(*arguments, "--splits", 3)
-    assert re.search(r"^Gain: lpt .* contiguous.* over 3 splits\)\.$", text, re.M)
+    assert re.search(r"^Gain: on unseen traffic lpt .* contiguous.* over 3 splits\)\.$", text, re.M)
 
 
 def test_compare_of_one_split_has_an_interval_of_this_placement(ok, trace):
@@ -382,7 +418,9 @@ def test_compare_of_one_split_has_an_interval_of_this_placement(ok, trace):
     assert gain["kind"] == "interval of this placement"
     assert gain["low"] < gain["mean"] < gain["high"]
     assert gain["splits"] == [gain["mean"]]
-    assert re.search(r"^Gain: lpt .*95 %: .*, of this placement\)\.$", ok(*arguments), re.M)
+    assert re.search(
+        r"^Gain: on unseen traffic lpt .*95 %: .*, of this placement\)\.$", ok(*arguments), re.M
+    )
 
 
 def test_compare_splits_several_times_by_default(ok, trace):

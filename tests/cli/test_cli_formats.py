@@ -100,11 +100,10 @@ def test_engine_is_a_default(ok, make_trace, tmp_path):
 
 
 def test_maps_of_others_are_converted_and_checked(ok, run, tmp_path):
-    """SGLang's own map becomes one of every proposal; what is wrong is said, dense layers first."""
+    """SGLang's own map becomes one of others; what is wrong is said, dense layers first."""
     given = GOLDEN / "sglang" / "expert_location.json"
-    for form, name in (("vllm-49572", "a.json"), ("vllm-41141", "b.jsonl"), ("json", "c.json")):
-        text = ok("export", given, "--devices", 2, "--to", form, "--out", tmp_path / name)
-        assert ("proposed, open" in text) == form.startswith("vllm")
+    for form, name in (("vllm-ascend", "a.json"), ("json", "c.json")):
+        ok("export", given, "--devices", 2, "--to", form, "--out", tmp_path / name)
     wrong = tmp_path / "a.json"
     status, out, err = run(
         "export", "--check", wrong, "--hidden-layers", 5, "--dense-layers", "0,3-4"
@@ -124,14 +123,13 @@ def test_maps_of_others_are_converted_and_checked(ok, run, tmp_path):
 
 
 def test_tables_are_in_the_help(ok):
-    """Every reader and every writer is named, with its state."""
+    """Every reader and every writer is named."""
     text = ok("convert", "--help")
     for name in mt.formats.READERS:
         assert f"{name}: " in text
     text = " ".join(ok("export", "--help").split())
     for name, writer in mt.formats.WRITERS.items():
         assert f"{name}: {writer.title}" in text
-        assert writer.state in text
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ inspect . | .: folder holds no recording
 inspect junk.txt | junk.txt
 inspect | Missing argument 'INPUT...'
 inspect ids.npy | --num-experts is needed
+inspect LOAD --only a | '--only' needs a trace with groups
+inspect TRACE --only 3 | '--only': INPUT has no group '3'
 solve TRACE | Missing option '--devices'
 solve TRACE --devices 0 | 0 is not in the range 1<=x<=8192
 solve TRACE --devices two | 'two' is not a valid integer
@@ -145,16 +147,26 @@ def test_errors_are_one_line(run, folder, monkeypatch, command, words):
     assert sorted(folder.iterdir()) == files
 
 
-def test_unforeseen_errors_are_one_line_too(run, folder, monkeypatch):
-    """A bug is reported as one, without a traceback."""
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (KeyError("expert"), "KeyError: 'expert'"),
+        (
+            RuntimeError("the core panicked at rust/x.rs:1:2: of\nno use"),
+            "rust/x.rs:1:2: of no use",
+        ),
+    ],
+)
+def test_unforeseen_errors_are_one_line_too(run, folder, monkeypatch, error, words):
+    """A bug, of Python or the core, is reported as one, without a traceback."""
 
     def fail(*_, **__):
-        raise KeyError("expert")
+        raise error
 
     monkeypatch.setattr("moetuner.cli.inspect.structure", fail)
-    status, _, err = run("inspect", folder / "trace.safetensors")
-    assert status == 2
-    assert re.fullmatch(r"moetuner: error: KeyError: 'expert'; this is a bug[^\n]+\n", err)
+    status, out, err = run("inspect", folder / "trace.safetensors")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"{words}; this is a bug in moetuner" in err
 
 
 @pytest.mark.parametrize(

@@ -408,16 +408,6 @@ def test_copies_are_left_out_where_reading_weights_takes_time():
     assert (mt.solve(copied).placement.replicas > 1).any()
 
 
-def test_short_limits_leave_out_the_choice():
-    """Where there is hardly time to search, nothing else is tried first."""
-    load = np.random.default_rng(0).integers(1, 60, (8, 2, 12)).astype(np.uint64)
-    statistics = mt.RoutingStatistics.from_load(load)
-    problem = mt.Problem(statistics, mt.Topology(3), objective="balance")
-    result = mt.solve(problem, "heuristic", time_limit=0.01)
-    assert result.details.unseen.reason == "too little time to try others"
-    assert mt.solve(problem, "heuristic").details.unseen.scores
-
-
 def test_bound_of_visits_is_in_visits(make_trace):
     """A token visits at least one device, and the bound says so."""
     stats = mt.RoutingStatistics.from_trace(make_trace(300), window=64, sets=True)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from moetuner import _core
 from moetuner.solver.rebalancing import _cost, rebalance
 
 
@@ -74,3 +75,36 @@ def test_no_slot_at_all_is_refused():
     """No device has a slot: a line, and no panic."""
     with pytest.raises(ValueError, match="slots in a layer"):
         decide(np.ones((1, 2)), np.zeros((1, 2, 0), dtype=np.int32))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_on_one_load_are_those_of_the_descent(seed):
+    """Two engines, one idea: at as many copies their slowest devices differ by little."""
+    load = np.random.default_rng(seed).lognormal(6, 0.7, (4, 32))
+    slots = running(4, 8, 4)
+    for budget in (4, 16, 64):
+        fast = decide(load, slots, budget=budget)
+        layers = _core.Layers(
+            load[None], np.ones(1), np.full((4, 8), 4), [0] * 8, [1.0] * 8, nearest=False, norm=0
+        )
+        *_, figures, _ = layers.descend(slots, slots, most=budget)
+        slow = fast.before.sum() + figures[-1, 2]
+        assert fast.brought.sum() <= budget
+        assert figures[-1, 0] <= budget
+        assert fast.after.sum() <= slow * 1.03
+
+
+@pytest.mark.parametrize("price", [0.5, 3.0, 10.0, 30.0])
+def test_a_budget_goes_where_a_copy_gains_most(price):
+    """With as many copies as are worth a price, every layer has the way that is best at it."""
+    random = np.random.default_rng(1)
+    cost = -np.sort(-random.uniform(10, 100, (4, 9)), axis=0)
+    moves = np.sort(random.integers(1, 9, (4, 9)), axis=0)
+    moves[0] = 0
+    best = (cost + price * moves).argmin(axis=0)
+    budget = int(moves[best, np.arange(9)].sum())
+    chosen = _core.spend_budget(cost, moves, most=budget, dead_zone=0.0, deviations=0.0)
+    assert chosen == best.tolist()
+    least = 1 - cost[chosen, np.arange(9)] / cost[0]
+    wary = _core.spend_budget(cost, moves, most=budget, dead_zone=0.5, deviations=0.0)
+    assert wary == np.where(least > 0.5, best, 0).tolist()

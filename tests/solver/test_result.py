@@ -22,7 +22,7 @@ from moetuner.solver.result import (
 FULL = Details(
     SearchDetails(trials=0, stage_2=PlaceStage("skipped", (2, 3), gap=0.0)),
     CapsDetails({0: 1.5}, {0: (1.4, 1.5)}),
-    UnseenDetails("maximum", scores={"maximum": 1.1}),
+    UnseenDetails("maximum", "too few windows"),
     BoundDetails({"devices": LevelBound(7, 3, "iterations")}, refuted="load"),
 )
 
@@ -34,7 +34,7 @@ def test_json_has_one_flat_object_of_what_is_known():
         "stage_2": {"way": "skipped", "experts_per_device": [2, 3], "gap": 0.0},
         "caps_raised": {"0": 1.5},
         "caps_infeasible": {"0": [1.4, 1.5]},
-        "unseen": {"chosen": "maximum", "scores": {"maximum": 1.1}},
+        "unseen": {"chosen": "maximum", "reason": "too few windows"},
         "bound": {"devices": {"crossing_pairs": 7, "iterations": 3, "ended": "iterations"}},
         "bound_refuted": "load",
     }

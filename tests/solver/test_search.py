@@ -15,7 +15,6 @@ from moetuner.problem.windows import MERGED, MOST, windows_of
 from moetuner.solver.exact.enumeration import enumerated
 from moetuner.solver.migration import Migration, migrate
 from moetuner.solver.result import Candidate, Limits
-from moetuner.solver.search import cross_validation
 from moetuner.solver.search.fanout import dispatch
 from moetuner.solver.search.layerwise import LayerSearch
 from moetuner.solver.search.surrogate import link_prices
@@ -288,69 +287,6 @@ def test_trying_everything_finds_what_is_hardly_better(seed, risk):
     best = value(enumerated(problem, np.inf))
     assert value(enumerated(problem, best * (1 + 1e-6))) == pytest.approx(best, rel=1e-12)
     assert len(enumerated(problem, best)) == 0
-
-
-# What generalises.
-
-
-def held_out(load, fold, setting=None):
-    """Scores of one setting on the parts that are held out."""
-    trial = cross_validation._Trial(
-        load,
-        np.ones(len(load)),
-        fold,
-        np.full((load.shape[1], 4), load.shape[2] // 4),
-        np.zeros(4, dtype=np.int64),
-        np.ones(4),
-        nearest=False,
-    )
-    return trial.scores(cross_validation.SearchSetting(0), seed=0, threads=1, time_limit=None)
-
-
-def test_a_part_is_judged_by_a_placement_that_has_not_seen_it():
-    """Of seven like windows and an odd one, held out alone, only the odd one surprises.
-
-    The placement that is judged on it was made for the others, and theirs was made for all but one.
-    """
-    random = np.random.default_rng(0)
-    homes = planted_homes(random, 3, 32, 4)
-    usual, odd = planted_load(random, homes), planted_load(random, homes[:, ::-1])
-    load = np.concatenate([np.repeat(usual, 8, axis=0), odd]).astype(np.float64)
-    scores = held_out(load, np.repeat([0, 1], [8, 1])).reshape(2, 3)
-    assert (scores > 1.05).all()
-    # The odd window is in both parts' tables of the others: there its part has been seen.
-    mixed = np.concatenate([load, load[-1:]])
-    seen = held_out(mixed, np.array([0] * 4 + [1] * 4 + [0, 1])).reshape(2, 3)
-    assert (seen < scores.min()).all()
-
-
-@pytest.mark.parametrize(("errors", "other"), [(2.5, False), (3.5, True)])
-def test_another_setting_must_be_clearly_better(errors, other, monkeypatch):
-    """By three standard errors over layers and parts; with less the first one stands."""
-    gains = np.array([-1.0, 1.0] * 12)
-    gains += errors * gains.std(ddof=1) / np.sqrt(len(gains))
-    asked = []
-
-    def scores(self, setting, **_):
-        asked.append(setting)
-        return 2.0 - 0.01 * gains if len(asked) == 2 else np.full(24, 2.0)
-
-    monkeypatch.setattr(cross_validation._Trial, "scores", scores)
-    # As many windows as experts: nothing is known of noise, and three norms are tried.
-    load = np.random.default_rng(0).integers(1, 99, (12, 6, 12)).astype(np.float64)
-    found = cross_validation.choose(
-        load,
-        np.ones(12),
-        None,
-        np.full((6, 4), 3),
-        np.zeros(4, dtype=np.int64),
-        np.ones(4),
-        nearest=False,
-        seed=0,
-        threads=1,
-    )
-    assert (found.setting.norm == asked[1].norm) == other
-    assert found.setting.norm in {asked[0].norm, asked[1].norm}
 
 
 def test_traffic_search_starts_from_balance():

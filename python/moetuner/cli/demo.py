@@ -16,6 +16,7 @@ from moetuner.cli.output import Output, working
 from moetuner.evaluation.units import hold_out
 from moetuner.files import same_file
 from moetuner.formats import eplb
+from moetuner.formats.hints import Hints
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.report.cells import percent
 from moetuner.report.outcome import Outcome, head, remarks
@@ -75,7 +76,7 @@ def command(directory: Path, threads: int | None, json_file: Path | None) -> Non
 
     best = outcomes["joint"].result.placement
     best.save(directory / "placement.json")
-    eplb.write(best, directory / "eplb.npz")
+    eplb.write_map(best, directory / "eplb.npz", Hints())
     _say_next(output, directory)
     output.finish(
         {

@@ -15,18 +15,16 @@ from moetuner.cli.options.moves import show_pairs
 from moetuner.cli.output import Output, working
 from moetuner.files import naming, replacing
 from moetuner.formats import WRITERS, form_of, read_placement, write_placement
-from moetuner.formats.checks import check_placement, faults
 from moetuner.formats.engines import ENGINES
 from moetuner.formats.hints import Hints
+from moetuner.formats.layout import check_placement, faults
 from moetuner.placement import EMPTY, Placement
 
 MOVES = "moves"
 # Engines that take a placement as a checkpoint whose experts are in its order.
 RENUMBERING = tuple(name for name, engine in ENGINES.items() if not engine.may_copy)
 FORMS = "\n\n".join(
-    f"{name}: {writer.title}, {' or '.join(writer.suffixes)}"
-    + (f" ({writer.state})." if writer.state else ".")
-    for name, writer in WRITERS.items()
+    f"{name}: {writer.title}, {' or '.join(writer.suffixes)}." for name, writer in WRITERS.items()
 )
 
 
@@ -157,9 +155,6 @@ def _write(
         output.say(
             "layers are numbered from 0; if the model has dense ones, --dense-layers names them"
         )
-    if WRITERS[form].state:
-        contents["state"] = WRITERS[form].state
-        output.say(f"{WRITERS[form].title}: {WRITERS[form].state}")
     return contents
 
 
@@ -201,14 +196,11 @@ def _check(path: Path, form: str | None, engine: str | None, hints: Hints, outpu
         raise click.UsageError(f"'--check' is of maps; {form} is none.")
     form = form or form_of(path)
     writer = WRITERS[form]
-    assert writer.read is not None
     with naming(path):
-        layout = writer.read(path, hints)
+        layout = writer.of.read_map(path, hints)
     engine = engine or writer.engine
     rows, slots = layout.experts.shape
     output.say(f"{path.name}: {writer.title}, {rows} rows of {slots} slots")
-    if writer.state:
-        output.say(writer.state)
     wrong = [options.as_options(fault) for fault in faults(layout, writer.rows, engine, hints)]
     for fault in wrong:
         output.say(f"- {fault}")

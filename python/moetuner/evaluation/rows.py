@@ -72,24 +72,44 @@ def dispatch_rows(
     """
     instance("placement", placement, Placement)
     instance("trace", trace, RoutingTrace)
+    _same_model(placement, trace)
+    size = node_size(placement.devices, devices_per_node)
+    homes = homes_of(home, trace.tokens, placement.devices)
+    places = _positions(position, trace.tokens)
+    rows, to_nodes = _visits_from(homes, placement, trace, split_rule(split), size, places)
+    if devices_per_node is not None:
+        rows = _through_nodes(rows, to_nodes)
+    device = np.arange(placement.devices)
+    rows[:, device, device] = 0
+    return rows
+
+
+def _same_model(placement: Placement, trace: RoutingTrace) -> None:
     sizes, given = (trace.layers, trace.num_experts), (placement.layers, placement.num_experts)
     if sizes != given:
         raise ValueError(
             f"placement must have {sizes[0]} layers and {sizes[1]} experts like the trace, "
             f"got {given[0]} and {given[1]}"
         )
-    devices, tokens = placement.devices, trace.tokens
-    size = node_size(devices, devices_per_node)
-    homes = homes_of(home, tokens, devices)
-    places = _positions(position, tokens).astype(np.uint64)
+
+
+def _visits_from(
+    homes: NDArray[np.int64],
+    placement: Placement,
+    trace: RoutingTrace,
+    split: LayerSplit,
+    node: int,
+    position: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Count the tokens of every home that visit a device [L,home,D] and a node [L,home,N]."""
     replay = _core.LabelledReplay(
         placement.slots,
         trace.num_experts,
         trace.top_k,
-        (np.arange(devices) // size).tolist(),
-        rows=devices,
-        most=max(tokens, 1),
-        split=split_rule(split),
+        (np.arange(placement.devices) // node).tolist(),
+        rows=placement.devices,
+        most=max(trace.tokens, 1),
+        split=split,
     )
     first = 0
     for shard in trace.shards():
@@ -97,16 +117,13 @@ def dispatch_rows(
         replay.push(
             shard,
             homes[some].astype(np.uint32),
-            positions=places[some],
+            positions=position[some].astype(np.uint64),
             homes=homes[some].astype(np.uint16),
             checked=trace.ids.fresh,
         )
         first += len(shard)
-    _, rows, to_nodes = (visits.astype(np.int64) for visits in replay.finish())
-    if devices_per_node is not None:
-        rows = _through_nodes(rows, to_nodes)
-    rows[:, np.arange(devices), np.arange(devices)] = 0
-    return rows
+    _, visits, to_nodes = (table.astype(np.int64) for table in replay.finish())
+    return visits, to_nodes
 
 
 def copies(

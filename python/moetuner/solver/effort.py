@@ -41,18 +41,9 @@ JUDGED = 3
 FEW_SLOTS, RESTARTS = 64, 8
 # Times that risk and groups are weighed anew, and when something is known of the weights.
 REWEIGHTINGS, REWEIGHTINGS_AGAIN = 4, 2
-# Share of a time limit for choosing how to search, and the seconds below which nothing is tried.
-LEARN_SHARE, LEARN_LEAST = 0.25, 0.1
 # Caps on the imbalance under which traffic alone is searched where time weighs both, and
 # the share of what is left that these searches get (not measured).
 TRAFFIC_CAPS, TRAFFIC_SHARE = (1.02, 1.08, 1.2, 1.5, float("inf")), 0.6
-
-# Choosing how to search by cross-validation ("Windows that nobody has seen"): parts of the windows
-# at most, parts of windows of every group; layers that are tried, trials for a slot and a layer.
-MOST_FOLDS, WINDOW_FOLDS = 8, 4
-TRIED_LAYERS, TRIED_PER_SLOT, TRIED_LEAST = 6, 100, 10_000
-# Windows from which noise is estimated.
-NOISE_WINDOWS = 64
 
 # Fewest visits ("Fewest devices per token"): trials of each start on pairs, where they are of wide
 # layers (whose trials look at all swaps of an expert), and the share of a time limit that they get.
@@ -86,17 +77,9 @@ TANGENT_WORK, TANGENT_ITERATIONS = 1e6, 20
 # Seconds for a pair of experts of a set, to be weighed ("Limits").
 TANGENT_SECONDS = 3e-8
 
-# The co-location programme ("The co-location programme"): triangle rows beyond which HiGHS does
-# not get through its first node in minutes.
-MOST_TRIANGLES = 400_000
-# Nodes of the search tree of one solve, so that the answer does not depend on the machine, and
-# rounds of separation.
-PROGRAMME_NODES, PROGRAMME_ROUNDS = 1000, 20
-# Rounds on the relaxation, at most; the share of the gap that one must close to be followed by
-# another; rows of each kind that one adds.
-RELAXED_ROUNDS, RELAXED_PROGRESS, ROWS_PER_ROUND = 15, 0.02, 5_000
-# Gap of the relaxation, as a share of the cost, up to which all columns are said to be whole.
-SMALL_GAP = 4e-4
+# The co-location programme ("The co-location programme"): rows of triangles beyond which HiGHS
+# does not get through its first node in a minute, and nodes of its search tree.
+MOST_TRIANGLES, PROGRAMME_NODES = 40_000, 1000
 
 # The paper's two stages ("Stage 1 and the paper's method"): nodes of HiGHS's search tree, so that
 # no call can run for ever. One core: half a second for a layer of 32 experts on 16 devices, seven
@@ -124,12 +107,11 @@ QUICK, PATIENT = 14, 10_000
 ADAPT_STEPS = 8
 # What a copy must gain in windows, as a share of all tokens of a device (not measured).
 LIVE_PRICE = 1e-3
-# Where pairs count: the norm that stands for the maximum, and trials for a slot.
-LIVE_NORM, LIVE_TRIALS = 8, 35
+# Where pairs count: trials for a slot.
+LIVE_TRIALS = 35
 # The quick search in windows ("Balance in windows within milliseconds"): trials for a slot, the
-# least of a layer, the most for a slot times LANES windows, and the part of experts' variance among
-# windows that is noise.
-LEVEL_TRIALS, LEAST_LEVEL, LEVEL_WORK, LEVEL_NOISE = 10, 2500, 400, 0.25
+# least of a layer, and the most for a slot times LANES windows.
+LEVEL_TRIALS, LEAST_LEVEL, LEVEL_WORK = 10, 2500, 400
 # Without hurry: trials for a slot times LANES windows, and the fewest windows for which it is used.
 LEVEL_FULL, MANY_WINDOWS = 4000, 17
 # Trials for a layer that DeepSeek's own code would balance better.

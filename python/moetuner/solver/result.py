@@ -252,17 +252,10 @@ class CapsDetails(_Part):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class UnseenDetails(_Part):
-    """What was chosen for unseen traffic, and each choice's score, or the reason of no choice.
-
-    A score is the mean of max / mean device load on the windows held out and on their mean.
-    """
+    """What the search made small so that it generalises to unseen traffic, and why."""
 
     chosen: str
     reason: str | None = None
-    held_out: str | None = None
-    folds: int | None = None
-    layers: int | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -20,7 +20,7 @@ from moetuner.cli.options.paths import IN_INPUT as IN_INPUT
 from moetuner.cli.options.paths import InFile as InFile
 from moetuner.cli.options.paths import OutFile as OutFile
 from moetuner.formats.hints import Hints
-from moetuner.problem.settings import parameters_of
+from moetuner.problem.settings import ENGINE, GOAL, MACHINE, parameters_of
 from moetuner.report.page import check_libraries
 from moetuner.report.page.figures import check_figures
 
@@ -29,7 +29,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 # Groups of the help in their order; an option is in one of them, else in the last.
 BEGIN, OTHER = "Begin with", "Other"
 RUNNING, SEARCH, JUDGING = "The running placement", "The search", "The evaluation"
-GROUPS = (BEGIN, "The machine", "The goal", "The engine", RUNNING, SEARCH, JUDGING, OTHER)
+GROUPS = (BEGIN, MACHINE, GOAL, ENGINE, RUNNING, SEARCH, JUDGING, OTHER)
 
 
 class Option(click.Option):

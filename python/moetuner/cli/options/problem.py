@@ -13,6 +13,7 @@ from moetuner.cli.options.traffic import Traffic, count
 from moetuner.formats.engines import ENGINES, engine_settings
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.objective import Objective
+from moetuner.problem.settings import ENGINE
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
@@ -117,7 +118,7 @@ router_groups_option = option(
     "N",
     "Groups among which the router chooses first (n_group), kept whole. For engines that renumber "
     "experts in a checkpoint.",
-    group="The engine",
+    group=ENGINE,
 )
 problem_options = option_group(
     "wanted",

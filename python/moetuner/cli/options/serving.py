@@ -14,7 +14,7 @@ from moetuner.cli.options.traffic import Traffic
 from moetuner.formats.engines import ENGINES
 from moetuner.presets import GPUS
 from moetuner.problem import Problem
-from moetuner.problem.settings import settings_of
+from moetuner.problem.settings import ENGINE, settings_of
 from moetuner.topology import Topology
 
 SETTINGS = settings_of(Problem)
@@ -119,7 +119,7 @@ engine_option = option(
     "Engine that loads the placement. It sets regime, split and arrival, unless their options do. "
     "If a placement is computed, it also sets equal slots, all of them full.",
     name="engine",
-    group="The engine",
+    group=ENGINE,
 )
 serving_options = option_group(
     "serving",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from moetuner.cli.options import (
     HINTS,
@@ -17,6 +18,7 @@ from moetuner.cli.options import (
     declared,
     layer_list,
     option_group,
+    suggestion,
     threads_option,
 )
 from moetuner.cli.output import shares, working
@@ -24,7 +26,6 @@ from moetuner.evaluation import check_model
 from moetuner.files import naming, same_file
 from moetuner.files.text import name
 from moetuner.formats import open_input
-from moetuner.formats.pieces import layers_left_out
 from moetuner.placement import Placement
 from moetuner.problem.settings import GOAL
 from moetuner.report.cells import counted
@@ -113,7 +114,7 @@ def describe(paths: Sequence[Path], traffic: Traffic) -> str:
     ]
     model = f" of {name(of['model'])}" if of["model"] else ""
     line = f"{names(paths)}: {of['kind']}{model}, {', '.join(parts)}"
-    left_out = layers_left_out(traffic.ids) if isinstance(traffic, RoutingTrace) else None
+    left_out = traffic.ids.left_out if isinstance(traffic, RoutingTrace) else None
     if left_out is not None:
         hidden, dense = left_out
         line += (
@@ -133,6 +134,27 @@ def parse_files(
     return value
 
 
+def only_groups(traffic: Traffic, names: Sequence[str]) -> RoutingTrace:
+    """Return the tokens of some groups of a trace.
+
+    Raises
+    ------
+    click.UsageError
+        If it is no trace, or has no such group.
+    """
+    if isinstance(traffic, RoutingStatistics) or traffic.group is None:
+        raise click.UsageError("'--only' needs a trace with groups.")
+    for group in names:
+        if group not in traffic.group_names:
+            near = suggestion(group, traffic.group_names)
+            raise click.UsageError(f"'--only': INPUT has no group '{group:.60}'{near}")
+    chosen = traffic.select(groups=names)
+    assert chosen.group is not None
+    present, group_of = np.unique(chosen.group, return_inverse=True)
+    labels = tuple(traffic.group_names[number] for number in present)
+    return replace(chosen, group=group_of.astype(np.int16), group_names=labels)
+
+
 INPUT_FILES = click.argument(
     "input_files",
     metavar="INPUT...",
@@ -149,6 +171,8 @@ class Source:
 
     Parameters
     ----------
+    only
+        Use the tokens of this group alone; may be repeated.
     window
         Tokens per window; load is balanced in every window. Statistics have windows of their own.
         [default: 512 for a trace]
@@ -159,14 +183,16 @@ class Source:
     top_k: int | None = declared(HINTS["top_k"])
     hidden_layers: int | None = declared(HINTS["hidden_layers"])
     dense_layers: tuple[int, ...] | None = declared(HINTS["dense_layers"])
+    only: tuple[str, ...] = declared(str, "GROUP", default=(), multiple=True)
     window: int | None = declared(click.IntRange(min=1), "TOKENS", group=GOAL)
     threads: int | None = declared(threads_option)
 
     @cached_property
     def traffic(self) -> Traffic:
-        """What INPUT holds."""
+        """What INPUT holds, of all groups or of some."""
         hints = {name: getattr(self, name) for name in HINTS}
-        return read(self.input_files, window=self.window, **hints)
+        traffic = read(self.input_files, window=self.window, **hints)
+        return only_groups(traffic, self.only) if self.only else traffic
 
     @property
     def counted(self) -> int | None:
@@ -195,16 +221,14 @@ class Source:
         """Return the options that read INPUT the same, a space in front of each."""
         hints = {name: getattr(self, name) for name in HINTS}
         hints["dense_layers"] = layer_list(self.dense_layers)
-        return "".join(
-            f" --{name.replace('_', '-')} {value}"
-            for name, value in hints.items()
-            if value is not None
-        )
+        words = [(name, hint) for name, hint in hints.items() if hint is not None]
+        words += [("only", shlex.quote(group)) for group in self.only]
+        return "".join(f" --{name.replace('_', '-')} {word}" for name, word in words)
 
     def layer_words(self) -> tuple[str, str]:
         """Return the model's hidden layers and the dense ones as options take them."""
         traffic = self.traffic
-        left_out = layers_left_out(traffic.ids) if isinstance(traffic, RoutingTrace) else None
+        left_out = traffic.ids.left_out if isinstance(traffic, RoutingTrace) else None
         hidden, dense = left_out or (self.hidden_layers, self.dense_layers)
         return str(hidden or "N"), layer_list(dense) or "A-B"
 

@@ -13,7 +13,7 @@ from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
 from moetuner.solver.result import Candidate, Limits, Progress
-from moetuner.solver.search.level import quick_trials
+from moetuner.solver.search.level import NOISE, NORM, quick_trials
 
 
 def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> NDArray[np.int32]:
@@ -54,6 +54,7 @@ def levelled_on(
     weight: NDArray[np.float64],
     trials: int,
     *,
+    mixed: float = 0.0,
     seed: int,
     limits: Limits,
 ) -> tuple[NDArray[np.int32], bool]:
@@ -63,16 +64,25 @@ def levelled_on(
         if limits.progress is not None:
             limits.progress(Progress(seconds, "layers"))
 
-    return _core.level_windows(
+    layers = _core.Layers(
         np.ascontiguousarray(load),
         np.ascontiguousarray(weight, dtype=np.float64),
         problem.capacity,
-        problem.topology.time_of_device,
+        [0] * problem.devices,
+        problem.topology.time_of_device.tolist(),
+        nearest=False,
+        norm=NORM,
+        noise=NOISE,
+        mixed=mixed,
+    )
+    layers.rule(forbidden=problem.rules.forbidden, pinned=problem.rules.pinned)
+    begin = layers.construct(copies=problem.may_copy, windows=True, threads=limits.threads)
+    return layers.place(
+        begin,
         trials=trials,
-        noise=effort.LEVEL_NOISE,
         copies=problem.may_copy,
-        forbidden=problem.rules.forbidden,
-        pinned=problem.rules.pinned,
+        empties=False,
+        quick=True,
         seed=seed,
         time_limit=limits.time_limit,
         threads=limits.threads,

@@ -28,13 +28,13 @@ from moetuner.solver.result import (
     UnseenDetails,
 )
 from moetuner.solver.search.balanced import balanced, levelled_on
-from moetuner.solver.search.cross_validation import MIXED, Choice, SearchSetting, choose
 from moetuner.solver.search.fanout import most_trials
 from moetuner.solver.search.level import full_trials
 from moetuner.solver.search.move_cost import Path, widened
 from moetuner.solver.search.surrogate import link_prices, pair_prices, tokens_per_unit, visit_prices
 from moetuner.solver.search.ties import TIE, Known, settled
 from moetuner.solver.search.traffic import search_traffic
+from moetuner.solver.search.unseen import MIXED, SearchSetting, setting_for
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -100,7 +100,8 @@ class LayerSearch:
         self.slowest = topology.speed_of_device.min()
         self.time = topology.time_of_device
         self.links = self.objective.transitions
-        self.weight, self.choice = self.windows.weight, Choice()
+        self.weight, self.setting = self.windows.weight, SearchSetting()
+        self.unseen: UnseenDetails | None = None
         self.reweighted: list[Floats] = []
         self.caps = problem.caps.over_speed
         # Traffic costs this multiple of what it takes.
@@ -157,7 +158,7 @@ class LayerSearch:
         again = effort.REWEIGHTINGS_AGAIN if self.reweighted else effort.REWEIGHTINGS
         turns = 1 if problem.windows.is_mean else again
         if not self.reweighted:
-            self.learn(clock.within(effort.LEARN_SHARE, keep=judging))
+            self.learn()
         if clock.is_over():
             best = min(known, key=lambda each: each.rank).slots
             return self.candidate(best, "time_limit")
@@ -237,30 +238,12 @@ class LayerSearch:
         dispatched = problem.goal == "time" and problem.regime == "dispatch"
         return dispatched and problem.devices > 1 and self.objective.has_traffic
 
-    def learn(self, limits: Limits) -> None:
-        """Choose what generalises to traffic that nobody has seen, by cross-validation."""
+    def learn(self) -> None:
+        """Choose what generalises to traffic that nobody has seen."""
         windows = self.windows
         self.reweighted = [np.ones(len(windows))]
-        if self.levels:
-            reason = "large layers in many windows: nothing to choose"
-            self.choice = Choice(details=UnseenDetails("norm 8, noise, mixed", reason))
-            return
-        if limits.time_limit is not None and limits.time_limit < effort.LEARN_LEAST:
-            reason = "too little time to try others"
-            self.choice = Choice(details=UnseenDetails(SearchSetting(0).name, reason))
-            return
-        self.choice = choose(
-            windows.load,
-            windows.weight,
-            windows.group,
-            self.problem.capacity,
-            self.problem.topology.node_of_device,
-            self.time,
-            nearest=self.problem.split == "nearest",
-            seed=self.seed,
-            threads=limits.threads,
-            time_limit=limits.time_limit,
-        )
+        self.setting = setting_for(windows.load, windows.weight, large=self.levels)
+        self.unseen = self.setting.details
 
     def rank(self, slots: Slots) -> tuple[float, float]:
         """Return by how much caps are exceeded, in all layers, and the value; lower is better."""
@@ -335,16 +318,16 @@ class LayerSearch:
 
     def levelled(self, limits: Limits) -> tuple[Slots, bool]:
         """Level every layer on the windows and on their mean, for traffic of all kinds at once."""
-        load, weight = self.windows.load, self.weight
-        mean = np.einsum("w,wle->le", weight, load) / max(weight.sum(), 1e-300)
+        load = self.windows.load
         trials = limits.iterations
         if trials is None:
             trials = full_trials(int(self.problem.capacity.sum(axis=1).max()), len(load) + 1)
         slots, interrupted = levelled_on(
             self.problem,
-            np.concatenate([load, mean[None]]),
-            np.append(weight, MIXED * weight.sum()),
+            load,
+            self.weight,
             trials,
+            mixed=MIXED,
             seed=self.seed,
             limits=limits,
         )
@@ -359,7 +342,7 @@ class LayerSearch:
         layers = self._layers()
         places, experts, figures, interrupted = layers.descend(
             np.ascontiguousarray(start),
-            np.ascontiguousarray(initial.held.transpose(0, 2, 1)),
+            np.ascontiguousarray(initial.slots),
             most=int(most) if most < problem.capacity.sum() else None,
             copies=problem.may_copy,
             transitions=self.links,
@@ -398,7 +381,7 @@ class LayerSearch:
 
     def candidate(self, slots: Slots, status: Status) -> Candidate:
         """Return slots as a candidate."""
-        return Candidate(slots, status, details=Details(unseen=self.choice.details))
+        return Candidate(slots, status, details=Details(unseen=self.unseen))
 
     def _placement(self, slots: Slots) -> Placement:
         return Placement(slots, num_experts=self.problem.experts)
@@ -407,7 +390,7 @@ class LayerSearch:
         return tokens_per_unit(self.problem, self.windows.load, self.weight)
 
     def _layers(self) -> _core.Layers:
-        problem, choice = self.problem, self.choice
+        problem, setting = self.problem, self.setting
         unit, moving, rules = self._tokens_per_unit(), self.moving, problem.rules
         layers = _core.Layers(
             np.ascontiguousarray(self.windows.load),
@@ -416,9 +399,9 @@ class LayerSearch:
             problem.topology.node_of_device.tolist(),
             self.time.tolist(),
             nearest=problem.split == "nearest",
-            norm=choice.setting.norm,
-            noise=choice.setting.noise,
-            mixed=choice.setting.mixed,
+            norm=setting.norm,
+            noise=setting.noise,
+            mixed=setting.mixed,
         )
         layers.rule(forbidden=rules.forbidden, pinned=rules.pinned)
         if self.caps is not None:

@@ -50,28 +50,27 @@ def by_expert(
         If the tables are of other sizes, a slot holds no expert that there is, or a load is no
         count.
     """
+    layers, count = slots.shape
     if load.shape[-2:] != slots.shape:
         raise ValueError(
             f"loads and slots must have the same layers and slots, got {list(load.shape[-2:])} and "
             f"{list(slots.shape)}"
         )
-    most = int(slots.max(initial=-1)) + 1
-    experts = max(most, 1) if experts is None else experts
-    if most > experts or int(slots.min(initial=0)) < -1:
+    end = int(slots.max(initial=-1)) + 1
+    experts = max(end, 1) if experts is None else experts
+    if end > experts or int(slots.min(initial=0)) < -1:
         raise ValueError(
-            f"slots must hold experts from 0 to {experts - 1}, got {slots.min()} to {most - 1}"
+            f"slots must hold experts from 0 to {experts - 1}, got {slots.min()} to {end - 1}"
         )
-    if experts > slots.shape[1]:
+    if experts > count:
         # Else a single number of a file would decide how large the table is.
         raise ValueError(
-            f"slots must hold every expert of a layer, got {slots.shape[1]} for {experts} experts"
+            f"slots must hold every expert of a layer, got {count} for {experts} experts"
         )
-    if int(load.max(initial=0)) * slots.shape[1] >= 1 << 63:
-        raise ValueError(
-            f"loads of {slots.shape[1]} slots must add up to less than 2**63, got {load.max()}"
-        )
-    found = np.zeros((*load.shape[:-1], experts + 1), dtype=np.int64)
-    for layer, held in enumerate(slots):
-        # Empty slots, -1, are the last column, which is left out.
-        np.add.at(found[..., layer, :].T, held, load[..., layer, :].T)
-    return found[..., :experts]
+    if int(load.max(initial=0)) * count >= 1 << 63:
+        raise ValueError(f"loads of {count} slots must add up to less than 2**63, got {load.max()}")
+    # Empty slots, -1, are the last column, which is left out.
+    table = np.zeros((*load.shape[:-1], experts + 1), dtype=np.int64)
+    for layer in range(layers):
+        np.add.at(table[..., layer, :].T, slots[layer], load[..., layer, :].T)
+    return table[..., :experts]
