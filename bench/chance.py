@@ -18,7 +18,6 @@ is served worse is named; and what verdict says of a change between the two. See
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from click.testing import CliRunner
+from harness import arguments
 from numpy.typing import NDArray
 from simulated import DEVICES as FEW
 from simulated import WINDOW as LONG
@@ -231,11 +231,7 @@ def compared(name: str, runs: int, *, splits: int = 3) -> tuple[float, float]:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=150, help="audits for each share of intervals")
-    parser.add_argument("--audits", type=int, default=60, help="audits of seven groups for each")
-    parser.add_argument("--advices", type=int, default=40, help="advices for each share of them")
-    asked = parser.parse_args()
+    asked = arguments(__doc__, runs=150, audits=60, advices=40)
     runs, audits = asked.runs, asked.audits
     print(f"Of {asked.advices} advices, percent: false, intervals that hold; found, of a gain of")
     print("and of equally good placements, certain by: verdict, audit, compare, splits that agree")

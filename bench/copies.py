@@ -11,15 +11,14 @@ get eight groups of experts on four nodes.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import Table, arguments, imbalance, timed
 from numpy.typing import NDArray
 from peers import WHEELS, Size, sglang, sglang_windows, vllm
-from transitions import seconds
 
 import moetuner as mt
 from moetuner import _core
@@ -27,84 +26,62 @@ from moetuner import _core
 LAYERS, EXPERTS, DEVICES, SLOTS = 58, 256, 32, 288
 GROUPS, NODES = 8, 4
 
+# Load [L,E] in, expert of every slot out.
 Policy = Callable[[NDArray[np.float64]], NDArray[Any]]
 
 
 def peers(wheels: Path) -> dict[str, Policy]:
-    """Policies by name: load [L,E] in, expert of every slot [L,P] out."""
-    found = {}
+    """Return policies of engines by name."""
+    policies: dict[str, Policy] = {}
     for name, peer in (("vLLM", vllm), ("deepseek", sglang), ("deepseek_vec", sglang_windows)):
         for kind, groups, nodes in (("global", 1, 1), ("hierarchical", GROUPS, NODES)):
             size = Size(LAYERS, EXPERTS, SLOTS, DEVICES, groups, nodes)
             policy = peer(wheels, size)
             if isinstance(policy, str):
                 raise SystemExit(policy)
-            found[f"{name}, {kind}"] = of_one_window(policy, size.initial())
-    return found
-
-
-def of_one_window(policy: Callable[..., NDArray[Any]], old: NDArray[np.int64]) -> Policy:
-    """Return the policy on one window, from a map that runs."""
-    return lambda load: policy(load[None], old)
-
-
-def imbalance(load: NDArray[np.float64], slots: NDArray[Any]) -> NDArray[Any]:
-    """Largest / mean device load of every layer [L]; copies take equal parts."""
-    slots = slots.reshape(LAYERS, -1)
-    copies = np.stack([np.bincount(row[row >= 0], minlength=EXPERTS) for row in slots])
-    assert copies.min() > 0
-    share = np.concatenate([load / copies, np.zeros((LAYERS, 1))], axis=1)  # -1 is the last
-    device = np.take_along_axis(share, slots, axis=1).reshape(LAYERS, DEVICES, -1).sum(axis=2)
-    ratio: NDArray[np.float64] = device.max(axis=1) / device.mean(axis=1)
-    return ratio
+            policies[f"{name}, {kind}"] = lambda load, of=policy, size=size: of(
+                load[None], size.initial()
+            )
+    return policies
 
 
 def main() -> None:
     """Print a row per policy."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--wheels", type=Path, default=WHEELS)
-    parser.add_argument("--instances", type=int, default=200)
-    parser.add_argument("--repeat", type=int, default=20)
-    arguments = parser.parse_args()
-    room, time = np.full((LAYERS, DEVICES), SLOTS // DEVICES), np.ones(DEVICES)
+    given = arguments(__doc__, wheels=WHEELS, instances=200, repeat=20)
+    capacity, time = np.full((LAYERS, DEVICES), SLOTS // DEVICES), np.ones(DEVICES)
 
-    def core(trials: int) -> Policy:
-        return lambda load: _core.replicate_experts(load, room, time, trials=trials)
-
-    def whole(load: NDArray[np.float64]) -> NDArray[Any]:
-        per_device = SLOTS // DEVICES
-        return mt.balance(load, devices=DEVICES, slots_per_device=per_device).slots
+    def core(**trials: int) -> Policy:
+        return lambda load: _core.replicate_experts(load, capacity, time, **trials)
 
     policies: dict[str, Policy] = {
-        "balance()": whole,
-        "its core alone": lambda load: _core.replicate_experts(load, room, time),
-        "without polish (eplb)": core(0),
-        "patient (lpt)": core(100_000),
-        **peers(arguments.wheels),
+        "balance()": lambda load: (
+            mt.balance(load, devices=DEVICES, slots_per_device=SLOTS // DEVICES).slots
+        ),
+        "its core alone": core(),
+        "without polish (eplb)": core(trials=0),
+        "patient (lpt)": core(trials=100_000),
+        **peers(given.wheels),
     }
-    found: dict[str, list[NDArray[Any]]] = {name: [] for name in policies}
+    ratios: dict[str, list[NDArray[Any]]] = {name: [] for name in policies}
     times = dict.fromkeys(policies, float("inf"))
-    for seed in range(arguments.instances):
+    for seed in range(given.instances):
         random = np.random.default_rng(seed)
         load = np.floor(1e4 * random.lognormal(0, random.uniform(0.2, 2), (LAYERS, EXPERTS)))
         for name, policy in policies.items():
-            found[name].append(imbalance(load, policy(load)))
+            slots = policy(load).reshape(LAYERS, DEVICES, -1)
+            ratios[name].append(imbalance(load[None], slots)[0])
             ours = not name.startswith(("vLLM", "deepseek"))
-            for _ in range(arguments.repeat if ours and seed < 10 else int(seed < 10)):
-                times[name] = min(times[name], seconds(lambda: policy(load)))
-    mine = np.array(found["balance()"])
+            for _ in range(given.repeat if ours and seed < 10 else int(seed < 10)):
+                times[name] = min(times[name], timed(lambda: policy(load))[1])
+    mine = np.array(ratios["balance()"])
     print(f"{LAYERS} x {EXPERTS} to {SLOTS} slots on {DEVICES}, {len(mine)} instances")
-    print(f"{'policy':34} {'best time':>9} {'imbalance':>9}   balance() is worse in")
+    row = Table("policy <34", "best ms 9.2f", "imbalance 9.5f", "balance() is worse in <1")
     for name in policies:
-        theirs = np.array(found[name])
+        theirs = np.array(ratios[name])
         instances = int((mine.mean(axis=1) > theirs.mean(axis=1) + 1e-9).sum())
         layers = int((mine > theirs + 1e-9).sum())
-        print(
-            f"{name:34} {times[name] * 1e3:7.2f}ms {theirs.mean():9.5f}   "
-            f"{instances} instances, {layers} of {mine.size} layers"
-        )
+        worse = f"{instances} instances, {layers} of {mine.size} layers"
+        row(name, 1e3 * times[name], theirs.mean(), worse)
 
 
 if __name__ == "__main__":

@@ -5,53 +5,35 @@
 Half of the sequences are seen. Each row: fanout and node fanout on the other half, and seconds.
 """
 
-import argparse
-import time
 from pathlib import Path
+
+from harness import Table, arguments, timed
 
 import moetuner as mt
 from moetuner.solver.search.fanout import dispatch
 from moetuner.solver.search.traffic import search_traffic
 
 
-def judged(slots, unseen, topology, regime="dispatch"):
-    """Fanout and node fanout of slots on a trace."""
-    placement = mt.Placement(slots, num_experts=unseen.num_experts)
-    found = mt.evaluate(placement, unseen, topology, regime=regime)
-    return found.fanout, found.node_fanout
-
-
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("trace", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cap", type=float, default=1.05)
-    arguments = parser.parse_args()
-    trace = mt.RoutingTrace.load(arguments.trace)
-    print("devices  split  method      fanout   node    seconds")
-    for split in range(arguments.seeds):
+    given = arguments(__doc__, {"trace": Path}, seeds=3, cap=1.05)
+    trace = mt.RoutingTrace.load(given.trace)
+    row = Table("devices <7", "split 5d", "method <11", "fanout 7.4f", "node 7.4f", "seconds 8.2f")
+    for split in range(given.seeds):
         seen, unseen = trace.split(0.5, seed=split)
         statistics = mt.RoutingStatistics.from_trace(seen, transitions=False, sets=True)
         for devices, per_node in ((4, None), (8, None), (8, 4)):
-            topology = mt.Topology(devices, devices_per_node=per_node)
-            flat = mt.Topology(devices)
-            for name, method, solved_on in (
-                ("pairs", search_traffic, flat),
-                ("exact", dispatch, flat),
-                ("exact tiers", dispatch, topology),
-            ):
-                if name == "exact tiers" and per_node is None:
-                    continue
-                problem = mt.Problem(
-                    statistics, solved_on, regime="dispatch", max_imbalance=arguments.cap
-                )
-                begin = time.perf_counter()
-                slots = method(problem, seed=0).slots
-                seconds = time.perf_counter() - begin
-                fanout, node = judged(slots, unseen, topology)
+            topology, flat = mt.Topology(devices, devices_per_node=per_node), mt.Topology(devices)
+            ways = [("pairs", search_traffic, flat), ("exact", dispatch, flat)]
+            if per_node is not None:
+                ways.append(("exact tiers", dispatch, topology))
+            for name, method, on in ways:
+                problem = mt.Problem(statistics, on, regime="dispatch", max_imbalance=given.cap)
+                answer, seconds, _ = timed(lambda of=problem, by=method: by(of, seed=0))
+                placement = mt.Placement(answer.slots, num_experts=unseen.num_experts)
+                judged = mt.evaluate(placement, unseen, topology, regime="dispatch")
                 of = f"{devices}" if per_node is None else f"{devices // per_node} x {per_node}"
-                print(f"{of:7}  {split:5}  {name:11} {fanout:.4f}  {node:.4f}  {seconds:7.2f}")
+                row(of, split, name, judged.fanout, judged.node_fanout, seconds)
 
 
 if __name__ == "__main__":

@@ -9,55 +9,40 @@ Traffic: crossing of generated instances (`instances.py`), and of a trace on 4 a
 
 from __future__ import annotations
 
-import argparse
-import time
 from pathlib import Path
 
+from harness import Table, arguments, timed
 from instances import problem, routing
 
 import moetuner as mt
 
-
-def row(name: str, instance: mt.Problem, limit: float | None) -> None:
-    """Solve by search alone, and print what it took."""
-    begin = time.process_time()
-    result = mt.solve(instance, "heuristic", time_limit=limit, threads=1)
-    seconds = time.process_time() - begin
-    print(f"{name:>24} {result.objective:10.6f} {seconds:8.2f} s", flush=True)
+GENERATED = ["24x32/8", "26x64", "48x128", "58x256", "61x384"]
 
 
 def main() -> None:
     """Print a row for every instance."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("what", choices=("traffic", "visits"))
-    parser.add_argument("instances", nargs="*")
-    parser.add_argument("--trace", type=Path)
-    parser.add_argument("--time-limit", type=float)
-    options = parser.parse_args()
-    trace = None if options.trace is None else mt.RoutingTrace.load(options.trace)
-    if options.what == "traffic":
-        for name in options.instances or ("24x32/8", "26x64", "48x128", "58x256", "61x384"):
-            row(name, problem(name), options.time_limit)
-        if trace is not None:
-            statistics = mt.RoutingStatistics.from_trace(trace, coactivation=False)
-            for devices in (4, 8):
-                on = mt.Problem(
-                    statistics, mt.Topology(devices), regime="follow", max_imbalance=1.05
-                )
-                row(f"{options.trace.stem} on {devices}", on, options.time_limit)
-        return
-    traces = [("8 x 16", routing(8, 16, 4), (4,))]
-    if trace is not None:
-        traces.append((options.trace.stem, trace, (4, 8)))
-    for name, of, all_devices in traces:
-        statistics = mt.RoutingStatistics.from_trace(of, transitions=False, sets=True)
-        for devices in all_devices:
-            on = mt.Problem(
-                statistics, mt.Topology(devices), regime="dispatch", objective="traffic"
-            )
-            row(f"{name} on {devices}", on, options.time_limit)
+    places = {"what": ("traffic", "visits"), "instances": GENERATED}
+    given = arguments(__doc__, places, trace=Path, time_limit=float)
+    traces = {} if given.trace is None else {given.trace.stem: mt.RoutingTrace.load(given.trace)}
+    problems = {}
+    if given.what == "traffic":
+        problems = {name: problem(name) for name in given.instances}
+        wanted = {"regime": "follow", "max_imbalance": 1.05}
+        counted = {"coactivation": False}
+    else:
+        traces = {"8 x 16": routing(8, 16, 4), **traces}
+        wanted = {"regime": "dispatch", "objective": "traffic"}
+        counted = {"transitions": False, "sets": True}
+    for name, trace in traces.items():
+        statistics = mt.RoutingStatistics.from_trace(trace, **counted)
+        for devices in (4,) if name == "8 x 16" else (4, 8):
+            on = mt.Problem(statistics, mt.Topology(devices), **wanted)
+            problems[f"{name} on {devices}"] = on
+    row = Table("instance 24s", "objective 10.6f", "CPU-s 8.2f")
+    for name, instance in problems.items():
+        how = {"time_limit": given.time_limit, "threads": 1}
+        result, _, seconds = timed(lambda of=instance: mt.solve(of, "heuristic", **how))
+        row(name, result.objective, seconds)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ and the paper's two stages.
 
 from __future__ import annotations
 
-import argparse
 import resource
-import time
 from pathlib import Path
 
+from harness import Table, arguments, timed
 from instances import problem
 
 import moetuner as mt
@@ -26,7 +25,9 @@ def recorded(path: Path, *, quick: bool) -> None:
     """Print what is reached on a trace."""
     trace = mt.RoutingTrace.load(path)
     print(f"{path.name}, cap 1.05\n")
-    print(f"{'devices':>7} {'seconds':>7} {'seen':>8} {'unseen':>8} {'gap':>7}   half seen, joint")
+    row = Table(
+        "devices 7d", "seconds 7.2f", "seen 8.4f", "unseen 8.4f", "gap 7.2%", "half seen, joint 1s"
+    )
     for devices in (4, 8):
         seen, unseen = trace.split(0.5, seed=0)
         statistics = mt.RoutingStatistics.from_trace(seen, coactivation=False)
@@ -34,32 +35,41 @@ def recorded(path: Path, *, quick: bool) -> None:
         for limit in (1.0,) if quick else (1.0, 20.0):
             result = mt.solve(half, time_limit=limit)
             crossing = mt.evaluate(result.placement, unseen).crossing
-            row = f"{devices:7} {result.seconds:7.2f} {result.objective:8.4f} {crossing:8.4f}"
-            print(row, f"{100 * (result.gap or 0):6.2f}%")
+            row(devices, result.seconds, result.objective, crossing, result.gap or 0.0)
 
-    print(f"\n{'devices':>7} {'search':>7} {'crossing':>9} {'bound':>6} {'at least':>9} {'gap':>7}")
+    row = Table(
+        *("\ndevices 7d", "search, s 9.1f", "crossing 9.5f", "bound, s 9.1f"),
+        *("at least 9.5f", "gap 7.2%"),
+    )
     statistics = mt.RoutingStatistics.from_trace(trace, coactivation=False)
     for devices in (4, 8):
         whole = mt.Problem(statistics, mt.Topology(devices), regime="follow", max_imbalance=1.05)
         for limit, share in ((5.0, 3.0),) if quick else ((5.0, 3.0), (20.0, 10.0)):
             result = mt.solve(whole, "heuristic", time_limit=limit)
             caps = whole.caps.kept(result.placement.slots)
-            begin = time.perf_counter()
-            proven = bound(whole, caps, limits=Limits(time_limit=share))
-            seconds = time.perf_counter() - begin
+            limits = Limits(time_limit=share)
+            proven, seconds, _ = timed(
+                lambda of=whole, caps=caps, at=limits: bound(of, caps, limits=at)
+            )
             assert proven is not None
             least = proven.cost / mt.Objective(whole).scale
-            gap = 100 * (result.objective - least) / result.objective
-            row = f"{devices:7} {result.seconds:6.1f}s {result.objective:9.5f} {seconds:5.1f}s"
-            print(row, f"{least:9.5f} {gap:6.2f}%")
+            gap = (result.objective - least) / result.objective
+            row(devices, result.seconds, result.objective, seconds, least, gap)
 
 
 def generated(name: str, limit: float | None) -> None:
     """Print a row per method on generated routing."""
     instance = problem(name)
     print(f"\n{name} on {instance.devices} devices, cap 1.05")
-    print(
-        f"{'method':>22} {'seconds':>8} {'objective':>9} {'imbalance':>9} {'gap':>7} {'status':>10}"
+    row = Table(
+        *(
+            "method 22s",
+            "seconds 8.2f",
+            "objective 9.4f",
+            "imbalance 9.3f",
+            "gap 7.2%",
+            "status 10s",
+        )
     )
     for method, options in (
         ("contiguous", {}),
@@ -70,23 +80,17 @@ def generated(name: str, limit: float | None) -> None:
     ):
         result = mt.solve(instance, method, **options)
         balance = mt.evaluate(result.placement, instance.statistics).imbalance_total
-        gap = "-" if result.gap is None else f"{100 * result.gap:.2f}%"
-        row = f"{method:>22} {result.seconds:8.2f} {result.objective:9.4f} {balance:9.3f}"
-        print(row, f"{gap:>7} {result.status:>10}", flush=True)
+        gap = "-" if result.gap is None else result.gap
+        row(method, result.seconds, result.objective, balance, gap, result.status)
 
 
 def main() -> None:
     """Print all tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--trace", type=Path)
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.trace is not None:
-        recorded(arguments.trace, quick=arguments.quick)
+    given = arguments(__doc__, trace=Path, quick=False)
+    if given.trace is not None:
+        recorded(given.trace, quick=given.quick)
     generated("paper", None)
-    if not arguments.quick:
+    if not given.quick:
         generated("48x128", 60.0)
         for name in ("94x128", "58x256", "61x384"):
             generated(name, 9.0)

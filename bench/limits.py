@@ -11,7 +11,6 @@ the objective, and that of the start that every search has: what ``balance`` pla
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import arguments
 from instances import routing
 
 import moetuner as mt
@@ -156,28 +156,25 @@ def row(name: str, limit: float, found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="instances, or parts of names")
-    parser.add_argument("--limits", nargs="+", type=float, default=[0.05, 0.5, 5.0, 20.0])
-    parser.add_argument("--cache", type=Path)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        name, path = arguments.names
-        print(json.dumps(solved(name, Path(path), arguments.limits[0])))
+    given = arguments(
+        __doc__, {"names": []}, limits=[0.05, 0.5, 5.0, 20.0], cache=Path, child=False
+    )
+    if given.child:
+        name, path = given.names
+        print(json.dumps(solved(name, Path(path), given.limits[0])))
         return
     with tempfile.TemporaryDirectory() as made:
-        cache = arguments.cache or Path(made)
+        cache = given.cache or Path(made)
         cache.mkdir(parents=True, exist_ok=True)
         print(
             f"{'instance':32} {'limit':>6} {'seconds':>7} {'told':>7} {'beyond':>7}  {'late':>6} "
             f"{'cpu':>7} {'built':>6}  {'objective':>10} {'balance':>10}"
         )
         for name in INSTANCES:
-            if arguments.names and not any(part in name for part in arguments.names):
+            if given.names and not any(part in name for part in given.names):
                 continue
             path = statistics(INSTANCES[name][0], cache)
-            for limit in arguments.limits:
+            for limit in given.limits:
                 command = [sys.executable, __file__, "--child", name, str(path)]
                 command += ["--limits", str(limit)]
                 done = subprocess.run(

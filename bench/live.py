@@ -21,13 +21,12 @@ engines' own, which have no budget, then change only those layers that gain most
 
 from __future__ import annotations
 
-import argparse
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from peers import WHEELS, Floats, Map, Policy, Size, brought, sglang, torch_module, vllm
+from harness import arguments, timed
+from peers import WHEELS, Floats, Map, Policy, Size, available, brought, sglang, torch_module, vllm
 
 from moetuner.plugins import rebalance_experts
 
@@ -76,11 +75,10 @@ def recorded(data: Path) -> list[tuple[str, Size, Floats]]:
 
 def rank_loads(size: Size, load: Floats, experts: Map) -> Floats:
     """Return the load of every rank [W,L,D]; copies share evenly."""
-    found = np.empty((len(load), size.layers, size.ranks))
+    of_slot = np.empty((len(load), size.layers, size.slots))
     for layer, row in enumerate(experts):
-        of_slot = (load[:, layer] / np.bincount(row, minlength=size.experts))[:, row]
-        found[:, layer] = of_slot.reshape(len(load), size.ranks, size.width).sum(axis=2)
-    return found
+        of_slot[:, layer] = (load[:, layer] / np.bincount(row, minlength=size.experts))[:, row]
+    return of_slot.reshape(len(load), size.layers, size.ranks, size.width).sum(axis=3)
 
 
 def balancedness(size: Size, load: Floats, experts: Map) -> float:
@@ -138,9 +136,8 @@ def serve(size: Size, load: Floats, every: int, runs: dict[str, tuple[Policy, Ru
     """Decide every so many windows; all policies in turns."""
     for at in range(every, len(load), every):
         for policy, run in runs.values():
-            begin = time.process_time()
-            new = policy(load[at - every : at], run.now)
-            run.took.append(1e3 * (time.process_time() - begin))
+            new, _, seconds = timed(lambda: policy(load[at - every : at], run.now))
+            run.took.append(1e3 * seconds)
             run.moved.append(brought(size, run.now, new))
             run.balanced.append(balancedness(size, load[at : at + every], new))
             run.now = new
@@ -170,17 +167,11 @@ def row(
 
 def policies_of(size: Size, wheels: Path, windows: bool) -> dict[str, Policy]:
     """Return the policies of a row by name, engines' own where their wheels are there."""
-    found: dict[str, Policy] = {}
-    for name, peer in (("vLLM", vllm), ("SGLang", sglang)):
-        policy = peer(wheels, size)
-        if isinstance(policy, str):
-            print(f"{name} is left out: {policy}")
-        else:
-            found[name] = policy
-    found["ours"] = ours(size)
+    policies = available({"vLLM": vllm, "SGLang": sglang}, wheels, size)
+    policies["ours"] = ours(size)
     if windows:
-        found["ours, windows"] = ours(size, windows=True)
-    return found
+        policies["ours, windows"] = ours(size, windows=True)
+    return policies
 
 
 def curve(size: Size, load: Floats, wheels: Path) -> None:
@@ -197,16 +188,16 @@ def curve(size: Size, load: Floats, wheels: Path) -> None:
 
 def main() -> None:
     """Print all tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    every_size = list(range(len(SIZES)))
+    given = arguments(
+        __doc__,
+        wheels=WHEELS,
+        data=Path,
+        decisions=8,
+        seeds=1,
+        first_seed=0,
+        sizes=every_size,
     )
-    parser.add_argument("--wheels", type=Path, default=WHEELS)
-    parser.add_argument("--data", type=Path, help="folder of recorded load tables")
-    parser.add_argument("--decisions", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--first-seed", type=int, default=0, help="of drifting loads")
-    parser.add_argument("--sizes", type=int, nargs="*", default=list(range(len(SIZES))))
-    given = parser.parse_args()
     torch_module()
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     print("balancedness on the next windows, copies a decision, milliseconds")

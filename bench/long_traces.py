@@ -12,15 +12,16 @@ small windows by balance, on all windows seen and on fewer, and judges them on u
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import resource
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+from harness import arguments, timed
 
 import moetuner as mt
 from moetuner.evaluation import evaluate_each
@@ -29,7 +30,8 @@ from moetuner.solver.result import Limits
 from moetuner.solver.search.layerwise import LayerSearch
 
 LAYERS, EXPERTS, TOP_K, WINDOW, DEVICES = 61, 384, 8, 512, 72
-Steps = dict[str, tuple[float, float]]
+Steps = dict[str, list[float]]
+T = TypeVar("T")
 
 
 def written(path: Path, tokens: int) -> Path:
@@ -69,12 +71,10 @@ def taken(work: Callable[[], Steps]) -> None:
     process.join()
 
 
-def timed(steps: Steps, name: str, work: Callable[[], object]) -> object:
+def noted(steps: Steps, name: str, work: Callable[[], T]) -> T:
     """Do some work and note what it took."""
-    clock, cpu = time.perf_counter(), time.process_time()
-    found = work()
-    steps[name] = (time.perf_counter() - clock, time.process_time() - cpu)
-    return found
+    result, *steps[name] = timed(work)
+    return result
 
 
 def steps(trace: mt.RoutingTrace) -> None:
@@ -82,7 +82,7 @@ def steps(trace: mt.RoutingTrace) -> None:
 
     def solving(regime: str) -> Steps:
         found: Steps = {}
-        statistics = timed(
+        statistics = noted(
             found,
             f"{regime}: count",
             lambda: mt.RoutingStatistics.from_trace(
@@ -94,7 +94,7 @@ def steps(trace: mt.RoutingTrace) -> None:
             problem = mt.Problem(statistics, mt.Topology(DEVICES), regime=regime)
             return mt.solve(problem, time_limit=10)
 
-        result = timed(found, f"{regime}: solve, time limit 10", solve)
+        result = noted(found, f"{regime}: solve, time limit 10", solve)
         print(f"  objective {result.objective:.2f}, {result.details.search}")
         return found
 
@@ -112,7 +112,7 @@ def steps(trace: mt.RoutingTrace) -> None:
         found: Steps = {}
         how = {"window": WINDOW, "cost_model": model, "threads": 1}
         name = f"replay, both arrivals, {count} placements"
-        timed(found, name, lambda: evaluate_each(placements, trace, mt.Topology(DEVICES), **how))
+        noted(found, name, lambda: evaluate_each(placements, trace, mt.Topology(DEVICES), **how))
         return found
 
     taken(lambda: solving("follow"))
@@ -152,16 +152,13 @@ def quality(path: Path) -> None:
 
 def main() -> None:
     """Run what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("steps", "quality"))
-    parser.add_argument("trace", type=Path, nargs="?")
-    parser.add_argument("--tokens", type=int, default=2_000_000)
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()))
-    given = parser.parse_args()
+    places = {"what": ("steps", "quality"), "trace": []}
+    given = arguments(__doc__, places, tokens=2_000_000, cache=Path(tempfile.gettempdir()))
+    trace = Path(given.trace[0]) if given.trace else None
     if given.what == "quality":
-        quality(given.trace)
+        quality(trace)
         return
-    path = given.trace or written(given.cache / f"long-{given.tokens}.npy", given.tokens)
+    path = trace or written(given.cache / f"long-{given.tokens}.npy", given.tokens)
     steps(mt.RoutingTrace.load(path, num_experts=EXPERTS))
 
 

@@ -13,10 +13,8 @@ predicted to take.
 
 from __future__ import annotations
 
-import argparse
-import time
-
 import numpy as np
+from harness import Table, arguments, timed
 from numpy.typing import NDArray
 from unseen import generated
 
@@ -81,42 +79,26 @@ def greedy(load: Floats, device_of: NDArray[np.int64], budget: int) -> NDArray[n
         best[layer] = best_exchange(load[:, layer], now[layer], device_of[layer])
 
 
-class Clock:
-    """Seconds since it was made, by the wall and of the processor."""
-
-    def __init__(self) -> None:
-        self.wall, self.processor = time.perf_counter(), time.process_time()
-
-    def read(self) -> tuple[float, float]:
-        """Return both."""
-        return time.perf_counter() - self.wall, time.process_time() - self.processor
-
-
 def main() -> None:
     """Print both, budget by budget, and what a front has."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    given = arguments(
+        __doc__, layers=58, experts=256, devices=32, windows=16, slots=[8, 9], quick=False
     )
-    parser.add_argument("--layers", type=int, default=58)
-    parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--devices", type=int, default=32)
-    parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--slots", type=int, nargs="+", default=[8, 9], help="of a device")
-    parser.add_argument("--quick", action="store_true", help="a small model, small budgets")
-    arguments = parser.parse_args()
-    layers, experts, devices = arguments.layers, arguments.experts, arguments.devices
+    layers, experts, devices = given.layers, given.experts, given.devices
     budgets = [100, 500, 2000]
-    if arguments.quick:
+    if given.quick:
         layers, experts, devices, budgets = 6, 64, 8, [10, 40, 120]
-    load = generated(layers, arguments.windows, 0, experts)
+    load = generated(layers, given.windows, 0, experts)
     statistics = mt.RoutingStatistics.from_load(np.round(load).astype(np.uint64))
     initial = mt.Placement.from_assignment(
         np.tile(np.arange(experts) * devices // experts, (layers, 1)), devices
     )
     home = initial.device_of.astype(np.int64)
-    print(f"{layers} x {experts} on {devices} devices, {arguments.windows} windows\n")
-    print(f"{'objective':>9} {'slots':>5} {'budget':>6}   {'greedy gain':>11} {'moves':>5}", end="")
-    print(f" {'seconds':>7} {'CPU':>6}   {'our gain':>11} {'moves':>5} {'seconds':>7} {'CPU':>6}")
+    print(f"{layers} x {experts} on {devices} devices, {given.windows} windows\n")
+    row = Table(
+        *("objective 9s", "slots 5d", "budget 6d", "greedy gain 13.5f", "moves 5d", "seconds 7.2f"),
+        *("CPU 6.2f", "our gain 13.5f", "moves 5d", "seconds 7.2f", "CPU 6.2f"),
+    )
     problems = {
         (goal, slots): mt.Problem(
             statistics,
@@ -125,36 +107,25 @@ def main() -> None:
             objective=goal,
             regime="dispatch",
         )
-        for slots in arguments.slots
+        for slots in given.slots
         for goal in ("balance", "time")
     }
     for budget in budgets:
-        clock = Clock()
-        plain = mt.Placement.from_assignment(greedy(load, home, budget), devices)
-        seconds, processor = clock.read()
+        assigned, seconds, processor = timed(lambda: greedy(load, home, budget))
+        plain = mt.Placement.from_assignment(assigned, devices)
         for (goal, slots), problem in problems.items():
             before = mt.Objective(problem).value(initial)
-            clock = Clock()
-            result = mt.solve(
-                problem,
-                "heuristic",
-                initial=initial,
-                move_budget=budget,
-                time_limit=seconds / 12,
-                threads=1,
-            )
-            ours, our_processor = clock.read()
+            how = {"initial": initial, "move_budget": budget, "threads": 1}
+            how["time_limit"] = seconds / 12
+            result, *ours = timed(lambda: mt.solve(problem, "heuristic", **how))
             gain = before - mt.Objective(problem).value(plain)
-            moves = initial.diff(plain).experts_moved
-            print(f"{goal:>9} {slots * devices:5} {budget:6}   {gain:11.5f} {moves:5}", end="")
-            print(f" {seconds:7.2f} {processor:6.2f}", end="")
+            theirs = gain, initial.diff(plain).experts_moved, seconds, processor
             moves = initial.diff(result.placement).experts_moved
-            print(f"   {before - result.objective:11.5f} {moves:5}", end="")
-            print(f" {ours:7.2f} {our_processor:6.2f}", flush=True)
-    problem = problems["balance", arguments.slots[0]]
-    begin = time.perf_counter()
-    front = mt.pareto(problem, initial, time_limit=1.0 if arguments.quick else 8.0)
-    print(f"\nA front of {len(front)} in {time.perf_counter() - begin:.1f} s (moves: gain)")
+            row(goal, slots * devices, budget, *theirs, before - result.objective, moves, *ours)
+    problem = problems["balance", given.slots[0]]
+    limit = 1.0 if given.quick else 8.0
+    front, seconds, _ = timed(lambda: mt.pareto(problem, initial, time_limit=limit))
+    print(f"\nA front of {len(front)} in {seconds:.1f} s (moves: gain)")
     print(", ".join(f"{each.experts_moved}: {each.gain:.4f}" for each in front))
 
 

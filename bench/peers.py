@@ -124,33 +124,28 @@ def vllm(wheels: Path, size: Size) -> Policy | str:
 
 def sglang(wheels: Path, size: Size) -> Policy | str:
     """Return DeepSeek's published policy as SGLang calls it: on the sum of its windows."""
-    wheel = wheel_of(wheels, "sglang")
-    if wheel is None:
-        return f"no wheel of sglang in {wheels}"
-    torch = torch_module()
-    peer = policy_modules(wheel, "sglang.srt.eplb.eplb_algorithms", "deepseek")
-
-    def place(load: Floats, old: Map) -> Map:
-        sizes = (size.slots, size.groups, size.nodes, size.ranks)
-        whole = size.groups > 1 and size.groups % size.nodes == 0
-        return peer.rebalance_experts(torch.from_numpy(load.sum(axis=0)), *sizes, whole)[0].numpy()
-
-    return place
+    whole = size.groups > 1 and size.groups % size.nodes == 0
+    sizes = (size.slots, size.groups, size.nodes, size.ranks, whole)
+    return _of_sglang(wheels, "deepseek", lambda load: (load.sum(axis=0), *sizes))
 
 
 def sglang_windows(wheels: Path, size: Size) -> Policy | str:
     """Return SGLang's ``deepseek_vec``, which sees every window."""
+    whole = size.groups > 1 and size.groups % size.nodes == 0
+    sizes = (size.slots, size.width, size.groups if whole else None, size.nodes, whole)
+    return _of_sglang(wheels, "deepseek_vec", lambda load: (load.astype(np.float32), *sizes))
+
+
+def _of_sglang(wheels: Path, module: str, called: Callable[[Floats], tuple]) -> Policy | str:
     wheel = wheel_of(wheels, "sglang")
     if wheel is None:
         return f"no wheel of sglang in {wheels}"
     torch = torch_module()
-    peer = policy_modules(wheel, "sglang.srt.eplb.eplb_algorithms", "deepseek_vec")
+    peer = policy_modules(wheel, "sglang.srt.eplb.eplb_algorithms", module)
 
     def place(load: Floats, old: Map) -> Map:
-        steps = torch.from_numpy(load.astype(np.float32))
-        whole = size.groups > 1 and size.groups % size.nodes == 0
-        sizes = (size.slots, size.width, size.groups if whole else None, size.nodes, whole)
-        return np.asarray(peer.rebalance_experts(steps, *sizes)[0].numpy(), np.int64)
+        weight, *sizes = called(load)
+        return np.asarray(peer.rebalance_experts(torch.from_numpy(weight), *sizes)[0], np.int64)
 
     return place
 
@@ -210,6 +205,20 @@ def flashlb(wheels: Path, size: Size) -> Policy | str:
         return np.asarray(placed, np.int64).reshape(size.layers, size.slots)
 
     return place
+
+
+def available(
+    peers: dict[str, Callable[[Path, Size], Policy | str]], wheels: Path, size: Size
+) -> dict[str, Policy]:
+    """Return the policies that can run, and print why the others cannot."""
+    policies: dict[str, Policy] = {}
+    for name, peer in peers.items():
+        policy = peer(wheels, size)
+        if isinstance(policy, str):
+            print(f"{name} is left out: {policy}")
+        else:
+            policies[name] = policy
+    return policies
 
 
 def brought(size: Size, old: Map, new: Map) -> int:

@@ -19,18 +19,17 @@ left out.
 
 from __future__ import annotations
 
-import argparse
-import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import Table, arguments, imbalance, skewed_loads, timed
 from peers import (
     WHEELS,
     Floats,
     Map,
     Policy,
     Size,
+    available,
     brought,
     flashlb,
     sglang,
@@ -39,7 +38,7 @@ from peers import (
     torch_module,
     vllm,
 )
-from unseen import generated, imbalance
+from unseen import generated
 
 from moetuner.plugins import rebalance_experts
 
@@ -47,15 +46,14 @@ SIZE = Size(layers=58, experts=256, slots=288, ranks=32)
 
 
 def loads(seed: int) -> Floats:
-    """Log-normal popularity, drawn anew for every layer."""
-    popularity = np.random.default_rng(seed).lognormal(0, 0.8, (SIZE.layers, SIZE.experts))
-    return np.floor(1e6 * popularity / popularity.sum(axis=1, keepdims=True))
+    """Return skewed loads [L,E]."""
+    return skewed_loads(SIZE.layers, SIZE.experts, seed)
 
 
 def score(load: Floats, experts: Map) -> float:
     """Largest / mean rank load, mean over windows and layers."""
     windows = load[None] if load.ndim == 2 else load
-    return imbalance(windows, experts.reshape(SIZE.layers, SIZE.ranks, SIZE.width))
+    return float(imbalance(windows, experts.reshape(SIZE.layers, SIZE.ranks, SIZE.width)).mean())
 
 
 def ours(**rules: Any) -> Policy:
@@ -70,16 +68,6 @@ def ours(**rules: Any) -> Policy:
     return place
 
 
-def timed(policy: Policy, load: Floats, old: Map, repeat: int) -> tuple[Map, list[float]]:
-    """Map and milliseconds."""
-    times = []
-    for _ in range(repeat):
-        begin = time.process_time()
-        found = policy(load, old)
-        times.append(1e3 * (time.process_time() - begin))
-    return found, times
-
-
 def table(
     title: str,
     policies: dict[str, Policy],
@@ -89,53 +77,42 @@ def table(
 ) -> None:
     """Print a row per policy, for cases of windows, running map, and windows to be judged on."""
     print(f"\n{title}, {len(cases)} instances")
-    print(f"{'policy':24} {'ms':>8} {'imbalance':>10} {'copies':>8}  worse than {yardstick}")
     times: dict[str, list[float]] = {name: [] for name in policies}
-    found: dict[str, list[float]] = {name: [] for name in policies}
+    scores: dict[str, list[float]] = {name: [] for name in policies}
     moved: dict[str, list[int]] = {name: [] for name in policies}
     for load, old, judged in cases:
         for name, policy in policies.items():
-            slots, took = timed(policy, load, old, repeat)
-            times[name] += took
-            found[name].append(score(judged, slots))
+            for _ in range(repeat):
+                slots, _, seconds = timed(lambda: policy(load, old))
+                times[name].append(1e3 * seconds)
+            scores[name].append(score(judged, slots))
             moved[name].append(brought(SIZE, old, slots))
+    row = Table(
+        *("policy <24", "ms 8.2f", "imbalance 10.4f", "copies 8.0f"), f"worse than {yardstick} <1"
+    )
     for name in policies:
-        pairs = zip(found[name], found.get(yardstick, found[name]), strict=True)
-        worse = sum(mine > theirs for mine, theirs in pairs)
-        print(
-            f"{name:24} {np.median(times[name]):8.2f} {np.mean(found[name]):10.4f} "
-            f"{np.mean(moved[name]):8.0f}  {worse}",
-            flush=True,
-        )
+        pairs = zip(scores[name], scores.get(yardstick, scores[name]), strict=True)
+        worse = str(sum(mine > theirs for mine, theirs in pairs))
+        row(name, np.median(times[name]), np.mean(scores[name]), np.mean(moved[name]), worse)
 
 
 def main() -> None:
     """Print three tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--wheels", type=Path, default=WHEELS)
-    parser.add_argument("--instances", type=int, default=200)
-    parser.add_argument("--slow", type=int, default=5, help="instances of peers that are slow")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--windows", type=int, default=64)
-    given = parser.parse_args()
+    given = arguments(__doc__, wheels=WHEELS, instances=200, slow=5, repeat=5, windows=64)
     torch_module()
-    peers = {
-        "DeepSeek, SGLang": sglang,
-        "vLLM": vllm,
-        "deepseek_vec, SGLang": sglang_windows,
-        "SwiftBalancer": swift_balancer,
-        "FlashLB": flashlb,
-    }
-    there: dict[str, Policy] = {}
-    for name, of in peers.items():
-        peer = of(given.wheels, SIZE)
-        if isinstance(peer, str):
-            print(f"{name} is left out: {peer}")
-        else:
-            there[name] = peer
-            peer(loads(0)[None], SIZE.initial())  # what is compiled or loaded, is by now
+    there: dict[str, Policy] = available(
+        {
+            "DeepSeek, SGLang": sglang,
+            "vLLM": vllm,
+            "deepseek_vec, SGLang": sglang_windows,
+            "SwiftBalancer": swift_balancer,
+            "FlashLB": flashlb,
+        },
+        given.wheels,
+        SIZE,
+    )
+    for peer in there.values():
+        peer(loads(0)[None], SIZE.initial())  # what is compiled or loaded, is by now
     old = SIZE.initial()
     quick = {name: of for name, of in there.items() if name.startswith(("Deep", "vLLM"))}
     first = {**quick, "ours, first call": ours(old=False)}

@@ -12,15 +12,14 @@ load tables.
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from harness import Table, arguments, imbalance, timed
 from numpy.typing import NDArray
 from peers import WHEELS, flashlb
-from unseen import eplb, generated, imbalance, of_peer
+from unseen import eplb, generated, of_peer
 
 import moetuner as mt
 from moetuner.plugins import rebalance_experts
@@ -60,29 +59,26 @@ def compare(
 ) -> None:
     """Print a row per method, for cases of windows seen and unseen."""
     devices, width = size
-    seen, unseen = cases[0]
-    windows, layers, experts = seen.shape
+    windows, layers, experts = cases[0][0].shape
     print(
         f"\n{title}: {windows} windows, {layers} x {experts} on {devices} x {width}, "
         f"{len(cases)} instances"
     )
-    print(f"{'method':22} {'ms':>9} {'seen':>8} {'unseen':>8} {'mixed':>8}")
     times: dict[str, list[float]] = {name: [] for name in methods}
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in methods}
+    figures: dict[str, list[list[float]]] = {name: [] for name in methods}
     for seen, unseen in cases:
         tens = unseen[: len(unseen) // 10 * 10]
         mixed = tens.reshape(-1, 10, *unseen.shape[1:]).mean(axis=1) if len(tens) else unseen
         for turn in range(repeat):
             for name, method in methods.items():
-                begin = time.process_time()
-                slots = method(seen, devices, width)
-                times[name].append(1e3 * (time.process_time() - begin))
+                slots, _, seconds = timed(lambda of=method: of(seen, devices, width))
+                times[name].append(1e3 * seconds)
                 if turn == 0:
-                    judged = (imbalance(table, slots) for table in (seen, unseen, mixed))
-                    found[name].append(tuple(judged))  # type: ignore[arg-type]
+                    judged = (imbalance(of, slots).mean() for of in (seen, unseen, mixed))
+                    figures[name].append([float(of) for of in judged])
+    row = Table("method <22", "ms 9.1f", "seen 8.4f", "unseen 8.4f", "mixed 8.4f")
     for name in methods:
-        figures = " ".join(f"{figure:8.4f}" for figure in np.mean(found[name], axis=0))
-        print(f"{name:22} {np.median(times[name]):9.1f} {figures}", flush=True)
+        row(name, np.median(times[name]), *np.mean(figures[name], axis=0))
 
 
 def tables(folder: Path) -> list[tuple[str, list[tuple[Floats, Floats]], tuple[int, int]]]:
@@ -104,15 +100,7 @@ def tables(folder: Path) -> list[tuple[str, list[tuple[Floats, Floats]], tuple[i
 
 def main() -> None:
     """Print a table per size."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--wheels", type=Path, default=WHEELS)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--large", action="store_true")
-    parser.add_argument("--data", type=Path)
-    given = parser.parse_args()
+    given = arguments(__doc__, wheels=WHEELS, seeds=2, repeat=3, large=False, data=Path)
     methods: dict[str, Method] = {
         "EPLB": lambda load, *size: eplb(load, np.zeros(0, np.int64), *size)
     }

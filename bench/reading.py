@@ -9,10 +9,10 @@ process, the best of three; beside them those of Python's JSON for the same line
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
+from harness import timed
 
 import moetuner as mt
 from moetuner.files import jsonl
@@ -22,12 +22,7 @@ TOKENS, LAYERS, TOP_K, EXPERTS = 4096, 24, 8, 64
 
 def best_of_three(work):
     """Smallest CPU time of three calls."""
-    times = []
-    for _ in range(3):
-        begin = time.process_time()
-        work()
-        times.append(time.process_time() - begin)
-    return min(times)
+    return min(timed(work)[2] for _ in range(3))
 
 
 def megatron(ids):

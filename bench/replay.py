@@ -7,13 +7,13 @@ numpy works layer by layer, without a loop over tokens; both must find the same 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from dataclasses import dataclass
 
 import numpy as np
+from harness import Table, arguments, in_turns
 from numpy.typing import NDArray
-from transitions import routing, seconds
+from transitions import routing
 
 import moetuner as mt
 
@@ -90,15 +90,12 @@ def check(ours: mt.Evaluation, theirs: Figures) -> None:
 
 def main() -> None:
     """Print a row per size and number of threads."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    given = arguments(__doc__, repeat=5, window=512)
+    window = given.window
+    row = Table(
+        *("tokens x layers x top-k of experts, devices <44", "threads 7s", "moetuner, ms 12.1f"),
+        *("numpy, ms 10.1f", "ratio 7.1f"),
     )
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--window", type=int, default=512)
-    arguments = parser.parse_args()
-    window = arguments.window
-    print(f"{'tokens x layers x top-k of experts, devices':44} {'threads':>7}", end="")
-    print(f" {'moetuner':>10} {'numpy':>10} {'ratio':>7}")
     for tokens, layers, top_k, experts, devices, per_node in ROWS:
         ids = routing(tokens, layers, top_k, experts)
         trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
@@ -129,16 +126,14 @@ def main() -> None:
 
         check(ours(1), peer())
         assert ours(1).to_dict() == ours(None).to_dict()
-        times = [
-            (seconds(peer), seconds(lambda: ours(1)), seconds(lambda: ours(None)))
-            for _ in range(arguments.repeat)
-        ]
+        works = {"numpy": peer, "1": lambda: ours(1), "all": lambda: ours(None)}
+        times = in_turns(works, given.repeat)
         label = f"{tokens} x {layers} x {top_k} of {experts}, {devices}"
-        numpy_ms = statistics.median(row[0] for row in times) * 1e3
-        for column, threads in ((1, "1"), (2, "all")):
-            mine = statistics.median(row[column] for row in times) * 1e3
-            ratio = statistics.median(row[0] / row[column] for row in times)
-            print(f"{label:44} {threads:>7} {mine:8.1f}ms {numpy_ms:8.1f}ms {ratio:6.1f}x")
+        theirs = times.pop("numpy")
+        for threads, mine in times.items():
+            ratio = statistics.median(a / b for a, b in zip(theirs, mine, strict=True))
+            medians = (1e3 * statistics.median(of) for of in (mine, theirs))
+            row(label, threads, *medians, ratio)
 
 
 if __name__ == "__main__":

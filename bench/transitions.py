@@ -7,12 +7,10 @@ Both count the same random, skewed routing; the medians of interleaved runs are 
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import time
-from collections.abc import Callable
 
 import numpy as np
+from harness import Table, arguments, in_turns
 from numpy.typing import NDArray
 
 import moetuner as mt
@@ -54,21 +52,17 @@ def with_numpy(ids: Ids, experts: int) -> NDArray[np.int64]:
     return tables
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
 def main() -> None:
     """Print a row per size."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    repeat = arguments(__doc__, repeat=5).repeat
+    row = Table(
+        *(
+            "tokens x layers x top-k of experts <36",
+            "moetuner, ms 12.1f",
+            "numpy, ms 10.1f",
+            "ratio 7.1f",
+        )
     )
-    parser.add_argument("--repeat", type=int, default=5)
-    repeat = parser.parse_args().repeat
-    print(f"{'tokens x layers x top-k of experts':36} {'moetuner':>10} {'numpy':>10} {'ratio':>7}")
     for tokens, layers, top_k, experts in ROWS:
         ids = routing(tokens, layers, top_k, experts)
         trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
@@ -80,10 +74,9 @@ def main() -> None:
             return with_numpy(ids, experts)
 
         assert np.array_equal(ours().transitions, peer())
-        times = [(seconds(ours), seconds(peer)) for _ in range(repeat)]
-        mine, theirs = (statistics.median(column) for column in zip(*times, strict=True))
-        label = f"{tokens} x {layers} x {top_k} of {experts}"
-        print(f"{label:36} {mine * 1e3:8.1f}ms {theirs * 1e3:8.1f}ms {theirs / mine:6.1f}x")
+        times = in_turns({"ours": ours, "numpy": peer}, repeat)
+        mine, theirs = (1e3 * statistics.median(column) for column in times.values())
+        row(f"{tokens} x {layers} x {top_k} of {experts}", mine, theirs, theirs / mine)
 
 
 if __name__ == "__main__":

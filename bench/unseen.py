@@ -18,12 +18,11 @@ Without wheels the peers are left out.
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from harness import Table, arguments, imbalance, timed
 from numpy.typing import NDArray
 from peers import WHEELS, Policy, Size, flashlb, sglang_windows
 
@@ -67,20 +66,6 @@ def generated(layers: int, windows: int, seed: int, experts: int = 256) -> Float
         share = np.minimum(share / share.sum(axis=1, keepdims=True), LARGEST_SHARE)
         load[window] = rng.poisson(share / share.sum(axis=1, keepdims=True) * TOKENS)
     return load
-
-
-def imbalance(load: Floats, slots: Slots) -> float:
-    """Max / mean load of devices: the mean over windows and layers."""
-    layers = len(slots)
-    ratio = 0.0
-    for layer in range(layers):
-        # Several copies on a device, as some peers place them, serve as many parts.
-        held = np.stack(
-            [np.bincount(row[row >= 0], minlength=load.shape[2]) for row in slots[layer]]
-        )
-        device = load[:, layer] @ (held / held.sum(axis=0)).T
-        ratio += float((device.max(axis=1) / device.mean(axis=1)).mean())
-    return ratio / layers
 
 
 def contiguous(load: Floats, group: NDArray[np.int64], devices: int, slots: int) -> Slots:
@@ -167,15 +152,14 @@ def compare(
 ) -> None:
     """Print a row per size and method."""
     print(f"\n{title}: {len(load)} windows seen, {load.shape[1]} layers, {load.shape[2]} experts")
-    print(f"{'devices/slots':>13} {'method':>14}", *(f"{name:>8}" for name in judged), " seconds")
+    row = Table(
+        "devices/slots 13s", "method 14s", *(f"{name} 8.4f" for name in judged), "seconds 8.2f"
+    )
     for devices, slots in sizes:
         for name, method in methods.items():
-            begin = time.perf_counter()
-            placed = method(load, group, devices, slots)
-            seconds = time.perf_counter() - begin
-            figures = (f"{imbalance(table, placed):8.4f}" for table in judged.values())
-            size = f"{devices}/{devices * slots}"
-            print(f"{size:>13} {name:>14}", *figures, f"{seconds:8.2f}", flush=True)
+            placed, seconds, _ = timed(lambda: method(load, group, devices, slots))
+            figures = (imbalance(table, placed).mean() for table in judged.values())
+            row(f"{devices}/{devices * slots}", name, *figures, seconds)
 
 
 def model_of_domains(methods: dict[str, Method], layers: int, seed: int) -> None:
@@ -194,7 +178,7 @@ def languages(file: Path, methods: dict[str, Method], step: int) -> None:
     """Compare on a language that was left out, the mean over which one."""
     load = np.load(file)["load"].astype(np.float64)[:, ::step]
     print(f"\n{file.name}: imbalance - 1, a language left out, mean over {len(load)}")
-    print(f"{'devices/slots':>13} {'method':>14} {'seen':>8} {'unseen':>8}   of EPLB's")
+    row = Table("devices/slots 13s", "method 14s", "seen 8.4f", "unseen 8.4f", "of EPLB's 1s")
     for devices, slots in ((8, 17), (16, 9)):
         figures: dict[str, Floats] = {}
         for name, method in methods.items():
@@ -202,12 +186,11 @@ def languages(file: Path, methods: dict[str, Method], step: int) -> None:
             for out in range(len(load)):
                 seen = np.delete(load, out, axis=0)
                 placed = method(seen, np.arange(len(seen)), devices, slots)
-                excess.append([imbalance(seen, placed) - 1, imbalance(load[[out]], placed) - 1])
+                excess.append([imbalance(of, placed).mean() - 1 for of in (seen, load[[out]])])
             figures[name] = np.mean(excess, axis=0)
             ratio = figures[name] / figures.get("EPLB", figures[name])
-            row = f"{f'{devices}/{devices * slots}':>13} {name:>14}"
             parts = f"{ratio[0]:6.2f}x {ratio[1]:6.3f}x" if "EPLB" in figures else ""
-            print(row, *(f"{value:8.4f}" for value in figures[name]), parts, flush=True)
+            row(f"{devices}/{devices * slots}", name, *figures[name], parts)
 
 
 def prompts(file: Path, methods: dict[str, Method]) -> None:
@@ -232,17 +215,7 @@ def prompts(file: Path, methods: dict[str, Method]) -> None:
 
 def main() -> None:
     """Print all tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--qwen", type=Path, help="load table of languages")
-    parser.add_argument("--mixtral", type=Path, help="load table of prompts with subjects")
-    parser.add_argument("--layers", type=int, default=75, help="of the generated model")
-    parser.add_argument("--step", type=int, default=1, help="every so many layers of the languages")
-    parser.add_argument("--seed", type=int, default=0, help="of the generated model")
-    parser.add_argument("--wheels", type=Path, default=WHEELS, help="their folder")
-    options = parser.parse_args()
-
+    options = arguments(__doc__, qwen=Path, mixtral=Path, layers=75, step=1, seed=0, wheels=WHEELS)
     chosen: list[str] = []
     methods: dict[str, Method] = {"contiguous": contiguous, "EPLB": eplb}
     for name, peer in (("FlashLB", flashlb), ("deepseek_vec", sglang_windows)):

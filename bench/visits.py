@@ -7,9 +7,9 @@ where all contents of a device can be tried, and by tangents; the gap, and CPU s
 and of `verify`.
 """
 
-import argparse
-import time
 from pathlib import Path
+
+from harness import Table, arguments, timed
 
 import moetuner as mt
 from moetuner.solver.bounds import visits
@@ -19,39 +19,35 @@ from moetuner.solver.search.fanout import dispatch
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("trace", type=Path)
-    parser.add_argument("--devices", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--cap", type=float)
-    parser.add_argument("--search", type=float, default=10.0)
-    arguments = parser.parse_args()
-    trace = mt.RoutingTrace.load(arguments.trace)
+    given = arguments(__doc__, {"trace": Path}, devices=[4, 8], cap=float, search=10.0)
+    trace = mt.RoutingTrace.load(given.trace)
     statistics = mt.RoutingStatistics.from_trace(trace, transitions=False, sets=True)
-    print("devices  proof     found    bound    gap      bound s  verify s")
+    row = Table(
+        *("devices 7d", "proof <8", "found 8.4f", "bound 8.4f", "gap 7.2%"),
+        *("bound, CPU-s 12.1f", "verify, CPU-s 13.1f"),
+    )
     by_prices = visits._by_prices
-    for devices in arguments.devices:
+    for devices in given.devices:
         problem = mt.Problem(
             statistics,
             mt.Topology(devices),
             regime="dispatch",
             objective="traffic",
-            max_imbalance=arguments.cap,
+            max_imbalance=given.cap,
         )
-        slots = dispatch(problem, limits=Limits(time_limit=arguments.search)).slots
+        slots = dispatch(problem, limits=Limits(time_limit=given.search)).slots
         found = problem.value(mt.Placement(slots, num_experts=problem.experts))
         caps, tokens = problem.caps.kept(slots), mt.Objective(problem).tokens
         for proof, way in (("prices", by_prices), ("tangents", lambda *_: None)):
             visits._by_prices = way
-            begin = time.process_time()
-            proven = visits.bound(problem, slots, caps, limits=Limits())
-            seconds, begin = time.process_time() - begin, time.process_time()
-            certificate = visits.certified(problem, caps, proven)
-            assert mt.verify(certificate, problem) == proven.cost
-            checked, bound = time.process_time() - begin, proven.cost / tokens
-            print(
-                f"{devices:7}  {proof:8}  {found:.4f}   {bound:.4f}   {1 - bound / found:6.2%}   "
-                f"{seconds:7.1f}  {checked:8.1f}"
+            proven, _, bounding = timed(
+                lambda of=problem, on=slots, caps=caps: visits.bound(of, on, caps, limits=Limits())
             )
+            certificate = visits.certified(problem, caps, proven)
+            cost, _, checking = timed(lambda of=problem, by=certificate: mt.verify(by, of))
+            assert cost == proven.cost
+            bound = proven.cost / tokens
+            row(devices, proof, found, bound, 1 - bound / found, bounding, checking)
         visits._by_prices = by_prices
 
 

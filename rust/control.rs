@@ -7,7 +7,7 @@ use std::time::Instant;
 #[derive(Debug)]
 pub struct Control {
     /// Set to stop: the best placement so far is the answer.
-    pub stop: AtomicBool,
+    pub cancelled: AtomicBool,
     /// Trials made.
     pub trials: AtomicU64,
     /// Cost of the best finished placement, in the instance's counts; `i64::MAX` before the first.
@@ -20,7 +20,7 @@ impl Control {
     #[must_use]
     pub fn new(deadline: Option<Instant>) -> Self {
         Self {
-            stop: AtomicBool::new(false),
+            cancelled: AtomicBool::new(false),
             trials: AtomicU64::new(0),
             best: AtomicI64::new(i64::MAX),
             deadline,
@@ -34,20 +34,27 @@ impl Control {
     }
 
     pub(crate) fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed) || self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+        self.cancelled.load(Ordering::Relaxed)
+            || self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }
 
     /// Whether there is time for something that takes so many seconds; always where time is not limited.
     pub(crate) fn leaves(&self, seconds: f64) -> bool {
         let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        left.is_none_or(|left| left.as_secs_f64() > seconds) && !self.stop.load(Ordering::Relaxed)
+        left.is_none_or(|left| left.as_secs_f64() > seconds) && !self.cancelled.load(Ordering::Relaxed)
     }
 
     pub(crate) fn count(&self, trials: u64) {
         self.trials.fetch_add(trials, Ordering::Relaxed);
     }
 
-    pub(crate) fn found(&self, cost: i64) {
+    /// Takes a proven bound: it rises, so the watched number is its negative.
+    #[cfg(feature = "python")]
+    pub(crate) fn proven(&self, bound: u64) {
+        self.offer(-i64::try_from(bound).unwrap_or(i64::MAX));
+    }
+
+    pub(crate) fn offer(&self, cost: i64) {
         self.best.fetch_min(cost, Ordering::Relaxed);
     }
 }

@@ -8,7 +8,6 @@ mod anneal;
 pub mod assignment;
 pub mod bound;
 pub mod chain;
-pub mod colocation;
 pub mod control;
 pub mod counting;
 pub mod error;

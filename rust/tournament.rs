@@ -7,7 +7,6 @@ pub(crate) struct Tournament<K> {
     places: Vec<K>,
     /// Where the numbers themselves begin.
     first: usize,
-    none: K,
 }
 
 impl<K: Ord + Copy> Tournament<K> {
@@ -20,12 +19,7 @@ impl<K: Ord + Copy> Tournament<K> {
         for at in (1..first).rev() {
             places[at] = places[2 * at].min(places[2 * at + 1]);
         }
-        Self { places, first, none }
-    }
-
-    /// What stands for a number that is missing.
-    pub(crate) fn none(&self) -> K {
-        self.none
+        Self { places, first }
     }
 
     /// The least number.

@@ -214,7 +214,6 @@ CORE_MAY_IMPORT = {
     "chain": {"packing"},
     "layer": set(),
     "bound": set(),
-    "colocation": set(),
     "lines": set(),
 }
 

@@ -34,7 +34,6 @@ __all__ = [
     "replicate_experts",
     "scan_lines",
     "search",
-    "separate",
     "smallest_peaks",
     "spend_budget",
     "validate",
@@ -518,7 +517,7 @@ def smallest_peaks(
     load: NDArray[np.uint64],
     devices: int,
     slots: int,
-    found: NDArray[np.uint64],
+    reached: NDArray[np.uint64],
     *,
     threads: int | None = None,
 ) -> list[tuple[int, int]]:
@@ -565,25 +564,6 @@ def exact_chain(
     where no placement keeps a cap, the least that one does keep. None where devices differ other
     than by node, where partitions are too many, where counts are too huge to be exact, where it
     would take more than ``work`` steps of about a nanosecond, or where the time is over.
-    """
-
-def separate(
-    values: NDArray[np.float64],
-    sizes: list[int],
-    layers: int,
-    entries: int,
-    boundaries: int,
-    *,
-    slack: float,
-    most: int,
-    threads: int | None = None,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Find the rows of the co-location programme that values of its columns break.
-
-    Columns are s [tiers,L,P(P-1)/2], then z [tiers,boundaries,P,P]; a class of a tier holds its one
-    of ``sizes`` experts of every layer. Of each kind the ``most`` rows that are broken worst, by
-    more than ``slack``, worst first. Returns triangles ``a + b - c <= 1`` as columns [n,3], and
-    gatherings ``sum of factor * column <= 0`` as row, column and factor of every entry.
     """
 
 def bound(

@@ -57,7 +57,7 @@ struct DepthFirst<'a> {
     chosen: Vec<usize>,
     floor: f64,
     best: f64,
-    found: Vec<(f64, Set)>,
+    sets: Vec<(f64, Set)>,
 }
 
 impl<'a> DepthFirst<'a> {
@@ -86,7 +86,7 @@ impl<'a> DepthFirst<'a> {
             chosen: vec![0; c],
             floor,
             best: f64::NEG_INFINITY,
-            found: Vec::new(),
+            sets: Vec::new(),
         };
         this.find_price([contents.lower as f64 / total, contents.upper as f64 / total]);
         this
@@ -98,8 +98,8 @@ impl<'a> DepthFirst<'a> {
         let c = self.contents.slots as f64;
         // Additions in any value or bound of a branch, times what their terms add up to at most.
         let error = (c * c + 8.0 * c + 64.0) * f64::EPSILON * (magnitude + (c + 2.0) * self.price.abs());
-        sort(&mut self.found);
-        Harvest { bound: self.best + error, sets: self.found }
+        sort(&mut self.sets);
+        Harvest { bound: self.best + error, sets: self.sets }
     }
 
     /// The price with the least bound at the root, which is convex in it.
@@ -228,9 +228,9 @@ impl<'a> DepthFirst<'a> {
                 self.best = self.best.max(value);
                 self.floor = self.floor.max(value);
                 let set = self.chosen.iter().fold(0, |set: Set, &a| set | 1 << self.order[a]);
-                self.found.push((value, set));
-                if self.found.len() > 4 * HARVEST {
-                    sort(&mut self.found);
+                self.sets.push((value, set));
+                if self.sets.len() > 4 * HARVEST {
+                    sort(&mut self.sets);
                 }
             }
         }
@@ -295,7 +295,7 @@ fn halves(g: &[f64], e: usize, c: usize) -> Vec<f64> {
 }
 
 /// Best first, the best only.
-fn sort(found: &mut Vec<(f64, Set)>) {
-    found.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-    found.truncate(HARVEST);
+fn sort(sets: &mut Vec<(f64, Set)>) {
+    sets.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    sets.truncate(HARVEST);
 }

@@ -119,11 +119,11 @@ mod tests {
                 upper: middle + width,
             };
             let best = best(&contents, &g);
-            let found = contents.search(&g, floor);
-            prop_assert!(found.bound.max(floor) >= best);
+            let harvest = contents.search(&g, floor);
+            prop_assert!(harvest.bound.max(floor) >= best);
             if best > floor + 1e-9 {
-                prop_assert!((found.sets[0].0 - best).abs() < 1e-9 && found.bound - best < 1e-9);
-                for &(claimed, set) in &found.sets {
+                prop_assert!((harvest.sets[0].0 - best).abs() < 1e-9 && harvest.bound - best < 1e-9);
+                for &(claimed, set) in &harvest.sets {
                     prop_assert!((value(&g, e, set) - claimed).abs() < 1e-9);
                     let (gain, better) = contents.climb(&g, set);
                     prop_assert!((value(&g, e, better) - claimed - gain).abs() < 1e-9);

@@ -50,9 +50,6 @@
 // Kernels must end up inside their multiversioned callers, or they are compiled for the oldest machine.
 #![allow(clippy::inline_always)]
 
-use std::sync::atomic::AtomicBool;
-use std::time::Instant;
-
 mod branch;
 mod certificate;
 mod contents;
@@ -71,6 +68,7 @@ pub mod visits;
 pub use certificate::{Certificate, verify};
 pub use cuts::Kind;
 
+use crate::control::Control;
 use crate::error::{Error, Result, room_for};
 use certificate::{Dual, crossing, dual_value};
 use relaxation::Relaxation;
@@ -78,6 +76,10 @@ use semidefinite::Admm;
 
 /// Experts per layer beyond which only the transportation bound is tried: an iteration would take minutes.
 const LARGEST: usize = 512;
+
+/// Ends of a search: the gap is small enough, or there is nothing to prove; the iterations are spent.
+const GAP: &str = "gap reached";
+const ITERATIONS: &str = "iterations";
 
 /// A joint placement problem on interchangeable devices: how few transitions can cross devices?
 #[derive(Debug, Clone, Copy)]
@@ -137,11 +139,9 @@ pub struct Limits<'a> {
     pub target: Option<u64>,
     /// Good enough: `(target - bound) / target`.
     pub gap: f64,
-    /// Good enough whatever it is; the iteration in hand and the last proof are finished after it. With a deadline the
-    /// result depends on the machine.
-    pub deadline: Option<Instant>,
-    /// Set from another thread to stop after the present iteration.
-    pub stop: &'a AtomicBool,
+    /// When to end whatever it is; the iteration in hand and the last proof are finished. With a deadline the result
+    /// depends on the machine.
+    pub control: &'a Control,
 }
 
 impl Limits<'_> {
@@ -150,89 +150,52 @@ impl Limits<'_> {
     }
 }
 
-/// Why the search for a better bound ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stop {
-    /// The gap is small enough, or there is nothing to prove.
-    Gap,
-    /// No progress to speak of.
-    Stalled,
-    /// The iterations are spent.
-    Iterations,
-    /// The time is spent, or too short for an iteration of this size.
-    Deadline,
-    /// The stop flag was set.
-    Asked,
-    /// The instance is too large for more than the transportation bound.
-    Size,
-}
-
-/// Which relaxation proved a bound.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
-    /// Nothing to prove: the bound is 0.
-    Trivial,
-    /// Row and column sums of each pair of layers.
-    Transportation,
-    /// The doubly non-negative relaxation with cuts.
-    Semidefinite,
-}
-
 /// A bound with its proof.
 #[derive(Debug, Clone)]
 pub struct Bound {
     /// No feasible placement has fewer transitions between devices.
     pub cost: u64,
-    /// Which bound it is.
-    pub source: Source,
+    /// Which bound it is: `trivial`, `transportation` or `semidefinite`.
+    pub source: &'static str,
     /// Iterations done.
     pub iterations: usize,
     /// Why it ended.
-    pub stop: Stop,
+    pub end: &'static str,
     /// What [`verify`] needs.
     pub certificate: Certificate,
-}
-
-/// The best proven bound so far, as handed to the progress report.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Progress {
-    /// Iterations done.
-    pub iterations: usize,
-    /// The proven bound.
-    pub cost: u64,
 }
 
 /// Bounds the crossing count from below.
 ///
 /// Runs on the ambient rayon pool; without a deadline the result is a function of the instance and the limits alone,
-/// whatever the number of threads. `report` is called whenever the proven bound has risen.
+/// whatever the number of threads. `report` gets the proven bound whenever it has risen.
 ///
 /// If no placement is feasible, any bound is right, and what is returned means nothing.
-pub fn bound(instance: &Instance<'_>, limits: &Limits<'_>, report: impl FnMut(Progress)) -> Result<Bound> {
+pub fn bound(instance: &Instance<'_>, limits: &Limits<'_>, report: impl FnMut(u64)) -> Result<Bound> {
     instance.check()?;
     if instance.is_trivial() {
         let certificate = Certificate::default();
-        return Ok(Bound { cost: 0, source: Source::Trivial, iterations: 0, stop: Stop::Gap, certificate });
+        return Ok(Bound { cost: 0, source: "trivial", iterations: 0, end: GAP, certificate });
     }
     Ok(search(&Relaxation::new(instance), limits, report))
 }
 
-fn search(relaxation: &Relaxation, limits: &Limits<'_>, report: impl FnMut(Progress)) -> Bound {
+fn search(relaxation: &Relaxation, limits: &Limits<'_>, report: impl FnMut(u64)) -> Bound {
     let mut best = Best::new(relaxation, limits, report);
     if best.reached() {
-        return best.finish(Stop::Gap, 0);
+        return best.finish(GAP, 0);
     }
     if relaxation.experts > LARGEST {
-        return best.finish(Stop::Size, 0);
+        return best.finish("size", 0);
     }
     if limits.iterations == 0 {
-        return best.finish(Stop::Iterations, 0);
+        return best.finish(ITERATIONS, 0);
     }
     // Costs and D share their unit and their zero: all transitions inside devices.
     let target = limits.target.map(|target| (target as f64 - relaxation.total as f64) / relaxation.unit);
     let mut admm = Admm::new(relaxation);
-    let stop = admm.run(limits, target, |iterations, dual| best.offer(iterations, dual));
-    best.finish(stop, admm.iterations)
+    let end = admm.run(limits, target, |iterations, dual| best.offer(iterations, dual));
+    best.finish(end, admm.iterations)
 }
 
 /// The best dual point: proven, and perhaps a better one whose proof waits.
@@ -241,21 +204,24 @@ struct Best<'a, F> {
     limits: &'a Limits<'a>,
     report: F,
     cost: u64,
-    source: Source,
+    source: &'static str,
     proven: Dual,
     waiting: Option<Dual>,
     /// Iterations before which no proof is made: proofs cost as much as iterations, so they are spaced out.
     next: usize,
 }
 
-impl<'a, F: FnMut(Progress)> Best<'a, F> {
+impl<'a, F: FnMut(u64)> Best<'a, F> {
     /// Starts with the transportation bound.
     fn new(relaxation: &'a Relaxation, limits: &'a Limits<'a>, report: F) -> Self {
-        let proven = Dual { columns: transport::all_columns(relaxation, limits.deadline), ..Dual::default() };
-        let source = Source::Transportation;
+        let proven = Dual {
+            columns: transport::all_columns(relaxation, limits.control.deadline()),
+            ..Dual::default()
+        };
+        let source = "transportation";
         let mut this = Self { relaxation, limits, report, cost: 0, source, proven, waiting: None, next: 0 };
         this.cost = this.prove(&this.proven);
-        (this.report)(Progress { iterations: 0, cost: this.cost });
+        (this.report)(this.cost);
         this
     }
 
@@ -272,25 +238,25 @@ impl<'a, F: FnMut(Progress)> Best<'a, F> {
         let promising = self.limits.is_reached(crossing(self.relaxation, dual.estimate));
         self.waiting = Some(dual);
         if promising || iterations >= self.next {
-            self.settle(iterations);
+            self.prove_waiting();
             self.next = iterations + iterations.div_ceil(5);
         }
         promising && self.reached()
     }
 
-    fn settle(&mut self, iterations: usize) {
+    fn prove_waiting(&mut self) {
         let Some(dual) = self.waiting.take() else { return };
         let cost = self.prove(&dual);
         if cost > self.cost {
-            (self.cost, self.source, self.proven) = (cost, Source::Semidefinite, dual);
-            (self.report)(Progress { iterations, cost });
+            (self.cost, self.source, self.proven) = (cost, "semidefinite", dual);
+            (self.report)(cost);
         }
     }
 
-    fn finish(mut self, stop: Stop, iterations: usize) -> Bound {
-        self.settle(iterations);
+    fn finish(mut self, end: &'static str, iterations: usize) -> Bound {
+        self.prove_waiting();
         let certificate = Certificate::write(self.proven);
-        Bound { cost: self.cost, source: self.source, iterations, stop, certificate }
+        Bound { cost: self.cost, source: self.source, iterations, end, certificate }
     }
 }
 

@@ -215,19 +215,19 @@ impl Pool {
             t.idle = if t.multiplier > 0.0 { 0 } else { t.idle + 1 };
             t.idle < PATIENCE
         });
-        let mut kept = Vec::with_capacity(self.entries.len());
+        let mut retained = Vec::with_capacity(self.entries.len());
         let entries = &self.entries;
         self.rows.retain_mut(|row| {
             row.idle = if row.multiplier > 0.0 || !row.cut.kind.is_separated() { 0 } else { row.idle + 1 };
             let keep = row.idle < PATIENCE;
             if keep {
-                let start = kept.len() as u32;
-                kept.extend_from_slice(&entries[row.start as usize..row.end as usize]);
-                (row.start, row.end) = (start, kept.len() as u32);
+                let start = retained.len() as u32;
+                retained.extend_from_slice(&entries[row.start as usize..row.end as usize]);
+                (row.start, row.end) = (start, retained.len() as u32);
             }
             keep
         });
-        self.entries = kept;
+        self.entries = retained;
         self.known_rows = self.rows.iter().map(|row| row.cut.clone()).collect();
     }
 

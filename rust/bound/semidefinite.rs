@@ -14,7 +14,8 @@ use super::mixture::Mixture;
 use super::relaxation::Relaxation;
 use super::rows::{Pool, project};
 use super::separation::{fill_matrix, separate};
-use super::{Limits, Stop};
+use super::spectrum::centre;
+use super::{GAP, ITERATIONS, Limits};
 
 /// Over-relaxation.
 const ALPHA: f64 = 1.7;
@@ -40,6 +41,22 @@ const WORTHWHILE: u32 = 5;
 const FEWEST: u32 = 11;
 /// Seconds of an eigenproblem, as a part of the cube of its order: no processor of today is faster.
 const SHORTEST: f64 = 1e-9;
+
+/// Looks in a row without progress, and the bound from which progress counts.
+struct Stalls {
+    count: usize,
+    mark: f64,
+}
+
+impl Stalls {
+    fn look(&mut self, best: f64, progress: f64, iterations: usize) {
+        if best > self.mark + progress {
+            *self = Self { count: 0, mark: best };
+        } else if iterations > WARM_UP {
+            self.count += 1;
+        }
+    }
+}
 
 /// Q and U of one pair.
 #[derive(Debug, Clone)]
@@ -122,43 +139,40 @@ impl<'a> Admm<'a> {
         limits: &Limits<'_>,
         target: Option<f64>,
         mut better: impl FnMut(usize, Dual) -> bool,
-    ) -> Stop {
-        let start = Instant::now();
+    ) -> &'static str {
+        let (start, deadline) = (Instant::now(), limits.control.deadline());
         let all = self.relaxation.total as f64 / self.relaxation.unit;
         let mut best = f64::NEG_INFINITY;
-        let (mut stalls, mut mark) = (0, f64::NEG_INFINITY);
+        let mut stalls = Stalls { count: 0, mark: f64::NEG_INFINITY };
         // What looking at the bound takes: the last look is made before the time is spent.
         let mut look = Duration::ZERO;
         loop {
-            if limits.stop.load(Ordering::Relaxed) {
-                return Stop::Asked;
+            if limits.control.cancelled.load(Ordering::Relaxed) {
+                return "interrupted";
             }
-            if limits.deadline.is_some_and(|deadline| Instant::now() + look >= deadline) {
+            if deadline.is_some_and(|deadline| Instant::now() + look >= deadline) {
                 if look > Duration::ZERO && !self.iterations.is_multiple_of(PERIOD) {
                     let dual = self.dual();
                     if dual.estimate > best && better(self.iterations, dual) {
-                        return Stop::Gap;
+                        return GAP;
                     }
                 }
-                return Stop::Deadline;
+                return "time limit";
             }
             if self.iterations >= limits.iterations {
-                return Stop::Iterations;
+                return ITERATIONS;
             }
-            let worthwhile = |deadline| start + (1 + WORTHWHILE) * start.elapsed() < deadline;
-            if self.iterations == UNMIXED
-                && self.relaxation.has_contents
-                && limits.deadline.is_none_or(worthwhile)
-            {
+            let worthwhile = |deadline: Instant| start + (1 + WORTHWHILE) * start.elapsed() < deadline;
+            if self.iterations == UNMIXED && self.relaxation.has_contents && deadline.is_none_or(worthwhile) {
                 self.mix();
             }
             // What the first one takes is not known yet: none is begun that is out of the question.
-            if self.iterations == 0 && limits.deadline.is_some_and(|d| Instant::now() + self.shortest() > d) {
-                return Stop::Deadline;
+            if self.iterations == 0 && deadline.is_some_and(|d| Instant::now() + self.shortest() > d) {
+                return "time limit";
             }
             self.iterate();
-            if self.iterations == 1 && limits.deadline.is_some_and(|d| start + FEWEST * start.elapsed() > d) {
-                return Stop::Deadline;
+            if self.iterations == 1 && deadline.is_some_and(|d| start + FEWEST * start.elapsed() > d) {
+                return "time limit";
             }
             if !self.iterations.is_multiple_of(PERIOD) && self.iterations != limits.iterations {
                 continue;
@@ -168,18 +182,14 @@ impl<'a> Admm<'a> {
             if dual.estimate > best {
                 best = dual.estimate;
                 if better(self.iterations, dual) {
-                    return Stop::Gap;
+                    return GAP;
                 }
             }
             look = look.max(begin.elapsed());
             let distance = target.map_or(USUAL_GAP * (all + best), |target| target - best);
-            if best > mark + PROGRESS * distance.max(0.0) {
-                (mark, stalls) = (best, 0);
-            } else if self.iterations > WARM_UP {
-                stalls += 1;
-                if stalls >= STALLS {
-                    return Stop::Stalled;
-                }
+            stalls.look(best, PROGRESS * distance.max(0.0), self.iterations);
+            if stalls.count >= STALLS {
+                return "no further progress";
             }
             self.balance();
             if self.iterations.is_multiple_of(PERIOD) {
@@ -321,7 +331,7 @@ impl Pair {
             *u += ALPHA * b + (1.0 - ALPHA) * q;
             *target = *u;
         }
-        centre_in_place(target, n);
+        centre(target, n);
         work.copy_from_slice(target);
         eigen.decompose(work);
         let most = 2.0 * slots as f64;
@@ -348,27 +358,5 @@ impl Pair {
         weights.iter_mut().zip(&eigen.values).for_each(|(w, x)| *w = x - x.clamp(0.0, most));
         weights.sort_unstable_by(|a, b| b.total_cmp(a));
         self.largest = weights[..devices - 1].iter().sum();
-    }
-}
-
-/// Centres rows and columns inside each half.
-fn centre_in_place(a: &mut [f64], n: usize) {
-    let half = n / 2;
-    let size = half as f64;
-    let mut means = vec![[0.0; 2]; n];
-    let mut grand = [[0.0; 2]; 2];
-    for (i, (row, means)) in a.chunks_exact(n).zip(&mut means).enumerate() {
-        for side in 0..2 {
-            means[side] = row[side * half..][..half].iter().sum::<f64>() / size;
-            grand[i / half][side] += means[side] / size;
-        }
-    }
-    for (i, row) in a.chunks_exact_mut(n).enumerate() {
-        for side in 0..2 {
-            let shift = means[i][side] - grand[i / half][side];
-            for (x, mean) in row[side * half..][..half].iter_mut().zip(&means[side * half..]) {
-                *x -= mean[i / half] + shift;
-            }
-        }
     }
 }

@@ -20,7 +20,7 @@ fn rows_per_pair(experts: usize) -> usize {
 
 /// A broken inequality; `depth` ranks it.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Found {
+struct Broken {
     depth: f32,
     pair: u32,
     kind: Kind,
@@ -28,43 +28,43 @@ struct Found {
 }
 
 /// Deepest first; equal depths in a fixed order.
-fn rank(a: &Found, b: &Found) -> std::cmp::Ordering {
+fn rank(a: &Broken, b: &Broken) -> std::cmp::Ordering {
     b.depth.total_cmp(&a.depth).then_with(|| (a.pair, a.kind, a.items).cmp(&(b.pair, b.kind, b.items)))
 }
 
 /// Keeps the `limit` deepest.
-fn keep_deepest(found: &mut Vec<Found>, limit: usize) {
-    if found.len() > limit {
-        found.select_nth_unstable_by(limit, rank);
-        found.truncate(limit);
+fn keep_deepest(broken: &mut Vec<Broken>, limit: usize) {
+    if broken.len() > limit {
+        broken.select_nth_unstable_by(limit, rank);
+        broken.truncate(limit);
     }
 }
 
 /// Adds to the pools what `y` (all slices, unscaled) breaks most.
 pub(super) fn separate(relaxation: &Relaxation, y: &[f64], pools: &mut [Pool]) {
     let (square, pairs) = (relaxation.experts * relaxation.experts, relaxation.pairs());
-    let found: Vec<[Vec<Found>; 2]> = (0..pairs)
+    let broken: Vec<[Vec<Broken>; 2]> = (0..pairs)
         .into_par_iter()
         .map(|l| {
             let point = Point::new(relaxation, l, &y[2 * l * square..][..3 * square]);
             [point.triangles(), point.rows()]
         })
         .collect();
-    let (mut triangles, mut rows): (Vec<Found>, Vec<Found>) = (Vec::new(), Vec::new());
-    for [t, r] in found {
+    let (mut triangles, mut rows): (Vec<Broken>, Vec<Broken>) = (Vec::new(), Vec::new());
+    for [t, r] in broken {
         triangles.extend(t);
         rows.extend(r);
     }
     keep_deepest(&mut triangles, TRIANGLES_PER_PAIR * pairs);
     keep_deepest(&mut rows, rows_per_pair(relaxation.experts) * pairs);
     // The order in a pool matters to the sweeps: by place, which is also what caches like.
-    let by_place = |a: &Found, b: &Found| (a.pair, a.items, a.kind).cmp(&(b.pair, b.items, b.kind));
+    let by_place = |a: &Broken, b: &Broken| (a.pair, a.items, a.kind).cmp(&(b.pair, b.items, b.kind));
     triangles.sort_unstable_by(by_place);
     rows.sort_unstable_by(by_place);
     pools.par_iter_mut().enumerate().for_each(|(l, pool)| {
-        let of = |found: &'_ [Found]| {
-            let start = found.partition_point(|f| (f.pair as usize) < l);
-            start..found.partition_point(|f| f.pair as usize <= l)
+        let of = |broken: &'_ [Broken]| {
+            let start = broken.partition_point(|f| (f.pair as usize) < l);
+            start..broken.partition_point(|f| f.pair as usize <= l)
         };
         for f in &triangles[of(&triangles)] {
             pool.add_triangle(relaxation, f.items);
@@ -102,14 +102,14 @@ impl<'a> Point<'a> {
         self.l + 1 == self.relaxation.pairs()
     }
 
-    fn found(&self, depth: f64, kind: Kind, items: [usize; 3]) -> Found {
-        Found { depth: depth as f32, pair: self.l as u32, kind, items: items.map(|i| i as u32) }
+    fn broken(&self, depth: f64, kind: Kind, items: [usize; 3]) -> Broken {
+        Broken { depth: depth as f32, pair: self.l as u32, kind, items: items.map(|i| i as u32) }
     }
 
-    fn triangles(&self) -> Vec<Found> {
+    fn triangles(&self) -> Vec<Broken> {
         let (n, e) = (self.relaxation.order(), self.relaxation.experts);
         let limit = 2 * TRIANGLES_PER_PAIR;
-        let mut found = Vec::new();
+        let mut broken = Vec::new();
         let mut floor = TRIANGLE;
         for apex in 0..n {
             let a = self.row(apex);
@@ -127,27 +127,27 @@ impl<'a> Point<'a> {
                     for (i, (x, z)) in block_a.iter().zip(block_b).enumerate() {
                         let (k, depth) = (j + 1 + 16 * c + i, a[j] + x - z - 1.0);
                         if depth > floor && k != apex {
-                            found.push(self.found(depth, Kind::Triangle, [apex, j, k]));
+                            broken.push(self.broken(depth, Kind::Triangle, [apex, j, k]));
                         }
                     }
                 }
-                if found.len() > 4 * limit {
-                    keep_deepest(&mut found, limit);
+                if broken.len() > 4 * limit {
+                    keep_deepest(&mut broken, limit);
                     // What is not above the weakest of these cannot be among the deepest.
-                    floor = found.iter().fold(f64::MAX, |m, f| m.min(f64::from(f.depth))).max(floor);
+                    floor = broken.iter().fold(f64::MAX, |m, f| m.min(f64::from(f.depth))).max(floor);
                 }
             }
         }
-        keep_deepest(&mut found, limit);
-        found
+        keep_deepest(&mut broken, limit);
+        broken
     }
 
-    fn rows(&self) -> Vec<Found> {
+    fn rows(&self) -> Vec<Broken> {
         let e = self.relaxation.experts;
-        let mut found = Vec::new();
+        let mut broken = Vec::new();
         for side in 0..2 {
             if side == 0 || self.owns_right() {
-                self.covers(side, &mut found);
+                self.covers(side, &mut broken);
             }
             for i in 0..2 * e {
                 for j in i + 1..2 * e {
@@ -155,15 +155,15 @@ impl<'a> Point<'a> {
                     if inner && side == 1 && !self.owns_right() {
                         continue;
                     }
-                    self.lifted(i, j, side, &mut found);
+                    self.lifted(i, j, side, &mut broken);
                 }
             }
-            keep_deepest(&mut found, 4 * rows_per_pair(e));
+            keep_deepest(&mut broken, 4 * rows_per_pair(e));
         }
-        found
+        broken
     }
 
-    fn covers(&self, side: usize, found: &mut Vec<Found>) {
+    fn covers(&self, side: usize, broken: &mut Vec<Broken>) {
         let e = self.relaxation.experts;
         if self.relaxation.limit[self.l + side].is_none() && self.relaxation.slots >= 3 {
             return;
@@ -177,14 +177,14 @@ impl<'a> Point<'a> {
                     let depth = a[j] + a[k] + b[k] - 1.0;
                     if depth > ROW && self.relaxation.is_cover(self.l + side, &[i, j, k]) {
                         // Over the norm of three ones.
-                        found.push(self.found(depth / 1.732, Kind::CoverThree, [at(i), at(j), at(k)]));
+                        broken.push(self.broken(depth / 1.732, Kind::CoverThree, [at(i), at(j), at(k)]));
                     }
                 }
             }
         }
     }
 
-    fn lifted(&self, i: usize, j: usize, side: usize, found: &mut Vec<Found>) {
+    fn lifted(&self, i: usize, j: usize, side: usize, broken: &mut Vec<Broken>) {
         let e = self.relaxation.experts;
         let p = self.row(i)[j];
         let q = &self.row(i)[side * e..][..e];
@@ -197,7 +197,7 @@ impl<'a> Point<'a> {
         let mut push = |kind, excess: f64, unit: f64, items| {
             if excess > ROW * unit {
                 let depth = self.depth(kind, excess, p, q, r, w, items);
-                found.push(self.found(depth, kind, items));
+                broken.push(self.broken(depth, kind, items));
             }
         };
         let slots = self.relaxation.slots as f64;
@@ -259,14 +259,14 @@ impl<'a> Point<'a> {
     }
 
     /// The inequality, with its choices made at this point.
-    fn cut(&self, found: &Found) -> Cut {
-        let mut cut = Cut::plain(found.kind, self.l, found.items.map(|i| i as usize));
-        if found.kind.is_lifted() {
+    fn cut(&self, broken: &Broken) -> Cut {
+        let mut cut = Cut::plain(broken.kind, self.l, broken.items.map(|i| i as usize));
+        if broken.kind.is_lifted() {
             let e = self.relaxation.experts;
-            let [i, j, side] = found.items.map(|i| i as usize);
+            let [i, j, side] = broken.items.map(|i| i as usize);
             let p = self.row(i)[j];
             let (q, r) = (&self.row(i)[side * e..][..e], &self.row(j)[side * e..][..e]);
-            let members = q.iter().zip(r).map(|(&q, &r)| match found.kind {
+            let members = q.iter().zip(r).map(|(&q, &r)| match broken.kind {
                 Kind::Together => u8::from(p + q + r > 1.0) * choice::USED,
                 _ => smallest_member(p, q, r),
             });

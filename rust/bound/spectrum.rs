@@ -9,34 +9,10 @@
 
 use super::eigen::Eigen;
 
-/// `A = P lambda P`, with P the centring inside each half; returns a bound on the rounding error in Frobenius norm.
-///
-/// `lambda` is a symmetric `[n, n]`; `a` receives the result.
-pub(super) fn centre(lambda: &[f64], n: usize, a: &mut [f64]) -> f64 {
-    let half = n / 2;
-    let size = half as f64;
-    let mut means = vec![[0.0; 2]; n];
-    for (row, means) in lambda.chunks_exact(n).zip(&mut means) {
-        for side in 0..2 {
-            means[side] = row[side * half..][..half].iter().sum::<f64>() / size;
-        }
-    }
-    let mut grand = [[0.0; 2]; 2];
-    for (i, means) in means.iter().enumerate() {
-        for side in 0..2 {
-            grand[i / half][side] += means[side] / size;
-        }
-    }
-    for i in 0..n {
-        for side in 0..2 {
-            let shift = means[i][side] - grand[i / half][side];
-            let rows = lambda[i * n + side * half..][..half].iter();
-            let columns = means[side * half..][..half].iter().map(|m| m[i / half]);
-            for ((a, x), mean) in a[i * n + side * half..][..half].iter_mut().zip(rows).zip(columns) {
-                *a = x - (mean + shift);
-            }
-        }
-    }
+/// `A = P lambda P`, with P the centring inside each half, and a bound on the rounding error in Frobenius norm.
+fn centred(lambda: &[f64], n: usize) -> (Vec<f64>, f64) {
+    let mut a = lambda.to_vec();
+    centre(&mut a, n);
     // Rounding may have left a and its mirror image apart by a bit.
     for i in 0..n {
         for j in 0..i {
@@ -44,13 +20,13 @@ pub(super) fn centre(lambda: &[f64], n: usize, a: &mut [f64]) -> f64 {
         }
     }
     // Taking means does not raise the Frobenius norm, so each of the four terms is below that of lambda.
-    8.0 * (size + 8.0) * f64::EPSILON * frobenius(lambda)
+    let error = 8.0 * ((n / 2) as f64 + 8.0) * f64::EPSILON * frobenius(lambda);
+    (a, error)
 }
 
 /// An upper bound on the sum of the `count` largest eigenvalues of `P lambda P`, `[n, n]`.
 pub(super) fn largest_sum(lambda: &[f64], n: usize, count: usize) -> f64 {
-    let mut a = vec![0.0; n * n];
-    let mut error = centre(lambda, n, &mut a);
+    let (a, mut error) = centred(lambda, n);
     let norm = frobenius(&a);
     let (size, wanted) = (n as f64, count as f64);
     if norm == 0.0 {
@@ -77,6 +53,28 @@ pub(super) fn largest_sum(lambda: &[f64], n: usize, count: usize) -> f64 {
     eigen.values.sort_unstable_by(|a, b| b.total_cmp(a));
     let sum: f64 = eigen.values[..count.min(n)].iter().map(|x| x + defect * x.abs()).sum();
     sum + wanted * error
+}
+
+/// Centres rows and columns inside each half.
+pub(super) fn centre(a: &mut [f64], n: usize) {
+    let half = n / 2;
+    let size = half as f64;
+    let mut means = vec![[0.0; 2]; n];
+    let mut grand = [[0.0; 2]; 2];
+    for (i, (row, means)) in a.chunks_exact(n).zip(&mut means).enumerate() {
+        for side in 0..2 {
+            means[side] = row[side * half..][..half].iter().sum::<f64>() / size;
+            grand[i / half][side] += means[side] / size;
+        }
+    }
+    for (i, row) in a.chunks_exact_mut(n).enumerate() {
+        for side in 0..2 {
+            let shift = means[i][side] - grand[i / half][side];
+            for (x, mean) in row[side * half..][..half].iter_mut().zip(&means[side * half..]) {
+                *x -= mean[i / half] + shift;
+            }
+        }
+    }
 }
 
 fn frobenius(a: &[f64]) -> f64 {

@@ -1,10 +1,9 @@
 //! The bound against the optimum of small instances, found by trying everything.
 
-use std::sync::atomic::AtomicBool;
-
 use proptest::prelude::*;
 
-use super::{Certificate, Instance, Kind, Limits, Stop, bound, verify};
+use super::{Certificate, Instance, Kind, Limits, bound, verify};
+use crate::control::Control;
 
 /// An instance that owns its tables.
 #[derive(Debug, Clone)]
@@ -81,10 +80,10 @@ impl Small {
                 for (i, t) in table.iter().enumerate() {
                     inside[p[i / e] * self.devices + q[i % e]] += t;
                 }
-                let kept = |names: &Vec<usize>| -> u64 {
+                let inside_by = |names: &Vec<usize>| -> u64 {
                     names.iter().enumerate().map(|(a, b)| inside[a * self.devices + b]).sum()
                 };
-                total - names.iter().map(kept).max().unwrap_or(0)
+                total - names.iter().map(inside_by).max().unwrap_or(0)
             };
             let best =
                 |q: &Vec<usize>| before.iter().map(|(p, cost)| cost + step(p, q)).min().unwrap_or(u64::MAX);
@@ -127,21 +126,21 @@ fn small() -> impl Strategy<Value = Small> {
     )
 }
 
-fn limits(iterations: usize, stop: &AtomicBool) -> Limits<'_> {
-    Limits { iterations, target: None, gap: 0.0, deadline: None, stop }
+fn limits(iterations: usize, control: &Control) -> Limits<'_> {
+    Limits { iterations, target: None, gap: 0.0, control }
 }
 
 fn solve(small: &Small, iterations: usize) -> super::Bound {
-    let stop = AtomicBool::new(false);
-    bound(&small.view(), &limits(iterations, &stop), |_| {}).expect("the instance is well formed")
+    let control = Control::new(None);
+    bound(&small.view(), &limits(iterations, &control), |_| {}).expect("the instance is well formed")
 }
 
 /// The same where contents count as too many, as they do in large layers.
 fn solve_without_contents(small: &Small, iterations: usize) -> super::Bound {
-    let stop = AtomicBool::new(false);
+    let control = Control::new(None);
     let mut relaxation = super::Relaxation::new(&small.view());
     relaxation.has_contents = false;
-    super::search(&relaxation, &limits(iterations, &stop), |_| {})
+    super::search(&relaxation, &limits(iterations, &control), |_| {})
 }
 
 proptest! {
@@ -273,10 +272,9 @@ fn threads_do_not_matter() {
 #[test]
 fn reports_rise() {
     let small = medium(5, 12, 3);
-    let stop = AtomicBool::new(false);
+    let control = Control::new(None);
     let mut seen = Vec::new();
-    let result =
-        bound(&small.view(), &limits(60, &stop), |progress| seen.push(progress.cost)).expect("well formed");
+    let result = bound(&small.view(), &limits(60, &control), |cost| seen.push(cost)).expect("well formed");
     assert!(seen.is_sorted());
     assert_eq!(seen.last(), Some(&result.cost));
 }
@@ -333,20 +331,21 @@ fn degenerate() {
 #[test]
 fn stops_when_asked() {
     let small = medium(3, 8, 2);
-    let stop = AtomicBool::new(true);
-    let result = bound(&small.view(), &limits(1000, &stop), |_| {}).expect("well formed");
-    assert_eq!((result.stop, result.iterations), (Stop::Asked, 0));
+    let control = Control::new(None);
+    control.cancelled.store(true, std::sync::atomic::Ordering::Relaxed);
+    let result = bound(&small.view(), &limits(1000, &control), |_| {}).expect("well formed");
+    assert_eq!((result.end, result.iterations), ("interrupted", 0));
 }
 
 /// Wrong shapes are said, not crashed on.
 #[test]
 fn shapes_are_checked() {
     let small = medium(3, 8, 2);
-    let stop = AtomicBool::new(false);
+    let control = Control::new(None);
     let short = Instance { cap: &[], ..small.view() };
-    assert!(bound(&short, &limits(1, &stop), |_| {}).is_err());
+    assert!(bound(&short, &limits(1, &control), |_| {}).is_err());
     let many = Instance { devices: 9, ..small.view() };
-    assert!(bound(&many, &limits(1, &stop), |_| {}).is_err());
+    assert!(bound(&many, &limits(1, &control), |_| {}).is_err());
     let result = solve(&small, 20);
     let broken = Certificate { lambda: vec![0.0; 3], ..result.certificate.clone() };
     assert!(verify(&small.view(), &broken).is_err());

@@ -39,7 +39,7 @@ fn columns(r: &[f64], e: usize, slots: usize, deadline: Option<Instant>) -> Vec<
         return v;
     }
     let begin = Instant::now();
-    let (mut best, mut kept) = (value(r, &v, slots), v.clone());
+    let (mut best, mut best_columns) = (value(r, &v, slots), v.clone());
     // The proof, after the deadline if need be, takes some times as long.
     let proof = PROOF * begin.elapsed();
     let (mut u, mut scratch) = (vec![0.0; e], vec![0.0; e]);
@@ -52,10 +52,10 @@ fn columns(r: &[f64], e: usize, slots: usize, deadline: Option<Instant>) -> Vec<
         let now = value(r, &v, slots);
         if now > best {
             best = now;
-            kept.copy_from_slice(&v);
+            best_columns.copy_from_slice(&v);
         }
     }
-    kept
+    best_columns
 }
 
 /// For each line of `r`, the middle between the C-th and the next smallest reduced cost.

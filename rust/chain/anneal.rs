@@ -72,7 +72,7 @@ pub(crate) fn anneal(state: &mut State<'_>, schedule: Schedule, random: &mut Ran
     }
     if schedule.crosses {
         let price: Vec<f64> = worth.iter().map(|worth| FIRM * worth).collect();
-        state.settle(&price);
+        state.repair_caps(&price);
     }
 }
 

@@ -87,38 +87,10 @@ impl Instance {
         cap: &[u64],
         cost: &[i64],
     ) -> Result<Self> {
+        check_arguments(sizes, load, transitions, coactivation, cap, cost)?;
         let Sizes { layers, experts, devices, .. } = sizes;
         let slots = sizes.slots();
         let table = experts * experts;
-        check("load", load.len(), &[layers * experts])?;
-        check("transitions", transitions.len(), &[0, layers.saturating_sub(1) * table])?;
-        check("coactivation", coactivation.len(), &[0, layers * table])?;
-        check("cap", cap.len(), &[layers * devices])?;
-        check("cost", cost.len(), &[devices * devices])?;
-        if slots > SLOTS {
-            let rule = format!("at most {SLOTS} slots in a layer");
-            return Err(Error::Shape { what: "slots", rule, found: slots.to_string() });
-        }
-        if slots < experts {
-            let rule = format!("slots for all {experts} experts");
-            return Err(Error::Shape { what: "slots", rule, found: slots.to_string() });
-        }
-        let bad = |g: usize, h: usize| {
-            let c = cost[g * devices + h];
-            !(0..1 << 16).contains(&c) || c != cost[h * devices + g] || (g == h && c != 0)
-        };
-        if let Some(at) = (0..devices * devices).find(|at| bad(at / devices, at % devices)) {
-            let rule = "symmetric costs from 0 to 65535 with a zero diagonal".to_string();
-            let found = format!("{} from device {} to {}", cost[at], at / devices, at % devices);
-            return Err(Error::Shape { what: "cost", rule, found });
-        }
-
-        // Padded pairs, the differences of devices, and the prices of a search.
-        let tables = [transitions, coactivation].map(|counts| counts.len() / table.max(1));
-        room_for("pairs of slots", &[(tables[0] + tables[1]) * slots, slots, size_of::<i32>()])?;
-        room_for("pairs of devices", &[devices, devices, size_of::<Vec<(u32, i32)>>()])?;
-        room_for("prices", &[layers, devices, slots, size_of::<i64>()])?;
-
         let dearest = cost.iter().copied().max().unwrap_or(0).max(1) as u128;
         let heaviest = heaviest(transitions, experts) + heaviest(coactivation, experts);
         let mut shift = 0;
@@ -241,6 +213,18 @@ impl Instance {
         (!self.together.is_empty()).then(|| &self.together[(l * p + e) * p..][..p])
     }
 
+    /// What layer `l` costs on its own: co-activated experts apart, of all (expert, device).
+    #[must_use]
+    pub fn apart(&self, l: usize, on: &[(usize, usize)]) -> i64 {
+        let mut cost = 0;
+        for (at, &(e, g)) in on.iter().enumerate() {
+            let Some(with) = self.with(l, e) else { return 0 };
+            let row = &self.cost[g * self.sizes.devices..];
+            cost += on[at + 1..].iter().map(|&(f, h)| i64::from(with[f]) * row[h]).sum::<i64>();
+        }
+        cost
+    }
+
     /// Whether anything counts, so that placements differ in what they cost.
     #[must_use]
     pub fn has_pairs(&self) -> bool {
@@ -303,12 +287,54 @@ fn mean(devices: usize, cost: &[i64]) -> f64 {
     cost.iter().sum::<i64>() as f64 / (devices * devices).saturating_sub(devices).max(1) as f64
 }
 
-fn check(what: &'static str, found: usize, allowed: &[usize]) -> Result<()> {
-    if allowed.contains(&found) {
+/// Refuses what is not of the shape that sizes ask for, what is no cost, and what would not fit into memory.
+fn check_arguments(
+    sizes: Sizes,
+    load: &[u64],
+    transitions: &[u64],
+    coactivation: &[u64],
+    cap: &[u64],
+    cost: &[i64],
+) -> Result<()> {
+    let Sizes { layers, experts, devices, .. } = sizes;
+    let slots = sizes.slots();
+    let table = experts * experts;
+    check("load", load.len(), &[layers * experts])?;
+    check("transitions", transitions.len(), &[0, layers.saturating_sub(1) * table])?;
+    check("coactivation", coactivation.len(), &[0, layers * table])?;
+    check("cap", cap.len(), &[layers * devices])?;
+    check("cost", cost.len(), &[devices * devices])?;
+    if slots > SLOTS {
+        let rule = format!("at most {SLOTS} slots in a layer");
+        return Err(Error::Shape { what: "slots", rule, found: slots.to_string() });
+    }
+    if slots < experts {
+        let rule = format!("slots for all {experts} experts");
+        return Err(Error::Shape { what: "slots", rule, found: slots.to_string() });
+    }
+    let bad = |g: usize, h: usize| {
+        let c = cost[g * devices + h];
+        !(0..1 << 16).contains(&c) || c != cost[h * devices + g] || (g == h && c != 0)
+    };
+    if let Some(at) = (0..devices * devices).find(|at| bad(at / devices, at % devices)) {
+        let rule = "symmetric costs from 0 to 65535 with a zero diagonal".to_string();
+        let found = format!("{} from device {} to {}", cost[at], at / devices, at % devices);
+        return Err(Error::Shape { what: "cost", rule, found });
+    }
+
+    // Padded pairs, the differences of devices, and the prices of a search.
+    let tables = [transitions, coactivation].map(|counts| counts.len() / table.max(1));
+    room_for("pairs of slots", &[(tables[0] + tables[1]) * slots, slots, size_of::<i32>()])?;
+    room_for("pairs of devices", &[devices, devices, size_of::<Vec<(u32, i32)>>()])?;
+    room_for("prices", &[layers, devices, slots, size_of::<i64>()])
+}
+
+fn check(what: &'static str, length: usize, allowed: &[usize]) -> Result<()> {
+    if allowed.contains(&length) {
         return Ok(());
     }
     let rule = format!("{allowed:?} values");
-    Err(Error::Shape { what, rule, found: found.to_string() })
+    Err(Error::Shape { what, rule, found: length.to_string() })
 }
 
 /// Largest sum of a row plus a column of any table: no expert can cost more.
@@ -361,7 +387,7 @@ fn nodes(devices: usize, cost: &[i64], cap: &[u64]) -> Vec<Vec<(u16, u16)>> {
     distances.dedup();
     // The largest joins all devices to one node.
     distances.pop();
-    let mut found = Vec::new();
+    let mut exchanges = Vec::new();
     for most in distances {
         let members = |g: usize| -> Vec<usize> {
             (0..devices).filter(|&h| h == g || cost[g * devices + h] <= most).collect()
@@ -376,12 +402,12 @@ fn nodes(devices: usize, cost: &[i64], cap: &[u64]) -> Vec<Vec<(u16, u16)>> {
                 let pairs: Vec<(usize, usize)> =
                     blocks[a].iter().copied().zip(blocks[b].iter().copied()).collect();
                 if blocks[a].len() == blocks[b].len() && are_alike(devices, cost, cap, &pairs) {
-                    found.push(pairs.iter().map(|&(g, h)| (g as u16, h as u16)).collect());
+                    exchanges.push(pairs.iter().map(|&(g, h)| (g as u16, h as u16)).collect());
                 }
             }
         }
     }
-    found
+    exchanges
 }
 
 /// Whether exchanging the labels of all these pairs of devices changes no cost and no cap.
@@ -395,4 +421,35 @@ fn are_alike(devices: usize, cost: &[i64], cap: &[u64], pairs: &[(usize, usize)]
             && cap.chunks_exact(devices).all(|caps| caps[g] == caps[h])
     };
     pairs.iter().all(|&(g, h)| same(g, h) && same(h, g))
+}
+
+/// Counts below a number; devices in nodes of a size, with what a pair costs within and between them; caps a fifth above
+/// the mean.
+#[cfg(test)]
+pub(crate) fn random(
+    sizes: Sizes,
+    (node, within, between): (usize, i64, i64),
+    together: bool,
+    below: usize,
+    numbers: &mut crate::random::Random,
+) -> Instance {
+    let Sizes { layers, experts, devices, .. } = sizes;
+    let table = experts * experts;
+    let mut counts = |n: usize| -> Vec<u64> { (0..n).map(|_| numbers.below(below) as u64).collect() };
+    let load = counts(layers * experts);
+    let transitions = counts((layers - 1) * table);
+    let mut coactivation = counts(if together { layers * table } else { 0 });
+    for at in 0..coactivation.len() {
+        let (first, e, f) = (at / table * table, at % table / experts, at % experts);
+        coactivation[at] = if e == f { 0 } else { coactivation[first + e.max(f) * experts + e.min(f)] };
+    }
+    let mean = |load: &[u64]| load.iter().sum::<u64>() * 12 / (10 * devices as u64);
+    let cap: Vec<u64> = load.chunks_exact(experts).flat_map(|load| vec![mean(load); devices]).collect();
+    let cost = |at: usize| match (at / devices, at % devices) {
+        (g, h) if g == h => 0,
+        (g, h) if g / node == h / node => within,
+        _ => between,
+    };
+    let cost: Vec<i64> = (0..devices * devices).map(cost).collect();
+    Instance::new(sizes, &load, &transitions, &coactivation, &cap, &cost).expect("valid")
 }

@@ -6,6 +6,7 @@
 mod anneal;
 pub mod instance;
 pub mod partitions;
+mod path;
 pub mod recombine;
 mod state;
 
@@ -16,7 +17,7 @@ use rayon::prelude::*;
 use crate::anneal::Length;
 use crate::control::Control;
 use crate::error::Result;
-use crate::packing::{Goal, Improve, Room, pack};
+use crate::packing::{Goal, Improve, Sizes, pack};
 use crate::random::Random;
 use anneal::{Schedule, anneal};
 use instance::Instance;
@@ -35,7 +36,7 @@ pub struct Options {
 }
 
 /// A placement, and what it is compared by: tokens above caps, then its cost.
-type Found = ((u128, i64), Vec<u16>);
+type Ranked = ((u128, i64), Vec<u16>);
 
 /// Starts at the most.
 const STARTS: usize = 24;
@@ -66,9 +67,9 @@ const LOOSE: f64 = 0.6;
 pub fn search(instance: &Instance, options: &Options, balanced: &[u16], control: &Control) -> Vec<u16> {
     let judged = |expert_in: Vec<u16>| {
         let state = State::new(instance, expert_in);
-        found(&state, control)
+        ranked(&state, control)
     };
-    let mut elite: Vec<Found> = vec![judged(balanced.to_vec())];
+    let mut elite: Vec<Ranked> = vec![judged(balanced.to_vec())];
     if instance.sizes.devices < 2 || !instance.has_pairs() || control.stopped() {
         return best(elite);
     }
@@ -80,10 +81,10 @@ pub fn search(instance: &Instance, options: &Options, balanced: &[u16], control:
         let schedule = Schedule { crosses: effort.crosses(stream), ..schedule };
         anneal(&mut state, schedule, &mut Random::new(options.seed, stream), control);
         // A run that was cut short ends hot: it is compared like any other, and hardly ever wins.
-        found(&state, control)
+        ranked(&state, control)
     };
     let mut stream = 0;
-    let runs = |pool: &mut Vec<Found>, stream: &mut u64, n: u64, schedule: Schedule, from: &[u16]| {
+    let runs = |pool: &mut Vec<Ranked>, stream: &mut u64, n: u64, schedule: Schedule, from: &[u16]| {
         pool.par_extend((*stream..*stream + n).into_par_iter().map(|stream| run(schedule, from, stream)));
         *stream += n;
         if control.leaves(recombination(instance, pool.len())) {
@@ -96,21 +97,13 @@ pub fn search(instance: &Instance, options: &Options, balanced: &[u16], control:
         let mut pool = elite.clone();
         // What an earlier epoch found would drown the new starts.
         pool.truncate(1);
-        let mut starts = effort.starts;
+        let alike = flat.as_ref().map_or(0, |_| effort.starts.div_ceil(FLAT));
         if let Some(flat) = &flat {
-            let alike = starts.div_ceil(FLAT);
-            starts -= alike;
-            pool.extend(lift(
-                instance,
-                flat,
-                &effort,
-                options.seed,
-                stream..stream + alike,
-                balanced,
-                control,
-            ));
-            stream += alike;
+            let streams = stream..stream + alike;
+            pool.extend(lift(instance, flat, &effort, options.seed, streams, balanced, control));
         }
+        stream += alike;
+        let starts = effort.starts - alike;
         runs(&mut pool, &mut stream, starts, effort.start, balanced);
         for _ in 0..effort.rounds {
             // Nothing costs less than nothing.
@@ -136,7 +129,7 @@ fn lift(
     streams: std::ops::Range<u64>,
     balanced: &[u16],
     control: &Control,
-) -> Vec<Found> {
+) -> Vec<Ranked> {
     let length = effort.start.length.half();
     let run = |instance, from: &[u16], stream, schedule| {
         let mut state = State::new(instance, from.to_vec());
@@ -155,7 +148,7 @@ fn lift(
     }
     let polish = |(stream, from): (&u64, &Vec<u16>)| {
         // Streams of their own, which no start has.
-        found(&run(instance, from, !stream, effort.polish), control)
+        ranked(&run(instance, from, !stream, effort.polish), control)
     };
     numbers.par_iter().zip(&alike).map(polish).collect()
 }
@@ -164,10 +157,10 @@ fn lift(
 pub fn balanced(instance: &Instance, control: &Control) -> Result<Vec<u16>> {
     let sizes = instance.sizes;
     let (p, d) = (sizes.slots(), sizes.devices);
-    let room = Room::equal(p, d);
+    let equal = Sizes::equal(p, d);
     let mut expert_in = Vec::with_capacity(sizes.layers * p);
-    let improve = Improve { goal: Goal::Peak, stop: &|| control.stopped() };
-    for packing in pack(&instance.load, p, d, room, Some(improve))? {
+    let improve = Improve { goal: Goal::Peak, is_over: &|| control.stopped() };
+    for packing in pack(&instance.load, p, d, equal, Some(improve))? {
         let mut layer: Vec<u16> = (0..p as u16).collect();
         layer.sort_by_key(|&e| packing.cluster[usize::from(e)]);
         expert_in.extend(layer);
@@ -181,22 +174,22 @@ fn cost_of(instance: &Instance, expert_in: &[u16]) -> i64 {
     State::new(instance, expert_in.to_vec()).cost()
 }
 
-fn found(state: &State<'_>, control: &Control) -> Found {
+fn ranked(state: &State<'_>, control: &Control) -> Ranked {
     let (excess, cost) = (state.excess(), state.cost());
     if excess == 0 {
-        control.found(cost);
+        control.offer(cost);
     }
     ((excess, cost), state.expert_in.clone())
 }
 
 /// Keeps the `n` cheapest placements, cheapest first; equals stay in order.
-fn keep_best(pool: &mut Vec<Found>, n: usize) {
+fn keep_best(pool: &mut Vec<Ranked>, n: usize) {
     pool.sort_by_key(|&(rank, _)| rank);
     pool.dedup();
     pool.truncate(n.max(1));
 }
 
-fn best(mut pool: Vec<Found>) -> Vec<u16> {
+fn best(mut pool: Vec<Ranked>) -> Vec<u16> {
     keep_best(&mut pool, 1);
     pool.swap_remove(0).1
 }
@@ -279,7 +272,7 @@ impl Effort {
             rounds,
             polish: schedule(polish, POLISH),
             pool: pool.min(starts as usize + 1),
-            crossing: match kept(instance, balanced) {
+            crossing: match share_within_caps(instance, balanced) {
                 share if share < TIGHT => 1,
                 share if share < LOOSE => 2,
                 _ => 0,
@@ -294,7 +287,7 @@ impl Effort {
 }
 
 /// The share of swaps from a balanced placement that keeps the caps; 1 where there is none.
-fn kept(instance: &Instance, balanced: &[u16]) -> f64 {
+fn share_within_caps(instance: &Instance, balanced: &[u16]) -> f64 {
     const SAMPLE: usize = 1 << 12;
     let (layers, slots) = (instance.sizes.layers, instance.sizes.slots());
     let (state, mut random) = (State::new(instance, balanced.to_vec()), Random::new(0, 0));
@@ -372,17 +365,17 @@ mod tests {
         instance.load.clone_from(&loads.load);
         instance.cap.fill(1020);
         let start = balanced(&instance, &Control::new(None)).expect("fits");
-        let found = State::new(&instance, searched(&mut instance.clone(), 100_000));
-        assert_eq!(found.excess(), 0);
-        (cost_of(&instance, &start), found.cost())
+        let placed = State::new(&instance, searched(&mut instance.clone(), 100_000));
+        assert_eq!(placed.excess(), 0);
+        (cost_of(&instance, &start), placed.cost())
     }
 
     /// Caps that hardly any swap keeps are crossed at a price, and what is above them at the end is brought below: without
     /// the one or the other the cost falls by less than half (to 0.53 and 0.65 of it; without crossing to 0.59).
     #[test]
     fn tight_caps_cost_less_than_half() {
-        let (start, found): (Vec<i64>, Vec<i64>) = (0..4).map(conflict).unzip();
-        assert!(2 * found.iter().sum::<i64>() < start.iter().sum::<i64>());
+        let (start, placed): (Vec<i64>, Vec<i64>) = (0..4).map(conflict).unzip();
+        assert!(2 * placed.iter().sum::<i64>() < start.iter().sum::<i64>());
     }
 
     /// In few trials too little is known of links that differ; what starts on links alike find together is enough.
@@ -391,8 +384,8 @@ mod tests {
         for (seed, node) in [(0, 4), (3, 2)] {
             let mut instance = planted(12, 8, node, &mut Random::new(seed, 0));
             instance.cap.fill(u64::MAX);
-            let found = searched(&mut instance, 20_000);
-            assert_eq!(cost_of(&instance, &found), 0);
+            let placed = searched(&mut instance, 20_000);
+            assert_eq!(cost_of(&instance, &placed), 0);
         }
     }
 
@@ -404,8 +397,8 @@ mod tests {
                 let mut instance = planted(layers, devices, devices, &mut Random::new(cap, 0));
                 instance.cap.fill(cap);
                 let trials = if instance.sizes.is_wide() { 10_000 } else { 100_000 };
-                let found = searched(&mut instance, trials);
-                assert_eq!(cost_of(&instance, &found), 0, "{layers} layers, {devices} devices, cap {cap}");
+                let placed = searched(&mut instance, trials);
+                assert_eq!(cost_of(&instance, &placed), 0, "{layers} layers, {devices} devices, cap {cap}");
             }
         }
     }
@@ -417,8 +410,8 @@ mod tests {
         #[test]
         fn tight_caps_are_crossed_and_kept_again(seed in any::<u64>()) {
             let mut instance = planted(6, 4, 4, &mut Random::new(seed, 0));
-            let found = searched(&mut instance, 200_000);
-            let state = State::new(&instance, found);
+            let placed = searched(&mut instance, 200_000);
+            let state = State::new(&instance, placed);
             prop_assert_eq!(state.excess(), 0);
             prop_assert_eq!(state.cost(), 0);
         }
@@ -428,8 +421,8 @@ mod tests {
         fn two_tiers_hide_nothing(seed in any::<u64>()) {
             let mut instance = planted(12, 8, 4, &mut Random::new(seed, 0));
             instance.cap.fill(u64::MAX);
-            let found = searched(&mut instance, 100_000);
-            prop_assert_eq!(cost_of(&instance, &found), 0);
+            let placed = searched(&mut instance, 100_000);
+            prop_assert_eq!(cost_of(&instance, &placed), 0);
         }
 
         /// Whatever the start and the caps, the answer is above them by no more than the start is.
@@ -447,22 +440,22 @@ mod tests {
             }
             let before = State::new(&instance, start.clone()).excess();
             let options = Options { seed, trials: Some(20_000), time_limit: None };
-            let found = search(&instance, &options, &start, &Control::new(None));
-            prop_assert!(State::new(&instance, found).excess() <= before);
+            let placed = search(&instance, &options, &start, &Control::new(None));
+            prop_assert!(State::new(&instance, placed).excess() <= before);
         }
 
         /// A placement that keeps the caps is not given up for one that costs less and does not.
         #[test]
         fn caps_that_are_kept_stay_kept(seed in any::<u64>()) {
             let mut loads = planted(6, 4, 4, &mut Random::new(seed, 0));
-            let kept = searched(&mut loads, 100_000);
-            prop_assert_eq!(State::new(&loads, kept.clone()).excess(), 0);
+            let within = searched(&mut loads, 100_000);
+            prop_assert_eq!(State::new(&loads, within.clone()).excess(), 0);
             // Tokens go other ways than loads are balanced.
             let mut instance = planted(6, 4, 4, &mut Random::new(seed, 1));
             instance.load.clone_from(&loads.load);
             let options = Options { seed, trials: Some(5_000), time_limit: None };
-            let found = search(&instance, &options, &kept, &Control::new(None));
-            prop_assert_eq!(State::new(&instance, found).excess(), 0);
+            let placed = search(&instance, &options, &within, &Control::new(None));
+            prop_assert_eq!(State::new(&instance, placed).excess(), 0);
         }
     }
 }

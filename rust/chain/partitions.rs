@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use crate::assignment::assign_max;
 use crate::chain::instance::{Instance, Sizes};
+use crate::chain::path::shortest;
 use crate::control::Control;
 
 /// Partitions of a layer, at the most.
@@ -40,31 +41,20 @@ pub fn optimum(instance: &Instance, work: u64, control: &Control) -> Option<Opti
     let steps = layers.windows(2).map(|pair| {
         let (left, right) = (&pair[0], &pair[1]);
         let flows = right.groups.len() * instance.sizes.slots() / ADDITIONS;
-        let matched = (right.kept.len() as u64).saturating_mul(tiers.steps());
-        (left.kept.len() as u64).saturating_mul(matched.saturating_add(flows as u64))
+        let matched = (right.allowed.len() as u64).saturating_mul(tiers.steps());
+        (left.allowed.len() as u64).saturating_mul(matched.saturating_add(flows as u64))
     });
     if instance.has_transitions() && steps.fold(0, u64::saturating_add) > work {
         return None;
     }
 
-    let mut value = layers[0].own.clone();
-    let mut came_from = Vec::with_capacity(layers.len());
-    for l in 1..layers.len() {
-        if control.stopped() {
-            return None;
-        }
-        let best = step(instance, tiers, &groups, l, &value, &layers[l - 1..=l]);
-        value = best.iter().zip(&layers[l].own).map(|(&(cost, _), own)| cost + own).collect();
-        came_from.push(best);
-    }
-    let mut choice = (0..value.len()).min_by_key(|&b| (value[b], b))?;
-    let cost = value[choice];
-    let mut chosen = vec![layers[layers.len() - 1].kept[choice]];
-    for (l, best) in came_from.iter().enumerate().rev() {
-        choice = best[choice].1 as usize;
-        chosen.push(layers[l].kept[choice]);
-    }
-    chosen.reverse();
+    let own: Vec<Vec<i64>> = layers.iter().map(|layer| layer.own.clone()).collect();
+    let through = |l: usize, value: &[i64]| {
+        (!control.stopped()).then(|| step(instance, tiers, &groups, l, value, &layers[l - 1..=l]))
+    };
+    let (cost, choices) = shortest(&own, through)?;
+    let chosen: Vec<usize> =
+        choices.iter().zip(&layers).map(|(&choice, layer)| layer.allowed[choice]).collect();
     let expert_in = labelled(instance, tiers, &groups, &chosen);
     Some(Optimum { expert_in, cost, cap: layers.iter().map(|layer| layer.cap).collect() })
 }
@@ -208,8 +198,8 @@ fn all_partitions(instance: &Instance, tiers: Tiers) -> Option<Vec<Vec<u16>>> {
     let sizes = instance.sizes;
     let mut all = Vec::new();
     let mut device_of = Vec::with_capacity(sizes.experts);
-    let mut held = vec![0; sizes.devices];
-    extend(sizes.experts, sizes.per_device, tiers, &mut device_of, &mut held, &mut all).then_some(all)
+    let mut filled = vec![0; sizes.devices];
+    extend(sizes.experts, sizes.per_device, tiers, &mut device_of, &mut filled, &mut all).then_some(all)
 }
 
 fn extend(
@@ -217,7 +207,7 @@ fn extend(
     per_device: usize,
     tiers: Tiers,
     device_of: &mut Vec<u16>,
-    held: &mut [usize],
+    filled: &mut [usize],
     all: &mut Vec<Vec<u16>>,
 ) -> bool {
     if device_of.len() == experts {
@@ -227,17 +217,17 @@ fn extend(
     let size = tiers.node_size;
     // Whatever is placed so far can be completed, so the number of steps is at most that of partitions times experts.
     for device in 0..tiers.devices {
-        let new_device = held[device] == 0;
-        let before_in_node = device % size > 0 && held[device - 1] == 0;
-        let before_node = device >= size && device % size == 0 && held[device - size] == 0;
-        if held[device] == per_device || (new_device && (before_in_node || before_node)) {
+        let new_device = filled[device] == 0;
+        let before_in_node = device % size > 0 && filled[device - 1] == 0;
+        let before_node = device >= size && device % size == 0 && filled[device - size] == 0;
+        if filled[device] == per_device || (new_device && (before_in_node || before_node)) {
             continue;
         }
-        held[device] += 1;
+        filled[device] += 1;
         device_of.push(device as u16);
-        let few = extend(experts, per_device, tiers, device_of, held, all);
+        let few = extend(experts, per_device, tiers, device_of, filled, all);
         device_of.pop();
-        held[device] -= 1;
+        filled[device] -= 1;
         if !few {
             return false;
         }
@@ -248,7 +238,7 @@ fn extend(
 /// The partitions that a layer may take.
 struct LayerPartitions {
     /// Among all.
-    kept: Vec<usize>,
+    allowed: Vec<usize>,
     /// The groups that occur in them.
     groups: Vec<u32>,
     /// What each costs on its own: co-activated experts apart.
@@ -268,25 +258,14 @@ impl LayerPartitions {
         };
         let peak: Vec<u64> = all.iter().map(&mut heaviest).collect();
         let cap = instance.cap[l * sizes.devices].max(peak.iter().copied().min().unwrap_or(0));
-        let kept: Vec<usize> = (0..all.len()).filter(|&a| peak[a] <= cap).collect();
-        let own = kept.iter().map(|&a| apart(instance, l, &all[a])).collect();
+        let allowed: Vec<usize> = (0..all.len()).filter(|&a| peak[a] <= cap).collect();
+        let on = |of: &[u16]| -> Vec<(usize, usize)> { of.iter().map(|&d| d.into()).enumerate().collect() };
+        let own = allowed.iter().map(|&a| instance.apart(l, &on(&all[a]))).collect();
         let mut occurs = vec![false; groups.members.len()];
-        kept.iter().flat_map(|&a| groups.of(a)).for_each(|&group| occurs[group as usize] = true);
+        allowed.iter().flat_map(|&a| groups.of(a)).for_each(|&group| occurs[group as usize] = true);
         let groups = (0u32..).zip(occurs).filter(|&(_, occurs)| occurs).map(|(group, _)| group).collect();
-        Self { kept, groups, own, cap }
+        Self { allowed, groups, own, cap }
     }
-}
-
-fn apart(instance: &Instance, l: usize, device_of: &[u16]) -> i64 {
-    let mut cost = 0;
-    for (e, &d) in device_of.iter().enumerate() {
-        let Some(with) = instance.with(l, e) else { return 0 };
-        for (f, &other) in device_of.iter().enumerate().skip(e + 1) {
-            cost += i64::from(with[f])
-                * instance.cost[usize::from(d) * instance.sizes.devices + usize::from(other)];
-        }
-    }
-    cost
 }
 
 /// The groups that occur in any partition: far fewer than partitions.
@@ -358,7 +337,7 @@ fn step(
     value: &[i64],
     layers: &[LayerPartitions],
 ) -> Vec<(i64, u32)> {
-    let (left, right) = (&layers[0].kept, &layers[1].kept);
+    let (left, right) = (&layers[0].allowed, &layers[1].allowed);
     let nothing = || vec![(i64::MAX, u32::MAX); right.len()];
     if !instance.has_transitions() {
         let best = (0u32..).zip(value).map(|(a, &cost)| (cost, a)).min();
@@ -417,40 +396,12 @@ fn labelled(instance: &Instance, tiers: Tiers, groups: &Groups, chosen: &[usize]
 mod tests {
     use super::*;
     use crate::chain::cost_of;
+    use crate::chain::instance::random;
     use crate::random::Random;
     use proptest::prelude::*;
 
     fn instance(sizes: Sizes, seed: u64, tiers: (usize, i64, i64), together: bool) -> Instance {
-        let Sizes { layers, experts, devices, .. } = sizes;
-        let mut random = Random::new(seed, 0);
-        let mut counts = |n: usize| -> Vec<u64> { (0..n).map(|_| random.below(20) as u64).collect() };
-        let load = counts(layers * experts);
-        let transitions = counts((layers - 1) * experts * experts);
-        let mut coactivation = vec![0; if together { layers * experts * experts } else { 0 }];
-        for table in coactivation.chunks_exact_mut(experts * experts) {
-            for e in 0..experts {
-                for f in 0..e {
-                    let count = counts(1)[0];
-                    (table[e * experts + f], table[f * experts + e]) = (count, count);
-                }
-            }
-        }
-        let cap: Vec<u64> = load
-            .chunks_exact(experts)
-            .flat_map(|load| {
-                let total: u64 = load.iter().sum();
-                vec![total * 12 / (10 * devices as u64); devices]
-            })
-            .collect();
-        let (size, within, between) = tiers;
-        let cost: Vec<i64> = (0..devices * devices)
-            .map(|at| match (at / devices, at % devices) {
-                (g, h) if g == h => 0,
-                (g, h) if g / size == h / size => within,
-                _ => between,
-            })
-            .collect();
-        Instance::new(sizes, &load, &transitions, &coactivation, &cap, &cost).expect("valid")
+        random(sizes, tiers, together, 20, &mut Random::new(seed, 0))
     }
 
     /// The least cost by trying every device of every expert under given caps.
@@ -459,23 +410,24 @@ mod tests {
         let p = instance.sizes.slots();
         let choices = |l: usize| -> Vec<Vec<u16>> {
             let decode = |code: usize| (0..experts).map(move |e| code / devices.pow(e as u32) % devices);
-            let mut found = Vec::new();
+            let mut placements = Vec::new();
             for code in 0..devices.pow(experts as u32) {
-                let (mut held, mut load) = (vec![Vec::new(); devices], vec![0; devices]);
+                let (mut filled, mut load) = (vec![Vec::new(); devices], vec![0; devices]);
                 decode(code).enumerate().for_each(|(e, d)| {
-                    held[d].push(e as u16);
+                    filled[d].push(e as u16);
                     load[d] += instance.load[l * p + e];
                 });
-                if held.iter().all(|held| held.len() <= per_device) && load.iter().all(|&x| x <= cap[l]) {
+                if filled.iter().all(|filled| filled.len() <= per_device) && load.iter().all(|&x| x <= cap[l])
+                {
                     let mut nothing = experts as u16..;
-                    for held in &mut held {
-                        let free = per_device - held.len();
-                        held.extend(nothing.by_ref().take(free));
+                    for filled in &mut filled {
+                        let free = per_device - filled.len();
+                        filled.extend(nothing.by_ref().take(free));
                     }
-                    found.push(held.concat());
+                    placements.push(filled.concat());
                 }
             }
-            found
+            placements
         };
         let all: Vec<Vec<Vec<u16>>> = (0..layers).map(choices).collect();
         let mut least = i64::MAX;
@@ -504,9 +456,9 @@ mod tests {
                 (Sizes { layers, experts: 6 - spare, devices: 3, per_device: 2 }, (3, 2, 2))
             };
             let instance = instance(sizes, seed, tiers, together);
-            let found = optimum(&instance, u64::MAX, &Control::new(None)).expect("few");
-            prop_assert_eq!(found.cost, cost_of(&instance, &found.expert_in));
-            prop_assert_eq!(found.cost, brute(&instance, &found.cap));
+            let best = optimum(&instance, u64::MAX, &Control::new(None)).expect("few");
+            prop_assert_eq!(best.cost, cost_of(&instance, &best.expert_in));
+            prop_assert_eq!(best.cost, brute(&instance, &best.cap));
         }
     }
 

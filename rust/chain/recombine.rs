@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use crate::chain::instance::Instance;
 use crate::chain::partitions::Tiers;
+use crate::chain::path::shortest;
 
 /// The best placement `[L, P]` (expert in every slot) whose layers all come from `pool`, itself placements.
 ///
@@ -19,20 +20,7 @@ pub fn recombine(instance: &Instance, pool: &[Vec<u16>]) -> Vec<u16> {
     let sizes = instance.sizes;
     let (layers, p) = (sizes.layers, sizes.slots());
     let tiers = Tiers::of(instance);
-    let choices: Vec<Vec<&[u16]>> = (0..layers)
-        .map(|l| {
-            let choices = distinct(pool.iter().map(|placement| &placement[l * p..][..p]), instance);
-            // Caps are kept, or exceeded least, layer by layer.
-            let excess: Vec<u128> = choices.iter().map(|choice| instance.excess(l, choice)).collect();
-            let least = excess.iter().min().copied();
-            choices
-                .into_iter()
-                .zip(excess)
-                .filter(|&(_, excess)| Some(excess) == least)
-                .map(|(c, _)| c)
-                .collect()
-        })
-        .collect();
+    let choices: Vec<Vec<&[u16]>> = (0..layers).map(|l| choices_of(instance, pool, l)).collect();
     // costs[l][a * n + b]: choice a of layer l followed by choice b of layer l + 1, with b's devices matched to a's.
     let costs: Vec<Vec<i64>> = (0..layers.saturating_sub(1))
         .into_par_iter()
@@ -46,23 +34,22 @@ pub fn recombine(instance: &Instance, pool: &[Vec<u16>]) -> Vec<u16> {
         })
         .collect();
 
-    let own = |l: usize| choices[l].iter().map(move |choice| layer_cost(instance, l, choice));
-    let mut value: Vec<i64> = own(0).collect();
-    let mut came_from: Vec<Vec<usize>> = Vec::with_capacity(layers);
-    for l in 1..layers {
+    let own: Vec<Vec<i64>> = (0..layers)
+        .map(|l| {
+            let on = |choice: &[u16]| -> Vec<(usize, usize)> {
+                choice.iter().enumerate().map(|(slot, &e)| (e.into(), slot / sizes.per_device)).collect()
+            };
+            choices[l].iter().map(|choice| instance.apart(l, &on(choice))).collect()
+        })
+        .collect();
+    let step = |l: usize, value: &[i64]| {
         let n = choices[l].len();
-        let best = |b: usize| (0..value.len()).map(|a| (value[a] + costs[l - 1][a * n + b], a)).min();
-        let steps: Vec<(i64, usize)> = (0..n).filter_map(best).collect();
-        came_from.push(steps.iter().map(|&(_, a)| a).collect());
-        value = steps.iter().zip(own(l)).map(|(&(cost, _), own)| cost + own).collect();
-    }
-    let mut choice = (0..value.len()).min_by_key(|&b| (value[b], b)).unwrap_or(0);
-    let mut chosen = vec![choice];
-    for from in came_from.iter().rev() {
-        choice = from[choice];
-        chosen.push(choice);
-    }
-    chosen.reverse();
+        let best = |b: usize| {
+            (0u32..).zip(value).map(|(a, cost)| (cost + costs[l - 1][a as usize * n + b], a)).min()
+        };
+        (0..n).map(best).collect()
+    };
+    let chosen = shortest(&own, step).map_or_else(Vec::new, |(_, chosen)| chosen);
 
     let mut placement = Vec::with_capacity(layers * p);
     for (l, &choice) in chosen.iter().enumerate() {
@@ -78,6 +65,15 @@ pub fn recombine(instance: &Instance, pool: &[Vec<u16>]) -> Vec<u16> {
         }
     }
     placement
+}
+
+/// The choices of layer `l` that keep the caps, or exceed them least.
+fn choices_of<'a>(instance: &Instance, pool: &'a [Vec<u16>], l: usize) -> Vec<&'a [u16]> {
+    let p = instance.sizes.slots();
+    let choices = distinct(pool.iter().map(|placement| &placement[l * p..][..p]), instance);
+    let excess: Vec<u128> = choices.iter().map(|choice| instance.excess(l, choice)).collect();
+    let least = excess.iter().min().copied();
+    choices.into_iter().zip(excess).filter(|&(_, excess)| Some(excess) == least).map(|(c, _)| c).collect()
 }
 
 /// Choices that differ as partitions (or, where devices differ, as placements), in order of appearance.
@@ -97,19 +93,6 @@ fn groups(choice: &[u16], instance: &Instance) -> Vec<Vec<u16>> {
         groups.sort_unstable();
     }
     groups
-}
-
-/// What a layer costs on its own: co-activated experts apart.
-fn layer_cost(instance: &Instance, l: usize, choice: &[u16]) -> i64 {
-    let (s, d) = (instance.sizes.per_device, instance.sizes.devices);
-    let mut cost = 0;
-    for (slot, &e) in choice.iter().enumerate() {
-        let Some(with) = instance.with(l, e.into()) else { return 0 };
-        for (other, &f) in choice.iter().enumerate().skip(slot + 1) {
-            cost += i64::from(with[usize::from(f)]) * instance.cost[slot / s * d + other / s];
-        }
-    }
-    cost
 }
 
 /// Transitions from every device of a placed layer to every expert of the next, `[D, P]`.

@@ -107,31 +107,10 @@ impl<'a> State<'a> {
         let Sizes { devices: d, per_device: s, .. } = self.instance.sizes;
         let p = self.instance.sizes.slots();
         let here = usize::from(self.device_of[l * p + expert]);
-        let row = &self.price[(l * d + here) * p..][..p];
-        let (experts, own) = (&self.expert_in[l * p..][..p], &self.own[l * p..][..p]);
-        let prices = self.price[l * d * p..][..d * p].chunks_exact(p);
-        let devices = experts.chunks_exact(s).zip(own.chunks_exact(s)).zip(self.changed.chunks_exact_mut(s));
-        if let Some(with) = self.instance.with(l, expert) {
-            // As in [`State::change`]: their own pair changes nothing.
-            let cost = &self.instance.cost[here * d..][..d];
-            for ((((experts, own), changed), prices), &cost) in devices.zip(prices).zip(cost) {
-                let (to, cost) = (prices[expert] - row[expert], 2 * cost as i32);
-                for ((&f, &own), changed) in experts.iter().zip(own).zip(changed) {
-                    *changed = to + row[usize::from(f)] - own + cost * with[usize::from(f)];
-                }
-            }
-        } else {
-            for (((experts, own), changed), prices) in devices.zip(prices) {
-                let to = prices[expert] - row[expert];
-                for ((&f, &own), changed) in experts.iter().zip(own).zip(changed) {
-                    *changed = to + row[usize::from(f)] - own;
-                }
-            }
-        }
-
+        self.judge_swaps(l, expert, here);
         let mine = self.instance.load[l * p + expert] as i64;
-        let room = |g: usize| self.instance.cap[l * d + g] as i64 - self.load[l * d + g] as i64;
-        let free = room(here);
+        let spare_load = |g: usize| self.instance.cap[l * d + g] as i64 - self.load[l * d + g] as i64;
+        let free = spare_load(here);
         let most = free + mine;
         let stay = -heat * noise[p];
         let mut best = stay;
@@ -142,7 +121,7 @@ impl<'a> State<'a> {
                 score.fill(f32::INFINITY);
                 continue;
             }
-            let space = room(g);
+            let space = spare_load(g);
             let each = load.iter().zip(noise).zip(changed).zip(score);
             if let Some(price) = price {
                 let above = (-free).max(0) + (-space).max(0);
@@ -165,7 +144,34 @@ impl<'a> State<'a> {
         }
         #[allow(clippy::float_cmp)] // one of them is the least
         let slot = self.score.iter().position(|&score| score == best)?;
-        Some(Swap { layer: l, expert, other: usize::from(experts[slot]) })
+        Some(Swap { layer: l, expert, other: usize::from(self.expert_in[l * p + slot]) })
+    }
+
+    /// What every swap of an expert on a device would change the cost by, into `changed` `[P]`.
+    fn judge_swaps(&mut self, l: usize, expert: usize, here: usize) {
+        let Sizes { devices: d, per_device: s, .. } = self.instance.sizes;
+        let p = self.instance.sizes.slots();
+        let row = &self.price[(l * d + here) * p..][..p];
+        let (experts, own) = (&self.expert_in[l * p..][..p], &self.own[l * p..][..p]);
+        let prices = self.price[l * d * p..][..d * p].chunks_exact(p);
+        let devices = experts.chunks_exact(s).zip(own.chunks_exact(s)).zip(self.changed.chunks_exact_mut(s));
+        if let Some(with) = self.instance.with(l, expert) {
+            // As in [`State::change`]: their own pair changes nothing.
+            let cost = &self.instance.cost[here * d..][..d];
+            for ((((experts, own), changed), prices), &cost) in devices.zip(prices).zip(cost) {
+                let (to, cost) = (prices[expert] - row[expert], 2 * cost as i32);
+                for ((&f, &own), changed) in experts.iter().zip(own).zip(changed) {
+                    *changed = to + row[usize::from(f)] - own + cost * with[usize::from(f)];
+                }
+            }
+        } else {
+            for (((experts, own), changed), prices) in devices.zip(prices) {
+                let to = prices[expert] - row[expert];
+                for ((&f, &own), changed) in experts.iter().zip(own).zip(changed) {
+                    *changed = to + row[usize::from(f)] - own;
+                }
+            }
+        }
     }
 
     /// Adds what the experts of layer `l` make their partners pay: the dearest cost, less what is nearer.
@@ -246,7 +252,7 @@ impl<'a> State<'a> {
 
     /// Swaps tokens away from where they are above caps, while that is possible: always where it costs least, when a
     /// token above costs what its layer's `price` says.
-    pub(crate) fn settle(&mut self, price: &[f64]) {
+    pub(crate) fn repair_caps(&mut self, price: &[f64]) {
         let Sizes { layers, devices: d, per_device: s, .. } = self.instance.sizes;
         let p = self.instance.sizes.slots();
         for (l, &price) in (0..layers).zip(price) {
@@ -452,9 +458,16 @@ fn subtract(to: &mut [i32], a: &[i32], b: &[i32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chain::instance::Sizes;
+    use crate::chain::instance::{Sizes, random};
     use crate::random::Random;
     use proptest::prelude::*;
+
+    /// Random counts, loads of which about half of all swaps keep the caps, devices alike or in nodes of two.
+    fn half_capped(sizes: Sizes, tiers: bool, dispatch: bool, numbers: &mut Random) -> Instance {
+        let mut instance = random(sizes, (if tiers { 2 } else { sizes.devices }, 1, 5), dispatch, 9, numbers);
+        instance.cap.fill(sizes.per_device as u64 * 3);
+        instance
+    }
 
     fn plain_cost(instance: &Instance, state: &State<'_>) -> i64 {
         let sizes = instance.sizes;
@@ -479,32 +492,6 @@ mod tests {
         total
     }
 
-    /// Random counts, loads of which about half of all swaps keep the caps, devices alike or in nodes of two.
-    fn random_instance(sizes: Sizes, tiers: bool, dispatch: bool, random: &mut Random) -> Instance {
-        let Sizes { layers, experts, devices, per_device } = sizes;
-        let table = experts * experts;
-        let transitions: Vec<u64> = (0..(layers - 1) * table).map(|_| random.below(9) as u64).collect();
-        let mut coactivation = vec![0; if dispatch { layers * table } else { 0 }];
-        for at in 0..coactivation.len() {
-            let (l, e, f) = (at / table, at % table / experts, at % experts);
-            if e < f {
-                let count = random.below(9) as u64;
-                coactivation[l * table + e * experts + f] = count;
-                coactivation[l * table + f * experts + e] = count;
-            }
-        }
-        let cost: Vec<i64> = (0..devices * devices)
-            .map(|at| match (at / devices, at % devices) {
-                (g, h) if g == h => 0,
-                (g, h) if tiers && g / 2 != h / 2 => 5,
-                _ => 1,
-            })
-            .collect();
-        let cap = vec![per_device as u64 * 3; layers * devices];
-        let load: Vec<u64> = (0..layers * experts).map(|_| random.below(9) as u64).collect();
-        Instance::new(sizes, &load, &transitions, &coactivation, &cap, &cost).expect("valid")
-    }
-
     proptest! {
         /// Every judged change is what the plain sums over pairs and above caps change by, for swaps and relabelling.
         #[test]
@@ -519,7 +506,7 @@ mod tests {
         ) {
             let mut random = Random::new(seed, 0);
             let sizes = Sizes { layers, experts, devices, per_device: experts.div_ceil(devices) + spare };
-            let instance = random_instance(sizes, tiers, dispatch, &mut random);
+            let instance = half_capped(sizes, tiers, dispatch, &mut random);
             let p = sizes.slots();
             let mut state = State::new(&instance, (0..layers * p).map(|at| (at % p) as u16).collect());
             prop_assert_eq!(state.cost(), plain_cost(&instance, &state));
@@ -560,7 +547,7 @@ mod tests {
         fn the_best_of_all_swaps_is_chosen(tiers in any::<bool>(), dispatch in any::<bool>(), seed in any::<u64>()) {
             let mut random = Random::new(seed, 0);
             let sizes = Sizes { layers: 3, experts: 103, devices: 26, per_device: 4 };
-            let instance = random_instance(sizes, tiers, dispatch, &mut random);
+            let instance = half_capped(sizes, tiers, dispatch, &mut random);
             let p = sizes.slots();
             let mut state = State::new(&instance, (0..3 * p).map(|at| (at % p) as u16).collect());
             for _ in 0..40 {
@@ -577,9 +564,9 @@ mod tests {
                         best = (worth, Some(swap.other));
                     }
                 }
-                let found = state.choose(l, expert, heat, &noise, price);
-                prop_assert_eq!(found.map(|swap| swap.other), best.1);
-                if let Some(swap) = found {
+                let swap_chosen = state.choose(l, expert, heat, &noise, price);
+                prop_assert_eq!(swap_chosen.map(|swap| swap.other), best.1);
+                if let Some(swap) = swap_chosen {
                     state.apply(swap);
                 }
                 if l > 0 && random.below(4) == 0 {

@@ -1,6 +1,6 @@
 //! What no packing can be below, by counting: no search.
 
-use super::Room;
+use super::Sizes;
 
 /// Lower bounds of one layer.
 pub(super) struct Bounds {
@@ -11,7 +11,7 @@ pub(super) struct Bounds {
 }
 
 impl Bounds {
-    pub(super) fn new(load: &[u64], order: &[usize], clusters: usize, room: Room) -> Self {
+    pub(super) fn new(load: &[u64], order: &[usize], clusters: usize, sizes: Sizes) -> Self {
         let experts = load.len();
         let sorted: Vec<u128> = order.iter().map(|&e| load[e].into()).collect();
         let sums = |loads: &mut dyn Iterator<Item = &u128>| -> Vec<u128> {
@@ -34,9 +34,9 @@ impl Bounds {
             // What those clusters carry above the mean, the others lack.
             let mut least_peak = u128::MAX;
             let mut least_excess = u128::MAX;
-            for a in j.div_ceil(room.most)..=j {
-                let held = j.max(a * room.fewest).max(experts.saturating_sub((clusters - a) * room.most));
-                let carried = heaviest[j] + lightest[(held - j).min(experts - j)];
+            for a in j.div_ceil(sizes.most)..=j {
+                let count = j.max(a * sizes.fewest).max(experts.saturating_sub((clusters - a) * sizes.most));
+                let carried = heaviest[j] + lightest[(count - j).min(experts - j)];
                 least_peak = least_peak.min(carried.div_ceil(a as u128));
                 least_excess = least_excess.min((carried * d).saturating_sub(total * a as u128));
             }
@@ -48,7 +48,7 @@ impl Bounds {
             let last = (together - 1) * clusters + 1;
             if last <= experts {
                 let shared = heaviest[last] - heaviest[last - together];
-                let beside = room.fewest.saturating_sub(together).min(experts - last);
+                let beside = sizes.fewest.saturating_sub(together).min(experts - last);
                 peak = peak.max(shared + lightest[beside]);
             }
         }

@@ -1,7 +1,7 @@
 //! Exchanges between pairs of clusters, and kicks where they no longer help.
 
 use super::bounds::Bounds;
-use super::{Goal, Improve, Room};
+use super::{Goal, Improve, Sizes};
 use crate::random::Random;
 
 /// Descents from a kicked packing, at most, and without gain; the search ends earlier when it is as near to the bound
@@ -32,7 +32,7 @@ struct Cluster {
 pub(super) struct Exchanges<'a> {
     load: Vec<i64>,
     clusters: Vec<Cluster>,
-    room: Room,
+    sizes: Sizes,
     improve: Improve<'a>,
     /// Peak and deviation at which to stop.
     enough: (i128, i128),
@@ -47,7 +47,7 @@ impl<'a> Exchanges<'a> {
         load: &[u64],
         start: &[u16],
         clusters: usize,
-        room: Room,
+        sizes: Sizes,
         improve: Improve<'a>,
         bounds: &Bounds,
     ) -> Self {
@@ -63,7 +63,7 @@ impl<'a> Exchanges<'a> {
         let mut exchanges = Self {
             load: load.iter().map(|&load| (load >> shift) as i64).collect(),
             clusters: members,
-            room,
+            sizes,
             improve,
             enough: (least(bounds.peak, slack.0), least(bounds.deviation, slack.1)),
             open: Vec::new(),
@@ -82,7 +82,7 @@ impl<'a> Exchanges<'a> {
         let mut random = Random::new(0, self.load.len() as u64);
         let mut idle = 0;
         for _ in 0..KICKS {
-            if self.clusters.len() < 2 || !value.0 || idle == IDLE || (self.improve.stop)() {
+            if self.clusters.len() < 2 || !value.0 || idle == IDLE || (self.improve.is_over)() {
                 break;
             }
             self.kick(&mut random);
@@ -144,21 +144,17 @@ impl<'a> Exchanges<'a> {
     /// Whether it is not enough yet, what the goal asks for, then the other.
     fn value(&self) -> (bool, i128, i128) {
         let (peak, deviation) = self.peak_and_deviation();
+        let short = peak > self.enough.0 || deviation > self.enough.1;
         match self.improve.goal {
-            Goal::Peak => (!self.is_enough(), peak, deviation),
-            Goal::Deviation { .. } => (!self.is_enough(), deviation, peak),
+            Goal::Peak => (short, peak, deviation),
+            Goal::Deviation { .. } => (short, deviation, peak),
         }
-    }
-
-    fn is_enough(&self) -> bool {
-        let (peak, deviation) = self.peak_and_deviation();
-        peak <= self.enough.0 && deviation <= self.enough.1
     }
 
     /// Exchanges between all pairs of clusters until no exchange brings two loads closer.
     fn descend(&mut self) {
         while let Some(a) = self.open.pop() {
-            if self.is_enough() || (self.improve.stop)() {
+            if !self.value().0 || (self.improve.is_over)() {
                 return;
             }
             for b in 0..self.clusters.len() {
@@ -178,11 +174,11 @@ impl<'a> Exchanges<'a> {
         let mut best = (apart, None);
         for i in 0..3 {
             for j in 0..3 {
-                let sizes = [from.experts.len() + j, to.experts.len() + i];
+                let experts = [from.experts.len() + j, to.experts.len() + i];
                 let allowed = |size: usize, given: usize| {
-                    size >= given && (self.room.fewest..=self.room.most).contains(&(size - given))
+                    size >= given && (self.sizes.fewest..=self.sizes.most).contains(&(size - given))
                 };
-                if i + j > 0 && (i == j || (allowed(sizes[0], i) && allowed(sizes[1], j))) {
+                if i + j > 0 && (i == j || (allowed(experts[0], i) && allowed(experts[1], j))) {
                     nearest(&from.few[i], &to.few[j], apart, (i, j), &mut best);
                 }
             }

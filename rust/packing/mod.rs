@@ -9,7 +9,7 @@ mod bounds;
 mod exact;
 mod exchange;
 
-use std::ops::Add;
+use std::cmp::Reverse;
 
 use rayon::prelude::*;
 
@@ -20,14 +20,14 @@ use exchange::Exchanges;
 
 /// How many experts a cluster may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Room {
+pub struct Sizes {
     /// At least.
     pub fewest: usize,
     /// At most.
     pub most: usize,
 }
 
-impl Room {
+impl Sizes {
     /// As many experts in every cluster, or as near to it as `experts / clusters` allows.
     #[must_use]
     pub fn equal(experts: usize, clusters: usize) -> Self {
@@ -75,7 +75,7 @@ pub struct Improve<'a> {
     /// What to improve.
     pub goal: Goal,
     /// Asked often: whether to be content with what is there.
-    pub stop: &'a (dyn Fn() -> bool + Sync),
+    pub is_over: &'a (dyn Fn() -> bool + Sync),
 }
 
 /// A packed layer.
@@ -94,23 +94,23 @@ pub fn pack(
     load: &[u64],
     experts: usize,
     clusters: usize,
-    room: Room,
+    sizes: Sizes,
     improve: Option<Improve<'_>>,
 ) -> Result<Vec<Packing>> {
-    let room = checked(load, experts, clusters, room)?;
-    Ok(load.par_chunks(experts).map(|load| pack_layer(load, clusters, room, improve)).collect())
+    let sizes = checked(load, experts, clusters, sizes)?;
+    Ok(load.par_chunks(experts).map(|load| pack_layer(load, clusters, sizes, improve)).collect())
 }
 
 /// The cluster of every expert `[layers, experts]`, longest processing time first: without bounds, which take longer, and
 /// without threads, which a call of less than a millisecond does not repay.
-pub fn pack_quickly(load: &[u64], experts: usize, clusters: usize, room: Room) -> Result<Vec<u16>> {
-    let room = checked(load, experts, clusters, room)?;
-    let pack = |load| longest_first(load, &heaviest_first(load), clusters, room);
+pub fn pack_quickly(load: &[u64], experts: usize, clusters: usize, sizes: Sizes) -> Result<Vec<u16>> {
+    let sizes = checked(load, experts, clusters, sizes)?;
+    let pack = |load| longest_first(load, &heaviest_first(load), clusters, sizes);
     Ok(load.chunks_exact(experts).flat_map(pack).collect())
 }
 
-/// The room, not more than there are experts.
-fn checked(load: &[u64], experts: usize, clusters: usize, room: Room) -> Result<Room> {
+/// The sizes, at most as many as there are experts.
+fn checked(load: &[u64], experts: usize, clusters: usize, sizes: Sizes) -> Result<Sizes> {
     let fault = |what, rule: &str, found: usize| {
         Err(Error::Shape { what, rule: rule.to_owned(), found: found.to_string() })
     };
@@ -120,94 +120,65 @@ fn checked(load: &[u64], experts: usize, clusters: usize, room: Room) -> Result<
     if clusters == 0 || clusters > usize::from(u16::MAX) {
         return fault("devices", "from 1 to 65535 devices", clusters);
     }
-    if room.most.saturating_mul(clusters) < experts {
+    if sizes.most.saturating_mul(clusters) < experts {
         let rule = format!(
             "at least {} slots for {experts} experts on {clusters} devices",
             experts.div_ceil(clusters)
         );
-        return fault("slots", &rule, room.most);
+        return fault("slots", &rule, sizes.most);
     }
-    Ok(Room { most: room.most.min(experts), ..room })
+    Ok(Sizes { most: sizes.most.min(experts), ..sizes })
 }
 
-fn pack_layer(load: &[u64], clusters: usize, room: Room, improve: Option<Improve<'_>>) -> Packing {
+fn pack_layer(load: &[u64], clusters: usize, sizes: Sizes, improve: Option<Improve<'_>>) -> Packing {
     let order = heaviest_first(load);
-    let mut cluster = longest_first(load, &order, clusters, room);
-    let bounds = Bounds::new(load, &order, clusters, room);
+    let mut cluster = longest_first(load, &order, clusters, sizes);
+    let bounds = Bounds::new(load, &order, clusters, sizes);
     if let Some(effort) = improve {
-        cluster = Exchanges::new(load, &cluster, clusters, room, effort, &bounds).run();
+        cluster = Exchanges::new(load, &cluster, clusters, sizes, effort, &bounds).run();
     }
     let (peak, deviation) = peak_and_deviation(load, &cluster, clusters);
     Packing { cluster, peak: (peak, bounds.peak), deviation: (deviation, bounds.deviation) }
 }
 
 /// The least load of the heaviest cluster that any packing of a layer has: what is known to be reached, and a proven
-/// bound. Equal where the bound is met or the packings are few; `found` is what the caller has reached.
+/// bound. Equal where the bound is met or the packings are few; `peak` is what the caller has reached.
 ///
 /// # Errors
 /// When `slots` per cluster do not hold all experts.
-pub fn smallest_peak(load: &[u64], clusters: usize, slots: usize, found: u128) -> Result<(u128, u128)> {
-    let room = Room { fewest: 0, most: slots.min(load.len()) };
-    let reached = pack(load, load.len(), clusters, room, None)?[0].peak;
-    let found = found.min(reached.0);
+pub fn smallest_peak(load: &[u64], clusters: usize, slots: usize, peak: u128) -> Result<(u128, u128)> {
+    let sizes = Sizes { fewest: 0, most: slots.min(load.len()) };
+    let reached = pack(load, load.len(), clusters, sizes, None)?[0].peak;
+    let peak = peak.min(reached.0);
     let sorted: Vec<u128> = heaviest_first(load).into_iter().map(|e| load[e].into()).collect();
-    Ok(exact::tighten(&sorted, clusters, room, reached.1, found))
+    Ok(exact::tighten(&sorted, clusters, sizes, reached.1, peak))
 }
-
-/// Loads below this fit a word with an index behind them, which sorts and compares twice as fast as two words.
-const SHORT: u128 = 1 << (u64::BITS - u16::BITS);
 
 /// The experts by falling load, equal ones by rising index.
 fn heaviest_first(load: &[u64]) -> Vec<usize> {
-    // As one number each, the load above the index, they sort without branches.
-    let heaviest = load.iter().max().map_or(0, |&load| load.into());
-    if heaviest < SHORT && load.len() <= 1 << u16::BITS {
-        let mut keys: Vec<u64> = load.iter().zip(0..).map(|(&load, e)| !load << u16::BITS | e).collect();
-        keys.sort_unstable();
-        return keys.into_iter().map(|key| usize::from(key as u16)).collect();
-    }
-    let mut keys: Vec<u128> = load.iter().zip(0..).map(|(&load, e)| u128::from(!load) << 64 | e).collect();
-    keys.sort_unstable();
-    keys.into_iter().map(|key| key as u64 as usize).collect()
+    let mut order: Vec<usize> = (0..load.len()).collect();
+    order.sort_by_key(|&e| Reverse(load[e]));
+    order
 }
 
 /// Longest processing time first: the heaviest expert to the least loaded cluster that may still take one.
-fn longest_first(load: &[u64], order: &[usize], clusters: usize, room: Room) -> Vec<u16> {
-    let total: u128 = load.iter().map(|&load| u128::from(load)).sum();
+fn longest_first(load: &[u64], order: &[usize], clusters: usize, sizes: Sizes) -> Vec<u16> {
     // A cluster's key is its load, and its index in the lowest bits.
-    if total < SHORT {
-        let open = Tournament::new((0..clusters).map(|c| c as u64), u64::MAX);
-        fill(order, clusters, room, open, |e| load[e] << u16::BITS, |key| key as u16)
-    } else {
-        let open = Tournament::new((0..clusters).map(|c| c as u128), u128::MAX);
-        fill(order, clusters, room, open, |e| u128::from(load[e]) << u16::BITS, |key| key as u16)
-    }
-}
-
-/// Gives every expert in turn to the cluster with the least key that may still take one; `weight` is what it adds.
-fn fill<K: Ord + Copy + Add<Output = K>>(
-    order: &[usize],
-    clusters: usize,
-    room: Room,
-    mut open: Tournament<K>,
-    weight: impl Fn(usize) -> K,
-    index: impl Fn(K) -> u16,
-) -> Vec<u16> {
-    let none = open.none();
-    let mut sizes = vec![0; clusters];
-    let mut missing = clusters * room.fewest;
-    let mut cluster = vec![0; order.len()];
+    let mut open = Tournament::new((0..clusters).map(|c| c as u128), u128::MAX);
+    let mut used = vec![0; clusters];
+    let mut missing = clusters * sizes.fewest;
+    let mut cluster = vec![0; load.len()];
     for (placed, &e) in order.iter().enumerate() {
         // The last experts go where the fewest are not reached yet.
-        let most = if order.len() - placed > missing { room.most } else { room.fewest };
-        let mut c = index(open.get());
-        while sizes[usize::from(c)] >= most {
-            open.set(usize::from(c), none);
-            c = index(open.get());
+        let most = if order.len() - placed > missing { sizes.most } else { sizes.fewest };
+        let mut c = open.get() as u16;
+        while used[usize::from(c)] >= most {
+            open.set(usize::from(c), u128::MAX);
+            c = open.get() as u16;
         }
-        open.set(usize::from(c), open.get() + weight(e));
-        let size = &mut sizes[usize::from(c)];
-        missing -= usize::from(*size < room.fewest);
+        open.set(usize::from(c), open.get() + (u128::from(load[e]) << u16::BITS));
+        let size = &mut used[usize::from(c)];
+        missing -= usize::from(*size < sizes.fewest);
         *size += 1;
         cluster[e] = c;
     }
@@ -232,17 +203,17 @@ mod tests {
     use crate::random::Random;
     use proptest::prelude::*;
 
-    fn improved(load: &[u64], experts: usize, clusters: usize, room: Room, goal: Goal) -> Vec<Packing> {
-        pack(load, experts, clusters, room, Some(Improve { goal, stop: &|| false })).expect("fits")
+    fn improved(load: &[u64], experts: usize, clusters: usize, sizes: Sizes, goal: Goal) -> Vec<Packing> {
+        pack(load, experts, clusters, sizes, Some(Improve { goal, is_over: &|| false })).expect("fits")
     }
 
-    /// Every packing within the room, by trying all of them: least peak and least deviation.
-    fn brute(load: &[u64], clusters: usize, room: Room) -> (u128, u128) {
+    /// Every packing within the sizes, by trying all of them: least peak and least deviation.
+    fn brute(load: &[u64], clusters: usize, sizes: Sizes) -> (u128, u128) {
         let mut best = (u128::MAX, u128::MAX);
         for code in 0..clusters.pow(load.len() as u32) {
             let cluster: Vec<u16> =
                 (0..load.len()).map(|e| (code / clusters.pow(e as u32) % clusters) as u16).collect();
-            if fits(&cluster, clusters, room) {
+            if fits(&cluster, clusters, sizes) {
                 let (peak, deviation) = peak_and_deviation(load, &cluster, clusters);
                 best = (best.0.min(peak), best.1.min(deviation));
             }
@@ -250,10 +221,10 @@ mod tests {
         best
     }
 
-    fn fits(cluster: &[u16], clusters: usize, room: Room) -> bool {
+    fn fits(cluster: &[u16], clusters: usize, sizes: Sizes) -> bool {
         (0..clusters).all(|c| {
             let size = cluster.iter().filter(|&&of| usize::from(of) == c).count();
-            (room.fewest..=room.most).contains(&size)
+            (sizes.fewest..=sizes.most).contains(&size)
         })
     }
 
@@ -262,27 +233,27 @@ mod tests {
         #[test]
         fn lies_between_bound_and_optimum(
             load in prop::collection::vec(prop_oneof![0u64..20, 0u64..200, Just(1000)], 1..9),
-            clusters in 1usize..4, sizes in 0usize..3, extra in 0usize..3,
+            clusters in 1usize..4, kind in 0usize..3, extra in 0usize..3,
         ) {
             let experts = load.len();
             let most = experts.div_ceil(clusters) + extra;
-            let room = match sizes {
-                0 => Room::equal(experts, clusters),
-                1 => Room::free(experts, clusters, most),
-                _ => Room { fewest: 0, most: most.min(experts) },
+            let sizes = match kind {
+                0 => Sizes::equal(experts, clusters),
+                1 => Sizes::free(experts, clusters, most),
+                _ => Sizes { fewest: 0, most: most.min(experts) },
             };
-            let (peak, deviation) = brute(&load, clusters, room);
+            let (peak, deviation) = brute(&load, clusters, sizes);
             for (goal, optimum) in [(Goal::Peak, peak), (Goal::Deviation { tolerance: 0.0 }, deviation)] {
-                let packing = &improved(&load, experts, clusters, room, goal)[0];
-                prop_assert!(fits(&packing.cluster, clusters, room));
+                let packing = &improved(&load, experts, clusters, sizes, goal)[0];
+                prop_assert!(fits(&packing.cluster, clusters, sizes));
                 prop_assert_eq!(peak_and_deviation(&load, &packing.cluster, clusters), (packing.peak.0, packing.deviation.0));
                 prop_assert!(packing.peak.1 <= peak && packing.deviation.1 <= deviation);
-                let found = if goal == Goal::Peak { packing.peak.0 } else { packing.deviation.0 };
+                let value = if goal == Goal::Peak { packing.peak.0 } else { packing.deviation.0 };
                 let total: u128 = load.iter().map(|&l| u128::from(l)).sum();
-                if goal == Goal::Peak && room.fewest == 0 {
-                    prop_assert_eq!(smallest_peak(&load, clusters, room.most, found).expect("fits"), (peak, peak));
+                if goal == Goal::Peak && sizes.fewest == 0 {
+                    prop_assert_eq!(smallest_peak(&load, clusters, sizes.most, value).expect("fits"), (peak, peak));
                 }
-                prop_assert!(found <= optimum + total / 1000, "{} {}", found, optimum);
+                prop_assert!(value <= optimum + total / 1000, "{} {}", value, optimum);
             }
         }
     }
@@ -290,16 +261,16 @@ mod tests {
     #[test]
     fn packs_the_longest_first() {
         let packed =
-            |load: &[u64], clusters, room| longest_first(load, &heaviest_first(load), clusters, room);
-        assert_eq!(packed(&[1, 5, 3, 3], 2, Room { fewest: 0, most: 2 }), [0, 0, 1, 1]);
+            |load: &[u64], clusters, sizes| longest_first(load, &heaviest_first(load), clusters, sizes);
+        assert_eq!(packed(&[1, 5, 3, 3], 2, Sizes { fewest: 0, most: 2 }), [0, 0, 1, 1]);
         // Nothing to balance: still no cluster is empty.
-        assert_eq!(packed(&[0; 4], 3, Room::free(4, 3, 4)), [0, 0, 1, 2]);
+        assert_eq!(packed(&[0; 4], 3, Sizes::free(4, 3, 4)), [0, 0, 1, 2]);
     }
 
     #[test]
     fn sums_of_huge_counts_do_not_overflow() {
         let load = [u64::MAX; 6];
-        let packing = &improved(&load, 6, 2, Room::equal(6, 2), Goal::Deviation { tolerance: 0.0 })[0];
+        let packing = &improved(&load, 6, 2, Sizes::equal(6, 2), Goal::Deviation { tolerance: 0.0 })[0];
         assert_eq!(packing.peak, (3 * u128::from(u64::MAX), 3 * u128::from(u64::MAX)));
         assert_eq!(packing.deviation, (0, 0));
     }
@@ -316,7 +287,7 @@ mod tests {
                 })
                 .collect();
             let goal = Goal::Deviation { tolerance: 0.025 };
-            let packed = improved(&load, experts, clusters, Room::equal(experts, clusters), goal);
+            let packed = improved(&load, experts, clusters, Sizes::equal(experts, clusters), goal);
             let ratio = |p: &Packing| p.peak.0 as f64 / p.peak.1 as f64;
             let worst = packed.iter().map(ratio).fold(0.0, f64::max);
             assert!(worst < 1.001, "{layers} x {experts} on {clusters}: {worst}");

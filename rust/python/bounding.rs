@@ -1,7 +1,5 @@
 //! Bounds, and the certificates that prove them.
 
-use std::sync::atomic::Ordering;
-
 use numpy::{
     IntoPyArray, PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods,
 };
@@ -43,28 +41,10 @@ pub(super) fn bound<'py>(
 ) -> PyResult<Bounded<'py>> {
     let instance = bound_instance(&load, &transitions, &cap, devices)?;
     let control = Control::new(deadline(time_limit));
-    let limits =
-        crate::bound::Limits { iterations, target, gap, deadline: control.deadline(), stop: &control.stop };
-    // The best so far: a bound rises, so the watched number is its negative.
-    let report = |p: crate::bound::Progress| {
-        control.best.fetch_min(-i64::try_from(p.cost).unwrap_or(i64::MAX), Ordering::Relaxed);
-    };
-    let work = || crate::bound::bound(&instance, &limits, report);
+    let limits = crate::bound::Limits { iterations, target, gap, control: &control };
+    let work = || crate::bound::bound(&instance, &limits, |cost| control.proven(cost));
     let (bound, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
     let bound = bound?;
-    let source = match bound.source {
-        crate::bound::Source::Trivial => "trivial",
-        crate::bound::Source::Transportation => "transportation",
-        crate::bound::Source::Semidefinite => "semidefinite",
-    };
-    let stop = match bound.stop {
-        crate::bound::Stop::Gap => "gap reached",
-        crate::bound::Stop::Stalled => "no further progress",
-        crate::bound::Stop::Iterations => "iterations",
-        crate::bound::Stop::Deadline => "time limit",
-        crate::bound::Stop::Asked => "interrupted",
-        crate::bound::Stop::Size => "size",
-    };
     let proof = bound.certificate;
     let arrays = (
         proof.lambda.into_pyarray(py),
@@ -74,7 +54,7 @@ pub(super) fn bound<'py>(
         proof.choices.into_pyarray(py),
         proof.contents.into_pyarray(py),
     );
-    Ok((bound.cost, source, bound.iterations, stop, interrupted, arrays))
+    Ok((bound.cost, bound.source, bound.iterations, bound.end, interrupted, arrays))
 }
 
 #[pyfunction]
@@ -150,15 +130,11 @@ pub(super) fn bound_visits<'py>(
     let layers = visited_layers(&sets, &load, &cap, &slots)?;
     let start = contiguous(start.as_slice().ok())?;
     let control = Control::new(deadline(time_limit));
-    let limits = visits::Limits { rounds, work, gap, deadline: control.deadline(), stop: &control.stop };
+    let limits = visits::Limits { rounds, work, gap, control: &control };
     if !visits::is_in_reach(&layers)? {
         return Ok(None);
     }
-    // A bound rises, so the watched number is its negative.
-    let report = |visits: u64| {
-        control.best.fetch_min(-i64::try_from(visits).unwrap_or(i64::MAX), Ordering::Relaxed);
-    };
-    let work = || visits::bound(&layers, start, &limits, report);
+    let work = || visits::bound(&layers, start, &limits, |visits| control.proven(visits));
     let (bound, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
     let bound = bound?;
     let rounds: Vec<u64> = bound.rounds.into_iter().map(|rounds| rounds as u64).collect();
@@ -184,8 +160,8 @@ pub(super) fn verify_visits<'py>(
     let slots = slots_by_layer(&slots)?;
     let layers = visited_layers(&sets, &load, &cap, &slots)?;
     let prices = contiguous(prices.as_slice().ok())?;
-    let found = detached(py, threads, || visits::verify(&layers, prices))??;
-    Ok(found.into_pyarray(py))
+    let proven = detached(py, threads, || visits::verify(&layers, prices))??;
+    Ok(proven.into_pyarray(py))
 }
 
 fn slots_by_layer(slots: &PyReadonlyArray2<'_, u64>) -> PyResult<Vec<Vec<usize>>> {
@@ -203,7 +179,7 @@ fn visited_layers<'a>(
     let experts = load.shape()[1];
     let cap = contiguous(cap.as_slice().ok())?;
     let load = contiguous(load.as_slice().ok())?;
-    if [cap.len(), slots.len(), load.len() / experts.max(1)].iter().any(|&found| found != sets.len()) {
+    if [cap.len(), slots.len(), load.len() / experts.max(1)].iter().any(|&length| length != sets.len()) {
         let rule = format!("{} layers, like the sets", sets.len());
         return Err(Error::Shape { what: "load", rule, found: "others".into() }.into());
     }

@@ -1,19 +1,17 @@
-//! Placements searched, proven optimal by the complete chain, and the rows of the co-location programme.
+//! Placements of the chain of layers, searched or proven optimal.
 
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use numpy::{
-    IntoPyArray, PyArray1, PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3,
-    PyUntypedArrayMethods,
+    IntoPyArray, PyArray1, PyArray2, PyArray3, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods,
 };
 use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 
-use super::{array2, array3, caught, contiguous, deadline, detached, slice, watched};
+use super::{array2, array3, caught, contiguous, deadline, slice, watched};
 use crate::chain::instance::{Instance, Sizes};
 use crate::chain::{Options, balanced, search as run_search};
-use crate::colocation::Layout;
 use crate::control::Control;
 use crate::error::Error;
 
@@ -68,12 +66,12 @@ pub(super) fn search<'py>(
         instance.allow(&balanced);
         Ok(run_search(&instance, &options, &balanced, &control))
     };
-    let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
-    let found = found?;
+    let (placed, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
+    let placed = placed?;
     let shape = (sizes.layers, sizes.devices, slots_per_device);
     let trials = control.trials.load(Ordering::Relaxed);
     let cap = array2(py, (sizes.layers, sizes.devices), instance.cap.clone())?;
-    Ok((array3(py, shape, sizes.unfill(&found))?, cap, trials, interrupted, instance.shift))
+    Ok((array3(py, shape, sizes.unfill(&placed))?, cap, trials, interrupted, instance.shift))
 }
 
 /// Slots [L,D,S], cost, the caps kept [L].
@@ -101,57 +99,12 @@ pub(super) fn exact_chain<'py>(
     let instance = instance_of(&load, &cap, &cost, slots_per_device, pairs)?;
     let control = Control::new(deadline(time_limit));
     let search = || crate::chain::partitions::optimum(&instance, work, &control);
-    let (found, interrupted) = watched(py, threads, &control, None, search)?;
+    let (placed, interrupted) = watched(py, threads, &control, None, search)?;
     if interrupted {
         return Err(PyKeyboardInterrupt::new_err(()));
     }
-    let Some(found) = found else { return Ok(None) };
+    let Some(placed) = placed else { return Ok(None) };
     let shape = (sizes.layers, sizes.devices, slots_per_device);
-    let slots = array3(py, shape, sizes.unfill(&found.expert_in))?;
-    Ok(Some((slots, found.cost, found.cap.into_pyarray(py))))
-}
-
-/// Columns of broken triangles [n,3], the last with the minus; rows, columns and factors of broken gatherings.
-type BrokenRows<'py> = (
-    Bound<'py, PyArray2<i64>>,
-    Bound<'py, PyArray1<i64>>,
-    Bound<'py, PyArray1<i64>>,
-    Bound<'py, PyArray1<f64>>,
-);
-
-#[pyfunction]
-#[pyo3(signature = (values, sizes, layers, entries, boundaries, *, slack, most, threads = None))]
-pub(super) fn separate<'py>(
-    py: Python<'py>,
-    values: PyReadonlyArray1<'py, f64>,
-    sizes: Vec<usize>,
-    layers: usize,
-    entries: usize,
-    boundaries: usize,
-    slack: f64,
-    most: usize,
-    threads: Option<usize>,
-) -> PyResult<BrokenRows<'py>> {
-    let layout = Layout { sizes, layers, entries, boundaries };
-    let values = contiguous(values.as_slice().ok())?;
-    let columns = caught(|| layout.columns())?;
-    if values.len() != columns || boundaries >= layers.max(1) {
-        let rule = format!("[{columns}]");
-        return Err(Error::Shape { what: "values", rule, found: values.len().to_string() }.into());
-    }
-    let (triangles, gatherings) = detached(py, threads, || {
-        (layout.triangles(values, slack, most), layout.gatherings(values, slack, most))
-    })?;
-    let count = triangles.len();
-    let triangles = triangles.into_iter().flatten().map(|column| column as i64).collect();
-    let (mut rows, mut columns, mut factors) = (Vec::new(), Vec::new(), Vec::new());
-    for (row, gathering) in (0..).zip(gatherings) {
-        for (column, factor) in gathering {
-            rows.push(row);
-            columns.push(column as i64);
-            factors.push(factor);
-        }
-    }
-    let triangles = array2(py, (count, 3), triangles)?;
-    Ok((triangles, rows.into_pyarray(py), columns.into_pyarray(py), factors.into_pyarray(py)))
+    let slots = array3(py, shape, sizes.unfill(&placed.expert_in))?;
+    Ok(Some((slots, placed.cost, placed.cap.into_pyarray(py))))
 }

@@ -85,7 +85,7 @@ fn deadline(time_limit: Option<f64>) -> Option<Instant> {
 
 /// Runs long `work` on other threads while this one looks for signals and reports progress.
 ///
-/// An interrupt (Ctrl-C) sets `control.stop`; the work then ends soon with the best it has, and the second value is
+/// An interrupt (Ctrl-C) sets `control.cancelled`; the work then ends soon with the best it has, and the second value is
 /// true. Any other error, of `progress` or of a signal's handler (a timer's, say), stops the work and is raised.
 fn watched<T: Send>(
     py: Python<'_>,
@@ -114,7 +114,7 @@ fn watched<T: Send>(
                 receive.recv_timeout(Duration::from_millis(50)) == Err(RecvTimeoutError::Timeout)
             };
             let mut end = |error: PyErr| {
-                control.stop.store(true, Ordering::Relaxed);
+                control.cancelled.store(true, Ordering::Relaxed);
                 // Ctrl-C may well come while a report is being written. What else a handler raises is not for us.
                 if error.is_instance_of::<PyKeyboardInterrupt>(py) {
                     interrupted = true;
@@ -178,7 +178,7 @@ mod _core {
     #[pymodule_export]
     use super::bounding::{bound, bound_visits, verify_bound, verify_visits};
     #[pymodule_export]
-    use super::chain::{exact_chain, search, separate};
+    use super::chain::{exact_chain, search};
     #[pymodule_export]
     use super::counting::{LabelledReplay, Replay, StatisticsCounter, merge_sets, validate};
     #[pymodule_export]

@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use super::{alone, array2, array3, contiguous, deadline, detached, watched};
 use crate::control::Control;
 use crate::error::Error;
-use crate::packing::{Goal, Improve, Packing, Room, smallest_peak};
-use crate::two_stage::{Chain, Way};
+use crate::packing::{Goal, Improve, Packing, Sizes, smallest_peak};
+use crate::two_stage::Chain;
 
 /// Peak and its bound, deviation times clusters and its bound: one row per layer.
 type Balance = Vec<(u128, u128, u128, u128)>;
@@ -21,7 +21,7 @@ fn packed(
     py: Python<'_>,
     load: &PyReadonlyArray2<'_, u64>,
     devices: usize,
-    room: Room,
+    sizes: Sizes,
     goal: Goal,
     time_limit: Option<f64>,
     threads: Option<usize>,
@@ -29,27 +29,11 @@ fn packed(
     let (experts, load) = (load.shape()[1], contiguous(load.as_slice().ok())?);
     let control = Control::new(deadline(time_limit));
     let work = || {
-        let improve = Some(Improve { goal, stop: &|| control.stopped() });
-        crate::packing::pack(load, experts, devices, room, improve)
+        let improve = Some(Improve { goal, is_over: &|| control.stopped() });
+        crate::packing::pack(load, experts, devices, sizes, improve)
     };
     let (packed, interrupted) = watched(py, threads, &control, None, work)?;
     Ok((packed?, interrupted))
-}
-
-fn pack<'py>(
-    py: Python<'py>,
-    load: &PyReadonlyArray2<'py, u64>,
-    devices: usize,
-    room: Room,
-    goal: Goal,
-    time_limit: Option<f64>,
-    threads: Option<usize>,
-) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance, bool)> {
-    let (layers, experts) = (load.shape()[0], load.shape()[1]);
-    let (packed, interrupted) = packed(py, load, devices, room, goal, time_limit, threads)?;
-    let balance = packed.iter().map(|p| (p.peak.0, p.peak.1, p.deviation.0, p.deviation.1)).collect();
-    let cluster = packed.into_iter().flat_map(|p| p.cluster).collect();
-    Ok((array2(py, (layers, experts), cluster)?, balance, interrupted))
 }
 
 #[pyfunction]
@@ -64,16 +48,16 @@ pub(super) fn lpt<'py>(
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray3<i32>>> {
     let (layers, experts) = (load.shape()[0], load.shape()[1]);
-    let room = Room { fewest: 0, most: slots };
+    let sizes = Sizes { fewest: 0, most: slots };
     let cluster: Vec<u16> = if improve {
-        let (packed, interrupted) = packed(py, &load, devices, room, Goal::Peak, time_limit, threads)?;
+        let (packed, interrupted) = packed(py, &load, devices, sizes, Goal::Peak, time_limit, threads)?;
         if interrupted {
             return Err(PyKeyboardInterrupt::new_err(()));
         }
         packed.into_iter().flat_map(|packing| packing.cluster).collect()
     } else {
         let load = contiguous(load.as_slice().ok())?;
-        alone(py, || crate::packing::pack_quickly(load, experts, devices, room))??
+        alone(py, || crate::packing::pack_quickly(load, experts, devices, sizes))??
     };
     let mut filled = vec![-1; layers * devices * slots];
     let mut used = vec![0; devices];
@@ -91,19 +75,19 @@ pub(super) fn lpt<'py>(
 }
 
 #[pyfunction]
-#[pyo3(signature = (load, devices, slots, found, *, threads = None))]
+#[pyo3(signature = (load, devices, slots, reached, *, threads = None))]
 pub(super) fn smallest_peaks(
     py: Python<'_>,
     load: PyReadonlyArray2<'_, u64>,
     devices: usize,
     slots: usize,
-    found: PyReadonlyArray1<'_, u64>,
+    reached: PyReadonlyArray1<'_, u64>,
     threads: Option<usize>,
 ) -> PyResult<Vec<(u128, u128)>> {
     let experts = load.shape()[1].max(1);
-    let (load, found) = (contiguous(load.as_slice().ok())?, contiguous(found.as_slice().ok())?);
-    let layers = load.par_chunks(experts).zip(found);
-    let peak = |(load, &found): (&[u64], &u64)| smallest_peak(load, devices, slots, found.into());
+    let (load, reached) = (contiguous(load.as_slice().ok())?, contiguous(reached.as_slice().ok())?);
+    let layers = load.par_chunks(experts).zip(reached);
+    let peak = |(load, &reached): (&[u64], &u64)| smallest_peak(load, devices, slots, reached.into());
     let peaks = detached(py, threads, || layers.map(peak).collect::<Result<_, Error>>())?;
     Ok(peaks?)
 }
@@ -120,13 +104,17 @@ pub(super) fn cluster<'py>(
     time_limit: Option<f64>,
     threads: Option<usize>,
 ) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance, bool)> {
-    let experts = load.shape()[1];
-    let room = if equal_sizes && clusters > 0 {
-        Room::equal(experts, clusters)
+    let (layers, experts) = (load.shape()[0], load.shape()[1]);
+    let sizes = if equal_sizes && clusters > 0 {
+        Sizes::equal(experts, clusters)
     } else {
-        Room::free(experts, clusters, slots)
+        Sizes::free(experts, clusters, slots)
     };
-    pack(py, &load, clusters, room, Goal::Deviation { tolerance }, time_limit, threads)
+    let goal = Goal::Deviation { tolerance };
+    let (packed, interrupted) = packed(py, &load, clusters, sizes, goal, time_limit, threads)?;
+    let balance = packed.iter().map(|p| (p.peak.0, p.peak.1, p.deviation.0, p.deviation.1)).collect();
+    let cluster = packed.into_iter().flat_map(|p| p.cluster).collect();
+    Ok((array2(py, (layers, experts), cluster)?, balance, interrupted))
 }
 
 /// The device of every cluster [L,D], how it was found, a lower bound of the bottleneck, whether it was interrupted.
@@ -151,10 +139,6 @@ pub(super) fn place_clusters<'py>(
     let control = Control::new(deadline(time_limit));
     let (placed, interrupted) = watched(py, threads, &control, None, || chain.place(&control))?;
     let placed = placed?;
-    let way = match placed.way {
-        Way::Uniform => "exact: uniform links",
-        Way::DynamicProgramming => "exact: dynamic programming",
-        Way::LocalSearch => "heuristic: local search",
-    };
+    let way = if placed.exact { "exact: uniform links" } else { "heuristic: local search" };
     Ok((array2(py, (layers, devices), placed.device)?, way, placed.bound, interrupted))
 }

@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 /// Pools kept for the next call.
-const KEPT: usize = 4;
+const IDLE_POOLS: usize = 4;
 /// Threads of a pool for every core, at most: more would only take memory.
 const PER_CORE: usize = 4;
 
@@ -47,12 +47,12 @@ pub(super) fn with_pool<T>(
     let most = || std::thread::available_parallelism().map_or(1, NonZero::get) * PER_CORE;
     let wanted = threads.map_or(0, |threads| threads.clamp(1, most()));
     let process = std::process::id();
-    let found = {
+    let idle_pool = {
         let mut idle = idle(py);
         let place = idle.pools.iter().position(|(threads, _)| *threads == wanted);
         place.map(|place| idle.pools.remove(place).1)
     };
-    let pool = if let Some(pool) = found {
+    let pool = if let Some(pool) = idle_pool {
         pool
     } else {
         let name = |number| format!("moetuner-{number}");
@@ -66,7 +66,7 @@ pub(super) fn with_pool<T>(
         return result;
     }
     let mut idle = idle(py);
-    if idle.pools.len() == KEPT {
+    if idle.pools.len() == IDLE_POOLS {
         idle.pools.remove(0);
     }
     idle.pools.push((wanted, pool));

@@ -327,8 +327,8 @@ def test_audit_says_what_is_gained_and_what_to_do(ok, trace, tmp_path):
     mt.Placement(slots, num_experts=8).save(all_on_two)
     text = ok("audit", all_on_two, trace, "--window", 40)
     assert re.search(
-        r"^All traffic: \d+\.\d % more imbalance than experts in blocks "
-        r"\(95 %: \+[\d.]+ % to \+[\d.]+ %\)\.$",
+        r"^All traffic: two.json has \d+\.\d % more imbalance than experts in blocks "
+        r"\(95 %: [\d.]+ to [\d.]+ %\)\.$",
         text,
         re.M,
     )
@@ -336,7 +336,7 @@ def test_audit_says_what_is_gained_and_what_to_do(ok, trace, tmp_path):
         r"^To do: record more of (even|odd) and solve again, with --groups", text, re.M
     )
     text = ok("audit", blocks, trace, "--baseline", blocks)
-    assert "All traffic: 0.0 % less imbalance than blocks.json" in text
+    assert "All traffic: blocks.json has 0.0 % less imbalance than blocks.json" in text
     assert "that may be chance" in text
     assert "To do" not in text
 
@@ -407,7 +407,7 @@ def test_compare_tells_the_range_of_gains_over_splits(ok, trace):
     assert len(set(wanted)) == 3
     assert found["methods"]["lpt"]["imbalance"] == singles[0]["lpt"]["imbalance"]
     text = ok(*arguments, "--splits", 3)
-    assert re.search(r"^Gain: lpt .* contiguous.* over 3 splits\)\.$", text, re.M)
+    assert re.search(r"^Gain: on unseen traffic lpt .* contiguous.* over 3 splits\)\.$", text, re.M)
 
 
 def test_compare_of_one_split_has_an_interval_of_this_placement(ok, trace):
@@ -418,7 +418,9 @@ def test_compare_of_one_split_has_an_interval_of_this_placement(ok, trace):
     assert gain["kind"] == "interval of this placement"
     assert gain["low"] < gain["mean"] < gain["high"]
     assert gain["splits"] == [gain["mean"]]
-    assert re.search(r"^Gain: lpt .*95 %: .*, of this placement\)\.$", ok(*arguments), re.M)
+    assert re.search(
+        r"^Gain: on unseen traffic lpt .*95 %: .*, of this placement\)\.$", ok(*arguments), re.M
+    )
 
 
 def test_compare_splits_several_times_by_default(ok, trace):

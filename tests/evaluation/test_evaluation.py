@@ -383,3 +383,13 @@ def test_mixed_seed_is_another_order(counted):
     )
     assert one.imbalance_mixed == same.imbalance_mixed != other.imbalance_mixed
     assert one.imbalance == other.imbalance
+
+
+def test_slots_in_use_are_counted():
+    """Eight experts in twelve slots of four devices are two of three; a copy takes another one."""
+    trace = mt.RoutingTrace.from_arrays(np.zeros((4, 1, 1), int), num_experts=8)
+    slots = np.array([[[0, 1, -1], [2, 3, -1], [4, 5, -1], [6, 7, -1]]])
+    assert mt.evaluate(mt.Placement(slots, num_experts=8), trace).slots_used == 2.0
+    slots[0, 0, 2] = 7
+    found = mt.evaluate(mt.Placement(slots, num_experts=8), trace)
+    assert found.slots_used == found.to_dict()["slots_used"] == 2.25

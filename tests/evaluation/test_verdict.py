@@ -31,10 +31,12 @@ def test_balance_decides_without_times():
     assert found.gain == pytest.approx(0.24, abs=0.01)
     assert 0.2 < found.low < found.gain < found.high < 0.27
     assert found.is_worth_it
-    text = r"worth it: imbalance 1.339 -> 1.008, gain 24.7 % (95 %: "
+    text = r"worth it: imbalance 1.339 -> 1.008 x the mean, gain 24.7 % (95 %: "
     assert str(found).startswith(text)
     assert str(found).endswith("of 6 units; worth it above 2 %)")
+    assert found.sentence == "after has 24.7 % less imbalance than before (95 %: 24.4 to 25.0 %)."
     back = judged(GOOD, BAD, table())
+    assert back.sentence == "after has 32.8 % more imbalance than before (95 %: 32.3 to 33.3 %)."
     assert (back.answer, back.is_worth_it) == ("worse", False)
 
 
@@ -45,7 +47,7 @@ def test_times_decide_where_they_are_known():
     found = mt.verdict(before, after)
     assert (found.measure, found.before, found.after) == ("predicted_layer_us", 10040.5, 10030.5)
     assert (found.answer, found.is_worth_it) == ("certain but small", False)
-    assert str(found).startswith("certain but small: predicted_layer_us 1.004e+04 us")
+    assert str(found).startswith("certain but small: predicted_layer_us 1.004e+04 -> 1.003e+04 us")
     assert mt.verdict(before, after, price=0).is_worth_it
 
 

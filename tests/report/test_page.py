@@ -15,7 +15,8 @@ import moetuner as mt
 from moetuner.report import page
 from moetuner.report.page import figures
 from moetuner.report.page import panels as drawing
-from moetuner.report.page.shown import Shown
+from moetuner.report.page.charts import POINTS, thinned
+from moetuner.report.page.data import PageData
 from moetuner.solver import Progress
 
 pytest.importorskip("plotly", reason="the extra report is not installed")
@@ -39,7 +40,7 @@ def shown(trace, placement, topology, **others):
         counted = mt.RoutingStatistics.from_trace(trace, window=100)
     window = 100 if isinstance(trace, mt.RoutingTrace) else None
     options = {"window": window, "cost_model": MODEL, "mixed": False}
-    running, proposed = (
+    evaluations = tuple(
         mt.evaluate(each, trace, topology, **options) for each in (blocks, placement)
     )
     found = {
@@ -49,16 +50,15 @@ def shown(trace, placement, topology, **others):
         "answer": "good",
         "names": ("contiguous", "proposed"),
         "placements": (blocks, placement),
-        "running": running,
-        "proposed": proposed,
+        "evaluations": evaluations,
         "topology": topology,
         "traffic": "<script>alert(2)</script>",
         "load": counted.total_load.astype(float),
         "moves": blocks.diff(placement, topology=topology),
         "numbers": (("One", "1.5 us", "first"), ("Two", "2.5 x", ""), ("Three", "3.5 GB", "")),
-        "contents": {"proposed": proposed.to_dict()},
+        "contents": {"proposed": evaluations[1].to_dict()},
     }
-    return Shown(**{**found, **others})
+    return PageData(**{**found, **others})
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_names_are_nothing_but_text(html):
 def test_the_page_carries_its_numbers(made, html):
     """The JSON is that of the results, but for matrices of groups."""
     found = data(html, "contents")
-    wanted = json.loads(json.dumps(made.proposed.to_dict()))
+    wanted = json.loads(json.dumps(made.evaluations[1].to_dict()))
     for group in wanted["by_group"].values():
         del group["traffic"]
     assert found["proposed"] == wanted
@@ -165,16 +165,12 @@ def test_drawn_is_computed(made, html):
         assert share[layer, column] == pytest.approx(busy, rel=1e-6)
         assert 2.0 ** shade[layer, column] == pytest.approx(busy, rel=1e-5)
     first, second = charts["links"]["variants"][0]["data"]
-    for drawn, of in ((first, made.running), (second, made.proposed)):
+    for drawn, of in zip((first, second), made.evaluations, strict=True):
         table = of.traffic["dispatch"].sum(axis=0) / 4 / 1600 * 1000
         assert numbers(drawn["z"]) == pytest.approx(table, rel=1e-5)
-    for drawn, of in zip(
-        charts["layers"]["variants"][0]["data"], (made.running, made.proposed), strict=True
-    ):
+    for drawn, of in zip(charts["layers"]["variants"][0]["data"], made.evaluations, strict=True):
         assert numbers(drawn["y"]) == pytest.approx(of.predicted_us_per_layer, rel=1e-6)
-    for drawn, of in zip(
-        charts["time"]["variants"][0]["data"], (made.running, made.proposed), strict=True
-    ):
+    for drawn, of in zip(charts["time"]["variants"][0]["data"], made.evaluations, strict=True):
         assert numbers(drawn["y"]) == pytest.approx(of.imbalance_per_window, rel=1e-6)
     (moves,) = charts["moves"]["variants"][0]["data"]
     assert (numbers(moves["z"]) == made.moves.pairs).all()
@@ -228,8 +224,8 @@ def test_what_is_not_known_says_why(load, devices):
 def test_many_groups_and_windows_stay_few_points():
     """Of ten thousand groups the ends are drawn; of many windows the least and most remain."""
     values = np.random.default_rng(0).normal(size=10_000)
-    at, kept = drawing.thinned(values.tolist())
-    assert len(at) <= drawing.POINTS
+    at, kept = thinned(values.tolist())
+    assert len(at) <= POINTS
     assert (kept.min(), kept.max()) == (values.min(), values.max())
     assert (values[at] == kept).all()
 

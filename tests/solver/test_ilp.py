@@ -82,20 +82,6 @@ def test_rows_added_later_count() -> None:
     assert solution.values.tolist() == [0, 1, 0]
 
 
-def test_the_relaxation_follows_new_rows() -> None:
-    """Relaxed, values need not be whole; rows count, and the whole optimum is still found after."""
-    ilp = Ilp([-3.0, -2.0, -2.0])
-    ilp.add_rows(-np.inf, 3, [0, 0, 0], [0, 1, 2], [2, 2, 2])
-    relaxed = ilp.relax()
-    assert relaxed.objective == relaxed.bound == pytest.approx(-4)
-    ilp.add_rows(-np.inf, 1, [0, 0], [0, 1], [2, 1])
-    assert ilp.relax().objective == pytest.approx(-3.5)
-    assert ilp.solve().objective == -2
-    ilp.add_rows(4, np.inf, [0, 0, 0], [0, 1, 2])
-    with pytest.raises(ValueError, match="relaxation is infeasible"):
-        ilp.relax()
-
-
 def test_linear_programs_have_a_bound() -> None:
     """Without integer columns the optimum is its own bound."""
     ilp = Ilp([-1.0, -1.0], upper=np.inf, integer=False)
@@ -104,22 +90,11 @@ def test_linear_programs_have_a_bound() -> None:
     assert (solution.objective, solution.bound, solution.status) == (-3, -3, "optimal")
 
 
-def test_columns_become_whole_after_a_relaxation() -> None:
-    """What was left open may be said to be whole later; the rows stay."""
-    ilp = Ilp([-1.0, -1.0], upper=10, integer=False)
-    ilp.add_rows(-np.inf, [5, 7], [0, 1], [0, 1], 2)
-    assert ilp.relax().objective == -6
-    ilp.make_whole(np.array([1]))
-    assert ilp.solve().objective == -5.5
-    ilp.make_whole(np.array([0]))
-    assert ilp.solve().objective == -5
-
-
 def test_the_first_incumbent_is_the_start() -> None:
     """HiGHS begins with the warm start, at the objective that the caller computed."""
     ilp = hard()
     values = np.zeros(ilp.columns)
-    half = ilp._rows[0].lower
+    half = ilp.row_bounds[0]
     values[60:66] = half
     solution = ilp.solve(start=values, start_objective=float(half.sum()), nodes=1)
     assert solution.first == pytest.approx(half.sum())
@@ -164,7 +139,7 @@ def test_reaches_a_gap() -> None:
 def test_a_time_limit_is_a_status() -> None:
     """Running out of time is no error, and the start survives it."""
     ilp = hard()
-    values = np.r_[np.zeros(60), ilp._rows[0].lower, np.zeros(6)]
+    values = np.r_[np.zeros(60), ilp.row_bounds[0], np.zeros(6)]
     solution = ilp.solve(start=values, time_limit=0.0)
     assert solution.status == "time_limit"
     assert solution.objective <= ilp.objective(values)

@@ -20,9 +20,8 @@ from moetuner import solver
 from moetuner.evaluation import copies
 from moetuner.solver.bounds.caps import exceeded, scope, told
 from moetuner.solver.bounds.loads import bounded
-from moetuner.solver.bounds.pairs import bound, padded
+from moetuner.solver.bounds.pairs import padded
 from moetuner.solver.bounds.verification import verify
-from moetuner.solver.milp.colocation import colocation
 from moetuner.solver.result import Candidate, CapsDetails, Details, Limits
 from moetuner.solver.search.traffic import search_traffic
 from moetuner.solver.two_stage import place_clusters
@@ -243,16 +242,6 @@ def test_nearly_is_not_optimal():
     for device_of, status in (([0, 1, 0, 1], "feasible"), ([0, 1, 1, 0], "optimal")):
         slots = mt.Placement.from_assignment([device_of], 2).slots
         assert bounded(problem, Candidate(slots), Limits()).status == status
-
-
-def test_what_runs_after_the_bound_keeps_its_certificate():
-    """HiGHS may improve a placement, and loses nothing of what was proven before."""
-    problem = small_problem(2, 2, 8, 2, max_imbalance=1.3)
-    start = solver.METHODS["heuristic"](problem, seed=0, limits=Limits(iterations=10))
-    proven = bound(problem, problem.caps.kept(start.slots), limits=Limits())
-    start = replace(start, bound=proven.cost, certificate=proven.certificate)
-    found = colocation(problem, seed=0, limits=Limits(), start=start)
-    assert found.certificate is proven.certificate
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner import Placement, Problem, RoutingStatistics, RoutingTrace, Topology, _core
-from moetuner.solver.result import Limits, Progress
+from moetuner.solver.result import Clock, Limits, Progress
 from moetuner.solver.two_stage import (
+    cluster,
     cluster_layers,
     cluster_traffic,
     place_clusters,
-    programmes,
     two_stage,
 )
+from moetuner.solver.two_stage.place import solve_stage
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "gpt-oss-20b.npz"
 
@@ -95,7 +96,7 @@ def test_stage_1_is_optimal_within_the_tolerance(
 
 def test_stage_1_does_not_search_what_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean and the heaviest expert prove a warm start, without a call of HiGHS."""
-    monkeypatch.setattr(programmes, "cluster", None)
+    monkeypatch.setattr(cluster, "solve_layer", None)
     rng = np.random.default_rng(0)
     even = cluster_layers(rng.integers(900, 1100, (6, 64)), 8)
     assert not even.searched.any()
@@ -114,48 +115,44 @@ def test_stage_1_searches_where_it_must() -> None:
 
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10**6), devices=st.integers(2, 4), per_node=st.sampled_from([1, 2, 4]))
-def test_stage_2_is_exact_and_the_program_agrees(seed: int, devices: int, per_node: int) -> None:
-    """Dynamic programming, assignment, the paper's integer program and brute force agree."""
+def test_stage_2_and_the_program_enclose_the_optimum(seed: int, devices: int, per_node: int) -> None:
+    """Assignment is optimal where links are alike; search, program and brute force agree."""
     rng = np.random.default_rng(seed)
     layers = 3 if devices < 4 else 2
     traffic = rng.integers(0, 100, (layers - 1, devices, devices)).astype(np.uint64)
     per_node = per_node if devices % per_node == 0 else devices
     cost = Topology(devices, devices_per_node=per_node).cost
-    exact = place_clusters(traffic, cost)
-    assert exact.way.startswith("exact")
-    assert exact.status == "optimal"
-    program = programmes.place(
-        traffic,
-        cost,
-        exact.device,
-        None,
-        exact.bottleneck,
-        exact.bound,
-        tolerance=0,
-        seed=0,
-        time_limit=None,
-        progress=None,
-    )
+    placed = place_clusters(traffic, cost, tolerance=0)
+    alike = len(np.unique(cost)) < 3
+    assert placed.way.startswith("exact" if alike else "heuristic")
     _, best = least_bottleneck(traffic.astype(int), cost)
-    assert exact.bottleneck == exact.bound == best
-    assert program.objective == pytest.approx(best)
+    assert placed.bound <= best <= placed.bottleneck
+    assert (placed.status == "optimal") == (placed.bottleneck == placed.bound)
+    assert placed.status == "optimal" or not alike
+    start = placed.device, None, (placed.bottleneck, 0)
+    clock = Clock(Limits())
+    solution, _ = solve_stage(traffic, cost, *start, tolerance=0, seed=0, clock=clock)
+    scale = max(placed.bottleneck, 1)
+    assert solution.bound * scale <= best + 1e-3
+    assert best - 1e-3 <= solution.objective * scale <= placed.bottleneck + 1e-3
+    assert solution.status == "feasible" or solution.objective * scale == pytest.approx(best)
 
 
 @pytest.mark.parametrize(
     ("devices", "per_node", "way"),
     [
         (12, None, "exact: uniform links"),
-        (8, 4, "exact: dynamic programming"),
+        (8, 4, "heuristic: local search"),
         (12, 6, "heuristic: local search"),
     ],
 )
 def test_stage_2_says_how(devices: int, per_node: int | None, way: str) -> None:
-    """Up to eight devices, or with equal links, the answer is exact; beyond, it is bounded."""
+    """With links alike the answer is exact; else it is bounded."""
     traffic = np.random.default_rng(0).integers(0, 1000, (5, devices, devices))
     placed = place_clusters(traffic, Topology(devices, devices_per_node=per_node).cost)
     assert placed.way == way
     assert placed.bound <= placed.bottleneck
-    assert (placed.status == "optimal") == way.startswith("exact")
+    assert placed.status == "optimal" or not way.startswith("exact")
     assert (np.sort(placed.device, axis=1) == np.arange(devices)).all()
 
 
@@ -259,8 +256,7 @@ def test_traffic_counts_every_token_once() -> None:
     rng = np.random.default_rng(0)
     transitions = rng.integers(0, 9, (2, 6, 6)).astype(np.uint64)
     cluster = rng.integers(0, 3, (3, 6))
-    traffic, cut = cluster_traffic(transitions, cluster, 3)
-    assert cut == 0
+    traffic = cluster_traffic(transitions, cluster, 3)
     for layer, c, d in np.ndindex(2, 3, 3):
         block = transitions[layer][np.ix_(cluster[layer] == c, cluster[layer + 1] == d)]
         assert traffic[layer, c, d] == block.sum()

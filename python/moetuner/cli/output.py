@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from moetuner.files import descriptor_of, replacing
 from moetuner.files.text import line, name, printable
+from moetuner.report.cells import finite
 from moetuner.solver import Progress
 
 # Output that goes to a file or another program is not fitted to any screen.
@@ -65,23 +65,12 @@ class Output:
         """Write the JSON, if it is wanted."""
         if self._json is None:
             return
-        text = json.dumps(_finite(contents), indent=2, allow_nan=False)
+        text = json.dumps(finite(contents), indent=2, allow_nan=False)
         if str(self._json) == "-":
             click.echo(text)
         else:
             with replacing(self._json) as temporary:
                 temporary.write_text(text + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON cannot say, such as an infinite cap, by null."""
-    if isinstance(value, dict):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 # A log gets the first line after a second, the next ones rarely; a screen is drawn anew so often.

@@ -16,12 +16,13 @@ from moetuner.cli.options.moves import Moving, moving_options
 from moetuner.cli.options.problem import ProblemOptions, problem_options
 from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output
-from moetuner.cli.reporting import write_comparison
+from moetuner.cli.report import origin_of, write_pages
 from moetuner.evaluation.auditing import contiguous
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.outcome import Outcome, head, remarks, sentences, slower
+from moetuner.report.page.data import of_outcomes
 from moetuner.solver import ALIASES, METHODS, Result
 
 FLATTERED = (
@@ -124,19 +125,16 @@ def command(
     settings = {**wanted.problem_settings(problem), **moving.settings(), "window": window, **how}
     contents = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
     contents |= {"method": method, **outcomes[-1].to_dict(), **moves}
-    if page:
-        write_comparison(
-            report_file,
-            source,
-            before,
-            outcomes[-1],
-            contents,
-            output,
+    write_pages(
+        report_file,
+        lambda: of_outcomes(
+            *(before, outcomes[-1], source.traffic, origin_of(source), contents),
             traffic=FLATTERED,
-            judged_on=source.traffic,
             trades=trades,
             expert_bytes=moving.expert_bytes,
-        )
+        ),
+        output,
+    )
     output.finish(contents)
     if failure is not None:
         raise click.ClickException(failure)

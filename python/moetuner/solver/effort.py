@@ -77,17 +77,9 @@ TANGENT_WORK, TANGENT_ITERATIONS = 1e6, 20
 # Seconds for a pair of experts of a set, to be weighed ("Limits").
 TANGENT_SECONDS = 3e-8
 
-# The co-location programme ("The co-location programme"): triangle rows beyond which HiGHS does
-# not get through its first node in minutes.
-MOST_TRIANGLES = 400_000
-# Nodes of the search tree of one solve, so that the answer does not depend on the machine, and
-# rounds of separation.
-PROGRAMME_NODES, PROGRAMME_ROUNDS = 1000, 20
-# Rounds on the relaxation, at most; the share of the gap that one must close to be followed by
-# another; rows of each kind that one adds.
-RELAXED_ROUNDS, RELAXED_PROGRESS, ROWS_PER_ROUND = 15, 0.02, 5_000
-# Gap of the relaxation, as a share of the cost, up to which all columns are said to be whole.
-SMALL_GAP = 4e-4
+# The co-location programme ("The co-location programme"): rows of triangles beyond which HiGHS
+# does not get through its first node in a minute, and nodes of its search tree.
+MOST_TRIANGLES, PROGRAMME_NODES = 40_000, 1000
 
 # The paper's two stages ("Stage 1 and the paper's method"): nodes of HiGHS's search tree, so that
 # no call can run for ever. One core: half a second for a layer of 32 experts on 16 devices, seven

@@ -5,6 +5,8 @@
 //! computed from smaller contents is computed in long rows: `f(Y + x) = f(Y) + n(x) - f_x(Y)` for all Y below x at once,
 //! with n(x) the tokens that choose x, and `f_x` the same function of only those tokens, less x.
 
+use std::ops::Add;
+
 use super::{Layer, UNIT};
 
 /// Tokens of a content that a device cannot hold: more than there are.
@@ -68,7 +70,7 @@ impl Table {
 
     /// The least visits less prices of a content, by size, and up to `harvest` contents below 0, the least first.
     pub(super) fn price(&self, prices: &[f64], harvest: usize) -> (Vec<f64>, Vec<Priced>) {
-        let mut harvest = Harvest { most: harvest, limit: 0.0, found: Vec::new() };
+        let mut harvest = Harvest { most: harvest, limit: 0.0, best: Vec::new() };
         let least = (self.first..)
             .zip(&self.visits)
             .map(|(size, visits)| self.price_size(size, visits, prices, &mut harvest))
@@ -132,41 +134,41 @@ fn lowest(visits: &[i32], prices: &[f64]) -> f64 {
 struct Harvest {
     most: usize,
     limit: f64,
-    found: Vec<(f64, usize, usize)>,
+    best: Vec<(f64, usize, usize)>,
 }
 
 impl Harvest {
     fn take(&mut self, value: f64, size: usize, number: usize) {
-        self.found.push((value, size, number));
-        if self.found.len() >= 2 * self.most {
+        self.best.push((value, size, number));
+        if self.best.len() >= 2 * self.most {
             self.cut();
-            self.limit = self.found.last().map_or(0.0, |found| found.0);
+            self.limit = self.best.last().map_or(0.0, |best| best.0);
         }
     }
 
     fn cut(&mut self) {
-        self.found.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then_with(|| (a.1, a.2).cmp(&(b.1, b.2))));
-        self.found.truncate(self.most);
+        self.best.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then_with(|| (a.1, a.2).cmp(&(b.1, b.2))));
+        self.best.truncate(self.most);
     }
 
     fn finish(mut self) -> Vec<Priced> {
         self.cut();
-        self.found.into_iter().map(|(value, size, number)| (value, members(size, number))).collect()
+        self.best.into_iter().map(|(value, size, number)| (value, members(size, number))).collect()
     }
 }
 
 /// The members of a content, from the largest on.
 fn members(size: usize, mut number: usize) -> Vec<u16> {
-    let mut found = Vec::with_capacity(size);
+    let mut content = Vec::with_capacity(size);
     for left in (1..=size).rev() {
         let mut x = left - 1;
         while binomial(x + 1, left) <= number {
             x += 1;
         }
         number -= binomial(x, left);
-        found.push(x as u16);
+        content.push(x as u16);
     }
-    found
+    content
 }
 
 /// Tokens that choose all of j experts, for all such, by their number.
@@ -227,42 +229,33 @@ fn cover_into(size: usize, experts: usize, counts: &[&[i32]], out: &mut [i32]) {
     }
 }
 
-/// Sums of prices of all contents of so many of the first `experts`.
-fn sums(size: usize, experts: usize, prices: &[f64]) -> Vec<f64> {
+/// Sums of the numbers of all contents of so many of the first `experts`.
+fn sums<T: Copy + Default + Add<Output = T>>(size: usize, experts: usize, numbers: &[T]) -> Vec<T> {
     if size == 0 {
-        return vec![0.0];
+        return vec![T::default()];
     }
-    let smaller = sums(size - 1, experts.saturating_sub(1), prices);
+    let smaller = sums(size - 1, experts.saturating_sub(1), numbers);
     let mut out = Vec::with_capacity(binomial(experts, size));
     for x in size - 1..experts {
-        out.extend(smaller[..binomial(x, size - 1)].iter().map(|sum| sum + prices[x]));
+        out.extend(smaller[..binomial(x, size - 1)].iter().map(|&sum| sum + numbers[x]));
     }
     out
 }
 
 /// Marks contents whose load a device cannot have.
 fn exclude(layer: &Layer<'_>, size: usize, lower: u128, visits: &mut [i32]) {
-    fn loads(size: usize, experts: usize, load: &[u64]) -> Vec<u128> {
-        if size == 0 {
-            return vec![0];
-        }
-        let smaller = loads(size - 1, experts.saturating_sub(1), load);
-        (size - 1..experts)
-            .flat_map(|x| smaller[..binomial(x, size - 1)].iter().map(move |sum| sum + u128::from(load[x])))
-            .collect()
-    }
     if size == 0 {
         if lower > 0 {
             visits.fill(NEVER);
         }
         return;
     }
-    let others = loads(size - 1, layer.experts() - 1, layer.load);
-    for x in size - 1..layer.experts() {
-        let (start, length) = (binomial(x, size), binomial(x, size - 1));
-        for (visits, other) in visits[start..][..length].iter_mut().zip(&others) {
-            let load = other + u128::from(layer.load[x]);
-            if load < lower || load > u128::from(layer.cap) {
+    let load: Vec<u128> = layer.load.iter().map(|&load| load.into()).collect();
+    let others = sums(size - 1, layer.experts() - 1, &load);
+    for (x, own) in load.iter().enumerate() {
+        let row = binomial(x, size)..binomial(x + 1, size);
+        for (visits, other) in visits[row].iter_mut().zip(&others) {
+            if !(lower..=layer.cap.into()).contains(&(other + own)) {
                 *visits = NEVER;
             }
         }
@@ -270,16 +263,16 @@ fn exclude(layer: &Layer<'_>, size: usize, lower: u128, visits: &mut [i32]) {
 }
 
 /// Contents spread over all experts: the first ones, but of each expert no more than `most` for its own sake.
-pub(super) fn spread(found: Vec<Priced>, experts: usize, most: usize) -> Vec<Vec<u16>> {
+pub(super) fn spread(contents: Vec<Priced>, experts: usize, most: usize) -> Vec<Vec<u16>> {
     let mut taken = vec![0; experts];
-    let mut kept = Vec::new();
-    for (_, content) in found {
+    let mut chosen = Vec::new();
+    for (_, content) in contents {
         if content.iter().any(|&e| taken[usize::from(e)] < most) {
             for &e in &content {
                 taken[usize::from(e)] += 1;
             }
-            kept.push(content);
+            chosen.push(content);
         }
     }
-    kept
+    chosen
 }

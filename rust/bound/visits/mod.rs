@@ -27,11 +27,12 @@ mod contents;
 mod prices;
 mod programme;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use rayon::prelude::*;
 
+use crate::control::Control;
 use crate::error::{Error, Result};
 use contents::Table;
 
@@ -87,18 +88,18 @@ impl Layer<'_> {
         if self.ids.chunks_exact(self.top_k).any(|set| set.windows(2).any(|pair| pair[0] >= pair[1])) {
             return wrong("sets", "ids that rise within a set".into(), "others".into());
         }
-        let room: usize = self.slots.iter().sum();
-        if room < experts {
-            return wrong("slots", format!("at least {experts} in all"), room.to_string());
+        let all: usize = self.slots.iter().sum();
+        if all < experts {
+            return wrong("slots", format!("at least {experts} in all"), all.to_string());
         }
         Ok(())
     }
 
     /// The fewest and the most experts of every device, `[D]`.
     fn sizes(&self) -> Vec<(usize, usize)> {
-        let room: usize = self.slots.iter().sum();
+        let all: usize = self.slots.iter().sum();
         let experts = self.experts();
-        self.slots.iter().map(|&own| ((own + experts).saturating_sub(room), own.min(experts))).collect()
+        self.slots.iter().map(|&own| ((own + experts).saturating_sub(all), own.min(experts))).collect()
     }
 
     /// The fewest and the most experts of any device.
@@ -152,15 +153,7 @@ pub struct Limits<'a> {
     /// Good enough: the visits that a better placement could save, as a share of those of the placement known.
     pub gap: f64,
     /// With a deadline the result depends on the machine.
-    pub deadline: Option<Instant>,
-    /// Set from another thread to stop soon.
-    pub stop: &'a AtomicBool,
-}
-
-impl Limits<'_> {
-    fn is_stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
-    }
+    pub control: &'a Control,
 }
 
 /// Proven visits with the prices that prove them.
@@ -178,6 +171,12 @@ pub struct Bound {
 pub fn is_in_reach(layers: &[Layer<'_>]) -> Result<bool> {
     layers.iter().try_for_each(Layer::check)?;
     Ok(layers.iter().all(Layer::is_in_reach))
+}
+
+/// Layers that are worked on at once, so that their contents fit into memory.
+fn at_once(layers: &[Layer<'_>]) -> usize {
+    let largest = layers.iter().map(Layer::contents).fold(1.0, f64::max);
+    ((HELD_CONTENTS / largest) as usize).clamp(1, rayon::current_num_threads())
 }
 
 /// Bounds the visits of every layer from below; `start` is a placement to begin from, the device of each expert `[L, E]`.
@@ -204,20 +203,19 @@ pub fn bound(
         return Err(Error::Shape { what: "start", rule, found: start.len().to_string() });
     }
     let mut bound = Bound::default();
-    let largest = layers.iter().map(Layer::contents).fold(1.0, f64::max);
-    let together = ((HELD_CONTENTS / largest) as usize).clamp(1, rayon::current_num_threads());
+    let together = at_once(layers);
     let total = layers.len();
-    let mut known: u64 = layers.iter().map(|layer| layer.least() as u64).sum();
+    let mut proven: u64 = layers.iter().map(|layer| layer.least() as u64).sum();
     for (number, wave) in layers.chunks(together).enumerate() {
         let done = number * together;
         // What is left of the time is shared among the layers that are left.
         let begin = Instant::now();
-        let share = limits.deadline.map(|deadline| {
+        let share = limits.control.deadline().map(|deadline| {
             deadline
                 .saturating_duration_since(begin)
                 .div_f64(total.saturating_sub(done).div_ceil(wave.len()) as f64)
         });
-        let found: Vec<_> = wave
+        let bounds: Vec<_> = wave
             .par_iter()
             .enumerate()
             .with_max_len(1)
@@ -226,13 +224,13 @@ pub fn bound(
                 bound_layer(layer, start, limits, total, share.map(|share| begin + share))
             })
             .collect();
-        for (layer, (visits, prices, rounds)) in wave.iter().zip(found) {
-            known += visits - layer.least() as u64;
+        for (layer, (visits, prices, rounds)) in wave.iter().zip(bounds) {
+            proven += visits - layer.least() as u64;
             bound.visits.push(visits);
             bound.prices.extend(prices.iter().map(|price| price / UNIT));
             bound.rounds.push(rounds);
         }
-        report(known);
+        report(proven);
     }
     Ok(bound)
 }
@@ -248,9 +246,8 @@ pub fn verify(layers: &[Layer<'_>], prices: &[f64]) -> Result<Vec<u64>> {
         let rule = format!("{experts} prices");
         return Err(Error::Shape { what: "certificate", rule, found: prices.len().to_string() });
     }
-    let largest = layers.iter().map(Layer::contents).fold(1.0, f64::max);
-    let together = ((HELD_CONTENTS / largest) as usize).clamp(1, rayon::current_num_threads());
-    let mut found = Vec::with_capacity(layers.len());
+    let together = at_once(layers);
+    let mut visits = Vec::with_capacity(layers.len());
     let mut rest = prices;
     for wave in layers.chunks(together) {
         let (mine, others) = rest.split_at(wave.iter().map(Layer::experts).sum());
@@ -262,9 +259,9 @@ pub fn verify(layers: &[Layer<'_>], prices: &[f64]) -> Result<Vec<u64>> {
             }
             layer.proven(&prices, &Table::new(layer).price(&prices, 0).0)
         });
-        found.extend(each.collect::<Vec<_>>());
+        visits.extend(each.collect::<Vec<_>>());
     }
-    Ok(found)
+    Ok(visits)
 }
 
 /// A price in units: whole, and near enough to 0.
@@ -283,15 +280,19 @@ fn bound_layer(
     let seconds = TABLE_SECONDS * layer.contents() * orders as f64;
     let late = deadline
         .is_some_and(|deadline| deadline.saturating_duration_since(Instant::now()).as_secs_f64() < seconds);
-    if late || limits.is_stopped() || layer.counts.is_empty() {
+    if late || limits.control.cancelled.load(Ordering::Relaxed) || layer.counts.is_empty() {
         return (layer.least() as u64, vec![0.0; layer.experts()], 0);
     }
     let affordable = limits.work / layers.max(1) as f64 / layer.contents().max(1.0);
     let rounds = limits.rounds.min((affordable as usize).max(1));
-    let found =
+    let answer =
         prices::search(layer, &Table::new(layer), start, &prices::Budget { rounds, deadline, limits });
     // A certificate of no prices is read as that of capacity, without a look at the contents.
-    if found.1.iter().all(|&price| price == 0.0) { (layer.least() as u64, found.1, found.2) } else { found }
+    if answer.1.iter().all(|&price| price == 0.0) {
+        (layer.least() as u64, answer.1, answer.2)
+    } else {
+        answer
+    }
 }
 
 #[cfg(test)]

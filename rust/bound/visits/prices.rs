@@ -3,6 +3,7 @@
 //! The programme's own prices jump about while it knows few contents. So they are kept in a box around the best prices
 //! known (Marsten, Hogan and Blankenship, 1975), which moves with them and shrinks where it misled.
 
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::contents::{Table, spread};
@@ -46,48 +47,45 @@ pub(super) fn search(
     // A visit is shared among the experts that it is for: the prices of what a device holds are its visits.
     let mut best: Vec<f64> = shares(layer, start).into_iter().map(|price| whole(price * UNIT)).collect();
     let mut begin = Instant::now();
-    let (least, mut found) = table.price(&best, HARVEST);
+    let (least, mut new) = table.price(&best, HARVEST);
     let mut proven = layer.proven(&best, &least);
     let mut width = BOX * best.iter().sum::<f64>() / experts as f64 / UNIT;
     let mut programme = Programme::new(experts, devices);
-    let add = |programme: &mut Programme, contents: Vec<Vec<u16>>| {
-        for content in contents {
-            if let Some(visits) = table.visits(&content) {
-                programme.add(content, visits as f64);
-            }
-        }
-    };
-    add(&mut programme, neighbours(&placed));
-    let (mut rounds, mut settled) = (1, 0);
+    programme.add_contents(table, neighbours(&placed));
+    let (mut rounds, mut stable) = (1, 0);
     // A round that takes as long as the longest one must end in time.
     let mut longest = begin.elapsed();
     let late = |longest| budget.deadline.is_some_and(|deadline| Instant::now() + longest >= deadline);
-    while rounds < budget.rounds && proven < good && !budget.limits.is_stopped() && !late(longest) {
+    while rounds < budget.rounds
+        && proven < good
+        && !budget.limits.control.cancelled.load(Ordering::Relaxed)
+        && !late(longest)
+    {
         begin = Instant::now();
-        add(&mut programme, spread(found, experts, EACH));
+        programme.add_contents(table, spread(new, experts, EACH));
         let centre: Vec<f64> = best.iter().map(|price| price / UNIT).collect();
         let (hoped, prices, inside) = programme.solve(&centre, width);
         let prices: Vec<f64> = prices.iter().map(|price| whole(price * UNIT)).collect();
-        let (least, new) = table.price(&prices, HARVEST);
+        let (least, more) = table.price(&prices, HARVEST);
         rounds += 1;
         let value = layer.proven(&prices, &least);
-        settled = if hoped - value.max(proven) as f64 <= ENOUGH * hoped || new.is_empty() {
-            settled + 1
+        stable = if hoped - value.max(proven) as f64 <= ENOUGH * hoped || more.is_empty() {
+            stable + 1
         } else {
             0
         };
         if value > proven {
-            (proven, best, found) = (value, prices, new);
+            (proven, best, new) = (value, prices, more);
             width *= GROWTH;
         } else {
-            found = new;
+            new = more;
             width *= SHRINKAGE;
         }
         // Nothing better is left in the box, and if it is not for the box, or in a wider one either, anywhere.
-        if settled > 1 || settled == 1 && inside {
+        if stable > 1 || stable == 1 && inside {
             break;
         }
-        if settled == 1 {
+        if stable == 1 {
             width *= WIDER;
         }
         longest = longest.max(begin.elapsed());
@@ -97,29 +95,29 @@ pub(super) fn search(
 
 /// Visits of a placement by expert: each is shared among the experts that it is for.
 fn shares(layer: &Layer<'_>, start: &[u16]) -> Vec<f64> {
-    let mut found = vec![0.0; layer.experts()];
+    let mut share = vec![0.0; layer.experts()];
     for (set, &count) in layer.ids.chunks_exact(layer.top_k).zip(layer.counts) {
         for &e in set {
             let device = start[usize::from(e)];
             let together = set.iter().filter(|&&other| start[usize::from(other)] == device).count();
-            found[usize::from(e)] += count as f64 / together as f64;
+            share[usize::from(e)] += count as f64 / together as f64;
         }
     }
-    found
+    share
 }
 
 /// The contents of a placement, and those that differ by an exchange of one expert.
 fn neighbours(placed: &[Vec<u16>]) -> Vec<Vec<u16>> {
-    let mut found: Vec<Vec<u16>> = placed.to_vec();
+    let mut all: Vec<Vec<u16>> = placed.to_vec();
     for content in placed {
         for at in 0..content.len() {
             for other in placed.iter().filter(|other| *other != content).flatten() {
                 let mut next = content.clone();
                 next[at] = *other;
                 next.sort_unstable_by(|a, b| b.cmp(a));
-                found.push(next);
+                all.push(next);
             }
         }
     }
-    found
+    all
 }

@@ -5,6 +5,8 @@
 //! twice is allowed, at costs that keep its price within a box. Right sides that differ a little keep the method from
 //! going round in circles. Nothing here is proven: prices are good or bad, never wrong.
 
+use super::contents::Table;
+
 /// How much right sides differ.
 const PERTURBATION: f64 = 1e-5;
 /// Reduced costs above this, as a share of the largest cost, do not count.
@@ -38,8 +40,13 @@ impl Programme {
         Self { experts, devices: devices as f64, columns: Vec::new() }
     }
 
-    pub(super) fn add(&mut self, content: Vec<u16>, visits: f64) {
-        self.columns.push((content, visits));
+    /// Adds contents that a device can hold.
+    pub(super) fn add_contents(&mut self, table: &Table, contents: Vec<Vec<u16>>) {
+        for content in contents {
+            if let Some(visits) = table.visits(&content) {
+                self.columns.push((content, visits as f64));
+            }
+        }
     }
 
     /// The least cost with prices no further than `width` from the centre, the prices of experts, and whether all are

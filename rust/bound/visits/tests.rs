@@ -1,13 +1,8 @@
-use std::sync::atomic::AtomicBool;
-
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 
 use super::*;
-
-/// Nobody sets it.
-static STOP: AtomicBool = AtomicBool::new(false);
 
 /// A layer's arrays.
 #[derive(Debug, Clone)]
@@ -93,8 +88,8 @@ prop_compose! {
     }
 }
 
-fn limits(rounds: usize) -> Limits<'static> {
-    Limits { rounds, work: f64::INFINITY, gap: 0.0, deadline: None, stop: &STOP }
+fn limits(rounds: usize, control: &Control) -> Limits<'_> {
+    Limits { rounds, work: f64::INFINITY, gap: 0.0, control }
 }
 
 /// Cases that are drawn to count how many bounds are near.
@@ -125,7 +120,7 @@ proptest! {
                 let priced = case.visits(content) as f64 * UNIT - members.iter().map(|&e| prices[usize::from(e)]).sum::<f64>();
                 expected[size - first] = expected[size - first].min(priced);
                 below += usize::from(priced < 0.0 && size > 0);
-                prop_assert!(priced >= 0.0 || size == 0 || harvest.iter().any(|found| *found == (priced, members.clone())));
+                prop_assert!(priced >= 0.0 || size == 0 || harvest.iter().any(|proven| *proven == (priced, members.clone())));
             }
         }
         prop_assert_eq!(harvest.len(), below);
@@ -138,11 +133,11 @@ proptest! {
         let layers = [case.layer(), case.layer()];
         let Some((optimum, placed)) = case.optimum(0, (1 << case.load.len()) - 1) else { return Ok(()) };
         let start = [placed.clone(), placed].concat();
-        let found = bound(&layers, &start, &limits(rounds), |_| ()).expect("the case is well formed");
-        prop_assert!(found.visits[0] <= optimum, "{} is above {optimum}", found.visits[0]);
-        prop_assert_eq!(found.visits[0], found.visits[1]);
-        prop_assert_eq!(&verify(&layers, &found.prices).expect("the case is well formed"), &found.visits);
-        let wild: Vec<f64> = found.prices.iter().zip(noise.iter().cycle()).map(|(price, noise)| price + noise).collect();
+        let proven = bound(&layers, &start, &limits(rounds, &Control::new(None)), |_| ()).expect("the case is well formed");
+        prop_assert!(proven.visits[0] <= optimum, "{} is above {optimum}", proven.visits[0]);
+        prop_assert_eq!(proven.visits[0], proven.visits[1]);
+        prop_assert_eq!(&verify(&layers, &proven.prices).expect("the case is well formed"), &proven.visits);
+        let wild: Vec<f64> = proven.prices.iter().zip(noise.iter().cycle()).map(|(price, noise)| price + noise).collect();
         prop_assert!(verify(&layers, &wild).expect("the case is well formed")[0] <= optimum);
     }
 }
@@ -156,8 +151,9 @@ fn bound_is_near() {
         let width = case.load.len().div_ceil(case.slots.len());
         let case = Case { cap: u64::MAX, slots: vec![width; case.slots.len()], ..case };
         let (optimum, placed) = case.optimum(0, (1 << case.load.len()) - 1).expect("the case is well formed");
-        let found = bound(&[case.layer()], &placed, &limits(60), |_| ()).expect("the case is well formed");
-        found.visits[0] as f64 >= 0.85 * optimum as f64
+        let proven = bound(&[case.layer()], &placed, &limits(60, &Control::new(None)), |_| ())
+            .expect("the case is well formed");
+        proven.visits[0] as f64 >= 0.85 * optimum as f64
     });
     let near = near.count();
     assert!(near * 100 >= CASES * 98, "{near} of {CASES} bounds are near");

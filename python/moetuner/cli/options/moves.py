@@ -20,7 +20,7 @@ from moetuner.cli.output import Output, working
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.report.cells import counted, percent
+from moetuner.report.cells import counted, in_bytes, percent
 from moetuner.solver import Result, Trade, pareto
 from moetuner.topology import Topology
 
@@ -130,15 +130,6 @@ class Moving:
 
 
 moving_options = option_group("moving", Moving)
-
-
-def in_bytes(count: float) -> str:
-    """Write a number of bytes."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _sentence(diff: PlacementDiff, topology: Topology, moved: float | None) -> str:

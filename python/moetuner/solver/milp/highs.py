@@ -31,21 +31,21 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Solution:
-    """What HiGHS found.
+    """The best values of a program and what is proven of them.
 
     Parameters
     ----------
     values
-        Of all columns [columns], whole where they have to be; None if nothing feasible was found.
+        Of all columns [columns], whole where they have to be; None without feasible ones.
     objective
         Of these values; None without them.
     bound
         Proven: no feasible values have a better objective.
     status
         ``"optimal"`` only where objective and bound agree, ``"gap_reached"`` where they agree as
-        far as was asked, ``"feasible"`` at the node limit.
+        far as wanted, ``"feasible"`` at the node limit.
     first
-        Objective of the first values that HiGHS held: those of the warm start, where one was given.
+        Objective of the first values of HiGHS: those of the warm start, where one was given.
         None where presolving left nothing to search.
     """
 
@@ -88,8 +88,10 @@ class Ilp:
         self.upper = _column("upper", upper, self.columns, np.float64)
         self.integer = _column("integer", integer, self.columns, np.int32)
         self.offset = float(offset)
-        self._rows: list[Rows] = []
-        self._highs: _Highs | None = None
+        self.rows = 0
+        none = np.zeros(0, dtype=np.int64)
+        self._bounds = [(np.zeros(0), np.zeros(0))]
+        self._entries = [(none, none, np.zeros(0))]
 
     def add_rows(
         self,
@@ -99,7 +101,7 @@ class Ilp:
         column: ArrayLike,
         value: ArrayLike = 1.0,
     ) -> None:
-        """Add ``lower <= A x <= upper`` with A given by its entries; also between two solves.
+        """Add ``lower <= A x <= upper`` with A given by its entries.
 
         Parameters
         ----------
@@ -109,18 +111,42 @@ class Ilp:
             Of every entry [entries]; ``row`` counts from the first of the new rows, ``value``
             may be one number. An entry must not be given twice.
         """
-        rows = Rows.of(lower, upper, row, column, value, self.columns)
-        self._rows.append(rows)
-        if self._highs is not None:
-            _add(self._highs, rows)
+        low, high = np.broadcast_arrays(
+            np.atleast_1d(np.asarray(lower, dtype=np.float64)), np.asarray(upper, dtype=np.float64)
+        )
+        entries = np.broadcast_arrays(
+            np.asarray(row, dtype=np.int64),
+            np.asarray(column, dtype=np.int64),
+            np.asarray(value, dtype=np.float64),
+        )
+        rows, columns, values = (of.ravel() for of in entries)
+        for name, ids, n in (("row", rows, len(low)), ("column", columns, self.columns)):
+            if ids.size and (ids.min() < 0 or ids.max() >= n):
+                raise ValueError(
+                    f"{name} must be from 0 to {n - 1}, got {ids.min()} to {ids.max()}"
+                )
+        if not np.isfinite(values).all() or np.isnan(low).any() or np.isnan(high).any():
+            raise ValueError("rows must have finite entries and bounds that are numbers")
+        self._bounds.append((low, high))
+        self._entries.append((rows + self.rows, columns, values))
+        self.rows += len(low)
 
-    def make_whole(self, columns: NDArray[np.int64]) -> None:
-        """Make some columns [n] whole numbers; also between two solves."""
-        self.integer[columns] = 1
-        if self._highs is not None:
-            kind = np.ones(len(columns), dtype=np.uint8)
-            status = self._highs.changeColsIntegrality(len(columns), columns.astype(np.int32), kind)
-            _ok(status, "changeColsIntegrality")
+    def add_deviations(
+        self, part: ArrayLike, column: ArrayLike, value: ArrayLike, mean: float, t: ArrayLike
+    ) -> None:
+        """Add ``t >= +-(A x - mean)`` with A given by its entries, one part a row; t is [parts]."""
+        t = np.asarray(t)
+        parts = np.r_[np.ravel(part), np.arange(len(t))]
+        columns = np.r_[np.ravel(column), t]
+        for sign in (1.0, -1.0):
+            values = np.r_[-sign * np.ravel(value), np.ones(len(t))]
+            self.add_rows(np.full(len(t), -sign * mean), np.inf, parts, columns, values)
+
+    @property
+    def row_bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Lower and upper bounds of all rows [rows]."""
+        lower, upper = zip(*self._bounds, strict=True)
+        return np.concatenate(lower), np.concatenate(upper)
 
     @property
     def margin(self) -> float:
@@ -149,14 +175,15 @@ class Ilp:
         if wrong.any():
             at = int(np.argmax(wrong))
             return f"column {at}: {values[at]} in [{self.lower[at]}, {self.upper[at]}]"
-        first = 0
-        for rows in self._rows:
-            sums, scale = rows.times(values), 1 + rows.times(values, absolute=True)
-            wrong = (sums < rows.lower - slack * scale) | (sums > rows.upper + slack * scale)
-            if wrong.any():
-                at = int(np.argmax(wrong))
-                return f"row {first + at}: {sums[at]} in [{rows.lower[at]}, {rows.upper[at]}]"
-            first += len(rows.lower)
+        lower, upper = self.row_bounds
+        row, column, value = map(np.concatenate, zip(*self._entries, strict=True))
+        terms = value * values[column]
+        sums = np.bincount(row, terms, minlength=self.rows)
+        slacks = slack * (1 + np.bincount(row, np.abs(terms), minlength=self.rows))
+        wrong = (sums < lower - slacks) | (sums > upper + slacks)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            return f"row {at}: {sums[at]} in [{lower[at]}, {upper[at]}]"
         return None
 
     def solve(
@@ -171,7 +198,7 @@ class Ilp:
         time_limit: float | None = None,
         progress: Callable[[float | None, float], None] | None = None,
     ) -> Solution:
-        """Run HiGHS and return the best values that it found.
+        """Run HiGHS and return its best values.
 
         Ctrl-C ends the search, not the program: the best values so far come back with status
         ``"interrupted"``.
@@ -203,64 +230,48 @@ class Ilp:
             fault of the formulation.
         """
         values = None if start is None else np.asarray(start, dtype=np.float64)
-        if values is not None:
-            self._check_start(values, start_objective)
-        highs = self._highs = self._highs or self._build()
-        _set(
-            highs,
+        highs = self._build(
             random_seed=seed % 2**31,
             mip_rel_gap=float(gap),
             mip_abs_gap=float(absolute_gap),
             mip_max_nodes=2**31 - 1 if nodes is None else int(nodes),
             time_limit=math.inf if time_limit is None else max(float(time_limit), 0.0),
         )
-        # Forget the last solve, or its values and its clock would count in this one.
-        _ok(highs.clearSolver(), "clearSolver")
         if values is not None:
+            self._check_start(values, start_objective)
             columns = np.arange(self.columns, dtype=np.int32)
             _ok(highs.setSolution(self.columns, columns, values), "setSolution")
         watch = _Watch(highs)
         interrupted = watch.run(progress)
-        return self._solution(highs, values, watch, interrupted, max(gap, 0.0), absolute_gap)
+        ended = _ended(highs, interrupted, feasible=start is not None)
+        return self._solution(highs, values, watch.first, ended, max(gap, 0.0), absolute_gap)
 
-    def relax(
+    def _solution(
         self,
-        *,
-        time_limit: float | None = None,
-        progress: Callable[[float | None, float], None] | None = None,
+        highs: _Highs,
+        values: NDArray[np.float64] | None,
+        first: float | None,
+        ended: Status,
+        gap: float,
+        absolute_gap: float,
     ) -> Solution:
-        """Solve the linear relaxation, from where the last one ended: cheap after a few new rows.
-
-        Returns
-        -------
-        Solution
-            Its values need not be whole. Without values the bound is infinite and ``status`` says
-            why: ``"time_limit"`` or ``"interrupted"``.
-        """
-        highs = self._highs = self._highs or self._build()
-        limit = math.inf if time_limit is None else max(float(time_limit), 0.0)
-        _set(highs, solve_relaxation=True, time_limit=limit)
-        # The clock must begin anew, the basis need not.
-        basis = highs.getBasis()
-        _ok(highs.clearSolver(), "clearSolver")
-        if basis.valid:
-            _ok(highs.setBasis(basis), "setBasis")
-        interrupted = _Watch(highs).run(progress)
-        _set(highs, solve_relaxation=False)
-        return self._relaxed(highs, interrupted)
-
-    def _relaxed(self, highs: _Highs, interrupted: bool) -> Solution:
-        from highspy._core import HighsModelStatus as Model
-
-        ended = highs.getModelStatus()
-        if ended in (Model.kInfeasible, Model.kUnbounded, Model.kUnboundedOrInfeasible):
-            raise ValueError(f"the relaxation is {highs.modelStatusToString(ended).lower()}")
-        if ended not in (Model.kOptimal, Model.kModelEmpty):
-            status: Status = "interrupted" if interrupted else "time_limit"
-            return Solution(None, None, -math.inf, status)
-        values = np.array(highs.getSolution().col_value, dtype=np.float64)
-        worth = self.objective(values)
-        return Solution(values, worth, worth, "interrupted" if interrupted else "optimal")
+        """Read the better of the start and HiGHS's values, and what is proven."""
+        best = None if values is None else self.objective(values)
+        if first is not None and best is not None and _behind(first, best):
+            raise RuntimeError(f"HiGHS began with {first}, not with the start's {best}")
+        info = highs.getInfo()
+        if info.primal_solution_status == 2:  # a feasible point
+            new = np.array(highs.getSolution().col_value, dtype=np.float64)
+            new = np.where(self.integer != 0, np.rint(new), new)
+            if best is None or self.objective(new) < best:
+                values, best = new, self.objective(new)
+        bound = float(info.mip_dual_bound)
+        if not self.integer.any() or not self.columns:
+            bound = best if ended == "optimal" and best is not None else -math.inf
+        if ended == "optimal" and best is not None:
+            allowed = max(gap * abs(best), absolute_gap)
+            ended = "optimal" if allowed == 0 or _close(best, bound) else "gap_reached"
+        return Solution(values, best, bound, ended, first)
 
     def _check_start(self, values: NDArray[np.float64], stated: float | None) -> None:
         if values.shape != (self.columns,):
@@ -273,82 +284,47 @@ class Ilp:
                 f"the start is worth {self.objective(values)}, not {stated} as stated"
             )
 
-    def _build(self) -> _Highs:
-        # The public class `highspy.Highs` prints a banner before it can be told not to; the class
+    def _build(self, **options: bool | float) -> _Highs:
+        # The public class `highspy.Highs` prints a banner before it can be asked not to; the class
         # beneath it does not.
         from highspy._core import MatrixFormat, ObjSense, _Highs
 
         highs = _Highs()
-        _set(highs, output_flag=False, log_to_console=False, threads=1, parallel="off")
-        rows = Rows.all(self._rows)
+        _set(highs, output_flag=False, log_to_console=False, threads=1, parallel="off", **options)
+        row, column, value = map(np.concatenate, zip(*self._entries, strict=True))
+        order = np.lexsort((column, row))
+        start = np.r_[0, np.cumsum(np.bincount(row, minlength=self.rows))].astype(np.int32)
         status = highs.passModel(
-            self.columns,
-            len(rows.lower),
-            len(rows.index),
-            MatrixFormat.kRowwise.value,
-            ObjSense.kMinimize.value,
-            self.offset,
-            self.cost,
-            self.lower,
-            self.upper,
-            rows.lower,
-            rows.upper,
-            rows.start,
-            rows.index,
-            rows.value,
+            *(self.columns, self.rows, len(row)),
+            *(MatrixFormat.kRowwise.value, ObjSense.kMinimize.value, self.offset),
+            *(self.cost, self.lower, self.upper, *self.row_bounds),
+            start,
+            column[order].astype(np.int32),
+            value[order],
             self.integer,
         )
         _ok(status, "passModel")
         return highs
 
-    def _solution(
-        self,
-        highs: _Highs,
-        start: NDArray[np.float64] | None,
-        watch: _Watch,
-        interrupted: bool,
-        gap: float,
-        absolute_gap: float,
-    ) -> Solution:
-        from highspy._core import HighsModelStatus as Model
 
-        ended = highs.getModelStatus()
-        if start is None and ended in (
-            Model.kInfeasible,
-            Model.kUnbounded,
-            Model.kUnboundedOrInfeasible,
-        ):
-            raise ValueError(f"the program is {highs.modelStatusToString(ended).lower()}")
-        known: dict[Any, Status] = {
-            Model.kOptimal: "gap_reached",
-            Model.kModelEmpty: "optimal",
-            Model.kSolutionLimit: "feasible",
-            Model.kTimeLimit: "time_limit",
-            Model.kInterrupt: "interrupted",
-        }
-        if ended not in known:
-            raise RuntimeError(f"HiGHS ended with status {highs.modelStatusToString(ended)!r}")
-        values, objective = start, None if start is None else self.objective(start)
-        first = watch.first
-        if first is not None and objective is not None and _behind(first, objective):
-            raise RuntimeError(f"HiGHS began with {first}, not with the start's {objective}")
-        info = highs.getInfo()
-        if info.primal_solution_status == 2:  # a feasible point
-            found = np.array(highs.getSolution().col_value, dtype=np.float64)
-            whole = self.integer != 0
-            found[whole] = np.rint(found[whole])
-            if objective is None or self.objective(found) < objective:
-                values, objective = found, self.objective(found)
-        bound = float(info.mip_dual_bound)
-        if not self.integer.any() or not self.columns:
-            proven = ended in (Model.kOptimal, Model.kModelEmpty) and objective is not None
-            bound = objective if proven and objective is not None else -math.inf
-        status = "interrupted" if interrupted else known[ended]
-        if status == "gap_reached" and objective is not None:
-            allowed = max(gap * abs(objective), absolute_gap)
-            if allowed == 0 or _close(objective, bound):
-                status = "optimal"
-        return Solution(values, objective, bound, status, first)
+def _ended(highs: _Highs, interrupted: bool, *, feasible: bool) -> Status:
+    """Return why HiGHS ended; ``feasible`` if values are known, whatever HiGHS says."""
+    from highspy._core import HighsModelStatus as Model
+
+    ended, text = highs.getModelStatus(), highs.modelStatusToString
+    none = Model.kInfeasible, Model.kUnbounded, Model.kUnboundedOrInfeasible
+    if ended in none and not feasible:
+        raise ValueError(f"the program is {text(ended).lower()}")
+    statuses: dict[Any, Status] = {
+        Model.kOptimal: "optimal",
+        Model.kModelEmpty: "optimal",
+        Model.kSolutionLimit: "feasible",
+        Model.kTimeLimit: "time_limit",
+        Model.kInterrupt: "interrupted",
+    }
+    if ended not in statuses:
+        raise RuntimeError(f"HiGHS ended with status {text(ended)!r}")
+    return "interrupted" if interrupted else statuses[ended]
 
 
 class _Watch:
@@ -359,7 +335,7 @@ class _Watch:
         self.first: float | None = None
         self.best: float | None = None
         self.bound = -math.inf
-        self.stop = False
+        self.cancelled = False
         self.done = threading.Event()
         self.failed: BaseException | None = None
 
@@ -388,9 +364,9 @@ class _Watch:
                     reported = time.monotonic()
                     progress(self.best, self.bound)
             except KeyboardInterrupt:
-                self.stop = interrupted = True
+                self.cancelled = interrupted = True
             except BaseException as raised:
-                self.stop, error = True, raised
+                self.cancelled, error = True, raised
         worker.join()
         _ok(self.highs.setCallback(None, None), "setCallback")
         if error or self.failed:
@@ -413,16 +389,8 @@ class _Watch:
             self.first = self.best if self.first is None else self.first
         elif kind == cb.HighsCallbackType.kCallbackMipInterrupt:
             self.bound = float(out.mip_dual_bound)
-        if into is not None and self.stop:
+        if into is not None and self.cancelled:
             into.user_interrupt = True
-
-
-def _add(highs: _Highs, rows: Rows) -> None:
-    count, entries = len(rows.lower), len(rows.index)
-    bounds = rows.lower, rows.upper
-    if count:
-        start, index, value = rows.start[:-1], rows.index, rows.value
-        _ok(highs.addRows(count, *bounds, entries, start, index, value), "addRows")
 
 
 def _ok(status: Any, call: str) -> None:
@@ -451,75 +419,3 @@ def _column(name: str, value: ArrayLike, columns: int, dtype: Any) -> NDArray[An
     if array.ndim and array.shape != (columns,):
         raise ValueError(f"{name} must be a number or [{columns}], got {list(array.shape)}")
     return np.array(np.broadcast_to(array, (columns,)))
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a matrix, one after the other (CSR)."""
-
-    lower: NDArray[np.float64]
-    upper: NDArray[np.float64]
-    start: NDArray[np.int32]
-    index: NDArray[np.int32]
-    value: NDArray[np.float64]
-
-    @classmethod
-    def of(
-        cls,
-        lower: ArrayLike,
-        upper: ArrayLike,
-        row: ArrayLike,
-        column: ArrayLike,
-        value: ArrayLike,
-        columns: int,
-    ) -> Rows:
-        """Sort entries (row, column, value) into rows; arguments broadcast, see `Ilp.add_rows`."""
-        low, high = np.broadcast_arrays(
-            np.atleast_1d(np.asarray(lower, dtype=np.float64)), np.asarray(upper, dtype=np.float64)
-        )
-        row_of, column_of, entry = np.broadcast_arrays(
-            np.asarray(row, dtype=np.int64),
-            np.asarray(column, dtype=np.int64),
-            np.asarray(value, dtype=np.float64),
-        )
-        for name, ids, n in (("row", row_of, len(low)), ("column", column_of, columns)):
-            if ids.size and (ids.min() < 0 or ids.max() >= n):
-                found = f"{ids.min()} to {ids.max()}"
-                raise ValueError(f"{name} must be from 0 to {n - 1}, got {found}")
-        if not np.isfinite(entry).all() or np.isnan(low).any() or np.isnan(high).any():
-            raise ValueError("rows must have finite entries and bounds that are numbers")
-        row_of, column_of, entry = row_of.ravel(), column_of.ravel(), entry.ravel()
-        order = np.lexsort((column_of, row_of))
-        start = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=len(low)))])
-        return cls(
-            np.ascontiguousarray(low),
-            np.ascontiguousarray(high),
-            start.astype(np.int32),
-            column_of[order].astype(np.int32),
-            np.ascontiguousarray(entry[order]),
-        )
-
-    @classmethod
-    def all(cls, parts: list[Rows]) -> Rows:
-        """Put rows below each other."""
-        none, no_index = np.zeros(0), np.zeros(0, np.int32)
-        empty = cls(none, none, np.zeros(1, np.int32), no_index, none)
-        parts = [empty, *parts]
-        first = np.cumsum([0, *(len(part.index) for part in parts[:-1])])
-        starts = [part.start[:-1] + at for part, at in zip(parts, first, strict=True)]
-        entries = sum(len(part.index) for part in parts)
-        return cls(
-            np.concatenate([part.lower for part in parts]),
-            np.concatenate([part.upper for part in parts]),
-            np.concatenate([*starts, [entries]]).astype(np.int32),
-            np.concatenate([part.index for part in parts]),
-            np.concatenate([part.value for part in parts]),
-        )
-
-    def times(self, values: NDArray[np.float64], *, absolute: bool = False) -> NDArray[np.float64]:
-        """Multiply with some values [columns]; or sum up the sizes of the terms."""
-        terms = self.value * values[self.index]
-        row = np.repeat(np.arange(len(self.lower)), np.diff(self.start))
-        sums: NDArray[np.float64] = np.zeros(len(self.lower))
-        np.add.at(sums, row, np.abs(terms) if absolute else terms)
-        return sums

@@ -7,8 +7,6 @@ which usually prove that there is nothing left to search.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,8 +22,8 @@ from moetuner.solver.result import (
     SearchDetails,
     Status,
 )
-from moetuner.solver.two_stage.cluster import TOLERANCE, cluster_layers
-from moetuner.solver.two_stage.place import cluster_traffic, place_clusters
+from moetuner.solver.two_stage.cluster import TOLERANCE, Clusters, cluster_layers
+from moetuner.solver.two_stage.place import PlacedClusters, cluster_traffic, place_clusters
 
 __all__ = ["cluster_layers", "cluster_traffic", "place_clusters", "two_stage"]
 
@@ -44,10 +42,9 @@ def two_stage(
     answer has no bound: the method bounds its own stages (in ``details``), not the problem.
     """
     limits = limits or Limits()
-    layers, devices, experts = problem.layers, problem.devices, problem.experts
+    clock, devices = Clock(limits), problem.devices
     if equal_sizes is None:
-        equal_sizes = problem.slots == -(-experts // devices)
-    clock = Clock(limits)
+        equal_sizes = problem.slots == -(-problem.experts // devices)
     clusters = cluster_layers(
         problem.load,
         devices,
@@ -56,8 +53,41 @@ def two_stage(
         seed=seed,
         limits=clock.rest(),
     )
+    sizes = (clusters.cluster[:, :, None] == np.arange(devices)).sum(axis=1)
+    differ, transitions = bool(np.ptp(sizes)), problem.statistics.transitions
+    placed = None
+    device = np.broadcast_to(np.arange(devices), sizes.shape)
+    if transitions is not None or differ:
+        if transitions is None:
+            transitions = np.zeros(
+                (problem.layers - 1, problem.experts, problem.experts), np.uint64
+            )
+        traffic = cluster_traffic(transitions, clusters.cluster, devices)
+        placed = place_clusters(
+            traffic,
+            problem.topology.cost,
+            sizes=sizes if differ else None,
+            seed=seed,
+            limits=clock.rest(),
+        )
+        device = placed.device
+    device_of = np.take_along_axis(device, clusters.cluster, axis=1)
+    placement = Placement.from_assignment(device_of, devices, slots_per_device=problem.slots)
+    statuses = [clusters.status] if placed is None else [clusters.status, placed.status]
+    stopped: tuple[Status, ...] = ("interrupted", "time_limit")
+    status: Status = next((status for status in stopped if status in statuses), "feasible")
+    search = SearchDetails(
+        stage_1=_clustering(problem, clusters, equal_sizes=equal_sizes),
+        stage_2=_placing(placed, np.bincount(device.ravel(), sizes.ravel()).astype(np.int64)),
+    )
+    return Candidate(placement.slots, status, details=Details(search))
+
+
+def _clustering(problem: Problem, clusters: Clusters, *, equal_sizes: bool) -> ClusterStage:
+    """Return how stage 1 went."""
+    experts, devices = problem.experts, problem.devices
     few = f"{experts} experts on {devices} devices: some stay empty"
-    stage_1 = ClusterStage(
+    return ClusterStage(
         sizes="equal" if equal_sizes else "free",
         layers_proven_without_search=int((~clusters.searched).sum()),
         layers_searched=int(clusters.searched.sum()),
@@ -66,49 +96,11 @@ def two_stage(
         tolerance=TOLERANCE,
         note=few if experts < devices else None,
     )
-    sizes = _sizes(clusters.cluster, devices)
-    transitions = problem.statistics.transitions
-    statuses = [clusters.status]
-    if transitions is None and np.ptp(sizes) == 0:
-        device = np.broadcast_to(np.arange(devices), (layers, devices))
-        stage_2: dict[str, Any] = {"way": "skipped: no transitions were counted"}
-    else:
-        if transitions is None:
-            transitions = np.zeros((layers - 1, experts, experts), dtype=np.uint64)
-        traffic, cut = cluster_traffic(transitions, clusters.cluster, devices)
-        placed = place_clusters(
-            traffic,
-            problem.topology.cost,
-            # Where they differ, devices are to hold equally many experts over all layers.
-            sizes=None if np.ptp(sizes) == 0 else sizes,
-            seed=seed,
-            limits=clock.rest(),
-        )
-        device = placed.device
-        statuses.append(placed.status)
-        stage_2 = {
-            "way": placed.way,
-            "bottleneck": placed.bottleneck << cut,
-            "bound": placed.bound << cut,
-            "gap": placed.gap,
-        }
-    held = np.zeros(devices, dtype=np.int64)
-    np.add.at(held, device, sizes)
-    per_device = int(held.min()), int(held.max())
-    placing = PlaceStage(experts_per_device=per_device, **stage_2)
-    device_of = np.take_along_axis(device, clusters.cluster, axis=1)
-    placement = Placement.from_assignment(device_of, devices, slots_per_device=problem.slots)
-    status: Status = "feasible"
-    for stopped in ("time_limit", "interrupted"):
-        status = stopped if stopped in statuses else status
-    return Candidate(
-        placement.slots,
-        status,
-        details=Details(SearchDetails(stage_1=stage_1, stage_2=placing)),
-    )
 
 
-def _sizes(cluster: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
-    """Return experts of every cluster [L,D]."""
-    sizes: NDArray[np.int64] = (cluster[:, :, None] == np.arange(clusters)).sum(axis=1)
-    return sizes
+def _placing(placed: PlacedClusters | None, totals: NDArray[np.int64]) -> PlaceStage:
+    """Return how stage 2 went, with the experts of every device over all layers [D]."""
+    experts = int(totals.min()), int(totals.max())
+    if placed is None:
+        return PlaceStage("skipped: no transitions were counted", experts)
+    return PlaceStage(placed.way, experts, placed.bottleneck, placed.bound, placed.gap)

@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core
 from moetuner.solver import effort
+from moetuner.solver.milp.highs import Ilp, Solution
 from moetuner.solver.result import Clock, Limits, Status
-from moetuner.solver.two_stage import programmes
 from moetuner.solver.two_stage.cluster import TOLERANCE
 
 
@@ -24,8 +24,7 @@ class PlacedClusters:
     device
         Of every cluster [L,D].
     way
-        ``"exact: uniform links"``, ``"exact: dynamic programming"``, ``"heuristic: local search"``
-        or ``"ilp"``.
+        ``"exact: uniform links"``, ``"heuristic: local search"`` or ``"ilp"``.
     bottleneck, bound
         Sum over boundaries of the busiest pair's tokens * cost, and a proven lower bound of it.
     total
@@ -49,30 +48,17 @@ class PlacedClusters:
 
 def cluster_traffic(
     transitions: NDArray[np.uint64], cluster: NDArray[np.int64], clusters: int
-) -> tuple[NDArray[np.uint64], int]:
+) -> NDArray[np.uint64]:
     """Return tokens from cluster to cluster of the next layer [L-1,D,D].
 
-    Also the number of low bits cut off all counts so that their sums fit in 64 bits: 0 unless
-    counts are huge.
+    Takes transitions [L-1,E,E], which add up to less than 2**63, and the cluster of every expert
+    [L,E].
     """
-    high = (transitions >> np.uint64(32)).sum(dtype=np.uint64)
-    cut = max(int(high).bit_length() - 30, 0)
     traffic = np.zeros((len(transitions), clusters, clusters), dtype=np.uint64)
     for layer, table in enumerate(transitions):
-        rows = _merged(table >> np.uint64(cut), cluster[layer], clusters)
-        traffic[layer] = _merged(rows.T, cluster[layer + 1], clusters).T
-    return traffic, cut
-
-
-def _merged(
-    counts: NDArray[np.uint64], cluster: NDArray[np.int64], clusters: int
-) -> NDArray[np.uint64]:
-    """Add up the rows [E,N] of every cluster [D,N]; some may have none."""
-    order = np.argsort(cluster, kind="stable")
-    some, first = np.unique(cluster[order], return_index=True)
-    merged = np.zeros((clusters, counts.shape[1]), dtype=np.uint64)
-    merged[some] = np.add.reduceat(counts[order], first, axis=0)
-    return merged
+        pair = cluster[layer][:, None] * clusters + cluster[layer + 1]
+        np.add.at(traffic[layer].reshape(-1), pair, table)
+    return traffic
 
 
 def place_clusters(
@@ -86,6 +72,9 @@ def place_clusters(
 ) -> PlacedClusters:
     """Minimise sum_l max_{d != d'} traffic_l(d,d') / bandwidth(d,d'): stage 2.
 
+    Exact where links are alike and cluster sizes equal; else a local search. Where sizes differ,
+    HiGHS goes on from there if there are at most ``effort.MOST_PRODUCTS`` products.
+
     Parameters
     ----------
     traffic
@@ -94,10 +83,8 @@ def place_clusters(
         Of a token from device to device [D,D], whole numbers in proportion to 1 / bandwidth, as
         `Topology.cost` gives them: rounded to sixteenths of the fastest link, so within 1/32.
     sizes
-        Experts of every cluster [L,D]. Where given, HiGHS helps where there are at most
-        ``effort.MOST_PRODUCTS`` products, and every device gets the same number of experts
-        over all layers, as nearly as the local search levels them; where not, cluster sizes are
-        equal and nothing has to be levelled.
+        Experts of every cluster [L,D] where they differ: every device then gets as equal a number
+        of experts over all layers as whole clusters allow.
     tolerance
         Relative MIP tolerance.
     seed, limits
@@ -105,60 +92,74 @@ def place_clusters(
     """
     traffic = np.ascontiguousarray(traffic, dtype=np.uint64)
     cost = np.ascontiguousarray(cost, dtype=np.int64)
+    counts = None if sizes is None else np.ascontiguousarray(sizes, dtype=np.uint64)
     limits = limits or Limits()
     clock = Clock(limits)
-    counts = None if sizes is None else np.ascontiguousarray(sizes, dtype=np.uint64)
-    links = cost.astype(np.uint64)
-    found, way, bound, interrupted = _core.place_clusters(
-        traffic,
-        links,
-        sizes=counts,
-        time_limit=limits.time_limit,
-        threads=limits.threads,
-    )
-    left = clock.rest().time_limit
-    if counts is not None and not _level(found, counts) and not interrupted and left != 0:
-        start = programmes.level(counts, found.astype(np.int64), seed=seed, time_limit=left)
-        found, way, bound, interrupted = _core.place_clusters(
-            traffic,
-            links,
-            sizes=counts,
-            start=start.astype(np.uint16),
-            time_limit=clock.rest().time_limit,
-            threads=limits.threads,
-        )
-    device = found.astype(np.int64)
-    products = len(traffic) * len(cost) ** 4
-    few = counts is not None and products <= effort.MOST_PRODUCTS
+
+    placed, way, bound, interrupted = _searched(traffic, cost, counts, seed, clock)
+    device = placed.astype(np.int64)
     bottleneck, total = _times(traffic, cost, device)
     status: Status = "feasible"
     if bottleneck - bound <= tolerance * bottleneck:
-        status = "optimal" if bottleneck <= bound else "gap_reached"
-    if interrupted:
-        status = "interrupted"
-    elif few and bottleneck - bound > tolerance * bottleneck:
-        solved = programmes.place(
+        status = "gap_reached"
+    few = counts is not None and len(traffic) * len(cost) ** 4 <= effort.MOST_PRODUCTS
+    if few and status == "feasible" and not interrupted:
+        solution, device = solve_stage(
             traffic,
             cost,
             device,
             counts,
-            bottleneck,
-            bound,
+            (bottleneck, bound),
             tolerance=tolerance,
             seed=seed,
-            time_limit=clock.rest().time_limit,
-            progress=clock.report("placing clusters"),
+            clock=clock,
         )
-        way, device = "ilp", solved.chosen
+        way, status = "ilp", solution.status
+        proven = (solution.bound - 1e-6) * max(bottleneck, 1)  # HiGHS proves in floating point
         bottleneck, total = _times(traffic, cost, device)
         # Costs are whole numbers: what is proven in fractions is proven of the next whole one.
-        bound = max(bound, math.ceil(solved.bound))
-        status = solved.status
-        if bottleneck <= bound:
-            status = "optimal"
-        elif status == "optimal":  # within the tolerance, or what HiGHS proves in floats
-            status = "gap_reached"
+        bound = max(bound, math.ceil(proven))
+        # Optimal within the tolerance, or by what HiGHS proves in floats.
+        status = "gap_reached" if status == "optimal" else status
+    if interrupted:
+        status = "interrupted"
+    elif bottleneck <= bound:
+        status = "optimal"
     return PlacedClusters(device, way, bottleneck, min(bound, bottleneck), total, status)
+
+
+def _searched(
+    traffic: NDArray[np.uint64],
+    cost: NDArray[np.int64],
+    sizes: NDArray[np.uint64] | None,
+    seed: int,
+    clock: Clock,
+) -> tuple[NDArray[np.uint16], str, int, bool]:
+    """Place by the core, again from level totals where it does not level them.
+
+    Returns the device of every cluster [L,D], the way, a bound, and whether it was interrupted.
+    """
+    links = cost.astype(np.uint64)
+
+    def place(start: NDArray[np.uint16] | None) -> tuple[NDArray[np.uint16], str, int, bool]:
+        limits = clock.within()
+        return _core.place_clusters(
+            traffic,
+            links,
+            sizes=sizes,
+            start=start,
+            time_limit=limits.time_limit,
+            threads=limits.threads,
+        )
+
+    placed = place(None)
+    if sizes is None or placed[3] or clock.is_over():
+        return placed
+    totals = np.bincount(placed[0].ravel(), sizes.ravel().astype(np.float64))
+    if totals.max() - totals.min() <= (totals.sum() % len(totals) != 0):
+        return placed
+    start = _level(sizes, placed[0].astype(np.int64), seed=seed, clock=clock)
+    return place(start.astype(np.uint16))
 
 
 def _times(
@@ -173,7 +174,102 @@ def _times(
     return bottleneck, total
 
 
-def _level(device: NDArray[np.uint16], sizes: NDArray[np.uint64]) -> bool:
-    """Whether totals of experts per device are as equal as whole numbers can be."""
-    held = np.bincount(device.ravel(), sizes.ravel().astype(np.float64))
-    return bool(held.max() - held.min() <= (held.sum() % len(held) != 0))
+def _level(
+    sizes: NDArray[np.uint64], start: NDArray[np.int64], *, seed: int, clock: Clock
+) -> NDArray[np.int64]:
+    """Place clusters for totals of experts per device as equal as can be, whatever the traffic.
+
+    Takes the experts of every cluster [L,D] and a start; returns the device of every cluster [L,D].
+    """
+    layers, n = sizes.shape
+    y = np.arange(layers * n * n).reshape(layers, n, n)
+    t = y.size + np.arange(n)
+    ilp = Ilp(
+        np.r_[np.zeros(y.size), np.ones(n)],
+        upper=np.r_[np.ones(y.size), np.full(n, np.inf)],
+        integer=np.r_[np.ones(y.size), np.zeros(n)],
+    )
+    _add_permutations(ilp, y)
+    total, count = int(sizes.sum()), np.repeat(sizes.ravel().astype(np.float64), n)
+    ilp.add_deviations(np.indices(y.shape)[2], y, count, total / n, t)
+    # Whole totals: below this sum of differences no placement is.
+    above = total % n
+    ilp.add_rows(2 * above * (n - above) / n, np.inf, np.zeros(n, dtype=np.int64), t)
+    placed = start[:, :, None] == np.arange(n)
+    spread = np.abs((placed * count.reshape(y.shape)).sum(axis=(0, 1)) - total / n)
+    values = np.r_[placed.ravel(), spread]
+    nodes = effort.LEVEL_NODES
+    solution = ilp.solve(start=values, seed=seed, nodes=nodes, time_limit=clock.left)
+    assert solution.values is not None
+    device: NDArray[np.int64] = solution.values[y].argmax(axis=2)
+    return device
+
+
+def solve_stage(
+    traffic: NDArray[np.uint64],
+    cost: NDArray[np.int64],
+    start: NDArray[np.int64],
+    sizes: NDArray[np.uint64] | None,
+    worth: tuple[int, int],
+    *,
+    tolerance: float,
+    seed: int,
+    clock: Clock,
+) -> tuple[Solution, NDArray[np.int64]]:
+    """Solve stage 2 as printed: sum_l t_l with t_l >= traffic_l(d,d') / bandwidth(d,d').
+
+    A product w[l,c,c',d,d'] = y[l,c,d] * y[l+1,c',d'] is continuous and adds up to its two factors
+    over d' and over d. Takes what `place_clusters` does, a start [L,D] with its objective and a
+    proven bound, in whose units the solution is; returns the device of every cluster [L,D]. Devices
+    keep totals as level as the start's.
+    """
+    scale = float(max(worth[0], 1))
+    boundaries, n = len(traffic), len(cost)
+    y = np.arange((boundaries + 1) * n * n).reshape(-1, n, n)
+    w = y.size + np.arange(boundaries * n**4).reshape(boundaries, n, n, n, n)
+    t = y.size + w.size + np.arange(boundaries)
+    objective, integer, upper = np.zeros((3, y.size + w.size + boundaries))
+    objective[t] = integer[y] = 1
+    upper[: y.size + w.size] = 1
+    upper[t] = np.inf
+    ilp = Ilp(objective, upper=upper, integer=integer)
+    _add_permutations(ilp, y)
+    placed = (start[:, :, None] == np.arange(n)).astype(np.float64)
+    if sizes is not None:
+        count = np.repeat(sizes.ravel().astype(np.float64), n).reshape(y.shape)
+        totals = (placed * count).sum(axis=(0, 1))
+        ilp.add_rows(np.full(n, totals.min()), totals.max(), np.indices(y.shape)[2], y, count)
+    l, c, c2, d, d2 = (index.ravel() for index in np.indices(w.shape))  # noqa: E741
+    # sum_d' w[l,c,c',d,d'] = y[l,c,d] and sum_d w[l,c,c',d,d'] = y[l+1,c',d'].
+    for factor, of in ((y[l, c, d], d), (y[l + 1, c2, d2], d2)):
+        row = ((l * n + c) * n + c2) * n + of
+        rows, at = np.unique(row, return_index=True)
+        entries = np.r_[row, rows], np.r_[w.ravel(), factor[at]]
+        ilp.add_rows(np.zeros(len(rows)), 0, *entries, np.r_[np.ones(w.size), -np.ones(len(rows))])
+    # t_l >= sum_cc' traffic_l(c,c') w[l,c,c',d,d'] / bandwidth(d,d')
+    time = traffic.astype(np.float64)[l, c, c2] * cost[d, d2] / scale
+    rows = np.arange(boundaries * n * n)
+    entries = np.r_[(l * n + d) * n + d2, rows], np.r_[w.ravel(), np.repeat(t, n * n)]
+    ilp.add_rows(np.zeros(len(rows)), np.inf, *entries, np.r_[-time, np.ones(len(rows))])
+    ilp.add_rows(worth[1] / scale, np.inf, np.zeros(boundaries, dtype=np.int64), t)
+    products = placed[:-1, :, None, :, None] * placed[1:, None, :, None, :]
+    busiest = (products.ravel() * time).reshape(boundaries, -1).max(axis=1)
+    solution = ilp.solve(
+        start=np.r_[placed.ravel(), products.ravel(), busiest],
+        start_objective=worth[0] / scale,
+        seed=seed,
+        gap=tolerance,
+        nodes=effort.PLACE_NODES,
+        time_limit=clock.left,
+        progress=clock.report("placing clusters"),
+    )
+    assert solution.values is not None
+    return solution, solution.values[y].argmax(axis=2)
+
+
+def _add_permutations(ilp: Ilp, y: NDArray[np.int64]) -> None:
+    """Add rows that give every layer one cluster on each device, of y[l,c,d]."""
+    layer, c, d = np.indices(y.shape)
+    rows = np.ones(y.shape[0] * y.shape[1])
+    for index in (c, d):
+        ilp.add_rows(rows, 1, layer * y.shape[1] + index, y)

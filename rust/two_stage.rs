@@ -1,0 +1,416 @@
+//! Stage 2 of the paper: which device gets which cluster, so that the busiest pair of devices is least busy.
+//!
+//! Clusters of every layer are given. A boundary is two neighbouring layers; its cost is a pair, compared in this
+//! order: the largest `traffic(d, d') * cost(d, d')` over `d != d'`, and the sum of all of them. Costs of boundaries
+//! add up. Where all links are alike only who stays with whom matters, so boundaries are independent bottleneck
+//! assignments, and the answer is exact. Elsewhere, and where devices must hold equally many experts over all layers,
+//! a local search exchanges devices.
+
+use rayon::prelude::*;
+
+use crate::assignment::assign_max;
+use crate::control::Control;
+use crate::error::{Error, Result};
+
+/// Devices up to which an exchange in all layers from one on is tried where it changes all their boundaries.
+const FEW: usize = 8;
+/// Sweeps at most; the search usually ends at a local optimum within ten.
+const SWEEPS: usize = 50;
+/// Pairs of clusters that are looked at for less traffic, at most: below a second. Totals are made level in any case.
+const WORK: usize = 1 << 28;
+
+/// Traffic between clusters, and what moving it costs.
+#[derive(Debug, Clone, Copy)]
+pub struct Chain<'a> {
+    /// Tokens from cluster to cluster of the next layer, `[layers - 1, D, D]`.
+    pub traffic: &'a [u64],
+    /// Cost of a token from device to device, `[D, D]`; zero on the diagonal.
+    pub cost: &'a [u64],
+    /// Experts of every cluster, `[layers, D]`; given where the devices' totals must be level.
+    pub sizes: Option<&'a [u64]>,
+    /// Devices of the clusters, `[layers, D]`, to start the local search from as well.
+    pub start: Option<&'a [u16]>,
+    /// Number of layers.
+    pub layers: usize,
+    /// Number of devices, and of clusters in a layer.
+    pub devices: usize,
+}
+
+/// Clusters on devices.
+#[derive(Debug, Clone)]
+pub struct Placed {
+    /// The device of every cluster, `[layers, D]`.
+    pub device: Vec<u16>,
+    /// Whether it is the optimum; else it is a local one.
+    pub exact: bool,
+    /// Proven: no placement has a smaller sum of the boundaries' largest times.
+    pub bound: u128,
+}
+
+/// A boundary's largest time above its total, so that whole chains compare and add up as single numbers.
+type Cost = u128;
+
+impl Chain<'_> {
+    /// Places the clusters.
+    pub fn place(&self, control: &Control) -> Result<Placed> {
+        self.check()?;
+        // Counts so huge that sums could overflow lose their lowest bits.
+        let dearest = u128::from(self.cost.iter().copied().max().unwrap_or(0));
+        let most = self.traffic.iter().map(|&t| u128::from(t)).sum::<u128>() * dearest.max(1);
+        let shift = (128 - most.leading_zeros()).saturating_sub(62);
+        let traffic: Vec<u64> = self.traffic.iter().map(|&t| t >> shift).collect();
+        let chain = Chain { traffic: &traffic, ..*self };
+        let alone = chain.independent();
+        let n = self.devices;
+        let links = || (0..n * n).filter(|i| i / n != i % n).map(|i| self.cost[i]);
+        let (cheapest, dearest) = (links().min().unwrap_or(0), links().max().unwrap_or(0));
+        // As if all links were as good as the best one.
+        let bound = (0..self.layers - 1).map(|l| u128::from(chain.left(l, &alone)) * u128::from(cheapest));
+        let bound = bound.sum::<u128>() << shift;
+        if cheapest == dearest && self.sizes.is_none() {
+            return Ok(Placed { device: alone, exact: true, bound });
+        }
+        let starts = [Some(alone), self.start.map(<[u16]>::to_vec), Some(chain.chained())];
+        let ends = starts.into_iter().flatten().map(|start| chain.by_local_search(start, control));
+        let best = ends.min_by_key(Local::value);
+        Ok(Placed { device: best.map_or_else(Vec::new, |best| best.device), exact: false, bound })
+    }
+
+    fn check(&self) -> Result<()> {
+        let (layers, n) = (self.layers, self.devices);
+        let fault = |what, rule: String, found: String| Err(Error::Shape { what, rule, found });
+        if layers == 0 || n == 0 {
+            let found = format!("{layers} layers, {n} devices");
+            return fault("traffic", "at least one layer and device".into(), found);
+        }
+        let lengths = [
+            ("traffic", (layers - 1) * n * n, self.traffic.len()),
+            ("cost", n * n, self.cost.len()),
+            ("sizes", layers * n, self.sizes.map_or(layers * n, <[u64]>::len)),
+            ("start", layers * n, self.start.map_or(layers * n, <[u16]>::len)),
+        ];
+        if let Some((what, wanted, length)) = lengths.into_iter().find(|(_, wanted, length)| wanted != length)
+        {
+            return fault(what, format!("{wanted} entries"), length.to_string());
+        }
+        for (l, layer) in self.start.unwrap_or_default().chunks_exact(n).enumerate() {
+            if (0..n as u16).any(|d| !layer.contains(&d)) {
+                return fault("start", "every device once".into(), format!("{layer:?} in layer {l}"));
+            }
+        }
+        for (i, &cost) in self.cost.iter().enumerate() {
+            let found = || format!("{cost} from device {} to {}", i / n, i % n);
+            if (i / n == i % n) != (cost == 0) {
+                return fault("cost", "zeros on the diagonal alone".into(), found());
+            }
+            if cost >= 1 << 32 {
+                return fault("cost", "entries below 2^32".into(), found());
+            }
+        }
+        Ok(())
+    }
+
+    fn boundary(&self, l: usize) -> &[u64] {
+        &self.traffic[l * self.devices * self.devices..][..self.devices * self.devices]
+    }
+
+    /// Cost of boundary `l` with the clusters of its two layers on devices `[layers, D]`.
+    fn boundary_cost(&self, l: usize, device: &[u16]) -> Cost {
+        let n = self.devices;
+        let (here, next) = device[l * n..][..2 * n].split_at(n);
+        let (mut largest, mut total) = (0, 0);
+        for (row, &a) in self.boundary(l).chunks_exact(n).zip(here) {
+            let cost = &self.cost[usize::from(a) * n..][..n];
+            for (&tokens, &b) in row.iter().zip(next) {
+                let time = tokens * cost[usize::from(b)];
+                largest = largest.max(time);
+                total += time;
+            }
+        }
+        u128::from(largest) << 64 | u128::from(total)
+    }
+
+    /// The most tokens of boundary `l` from one device to another.
+    fn left(&self, l: usize, device: &[u16]) -> u64 {
+        let n = self.devices;
+        let apart = |i: &usize| device[l * n + i / n] != device[(l + 1) * n + i % n];
+        (0..n * n).filter(apart).map(|i| self.boundary(l)[i]).max().unwrap_or(0)
+    }
+
+    /// The optimum where all links are alike: each boundary on its own, labels carried along.
+    fn independent(&self) -> Vec<u16> {
+        let n = self.devices;
+        let matched =
+            (0..self.layers - 1).into_par_iter().map(|l| bottleneck_assignment(self.boundary(l), n));
+        let mut device: Vec<u16> = (0..n as u16).collect();
+        for (l, next) in matched.collect::<Vec<_>>().into_iter().enumerate() {
+            device.resize((l + 2) * n, 0);
+            for (c, to) in next.into_iter().enumerate() {
+                device[(l + 1) * n + to] = device[l * n + c];
+            }
+        }
+        device
+    }
+
+    /// Each layer in turn at the least total cost, given the one before.
+    fn chained(&self) -> Vec<u16> {
+        let n = self.devices;
+        let mut device: Vec<u16> = (0..n as u16).collect();
+        for l in 0..self.layers - 1 {
+            let before = &device[l * n..];
+            let time = |c: usize, d: usize| -> u64 {
+                let from = |b: usize| self.boundary(l)[b * n + c] * self.cost[usize::from(before[b]) * n + d];
+                (0..n).map(from).sum()
+            };
+            let saved: Vec<i64> = (0..n * n).map(|i| -(time(i / n, i % n) as i64)).collect();
+            device.extend(assign_max(&saved, n).into_iter().map(|d| d as u16));
+        }
+        device
+    }
+
+    /// A local optimum, or what is reached in time. Totals of experts per device come first where sizes are given.
+    fn by_local_search(&self, start: Vec<u16>, control: &Control) -> Local<'_> {
+        let mut search = Local::new(self, start);
+        for _ in 0..SWEEPS {
+            if !search.sweep(control) {
+                break;
+            }
+        }
+        search
+    }
+
+    /// Whether exchanging two devices leaves all link costs as they are.
+    fn are_alike(&self, i: usize, j: usize) -> bool {
+        let n = self.devices;
+        let cost = |a: usize, b: usize| self.cost[a * n + b];
+        let others = (0..n).filter(|&d| d != i && d != j);
+        cost(i, j) == cost(j, i)
+            && others.into_iter().all(|d| cost(i, d) == cost(j, d) && cost(d, i) == cost(d, j))
+    }
+}
+
+/// The state of a local search: clusters on devices, cost per boundary, experts per device.
+struct Local<'a> {
+    chain: &'a Chain<'a>,
+    device: Vec<u16>,
+    costs: Vec<Cost>,
+    totals: Vec<u64>,
+    /// What is left of [`WORK`].
+    work: usize,
+}
+
+impl<'a> Local<'a> {
+    fn new(chain: &'a Chain<'a>, device: Vec<u16>) -> Self {
+        let costs = (0..chain.layers - 1).map(|l| chain.boundary_cost(l, &device)).collect();
+        let mut totals = vec![0; chain.devices];
+        for (&d, &size) in device.iter().zip(chain.sizes.unwrap_or_default()) {
+            totals[usize::from(d)] += size;
+        }
+        Self { chain, device, costs, totals, work: WORK }
+    }
+
+    /// How uneven the totals are, then the cost.
+    fn value(&self) -> (u128, Cost) {
+        let uneven = self.totals.iter().map(|&total| u128::from(total).pow(2)).sum();
+        (uneven, self.costs.iter().sum())
+    }
+
+    /// Tries every exchange of two devices: in one layer, in two layers at once, and in all layers from one on. Where
+    /// the links of the two are alike, that last exchange changes one boundary alone.
+    fn sweep(&mut self, control: &Control) -> bool {
+        let (n, layers) = (self.chain.devices, self.chain.layers);
+        let all: Vec<usize> = (0..layers).collect();
+        let mut improved = false;
+        for (i, j) in (0..n).flat_map(|i| (i + 1..n).map(move |j| (i, j))) {
+            if control.stopped() {
+                return false;
+            }
+            let alike = self.chain.are_alike(i, j);
+            for l in 0..layers {
+                improved |= self.attempt(i, j, &[l], &[l.wrapping_sub(1), l]);
+                if l > 0 && (alike || n <= FEW) {
+                    let changed = if alike { &all[l - 1..l] } else { &all[l - 1..] };
+                    improved |= self.attempt(i, j, &all[l..], changed);
+                }
+            }
+            // Exchanges that leave the totals as they are, or bring them closer.
+            let pairs = (0..layers).flat_map(|l| (l + 1..layers).map(move |m| (l, m)));
+            let sized = self.chain.sizes.is_some();
+            for (l, m) in pairs.filter(|_| sized) {
+                let given = self.more(i, j, l) + self.more(i, j, m);
+                if given == 0 || self.spread(i, j, given) < 0 {
+                    improved |= self.attempt(i, j, &[l, m], &[l.wrapping_sub(1), l, m - 1, m]);
+                }
+            }
+        }
+        improved
+    }
+
+    /// How many more experts device `i` holds than `j` in layer `l`.
+    fn more(&self, i: usize, j: usize, l: usize) -> i64 {
+        let n = self.chain.devices;
+        let Some(sizes) = self.chain.sizes else { return 0 };
+        let layer = self.device[l * n..][..n].iter().zip(&sizes[l * n..]);
+        let size = |d: usize| {
+            layer.clone().find(|&(&on, _)| usize::from(on) == d).map_or(0, |(_, &size)| size as i64)
+        };
+        size(i) - size(j)
+    }
+
+    /// How much further apart the totals of two devices are if the first gives the other so many experts.
+    fn spread(&self, i: usize, j: usize, given: i64) -> i64 {
+        let apart = self.totals[i] as i64 - self.totals[j] as i64;
+        (apart - 2 * given).abs() - apart.abs()
+    }
+
+    /// Exchanges devices `i` and `j` in some layers, which changes some boundaries; undone unless that is better.
+    fn attempt(&mut self, i: usize, j: usize, layers: &[usize], boundaries: &[usize]) -> bool {
+        let given: i64 = layers.iter().map(|&l| self.more(i, j, l)).sum();
+        let spread = self.spread(i, j, given);
+        if spread > 0 || (spread == 0 && self.work == 0) {
+            return false;
+        }
+        let mut touched = boundaries.to_vec();
+        touched.retain(|&l| l < self.costs.len());
+        touched.dedup();
+        self.work = self.work.saturating_sub(touched.len() * self.chain.devices.pow(2));
+        let before: Cost = touched.iter().map(|&l| self.costs[l]).sum();
+        self.exchange(i, j, layers);
+        let costs: Vec<Cost> = touched.iter().map(|&l| self.chain.boundary_cost(l, &self.device)).collect();
+        if spread < 0 || costs.iter().sum::<Cost>() < before {
+            touched.iter().zip(costs).for_each(|(&l, cost)| self.costs[l] = cost);
+            self.totals[i] = self.totals[i].wrapping_add_signed(-given);
+            self.totals[j] = self.totals[j].wrapping_add_signed(given);
+            return true;
+        }
+        self.exchange(i, j, layers);
+        false
+    }
+
+    fn exchange(&mut self, i: usize, j: usize, layers: &[usize]) {
+        let n = self.chain.devices;
+        for &l in layers {
+            for d in &mut self.device[l * n..][..n] {
+                *d = match usize::from(*d) {
+                    d if d == i => j as u16,
+                    d if d == j => i as u16,
+                    d => d as u16,
+                };
+            }
+        }
+    }
+}
+
+/// Matches rows to columns so that the largest unmatched entry is least, then the matched sum largest.
+///
+/// Two entries in one row or column cannot both be matched. Taken in descending order, entries can all be matched up
+/// to the first that shares a row or column with an earlier one; its value is the optimum. Those above it are matched.
+fn bottleneck_assignment(entries: &[u64], n: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..n * n).collect();
+    order.sort_by_key(|&i| (std::cmp::Reverse(entries[i]), i));
+    let shares =
+        |at: &usize| order[..*at].iter().any(|&f| f / n == order[*at] / n || f % n == order[*at] % n);
+    let largest = (1..n * n).find(shares).map_or(0, |at| entries[order[at]]);
+    let matched: Vec<usize> = order.iter().copied().take_while(|&i| entries[i] > largest).collect();
+    let rows: Vec<usize> = (0..n).filter(|&r| matched.iter().all(|i| i / n != r)).collect();
+    let columns: Vec<usize> = (0..n).filter(|&c| matched.iter().all(|i| i % n != c)).collect();
+    let weight: Vec<i64> =
+        rows.iter().flat_map(|r| columns.iter().map(move |c| entries[r * n + c] as i64)).collect();
+    let mut column_of = vec![0; n];
+    matched.into_iter().for_each(|i| column_of[i / n] = i % n);
+    for (&row, column) in rows.iter().zip(assign_max(&weight, rows.len())) {
+        column_of[row] = columns[column];
+    }
+    column_of
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn permutations(n: usize) -> Vec<Vec<u16>> {
+        (0..n as u16).fold(vec![vec![]], |all, next| {
+            let insert = |p: &Vec<u16>| {
+                (0..=p.len()).map(|at| [&p[..at], &[next], &p[at..]].concat()).collect::<Vec<_>>()
+            };
+            all.iter().flat_map(insert).collect()
+        })
+    }
+
+    /// The least cost of all chains of permutations.
+    fn brute(chain: &Chain<'_>) -> Cost {
+        let all = permutations(chain.devices);
+        let mut value = vec![0; all.len()];
+        for l in 0..chain.layers - 1 {
+            let cost = |p: &Vec<u16>, q: &Vec<u16>| {
+                let traffic = chain.boundary(l);
+                Chain { traffic, layers: 2, ..*chain }.boundary_cost(0, &[p.as_slice(), q].concat())
+            };
+            let best = |q: &Vec<u16>| all.iter().zip(&value).map(|(p, v)| v + cost(p, q)).min().expect("one");
+            value = all.iter().map(best).collect();
+        }
+        value.into_iter().min().expect("one")
+    }
+
+    fn links(n: usize, per_node: usize, far: u64) -> Vec<u64> {
+        let cost = |i: usize, j: usize| match (i == j, i / per_node == j / per_node) {
+            (true, _) => 0,
+            (_, true) => 2,
+            _ => far,
+        };
+        (0..n * n).map(|i| cost(i / n, i % n)).collect()
+    }
+
+    fn is_a_chain_of_permutations(device: &[u16], n: usize) -> bool {
+        let is_one = |layer: &[u16]| (0..n as u16).all(|d| layer.contains(&d));
+        device.len().is_multiple_of(n) && device.chunks_exact(n).all(is_one)
+    }
+
+    proptest! {
+        /// Links alike: the least bottleneck and, among those, the least total. Otherwise between bound and start.
+        #[test]
+        fn lies_between_bound_and_optimum(
+            n in 1usize..6, layers in 1usize..5, per_node in 1usize..4, far in 2u64..9,
+            entries in prop::collection::vec(prop_oneof![0u64..6, 0u64..1000], 4 * 25),
+        ) {
+            let (traffic, cost) = (&entries[..(layers - 1) * n * n], &links(n, per_node, far));
+            let chain = Chain { traffic, cost, sizes: None, start: None, layers, devices: n };
+            let placed = chain.place(&Control::new(None)).expect("valid");
+            prop_assert!(is_a_chain_of_permutations(&placed.device, n));
+            let (best, value) = (brute(&chain), Local::new(&chain, placed.device).value().1);
+            let alike = cost.iter().all(|&link| link == 0 || link == cost[n - 1]);
+            prop_assert!(placed.bound <= best >> 64 && value >= best);
+            prop_assert!(value <= Local::new(&chain, chain.chained()).value().1);
+            prop_assert!(!alike || placed.exact);
+            prop_assert!(!placed.exact || (value == best && placed.bound == best >> 64));
+        }
+
+        /// Where totals count, they come first: no single exchange could level them further.
+        #[test]
+        fn totals_are_level(
+            n in 2usize..5, layers in 3usize..7,
+            entries in prop::collection::vec(0u64..100, 6 * 16), experts in prop::collection::vec(1u64..4, 6 * 4),
+        ) {
+            let (traffic, cost) = (&entries[..(layers - 1) * n * n], &links(n, n, 2));
+            let sizes = Some(&experts[..layers * n]);
+            let chain = Chain { traffic, cost, sizes, start: None, layers, devices: n };
+            let placed = chain.place(&Control::new(None)).expect("valid");
+            prop_assert!(is_a_chain_of_permutations(&placed.device, n));
+            let local = Local::new(&chain, placed.device);
+            prop_assert!(local.value().1 >> 64 >= placed.bound);
+            for (i, j) in (0..n).flat_map(|i| (0..i).map(move |j| (i, j))) {
+                for l in 0..layers {
+                    prop_assert!(local.spread(i, j, local.more(i, j, l)) >= 0);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn huge_counts_do_not_overflow() {
+        let (traffic, cost) = ([u64::MAX, 1, 1, u64::MAX], links(2, 1, 9));
+        let chain = Chain { traffic: &traffic, cost: &cost, sizes: None, start: None, layers: 2, devices: 2 };
+        assert_eq!(chain.place(&Control::new(None)).expect("valid").device, [0, 1, 0, 1]);
+    }
+}
