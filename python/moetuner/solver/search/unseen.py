@@ -49,8 +49,9 @@ class SearchSetting:
     def details(self) -> UnseenDetails:
         """The setting, as ``Result.details`` has it."""
         norm = f"norm {self.norm}" if self.norm else "maximum"
-        name = norm + ", noise" * bool(self.noise > 0) + ", mixed" * bool(self.mixed > 0)
-        return UnseenDetails(name, self.reason)
+        noise = ", noise" if self.noise > 0 else ""
+        mixed = ", mixed" if self.mixed > 0 else ""
+        return UnseenDetails(f"{norm}{noise}{mixed}", self.reason)
 
 
 def setting_for(load: Floats, weight: Floats, *, large: bool) -> SearchSetting:
