@@ -2,7 +2,7 @@
 
     pip download --no-deps --dest build/wheels vllm==0.33.0 sglang==0.5.23
     pip install torch
-    python bench/live.py [--wheels DIR] [--data DIR] [--decisions 8] [--seeds 1]
+    python bench/live.py [--wheels DIR] [--data DIR] [--decisions 8] [--seeds 1] [--first-seed 0]
 
 Called as engines call them: every so many windows a policy decides on the loads since its last
 decision, and its map is in force until the next one. All begin with the engines' initial map. vLLM
@@ -14,9 +14,9 @@ Balancedness is mean / max rank load, the mean over layers and the windows in fo
 a rank that did not have them, a decision. Milliseconds are of the processor, medians, all in turns.
 
 Loads drift: the logarithm of an expert's load is an autoregressive process, whose steps are 5, 15
-or 30 % of its spread. With ``--data``, real load tables too. The last table is a curve: every
-policy with fewer and fewer copies a decision; engines' own, which have no budget, then change
-only those layers that gain most.
+or 30 % of its spread. With ``--data``, real load tables too. The last tables are curves, one of
+drifting loads and one of each recorded table: every policy with fewer and fewer copies a decision;
+engines' own, which have no budget, then change only those layers that gain most.
 """
 
 from __future__ import annotations
@@ -189,30 +189,42 @@ def curve(size: Size, load: Floats, wheels: Path) -> None:
 def main() -> None:
     """Print all tables."""
     every_size = list(range(len(SIZES)))
-    given = arguments(__doc__, wheels=WHEELS, data=Path, decisions=8, seeds=1, sizes=every_size)
+    given = arguments(
+        __doc__,
+        wheels=WHEELS,
+        data=Path,
+        decisions=8,
+        seeds=1,
+        first_seed=0,
+        sizes=every_size,
+    )
     torch_module()
+    seeds = range(given.first_seed, given.first_seed + given.seeds)
     print("balancedness on the next windows, copies a decision, milliseconds")
     for size in (SIZES[number] for number in given.sizes):
         print(f"\n{size}")
         for drift in DRIFTS:
             for every in INTERVALS:
                 count = (given.decisions + 1) * every
-                loads = [drifting(size, count, drift, seed) for seed in range(given.seeds)]
+                loads = [drifting(size, count, drift, seed) for seed in seeds]
                 label = f"drift {drift:.0%}, decides every {every}"
                 row(label, size, loads, every, policies_of(size, given.wheels, every > 1))
     size = Size(58, 256, 288, 32, groups=8, nodes=4)
     print(f"\n{size}, 8 groups whole on 4 nodes")
     for drift in DRIFTS:
-        load = drifting(size, given.decisions + 1, drift, 0)
-        row(f"drift {drift:.0%}", size, [load], 1, policies_of(size, given.wheels, windows=False))
-    if given.data is not None:
+        loads = [drifting(size, given.decisions + 1, drift, seed) for seed in seeds]
+        row(f"drift {drift:.0%}", size, loads, 1, policies_of(size, given.wheels, windows=False))
+    real = [] if given.data is None else recorded(given.data)
+    if real:
         print("\nrecorded loads")
-        for name, size, load in recorded(given.data):
+        for name, size, load in real:
             for every in (1, 2) if len(load) < 16 else (1, 2, 4):
                 label = f"{name}, {size}, every {every}"
                 row(label, size, [load], every, policies_of(size, given.wheels, every > 1))
-    print(f"\n{SIZES[0]}, drift 15 %, by copies a decision")
-    curve(SIZES[0], drifting(SIZES[0], given.decisions + 1, 0.15, 0), given.wheels)
+    drifted = drifting(SIZES[0], given.decisions + 1, 0.15, given.first_seed)
+    for name, size, load in (("drift 15 %", SIZES[0], drifted), *real):
+        print(f"\n{name}, {size}, deciding every window, by copies a decision")
+        curve(size, load, given.wheels)
 
 
 if __name__ == "__main__":

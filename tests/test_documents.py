@@ -219,3 +219,58 @@ def test_links_lead_somewhere(page):
     """What a page links to exists."""
     for link in LINK.findall((ROOT / page).read_text()):
         assert ((ROOT / page).parent / link).exists(), link
+
+
+def prose(page):
+    """Give the lines of a page, with their numbers, that are neither code nor a table."""
+    fence = None
+    for number, line in enumerate((ROOT / page).read_text().splitlines(), 1):
+        mark = re.match(r"\s*(```+|~~~+|\$\$)", line)
+        if mark and fence in (None, mark[1]):
+            fence = None if fence else mark[1]
+        elif fence is None and not line.lstrip().startswith("|"):
+            yield number, line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_prose_can_be_reviewed(page):
+    """Lines have at most 120 characters, so that a diff shows what is different."""
+    assert [number for number, line in prose(page) if len(line) > 120] == []
+
+
+ADDITIONS = re.findall(
+    r"^\*\*([^*]+)\*\*([^:]*):\n\n((?:- .*\n(?:  .*\n)*)+)",
+    (ROOT / "docs" / "architecture.md").read_text().partition("## To add")[2],
+    re.MULTILINE,
+)
+CODE = [
+    path
+    for folder, pattern in (("python/moetuner", "*.py"), ("rust", "*.rs"))
+    for path in sorted((ROOT / folder).rglob(pattern))
+]
+
+
+@pytest.mark.parametrize(("title", "about", "bullets"), ADDITIONS)
+def test_lists_of_what_to_add_are_followed(title, about, bullets):
+    """Files and names in them exist; no file but those has the name of the example."""
+    example = re.search(r"such as `([^`]+)`, which no other\s+file names", about)
+    files = set()
+    for bullet in re.split(r"^- ", bullets, flags=re.MULTILINE)[1:]:
+        named, text = re.match(r"`([^`]+)`:(.*)", bullet, re.DOTALL).groups()
+        place = ROOT / (named.replace("<name>", example[1]) if example else named)
+        assert place.exists(), f"{title}: {named}"
+        inside = [path for path in CODE if path.is_relative_to(place)] or [place]
+        files.update(inside)
+        content = "".join(path.read_text() for path in inside if path.is_file())
+        for name in re.findall(r"`(\w+)(?:\([^`]*\))?`", text):
+            assert re.search(rf"\b{name}\b", content), f"{title}: {name} in {named}"
+    if example:
+        found = {path for path in CODE if re.search(rf"\b{example[1]}\b", path.read_text())}
+        assert found, f"{title}: {example[1]}"
+        assert found <= files, f"{title}: {found - files}"
+
+
+def test_every_list_is_followed():
+    """The expression that reads the lists misses none of them."""
+    page = (ROOT / "docs" / "architecture.md").read_text().partition("## To add")[2]
+    assert len(ADDITIONS) == len(re.findall(r"^\*\*", page, re.MULTILINE)) >= 9

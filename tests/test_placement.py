@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from placements import random_slots
 
 import moetuner as mt
+from moetuner.placement import keep_slots, moves_from
 
 
 @st.composite
@@ -19,19 +21,8 @@ def placements(draw):
         draw(st.integers(1, 4)),
         draw(st.integers(1, 9)),
     )
-    width = -(-experts // devices) + draw(st.integers(0, 2))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    slots = np.full((layers, devices, width), -1)
-    for layer in slots:
-        home = rng.permutation(experts)
-        for i, expert in enumerate(home):
-            layer[i % devices, i // devices] = expert
-        for device in layer:
-            for slot in np.flatnonzero(device == -1):
-                expert = rng.integers(-1, experts)
-                if expert not in device:
-                    device[slot] = expert
-            rng.shuffle(device)
+    slots = random_slots(rng, layers, devices, experts, draw(st.integers(0, 2)))
     return mt.Placement(slots, num_experts=experts)
 
 
@@ -108,6 +99,26 @@ def test_moves_lead_from_one_placement_to_the_other(a, b):
     assert (held >= b.held).all()
     assert found.pairs.sum() == found.experts_moved == len(found.moves)
     assert not found.pairs.diagonal().any()
+
+
+@given(placements(), placements(), st.data())
+def test_what_stays_keeps_its_slot(a, b, data):
+    """Devices hold what they did, within their slots; copies that moved are those of the diff."""
+    if a.slots.shape[:2] != b.slots.shape[:2] or a.num_experts != b.num_experts:
+        return
+    width = b.slots_per_device
+    least = (b.slots >= 0).sum(axis=2)
+    more = data.draw(st.integers(0, width))
+    capacity = np.minimum(least + more, width)
+    slots = keep_slots(a.slots, b.slots, capacity)
+    assert np.array_equal(np.sort(slots, axis=2), np.sort(b.slots, axis=2))
+    assert (slots[np.arange(width) >= capacity[:, :, None]] == -1).all()
+    for place in zip(*np.nonzero(a.slots >= 0), strict=True):
+        layer, device, slot = place
+        if b.held[layer, device, a.slots[place]] and slot < capacity[layer, device]:
+            assert slots[place] == a.slots[place]
+    moves = moves_from(a.held, slots)
+    assert moves.tolist() == a.diff(b).experts_moved_per_layer.tolist()
 
 
 def test_moves_come_over_the_cheapest_given_link():

@@ -1,6 +1,5 @@
 """Living in other people's processes: forks, threads, signals, panics, memory."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -213,18 +212,6 @@ def test_panics_are_runtime_errors(layers, capfd, monkeypatch):
     assert capfd.readouterr().err == ""
 
 
-def test_a_panic_is_one_line_on_the_command_line(run, monkeypatch):
-    """What nobody foresaw in the core is one line, as all errors are."""
-
-    def panics(*_, **__):
-        raise RuntimeError("the core panicked at rust/x.rs:1:2: of\nno use")
-
-    monkeypatch.setattr("moetuner.cli.inspect.structure", panics)
-    code, out, err = run("inspect", SAMPLE)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "the core panicked at rust/x.rs:1:2: of no use; this is a bug in moetuner" in err
-
-
 def test_memory_that_is_not_there_is_an_error():
     """Where tables fit the rules but not the machine, calls raise MemoryError; nothing aborts."""
     program = (
@@ -312,32 +299,6 @@ def started(*arguments, **how):
     """Start the command line."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-m", "moetuner", *arguments], **pipes, **how)
-
-
-@pytest.fixture
-def large(make_trace, tmp_path):
-    """Save a trace that takes long to place."""
-    make_trace(400, layers=8, top_k=4, experts=64).save(tmp_path / "large.safetensors")
-    return tmp_path / "large.safetensors"
-
-
-def test_sigterm_writes_the_best_so_far(large, tmp_path):
-    """SIGTERM is heard like Ctrl-C: placement and JSON are there, and the status is 143."""
-    out, report = tmp_path / "p.json", tmp_path / "r.json"
-    process = started(
-        *("solve", large, "--devices", "8", "--objective", "traffic", "--time-limit", "100"),
-        *("--out", out, "--json", report),
-    )
-    line = process.stderr.readline()
-    assert "solving" in line, line
-    time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    text, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    assert "interrupted, best so far" in text
-    assert "Traceback" not in err
-    assert mt.Placement.load(out).devices == 8
-    assert json.loads(report.read_text())["status"] == "interrupted"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

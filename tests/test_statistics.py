@@ -295,21 +295,6 @@ def test_bad_statistics_files(make_trace, tmp_path):
     bad(path, "format must be moetuner.statistics version 1, got moetuner.trace version 1")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ({"window": 0}, "window must be from 1 to"),
-        ({"window": -1}, "window must be from 1 to"),
-        ({"window": 2.5}, "window must be an integer, got 2.5"),
-        ({"threads": 0}, "threads must be from 1 to"),
-    ],
-)
-def test_bad_arguments(make_trace, arguments, text):
-    """Windows and threads are at least one."""
-    with pytest.raises(ValueError, match=re.escape(text)):
-        mt.RoutingStatistics.from_trace(make_trace(), **arguments)
-
-
 def test_tables_that_no_memory_holds():
     """A mistaken number of experts is an error, not the end of the process."""
     trace = mt.RoutingTrace.from_arrays(np.zeros((4, 9, 1), dtype=np.uint16), num_experts=1 << 16)

@@ -35,34 +35,14 @@ def test_single_device_costs_nothing():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"devices": 0}, "devices must be from 1 to 8192, got 0"),
         (
             {"devices": 6, "devices_per_node": 4},
             r"devices_per_node must divide devices \(6\), got 4",
         ),
-        ({"devices": 4, "devices_per_node": 0}, "devices_per_node must be from 1 to 8192, got 0"),
-        ({"devices": 4, "inter_node_bandwidth": 0}, "inter_node_bandwidth must be a positive"),
-        ({"devices": 4, "intra_node_bandwidth": float("nan")}, "intra_node_bandwidth must be"),
-        (
-            {"devices": 4, "inter_node_latency": -1},
-            "inter_node_latency must be .* at least 0, got -1",
-        ),
         ({"devices": 2, "speed": [1, 0]}, "speed of device 1 must be a positive number, got 0"),
-        ({"devices": 2, "speed": [1, float("inf")]}, "speed of device 1 must be .* got inf"),
-        (
-            {"devices": 2, "speed": [1]},
-            r"speed must be numbers \[2\], one per device, got .* \[1\]",
-        ),
-        ({"devices": 2, "speed": ["a", "b"]}, r"speed must be numbers \[2\]"),
         ({"devices": 2, "slots_per_device": [4, 0]}, "slots_per_device of device 1 must be from 1"),
-        (
-            {"devices": 2, "slots_per_device": [4, 1.5]},
-            "slots_per_device of device 0 must be an int",
-        ),
         ({"devices": 8, "tiers": [mt.Tier(4, 1e9)]}, r"the last all 8 devices, got \[4\]"),
         ({"devices": 6, "tiers": [mt.Tier(4, 2), mt.Tier(6, 1)]}, r"a multiple .* got \[4, 6\]"),
-        ({"devices": 4, "name": 4}, "name must be a text, got 4"),
-        ({"devices": 4, "tiers": [4]}, "tiers must be Tier values, got 4"),
         (
             {"devices": 4, "devices_per_node": 2, "tiers": [mt.Tier(4, 1e9)]},
             "devices_per_node must be left out where tiers are given, got 2",
@@ -167,10 +147,7 @@ def test_link_cost_is_scaled_with_a_bounded_loss(values):
     ("cost", "words"),
     [
         ([[0, 1]], r"numbers \[2, 2\], one per pair of devices, got int64 \[1, 2\]"),
-        ([[0, 1], [1]], r"link_cost must be an array, got \[\[0, 1\], \[1\]\]"),
-        ([["0", "1"], ["1", "0"]], r"numbers \[2, 2\]"),
         ([[0, float("nan")], [1, 0]], "must be finite, got nan from device 0 to 1"),
-        ([[0, float("inf")], [1, 0]], "must be finite, got inf from device 0 to 1"),
         ([[0, 1], [-1, 0]], "must be at least 0, got -1 from device 1 to 0"),
         ([[0, 1], [1, 2]], "must be 0 from a device to itself, got 2 from device 1 to 1"),
         ([[0, 1], [2, 0]], "the same in both directions, got 1 from device 0 to 1 and 2 back"),

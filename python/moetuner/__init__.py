@@ -10,8 +10,9 @@ from moetuner._core import __version__
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.auditing import Audit, audit
+from moetuner.evaluation.comparison import Comparison as Verdict
+from moetuner.evaluation.comparison import verdict
 from moetuner.evaluation.rows import dispatch_rows
-from moetuner.evaluation.verdicts import Verdict, verdict
 from moetuner.formats import open_input, read_placement
 from moetuner.formats.engines import engine_settings
 from moetuner.placement import Placement, PlacementDiff

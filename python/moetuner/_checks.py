@@ -85,9 +85,9 @@ def instance(name: str, value: object, *kinds: type, hint: str = "") -> None:
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
     """Check a choice."""
-    known = tuple(choices)
-    if not (isinstance(value, str) and value in known):
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
+    names = tuple(choices)
+    if not (isinstance(value, str) and value in names):
+        raise ValueError(f"{name} must be one of {', '.join(names)}, got {shown(value)}")
 
 
 def flag(name: str, value: object) -> None:
@@ -250,9 +250,9 @@ def valid(
                 f"expert_ids: token {first_token + token}, layer {layer}: "
                 f"expert id {value} is {rule}"
             )
-    narrow = cast(IdArray, np.ascontiguousarray(ids, dtype=dtype))
-    _core.validate(narrow, num_experts, first_token, threads)
-    return narrow
+    checked = cast(IdArray, np.ascontiguousarray(ids, dtype=dtype))
+    _core.validate(checked, num_experts, first_token, threads)
+    return checked
 
 
 def id_type(dtype: np.dtype[np.generic], num_experts: int) -> IdType:
@@ -270,8 +270,8 @@ def per_device(name: str, values: Any, devices: int) -> list[Any]:
             f"{name} must be numbers [{devices}], one per device, "
             f"got {array.dtype} {list(array.shape)}"
         )
-    found: list[Any] = array.tolist()
-    return found
+    numbers: list[Any] = array.tolist()
+    return numbers
 
 
 def positive(name: str, value: object, what: str) -> float:
@@ -345,15 +345,15 @@ def names(values: Iterable[str] | None) -> tuple[str, ...]:
     """Check the names of groups: texts that differ."""
     if values is None:
         return ()
-    each = listed("group_names", values, "names")
-    found = tuple(value.item() if isinstance(value, np.str_) else value for value in each)
-    for name in found:
+    members = listed("group_names", values, "names")
+    texts = tuple(value.item() if isinstance(value, np.str_) else value for value in members)
+    for name in texts:
         if not isinstance(name, str):
             raise ValueError(f"group_names must be texts, got {shown(name)}")
-    if len(set(found)) < len(found):
-        twice = next(name for at, name in enumerate(found) if name in found[:at])
+    if len(set(texts)) < len(texts):
+        twice = next(name for at, name in enumerate(texts) if name in texts[:at])
         raise ValueError(f"group_names must differ, got {shown(twice)} twice")
-    return found
+    return texts
 
 
 def groups(
@@ -380,10 +380,10 @@ def distinct(values: NDArray[Integer]) -> NDArray[Integer]:
 
 def among(values: NDArray[Integer], wanted: ArrayLike) -> NDArray[np.bool_]:
     """Whether each label is one of those wanted; in pieces."""
-    found = np.empty(len(values), dtype=np.bool_)
+    flags = np.empty(len(values), dtype=np.bool_)
     for at in range(0, len(values), PIECE):
-        found[at : at + PIECE] = np.isin(values[at : at + PIECE], wanted)
-    return found
+        flags[at : at + PIECE] = np.isin(values[at : at + PIECE], wanted)
+    return flags
 
 
 def numbered(group: ArrayLike) -> list[str]:
@@ -402,35 +402,35 @@ def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64]
 
     Where moving up leaves 32 bits, all are numbered anew, from 0.
     """
-    known: list[NDArray[np.int64]] = []
+    joined: list[NDArray[np.int64]] = []
     for part in parts:
         if part is None:
             return None
         moved = part.astype(np.int64)
-        if any(np.isin(moved, before).any() for before in known):
-            highest = max(int(before.max(initial=-1)) for before in known)
+        if any(np.isin(moved, before).any() for before in joined):
+            highest = max(int(before.max(initial=-1)) for before in joined)
             moved += highest + 1 - int(moved.min())
-        known.append(moved)
-    if max((int(wide.max(initial=0)) for wide in known), default=0) > np.iinfo(np.int32).max:
+        joined.append(moved)
+    if max((int(wide.max(initial=0)) for wide in joined), default=0) > np.iinfo(np.int32).max:
         first = 0
-        for at, wide in enumerate(known):
-            found = np.unique(wide)
-            known[at] = np.searchsorted(found, wide) + first
-            first += len(found)
-    return np.concatenate(known)
+        for at, wide in enumerate(joined):
+            labels = np.unique(wide)
+            joined[at] = np.searchsorted(labels, wide) + first
+            first += len(labels)
+    return np.concatenate(joined)
 
 
 def joined_groups(
     parts: list[tuple[NDArray[Any] | None, tuple[str, ...]]], group_names: tuple[str, ...]
 ) -> NDArray[np.int64] | None:
     """Group numbers of traces one after the other, as indices into the joint names."""
-    known: list[NDArray[np.int64]] = []
+    joined: list[NDArray[np.int64]] = []
     for part, its_names in parts:
         if part is None:
             return None
         number = np.asarray([group_names.index(name) for name in its_names], dtype=np.int64)
-        known.append(number[part])
-    return np.concatenate(known)
+        joined.append(number[part])
+    return np.concatenate(joined)
 
 
 def frozen(array: NDArray[Scalar]) -> NDArray[Scalar]:
@@ -446,7 +446,7 @@ def expert_size(given: Any) -> tuple[int, int] | None:
         return None
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise ValueError(f"expert_size must be (hidden, intermediate), got {shown(given)}")
-    hidden, intermediate = (whole_number("expert_size", each, highest=1 << 24) for each in given)
+    hidden, intermediate = (whole_number("expert_size", size, highest=1 << 24) for size in given)
     return hidden, intermediate
 
 
@@ -459,7 +459,7 @@ def size_of(text: str | None) -> tuple[int, int] | None:
     """Read what ``size_text`` wrote."""
     if text is None:
         return None
-    found = re.fullmatch(r"(\d{1,8})x(\d{1,8})", text, re.ASCII)
-    if found is None:
+    sizes = re.fullmatch(r"(\d{1,8})x(\d{1,8})", text, re.ASCII)
+    if sizes is None:
         raise ValueError(f"expert_size must be as in 4096x1024, got {shown(text)}")
-    return expert_size((int(found[1]), int(found[2])))
+    return expert_size((int(sizes[1]), int(sizes[2])))

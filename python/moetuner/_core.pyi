@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 __version__: str
 __all__ = [
-    "ArrivalLoad",
+    "LabelledReplay",
     "Layers",
     "Replay",
     "StatisticsCounter",
@@ -27,7 +27,6 @@ __all__ = [
     "expected_load",
     "expected_visits",
     "forget_pools",
-    "level_windows",
     "lpt",
     "merge_sets",
     "pair_cost",
@@ -36,6 +35,7 @@ __all__ = [
     "scan_lines",
     "search",
     "smallest_peaks",
+    "spend_budget",
     "validate",
     "verify_bound",
     "verify_visits",
@@ -58,14 +58,14 @@ def scan_lines(
     arrays: list[tuple[str, int]],
     integers: list[str],
     texts: list[str],
-) -> tuple[int, int, NDArray[np.uint16], NDArray[np.int64], list[bytes]]:
+) -> tuple[int, int, NDArray[np.uint16], NDArray[np.int64], list[str]]:
     """Read JSON lines from byte ``start`` on, up to the first that is not plain.
 
     ``arrays`` are keys of ids with their dimensions, 2 or 3, of which a line has exactly one;
     ``integers`` and ``texts`` other keys that it may have. Gives the end of what was read, the line
     ends in it, all ids, and a row for every line: number of the array, its three sizes (1 in front
     of two), integers (-2**63 where it has none) and numbers of texts (-1 where it has none), which
-    come last, as they stand in the file.
+    come last.
     """
 
 @final
@@ -73,24 +73,24 @@ class Layers:
     """Layers with copies of experts, in windows, on devices that may differ.
 
     Takes load [W,L,E] and the weight of every window [W], the slots of every device [L,D], the node
-    of every device [D] and its time per token as a share of the slowest one's [D]; ``norm`` is the
-    order of the norm that stands for the largest device load (2, 4, 8 or 16; 0 for the maximum
-    itself), ``noise`` what a norm adds to it: the parts ``even``, ``share`` and ``variance`` of
-    ``rust/layer/terms/noise.rs``; ``mixed`` is how much the mean of all windows counts besides
-    them, as a part of what they all count. All costs are in weighted tokens.
+    of every device [D] and its time per token as a share of the slowest one's [D]. ``norm`` 8
+    stands for the largest device load of a window, 0 is that load itself. With the norm, ``noise``
+    is the part of an expert's variance among windows that counts as its own, and ``mixed`` how much
+    the mean of all windows counts besides them, as a part of what they all count. All costs are in
+    weighted tokens.
     """
 
     def __new__(
         cls,
         load: NDArray[np.float64],
         weight: NDArray[np.float64],
-        room: NDArray[np.int64],
+        capacity: NDArray[np.int64],
         node: list[int],
         time: list[float],
         *,
         nearest: bool,
         norm: int,
-        noise: tuple[float, float, float] | None = None,
+        noise: float = 0.0,
         mixed: float = 0.0,
     ) -> Layers: ...
     def limit(self, cap: list[float], total: NDArray[np.float64] | None = None) -> None:
@@ -131,11 +131,13 @@ class Layers:
         empties: bool = True,
         restarts: int = 1,
         rounds: int = 1,
+        quick: bool = False,
         transitions: NDArray[np.uint64] | None = None,
         link_cost: NDArray[np.float64] | None = None,
         seed: int = 0,
         time_limit: float | None = None,
         threads: int | None = None,
+        alone: bool = False,
         progress: Callable[[float, int | None], None] | None = None,
     ) -> tuple[NDArray[np.int32], bool]:
         """Improve slots [L,D,S] by the best of some searches, and say whether it was interrupted.
@@ -143,12 +145,14 @@ class Layers:
         With transitions [L-1,E,E] and the cost of one between devices [D,D], in weighted tokens,
         layers are placed in turns, ``rounds`` times, given their neighbours. Without ``copies`` no
         expert gets more or fewer of them; without ``empties`` no slot that holds one is emptied.
+        A ``quick`` search stays near a good start, and ends no worse than that by the slowest
+        devices of the windows. ``alone`` does all work in the calling thread, uninterrupted.
         """
 
     def descend(
         self,
         start: NDArray[np.int32],
-        held: NDArray[np.bool_],
+        running: NDArray[np.int32],
         *,
         most: int | None = None,
         copies: bool = True,
@@ -159,15 +163,25 @@ class Layers:
     ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64], bool]:
         """Go down from slots [L,D,S] by steps, that which gains most for a copy brought first.
 
-        Brought is what is on a device that does not have it in ``held`` [L,E,D]; ``most`` copies
-        may be. Load above caps comes before all else. Every step writes twice: where in the flat
-        slots and which expert [N,2]. After it, copies are brought in all, caps are exceeded by a
-        part of them (of the worst device, summed over layers), and the cost in weighted tokens has
-        changed since the start [N,3]. The last value says whether it was interrupted.
+        Brought is what is on a device that does not have it in ``running`` [L,D,S], of any width;
+        ``most`` copies may be. Load above caps comes before all else. Every step writes twice:
+        where in the flat slots and which expert [N,2]. After it, copies are brought in all, caps
+        are exceeded by a part of them (of the worst device, summed over layers), and the cost in
+        weighted tokens has changed since the start [N,3]. The last value says whether it was
+        interrupted.
         """
 
-    def construct(self, *, copies: bool = True, threads: int | None = None) -> NDArray[np.int32]:
-        """Slots [L,D,S], balanced on the sum of windows, as by ``replicate_experts``.
+    def construct(
+        self,
+        *,
+        copies: bool = True,
+        windows: bool = False,
+        threads: int | None = None,
+        alone: bool = False,
+    ) -> NDArray[np.int32]:
+        """Build slots [L,D,S], balanced on the sum of windows, as by ``replicate_experts``.
+
+        With ``windows`` every window is seen, by its norm, and no answer is behind that of the sum.
 
         Without ``copies`` no expert gets more than are pinned, or one.
 
@@ -258,7 +272,7 @@ _Slots = tuple[NDArray[np.int32], NDArray[np.float64]]
 
 def expected_load(
     slots: _Slots,
-    load: NDArray[np.float64] | NDArray[np.uint64] | NDArray[np.bool_],
+    load: NDArray[np.float64],
     *,
     threads: int | None = None,
 ) -> NDArray[np.float64]:
@@ -356,8 +370,8 @@ class Replay:
         """
 
 @final
-class ArrivalLoad:
-    """Counts the tokens of devices in windows of another order than the trace's."""
+class LabelledReplay:
+    """Replays tokens under a placement, each counted in a row of its own choice."""
 
     def __new__(
         cls,
@@ -366,11 +380,12 @@ class ArrivalLoad:
         top_k: int,
         node_of_device: list[int],
         *,
-        window: int,
-        tokens: int,
+        rows: int,
+        most: int,
         split: str = "even",
-    ) -> ArrivalLoad:
-        """Take what `Replay` takes, and the number of all tokens.
+        visits: bool = True,
+    ) -> LabelledReplay:
+        """Take what `Replay` takes, and how many rows there are, of at most so many tokens.
 
         Not for copies that take turns: whose turn it is depends on the tokens before.
         """
@@ -378,15 +393,29 @@ class ArrivalLoad:
     def push(
         self,
         expert_ids: _ExpertIds,
-        places: NDArray[np.uint64],
+        rows: NDArray[np.uint32],
         threads: int | None = None,
         *,
+        positions: NDArray[np.uint64] | None = None,
+        homes: NDArray[np.uint16] | None = None,
         checked: bool = False,
     ) -> None:
-        """Count tokens [T,L,K], each at its place [T] in the other order."""
+        """Count the next tokens [T,L,K], each in a row [T].
 
-    def finish(self) -> NDArray[np.unsignedinteger[Any]]:
-        """Load [L,W,D], of the narrowest type that holds what windows may have."""
+        Positions [T], which choose between copies, are those of the tokens by default, and homes
+        [T], which the nearest copy is near to, follow from them.
+        """
+
+    def apart(
+        self, expert_ids: _ExpertIds, first_token: int, threads: int | None = None
+    ) -> NDArray[np.uint32]:
+        """Return the pairs of neighbouring layers on different devices of every token [T]."""
+
+    def finish(self) -> list[NDArray[np.unsignedinteger[Any]]]:
+        """Load [L,R,D], visits [L,R,D] and node visits [L,R,N]: none without ``visits``.
+
+        Ends the replay.
+        """
 
 def lpt(
     load: NDArray[np.uint64],
@@ -406,7 +435,7 @@ def lpt(
 
 def replicate_experts(
     load: NDArray[np.float64],
-    room: NDArray[np.int64],
+    capacity: NDArray[np.int64],
     time: NDArray[np.float64],
     *,
     trials: int = ...,
@@ -423,37 +452,6 @@ def replicate_experts(
     Returns slots [L,D,S], -1 for an empty one.
     """
 
-def level_windows(
-    load: NDArray[np.float64],
-    weight: NDArray[np.float64],
-    room: NDArray[np.int64],
-    time: NDArray[np.float64],
-    *,
-    trials: int,
-    noise: float,
-    start: NDArray[np.int32] | None = ...,
-    price: float = ...,
-    copies: bool = ...,
-    forbidden: NDArray[np.bool_] | None = ...,
-    pinned: NDArray[np.bool_] | None = ...,
-    seed: int = ...,
-    time_limit: float | None = ...,
-    threads: int | None = ...,
-    alone: bool = ...,
-    progress: Callable[[float, int | None], None] | None = ...,
-) -> tuple[NDArray[np.int32], bool]:
-    """Balance windows of load by a greedy start that sees all of them, and exchanges from there.
-
-    Takes load [W,L,E], the weight of every window [W], the slots of every device [L,D], and its
-    time per token as a share of the slowest one's [D]; ``start`` is slots [L,D,S] with -1 for an
-    empty one, a layer of which nothing runs is placed anew. ``trials`` are of a layer; ``noise`` is
-    the part of an expert's variance among windows that counts as its own; a copy that is not in the
-    start costs ``price``, as a share of the mean device's time. ``alone`` does all work in the
-    calling thread; then there is no limit, and no interrupt either.
-
-    Returns slots [L,D,S], and whether it was interrupted.
-    """
-
 def adapt_slots(
     load: NDArray[np.float64],
     slots: NDArray[np.int32],
@@ -464,12 +462,10 @@ def adapt_slots(
     deviations: float,
     steps: int,
     trials: int = ...,
-    copies: bool = ...,
     full: bool = ...,
     price: float = ...,
-    forbidden: NDArray[np.bool_] | None = ...,
 ) -> tuple[NDArray[np.int32], list[float], list[float], list[int]]:
-    """Relieve the slowest devices of running slots by few copies that have to be brought.
+    """Relieve the slowest devices of running slots by few copies.
 
     Takes load [L,E], slots [L,D,S] with -1 for an empty one, and the time of every device per token
     as a share of the slowest one's [D]. At most ``most`` copies are brought, where they gain most,
@@ -482,6 +478,20 @@ def adapt_slots(
 
     Returns slots [L,D,S], and of every layer the time of the slowest device before (once all slots
     were filled) and after, and the copies brought.
+    """
+
+def spend_budget(
+    cost: NDArray[np.float64],
+    moves: NDArray[np.int64],
+    *,
+    most: int,
+    dead_zone: float,
+    deviations: float,
+) -> list[int]:
+    """Choose a way for every layer [L], by what ways cost [N,L] and the copies that they bring.
+
+    Way 0 is to stay. At most ``most`` copies are brought, where they gain most; ``dead_zone`` and
+    ``deviations`` are as in ``adapt_slots``.
     """
 
 def cluster(

@@ -51,7 +51,7 @@ def heard() -> Iterator[None]:
     taken = [number for number in numbers if before[number] in mine]
     with suppress(ValueError):  # not the main thread
         for number in taken:
-            signal.signal(number, _stop)
+            signal.signal(number, _interrupt)
     try:
         yield
     finally:
@@ -66,7 +66,7 @@ def status() -> int | None:
     return None if _signal is None else 128 + _signal
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
     global _signal
     if _signal is None or number == signal.SIGINT:
         _signal = _signal or number

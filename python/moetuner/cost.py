@@ -160,13 +160,13 @@ class CostModel(Frozen):
         """
         columns = measurements(tokens, experts, microseconds)
         (a, b, c, d, residual), evidence = identified(*columns)
-        known = {
+        evidence_fields = {
             "residual": residual,
             "prediction_error": evidence.prediction,
             "parameter_errors": evidence.coefficients,
             "measured": (evidence.by_experts, evidence.by_tokens),
         }
-        return cls(a, b, c, d, **{**known, **others})
+        return cls(a, b, c, d, **{**evidence_fields, **others})
 
     @classmethod
     def from_hardware(
@@ -286,9 +286,9 @@ class CostModel(Frozen):
         Tier 1 comes first; a tier that carries nothing takes no time.
         """
         instance("topology", topology, Topology)
-        each = self.token_bytes
+        row_bytes = self.token_bytes
         if bytes_each is not None:
-            each = not_negative("bytes_each", bytes_each, "number of bytes")
+            row_bytes = not_negative("bytes_each", bytes_each, "number of bytes")
         rows = amounts_in("ports", ports, 1)
         if rows.shape[-1] != len(topology.levels):
             raise ValueError(
@@ -297,7 +297,7 @@ class CostModel(Frozen):
             )
         bandwidth = np.array([level.bandwidth for level in topology.levels])
         latency = np.array([level.latency for level in topology.levels])
-        time: Floats = ((rows > 0) * latency + rows * each / bandwidth).sum(axis=-1) * 1e6
+        time: Floats = ((rows > 0) * latency + rows * row_bytes / bandwidth).sum(axis=-1) * 1e6
         return time
 
     def layer_us(self, compute: ArrayLike, communication: ArrayLike) -> Floats:
@@ -342,17 +342,17 @@ class CostModel(Frozen):
         path = path_in(path)
         with naming(path):
             try:
-                found = parse_json(read_whole(path))
+                values = parse_json(read_whole(path))
             except ValueError as error:
                 raise ValueError(f"not a cost model: {error}") from None
-            schema = found.pop("schema", None) if isinstance(found, dict) else None
+            schema = values.pop("schema", None) if isinstance(values, dict) else None
             if schema != SCHEMA:
                 raise ValueError(f"not a cost model: schema must be {SCHEMA!r}, got {schema!r}")
-            known = [each.name for each in fields(cls)]
-            unknown = [key for key in found if key not in known]
+            names = [field.name for field in fields(cls)]
+            unknown = [key for key in values if key not in names]
             if unknown:
-                raise ValueError(f"keys must be out of {known}, got {unknown[0]!r}")
-            return cls(**found)
+                raise ValueError(f"keys must be out of {names}, got {unknown[0]!r}")
+            return cls(**values)
 
 
 def _check_shapes(name: str, array: Floats, other: str, like: Floats) -> None:
@@ -456,10 +456,10 @@ def identified(tokens: Floats, experts: Floats, times: Floats) -> tuple[TwoPlane
         If they show one line only, or too few batches of one: nothing is known of the other, and
         predictions would be wrong wherever that one is above.
     """
-    found = fit(tokens, experts, times)
-    above = (found.c + found.d * tokens - found.a - found.b * experts) / times
+    planes = fit(tokens, experts, times)
+    above = (planes.c + planes.d * tokens - planes.a - planes.b * experts) / times
     # Where lines meet, a measurement is of both, and tells them apart as little as noise does.
-    clear = max(found.residual, 1e-6)
+    clear = max(planes.residual, 1e-6)
     lines = (
         ("reading weights", "few tokens on many experts", experts, above < -clear),
         ("computing", "many tokens on few experts", tokens, above > clear),
@@ -468,7 +468,7 @@ def identified(tokens: Floats, experts: Floats, times: Floats) -> tuple[TwoPlane
     for x in (experts, tokens):
         start, slope = _line(x, times, 1 / times)
         single.append(_loss((start + slope * x) / times - 1))
-    both = _loss(found.predict(tokens, experts) / times - 1)
+    both = _loss(planes.predict(tokens, experts) / times - 1)
     # Two lines have two coefficients more, and must earn them.
     odds = len(times) / 2 * np.log(max(min(single), 1e-12) / max(both, 1e-12))
     one_only = bool(odds - np.log(len(times)) < SURE)
@@ -483,7 +483,7 @@ def identified(tokens: Floats, experts: Floats, times: Floats) -> tuple[TwoPlane
                 f"measurements must have at least {FEWEST_OF_LINE} batches of {regime}, of two "
                 f"sizes or more, got {int(mine.sum())}: add {missing}"
             )
-    return found, _evidence(tokens, experts, times, above >= 0)
+    return planes, _evidence(tokens, experts, times, above >= 0)
 
 
 def _evidence(
@@ -493,14 +493,14 @@ def _evidence(
     batches = np.unique(np.stack([tokens, experts]), axis=1, return_inverse=True)[1].ravel()
     # Folds are random, since batches are measured along a grid; the answer is always the same.
     fold = np.random.default_rng(0).permutation(int(batches.max()) + 1)[batches] % FOLDS
-    error, found = np.zeros(len(times)), []
+    error, coefficients = np.zeros(len(times)), []
     for number in range(FOLDS):
         out = fold == number
         part = fit(tokens[~out], experts[~out], times[~out])
         error[out] = part.predict(tokens[out], experts[out]) / times[out] - 1
-        found.append(part[:4])
+        coefficients.append(part[:4])
     # The jackknife's: parts share most of what they were fitted to.
-    spread = np.sqrt(FOLDS - 1) * np.std(found, axis=0)
+    spread = np.sqrt(FOLDS - 1) * np.std(coefficients, axis=0)
     a, b, c, d = (float(value) for value in spread)
     root = float(np.sqrt(np.mean(error**2)))
     return Evidence(int((~on_tokens).sum()), int(on_tokens.sum()), (a, b, c, d), root)
@@ -516,10 +516,10 @@ def fit(tokens: Floats, experts: Floats, times: Floats) -> TwoPlanes:
     density = tokens / np.maximum(experts, 1)
     for share in np.linspace(0, 1, FIRST_GUESSES):
         by_tokens = density >= np.quantile(density, share)
-        found = _alternate(tokens, experts, times, by_tokens)
-        loss = _loss(found.predict(tokens, experts) / times - 1)
+        planes = _alternate(tokens, experts, times, by_tokens)
+        loss = _loss(planes.predict(tokens, experts) / times - 1)
         if loss < least:
-            best, least = found, loss
+            best, least = planes, loss
     assert best is not None
     error = best.predict(tokens, experts) / times - 1
     return best._replace(residual=float(np.sqrt(np.mean(error**2))))
@@ -529,12 +529,12 @@ def _alternate(
     tokens: Floats, experts: Floats, times: Floats, by_tokens: NDArray[np.bool_]
 ) -> TwoPlanes:
     weight = 1 / times
-    found = TwoPlanes(0, 0, 0, 0, 0)
+    planes = TwoPlanes(0, 0, 0, 0, 0)
     for _ in range(ROUNDS):
         a, b = _line(experts[~by_tokens], times[~by_tokens], weight[~by_tokens])
         c, d = _line(tokens[by_tokens], times[by_tokens], weight[by_tokens])
-        found = TwoPlanes(a, b, c, d, 0)
-        error = found.predict(tokens, experts) / times - 1
+        planes = TwoPlanes(a, b, c, d, 0)
+        error = planes.predict(tokens, experts) / times - 1
         typical = 1.4826 * float(np.median(np.abs(error))) + 1e-12
         size = np.maximum(np.abs(error), 1e-300)
         softer = np.sqrt(np.minimum(1, OUTLIER * typical / size)) / times
@@ -542,7 +542,7 @@ def _alternate(
         if np.array_equal(now, by_tokens) and np.allclose(softer, weight, rtol=1e-6):
             break
         by_tokens, weight = now, softer
-    return found
+    return planes
 
 
 def _line(x: Floats, y: Floats, weight: Floats) -> tuple[float, float]:
@@ -621,21 +621,21 @@ class Named(Protocol):
         ...
 
 
-def known_as(model: str | None) -> str | None:
+def public_name(model: str | None) -> str | None:
     """Return the name under which a model's sizes are known; None if they are not."""
     if model is None:
         return None
     # Names on hubs come after an owner; people write the rest as they like.
     name = re.sub(r"[\s_]+", "-", model.strip().rsplit("/", 1)[-1].lower())
-    fits = [known for known in SIZES if re.match(rf"{re.escape(known)}([-.]|$)", name)]
+    fits = [public for public in SIZES if re.match(rf"{re.escape(public)}([-.]|$)", name)]
     return max(fits, key=len, default=None)
 
 
 def size_of_expert(traffic: Named) -> tuple[int, int] | None:
     """Return hidden and intermediate size of an expert: as recorded, else of the public model."""
-    known = known_as(traffic.model)
-    if traffic.expert_size is None and known is not None:
-        return SIZES[known]
+    public = public_name(traffic.model)
+    if traffic.expert_size is None and public is not None:
+        return SIZES[public]
     return traffic.expert_size
 
 
@@ -645,11 +645,11 @@ def cost_model_of(traffic: Named, gpu: str = DEFAULT_GPU) -> CostModel:
     Sizes that were recorded come first, then those of a public model of that name; where neither is
     known they are DeepSeek-V3's. The name says whose they are.
     """
-    known = known_as(traffic.model)
+    public = public_name(traffic.model)
     if traffic.expert_size is not None:
         (hidden, intermediate), whose = traffic.expert_size, traffic.model or "as recorded"
-    elif known is not None:
-        (hidden, intermediate), whose = SIZES[known], known
+    elif public is not None:
+        (hidden, intermediate), whose = SIZES[public], public
     else:
         hidden, intermediate = HIDDEN, INTERMEDIATE
         whose = "deepseek-v3, as INPUT's model is not known"

@@ -32,9 +32,9 @@ class Frozen:
         if type(other) is not type(self):
             return NotImplemented
         return all(
-            _equal(getattr(self, each.name), getattr(other, each.name))
-            for each in _fields(self)
-            if each.compare
+            _equal(getattr(self, field.name), getattr(other, field.name))
+            for field in _fields(self)
+            if field.compare
         )
 
     def __hash__(self) -> int:
@@ -42,9 +42,9 @@ class Frozen:
 
     def __repr__(self) -> str:
         shown = [
-            f"{each.name}={short(getattr(self, each.name))}"
-            for each in _fields(self)
-            if each.repr and not _is_default(each, getattr(self, each.name))
+            f"{field.name}={short(getattr(self, field.name))}"
+            for field in _fields(self)
+            if field.repr and not _is_default(field, getattr(self, field.name))
         ]
         shown += [f"{name}={short(getattr(self, name))}" for name in self._also_shown]
         text = f"{type(self).__name__}({', '.join(shown)})".replace(BREAK, " ")
@@ -65,7 +65,7 @@ def short(value: Any) -> str:
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         if len(value) > FEW:
             return f"[{len(value)} entries]"
-        return "[" + ", ".join(short(each) for each in value) + "]"
+        return "[" + ", ".join(short(member) for member in value) + "]"
     return repr(value)
 
 

@@ -30,6 +30,10 @@ from moetuner.files.text import DECODER
 from moetuner.frozen import Frozen
 from moetuner.topology import Topology
 
+SCHEMA = "moetuner.placement/1"
+EMPTY = -1
+NAMES = {"model", "topology", "fingerprint", "objective", "bound", "bound_scope"}
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PlacementDiff(Frozen):
@@ -105,44 +109,102 @@ def difference(
     )
 
 
-def brought(held: NDArray[np.bool_], slots: NDArray[np.int32]) -> int:
-    """Count the copies in slots [L,D,S] that devices do not hold [L,D,E]."""
-    there = np.take_along_axis(held, np.maximum(slots, 0).astype(np.int64), axis=2)
-    return int(np.count_nonzero(~there & (slots >= 0)))
+def holders_of(slots: NDArray[np.int32], experts: int) -> NDArray[np.bool_]:
+    """Return whether a device holds an expert [L,D,E], of slots [L,D,S]."""
+    holders = np.zeros((*slots.shape[:2], experts), dtype=bool)
+    layer, device, slot = np.nonzero(slots != EMPTY)
+    holders[layer, device, slots[layer, device, slot]] = True
+    return holders
 
 
-def kept(
-    initial: NDArray[np.int32], slots: NDArray[np.int32], rooms: NDArray[np.int64]
+def moves_from(holders: NDArray[np.bool_], slots: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Count the copies of every layer [L] in slots [L,D,S] whose device is no holder [L,D,E]."""
+    there = np.take_along_axis(holders, np.maximum(slots, 0).astype(np.int64), axis=2)
+    moves: NDArray[np.int64] = (~there & (slots != EMPTY)).sum(axis=(1, 2))
+    return moves
+
+
+def keep_slots(
+    running: NDArray[np.int32], slots: NDArray[np.int32], capacity: NDArray[np.int64]
 ) -> NDArray[np.int32]:
-    """Order the slots of every device so that experts which stay keep theirs; -1 is empty.
+    """Return slots [L,D,S] in which experts that stay on a device keep their running slots.
 
     Only those that a device has itself [L,D]: tables are as wide as the widest device.
     """
     width = slots.shape[2]
-    column = np.arange(width)
-    before = np.full(slots.shape, -1, dtype=np.int64)
-    same = min(initial.shape[2], width)
-    before[:, :, :same] = initial[:, :, :same]
-    before[column >= rooms[:, :, None]] = -1
-    matches = (slots[:, :, :, None] == before[:, :, None, :]) & (slots >= 0)[:, :, :, None]
+    absent = np.arange(width) >= capacity[:, :, None]
+    before = np.full(slots.shape, EMPTY, dtype=np.int64)
+    same = min(running.shape[2], width)
+    before[:, :, :same] = running[:, :, :same]
+    before[absent] = EMPTY
+    matches = (slots[:, :, :, None] == before[:, :, None, :]) & (slots != EMPTY)[:, :, :, None]
     stays, place = matches.any(axis=3), matches.argmax(axis=3)
     layer, device, at = np.nonzero(stays)
-    taken = np.broadcast_to(column >= rooms[:, :, None], slots.shape).copy()
     # The first slot of an expert alone: engines' own maps may have it twice on a device.
+    taken = np.broadcast_to(absent, slots.shape).copy()
     taken[layer, device, place[layer, device, at]] = True
-    ordered = np.full_like(slots, -1)
+    ordered = np.full_like(slots, EMPTY)
     # Those that come, in their order, go into free slots in theirs; empty ones are last.
-    comes = np.argsort(np.where(stays, 2, slots < 0), axis=2, kind="stable")
+    comes = np.argsort(np.where(stays, 2, slots == EMPTY), axis=2, kind="stable")
     free = np.argsort(taken, axis=2, kind="stable")
-    arrivals = np.take_along_axis(np.where(stays, -1, slots), comes, axis=2)
+    arrivals = np.take_along_axis(np.where(stays, EMPTY, slots), comes, axis=2)
     np.put_along_axis(ordered, free, arrivals, axis=2)
     ordered[layer, device, place[layer, device, at]] = slots[layer, device, at]
     return ordered
 
 
-SCHEMA = "moetuner.placement/1"
-EMPTY = -1
-NAMES = {"model", "topology", "fingerprint", "objective", "bound", "bound_scope"}
+def fill(
+    slots: NDArray[np.int32],
+    experts: int,
+    *,
+    capacity: NDArray[np.int64] | None = None,
+    load: NDArray[Any] | None = None,
+    forbidden: NDArray[np.bool_] | None = None,
+    holders: NDArray[np.bool_] | None = None,
+) -> NDArray[np.int32]:
+    """Fill slots [L,D,S] where they change least; no device gets two copies of one expert.
+
+    Parameters
+    ----------
+    slots
+        Expert ids, -1 for an empty slot.
+    experts
+        Experts per layer, E.
+    capacity
+        How many slots of every device are to be full [L,D]; all of them by default.
+    load
+        Tokens [L,E]: the copy that takes the fewest comes first. Without, experts of the fewest
+        copies come first.
+    forbidden
+        Where experts must not be [L,E,D].
+    holders
+        Which devices hold an expert already [L,D,E], so that nothing moves: it comes before all
+        else.
+    """
+    full = slots.copy()
+    layers, devices, width = slots.shape
+    wanted = np.full((layers, devices), width) if capacity is None else capacity
+    short = wanted - (slots != EMPTY).sum(axis=2)
+    for layer in np.flatnonzero((short > 0).any(axis=1)).tolist():
+        copies = np.bincount(slots[layer].ravel() + 1, minlength=experts + 1)[1:]
+        for device in np.flatnonzero(short[layer] > 0).tolist():
+            row = full[layer, device]
+            out = np.zeros(experts, dtype=bool)
+            out[row[row != EMPTY]] = True
+            if forbidden is not None:
+                out |= forbidden[layer, :, device]
+            if (~out).sum() < short[layer, device]:
+                raise ValueError(
+                    f"layer {layer}, device {device}: {wanted[layer, device]} slots cannot be "
+                    f"filled, with {experts} experts and no two copies of one on a device"
+                )
+            moves = np.zeros(experts) if holders is None else ~holders[layer, device]
+            for slot in np.flatnonzero(row == EMPTY)[: short[layer, device]].tolist():
+                takes = copies if load is None else load[layer] / (copies + 1)
+                expert = int(np.lexsort((copies, takes, moves, out))[0])
+                row[slot], out[expert] = expert, True
+                copies[expert] += 1
+    return full
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -266,8 +328,8 @@ class Placement(Frozen):
             width = slots_per_device
         check_slots(devices, width, layers)
         # Devices are as narrow as they can be: numpy sorts 8 and 16 bits by radix.
-        narrow = device_of.astype(np.min_scalar_type(max(devices - 1, 0)))
-        order = np.argsort(narrow, axis=1, kind="stable")
+        small = device_of.astype(np.min_scalar_type(max(devices - 1, 0)))
+        order = np.argsort(small, axis=1, kind="stable")
         cell = cell[(order + row * experts).ravel()]
         slot = np.arange(len(cell)) - (np.cumsum(counts) - counts)[cell]
         slots = np.full((layers, devices, width), EMPTY, dtype=np.int32)
@@ -292,6 +354,7 @@ class Placement(Frozen):
     @property
     def has_copies(self) -> bool:
         """Whether an expert of a layer has more than one slot; every expert has one."""
+        # Every expert has a slot: as many slots as experts is one for each.
         return int(np.count_nonzero(self.slots != EMPTY)) > self.layers * self.num_experts
 
     @property
@@ -302,10 +365,7 @@ class Placement(Frozen):
     @property
     def held(self) -> NDArray[np.bool_]:
         """Whether a device holds an expert [L,D,E]."""
-        held = np.zeros((self.layers, self.devices, self.num_experts), dtype=bool)
-        layer, device, slot = np.nonzero(self.slots != EMPTY)
-        held[layer, device, self.slots[layer, device, slot]] = True
-        return held
+        return holders_of(self.slots, self.num_experts)
 
     @property
     def device_of(self) -> NDArray[np.int64]:
@@ -316,8 +376,7 @@ class Placement(Frozen):
         ValueError
             If an expert has several copies.
         """
-        # Every expert has a slot: as many slots as experts is one for each.
-        if np.count_nonzero(self.slots != EMPTY) > self.layers * self.num_experts:
+        if self.has_copies:
             raise ValueError("device_of needs one copy of each expert; this placement has replicas")
         layers, devices, _ = self.slots.shape
         # Empty slots write to a first column, which is left out.
@@ -356,9 +415,9 @@ class Placement(Frozen):
             )
         if tokens is not None and not (np.isfinite(tokens) & (tokens >= 0)).all():
             raise ValueError("load must be finite and at least 0")
-        full = filled(self.slots, self.num_experts, load=tokens)
+        slots = fill(self.slots, self.num_experts, load=tokens)
         # A solver's figures were of other copies.
-        return replace(self, slots=full, objective=None, bound=None)
+        return replace(self, slots=slots, objective=None, bound=None)
 
     def save(self, path: str | Path) -> None:
         """Write the placement as JSON; the file appears whole or not at all."""
@@ -416,8 +475,8 @@ class Placement(Frozen):
     @classmethod
     def _of_fields(cls, fields: Any) -> Placement:
         if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
-            found = fields.get("schema") if isinstance(fields, dict) else type(fields)
-            raise ValueError(f"schema must be {SCHEMA!r}, got {shown(found)}")
+            schema = fields.get("schema") if isinstance(fields, dict) else type(fields)
+            raise ValueError(f"schema must be {SCHEMA!r}, got {shown(schema)}")
         names = ("model", "topology", "fingerprint", "bound_scope", "objective", "bound")
         return cls(
             array_in("slots", fields["slots"]),
@@ -499,60 +558,3 @@ def _check(slots: NDArray[Any], experts: int) -> None:
             f"slots: layer {layer}, device {device}: "
             f"expert {ordered[layer, device, slot]} has two slots"
         )
-
-
-Slots = NDArray[np.int32]
-
-
-def filled(
-    slots: Slots,
-    experts: int,
-    *,
-    capacity: NDArray[np.int64] | None = None,
-    load: NDArray[Any] | None = None,
-    forbidden: NDArray[np.bool_] | None = None,
-    held: NDArray[np.bool_] | None = None,
-) -> Slots:
-    """Fill slots [L,D,S] where they change least; no device gets two copies of one expert.
-
-    Parameters
-    ----------
-    slots
-        Expert ids, -1 for an empty slot.
-    experts
-        Experts per layer, E.
-    capacity
-        How many slots of every device are to be full [L,D]; all of them by default.
-    load
-        Tokens [L,E]: the copy that takes the fewest comes first. Without, experts of the fewest
-        copies come first.
-    forbidden
-        Where experts must not be [L,E,D].
-    held
-        What is on every device already [L,D,E], and so need not be brought: it comes before
-        all else.
-    """
-    full = slots.copy()
-    layers, devices, width = slots.shape
-    wanted = np.full((layers, devices), width) if capacity is None else capacity
-    short = wanted - (slots != EMPTY).sum(axis=2)
-    for layer in np.flatnonzero((short > 0).any(axis=1)).tolist():
-        copies = np.bincount(slots[layer].ravel() + 1, minlength=experts + 1)[1:]
-        for device in np.flatnonzero(short[layer] > 0).tolist():
-            row = full[layer, device]
-            out = np.zeros(experts, dtype=bool)
-            out[row[row != EMPTY]] = True
-            if forbidden is not None:
-                out |= forbidden[layer, :, device]
-            if (~out).sum() < short[layer, device]:
-                raise ValueError(
-                    f"layer {layer}, device {device}: {wanted[layer, device]} slots cannot be "
-                    f"filled, with {experts} experts and no two copies of one on a device"
-                )
-            here = np.zeros(experts) if held is None else ~held[layer, device]
-            for slot in np.flatnonzero(row == EMPTY)[: short[layer, device]].tolist():
-                takes = copies if load is None else load[layer] / (copies + 1)
-                expert = int(np.lexsort((copies, takes, here, out))[0])
-                row[slot], out[expert] = expert, True
-                copies[expert] += 1
-    return full

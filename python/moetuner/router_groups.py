@@ -34,8 +34,8 @@ def merged(statistics: RoutingStatistics, groups: int) -> RoutingStatistics:
     size = _size(statistics.experts, groups)
     together = _pairs(statistics.coactivation, size)
     if together is not None:
-        each = np.arange(groups)
-        together[:, each, each] = 0
+        group = np.arange(groups)
+        together[:, group, group] = 0
     windows, layers, _ = statistics.window_load.shape
     return RoutingStatistics(
         statistics.window_load.reshape(windows, layers, groups, size).sum(axis=3, dtype=np.uint64),
@@ -81,12 +81,12 @@ def forbidden(experts: int, groups: int, devices: int) -> list[tuple[None, int, 
     whole_number("devices", devices, highest=DEVICE_LIMIT)
     if devices % groups:
         raise ValueError(f"groups must divide {devices} devices, got {groups}")
-    each = devices // groups
+    per_group = devices // groups
     return [
         (None, expert, device)
         for expert in range(experts)
         for device in range(devices)
-        if expert // size != device // each
+        if expert // size != device // per_group
     ]
 
 

@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -132,18 +132,18 @@ def to_tables(sets: tuple[ExpertSets, ...] | None) -> dict[str, NDArray[Any] | N
     if sets is None:
         return dict.fromkeys(SET_TABLES)
     tables = (
-        np.concatenate([of.ids for of in sets]),
-        np.concatenate([of.counts for of in sets]),
-        np.array([len(of) for of in sets], dtype=np.uint64),
+        np.concatenate([layer.ids for layer in sets]),
+        np.concatenate([layer.counts for layer in sets]),
+        np.array([len(layer) for layer in sets], dtype=np.uint64),
     )
     return dict(zip(SET_TABLES, tables, strict=True))
 
 
 def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | None:
     """Return the sets of every layer, None where the tables are missing."""
-    if not any(name in tables for name in SET_TABLES):
-        return None
     missing = [name for name in SET_TABLES if name not in tables]
+    if len(missing) == len(SET_TABLES):
+        return None
     if missing:
         raise ValueError(f"expert sets must have {', '.join(SET_TABLES)}, got no {missing[0]}")
     ids, counts, sizes = (tables[name] for name in SET_TABLES)
@@ -156,6 +156,9 @@ def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | 
     parts = zip(np.split(ids, cuts), np.split(counts, cuts), strict=True)
     return tuple(ExpertSets(*part) for part in parts)
 
+
+# Fields that are tables of pairs of experts [n,E,E], and by how much n is less than the layers.
+PAIRS = {"transitions": 1, "coactivation": 0}
 
 # Counts beyond this are a mistake in the number of experts or the window, not a model.
 TABLE_LIMIT = 16 << 30
@@ -233,16 +236,13 @@ class RoutingStatistics(Frozen):
             )
         object.__setattr__(self, "window_load", _narrowest(load))
         _, layers, experts = load.shape
-        for name, n in (("transitions", layers - 1), ("coactivation", layers)):
-            table = getattr(self, name)
-            if table is None:
-                continue
-            table = _counts(name, table, "[.., experts, experts]").astype(np.uint64, copy=False)
-            if table.shape != (n, experts, experts):
-                raise ValueError(
-                    f"{name} must be [{n}, {experts}, {experts}], got {list(table.shape)}"
-                )
-            object.__setattr__(self, name, table)
+        for name, table in self._pairs.items():
+            if table is not None:
+                shape = (layers - PAIRS[name], experts, experts)
+                whole = _counts(name, table, "[.., experts, experts]").astype(np.uint64, copy=False)
+                if whole.shape != shape:
+                    raise ValueError(f"{name} must be {list(shape)}, got {list(whole.shape)}")
+                object.__setattr__(self, name, whole)
         if self.coactivation is not None:
             _check_coactivation(self.coactivation)
         if self.sets is not None:
@@ -303,44 +303,25 @@ class RoutingStatistics(Frozen):
         """
         instance("trace", trace, RoutingTrace, hint=", such as RoutingTrace.from_arrays makes")
         window, threads = window_in(window), threads_in(threads)
-        for name, value in (
-            ("transitions", transitions),
-            ("coactivation", coactivation),
-            ("sets", sets),
-            ("by_group", by_group),
-        ):
-            flag(name, value)
-        _check_table_bytes(trace, window, transitions, coactivation)
         tables = {"transitions": transitions, "coactivation": coactivation, "sets": sets}
+        for name, value in {**tables, "by_group": by_group}.items():
+            flag(name, value)
+        _check_table_bytes(trace, window, tables)
         every = _sampling(trace) if sets else 1
         callable_or_none("progress", progress)
-        told = _nobody if progress is None else progress
-        if not by_group:
-            return cls._counted(trace, window, every, threads, tables, told)
-        if trace.group is None:
-            raise ValueError("by_group needs a trace with groups; this one has none")
-        parts: list[RoutingStatistics] = []
-        numbers = np.unique(trace.group)
-        for number in numbers:
-            of, begin = trace.select(groups=[int(number)]), len(parts) / len(numbers)
-
-            def tell(share: float, begin: float = begin) -> None:
-                told(begin + share / len(numbers))
-
-            part = cls._counted(of, window, every, threads, tables, tell)
-            group = np.full(part.windows, number)
-            parts.append(replace(part, group=group, group_names=trace.group_names))
-        return reduce(operator.add, parts)
+        count = partial(cls._counted, window=window, every=every, threads=threads, tables=tables)
+        return _by_group(trace, count, progress) if by_group else count(trace, progress=progress)
 
     @classmethod
     def _counted(
         cls,
         trace: RoutingTrace,
+        *,
         window: int | None,
         every: int,
         threads: int | None,
         tables: Mapping[str, bool],
-        progress: Callable[[float], None],
+        progress: Callable[[float], None] | None,
     ) -> RoutingStatistics:
         """Count a trace whose arguments were checked, and the sets of one token in ``every``."""
         counter = _core.StatisticsCounter(
@@ -350,21 +331,21 @@ class RoutingStatistics(Frozen):
         for shard in trace.shards(_shard_bytes(trace), threads=threads):
             counter.push(shard, threads, checked=trace.ids.fresh)
             counted += len(shard)
-            progress(counted / trace.tokens)
+            if progress is not None:
+                progress(counted / trace.tokens)
             del shard  # else the next shard is read while this one is still held
-        _, load, pairs, together, found = counter.finish(threads)
-        by_layer = None if found is None else tuple(ExpertSets(*of) for of in found)
+        _, load, *pairs, sets = counter.finish(threads)
         statistics = cls(
             load,
             window=window,
             model=trace.model,
-            sets=by_layer,
+            sets=None if sets is None else tuple(ExpertSets(*layer) for layer in sets),
             expert_size=trace.expert_size,
             set_tokens=None if every == 1 else -(-trace.tokens // every),
         )
         # What the core has counted needs no check, which takes as long as writing it.
-        object.__setattr__(statistics, "transitions", pairs)
-        object.__setattr__(statistics, "coactivation", together)
+        for name, table in zip(PAIRS, pairs, strict=True):
+            object.__setattr__(statistics, name, table)
         return statistics
 
     @classmethod
@@ -407,6 +388,11 @@ class RoutingStatistics(Frozen):
         return np.stack([of.load(self.experts) for of in self.sets])
 
     @property
+    def _pairs(self) -> dict[str, NDArray[np.uint64] | None]:
+        """Tables of pairs of experts by name, None where they were not counted."""
+        return {name: getattr(self, name) for name in PAIRS}
+
+    @property
     def transitions_or_empty(self) -> NDArray[np.uint64]:
         """Transitions, or no tables at all where they were not counted."""
         return self.transitions if self.transitions is not None else self._no_tables
@@ -424,27 +410,23 @@ class RoutingStatistics(Frozen):
     def fingerprint(self) -> str:
         """Short hash of all counts: two statistics with the same fingerprint are the same."""
         digest = hashlib.sha256()
-        for table in (self.window_load, self.transitions, self.coactivation):
+        for table in (self.window_load, *self._pairs.values()):
             if table is None:
                 digest.update(b"none")
             else:
                 digest.update(repr(table.shape).encode())
                 for part in table:  # not all of them twice, or in 64 bits
                     digest.update(np.ascontiguousarray(part, dtype="<u8").data)
-        for of in self.sets or ():
-            digest.update(repr(of.ids.shape).encode())
-            digest.update(np.ascontiguousarray(of.ids, dtype="<u2").data)
-            digest.update(np.ascontiguousarray(of.counts, dtype="<u8").data)
+        for layer in self.sets or ():
+            digest.update(repr(layer.ids.shape).encode())
+            digest.update(np.ascontiguousarray(layer.ids, dtype="<u2").data)
+            digest.update(np.ascontiguousarray(layer.counts, dtype="<u8").data)
         return digest.hexdigest()[:16]
 
     def __repr__(self) -> str:
         about = [f"{name}={getattr(self, name)}" for name in ("windows", "layers", "experts")]
         about += [f"window={self.window}"] if self.window is not None else []
-        about += [
-            name
-            for name in ("transitions", "coactivation", "sets")
-            if getattr(self, name) is not None
-        ]
+        about += [name for name in (*PAIRS, "sets") if getattr(self, name) is not None]
         about += [f"model={self.model!r}"] if self.model is not None else []
         return f"RoutingStatistics({', '.join(about)})"
 
@@ -468,21 +450,20 @@ class RoutingStatistics(Frozen):
             )
         if (self.group is None) != (other.group is None):
             raise ValueError("statistics must both have groups, or none, got groups of only one")
-        for name, known in (("model", False), ("expert_size", False), ("window", True)):
+        for name in ("model", "expert_size", "window"):
             mine, theirs = getattr(self, name), getattr(other, name)
             # Nothing is known of a model without a name; windows without a length are others.
-            if mine != theirs and (known or (mine is not None and theirs is not None)):
+            if mine != theirs and (name == "window" or None not in (mine, theirs)):
                 raise ValueError(
                     f"statistics must have the same {name}, got {shown(mine)} and {shown(theirs)}"
                 )
         names = tuple(dict.fromkeys(self.group_names + other.group_names))
         group = _checks.joined_groups(
-            [(each.group, each.group_names) for each in (self, other)], names
+            [(side.group, side.group_names) for side in (self, other)], names
         )
         return RoutingStatistics(
             np.concatenate([self.window_load, other.window_load]),
-            _sum(self.transitions, other.transitions),
-            _sum(self.coactivation, other.coactivation),
+            **{name: _sum(table, other._pairs[name]) for name, table in self._pairs.items()},
             window=self.window,
             group=group,
             group_names=names if group is not None else (),
@@ -497,12 +478,12 @@ class RoutingStatistics(Frozen):
     @classmethod
     def sum(cls, parts: Iterable[RoutingStatistics]) -> RoutingStatistics:
         """Add many: of shards, ranks or days."""
-        each = listed("parts", parts, "statistics")
-        if not each:
+        members = listed("parts", parts, "statistics")
+        if not members:
             raise ValueError("parts to sum must be at least one RoutingStatistics, got none")
-        for part in each:
+        for part in members:
             instance("each of the parts", part, RoutingStatistics)
-        total: RoutingStatistics = reduce(operator.add, each)
+        total: RoutingStatistics = reduce(operator.add, members)
         return total
 
     def save(self, path: str | Path) -> None:
@@ -511,8 +492,7 @@ class RoutingStatistics(Frozen):
             path_in(path),
             {
                 "load": self.window_load,
-                "transitions": self.transitions,
-                "coactivation": self.coactivation,
+                **self._pairs,
                 "group": self.group,
                 **to_tables(self.sets),
             },
@@ -537,21 +517,42 @@ class RoutingStatistics(Frozen):
         OSError
             If it cannot be read.
         """
-        found = contents.read_statistics(path_in(path))
+        saved = contents.read_statistics(path_in(path))
         with naming(path):
-            load = found.tables["load"]
+            load = saved.tables["load"]
             return cls(
                 load[None] if load.ndim == 2 else load,
-                found.tables.get("transitions"),
-                found.tables.get("coactivation"),
-                window=found.window,
-                group=found.tables.get("group"),
-                group_names=_checks.names(found.group_names),
-                model=found.model,
-                sets=from_tables(found.tables),
-                expert_size=found.expert_size,
-                set_tokens=found.set_tokens,
+                **{name: saved.tables.get(name) for name in PAIRS},
+                window=saved.window,
+                group=saved.tables.get("group"),
+                group_names=_checks.names(saved.group_names),
+                model=saved.model,
+                sets=from_tables(saved.tables),
+                expert_size=saved.expert_size,
+                set_tokens=saved.set_tokens,
             )
+
+
+def _by_group(
+    trace: RoutingTrace,
+    count: Callable[..., RoutingStatistics],
+    progress: Callable[[float], None] | None,
+) -> RoutingStatistics:
+    """Count the tokens of every group by themselves, and say whose windows are whose."""
+    if trace.group is None:
+        raise ValueError("by_group needs a trace with groups; this one has none")
+    numbers = np.unique(trace.group)
+
+    def counted(at: int) -> RoutingStatistics:
+        def report(share: float) -> None:
+            if progress is not None:
+                progress((at + share) / len(numbers))
+
+        part = count(trace.select(groups=[int(numbers[at])]), progress=report)
+        group = np.full(part.windows, numbers[at])
+        return replace(part, group=group, group_names=trace.group_names)
+
+    return reduce(operator.add, map(counted, range(len(numbers))))
 
 
 def _counts(name: str, table: Any, dimensions: str) -> Loads:
@@ -617,23 +618,17 @@ def _shard_bytes(trace: RoutingTrace) -> int:
     return min(max(SHARD_BYTES, tokens), WIDE_SHARD_BYTES)
 
 
-def _check_table_bytes(
-    trace: RoutingTrace, window: int | None, transitions: bool, coactivation: bool
-) -> None:
+def _check_table_bytes(trace: RoutingTrace, window: int | None, tables: Mapping[str, bool]) -> None:
     layers, experts = trace.layers, trace.num_experts
     windows = 1 if window is None else max(1, -(-trace.tokens // window))
-    pairs = (layers - 1) * transitions + layers * coactivation
-    each = np.min_scalar_type(trace.tokens if window is None else window).itemsize
-    size = experts * (each * windows * layers + 8 * pairs * experts)
+    pairs = sum(tables[name] * (layers - fewer) for name, fewer in PAIRS.items())
+    width = np.min_scalar_type(trace.tokens if window is None else window).itemsize
+    size = experts * (width * windows * layers + 8 * pairs * experts)
     if size > TABLE_LIMIT:
         raise ValueError(
             f"counts must fit {TABLE_LIMIT >> 30} GiB, got {size / 2**30:.0f} GiB for {windows} "
             f"windows, {layers} layers, {experts} experts: count fewer windows or leave out pairs"
         )
-
-
-def _nobody(_share: float) -> None:
-    """Tell nobody."""
 
 
 def _sampling(trace: RoutingTrace) -> int:
@@ -646,13 +641,16 @@ def _sampling(trace: RoutingTrace) -> int:
 
 def _joined_sample(one: RoutingStatistics, other: RoutingStatistics) -> int | None:
     """Return the tokens whose sets both together have counted; None where those are all."""
-    if one.sets is None or other.sets is None:
+    if (
+        one.sets is None
+        or other.sets is None
+        or (one.set_tokens is None and other.set_tokens is None)
+    ):
         return None
-    if one.set_tokens is None and other.set_tokens is None:
-        return None
-    parts = [each.set_tokens for each in (one, other)]
-    of = [int(each.sets[0].counts.sum()) for each in (one, other) if each.sets is not None]
-    return sum(all_ if part is None else part for part, all_ in zip(parts, of, strict=True))
+    return sum(
+        int(sets[0].counts.sum()) if tokens is None else tokens
+        for sets, tokens in ((one.sets, one.set_tokens), (other.sets, other.set_tokens))
+    )
 
 
 def _sum(a: NDArray[np.uint64] | None, b: NDArray[np.uint64] | None) -> NDArray[np.uint64] | None:

@@ -191,7 +191,7 @@ class Topology(Frozen):
             "inter_node_bandwidth": second.bandwidth,
             "inter_node_latency": second.latency,
         }
-        defaults = {each.name: each.default for each in fields(self)}
+        defaults = {parameter.name: parameter.default for parameter in fields(self)}
         for name, value in same.items():
             if getattr(self, name) not in (value, defaults[name]):
                 raise ValueError(
@@ -337,18 +337,18 @@ class Topology(Frozen):
         """
         path = path_in(path)
         with naming(path):
-            found = parse(read_whole(path))
-            names = [each.name for each in fields(cls)]
-            known = [*names, "preset", "nodes"] if "preset" in found else names
-            unknown = [key for key in found if key not in known]
+            values = parse(read_whole(path))
+            names = [parameter.name for parameter in fields(cls)]
+            keys = [*names, "preset", "nodes"] if "preset" in values else names
+            unknown = [key for key in values if key not in keys]
             if unknown:
                 hint = " (nodes needs preset)" if unknown == ["nodes"] else ""
-                raise ValueError(f"keys must be out of {known}, got {unknown[0]!r}{hint}")
-            if "tiers" in found:
-                found["tiers"] = tuple(Tier(**tier) for tier in found["tiers"])
-            if "preset" in found:
-                return cls.preset(found.pop("preset"), **found)
-            return cls(**found)
+                raise ValueError(f"keys must be out of {keys}, got {unknown[0]!r}{hint}")
+            if "tiers" in values:
+                values["tiers"] = tuple(Tier(**tier) for tier in values["tiers"])
+            if "preset" in values:
+                return cls.preset(values.pop("preset"), **values)
+            return cls(**values)
 
 
 # The search holds costs in 16 bits.
@@ -379,9 +379,9 @@ def checked(values: ArrayLike, devices: int) -> NDArray[np.float64]:
     ):
         if wrong.any():
             a, b = (int(i) for i in np.argwhere(wrong)[0])
-            found = f"{cost[a, b]:g} from device {a} to {b}"
+            cost_shown = f"{cost[a, b]:g} from device {a} to {b}"
             back = f" and {cost[b, a]:g} back" if rule.endswith("directions") else ""
-            raise ValueError(f"link_cost must be {rule}, got {found}{back}")
+            raise ValueError(f"link_cost must be {rule}, got {cost_shown}{back}")
     if devices > 1 and not cost.any():
         raise ValueError("link_cost must be above 0 for some pair of devices, got 0 for all")
     return cost
@@ -408,8 +408,8 @@ def parse(content: bytes) -> dict[str, Any]:
     """Read JSON or TOML, told apart by the first character: no TOML file begins with a brace."""
     try:
         text = content.decode()
-        found = parse_json(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)
+        values = parse_json(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)
     except ValueError as error:
         raise ValueError(f"must be a JSON object or TOML: {error}") from None
-    assert isinstance(found, dict)
-    return found
+    assert isinstance(values, dict)
+    return values

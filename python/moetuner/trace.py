@@ -165,11 +165,11 @@ class RoutingTrace:
         path = path_in(path)
         kind = kind_of(path)
         if kind == "jsonl":
-            found = jsonl.read(path, num_experts=num_experts)
+            contents = jsonl.read(path, num_experts=num_experts)
         else:
-            found = read_trace(path, kind, num_experts)
+            contents = read_trace(path, kind, num_experts)
         with naming(path):
-            return cls._of(found)
+            return cls._of(contents)
 
     def save(self, path: str | Path, *, source: str | None = None) -> None:
         """Write as safetensors, shard by shard; the file appears whole or not at all.
@@ -304,31 +304,9 @@ class RoutingTrace:
         """
         tokens: NDArray[np.bool_] | None = None
         if groups is not None:
-            if self.group is None:
-                raise ValueError("groups: the trace has no groups")
-            wanted = [
-                self._group_number(group)
-                for group in (
-                    [groups]
-                    if isinstance(groups, str)
-                    else listed("groups", groups, "names or numbers")
-                )
-            ]
-            tokens = _checks.among(self.group, wanted)
+            tokens = self._of_groups(groups)
         if sequences is not None:
-            if self.sequence is None:
-                raise ValueError("sequences: the trace has no sequences")
-            labels = np.asarray(
-                [
-                    whole_number("sequences", label, lowest=-(1 << 31), highest=(1 << 31) - 1)
-                    for label in listed("sequences", sequences, "labels")
-                ],
-                dtype=np.int64,
-            )
-            unknown = labels[~np.isin(labels, _checks.distinct(self.sequence))]
-            if unknown.size:
-                raise ValueError(f"sequences must be labels of the trace, got {unknown[0]}")
-            of_these = _checks.among(self.sequence, labels)
+            of_these = self._of_sequences(sequences)
             tokens = of_these if tokens is None else tokens & of_these
         numbers = None
         if layers is not None:
@@ -339,6 +317,25 @@ class RoutingTrace:
             if not numbers or len(set(numbers)) < len(numbers):
                 raise ValueError(f"layers must be at least one and differ, got {numbers}")
         return self._taken(tokens, None if numbers is None else np.asarray(numbers, dtype=np.intp))
+
+    def _of_groups(self, groups: Iterable[str | SupportsIndex] | str) -> NDArray[np.bool_]:
+        if self.group is None:
+            raise ValueError("groups: the trace has no groups")
+        names: list[Any] = [groups]
+        if not isinstance(groups, str):
+            names = listed("groups", groups, "names or numbers")
+        return _checks.among(self.group, [self._group_number(name) for name in names])
+
+    def _of_sequences(self, sequences: Iterable[SupportsIndex]) -> NDArray[np.bool_]:
+        if self.sequence is None:
+            raise ValueError("sequences: the trace has no sequences")
+        limits = {"lowest": -(1 << 31), "highest": (1 << 31) - 1}
+        given = listed("sequences", sequences, "labels")
+        labels = np.array([whole_number("sequences", label, **limits) for label in given], np.int64)
+        unknown = labels[~np.isin(labels, _checks.distinct(self.sequence))]
+        if unknown.size:
+            raise ValueError(f"sequences must be labels of the trace, got {unknown[0]}")
+        return _checks.among(self.sequence, labels)
 
     def concat(self: RoutingTrace | Iterable[RoutingTrace], *others: RoutingTrace) -> RoutingTrace:
         """Join traces, ``trace.concat(other)`` or ``RoutingTrace.concat([trace, other])``.
@@ -368,7 +365,7 @@ class RoutingTrace:
         expert_sizes = {trace.expert_size for trace in traces}
         ids = joined(tuple(trace.ids for trace in traces))
         groups = _checks.joined_groups(
-            [(each.group, each.group_names) for each in traces], group_names
+            [(trace.group, trace.group_names) for trace in traces], group_names
         )
         return RoutingTrace._of(
             TraceContents(
@@ -391,17 +388,17 @@ class RoutingTrace:
         return f"RoutingTrace({', '.join(about)})"
 
     @classmethod
-    def _of(cls, found: TraceContents) -> RoutingTrace:
-        names = found.group_names
-        if found.group is not None and names is None:
-            names = _checks.numbered(found.group)
-        labels: dict[str, Any] = {"sequence": found.sequence, "group": found.group}
+    def _of(cls, contents: TraceContents) -> RoutingTrace:
+        names = contents.group_names
+        if contents.group is not None and names is None:
+            names = _checks.numbered(contents.group)
+        labels: dict[str, Any] = {"sequence": contents.sequence, "group": contents.group}
         return cls(
-            found.ids,
-            found.num_experts,
+            contents.ids,
+            contents.num_experts,
             group_names=_checks.names(names),
-            model=found.model,
-            expert_size=found.expert_size,
+            model=contents.model,
+            expert_size=contents.expert_size,
             **labels,
         )
 

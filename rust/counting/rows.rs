@@ -36,7 +36,7 @@ pub(super) fn count_pairs<I: ExpertId>(
 #[inline(always)]
 fn count_with<I: ExpertId>(left: &[I], right: &[I], top_k: usize, size: usize, counts: &mut [u64]) {
     assert!(left.len() == right.len() && left.len() <= usize::from(u16::MAX) * top_k);
-    let mut narrow = vec![Line([0u8; PANEL]); size];
+    let mut small = vec![Line([0u8; PANEL]); size];
     let mut middle = vec![Line([0u16; PANEL]); size];
     for first in (0..size).step_by(PANEL) {
         for (left, right) in left.chunks(NARROW * top_k).zip(right.chunks(NARROW * top_k)) {
@@ -55,18 +55,18 @@ fn count_with<I: ExpertId>(left: &[I], right: &[I], top_k: usize, size: usize, c
                     // A copy, so that it stays in registers while the table's rows change.
                     let ones = *ones;
                     for a in left {
-                        let counters = &mut narrow[a.index()];
+                        let counters = &mut small[a.index()];
                         for i in 0..PANEL {
                             counters.0[i] += ones.0[i];
                         }
                     }
                 }
             }
-            for (middle, narrow) in middle.iter_mut().zip(&mut narrow) {
+            for (middle, small) in middle.iter_mut().zip(&mut small) {
                 for i in 0..PANEL {
-                    middle.0[i] += u16::from(narrow.0[i]);
+                    middle.0[i] += u16::from(small.0[i]);
                 }
-                *narrow = Line([0; PANEL]);
+                *small = Line([0; PANEL]);
             }
         }
         for (counts, middle) in counts.chunks_exact_mut(size).zip(&mut middle) {

@@ -20,25 +20,41 @@ pub enum Narrow {
     U64(Vec<u64>),
 }
 
+/// Runs `$body` with `$all` as the counts, whatever their type is.
+macro_rules! of_any_type {
+    ($counts:expr, $all:ident => $body:expr) => {
+        match $counts {
+            Narrow::U8($all) => $body,
+            Narrow::U16($all) => $body,
+            Narrow::U32($all) => $body,
+            Narrow::U64($all) => $body,
+        }
+    };
+}
+pub(crate) use of_any_type;
+
 impl Narrow {
-    /// No counts yet, none of which will be above `most`.
-    pub(crate) fn up_to(most: u64) -> Self {
+    /// So many zeros, of a type that holds counts up to `most`.
+    pub(crate) fn zeros(most: u64, len: usize) -> Self {
         match most {
-            0..=0xFF => Self::U8(vec![]),
-            0x100..=0xFFFF => Self::U16(vec![]),
-            0x1_0000..=0xFFFF_FFFF => Self::U32(vec![]),
-            _ => Self::U64(vec![]),
+            0..=0xFF => Self::U8(vec![0; len]),
+            0x100..=0xFFFF => Self::U16(vec![0; len]),
+            0x1_0000..=0xFFFF_FFFF => Self::U32(vec![0; len]),
+            _ => Self::U64(vec![0; len]),
         }
     }
 
+    /// So many zeros of the same type.
+    pub(crate) fn zeros_like(&self, len: usize) -> Self {
+        Self::zeros(u64::MAX >> (64 - 8 * self.width()), len)
+    }
+
     /// Bytes of a count.
-    fn width(&self) -> usize {
-        match self {
-            Self::U8(_) => 1,
-            Self::U16(_) => 2,
-            Self::U32(_) => 4,
-            Self::U64(_) => 8,
+    pub(crate) fn width(&self) -> usize {
+        fn width<T>(_: &[T]) -> usize {
+            size_of::<T>()
         }
+        of_any_type!(self, all => width(all))
     }
 
     /// Adds counts at the end, which are none of them above what was promised.
@@ -52,17 +68,29 @@ impl Narrow {
         }
     }
 
-    /// Some columns of every row of so many counts.
-    fn columns(&self, size: usize, columns: &Range<usize>) -> Self {
-        fn taken<T: Copy>(counts: &[T], size: usize, columns: &Range<usize>) -> Vec<T> {
-            counts.chunks_exact(size).flat_map(|row| &row[columns.clone()]).copied().collect()
+    /// Some columns each of every row of `tables` `[rows, size]` of one type, one table after the other.
+    pub(crate) fn columns<const N: usize>(
+        tables: Vec<Self>,
+        size: usize,
+        columns: &[Range<usize>; N],
+    ) -> [Self; N] {
+        fn extend<T: Copy>(all: &mut Vec<T>, from: &[T], size: usize, columns: &Range<usize>) {
+            from.chunks_exact(size).for_each(|row| all.extend_from_slice(&row[columns.clone()]));
         }
-        match self {
-            Self::U8(counts) => Self::U8(taken(counts, size, columns)),
-            Self::U16(counts) => Self::U16(taken(counts, size, columns)),
-            Self::U32(counts) => Self::U32(taken(counts, size, columns)),
-            Self::U64(counts) => Self::U64(taken(counts, size, columns)),
+        let mut parts = columns.each_ref().map(|_| tables[0].zeros_like(0));
+        // Of each table, once it was copied, nothing is held any more.
+        for table in tables {
+            for (part, columns) in parts.iter_mut().zip(columns) {
+                match (part, &table) {
+                    (Self::U8(all), Self::U8(from)) => extend(all, from, size, columns),
+                    (Self::U16(all), Self::U16(from)) => extend(all, from, size, columns),
+                    (Self::U32(all), Self::U32(from)) => extend(all, from, size, columns),
+                    (Self::U64(all), Self::U64(from)) => extend(all, from, size, columns),
+                    _ => unreachable!("tables are of one type"),
+                }
+            }
         }
+        parts
     }
 }
 
@@ -81,14 +109,14 @@ pub(crate) struct WindowCounts {
 }
 
 impl WindowCounts {
-    /// No tokens yet, each of which will add at most `each` to a count.
-    pub(crate) fn new(layers: usize, size: usize, length: Option<u64>, each: usize) -> Self {
-        let most = length.map_or(u64::MAX, |length| length.saturating_mul(each as u64));
+    /// No tokens yet, each of which will add at most `per_token` to a count.
+    pub(crate) fn new(layers: usize, size: usize, length: Option<u64>, per_token: usize) -> Self {
+        let most = length.map_or(u64::MAX, |length| length.saturating_mul(per_token as u64));
         Self {
             length,
             tokens: 0,
             size,
-            full: Narrow::up_to(most),
+            full: Narrow::zeros(most, 0),
             closed: 0,
             counts: vec![Vec::new(); layers],
         }
@@ -144,13 +172,6 @@ impl WindowCounts {
     pub(crate) fn finish(mut self) -> Narrow {
         self.close(self.number());
         self.full
-    }
-
-    /// Some of the counts each, `[windows, layers, columns]`.
-    pub(crate) fn columns<const N: usize>(self, columns: &[Range<usize>; N]) -> [Narrow; N] {
-        let size = self.size;
-        let all = self.finish();
-        columns.each_ref().map(|columns| all.columns(size, columns))
     }
 }
 

@@ -2,34 +2,95 @@
 //! devices do too.
 //!
 //! Everything that concerns a layer alone is a *term* of its cost: [`terms::balance`] over windows, linear costs of
-//! holding or serving an expert on a device, [`terms::fanout`], pairs [`terms::together`]. The search (`anneal`) knows moves, not terms; a term knows
-//! what a move changes, exactly.
+//! holding or serving an expert on a device, [`terms::fanout`], pairs [`terms::together`]. A start is built
+//! ([`construct`]), then annealed ([`turns`]) or improved by few moves ([`mod@descend`], [`adapt`]). Searches know moves,
+//! not terms; a term knows what a move changes, exactly.
 
+pub mod adapt;
 mod anneal;
+mod budget;
 pub mod construct;
-pub mod level;
-mod moves;
-mod placement;
+pub mod descend;
+mod slots;
 pub mod terms;
-mod turns;
+#[cfg(test)]
+mod tests;
+pub mod turns;
 
-pub use anneal::Effort;
-pub use construct::draft::Site;
-pub use level::{Pace, level_layers};
-pub use moves::{Reach, Step, descend};
-pub use placement::{EMPTY, Move, Placement};
-pub use turns::{Links, place};
-
+pub use crate::replay::Split;
+pub use budget::{Rules, Way, choose};
+pub use slots::{EMPTY, Move, Slots};
 use terms::windows::Windows;
 
-/// How the engine's dispatcher shares an expert's tokens among its copies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Split {
-    /// Equal parts: vLLM's hash, TensorRT-LLM's round robin.
-    Even,
-    /// A token's own device if it has a copy, else its node, else equal parts, for homes spread evenly: `SGLang`'s
-    /// static dispatch.
-    Nearest,
+/// Numbers that are looked at together, in vectors of single precision.
+pub const LANES: usize = 16;
+
+/// The devices of a layer, and where experts may go.
+#[derive(Debug, Clone)]
+pub struct Site {
+    /// Slots of every device `[D]`.
+    pub capacity: Vec<usize>,
+    /// Node of every device `[D]`.
+    pub node: Vec<u16>,
+    /// Time of every device per token, as a share of the slowest one's `[D]`.
+    pub time: Vec<f64>,
+    /// How copies share tokens; [`Split::RoundRobin`] is [`Split::Even`] here.
+    pub split: Split,
+    /// Devices where an expert must not be `[E, D]`; empty for none.
+    pub forbidden: Vec<bool>,
+    /// Devices where an expert must have a copy `[E, D]`; empty for none.
+    pub pinned: Vec<bool>,
+    /// Whether slots to spare get more copies than there must be.
+    pub copies: bool,
+}
+
+impl Site {
+    /// Devices in one node, without rules.
+    #[must_use]
+    pub fn plain(capacity: Vec<usize>, time: Vec<f64>) -> Self {
+        let node = vec![0; capacity.len()];
+        let (forbidden, pinned) = (vec![], vec![]);
+        Self { capacity, node, time, split: Split::Even, forbidden, pinned, copies: true }
+    }
+
+    /// Devices, D.
+    #[must_use]
+    pub fn devices(&self) -> usize {
+        self.capacity.len()
+    }
+
+    /// Tokens that all devices together serve while the slowest serves one.
+    pub(crate) fn rate(&self) -> f64 {
+        let used = self.time.iter().zip(&self.capacity).filter(|(_, slots)| **slots > 0);
+        used.map(|(time, _)| 1.0 / time).sum()
+    }
+
+    /// Whether an expert must not be on a device.
+    pub(crate) fn forbids(&self, expert: u16, device: usize) -> bool {
+        !self.forbidden.is_empty() && self.forbidden[usize::from(expert) * self.devices() + device]
+    }
+
+    /// Whether an expert's copy must stay on a device.
+    pub(crate) fn pins(&self, expert: u16, device: usize) -> bool {
+        !self.pinned.is_empty() && self.pinned[usize::from(expert) * self.devices() + device]
+    }
+
+    /// The share of an expert's tokens that its copy on `device` serves, when its copies are on `devices`.
+    pub(crate) fn share(&self, devices: &[u16], device: u16) -> f64 {
+        let copies = devices.len();
+        if copies == 1 || self.split != Split::Nearest {
+            return 1.0 / copies as f64;
+        }
+        // The devices of a node with copies send to those, the others to all copies.
+        let node_of = |device: u16| self.node[usize::from(device)];
+        let here = node_of(device);
+        let size = self.node.iter().filter(|&&node| node == here).count();
+        let beside = devices.iter().filter(|&&copy| node_of(copy) == here).count();
+        let far = |node: u16| devices.iter().all(|&copy| node_of(copy) != node);
+        let unserved = self.node.iter().filter(|&&node| far(node)).count();
+        let all = self.node.len() as f64;
+        size as f64 / (all * beside as f64) + unserved as f64 / (all * copies as f64)
+    }
 }
 
 /// A layer to place.
@@ -37,14 +98,8 @@ pub enum Split {
 pub struct Layer {
     /// Experts, E.
     pub experts: usize,
-    /// Slots of every device `[D]`.
-    pub room: Vec<usize>,
-    /// Node of every device `[D]`.
-    pub node: Vec<u16>,
-    /// Time of a device per token, as a share of the slowest one's `[D]`.
-    pub time: Vec<f32>,
-    /// How copies share tokens.
-    pub split: Split,
+    /// Devices and rules.
+    pub site: Site,
     /// Load in windows.
     pub windows: Windows,
     /// Tokens of every expert over all windows `[E]`.
@@ -59,69 +114,39 @@ pub struct Layer {
     pub sets: Option<terms::fanout::Lazy>,
     /// Co-activated pairs, where those that are apart cost.
     pub pairs: Option<terms::together::Pairs>,
-    /// Devices where an expert must not be `[E, D]`; empty for none.
-    pub forbidden: Vec<bool>,
-    /// Devices where an expert must have a copy `[E, D]`; empty for none.
-    pub pinned: Vec<bool>,
 }
 
 impl Layer {
-    /// For tests: devices that are alike, in one node; nothing but the windows costs, and nothing is forbidden.
-    #[cfg(test)]
-    pub(crate) fn plain(room: Vec<usize>, experts: usize, windows: Windows) -> Self {
-        let devices = room.len();
+    /// A layer of which nothing but the windows costs.
+    #[must_use]
+    pub fn plain(site: Site, load: Vec<f64>, windows: Windows) -> Self {
         Self {
-            experts,
-            room,
-            node: vec![0; devices],
-            time: vec![1.0; devices],
-            split: Split::Even,
+            experts: load.len(),
+            site,
             windows,
-            load: vec![0.0; experts],
+            load,
             cap: f64::INFINITY,
             hold: vec![],
             serve: vec![],
             sets: None,
             pairs: None,
-            forbidden: vec![],
-            pinned: vec![],
         }
     }
 
     /// Devices, D.
     #[must_use]
     pub fn devices(&self) -> usize {
-        self.room.len()
+        self.site.devices()
     }
 
     /// Slots, P.
     #[must_use]
     pub fn slots(&self) -> usize {
-        self.room.iter().sum()
+        self.site.capacity.iter().sum()
     }
 
-    /// The share of an expert's tokens that its copy on `device` serves, when its copies are on `devices`.
-    fn share(&self, devices: &[u16], device: u16) -> f32 {
-        let copies = devices.len();
-        if copies == 1 {
-            return 1.0;
-        }
-        if self.split == Split::Even {
-            return 1.0 / copies as f32;
-        }
-        // The devices of a node with copies send to those, the others to all copies.
-        let node_of = |device: u16| self.node[usize::from(device)];
-        let here = node_of(device);
-        let size = self.node.iter().filter(|&&node| node == here).count();
-        let beside = devices.iter().filter(|&&copy| node_of(copy) == here).count();
-        let far = |node: u16| devices.iter().all(|&copy| node_of(copy) != node);
-        let unserved = self.node.iter().filter(|&&node| far(node)).count();
-        let all = self.node.len() as f32;
-        size as f32 / (all * beside as f32) + unserved as f32 / (all * copies as f32)
-    }
-
-    /// What a copy takes of its expert's load, in time of the slowest device.
-    fn part(&self, devices: &[u16], device: u16) -> f32 {
-        self.share(devices, device) * self.time[usize::from(device)]
+    /// Whether slots to spare may hold other copies.
+    pub(crate) fn has_spare(&self) -> bool {
+        self.site.copies && self.slots() > self.experts
     }
 }

@@ -1,5 +1,7 @@
 //! Traces: checked, counted, replayed.
 
+use std::num::NonZeroU64;
+
 use numpy::{
     IntoPyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
     PyReadonlyArray3, PyUntypedArrayMethods,
@@ -10,10 +12,10 @@ use rayon::prelude::*;
 
 use super::{alone, array2, array3, caught, contiguous, detached};
 use crate::counting::sets::Sets;
-use crate::counting::windows::Narrow;
+use crate::counting::windows::{Narrow, of_any_type};
 use crate::counting::{Counter, Tables};
 use crate::error::{Error, room_for};
-use crate::replay::arrival::{Arrival, Tables as ArrivalTables};
+use crate::replay::labels::{Labelled, Labels};
 use crate::replay::{Copies, Split};
 use crate::trace::Routing;
 
@@ -97,12 +99,7 @@ type Counts<'py> = (
 
 /// Counts as numpy has them, in their own type.
 fn narrow3(py: Python<'_>, shape: (usize, usize, usize), counts: Narrow) -> PyResult<Bound<'_, PyAny>> {
-    Ok(match counts {
-        Narrow::U8(counts) => array3(py, shape, counts)?.into_any(),
-        Narrow::U16(counts) => array3(py, shape, counts)?.into_any(),
-        Narrow::U32(counts) => array3(py, shape, counts)?.into_any(),
-        Narrow::U64(counts) => array3(py, shape, counts)?.into_any(),
-    })
+    of_any_type!(counts, counts => Ok(array3(py, shape, counts)?.into_any()))
 }
 
 fn set_arrays(py: Python<'_>, top_k: usize, sets: (Vec<u16>, Vec<u64>)) -> PyResult<SetArrays<'_>> {
@@ -143,16 +140,13 @@ impl StatisticsCounter {
         layers: usize,
         num_experts: usize,
         top_k: usize,
-        window: Option<u64>,
+        window: Option<NonZeroU64>,
         transitions: bool,
         coactivation: bool,
         sets: bool,
         every: u64,
     ) -> PyResult<Self> {
         let routing = Routing::new(layers, num_experts, top_k)?;
-        if window == Some(0) {
-            return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
-        }
         let table = |wanted: bool, n: usize| -> PyResult<Option<Py<PyArray3<u64>>>> {
             if !wanted {
                 return Ok(None);
@@ -164,7 +158,7 @@ impl StatisticsCounter {
         };
         Ok(Self {
             routing,
-            counter: Some(Counter::new(routing, window, sets.then_some(every.max(1)))),
+            counter: Some(Counter::new(routing, window.map(NonZeroU64::get), sets.then_some(every.max(1)))),
             transitions: table(transitions, layers - 1)?,
             coactivation: table(coactivation, layers)?,
         })
@@ -187,11 +181,10 @@ impl StatisticsCounter {
             transitions: transitions.as_mut().map(|table| table.as_slice_mut()).transpose()?,
             coactivation: coactivation.as_mut().map(|table| table.as_slice_mut()).transpose()?,
         };
-        let counted = with_ids!(expert_ids, ids => detached(py, threads, || {
-            if checked { counter.push_valid(ids, &mut tables) } else { counter.push(ids, &mut tables) }
-        })?);
+        let push =
+            with_ids!(expert_ids, ids => detached(py, threads, || counter.push(ids, &mut tables, checked))?);
         self.counter = Some(counter);
-        Ok(counted?)
+        Ok(push?)
     }
 
     #[pyo3(signature = (threads = None))]
@@ -228,11 +221,15 @@ impl StatisticsCounter {
 /// Takes slots [L,D,S] of experts, the node of every device [D], and which copy serves.
 fn copies_of(
     slots: &PyReadonlyArray3<'_, i32>,
-    routing: Routing,
+    num_experts: usize,
+    top_k: usize,
     node_of_device: &[u16],
     split: &str,
-) -> PyResult<Copies> {
-    let &[_, devices, per_device] = slots.shape() else { unreachable!("the array has three dimensions") };
+) -> PyResult<(Routing, Copies)> {
+    let &[layers, devices, per_device] = slots.shape() else {
+        unreachable!("the array has three dimensions")
+    };
+    let routing = Routing::new(layers, num_experts, top_k)?;
     if node_of_device.len() != devices || node_of_device.iter().any(|&node| usize::from(node) >= devices) {
         let rule = format!("a node from 0 to {} for each of {devices} devices", devices.saturating_sub(1));
         let found = format!("{} values", node_of_device.len());
@@ -248,7 +245,7 @@ fn copies_of(
         }
     };
     let slots = contiguous(slots.as_slice().ok())?;
-    Ok(caught(|| Copies::new(slots, routing, per_device, node_of_device, split))??)
+    Ok((routing, caught(|| Copies::new(slots, routing, per_device, node_of_device, split))??))
 }
 
 /// Replays a trace under a placement, shard by shard.
@@ -273,18 +270,13 @@ impl Replay {
         num_experts: usize,
         top_k: usize,
         node_of_device: Vec<u16>,
-        window: Option<u64>,
+        window: Option<NonZeroU64>,
         split: &str,
         pairs: bool,
     ) -> PyResult<Self> {
-        let routing = Routing::new(slots.shape()[0], num_experts, top_k)?;
-        let devices = slots.shape()[1];
-        let copies = copies_of(&slots, routing, &node_of_device, split)?;
-        if window == Some(0) {
-            return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
-        }
-        let nodes = copies.nodes();
-        let replay = Some(crate::replay::Replay::new(routing, copies, window, pairs)?);
+        let (routing, copies) = copies_of(&slots, num_experts, top_k, &node_of_device, split)?;
+        let (devices, nodes) = (copies.devices(), copies.nodes());
+        let replay = Some(crate::replay::Replay::new(routing, copies, window.map(NonZeroU64::get), pairs)?);
         Ok(Self { routing, devices, nodes, replay })
     }
 
@@ -298,9 +290,7 @@ impl Replay {
     ) -> PyResult<()> {
         expert_ids.check(self.routing)?;
         let mut replay = self.replay.take().ok_or_else(finished)?;
-        let counted = with_ids!(expert_ids, ids => detached(py, threads, || {
-            if checked { replay.push_valid(ids) } else { replay.push(ids) }
-        })?);
+        let counted = with_ids!(expert_ids, ids => detached(py, threads, || replay.push(ids, checked))?);
         self.replay = Some(replay);
         Ok(counted?)
     }
@@ -319,62 +309,79 @@ impl Replay {
     }
 }
 
-/// Counts the tokens of devices in windows of another order than the trace's, shard by shard.
+/// Replays tokens under a placement, each counted in a row of its own choice, shard by shard.
 #[pyclass(module = "moetuner._core")]
-pub(super) struct ArrivalLoad {
+pub(super) struct LabelledReplay {
     routing: Routing,
-    devices: usize,
-    arrival: Option<Arrival>,
+    sizes: [usize; 3],
+    rows: usize,
+    replay: Option<Labelled>,
 }
 
 #[pymethods]
-impl ArrivalLoad {
+impl LabelledReplay {
     #[new]
-    #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, window, tokens, split = "even"))]
+    #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, rows, most, split = "even",
+                        visits = true))]
     fn new(
         slots: PyReadonlyArray3<'_, i32>,
         num_experts: usize,
         top_k: usize,
         node_of_device: Vec<u16>,
-        window: u64,
-        tokens: u64,
+        rows: usize,
+        most: u64,
         split: &str,
+        visits: bool,
     ) -> PyResult<Self> {
-        let routing = Routing::new(slots.shape()[0], num_experts, top_k)?;
-        let copies = copies_of(&slots, routing, &node_of_device, split)?;
-        if window == 0 {
-            return Err(PyValueError::new_err("window must be at least 1 token, got 0"));
-        }
-        let arrival = Some(Arrival::new(routing, copies, window, tokens)?);
-        Ok(Self { routing, devices: slots.shape()[1], arrival })
+        let (routing, copies) = copies_of(&slots, num_experts, top_k, &node_of_device, split)?;
+        let of_visits = if visits { [copies.devices(), copies.nodes()] } else { [0, 0] };
+        let sizes = [copies.devices(), of_visits[0], of_visits[1]];
+        let replay = Some(Labelled::new(routing, copies, rows, most, visits)?);
+        Ok(Self { routing, sizes, rows, replay })
     }
 
-    #[pyo3(signature = (expert_ids, places, threads = None, *, checked = false))]
+    #[pyo3(signature = (expert_ids, rows, threads = None, *, positions = None, homes = None,
+                        checked = false))]
     fn push(
         &mut self,
         py: Python<'_>,
         expert_ids: Ids<'_>,
-        places: PyReadonlyArray1<'_, u64>,
+        rows: PyReadonlyArray1<'_, u32>,
         threads: Option<usize>,
+        positions: Option<PyReadonlyArray1<'_, u64>>,
+        homes: Option<PyReadonlyArray1<'_, u16>>,
         checked: bool,
     ) -> PyResult<()> {
         expert_ids.check(self.routing)?;
-        let places = contiguous(places.as_slice().ok())?;
-        let mut arrival = self.arrival.take().ok_or_else(finished)?;
+        let position = positions.as_ref().map(|of| contiguous(of.as_slice().ok())).transpose()?;
+        let home = homes.as_ref().map(|of| contiguous(of.as_slice().ok())).transpose()?;
+        let labels = Labels { row: contiguous(rows.as_slice().ok())?, position, home };
+        let mut replay = self.replay.take().ok_or_else(finished)?;
         let counted =
-            with_ids!(expert_ids, ids => detached(py, threads, || arrival.push(ids, places, checked))?);
-        self.arrival = Some(arrival);
+            with_ids!(expert_ids, ids => detached(py, threads, || replay.push(ids, labels, checked))?);
+        self.replay = Some(replay);
         Ok(counted?)
     }
 
-    fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let arrival = self.arrival.take().ok_or_else(finished)?;
-        let shape = (self.routing.layers, arrival.windows(), self.devices);
-        Ok(match arrival.finish() {
-            ArrivalTables::U16(counts) => array3(py, shape, counts)?.into_any(),
-            ArrivalTables::U32(counts) => array3(py, shape, counts)?.into_any(),
-            ArrivalTables::U64(counts) => array3(py, shape, counts)?.into_any(),
-        })
+    #[pyo3(signature = (expert_ids, first_token, threads = None))]
+    fn apart<'py>(
+        &self,
+        py: Python<'py>,
+        expert_ids: Ids<'_>,
+        first_token: u64,
+        threads: Option<usize>,
+    ) -> PyResult<Bound<'py, PyArray1<u32>>> {
+        expert_ids.check(self.routing)?;
+        let replay = self.replay.as_ref().ok_or_else(finished)?;
+        let found = with_ids!(expert_ids, ids => detached(py, threads, || replay.apart(ids, first_token))?);
+        Ok(found.into_pyarray(py))
+    }
+
+    fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<[Bound<'py, PyAny>; 3]> {
+        let replay = self.replay.take().ok_or_else(finished)?;
+        let [load, visits, nodes] = alone(py, || replay.finish())?;
+        let table = |counts, size| narrow3(py, (self.routing.layers, self.rows, size), counts);
+        Ok([table(load, self.sizes[0])?, table(visits, self.sizes[1])?, table(nodes, self.sizes[2])?])
     }
 }
 

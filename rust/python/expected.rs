@@ -39,48 +39,23 @@ fn made<T: Send>(
     Ok(if is_large(steps) { detached(py, threads, work)?? } else { alone(py, work)?? })
 }
 
-/// Loads of experts as numpy hands them over.
-#[derive(FromPyObject)]
-pub(super) enum Loads<'py> {
-    Shares(PyReadonlyArray3<'py, f64>),
-    Counts(PyReadonlyArray3<'py, u64>),
-    Flags(PyReadonlyArray3<'py, bool>),
-}
-
 #[pyfunction]
 #[pyo3(signature = (slots, load, *, threads = None))]
 pub(super) fn expected_load<'py>(
     py: Python<'py>,
     slots: Slots<'py>,
-    load: Loads<'py>,
+    load: PyReadonlyArray3<'py, f64>,
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
-    let shape = match &load {
-        Loads::Shares(load) => load.shape(),
-        Loads::Counts(load) => load.shape(),
-        Loads::Flags(load) => load.shape(),
-    };
-    let &[windows, layers, experts] = shape else { unreachable!("the array has three dimensions") };
+    let &[windows, layers, experts] = load.shape() else { unreachable!("the array has three dimensions") };
     if layers != slots.0.shape()[0] {
         let (rule, found) = (format!("{} layers", slots.0.shape()[0]), layers.to_string());
         return Err(Error::Shape { what: "load", rule, found }.into());
     }
     let devices = slots.0.shape()[1];
-    let found = match &load {
-        Loads::Shares(load) => {
-            let load = contiguous(load.as_slice().ok())?;
-            shared(py, &slots, experts, (load.len(), threads), |shared| shared.load(load))
-        }
-        Loads::Counts(load) => {
-            let load = contiguous(load.as_slice().ok())?;
-            shared(py, &slots, experts, (load.len(), threads), |shared| shared.load(load))
-        }
-        Loads::Flags(load) => {
-            let load = contiguous(load.as_slice().ok())?;
-            shared(py, &slots, experts, (load.len(), threads), |shared| shared.load(load))
-        }
-    };
-    array3(py, (windows, layers, devices), found?)
+    let load = contiguous(load.as_slice().ok())?;
+    let found = shared(py, &slots, experts, (load.len(), threads), |shared| shared.load(load))?;
+    array3(py, (windows, layers, devices), found)
 }
 
 /// Tokens that visit devices [L,D] and nodes [L,N].

@@ -4,57 +4,45 @@ use numpy::{
     PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods,
 };
 use pyo3::prelude::*;
+use rayon::prelude::*;
 
 use super::{alone, array2, array3, caught, contiguous, deadline, detached, slice, watched};
 use crate::control::Control;
 use crate::error::{Error, SLOTS, room_for};
-use crate::layer::construct::{self, NoSlot, QUICK, adapt_layers, fill_layers, replicate};
+use crate::layer::adapt::{self, adapt_layers};
+use crate::layer::construct::{NoSlot, QUICK, by_windows, fill, fill_layers};
+use crate::layer::descend::descend;
 use crate::layer::terms::fanout;
-use crate::layer::terms::noise::Noise;
 use crate::layer::terms::together::Pairs;
-use crate::layer::terms::windows::Windows;
-use crate::layer::{
-    EMPTY, Effort, Layer, Links, Move, Pace, Placement, Reach, Site, Split, descend, level_layers, place,
-};
+use crate::layer::terms::windows::{Measure, Windows};
+use crate::layer::turns::{Effort, Links, place};
+use crate::layer::{EMPTY, LANES, Layer, Rules, Site, Slots, Split, Way, choose};
 
-/// The placement of every layer, from slots [L,D,S] with -1 for an empty one and the slots of every device [L,D].
-fn placements_of(layers: &[Layer], slots: &[i32], per_device: usize) -> Vec<Placement> {
-    let of = |(l, layer): (usize, &Layer)| {
-        let d = layer.devices();
-        let rows = slots[l * d * per_device..][..d * per_device].chunks_exact(per_device).zip(&layer.room);
-        let expert = |&e: &i32| u16::try_from(e).unwrap_or(EMPTY);
-        Placement::new(layer, rows.flat_map(|(row, &room)| row[..room].iter().map(expert)).collect())
-    };
-    layers.iter().enumerate().map(of).collect()
+/// The id of a slot's content, -1 for none.
+fn expert_id(expert: u16) -> i32 {
+    if expert == EMPTY { -1 } else { i32::from(expert) }
 }
 
-/// The reverse of [`placements_of`].
-fn slots_of(layers: &[Layer], placement: &[Placement], per_device: usize) -> Vec<i32> {
-    let mut slots = Vec::with_capacity(layers.len() * layers.first().map_or(0, Layer::devices) * per_device);
-    for (layer, placement) in layers.iter().zip(placement) {
-        let mut at = 0;
-        for &room in &layer.room {
-            let expert = |&e: &u16| if e == EMPTY { -1 } else { i32::from(e) };
-            slots.extend(placement.expert_in[at..at + room].iter().map(expert));
-            slots.extend(std::iter::repeat_n(-1, per_device - room));
-            at += room;
+/// Contents of one layer's slots, from rows of all devices with as many [D,S], -1 for an empty one.
+fn contents_of(rows: &[i32], per_device: usize, capacity: &[usize]) -> Vec<u16> {
+    let rows = rows.chunks_exact(per_device.max(1)).zip(capacity);
+    let expert = |&e: &i32| u16::try_from(e).unwrap_or(EMPTY);
+    rows.flat_map(|(row, &slots)| row[..slots].iter().map(expert)).collect()
+}
+
+/// Slots [L,D,S] with -1 for an empty one, of contents by layer and the slots of every device in each.
+fn slots_of<'a>(layers: impl Iterator<Item = (&'a [u16], &'a [usize])>, per_device: usize) -> Vec<i32> {
+    let mut slots = Vec::new();
+    for (mut contents, capacity) in layers {
+        for &count in capacity {
+            let (of_device, rest) = contents.split_at(count);
+            contents = rest;
+            slots.extend(of_device.iter().map(|&e| expert_id(e)));
+            slots.extend(std::iter::repeat_n(-1, per_device - count));
         }
     }
     slots
 }
-
-impl Layers {
-    /// Placements of slots [L,D,S].
-    fn begin(&self, start: &PyReadonlyArray3<'_, i32>) -> PyResult<Vec<Placement>> {
-        let [l, _, d] = self.sizes();
-        shaped("start", start.shape(), &[l, d, self.per_device])?;
-        let start = contiguous(start.as_slice().ok())?;
-        caught(|| placements_of(&self.layers, start, self.per_device))
-    }
-}
-
-/// What the steps of a descent write, what is so after each, and whether it was interrupted.
-type Descent<'py> = (Bound<'py, PyArray2<i64>>, Bound<'py, PyArray2<i32>>, Bound<'py, PyArray2<f64>>, bool);
 
 /// Layers with copies: their windows and devices; all else that counts has a method of its own.
 #[pyclass(module = "moetuner._core")]
@@ -64,11 +52,45 @@ pub(super) struct Layers {
 }
 
 /// Checks the shape of an argument.
-fn shaped(what: &'static str, found: &[usize], expected: &[usize]) -> PyResult<()> {
+fn shaped(what: &'static str, shape: &[usize], expected: &[usize]) -> PyResult<()> {
     let rule = || format!("shape {expected:?}");
-    (found == expected)
+    (shape == expected)
         .then_some(())
-        .ok_or_else(|| Error::Shape { what, rule: rule(), found: format!("{found:?}") }.into())
+        .ok_or_else(|| Error::Shape { what, rule: rule(), found: format!("{shape:?}") }.into())
+}
+
+/// Sites of layers with slots [L,D], of devices in one node, and the widest device.
+fn sites_of(
+    capacity: &PyReadonlyArray2<'_, i64>,
+    time: &[f64],
+    rules: [Option<&PyReadonlyArray3<'_, bool>>; 2],
+    [l, e]: [usize; 2],
+) -> PyResult<(Vec<Site>, usize)> {
+    let d = time.len();
+    shaped("capacity", capacity.shape(), &[l, d])?;
+    for rules in rules.into_iter().flatten() {
+        shaped("rules", rules.shape(), &[l, e, d])?;
+    }
+    let [forbidden, pinned] = [slice(rules[0])?, slice(rules[1])?];
+    let of = |table: &[bool], l: usize| table.get(l * e * d..(l + 1) * e * d).unwrap_or(&[]).to_vec();
+    let site = |l: usize| {
+        let slots = capacity.as_array().row(l).iter().map(|&slots| slots.max(0) as usize).collect();
+        Site { forbidden: of(forbidden, l), pinned: of(pinned, l), ..Site::plain(slots, time.to_vec()) }
+    };
+    let sites: Vec<Site> = (0..l).map(site).collect();
+    let widest = sites.iter().flat_map(|site| &site.capacity).copied().max().unwrap_or(0);
+    fits("capacity", d, widest)?;
+    room_for("slots", &[l, d, widest, size_of::<i32>()])?;
+    Ok((sites, widest))
+}
+
+/// Refuses layers of more slots than are counted, before anything of the size is asked for.
+fn fits(what: &'static str, devices: usize, widest: usize) -> PyResult<()> {
+    if devices.saturating_mul(widest) <= SLOTS {
+        return Ok(());
+    }
+    let rule = format!("at most {SLOTS} slots in a layer, all devices as wide as the widest");
+    Err(Error::Shape { what, rule, found: format!("{devices} x {widest}") }.into())
 }
 
 impl Layers {
@@ -80,66 +102,74 @@ impl Layers {
 
     /// Every layer with its part of a table whose first axis is layers.
     fn with<'a, T>(&'a mut self, table: &'a [T]) -> impl Iterator<Item = (&'a mut Layer, &'a [T])> {
-        let each = (table.len() / self.layers.len().max(1)).max(1);
-        self.layers.iter_mut().zip(table.chunks_exact(each))
+        let size = (table.len() / self.layers.len().max(1)).max(1);
+        self.layers.iter_mut().zip(table.chunks_exact(size))
+    }
+
+    /// Placements of slots [L,D,S]; from here on experts may get more copies or not.
+    fn begin(&mut self, start: &PyReadonlyArray3<'_, i32>, copies: bool) -> PyResult<Vec<Slots>> {
+        let [l, e, d] = self.sizes();
+        let per_device = self.per_device;
+        shaped("start", start.shape(), &[l, d, per_device])?;
+        let start = contiguous(start.as_slice().ok())?;
+        self.layers.iter_mut().for_each(|layer| layer.site.copies = copies);
+        let of = |(layer, rows): (&mut Layer, &[i32])| {
+            let capacity = &layer.site.capacity;
+            Slots::new(capacity, e, &contents_of(rows, per_device, capacity))
+        };
+        caught(|| self.with(start).map(of).collect())
+    }
+
+    /// Slots [L,D,S] of placements.
+    fn end<'py>(&self, py: Python<'py>, placements: &[Slots]) -> PyResult<Bound<'py, PyArray3<i32>>> {
+        let [l, _, d] = self.sizes();
+        let all = placements.iter().zip(&self.layers);
+        let all = all.map(|(slots, layer)| (&slots.expert_in[..], &layer.site.capacity[..]));
+        array3(py, (l, d, self.per_device), slots_of(all, self.per_device))
     }
 }
 
 #[pymethods]
 impl Layers {
     #[new]
-    #[pyo3(signature = (load, weight, room, node, time, *, nearest, norm, noise = None, mixed = 0.0))]
+    #[pyo3(signature = (load, weight, capacity, node, time, *, nearest, norm, noise = 0.0, mixed = 0.0))]
     fn new(
         load: PyReadonlyArray3<'_, f64>,
         weight: PyReadonlyArray1<'_, f64>,
-        room: PyReadonlyArray2<'_, i64>,
+        capacity: PyReadonlyArray2<'_, i64>,
         node: Vec<u16>,
-        time: Vec<f32>,
+        time: Vec<f64>,
         nearest: bool,
         norm: u32,
-        noise: Option<(f64, f64, f64)>,
+        noise: f64,
         mixed: f64,
     ) -> PyResult<Self> {
-        let (load, weight, room) = (load.as_array(), weight.as_array().to_vec(), room.as_array());
-        let (w, l, e) = load.dim();
-        let d = node.len();
-        let parts = noise.map_or([0.0; 3], |(even, share, variance)| [even, share, variance]);
-        let counts = parts.iter().chain([&mixed]).all(|part| part.is_finite() && *part >= 0.0);
-        let noise = noise.map(|(even, share, variance)| Noise { even, share, variance });
-        let fits = weight.len() == w && room.dim() == (l, d) && time.len() == d;
-        if !fits || ![0, 2, 4, 8, 16].contains(&norm) || !counts {
+        let &[w, layers, e] = load.shape() else { unreachable!("the array has three dimensions") };
+        let (load, weight, d) = (contiguous(load.as_slice().ok())?, weight.as_array().to_vec(), node.len());
+        let counts = [noise, mixed].iter().all(|part| part.is_finite() && *part >= 0.0);
+        let fits = weight.len() == w && capacity.shape() == [layers, d] && time.len() == d;
+        if !fits || ![0, 8].contains(&norm) || !counts {
             let rule = format!(
-                "weights [{w}], slots [{l}, {d}], times [{d}], norm 0, 2, 4, 8 or 16, noise and mixed of at least 0"
+                "weights [{w}], slots [{layers}, {d}], times [{d}], norm 0 or 8, noise and mixed of at least 0"
             );
             return Err(Error::Shape { what: "layers", rule, found: "others".into() }.into());
         }
+        let (sites, per_device) = sites_of(&capacity, &time, [None, None], [layers, e])?;
         // Copied tables, and windows in the form of the search, of experts and of devices.
-        let per_device = room.iter().copied().max().unwrap_or(0).max(0) as usize;
-        if d.saturating_mul(per_device) > SLOTS {
-            let rule = format!("at most {SLOTS} slots in a layer, all devices as wide as the widest");
-            return Err(Error::Shape { what: "room", rule, found: format!("{d} x {per_device}") }.into());
-        }
-        room_for("windows", &[l, w.next_multiple_of(16) + 16, e + d, 4 * size_of::<f64>()])?;
-        let layer = |l| {
-            let rows: Vec<f64> = load.slice(numpy::ndarray::s![.., l, ..]).iter().copied().collect();
-            Layer {
-                experts: e,
-                room: room.row(l).iter().map(|&slots| slots.max(0) as usize).collect(),
-                node: node.clone(),
-                time: time.clone(),
-                split: if nearest { Split::Nearest } else { Split::Even },
-                load: (0..e).map(|e| load.slice(numpy::ndarray::s![.., l, e]).sum()).collect(),
-                windows: Windows::new(&rows, &weight, e, norm, noise, mixed),
-                cap: f64::INFINITY,
-                hold: vec![],
-                serve: vec![],
-                sets: None,
-                pairs: None,
-                forbidden: vec![],
-                pinned: vec![],
+        room_for("windows", &[layers, w.next_multiple_of(LANES) + LANES, e + d, 4 * size_of::<f64>()])?;
+        let measure = if norm == 0 { Measure::Peak } else { Measure::Norm { noise, mixed } };
+        let split = if nearest { Split::Nearest } else { Split::Even };
+        let layer = |(l, site): (usize, Site)| {
+            let site = Site { node: node.clone(), split, ..site };
+            let rows = load.chunks_exact(e).skip(l).step_by(layers);
+            let (rows, mut total) = (rows.collect::<Vec<_>>().concat(), vec![0.0; e]);
+            for row in rows.chunks_exact(e) {
+                total.iter_mut().zip(row).for_each(|(total, tokens)| *total += tokens);
             }
+            let windows = Windows::new(&rows, &weight, e, &site, measure);
+            Layer::plain(site, total, windows)
         };
-        let layers = caught(|| (0..l).map(layer).collect())?;
+        let layers = caught(|| sites.into_iter().enumerate().map(layer).collect())?;
         Ok(Self { layers, per_device })
     }
 
@@ -148,9 +178,7 @@ impl Layers {
     fn limit(&mut self, cap: Vec<f64>, total: Option<PyReadonlyArray2<'_, f64>>) -> PyResult<()> {
         let [l, e, _] = self.sizes();
         shaped("cap", &[cap.len()], &[l])?;
-        for (layer, cap) in self.layers.iter_mut().zip(cap) {
-            layer.cap = cap;
-        }
+        self.layers.iter_mut().zip(cap).for_each(|(layer, cap)| layer.cap = cap);
         if let Some(total) = total {
             shaped("total", total.shape(), &[l, e])?;
             for (layer, total) in self.with(contiguous(total.as_slice().ok())?) {
@@ -182,10 +210,10 @@ impl Layers {
             room_for("rules", &[table.len()])?;
         }
         for (layer, table) in self.with(slice(forbidden.as_ref())?) {
-            layer.forbidden = table.to_vec();
+            layer.site.forbidden = table.to_vec();
         }
         for (layer, table) in self.with(slice(pinned.as_ref())?) {
-            layer.pinned = table.to_vec();
+            layer.site.pinned = table.to_vec();
         }
         Ok(())
     }
@@ -229,7 +257,8 @@ impl Layers {
     }
 
     /// Improves slots [L,D,S].
-    #[pyo3(signature = (start, *, trials, copies = true, empties = true, restarts = 1, rounds = 1, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, progress = None))]
+    #[allow(clippy::fn_params_excessive_bools)]
+    #[pyo3(signature = (start, *, trials, copies = true, empties = true, restarts = 1, rounds = 1, quick = false, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, alone = false, progress = None))]
     fn place<'py>(
         &mut self,
         py: Python<'py>,
@@ -239,37 +268,41 @@ impl Layers {
         empties: bool,
         restarts: u64,
         rounds: u64,
+        quick: bool,
         transitions: Option<PyReadonlyArray3<'py, u64>>,
         link_cost: Option<PyReadonlyArray2<'py, f64>>,
         seed: u64,
         time_limit: Option<f64>,
         threads: Option<usize>,
+        alone: bool,
         progress: Option<Bound<'py, PyAny>>,
     ) -> PyResult<(Bound<'py, PyArray3<i32>>, bool)> {
-        let [l, _, d] = self.sizes();
-        let begin = self.begin(&start)?;
+        let begin = self.begin(&start, copies)?;
         let transitions = slice(transitions.as_ref())?;
         let cost: Vec<f64> = link_cost.map_or(vec![], |cost| cost.as_array().iter().copied().collect());
         let links = Links { transitions, cost: &cost };
         let control = Control::new(deadline(time_limit));
+        let effort = Effort { trials, empties, restarts, rounds, quick, parallel: !alone };
         let layers = &mut self.layers;
-        let (found, interrupted) = watched(py, threads, &control, progress.as_ref(), || {
-            place(layers, begin, links, Effort { trials, copies, empties, restarts }, rounds, seed, &control)
-        })?;
-        let slots = slots_of(&self.layers, &found, self.per_device);
-        Ok((array3(py, (l, d, self.per_device), slots)?, interrupted))
+        let work = || place(layers, begin, links, effort, seed, &control);
+        let (placements, interrupted) = if alone {
+            (super::alone(py, work)?, false)
+        } else {
+            watched(py, threads, &control, progress.as_ref(), work)?
+        };
+        Ok((self.end(py, &placements)?, interrupted))
     }
 
-    /// Steps from slots [L,D,S] down, the one that gains most for a copy that has to be brought first.
+    /// Steps from slots [L,D,S] down, the one that gains most for a copy that is brought first.
     ///
     /// What each writes, twice: where in the flat slots and which expert [N,2]; copies brought, excess and change of the cost after
     /// it [N,3]; and whether it was interrupted.
-    #[pyo3(signature = (start, held, *, most = None, copies = true, transitions = None, link_cost = None, time_limit = None, threads = None))]
+    #[pyo3(signature = (start, running, *, most = None, copies = true, transitions = None, link_cost = None, time_limit = None, threads = None))]
     fn descend<'py>(
         &mut self,
         py: Python<'py>,
         start: PyReadonlyArray3<'py, i32>,
-        held: PyReadonlyArray3<'py, bool>,
+        running: PyReadonlyArray3<'py, i32>,
         most: Option<u32>,
         copies: bool,
         transitions: Option<PyReadonlyArray3<'py, u64>>,
@@ -277,35 +310,31 @@ impl Layers {
         time_limit: Option<f64>,
         threads: Option<usize>,
     ) -> PyResult<Descent<'py>> {
-        let begin = self.begin(&start)?;
-        let [_, e, d] = self.sizes();
-        shaped("held", held.shape(), &self.sizes())?;
-        let held = contiguous(held.as_slice().ok())?;
-        let held: Vec<Vec<bool>> = held.chunks_exact((e * d).max(1)).map(<[bool]>::to_vec).collect();
+        let begin = self.begin(&start, copies)?;
+        let [l, e, d] = self.sizes();
+        let wide = running.shape()[2];
+        shaped("running", running.shape(), &[l, d, wide])?;
+        let capacity = vec![wide; d];
+        let rows = contiguous(running.as_slice().ok())?.chunks_exact((d * wide).max(1));
+        let running: Vec<Slots> =
+            rows.map(|rows| Slots::new(&capacity, e, &contents_of(rows, wide, &capacity))).collect();
         let transitions = slice(transitions.as_ref())?;
         let cost: Vec<f64> = link_cost.map_or(vec![], |cost| cost.as_array().iter().copied().collect());
         let links = Links { transitions, cost: &cost };
-        let reach = Reach { most: most.map_or(i64::MAX / 2, i64::from), copies };
+        let most = most.map_or(i64::MAX / 2, i64::from);
         let control = Control::new(deadline(time_limit));
         let layers = &mut self.layers;
         let (steps, interrupted) = watched(py, threads, &control, None, || {
-            descend(layers, begin.clone(), &held, links, reach, &control)
+            descend(layers, begin.clone(), &running, links, most, &control)
         })?;
-        let mut now = begin;
         let (mut places, mut experts, mut figures) = (Vec::new(), Vec::new(), Vec::new());
         for step in &steps {
-            let placement = &mut now[step.layer];
-            let slots = match step.step {
-                Move::Swap(p, q) => [p, q],
-                Move::Put(p, _) => [p, p],
-            };
-            placement.apply(&self.layers[step.layer], step.step);
-            for slot in slots {
-                let device = usize::from(placement.device_of(slot));
-                let first: usize = self.layers[step.layer].room[..device].iter().sum();
-                places.push(((step.layer * d + device) * self.per_device + slot - first) as i64);
-                let expert = placement.expert_in[slot];
-                experts.push(if expert == EMPTY { -1 } else { i32::from(expert) });
+            for (slot, expert) in step.written {
+                let slots = &begin[step.layer];
+                let device = slots.device(slot);
+                let place = (step.layer * d + device) * self.per_device + slot - slots.of(device).start;
+                places.push(place as i64);
+                experts.push(expert_id(expert));
             }
             figures.extend([step.moved as f64, step.excess, step.change]);
         }
@@ -314,34 +343,40 @@ impl Layers {
         Ok((written.0, written.1, array2(py, (n, 3), figures)?, interrupted))
     }
 
-    /// Slots [L,D,S]: copies of the heaviest experts, then the heaviest copy first to the device done first, polished.
-    #[pyo3(signature = (*, copies = true, threads = None))]
+    /// Slots [L,D,S] to begin with: balanced on the sum of windows, or on every one.
+    #[pyo3(signature = (*, copies = true, windows = false, threads = None, alone = false))]
     fn construct<'py>(
-        &self,
+        &mut self,
         py: Python<'py>,
         copies: bool,
+        windows: bool,
         threads: Option<usize>,
+        alone: bool,
     ) -> PyResult<Bound<'py, PyArray3<i32>>> {
-        use rayon::prelude::*;
+        self.layers.iter_mut().for_each(|layer| layer.site.copies = copies);
         let construct = |(l, layer): (usize, &Layer)| {
-            let slots = replicate(layer, QUICK, copies)
-                .map_err(|NoSlot(expert)| Error::NoSlot { layer: l, expert })?;
-            Ok(Placement::new(layer, slots))
+            let slots = if windows { by_windows(layer) } else { fill(&layer.site, &layer.load, QUICK) };
+            slots.map_err(|NoSlot(expert)| Error::NoSlot { layer: l, expert })
         };
-        let placement: Result<Vec<Placement>, Error> =
-            detached(py, threads, || self.layers.par_iter().enumerate().map(construct).collect())?;
-        let slots = slots_of(&self.layers, &placement?, self.per_device);
-        let [l, _, d] = self.sizes();
-        array3(py, (l, d, self.per_device), slots)
+        let layers = &self.layers;
+        let placements: Result<Vec<Slots>, Error> = if alone {
+            super::alone(py, || layers.iter().enumerate().map(construct).collect())?
+        } else {
+            detached(py, threads, || layers.par_iter().enumerate().map(construct).collect())?
+        };
+        self.end(py, &placements?)
     }
 }
 
+/// What the steps of a descent write, what is so after each, and whether it was interrupted.
+type Descent<'py> = (Bound<'py, PyArray2<i64>>, Bound<'py, PyArray2<i32>>, Bound<'py, PyArray2<f64>>, bool);
+
 #[pyfunction]
-#[pyo3(signature = (load, room, time, *, trials = QUICK, copies = true, forbidden = None, pinned = None))]
+#[pyo3(signature = (load, capacity, time, *, trials = QUICK, copies = true, forbidden = None, pinned = None))]
 pub(super) fn replicate_experts<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, f64>,
-    room: PyReadonlyArray2<'py, i64>,
+    capacity: PyReadonlyArray2<'py, i64>,
     time: PyReadonlyArray1<'py, f64>,
     trials: usize,
     copies: bool,
@@ -349,25 +384,21 @@ pub(super) fn replicate_experts<'py>(
     pinned: Option<PyReadonlyArray3<'py, bool>>,
 ) -> PyResult<Bound<'py, PyArray3<i32>>> {
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
-    let d = time.shape()[0];
-    shaped("room", room.shape(), &[l, d])?;
-    for rules in [&forbidden, &pinned].into_iter().flatten() {
-        shaped("rules", rules.shape(), &[l, e, d])?;
-    }
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
-    let (forbidden, pinned) = (slice(forbidden.as_ref())?, slice(pinned.as_ref())?);
-    let room: Vec<usize> = room.as_array().iter().map(|&slots| slots.max(0) as usize).collect();
-    let per_device = room.iter().copied().max().unwrap_or(0);
-    let all = Site { room: &room, time, forbidden, pinned, copies };
-    let slots = alone(py, || fill_layers(load, e, all, trials))??;
-    array3(py, (l, d, per_device), slots)
+    let (mut sites, per_device) = sites_of(&capacity, time, [forbidden.as_ref(), pinned.as_ref()], [l, e])?;
+    for site in &mut sites {
+        site.copies = copies;
+    }
+    let placements = alone(py, || fill_layers(load, e, &sites, trials))??;
+    let all = placements.iter().zip(&sites).map(|(slots, site)| (&slots.expert_in[..], &site.capacity[..]));
+    array3(py, (l, time.len(), per_device), slots_of(all, per_device))
 }
 
 /// Slots, and of every layer the time of the slowest device before and after, and copies brought.
 type Adapted<'py> = (Bound<'py, PyArray3<i32>>, Vec<f64>, Vec<f64>, Vec<usize>);
 
 #[pyfunction]
-#[pyo3(signature = (load, slots, time, *, most, dead_zone, deviations, steps, trials = QUICK, copies = true, full = true, price = 0.0, forbidden = None))]
+#[pyo3(signature = (load, slots, time, *, most, dead_zone, deviations, steps, trials = QUICK, full = true, price = 0.0))]
 pub(super) fn adapt_slots<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, f64>,
@@ -378,85 +409,47 @@ pub(super) fn adapt_slots<'py>(
     deviations: f64,
     steps: usize,
     trials: usize,
-    copies: bool,
     full: bool,
     price: f64,
-    forbidden: Option<PyReadonlyArray3<'py, bool>>,
 ) -> PyResult<Adapted<'py>> {
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
     let (d, per_device) = (time.shape()[0], slots.shape()[2]);
     shaped("slots", slots.shape(), &[l, d, per_device])?;
-    if let Some(rules) = &forbidden {
-        shaped("rules", rules.shape(), &[l, e, d])?;
-    }
-    if !(1..=SLOTS).contains(&d.saturating_mul(per_device)) {
+    let size = d.saturating_mul(per_device);
+    if !(1..=SLOTS).contains(&size) {
         let rule = format!("1 to {SLOTS} slots in a layer");
         return Err(Error::Shape { what: "slots", rule, found: format!("{d} x {per_device}") }.into());
     }
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
-    let mut now = contiguous(slots.as_slice().ok())?.to_vec();
-    let (room, forbidden) = (vec![per_device; d], slice(forbidden.as_ref())?);
-    let all = Site { room: &room, time, forbidden, pinned: &[], copies };
-    let reach = construct::Reach { most, dead_zone, deviations, price, steps, trials, full };
-    let changes = alone(py, || adapt_layers(load, e, all, &mut now, reach))??;
-    let of = |pick: fn(&construct::Change) -> f64| changes.iter().map(pick).collect();
-    let (before, after) = (of(|change| change.slowest.0), of(|change| change.slowest.1));
-    let brought = changes.iter().map(|change| change.brought).collect();
-    Ok((array3(py, (l, d, per_device), now)?, before, after, brought))
+    let capacity = vec![per_device; d];
+    let sites = vec![Site::plain(capacity.clone(), time.to_vec()); l];
+    let rows = contiguous(slots.as_slice().ok())?.chunks_exact(size);
+    let mut now: Vec<Vec<u16>> = rows.map(|rows| contents_of(rows, per_device, &capacity)).collect();
+    let effort = adapt::Effort { rules: Rules { most, price, dead_zone, deviations }, steps, trials, full };
+    let changes = alone(py, || adapt_layers(load, e, &sites, &mut now, effort))??;
+    let (before, after) = changes.iter().map(|[before, after]| (before.slowest, after.slowest)).unzip();
+    let moved = changes.iter().map(|[_, after]| after.moves).collect();
+    let all = now.iter().map(|contents| (&contents[..], &capacity[..]));
+    Ok((array3(py, (l, d, per_device), slots_of(all, per_device))?, before, after, moved))
 }
 
 #[pyfunction]
-#[pyo3(signature = (load, weight, room, time, *, trials, noise, start = None, price = 0.0, copies = true, forbidden = None, pinned = None, seed = 0, time_limit = None, threads = None, alone = false, progress = None))]
-pub(super) fn level_windows<'py>(
-    py: Python<'py>,
-    load: PyReadonlyArray3<'py, f64>,
-    weight: PyReadonlyArray1<'py, f64>,
-    room: PyReadonlyArray2<'py, i64>,
-    time: PyReadonlyArray1<'py, f64>,
-    trials: u64,
-    noise: f64,
-    start: Option<PyReadonlyArray3<'py, i32>>,
-    price: f64,
-    copies: bool,
-    forbidden: Option<PyReadonlyArray3<'py, bool>>,
-    pinned: Option<PyReadonlyArray3<'py, bool>>,
-    seed: u64,
-    time_limit: Option<f64>,
-    threads: Option<usize>,
-    alone: bool,
-    progress: Option<Bound<'py, PyAny>>,
-) -> PyResult<(Bound<'py, PyArray3<i32>>, bool)> {
-    let &[w, l, e] = load.shape() else { unreachable!("the array has three dimensions") };
-    let d = time.shape()[0];
-    shaped("weight", weight.shape(), &[w])?;
-    shaped("room", room.shape(), &[l, d])?;
-    for rules in [&forbidden, &pinned].into_iter().flatten() {
-        shaped("rules", rules.shape(), &[l, e, d])?;
-    }
-    let room: Vec<usize> = room.as_array().iter().map(|&slots| slots.max(0) as usize).collect();
-    let per_device = room.iter().copied().max().unwrap_or(0);
-    let mut slots = if let Some(start) = &start {
-        shaped("start", start.shape(), &[l, d, per_device])?;
-        contiguous(start.as_slice().ok())?.to_vec()
-    } else {
-        room_for("slots", &[l, d, per_device, size_of::<i32>()])?;
-        vec![-1; l * d * per_device]
+#[pyo3(signature = (cost, moves, *, most, dead_zone, deviations))]
+pub(super) fn spend_budget(
+    cost: PyReadonlyArray2<'_, f64>,
+    moves: PyReadonlyArray2<'_, i64>,
+    most: usize,
+    dead_zone: f64,
+    deviations: f64,
+) -> PyResult<Vec<usize>> {
+    shaped("moves", moves.shape(), cost.shape())?;
+    let (cost, moves) = (cost.as_array(), moves.as_array());
+    let way = |at: (usize, usize)| Way {
+        moves: usize::try_from(moves[at]).unwrap_or(0),
+        slowest: cost[at],
+        cost: cost[at],
     };
-    let (load, weight) = (contiguous(load.as_slice().ok())?, contiguous(weight.as_slice().ok())?);
-    let time = contiguous(time.as_slice().ok())?;
-    let (forbidden, pinned) = (slice(forbidden.as_ref())?, slice(pinned.as_ref())?);
-    let all = Site { room: &room, time, forbidden, pinned, copies };
-    let pace = Pace { trials, noise, price };
-    let interrupted = if alone {
-        super::alone(py, || level_layers(load, weight, e, all, &mut slots, pace, seed, None))??;
-        false
-    } else {
-        let control = Control::new(deadline(time_limit));
-        let (levelled, interrupted) = watched(py, threads, &control, progress.as_ref(), || {
-            level_layers(load, weight, e, all, &mut slots, pace, seed, Some(&control))
-        })?;
-        levelled?;
-        interrupted
-    };
-    Ok((array3(py, (l, d, per_device), slots)?, interrupted))
+    let (ways, layers) = cost.dim();
+    let layers: Vec<Vec<Way>> = (0..layers).map(|l| (0..ways).map(|n| way((n, l))).collect()).collect();
+    caught(|| choose(&layers, Rules { most, price: 0.0, dead_zone, deviations }))
 }

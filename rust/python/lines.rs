@@ -9,8 +9,7 @@ use super::{alone, array2};
 use crate::lines::{Keys, SIZES, scan};
 
 /// end, line ends, ids, table [lines, columns], texts
-type Lines<'py> =
-    (usize, usize, Bound<'py, PyArray1<u16>>, Bound<'py, PyArray2<i64>>, Vec<Bound<'py, PyBytes>>);
+type Lines<'py> = (usize, usize, Bound<'py, PyArray1<u16>>, Bound<'py, PyArray2<i64>>, Vec<String>);
 
 #[pyfunction]
 pub(super) fn scan_lines<'py>(
@@ -26,9 +25,8 @@ pub(super) fn scan_lines<'py>(
         return Err(PyValueError::new_err("start must be in the text, dimensions must be 2 or 3"));
     }
     let keys = Keys { arrays, integers, texts };
-    let found = alone(py, || scan(bytes, start, &keys))?;
+    let lines = alone(py, || scan(bytes, start, &keys))?;
     let width = SIZES + keys.integers.len() + keys.texts.len();
-    let table = array2(py, (found.table.len() / width, width), found.table)?;
-    let texts = found.texts.iter().map(|raw| PyBytes::new(py, raw)).collect();
-    Ok((found.end, found.ends, found.ids.into_pyarray(py), table, texts))
+    let table = array2(py, (lines.table.len() / width, width), lines.table)?;
+    Ok((lines.end, lines.ends, lines.ids.into_pyarray(py), table, lines.texts))
 }

@@ -180,13 +180,13 @@ mod _core {
     #[pymodule_export]
     use super::chain::{exact_chain, search};
     #[pymodule_export]
-    use super::counting::{ArrivalLoad, Replay, StatisticsCounter, merge_sets, validate};
+    use super::counting::{LabelledReplay, Replay, StatisticsCounter, merge_sets, validate};
     #[pymodule_export]
     use super::expected::{
         busiest_rows, expected_apart, expected_followed, expected_load, expected_visits, pair_cost,
     };
     #[pymodule_export]
-    use super::layer::{Layers, adapt_slots, level_windows, replicate_experts};
+    use super::layer::{Layers, adapt_slots, replicate_experts, spend_budget};
     #[pymodule_export]
     use super::lines::scan_lines;
     #[pymodule_export]

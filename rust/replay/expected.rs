@@ -7,7 +7,8 @@
 
 use rayon::prelude::*;
 
-use crate::error::{Error, Result};
+use super::by_expert;
+use crate::error::{Error, Result, SLOTS};
 
 /// Whether steps are so many that threads are worth waking; fewer are made in the calling one.
 #[must_use]
@@ -15,8 +16,8 @@ pub fn is_large(steps: usize) -> bool {
     steps >= 1 << 18
 }
 
-/// Results of numbers from 0, by threads where work is `large`.
-fn each<T: Send>(large: bool, count: usize, make: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
+/// Makes something of every number from 0, by threads where work is `large`.
+fn made_of<T: Send>(large: bool, count: usize, make: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
     if large { (0..count).into_par_iter().map(make).collect() } else { (0..count).map(make).collect() }
 }
 
@@ -25,41 +26,17 @@ const SHARED: u32 = u32::MAX;
 /// Remainders that are tried one by one; numbers of copies with longer periods are taken to be independent.
 const PERIOD: u32 = 1 << 12;
 
-/// A number of tokens.
-pub trait Tokens: Copy + Send + Sync {
-    /// As a number that shares can be taken of.
-    fn tokens(self) -> f64;
-}
-
-impl Tokens for f64 {
-    fn tokens(self) -> f64 {
-        self
-    }
-}
-
-impl Tokens for u64 {
-    fn tokens(self) -> f64 {
-        self as f64
-    }
-}
-
-impl Tokens for bool {
-    fn tokens(self) -> f64 {
-        f64::from(u8::from(self))
-    }
-}
-
 /// Where the experts of a layer are: units (devices or nodes) of every expert, in their order, and its share of them.
 #[derive(Debug)]
 struct Holders {
-    first: Vec<usize>,
+    first: Vec<u32>,
     unit: Vec<u32>,
     share: Vec<f64>,
 }
 
 impl Holders {
     fn of(&self, expert: usize) -> impl Iterator<Item = (usize, f64)> + Clone + '_ {
-        let mine = self.first[expert]..self.first[expert + 1];
+        let mine = self.first[expert] as usize..self.first[expert + 1] as usize;
         self.unit[mine.clone()].iter().map(|&unit| unit as usize).zip(self.share[mine].iter().copied())
     }
 
@@ -85,9 +62,15 @@ impl Holders {
                     share.push(part);
                 }
             }
-            first.push(unit.len());
+            first.push(unit.len() as u32);
         }
         Self { first, unit, share }
+    }
+
+    /// The unit of every expert that has all its copies in one, else [`SHARED`].
+    fn alone(&self) -> Vec<u32> {
+        let only = |w: &[u32]| if w[1] - w[0] == 1 { self.unit[w[0] as usize] } else { SHARED };
+        self.first.windows(2).map(only).collect()
     }
 
     /// Tokens that visit every device and every node `[D, N]`, of sets; `node` of every device is one of `nodes`.
@@ -95,93 +78,61 @@ impl Holders {
         if let Some(device) = self.single() {
             return visits_of_single(device, node, nodes, sets);
         }
-        let every: Vec<u16> = (0..node.len() as u16).collect();
+        let in_nodes = self.within(node);
         if hashed {
-            return (self.by_hash(&every, node.len(), sets), self.by_hash(node, nodes, sets));
+            // A copy that serves is of how many, and which one.
+            let copies = |e: usize| {
+                let all = self.first[e + 1] - self.first[e];
+                (0..).zip(self.of(e)).map(move |(copy, (device, _))| (device, (all, copy)))
+            };
+            let of_nodes = |e: usize| copies(e).map(|(device, copy)| (usize::from(node[device]), copy));
+            let of_devices = visits_of_copies(&self.alone(), node.len(), sets, copies, missed);
+            return (of_devices, visits_of_copies(&in_nodes.alone(), nodes, sets, of_nodes, missed));
         }
-        (self.expected(node.len(), sets), self.within(node).expected(nodes, sets))
+        let missed = |shares: &mut Vec<f64>| shares.drain(..).map(|share| 1.0 - share).product();
+        (
+            visits_of_copies(&self.alone(), node.len(), sets, |e| self.of(e), missed),
+            visits_of_copies(&in_nodes.alone(), nodes, sets, |e| in_nodes.of(e), missed),
+        )
     }
+}
 
-    /// Tokens that visit every unit, and a unit of every device, where one hash chooses the copies of all experts.
-    fn by_hash(&self, unit_of: &[u16], units: usize, sets: Sets<'_>) -> Vec<f64> {
-        let whole = self.within(unit_of);
-        let alone = |e: usize| {
-            if whole.first[e + 1] - whole.first[e] == 1 { whole.unit[whole.first[e]] } else { SHARED }
-        };
-        let alone: Vec<u32> = (0..self.first.len() - 1).map(alone).collect();
-        let mut tokens = vec![0.0; units];
-        let mut last = vec![u32::MAX; units];
-        // Copies that may serve the set on every unit: of how many, and which one.
-        let mut copies: Vec<Vec<(u32, u32)>> = vec![vec![]; units];
-        let (mut shared, mut met) = (Vec::new(), Vec::new());
-        for (set, (ids, count)) in (0..).zip(sets.each()) {
-            let count = count as f64;
-            for &e in ids {
-                let unit = alone[usize::from(e)];
-                if unit == SHARED {
-                    shared.push(usize::from(e));
-                } else if last[unit as usize] != set {
-                    last[unit as usize] = set;
-                    tokens[unit as usize] += count;
-                }
-            }
-            for e in shared.drain(..) {
-                let all = (self.first[e + 1] - self.first[e]) as u32;
-                for (copy, (device, _)) in (0..).zip(self.of(e)) {
-                    let unit = usize::from(unit_of[device]);
-                    if last[unit] != set {
-                        if copies[unit].is_empty() {
-                            met.push(unit);
-                        }
-                        copies[unit].push((all, copy));
-                    }
-                }
-            }
-            for unit in met.drain(..) {
-                tokens[unit] += count * (1.0 - missed(&mut copies[unit]));
+/// Tokens that visit every unit, of sets of experts with several copies: the `copies` of an expert by unit, and which share
+/// of tokens misses a unit that some of their experts' copies are in, and that none of them is `alone` in.
+fn visits_of_copies<Copy, Copies: Iterator<Item = (usize, Copy)>>(
+    alone: &[u32],
+    units: usize,
+    sets: Sets<'_>,
+    copies: impl Fn(usize) -> Copies,
+    missed: impl Fn(&mut Vec<Copy>) -> f64,
+) -> Vec<f64> {
+    let mut tokens = vec![0.0; units];
+    // The last set that was in a unit for certain, and copies that may serve a set there.
+    let mut last = vec![u32::MAX; units];
+    let mut perhaps: Vec<Vec<Copy>> = (0..units).map(|_| Vec::new()).collect();
+    let (mut shared, mut met) = (Vec::new(), Vec::new());
+    for (set, (ids, count)) in (0..).zip(sets.iter()) {
+        let count = count as f64;
+        for &e in ids {
+            let unit = alone[usize::from(e)];
+            if unit == SHARED {
+                shared.push(usize::from(e));
+            } else if last[unit as usize] != set {
+                last[unit as usize] = set;
+                tokens[unit as usize] += count;
             }
         }
-        tokens
-    }
-
-    /// Tokens that are expected to visit every unit.
-    fn expected(&self, units: usize, sets: Sets<'_>) -> Vec<f64> {
-        #[allow(clippy::float_cmp)] // one is one
-        let whole =
-            |e: usize| self.of(e).next().filter(|&(_, share)| share == 1.0).map(|(unit, _)| unit as u32);
-        let alone: Vec<u32> = (0..self.first.len() - 1).map(|e| whole(e).unwrap_or(SHARED)).collect();
-        let mut tokens = vec![0.0; units];
-        // The last set that was there for certain, and the last that may have been, with the share that was not.
-        let (mut last, mut perhaps) = (vec![u32::MAX; units], vec![(u32::MAX, 0.0); units]);
-        let (mut shared, mut met) = (Vec::new(), Vec::new());
-        for (set, (ids, count)) in (0..).zip(sets.each()) {
-            let count = count as f64;
-            for &e in ids {
-                let unit = alone[usize::from(e)];
-                if unit == SHARED {
-                    shared.push(usize::from(e));
-                } else if last[unit as usize] != set {
-                    last[unit as usize] = set;
-                    tokens[unit as usize] += count;
-                }
+        for (unit, copy) in shared.drain(..).flat_map(&copies).filter(|&(unit, _)| last[unit] != set) {
+            if perhaps[unit].is_empty() {
+                met.push(unit);
             }
-            for e in shared.drain(..) {
-                for (unit, share) in self.of(e).filter(|&(unit, _)| last[unit] != set) {
-                    let (seen, missed) = &mut perhaps[unit];
-                    if *seen == set {
-                        *missed *= 1.0 - share;
-                    } else {
-                        (*seen, *missed) = (set, 1.0 - share);
-                        met.push(unit);
-                    }
-                }
-            }
-            for unit in met.drain(..) {
-                tokens[unit] += count * (1.0 - perhaps[unit].1);
-            }
+            perhaps[unit].push(copy);
         }
-        tokens
+        for unit in met.drain(..) {
+            tokens[unit] += count * (1.0 - missed(&mut perhaps[unit]));
+        }
     }
+    tokens
 }
 
 /// The share of hashes that have none of some remainders `(divisor, remainder)`, which are taken away.
@@ -217,7 +168,7 @@ fn visits_of_single(device: &[u32], node: &[u16], nodes: usize, sets: Sets<'_>) 
     // The last set that was there, and the tokens so far.
     let mut devices = vec![(u32::MAX, 0u64); node.len()];
     let mut of_nodes = vec![(u32::MAX, 0u64); nodes];
-    for (set, (ids, count)) in (0..).zip(sets.each()) {
+    for (set, (ids, count)) in (0..).zip(sets.iter()) {
         for &e in ids {
             let device = device[usize::from(e)] as usize;
             let here = &mut devices[device];
@@ -249,12 +200,12 @@ pub struct Shared {
     layers: Vec<Holders>,
 }
 
-fn wrong<T>(what: &'static str, rule: String, found: usize) -> Result<T> {
-    Err(Error::Shape { what, rule, found: format!("{found} values") })
+fn wrong<T>(what: &'static str, rule: String, values: usize) -> Result<T> {
+    Err(Error::Shape { what, rule, found: format!("{values} values") })
 }
 
 impl<'a> Sets<'a> {
-    fn each(self) -> impl Iterator<Item = (&'a [u16], u64)> {
+    fn iter(self) -> impl Iterator<Item = (&'a [u16], u64)> {
         let k = (self.ids.len() / self.counts.len().max(1)).max(1);
         self.ids.chunks_exact(k).zip(self.counts.iter().copied())
     }
@@ -269,51 +220,38 @@ impl Shared {
         experts: usize,
     ) -> Result<Self> {
         let size = devices * per_device;
-        if slots.len() != layers * size || share.len() != slots.len() {
+        if slots.len() != layers * size || share.len() != slots.len() || size > SLOTS {
             return wrong("share", format!("[{layers}, {devices}, {per_device}]"), share.len());
         }
-        if let Some(&expert) = slots.iter().find(|&&e| e >= 0 && e as usize >= experts) {
-            return wrong("slots", format!("ids below {experts}"), expert as usize);
-        }
         let layer = |l: usize| {
-            let (slots, share) = (&slots[l * size..][..size], &share[l * size..][..size]);
-            let mut first = vec![0; experts + 1];
-            for &e in slots.iter().filter(|&&e| e >= 0) {
-                first[e as usize + 1] += 1;
-            }
-            (0..experts).for_each(|e| first[e + 1] += first[e]);
-            let (mut unit, mut part) = (vec![0; first[experts]], vec![0.0; first[experts]]);
-            let mut next = first.clone();
-            for (at, &e) in slots.iter().enumerate().filter(|&(_, &e)| e >= 0) {
-                let place = &mut next[e as usize];
-                (unit[*place], part[*place]) = ((at / per_device) as u32, share[at]);
-                *place += 1;
-            }
-            Holders { first, unit, share: part }
+            let (first, slots) = by_expert(&slots[l * size..][..size], experts)?;
+            let unit = slots.iter().map(|&slot| u32::from(slot) / per_device as u32).collect();
+            let share = slots.iter().map(|&slot| share[l * size + usize::from(slot)]).collect();
+            Ok(Holders { first, unit, share })
         };
-        Ok(Self { devices, experts, layers: (0..layers).map(layer).collect() })
+        Ok(Self { devices, experts, layers: (0..layers).map(layer).collect::<Result<_>>()? })
     }
 
     /// Tokens of every device in every window `[W, L, D]`, of those of experts `[W, L, E]`.
-    pub fn load<T: Tokens>(&self, load: &[T]) -> Result<Vec<f64>> {
+    pub fn load(&self, load: &[f64]) -> Result<Vec<f64>> {
         let (layers, e, d) = (self.layers.len(), self.experts, self.devices);
         if !load.len().is_multiple_of((layers * e).max(1)) {
             return wrong("load", format!("[windows, {layers}, {e}]"), load.len());
         }
         let size = layers * e;
         let window = |w: usize| {
-            let mut found = vec![0.0; layers * d];
-            let layers = found.chunks_exact_mut(d).zip(load[w * size..][..size].chunks_exact(e));
-            for ((found, load), holders) in layers.zip(&self.layers) {
+            let mut tokens = vec![0.0; layers * d];
+            let layers = tokens.chunks_exact_mut(d).zip(load[w * size..][..size].chunks_exact(e));
+            for ((tokens, load), holders) in layers.zip(&self.layers) {
                 for (expert, &load) in load.iter().enumerate() {
                     for (device, share) in holders.of(expert) {
-                        found[device] += share * load.tokens();
+                        tokens[device] += share * load;
                     }
                 }
             }
-            found
+            tokens
         };
-        Ok(each(is_large(load.len()), load.len() / size.max(1), window).concat())
+        Ok(made_of(is_large(load.len()), load.len() / size.max(1), window).concat())
     }
 
     /// Tokens that visit every device `[L, D]` and every node `[L, N]`, of sets of every layer and the node of every
@@ -323,18 +261,19 @@ impl Shared {
         if sets.len() != self.layers.len() || node.len() != d {
             return wrong("sets", format!("one for each of {} layers", self.layers.len()), sets.len());
         }
-        let known = |of: &Sets<'_>| {
+        let is_valid = |of: &Sets<'_>| {
             let k = of.ids.len() / of.counts.len().max(1);
             let few = of.counts.len() < u32::MAX as usize;
             few && k * of.counts.len() == of.ids.len() && of.ids.iter().all(|&id| usize::from(id) < e)
         };
         let nodes = node.iter().max().map_or(0, |&node| usize::from(node) + 1);
-        let layer = |l: usize| known(&sets[l]).then(|| self.layers[l].visits(node, nodes, sets[l], hashed));
+        let layer =
+            |l: usize| is_valid(&sets[l]).then(|| self.layers[l].visits(node, nodes, sets[l], hashed));
         let large = is_large(sets.iter().map(|of| of.ids.len()).sum());
-        let Some(found) = each(large, sets.len(), layer).into_iter().collect::<Option<Vec<_>>>() else {
+        let Some(visits) = made_of(large, sets.len(), layer).into_iter().collect::<Option<Vec<_>>>() else {
             return wrong("sets", format!("ids [N, K] below {e} and counts [N]"), 0);
         };
-        let (devices, nodes): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+        let (devices, nodes): (Vec<_>, Vec<_>) = visits.into_iter().unzip();
         Ok((devices.concat(), nodes.concat()))
     }
 
@@ -366,7 +305,7 @@ impl Shared {
             }
             sum / 2.0
         };
-        Ok(each(is_large(pairs.len()), self.layers.len(), layer))
+        Ok(made_of(is_large(pairs.len()), self.layers.len(), layer))
     }
 
     /// Pairs of neighbouring layers' experts by their devices `[L - 1, D, D]`, of counts `[L - 1, E, E]`.
@@ -385,15 +324,15 @@ impl Shared {
                     to.zip(row).for_each(|(to, &count)| *to += share * count as f64);
                 }
             }
-            let mut found = vec![0.0; d * d];
-            for (found, from) in found.chunks_exact_mut(d).zip(from.chunks_exact(e)) {
+            let mut pairs = vec![0.0; d * d];
+            for (pairs, from) in pairs.chunks_exact_mut(d).zip(from.chunks_exact(e)) {
                 for (expert, &tokens) in from.iter().enumerate() {
-                    two[1].of(expert).for_each(|(device, share)| found[device] += tokens * share);
+                    two[1].of(expert).for_each(|(device, share)| pairs[device] += tokens * share);
                 }
             }
-            found
+            pairs
         };
-        Ok(each(is_large(transitions.len()), boundaries, boundary).concat())
+        Ok(made_of(is_large(transitions.len()), boundaries, boundary).concat())
     }
 }
 
@@ -401,11 +340,11 @@ impl Shared {
 /// counts `[N, E, E]` and costs `[D, D]`.
 pub fn cost(here: &[u16], there: &[u16], pairs: &[u64], cost: &[u64], experts: usize) -> Result<u128> {
     let devices = cost.len().isqrt();
-    let known = |device: &u16| usize::from(*device) < devices;
+    let is_device = |device: &u16| usize::from(*device) < devices;
     if here.len() != there.len() || pairs.len() != here.len() * experts || devices * devices != cost.len() {
         return wrong("pairs", format!("[{}, {experts}]", here.len()), pairs.len());
     }
-    if !here.iter().chain(there).all(known) {
+    if !here.iter().chain(there).all(is_device) {
         return wrong("device_of", format!("devices below {devices}"), here.len());
     }
     let table = |l: usize| -> u128 {
@@ -418,7 +357,7 @@ pub fn cost(here: &[u16], there: &[u16], pairs: &[u64], cost: &[u64], experts: u
         };
         pairs[l * experts * experts..][..experts * experts].chunks_exact(experts).zip(here).map(row).sum()
     };
-    Ok(each(is_large(pairs.len()), here.len() / experts.max(1), table).into_iter().sum())
+    Ok(made_of(is_large(pairs.len()), here.len() / experts.max(1), table).into_iter().sum())
 }
 
 /// Rows at the busiest port of every tier `[W, L, T]`, of visits `[W, L, D]`: a device is visited from every home by a
@@ -443,85 +382,32 @@ pub fn busiest(visits: &[f64], share: &[f64], tier: &[u16], tiers: usize) -> Res
         }
     }
     let window = |w: usize| {
-        let (mut found, mut out) = (vec![0.0; layers * tiers], vec![0.0; d]);
-        for (row, found) in found.iter_mut().enumerate() {
+        let (mut rows, mut out) = (vec![0.0; layers * tiers], vec![0.0; d]);
+        for (row, rows) in rows.iter_mut().enumerate() {
             let visits = &visits[(w * layers + row / tiers) * d..][..d];
             out.fill(0.0);
             for (sent, &tokens) in sent[row * d * d..][..d * d].chunks_exact(d).zip(visits) {
                 out.iter_mut().zip(sent).for_each(|(out, share)| *out += tokens * share);
             }
             let into = visits.iter().zip(&sum[row * d..]).map(|(tokens, share)| tokens * share);
-            *found = into.chain(out.iter().copied()).fold(0.0, f64::max);
+            *rows = into.chain(out.iter().copied()).fold(0.0, f64::max);
         }
-        found
+        rows
     };
     let large = is_large(visits.len().saturating_mul(d * tiers));
-    Ok(each(large, visits.len() / (layers * d), window).concat())
+    Ok(made_of(large, visits.len() / (layers * d), window).concat())
 }
 
 #[cfg(test)]
-// Sums of whole numbers and halves are exact.
-#[allow(clippy::float_cmp)]
 mod tests {
     use super::*;
 
-    /// Expert 0 on both devices of node 0, expert 1 on device 1, expert 2 on device 2 of node 1.
-    fn shared() -> Shared {
-        let (slots, share) = ([0, -1, 1, 0, 2, -1], [0.5, 0.0, 1.0, 0.5, 1.0, 0.0]);
-        Shared::new(&slots, &share, [1, 3, 2], 3).expect("valid")
-    }
-
-    #[test]
-    fn copies_are_chosen_independently() {
-        let sets = Sets { ids: &[0, 2, 0, 1], counts: &[10, 100] };
-        let (devices, nodes) = shared().visits(&[0, 0, 1], &[sets], false).expect("valid");
-        assert_eq!(devices, [55.0, 105.0, 10.0]);
-        assert_eq!(nodes, [110.0, 10.0]);
-        assert_eq!(shared().load(&[10.0, 1.0, 100.0]).expect("valid"), [5.0, 6.0, 100.0]);
-        // 0 with 1, 0 with 2, 1 with 2.
-        let pairs = [0, 8, 16, 8, 0, 100, 16, 100, 0];
-        assert_eq!(shared().apart(&pairs).expect("valid"), [4.0 + 16.0 + 100.0]);
-    }
-
-    #[test]
-    fn one_hash_chooses_the_copies_of_all_experts() {
-        // Expert 0 on devices 0 and 1, expert 1 too, expert 2 on all three, expert 3 on 1 and 2.
-        let (slots, share) = ([0, 1, 2, -1, 0, 1, 2, 3, 2, 3, -1, -1], [0.0; 12]);
-        let shared = Shared::new(&slots, &share, [1, 3, 4], 4).expect("valid");
-        let sets = |ids| [Sets { ids, counts: &[12] }];
-        let devices = |ids| shared.visits(&[0, 0, 1], &sets(ids), true).expect("valid").0;
-        assert_eq!(devices(&[0, 1]), [6.0, 6.0, 0.0]);
-        // 0 is on device 0 where 3 is on device 1, and on 1 where that is on 2.
-        assert_eq!(devices(&[0, 3]), [6.0, 12.0, 6.0]);
-        // By hash 0 to 5: device 0 is missed by 1 and 5, device 1 by 0 and 2, device 2 by all but 2 and 5.
-        assert_eq!(devices(&[0, 2]), [8.0, 8.0, 4.0]);
-        let nodes = shared.visits(&[0, 0, 1], &sets(&[0, 2]), true).expect("valid").1;
-        assert_eq!(nodes, [12.0, 4.0]);
-        assert_eq!(missed(&mut vec![(4, 1), (6, 3), (6, 1), (5, 0)]), 7.0 / 12.0 * 0.8);
-    }
-
-    #[test]
-    fn pairs_follow_their_experts() {
-        // Layer 0: both on device 0; layer 1: expert 0 on both devices, expert 1 on device 1.
-        let (slots, share) = ([0, 1, -1, -1, 0, -1, 0, 1], [1.0, 1.0, 0.0, 0.0, 0.5, 0.0, 0.5, 1.0]);
-        let shared = Shared::new(&slots, &share, [2, 2, 2], 2).expect("valid");
-        assert_eq!(shared.followed(&[2, 10, 4, 100]).expect("valid"), [3.0, 113.0, 0.0, 0.0]);
-        let all = cost(&[0, 0], &[0, 1], &[2, 10, 4, u64::MAX], &[0, 7, 7, 0], 2).expect("valid");
-        assert_eq!(all, 7 * (10 + u128::from(u64::MAX)));
-    }
-
-    #[test]
-    fn the_busiest_port_is_the_one_of_most_rows() {
-        // Two nodes of two devices, homes alike: device 3 gets 8 / 4 from its neighbour and as much from two homes beyond.
-        let tier = [0, 1, 2, 2, 1, 0, 2, 2, 2, 2, 0, 1, 2, 2, 1, 0];
-        let found = busiest(&[1.0, 0.0, 0.0, 8.0], &[0.25; 16], &tier, 2).expect("valid");
-        assert_eq!(found, [2.0, 4.0]);
-        assert!(busiest(&[1.0; 3], &[0.25; 16], &tier, 2).is_err());
-    }
-
+    /// Whose sums are right is tested against plain loops, in Python.
     #[test]
     fn what_is_not_there_is_refused() {
-        let shared = shared();
+        // Expert 0 on both devices of node 0, expert 1 on device 1, expert 2 on device 2 of node 1.
+        let (slots, share) = ([0, -1, 1, 0, 2, -1], [0.5, 0.0, 1.0, 0.5, 1.0, 0.0]);
+        let shared = Shared::new(&slots, &share, [1, 3, 2], 3).expect("valid");
         let sets = |ids| [Sets { ids, counts: &[1] }];
         assert!(shared.visits(&[0, 0, 1], &sets(&[2]), true).is_ok());
         assert!(shared.visits(&[0, 0, 1], &sets(&[3]), true).is_err());
@@ -531,5 +417,6 @@ mod tests {
         assert!(shared.followed(&[1]).is_err());
         assert!(Shared::new(&[3], &[1.0], [1, 1, 1], 3).is_err());
         assert!(cost(&[0], &[2], &[1], &[0, 1, 1, 0], 1).is_err());
+        assert!(busiest(&[1.0; 3], &[0.25; 16], &[0; 16], 2).is_err());
     }
 }

@@ -3,9 +3,11 @@
 //! Nothing asks which of its experts a token met on a device, only how many. So these counts are counted, as bits
 //! ([`planes`]); where there are too many devices for that, slots are, and added up by device in the end.
 
-pub mod arrival;
 pub mod expected;
+pub mod labels;
 mod planes;
+
+use std::ops::AddAssign;
 
 use planes::Planes;
 use rayon::prelude::*;
@@ -47,6 +49,12 @@ pub struct Copies {
 }
 
 impl Copies {
+    /// Devices.
+    #[must_use]
+    pub fn devices(&self) -> usize {
+        self.devices
+    }
+
     /// Nodes, numbered from 0.
     #[must_use]
     pub fn nodes(&self) -> usize {
@@ -72,34 +80,10 @@ impl Copies {
         let mut copies = Vec::with_capacity(layers);
         let mut begin = Vec::with_capacity(layers);
         for layer in slots.chunks_exact(p) {
-            // First how many slots an expert has, then where they begin, then which they are.
-            let mut starts = vec![0u32; experts + 1];
-            let mut filled = Vec::with_capacity(p);
-            for (slot, &expert) in layer.iter().enumerate() {
-                match usize::try_from(expert) {
-                    Err(_) => {}
-                    Ok(e) if e < experts => {
-                        starts[e + 1] += 1;
-                        filled.push((e, slot as u16));
-                    }
-                    Ok(e) => {
-                        let rule = format!("expert ids below {experts}");
-                        return Err(Error::Shape { what: "slots", rule, found: e.to_string() });
-                    }
-                }
-            }
-            if let Some(e) = starts[1..].iter().position(|&slots| slots == 0) {
+            let (starts, slots_of) = by_expert(layer, experts)?;
+            if let Some(e) = starts.windows(2).position(|ends| ends[0] == ends[1]) {
                 let rule = "a slot for every expert".to_string();
                 return Err(Error::Shape { what: "slots", rule, found: format!("none for expert {e}") });
-            }
-            for e in 0..experts {
-                starts[e + 1] += starts[e];
-            }
-            let mut next = starts.clone();
-            let mut slots_of = vec![0; filled.len()];
-            for (e, slot) in filled {
-                slots_of[next[e] as usize] = slot;
-                next[e] += 1;
             }
             copies.push(slots_of);
             begin.push(starts);
@@ -122,15 +106,14 @@ impl Copies {
         })
     }
 
-    /// The slots that serve the ids of a layer.
-    ///
-    /// `tokens` are the numbers of theirs.
+    /// The slots that serve the ids of a layer, of tokens at these positions and homes, which are the hashes' by default.
     fn route<I: ExpertId>(
         &self,
         l: usize,
         ids: &[I],
         top_k: usize,
-        tokens: impl Iterator<Item = u64>,
+        positions: impl Iterator<Item = u64>,
+        homes: Option<&[u16]>,
     ) -> Vec<u16> {
         let (copies, begin) = (&self.slots_of[l], &self.begin[l]);
         if self.is_single(l) {
@@ -147,12 +130,12 @@ impl Copies {
             return ids.iter().map(turn).collect();
         }
         let mut slots = Vec::with_capacity(ids.len());
-        for (token, ids) in tokens.zip(ids.chunks_exact(top_k)) {
-            let hash = mixed(token as u32);
+        for (token, (position, ids)) in positions.zip(ids.chunks_exact(top_k)).enumerate() {
+            let hash = mixed(position as u32);
             if self.split == Split::Even {
                 slots.extend(ids.iter().map(|id| of(id)[hash as usize % of(id).len()]));
             } else {
-                let home = scale(hash.into(), self.devices);
+                let home = homes.map_or_else(|| scale(hash.into(), self.devices), |of| of[token].into());
                 slots.extend(ids.iter().map(|id| self.nearest(of(id), home, hash as usize)));
             }
         }
@@ -185,17 +168,35 @@ impl Copies {
         });
     }
 
-    /// Adds load and visits of devices and visits of nodes, one after the other, of tokens that these slots serve.
-    fn count(&self, slots: &[u16], top_k: usize, counts: &mut [u64]) {
-        let (load, visits) = counts.split_at_mut(self.devices);
+    /// Adds what tokens do that these slots serve, each in its row of a table `[rows, size]`: load of devices and, where
+    /// a row has places for them, visits of devices and visits of nodes.
+    fn count<T: Copy + AddAssign + From<bool>>(
+        &self,
+        slots: &[u16],
+        top_k: usize,
+        table: &mut [T],
+        size: usize,
+        row_of: impl Fn(usize) -> usize,
+    ) {
+        let device_of = |slot: u16| usize::from(self.device_of_slot[usize::from(slot)]);
+        if size == self.devices {
+            for (token, slots) in slots.chunks_exact(top_k).enumerate() {
+                let load = &mut table[row_of(token) * size..][..size];
+                for &slot in slots {
+                    load[device_of(slot)] += true.into();
+                }
+            }
+            return;
+        }
         // Which token visited a device or, behind them, a node last; tokens are numbered from 1.
-        let mut last = vec![0; self.devices + self.nodes()];
-        for (token, slots) in (1u32..).zip(slots.chunks_exact(top_k)) {
-            for &slot in slots {
-                let device = usize::from(self.device_of_slot[usize::from(slot)]);
-                load[device] += 1;
+        let mut last = vec![0; size - self.devices];
+        for (token, slots) in slots.chunks_exact(top_k).enumerate() {
+            let (load, visits) = table[row_of(token) * size..][..size].split_at_mut(self.devices);
+            let token = token as u32 + 1;
+            for device in slots.iter().map(|&slot| device_of(slot)) {
+                load[device] += true.into();
                 for place in [device, self.devices + usize::from(self.node_of_device[device])] {
-                    visits[place] += u64::from(std::mem::replace(&mut last[place], token) != token);
+                    visits[place] += (std::mem::replace(&mut last[place], token) != token).into();
                 }
             }
         }
@@ -205,6 +206,27 @@ impl Copies {
     fn is_single(&self, l: usize) -> bool {
         self.slots_of[l].len() + 1 == self.begin[l].len()
     }
+}
+
+/// Where the slots of every expert begin `[E + 1]`, and the slots of a layer, expert by expert.
+fn by_expert(slots: &[i32], experts: usize) -> Result<(Vec<u32>, Vec<u16>)> {
+    let filled =
+        || (0..).zip(slots).filter_map(|(slot, &expert)| Some((slot, usize::try_from(expert).ok()?)));
+    let mut begin = vec![0; experts + 1];
+    for (_, expert) in filled() {
+        let Some(count) = begin.get_mut(expert + 1) else {
+            let rule = format!("expert ids below {experts}");
+            return Err(Error::Shape { what: "slots", rule, found: expert.to_string() });
+        };
+        *count += 1;
+    }
+    (0..experts).for_each(|e| begin[e + 1] += begin[e]);
+    let (mut next, mut slots_of) = (begin.clone(), vec![0; begin[experts] as usize]);
+    for (slot, expert) in filled() {
+        slots_of[next[expert] as usize] = slot;
+        next[expert] += 1;
+    }
+    Ok((begin, slots_of))
 }
 
 /// What a placement does to a trace.
@@ -260,63 +282,51 @@ impl Replay {
         })
     }
 
-    /// Validates and replays the next tokens of the trace, `[tokens, layers, top_k]`.
-    pub fn push<I: ExpertId>(&mut self, ids: &[I]) -> Result<()> {
-        validate(ids, self.routing, self.windows.tokens)?;
-        self.push_valid(ids)
-    }
-
-    /// Replays the next tokens of the trace, which have passed [`validate`] since nobody could change them.
-    pub fn push_valid<I: ExpertId>(&mut self, ids: &[I]) -> Result<()> {
+    /// Replays the next tokens of the trace, `[tokens, layers, top_k]`. Those that are `checked` have passed [`validate`]
+    /// since nobody could change them.
+    pub fn push<I: ExpertId>(&mut self, ids: &[I], checked: bool) -> Result<()> {
+        if !checked {
+            validate(ids, self.routing, self.windows.tokens)?;
+        }
         let Self { routing, copies, planes, windows, pairs } = self;
         windows.room_for(ids.len() / routing.row())?;
-        let top_k = routing.top_k;
+        let (top_k, planes) = (routing.top_k, planes.as_ref());
         let size = 2 * copies.devices + copies.nodes();
+        let columns = planes.map_or(copies.slots, Planes::columns);
         let tokens = if planes.is_some() { SHORT_BLOCK } else { block(copies.slots, top_k) };
         let length = windows.length;
         // Whose turn it is in a block depends on the one before.
         let step = if copies.split == Split::RoundRobin { tokens * routing.row() } else { ids.len().max(1) };
         for ids in ids.chunks(step) {
             let (first, open) = (windows.tokens, windows.begin());
-            let mut tasks: Vec<_> = pairs.iter_mut().zip(&mut windows.counts).collect();
-            if let Some(planes) = planes {
-                by_layers(
-                    &mut tasks,
-                    ids,
-                    tokens,
-                    *routing,
-                    || Side::new(top_k, planes.columns()),
-                    |l, at, ids: &mut Vec<I>, side| planes.fill(copies, l, ids, first + at, side),
-                    |(pairs, counts), at, before, here| {
-                        if let Some(before) = before.filter(|_| !pairs.is_empty()) {
-                            here.count_pairs(Some((before, pairs)), None, false);
-                        }
-                        by_window(length, open + at, here.tokens(), size, counts, |tokens, counts| {
-                            planes.count(here, tokens, copies, counts);
-                        });
-                    },
-                );
-            } else {
-                by_layers(
-                    &mut tasks,
-                    ids,
-                    tokens,
-                    *routing,
-                    || (Side::new(top_k, copies.slots), Vec::new()),
-                    |l, at, ids: &mut Vec<I>, (side, slots): &mut (Side<u16>, Vec<u16>)| {
-                        *slots = copies.route(l, ids, top_k, first + at..);
+            by_layers(
+                &mut pairs.iter_mut().zip(&mut windows.counts).collect::<Vec<_>>(),
+                ids,
+                tokens,
+                *routing,
+                || (Side::new(top_k, columns), Vec::new()),
+                |l, at, ids: &mut Vec<I>, (side, slots): &mut (Side<u16>, Vec<u16>)| {
+                    if let Some(planes) = planes {
+                        planes.fill(copies, l, ids, first + at, side);
+                    } else {
+                        *slots = copies.route(l, ids, top_k, first + at.., None);
                         side.fill(&mut slots.clone(), Cuts::NONE);
-                    },
-                    |(pairs, counts), at, before, (here, slots)| {
-                        if let Some((before, _)) = before.filter(|_| !pairs.is_empty()) {
-                            here.count_pairs(Some((before, pairs)), None, false);
+                    }
+                },
+                |(pairs, counts), at, before, (here, slots)| {
+                    if let Some((before, _)) = before.filter(|_| !pairs.is_empty()) {
+                        here.count_pairs(Some((before, pairs)), None, false);
+                    }
+                    by_window(length, open + at, here.tokens(), size, counts, |tokens, counts| {
+                        if let Some(planes) = planes {
+                            planes.count(here, tokens, copies, counts);
+                        } else {
+                            let slots = &slots[tokens.start * top_k..tokens.end * top_k];
+                            copies.count(slots, top_k, counts, size, |_| 0);
                         }
-                        by_window(length, open + at, here.tokens(), size, counts, |tokens, counts| {
-                            copies.count(&slots[tokens.start * top_k..tokens.end * top_k], top_k, counts);
-                        });
-                    },
-                );
-            }
+                    });
+                },
+            );
             copies.count_served(ids, *routing);
             windows.advance((ids.len() / routing.row()) as u64);
         }
@@ -340,7 +350,9 @@ impl Replay {
             }
         }
         let (tokens, number) = (windows.tokens, windows.number());
-        let [load, visits, node_visits] = windows.columns(&[0..d, d..2 * d, 2 * d..2 * d + copies.nodes()]);
+        let size = 2 * d + copies.nodes();
+        let columns = [0..d, d..2 * d, 2 * d..size];
+        let [load, visits, node_visits] = Narrow::columns(vec![windows.finish()], size, &columns);
         Tally { tokens, windows: number, load, traffic, visits, node_visits }
     }
 }

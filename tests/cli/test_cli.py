@@ -1,18 +1,15 @@
 """The command line: what it prints, what it writes, and one line for everything that goes wrong."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.cli import moetuner
+from moetuner.cli import moetuner, options
+from moetuner.problem.settings import settings_of
 
 METHODS = "contiguous,lpt,joint"
 # Where the number of splits does not matter.
@@ -36,27 +33,16 @@ def table(tmp_path):
     return path
 
 
-def test_help_names_every_subcommand(ok):
-    """No arguments, --help and -h all show the menu."""
+def test_the_menu_lists_every_command(ok):
+    """No arguments, --help and -h show it: in the order of the flow, each in a whole line."""
     menu = ok()
     assert menu == ok("--help") == ok("-h")
-    for command in (
-        "demo",
-        "collect",
-        "inspect",
-        "convert",
-        "solve",
-        "evaluate",
-        "audit",
-        "compare",
-        "export",
-    ):
-        assert re.search(rf"^  {command} ", menu, re.MULTILINE)
+    listed = re.findall(r"^  (\w+) +(.+)$", menu.split("Commands:")[1], re.MULTILINE)
+    assert [name for name, _ in listed] == list(moetuner.commands)
+    assert listed[0][0] == "demo"
+    assert all(what.endswith(".") and "..." not in what for _, what in listed)
+    for command in moetuner.commands:
         assert "Usage: moetuner" in ok(command, "--help")
-
-
-def test_version(ok):
-    """The version is the package's."""
     assert ok("--version") == f"moetuner {mt.__version__}\n"
 
 
@@ -73,14 +59,10 @@ def test_demo_shows_the_whole_flow(ok, tmp_path):
 
 
 def test_inspect_shows_structure_beside_its_null(ok, trace):
-    """Skew, groups, and the two crossings."""
+    """Skew, groups, and the two crossings; with --json - nothing but JSON on standard output."""
     out = ok("inspect", trace)
     for words in ("busiest expert", "even", "odd", "independence null", "searched", "contiguous"):
         assert words in out
-
-
-def test_inspect_json_has_what_the_screen_has(ok, trace):
-    """With --json - there is nothing but JSON on standard output."""
     found = json.loads(ok("inspect", trace, "--json", "-"))
     assert found["input"]["tokens"] == 800
     assert len(found["skew"]) == 3
@@ -90,18 +72,14 @@ def test_inspect_json_has_what_the_screen_has(ok, trace):
     assert 0 <= found["crossing_independent"] <= 1
 
 
-def test_inspect_says_nothing_of_structure_without_held_out_sequences(ok, trace, tmp_path):
-    """Saved statistics can be overfitted as much as one likes: no gap is shown."""
+def test_inspect_says_nothing_of_structure_without_held_out_sequences(ok, trace, table, tmp_path):
+    """Saved statistics can be overfitted as much as one likes, and load tables have none."""
     file = tmp_path / "statistics.safetensors"
     mt.RoutingStatistics.from_trace(mt.RoutingTrace.load(trace)).save(file)
     out = ok("inspect", file)
     assert "Give the trace" in out
     assert "null" not in out
     assert "transitions stay" not in out
-
-
-def test_inspect_load_table(ok, table):
-    """A load table has skew and groups, and no inter-layer structure."""
     out = ok("inspect", table)
     assert "No transitions" in out
     assert "6 windows" in out
@@ -131,27 +109,14 @@ def test_solve_is_reproducible(ok, trace, tmp_path):
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_solve_takes_a_topology_file(ok, trace, tmp_path):
-    """The file gives devices, nodes and the name."""
-    machine, out = tmp_path / "machine.json", tmp_path / "p.json"
+@pytest.mark.parametrize("name", ["boxes", "h100-nvl8-ib400"])
+def test_topology_is_a_file_or_a_common_machine(ok, trace, tmp_path, name):
+    """A file gives devices, nodes and the name; a name alone is one node of a common machine."""
+    machine, out = tmp_path / "boxes", tmp_path / "p.json"
     machine.write_text('{"devices": 4, "devices_per_node": 2, "name": "boxes"}')
-    ok("solve", trace, "--topology", machine, "--method", "lpt", "--out", out)
-    assert mt.Placement.load(out).topology == "boxes"
-
-
-def test_topology_may_be_a_common_machine(ok, run, trace, tmp_path):
-    """A name and a number of nodes do where no file is; another name lists what there is."""
-    out = tmp_path / "p.json"
-    ok("solve", trace, "--topology", "h100-nvl8-ib400", "--method", "lpt", "--out", out)
-    assert mt.Placement.load(out).topology == "h100-nvl8-ib400"
-    for name, words in (
-        ("tpu", "must be a file or one of a100-nvl8-ib200"),
-        ("h100-nvl8-ib400:two", "nodes must be a number, as in h100-nvl8-ib400:2, got 'two'"),
-        ("h100-nvl8-ib400:0", "nodes must be from 1"),
-    ):
-        status, _, err = run("solve", trace, "--topology", name, "--out", out)
-        assert (status, err.count("\n")) == (2, 1)
-        assert words in err
+    given = machine if name == "boxes" else name
+    ok("solve", trace, "--topology", given, "--method", "lpt", "--out", out)
+    assert mt.Placement.load(out).topology == name
 
 
 def test_solve_without_pairs_says_so(ok, table, tmp_path):
@@ -198,6 +163,28 @@ def test_solve_takes_every_term(ok, trace, tmp_path):
     assert found["settings"]["pinned"] == [[None, 3, 0]]
     assert f"Objective: imbalance {found['objective']:.4f}; bound of loads alone" in text
     assert "Chosen for unseen traffic: " in text
+
+
+def test_every_field_of_a_problem_is_an_option(ok, trace, tmp_path):
+    """Declared once: there is an option in a group, its help, and its value in the JSON."""
+    settings = settings_of(mt.Problem)
+    assert {"statistics", "topology", *settings} == {of.name for of in fields(mt.Problem)}
+    how = ("--devices", 2, "--method", "lpt", "--out", tmp_path / "p.json", "--json", "-")
+    assert set(settings) <= set(json.loads(ok("solve", trace, *how))["settings"])
+    for command in ("solve", "compare"):
+        mine = {option.name: option for option in moetuner.commands[command].params}
+        for name, setting in settings.items():
+            assert mine[name].group == setting.group in options.GROUPS
+            assert mine[name].help == setting.help
+            assert setting.help.split("  [")[0].endswith(".")
+
+
+def test_every_option_has_its_help():
+    """A sentence, in whichever command."""
+    for command in moetuner.commands.values():
+        for option in command.params:
+            if option.param_type_name == "option":
+                assert option.help.split("  [")[0].endswith("."), (command.name, option.name)
 
 
 def test_objective_is_time_unless_a_cap_is_given(ok, trace, tmp_path):
@@ -260,6 +247,18 @@ def test_evaluate_tells_groups(ok, trace, tmp_path):
     assert set(found["by_group"]) == {"even", "odd"}
 
 
+def test_only_a_group_is_used(ok, trace, tmp_path):
+    """--only leaves the figures that evaluate gives that group, for whichever command reads it."""
+    out = tmp_path / "p.json"
+    ok("solve", trace, "--devices", 4, "--method", "lpt", "--only", "odd", "--out", out)
+    whole = json.loads(ok("evaluate", out, trace, "--json", "-"))["by_group"]["odd"]
+    alone = json.loads(ok("evaluate", out, trace, "--only", "odd", "--json", "-"))
+    assert (alone["tokens"], alone["crossing"]) == (whole["tokens"], whole["crossing"])
+    assert (alone["input"]["groups"], list(alone["by_group"])) == (["odd"], ["odd"])
+    both = json.loads(ok("inspect", trace, "--only", "odd", "--only", "even", "--json", "-"))
+    assert both["input"]["tokens"] == 800
+
+
 def test_evaluate_predicts_times(ok, trace, tmp_path):
     """There are times, of any cost model and split; rows stay as long as the head."""
     out, model = tmp_path / "p.json", tmp_path / "model.json"
@@ -283,62 +282,32 @@ def test_evaluate_predicts_times(ok, trace, tmp_path):
 
 
 def test_audit_names_groups_and_fails_on_demand(run, ok, trace, tmp_path):
-    """Status 3 says that a group got worse by more than was allowed; JSON says which."""
-    blocks, all_on_two = tmp_path / "blocks.json", tmp_path / "two.json"
-    ok("solve", trace, "--devices", 4, "--method", "contiguous", "--out", blocks)
-    load = mt.RoutingTrace.load(trace)
-    slots = np.full((3, 4, 4), -1)
-    slots[:, 0], slots[:, 1] = np.arange(4), np.arange(4, 8)
-    mt.Placement(slots, num_experts=load.num_experts).save(all_on_two)
-    text = ok("audit", all_on_two, trace, "--window", 40)
-    assert re.search(r"worse in imbalance, beyond chance: (even|odd) \+", text)
-    status, out, err = run("audit", all_on_two, trace, "--window", 40, "--fail-if-worse", 5)
-    assert (status, err) == (3, "")
-    assert re.search(
-        r"^failed: (even|odd) got worse by \+.* in imbalance, more than 5 %", out, re.M
-    )
-    status, out, _ = run(
-        "audit",
-        all_on_two,
-        trace,
-        "--window",
-        40,
-        "--fail-if-worse",
-        5,
-        "--json",
-        "-",
-        "--measure",
-        "crossing",
-    )
-    found = json.loads(out)
-    assert (status, found["failed"], found["settings"]["judged"]) == (0, False, ["crossing"])
-    assert {each["measure"] for each in found["worse"]} == {"imbalance"}
-    assert set(found["by_group"]) == {"even", "odd"}
-    # Judged by itself nothing is worse.
-    text = ok("audit", blocks, trace, "--baseline", blocks, "--fail-if-worse", 0)
-    assert "no group got worse beyond chance" in text
-
-
-def test_audit_says_what_is_gained_and_what_to_do(ok, trace, tmp_path):
-    """One sentence with its interval, and one of what helps the group that got worse."""
+    """All traffic in one sentence, groups that got worse by name, what to do, and status 3."""
     blocks, all_on_two = tmp_path / "blocks.json", tmp_path / "two.json"
     ok("solve", trace, "--devices", 4, "--method", "contiguous", "--out", blocks)
     slots = np.full((3, 4, 4), -1)
     slots[:, 0], slots[:, 1] = np.arange(4), np.arange(4, 8)
     mt.Placement(slots, num_experts=8).save(all_on_two)
-    text = ok("audit", all_on_two, trace, "--window", 40)
-    assert re.search(
-        r"^All traffic: \d+\.\d % more imbalance than experts in blocks "
-        r"\(95 %: \+[\d.]+ % to \+[\d.]+ %\)\.$",
-        text,
-        re.M,
-    )
-    assert re.search(
-        r"^To do: record more of (even|odd) and solve again, with --groups", text, re.M
-    )
-    text = ok("audit", blocks, trace, "--baseline", blocks)
-    assert "All traffic: 0.0 % less imbalance than blocks.json" in text
+    arguments = ("audit", all_on_two, trace, "--window", 40, "--fail-if-worse", 5)
+    status, text, err = run(*arguments)
+    assert (status, err) == (3, "")
+    for line in (
+        r"^All traffic: two.json has [\d.]+ % more imbalance than experts in blocks "
+        r"\(95 %: [\d.]+ to [\d.]+ %\)\.$",
+        r"^worse in imbalance, beyond chance: (even|odd) \+",
+        r"^To do: record more of (even|odd) and solve again, with --groups",
+        r"^failed: (even|odd) got worse by \+.* in imbalance, more than 5 %",
+    ):
+        assert re.search(line, text, re.M)
+    found = json.loads(ok(*arguments, "--json", "-", "--measure", "crossing"))
+    assert (found["failed"], found["settings"]["judged"]) == (False, ["crossing"])
+    assert {each["measure"] for each in found["worse"]} == {"imbalance"}
+    assert set(found["by_group"]) == {"even", "odd"}
+    # Judged by itself nothing is worse.
+    text = ok("audit", blocks, trace, "--baseline", blocks, "--fail-if-worse", 0)
+    assert "All traffic: blocks.json has 0.0 % less imbalance than blocks.json" in text
     assert "that may be chance" in text
+    assert "no group got worse beyond chance" in text
     assert "To do" not in text
 
 
@@ -408,7 +377,7 @@ def test_compare_tells_the_range_of_gains_over_splits(ok, trace):
     assert len(set(wanted)) == 3
     assert found["methods"]["lpt"]["imbalance"] == singles[0]["lpt"]["imbalance"]
     text = ok(*arguments, "--splits", 3)
-    assert re.search(r"^Gain: lpt .* contiguous.* over 3 splits\)\.$", text, re.M)
+    assert re.search(r"^Gain: on unseen traffic lpt .* contiguous.* over 3 splits\)\.$", text, re.M)
 
 
 def test_compare_of_one_split_has_an_interval_of_this_placement(ok, trace):
@@ -419,7 +388,9 @@ def test_compare_of_one_split_has_an_interval_of_this_placement(ok, trace):
     assert gain["kind"] == "interval of this placement"
     assert gain["low"] < gain["mean"] < gain["high"]
     assert gain["splits"] == [gain["mean"]]
-    assert re.search(r"^Gain: lpt .*95 %: .*, of this placement\)\.$", ok(*arguments), re.M)
+    assert re.search(
+        r"^Gain: on unseen traffic lpt .*95 %: .*, of this placement\)\.$", ok(*arguments), re.M
+    )
 
 
 def test_compare_splits_several_times_by_default(ok, trace):
@@ -501,13 +472,6 @@ def test_convert_joins_sources(ok, make_trace, tmp_path):
     assert np.array_equal(joined.expert_ids, np.concatenate([a.expert_ids, b.expert_ids]))
 
 
-def test_convert_checks_the_format(run, trace, tmp_path):
-    """--from is a promise."""
-    status, _, err = run("convert", trace, "--from", "npz", "--out", tmp_path / "t.safetensors")
-    assert status == 2
-    assert "must be npz as --from says, got safetensors" in err
-
-
 def test_export(ok, trace, tmp_path):
     """Both formats hold the placement."""
     placement, arrays, copy = (tmp_path / name for name in ("p.json", "maps.npz", "copy.json"))
@@ -520,214 +484,6 @@ def test_export(ok, trace, tmp_path):
     assert mt.Placement.load(copy) == loaded
 
 
-WRONG = [
-    (["inspect", "absent.npz"], "'absent.npz' does not exist"),
-    (["inspect", "."], ".: folder holds no recording"),
-    (["inspect", "junk.txt"], "junk.txt: "),
-    (["inspect"], "Missing argument 'INPUT...'"),
-    (["inspect", "ids.npy"], "--num-experts is needed"),
-    (["solve", "trace.safetensors"], "Missing option '--devices'"),
-    (["solve", "trace.safetensors", "--devices", "0"], "0 is not in the range 1<=x<=8192"),
-    (["solve", "trace.safetensors", "--devices", "two"], "'two' is not a valid integer"),
-    (["solve", "trace.safetensors", "--devices", "4", "--devices-per-node", "3"], "must divide"),
-    (["solve", "trace.safetensors", "--devices", "4", "--slots-per-device", "1"], "at least 2"),
-    (
-        ["solve", "trace.safetensors", "--devices", "4", "--method", "magic"],
-        "got 'magic'",
-    ),
-    (["solve", "trace.safetensors", "--devices", "4", "--max-imbalance", "0.5"], "0.5 is not in"),
-    (
-        ["solve", "trace.safetensors", "--devices", "4", "--max-imbalance", "nan"],
-        "nan is not a number",
-    ),
-    (
-        ["solve", "trace.safetensors", "--devices", "4", "--time-limit", "nan"],
-        "nan is not a number",
-    ),
-    (["solve", "trace.safetensors", "--devices", "4", "--out", "no/p.json"], "'no' does not exist"),
-    (["solve", "trace.safetensors", "--devices", "4", "--out", "."], "is a directory"),
-    (
-        ["solve", "trace.safetensors", "--devices", "4", "--json", "no/p.json"],
-        "'no' does not exist",
-    ),
-    (
-        ["solve", "trace.safetensors", "--topology", "junk.txt"],
-        "must be a JSON object or TOML",
-    ),
-    (
-        ["solve", "trace.safetensors", "--topology", "slow.toml"],
-        "slow.toml: speed of device 1 must be a positive number, got 0",
-    ),
-    (
-        ["solve", "trace.safetensors", "--topology", "links.toml"],
-        "links.toml: link_cost must be at least 0, got -1 from device 0 to 1",
-    ),
-    (
-        ["compare", "trace.safetensors", "--devices", "4", "--holdout", "1.5"],
-        "1.5 is not in the range",
-    ),
-    (["compare", "trace.safetensors", "--devices", "4", "--holdout", "nan"], "nan is not a number"),
-    (["compare", "trace.safetensors", "--devices", "4", "--methods", ""], "must be some of"),
-    (["compare", "trace.safetensors", "--devices", "4", "--methods", "a,lpt"], "got 'a'"),
-    (["compare", "trace.safetensors", "--devices", "4", "--baseline", "x"], "'--baseline'"),
-    (
-        ["compare", "trace.safetensors", "--devices", "4", "--holdout", "0", "--splits", "2"],
-        "must be 1 where nothing is held out, got 2",
-    ),
-    (["compare", "load.npz", "--devices", "4", "--window", "64"], "window must be left out"),
-    (
-        ["solve", "load.npz", "--devices", "4", "--slots-per-device", "2,two"],
-        "must be a number from 1, or one for every device as in 8,8,10,10, got '2,two'",
-    ),
-    (["solve", "load.npz", "--devices", "4", "--slots-per-device", "2,2"], "must be numbers [4]"),
-    (["solve", "load.npz", "--devices", "4", "--slots-per-device", "0"], "a number from 1, or"),
-    (["solve", "load.npz", "--devices", "4", "--arrival", "late"], "the weight of mixed from 0 to"),
-    (
-        ["solve", "load.npz", "--devices", "4", "--arrival", "2"],
-        "or the weight of mixed from 0 to 1, got '2'",
-    ),
-    (["solve", "load.npz", "--devices", "4", "--risk", "1"], "a level from 0 to below 1, got 1.0"),
-    (["solve", "load.npz", "--devices", "4", "--groups", "a"], "minimax, or NAME=WEIGHT,..., got"),
-    (["solve", "load.npz", "--devices", "4", "--groups", "x=1"], "which is none of a, b"),
-    (["solve", "load.npz", "--devices", "4", "--pin", "0:1"], "LAYER:EXPERT:DEVICE in numbers"),
-    (["solve", "load.npz", "--devices", "4", "--pin", "0:8:0"], "expert must be from 0 to 7"),
-    (
-        ["compare", "load.npz", "--devices", "4", "--pin", "0:1:2", "--forbid", "*:1:2"],
-        "--pin and --forbid contradict each other: expert 1 of layer 0 on device 2",
-    ),
-    (["compare", "load.npz", "--devices", "4", "--objective", "speed"], "'speed' is not one of"),
-    (["solve", "load.npz", "--devices", "4", "--move-budget", "1"], "needs '--initial'"),
-    (["solve", "load.npz", "--devices", "4", "--pareto"], "'--pareto' needs '--initial'"),
-    (
-        ["solve", "load.npz", "--devices", "2", "--initial", "p.json"],
-        "initial must have 3 layers, 8 experts and 2 devices like the problem, got 3, 8 and 4",
-    ),
-    (["export", "p.json", "--to", "moves", "--out", "m.json"], "'--to moves' needs '--initial'"),
-    (["evaluate", "trace.safetensors", "trace.safetensors"], "not a placement"),
-    (
-        ["evaluate", "p.json", "trace.safetensors", "--cost-model", "tpu"],
-        "must be a file or one of a100",
-    ),
-    (
-        ["evaluate", "p.json", "trace.safetensors", "--cost-model", "h100:big"],
-        "sizes must be as in h100:4096x1024, got 'big'",
-    ),
-    (["evaluate", "p.json", "trace.safetensors", "--cost-model", "junk.txt"], "not a cost model"),
-    (["audit", "trace.safetensors", "trace.safetensors"], "not a placement"),
-    (
-        ["audit", "p.json", "trace.safetensors", "--measure", "node_fanout"],
-        "must be of imbalance, fanout, crossing for this input, got node_fanout",
-    ),
-    (["export", "junk.txt", "--to", "eplb", "--out", "x.npz"], "junk.txt: not a placement"),
-    (["convert", "trace.safetensors", "--out", "t.npz"], "must end in .safetensors, got 't.npz'"),
-    (["convert", "--out", "t.safetensors"], "Missing argument 'SOURCE...'"),
-    (
-        ["convert", "trace.safetensors", "load.npz", "--out", "t.safetensors"],
-        "sources must all be traces or all be counts",
-    ),
-    (["guess"], "No such command 'guess'"),
-    (["inspect", "trace.safetensors", "--colour"], "No such option"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "words"), WRONG, ids=lambda value: " ".join(value)[:40])
-def test_errors_are_one_line(run, trace, table, tmp_path, monkeypatch, arguments, words):
-    """Status 2, nothing on standard output, one line that names what is wrong."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "junk.txt").write_text("junk")
-    (tmp_path / "slow.toml").write_text("devices = 2\nspeed = [1.0, 0.0]")
-    (tmp_path / "links.toml").write_text("devices = 2\nlink_cost = [[0, -1], [-1, 0]]")
-    mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4).save(tmp_path / "p.json")
-    np.save("ids.npy", np.zeros((4, 2, 1), dtype=np.uint8))
-    status, out, err = run(*arguments)
-    assert (status, out) == (2, "")
-    # What takes more than a moment is announced, on a busy machine at once.
-    err = re.sub(r"^(moetuner: [^\n]+ \.\.\.\n)+", "", err)
-    assert re.fullmatch(r"moetuner: error: [^\n]+\n", err)
-    assert words in err
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_unforeseen_errors_are_one_line_too(run, trace, monkeypatch):
-    """A bug is reported as one, without a traceback."""
-
-    def fail(*_, **__):
-        raise KeyError("expert")
-
-    monkeypatch.setattr("moetuner.cli.inspect.structure", fail)
-    status, _, err = run("inspect", trace)
-    assert status == 2
-    assert re.fullmatch(r"moetuner: error: KeyError: 'expert'; this is a bug[^\n]+\n", err)
-
-
-def module(*arguments, **options):
-    """Start ``python -m moetuner``."""
-    command = [sys.executable, "-m", "moetuner", *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **options)
-
-
-def test_module_is_the_command_line(trace):
-    """The package runs as a module, and its status is the command line's."""
-    done = module("solve", trace, "--devices", 0)
-    _, err = done.communicate(timeout=60)
-    assert done.returncode == 2
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-
-
-def test_closed_pipe_is_silent(trace):
-    """A reader that has seen enough (| head) is no error to talk about."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    command = [sys.executable, "-m", "moetuner", "inspect", str(trace)]
-    with os.fdopen(writing, "w") as closed:
-        done = subprocess.run(
-            command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False
-        )
-    assert re.sub(r"moetuner: .* \.\.\.\n", "", done.stderr) == ""  # progress is no complaint
-
-
-@pytest.fixture
-def large(make_trace, tmp_path):
-    """File of a trace that takes long to place."""
-    path = tmp_path / "large.safetensors"
-    make_trace(500, layers=24, experts=64).save(path)
-    return path
-
-
-def wait_for(process, words):
-    """Read standard error until it says something."""
-    seen = ""
-    while words not in seen:
-        line = process.stderr.readline()
-        assert line, f"ended without saying {words!r}: {seen}"
-        seen += line
-
-
-def test_interrupted_solve_writes_the_best_so_far(large, tmp_path):
-    """Ctrl-C during a solve loses nothing: the placement is there, and the status says how."""
-    out = tmp_path / "p.json"
-    started = module("solve", large, "--devices", 8, "--time-limit", 100, "--out", out)
-    wait_for(started, "solving")
-    time.sleep(0.2)
-    started.send_signal(signal.SIGINT)
-    text, err = started.communicate(timeout=60)
-    assert started.returncode == 130, err
-    assert "interrupted, best so far" in text
-    assert mt.Placement.load(out).devices == 8
-
-
-def test_progress_goes_to_standard_error(large, tmp_path):
-    """After a second a plain line says what is going on, and standard output stays clean."""
-    limit = ["--method", "heuristic", "--time-limit", 1.5]
-    arguments = ["--devices", 8, *limit, "--out", tmp_path / "p.json", "--json", "-"]
-    done = module("solve", large, *arguments)
-    out, err = done.communicate(timeout=60)
-    assert json.loads(out)["settings"]["time_limit"] == 1.5
-    assert err == "moetuner: solving, heuristic ...\n"
-
-
 def test_the_papers_method_has_two_names(ok, trace, tmp_path):
     """``moetuner`` is accepted everywhere, and the row says ``paper``."""
     asked = ("--devices", 4, "--json", "-")
@@ -737,15 +493,6 @@ def test_the_papers_method_has_two_names(ok, trace, tmp_path):
     assert json.loads(ok("compare", trace, *asked, *ONCE, *over))["settings"]["baseline"] == "paper"
     out = ok("solve", trace, *asked, "--method", "moetuner", "--out", tmp_path / "p.json")
     assert json.loads(out)["method"] == "paper"
-
-
-def test_the_menu_begins_with_the_demo(ok):
-    """Moetuner alone lists its commands in the order of the flow, each in a whole line."""
-    out = ok()
-    listed = re.findall(r"^  (\w+) +(.+)$", out.split("Commands:")[1], re.MULTILINE)
-    assert [name for name, _ in listed] == list(moetuner.commands)
-    assert listed[0][0] == "demo"
-    assert all(what.endswith(".") and "..." not in what for _, what in listed)
 
 
 def test_one_of_a_kind_is_not_many(tmp_path, ok):

@@ -92,54 +92,18 @@ def test_engine_is_a_default(ok, make_trace, tmp_path):
     mine = settings("--for", "tensorrt-llm", "--split", "even", "--arrival", "0.5")
     assert (mine["split"], mine["arrival"], mine["regime"]) == ("even", 0.5, "dispatch")
     text = ok("solve", trace, *about, "--for", "sglang", "--split", "even")
-    assert "; as you said: split even." in text
+    assert "; from your options: split even." in text
     text = ok(
         "compare", trace, "--devices", 4, "--for", "megatron", "--methods", "lpt", "--splits", 1
     )
     assert "For Megatron-Core: regime dispatch, arrival bursts, 2 slots on every device" in text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--for", "megatron", "--devices", "3"], "--devices must divide 8 experts"),
-        (["--for", "megatron", "--devices", "3"], "2 or 4 would"),
-        (["--for", "vllm", "--devices", "4", "--extra-slots", "5"], "got 5: 0 or 12 would"),
-        (
-            ["--for", "vllm", "--devices", "4", "--slots-per-device", "1"],
-            "--slots-per-device must be",
-        ),
-        (
-            ["--for", "vllm", "--devices", "2", "--slots-per-device", "4,5"],
-            "5 on every device would",
-        ),
-        (["--for", "vllm", "--devices", "4", "--router-groups", "4"], "vLLM does not"),
-        (["--devices", "4", "--router-groups", "4"], "needs '--for'"),
-        (
-            ["--for", "deepspeed", "--devices", "4", "--router-groups", "8"],
-            "(moetuner.router_groups.merged",
-        ),
-        (["--for", "nobody", "--devices", "4"], "'nobody' is not one of"),
-    ],
-)
-def test_contradictions_are_one_line(run, make_trace, tmp_path, arguments, words):
-    """What an engine cannot do is refused, with the number that would do."""
-    trace = tmp_path / "t.safetensors"
-    make_trace(30).save(trace)
-    status, _, err = run("solve", trace, *arguments, "--out", tmp_path / "p.json")
-    assert status == 2
-    line = err.splitlines()[-1]
-    assert line.startswith("moetuner: error: ")
-    assert words in line
-    assert not (tmp_path / "p.json").exists()
-
-
 def test_maps_of_others_are_converted_and_checked(ok, run, tmp_path):
-    """SGLang's own map becomes one of every proposal; what is wrong is said, dense layers first."""
+    """SGLang's own map becomes one of others; what is wrong is said, dense layers first."""
     given = GOLDEN / "sglang" / "expert_location.json"
-    for form, name in (("vllm-49572", "a.json"), ("vllm-41141", "b.jsonl"), ("json", "c.json")):
-        text = ok("export", given, "--devices", 2, "--to", form, "--out", tmp_path / name)
-        assert ("proposed, open" in text) == form.startswith("vllm")
+    for form, name in (("vllm-ascend", "a.json"), ("json", "c.json")):
+        ok("export", given, "--devices", 2, "--to", form, "--out", tmp_path / name)
     wrong = tmp_path / "a.json"
     status, out, err = run(
         "export", "--check", wrong, "--hidden-layers", 5, "--dense-layers", "0,3-4"
@@ -153,28 +117,19 @@ def test_maps_of_others_are_converted_and_checked(ok, run, tmp_path):
     )
     assert "got 4, one for layers with experts only: off by the 1 dense layer" in err
     assert len(json.loads(said.read_text())["faults"]) == 1
-    for arguments, words in (
-        (["--check", given, "--out", wrong], "'--check' takes neither"),
-        (["--to", "eplb", "--out", tmp_path / "x.npz"], "Missing argument 'PLACEMENT'"),
-        ([given, "--out", tmp_path / "x.npz"], "Missing option '--to'"),
-        ([given, "--to", "eplb"], "Missing option '--out'"),
-        ([given, "--to", "eplb", "--out", tmp_path / "x.npz"], "devices must be given"),
-        (["--check", __file__], "not a placement"),
-    ):
-        status, _, err = run("export", *arguments)
-        assert status == 2
-        assert words in err, err
+    status, _, err = run("export", given, "--to", "eplb", "--out", tmp_path / "x.npz")
+    assert status == 2
+    assert "devices must be given" in err
 
 
 def test_tables_are_in_the_help(ok):
-    """Every reader and every writer is named, with its state."""
+    """Every reader and every writer is named."""
     text = ok("convert", "--help")
     for name in mt.formats.READERS:
         assert f"{name}: " in text
     text = " ".join(ok("export", "--help").split())
     for name, writer in mt.formats.WRITERS.items():
         assert f"{name}: {writer.title}" in text
-        assert writer.state in text
 
 
 @pytest.mark.parametrize(
@@ -201,26 +156,6 @@ def test_commands_that_come_next_run_as_they_are(engine, words):
     assert " --devices 2 --num-experts 16 --for " in found[0]
     assert found[1].endswith("completions.json --num-experts 16 --out report.html")
     assert any(words in line for line in found[2:])
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"\x1f\x8b\x08\x00", "must not be compressed: unpack it with gunzip first"),
-        (b'{"choices": [{"text": "a", "finish_reason": "stop"}]}', "--enable-return-routed-expert"),
-        (b"a,b\n1,2\n", "JSON lines, or what an engine records; its first bytes"),
-    ],
-)
-def test_wrong_files_are_told_what_would_be_right(run, tmp_path, content, words):
-    """One line that says how to get a file that can be read."""
-    recorded = tmp_path / "recorded"
-    recorded.write_bytes(content)
-    status, _, err = run(
-        "convert", recorded, "--num-experts", 16, "--out", tmp_path / "t.safetensors"
-    )
-    assert (status, len(err.splitlines())) == (2, 1)
-    assert words in err
-    assert [each.name for each in tmp_path.iterdir()] == ["recorded"]
 
 
 def test_layers_that_nobody_numbers_are_said_to_start_at_0(ok, tmp_path):

@@ -22,33 +22,6 @@ def placement(path, **fields):
     return path
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--slots-per-device", 1), "--slots-per-device must be at least 4"),
-        (("--groups", "none=1"), "--groups names 'none'"),
-        (("--pin", "0:99:0"), "--pin: expert must be from 0 to 7, got 99"),
-        (("--risk", 1), "--risk must be"),
-        (("--expert-bytes", "inf", "--initial", "p.json"), "'--expert-bytes': must be a finite"),
-    ],
-)
-def test_what_is_refused_is_named_as_an_option(run, trace, tmp_path, monkeypatch, arguments, words):
-    """Nobody has typed the name of an argument of Python."""
-    monkeypatch.chdir(tmp_path)
-    placement(tmp_path / "p.json")
-    status, _, err = run("solve", trace, "--devices", 2, *arguments)
-    assert status == 2
-    assert words in err
-
-
-@pytest.mark.parametrize("share", ["inf", "nan", "-1"])
-def test_a_gate_that_cannot_close_is_refused(run, trace, tmp_path, share):
-    """--fail-if-worse inf would pass whatever got worse."""
-    status, _, err = run("audit", placement(tmp_path / "p.json"), trace, "--fail-if-worse", share)
-    assert status == 2
-    assert "'--fail-if-worse'" in err
-
-
 @pytest.mark.parametrize("value", [12.5, "8", " 8", 8.9, 0, None, True, [8]])
 def test_a_placement_has_a_number_of_experts(tmp_path, value):
     """A text or half an expert is none."""
@@ -62,17 +35,6 @@ def test_figures_of_a_placement_are_numbers(tmp_path, field):
     """As they are where one is made."""
     with pytest.raises(ValueError, match=f"{field} must be a finite number, got '12'"):
         mt.Placement.load(placement(tmp_path / "p.json", **{field: "12"}))
-
-
-@pytest.mark.parametrize("command", ["evaluate", "audit", "report"])
-def test_a_placement_of_another_model_is_named(run, trace, tmp_path, command):
-    """The message says which of the files it is about."""
-    other = placement(tmp_path / "other.json", slots=[[[0, 1, 2, 3], [4, 5, 6, 7]]])
-    mine = placement(tmp_path / "mine.json")
-    assert "other.json: placement must have 3 layers" in run(command, other, trace)[2]
-    if command != "evaluate":
-        err = run(command, mine, trace, "--baseline", other)[2]
-        assert "other.json: placement must have 3 layers" in err
 
 
 def test_long_names_make_no_long_lines(ok, make_trace, tmp_path):

@@ -99,15 +99,6 @@ def test_audit_compares_times_for_an_engine(ok, trace, tmp_path):
     assert "layer us" in ok("audit", p, trace, "--for", "vllm")
 
 
-def test_devices_must_be_those_of_the_placement(run, trace, tmp_path):
-    """A command that is given both says where they differ."""
-    p = tmp_path / "p.json"
-    run("solve", trace, "--devices", 4, "--method", "lpt", "--out", p)
-    status, _, err = run("evaluate", p, trace, "--devices", 8)
-    assert status == 2
-    assert "'--devices' must be 4 as in the placement, got 8" in err
-
-
 def test_a_placement_slower_than_blocks_is_said(ok, tmp_path):
     """Copies that cost more than they bring are warned of, with the slots that would not."""
     load, placement = tmp_path / "load.safetensors", tmp_path / "p.json"

@@ -104,16 +104,18 @@ def test_a_signal_ends_every_command_alike(make_trace, tmp_path, command, number
     assert process.returncode == 128 + number, said
     assert "interrupted" in said.splitlines()[-1]
     assert "Traceback" not in said
-    assert "structure between layers" not in out
+    assert "null" not in out
     assert "worth a trial" not in out
 
 
-def test_the_best_so_far_is_said_to_be_it(make_trace, tmp_path):
-    """Also where standard output holds JSON alone."""
+@pytest.mark.parametrize("json_file", ["-", "found.json"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_the_best_so_far(make_trace, tmp_path, number, json_file):
+    """Placement and JSON are there, and are said to be the best so far, by whichever is read."""
     make_trace(400, layers=8, top_k=4, experts=64).save(tmp_path / "t.safetensors")
     line = ("solve", "t.safetensors", "--devices", "8", "--objective", "traffic")
     process = subprocess.Popen(
-        [*MOETUNER, *line, "--time-limit", "100", "--json", "-"],
+        [*MOETUNER, *line, "--time-limit", "100", "--out", "p.json", "--json", json_file],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -121,11 +123,30 @@ def test_the_best_so_far_is_said_to_be_it(make_trace, tmp_path):
     )
     while "solving" not in process.stderr.readline():
         pass
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=100)
-    assert process.returncode == 128 + signal.SIGINT
-    assert json.loads(out)["status"] == "interrupted"
+    assert process.returncode == 128 + number, err
+    assert mt.Placement.load(tmp_path / "p.json").devices == 8
+    text = out if json_file == "-" else (tmp_path / json_file).read_text()
+    assert json.loads(text)["status"] == "interrupted"
+    assert json_file == "-" or "interrupted, best so far" in out
     assert err.splitlines()[-1] == "moetuner: interrupted: this is the best so far"
+
+
+def test_progress_goes_to_standard_error(make_trace, tmp_path):
+    """After a second a plain line says what is going on, and standard output stays clean."""
+    make_trace(500, layers=24, experts=64).save(tmp_path / "t.safetensors")
+    line = ("solve", "t.safetensors", "--devices", "8", "--method", "heuristic", "--json", "-")
+    done = subprocess.run(
+        [*MOETUNER, *line, "--time-limit", "1.5"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert json.loads(done.stdout)["settings"]["time_limit"] == 1.5
+    assert done.stderr == "moetuner: solving, heuristic ...\n"
 
 
 def test_a_panic_under_a_signal_is_the_signal(run, monkeypatch):

@@ -48,30 +48,6 @@ def test_placements_are_replayed_as_each_by_itself(split, layers, spare, window,
         assert same(found, mt.evaluate(placement, trace, topology, **how))
 
 
-@given(st.sampled_from(SPLITS), st.integers(0, 2), st.integers(1, 30), st.integers(0, 5))
-def test_mixed_arrival_is_a_replay_in_that_order(split, spare, window, seed):
-    """Counted at their places, tokens load devices as if they had come in the mixed order."""
-    rng = np.random.default_rng(seed)
-    ids = random_ids(70, 2, 3, 8, seed=seed)
-    sequence = np.arange(70, dtype=np.int32) // 6
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=sequence)
-    topology = mt.Topology(4, devices_per_node=2)
-    placement = mt.Placement(random_slots(rng, 2, 4, 8, spare=spare), num_experts=8)
-    other = mt.Placement(random_slots(rng, 2, 4, 8, spare=0), num_experts=8)
-    order = mixed_order(sequence, 70, seed=3)
-    oracle = _core.Replay(
-        placement.slots, 8, 3, topology.node_of_device.tolist(), window=window, split=split
-    )
-    oracle.push(np.ascontiguousarray(ids[order]))
-    load = oracle.finish()[1]
-    setting = [
-        replay_.Setting(each, topology, window, split, False, None, mixed_seed=3)
-        for each in (other, placement)
-    ]
-    [_, (counts, _)] = replay_.of_trace(trace, setting)
-    assert np.array_equal(counts.mixed, load)
-
-
 def test_progress_is_the_share_of_tokens(make_trace, monkeypatch):
     """It rises to one, and a reading serves all placements."""
     trace = make_trace(tokens=500, experts=4, layers=2)
@@ -95,16 +71,49 @@ def test_progress_is_the_share_of_tokens(make_trace, monkeypatch):
     assert len(readings) == 1
 
 
-def test_arrival_refuses_what_it_cannot_count():
-    """Copies that take turns, and places that are none of the trace's, are errors."""
-    slots = np.array([[[0, 1], [1, -1]]], dtype=np.int32)
+def test_labels_that_cannot_be_are_refused():
+    """Copies that take turns, and rows, positions or homes that are none, are errors."""
+    slots, ids = np.array([[[0, 1], [1, -1]]], dtype=np.int32), np.zeros((2, 1, 1), dtype=np.uint8)
+    sizes = {"rows": 3, "most": 2}
     with pytest.raises(ValueError, match="take turns"):
-        _core.ArrivalLoad(slots, 2, 1, [0, 0], window=2, tokens=4, split="round_robin")
-    counter = _core.ArrivalLoad(slots, 2, 1, [0, 0], window=2, tokens=4)
-    ids = np.zeros((3, 1, 1), dtype=np.uint8)
-    for places in ([0, 1, 4], [0, 1]):
-        with pytest.raises(ValueError, match="places"):
-            counter.push(ids, np.array(places, dtype=np.uint64))
+        _core.LabelledReplay(slots, 2, 1, [0, 0], split="round_robin", **sizes)
+    counter = _core.LabelledReplay(slots, 2, 1, [0, 0], **sizes)
+    for rows, positions, homes in (
+        ([0, 3], None, None),
+        ([0], None, None),
+        ([0, 1], [1], None),
+        ([0, 1], None, [0, 2]),
+    ):
+        with pytest.raises(ValueError, match="labels must have 2 rows below 3"):
+            counter.push(
+                ids,
+                np.array(rows, dtype=np.uint32),
+                positions=None if positions is None else np.array(positions, dtype=np.uint64),
+                homes=None if homes is None else np.array(homes, dtype=np.uint16),
+            )
+
+
+@given(st.sampled_from(["even", "nearest"]), st.integers(0, 2), st.integers(0, 99))
+def test_rows_are_replays_of_their_tokens(split, spare, seed):
+    """Cut anywhere, tokens count in their rows, at their positions, as a replay counts them."""
+    rng = np.random.default_rng(seed)
+    ids = random_ids(60, 3, 2, 8, seed=seed)
+    slots = mt.Placement(random_slots(rng, 3, 4, 8, spare=spare), num_experts=8).slots
+    how = (slots, 8, 2, [0, 0, 1, 1])
+    rows, cut = rng.integers(0, 5, 60).astype(np.uint32), rng.integers(0, 61)
+    labelled = _core.LabelledReplay(*how, rows=5, most=60, split=split)
+    for part in (slice(0, cut), slice(cut, 60)):
+        labelled.push(ids[part], rows[part], positions=np.arange(60, dtype=np.uint64)[part])
+    tables = [table.transpose(1, 0, 2) for table in labelled.finish()]
+    # Windows of one token each are the tokens' own counts.
+    replay = _core.Replay(*how, window=1, split=split)
+    replay.push(ids)
+    _, load, follow, visits, node_visits = replay.finish()
+    for mine, each in zip(tables, (load, visits, node_visits), strict=True):
+        for row in range(5):
+            assert mine[row].tolist() == each[rows == row].sum(axis=0).tolist()
+    apart = _core.LabelledReplay(*how, rows=1, most=1, split=split).apart(ids, 0)
+    assert apart.sum() == follow.sum() - np.einsum("ldd->", follow)
 
 
 def test_blocks_of_windows_change_nothing(make_trace, monkeypatch):
@@ -155,6 +164,10 @@ def test_arrival_is_the_replay_of_tokens_in_that_order(split, spare, window, lab
     oracle = mt.evaluate(placement, served, mixed=False, **how)
     assert mixed.to_dict() == oracle.to_dict()
     assert mt.evaluate(placement, trace, arrival=1, **how).imbalance_mixed == mixed.imbalance
+    # As recorded, tokens are counted at their places in that order, beside another placement.
+    other = mt.Placement(random_slots(rng, 2, 4, 8, spare=0), num_experts=8)
+    [_, recorded] = evaluate_each([other, placement], trace, **how)
+    assert recorded.imbalance_mixed == mixed.imbalance
 
 
 @given(st.floats(0.01, 0.99), st.integers(1, 40))

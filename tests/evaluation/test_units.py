@@ -11,10 +11,10 @@ from moetuner.evaluation.intervals import Interval, Sums, mean_interval, paired
 from moetuner.evaluation.units import (
     Blocks,
     Units,
+    alike_tokens,
     blocks_of,
     hold_out,
     likeness,
-    reach_of,
     runs,
     units_of,
 )
@@ -31,17 +31,14 @@ def table(topics, windows, seed):
     return LAW.table(np.random.default_rng([topics, windows, seed]), topics, windows)
 
 
-@pytest.mark.parametrize(("topics", "windows"), [(32, 2), (16, 4), (8, 8)])
+@pytest.mark.parametrize(("topics", "windows"), [(64, 1), (32, 2), (16, 4), (8, 8)])
 def test_blocks_are_as_long_as_topics(topics, windows):
-    """The correlation time is the topics' length, within a quarter of it in the mean."""
+    """The correlation time is the topics' length, nearly, in the mean."""
     found = [blocks_of(table(topics, windows, seed).window_load) for seed in range(8)]
     assert np.mean([each.correlation for each in found]) == pytest.approx(windows, rel=0.25)
     assert all(windows <= each.length + 1 for each in found)
-
-
-def test_independent_windows_are_no_blocks():
-    """Of twenty tables whose windows differ by themselves, at most two seem to be alike."""
-    assert sum(blocks_of(table(64, 1, seed).window_load).length > 1 for seed in range(20)) <= 2
+    # By themselves, windows seldom seem to be alike.
+    assert windows > 1 or sum(each.length > 1 for each in found) <= 1
 
 
 def test_long_correlations_are_measured_on_fewer_windows():
@@ -100,8 +97,8 @@ def test_an_unlabelled_trace_is_held_out_further_than_its_sequences_reach():
     rng = np.random.default_rng(5)
     labelled = LAW.trace(rng, np.full(40, 300))
     trace = mt.RoutingTrace.from_arrays(labelled.expert_ids, num_experts=simulated.EXPERTS)
-    assert 200 <= reach_of(trace) <= 600
-    seen, unseen = runs(trace.tokens, 0.5, reach_of(trace), 0)
+    assert 200 <= alike_tokens(trace) <= 600
+    seen, unseen = runs(trace.tokens, 0.5, alike_tokens(trace), 0)
     both = set(labelled.sequence[seen]) & set(labelled.sequence[unseen])
     assert len(both) <= 2
     parts = hold_out(trace, 0.5)

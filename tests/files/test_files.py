@@ -49,21 +49,21 @@ def trace(make_trace):
 
 def reading(path):
     """Read a pipe to its end, in a thread."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(path.read_bytes()), daemon=True)
+    actual = []
+    thread = threading.Thread(target=lambda: actual.append(path.read_bytes()), daemon=True)
     thread.start()
-    return found, thread
+    return actual, thread
 
 
 def test_a_pipe_gets_the_bytes(placement, tmp_path):
     """What is written to a FIFO arrives at its reader, and the FIFO stays one."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    found, thread = reading(pipe)
+    actual, thread = reading(pipe)
     placement.save(pipe)
     thread.join(20)
     placement.save(tmp_path / "plain.json")
-    assert found == [(tmp_path / "plain.json").read_bytes()]
+    assert actual == [(tmp_path / "plain.json").read_bytes()]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert {path.name for path in tmp_path.iterdir()} == {"pipe", "plain.json"}
 
@@ -164,7 +164,7 @@ def test_temporaries_of_killed_runs_are_deleted(tmp_path, target):
     assert left[0].exists()
     with replacing(path) as temporary:
         temporary.write_text("new")
-    assert {each.name for each in tmp_path.iterdir()} == {target, "other", other.name}
+    assert {item.name for item in tmp_path.iterdir()} == {target, "other", other.name}
 
 
 def test_a_temporary_in_use_is_not_deleted(tmp_path):
@@ -180,7 +180,7 @@ def test_a_temporary_in_use_is_not_deleted(tmp_path):
 
 def test_one_file_has_many_names(tmp_path):
     """Links of both kinds are the same file; so are two names of one that is not there yet."""
-    one, hard, soft = (tmp_path / each for each in ("one", "hard", "soft"))
+    one, hard, soft = (tmp_path / item for item in ("one", "hard", "soft"))
     one.write_text("")
     hard.hardlink_to(one)
     soft.symlink_to(one)

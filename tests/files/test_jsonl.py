@@ -53,18 +53,18 @@ def test_round_trip_without_labels(make_trace, path):
 
 def test_token_lines(path):
     """One token per line; blank lines and unknown keys do not matter, nor a byte-order mark."""
-    found = load(
+    actual = load(
         path,
         "\ufeff" + json.dumps({"num_experts": 4, "model": "m", "group_names": ["b"]}),
         TOKEN | {"sequence": 9, "group": "a", "text": "x"},
         "",
         TOKEN | {"sequence": -1, "group": "b"},
     )
-    assert found.expert_ids.tolist() == [TOKEN["experts"]] * 2
-    assert found.sequence.tolist() == [9, -1]
-    assert found.group_names == ("b", "a")
-    assert found.group.tolist() == [1, 0]
-    assert found.model == "m"
+    assert actual.expert_ids.tolist() == [TOKEN["experts"]] * 2
+    assert actual.sequence.tolist() == [9, -1]
+    assert actual.group_names == ("b", "a")
+    assert actual.group.tolist() == [1, 0]
+    assert actual.model == "m"
     assert load(path, TOKEN, num_experts=4).sequence is None
 
 
@@ -74,10 +74,10 @@ def test_sequence_lines(path):
         {"tokens": IDS[:20].tolist(), "group": "a"},
         {"tokens": IDS[20:].tolist(), "group": "b"},
     ]
-    found = load(path, {"num_experts": 8}, *lines)
-    assert np.array_equal(found.expert_ids, IDS)
-    assert found.sequence.tolist() == [0] * 20 + [1] * 30
-    assert found.group.tolist() == [0] * 20 + [1] * 30
+    actual = load(path, {"num_experts": 8}, *lines)
+    assert np.array_equal(actual.expert_ids, IDS)
+    assert actual.sequence.tolist() == [0] * 20 + [1] * 30
+    assert actual.group.tolist() == [0] * 20 + [1] * 30
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_sequence_lines(path):
         ([{"num_experts": 4}, TOKEN, TOKEN | {"group": "a"}], "line 3: must have keys ['experts']"),
         ([{"num_experts": 4}, TOKEN, {"tokens": [[[0, 1]]]}], "line 3: must have keys ['experts']"),
         ([{"num_experts": 4}, TOKEN | {"sequence": 1 << 31}], "sequence must be an integer of 32"),
-        ([{"num_experts": 4}, TOKEN | {"sequence": True}], "sequence must be an integer of 32"),
+        ([{"num_experts": 4}, TOKEN | {"sequence": True}], "sequence must be an integer of 64"),
         ([{"num_experts": 4}, TOKEN | {"group": 3}], "line 2: group must be a text, got 3"),
         (
             [{"num_experts": 4, "group_names": [1]}, TOKEN],
@@ -195,13 +195,13 @@ def test_batches_agree_with_single_lines(path_of_lines, texts, block, cut):
     content = "\n".join(['{"num_experts": 6}', *texts]).encode("utf-8", "surrogatepass")
     path_of_lines.write_bytes(content[:-3] if cut else content)
 
-    def found():
+    def actual():
         try:
             trace = mt.RoutingTrace.load(path_of_lines)
         except ValueError as error:
             return str(error)
         labels = (trace.sequence, trace.group)
-        texts = [None if each is None else each.tolist() for each in labels]
+        texts = [None if one is None else one.tolist() for one in labels]
         return trace.expert_ids.tolist(), texts, trace.group_names
 
     def nothing(text, start, arrays, integers, texts):
@@ -210,9 +210,9 @@ def test_batches_agree_with_single_lines(path_of_lines, texts, block, cut):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines, "BLOCK", block)
-        fast = found()
+        fast = actual()
         patch.setattr(lines, "_core", SimpleNamespace(scan_lines=nothing))
-        assert found() == fast
+        assert actual() == fast
 
 
 def test_long_lines_are_refused(path, monkeypatch):

@@ -88,8 +88,8 @@ def test_what_deepspeed_wrote():
     """Two ranks of 24 tokens each, top-2."""
     folder = Path(__file__).parent / "golden" / "deepspeed"
     assert reader_of(folder) == "deepspeed"
-    found = mt.open_input(folder)
-    assert found.window_load.sum(axis=2).tolist() == [[96] * 4]
-    each = [mt.open_input(folder / f"counts-{rank}.npz").window_load for rank in range(2)]
-    assert np.array_equal(found.window_load, each[0] + each[1])
-    assert not np.array_equal(*each)
+    actual = mt.open_input(folder)
+    assert actual.window_load.sum(axis=2).tolist() == [[96] * 4]
+    one = [mt.open_input(folder / f"counts-{rank}.npz").window_load for rank in range(2)]
+    assert np.array_equal(actual.window_load, one[0] + one[1])
+    assert not np.array_equal(*one)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.formats.eplb import eplb_maps, write
+from moetuner.formats import write_placement
+from moetuner.formats.eplb import eplb_maps
+from moetuner.formats.hints import Hints
 
 
 def replicated():
@@ -26,7 +28,7 @@ def test_maps_are_inverse():
 def test_file_has_the_three_arrays(tmp_path):
     """Under EPLB's names, as 64-bit integers."""
     path = tmp_path / "maps.npz"
-    write(replicated(), path)
+    write_placement(replicated(), "eplb", path, Hints())
     with np.load(path) as arrays:
         assert sorted(arrays) == [
             "logical_replica_count",
@@ -47,4 +49,4 @@ def test_empty_slots_are_refused():
 def test_other_names_are_refused(tmp_path):
     """A .npz is not written under another name."""
     with pytest.raises(ValueError, match=r"\.npz"):
-        write(replicated(), tmp_path / "maps.json")
+        write_placement(replicated(), "eplb", tmp_path / "maps.json", Hints())

@@ -58,12 +58,12 @@ def test_microbatches_line_up(recorded):
     """Rows of all layers are those of the same tokens; sequences and ranks are kept."""
     folder, _, expected = recorded
     assert reader_of(folder) == "megatron"
-    found = mt.open_input(folder, num_experts=8)
-    assert np.array_equal(found.expert_ids, np.concatenate([ids for _, ids in expected]))
+    actual = mt.open_input(folder, num_experts=8)
+    assert np.array_equal(actual.expert_ids, np.concatenate([ids for _, ids in expected]))
     sizes = [len(ids) for _, ids in expected]
-    assert found.sequence.tolist() == np.repeat(np.arange(12), sizes).tolist()
-    assert found.group.tolist() == np.repeat([rank for rank, _ in expected], sizes).tolist()
-    assert found.group_names == ("rank 0", "rank 1")
+    assert actual.sequence.tolist() == np.repeat(np.arange(12), sizes).tolist()
+    assert actual.group.tolist() == np.repeat([rank for rank, _ in expected], sizes).tolist()
+    assert actual.group_names == ("rank 0", "rank 1")
 
 
 def test_files_may_be_named(recorded):
@@ -102,27 +102,27 @@ def test_stages_of_a_pipeline(tmp_path):
             at = slice(0, 1) if stage == 0 else slice(1, 3)
             number = rank + 2 * stage
             write(tmp_path, number, lines_of(of[:, at], 0, number, layers=layers))
-    found = mt.open_input(tmp_path, num_experts=8)
-    assert np.array_equal(found.expert_ids, np.concatenate([ids[0], ids[1]]))
-    assert found.group_names == ("rank 0", "rank 1")
+    actual = mt.open_input(tmp_path, num_experts=8)
+    assert np.array_equal(actual.expert_ids, np.concatenate([ids[0], ids[1]]))
+    assert actual.group_names == ("rank 0", "rank 1")
     write(tmp_path, 3, lines_of(ids[0][:, 1:], 0, 3, layers=LAYERS[1:]))
     with pytest.raises(ValueError, match="step 0, rank 1: layers must have the same tokens"):
         mt.open_input(tmp_path, num_experts=8)
     (tmp_path / "router_trace_rank3.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"must have a line for each of layers 1, 2, 4, got none"):
+    with pytest.raises(ValueError, match=r"must have ids of each of layers 1, 2, 4, got none"):
         mt.open_input(tmp_path, num_experts=8)
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda lines: lines[:-1], "step 2, rank 1: must have a line for each of layers 1, 2, 4"),
+        (lambda lines: lines[:-1], "step 2, rank 1: must have ids of each of layers 1, 2, 4"),
         (lambda lines: lines[:-6], "rank 1 must have steps to 2 like rank 0, got 1 as its last"),
         (lambda lines: [lines[0] | {"num_tokens": 1}], "line 1: top_indices must be integers [1,"),
         (lambda lines: [lines[0], lines[1] | {"topk": 3}], "line 2: top_indices must be integers"),
         (lambda lines: [lines[0], lines[1] | {"step": -1}], "line 2: step must be an integer"),
         (lambda lines: [lines[0], {**lines[1], "rank": None}], "line 2: rank must be an integer"),
-        (lambda lines: [lines[0], {"x": 1}], "line 2: must have 'step' as a router trace has"),
+        (lambda lines: [lines[0], {"x": 1}], "line 2: must have 'top_indices', got keys ['x']"),
         (lambda lines: [lines[0] | {"top_indices": [[0, 9]] * 3}], "expert id 9 is not below"),
         (lambda lines: [line | {"block": "mtp"} for line in lines], "must hold lines of block"),
         (lambda lines: [line | {"rank": 0} for line in lines], "rank 0 is in another file too"),

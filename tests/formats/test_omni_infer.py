@@ -17,7 +17,7 @@ def test_patterns_come_back(tmp_path_factory, seed, kind):
     slots, experts = full_slots(seed)
     placement = mt.Placement(slots, num_experts=experts)
     path = tmp_path_factory.getbasetemp() / "pattern.npy"
-    WRITERS["omni-infer"].write(placement, path, Hints())
+    WRITERS["omni-infer"].of.write_map(placement, path, Hints())
     pattern = np.load(path)
     assert (pattern == placement.held.transpose(1, 0, 2)).all()
     np.save(path, pattern.astype(kind))

@@ -11,8 +11,7 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
-from damage import damage, damaged
-from hypothesis import given, settings
+from damage import check_line, survives
 
 from moetuner.formats import pickled
 
@@ -47,13 +46,6 @@ def refused(path, words):
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def check_line(error):
-    text = str(error)
-    assert text
-    assert "\n" not in text
-    assert len(text) < 600, text
-
-
 FOUR = np.arange(4, dtype="<i8").tobytes()
 
 
@@ -61,7 +53,7 @@ def test_what_torch_writes(tmp_path):
     """Containers, numbers, and tensors of all types and layouts, in every protocol."""
     torch = pytest.importorskip("torch")
     x = torch.arange(24).reshape(4, 6)
-    held = {
+    tensors = {
         "plain": x,
         "transposed": x.t(),
         "strided": x[1:3, ::2],
@@ -78,7 +70,7 @@ def test_what_torch_writes(tmp_path):
     for protocol in (2, 3, 4, 5):
         path = tmp_path / f"{protocol}.pt"
         content = {
-            **held,
+            **tensors,
             **rest,
             "od": OrderedDict(a=1),
             "size": x.shape,
@@ -86,15 +78,15 @@ def test_what_torch_writes(tmp_path):
         }
         torch.save(content, path, pickle_protocol=protocol)
         assert pickled.is_pickled(path)
-        found = pickled.load(path)
-        for name, wanted in held.items():
+        actual = pickled.load(path)
+        for name, wanted in tensors.items():
             wanted = wanted.float() if wanted.dtype == torch.bfloat16 else wanted
-            array = found[name].array()
+            array = actual[name].array()
             assert array.dtype == wanted.numpy().dtype
             assert array.shape == wanted.shape
             assert np.array_equal(array, wanted.numpy()), name
-        assert {name: found[name] for name in rest} == rest
-        assert (found["od"], found["size"], found["dev"]) == ({"a": 1}, (4, 6), "cpu")
+        assert {name: actual[name] for name in rest} == rest
+        assert (actual["od"], actual["size"], actual["dev"]) == ({"a": 1}, (4, 6), "cpu")
 
 
 class Evil:
@@ -133,8 +125,6 @@ def test_tensors_stay_in_their_storages(tmp_path):
     """A tensor beyond its storage, or larger than it, is refused before anything is made."""
     good = archive(tmp_path / "a.pt", tensor((2, 2), (1, 2)), {"0": FOUR})
     assert pickled.load(good).array().tolist() == [[0, 2], [1, 3]]
-    big = archive(tmp_path / "b.pt", tensor((4,), (1,)), {"0": FOUR[::-1]}, b"big")
-    assert pickled.load(big).array().tolist() == [3, 2, 1, 0]
     for at, text in enumerate(
         [
             tensor((5,), (1,)),
@@ -162,7 +152,7 @@ def test_tensors_stay_in_their_storages(tmp_path):
     refused(
         archive(tmp_path / "g.pt", text, {"0": FOUR}, method=zipfile.ZIP_DEFLATED), "compressed"
     )
-    refused(archive(tmp_path / "h.pt", text, {"0": FOUR}, b"middle"), "byteorder must be")
+    refused(archive(tmp_path / "h.pt", text, {"0": FOUR}, b"big"), "byteorder must be")
 
 
 def test_descriptions_that_unfold_without_end(tmp_path):
@@ -226,20 +216,16 @@ def test_damaged_archives(tmp_path):
         {"0": FOUR},
     )
     assert pickled.load(path)["a"].array().shape == (2, 2)
-    content = path.read_bytes()
 
-    @settings(max_examples=settings().max_examples * 10)
-    @given(damage)
-    def run(steps):
-        path.write_bytes(damaged(content, steps))
+    def attempt(content):
+        path.write_bytes(content)
         try:
             pickled.is_pickled(path)
-            found = pickled.load(path)
-            if isinstance(found, dict):
-                for value in found.values():
-                    if isinstance(value, pickled.Tensor):
-                        value.array()
+            values = pickled.load(path)
+            for value in values.values() if isinstance(values, dict) else ():
+                if isinstance(value, pickled.Tensor):
+                    value.array()
         except (ValueError, OSError) as error:
             check_line(error)
 
-    run()
+    survives(path.read_bytes(), attempt, times=10)

@@ -25,9 +25,9 @@ def test_traces(make_trace, tmp_path, name, renamed):
         trace.save(path)
     if renamed:
         path = path.rename(tmp_path / "trace")
-    found = open_input(path, num_experts=8, window=10)
-    assert isinstance(found, mt.RoutingTrace)
-    assert np.array_equal(found.expert_ids, trace.expert_ids)
+    actual = open_input(path, num_experts=8, window=10)
+    assert isinstance(actual, mt.RoutingTrace)
+    assert np.array_equal(actual.expert_ids, trace.expert_ids)
 
 
 def test_statistics(make_trace, tmp_path):
@@ -37,9 +37,9 @@ def test_statistics(make_trace, tmp_path):
     with (tmp_path / "table").open("wb") as file:
         np.savez(file, load=counted.window_load)
     for name in ("s", "table"):
-        found = open_input(tmp_path / name, num_experts=8)
-        assert isinstance(found, mt.RoutingStatistics)
-        assert np.array_equal(found.window_load, counted.window_load)
+        actual = open_input(tmp_path / name, num_experts=8)
+        assert isinstance(actual, mt.RoutingStatistics)
+        assert np.array_equal(actual.window_load, counted.window_load)
     assert open_input(tmp_path / "s", window=20).window == 20
     assert open_input(tmp_path / "table").transitions is None
 

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import random_ids
-from damage import check_line, damage, damaged
-from hypothesis import example, given, settings
 
 import moetuner as mt
 from moetuner.formats import pickled, reader_of, sglang, write_placement
@@ -83,9 +81,9 @@ def dump(path, content):
 
     def tensors(value):
         if isinstance(value, dict):
-            return {key: tensors(each) for key, each in value.items()}
+            return {key: tensors(item) for key, item in value.items()}
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            return [tensors(each) for each in value]
+            return [tensors(item) for item in value]
         return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
 
     torch.save(tensors(content), path)
@@ -140,9 +138,8 @@ def test_sequences_and_padding(tmp_path):
     assert trace.expert_ids[:3].tolist() == [[[0, 1], [3, 2]], [[0, 3], [3, 0]], [[1, 2], [2, 1]]]
     records[0]["topk_ids_of_layer"][1, 1, 0] = 6
     dump(path, {"records": records, "last_physical_to_logical_map": MAP})
-    trace = mt.open_input(path)
     with pytest.raises(ValueError, match="slots must be below 6, got 6"):
-        trace.expert_ids.sum()
+        mt.open_input(path)
 
 
 def test_sequences_of_one_length_go_on_in_their_order():
@@ -254,29 +251,6 @@ def test_map_of_torch(tmp_path):
     assert pickled.is_pickled(tmp_path / "m.pt")
     placement = mt.read_placement(tmp_path / "m.pt", devices=2)
     assert placement.slots.reshape(2, 4).tolist() == slots.tolist()
-
-
-@pytest.mark.parametrize("name", ["one-rank-per_token-0.pt", "responses.json"])
-def test_damaged_files(tmp_path, name):
-    """Bits flipped, ends cut off: a valid trace, or one line."""
-    whole = (GOLDEN / name).read_bytes()
-    path = tmp_path / "a"
-
-    @settings(max_examples=settings().max_examples * 2)
-    @given(damage)
-    @example([("delete", 0.5, b"\0")])
-    def run(steps):
-        path.write_bytes(damaged(whole, steps))
-        read = sglang.read if name.endswith("pt") else sglang.read_responses
-        try:
-            found = read([path], Hints(num_experts=16, top_k=4))
-            if isinstance(found, mt.RoutingTrace):
-                for shard in found.shards(1 << 12):
-                    assert int(shard.max()) < 16
-        except ValueError as error:
-            check_line(error, path)
-
-    run()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.formats import slots
+from moetuner.formats import counts
 from moetuner.formats.layout import Layout
 
 
@@ -19,15 +19,15 @@ def test_sums_that_would_wrap_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"2\*\*(48|63)"):
             mt.open_input(path)
     large = np.full(2, 1 << 62)
-    assert slots.added(None, large).tolist() == large.tolist()
+    assert counts.added(None, large).tolist() == large.tolist()
     with pytest.raises(ValueError, match="must add up to less than 2"):
-        slots.added(large, large)
+        counts.added(large, large)
 
 
 def test_narrow_counts_are_added_in_64_bits():
     """Counts in 8 bits do not wrap at 256."""
-    narrow = np.full(3, 200, dtype=np.uint8)
-    assert slots.added(slots.added(None, narrow), narrow).tolist() == [400] * 3
+    small = np.full(3, 200, dtype=np.uint8)
+    assert counts.added(counts.added(None, small), small).tolist() == [400] * 3
 
 
 def test_ids_beyond_64_bits_are_no_empty_slots():
@@ -39,4 +39,4 @@ def test_ids_beyond_64_bits_are_no_empty_slots():
 def test_a_slot_makes_no_large_table():
     """An expert beyond the slots of a layer is refused: every expert has one."""
     with pytest.raises(ValueError, match="slots must hold every expert"):
-        slots.by_expert(np.ones((1, 1, 2), int), np.array([[0, 1 << 20]]), None)
+        counts.by_expert(np.ones((1, 1, 2), int), np.array([[0, 1 << 20]]), None)

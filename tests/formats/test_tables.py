@@ -40,10 +40,10 @@ def test_rows_in_any_order(tmp_path_factory, seed, names):
     order = np.random.default_rng(seed).permutation(len(rows))
     write(path, [rows[at] for at in order], names, ",;\t"[seed % 3])
     assert reader_of(path) == "csv"
-    found = mt.open_input(path, num_experts=8)
+    actual = mt.open_input(path, num_experts=8)
     first = list(dict.fromkeys(rows[at]["token"] for at in order))
-    assert np.array_equal(np.sort(found.expert_ids), np.sort(ids[first]))
-    assert found.sequence.tolist() == [token // 3 for token in first]
+    assert np.array_equal(np.sort(actual.expert_ids), np.sort(ids[first]))
+    assert actual.sequence.tolist() == [token // 3 for token in first]
 
 
 def test_tokens_of_sequences(tmp_path, monkeypatch):
@@ -53,10 +53,10 @@ def test_tokens_of_sequences(tmp_path, monkeypatch):
     ids = random_ids(9, 3, 2, 8)
     rows = [row | {"token": row["token"] % 3} for row in rows_of(ids)]
     write(path, [row | {"group": "a b" if row["sequence"] else "c"} for row in rows])
-    found = mt.open_input(path, num_experts=8)
-    assert np.array_equal(found.expert_ids, ids)
-    assert found.group_names == ("c", "a b")
-    assert found.group.tolist() == [0] * 3 + [1] * 6
+    actual = mt.open_input(path, num_experts=8)
+    assert np.array_equal(actual.expert_ids, ids)
+    assert actual.group_names == ("c", "a b")
+    assert actual.group.tolist() == [0] * 3 + [1] * 6
 
 
 digits = st.integers(0, 12).map(str)
@@ -78,7 +78,7 @@ def test_numbers_are_read_as_any_text(tmp_path_factory, header, lines, end, bloc
     text = end.join([header, *(",".join(line[:columns]) for line in lines)])
     path.write_text(text + end * (len(lines) % 2), newline="")
 
-    def found():
+    def actual():
         try:
             traffic = mt.open_input(path, num_experts=13)
         except ValueError as error:
@@ -89,9 +89,9 @@ def test_numbers_are_read_as_any_text(tmp_path_factory, header, lines, end, bloc
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(csv, "BLOCK", block)
-        fast = found()
+        fast = actual()
         patch.setattr(csv, "_numbers", lambda *_: None)
-        slow = found()
+        slow = actual()
     # Which lines a damaged quote takes in depends on where reading begins.
     assert fast == slow or "must be CSV" in f"{fast}{slow}"
 
@@ -102,9 +102,9 @@ def test_counts(tmp_path):
     path.write_text("layer,expert\n3,0\n3,0\n4,1\n")
     assert mt.open_input(path).window_load.tolist() == [[[2, 0], [0, 1]]]
     path.write_text('group,"layer",weight,expert\na,3,5,0\nb,3,2,1\na,4,0,1\n')
-    found = mt.open_input(path, num_experts=3)
-    assert found.window_load.tolist() == [[[5, 0, 0], [0, 0, 0]], [[0, 2, 0], [0, 0, 0]]]
-    assert found.group_names == ("a", "b")
+    actual = mt.open_input(path, num_experts=3)
+    assert actual.window_load.tolist() == [[[5, 0, 0], [0, 0, 0]], [[0, 2, 0], [0, 0, 0]]]
+    assert actual.group_names == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -175,10 +175,10 @@ def test_arrow(tmp_path, suffix, form):
     path = tmp_path / f"t.{suffix}"
     as_arrow(path, columns)
     assert reader_of(path) == "arrow"
-    found = mt.open_input(path, num_experts=8)
-    assert np.array_equal(found.expert_ids, ids)
-    assert found.sequence.tolist() == labels["sequence"]
-    assert [found.group_names[g] for g in found.group] == labels["group"]
+    actual = mt.open_input(path, num_experts=8)
+    assert np.array_equal(actual.expert_ids, ids)
+    assert actual.sequence.tolist() == labels["sequence"]
+    assert [actual.group_names[g] for g in actual.group] == labels["group"]
 
 
 def test_arrow_may_say_how_many_experts(tmp_path):
@@ -262,8 +262,8 @@ def test_bombs(tmp_path, form):
     before = pyarrow.total_allocated_bytes()
     pool = pyarrow.default_memory_pool()
     if form == "texts":
-        found = mt.open_input(path, num_experts=8)
-        assert found.group_names == ("x" * (1 << 20),)
+        actual = mt.open_input(path, num_experts=8)
+        assert actual.group_names == ("x" * (1 << 20),)
     else:
         with pytest.raises(ValueError, match="write it without compression"):
             mt.open_input(path, num_experts=8)

@@ -1,6 +1,10 @@
 """Damage to files: bits flipped, bytes set, inserted, deleted and copied, ends cut off."""
 
+import numpy as np
+from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import moetuner as mt
 
 damage = st.lists(
     st.tuples(
@@ -35,9 +39,56 @@ def damaged(content, steps):
     return bytes(content)
 
 
-def check_line(error, path):
+def check_line(error, path=""):
     """Assert that an error is one line of readable length that names the file."""
     text = str(error)
+    assert text
     assert "\n" not in text
-    assert len(text) < 600
+    assert len(text) < 600, text
     assert str(path) in text
+
+
+def check_reading(path, content, read):
+    """Read a file and everything in it: all of it is valid, or one line says what is not."""
+    path.write_bytes(content)
+    try:
+        traffic = read(path)
+        if isinstance(traffic, mt.RoutingTrace):
+            check_trace(traffic)
+        else:
+            assert traffic.window_load.dtype == np.uint64
+            assert 0 not in traffic.window_load.shape
+            assert len(traffic.fingerprint) == 16
+    except (ValueError, OSError) as error:
+        check_line(error, path.parent)
+    else:
+        return True
+
+
+def check_trace(trace):
+    """Assert that every rule of traces is kept, whatever the file said."""
+    shards = list(trace.shards(64))
+    tokens = sum(len(shard) for shard in shards)
+    assert tokens == trace.tokens
+    for shard in shards:
+        assert shard.dtype in (np.uint8, np.uint16)
+        assert int(shard.max(initial=0)) < trace.num_experts
+        assert (np.diff(np.sort(shard, axis=2)) != 0).all()
+    for labels in (trace.sequence, trace.group):
+        assert labels is None or labels.shape == (tokens,)
+    if trace.group is not None and tokens:
+        assert 0 <= trace.group.min() <= trace.group.max() < len(trace.group_names)
+    if trace.num_experts <= 512 and trace.layers <= 64:
+        counted = mt.RoutingStatistics.from_trace(trace, window=7)
+        assert counted.window_load.sum() == tokens * trace.layers * trace.top_k
+
+
+def survives(content, check, *, times):
+    """Check damaged content, so many times as often as hypothesis tries by default."""
+
+    @settings(max_examples=int(settings().max_examples * times))
+    @given(damage)
+    def run(steps):
+        check(damaged(content, steps))
+
+    run()

@@ -69,7 +69,7 @@ def test_groups_that_follow_one_another_are_judged_mixed_and_as_recorded():
     law = simulated.Law(2.0)
     trace = law.trace(rng, simulated.prompts(rng, 80), groups=2)
     found = simulated.advised(trace, 0, splits=1)
-    assert found.drift.is_told
+    assert found.drift.is_beyond_chance
     assert found.drift.is_of_groups
     assert found.answer == "worth a trial"
     (sentence,) = (each for each in found.reasons if "hold different groups" in each)

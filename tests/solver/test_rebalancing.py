@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from moetuner import _core
 from moetuner.solver.rebalancing import _cost, rebalance
 
 
@@ -25,9 +26,9 @@ def test_a_copy_gains_more_than_its_price():
     slots = running(3, 4, 4)
     moved = []
     for price in (0.0, 10.0, 100.0, 300.0, 1e9):
-        found = decide(load, slots, price=price)
-        moved.append(int(found.brought.sum()))
-        assert ((found.before - found.after) >= price * found.brought).all()
+        answer = decide(load, slots, price=price)
+        moved.append(int(answer.moves.sum()))
+        assert ((answer.before - answer.after) >= price * answer.moves).all()
     assert moved == sorted(moved, reverse=True)
     assert moved[0] > moved[2] > moved[-1] == 0
 
@@ -48,16 +49,16 @@ def test_chance_moves_nothing():
     for tokens in (10, 1000, 100_000):
         load = random.poisson(tokens, (8, 16)).astype(np.float64)
         slots = running(8, 4, 4)
-        found = rebalance(load, slots, time=np.ones(4), budget=slots.size, dead_zone=0.0)
-        assert found.brought.sum() <= 8
+        answer = rebalance(load, slots, time=np.ones(4), budget=slots.size, dead_zone=0.0)
+        assert answer.moves.sum() <= 8
 
 
 def test_slow_devices_get_less():
     """Time is tokens times a device's time for one."""
     load = np.full((1, 12), 100.0)
     slots = np.full((1, 2, 12), -1, dtype=np.int32)
-    found = rebalance(load, slots, time=np.array([1.0, 0.5]), budget=100, full=False)
-    assert found.after[0] <= 420
+    answer = rebalance(load, slots, time=np.array([1.0, 0.5]), budget=100, full=False)
+    assert answer.after[0] <= 420
 
 
 def test_costs_do_not_depend_on_the_order_of_sums():
@@ -74,3 +75,36 @@ def test_no_slot_at_all_is_refused():
     """No device has a slot: a line, and no panic."""
     with pytest.raises(ValueError, match="slots in a layer"):
         decide(np.ones((1, 2)), np.zeros((1, 2, 0), dtype=np.int32))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_on_one_load_are_those_of_the_descent(seed):
+    """Two engines, one idea: at as many copies their slowest devices differ by little."""
+    load = np.random.default_rng(seed).lognormal(6, 0.7, (4, 32))
+    slots = running(4, 8, 4)
+    for budget in (4, 16, 64):
+        fast = decide(load, slots, budget=budget)
+        layers = _core.Layers(
+            load[None], np.ones(1), np.full((4, 8), 4), [0] * 8, [1.0] * 8, nearest=False, norm=0
+        )
+        *_, figures, _ = layers.descend(slots, slots, most=budget)
+        slow = fast.before.sum() + figures[-1, 2]
+        assert fast.moves.sum() <= budget
+        assert figures[-1, 0] <= budget
+        assert fast.after.sum() <= slow * 1.03
+
+
+@pytest.mark.parametrize("price", [0.5, 3.0, 10.0, 30.0])
+def test_a_budget_goes_where_a_copy_gains_most(price):
+    """With as many copies as are worth a price, every layer has the way that is best at it."""
+    random = np.random.default_rng(1)
+    cost = -np.sort(-random.uniform(10, 100, (4, 9)), axis=0)
+    moves = np.sort(random.integers(1, 9, (4, 9)), axis=0)
+    moves[0] = 0
+    best = (cost + price * moves).argmin(axis=0)
+    budget = int(moves[best, np.arange(9)].sum())
+    chosen = _core.spend_budget(cost, moves, most=budget, dead_zone=0.0, deviations=0.0)
+    assert chosen == best.tolist()
+    least = 1 - cost[chosen, np.arange(9)] / cost[0]
+    wary = _core.spend_budget(cost, moves, most=budget, dead_zone=0.5, deviations=0.0)
+    assert wary == np.where(least > 0.5, best, 0).tolist()

@@ -1,112 +1,201 @@
-"""Tiny models of every architecture, from configurations; who imports this skips without torch."""
+"""Every MoE architecture of the installed transformers, built tiny; skips without torch."""
 
+import importlib
+import inspect
 import os
+import re
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import moetuner as mt
 
+load_file = pytest.importorskip("safetensors.torch").load_file
 torch = pytest.importorskip("torch", reason="needs torch")
 transformers = pytest.importorskip("transformers", reason="needs transformers")
+auto = pytest.importorskip("transformers.models.auto.configuration_auto")
+moe_layers = pytest.importorskip("moetuner.torch").moe_layers
 
 # Nothing here may ask the network for anything; two threads would only wait for each other.
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
-VOCABULARY = 64
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "num_experts_per_tok": 2,
+EXPERTS, LARGEST = 8, 4_000_000
+
+# Given to a configuration as far as it has such a setting.
+_SIZES = {
+    8: "num_experts n_routed_experts num_local_experts moe_num_experts num_key_heads head_dim "
+    "kv_lora_rank q_lora_rank qk_nope_head_dim v_head_dim linear_key_head_dim index_head_dim "
+    "linear_value_head_dim mamba_d_state mamba_n_heads mamba_d_head global_head_dim "
+    "mamba_num_heads mamba_head_dim ssm_state_size",
+    16: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
+    "expert_ffn_hidden_size expert_hidden_size moe_latent_size "
+    "moe_shared_expert_intermediate_size moe_shared_intermediate_size moe_hidden_size",
+    2: "num_experts_per_tok num_experts_per_token moe_num_experts_per_tok moe_k moe_topk "
+    "top_k_experts num_key_value_heads linear_num_key_heads mamba_expand index_n_heads",
+    1: "moe_num_shared_experts n_shared_experts num_shared_experts num_shared_expert "
+    "first_k_dense_replace num_dense_layers mamba_n_groups n_groups eos_token_id",
+    4: "num_hidden_layers num_attention_heads qk_rope_head_dim linear_num_value_heads "
+    "mamba_dt_rank mamba_d_conv",
+    0: "hidden_size_per_layer_input num_kv_shared_layers pad_token_id",
+    32: "hidden_size ffn_hidden_size sliding_window",
+    48: "intermediate_size intermediate_size_mlp",
+    64: "vocab_size vocab_size_per_layer_input attention_chunk_size index_topk unpadded_vocab_size",
+    128: "max_position_embeddings",
+    12: "qk_head_dim",
+    None: "bos_token_id",
 }
-LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
-DEEPSEEK = {
-    **LATENT,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 8,
-    "moe_intermediate_size": 16,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-}
-# Class names without Config and ForCausalLM, and what is special.
-ARCHITECTURES = {
-    "mixtral": ("Mixtral", {"num_local_experts": 8}),
-    "qwen2_moe": (
-        "Qwen2Moe",
-        {
-            "num_experts": 8,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 16,
-        },
-    ),
-    "qwen3_moe": (
-        "Qwen3Moe",
-        {"num_experts": 8, "moe_intermediate_size": 16, "mlp_only_layers": [1], "head_dim": 8},
-    ),
-    "olmoe": ("Olmoe", {"num_experts": 8}),
-    "deepseek_v2": ("DeepseekV2", {**DEEPSEEK, "n_group": 1, "topk_group": 1}),
-    "deepseek_v2_groups": (
-        "DeepseekV2",
-        {**DEEPSEEK, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
-    ),
-    "deepseek_v3": ("DeepseekV3", {**DEEPSEEK, "n_group": 1, "topk_group": 1}),
-    "deepseek_v3_groups": ("DeepseekV3", {**DEEPSEEK, "n_group": 4, "topk_group": 2}),
-    "gpt_oss": ("GptOss", {"num_local_experts": 8, "head_dim": 8}),
-    "glm4_moe": (
-        "Glm4Moe",
-        {
-            "n_routed_experts": 8,
-            "moe_intermediate_size": 16,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "head_dim": 8,
-            "n_group": 1,
-            "topk_group": 1,
-        },
-    ),
-    "minimax_m2": ("MiniMaxM2", {"num_local_experts": 8, "head_dim": 8}),
-    "phimoe": ("Phimoe", {"num_local_experts": 8}),
+SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
+MAY_BE_NONE = (
+    "n_shared_experts",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "head_dim",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+)
+HALF = ["linear_attention", "full_attention"] * 2
+SPECIAL = {
+    "deepseek_v2": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    "dots1": {"layer_types": ["full_attention"] * 4},
+    "qwen3_next": {"layer_types": HALF},
+    "bailing_hybrid": {"layer_types": HALF},
+    "longcat_flash": {"num_layers": 2, "head_dim": 4, "zero_expert_num": 256},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
+    "gemma4": {"enable_moe_block": True, "moe_intermediate_size": 16, "top_k_experts": 2},
+    "glm5_next": {"qk_rope_head_dim": 0, "qk_head_dim": 8},
+    "glm4v_moe": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
+    },
+    "hy_v4_vl": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
+    },
+    "ernie4_5_vl_moe": {"moe_intermediate_size": [16, 16]},
+    "step3p5": {"sliding_window": 32},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
-def build(name, *, seed=0, **changes):
-    """Build the model of an architecture with random weights, biases too."""
-    torch.manual_seed(seed)
-    stem, special = ARCHITECTURES[name]
-    config = getattr(transformers, f"{stem}Config")(**{**SIZES, **special, **changes})
+@cache
+def kinds():
+    """Model types whose source speaks of experts; one of those with the same language model."""
+    models = Path(transformers.__file__).parent / "models"
+    speaks, kind_of = {}, {}
+    for kind in auto.CONFIG_MAPPING_NAMES:
+        folder = auto.model_type_to_module_name(kind)
+        if folder not in speaks:
+            files = (models / folder).glob("modeling_*.py")
+            speaks[folder] = any(re.search(r"\.experts\b|Experts\(", f.read_text()) for f in files)
+        if speaks[folder] and not re.search(r"vision|audio|code_predictor", kind):
+            kind_of.setdefault(auto.CONFIG_MAPPING[kind]().get_text_config().model_type, kind)
+    return list(kind_of.values())
+
+
+def config_of(kind, changes):
+    """Tiny configuration of the language model of a type."""
+    base = auto.CONFIG_MAPPING[kind]().get_text_config()
+    special = SPECIAL.get(base.model_type.removesuffix("_text"), {})
+    given = dict(special)
+    for name, value in SIZES.items():
+        now = setting(base, name)
+        may = now is not None or name in MAY_BE_NONE
+        if name not in special and may and now is not ... and not isinstance(now, (list, tuple)):
+            given[name] = value
+    if "kv_lora_rank" in given:
+        if "head_dim" not in special:
+            given.pop("head_dim", None)
+        if "num_key_value_heads" in given:
+            given["num_key_value_heads"] = 4
+    if setting(base, "n_group") not in (..., None) and setting(base, "topk_group") not in (
+        ...,
+        None,
+    ):
+        given |= {"n_group": 4, "topk_group": 2}
+    config = type(base)(**given | changes)
     config.bos_token_id = None
-    model = getattr(transformers, f"{stem}ForCausalLM")(config).eval()
+    return config
+
+
+def setting(config, name):
+    """Give a setting of a configuration; ... if it has none, "several" if layers differ."""
+    try:
+        return getattr(config, name, ...)
+    except Exception:
+        return "several"
+
+
+# Of models that tests name: three layers, and routers without groups.
+NAMED = {
+    "qwen3_moe": {"mlp_only_layers": [1]},
+    "deepseek_v3": {"n_group": 1, "topk_group": 1},
+    "deepseek_v3_groups": {"n_group": 4, "topk_group": 2},
+}
+
+
+def build(name, **changes):
+    """Build a model of three layers by the name of its architecture."""
+    special = {"num_hidden_layers": 3, "intermediate_size": 24, **NAMED.get(name, {})}
+    return build_kind(name.removesuffix("_groups"), **special | changes)
+
+
+def build_kind(kind, **changes):
+    """Build a model whose routers are decided and whose biases and tables are not zero."""
+    config = config_of(kind, changes)
+    made = class_of(config)
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in made(config).parameters())
+    if size > LARGEST:
+        raise RuntimeError(f"{size} weights are too many for a test, at most {LARGEST}")
+    torch.manual_seed(0)
+    model = made(config).eval()
     with torch.no_grad():
-        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            # As they come, they are so small or equal that a wrong permutation could go unseen.
-            if "gate.weight" in key or "router.weight" in key:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("tid2eid"):
+                first = torch.randint(EXPERTS, tensor.shape[:1])
+                tensor.copy_(torch.stack([first, (first + 3) % EXPERTS], dim=1))
+            if not tensor.is_floating_point() or re.search("inv_freq|rotary|norm", name):
+                continue
+            if re.search(r"(gate|router).*weight", name):
                 tensor.normal_(std=0.5)
-            elif "bias" in key:
+            elif "bias" in name:
                 tensor.normal_(std=0.1)
-            elif "experts" in key:
+            elif "experts" in name:
                 tensor.normal_(std=0.2)
     return model
+
+
+def class_of(config):
+    """Give the model class for a configuration, with a head if there is one."""
+    module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
+    classes = [
+        model
+        for _, model in inspect.getmembers(module, inspect.isclass)
+        if issubclass(model, transformers.PreTrainedModel)
+        and model.config_class is type(config)
+        and not model.__name__.endswith("PreTrainedModel")
+    ]
+    order = ("ForCausalLM", "ForConditionalGeneration", "Model", "")
+    return min(
+        classes, key=lambda m: next(i for i, end in enumerate(order) if m.__name__.endswith(end))
+    )
 
 
 def prompts(rows=3, length=7, *, seed=1):
     """Token ids [rows,length] without special ones."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCABULARY, (rows, length), generator=generator)
-
-
-def logits(model, tokens=None):
-    """Logits of the prompts."""
-    with torch.no_grad():
-        return model(input_ids=prompts(8, 16) if tokens is None else tokens).logits
+    return torch.randint(2, 64, (rows, length), generator=generator)
 
 
 def random_placement(layers, experts, devices, *, groups=1, seed=0):
@@ -120,3 +209,30 @@ def random_placement(layers, experts, devices, *, groups=1, seed=0):
         else:
             slots.append(np.concatenate([rng.permutation(run) for run in rng.permutation(runs)]))
     return mt.Placement(np.stack(slots).reshape(layers, devices, -1), num_experts=experts)
+
+
+def outputs(model, tokens=None):
+    """Logits of a model, or what it has instead."""
+    with torch.no_grad():
+        out = model(input_ids=prompts(8, 16) if tokens is None else tokens)
+    logits = getattr(out, "logits", None)
+    return out.last_hidden_state if logits is None else logits
+
+
+def placement_for(model, devices=2, seed=0):
+    """Random placement that the model's routers allow."""
+    layers = moe_layers(model)
+    groups, experts = layers[0].expert_groups, layers[0].num_experts
+    return random_placement(len(layers), experts, devices, groups=groups, seed=seed)
+
+
+def tensors_of(folder):
+    """All tensors of a checkpoint."""
+    return {k: t for path in folder.glob("*.safetensors") for k, t in load_file(path).items()}
+
+
+def same(a, b):
+    """Whether two sets of tensors are equal bit by bit."""
+    return a.keys() == b.keys() and all(
+        a[key].dtype == b[key].dtype and a[key].equal(b[key]) for key in a
+    )

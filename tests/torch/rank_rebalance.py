@@ -3,18 +3,19 @@
 import contextlib
 import os
 import time
-import weakref
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from placements import random_slots
-from rank_work import held, single
+from rank_work import in_slots, single
 
 import moetuner as mt
+from moetuner.solver.rebalancing import rebalance
 from moetuner.torch import ExpertParallelMoE, GroupedExperts, MoveError, Rebalancer, swiglu
-from moetuner.torch.parallel.migrate import Agreement, Spares
+from moetuner.torch.parallel.agreement import Agreement
+from moetuner.torch.parallel.migrate import Spares
 
 LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 3, 8, 6, 5, 2
 PATIENCE = 2.0
@@ -23,11 +24,11 @@ PATIENCE = 2.0
 class Linear:
     """So many microseconds per token."""
 
-    def __init__(self, each):
-        self.each = each
+    def __init__(self, token_us):
+        self.token_us = token_us
 
     def compute_us(self, tokens, active=None):
-        return self.each * np.asarray(tokens)
+        return self.token_us * np.asarray(tokens)
 
 
 class Model:
@@ -56,7 +57,7 @@ class Model:
     def layer(self, number):
         """Make the layer of this rank with the start's weights."""
         slots = self.start.slots[number, self.rank]
-        up, down = (held(self.weights[name][number], slots) for name in ("up", "down"))
+        up, down = (in_slots(self.weights[name][number], slots) for name in ("up", "down"))
         experts = GroupedExperts(up, down, self.activation).requires_grad_(False)
         return ExpertParallelMoE(experts, self.start, number)
 
@@ -77,8 +78,8 @@ class Model:
             x, w = torch.from_numpy(x).float(), torch.from_numpy(w).float()
             up, down = (self.weights[name][number] for name in ("up", "down"))
             expected = single(x, index, w, up, down, self.activation)[at]
-            found = layer(x[at], index[at], w[at], first_token=at.start)
-            worst = max(worst, (found - expected).abs().max().item())
+            out = layer(x[at], index[at], w[at], first_token=at.start)
+            worst = max(worst, (out - expected).abs().max().item())
         return worst
 
     def observe(self, more=0):
@@ -109,18 +110,21 @@ class Model:
         )
 
 
-def changing_traffic(rank, exact, steps):
-    """Take steps, rebalanced every 10: the largest difference to one process, and decisions."""
-    model = Model(rank, exact=exact, decay=0.3, dead_zone=0.15)
-    worst, decisions = 0.0, []
-    for step in range(steps):
-        if step % 40 == 0:
-            model.shift()
-        worst = max(worst, model.step())
-        if step % 10 == 9:
-            model.observe()
-            decisions.append(model.rebalancer.step().moved)
-    return worst, decisions
+def changing_traffic(rank):
+    """Rebalance every 10 steps, in exact arithmetic and not: largest differences, and decisions."""
+    said = []
+    for exact, steps in ((True, 200), (False, 80)):
+        model = Model(rank, exact=exact, decay=0.3, dead_zone=0.15)
+        worst, decisions = 0.0, []
+        for step in range(steps):
+            if step % 40 == 0:
+                model.shift()
+            worst = max(worst, model.step())
+            if step % 10 == 9:
+                model.observe()
+                decisions.append(model.rebalancer.step().moved)
+        said.append((worst, decisions))
+    return said
 
 
 def refused(model):
@@ -168,13 +172,11 @@ def fault(name, rank):
     def half_put(self, weights):
         put(self, dict(list(weights.items())[:1]))
 
-    where = "moetuner.torch.parallel.rebalance"
+    where = "moetuner.torch.parallel"
     return {
-        "memory": lambda: mock.patch.object(Spares, "__init__", side_effect=MemoryError("no room")),
-        "solver": lambda: mock.patch(f"{where}.rebalance", side_effect=broken),
-        "judge": lambda: mock.patch.object(Rebalancer, "_judge", side_effect=broken),
-        "room": lambda: mock.patch(f"{where}.spare_bytes", side_effect=broken),
-        "fill": lambda: mock.patch.object(Spares, "fill", side_effect=broken),
+        "memory": lambda: mock.patch(f"{where}.migrate.free_bytes", return_value=0),
+        "solver": lambda: mock.patch(f"{where}.rebalance.rebalance", side_effect=broken),
+        "judge": lambda: mock.patch.object(Rebalancer, "_move_us", side_effect=broken),
         "half a fill": lambda: mock.patch.object(Spares, "fill", half_filled),
         "late fill": lambda: mock.patch.object(Spares, "fill", late),
         "put": lambda: mock.patch.object(Spares, "put", side_effect=broken),
@@ -182,20 +184,23 @@ def fault(name, rank):
     }.get(name, contextlib.nullcontext)()
 
 
-def failing_rank(rank, how):
+def failing_rank(rank, faults):
     """Rank 1 fails or differs; afterwards the old placement works, and the next move as well."""
-    model = Model(rank)
-    model.unbalance()
-    if how == "counts":
-        model.rebalancer._observed.total[0, 0] += rank == 1
-    with fault(how if rank == 1 else "none", rank):
-        message, _ = refused(model)
-    unchanged, before = model.unchanged(), model.step()
-    if how == "counts":
-        assert not model.rebalancer.load.any()
+    said = []
+    for how in faults:
+        model = Model(rank)
         model.unbalance()
-    moved, after = model.rebalancer.step().moved, model.step()
-    return message, unchanged, before == after == 0.0, moved
+        if how == "counts":
+            model.rebalancer._halves[0, 0, 0] += rank == 1
+        with fault(how if rank == 1 else "none", rank):
+            message, _ = refused(model)
+        unchanged, before = model.unchanged(), model.step()
+        if how == "counts":
+            assert not model.rebalancer.load.any()
+            model.unbalance()
+        moved, after = model.rebalancer.step().moved, model.step()
+        said.append((message, unchanged, before == after == 0.0, moved))
+    return said
 
 
 def faulty(rank, faults):
@@ -231,7 +236,7 @@ def faulty(rank, faults):
 
 def decisions(rank):
     """Give decisions for one traffic under several limits, and the copies that they move."""
-    found = {}
+    said = {}
     for name, options in {
         "pays": {},
         "dear": {"steps_ahead": 1, "cost_model": Linear(1e-9)},
@@ -239,68 +244,56 @@ def decisions(rank):
         "small": {"dead_zone": 0.9},
         "budget": {"move_budget": 2},
         "none": {"move_budget": 0},
+        "slow": {},
+        "other prices": {},
+        "no answer": {"cost_model": Linear(float("nan"))},
+        "no memory": {},
     }.items():
         model = Model(rank, **options)
         model.unbalance()
-        if name == "dear":  # a solver that does not know the price
-            model.rebalancer._price = lambda ideal: 0.0
-        decision = model.rebalancer.step()
+        exchange = Agreement.exchange
+
+        def slow(self, about, value, *arguments, exchange=exchange):
+            if about == "what a move brings" and rank == 1:
+                value[3] = 1e18
+            return exchange(self, about, value, *arguments)
+
+        trouble = {
+            # A solver that does not know the price.
+            "dear": lambda: mock.patch(
+                "moetuner.torch.parallel.rebalance.rebalance",
+                lambda *of, price, **more: rebalance(*of, price=0.0, **more),
+            ),
+            "slow": lambda: mock.patch.object(Agreement, "exchange", slow),
+            "other prices": lambda: mock.patch.object(
+                Rebalancer, "_move_us", return_value=1e30 * rank
+            ),
+            "no memory": lambda: fault("memory", rank),
+        }.get(name, contextlib.nullcontext)
+        with trouble():
+            decision = model.rebalancer.step()
         diff = model.start.diff(model.rebalancer.placement)
         assert model.step() == 0.0
-        again = model.rebalancer.step()
-        found[name] = decision, diff.experts_moved, again.moved
+        said[name] = decision, diff.experts_moved
+        if name == "pays":
+            assert not model.rebalancer.step().moved
     even = Model(rank)
     even.rebalancer.observe(np.zeros((LAYERS, EXPERTS)))
-    found["idle"] = even.rebalancer.step(), 0, False
-    return found
+    said["idle"] = even.rebalancer.step(), 0
+    return said, little_memory(rank), noise(rank), misuse(rank)
 
 
 def little_memory(rank):
-    """Rank 1 has room for one expert: copies that come to devices in each step, and if right."""
+    """Rank 1 has memory for one expert: copies that move, that come to it, and if all is right."""
     model = Model(rank)
     model.unbalance()
-    each = 2 * HIDDEN * INNER * 4
-    spare = each + 1 if rank == 1 else 1 << 40
-    found = []
-    with mock.patch("moetuner.torch.parallel.rebalance.spare_bytes", return_value=spare):
-        for _ in range(2):
-            before = model.rebalancer.placement
-            decision = model.rebalancer.step()
-            after = model.rebalancer.placement
-            come = [
-                sum(
-                    len(set(new) - set(old) - {-1})
-                    for new, old in zip(
-                        after.slots[:, device].tolist(),
-                        before.slots[:, device].tolist(),
-                        strict=True,
-                    )
-                )
-                for device in range(model.ranks)
-            ]
-            found.append((decision.moved, come, model.step() == 0.0))
-    return found
-
-
-def no_room_for_two(rank):
-    """Buffers of a second layer fail on rank 1: layers that have moved, and if all is right."""
-    model = Model(rank)
-    model.unbalance()
-    make, held = Spares.__init__, []
-
-    def scarce(self, weights, plan, *own):
-        if plan and rank == 1:
-            if held and held[-1]() is not None:
-                raise MemoryError("no room")
-            held.append(weakref.ref(self))
-        make(self, weights, plan, *own)
-
-    with mock.patch.object(Spares, "__init__", scarce):
+    free = 2 * (2 * HIDDEN * INNER * 4) if rank == 1 else 1 << 40
+    with mock.patch("moetuner.torch.parallel.migrate.free_bytes", return_value=free):
         decision = model.rebalancer.step()
-    changed = (model.rebalancer.placement.slots != model.start.slots).any(axis=(1, 2))
-    diff = model.start.diff(model.rebalancer.placement)
-    counted = diff.experts_moved == decision.experts_moved
-    return decision.moved, int(changed.sum()), counted, model.step() == 0.0
+    moved = model.start.diff(model.rebalancer.placement)
+    counted = decision.experts_moved == moved.experts_moved
+    come = int(moved.pairs[:, 1].sum())
+    return decision.moved, counted, come, model.step() == 0.0
 
 
 def noise(rank):
@@ -309,40 +302,14 @@ def noise(rank):
     for seed in range(6):
         model = Model(rank, dead_zone=0.0, seed=seed)
         random = np.random.default_rng(seed)
-        model.rebalancer.observe(random.multinomial(80, np.full(EXPERTS, 1 / EXPERTS), LAYERS))
         rebalancer = model.rebalancer
-        plan = rebalancer._plan(1 << 40)
-        learned = rebalancer._observed.like_all(rebalancer._observed.learned)
-        placements = rebalancer.placement, plan.target
-        now, then = (rebalancer._step_us(each, learned) for each in placements)
-        seen += now - then
-        unseen += rebalancer._judge(plan).gain_us
+        rebalancer.observe(random.multinomial(80, np.full(EXPERTS, 1 / EXPERTS), LAYERS))
+        placements = rebalancer.placement, rebalancer._target(1 << 40)
+        now, then = (rebalancer._busiest(of, rebalancer._load_of(0))[1] for of in placements)
+        seen += (now - then).sum()
+        rebalancer._agreement.begin()
+        unseen += rebalancer._judge(placements[1], 0.0).gain_us
     return seen, unseen
-
-
-def other_prices(rank):
-    """Let rank 1 take moves for dear: give the message, and whether a step works afterwards."""
-    model = Model(rank)
-    model.unbalance()
-    if rank == 1:
-        model.rebalancer._move = lambda *_: (0, 0, 1e30)
-    message, _ = refused(model)
-    return message, model.unchanged(), model.step() == 0.0
-
-
-def slow_decisions(rank):
-    """Search for longer than it can bring in: give the reasons of two steps."""
-    model = Model(rank)
-    model.unbalance()
-    exchange = Agreement.exchange
-
-    def slow(self, about, value=0, *arguments):
-        value = 10**18 if "took" in about and rank == 1 else value
-        return exchange(self, about, value, *arguments)
-
-    with mock.patch.object(Agreement, "exchange", slow):
-        first, second = model.rebalancer.step(), model.rebalancer.step()
-    return first.reason, second.reason, first.decision_us, model.unchanged()
 
 
 def misuse(rank):

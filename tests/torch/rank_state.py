@@ -30,16 +30,16 @@ def numbers(seed, *size):
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
-def layer_of(slots, rank, *, known=1.0, device="cpu"):
+def layer_of(slots, rank, *, factor=1.0, device="cpu"):
     """Make a layer whose expert e holds e + 1 everywhere, or zeros."""
-    held = torch.from_numpy(slots[0, rank].astype(np.float32) + 1) * known
+    filling = torch.from_numpy(slots[0, rank].astype(np.float32) + 1) * factor
     up, down = (
-        held[:, None, None].expand(3, *size).clone().to(device) for size in ((8, 4), (4, 4))
+        filling[:, None, None].expand(3, *size).clone().to(device) for size in ((8, 4), (4, 4))
     )
     return ExpertParallelMoE(GroupedExperts(up, down), mt.Placement(slots, num_experts=4), 0)
 
 
-def held(layer):
+def experts_of(layer):
     """Give the experts that a layer's weights are of, by slot."""
     ups, downs = (w.detach()[:, 0, 0].round().int() - 1 for w in layer.experts.weights().values())
     assert ups.equal(downs)
@@ -52,9 +52,9 @@ def saved_and_loaded(rank, folder, high_level):
     model = torch.nn.ModuleDict({"mlp": layer_of(HERE, rank), "head": torch.nn.Linear(2, 2)})
     state = get_model_state_dict(model) if high_level else model.state_dict()
     dcp.save(state, checkpoint_id=folder)
-    found = []
+    results = []
     for slots in (HERE, THERE):
-        layer = layer_of(slots, rank, known=0.0)
+        layer = layer_of(slots, rank, factor=0.0)
         model = torch.nn.ModuleDict({"mlp": layer, "head": torch.nn.Linear(2, 2)})
         state = get_model_state_dict(model) if high_level else model.state_dict()
         # Into new memory, so that it is the loading of the state that counts.
@@ -64,8 +64,8 @@ def saved_and_loaded(rank, folder, high_level):
             set_model_state_dict(model, state)
         else:
             model.load_state_dict(state)
-        found.append(held(layer))
-    return found
+        results.append(experts_of(layer))
+    return results
 
 
 class Routed(torch.nn.Module):
@@ -85,12 +85,12 @@ def gathered(rank):
     """Give what every expert is in a full state, and what another placement holds of it."""
     full = StateDictOptions(full_state_dict=True)
     state = get_model_state_dict(Routed(layer_of(HERE, rank)), options=full)
-    found = {name: tensor.flatten()[0].item() - 1 for name, tensor in state.items()}
-    del found["gate.weight"]
+    results = {name: tensor.flatten()[0].item() - 1 for name, tensor in state.items()}
+    del results["gate.weight"]
     whole = all(tensor.shape[0] in (4, 8) for tensor in state.values())
-    other = Routed(layer_of(THERE, rank, known=0.0))
+    other = Routed(layer_of(THERE, rank, factor=0.0))
     set_model_state_dict(other, state, options=full)
-    return found, whole, held(other.moe)
+    return results, whole, experts_of(other.moe)
 
 
 def optimised(rank, folder):
@@ -98,7 +98,7 @@ def optimised(rank, folder):
     warnings.filterwarnings("ignore")
 
     def trained(slots, learn):
-        model = Routed(layer_of(slots, rank, known=0.1))
+        model = Routed(layer_of(slots, rank, factor=0.1))
         optimizer = torch.optim.AdamW(model.parameters())
         if learn:
             model(numbers(7, 6, 4)).square().sum().backward()
@@ -172,7 +172,7 @@ def states(rank):
     empty.load_state_dict(whole, assign=True)
     weights = empty.experts.weights().values()
     assert all(isinstance(weight, torch.nn.Parameter) for weight in weights)
-    return names, here, said, held(empty)
+    return names, here, said, experts_of(empty)
 
 
 SIZES = (("up", (8, 4)), ("down", (4, 4)))
@@ -199,13 +199,13 @@ def moved(rank):
                 weight.copy_(right[name])
         return layer
 
-    found = [
+    results = [
         forward(layer_of(HERE, rank).bfloat16(), dtype=torch.bfloat16),
         forward(layer_of(HERE, rank).double(), dtype=torch.float64),
         forward(filled(layer_of(HERE, rank, device="meta"))),
         forward(filled(layer_of(HERE, rank).to("meta"))),
     ]
-    return [float((out.float() - expected).abs().max() / expected.abs().max()) for out in found]
+    return [float((out.float() - expected).abs().max() / expected.abs().max()) for out in results]
 
 
 def trained(rank, node, learns):
@@ -251,3 +251,25 @@ def modes_differ(rank):
     with torch.no_grad():
         layer(hidden, chosen, weights)
     return said
+
+
+def states_and_gradients(rank, folder):
+    """Give what becomes of states, wrappers, moves and gradients, by name."""
+    return {
+        "saved": [saved_and_loaded(rank, f"{folder}/{high}", high) for high in (False, True)],
+        "states": states(rank),
+        "gathered": gathered(rank),
+        "optimised": optimised(rank, f"{folder}/optimised"),
+        "wrapped": {how: wrapped(rank, how) for how in ("DistributedDataParallel", "fully_shard")},
+        "moved": moved(rank),
+        "modes": modes_differ(rank),
+    }
+
+
+def all_gradients(rank):
+    """Give the largest difference of gradients, whoever learns."""
+    return max(
+        trained(rank, node, learns)
+        for node in (None, 2)
+        for learns in ("experts", "last", "tokens")
+    )

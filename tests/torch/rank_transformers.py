@@ -45,16 +45,29 @@ CONFIGS = {
 TOKENS = torch.arange(2 * 11).reshape(2, 11) * 7 % 64
 
 
-def save_model(rank, family, folder):
-    """Write a small random model; gives its MoE layers and the logits of one process."""
-    torch.manual_seed(0)
-    kind, more = CONFIGS[family]
-    model = AutoModelForCausalLM.from_config(kind(**SMALL, **more)).eval()
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    model.save_pretrained(folder)
-    with torch.no_grad():
-        return model(TOKENS).logits.numpy()
+def save_models(rank, folder):
+    """Write a small random model of each family; gives the logits of one process."""
+    logits = {}
+    for family, (kind, more) in CONFIGS.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(kind(**SMALL, **more)).eval()
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+        model.save_pretrained(f"{folder}/{family}")
+        with torch.no_grad():
+            logits[family] = model(TOKENS).logits.numpy()
+    return logits
+
+
+def many(rank, folder, calls):
+    """Call functions of this file with a model's folder, layers and a seed: what they give."""
+    results = []
+    for name, family, layers, seed in calls:
+        try:
+            results.append(globals()[name](rank, f"{folder}/{family}", layers, seed))
+        except ValueError as error:
+            results.append(str(error))
+    return results
 
 
 def shared_batch(rank, folder, layers, seed):

@@ -46,7 +46,7 @@ def answers(ranks: int, work: str, *arguments: Any, timeout: float = 60) -> list
             pipes.append(mine)
             processes.append(process)
         try:
-            found = _collect(pipes, time.monotonic() + timeout)
+            results = _collect(pipes, time.monotonic() + timeout)
         finally:
             for process in processes:
                 process.join(5)
@@ -55,16 +55,16 @@ def answers(ranks: int, work: str, *arguments: Any, timeout: float = 60) -> list
                     process.join()
         return [
             Answer(exit=process.exitcode) if answer is None else answer
-            for answer, process in zip(found, processes, strict=True)
+            for answer, process in zip(results, processes, strict=True)
         ]
 
 
 def values(ranks: int, work: str, *arguments: Any, timeout: float = 60) -> list[Any]:
     """Give what every rank returned; fails on the first error."""
-    found = answers(ranks, work, *arguments, timeout=timeout)
-    for rank, answer in enumerate(found):
+    results = answers(ranks, work, *arguments, timeout=timeout)
+    for rank, answer in enumerate(results):
         assert answer == Answer(value=answer.value), f"rank {rank}: {answer}"
-    return [answer.value for answer in found]
+    return [answer.value for answer in results]
 
 
 @cache
@@ -81,17 +81,17 @@ def _context() -> Any:
 
 def _collect(pipes: list[Connection], deadline: float) -> list[Answer | None]:
     """Read one answer from every pipe; None from those that closed without."""
-    found: list[Answer | None] = [None] * len(pipes)
+    results: list[Answer | None] = [None] * len(pipes)
     open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
     while open_pipes and time.monotonic() < deadline:
         for pipe in wait(list(open_pipes), timeout=max(deadline - time.monotonic(), 0)):
             rank = open_pipes.pop(pipe)
             with contextlib.suppress(EOFError):
-                found[rank] = pipe.recv()
+                results[rank] = pipe.recv()
             pipe.close()
     for rank in open_pipes.values():
-        found[rank] = Answer(error="no answer within the time")
-    return found
+        results[rank] = Answer(error="no answer within the time")
+    return results
 
 
 def _process(

@@ -4,73 +4,23 @@ import re
 
 import numpy as np
 import pytest
-from moe_models import (
-    ARCHITECTURES,
-    build,
-    logits,
-    prompts,
-    random_placement,
-    torch,
-    transformers,
-)
+from moe_models import build, placement_for, prompts, random_placement, torch, transformers
 
 import moetuner as mt
 from moetuner.torch import apply_placement, capture, moe_layers
 
-GROUPED = {"deepseek_v2_groups": 4, "deepseek_v3_groups": 4}
 
-
-def placement_for(model, devices=2, seed=0):
-    """Random placement that the model's routers allow."""
-    layers = moe_layers(model)
-    return random_placement(
-        len(layers), layers[0].num_experts, devices, groups=layers[0].expert_groups, seed=seed
-    )
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_layers_are_found(name):
+@pytest.mark.parametrize(
+    ("name", "count", "groups"),
+    [("mixtral", 3, 1), ("qwen3_moe", 2, 1), ("deepseek_v3_groups", 2, 4)],
+)
+def test_layers_and_their_sizes(name, count, groups):
     """Every MoE layer is found, dense ones are not, and the sizes are the configuration's."""
     layers = moe_layers(build(name))
-    dense = {"qwen3_moe": 1, "deepseek": 1, "glm4": 1}
-    expected = 3 - next((n for start, n in dense.items() if name.startswith(start)), 0)
-    assert len(layers) == expected
+    assert len(layers) == count
     for layer in layers:
-        assert (layer.num_experts, layer.top_k) == (8, 2)
-        assert layer.expert_groups == GROUPED.get(name, 1)
+        assert (layer.num_experts, layer.top_k, layer.expert_groups) == (8, 2, groups)
         assert layer.name.endswith((".gate", ".router"))
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logits_stay(name, tmp_path):
-    """Logits differ by rounding only: in memory, saved and loaded, and undone."""
-    model = build(name)
-    before = logits(model)
-    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    placement = placement_for(model)
-    order = apply_placement(model, placement)
-    assert np.array_equal(np.sort(order, axis=1), np.tile(np.arange(8), (len(order), 1)))
-    moved = [key for key, tensor in model.state_dict().items() if not tensor.equal(weights[key])]
-    assert any("experts" in key for key in moved)
-    assert torch.allclose(logits(model), before, rtol=0, atol=1e-5)
-
-    model.save_pretrained(tmp_path)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.allclose(logits(loaded), before, rtol=0, atol=1e-5)
-
-    apply_placement(model, placement, inverse=True)
-    assert all(tensor.equal(weights[key]) for key, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_wrong_permutation_would_be_seen(name):
-    """Experts moved without their router rows change the logits: the test above can fail."""
-    model = build(name)
-    before = logits(model)
-    experts = moe_layers(model)[0].experts
-    with torch.no_grad():
-        experts.down_proj.copy_(experts.down_proj.flip(0))
-    assert not torch.allclose(logits(model), before, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3_groups", "gpt_oss"])
@@ -88,32 +38,23 @@ def test_traffic_is_the_placements(name):
     assert np.array_equal(np.sort(back, axis=2), np.sort(old, axis=2))
     contiguous = mt.Placement(np.arange(8).reshape(1, 4, 2).repeat(len(order), 0))
     promised = mt.evaluate(placement, before.trace(), window=16)
-    found = mt.evaluate(contiguous, after.trace(), window=16)
-    assert (found.crossing, found.fanout) == (promised.crossing, promised.fanout)
-    assert (found.imbalance, found.imbalance_total) == (
+    placed = mt.evaluate(contiguous, after.trace(), window=16)
+    assert (placed.crossing, placed.fanout) == (promised.crossing, promised.fanout)
+    assert (placed.imbalance, placed.imbalance_total) == (
         promised.imbalance,
         promised.imbalance_total,
     )
 
 
 def test_positions_are_the_placements():
-    """The experts of device d are at positions d*E/D and up, in ascending order."""
-    model = build("mixtral")
+    """The experts of device d are at positions d*E/D and up, in ascending order, bit by bit."""
+    model = build("gpt_oss").to(torch.bfloat16)
     slots = np.array([[[7, 0, -1], [2, -1, 1], [-1, 4, 3], [6, 5, -1]]] * 3)
-    old = [layer.experts.down_proj.clone() for layer in moe_layers(model)]
+    old = [layer.experts.gate_up_proj_bias.clone() for layer in moe_layers(model)]
     order = apply_placement(model, mt.Placement(slots))
     assert order[0].tolist() == [0, 7, 1, 2, 3, 4, 5, 6]
     for layer, before in zip(moe_layers(model), old, strict=True):
-        assert layer.experts.down_proj.equal(before[order[0]])
-
-
-def test_bfloat16_moves_bit_by_bit():
-    """In any type of number the weights themselves are moved exactly."""
-    model = build("gpt_oss").to(torch.bfloat16)
-    before = [layer.experts.gate_up_proj_bias.clone() for layer in moe_layers(model)]
-    order = apply_placement(model, placement_for(model))
-    for layer, old, positions in zip(moe_layers(model), before, order, strict=True):
-        assert layer.experts.gate_up_proj_bias.equal(old[positions])
+        assert layer.experts.gate_up_proj_bias.equal(before[order[0]])
 
 
 class Block(torch.nn.Module):
@@ -217,7 +158,7 @@ def test_equal_router_rows_always_tie():
     refused(
         model,
         placement_for(model),
-        "model.layers.1.mlp.gate: experts 2 and 6 have the same router rows",
+        "model.layers.1.mlp: experts 2 and 6 have the same router rows",
     )
     apply_placement(model, mt.Placement(np.arange(8).reshape(1, 2, 4).repeat(3, 0)))
 
@@ -234,7 +175,7 @@ def test_weights_must_be_there():
     refused(
         model,
         placement_for(model),
-        "model.layers.2.mlp.gate: experts must hold weights [experts, ..], down_proj is [64, 32]",
+        "model.layers.2.mlp.experts.down_proj: must be [8, ..], experts first as in the placement",
     )
     model = build("mixtral")
     moe_layers(model)[0].router.register_buffer("table", torch.zeros(5, 8))

@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from moe_models import ARCHITECTURES, build, prompts, torch, transformers
+from moe_models import build, prompts, torch, transformers
 
 import moetuner as mt
 from moetuner.torch import RoutingCounters, apply_placement, capture, moe_layers
@@ -14,26 +14,31 @@ from moetuner.torch.record.spool import Parts
 
 def choices(model, tokens, mask=None):
     """Expert ids [B,S,L,K] by hooks of the test's own, the obvious way."""
-    found, handles = [], []
+    chosen, handles = [], []
     for layer in moe_layers(model):
         handles.append(
-            layer.router.register_forward_hook(lambda _m, _i, output: found.append(output[2]))
+            layer.router.register_forward_hook(lambda _m, _i, output: chosen.append(output[2]))
         )
     with torch.no_grad():
         model(input_ids=tokens, attention_mask=mask)
     for handle in handles:
         handle.remove()
-    return torch.stack(found, 1).unflatten(0, tokens.shape).numpy()
+    return torch.stack(chosen, 1).unflatten(0, tokens.shape).numpy()
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_trace_is_what_the_routers_chose(name):
-    """Every token in the order of the batch, for every architecture."""
-    model, tokens = build(name), prompts()
+def recorded(model, **given):
+    """Give the trace of one pass of the prompts."""
     with torch.no_grad(), capture(model) as recorder:
-        model(input_ids=tokens)
-    trace = recorder.trace()
-    expected = choices(model, tokens)
+        model(**{"input_ids": prompts(), **given})
+    return recorder.trace()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3_groups", "gpt_oss"])
+def test_trace_is_what_the_routers_chose(name):
+    """Every token in the order of the batch."""
+    model = build(name)
+    trace = recorded(model)
+    expected = choices(model, prompts())
     assert np.array_equal(trace.expert_ids, expected.reshape(trace.expert_ids.shape))
     assert trace.sequence.tolist() == [0] * 7 + [1] * 7 + [2] * 7
     assert (trace.num_experts, trace.group, trace.model) == (8, None, type(model).__name__)
@@ -75,23 +80,6 @@ def test_generation_continues_sequences(name):
     whole = choices(model, text[:, :-1])
     for row in range(3):
         assert np.array_equal(trace.select(sequences=[row]).expert_ids, whole[row])
-
-
-def test_sequences_that_have_ended_are_left_out():
-    """What generate feeds to a sequence after its end is no traffic."""
-    model, tokens = build("mixtral"), prompts()
-    with torch.no_grad():
-        model.generation_config.eos_token_id = None
-        free = model.generate(tokens, max_new_tokens=6, do_sample=False)
-        # The token that the first sequence says second ends a sequence from now on.
-        model.generation_config.eos_token_id = ending = int(free[0, 8])
-        with capture(model) as recorder:
-            text = model.generate(tokens, max_new_tokens=6, do_sample=False)
-    trace = recorder.trace()
-    for row in range(3):
-        said = text[row, 7:].tolist()
-        fed = said.index(ending) if ending in said else text.shape[1] - 7 - 1
-        assert (trace.sequence == row).sum() == 7 + fed
 
 
 def test_endings_are_those_of_the_call():
@@ -140,9 +128,9 @@ def test_generation_without_a_growing_cache(how):
         traces.append(recorder.trace())
     assert texts[0].equal(texts[1])
     for row in range(3):
-        usual, found = (trace.select(sequences=[row]).expert_ids for trace in traces)
+        usual, other = (trace.select(sequences=[row]).expert_ids for trace in traces)
         assert len(usual) == 7 + 4 - 3 * (row == 0)
-        assert np.array_equal(usual, found)
+        assert np.array_equal(usual, other)
     assert [trace.sequence.max() for trace in traces] == [2, 2]
     assert not compiled  # what is compiled could not be heard
 
@@ -199,8 +187,8 @@ def test_files_and_small_buffers(buffer_bytes, tmp_path):
         for rows in (3, 1, 2):
             model(input_ids=tokens[:rows])
         assert not path.exists()
-    found = mt.RoutingTrace.load(path)
-    for trace in (found, recorder.trace()):
+    loaded = mt.RoutingTrace.load(path)
+    for trace in (loaded, recorder.trace()):
         assert np.array_equal(trace.expert_ids, expected.expert_ids)
         assert np.array_equal(trace.sequence, expected.sequence)
         assert np.array_equal(trace.group, expected.group)
@@ -210,10 +198,8 @@ def test_files_and_small_buffers(buffer_bytes, tmp_path):
 
 def test_many_experts_take_two_bytes():
     """Above 256 experts ids are 16 bits wide."""
-    model = build("mixtral", num_local_experts=300, intermediate_size=4)
-    with torch.no_grad(), capture(model) as recorder:
-        model(input_ids=prompts())
-    trace = recorder.trace()
+    model = build("mixtral", num_experts=300, num_local_experts=300, intermediate_size=4)
+    trace = recorded(model)
     assert trace.expert_ids.dtype == np.uint16
     assert trace.expert_ids.max() > 255
 
@@ -253,28 +239,22 @@ def test_recomputation_counts_once():
 
 def test_nothing_stays_behind(tmp_path):
     """After the block, also after an error, the model has no hooks and no raw file is left."""
-    model = build("mixtral")
+    model, path = build("mixtral"), tmp_path / "a.safetensors"
     modules, own = list(model.modules()), set(model.__dict__)
 
     def hooks():
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
 
     before = hooks()
-    with capture(model, path=tmp_path / "a.safetensors") as recorder:
+    with capture(model, path=path) as recorder:
         assert hooks() == before + 2 + 3
         with pytest.raises(RuntimeError, match=r"trace\(\) needs a recording that has ended"):
             recorder.trace()
-    assert hooks() == before
-    assert recorder.trace().tokens == 0
-    (tmp_path / "a.safetensors").unlink()
-
-    with (
-        pytest.raises(KeyError, match="mine"),
-        capture(model, path=tmp_path / "a.safetensors") as recorder,
-    ):
+    assert (hooks(), recorder.trace().tokens) == (before, 0)
+    path.unlink()
+    with pytest.raises(KeyError, match="mine"), capture(model, path=path) as recorder:
         raise KeyError("mine")
-    assert hooks() == before
-    assert set(model.__dict__) == own
+    assert (hooks(), set(model.__dict__)) == (before, own)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(RuntimeError, match="ended and has tokens"):
         recorder.trace()
@@ -343,17 +323,17 @@ def test_a_pass_that_is_not_understood_is_left_out():
         expected = model(input_ids=tokens, attention_mask=mask).logits
         for observer in (capture, RoutingCounters.attach):
             with (  # noqa: PT031 - warned once in all of the block
-                pytest.warns(RuntimeWarning, match="attention_mask must be") as told,
+                pytest.warns(RuntimeWarning, match="attention_mask must be") as warned,
                 observer(model) as watcher,
             ):
                 for _ in range(2):
                     assert model(input_ids=tokens, attention_mask=mask).logits.equal(expected)
                 model(input_ids=tokens)
-            assert len(told) == 1
+            assert len(warned) == 1
             assert watcher.dropped == 2
             counters = isinstance(watcher, RoutingCounters)
-            found = watcher.statistics() if counters else watcher.trace()
-            assert (found.total_load[0].sum() // 2 if counters else found.tokens) == 21
+            counts = watcher.statistics() if counters else watcher.trace()
+            assert (counts.total_load[0].sum() // 2 if counters else counts.tokens) == 21
 
 
 def test_paged_batches():
@@ -417,9 +397,13 @@ def test_nan_scores_are_named():
 
     text = "router scores must be numbers, got NaN in layer 0 (model.layers.0.mlp.gate)"
     refused(text, model, call=call(None))
-    with torch.no_grad(), capture(model) as recorder:
-        call(mask)()
-    assert recorder.trace().tokens == 14
+    with torch.no_grad(), RoutingCounters.attach(model) as counters:
+        call(None)()
+    with pytest.raises(ValueError, match="router scores must be numbers, got NaN in layer 0"):
+        counters.statistics()
+    assert (
+        recorded(model, input_ids=None, inputs_embeds=embeddings, attention_mask=mask).tokens == 14
+    )
 
 
 def test_models_that_cannot_be_recorded():
@@ -511,7 +495,7 @@ def test_a_compiled_model_runs_eagerly_while_it_is_recorded(how):
         before = runs.count("ran")
         assert before
         with capture(called, routers=[model[0]]) as recorder:
-            found = called(x)[0]
+            ids = called(x)[0]
             # One within the other, left in the wrong order.
             other = RoutingCounters.attach(called, routers=[model[0]])
         called(x)
@@ -519,7 +503,7 @@ def test_a_compiled_model_runs_eagerly_while_it_is_recorded(how):
         assert runs.count("ran") == before
         called(x)
     assert runs.count("ran") > before
-    assert np.array_equal(recorder.trace().expert_ids[:, 0], found)
+    assert np.array_equal(recorder.trace().expert_ids[:, 0], ids)
 
 
 def test_bad_arguments(tmp_path):
@@ -547,47 +531,42 @@ def test_bad_arguments(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "size"), [("mixtral", (32, 24)), ("qwen3_moe", (32, 16))])
-def test_sizes_of_experts_are_recorded(name, size, tmp_path):
-    """A trace knows what its model's configuration says, in memory and in a file."""
-    for path in (None, tmp_path / "t.safetensors"):
-        model = build(name)
-        with torch.no_grad(), capture(model, path=path) as recorder:
-            model(input_ids=prompts())
-        assert recorder.trace().expert_size == size
+def test_sizes_of_experts_are_recorded(name, size):
+    """A trace knows what its model's configuration says."""
+    assert recorded(build(name)).expert_size == size
+
+
+SIZES = {"layers": 2, "experts": 4, "top_k": 2}
+NUMBERS = (True, "4", 4.5, -1, None, float("inf"))
+WRONG = [
+    (capture, "model", (None, 3, "x", torch.nn.Linear)),
+    (capture, "path", (3, [], True, "x.npz")),
+    (capture, "group", (3, [1], float("nan"))),
+    (capture, "attention_mask", (3, "x", [1])),
+    (capture, "routers", (3, "gate", [3], [None])),
+    (capture, "name", (3, b"x", [1])),
+    (capture, "buffer_bytes", NUMBERS),
+    (apply_placement, "model", (None, 3, "x")),
+    (apply_placement, "placement", (None, 3, "x", [[0]])),
+    (apply_placement, "inverse", (None, 3, "x")),
+    *((RoutingCounters, size, NUMBERS) for size in SIZES),
+    (RoutingCounters, "window", NUMBERS[:4]),
+    (RoutingCounters, "transitions", ("x", 2, None)),
+    (RoutingCounters, "device", (3.5, "gpuu", [])),
+]
 
 
 def test_wrong_classes_are_named():
     """Models, placements, files, names and switches: one line that names the argument."""
     model = build("mixtral")
     placement = mt.Placement.from_assignment([[0, 0, 0, 0, 1, 1, 1, 1]] * 2, 2)
-    sizes = {"layers": 2, "experts": 4, "top_k": 2}
-    calls = {
-        capture: {
-            "model": (None, 3, "x", placement, type(model)),
-            "path": (3, [], True, "x.npz"),
-            "group": (3, [1], float("nan")),
-            "attention_mask": (3, "x", [1]),
-            "routers": (3, "gate", [3], [None]),
-            "name": (3, b"x", [1]),
-            "buffer_bytes": (True, "4", 4.5, -1, None, float("inf")),
-        },
-        apply_placement: {
-            "model": (None, 3, "x"),
-            "placement": (None, 3, "x", [[0]], model),
-            "inverse": (None, 3, "x"),
-        },
-        RoutingCounters: {
-            **dict.fromkeys(sizes, (True, "4", 4.5, -1, None, float("inf"))),
-            "window": (True, "4", 4.5, -1, 0),
-            "transitions": ("x", 2, None),
-            "device": (3.5, "gpuu", []),
-        },
+    right = {
+        capture: {"model": model},
+        apply_placement: {"model": model, "placement": placement},
+        RoutingCounters: SIZES,
     }
-    for call, arguments in calls.items():
-        right = {"model": model, "placement": placement} if call is apply_placement else {}
-        right = {"model": model} if call is capture else right or sizes
-        for name, values in arguments.items():
-            for value in values:
-                with pytest.raises((ValueError, TypeError), match=name) as error:
-                    call(**{**right, name: value})
-                assert "\n" not in str(error.value)
+    for call, name, values in WRONG:
+        for value in values:
+            with pytest.raises((ValueError, TypeError), match=name) as error:
+                call(**{**right[call], name: value})
+            assert "\n" not in str(error.value)

@@ -5,57 +5,30 @@ import re
 
 import numpy as np
 import pytest
-from moe_models import ARCHITECTURES, build, logits, random_placement, torch, transformers
+from moe_models import build, placement_for, same, tensors_of, torch
 from safetensors.torch import load_file, save_file
 
 import moetuner as mt
-from moetuner.torch import apply_placement, moe_layers, permute_state_dict
+from moetuner.torch import apply_placement, permute_state_dict
 
 
-def placement_for(model, seed=0):
-    """Random placement that the model's routers allow."""
-    layers = moe_layers(model)
-    return random_placement(len(layers), 8, 2, groups=layers[0].expert_groups, seed=seed)
-
-
-def tensors_of(folder):
-    """All tensors of a checkpoint."""
-    return {key: t for file in folder.glob("*.safetensors") for key, t in load_file(file).items()}
-
-
-def same(a, b):
-    """Whether two sets of tensors are equal bit by bit."""
-    return a.keys() == b.keys() and all(
-        a[key].dtype == b[key].dtype and a[key].equal(b[key]) for key in a
-    )
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_folder_is_what_apply_and_save_give(name, tmp_path):
-    """Permuting a saved checkpoint equals saving a permuted model, bit by bit, and loads."""
-    model = build(name)
-    before = logits(model)
+def test_a_folder_of_many_files(tmp_path):
+    """Each file becomes one with the same tensors by their new names, the index too."""
+    model = build("gpt_oss")
     placement = placement_for(model)
     model.save_pretrained(tmp_path / "old", max_shard_size="20KB")
-    assert len(list((tmp_path / "old").glob("*.safetensors"))) > 3
     (tmp_path / "old" / "tokenizer.json").write_text("{}")
-
     out = permute_state_dict(tmp_path / "old", placement, tmp_path / "new")
     apply_placement(model, placement)
     model.save_pretrained(tmp_path / "expected", max_shard_size="20KB")
     assert same(tensors_of(out), tensors_of(tmp_path / "expected"))
-    assert not same(tensors_of(out), tensors_of(tmp_path / "old"))
+    assert len(list(out.glob("*.safetensors"))) > 3
     assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "old").iterdir()}
     for file in ("config.json", "tokenizer.json"):
         assert (out / file).read_bytes() == (tmp_path / "old" / file).read_bytes()
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     for file in out.glob("*.safetensors"):
         assert set(load_file(file)) == {key for key, where in index.items() if where == file.name}
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
-    assert torch.allclose(logits(loaded), before, rtol=0, atol=1e-5)
-
-    back = permute_state_dict(out, placement, tmp_path / "back", inverse=True)
-    assert same(tensors_of(back), tensors_of(tmp_path / "old"))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
@@ -108,19 +81,20 @@ def test_any_type_of_number(dtype, tmp_path):
     out = permute_state_dict(tmp_path / "old", placement, tmp_path / "new")
     moved = permute_state_dict(tensors, placement)
     assert same(moved, load_file(out / "model.safetensors"))
-    found = moved["model.layers.0.mlp.experts.gate_up_proj_blocks"]
-    assert found.view(torch.uint8).equal(blocks[[2, 3, 0, 1]].contiguous().view(torch.uint8))
+    rows = moved["model.layers.0.mlp.experts.gate_up_proj_blocks"]
+    assert rows.view(torch.uint8).equal(blocks[[2, 3, 0, 1]].contiguous().view(torch.uint8))
 
 
-def test_layers_are_in_order_of_their_numbers():
-    """Layer 10 comes after layer 9, and not after layer 1."""
-    layers = tuple(range(3, 14))
-    slots = np.tile(np.arange(4).reshape(1, 2, 2), (11, 1, 1))
-    slots[7] = [[2, 3], [0, 1]]  # of layer 10
-    moved = permute_state_dict(checkpoint(layers), mt.Placement(slots))
+@pytest.mark.parametrize(("first", "prefix"), [(3, "model.layers"), (0, "net.blocks")])
+def test_layers_are_in_order_of_their_numbers(first, prefix):
+    """Layer 10 comes after layer 9, and not after layer 1, whatever layers are called."""
+    layers = range(first, 14)
+    slots = np.tile(np.arange(4).reshape(1, 2, 2), (len(layers), 1, 1))
+    slots[10 - first] = [[2, 3], [0, 1]]
+    moved = permute_state_dict(checkpoint(layers, prefix=prefix), mt.Placement(slots))
     for layer in layers:
-        first = moved[f"model.layers.{layer}.mlp.experts.0.w.weight"][0, 0]
-        assert first == 10 * layer + (2 if layer == 10 else 0)
+        value = moved[f"{prefix}.{layer}.mlp.experts.0.w.weight"][0, 0]
+        assert value == 10 * layer + (2 if layer == 10 else 0)
 
 
 def test_prediction_layers_beyond_the_model_stay():
@@ -318,16 +292,6 @@ def test_what_is_the_same_for_every_order_stays(name, tensor):
     key = f"model.layers.1.{name}"
     tensors = {**checkpoint(), key: tensor}
     assert permute_state_dict(tensors, mt.Placement([[[3, 1], [0, 2]]] * 3))[key] is tensor
-
-
-def test_numbers_of_layers_count_whatever_they_are_called():
-    """Layer 10 comes after layer 9 in blocks of other names as well."""
-    slots = np.tile(np.arange(4).reshape(1, 2, 2), (11, 1, 1))
-    slots[10] = [[2, 3], [0, 1]]
-    moved = permute_state_dict(checkpoint(range(11), prefix="net.blocks"), mt.Placement(slots))
-    for layer in range(11):
-        first = moved[f"net.blocks.{layer}.mlp.experts.0.w.weight"][0, 0]
-        assert first == 10 * layer + (2 if layer == 10 else 0)
 
 
 def test_export_of_the_command_line(tmp_path, run):

@@ -135,8 +135,8 @@ def test_interrupted(model_folder, lines, tmp_path, run, monkeypatch):
         "collect", model_folder, "--dataset", lines, "--out", out, "--batch-size", "1"
     )
     partial = tmp_path / "trace.partial.safetensors"
-    kept = mt.RoutingTrace.load(partial).tokens
-    assert (status, printed, kept) == (130, "", 3)
+    tokens = mt.RoutingTrace.load(partial).tokens
+    assert (status, printed, tokens) == (130, "", 3)
     assert f"moetuner: warning: the recording ended with KeyboardInterrupt: {partial} has" in error
     assert error.splitlines()[-1] == "moetuner: error: interrupted"
     assert not out.exists()

@@ -73,31 +73,19 @@ def moetuner() -> None:
     """
 
 
-for _module, _words in (
-    (demo, "Run the whole flow on the bundled trace."),
-    (collect, "Record which experts texts visit in a model."),
-    (inspect, "Show what is in a trace: skew, groups, structure."),
-    (advise, "Advise whether a better placement is worth a trial."),
-    (solve, "Compute a placement and write it."),
-    (compare, "Compare methods on traffic that they have not seen."),
-    (evaluate, "Replay a placement token by token."),
-    (audit, "Show which groups a placement serves worse."),
-    (report, "Write one page on what a placement does to traffic."),
-    (export, "Write a placement as an engine loads it, or check one."),
-    (convert, "Join recordings into one trace."),
-    (verify, "Recompute the bound that a certificate proves."),
+for _module in (
+    *(demo, collect, inspect, advise, solve, compare, evaluate),
+    *(audit, report, export, convert, verify),
 ):
-    _module.command.short_help = _words
     moetuner.add_command(_module.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    What goes wrong is told in one line on standard error: status 2, or 130 for Ctrl-C and 143 for
-    SIGTERM, also where the best so far was written. A closed standard output changes nothing; where
-    its reader has gone, work goes on in silence and ends with status 141, as if SIGPIPE had ended
-    it.
+    An error is one line on standard error, with status 2. Ctrl-C ends with status 130 and SIGTERM
+    with 143, also if the best so far was written. A closed standard output changes nothing; if its
+    reader has gone, work goes on in silence and ends with status 141, as after SIGPIPE.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     _share_memory()
@@ -130,7 +118,7 @@ def _run(arguments: Sequence[str]) -> int:
         status = moetuner.main(arguments, prog_name="moetuner", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except BrokenPipeError as error:
-        # Of a file that was to be written: whoever read it has gone.
+        # With a file name it was a pipe to write to, whose reader has gone.
         return _failed(f"{error.filename}: {error.strerror}") if error.filename else GONE
     except (KeyboardInterrupt, click.Abort):
         return _failed("interrupted", INTERRUPTED)
@@ -145,7 +133,7 @@ def _run(arguments: Sequence[str]) -> int:
         return _failed(str(error))
     except BaseException as error:  # the core's panics are no Exception
         if _interrupts.status() is not None:
-            # A signal came where nobody expected one, say in an import inside of the core.
+            # The signal came in code that does not expect one, such as an import in the core.
             return _failed("interrupted", INTERRUPTED)
         if isinstance(error, RuntimeError) and THREADS.search(str(error)):
             reason = str(error).removeprefix("threads: ")

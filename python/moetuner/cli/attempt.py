@@ -7,9 +7,8 @@ from typing import Any
 
 from moetuner.cli.options.traffic import Traffic
 from moetuner.cli.output import shares, working
-from moetuner.evaluation import evaluate_each
 from moetuner.problem import Problem
-from moetuner.problem.objective import Objective
+from moetuner.report import outcome
 from moetuner.report.outcome import Outcome
 from moetuner.solver import Result, solve
 
@@ -33,15 +32,11 @@ def judge(
 ) -> list[Outcome]:
     """Evaluate placements on other traffic, which is read once for all of them."""
     with working("replaying") as report:
-        evaluations = evaluate_each(
+        evaluations = outcome.judge(
             [result.placement for result in results],
+            problem,
             judged_on,
-            problem.topology,
             window=window,
-            split=problem.split,
-            cost_model=Objective(problem).cost_model,
-            regime=problem.regime,
-            arrival=problem.arrival,
             threads=threads,
             progress=shares(report, "of the tokens"),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -12,11 +11,11 @@ from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.serving import Serving, serving_options
 from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output, working
-from moetuner.evaluation.auditing import Audit, Finding, audit
-from moetuner.evaluation.intervals import FEWEST, RESAMPLES, Interval
+from moetuner.evaluation.auditing import Audit, audit, compared
+from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.intervals import FEWEST, RESAMPLES
 from moetuner.files import text
-from moetuner.report import gains
-from moetuner.report.cells import number, signed
+from moetuner.report.cells import counted, listed, number, signed, span
 from moetuner.report.outcome import whose_times
 
 # Exit status where a group got worse by more than was allowed.
@@ -25,13 +24,8 @@ WORSE = 3
 # Groups that a line names; the tables have all.
 NAMED = 8
 
-NAMES = {
-    "imbalance": "imbalance",
-    "predicted_layer_us": "layer us",
-    "crossing": "crossing",
-    "fanout": "fanout",
-    "node_fanout": "node fanout",
-}
+# Figures whose parts add up, so that groups have them.
+MEASURES = [name for name, figure in FIGURES.items() if figure.per is not None]
 
 
 @click.command("audit")
@@ -56,7 +50,7 @@ NAMES = {
 @click.option(
     "--measure",
     "measures",
-    type=click.Choice(list(NAMES)),
+    type=click.Choice(MEASURES),
     multiple=True,
     help="Measures that --fail-if-worse judges, several times for several; the predicted time by "
     "default if there is one, else all.",
@@ -83,7 +77,7 @@ def command(
     seed: int,
     json_file: Path | None,
 ) -> int:
-    """Show which groups of INPUT a placement serves worse than a baseline, and by how much.
+    """Show which groups a placement serves worse.
 
     Lower is better for every measure. Times are compared with --cost-model or --for. Intervals are
     of each change by itself: 95 %, over whole sequences (without sequence labels: over blocks of
@@ -96,10 +90,10 @@ def command(
     baseline = None if baseline_file is None else source.load(baseline_file, topology)
     traffic, window = source.traffic, source.counted
     how = serving.arguments(traffic)
-    if serving.cost_model is None and serving.engine is None:
+    if not serving.has_times:
         how["cost_model"] = None
     with working("auditing"):
-        found = audit(
+        audited = audit(
             placement,
             traffic,
             topology,
@@ -110,51 +104,26 @@ def command(
             seed=seed,
             threads=source.threads,
         )
-    known = tuple(found.whole)
-    for measure in measures:
-        if measure not in known:
-            raise click.BadParameter(
-                f"must be of {', '.join(known)} for this input, got {measure}",
-                param_hint="'--measure'",
-            )
-    judged = measures or (("predicted_layer_us",) if "predicted_layer_us" in known else known)
+    judged = _measures(audited, measures)
     failures = []
     if fail_if_worse is not None:
-        failures = found.worse(fail_if_worse / 100, measures=judged)
-
+        failures = audited.worse(fail_if_worse / 100, measures=judged)
     output = Output(json_file)
     output.say(source.describe())
     if serving.engine is not None:
         output.say(serving.explain())
-    against = "experts in blocks" if baseline_file is None else text.name(baseline_file.name)
-    kind, units = found.units
-    independent = "independent " if found.block_length > 1 else ""
-    output.say(
-        f"{text.name(placement_file.name)} against {against}, 95 % intervals over {units:,} "
-        f"{independent}{kind}{'' if units == 1 else 's'}"
-    )
-    if found.block_length > 1:
-        output.say(
-            f"No sequence labels: neighbouring windows are alike, so they were resampled in blocks "
-            f"of {found.block_length}."
-        )
-    for measure in known:
-        output.say()
-        head = (NAMES[measure], "baseline", "placement", "change", "interval")
-        rows = [("all", found.whole), *found.groups.items()]
-        output.table(head, [_row(name, changes[measure]) for name, changes in rows])
-    output.say()
+    name, against = text.name(placement_file.name), "experts in blocks"
+    if baseline_file is not None:
+        against = text.name(baseline_file.name)
+    _show(output, audited, name, against)
     if how["cost_model"] is not None:
         output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
-    output.say(_gain(found, judged[0], against))
-    _summary(output, found)
-    for line in _advice(found, judged, None if baseline_file is None else against):
-        output.say(line)
+    _summary(output, audited, judged, (against, name))
     if failures:
         worst = failures[0]
         output.say(
             f"failed: {text.name(worst.group)} got worse by {signed(worst.change.value)} in "
-            f"{NAMES[worst.measure]}, more than {fail_if_worse:g} %"
+            f"{FIGURES[worst.measure].label}, more than {fail_if_worse:g} %"
         )
     output.finish(
         {
@@ -169,87 +138,97 @@ def command(
                 "resamples": resamples,
                 "seed": seed,
             },
-            **found.to_dict(),
+            **audited.to_dict(),
             "failed": bool(failures),
         }
     )
     return WORSE if failures else 0
 
 
-def _row(name: str, of: Any) -> tuple[str, ...]:
-    change: Interval | None = of.change
-    span = "-"
-    if change is not None and change.low is not None and change.high is not None:
-        span = f"{signed(change.low).removesuffix(' %')} to {signed(change.high)}"
-    return (
-        name,
-        number(of.baseline.value, 4),
-        number(of.value.value, 4),
-        "-" if change is None else signed(change.value),
-        span,
+def _measures(audited: Audit, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the measures that are judged: those given, else the time or, without one, all."""
+    for measure in given:
+        if measure not in audited.whole:
+            raise click.BadParameter(
+                f"must be of {', '.join(audited.whole)} for this input, got {measure}",
+                param_hint="'--measure'",
+            )
+    return given or tuple({"predicted_layer_us"} & audited.whole.keys() or audited.whole)
+
+
+def _show(output: Output, audited: Audit, name: str, against: str) -> None:
+    """Print a table of every measure."""
+    kind, units = audited.units
+    independent = "independent " if audited.block_length > 1 else ""
+    output.say(
+        f"{name} against {against}, 95 % intervals over {counted(units, independent + kind)}"
     )
-
-
-def _gain(found: Audit, measure: str, against: str) -> str:
-    """Write in one sentence what the placement brings to all traffic, and how sure that is."""
-    change = found.whole[measure].change
-    kind, units = found.units
-    if change is None:
-        return f"All traffic: {gains.NAMES[measure]} is 0 under {against}."
-    word = "more" if change.value > 0 else "less"
-    line = (
-        f"All traffic: {100 * abs(change.value):.1f} % {word} {gains.NAMES[measure]} than {against}"
-    )
-    if units < FEWEST or change.low is None or change.high is None:
-        return f"{line}; too few {kind}s to say how sure that is ({units}, below {FEWEST})."
-    sure = "" if change.low > 0 or change.high < 0 else ": that may be chance"
-    return f"{line} (95 %: {signed(change.low)} to {signed(change.high)}){sure}."
-
-
-def _summary(output: Output, found: Audit) -> None:
-    """Name the groups that got worse, and those that gained less than the best."""
-    worse, behind = found.worse(), found.behind()
-    for measure in found.whole:
-        listed = _listed(worse, measure)
-        if listed:
-            output.say(f"worse in {NAMES[measure]}, beyond chance: {listed}")
-    if not worse:
-        output.say("no group got worse beyond chance")
-    for measure in found.whole:
-        listed = _listed(behind, measure)
-        if listed:
-            output.say(f"behind the group that gains most in {NAMES[measure]}: {listed}")
-    if found.too_few:
-        number_of = [f"{group} ({units})" for group, units in found.too_few.items()]
-        more = f" and {len(number_of) - NAMED} more" if len(number_of) > NAMED else ""
+    if audited.block_length > 1:
         output.say(
-            f"too few {found.units[0]}s to judge (below {FEWEST}): "
-            f"{', '.join(number_of[:NAMED])}{more}"
+            "No sequence labels: neighbouring windows are alike, so they were resampled in blocks "
+            f"of {audited.block_length}."
         )
+    for measure in audited.whole:
+        output.say()
+        rows = []
+        for group, of in (("all", audited.whole), *audited.groups.items()):
+            values, change = (
+                (of[measure].baseline.value, of[measure].value.value),
+                of[measure].change,
+            )
+            ends = ("-", "-") if change is None else (signed(change.value), span(*change[1:]))
+            rows.append((group, *(number(value, 4) for value in values), *ends))
+        head = (FIGURES[measure].column, "baseline", "placement", "change", "interval")
+        output.table(head, rows)
+    output.say()
 
 
-def _advice(found: Audit, judged: tuple[str, ...], against: str | None) -> list[str]:
+def _summary(
+    output: Output, audited: Audit, judged: tuple[str, ...], names: tuple[str, str]
+) -> None:
+    """Print what all traffic gains, which groups got worse or gained less, and what to do."""
+    comparison = compared(audited, judged[0], names)
+    if comparison is None:
+        output.say(f"All traffic: {FIGURES[judged[0]].label} is 0 under {names[0]}.")
+    else:
+        output.say(f"All traffic: {comparison.sentence}")
+    worse, behind = audited.worse(), audited.behind()
+    for line, findings in (
+        ("worse in {}, beyond chance", worse),
+        ("behind the group that gains most in {}", behind),
+    ):
+        for measure in audited.whole:
+            groups = [
+                f"{text.name(each.group)} {signed(each.change.value)}"
+                for each in findings
+                if each.measure == measure
+            ]
+            if groups:
+                output.say(f"{line.format(FIGURES[measure].label)}: {listed(groups, NAMED)}")
+        if findings is worse and not worse:
+            output.say("no group got worse beyond chance")
+    if audited.too_few:
+        few = [f"{group} ({units})" for group, units in audited.too_few.items()]
+        output.say(f"too few {audited.units[0]}s to judge (below {FEWEST}): {listed(few, NAMED)}")
+    for line in _advice(audited, judged, names[0]):
+        output.say(line)
+
+
+def _advice(audited: Audit, judged: tuple[str, ...], against: str) -> list[str]:
     """Return what to do about groups that got worse, are behind, or could not be judged."""
     lines = []
-    worse, behind = (find(measures=judged) for find in (found.worse, found.behind))
-    if worse and not found.groups:
-        lines.append(
-            f"To do: keep {against or 'experts in blocks'}, or solve again on traffic of this kind."
-        )
+    worse, behind = (find(measures=judged) for find in (audited.worse, audited.behind))
+    if worse and not audited.groups:
+        lines.append(f"To do: keep {against}, or solve again on traffic of this kind.")
     elif worse or behind:
         group = (worse or behind)[0].group
         lines.append(
             f"To do: record more of {group} and solve again, with --groups minimax for the sake of "
             f'the worst served group, or --groups "{group}=3" to weigh it.'
         )
-    if found.too_few:
+    if audited.too_few:
         lines.append(
-            f"To do: record {FEWEST} {found.units[0]}s or more of every group that is to be judged."
+            f"To do: record {FEWEST} {audited.units[0]}s or more of every group that is to be "
+            "judged."
         )
     return lines
-
-
-def _listed(findings: list[Finding], measure: str) -> str:
-    mine = [each for each in findings if each.measure == measure]
-    named = [f"{text.name(each.group)} {signed(each.change.value)}" for each in mine[:NAMED]]
-    return ", ".join(named) + (f" and {len(mine) - NAMED} more" if len(mine) > NAMED else "")

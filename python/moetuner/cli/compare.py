@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,19 @@ from moetuner._checks import nth_seed
 from moetuner.cli import options
 from moetuner.cli.attempt import judge, solve_with
 from moetuner.cli.options.machine import Machine, machine_options
-from moetuner.cli.options.problem import GROUPS, Asked, problem_options
+from moetuner.cli.options.problem import ProblemOptions, problem_options
 from moetuner.cli.options.traffic import Source, Traffic, traffic_options
 from moetuner.cli.output import Output
-from moetuner.cli.reporting import write_comparison
+from moetuner.cli.report import origin_of, write_pages
+from moetuner.evaluation.comparison import Comparison
+from moetuner.evaluation.figures import explain
 from moetuner.evaluation.units import hold_out, units_of
 from moetuner.problem import Problem
-from moetuner.report.cells import counted
-from moetuner.report.gains import Gain, gains
-from moetuner.report.outcome import Outcome, head, remarks, sentences
+from moetuner.report.cells import counted, signed
+from moetuner.report.outcome import Outcome, gains, head, remarks, sentences
+from moetuner.report.page.data import of_outcomes
 from moetuner.solver import ALIASES, METHODS, Result
+from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
@@ -41,25 +46,39 @@ def parse_methods(
     if unknown or not names:
         raise click.BadParameter(
             f"must be some of {','.join(METHODS)}, got {unknown[0] if unknown else value!r}"
-            + (options.meant(unknown[0], METHODS) if unknown else "")
+            + (options.suggestion(unknown[0], METHODS) if unknown else "")
         )
     return names
 
 
-HELP = {
-    "Begin with": "--devices --devices-per-node --for --methods --report",
-    **GROUPS,
-    "How it is judged": "--holdout --splits --baseline --time-limit --seed --threads",
-}
+TEXT = f"""Compare methods on traffic that they have not seen.
+
+{
+    explain(
+        *("imbalance", "imbalance_mixed", "imbalance_total", "crossing", "fanout", "node_fanout"),
+        "predicted_layer_us",
+    )
+}. objective and gap are the solver's, on what it saw: a time, an imbalance, or the crossing
+weighed by links (in regime dispatch: the fanout and, at what their links cost more, nodes; without
+expert sets, co-activations apart). The table is of the first split; gains are of all of them, on
+what was not seen. Splits overlap, so that all of them agree is no evidence: the last sentence is by
+the interval of 95 %.
+"""
 
 
-@click.command("compare", cls=options.Grouped, groups=HELP)
+@click.command(
+    "compare",
+    cls=options.Grouped,
+    help=TEXT,
+    begin_with="--devices --devices-per-node --for --methods --report",
+)
 @traffic_options
 @machine_options
 @problem_options
-@options.time_limit_option
 @click.option(
     "--holdout",
+    cls=options.Option,
+    group=options.JUDGING,
     type=options.Number(0, 1, max_open=True),
     default=0.5,
     show_default=True,
@@ -77,6 +96,8 @@ HELP = {
 )
 @click.option(
     "--splits",
+    cls=options.Option,
+    group=options.JUDGING,
     type=click.IntRange(1, 1000),
     metavar="N",
     help="Ways to choose what is held out; with several, gains come with their range too.  "
@@ -84,149 +105,167 @@ HELP = {
 )
 @click.option(
     "--baseline",
+    cls=options.Option,
+    group=options.JUDGING,
     metavar="METHOD",
-    help=f"One of the methods, over which gains are told.  [default: {PEER}, else the first]",
+    help=f"Method to compare against.  [default: {PEER}, else the first]",
 )
-@options.seed_option
+@options.search_options
 @options.report_option
 @options.figures_option
 @options.json_option
 def command(
     source: Source,
     machine: Machine,
-    asked: Asked,
-    time_limit: float | None,
+    wanted: ProblemOptions,
     holdout: float,
     methods: tuple[str, ...],
     splits: int | None,
     baseline: str | None,
-    seed: int,
+    search: options.SearchOptions,
     report_file: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Compare methods on traffic that they have not seen.
-
-    imbalance: max / mean device load, averaged over layers and windows as they arrive (--arrival);
-    mixed: of windows in which sequences are served together; total: of the sum of all windows;
-    crossing: share of transitions between devices; fanout, nodes: devices and nodes that a token
-    visits in a layer; layer us: predicted time of a layer. objective and gap are the solver's, on
-    what it saw: a time, an imbalance, or the crossing weighed by links (in regime dispatch: the
-    fanout and, at what their links cost more, nodes; without expert sets, co-activations apart).
-    The table is of the first split; gains are of all of them, on what was not seen. Splits overlap,
-    so that all of them agree is no evidence: the last sentence is by the interval of 95 %.
-    """
-    over = baseline or (PEER if PEER in methods else methods[0])
-    over = ALIASES.get(over, over)
-    if over not in methods:
-        raise click.BadParameter(
-            f"must be one of the methods {','.join(methods)}, got {over!r:.40}",
-            param_hint="'--baseline'",
-        )
+    """Compare methods on traffic that they have not seen."""
+    over = _baseline(baseline, methods)
     if holdout == 0 and splits is not None and splits > 1:
         raise click.BadParameter(
             f"must be 1 where nothing is held out, got {splits}", param_hint="'--splits'"
         )
-    topology = machine.topology()
-    window, threads = source.counted, source.threads
-    seen, unseen = hold_out(source.traffic, holdout, seed=seed)
-    problem = asked.problem(seen, topology, window=window, threads=threads)
-
-    output = Output(json_file)
+    trials = _Trials(source, machine.topology(), wanted, methods, holdout, search)
+    problem, output = trials.first_problem, Output(json_file)
     output.say(source.describe())
-    if asked.engine is not None:
-        output.say(asked.explain_problem(problem))
-    output.say(_setting(problem, window, holdout, unseen))
+    if wanted.engine is not None:
+        output.say(wanted.explain_problem(problem))
+    output.say(_setting(problem, source.counted, holdout, trials.unseen))
     output.say()
-    began = time.monotonic()
-    all_splits: list[dict[str, Outcome]] = []
-
-    def split(number: int) -> dict[str, Outcome]:
-        """Solve with every method on what one split shows it, and judge on the rest."""
-        of = nth_seed(seed, number)
-        seen, unseen = hold_out(source.traffic, holdout, seed=of)
-        mine = asked.problem(seen, topology, window=window, threads=threads) if number else problem
-        results: dict[str, Result] = {}
-        for place, method in enumerate(methods, 1):
-            where = f"{place} of {len(methods)}, split {number + 1}"
-            how: dict[str, Any] = {"seed": of, "time_limit": time_limit, "threads": threads}
-            result = solve_with(method, mine, place=where, **how)
-            # Only the first split shows the best so far: gains are of whole splits.
-            results[method] = result if not number else result.uninterrupted()
-            if result.status == "interrupted":
-                break
-        judged = judge(
-            list(results.values()), mine, unseen, window=source.replayed, threads=threads
-        )
-        return dict(zip(results, judged, strict=True))
-
-    while _goes_on(splits, holdout, len(all_splits), began):
-        try:
-            all_splits.append(split(len(all_splits)))
-        except KeyboardInterrupt:
-            if not all_splits:
-                raise
-            output.say(f"Interrupted: gains are of {counted(len(all_splits), 'complete split')}.")
-            break
-        if list(all_splits[-1].values())[-1].result.status == "interrupted":
-            break
-    first = list(all_splits[0].values())
+    all_splits = trials.run(splits, output)
+    outcomes = all_splits[0]
+    first = list(outcomes.values())
     output.table(head(problem), [outcome.row() for outcome in first])
     for line in remarks(first, problem):
         output.say(line)
     best = min(first, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
     for line in sentences(best):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
-    found: list[Gain] = []
-    if over in all_splits[0]:
-        units = units_of(source.traffic, window=source.replayed, threads=threads)
-        found = gains(all_splits, over, units, share=holdout, seed=seed)
-    _show_gains(output, found, best.result.method, held_out=holdout > 0)
-    told = {each.method: each.to_dict() for each in found}
+    comparisons: dict[str, Comparison] = {}
+    if over in outcomes:
+        units = units_of(source.traffic, window=source.replayed, threads=source.threads)
+        comparisons = gains(all_splits, over, units, share=holdout, seed=search.seed)
+    _show_gains(output, comparisons, over, best.result.method, held_out=holdout > 0)
     contents = {
         "input": source.facts(),
         "settings": {
-            **asked.problem_settings(problem),
-            "window": window,
-            "seed": seed,
-            "time_limit": time_limit,
+            **wanted.problem_settings(problem),
+            "window": source.counted,
+            **asdict(search),
             "holdout": holdout,
-            "threads": threads,
+            "threads": source.threads,
             "splits": len(all_splits),
             "baseline": over,
         },
         "methods": {
-            method: {**outcome.to_dict(), "gain": told.get(method)}
-            for method, outcome in all_splits[0].items()
+            method: {
+                **outcome.to_dict(),
+                "gain": comparisons[method].to_dict() if method in comparisons else None,
+            }
+            for method, outcome in outcomes.items()
         },
     }
-    if report_file is not None or options.figures_folder() is not None:
-        outcomes = all_splits[0]
-        rival = over if over in outcomes and over != best.result.method else first[0].result.method
-        _, unseen = hold_out(source.traffic, holdout, seed=seed)
-        write_comparison(
-            report_file,
-            source,
-            outcomes[rival],
-            best,
-            contents,
-            output,
-            traffic=_judged_on(holdout),
-            judged_on=unseen,
-        )
+    rival = over if over in outcomes and over != best.result.method else first[0].result.method
+    traffic = "Unseen traffic of the first split."
+    if holdout == 0:
+        traffic = "The traffic that the placements were computed from, which flatters them."
+    write_pages(
+        report_file,
+        lambda: of_outcomes(
+            *(outcomes[rival], best, trials.unseen, origin_of(source), contents), traffic=traffic
+        ),
+        output,
+    )
     output.finish(contents)
 
 
-def _judged_on(holdout: float) -> str:
-    if holdout == 0:
-        return "The traffic that the placements were computed from, which flatters them."
-    return "Unseen traffic of the first split."
+def _baseline(given: str | None, methods: tuple[str, ...]) -> str:
+    """Return the method that gains are over."""
+    over = given or (PEER if PEER in methods else methods[0])
+    over = ALIASES.get(over, over)
+    if over not in methods:
+        raise click.BadParameter(
+            f"must be one of the methods {','.join(methods)}, got {over!r:.40}",
+            param_hint="'--baseline'",
+        )
+    return over
 
 
-def _goes_on(splits: int | None, holdout: float, done: int, began: float) -> bool:
-    """Whether one more split is due after so many."""
-    if done == 0 or splits is not None:
-        return done < (splits or 1)
-    took = time.monotonic() - began
+@dataclass(frozen=True)
+class _Trials:
+    """All methods, on one split of the traffic after the other."""
+
+    source: Source
+    topology: Topology
+    wanted: ProblemOptions
+    methods: tuple[str, ...]
+    holdout: float
+    search: options.SearchOptions
+
+    @cached_property
+    def _parts(self) -> tuple[Traffic, Traffic]:
+        return hold_out(self.source.traffic, self.holdout, seed=self.search.seed)
+
+    @property
+    def unseen(self) -> Traffic:
+        """What the first split judges on."""
+        return self._parts[1]
+
+    @cached_property
+    def first_problem(self) -> Problem:
+        """The problem of the first split."""
+        return self._problem(self._parts[0])
+
+    def _problem(self, seen: Traffic) -> Problem:
+        source = self.source
+        return self.wanted.problem(
+            seen, self.topology, window=source.counted, threads=source.threads
+        )
+
+    def run(self, splits: int | None, output: Output) -> list[dict[str, Outcome]]:
+        """Try all methods on splits until there are enough, or somebody interrupts."""
+        began, done = time.monotonic(), [self.split(0)]
+        while _goes_on(splits, self.holdout, len(done), time.monotonic() - began):
+            # Only the first split shows the best so far: gains are of whole splits.
+            if list(done[0].values())[-1].result.status == "interrupted":
+                break
+            try:
+                done.append(self.split(len(done)))
+            except KeyboardInterrupt:
+                output.say(f"Interrupted: gains are of {counted(len(done), 'complete split')}.")
+                break
+        return done
+
+    def split(self, number: int) -> dict[str, Outcome]:
+        """Solve with every method on what one split shows it, and judge on the rest."""
+        source, of = self.source, nth_seed(self.search.seed, number)
+        problem, unseen = self.first_problem, self.unseen
+        if number:
+            seen, unseen = hold_out(source.traffic, self.holdout, seed=of)
+            problem = self._problem(seen)
+        results: list[Result] = []
+        for place, method in enumerate(self.methods, 1):
+            where = f"{place} of {len(self.methods)}, split {number + 1}"
+            how: dict[str, Any] = {**asdict(self.search), "seed": of, "threads": source.threads}
+            result = solve_with(method, problem, place=where, **how)
+            results.append(result.uninterrupted() if number else result)
+            if result.status == "interrupted":
+                break
+        judged = judge(results, problem, unseen, window=source.replayed, threads=source.threads)
+        return dict(zip(self.methods, judged, strict=False))
+
+
+def _goes_on(splits: int | None, holdout: float, done: int, took: float) -> bool:
+    """Whether one more split is due after so many, which took so many seconds."""
+    if splits is not None:
+        return done < splits
     return holdout > 0 and done < SPLITS and took * (done + 1) / done <= SECONDS
 
 
@@ -247,18 +286,25 @@ def _setting(problem: Problem, window: int | None, holdout: float, unseen: Traff
     return f"{machine}, {problem.regime}, {wanted}{windows}, {judged}"
 
 
-def _show_gains(output: Output, found: list[Gain], best: str, *, held_out: bool) -> None:
+def _show_gains(
+    output: Output, comparisons: dict[str, Comparison], over: str, best: str, *, held_out: bool
+) -> None:
     """Print the table, and the sentence of the method that is best by what it saw."""
-    if not found:
+    if not comparisons:
         return
-    over, splits = found[0].over, len(found[0].splits)
-    head = f"gain over {over}"
-    ends = ("least", "most") if splits > 1 else ("from", "to")
+    several = len(next(iter(comparisons.values())).splits) > 1
+    head = (
+        f"gain over {over}",
+        *(("mean", "least", "most") if several else ("gain", "from", "to")),
+    )
+    rows = []
+    for method, gain in comparisons.items():
+        ends = (min(gain.splits), max(gain.splits)) if several else (gain.low, gain.high)
+        rows.append((method, *map(signed, (gain.mean, *ends))))
     output.say()
-    output.table((head, "mean" if splits > 1 else "gain", *ends), [each.row() for each in found])
-    told = {each.method: each for each in found}
+    output.table(head, rows)
     where = "on unseen traffic" if held_out else "on the traffic that it was computed from"
-    if best in told:
-        output.say(f"Gain: {told[best].sentence(where)}")
+    if best in comparisons:
+        output.say(f"Gain: {where} {comparisons[best].sentence}")
     else:
         output.say(f"Gain: no method has a smaller objective than {over} on what was seen.")

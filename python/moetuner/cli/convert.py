@@ -20,57 +20,40 @@ FORMATS = "".join(f"\n\n{name}: {reader.title}." for name, reader in READERS.ite
 
 @click.command("convert", epilog=f"Formats of sources:{FORMATS}")
 @click.argument("sources", metavar="SOURCE...", type=options.IN_INPUT, nargs=-1, required=True)
-@click.option(
+@options.option(
     "--from",
-    "form",
-    type=click.Choice([AUTO, *READERS]),
+    click.Choice([AUTO, *READERS]),
+    None,
+    "Format of the sources; auto detects it from their content.",
+    name="form",
     default=AUTO,
     show_default=True,
-    help="Format of the sources; auto tells by their content.",
 )
-@click.option(
-    "--out",
-    "out_file",
-    type=options.OutFile(".safetensors"),
-    required=True,
-    metavar="TRACE",
-    help="Trace to write, ending in .safetensors.",
-)
-@click.option(
-    "--num-experts",
-    type=click.IntRange(1, 65536),
-    metavar="E",
-    help="Experts per layer, where a source does not say (.npy).",
-)
-@click.option(
+@options.trace_option
+@options.option(
     "--running",
-    "running_file",
-    type=options.IN_FILE,
-    metavar="MAP",
-    help="Map of experts that ran, in any format of export, where a source counts slots "
-    "(TensorRT-LLM's and vllm-ascend's balancers).",
+    options.IN_FILE,
+    "MAP",
+    "Map of experts that ran, in any format of export, if a source counts slots (TensorRT-LLM's "
+    "and vllm-ascend's balancers).",
+    name="running_file",
 )
-@options.top_k_option
-@options.hidden_layers_option
-@options.dense_layers_option
+@options.hint_options()
 @options.json_option
 def command(
     sources: tuple[Path, ...],
     form: str,
     out_file: Path,
-    num_experts: int | None,
     running_file: Path | None,
-    top_k: int | None,
-    hidden_layers: int | None,
-    dense_layers: tuple[int, ...] | None,
+    hints: Hints,
     json_file: Path | None,
 ) -> None:
-    """Join sources, one after the other, into one trace; or counts, where engines recorded those.
+    """Join recordings into one trace.
 
-    A source is a file or a folder, of moetuner's own or as an engine recorded it. Sequences of
-    different sources stay different; groups of the same name become one.
+    A source is a file or a folder: moetuner's own, or as an engine recorded it. They are joined one
+    after the other. Sequences of different sources stay different; groups of the same name become
+    one. If engines recorded counts, the result is counts too.
     """
-    hints = Hints(num_experts, top_k, hidden_layers, dense_layers)
     if running_file is not None:
         hints = replace(hints, running=read_map(running_file, hints).experts)
     with working(f"reading {len(sources)} sources"):

@@ -16,7 +16,8 @@ from moetuner.cli.output import Output, working
 from moetuner.evaluation.units import hold_out
 from moetuner.files import same_file
 from moetuner.formats import eplb
-from moetuner.problem import Problem
+from moetuner.formats.hints import Hints
+from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.report.cells import percent
 from moetuner.report.outcome import Outcome, head, remarks
 from moetuner.report.structure import Structure, structure
@@ -25,41 +26,38 @@ from moetuner.trace import RoutingTrace
 
 SAMPLE = "small-moe.safetensors"
 DEVICES = 4
-MAX_IMBALANCE = 1.05
 WRITTEN = ("trace.safetensors", "placement.json", "eplb.npz")
 METHODS = ("contiguous", "lpt", "eplb", "paper", "joint")
 
 
 @click.command("demo")
-@click.option(
+@options.option(
     "--out",
-    "directory",
-    type=click.Path(file_okay=False, path_type=Path),
+    click.Path(file_okay=False, path_type=Path),
+    "DIR",
+    "Directory to write to; made if it is missing.",
+    name="directory",
     default="demo-output",
     show_default=True,
-    metavar="DIR",
-    help="Directory for what the demo writes; made if it is missing.",
 )
 @options.threads_option
 @options.json_option
 def command(directory: Path, threads: int | None, json_file: Path | None) -> None:
-    """Run the whole flow on the bundled trace: inspect, compare, export."""
+    """Run the whole flow on the bundled trace."""
     for name in WRITTEN:
         if json_file is not None and same_file(json_file, directory / name):
             raise click.BadParameter(
                 f"must be another file than the demo's {name}.", param_hint="'--json'"
             )
     directory.mkdir(parents=True, exist_ok=True)
-    with resources.as_file(resources.files("moetuner") / "data" / SAMPLE) as bundled:
-        shutil.copyfile(bundled, directory / "trace.safetensors")
     path = directory / "trace.safetensors"
+    with resources.as_file(resources.files("moetuner") / "data" / SAMPLE) as bundled:
+        shutil.copyfile(bundled, path)
     trace = RoutingTrace.load(path)
     output = Output(json_file)
-
-    _introduce(output, trace)
     with working("looking for structure"):
-        found = structure(trace, DEVICES, max_imbalance=MAX_IMBALANCE, threads=threads)
-    _say_structure(output, found)
+        measured = structure(trace, DEVICES, max_imbalance=TRAFFIC_CAP, threads=threads)
+    _introduce(output, trace, measured)
 
     seen, unseen = hold_out(trace, 0.5)
     # The paper's regime, as its method is among those shown.
@@ -67,75 +65,65 @@ def command(directory: Path, threads: int | None, json_file: Path | None) -> Non
         count(seen, None, threads),
         Topology(DEVICES),
         regime="follow",
-        max_imbalance=MAX_IMBALANCE,
+        max_imbalance=TRAFFIC_CAP,
     )
     results = [
         solve_with(method, problem, seed=0, threads=threads).uninterrupted() for method in METHODS
     ]
     judged = judge(results, problem, unseen, window=WINDOW, threads=threads)
     outcomes = dict(zip(METHODS, judged, strict=True))
-    output.say(
-        f"Placements on {DEVICES} devices, computed from half of the texts, judged on the other."
-    )
-    output.say(
-        "imbalance: max / mean device load in windows (total: of all), 1 is perfect; crossing:"
-    )
-    output.say("share of steps between devices; fanout: devices that a token visits in a layer.")
-    output.say()
-    output.table(head(problem), [outcome.row() for outcome in outcomes.values()])
-    for line in remarks(list(outcomes.values()), problem):
-        output.say(line)
-    output.say()
-    _say_gain(output, outcomes["contiguous"], outcomes["joint"])
+    _show(output, problem, outcomes)
 
     best = outcomes["joint"].result.placement
     best.save(directory / "placement.json")
-    eplb.write(best, directory / "eplb.npz")
+    eplb.write_map(best, directory / "eplb.npz", Hints())
     _say_next(output, directory)
     output.finish(
         {
             "input": facts([path], trace),
-            "structure": asdict(found),
+            "structure": asdict(measured),
             "methods": {method: outcome.to_dict() for method, outcome in outcomes.items()},
         }
     )
 
 
-def _introduce(output: Output, trace: RoutingTrace) -> None:
+def _introduce(output: Output, trace: RoutingTrace, of: Structure) -> None:
+    """Print what the trace is, and what is in it."""
+    far = max(of.group_distance, key=lambda name: of.group_distance[name])
+    assert of.crossing is not None
+    assert of.crossing_independent is not None
     output.say(
         f"A small Mixture-of-Experts language model ({trace.layers} MoE layers, "
-        f"{trace.num_experts} experts, top-{trace.top_k}) read {trace.tokens:,}"
+        f"{trace.num_experts} experts, top-{trace.top_k}) read {trace.tokens:,}\n"
+        f"tokens of {', '.join(trace.group_names)}; its routing was recorded.\n"
+        "\n"
+        f"Skew       a layer's busiest expert gets up to {max(of.skew):.1f} x the mean load\n"
+        f"Groups     {far} sends {percent(of.group_distance[far])} of its tokens to other experts "
+        "than the mix\n"
+        f"Structure  a placement reaches crossing {of.crossing:.3f}; it would be "
+        f"{of.crossing_independent:.3f} if layers routed independently\n"
     )
-    output.say(f"tokens of {', '.join(trace.group_names)}; its routing was recorded.")
-    output.say()
 
 
-def _say_structure(output: Output, found: Structure) -> None:
-    far = max(found.group_distance, key=lambda name: found.group_distance[name])
-    distance = percent(found.group_distance[far])
+def _show(output: Output, problem: Problem, outcomes: dict[str, Outcome]) -> None:
+    """Print the table of methods, and the gain of the best."""
     output.say(
-        f"Skew       a layer's busiest expert gets up to {max(found.skew):.1f} x the mean load"
+        f"Placements on {DEVICES} devices, computed from half of the texts, judged on the other.\n"
+        "imbalance: max / mean device load in windows (total: of all), 1 is perfect; crossing:\n"
+        "share of steps between devices; fanout: devices that a token visits in a layer.\n"
     )
-    output.say(f"Groups     {far} sends {distance} of its tokens to other experts than the mix")
-    if found.crossing is not None and found.crossing_independent is not None:
-        output.say(
-            f"Structure  crossing {found.crossing:.3f} is within reach; it would be "
-            f"{found.crossing_independent:.3f} if layers routed independently"
-        )
-    output.say()
-
-
-def _say_gain(output: Output, before: Outcome, after: Outcome) -> None:
-    old, new = before.evaluation, after.evaluation
+    output.table(head(problem), [outcome.row() for outcome in outcomes.values()])
+    for line in remarks(list(outcomes.values()), problem):
+        output.say(line)
+    old, new = outcomes["contiguous"].evaluation, outcomes["joint"].evaluation
     assert old.crossing is not None
     assert new.crossing is not None
     output.say(
+        "\n"
         f"Won:  with experts in blocks, as engines load them, {percent(old.crossing)} of the steps "
         "from layer to\n"
         f"      layer cross devices; with moetuner's joint placement {percent(new.crossing)} do: "
-        f"{percent(1 - new.crossing / old.crossing)} less."
-    )
-    output.say(
+        f"{percent(1 - new.crossing / old.crossing)} less.\n"
         f"Load: the busiest device has {new.imbalance_total:.2f} x the mean load over all unseen "
         f"traffic ({old.imbalance_total:.2f} before), and\n"
         f"      {new.imbalance:.2f} x in a window of {WINDOW} consecutive tokens "
@@ -149,10 +137,13 @@ def _say_gain(output: Output, before: Outcome, after: Outcome) -> None:
 
 
 def _say_next(output: Output, directory: Path) -> None:
-    output.say(f"Wrote placement.json, eplb.npz and trace.safetensors into {directory}/")
-    output.say()
-    output.say("Next, on this trace or your own (safetensors, .npz, .npy or JSON lines):")
+    """Print what was written, and the commands that come next."""
     trace = directory / "trace.safetensors"
-    output.say(f"  moetuner inspect {trace}")
-    output.say(f"  moetuner compare {trace} --devices 8 --devices-per-node 4")
-    output.say(f"  moetuner solve   {trace} --devices 8 --out placement.json")
+    output.say(
+        f"Wrote placement.json, eplb.npz and trace.safetensors into {directory}/\n"
+        "\n"
+        "Next, on this trace or your own (safetensors, .npz, .npy or JSON lines):\n"
+        f"  moetuner inspect {trace}\n"
+        f"  moetuner compare {trace} --devices 8 --devices-per-node 4\n"
+        f"  moetuner solve   {trace} --devices 8 --out placement.json"
+    )

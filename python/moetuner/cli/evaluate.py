@@ -14,17 +14,23 @@ from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output, working
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
+from moetuner.evaluation.figures import FIGURES, US, explain
 from moetuner.files import text
-from moetuner.report.cells import counted, number
+from moetuner.report.cells import counted
 from moetuner.report.outcome import whose_times
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
-HEAD = ("traffic", "tokens", "imbalance", "mixed", "total", "worst", "crossing", "fanout", "nodes")
-TIMES = ("layer, us", "mean", "p50", "p95", "p99")
+# Times have a table of their own.
+TIMES = [name for name, figure in FIGURES.items() if figure.unit == US]
+OTHERS = [name for name in FIGURES if name not in TIMES]
+HELP = f"""Replay a placement token by token, with its groups.
+
+{explain(*OTHERS, *TIMES)}.
+"""
 
 
-@click.command("evaluate")
+@click.command("evaluate", help=HELP)
 @click.argument("placement_file", metavar="PLACEMENT", type=options.IN_FILE)
 @traffic_options
 @machine_options
@@ -45,21 +51,13 @@ def command(
     mixed_seed: int,
     json_file: Path | None,
 ) -> None:
-    """Replay a placement token by token, for all traffic and for each of its groups.
-
-    imbalance: max / mean device load, averaged over layers and windows as they arrive (--arrival);
-    mixed: of windows in which sequences are served together, the more the more INPUT has, so that
-    inputs of different size do not compare; total: of the sum of all windows; worst: of any layer
-    and window; crossing: share of transitions between devices; fanout, nodes: devices and nodes
-    that a token visits in a layer; layer us: predicted time of a layer, and what 50, 95 and 99
-    percent of layers and windows do not exceed.
-    """
+    """Replay a placement, and print its figures."""
     placement = source.load(placement_file)
     topology = machine.topology(placement.devices)
     traffic, window = source.traffic, source.counted
     how = serving.arguments(traffic)
     with working("replaying"):
-        found = evaluate(
+        evaluation = evaluate(
             placement,
             traffic,
             topology,
@@ -79,14 +77,14 @@ def command(
         f"{counted(placement.slots_per_device, 'slot')}{windows}"
     )
     output.say()
-    rows = [("all", found), *found.by_group.items()]
-    output.table(HEAD, [_row(name, each) for name, each in rows])
+    rows = [("all", evaluation), *evaluation.by_group.items()]
+    _table(output, "traffic", rows, OTHERS)
     output.say(_mixed(traffic, mixed_seed))
     output.say()
-    output.table(TIMES, [_times(name, each) for name, each in rows])
+    _table(output, "layer, us", rows, TIMES, first="mean")
     output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
     output.say()
-    for name, ports in found.busiest_port.items():
+    for name, ports in evaluation.busiest_port.items():
         output.say(_ports(name, ports))
     output.finish(
         {
@@ -97,7 +95,7 @@ def command(
                 "window": window,
                 "mixed_seed": mixed_seed,
             },
-            **found.to_dict(),
+            **evaluation.to_dict(),
         }
     )
 
@@ -113,27 +111,18 @@ def _mixed(traffic: RoutingTrace | RoutingStatistics, seed: int) -> str:
     return f"mixed: {running} of {sequences:,} sequences at once, groups fewer, seed {seed}"
 
 
-def _row(name: str, of: Evaluation) -> tuple[str, ...]:
-    return (
-        name,
-        "-" if of.tokens is None else f"{of.tokens:,}",
-        number(of.imbalance, 3),
-        number(of.imbalance_mixed, 3),
-        number(of.imbalance_total, 3),
-        number(of.imbalance_worst, 2),
-        number(of.crossing, 4),
-        number(of.fanout, 3),
-        number(of.node_fanout, 3),
-    )
-
-
-def _times(name: str, of: Evaluation) -> tuple[str, ...]:
-    return (
-        name,
-        number(of.predicted_layer_us, 1),
-        number(of.predicted_layer_us_p50, 1),
-        number(of.predicted_layer_us_p95, 1),
-        number(of.predicted_layer_us_p99, 1),
+def _table(
+    output: Output,
+    title: str,
+    rows: list[tuple[str, Evaluation]],
+    names: list[str],
+    first: str = "",
+) -> None:
+    """Print figures of all traffic and of groups; the first column may have another head."""
+    head = [FIGURES[name].column for name in names]
+    output.table(
+        (title, first or head[0], *head[1:]),
+        [(group, *(FIGURES[name].text(getattr(of, name)) for name in names)) for group, of in rows],
     )
 
 

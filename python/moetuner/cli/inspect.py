@@ -9,14 +9,15 @@ from pathlib import Path
 import click
 import numpy as np
 
-from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
+from moetuner.cli.options.machine import DEVICES
 from moetuner.cli.options.serving import Serving, serving_options
 from moetuner.cli.options.traffic import Source, traffic_options
 from moetuner.cli.output import Output, shares, working
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.auditing import blocks
 from moetuner.evaluation.intervals import FEWEST
+from moetuner.problem import TRAFFIC_CAP
 from moetuner.report.cells import number, percent
 from moetuner.report.outcome import whose_times
 from moetuner.report.structure import Structure, structure
@@ -28,21 +29,21 @@ LITTLE = 0.005
 
 @click.command("inspect")
 @traffic_options
-@click.option(
+@options.option(
     "--devices",
-    type=click.IntRange(1, DEVICE_LIMIT),
+    DEVICES,
+    "N",
+    "Devices for which inter-layer structure is measured.",
     default=4,
     show_default=True,
-    metavar="N",
-    help="Devices for which inter-layer structure is measured.",
 )
-@click.option(
+@options.option(
     "--max-imbalance",
-    type=options.Number(min=1, infinite=True),
-    default=1.05,
+    options.Number(min=1, infinite=True),
+    "X",
+    "Load cap of the placements that measure it.",
+    default=TRAFFIC_CAP,
     show_default=True,
-    metavar="X",
-    help="Load cap of the placements that measure it.",
 )
 @serving_options
 @options.seed_option
@@ -55,15 +56,14 @@ def command(
     seed: int,
     json_file: Path | None,
 ) -> None:
-    """Show what is in a trace: sizes, skew, differences between groups, inter-layer structure.
+    """Show what is in a trace: skew, groups, structure.
 
     With --for, or another option that says how INPUT is served, also the predicted time of experts
     in blocks, as engines load them: what "moetuner solve" names for contiguous.
     """
-    traffic = source.traffic
     with working("looking for structure") as report:
-        found = structure(
-            traffic,
+        measured = structure(
+            source.traffic,
             devices,
             max_imbalance=max_imbalance,
             seed=seed,
@@ -73,10 +73,10 @@ def command(
     output = Output(json_file)
     output.say(source.describe())
     output.say()
-    show_skew(output, found)
-    show_groups(output, found)
-    show_crossings(output, found)
-    contents = {"input": source.facts(), **asdict(found)}
+    show_skew(output, measured)
+    show_groups(output, measured)
+    show_crossings(output, measured)
+    contents = {"input": source.facts(), **asdict(measured)}
     if serving.is_given:
         contents["contiguous"] = show_served(output, source, serving, devices)
     output.finish(contents)
@@ -85,51 +85,46 @@ def command(
 def show_served(
     output: Output, source: Source, serving: Serving, devices: int
 ) -> dict[str, float | None]:
-    """Print and return what experts in blocks make of the traffic as it is served."""
+    """Print and return the figures of experts in blocks for the traffic as it is served."""
     traffic, how = source.traffic, serving.arguments(source.traffic)
+    placement = blocks(traffic.layers, traffic.num_experts, devices)
     with working("replaying"):
-        found = evaluate(
-            blocks(traffic.layers, traffic.num_experts, devices),
-            traffic,
-            window=source.replayed,
-            **how,
-            threads=source.threads,
-        )
+        of = evaluate(placement, traffic, window=source.replayed, **how, threads=source.threads)
     output.say()
     if serving.engine is not None:
         output.say(serving.explain())
     output.say(
-        f"Experts in blocks: imbalance {number(found.imbalance, 3)}, predicted time "
-        f"{number(found.predicted_layer_us, 1)} us per layer."
+        f"Experts in blocks: imbalance {number(of.imbalance, 3)}, predicted time "
+        f"{number(of.predicted_layer_us, 1)} us per layer."
     )
     output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
     names = ("imbalance", "imbalance_mixed", "predicted_layer_us")
-    return {name: getattr(found, name) for name in names}
+    return {name: getattr(of, name) for name in names}
 
 
-def show_skew(output: Output, found: Structure) -> None:
+def show_skew(output: Output, of: Structure) -> None:
     """Print what differs from layer to layer."""
     rows = [
-        _spread("busiest expert / mean load", found.skew, 2),
-        _spread("experts never used", found.unused, 0),
+        _spread("busiest expert / mean load", of.skew, 2),
+        _spread("experts never used", of.unused, 0),
     ]
-    if found.information and found.information_chance:
-        rows.append(_spread("bits known of the next layer", found.information, 2))
-        rows.append(_spread("  and more by mere chance", found.information_chance, 2))
+    if of.information and of.information_chance:
+        rows.append(_spread("information on next layer, bits", of.information, 2))
+        rows.append(_spread("  in addition, expected by chance", of.information_chance, 2))
     output.table(("per layer", "least", "median", "most", "in layer"), rows)
     output.say()
 
 
-def show_groups(output: Output, found: Structure) -> None:
+def show_groups(output: Output, of: Structure) -> None:
     """Print how far groups are from the mix."""
-    if not found.group_share:
-        output.say("No groups: nothing to compare between kinds of traffic.")
+    if not of.group_share:
+        output.say("INPUT has no groups to compare.")
         output.say()
         return
     # The groups that differ most are shown where there are many.
-    names = sorted(found.group_share, key=lambda name: -found.group_distance[name])
+    names = sorted(of.group_share, key=lambda name: -of.group_distance[name])
     rows = [
-        (name, percent(found.group_share[name]), number(found.group_distance[name], 3))
+        (name, percent(of.group_share[name]), number(of.group_distance[name], 3))
         for name in names[:MOST_GROUPS]
     ]
     output.table(("group", "share", "distance"), rows)
@@ -139,42 +134,42 @@ def show_groups(output: Output, found: Structure) -> None:
     output.say()
 
 
-def show_crossings(output: Output, found: Structure) -> None:
+def show_crossings(output: Output, of: Structure) -> None:
     """Print the crossing reached beside the independence null, and what their gap means."""
-    if found.crossing_contiguous is None:
-        output.say("No transitions: nothing is known of inter-layer structure.")
+    if of.crossing_contiguous is None:
+        output.say("No transitions: INPUT says nothing of inter-layer structure.")
         return
-    if found.crossing is None or found.crossing_independent is None:
+    if of.crossing is None or of.crossing_independent is None:
         output.say(
-            "No sequences can be held out: what a placement can win by inter-layer structure is "
-            "not known. Give the trace instead of its statistics."
+            "No sequences can be held out, so the gain by structure between layers is not "
+            "measured. Give the trace instead of its statistics."
         )
         return
     output.table(
-        ("crossing on held-out sequences", f"{found.devices} devices"),
+        ("crossing on held-out sequences", f"{of.devices} devices"),
         [
-            ("contiguous", number(found.crossing_contiguous, 4)),
-            ("independence null", number(found.crossing_independent, 4)),
-            (f"searched, load cap {found.max_imbalance:g}", number(found.crossing, 4)),
+            ("contiguous", number(of.crossing_contiguous, 4)),
+            ("independence null", number(of.crossing_independent, 4)),
+            (f"searched, load cap {of.max_imbalance:g}", number(of.crossing, 4)),
         ],
     )
-    if found.gain is None:
+    if of.gain is None:
         output.say(
-            f"Fewer than {FEWEST} independent held-out sequences: too few to tell structure from "
-            "chance. Record more, with sequence labels."
+            f"Fewer than {FEWEST} independent sequences are held out, too few to tell structure "
+            "from chance. Record more, with sequence labels."
         )
         return
-    low, high = found.gain
+    low, high = of.gain
     between = f"{percent(low)} to {percent(high)}"
     if high < LITTLE:
-        output.say("The null is about as good: neighbouring layers route all but independently.")
+        output.say("The null is about as good: neighbouring layers route almost independently.")
     elif low <= 0:
         output.say(
-            f"The gap to the null, {between}, may be chance: structure between layers is not shown."
+            f"The gap to the null, {between}, may be chance: it is no evidence of structure."
         )
     else:
         output.say(
-            f"{percent(found.crossing_independent - found.crossing)} of the transitions "
+            f"{percent(of.crossing_independent - of.crossing)} of the transitions "
             f"({between}) stay on their device because neighbouring layers route together: that "
             "gap to the null is what inter-layer placement can win here."
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from moetuner.files import descriptor_of, replacing
 from moetuner.files.text import line, name, printable
+from moetuner.report.cells import finite
 from moetuner.solver import Progress
 
 # Output that goes to a file or another program is not fitted to any screen.
@@ -27,7 +27,7 @@ STANDARD_OUTPUT = 1
 
 
 class Output:
-    """Standard output of one subcommand.
+    """Standard output of a subcommand.
 
     Parameters
     ----------
@@ -46,10 +46,10 @@ class Output:
             self._console.width = UNLIMITED
 
     def say(self, text: str = "") -> None:
-        """Print a line, or several; names in it may not do more than be seen."""
+        """Print lines; control characters in them are escaped."""
         if not self._quiet:
-            for each in text.split("\n"):
-                self._console.print(line(each), soft_wrap=True)
+            for row in text.split("\n"):
+                self._console.print(line(row), soft_wrap=True)
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print aligned columns: the first to the left, numbers to the right."""
@@ -65,23 +65,12 @@ class Output:
         """Write the JSON, if it is wanted."""
         if self._json is None:
             return
-        text = json.dumps(_finite(contents), indent=2, allow_nan=False)
+        text = json.dumps(finite(contents), indent=2, allow_nan=False)
         if str(self._json) == "-":
             click.echo(text)
         else:
             with replacing(self._json) as temporary:
                 temporary.write_text(text + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON cannot say, such as an infinite cap, by null."""
-    if isinstance(value, dict):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 # A log gets the first line after a second, the next ones rarely; a screen is drawn anew so often.
@@ -92,7 +81,7 @@ FRAMES_PER_S = 4
 
 @contextmanager
 def working(label: str) -> Iterator[Callable[[Progress], None]]:
-    """Show what is being done while it takes long; yield what ``solve`` reports progress to."""
+    """Show what is being done while it takes long; yield a progress callback for ``solve``."""
     label = printable(label)
     console = Console(stderr=True, highlight=False, markup=False)
     if console.is_terminal:
@@ -134,14 +123,14 @@ def working(label: str) -> Iterator[Callable[[Progress], None]]:
 
 @contextmanager
 def steps(label: str) -> Iterator[Callable[[str], None]]:
-    """Show which step is being taken, and for how long all have taken; yield what is told them."""
+    """Show the current step and the time of all of them; yield a callback that takes its name."""
     began = time.monotonic()
     with working(label) as report:
         yield lambda step: report(Progress(time.monotonic() - began, step))
 
 
 def shares(report: Callable[[Progress], None], of: str) -> Callable[[float], None]:
-    """Return what is told the share of work that is done, and shows it."""
+    """Return a callback that shows the share of work that is done."""
     began = time.monotonic()
     return lambda share: report(Progress(time.monotonic() - began, f"{100 * share:.0f} % {of}"))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -10,11 +13,13 @@ from moetuner.cli import options
 from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.serving import Serving, serving_options
 from moetuner.cli.options.traffic import Source, traffic_options
-from moetuner.cli.output import Output, working
-from moetuner.cli.reporting import load_of, write_pair
-from moetuner.evaluation import evaluate
+from moetuner.cli.output import Output, shares, working
+from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.auditing import audit, contiguous
 from moetuner.files import text
+from moetuner.report.page import write_page
+from moetuner.report.page.data import Origin, PageData, of_placements
+from moetuner.report.page.figures import write_figures
 
 
 @click.command("report")
@@ -52,7 +57,7 @@ def command(
     expert_bytes: float | None,
     json_file: Path | None,
 ) -> None:
-    """Write one page that shows what PLACEMENT does to INPUT, beside what runs.
+    """Write one page on what a placement does to traffic.
 
     The page opens offline in any browser and sends nothing. Give traffic that the placement was not
     computed from, or it flatters.
@@ -70,57 +75,74 @@ def command(
     output.say(source.describe())
     if serving.engine is not None:
         output.say(serving.explain())
-    with working("replaying"):
-        evaluations = tuple(
-            evaluate(
-                each,
-                traffic,
-                topology,
-                window=source.replayed,
-                mixed=False,
-                **how,
-                threads=source.threads,
-            )
-            for each in (running, placement)
+    with working("replaying") as report:
+        before, after = evaluate_each(
+            [running, placement],
+            traffic,
+            topology,
+            window=source.replayed,
+            mixed=False,
+            **how,
+            threads=source.threads,
+            progress=shares(report, "of the tokens"),
         )
-    found = None
+    audited = None
     if traffic.group is not None:
+        how |= {"window": source.replayed or 1, "threads": source.threads}
         with working("comparing groups"):
-            found = audit(
-                placement,
-                traffic,
-                topology,
-                baseline=running,
-                window=source.replayed or 1,
-                **how,
-                threads=source.threads,
-            )
+            audited = audit(placement, traffic, topology, baseline=running, **how)
     contents = {
         "input": source.facts(),
         "settings": {
             "placement": str(placement_file),
             "baseline": None if baseline_file is None else str(baseline_file),
             "window": source.counted,
-            **serving.settings(topology, how),
+            **serving.settings(topology, serving.arguments(traffic)),
             "cost_model": model.name,
         },
-        "running": evaluations[0].to_dict(),
-        "proposed": evaluations[1].to_dict(),
-        "audit": None if found is None else found.to_dict(),
+        "running": before.to_dict(),
+        "proposed": after.to_dict(),
+        "audit": None if audited is None else audited.to_dict(),
     }
-    write_pair(
+    write_pages(
         report_file,
-        source,
-        topology,
-        names=names,
-        placements=(running, placement),
-        evaluations=(evaluations[0], evaluations[1]),
-        contents=contents,
-        output=output,
-        traffic="All of INPUT; what the placement was computed from flatters it.",
-        load=load_of(source, traffic),
-        token_bytes=model.token_bytes,
-        expert_bytes=expert_bytes,
-        audit=found,
+        lambda: of_placements(
+            *(names, (running, placement), (before, after), traffic, topology),
+            *(origin_of(source), contents),
+            traffic="All of INPUT; what the placement was computed from flatters it.",
+            token_bytes=model.token_bytes,
+            expert_bytes=expert_bytes,
+            audit=audited,
+        ),
+        output,
     )
     output.finish(contents)
+
+
+def origin_of(source: Source) -> Origin:
+    """Return where the numbers of a page come from."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    if words[0] in ("__main__.py", "-c"):
+        words[0] = "moetuner"
+    return Origin(
+        *(source.describe(), source.input_files, shlex.join(words)),
+        window=source.replayed,
+        threads=source.threads,
+    )
+
+
+def write_pages(path: Path | None, make: Callable[[], PageData], output: Output) -> None:
+    """Write the page and the figures that are wanted; without any, make no data."""
+    if not options.has_page(path):
+        return
+    folder = options.figures_folder()
+    with working("making the report"):
+        data = make()
+        if path is not None:
+            write_page(path, data)
+    if path is not None:
+        output.say(f"wrote {path}")
+    if folder is not None:
+        with working("drawing figures"):
+            number = write_figures(folder, data)
+        output.say(f"wrote {number} figures into {folder}/")

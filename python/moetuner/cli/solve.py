@@ -2,80 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 
 from moetuner.cli import options
 from moetuner.cli.attempt import judge, solve_with
-from moetuner.cli.options import moves
+from moetuner.cli.options import SearchOptions
 from moetuner.cli.options.machine import Machine, machine_options
 from moetuner.cli.options.moves import Moving, moving_options
-from moetuner.cli.options.problem import GROUPS, Asked, problem_options
+from moetuner.cli.options.problem import ProblemOptions, problem_options
 from moetuner.cli.options.traffic import Source, traffic_options
-from moetuner.cli.output import Output, working
-from moetuner.cli.reporting import write_comparison
-from moetuner.evaluation import evaluate
+from moetuner.cli.output import Output
+from moetuner.cli.report import origin_of, write_pages
 from moetuner.evaluation.auditing import contiguous
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.outcome import Outcome, head, remarks, sentences, slower
-from moetuner.solver import ALIASES, METHODS, Result, Trade
+from moetuner.report.page.data import of_outcomes
+from moetuner.solver import ALIASES, METHODS, Result
+
+FLATTERED = (
+    "The traffic that the placement was computed from, which flatters it; moetuner advise judges "
+    "on unseen traffic."
+)
 
 
 def parse_method(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    """Return the method that a name, or another name of it, means."""
+    """Return the method of a name, or of another name of it."""
     name = ALIASES.get(value, value)
     if name not in METHODS:
-        raise click.BadParameter(
-            f"must be one of {', '.join(METHODS)}, got '{value:.60}'{options.meant(value, METHODS)}"
-        )
+        near = options.suggestion(value, METHODS)
+        raise click.BadParameter(f"must be one of {', '.join(METHODS)}, got '{value:.60}'{near}")
     return name
 
 
-HELP = {
-    "Begin with": "--devices --devices-per-node --for --out --report",
-    **GROUPS,
-    "From a running placement": "--initial --expert-bytes --move-budget --move-cost --pareto",
-    "The search": "--method --time-limit --seed --threads --certificate",
-}
-
-
-@click.command("solve", cls=options.Grouped, groups=HELP)
+@click.command(
+    "solve",
+    cls=options.Grouped,
+    begin_with="--devices --devices-per-node --for --out --report",
+)
 @traffic_options
 @machine_options
 @problem_options
 @moving_options
-@options.time_limit_option
-@click.option(
+@options.option(
     "--method",
-    callback=parse_method,
-    shell_complete=options.completing(*METHODS),
-    metavar="METHOD",
+    str,
+    "METHOD",
+    f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
+    group=options.SEARCH,
     default="joint",
     show_default=True,
-    help=f"Out of {', '.join(METHODS)}; paper is the two stages of MoETuner.",
+    callback=parse_method,
+    shell_complete=options.completing(*METHODS),
 )
-@options.seed_option
-@click.option(
+@options.search_options
+@options.option(
     "--out",
-    "out_file",
-    type=options.OutFile(),
+    options.OutFile(),
+    "FILE",
+    "Write the placement to this file, as JSON.",
+    name="out_file",
     default="placement.json",
     show_default=True,
-    metavar="FILE",
-    help="Placement to write, as JSON.",
 )
-@click.option(
+@options.option(
     "--certificate",
-    "certificate_file",
-    type=options.OutFile(),
-    metavar="FILE",
-    help='Write the proof of the bound, for "moetuner verify"; without one the command fails.',
+    options.OutFile(),
+    "FILE",
+    'Write the proof of the bound, for "moetuner verify"; the command fails if there is none.',
+    name="certificate_file",
+    group=options.SEARCH,
 )
 @options.report_option
 @options.figures_option
@@ -83,150 +84,102 @@ HELP = {
 def command(
     source: Source,
     machine: Machine,
-    asked: Asked,
+    wanted: ProblemOptions,
     moving: Moving,
-    time_limit: float | None,
     method: str,
-    seed: int,
+    search: SearchOptions,
     out_file: Path,
     certificate_file: Path | None,
     report_file: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Compute a placement for all of INPUT and write it.
+    """Compute a placement and write it.
 
-    Ctrl-C writes the best placement so far. "moetuner compare" says what to expect on traffic that
-    the solver has not seen.
+    The placement is computed for all of INPUT. Ctrl-C writes the best placement so far. "moetuner
+    compare" says what to expect on traffic that the solver has not seen.
     """
-    topology, initial = machine.topology(), moving.initial()
-    window, threads = source.counted, source.threads
-    problem = asked.problem(source.traffic, topology, window=window, threads=threads)
+    initial, window, threads = moving.initial(), source.counted, source.threads
+    problem = wanted.problem(source.traffic, machine.topology(), window=window, threads=threads)
     if initial is not None:
         problem.check_running(initial)  # before anything is said
     if certificate_file is not None:
         _refuse_unprovable(problem, method, moving=initial is not None)
-    how: dict[str, Any] = {"seed": seed, "threads": threads}
-
+    how = {**asdict(search), "threads": threads}
     output = Output(json_file)
     output.say(source.describe())
-    if asked.engine is not None:
-        output.say(asked.explain_problem(problem))
-    results = [
-        solve_with(method, problem, time_limit=time_limit, **how, **moving.arguments(initial))
-    ]
+    if wanted.engine is not None:
+        output.say(wanted.explain_problem(problem))
+    result = solve_with(method, problem, **how, **moving.arguments(initial))
     # Written before anything is said about it: a closed pipe must not lose the answer.
-    results[0].placement.save(out_file)
+    result.placement.save(out_file)
     output.say()
+    page = options.has_page(report_file)
     try:
-        if method != "contiguous" and results[0].status != "interrupted":
-            results.insert(0, solve_with("contiguous", problem, **how))
-        # What runs if nothing is done: experts in blocks, each of them once. It is replayed only
-        # where it is asked about and is not there already.
-        blocks = contiguous(results[-1].placement)
-        is_there = np.array_equal(results[0].placement.slots, blocks.slots)
-        more = [] if initial is not None or is_there else [replace(results[-1], placement=blocks)]
-        replayed = judge(
-            [*more, *results], problem, source.traffic, window=source.replayed, threads=threads
-        )
+        before, outcomes = _judge(_running(result, initial, page=page), result, source, problem)
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
-    outcomes = replayed[len(more) :]
+    _show(output, problem, outcomes, before if initial is None else None)
+    moves, trades = moving.show(output, problem, initial, result, **how)
+    output.say(f"wrote {out_file}")
+    failure = _prove(problem, result, certificate_file, output) if certificate_file else None
+    settings = {**wanted.problem_settings(problem), **moving.settings(), "window": window, **how}
+    contents = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
+    contents |= {"method": method, **outcomes[-1].to_dict(), **moves}
+    write_pages(
+        report_file,
+        lambda: of_outcomes(
+            *(before, outcomes[-1], source.traffic, origin_of(source), contents),
+            traffic=FLATTERED,
+            trades=trades,
+            expert_bytes=moving.expert_bytes,
+        ),
+        output,
+    )
+    output.finish(contents)
+    if failure is not None:
+        raise click.ClickException(failure)
+
+
+def _running(result: Result, initial: Placement | None, *, page: bool) -> Result | None:
+    """Return what runs if nothing is done, if anything is said of it: a placement, else blocks."""
+    if initial is None:
+        return replace(result, placement=contiguous(result.placement), method="contiguous")
+    return replace(result, placement=initial, method="running") if page else None
+
+
+def _judge(
+    running: Result | None, result: Result, source: Source, problem: Problem
+) -> tuple[Outcome, list[Outcome]]:
+    """Replay what runs, method contiguous, and a result.
+
+    Returns
+    -------
+    before, rows
+        What runs, if it is given; the rows of the table, of which the last is the result's.
+    """
+    rows, more, threads = [result], [], source.threads
+    if result.method != "contiguous" and result.status != "interrupted":
+        rows.insert(0, solve_with("contiguous", problem, threads=threads))
+    if running is not None and not np.array_equal(rows[0].placement.slots, running.placement.slots):
+        more = [running]
+    outcomes = judge(
+        [*more, *rows], problem, source.traffic, window=source.replayed, threads=threads
+    )
+    return outcomes[0], outcomes[len(more) :]
+
+
+def _show(
+    output: Output, problem: Problem, outcomes: list[Outcome], blocks: Outcome | None
+) -> None:
+    """Print the table, what the result is worth, and a warning if it is slower than blocks."""
     outcome = outcomes[-1]
-    output.table(head(problem), [each.row() for each in outcomes])
-    broken = [each for each in outcomes[:-1] if each.breaks_rules]
+    output.table(head(problem), [row.row() for row in outcomes])
+    broken = [row for row in outcomes[:-1] if row.breaks_rules]
     for line in (*remarks([*broken, outcome], problem), *sentences(outcome)):
         output.say(line)
-    if initial is None:
-        for line in slower(outcome, replayed[0]):
+    if blocks is not None:
+        for line in slower(outcome, blocks):
             output.say(line)
-    answer: dict[str, Any] = {}
-    trades: list[Trade] = []
-    if initial is not None:
-        diff = initial.diff(outcome.result.placement, topology=topology)
-        for line in moves.sentences(diff, topology, moving):
-            output.say(line)
-        moves.show_pairs(output, diff)
-        known = moving.expert_bytes is not None
-        bytes_moved = diff.experts_moved * moving.each if known else None
-        answer["moves"] = {**diff.to_dict(), "bytes_moved": bytes_moved}
-        if moving.wants_pareto and outcome.result.status != "interrupted":
-            trades = moves.show_pareto(
-                output, problem, initial, moving, time_limit=time_limit, **how
-            )
-            answer["pareto"] = moves.told(trades, moving)
-    output.say(f"wrote {out_file}")
-    failed: click.ClickException | None = None
-    if certificate_file is not None:
-        try:
-            output.say(_prove(problem, outcome.result, certificate_file))
-        except click.ClickException as error:
-            failed = error
-    contents = {
-        "input": source.facts(),
-        "settings": {
-            **asked.problem_settings(problem),
-            **moving.settings(),
-            "window": window,
-            "time_limit": time_limit,
-            **how,
-        },
-        "placement": str(out_file),
-        "method": method,
-        **outcome.to_dict(),
-        **answer,
-    }
-    if report_file is not None or options.figures_folder() is not None:
-        _report(report_file, source, outcomes, initial, moving, contents, trades, output)
-    output.finish(contents)
-    if failed is not None:
-        raise failed
-
-
-def _report(
-    path: Path | None,
-    source: Source,
-    outcomes: list[Outcome],
-    initial: Placement | None,
-    moving: Moving,
-    contents: dict[str, Any],
-    trades: list[Trade],
-    output: Output,
-) -> None:
-    """Write a page of the placement beside what runs, or experts in blocks."""
-    after = outcomes[-1]
-    problem = after.problem
-    running, name = initial, "running"
-    if running is None:
-        running, name = contiguous(after.result.placement), "contiguous"
-    if len(outcomes) == 1 or initial is not None:
-        with working("replaying what runs"):
-            before = evaluate(
-                running,
-                source.traffic,
-                problem.topology,
-                window=source.replayed,
-                split=problem.split,
-                cost_model=Objective(problem).cost_model,
-                regime=problem.regime,
-                arrival=problem.arrival,
-                threads=source.threads,
-            )
-    else:
-        running, before = outcomes[0].result.placement, outcomes[0].evaluation
-    result = replace(after.result, placement=running, method=name)
-    write_comparison(
-        path,
-        source,
-        Outcome(problem, result, before),
-        after,
-        contents,
-        output,
-        traffic="The traffic that the placement was computed from, which flatters it; moetuner "
-        "advise judges on unseen traffic.",
-        judged_on=source.traffic,
-        trades=tuple(trades),
-        expert_bytes=moving.expert_bytes,
-    )
 
 
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
@@ -238,9 +191,9 @@ def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
     elif moving:
         why = "nothing is proven of moves from --initial"
     elif problem.may_copy:
-        why = "nothing is proven where slots may hold copies of experts"
+        why = "nothing is proven if slots may hold copies of experts"
     elif not problem.is_plain:
-        why = "nothing is proven where devices, slots or experts have rules of their own"
+        why = "nothing is proven if devices, slots or experts have rules of their own"
     elif not Objective(problem).has_traffic:
         why = "INPUT has none of the pairs that traffic is made of"
     else:
@@ -248,19 +201,21 @@ def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
     raise click.UsageError(f"'--certificate' needs a bound with a proof to write: {why}.")
 
 
-def _prove(problem: Problem, result: Result, path: Path) -> str:
-    """Write the certificate of a bound, and say what it proves."""
+def _prove(problem: Problem, result: Result, path: Path, output: Output) -> str | None:
+    """Write the certificate of a bound and print what it proves; return why there is none."""
     certificate = result.certificate
     if certificate is None:
         if path.is_file():
             path.unlink()
-        raise click.ClickException(
+        return (
             f"{path}: no certificate was written, as the solve ended ({result.status}) without a "
             "bound that has one; the placement was written"
         )
     certificate.save(path)
     worth = Objective(problem)
     proven = certificate.cost / (worth.tokens if certificate.method == "visits" else worth.scale)
-    if result.bound is None or proven >= result.bound:
-        return f"wrote {path}"
-    return f"wrote {path}, which proves {proven:.6f}; what was proven on top has no certificate"
+    line = f"wrote {path}"
+    if result.bound is not None and proven < result.bound:
+        line += f", which proves {proven:.6f}; the bound beyond that has no certificate"
+    output.say(line)
+    return None

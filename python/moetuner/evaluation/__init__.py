@@ -12,34 +12,25 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner._checks import flag, instance, one_of, seed_in, threads_in, window_in
 from moetuner.cost import CostModel
 from moetuner.evaluation import arrival as arrival_
-from moetuner.evaluation import copies, figures, replay
+from moetuner.evaluation import copies, replay
 from moetuner.evaluation.arrival import Arrival
+from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.copies import Split
+from moetuner.evaluation.figures import FIGURES, Replay, Weighed, busiest_port
+from moetuner.evaluation.intervals import Sums
 from moetuner.evaluation.replay import Counts, Setting
 from moetuner.evaluation.rows import dispatch_rows, homes_of
+from moetuner.evaluation.units import Units
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
-# Figures of a table.
-SHOWN = (
-    "tokens",
-    "imbalance",
-    "imbalance_mixed",
-    "imbalance_total",
-    "imbalance_worst",
-    "crossing",
-    "fanout",
-    "node_fanout",
-    "predicted_layer_us",
-)
-
 
 @dataclass(frozen=True)
 class Replayed:
-    """What was evaluated, for those who ask what another choice of sequences had brought.
+    """What was evaluated, for those who ask what other sequences would have brought.
 
     Parameters
     ----------
@@ -54,6 +45,13 @@ class Replayed:
     model: CostModel | None
     regime: Regime
     group: str | None = None
+
+    def sums(self, units: Units, *, only_whole: bool = False) -> dict[str | None, dict[str, Sums]]:
+        """Compute what every unit adds to the figures of all traffic (None) and of every group."""
+        setting = replace(self.setting, with_mixed=False)
+        return of_traffic(
+            self.traffic, setting, self.model, self.regime, units, only_whole=only_whole
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,6 +86,8 @@ class Evaluation(Frozen):
         Share of transitions whose two experts are on different devices.
     fanout, node_fanout
         Distinct devices (nodes) that a token visits in a layer, on average.
+    slots_used
+        Slots of a device in a layer that hold an expert, on average; the others are free.
     traffic
         Rows moved from device to device, by regime. ``follow`` [L-1,D,D]: pairs of neighbouring
         layers' experts, the diagonal stays. ``dispatch`` [L,D,D]: from home device to device of
@@ -125,6 +125,7 @@ class Evaluation(Frozen):
     crossing: float | None
     fanout: float | None
     node_fanout: float | None
+    slots_used: float
     traffic: dict[str, NDArray[Any]]
     busiest_port: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     predicted_layer_us: float | None = None
@@ -141,7 +142,7 @@ class Evaluation(Frozen):
         return {**self.__dict__, "replayed": None}
 
     def _repr_html_(self) -> str:
-        names = [name for name in SHOWN if getattr(self, name) is not None]
+        names = [name for name in FIGURES if getattr(self, name) is not None]
         rows = [("all", self), *self.by_group.items()]
         return html_table(
             ("group", *names),
@@ -292,21 +293,18 @@ def evaluate_each(
     # Where tokens are replayed in mixed order anyway, their windows are not counted once more.
     is_mixed = any(order is not None for _, order in orders)
     counting = [replace(each, with_mixed=mixed and not is_mixed) for each in settings]
+    if home is not None and isinstance(traffic, RoutingStatistics):
+        raise ValueError("home needs a trace: statistics have no tokens")
+    if home is not None and split != "even":
+        raise ValueError(f"home needs split 'even', got {split!r}: others know homes only spread")
     runs: list[Iterator[tuple[Counts, dict[str, Counts]]]] = []
     for number, (_, order) in enumerate(orders):
         if isinstance(traffic, RoutingStatistics):
-            if home is not None:
-                raise ValueError("home needs a trace: statistics have no tokens")
             runs.append(replay.of_statistics(traffic, setting) for setting in counting)
         else:
-            if home is not None and split != "even":
-                raise ValueError(
-                    f"home needs split 'even', got {split!r}: others know homes only spread"
-                )
-            trace = arrival_.in_order(traffic, order)
             part = _part_of(progress, number, len(orders))
-            runs.append(replay.of_trace(trace, counting, part))
-    found = []
+            runs.append(replay.of_trace(arrival_.in_order(traffic, order), counting, part))
+    evaluated = []
     for setting, *parts in zip(settings, *runs, strict=True):
         if home is not None and isinstance(traffic, RoutingTrace):
             parts = [
@@ -315,18 +313,17 @@ def evaluate_each(
             ]
         named: dict[str | None, list[Counts]] = {None: [counts for counts, _ in parts]}
         named |= {name: [groups[name] for _, groups in parts] for name in parts[0][1]}
-        evaluations: dict[str | None, Evaluation] = {}
+        evaluations = {}
         for name, of_orders in named.items():
             weighed = [(weight, of) for (weight, _), of in zip(orders, of_orders, strict=True)]
-            evaluation = _evaluation(weighed, topology, cost_model, regime)
-            if mixed and is_mixed:
-                ratios = figures.ratios(of_orders[-1].load, topology.speed_of_device)
-                evaluation = replace(evaluation, imbalance_mixed=float(ratios.mean()))
-            replayed = Replayed(traffic, setting, cost_model, regime, name)
-            evaluations[name] = replace(evaluation, replayed=replayed)
+            # Where tokens are replayed in mixed order anyway, that is the last order.
+            in_mixed_order = of_orders[-1].load if mixed and is_mixed else of_orders[0].mixed
+            evaluations[name] = _evaluation(
+                Replay(weighed, in_mixed_order, setting, cost_model, regime), traffic, name
+            )
         by_group = {name: of for name, of in evaluations.items() if name is not None}
-        found.append(replace(evaluations[None], by_group=by_group))
-    return found
+        evaluated.append(replace(evaluations[None], by_group=by_group))
+    return evaluated
 
 
 def _part_of(
@@ -359,12 +356,12 @@ def check_model(
     instance("placement", placement, Placement)
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
     experts = traffic.num_experts if isinstance(traffic, RoutingTrace) else traffic.experts
-    found = (traffic.layers, experts, topology.devices)
-    wanted = (placement.layers, placement.num_experts, placement.devices)
-    if found != wanted:
+    shape = (traffic.layers, experts, topology.devices)
+    given = (placement.layers, placement.num_experts, placement.devices)
+    if shape != given:
         raise ValueError(
-            f"placement must have {found[0]} layers, {found[1]} experts and {found[2]} devices "
-            f"like the input and topology, got {wanted[0]}, {wanted[1]} and {wanted[2]}"
+            f"placement must have {shape[0]} layers, {shape[1]} experts and {shape[2]} devices "
+            f"like the input and topology, got {given[0]}, {given[1]} and {given[2]}"
         )
 
 
@@ -386,61 +383,23 @@ def _with_homes(
 
 
 def _evaluation(
-    parts: list[tuple[float, Counts]], topology: Topology, model: CostModel | None, regime: Regime
+    of: Replay, traffic: RoutingTrace | RoutingStatistics, group: str | None
 ) -> Evaluation:
-    """Compute figures of windows that were counted in one order of arrival or, by weight, in two.
-
-    What is of all tokens together is the same in any order.
-    """
-    speed = topology.speed_of_device
-    windowed = [(weight, figures.ratios(each.load, speed)) for weight, each in parts]
-    counts = parts[0][1]
-    visits = counts.visits
-    traffic: dict[str, NDArray[Any]] = {}
-    if counts.follow is not None:
-        traffic["follow"] = counts.follow
-    if counts.tokens is not None:
-        traffic["dispatch"] = counts.dispatch
-    # Fanouts are known where tokens are.
-    per_token = None if counts.tokens is None else max(counts.tokens, 1) * visits.shape[1]
-    node_visits = counts.node_visits
-    found = Evaluation(
-        tokens=counts.tokens,
-        imbalance=sum(weight * float(each.mean()) for weight, each in windowed),
-        imbalance_mixed=(
-            None if counts.mixed is None else float(figures.ratios(counts.mixed, speed).mean())
-        ),
-        imbalance_total=float(figures.ratios(counts.load.sum(axis=0), speed).mean()),
-        imbalance_worst=max(float(each.max()) for _, each in windowed),
-        imbalance_per_layer=_per_layer(windowed),
-        imbalance_per_window=tuple(windowed[0][1].mean(axis=1).tolist()),
-        crossing=None if counts.follow is None else figures.crossing(counts.follow),
-        fanout=None if per_token is None else int(visits.sum()) / per_token,
-        node_fanout=(
-            None if per_token is None or node_visits is None else int(node_visits.sum()) / per_token
-        ),
-        traffic=traffic,
-        busiest_port={name: figures.busiest_port(rows, topology) for name, rows in traffic.items()},
+    """Compute all figures of what was counted in one order of arrival or, by weight, in two."""
+    topology, rows = of.setting.topology, of.rows()
+    values: dict[str, Any] = {name: figure.compute(of) for name, figure in FIGURES.items()}
+    return Evaluation(
+        **values,
+        imbalance_per_layer=_per_layer(of.imbalances),
+        imbalance_per_window=tuple(of.imbalances[0][1].mean(axis=1).tolist()),
+        predicted_us_per_layer=_per_layer(of.times) if of.times else None,
+        traffic=rows,
+        busiest_port={name: busiest_port(table, topology) for name, table in rows.items()},
+        replayed=Replayed(traffic, of.setting, of.model, of.regime, group),
     )
-    return found if model is None else replace(found, **_times(parts, topology, model, regime))
 
 
-def _times(
-    parts: list[tuple[float, Counts]], topology: Topology, model: CostModel, regime: Regime
-) -> dict[str, Any]:
-    times = [(weight, figures.layer_us(each, topology, model, regime)) for weight, each in parts]
-    percentiles = {
-        f"predicted_layer_us_p{percent}": figures.percentile(times, percent)
-        for percent in (50, 95, 99)
-    }
-    return {
-        "predicted_layer_us": sum(weight * float(each.mean()) for weight, each in times),
-        "predicted_us_per_layer": _per_layer(times),
-        **percentiles,
-    }
-
-
-def _per_layer(windowed: list[tuple[float, NDArray[np.float64]]]) -> tuple[float, ...]:
+def _per_layer(windowed: Weighed) -> tuple[float, ...]:
     """Average figures of windows and layers [W,L] over windows, by weight."""
     means = [weight * each.mean(axis=0) for weight, each in windowed]
     return tuple(np.sum(means, axis=0).tolist())

@@ -119,9 +119,9 @@ def drawn_windows(
 ) -> NDArray[np.float64]:
     """Mix so many windows [count,...] of many [W,...], each counted by its weight [W]."""
     rng, size = np.random.default_rng(seed), min(len(windows), WINDOWS_MIXED)
-    found = np.empty((count, *windows.shape[1:]))
-    each = weight.reshape(-1, *[1] * (windows.ndim - 1))
+    mixed = np.empty((count, *windows.shape[1:]))
+    weights = weight.reshape(-1, *[1] * (windows.ndim - 1))
     for number in range(count):
         drawn = rng.choice(len(windows), size, replace=False)
-        found[number] = (windows[drawn] * each[drawn]).mean(axis=0)
-    return found
+        mixed[number] = (windows[drawn] * weights[drawn]).mean(axis=0)
+    return mixed

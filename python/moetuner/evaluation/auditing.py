@@ -23,9 +23,9 @@ from moetuner._checks import (
     whole_number,
 )
 from moetuner.cost import CostModel
-from moetuner.evaluation import check_model, check_times, copies, topology_of
+from moetuner.evaluation import Replayed, check_model, check_times, copies, topology_of
 from moetuner.evaluation.arrival import Arrival, share_mixed
-from moetuner.evaluation.by_unit import of_traffic
+from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.intervals import (
     CONFIDENCE,
@@ -144,16 +144,14 @@ class Audit(Frozen):
         measures = tuple(listed("measures", measures, "names"))
         for measure in measures:
             one_of("measures", measure, self.whole)
-        found = []
+        findings = []
         for group, changes in (self.groups or {"all": self.whole}).items():
-            for measure, each in changes.items():
-                change: Interval | None = getattr(each, which)
-                surely = getattr(each, chance)
-                if change is None or (measures and measure not in measures):
-                    continue
-                if change.value > than and _is_beyond_chance(change, surely):
-                    found.append(Finding(group, measure, change, surely))
-        return sorted(found, key=lambda each: -each.change.value)
+            for measure in measures or self.whole:
+                change: Interval | None = getattr(changes[measure], which)
+                surely = getattr(changes[measure], chance)
+                if change is not None and change.value > than and _is_beyond_chance(change, surely):
+                    findings.append(Finding(group, measure, change, surely))
+        return sorted(findings, key=lambda each: -each.change.value)
 
     def _repr_html_(self) -> str:
         head = ("measure", "group", "baseline", "placement", "change", "from", "to")
@@ -203,11 +201,11 @@ def audit(
     """Compare a placement with a baseline for every group of the traffic.
 
     Every group is replayed by itself, in windows of its own tokens, under both placements.
-    Intervals are of a bootstrap over whole sequences; what
-    several have in one window is shared out among them. Where sequences are not known, they are
-    over blocks of windows, as long as neighbours are alike. Both placements see the same resamples,
-    so what they have in common does not blur the change. What is named is corrected for the number
-    of groups and measures (Holm's way).
+    Intervals are of a bootstrap over whole sequences; what several have in one window is shared out
+    among them. Where sequences are not known, they are over blocks of windows, as long as
+    neighbours are alike. Both placements see the same resamples, so what they have in common does
+    not blur the change. What is named is corrected for the number of groups and measures (Holm's
+    way).
 
     Parameters
     ----------
@@ -270,37 +268,49 @@ def audit(
         units = units_of(traffic, window=window, threads=threads)
     with_active = cost_model is not None and cost_model.expert_us > 0
     mine, theirs = (
-        of_traffic(
+        Replayed(
             traffic,
-            Setting(
-                *(each, topology, window, split, with_active, threads),
-                with_mixed=False,
-                arrival=arrival,
-            ),
+            Setting(*(each, topology, window, split, with_active, threads), arrival=arrival),
             cost_model,
             regime,
-            units,
-        )
+        ).sums(units)
         for each in (placement, baseline)
     )
-    changes: dict[str, dict[str, Paired]] = {}
-    whole: dict[str, Paired] = {}
-    for number, name in enumerate(mine):
-        # Streams of their own, so that groups are resampled independently.
-        rng = np.random.default_rng([seed, number])
-        found = paired(mine[name], theirs[name], resamples=resamples, rng=rng)
-        if name is None:
-            whole = found
-        else:
-            changes[name] = found
-    groups = changes or {"all": whole}
-    judged = _judged(groups)
+    # Streams of their own, so that groups are resampled independently.
+    resampled = {
+        name: paired(
+            *(mine[name], theirs[name]),
+            resamples=resamples,
+            rng=np.random.default_rng([seed, number]),
+        )
+        for number, name in enumerate(mine)
+    }
+    whole = resampled[None]
+    groups = {name: of for name, of in resampled.items() if name is not None}
+    judged = _judged(groups or {"all": whole})
     return Audit(
-        {name: _shown(each) for name, each in whole.items()} if changes else judged["all"],
-        judged if changes else {},
+        {name: _shown(each) for name, each in whole.items()} if groups else judged["all"],
+        judged if groups else {},
         (units.name, _units(whole)),
-        _too_few(groups),
+        {
+            name: _units(of)
+            for name, of in (groups or {"all": whole}).items()
+            if _units(of) < FEWEST
+        },
         units.blocks.length,
+    )
+
+
+def compared(audited: Audit, measure: str, names: tuple[str, str]) -> Comparison | None:
+    """Return what a change brings to all traffic; None where the baseline has none of a measure."""
+    of = audited.whole[measure]
+    if of.change is None:
+        return None
+    low, high = (None if end is None else -end for end in (of.change.high, of.change.low))
+    return Comparison(
+        *(measure, of.baseline.value, of.value.value, -of.change.value, low, high),
+        units=audited.units[1],
+        names=names,
     )
 
 
@@ -315,13 +325,8 @@ def blocks(layers: int, experts: int, devices: int) -> Placement:
     return Placement.from_assignment(np.tile(device_of, (layers, 1)), devices)
 
 
-def _units(found: dict[str, Paired]) -> int:
-    return next(iter(found.values())).value.units
-
-
-def _too_few(groups: Resampled) -> dict[str, int]:
-    units = {group: _units(found) for group, found in groups.items()}
-    return {group: number for group, number in units.items() if number < FEWEST}
+def _units(figures: dict[str, Paired]) -> int:
+    return next(iter(figures.values())).value.units
 
 
 def _shown(of: Paired) -> Change:
@@ -335,45 +340,31 @@ def _is_beyond_chance(change: Interval, chance: float) -> bool:
 
 def _judged(groups: Resampled) -> dict[str, dict[str, Change]]:
     """Judge all changes of all groups, and how far each is behind the best, as one family."""
-    found = {
+    changes = {
         group: {name: _shown(each) for name, each in of.items()} for group, of in groups.items()
     }
-    asked: list[tuple[str, str, str]] = []
+    questions: list[tuple[str, str, str]] = []
     chances: list[float] = []
-    for group, of in groups.items():
-        for measure, each in of.items():
-            if each.change is not None and each.change.is_enough:
-                asked.append((group, measure, "chance"))
-                chances.append(each.change.chance)
     for measure in next(iter(groups.values())):
-        known = {
+        enough = {
             group: change
             for group, of in groups.items()
             if (change := of[measure].change) is not None and change.is_enough
         }
-        if len(known) < 2:
-            continue
         # Best is whose gain is surest: a small group may seem to gain most by chance.
-        best = min(known, key=lambda group: _at_worst(known[group].interval))
-        for group, own in known.items():
-            if group == best:
-                continue
-            behind = own - known[best]
-            found[group][measure] = replace(found[group][measure], behind=behind.interval)
-            asked.append((group, measure, "behind_chance"))
-            # The best was picked out of all others, for being far from this one.
-            chances.append(min((len(known) - 1) * behind.chance, 1.0))
-    for (group, measure, which), chance in zip(asked, holm(chances), strict=True):
-        before = found[group][measure]
-        if which == "chance":
-            found[group][measure] = replace(before, chance=chance)
-        else:
-            found[group][measure] = replace(before, behind_chance=chance)
-    return found
-
-
-def _at_worst(change: Interval) -> float:
-    return change.value if change.high is None else change.high
+        best = min(enough, key=lambda group: enough[group].interval.high or 0.0, default="")
+        for group, own in enough.items():
+            questions.append((group, measure, "chance"))
+            chances.append(own.chance)
+            if group != best:
+                behind = own - enough[best]
+                changes[group][measure] = replace(changes[group][measure], behind=behind.interval)
+                questions.append((group, measure, "behind_chance"))
+                # The best was picked out of all others, for being far from this one.
+                chances.append(min((len(enough) - 1) * behind.chance, 1.0))
+    for (group, measure, which), chance in zip(questions, holm(chances), strict=True):
+        changes[group][measure] = replace(changes[group][measure], **{which: chance})  # type: ignore[arg-type]
+    return changes
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:

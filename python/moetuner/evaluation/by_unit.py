@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +14,6 @@ from moetuner.evaluation import figures, replay
 from moetuner.evaluation.arrival import in_order, orders
 from moetuner.evaluation.intervals import Cuts, Sums
 from moetuner.evaluation.replay import Counts, Setting
-from moetuner.evaluation.rows import copies, mixed
 from moetuner.evaluation.units import INDEPENDENT, Blocks, Units, with_runs
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
@@ -21,8 +22,8 @@ from moetuner.trace import RoutingTrace
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
 
-# Tokens whose experts are looked up at once.
-AT_ONCE = 1 << 11
+# Tokens that are counted at once.
+AT_ONCE = 1 << 14
 # Counts of parts of windows that are held at once.
 CELLS = 1 << 20
 # By how much runs deviate too little that are as long as tokens are alike, and begin anywhere: the
@@ -55,8 +56,7 @@ def of_traffic(
         whole, groups = replay.of_statistics(traffic, setting)
         return {
             name: _summed(of_windows(counts, setting.topology, model, regime), units.blocks)
-            for name, counts in _parts(whole, groups)
-            if name is None or not only_whole
+            for name, counts in _parts(whole, {} if only_whole else groups)
         }
     served = orders(traffic, setting.arrival, seed=setting.mixed_seed)
     if any(order is not None for _, order in served):
@@ -86,15 +86,16 @@ def _of_trace(
     """Return the figures of a trace in its own order."""
     [(whole, groups)] = replay.of_trace(traffic, [setting])
     crossing = crossings(setting, traffic)
-    tokens = _tokens(traffic)
-    found: dict[str | None, dict[str, Sums]] = {}
-    for name, counts in _parts(whole, groups):
-        if name is None or not only_whole:
-            crossed = None if crossing is None else crossing[tokens[name]]
-            part = _Part(traffic, tokens[name], counts, crossed, setting, model, regime)
-            is_labelled = traffic.sequence is not None
-            found[name] = part.by_sequence(units) if is_labelled else part.by_window(units)
-    return found
+    by_name: dict[str | None, dict[str, Sums]] = {}
+    for name, counts in _parts(whole, {} if only_whole else groups):
+        tokens = np.arange(traffic.tokens)
+        if name is not None:
+            tokens = np.flatnonzero(traffic.group == traffic.group_names.index(name))
+        crossed = None if crossing is None else crossing[tokens]
+        part = _Part(traffic, tokens, counts, crossed, setting, model, regime)
+        is_labelled = traffic.sequence is not None
+        by_name[name] = part.by_sequence(units) if is_labelled else part.by_window(units)
+    return by_name
 
 
 def _weighed(parts: list[tuple[float, Sums]]) -> Sums:
@@ -108,15 +109,6 @@ def _weighed(parts: list[tuple[float, Sums]]) -> Sums:
 
 def _parts(whole: Counts, groups: dict[str, Counts]) -> list[tuple[str | None, Counts]]:
     return [(None, whole), *groups.items()]
-
-
-def _tokens(trace: RoutingTrace) -> dict[str | None, Whole]:
-    """Find the tokens of all traffic (None) and of every group that has some."""
-    found: dict[str | None, Whole] = {None: np.arange(trace.tokens)}
-    if trace.group is not None:
-        for number, name in enumerate(trace.group_names):
-            found[name] = np.flatnonzero(trace.group == number)
-    return {name: tokens for name, tokens in found.items() if name is None or tokens.size}
 
 
 def _summed(by_unit: Measures, blocks: Blocks) -> dict[str, Sums]:
@@ -151,14 +143,14 @@ class _Part:
         return _summed(self._by_window(), units.blocks)
 
     def _by_window(self) -> Measures:
-        found = self._waited_for(self._counts)
-        found |= of_tokens(self._counts, self._lengths, self._setting.topology)
+        measures = self._of_slowest(self._counts)
+        measures |= of_tokens(self._counts, self._lengths, self._setting.topology)
         if self._crossing is not None:
             tokens = self._lengths.astype(np.float64)
-            found["crossing"] = (_sums(self._window, self._crossing), tokens)
-        return found
+            measures["crossing"] = (_sums(self._window, self._crossing), tokens)
+        return measures
 
-    def _waited_for(self, counts: Counts) -> Measures:
+    def _of_slowest(self, counts: Counts) -> Measures:
         return of_windows(counts, self._setting.topology, self._model, self._regime)
 
     def by_sequence(self, units_of_all: Units) -> dict[str, Sums]:
@@ -168,7 +160,7 @@ class _Part:
         _, unit = np.unique(label, return_inverse=True)
         units = int(unit.max(initial=0)) + 1
         # A cut is what a window has of a sequence.
-        cut, which, size = np.unique(
+        cut, cut_of_token, size = np.unique(
             self._window * units + unit, return_inverse=True, return_counts=True
         )
         window, unit_of_cut = np.divmod(cut, units)
@@ -178,20 +170,10 @@ class _Part:
             name: (above[window] * share, below[window] * share)
             for name, (above, below) in by_window.items()
         }
-        shared = np.flatnonzero(share < 1)
-        tokens = np.argsort(which, kind="stable")
-        end = np.cumsum(size)
-        lists = _Lists(self._setting)
-        layers, devices = self._counts.load.shape[1:]
-        at_once = max(CELLS // (layers * devices), 1)
-        for first in range(0, len(shared), at_once):
-            some = shared[first : first + at_once]
-            row = np.repeat(np.arange(len(some)), size[some])
-            within = np.arange(len(row)) - (np.cumsum(size[some]) - size[some])[row]
-            counts = self._counted(row, tokens[(end - size)[some][row] + within], lists)
+        for some, counts in self._counts_of(np.flatnonzero(share < 1), cut_of_token, size):
             # Both ways: where two devices are equally slow, the mean of both counts.
             forth, back = (
-                self._waited_for(self._nudged(counts, window[some], share[some], step))
+                self._of_slowest(self._nudged(counts, window[some], share[some], step))
                 for step in (NUDGE, -NUDGE)
             )
             for name, (above, _) in forth.items():
@@ -200,46 +182,50 @@ class _Part:
                 by_cut[name][0][some] = share[some] * (before + slope)
             for name, (above, _) in of_tokens(counts, size[some], self._setting.topology).items():
                 by_cut[name][0][some] = above
+        if self._crossing is not None:
+            by_cut["crossing"] = (_sums(cut_of_token, self._crossing), by_cut["crossing"][1])
         # Sequences that stand for runs of alike tokens cut some of these.
         blocks = Blocks(inflation=CUT) if units_of_all.name == "window" else INDEPENDENT
-        found = {}
-        for name, (above, below) in by_cut.items():
-            total, count = by_window[name]
-            if name == "crossing" and self._crossing is not None:
-                above = _sums(which, self._crossing)
-            found[name] = Sums(
-                float(total.sum() / count.sum()),
+        return {
+            name: Sums(
+                float(by_window[name][0].sum() / by_window[name][1].sum()),
                 _sums(unit_of_cut, above, units),
                 _sums(unit_of_cut, below, units),
                 blocks=blocks,
                 cuts=Cuts(above, below, unit_of_cut, window),
             )
-        return found
+            for name, (above, below) in by_cut.items()
+        }
 
-    def _counted(self, row: Whole, tokens: Whole, lists: _Lists) -> Counts:
-        """Count some of the tokens [n] in rows [n]."""
-        topology, ids = self._setting.topology, self._trace.expert_ids
-        layers, devices = self._counts.load.shape[1:]
-        shape = (int(row.max()) + 1, layers, devices)
-        load, visits = np.zeros((2, *shape))
-        nodes = self._counts.node_visits
-        node_visits = None if nodes is None else np.zeros((*shape[:2], nodes.shape[2]))
-        node = topology.node_of_device
-        for first in range(0, len(row), AT_ONCE):
-            part = self._tokens[tokens[first : first + AT_ONCE]]
-            on = lists.devices(np.asarray(ids[part]).astype(np.int64), part)
-            at = row[first : first + AT_ONCE, None] * layers + np.arange(layers)
-            _add(load, at, on, distinct=False)
-            _add(visits, at, on, distinct=True)
-            if node_visits is not None:
-                _add(node_visits, at, node[on], distinct=True)
-        return replace(self._counts, load=load, visits=visits, node_visits=node_visits)
+    def _counts_of(
+        self, cuts: Whole, cut_of_token: Whole, size: Whole
+    ) -> Iterator[tuple[Whole, Counts]]:
+        """Yield some of these cuts at a time, and the counts of their tokens, a row for each."""
+        tokens, end = np.argsort(cut_of_token, kind="stable"), np.cumsum(size)
+        setting, ids = by_position(self._setting), self._trace.expert_ids
+        at_once = max(CELLS // self._counts.load[0].size, 1)
+        for first in range(0, len(cuts), at_once):
+            some = cuts[first : first + at_once]
+            row = np.repeat(np.arange(len(some), dtype=np.uint32), size[some])
+            within = np.arange(len(row)) - (np.cumsum(size[some]) - size[some])[row]
+            mine = self._tokens[tokens[(end - size)[some][row] + within]]
+            rows = setting.labelled(self._trace, len(some), int(size[some].max()))
+            for at in range(0, len(row), AT_ONCE):
+                part = mine[at : at + AT_ONCE]
+                rows.push(
+                    np.ascontiguousarray(ids[part]),
+                    row[at : at + AT_ONCE],
+                    setting.threads,
+                    positions=part.astype(np.uint64),
+                )
+            load, visits, nodes = (table.transpose(1, 0, 2) for table in rows.finish())
+            yield some, replace(self._counts, load=load, visits=visits, node_visits=nodes)
 
     def _nudged(self, counts: Counts, window: Whole, share: Floats, step: float) -> Counts:
         """Move windows [n] a step towards what a sequence does, as if it had all their tokens."""
         whole = self._counts
 
-        def moved(part: NDArray[np.float64], of: NDArray[np.float64]) -> Floats:
+        def moved(part: NDArray[Any], of: NDArray[Any]) -> Floats:
             before = of[window].astype(np.float64)
             # Copies in turns are counted by position, so a part may be where the whole is not.
             nudged: Floats = np.maximum(before + step * (part / share[:, None, None] - before), 0)
@@ -249,11 +235,11 @@ class _Part:
         active = None
         if whole.active is not None:
             # The more of a device's experts are active, the less more tokens change that.
-            held = (self._setting.placement.slots >= 0).sum(axis=2)
+            experts = (self._setting.placement.slots >= 0).sum(axis=2)
             active = whole.active[window]
             before = np.maximum(whole.load[window], 1e-300)
-            room = 1 - active / np.maximum(held, 1)
-            active = active * (1 + (load / before - 1) * np.maximum(room, 0) * (before >= 1))
+            idle = 1 - active / np.maximum(experts, 1)
+            active = active * (1 + (load / before - 1) * np.maximum(idle, 0) * (before >= 1))
         nodes = None
         if counts.node_visits is not None and whole.node_visits is not None:
             nodes = moved(counts.node_visits, whole.node_visits)
@@ -270,82 +256,31 @@ def _sums(place: Whole, values: Floats, places: int = 0) -> Floats:
     return np.bincount(place, values, places).astype(np.float64)
 
 
-def _add(table: Floats, row: Whole, place: Whole, *, distinct: bool) -> None:
-    """Count places [t,L,K] in rows [t,L] of a table [n,L,P]; of equal ones one if ``distinct``."""
-    cell = row[:, :, None] * table.shape[2] + place
-    if distinct:
-        cell.sort(axis=2)
-        fresh = np.ones(cell.shape, dtype=bool)
-        fresh[:, :, 1:] = cell[:, :, 1:] != cell[:, :, :-1]
-        cell = cell[fresh]
-    low = int(cell.min())
-    found = np.bincount(cell.ravel() - low)
-    table.reshape(-1)[low : low + len(found)] += found
-
-
 def of_windows(
     counts: Counts, topology: Topology, model: CostModel | None, regime: Regime
 ) -> Measures:
     """Return what waits for the slowest; it counts every window alike, as ``evaluate`` does."""
     ones = np.ones(len(counts.load))
     ratios = figures.ratios(counts.load, topology.speed_of_device)
-    found = {"imbalance": (ratios.mean(axis=1), ones)}
+    measures = {"imbalance": (ratios.mean(axis=1), ones)}
     if model is not None:
         times = figures.layer_us(counts, topology, model, regime)
-        found["predicted_layer_us"] = (times.mean(axis=1), ones)
-    return found
+        measures["predicted_layer_us"] = (times.mean(axis=1), ones)
+    return measures
 
 
 def of_tokens(counts: Counts, lengths: Whole, topology: Topology) -> Measures:
     """Return what counts every token; ``lengths`` are tokens per window [W]."""
     tokens, layers = lengths.astype(np.float64), counts.load.shape[1]
-    found = {"fanout": (counts.visits.sum(axis=(1, 2)) / layers, tokens)}
+    measures = {"fanout": (counts.visits.sum(axis=(1, 2)) / layers, tokens)}
     if counts.node_visits is not None and topology.nodes > 1:
-        found["node_fanout"] = (counts.node_visits.sum(axis=(1, 2)) / layers, tokens)
-    return found
+        measures["node_fanout"] = (counts.node_visits.sum(axis=(1, 2)) / layers, tokens)
+    return measures
 
 
-class _Lists:
-    """Devices of every expert's copies, and which one serves a token."""
-
-    def __init__(self, setting: Setting) -> None:
-        placement, topology = setting.placement, setting.topology
-        lists = [copies(slots, placement.num_experts) for slots in placement.slots]
-        most = max(table.shape[1] for table, _ in lists)
-        self._device = np.stack(
-            [np.pad(table, ((0, 0), (0, most - table.shape[1])), "edge") for table, _ in lists]
-        )
-        self._device //= placement.slots_per_device
-        self._number = np.stack([count for _, count in lists])
-        self._layer = np.arange(placement.layers)[None, :, None]
-        self._node = topology.node_of_device
-        self._is_nearest = setting.split == "nearest"
-
-    def devices(self, ids: Whole, position: Whole) -> Whole:
-        """Return devices that serve tokens of positions [t] and experts [t,L,K].
-
-        Copies that serve in turns are taken to serve by position, which is as even.
-        """
-        if self._device.shape[2] == 1:
-            alone: Whole = self._device[self._layer, ids, 0]
-            return alone
-        hashed = mixed(position)[:, None, None]
-        number = self._number[self._layer, ids]
-        on: Whole = self._device[self._layer, ids, hashed % number]
-        return self._near(ids, hashed, number, on) if self._is_nearest else on
-
-    def _near(self, ids: Whole, hashed: Whole, number: Whole, other: Whole) -> Whole:
-        """Return the token's home where it has a copy; else a copy of the home's node, if any."""
-        home = hashed * len(self._node) >> 32
-        held = self._device[self._layer, ids]
-        is_copy = np.arange(held.shape[3]) < number[..., None]
-        is_near = is_copy & (self._node[held] == self._node[home][..., None])
-        rank = is_near.cumsum(axis=3)
-        near = rank[..., -1]
-        which = (is_near & (rank == 1 + (hashed % np.maximum(near, 1))[..., None])).argmax(axis=3)
-        on = np.where(near > 0, np.take_along_axis(held, which[..., None], axis=3)[..., 0], other)
-        found: Whole = np.where((is_copy & (held == home[..., None])).any(axis=3), home, on)
-        return found
+def by_position(setting: Setting) -> Setting:
+    """Return a setting whose copies serve by position: as evenly as those that take turns."""
+    return replace(setting, split="even") if setting.split == "round_robin" else setting
 
 
 def crossings(setting: Setting, trace: RoutingTrace) -> Floats | None:
@@ -355,14 +290,9 @@ def crossings(setting: Setting, trace: RoutingTrace) -> Floats | None:
     """
     if trace.layers < 2:
         return None
-    lists = _Lists(setting)
-    found = np.empty(trace.tokens)
-    first = 0
+    replay, pairs, first = by_position(setting).labelled(trace, 1, 1), np.empty(trace.tokens), 0
     for shard in trace.shards():
-        for begin in range(0, len(shard), AT_ONCE):
-            ids = shard[begin : begin + AT_ONCE].astype(np.int64)
-            on = lists.devices(ids, np.arange(first, first + len(ids)))
-            apart = on[:, :-1, :, None] != on[:, 1:, None, :]
-            found[first : first + len(ids)] = apart.mean(axis=(1, 2, 3))
-            first += len(ids)
-    return found
+        pairs[first : first + len(shard)] = replay.apart(shard, first, setting.threads)
+        first += len(shard)
+    share: Floats = pairs / ((trace.layers - 1) * trace.top_k**2)
+    return share

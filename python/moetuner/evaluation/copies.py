@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner._checks import one_of
+from moetuner.evaluation.blocks import by_block
 from moetuner.placement import EMPTY, Placement
 from moetuner.topology import Topology
 
@@ -31,11 +32,11 @@ def check(split: str) -> None:
 
 def shares(placement: Placement, topology: Topology, split: Split) -> Floats:
     """Compute the share of every expert's tokens that a device serves [L,D,E]."""
-    held = placement.held.astype(np.float64)
+    holders = placement.held.astype(np.float64)
     if split != "nearest" or not placement.has_copies:
-        even: Floats = held / held.sum(axis=1, keepdims=True)
+        even: Floats = holders / holders.sum(axis=1, keepdims=True)
         return even
-    return np.stack([of_layer(layer, topology.node_of_device, split) for layer in held])
+    return np.stack([of_layer(layer, topology.node_of_device, split) for layer in holders])
 
 
 def slot_shares(placement: Placement, topology: Topology, split: Split) -> Floats:
@@ -43,11 +44,11 @@ def slot_shares(placement: Placement, topology: Topology, split: Split) -> Float
     slots = placement.slots
     layer, expert = np.arange(placement.layers)[:, None, None], np.maximum(slots, 0)
     if split != "nearest" or not placement.has_copies:
-        held = placement.replicas[layer, expert]
-        return np.divide(1.0, held, out=np.zeros(slots.shape), where=slots != EMPTY)
+        number = placement.replicas[layer, expert]
+        return np.divide(1.0, number, out=np.zeros(slots.shape), where=slots != EMPTY)
     device = np.arange(placement.devices)[None, :, None]
-    each = shares(placement, topology, split)[layer, device, expert]
-    return np.where(slots == EMPTY, 0.0, each)
+    share = shares(placement, topology, split)[layer, device, expert]
+    return np.where(slots == EMPTY, 0.0, share)
 
 
 def served(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
@@ -55,37 +56,36 @@ def served(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
 
     Slots serve shares [L,D,S], as ``slot_shares`` has them.
     """
-    if load.dtype not in (np.float64, np.uint64, np.bool_):
-        load = load.astype(np.float64)
-    return _core.expected_load((placement.slots, share), np.ascontiguousarray(load))
+
+    def in_block(some: NDArray[Any]) -> Floats:
+        return _core.expected_load((placement.slots, share), np.ascontiguousarray(some, np.float64))
+
+    return by_block(load, in_block)
 
 
-def of_layer(held: Floats, node: NDArray[np.int64], split: Split) -> Floats:
+def of_layer(holders: Floats, node: NDArray[np.int64], split: Split) -> Floats:
     """Compute shares of experts' tokens that a device serves [D,E], of 1 where it holds one."""
     if split != "nearest":
-        even: Floats = held / held.sum(axis=0)
+        even: Floats = holders / holders.sum(axis=0)
         return even
-    mean: Floats = _nearest(held, node).mean(axis=0)
+    mean: Floats = _nearest(holders, node).mean(axis=0)
     return mean
 
 
-def by_home(placement: Placement, topology: Topology, split: Split) -> Iterator[tuple[int, Floats]]:
-    """Yield shares of the tokens of every home [home,D,E], layer by layer."""
-    for number, held in enumerate(placement.held.astype(np.float64)):
-        if split == "nearest":
-            yield number, _nearest(held, topology.node_of_device)
-        else:
-            yield number, np.repeat((held / held.sum(axis=0))[None], len(held), axis=0)
+def by_home(placement: Placement, topology: Topology) -> Iterator[Floats]:
+    """Yield the shares of nearest copies of every home [home,D,E], layer by layer."""
+    for holders in placement.held.astype(np.float64):
+        yield _nearest(holders, topology.node_of_device)
 
 
-def _nearest(held: Floats, node: NDArray[np.int64]) -> Floats:
+def _nearest(holders: Floats, node: NDArray[np.int64]) -> Floats:
     """Compute shares [home,D,E] of a layer that holds experts so [D,E]."""
-    near = (node[:, None] == node[None, :])[:, :, None] * held
+    near = (node[:, None] == node[None, :])[:, :, None] * holders
     in_node = near.sum(axis=1, keepdims=True)
     # Copies that a home may use: those of its node if there are any.
-    usable = np.where(in_node > 0, near, held)
+    usable = np.where(in_node > 0, near, holders)
     share: Floats = usable / usable.sum(axis=1, keepdims=True)
-    home, expert = np.nonzero(held)
+    home, expert = np.nonzero(holders)
     share[home, :, expert] = 0
     share[home, home, expert] = 1
     return share

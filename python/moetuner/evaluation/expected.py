@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.evaluation import copies
+from moetuner.evaluation.blocks import by_block
 from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement
 from moetuner.statistics import ExpertSets
 from moetuner.topology import Topology
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 Floats = NDArray[np.float64]
 
@@ -33,13 +33,13 @@ def visits(
     engines have it: two experts with equally many copies take the same one. With others, copies are
     taken to be chosen independently of each other.
     """
-    each = [(of.ids, of.counts) for of in sets]
+    tables = [(of.ids, of.counts) for of in sets]
     slots = (placement.slots, copies.slot_shares(placement, topology, split))
     return _core.expected_visits(
         slots,
         placement.num_experts,
         topology.node_of_device.tolist(),
-        each,
+        tables,
         hashed=split == "even",
         threads=threads,
     )
@@ -57,13 +57,11 @@ def followed(
         share = copies.slot_shares(placement, topology, split)
         return _core.expected_followed((placement.slots, share), transitions)
     tables = transitions.astype(np.float64)
-    found = np.empty((len(tables), placement.devices, placement.devices))
-    layers = copies.by_home(placement, topology, split)
-    _, here = next(layers)
-    for layer, there in layers:
-        pairs = np.matmul(np.matmul(here, tables[layer - 1]), there.transpose(0, 2, 1))
-        found[layer - 1], here = pairs.mean(axis=0), there
-    return found
+    pairs = np.empty((len(tables), placement.devices, placement.devices))
+    for layer, (here, there) in enumerate(pairwise(copies.by_home(placement, topology))):
+        by_home = np.matmul(np.matmul(here, tables[layer]), there.transpose(0, 2, 1))
+        pairs[layer] = by_home.mean(axis=0)
+    return pairs
 
 
 def dispatched(
@@ -85,7 +83,7 @@ def dispatched(
         assert expert_load is not None
         of_expert = expert_load.sum(axis=0, dtype=np.float64) / devices
         rows = np.empty((placement.layers, devices, devices))
-        for layer, share in copies.by_home(placement, topology, split):
+        for layer, share in enumerate(copies.by_home(placement, topology)):
             pairs = share @ of_expert[layer]
             served = np.maximum(pairs.sum(axis=0), 1e-300)
             rows[layer] = pairs * (visits[layer] / served)
@@ -93,21 +91,26 @@ def dispatched(
     return rows
 
 
-def active(placement: Placement, share: Floats, expert_load: NDArray[Any]) -> Floats:
+def active(placement: Placement, share: Floats, expert_load: NDArray[Any]) -> NDArray[Any]:
     """Return experts of every device that have a token, or are expected to [W,L,D].
 
-    Of every window's tokens [W,L,E]; slots serve shares [L,D,S], as ``slot_shares`` has them.
+    Of every window's tokens [W,L,E]; slots serve shares [L,D,S], as ``slot_shares`` has them. Whole
+    numbers take as few bytes as hold them.
     """
-    if not placement.has_copies:
-        return copies.served(placement, share, expert_load > 0)
-    found = np.empty((len(expert_load), placement.layers, placement.devices))
-    for layer, slots in enumerate(placement.slots):
-        device, slot = np.nonzero(slots != EMPTY)
-        expert = slots[device, slot]
-        load = expert_load[:, layer, expert].astype(np.float64)
-        # A copy with a share of the tokens is idle if all of them go to others.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rest = np.log1p(-share[layer, device, slot])
-            busy = np.where(load > 0, 1 - np.exp(load * rest), 0.0)
-        found[:, layer] = busy @ np.equal.outer(device, np.arange(placement.devices))
-    return found
+
+    def counted(load: NDArray[Any]) -> NDArray[Any]:
+        return copies.served(placement, share, load > 0).astype(np.uint16)
+
+    def by_chance(load: NDArray[Any]) -> NDArray[Any]:
+        experts = np.empty((len(load), placement.layers, placement.devices))
+        for layer, slots in enumerate(placement.slots):
+            device, slot = np.nonzero(slots != EMPTY)
+            tokens = load[:, layer, slots[device, slot]].astype(np.float64)
+            # A copy with a share of the tokens is idle if all of them go to others.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                rest = np.log1p(-share[layer, device, slot])
+                busy = np.where(tokens > 0, 1 - np.exp(tokens * rest), 0.0)
+            experts[:, layer] = busy @ np.equal.outer(device, np.arange(placement.devices))
+        return experts
+
+    return by_block(expert_load, by_chance if placement.has_copies else counted)

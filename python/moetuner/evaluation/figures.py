@@ -1,8 +1,11 @@
-"""Figures of an evaluation, computed from counts per window."""
+"""Every figure of an evaluation, declared once, and how counts per window give it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +13,196 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.cost import CostModel, busiest_ports
 from moetuner.evaluation.blocks import blocks, by_block
-from moetuner.evaluation.replay import Counts
+from moetuner.evaluation.replay import Counts, Setting
 from moetuner.topology import Regime, Topology
 
 Floats = NDArray[np.float64]
+US = " us"
+# Windows and layers [W,L] in each order of arrival, by its weight.
+Weighed = list[tuple[float, Floats]]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What was counted of a placement.
+
+    Parameters
+    ----------
+    parts
+        Counts in each order of arrival, by its weight. What is of all tokens together is the same
+        in any order.
+    mixed
+        Loads in windows of mixed arrival [W,L,D]; None if not asked for.
+    setting, model, regime
+        What was replayed, and what predicts its times.
+    """
+
+    parts: list[tuple[float, Counts]]
+    mixed: NDArray[Any] | None
+    setting: Setting
+    model: CostModel | None
+    regime: Regime
+
+    @property
+    def counts(self) -> Counts:
+        """Counts in the first order."""
+        return self.parts[0][1]
+
+    @cached_property
+    def imbalances(self) -> Weighed:
+        """Imbalance of every window and layer."""
+        return [(weight, self.imbalance(each.load)) for weight, each in self.parts]
+
+    @cached_property
+    def times(self) -> Weighed:
+        """Predicted microseconds of every window and layer; none without a cost model."""
+        model, topology = self.model, self.setting.topology
+        if model is None:
+            return []
+        return [
+            (weight, layer_us(each, topology, model, self.regime)) for weight, each in self.parts
+        ]
+
+    def imbalance(self, load: NDArray[Any]) -> Floats:
+        """Compute the imbalance [...] of device loads [...,D] on this machine."""
+        return ratios(load, self.setting.topology.speed_of_device)
+
+    def per_token(self, visits: NDArray[Any] | None) -> float | None:
+        """Compute visits of a token in a layer; None where tokens or visits are not known."""
+        tokens = self.counts.tokens
+        if tokens is None or visits is None:
+            return None
+        return float(int(visits.sum()) / (max(tokens, 1) * visits.shape[1]))
+
+    def rows(self) -> dict[str, NDArray[Any]]:
+        """Return rows from device to device, by regime."""
+        rows = {} if self.counts.follow is None else {"follow": self.counts.follow}
+        return rows if self.counts.tokens is None else {**rows, "dispatch": self.counts.dispatch}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that says what a placement does to traffic; the less, the better.
+
+    Parameters
+    ----------
+    column, decimals, unit
+        How tables show it.
+    meaning
+        What help says it is.
+    compute
+        From what was counted; None where that does not tell it.
+    label
+        What a sentence calls it, "less ..."; figures that have one are compared.
+    per
+        What it is a mean over, so that parts of traffic add up to it; None where they do not.
+    title, regime, nothing
+        What a conclusion calls it, the regime in which it matters (None for all), and what is said
+        where a placement saves nothing of it.
+    """
+
+    column: str
+    decimals: int
+    meaning: str
+    compute: Callable[[Replay], float | None]
+    label: str = ""
+    unit: str = ""
+    per: Literal["window", "token", "pair"] | None = None
+    title: str = ""
+    regime: Regime | None = None
+    nothing: str = "nothing to win in traffic"
+
+    def text(self, value: float | None) -> str:
+        """Write a value as it stands in a table; a dash where it is not known."""
+        return "-" if value is None else f"{value:,.{self.decimals}f}"
+
+    def with_unit(self, value: float) -> str:
+        """Write a value with its unit."""
+        return f"{value:.4g}{self.unit}"
+
+
+def mean(parts: Weighed) -> float | None:
+    """Average over windows and layers, by weight; None of nothing."""
+    return sum(weight * float(each.mean()) for weight, each in parts) if parts else None
+
+
+def _percentile(percent: int) -> Figure:
+    return Figure(
+        *(f"p{percent}", 1, f"time that {percent} percent of layers and windows do not exceed"),
+        lambda of: percentile(of.times, percent) if of.times else None,
+        unit=US,
+    )
+
+
+# Every figure by its field of an evaluation, which is its key in JSON; in the order of tables.
+FIGURES = {
+    "tokens": Figure("tokens", 0, "tokens replayed", lambda of: of.counts.tokens),
+    "imbalance": Figure(
+        *("imbalance", 3),
+        "max / mean device load, averaged over layers and windows as they arrive (--arrival)",
+        lambda of: mean(of.imbalances),
+        label="imbalance",
+        unit=" x the mean",
+        per="window",
+        title="Busiest device",
+        nothing="nothing to balance",
+    ),
+    "imbalance_mixed": Figure(
+        *("mixed", 3),
+        "of windows in which sequences are served together, the more the more INPUT has, so that "
+        "inputs of different size do not compare",
+        lambda of: None if of.mixed is None else float(of.imbalance(of.mixed).mean()),
+    ),
+    "imbalance_total": Figure(
+        *("total", 3, "of the sum of all windows"),
+        lambda of: float(of.imbalance(of.counts.load.sum(axis=0)).mean()),
+    ),
+    "imbalance_worst": Figure(
+        *("worst", 2, "of any layer and window"),
+        lambda of: max(float(each.max()) for _, each in of.imbalances),
+    ),
+    "crossing": Figure(
+        *("crossing", 4, "share of transitions between devices"),
+        lambda of: None if of.counts.follow is None else crossing(of.counts.follow),
+        label="crossing",
+        per="pair",
+        title="Steps that leave the device",
+        regime="follow",
+    ),
+    "fanout": Figure(
+        *("fanout", 3, "devices that a token visits in a layer"),
+        lambda of: of.per_token(of.counts.visits),
+        label="fanout",
+        per="token",
+        title="Devices that a token visits",
+        regime="dispatch",
+    ),
+    "node_fanout": Figure(
+        *("nodes", 3, "nodes that a token visits in a layer"),
+        lambda of: of.per_token(of.counts.node_visits),
+        label="node fanout",
+        per="token",
+        title="Nodes that a token visits",
+        regime="dispatch",
+        nothing="nothing to win between nodes",
+    ),
+    "slots_used": Figure(
+        *("slots", 2, "slots of a device that hold an expert, on average over layers and devices"),
+        lambda of: float((of.setting.placement.slots >= 0).sum(axis=2).mean()),
+    ),
+    "predicted_layer_us": Figure(
+        *("layer us", 1, "predicted time of a layer", lambda of: mean(of.times)),
+        label="predicted time of a layer",
+        unit=US,
+        per="window",
+    ),
+    **{f"predicted_layer_us_p{percent}": _percentile(percent) for percent in (50, 95, 99)},
+}
+
+
+def explain(*names: str) -> str:
+    """Write what columns of a table mean, for help."""
+    return "; ".join(f"{FIGURES[name].column}: {FIGURES[name].meaning}" for name in names)
 
 
 def ratios(load: NDArray[Any], speed: Floats) -> Floats:
@@ -36,9 +225,9 @@ def _ratios(load: NDArray[Any], speed: Floats) -> Floats:
         total = load.sum(axis=-1, dtype=np.float64)
     each = speed.reshape(-1, *[1] * (load.ndim - 1))
     slowest = (by_device / each).max(axis=0) * speed.sum()
-    found: Floats = np.ones_like(total)
-    np.divide(slowest, total, out=found, where=total > 0)
-    return found
+    imbalance: Floats = np.ones_like(total)
+    np.divide(slowest, total, out=imbalance, where=total > 0)
+    return imbalance
 
 
 def percentile(parts: list[tuple[float, Floats]], percent: float) -> float:
@@ -56,19 +245,19 @@ def percentile(parts: list[tuple[float, Floats]], percent: float) -> float:
 def crossing(follow: NDArray[Any]) -> float:
     """Compute the share of the pairs [L-1,D,D] that are on different devices."""
     total = follow.sum(dtype=np.float64)
-    kept = np.einsum("ldd->", follow, dtype=np.float64)
-    return float((total - kept) / total) if total else 0.0
+    stay = np.einsum("ldd->", follow, dtype=np.float64)
+    return float((total - stay) / total) if total else 0.0
 
 
 def busiest_port(rows: NDArray[Any], topology: Topology) -> dict[str, list[float]]:
     """Compute rows out of and into the busiest port of every tier, of rows [L,D,D], by layer."""
-    found: dict[str, list[float]] = {"out": [], "in": []}
+    busiest: dict[str, list[float]] = {"out": [], "in": []}
     for tier in range(1, len(topology.levels) + 1):
         mine = rows * (topology.tier == tier)
         for way, axis in (("out", 2), ("in", 1)):
-            busiest = mine.sum(axis=axis).max(axis=1)
-            found[way].append(float(busiest.mean()) if busiest.size else 0.0)
-    return found
+            rows_at = mine.sum(axis=axis).max(axis=1)
+            busiest[way].append(float(rows_at.mean()) if rows_at.size else 0.0)
+    return busiest
 
 
 def layer_us(counts: Counts, topology: Topology, model: CostModel, regime: Regime) -> Floats:

@@ -120,10 +120,6 @@ class Spread:
         low, high = self.value + wider * below, self.value + wider * above
         return Interval(self.value, float(low), float(high))
 
-    def scaled(self, factor: float) -> Spread:
-        """Return the same figure with deviations that are larger or smaller by a factor."""
-        return Spread(self.value, factor * self.deviations, self.freedom, self.units)
-
     @property
     def chance(self) -> float:
         """Probability of such a value, or a larger one, if the true one is 0; 1 of few units."""
@@ -166,8 +162,8 @@ def drawn(
         size = min(at_once, resamples - first)
         taken = rng.multinomial(blocks, np.full(units, 1 / units), size=size)
         sums.append(taken @ columns)
-    found: Floats = np.concatenate(sums)
-    return found
+    totals: Floats = np.concatenate(sums)
+    return totals
 
 
 def _blocks_drawn(units: int, length: int) -> int:
@@ -204,62 +200,51 @@ def paired(
     blocks = both[0].blocks
     sums = drawn(len(columns), resamples, rng, columns, min(blocks.length, len(columns)))
     total = columns.sum(axis=0)
-    found = {}
+    pairs = {}
     for number, name in enumerate(names):
         mine, theirs = placement[name], baseline[name]
         part = slice(4 * number, 4 * number + 4)
         now, before = _quotients(sums[:, part])
         (at,), (at_before,) = _quotients(total[None, part])
-        spread = _Spreads(mine)
-        of_mine = _influence(mine.cuts)
-        of_theirs = _influence(theirs.cuts)
+        of_mine, of_theirs = _influence(mine.cuts), _influence(theirs.cuts)
         change = None
         if theirs.value > 0 and at_before > 0:
+            apart = None if of_mine is None or of_theirs is None else of_mine - of_theirs
             with np.errstate(divide="ignore", invalid="ignore"):
-                change = spread(
-                    mine.value / theirs.value - 1,
-                    now / before - 1,
-                    at / at_before - 1,
-                    None if of_mine is None or of_theirs is None else of_mine - of_theirs,
-                )
-        found[name] = Paired(
-            spread(mine.value, now, at, of_mine),
-            spread(theirs.value, before, at_before, of_theirs),
+                value, samples = mine.value / theirs.value - 1, now / before - 1
+            change = _spread(mine, value, samples, at / at_before - 1, apart)
+        pairs[name] = Paired(
+            _spread(mine, mine.value, now, at, of_mine),
+            _spread(mine, theirs.value, before, at_before, of_theirs),
             change,
         )
-    return found
+    return pairs
 
 
-class _Spreads:
-    """Make the spreads of one figure out of its resamples."""
-
-    def __init__(self, sums: Sums) -> None:
-        blocks, units = sums.blocks, len(sums.below)
-        self._units, self._cuts = units, sums.cuts
-        self._wider, self._freedom = _lost(sums.below)
-        self._wider *= blocks.inflation
-        if blocks.length > 1:
-            self._units = blocks.number(units)
-            length = min(blocks.length, units)
-            worth = units / blocks.correlation
-            drawn_too_many = _blocks_drawn(units, length) * length / units
-            lost = worth / (worth - 1) if worth > 1 else 1.0
-            self._wider = blocks.inflation * math.sqrt(lost * drawn_too_many)
-            self._freedom = max(worth - 1, 1.0)
-
-    def __call__(
-        self, value: float, samples: Floats, center: float, influence: Floats | None
-    ) -> Spread:
-        finite = samples[np.isfinite(samples)]
-        if self._units < 2:
-            return Spread(value, np.empty(0), 1.0, self._units)
-        wider, freedom = self._wider, self._freedom
-        if influence is not None and self._cuts is not None:
-            both, fewest = _both_ways(self._cuts, influence, freedom)
-            outside = (1 - CONFIDENCE) / 2
-            if both * quantile(outside, fewest) < quantile(outside, freedom):
-                wider, freedom = wider * both, fewest
-        return Spread(value, wider * (finite - center), freedom, self._units)
+def _spread(
+    sums: Sums, value: float, samples: Floats, center: float, influence: Floats | None
+) -> Spread:
+    """Return the spread of one figure out of its resamples, as wide as units deviate from truth."""
+    blocks, units = sums.blocks, len(sums.below)
+    wider, freedom = _lost(sums.below)
+    wider *= blocks.inflation
+    number = units
+    if blocks.length > 1:
+        number, worth = blocks.number(units), units / blocks.correlation
+        length = min(blocks.length, units)
+        drawn_too_many = _blocks_drawn(units, length) * length / units
+        lost = worth / (worth - 1) if worth > 1 else 1.0
+        wider = blocks.inflation * math.sqrt(lost * drawn_too_many)
+        freedom = max(worth - 1, 1.0)
+    if number < 2:
+        return Spread(value, np.empty(0), 1.0, number)
+    if influence is not None and sums.cuts is not None:
+        both, fewest = _both_ways(sums.cuts, influence, freedom)
+        outside = (1 - CONFIDENCE) / 2
+        if both * quantile(outside, fewest) < quantile(outside, freedom):
+            wider, freedom = wider * both, fewest
+    finite = samples[np.isfinite(samples)]
+    return Spread(value, wider * (finite - center), freedom, number)
 
 
 def _influence(cuts: Cuts | None) -> Floats | None:
@@ -292,15 +277,15 @@ def _both_ways(cuts: Cuts, influence: Floats, freedom: float) -> tuple[float, fl
 def mean_interval(splits: Sequence[Interval], likeness: float) -> Interval:
     """Return the mean over splits of a recording, whose errors have a correlation."""
     value = float(np.mean([each.value for each in splits]))
-    known = [
+    widths = [
         (each.value - each.low, each.high - each.value)
         for each in splits
         if each.low is not None and each.high is not None
     ]
-    if len(known) < len(splits):
+    if len(widths) < len(splits):
         return Interval(value, None, None)
     narrower = math.sqrt((1 + (len(splits) - 1) * likeness) / len(splits))
-    below, above = narrower * np.mean(known, axis=0)
+    below, above = narrower * np.mean(widths, axis=0)
     return Interval(value, value - float(below), value + float(above))
 
 

@@ -62,11 +62,11 @@ def kinds_of(trace: RoutingTrace, labels: NDArray[np.int32]) -> Kinds:
     kind, total, all_alike = np.arange(number), 0, True
     for group in np.unique(of_sequence):
         mine = np.flatnonzero(of_sequence == group)
-        found = _few_kinds(count[mine])
-        all_alike = all_alike and found is not None and not found.any()
-        if found is None or not found.any():
-            found = np.arange(len(mine))
-        kind[mine] = total + found
+        mine_of = _few_kinds(count[mine])
+        all_alike = all_alike and mine_of is not None and not mine_of.any()
+        if mine_of is None or not mine_of.any():
+            mine_of = np.arange(len(mine))
+        kind[mine] = total + mine_of
         total = int(kind[mine].max()) + 1
     return Kinds(kind if total * EACH <= number else None, all_alike)
 
@@ -88,29 +88,29 @@ def _few_kinds(count: Floats) -> Integers | None:
     means = np.empty((MOST, share.shape[1]))
     weight = np.zeros(MOST)
     kind = np.empty(number, dtype=np.int64)
-    found = 0
+    used = 0
     for one in order:
-        nearest, least = found, np.inf
-        if found:
-            distance = ((means[:found] - share[one]) ** 2).sum(axis=1)
+        nearest, least = used, np.inf
+        if used:
+            distance = ((means[:used] - share[one]) ** 2).sum(axis=1)
             # A kind's mean has noise too, that of all its tokens.
-            ratio = distance / (noise[one] * (1 + tokens[one] / weight[:found]))
+            ratio = distance / (noise[one] * (1 + tokens[one] / weight[:used]))
             nearest = int(ratio.argmin())
             least = float(ratio[nearest])
         if least > far:
-            if found == min(MOST, number // EACH):
+            if used == min(MOST, number // EACH):
                 return None
-            nearest, found = found, found + 1
+            nearest, used = used, used + 1
             means[nearest], weight[nearest] = share[one], tokens[one]
         else:
             total = weight[nearest] + tokens[one]
             means[nearest] += (share[one] - means[nearest]) * (tokens[one] / total)
             weight[nearest] = total
         kind[one] = nearest
-    if found < 2:
+    if used < 2:
         return np.zeros(number, dtype=np.int64)
-    between = ((means[:found, None] - means[None, :found]) ** 2).sum(axis=2)
-    typical = float(between[~np.eye(found, dtype=bool)].mean())
+    between = ((means[:used, None] - means[None, :used]) ** 2).sum(axis=2)
+    typical = float(between[~np.eye(used, dtype=bool)].mean())
     return kind if typical >= APART * 2 * float(np.median(noise)) else None
 
 
@@ -128,7 +128,7 @@ def _counts(trace: RoutingTrace, labels: NDArray[np.int32], layers: int) -> Floa
         cell = row[:, :, None] * trace.num_experts + ids
         # Sequences mostly lie together, and so do their cells.
         low = int(cell.min())
-        found = np.bincount(cell.ravel() - low)
-        counts[low : low + len(found)] += found
+        added = np.bincount(cell.ravel() - low)
+        counts[low : low + len(added)] += added
         first += len(shard)
     return counts.reshape(shape)

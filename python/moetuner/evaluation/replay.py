@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -104,6 +105,21 @@ class Setting:
             pairs=pairs,
         )
 
+    def labelled(
+        self, trace: RoutingTrace, rows: int, most: int, *, visits: bool = True
+    ) -> _core.LabelledReplay:
+        """Begin to replay tokens of a trace like this one in rows of at most so many tokens."""
+        return _core.LabelledReplay(
+            self.placement.slots,
+            trace.num_experts,
+            trace.top_k,
+            self.topology.node_of_device.tolist(),
+            rows=rows,
+            most=most,
+            split=self.split,
+            visits=visits,
+        )
+
     @property
     def needs_experts(self) -> bool:
         """Whether loads of experts are needed beside those of devices."""
@@ -145,8 +161,9 @@ def of_trace(
 class _Part:
     """Some tokens of a trace under replay, for all settings.
 
-    Placements with one copy of each expert have much in common: pairs of experts and loads in
-    mixed order are counted once where there are several of them.
+    What placements have in common is counted once. Pairs of experts give those of devices where
+    several placements have one copy of each. Loads of experts in windows of mixed arrival give
+    those of devices where experts have one copy, or copies take turns.
     """
 
     def __init__(
@@ -156,10 +173,10 @@ class _Part:
         common = settings[0]
         single = [not setting.placement.has_copies for setting in settings]
         self._shares_pairs = sum(single) > 1 and trace.layers > 1
-        self._replays: list[_core.Replay | None] = [
-            setting.replay(trace, pairs=not (alone and self._shares_pairs))
-            for setting, alone in zip(settings, single, strict=True)
-        ]
+        self._replays = {
+            number: setting.replay(trace, pairs=not (single[number] and self._shares_pairs))
+            for number, setting in enumerate(settings)
+        }
         needs_experts = any(setting.needs_experts for setting in settings)
         self._experts: _core.StatisticsCounter | None = None
         if needs_experts or self._shares_pairs:
@@ -171,8 +188,16 @@ class _Part:
                 transitions=self._shares_pairs,
                 coactivation=False,
             )
-        self._arrival = _Arrival(trace, settings, tokens)
-        self._counted: tuple[Numbers | None, Numbers | None] | None = None
+        self._window, self._place = common.window or 1, _mixed_places(trace, common, tokens)
+        # Loads of devices in mixed order, by setting; those of experts (-1) serve the others.
+        self._mixed: dict[int, _core.LabelledReplay] = {}
+        if self._place is not None:
+            rows = -(-len(tokens) // self._window)
+            for number, setting in enumerate(settings):
+                if not single[number] and setting.split != "round_robin":
+                    self._mixed[number] = setting.labelled(trace, rows, self._window, visits=False)
+            if len(self._mixed) < len(settings):
+                self._mixed[-1] = _of_experts(trace, rows, self._window)
 
     def push(self, shard: IdArray, first: int) -> None:
         """Replay those of a shard's tokens that are of this part."""
@@ -181,136 +206,104 @@ class _Part:
             return
         mine = shard if end - begin == len(shard) else shard[self._tokens[begin:end] - first]
         threads, checked = self._settings[0].threads, self._trace.ids.fresh
-        for replay in self._replays:
-            assert replay is not None
+        for replay in self._replays.values():
             replay.push(mine, threads, checked=checked)
             checked = True
         if self._experts is not None:
             self._experts.push(mine, threads, checked=True)
-        self._arrival.push(mine, int(begin), threads)
+        if self._place is not None:
+            place = self._place[begin:end]
+            window = (place // self._window).astype(np.uint32)
+            for mixed in self._mixed.values():
+                mixed.push(mine, window, threads, positions=place, checked=True)
 
     def finish(self, number: int) -> Counts:
         """Return what was counted under a setting, once."""
-        setting, replay = self._settings[number], self._replays[number]
-        assert replay is not None
-        self._replays[number] = None  # with its tables
-        tokens, load, follow, visits, node_visits = replay.finish()
-        if self._counted is None:
-            found = None if self._experts is None else self._experts.finish(setting.threads)
-            self._counted = (None, None) if found is None else found[1:3]
+        setting = self._settings[number]
+        tokens, load, follow, visits, node_visits = self._replays.pop(number).finish()
         expert_load, transitions = self._counted
         if self._shares_pairs and not setting.placement.has_copies:
             assert transitions is not None
-            follow = _by_device(setting.placement, transitions)
+            placement, topology, split = setting.placement, setting.topology, setting.split
+            follow = expected_.followed(placement, topology, split, transitions).astype(np.uint64)
+        mixed = None
+        if setting.with_mixed:  # one window is the same in any order
+            mixed = load if self._place is None else self._mixed_load(number)
         return Counts(
             tokens=tokens,
             load=load,
-            mixed=self._arrival.finish(number, load) if setting.with_mixed else None,
+            mixed=mixed,
             visits=visits,
             node_visits=node_visits,
             follow=follow,
             dispatch=expected_.dispatched(
                 setting.placement, setting.topology, setting.split, visits.sum(axis=0), expert_load
             ),
-            active=None if not setting.with_active else _active(setting, expert_load),
+            active=_active(setting, expert_load),
         )
 
+    @cached_property
+    def _counted(self) -> tuple[Numbers | None, Numbers | None]:
+        """Loads of experts [W,L,E] and their transitions [L-1,E,E], where they were counted."""
+        if self._experts is None:
+            return None, None
+        _, load, transitions, _, _ = self._experts.finish(self._settings[0].threads)
+        return load, transitions
 
-def _by_device(placement: Placement, transitions: Numbers) -> Numbers:
-    """Add up transitions [L-1,E,E] by the devices [L-1,D,D] of experts with one copy each."""
-    device_of, devices = placement.device_of, placement.devices
-    found = np.zeros((len(transitions), devices, devices), dtype=np.uint64)
-    for layer, table in enumerate(transitions):
-        rows = np.zeros((devices, table.shape[1]), dtype=np.uint64)
-        np.add.at(rows, device_of[layer], table)
-        np.add.at(found[layer].T, device_of[layer + 1], rows.T)
-    return found
+    @cached_property
+    def _mixed_experts(self) -> Numbers:
+        """Loads of experts in windows of mixed arrival [L,W,E]."""
+        return self._mixed.pop(-1).finish()[0]
+
+    def _mixed_load(self, number: int) -> Numbers:
+        """Return loads of devices in windows of mixed arrival [W,L,D] under a setting."""
+        if number in self._mixed:
+            return self._mixed.pop(number).finish()[0].transpose(1, 0, 2)
+        setting = self._settings[number]
+        if setting.placement.has_copies:
+            return _in_turns(setting.placement, self._mixed_experts)
+        share = copies.slot_shares(setting.placement, setting.topology, setting.split)
+
+        def served(load: Numbers) -> Numbers:
+            of_devices = copies.served(setting.placement, share, load)
+            return of_devices.astype(np.min_scalar_type(int(of_devices.max(initial=0))))
+
+        return by_block(self._mixed_experts.transpose(1, 0, 2), served)
 
 
-def _active(setting: Setting, expert_load: Numbers | None) -> Numbers:
-    """Count experts with a token [W,L,D], as few bytes each as hold them where that is exact."""
-    assert expert_load is not None
-    placement = setting.placement
-    share = copies.slot_shares(placement, setting.topology, setting.split)
+def _mixed_places(
+    trace: RoutingTrace, setting: Setting, tokens: NDArray[np.int64]
+) -> NDArray[np.uint64] | None:
+    """Return the places of tokens [t] in mixed order, None if they are not asked for.
 
-    def active(load: Numbers) -> Numbers:
-        found = expected_.active(placement, share, load)
-        return found if placement.has_copies else found.astype(np.uint16)
-
-    return by_block(expert_load, active)
-
-
-class _Arrival:
-    """Loads of devices if the tokens of a part had come in mixed order: they add up in any order.
-
-    Every token has a place in that order, and so in a window of it. Loads of experts give those of
-    devices where an expert has one copy, or copies take turns; else each placement is counted.
+    Nor are they if all tokens share a window.
     """
+    if not setting.with_mixed or setting.window is None or len(tokens) <= setting.window:
+        return None
+    sequence = None if trace.sequence is None else trace.sequence[tokens]
+    place = np.empty(len(tokens), dtype=np.uint64)
+    order = mixed_order(sequence, len(tokens), seed=setting.mixed_seed)
+    place[order] = np.arange(len(tokens), dtype=np.uint64)
+    return place
 
-    def __init__(
-        self, trace: RoutingTrace, settings: Sequence[Setting], tokens: NDArray[np.int64]
-    ) -> None:
-        self._settings = settings
-        window = settings[0].window
-        self._place: NDArray[np.uint64] | None = None
-        self._experts: _core.ArrivalLoad | None = None
-        self._devices: dict[int, _core.ArrivalLoad] = {}
-        self._load: Numbers | None = None
-        # One window is the same in any order.
-        if not settings[0].with_mixed or window is None or len(tokens) <= window:
-            return
-        sequence = None if trace.sequence is None else trace.sequence[tokens]
-        order = mixed_order(sequence, len(tokens), seed=settings[0].mixed_seed)
-        self._place = np.empty(len(tokens), dtype=np.uint64)
-        self._place[order] = np.arange(len(tokens), dtype=np.uint64)
-        sizes: Any = {"window": window, "tokens": len(tokens)}
-        for number, setting in enumerate(settings):
-            placement = setting.placement
-            if placement.has_copies and setting.split != "round_robin":
-                self._devices[number] = _core.ArrivalLoad(
-                    placement.slots,
-                    trace.num_experts,
-                    trace.top_k,
-                    setting.topology.node_of_device.tolist(),
-                    split=setting.split,
-                    **sizes,
-                )
-        if len(self._devices) < len(settings):
-            experts = np.arange(trace.num_experts, dtype=np.int32)
-            alone = np.tile(experts[None, :, None], (trace.layers, 1, 1))
-            nodes = [0] * trace.num_experts
-            self._experts = _core.ArrivalLoad(alone, trace.num_experts, trace.top_k, nodes, **sizes)
 
-    def push(self, mine: IdArray, begin: int, threads: int | None) -> None:
-        """Count tokens of the part, from its token ``begin`` on, which have been checked."""
-        if self._place is None:
-            return
-        place = self._place[begin : begin + len(mine)]
-        for each in (*self._devices.values(), *([self._experts] if self._experts else [])):
-            each.push(mine, place, threads, checked=True)
+def _of_experts(trace: RoutingTrace, rows: int, most: int) -> _core.LabelledReplay:
+    """Begin to count loads of experts by rows: of a placement with a device for each."""
+    experts = np.arange(trace.num_experts, dtype=np.int32)
+    slots = np.tile(experts[None, :, None], (trace.layers, 1, 1))
+    nodes = [0] * trace.num_experts
+    return _core.LabelledReplay(
+        slots, trace.num_experts, trace.top_k, nodes, rows=rows, most=most, visits=False
+    )
 
-    def finish(self, number: int, load: Numbers) -> Numbers:
-        """Return loads [W,L,D] in mixed order under a setting, of those as recorded."""
-        if self._place is None:
-            return load
-        if number in self._devices:
-            return self._devices.pop(number).finish().transpose(1, 0, 2)
-        if self._load is None:
-            assert self._experts is not None
-            self._load = self._experts.finish()
-        setting = self._settings[number]
-        placement = setting.placement
-        if placement.has_copies:
-            return _in_turns(placement, self._load)
-        of_experts = self._load.transpose(1, 0, 2)
-        setting = self._settings[number]
-        share = copies.slot_shares(placement, setting.topology, setting.split)
 
-        def served(some: Numbers) -> Numbers:
-            found = copies.served(placement, share, some)
-            return found.astype(np.min_scalar_type(int(found.max(initial=0))))
-
-        return by_block(of_experts, served)
+def _active(setting: Setting, expert_load: Numbers | None) -> Numbers | None:
+    """Count experts with a token [W,L,D] if they are asked for."""
+    if not setting.with_active:
+        return None
+    assert expert_load is not None
+    share = copies.slot_shares(setting.placement, setting.topology, setting.split)
+    return expected_.active(setting.placement, share, expert_load)
 
 
 def _in_turns(placement: Placement, load: Numbers) -> Numbers:
@@ -319,7 +312,7 @@ def _in_turns(placement: Placement, load: Numbers) -> Numbers:
     Of the n tokens of a window that come after s others, the j-th of c copies serves those whose
     number is j modulo c.
     """
-    found = np.zeros((load.shape[1], placement.layers, placement.devices), dtype=np.int64)
+    served = np.zeros((load.shape[1], placement.layers, placement.devices), dtype=np.int64)
     for layer, slots in enumerate(placement.slots):
         after = np.cumsum(load[layer], axis=0, dtype=np.int64)
         before = after - load[layer]
@@ -329,8 +322,8 @@ def _in_turns(placement: Placement, load: Numbers) -> Numbers:
             turn, of = seen[expert], placement.replicas[layer, expert]
             seen[expert] += 1
             ends = [(tokens[:, expert] - 1 - turn) // of for tokens in (after, before)]
-            found[:, layer, device] += ends[0] - ends[1]
-    return found
+            served[:, layer, device] += ends[0] - ends[1]
+    return served
 
 
 def of_statistics(
@@ -354,24 +347,16 @@ class Counted(Protocol):
     """Counts of all windows together, as ``RoutingStatistics`` has them."""
 
     @property
-    def total_load(self) -> NDArray[np.uint64]:
-        """Load [L,E]."""
-        ...
-
-    @property
     def transitions(self) -> NDArray[np.uint64] | None:
         """Pairs of neighbouring layers [L-1,E,E]."""
-        ...
 
     @property
     def sets(self) -> tuple[ExpertSets, ...] | None:
         """Expert sets, layer by layer."""
-        ...
 
     @property
     def set_load(self) -> NDArray[np.uint64]:
         """Load [L,E] by the expert sets: what it is, unless they are of a sample."""
-        ...
 
 
 class Expected:
@@ -415,9 +400,7 @@ class Expected:
         Where these are a part of all windows, ``total`` has the load of all [1,L,E].
         """
         setting, topology = self._setting, self._setting.topology
-        load = by_block(
-            window_load, lambda some: copies.served(setting.placement, self._share, some)
-        )
+        load = copies.served(setting.placement, self._share, window_load)
         mixed = None
         if setting.with_mixed:
             mixed = np.empty_like(load)
@@ -440,14 +423,9 @@ class Expected:
                 visits.sum(axis=0),
                 window_load if total is None else total,
             ),
-            active=(
-                by_block(
-                    window_load,
-                    lambda some: expected_.active(setting.placement, self._share, some),
-                )
-                if setting.with_active
-                else None
-            ),
+            active=None
+            if not setting.with_active
+            else expected_.active(setting.placement, self._share, window_load),
         )
 
 
@@ -465,13 +443,13 @@ def _ratio(part: Floats, whole: Floats) -> Floats:
 def _check_table_bytes(trace: RoutingTrace, settings: Sequence[Setting]) -> None:
     window, topology = settings[0].window, settings[0].topology
     windows = 1 if window is None else max(1, -(-trace.tokens // max(window, 1)))
-    each = np.min_scalar_type((window or trace.tokens) * trace.top_k).itemsize
+    width = np.min_scalar_type((window or trace.tokens) * trace.top_k).itemsize
     # Load and visits of devices, visits of nodes, and load in mixed order; while they are put
     # together, some of it twice.
     columns = len(settings) * 2 * (2 * topology.devices + topology.nodes)
     columns += 2 * trace.num_experts
     # Once more for groups, whose windows add up to the trace's.
-    size = each * windows * trace.layers * columns * (1 if trace.group is None else 2)
+    size = width * windows * trace.layers * columns * (1 if trace.group is None else 2)
     if size > TABLE_LIMIT:
         raise ValueError(
             f"counts must fit {TABLE_LIMIT >> 30} GiB, got {size / 2**30:.0f} GiB for {windows} "

@@ -1,7 +1,7 @@
 """Rows that a placement moves from device to device, counted token by token from each token's home.
 
-The rule by which a token finds its copy of a replicated expert is here, for the prediction and for
-the layer in ``moetuner.torch`` alike; the replay in the core follows the same one.
+The core has the rule by which a token chooses between copies of an expert; ``copies`` and ``mixed``
+state it in tables and tensors, for the layer in ``moetuner.torch``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moetuner import _core
 from moetuner._checks import array_in, instance, one_of, shown, whole_number
 from moetuner.placement import EMPTY, Placement
 from moetuner.trace import RoutingTrace
@@ -71,39 +72,58 @@ def dispatch_rows(
     """
     instance("placement", placement, Placement)
     instance("trace", trace, RoutingTrace)
-    found, wanted = (trace.layers, trace.num_experts), (placement.layers, placement.num_experts)
-    if found != wanted:
+    _same_model(placement, trace)
+    size = node_size(placement.devices, devices_per_node)
+    homes = homes_of(home, trace.tokens, placement.devices)
+    places = _positions(position, trace.tokens)
+    rows, to_nodes = _visits_from(homes, placement, trace, split_rule(split), size, places)
+    if devices_per_node is not None:
+        rows = _through_nodes(rows, to_nodes)
+    device = np.arange(placement.devices)
+    rows[:, device, device] = 0
+    return rows
+
+
+def _same_model(placement: Placement, trace: RoutingTrace) -> None:
+    sizes, given = (trace.layers, trace.num_experts), (placement.layers, placement.num_experts)
+    if sizes != given:
         raise ValueError(
-            f"placement must have {found[0]} layers and {found[1]} experts like the trace, "
-            f"got {wanted[0]} and {wanted[1]}"
+            f"placement must have {sizes[0]} layers and {sizes[1]} experts like the trace, "
+            f"got {given[0]} and {given[1]}"
         )
-    devices, layers = placement.devices, placement.layers
-    size = node_size(devices, devices_per_node)
-    homes = homes_of(home, trace.tokens, devices)
-    places_of = _positions(position, trace.tokens)
-    # Which copies a token can take depends on its home only if it takes the nearest.
-    places = range(devices) if split_rule(split) == "nearest" else [None]
-    tables = [
-        [copies(slots, placement.num_experts, near=place, node=size) for place in places]
-        for slots in placement.slots
-    ]
-    rows = np.zeros((layers, devices, devices), dtype=np.int64)
+
+
+def _visits_from(
+    homes: NDArray[np.int64],
+    placement: Placement,
+    trace: RoutingTrace,
+    split: LayerSplit,
+    node: int,
+    position: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Count the tokens of every home that visit a device [L,home,D] and a node [L,home,N]."""
+    replay = _core.LabelledReplay(
+        placement.slots,
+        trace.num_experts,
+        trace.top_k,
+        (np.arange(placement.devices) // node).tolist(),
+        rows=placement.devices,
+        most=max(trace.tokens, 1),
+        split=split,
+    )
     first = 0
     for shard in trace.shards():
-        hashed = mixed(places_of[first : first + len(shard)])
-        mine = homes[first : first + len(shard)]
-        for layer in range(layers):
-            visited = np.zeros((len(shard), devices), dtype=bool)
-            for place, (table, count) in zip(places, tables[layer], strict=True):
-                at = slice(None) if place is None else np.flatnonzero(mine == place)
-                ids = shard[at, layer].astype(np.int64)
-                copy = hashed[at, None] % count[ids]
-                device = table[ids, copy] // placement.slots_per_device
-                visited[np.arange(len(shard))[at][:, None], device] = True
-            rows[layer] += _rows_of(visited, mine, None if devices_per_node is None else size)
+        some = slice(first, first + len(shard))
+        replay.push(
+            shard,
+            homes[some].astype(np.uint32),
+            positions=position[some].astype(np.uint64),
+            homes=homes[some].astype(np.uint16),
+            checked=trace.ids.fresh,
+        )
         first += len(shard)
-    rows[:, np.arange(devices), np.arange(devices)] = 0
-    return rows
+    _, visits, to_nodes = (table.astype(np.int64) for table in replay.finish())
+    return visits, to_nodes
 
 
 def copies(
@@ -133,17 +153,17 @@ def copies(
     filled = np.flatnonzero(flat != EMPTY)
     lists = [filled[flat[filled] == expert] for expert in range(experts)]
     if near is not None:
-        for expert, held in enumerate(lists):
-            device = held // width
+        for expert, mine in enumerate(lists):
+            device = mine // width
             for close in (device == near, device // node == near // node):
                 if close.any():
-                    lists[expert] = held[close]
+                    lists[expert] = mine[close]
                     break
-    count = np.array([len(held) for held in lists], dtype=np.int64)
+    count = np.array([len(mine) for mine in lists], dtype=np.int64)
     table = np.empty((experts, int(count.max())), dtype=np.int64)
-    for expert, held in enumerate(lists):
-        table[expert] = held[0]
-        table[expert, : len(held)] = held
+    for expert, mine in enumerate(lists):
+        table[expert] = mine[0]
+        table[expert, : len(mine)] = mine
     return table, count
 
 
@@ -205,22 +225,17 @@ def _positions(position: ArrayLike | None, tokens: int) -> NDArray[np.int64]:
     return places.astype(np.int64)
 
 
-def _rows_of(
-    visited: NDArray[np.bool_], home: NDArray[np.int64], node: int | None
-) -> NDArray[np.int64]:
-    """Compute rows [D,D] of tokens that visit devices [T,D] from their homes [T]."""
-    devices = visited.shape[1]
-    token, device = np.nonzero(visited)
-    if node is None:
-        return _pairs(home[token], device, devices)
-    nodes = visited.reshape(len(visited), -1, node).any(axis=2)
-    crossing, target = np.nonzero(nodes)
-    # The device in the target node that has the home's number in its own.
-    between = _pairs(home[crossing], target * node + home[crossing] % node, devices)
-    return between + _pairs(device // node * node + home[token] % node, device, devices)
+def _through_nodes(visits: NDArray[np.int64], to_nodes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Compute rows [L,D,D] that cross to a node once and fan out inside.
 
-
-def _pairs(source: NDArray[np.int64], target: NDArray[np.int64], devices: int) -> NDArray[np.int64]:
-    """Count pairs of devices [D,D]."""
-    counts = np.bincount(source * devices + target, minlength=devices * devices)
-    return counts.reshape(devices, devices)
+    Of visits of devices [L,home,D] and nodes [L,home,N].
+    """
+    nodes, device = np.arange(to_nodes.shape[2]), np.arange(visits.shape[2])
+    size = len(device) // len(nodes)
+    rows = np.zeros_like(visits)
+    for home in device:
+        # The device of every node that has the home's number in its own.
+        relay = nodes * size + home % size
+        rows[:, home, relay] += to_nodes[:, home]
+        rows[:, relay[device // size], device] += visits[:, home]
+    return rows

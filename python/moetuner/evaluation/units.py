@@ -132,21 +132,18 @@ def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None
 
 
 def _loads(
-    trace: RoutingTrace, window: int | None, threads: int | None
+    trace: RoutingTrace, window: int | None, threads: int | None = None
 ) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.integer[Any]] | None]:
     """Count windows of the tokens of every group [W,L,E], and return the group of each [W]."""
-    parts, numbers = [trace], np.zeros(1, dtype=np.int64)
-    if trace.group is not None:
-        numbers = np.unique(trace.group)
-        parts = [trace.select(groups=[int(number)]) for number in numbers]
-    loads = [
-        RoutingStatistics.from_trace(
-            part, window=window, transitions=False, coactivation=False, threads=threads
-        ).window_load
-        for part in parts
-    ]
-    group = np.repeat(numbers, [len(load) for load in loads])
-    return np.concatenate(loads), None if trace.group is None else group
+    counted = RoutingStatistics.from_trace(
+        trace,
+        window=window,
+        by_group=trace.group is not None,
+        transitions=False,
+        coactivation=False,
+        threads=threads,
+    )
+    return counted.window_load, counted.group
 
 
 def blocks_of(
@@ -217,7 +214,7 @@ def _lags(share: Floats, label: Integers) -> tuple[Floats, float]:
         by_chance.append(np.einsum("wf,wf->w", share[order], share[np.roll(order, 1)]))
     products = np.concatenate(by_chance)
     mean, error = float(products.mean()), float(products.std())
-    found: list[float] = []
+    covariances: list[float] = []
     for lag in range(1, min(LAGS, windows - 2) + 1):
         same = label[lag:] == label[:-lag]
         pairs = int(same.sum())
@@ -226,8 +223,8 @@ def _lags(share: Floats, label: Integers) -> tuple[Floats, float]:
         product = np.einsum("wf,wf->w", share[lag:], share[:-lag])[same].mean() - mean
         if product <= ALIKE * error / math.sqrt(pairs):
             break
-        found.append(float(product))
-    return np.array(found), float((share**2).sum() / windows) - mean
+        covariances.append(float(product))
+    return np.array(covariances), float((share**2).sum() / windows) - mean
 
 
 def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic, Traffic]:
@@ -294,14 +291,14 @@ def _part_of_trace(trace: RoutingTrace, share: float, seed: int) -> tuple[Traffi
         chosen = np.random.default_rng(seed).permutation(labels)[:count]
         seen = np.isin(unit, chosen)
         return some_tokens(trace, seen), some_tokens(trace, ~seen)
-    seen, unseen = runs(trace.tokens, share, reach_of(trace), seed, trace.group)
+    seen, unseen = runs(trace.tokens, share, alike_tokens(trace), seed, trace.group)
     return some_tokens(trace, seen), some_tokens(trace, unseen)
 
 
 def some_tokens(trace: RoutingTrace, keep: NDArray[np.bool_]) -> RoutingTrace:
     """Return some tokens [T] of a trace."""
-    kept = replace(trace, sequence=keep.astype(np.int32)).select(sequences=[1])
-    return replace(kept, sequence=None if trace.sequence is None else trace.sequence[keep])
+    chosen = replace(trace, sequence=keep.astype(np.int32)).select(sequences=[1])
+    return replace(chosen, sequence=None if trace.sequence is None else trace.sequence[keep])
 
 
 def likeness(share: float, units: Units) -> float:
@@ -316,17 +313,17 @@ def likeness(share: float, units: Units) -> float:
     return alike if units.blocks.length == 1 and units.name != "window" else max(alike, RUNS)
 
 
-def reach_of(trace: RoutingTrace) -> int:
+def alike_tokens(trace: RoutingTrace) -> int:
     """Compute over how many tokens neighbours of an unlabelled trace are alike."""
     piece = max(PIECE, -(-trace.tokens // PIECES))
-    return piece * blocks_of(*_loads(trace, piece, None)).length
+    return piece * blocks_of(*_loads(trace, piece)).length
 
 
 def with_runs(trace: RoutingTrace) -> RoutingTrace:
     """Return a trace with runs of tokens that are alike for the sequences that it has not."""
     if trace.sequence is not None:
         return trace
-    run = np.arange(trace.tokens) // reach_of(trace)
+    run = np.arange(trace.tokens) // alike_tokens(trace)
     return replace(trace, sequence=run.astype(np.int32))
 
 

@@ -145,7 +145,7 @@ def _delete_left_behind(target: Path) -> None:
     stem = re.escape(target.name[:LONGEST_STEM])
     pattern = re.compile(rf"\.{stem}\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}")
     with suppress(OSError):
-        for left in [each for each in target.parent.iterdir() if pattern.fullmatch(each.name)]:
+        for left in [file for file in target.parent.iterdir() if pattern.fullmatch(file.name)]:
             with suppress(OSError):
                 handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:
@@ -180,12 +180,12 @@ def naming(path: str | Path) -> Iterator[None]:
 
 def size_of(path: Path) -> int:
     """Return the size of a regular file; others would block, or could not be read twice."""
-    found = path.stat()
-    if stat.S_ISDIR(found.st_mode):
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(f"{path}: must be a file, got a directory")
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path}: must be a regular file")
-    return found.st_size
+    return status.st_size
 
 
 def read_whole(path: str | Path, most: int = LONGEST_TEXT) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,9 @@ class TraceContents:
 
 def read_trace(path: Path, kind: Kind, num_experts: int | None) -> TraceContents:
     """Read a file of a known kind."""
+    readers = {"safetensors": _trace_in_safetensors, "npz": _trace_in_npz, "npy": _trace_in_npy}
     with naming(path):
-        if kind == "safetensors":
-            return _trace_in_safetensors(path, num_experts)
-        return (
-            _trace_in_npz(path, num_experts) if kind == "npz" else _trace_in_npy(path, num_experts)
-        )
+        return readers[kind](path, num_experts)
 
 
 def write_trace(contents: TraceContents, path: Path, source: str | None, shard_bytes: int) -> None:
@@ -72,11 +69,7 @@ def write_trace(contents: TraceContents, path: Path, source: str | None, shard_b
 def _trace_in_safetensors(path: Path, num_experts: int | None) -> TraceContents:
     header = safetensors.read_header(path)
     about = header.metadata
-    found = about.get("format", TRACE_FORMAT), about.get("version", VERSION)
-    if found != (TRACE_FORMAT, VERSION):
-        raise ValueError(
-            f"format must be {TRACE_FORMAT} version {VERSION}, got {found[0]} version {found[1]}"
-        )
+    _check_format({"format": TRACE_FORMAT, "version": VERSION, **about}, TRACE_FORMAT)
     experts = _experts(num_experts, about.get("num_experts"))
     sequence, group = (
         safetensors.read(path, header.tensor(name)) if name in header else None
@@ -99,14 +92,14 @@ def _trace_in_npz(path: Path, num_experts: int | None) -> TraceContents:
         if "load" in arrays:
             raise ValueError("holds a load table, not a trace; RoutingStatistics.load reads it")
         raise ValueError("must hold an array 'expert_ids' (or 'load', a load table)")
-    experts = _experts(num_experts, npz.integer(arrays, "num_experts"))
+    experts = _experts(num_experts, npz.plain(arrays, "num_experts", "iu", 0, "one integer"))
     return TraceContents(
         IdsInMemory.of(arrays["expert_ids"], experts),
         experts,
         arrays.get("sequence"),
         arrays.get("group"),
-        npz.texts(arrays, "group_names"),
-        npz.text(arrays, "model"),
+        npz.plain(arrays, "group_names", "U", 1, "texts [n]"),
+        npz.plain(arrays, "model", "U", 0, "one text"),
     )
 
 
@@ -117,8 +110,7 @@ def _trace_in_npy(path: Path, num_experts: int | None) -> TraceContents:
     ids: Ids = IdsInFile.of(path, place, experts)
     if fortran:
         # Column-major: a token's ids are spread over the whole file.
-        columns = safetensors.read(path, replace(place, shape=place.shape[::-1]))
-        ids = IdsInMemory.of(columns.transpose(), experts)
+        ids = IdsInMemory.of(npz.read_npy(path), experts)
     return TraceContents(ids, experts)
 
 
@@ -132,6 +124,14 @@ def _experts(given: int | None, in_file: int | str | None) -> int:
         return experts_in(int(in_file))
     except ValueError:
         raise ValueError(f"num_experts must be from 1 to 65536, got {shown(in_file)}") from None
+
+
+def _check_format(about: dict[str, str], name: str) -> None:
+    given = about.get("format"), about.get("version")
+    if given != (name, VERSION):
+        raise ValueError(
+            f"format must be {name} version {VERSION}, got {given[0]} version {given[1]}"
+        )
 
 
 STATISTICS_FORMAT = "moetuner.statistics"
@@ -208,11 +208,7 @@ def write_statistics(
 def _statistics_in_safetensors(path: Path) -> StatisticsContents:
     header = safetensors.read_header(path)
     about = header.metadata
-    if (about.get("format"), about.get("version")) != (STATISTICS_FORMAT, VERSION):
-        raise ValueError(
-            f"format must be {STATISTICS_FORMAT} version {VERSION}, "
-            f"got {about.get('format')} version {about.get('version')}"
-        )
+    _check_format(about, STATISTICS_FORMAT)
     header.tensor("load")
     window, sampled = about.get("window"), about.get("set_tokens")
     return StatisticsContents(
@@ -231,10 +227,10 @@ def _load_table(path: Path) -> StatisticsContents:
         if "expert_ids" in npz.names_in_npz(path):
             raise ValueError("holds a trace, not a load table; RoutingTrace.load reads it")
         raise ValueError("must hold an array 'load' (or 'expert_ids', a trace)")
-    group_names = npz.texts(arrays, "group_names")
+    group_names = npz.plain(arrays, "group_names", "U", 1, "texts [n]")
     if group_names is None:
         group_names = _checks.numbered(arrays["group"]) if "group" in arrays else []
-    model = npz.text(arrays, "model")
+    model = npz.plain(arrays, "model", "U", 0, "one text")
     return StatisticsContents(
         {k: arrays[k] for k in ("load", "group") if k in arrays}, None, group_names, model
     )

@@ -1,42 +1,55 @@
 """Where expert ids [T,L,K] are: in memory, in a file, or a selection or sequence of these.
 
 All give the same two things: valid shards in order, and one array. What lies in a file stays there
-until it is asked for, and is validated whenever a shard of it is read.
+until a shard of it is read, and is validated then.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import U8, U16, IdArray, IdType, check_sizes, frozen, id_type, valid
 from moetuner.files import naming, size_of
-from moetuner.files.safetensors import TensorInFile
+from moetuner.files.safetensors import TensorInFile, size_holding
 
 Shape = tuple[int, int, int]
+Mask = NDArray[np.bool_] | None
+Numbers = NDArray[np.intp] | None
+LeftOut = tuple[int, tuple[int, ...]]
 
 
-class Ids(Protocol):
-    """Expert ids, wherever they are."""
+class Ids(ABC):
+    """Expert ids, wherever they are.
+
+    ``left_out`` says how many hidden layers were recorded, and the numbers of those that were left
+    out as dense; None where all have experts, or nothing is known of others.
+    """
+
+    left_out: LeftOut | None = None
 
     @property
+    @abstractmethod
     def shape(self) -> Shape:
         """Sizes [T,L,K]."""
 
     @property
+    @abstractmethod
     def dtype(self) -> IdType:
         """Type of the shards: uint8 or uint16."""
 
     @property
     def fresh(self) -> bool:
-        """Whether shards are read and validated when they are asked for, so nobody changed them."""
+        """Whether shards are validated when they are read, so that nobody has changed them."""
+        return True
 
+    @abstractmethod
     def shards(self, max_bytes: int, threads: int | None = None) -> Iterator[IdArray]:
         """Read valid runs of tokens [t,L,K], C-contiguous, in order, none of them empty.
 
@@ -45,16 +58,24 @@ class Ids(Protocol):
 
     def array(self) -> IdArray:
         """Return all ids [T,L,K]; those of a file not yet validated."""
+        array: IdArray = np.empty(self.shape, dtype=self.dtype)
+        first = 0
+        for shard in self.shards(1 << 24):
+            array[first : first + len(shard)] = shard
+            first += len(shard)
+        return array
 
-    def select(self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None) -> Ids:
-        """Keep the marked tokens and the numbered layers; None keeps all."""
+    def select(self, tokens: Mask, layers: Numbers) -> Ids:
+        """Select the marked tokens and the numbered layers; None selects all."""
+        return SelectedIds(self, tokens, layers)
 
 
 @dataclass(frozen=True, eq=False)
-class IdsInMemory:
+class IdsInMemory(Ids):
     """An array, validated when it is wrapped."""
 
     values: IdArray
+    left_out: LeftOut | None = None
 
     @classmethod
     def of(cls, values: NDArray[np.generic], num_experts: int) -> IdsInMemory:
@@ -64,8 +85,7 @@ class IdsInMemory:
 
     @property
     def shape(self) -> Shape:
-        tokens, layers, top_k = self.values.shape
-        return tokens, layers, top_k
+        return cast(Shape, self.values.shape)
 
     @property
     def dtype(self) -> IdType:
@@ -83,14 +103,12 @@ class IdsInMemory:
     def array(self) -> IdArray:
         return self.values
 
-    def select(
-        self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None
-    ) -> IdsInMemory:
+    def select(self, tokens: Mask, layers: Numbers) -> IdsInMemory:
         return IdsInMemory(_frozen(_select(self.values, tokens, layers)))
 
 
 @dataclass(frozen=True, eq=False)
-class IdsInFile:
+class IdsInFile(Ids):
     """An array in a file, in row-major order.
 
     Shards are read into fresh memory, not through a map: pages of a map count as this process's
@@ -107,23 +125,16 @@ class IdsInFile:
     def of(cls, path: Path, stored: TensorInFile, num_experts: int) -> IdsInFile:
         """Check sizes and type; the ids themselves are not touched."""
         check_sizes(stored.shape, stored.dtype, num_experts)
-        size = size_of(path)
-        if stored.offset + stored.nbytes > size:
-            raise ValueError(f"file must have {stored.offset + stored.nbytes} bytes, got {size}")
+        size = size_holding(path, stored)
         return cls(path, stored, num_experts, size, path.stat().st_ino)
 
     @property
     def shape(self) -> Shape:
-        tokens, layers, top_k = self.stored.shape
-        return tokens, layers, top_k
+        return cast(Shape, self.stored.shape)
 
     @property
     def dtype(self) -> IdType:
         return id_type(self.stored.dtype, self.num_experts)
-
-    @property
-    def fresh(self) -> bool:
-        return True
 
     def shards(self, max_bytes: int, threads: int | None = None) -> Iterator[IdArray]:
         step = tokens_per_shard(self.shape, self.stored.dtype, max_bytes)
@@ -132,22 +143,22 @@ class IdsInFile:
         with self.path.open("rb", buffering=0) as file, naming(self.path):
             file.seek(self.stored.offset)
             for first in range(0, tokens, step):
-                raw = np.empty(min(step, tokens - first) * layers * top_k, dtype=self.stored.dtype)
-                _fill(file, raw)
+                count = min(step, tokens - first) * layers * top_k
+                raw = np.fromfile(file, self.stored.dtype, count)
+                if raw.size < count:
+                    missing = (count - raw.size) * raw.itemsize
+                    raise ValueError(f"file shrank while it was read: {missing} bytes are missing")
                 ids = raw.reshape(-1, layers, top_k)
                 yield valid(ids, self.num_experts, first, threads)
-                del ids, raw  # else the next shard is made while this one is still held
+                del ids, raw  # else the next shard is made while this one is still there
 
     def array(self) -> IdArray:
         self._check_unchanged()
         if self.stored.dtype != self.dtype or 0 in self.shape:
-            return gathered(self)
+            return super().array()
         return np.memmap(
             self.path, dtype=self.dtype, mode="r", offset=self.stored.offset, shape=self.shape
         )
-
-    def select(self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None) -> Ids:
-        return SelectedIds(self, tokens, layers)
 
     def _check_unchanged(self) -> None:
         size = size_of(self.path)
@@ -160,12 +171,12 @@ class IdsInFile:
 
 
 @dataclass(frozen=True, eq=False)
-class SelectedIds:
+class SelectedIds(Ids):
     """Some tokens and layers of ids that are not in memory."""
 
     base: Ids
-    tokens: NDArray[np.bool_] | None
-    layers: NDArray[np.intp] | None
+    tokens: Mask
+    layers: Numbers
 
     @property
     def shape(self) -> Shape:
@@ -192,15 +203,9 @@ class SelectedIds:
             if here is None or here.any():
                 yield _select(shard, here, self.layers)
 
-    def array(self) -> IdArray:
-        return gathered(self)
-
-    def select(self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None) -> Ids:
-        return SelectedIds(self, tokens, layers)
-
 
 @dataclass(frozen=True, eq=False)
-class JoinedIds:
+class JoinedIds(Ids):
     """Several ids, one after the other."""
 
     parts: tuple[Ids, ...]
@@ -223,29 +228,13 @@ class JoinedIds:
             for shard in part.shards(max_bytes, threads):
                 yield cast(IdArray, shard.astype(self.dtype, copy=False))
 
-    def array(self) -> IdArray:
-        return gathered(self)
-
-    def select(self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None) -> Ids:
-        return SelectedIds(self, tokens, layers)
-
 
 def joined(parts: tuple[Ids, ...]) -> Ids:
     """Join ids one after the other: an array if all are in memory, else left where they are."""
     whole = JoinedIds(parts)
     if all(isinstance(part, IdsInMemory) for part in parts):
-        return IdsInMemory(_frozen(gathered(whole)))
+        return IdsInMemory(_frozen(whole.array()))
     return whole
-
-
-def gathered(ids: Ids) -> IdArray:
-    """Return all shards in one array."""
-    array: IdArray = np.empty(ids.shape, dtype=ids.dtype)
-    first = 0
-    for shard in ids.shards(1 << 24):
-        array[first : first + len(shard)] = shard
-        first += len(shard)
-    return array
 
 
 def tokens_per_shard(shape: Shape, dtype: np.dtype[np.generic], max_bytes: int) -> int:
@@ -255,9 +244,7 @@ def tokens_per_shard(shape: Shape, dtype: np.dtype[np.generic], max_bytes: int) 
     return max(1, max_bytes // (shape[1] * shape[2] * dtype.itemsize))
 
 
-def _select(
-    ids: IdArray, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None
-) -> IdArray:
+def _select(ids: IdArray, tokens: Mask, layers: Numbers) -> IdArray:
     if tokens is not None and not tokens.all():
         ids = ids[tokens]
     return np.ascontiguousarray(ids if layers is None else np.take(ids, layers, axis=1))
@@ -265,13 +252,3 @@ def _select(
 
 def _frozen(ids: IdArray) -> IdArray:
     return cast(IdArray, frozen(cast("NDArray[np.generic]", ids)))
-
-
-def _fill(file: FileIO, array: NDArray[np.generic]) -> None:
-    """Read exactly as many bytes as the array has."""
-    view = memoryview(array.view(np.uint8).data)
-    while len(view):
-        got = file.readinto(view)
-        if not got:
-            raise ValueError(f"file shrank while it was read: {len(view)} bytes are missing")
-        view = view[got:]

@@ -30,9 +30,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moetuner._checks import (
     IdArray,
+    IdType,
     check_sizes,
     expert_size,
     experts_in,
@@ -47,10 +49,14 @@ from moetuner._checks import (
 from moetuner.files import naming, replacing, size_of
 from moetuner.files.contents import TraceContents
 from moetuner.files.ids import IdsInMemory
-from moetuner.files.lines import NO_INTEGER, NO_TEXT, Batch, Keys, batches
+from moetuner.files.lines import NO_INTEGER, NO_TEXT, Keys, Lines, batches
 
 GROUP_LIMIT = 1 << 15
-KEYS = Keys([("experts", 2), ("tokens", 3)], ["sequence"], ["group"])
+KEYS = Keys(
+    [("experts", ("layers", "top_k")), ("tokens", ("tokens", "layers", "top_k"))],
+    ["sequence"],
+    ["group"],
+)
 
 
 def read(path: str | Path, *, num_experts: int | None = None) -> TraceContents:
@@ -72,18 +78,8 @@ def read(path: str | Path, *, num_experts: int | None = None) -> TraceContents:
     size_of(path)
     with naming(path):
         reader = _Reader(None if num_experts is None else experts_in(num_experts))
-        for found in batches(path, KEYS):
-            if isinstance(found, Batch) and reader.batch(found):
-                continue
-            # Lines that are not plain, or break a rule: one of them is named.
-            for number, line in found.one_by_one() if isinstance(found, Batch) else [found]:
-                try:
-                    if number == 1 and not {"experts", "tokens"} & line.keys():
-                        reader.header(line)
-                    else:
-                        reader.data(line)
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"line {number}: {error}") from None
+        for lines in batches(path, KEYS, reader.is_header):
+            lines.hand_to(reader.add)
         return reader.contents()
 
 
@@ -144,8 +140,10 @@ class _Reader:
         self.group = array("h")
         self.groups: dict[str, int] = {}
 
-    def header(self, line: dict[str, Any]) -> None:
+    def is_header(self, line: dict[str, Any]) -> bool:
         """Take in the first line, if it is a header."""
+        if {"experts", "tokens"} & line.keys():
+            return False
         if "schema" in line:
             raise ValueError(f"must be a trace, got a file of schema {shown(line['schema'])}")
         if "num_experts" not in line:
@@ -159,78 +157,81 @@ class _Reader:
             raise ValueError(f"model must be a text, got {shown(self.model)}")
         self.expert_size = expert_size(line.get("expert_size"))
         for name in names(line.get("group_names")):
-            self._group_number(name)
+            self.groups.setdefault(name, len(self.groups))
+        return True
 
-    def data(self, line: dict[str, Any]) -> None:
-        """Take in a token or a sequence."""
-        form = "experts" if "experts" in line else "tokens"
-        if form not in line:
-            raise ValueError(f"must have 'experts' or 'tokens', got keys {list(line)[:8]}")
-        keys = line.keys() & {"experts", "tokens", "sequence", "group"}
+    def add(self, lines: Lines) -> None:
+        """Take in lines, or none of them.
+
+        Raises
+        ------
+        ValueError
+            If one breaks a rule, or they differ in what they have.
+        """
+        if self.experts is None:
+            raise ValueError(
+                'num_experts is needed: in a first line {"num_experts": N}, or from you'
+            )
+        form = KEYS.arrays[lines.array[0]][0]
+        sequence, group, tokens = (
+            lines.columns["sequence"],
+            lines.columns["group"],
+            lines.sizes[:, 0],
+        )
+        numbered, named = sequence != NO_INTEGER, group != NO_TEXT
+        keys = {form}
+        keys |= {"sequence"} if numbered[0] else set()
+        keys |= {"group"} if named[0] else set()
+        shape = (int(lines.sizes[0, 1]), int(lines.sizes[0, 2]))
         if self.shape is not None and keys != self.keys:
             raise ValueError(
                 f"must have keys {sorted(self.keys)} like the lines before, got {sorted(keys)}"
             )
-        ids = self._valid(line[form], form)
-        sequence = self._sequence_number(line["sequence"]) if "sequence" in line else self.lines
-        if form == "tokens" or "sequence" in line:
-            self.sequence.extend(array("i", [sequence]) * len(ids))
-        if "group" in line:
-            self.group.extend(array("h", [self._group_number(line["group"])]) * len(ids))
-        self.ids += ids.tobytes()
-        self.shape, self.keys = (ids.shape[1], ids.shape[2]), keys
-        self.tokens += len(ids)
-        self.lines += 1
-
-    def batch(self, lines: Batch) -> bool:
-        """Take in many lines as ``data`` would; none of them, and False, if one breaks a rule."""
-        if self.experts is None:
-            return False
-        form = KEYS.arrays[lines.array[0]][0]
-        given, named = lines.integers["sequence"], lines.texts["group"]
-        keys = {form}
-        keys |= {"sequence"} if given[0] != NO_INTEGER else set()
-        keys |= {"group"} if named[0] != NO_TEXT else set()
-        shape = (int(lines.sizes[0, 1]), int(lines.sizes[0, 2]))
-        if (
-            (lines.array != lines.array[0]).any()
-            or (lines.sizes[:, 1:] != shape).any()
-            or ((given == NO_INTEGER) != (given[0] == NO_INTEGER)).any()
-            or ((named == NO_TEXT) != (named[0] == NO_TEXT)).any()
-            or (self.shape is not None and (shape != self.shape or keys != self.keys))
-        ):
-            return False
-        if "sequence" in keys and (given.astype(np.int32) != given).any():
-            return False
-        found = lines.ids.reshape(-1, *shape)
-        try:
-            if self.shape is None:
-                check_sizes(found.shape, found.dtype, self.experts)
-            found = found if found.max() >= 256 else found.astype(np.uint8)
-            ids = valid(found, self.experts, self.tokens)
-        except ValueError:
-            return False
-        if len(self.groups.keys() | set(lines.names)) > GROUP_LIMIT:
-            return False
-        tokens = lines.sizes[:, 0]
-        if form == "tokens" or "sequence" in keys:
-            if "sequence" not in keys:
-                given = np.arange(self.lines, self.lines + len(lines))
-            self.sequence.frombytes(np.repeat(given.astype(np.int32), tokens).tobytes())
-        if "group" in keys:
-            numbers = np.array([self._group_number(name) for name in lines.names])
-            self.group.frombytes(np.repeat(numbers[named].astype(np.int16), tokens).tobytes())
-        self.ids += ids.astype(id_type(np.dtype(np.int64), self.experts), copy=False).tobytes()
+        if self.shape not in (None, shape):
+            raise ValueError(
+                f"{form} must have {self.shape[0]} layers of {self.shape[1]} ids "
+                f"like the lines before, got {shape[0]} of {shape[1]}"
+            )
+        uniform = (lines.array == lines.array[0]).all() and (lines.sizes[:, 1:] == shape).all()
+        if not uniform or (numbered != numbered[0]).any() or (named != named[0]).any():
+            raise ValueError("lines must be alike")  # which is said better of one of them
+        if numbered[0] and (sequence.astype(np.int32) != sequence).any():
+            raise ValueError(f"sequence must be an integer of 32 bits, got {sequence[0]}")
+        ids = self._valid(lines.ids.reshape(-1, *shape))
+        groups = [lines.names[at] for at in np.unique(group[named])]
+        if len(self.groups.keys() | set(groups)) > GROUP_LIMIT:
+            raise ValueError(f"there must be at most {GROUP_LIMIT} groups, got {shown(groups[0])}")
+        if not numbered[0]:
+            sequence = np.arange(self.lines, self.lines + len(lines))
+        if form == "tokens" or numbered[0]:
+            self.sequence.frombytes(np.repeat(sequence.astype(np.int32), tokens).tobytes())
+        if named[0]:
+            numbers = np.zeros(len(lines.names), dtype=np.int16)
+            for at in np.unique(group):
+                numbers[at] = self.groups.setdefault(lines.names[at], len(self.groups))
+            self.group.frombytes(np.repeat(numbers[group], tokens).tobytes())
+        self.ids += ids.astype(self._type, copy=False).tobytes()
         self.shape, self.keys = shape, keys
         self.tokens += len(ids)
         self.lines += len(lines)
-        return True
+
+    def _valid(self, ids: NDArray[Any]) -> IdArray:
+        assert self.experts is not None
+        if self.shape is None:
+            check_sizes(ids.shape, ids.dtype, self.experts)
+        small = ids.dtype == np.uint16 and ids.max() < 256
+        return valid(ids.astype(np.uint8) if small else ids, self.experts, self.tokens)
+
+    @property
+    def _type(self) -> IdType:
+        assert self.experts is not None
+        return id_type(np.dtype(np.int64), self.experts)
 
     def contents(self) -> TraceContents:
         """Return what the lines say."""
         if self.shape is None or self.experts is None:
             raise ValueError("must have at least one line with 'experts' or 'tokens', got none")
-        ids = np.frombuffer(self.ids, dtype=id_type(np.dtype(np.int64), self.experts))
+        ids = np.frombuffer(self.ids, dtype=self._type)
         grouped = "group" in self.keys
         return TraceContents(
             IdsInMemory.of(ids.reshape(self.tokens, *self.shape), self.experts),
@@ -241,44 +242,6 @@ class _Reader:
             model=self.model,
             expert_size=self.expert_size,
         )
-
-    def _valid(self, values: object, form: str) -> IdArray:
-        if self.experts is None:
-            raise ValueError(
-                'num_experts is needed: in a first line {"num_experts": N}, or from you'
-            )
-        dimensions = {"experts": ["layers", "top_k"], "tokens": ["tokens", "layers", "top_k"]}[form]
-        rule = f"{form} must be integers [{', '.join(dimensions)}]"
-        try:
-            found = np.asarray(values)
-        except ValueError:
-            raise ValueError(f"{rule}, got lists of different lengths or depths") from None
-        if found.ndim != len(dimensions) or found.dtype.kind not in "iu" or not found.size:
-            raise ValueError(f"{rule}, got {found.dtype} {list(found.shape)}")
-        found = found.reshape(-1, *found.shape[-2:])
-        if self.shape is not None and found.shape[1:] != self.shape:
-            raise ValueError(
-                f"{form} must have {self.shape[0]} layers of {self.shape[1]} ids "
-                f"like the lines before, got {found.shape[1]} of {found.shape[2]}"
-            )
-        check_sizes(found.shape, found.dtype, self.experts)
-        return valid(found, self.experts, self.tokens)
-
-    def _sequence_number(self, number: object) -> int:
-        if (
-            not isinstance(number, int)
-            or isinstance(number, bool)
-            or not -(1 << 31) <= number < 1 << 31
-        ):
-            raise ValueError(f"sequence must be an integer of 32 bits, got {shown(number)}")
-        return number
-
-    def _group_number(self, name: object) -> int:
-        if not isinstance(name, str):
-            raise ValueError(f"group must be a text, got {shown(name)}")
-        if len(self.groups) == GROUP_LIMIT and name not in self.groups:
-            raise ValueError(f"there must be at most {GROUP_LIMIT} groups, got {shown(name)}")
-        return self.groups.setdefault(name, len(self.groups))
 
 
 def _per_token(trace: TraceContents) -> Iterator[dict[str, object]]:

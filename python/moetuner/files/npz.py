@@ -8,8 +8,9 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.files import naming, size_of
-from moetuner.files.safetensors import TensorInFile
+from moetuner.files.safetensors import TensorInFile, read, size_holding
 
 MAGIC = b"\x93NUMPY"
 HEADER_LIMIT = 1 << 16
@@ -46,20 +47,19 @@ def read_npy_header(file: IO[bytes]) -> tuple[TensorInFile, bool]:
     text = file.read(length)
     if len(text) < length:
         raise ValueError(f".npy header must have {length} bytes, got {len(text)}")
-    found = {
-        key: re.search(rf"""['"]{key}['"]\s*:\s*{value}""", text.decode("latin-1"))
-        for key, value in (
-            ("descr", r"""['"]([<>|=]?[?biufcUSO]\d{0,6})['"]"""),
-            ("fortran_order", r"(True|False)"),
-            ("shape", r"\(([\d\s,]{0,400})\)"),
-        )
-    }
-    for key, match in found.items():
+    values = []
+    for key, value in (
+        ("descr", r"""['"]([<>|=]?[?biufcUSO]\d{0,6})['"]"""),
+        ("fortran_order", r"(True|False)"),
+        ("shape", r"\(([\d\s,]{0,400})\)"),
+    ):
+        match = re.search(rf"""['"]{key}['"]\s*:\s*{value}""", text.decode("latin-1"))
         if match is None:
             raise ValueError(
                 f".npy header must have a plain {key}, got {text[:80].decode('latin-1')!r}"
             )
-    descr, order, shape = (match[1] for match in found.values() if match)
+        values.append(match[1])
+    descr, order, shape = values
     try:
         dtype = np.dtype(descr)
     except TypeError:
@@ -74,37 +74,46 @@ def read_npy_header(file: IO[bytes]) -> tuple[TensorInFile, bool]:
     return TensorInFile(dtype, sizes, 8 + width + length), order == "True"
 
 
+def read_npy(path: Path) -> NDArray[Any]:
+    """Read the array of an .npy file."""
+    with path.open("rb") as file:
+        place, fortran = read_npy_header(file)
+    size_holding(path, place)
+    if not fortran:
+        return read(path, place)
+    return read(path, replace(place, shape=place.shape[::-1])).transpose()
+
+
 def names_in_npz(path: Path) -> set[str]:
     """Return the names of an archive's arrays; none is read."""
-    with _opened(path) as archive:
+    with opened(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
-def shapes_in_npz(path: Path) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    """Types and sizes of an archive's arrays, by their headers.
+def shapes_in_npz(path: Path) -> dict[str, TensorInFile]:
+    """Return types and sizes of an archive's arrays, by their headers.
 
     Raises
     ------
     ValueError
         If the archive is cut off or damaged, or a member is no array.
     """
-    found = {}
-    with naming(path), _opened(path) as archive:
+    arrays = {}
+    with naming(path), opened(path) as archive:
         for info in archive.infolist():
             with archive.open(info) as file:
-                stored, _ = read_npy_header(file)
-            found[info.filename.removesuffix(".npy")] = (stored.dtype, stored.shape)
-    return found
+                arrays[info.filename.removesuffix(".npy")] = read_npy_header(file)[0]
+    return arrays
 
 
-def read_npz(path: Path, wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    """Read those of the wanted arrays that an archive has; others are not looked at."""
+def read_npz(path: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
+    """Read those of these arrays that an archive has; others are not looked at."""
     size = size_of(path)
-    with naming(path), _opened(path) as archive:
+    with naming(path), opened(path) as archive:
         members = {
-            info.filename.removesuffix(".npy"): info
+            name: info
             for info in archive.infolist()
-            if info.filename.removesuffix(".npy") in wanted
+            if (name := info.filename.removesuffix(".npy")) in names
         }
         expanded = sum(info.file_size for info in members.values())
         if expanded > max(EXPANDED_LIMIT, RATIO_LIMIT * size):
@@ -116,7 +125,7 @@ def read_npz(path: Path, wanted: tuple[str, ...]) -> dict[str, NDArray[Any]]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+def opened(path: Path, what: str = ".npz") -> Iterator[zipfile.ZipFile]:
     """Open an archive; what zipfile raises of a damaged one becomes a ValueError."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -129,41 +138,36 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
         RuntimeError,
     ) as error:
         # RuntimeError: an encrypted member. NotImplementedError: a compression unknown to zipfile.
-        raise ValueError(f"damaged .npz: {error}") from None
+        raise ValueError(f"damaged {what}: {error}") from None
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        raise ValueError("damaged .npz: it points outside itself") from None
+        raise ValueError(f"damaged {what}: it points outside itself") from None
 
 
-def text(arrays: dict[str, NDArray[Any]], name: str) -> str | None:
-    """Return the value of a scalar text, if it is there."""
+def plain(arrays: dict[str, NDArray[Any]], name: str, kinds: str, axes: int, rule: str) -> Any:
+    """Return the value of a small array as Python has it; None if it is not there.
+
+    Parameters
+    ----------
+    arrays, name
+        Arrays of a file, and which of them.
+    kinds, axes
+        Kinds of types that it may have, as numpy's letters, and its dimensions.
+    rule
+        What it must be, for messages.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
     array = arrays.get(name)
     if array is None:
         return None
-    if array.shape != () or array.dtype.kind != "U":
-        raise ValueError(f"{name} must be one text, got {array.dtype} {list(array.shape)}")
-    return str(array[()])
-
-
-def integer(arrays: dict[str, NDArray[Any]], name: str) -> int | None:
-    """Return the value of a scalar integer, if it is there."""
-    array = arrays.get(name)
-    if array is None:
-        return None
-    if array.shape != () or array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be one integer, got {array.dtype} {list(array.shape)}")
-    return int(array[()])
-
-
-def texts(arrays: dict[str, NDArray[Any]], name: str) -> list[str] | None:
-    """Return values of a list of texts, if it is there."""
-    array = arrays.get(name)
-    if array is None:
-        return None
-    if array.ndim != 1 or (array.dtype.kind != "U" and array.size):
-        raise ValueError(f"{name} must be texts [n], got {array.dtype} {list(array.shape)}")
-    return [str(value) for value in array]
+    if array.ndim != axes or (array.size and array.dtype.kind not in kinds):
+        raise ValueError(f"{name} must be {rule}, got {array.dtype} {list(array.shape)}")
+    return array.tolist()
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
@@ -172,13 +176,17 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any
         raise ValueError(f"{info.filename}: compression must be none or deflate")
     # A read of a stated size expands no further than that; archive.read() would, if the size is a
     # lie.
-    with archive.open(info) as file:
-        data = file.read(info.file_size)
+    with archive.open(info) as file, naming(info.filename):
+        return array_in_npy(file.read(info.file_size))
+
+
+def array_in_npy(data: bytes) -> NDArray[Any]:
+    """Return the array of an .npy file in memory."""
     tensor, fortran = read_npy_header(io.BytesIO(data))
     if tensor.nbytes != len(data) - tensor.offset:
         raise ValueError(
-            f"{info.filename}: {tensor.dtype} {list(tensor.shape)} must have {tensor.nbytes} "
-            f"bytes, got {len(data) - tensor.offset}"
+            f"{tensor.dtype} {list(tensor.shape)} must have {tensor.nbytes} bytes, got "
+            f"{len(data) - tensor.offset}"
         )
     flat = np.frombuffer(data, dtype=tensor.dtype, offset=tensor.offset)
     return flat.reshape(tensor.shape, order="F" if fortran else "C")

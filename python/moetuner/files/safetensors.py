@@ -115,6 +115,20 @@ def read_header(path: Path) -> Header:
         return Header(metadata, fields, 8 + length)
 
 
+def size_holding(path: Path, tensor: TensorInFile) -> int:
+    """Return the size of a file that an array must be in.
+
+    Raises
+    ------
+    ValueError
+        If the file ends before it.
+    """
+    size, end = size_of(path), tensor.offset + tensor.nbytes
+    if end > size:
+        raise ValueError(f"file must have {end} bytes, got {size}")
+    return size
+
+
 def read(path: Path, tensor: TensorInFile) -> NDArray[Any]:
     """Read one whole tensor into memory, in native byte order."""
     with path.open("rb") as file:

@@ -36,12 +36,12 @@ def parse_json(content: bytes | str, *, allow_nan: bool = False) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for at, key in enumerate(keys) if key in keys[:at])
         raise ValueError(f"key {shown(twice)} must be there once")
-    return found
+    return fields
 
 
 def _refuse(constant: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Protocol
 
 from moetuner._checks import instance, listed, one_of, path_in, window_in
 from moetuner.files import is_stream, kind_of, naming, size_of
@@ -26,9 +27,9 @@ from moetuner.formats import (
     vllm,
     vllm_ascend,
 )
-from moetuner.formats.checks import Rows, check_placement
-from moetuner.formats.hints import Hints, Traffic, files_in
-from moetuner.formats.layout import Layout
+from moetuner.formats.hints import Hints, Traffic
+from moetuner.formats.layout import Layout, Rows, check_placement
+from moetuner.formats.sources import files_in
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
@@ -53,6 +54,19 @@ class Reader:
     read: Callable[[Sequence[Path], Hints], Traffic]
 
 
+class MapFormat(Protocol):
+    """What a module says of a format of maps."""
+
+    def write_map(self, placement: Placement, path: Path, hints: Hints, /) -> None:
+        """Write a placement, or raise ValueError if the engine could not load it."""
+
+    def recognises_map(self, path: Path, /) -> bool:
+        """Whether a file holds such a map, by its content."""
+
+    def read_map(self, path: Path, hints: Hints, /) -> Layout:
+        """Read a map as it stands, good or bad."""
+
+
 @dataclass(frozen=True)
 class Writer:
     """How placements are written, and read again.
@@ -63,28 +77,19 @@ class Writer:
         What is written, in a few words.
     suffixes
         Endings that the name may have; the first one is the usual.
-    write
-        Write a placement, or raise ValueError if the engine could not load it.
+    of
+        The module that reads and writes it.
     engine
         Name in ``ENGINES`` of what loads it; None if it is nobody's.
     rows
         What the format's rows are.
-    state
-        What is to be known before relying on it, such as "proposed, open"; empty for nothing.
-    recognises
-        Whether a file holds such a map, by its content.
-    read
-        Read a map as it stands, good or bad.
     """
 
     title: str
     suffixes: tuple[str, ...]
-    write: Callable[[Placement, Path, Hints], None]
+    of: MapFormat
     engine: str | None = None
     rows: Rows = "moe"
-    state: str = ""
-    recognises: Callable[[Path], bool] | None = None
-    read: Callable[[Path, Hints], Layout] | None = None
 
 
 # Those of engines first: what they do not know is moetuner's own, or nothing.
@@ -119,82 +124,21 @@ READERS: dict[str, Reader] = {
     },
 }
 
-VLLM_PROPOSED = "proposed, open: pull request {} of vllm-project/vllm; no release loads it"
 WRITERS: dict[str, Writer] = {
-    "json": Writer(
-        "moetuner's own JSON, which its plugins load",
-        (".json",),
-        own.write_map,
-        recognises=own.recognises_map,
-        read=own.read_map,
-    ),
-    "eplb": Writer(
-        "the three arrays of DeepSeek's balancer",
-        (".npz",),
-        eplb.write_map,
-        recognises=eplb.recognises_map,
-        read=eplb.read_map,
-    ),
-    "sglang": Writer(
-        "SGLang's --init-expert-location",
-        (".json",),
-        sglang.write_map,
-        engine="sglang",
-        rows="hidden",
-        recognises=sglang.recognises_map,
-        read=sglang.read_map,
-    ),
-    "vllm-49572": Writer(
-        "vLLM's initial_expert_map_path",
-        (".json",),
-        vllm.write_map_49572,
-        engine="vllm",
-        state=VLLM_PROPOSED.format(49572),
-        recognises=vllm.recognises_map_49572,
-        read=vllm.read_map_49572,
-    ),
-    "vllm-53022": Writer(
-        "vLLM's expert_map_path",
-        (".json",),
-        vllm.write_map_53022,
-        engine="vllm",
-        state=VLLM_PROPOSED.format(53022),
-        recognises=vllm.recognises_map_53022,
-        read=vllm.read_map_53022,
-    ),
-    "vllm-41141": Writer(
-        "vLLM's initial_mapping_path",
-        (".jsonl", ".json"),
-        vllm.write_map_41141,
-        engine="vllm",
-        state=VLLM_PROPOSED.format(41141),
-        recognises=vllm.recognises_map_41141,
-        read=vllm.read_map_41141,
-    ),
+    "json": Writer("moetuner's own JSON, which its plugins load", (".json",), own),
+    "eplb": Writer("the three arrays of DeepSeek's balancer", (".npz",), eplb),
+    "sglang": Writer("SGLang's --init-expert-location", (".json",), sglang, "sglang", "hidden"),
     "tensorrt-llm": Writer(
         "the YAML of TensorRT-LLM's load balancer",
         (".yaml", ".yml"),
-        tensorrt_llm.write_map,
-        engine="tensorrt-llm",
-        rows="numbered",
-        recognises=tensorrt_llm.recognises_map,
-        read=tensorrt_llm.read_map,
+        tensorrt_llm,
+        "tensorrt-llm",
+        "numbered",
     ),
     "vllm-ascend": Writer(
-        "the JSON of vllm-ascend's expert_map_path",
-        (".json",),
-        vllm_ascend.write_map,
-        engine="vllm-ascend",
-        recognises=vllm_ascend.recognises_map,
-        read=vllm_ascend.read_map,
+        "the JSON of vllm-ascend's expert_map_path", (".json",), vllm_ascend, "vllm-ascend"
     ),
-    "omni-infer": Writer(
-        "the pattern of omni-infer's placement",
-        (".npy",),
-        omni_infer.write_map,
-        recognises=omni_infer.recognises_map,
-        read=omni_infer.read_map,
-    ),
+    "omni-infer": Writer("the pattern of omni-infer's placement", (".npy",), omni_infer),
 }
 
 
@@ -221,17 +165,17 @@ def reader_of(path: str | Path) -> str:
             f"{path}: must be recorded routing, got a placement: 0 or 1 [devices, layers, experts]"
         )
     if path.is_dir():
-        kinds, unknown = set(), ""
+        kinds, other = set(), ""
         for file in files_in([path])[:FIRST]:
             try:
                 kinds.add(kind_of(file))
             except ValueError:
-                unknown = f", and {printable(file.name)} is of none"
-        if len(kinds) == 1 and not unknown:
+                other = f", and {printable(file.name)} is of none"
+        if len(kinds) == 1 and not other:
             return kinds.pop()
         raise ValueError(
             f"{path}: folder holds no recording that moetuner knows; it must hold the files of one "
-            f"and no others{unknown}"
+            f"and no others{other}"
         )
     return kind_of(path)
 
@@ -290,15 +234,16 @@ def open_input(
     RoutingTrace(tokens=2, layers=1, top_k=2, num_experts=4)
     """
     several = not isinstance(path, str | Path) and isinstance(path, Iterable)
-    paths = [path_in(each) for each in (listed("path", path, "files") if several else [path])]
+    paths = [path_in(file) for file in (listed("path", path, "files") if several else [path])]
     if not paths:
         raise ValueError("path must name at least one file, got none")
     window_in(window)
-    hints = Hints(num_experts, top_k, hidden_layers, _numbers(dense_layers))
-    found = read_input(paths, hints, reader)
-    if isinstance(found, RoutingStatistics):
-        _check_counts(", ".join(map(str, paths)), found, window, num_experts)
-    return found
+    traffic = read_input(
+        paths, Hints(num_experts, top_k, hidden_layers, _numbers(dense_layers)), reader
+    )
+    if isinstance(traffic, RoutingStatistics):
+        _check_counts(", ".join(map(str, paths)), traffic, window, num_experts)
+    return traffic
 
 
 def read_input(paths: Sequence[Path], hints: Hints, reader: str | None = None) -> Traffic:
@@ -315,11 +260,10 @@ def read_input(paths: Sequence[Path], hints: Hints, reader: str | None = None) -
     for path, name in zip(paths, names, strict=True):
         if reader not in (None, name):
             raise ValueError(f"{path}: must be {reader} as --from says, got {name}")
-    parts = [
-        READERS[str(name)].read([path for path, _ in of], hints)
-        for name, of in groupby(zip(paths, names, strict=True), key=lambda pair: pair[1])
-    ]
-    return parts[0] if len(parts) == 1 else own.join(parts)
+    recordings = groupby(zip(names, paths, strict=True), key=lambda pair: pair[0])
+    return own.join(
+        [READERS[str(name)].read([path for _, path in of], hints) for name, of in recordings]
+    )
 
 
 def write_placement(placement: Placement, to: str, path: str | Path, hints: Hints) -> None:
@@ -341,7 +285,7 @@ def write_placement(placement: Placement, to: str, path: str | Path, hints: Hint
         )
     if writer.engine is not None:
         check_placement(placement, writer.engine)
-    writer.write(placement, path, hints)
+    writer.of.write_map(placement, path, hints)
 
 
 def form_of(path: str | Path) -> str:
@@ -355,7 +299,7 @@ def form_of(path: str | Path) -> str:
     path = path_in(path)
     size_of(path)
     for name, writer in WRITERS.items():
-        if writer.recognises is not None and writer.recognises(path):
+        if writer.of.recognises_map(path):
             return name
     raise ValueError(f"{path}: not a placement: its content is none of {', '.join(WRITERS)}")
 
@@ -369,12 +313,8 @@ def read_map(path: str | Path, hints: Hints) -> Layout:
         If it is none, or damaged.
     """
     path = path_in(path)
-    form = form_of(path)
-    read = WRITERS[form].read
-    if read is None:
-        raise ValueError(f"{path}: {form} is only written")
     with naming(path):
-        return read(path, hints)
+        return WRITERS[form_of(path)].of.read_map(path, hints)
 
 
 def read_placement(
@@ -417,14 +357,12 @@ def read_placement(
     path = path_in(path)
     if form is not None:
         one_of("form", form, WRITERS)
-    read = WRITERS[form or form_of(path)].read
-    if read is None:
-        raise ValueError(f"{path}: {form} is only written")
-    if read is own.read_map:
+    of = WRITERS[form or form_of(path)].of
+    if of is own:
         return Placement.load(path)
     hints = Hints(num_experts, devices=devices, dense_layers=_numbers(dense_layers))
     with naming(path):
-        return read(path, hints).placement(hints)
+        return of.read_map(path, hints).placement(hints)
 
 
 def _numbers(dense_layers: Iterable[int] | None) -> tuple[int, ...] | None:

@@ -24,13 +24,12 @@ from moetuner._checks import experts_in, id_type, valid
 from moetuner.files import naming, size_of
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.records import head
-from moetuner.formats.rows import Labels, Rows, as_integers
+from moetuner.formats.rows import LABELS, Labels, Rows
 from moetuner.trace import RoutingTrace
 
 PARQUET, ARROW = b"PAR1", b"ARROW1\0\0"
 LAYER = re.compile(r"(?:layers?|experts?|l)[_.]?(\d{1,5})", re.ASCII | re.IGNORECASE)
 BATCH = 1 << 16
-LABELS = ("sequence", "group")
 LONGEST_LABEL = 1 << 12
 # A choice of an expert has a bit or more, and few files are packed better: what has more values
 # for each byte, or unpacks to more bytes, is taken for a decompression bomb.
@@ -58,7 +57,9 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
         with naming(path), _opened(path) as source:
             if table is None:
                 names = source.names
-                table = _table(names, hints.num_experts or source.experts)
+                is_choices = {"layer", "expert"} <= set(names)
+                experts = hints.num_experts or source.experts
+                table = _Choices(names) if is_choices else _Tokens(names, experts)
             if source.names != names:
                 raise ValueError(
                     f"must have columns {names[:8]} like the others, got {source.names[:8]}"
@@ -69,12 +70,6 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
         raise ValueError("must have a file, got none")
     with naming(paths[0]):
         return table.traffic(hints)
-
-
-def _table(names: list[str], experts: int | None) -> _Tokens | _Choices:
-    if "layer" in names and "expert" in names:
-        return _Choices(names)
-    return _Tokens(names, experts)
 
 
 @dataclass(frozen=True)
@@ -109,12 +104,15 @@ def _opened(path: Path) -> Iterator[_Source]:
             else:
                 source = pyarrow.ipc.open_file(file)
                 schema = source.schema
-            read = _parquet_batches if is_parquet else _arrow_batches
             if len(set(schema.names)) < len(schema.names):
                 raise ValueError("columns must have different names")
-            known = (schema.metadata or {}).get(b"num_experts")
-            experts = experts_in(int(known)) if known is not None else None
-            yield _Source(list(schema.names), experts, partial(read, source, file, size))
+            experts = (schema.metadata or {}).get(b"num_experts")
+            read = _parquet_batches if is_parquet else _arrow_batches
+            yield _Source(
+                list(schema.names),
+                None if experts is None else experts_in(int(experts)),
+                partial(read, source, file, size),
+            )
     except pyarrow.ArrowException as error:
         raise ValueError(f"damaged file: {error}") from None
     except OSError as error:
@@ -198,10 +196,10 @@ def _unpacked_bytes(file: Any, size: int) -> int:
                 if batch is None or message.table(batch, 3) is None:
                     continue  # not compressed
                 for place in message.structs(batch, 2, 16):
-                    offset, held = struct.unpack_from("<qq", message.data, place)
+                    offset, stored = struct.unpack_from("<qq", message.data, place)
                     file.seek(max(begin + about + offset, 0))
                     unpacked = int.from_bytes(file.read(8), "little", signed=True)
-                    total += max(unpacked, 0) if held > 0 else 0
+                    total += max(unpacked, 0) if stored > 0 else 0
     except struct.error:
         raise ValueError("damaged file: its footer points outside itself") from None
     return total
@@ -292,10 +290,8 @@ class _Tokens:
     """Rows that are tokens, validated batch by batch."""
 
     def __init__(self, names: list[str], experts: int | None) -> None:
-        numbered = {
-            int(match[1]): name for name in names if (match := LAYER.fullmatch(name)) is not None
-        }
-        self.columns = [numbered[layer] for layer in sorted(numbered)]
+        layers = {int(of[1]): name for name in names if (of := LAYER.fullmatch(name)) is not None}
+        self.columns = [layers[layer] for layer in sorted(layers)]
         if "experts" in names:
             self.columns = ["experts"]
         if not self.columns:
@@ -303,11 +299,9 @@ class _Tokens:
                 "must have a column 'experts' of ids [layers][top_k], one column of ids for every "
                 f"layer (layer_0, ...), or columns token, layer and expert; got {names[:8]}"
             )
-        if experts is None:
-            raise ValueError("num_experts is needed: the file does not say it")
-        self.experts = experts
-        self.names = [*self.columns, *(name for name in LABELS if name in names)]
+        self.experts = Hints(experts).experts_needed()
         self.labels = {name: Labels() for name in LABELS if name in names}
+        self.names = [*self.columns, *self.labels]
         self.numbers: dict[str, list[NDArray[np.int32]]] = {name: [] for name in self.labels}
         self.parts: list[NDArray[Any]] = []
         self.tokens = 0
@@ -341,34 +335,33 @@ class _Tokens:
         """Return the trace."""
         if not self.parts:
             raise ValueError("must have at least one row, got none")
-        numbers = {name: np.concatenate(parts) for name, parts in self.numbers.items()}
-        sequence = numbers.get("sequence")
-        if sequence is not None:
-            sequence = as_integers(self.labels["sequence"], sequence)
-        group = numbers.get("group")
+        labels: dict[str, Any] = {
+            name: np.concatenate(parts) for name, parts in self.numbers.items()
+        }
+        if "sequence" in labels:
+            labels["sequence"] = self.labels["sequence"].as_integers(labels["sequence"])
         return RoutingTrace.from_arrays(
             np.concatenate(self.parts),
             num_experts=self.experts,
-            sequence=sequence,
-            group=group,
-            group_names=None if group is None else [str(v) for v in self.labels["group"].numbers],
+            group_names=[*map(str, self.labels["group"].numbers)] if "group" in labels else None,
+            **labels,
         )
 
 
 def _ids(name: str, column: Any) -> NDArray[Any]:
-    """Ids of a column of lists: [T,K], or [T,L,K] where lists hold lists."""
+    """Return ids of a column of lists: [T,K], or [T,L,K] where lists hold lists."""
     sizes = [len(column)]
     while str(column.type).startswith(("list", "large_list", "fixed_size_list")):
         if column.null_count:
             raise ValueError(f"{name} must have no empty lists")
         values = column.flatten()
         size, rest = divmod(len(values), len(column)) if len(column) else (0, 0)
-        offsets = None if str(column.type).startswith("fixed") else column.value_lengths()
-        if rest or (offsets is not None and (offsets.to_numpy() != size).any()):
+        lengths = None if str(column.type).startswith("fixed") else column.value_lengths()
+        if rest or (lengths is not None and (lengths.to_numpy() != size).any()):
             raise ValueError(f"{name} must have lists of one length")
         sizes.append(size)
         column = values
     if column.null_count or not str(column.type).startswith(("int", "uint")):
         raise ValueError(f"{name} must be lists of integers, got {column.type}")
-    found: NDArray[Any] = column.to_numpy(zero_copy_only=False).reshape(sizes)
-    return found
+    ids: NDArray[Any] = column.to_numpy(zero_copy_only=False).reshape(sizes)
+    return ids

@@ -48,26 +48,23 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
         Naming the file and line of what is wrong.
     """
     rows: Rows | None = None
-    names: list[str] = []
+    columns: list[str] = []
     for path in paths:
         with naming(path):
             size_of(path)
             with path.open("rb") as file:
-                header = file.readline(LONGEST_HEADER)
-                separator, found = _header(header.decode("utf-8-sig"))
+                separator, names = _header(file.readline(LONGEST_HEADER).decode("utf-8-sig"))
                 if rows is None:
-                    rows, names = Rows(found), found
-                if found != names:
-                    raise ValueError(f"must have columns {names[:8]} like the others, got {found}")
+                    rows, columns = Rows(names), names
+                if names != columns:
+                    raise ValueError(
+                        f"must have columns {columns[:8]} like the others, got {names}"
+                    )
                 line = _add_plain(rows, names, file, separator)
                 with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
-                    reader = csv.reader(text, delimiter=separator, strict=True)
-                    for number, batch in _batches(reader, line):
-                        try:
-                            _add(rows, names, batch)
-                        except ValueError as error:
-                            _name_line(names, number, batch)
-                            raise ValueError(f"lines from {number}: {error}") from None
+                    _add_others(
+                        rows, names, csv.reader(text, delimiter=separator, strict=True), line
+                    )
     if rows is None:
         raise ValueError("must have a file, got none")
     with naming(paths[0]):
@@ -115,22 +112,29 @@ def _numbers(block: bytes, columns: int, separator: str) -> NDArray[np.int64] | 
     lengths = np.diff(ends, prepend=-1) - 1
     if lengths.min() < 1 or lengths.max() > LONGEST_NUMBER:
         return None
-    wanted = np.full(columns, ord(separator), dtype=np.uint8)
-    wanted[-1] = ord("\n")
-    if (letters[ends].reshape(shape) != wanted).any():
+    marks = np.full(columns, ord(separator), dtype=np.uint8)
+    marks[-1] = ord("\n")
+    if (letters[ends].reshape(shape) != marks).any():
         return None
     text = letters.copy()
     text[ends] = ord(" ")
     return np.fromstring(text.tobytes().decode("ascii"), dtype=np.int64, sep=" ").reshape(shape)
 
 
-def _batches(reader: Iterator[list[str]], line: int) -> Iterator[tuple[int, list[list[str]]]]:
+def _add_others(rows: Rows, names: list[str], lines: Iterator[list[str]], number: int) -> None:
+    """Take in lines of any text, batch by batch, from this number on."""
     try:
-        while batch := list(islice(reader, BATCH)):
-            yield line, batch
-            line += len(batch)
+        while batch := list(islice(lines, BATCH)):
+            try:
+                _add(rows, names, batch)
+            except ValueError as error:
+                for at, line in enumerate(batch, number):
+                    with naming(f"line {at}"):  # the first that is wrong by itself
+                        _add(Rows(names), names, [line])
+                raise ValueError(f"lines from {number}: {error}") from None
+            number += len(batch)
     except csv.Error as error:
-        raise ValueError(f"lines from {line}: must be CSV: {error}") from None
+        raise ValueError(f"lines from {number}: must be CSV: {error}") from None
 
 
 def _add(rows: Rows, names: list[str], batch: list[list[str]]) -> None:
@@ -141,12 +145,3 @@ def _add(rows: Rows, names: list[str], batch: list[list[str]]) -> None:
         raise ValueError(f"must have {len(names)} values, one for each column")
     columns = dict(zip(names, zip(*lines, strict=True), strict=True))
     rows.add({name: columns[name] for name in rows.names})
-
-
-def _name_line(names: list[str], first: int, batch: list[list[str]]) -> None:
-    """Raise for the first line of a batch that is wrong by itself."""
-    for number, line in enumerate(batch, first):
-        try:
-            _add(Rows(names), names, [line])
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None

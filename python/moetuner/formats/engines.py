@@ -35,8 +35,8 @@ class Engine:
         How traffic arrives: mixed where requests are served, as recorded in training.
     may_copy
         Whether an expert may have several slots in a layer.
-    may_repeat
-        Whether two of them may be on one device.
+    repeated
+        What it does with two of them on one device; empty where it serves both.
     keeps_groups
         Whether experts are renumbered in the checkpoint, so that groups of the router must stay
         whole.
@@ -44,6 +44,9 @@ class Engine:
         What moves: tokens fan out from their home device and come back, in all of them.
     has_low_latency
         Whether it may exchange tokens by DeepEP's low-latency kernels, see ``tokens_per_rank``.
+    serve
+        The command that serves ``placement.json``, or its map ``experts.json``, on so many
+        ``devices`` with so many ``redundant`` slots; empty where the engine's page has it.
     """
 
     title: str
@@ -51,24 +54,38 @@ class Engine:
     how_split: str = ""
     arrival: Literal["bursts", "mixed"] = "mixed"
     may_copy: bool = True
-    may_repeat: bool = True
+    repeated: str = ""
     keeps_groups: bool = False
     regime: Regime = "dispatch"
     has_low_latency: bool = False
+    serve: str = ""
 
 
 ENGINES: dict[str, Engine] = {
-    "vllm": Engine("vLLM", "even", "by a hash of the token", has_low_latency=True),
+    "vllm": Engine(
+        "vLLM",
+        "even",
+        "by a hash of the token",
+        has_low_latency=True,
+        serve="MOETUNER_PLACEMENT=placement.json vllm serve MODEL --tensor-parallel-size {devices} "
+        "--enable-expert-parallel --enable-eplb "
+        """--eplb-config '{{"num_redundant_experts": {redundant}}}'""",
+    ),
     "sglang": Engine(
         "SGLang",
         "nearest",
         "the nearest, as static dispatch does",
-        may_repeat=False,
+        repeated="loads one of them and sends tokens to both",
         has_low_latency=True,
+        serve="python -m sglang.launch_server --model MODEL --tp-size {devices} --ep-size "
+        "{devices} --init-expert-location experts.json --ep-num-redundant-experts {redundant}",
     ),
     "tensorrt-llm": Engine("TensorRT-LLM", "round_robin", "in turns"),
     "vllm-ascend": Engine(
-        "vllm-ascend", "even", "one for each device, in turns over devices", may_repeat=False
+        "vllm-ascend",
+        "even",
+        "one for each device, in turns over devices",
+        repeated="refuses it",
     ),
     "megatron": Engine("Megatron-Core", arrival="bursts", may_copy=False, keeps_groups=True),
     "deepspeed": Engine("DeepSpeed", arrival="bursts", may_copy=False, keeps_groups=True),
@@ -147,7 +164,7 @@ def engine_settings(
     of = ENGINES[engine]
     experts, devices = statistics.experts, topology.devices
     slots = _slots(of, statistics, topology, slots_per_device, extra_slots)
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "regime": of.regime,
         "split": of.split,
         "arrival": of.arrival,
@@ -162,8 +179,8 @@ def engine_settings(
                 "devices than groups, place the groups themselves, in Python "
                 "(moetuner.router_groups.merged and expanded)"
             )
-        found["forbidden"] = whole_groups.forbidden(experts, router_groups, devices)
-    return found
+        settings["forbidden"] = whole_groups.forbidden(experts, router_groups, devices)
+    return settings
 
 
 def _slots(
@@ -174,24 +191,14 @@ def _slots(
     extra_slots: int | None,
 ) -> int:
     """Return the slots of every device in every layer."""
-    layers, experts, devices = statistics.layers, statistics.experts, topology.devices
+    experts, devices = statistics.experts, topology.devices
     fewest = -(-experts // devices)
     if extra_slots is not None:
         if slots_per_device is not None:
             raise ValueError("slots_per_device and extra_slots cannot both be given")
-        whole_number("extra_slots", extra_slots, lowest=0)
-        step = layers * devices
-        total = layers * experts + extra_slots
-        if total % step:
-            around = (total // step * step, -(-total // step) * step)
-            fit = [str(n - layers * experts) for n in around if n >= layers * experts]
-            raise ValueError(
-                f"extra_slots must give every device as many slots in every layer, as {of.title} "
-                f"has them, got {extra_slots}: {' or '.join(fit)} would"
-            )
-        slots_per_device = total // step
+        slots_per_device = _shared(of, extra_slots, statistics.layers, experts, devices)
     if slots_per_device is None:
-        slots_per_device = topology.slots_per_device
+        slots_per_device = topology.slots_per_device or fewest
     if isinstance(slots_per_device, tuple | list | np.ndarray):
         slots_per_device = per_device("slots_per_device", slots_per_device, devices)
         if len(set(slots_per_device)) > 1:
@@ -201,31 +208,42 @@ def _slots(
                 "on every device would do"
             )
         slots_per_device = slots_per_device[0]
-    each = (
-        fewest if slots_per_device is None else whole_number("slots_per_device", slots_per_device)
-    )
-    if each < fewest:
+    slots = whole_number("slots_per_device", slots_per_device)
+    if slots < fewest:
         raise ValueError(
             f"slots_per_device must be at least {fewest} for {experts} experts on {devices} "
-            f"devices, got {each}"
+            f"devices, got {slots}"
         )
-    if of.may_copy:
-        if each > experts:
-            raise ValueError(
-                f"slots_per_device must be at most {experts}, one for each expert, got {each}"
-                + ("" if extra_slots is None else f" by extra_slots {extra_slots}")
-            )
-        return each
-    if experts % devices:
+    if of.may_copy and slots > experts:
+        raise ValueError(
+            f"slots_per_device must be at most {experts}, one for each expert, got {slots}"
+            + ("" if extra_slots is None else f" by extra_slots {extra_slots}")
+        )
+    if not of.may_copy and experts % devices:
         divisors = [n for n in range(1, experts + 1) if experts % n == 0]
-        near = {max(n for n in divisors if n < devices), *(n for n in divisors if n > devices)}
-        near = set(sorted(near)[:2])
+        near = [max(n for n in divisors if n < devices), *(n for n in divisors if n > devices)]
         raise ValueError(
             f"devices must divide {experts} experts, as {of.title} has no copies of experts, got "
-            f"{devices}: {' or '.join(map(str, sorted(near)))} would"
+            f"{devices}: {' or '.join(map(str, near[:2]))} would"
         )
-    if each != fewest:
+    if not of.may_copy and slots != fewest:
         raise ValueError(
-            f"slots_per_device must be {fewest}, as {of.title} has no copies of experts, got {each}"
+            f"slots_per_device must be {fewest}, as {of.title} has no copies of experts, "
+            f"got {slots}"
         )
-    return each
+    return slots
+
+
+def _shared(of: Engine, extra_slots: int, layers: int, experts: int, devices: int) -> int:
+    """Return the slots of a device in a layer where all of them share so many extra ones."""
+    whole_number("extra_slots", extra_slots, lowest=0)
+    step, needed = layers * devices, layers * experts
+    total = needed + extra_slots
+    if total % step:
+        around = (total // step * step, -(-total // step) * step)
+        fit = [str(n - needed) for n in around if n >= needed]
+        raise ValueError(
+            f"extra_slots must give every device as many slots in every layer, as {of.title} "
+            f"has them, got {extra_slots}: {' or '.join(fit)} would"
+        )
+    return total // step

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import instance, path_in
+from moetuner._checks import instance
 from moetuner.files import naming, npz, replacing
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
@@ -71,25 +71,11 @@ def eplb_maps(placement: Placement) -> EplbMaps:
     return EplbMaps(logical, physical, count)
 
 
-def write(placement: Placement, path: str | Path) -> None:
-    """Write the arrays under EPLB's names as ``.npz``; the file appears whole or not at all.
-
-    Raises
-    ------
-    ValueError
-        If a slot is empty or the name does not end in ``.npz``.
-    """
-    path = path_in(path)
-    if path.suffix != ".npz":
-        raise ValueError(f"{path}: EPLB's arrays are written as .npz, got {path.suffix!r}")
-    arrays = vars(eplb_maps(placement))
+def write_map(placement: Placement, path: Path, _: Hints) -> None:
+    """Write the arrays under EPLB's names, with further copies in slots that are empty."""
+    arrays = vars(eplb_maps(placement.filled()))
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
-
-
-def write_map(placement: Placement, path: Path, _: Hints) -> None:
-    """Write the arrays, with further copies in slots that are empty."""
-    write(placement.filled(), path)
 
 
 def recognises_map(path: Path) -> bool:

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import (
-    DEVICE_LIMIT,
-    LAYER_LIMIT,
-    experts_in,
-    listed,
-    whole_number,
-)
+from moetuner._checks import DEVICE_LIMIT, LAYER_LIMIT, experts_in, listed, whole_number
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -63,21 +56,58 @@ class Hints:
                 whole_number(name, value, highest=highest)
         if self.dense_layers is not None:
             end = LAYER_LIMIT if self.hidden_layers is None else self.hidden_layers
-            dense = tuple(
+            dense = {
                 whole_number("dense_layers", layer, lowest=0, highest=end - 1)
                 for layer in listed("dense_layers", self.dense_layers, "numbers")
+            }
+            object.__setattr__(self, "dense_layers", tuple(sorted(dense)))
+
+    def check_experts(self, experts: int) -> None:
+        """Check that a file has as many experts as the user says.
+
+        Raises
+        ------
+        ValueError
+            If it has others.
+        """
+        if self.num_experts not in (None, experts):
+            raise ValueError(f"num_experts must be {experts}, got {self.num_experts}")
+
+    def experts_needed(self) -> int:
+        """Return the experts per layer of a file that does not say them.
+
+        Raises
+        ------
+        ValueError
+            If the user does not say them either.
+        """
+        if self.num_experts is None:
+            raise ValueError("num_experts is needed: the file does not say it")
+        return self.num_experts
+
+    def check_have_experts(self, layers: Iterable[int]) -> None:
+        """Check that no layer of a file is one that the user calls dense.
+
+        Raises
+        ------
+        ValueError
+            Naming the first that is.
+        """
+        dense = set(layers) & set(self.dense_layers or ())
+        if dense:
+            raise ValueError(
+                f"layer {min(dense)} must be dense as dense_layers says, got experts of it"
             )
-            object.__setattr__(self, "dense_layers", tuple(sorted(set(dense))))
 
     def moe_layers(self, hidden: int) -> list[int] | None:
-        """Numbers of the layers with experts, of so many hidden ones; None if not known.
+        """Return the numbers of the layers with experts, of so many hidden ones; None if not known.
 
         Raises
         ------
         ValueError
             If the model has another number of layers, or none with experts.
         """
-        if self.hidden_layers is not None and self.hidden_layers != hidden:
+        if self.hidden_layers not in (None, hidden):
             raise ValueError(
                 f"hidden_layers must be {hidden}, the layers that the file has, "
                 f"got {self.hidden_layers}"
@@ -89,18 +119,7 @@ class Hints:
                 f"dense_layers must be below {hidden}, the layers that the file has, "
                 f"got {self.dense_layers[-1]}"
             )
-        found = sorted(set(range(hidden)) - set(self.dense_layers))
-        if not found:
+        layers = sorted(set(range(hidden)) - set(self.dense_layers))
+        if not layers:
             raise ValueError(f"dense_layers must leave a layer with experts, got all {hidden}")
-        return found
-
-
-def files_in(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
-    """List the files that paths name: themselves, and those of folders that fit a pattern."""
-    return [
-        file
-        for path in paths
-        for file in (
-            sorted(f for f in path.glob(pattern) if f.is_file()) if path.is_dir() else [path]
-        )
-    ]
+        return layers

@@ -1,16 +1,24 @@
-"""A map of experts to slots as a file has it, good or bad, and what is wrong with it."""
+"""A map of experts to slots as a file has it, good or bad, and what an engine could not load of it.
+
+Faults are named in words that say what would be right.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import shown
+from moetuner._checks import EXPERT_LIMIT, shown
+from moetuner.formats.engines import ENGINES, Engine
 from moetuner.formats.hints import Hints
 from moetuner.placement import EMPTY, Placement
+
+# What a format's rows are: layers with experts, numbered from 0; all hidden layers; or layers with
+# experts, numbered among the hidden ones.
+Rows = Literal["moe", "hidden", "numbered"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,16 +68,16 @@ class Layout:
                     f"got {len(row)}"
                 )
         try:
-            found = np.asarray(rows)
+            table = np.asarray(rows)
         except (ValueError, OverflowError):
             raise ValueError("rows must be integers [layers, slots]") from None
-        if found.ndim != 2 or found.dtype.kind not in "iu":
+        if table.ndim != 2 or table.dtype.kind not in "iu":
             raise ValueError(
-                f"rows must be integers [layers, slots], got {found.dtype} {list(found.shape)}"
+                f"rows must be integers [layers, slots], got {table.dtype} {list(table.shape)}"
             )
-        if int(found.max()) >= 1 << 63:
-            raise ValueError(f"rows must be integers below 2**63, got {found.max()}")
-        return cls(found.astype(np.int64), **fields)
+        if int(table.max()) >= 1 << 63:
+            raise ValueError(f"rows must be integers below 2**63, got {table.max()}")
+        return cls(table.astype(np.int64), **fields)
 
     def placement(self, hints: Hints) -> Placement:
         """Return the placement of the layers with experts.
@@ -80,21 +88,171 @@ class Layout:
             If devices, experts or layers are not known, or the map breaks a rule.
         """
         rows = self.experts
-        if self.counts_dense:
-            moe = hints.moe_layers(len(rows))
-            rows = rows if moe is None else rows[moe]
-        devices = self._known("devices", self.devices, hints.devices)
+        moe = hints.moe_layers(len(rows)) if self.counts_dense else None
+        rows = rows if moe is None else rows[moe]
+        devices = self.devices or hints.devices
+        if self.devices is not None and hints.devices not in (None, self.devices):
+            raise ValueError(f"devices must be {self.devices} as in the file, got {hints.devices}")
+        if devices is None:
+            raise ValueError("devices must be given: the file does not say how many there are")
         if rows.shape[1] % devices:
             raise ValueError(f"devices must divide the {rows.shape[1]} slots, got {devices}")
         experts = hints.num_experts or self.num_experts or int(rows.max(initial=EMPTY)) + 1
         slots = rows.reshape(len(rows), devices, -1)
         return Placement(cast(Any, slots), num_experts=experts)
 
-    @staticmethod
-    def _known(name: str, said: int | None, given: int | None) -> int:
-        if said is not None and given is not None and said != given:
-            raise ValueError(f"{name} must be {said} as in the file, got {given}")
-        known = given if said is None else said
-        if known is None:
-            raise ValueError(f"{name} must be given: the file does not say how many there are")
-        return known
+
+def check_placement(placement: Placement, engine: str) -> None:
+    """Check that an engine could load a placement.
+
+    Raises
+    ------
+    ValueError
+        Naming the constraint, where it is broken, and the option of ``solve`` that keeps it.
+    """
+    of = ENGINES[engine]
+    option = f'solve with "--for {engine}"'
+    if not of.may_copy and placement.has_copies:
+        layer, expert = np.argwhere(placement.replicas > 1)[0]
+        raise ValueError(
+            f"layer {layer}: expert {expert} has {placement.replicas[layer, expert]} copies, and "
+            f"{of.title} has none: {option}"
+        )
+    check_full(placement, engine)
+
+
+def check_full(placement: Placement, engine: str) -> None:
+    """Check that no slot is empty.
+
+    Raises
+    ------
+    ValueError
+        Naming the first that is, and the options of ``solve`` that fill it.
+    """
+    empty = np.argwhere(placement.slots == EMPTY)
+    if len(empty):
+        layer, device, slot = empty[0]
+        full = int((placement.slots[layer, device] != EMPTY).sum())
+        raise ValueError(
+            f"layer {layer}, device {device}: slot {slot} is empty ({full} experts in "
+            f"{placement.slots_per_device} slots), and {ENGINES[engine].title} has equal slots on "
+            f'all devices and layers and fills every one: solve with "--for {engine}", or with '
+            "--fill-slots"
+        )
+
+
+def faults(layout: Layout, rows: Rows, engine: str | None, hints: Hints) -> list[str]:
+    """List what is wrong with a map; empty if an engine could load it as far as is known.
+
+    Parameters
+    ----------
+    layout
+        The map as it stands.
+    rows
+        What its rows should be.
+    engine
+        Name in ``ENGINES``; None for nobody's.
+    hints
+        What the user says of the model and of the devices.
+    """
+    of = None if engine is None else ENGINES[engine]
+    return [
+        *layout.remarks,
+        *_layer_faults(layout, rows, hints),
+        *_device_faults(layout, of, hints),
+        *_expert_faults(layout, of, hints),
+    ]
+
+
+def _layer_faults(layout: Layout, rows: Rows, hints: Hints) -> list[str]:
+    count = len(layout.experts)
+    hidden, dense = hints.hidden_layers, hints.dense_layers
+    numbers = list(range(count)) if layout.layers is None else list(layout.layers)
+    if rows == "moe" and numbers != list(range(count)):
+        return [
+            f"layers must be numbered from 0 to {count - 1}, those with experts only, got "
+            f"{numbers[0]} to {numbers[-1]}: dense layers are not counted"
+        ]
+    wrong = set(numbers) & set(dense or ())
+    if rows == "numbered" and wrong:
+        return [f"layer {min(wrong)} has no experts: layers must be numbered with the dense ones"]
+    if hidden is None:
+        return []
+    moe = hidden - len(dense or ())
+    kinds = ["every hidden layer, dense ones too", "layers with experts only"]
+    right, other = hidden, moe
+    if rows != "hidden":
+        right, other = moe, hidden
+        kinds.reverse()
+    if count == right:
+        return []
+    rule = f"must have {right} rows, one for {kinds[0]}, got {count}"
+    if count == other:
+        layers = f"{hidden - moe} dense layer{'s' if hidden - moe > 1 else ''}"
+        return [f"{rule}, one for {kinds[1]}: off by the {layers}"]
+    unknown = "" if dense is not None else "; which of them are dense is not known (dense_layers)"
+    return [f"{rule}: of another model{unknown}"]
+
+
+def _device_faults(layout: Layout, of: Engine | None, hints: Hints) -> list[str]:
+    rows, slots = layout.experts.shape
+    devices = layout.devices or hints.devices
+    if layout.devices and hints.devices and layout.devices != hints.devices:
+        return [f"must be for {hints.devices} devices, got {layout.devices}"]
+    if devices is None:
+        return []
+    if slots % devices:
+        fit = [n for n in (slots // devices * devices, -(-slots // devices) * devices) if n]
+        return [
+            f"must have a multiple of {devices} slots, as many on every device, got {slots}: "
+            f"{' or '.join(map(str, fit))} would fit"
+        ]
+    if of is None or not of.repeated:
+        return []
+    experts = np.sort(layout.experts.reshape(rows, devices, -1), axis=2)
+    twice = np.argwhere((experts[:, :, 1:] == experts[:, :, :-1]) & (experts[:, :, 1:] != EMPTY))
+    if not len(twice):
+        return []
+    row, device, slot = twice[0]
+    return [
+        f"row {row}, device {device}: expert {experts[row, device, slot]} is there twice"
+        f"{_more(len(twice))}: {of.title} {of.repeated}"
+    ]
+
+
+def _expert_faults(layout: Layout, of: Engine | None, hints: Hints) -> list[str]:
+    table = layout.experts
+    experts = hints.num_experts or layout.num_experts or int(table.max(initial=0)) + 1
+    if layout.num_experts and layout.num_experts != experts:
+        return [f"must have {experts} experts, got {layout.num_experts}: another model"]
+    experts = min(experts, EXPERT_LIMIT)
+    wrong = np.argwhere((table >= experts) | (table < EMPTY))
+    if len(wrong):
+        row, slot = wrong[0]
+        return [
+            f"row {row}, slot {slot}: expert {table[row, slot]} is not below {experts}"
+            f"{_more(len(wrong))}: of another model, or damaged"
+        ]
+    messages = []
+    empty = np.argwhere(table == EMPTY)
+    if len(empty):
+        row, slot = empty[0]
+        more = _more(len(empty))
+        messages.append(f"row {row}: slot {slot} is empty{more}: every slot must be full")
+    for number, row in enumerate(table):
+        missing = np.flatnonzero(np.bincount(row[row >= 0], minlength=experts) == 0)
+        if len(missing):
+            messages.append(
+                f"row {number}: expert {missing[0]} has no slot{_more(len(missing))}: every expert "
+                "must have at least one"
+            )
+            break
+    if of is not None and not of.may_copy and table.shape[1] > experts:
+        messages.append(
+            f"must have {experts} slots, as {of.title} has no copies, got {table.shape[1]}"
+        )
+    return messages
+
+
+def _more(count: int) -> str:
+    return f", and {count - 1} more" if count > 1 else ""

@@ -27,26 +27,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import experts_in, id_type, shown
-from moetuner.files import naming, npz, size_of
-from moetuner.files.lines import NO_INTEGER, NO_TEXT, Batch, Keys, batches
+from moetuner._checks import id_type
+from moetuner.files import naming, size_of
+from moetuner.files.lines import NO_INTEGER, NO_TEXT, Keys, Lines, batches
 from moetuner.formats import pickled
+from moetuner.formats.arrays import names_in, read_arrays
 from moetuner.formats.hints import Hints
-from moetuner.formats.ranks import by_rank, rank_of
+from moetuner.formats.microbatches import Microbatches, few, trace_of_microbatches
 from moetuner.formats.records import head
+from moetuner.formats.sources import by_rank, rank_of
 from moetuner.trace import RoutingTrace
 
 PATTERN = "router_trace_rank*.jsonl"
+NUMBERS = ("step", "layer", "rank")
 KEYS = Keys(
-    [("top_indices", 2)], ["step", "layer", "rank", "num_tokens", "topk"], ["block", "stage"]
+    [("top_indices", ("num_tokens", "topk"))],
+    [*NUMBERS, "num_tokens", "topk"],
+    ["block", "stage"],
+    may_be_empty=True,
 )
 REPLAY = re.compile(
     r"arr_(?P<number>\d{1,6})|(?:step[_.]?(?P<step>\d{1,9})[._])?layer[_.]?(?P<layer>\d{1,6})",
     re.ASCII,
 )
-NUMBERS = ("step", "layer", "rank")
-# A microbatch: its step, which of the rank's it is in that step, and the rank.
-Microbatch = tuple[int, int, int]
+# Step, layer and rank of a line, and its ids [t,K].
+Line = tuple[int, int, int, NDArray[Any]]
 
 
 def recognises(path: Path) -> bool:
@@ -63,11 +68,8 @@ def is_replay(path: Path) -> bool:
     """Whether a file holds arrays by number or layer and nothing else, or is a ``.pt`` list."""
     if pickled.is_pickled(path):
         return isinstance(pickled.peek(path), list | tuple)
-    if head(path, 2) != b"PK":
-        return False
-    with naming(path):
-        names = npz.names_in_npz(path)
-    return bool(names) and all(REPLAY.fullmatch(name) for name in names)
+    names = names_in(path) if head(path, 2) == b"PK" else []
+    return bool(names) and all(map(REPLAY.fullmatch, names))
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
@@ -79,77 +81,77 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
         If a line is damaged, a rank's file is missing, or a microbatch lacks a layer.
     """
     files = by_rank(paths, PATTERN)
+    with naming(files[0]):
+        experts = hints.experts_needed()
     replays = [is_replay(file) for file in files]
     if all(replays):
-        parts = [read_replay(file, hints) for file in files]
+        parts = [read_replay(file, experts) for file in files]
         ranks = [rank_of(file) for file in files]
-        if None in ranks or len(set(ranks)) < len(ranks):
-            return RoutingTrace.concat(parts)
-        return RoutingTrace.concat(
-            [
+        if None not in ranks and len(set(ranks)) == len(ranks):
+            parts = [
                 replace(part, group=np.zeros(part.tokens, np.int16), group_names=(f"rank {rank}",))
                 for part, rank in zip(parts, ranks, strict=True)
             ]
-        )
+        return RoutingTrace.concat(parts)
     if any(replays):
         raise ValueError(
             f"{files[replays.index(True)]}: must be a router trace like the other files, "
             "got arrays of RouterReplay"
         )
-    experts = _experts(hints, files[0])
-    found: dict[Microbatch, dict[int, NDArray[Any]]] = {}
+    batches_of: Microbatches = {}
     for file in files:
-        _gather(file, experts, found)
-    return _joined(files, experts, _whole(found))
+        _gather(file, experts, batches_of)
+    where = files[0] if len(files) == 1 else files[0].parent
+    return trace_of_microbatches(where, _stages_joined(batches_of), experts)
 
 
-def read_replay(path: Path, hints: Hints) -> RoutingTrace:
-    """Read the arrays [T,K] of all MoE layers.
+def read_replay(path: Path, experts: int) -> RoutingTrace:
+    """Read the arrays [T,K] of all MoE layers, of one step or of several.
 
     Raises
     ------
     ValueError
         If they differ in shape, or are no ids.
     """
-    experts = _experts(hints, path)
     with naming(path):
         if pickled.is_pickled(path):
             tensors = pickled.load(path)
             if not isinstance(tensors, list | tuple):
                 raise ValueError(f"must be a list of tensors, got a {type(tensors).__name__}")
-            return replayed(
+            return _replayed(
                 [t.array() if isinstance(t, pickled.Tensor) else t for t in tensors], experts
             )
         steps: dict[int, dict[int, str]] = {}
-        for name in npz.names_in_npz(path):
-            found = REPLAY.fullmatch(name)
-            if found is None:
+        for name in names_in(path):
+            match = REPLAY.fullmatch(name)
+            if match is None:
                 raise ValueError(f"arrays must be named as step0.layer3, got {name:.40}")
-            step, layer = int(found["step"] or 0), int(found["layer"] or found["number"])
+            step, layer = int(match["step"] or 0), int(match["layer"] or match["number"])
             steps.setdefault(step, {})[layer] = name
-        arrays = npz.read_npz(path, tuple(name for of in steps.values() for name in of.values()))
+        arrays = read_arrays(path, names_in(path))
         parts = []
-        for step, of in sorted(steps.items()):
-            if set(of) != set(steps[min(steps)]):
-                raise ValueError(f"step {step} must have layers {_few(sorted(steps[min(steps)]))}")
-            parts.append(replayed([arrays[of[layer]] for layer in sorted(of)], experts))
+        for step, names in sorted(steps.items()):
+            layers = sorted(steps[min(steps)])
+            if sorted(names) != layers:
+                raise ValueError(f"step {step} must have layers {few(layers)}")
+            parts.append(_replayed([arrays[names[layer]] for layer in layers], experts))
         if len(parts) == 1:
             return parts[0]
         sequence = np.repeat(np.arange(len(parts)), [part.tokens for part in parts])
         return replace(RoutingTrace.concat(parts), sequence=sequence.astype(np.int32))
 
 
-def replayed(arrays: Sequence[Any], num_experts: int) -> RoutingTrace:
-    """Join the ids [T,K] of all MoE layers to a trace.
-
-    Raises
-    ------
-    ValueError
-        If they differ in shape, or are no ids.
-    """
+def _replayed(arrays: Sequence[Any], experts: int) -> RoutingTrace:
+    """Join the ids [T,K] of all MoE layers to a trace."""
     for layer, array in enumerate(arrays):
-        if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu":
-            raise ValueError(f"layer {layer} must be ids [tokens, top_k], got {_kind(array)}")
+        if not isinstance(array, np.ndarray):
+            raise ValueError(
+                f"layer {layer} must be ids [tokens, top_k], got a {type(array).__name__}"
+            )
+        if array.ndim != 2 or array.dtype.kind not in "iu":
+            raise ValueError(
+                f"layer {layer} must be ids [tokens, top_k], got {array.dtype} {list(array.shape)}"
+            )
         if array.shape != arrays[0].shape:
             raise ValueError(
                 f"layer {layer} must be {list(arrays[0].shape)} like layer 0, "
@@ -157,181 +159,91 @@ def replayed(arrays: Sequence[Any], num_experts: int) -> RoutingTrace:
             )
     if not len(arrays):
         raise ValueError("must hold ids of at least one layer, got none")
-    return RoutingTrace.from_arrays(np.stack(arrays, axis=1), num_experts=num_experts)
+    return RoutingTrace.from_arrays(np.stack(arrays, axis=1), num_experts=experts)
 
 
-def _kind(value: object) -> str:
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} {list(value.shape)}"
-    return f"a {type(value).__name__}"
-
-
-def _experts(hints: Hints, path: Path) -> int:
-    if hints.num_experts is None:
-        raise ValueError(f"{path}: num_experts is needed: the file does not say it")
-    return experts_in(hints.num_experts)
-
-
-def _gather(path: Path, experts: int, found: dict[Microbatch, dict[int, NDArray[Any]]]) -> None:
+def _gather(path: Path, experts: int, batches_of: Microbatches) -> None:
     """Add the lines of a file to microbatches; ids are not validated."""
-    seen: dict[tuple[int, int, int], int] = {}
+    turns: dict[tuple[int, int, int], int] = {}
     with naming(path):
         size_of(path)
         for step, layer, rank, ids in _lines(path):
-            if ids.size and ids.max() >= experts:
+            if ids.size and not 0 <= ids.min() <= ids.max() < experts:
+                wrong = ids.min() if ids.min() < 0 else ids.max()
                 raise ValueError(
-                    f"step {step}, layer {layer}: expert id {ids.max()} is not below "
+                    f"step {step}, layer {layer}: expert id {wrong} is not below "
                     f"num_experts {experts}"
                 )
-            turn = seen.get((step, layer, rank), 0)
-            seen[step, layer, rank] = turn + 1
-            layers = found.setdefault((step, turn, rank), {})
+            turn = turns.get((step, layer, rank), 0)
+            turns[step, layer, rank] = turn + 1
+            layers = batches_of.setdefault((step, turn, rank), {})
             if layer in layers:
                 raise ValueError(f"step {step}, layer {layer}: rank {rank} is in another file too")
             layers[layer] = ids.astype(id_type(np.dtype(np.int64), experts))
-        if not seen:
+        if not turns:
             raise ValueError("must hold lines of block 'decoder', got none")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, int, int, NDArray[Any]]]:
-    """Step, layer, rank and ids [t,K] of every line of the decoder."""
-    for found in batches(path, KEYS):
-        if isinstance(found, Batch) and _is_plain(found):
-            yield from _decoder(found)
-            continue
-        for number, line in found.one_by_one() if isinstance(found, Batch) else [found]:
-            try:
-                of = _line(line)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
-            if of is not None:
-                yield of
+def _lines(path: Path) -> Iterator[Line]:
+    """Read every line of the decoder."""
+    taken: list[Line] = []
+    for lines in batches(path, KEYS):
+        lines.hand_to(lambda part: taken.extend(_decoder(part)))
+        yield from taken
+        taken.clear()
 
 
-def _decoder(lines: Batch) -> Iterator[tuple[int, int, int, NDArray[Any]]]:
-    """Step, layer, rank and ids of the lines of a batch that are of the decoder."""
-    decoder = [name == "decoder" for name in lines.names]
-    blocks, tokens, top_k = (
-        column.tolist() for column in (lines.texts["block"], *lines.sizes.T[1:])
-    )
-    numbers = zip(*(lines.integers[name].tolist() for name in NUMBERS), strict=True)
-    end = 0
-    for (step, layer, rank), block, count, k in zip(numbers, blocks, tokens, top_k, strict=True):
-        begin, end = end, end + count * k
-        if decoder[block]:
-            yield step, layer, rank, lines.ids[begin:end].reshape(count, k)
-
-
-def _is_plain(lines: Batch) -> bool:
-    """Whether all lines have all keys, of values that agree with the ids."""
-    given = lines.integers
-    return not (
-        any((given[name] == NO_INTEGER).any() or (given[name] < 0).any() for name in NUMBERS)
-        or any((lines.texts[name] == NO_TEXT).any() for name in KEYS.texts)
-        or (given["num_tokens"] != lines.sizes[:, 1]).any()
-        or (given["topk"] != lines.sizes[:, 2]).any()
-    )
-
-
-def _line(line: dict[str, Any]) -> tuple[int, int, int, NDArray[Any]] | None:
-    """Step, layer, rank and ids of a line; None if it is not of the decoder.
+def _decoder(lines: Lines) -> list[Line]:
+    """Return those lines that are of the decoder.
 
     Raises
     ------
     ValueError
         Naming the key that is missing or wrong.
     """
-    missing = [key for key in (*KEYS.integers, *KEYS.texts, "top_indices") if key not in line]
-    if missing:
-        raise ValueError(f"must have {missing[0]!r} as a router trace has, got {list(line)[:8]}")
-    for key in KEYS.integers:
-        if isinstance(line[key], bool) or not isinstance(line[key], int) or line[key] < 0:
-            raise ValueError(f"{key} must be an integer of at least 0, got {shown(line[key])}")
-    if line["block"] != "decoder":
-        return None
-    shape = (line["num_tokens"], line["topk"])
-    try:
-        ids = np.asarray(line["top_indices"])
-    except (ValueError, OverflowError):
-        raise ValueError("top_indices must be ids [tokens, top_k]") from None
-    if shape[0] == 0 and ids.size == 0:
-        ids = np.zeros(shape, dtype=np.uint16)
-    if ids.shape != shape or ids.dtype.kind not in "iu":
+    columns = lines.columns
+    for key in (*KEYS.integers, *KEYS.texts):
+        missing = NO_INTEGER if key in KEYS.integers else NO_TEXT
+        if (columns[key] == missing).any():
+            raise ValueError(f"must have {key!r} as a router trace has")
+        if (columns[key] < 0).any():
+            raise ValueError(f"{key} must be an integer of at least 0, got {columns[key].min()}")
+    tokens, top_k = columns["num_tokens"], columns["topk"]
+    _, rows, width = lines.sizes.T
+    wrong = (tokens != rows) | ((top_k != width) & (rows > 0))
+    if wrong.any():
+        at = int(np.argmax(wrong))
         raise ValueError(
-            f"top_indices must be integers {list(shape)}, as num_tokens and topk say, "
-            f"got {ids.dtype} {list(ids.shape)}"
+            f"top_indices must be integers [{tokens[at]}, {top_k[at]}], as num_tokens and topk "
+            f"say, got [{rows[at]}, {width[at]}]"
         )
-    if ids.size and (ids.min() < 0 or ids.max() >= 1 << 16):
-        raise ValueError(f"top_indices must be from 0 to 65535, got {ids.min()} to {ids.max()}")
-    return line["step"], line["layer"], line["rank"], ids.astype(np.uint16)
+    decoder = []
+    end = 0
+    values = zip(*(columns[key].tolist() for key in KEYS.integers), columns["block"], strict=True)
+    for step, layer, rank, count, k, block in values:
+        begin, end = end, end + count * k
+        if lines.names[block] == "decoder":
+            decoder.append((step, layer, rank, lines.ids[begin:end].reshape(count, k)))
+    return decoder
 
 
-def _whole(
-    found: dict[Microbatch, dict[int, NDArray[Any]]],
-) -> dict[Microbatch, dict[int, NDArray[Any]]]:
+def _stages_joined(batches_of: Microbatches) -> Microbatches:
     """Join what ranks of several pipeline stages hold of a microbatch, under that of the first one.
 
     Stages are the outermost of Megatron's groups, so the ranks of a stage stand together, and the
     first of each hold layers of the same tokens. What does not look like stages is left as it is.
     """
-    held: dict[int, set[int]] = {}
-    for (_, _, rank), layers in found.items():
-        held.setdefault(rank, set()).update(layers)
+    layers_of: dict[int, set[int]] = {}
+    for (_, _, rank), layers in batches_of.items():
+        layers_of.setdefault(rank, set()).update(layers)
     stages: dict[frozenset[int], list[int]] = {}
-    for rank in sorted(held):
-        stages.setdefault(frozenset(held[rank]), []).append(rank)
+    for rank in sorted(layers_of):
+        stages.setdefault(frozenset(layers_of[rank]), []).append(rank)
     overlap = sum(map(len, stages)) > len(set().union(*stages))
     if overlap or len({len(ranks) for ranks in stages.values()}) > 1:
-        return found
+        return batches_of
     first = {rank: peers[0] for peers in zip(*stages.values(), strict=True) for rank in peers}
-    joined: dict[Microbatch, dict[int, NDArray[Any]]] = {}
-    for (step, turn, rank), layers in found.items():
+    joined: Microbatches = {}
+    for (step, turn, rank), layers in batches_of.items():
         joined.setdefault((step, turn, first[rank]), {}).update(layers)
     return joined
-
-
-def _joined(
-    files: Sequence[Path], experts: int, found: dict[Microbatch, dict[int, NDArray[Any]]]
-) -> RoutingTrace:
-    """Join microbatches in the order of time, and of ranks within it."""
-    where = files[0] if len(files) == 1 else files[0].parent
-    numbers = sorted({layer for layers in found.values() for layer in layers})
-    keys = sorted(found)
-    steps = {rank: max(s for s, _, r in keys if r == rank) for rank in {key[2] for key in keys}}
-    for step, turn, rank in keys:
-        layers = found[step, turn, rank]
-        here = f"{where}: step {step}, rank {rank}"
-        missing = sorted(set(numbers) - layers.keys())
-        if missing:
-            raise ValueError(
-                f"{here}: must have a line for each of layers {_few(numbers)}, got none of layer "
-                f"{missing[0]}: a file is cut off or missing"
-            )
-        sizes = {layers[layer].shape for layer in numbers}
-        if len(sizes) > 1:
-            raise ValueError(f"{here}: layers must have the same tokens, got {sorted(sizes)}")
-    if len(set(steps.values())) > 1:
-        short, long = min(steps, key=lambda r: (steps[r], r)), max(steps, key=lambda r: steps[r])
-        raise ValueError(
-            f"{where}: rank {short} must have steps to {steps[long]} like rank {long}, "
-            f"got {steps[short]} as its last: the file is cut off"
-        )
-    rows = [np.stack([found[key].pop(layer) for layer in numbers], axis=1) for key in keys]
-    if len({row.shape[1:] for row in rows}) > 1:
-        raise ValueError(f"{where}: lines must have the same topk, got several")
-    tokens = [len(row) for row in rows]
-    ranks = sorted(steps)
-    group = [ranks.index(key[2]) for key in keys]
-    ids = np.concatenate(rows)
-    return RoutingTrace.from_arrays(
-        ids,
-        num_experts=experts,
-        sequence=np.repeat(np.arange(len(keys)), tokens),
-        group=np.repeat(np.asarray(group, dtype=np.int16), tokens),
-        group_names=[f"rank {rank}" for rank in ranks],
-    )
-
-
-def _few(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8]))
-    return f"{shown}, ..." if len(numbers) > 8 else shown

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moetuner.files import naming, npz, replacing, safetensors
+from moetuner.files import naming, npz, replacing
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import head
@@ -40,19 +40,16 @@ def recognises_map(path: Path) -> bool:
         first = np.frombuffer(file.read(shape[2] * place.dtype.itemsize), place.dtype)
         if shape[2] < 3 or first.size < shape[2] or not ((first == 0) | (first == 1)).all():
             return False
-        pattern = safetensors.read(path, place)
+        pattern = npz.read_npy(path)
     return bool(((pattern == 0) | (pattern == 1)).all() and pattern.any(axis=0).all())
 
 
 def read_map(path: Path, _: Hints) -> Layout:
     """Read a pattern: experts in rising order, -1 in slots that a device has less than others."""
-    with path.open("rb") as file:
-        place, _fortran = npz.read_npy_header(file)
-    held = safetensors.read(path, place).astype(bool).transpose(1, 0, 2)
-    layers, devices, experts = held.shape
-    width = int(held.sum(axis=2).max())
-    # Stable: held experts come first, in rising order.
-    slots = np.argsort(~held, axis=2, kind="stable")[:, :, :width]
-    slots[np.arange(width) >= held.sum(axis=2, keepdims=True)] = EMPTY
-    rows = slots.reshape(layers, devices * width)
-    return Layout.of(rows, devices=devices, num_experts=experts)
+    has = npz.read_npy(path).astype(bool).transpose(1, 0, 2)
+    layers, devices, experts = has.shape
+    width = int(has.sum(axis=2).max())
+    # Stable: experts that a device has come first, in rising order.
+    slots = np.argsort(~has, axis=2, kind="stable")[:, :, :width]
+    slots[np.arange(width) >= has.sum(axis=2, keepdims=True)] = EMPTY
+    return Layout.of(slots.reshape(layers, -1), devices=devices, num_experts=experts)

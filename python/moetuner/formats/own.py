@@ -9,8 +9,9 @@ import numpy as np
 
 from moetuner.files import Kind, kind_of
 from moetuner.files.contents import holds_statistics
-from moetuner.formats.hints import Hints, Traffic, files_in
+from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
+from moetuner.formats.sources import files_in
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -19,12 +20,8 @@ KINDS: tuple[Kind, ...] = ("safetensors", "npz", "npy", "jsonl")
 
 
 def recogniser(kind: Kind) -> Callable[[Path], bool]:
-    """Make the function that tells whether a file is one of a kind."""
-
-    def recognises(path: Path) -> bool:
-        return path.is_file() and kind_of(path) == kind
-
-    return recognises
+    """Return the function that tells whether a file is one of a kind."""
+    return lambda path: path.is_file() and kind_of(path) == kind
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
@@ -35,14 +32,14 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     ValueError
         If one is damaged, or they do not fit together.
     """
-    found = [_read_one(path, hints) for path in files_in(paths)]
-    return found[0] if len(found) == 1 else join(found)
-
-
-def _read_one(path: Path, hints: Hints) -> Traffic:
-    if not holds_statistics(path):
-        return RoutingTrace.load(path, num_experts=hints.num_experts)
-    return RoutingStatistics.load(path)
+    return join(
+        [
+            RoutingStatistics.load(path)
+            if holds_statistics(path)
+            else RoutingTrace.load(path, num_experts=hints.num_experts)
+            for path in files_in(paths)
+        ]
+    )
 
 
 def join(parts: Sequence[Traffic]) -> Traffic:
@@ -53,6 +50,8 @@ def join(parts: Sequence[Traffic]) -> Traffic:
     ValueError
         If there are both, or they are of other sizes.
     """
+    if len(parts) == 1:
+        return parts[0]
     traces = [part for part in parts if isinstance(part, RoutingTrace)]
     counts = [part for part in parts if isinstance(part, RoutingStatistics)]
     if traces and counts:

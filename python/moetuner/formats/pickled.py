@@ -1,27 +1,29 @@
 """Files of ``torch.save``, opened without torch and without running anything that is in them.
 
 Such a file is a zip archive: ``data.pkl`` describes containers and tensors, and every storage has
-an entry of raw bytes. The description is a programme for pickle's stack machine. Here its harmless
-instructions are carried out by a machine of our own, which can make plain containers, numbers,
-texts and tensors and knows no way to call anything else: a file that asks for more is refused by
-the name of what it asks for. Tensors stay in the file until their ``array`` is asked for.
+an entry of raw bytes. The description is a programme for pickle's stack machine. Python's own
+carries it out here without the instructions that could call or change anything: what is left makes
+plain containers, numbers, texts and tensors, and a file that names anything else is refused by that
+name. Tensors stay in the file until their ``array`` is read.
 """
 
 from __future__ import annotations
 
+import io
+import pickle
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.files import naming, size_of
+from moetuner.files import naming, npz, size_of
 
 # Of an archive's description; per-token dumps list their tokens there.
 LONGEST_PICKLE = 1 << 27
@@ -65,8 +67,6 @@ class Tensor:
         Sizes, and steps between neighbours in elements.
     start
         First byte of its first element.
-    big_endian
-        Whether the file was written on such a machine.
     """
 
     path: Path
@@ -74,7 +74,6 @@ class Tensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     start: int
-    big_endian: bool = False
 
     @property
     def span(self) -> int:
@@ -89,8 +88,7 @@ class Tensor:
         ValueError
             If the file has shrunk.
         """
-        stored = np.dtype("uint16" if self.dtype == BFLOAT else self.dtype)
-        stored = stored.newbyteorder(">" if self.big_endian else "<")
+        stored = np.dtype("uint16" if self.dtype == BFLOAT else self.dtype).newbyteorder("<")
         with self.path.open("rb") as file:
             file.seek(self.start)
             data = file.read(self.span * stored.itemsize)
@@ -110,25 +108,23 @@ def is_pickled(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        start = file.read(len(LEGACY))
-    if start == LEGACY:
+        start = file.read(512)
+    if start.startswith(LEGACY):
         return True
     if not start.startswith(ZIP):
         return False
     try:
-        with zipfile.ZipFile(path) as archive:
-            return any(_is_description(name) for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
+        with npz.opened(path) as archive:
+            return any(map(_is_description, archive.namelist()))
+    except (OSError, ValueError):
         # Cut off: the name of its first entry is still there.
-        with path.open("rb") as file:
-            head = file.read(512)
-        return b"/data.pkl" in head
+        return b"/data.pkl" in start
 
 
 def peek(path: Path) -> Any:
     """Read what was saved, to tell what it is; ``load`` will not read it again."""
-    found = path.stat()
-    return _load(path, found.st_ino, found.st_size, found.st_mtime_ns)
+    stat = path.stat()
+    return _load(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 def load(path: Path) -> Any:
@@ -141,9 +137,9 @@ def load(path: Path) -> Any:
     OSError
         If it cannot be read.
     """
-    found = peek(path)
+    content = peek(path)
     _load.cache_clear()  # a description may take much memory
-    return found
+    return content
 
 
 @lru_cache(maxsize=1)
@@ -159,17 +155,8 @@ def _load(path: Path, *_: int) -> Any:
             )
         if not start.startswith(ZIP):
             raise ValueError("must be a zip archive as torch.save writes it")
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return _Archive(path, size, archive).content()
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            struct.error,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:
-            raise ValueError(f"damaged archive of torch.save: {error}") from None
+        with npz.opened(path, "archive of torch.save") as archive:
+            return _Archive(path, size, archive).content()
 
 
 def _is_description(name: str) -> bool:
@@ -177,6 +164,7 @@ def _is_description(name: str) -> bool:
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Return elements of a storage from a tensor's first to its last."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
@@ -188,25 +176,24 @@ class _Archive:
     def __init__(self, path: Path, size: int, archive: zipfile.ZipFile) -> None:
         self.path, self.size = path, size
         self.entries = {info.filename: info for info in archive.infolist()}
-        found = [name for name in self.entries if _is_description(name)]
-        if len(found) != 1:
-            raise ValueError(f"must have one data.pkl as torch.save writes it, got {len(found)}")
-        self.description = found[0]
-        self.root = found[0].removesuffix("data.pkl")
+        descriptions = [name for name in self.entries if _is_description(name)]
+        if len(descriptions) != 1:
+            raise ValueError(
+                f"must have one data.pkl as torch.save writes it, got {len(descriptions)}"
+            )
+        self.root = descriptions[0].removesuffix("data.pkl")
         order = self.root + "byteorder"
-        told = self.read(order, 16).strip() if order in self.entries else b"little"
-        if told not in (b"little", b"big"):
-            raise ValueError(f"byteorder must be little or big, got {told!r}")
-        self.big_endian = told == b"big"
+        if order in self.entries and self.read("byteorder", 16).strip() != b"little":
+            raise ValueError("byteorder must be little: write it anew on such a machine")
         self.storages: dict[str, tuple[int, int]] = {}
 
     def content(self) -> Any:
         """Carry out the description."""
-        text = self.read(self.description, LONGEST_PICKLE)
-        return _Machine(text, self).run()
+        return _Machine(self.read("data.pkl", LONGEST_PICKLE), self).content()
 
     def place(self, name: str) -> tuple[int, int]:
-        """First byte and number of bytes of an entry."""
+        """Return first byte and number of bytes of an entry."""
+        name = self.root + name
         info = self.entries.get(name)
         if info is None:
             raise ValueError(f"must have an entry {name}")
@@ -222,8 +209,8 @@ class _Archive:
             header = file.read(LOCAL_HEADER)
         if len(header) < LOCAL_HEADER or not header.startswith(ZIP):
             raise ValueError(f"{name}: has no header where the archive says")
-        begin = info.header_offset + LOCAL_HEADER
-        begin += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        lengths = struct.unpack("<HH", header[26:30])
+        begin = info.header_offset + LOCAL_HEADER + sum(lengths)
         if begin + info.file_size > self.size:
             raise ValueError(
                 f"{name}: must end within the file's {self.size} bytes, "
@@ -235,7 +222,7 @@ class _Archive:
         """Read an entry."""
         begin, size = self.place(name)
         if size > most:
-            raise ValueError(f"{name}: must have at most {most} bytes, got {size}")
+            raise ValueError(f"{self.root}{name}: must have at most {most} bytes, got {size}")
         with self.path.open("rb") as file:
             file.seek(begin)
             return file.read(size)
@@ -250,20 +237,17 @@ class _Archive:
         if not _is_size(offset) or len(shape) != len(strides) or len(shape) > 16:
             raise ValueError("offset, size and stride of a tensor must fit together")
         if storage.key not in self.storages:
-            self.storages[storage.key] = self.place(f"{self.root}data/{storage.key}")
-        begin, stored = self.storages[storage.key]
+            self.storages[storage.key] = self.place(f"data/{storage.key}")
+        begin, size = self.storages[storage.key]
         width = np.dtype("uint16" if dtype == BFLOAT else dtype).itemsize
-        held = stored // width
-        count = 1
-        for size in shape:
-            count *= size
-        if count and (offset + _span(shape, strides) > held or count > held):
+        needed = max(offset + _span(shape, strides), prod(shape))
+        if prod(shape) and needed > size // width:
             raise ValueError(
-                f"storage {storage.key} must have {max(offset + _span(shape, strides), count)} "
-                f"{dtype} for a tensor {list(shape)}, got {held}"
+                f"storage {storage.key} must have {needed} {dtype} for a tensor {list(shape)}, "
+                f"got {size // width}"
             )
         start = begin + offset * width
-        return Tensor(self.path, dtype, shape, strides, start, self.big_endian)
+        return Tensor(self.path, dtype, shape, strides, start)
 
 
 def _is_size(value: object) -> bool:
@@ -285,27 +269,52 @@ class _Name:
     text: str
 
 
-MARK = object()
 TENSOR_V2, TENSOR_V3 = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"
 PARAMETER = "torch._utils._rebuild_parameter"
 ORDERED, SIZE = "collections.OrderedDict", "torch.Size"
-KNOWN = {TENSOR_V2, TENSOR_V3, PARAMETER, ORDERED, SIZE, "torch.device"}
-KNOWN |= {f"torch.{name}" for name in (*STORAGES, *DTYPES)}
-KNOWN |= {"torch.storage.UntypedStorage", "torch.UntypedStorage"}
+NAMES = {TENSOR_V2, TENSOR_V3, PARAMETER, ORDERED, SIZE, "torch.device"}
+NAMES |= {f"torch.{name}" for name in (*STORAGES, *DTYPES)}
+NAMES |= {"torch.storage.UntypedStorage", "torch.UntypedStorage"}
+
+# Instructions that are carried out, and bytes of memory of what each makes, beside its text.
+COSTS = dict.fromkeys(map(ord, "NK\x88\x89)hjqr\x94"), POINTER)
+COSTS |= dict.fromkeys(map(ord, "MJG\x8aX\x8cBC"), OBJECT)
+COSTS |= dict.fromkeys(map(ord, "(}]tl\x85\x86\x87RQc\x93"), CONTAINER)
+COSTS |= dict.fromkeys(map(ord, "\x80\x95baesu."), 0)
 
 
-class _Machine:
+class _Machine(pickle._Unpickler):
     """Pickle's stack machine, as far as plain content needs it."""
 
+    # Pickle's own: what is above the last mark, and what is below it; how to push and to read.
+    stack: list[Any]
+    metastack: list[list[Any]]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+
     def __init__(self, text: bytes, archive: _Archive) -> None:
-        self.text, self.at, self.archive = text, 0, archive
-        self.stack: list[Any] = []
-        # Picklers number what they name again from 0 on.
+        super().__init__(io.BytesIO(text))
+        self.archive = archive
+        # Picklers number what they name again from 0 on: a list, in which no number is large.
         self.memo: list[Any] = []
         # Containers that were named again, which then change no more.
         self.complete: set[int] = set()
         self.memory = max(FREE_BYTES, BYTES_PER_BYTE * len(text))
         self.values = max(1 << 16, EXPANSION * len(text))
+
+    def content(self) -> Any:
+        """Carry out instruction after instruction, up to the last."""
+        try:
+            content = self.load()
+        except (IndexError, EOFError, struct.error):
+            raise ValueError("damaged description: it is cut off") from None
+        except (TypeError, AttributeError, KeyError, UnicodeDecodeError) as error:
+            raise ValueError(f"damaged description: {error}") from None
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"damaged description: {error}") from None
+        if self.stack or self.metastack:
+            raise ValueError("damaged description: it must leave one value")
+        return content
 
     def spend(self, size: int) -> None:
         """Count memory of what is made."""
@@ -313,115 +322,29 @@ class _Machine:
         if self.memory < 0:
             raise ValueError("description makes far more than it has bytes")
 
-    def push(self, value: Any) -> None:
-        """Push what was made."""
-        if isinstance(value, list | dict | tuple):
-            self.spend(CONTAINER + POINTER * len(value))
-        elif isinstance(value, str | bytes):
-            self.spend(OBJECT + len(value))
-        elif value is None or isinstance(value, bool):
-            self.spend(POINTER)
-        else:
-            self.spend(OBJECT)
-        self.stack.append(value)
+    def pop_mark(self) -> list[Any]:
+        """Pop everything down to the last mark, which was a container."""
+        values = self.stack
+        self.spend(POINTER * len(values) - CONTAINER)
+        self.stack = self.metastack.pop()
+        self.append = self.stack.append
+        return values
 
     def put(self, index: int) -> None:
         """Give a number to what is on top, by which it is named again."""
-        self.spend(POINTER)
-        if index < len(self.memo):
-            self.memo[index] = self.stack[-1]
-        elif index == len(self.memo):
-            self.memo.append(self.stack[-1])
-        else:
+        if index > len(self.memo):
             raise ValueError(f"must number its parts one after the other, got {index}")
+        self.memo[index : index + 1] = [self.stack[-1]]
 
     def get(self, index: int) -> None:
-        """Push what was numbered."""
+        """Push what was numbered; how much that is with all its parts is bounded."""
         value = self.memo[index]
-        self.spend(POINTER)
         if isinstance(value, list | dict | tuple):
-            self.spend(CONTAINER)
             self.complete.add(id(value))
             self.values -= _unfolded(value, self.values)
-        self.stack.append(value)
+        self.append(value)
 
-    def run(self) -> Any:
-        """Carry out instruction after instruction, up to the one that says stop."""
-        text, act = self.text, ACTIONS
-        try:
-            while True:
-                code = text[self.at]
-                self.at += 1
-                if code == STOP:
-                    if len(self.stack) != 1:
-                        raise ValueError("damaged description: it must leave one value")
-                    return self.stack[0]
-                if code in INTEGERS:
-                    self.integers(code)
-                    continue
-                action = act.get(code)
-                if action is None:
-                    raise ValueError(f"must be plain content, got pickle instruction {code:#04x}")
-                action(self)
-        except (IndexError, struct.error):
-            raise ValueError("damaged description: it is cut off") from None
-        except (TypeError, AttributeError, KeyError, UnicodeDecodeError) as error:
-            raise ValueError(f"damaged description: {error}") from None
-
-    def integers(self, code: int) -> None:
-        """Push a run of integers: token ids come by the million."""
-        text, at, push = self.text, self.at, self.stack.append
-        memory = 0
-        while (width := INTEGERS.get(code)) is not None:
-            piece = text[at : at + width]
-            if len(piece) < width:
-                raise IndexError
-            push(int.from_bytes(piece, "little", signed=width == 4))
-            memory += OBJECT if width > 1 else POINTER  # Python has small ones once
-            at += width
-            code = text[at]
-            at += 1
-        self.at = at - 1
-        self.spend(memory)
-
-    def take(self, count: int) -> bytes:
-        """Take so many bytes of the text."""
-        found = self.text[self.at : self.at + count]
-        if len(found) < count:
-            raise IndexError
-        self.at += count
-        return found
-
-    def number(self, count: int, *, signed: bool = False) -> int:
-        """Take an integer of so many bytes."""
-        return int.from_bytes(self.take(count), "little", signed=signed)
-
-    def line(self) -> str:
-        """Take a line."""
-        end = self.text.index(b"\n", self.at) if b"\n" in self.text[self.at : self.at + 512] else -1
-        if end < 0:
-            raise IndexError
-        found = self.text[self.at : end].decode()
-        self.at = end + 1
-        return found
-
-    def marked(self) -> list[Any]:
-        """Pop everything down to the last mark."""
-        for depth in range(len(self.stack) - 1, -1, -1):
-            if self.stack[depth] is MARK:
-                found = self.stack[depth + 1 :]
-                del self.stack[depth:]
-                return found
-        raise IndexError
-
-    def pop(self) -> Any:
-        """Pop a value."""
-        value = self.stack.pop()
-        if value is MARK:
-            raise IndexError
-        return value
-
-    def append(self, values: list[Any]) -> None:
+    def extend(self, values: list[Any]) -> None:
         """Append to the list on top."""
         target = self.stack[-1]
         if type(target) is not list or id(target) in self.complete:
@@ -435,33 +358,45 @@ class _Machine:
             raise TypeError("only dicts take keys, and a container must not hold itself")
         self.spend(CONTAINER * (len(pairs) // 2))
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            if not isinstance(key, str | int | float | bool | None) and not _is_plain(key):
+            # The hash of a tuple of tuples could take for ever.
+            if not all(map(_is_plain, key if isinstance(key, tuple) else [key])):
                 raise TypeError(f"keys must be texts or numbers, got a {type(key).__name__}")
             target[key] = value
 
-    def name(self, module: str, name: str) -> None:
-        """Push what stands for a name, if it is harmless."""
-        full = f"{module}.{name}"
-        if full not in KNOWN:
+    def find_class(self, module: str, name: str) -> _Name:
+        """Return what stands for a name, if it is harmless."""
+        text = f"{module}.{name}"
+        if text not in NAMES:
             raise ValueError(
-                f"asks for {full:.80}, which is no plain content: pickles that call code are not "
+                f"asks for {text:.80}, which is no plain content: pickles that call code are not "
                 "opened"
             )
-        self.push(_Name(full))
+        return _Name(text)
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """Return the storage that a persistent id names."""
+        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
+            raise ValueError("persistent ids must be storages")
+        _, kind, key, _, count = pid
+        name = kind.text.rpartition(".")[2] if isinstance(kind, _Name) else ""
+        if not isinstance(key, str) or not key.isalnum() or len(key) > 40 or not _is_size(count):
+            raise ValueError("a storage must have a key and a size")
+        if name not in (*STORAGES, "UntypedStorage"):
+            raise ValueError(f"a storage must be of a known type, got {name or 'none'}")
+        return _Storage(key, STORAGES.get(name))
 
     def reduce(self) -> None:
-        """Make what a name and its arguments stand for."""
-        arguments, callee = self.pop(), self.pop()
+        """Make the container or tensor that a name and its arguments stand for."""
+        arguments, callee = self.stack.pop(), self.stack.pop()
         if not isinstance(callee, _Name) or not isinstance(arguments, tuple):
             raise ValueError("asks for a call of what is no name")
-        self.push(self.made(callee.text, arguments))
+        self.append(self._made(callee.text, arguments))
 
-    def made(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        """Make a container or a tensor."""
+    def _made(self, name: str, arguments: tuple[Any, ...]) -> Any:
         if name == ORDERED and not arguments:
             return {}
-        if name == SIZE and len(arguments) == 1 and isinstance(arguments[0], tuple | list):
-            return tuple(arguments[0])
+        if name == SIZE and len(arguments) == 1 and isinstance(arguments[0], tuple):
+            return arguments[0]
         if name == "torch.device":
             return ":".join(str(part) for part in arguments if isinstance(part, str | int))
         if name == PARAMETER and arguments and isinstance(arguments[0], Tensor):
@@ -478,107 +413,53 @@ class _Machine:
             return self.archive.tensor(storage, str(dtype), offset, shape, strides)
         raise ValueError(f"asks for a call of {name} that torch.save does not write")
 
-    def persistent(self) -> None:
-        """Push the storage that a persistent id names."""
-        found = self.pop()
-        if not isinstance(found, tuple) or len(found) != 5 or found[0] != "storage":
-            raise ValueError("persistent ids must be storages")
-        _, kind, key, _, count = found
-        name = kind.text.rpartition(".")[2] if isinstance(kind, _Name) else ""
-        if not isinstance(key, str) or not key.isalnum() or len(key) > 40 or not _is_size(count):
-            raise ValueError("a storage must have a key and a size")
-        if name not in (*STORAGES, "UntypedStorage"):
-            raise ValueError(f"a storage must be of a known type, got {name or 'none'}")
-        self.push(_Storage(key, STORAGES.get(name)))
-
     def build(self) -> None:
         """Drop attributes of a dict, such as the versions of a state dict; nothing else has any."""
-        self.pop()
+        self.stack.pop()
         if type(self.stack[-1]) is not dict:
             raise ValueError("asks to change an object that is no dict")
 
+    def number(self, width: int) -> int:
+        """Read an integer of so many bytes."""
+        return int.from_bytes(self.read(width), "little")
+
 
 def _is_plain(key: object) -> bool:
-    """Whether a tuple has plain members, so that it can be a key."""
-    return isinstance(key, tuple) and all(isinstance(k, str | int | float | None) for k in key)
+    return isinstance(key, str | int | float | None)
 
 
 Action = Callable[[_Machine], object]
-
-
-def _push(make: Callable[[_Machine], Any]) -> Action:
-    return lambda machine: machine.push(make(machine))
-
-
-def _tuple_of(count: int) -> Action:
-    def make(machine: _Machine) -> None:
-        values = [machine.pop() for _ in range(count)]
-        machine.push(tuple(reversed(values)))
-
-    return make
-
-
-def _put(index: Callable[[_Machine], int]) -> Action:
-    return lambda machine: machine.put(index(machine))
-
-
-def _get(width: int) -> Action:
-    return lambda machine: machine.get(machine.number(width))
-
-
-def _text(width: int) -> Action:
-    return _push(lambda machine: machine.take(machine.number(width)).decode("utf-8", "replace"))
-
-
-def _whole(machine: _Machine) -> int:
-    width = machine.number(1)
-    return machine.number(width, signed=True) if width else 0
-
-
-def _stack_global(machine: _Machine) -> None:
-    name, module = machine.pop(), machine.pop()
-    machine.name(str(module), str(name))
-
-
-STOP = ord(".")
-# Bytes of their values; those of four have a sign.
-INTEGERS = {ord("K"): 1, ord("M"): 2, ord("J"): 4}
-ACTIONS: dict[int, Action] = {
-    0x80: lambda m: m.take(1),  # protocol
-    0x95: lambda m: m.take(8),  # frame
-    ord("("): lambda m: m.push(MARK),
-    ord("}"): _push(lambda m: {}),
-    ord("]"): _push(lambda m: []),
-    ord(")"): _push(lambda m: ()),
-    ord("t"): _push(lambda m: tuple(m.marked())),
-    ord("l"): _push(lambda m: m.marked()),
-    0x85: _tuple_of(1),
-    0x86: _tuple_of(2),
-    0x87: _tuple_of(3),
-    ord("N"): _push(lambda m: None),
-    0x88: _push(lambda m: True),
-    0x89: _push(lambda m: False),
-    0x8A: _push(_whole),
-    ord("G"): _push(lambda m: struct.unpack(">d", m.take(8))[0]),
-    ord("X"): _text(4),
-    0x8C: _text(1),
-    ord("B"): _push(lambda m: m.take(m.number(4))),
-    ord("C"): _push(lambda m: m.take(m.number(1))),
-    ord("q"): _put(lambda m: m.number(1)),
-    ord("r"): _put(lambda m: m.number(4)),
-    0x94: _put(lambda m: len(m.memo)),
-    ord("h"): _get(1),
-    ord("j"): _get(4),
-    ord("c"): lambda m: m.name(m.line(), m.line()),
-    0x93: _stack_global,
-    ord("R"): _Machine.reduce,
-    ord("Q"): _Machine.persistent,
-    ord("b"): _Machine.build,
-    ord("a"): lambda m: m.append([m.pop()]),
-    ord("e"): lambda m: m.append(m.marked()),
-    ord("s"): lambda m: m.set([m.pop(), m.pop()][::-1]),
-    ord("u"): lambda m: m.set(m.marked()),
+# Instructions that are carried out otherwise than by pickle.
+OURS: dict[str, Action] = {
+    "q": lambda machine: machine.put(machine.number(1)),
+    "r": lambda machine: machine.put(machine.number(4)),
+    "\x94": lambda machine: machine.put(len(machine.memo)),
+    "h": lambda machine: machine.get(machine.number(1)),
+    "j": lambda machine: machine.get(machine.number(4)),
+    "a": lambda machine: machine.extend([machine.stack.pop()]),
+    "e": lambda machine: machine.extend(machine.pop_mark()),
+    "s": lambda machine: machine.set([machine.stack.pop(), machine.stack.pop()][::-1]),
+    "u": lambda machine: machine.set(machine.pop_mark()),
+    "R": _Machine.reduce,
+    "b": _Machine.build,
 }
+
+
+def _instruction(code: int) -> Action:
+    """Return how an instruction is carried out: its memory is counted before it is taken."""
+    act = OURS.get(chr(code)) or cast(Action, pickle._Unpickler.dispatch.get(code))
+    cost = COSTS.get(code)
+
+    def counted(machine: _Machine) -> None:
+        if cost is None:
+            raise ValueError(f"must be plain content, got pickle instruction {code:#04x}")
+        machine.spend(cost)
+        act(machine)
+
+    return counted
+
+
+_Machine.dispatch = {code: cast(Any, _instruction(code)) for code in range(256)}
 
 
 def _unfolded(value: Any, most: int) -> int:
@@ -596,5 +477,5 @@ def _unfolded(value: Any, most: int) -> int:
         count += 1 + len(node)
         if count > most:
             raise ValueError("description names the same parts too often")
-        stack.extend(each for each in members if isinstance(each, dict | list | tuple))
+        stack.extend(member for member in members if isinstance(member, dict | list | tuple))
     return count

@@ -1,7 +1,7 @@
 """JSON of others: one value, a list of them or one per line, read value by value.
 
-Text is taken as Latin-1: everything that is wanted of it is ASCII, and so every letter is one byte
-of the file, wherever it stands.
+Text is taken as Latin-1: everything that is wanted of it is ASCII, and a file may be cut into parts
+at any byte.
 """
 
 from __future__ import annotations
@@ -25,34 +25,17 @@ BETWEEN = ("event:", ":", "id:", "retry:")
 
 @dataclass(frozen=True)
 class Record:
-    """An object of a file.
-
-    Parameters
-    ----------
-    fields
-        What it says.
-    text, start
-        Its text, and where that begins in the file.
-    where
-        Which it is, for messages.
-    """
+    """An object of a file, and which it is, for messages."""
 
     fields: dict[str, Any]
-    text: str
-    start: int
     where: str
 
-    def find(self, value: str) -> int | None:
-        """First byte in the file of a text that the object holds; None if it is written otherwise.
-
-        Where it is there several times, any of them will do.
-        """
-        at = -1
-        # By its beginning first: a long text is not searched for, only compared.
-        while (at := self.text.find(value[:128], at + 1)) >= 0:
-            if self.text.startswith(value, at):
-                return self.start + at
-        return None
+    @classmethod
+    def of(cls, fields: object, where: str) -> Record:
+        """Check that a value is an object."""
+        if not isinstance(fields, dict):
+            raise ValueError(f"{where}: must be a JSON object, got {type(fields).__name__}")
+        return cls(fields, where)
 
 
 def head(path: Path, size: int = HEAD) -> bytes:
@@ -65,8 +48,8 @@ def head(path: Path, size: int = HEAD) -> bytes:
 
 def looks_like_json(start: bytes) -> bool:
     """Whether text begins as an object, a list or an event does."""
-    start = start[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
-    return start[:1] in (b"{", b"[") or start.startswith(EVENT.encode())
+    start = start[:4096].removeprefix(MARK.encode("latin-1")).lstrip()
+    return start.startswith((b"{", b"[", EVENT.encode()))
 
 
 def records(path: Path) -> Iterator[Record]:
@@ -84,29 +67,27 @@ def records(path: Path) -> Iterator[Record]:
             yield from _sequence(file, beginning.index("[") + 1, "]")
             return
         file.seek(0)
-        number, start = 0, 0
+        number = start = 0
         while line := file.readline(LONGEST + 1):
             number += 1
             where = f"line {number}"
             if len(line) > LONGEST:
                 raise ValueError(f"{where}: must have at most {LONGEST} bytes")
             text = line.decode("latin-1")
-            begin = start
-            start += len(line)
             bare = text
             if text[:1] != "{":  # no copy is made of a long line that needs none
                 bare = text.removeprefix(MARK).lstrip().removeprefix(EVENT).strip()
-                if not bare or bare == "[DONE]" or bare.startswith(BETWEEN):
-                    continue
-            try:
-                fields = parse_json(bare)
-            except ValueError as error:
-                if bare[:1] != "{" or text.lstrip().startswith(EVENT):
-                    raise ValueError(f"{where}: {error}") from None
-                # A value over several lines, or several on one, as shells put them together.
-                yield from _sequence(file, begin + text.index("{"), "", where)
-                return
-            yield _record(fields, text, begin, where)
+            if bare and bare != "[DONE]" and not bare.startswith(BETWEEN):
+                try:
+                    fields = parse_json(bare)
+                except ValueError as error:
+                    if bare[:1] != "{" or text.lstrip().startswith(EVENT):
+                        raise ValueError(f"{where}: {error}") from None
+                    # A value over several lines, or several on one, as shells put them together.
+                    yield from _sequence(file, start + text.index("{"), "", where)
+                    return
+                yield Record.of(fields, where)
+            start += len(line)
 
 
 def _sequence(file: BinaryIO, start: int, closing: str, line: str = "") -> Iterator[Record]:
@@ -122,10 +103,10 @@ def _sequence(file: BinaryIO, start: int, closing: str, line: str = "") -> Itera
         while at < len(buffer) and buffer[at] in between:
             at += 1
         where = line if line and not number else f"response {number}"
-        if closing and at < len(buffer) and buffer[at] == closing:
+        if closing and buffer[at : at + 1] == closing:
             return
         if not closing and at == len(buffer):
-            start, buffer, at = start + at, file.read(CHUNK).decode("latin-1"), 0
+            buffer, at = file.read(CHUNK).decode("latin-1"), 0
             if not buffer:
                 return
             continue
@@ -137,14 +118,8 @@ def _sequence(file: BinaryIO, start: int, closing: str, line: str = "") -> Itera
             more = file.read(chunk).decode("latin-1")
             if not more or len(buffer) - at > LONGEST:
                 raise ValueError(f"{where}: must be JSON: {error}") from None
-            start, buffer, at = start + at, buffer[at:] + more, 0
+            buffer, at = buffer[at:] + more, 0
             chunk = min(2 * chunk, LONGEST)
             continue
-        yield _record(fields, buffer[at:end], start + at, where)
+        yield Record.of(fields, where)
         number, at, chunk = number + 1, end, CHUNK
-
-
-def _record(fields: Any, text: str, start: int, where: str) -> Record:
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where}: must be a JSON object, got {type(fields).__name__}")
-    return Record(fields, text, start, where)

@@ -15,11 +15,14 @@ from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 COLUMNS = ("token", "layer", "expert", "sequence", "group", "weight")
+LABELS = ("group", "sequence")
+LIMITS = {"layer": LAYER_LIMIT, "expert": EXPERT_LIMIT}
 # Cells of a table that may be larger than the rows that fill it, and cells for each row: a token
 # with one of 128 experts leaves as many empty.
 FREE_CELLS, CELLS_PER_ROW = 1 << 22, 128
 # As Python writes it, so that no two texts are one number.
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}", re.ASCII)
+Columns = dict[str, NDArray[Any]]
 
 
 @dataclass
@@ -32,11 +35,11 @@ class Labels:
     def of(self, values: Any) -> NDArray[np.int32]:
         """Return the numbers of some of them."""
         if isinstance(values, np.ndarray):
-            found, first, place = np.unique(values, return_index=True, return_inverse=True)
+            distinct, first, place = np.unique(values, return_index=True, return_inverse=True)
             order = np.argsort(first)
-            known = np.empty(len(found), dtype=np.int32)
-            known[order] = self.of(found[order].tolist())
-            return known[place]
+            numbers = np.empty(len(distinct), dtype=np.int32)
+            numbers[order] = self.of(distinct[order].tolist())
+            return numbers[place]
         seen = self.seen
         return np.asarray(
             [seen[value] if value in seen else self._new(value) for value in values],
@@ -44,20 +47,30 @@ class Labels:
         )
 
     def _new(self, value: Any) -> int:
-        name = value
-        if isinstance(value, str) and INTEGER.fullmatch(value):
-            name = int(value)
-        number = self.numbers.setdefault(name, len(self.numbers))
-        self.seen[value] = number
-        return number
+        is_integer = isinstance(value, str) and INTEGER.fullmatch(value)
+        name = int(value) if is_integer else value
+        self.seen[value] = self.numbers.setdefault(name, len(self.numbers))
+        return self.seen[value]
 
+    def as_integers(self, numbers: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return the names themselves where all are integers of 32 bits, else their numbers."""
+        names = list(self.numbers)
+        if not all(type(name) is int and -(1 << 31) <= name < 1 << 31 for name in names):
+            return numbers
+        return np.asarray(names, dtype=np.int32)[numbers]
 
-def as_integers(labels: Labels, numbers: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return labels themselves where all are integers of 32 bits, else their numbers."""
-    known = list(labels.numbers)
-    if not all(type(value) is int and -(1 << 31) <= value < 1 << 31 for value in known):
-        return numbers
-    return np.asarray(known, dtype=np.int32)[numbers]
+    def texts(self) -> list[str]:
+        """Return the names as texts.
+
+        Raises
+        ------
+        ValueError
+            If two are the same.
+        """
+        texts = [str(name) for name in self.numbers]
+        if len(set(texts)) < len(texts):
+            raise ValueError("groups must differ as texts")
+        return texts
 
 
 class Rows:
@@ -70,18 +83,17 @@ class Rows:
     """
 
     def __init__(self, names: list[str]) -> None:
+        self.is_trace = "token" in names
         self.names = [name for name in COLUMNS if name in names]
-        missing = [name for name in ("layer", "expert") if name not in names]
-        if missing:
+        if not {"layer", "expert"} <= set(names):
             raise ValueError(
                 f"must have columns 'layer' and 'expert' (and may have 'token', 'sequence', "
                 f"'group', 'weight'), got {names[:8]}"
             )
-        self.is_trace = "token" in names
         if self.is_trace and "weight" in self.names:
             self.names.remove("weight")
         self.parts: dict[str, list[NDArray[Any]]] = {name: [] for name in self.names}
-        self.groups, self.sequences = Labels(), Labels()
+        self.labels = {name: Labels() for name in LABELS}
         self.count = 0
 
     def add(self, columns: dict[str, Any]) -> None:
@@ -93,14 +105,11 @@ class Rows:
             Naming the column that is wrong.
         """
         for name in self.names:
-            values = columns[name]
-            if name in ("sequence", "group"):
-                labels = self.groups if name == "group" else self.sequences
-                self.parts[name].append(labels.of(values))
+            if name in self.labels:
+                self.parts[name].append(self.labels[name].of(columns[name]))
                 continue
-            limit = {"layer": LAYER_LIMIT, "expert": EXPERT_LIMIT}.get(name)
-            found = _integers(name, values, limit or 1 << 48)
-            self.parts[name].append(found.astype(np.uint16) if limit else found)
+            values = _integers(name, columns[name], LIMITS.get(name, 1 << 48))
+            self.parts[name].append(values.astype(np.uint16) if name in LIMITS else values)
         self.count += len(columns["layer"])
 
     def traffic(self, hints: Hints) -> Traffic:
@@ -115,40 +124,22 @@ class Rows:
             raise ValueError("must have at least one row, got none")
         columns = {name: np.concatenate(parts) for name, parts in self.parts.items()}
         self.parts = {}
-        layers, layer = np.unique(columns.pop("layer"), return_inverse=True)
-        if hints.dense_layers is not None:
-            wrong = sorted(set(layers.tolist()) & set(hints.dense_layers))
-            if wrong:
-                raise ValueError(
-                    f"layer {wrong[0]} must be dense as dense_layers says, got experts of it"
-                )
+        layers, layer = np.unique(columns["layer"], return_inverse=True)
+        hints.check_have_experts(layers.tolist())
         build = self._trace if self.is_trace else self._counts
-        return build(columns, layer, layers, hints)
+        return build({**columns, "layer": layer}, layers, hints)
 
-    def _names(self, labels: Labels) -> list[str]:
-        names = [str(value) for value in labels.numbers]
-        if len(set(names)) < len(names):
-            raise ValueError("groups must differ as texts")
-        return names
-
-    def _trace(
-        self,
-        columns: dict[str, NDArray[Any]],
-        layer: NDArray[np.intp],
-        layers: NDArray[Any],
-        hints: Hints,
-    ) -> RoutingTrace:
-        if hints.num_experts is None:
-            raise ValueError("num_experts is needed: the file does not say it")
-        first, token = _numbered(columns["token"], columns.get("sequence"))
-        tokens = len(first)
-        if tokens * len(layers) > max(self.count, FREE_CELLS):
+    def _trace(self, columns: Columns, layers: NDArray[Any], hints: Hints) -> RoutingTrace:
+        experts = hints.experts_needed()
+        first, token = _tokens(columns["token"], columns.get("sequence"))
+        cells = len(first) * len(layers)
+        if cells > max(self.count, FREE_CELLS):
             raise ValueError(
-                f"each token must have experts in each layer, got {self.count} rows for {tokens} "
-                f"tokens and {len(layers)} layers"
+                f"each token must have experts in each layer, got {self.count} rows for "
+                f"{len(first)} tokens and {len(layers)} layers"
             )
-        cell = token * len(layers) + layer
-        sizes = np.bincount(cell, minlength=tokens * len(layers))
+        cell = token * len(layers) + columns["layer"]
+        sizes = np.bincount(cell, minlength=cells)
         if (sizes != sizes[0]).any():
             at = int(np.argmax(sizes != sizes[0]))
             row = first[at // len(layers)]
@@ -157,65 +148,56 @@ class Rows:
                 f"{layers[at % len(layers)]} like token {columns['token'][first[0]]} in layer "
                 f"{layers[0]}, got {sizes[at]}"
             )
-        order = np.argsort(cell, kind="stable")
-        ids = columns["expert"][order].reshape(tokens, len(layers), -1)
-        group = columns.get("group")
-        sequence = columns.get("sequence")
-        for name, labels in (("group", group), ("sequence", sequence)):
-            if labels is not None and (labels != labels[first][token]).any():
-                row = int(np.argmax(labels != labels[first][token]))
+        labels: dict[str, Any] = {name: columns[name] for name in LABELS if name in columns}
+        for name, numbers in labels.items():
+            other = numbers != numbers[first][token]
+            if other.any():
+                row = int(np.argmax(other))
                 raise ValueError(f"token {columns['token'][row]} must be of one {name}, not two")
+            labels[name] = numbers[first]
+        if "sequence" in labels:
+            labels["sequence"] = self.labels["sequence"].as_integers(labels["sequence"])
+        order = np.argsort(cell, kind="stable")
         return RoutingTrace.from_arrays(
-            ids,
-            num_experts=hints.num_experts,
-            sequence=None if sequence is None else as_integers(self.sequences, sequence[first]),
-            group=None if group is None else group[first],
-            group_names=None if group is None else self._names(self.groups),
+            columns["expert"][order].reshape(len(first), len(layers), -1),
+            num_experts=experts,
+            group_names=self.labels["group"].texts() if "group" in labels else None,
+            **labels,
         )
 
-    def _counts(
-        self,
-        columns: dict[str, NDArray[Any]],
-        layer: NDArray[np.intp],
-        layers: NDArray[Any],
-        hints: Hints,
-    ) -> RoutingStatistics:
+    def _counts(self, columns: Columns, layers: NDArray[Any], hints: Hints) -> RoutingStatistics:
         expert = columns["expert"].astype(np.int64)
         experts = int(expert.max()) + 1 if hints.num_experts is None else hints.num_experts
         if expert.max() >= experts:
             raise ValueError(f"expert {expert.max()} must be below num_experts {experts}")
-        by = next((name for name in ("sequence", "group") if name in columns), None)
-        window = np.zeros(self.count, dtype=np.int64) if by is None else columns[by]
-        windows = int(window.max()) + 1
-        if windows * len(layers) * experts > max(FREE_CELLS, CELLS_PER_ROW * self.count):
+        group = columns.get("group")
+        window = columns.get("sequence", group)
+        window = np.zeros(self.count, int) if window is None else window.astype(np.int64)
+        shape = (int(window.max()) + 1, len(layers), experts)
+        if np.prod(shape, dtype=float) > max(FREE_CELLS, CELLS_PER_ROW * self.count):
             raise ValueError(
-                f"counts must fill their table, got {self.count} rows for {windows} windows of "
-                f"{len(layers)} layers x {experts} experts"
+                f"counts must fill their table, got {self.count} rows for {shape[0]} windows of "
+                f"{shape[1]} layers x {experts} experts"
             )
-        load = np.zeros(windows * len(layers) * experts, dtype=np.int64)
-        cell = (window.astype(np.int64) * len(layers) + layer) * experts + expert
         weight = columns.get("weight")
         if weight is not None and not float(weight.sum(dtype=np.float64)) < 2.0**63:
             raise ValueError("weight must add up to less than 2**63")
-        np.add.at(load, cell, 1 if weight is None else weight)
-        group = columns.get("group")
+        load = np.zeros(shape, dtype=np.int64)
+        np.add.at(load, (window, columns["layer"], expert), 1 if weight is None else weight)
         of_window = None
         if group is not None:
-            of_window = np.zeros(windows, dtype=np.int64)
+            of_window = np.zeros(shape[0], dtype=np.int64)
             of_window[window] = group
             if (of_window[window] != group).any():
                 raise ValueError("each sequence must be of one group, got several")
-        return RoutingStatistics.from_load(
-            load.reshape(windows, len(layers), experts),
-            group=of_window,
-            group_names=() if group is None else tuple(self._names(self.groups)),
-        )
+        names = () if group is None else tuple(self.labels["group"].texts())
+        return RoutingStatistics.from_load(load, group=of_window, group_names=names)
 
 
-def _numbered(
+def _tokens(
     token: NDArray[Any], sequence: NDArray[Any] | None
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """First row of every token, in the order in which they appear, and the token of every row."""
+    """Return the first row of every token, in order of appearance, and the token of every row."""
     key = token
     if sequence is not None:
         _, dense = np.unique(token, return_inverse=True)
@@ -231,19 +213,19 @@ def _integers(name: str, values: Any, limit: int) -> NDArray[np.int64]:
     """Check whole numbers from 0, or texts of them."""
     try:
         if len(values) and isinstance(values[0], str):
-            found = np.fromiter(map(int, values), np.int64, len(values))
+            numbers = np.fromiter(map(int, values), np.int64, len(values))
         else:
-            found = np.asarray(values)
+            numbers = np.asarray(values)
     except (ValueError, OverflowError):
         raise ValueError(f"{name} must be integers, got {shown(_wrong(values))}") from None
-    if found.dtype.kind == "f" and np.array_equal(found, np.floor(found)):
-        found = found.astype(np.int64)
-    if found.dtype.kind not in "iu" or found.ndim != 1:
+    if numbers.dtype.kind == "f" and np.array_equal(numbers, np.floor(numbers)):
+        numbers = numbers.astype(np.int64)
+    if numbers.dtype.kind not in "iu" or numbers.ndim != 1:
         raise ValueError(f"{name} must be integers, got {shown(_wrong(values))}")
-    if found.size and (found.min() < 0 or found.max() >= limit):
-        wrong = found.min() if found.min() < 0 else found.max()
+    if numbers.size and (numbers.min() < 0 or numbers.max() >= limit):
+        wrong = numbers.min() if numbers.min() < 0 else numbers.max()
         raise ValueError(f"{name} must be from 0 to {limit - 1}, got {wrong}")
-    return found.astype(np.int64)
+    return numbers.astype(np.int64)
 
 
 def _wrong(values: Any) -> Any:

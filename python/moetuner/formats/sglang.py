@@ -16,28 +16,31 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import shown
+from moetuner._checks import EXPERT_LIMIT
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
-from moetuner.formats.hints import Hints, Traffic, files_in
+from moetuner.formats.counts import added, by_expert, counts_in
+from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
-from moetuner.formats.pieces import Base64Piece, Piece, decoded, ids_of, trace_of
-from moetuner.formats.records import Record, head, looks_like_json, records
-from moetuner.formats.slots import added, by_expert, counts_in
+from moetuner.formats.records import head, looks_like_json, records
+from moetuner.formats.responses import arrays_in, decoded, trace_of
+from moetuner.formats.sources import files_in
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 MAP = "physical_to_logical_map"
 LAST_MAP = f"last_{MAP}"
+IDS = "topk_ids_of_layer"
+COUNT = "global_physical_count"
 ON = "start SGLang with --enable-return-routed-experts and ask for return_routed_experts"
 INT32 = np.dtype("<i4")
 
@@ -83,29 +86,31 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     passes: list[_Pass] = []
     files = files_in(paths)
     for path in files:
-        found = pickled.load(path)
+        content = pickled.load(path)
         with naming(path):
-            if isinstance(found, dict) and "logical_count" in found:
-                counts.append(_counts(found["logical_count"]))
-            elif isinstance(found, dict) and "records" in found:
-                passes += _passes(path, found)
+            if isinstance(content, dict) and "logical_count" in content:
+                counts.append(_counts(content["logical_count"]))
+            elif isinstance(content, dict) and "records" in content:
+                passes += _passes(path, content)
             else:
                 raise ValueError(
                     "must be a dump of SGLang's recorder, with logical_count or records"
                 )
-    where = str(files[0]) if files else str(paths[0])
-    with naming(where):
+    with naming((files or paths)[0]):
         if counts and passes:
             raise ValueError("dumps must be of one mode, got stat and per_pass or per_token")
         if counts:
             return _windows(counts, hints)
-        tokens = ["topk_ids_of_layer" in each.fields for each in passes]
         if not passes:
             raise ValueError("must have at least one pass, got none")
-        if any(tokens) and not all(tokens):
+        with_tokens = [IDS in of.fields for of in passes]
+        if any(with_tokens) and not all(with_tokens):
             raise ValueError("dumps must be of one mode, got per_pass and per_token")
-        passes.sort(key=lambda each: (each.number, each.rank))
-        return _trace(passes, hints) if all(tokens) else _windows(_by_pass(passes, hints), hints)
+        passes.sort(key=lambda of: (of.number, of.rank))
+        hints = replace(hints, num_experts=_experts(passes, hints))
+        if all(with_tokens):
+            return _trace(paths, passes, hints)
+        return _windows(_by_pass(passes, hints.experts_needed()), hints)
 
 
 def _tensor(value: object, name: str, dimensions: int) -> NDArray[Any]:
@@ -134,166 +139,149 @@ def _windows(counts: Sequence[NDArray[Any]], hints: Hints) -> RoutingStatistics:
     sizes = {count.shape[1:] for count in counts}
     if len(sizes) > 1:
         raise ValueError(f"dumps must have the same layers and experts, got {sorted(sizes)[:2]}")
-    load = np.concatenate(counts)
+    load = np.concatenate(counts) if counts else np.empty((0, 0, 0), int)
     if not len(load):
         raise ValueError("must have at least one step with tokens, got none")
-    if hints.num_experts not in (None, load.shape[2]):
-        raise ValueError(f"num_experts must be {load.shape[2]}, got {hints.num_experts}")
+    hints.check_experts(load.shape[2])
     moe = hints.moe_layers(load.shape[1])
     if moe is None:
         moe = np.flatnonzero(load.any(axis=(0, 2))).tolist()
     return RoutingStatistics.from_load(load[:, moe])
 
 
-def _passes(path: Path, found: dict[str, Any]) -> Iterator[_Pass]:
-    slots = _tensor(found.get(LAST_MAP), LAST_MAP, 2).astype(np.int64)
+def _passes(path: Path, content: dict[str, Any]) -> Iterator[_Pass]:
+    slots = _tensor(content.get(LAST_MAP), LAST_MAP, 2).astype(np.int64)
     if slots.min(initial=0) < 0:
         raise ValueError(f"{LAST_MAP} must hold experts from 0, got {slots.min()}")
-    listed = found["records"]
-    if not isinstance(listed, list):
-        raise ValueError(f"records must be a list, got {_kind(listed)}")
-    for number, fields in enumerate(listed):
+    members = content["records"]
+    if not isinstance(members, list):
+        raise ValueError(f"records must be a list, got {_kind(members)}")
+    for number, fields in enumerate(members):
         if not isinstance(fields, dict):
             raise ValueError(f"record {number} must be a dict, got {_kind(fields)}")
-        ids = [fields.get(key) for key in ("forward_pass_id", "rank")]
-        if not all(isinstance(value, int) and not isinstance(value, bool) for value in ids):
+        at, rank = fields.get("forward_pass_id"), fields.get("rank")
+        if type(at) is not int or type(rank) is not int:
             raise ValueError(f"record {number} must have a forward_pass_id and a rank")
         if fields.get("gatherer_key", "primary") == "primary":
-            yield _Pass(path, ids[0], ids[1], slots, fields)  # type: ignore[arg-type]
+            yield _Pass(path, at, rank, slots, fields)
 
 
 def _experts(passes: Sequence[_Pass], hints: Hints) -> int:
     """Count the experts of the map, in which every one has a slot."""
-    counts = {int(each.slots.max(initial=0)) + 1 for each in passes}
+    counts = {int(of.slots.max(initial=0)) + 1 for of in passes}
     if len(counts) > 1:
         raise ValueError(f"dumps must be of one model, got {min(counts)} and {max(counts)} experts")
     experts = counts.pop()
-    if hints.num_experts not in (None, experts):
-        raise ValueError(f"num_experts must be {experts}, got {hints.num_experts}")
+    if experts >= EXPERT_LIMIT:
+        raise ValueError(f"{LAST_MAP} must hold experts below {EXPERT_LIMIT}, got {experts - 1}")
+    hints.check_experts(experts)
     return experts
 
 
-def _by_pass(passes: Sequence[_Pass], hints: Hints) -> list[NDArray[Any]]:
-    """Add up the ranks of every pass: [passes,hidden,E]."""
-    experts = _experts(passes, hints)
+def _by_pass(passes: Sequence[_Pass], experts: int) -> list[NDArray[Any]]:
+    """Add up the ranks of every pass: [1,hidden,E]."""
     sums: dict[tuple[int, int], NDArray[Any]] = {}
     seen: Counter[tuple[int, int]] = Counter()
-    for each in passes:
-        with naming(each.path):
-            name = "global_physical_count"
-            count = counts_in(name, _tensor(each.fields.get(name), name, 2))
-            load = by_expert(count[None], each.slots, experts)[0]
+    for of in passes:
+        with naming(of.path):
+            count = counts_in(COUNT, _tensor(of.fields.get(COUNT), COUNT, 2))
+            load = by_expert(count, of.slots, experts)
         # A rank has a pass once; again, it is another run of the engine.
-        key = (each.number, seen[each.number, each.rank])
-        seen[each.number, each.rank] += 1
+        key = (of.number, seen[of.number, of.rank])
+        seen[of.number, of.rank] += 1
         if key in sums and sums[key].shape != load.shape:
             raise ValueError(
                 f"ranks must have the same layers, got {len(sums[key])} and {len(load)}"
             )
         sums[key] = added(sums.get(key), load)
-    found = [load for load in sums.values() if load.any()]
-    if len({load.shape for load in found}) > 1:
-        raise ValueError("dumps must have the same layers and experts")
-    return [np.stack(found)] if found else []
+    return [load[None] for load in sums.values() if load.any()]
 
 
-class _TokenPiece:
-    """The tokens of a pass: slots in the file, experts when they are read."""
-
-    def __init__(
-        self, of: _Pass, tensor: pickled.Tensor, tokens: int, top_k: int, experts: int
-    ) -> None:
-        self.path, self.tensor, self.number = of.path, tensor, of.number
-        self.shape = (tokens, tensor.shape[0], top_k)
-        self.dtype = np.dtype(np.uint8 if experts < 255 else np.uint16)
-        # Expert of every slot; -1, the last entry, is no expert that there is.
-        self.expert_of = np.full((len(of.slots), of.slots.shape[1] + 1), experts, self.dtype)
-        self.expert_of[:, :-1] = of.slots
-
-    def read(self, first: int, count: int) -> NDArray[Any]:
-        """Translate slots to experts; rows without any become zero, as those of dense layers."""
-        slots = self.tensor.array()[:, first : first + count, : self.shape[2]]
-        most = self.expert_of.shape[1] - 1
-        if slots.max(initial=-1) >= most or slots.min(initial=-1) < -1:
-            wrong = slots.max() if slots.max() >= most else slots.min()
-            raise ValueError(f"pass {self.number}: slots must be below {most}, got {wrong}")
-        experts = np.empty((count, *self.shape[1:]), self.dtype)
-        for layer, held in enumerate(slots):
-            dense = bool(held[0, 0] < 0 and (held < 0).all())
-            experts[:, layer] = 0 if dense else self.expert_of[layer].take(held)
-        return experts
-
-
-def _trace(passes: Sequence[_Pass], hints: Hints) -> RoutingTrace:
+def _trace(paths: Sequence[Path], passes: Sequence[_Pass], hints: Hints) -> RoutingTrace:
     """Make a trace of the tokens of all passes, without those that several ranks have."""
-    pieces: list[Piece] = []
     labels: list[int] = []
+    arrays = _tokens(passes, hints, labels)
+    return trace_of(paths, arrays, hints, source="passes", sequence=labels)
+
+
+def _tokens(
+    passes: Sequence[_Pass], hints: Hints, labels: list[int]
+) -> Iterator[tuple[Path, NDArray[Any]]]:
+    """Read the experts [t,hidden,K] of passes, and add the sequence of every token to labels."""
     sequences = _Sequences()
     before: list[tuple[int, Any, Any]] = []
     top_k = hints.top_k
-    most = (1 << 16) - 1
-    experts = _experts(passes, hints)
-    for each in passes:
-        with naming(each.path):
-            tensor = each.fields["topk_ids_of_layer"]
-            if not isinstance(tensor, pickled.Tensor) or len(tensor.shape) != 3:
-                raise ValueError(
-                    "topk_ids_of_layer must be a tensor [layers, tokens, top_k], "
-                    f"got {_kind(tensor)}"
-                )
-            if tensor.dtype not in ("int32", "int64", "int16"):
-                raise ValueError(f"topk_ids_of_layer must be integers, got {tensor.dtype}")
-            if tensor.shape[0] != len(each.slots):
-                raise ValueError(
-                    f"topk_ids_of_layer must have {len(each.slots)} layers like the map of slots, "
-                    f"got {tensor.shape[0]}"
-                )
-            ids, positions, lengths = _tokens_of(each, tensor.shape[1])
+    for of in passes:
+        with naming(of.path):
+            tensor = _ids_of(of)
+            ids, positions, lengths = _tokens_of(of, tensor.shape[1])
             # With tensor parallelism as the expert group, all ranks record the same tokens.
-            before = [known for known in before if known[0] == each.number]
-            if (each.number, ids, positions) in before:
+            before = [tokens for tokens in before if tokens[0] == of.number]
+            if not ids or (of.number, ids, positions) in before:
                 continue
-            before.append((each.number, ids, positions))
-            if not ids:
-                continue
-            if top_k is None:
-                used = (tensor.array() >= 0).any(axis=(0, 1))
-                top_k = int(used.sum())
+            before.append((of.number, ids, positions))
+            slots = tensor.array()
+            top_k = top_k or int((slots >= 0).any(axis=(0, 1)).sum())
             if not 1 <= top_k <= tensor.shape[2]:
                 raise ValueError(f"top_k must be from 1 to {tensor.shape[2]}, got {top_k}")
-            if hints.top_k is not None:
-                left_out = tensor.array()[:, : len(ids), top_k:]
-                if ((left_out >= 0) & (left_out < each.slots.shape[1])).any():
-                    raise ValueError(f"top_k must be above {top_k}: tokens have more experts")
-            if experts > most:
-                raise ValueError(f"{LAST_MAP} must hold experts below {most}, got {experts - 1}")
-            pieces.append(_TokenPiece(each, tensor, len(ids), top_k, experts))
+            slots, left_out = np.split(slots[:, : len(ids)], [top_k], axis=2)
+            if ((left_out >= 0) & (left_out < of.slots.shape[1])).any():
+                raise ValueError(f"top_k must be above {top_k}: tokens have more experts")
+            experts = _translated(of, slots, hints.experts_needed())
             labels += sequences.of(positions, lengths)
-    moe = hints.moe_layers(pieces[0].shape[1]) if pieces else None
-    ids_of_all = ids_of(pieces, experts, moe, "passes")
-    return RoutingTrace(ids_of_all, experts, sequence=np.asarray(labels, dtype=np.int32))
+        yield of.path, experts
 
 
-def _tokens_of(each: _Pass, most: int) -> tuple[list[Any], list[Any], list[int]]:
+def _translated(of: _Pass, slots: NDArray[Any], num_experts: int) -> NDArray[Any]:
+    """Translate slots [hidden,t,K] to experts [t,hidden,K].
+
+    Rows without any slot become zero, as those of dense layers are elsewhere.
+    """
+    count = of.slots.shape[1]
+    if slots.max(initial=-1) >= count or slots.min(initial=-1) < -1:
+        wrong = slots.max() if slots.max() >= count else slots.min()
+        raise ValueError(f"pass {of.number}: slots must be below {count}, got {wrong}")
+    # Expert of every slot; -1, the last entry, is no expert that there is.
+    none = np.full((len(of.slots), 1), num_experts)
+    expert_of = np.hstack([of.slots, none]).astype(np.min_scalar_type(num_experts))
+    experts = np.empty((slots.shape[1], len(slots), slots.shape[2]), expert_of.dtype)
+    for layer, row in enumerate(slots):
+        experts[:, layer] = expert_of[layer].take(row) if (row >= 0).any() else 0
+    return experts
+
+
+def _ids_of(of: _Pass) -> pickled.Tensor:
+    """Return the slots of a pass [hidden,tokens,top-k], padded."""
+    tensor = of.fields[IDS]
+    if not isinstance(tensor, pickled.Tensor) or len(tensor.shape) != 3:
+        raise ValueError(f"{IDS} must be a tensor [layers, tokens, top_k], got {_kind(tensor)}")
+    if tensor.dtype not in ("int32", "int64", "int16"):
+        raise ValueError(f"{IDS} must be integers, got {tensor.dtype}")
+    if tensor.shape[0] != len(of.slots):
+        raise ValueError(
+            f"{IDS} must have {len(of.slots)} layers like the map of slots, got {tensor.shape[0]}"
+        )
+    return tensor
+
+
+def _tokens_of(of: _Pass, most: int) -> tuple[list[int], list[int], list[int]]:
     """Return input ids, positions and the lengths of the prompts of a pass."""
-    ids, positions = (each.fields.get(key) for key in ("input_ids", "positions"))
-    lengths = each.fields.get("extend_seq_lens") or []
-    for name, values in (
-        ("input_ids", ids),
-        ("positions", positions),
-        ("extend_seq_lens", lengths),
-    ):
-        if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
-            raise ValueError(f"{name} must be a list of numbers, got {_kind(values)}")
-    assert isinstance(ids, list)
-    assert isinstance(positions, list)
+    lists: list[list[int]] = []
+    for name in ("input_ids", "positions", "extend_seq_lens"):
+        numbers = of.fields.get(name)
+        if name == "extend_seq_lens" and numbers is None:
+            numbers = []
+        if not isinstance(numbers, list) or not all(isinstance(value, int) for value in numbers):
+            raise ValueError(f"{name} must be a list of numbers, got {_kind(numbers)}")
+        lists.append(numbers)
+    ids, positions, lengths = lists
     if len(ids) > most or len(positions) != len(ids):
         raise ValueError(
-            f"pass {each.number}: must have positions and ids of {len(ids)} tokens, "
+            f"pass {of.number}: must have positions and ids of {len(ids)} tokens, "
             f"got {len(positions)} and {most}"
         )
     if lengths and (sum(lengths) != len(ids) or min(lengths) < 0):
-        raise ValueError(f"pass {each.number}: extend_seq_lens must add up to {len(ids)} tokens")
+        raise ValueError(f"pass {of.number}: extend_seq_lens must add up to {len(ids)} tokens")
     return ids, positions, lengths
 
 
@@ -312,19 +300,15 @@ class _Sequences:
         """Return the sequence of every token of a pass, in runs of these lengths or one by one."""
         labels: list[int] = []
         ended: list[tuple[int, int]] = []
-        at = 0
-        for length in lengths or [1] * len(positions):
-            if not length:
-                continue
-            first = positions[at]
-            open_ = self.ends.get(first) if first else None
-            if open_:
-                label = open_.pop(0)
+        for length in filter(None, lengths or [1] * len(positions)):
+            first, last = positions[len(labels)], positions[len(labels) + length - 1]
+            before = self.ends.get(first) if first else None
+            if before:
+                label = before.pop(0)
             else:
                 label, self.count = self.count, self.count + 1
             labels += [label] * length
-            ended.append((positions[at + length - 1] + 1, label))
-            at += length
+            ended.append((last + 1, label))
         # Only now: no two tokens of a pass are of one sequence, but for those of its run.
         for end, label in ended:
             self.ends.setdefault(end, []).append(label)
@@ -339,65 +323,48 @@ def read_responses(paths: Sequence[Path], hints: Hints) -> Traffic:
     ValueError
         Naming file and response of what is wrong.
     """
-    pieces: list[Piece] = []
-    for path in files_in(paths):
-        with naming(path):
-            before = len(pieces)
-            for record in records(path):
-                pieces += _of_response(path, record, hints)
-            if len(pieces) == before:
-                raise ValueError(f"holds no routed experts: {ON}")
-    return trace_of(pieces, hints, paths)
+    return trace_of(paths, arrays_in(paths, lambda path: _responses(path, hints), ON), hints)
 
 
-def _of_response(path: Path, record: Record, hints: Hints) -> Iterator[Piece]:
-    """Find the arrays of a response, of SGLang's own route or of OpenAI's."""
-    fields = record.fields
-    choices = fields.get("choices")
-    of_choices = choices if isinstance(choices, list) else []
-    found = [(fields.get("meta_info"), "meta_info"), (fields.get("sglext"), "sglext")]
-    found += [
-        (choice.get("sglext"), f"choice {number}")
-        for number, choice in enumerate(of_choices)
-        if isinstance(choice, dict)
-    ]
-    for part, name in found:
-        text = part.get("routed_experts") if isinstance(part, dict) else None
-        if text is None:
-            continue
-        where = f"{record.where}, {name}"
-        if not isinstance(text, str) or len(text) % 4 or not text.isascii():
-            raise ValueError(f"{where}: routed_experts must be base64, got {shown(text)}")
-        count = (len(text) // 4 * 3 - text[-2:].count("=")) / INT32.itemsize
-        usage = fields.get("usage") if name != "meta_info" else part
-        shape = _shape(count, usage if isinstance(usage, dict) else {}, hints, where)
-        place = record.find(text)
-        if place is None:
-            raise ValueError(f"{where}: routed_experts must be plain letters, not escaped")
-        decoded(text[-8:].encode(), where)
-        yield Base64Piece(path, place, shape, INT32, 0, where)
+def _responses(path: Path, hints: Hints) -> Iterator[NDArray[Any]]:
+    """Read the arrays of responses, of SGLang's own route or of OpenAI's."""
+    for record in records(path):
+        fields = record.fields
+        parts = [(fields.get(name), name) for name in ("meta_info", "sglext")]
+        choices = fields.get("choices")
+        for number, choice in enumerate(choices if isinstance(choices, list) else []):
+            if isinstance(choice, dict):
+                parts.append((choice.get("sglext"), f"choice {number}"))
+        for part, name in parts:
+            text = part.get("routed_experts") if isinstance(part, dict) else None
+            if text is not None:
+                where = f"{record.where}, {name}"
+                usage = fields.get("usage") if name != "meta_info" else part
+                data = decoded(text, where)
+                shape = _shape(len(data), usage if isinstance(usage, dict) else {}, hints, where)
+                yield np.frombuffer(data, INT32).reshape(shape)
 
 
-def _shape(count: float, usage: dict[str, Any], hints: Hints, where: str) -> tuple[int, int, int]:
-    """Return tokens, hidden layers and top-k of so many ids."""
-    if count != int(count):
-        got = f"{count * INT32.itemsize:.0f} bytes"
-        raise ValueError(f"{where}: routed_experts must be 32-bit integers, got {got}")
+def _shape(size: int, usage: dict[str, Any], hints: Hints, where: str) -> tuple[int, int, int]:
+    """Return tokens, hidden layers and top-k of ids of so many bytes."""
+    count, rest = divmod(size, INT32.itemsize)
+    if rest:
+        raise ValueError(f"{where}: routed_experts must be 32-bit integers, got {size} bytes")
     if hints.top_k is None:
         raise ValueError(f"top_k is needed ({where}): responses hold bytes without a shape")
-    rows, rest = divmod(int(count), hints.top_k)
+    rows, rest = divmod(count, hints.top_k)
     layers = hints.hidden_layers
     if layers is None:
-        numbers = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        if not isinstance(prompt, int) or not isinstance(answer, int) or min(prompt, answer) < 0:
             raise ValueError(
                 f"hidden_layers is needed ({where}): the response does not say its tokens"
             )
-        tokens = sum(numbers) - 1  # type: ignore[arg-type]
+        tokens = prompt + answer - 1
         layers = rows // tokens if tokens > 0 else 0
     if rest or not rows or not layers or rows % layers:
         raise ValueError(
-            f"{where}: routed_experts must fill tokens x layers x top-k, got {int(count)} numbers "
+            f"{where}: routed_experts must fill tokens x layers x top-k, got {count} numbers "
             f"for top-k {hints.top_k} and {layers} layers; with a start in the request, "
             "hidden_layers must be given"
         )
@@ -413,29 +380,28 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
         If it is not known which hidden layers have experts, or they are not as many as the
         placement has.
     """
-    dense = hints.dense_layers
-    hidden = hints.hidden_layers
+    dense, hidden, layers = hints.dense_layers, hints.hidden_layers, placement.layers
     if hidden is None and dense is not None:
-        hidden = placement.layers + len(dense)
+        hidden = layers + len(dense)
     if hidden is None:
         raise ValueError(
             "hidden_layers is needed: SGLang's map has a row for every hidden layer, dense ones "
-            f"too; where all have experts, hidden_layers {placement.layers}"
+            f"too; where all have experts, hidden_layers {layers}"
         )
-    if dense is None and hidden != placement.layers:
+    if dense is None and hidden != layers:
         raise ValueError(
-            f"dense_layers is needed: which {hidden - placement.layers} of {hidden} hidden layers "
-            f"have no experts, as the placement has {placement.layers} layers"
+            f"dense_layers is needed: which {hidden - layers} of {hidden} hidden layers "
+            f"have no experts, as the placement has {layers} layers"
         )
     moe = [layer for layer in range(hidden) if layer not in (dense or ())]
-    if len(moe) != placement.layers:
+    if len(moe) != layers:
         raise ValueError(
-            f"hidden_layers and dense_layers must leave {placement.layers} layers, as the "
+            f"hidden_layers and dense_layers must leave {layers} layers, as the "
             f"placement has, got {len(moe)}"
         )
-    rows = placement.slots.reshape(placement.layers, -1).tolist()
+    rows = placement.slots.reshape(layers, -1).tolist()
     # Rows of dense layers are checked, but never used: that of the next layer with experts.
-    at = np.minimum(np.searchsorted(moe, np.arange(hidden)), placement.layers - 1)
+    at = np.minimum(np.searchsorted(moe, np.arange(hidden)), layers - 1)
     with replacing(path) as temporary:
         content = {MAP: [rows[row] for row in at]}
         temporary.write_text(json.dumps(content, separators=(",", ":")) + "\n")
@@ -459,10 +425,10 @@ def read_map(path: Path, _: Hints) -> Layout:
         If there is another key: SGLang takes every key for an argument.
     """
     with naming(path):
-        found = pickled.load(path) if pickled.is_pickled(path) else parse_json(read_whole(path))
-        if not isinstance(found, dict) or set(found) != {MAP}:
-            keys = sorted(map(str, found))[:4] if isinstance(found, dict) else _kind(found)
+        content = pickled.load(path) if pickled.is_pickled(path) else parse_json(read_whole(path))
+        if not isinstance(content, dict) or set(content) != {MAP}:
+            keys = sorted(map(str, content))[:4] if isinstance(content, dict) else _kind(content)
             raise ValueError(f"must have the single key {MAP}, got {keys}")
-        rows = found[MAP]
+        rows = content[MAP]
         rows = rows.array() if isinstance(rows, pickled.Tensor) else rows
         return Layout.of(rows, counts_dense=True)

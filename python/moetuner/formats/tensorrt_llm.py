@@ -15,8 +15,9 @@ be known. ``rank{r}_raw.safetensors`` has the choices themselves [T,K]
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from itertools import count, islice
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from numpy.typing import NDArray
 from moetuner._checks import LAYER_LIMIT, experts_in, shown
 from moetuner.files import kind_of, naming, read_whole, replacing, safetensors
 from moetuner.files.text import parse_json
+from moetuner.formats.counts import added, by_expert, counts_in
 from moetuner.formats.hints import Hints, Traffic
-from moetuner.formats.layout import Layout
-from moetuner.formats.ranks import by_rank, rank_of
+from moetuner.formats.layout import Layout, check_full
+from moetuner.formats.microbatches import Microbatches, trace_of_microbatches
 from moetuner.formats.records import head
-from moetuner.formats.slots import added, by_expert, counts_in
+from moetuner.formats.sources import by_rank, rank_of
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -60,12 +62,21 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     """
     raw = any(_is_raw(path) or (path.is_dir() and any(path.glob(RAW))) for path in paths)
     files = by_rank(paths, RAW if raw else COUNTS)
+    if not files:
+        raise ValueError("must have a file, got none")
     if any(_is_raw(file) != raw for file in files):
         raise ValueError(f"{files[0].parent}: must be raw dumps or counts, got both")
     experts, top_k = _about(files)
-    translate = _translation(files[0], experts, hints)
-    read_ranks = _traces if raw else _counts
-    return read_ranks(files, experts, top_k, translate, hints)
+    dumps = [_Dump.of(file) for file in files]
+    first = dumps[0]
+    running = _running(first, experts, hints)
+    if raw:
+        return _trace(dumps, experts, top_k, running)
+    with naming(first.path):
+        load = _load(dumps, experts)
+        if running is not None:
+            load = by_expert(load, running, hints.num_experts)
+        return RoutingStatistics.from_load(load)
 
 
 def _is_raw(path: Path) -> bool:
@@ -73,7 +84,7 @@ def _is_raw(path: Path) -> bool:
 
 
 def _about(files: Sequence[Path]) -> tuple[int, int]:
-    """Experts (or slots) and top-k, as ``meta_info.json`` beside the dumps says."""
+    """Return experts (or slots) and top-k, as ``meta_info.json`` beside the dumps says."""
     path = files[0].parent / META
     if not path.exists():
         raise ValueError(f"{path}: must be beside {files[0].name}: it says how many experts count")
@@ -87,162 +98,121 @@ def _about(files: Sequence[Path]) -> tuple[int, int]:
         )
 
 
-def _translation(path: Path, counted: int, hints: Hints) -> NDArray[np.int64] | None:
-    """Expert in every slot [L,P] of the placement that ran; None where experts were counted."""
-    running = hints.running
-    if running is not None:
-        if running.shape[1] != counted:
-            raise ValueError(
-                f"{path.parent / META}: counts {counted} slots, but the placement that ran has "
-                f"{running.shape[1]}"
-            )
-        if (running < 0).any():
-            raise ValueError("the placement that ran must have no empty slots")
-        return running
-    if hints.num_experts is not None and hints.num_experts != counted:
-        raise ValueError(
-            f"{path.parent / META}: num_experts is {counted}, not {hints.num_experts}: the load "
-            "balancer was on, so slots are counted, and the placement that ran is needed"
-        )
-    return None
+@dataclass(frozen=True)
+class _Dump:
+    """A file of a rank: its tensors by iteration and layer."""
 
+    path: Path
+    header: safetensors.Header
+    entries: dict[tuple[int, int], str]
 
-def _entries(path: Path) -> tuple[safetensors.Header, dict[tuple[int, int], str]]:
-    """Header of a dump, and its tensors by iteration and layer."""
-    header = safetensors.read_header(path)
-    found = {}
-    for name in header.entries:
-        match = ENTRY.fullmatch(name)
-        if match is None:
-            raise ValueError(f"{path}: tensors must be named iteration_layer, got {shown(name)}")
-        found[int(match[1]), int(match[2])] = name
-    if not found:
-        raise ValueError(f"{path}: must hold counts of at least one iteration, got none")
-    return header, found
-
-
-def _grid(path: Path, keys: Iterable[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """List iterations and layers; each iteration must have each layer."""
-    have = set(keys)
-    iterations, layers = (sorted({key[at] for key in have}) for at in (0, 1))
-    for iteration in iterations:
-        for layer in layers:
-            if (iteration, layer) not in have:
+    @classmethod
+    def of(cls, path: Path) -> _Dump:
+        header = safetensors.read_header(path)
+        entries = {}
+        for name in header.entries:
+            match = ENTRY.fullmatch(name)
+            if match is None:
                 raise ValueError(
-                    f"{path}: iteration {iteration} must have layer {layer} like the others"
+                    f"{path}: tensors must be named iteration_layer, got {shown(name)}"
                 )
-    return iterations, layers
+            entries[int(match[1]), int(match[2])] = name
+        if not entries:
+            raise ValueError(f"{path}: must hold counts of at least one iteration, got none")
+        return cls(path, header, entries)
 
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the layers, in rising order."""
+        return sorted({layer for _, layer in self.entries})
 
-def _layers(
-    path: Path, layers: list[int], translate: NDArray[np.int64] | None, hints: Hints
-) -> None:
-    """Check layers against what the user says of the model, and of the placement that ran."""
-    wrong = sorted(set(layers) & set(hints.dense_layers or ()))
-    if wrong:
-        raise ValueError(
-            f"{path}: layer {wrong[0]} must be dense as dense_layers says, got counts of experts"
-        )
-    if translate is not None and len(translate) != len(layers):
-        raise ValueError(
-            f"{path}: has {len(layers)} layers, but the placement that ran has {len(translate)}"
-        )
-
-
-def _counts(
-    files: Sequence[Path],
-    experts: int,
-    _: int,
-    translate: NDArray[np.int64] | None,
-    hints: Hints,
-) -> RoutingStatistics:
-    total: NDArray[np.int64] | None = None
-    first: set[tuple[int, int]] = set()
-    for file in files:
-        header, entries = _entries(file)
-        if total is None:
-            first = set(entries)
-            iterations, layers = _grid(file, first)
-            _layers(file, layers, translate, hints)
-            total = np.zeros((len(iterations), len(layers), experts), dtype=np.int64)
-            at = {key: n for n, key in enumerate(sorted(first))}
-        if set(entries) != first:
-            other = min(set(entries) ^ first)
+    def check_like(self, first: _Dump) -> None:
+        """Check that it has the iterations and layers of the first rank's."""
+        other = set(self.entries) ^ set(first.entries)
+        if other:
+            iteration, layer = min(other)
             raise ValueError(
-                f"{file}: must have the iterations and layers of {files[0].name}, differs in "
-                f"iteration {other[0]}, layer {other[1]}"
+                f"{self.path}: must have the iterations and layers of {first.path.name}, differs "
+                f"in iteration {iteration}, layer {layer}"
             )
-        flat = total.reshape(-1, experts)
-        for key, name in entries.items():
-            with naming(file):
-                counts = safetensors.read(file, header.tensor(name))
-                if counts.shape != (experts,) or counts.dtype.kind not in "iu":
-                    raise ValueError(
-                        f"{name} must be counts [{experts}] as {META} says, "
-                        f"got {counts.dtype} {list(counts.shape)}"
-                    )
-                flat[at[key]] = added(flat[at[key]], counts_in(name, counts))
-    if total is None:
-        raise ValueError("must have a file, got none")
-    with naming(files[0]):
-        if translate is not None:
-            total = by_expert(total, translate, hints.num_experts)
-        return RoutingStatistics.from_load(total)
+
+    def read(self, name: str, of: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
+        """Read integers [shape], where None is any size; ``of`` says of what."""
+        with naming(self.path):
+            array = safetensors.read(self.path, self.header.tensor(name))
+            fits = array.ndim == len(shape) and shape[-1] == array.shape[-1]
+            if not fits or array.dtype.kind not in "iu":
+                rule = ", ".join("tokens" if size is None else str(size) for size in shape)
+                raise ValueError(
+                    f"{name} must be {of} [{rule}] as {META} says, "
+                    f"got {array.dtype} {list(array.shape)}"
+                )
+        return array
 
 
-def _traces(
-    files: Sequence[Path],
-    experts: int,
-    top_k: int,
-    translate: NDArray[np.int64] | None,
-    hints: Hints,
+def _running(dump: _Dump, counted: int, hints: Hints) -> NDArray[np.int64] | None:
+    """Return the expert in every slot [L,P] that ran; None where experts were counted."""
+    with naming(dump.path):
+        hints.check_have_experts(dump.layers)
+    meta = dump.path.parent / META
+    if hints.running is None:
+        if hints.num_experts not in (None, counted):
+            raise ValueError(
+                f"{meta}: num_experts is {counted}, not {hints.num_experts}: the load "
+                "balancer was on, so slots are counted, and the placement that ran is needed"
+            )
+        return None
+    layers, slots = hints.running.shape
+    if slots != counted:
+        raise ValueError(f"{meta}: counts {counted} slots, but the placement that ran has {slots}")
+    if layers != len(dump.layers):
+        raise ValueError(
+            f"{dump.path}: has {len(dump.layers)} layers, but the placement that ran has {layers}"
+        )
+    if (hints.running < 0).any():
+        raise ValueError("the placement that ran must have no empty slots")
+    return hints.running
+
+
+def _load(dumps: Sequence[_Dump], experts: int) -> NDArray[np.int64]:
+    """Add the counts of all ranks: [iterations, L, E]."""
+    entries, layers = sorted(dumps[0].entries), dumps[0].layers
+    iterations = sorted({iteration for iteration, _ in entries})
+    for key in product(iterations, layers):
+        if key not in dumps[0].entries:
+            raise ValueError(f"iteration {key[0]} must have layer {key[1]} like the others")
+    total = np.zeros((len(entries), experts), dtype=np.int64)
+    for dump in dumps:
+        dump.check_like(dumps[0])
+        for row, key in enumerate(entries):
+            name = dump.entries[key]
+            counts = dump.read(name, "counts", (experts,))
+            with naming(dump.path):
+                total[row] = added(total[row], counts_in(name, counts))
+    return total.reshape(len(iterations), len(layers), experts)
+
+
+def _trace(
+    dumps: Sequence[_Dump], experts: int, top_k: int, running: NDArray[np.int64] | None
 ) -> RoutingTrace:
     """Join the raw choices of all ranks; an iteration of a rank is a sequence."""
-    parts: list[NDArray[Any]] = []
-    sizes: list[tuple[int, int, int]] = []
-    dumps = [(file, *_entries(file)) for file in files]
-    iterations, layers = _grid(files[0], dumps[0][2])
-    _layers(files[0], layers, translate, hints)
-    for iteration in iterations:
-        for rank, (file, header, entries) in enumerate(dumps):
-            rows: list[NDArray[np.uint16]] = []
-            for number, layer in enumerate(layers):
-                name = entries.get((iteration, layer))
-                if name is None:
-                    raise ValueError(f"{file}: iteration {iteration} must have layer {layer}")
-                with naming(file):
-                    ids = safetensors.read(file, header.tensor(name))
-                    if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.shape[1] != top_k:
-                        raise ValueError(
-                            f"{name} must be ids [tokens, {top_k}] as {META} says, "
-                            f"got {ids.dtype} {list(ids.shape)}"
-                        )
-                    if ids.size and (ids.min() < 0 or ids.max() >= experts):
-                        raise ValueError(
-                            f"{name} must be ids from 0 to {experts - 1}, "
-                            f"got {ids.min()} to {ids.max()}"
-                        )
-                    if rows and len(rows[0]) != len(ids):
-                        raise ValueError(
-                            f"{name} must be ids of {len(rows[0])} tokens like layer {layers[0]}, "
-                            f"got {len(ids)}"
-                        )
-                rows.append(
-                    (ids if translate is None else translate[number][ids]).astype(np.uint16)
-                )
-            parts.append(np.stack(rows, axis=1))
-            known = rank_of(file)
-            sizes.append((len(rows[0]), len(sizes), rank if known is None else known))
-    tokens, sequence, rank_numbers = (np.asarray(column) for column in zip(*sizes, strict=True))
-    ranks = sorted(set(rank_numbers.tolist()))
-    with naming(files[0]):
-        return RoutingTrace.from_arrays(
-            np.concatenate(parts),
-            num_experts=experts if translate is None else int(translate.max()) + 1,
-            sequence=np.repeat(sequence, tokens),
-            group=np.repeat(np.searchsorted(ranks, rank_numbers), tokens),
-            group_names=[f"rank {number}" for number in ranks],
-        )
+    batches: Microbatches = {}
+    for number, dump in enumerate(dumps):
+        dump.check_like(dumps[0])
+        rank = rank_of(dump.path)
+        for (iteration, layer), name in dump.entries.items():
+            ids = dump.read(name, "ids", (None, top_k))
+            with naming(dump.path):
+                if ids.size and (ids.min() < 0 or ids.max() >= experts):
+                    raise ValueError(
+                        f"{name} must be ids from 0 to {experts - 1}, "
+                        f"got {ids.min()} to {ids.max()}"
+                    )
+            ids = ids if running is None else running[dump.layers.index(layer)][ids]
+            key = (iteration, 0, number if rank is None else rank)
+            batches.setdefault(key, {})[layer] = ids.astype(np.uint16)
+    experts = experts if running is None else int(running.max()) + 1
+    return trace_of_microbatches(dumps[0].path.parent, batches, experts)
 
 
 KEYS = ("num_slots", "initial_global_assignments", "layer_updates_per_iter")
@@ -250,13 +220,8 @@ KEYS = ("num_slots", "initial_global_assignments", "layer_updates_per_iter")
 
 def write_map(placement: Placement, path: Path, hints: Hints) -> None:
     """Write the YAML; layers are numbered with the dense ones that ``hints`` names."""
+    check_full(placement, "tensorrt-llm")
     rows = placement.slots.reshape(placement.layers, -1)
-    if (rows < 0).any():
-        layer, slot = np.argwhere(rows < 0)[0]
-        raise ValueError(
-            f"layer {layer}: slot {slot} is empty, and TensorRT-LLM fills every slot: "
-            '"moetuner solve --fill-slots" does'
-        )
     numbers = layer_numbers(placement.layers, hints)
     lines = [f"num_slots: {rows.shape[1]}", "initial_global_assignments:"]
     lines += [f"  {number}: {row.tolist()}" for number, row in zip(numbers, rows, strict=True)]
@@ -301,27 +266,26 @@ def read_map(path: Path, hints: Hints) -> Layout:
     """
     with naming(path):
         text = read_whole(path).decode("utf-8")
-        found = parse_json(text) if text.lstrip()[:1] == "{" else _yaml(text)
-        if not isinstance(found, dict):
+        fields = parse_json(text) if text.lstrip()[:1] == "{" else _yaml(text)
+        if not isinstance(fields, dict):
             raise ValueError("must be a mapping")
-        unknown = sorted(map(str, found.keys() - set(KEYS)))
+        unknown = sorted(map(str, fields.keys() - set(KEYS)))
         if unknown:
             raise ValueError(f"keys must be {', '.join(KEYS)}, got {shown(unknown[0])}")
         for key in KEYS[:2]:
-            if key not in found:
+            if key not in fields:
                 raise ValueError(f"must have {key!r}")
-        slots, rows = found["num_slots"], found["initial_global_assignments"]
+        slots, rows = fields["num_slots"], fields["initial_global_assignments"]
         if type(slots) is not int or not 1 <= slots <= 1 << 16:
             raise ValueError(f"num_slots must be an integer from 1 to 65536, got {shown(slots)}")
         if not isinstance(rows, dict) or not rows:
             raise ValueError("initial_global_assignments must be lists of experts by layer")
-        numbers = {_layer(key): row for key, row in rows.items()}
-        for number, row in sorted(numbers.items()):
+        numbers = dict(sorted((_layer(key), row) for key, row in rows.items()))
+        for number, row in numbers.items():
             if not isinstance(row, list) or len(row) != slots:
                 size = len(row) if isinstance(row, list) else "none"
                 raise ValueError(f"layer {number} must have num_slots {slots} experts, got {size}")
-        order = sorted(numbers)
-        return Layout.of([numbers[number] for number in order], layers=tuple(order))
+        return Layout.of(list(numbers.values()), layers=tuple(numbers))
 
 
 def _layer(key: object) -> int:
@@ -332,61 +296,49 @@ def _layer(key: object) -> int:
     return key
 
 
-TOP = re.compile(r"([A-Za-z_]\w*):\s*(.*)", re.ASCII)
-ROW = re.compile(r"""\s+['"]?(\d{1,5})['"]?:\s*(.*)""", re.ASCII)
-ITEM = re.compile(r"\s*-\s+(\d{1,6})", re.ASCII)
+# The little YAML of such a file: keys with a number or with layers, which have lists of experts.
+COMMENT, BEGIN = re.compile(r"(^|\s)#.*"), re.compile(r"^---$", re.MULTILINE)
+BLOCK = re.compile(r"(?:\n[ ]*(?:-[ ]+\d{1,6}[ ]*|(?=\n)))+", re.ASCII)
+LINE = re.compile(
+    r"""(?P<key>[A-Za-z_]\w*):(?:[ ]*(?P<number>\d{1,6}|\{\}))?[ ]*(?:\n|$)"""
+    r"""|[ ]+['"]?(?P<layer>\d{1,5})['"]?:\s*(?P<list>\[[\d,\s]*\])[ ]*(?:\n|$)|\s*(?:\n|$)""",
+    re.ASCII,
+)
 
 
 def _yaml(text: str) -> dict[str, Any]:
-    """Read the little YAML that such a file needs: numbers, and lists of numbers by number."""
-    found: dict[str, Any] = {}
+    """Read numbers, and lists of numbers by number, of keys; lists may be of either style.
+
+    Raises
+    ------
+    ValueError
+        Naming the line that is anything else.
+    """
+    text = BEGIN.sub("", COMMENT.sub("", text.replace("\r\n", "\n")))
+    text = BLOCK.sub(_in_brackets, text)
+    fields: dict[str, Any] = {}
     rows: dict[int, list[int]] | None = None
-    row: list[int] | None = None
-    open_ = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        line = re.sub(r"(^|\s)#.*", "", line).rstrip()
-        if open_:
-            line = f"{open_} {line.strip()}"
-            open_ = ""
-        if not line.strip() or line == "---":
-            continue
-        if row is not None and (item := ITEM.fullmatch(line)):
-            row.append(int(item[1]))
-            continue
-        if "[" in line and "]" not in line:
-            open_ = line  # PyYAML folds long lists
-            continue
-        if rows is not None and (match := ROW.fullmatch(line)):
-            if int(match[1]) in rows:
-                raise ValueError(f"line {number}: layer {match[1]} must be there once")
-            row = rows[int(match[1])] = []
-            if match[2]:
-                row += _numbers(match[2], number)
-            continue
-        match = TOP.fullmatch(line)
-        if match is None or match[1] in found:
-            raise ValueError(
-                f"line {number}: must be one of {', '.join(KEYS)}, a layer or an expert, "
-                f"got {shown(line.strip())}"
-            )
-        rows = row = None
-        if match[2] and match[2] != "{}":
-            if not re.fullmatch(r"\d{1,6}", match[2], re.ASCII):
-                raise ValueError(
-                    f"line {number}: {match[1]} must be a number, got {shown(match[2])}"
-                )
-            found[match[1]] = int(match[2])
-        else:
-            found[match[1]] = rows = {}
-    if open_:
-        raise ValueError("a list has no end: the file is cut off")
-    return found
+    at = 0
+    while at < len(text):
+        line = LINE.match(text, at)
+        try:
+            if line is None or line["key"] in fields or (line["layer"] and rows is None):
+                raise ValueError(f"must be {KEYS[0]}: N, {KEYS[1]}: or a layer's list of experts")
+            if line["key"]:
+                rows = {} if line["number"] in (None, "{}") else None
+                fields[line["key"]] = int(line["number"]) if rows is None else rows
+            elif line["layer"] and rows is not None:
+                if int(line["layer"]) in rows:
+                    raise ValueError(f"layer {line['layer']} must be there once")
+                rows[int(line["layer"])] = parse_json(line["list"])
+        except ValueError as error:
+            number, got = text.count("\n", 0, at) + 1, text[at:].partition("\n")[0].strip()
+            raise ValueError(f"line {number}: {error}, got {shown(got)}") from None
+        at = line.end()
+    return fields
 
 
-def _numbers(text: str, line: int) -> list[int]:
-    inner = re.fullmatch(r"\[([\d,\s]*)\]", text, re.ASCII)
-    parts = inner[1].split(",") if inner else []
-    parts = [part.strip() for part in parts]
-    if inner is None or not all(re.fullmatch(r"\d{1,6}", part, re.ASCII) for part in parts):
-        raise ValueError(f"line {line}: must be a list of experts [0, 1, ...], got {shown(text)}")
-    return [int(part) for part in parts]
+def _in_brackets(lines: re.Match[str]) -> str:
+    """Turn a list of lines into one in brackets, over as many lines."""
+    numbers = lines[0].replace("-", ",").replace(",", "", 1)
+    return f"[{numbers}]" if "-" in lines[0] else lines[0]

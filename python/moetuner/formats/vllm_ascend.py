@@ -20,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import shown
-from moetuner.files import naming, npz, read_whole, replacing, safetensors
+from moetuner.files import naming, npz, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
+from moetuner.formats.arrays import names_in, read_arrays
+from moetuner.formats.counts import by_expert, counts_in
 from moetuner.formats.hints import Hints
-from moetuner.formats.layout import Layout
+from moetuner.formats.layout import Layout, check_full
 from moetuner.formats.records import head
-from moetuner.formats.slots import by_expert, counts_in
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
@@ -36,16 +37,12 @@ TABLES = ("current_expert_table", "expert_table", "table")
 
 def recognises(path: Path) -> bool:
     """Whether a file is a workload with its table, a bare tensor, or an expert map."""
-    start = head(path, 4096)
-    if start.startswith(b"PK"):
-        if pickled.is_pickled(path):
-            content = pickled.peek(path)
-            named = isinstance(content, dict) and any(name in content for name in LOADS)
-            return named or isinstance(content, pickled.Tensor)
-        with naming(path):
-            names = npz.names_in_npz(path)
-        return any(name in names for name in LOADS) and any(name in names for name in TABLES)
-    return b'"moe_layer_count"' in start
+    if not head(path, 2).startswith(b"PK"):
+        return recognises_map(path)
+    names = set(names_in(path))
+    if pickled.is_pickled(path):
+        return bool(names & set(LOADS)) or isinstance(pickled.peek(path), pickled.Tensor)
+    return bool(names & set(LOADS)) and bool(names & set(TABLES))
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
@@ -60,10 +57,10 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
     table = hints.running
     for path in paths:
         with naming(path):
-            load, found = _read(path, hints)
+            load, of_file = _read(path, hints)
         if load is not None:
             loads.append((path, load))
-        table = table if found is None else found
+        table = table if of_file is None else of_file
     if not loads:
         raise ValueError(f"{paths[0]}: is an expert map; a workload is needed beside it")
     parts = []
@@ -80,40 +77,27 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
 
 
 def _read(path: Path, hints: Hints) -> tuple[NDArray[Any] | None, NDArray[np.int64] | None]:
-    """Workload and table of a file, as far as it has them."""
+    """Return workload and table of a file, as far as it has them."""
     start = head(path, 6)
-    if start.startswith(b"PK"):
-        if pickled.is_pickled(path):
-            content = pickled.load(path)
-            if isinstance(content, pickled.Tensor):
-                return content.array(), None
-            arrays = {
-                name: value.array()
-                for name, value in (content.items() if isinstance(content, dict) else ())
-                if isinstance(value, pickled.Tensor)
-            }
-        else:
-            arrays = npz.read_npz(path, (*LOADS, *TABLES))
-        load = next((arrays[name] for name in LOADS if name in arrays), None)
-        if load is None:
-            raise ValueError(f"must hold {LOADS[0]!r}")
-        table = next((arrays[name] for name in TABLES if name in arrays), None)
-        return load, None if table is None else _integers("table", table)
     if start == npz.MAGIC:
-        with path.open("rb") as file:
-            place, fortran = npz.read_npy_header(file)
-        shape = place.shape[::-1] if fortran else place.shape
-        array = safetensors.read(path, type(place)(place.dtype, shape, place.offset))
-        return array.transpose() if fortran else array, None
-    layout = read_map(path, hints)
-    devices = layout.devices or 1
-    return None, layout.experts.reshape(len(layout.experts), devices, -1)
-
-
-def _integers(name: str, array: NDArray[Any]) -> NDArray[np.int64]:
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be integers, got {array.dtype} {list(array.shape)}")
-    return array.astype(np.int64)
+        return npz.read_npy(path), None
+    if not start.startswith(b"PK"):
+        layout = read_map(path, hints)
+        return None, layout.experts.reshape(len(layout.experts), layout.devices or 1, -1)
+    if pickled.is_pickled(path) and isinstance(content := pickled.peek(path), pickled.Tensor):
+        return content.array(), None
+    names = names_in(path)
+    load, table = (next((name for name in of if name in names), None) for of in (LOADS, TABLES))
+    if load is None:
+        raise ValueError(f"must hold {LOADS[0]!r}")
+    arrays = read_arrays(path, [load] if table is None else [load, table])
+    if table is None:
+        return arrays[load], None
+    if arrays[table].dtype.kind not in "iu":
+        raise ValueError(
+            f"table must be integers, got {arrays[table].dtype} {list(arrays[table].shape)}"
+        )
+    return arrays[load], arrays[table].astype(np.int64)
 
 
 def _by_expert(
@@ -148,13 +132,7 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
     ValueError
         If a slot is empty: all devices must have lists of one length.
     """
-    empty = np.argwhere(placement.slots < 0)
-    if empty.size:
-        layer, device, slot = empty[0]
-        raise ValueError(
-            f"layer {layer}, device {device}: slot {slot} is empty, and vllm-ascend fills every "
-            'slot: "moetuner solve --fill-slots" does'
-        )
+    check_full(placement, "vllm-ascend")
     layers = [
         {
             "layer_id": layer,
@@ -197,16 +175,16 @@ def read_map(path: Path, _: Hints) -> Layout:
             )
         rows, devices, remarks = [], 0, _misplaced("layer_list", layers, "layer_id")
         for at, layer in enumerate(layers):
-            held = _member(f"layer {at}", layer, "device_list", list)
-            if _member(f"layer {at}", layer, "device_count", int) != len(held):
-                raise ValueError(f"layer {at}: device_count must be {len(held)}")
-            devices = devices or len(held)
+            members = _member(f"layer {at}", layer, "device_list", list)
+            if _member(f"layer {at}", layer, "device_count", int) != len(members):
+                raise ValueError(f"layer {at}: device_count must be {len(members)}")
+            devices = devices or len(members)
             lists = [
                 _member(f"layer {at}, device {number}", device, "device_expert", list)
-                for number, device in enumerate(held)
+                for number, device in enumerate(members)
             ]
-            remarks += _misplaced(f"layer {at}: device_list", held, "device_id")
-            if len(held) != devices or len({len(experts) for experts in lists}) != 1:
+            remarks += _misplaced(f"layer {at}: device_list", members, "device_id")
+            if len(members) != devices or len(set(map(len, lists))) != 1:
                 raise ValueError(
                     f"layer {at}: must have {devices} devices with as many experts each, got "
                     f"{[len(experts) for experts in lists][:16]}"

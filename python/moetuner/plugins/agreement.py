@@ -1,21 +1,19 @@
 """Ranks agree on a map, or all of them take the engine's own.
 
 Ranks that serve different maps wait for each other's weights for ever. So before a map is returned
-every rank posts what it decided from which files, and one verdict holds for all. The store of
-``torch.distributed`` carries it, not a collective of the engine's groups: a collective would hang
-where a rank has no plugin, and may not run beside another one of the same group, which another
-thread of the engine can be in. The verdict is written by an atomic compare-and-set, so that it is
-the same for ranks that gave up waiting and for those that did not.
+every rank posts what it decided from which files, and one verdict holds for all (``consensus``):
+also where a rank has no plugin, or another thread of the engine is in a collective.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from moetuner.plugins.consensus import agree, keys_of
 
 # Seconds that a rank waits for the others. A rank without the plugin never answers.
 WAIT = 30.0
@@ -164,48 +162,25 @@ class Agreement:
         name = "-".join(map(str, group.ranks))
         store, size = group.store, len(group.ranks)
 
-        def keys(of: int) -> list[str]:
-            return [f"moetuner/{name}/{of}/{rank}" for rank in range(size)]
+        def key(of: int) -> str:
+            return f"moetuner/{name}/{of}"
 
-        posts, final = keys(number), f"moetuner/{name}/{number}/verdict"
-        store.set(posts[group.rank], json.dumps(asdict(post)))
-        if group.rank and _until(lambda: store.check([final]), 2 * wait):
-            return _verdict(store.get(final))
-        # Rank 0 judges; another does where it does not, and then it was silent whatever it posted.
-        everyone = not group.rank and _until(lambda: store.check(posts), wait)
-        answers = [
-            Post(**json.loads(store.get(key)))
-            if everyone or (bool(group.rank) <= rank and store.check([key]))
-            else None
-            for rank, key in enumerate(posts)
-        ]
-        verdict = _settle(store, final, judge(answers, wait))
-        if number and everyone:
+        def verdict_of(posts: Sequence[str | None]) -> str:
+            given = [None if said is None else Post(**json.loads(said)) for said in posts]
+            return json.dumps(asdict(judge(given, wait)))
+
+        verdict, complete = agree(
+            store,
+            key(number),
+            group.rank,
+            size,
+            post=json.dumps(asdict(post)),
+            judge=verdict_of,
+            wait=wait,
+        )
+        if number and complete:
             # All have read the verdict before this one. What is left over harms nobody.
             with contextlib.suppress(Exception):
-                for key in (*keys(number - 1), f"moetuner/{name}/{number - 1}/verdict"):
-                    store.delete_key(key)
-        return verdict
-
-
-def _until(is_so: Callable[[], bool], seconds: float) -> bool:
-    """Look until something is so, or the time is over.
-
-    Short questions, as a wait inside the store would keep other threads of the engine from it.
-    """
-    deadline, pause = time.monotonic() + seconds, 0.0002
-    while not is_so():
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(pause)
-        pause = min(2 * pause, 0.02)
-    return True
-
-
-def _settle(store: Any, key: str, verdict: Verdict) -> Verdict:
-    """Write a verdict unless there is one; return the one that holds."""
-    return _verdict(store.compare_set(key, "", json.dumps(asdict(verdict))))
-
-
-def _verdict(content: bytes) -> Verdict:
-    return Verdict(**json.loads(content))
+                for old in keys_of(key(number - 1), size):
+                    store.delete_key(old)
+        return Verdict(**json.loads(verdict))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner._checks import shown
 from moetuner.plugins.agreement import Agreement, Group, Post, Verdict
 from moetuner.plugins.decision import Case, Slots
-from moetuner.plugins.files import Files
+from moetuner.plugins.files import Files, checksum_of
 from moetuner.plugins.log import Log
 from moetuner.plugins.recorder import LoadRecorder
 from moetuner.plugins.settings import Settings, complaints
@@ -58,7 +57,7 @@ class Balancer:
         self._recorder = (
             None if self.settings.record is None else LoadRecorder(self.settings.record)
         )
-        self._writer: ThreadPoolExecutor | None = None
+        self._background: ThreadPoolExecutor | None = None
         self._models: dict[int, set[str]] = {}
 
     @classmethod
@@ -166,7 +165,13 @@ class Balancer:
             self.log.say(f"read its files again: {self.purpose}", rank)
         if verdict.do == "take":
             if not quiet:
-                self._report(said, rank, 1e3 * (time.perf_counter() - begin))
+                assert said is not None
+                took = time.perf_counter() - begin
+                case, slots, source = said
+                # A copy, as an engine goes on with its arrays, and may reset them.
+                case = replace(case, windows=case.load[None])
+                failure = "a decision is not described"
+                self._later(failure, self._describe, case, slots, source, rank, took)
             return answer
         self._fall_back(verdict)
         return None
@@ -177,7 +182,7 @@ class Balancer:
         model: str | None,
         form: Callable[[NDArray[np.int64]], Any],
         pending: Files | None,
-    ) -> tuple[Any, tuple[Case, NDArray[np.int64], str] | None, Post]:
+    ) -> tuple[Any, tuple[Case, Slots, str] | None, Post]:
         """Decide by what was read, and return the answer, what there is to say, and the post."""
         files = self.files
         post = Post(
@@ -195,8 +200,8 @@ class Balancer:
         except Exception as error:
             text = " ".join(f"{error}".split()) or repr(error)
             return None, None, replace(post, error=text)
-        checksum = f"{zlib.crc32(full.tobytes()):08x}"
-        return answer, (case, full, source), replace(post, map=checksum)
+        slots = full.astype(np.int32).reshape(case.slots.shape)
+        return answer, (case, slots, source), replace(post, map=checksum_of(slots.tobytes()))
 
     def _slots(self, case: Case, model: str | None) -> tuple[str, Slots]:
         if self.files.placements:
@@ -204,25 +209,9 @@ class Balancer:
             return f"{stored.path} ({stored.checksum})", slots
         return "live loads", case.rebalanced(self.settings.rules, self.files.profile).slots
 
-    def _report(
-        self, said: tuple[Case, NDArray[np.int64], str] | None, rank: int, milliseconds: float
-    ) -> None:
-        """Say what a map changes: where it changes nothing, only to who debugs.
-
-        All ranks take the map by now, so nothing here may raise.
-        """
-        try:
-            self._describe(said, rank, milliseconds)
-        except Exception as error:
-            self.failed("a decision is not described", error)
-
-    def _describe(
-        self, said: tuple[Case, NDArray[np.int64], str] | None, rank: int, milliseconds: float
-    ) -> None:
-        assert said is not None
-        case, full, source = said
-        layers, ranks, _ = case.slots.shape
-        slots = full.astype(np.int32).reshape(case.slots.shape)
+    def _describe(self, case: Case, slots: Slots, source: str, rank: int, seconds: float) -> None:
+        """Say what a map changes: where it changes nothing, only to who debugs."""
+        layers, ranks, width = slots.shape
         changed = int((slots != case.slots).any(axis=(1, 2)).sum())
         before, after = case.balancedness(case.slots), case.balancedness(slots)
         moved = case.copies_moved(slots)
@@ -232,12 +221,12 @@ class Balancer:
             gain = f"balancedness {was}{after:.3f}"
         self.log.say(
             f"{source}: {gain}, {changed} layers change, {moved} copies move; map "
-            f"{zlib.crc32(full.tobytes()):08x} of {layers} layers x {full.shape[1]} slots on "
-            f"{ranks} ranks, {milliseconds:.1f} ms",
+            f"{checksum_of(slots.tobytes())} of {layers} layers x {ranks * width} slots on "
+            f"{ranks} ranks, {1e3 * seconds:.1f} ms",
             rank if changed else 1,
         )
         if rank == 0 and after is not None:
-            self.log.count(before or 0.0, after, moved, milliseconds / 1e3)
+            self.log.count(before or 0.0, after, moved, seconds)
 
     def _fall_back(self, verdict: Verdict) -> None:
         self._off = verdict.do == "off"
@@ -250,28 +239,28 @@ class Balancer:
         self.log.warn(f"{what}: {' '.join(str(error).split()) or repr(error)}")
 
     def record(self, weight: ArrayLike, rank: int = 0) -> None:
-        """Keep windows of load [L,E] or [W,L,E] on rank 0, where asked for; never fails.
-
-        The file is written by a thread of its own.
-        """
-        if self._recorder is None or rank != 0:
-            return
-        if self._writer is None:
-            self._writer = ThreadPoolExecutor(1, thread_name_prefix="moetuner")
-        self._writer.submit(self._record, np.array(weight))
-
-    def _record(self, windows: NDArray[Any]) -> None:
-        assert self._recorder is not None
-        try:
-            self._recorder.add(windows)
-        except Exception as error:
-            self.failed("loads are not recorded", error)
+        """Keep windows of load [L,E] or [W,L,E] on rank 0, where asked for; never fails."""
+        if self._recorder is not None and rank == 0:
+            self._later("loads are not recorded", self._recorder.add, np.array(weight))
 
     def flush(self) -> None:
-        """Wait until all windows are in the file."""
-        if self._writer is not None:
-            self._writer.shutdown()
-            self._writer = None
+        """Wait until all windows are in the file, and all lines are said."""
+        if self._background is not None:
+            self._background.shutdown()
+            self._background = None
+
+    def _later(self, failure: str, work: Callable[..., object], *arguments: Any) -> None:
+        """Do work that must not delay the engine in a thread of its own; it never fails."""
+
+        def run() -> None:
+            try:
+                work(*arguments)
+            except Exception as error:
+                self.failed(failure, error)
+
+        if self._background is None:
+            self._background = ThreadPoolExecutor(1, thread_name_prefix="moetuner")
+        self._background.submit(run)
 
     def _look(self) -> None:
         """Begin to look at the file of MOETUNER_RELOAD, once, in the process that decides."""

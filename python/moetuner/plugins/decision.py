@@ -19,14 +19,14 @@ from moetuner._checks import (
     numbers_in,
     whole_number,
 )
-from moetuner.placement import EMPTY, kept
+from moetuner.placement import EMPTY, keep_slots
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,
     DEVIATIONS,
     Pairs,
     Rebalanced,
-    copies_brought,
     largest_move,
+    moves_between,
     rebalance,
     renumbered,
 )
@@ -37,6 +37,7 @@ Slots = NDArray[np.int32]
 # What the heaviest node must gain for two groups to change places, as a part of its load.
 GROUP_GAIN = 0.01
 # What packing a layer of an engine's first map anew must gain over steps, as a part of its time.
+# With a budget any gain will do.
 ANEW_GAIN = 0.005
 # Time of a token's visit of a rank, as a part of what an expert takes for a token.
 TRAFFIC = 0.2
@@ -219,13 +220,12 @@ class Case:
     def rebalanced(self, rules: Rules, profile: RoutingStatistics | None = None) -> Rebalanced:
         """Relieve the slowest ranks, and keep together what a profile has seen together."""
         layers, ranks, _ = self.slots.shape
-        budget = rules.budget
-        if budget is None:
-            budget = largest_move(layers, self.slots[0].size, ranks)
         pairs = None if profile is None else self.pairs_of(profile, rules.traffic)
-        if self.is_initial and rules.budget is None:
-            return self._first(rules, pairs)
-        return self._next(budget, rules, pairs)
+        if rules.budget is not None:
+            return self._packed_or_next(rules.budget, 0.0, rules, pairs)
+        if self.is_initial:
+            return self._packed_or_next(self.slots.size, ANEW_GAIN, rules, pairs)
+        return self._next(largest_move(layers, self.slots[0].size, ranks), rules, pairs)
 
     @property
     def is_initial(self) -> bool:
@@ -233,25 +233,37 @@ class Case:
         slots = self.slots.reshape(len(self.slots), -1)
         return bool((slots == np.arange(slots.shape[1]) % self.experts).all())
 
-    def _first(self, rules: Rules, pairs: Pairs | None) -> Rebalanced:
-        """Leave the engine's first map, by steps without a budget or, in layers, packed anew.
+    def _packed_or_next(
+        self, budget: int, gain: float, rules: Rules, pairs: Pairs | None
+    ) -> Rebalanced:
+        """Take steps from what runs, or pack layers anew where that gains more and copies suffice.
 
-        A layer is packed anew where that is better than all steps; ranks are renumbered so that
-        much of what they hold stays.
+        Ranks of packed layers are renumbered so that much of what they hold stays.
         """
         layers, ranks, width = self.slots.shape
-        steps = self._next(self.slots.size, rules, pairs)
+        steps = self._next(budget, rules, pairs)
+        left = budget - int(steps.moves.sum())
+        if left <= 0:
+            return steps
         nothing = replace(self, slots=np.full_like(self.slots, EMPTY))
         packed = nothing._next(self.slots.size, rules, pairs)
         by_node = (layers * self.nodes, ranks // self.nodes, width)
         slots = renumbered(packed.slots.reshape(by_node), self.slots.reshape(by_node), self.experts)
-        slots = kept(self.slots, slots.reshape(self.slots.shape), np.full((layers, ranks), width))
-        anew = self.load.any(axis=1) & (packed.after < (1 - ANEW_GAIN) * steps.after)
+        slots = keep_slots(
+            self.slots, slots.reshape(self.slots.shape), np.full((layers, ranks), width)
+        )
+        brought = moves_between(self.slots, slots, self.experts)
+        # The layers that gain most come first, as far as the budget goes.
+        share = np.where(steps.after > 0, 1 - packed.after / np.maximum(steps.after, 1e-300), 0)
+        order = np.argsort(-share, kind="stable")
+        more = np.maximum(brought - steps.moves, 0)[order].cumsum()
+        anew = np.zeros(layers, dtype=bool)
+        anew[order] = (more <= left) & (share[order] > gain)
         return Rebalanced(
             np.where(anew[:, None, None], slots, steps.slots),
             steps.before,
             np.where(anew, packed.after, steps.after),
-            np.where(anew, copies_brought(self.slots, slots, self.experts), steps.brought),
+            np.where(anew, brought, steps.moves),
         )
 
     def _next(self, budget: int, rules: Rules, pairs: Pairs | None) -> Rebalanced:
@@ -292,7 +304,7 @@ class Case:
             found.slots == EMPTY, EMPTY, experts[number[:, :, None], found.slots]
         )
         figures = np.zeros((3, layers * nodes))
-        figures[:, busy] = found.before, found.after, found.brought
+        figures[:, busy] = found.before, found.after, found.moves
         before, after, brought = figures.reshape(3, layers, nodes)
         return Rebalanced(
             slots.reshape(self.slots.shape),

@@ -9,11 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from moetuner.formats import open_input
-from moetuner.placement import Placement, kept
+from moetuner.placement import Placement, keep_slots
 from moetuner.plugins.decision import Case, Slots
 from moetuner.plugins.settings import Settings
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
+
+
+def checksum_of(content: bytes) -> str:
+    """Return eight hexadecimal digits that change when the content does."""
+    return f"{zlib.crc32(content):08x}"
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Stored:
     @property
     def checksum(self) -> str:
         """Eight hexadecimal digits of the slots."""
-        return f"{zlib.crc32(self.placement.slots.tobytes()):08x}"
+        return checksum_of(self.placement.slots.tobytes())
 
     def __str__(self) -> str:
         of = self.placement
@@ -81,7 +86,7 @@ class Files:
         content = [settings.rebalance, settings.rules, settings.reload is not None]
         content += [(of.checksum, of.placement.num_experts) for of in placements]
         content += [None if profile is None else profile.fingerprint]
-        return cls(placements, profile, f"{zlib.crc32(repr(content).encode()):08x}")
+        return cls(placements, profile, checksum_of(repr(content).encode()))
 
     def slots(self, case: Case, model: str | None = None) -> tuple[Stored, Slots]:
         """Return the placement of a model and its slots [L,D,S]; what stays keeps its slot.
@@ -106,7 +111,7 @@ class Files:
             slots[:] = (np.arange(ranks * width) % case.experts).reshape(ranks, width)
         slots[rows] = stored.placement.slots
         if case.runs:
-            slots = kept(case.slots, slots, np.full((layers, ranks), width))
+            slots = keep_slots(case.slots, slots, np.full((layers, ranks), width))
         return stored, slots
 
     def _choose(self, case: Case, model: str | None) -> tuple[Stored, np.ndarray]:

@@ -23,16 +23,33 @@ from moetuner._checks import (
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation import copies
 from moetuner.evaluation.arrival import Arrival
-from moetuner.evaluation.copies import Split
+from moetuner.evaluation.copies import SPLITS, Split
 from moetuner.frozen import Frozen
-from moetuner.placement import EMPTY, Placement, filled
+from moetuner.placement import EMPTY, Placement, fill
 from moetuner.problem import capacity
 from moetuner.problem.caps import Caps
-from moetuner.problem.objective import Goal, Objective, Remembered
+from moetuner.problem.objective import Goal, Objective
 from moetuner.problem.pins import Pin, Rules, rules_of
+from moetuner.problem.settings import (
+    ENGINE,
+    GOAL,
+    MACHINE,
+    PIN,
+    read_arrival,
+    read_cap,
+    read_count,
+    read_groups,
+    read_risk,
+    read_slots,
+    setting,
+)
 from moetuner.problem.windows import Risk, Windows, windows_of
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
+
+# Cap that the command line takes where traffic is minimised and none is given: without one, experts
+# that nobody uses would fill devices, and those that all use would share one.
+TRAFFIC_CAP = 1.05
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,42 +66,46 @@ class Problem(Frozen):
     topology
         The devices and links.
     slots_per_device
-        Slots of a device in a layer, S, or of every device [D], for experts and further copies of
-        them; by default those of the topology, else just enough for one copy of each expert.
+        Slots per device and layer: one number, or one for every device [D]. Spare slots hold
+        copies of experts. By default those of the topology, else just enough for one copy of each
+        expert.
     regime
-        ``"dispatch"``: a token is sent from its home device to every distinct device of its experts
-        and comes back, as in today's engines, so co-activation saves. ``"follow"``: its state moves
-        on from expert to expert, as in the paper, so transitions cost.
+        What tokens do after a layer. dispatch: they return to their home device, as in today's
+        engines, so co-activation saves traffic. follow: they move on to the next expert, as in the
+        paper, so transitions cost.
     max_imbalance
-        Cap on max / mean device load in every layer, on the sum of all windows; None for no cap.
+        Cap on max / mean device load in every layer, on the sum of all windows.
     objective
-        ``"time"``: predicted microseconds of a layer, as ``evaluate`` predicts them; a large
-        problem is searched for what comes near it and adds up. ``"balance"``: max / mean device
-        load, over windows. ``"traffic"``: share of the traffic that leaves its device, under the
-        cap. By default traffic where ``max_imbalance`` is given, else time.
+        What to minimise. time: predicted microseconds of a layer, as ``evaluate`` predicts them; a
+        large problem is searched for what comes near it and adds up. balance: max / mean device
+        load, over windows. traffic: share of the traffic that leaves its device, under the cap. By
+        default traffic if there is a cap, else time.
     cost_model
-        What time is made of; by default H100 with the experts of the statistics' model, or of
-        DeepSeek-V3 where that is not known.
+        Cost model of a layer's time. By default an H100's with the experts of the statistics'
+        model, or of DeepSeek-V3 if that is not known.
     split
-        Which copy of an expert serves a token: ``"even"`` (vLLM), ``"nearest"`` (SGLang),
-        ``"round_robin"`` (TensorRT-LLM).
+        How tokens are split over an expert's copies: by hash (even, vLLM), to the nearest (nearest,
+        SGLang), or in turns (round_robin, TensorRT-LLM).
     extra_slots
-        Instead of ``slots_per_device``: copies beyond one of each expert, over all layers, which go
-        to the layers where they help most. Every device gets as many over all layers, or one more.
+        Copies beyond one of each expert, over all layers, instead of slots per device. They go to
+        the layers where they help most. Every device gets as many over all layers, or one more.
     arrival
-        How traffic arrives: ``"bursts"``, window after window as recorded; ``"mixed"``, many
-        sequences at once; or the weight of mixed windows, from 0 to 1.
+        Order in which traffic arrives: windows as recorded (bursts), windows of many sequences at
+        once (mixed), or both, with this weight of mixed ones from 0 to 1.
     risk
-        ``"mean"`` over windows, or the level of the conditional value at risk: 0.9 is the mean of
-        the worst tenth.
+        Minimise the mean over windows, or over the worst of them: 0.9 for the worst tenth (the
+        conditional value at risk).
     groups
-        Weight of every group of windows, by name (those not named count as 1 times their tokens);
-        or ``"minimax"`` for the worst group's outcome.
-    pinned, forbidden
-        (layer, expert, device): the expert has a copy there, or has none; layer None for all.
+        Minimise for the worst group of the traffic (minimax), or weigh groups by name. A group that
+        is not named has weight 1 per token.
+    pinned
+        Put a copy of the expert on the device: (layer, expert, device), with None or * for all
+        layers.
+    forbidden
+        Keep the expert off the device: (layer, expert, device), with None or * for all layers.
     fill_slots
-        Whether every slot is to be full, as engines have it: where a copy is of no use, one of an
-        expert with few tokens fills it.
+        Leave no slot empty, as engines need it: copies of experts with few tokens fill slots in
+        which no copy helps.
 
     Raises
     ------
@@ -105,19 +126,61 @@ class Problem(Frozen):
     statistics: RoutingStatistics
     topology: Topology
     _: KW_ONLY
-    slots_per_device: int | Sequence[int] | None = None
-    regime: Regime = "dispatch"
-    max_imbalance: float | None = None
-    objective: Goal | None = None
-    cost_model: CostModel | None = None
-    split: Split = "even"
-    extra_slots: int | None = None
-    arrival: Arrival = "bursts"
-    risk: Risk = "mean"
-    groups: Mapping[str, float] | Literal["minimax"] | None = None
-    pinned: Iterable[Pin] = ()
-    forbidden: Iterable[Pin] = ()
-    fill_slots: bool = False
+    slots_per_device: int | Sequence[int] | None = setting(
+        None,
+        MACHINE,
+        read=read_slots,
+        rule="a number from 1, or one for every device as in 8,8,10,10",
+        metavar="S|S,S,...",
+    )
+    regime: Regime = setting(
+        "dispatch",
+        ENGINE,
+        "dispatch; follow for traffic if INPUT has only counts of transitions",
+        choices=get_args(Regime),
+    )
+    max_imbalance: float | None = setting(
+        None,
+        GOAL,
+        f"{TRAFFIC_CAP} for traffic, else no cap",
+        read=read_cap,
+        rule="a number from 1, or inf for no cap",
+        metavar="X",
+    )
+    objective: Goal | None = setting(None, GOAL, choices=get_args(Goal))
+    cost_model: CostModel | None = setting(
+        None, MACHINE, metavar="FILE|GPU|GPU:HIDDENxINTERMEDIATE"
+    )
+    split: Split = setting("even", ENGINE, "the engine's, else even", choices=SPLITS)
+    extra_slots: int | None = setting(
+        None, MACHINE, read=read_count, rule="a number from 0", metavar="N"
+    )
+    arrival: Arrival = setting(
+        "bursts",
+        GOAL,
+        "the engine's, else bursts",
+        read=read_arrival,
+        rule="bursts, mixed, or the weight of mixed from 0 to 1",
+        metavar="bursts|mixed|W",
+    )
+    risk: Risk = setting(
+        "mean",
+        GOAL,
+        "mean",
+        read=read_risk,
+        rule="mean, or a level from 0 to below 1",
+        metavar="mean|LEVEL",
+    )
+    groups: Mapping[str, float] | Literal["minimax"] | None = setting(
+        None,
+        GOAL,
+        read=read_groups,
+        rule="minimax, or NAME=WEIGHT,...",
+        metavar="minimax|NAME=W,...",
+    )
+    pinned: Iterable[Pin] = setting((), ENGINE, option="--pin", **PIN)
+    forbidden: Iterable[Pin] = setting((), ENGINE, option="--forbid", **PIN)
+    fill_slots: bool = setting(False, MACHINE)
 
     def __post_init__(self) -> None:
         counted = ", such as RoutingStatistics.from_trace(trace)"
@@ -192,15 +255,15 @@ class Problem(Frozen):
 
     @property
     def may_copy(self) -> bool:
-        """Whether slots beyond one for each expert hold copies: where somebody has asked for slots.
+        """Whether slots beyond one for each expert hold copies: where slots are given.
 
         Those that are left over only because experts do not divide by devices stay empty, unless
         all are to be full, or an expert is pinned to several devices.
         """
         given = (self.slots_per_device, self.extra_slots, self.topology.slots_per_device)
-        asked = self.fill_slots or any(slots is not None for slots in given)
+        wanted = self.fill_slots or any(slots is not None for slots in given)
         spare = (self.capacity.sum(axis=1) > self.experts).any()
-        return bool(spare) and (asked or self.rules.ask_for_copies)
+        return bool(spare) and (wanted or self.rules.ask_for_copies)
 
     @property
     def stays_single(self) -> bool:
@@ -236,9 +299,9 @@ class Problem(Frozen):
         return int(self.capacity.max())
 
     @cached_property
-    def remembered(self) -> Remembered:
-        """What the objective was of the last placements."""
-        return Remembered()
+    def objective_function(self) -> Objective:
+        """The objective as a function of a placement, over all windows."""
+        return Objective(self)
 
     @cached_property
     def load(self) -> NDArray[np.uint64]:
@@ -247,7 +310,7 @@ class Problem(Frozen):
 
     def value(self, placement: Placement) -> float:
         """Return the objective of a placement, as ``Objective(problem).value`` does."""
-        return Objective(self).value(placement)
+        return self.objective_function.value(placement)
 
     def violations(self, placement: Placement) -> tuple[str, ...]:
         """Return what a placement breaks of the problem's rules: slots, pins, bans, the load cap.
@@ -259,7 +322,6 @@ class Problem(Frozen):
         ValueError
             If the placement is of another model or machine.
         """
-        instance("placement", placement, Placement)
         self.check_shape(placement)
         return (
             *capacity.violations(placement, self.capacity, fill_slots=self.fill_slots),
@@ -270,24 +332,21 @@ class Problem(Frozen):
     def check_shape(self, placement: Placement, name: str = "placement") -> None:
         """Raise ValueError if a placement, of this name, is of another model or machine."""
         instance(name, placement, Placement)
-        found = (placement.layers, placement.num_experts, placement.devices)
-        wanted = (self.layers, self.experts, self.devices)
-        if found != wanted:
+        has = (placement.layers, placement.num_experts, placement.devices)
+        wants = (self.layers, self.experts, self.devices)
+        if has != wants:
             raise ValueError(
-                f"{name} must have {wanted[0]} layers, {wanted[1]} experts and {wanted[2]} "
-                f"devices like the problem, got {found[0]}, {found[1]} and {found[2]}"
+                f"{name} must have {wants[0]} layers, {wants[1]} experts and {wants[2]} "
+                f"devices like the problem, got {has[0]}, {has[1]} and {has[2]}"
             )
 
     def check_running(self, initial: Placement) -> None:
         """Raise ValueError if ``initial`` is of another model or machine, or beyond the slots."""
-        instance("initial", initial, Placement)
         self.check_shape(initial, "initial")
-        held = (initial.slots != EMPTY).sum(axis=2)
-        full = np.argwhere(held > self.capacity)
-        if full.size:
-            layer, device = full[0]
+        count = (initial.slots != EMPTY).sum(axis=2)
+        for layer, device in np.argwhere(count > self.capacity):
             raise ValueError(
-                f"initial has {held[layer, device]} experts of layer {layer} on device {device}, "
+                f"initial has {count[layer, device]} experts of layer {layer} on device {device}, "
                 f"which has {self.capacity[layer, device]} slots"
             )
 
@@ -297,13 +356,13 @@ class Problem(Frozen):
         """Fill all slots [L,D,S] if ``fill_slots`` says so, first with what is there already."""
         if not self.fill_slots:
             return slots
-        return filled(
+        return fill(
             slots,
             self.experts,
             capacity=self.capacity,
             load=self.load,
             forbidden=self.rules.forbidden,
-            held=None if running is None else running.held,
+            holders=None if running is None else running.held,
         )
 
     def empty_slots(self) -> NDArray[np.int32]:
@@ -317,7 +376,7 @@ class Problem(Frozen):
         """
         if not self.may_copy or self.rules.ask_for_copies:
             return None
-        arguments = {each.name: getattr(self, each.name) for each in fields(self)}
+        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
         return _SingleCopies(**{**arguments, "fill_slots": False})
 
 

@@ -87,8 +87,7 @@ class Caps:
         if self.over_speed is None:
             return np.zeros(len(self.load))
         excess = self.peaks(placement) / np.maximum(self.over_speed, 1e-300) - 1
-        found: Floats = np.where(excess > ROUNDING, excess, 0.0)
-        return found
+        return np.where(excess > ROUNDING, excess, 0.0)
 
     def violations(self, placement: Placement) -> list[str]:
         """Return by how much a placement exceeds the cap, in words; nothing where it keeps it."""
@@ -105,15 +104,14 @@ class Caps:
 
 def slowest(placement: Placement, load: Floats, topology: Topology, split: Split) -> Floats:
     """Compute the largest load over speed of a device in windows and layers [W,L], of [W,L,E]."""
-    share = copies.slot_shares(placement, topology, split)
-    each = copies.served(placement, share, load)
-    slowest: Floats = (each / topology.speed_of_device).max(axis=2)
+    served = copies.served(placement, copies.slot_shares(placement, topology, split), load)
+    slowest: Floats = (served / topology.speed_of_device).max(axis=2)
     return slowest
 
 
 def device_load(slots: NDArray[np.int32], load: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Compute the load of every device [L,D], of slots [L,D,S] with one copy of each expert."""
     layer = np.arange(len(load))[:, None, None]
-    each = np.where(slots == EMPTY, np.uint64(0), load[layer, slots])
-    carried: NDArray[np.uint64] = each.sum(axis=2, dtype=np.uint64)
+    by_slot = np.where(slots == EMPTY, np.uint64(0), load[layer, slots])
+    carried: NDArray[np.uint64] = by_slot.sum(axis=2, dtype=np.uint64)
     return carried

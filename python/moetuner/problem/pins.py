@@ -35,13 +35,15 @@ class Rules:
 
     def violations(self, placement: Placement) -> list[str]:
         """Return in words which pins and bans a placement breaks."""
-        held, lines = placement.held.transpose(0, 2, 1), []
-        for name, rule, verb, there in (
-            ("pinned", self.pinned, "is not", True),
-            ("forbidden", self.forbidden, "is", False),
+        hosts, lines = placement.held.transpose(0, 2, 1), []
+        for name, rule, verb in (
+            ("pinned", self.pinned, "is not"),
+            ("forbidden", self.forbidden, "is"),
         ):
-            wrong = None if rule is None else np.argwhere(rule & (held != there))
-            if wrong is not None and len(wrong):
+            if rule is None:
+                continue
+            wrong = np.argwhere(rule & (hosts != (name == "pinned")))
+            if len(wrong):
                 layer, expert, device = wrong[0]
                 lines.append(
                     f"{name}: expert {expert} of layer {layer} {verb} on device {device}"
@@ -56,64 +58,54 @@ def rules_of(
     """Return tables of rules for so many experts in slots [L,D], checked."""
     shape = (len(capacity), experts, capacity.shape[1])
     must, must_not = _table("pinned", pinned, shape), _table("forbidden", forbidden, shape)
-    _check(must, must_not, capacity)
+    if must is not None:
+        _check_pins(must, must_not, capacity)
+    if must_not is not None:
+        _check_bans(must_not, must, capacity)
     return Rules(must, must_not)
 
 
-def _check(
-    pinned: NDArray[np.bool_] | None,
-    forbidden: NDArray[np.bool_] | None,
-    capacity: NDArray[np.int64],
+def _check_pins(
+    pinned: NDArray[np.bool_], forbidden: NDArray[np.bool_] | None, capacity: NDArray[np.int64]
 ) -> None:
-    """Raise if rules contradict each other or the slots [L,D]."""
-    if pinned is not None and forbidden is not None:
-        both = np.argwhere(pinned & forbidden)
-        if both.size:
-            layer, expert, device = both[0]
+    """Raise if pins contradict bans, or leave too few slots [L,D]."""
+    if forbidden is not None:
+        for layer, expert, device in np.argwhere(pinned & forbidden):
             raise ValueError(
                 f"pinned and forbidden contradict each other: expert {expert} of layer {layer} "
                 f"on device {device}"
             )
-    if forbidden is not None:
-        nowhere = np.argwhere(forbidden.all(axis=2))
-        if nowhere.size:
-            layer, expert = nowhere[0]
-            raise ValueError(f"forbidden leaves no device for expert {expert} of layer {layer}")
-    if pinned is not None:
-        full = np.argwhere(pinned.sum(axis=1) > capacity)
-        if full.size:
-            layer, device = full[0]
-            raise ValueError(
-                f"pinned puts {pinned[layer, :, device].sum()} experts of layer {layer} on device "
-                f"{device}, which has {capacity[layer, device]} slots"
-            )
-        unpinned = (~pinned.any(axis=2)).sum(axis=1)
-        left = (capacity - pinned.sum(axis=1)).sum(axis=1)
-        short = np.flatnonzero(left < unpinned)
-        if short.size:
-            layer = short[0]
-            raise ValueError(
-                f"pinned leaves {left[layer]} slots of layer {layer} for the {unpinned[layer]} "
-                "experts that are not pinned"
-            )
-    if forbidden is not None:
-        _check_bans(forbidden, pinned, capacity)
+    by_device = pinned.sum(axis=1)
+    for layer, device in np.argwhere(by_device > capacity):
+        raise ValueError(
+            f"pinned puts {by_device[layer, device]} experts of layer {layer} on device {device}, "
+            f"which has {capacity[layer, device]} slots"
+        )
+    unpinned = (~pinned.any(axis=2)).sum(axis=1)
+    left = (capacity - by_device).sum(axis=1)
+    for layer in np.flatnonzero(left < unpinned):
+        raise ValueError(
+            f"pinned leaves {left[layer]} slots of layer {layer} for the {unpinned[layer]} "
+            "experts that are not pinned"
+        )
 
 
 def _check_bans(
     forbidden: NDArray[np.bool_], pinned: NDArray[np.bool_] | None, capacity: NDArray[np.int64]
 ) -> None:
-    """Raise if bans leave some experts of a layer fewer slots than they are."""
-    seen = set()
+    """Raise if bans leave an expert no device, or some experts of a layer too few slots [L,D]."""
+    for layer, expert in np.argwhere(forbidden.all(axis=2)):
+        raise ValueError(f"forbidden leaves no device for expert {expert} of layer {layer}")
+    checked = set()
     for layer, ban in enumerate(forbidden):
         fixed = np.zeros_like(ban) if pinned is None else pinned[layer]
         key = (ban.tobytes(), fixed.tobytes(), capacity[layer].tobytes())
-        if key in seen or not ban.any():
+        if key in checked or not ban.any():
             continue
-        seen.add(key)
-        stuck = _stuck(~ban[~fixed.any(axis=1)], capacity[layer] - fixed.sum(axis=0))
-        if stuck is not None:
-            experts, devices, slots = stuck
+        checked.add(key)
+        shortage = _shortage(~ban[~fixed.any(axis=1)], capacity[layer] - fixed.sum(axis=0))
+        if shortage is not None:
+            experts, devices, slots = shortage
             raise ValueError(
                 f"forbidden leaves {slots} slots in layer {layer}, on "
                 f"{', '.join(map(str, devices)) or 'no device'}, for {experts} experts that may be "
@@ -121,39 +113,41 @@ def _check_bans(
             )
 
 
-def _stuck(
+def _shortage(
     allowed: NDArray[np.bool_], capacity: NDArray[np.int64]
 ) -> tuple[int, list[int], int] | None:
     """Find experts [E,D] that have fewer slots [D] than they are, by a matching (Hall, 1935).
 
-    How many they are, their devices, and how many slots these have; None if all find one.
+    Returns
+    -------
+    experts, devices, slots
+        How many they are, their devices and how many slots those have; None if all find one.
     """
-    held: list[list[int]] = [[] for _ in capacity]
+    hosted: list[list[int]] = [[] for _ in capacity]
     for expert in range(len(allowed)):
-        # Breadth first, over devices that could hand an expert on; who came from where.
-        come: dict[int, tuple[int, int]] = {}
-        queue = [(expert, -1)]
-        free = -1
+        # Breadth first, over devices that could hand an expert on, until one has a free slot.
+        source: dict[int, tuple[int, int]] = {}
+        queue, free = [(expert, -1)], -1
         for mover, origin in queue:
             for device in np.flatnonzero(allowed[mover]).tolist():
-                if device in come:
+                if device in source:
                     continue
-                come[device] = (mover, origin)
-                if len(held[device]) < capacity[device]:
+                source[device] = (mover, origin)
+                if len(hosted[device]) < capacity[device]:
                     free = device
                     break
-                queue.extend((other, device) for other in held[device])
+                queue.extend((other, device) for other in hosted[device])
             if free >= 0:
                 break
         if free < 0:
-            devices = sorted(come)
-            experts = 1 + sum(len(held[device]) for device in devices)
-            return experts, devices, int(capacity[devices].sum())
+            devices = sorted(source)
+            count = 1 + sum(len(hosted[device]) for device in devices)
+            return count, devices, int(capacity[devices].sum())
         while free >= 0:
-            mover, origin = come[free]
-            held[free].append(mover)
+            mover, origin = source[free]
+            hosted[free].append(mover)
             if origin >= 0:
-                held[origin].remove(mover)
+                hosted[origin].remove(mover)
             free = origin
     return None
 

@@ -1,6 +1,9 @@
-"""Numbers as they stand in tables and sentences."""
+"""Numbers as they stand in tables and sentences, and as JSON has them."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 
 def number(value: float | None, decimals: int) -> str:
@@ -9,8 +12,8 @@ def number(value: float | None, decimals: int) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Write a share."""
-    return "-" if value is None else f"{100 * value:.1f} %"
+    """Write a share; no minus before nothing."""
+    return "-" if value is None else f"{round(100 * value, 1) + 0.0:.1f} %"
 
 
 def signed(value: float | None) -> str:
@@ -18,6 +21,39 @@ def signed(value: float | None) -> str:
     return "-" if value is None else f"{round(100 * value, 1) + 0.0:+.1f} %"
 
 
+def span(low: float | None, high: float | None) -> str:
+    """Write an interval of shares; a dash where an end is not known."""
+    if low is None or high is None:
+        return "-"
+    return f"{signed(low).removesuffix(' %')} to {signed(high)}"
+
+
 def counted(number: int, noun: str) -> str:
     """Write a number of things."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def in_bytes(count: float) -> str:
+    """Write a number of bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def listed(names: list[str], most: int) -> str:
+    """Write the first of several names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
+def finite(value: Any) -> Any:
+    """Return contents as JSON takes them: null for infinite numbers and NaN, text for keys."""
+    if isinstance(value, dict):
+        return {str(key): finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,27 +1,25 @@
-"""What one method found, in tables, sentences and JSON."""
+"""What one method found, and what that does to other traffic: tables, sentences and JSON."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moetuner.cost import CostModel
-from moetuner.evaluation import Evaluation
+from moetuner.evaluation import Evaluation, evaluate_each
+from moetuner.evaluation.arrival import Arrival
+from moetuner.evaluation.comparison import Comparison, compare
+from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.units import Units
+from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.cells import number, percent
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
-
-# Names and decimals of the columns that depend on the objective.
-COLUMNS = {
-    "imbalance_total": ("total", 3),
-    "crossing": ("crossing", 4),
-    "fanout": ("fanout", 3),
-    "node_fanout": ("nodes", 3),
-    "predicted_layer_us": ("layer us", 1),
-}
+from moetuner.trace import RoutingTrace
 
 
 @dataclass(frozen=True)
@@ -45,20 +43,20 @@ class Outcome:
     @property
     def gap(self) -> float | None:
         """Gap to a bound that says something; None to one of loads alone."""
-        told = self.worth.is_known and not self.result.bound_is_of_loads
-        return self.result.gap if told else None
+        is_useful = self.worth.is_known and not self.result.bound_is_of_loads
+        return self.result.gap if is_useful else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields of the evaluation and of the result."""
-        known = self.worth.is_known
+        has_value = self.worth.is_known
         return {
             **self.evaluation.to_dict(),
-            "objective": self.result.objective if known else None,
+            "objective": self.result.objective if has_value else None,
             "unit": self.worth.unit,
-            "bound": self.result.bound if known else None,
+            "bound": self.result.bound if has_value else None,
             "bound_source": self.result.bound_source,
-            "bound_scope": self.result.bound_scope if known else None,
-            "gap": self.result.gap if known else None,
+            "bound_scope": self.result.bound_scope if has_value else None,
+            "gap": self.result.gap if has_value else None,
             "status": self.result.status,
             "violations": list(self.result.violations),
             "solve_seconds": self.result.seconds,
@@ -71,9 +69,7 @@ class Outcome:
         value = self.result.objective if worth.is_known else None
         return (
             f"{self.result.method} !" if self.breaks_rules else self.result.method,
-            number(of.imbalance, 3),
-            number(of.imbalance_mixed, 3),
-            *(number(getattr(of, name), COLUMNS[name][1]) for name in worth.figures),
+            *(FIGURES[name].text(getattr(of, name)) for name in _columns(worth)),
             *_objective(worth, number(value, worth.decimals)),
             percent(self.gap),
             number(self.result.seconds, 2),
@@ -83,16 +79,12 @@ class Outcome:
 def head(problem: Problem) -> tuple[str, ...]:
     """Return a table's columns: what says most of the objective, within 80 characters."""
     worth = Objective(problem)
-    figures = [COLUMNS[name][0] for name in worth.figures]
-    return (
-        "method",
-        "imbalance",
-        "mixed",
-        *figures,
-        *_objective(worth, "objective"),
-        "gap",
-        "seconds",
-    )
+    columns = [FIGURES[name].column for name in _columns(worth)]
+    return ("method", *columns, *_objective(worth, "objective"), "gap", "seconds")
+
+
+def _columns(worth: Objective) -> tuple[str, ...]:
+    return ("imbalance", "imbalance_mixed", *worth.figures)
 
 
 def _objective(worth: Objective, cell: str) -> tuple[str, ...]:
@@ -100,58 +92,112 @@ def _objective(worth: Objective, cell: str) -> tuple[str, ...]:
     return () if worth.is_predicted_time else (cell,)
 
 
+def judge(
+    placements: Sequence[Placement],
+    problem: Problem,
+    traffic: RoutingTrace | RoutingStatistics,
+    *,
+    window: int | None,
+    arrival: Arrival | None = None,
+    mixed: bool = True,
+    threads: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> list[Evaluation]:
+    """Evaluate placements of a problem on other traffic, which is read once for all of them.
+
+    ``arrival`` is the problem's by default. ``progress`` gets the share of the tokens that were
+    replayed.
+    """
+    return evaluate_each(
+        placements,
+        traffic,
+        problem.topology,
+        window=window,
+        split=problem.split,
+        cost_model=Objective(problem).cost_model,
+        regime=problem.regime,
+        arrival=problem.arrival if arrival is None else arrival,
+        mixed=mixed,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def gains(
+    splits: Sequence[Mapping[str, Outcome]], over: str, units: Units, *, share: float, seed: int
+) -> dict[str, Comparison]:
+    """Compare all methods with one, split by split, in the figure nearest to the objective.
+
+    ``units`` are those of the recording, and ``share`` what each split holds out. Only splits count
+    in which every method ran. Nothing comes where the traffic does not tell the figure.
+    """
+    first = splits[0]
+    measure = first[over].worth.figure
+    if getattr(first[over].evaluation, measure) is None:
+        return {}
+    whole = [split for split in splits if set(split) == set(first)]
+    comparisons = {}
+    for method in first:
+        if method != over:
+            pairs = [(split[over].evaluation, split[method].evaluation) for split in whole]
+            gain = compare(pairs, [measure], units=units, share=share, seed=seed)[measure]
+            gain = replace(gain, names=(over, method))
+            comparisons[method] = replace(gain, low=None, high=None) if gain.is_too_few else gain
+    return comparisons
+
+
 def sentences(outcome: Outcome) -> list[str]:
     """Return what was reached, how far from the optimum it can be, and what was chosen."""
-    problem, result, worth = outcome.problem, outcome.result, outcome.worth
+    result, worth = outcome.result, outcome.worth
     lines = []
     time = outcome.evaluation.predicted_layer_us
     if worth.cost_model is not None and time is not None:
         lines.append(f"Predicted time: {number(time, 1)} us per layer.")
     if worth.is_known:
         # A time that is predicted by counts would be a second one beside that of the replay.
-        line = "" if worth.is_predicted_time else f"Objective: {worth.text(result.objective)}"
-        if result.bound_is_of_loads:
-            bound = worth.text(result.bound or 0.0)
-            if worth.is_predicted_time:
-                bound = f"{percent(result.gap)} less time"
-            line += f"; {loads_alone(bound)}"
-        elif result.bound is not None and result.gap is not None:
-            which = caps.SINGLE if problem.stays_single else ""
-            if problem.max_imbalance is not None:
-                raised = result.details.caps.raised
-                which += " under the caps that it keeps" if raised else " under this cap"
-            if worth.is_predicted_time:
-                line = (
-                    f"By INPUT's counts no placement{which} takes {percent(result.gap)} less time "
-                    f"({result.bound_source})"
-                )
-            else:
-                line += (
-                    f"; no placement{which} is below {worth.text(result.bound)} "
-                    f"({result.bound_source}), so this one is within {percent(result.gap)}"
-                )
-        if line:
-            line = line.removeprefix("; ")
-            lines.append(f"{line[0].upper()}{line[1:]}.")
+        reached = "" if worth.is_predicted_time else f"Objective: {worth.text(result.objective)}"
+        line = "; ".join(filter(None, (reached, _bounded(outcome))))
+        lines += [f"{line[0].upper()}{line[1:]}."] if line else []
     unseen = result.details.unseen
     if unseen is not None:
-        why = unseen.reason
-        if why is None:
-            score, folds = (
-                unseen.scores[unseen.chosen],
-                f"{unseen.folds} folds of {unseen.held_out}",
-            )
-            why = f"max / mean {score:.3f}, bursts and mixed, in {folds}"
-        lines.append(f"Chosen for unseen traffic: {unseen.chosen} ({why}).")
+        lines.append(f"Chosen for unseen traffic: {unseen.chosen} ({unseen.reason}).")
     search = result.details.search
     if search.windows_searched is not None:
         lines.append(
-            f"Searched on {search.windows_searched:,} means of windows that are alike, judged on "
-            f"all {search.windows:,}."
+            f"Searched on {search.windows_searched:,} representative windows, evaluated on all "
+            f"{search.windows:,}."
         )
     if search.set_tokens is not None:
-        lines.append(f"Expert sets are of a sample of {search.set_tokens:,} tokens.")
+        lines.append(f"Expert sets were counted on a sample of {search.set_tokens:,} tokens.")
     return lines
+
+
+def _bounded(outcome: Outcome) -> str:
+    """Write what the bound says of how far the optimum is; nothing where there is none."""
+    problem, result, worth = outcome.problem, outcome.result, outcome.worth
+    if result.bound is None or result.gap is None:
+        return ""
+    less_time = f"{percent(result.gap)} less time"
+    if result.bound_is_of_loads:
+        return loads_alone(less_time if worth.is_predicted_time else worth.text(result.bound))
+    which = caps.SINGLE if problem.stays_single else ""
+    if problem.max_imbalance is not None:
+        raised = result.details.caps.raised
+        which += " under the caps that it keeps" if raised else " under this cap"
+    if worth.is_predicted_time:
+        return f"by INPUT's counts no placement{which} takes {less_time} ({result.bound_source})"
+    return within(result, worth.text(result.bound), which)
+
+
+def below(bound: str, which: str = "") -> str:
+    """Write what a bound proves of the placements that it is about."""
+    return f"no placement{which} is below {bound}"
+
+
+def within(result: Result, bound: str, which: str = "") -> str:
+    """Write what a bound proves of a placement."""
+    gap = percent(result.gap)
+    return f"{below(bound, which)} ({result.bound_source}), so this one is within {gap}"
 
 
 def slower(outcome: Outcome, blocks: Outcome) -> list[str]:
@@ -189,8 +235,8 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
     if worth.lacks is not None:
         lines.append(f"INPUT has {worth.lacks}.")
     for outcome in outcomes:
-        told = caps.remarks(problem, outcome.result.details.caps)
-        lines.extend(f"{outcome.result.method}: {line}" for line in told)
+        notes = caps.remarks(problem, outcome.result.details.caps)
+        lines.extend(f"{outcome.result.method}: {line}" for line in notes)
         if outcome.breaks_rules:
             mark = f"{outcome.result.method} ! violates rules:"
             lines.extend(f"{mark} {broken}." for broken in outcome.result.violations)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import at_least, callable_or_none, instance, seed_in, threads_in
 from moetuner.evaluation import Evaluation, evaluate_each, intervals
-from moetuner.evaluation.units import Units, hold_out, reach_of, units_of
+from moetuner.evaluation.units import Units, alike_tokens, hold_out, units_of
 from moetuner.frozen import Frozen, html_table
 from moetuner.problem import Problem
 from moetuner.solver import solve
@@ -141,13 +141,13 @@ def structure(
     held_out = isinstance(traffic, RoutingTrace) and traffic.tokens > 1
     parts = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
 
-    def told(number: int) -> Callable[[float], None] | None:
+    def progress_of(number: int) -> Callable[[float], None] | None:
         """Return what is told how far the reading of this number is."""
         if progress is None:
             return None
         return lambda share: progress((number + share) / READINGS)
 
-    seen, unseen = (_pairs(part, threads, told(number)) for number, part in enumerate(parts))
+    seen, unseen = (_pairs(part, threads, progress_of(number)) for number, part in enumerate(parts))
     whole = seen + unseen if held_out else seen
     load = whole.total_load
     share, distance = _groups(traffic, load, threads)
@@ -156,24 +156,28 @@ def structure(
         method: str, seen: RoutingStatistics, unseen: RoutingTrace | RoutingStatistics
     ) -> Evaluation:
         problem = Problem(seen, topology, regime="follow", max_imbalance=max_imbalance)
-        found = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
-        found = found.uninterrupted()
+        result = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
+        result = result.uninterrupted()
         return evaluate_each(
-            [found.placement], unseen, mixed=False, threads=threads, progress=told(READINGS - 1)
+            [result.placement],
+            unseen,
+            mixed=False,
+            threads=threads,
+            progress=progress_of(READINGS - 1),
         )[0]
 
     tables = whole.transitions_or_empty
-    known = bool(tables.any())
+    has_pairs = bool(tables.any())
     bits = chance = contiguous = searched = null = gain = None
-    if known:
+    if has_pairs:
         chance = tuple(_chance_bits(tables, seed))
         bits = tuple(max(_bits(t) - c, 0.0) for t, c in zip(tables, chance, strict=True))
         contiguous = crossing("contiguous", seen, unseen).crossing
-    if known and isinstance(parts[1], RoutingTrace) and held_out:
-        found = crossing("heuristic", seen, _in_blocks(parts[1], units_of(traffic), seed))
-        searched = found.crossing
+    if has_pairs and isinstance(parts[1], RoutingTrace) and held_out:
+        evaluation = crossing("heuristic", seen, _in_blocks(parts[1], units_of(traffic), seed))
+        searched = evaluation.crossing
         null = crossing("heuristic", _independent(seen), _independent(unseen)).crossing
-        gain = _gain(found, null)
+        gain = _gain(evaluation, null)
     return Structure(
         skew=tuple(_over_mean(load).tolist()),
         unused=tuple((load == 0).sum(axis=1).tolist()),
@@ -197,7 +201,7 @@ def _in_blocks(trace: RoutingTrace, units: Units, seed: int) -> RoutingTrace:
     Without sequences blocks are runs of tokens, none shorter than tokens are alike.
     """
     if trace.sequence is None:
-        blocks = max(min(BLOCKS, trace.tokens // reach_of(trace)), 1)
+        blocks = max(min(BLOCKS, trace.tokens // alike_tokens(trace)), 1)
         block = np.arange(trace.tokens) * blocks // max(trace.tokens, 1)
     else:
         labels, which = np.unique(units.of_tokens(trace.sequence), return_inverse=True)
@@ -206,21 +210,21 @@ def _in_blocks(trace: RoutingTrace, units: Units, seed: int) -> RoutingTrace:
     return replace(trace, group=block.astype(np.int16), group_names=names)
 
 
-def _gain(found: Evaluation, null: float | None) -> tuple[float, float] | None:
+def _gain(evaluation: Evaluation, null: float | None) -> tuple[float, float] | None:
     """Compute the interval of the null less a crossing, from blocks that differ by chance."""
-    if null is None or found.crossing is None:
+    if null is None or evaluation.crossing is None:
         return None
-    tables = [block.traffic["follow"] for block in found.by_group.values()]
+    tables = [block.traffic["follow"] for block in evaluation.by_group.values()]
     pairs = np.array([table.sum(dtype=np.float64) for table in tables])
     stay = np.array([np.einsum("ldd->", table.astype(np.float64)) for table in tables])
     blocks = int((pairs > 0).sum())
     if blocks < intervals.FEWEST:
         return None
     # The standard error of a ratio of two sums over blocks.
-    apart = (pairs - stay) - found.crossing * pairs
+    apart = (pairs - stay) - evaluation.crossing * pairs
     error = np.sqrt(blocks / (blocks - 1) * (apart**2).sum()) / pairs.sum()
     width = intervals.quantile(CHANCE, blocks - 1) * float(error)
-    return null - found.crossing - width, null - found.crossing + width
+    return null - evaluation.crossing - width, null - evaluation.crossing + width
 
 
 def _pairs(
@@ -266,37 +270,21 @@ def _groups(
     traffic: RoutingTrace | RoutingStatistics, load: NDArray[np.uint64], threads: int | None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Compute the share and distance of every group that has tokens."""
-    if traffic.group is None:
+    if traffic.group is None or not traffic.group.size:
         return {}, {}
-    total = load.sum(dtype=np.float64)
-    mix = _shares(load)
+    if isinstance(traffic, RoutingTrace):
+        traffic = RoutingStatistics.from_trace(
+            traffic, by_group=True, transitions=False, coactivation=False, threads=threads
+        )
+    total, mix = load.sum(dtype=np.float64), _shares(load)
     share, distance = {}, {}
-    for name, of_group in _load_by_group(traffic, threads).items():
+    for number, name in enumerate(traffic.group_names):
+        of_group = traffic.window_load[traffic.group == number].sum(axis=0, dtype=np.uint64)
         if of_group.any():
             share[name] = float(of_group.sum(dtype=np.float64) / total)
             apart = np.abs(_shares(of_group) - mix).sum(axis=1) / 2
             distance[name] = float(apart.mean())
     return share, distance
-
-
-def _load_by_group(
-    traffic: RoutingTrace | RoutingStatistics, threads: int | None
-) -> dict[str, NDArray[np.uint64]]:
-    """Load [L,E] of every group."""
-    names = traffic.group_names
-    if isinstance(traffic, RoutingStatistics):
-        of_window = traffic.group
-        return {
-            name: traffic.window_load[of_window == i].sum(axis=0, dtype=np.uint64)
-            for i, name in enumerate(names)
-        }
-    counted = {}
-    for name in names:
-        part = RoutingStatistics.from_trace(
-            traffic.select(groups=name), transitions=False, coactivation=False, threads=threads
-        )
-        counted[name] = part.total_load
-    return counted
 
 
 def _shares(load: NDArray[np.uint64]) -> NDArray[np.float64]:

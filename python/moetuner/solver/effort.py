@@ -21,11 +21,6 @@ SINGLE_SHARE, SINGLE_BALANCE_SHARE, SINGLE_LEAST = 0.4, 0.1, 20
 # its certificate, may take, and steps of a second on a slow core ("The co-location programme").
 PARTITION_STEPS, PARTITION_STEPS_PER_SECOND = 4_000_000_000, 500_000_000
 
-# Trying every placement ("Risk, the worst group, and budgets"): experts of a layer, contents of
-# one, pairs of contents of two, and sums, beyond which it is not tried, and seconds it may take.
-MOST_EXPERTS, MOST_CONTENTS, MOST_PAIRS, MOST_SUMS = 12, 10_000, 20_000, 20_000_000
-ENUMERATION_SECONDS = 2.0
-
 # Layer by layer ("Windows that nobody has seen", its "Schedule" and "Time of a whole solve").
 # Trials for a slot: of few windows more search brings more, and is cheap; one or two are soon
 # level. Of many, the work is bounded: trials times windows, which are looked at LANES at a time.
@@ -41,18 +36,9 @@ JUDGED = 3
 FEW_SLOTS, RESTARTS = 64, 8
 # Times that risk and groups are weighed anew, and when something is known of the weights.
 REWEIGHTINGS, REWEIGHTINGS_AGAIN = 4, 2
-# Share of a time limit for choosing how to search, and the seconds below which nothing is tried.
-LEARN_SHARE, LEARN_LEAST = 0.25, 0.1
 # Caps on the imbalance under which traffic alone is searched where time weighs both, and
 # the share of what is left that these searches get (not measured).
 TRAFFIC_CAPS, TRAFFIC_SHARE = (1.02, 1.08, 1.2, 1.5, float("inf")), 0.6
-
-# Choosing how to search by cross-validation ("Windows that nobody has seen"): parts of the windows
-# at most, parts of windows of every group; layers that are tried, trials for a slot and a layer.
-MOST_FOLDS, WINDOW_FOLDS = 8, 4
-TRIED_LAYERS, TRIED_PER_SLOT, TRIED_LEAST = 6, 100, 10_000
-# Windows from which noise is estimated.
-NOISE_WINDOWS = 64
 
 # Fewest visits ("Fewest devices per token"): trials of each start on pairs, where they are of wide
 # layers (whose trials look at all swaps of an expert), and the share of a time limit that they get.
@@ -116,12 +102,11 @@ QUICK, PATIENT = 14, 10_000
 ADAPT_STEPS = 8
 # What a copy must gain in windows, as a share of all tokens of a device (not measured).
 LIVE_PRICE = 1e-3
-# Where pairs count: the norm that stands for the maximum, and trials for a slot.
-LIVE_NORM, LIVE_TRIALS = 8, 35
+# Where pairs count: trials for a slot.
+LIVE_TRIALS = 35
 # The quick search in windows ("Balance in windows within milliseconds"): trials for a slot, the
-# least of a layer, the most for a slot times LANES windows, and the part of experts' variance among
-# windows that is noise.
-LEVEL_TRIALS, LEAST_LEVEL, LEVEL_WORK, LEVEL_NOISE = 10, 2500, 400, 0.25
+# least of a layer, and the most for a slot times LANES windows.
+LEVEL_TRIALS, LEAST_LEVEL, LEVEL_WORK = 10, 2500, 400
 # Without hurry: trials for a slot times LANES windows, and the fewest windows for which it is used.
 LEVEL_FULL, MANY_WINDOWS = 4000, 17
 # Trials for a layer that DeepSeek's own code would balance better.

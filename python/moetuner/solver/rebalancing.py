@@ -6,7 +6,6 @@ rebalancer of expert-parallel layers.
 
 from __future__ import annotations
 
-import heapq
 import math
 from dataclasses import dataclass
 
@@ -14,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.placement import kept
+from moetuner.placement import keep_slots, moves_from
 from moetuner.solver import effort
-from moetuner.solver.search.level import level
+from moetuner.solver.search.level import NORM, copy_prices, level
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -53,14 +52,14 @@ class Rebalanced:
         Expert ids [L,D,S]; -1 where a device holds all experts that it may already.
     before, after
         Tokens of the slowest device of every layer [L], over all windows, and what pairs cost.
-    brought
+    moves
         Copies of every layer that come to a device [L].
     """
 
     slots: Slots
     before: Floats
     after: Floats
-    brought: NDArray[np.int64]
+    moves: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -115,29 +114,44 @@ def rebalance(
         Tokens that a copy must gain at least, on one load.
     """
     load = windows[None] if windows.ndim == 2 else recent(windows)
+    rules = {"dead_zone": dead_zone, "deviations": deviations}
+    total = load.sum(axis=0)
 
-    def relieved() -> Rebalanced:
-        return _relieved(
-            load.sum(axis=0),
-            slots,
+    def relieved(budget: int, steps: int = effort.ADAPT_STEPS) -> Rebalanced:
+        slots_after, before, after, moved = _core.adapt_slots(
+            np.ascontiguousarray(total),
+            np.ascontiguousarray(slots),
             time,
-            budget,
-            dead_zone,
-            deviations,
+            most=min(budget, slots.size),
+            steps=steps,
+            trials=effort.QUICK,
             full=full,
             price=price,
+            **rules,
         )
+        return Rebalanced(slots_after, np.array(before), np.array(after), np.array(moved, np.int64))
 
     if len(load) == 1 and pairs is None:
-        return relieved()
+        return relieved(budget)
     if not slots.size:
         raise ValueError(f"no slots in a layer: {list(slots.shape)}")
-    search = _Search(np.ascontiguousarray(load), slots, time, pairs)
-    if not search.held.any():
-        found = search.run(None)
-        cost = search.cost(found)
-        return Rebalanced(found, cost, cost, _brought(search.held, found))
-    return _budgeted(search, relieved(), budget, dead_zone, deviations)
+    running = _holds(slots, load.shape[2])
+    if not running.any():
+        packed = _searched(load, None, slots, time, pairs)
+        cost = _cost(load, packed, time, pairs)
+        return Rebalanced(packed, cost, cost, moves_from(running, packed))
+    # Every layer stays, moves by few steps, or is searched from there. Experts that had no slot get
+    # one whatever that gains.
+    stay, few = relieved(0, steps=0).slots, relieved(budget).slots
+    searched = _searched(load, few, slots, time, pairs)
+    ways = [stay, few, keep_slots(slots, searched, np.full(slots.shape[:2], slots.shape[2]))]
+    costs = np.stack([_cost(load, way, time, pairs) for way in ways])
+    moves = np.stack([moves_from(running, way) for way in ways])
+    layer = np.arange(len(slots))
+    chosen = np.array(_core.spend_budget(costs, moves, most=budget, **rules), dtype=np.int64)
+    return Rebalanced(
+        np.stack(ways)[chosen, layer], costs[0], costs[chosen, layer], moves[chosen, layer]
+    )
 
 
 def recent(windows: Floats) -> Floats:
@@ -166,166 +180,58 @@ def recent(windows: Floats) -> Floats:
     return windows[-memories[good.index(True)] :]
 
 
-def _relieved(
-    load: Floats,
-    slots: Slots,
-    time: Floats,
-    budget: int,
-    dead_zone: float,
-    deviations: float,
-    *,
-    full: bool = True,
-    price: float = 0.0,
-    steps: int = effort.ADAPT_STEPS,
-) -> Rebalanced:
-    """Relieve devices on one load [L,E], by the core's steps."""
-    found, before, after, brought = _core.adapt_slots(
-        np.ascontiguousarray(load),
-        np.ascontiguousarray(slots),
-        time,
-        most=min(budget, slots.size),
-        dead_zone=dead_zone,
-        deviations=deviations,
-        steps=steps,
-        trials=effort.QUICK,
-        full=full,
-        price=price,
-    )
-    return Rebalanced(found, np.array(before), np.array(after), np.array(brought, dtype=np.int64))
+def _searched(
+    windows: Floats, start: Slots | None, running: Slots, time: Floats, pairs: Pairs | None
+) -> Slots:
+    """Search for what suits every window, and pairs, not the sum of windows alone.
 
-
-class _Search:
-    """What suits every window, and pairs, not the sum of windows alone."""
-
-    def __init__(
-        self,
-        windows: Floats,
-        slots: Slots,
-        time: Floats,
-        pairs: Pairs | None,
-    ) -> None:
-        layers, devices, width = slots.shape
-        self.windows, self.slots, self.time = windows, slots, time
-        self.pairs = pairs
-        self.room = np.full((layers, devices), width, dtype=np.int64)
-        self.held = _held(slots, windows.shape[2])
-        self.together = None if pairs is None else self._together(pairs)
-
-    def _together(self, pairs: Pairs) -> _core.Layers:
-        layers = _core.Layers(
-            self.windows,
-            np.ones(len(self.windows)),
-            self.room,
-            [0] * len(self.time),
-            self.time.tolist(),
-            nearest=False,
-            norm=effort.LIVE_NORM,
-        )
-        unit = pairs.cost.max()
-        scaled = pairs.counts * (PARTS * pairs.cost / max(unit, 1e-300))[:, None, None]
-        layers.price_pairs(np.rint(scaled).astype(np.uint64), float(unit) / PARTS)
-        return layers
-
-    def run(self, begin: Slots | None) -> Slots:
-        """Search from slots, where a copy that comes has its price, or from nothing."""
-        found = level(
-            self.windows,
-            self.room,
-            self.time,
-            begin,
-            price=effort.LIVE_PRICE,
-        )
-        if self.together is None:
-            return found
-        if begin is not None:
-            mean = effort.LIVE_PRICE * self.windows.sum(axis=(0, 2)) / len(self.time)
-            price = np.where(self.held.transpose(0, 2, 1), 0.0, mean[:, None, None])
-            self.together.hold(np.ascontiguousarray(price))
-        trials = effort.LIVE_TRIALS * int(self.room.sum(axis=1).max())
-        return self.together.place(found, trials=trials, empties=False, threads=1)[0]
-
-    def cost(self, slots: Slots) -> Floats:
-        """Compute what slots cost [L]."""
-        return _cost(self.windows, slots, self.time, self.pairs)
-
-
-def _budgeted(
-    search: _Search, relieved: Rebalanced, budget: int, dead_zone: float, deviations: float
-) -> Rebalanced:
-    """Give every layer one of a few ways to go: to stay, few moves, or a search from there.
-
-    The budget goes to those that gain most for a copy.
+    From a start, where a copy that comes has its price, or from nothing.
     """
-    windows, slots, time, held = search.windows, search.slots, search.time, search.held
-    # What must be done whatever it brings: experts that had no slot.
-    least = _relieved(windows.sum(axis=0), slots, time, 0, dead_zone, deviations, steps=0).slots
-    searched = kept(slots, search.run(relieved.slots), search.room)
-    ways = [least, relieved.slots, searched]
-    costs = np.stack([search.cost(way) for way in ways])
-    moves = np.stack([_brought(held, way) for way in ways])
-    chosen = _spent(costs, moves, budget, dead_zone, deviations)
-    layer = np.arange(len(slots))
-    return Rebalanced(
-        np.stack(ways)[chosen, layer], costs[0], costs[chosen, layer], moves[chosen, layer]
+    layers, devices, width = running.shape
+    capacity = np.full((layers, devices), width, dtype=np.int64)
+    windows = np.ascontiguousarray(windows)
+    slots = level(windows, capacity, time, start, price=effort.LIVE_PRICE)
+    if pairs is None:
+        return slots
+    search = _core.Layers(
+        windows,
+        np.ones(len(windows)),
+        capacity,
+        [0] * devices,
+        time.tolist(),
+        nearest=False,
+        norm=NORM,
     )
+    unit = pairs.cost.max()
+    scaled = pairs.counts * (PARTS * pairs.cost / max(unit, 1e-300))[:, None, None]
+    search.price_pairs(np.rint(scaled).astype(np.uint64), float(unit) / PARTS)
+    if start is not None:
+        mean = windows.sum(axis=(0, 2)) / devices
+        search.hold(copy_prices(running, windows.shape[2], effort.LIVE_PRICE * mean))
+    trials = effort.LIVE_TRIALS * devices * width
+    return search.place(slots, trials=trials, empties=False, threads=1)[0]
 
 
-def _spent(
-    costs: Floats, moves: NDArray[np.int64], budget: int, dead_zone: float, deviations: float
-) -> NDArray[np.int64]:
-    """Choose a way for every layer [L], of costs [N,L] and the copies that they bring [N,L].
-
-    Way 0 is to stay. From way to way those come first that gain most for a copy, and each must gain
-    more than the dead zone and chance.
-    """
-    _, layers = costs.shape
-    chosen = np.zeros(layers, dtype=np.int64)
-    left = budget - int(moves[0].sum())
-
-    def next_of(layer: int) -> tuple[float, int] | None:
-        """Return the way on that gains most for a copy, and what that is, negative."""
-        now = chosen[layer]
-        gain = costs[now, layer] - costs[:, layer]
-        least = np.maximum(
-            dead_zone * costs[now, layer],
-            deviations * np.sqrt(costs[now, layer] + costs[:, layer]),
-        )
-        more = moves[:, layer] - moves[now, layer]
-        slope = np.where((gain > least) & (more <= left), gain / np.maximum(more, 1), 0.0)
-        way = int(slope.argmax())
-        return (-float(slope[way]), way) if slope[way] > 0 else None
-
-    heap = [(*on, layer) for layer in range(layers) if (on := next_of(layer))]
-    heapq.heapify(heap)
-    while heap:
-        _, way, layer = heapq.heappop(heap)
-        more = int(moves[way, layer] - moves[chosen[layer], layer])
-        if more <= left:
-            left -= more
-            chosen[layer] = way
-        # Where it was too much, another way may be open.
-        if (then := next_of(layer)) is not None:
-            heapq.heappush(heap, (*then, layer))
-    return chosen
+def _holds(slots: Slots, experts: int) -> NDArray[np.bool_]:
+    """Compute whether a device holds an expert [L,D,E]."""
+    holds = np.zeros((*slots.shape[:2], experts + 1), dtype=bool)
+    np.put_along_axis(holds, slots.astype(np.int64), True, axis=2)
+    return holds[:, :, :-1]
 
 
-def _held(slots: Slots, experts: int) -> NDArray[np.bool_]:
-    """Whether a device holds an expert [L,D,E]."""
-    held = np.zeros((*slots.shape[:2], experts + 1), dtype=bool)
-    np.put_along_axis(held, slots.astype(np.int64), True, axis=2)
-    return held[:, :, :-1]
-
-
-def copies_brought(before: Slots, after: Slots, experts: int) -> NDArray[np.int64]:
+def moves_between(before: Slots, after: Slots, experts: int) -> NDArray[np.int64]:
     """Count the copies of every layer that a device did not hold before [L]."""
-    return _brought(_held(before, experts), after)
+    return moves_from(_holds(before, experts), after)
 
 
 def renumbered(slots: Slots, running: Slots, experts: int) -> Slots:
-    """Give what was packed for devices that are alike to those that hold most of it [L,D,S]."""
+    """Compute slots [L,D,S] in which alike devices get what was packed for one of them.
+
+    The one that holds most of it already, as far as another does not hold more.
+    """
     layers, devices, _ = slots.shape
-    same = _held(slots, experts).astype(np.float32)
-    overlap = same @ _held(running, experts).transpose(0, 2, 1).astype(np.float32)
+    same = _holds(slots, experts).astype(np.float32)
+    overlap = same @ _holds(running, experts).transpose(0, 2, 1).astype(np.float32)
     order = np.empty((layers, devices), dtype=np.int64)
     row = np.arange(layers)
     for _ in range(devices):
@@ -337,16 +243,9 @@ def renumbered(slots: Slots, running: Slots, experts: int) -> Slots:
     return np.take_along_axis(slots, order[:, :, None], axis=1)
 
 
-def _brought(held: NDArray[np.bool_], slots: Slots) -> NDArray[np.int64]:
-    """Count the copies of every layer that a device does not hold [L]."""
-    new = _held(slots, held.shape[2]) & ~held
-    brought: NDArray[np.int64] = new.sum(axis=(1, 2))
-    return brought
-
-
 def _cost(windows: Floats, slots: Slots, time: Floats, pairs: Pairs | None) -> Floats:
-    """Tokens of the slowest device over all windows, and what pairs apart cost [L]."""
-    part = _held(slots, windows.shape[2]).astype(np.float64)
+    """Compute tokens of the slowest device over all windows, and what pairs apart cost [L]."""
+    part = _holds(slots, windows.shape[2]).astype(np.float64)
     part /= part.sum(axis=1, keepdims=True)
     load = part @ windows.transpose(1, 2, 0)
     cost: Floats = (load * time[:, None]).max(axis=1).sum(axis=1)

@@ -15,10 +15,10 @@ except ImportError as error:
 
 from moetuner.torch.models import MoELayer, moe_layers
 from moetuner.torch.parallel import migrate, rebalance
+from moetuner.torch.parallel.agreement import MoveError
 from moetuner.torch.parallel.exchange import TrafficCounters
 from moetuner.torch.parallel.experts import Experts, GroupedExperts, swiglu
 from moetuner.torch.parallel.layer import ExpertParallelMoE
-from moetuner.torch.parallel.migrate import MoveError
 from moetuner.torch.parallel.rebalance import ComputeCost, Decision, Rebalancer
 from moetuner.torch.record.capture import Recorder, capture
 from moetuner.torch.record.counters import RoutingCounters

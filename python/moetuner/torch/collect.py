@@ -6,10 +6,12 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from moetuner.files import LONGEST_TEXT, size_of
 from moetuner.torch.record.capture import UNNAMED, capture
@@ -51,9 +53,9 @@ def read_texts(path: str | Path) -> Iterator[Text]:
             if not line:
                 continue
             is_json = line.startswith("{") if is_json is None else is_json
-            found = _from_json(line, f"{path}: line {number}") if is_json else Text(line, None)
-            if found.text.strip():
-                yield found
+            text = _from_json(line, f"{path}: line {number}") if is_json else Text(line, None)
+            if text.text.strip():
+                yield text
 
 
 def collect(
@@ -108,42 +110,43 @@ def collect(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     library: Any = transformers
     library.utils.logging.disable_progress_bar()
-    batches = _batches(read_texts(dataset), batch_size)
-    first = next(batches, None)
-    if first is None:
+    texts = read_texts(dataset)
+    first = list(islice(texts, batch_size))
+    if not first:
         raise ValueError(f"{dataset}: must hold at least one text")
     tokenizer = library.AutoTokenizer.from_pretrained(model)
     network = _load(library, model, dtype, device)
-    where = next(network.parameters()).device
-    # Logits of every token would take more memory than the model's own work.
-    arguments = inspect.signature(network.forward).parameters
-    few = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
     done = 0
     with (
         torch.inference_mode(),
         capture(network, path=out, name=Path(model).resolve().name) as recorder,
     ):
-        while first is not None and done < max_tokens:
+        while first and done < max_tokens:
             rows, groups = [], []
             for text in first:
                 ids = tokenizer(text.text)["input_ids"][: min(sequence_length, max_tokens - done)]
                 if ids:
-                    rows.append(ids)
-                    groups.append(text.group)
+                    rows.append(torch.tensor(ids))
+                    groups.append(text.group or UNNAMED)
                     done += len(ids)
             if rows:
-                tokens, mask = _padded(rows)
-                with recorder.group([group or UNNAMED for group in groups]):
-                    network(
-                        input_ids=tokens.to(where),
-                        attention_mask=mask.to(where),
-                        use_cache=False,
-                        **few,
-                    )
+                with recorder.group(groups):
+                    _run(network, rows)
             if progress is not None:
                 progress(done)
-            first = next(batches, None)
+            first = list(islice(texts, batch_size))
     return recorder.trace()
+
+
+def _run(network: Any, rows: list[torch.Tensor]) -> None:
+    """Run texts of token ids, padded on the right."""
+    tokens = pad_sequence(rows, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    where = next(network.parameters()).device
+    # Logits of every token would take more memory than the model's own work.
+    arguments = inspect.signature(network.forward).parameters
+    few = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
+    network(input_ids=tokens.to(where), attention_mask=mask.to(where), use_cache=False, **few)
 
 
 def _from_json(line: str, where: str) -> Text:
@@ -162,31 +165,9 @@ def _from_json(line: str, where: str) -> Text:
     return Text(text, group)
 
 
-def _batches(texts: Iterator[Text], size: int) -> Iterator[list[Text]]:
-    batch: list[Text] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def _load(library: Any, model: str, dtype: str, device: str | None) -> Any:
     spread = {"device_map": "auto"} if device == "auto" else {}
     network = library.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **spread)
     if not spread:
         network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return network.eval()
-
-
-def _padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and mask [batch,tokens] of texts, padded on the right."""
-    length = max(map(len, rows))
-    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
-    mask = torch.zeros(len(rows), length, dtype=torch.int64)
-    for row, ids in enumerate(rows):
-        tokens[row, : len(ids)] = torch.tensor(ids)
-        mask[row, : len(ids)] = 1
-    return tokens, mask

@@ -73,17 +73,24 @@ def moe_layers(
     instance("model", model, nn.Module)
     modules = dict(model.named_modules())
     if routers is None:
-        found = [name for name in modules if _is_router(name, modules)]
-        if not found:
+        names = [name for name in modules if _is_router(name, modules)]
+        if not names:
             raise ValueError(
                 f"model must have MoE layers, {type(model).__name__} has no module with 'experts' "
                 "and a router: name its routers in routers=[...]"
             )
     else:
-        found = [_name_of(router, modules) for router in listed("routers", routers, "names")]
-        if not found or len(set(found)) < len(found):
-            raise ValueError(f"routers must be at least one and differ, got {found}")
-    return tuple(_layer(name, modules) for name in found)
+        name_of = {id(module): name for name, module in modules.items()}
+        names = []
+        for router in listed("routers", routers, "names"):
+            name = name_of.get(id(router), router)
+            if not isinstance(name, str) or name not in modules:
+                what = repr(router) if isinstance(router, str) else type(router).__name__
+                raise ValueError(f"routers must be modules of the model, got {what}")
+            names.append(name)
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"routers must be at least one and differ, got {names}")
+    return tuple(_layer(name, modules) for name in names)
 
 
 def same_sizes(layers: tuple[MoELayer, ...]) -> tuple[int, int]:
@@ -131,45 +138,32 @@ def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:
     return own in ROUTER_NAMES and not routed
 
 
-def _name_of(router: str | nn.Module, modules: dict[str, nn.Module]) -> str:
-    if isinstance(router, str):
-        if router not in modules:
-            raise ValueError(f"routers must be modules of the model, got {router!r}")
-        return router
-    for name, module in modules.items():
-        if module is router:
-            return name
-    raise ValueError(f"routers must be modules of the model, got {type(router).__name__}")
-
-
 def _layer(name: str, modules: dict[str, nn.Module]) -> MoELayer:
-    router, block = modules[name], modules[name.rpartition(".")[0]]
-    experts = modules.get(f"{name.rpartition('.')[0]}.experts".removeprefix("."))
-    holders = [module for module in (router, experts, block) if module is not None]
+    parent = name.rpartition(".")[0]
+    router, block = modules[name], modules[parent]
+    experts = modules.get(f"{parent}.experts".removeprefix("."))
+    holders: list[object] = [of for of in (router, experts, block) if of is not None]
     size = _number(holders, SIZE_NAMES)
     weight = getattr(router, "weight", None)
     if size is None and isinstance(experts, nn.ModuleList):
         size = len(experts)
     if size is None and isinstance(weight, Tensor) and weight.dim() == 2:
         size = weight.shape[0]
-    config = [module.config for module in holders if hasattr(module, "config")]
-    top_k = _number([*holders, *config], TOP_K_NAMES)
+    holders += [of.config for of in holders if hasattr(of, "config")]
+    top_k = _number(holders, TOP_K_NAMES)
     if size is None or top_k is None:
         missing, names = ("experts", SIZE_NAMES) if size is None else ("top-k", TOP_K_NAMES)
         raise ValueError(
             f"{name}: the number of {missing} must be an attribute {' or '.join(names)} of the "
             f"router or its block, {type(router).__name__} has none"
         )
-    choices = size + (_number([*holders, *config], IDLE_NAMES) or 0)
-    return MoELayer(name, block, router, experts, size, choices, top_k, _expert_groups(router))
-
-
-def _expert_groups(router: nn.Module) -> int:
-    return groups_chosen(
+    groups = groups_chosen(
         _number([router], GROUP_NAMES),
         _number([router], ("topk_group",)),
         getattr(router, "topk_method", None),
     )
+    choices = size + (_number(holders, IDLE_NAMES) or 0)
+    return MoELayer(name, block, router, experts, size, choices, top_k, groups)
 
 
 def _number(holders: Iterable[object], names: Iterable[str]) -> int | None:

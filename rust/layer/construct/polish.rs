@@ -1,7 +1,6 @@
 //! Lowers the longest device time of a layer, step by step, until no step does.
 
-use super::draft::Draft;
-use crate::layer::EMPTY;
+use crate::layer::{EMPTY, Move, Site, Slots};
 
 /// The longest time is not lowered further when it is this close to the mean, as a share of it.
 const CLOSE: f64 = 1.0 / 4096.0;
@@ -13,15 +12,14 @@ const RESCUE: usize = 24;
 const GAIN: f64 = 1e-12;
 
 /// Tries `trials` pairs of devices, for steps that lower the time of the slowest and lift no other to it.
-pub(in crate::layer) fn polish(draft: &mut Draft<'_>, trials: usize) {
+pub(super) fn polish(slots: &mut Slots, site: &Site, load: &[f64], trials: usize) {
     if trials == 0 {
         return;
     }
-    let site = draft.site;
-    let used = site.time.iter().zip(site.room).filter(|(_, room)| **room > 0);
     // Nothing is faster than loads that are parted at will.
-    let mean = draft.load.iter().sum::<f64>() / used.map(|(time, _)| 1.0 / time).sum::<f64>();
-    let mut polish = Polish::new(draft, trials);
+    let mean = load.iter().sum::<f64>() / site.rate();
+    let (times, load_in) = slots.times_and_loads(site, load);
+    let mut polish = Polish { slots, site, load, times, load_in, trials };
     let mut more = trials * RESCUE;
     loop {
         let slow = extreme(&polish.times, |a, b| a > b);
@@ -33,9 +31,9 @@ pub(in crate::layer) fn polish(draft: &mut Draft<'_>, trials: usize) {
         if close || polish.trials == 0 {
             return;
         }
-        let found =
+        let gained =
             polish.exchange(slow, goal) || polish.drop(slow, goal) || site.copies && polish.copy(slow, goal);
-        if !found && polish.trials > 0 {
+        if !gained && polish.trials > 0 {
             return;
         }
     }
@@ -46,8 +44,10 @@ fn extreme(times: &[f64], beats: impl Fn(f64, f64) -> bool) -> usize {
     (1..times.len()).fold(0, |best, g| if beats(times[g], times[best]) { g } else { best })
 }
 
-struct Polish<'a, 'b> {
-    draft: &'a mut Draft<'b>,
+struct Polish<'a> {
+    slots: &'a mut Slots,
+    site: &'a Site,
+    load: &'a [f64],
     /// Of every device `[D]`.
     times: Vec<f64>,
     /// Load in every slot `[P]`.
@@ -56,12 +56,7 @@ struct Polish<'a, 'b> {
     trials: usize,
 }
 
-impl<'a, 'b> Polish<'a, 'b> {
-    fn new(draft: &'a mut Draft<'b>, trials: usize) -> Self {
-        let (times, load_in) = draft.times_and_loads();
-        Self { draft, times, load_in, trials }
-    }
-
+impl Polish<'_> {
     /// Exchanges the contents of two slots, one of them on `slow`, so that both devices are done before `goal`: with the
     /// first device that allows it, those that are done first before others.
     fn exchange(&mut self, slow: usize, goal: f64) -> bool {
@@ -82,114 +77,107 @@ impl<'a, 'b> Polish<'a, 'b> {
             return false;
         }
         self.trials -= 1;
-        let draft = &mut *self.draft;
-        let [t, u] = [draft.site.time[slow], draft.site.time[other]];
-        let (mine, theirs) = (draft.slots(slow), draft.slots(other));
+        let slots = &mut *self.slots;
+        let [t, u] = [self.site.time[slow], self.site.time[other]];
+        let theirs = slots.of(other);
         let loads = &self.load_in[theirs.clone()];
         let [before, beside] = [self.times[slow], self.times[other]];
-        let (mut best, mut found) = (goal, None);
-        for p in mine {
+        let (mut least, mut best) = (goal, None);
+        for p in slots.of(slow) {
             let given = self.load_in[p];
             for (&taken, q) in loads.iter().zip(theirs.clone()) {
                 let moved = given - taken;
                 let longest = f64::max(before - moved * t, beside + moved * u);
-                if longest < best && may_exchange(draft, (p, slow), (q, other)) {
-                    (best, found) = (longest, Some((p, q)));
+                if longest < least && slots.allows(self.site, Move::Swap(p, q)) {
+                    (least, best) = (longest, Some((p, q)));
                 }
             }
         }
-        let Some((p, q)) = found else { return false };
-        let (a, b) = (draft.expert_in[p], draft.expert_in[q]);
-        draft.put(p, slow, EMPTY);
-        draft.put(q, other, a);
-        draft.put(p, slow, b);
+        let Some((p, q)) = best else { return false };
+        slots.apply(Move::Swap(p, q));
         self.load_in.swap(p, q);
         self.times[slow] += (self.load_in[p] - self.load_in[q]) * t;
         self.times[other] += (self.load_in[q] - self.load_in[p]) * u;
         true
     }
 
+    /// Changes a slot's content and follows.
+    fn put(&mut self, slot: usize, expert: u16) {
+        self.slots.put(slot, expert);
+        (self.times, self.load_in) = self.slots.times_and_loads(self.site, self.load);
+    }
+
     /// Empties the slot on `slow` whose expert's other copies take its part best, all of them done before `goal`.
     fn drop(&mut self, slow: usize, goal: f64) -> bool {
-        let draft = &mut *self.draft;
+        let slots = &*self.slots;
         let mut best = (goal, None);
-        for p in draft.slots(slow).filter(|&p| draft.releases(p, slow)) {
-            let e = draft.expert_in[p];
-            if e == EMPTY || draft.copies[usize::from(e)] == 1 || self.trials == 0 {
+        for p in slots.of(slow).filter(|&p| slots.releases(self.site, p)) {
+            let e = slots.expert_in[p];
+            if slots.copies(e) < 2 || self.trials == 0 {
                 continue;
             }
             self.trials -= 1;
-            let more = self.load_in[p] / f64::from(draft.copies[usize::from(e)] - 1);
-            let others = draft.devices(e).filter(|&g| g != slow);
-            let longest = others.map(|g| self.times[g] + more * draft.site.time[g]).fold(0.0, f64::max);
+            let more = self.load_in[p] / f64::from(slots.copies(e) - 1);
+            let others = slots.devices(e).map(usize::from).filter(|&g| g != slow);
+            let longest = others.map(|g| self.times[g] + more * self.site.time[g]).fold(0.0, f64::max);
             if longest < best.0 {
                 best = (longest, Some(p));
             }
         }
         let Some(p) = best.1 else { return false };
-        draft.put(p, slow, EMPTY);
-        (self.times, self.load_in) = draft.times_and_loads();
+        self.put(p, EMPTY);
         true
     }
 
     /// Puts a copy of an expert on `slow` into a slot elsewhere, over an expert that has others or over nothing, so that
     /// all whose time changes are done before `goal`; the best of all such steps.
     fn copy(&mut self, slow: usize, goal: f64) -> bool {
-        let draft = &mut *self.draft;
+        let slots = &*self.slots;
         let mut best = (goal, None);
-        for p in draft.slots(slow) {
-            let e = draft.expert_in[p];
+        for p in slots.of(slow) {
+            let e = slots.expert_in[p];
             if e == EMPTY {
                 continue;
             }
-            for g in (0..self.times.len()).filter(|&g| draft.takes(e, g)) {
+            for g in (0..self.times.len()).filter(|&g| slots.takes(self.site, e, g)) {
                 if self.trials == 0 {
                     break;
                 }
                 self.trials -= 1;
-                for q in draft.slots(g).filter(|&q| draft.releases(q, g)) {
-                    let f = draft.expert_in[q];
-                    if f == EMPTY || draft.copies[usize::from(f)] > 1 {
-                        let longest = changes(draft, e, (q, g)).map(|(h, by)| self.times[h] + by);
+                for q in slots.of(g).filter(|&q| slots.releases(self.site, q)) {
+                    let f = slots.expert_in[q];
+                    if f == EMPTY || slots.copies(f) > 1 {
+                        let longest = self.changes(e, (q, g)).map(|(h, by)| self.times[h] + by);
                         let longest = longest.fold(0.0, f64::max);
                         if longest < best.0 {
-                            best = (longest, Some((e, q, g)));
+                            best = (longest, Some((e, q)));
                         }
                     }
                 }
             }
         }
-        let Some((e, q, g)) = best.1 else { return false };
-        draft.put(q, g, e);
-        (self.times, self.load_in) = draft.times_and_loads();
+        let Some((e, q)) = best.1 else { return false };
+        self.put(q, e);
         true
     }
-}
 
-pub(super) fn may_exchange(draft: &Draft<'_>, (p, g): (usize, usize), (q, h): (usize, usize)) -> bool {
-    let enters = |expert: u16, device: usize| expert == EMPTY || draft.takes(expert, device);
-    let (a, b) = (draft.expert_in[p], draft.expert_in[q]);
-    enters(a, h) && enters(b, g) && draft.releases(p, g) && draft.releases(q, h)
-}
-
-/// What a copy of expert `e` in slot `q` of device `g` adds to the time of every device that feels it.
-fn changes<'a>(
-    draft: &'a Draft<'_>,
-    e: u16,
-    (q, g): (usize, usize),
-) -> impl Iterator<Item = (usize, f64)> + use<'a> {
-    let f = draft.expert_in[q];
-    let time = draft.site.time;
-    // What the copies of an expert gain, each, when there are `more` of them.
-    let gain = move |expert: u16, more: i64| {
-        let copies = i64::from(draft.copies[usize::from(expert)]) + more;
-        draft.load[usize::from(expert)] / copies as f64 - draft.share(expert)
-    };
-    let less = gain(e, 1);
-    let more = if f == EMPTY { 0.0 } else { gain(f, -1) };
-    let both = move |h: usize| f != EMPTY && draft.holds(f, h);
-    let of_e = draft.devices(e).map(move |h| (h, (less + if both(h) { more } else { 0.0 }) * time[h]));
-    let of_f = (f != EMPTY).then(|| draft.devices(f)).into_iter().flatten();
-    let of_f = of_f.filter(move |&h| h != g && !draft.holds(e, h)).map(move |h| (h, more * time[h]));
-    of_e.chain(of_f).chain([(g, (draft.share(e) + less - draft.share(f)) * time[g])])
+    /// What a copy of expert `e` in slot `q` of device `g` adds to the time of every device that feels it.
+    fn changes(&self, e: u16, (q, g): (usize, usize)) -> impl Iterator<Item = (usize, f64)> + use<'_> {
+        let (slots, load, time) = (&*self.slots, self.load, &self.site.time);
+        let f = slots.expert_in[q];
+        // What the copies of an expert gain, each, when there are `more` of them.
+        let gain = |expert: u16, more: i64| {
+            let copies = i64::from(slots.copies(expert)) + more;
+            load[usize::from(expert)] / copies as f64 - slots.part(load, expert)
+        };
+        let less = gain(e, 1);
+        let more = if f == EMPTY { 0.0 } else { gain(f, -1) };
+        let both = move |h: usize| f != EMPTY && slots.holds(f, h);
+        let devices = move |expert: u16| slots.devices(expert).map(usize::from);
+        let of_e = devices(e).map(move |h| (h, (less + if both(h) { more } else { 0.0 }) * time[h]));
+        let of_f = (f != EMPTY).then(|| devices(f)).into_iter().flatten();
+        let of_f = of_f.filter(move |&h| h != g && !slots.holds(e, h)).map(move |h| (h, more * time[h]));
+        let change = (slots.part(load, e) + less - slots.part(load, f)) * time[g];
+        of_e.chain(of_f).chain([(g, change)])
+    }
 }

@@ -1,6 +1,7 @@
 //! The cap on a device's load over all windows: not a cost but a rule.
 
-use crate::layer::{EMPTY, Layer, Move, Placement};
+use crate::layer::slots::Share;
+use crate::layer::{Layer, Slots};
 
 /// Loads of devices over all windows `[D]`, in time of the slowest.
 #[derive(Debug, Clone)]
@@ -8,40 +9,47 @@ pub(crate) struct Caps {
     load: Vec<f64>,
 }
 
-/// Shares are rounded, loads are not: what is over the cap by less than this part of it keeps it.
+/// What is over the cap by less than this part of it keeps it.
 const ROUNDING: f64 = 1e-9;
 
 impl Caps {
-    pub(crate) fn new(layer: &Layer, placement: &Placement) -> Self {
-        let mut caps = Self { load: vec![0.0; layer.devices()] };
-        for e in 0..layer.experts as u16 {
-            let devices = placement.devices(e);
-            for &device in devices {
-                caps.load[usize::from(device)] += taken(layer, e, devices, device);
+    pub(crate) fn new(layer: &Layer, slots: &Slots) -> Self {
+        let mut load = vec![0.0; layer.devices()];
+        let experts = if layer.cap < f64::INFINITY { layer.experts as u16 } else { 0 };
+        for e in 0..experts {
+            let devices: Vec<u16> = slots.devices(e).collect();
+            for &device in &devices {
+                let share = layer.site.share(&devices, device) * layer.site.time[usize::from(device)];
+                load[usize::from(device)] += layer.load[usize::from(e)] * share;
             }
         }
-        caps
+        Self { load }
+    }
+
+    /// Loads of the devices that a move touches, before and after it.
+    fn changes<'a>(&'a self, layer: &'a Layer, shares: &'a [Share]) -> impl Iterator<Item = (f64, f64)> + 'a {
+        let by = |of: &Share| {
+            let part = (of.after - of.before) * layer.site.time[usize::from(of.device)];
+            layer.load[usize::from(of.expert)] * part
+        };
+        let first = |(i, of): (usize, &'a Share)| {
+            shares[..i].iter().all(|earlier| earlier.device != of.device).then_some(of.device)
+        };
+        shares.iter().enumerate().filter_map(first).map(move |device| {
+            let more: f64 = shares.iter().filter(|of| of.device == device).map(by).sum();
+            let load = self.load[usize::from(device)];
+            (load, load + more)
+        })
     }
 
     /// Whether every device that a move gives load to stays within the cap, or the worst of them gets less.
-    pub(crate) fn allows(&self, layer: &Layer, placement: &Placement, step: Move) -> bool {
+    pub(crate) fn allows(&self, layer: &Layer, shares: &[Share]) -> bool {
         if layer.cap == f64::INFINITY {
             return true;
         }
-        if let Some([(g, more), (h, less)]) = exchange(layer, placement, step) {
-            let before = [g, h].map(|device| self.load[usize::from(device)]);
-            let worst = (before[0] + more).max(before[1] + less);
-            return worst <= layer.cap * (1.0 + ROUNDING) || worst < before[0].max(before[1]);
-        }
-        let changes = changes(layer, placement, step);
-        let (mut worst, mut before) = (0.0f64, 0.0f64);
-        for (i, &(device, _)) in changes.iter().enumerate() {
-            if changes[..i].iter().all(|&(earlier, _)| earlier != device) {
-                let load = self.load[usize::from(device)];
-                let more: f64 = changes.iter().filter(|&&(d, _)| d == device).map(|&(_, by)| by).sum();
-                worst = worst.max(load + more);
-                before = before.max(load);
-            }
+        let (mut before, mut worst) = (0.0f64, 0.0f64);
+        for (load, then) in self.changes(layer, shares) {
+            (before, worst) = (before.max(load), worst.max(then));
         }
         worst <= layer.cap * (1.0 + ROUNDING) || worst < before
     }
@@ -52,34 +60,17 @@ impl Caps {
     }
 
     /// What a move adds to the parts of the cap that devices exceed it by, summed.
-    pub(crate) fn rise(&self, layer: &Layer, placement: &Placement, step: Move) -> f64 {
+    pub(crate) fn rise(&self, layer: &Layer, shares: &[Share]) -> f64 {
         if layer.cap == f64::INFINITY {
             return 0.0;
         }
-        if let Some(changes) = exchange(layer, placement, step) {
-            return changes.iter().map(|&(device, by)| self.risen(layer, device, by)).sum();
-        }
-        let changes = changes(layer, placement, step);
-        let mut rise = 0.0;
-        for (i, &(device, _)) in changes.iter().enumerate() {
-            if changes[..i].iter().all(|&(earlier, _)| earlier != device) {
-                let more = changes.iter().filter(|&&(d, _)| d == device).map(|&(_, by)| by).sum();
-                rise += self.risen(layer, device, more);
-            }
-        }
-        rise
+        self.changes(layer, shares).map(|(load, then)| above(layer, then) - above(layer, load)).sum()
     }
 
-    fn risen(&self, layer: &Layer, device: u16, by: f64) -> f64 {
-        let load = self.load[usize::from(device)];
-        above(layer, load + by) - above(layer, load)
-    }
-
-    pub(crate) fn apply(&mut self, layer: &Layer, placement: &Placement, step: Move) {
-        if layer.cap != f64::INFINITY {
-            for (device, by) in changes(layer, placement, step) {
-                self.load[usize::from(device)] += by;
-            }
+    pub(crate) fn apply(&mut self, layer: &Layer, shares: &[Share]) {
+        for of in shares {
+            let g = usize::from(of.device);
+            self.load[g] += layer.load[usize::from(of.expert)] * (of.after - of.before) * layer.site.time[g];
         }
     }
 }
@@ -88,35 +79,4 @@ impl Caps {
 fn above(layer: &Layer, load: f64) -> f64 {
     let excess = load / layer.cap.max(f64::MIN_POSITIVE) - 1.0;
     if excess > ROUNDING { excess } else { 0.0 }
-}
-
-fn taken(layer: &Layer, expert: u16, devices: &[u16], device: u16) -> f64 {
-    let share = if devices.len() == 1 { 1.0 } else { f64::from(layer.share(devices, device)) };
-    layer.load[usize::from(expert)] * share * f64::from(layer.time[usize::from(device)])
-}
-
-/// What an exchange of two experts without other copies adds to the loads of their devices: most moves are one.
-fn exchange(layer: &Layer, placement: &Placement, step: Move) -> Option<[(u16, f64); 2]> {
-    let Move::Swap(p, q) = step else { return None };
-    let [a, b] = [p, q].map(|slot| placement.expert_in[slot]);
-    let single = |e: u16| e == EMPTY || placement.devices(e).len() == 1;
-    if !(single(a) && single(b)) {
-        return None;
-    }
-    let load = |e: u16| if e == EMPTY { 0.0 } else { layer.load[usize::from(e)] };
-    let more = load(b) - load(a);
-    let by = |device: u16, more: f64| (device, more * f64::from(layer.time[usize::from(device)]));
-    Some([by(placement.device_of(p), more), by(placement.device_of(q), -more)])
-}
-
-/// What a move adds to the loads of devices; a device may occur more than once.
-fn changes(layer: &Layer, placement: &Placement, step: Move) -> Vec<(u16, f64)> {
-    let mut changes = Vec::with_capacity(4);
-    for edit in placement.edits(step) {
-        let before = placement.devices(edit.expert);
-        let after: Vec<u16> = edit.after(before).collect();
-        changes.extend(before.iter().map(|&device| (device, -taken(layer, edit.expert, before, device))));
-        changes.extend(after.iter().map(|&device| (device, taken(layer, edit.expert, &after, device))));
-    }
-    changes
 }

@@ -11,7 +11,7 @@
 
 use std::sync::{Arc, LazyLock};
 
-use crate::layer::{EMPTY, Layer, Move, Placement};
+use crate::layer::{EMPTY, Layer, Move, Slots};
 
 /// Bits in a word.
 const WORD: usize = 64;
@@ -91,14 +91,14 @@ impl Sets {
         self.planes.iter().enumerate().map(|(bit, plane)| (ones(plane, rows) as i64) << bit).sum()
     }
 
-    /// Adds to a row what a slot serves of an expert that is on `devices`.
-    fn serve(&self, to: &mut [u64], expert: u16, devices: &[u16], device: u16) {
-        let row = self.row(expert);
-        if devices.len() < 2 {
+    /// Adds what a slot serves to a row.
+    fn serve(&self, to: &mut [u64], slots: &Slots, slot: usize) {
+        let expert = slots.expert_in[slot];
+        let (row, copies) = (self.row(expert), slots.copies(expert) as usize);
+        if copies < 2 {
             return join(to, row);
         }
-        let copies = devices.len();
-        let copy = devices.iter().filter(|&&other| other < device).count();
+        let copy = slots.devices(expert).filter(|&other| usize::from(other) < slots.device(slot)).count();
         // Bit n of a word that begins with part `first` is part `first + n`: a pattern that depends on `first % copies`.
         let pattern =
             |from: usize| (0..WORD).filter(|n| (from + n) % copies == copy).fold(0u64, |p, n| p | 1 << n);
@@ -125,8 +125,6 @@ pub(crate) struct Fanout {
     visits: Vec<i64>,
     /// Tokens that visit a node `[N]`; empty where nodes cost nothing.
     node_visits: Vec<i64>,
-    /// First slot of every device `[D + 1]`.
-    first: Vec<usize>,
     /// Tokens that would visit a slot's device if the slot held an expert, or nobody, who is the last `[P, E + 1]`;
     /// [`UNKNOWN`] where nobody has asked since the others there changed. A cold search asks the same again and again.
     would: Vec<i64>,
@@ -134,15 +132,10 @@ pub(crate) struct Fanout {
 
 impl Fanout {
     /// Of a layer with sets.
-    pub(crate) fn new(layer: &Layer, sets: &Sets, placement: &Placement) -> Self {
+    pub(crate) fn new(layer: &Layer, sets: &Sets, slots: &Slots) -> Self {
         let (d, words) = (layer.devices(), sets.words);
-        let mut first = vec![0];
-        first.extend(layer.room.iter().scan(0, |at, &room| {
-            *at += room;
-            Some(*at)
-        }));
         let tiers = sets.node_cost != 0.0;
-        let nodes = layer.node.iter().map(|&node| usize::from(node) + 1).max().unwrap_or(0);
+        let nodes = layer.site.node.iter().map(|&node| usize::from(node) + 1).max().unwrap_or(0);
         let kinds = layer.experts + 1;
         let mut fanout = Self {
             words,
@@ -153,10 +146,9 @@ impl Fanout {
             beside: vec![0; if tiers { d * words } else { 0 }],
             visits: vec![0; d],
             node_visits: vec![0; if tiers { nodes } else { 0 }],
-            first,
         };
         let all: Vec<u16> = (0..d as u16).collect();
-        fanout.refresh(layer, sets, placement, &all);
+        fanout.refresh(layer, sets, slots, &all);
         fanout
     }
 
@@ -166,46 +158,46 @@ impl Fanout {
     }
 
     /// What a move would add to the cost.
-    pub(crate) fn change(&mut self, layer: &Layer, sets: &Sets, placement: &Placement, step: Move) -> f64 {
+    pub(crate) fn change(&mut self, layer: &Layer, sets: &Sets, slots: &Slots, step: Move) -> f64 {
         if let Move::Swap(p, q) = step {
-            let [a, b] = [p, q].map(|slot| placement.expert_in[slot]);
-            let single = |e: u16| e == EMPTY || placement.devices(e).len() == 1;
+            let [a, b] = [p, q].map(|slot| slots.expert_in[slot]);
+            let single = |e: u16| e == EMPTY || slots.copies(e) == 1;
             if single(a) && single(b) {
-                return self.exchange(layer, sets, placement, [(p, b), (q, a)]);
+                return self.exchange(layer, sets, slots, [(p, b), (q, a)]);
             }
         }
-        let mut after = placement.clone();
-        after.apply(layer, step);
+        let mut after = slots.clone();
+        after.apply(step);
         let mut fanout = self.clone();
-        fanout.refresh(layer, sets, &after, &touched(placement, step));
+        fanout.refresh(layer, sets, &after, &touched(slots, step));
         fanout.cost(sets) - self.cost(sets)
     }
 
     /// Follows a move; `after` is the placement behind it, `touched` the devices that it may have changed.
-    pub(crate) fn refresh(&mut self, layer: &Layer, sets: &Sets, after: &Placement, touched: &[u16]) {
+    pub(crate) fn refresh(&mut self, layer: &Layer, sets: &Sets, after: &Slots, touched: &[u16]) {
         let words = self.words;
         for &device in touched {
             let g = usize::from(device);
-            let slots = self.first[g]..self.first[g + 1];
-            self.would[slots.start * self.kinds..slots.end * self.kinds].fill(UNKNOWN);
+            let range = after.of(g);
+            self.would[range.start * self.kinds..range.end * self.kinds].fill(UNKNOWN);
             // Forwards and backwards, so that every slot gets the others before and behind it.
             let mut sum = vec![0; words];
-            for slot in slots.clone() {
+            for slot in range.clone() {
                 self.others[slot * words..][..words].copy_from_slice(&sum);
-                add(sets, after, slot, &mut sum);
+                sets.serve(&mut sum, after, slot);
             }
             self.device[g * words..][..words].copy_from_slice(&sum);
             sum.fill(0);
-            for slot in slots.rev() {
+            for slot in range.rev() {
                 join(&mut self.others[slot * words..][..words], &sum);
-                add(sets, after, slot, &mut sum);
+                sets.serve(&mut sum, after, slot);
             }
             self.visits[g] = sets.tokens([&sum]);
         }
         if self.beside.is_empty() {
             return;
         }
-        let node_of = |device: usize| layer.node[device];
+        let node_of = |device: usize| layer.site.node[device];
         let mut nodes: Vec<u16> = touched.iter().map(|&device| node_of(usize::from(device))).collect();
         nodes.sort_unstable();
         nodes.dedup();
@@ -225,13 +217,13 @@ impl Fanout {
     }
 
     /// What it would add if two slots got these experts, which have no other copies.
-    fn exchange(&mut self, layer: &Layer, sets: &Sets, placement: &Placement, new: [(usize, u16); 2]) -> f64 {
+    fn exchange(&mut self, layer: &Layer, sets: &Sets, slots: &Slots, new: [(usize, u16); 2]) -> f64 {
         let words = self.words;
         let (mut devices, mut nodes) = (0, 0);
-        let [here, there] = new.map(|(slot, _)| usize::from(placement.device_of(slot)));
-        let apart = layer.node[here] != layer.node[there] && !self.beside.is_empty();
+        let [here, there] = new.map(|(slot, _)| slots.device(slot));
+        let apart = layer.site.node[here] != layer.site.node[there] && !self.beside.is_empty();
         for (slot, expert) in new {
-            let g = usize::from(placement.device_of(slot));
+            let g = slots.device(slot);
             let (others, row) = (&self.others[slot * words..][..words], sets.row(expert));
             let would = &mut self.would[slot * self.kinds + usize::from(expert).min(self.kinds - 1)];
             if *would == UNKNOWN {
@@ -241,7 +233,8 @@ impl Fanout {
             // Within a node, an exchange changes nothing for it.
             if apart {
                 let beside = &self.beside[g * words..][..words];
-                nodes += sets.tokens([others, row, beside]) - self.node_visits[usize::from(layer.node[g])];
+                nodes +=
+                    sets.tokens([others, row, beside]) - self.node_visits[usize::from(layer.site.node[g])];
             }
         }
         price(sets, devices, nodes)
@@ -249,10 +242,10 @@ impl Fanout {
 }
 
 /// Devices whose sets a move may change: those of all copies of the experts that it moves.
-pub(crate) fn touched(placement: &Placement, step: Move) -> Vec<u16> {
+pub(crate) fn touched(slots: &Slots, step: Move) -> Vec<u16> {
     let mut touched = Vec::with_capacity(8);
-    for edit in placement.edits(step) {
-        touched.extend_from_slice(placement.devices(edit.expert));
+    for edit in slots.edits(step) {
+        touched.extend(slots.devices(edit.expert));
         touched.extend(edit.to);
     }
     touched.sort_unstable();
@@ -262,14 +255,6 @@ pub(crate) fn touched(placement: &Placement, step: Move) -> Vec<u16> {
 
 fn price(sets: &Sets, devices: i64, nodes: i64) -> f64 {
     devices as f64 * sets.device_cost + nodes as f64 * sets.node_cost
-}
-
-/// Adds what a slot serves to a row.
-fn add(sets: &Sets, placement: &Placement, slot: usize, to: &mut [u64]) {
-    let expert = placement.expert_in[slot];
-    if expert != EMPTY {
-        sets.serve(to, expert, placement.devices(expert), placement.device_of(slot));
-    }
 }
 
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
@@ -296,98 +281,4 @@ fn ones<const N: usize>(mask: &[u64], rows: [&[u64]; N]) -> u64 {
         sum += u64::from((any & mask[word]).count_ones());
     }
     sum
-}
-
-#[cfg(test)]
-// Costs are sums of whole numbers.
-#[allow(clippy::float_cmp)]
-mod tests {
-    use super::*;
-    use crate::layer::terms::windows::Windows;
-    use crate::random::Random;
-    use proptest::prelude::*;
-
-    fn layer(room: Vec<usize>, experts: usize) -> Layer {
-        let windows = Windows::new(&vec![0.0; experts], &[1.0], experts, 0, None, 0.0);
-        let node = (0..room.len() as u16).map(|device| device / 2).collect();
-        Layer { node, ..Layer::plain(room, experts, windows) }
-    }
-
-    proptest! {
-        /// Visits are what a plain count over sets finds, token by token where experts have copies; whatever moves
-        /// led there, and what they were said to add.
-        #[test]
-        fn visits_are_counted(
-            experts in 2usize..10,
-            devices in 2usize..6,
-            spare in 0usize..5,
-            counts in prop::collection::vec(0u64..2000, 0..40),
-            seed in any::<u64>(),
-        ) {
-            let mut random = Random::new(seed, 0);
-            let mut room = vec![experts.div_ceil(devices); devices];
-            room[0] += spare;
-            let layer = layer(room, experts);
-            let k = 1 + random.below(experts.min(4));
-            let mut ids = Vec::new();
-            for _ in &counts {
-                let mut all: Vec<u16> = (0..experts as u16).collect();
-                random.shuffle(&mut all);
-                ids.extend(&all[..k]);
-            }
-            let copies = layer.slots() > experts;
-            let mut sets = Sets::new(&ids, &counts, experts, copies);
-            (sets.device_cost, sets.node_cost) = (1.0, 1000.0);
-            let mut expert_in: Vec<u16> = (0..experts as u16).collect();
-            expert_in.resize(layer.slots(), EMPTY);
-            random.shuffle(&mut expert_in);
-            let mut placement = Placement::new(&layer, expert_in);
-            let mut fanout = Fanout::new(&layer, &sets, &placement);
-            for _ in 0..40 {
-                let slots = layer.slots();
-                let step = if copies && random.below(2) == 0 {
-                    Move::Put(random.below(slots), random.below(experts) as u16)
-                } else {
-                    Move::Swap(random.below(slots), random.below(slots))
-                };
-                if !placement.allows(&layer, step) {
-                    continue;
-                }
-                let said = fanout.cost(&sets) + fanout.change(&layer, &sets, &placement, step);
-                let touched = touched(&placement, step);
-                placement.apply(&layer, step);
-                fanout.refresh(&layer, &sets, &placement, &touched);
-                prop_assert_eq!(said, fanout.cost(&sets));
-                prop_assert_eq!(said, Fanout::new(&layer, &sets, &placement).cost(&sets));
-                prop_assert_eq!(said, plain(&layer, &sets, &placement, &ids, &counts));
-            }
-        }
-    }
-
-    /// The cost of visits, part by part.
-    fn plain(layer: &Layer, sets: &Sets, placement: &Placement, ids: &[u16], counts: &[u64]) -> f64 {
-        let mut parts = Vec::new();
-        for (set, &count) in counts.iter().enumerate() {
-            let cut = if layer.slots() > layer.experts { 12.min(count) } else { count.min(1) };
-            parts.extend((0..cut).map(|part| (set, count / cut + u64::from(part < count % cut))));
-        }
-        parts.sort_by_key(|&(_, count)| std::cmp::Reverse(count));
-        let k = if counts.is_empty() { 1 } else { ids.len() / counts.len() };
-        let mut cost = 0.0;
-        for (n, (set, count)) in parts.into_iter().enumerate() {
-            let served = |&e: &u16| {
-                let mut devices = placement.devices(e).to_vec();
-                devices.sort_unstable();
-                devices[n % devices.len()]
-            };
-            let mut devices: Vec<u16> = ids[set * k..][..k].iter().map(served).collect();
-            devices.sort_unstable();
-            devices.dedup();
-            let mut nodes: Vec<u16> = devices.iter().map(|&g| layer.node[usize::from(g)]).collect();
-            nodes.dedup();
-            let per_token = devices.len() as f64 * sets.device_cost + nodes.len() as f64 * sets.node_cost;
-            cost += per_token * count as f64;
-        }
-        cost
-    }
 }

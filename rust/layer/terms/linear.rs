@@ -2,38 +2,38 @@
 //!
 //! Moved bytes are a cost of holding; traffic from neighbouring layers whose placement stands is a cost of serving.
 
-use crate::layer::{Layer, Move, Placement};
+use crate::layer::slots::Share;
+use crate::layer::{Layer, Move, Slots};
 
-/// What a move would add.
-pub(crate) fn change(layer: &Layer, placement: &Placement, step: Move) -> f64 {
-    if layer.hold.is_empty() && layer.serve.is_empty() {
-        return 0.0;
-    }
-    let mut after = Vec::with_capacity(8);
+/// What a move would add, given the shares that it changes.
+pub(crate) fn change(layer: &Layer, slots: &Slots, step: Move, shares: &[Share]) -> f64 {
+    let at = |expert: u16, device: u16| usize::from(expert) * layer.devices() + usize::from(device);
     let mut change = 0.0;
-    for edit in placement.edits(step) {
-        let before = placement.devices(edit.expert);
-        after.clear();
-        after.extend(edit.after(before));
-        change += of_expert(layer, edit.expert, &after) - of_expert(layer, edit.expert, before);
+    if !layer.hold.is_empty() {
+        for edit in slots.edits(step) {
+            let cost = |device: Option<u16>| device.map_or(0.0, |device| layer.hold[at(edit.expert, device)]);
+            change += cost(edit.to) - cost(edit.from);
+        }
+    }
+    if !layer.serve.is_empty() {
+        let of = |share: &Share| (share.after - share.before) * layer.serve[at(share.expert, share.device)];
+        change += shares.iter().map(of).sum::<f64>();
     }
     change
 }
 
 /// Of all experts.
-pub(crate) fn cost(layer: &Layer, placement: &Placement) -> f64 {
-    (0..layer.experts as u16).map(|e| of_expert(layer, e, placement.devices(e))).sum()
-}
-
-fn of_expert(layer: &Layer, expert: u16, devices: &[u16]) -> f64 {
-    let at = |device: u16| usize::from(expert) * layer.devices() + usize::from(device);
+pub(crate) fn cost(layer: &Layer, slots: &Slots) -> f64 {
     let mut cost = 0.0;
-    for &device in devices {
-        if let Some(hold) = layer.hold.get(at(device)) {
-            cost += hold;
-        }
-        if let Some(serve) = layer.serve.get(at(device)) {
-            cost += f64::from(layer.share(devices, device)) * serve;
+    if layer.hold.is_empty() && layer.serve.is_empty() {
+        return cost;
+    }
+    for expert in 0..layer.experts as u16 {
+        let devices: Vec<u16> = slots.devices(expert).collect();
+        for &device in &devices {
+            let at = usize::from(expert) * layer.devices() + usize::from(device);
+            cost += layer.hold.get(at).copied().unwrap_or(0.0);
+            cost += layer.serve.get(at).map_or(0.0, |serve| layer.site.share(&devices, device) * serve);
         }
     }
     cost

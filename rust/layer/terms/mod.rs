@@ -1,21 +1,23 @@
 //! Terms of a layer's cost: each knows what a move changes, exactly, and how to apply it.
 
-pub mod balance;
+pub(super) mod balance;
 pub(super) mod caps;
 pub mod fanout;
 pub(super) mod linear;
-mod measure;
-pub mod noise;
+mod loads;
+mod norm;
+mod peak;
 pub mod together;
 pub mod windows;
 
-use crate::layer::{Layer, Move, Placement};
+use super::slots::Share;
+use crate::layer::{Layer, Move, Slots};
 use balance::Balance;
 use caps::Caps;
 use fanout::Fanout;
 use together::Together;
 
-/// The terms of a layer's cost, for the placement as it stands.
+/// The terms of a layer's cost, for the slots as they stand.
 #[derive(Debug)]
 pub(super) struct Terms {
     /// None where no window weighs anything.
@@ -27,16 +29,22 @@ pub(super) struct Terms {
     pub(super) caps: Caps,
     /// Of [`linear`].
     pub(super) linear: f64,
+    /// What the move changes that is looked at.
+    shares: Vec<Share>,
+    devices: Vec<u16>,
 }
 
 impl Terms {
-    pub(super) fn new(layer: &Layer, placement: &Placement) -> Self {
+    pub(super) fn new(layer: &Layer, slots: &Slots) -> Self {
+        let weightless = layer.windows.is_weightless();
         Self {
-            balance: (!layer.windows.is_weightless()).then(|| Balance::new(layer, placement)),
-            fanout: layer.sets.as_ref().map(|sets| Fanout::new(layer, sets, placement)),
-            together: layer.pairs.as_ref().map(|pairs| Together::new(layer, pairs, placement)),
-            caps: Caps::new(layer, placement),
-            linear: linear::cost(layer, placement),
+            balance: (!weightless).then(|| Balance::new(layer, slots, &slots.copies)),
+            fanout: layer.sets.as_ref().map(|sets| Fanout::new(layer, sets, slots)),
+            together: layer.pairs.as_ref().map(|pairs| Together::new(layer, pairs, slots)),
+            caps: Caps::new(layer, slots),
+            linear: linear::cost(layer, slots),
+            shares: Vec::new(),
+            devices: Vec::new(),
         }
     }
 
@@ -50,42 +58,62 @@ impl Terms {
     }
 
     /// What a move would add to the cost; nothing if it breaks the cap.
-    pub(super) fn change(&mut self, layer: &Layer, placement: &Placement, step: Move) -> Option<f64> {
-        if !self.caps.allows(layer, placement, step) {
-            return None;
-        }
-        Some(self.added(layer, placement, step))
+    pub(super) fn change(&mut self, layer: &Layer, slots: &Slots, step: Move) -> Option<f64> {
+        self.look(layer, slots, step);
+        self.caps.allows(layer, &self.shares).then(|| self.added(layer, slots, step))
     }
 
-    /// What a move would add to the cost, whatever the cap.
-    pub(super) fn added(&mut self, layer: &Layer, placement: &Placement, step: Move) -> f64 {
-        let mut change = linear::change(layer, placement, step);
+    /// Notes which shares a move changes, unless no term asks.
+    #[inline(always)]
+    fn look(&mut self, layer: &Layer, slots: &Slots, step: Move) {
+        let by_share = layer.cap < f64::INFINITY || !layer.serve.is_empty() || layer.pairs.is_some();
+        if by_share || balance::exchange(layer, slots, step).is_none() {
+            slots.shares(&layer.site, step, &mut self.shares, &mut self.devices);
+        }
+    }
+
+    /// What a move would add to excess over the caps, and to the cost.
+    pub(super) fn rise(&mut self, layer: &Layer, slots: &Slots, step: Move) -> (f64, f64) {
+        self.look(layer, slots, step);
+        (self.caps.rise(layer, &self.shares), self.added(layer, slots, step))
+    }
+
+    /// What a move would add to the linear costs alone.
+    pub(super) fn linear_change(&mut self, layer: &Layer, slots: &Slots, step: Move) -> f64 {
+        self.look(layer, slots, step);
+        linear::change(layer, slots, step, &self.shares)
+    }
+
+    fn added(&mut self, layer: &Layer, slots: &Slots, step: Move) -> f64 {
+        let shares = &self.shares;
+        let mut change = linear::change(layer, slots, step, shares);
         if let Some(balance) = &mut self.balance {
-            change += balance.change(layer, placement, step);
+            change += balance.change(layer, slots, step, shares);
         }
         if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.sets) {
-            change += fanout.change(layer, sets, placement, step);
+            change += fanout.change(layer, sets, slots, step);
         }
         if let (Some(together), Some(pairs)) = (&self.together, &layer.pairs) {
-            change += together.change(layer, pairs, placement, step);
+            change += together.change(pairs, shares);
         }
         change
     }
 
-    /// Makes the move that [`Terms::change`] or [`Terms::added`] was last asked about.
-    pub(super) fn apply(&mut self, layer: &Layer, placement: &mut Placement, step: Move) {
-        self.caps.apply(layer, placement, step);
-        self.linear += linear::change(layer, placement, step);
+    /// Makes a move that is allowed.
+    pub(super) fn apply(&mut self, layer: &Layer, slots: &mut Slots, step: Move) {
+        slots.shares(&layer.site, step, &mut self.shares, &mut self.devices);
+        self.caps.apply(layer, &self.shares);
+        self.linear += linear::change(layer, slots, step, &self.shares);
         if let Some(balance) = &mut self.balance {
-            balance.apply();
+            balance.apply(layer, slots, step, &self.shares);
         }
         if let (Some(together), Some(pairs)) = (&mut self.together, &layer.pairs) {
-            together.apply(layer, pairs, placement, step);
+            together.apply(pairs, &self.shares);
         }
-        let touched = self.fanout.is_some().then(|| fanout::touched(placement, step));
-        placement.apply(layer, step);
+        let touched = self.fanout.is_some().then(|| fanout::touched(slots, step));
+        slots.apply(step);
         if let (Some(fanout), Some(sets), Some(touched)) = (&mut self.fanout, &layer.sets, touched) {
-            fanout.refresh(layer, sets, placement, &touched);
+            fanout.refresh(layer, sets, slots, &touched);
         }
     }
 }

@@ -4,11 +4,31 @@
 //! loads of devices are therefore a function of the placement alone, whatever moves led to it, on any machine. The scale is
 //! the only loss: every part of a load is off by at most one unit, 2^-22 of the heaviest window's total.
 
-use super::noise::{self, Noise};
+use crate::layer::{LANES, Site};
 
-/// Vectors are whole.
-pub(in crate::layer) const LANES: usize = 16;
-pub(in crate::layer) const LARGEST_TOTAL: f64 = (1 << 22) as f64;
+const LARGEST_TOTAL: f64 = (1 << 22) as f64;
+/// Few windows say little of an expert's variance: the mean expert's counts besides, as that of so many windows.
+const FEW: f64 = 4.0;
+/// What an own variance of one counts, in whole numbers.
+const VARIANCE: f64 = (1u64 << 40) as f64;
+
+/// What stands for the largest load of a window.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Measure {
+    /// The largest load itself.
+    Peak,
+    /// The norm of order 8 over devices.
+    ///
+    /// It sees what experts do on their own, which no window tells of the next one: `noise` is the part of an expert's
+    /// variance among windows that counts as its own. And it sees the mean of all windows, which is what traffic of all
+    /// kinds at once looks like, as `mixed` times them all.
+    Norm {
+        /// The part of an expert's variance among windows that is its own.
+        noise: f64,
+        /// What the mean of all windows counts, in sums of all windows.
+        mixed: f64,
+    },
+}
 
 /// Loads of experts in windows, weighted and scaled.
 #[derive(Debug, Clone)]
@@ -16,97 +36,70 @@ pub struct Windows {
     pub(in crate::layer) count: usize,
     /// Windows, rounded up to full vectors.
     pub(in crate::layer) width: usize,
-    /// Length of a row: `width`, and as much again for variances where there is noise.
-    pub(in crate::layer) row: usize,
-    /// `[E + 1, row]`, whole numbers: loads, then own variances; the last row is that of an empty slot.
+    /// Whole numbers `[E + 1, width]`; the last row is that of an empty slot.
     values: Vec<f32>,
     experts: usize,
     /// Units per weighted token.
     pub scale: f64,
-    /// Order of the norm over devices that stands for the maximum: 2, 4, 8, 16, or 0 for the maximum itself.
-    pub norm: u32,
-    /// A unit of own variance, in squares of a window's load `[width]`; empty where there is no noise.
-    pub(in crate::layer) own_unit: Vec<f64>,
-    /// What a norm counts a window by `[width]`; one, unless there is a mixed window.
-    pub(in crate::layer) emphasis: Vec<f64>,
+    /// What stands for the largest load.
+    pub(in crate::layer) measure: Measure,
+    /// One over what a device has to do in a window where all are done at once; zero in empty ones `[width]`.
+    pub(in crate::layer) per_mean: Vec<f32>,
+    /// What a norm of one costs: that mean, and how much the window counts `[width]`.
+    pub(in crate::layer) price: Vec<f32>,
+    /// Own variance, in squares of the mean, as a whole number `[E]`.
+    pub(in crate::layer) own: Vec<f64>,
+    /// How heavy an expert is: the root of its mean square, and its own deviation, in means `[E]`.
+    pub(in crate::layer) heaviness: Vec<f64>,
 }
 
 impl Windows {
-    /// Takes loads `[W, E]` and the weight of every window `[W]`. A norm also counts what experts do on their own, and
-    /// the mean of all windows, which is what traffic of all kinds at once looks like, as `mixed` times them all.
+    /// Takes loads `[W, E]` and the weight of every window `[W]`.
     #[must_use]
-    pub fn new(
-        load: &[f64],
-        weight: &[f64],
-        experts: usize,
-        norm: u32,
-        noise: Option<Noise>,
-        mixed: f64,
-    ) -> Self {
-        let noise = noise.filter(|_| norm != 0);
+    pub fn new(load: &[f64], weight: &[f64], experts: usize, site: &Site, measure: Measure) -> Self {
         let count = weight.len();
-        let mixed = if norm == 0 || count < 2 { 0.0 } else { mixed };
-        let mut rows: Vec<f64> = load
-            .chunks_exact(experts)
-            .zip(weight)
-            .flat_map(|(row, w)| row.iter().map(move |x| x * w))
-            .collect();
-        let part = parts(&rows, experts);
-        let mut variances = noise.map_or(vec![], |noise| noise::variances(&rows, &part, experts, noise));
+        let (noise, mixed) = match measure {
+            Measure::Norm { noise, mixed } => (noise, if count < 2 { 0.0 } else { mixed }),
+            Measure::Peak => (0.0, 0.0),
+        };
+        let weighted = load.chunks_exact(experts).zip(weight);
+        let mut rows: Vec<f64> = weighted.flat_map(|(row, w)| row.iter().map(move |x| x * w)).collect();
+        let mut counts: Vec<f64> = vec![1.0 / (1.0 + mixed); count];
+        let rate = site.rate();
+        let (own, heaviness) = moments(&rows, experts, rate, noise);
         if mixed > 0.0 {
-            if noise.is_some() {
-                let own = combined(&variances, experts, |w| part[w].powi(2));
-                variances.extend(own);
-            }
-            let mean = combined(&rows, experts, |_| 1.0 / count as f64);
+            let mean = |e: usize| rows[e..].iter().step_by(experts).sum::<f64>() / count as f64;
+            let mean: Vec<f64> = (0..experts).map(mean).collect();
             rows.extend(mean);
+            counts.push(mixed / (1.0 + mixed) * count as f64);
         }
-        let windows = rows.len() / experts;
-        let width = windows.next_multiple_of(LANES).max(LANES);
-        let row = if noise.is_some() { 2 * width } else { width };
-        let heaviest = rows.chunks_exact(experts).map(|row| row.iter().sum()).fold(0.0, f64::max);
+        let width = counts.len().next_multiple_of(LANES).max(LANES);
+        let totals: Vec<f64> = rows.chunks_exact(experts).map(|row| row.iter().sum()).collect();
+        let heaviest = totals.iter().copied().fold(0.0, f64::max);
         let scale = if heaviest > 0.0 { (LARGEST_TOTAL - 1.0) / heaviest } else { 1.0 };
-        let mut values = vec![0.0; (experts + 1) * row];
-        for (w, tokens) in rows.chunks_exact(experts).enumerate() {
-            for (e, &tokens) in tokens.iter().enumerate() {
+        let mut values = vec![0.0; (experts + 1) * width];
+        for (e, values) in values.chunks_exact_mut(width).take(experts).enumerate() {
+            for (value, row) in values.iter_mut().zip(rows.chunks_exact(experts)) {
                 // Down, so that the total keeps its bound.
-                values[e * row + w] = libm::floor(tokens * scale) as f32;
+                *value = (row[e] * scale) as u32 as f32;
             }
         }
-        let mut own_unit = vec![0.0; row - width];
-        for (w, variances) in variances.chunks_exact(experts).enumerate() {
-            own_unit[w] = variances.iter().sum::<f64>() / (LARGEST_TOTAL - 1.0);
-            for (e, variance) in variances.iter().enumerate().filter(|&(_, &variance)| variance > 0.0) {
-                values[e * row + width + w] = libm::floor(variance / own_unit[w]) as f32;
-            }
+        let (mut per_mean, mut price) = (vec![0.0; width], vec![0.0; width]);
+        for (w, (&total, counts)) in totals.iter().zip(&counts).enumerate().filter(|(_, of)| *of.0 > 0.0) {
+            per_mean[w] = (rate / (total * scale)) as f32;
+            price[w] = (total * scale / rate * counts) as f32;
         }
-        let mut emphasis = vec![1.0 / (1.0 + mixed); width];
-        emphasis[count..windows].fill(mixed / (1.0 + mixed) * count as f64);
-        Self { count, width, row, values, experts, scale, norm, own_unit, emphasis }
+        Self { count, width, values, experts, scale, measure, per_mean, price, own, heaviness }
     }
 
-    /// Loads of an expert in all windows and its variances; none where a slot is empty.
-    pub(in crate::layer) fn of(&self, expert: u16) -> (&[f32], &[f32]) {
-        self.values[usize::from(expert).min(self.experts) * self.row..][..self.row].split_at(self.width)
+    /// Loads of an expert in all windows; none where a slot is empty.
+    pub(in crate::layer) fn of(&self, expert: u16) -> &[f32] {
+        &self.values[usize::from(expert).min(self.experts) * self.width..][..self.width]
     }
 
-    /// Adds `sign` times a part of an expert's load to a device's row, and the square of that part of its variance.
-    pub(in crate::layer) fn add(&self, to: &mut [f32], expert: u16, part: f32, sign: f32) {
-        let (load, own) = self.of(expert);
-        let (loads, variances) = to.split_at_mut(self.width);
-        add(loads, load, part, sign);
-        add(variances, own, part * part, sign);
-    }
-
-    /// Writes a device's row, `before`, with parts of one expert less and of another more.
-    pub(super) fn replace(&self, to: &mut [f32], before: &[f32], experts: [u16; 2], parts: [f32; 2]) {
-        let [(leaves, leaves_own), (enters, enters_own)] = experts.map(|expert| self.of(expert));
-        let (loads, variances) = to.split_at_mut(self.width);
-        let (load, variance) = before.split_at(self.width);
-        replace(loads, load, leaves, enters, parts);
-        if !variances.is_empty() {
-            replace(variances, variance, leaves_own, enters_own, parts.map(|part| part * part));
-        }
+    /// Own variance of a copy that serves a part of its expert's tokens, as a whole number.
+    pub(in crate::layer) fn own(&self, expert: u16, part: f64) -> i64 {
+        self.own.get(usize::from(expert)).map_or(0, |own| (own * part * part) as i64)
     }
 
     /// Whether balance costs nothing.
@@ -115,22 +108,35 @@ impl Windows {
     }
 }
 
-/// Every window's part of all tokens `[W]`, of loads `[W, E]`.
-fn parts(rows: &[f64], experts: usize) -> Vec<f64> {
-    let totals: Vec<f64> = rows.chunks_exact(experts).map(|row| row.iter().sum()).collect();
-    let all: f64 = totals.iter().sum();
-    totals.iter().map(|total| if all > 0.0 { total / all } else { 0.0 }).collect()
+/// Standard deviation of an own variance, in means.
+#[inline(always)]
+pub(in crate::layer) fn deviation(own: i64) -> f32 {
+    (own as f64 / VARIANCE).sqrt() as f32
 }
 
-/// Sum over windows of rows `[W, E]`, each times its factor.
-fn combined(rows: &[f64], experts: usize, factor: impl Fn(usize) -> f64) -> Vec<f64> {
-    let mut sum = vec![0.0; experts];
-    for (w, row) in rows.chunks_exact(experts).enumerate() {
-        for (sum, value) in sum.iter_mut().zip(row) {
-            *sum += factor(w) * value;
+/// Own variances and how heavy experts are `[E]`, of weighted loads `[W, E]` in units of a window's mean.
+fn moments(rows: &[f64], experts: usize, rate: f64, noise: f64) -> (Vec<f64>, Vec<f64>) {
+    let [mut mean, mut square] = [vec![0.0; experts], vec![0.0; experts]];
+    let (mut all, mut used) = (0.0, 0usize);
+    for row in rows.chunks_exact(experts) {
+        let total: f64 = row.iter().sum();
+        if total > 0.0 {
+            (all, used) = (all + total, used + 1);
+            for (e, tokens) in row.iter().enumerate() {
+                let part = tokens * (rate / total);
+                mean[e] += total * part;
+                square[e] += total * part * part;
+            }
         }
     }
-    sum
+    let unit = if all > 0.0 { 1.0 / all } else { 0.0 };
+    mean.iter_mut().chain(&mut square).for_each(|sum| *sum *= unit);
+    let variance = |e: usize| noise * (square[e] - mean[e] * mean[e]).max(0.0);
+    let pooled = (0..experts).map(variance).sum::<f64>() / experts as f64;
+    let more = pooled * FEW / used.max(1) as f64;
+    let own = (0..experts).map(|e| libm::rint((variance(e) + more) * VARIANCE)).collect();
+    let heaviness = (0..experts).map(|e| square[e].sqrt() + variance(e).sqrt()).collect();
+    (own, heaviness)
 }
 
 /// Rounds to a whole number what is below 2^22: added to 1.5 * 2^23, nothing else fits the mantissa.
@@ -140,24 +146,27 @@ fn whole(x: f32) -> f32 {
     (x + MAGIC) - MAGIC
 }
 
+/// Adds `sign` times a part of an expert's load to a row.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn add(to: &mut [f32], load: &[f32], part: f32, sign: f32) {
+pub(in crate::layer) fn add(to: &mut [f32], load: &[f32], part: f32, sign: f32) {
     for (to, &load) in to.iter_mut().zip(load) {
         *to += sign * whole(load * part);
     }
 }
 
-/// Writes a device's `load` with one expert's part less and another's more.
-#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn replace(to: &mut [f32], load: &[f32], leaves: &[f32], enters: &[f32], parts: [f32; 2]) {
-    let width = to.len();
-    let (load, leaves, enters) = (&load[..width], &leaves[..width], &enters[..width]);
-    for w in 0..width {
-        to[w] = load[w] - whole(leaves[w] * parts[0]) + whole(enters[w] * parts[1]);
-    }
+/// Full vectors of a row.
+#[inline(always)]
+pub(super) fn chunks(row: &[f32]) -> usize {
+    row.len() / LANES
 }
 
-/// Sum in an order of additions that no instruction set changes; exact, as values are whole.
+/// The first `n` vectors of a row: loops over them need no checks, and so become vectors.
+#[inline(always)]
+pub(super) fn lanes(row: &[f32], n: usize) -> &[[f32; LANES]] {
+    &row.as_chunks::<LANES>().0[..n]
+}
+
+/// Sum in an order of additions that no instruction set changes.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 pub(in crate::layer) fn sum(values: &[f32]) -> f64 {
     let mut sums = [0.0f64; LANES];
@@ -171,8 +180,8 @@ pub(in crate::layer) fn sum(values: &[f32]) -> f64 {
 
 /// Sum of lanes, halves added to halves: the processor need not wait for one addition after the other.
 #[inline(always)]
-pub(in crate::layer) fn total(lanes: [f64; LANES]) -> f64 {
-    let eight: [f64; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
-    let four: [f64; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
+pub(in crate::layer) fn total<T: Copy + std::ops::Add<Output = T>>(lanes: [T; LANES]) -> T {
+    let eight: [T; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
+    let four: [T; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
     (four[0] + four[2]) + (four[1] + four[3])
 }

@@ -1,97 +1,148 @@
-"""Options that several subcommands share, and what becomes of them."""
+"""Options: how they are declared, grouped in ``--help`` and gathered; those of many commands."""
 
 from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from moetuner.files import same_file
+from moetuner.cli.options.paths import IN_FILE as IN_FILE
+from moetuner.cli.options.paths import IN_INPUT as IN_INPUT
+from moetuner.cli.options.paths import InFile as InFile
+from moetuner.cli.options.paths import OutFile as OutFile
+from moetuner.formats.hints import Hints
+from moetuner.problem.settings import ENGINE, GOAL, MACHINE, parameters_of
 from moetuner.report.page import check_libraries
 from moetuner.report.page.figures import check_figures
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+# Groups of the help in their order; an option is in one of them, else in the last.
+BEGIN, OTHER = "Begin with", "Other"
+RUNNING, SEARCH, JUDGING = "The running placement", "The search", "The evaluation"
+GROUPS = (BEGIN, MACHINE, GOAL, ENGINE, RUNNING, SEARCH, JUDGING, OTHER)
 
 
-def claim(context: click.Context | None, parameter: click.Parameter | None, path: Path) -> None:
-    """Remember that an option names a file to read; nothing may be written there."""
-    _claim(context, parameter, path, writes=False)
+class Option(click.Option):
+    """An option that knows its group of the help."""
+
+    def __init__(self, *arguments: Any, group: str = OTHER, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.group = group
 
 
-def _claim(
-    context: click.Context | None, parameter: click.Parameter | None, path: Path, *, writes: bool
-) -> None:
-    if context is None or parameter is None:
-        return
-    claims = context.meta.setdefault(__name__, [])
-    hint = parameter.get_error_hint(context)
-    for other_hint, other, written in claims:
-        if other_hint != hint and (writes or written) and same_file(path, other):
-            raise click.BadParameter(
-                f"must be another file than that of {other_hint}, got '{path}'.", context, parameter
-            )
-    claims.append((hint, path, writes))
-
-
-class InFile(click.Path):
-    """A file to read, which no option of the same command may write.
+class Grouped(click.Command):
+    """A command whose help has options in groups.
 
     Parameters
     ----------
-    folders
-        Whether it may be a folder, too.
+    begin_with
+        Names of options that a newcomer needs, which come first.
     """
 
-    def __init__(self, *, folders: bool = False) -> None:
-        super().__init__(exists=True, dir_okay=folders, path_type=Path)
+    def __init__(self, *arguments: Any, begin_with: str, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.begin_with = begin_with.split()
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path, and remember that it is read."""
-        path = super().convert(value, param, ctx)
-        claim(ctx, param, Path(str(path)))
-        return path
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for every group."""
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in GROUPS}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                is_first = bool({*parameter.opts} & {*self.begin_with})
+                title = BEGIN if is_first else getattr(parameter, "group", OTHER)
+                sections[title].append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
 
-class OutFile(click.Path):
-    """A file to write, refused before any work is done if it cannot be written.
+def option(
+    flag: str, kind: Any, metavar: str | None, text: str, *, name: str | None = None, **others: Any
+) -> Decorator:
+    """Return a decorator that adds an option.
 
     Parameters
     ----------
-    suffix
-        Ending that the name must have.
-    standard_output
-        Whether "-" stands for standard output.
+    flag, kind, metavar, text
+        Its name on the command line, its type, its value in ``--help``, and its help.
+    name
+        Of the argument; by default that of the flag.
+    others
+        ``group`` of the help, and what ``click.option`` takes.
     """
+    names = (flag,) if name is None else (flag, name)
+    return click.option(*names, type=kind, metavar=metavar, help=text, cls=Option, **others)
 
-    def __init__(self, suffix: str = "", *, standard_output: bool = False) -> None:
-        super().__init__(dir_okay=False, allow_dash=standard_output, path_type=Path)
-        self.suffix = suffix
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Check the directory as well as the file."""
-        path = Path(str(super().convert(value, param, ctx)))
-        if self.allow_dash and str(path) == "-":
-            return path
-        if not path.name.endswith(self.suffix):
-            self.fail(f"must end in {self.suffix}, got '{path.name}'", param, ctx)
-        _claim(ctx, param, path, writes=True)
-        if path.exists() and not path.is_file():
-            return path  # a pipe or a device, which is written to
-        folder = (Path(os.path.realpath(path)) if path.is_symlink() else path).parent
-        if not folder.is_dir():
-            self.fail(f"directory '{folder}' does not exist; make it first", param, ctx)
-        if not os.access(folder, os.W_OK):
-            self.fail(f"directory '{folder}' is not writable", param, ctx)
-        return path
+def declared(kind: Any, metavar: str | None = None, *, default: Any = None, **others: Any) -> Any:
+    """Return a dataclass's field that is an option too; its help is what the docstring says of it.
+
+    Parameters
+    ----------
+    kind, metavar
+        Type, and value in ``--help``; ``kind`` may be an option that other commands have too.
+    default
+        Of field and option.
+    others
+        ``flag``, by default the field's name, and what ``option`` takes.
+    """
+    return field(default=default, metadata={"option": (kind, metavar, others)})
+
+
+def _options_of(kind: Any) -> dict[str, Decorator]:
+    """Return the options that a dataclass declares, by field."""
+    texts, options = parameters_of(kind), {}
+    for of in fields(kind):
+        value, metavar, others = of.metadata["option"]
+        if not inspect.isfunction(value):
+            flag = others.get("flag", "--" + of.name.replace("_", "-"))
+            others = {name: other for name, other in others.items() if name != "flag"}
+            text = re.sub(r" \[(?=default|required)", "  [", texts.get(of.name, ""))
+            others |= {"name": of.name, "default": of.default}
+            value = option(flag, value, metavar, text, **others)
+        options[of.name] = value
+    return options
+
+
+def option_group(
+    name: str, kind: Callable[..., Any], options: Mapping[str, Decorator] | None = None
+) -> Decorator:
+    """Return one decorator of several options whose values arrive as one argument.
+
+    Parameters
+    ----------
+    name
+        Of the argument.
+    kind
+        What makes it of the options' values.
+    options
+        Decorators by parameter, in the order of help; by default those ``declared`` by ``kind``.
+    """
+    of = _options_of(kind) if options is None else options
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def gather(**values: Any) -> Any:
+            return command(**{name: kind(**{key: values.pop(key) for key in of}), **values})
+
+        decorated: Callable[..., Any] = gather
+        for decorator in reversed([*of.values()]):
+            decorated = decorator(decorated)
+        return decorated
+
+    return decorate
 
 
 class Number(click.FloatRange):
@@ -108,7 +159,7 @@ class Number(click.FloatRange):
         self.infinite = infinite
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Refuse what compares with nothing, and what no figure reaches."""
+        """Return the number; refuse NaN, and infinity unless it is allowed."""
         number = super().convert(value, param, ctx)
         if math.isnan(number):
             self.fail("nan is not a number.", param, ctx)
@@ -117,20 +168,36 @@ class Number(click.FloatRange):
         return number
 
 
-def parse_layers(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> tuple[int, ...] | None:
+def parsed(parse: Callable[[str], Any], rule: str) -> Callable[..., Any]:
+    """Return a callback that reads a value, or every one of several; an error names the rule."""
+
+    def callback(
+        context: click.Context, parameter: click.Parameter, value: str | tuple[str, ...] | None
+    ) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, tuple):
+            return tuple(callback(context, parameter, part) for part in value)
+        try:
+            return parse(value)
+        except ValueError:
+            raise click.BadParameter(f"must be {rule}, got '{value:.60}'") from None
+
+    return callback
+
+
+def read_layers(text: str) -> tuple[int, ...]:
     """Read numbers of layers and ranges of them, both ends included; "none" for none of them."""
-    if value is None or value == "none":
-        return None if value is None else ()
-    found: set[int] = set()
-    for part in value.split(","):
+    if text == "none":
+        return ()
+    layers: set[int] = set()
+    for part in text.split(","):
         match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip(), re.ASCII)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise click.BadParameter(f"must be numbers as in 0-2,5, or none, got '{value:.60}'")
-        found.update(range(first, last + 1))
-    return tuple(sorted(found))
+            raise ValueError(text)
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))
 
 
 def layer_list(layers: Sequence[int] | None) -> str | None:
@@ -142,15 +209,15 @@ def layer_list(layers: Sequence[int] | None) -> str | None:
 
 def as_options(text: str) -> str:
     """Write the arguments that a message names as the options that give them."""
-    return ARGUMENTS.sub(lambda found: "--" + found[0].replace("_", "-"), text)
+    return ARGUMENTS.sub(lambda match: "--" + match[0].replace("_", "-"), text)
 
 
 def options_of(command: click.Command, text: str) -> str:
     """Write the argument that a message begins with, or needs, as the option of a command."""
     names = {
-        str(each.name): max(each.opts, key=len)
-        for each in command.params
-        if isinstance(each, click.Option)
+        str(parameter.name): max(parameter.opts, key=len)
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
     }
     first = re.match(r"\w+( and \w+)?(?=:? )", text)
     if first is not None:
@@ -163,94 +230,22 @@ ARGUMENTS = re.compile(
     r"(?<![-.'\"])\b(slots_per_device|extra_slots|router_groups|hidden_layers|dense_layers|num_experts|"
     r"top_k)\b"
 )
-IN_FILE = InFile()
 
 
-class Grouped(click.Command):
-    """A command whose help has options in groups, those that a newcomer needs first.
-
-    Parameters
-    ----------
-    groups
-        Names of options by the title of their group, in the order of help; what is in none comes
-        last.
-    """
-
-    def __init__(self, *arguments: Any, groups: Mapping[str, str], **others: Any) -> None:
-        super().__init__(*arguments, **others)
-        self.groups = {title: names.split() for title, names in groups.items()}
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write a section for every group."""
-        left: dict[str, tuple[str, str]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                left[max(parameter.opts, key=len)] = record
-        for title, names in self.groups.items():
-            mine = [left.pop(name) for name in names]
-            with formatter.section(title):
-                formatter.write_dl(mine)
-        with formatter.section("Other"):
-            formatter.write_dl(list(left.values()))
-
-
-def meant(value: str, known: Iterable[str]) -> str:
-    """Return a question for what is probably meant; empty if nothing comes near."""
-    near = difflib.get_close_matches(value, list(known), n=1)
+def suggestion(value: str, choices: Iterable[str]) -> str:
+    """Return a question that names the nearest choice; empty if none comes near."""
+    near = difflib.get_close_matches(value, list(choices), n=1)
     return f". Did you mean {near[0]}?" if near else ""
 
 
 def completing(*words: str, files: bool = False) -> Callable[..., list[CompletionItem]]:
-    """Make what completes an option in a shell: by its words, and by names of files."""
+    """Return what completes an option in a shell: by its words, and by names of files."""
 
     def complete(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
-        found = [CompletionItem(word) for word in words if word.startswith(begun)]
-        return found or ([CompletionItem(begun, type="file")] if files else [])
+        items = [CompletionItem(word) for word in words if word.startswith(begun)]
+        return items or ([CompletionItem(begun, type="file")] if files else [])
 
     return complete
-
-
-IN_INPUT = InFile(folders=True)
-
-
-def together(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
-    """Make one decorator of several options, listed in the order in which help shows them."""
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-def gathered(
-    name: str, kind: Any, options: Sequence[Callable[[Command], Command]]
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make one decorator of several options whose values arrive as one argument.
-
-    Parameters
-    ----------
-    name
-        Of the argument.
-    kind
-        Dataclass that it is of; its fields are the options' names.
-    options
-        The options, in the order in which help shows them.
-    """
-    names = [field.name for field in fields(kind)]
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(command)
-        def gathering(**values: Any) -> Any:
-            own = {key: values.pop(key) for key in names if key in values}
-            return command(**values, **{name: kind(**own)})
-
-        decorated: Callable[..., Any] = together(options)(gathering)  # type: ignore[arg-type]
-        return decorated
-
-    return decorate
 
 
 FIGURES = f"{__name__}.figures"
@@ -270,84 +265,123 @@ def needs_report(
 
 def wants_figures(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
     """Keep where figures go; refuse them before any work where they cannot be drawn."""
-    if value is not None:
+    if needs_report(context, parameter, value) is not None:
         try:
-            check_libraries()
             check_figures()
         except ImportError as error:
             raise click.UsageError(f"{error}.") from None
         context.meta[FIGURES] = value
 
 
+def has_page(report_file: Path | None) -> bool:
+    """Whether a page is wanted, or its figures."""
+    return report_file is not None or figures_folder() is not None
+
+
 def figures_folder() -> Path | None:
     """Return where the running command is to write figures."""
-    found: Path | None = click.get_current_context().meta.get(FIGURES)
-    return found
+    folder: Path | None = click.get_current_context().meta.get(FIGURES)
+    return folder
 
 
-time_limit_option = click.option(
-    "--time-limit",
-    type=Number(min=0, infinite=True),
-    metavar="SECONDS",
-    help="Of each solve; the answer then depends on the machine.",
-)
-expert_bytes_option = click.option(
+SIZE = click.IntRange(1, 65536)
+expert_bytes_option = option(
     "--expert-bytes",
-    type=Number(min=0, min_open=True),
-    metavar="BYTES",
-    help="Bytes of one expert of one layer.",
+    Number(min=0, min_open=True),
+    "BYTES",
+    "Bytes of one expert of one layer.",
+    group=RUNNING,
 )
-seed_option = click.option(
+seed_option = option(
     "--seed",
-    type=click.IntRange(0, 2**63 - 1),
+    click.IntRange(0, 2**63 - 1),
+    "N",
+    "Random seed.",
+    group=SEARCH,
     default=0,
     show_default=True,
-    help="Of all random choices.",
 )
-threads_option = click.option(
+threads_option = option(
     "--threads",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    help="All cores by default; the answer does not depend on it.",
+    click.IntRange(1, 1024),
+    "N",
+    "Threads; results do not depend on them.  [default: all cores]",
+    group=SEARCH,
 )
-top_k_option = click.option(
-    "--top-k",
-    type=click.IntRange(1, 65536),
-    metavar="K",
-    help="Experts per token and layer, where nothing recorded says it (SGLang's responses).",
-)
-hidden_layers_option = click.option(
-    "--hidden-layers",
-    type=click.IntRange(1, 65536),
-    metavar="N",
-    help="Layers of the model, dense ones included.",
-)
-dense_layers_option = click.option(
-    "--dense-layers",
-    callback=parse_layers,
-    metavar="A-B,C,...|none",
-    help="Hidden layers without experts, where an engine counts them too.",
-)
-json_option = click.option(
+# What files may leave out, as fields of `Hints`.
+HINTS = {
+    "num_experts": option(
+        "--num-experts", SIZE, "E", "Experts per layer, if the input does not say (.npy)."
+    ),
+    "top_k": option(
+        "--top-k",
+        SIZE,
+        "K",
+        "Experts per token and layer, if the input does not say (SGLang's responses).",
+    ),
+    "hidden_layers": option(
+        "--hidden-layers", SIZE, "N", "Layers of the model, dense ones included."
+    ),
+    "dense_layers": option(
+        "--dense-layers",
+        str,
+        "A-B,C,...|none",
+        "Hidden layers without experts, for engines that count them too.",
+        callback=parsed(read_layers, "numbers as in 0-2,5, or none"),
+    ),
+}
+
+
+def hint_options(*names: str) -> Decorator:
+    """Return a decorator of options for what files leave out, which arrive as ``hints``."""
+    return option_group("hints", Hints, {name: HINTS[name] for name in names or HINTS})
+
+
+json_option = option(
     "--json",
-    "json_file",
-    type=OutFile(standard_output=True),
-    metavar="FILE",
-    help='Write everything as JSON too; "-" for standard output, then nothing else goes there.',
+    OutFile(standard_output=True),
+    "FILE",
+    'Write all results as JSON; "-" writes them to standard output, and nothing else.',
+    name="json_file",
 )
-figures_option = click.option(
+trace_option = option(
+    "--out",
+    OutFile(".safetensors"),
+    "TRACE",
+    "Write the trace to this file, ending in .safetensors.",
+    name="out_file",
+    required=True,
+)
+figures_option = option(
     "--figures",
-    type=click.Path(file_okay=False, writable=True, path_type=Path),
-    metavar="DIR",
+    click.Path(file_okay=False, writable=True, path_type=Path),
+    "DIR",
+    "Write the charts of the page as SVG and PNG; needs Chrome or Chromium.",
     expose_value=False,
     callback=wants_figures,
-    help="Write the charts of the page as SVG and PNG; needs a Chrome or Chromium.",
 )
-report_option = click.option(
+report_option = option(
     "--report",
-    "report_file",
-    type=OutFile(".html"),
-    metavar="FILE.html",
+    OutFile(".html"),
+    "FILE.html",
+    "Write a page of results that opens offline.",
+    name="report_file",
     callback=needs_report,
-    help="Write one page for people, which opens offline.",
 )
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How placements are searched: arguments of ``solve``.
+
+    Parameters
+    ----------
+    time_limit
+        Time limit per solve, in seconds. Results then depend on the machine.
+    """
+
+    seed: int = declared(seed_option, default=0)
+    time_limit: float | None = declared(Number(min=0, infinite=True), "SECONDS", group=SEARCH)
+
+
+search_options = option_group("search", SearchOptions)

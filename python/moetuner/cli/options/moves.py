@@ -1,20 +1,27 @@
-"""Options for a placement that runs already, and what is said of the moves."""
+"""Options for a placement that runs already, and what moves come to."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from moetuner.cli import options
+from moetuner.cli.options import (
+    IN_FILE,
+    RUNNING,
+    Number,
+    declared,
+    expert_bytes_option,
+    option_group,
+)
 from moetuner.cli.output import Output, working
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.report.cells import percent
-from moetuner.solver import Trade, pareto
+from moetuner.report.cells import counted, in_bytes, percent
+from moetuner.solver import Result, Trade, pareto
 from moetuner.topology import Topology
 
 # Devices up to which moves per pair are a table; with more, JSON has them.
@@ -24,85 +31,121 @@ PARETO = ("experts moved", "bytes", "objective", "gain")
 
 @dataclass(frozen=True)
 class Moving:
-    """Where a solve starts from, and what moving may cost."""
+    """The placement that a solve starts from, and what moving may cost.
 
-    initial_file: Path | None = None
-    move_budget: float | None = None
-    move_cost: float = 0.0
-    expert_bytes: float | None = None
-    wants_pareto: bool = False
+    Parameters
+    ----------
+    initial_file
+        The running placement, to be improved by few moves.
+    move_budget
+        Bytes that may move between devices; experts, if --expert-bytes is not given.
+    move_cost
+        Cost of moving a byte, in units of the objective.
+    pareto
+        Also show what fewer or more moves would gain.
+    """
+
+    initial_file: Path | None = declared(IN_FILE, "PLACEMENT", group=RUNNING, flag="--initial")
+    move_budget: float | None = declared(Number(min=0, infinite=True), "BYTES", group=RUNNING)
+    move_cost: float = declared(Number(min=0), "COST", group=RUNNING, default=0.0)
+    expert_bytes: float | None = declared(expert_bytes_option)
+    pareto: bool = declared(None, group=RUNNING, default=False, is_flag=True)
 
     def __post_init__(self) -> None:
         if self.initial_file is None:
-            given = {
-                "--move-budget": self.move_budget is not None,
-                "--move-cost": self.move_cost > 0,
-                "--expert-bytes": self.expert_bytes is not None,
-                "--pareto": self.wants_pareto,
-            }
-            for name, is_given in given.items():
-                if is_given:
+            for of in fields(self):
+                if getattr(self, of.name) != of.default:
+                    flag = "--" + of.name.replace("_", "-")
                     raise click.UsageError(
-                        f"'{name}' needs '--initial', the placement to move from."
+                        f"'{flag}' needs '--initial', the placement to move from."
                     )
-
-    @property
-    def each(self) -> float:
-        """Bytes of an expert; 1 where they are not known, so that bytes are experts."""
-        return 1.0 if self.expert_bytes is None else self.expert_bytes
 
     def initial(self) -> Placement | None:
         """Read the placement that runs."""
         return None if self.initial_file is None else Placement.load(self.initial_file)
 
+    @property
+    def unit_bytes(self) -> float:
+        """Bytes of an expert; 1 if they are not known, so that bytes are experts."""
+        return 1.0 if self.expert_bytes is None else self.expert_bytes
+
     def arguments(self, initial: Placement | None) -> dict[str, Any]:
         """Return arguments of ``solve``."""
         if initial is None:
             return {}
-        return {
-            "initial": initial,
-            "move_budget": self.move_budget,
-            "move_cost": self.move_cost,
-            "expert_bytes": self.each,
-        }
+        moves = {name: getattr(self, name) for name in ("move_budget", "move_cost")}
+        return {"initial": initial, "expert_bytes": self.unit_bytes, **moves}
 
     def settings(self) -> dict[str, Any]:
-        """Return what was asked for, for JSON."""
+        """Return the options for JSON."""
         return {
             "initial": None if self.initial_file is None else str(self.initial_file),
-            "move_budget": self.move_budget,
-            "move_cost": self.move_cost,
-            "expert_bytes": self.expert_bytes,
+            **{name: getattr(self, name) for name in ("move_budget", "move_cost", "expert_bytes")},
         }
 
-    def bytes(self, experts: float) -> str:
-        """Write the bytes of so many experts, if those of one are known."""
-        return "-" if self.expert_bytes is None else in_bytes(experts * self.each)
+    def show(
+        self,
+        output: Output,
+        problem: Problem,
+        initial: Placement | None,
+        result: Result,
+        **how: Any,
+    ) -> tuple[dict[str, Any], tuple[Trade, ...]]:
+        """Print the moves to a result, and trades if they are wanted.
+
+        Returns
+        -------
+        contents, trades
+            What JSON says of both, and the trades; ``how`` are further arguments of ``solve``.
+        """
+        if initial is None:
+            return {}, ()
+        diff = initial.diff(result.placement, topology=problem.topology)
+        size = self.expert_bytes
+        moved = None if size is None else diff.experts_moved * size
+        output.say(_sentence(diff, problem.topology, moved))
+        show_pairs(output, diff)
+        contents: dict[str, Any] = {"moves": {**diff.to_dict(), "bytes_moved": moved}}
+        if not self.pareto or result.status == "interrupted":
+            return contents, ()
+        with working("weighing moves"):
+            trades = pareto(problem, initial, expert_bytes=self.unit_bytes, **how)
+        before, worth = trades[0].objective, Objective(problem)
+        # Times by counts would stand beside the replayed one; gains say what moves bring.
+        is_time = worth.is_predicted_time
+        output.table(
+            [name for name in PARETO if not (is_time and name == "objective")],
+            [
+                (
+                    str(trade.experts_moved),
+                    "-" if size is None else in_bytes(trade.experts_moved * size),
+                    *(() if is_time else (worth.text(trade.objective),)),
+                    percent(trade.gain / before if before else 0.0),
+                )
+                for trade in trades
+            ],
+        )
+        no_bytes = {"bytes_moved": None} if size is None else {}
+        return contents | {"pareto": [trade.to_dict() | no_bytes for trade in trades]}, (*trades,)
 
 
-def in_bytes(count: float) -> str:
-    """Write a number of bytes."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+moving_options = option_group("moving", Moving)
 
 
-def sentences(diff: PlacementDiff, topology: Topology, moving: Moving) -> list[str]:
+def _sentence(diff: PlacementDiff, topology: Topology, moved: float | None) -> str:
     """Write how many experts move, and how far."""
-    text = f"Moves {diff.experts_moved} expert{'' if diff.experts_moved == 1 else 's'}"
-    if moving.expert_bytes is not None:
-        text += f", {moving.bytes(diff.experts_moved)}"
+    text = f"Moves {counted(diff.experts_moved, 'expert')}"
+    if moved is not None:
+        text += f", {in_bytes(moved)}"
     if topology.nodes > 1:
         node = topology.node_of_device
         between = int(diff.pairs[node[:, None] != node[None, :]].sum())
         text += f": {diff.experts_moved - between} inside nodes, {between} between nodes"
-    return [text + "."]
+    return f"{text}."
 
 
 def show_pairs(output: Output, diff: PlacementDiff) -> None:
-    """Print how many experts go from a device to a device."""
+    """Print how many experts go from every device to every other."""
     devices = len(diff.pairs)
     if not diff.experts_moved or devices > MOST_DEVICES:
         return
@@ -111,72 +154,3 @@ def show_pairs(output: Output, diff: PlacementDiff) -> None:
         for source, row in enumerate(diff.pairs.tolist())
     ]
     output.table(("from \\ to", *map(str, range(devices))), rows)
-
-
-def show_pareto(
-    output: Output,
-    problem: Problem,
-    initial: Placement,
-    moving: Moving,
-    **how: Any,
-) -> list[Trade]:
-    """Solve at several prices of a move, and print and return what is not dominated."""
-    with working("weighing moves"):
-        trades = pareto(problem, initial, expert_bytes=moving.each, **how)
-    before, worth = trades[0].objective, Objective(problem)
-    # Times by counts would stand beside the replayed one; gains say what moves bring.
-    is_time = worth.is_predicted_time
-    output.table(
-        [name for name in PARETO if not (is_time and name == "objective")],
-        [
-            (
-                str(trade.experts_moved),
-                moving.bytes(trade.experts_moved),
-                *(() if is_time else (worth.text(trade.objective),)),
-                percent(trade.gain / before if before else 0.0),
-            )
-            for trade in trades
-        ],
-    )
-    return trades
-
-
-def told(trades: list[Trade], moving: Moving) -> list[dict[str, Any]]:
-    """Return trades for JSON; without the size of an expert there are no bytes to tell."""
-    known = moving.expert_bytes is not None
-    return [trade.to_dict() | ({} if known else {"bytes_moved": None}) for trade in trades]
-
-
-moving_options = options.gathered(
-    "moving",
-    Moving,
-    [
-        click.option(
-            "--initial",
-            "initial_file",
-            type=options.IN_FILE,
-            metavar="PLACEMENT",
-            help="The placement that runs, to be improved by few moves.",
-        ),
-        click.option(
-            "--move-budget",
-            type=options.Number(min=0, infinite=True),
-            metavar="BYTES",
-            help="Bytes that may move between devices; experts without --expert-bytes.",
-        ),
-        click.option(
-            "--move-cost",
-            type=options.Number(min=0),
-            default=0.0,
-            metavar="COST",
-            help="What a moved byte costs, in units of the objective.",
-        ),
-        options.expert_bytes_option,
-        click.option(
-            "--pareto",
-            "wants_pareto",
-            is_flag=True,
-            help="Also show what fewer or more moves would gain.",
-        ),
-    ],
-)

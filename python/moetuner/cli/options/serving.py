@@ -1,58 +1,90 @@
-"""Options that say how traffic is served: by which engine, or point by point."""
+"""Options that say how traffic is served: by which engine, or setting by setting of a problem."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any
 
 import click
 
-from moetuner.cli import options
+from moetuner.cli.options import Decorator, completing, option, option_group, parsed
 from moetuner.cli.options.machine import cost_model_for, parse_cost_model
 from moetuner.cli.options.traffic import Traffic
-from moetuner.cost import CostModel
-from moetuner.evaluation.arrival import share_mixed
-from moetuner.evaluation.copies import SPLITS
 from moetuner.formats.engines import ENGINES
 from moetuner.presets import GPUS
+from moetuner.problem import Problem
+from moetuner.problem.settings import ENGINE, settings_of
 from moetuner.topology import Topology
 
-Value = TypeVar("Value")
+SETTINGS = settings_of(Problem)
+DEFAULTS = {of.name: of.default for of in fields(Problem) if of.name in SETTINGS}
+# Settings that an engine decides unless an option does.
+SERVED = ("regime", "split", "arrival")
 
-# What is served where neither an option nor an engine says it.
-DEFAULTS = {"regime": "dispatch", "split": "even", "arrival": "bursts"}
+
+def setting_option(name: str) -> Decorator:
+    """Return the option of a setting; its value is None or empty if it is not given."""
+    setting = SETTINGS[name]
+    kind: Any = None
+    others: dict[str, Any] = {}
+    if name == "cost_model":  # its files and presets are read as those of --topology are
+        others = {"callback": parse_cost_model, "shell_complete": completing(*GPUS, files=True)}
+    elif setting.choices:
+        kind = click.Choice(setting.choices)
+    elif setting.read is not None:
+        others = {"callback": parsed(setting.read, setting.rule), "multiple": setting.repeatable}
+    else:
+        others = {"is_flag": True}
+    flag = setting.option or "--" + name.replace("_", "-")
+    return option(
+        flag, kind, setting.metavar, setting.help, name=name, group=setting.group, **others
+    )
 
 
-@dataclass(frozen=True)
 class Serving:
-    """How traffic is served, as far as options say it; what they do not say is the engine's."""
+    """Settings of a problem as options give them; what they leave open is the engine's.
 
-    engine: str | None = None
-    cost_model: CostModel | str | None = None
-    regime: Any = None
-    split: Any = None
-    arrival: Any = None
+    Parameters
+    ----------
+    engine
+        Of ``ENGINES``; None for none.
+    given
+        Values of settings by name; None, False and empty ones are not given.
+    """
+
+    def __init__(self, engine: str | None = None, **given: Any) -> None:
+        self.engine = engine
+        self.given = {
+            name: value
+            for name, value in given.items()
+            if value is not None and value is not False and value != ()
+        }
 
     @property
     def is_given(self) -> bool:
-        """Whether any option says it."""
-        return any(getattr(self, each.name) is not None for each in fields(self))
+        """Whether any option says how traffic is served."""
+        return self.engine is not None or bool(self.given)
+
+    @property
+    def has_times(self) -> bool:
+        """Whether an option says what times are of."""
+        return self.engine is not None or "cost_model" in self.given
 
     def value(self, name: str) -> Any:
-        """Return the regime, split or arrival: the one given, else the engine's, else a default."""
-        given = getattr(self, name)
-        if given is not None:
-            return given
-        return DEFAULTS[name] if self.engine is None else getattr(ENGINES[self.engine], name)
+        """Return a setting: the one given, else the engine's, else the default."""
+        if name in self.given:
+            return self.given[name]
+        default = DEFAULTS[name]
+        return default if self.engine is None else getattr(ENGINES[self.engine], name, default)
 
     def arguments(self, traffic: Traffic) -> dict[str, Any]:
         """Return the arguments of ``evaluate`` and ``audit`` that say the same."""
-        model = cost_model_for(self.cost_model, traffic)
-        return {"cost_model": model, **{name: self.value(name) for name in DEFAULTS}}
+        model = cost_model_for(self.given.get("cost_model"), traffic)
+        return {"cost_model": model, **{name: self.value(name) for name in SERVED}}
 
     def settings(self, topology: Topology, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return them, and the machine, for JSON."""
+        """Return settings and the machine for JSON."""
         model = arguments["cost_model"]
         return {
             "devices": topology.devices,
@@ -64,83 +96,36 @@ class Serving:
         }
 
     def explain(self, more: Sequence[str] = ()) -> str:
-        """Write in a line what ``--for`` has set, and what it left as the user set it."""
+        """Write in a line what ``--for`` has set, and what other options have."""
         assert self.engine is not None
-        of = ENGINES[self.engine]
-        made, yours = [], []
-        for name in DEFAULTS:
-            if name == "split" and not of.may_copy:
+        engine = ENGINES[self.engine]
+        by_engine, by_options = [], []
+        for name in SERVED:
+            if name == "split" and not engine.may_copy:
                 continue
             text = f"{name} {self.value(name)}"
-            if getattr(self, name) is not None:
-                yours.append(text)
+            if name in self.given:
+                by_options.append(text)
             else:
-                made.append(f"{text} ({of.how_split})" if name == "split" else text)
-        line = f"For {of.title}: {', '.join([*made, *more])}"
-        return line + (f"; as you said: {', '.join(yours)}." if yours else ".")
+                by_engine.append(f"{text} ({engine.how_split})" if name == "split" else text)
+        line = f"For {engine.title}: {', '.join([*by_engine, *more])}"
+        return line + (f"; from your options: {', '.join(by_options)}." if by_options else ".")
 
 
-def parsed(
-    parse: Callable[[str], Value], rule: str
-) -> Callable[[click.Context, click.Parameter, str | None], Value | None]:
-    """Make a callback that reads a value, and names the rule where it cannot."""
-
-    def callback(
-        context: click.Context, parameter: click.Parameter, value: str | None
-    ) -> Value | None:
-        if value is None:
-            return None
-        try:
-            return parse(value)
-        except ValueError:
-            raise click.BadParameter(f"must be {rule}, got '{value:.60}'") from None
-
-    return callback
-
-
-def _arrival(value: str) -> str | float:
-    found: str | float = value if value in ("bursts", "mixed") else float(value)
-    share_mixed(found)
-    return found
-
-
-# In the order of help.
-serving_list = (
-    click.option(
-        "--for",
-        "engine",
-        type=click.Choice(list(ENGINES)),
-        help="Engine that loads the placement. It sets regime, split and arrival where other "
-        "options do not; where a placement is computed, also equal slots, all of them full.",
-    ),
-    click.option(
-        "--cost-model",
-        callback=parse_cost_model,
-        shell_complete=options.completing(*GPUS, files=True),
-        metavar="FILE|GPU",
-        help="What time is made of: a file, or a common GPU and an expert's hidden and "
-        "intermediate sizes, such as h100:4096x1024 (in 8 bits).  [default: h100; sizes of INPUT's "
-        "model, else of DeepSeek-V3]",
-    ),
-    click.option(
-        "--regime",
-        type=click.Choice(["follow", "dispatch"]),
-        help="What moves: tokens fan out from their home device and come back, as in today's "
-        "engines (dispatch), or move on from expert to expert, as in the paper (follow).  "
-        "[default: dispatch; follow for traffic where INPUT has counts of transitions alone]",
-    ),
-    click.option(
-        "--split",
-        type=click.Choice(SPLITS),
-        help="How tokens are split over an expert's copies: by hash (even, vLLM), to the nearest "
-        "(SGLang), or in turns (round_robin, TensorRT-LLM).  [default: even, or the engine's]",
-    ),
-    click.option(
-        "--arrival",
-        callback=parsed(_arrival, "bursts, mixed, or the weight of mixed from 0 to 1"),
-        metavar="bursts|mixed|W",
-        help="Windows as recorded, of many sequences at once, or both with the weight of mixed "
-        "ones.  [default: bursts, or the engine's]",
-    ),
+engine_option = option(
+    "--for",
+    click.Choice(list(ENGINES)),
+    None,
+    "Engine that loads the placement. It sets regime, split and arrival, unless their options do. "
+    "If a placement is computed, it also sets equal slots, all of them full.",
+    name="engine",
+    group=ENGINE,
 )
-serving_options = options.gathered("serving", Serving, serving_list)
+serving_options = option_group(
+    "serving",
+    Serving,
+    {
+        "engine": engine_option,
+        **{name: setting_option(name) for name in ("cost_model", *SERVED)},
+    },
+)

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
-from moetuner.cli import options
+from moetuner.cli.options import (
+    HINTS,
+    IN_INPUT,
+    declared,
+    layer_list,
+    option_group,
+    suggestion,
+    threads_option,
+)
 from moetuner.cli.output import shares, working
 from moetuner.evaluation import check_model
 from moetuner.files import naming, same_file
 from moetuner.files.text import name
 from moetuner.formats import open_input
-from moetuner.formats.pieces import layers_left_out
 from moetuner.placement import Placement
+from moetuner.problem.settings import GOAL
 from moetuner.report.cells import counted
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -66,78 +75,124 @@ def count(
 
 def facts(paths: Sequence[Path], traffic: Traffic) -> dict[str, Any]:
     """Return kind and sizes, for JSON."""
-    files = {"file": str(paths[0]), "files": [str(path) for path in paths]}
-    common = {**files, "model": traffic.model, "layers": traffic.layers}
-    groups = list(traffic.group_names) if traffic.group is not None else []
+    common = {
+        "file": str(paths[0]),
+        "files": [str(path) for path in paths],
+        "model": traffic.model,
+        "layers": traffic.layers,
+        "experts": traffic.num_experts,
+        "groups": list(traffic.group_names) if traffic.group is not None else [],
+    }
     if isinstance(traffic, RoutingStatistics):
-        return {
-            **common,
-            "kind": "load table" if traffic.transitions is None else "statistics",
-            "experts": traffic.experts,
-            "windows": traffic.windows,
-            "groups": groups,
-        }
+        kind = "load table" if traffic.transitions is None else "statistics"
+        return {**common, "kind": kind, "windows": traffic.windows}
     return {
         **common,
         "kind": "trace",
-        "experts": traffic.num_experts,
         "top_k": traffic.top_k,
         "tokens": traffic.tokens,
         "sequences": None if traffic.sequence is None else len(set(traffic.sequence.tolist())),
-        "groups": groups,
     }
 
 
 def describe(paths: Sequence[Path], traffic: Traffic) -> str:
     """Describe files in a line."""
     of = facts(paths, traffic)
-    parts = []
-    if "tokens" in of:
-        parts.append(counted(of["tokens"], "token"))
-    if of.get("windows"):
-        parts.append(counted(of["windows"], "window"))
-    parts += [counted(of["layers"], "layer"), counted(of["experts"], "expert")]
-    if "top_k" in of:
-        parts.append(f"top-{of['top_k']}")
-    if of.get("sequences"):
-        parts.append(counted(of["sequences"], "sequence"))
-    if of["groups"]:
-        parts.append(counted(len(of["groups"]), "group"))
+    sizes = {
+        "token": of.get("tokens"),
+        "window": of.get("windows"),
+        "layer": of["layers"],
+        "expert": of["experts"],
+        "top": of.get("top_k"),
+        "sequence": of.get("sequences"),
+        "group": len(of["groups"]),
+    }
+    parts = [
+        f"top-{size}" if what == "top" else counted(size, what)
+        for what, size in sizes.items()
+        if size
+    ]
     model = f" of {name(of['model'])}" if of["model"] else ""
     line = f"{names(paths)}: {of['kind']}{model}, {', '.join(parts)}"
-    left_out = layers_left_out(traffic.ids) if isinstance(traffic, RoutingTrace) else None
+    left_out = traffic.ids.left_out if isinstance(traffic, RoutingTrace) else None
     if left_out is not None:
         hidden, dense = left_out
         line += (
             "\nLayers without experts are left out; as options of export: "
-            f"--hidden-layers {hidden} --dense-layers {options.layer_list(dense)}"
+            f"--hidden-layers {hidden} --dense-layers {layer_list(dense)}"
         )
     return line
 
 
+def parse_files(
+    context: click.Context, parameter: click.Parameter, value: tuple[Path, ...]
+) -> tuple[Path, ...]:
+    """Refuse a file that is given twice: its tokens would count twice."""
+    for number, path in enumerate(value):
+        if any(same_file(path, other) for other in value[:number]):
+            raise click.BadParameter(f"must name every file once, got '{path}' twice.")
+    return value
+
+
+def only_groups(traffic: Traffic, names: Sequence[str]) -> RoutingTrace:
+    """Return the tokens of some groups of a trace.
+
+    Raises
+    ------
+    click.UsageError
+        If it is no trace, or has no such group.
+    """
+    if isinstance(traffic, RoutingStatistics) or traffic.group is None:
+        raise click.UsageError("'--only' needs a trace with groups.")
+    for group in names:
+        if group not in traffic.group_names:
+            near = suggestion(group, traffic.group_names)
+            raise click.UsageError(f"'--only': INPUT has no group '{group:.60}'{near}")
+    chosen = traffic.select(groups=names)
+    assert chosen.group is not None
+    present, group_of = np.unique(chosen.group, return_inverse=True)
+    labels = tuple(traffic.group_names[number] for number in present)
+    return replace(chosen, group=group_of.astype(np.int16), group_names=labels)
+
+
+INPUT_FILES = click.argument(
+    "input_files",
+    metavar="INPUT...",
+    type=IN_INPUT,
+    nargs=-1,
+    required=True,
+    callback=parse_files,
+)
+
+
 @dataclass(frozen=True)
 class Source:
-    """INPUT, and how it is counted."""
+    """INPUT, and how it is counted.
 
-    input_files: tuple[Path, ...]
-    num_experts: int | None = None
-    top_k: int | None = None
-    hidden_layers: int | None = None
-    dense_layers: tuple[int, ...] | None = None
-    window: int | None = None
-    threads: int | None = None
+    Parameters
+    ----------
+    only
+        Use the tokens of this group alone; may be repeated.
+    window
+        Tokens per window; load is balanced in every window. Statistics have windows of their own.
+        [default: 512 for a trace]
+    """
+
+    input_files: tuple[Path, ...] = declared(INPUT_FILES)
+    num_experts: int | None = declared(HINTS["num_experts"])
+    top_k: int | None = declared(HINTS["top_k"])
+    hidden_layers: int | None = declared(HINTS["hidden_layers"])
+    dense_layers: tuple[int, ...] | None = declared(HINTS["dense_layers"])
+    only: tuple[str, ...] = declared(str, "GROUP", default=(), multiple=True)
+    window: int | None = declared(click.IntRange(min=1), "TOKENS", group=GOAL)
+    threads: int | None = declared(threads_option)
 
     @cached_property
     def traffic(self) -> Traffic:
-        """What INPUT holds."""
-        return read(
-            self.input_files,
-            window=self.window,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            hidden_layers=self.hidden_layers,
-            dense_layers=self.dense_layers,
-        )
+        """What INPUT holds, of all groups or of some."""
+        hints = {name: getattr(self, name) for name in HINTS}
+        traffic = read(self.input_files, window=self.window, **hints)
+        return only_groups(traffic, self.only) if self.only else traffic
 
     @property
     def counted(self) -> int | None:
@@ -164,21 +219,18 @@ class Source:
 
     def words(self) -> str:
         """Return the options that read INPUT the same, a space in front of each."""
-        dense = options.layer_list(self.dense_layers)
-        given = {
-            "--num-experts": self.num_experts,
-            "--top-k": self.top_k,
-            "--hidden-layers": self.hidden_layers,
-            "--dense-layers": dense,
-        }
-        return "".join(f" {name} {value}" for name, value in given.items() if value is not None)
+        hints = {name: getattr(self, name) for name in HINTS}
+        hints["dense_layers"] = layer_list(self.dense_layers)
+        words = [(name, hint) for name, hint in hints.items() if hint is not None]
+        words += [("only", shlex.quote(group)) for group in self.only]
+        return "".join(f" --{name.replace('_', '-')} {word}" for name, word in words)
 
     def layer_words(self) -> tuple[str, str]:
         """Return the model's hidden layers and the dense ones as options take them."""
         traffic = self.traffic
-        left_out = layers_left_out(traffic.ids) if isinstance(traffic, RoutingTrace) else None
+        left_out = traffic.ids.left_out if isinstance(traffic, RoutingTrace) else None
         hidden, dense = left_out or (self.hidden_layers, self.dense_layers)
-        return str(hidden or "N"), options.layer_list(dense) or "A-B"
+        return str(hidden or "N"), layer_list(dense) or "A-B"
 
     def facts(self) -> dict[str, Any]:
         """Return kind and sizes, for JSON."""
@@ -189,44 +241,4 @@ class Source:
         return describe(self.input_files, self.traffic)
 
 
-def parse_files(
-    context: click.Context, parameter: click.Parameter, value: tuple[Path, ...]
-) -> tuple[Path, ...]:
-    """Refuse a file that is given twice: its tokens would count twice."""
-    for number, path in enumerate(value):
-        if any(same_file(path, other) for other in value[:number]):
-            raise click.BadParameter(f"must name every file once, got '{path}' twice.")
-    return value
-
-
-traffic_options = options.gathered(
-    "source",
-    Source,
-    (
-        click.argument(
-            "input_files",
-            metavar="INPUT...",
-            type=options.IN_INPUT,
-            nargs=-1,
-            required=True,
-            callback=parse_files,
-        ),
-        click.option(
-            "--num-experts",
-            type=click.IntRange(1, 65536),
-            metavar="E",
-            help="Experts per layer, where INPUT does not say (.npy).",
-        ),
-        options.top_k_option,
-        options.hidden_layers_option,
-        options.dense_layers_option,
-        click.option(
-            "--window",
-            type=click.IntRange(min=1),
-            metavar="TOKENS",
-            help=f"Tokens whose load is balanced together; a trace is cut into {WINDOW} by "
-            "default, statistics have their own.",
-        ),
-        options.threads_option,
-    ),
-)
+traffic_options = option_group("source", Source)

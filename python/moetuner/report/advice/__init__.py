@@ -6,7 +6,8 @@ Placements are computed from one part of the traffic and judged on the other, ov
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -26,19 +27,20 @@ from moetuner._checks import (
     window_in,
 )
 from moetuner.cost import CostModel, busiest_ports, cost_model_of, size_of_expert
-from moetuner.evaluation import Evaluation, evaluate
+from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import Arrival, in_order, orders, share_mixed
 from moetuner.evaluation.auditing import Audit, audit
+from moetuner.evaluation.comparison import PRICE, compare
 from moetuner.evaluation.copies import Split
-from moetuner.evaluation.units import hold_out, likeness, units_of, with_runs
-from moetuner.evaluation.verdicts import PRICE
+from moetuner.evaluation.units import Units, hold_out, units_of, with_runs
 from moetuner.formats.engines import ENGINES, engine_settings, tokens_per_rank
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice import drift
-from moetuner.report.advice.conclusion import concluded, judged_in, knee_of
+from moetuner.report.advice.conclusion import concluded, knee_of
 from moetuner.report.advice.power_law import exponents
-from moetuner.report.advice.values import PHASES, Advice, Copies, Moving, Phases
+from moetuner.report.advice.values import PHASES, Advice, Copies, Judged, Moving, Phases
+from moetuner.report.outcome import judge
 from moetuner.solver import solve
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
@@ -159,206 +161,195 @@ def advise(
         one_of("engine", engine, ENGINES)
         split = split or ENGINES[engine].split
         arrival = ENGINES[engine].arrival if arrival is None else arrival
-    share_mixed("bursts" if arrival is None else arrival)
-    model = cost_model_of(traffic) if cost_model is None else cost_model
+    arrival = "bursts" if arrival is None else arrival
+    share_mixed(arrival)
+    size = size_of_expert(traffic)
+    if expert_bytes is None and size is not None:
+        # In 8 bits.
+        expert_bytes = 3.0 * size[0] * size[1]
     work = _Work(
         _splittable(traffic),
         topology,
         initial=initial,
         engine=engine,
-        counts=tuple(counts),
+        copies=tuple(counts),
         windows=_windows_of(traffic, window_in(window)),
-        expert_bytes=_bytes(traffic) if expert_bytes is None else expert_bytes,
-        model=model,
+        expert_bytes=expert_bytes,
+        model=cost_model_of(traffic) if cost_model is None else cost_model,
         regime=regime,
         split=split or "even",
-        arrival="bursts" if arrival is None else arrival,
+        # Statistics come in their windows.
+        arrival=arrival if isinstance(traffic, RoutingTrace) else "bursts",
+        price=price,
+        in_order=in_order,
         iterations=iterations,
+        seed=seed_in(seed),
         threads=threads_in(threads),
         say=report or (lambda _: None),
     )
-    return work.advice(splits, seed_in(seed), price, in_order=in_order)
+    return work.advice(splits)
+
+
+# Placements of a split: by slots for copies, and whether they are shared by the layers; None is
+# what runs.
+Key = tuple[int, bool] | None
 
 
 @dataclass(frozen=True)
-class _Fitted:
-    """Placements of one split's seen traffic, and what they do to the unseen."""
+class _Trial:
+    """Placements that were computed from one part of the traffic, judged on another one."""
 
     problem: Problem
     unseen: Traffic
-    running: Placement
-    # By slots for copies, and whether they are shared by the layers.
-    results: dict[tuple[int, bool], Result]
-    # Predicted times of a layer, by window: of the running placement, and of the others.
-    before: dict[int | None, float]
-    after: dict[tuple[int, bool], dict[int | None, float]]
+    results: dict[Key, Result]
+    placements: dict[Key, Placement]
+    # By window.
+    evaluations: dict[int | None, dict[Key, Evaluation]]
+
+    def time(self, key: Key, window: int | None) -> float:
+        """Return the predicted time of a layer."""
+        us = self.evaluations[window][key].predicted_layer_us
+        assert us is not None
+        return us
 
 
+@dataclass
 class _Work:
     """What stays the same for all splits."""
 
-    def __init__(
-        self,
-        traffic: Traffic,
-        topology: Topology,
-        *,
-        initial: Placement | Running,
-        engine: str | None,
-        counts: tuple[int, ...],
-        windows: tuple[int | None, ...],
-        expert_bytes: float | None,
-        model: CostModel,
-        regime: Regime,
-        split: Split,
-        arrival: Arrival,
-        iterations: int | None,
-        threads: int | None,
-        say: Callable[[str], None],
-    ) -> None:
-        self.traffic, self.topology, self.initial = traffic, topology, initial
-        self.engine = engine
-        # What is searched for with single copies: both, until the first split has shown which of
-        # them brings time down further, on what it saw.
-        self.goals: tuple[Literal["balance", "time"], ...] = ("balance", "time")
-        self.windows, self.expert_bytes, self.model = windows, expert_bytes, model
-        self.regime, self.split, self.iterations = regime, split, iterations
-        self.threads, self.say = threads, say
-        # Order in which tokens come, where that is not theirs already.
-        self.arrival: Arrival = arrival if isinstance(traffic, RoutingTrace) else "bursts"
-        # Of two orders by weight none is the one; of one order tokens are in it, see _arriving.
-        self.weighed: Arrival = "bursts" if self.arrival == "mixed" else self.arrival
-        experts = traffic.num_experts
-        fewest = -(-experts // topology.devices)
-        may_copy = engine is None or ENGINES[engine].may_copy
-        most = experts - fewest if may_copy else 0
-        self.counts = tuple(each for each in counts if each <= most) or (0,)
-        self.fewest = fewest
-        self.left_out = tuple(each for each in counts if each > most)
-        # What is independent, by window; kinds and sequences are the same in all of them.
-        self.units = {
-            each: units_of(traffic, window=each, threads=threads) for each in self.windows
-        }
-        # One window cannot be halved.
-        self.is_held_out = isinstance(traffic, RoutingTrace) or traffic.windows > 1
+    traffic: Traffic
+    topology: Topology
+    initial: Placement | Running
+    engine: str | None
+    copies: tuple[int, ...]
+    windows: tuple[int | None, ...]
+    expert_bytes: float | None
+    model: CostModel
+    regime: Regime
+    split: Split
+    arrival: Arrival
+    price: float
+    in_order: bool
+    iterations: int | None
+    seed: int
+    threads: int | None
+    say: Callable[[str], None]
+    # What is searched for with single copies: both, until the first split has shown which of
+    # them brings time down further, on what it saw.
+    goals: tuple[Literal["balance", "time"], ...] = field(default=("balance", "time"), init=False)
 
-    def advice(self, splits: int, seed: int, price: float, *, in_order: bool) -> Advice:
+    @cached_property
+    def fewest(self) -> int:
+        """Slots of a device that hold each expert once."""
+        return -(-self.traffic.num_experts // self.topology.devices)
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Slots for copies that are tried: those asked for that the engine and the model allow."""
+        may_copy = self.engine is None or ENGINES[self.engine].may_copy
+        most = self.traffic.num_experts - self.fewest if may_copy else 0
+        return tuple(each for each in self.copies if each <= most) or (0,)
+
+    @cached_property
+    def units(self) -> dict[int | None, Units]:
+        """What is independent, by window; kinds and sequences are the same in all of them."""
+        return {
+            each: units_of(self.traffic, window=each, threads=self.threads) for each in self.windows
+        }
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether anything can be: one window cannot be halved."""
+        return isinstance(self.traffic, RoutingTrace) or self.traffic.windows > 1
+
+    def advice(self, splits: int) -> Advice:
+        """Try placements on every split, and conclude."""
         # The whole, seen twice, is the same every time.
         splits = splits if self.is_held_out else 1
-        fitted = []
-        for number in range(splits):
-            of = nth_seed(seed, number)
-            seen, unseen = self._halves(of)
-            name = f"split {number + 1} of {splits}"
-            fitted.append(self.fit(seen, unseen, of, name, first=number == 0))
-        swept = self._swept(fitted)
+        trials = [self.trial(number, splits) for number in range(splits)]
+        first, swept = trials[0], self._swept(trials)
         knee = knee_of(swept)
-        audits = []
-        for number, each in enumerate(fitted):
-            self.say(f"judging, split {number + 1} of {splits}")
-            audits.append(self._audits(each, each.results[knee, False].placement))
-        judged = tuple(
-            judged_in(
-                window, [of[window] for of in audits], price, likeness(0.5, self.units[window])
-            )
-            for window in self.windows
-        )
-        first, main = fitted[0], max(judged, key=lambda each: each.gain.mean)
+        proposed: Key = (knee, False)
+        self.say("judging")
+        judged = tuple(self._compared(trials, proposed, window) for window in self.windows)
+        main = max(judged, key=lambda each: each.gain.mean)
+        window, units = main.window, self.units[main.window]
+        audited = self._audit(first, proposed, window)
         self.say("comparing the halves of the recording")
-        found = drift.drift_of(self.traffic, self.units[main.window], seed=seed)
+        difference = drift.drift_of(self.traffic, units, seed=self.seed)
         carried: tuple[float, ...] = ()
-        if in_order and found is not None and found.is_told:
-            carried = self._carried(knee, main.window, seed)
-        proposed = first.results[knee, False].placement
-        evaluations = [
-            self._evaluation(placement, first.unseen, main.window)
-            for placement in (first.running, proposed)
-        ]
+        if self.in_order and difference is not None and difference.is_beyond_chance:
+            carried = self._carried(knee, window)
         self.say("weighing what moves, and phases")
-        saved = main.before[main.verdict.measure] - main.after[main.verdict.measure]
-        moving = self._moving(first.running, proposed, saved)
-        phases = self._phases(first, knee, seed)
-        shapes = {
-            "experts": self.traffic.num_experts,
-            "devices": self.topology.devices,
-            "tokens": main.window or 512,
-        }
-        running = "running"
-        if isinstance(self.initial, str):
-            running = self.initial.replace("_", " ")
-        answer, reasons, warnings = concluded(
-            judged,
-            swept,
-            knee,
-            found,
-            carried,
-            _kinds(self.traffic),
-            price,
-            running=running,
-            model=self.model.name,
-            devices=self.topology.devices,
-            losers=_losers(audits[0][main.window], main.verdict.measure),
-            regime=self.regime,
-            held_out=self.is_held_out,
-            units=self.units[main.window],
-            notes=self._notes(phases, price, knee),
-        )
-        return Advice(
-            answer=answer,
-            reasons=reasons,
-            warnings=warnings,
+        phases = self._phases(first, knee)
+        of = first.evaluations[window]
+        placements = first.placements[None], first.placements[proposed]
+        advice = Advice(
+            answer="not enough evidence",
+            reasons=(),
+            warnings=(),
             judged=judged,
             copies=swept,
             knee=knee,
-            moving=moving,
+            moving=self._moving(*placements, main.gain.before - main.gain.after),
             phases=phases,
-            drift=found,
+            drift=difference,
             carried=carried,
             exponents={
-                name: exponents(of.imbalance_per_layer, **shapes)
-                for name, of in zip(("running", "proposed"), evaluations, strict=True)
+                "running": self._exponents(of[None], window),
+                "proposed": self._exponents(of[proposed], window),
             },
-            running=evaluations[0],
-            proposed=evaluations[1],
-            placements=(first.running, proposed),
-            result=first.results[knee, False],
-            audit=audits[0][main.window],
-            units=self.units[main.window],
+            running=of[None],
+            proposed=of[proposed],
+            placements=placements,
+            result=first.results[proposed],
+            audit=audited,
+            units=units,
             problem=first.problem,
-            settings={
-                "devices": self.topology.devices,
-                "devices_per_node": self.topology.devices_per_node,
-                "topology": self.topology.name,
-                "engine": self.engine,
-                "initial": self.initial if isinstance(self.initial, str) else "given",
-                "copies": list(self.counts),
-                "windows": list(self.windows),
-                "splits": splits,
-                "held_out": self.is_held_out,
-                "price": price,
-                "expert_bytes": self.expert_bytes,
-                "cost_model": self.model.name,
-                "regime": self.regime,
-                "split": self.split,
-                "arrival": self.arrival,
-                "in_order": in_order,
-                "seed": seed,
-            },
+            settings=self._settings(splits),
+        )
+        return concluded(advice, _kinds(self.traffic), self._notes(phases, knee))
+
+    def _compared(self, trials: list[_Trial], proposed: Key, window: int | None) -> Judged:
+        """Compare what is proposed with what runs, in windows of a size, over all splits."""
+        evaluations = [each.evaluations[window] for each in trials]
+        figures = compare(
+            [(each[None], each[proposed]) for each in evaluations],
+            units=self.units[window],
+            share=0.5,
+        )
+        names = ("running", "proposed")
+        return Judged(
+            window,
+            {name: replace(of, price=self.price, names=names) for name, of in figures.items()},
         )
 
-    def _halves(self, seed: int) -> tuple[Traffic, Traffic]:
-        """Split into what is seen and what is not; the whole twice where that cannot be."""
-        return hold_out(self.traffic, 0.5 if self.is_held_out else 0.0, seed=seed)
+    def _settings(self, splits: int) -> dict[str, Any]:
+        same = ("engine", "price", "expert_bytes", "regime", "split", "arrival", "in_order", "seed")
+        return {
+            **{name: getattr(self, name) for name in same},
+            "devices": self.topology.devices,
+            "devices_per_node": self.topology.devices_per_node,
+            "topology": self.topology.name,
+            "initial": self.initial if isinstance(self.initial, str) else "given",
+            "copies": list(self.counts),
+            "windows": list(self.windows),
+            "splits": splits,
+            "held_out": self.is_held_out,
+            "cost_model": self.model.name,
+        }
 
-    def _arriving(self, traffic: Traffic) -> Traffic:
-        """Put tokens once into the one order in which they are served."""
-        if self.arrival == "mixed" and isinstance(traffic, RoutingTrace):
-            [(_, order)] = orders(traffic, self.arrival)
-            return in_order(with_runs(traffic), order)
-        return traffic
+    def _exponents(self, of: Evaluation, window: int | None) -> tuple[float | None, ...]:
+        return exponents(
+            of.imbalance_per_layer,
+            experts=self.traffic.num_experts,
+            devices=self.topology.devices,
+            tokens=window or WINDOWS[0],
+        )
 
-    def _notes(self, phases: Phases | None, price: float, knee: int) -> tuple[str, ...]:
-        """Say what phases cost each other, and what the engine cannot do."""
-        notes = [] if phases is None else [phases.sentence(price)]
+    def _notes(self, phases: Phases | None, knee: int) -> tuple[str, ...]:
+        """Write what phases cost each other, and what the engine cannot do."""
+        notes = [] if phases is None else [phases.sentence(self.price)]
         traffic = self.traffic
         short = isinstance(traffic, RoutingTrace) and traffic.tokens < 4 * WINDOWS[-1]
         if short and self.windows == WINDOWS[:1]:
@@ -374,7 +365,7 @@ class _Work:
                 f"Windows are of sequences that {of.title} serves together, not of the order of "
                 "the recording"
             )
-        if self.left_out and not of.may_copy:
+        if not of.may_copy and self.copies[-1]:
             notes.append(
                 f"Copies were left out: {of.title} loads a placement as a renumbered checkpoint, "
                 "which has every expert once"
@@ -398,35 +389,56 @@ class _Work:
             return None
         return tokens_per_rank(size[0], self.topology.devices * (self.fewest + count))
 
-    def fit(self, seen: Traffic, unseen: Traffic, seed: int, name: str, *, first: bool) -> _Fitted:
-        """Place with every number of copies, and predict times on the unseen traffic.
+    def trial(self, number: int, splits: int) -> _Trial:
+        """Place with every number of copies, and judge on the unseen traffic of a split.
 
         A budget that layers share is tried in the first split only, which tells enough of it.
         """
+        seed, name = nth_seed(self.seed, number), f"split {number + 1} of {splits}"
+        seen, unseen = hold_out(self.traffic, 0.5 if self.is_held_out else 0.0, seed=seed)
         self.say(f"{name}: counting")
-        unseen = self._arriving(unseen)
         problem = self.problem(seen)
         running = self._running(problem, seed)
-        results: dict[tuple[int, bool], Result] = {}
+        results: dict[Key, Result] = {}
         for count in self.counts:
             # Engines have as many slots in every layer.
-            may_share = first and count and problem.layers > 1 and self.engine is None
+            may_share = not number and count and problem.layers > 1 and self.engine is None
             for shared in (False, True) if may_share else (False,):
                 what = f"{count} slots for copies" + (" on average" if shared else "")
                 self.say(f"{name}: searching with {what}")
                 results[count, shared] = self._searched(problem, count, seed, shared=shared)
         self.say(f"{name}: predicting")
+        return self._judged(problem, running, results, unseen, *self.windows)
 
-        def times(placement: Placement) -> dict[int | None, float]:
-            found = {}
-            for window in self.windows:
-                us = self._evaluation(placement, unseen, window).predicted_layer_us
-                assert us is not None
-                found[window] = us
-            return found
+    def _judged(
+        self,
+        problem: Problem,
+        running: Placement,
+        results: dict[Key, Result],
+        unseen: Traffic,
+        *windows: int | None,
+    ) -> _Trial:
+        """Judge what runs, and placements, on traffic that they have not seen."""
+        if self.arrival == "mixed" and isinstance(unseen, RoutingTrace):
+            # Put once into the one order in which it is served.
+            [(_, order)] = orders(unseen, self.arrival)
+            unseen = in_order(with_runs(unseen), order)
+        placements = {None: running, **{key: each.placement for key, each in results.items()}}
+        how: dict[str, Any] = {
+            "arrival": self.judged_arrival,
+            "mixed": False,
+            "threads": self.threads,
+        }
+        evaluations = {}
+        for window in windows:
+            evaluated = judge(list(placements.values()), problem, unseen, window=window, **how)
+            evaluations[window] = dict(zip(placements, evaluated, strict=True))
+        return _Trial(problem, unseen, results, placements, evaluations)
 
-        after = {key: times(each.placement) for key, each in results.items()}
-        return _Fitted(problem, unseen, running, results, times(running), after)
+    @property
+    def judged_arrival(self) -> Arrival:
+        """In which order tokens come that are in that of serving already."""
+        return "bursts" if self.arrival == "mixed" else self.arrival
 
     def problem(self, seen: Traffic) -> Problem:
         """Count traffic, and ask for the least time with one copy of each expert."""
@@ -448,27 +460,27 @@ class _Work:
 
     def _running(self, problem: Problem, seed: int) -> Placement:
         if isinstance(self.initial, str):
-            found = solve(problem, self.initial, seed=seed, threads=self.threads)
-            return found.uninterrupted().placement
+            result = solve(problem, self.initial, seed=seed, threads=self.threads)
+            return result.uninterrupted().placement
         slots = max(self.initial.slots_per_device, self.fewest)
         replace(problem, slots_per_device=slots).check_running(self.initial)
         return self.initial
 
-    def _searched(self, problem: Problem, count: int, seed: int, *, shared: bool) -> Result:
+    def _searched(self, problem: Problem, count: int, seed: int, *, shared: bool = False) -> Result:
         """Search for balance or, of single copies, for time: what is better for time."""
         slots: dict[str, Any] = {"slots_per_device": self.fewest + count}
         if shared:
             beyond = self.topology.devices * (self.fewest + count) - problem.experts
             slots = {"slots_per_device": None, "extra_slots": problem.layers * beyond}
         if self.engine is not None:
-            found_by = engine_settings(
+            of_engine = engine_settings(
                 self.engine, problem.statistics, self.topology, slots_per_device=self.fewest + count
             )
-            slots["fill_slots"] = found_by["fill_slots"]
-        asked = replace(problem, **slots)
-        found = {
+            slots["fill_slots"] = of_engine["fill_slots"]
+        problem = replace(problem, **slots)
+        results = {
             goal: solve(
-                replace(asked, objective=goal),
+                replace(problem, objective=goal),
                 "heuristic",
                 seed=seed,
                 iterations=self.iterations,
@@ -476,85 +488,61 @@ class _Work:
             ).uninterrupted()
             for goal in (("balance",) if count else self.goals)
         }
-        best = min(found, key=lambda goal: asked.value(found[goal].placement))
+        best = min(results, key=lambda goal: problem.value(results[goal].placement))
         if not count:
             self.goals = (best,)
-        return found[best]
+        return results[best]
 
-    def _evaluation(self, placement: Placement, traffic: Traffic, window: int | None) -> Evaluation:
-        return evaluate(
-            placement,
-            traffic,
-            self.topology,
-            window=window,
-            split=self.split,
-            cost_model=self.model,
-            regime=self.regime,
-            arrival=self.weighed,
-            mixed=False,
-            threads=self.threads,
-        )
-
-    def _audits(self, fitted: _Fitted, proposed: Placement) -> dict[int | None, Audit]:
-        return {
-            window: self._audit(proposed, fitted.running, fitted.unseen, window)
-            for window in self.windows
-        }
-
-    def _audit(
-        self, proposed: Placement, running: Placement, unseen: Traffic, window: int | None
-    ) -> Audit:
+    def _audit(self, trial: _Trial, proposed: Key, window: int | None) -> Audit:
         return audit(
-            proposed,
-            unseen,
+            trial.placements[proposed],
+            trial.unseen,
             self.topology,
-            baseline=running,
+            baseline=trial.placements[None],
             window=window or 1,
             cost_model=self.model,
             regime=self.regime,
             split=self.split,
-            arrival=self.weighed,
+            arrival=self.judged_arrival,
             threads=self.threads,
             units=self.units[window],
         )
 
-    def _swept(self, fitted: list[_Fitted]) -> tuple[Copies, ...]:
-        found = []
-        for count, shared in fitted[0].results:
-            gains = {
-                window: tuple(
-                    1 - each.after[count, shared][window] / each.before[window]
-                    for each in fitted
-                    if (count, shared) in each.after
-                )
-                for window in self.windows
-            }
-            each = self.expert_bytes
-            layers = self.traffic.layers
-            found.append(
-                Copies(
-                    count,
-                    shared,
-                    gains,
-                    None if each is None else count * layers * each,
-                    self._tokens_per_rank(count),
-                )
+    def _swept(self, trials: list[_Trial]) -> tuple[Copies, ...]:
+        """Compute what copies gain and cost; a budget that layers share has one split."""
+        each, layers = self.expert_bytes, self.traffic.layers
+        return tuple(
+            Copies(
+                key[0],
+                key[1],
+                {
+                    window: tuple(
+                        1 - of.time(key, window) / of.time(None, window)
+                        for of in trials
+                        if key in of.results
+                    )
+                    for window in self.windows
+                },
+                None if each is None else key[0] * layers * each,
+                self._tokens_per_rank(key[0]),
             )
-        return tuple(found)
+            for key in trials[0].results
+            if key is not None
+        )
 
-    def _carried(self, knee: int, window: int | None, seed: int) -> tuple[float, ...]:
+    def _carried(self, knee: int, window: int | None) -> tuple[float, ...]:
         """Gains of a placement of each half of the recording on the other, at their lower ends."""
         early, late = drift.halves(self.traffic)
-        found: list[float] = []
+        gains: list[float] = []
         for seen, unseen, name in ((early, late, "first"), (late, early, "second")):
             self.say(f"a placement of the {name} half on the other")
             problem = self.problem(seen)
-            result = self._searched(problem, knee, seed, shared=False)
-            running = self._running(problem, seed)
-            judged = self._audit(result.placement, running, self._arriving(unseen), window)
-            change = judged.whole["predicted_layer_us"].change
-            found.append(0.0 if change is None or change.high is None else -change.high)
-        return tuple(found)
+            results: dict[Key, Result] = {(knee, False): self._searched(problem, knee, self.seed)}
+            running = self._running(problem, self.seed)
+            of = self._judged(problem, running, results, unseen, window).evaluations[window]
+            gain = compare([(of[None], of[knee, False])], units=self.units[window])
+            gains.append(gain["predicted_layer_us"].low or 0.0)
+        return tuple(gains)
 
     def _moving(self, before: Placement, after: Placement, saved_us: float) -> Moving:
         diff = before.diff(after, topology=self.topology, expert_bytes=self.expert_bytes)
@@ -567,30 +555,31 @@ class _Work:
             steps = float(np.ceil(float(us) / saved)) if saved > 0 else None
         return Moving(diff.experts_moved, diff.bytes_moved, seconds, steps)
 
-    def _phases(self, fitted: _Fitted, knee: int, seed: int) -> Phases | None:
+    def _phases(self, trial: _Trial, knee: int) -> Phases | None:
         """Place for prefill, for decode and for both, and predict each on each."""
-        trace = self.traffic
-        if not isinstance(trace, RoutingTrace) or not set(PHASES) <= set(_present(trace)):
+        if not isinstance(self.traffic, RoutingTrace) or self.traffic.group is None:
             return None
-        seen, unseen = hold_out(trace, 0.5, seed=seed)
-        assert isinstance(seen, RoutingTrace)
-        assert isinstance(unseen, RoutingTrace)
-        if not all(set(PHASES) <= set(_present(part)) for part in (seen, unseen)):
+        parts = hold_out(self.traffic, 0.5, seed=self.seed)
+        if not all(set(PHASES) <= set(_present(part)) for part in parts):
             return None
-        placements = {"both": fitted.results[knee, False].placement}
+        seen, unseen = (
+            {phase: part.select(groups=phase) for phase in PHASES}
+            for part in parts
+            if isinstance(part, RoutingTrace)
+        )
+        results = {"both": trial.results[knee, False]}
         for phase in PHASES:
-            problem = self.problem(seen.select(groups=phase))
-            placements[phase] = self._searched(problem, knee, seed, shared=False).placement
-        found: dict[str, dict[str, float]] = {}
-        for name, placement in placements.items():
-            found[name] = {}
-            for phase in PHASES:
-                part = self._arriving(unseen.select(groups=phase))
-                window = self.windows[-1 if phase == "prefill" else 0]
-                us = self._evaluation(placement, part, window).predicted_layer_us
-                assert us is not None
-                found[name][phase] = us
-        return Phases(found)
+            results[phase] = self._searched(self.problem(seen[phase]), knee, self.seed)
+        keys: dict[str, Key] = {name: (at, False) for at, name in enumerate(results)}
+        given = {key: results[name] for name, key in keys.items()}
+        times: dict[str, dict[str, float]] = {name: {} for name in results}
+        for phase in PHASES:
+            window = self.windows[-1 if phase == "prefill" else 0]
+            running = trial.placements[None]
+            of = self._judged(trial.problem, running, given, unseen[phase], window)
+            for name, key in keys.items():
+                times[name][phase] = of.time(key, window)
+        return Phases(times)
 
 
 def _check_traffic(traffic: Traffic) -> None:
@@ -598,21 +587,8 @@ def _check_traffic(traffic: Traffic) -> None:
     if isinstance(traffic, RoutingTrace):
         if traffic.tokens < 2:
             raise ValueError(f"traffic must have two tokens or more, got {traffic.tokens}")
-        return
-    if not traffic.total_load.any():
+    elif not traffic.total_load.any():
         raise ValueError("traffic must have tokens, got a load of 0")
-
-
-def _losers(found: Audit, measure: str) -> dict[str, float]:
-    """Name the groups that are worse beyond chance, and by what share."""
-    worse = found.worse(measures=(measure,)) if found.groups else []
-    return {each.group: each.change.value for each in worse}
-
-
-def _bytes(traffic: Traffic) -> float | None:
-    """Bytes of the model's experts in 8 bits; None where their size is not known."""
-    size = size_of_expert(traffic)
-    return None if size is None else 3.0 * size[0] * size[1]
 
 
 def _windows_of(traffic: Traffic, window: int | None) -> tuple[int | None, ...]:
@@ -631,17 +607,13 @@ def _splittable(traffic: Traffic) -> Traffic:
     return traffic
 
 
-def _present(trace: RoutingTrace) -> tuple[str, ...]:
-    """Names of the groups that have tokens."""
-    if trace.group is None:
+def _present(traffic: Traffic) -> tuple[str, ...]:
+    """Return names of the groups that have tokens, or windows."""
+    if traffic.group is None:
         return ()
-    return tuple(trace.group_names[number] for number in np.unique(trace.group))
+    return tuple(traffic.group_names[number] for number in np.unique(traffic.group))
 
 
 def _kinds(traffic: Traffic) -> tuple[str, ...] | None:
     """Return kinds of traffic that are there; None where nobody told kinds apart."""
-    if traffic.group is None:
-        return None
-    names = (traffic.group_names[number] for number in np.unique(traffic.group))
-    kinds = tuple(name for name in names if name not in PHASES)
-    return kinds or None
+    return tuple(name for name in _present(traffic) if name not in PHASES) or None

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
-import numpy as np
-
-from moetuner.evaluation.auditing import Audit
-from moetuner.evaluation.intervals import FEWEST, mean_interval
+from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.units import Units
-from moetuner.evaluation.verdicts import Verdict
 from moetuner.files.text import name
 from moetuner.report.advice.drift import Drift
-from moetuner.report.advice.values import Answer, Copies, Judged
-from moetuner.report.gains import Gain
+from moetuner.report.advice.values import Advice, Answer, Copies, Judged
+from moetuner.report.cells import listed, percent
 from moetuner.topology import Regime
 
 # Part of the best gain that a number of copies may miss and still be the knee, as a share.
@@ -29,30 +25,6 @@ FEW_KINDS = 10
 CARRIED = 0.5
 
 
-def judged_in(window: int | None, audits: list[Audit], price: float, likeness: float) -> Judged:
-    """Average over splits what audits say of all traffic; their errors have a correlation."""
-    gains, before, after = {}, {}, {}
-    for measure in audits[0].whole:
-        changes = [each.whole[measure] for each in audits]
-        before[measure] = float(np.mean([each.baseline.value for each in changes]))
-        after[measure] = float(np.mean([each.value.value for each in changes]))
-        known = [each.change for each in changes if each.change is not None]
-        if len(known) < len(changes):
-            continue
-        _, low, high = mean_interval(known, likeness)
-        ends = None if low is None or high is None else (-high, -low)
-        splits = tuple(-each.value for each in known)
-        units = min(each.units[1] for each in audits)
-        gains[measure] = Gain("proposed", "running", measure, splits, ends, units)
-    measure = "predicted_layer_us"
-    gain = gains[measure]
-    low, high = gain.interval or (None, None)
-    verdict = Verdict(
-        measure, before[measure], after[measure], gain.mean, low, high, gain.units, price
-    )
-    return Judged(window, before, after, gains, verdict)
-
-
 def knee_of(swept: tuple[Copies, ...]) -> int:
     """Return the fewest slots for copies whose gain comes near to the best that harms no window.
 
@@ -64,124 +36,143 @@ def knee_of(swept: tuple[Copies, ...]) -> int:
     harmless = [
         each
         for each in plain
-        if all(
-            np.mean(gains) >= min(0.0, float(np.mean(least.gains[window]))) - KNEE
-            for window, gains in each.gains.items()
-        )
+        if all(each.mean(of) >= min(0.0, least.mean(of)) - KNEE for of in each.gains)
     ]
     best = max(each.best for each in harmless)
     return min(each.per_device for each in harmless if each.best >= best - KNEE)
 
 
-def concluded(
-    judged: tuple[Judged, ...],
-    swept: tuple[Copies, ...],
-    knee: int,
-    found: Drift | None,
-    carried: tuple[float, ...],
-    kinds: tuple[str, ...] | None,
-    price: float,
-    *,
-    running: str,
-    model: str | None,
-    devices: int,
-    units: Units,
-    losers: Mapping[str, float] = MappingProxyType({}),
-    regime: Regime = "dispatch",
-    held_out: bool = True,
-    notes: tuple[str, ...] = (),
-) -> tuple[Answer, tuple[str, ...], tuple[str, ...]]:
-    """Decide, with reasons and warnings."""
-    main = max(judged, key=lambda each: each.gain.mean)
-    where = "on unseen traffic" if held_out else "on the traffic that placements were computed from"
-    reasons, warnings = [_headline(main, running, where)], []
-    for each in judged:
-        if each is not main:
-            reasons.append(_headline(each, running, where))
-    reasons += _parts(main, price, regime)
-    if knee or len(swept) > 1:
-        reasons.append(_of_copies(swept, knee))
-    reasons += notes
-    answers = {each.verdict.answer for each in judged}
+@dataclass
+class Conclusion:
+    """An answer in the making: what comes later may overrule it, with the first reason."""
+
     answer: Answer
-    if not held_out:
-        answer = "not enough evidence"
-        reasons.insert(
-            0,
+    reasons: list[str]
+    warnings: list[str]
+
+    def overrule(self, answer: Answer, reason: str) -> None:
+        """Replace the answer."""
+        self.answer = answer
+        self.reasons.insert(0, reason)
+
+
+def concluded(of: Advice, kinds: tuple[str, ...] | None, notes: tuple[str, ...]) -> Advice:
+    """Return advice with its answer, reasons and warnings.
+
+    ``kinds`` are those of the traffic, None where nobody told them apart; ``notes`` more reasons.
+    """
+    units, held_out = of.units, of.settings["held_out"]
+    conclusion = Conclusion(
+        "not enough evidence", [*_gains(of), *notes], _of_units(units, held_out)
+    )
+    _decide(conclusion, of)
+    if conclusion.answer == "worth a trial" and any(
+        each.gain.answer == "worse" for each in of.judged
+    ):
+        conclusion.warnings.append(
+            "In windows of another size the proposed placement is slower; see above."
+        )
+    if of.drift is not None and of.drift.is_beyond_chance:
+        _weigh_drift(conclusion, of, of.drift)
+    losers = of.audit.worse(measures=(of.main.gain.measure,)) if of.audit.groups else []
+    if losers:
+        names = [f"{name(each.group)} ({100 * each.change.value:.1f} %)" for each in losers]
+        verb = "is" if len(names) == 1 else "are"
+        conclusion.warnings.append(
+            f"Beyond chance {listed(names, LOSERS)} {verb} served slower than before; audit tells "
+            "more."
+        )
+    if of.settings["devices"] == 1:
+        conclusion.overrule("not now", "there is one device, so all placements are alike.")
+    if kinds is not None and len(kinds) == 1:
+        kind = f"all traffic is of one kind, {kinds[0]}; of others nothing is known."
+        conclusion.overrule("not enough evidence", kind)
+    model = of.settings["cost_model"] or "your cost model"
+    conclusion.warnings.append(
+        f"Times are predicted, not measured, with {model}."
+        if of.main.window is not None
+        else "Times are predicted, not measured; a load table does not tell which experts a token "
+        "chose together, so traffic is an upper bound."
+    )
+    reasons = (f"{each[0].upper()}{each[1:]}".rstrip(".") + "." for each in conclusion.reasons)
+    return replace(
+        of, answer=conclusion.answer, reasons=tuple(reasons), warnings=tuple(conclusion.warnings)
+    )
+
+
+def _decide(conclusion: Conclusion, of: Advice) -> None:
+    """Answer by the gains alone."""
+    price: float = of.settings["price"]
+    answers = {each.gain.answer for each in of.judged}
+    if not of.settings["held_out"]:
+        conclusion.overrule(
+            "not enough evidence",
             "there is one window, so nothing is left to judge a placement on that it was not "
             "computed from; count loads in windows, or record a trace.",
         )
     elif answers == {"too few"}:
-        answer = "not enough evidence"
-        reasons.insert(0, _too_few(units, judged[0].gain.units))
+        conclusion.overrule("not enough evidence", _too_few(of.units, of.judged[0].gain.units))
     elif "worth it" in answers:
-        answer = "worth a trial"
-    elif all(_is_settled(each, price) for each in judged):
-        answer = "not now"
-        reasons.insert(1, f"that is less than the {100 * price:g} % that a change should gain")
+        conclusion.answer = "worth a trial"
+    elif all(_pays_nothing(each, price) for each in of.judged):
+        conclusion.answer = "not now"
+        conclusion.reasons.insert(
+            1, f"that is less than the {100 * price:g} % that a change should gain"
+        )
     else:
-        answer = "not enough evidence"
-        reasons.append("The interval allows both nothing and a gain that would pay: record more.")
-    warnings += _of_units(units, held_out)
-    if any(each.verdict.answer == "worse" for each in judged) and answer == "worth a trial":
-        warnings.append("In windows of another size the proposed placement is slower; see above.")
-    if found is not None and found.is_told:
-        change = (
-            f"the second half of the recording sends {100 * found.distance:.0f} % of its tokens to "
-            f"other experts than the first (by chance {100 * found.expected:.0f} %)"
+        conclusion.reasons.append(
+            "The interval allows both nothing and a gain that would pay: record more."
         )
-        if not carried:
-            warnings.append(f"{change[0].upper()}{change[1:]}; its order was said not to matter.")
-        elif found.is_of_groups:
-            reasons.insert(
-                1,
-                f"the halves of the recording hold different groups: served mixed, the gain is "
-                f"{_percent(main.gain.mean)}; served as recorded, a placement of one half gains "
-                f"{_percent(min(carried))} or more on the other (lower end of 95 %)",
-            )
-        elif min(carried) > 0 and min(carried) >= CARRIED * main.gain.mean:
-            warnings.append(
-                f"{change[0].upper()}{change[1:]}; a placement of either half gains on the other."
-            )
-        else:
-            answer = "not enough evidence"
-            worst = min(carried)
-            verb = "is sure to gain only" if worst >= 0 else "may lose up to"
-            reasons.insert(
-                0,
-                f"{change}, and a placement of one half {verb} {100 * abs(worst):.1f} % on the "
-                "other. What comes next is not known.",
-            )
-            warnings.append(
-                "The unseen half is of another kind than the seen one. Record traffic as it will "
-                "be served; if the order of the recording means nothing, say so (--any-order)."
-            )
-    if losers:
-        named = list(losers.items())[:LOSERS]
-        names = ", ".join(f"{name(each)} ({100 * change:.1f} %)" for each, change in named)
-        more = f" and {len(losers) - LOSERS} more" if len(losers) > LOSERS else ""
-        verb = "is" if len(losers) == 1 else "are"
-        warnings.append(
-            f"Beyond chance {names}{more} {verb} served slower than before; audit tells more."
+
+
+def _weigh_drift(conclusion: Conclusion, of: Advice, drift: Drift) -> None:
+    """Take into account that the halves of the recording differ."""
+    change = (
+        f"the second half of the recording sends {100 * drift.distance:.0f} % of its tokens to "
+        f"other experts than the first (by chance {100 * drift.expected:.0f} %)"
+    )
+    warning = f"T{change[1:]}"
+    least = min(of.carried, default=0.0)
+    if not of.carried:
+        conclusion.warnings.append(f"{warning}; its order was said not to matter.")
+    elif drift.is_of_groups:
+        conclusion.reasons.insert(
+            1,
+            f"the halves of the recording hold different groups: served mixed, the gain is "
+            f"{percent(of.main.gain.mean)}; served as recorded, a placement of one half gains "
+            f"{percent(least)} or more on the other (lower end of 95 %)",
         )
-    if devices == 1:
-        answer = "not now"
-        reasons.insert(0, "there is one device, so all placements are alike.")
-    if kinds is not None and len(kinds) == 1:
-        answer = "not enough evidence"
-        reasons.insert(0, f"all traffic is of one kind, {kinds[0]}; of others nothing is known.")
-    if main.window is not None:
-        warnings.append(f"Times are predicted, not measured, with {model or 'your cost model'}.")
+    elif least > 0 and least >= CARRIED * of.main.gain.mean:
+        conclusion.warnings.append(f"{warning}; a placement of either half gains on the other.")
     else:
-        warnings.append(
-            "Times are predicted, not measured; a load table does not tell which experts a token "
-            "chose together, so traffic is an upper bound."
+        verb = "is sure to gain only" if least >= 0 else "may lose up to"
+        conclusion.overrule(
+            "not enough evidence",
+            f"{change}, and a placement of one half {verb} {100 * abs(least):.1f} % on the other. "
+            "What comes next is not known.",
         )
-    return answer, tuple(_sentence(each) for each in reasons), tuple(warnings)
+        conclusion.warnings.append(
+            "The unseen half is of another kind than the seen one. Record traffic as it will be "
+            "served; if the order of the recording means nothing, say so (--any-order)."
+        )
+
+
+def _pays_nothing(judged: Judged, price: float) -> bool:
+    """Whether the traffic says that there is nothing to win that would pay.
+
+    More of it is not worth recording where the gain is below its price, and surely not far above.
+    """
+    gain = judged.gain
+    return gain.answer in ("certain but small", "worse") or (
+        gain.answer == "no evidence"
+        and gain.high is not None
+        and gain.mean < price
+        and gain.high <= NEAR * price
+    )
 
 
 def _too_few(units: Units, number: int) -> str:
-    """Say that what was judged is too little, and what would help."""
+    """Write that what was judged is too little, and what would help."""
     least = f"at least {FEWEST} are needed"
     if units.name == "kind":
         return (
@@ -197,7 +188,7 @@ def _too_few(units: Units, number: int) -> str:
 
 
 def _of_units(units: Units, held_out: bool) -> list[str]:
-    """Say what was taken for independent, where that is not each of many sequences."""
+    """Write what was taken for independent, where that is not each of many sequences."""
     if not held_out:
         return []
     if units.name == "kind" and units.number < FEW_KINDS:
@@ -221,59 +212,50 @@ def _of_units(units: Units, held_out: bool) -> list[str]:
     return [f"{text} one by one, as neighbours are no more alike than others."]
 
 
-def _is_settled(judged: Judged, price: float) -> bool:
-    """Whether the traffic says that there is nothing to win that would pay.
-
-    More of it is not worth recording where the gain is below its price, and surely not far above.
-    """
-    gain, high = judged.gain.mean, judged.verdict.high
-    return judged.verdict.answer in ("certain but small", "worse") or (
-        judged.verdict.answer == "no evidence"
-        and high is not None
-        and gain < price
-        and high <= NEAR * price
-    )
+def _gains(of: Advice) -> list[str]:
+    """Write what is gained in windows of each size, by what, and what copies have to do with it."""
+    main, settings = of.main, of.settings
+    where = "on unseen traffic"
+    if not settings["held_out"]:
+        where = "on the traffic that placements were computed from"
+    running = settings["initial"].replace("_", " ")
+    running = "running" if running == "given" else running
+    lines = [
+        _headline(each, running, where)
+        for each in (main, *(each for each in of.judged if each is not main))
+    ]
+    lines += _parts(main, settings["price"], settings["regime"])
+    if of.knee or len(of.copies) > 1:
+        lines.append(_of_copies(of.copies, of.knee))
+    return lines
 
 
 def _headline(judged: Judged, running: str, where: str) -> str:
-    gain, verdict = judged.gain, judged.verdict
-    notes = []
-    if gain.interval is not None:
-        low, high = (round(100 * end, 1) + 0.0 for end in gain.interval)
-        notes.append(f"95 %: {low:.1f} to {high:.1f} %")
-    if judged.window is not None:
-        notes.append(f"windows of {judged.window:,} tokens")
-    word = "less" if gain.mean >= 0 else "more"
-    much = f"{100 * abs(gain.mean):.1f} % {word}" if abs(gain.mean) >= 0.0005 else "no less"
+    gain = judged.gain
+    size = "" if judged.window is None else f"windows of {judged.window:,} tokens"
+    notes = ", ".join(filter(None, (gain.sure, size)))
+    much = gain.much if abs(gain.mean) >= 0.0005 else "no less"
     return (
         f"{where} a layer takes {much} predicted time than with the {running} placement, "
-        f"{verdict.before:.1f} to {verdict.after:.1f} us"
-        + (f" ({', '.join(notes)})" if notes else "")
+        f"{gain.before:.1f} to {gain.after:.1f} us{notes and f' ({notes})'}"
     )
 
 
 def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
-    """Say what balance and traffic have to do with it."""
+    """Write what balance and traffic have to do with it."""
     lines = []
-    for measure, word, nothing, of in (
-        ("imbalance", "Busiest device", "nothing to balance", None),
-        ("fanout", "Devices that a token visits", "nothing to win in traffic", "dispatch"),
-        ("node_fanout", "Nodes that a token visits", "nothing to win between nodes", "dispatch"),
-        ("crossing", "Steps that leave the device", "nothing to win in traffic", "follow"),
-    ):
+    for measure, figure in FIGURES.items():
         gain = judged.gains.get(measure)
-        if gain is None or of not in (None, regime):
+        if gain is None or not figure.title or figure.regime not in (None, regime):
             continue
-        before, after = judged.before[measure], judged.after[measure]
-        unit = " x the mean" if measure == "imbalance" else ""
-        line = f"{word}: {before:.2f} to {after:.2f}{unit}"
+        line = f"{figure.title}: {gain.before:.2f} to {gain.after:.2f}{figure.unit}"
         if gain.mean <= -price:
             line += "; that is a cost"
         elif gain.mean < price:
-            line += f"; {nothing}"
-        elif gain.interval is None:
+            line += f"; {figure.nothing}"
+        elif gain.low is None:
             line += "; how surely is not known"
-        elif gain.interval[0] <= 0:
+        elif gain.low <= 0:
             line += "; that may be chance"
         lines.append(line)
     return lines
@@ -286,15 +268,14 @@ def _of_copies(swept: tuple[Copies, ...], knee: int) -> str:
     text = "Copies: none"
     if knee:
         verb = "gains" if knee == 1 else "gain"
-        text = f"Copies: {_slots(chosen)} {verb} {_percent(chosen.best)}"
+        text = f"Copies: {_slots(chosen)} {verb} {percent(chosen.best)}"
     if knee and plain[0].per_device == 0:
-        text += f", {_percent(plain[0].best)} without"
+        text += f", {percent(plain[0].best)} without"
     if best.best > chosen.best + KNEE:
-        worst = min(best.gains, key=lambda window: float(np.mean(best.gains[window])))
-        loss = -100 * float(np.mean(best.gains[worst]))
+        worst = min(best.gains, key=best.mean)
         text += (
             f"; {_slots(best)} would gain {100 * best.best:.1f} %, but windows of {worst:,} tokens "
-            f"would take {loss:.1f} % longer"
+            f"would take {-100 * best.mean(worst):.1f} % longer"
         )
     elif not knee:
         most = max(each.per_device for each in plain)
@@ -307,18 +288,9 @@ def _of_copies(swept: tuple[Copies, ...], knee: int) -> str:
     return text
 
 
-def _percent(share: float) -> str:
-    # No minus before nothing.
-    return f"{round(100 * share, 1) + 0.0:.1f} %"
-
-
 def _slots(copies: Copies) -> str:
     number = copies.per_device
     text = f"{number} more slot{'' if number == 1 else 's'} per device and layer"
     if copies.bytes_per_device is not None:
         text += f" ({copies.bytes_per_device / 1e9:.2f} GB per device)"
     return text
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}".rstrip(".") + "."

@@ -45,7 +45,7 @@ class Drift:
     is_of_groups: bool = False
 
     @property
-    def is_told(self) -> bool:
+    def is_beyond_chance(self) -> bool:
         """Whether the halves differ beyond chance, and by more than would not matter."""
         return self.chance <= CHANCE and self.distance - self.expected >= LEAST
 
@@ -54,11 +54,11 @@ def drift_of(
     traffic: RoutingTrace | RoutingStatistics, units: Units, *, seed: int = 0
 ) -> Drift | None:
     """Compute how far the halves of a recording differ; None where there is too little to tell."""
-    found = _drift(traffic, units, seed, by_group=False)
-    if found is None or not found.is_told or traffic.group is None:
-        return found
+    drift = _drift(traffic, units, seed, by_group=False)
+    if drift is None or not drift.is_beyond_chance or traffic.group is None:
+        return drift
     mixed = _drift(traffic, units, seed, by_group=True)
-    return replace(found, is_of_groups=mixed is not None and not mixed.is_told)
+    return replace(drift, is_of_groups=mixed is not None and not mixed.is_beyond_chance)
 
 
 def _drift(
@@ -120,25 +120,20 @@ def _blocks(
 ) -> NDArray[np.float64]:
     """Load of blocks of neighbouring sequences, or windows or tokens [B,L,E]."""
     item, place = _in_order(traffic, by_group=by_group)
-    of_item = place * blocks // len(place)
-    block = of_item[item]
-    if isinstance(traffic, RoutingStatistics):
-        loads = np.zeros((blocks, traffic.layers, traffic.experts))
-        np.add.at(loads, block, traffic.window_load.astype(np.float64))
-        return loads[np.unique(block)]
-    loads = np.zeros((blocks, traffic.layers, traffic.num_experts))
-    layer = np.arange(traffic.layers)[None, :, None]
-    first = 0
-    for shard in traffic.shards():
-        at = block[first : first + len(shard), None, None]
-        cell = (at * traffic.layers + layer) * traffic.num_experts + shard.astype(np.int64)
-        loads += np.bincount(cell.ravel(), minlength=loads.size).reshape(loads.shape)
-        first += len(shard)
-    return loads[np.unique(of_item)]
+    block = (place * blocks // len(place))[item]
+    if isinstance(traffic, RoutingTrace):
+        names = tuple(str(number) for number in range(blocks))
+        cut = replace(traffic, group=block.astype(np.int16), group_names=names)
+        counted = RoutingStatistics.from_trace(
+            cut, by_group=True, transitions=False, coactivation=False
+        )
+        return counted.window_load.astype(np.float64)
+    loads = np.zeros((blocks, traffic.layers, traffic.experts))
+    np.add.at(loads, block, traffic.window_load.astype(np.float64))
+    return loads[np.unique(block)]
 
 
 def _distance(loads: NDArray[np.float64], first: NDArray[np.bool_]) -> float:
-    shares = []
-    for part in (loads[first].sum(axis=0), loads[~first].sum(axis=0)):
-        shares.append(part / np.maximum(part.sum(axis=1, keepdims=True), 1))
-    return float(np.abs(shares[0] - shares[1]).sum(axis=1).mean() / 2)
+    parts = np.stack([loads[first].sum(axis=0), loads[~first].sum(axis=0)])
+    early, late = parts / np.maximum(parts.sum(axis=2, keepdims=True), 1)
+    return float(np.abs(early - late).sum(axis=1).mean() / 2)

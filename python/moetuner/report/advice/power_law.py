@@ -26,19 +26,8 @@ def exponents(
 ) -> tuple[float | None, ...]:
     """Compute the exponent with the same busiest device, for every layer.
 
-    Parameters
-    ----------
-    imbalance
-        Largest / mean device load of the layers [L].
-    experts, devices
-        Of a layer; experts stand in blocks.
-    tokens
-        Of a window.
-
-    Returns
-    -------
-    tuple
-        None where no exponent from -32 to 2 has it.
+    ``imbalance`` is the largest / mean device load of the layers [L], of experts in blocks and
+    windows of so many tokens. None where no exponent from -32 to 2 has it.
     """
     if devices < 2 or experts % devices or tokens < 4:
         return (None,) * len(imbalance)
@@ -47,11 +36,11 @@ def exponents(
     grid = np.linspace(LOWEST, HIGHEST, STEPS + 1)
     reached = np.array([_busiest(alpha, drawn, devices, tokens) for alpha in grid])
     reached = np.maximum.accumulate(reached)
-    found = np.interp(wanted, reached, grid)
+    alpha = np.interp(wanted, reached, grid)
     inside = (wanted >= reached[0]) & (wanted <= reached[-1])
     return tuple(
         round(float(each), 3) if is_inside else None
-        for each, is_inside in zip(found, inside, strict=True)
+        for each, is_inside in zip(alpha, inside, strict=True)
     )
 
 

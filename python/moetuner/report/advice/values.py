@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.auditing import Audit
+from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.units import Units
-from moetuner.evaluation.verdicts import Verdict
 from moetuner.frozen import Frozen
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice.drift import Drift
 from moetuner.report.cells import signed
-from moetuner.report.gains import Gain
 from moetuner.solver.result import Result
 
 Answer = Literal["worth a trial", "not now", "not enough evidence"]
@@ -31,24 +30,32 @@ class Judged(Frozen):
     ----------
     window
         Tokens whose load is balanced together; None where windows are given.
-    before, after
-        Measures under both, means over splits.
-    gains
-        Share of each measure that the proposed placement saves.
-    verdict
-        On the first measure: ``predicted_layer_us``.
+    figures
+        Both in every figure. The verdict is on ``predicted_layer_us``.
     """
 
     window: int | None
-    before: dict[str, float]
-    after: dict[str, float]
-    gains: dict[str, Gain]
-    verdict: Verdict
+    figures: dict[str, Comparison]
 
     @property
-    def gain(self) -> Gain:
-        """Of the measure that the verdict is on."""
-        return self.gains[self.verdict.measure]
+    def gain(self) -> Comparison:
+        """In the figure that the verdict is on."""
+        return self.figures["predicted_layer_us"]
+
+    @property
+    def before(self) -> dict[str, float]:
+        """Figures under the running placement, means over splits."""
+        return {name: each.before for name, each in self.figures.items()}
+
+    @property
+    def after(self) -> dict[str, float]:
+        """Figures under the proposed placement."""
+        return {name: each.after for name, each in self.figures.items()}
+
+    @property
+    def gains(self) -> dict[str, Comparison]:
+        """Figures of which there is something to save."""
+        return {name: each for name, each in self.figures.items() if each.before}
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values."""
@@ -57,7 +64,7 @@ class Judged(Frozen):
             "before": self.before,
             "after": self.after,
             "gains": {name: gain.to_dict() for name, gain in self.gains.items()},
-            "answer": self.verdict.answer,
+            "answer": self.gain.answer,
         }
 
 
@@ -87,10 +94,19 @@ class Copies(Frozen):
     bytes_per_device: float | None
     tokens_per_rank: int | None = None
 
+    def mean(self, window: int | None) -> float:
+        """Mean gain in windows of a size."""
+        return float(np.mean(self.gains[window]))
+
     @property
     def best(self) -> float:
         """Mean gain in the windows where it is largest."""
-        return max(float(np.mean(each)) for each in self.gains.values())
+        return max(map(self.mean, self.gains))
+
+    @property
+    def label(self) -> str:
+        """How many slots, for tables."""
+        return f"{self.per_device}{' on average' if self.shared else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values."""
@@ -98,7 +114,7 @@ class Copies(Frozen):
             "per_device": self.per_device,
             "shared": self.shared,
             "gains": [
-                {"window": window, "mean": float(np.mean(each)), "splits": list(each)}
+                {"window": window, "mean": self.mean(window), "splits": list(each)}
                 for window, each in self.gains.items()
             ],
             "bytes_per_device": self.bytes_per_device,
@@ -129,7 +145,7 @@ class Moving(Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -148,33 +164,30 @@ class Phases(Frozen):
 
     microseconds: dict[str, dict[str, float]]
 
+    def _cost(self, phase: str, under: str) -> float:
+        return self.microseconds[under][phase] / self.microseconds[phase][phase] - 1
+
     @property
     def costs(self) -> dict[str, float]:
         """By how much a phase is slower under the other phase's placement than under its own."""
-        found, (one, other) = self.microseconds, PHASES
-        return {
-            one: found[other][one] / found[one][one] - 1,
-            other: found[one][other] / found[other][other] - 1,
-        }
+        return dict(zip(PHASES, map(self._cost, PHASES, reversed(PHASES)), strict=True))
 
     @property
     def costs_of_one(self) -> dict[str, float]:
         """By how much a phase is slower under one placement for both than under its own."""
-        found = self.microseconds
-        return {phase: found["both"][phase] / found[phase][phase] - 1 for phase in PHASES}
+        return {phase: self._cost(phase, "both") for phase in PHASES}
 
     def sentence(self, price: float) -> str:
-        """Say whether one placement does for both, and what one for the other costs."""
-
-        def told(costs: dict[str, float]) -> str:
-            return " and ".join(f"{phase} {signed(cost)}" for phase, cost in costs.items())
-
+        """Write whether one placement does for both, and what one for the other costs."""
+        of_one, of_other = (
+            " and ".join(f"{phase} {signed(cost)}" for phase, cost in costs.items())
+            for costs in (self.costs_of_one, self.costs)
+        )
         pays = max(self.costs_of_one.values()) > price
         answer = "two placements pay" if pays else "one placement does for both"
         return (
-            f"Prefill and decode: {answer}; "
-            f"one computed from both costs {told(self.costs_of_one)} of predicted time against one "
-            f"of each phase, one of the other phase {told(self.costs)}"
+            f"Prefill and decode: {answer}; one computed from both costs {of_one} of predicted "
+            f"time against one of each phase, one of the other phase {of_other}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -254,6 +267,11 @@ class Advice(Frozen):
     units: Units = field(repr=False)
     problem: Problem = field(repr=False)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def main(self) -> Judged:
+        """Both placements in the windows where most is gained."""
+        return max(self.judged, key=lambda each: each.gain.mean)
 
     @property
     def sentence(self) -> str:

@@ -10,7 +10,6 @@ import base64
 import gzip
 import hashlib
 import json
-import math
 from functools import cache
 from importlib import resources
 from importlib.util import find_spec
@@ -19,9 +18,9 @@ from typing import Any
 
 from moetuner._core import __version__
 from moetuner.files import replacing
+from moetuner.report.cells import finite
+from moetuner.report.page.data import PageData
 from moetuner.report.page.panels import panels_of
-from moetuner.report.page.shown import Shown
-from moetuner.report.page.texts import own
 
 EXTRA = "a report needs plotly and jinja2: pip install 'moetuner[report]'"
 
@@ -33,7 +32,7 @@ def check_libraries() -> None:
             raise ImportError(EXTRA)
 
 
-def write_page(path: Path, shown: Shown) -> None:
+def write_page(path: Path, data: PageData) -> None:
     """Write a page; it appears whole or not at all, and is the same for the same results.
 
     Raises
@@ -43,17 +42,17 @@ def write_page(path: Path, shown: Shown) -> None:
     OSError
         If the file cannot be written.
     """
-    page = render(shown)
+    page = render(data)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def render(shown: Shown) -> str:
+def render(data: PageData) -> str:
     """Return the page as HTML."""
     check_libraries()
     import jinja2
 
-    found = panels_of(shown)
+    panels = panels_of(data)
     script, (allowed, plotly) = own("page.js"), _plotly()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -63,13 +62,13 @@ def render(shown: Shown) -> str:
             "variants": [{"name": name, **spec} for name, spec in chart.variants.items()],
             "selects": chart.selects,
         }
-        for panel in found
+        for panel in panels
         for chart in panel.charts
     }
-    contents = {"moetuner": __version__, **_slim(shown.contents)}
+    contents = {"moetuner": __version__, **_slim(data.contents)}
     return environment.from_string(own("page.html")).render(
-        shown=shown,
-        panels=found,
+        page=data,
+        panels=panels,
         version=__version__,
         style=_safe(own("page.css")),
         script=_safe(script),
@@ -77,7 +76,7 @@ def render(shown: Shown) -> str:
         plotly=plotly,
         charts=_packed(_json(charts)),
         contents=_packed(_json(contents, indent=1)),
-        has_charts=any(panel.charts for panel in found),
+        has_charts=any(panel.charts for panel in panels),
     )
 
 
@@ -101,32 +100,27 @@ def _hash(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _packed(data: bytes) -> str:
-    return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode()
+def _packed(content: bytes) -> str:
+    return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
 
 
 def _slim(contents: Any) -> Any:
     """Leave out matrices of groups: of many groups they would be most of the page."""
     if isinstance(contents, dict):
-        found = {key: _slim(each) for key, each in contents.items()}
-        for each in (found.get("by_group") or {}).values():
+        slim = {key: _slim(each) for key, each in contents.items()}
+        for each in (slim.get("by_group") or {}).values():
             if isinstance(each, dict):
                 each.pop("traffic", None)
-        return found
+        return slim
     return contents
 
 
 def _json(value: Any, indent: int | None = None) -> bytes:
     """Write JSON, null for what JSON cannot say."""
     compact = None if indent else (",", ":")
-    return json.dumps(_finite(value), allow_nan=False, indent=indent, separators=compact).encode()
+    return json.dumps(finite(value), allow_nan=False, indent=indent, separators=compact).encode()
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def own(name: str) -> str:
+    """Read a template, a script or a style sheet of the page."""
+    return (resources.files("moetuner") / "report" / "page" / name).read_text(encoding="utf-8")

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from moetuner.report.page import own
+from moetuner.report.page.data import PageData
 from moetuner.report.page.panels import panels_of
-from moetuner.report.page.shown import Shown
-from moetuner.report.page.texts import own
 
 Format = Literal["svg", "png"]
 
@@ -32,7 +32,9 @@ def check_figures() -> None:
         raise ImportError(BROWSER)
 
 
-def write_figures(folder: Path, shown: Shown, formats: tuple[Format, ...] = ("svg", "png")) -> int:
+def write_figures(
+    folder: Path, data: PageData, formats: tuple[Format, ...] = ("svg", "png")
+) -> int:
     """Write every chart as it first stands on the page, in its light colours.
 
     Heat maps of an SVG are images in it.
@@ -56,7 +58,7 @@ def write_figures(folder: Path, shown: Shown, formats: tuple[Format, ...] = ("sv
     folder.mkdir(parents=True, exist_ok=True)
     colours = dict(re.findall(r"(--[a-z]+): (#\w+)", own("page.css").split("}", 1)[0]))
     figures, files, heights = [], [], []
-    for panel in panels_of(shown):
+    for panel in panels_of(data):
         for chart in panel.charts:
             spec = _coloured(next(iter(chart.variants.values())), colours)
             back = {"paper_bgcolor": colours["--back"], "plot_bgcolor": colours["--back"]}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -27,85 +27,24 @@ FAULTS = {
     MISFIT: "its tensors do not fit the layer",
 }
 
-# Marks of the backward pass, beside the faults.
+# Who needs gradients, beside the faults. The backward pass of an exchange takes all ranks, so it is
+# recorded on all of them or on none, also where a rank's own tokens and experts need none.
 TOKENS_LEARN, EXPERTS_LEARN, NO_GRADIENTS = 8, 16, 32
-
-
-class Backward:
-    """The backward pass of one step: who wants gradients, and a thread through its exchanges.
-
-    An exchange takes all ranks, in the backward pass as well. So it must be recorded on all ranks
-    or on none, also where a rank's own tokens and experts need no gradient. Every exchange gives a
-    thread to the next one, a number that needs a gradient; so none is left out, and their order is
-    the same on every rank.
-
-    Parameters
-    ----------
-    tokens
-        Whether hidden states or router weights of this rank need gradients.
-    experts
-        Whether its experts do.
-    """
-
-    def __init__(self, *, tokens: bool = False, experts: bool = False) -> None:
-        self.wants = tokens * TOKENS_LEARN | experts * EXPERTS_LEARN
-        if not torch.is_grad_enabled():
-            self.wants = NO_GRADIENTS
-        self.thread: Tensor | None = None
-
-    def exchange(self, splits: Splits, if_any: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Exchange the rows of tensors [R,...] as one message per rank; differentiable.
-
-        It is recorded if a rank has said one of the bits ``if_any``.
-        """
-        if self.thread is None and splits.learning & if_any:
-            self.thread = torch.zeros((), device=tensors[0].device, requires_grad=True)
-        thread, *out = _Exchange.apply(splits, self.thread, *tensors)
-        if self.thread is not None:
-            self.thread = thread
-        return tuple(out)
-
-
-@dataclass(frozen=True)
-class Header:
-    """What every rank tells every other one.
-
-    Parameters
-    ----------
-    fingerprint
-        Of placement and rules, a scalar on the device of the rows.
-    layout
-        How a row with its slots and weights is made up.
-    faults
-        Bits of ``FAULTS``, a scalar on the device of the rows.
-    wants
-        Bits of ``Backward.wants``.
-    """
-
-    fingerprint: Tensor
-    layout: int
-    faults: Tensor
-    wants: int = 0
+LEARN = TOKENS_LEARN | EXPERTS_LEARN
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows that go to and come from every rank of a group.
-
-    ``learning`` has the bits of ``Backward.wants`` of all ranks; ``visits`` counts the targets of
-    the rows that come.
-    """
+    """Rows that go to and come from every rank of a group."""
 
     send: list[int]
     receive: list[int]
     group: dist.ProcessGroup | None
-    learning: int = 0
-    visits: int = 0
 
     @property
     def back(self) -> Splits:
         """The same rows on their way home."""
-        return Splits(self.receive, self.send, self.group, self.learning)
+        return Splits(self.receive, self.send, self.group)
 
 
 class Hop:
@@ -116,13 +55,19 @@ class Hop:
     target
         Ranks that row r goes to [R,K], with repetitions; -1 is none.
     header
-        What must be the same on all ranks.
+        What every rank tells every other one [3]: a fingerprint of placement and rules, how a row
+        with its slots and weights is made up, and bits of faults and of gradients.
     group
         The ranks.
     experts
-        Experts of the placement.
-    backward
-        The backward pass of the step that this is an exchange of.
+        Experts of the placement, for messages.
+
+    Attributes
+    ----------
+    splits
+        How many rows go and come.
+    visits
+        Targets of the rows that come.
 
     Raises
     ------
@@ -133,15 +78,8 @@ class Hop:
     """
 
     def __init__(
-        self,
-        target: Tensor,
-        header: Header,
-        group: dist.ProcessGroup | None,
-        *,
-        experts: int,
-        backward: Backward,
+        self, target: Tensor, header: Tensor, group: dist.ProcessGroup | None, *, experts: int
     ) -> None:
-        self._backward = backward
         ranks = dist.get_world_size(group)
         (rows, top_k), device = target.shape, target.device
         target = torch.where(target < 0, ranks, target)
@@ -149,7 +87,14 @@ class Hop:
         chosen = chosen[:, :ranks]
         visits = chosen > 0
         counts = torch.stack([visits.sum(dim=0), chosen.sum(dim=0)], dim=1)
-        self.splits = _introduce(counts, header, group, experts)
+        sent = torch.cat([counts, header.expand(ranks, 3)], dim=1)
+        came = torch.empty_like(sent)
+        dist.all_to_all_single(came, sent, group=group)
+        # The one time that the host waits for the device before the rows are exchanged.
+        table = torch.cat([came, sent], dim=1).tolist()
+        self._learning = _check(table, dist.get_rank(group), experts)
+        self.splits = Splits([row[5] for row in table], [row[0] for row in table], group)
+        self.visits = sum(row[1] for row in table)
         # Sorted by rank, then by row: the order on the wire. The host knows how many there are, so
         # it need not wait for the device again, as ``nonzero`` would.
         total, flat = sum(self.splits.send), visits.T.reshape(-1)
@@ -166,14 +111,47 @@ class Hop:
 
     def send(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Send row r of every tensor [R,...] to its ranks; gives what came, by rank."""
-        rows = (tensor[self._row] for tensor in tensors)
-        return self._backward.exchange(self.splits, TOKENS_LEARN, *rows)
+        first, *others = (tensor[self._row] for tensor in tensors)
+        if self._learning & TOKENS_LEARN:
+            first = _recorded(first)
+        came: tuple[Tensor, ...] = _Exchange.apply(self.splits, first, *others)
+        return came
 
     def gather(self, results: Tensor) -> Tensor:
         """Send results back; gives each row's sum in ascending order of rank."""
-        back, either = self.splits.back, TOKENS_LEARN | EXPERTS_LEARN
-        (returned,) = self._backward.exchange(back, either, results)
+        if self._learning & LEARN:
+            results = _recorded(results)
+        (returned,) = _Exchange.apply(self.splits.back, results)
         return sum_rows(returned, self._parts)
+
+
+def _recorded(tensor: Tensor) -> Tensor:
+    """Return a tensor whose exchange is recorded for the backward pass."""
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def _check(table: Sequence[Sequence[int]], me: int, experts: int) -> int:
+    """Raise what headers say is wrong; return who of all ranks needs gradients.
+
+    The table has by rank what came from it and what was sent to it: rows, targets, and the header.
+    """
+    for rank, row in enumerate(table):
+        for bit, message in FAULTS.items():
+            if row[4] & bit:
+                raise ValueError(f"rank {rank}: {message.format(experts=experts)}")
+    for what, column in (("other placements", 2), ("rows of another size or type", 3)):
+        others = [rank for rank, row in enumerate(table) if row[column] != row[column + 5]]
+        if others:
+            raise RuntimeError(f"ranks {others} have {what} than rank {me}: nothing was sent")
+    wants = [row[4] for row in table]
+    learning = [rank for rank, bits in enumerate(wants) if bits & LEARN]
+    others = [rank for rank, bits in enumerate(wants) if bits & NO_GRADIENTS]
+    if learning and others:
+        raise RuntimeError(
+            f"ranks {learning} need gradients and ranks {others} have them disabled: nothing was "
+            "sent"
+        )
+    return functools.reduce(operator.or_, wants)
 
 
 def sum_rows(values: Tensor, which: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -204,86 +182,38 @@ def sum_rows(values: Tensor, which: Tensor, weights: Tensor | None = None) -> Te
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows out; in the backward pass their gradients home."""
+    """Rows of all tensors as one message per rank; in the backward pass their gradients home."""
 
     @staticmethod
-    def forward(
-        ctx: Any, splits: Splits, thread: Tensor | None, *tensors: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, splits: Splits, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.splits = splits
         ctx.smooth = [tensor.is_floating_point() for tensor in tensors]
         out = _swap(splits, tensors)
         ctx.mark_non_differentiable(*(t for t in out if not t.is_floating_point()))
-        return None if thread is None else thread.new_zeros(()), *out
+        return tuple(out)
 
     @staticmethod
-    def backward(ctx: Any, thread: Tensor | None, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         smooth = [g for g, is_smooth in zip(gradients, ctx.smooth, strict=True) if is_smooth]
         back = iter(_swap(ctx.splits.back, smooth))
-        return (None, thread, *(next(back) if is_smooth else None for is_smooth in ctx.smooth))
+        return (None, *(next(back) if is_smooth else None for is_smooth in ctx.smooth))
 
 
 def _swap(splits: Splits, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Pack the rows of all tensors side by side as bytes, and unpack what comes."""
-    rows = sum(splits.receive)
+    packed = tensors[0].contiguous()
+    if len(tensors) > 1:
+        packed = torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors], dim=1)
+    arrived = packed.new_empty(sum(splits.receive), *packed.shape[1:])
+    dist.all_to_all_single(arrived, packed, splits.receive, splits.send, group=splits.group)
     if len(tensors) == 1:
-        (only,) = tensors
-        out = only.new_empty(rows, *only.shape[1:])
-        _all_to_all(out, only.contiguous(), splits)
-        return [out]
-    packed = torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors], dim=1)
-    arrived = packed.new_empty(rows, packed.shape[1])
-    _all_to_all(arrived, packed, splits)
-    widths = [tensor.shape[1] * tensor.element_size() for tensor in tensors]
-    parts = torch.split(arrived, widths, dim=1)
+        return [arrived]
+    parts = torch.split(arrived, [t.shape[1] * t.element_size() for t in tensors], dim=1)
     # Copies, even of a single row: only they are aligned for their type.
     return [
         part.clone(memory_format=torch.contiguous_format).view(tensor.dtype)
         for part, tensor in zip(parts, tensors, strict=True)
     ]
-
-
-def _all_to_all(out: Tensor, rows: Tensor, splits: Splits) -> None:
-    dist.all_to_all_single(out, rows, splits.receive, splits.send, group=splits.group)
-
-
-def _introduce(
-    counts: Tensor, header: Header, group: dist.ProcessGroup | None, experts: int
-) -> Splits:
-    """Exchange headers with counts of rows and targets [D,2]; raise what they say is wrong."""
-    ranks = len(counts)
-    layout = torch.full((ranks, 1), header.layout, device=counts.device)
-    said = torch.stack([header.fingerprint, header.faults + header.wants]).expand(ranks, 2)
-    sent = torch.cat([counts, layout, said], dim=1)
-    came = torch.empty_like(sent)
-    dist.all_to_all_single(came, sent, group=group)
-    # The one time that the host waits for the device before the rows are exchanged.
-    table = torch.cat([came, sent], dim=1).tolist()
-    me, own = dist.get_rank(group), table[0][5:]
-    for rank, row in enumerate(table):
-        for bit, message in FAULTS.items():
-            if row[4] & bit:
-                raise ValueError(f"rank {rank}: {message.format(experts=experts)}")
-    for what, column in (("other placements", 3), ("rows of another size or type", 2)):
-        others = [rank for rank in range(ranks) if table[rank][column] != own[column]]
-        if others:
-            raise RuntimeError(f"ranks {others} have {what} than rank {me}: nothing was sent")
-    wants = [row[4] for row in table]
-    learning = [rank for rank in range(ranks) if wants[rank] & (TOKENS_LEARN | EXPERTS_LEARN)]
-    others = [rank for rank in range(ranks) if wants[rank] & NO_GRADIENTS]
-    if learning and others:
-        raise RuntimeError(
-            f"ranks {learning} need gradients and ranks {others} have them disabled: nothing was "
-            "sent"
-        )
-    either = TOKENS_LEARN | EXPERTS_LEARN
-    every = functools.reduce(operator.or_, wants) & either
-    send, receive = [row[5] for row in table], [row[0] for row in table]
-    return Splits(send, receive, group, every, visits=sum(row[1] for row in table))
-
-
-def _zeros() -> NDArray[np.int64]:
-    return np.zeros(0, dtype=np.int64)
 
 
 @dataclass
@@ -311,13 +241,13 @@ class TrafficCounters:
     """
 
     devices: int
-    steps: int = 0
-    rows_sent: NDArray[np.int64] = field(default_factory=_zeros)
-    rows_received: NDArray[np.int64] = field(default_factory=_zeros)
-    dispatch_bytes_sent: NDArray[np.int64] = field(default_factory=_zeros)
-    dispatch_bytes_received: NDArray[np.int64] = field(default_factory=_zeros)
-    combine_bytes_sent: NDArray[np.int64] = field(default_factory=_zeros)
-    combine_bytes_received: NDArray[np.int64] = field(default_factory=_zeros)
+    steps: int = field(init=False)
+    rows_sent: NDArray[np.int64] = field(init=False)
+    rows_received: NDArray[np.int64] = field(init=False)
+    dispatch_bytes_sent: NDArray[np.int64] = field(init=False)
+    dispatch_bytes_received: NDArray[np.int64] = field(init=False)
+    combine_bytes_sent: NDArray[np.int64] = field(init=False)
+    combine_bytes_received: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
         self.reset()
@@ -325,31 +255,16 @@ class TrafficCounters:
     def reset(self) -> None:
         """Start from zero."""
         self.steps = 0
-        for name in (
-            "rows_sent",
-            "rows_received",
-            "dispatch_bytes_sent",
-            "dispatch_bytes_received",
-            "combine_bytes_sent",
-            "combine_bytes_received",
-        ):
-            setattr(self, name, np.zeros(self.devices, dtype=np.int64))
+        for counts in fields(self)[2:]:
+            setattr(self, counts.name, np.zeros(self.devices, dtype=np.int64))
 
-    def count(
-        self,
-        rank: int,
-        sent: list[int],
-        received: list[int],
-        *,
-        dispatch_row: int,
-        combine_row: int,
-    ) -> None:
-        """Count one exchange of rows [D], of so many bytes each, and their way back."""
-        out, back = np.array(sent), np.array(received)
-        out[rank] = back[rank] = 0
-        self.rows_sent += out
-        self.rows_received += back
-        self.dispatch_bytes_sent += out * dispatch_row
-        self.dispatch_bytes_received += back * dispatch_row
-        self.combine_bytes_sent += back * combine_row
-        self.combine_bytes_received += out * combine_row
+    def count(self, rank: int, splits: Splits, *, dispatch_row: int, combine_row: int) -> None:
+        """Count one exchange of rows, of so many bytes each, and their way back."""
+        sent, received = np.array(splits.send), np.array(splits.receive)
+        sent[rank] = received[rank] = 0
+        self.rows_sent += sent
+        self.rows_received += received
+        self.dispatch_bytes_sent += sent * dispatch_row
+        self.dispatch_bytes_received += received * dispatch_row
+        self.combine_bytes_sent += received * combine_row
+        self.combine_bytes_received += sent * combine_row

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,25 +20,27 @@ from torch.nn.parallel import DistributedDataParallel
 from moetuner.evaluation.rows import LayerSplit, copies, mixed, node_size, split_rule
 from moetuner.placement import EMPTY, Placement
 from moetuner.torch.parallel.exchange import (
+    EXPERTS_LEARN,
     MISFIT,
     NO_EXPERT,
+    NO_GRADIENTS,
     NOT_FINITE,
-    Backward,
-    Header,
+    TOKENS_LEARN,
     Hop,
     TrafficCounters,
     sum_rows,
 )
-from moetuner.torch.parallel.experts import ByExpert, Experts, by_expert, fill, own_tensors, renewed
+from moetuner.torch.parallel.experts import Experts
 
 
+@dataclass(eq=False)
 class Routes:
     """Where the copies of every expert of a layer are, seen from one rank.
 
     Parameters
     ----------
     placement
-        The placement of all layers.
+        The placement in force, of all layers.
     layer
         Which one.
     rank
@@ -51,32 +54,26 @@ class Routes:
 
     Attributes
     ----------
-    placement
-        The placement in force.
     fingerprint
         Number that ranks with the same slots and rules share, and others do not; a scalar tensor.
     """
 
-    def __init__(
-        self,
-        placement: Placement,
-        layer: int,
-        *,
-        rank: int,
-        devices_per_node: int | None,
-        split: LayerSplit,
-        device: torch.device,
-    ) -> None:
-        if not 0 <= layer < placement.layers:
+    placement: Placement
+    layer: int
+    rank: int
+    devices_per_node: int | None
+    split: LayerSplit
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        placement, device = self.placement, self.device
+        if not 0 <= self.layer < placement.layers:
             raise ValueError(
-                f"layer must be from 0 to {placement.layers - 1}, the placement's, got {layer}"
+                f"layer must be from 0 to {placement.layers - 1}, the placement's, got {self.layer}"
             )
-        self.layer, self.rank = layer, rank
-        self.experts = placement.num_experts
-        self.slots_per_device = placement.slots_per_device
-        self.devices_per_node = devices_per_node
-        self.node_size = node_size(placement.devices, devices_per_node)
-        self.split = split_rule(split)
+        self.experts, self.slots_per_device = placement.num_experts, placement.slots_per_device
+        self.node_size = node_size(placement.devices, self.devices_per_node)
+        self.split = split_rule(self.split)
         # As many copies as an expert can have in slots of this number, whatever the placement.
         most = placement.devices * self.slots_per_device - self.experts + 1
         self._table = torch.zeros(self.experts, most, dtype=torch.int32, device=device)
@@ -207,14 +204,28 @@ class ExpertParallelMoE(nn.Module):
         return self.routes.placement
 
     @property
-    def expert(self) -> ByExpert:
+    def expert(self) -> Any:
         """The weights of all experts one by one, as the state names them."""
+        # Here, since it takes a while, and few ask for states.
+        from moetuner.torch.parallel.state import by_expert
+
         slots = self.placement.slots[self.routes.layer]
         return by_expert(self.experts.weights(), slots, self.rank, self.group)
 
     def _slots(self) -> list[int]:
         slots: list[int] = self.placement.slots[self.routes.layer, self.rank].tolist()
         return slots
+
+    def _names(self) -> dict[int, str]:
+        """Return names in the state by tensor, where experts are a module."""
+        module = self._modules.get(self._name)
+        if module is None:
+            return {}
+        named = (
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        )
+        return {id(tensor): f"{self._name}.{name}" for name, tensor in named}
 
     def state_dict(
         self, *arguments: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
@@ -223,53 +234,42 @@ class ExpertParallelMoE(nn.Module):
         state = super().state_dict(
             *arguments, destination=destination, prefix=prefix, keep_vars=keep_vars
         )
-        for name in own_tensors(self.experts, self.experts.weights()):
-            state.pop(f"{prefix}{self._name}.{name}", None)
+        names = self._names()
+        for weight in self.experts.weights().values():
+            for part in (weight, weight._base):
+                state.pop(f"{prefix}{names.get(id(part))}", None)
         for key, weight in self.expert.weights.items():
-            if not keep_vars:
-                weight = weight.detach()
-            state[f"{prefix}expert.{key}"] = weight
+            state[f"{prefix}expert.{key}"] = weight if keep_vars else weight.detach()
         return state
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *said: list[str]
     ) -> None:
-        mine, weights = f"{prefix}expert.", self.experts.weights()
-        names = [key for key in state_dict if key.startswith(mine)]
-        given = {name.removeprefix(mine): state_dict.pop(name) for name in names}
-        own = own_tensors(self.experts, weights)
-        old = [key for name in own if (key := f"{prefix}experts.{name}") in state_dict]
-        if old:
-            error_msgs.append(f"{old[0]} is of slots, and must be of experts one by one")
-        if local_metadata.get("assign_to_params_buffers"):
-            # Those in use may have no memory.
-            new = renewed(weights, given)
-            names_of = {id(weight): name for name, weight in weights.items()}
-            own = {n: new[names_of[id(t)]] if id(t) in names_of else t for n, t in own.items()}
-            kept = {id(tensor) for tensor in own.values()}
-            weights = {n: new[n] if id(new[n]) in kept else w for n, w in weights.items()}
-        missing, strange, wrong = fill(weights, self._slots(), given, self.placement.num_experts)
-        missing_keys += [mine + key for key in missing]
-        unexpected_keys += [mine + key for key in strange if strict]
-        error_msgs += [mine + message for message in wrong]
-        # The experts have what is theirs; of themselves they find nothing else.
-        state_dict.update({f"{prefix}{self._name}.{name}": tensor for name, tensor in own.items()})
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+        from moetuner.torch.parallel.state import stacked
+
+        missing_keys, unexpected_keys, error_msgs = said
+        mine, weights, names = f"{prefix}expert.", self.experts.weights(), self._names()
+        keys = [key for key in state if key.startswith(mine)]
+        given = {key.removeprefix(mine): state.pop(key) for key in keys}
+        old = [key for key in state if key.startswith(f"{prefix}experts.")]
+        error_msgs += [f"{key} is of slots, and must be of experts one by one" for key in old[:1]]
+        for name, weight in weights.items():
+            whole, missing, wrong = stacked(name, weight, self._slots(), given)
+            missing_keys += [mine + key for key in missing]
+            error_msgs += [mine + message for message in wrong]
+            if id(weight) in names:
+                # The experts load what is theirs.
+                state[prefix + names[id(weight)]] = whole
+                continue
+            with torch.no_grad():
+                weight.copy_(whole)
+            if weight._base is not None and id(weight._base) in names:
+                state[prefix + names[id(weight._base)]] = weight._base
+        every = {
+            f"{expert}.{name}" for expert in range(self.placement.num_experts) for name in weights
+        }
+        unexpected_keys += [mine + key for key in given if strict and key not in every]
+        super()._load_from_state_dict(state, prefix, metadata, strict, *said)
 
     def switch(self, placement: Placement) -> None:
         """Put another placement in force; the experts' weights must be in its slots already."""
@@ -292,15 +292,7 @@ class ExpertParallelMoE(nn.Module):
 
     def _routes(self, placement: Placement, layer: int) -> Routes:
         self._check_sizes(placement)
-        self._routed_on = self.device
-        return Routes(
-            placement,
-            layer,
-            rank=self.rank,
-            devices_per_node=self.devices_per_node,
-            split=self.split,
-            device=self._routed_on,
-        )
+        return Routes(placement, layer, self.rank, self.devices_per_node, self.split, self.device)
 
     def forward(
         self,
@@ -338,7 +330,7 @@ class ExpertParallelMoE(nn.Module):
         RuntimeError
             On every rank if their placements differ.
         """
-        if self._routed_on != self.device:
+        if self.routes.device != self.device:
             # The weights have moved, or got memory: the placement is known here, wherever they are.
             self.routes = self._routes(self.placement, self.routes.layer)
         misfit = self._shared() or self._misfit(
@@ -346,60 +338,61 @@ class ExpertParallelMoE(nn.Module):
         )
         if misfit:
             self._refuse(misfit)
-        position = first_token
-        if position is None:
-            trained = hidden_states, top_k_weights, *self.experts.weights().values()
-            begin = 0 if _wants_gradients(*trained) else self._served
-            position = begin * self.ranks + self.rank * len(hidden_states)
-        if not isinstance(position, Tensor):
-            position = torch.arange(len(hidden_states), device=self.device) + position
+        learn = self._learn(hidden_states, top_k_weights)
+        position = self._position(hidden_states, first_token, learn)
         routes = self.routes
-        known = top_k_index.long().clamp(0, routes.experts - 1)
-        faults = torch.where(torch.isfinite(top_k_weights).all(), 0, NOT_FINITE)
-        faults = faults + torch.where((known == top_k_index).all(), 0, NO_EXPERT)
+        chosen = top_k_index.long().clamp(0, routes.experts - 1)
+        bits = torch.where(torch.isfinite(top_k_weights).all(), learn, learn | NOT_FINITE)
+        bits = bits + torch.where((chosen == top_k_index).all(), 0, NO_EXPERT)
         # Slots travel as 32 bits beside their row.
-        slots = routes.slots_of(known, position)
-
-        rows, weights = hidden_states, top_k_weights
-        backward = Backward(
-            tokens=rows.requires_grad or weights.requires_grad, experts=self._experts_learn()
-        )
-        width, hops = routes.slots_per_device, []
-        for size in (routes.node_size, 1) if self.devices_per_node else (1,):
-            # First to the rank with this one's number in each node, then to each device.
-            target = slots.long() // (width * size) * size + self.rank % size
-            target = torch.where(slots < 0, -1, target)
-            hop = self._hop(target, rows, weights, faults, backward)
-            rows, slots, weights = hop.send(rows, slots, weights)
-            here = slots.long() // (width * size) == self.rank // size
-            slots = torch.where(here, slots, -1)
-            hops.append(hop)
-        results = self._compute(rows, slots - self.rank * width, weights, here, hop.splits.visits)
-        for hop in reversed(hops):
-            results = hop.gather(results)
+        slots = routes.slots_of(chosen, position)
+        results = self._exchanged(hidden_states, slots, top_k_weights, bits)
         self.traffic.steps += 1
         self._served += len(hidden_states)
         return results
 
-    def _hop(
-        self, target: Tensor, rows: Tensor, weights: Tensor, faults: Tensor, backward: Backward
-    ) -> Hop:
+    def _exchanged(self, rows: Tensor, slots: Tensor, weights: Tensor, bits: Tensor) -> Tensor:
+        """Send rows to the ranks of their slots, compute there, and sum what comes back."""
+        routes, width, hops = self.routes, self.routes.slots_per_device, []
         row, top_k = rows.shape[1] * rows.element_size(), weights.shape[1]
         whole = row + top_k * (4 + weights.element_size())
         # Rows of equal length could still be cut differently.
-        layout = whole | top_k << 40
-        header = Header(self.routes.fingerprint, layout, faults, backward.wants)
-        hop = Hop(target, header, self.group, experts=self.routes.experts, backward=backward)
-        sent, received = hop.splits.send, hop.splits.receive
-        self.traffic.count(self.rank, sent, received, dispatch_row=whole, combine_row=row)
-        return hop
+        layout = torch.full_like(routes.fingerprint, whole | top_k << 40)
+        header = torch.stack([routes.fingerprint, layout, bits])
+        for size in (routes.node_size, 1) if self.devices_per_node else (1,):
+            # First to the rank with this one's number in each node, then to each device.
+            target = slots.long() // (width * size) * size + self.rank % size
+            target = torch.where(slots < 0, -1, target)
+            hop = Hop(target, header, self.group, experts=routes.experts)
+            self.traffic.count(self.rank, hop.splits, dispatch_row=whole, combine_row=row)
+            rows, slots, weights = hop.send(rows, slots, weights)
+            here = slots.long() // (width * size) == self.rank // size
+            slots = torch.where(here, slots, -1)
+            hops.append(hop)
+        results = self._compute(rows, slots - self.rank * width, weights, here, hop.visits)
+        for hop in reversed(hops):
+            results = hop.gather(results)
+        return results
 
-    def _experts_learn(self) -> bool:
-        experts = self.experts
-        weights = list(experts.weights().values())
-        if isinstance(experts, nn.Module):
-            weights += experts.parameters()
-        return any(weight.requires_grad for weight in weights)
+    def _position(self, rows: Tensor, first: int | Tensor | None, learn: int) -> Tensor:
+        """Return the positions of tokens [T], which decide between copies of an expert."""
+        if isinstance(first, Tensor):
+            return first
+        if first is None:
+            begin = 0 if learn & (TOKENS_LEARN | EXPERTS_LEARN) else self._served
+            first = begin * self.ranks + self.rank * len(rows)
+        return torch.arange(len(rows), device=self.device) + first
+
+    def _learn(self, *tokens: Tensor) -> int:
+        """Return bits that say whether tokens or experts of this rank need gradients."""
+        if not torch.is_grad_enabled():
+            return NO_GRADIENTS
+        weights = list(self.experts.weights().values())
+        if isinstance(self.experts, nn.Module):
+            weights += self.experts.parameters()
+        tokens_learn = any(tensor.requires_grad for tensor in tokens)
+        experts_learn = any(weight.requires_grad for weight in weights)
+        return tokens_learn * TOKENS_LEARN | experts_learn * EXPERTS_LEARN
 
     def _compute(
         self, rows: Tensor, slots: Tensor, weights: Tensor, here: Tensor, served: int
@@ -420,7 +413,7 @@ class ExpertParallelMoE(nn.Module):
         self, hidden: Tensor, index: Tensor, weights: Tensor, position: int | Tensor | None
     ) -> str | None:
         """Return what is wrong with the input, as far as sizes and types tell."""
-        model = next(iter(self.experts.weights().values()))
+        dtype = next(iter(self.experts.weights().values())).dtype
         shapes = [list(tensor.shape) for tensor in (hidden, index, weights)]
         tokens = len(hidden) if hidden.ndim == 2 else -1
         if index.ndim != 2 or shapes[1] != shapes[2] or shapes[1] != [tokens, max(shapes[1][1], 1)]:
@@ -428,8 +421,8 @@ class ExpertParallelMoE(nn.Module):
                 "hidden_states, top_k_index and top_k_weights must be [T,H], [T,K] and [T,K], "
                 f"got {shapes[0]}, {shapes[1]} and {shapes[2]}"
             )
-        if hidden.dtype != model.dtype:
-            return f"hidden_states must be {model.dtype} like the experts, got {hidden.dtype}"
+        if hidden.dtype != dtype:
+            return f"hidden_states must be {dtype} like the experts, got {hidden.dtype}"
         if index.is_floating_point() or not weights.is_floating_point():
             return (
                 "top_k_index must be integers and top_k_weights floats, "
@@ -437,8 +430,8 @@ class ExpertParallelMoE(nn.Module):
             )
         devices = {tensor.device for tensor in (hidden, index, weights)}
         if devices != {self.device}:
-            found = ", ".join(sorted(map(str, devices)))
-            return f"hidden_states must be on {self.device} like the experts, got {found}"
+            given = ", ".join(sorted(map(str, devices)))
+            return f"hidden_states must be on {self.device} like the experts, got {given}"
         if isinstance(position, Tensor) and (
             position.shape != hidden.shape[:1]
             or position.is_floating_point()
@@ -490,15 +483,9 @@ class ExpertParallelMoE(nn.Module):
     def _refuse(self, reason: str) -> None:
         """Raise on this rank and on all others, which wait for it."""
         nothing = torch.empty(0, 1, dtype=torch.int64, device=self.device)
-        faults = torch.full((), MISFIT, device=self.device)
+        faults = torch.full_like(self.routes.fingerprint, MISFIT)
+        header = torch.stack([self.routes.fingerprint, torch.zeros_like(faults), faults])
         try:
-            header = Header(self.routes.fingerprint, 0, faults)
-            experts = self.routes.experts
-            Hop(nothing, header, self.group, experts=experts, backward=Backward())
+            Hop(nothing, header, self.group, experts=self.routes.experts)
         except ValueError:
             raise ValueError(reason) from None
-
-
-def _wants_gradients(*tensors: Tensor) -> bool:
-    """Whether a call with these tensors is recorded for a backward pass."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner._checks import (
@@ -26,121 +24,21 @@ from moetuner.placement import EMPTY, Placement
 from moetuner.solver.rebalancing import largest_move, rebalance
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
-from moetuner.torch.parallel.layer import ExpertParallelMoE
-from moetuner.torch.parallel.migrate import (
+from moetuner.torch.parallel.agreement import (
     Agreement,
     DisagreementError,
     MoveError,
-    NoRoomError,
+    NoMemoryError,
     attempt,
     fingerprint,
-    migrate,
-    moves,
 )
+from moetuner.torch.parallel.layer import ExpertParallelMoE
+from moetuner.torch.parallel.migrate import expert_bytes, migrate
 
 # With fewer windows, a half would be of one kind of traffic: tokens are dealt instead.
 FEWEST_WINDOWS = 4
 
 Floats = NDArray[np.float64]
-
-
-class Observed:
-    """Tokens per layer and expert [L,E], each worth less with every observation after it.
-
-    Parameters
-    ----------
-    layers, experts
-        Sizes L and E.
-    decay
-        What a count is worth one observation later.
-    seed
-        Of how tokens are dealt; with equal counts every rank deals alike.
-
-    Attributes
-    ----------
-    total, held
-        All that was counted, and what of it is held out [L,E].
-    steps
-        Steps of the model that it was counted in.
-    """
-
-    def __init__(self, layers: int, experts: int, decay: float, seed: int) -> None:
-        self.decay = decay
-        self.total: Floats = np.zeros((layers, experts))
-        self.held: Floats = np.zeros((layers, experts))
-        self.steps = 0.0
-        self._seed, self._number = seed, 0
-
-    def add(self, windows: NDArray[np.generic], steps: float) -> None:
-        """Take windows of counts [W,L,E] of so many steps."""
-        counts = windows.astype(np.float64)
-        load: Floats = counts.sum(axis=0)
-        if len(counts) >= FEWEST_WINDOWS:
-            held = counts[1::2].sum(axis=0)
-        else:
-            random = np.random.default_rng([self._seed, self._number])
-            held = random.binomial(np.floor(load).astype(np.int64), 0.5).astype(np.float64)
-        self._number += 1
-        self.total = self.decay * self.total + load
-        self.held = self.decay * self.held + held
-        self.steps = self.decay * self.steps + steps
-
-    @property
-    def per_step(self) -> Floats:
-        """All tokens per step [L,E]."""
-        every: Floats = self.total / max(self.steps, 1e-9)
-        return every
-
-    @property
-    def learned(self) -> Floats:
-        """Counts to place by [L,E]: those that are not held out."""
-        rest: Floats = self.total - self.held
-        return rest
-
-    def like_all(self, part: Floats) -> Floats:
-        """Return tokens per step of a part of the counts [L,E], as many in a layer as there are."""
-        whole = self.per_step.sum(axis=1, keepdims=True)
-        own = part.sum(axis=1, keepdims=True)
-        scaled: Floats = part * np.divide(whole, own, out=np.zeros_like(own), where=own > 0)
-        return scaled
-
-
-# The rest is for what the model itself will ask for.
-SHARE = 0.5
-ENOUGH = 1 << 60  # where nobody can say
-
-
-def spare_bytes(device: torch.device, sharing: int = 1) -> int:
-    """Compute the bytes that buffers may take on a device, half of what is free; never fails.
-
-    Parameters
-    ----------
-    device
-        Where the buffers would be.
-    sharing
-        Processes that share a host's memory; of a GPU each is taken to have its own.
-    """
-    try:
-        free = _free_bytes(device, sharing)
-    except (OSError, RuntimeError, ValueError):
-        free = None
-    return ENOUGH if free is None else int(free * SHARE)
-
-
-def _free_bytes(device: torch.device, sharing: int) -> int | None:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        # Memory that torch has set aside and nobody uses.
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
-    if device.type == "cpu":
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 // sharing
-    return None
-
-
-PATIENCE = 0.9  # what the time of a search is worth, one step without a search later
 
 
 class ComputeCost(Protocol):
@@ -182,18 +80,6 @@ class Decision:
     decision_us: float = 0.0
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A placement to be, or why there is ``nothing`` to do, and the layers that it changes.
-
-    Those that gain most by a copy come first.
-    """
-
-    target: Placement
-    nothing: str | None = None
-    layers: list[int] = field(default_factory=list)
-
-
 class Rebalancer:
     """Moves experts of running layers when the traffic has changed enough.
 
@@ -220,10 +106,9 @@ class Rebalancer:
     hysteresis
         How many times its cost a move must bring in.
     move_budget
-        Copies of experts that one move may bring to other devices. None takes what half of the free
-        memory of the device with the least holds, times the devices, and at most 0.19 of what
-        packing anew would bring or eight to a device. The layers that gain most by a copy move
-        first; where a rank turns out to have no room, half of the layers move, and so on.
+        Copies of experts that one move may bring to other devices, where they gain most. None takes
+        0.19 of what packing anew would bring, or eight to a device. Where that is more than half of
+        the free memory of a device, half as many move, and so on.
     seed
         Of how tokens are dealt to those held out.
     timeout
@@ -285,9 +170,8 @@ class Rebalancer:
         self.cost_model, self.steps_ahead = cost_model, steps_ahead
         self.decay, self.dead_zone, self.hysteresis = decay, dead_zone, hysteresis
         self.move_budget, self.seed = move_budget, seed
-        self._observed = Observed(placement.layers, placement.num_experts, decay, seed)
-        self._decision_us = 0.0
         self._agreement = Agreement(self.layers[0].group, timeout)
+        self.reset()
 
     @property
     def placement(self) -> Placement:
@@ -297,7 +181,15 @@ class Rebalancer:
     @property
     def load(self) -> NDArray[np.float64]:
         """Decayed tokens per step, layer and expert [L,E]."""
-        return self._observed.per_step
+        tokens: Floats = self._halves.sum(axis=0) / max(self._steps, 1e-9)
+        return tokens
+
+    def reset(self) -> None:
+        """Forget what was observed. Every rank calls it between the same two steps of the model."""
+        # Counts to place by, and counts that are held out to judge by, each worth less with every
+        # observation after it.
+        self._halves: Floats = np.zeros((2, self.placement.layers, self.placement.num_experts))
+        self._steps, self._observations = 0.0, 0
 
     def observe(self, counts: RoutingStatistics | ArrayLike, *, steps: int = 1) -> None:
         """Add what all ranks together have counted since the last time.
@@ -314,9 +206,9 @@ class Rebalancer:
             counts.window_load
             if isinstance(counts, RoutingStatistics)
             else numbers_in("counts", counts)[None]
-        )
+        ).astype(np.float64)
         whole_number("steps", steps, lowest=0)
-        sizes = self._observed.total.shape
+        sizes = self._halves.shape[1:]
         if windows.shape[1:] != sizes:
             raise ValueError(
                 f"counts must be [layers, experts] {list(sizes)}, got {list(windows.shape[1:])}"
@@ -325,7 +217,16 @@ class Rebalancer:
             raise ValueError(
                 f"counts must be finite and at least 0, got {windows.min():g} to {windows.max():g}"
             )
-        self._observed.add(windows, steps)
+        load = windows.sum(axis=0)
+        if len(windows) >= FEWEST_WINDOWS:
+            held_out = windows[1::2].sum(axis=0)
+        else:
+            # With equal counts every rank deals alike.
+            random = np.random.default_rng([self.seed, self._observations])
+            held_out = random.binomial(np.floor(load).astype(np.int64), 0.5).astype(np.float64)
+        self._halves = self.decay * self._halves + np.stack([load - held_out, held_out])
+        self._steps = self.decay * self._steps + steps
+        self._observations += 1
 
     def step(self) -> Decision:
         """Move experts if it pays. Every rank calls it between the same two steps of the model.
@@ -337,170 +238,95 @@ class Rebalancer:
             placement is in force on all of them. Counts that differ are forgotten on all ranks, so
             the next steps work again.
         """
-        begin, agreement = time.perf_counter(), self._agreement
+        agreement, current = self._agreement, self.placement
         agreement.begin()
-        observed = self._observed
-        counts = (observed.total, observed.held, np.array([observed.steps]), self.placement.slots)
+        observed = (self._halves, np.array([self._steps]), current.slots)
         try:
-            agreement.reach("what was observed", fingerprint(*(of.tobytes() for of in counts)))
+            agreement.reach("what was observed", fingerprint(*(of.tobytes() for of in observed)))
         except DisagreementError as error:
             # Their counts would differ for ever, as old ones only fade.
             self.reset()
             raise MoveError(f"{error}, and all ranks forget what they observed") from None
-        room, failure = attempt(self._room)
-        room = -max(agreement.exchange("room for experts", -(room or 0), failure))
-        plan, failure = attempt(self._plan, room)
-        said = plan and fingerprint(plan.target.slots.tobytes(), str(plan.nothing).encode())
-        agreement.reach("the next placement", said or 0, failure)
-        assert plan is not None
-        if plan.nothing is not None:
-            # One slow search must not be the last one.
-            self._decision_us *= PATIENCE
-            return Decision(False, plan.nothing)
-        # The slowest rank is what the others waited for; all judge by the same time.
-        took = 1e6 * (time.perf_counter() - begin)
-        self._decision_us = max(agreement.exchange("the time it took", round(took)))
-        return self._carry_out(plan)
-
-    def reset(self) -> None:
-        """Forget what was observed. Every rank calls it between the same two steps of the model."""
-        layers, experts = self._observed.total.shape
-        self._observed = Observed(layers, experts, self.decay, self.seed)
-        self._decision_us = 0.0
-
-    def _carry_out(self, plan: _Plan) -> Decision:
-        """Move to a planned placement if it pays; where it does not fit, half of its layers."""
+        budget = self.move_budget
+        if budget is None:
+            budget = largest_move(current.layers, current.slots[0].size, current.devices)
+        budget = min(budget, current.slots.size)
         while True:
-            decision, failure = attempt(self._judge, plan)
-            # Ranks with other prices would wait for one another in vain.
-            moved = decision is not None and decision.moved
-            self._agreement.reach("whether to move", int(moved), failure)
-            assert decision is not None
+            begin = time.perf_counter()
+            target, failure = attempt(self._target, budget)
+            chosen = "" if target is None else fingerprint(target.slots.tobytes())
+            agreement.reach("the next placement", chosen, failure)
+            assert target is not None
+            if target == current:
+                return Decision(False, "balanced: no placement gains more than the dead zone")
+            decision = self._judge(target, begin)
             if not decision.moved:
                 return decision
             try:
-                group = self.layers[0].group
-                migrate(self.layers, plan.target, agreement=self._agreement, group=group)
+                migrate(self.layers, target, agreement=agreement, group=self.layers[0].group)
                 return decision
-            except NoRoomError:
-                if len(plan.layers) < 2:
-                    raise
-            plan = self._part(plan, plan.layers[: len(plan.layers) // 2])
+            except NoMemoryError:
+                budget = min(budget, decision.experts_moved) // 2
+            if not budget:
+                return Decision(False, "a device has no memory for an expert that arrives")
 
-    def _judge(self, plan: _Plan) -> Decision:
-        """Judge whether a move pays, by the counts that were held out."""
-        held = self._observed.like_all(self._observed.held)
-        now = self._step_us(self.placement, held)
-        gain = now - self._step_us(plan.target, held)
-        copies, size, cost = self._move(self.placement, plan.target)
-        figures = (gain, cost, copies, size, self._decision_us)
+    def _target(self, budget: int) -> Placement:
+        """Compute the placement to be: the one in force with the copies that gain most."""
+        current, load = self.placement, self._load_of(0)
+        tokens, times = self._busiest(current, load)
+        if not times.sum() > 0:
+            return current
+        # Tokens that a copy must gain in a step: hysteresis times what it takes, over the steps
+        # ahead, as if moves were spread evenly over the devices' ports.
+        link = self.topology.bandwidth[np.isfinite(self.topology.bandwidth)]
+        link_us = 1e6 * expert_bytes(self.layers[0]) / link.max() if link.size else 0.0
+        tokens_per_us = float(tokens.sum() / times.sum())
+        price = self.hysteresis * link_us / current.devices * tokens_per_us / self.steps_ahead
+        relieved = rebalance(
+            load,
+            current.slots,
+            time=self.topology.time_of_device,
+            budget=budget,
+            dead_zone=self.dead_zone,
+            deviations=0.0,  # the gain is judged by counts that were held out
+            full=False,
+            price=price,
+        )
+        return Placement(relieved.slots, num_experts=current.num_experts)
+
+    def _judge(self, target: Placement, begin: float) -> Decision:
+        """Decide whether a move pays, by the counts that were held out, as all ranks do."""
+        current, load = self.placement, self._load_of(1)
+
+        def measured() -> list[float]:
+            now, then = (float(self._busiest(of, load)[1].sum()) for of in (current, target))
+            # Of ranks with other prices the most careful one decides, and all wait for the slowest.
+            return [then - now, now, self._move_us(target), 1e6 * (time.perf_counter() - begin)]
+
+        figures, failure = attempt(measured)
+        said = self._agreement.exchange("what a move brings", figures, failure)
+        loss, now, cost, took = np.max(said, axis=0).tolist()
+        gain = -loss
+        per_layer = current.diff(target).experts_moved_per_layer
+        size = sum(int(n) * expert_bytes(la) for n, la in zip(per_layer, self.layers, strict=True))
+        predicted = (gain, cost, int(per_layer.sum()), size, took)
         # What is no number, of a cost model without an answer, is no gain.
         if not gain > self.dead_zone * now:
-            return Decision(False, "the gain is within the dead zone", *figures)
-        if not gain * self.steps_ahead > self.hysteresis * (cost + self._decision_us):
-            return Decision(False, "the move takes longer than it brings in", *figures)
-        return Decision(True, "the move pays", *figures)
+            return Decision(False, "the gain is within the dead zone", *predicted)
+        if not gain * self.steps_ahead > self.hysteresis * (cost + took):
+            return Decision(False, "the move takes longer than it brings in", *predicted)
+        return Decision(True, "the move pays", *predicted)
 
-    def _plan(self, room: int) -> _Plan:
-        """Find the placement to be, of at most ``room`` copies that come to a device."""
-        current, observed = self.placement, self._observed
-        now = self._step_us(current, self.load)
-        ideal = self._step_us(current, self.load, spread=True)
-        most = now - ideal
-        if most <= self.dead_zone * now:
-            return _Plan(current, "balanced: no placement gains more than the dead zone")
-        if most * self.steps_ahead <= self.hysteresis * self._decision_us:
-            return _Plan(current, "balanced: no placement gains more than it takes to find one")
-        if room == 0:
-            return _Plan(current, "a device has no memory for an expert that arrives")
-        budget = self.move_budget
-        if budget is None:
-            most_moved = largest_move(current.layers, current.slots[0].size, current.devices)
-            budget = min(room * current.devices, most_moved)
-        budget = min(budget, current.slots.size)
-        learned = observed.learned
-        # A step in balance 1 is a device's mean load in every layer.
-        price = self._price(ideal) * float(learned.sum()) / current.devices
-        while True:
-            found = rebalance(
-                learned,
-                current.slots,
-                time=self.topology.time_of_device,
-                budget=budget,
-                dead_zone=self.dead_zone,
-                deviations=0.0,  # the gain is judged by counts that were held out
-                full=False,
-                price=price,
-            )
-            target = Placement(found.slots, num_experts=current.num_experts)
-            plan, too_large = self._fitting(target, room)
-            if plan.layers or not too_large or budget < 2:
-                return plan
-            budget //= 2  # all of it comes to a few devices
+    def _load_of(self, half: int) -> Floats:
+        """Return tokens per step of a half of the counts [L,E], as many in a layer as of both."""
+        own = self._halves[half]
+        sizes = own.sum(axis=1, keepdims=True)
+        whole = self.load.sum(axis=1, keepdims=True)
+        scaled: Floats = own * np.divide(whole, sizes, out=np.zeros_like(sizes), where=sizes > 0)
+        return scaled
 
-    def _fitting(self, target: Placement, room: int) -> tuple[_Plan, bool]:
-        """Take the layers that gain most by a copy, as long as they fit; say if others do not."""
-        current = self.placement
-        learned = self._observed.like_all(self._observed.learned)
-        gain = self._layers_us(current, learned) - self._layers_us(target, learned)
-        arrive = self._arrivals(current, target)
-        copies = arrive.sum(axis=1)
-        changed = np.flatnonzero((current.slots != target.slots).any(axis=(1, 2)))
-        worth = gain / np.maximum(copies, 1)
-        chosen: list[int] = []
-        held = np.zeros(current.devices, dtype=np.int64)
-        for number in changed[np.argsort(-worth[changed], kind="stable")].tolist():
-            if gain[number] > 0 and (held + arrive[number]).max() <= room:
-                held += arrive[number]
-                chosen.append(number)
-        too_large = bool((gain[changed] > 0).sum() > len(chosen))
-        return self._part(_Plan(target, None, chosen), chosen), too_large
-
-    def _part(self, plan: _Plan, layers: list[int]) -> _Plan:
-        """Return the plan for some of its layers alone; the others stay as they are."""
-        slots = self.placement.slots.copy()
-        slots[layers] = plan.target.slots[layers]
-        return _Plan(Placement(slots, num_experts=self.placement.num_experts), None, layers)
-
-    def _room(self) -> int:
-        """Return how many copies have room on this device."""
-        devices = self.placement.devices
-        spare = spare_bytes(self.layers[0].device, devices)
-        each = max(self._expert_bytes(layer) for layer in self.layers)
-        return spare // max(each, 1)
-
-    def _arrivals(self, current: Placement, target: Placement) -> NDArray[np.int64]:
-        """Count the copies that come to a device, with those that change slots [L,D]."""
-        found = np.zeros((current.layers, current.devices), dtype=np.int64)
-        for number, layer in enumerate(self.layers):
-            for move in moves(current.slots[number], target.slots[number], layer.devices_per_node):
-                found[number, move.target] += 1
-        return found
-
-    def _price(self, ideal: float) -> float:
-        """Balance that a moved copy must bring in: hysteresis times what it takes, over the steps.
-
-        As if moves were spread evenly over the devices' ports; ``ideal`` is a step in balance 1.
-        """
-        link = self.topology.bandwidth[np.isfinite(self.topology.bandwidth)]
-        if not (ideal and link.size):
-            return 0.0
-        each = 1e6 * self._expert_bytes(self.layers[0]) / link.max() / self.topology.devices
-        return float(self.hysteresis * each / (self.steps_ahead * ideal))
-
-    def _expert_bytes(self, layer: ExpertParallelMoE) -> int:
-        weights = layer.experts.weights().values()
-        return sum(weight[0].numel() * weight.element_size() for weight in weights)
-
-    def _step_us(self, placement: Placement, load: Floats, *, spread: bool = False) -> float:
-        """Predict the time of the experts in one step of loads [L,E], all layers together."""
-        return float(self._layers_us(placement, load, spread=spread).sum())
-
-    def _layers_us(self, placement: Placement, load: Floats, *, spread: bool = False) -> Floats:
-        """Predict the time of every layer [L], which waits for its busiest device.
-
-        With ``spread``, as if the work could be spread evenly.
-        """
+    def _busiest(self, placement: Placement, load: Floats) -> tuple[Floats, Floats]:
+        """Predict tokens and microseconds of the busiest device of every layer [L], [L]."""
         layer, device, slot = np.nonzero(placement.slots != EMPTY)
         expert = placement.slots[layer, device, slot]
         part = load[layer, expert] / placement.replicas[layer, expert]
@@ -508,21 +334,12 @@ class Rebalancer:
         np.add.at(tokens, (layer, device), part)
         # Chance that a step brings an expert any token, if they come independently.
         np.add.at(active, (layer, device), -np.expm1(-part))
-        if spread:
-            tokens, active = (of.mean(axis=1, keepdims=True) for of in (tokens, active))
-        times: Floats = np.asarray(self.cost_model.compute_us(tokens, active)).max(axis=1)
-        return times
+        times = np.asarray(self.cost_model.compute_us(tokens, active), dtype=np.float64)
+        return tokens.max(axis=1), times.max(axis=1)
 
-    def _move(self, current: Placement, target: Placement) -> tuple[int, int, float]:
-        """Count copies and bytes between devices, and the microseconds of the busiest port."""
-        port = np.zeros((2, current.devices))
-        copies = size = 0
-        for number, layer in enumerate(self.layers):
-            each = self._expert_bytes(layer)
-            for move in moves(current.slots[number], target.slots[number], layer.devices_per_node):
-                if move.source != move.target:
-                    time = 1e6 * each / self.topology.bandwidth[move.source, move.target]
-                    port[0, move.source] += time
-                    port[1, move.target] += time
-                    copies, size = copies + 1, size + each
-        return copies, size, float(port.max())
+    def _move_us(self, target: Placement) -> float:
+        """Predict the microseconds of the busiest port in a move."""
+        copies = self.placement.diff(target, topology=self.topology).pairs
+        size = max(expert_bytes(layer) for layer in self.layers)
+        times = 1e6 * size * copies / self.topology.bandwidth
+        return float(max(times.sum(axis=0).max(), times.sum(axis=1).max()))

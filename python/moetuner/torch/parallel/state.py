@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import _create_write_items
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from moetuner.placement import EMPTY
 
 
 class ExpertTensor(DTensor):
@@ -33,14 +37,14 @@ class ExpertTensor(DTensor):
         whole = DTensor.from_local(
             local, mesh, [Partial()], run_check=False, shape=like.shape, stride=like.stride()
         )
-        found = ExpertTensor(whole._local_tensor, whole._spec, requires_grad=False)
-        found.ranks = ranks
-        return found
+        weight = ExpertTensor(whole._local_tensor, whole._spec, requires_grad=False)
+        weight.ranks = ranks
+        return weight
 
     def _map(self, call: Callable[[Tensor], Tensor]) -> ExpertTensor:
-        found = ExpertTensor(call(self._local_tensor), self._spec, requires_grad=False)
-        found.ranks = self.ranks
-        return found
+        weight = ExpertTensor(call(self._local_tensor), self._spec, requires_grad=False)
+        weight.ranks = self.ranks
+        return weight
 
     def detach(self) -> ExpertTensor:
         """Return the same memory."""
@@ -90,6 +94,101 @@ class ExpertTensor(DTensor):
 
     def __get_tensor_shard__(self, _: Any) -> Tensor:
         return self._local_tensor
+
+
+class ByExpert:
+    """Weights by names such as ``3.up``, which are attributes as well: first ``3``, then ``up``.
+
+    So ``torch.distributed.checkpoint`` finds what the keys of a state name.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.weights = dict(weights)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the weight of that name, or those whose names begin with it."""
+        weights = self.__dict__.get("weights", {})
+        if name in weights:
+            return weights[name]
+        start = f"{name}."
+        below = {key.removeprefix(start): w for key, w in weights.items() if key.startswith(start)}
+        if not below:
+            raise AttributeError(f"no expert or weight {name!r}")
+        return ByExpert(below)
+
+
+def by_expert(
+    weights: Mapping[str, Tensor],
+    slots: NDArray[np.int32],
+    rank: int,
+    group: dist.ProcessGroup | None,
+) -> ByExpert:
+    """Return the weights of all experts one by one, as views of a rank's weights [S,...].
+
+    Parameters
+    ----------
+    weights
+        Weights by name [S,...].
+    slots
+        Experts of the slots of all ranks [D,S], -1 for none.
+    rank
+        This one.
+    group
+        The ranks.
+    """
+    views: dict[str, Tensor] = {}
+    own = slots[rank].tolist()
+    for name, weight in weights.items():
+        for expert in np.unique(slots[slots != EMPTY]).tolist():
+            local = weight[own.index(expert)] if expert in own else None
+            if len(slots) > 1 and weight.ndim > 1:
+                ranks = np.flatnonzero((slots == expert).any(axis=1)).tolist()
+                mesh = mesh_of(group, "cpu" if weight.is_meta else weight.device.type)
+                local = ExpertTensor.of(local, weight[0], ranks, mesh)
+            if local is not None:
+                views[f"{expert}.{name}"] = local
+    return ByExpert(views)
+
+
+def stacked(
+    name: str, weight: Tensor, slots: Sequence[int], given: Mapping[str, Any]
+) -> tuple[Tensor, list[str], list[str]]:
+    """Put the weights of experts in the order of slots.
+
+    Parameters
+    ----------
+    name, weight
+        A weight as it is [S,..]: empty slots keep theirs.
+    slots
+        Experts of the slots, -1 for none.
+    given
+        Weights by expert and name, as ``3.up``.
+
+    Returns
+    -------
+    tuple
+        The weight to be [S,..], keys that are missing, and what else is wrong.
+    """
+    missing: dict[str, None] = {}
+    wrong: list[str] = []
+    rows: list[Tensor | None] = []
+    for expert in slots:
+        key = f"{expert}.{name}"
+        value: Any = given.get(key)
+        value = value.to_local() if hasattr(value, "to_local") else value
+        if expert != EMPTY and value is None:
+            missing[key] = None
+        elif value is not None and value.shape != weight.shape[1:]:
+            shapes = list(weight.shape[1:]), list(value.shape)
+            wrong.append(f"{key} must be {shapes[0]}, got {shapes[1]}")
+            value = None
+        rows.append(value)
+    like = next((row for row in rows if row is not None), weight)
+    whole = like.new_zeros(weight.shape)
+    for slot, row in enumerate(rows):
+        if row is not None or not weight.is_meta:
+            whole[slot] = weight[slot].detach() if row is None else row
+    return whole, list(missing), wrong
 
 
 def mesh_of(group: dist.ProcessGroup | None, device: str) -> DeviceMesh:

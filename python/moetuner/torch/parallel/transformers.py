@@ -7,6 +7,7 @@ of the placement, from owner to holder, and stay there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 from transformers.distributed.expert_parallel import (
     EPImplementation,
     EPImplementationInterface,
@@ -59,31 +61,35 @@ def register_placement(
     layers: list[ExpertParallelMoE] = []
     parts: list[_PlacedExperts] = []
 
-    class Implementation(_PlacedExperts):
-        def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
-            super().__init__(experts, ep_mesh, tp_mesh)
-            if all(part.layer is not None for part in parts):
-                parts.clear()
-                layers.clear()
-            parts.append(self)
-
-        def place(self) -> None:
-            if len(parts) != placement.layers:
-                raise ValueError(
-                    f"placement must have {len(parts)} layers like the model, "
-                    f"got {placement.layers}"
+    def place() -> None:
+        if len(parts) != placement.layers:
+            raise ValueError(
+                f"placement must have {len(parts)} layers like the model, got {placement.layers}"
+            )
+        for number, part in enumerate(parts):
+            layers.append(
+                part.load(
+                    placement, number, timeout, devices_per_node=devices_per_node, split=split
                 )
-            for number, part in enumerate(parts):
-                part.load(placement, number, devices_per_node, split, timeout)
-                assert part.layer is not None
-                layers.append(part.layer)
+            )
 
-    EPImplementationInterface.register(name, Implementation)
+    def implementation(experts: nn.Module, *meshes: DeviceMesh) -> _PlacedExperts:
+        if all(part.layer is not None for part in parts):
+            parts.clear()
+            layers.clear()
+        parts.append(_PlacedExperts(experts, *meshes))
+        # The weights are loaded later; before the first step they are there.
+        parts[-1].hook = experts.register_forward_pre_hook(lambda *_: place())
+        return parts[-1]
+
+    EPImplementationInterface.register(name, implementation)
     return layers
 
 
 class _PlacedExperts(EPImplementation):
     """The experts of one layer of a transformers model."""
+
+    hook: RemovableHandle
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
@@ -91,30 +97,18 @@ class _PlacedExperts(EPImplementation):
         self.owned: int = experts.num_experts  # type: ignore[assignment]
         self.layer: ExpertParallelMoE | None = None
         self.served = 0  # tokens of this rank's batches so far
-        # The weights are loaded later; before the first step they are there.
-        self.hook = experts.register_forward_pre_hook(lambda *_: self.place())
-
-    def place(self) -> None:
-        """Place the experts of all layers of the model."""
-        raise NotImplementedError
 
     def load(
-        self,
-        placement: Placement,
-        number: int,
-        devices_per_node: int | None,
-        split: LayerSplit,
-        timeout: float,
-    ) -> None:
+        self, placement: Placement, number: int, timeout: float, **options: Any
+    ) -> ExpertParallelMoE:
         """Bring the weights of this rank's slots from the ranks that loaded them."""
         self.hook.remove()
         group, ranks = self.ep_mesh.get_group(), self.ep_mesh.size()
         rank, local = self.ep_mesh.get_local_rank(), self.owned
-        wanted, found = (ranks, ranks * local), (placement.devices, placement.num_experts)
-        if wanted != found:
+        if (placement.devices, placement.num_experts) != (ranks, ranks * local):
             raise ValueError(
-                f"placement must have {wanted[0]} devices and {wanted[1]} experts like the model, "
-                f"got {found[0]} and {found[1]}"
+                f"placement must have {ranks} devices and {ranks * local} experts like the model, "
+                f"got {placement.devices} and {placement.num_experts}"
             )
         loaded = _weights(self.module)
         short = {name: list(w.shape) for name, w in loaded.items() if len(w) != local}
@@ -122,15 +116,13 @@ class _PlacedExperts(EPImplementation):
             raise ValueError(f"experts must be whole on their ranks ({local} each), got {short}")
         slots = placement.slots[number]
         owners = np.arange(ranks * local, dtype=np.int32).reshape(ranks, local)
-        spares = Spares(loaded, moves(owners, slots, devices_per_node), rank)
+        spares = Spares(loaded, moves(owners, slots, options["devices_per_node"]), rank)
         spares.fill(group, timeout)
-        placed = {
-            name: weight.new_zeros(slots.shape[1], *weight.shape[1:])
-            for name, weight in loaded.items()
-        }
-        for name, weight in placed.items():
-            both = min(len(weight), local)
-            weight[:both] = loaded[name][:both]
+        placed = {}
+        for name, weight in loaded.items():
+            # There are at least as many slots as experts that this rank has loaded.
+            empty = weight.new_zeros(slots.shape[1] - local, *weight.shape[1:])
+            placed[name] = torch.cat([weight, empty])
         spares.put(placed)
         # The module's parameters are those that run, so that they move with the model.
         parameters = {n: nn.Parameter(w, requires_grad=False) for n, w in placed.items()}
@@ -139,14 +131,9 @@ class _PlacedExperts(EPImplementation):
         self.module.num_experts = slots.shape[1]
         self.module.register_state_dict_pre_hook(_no_state)  # type: ignore[no-untyped-call]
         self.module.register_load_state_dict_pre_hook(_no_state)  # type: ignore[no-untyped-call]
-        self.layer = ExpertParallelMoE(
-            _ModuleExperts(self.module, self.experts_forward, parameters),
-            placement,
-            number,
-            group=group,
-            devices_per_node=devices_per_node,
-            split=split,
-        )
+        experts = _ModuleExperts(self.module, self.experts_forward, parameters)
+        self.layer = ExpertParallelMoE(experts, placement, number, group=group, **options)
+        return self.layer
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Run the experts of this rank's part of its batch; gives the results of all of it."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moetuner._checks import IdArray, instance, listed, path_in, text_or_none, whole_number
 from moetuner._core import validate
-from moetuner.torch.models import MoELayer, moe_layers
+from moetuner.torch.models import moe_layers
 from moetuner.torch.record.hooks import Step, StepHooks, cache_of
 from moetuner.torch.record.spool import Labels, Offload, Parts
 from moetuner.trace import RoutingTrace
@@ -33,25 +33,14 @@ def expert_size_of(model: nn.Module) -> tuple[int, int] | None:
     config = getattr(model, "config", None)
     # Models of several kinds of input have one for text.
     config = getattr(config, "text_config", None) or config
-    intermediate = [
-        getattr(config, name, None)
-        for name in ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
-    ]
-    found = (getattr(config, "hidden_size", None), next(filter(None, intermediate), None))
-    known = all(isinstance(size, int) and 0 < size < 1 << 24 for size in found)
-    return found if known else None  # type: ignore[return-value]
+    names = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+    inner = next(filter(None, (getattr(config, name, None) for name in names)), None)
+    sizes = (getattr(config, "hidden_size", None), inner)
+    is_right = all(isinstance(size, int) and 0 < size < 1 << 24 for size in sizes)
+    return sizes if is_right else None  # type: ignore[return-value]
 
 
-def capture(
-    model: nn.Module,
-    *,
-    path: str | Path | None = None,
-    group: str | Sequence[str] | None = None,
-    attention_mask: Tensor | None = None,
-    routers: Iterable[str | nn.Module] | None = None,
-    name: str | None = None,
-    buffer_bytes: int = BUFFER_BYTES,
-) -> Recorder:
+class Recorder:
     """Record what the routers of a model choose, for use in a ``with`` statement.
 
     Works with any forward pass in any mode, and with ``generate``: a step that is given the cache
@@ -82,12 +71,14 @@ def capture(
     name
         Name of the model in the trace; its class by default.
     buffer_bytes
-        Most bytes of ids to hold on the device, in each of two halves.
+        Bytes of ids that wait at most, on their way from the device.
 
-    Returns
-    -------
-    Recorder
-        Listens while its ``with`` block runs.
+    Attributes
+    ----------
+    dropped
+        Forward passes that were left out.
+    layers
+        The MoE layers that are recorded.
 
     Raises
     ------
@@ -96,61 +87,38 @@ def capture(
         wrong. At the end of the block: if a router gave NaN, an id out of range or an expert twice
         (the other tokens are kept, as after an error), or no step could be recorded.
     """
-    text_or_none("name", name)
-    of_batch = [] if group is None or isinstance(group, str) else listed("group", group, "names")
-    for each in of_batch:
-        text_or_none("group", each)
-    if attention_mask is not None:
-        instance("attention_mask", attention_mask, Tensor)
-    most = whole_number("buffer_bytes", buffer_bytes)
-    file = None if path is None else path_in(path)
-    return Recorder(
-        model,
-        moe_layers(model, routers),
-        path=file,
-        group=group,
-        attention_mask=attention_mask,
-        name=name or type(model).__name__,
-        buffer_bytes=most,
-    )
-
-
-class Recorder:
-    """Listens to the routers of a model while its ``with`` block runs; made by ``capture``.
-
-    Attributes
-    ----------
-    attention_mask
-        Which tokens of the coming forward passes to keep [batch, tokens]; None takes the mask that
-        the model is called with.
-    dropped
-        Forward passes that were left out.
-    layers
-        The MoE layers that are recorded.
-    """
 
     def __init__(
         self,
         model: nn.Module,
-        layers: tuple[MoELayer, ...],
         *,
-        path: Path | None,
-        group: str | Sequence[str] | None,
-        attention_mask: Tensor | None,
-        name: str,
-        buffer_bytes: int,
+        path: str | Path | None = None,
+        group: str | Sequence[str] | None = None,
+        attention_mask: Tensor | None = None,
+        routers: Iterable[str | nn.Module] | None = None,
+        name: str | None = None,
+        buffer_bytes: int = BUFFER_BYTES,
     ) -> None:
-        if path is not None and path.suffix != ".safetensors":
-            raise ValueError(f"path must end in .safetensors, got {path.name!r}")
-        self.layers = layers
-        self._name, self._expert_size = name, expert_size_of(model)
-        self._hooks = StepHooks(model, layers, self._step)
+        text_or_none("name", name)
+        of_batch = (
+            [] if group is None or isinstance(group, str) else listed("group", group, "names")
+        )
+        for label in of_batch:
+            text_or_none("group", label)
+        if attention_mask is not None:
+            instance("attention_mask", attention_mask, Tensor)
+        most = whole_number("buffer_bytes", buffer_bytes)
+        self._path = None if path is None else path_in(path)
+        self.layers = moe_layers(model, routers)
+        if self._path is not None and self._path.suffix != ".safetensors":
+            raise ValueError(f"path must end in .safetensors, got {self._path.name!r}")
+        self._name, self._expert_size = name or type(model).__name__, expert_size_of(model)
+        self._hooks = StepHooks(model, self.layers, self._step)
         self._hooks.attention_mask = attention_mask
-        self._path = path
         small = self._hooks.num_experts <= 256
         self._dtype = torch.uint8 if small else torch.uint16
-        token_bytes = len(layers) * self._hooks.top_k * self._dtype.itemsize
-        self._offload = Offload(max(1, buffer_bytes // token_bytes), self._arrived)
+        token_bytes = len(self.layers) * self._hooks.top_k * self._dtype.itemsize
+        self._offload = Offload(max(1, most // token_bytes), self._arrived)
         self._parts: Parts | None = None
         self._trace: RoutingTrace | None = None
         self._lost: Exception | None = None
@@ -162,7 +130,7 @@ class Recorder:
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """Which tokens of the coming forward passes to keep [batch, tokens]."""
+        """Which tokens of coming passes to keep [batch, tokens]; None takes the model's mask."""
         return self._hooks.attention_mask
 
     @attention_mask.setter
@@ -225,8 +193,8 @@ class Recorder:
             try:
                 self._finish(self._path)
                 return
-            except Exception as found:
-                fault = found
+            except Exception as unwritten:
+                fault = unwritten
         ended = type(fault).__name__ if kind is None else kind.__name__
         self._keep(f"the recording ended with {ended}")
         if kind is None and fault is not None:
@@ -270,10 +238,9 @@ class Recorder:
         parts.discard()
 
     def _step(self, step: Step) -> None:
-        batch = step.batch
         if self._lost is not None:
             raise self._lost
-        if batch.paged:
+        if step.paged:
             raise ValueError(
                 "paged batches do not say which sequences they continue: RoutingCounters counts "
                 "them, a trace needs batches of their own"
@@ -284,25 +251,25 @@ class Recorder:
                 f"choose among {self._hooks.choices - self._hooks.num_experts} zero-computation "
                 "experts: RoutingCounters counts the others"
             )
-        sequence = self._sequence_of(step)
-        group = self._group_of(batch.rows)
-        labels = (np.repeat(sequence, batch.length), np.repeat(group, batch.length))
-        self._offload.put(step.ids.to(self._dtype), batch.keep, labels)
+        assert step.keep is not None  # where it is handed over
+        sequence, group = self._sequence_of(step), self._group_of(step.rows)
+        labels = (np.repeat(sequence, step.length), np.repeat(group, step.length))
+        self._offload.put(step.ids.to(self._dtype), step.keep, labels)
 
     def _sequence_of(self, step: Step) -> NDArray[np.int32]:
         """Return labels of a batch's sequences [B]: of the cache that it continues, or new."""
-        rows, cache = step.batch.rows, step.batch.cache
-        known = self._of_cache.get(cache) if _is_weak(cache) else None
-        if known is None or len(known) != rows:
+        rows, cache = step.rows, step.cache
+        labels = self._of_cache.get(cache) if _is_weak(cache) else None
+        if labels is None or len(labels) != rows:
             if self._sequences + rows > SEQUENCE_LIMIT:
                 raise ValueError(f"a trace has at most {SEQUENCE_LIMIT} sequences")
-            known = np.arange(self._sequences, self._sequences + rows, dtype=np.int32)
+            labels = np.arange(self._sequences, self._sequences + rows, dtype=np.int32)
             self._sequences += rows
         # The cache of the next step: the one that was given, or one that the model has made.
         for following in (cache, cache_of(step.output)):
             if _is_weak(following):
-                self._of_cache[following] = known
-        return known
+                self._of_cache[following] = labels
+        return labels
 
     def _group_of(self, rows: int) -> NDArray[np.int16]:
         """Return the groups of the sequences of a batch [B]."""
@@ -313,11 +280,8 @@ class Recorder:
         numbers = [self._numbers.setdefault(name, len(self._numbers)) for name in names]
         return np.asarray(numbers, dtype=np.int16)
 
-    def _arrived(self, ids: IdArray, keep: NDArray[np.bool_], labels: list[Labels]) -> None:
+    def _arrived(self, ids: IdArray, keep: NDArray[np.bool_], labels: Labels) -> None:
         assert self._parts is not None  # hooks are attached after it was made
-        # An interrupt may have come between labels and what they belong to.
-        sequence = np.concatenate([part[0] for part in labels])[: len(keep)]
-        group = np.concatenate([part[1] for part in labels])[: len(keep)]
         try:
             validate(ids[keep], self._hooks.num_experts, self.tokens)
         except ValueError as error:
@@ -326,6 +290,7 @@ class Recorder:
             ordered = np.sort(ids, axis=2)
             keep = keep & (ordered[:, :, 1:] != ordered[:, :, :-1]).all((1, 2))
         try:
+            sequence, group = labels
             self._parts.append(ids[keep], sequence[keep], group[keep])
         except Exception as error:
             self._lost = error  # a full disk: what it holds is kept, nothing more can be
@@ -335,3 +300,6 @@ class Recorder:
 def _is_weak(cache: object) -> bool:
     """Whether a cache is an object that can be recognised; tuples of tensors cannot."""
     return hasattr(cache, "__weakref__") and type(cache).__hash__ is not None
+
+
+capture = Recorder

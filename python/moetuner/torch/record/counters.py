@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from types import TracebackType
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from moetuner._checks import experts_in, flag, shown, whole_number, window_in
 from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
 from moetuner.torch.models import moe_layers, same_sizes
 from moetuner.torch.record.hooks import Step, StepHooks
+
+# Bytes of places to add to at a time.
+CHUNK_BYTES = 32 << 20
 
 
 class RoutingCounters:
@@ -62,8 +65,7 @@ class RoutingCounters:
             raise ValueError(f"device must be one of torch's, got {shown(device)}") from None
         flag("transitions", transitions)
         flag("coactivation", coactivation)
-        self._counts_transitions = transitions
-        self._counts_coactivation = coactivation
+        self._pairs = {"transitions": transitions, "coactivation": coactivation}
         self._hooks: StepHooks | None = None
         self._choices = self.experts  # with those of zero computation, which are not given out
         self.reset()
@@ -118,28 +120,18 @@ class RoutingCounters:
     def __enter__(self) -> RoutingCounters:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
     def reset(self) -> None:
         """Set all counts to zero."""
-        pairs = (self._choices, self._choices)
-        # Tensors born in inference mode could not be written outside it.
-        with torch.inference_mode(False):
-            self._load = self._zeros(1, self.layers, self._choices)
-            self._transitions = (
-                self._zeros(self.layers - 1, *pairs) if self._counts_transitions else None
-            )
-            self._coactivation = (
-                self._zeros(self.layers, *pairs) if self._counts_coactivation else None
-            )
-            self._tokens = self._zeros()
-            self._wrong = torch.zeros((), dtype=torch.bool, device=self.device)
+        choices = self._choices
+        self._tables = {"load": self._zeros(1, self.layers, choices), "tokens": self._zeros()}
+        if self._pairs["transitions"]:
+            self._tables["transitions"] = self._zeros(self.layers - 1, choices, choices)
+        if self._pairs["coactivation"]:
+            self._tables["coactivation"] = self._zeros(self.layers, choices, choices)
+        self._tables["wrong"] = self._zeros()
         if self._hooks is not None:
             self._hooks.forget()
         self._most_tokens = 0  # with padding: known without asking the device
@@ -199,38 +191,37 @@ class RoutingCounters:
             "experts": self.experts,
             "rows of the router": self._choices,
             "top_k": self.top_k,
-            "window": self.window or 0,
-            "transitions": int(self._counts_transitions),
-            "coactivation": int(self._counts_coactivation),
+            "window": self.window,
+            **self._pairs,
         }
-        windows = largest_on_ranks(len(self._load), settings, self.device, group)
+        said: list[Any] = [None] * dist.get_world_size(group)
+        # Objects travel by the current device.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            dist.all_gather_object(said, (settings, len(self._tables["load"])), group)
+        for name in settings:
+            values = sorted({of[name] or 0 for of, _ in said})
+            if len(values) > 1:
+                raise ValueError(
+                    f"ranks must count alike, got {name} from {values[0]} to {values[-1]}"
+                )
         total = RoutingCounters(
             self.layers,
             self.experts,
             self.top_k,
             window=self.window,
-            transitions=self._counts_transitions,
-            coactivation=self._counts_coactivation,
+            transitions=self._pairs["transitions"],
+            coactivation=self._pairs["coactivation"],
             device=self.device,
         )
         total._choices = self._choices
         total.reset()
-        total._load = self._zeros(windows, self.layers, self._choices)
-        total._load[: len(self._load)] = self._load
-        total._tokens += self._tokens
-        total._wrong |= self._wrong
-        for ours, theirs in (
-            (total._transitions, self._transitions),
-            (total._coactivation, self._coactivation),
-        ):
-            if ours is not None and theirs is not None:
-                ours += theirs
-        wrong = total._wrong.long()
-        for table in (total._load, total._transitions, total._coactivation, total._tokens, wrong):
-            if table is not None and table.numel():
+        total._enlarge(max(windows for _, windows in said))
+        for name, table in total._tables.items():
+            own = self._tables[name]
+            (table[: len(own)] if table.dim() else table).copy_(own)
+            if table.numel():
                 dist.all_reduce(table, dist.ReduceOp.SUM, group)
-        total._wrong = wrong > 0
-        total._ranks = dist.get_world_size(group) * self._ranks
+        total._ranks = len(said) * self._ranks
         return total
 
     def statistics(self, *, model: str | None = None) -> RoutingStatistics:
@@ -250,187 +241,105 @@ class RoutingCounters:
             self._hooks.check()
             if self._hooks.fault is not None and not self._most_tokens:
                 raise self._hooks.fault
-        if self._wrong.item():
+        if self._tables["wrong"].item():
             raise ValueError(f"expert_ids must be from 0 to {self.experts - 1}, some were not")
         real = slice(self.experts)
+        load = self._tables["load"]
+        used = load.sum(dim=(1, 2)).nonzero()
+        windows = int(used.max()) + 1 if used.numel() else 1
 
-        def pairs(table: Tensor | None) -> NDArray[Any] | None:
+        def pairs(name: str) -> NDArray[Any] | None:
+            table = self._tables.get(name)
             return None if table is None else table[:, real, real].cpu().numpy()
 
         return RoutingStatistics(
-            self._load[: self._windows(), :, real].cpu().numpy(),
-            pairs(self._transitions),
-            pairs(self._coactivation),
+            load[:windows, :, real].cpu().numpy(),
+            pairs("transitions"),
+            pairs("coactivation"),
             window=None if self.window is None else self.window * self._ranks,
             model=model,
         )
-
-    def _windows(self) -> int:
-        """Return windows that hold tokens, at least one."""
-        if self._ranks > 1 or self.window is None:
-            # After a sum the rank with the most windows decides, not the number of tokens.
-            held = self._load.sum(dim=(1, 2)).nonzero()
-            return int(held.max()) + 1 if held.numel() else 1
-        return max(1, -(-int(self._tokens) // self.window))
 
     def _step(self, step: Step) -> None:
         if step.ids.device != self.device:
             # The model was moved, or its weights did not tell.
             self.device = step.ids.device
-            for name in ("_load", "_transitions", "_coactivation", "_tokens", "_wrong"):
-                table = getattr(self, name)
-                setattr(self, name, None if table is None else table.to(self.device))
-        self.update(step.ids, step.batch.keep)
+            self._tables = {name: table.to(self.device) for name, table in self._tables.items()}
+        self.update(step.ids, step.keep)
 
     def _count(self, ids: Tensor, keep: Tensor | None) -> None:
+        tables = self._tables
         outside = (ids < 0) | (ids >= self._choices)
         if keep is not None:
             outside &= keep[:, None, None]
-        self._wrong |= outside.any()
+        tables["wrong"] += outside.any()
         ids = ids.clamp(0, self._choices - 1)
         layer = torch.arange(self.layers, device=self.device)[None, :, None]
         place = layer * self._choices + ids
         if self.window is not None:
-            self._make_room(len(ids), self.window)
+            self._enlarge(-(-(self._most_tokens + len(ids)) // self.window))
             number = self._number(len(ids), keep).div(self.window, rounding_mode="floor")
             place = place + number[:, None, None] * (self.layers * self._choices)
         self._most_tokens += len(ids)
-        self._tokens += len(ids) if keep is None else keep.sum()
-        add_ones(self._load, place, keep)
-        if self._transitions is not None:
-            add_pairs(self._transitions, ids[:, :-1], ids[:, 1:], keep)
-        if self._coactivation is not None:
-            add_pairs(self._coactivation, ids, ids, keep)
-            self._coactivation.diagonal(dim1=1, dim2=2).zero_()
+        tables["tokens"] += len(ids) if keep is None else keep.sum()
+        add_ones(tables["load"], place, keep)
+        if "transitions" in tables:
+            add_pairs(tables["transitions"], ids[:, :-1], ids[:, 1:], keep)
+        if "coactivation" in tables:
+            add_pairs(tables["coactivation"], ids, ids, keep)
+            tables["coactivation"].diagonal(dim1=1, dim2=2).zero_()
 
     def _number(self, tokens: int, keep: Tensor | None) -> Tensor:
         """Return the number of every token among those that count [T]."""
         if keep is None:
-            return torch.arange(tokens, device=self.device) + self._tokens
-        return (keep.cumsum(0) - 1).clamp(min=0) + self._tokens
+            return torch.arange(tokens, device=self.device) + self._tables["tokens"]
+        return (keep.cumsum(0) - 1).clamp(min=0) + self._tables["tokens"]
 
-    def _make_room(self, tokens: int, window: int) -> None:
-        """Enlarge the windows of load for as many tokens as there may be."""
-        needed = -(-(self._most_tokens + tokens) // window)
-        have = len(self._load)
-        if needed <= have:
+    def _enlarge(self, windows: int) -> None:
+        """Enlarge the windows of load, if there are fewer."""
+        load = self._tables["load"]
+        if windows <= len(load):
             return
-        size = 8 * needed * self.layers * self._choices
+        size = 8 * windows * self.layers * self._choices
         if size > TABLE_LIMIT:
             raise ValueError(
                 f"windows must fit {TABLE_LIMIT >> 30} GiB, got {size / 2**30:.0f} GiB for "
-                f"{needed} windows: read the statistics and reset the counters"
+                f"{windows} windows: read the statistics and reset the counters"
             )
-        with torch.inference_mode(False):
-            load = self._zeros(max(needed, 2 * have), self.layers, self._choices)
-        load[:have] = self._load
-        self._load = load
+        larger = self._zeros(max(windows, 2 * len(load)), self.layers, self._choices)
+        larger[: len(load)] = load
+        self._tables["load"] = larger
 
     def _zeros(self, *sizes: int) -> Tensor:
-        return torch.zeros(sizes, dtype=torch.int64, device=self.device)
+        # Tensors born in inference mode could not be written outside it.
+        with torch.inference_mode(False):
+            return torch.zeros(sizes, dtype=torch.int64, device=self.device)
 
 
 def _is_no_integer(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
 
 
-# The product is faster up to this many experts per top-k. CPU: 5 ns per addition, 0.027 ns per
-# multiplication on one core (AVX-512), so E*E * 0.027 < K*K * 5. CUDA: from data sheets (3e9
-# atomic additions and 2.5e13 float32 multiplications a second), not measured.
-PRODUCT_UP_TO = {"cpu": 13, "cuda": 90}
-
-# Bytes of one-hot matrices, or of places to add to, at a time.
-CHUNK_BYTES = 32 << 20
-
-
 def add_pairs(table: Tensor, first: Tensor, second: Tensor, keep: Tensor | None) -> None:
-    """Add pairs of experts to a table, without waiting for the device.
+    """Add pairs of experts to a table [L,E,E], as ``add_ones``.
 
-    Parameters
-    ----------
-    table
-        Counts [L,E,E], int64, contiguous; changed in place.
-    first, second
-        Expert ids [T,L,K], int64; each of ``first`` pairs with each of ``second``.
-    keep
-        Tokens that count [T]; None counts all.
+    Each expert of ``first`` [T,L,K] pairs with each one of ``second`` [T,L,K].
     """
-    tokens, layers, top_k = first.shape
-    experts = table.shape[1]
-    if not tokens or not layers:
-        return
-    product = experts <= top_k * PRODUCT_UP_TO.get(table.device.type, 0)
-    token_bytes = layers * (8 * experts if product else 16 * top_k * top_k)
-    step = max(1, min(CHUNK_BYTES // token_bytes, (1 << 24) - 1))
-    add = _add_product if product else _add_scattered
-    for at in range(0, tokens, step):
-        part = slice(at, at + step)
-        left = first[part]
-        right = left if second is first else second[part]
-        add(table, left, right, None if keep is None else keep[part])
-
-
-def _add_product(table: Tensor, first: Tensor, second: Tensor, keep: Tensor | None) -> None:
-    left = _one_hot(first, table.shape[1], keep)
-    right = left if second is first else _one_hot(second, table.shape[1], None)
-    table += torch.bmm(left.mT, right).long()
-
-
-def _one_hot(ids: Tensor, experts: int, keep: Tensor | None) -> Tensor:
-    """Return which experts a token visits [L,T,E], as 0 and 1; 0 for tokens that do not count."""
-    tokens, layers, top_k = ids.shape
-    hot = torch.zeros(layers, tokens, experts, device=ids.device, dtype=torch.float32)
-    ones = torch.ones((), device=ids.device, dtype=torch.float32)
-    marks = ones if keep is None else keep.to(torch.float32)[None, :, None]
-    hot.scatter_add_(2, ids.permute(1, 0, 2), marks.expand(layers, tokens, top_k))
-    return hot
-
-
-def _add_scattered(table: Tensor, first: Tensor, second: Tensor, keep: Tensor | None) -> None:
     layers, experts, _ = table.shape
     row = torch.arange(layers, device=table.device)[None, :, None] * experts + first
-    place = row[..., None] * experts + second[:, :, None, :]
-    add_ones(table, place, keep)
+    size = max(1, CHUNK_BYTES // (16 * max(layers, 1) * first.shape[2] ** 2))
+    for at in range(0, len(first), size):
+        part = slice(at, at + size)
+        place = row[part, ..., None] * experts + second[part, :, None, :]
+        add_ones(table, place, None if keep is None else keep[part])
 
 
 def add_ones(table: Tensor, place: Tensor, keep: Tensor | None) -> None:
-    """Add one at each place [T,..] of a flattened table, for the tokens that count [T]."""
-    if keep is None:
-        ones = torch.ones((), device=table.device, dtype=table.dtype).expand(place.numel())
-    else:
-        marks = keep.to(table.dtype).reshape(-1, *[1] * (place.dim() - 1))
-        ones = marks.expand(place.shape).reshape(-1)
-    table.view(-1).scatter_add_(0, place.reshape(-1), ones)
+    """Add one at each place [T,..] of a flattened table, without waiting for the device.
 
-
-def largest_on_ranks(
-    value: int,
-    settings: Mapping[str, int],
-    device: torch.device,
-    group: dist.ProcessGroup | None,
-) -> int:
-    """Return the largest value of any rank, once it is clear that all have the same settings.
-
-    Parameters
-    ----------
-    value
-        What may differ.
-    settings
-        What may not, by name; every rank gives the same names.
-    device
-        Where the group can exchange tensors.
-    group
-        The ranks, all of which must call; None is all there are.
+    ``keep`` [T] marks tokens that count; None counts all.
     """
-    ours = list(settings.values())
-    # The largest of a number and of its negative: the range, in one exchange.
-    most = torch.tensor([value, *ours, *(-setting for setting in ours)], device=device)
-    dist.all_reduce(most, dist.ReduceOp.MAX, group)
-    largest, *found = most.tolist()
-    high, low = found[: len(ours)], [-setting for setting in found[len(ours) :]]
-    differing = [
-        f"{name} from {a} to {b}" for name, a, b in zip(settings, low, high, strict=True) if a != b
-    ]
-    if differing:
-        raise ValueError(f"ranks must count alike, got {', '.join(differing)}")
-    return int(largest)
+    ones = torch.ones((), device=table.device, dtype=table.dtype).expand(place.shape)
+    if keep is not None:
+        ones = keep.to(table.dtype).reshape(-1, *[1] * (place.dim() - 1)).expand(place.shape)
+    table.view(-1).scatter_add_(0, place.reshape(-1), ones.reshape(-1))

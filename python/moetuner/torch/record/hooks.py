@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ PACKED = "cu_seq_lens_q"
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
-    """The tokens of one forward pass.
+class Step:
+    """The tokens of one forward pass, and what the routers chose for them.
 
     Attributes
     ----------
@@ -33,12 +33,18 @@ class Batch:
     length
         Tokens of each, padding included, S.
     keep
-        Which tokens are not padding [B*S], boolean, on the device of the mask; None if all are.
+        Which tokens count [B*S], boolean; None if all do. In the end those are left out that are
+        padding or have scores that are no numbers or ids out of range.
     cache
         The key-value cache that was passed in, or the generation that goes without, which tells a
         later step of the same sequences.
     paged
         Whether tokens of many sequences, each with a past, stand in one row.
+    ids
+        Chosen rows of the routers [T,L,K], int64, on the device of the first router; those from E
+        on are zero-computation experts.
+    output
+        What the model returned.
     """
 
     rows: int
@@ -46,28 +52,20 @@ class Batch:
     keep: Tensor | None
     cache: object | None
     paged: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """Tokens with padding, T = B*S."""
-        return self.rows * self.length
+    ids: Tensor = field(default_factory=lambda: torch.empty(0))
+    output: Any = None
 
 
-def arguments_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``model.forward`` by name."""
-    names = inspect.signature(model.forward).parameters
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def batch_of(
+def step_of(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     mask: Tensor | None,
     generations: GenerateHooks,
-) -> Batch:
+) -> Step:
     """Read the arguments of a forward pass; ``mask`` replaces that of its arguments."""
-    given = arguments_of(model, args, kwargs)
+    names = inspect.signature(model.forward).parameters
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     rows, length = _sizes(model, given)
     generation = generations.of(given)
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
@@ -80,11 +78,11 @@ def batch_of(
         # Sequences one after the other, and padding behind the last; the mask is of pairs.
         keep: Tensor | None = torch.arange(length, device=packed.device) < packed[-1]
     else:
-        keep = None if mask is None else _kept(mask, rows, length)
+        keep = None if mask is None else _tokens_of(mask, rows, length)
     if generation is not None:
         keep = _generated(keep, rows, length, cache, generation)
         cache = generation if cache is None else cache
-    return Batch(rows, length, keep, cache, isinstance(packed, Tensor) and cache is not None)
+    return Step(rows, length, keep, cache, isinstance(packed, Tensor) and cache is not None)
 
 
 def cache_of(output: object) -> object | None:
@@ -105,12 +103,12 @@ def _sizes(model: nn.Module, given: Mapping[str, Any]) -> tuple[int, int]:
     )
 
 
-def _kept(mask: object, rows: int, length: int) -> Tensor:
+def _tokens_of(mask: object, rows: int, length: int) -> Tensor:
     """Return the last ``length`` columns of a mask: others are tokens of earlier steps."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows:
-        found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"attention_mask must be [batch, tokens] with a batch of {rows}, got {found}; where "
+            f"attention_mask must be [batch, tokens] with a batch of {rows}, got {given}; where "
             "the model is called with another, set the recorder's attention_mask"
         )
     if mask.shape[1] < length:
@@ -135,27 +133,6 @@ def _generated(
         mark = marks.pop()
         marks[0] = marks[0].to(mark.device, non_blocking=True) & mark
     return marks[0] if marks else None
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What the routers chose in one forward pass.
-
-    Attributes
-    ----------
-    ids
-        Chosen rows of the routers [T,L,K], int64, on the device of the first router; those from E
-        on are zero-computation experts.
-    batch
-        The tokens; those of padding, with scores that are no numbers, or with ids out of range are
-        not kept.
-    output
-        What the model returned.
-    """
-
-    ids: Tensor
-    batch: Batch
-    output: Any
 
 
 class StepHooks:
@@ -197,12 +174,12 @@ class StepHooks:
         self._wrapped = hasattr(model, "_orig_mod")
         model = getattr(model, "_orig_mod", model)
         self._generations: GenerateHooks | None = None
-        self._stance: _Eagerly | None = None
+        self._is_eager = False
         self._model = model
         self._layers = layers
         self._receive = receive
         self._handles: list[RemovableHandle] = []
-        self._batch: Batch | None = None
+        self._step: Step | None = None
         self._routed: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._dropping = False
         self._steps = 0
@@ -211,7 +188,8 @@ class StepHooks:
     def attach(self) -> None:
         """Start to listen."""
         if self._wrapped or any(_is_compiled(module) for module in self._model.modules()):
-            self._stance = _Eagerly()
+            _run_eagerly()
+            self._is_eager = True
         self._generations = GenerateHooks.attach(self._model)
         # Functions, which a copy of the model shares; methods would be copied with all they hold.
         self._handles = [
@@ -233,9 +211,9 @@ class StepHooks:
         if self._generations is not None:
             self._generations.detach()
             self._generations = None
-        if self._stance is not None:
-            self._stance.leave()
-            self._stance = None
+        if self._is_eager:
+            _run_compiled()
+            self._is_eager = False
 
     def forget(self) -> None:
         """Forget what was wrong so far."""
@@ -251,14 +229,11 @@ class StepHooks:
         """
         if self._faults is None:
             return
-        for wrong, (rule, got) in zip(
-            self._faults.tolist(),
-            (
-                ("router scores must be numbers", "NaN"),
-                (f"expert ids must be from 0 to {self.choices - 1}", "others"),
-            ),
-            strict=True,
-        ):
+        rules = (
+            ("router scores must be numbers", "NaN"),
+            (f"expert ids must be from 0 to {self.choices - 1}", "others"),
+        )
+        for wrong, (rule, got) in zip(self._faults.tolist(), rules, strict=True):
             if any(wrong):
                 number = wrong.index(True)
                 name = self._layers[number].name
@@ -269,9 +244,9 @@ class StepHooks:
             return
         # A pass that failed half-way has left its layers behind.
         self._routed = {}
-        self._batch, self._dropping = None, False
+        self._step, self._dropping = None, False
         try:
-            self._batch = batch_of(model, args, kwargs, self.attention_mask, self._generations)
+            self._step = step_of(model, args, kwargs, self.attention_mask, self._generations)
         except Exception as error:
             self._drop(error)
 
@@ -297,7 +272,7 @@ class StepHooks:
 
     def _drop(self, error: Exception) -> None:
         """Leave out the pass at hand; the first time say so."""
-        self._batch, self._dropping, self._routed = None, True, {}
+        self._step, self._dropping, self._routed = None, True, {}
         self.dropped += 1
         if self.fault is not None:
             return
@@ -309,8 +284,8 @@ class StepHooks:
 
     def _take(self, number: int, output: Any) -> None:
         """Take what a router returned."""
-        batch, name = self._batch, self._layers[number].name
-        if batch is None:
+        step, name = self._step, self._layers[number].name
+        if step is None:
             if self._steps:  # a recomputation in the backward pass chooses what was chosen before
                 return
             raise ValueError(
@@ -322,25 +297,26 @@ class StepHooks:
                 f"{name} ran more than once in a forward pass, and a token can have one choice of "
                 "experts in each layer: name the routers that run once in routers=[...]"
             )
-        found = chosen(output)
-        if found is None:
+        parts = chosen(output)
+        if parts is None:
             raise ValueError(
                 f"{name}: a router must return expert ids [tokens, top_k] as integers, "
                 f"{type(self._layers[number].router).__name__} does not"
             )
-        ids, scores = (None if part is None else part.detach().flatten(0, -2) for part in found)
+        ids, scores = (None if part is None else part.detach().flatten(0, -2) for part in parts)
         assert ids is not None  # chosen gives ids, if anything
-        if ids.shape != (batch.tokens, self.top_k):
+        tokens = step.rows * step.length
+        if ids.shape != (tokens, self.top_k):
             raise ValueError(
-                f"{name}: expert ids must be [{batch.tokens}, {self.top_k}], [tokens, top_k] as "
-                f"the forward pass was called, got {[*found[0].shape]}"
+                f"{name}: expert ids must be [{tokens}, {self.top_k}], [tokens, top_k] as "
+                f"the forward pass was called, got {[*parts[0].shape]}"
             )
         self._routed[number] = ids.clone(), scores  # a router may write to its ids again
 
     def _end(self, output: Any) -> None:
         """Hand over a pass, without the tokens whose ids or scores are wrong."""
-        batch, self._batch = self._batch, None
-        if batch is None:
+        step, self._step = self._step, None
+        if step is None:
             return
         missing = [n for n in range(len(self._layers)) if n not in self._routed]
         if missing:
@@ -362,38 +338,34 @@ class StepHooks:
         # Ids are checked before they become one or two bytes, in which they would be others.
         outside = (ids < 0) | (ids >= self.choices)
         faults = torch.stack([scores.isnan().any(-1), outside.any(-1)])
-        if batch.keep is not None:
-            keep = batch.keep.to(device, non_blocking=True)
-            faults = faults & keep[:, None]
-        else:
-            keep = torch.ones_like(faults[0, :, 0])
-        keep = keep & ~faults.any(0).any(-1)
+        keep = torch.ones_like(faults[0, :, 0])
+        if step.keep is not None:
+            keep = step.keep.to(device, non_blocking=True)
+        faults = faults & keep[:, None]
         wrong = faults.any(1)
         self._faults = wrong if self._faults is None else self._faults.to(device) | wrong
-        self._receive(Step(ids, replace(batch, keep=keep), output))
+        keep = keep & ~faults.any(0).any(-1)
+        self._receive(replace(step, ids=ids, keep=keep, output=output))
 
 
-class _Eagerly:
-    """While any of these is there, compiled code runs eagerly, in the whole process."""
+# Observers of compiled models: while there is one, compiled code runs eagerly in the whole process.
+_eager: list[Any] = []
 
-    inside = 0
-    stance: Any = None
 
-    def __init__(self) -> None:
-        if not hasattr(torch.compiler, "set_stance"):
-            raise ValueError(
-                "model must not be compiled by this version of torch: give the model without "
-                "torch.compile"
-            )
-        if _Eagerly.inside == 0:
-            _Eagerly.stance = torch.compiler.set_stance("force_eager")
-        _Eagerly.inside += 1
+def _run_eagerly() -> None:
+    if not hasattr(torch.compiler, "set_stance"):
+        raise ValueError(
+            "model must not be compiled by this version of torch: give the model without "
+            "torch.compile"
+        )
+    # The first one has the stance; the last one to leave ends it, in whatever order they do.
+    _eager.append(torch.compiler.set_stance("force_eager") if not _eager else _eager[0])
 
-    def leave(self) -> None:
-        """Let compiled code run again, if this was the last."""
-        _Eagerly.inside -= 1
-        if _Eagerly.inside == 0:
-            _Eagerly.stance.__exit__(None, None, None)
+
+def _run_compiled() -> None:
+    stance = _eager.pop()
+    if not _eager:
+        stance.__exit__(None, None, None)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -1,12 +1,12 @@
-"""From device to host without waiting: a bounded buffer that leaves while the next one fills."""
+"""From device to host without waiting, and to disk: a recording while it runs."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,115 +21,59 @@ from moetuner.files.safetensors import TensorInFile
 from moetuner.trace import SHARD_BYTES, RoutingTrace
 
 Labels = tuple[NDArray[np.int32], NDArray[np.int16]]
-Receive = Callable[[IdArray, NDArray[np.bool_], list[Labels]], None]
-
-
-@dataclass
-class _Half:
-    """Ids [capacity,L,K] and marks [capacity] on the device, and their copies on the host."""
-
-    ids: Tensor
-    keep: Tensor
-    host_ids: Tensor
-    host_keep: Tensor
-    filled: int = 0
-    labels: list[Labels] = field(default_factory=list)
-    copied: torch.cuda.Event | None = None
+Receive = Callable[[IdArray, NDArray[np.bool_], Labels], None]
 
 
 class Offload:
-    """Two halves: one takes what the device writes while the other is copied to the host.
+    """Copies ids to the host without waiting for the device, and hands them over later.
 
-    On CUDA the copies go to pinned memory on a stream of their own, so the host only waits if a
-    half fills sooner than the one before it has left. Elsewhere the copy is made at once.
+    On CUDA they go to pinned memory behind the work of their step. When enough steps wait, those of
+    the older half are handed over: the host waits only for work that is long done.
 
     Parameters
     ----------
     capacity
-        Tokens of a half.
+        Tokens that wait at most, beside the last step.
     receive
         Called on the host, in order, with ids [T,L,K], which of them to keep [T] and the labels.
-        The arrays are overwritten afterwards.
     """
 
     def __init__(self, capacity: int, receive: Receive) -> None:
         self._capacity = capacity
         self._receive = receive
-        self._halves: list[_Half] = []
-        self._stream: torch.cuda.Stream | None = None
+        self._waiting: list[tuple[Tensor, Tensor, Labels, torch.cuda.Event | None]] = []
+        self._tokens = 0
 
-    def put(self, ids: Tensor, keep: Tensor | None, labels: Labels) -> None:
-        """Take ids [T,L,K], marks [T] (None keeps all) and labels ([T], [T])."""
-        if not self._halves:
-            self._allocate(ids)
-        first = 0
-        while first < len(ids):
-            half = self._halves[0]
-            if half.filled == self._capacity:
-                self._turn()
-                continue
-            count = min(len(ids) - first, self._capacity - half.filled)
-            here, there = slice(half.filled, half.filled + count), slice(first, first + count)
-            half.ids[here].copy_(ids[there], non_blocking=True)
-            if keep is None:
-                half.keep[here] = True
-            else:
-                half.keep[here].copy_(keep[there], non_blocking=True)
-            half.labels.append((labels[0][there], labels[1][there]))
-            half.filled += count
-            first += count
+    def put(self, ids: Tensor, keep: Tensor, labels: Labels) -> None:
+        """Take ids [T,L,K], marks [T] and labels ([T], [T])."""
+        # Copies that need not wait go to pinned memory.
+        host = ids.to("cpu", non_blocking=True), keep.to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
+        self._waiting.append((*host, labels, copied))
+        self._tokens += len(ids)
+        if self._tokens > self._capacity:
+            self._hand_over(self._capacity // 2, last=1)
 
     def flush(self) -> None:
         """Hand over everything; waits for the device."""
-        if self._halves:
-            self._turn()
-            self._turn()
+        self._hand_over(-1)
 
-    def _turn(self) -> None:
-        """Send the full half on its way and make room in the other."""
-        full, other = self._halves
-        if full.filled:
-            self._send(full)
-        self._halves = [other, full]
-        self._arrive(other)
-
-    def _send(self, half: _Half) -> None:
-        n = half.filled
-        if self._stream is None:
-            half.host_ids[:n].copy_(half.ids[:n])
-            half.host_keep[:n].copy_(half.keep[:n])
+    def _hand_over(self, most: int, last: int = 0) -> None:
+        """Receive first steps until at most so many tokens wait, and so many last steps."""
+        count, left = 0, self._tokens
+        while left > most and count < len(self._waiting) - last:
+            *_, copied = self._waiting[count]
+            if copied is not None:
+                copied.synchronize()
+            left -= len(self._waiting[count][0])
+            count += 1
+        if not count:
             return
-        self._stream.wait_stream(torch.cuda.current_stream(half.ids.device))
-        with torch.cuda.stream(self._stream):
-            half.host_ids[:n].copy_(half.ids[:n], non_blocking=True)
-            half.host_keep[:n].copy_(half.keep[:n], non_blocking=True)
-            half.copied = self._stream.record_event()
-
-    def _arrive(self, half: _Half) -> None:
-        """Receive a half on the host; from then on the device may write to it again."""
-        if not half.filled:
-            return
-        if half.copied is not None:
-            half.copied.synchronize()
-        n = half.filled
-        self._receive(half.host_ids[:n].numpy(), half.host_keep[:n].numpy(), half.labels)
-        half.filled, half.labels, half.copied = 0, [], None
-
-    def _allocate(self, ids: Tensor) -> None:
-        cuda = ids.device.type == "cuda"
-        sizes = (self._capacity, *ids.shape[1:])
-        # Tensors born in inference mode could not be written outside it.
-        with torch.inference_mode(False):
-            for _ in range(2):
-                half = _Half(
-                    torch.empty(sizes, dtype=ids.dtype, device=ids.device),
-                    torch.empty(self._capacity, dtype=torch.bool, device=ids.device),
-                    torch.empty(sizes, dtype=ids.dtype, pin_memory=cuda),
-                    torch.empty(self._capacity, dtype=torch.bool, pin_memory=cuda),
-                )
-                self._halves.append(half)
-            if cuda:
-                self._stream = torch.cuda.Stream(ids.device)  # type: ignore[no-untyped-call]
+        ids, keep, labels, _ = zip(*self._waiting[:count], strict=True)
+        sequence, group = (np.concatenate(part) for part in zip(*labels, strict=True))
+        self._receive(torch.cat(ids).numpy(), torch.cat(keep).numpy(), (sequence, group))
+        del self._waiting[:count]
+        self._tokens = left
 
 
 SEQUENCE, GROUP = np.dtype("<i4"), np.dtype("<i2")
@@ -167,14 +111,14 @@ class Parts:
 
     def append(self, ids: IdArray, sequence: NDArray[np.int32], group: NDArray[np.int16]) -> None:
         """Take tokens [T,L,K] and their labels [T]; what failed half-way is written anew."""
-        layers, top_k = self._sizes
-        for name, array, dtype, each in (
-            ("expert_ids", ids, self._dtype, layers * top_k),
-            ("sequence", sequence, SEQUENCE, 1),
-            ("group", group, GROUP, 1),
-        ):
-            self._files[name].seek(self.tokens * each * dtype.itemsize)
-            self._files[name].write(np.ascontiguousarray(array, dtype=dtype).data)
+        arrays = {
+            "expert_ids": np.ascontiguousarray(ids, dtype=self._dtype),
+            "sequence": np.ascontiguousarray(sequence, dtype=SEQUENCE),
+            "group": np.ascontiguousarray(group, dtype=GROUP),
+        }
+        for name, array in arrays.items():
+            self._files[name].seek(self.tokens * math.prod(array.shape[1:]) * array.itemsize)
+            self._files[name].write(array.data)
             self._files[name].flush()
         self.tokens += len(ids)
 

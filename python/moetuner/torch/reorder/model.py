@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -14,18 +13,9 @@ from torch import Tensor, nn
 from moetuner._checks import flag, instance
 from moetuner.placement import Placement
 from moetuner.torch.models import MoELayer, moe_layers
-from moetuner.torch.reorder.order import Order, check_groups, check_ties, inverse_of, order_of
-from moetuner.torch.reorder.state import dependents, held_as, renumbered
-
-
-@dataclass(frozen=True, eq=False)
-class _Moved:
-    """A tensor that changes with the order of a layer: rows [E,..], or ids of experts."""
-
-    name: str
-    layer: int
-    tensor: Tensor
-    is_table: bool = False
+from moetuner.torch.reorder.keys import TensorChange, check_ties, plan
+from moetuner.torch.reorder.order import Order, check_groups, order_of
+from moetuner.torch.reorder.state import bits_of, facts_of, renumbered
 
 
 def apply_placement(
@@ -77,25 +67,36 @@ def apply_placement(
             f"{placement.layers} of {placement.num_experts}"
         )
     order = order_of(placement)
+    for layer, positions in zip(layers, order, strict=True):
+        if layer.num_experts != len(positions):
+            raise ValueError(
+                f"{layer.name}: must have {len(positions)} experts like the first MoE layer, got "
+                f"{layer.num_experts}"
+            )
+        check_groups(positions, layer.expert_groups, layer.name)
+    order = np.argsort(order, axis=1) if inverse else order
     tensors = _tensors(model, layers)
-    routing = _router_state(tensors, layers)
-    moved: list[_Moved] = []
-    for number, layer in enumerate(layers):
-        moved += _state_of(number, layer, order[number], routing, tensors)
-    order = inverse_of(order) if inverse else order
-    moved = _once(moved, order, tensors)
+    changes = plan(
+        {name: facts_of(tensor) for name, tensor in tensors.items()},
+        order,
+        {_block(layer): layer.name for layer in layers},
+    )
+    for layer in layers:
+        _check_weights(layer, changes, tensors)
+    check_ties(changes, lambda name, experts: bits_of(tensors[name], experts))
+    changes = _once(changes, tensors)
     _check_lists(model, layers)
     tables = {
-        one.name: renumbered(one.name, one.tensor.detach(), np.argsort(order[one.layer]))
-        for one in moved
-        if one.is_table
+        name: renumbered(name, tensors[name].detach(), change.ids)
+        for name, change in changes.items()
+        if change.ids is not None
     }
-    for one in moved:
-        if one.is_table:
-            with torch.no_grad():
-                one.tensor.copy_(tables[one.name])
-        else:
-            _permute(one.tensor, order[one.layer])
+    with torch.no_grad():
+        for name, change in changes.items():
+            if change.order is not None:
+                _permute(tensors[name].detach(), change.order)
+            else:
+                tensors[name].copy_(tables[name])
     for layer, positions in zip(layers, order, strict=True):
         if isinstance(layer.experts, nn.ModuleList):
             reordered = [layer.experts[old] for old in positions.tolist()]
@@ -112,128 +113,79 @@ def _tensors(model: nn.Module, layers: tuple[MoELayer, ...]) -> dict[str, Tensor
         for name, module in model.named_modules(remove_duplicate=False)
         if blocks.get(id(module), name) != name
     ]
-    held = (
+    named = (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     )
-    return {name: tensor for name, tensor in held if not name.startswith(tuple(again))}
+    return {name: tensor for name, tensor in named if not name.startswith(tuple(again))}
 
 
-def _router_state(
-    tensors: dict[str, Tensor], layers: tuple[MoELayer, ...]
-) -> dict[str, list[_Moved]]:
-    """Return what depends on the order of the experts beside them, by block."""
-    numbers = {_block(layer): number for number, layer in enumerate(layers)}
-    parts = [name.split(".") for name in tensors]
-    before = {".".join(p[: p.index("experts")]) for p in parts if "experts" in p[:-1]}
-    inside = tuple(_join(block, "experts.") for block in {*numbers, *before})
-    rest = {n: held_as(tensor) for n, tensor in tensors.items() if not n.startswith(inside)}
-    routers = {_block(layer): layer.name for layer in layers}
-    found: dict[str, list[_Moved]] = {block: [] for block in routers}
-    others = before.difference(routers)
-    for name, where in dependents(rest, routers, layers[0].num_experts, others).items():
+def _check_weights(
+    layer: MoELayer, changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]
+) -> None:
+    """Check that a layer's weights are in memory, and those of experts stacked or in a list."""
+    own = {name: change for name, change in changes.items() if change.block == _block(layer)}
+    for name, change in own.items():
         tensor = tensors[name]
-        if not where.is_table and tensor.shape == (1, layers[0].num_experts):
-            tensor = tensor[0]
-        one = _Moved(name, numbers[where.block], tensor, where.is_table)
-        found[where.block].append(one)
-    return found
-
-
-def _state_of(
-    number: int,
-    layer: MoELayer,
-    order: NDArray[np.int64],
-    routing: dict[str, list[_Moved]],
-    tensors: dict[str, Tensor],
-) -> list[_Moved]:
-    """Return what has to change in a layer, if that is exact."""
-    if layer.num_experts != len(order):
-        raise ValueError(
-            f"{layer.name}: must have {len(order)} experts like the first MoE layer, got "
-            f"{layer.num_experts}"
-        )
-    check_groups(order, layer.expert_groups, layer.name)
-    router = routing[_block(layer)]
-    if all(one.is_table for one in router):
-        raise ValueError(f"{layer.name}: the router must hold weights per expert, it has none")
-    moved = list(router)
-    if not isinstance(layer.experts, nn.ModuleList):
-        moved += [_Moved(name, number, t) for name, t in _experts(layer, tensors)]
-    for one in moved:
-        if one.tensor.is_meta or hasattr(one.tensor, "placements"):
-            what = "on the meta device" if one.tensor.is_meta else "spread over devices"
+        if tensor.is_meta or hasattr(tensor, "placements"):
+            what = "on the meta device" if tensor.is_meta else "spread over devices"
             raise ValueError(f"{layer.name}: weights must be in memory, some are {what}")
-    rows = [one.tensor.detach() for one in router if not one.is_table]
-    bits = [tensor.reshape(len(order), -1).cpu().double().numpy() for tensor in rows]
-    if not np.array_equal(order, np.arange(len(order))):
-        check_ties([row.tobytes() for row in np.concatenate(bits, axis=1)], layer.name)
-    return moved
+        moves = change.order is not None or change.ids is not None
+        if not (moves or tensor.numel() <= 1 or isinstance(layer.experts, nn.ModuleList)):
+            raise ValueError(f"{name}: must be of all experts [experts, ..]")
+    if not isinstance(layer.experts, nn.ModuleList) and not any(
+        change.order is not None and not change.is_router for change in own.values()
+    ):
+        raise ValueError(f"{layer.name}: experts must hold weights [experts, ..], they hold none")
 
 
-def _experts(layer: MoELayer, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Return the weights of the experts, each stacked along the first dimension."""
-    if layer.experts is None:
-        raise ValueError(f"{layer.name}: its block must have a module 'experts'")
-    prefix = _join(_block(layer), "experts.")
-    held = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    short = [name.removeprefix(prefix) for name in held]
-    if not any(tensor.dim() >= 3 for tensor in held.values()):
-        raise ValueError(
-            f"{layer.name}: experts must hold weights [experts, ..], "
-            f"{type(layer.experts).__name__} holds {short}"
-        )
-    for name, tensor in held.items():
-        if tensor.shape[:1] == (layer.num_experts,):
-            yield name, tensor
-        elif tensor.numel() > 1:
-            raise ValueError(
-                f"{layer.name}: experts must hold weights [experts, ..], "
-                f"{name.removeprefix(prefix)} is {list(tensor.shape)}"
-            )
-
-
-def _once(moved: list[_Moved], order: Order, tensors: dict[str, Tensor]) -> list[_Moved]:
-    """Return each piece of memory once, if all that share it move alike."""
-    by_name = {one.name: one for one in moved}
-    kept: list[_Moved] = []
+def _once(
+    changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]
+) -> dict[str, TensorChange]:
+    """Return what changes rows or ids, each piece of memory once, if all that share it agree."""
+    moved = {n: c for n, c in changes.items() if c.order is not None or c.ids is not None}
+    once: dict[str, TensorChange] = {}
     # Sorted by where they begin, whatever overlaps follows at once.
     ends: dict[int, tuple[int, str]] = {}
     for name, (memory, begin, end) in sorted(_spans(tensors).items(), key=lambda item: item[1]):
         until, last = ends.get(memory, (begin, name))
-        one, other = by_name.get(name), by_name.get(last)
+        one, other = moved.get(name), moved.get(last)
         if until > begin and (one or other):
             a, b = tensors[name], tensors[last]
             alike = (
                 one is not None
                 and other is not None
-                and one.is_table == other.is_table
                 and (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
-                and np.array_equal(order[one.layer], order[other.layer])
+                and _same(one.order, other.order)
+                and _same(one.ids, other.ids)
             )
             if not alike:
                 raise ValueError(
                     f"{name}: must not share memory with {last}, which does not move with it"
                 )
         elif one is not None:
-            kept.append(one)
+            once[name] = one
         if end > until or name == last:
-            ends[memory] = (max(end, until), name)
-    return kept
+            ends[memory] = (end, name)
+    return once
 
 
-def _spans(tensors: dict[str, Tensor]) -> dict[str, tuple[int, int, int]]:
+def _same(one: NDArray[np.int64] | None, other: NDArray[np.int64] | None) -> bool:
+    return (one is None) == (other is None) and np.array_equal(one, other)  # type: ignore[arg-type]
+
+
+def _spans(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int, int]]:
     """Return memory, first byte and end of every tensor that is in memory."""
-    found = {}
+    spans = {}
     for name, tensor in tensors.items():
         if tensor.is_meta or hasattr(tensor, "placements") or not tensor.numel():
             continue
         size, begin = tensor.element_size(), int(tensor.storage_offset())
         ends = ((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-        reach = sum(map(int, ends))
+        length = sum(map(int, ends))
         memory = tensor.untyped_storage().data_ptr()
-        found[name] = (memory, begin * size, (begin + reach + 1) * size)
-    return found
+        spans[name] = (memory, begin * size, (begin + length + 1) * size)
+    return spans
 
 
 def _check_lists(model: nn.Module, layers: tuple[MoELayer, ...]) -> None:
@@ -262,13 +214,12 @@ def _join(block: str, child: str) -> str:
 
 def _permute(tensor: Tensor, order: NDArray[np.int64]) -> None:
     """Move rows along the cycles of the order, with one row to spare."""
-    with torch.no_grad():
-        rows = tensor.detach()
-        for cycle in _cycles(order.tolist()):
-            spare = rows[cycle[0]].clone()
-            for here, there in pairwise(cycle):
-                rows[here].copy_(rows[there])
-            rows[cycle[-1]].copy_(spare)
+    rows = tensor if len(tensor) == len(order) else tensor[0]
+    for cycle in _cycles(order.tolist()):
+        spare = rows[cycle[0]].clone()
+        for here, there in pairwise(cycle):
+            rows[here].copy_(rows[there])
+        rows[cycle[-1]].copy_(spare)
 
 
 def _cycles(order: list[int]) -> Iterator[list[int]]:

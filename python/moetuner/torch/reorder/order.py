@@ -26,12 +26,12 @@ def order_of(placement: Placement) -> Order:
             "placement must have one copy of each expert to become an order of experts, got "
             f"{copies[layer, expert]} of expert {expert} in layer {layer}"
         )
-    held = (placement.slots != EMPTY).sum(axis=2)
-    if (held * devices != placement.num_experts).any():
-        layer, device = np.argwhere(held * devices != placement.num_experts)[0]
+    counts = (placement.slots != EMPTY).sum(axis=2)
+    if (counts * devices != placement.num_experts).any():
+        layer, device = np.argwhere(counts * devices != placement.num_experts)[0]
         raise ValueError(
             f"placement must have {placement.num_experts}/{devices} experts on every device to "
-            f"become an order of experts, got {held[layer, device]} on device {device} in layer "
+            f"become an order of experts, got {counts[layer, device]} on device {device} in layer "
             f"{layer}"
         )
     return np.argsort(placement.device_of, axis=1, kind="stable").reshape(layers, -1)
@@ -64,22 +64,3 @@ def check_groups(order: NDArray[np.int64], groups: int, layer: str) -> None:
                 f"groups must stay whole, but positions {run * size} to {(run + 1) * size - 1} "
                 f"would hold experts of groups {mixed}; moetuner.router_groups places them whole"
             )
-
-
-def check_ties(rows: list[bytes], layer: str) -> None:
-    """Check that no two experts have the same router state, given as bytes per expert.
-
-    Such experts always tie, and their numbers alone decide between them.
-    """
-    first: dict[bytes, int] = {}
-    for expert, row in enumerate(rows):
-        if first.setdefault(row, expert) != expert:
-            raise ValueError(
-                f"{layer}: experts {first[row]} and {expert} have the same router rows, so their "
-                "order decides between them and must not change"
-            )
-
-
-def inverse_of(order: Order) -> Order:
-    """Return the order [L,E] that undoes another one."""
-    return np.argsort(order, axis=1)

@@ -48,32 +48,37 @@ LAYER = re.compile(r"(?:.*\.)?\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
-class Held:
-    """A tensor of a model: its shape, and whether it holds whole numbers of 16 bits or more."""
+class TensorFacts:
+    """Shape of a tensor, and whether it holds whole numbers of 16 bits or more."""
 
     shape: tuple[int, ...]
-    whole: bool
+    is_whole: bool
 
 
-@dataclass(frozen=True)
-class Dependent:
-    """Where a tensor belongs; ``is_table`` says that it holds ids, not a row for each expert."""
+def facts_of(tensor: Tensor) -> TensorFacts:
+    """Return what decides how a tensor depends on the order of experts."""
+    fractions = tensor.is_floating_point() or tensor.is_complex()
+    return TensorFacts(tuple(tensor.shape), not fractions and tensor.element_size() > 1)
 
-    block: str
-    is_table: bool
+
+def bits_of(tensor: Tensor, experts: int) -> NDArray[np.uint8]:
+    """Return the bytes of a tensor for each expert [E,..]: not every type can be indexed."""
+    rows = tensor.detach().reshape(experts, -1).cpu().contiguous()
+    bits: NDArray[np.uint8] = rows.view(torch.uint8).numpy()
+    return bits
 
 
 def dependents(
-    held: Mapping[str, Held],
+    tensors: Mapping[str, TensorFacts],
     routers: Mapping[str, str | None],
     experts: int,
     others: Iterable[str] = (),
-) -> dict[str, Dependent]:
-    """Find what depends on the order of the experts, apart from the experts themselves.
+) -> dict[str, tuple[str, bool]]:
+    """Return what depends on the order of the experts, apart from the experts themselves.
 
     Parameters
     ----------
-    held
+    tensors
         The tensors of a model by name, without those of the experts.
     routers
         Name of every MoE block that is put in order, with that of its router; None if the router
@@ -82,6 +87,11 @@ def dependents(
         Number of experts E.
     others
         Names of MoE blocks that keep their order.
+
+    Returns
+    -------
+    dict
+        By name: the block, and whether it holds ids of experts, not a row for each.
     """
     others = set(others)
     places = sorted({*routers, *others}, key=len, reverse=True)
@@ -89,44 +99,50 @@ def dependents(
     for block in routers:
         if (layer := LAYER.match(block)) is not None:
             layers.setdefault(f"{layer[0]}.", []).append(block)
-    found: dict[str, Dependent] = {}
+    depends: dict[str, tuple[str, bool]] = {}
     weights: dict[str, str] = {}
-    for name, tensor in held.items():
+    for name, facts in tensors.items():
         place = next((place for place in places if _is_under(name, place)), None)
-        if place in others or math.prod(tensor.shape) <= 1:
+        if place in others or math.prod(facts.shape) <= 1:
             continue
         if place is not None:
             block, path = place, name[len(place) + 1 :] if place else name
-            kind = _kind(path, tensor, experts, routes=_routes(name, path, routers[block]))
+            kind = _kind(path, facts, experts, routes=_routes(name, path, routers[block]))
         else:
             beside = next((start for start in layers if name.startswith(start)), "")
             path = name[len(beside) :]
-            if not _may_choose(path, tensor, experts, in_layer=bool(beside)):
+            if not _may_choose(path, facts, experts, in_layer=bool(beside)):
                 continue
             # Beside a block, in its layer: state of its router under another name.
             block, *more = layers.get(beside, [""])
-            kind = None if more or not beside else _kind(path, tensor, experts, routes=True)
-        if kind is None:
-            raise ValueError(
-                f"{name}: {list(tensor.shape)} may depend on the order of experts in a way that "
-                "is not known"
-            )
-        # Of two matrices in a row one has rows per expert, and nobody can say which.
-        is_weight = kind == "rows" and path.endswith("weight")
-        if is_weight and weights.setdefault(block, name) != name:
-            raise ValueError(
-                f"{name}: {list(tensor.shape)} must be the only weight of its router with "
-                f"{experts} rows, {weights[block]} is another"
-            )
+            kind = None if more or not beside else _kind(path, facts, experts, routes=True)
+        _check_kind(name, facts, experts, block, kind, weights)
         if kind:
-            found[name] = Dependent(block, is_table=kind == "ids")
-    return found
+            depends[name] = block, kind == "ids"
+    return depends
 
 
-def held_as(tensor: Tensor) -> Held:
-    """Return what is to be known of a tensor."""
-    fractions = tensor.is_floating_point() or tensor.is_complex()
-    return Held(tuple(tensor.shape), not fractions and tensor.element_size() > 1)
+def _check_kind(
+    name: str,
+    facts: TensorFacts,
+    experts: int,
+    block: str,
+    kind: str | None,
+    weights: dict[str, str],
+) -> None:
+    """Refuse what may depend on the order, and a second matrix of a router."""
+    if kind is None:
+        raise ValueError(
+            f"{name}: {list(facts.shape)} may depend on the order of experts in a way that "
+            "is not known"
+        )
+    # Of two matrices in a row one has rows per expert, and nobody can say which.
+    is_weight = kind == "rows" and name.endswith("weight")
+    if is_weight and weights.setdefault(block, name) != name:
+        raise ValueError(
+            f"{name}: {list(facts.shape)} must be the only weight of its router with "
+            f"{experts} rows, {weights[block]} is another"
+        )
 
 
 def renumbered(name: str, table: Tensor, new: NDArray[np.int64]) -> Tensor:
@@ -140,32 +156,32 @@ def renumbered(name: str, table: Tensor, new: NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(new).to(old.device)[old].to(table.dtype)
 
 
-def _kind(path: str, tensor: Held, experts: int, *, routes: bool) -> str | None:
+def _kind(path: str, facts: TensorFacts, experts: int, *, routes: bool) -> str | None:
     """Return "rows" or "ids" of what depends on the order, "" of what does not, None if unknown."""
-    shape, last = tensor.shape, path.rpartition(".")[2]
+    shape, last = facts.shape, path.rpartition(".")[2]
     chooses = routes or CHOOSES.search(path) is not None
     if APART.search(path) or (not chooses and DENSE.search(path)):
         return ""
-    if last in TABLES and tensor.whole:
+    if last in TABLES and facts.is_whole:
         return "ids"
     # Under an unknown name there could be any matrix of as many rows.
-    known = last in ROWS and "norm" not in path and (chooses or "." not in path)
-    if known and (shape[0] == experts or shape == (1, experts)):
+    is_state = last in ROWS and "norm" not in path and (chooses or "." not in path)
+    if is_state and (shape[0] == experts or shape == (1, experts)):
         return "rows"
     if not routes and last in ("weight", "bias") and experts not in shape:
         return ""  # a matrix before or behind the experts
     if chooses:
         return "" if ("norm" in path or last == "scale") and experts not in shape else None
-    return None if experts in shape or tensor.whole else ""
+    return None if experts in shape or facts.is_whole else ""
 
 
-def _may_choose(path: str, tensor: Held, experts: int, *, in_layer: bool) -> bool:
+def _may_choose(path: str, facts: TensorFacts, experts: int, *, in_layer: bool) -> bool:
     """Whether what stands outside of all blocks has to be looked at."""
     if APART.search(path):
         return False
     if not in_layer:
-        return CHOOSES.search(path) is not None and (experts in tensor.shape or tensor.whole)
-    return CHOOSES.search(path) is not None or (tensor.whole and not PACKED.search(path))
+        return CHOOSES.search(path) is not None and (experts in facts.shape or facts.is_whole)
+    return CHOOSES.search(path) is not None or (facts.is_whole and not PACKED.search(path))
 
 
 def _routes(name: str, path: str, router: str | None) -> bool:

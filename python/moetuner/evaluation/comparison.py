@@ -1,0 +1,272 @@
+"""Comparison: how much less a placement takes than another one, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from moetuner._checks import instance, not_negative
+from moetuner.evaluation import Evaluation
+from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.intervals import FEWEST, Paired, Spread, mean_interval, paired
+from moetuner.evaluation.units import Units, likeness, units_of
+from moetuner.frozen import Frozen
+from moetuner.statistics import RoutingStatistics
+
+# What a gain must be, to be worth moving weights for. Engines that ask before they rebalance draw
+# the line at about the same place (vLLM on ROCm: 5 %).
+PRICE = 0.02
+
+Answer = Literal["worth it", "certain but small", "no evidence", "too few", "worse"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Frozen):
+    """What changing from one placement to another brings, in one figure.
+
+    Parameters
+    ----------
+    measure
+        Name of the figure. A verdict is on ``predicted_layer_us``, or on ``imbalance`` where no
+        times were predicted.
+    before, after
+        The figure under both placements; means over splits.
+    gain
+        Share that is saved, the mean over splits; negative where the change makes things worse.
+    low, high
+        Its interval of 95 %, both placements on the same resamples of the traffic's sequences, or
+        of blocks of windows where those are not known; None of a single one.
+    units
+        How many independent ones there are in a split; nothing is concluded from fewer than five.
+    price
+        Gain from which a change is worth the trouble.
+    splits
+        Gain in every split of a recording; empty where it was not split.
+    names
+        Of the two placements.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> found = mt.Verdict("imbalance", 1.5, 1.25, 1 / 6, 0.15, 0.18, units=40, price=0.02)
+    >>> found.answer
+    'worth it'
+    >>> found.sentence
+    'after has 16.7 % less imbalance than before (95 %: 15.0 to 18.0 %).'
+    """
+
+    measure: str
+    before: float
+    after: float
+    gain: float
+    low: float | None
+    high: float | None
+    units: int
+    price: float = PRICE
+    splits: tuple[float, ...] = ()
+    names: tuple[str, str] = ("before", "after")
+
+    @property
+    def mean(self) -> float:
+        """Mean gain over splits."""
+        return self.gain
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Interval of the gain; None where it has none."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
+    def is_too_few(self) -> bool:
+        """Whether there are too few units to conclude anything."""
+        return self.units < FEWEST or self.interval is None
+
+    @property
+    def answer(self) -> Answer:
+        """One of five words.
+
+        ``"worth it"``: the gain is certain (its interval is above 0), and larger than the price.
+        ``"certain but small"``: certain, but not larger. ``"worse"``: certainly a loss. ``"no
+        evidence"``: other traffic of the kind may show the contrary. ``"too few"``: below five
+        units.
+        """
+        if self.is_too_few or self.low is None or self.high is None:
+            return "too few"
+        if self.low > 0:
+            return "worth it" if self.gain > self.price else "certain but small"
+        return "worse" if self.high < 0 else "no evidence"
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether the gain is certain, and larger than its price."""
+        return self.answer == "worth it"
+
+    @property
+    def much(self) -> str:
+        """How much less, or more, after the change."""
+        return f"{100 * abs(self.gain):.1f} % {'less' if self.gain >= 0 else 'more'}"
+
+    @property
+    def sure(self) -> str:
+        """The interval of that; empty where it has none."""
+        if self.interval is None:
+            return ""
+        ends = self.interval if self.gain >= 0 else (-self.interval[1], -self.interval[0])
+        low, high = (round(100 * end, 1) + 0.0 for end in ends)
+        return f"95 %: {low:.1f} to {high:.1f} %"
+
+    @property
+    def sentence(self) -> str:
+        """How much less of the figure the second placement has, and how sure that is."""
+        before, after = self.names
+        line = f"{after} has {self.much} {FIGURES[self.measure].label} than {before}"
+        if self.is_too_few:
+            return (
+                f"{line}; too few independent sequences or windows to say how sure that is "
+                f"({self.units}, below {FEWEST})."
+            )
+        over = ""
+        if self.splits:
+            number = len(self.splits)
+            over = f", over {number} splits" if number > 1 else ", of this placement"
+        chance = ": that may be chance" if self.answer == "no evidence" else ""
+        return f"{line} ({self.sure}{over}){chance}."
+
+    def __str__(self) -> str:
+        figure = FIGURES[self.measure]
+        change = f"{self.measure} {self.before:.4g} -> {figure.with_unit(self.after)}"
+        evidence = f"{self.units} unit{'' if self.units == 1 else 's'}"
+        if self.low is not None and self.high is not None:
+            evidence = f"95 %: {100 * self.low:.1f} to {100 * self.high:.1f}, of {evidence}"
+        return (
+            f"{self.answer}: {change}, gain {100 * self.gain:.1f} % ({evidence}; worth it above "
+            f"{100 * self.price:g} %)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the gain as JSON values; ``kind`` says what low and high are."""
+        low, high, kind = self.low, self.high, "interval of this placement"
+        if len(self.splits) > 1:
+            low, high, kind = min(self.splits), max(self.splits), "range of splits"
+        return {
+            "over": self.names[0],
+            "measure": self.measure,
+            "mean": self.gain,
+            "low": low,
+            "high": high,
+            "kind": kind,
+            "splits": list(self.splits),
+            "interval": None if self.interval is None else list(self.interval),
+            "units": self.units,
+        }
+
+
+def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> Comparison:
+    """Judge a change of placement by what both do to the same traffic.
+
+    Parameters
+    ----------
+    before, after
+        What ``evaluate`` said of the same traffic.
+    price
+        Share up to which a gain is not worth the trouble of a change.
+
+    Raises
+    ------
+    ValueError
+        If ``price`` is negative, or the evaluations are not of the same traffic.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8, 4, 2, 2]], (10, 1, 1)))
+    >>> blocks, better = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
+    >>> before, after = (mt.evaluate(each, traffic) for each in (blocks, better))
+    >>> mt.verdict(before, after).answer
+    'worth it'
+    """
+    for name, each in (("before", before), ("after", after)):
+        instance(name, each, Evaluation, hint=", such as evaluate(placement, trace)")
+    not_negative("price", price, "share")
+    has_times = before.predicted_layer_us is not None and after.predicted_layer_us is not None
+    measure = "predicted_layer_us" if has_times else "imbalance"
+    return replace(compare([(before, after)], [measure])[measure], price=price, splits=())
+
+
+def compare(
+    splits: Sequence[tuple[Evaluation, Evaluation]],
+    measures: Sequence[str] = (),
+    *,
+    units: Units | None = None,
+    share: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Comparison]:
+    """Compare two placements on the traffic of every split of a recording.
+
+    Parameters
+    ----------
+    splits
+        What both do to the traffic of each split.
+    measures
+        Names of figures; by default all whose parts add up. Those of mixed arrival, and those that
+        depend on given homes, have no interval.
+    units
+        What is independent in the recording; by default in the traffic itself.
+    share
+        What each split holds out, on which depends how alike errors of splits are.
+    seed
+        Of the resamples.
+    """
+    resampled = [_paired(before, after, units, seed) for before, after in splits]
+    comparisons = {}
+    for measure in measures or resampled[0][0]:
+        pairs = [tuple(getattr(each, measure) for each in pair) for pair in splits]
+        spreads = []
+        for (before, after), (by_name, number) in zip(pairs, resampled, strict=True):
+            value = 1 - after / before if before else 0.0
+            change = by_name[measure].change if measure in by_name else None
+            if change is None:
+                spreads.append(Spread(value, np.empty(0), 1.0, number))
+            else:
+                spreads.append(replace(-change, value=value))
+        alike = 1.0 if units is None else likeness(share, units)
+        gain, low, high = mean_interval([each.interval for each in spreads], alike)
+        before, after = np.mean(pairs, axis=0).tolist()
+        comparisons[measure] = Comparison(
+            *(measure, before, after, gain, low, high),
+            units=min(each.units for each in spreads),
+            splits=tuple(each.value for each in spreads),
+        )
+    return comparisons
+
+
+def _paired(
+    before: Evaluation, after: Evaluation, units: Units | None, seed: int
+) -> tuple[dict[str, Paired], int]:
+    """Resample two evaluations of the same traffic together; return how many units it has, too."""
+    both = before.replayed, after.replayed
+    if both[0] is None or both[1] is None:
+        return {}, 0
+    if units is None:
+        of = both[1].setting
+        units = units_of(both[1].traffic, window=of.window, threads=of.threads)
+    # A group alone would be all of its traffic, but copies look at a token's place in all.
+    sums = [
+        each.sums(units, only_whole=each.group is None)[each.group] for each in (both[0], both[1])
+    ]
+    counts = [_size(each.traffic) for each in (both[0], both[1])]
+    if counts[0] != counts[1] or len(sums[0]["imbalance"].above) != len(sums[1]["imbalance"].above):
+        raise ValueError(
+            f"before and after must be of the same traffic, got {counts[0]} and {counts[1]}"
+        )
+    return paired(sums[1], sums[0], rng=np.random.default_rng(seed)), units.number
+
+
+def _size(traffic: object) -> str:
+    if isinstance(traffic, RoutingStatistics):
+        return f"{traffic.windows} windows"
+    return f"{getattr(traffic, 'tokens', 0)} tokens"

@@ -1,0 +1,76 @@
+"""Counts that engines record, checked and added; counts of slots turned into counts of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Tokens in one count of a file, excluded. Sums must stay below 2**63, as statistics must.
+COUNT_LIMIT = 1 << 48
+
+
+def counts_in(name: str, array: NDArray[Any]) -> NDArray[np.int64]:
+    """Check whole counts of at least 0 and below 2**48; return them in 64 bits."""
+    if array.dtype.kind == "f" and not np.array_equal(array, np.floor(array)):
+        raise ValueError(f"{name} must be whole numbers of tokens")
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{name} must be counts, got {array.dtype} {list(array.shape)}")
+    if array.size and not (array.min() >= 0 and array.max() < COUNT_LIMIT):
+        raise ValueError(
+            f"{name} must be counts from 0 to 2**48, got {array.min()} to {array.max()}"
+        )
+    return array.astype(np.int64, copy=False)
+
+
+def added(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64]:
+    """Add counts to what was added before, of which there may be nothing yet.
+
+    Raises
+    ------
+    ValueError
+        If a sum does not fit 63 bits.
+    """
+    if total is None:
+        return counts.astype(np.int64)
+    if int(total.max(initial=0)) + int(counts.max(initial=0)) >= 1 << 63:
+        raise ValueError("counts must add up to less than 2**63")
+    return total.astype(np.int64, copy=False) + counts.astype(np.int64, copy=False)
+
+
+def by_expert(
+    load: NDArray[np.int64], slots: NDArray[np.int64], experts: int | None
+) -> NDArray[np.int64]:
+    """Add up loads of slots [..,L,P] by the expert [L,P] that is in them: [..,L,E].
+
+    Raises
+    ------
+    ValueError
+        If the tables are of other sizes, a slot holds no expert that there is, or a load is no
+        count.
+    """
+    layers, count = slots.shape
+    if load.shape[-2:] != slots.shape:
+        raise ValueError(
+            f"loads and slots must have the same layers and slots, got {list(load.shape[-2:])} and "
+            f"{list(slots.shape)}"
+        )
+    end = int(slots.max(initial=-1)) + 1
+    experts = max(end, 1) if experts is None else experts
+    if end > experts or int(slots.min(initial=0)) < -1:
+        raise ValueError(
+            f"slots must hold experts from 0 to {experts - 1}, got {slots.min()} to {end - 1}"
+        )
+    if experts > count:
+        # Else a single number of a file would decide how large the table is.
+        raise ValueError(
+            f"slots must hold every expert of a layer, got {count} for {experts} experts"
+        )
+    if int(load.max(initial=0)) * count >= 1 << 63:
+        raise ValueError(f"loads of {count} slots must add up to less than 2**63, got {load.max()}")
+    # Empty slots, -1, are the last column, which is left out.
+    table = np.zeros((*load.shape[:-1], experts + 1), dtype=np.int64)
+    for layer in range(layers):
+        np.add.at(table[..., layer, :].T, slots[layer], load[..., layer, :].T)
+    return table[..., :experts]

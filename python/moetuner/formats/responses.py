@@ -1,0 +1,135 @@
+"""Ids of many responses or passes, put together to a trace without the rows of dense layers."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner._checks import check_sizes, frozen, id_type, shown, valid
+from moetuner.files import naming
+from moetuner.files.ids import IdsInMemory
+from moetuner.formats.hints import Hints
+from moetuner.formats.sources import files_in
+from moetuner.trace import RoutingTrace
+
+
+def decoded(text: object, where: str) -> bytes:
+    """Decode base64.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    try:
+        return base64.b64decode(cast(str, text), validate=True)
+    except (ValueError, TypeError):
+        got = f"{len(text)} letters" if isinstance(text, str) else shown(text)
+        raise ValueError(f"{where}: routed_experts must be base64, got {got}") from None
+
+
+def arrays_in(
+    paths: Sequence[Path], arrays_of: Callable[[Path], Iterable[NDArray[Any]]], remedy: str
+) -> Iterator[tuple[Path, NDArray[Any]]]:
+    """Read the arrays of files and folders, each with its file.
+
+    Raises
+    ------
+    ValueError
+        If a file has none, with the remedy.
+    """
+    for path in files_in(paths):
+        with naming(path):
+            count = 0
+            for ids in arrays_of(path):
+                count += 1
+                yield path, ids
+            if not count:
+                raise ValueError(f"holds no routed experts: {remedy}")
+
+
+def trace_of(
+    paths: Sequence[Path],
+    arrays: Iterable[tuple[Path, NDArray[Any]]],
+    hints: Hints,
+    *,
+    source: str = "responses",
+    sequence: Sequence[int] | None = None,
+) -> RoutingTrace:
+    """Join ids [t,R,K] to a trace, without the rows of dense layers.
+
+    Engines fill the rows of layers without experts with zeros. A token never has the same expert
+    twice in a layer, so with top-k above 1 one token tells; with top-1 a row must be zero for all.
+
+    Parameters
+    ----------
+    paths
+        All files, for messages.
+    arrays
+        Files and what is in them: tokens, rows (layers, dense ones too), experts of a token.
+    hints
+        Experts per layer, and the dense layers, if the user named them; else content tells.
+    source
+        What the arrays are, for messages.
+    sequence
+        Sequence of every token, read after all arrays are; by default an array is a sequence.
+
+    Raises
+    ------
+    ValueError
+        If there are no tokens, arrays differ in size, ids are wrong, or no row has experts.
+    """
+    parts: list[NDArray[Any]] = []
+    tokens = 0
+    for path, ids in arrays:
+        if not len(ids):
+            continue
+        with naming(path):
+            experts = hints.experts_needed()
+            if not parts:
+                sizes = ids.shape[1:]
+                rows = _rows(ids, hints, source)
+                check_sizes((len(ids), len(rows), sizes[1]), ids.dtype, experts)
+            if ids.shape[1:] != sizes:
+                raise ValueError(
+                    f"{source} must all have the same layers and top-k, got {list(sizes)} and "
+                    f"{list(ids.shape[1:])}"
+                )
+            part = valid(ids[:, rows], experts, tokens)
+            parts.append(part.astype(id_type(np.dtype(np.int64), experts), copy=False))
+            tokens += len(ids)
+    with naming(paths[0]):
+        if not parts:
+            raise ValueError(f"{source} must have at least one token with routed experts, got none")
+        values = np.concatenate(parts)
+        if hints.dense_layers is None and sizes[1] == 1:
+            rows = _with_experts(values, source)
+            values = np.ascontiguousarray(values[:, rows])
+        runs = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        dense = tuple(sorted(set(range(sizes[0])) - set(rows)))
+        return RoutingTrace(
+            IdsInMemory(frozen(values), (sizes[0], dense) if dense else None),
+            experts,
+            sequence=np.asarray(runs if sequence is None else sequence, dtype=np.int32),
+        )
+
+
+def _rows(ids: NDArray[Any], hints: Hints, source: str) -> list[int]:
+    """Return the rows with experts, as the user or the first token says; with top-1 all."""
+    moe = hints.moe_layers(ids.shape[1])
+    if moe is None:
+        moe = list(range(ids.shape[1])) if ids.shape[2] == 1 else _with_experts(ids[:1], source)
+    return moe
+
+
+def _with_experts(ids: NDArray[Any], source: str) -> list[int]:
+    """Return the rows that are not zero for all tokens."""
+    rows: list[int] = np.flatnonzero(ids.any(axis=(0, 2))).tolist()
+    if not rows:
+        raise ValueError(f"{source} must have a layer with experts, got only rows of zeros")
+    return rows

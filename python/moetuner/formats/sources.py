@@ -1,0 +1,54 @@
+"""The files that a recording consists of; those of ranks in the order of ranks, none missing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+# "rank3" wherever it stands, else a number at the end, as in "counts-3".
+NUMBERS = (re.compile(r"rank[_-]?(\d{1,6})", re.ASCII), re.compile(r"[_-](\d{1,6})$", re.ASCII))
+
+
+def files_in(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
+    """List the files that paths name: themselves, and those of folders that fit a pattern."""
+    return [
+        file
+        for path in paths
+        for file in (
+            sorted(f for f in path.glob(pattern) if f.is_file()) if path.is_dir() else [path]
+        )
+    ]
+
+
+def rank_of(path: Path) -> int | None:
+    """Return the rank in the name of a file; None if there is none."""
+    for pattern in NUMBERS:
+        if number := pattern.search(path.stem):
+            return int(number[1])
+    return None
+
+
+def by_rank(paths: Sequence[Path], pattern: str) -> list[Path]:
+    """List files, and those of folders that fit a pattern, in the order of their ranks.
+
+    Raises
+    ------
+    ValueError
+        If a folder has no such file, or lacks that of a rank below its highest.
+    """
+    files: list[Path] = []
+    for path in paths:
+        here = sorted(files_in([path], pattern), key=lambda file: (rank_of(file) or 0, file.name))
+        if path.is_dir():
+            if not here:
+                raise ValueError(f"{path}: folder must hold {pattern}, got none")
+            ranks = {rank for file in here if (rank := rank_of(file)) is not None}
+            missing = set(range(max(ranks, default=0))) - ranks
+            if missing:
+                raise ValueError(
+                    f"{path}: must hold files of ranks 0 to {max(ranks)}, "
+                    f"got none of rank {min(missing)}"
+                )
+        files += here
+    return files

@@ -1,0 +1,81 @@
+"""One verdict of all ranks on what each of them posts, through a store of ``torch.distributed``.
+
+The store carries it, not a collective: a collective hangs where a rank is missing or late, and may
+not run beside another one of the same group. The verdict is written by an atomic compare-and-set,
+so it is the same for ranks that gave up waiting and for those that did not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Judge = Callable[[Sequence[str | None]], str]
+
+
+def keys_of(key: str, size: int) -> list[str]:
+    """Return what a question leaves in the store: a post of every rank, and the verdict."""
+    return [*(f"{key}/{rank}" for rank in range(size)), verdict_key(key)]
+
+
+def verdict_key(key: str) -> str:
+    """Return where the verdict on a question stands, once there is one."""
+    return f"{key}/verdict"
+
+
+def agree(
+    store: Any, key: str, rank: int, size: int, *, post: str, judge: Judge, wait: float
+) -> tuple[str, bool]:
+    """Post what this rank says, and return the one verdict on what all ranks say.
+
+    Rank 0 judges when all have posted, or after ``wait`` seconds what there is. After twice that
+    another rank judges, for which rank 0 is silent whatever it posts. A rank that comes later reads
+    the verdict without waiting.
+
+    Parameters
+    ----------
+    store
+        A store that all ranks reach.
+    key
+        The question, the same on all ranks and asked once.
+    rank, size
+        This rank, from 0, and how many there are.
+    post
+        What it says.
+    judge
+        Makes the verdict of the posts by rank; None is a silent one.
+    wait
+        Seconds.
+
+    Returns
+    -------
+    tuple
+        The verdict, and whether this rank has seen the posts of all: they have then read the
+        verdicts on all earlier questions.
+    """
+    *posts, verdict = keys_of(key, size)
+    store.set(posts[rank], post)
+    if rank and _until(lambda: store.check([verdict]), 2 * wait):
+        return store.get(verdict).decode(), False
+    complete = not rank and _until(lambda: store.check(posts), wait)
+    said = [
+        store.get(of).decode() if complete or (bool(rank) <= number and store.check([of])) else None
+        for number, of in enumerate(posts)
+    ]
+    # What there is already holds.
+    return store.compare_set(verdict, "", judge(said)).decode(), complete
+
+
+def _until(is_so: Callable[[], bool], seconds: float) -> bool:
+    """Poll until something is so, or the time is over.
+
+    Short questions, as a wait inside the store would keep other threads of the process from it.
+    """
+    deadline, pause = time.monotonic() + seconds, 0.0002
+    while not is_so():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+    return True

@@ -1,0 +1,182 @@
+"""Charts as plotly draws them: points and lines, and heat maps."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moetuner.files.text import name as one_line
+
+Spec = dict[str, Any]
+
+# Devices up to which a layer has a matrix of its own of devices; with more, of nodes.
+MOST_DEVICES = 16
+# Points of a line.
+POINTS = 1000
+RUNNING, PROPOSED = "var(--running)", "var(--proposed)"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart: what plotly draws, for each choice that a reader has.
+
+    Parameters
+    ----------
+    key
+        Unique on the page.
+    label
+        What is seen, for those who cannot see it.
+    variants
+        Data and layout by the name of the choice.
+    height
+        Pixels.
+    selects
+        Charts whose choice number ``n + first`` a click on point n makes.
+    wide
+        Least width in pixels; a narrower screen scrolls.
+    """
+
+    key: str
+    label: str
+    variants: dict[str, Spec]
+    height: int = 360
+    selects: tuple[str, ...] = ()
+    wide: int = 0
+
+
+def packed(values: ArrayLike, kind: str = "f4") -> Spec:
+    """Pack numbers as plotly reads them: base64, with a shape where there are two dimensions."""
+    array = np.ascontiguousarray(np.asarray(values), dtype=np.dtype(kind).newbyteorder("<"))
+    spec: Spec = {"dtype": kind, "bdata": base64.b64encode(array.tobytes()).decode()}
+    if array.ndim > 1:
+        spec["shape"] = ", ".join(map(str, array.shape))
+    return spec
+
+
+def plain(text: str, most: int = 40) -> str:
+    """Return a name that is nothing but text: plotly reads some tags."""
+    text = one_line(text).replace("<", "\u2039").replace(">", "\u203a").replace("&", "\uff06")
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def layout(x: str = "", y: str = "", *, whole: int = 0, **others: Any) -> Spec:
+    """Return a layout with titles of the axes; few ``whole`` numbers of x get a label each."""
+    axis = {"automargin": True, "zeroline": False, "gridcolor": "var(--grid)"}
+    return {
+        "xaxis": {"title": {"text": x}, **axis, **one_by_one(whole)},
+        "yaxis": {"title": {"text": y}, **axis},
+        "margin": {"l": 56, "r": 16, "t": 28, "b": 44},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": "var(--text)", "size": 13},
+        "hoverlabel": {"namelength": -1},
+        **others,
+    }
+
+
+def one_by_one(count: int) -> Spec:
+    """Return what labels whole numbers one by one, where there are few."""
+    return {"dtick": 1} if 0 < count <= 12 else {}
+
+
+def scatter(
+    x: ArrayLike,
+    y: ArrayLike,
+    hover: str,
+    *,
+    mode: str = "lines+markers",
+    of: str | None = None,
+    kind: str = "f4",
+    **others: Any,
+) -> Spec:
+    """Draw points, or a line through them.
+
+    ``of`` names them in the legend and under the pointer, ``kind`` is that of x.
+    """
+    named = {} if of is None else {"name": plain(of)}
+    return {
+        "type": "scatter",
+        "mode": mode,
+        **named,
+        "x": packed(x, kind),
+        "y": packed(y),
+        "hovertemplate": f"{hover}<extra>{named.get('name', '')}</extra>",
+        **others,
+    }
+
+
+def whiskers(values: NDArray[Any], low: NDArray[Any], high: NDArray[Any], **others: Any) -> Spec:
+    """Draw intervals around values."""
+    above, below = (packed(np.maximum(part, 0)) for part in (high - values, values - low))
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, **others}
+
+
+def thinned(values: Sequence[float]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return places and values of at most 1,000 points that keep the least and most of each run."""
+    array = np.asarray(values, dtype=np.float64)
+    if len(array) <= POINTS:
+        return np.arange(len(array)), array
+    chosen = []
+    for run in np.array_split(np.arange(len(array)), POINTS // 2):
+        chosen += sorted({int(run[array[run].argmin()]), int(run[array[run].argmax()])})
+    at = np.array(chosen)
+    return at, array[at]
+
+
+def heat_map(table: NDArray[Any], hover: str, **others: Any) -> Spec:
+    """Draw a matrix by colours."""
+    return {"type": "heatmap", "z": packed(table), "hovertemplate": hover, **others}
+
+
+def colours(unit: str, low: float, high: float, **others: Any) -> Spec:
+    """Return a scale of colours, told bright from dark also by who sees none."""
+    key = {"title": {"text": unit}, **others, "thickness": 12}
+    return {"colorscale": "Cividis", "cmin": low, "cmax": high, "colorbar": key}
+
+
+def outline(path: str, **where: str) -> Spec:
+    """Draw lines over a heat map; one shape for all, as each has a price in the browser."""
+    return {"type": "path", "path": path, **where, "line": {"color": "var(--border)", "width": 1}}
+
+
+def matrices(
+    tables: Sequence[NDArray[Any]], names: Sequence[str], what: str, unit: str, node: int = 0
+) -> Spec:
+    """Draw square matrices side by side on one scale of colours, with boxes around nodes."""
+    most = max(float(table.max(initial=0)) for table in tables) or 1.0
+    spec = layout(f"to {what}", f"from {what}", margin={"l": 56, "r": 16, "t": 40, "b": 44})
+    axes = spec.pop("xaxis"), spec.pop("yaxis")
+    spec |= {"coloraxis": colours(unit, 0, most), "annotations": [], "shapes": []}
+    data = []
+    for number, (table, name) in enumerate(zip(tables, names, strict=True)):
+        x, y = (f"{axis}{number + 1 if number else ''}" for axis in "xy")
+        low, side = number / len(tables), len(table)
+        domain = [low + 0.04 * number, low + 1 / len(tables) - 0.04 * (1 - number)]
+        ticks = {"dtick": 1} if side <= MOST_DEVICES else {}
+        common = {"showgrid": False, "constrain": "domain", **ticks}
+        spec[f"xaxis{x[1:]}"] = {**axes[0], **common, "domain": domain, "anchor": y}
+        spec[f"yaxis{y[1:]}"] = {
+            **axes[1],
+            **common,
+            **({"title": {"text": ""}} if number else {}),
+            "anchor": x,
+            "autorange": "reversed",
+            "scaleanchor": x,
+        }
+        at = {"xref": f"{x} domain", "yref": f"{y} domain", "x": 0.5, "y": 1.02}
+        spec["annotations"].append(
+            {"text": plain(name), **at, "showarrow": False, "yanchor": "bottom"}
+        )
+        if 1 < node < side:
+            ends = [(n - 0.5, n + node - 0.5) for n in range(0, side, node)]
+            boxes = "".join(f"M{low},{low}H{high}V{high}H{low}Z" for low, high in ends)
+            spec["shapes"].append(outline(boxes, xref=x, yref=y))
+        hover = f"{what} %{{y}} to %{{x}}: %{{z:.4g}} {unit}<extra></extra>"
+        data.append(heat_map(table, hover, coloraxis="coloraxis", xaxis=x, yaxis=y))
+    return {"data": data, "layout": spec}

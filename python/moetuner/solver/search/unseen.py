@@ -1,0 +1,62 @@
+"""What a search makes small, so that it generalises to traffic that nobody has seen.
+
+A search that minimises the largest device load of the windows it has seen fits their noise. Three
+things make it generalise: a norm over devices instead of the maximum, a part of experts' variance
+that no window tells of the next one, and, of large layers in many windows, the mean of all windows
+as one more, for traffic of all kinds at once. How much of each is fixed (bench/RESULTS.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.solver.result import UnseenDetails
+from moetuner.solver.search.level import NOISE, NORM
+
+Floats = NDArray[np.float64]
+
+# Fewer windows are a table of what differs, not of what repeats.
+FEWEST_WINDOWS = 4
+# How much the mean of all windows counts, as a part of what they all count.
+MIXED = 1.0
+
+
+@dataclass(frozen=True)
+class SearchSetting:
+    """What stands for the largest device load of a window, and why.
+
+    Parameters
+    ----------
+    norm
+        Order of the norm over devices; 0 for the maximum itself.
+    noise
+        Part of experts' variance among windows that counts as their own.
+    mixed
+        How much the mean of all windows counts besides them.
+    reason
+        Why it is that.
+    """
+
+    norm: int = 0
+    noise: float = 0.0
+    mixed: float = 0.0
+    reason: str = "no windows were looked at"
+
+    @property
+    def details(self) -> UnseenDetails:
+        """The setting, as ``Result.details`` has it."""
+        norm = f"norm {self.norm}" if self.norm else "maximum"
+        noise = ", noise" if self.noise > 0 else ""
+        mixed = ", mixed" if self.mixed > 0 else ""
+        return UnseenDetails(f"{norm}{noise}{mixed}", self.reason)
+
+
+def setting_for(load: Floats, weight: Floats, *, large: bool) -> SearchSetting:
+    """Return how to search on windows [W,L,E] of weights [W], of ``large`` layers or not."""
+    used = np.count_nonzero((weight > 0) & load.any(axis=(1, 2)))
+    if used < FEWEST_WINDOWS:
+        return SearchSetting(reason="too few windows")
+    return SearchSetting(NORM, NOISE, MIXED if large else 0.0, reason=f"for {used} windows")

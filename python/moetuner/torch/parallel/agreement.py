@@ -1,0 +1,173 @@
+"""Agreement: ranks exchange values before experts move, and all go on or none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+from moetuner.plugins.consensus import agree, keys_of, verdict_key
+
+T = TypeVar("T")
+
+_made: Counter[str] = Counter()  # agreements of this process, by their ranks
+
+
+class MoveError(RuntimeError):
+    """A move of experts did not take place; the old placement is in force."""
+
+
+class NoMemoryError(MoveError):
+    """A rank had no memory for what would have arrived; all ranks are there and know it."""
+
+
+class DisagreementError(MoveError):
+    """Ranks mean different values; all ranks are there and know it."""
+
+
+class Agreement:
+    """Exchange values between all ranks of a group, through the store that they joined by.
+
+    Every exchange ends with one verdict, by which all ranks go; so none goes on where another has
+    given up. A late rank reads it without waiting, and the next round of exchanges starts afresh.
+
+    Parameters
+    ----------
+    group
+        The ranks that must agree; None for all. All of them make as many ``Agreement`` as the
+        others.
+    timeout
+        Seconds to wait for the slowest rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        name = f"moetuner/{fingerprint(repr(ranks).encode())}"
+        _made[name] += 1
+        self._store = PrefixStore(f"{name}/{_made[name]}", _get_default_store())
+        self.rank, self.ranks, self.timeout = dist.get_rank(group), len(ranks), timeout
+        # In torch's fake group one process stands for all ranks, and its store keeps nothing.
+        self._stands_for_all = dist.get_backend(group) == "fake"
+        self._round = self._turn = self._missed = 0
+        self._old: list[str] = []  # questions that a rank may still have to read the verdict on
+
+    def begin(self) -> None:
+        """Begin a round of exchanges, which has the same number on every rank.
+
+        A rank that was late once goes through the rounds that it has missed, and has caught up when
+        it has called this as often as the others. One that has not come nearer did not call it as
+        often, and goes to the round that the others are in.
+        """
+        self._round, self._turn = self._round + 1, 0
+        if self._stands_for_all:
+            return
+        missed = 0
+        while self._store.check([verdict_key(f"{self._round + missed}.0")]):
+            missed += 1
+        if 0 < self._missed <= missed:
+            self._round, missed = self._round + missed, 0
+        self._missed = missed
+
+    def exchange(
+        self, about: str, value: Any = None, failure: Exception | None = None
+    ) -> list[Any]:
+        """Return the values of all ranks.
+
+        Parameters
+        ----------
+        about
+            What is agreed on, for the message.
+        value
+            Of this rank: what JSON holds.
+        failure
+            What has gone wrong on this rank, if anything.
+
+        Raises
+        ------
+        MoveError
+            On every rank, if one has failed, is gone or does not answer in time.
+        """
+        key, self._turn = f"{self._round}.{self._turn}", self._turn + 1
+        post = json.dumps([value, failure and str(failure)])
+        judge = partial(self._judge, about)
+        try:
+            if self._stands_for_all:
+                verdict, complete = judge([post] * self.ranks), False
+            else:
+                verdict, complete = agree(
+                    self._store,
+                    key,
+                    self.rank,
+                    self.ranks,
+                    post=post,
+                    judge=judge,
+                    wait=self.timeout,
+                )
+            values, problem = json.loads(verdict)
+        except RuntimeError as error:
+            # The process that serves the store is gone.
+            values, problem, complete = [], f"no agreement on {about}: {failure or error}", False
+        if complete and key.endswith(".0"):
+            # All are in this round, so nobody has to read what became of earlier ones.
+            with suppress(RuntimeError):
+                for name in (of for old in self._old for of in keys_of(old, self.ranks)):
+                    self._store.delete_key(name)
+            self._old.clear()
+        self._old.append(key)
+        if problem:
+            raise MoveError(f"{problem}; the old placement stays in force") from failure
+        return list(values)
+
+    def _judge(self, about: str, posts: Sequence[str | None]) -> str:
+        """Return the values of all ranks, and what is wrong with them."""
+        silent = [rank for rank, post in enumerate(posts) if post is None]
+        said = [json.loads(post) for post in posts if post is not None]
+        failed = {rank: why for rank, (_, why) in enumerate(said) if why is not None}
+        problem = ""
+        if silent:
+            problem = f"ranks {silent} did not answer on {about} within {self.timeout:g} s"
+        elif failed:
+            problem = f"ranks {list(failed)} failed at {about}: {next(iter(failed.values()))}"
+        return json.dumps([[value for value, _ in said], problem])
+
+    def reach(
+        self,
+        about: str,
+        value: Any = None,
+        failure: Exception | None = None,
+    ) -> None:
+        """Check that every rank means the same value; parameters as of ``exchange``.
+
+        Raises
+        ------
+        MoveError
+            On every rank, if one has failed, is gone or does not answer in time;
+            ``DisagreementError`` if one means another value.
+        """
+        values = self.exchange(about, value, failure)
+        others = [rank for rank, other in enumerate(values) if other != value]
+        if others:
+            raise DisagreementError(
+                f"ranks {others} do not agree with rank {self.rank} on {about}; "
+                "the old placement stays in force"
+            )
+
+
+def attempt(call: Callable[..., T], *arguments: Any) -> tuple[T | None, Exception | None]:
+    """Return what a call gives, and what went wrong, so that other ranks can be told of it."""
+    try:
+        return call(*arguments), None
+    except Exception as error:
+        return None, error
+
+
+def fingerprint(*parts: bytes) -> str:
+    """Return text that equal parts share."""
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()

@@ -1,0 +1,352 @@
+//! From a running placement to better ones by few moves: always the step that gains most for a copy that it brings.
+//!
+//! Load above the caps comes before all else, as everywhere. The best exchange of every two devices is noted; a step looks
+//! again only at the pairs of devices that it touches, and at others when it is their turn.
+
+use rayon::prelude::*;
+
+use super::budget::per_copy;
+use super::slots::Share;
+use super::terms::balance::Balance;
+use super::terms::{Terms, linear};
+use super::turns::{Links, prices};
+use super::{Layer, Move, Slots, Split};
+use crate::control::Control;
+
+/// A step, and what is so after it.
+#[derive(Debug, Clone, Copy)]
+pub struct Step {
+    /// Layer of the step.
+    pub layer: usize,
+    /// Slots that it writes, and what is in them then; one twice where it writes no other.
+    pub written: [(usize, u16); 2],
+    /// Copies that are brought in all.
+    pub moved: i64,
+    /// By what part layers exceed their caps, summed.
+    pub excess: f64,
+    /// What the cost of all layers has changed by since the start, in weighted tokens.
+    pub change: f64,
+}
+
+/// What is gained below these is rounding: as a part of a cap, and of a layer's cost.
+const LEAST_RELIEF: f64 = 1e-12;
+const LEAST_GAIN: f64 = 1e-9;
+
+/// A step that is worth something.
+#[derive(Debug, Clone, Copy)]
+struct Choice {
+    step: Move,
+    moves: i64,
+    gain: f64,
+    /// What it is worth for a copy that it brings: less load above caps first, then less cost.
+    worth: (f64, f64),
+}
+
+/// A layer on its way down.
+struct Descent<'a> {
+    layer: &'a mut Layer,
+    slots: Slots,
+    terms: Terms,
+    /// What runs.
+    running: &'a Slots,
+    /// Best exchange of two devices, and on the diagonal the best new content of a slot `[D, D]`.
+    best: Vec<Option<Choice>>,
+    /// Whether all of them are of the slots as they stand.
+    fresh: bool,
+    /// The best of all that may be done.
+    top: Option<Choice>,
+    /// Windows in which a device is the slowest, and by how much in all: what can be gained there at the most `[D]`.
+    slow: Vec<(Vec<usize>, f64)>,
+    control: &'a Control,
+}
+
+impl<'a> Descent<'a> {
+    fn new(layer: &'a mut Layer, slots: Slots, running: &'a Slots, control: &'a Control) -> Self {
+        let terms = Terms::new(layer, &slots);
+        let best = vec![None; layer.devices() * layer.devices()];
+        let (fresh, top, slow) = (false, None, vec![]);
+        let mut descent = Self { layer, slots, terms, running, best, fresh, top, slow, control };
+        descent.find_slow();
+        descent
+    }
+
+    /// Finds the slowest devices; the ones of other windows than before, or where there is more to gain.
+    fn find_slow(&mut self) -> Vec<u16> {
+        let mut slow = vec![(vec![], 0.0); self.layer.devices()];
+        if let Some(peak) = self.terms.balance.as_ref().and_then(Balance::peak) {
+            for (window, device, lead) in peak.slowest() {
+                slow[device].0.push(window);
+                slow[device].1 += lead;
+            }
+        }
+        let before = std::mem::replace(&mut self.slow, slow);
+        let changed = |(g, now): (usize, &(Vec<usize>, f64))| {
+            before.get(g).is_none_or(|before| before.0 != now.0 || before.1 < now.1).then_some(g as u16)
+        };
+        self.slow.iter().enumerate().filter_map(changed).collect()
+    }
+
+    /// Whether the slowest devices bound what a step gains: where they, and what is linear, are all that costs.
+    fn is_bounded(&self) -> bool {
+        let layer = &*self.layer;
+        let shares = layer.site.split != Split::Nearest || layer.slots() == layer.experts;
+        let peaks = self.terms.balance.as_ref().is_some_and(|balance| balance.peak().is_some());
+        let alone = layer.sets.is_none() && layer.pairs.is_none();
+        shares && peaks && alone && self.terms.caps.peak_excess(layer) == 0.0
+    }
+
+    /// What a step gains at the most where a device is the slowest: there, the largest load falls by no more than that
+    /// device's, and elsewhere not at all. Nothing where no slowest device feels it.
+    fn relieves(&self, step: Move) -> f64 {
+        let mut shares = Vec::with_capacity(4);
+        self.slots.shares(&self.layer.site, step, &mut shares, &mut vec![]);
+        let less = |of: &Share| (of.before - of.after) * self.slowest_part(of.expert, usize::from(of.device));
+        let relief = shares.iter().map(less).sum::<f64>();
+        // Parts of loads are rounded to whole numbers, in every window.
+        if relief == 0.0 { 0.0 } else { relief + 2.0 * self.layer.windows.width as f64 }
+    }
+
+    /// Load of an expert in the windows in which a device is the slowest, as the time that the device takes for it.
+    fn slowest_part(&self, expert: u16, device: usize) -> f64 {
+        let load = self.layer.windows.of(expert);
+        let all: f64 = self.slow[device].0.iter().map(|&window| f64::from(load[window])).sum();
+        all * self.layer.site.time[device]
+    }
+
+    /// What a step is worth, if that is something.
+    fn judge(&mut self, step: Move) -> Option<Choice> {
+        let layer = &*self.layer;
+        if !self.slots.allows(&layer.site, step) {
+            return None;
+        }
+        let (rise, added) = self.terms.rise(layer, &self.slots, step);
+        if rise > LEAST_RELIEF {
+            return None;
+        }
+        let relief = if rise < -LEAST_RELIEF { -rise } else { 0.0 };
+        if relief == 0.0 && -added <= LEAST_GAIN * self.terms.cost(layer) {
+            return None;
+        }
+        let (moves, gain) = (self.slots.brings(self.running, step), -added / layer.windows.scale);
+        let worth = (relief / per_copy(moves), gain / per_copy(moves));
+        Some(Choice { step, moves, gain, worth })
+    }
+
+    /// Judges a step, unless it gains less than the best; `most` is what the slowest devices gain at the most.
+    fn try_step(&mut self, step: Move, most: Option<f64>, best: &mut Option<Choice>) {
+        if !self.slots.allows(&self.layer.site, step) {
+            return;
+        }
+        if let Some(most) = most {
+            let mut gain = most.min(self.relieves(step));
+            if self.is_linear() {
+                gain -= self.terms.linear_change(self.layer, &self.slots, step);
+            }
+            let worth = gain / self.layer.windows.scale / per_copy(self.slots.brings(self.running, step));
+            if gain <= 0.0 || best.is_some_and(|best| worth <= best.worth.1) {
+                return;
+            }
+        }
+        if let Some(choice) = self.judge(step)
+            && best.is_none_or(|best| choice.worth > best.worth)
+        {
+            *best = Some(choice);
+        }
+    }
+
+    fn is_linear(&self) -> bool {
+        !(self.layer.serve.is_empty() && self.layer.hold.is_empty())
+    }
+
+    /// Looks at all exchanges of two devices, or (of one) at all contents of its slots.
+    fn look(&mut self, g: usize, h: usize) {
+        let mut best: Option<Choice> = None;
+        let bounded = self.is_bounded();
+        let most = if g == h { f64::INFINITY } else { self.slow[g].1 + self.slow[h].1 };
+        if !bounded || most > 0.0 || self.is_linear() {
+            for p in self.slots.of(g) {
+                if self.control.stopped() {
+                    return;
+                }
+                if g != h {
+                    self.slots
+                        .of(h)
+                        .for_each(|q| self.try_step(Move::Swap(p, q), bounded.then_some(most), &mut best));
+                } else if self.slots.copies(self.slots.expert_in[p]) != 1 {
+                    for e in 0..self.layer.experts as u16 {
+                        self.try_step(Move::Put(p, e), bounded.then_some(most), &mut best);
+                    }
+                }
+            }
+        }
+        self.best[g * self.layer.devices() + h] = best;
+    }
+
+    /// Looks at all pairs of devices that `concern` says yes to.
+    fn look_at(&mut self, concern: impl Fn(usize) -> bool) {
+        let d = self.layer.devices();
+        for g in 0..d {
+            for h in g + usize::from(!self.layer.has_spare())..d {
+                if concern(g) || concern(h) {
+                    self.look(g, h);
+                }
+                if self.control.stopped() {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Finds the step that is worth most of those that bring at most `left` copies.
+    fn choose(&mut self, left: i64) {
+        loop {
+            let mut top: Option<(usize, Choice)> = None;
+            for (at, choice) in self.best.iter().enumerate() {
+                if let Some(choice) = choice
+                    && choice.moves <= left
+                    && top.is_none_or(|(_, best)| choice.worth > best.worth)
+                {
+                    top = Some((at, *choice));
+                }
+            }
+            let Some((at, choice)) = top else {
+                self.top = None;
+                if self.fresh || self.control.stopped() {
+                    return;
+                }
+                self.look_at(|_| true);
+                self.fresh = !self.control.stopped();
+                continue;
+            };
+            // What was best earlier may be worth less by now: then it stands back.
+            let now = self.judge(choice.step);
+            self.best[at] = now;
+            if now.is_some_and(|now| choice.worth <= now.worth) {
+                self.top = now;
+                return;
+            }
+        }
+    }
+
+    /// Makes a step; the devices whose loads it changes, and those that are the slowest now or were.
+    fn make(&mut self, step: Move) -> Vec<u16> {
+        let mut touched = Vec::new();
+        for edit in self.slots.edits(step) {
+            if self.slots.copies(edit.expert) > 1 {
+                touched.extend(self.slots.devices(edit.expert));
+            }
+            touched.extend(edit.from.into_iter().chain(edit.to));
+        }
+        self.terms.apply(self.layer, &mut self.slots, step);
+        touched.extend(self.find_slow());
+        touched
+    }
+}
+
+/// Goes from `start` down to where no step is worth anything, or until `most` copies are where none are
+/// `running`.
+///
+/// The answer does not depend on the number of threads.
+#[must_use]
+pub fn descend(
+    layers: &mut [Layer],
+    start: Vec<Slots>,
+    running: &[Slots],
+    links: Links<'_>,
+    most: i64,
+    control: &Control,
+) -> Vec<Step> {
+    let linked = !links.transitions.is_empty();
+    if linked {
+        link(layers, &start, links, control);
+    }
+    let mut moved: i64 = start.iter().zip(running).map(|(slots, running)| slots.moved_from(running)).sum();
+    let begin = |((layer, slots), running)| {
+        if control.stopped() {
+            return None;
+        }
+        let mut descent = Descent::new(layer, slots, running, control);
+        descent.choose(most - moved);
+        Some(descent)
+    };
+    let all: Option<Vec<Descent<'_>>> = layers.par_iter_mut().zip(start).zip(running).map(begin).collect();
+    let (mut steps, mut change) = (Vec::new(), 0.0);
+    // Where the time is over before all layers were looked at, no step is known to be the best.
+    let mut all = all.unwrap_or_default();
+    while !control.stopped() {
+        for descent in &mut all {
+            if descent.top.is_some_and(|top| top.moves > most - moved) {
+                descent.choose(most - moved);
+            }
+        }
+        let tops = all.iter().enumerate().filter_map(|(l, descent)| descent.top.map(|top| (l, top)));
+        let best = tops.reduce(|best, of| if of.1.worth > best.1.worth { of } else { best });
+        let Some((l, Choice { step, moves, gain, .. })) = best else { break };
+        control.count(1);
+        moved += moves;
+        change -= gain;
+        if linked {
+            relink(&mut all, links, l, step);
+        }
+        let touched = all[l].make(step);
+        let written = match step {
+            Move::Swap(p, q) => [p, q],
+            Move::Put(p, _) => [p, p],
+        };
+        let written = written.map(|slot| (slot, all[l].slots.expert_in[slot]));
+        let neighbours = if linked { l.saturating_sub(1)..(l + 2).min(all.len()) } else { l..l + 1 };
+        for descent in &mut all[neighbours] {
+            descent.fresh = false;
+            descent.look_at(|g| touched.contains(&(g as u16)));
+            descent.choose(most - moved);
+        }
+        let excess = all.iter().map(|descent| descent.terms.caps.peak_excess(descent.layer)).sum();
+        steps.push(Step { layer: l, written, moved, excess, change });
+    }
+    for layer in layers.iter_mut() {
+        layer.serve = vec![];
+    }
+    steps
+}
+
+/// Prices serving in every layer, given its neighbours.
+fn link(layers: &mut [Layer], start: &[Slots], links: Links<'_>, control: &Control) {
+    let all = &*layers;
+    let price = |l: usize| if control.stopped() { vec![] } else { prices(all, start, links, l) };
+    let priced: Vec<Vec<f64>> = (0..all.len()).into_par_iter().map(price).collect();
+    for (layer, price) in layers.iter_mut().zip(priced) {
+        layer.serve = price;
+    }
+}
+
+/// Tells a layer's neighbours what a step, not yet made, changes for them.
+fn relink(all: &mut [Descent<'_>], links: Links<'_>, l: usize, step: Move) {
+    let (e, d) = (all[l].layer.experts, all[l].layer.devices());
+    let table = e * e;
+    let edits: Vec<_> = all[l].slots.edits(step).collect();
+    for edit in edits {
+        let before: Vec<u16> = all[l].slots.devices(edit.expert).collect();
+        let stay = before.iter().copied().filter(|&device| Some(device) != edit.from);
+        let after: Vec<u16> = stay.chain(edit.to).collect();
+        let mean = |device: usize, to: &[u16]| {
+            let cost = |&to: &u16| links.cost[device * d + usize::from(to)];
+            to.iter().map(cost).sum::<f64>() / to.len().max(1) as f64
+        };
+        let more: Vec<f64> = (0..d).map(|device| mean(device, &after) - mean(device, &before)).collect();
+        let expert = usize::from(edit.expert);
+        for m in [l.wrapping_sub(1), l + 1] {
+            let Some(neighbour) = all.get_mut(m) else { continue };
+            let scale = neighbour.layer.windows.scale;
+            for (x, prices) in neighbour.layer.serve.chunks_exact_mut(d).enumerate() {
+                let at = if m < l { m * table + x * e + expert } else { l * table + expert * e + x };
+                let tokens = links.transitions[at] as f64 * scale;
+                prices.iter_mut().zip(&more).for_each(|(price, more)| *price += tokens * more);
+            }
+        }
+    }
+    for m in [l.wrapping_sub(1), l + 1] {
+        if let Some(neighbour) = all.get_mut(m) {
+            neighbour.terms.linear = linear::cost(neighbour.layer, &neighbour.slots);
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! Who is where in a layer, and the moves that change it.
+
+use std::ops::Range;
+
+use super::{Site, Split};
+
+/// What is in an empty slot.
+pub const EMPTY: u16 = u16::MAX;
+
+/// A change of one or two slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Move {
+    /// Two slots of different devices exchange what they hold.
+    Swap(usize, usize),
+    /// A slot's content is replaced by another copy of an expert, or by nothing.
+    Put(usize, u16),
+}
+
+/// What a move does to one expert: a copy leaves a device, appears on one, or both.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Edit {
+    pub(crate) expert: u16,
+    pub(crate) from: Option<u16>,
+    pub(crate) to: Option<u16>,
+}
+
+/// What a move changes of a device's part of an expert's tokens.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Share {
+    pub(crate) expert: u16,
+    pub(crate) device: u16,
+    pub(crate) before: f64,
+    pub(crate) after: f64,
+}
+
+/// The expert of every slot, and where every expert is; light enough to fill a layer in microseconds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Slots {
+    /// Expert of every slot `[P]`; slots are numbered device by device.
+    pub expert_in: Vec<u16>,
+    /// Device of every slot `[P]`.
+    device_of: Vec<u16>,
+    /// First slot of every device, and the number of slots `[D + 1]`.
+    first: Vec<usize>,
+    /// Copies of every expert `[E]`.
+    pub(crate) copies: Vec<u32>,
+    /// Devices of every expert, a bit for each of them `[E, words]`.
+    holds: Vec<u64>,
+    words: usize,
+}
+
+impl Slots {
+    /// Slots of devices with so many each `[D]`, all empty.
+    #[must_use]
+    pub fn empty(capacity: &[usize], experts: usize) -> Self {
+        let mut first = Vec::with_capacity(capacity.len() + 1);
+        first.push(0);
+        first.extend(capacity.iter().scan(0, |slots, &more| {
+            *slots += more;
+            Some(*slots)
+        }));
+        let slots = first[capacity.len()];
+        let mut device_of = Vec::with_capacity(slots);
+        for (device, &slots) in (0u16..).zip(capacity) {
+            device_of.resize(device_of.len() + slots, device);
+        }
+        let words = capacity.len().div_ceil(64);
+        let (copies, holds) = (vec![0; experts], vec![0; experts * words]);
+        Self { expert_in: vec![EMPTY; slots], device_of, first, copies, holds, words }
+    }
+
+    /// Takes the expert of every slot `[P]`; a second copy on a device is left out, and so is what is no expert.
+    #[must_use]
+    pub fn new(capacity: &[usize], experts: usize, contents: &[u16]) -> Self {
+        let mut slots = Self::empty(capacity, experts);
+        for (slot, &expert) in contents.iter().enumerate() {
+            if usize::from(expert) < experts && !slots.holds(expert, slots.device(slot)) {
+                slots.put(slot, expert);
+            }
+        }
+        slots
+    }
+
+    /// Slots of a device.
+    pub(crate) fn of(&self, device: usize) -> Range<usize> {
+        self.first[device]..self.first[device + 1]
+    }
+
+    /// Device of a slot.
+    #[inline(always)]
+    pub(crate) fn device(&self, slot: usize) -> usize {
+        usize::from(self.device_of[slot])
+    }
+
+    /// Copies of an expert; none of nothing.
+    #[inline(always)]
+    pub(crate) fn copies(&self, expert: u16) -> u32 {
+        if expert == EMPTY { 0 } else { self.copies[usize::from(expert)] }
+    }
+
+    /// Whether a device holds an expert.
+    #[inline(always)]
+    pub(crate) fn holds(&self, expert: u16, device: usize) -> bool {
+        self.holds[usize::from(expert) * self.words + device / 64] >> (device % 64) & 1 == 1
+    }
+
+    /// Devices that hold an expert, rising.
+    pub fn devices(&self, expert: u16) -> impl Iterator<Item = u16> + Clone + '_ {
+        let words = &self.holds[usize::from(expert) * self.words..][..self.words];
+        words.iter().enumerate().flat_map(|(at, &word)| {
+            let rest = |&word: &u64| Some(word & (word - 1)).filter(|&word| word != 0);
+            std::iter::successors(Some(word).filter(|&word| word != 0), rest)
+                .map(move |word| (at * 64) as u16 + word.trailing_zeros() as u16)
+        })
+    }
+
+    /// Whether a device may take a copy of an expert, if it has a slot for it.
+    #[inline(always)]
+    pub(crate) fn takes(&self, site: &Site, expert: u16, device: usize) -> bool {
+        !self.holds(expert, device) && !site.forbids(expert, device)
+    }
+
+    /// Whether a slot's content, an expert or nothing, may leave it.
+    #[inline(always)]
+    pub(crate) fn releases(&self, site: &Site, slot: usize) -> bool {
+        self.expert_in[slot] == EMPTY || !site.pins(self.expert_in[slot], self.device(slot))
+    }
+
+    /// Replaces what a slot holds, by an expert or by nothing.
+    #[inline(always)]
+    pub(crate) fn put(&mut self, slot: usize, expert: u16) {
+        let device = self.device(slot);
+        let bit = 1 << (device % 64);
+        let old = std::mem::replace(&mut self.expert_in[slot], expert);
+        if old != EMPTY {
+            self.copies[usize::from(old)] -= 1;
+            self.holds[usize::from(old) * self.words + device / 64] &= !bit;
+        }
+        if expert != EMPTY {
+            self.copies[usize::from(expert)] += 1;
+            self.holds[usize::from(expert) * self.words + device / 64] |= bit;
+        }
+    }
+
+    /// What a move does to the experts that it concerns; nothing, where a slot is empty.
+    #[inline(always)]
+    pub(crate) fn edits(&self, step: Move) -> impl Iterator<Item = Edit> + use<> {
+        let (p, a) = match step {
+            Move::Swap(p, _) | Move::Put(p, _) => (p, self.expert_in[p]),
+        };
+        let g = Some(self.device_of[p]);
+        let edits = match step {
+            Move::Swap(_, q) => {
+                let h = Some(self.device_of[q]);
+                [Edit { expert: a, from: g, to: h }, Edit { expert: self.expert_in[q], from: h, to: g }]
+            }
+            Move::Put(_, b) => [Edit { expert: a, from: g, to: None }, Edit { expert: b, from: None, to: g }],
+        };
+        edits.into_iter().filter(|edit| edit.expert != EMPTY)
+    }
+
+    /// Whether a move changes something and keeps the rules: a device holds an expert once, an expert is somewhere,
+    /// pins and bans hold.
+    #[inline(always)]
+    #[must_use]
+    pub fn allows(&self, site: &Site, step: Move) -> bool {
+        let enters = |expert: u16, device: usize| expert == EMPTY || self.takes(site, expert, device);
+        match step {
+            Move::Swap(p, q) => {
+                let (a, b) = (self.expert_in[p], self.expert_in[q]);
+                let (g, h) = (self.device(p), self.device(q));
+                let changes = g != h && a != b;
+                changes && enters(a, h) && enters(b, g) && self.releases(site, p) && self.releases(site, q)
+            }
+            Move::Put(p, b) => {
+                let a = self.expert_in[p];
+                let changes = a != b && (a == EMPTY || self.copies(a) > 1);
+                changes && enters(b, self.device(p)) && self.releases(site, p)
+            }
+        }
+    }
+
+    /// Makes a move that is allowed.
+    #[inline(always)]
+    pub(crate) fn apply(&mut self, step: Move) {
+        match step {
+            Move::Swap(p, q) => {
+                let (a, b) = (self.expert_in[p], self.expert_in[q]);
+                self.put(p, EMPTY);
+                self.put(q, a);
+                self.put(p, b);
+            }
+            Move::Put(p, b) => self.put(p, b),
+        }
+    }
+
+    /// Writes which shares of experts' tokens a move changes, in place of what was in `shares`; `devices` is for notes.
+    #[inline]
+    pub(crate) fn shares(&self, site: &Site, step: Move, shares: &mut Vec<Share>, devices: &mut Vec<u16>) {
+        shares.clear();
+        for Edit { expert, from, to } in self.edits(step) {
+            let copies = self.copies(expert);
+            if let (Some(from), Some(to), true) = (from, to, copies == 1 || site.split != Split::Nearest) {
+                let share = 1.0 / f64::from(copies);
+                shares.push(Share { expert, device: from, before: share, after: 0.0 });
+                shares.push(Share { expert, device: to, before: 0.0, after: share });
+                continue;
+            }
+            devices.clear();
+            devices.extend(self.devices(expert));
+            devices.extend(self.devices(expert).filter(|&device| Some(device) != from).chain(to));
+            let (before, after) = devices.split_at(copies as usize);
+            for &device in before {
+                let was = site.share(before, device);
+                let then = if Some(device) == from { 0.0 } else { site.share(after, device) };
+                if was.to_bits() != then.to_bits() {
+                    shares.push(Share { expert, device, before: was, after: then });
+                }
+            }
+            if let Some(device) = to {
+                shares.push(Share { expert, device, before: 0.0, after: site.share(after, device) });
+            }
+        }
+    }
+
+    /// Tokens that each copy of an expert gets, of loads `[E]`; nothing where there is no expert.
+    pub(crate) fn part(&self, load: &[f64], expert: u16) -> f64 {
+        if expert == EMPTY { 0.0 } else { load[usize::from(expert)] / f64::from(self.copies(expert)) }
+    }
+
+    /// Time of every device `[D]` and load in every slot `[P]`, of loads `[E]`.
+    pub(crate) fn times_and_loads(&self, site: &Site, load: &[f64]) -> (Vec<f64>, Vec<f64>) {
+        let load_in: Vec<f64> = self.expert_in.iter().map(|&e| self.part(load, e)).collect();
+        let time = |g: usize| load_in[self.of(g)].iter().sum::<f64>() * site.time[g];
+        ((0..site.devices()).map(time).collect(), load_in)
+    }
+
+    /// Copies that a move brings to devices that do not hold them in `running`, less those that it takes back.
+    pub(crate) fn brings(&self, running: &Self, step: Move) -> i64 {
+        let is_new = |expert: u16, device: Option<u16>| {
+            i64::from(device.is_some_and(|device| !running.holds(expert, usize::from(device))))
+        };
+        self.edits(step).map(|edit| is_new(edit.expert, edit.to) - is_new(edit.expert, edit.from)).sum()
+    }
+
+    /// Copies on devices that do not hold them in `running`.
+    pub(crate) fn moved_from(&self, running: &Self) -> i64 {
+        let is_new = |&slot: &usize| {
+            let expert = self.expert_in[slot];
+            expert != EMPTY && !running.holds(expert, self.device(slot))
+        };
+        (0..self.expert_in.len()).filter(is_new).count() as i64
+    }
+}

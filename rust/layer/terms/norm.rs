@@ -1,0 +1,186 @@
+//! The norm over devices that stands for the largest load of a window.
+//!
+//! The maximum is what a window costs. A search that minimises it on the windows that it has seen fits their noise: it
+//! leaves all other devices just below the slowest one of each window. The norm of order P also sees those, and does
+//! better on windows that nobody has seen (bench/RESULTS.md). It is minimised by majorisation: the root is concave, so
+//! its tangent at the present placement bounds what a move adds from above, and only the powers of two devices need to be
+//! known.
+//!
+//! Most of what a window brings is a mixture of what other windows brought: a placement that levels those levels it as
+//! well, whatever the mixture. The rest, each expert's own, adds up on a device like noise: its variances add, times the
+//! squares of the copies' shares. So in every window a device is taken to have its load and the standard deviation of that
+//! rest. The mean plus z standard deviations is what `vllm-ascend`'s `FlashLB` scores devices by.
+
+use super::loads::{Loads, Pair};
+use super::windows::{chunks, lanes, total};
+use crate::layer::{LANES, Layer};
+
+/// Order of the norm.
+const ORDER: f32 = 8.0;
+/// Beyond this many times the mean, a load counts as this: powers stay finite.
+const MOST: f32 = 128.0;
+
+/// Powers of loads over their window's mean, deviations included, and the tangent of the norms.
+#[derive(Debug, Clone)]
+pub(super) struct Norm {
+    /// One over the mean of every window `[width]`.
+    per_mean: Vec<f32>,
+    /// `[D, width]`.
+    power: Vec<f32>,
+    /// Slope of the norm in the sum of powers, times its price `[width]`.
+    slope: Vec<f32>,
+    cost: f64,
+}
+
+impl Norm {
+    pub(super) fn new(layer: &Layer) -> Self {
+        let (per_mean, width) = (layer.windows.per_mean.clone(), layer.windows.width);
+        let power = vec![0.0; layer.devices() * width];
+        Self { per_mean, power, slope: vec![0.0; width], cost: 0.0 }
+    }
+
+    pub(super) fn cost(&self) -> f64 {
+        self.cost
+    }
+
+    #[inline(always)]
+    fn of(&self, device: usize) -> &[f32] {
+        &self.power[device * self.slope.len()..][..self.slope.len()]
+    }
+
+    /// What it adds to the cost when devices have rows of tokens and own variances instead.
+    pub(super) fn change(&self, rows: &[f32], touched: &[(u16, i64)], loads: &Loads) -> f64 {
+        let mut sums = [0.0; LANES];
+        for (row, &(device, own)) in rows.chunks_exact(self.slope.len()).zip(touched) {
+            let g = usize::from(device);
+            risen(&mut sums, row, [self.of(g), &self.per_mean, &self.slope], loads.unit(g, own));
+        }
+        f64::from(total(sums))
+    }
+
+    /// Counts a device's powers anew.
+    pub(super) fn raise(&mut self, device: usize, loads: &Loads) {
+        let (load, _) = loads.rows(device, 0);
+        let power = &mut self.power[device * load.len()..][..load.len()];
+        raised(power, load, &self.per_mean, loads.unit(device, loads.own[device]));
+    }
+
+    /// Counts slopes and cost anew.
+    pub(super) fn refresh(&mut self, price: &[f32]) {
+        self.cost = slopes(&mut self.slope, &self.power, price);
+    }
+}
+
+/// A time to the power of the norm.
+#[inline(always)]
+fn power_of(x: f32) -> f32 {
+    let x = if x < MOST { x } else { MOST };
+    let square = x * x;
+    let fourth = square * square;
+    fourth * fourth
+}
+
+/// What an exchange of two experts adds to the cost; nothing is written.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+pub(super) fn exchanged(norm: &Norm, loads: &Loads, pair: Pair) -> f64 {
+    let Pair { devices: [g, h], rows: [a, b] } = pair;
+    let ((load_g, of_a), (load_h, of_b)) = (loads.rows(g, a), loads.rows(h, b));
+    let n = chunks(&norm.slope);
+    let (load_g, load_h, of_a, of_b) = (lanes(load_g, n), lanes(load_h, n), lanes(of_a, n), lanes(of_b, n));
+    let (power_g, power_h) = (lanes(norm.of(g), n), lanes(norm.of(h), n));
+    let (per_mean, slope) = (lanes(&norm.per_mean, n), lanes(&norm.slope, n));
+    let ((time_g, deviation_g), (time_h, deviation_h)) =
+        (loads.unit(g, loads.own(g, b, a)), loads.unit(h, loads.own(h, a, b)));
+    let mut sums = [0.0f32; LANES];
+    for at in 0..n {
+        for k in 0..LANES {
+            let moved = of_b[at][k] - of_a[at][k];
+            let here = power_of((load_g[at][k] + moved) * per_mean[at][k] * time_g + deviation_g);
+            let there = power_of((load_h[at][k] - moved) * per_mean[at][k] * time_h + deviation_h);
+            sums[k] += ((here + there) - (power_g[at][k] + power_h[at][k])) * slope[at][k];
+        }
+    }
+    f64::from(total(sums))
+}
+
+/// Adds to `sums` what the powers of a device's row rise by, times slopes; `rows` are its powers, what is one over the
+/// mean, and slopes.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn risen(sums: &mut [f32; LANES], load: &[f32], rows: [&[f32]; 3], (time, deviation): (f32, f32)) {
+    let n = chunks(load);
+    let (load, power) = (lanes(load, n), lanes(rows[0], n));
+    let (per_mean, slope) = (lanes(rows[1], n), lanes(rows[2], n));
+    for at in 0..n {
+        for k in 0..LANES {
+            let now = power_of(load[at][k] * per_mean[at][k] * time + deviation);
+            sums[k] += (now - power[at][k]) * slope[at][k];
+        }
+    }
+}
+
+/// Of the devices that `may` take a copy of an expert, the one whose powers then rise least, times the windows' prices.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+pub(super) fn entered(
+    norm: &Norm,
+    loads: &Loads,
+    expert: usize,
+    price: &[f32],
+    may: &[bool],
+) -> Option<usize> {
+    let n = chunks(price);
+    let (per_mean, price) = (lanes(&norm.per_mean, n), lanes(price, n));
+    let nobody = loads.nobody();
+    let mut best = (f32::INFINITY, None);
+    for device in 0..may.len() {
+        if !may[device] {
+            continue;
+        }
+        let (load, served) = loads.rows(device, expert);
+        let (load, served, power) = (lanes(load, n), lanes(served, n), lanes(norm.of(device), n));
+        let (time, deviation) = loads.unit(device, loads.own(device, expert, nobody));
+        let mut sums = [0.0f32; LANES];
+        for at in 0..n {
+            for k in 0..LANES {
+                let then = power_of((load[at][k] + served[at][k]) * per_mean[at][k] * time + deviation);
+                sums[k] += (then - power[at][k]) * price[at][k];
+            }
+        }
+        let rise = total(sums);
+        if rise < best.0 {
+            best = (rise, Some(device));
+        }
+    }
+    best.1
+}
+
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn raised(power: &mut [f32], load: &[f32], per_mean: &[f32], (time, deviation): (f32, f32)) {
+    let (load, per_mean) = (&load[..power.len()], &per_mean[..power.len()]);
+    for w in 0..power.len() {
+        power[w] = power_of(load[w] * per_mean[w] * time + deviation);
+    }
+}
+
+/// Writes every window's slope and gives the sum of norms: with s the sum of powers, `price * s^(1/p)`, whose slope in s
+/// is `price * s^(1/p) / (p * s)`.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn slopes(slope: &mut [f32], power: &[f32], price: &[f32]) -> f64 {
+    let mut cost = [0.0f64; LANES];
+    let (width, n) = (slope.len(), chunks(slope));
+    let (slope, price) = (&mut slope.as_chunks_mut::<LANES>().0[..n], lanes(price, n));
+    for at in 0..n {
+        let mut sums = [0.0f32; LANES];
+        for device in power.chunks_exact(width) {
+            let powers = &lanes(device, n)[at];
+            for k in 0..LANES {
+                sums[k] += powers[k];
+            }
+        }
+        for k in 0..LANES {
+            let norm = sums[k].sqrt().sqrt().sqrt() * price[at][k];
+            slope[at][k] = if sums[k] > 0.0 { norm / (ORDER * sums[k]) } else { 0.0 };
+            cost[k] += f64::from(norm);
+        }
+    }
+    total(cost)
+}

@@ -1,0 +1,136 @@
+//! The largest time of every window, and what is left of it when some devices change.
+
+// Numbers of devices are compared, which are whole.
+#![allow(clippy::float_cmp)]
+
+use super::windows::{chunks, lanes, sum, total};
+use crate::layer::LANES;
+
+/// The three largest times of every window and the devices of the first two: what is left when two devices change.
+#[derive(Debug, Clone)]
+pub(crate) struct Peak {
+    first: Vec<f32>,
+    second: Vec<f32>,
+    third: Vec<f32>,
+    first_device: Vec<f32>,
+    second_device: Vec<f32>,
+    cost: f64,
+}
+
+impl Peak {
+    /// Of so many windows, in which nothing is done yet.
+    pub(super) fn new(width: usize) -> Self {
+        let [first, second, third] = std::array::from_fn(|_| vec![0.0; width]);
+        let (first_device, second_device) = (vec![-1.0; width], vec![-1.0; width]);
+        Self { first, second, third, first_device, second_device, cost: 0.0 }
+    }
+
+    pub(super) fn cost(&self) -> f64 {
+        self.cost
+    }
+
+    /// Time of the slowest device of every window.
+    pub(super) fn times(&self) -> impl Iterator<Item = f32> + '_ {
+        self.first.iter().copied()
+    }
+
+    /// Windows with the device that is the slowest there, and by how much it is.
+    pub(in crate::layer) fn slowest(&self) -> impl Iterator<Item = (usize, usize, f64)> + '_ {
+        let lead = self.first.iter().zip(&self.second).map(|(&first, &second)| f64::from(first - second));
+        let all = self.first_device.iter().zip(lead).enumerate();
+        all.filter(|(_, (device, _))| **device >= 0.0)
+            .map(|(window, (&device, lead))| (window, device as usize, lead))
+    }
+
+    /// Follows tokens of devices `[D, width]` and their times per token `[D]`.
+    pub(super) fn refresh(&mut self, load: &[f32], time: &[f32]) {
+        largest_three(self, load, time);
+        self.cost = sum(&self.first);
+    }
+
+    /// Cost when devices `touched` have `rows` instead.
+    pub(super) fn cost_of(&self, load: &[f32], rows: &[f32], touched: &[(u16, i64)], time: &[f32]) -> f64 {
+        let width = self.first.len();
+        let of = |at: usize| {
+            let device = touched[at].0;
+            (&rows[at * width..][..width], f32::from(device), time[usize::from(device)])
+        };
+        match touched.len() {
+            // A device that changes twice is one.
+            1 => two_changed(self, of(0), of(0)),
+            2 => two_changed(self, of(0), of(1)),
+            _ => {
+                let mut most = vec![0.0; width];
+                for (device, (row, &time)) in load.chunks_exact(width).zip(time).enumerate() {
+                    let at = touched.iter().position(|of| usize::from(of.0) == device);
+                    raise(&mut most, at.map_or(row, |at| &rows[at * width..][..width]), time);
+                }
+                sum(&most)
+            }
+        }
+    }
+}
+
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn raise(to: &mut [f32], load: &[f32], time: f32) {
+    for (to, &load) in to.iter_mut().zip(load) {
+        let from = load * time;
+        *to = if from > *to { from } else { *to };
+    }
+}
+
+/// Cost when two devices have rows of tokens instead, given with their numbers and times per token.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn two_changed(peak: &Peak, one: (&[f32], f32, f32), other: (&[f32], f32, f32)) -> f64 {
+    let ((here, g, time_g), (there, h, time_h)) = (one, other);
+    let n = chunks(here);
+    let (here, there) = (lanes(here, n), lanes(there, n));
+    let (first, second, third) = (lanes(&peak.first, n), lanes(&peak.second, n), lanes(&peak.third, n));
+    let (first_device, second_device) = (lanes(&peak.first_device, n), lanes(&peak.second_device, n));
+    let mut sums = [0.0f64; LANES];
+    for at in 0..n {
+        let mut most = [0.0f32; LANES];
+        for k in 0..LANES {
+            let (f, s) = (first_device[at][k], second_device[at][k]);
+            let rest = if s != g && s != h { second[at][k] } else { third[at][k] };
+            let rest = if f != g && f != h { first[at][k] } else { rest };
+            let (here, there) = (here[at][k] * time_g, there[at][k] * time_h);
+            let new = if here > there { here } else { there };
+            most[k] = if new > rest { new } else { rest };
+        }
+        for k in 0..LANES {
+            sums[k] += f64::from(most[k]);
+        }
+    }
+    total(sums)
+}
+
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn largest_three(peak: &mut Peak, load: &[f32], time: &[f32]) {
+    let (width, n) = (peak.first.len(), chunks(&peak.first));
+    for at in 0..n {
+        let mut value = [[0.0f32; LANES]; 3];
+        let mut device = [[-1.0f32; LANES]; 2];
+        for (d, (row, &time)) in load.chunks_exact(width).zip(time).enumerate() {
+            let (row, d) = (&lanes(row, n)[at], d as f32);
+            for k in 0..LANES {
+                let x = row[k] * time;
+                let [one, two, three] = [value[0][k], value[1][k], value[2][k]];
+                let (beats_one, beats_two) = (x > one, x > two);
+                let third = if x > three { x } else { three };
+                let second = if beats_two { x } else { two };
+                let of_second = if beats_two { d } else { device[1][k] };
+                value[2][k] = if beats_two { two } else { third };
+                value[1][k] = if beats_one { one } else { second };
+                device[1][k] = if beats_one { device[0][k] } else { of_second };
+                value[0][k] = if beats_one { x } else { one };
+                device[0][k] = if beats_one { d } else { device[0][k] };
+            }
+        }
+        let rows = [&mut peak.first, &mut peak.second, &mut peak.third];
+        let devices = [&mut peak.first_device, &mut peak.second_device];
+        for (row, values) in rows.into_iter().chain(devices).zip(value.iter().chain(&device)) {
+            row[at * LANES..][..LANES].copy_from_slice(values);
+        }
+    }
+}

@@ -1,0 +1,365 @@
+//! What every part promises, on layers of all kinds: terms beside their definitions, searches beside rules and starts.
+
+use proptest::prelude::*;
+
+use super::adapt::{self, adapt_layers};
+use super::construct::{QUICK, by_windows, fill};
+use super::terms::Terms;
+use super::terms::balance::Balance;
+use super::terms::fanout;
+use super::terms::together::Pairs;
+use super::terms::windows::{Measure, Windows};
+use super::turns::{Effort, Links, place};
+use super::{EMPTY, Layer, Move, Rules, Site, Slots, Split};
+use crate::control::Control;
+use crate::random::Random;
+
+/// Loads `[W, E]`, weights of windows, and expert sets with their tokens.
+struct Traffic {
+    load: Vec<f64>,
+    weight: Vec<f64>,
+    ids: Vec<u16>,
+    counts: Vec<u64>,
+}
+
+/// Devices of different sizes and speeds on nodes of two, with or without rules.
+fn site(random: &mut Random, experts: usize, devices: usize, rules: bool) -> Site {
+    let mut capacity = vec![experts.div_ceil(devices); devices];
+    for _ in 0..random.below(4) {
+        capacity[random.below(devices)] += 1;
+    }
+    let mut rule = |one_in: usize| -> Vec<bool> {
+        let some = rules && random.below(2) == 0;
+        (0..experts * devices).map(|_| some && random.below(one_in) == 0).collect()
+    };
+    let (forbidden, pinned) = (rule(3), rule(12));
+    let time = (0..devices).map(|_| [1.0, 0.5][random.below(2)]).collect();
+    let split = [Split::Even, Split::Nearest][random.below(2)];
+    let node = (0..devices as u16).map(|device| device / 2).collect();
+    Site { node, split, forbidden, pinned, ..Site::plain(capacity, time) }
+}
+
+fn traffic(random: &mut Random, experts: usize) -> Traffic {
+    let windows = 1 + random.below(30);
+    let load = (0..windows * experts).map(|_| (random.below(1000) * random.below(4)) as f64).collect();
+    let weight = (0..windows).map(|_| [0.0, 0.5, 1.0, 2.0][random.below(4)]).collect();
+    let top_k = 1 + random.below(experts.min(4));
+    let counts: Vec<u64> = (0..random.below(100)).map(|_| random.below(2000) as u64).collect();
+    let mut ids = Vec::new();
+    for _ in &counts {
+        let mut all: Vec<u16> = (0..experts as u16).collect();
+        random.shuffle(&mut all);
+        ids.extend(&all[..top_k]);
+    }
+    Traffic { load, weight, ids, counts }
+}
+
+fn layer(site: Site, traffic: &Traffic, experts: usize, measure: Measure) -> Layer {
+    let total = (0..experts).map(|e| traffic.load.iter().skip(e).step_by(experts).sum()).collect();
+    let windows = Windows::new(&traffic.load, &traffic.weight, experts, &site, measure);
+    Layer::plain(site, total, windows)
+}
+
+/// Prices of all kinds on top of what windows cost.
+fn priced(random: &mut Random, layer: Layer, traffic: &Traffic) -> Layer {
+    let (experts, cells) = (layer.experts, layer.experts * layer.devices());
+    let mut table = |n: usize| -> Vec<f64> { (0..n).map(|_| random.below(1000) as f64).collect() };
+    let (hold, serve, upper) = (table(cells), table(cells), table(experts * experts));
+    let mut counts = vec![0.0; experts * experts];
+    for (e, f) in (0..experts).flat_map(|e| (0..e).map(move |f| (e, f))) {
+        counts[e * experts + f] = upper[e * experts + f] as f32;
+        counts[f * experts + e] = counts[e * experts + f];
+    }
+    let copies = layer.slots() > experts;
+    let mut sets = fanout::Sets::new(&traffic.ids, &traffic.counts, experts, copies);
+    (sets.device_cost, sets.node_cost) = (3.0, [0.0, 7.0][random.below(2)]);
+    let (sets, pairs) = (Some(fanout::Sets::later(move || sets)), Some(Pairs { counts, cost: 2.0 }));
+    Layer { hold, serve, sets, pairs, ..layer }
+}
+
+/// The share of an expert's tokens that a device serves.
+fn share(layer: &Layer, slots: &Slots, expert: usize, device: usize) -> f64 {
+    let devices: Vec<u16> = slots.devices(expert as u16).collect();
+    if devices.contains(&(device as u16)) { layer.site.share(&devices, device as u16) } else { 0.0 }
+}
+
+/// What windows cost by definition, in weighted tokens.
+fn of_windows(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
+    let (experts, devices) = (layer.experts, layer.devices());
+    let weighted = traffic.load.chunks(experts).zip(&traffic.weight);
+    let rows: Vec<Vec<f64>> = weighted.map(|(row, w)| row.iter().map(|x| x * w).collect()).collect();
+    let parts: Vec<Vec<f64>> = (0..devices)
+        .map(|g| (0..experts).map(|e| share(layer, slots, e, g) * layer.site.time[g]).collect())
+        .collect();
+    let times = |row: &[f64]| -> Vec<f64> {
+        parts.iter().map(|part| part.iter().zip(row).map(|(part, tokens)| part * tokens).sum()).collect()
+    };
+    let Measure::Norm { noise, mixed } = layer.windows.measure else {
+        return rows.iter().map(|row| times(row).into_iter().fold(0.0, f64::max)).sum();
+    };
+    // In means of a device.
+    let rate = layer.site.rate();
+    let total = |row: &[f64]| row.iter().sum::<f64>();
+    let all: f64 = rows.iter().map(|row| total(row)).sum();
+    let used: Vec<&Vec<f64>> = rows.iter().filter(|row| total(row) > 0.0).collect();
+    let moment = |e: usize, power: i32| -> f64 {
+        used.iter().map(|row| total(row) / all * (row[e] * rate / total(row)).powi(power)).sum()
+    };
+    let variance: Vec<f64> = (0..experts).map(|e| moment(e, 2) - moment(e, 1).powi(2)).collect();
+    let pooled = total(&variance) / experts as f64 * 4.0 / used.len().max(1) as f64;
+    let of = |row: &[f64]| -> f64 {
+        let mean = total(row) / rate;
+        let deviation = |g: usize| {
+            let own = |(part, variance): (&f64, &f64)| part * part * noise * (variance + pooled);
+            parts[g].iter().zip(&variance).map(own).sum::<f64>().sqrt()
+        };
+        let power = |(g, time): (usize, f64)| (time / mean + deviation(g)).min(128.0).powi(8);
+        if mean > 0.0 {
+            mean * times(row).into_iter().enumerate().map(power).sum::<f64>().powf(0.125)
+        } else {
+            0.0
+        }
+    };
+    let bursts: f64 = rows.iter().map(|row| of(row)).sum();
+    if rows.len() < 2 {
+        return bursts;
+    }
+    let mean: Vec<f64> = (0..experts).map(|e| rows.iter().map(|row| row[e]).sum()).collect();
+    (bursts + mixed * of(&mean)) / (1.0 + mixed)
+}
+
+/// What visits cost by definition, part by part of every set's tokens.
+fn of_sets(layer: &Layer, slots: &Slots, Traffic { ids, counts, .. }: &Traffic) -> f64 {
+    let sets = layer.sets.as_ref().expect("visits are priced");
+    let mut parts = Vec::new();
+    for (set, &count) in counts.iter().enumerate() {
+        let cut = if layer.slots() > layer.experts { 12.min(count) } else { count.min(1) };
+        parts.extend((0..cut).map(|part| (set, count / cut + u64::from(part < count % cut))));
+    }
+    parts.sort_by_key(|&(_, count)| std::cmp::Reverse(count));
+    let k = ids.len() / counts.len().max(1);
+    let mut cost = 0.0;
+    for (n, (set, count)) in parts.into_iter().enumerate() {
+        let serves = |&e: &u16| slots.devices(e).nth(n % slots.copies(e) as usize).unwrap_or_default();
+        let mut devices: Vec<u16> = ids[set * k..][..k].iter().map(serves).collect();
+        devices.sort_unstable();
+        devices.dedup();
+        let mut nodes: Vec<u16> = devices.iter().map(|&g| layer.site.node[usize::from(g)]).collect();
+        nodes.dedup();
+        let per_token = devices.len() as f64 * sets.device_cost + nodes.len() as f64 * sets.node_cost;
+        cost += per_token * count as f64;
+    }
+    cost
+}
+
+/// What pairs and places cost by definition.
+fn of_shares(layer: &Layer, slots: &Slots) -> f64 {
+    let (experts, devices) = (layer.experts, layer.devices());
+    let pairs = layer.pairs.as_ref().expect("pairs are priced");
+    let mut cost = 0.0;
+    for e in 0..experts {
+        for f in 0..e {
+            let met = (0..devices).map(|g| share(layer, slots, e, g) * share(layer, slots, f, g));
+            cost += pairs.cost * f64::from(pairs.counts[e * experts + f]) * (1.0 - met.sum::<f64>());
+        }
+        for g in 0..devices {
+            let at = e * devices + g;
+            cost += if slots.holds(e as u16, g) { layer.hold[at] } else { 0.0 };
+            cost += share(layer, slots, e, g) * layer.serve[at];
+        }
+    }
+    cost
+}
+
+/// Every expert has a slot where it may be, and stays where it must; no device has two copies.
+fn keeps_rules(site: &Site, slots: &Slots) -> bool {
+    let experts = slots.copies.len();
+    let is_once = |e: u16, g: usize| {
+        let here = slots.expert_in[slots.of(g)].iter().filter(|&&of| of == e).count();
+        here == usize::from(slots.holds(e, g))
+            && !(here == 1 && site.forbids(e, g))
+            && (here == 1 || !site.pins(e, g))
+    };
+    (0..experts as u16).all(|e| slots.copies(e) > 0 && (0..site.devices()).all(|g| is_once(e, g)))
+}
+
+/// The slowest device's time of all windows.
+fn slowest(layer: &Layer, slots: &Slots) -> f64 {
+    Balance::new(layer, slots, &slots.copies).slowest(layer)
+}
+
+fn any_move(random: &mut Random, slots: usize, experts: usize) -> Move {
+    if random.below(2) == 0 {
+        return Move::Swap(random.below(slots), random.below(slots));
+    }
+    let e = random.below(experts + 1);
+    Move::Put(random.below(slots), if e == experts { EMPTY } else { e as u16 })
+}
+
+/// Whether every expert can be placed at once: a matching of experts, and before them of pins, with slots.
+fn feasible(site: &Site, experts: usize) -> bool {
+    fn augment(e: usize, site: &Site, free: &[usize], taken: &mut [Vec<usize>], seen: &mut [bool]) -> bool {
+        for g in 0..site.devices() {
+            if seen[g] || site.forbids(e as u16, g) {
+                continue;
+            }
+            seen[g] = true;
+            if taken[g].len() < free[g] {
+                taken[g].push(e);
+                return true;
+            }
+            for at in 0..taken[g].len() {
+                if augment(taken[g][at], site, free, taken, seen) {
+                    taken[g][at] = e;
+                    return true;
+                }
+            }
+        }
+        false
+    }
+    let d = site.devices();
+    let pins = |e: usize| (0..d).filter(move |&g| site.pins(e as u16, g));
+    let mut free = site.capacity.clone();
+    for (e, g) in (0..experts).flat_map(|e| pins(e).map(move |g| (e, g))) {
+        if site.forbids(e as u16, g) || free[g] == 0 {
+            return false;
+        }
+        free[g] -= 1;
+    }
+    let mut taken = vec![vec![]; d];
+    let mut missing = (0..experts).filter(|&e| pins(e).next().is_none());
+    missing.all(|e| augment(e, site, &free, &mut taken, &mut vec![false; d]))
+}
+
+proptest! {
+    /// What every term says of slots is its definition; and what it says of a move is what a fresh count says; for a
+    /// norm, no less.
+    #[test]
+    fn terms_are_as_defined(experts in 1usize..9, devices in 1usize..6, norm: bool, seed: u64) {
+        let mut random = Random::new(seed, 0);
+        let (site, traffic) = (site(&mut random, experts, devices, false), traffic(&mut random, experts));
+        let (noise, mixed) = ([0.0, 0.25][random.below(2)], [0.0, 0.7][random.below(2)]);
+        let measure = if norm { Measure::Norm { noise, mixed } } else { Measure::Peak };
+        let plain = layer(site, &traffic, experts, measure);
+        let layer = priced(&mut random, plain.clone(), &traffic);
+        let mut slots = fill(&layer.site, &layer.load, QUICK).expect("slots suffice");
+        let mut terms = Terms::new(&layer, &slots);
+        let close = |a: f64, b: f64, part: f64| (a - b).abs() <= part * a.abs().max(b.abs()).max(1.0);
+        for _ in 0..40 {
+            let step = any_move(&mut random, layer.slots(), experts);
+            if !slots.allows(&layer.site, step) {
+                continue;
+            }
+            let (before, change) = (terms.cost(&layer), terms.change(&layer, &slots, step).expect("no cap"));
+            terms.apply(&layer, &mut slots, step);
+            let fresh = Terms::new(&layer, &slots).cost(&layer);
+            prop_assert!(close(terms.cost(&layer), fresh, 1e-9));
+            if norm {
+                // The powers are single precision.
+                prop_assert!(fresh <= before + change + 1e-3 * fresh.abs());
+            } else {
+                prop_assert!(close(before + change, fresh, 1e-9), "{} {}", before + change, fresh);
+            }
+        }
+        let (all, windows) = (terms.cost(&layer), Terms::new(&plain, &slots).cost(&plain));
+        let (of_windows, scale) = (of_windows(&plain, &slots, &traffic), plain.windows.scale);
+        let exact = if norm { 1e-3 } else { 1e-5 };
+        prop_assert!(close(windows / scale, of_windows, exact), "{} {}", windows / scale, of_windows);
+        let rest = of_sets(&layer, &slots, &traffic) + of_shares(&layer, &slots);
+        prop_assert!(close(all, windows + rest, 1e-9), "{} {}", all - windows, rest);
+    }
+
+    /// Experts are placed whenever the rules allow it, and what is placed keeps them; so does a quick search, which is no
+    /// worse than its start by the slowest devices, nor that than a packing of the sum, prices of copies included.
+    #[test]
+    fn starts_and_searches_keep_their_promises(
+        experts in 1usize..16, devices in 1usize..6, trials in prop::sample::select(vec![0u64, 300, 3000]),
+        copies: bool, seed: u64,
+    ) {
+        let mut random = Random::new(seed, 0);
+        let site = Site { copies, split: Split::Even, ..site(&mut random, experts, devices, true) };
+        let traffic = traffic(&mut random, experts);
+        let mut layer = layer(site.clone(), &traffic, experts, Measure::Norm { noise: 0.25, mixed: 0.0 });
+        let packed = fill(&site, &layer.load, random.below(40));
+        prop_assert_eq!(packed.is_ok(), feasible(&site, experts));
+        let started = by_windows(&layer);
+        prop_assert_eq!(started.is_ok(), packed.is_ok());
+        let (Ok(packed), Ok(start)) = (packed, started) else { return Ok(()) };
+        prop_assert!(keeps_rules(&site, &packed) && keeps_rules(&site, &start));
+        let pins = |e: usize| (0..devices).filter(|&g| site.pins(e as u16, g)).count() as u32;
+        prop_assert!(copies || (0..experts).all(|e| packed.copies[e] == pins(e).max(1)));
+        let summed = fill(&site, &layer.load, QUICK).expect("slots suffice");
+        if !summed.expert_in.contains(&EMPTY) {
+            prop_assert!(slowest(&layer, &start) <= slowest(&layer, &summed));
+        }
+        let price = 0.01 * layer.load.iter().sum::<f64>() * layer.windows.scale;
+        let cells = (0..experts as u16).flat_map(|e| (0..devices).map(move |g| (e, g)));
+        layer.hold = cells.map(|(e, g)| if start.holds(e, g) { 0.0 } else { price }).collect();
+        let effort = Effort { trials, empties: false, restarts: 1, rounds: 1, quick: true, parallel: false };
+        let links = Links { transitions: &[], cost: &[] };
+        let layers = std::slice::from_mut(&mut layer);
+        let slots = &place(layers, vec![start.clone()], links, effort, seed, &Control::new(None))[0];
+        prop_assert!(keeps_rules(&site, slots));
+        let moved = slots.moved_from(&start) as f64 * price;
+        prop_assert!(slowest(&layer, slots) + moved <= slowest(&layer, &start) * (1.0 + 1e-9));
+    }
+
+    /// Every expert has a slot and no device two copies; what stays keeps its slot; and what is said of a layer is so:
+    /// times, and copies within the budget, or those that had to be brought.
+    #[test]
+    fn adapting_keeps_its_promises(
+        experts in 1usize..12, devices in 1usize..5, more in 0usize..3, most in 0usize..12, full: bool, seed: u64,
+    ) {
+        let mut random = Random::new(seed, 0);
+        let width = (experts.div_ceil(devices) + more).min(experts);
+        let load: Vec<f64> = (0..2 * experts).map(|_| random.below(1000) as f64).collect();
+        let mut any = || (0..devices * width).map(|_| random.below(experts + 2) as u16).collect::<Vec<u16>>();
+        let before = vec![any(), any()];
+        let sites = vec![Site::plain(vec![width; devices], vec![1.0; devices]); 2];
+        let adapted = |most, steps| {
+            let rules = Rules { most, dead_zone: 0.0, deviations: 0.0, price: 0.0 };
+            let mut slots = before.clone();
+            let effort = adapt::Effort { rules, steps, trials: QUICK, full };
+            let changes = adapt_layers(&load, experts, &sites, &mut slots, effort).expect("slots suffice");
+            (slots, changes)
+        };
+        let (after, changes) = adapted(most, 8);
+        let needed: usize = adapted(0, 0).1.iter().map(|[_, after]| after.moves).sum();
+        for (l, [start, end]) in changes.iter().enumerate() {
+            let (load, site) = (&load[l * experts..][..experts], &sites[l]);
+            let slots = Slots::new(&site.capacity, experts, &after[l]);
+            prop_assert!(slots.expert_in == after[l] && keeps_rules(site, &slots));
+            prop_assert!(!full || !after[l].contains(&EMPTY));
+            let mut came = 0;
+            for (old, new) in before[l].chunks(width).zip(after[l].chunks(width)) {
+                for (slot, e) in new.iter().enumerate().filter(|(_, e)| **e != EMPTY) {
+                    match old.iter().position(|of| of == e) {
+                        Some(at) => prop_assert_eq!(at, slot),
+                        None => came += 1,
+                    }
+                }
+            }
+            prop_assert_eq!(came, end.moves);
+            let slowest = slots.times_and_loads(site, load).0.into_iter().fold(0.0, f64::max);
+            prop_assert!((slowest - end.slowest).abs() <= 1e-9 * slowest.max(1.0));
+            prop_assert!(end.slowest <= start.slowest * (1.0 + 1e-9));
+        }
+        prop_assert!(changes.iter().map(|[_, end]| end.moves).sum::<usize>() <= needed.max(most));
+    }
+}
+
+#[test]
+fn polish_lowers_what_the_heaviest_copies_first_leave() {
+    let mut random = Random::new(7, 0);
+    let site = Site::plain(vec![5; 4], vec![1.0; 4]);
+    for _ in 0..50 {
+        let load: Vec<f64> = (0..16).map(|_| (random.below(1000) + 1) as f64).collect();
+        let of = |trials| {
+            let slots = fill(&site, &load, trials).expect("slots suffice");
+            slots.times_and_loads(&site, &load).0.into_iter().fold(0.0, f64::max)
+        };
+        let (plain, quick, patient) = (of(0), of(QUICK), of(1000));
+        assert!(quick <= plain && patient <= plain, "{plain} {quick} {patient}");
+        assert!(patient <= 1.06 * load.iter().sum::<f64>() / 4.0, "{patient}");
+    }
+}
