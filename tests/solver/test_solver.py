@@ -213,12 +213,12 @@ def test_what_a_handler_of_signals_raises_is_raised(make_trace):
 
 @pytest.mark.skipif(not hasattr(signal, "raise_signal"), reason="needs signals")
 @pytest.mark.parametrize(
-    ("phase", "experts", "cap"),
-    [("search", 32, 1.3), ("bound", 32, 1.3), ("co-location", 12, None)],
+    ("phase", "layers", "experts", "cap"),
+    [("search", 6, 32, 1.3), ("bound", 6, 32, 1.3), ("co-location", 3, 16, None)],
 )
-def test_interrupt_in_every_phase(make_trace, phase, experts, cap):
+def test_interrupt_in_every_phase(make_trace, phase, layers, experts, cap):
     """Ctrl-C in search, bound or integer programme ends it with the best, bound and all."""
-    stats = mt.RoutingStatistics.from_trace(make_trace(3000, layers=6, experts=experts))
+    stats = mt.RoutingStatistics.from_trace(make_trace(3000, layers=layers, experts=experts))
     problem = mt.Problem(
         stats, mt.Topology(4), regime="follow", max_imbalance=cap, objective="traffic"
     )
@@ -229,7 +229,7 @@ def test_interrupt_in_every_phase(make_trace, phase, experts, cap):
         if line.phase == phase and seen.count(phase) == 1:
             signal.raise_signal(signal.SIGINT)
 
-    result = mt.solve(problem, time_limit=8, progress=interrupt)
+    result = mt.solve(problem, time_limit=10, progress=interrupt)
     assert (result.placement.replicas == 1).all()
     assert phase not in seen or result.status == "interrupted"
     assert phase in seen
@@ -238,12 +238,12 @@ def test_interrupt_in_every_phase(make_trace, phase, experts, cap):
 
 
 @pytest.mark.parametrize(
-    ("phase", "experts", "cap"),
-    [("search", 32, 1.3), ("bound", 32, 1.3), ("co-location", 12, None)],
+    ("phase", "layers", "experts", "cap"),
+    [("search", 6, 32, 1.3), ("bound", 6, 32, 1.3), ("co-location", 3, 16, None)],
 )
-def test_error_in_progress_is_raised_in_every_phase(make_trace, phase, experts, cap):
+def test_error_in_progress_is_raised_in_every_phase(make_trace, phase, layers, experts, cap):
     """What a callback raises in the search, the bound or the integer programme is not swallowed."""
-    stats = mt.RoutingStatistics.from_trace(make_trace(3000, layers=6, experts=experts))
+    stats = mt.RoutingStatistics.from_trace(make_trace(3000, layers=layers, experts=experts))
     problem = mt.Problem(
         stats, mt.Topology(4), regime="follow", max_imbalance=cap, objective="traffic"
     )
@@ -253,7 +253,7 @@ def test_error_in_progress_is_raised_in_every_phase(make_trace, phase, experts, 
             raise RuntimeError(phase)
 
     with pytest.raises(RuntimeError, match=phase):
-        mt.solve(problem, time_limit=6, progress=fail)
+        mt.solve(problem, time_limit=10, progress=fail)
 
 
 def test_progress_tells_the_seconds_of_all_phases(make_trace):
