@@ -272,20 +272,26 @@ def test_bombs(tmp_path, form):
     assert pool.max_memory() < 1 << 30
 
 
-def test_counts_that_would_wrap(tmp_path):
-    """Weights whose sum does not fit 64 bits are refused, not read as few tokens."""
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        # 2**16 times nearly 2**48, and windows and experts that no row fills.
+        (
+            "layer,expert,weight\n" + f"0,0,{(1 << 48) - 1}\n" * (1 << 16),
+            "weight must add up to less than 2",
+        ),
+        (
+            "layer,expert,sequence\n" + "".join(f"0,{n % 2 * 65535},{n}\n" for n in range(1024)),
+            "counts must fill their table",
+        ),
+    ],
+    ids=["sum", "table"],
+)
+def test_counts_of_absurd_sizes(tmp_path, text, message):
+    """Sums that do not fit 64 bits, and tables that a single number would make large."""
     path = tmp_path / "rows.csv"
-    path.write_text("layer,expert,weight\n" + f"0,0,{(1 << 48) - 1}\n" * (1 << 16))
-    with pytest.raises(ValueError, match="weight must add up to less than 2"):
-        mt.open_input(path)
-
-
-def test_a_single_row_makes_no_large_table(tmp_path):
-    """Windows and experts that no row fills are refused before a table of them is made."""
-    path = tmp_path / "rows.csv"
-    rows = "".join(f"0,{n % 2 * 65535},{n}\n" for n in range(1 << 10))
-    path.write_text(f"layer,expert,sequence\n{rows}")
-    with pytest.raises(ValueError, match="counts must fill their table"):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
         mt.open_input(path)
 
 

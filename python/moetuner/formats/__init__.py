@@ -195,33 +195,30 @@ def open_input(
     Parameters
     ----------
     path
-        File or folder to open; its content decides what it is, not its name. Several are joined:
-        files of one recording, as its ranks wrote them, or several recordings.
+        File or folder, or several, of one recording or more; content decides what they are.
     window
-        Tokens per window that the caller wants. A trace can be counted in any windows; statistics
-        and load tables have theirs, and must be asked for no others.
+        Tokens per window. A trace can be counted in any; statistics and load tables have theirs.
     num_experts
-        Experts per layer of a trace; needed where its file does not say, and must be that of
-        statistics.
+        Experts per layer; needed where a trace's file does not say.
     top_k
         Experts per token and layer; needed where files have neither shape nor lists.
     hidden_layers
-        Layers of the model, dense ones included; needed where neither files nor their tokens say.
+        Layers of the model, dense ones included; needed where files do not say.
     dense_layers
-        Numbers of the hidden layers without experts, where an engine counts them too; by default
-        they are told by their content.
+        Numbers of the hidden layers without experts, where an engine counts them; by default
+        content tells.
     reader
         Name in ``READERS``, where content is not to decide.
 
     Returns
     -------
     RoutingTrace or RoutingStatistics
-        What is there. A trace is not counted yet.
+        A trace is not counted yet.
 
     Raises
     ------
     ValueError
-        If the file is none of these, is damaged, or does not have the window or experts asked for.
+        If the file is none of these, is damaged, or has another window or other experts.
     OSError
         If it cannot be read.
 
@@ -238,9 +235,8 @@ def open_input(
     if not paths:
         raise ValueError("path must name at least one file, got none")
     window_in(window)
-    traffic = read_input(
-        paths, Hints(num_experts, top_k, hidden_layers, _numbers(dense_layers)), reader
-    )
+    hints = Hints(num_experts, top_k, hidden_layers, _numbers(dense_layers))
+    traffic = read_input(paths, hints, reader)
     if isinstance(traffic, RoutingStatistics):
         _check_counts(", ".join(map(str, paths)), traffic, window, num_experts)
     return traffic

@@ -162,25 +162,28 @@ def engine_settings(
     instance("statistics", statistics, RoutingStatistics)
     instance("topology", topology, Topology)
     of = ENGINES[engine]
-    experts, devices = statistics.experts, topology.devices
-    slots = _slots(of, statistics, topology, slots_per_device, extra_slots)
     settings: dict[str, Any] = {
         "regime": of.regime,
         "split": of.split,
         "arrival": of.arrival,
-        "slots_per_device": slots,
+        "slots_per_device": _slots(of, statistics, topology, slots_per_device, extra_slots),
         "fill_slots": of.may_copy,
     }
     if router_groups is not None and of.keeps_groups:
-        whole_number("router_groups", router_groups)
-        if devices % router_groups:
-            raise ValueError(
-                f"router_groups must divide {devices} devices, got {router_groups}: with fewer "
-                "devices than groups, place the groups themselves, in Python "
-                "(moetuner.router_groups.merged and expanded)"
-            )
-        settings["forbidden"] = whole_groups.forbidden(experts, router_groups, devices)
+        settings["forbidden"] = _groups(statistics.experts, topology.devices, router_groups)
     return settings
+
+
+def _groups(experts: int, devices: int, router_groups: int) -> Any:
+    """Return the (layer, expert, device) that would tear a group of the router."""
+    whole_number("router_groups", router_groups)
+    if devices % router_groups:
+        raise ValueError(
+            f"router_groups must divide {devices} devices, got {router_groups}: with fewer "
+            "devices than groups, place the groups themselves, in Python "
+            "(moetuner.router_groups.merged and expanded)"
+        )
+    return whole_groups.forbidden(experts, router_groups, devices)
 
 
 def _slots(

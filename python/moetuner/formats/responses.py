@@ -96,10 +96,8 @@ def trace_of(
                 rows = _rows(ids, hints, source)
                 check_sizes((len(ids), len(rows), sizes[1]), ids.dtype, experts)
             if ids.shape[1:] != sizes:
-                raise ValueError(
-                    f"{source} must all have the same layers and top-k, got {list(sizes)} and "
-                    f"{list(ids.shape[1:])}"
-                )
+                both = f"{list(sizes)} and {list(ids.shape[1:])}"
+                raise ValueError(f"{source} must all have the same layers and top-k, got {both}")
             part = valid(ids[:, rows], experts, tokens)
             parts.append(part.astype(id_type(np.dtype(np.int64), experts), copy=False))
             tokens += len(ids)
@@ -110,13 +108,11 @@ def trace_of(
         if hints.dense_layers is None and sizes[1] == 1:
             rows = _with_experts(values, source)
             values = np.ascontiguousarray(values[:, rows])
-        runs = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         dense = tuple(sorted(set(range(sizes[0])) - set(rows)))
-        return RoutingTrace(
-            IdsInMemory(frozen(values), (sizes[0], dense) if dense else None),
-            experts,
-            sequence=np.asarray(runs if sequence is None else sequence, dtype=np.int32),
-        )
+        ids_in_memory = IdsInMemory(frozen(values), (sizes[0], dense) if dense else None)
+        runs = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        labels = np.asarray(runs if sequence is None else sequence, dtype=np.int32)
+        return RoutingTrace(ids_in_memory, experts, sequence=labels)
 
 
 def _rows(ids: NDArray[Any], hints: Hints, source: str) -> list[int]:
