@@ -59,4 +59,4 @@ def setting_for(load: Floats, weight: Floats, *, large: bool) -> SearchSetting:
     used = np.count_nonzero((weight > 0) & load.any(axis=(1, 2)))
     if used < FEWEST_WINDOWS:
         return SearchSetting(reason="too few windows")
-    return SearchSetting(NORM, NOISE, MIXED * large, reason=f"for {used} windows")
+    return SearchSetting(NORM, NOISE, MIXED if large else 0.0, reason=f"for {used} windows")
