@@ -10,7 +10,7 @@ import pytest
 import moetuner as mt
 from moetuner import cost
 from moetuner.files import jsonl
-from moetuner.solver.search.ties import TIE
+from moetuner.solver.run import TIE
 
 
 def test_dispatch_is_the_default_everywhere():
