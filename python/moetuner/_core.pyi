@@ -161,12 +161,12 @@ class Layers:
         time_limit: float | None = None,
         threads: int | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64], bool]:
-        """Go down from slots [L,D,S] by steps, that which gains most for a copy brought first.
+        """Go down from slots [L,D,S] by steps, that which gains most for a copy moved first.
 
-        Brought is what is on a device that does not have it in ``running`` [L,D,S], of any width;
-        ``most`` copies may be. Load above caps comes before all else. Every step writes twice:
-        where in the flat slots and which expert [N,2]. After it, copies are brought in all, caps
-        are exceeded by a part of them (of the worst device, summed over layers), and the cost in
+        A copy moves to a device that does not have it in ``running`` [L,D,S], of any width; at most
+        ``most`` do. Load above caps comes before all else. Every step writes twice: where in the
+        flat slots and which expert [N,2]. After it, so many copies have moved in all, caps are
+        exceeded by a part of them (of the worst device, summed over layers), and the cost in
         weighted tokens has changed since the start [N,3]. The last value says whether it was
         interrupted.
         """
@@ -488,9 +488,9 @@ def spend_budget(
     dead_zone: float,
     deviations: float,
 ) -> list[int]:
-    """Choose a way for every layer [L], by what ways cost [N,L] and the copies that they bring.
+    """Choose a way for every layer [L]: ways have costs and copies that move [N,L].
 
-    Way 0 is to stay. At most ``most`` copies are brought, where they gain most; ``dead_zone`` and
+    Way 0 is to stay. At most ``most`` copies move, where they gain most; ``dead_zone`` and
     ``deviations`` are as in ``adapt_slots``.
     """
 

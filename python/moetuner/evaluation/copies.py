@@ -36,7 +36,7 @@ def shares(placement: Placement, topology: Topology, split: Split) -> Floats:
     if split != "nearest" or not placement.has_copies:
         even: Floats = holders / holders.sum(axis=1, keepdims=True)
         return even
-    return np.stack([of_layer(layer, topology.node_of_device, split) for layer in holders])
+    return np.stack([share.mean(axis=0) for share in by_home(placement, topology)])
 
 
 def slot_shares(placement: Placement, topology: Topology, split: Split) -> Floats:
@@ -61,15 +61,6 @@ def served(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
         return _core.expected_load((placement.slots, share), np.ascontiguousarray(some, np.float64))
 
     return by_block(load, in_block)
-
-
-def of_layer(holders: Floats, node: NDArray[np.int64], split: Split) -> Floats:
-    """Compute shares of experts' tokens that a device serves [D,E], of 1 where it holds one."""
-    if split != "nearest":
-        even: Floats = holders / holders.sum(axis=0)
-        return even
-    mean: Floats = _nearest(holders, node).mean(axis=0)
-    return mean
 
 
 def by_home(placement: Placement, topology: Topology) -> Iterator[Floats]:
