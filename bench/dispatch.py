@@ -5,13 +5,12 @@
 Half of the sequences are seen. Each row: fanout and node fanout on the other half, and seconds.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from harness import Table, arguments, timed
 
 import moetuner as mt
-from moetuner.solver.search.fanout import dispatch
-from moetuner.solver.search.traffic import search_traffic
 
 
 def main() -> None:
@@ -24,14 +23,14 @@ def main() -> None:
         statistics = mt.RoutingStatistics.from_trace(seen, transitions=False, sets=True)
         for devices, per_node in ((4, None), (8, None), (8, 4)):
             topology, flat = mt.Topology(devices, devices_per_node=per_node), mt.Topology(devices)
-            ways = [("pairs", search_traffic, flat), ("exact", dispatch, flat)]
+            pairs = replace(statistics, sets=None)
+            ways = [("pairs", pairs, flat), ("exact", statistics, flat)]
             if per_node is not None:
-                ways.append(("exact tiers", dispatch, topology))
-            for name, method, on in ways:
-                problem = mt.Problem(statistics, on, regime="dispatch", max_imbalance=given.cap)
-                answer, seconds, _ = timed(lambda of=problem, by=method: by(of, seed=0))
-                placement = mt.Placement(answer.slots, num_experts=unseen.num_experts)
-                judged = mt.evaluate(placement, unseen, topology, regime="dispatch")
+                ways.append(("exact tiers", statistics, topology))
+            for name, counted, on in ways:
+                problem = mt.Problem(counted, on, max_imbalance=given.cap)
+                answer, seconds, _ = timed(lambda of=problem: mt.solve(of, "heuristic"))
+                judged = mt.evaluate(answer.placement, unseen, topology, regime="dispatch")
                 of = f"{devices}" if per_node is None else f"{devices // per_node} x {per_node}"
                 row(of, split, name, judged.fanout, judged.node_fanout, seconds)
 

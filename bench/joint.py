@@ -18,7 +18,7 @@ from instances import problem
 
 import moetuner as mt
 from moetuner.solver.bounds.pairs import bound
-from moetuner.solver.result import Limits
+from moetuner.solver.budget import Budget
 
 
 def recorded(path: Path, *, quick: bool) -> None:
@@ -47,12 +47,11 @@ def recorded(path: Path, *, quick: bool) -> None:
         for limit, share in ((5.0, 3.0),) if quick else ((5.0, 3.0), (20.0, 10.0)):
             result = mt.solve(whole, "heuristic", time_limit=limit)
             caps = whole.caps.kept(result.placement.slots)
-            limits = Limits(time_limit=share)
             proven, seconds, _ = timed(
-                lambda of=whole, caps=caps, at=limits: bound(of, caps, limits=at)
+                lambda of=whole, caps=caps, share=share: bound(of, caps, budget=Budget(share))
             )
             assert proven is not None
-            least = proven.cost / mt.Objective(whole).scale
+            least = proven.value / mt.Objective(whole).scale
             gap = (result.objective - least) / result.objective
             row(devices, result.seconds, result.objective, seconds, least, gap)
 

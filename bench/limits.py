@@ -25,7 +25,7 @@ from harness import arguments
 from instances import routing
 
 import moetuner as mt
-from moetuner.solver.search.balanced import balanced
+from moetuner.solver.stages.floor import balanced
 
 # name: layers, experts, top-k, tokens, tokens of a window, what is counted.
 Traffic = tuple[int, int, int, int, int | None, dict[str, bool]]

@@ -17,6 +17,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,8 +27,6 @@ from harness import arguments, timed
 import moetuner as mt
 from moetuner.evaluation import evaluate_each
 from moetuner.problem import windows as windows_
-from moetuner.solver.result import Limits
-from moetuner.solver.search.layerwise import LayerSearch
 
 LAYERS, EXPERTS, TOP_K, WINDOW, DEVICES = 61, 384, 8, 512, 72
 Steps = dict[str, list[float]]
@@ -142,9 +141,10 @@ def quality(path: Path) -> None:
         }
         for name, windows in ways.items():
             found, cpu = [], time.process_time()
+            some = replace(problem)
+            vars(some)["windows"] = windows
             for seed in range(3):
-                result = LayerSearch(problem, seed, windows).run(Limits(threads=1))
-                placement = mt.Placement(result.slots, num_experts=problem.experts)
+                placement = mt.solve(some, "heuristic", seed=seed, threads=1).placement
                 found.append(mt.evaluate(placement, unseen).imbalance)
             cpu = (time.process_time() - cpu) / 3
             print(f"8 x {slots}, {name:<14} unseen {np.mean(found):.4f}  {cpu:5.1f} CPU-s")

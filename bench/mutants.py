@@ -44,11 +44,22 @@ SUBJECTS = {
         *(f"{SOLVER}{name}.py" for name in ("unseen", "noise", "moves", "dispatch", "balance")),
         *OBJECTIVES,
     ],
-    "solver/exact": [f"{SOLVER}chain.py", f"{SOLVER}proofs.py", *OBJECTIVES],
-    "solver/bounds": [f"{SOLVER}bound.py", f"{SOLVER}proofs.py", f"{SOLVER}objectives.py"],
+    "solver/bounds": [
+        f"{SOLVER}bound.py",
+        f"{SOLVER}chain.py",
+        f"{SOLVER}proofs.py",
+        f"{SOLVER}objectives.py",
+    ],
     "solver/milp": [f"{SOLVER}ilp.py", f"{SOLVER}colocation.py"],
     "solver/two_stage": [f"{SOLVER}two_stage.py"],
-    "solver/migration": [f"{SOLVER}moves.py", f"{SOLVER}pareto.py", *OBJECTIVES],
+    "solver/stages/moves": [f"{SOLVER}moves.py", f"{SOLVER}pareto.py", *OBJECTIVES],
+    "solver/pareto": [f"{SOLVER}pareto.py"],
+    "solver/stages": [
+        f"{SOLVER}solver.py",
+        f"{SOLVER}dispatch.py",
+        f"{SOLVER}chain.py",
+        *OBJECTIVES,
+    ],
     "solver": [f"{SOLVER}solver.py", f"{SOLVER}balance.py", *OBJECTIVES],
 }
 # Unions of types are no sums, and effort is a matter of time.

@@ -28,7 +28,7 @@ from peers import WHEELS, Policy, Size, flashlb, sglang_windows
 
 import moetuner as mt
 from moetuner import _core
-from moetuner.solver.search.layerwise import trials_of
+from moetuner.solver.stages.layers import trials_of
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]

@@ -13,8 +13,7 @@ from harness import Table, arguments, timed
 
 import moetuner as mt
 from moetuner.solver.bounds import visits
-from moetuner.solver.result import Limits
-from moetuner.solver.search.fanout import dispatch
+from moetuner.solver.budget import Budget
 
 
 def main() -> None:
@@ -35,18 +34,17 @@ def main() -> None:
             objective="traffic",
             max_imbalance=given.cap,
         )
-        slots = dispatch(problem, limits=Limits(time_limit=given.search)).slots
-        found = problem.value(mt.Placement(slots, num_experts=problem.experts))
+        answer = mt.solve(problem, "heuristic", time_limit=given.search)
+        slots, found = answer.placement.slots, answer.objective
         caps, tokens = problem.caps.kept(slots), mt.Objective(problem).tokens
         for proof, way in (("prices", by_prices), ("tangents", lambda *_: None)):
             visits._by_prices = way
             proven, _, bounding = timed(
-                lambda of=problem, on=slots, caps=caps: visits.bound(of, on, caps, limits=Limits())
+                lambda of=problem, on=slots, caps=caps: visits.bound(of, on, caps, budget=Budget())
             )
-            certificate = visits.certified(problem, caps, proven)
-            cost, _, checking = timed(lambda of=problem, by=certificate: mt.verify(by, of))
-            assert cost == proven.cost
-            bound = proven.cost / tokens
+            cost, _, checking = timed(lambda of=problem, by=proven.certificate: mt.verify(by, of))
+            assert cost == proven.value
+            bound = proven.value / tokens
             row(devices, proof, found, bound, 1 - bound / found, bounding, checking)
         visits._by_prices = by_prices
 

@@ -13,6 +13,7 @@ PACKAGE = Path(moetuner.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 VALUES = ("trace", "statistics", "topology", "cost", "placement")
 SOLVER = ("evaluation", "problem", *VALUES)
+EFFORT = ("solver.effort", "solver.budget")
 
 # What a room may import besides itself, `_checks`, `frozen` and `_core`. A room is a folder or a
 # module; the longest name that fits a module is its room.
@@ -33,22 +34,29 @@ MAY_IMPORT = {
     "evaluation": VALUES,
     "formats": (*VALUES, "files", "router_groups", "evaluation.copies"),
     "problem": (*VALUES, "evaluation"),
-    "solver.result": ("solver.bounds.certificate", *SOLVER),
     "solver.effort": (),
+    # The one clock.
+    "solver.budget": (),
     "solver.bounds.certificate": ("files", "topology"),
-    "solver.search": ("solver.result", "solver.effort", *SOLVER),
-    "solver.exact": ("solver.result", "solver.effort", *SOLVER),
-    # A proof may rest on having tried everything.
-    "solver.bounds": ("solver.exact", "solver.result", "solver.effort", *SOLVER),
-    "solver.milp": ("solver.result", "solver.effort", "solver.bounds", *SOLVER),
-    "solver.two_stage": ("solver.milp", "solver.result", "solver.effort", *SOLVER),
+    "solver.result": ("solver.bounds.certificate", "solver.budget", *SOLVER),
+    "solver.run": ("solver.result", "solver.bounds.certificate", *EFFORT, *SOLVER),
+    "solver.search": ("solver.result", *EFFORT, *SOLVER),
+    "solver.terms": ("solver.search", *SOLVER),
+    "solver.bounds": ("solver.run", "solver.result", *EFFORT, *SOLVER),
+    "solver.milp": ("solver.result", "solver.bounds", *EFFORT, *SOLVER),
+    "solver.two_stage": ("solver.milp", "solver.result", *EFFORT, *SOLVER),
     "solver.balancing": ("solver.effort", "placement"),
     "solver.rebalancing": ("solver.effort", "solver.search.level", "placement"),
-    "solver.baselines": (
-        "solver.search",
-        "solver.balancing",
+    # No stage knows a method.
+    "solver.stages": (
+        "solver.run",
         "solver.result",
-        "solver.effort",
+        "solver.terms",
+        "solver.search",
+        "solver.bounds",
+        "solver.milp",
+        "solver.two_stage",
+        *EFFORT,
         *SOLVER,
     ),
     "solver": SOLVER,
@@ -152,6 +160,24 @@ def test_the_command_line_takes_what_the_solver_exports(path):
         if isinstance(node, ast.ImportFrom) and is_in(node.module, ("moetuner.solver",)):
             assert node.module == "moetuner.solver", f"{name(path)} imports {node.module}"
             assert {alias.name for alias in node.names} <= set(moetuner.solver.__all__)
+
+
+def test_ctrl_c_is_caught_in_one_place():
+    """In the solver only the run, and HiGHS's own loop, catch KeyboardInterrupt."""
+    catches = {
+        name(path)
+        for path in MODULES
+        if is_in(name(path), ("solver",))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ExceptHandler) and "KeyboardInterrupt" in ast.dump(node.type)
+    }
+    assert catches <= {"solver.run", "solver.milp.highs"}
+
+
+def test_the_solver_has_one_clock():
+    """The budget alone reads the time; HiGHS polls its own thread."""
+    clocks = {name(p) for p in MODULES if is_in(name(p), ("solver",)) and "time" in imports(p)}
+    assert clocks <= {"solver.budget", "solver.milp.highs"}
 
 
 def test_no_circle_of_modules():

@@ -15,10 +15,9 @@ import moetuner as mt
 from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.bounds.pairs import bound
 from moetuner.solver.bounds.verification import verify
-from moetuner.solver.joint import joint
-from moetuner.solver.result import Limits
+from moetuner.solver.budget import Budget
 
-LIMITS = Limits()
+BUDGET = Budget()
 
 
 def random_problem(seed: int, layers: int, experts: int, topology: mt.Topology) -> mt.Problem:
@@ -59,15 +58,14 @@ def test_bound_is_below_the_optimum_and_verifies(seed, layers, size):
     """Joint finds the optimum; every bound is below it; a certificate proves what was claimed."""
     experts, devices, per_node = size
     problem = random_problem(seed, layers, experts, mt.Topology(devices, per_node))
-    found = joint(problem, seed=0, limits=LIMITS)
-    caps = problem.caps.kept(found.slots)
-    optimum = best_cost(problem, caps)
     result = mt.solve(problem)
+    caps = problem.caps.kept(result.placement.slots)
+    optimum = best_cost(problem, caps)
     assert mt.Objective(problem).cost(result.placement) == optimum
-    proven = bound(problem, caps, limits=LIMITS)
+    proven = bound(problem, caps, budget=BUDGET)
     assert proven is not None
-    assert proven.cost <= optimum
-    assert verify(proven.certificate, problem) == proven.cost
+    assert proven.value <= optimum
+    assert verify(proven.certificate, problem) == proven.value
     assert result.bound is None or result.bound <= result.objective
     assert result.status != "optimal" or result.gap == 0
 
@@ -77,26 +75,26 @@ def test_bound_is_below_the_optimum_and_verifies(seed, layers, size):
 def test_bound_of_co_activation(seed, layers, slots):
     """With dispatch, too, no placement of single copies is below the bound, as its proof says."""
     problem = small_problem(seed, layers, 6, 3, regime="dispatch", slots=slots)
-    found = joint(problem, seed=0, limits=LIMITS)
-    caps = problem.caps.kept(found.slots)
-    proven = bound(problem, caps, limits=LIMITS)
+    single = problem.without_copies() or problem
+    caps = problem.caps.kept(mt.solve(single).placement.slots)
+    proven = bound(problem, caps, budget=BUDGET)
     assert proven is not None
-    assert 0 <= proven.cost <= optimum(problem, caps)
-    assert verify(proven.certificate, problem.without_copies() or problem) == proven.cost
+    assert 0 <= proven.value <= optimum(problem, caps)
+    assert verify(proven.certificate, single) == proven.value
 
 
 def test_certificate_round_trip_and_refusals(tmp_path):
     """What is saved verifies; another problem's, a cut-off or a false certificate is refused."""
     problem = random_problem(1, 3, 8, mt.Topology(2))
-    proven = bound(problem, problem.caps.whole, limits=LIMITS)
+    proven = bound(problem, problem.caps.whole, budget=BUDGET)
     path = tmp_path / "proof.safetensors"
     proven.certificate.save(path)
     again = Certificate.load(path)
-    assert verify(again, problem) == proven.cost
+    assert verify(again, problem) == proven.value
     with pytest.raises(ValueError, match="of these statistics"):
         verify(again, random_problem(2, 3, 8, mt.Topology(2)))
     flat, tiered = (replace(problem, topology=mt.Topology(4, node)) for node in (None, 2))
-    four = bound(flat, flat.caps.whole, limits=LIMITS)
+    four = bound(flat, flat.caps.whole, budget=BUDGET)
     with pytest.raises(ValueError, match="parts and prices"):
         verify(four.certificate, tiered)
     path.write_bytes(path.read_bytes()[:-9])
@@ -108,7 +106,7 @@ def test_tampered_multipliers_prove_less_not_more():
     """Any numbers give a valid bound: none rises above the optimum."""
     problem = random_problem(3, 3, 6, mt.Topology(3))
     optimum = best_cost(problem, problem.caps.whole)
-    proven = bound(problem, problem.caps.whole, limits=LIMITS)
+    proven = bound(problem, problem.caps.whole, budget=BUDGET)
     rng = np.random.default_rng(0)
     for scale in (0.01, 0.3, 3.0):
         (proof,) = proven.certificate.proofs

@@ -9,9 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner.solver.bounds.caps import told
-from moetuner.solver.exact.partitions import chain
-from moetuner.solver.result import Limits
+
+SOURCE = "complete dynamic programme"
+
+
+def check_is_the_optimum(problem: mt.Problem) -> None:
+    """Hold what solve proves against every placement under the caps of the answer."""
+    problem = problem.without_copies() or problem
+    found = mt.solve(problem)
+    best = optimum(problem, kept_caps(problem, found.placement.slots))
+    assert (found.status, found.bound_source) == ("optimal", SOURCE)
+    assert mt.Objective(problem).cost(found.placement) == found.certificate.cost == best
 
 
 @given(
@@ -24,46 +32,30 @@ from moetuner.solver.result import Limits
 )
 def test_is_the_optimum(seed, layers, experts, regime, max_imbalance, slots) -> None:
     """No placement under the same caps costs less, with and without spare slots."""
-    problem = small_problem(
-        seed, layers, experts, slots=slots, regime=regime, max_imbalance=max_imbalance
-    )
-    found = chain(problem)
-    assert found.status == "optimal"
-    caps = kept_caps(problem, found.slots)
-    assert (
-        mt.Objective(problem).cost(mt.Placement(found.slots))
-        == found.bound
-        == optimum(problem, caps)
-    )
+    limits = {"regime": regime, "max_imbalance": max_imbalance}
+    check_is_the_optimum(small_problem(seed, layers, experts, slots=slots, **limits))
 
 
 @given(seed=st.integers(0, 10**6), max_imbalance=st.sampled_from([1.3, None]))
 def test_is_the_optimum_with_nodes(seed, max_imbalance) -> None:
     """Devices within nodes are two nested partitions."""
-    problem = small_problem(seed, 3, 6, 4, slots=2, devices_per_node=2, max_imbalance=max_imbalance)
-    found = chain(problem)
-    caps = kept_caps(problem, found.slots)
-    assert (
-        mt.Objective(problem).cost(mt.Placement(found.slots))
-        == found.bound
-        == optimum(problem, caps)
+    check_is_the_optimum(
+        small_problem(seed, 3, 6, 4, slots=2, devices_per_node=2, max_imbalance=max_imbalance)
     )
 
 
 def test_raises_a_cap_no_further_than_needed() -> None:
     """Where no placement keeps a cap, the least that one does keep is said and kept."""
     load = np.array([[[90, 10, 10, 10]]], dtype=np.uint64)
-    problem = mt.Problem(
-        mt.RoutingStatistics(load, np.zeros((0, 4, 4), np.uint64)),
-        mt.Topology(2),
-        max_imbalance=1.05,
-    )
-    found = chain(problem)
-    assert device_load(problem, found.slots).max() == 100
-    assert told(problem, found).raised == {0: pytest.approx(100 / 60)}
+    statistics = mt.RoutingStatistics(load, np.zeros((0, 4, 4), np.uint64))
+    problem = mt.Problem(statistics, mt.Topology(2), max_imbalance=1.05, regime="follow")
+    found = mt.solve(problem)
+    assert device_load(problem, found.placement.slots).max() == 100
+    assert found.details.caps.raised == {0: pytest.approx(100 / 60)}
+    assert found.status == "optimal"
 
 
 def test_gives_up_where_partitions_are_too_many_or_time_too_short() -> None:
-    """None is the answer where a proof is out of reach."""
-    assert chain(small_problem(0, 2, 16, 4)) is None
-    assert chain(small_problem(0, 3, 8, 4), limits=Limits(time_limit=0.0)) is None
+    """Other proofs, or none, take its place where it is out of reach."""
+    assert mt.solve(small_problem(0, 2, 16, 4), iterations=100).bound_source != SOURCE
+    assert mt.solve(small_problem(0, 3, 8, 4), time_limit=0).bound is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner.solver.bounds.caps import told
-from moetuner.solver.bounds.pairs import bound
+from moetuner.solver.bounds.caps import cap_report
+from moetuner.solver.budget import Budget
 from moetuner.solver.milp.colocation import Programme, colocation, fits
-from moetuner.solver.result import Candidate, Limits
+from moetuner.solver.result import Candidate
 
 
 def shuffled(problem: mt.Problem, seed: int = 0) -> Candidate:
@@ -44,12 +43,12 @@ def test_agrees_with_brute_force(seed, layers, experts, max_imbalance) -> None:
     """From any start it ends at the optimum of the caps that the start keeps, warm-started."""
     problem = small_problem(seed, layers, experts, max_imbalance=max_imbalance)
     start = shuffled(problem, seed)
-    best = colocation(problem, seed=0, limits=Limits(), start=start)
+    best = colocation(problem, seed=0, budget=Budget(), start=start)
     assert best.status == "optimal"
     assert cost(problem, best) == best.bound == optimum(problem, kept_caps(problem, start.slots))
     size = best.details.search.colocation
     assert size["first_incumbent"] in (None, cost(problem, start))
-    raised = told(problem, best).raised
+    raised = cap_report(problem, best.slots).raised
     assert all(ratio > max_imbalance for ratio in raised.values())
 
 
@@ -71,16 +70,13 @@ def test_every_placement_is_a_solution_and_no_other(seed, slots) -> None:
     assert model.device_of(values) is None
 
 
-def test_it_begins_with_the_start_and_keeps_what_was_proven() -> None:
-    """HiGHS begins at the cost that `Objective.cost` gives the start; its certificate stays."""
+def test_it_begins_with_the_start() -> None:
+    """HiGHS begins at the cost that `Objective.cost` gives the start; without time it stays."""
     problem = small_problem(1, 3, 8, 2, max_imbalance=None)
     start = shuffled(problem)
-    proven = bound(problem, problem.caps.kept(start.slots), limits=Limits())
-    start = replace(start, bound=proven.cost, certificate=proven.certificate)
-    best = colocation(problem, seed=0, limits=Limits(), start=start)
+    best = colocation(problem, seed=0, budget=Budget(), start=start)
     assert best.details.search.colocation["first_incumbent"] == cost(problem, start)
-    assert best.certificate is proven.certificate
-    none = colocation(problem, seed=0, limits=Limits(time_limit=0.0), start=start)
+    none = colocation(problem, seed=0, budget=Budget(time_limit=0.0), start=start)
     assert none.status == "time_limit"
     assert none.slots is start.slots
 
@@ -92,8 +88,8 @@ def test_an_interrupt_gives_the_best_so_far() -> None:
     start, seen = shuffled(problem), []
     timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    limits = Limits(progress=seen.append)
-    best = colocation(problem, seed=0, limits=limits, start=start)
+    budget = Budget(progress=seen.append)
+    best = colocation(problem, seed=0, budget=budget, start=start)
     timer.join()
     assert best.status == "interrupted"
     assert best.bound <= cost(problem, best) <= cost(problem, start)

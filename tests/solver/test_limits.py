@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.solver import result
-from moetuner.solver.joint import best_of_all
-from moetuner.solver.result import Candidate, Clock, Limits
-from moetuner.solver.search.balanced import balanced
-from moetuner.solver.search.layerwise import LayerSearch
+from moetuner.solver import budget
+from moetuner.solver.budget import Budget
+from moetuner.solver.stages.floor import balanced
+from moetuner.solver.stages.layers import LayerModel
 
 PROBLEMS = {
     "balance": {"objective": "balance", "slots_per_device": 5},
@@ -42,7 +41,7 @@ def tick(monkeypatch):
 
     def tick(step):
         time = Time(step)
-        monkeypatch.setattr(result, "time", SimpleNamespace(monotonic=time.monotonic))
+        monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=time.monotonic))
         return time
 
     return tick
@@ -73,16 +72,16 @@ def no_worse_than_balance(problem, found):
 def test_a_clock_says_what_is_left(tick):
     """Shares are of what is left less what is kept back; nothing is ever below 0."""
     time = tick(0.0)
-    clock = Clock(Limits(10.0))
+    clock = Budget(10.0)
     assert (clock.left, clock.within(0.5, keep=2.0).time_limit) == (10.0, 4.0)
     time.now += 7.0
     assert (clock.gone, clock.left, clock.is_over()) == (7.0, 3.0, False)
     assert clock.within(keep=4.0).time_limit == 0.0
     time.now += 7.0
     assert (clock.left, clock.is_over(), clock.within().time_limit) == (0.0, True, 0.0)
-    endless = Clock(Limits())
+    endless = Budget()
     assert (endless.left, endless.is_over()) == (None, False)
-    assert endless.within(0.1, keep=5.0) == Limits()
+    assert endless.within(0.1, keep=5.0) == Budget()
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -90,13 +89,13 @@ def test_a_clock_says_what_is_left(tick):
 def test_time_that_is_over_ends_every_search(tick, problem, monkeypatch, name, limit):
     """No search of layers begins when the clock says that nothing is left."""
     time, begun = tick(1.0), []
-    improve = LayerSearch.improve
+    improve = LayerModel.improve
 
-    def asked(self, slots, limits):
-        begun.append(limits.time_limit)
-        return improve(self, slots, limits)
+    def counted(self, run, slots, budget, traffic):
+        begun.append(budget.time_limit)
+        return improve(self, run, slots, budget, traffic)
 
-    monkeypatch.setattr(LayerSearch, "improve", asked)
+    monkeypatch.setattr(LayerModel, "improve", counted)
     found = mt.solve(problem(name), time_limit=limit)
     assert all(0 < left < limit for left in begun)
     # As many readings as phases, however long the real ones take.
@@ -124,20 +123,6 @@ def test_interrupts_at_any_moment_lose_nothing(problem, monkeypatch, name):
         monkeypatch.setattr(mt.Objective, "value", plain)
         assert found.status == "interrupted" or next(calls) <= moment
         assert no_worse_than_balance(problem(name), found)
-
-
-def test_few_placements_are_tried_within_the_time_alone(tick, problem):
-    """Trying every placement is given up when time is over."""
-    small = mt.Problem(
-        mt.RoutingStatistics.from_load([[[8, 4, 2, 1]], [[1, 4, 8, 2]]]),
-        mt.Topology(2),
-        objective="balance",
-        risk=0.5,
-    )
-    worst = Candidate(np.array([[[0, 2], [1, 3]]], dtype=np.int32))
-    assert best_of_all(small, worst, Limits()).status == "optimal"
-    tick(3.0)
-    assert best_of_all(small, worst, Limits(5.0)).status == "feasible"
 
 
 def test_what_is_remembered_is_what_would_be_computed(problem):

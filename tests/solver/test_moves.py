@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.solver.migration import Migration, migrate
-from moetuner.solver.result import Candidate, Limits
-from moetuner.solver.search.balanced import balanced
-from moetuner.solver.search.layerwise import LayerSearch
-from moetuner.solver.search.move_cost import lawful
+from moetuner import solver
+from moetuner.solver import budget
+from moetuner.solver.budget import Budget
+from moetuner.solver.run import Moves, Run, Stage
+from moetuner.solver.stages.floor import balanced
+from moetuner.solver.stages.layers import LayerModel
+from moetuner.solver.stages.moves import descend, repair
 
 
 def statistics(seed=0, windows=3, layers=3, experts=16, transitions=False):
@@ -33,8 +35,13 @@ def excess(problem, placement):
     return problem.caps.excess(placement).sum()
 
 
-# A clock that stands still.
-STOPPED = SimpleNamespace(monotonic=lambda: 0.0)
+def steps(problem, initial, start=None, most=np.inf, threads=None):
+    """List the steps that gain most for a move, from what runs or from slots [L,D,S]."""
+    run, start = Run(problem), repair(problem, initial) if start is None else start
+    effort = Budget(threads=threads)
+    return descend(run, LayerModel(run), Moves(initial), start, most, effort)[0]
+
+
 GOALS = [
     {"objective": "balance"},
     {"objective": "balance", "slots_per_device": 5},
@@ -58,43 +65,38 @@ def problem_of(goal, seed=0):
 def test_figures_of_steps_are_what_placements_have(goal):
     """Moves and excess after every step are a fresh count's; a layer's own cost is exact, too."""
     problem, initial = problem_of(goal), contiguous(3, 16, 4)
-    start = lawful(problem, initial)
-    path, _ = LayerSearch(problem, 0).descend(start, initial, np.inf, Limits())
-    assert len(path.moved) > 5
-    for steps in range(len(path.moved)):
-        placement = mt.Placement(path.after(steps), num_experts=16)
-        assert path.moved[steps] == initial.diff(placement).experts_moved
-        assert path.excess[steps] == pytest.approx(excess(problem, placement), abs=1e-9)
+    path = steps(problem, initial)
+    assert len(path.moves) > 5
+    for step in range(len(path.moves)):
+        placement = mt.Placement(path.after(step), num_experts=16)
+        assert path.moves[step] == initial.diff(placement).experts_moved
+        assert path.excess[step] == pytest.approx(excess(problem, placement), abs=1e-9)
         if goal.get("objective") == "balance" and "risk" not in goal:
             gain = mt.Objective(problem).value(placement) - mt.Objective(problem).value(initial)
-            assert path.value[steps] == pytest.approx(gain, abs=1e-5)
+            assert path.value[step] == pytest.approx(gain, abs=1e-5)
 
 
 def test_steps_follow_traffic_between_layers():
     """A step in one layer changes what steps in the next are worth: figures stay right."""
     problem, initial = problem_of(GOALS[-1]), contiguous(3, 16, 4)
-    start = lawful(problem, initial)
-    path, _ = LayerSearch(problem, 0).descend(start, initial, np.inf, Limits())
-    for steps in (1, len(path.moved) // 2, len(path.moved) - 1):
-        placement = mt.Placement(path.after(steps), num_experts=16)
+    path = steps(problem, initial)
+    for step in (1, len(path.moves) // 2, len(path.moves) - 1):
+        placement = mt.Placement(path.after(step), num_experts=16)
         gain = mt.Objective(problem).value(placement) - mt.Objective(problem).value(initial)
         # Balance counts a thousandth part, to decide between equals.
-        assert path.value[steps] == pytest.approx(gain, rel=0.02, abs=0.002)
+        assert path.value[step] == pytest.approx(gain, rel=0.02, abs=0.002)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_steps_do_not_depend_on_threads(threads):
     """One start, one way down."""
     problem, initial = problem_of(GOALS[0]), contiguous(3, 16, 4)
-    paths = [
-        LayerSearch(problem, 0).descend(lawful(problem, initial), initial, 9, Limits(threads=n))[0]
-        for n in (1, threads)
-    ]
+    paths = [steps(problem, initial, most=9, threads=n) for n in (1, threads)]
     assert np.array_equal(paths[0].places, paths[1].places)
-    assert paths[0].moved[-1] <= 9
+    assert paths[0].moves[-1] <= 9
 
 
-def plain_greedy(problem, initial, budget):
+def plain_greedy(problem, initial, most):
     """Make the exchange that gains most for a move, until the budget is used up: a plain loop."""
     now, value = initial.device_of.copy(), mt.Objective(problem).value(initial)
     while True:
@@ -113,22 +115,22 @@ def plain_greedy(problem, initial, budget):
             )
             found = mt.Objective(problem).value(placement)
             worth = (value - found) / (moves if moves > 0 else 1e-3)
-            if worth > best[0] and initial.diff(placement).experts_moved <= budget:
+            if worth > best[0] and initial.diff(placement).experts_moved <= most:
                 best = (worth, other, found)
         if best[1] is None:
             return value
         now, value = best[1], best[2]
 
 
-@pytest.mark.parametrize("budget", [4, 12])
-def test_a_budget_gains_what_a_plain_greedy_does(budget):
+@pytest.mark.parametrize("most", [4, 12])
+def test_a_budget_gains_what_a_plain_greedy_does(most):
     """At the same budget, the objective is at least as low as by the best exchange each time."""
     counts = statistics(5, windows=4, layers=2, experts=12)
     problem = mt.Problem(counts, mt.Topology(3), objective="balance")
     initial = contiguous(2, 12, 3)
-    result = mt.solve(problem, initial=initial, move_budget=budget, iterations=2000)
-    assert initial.diff(result.placement).experts_moved <= budget
-    assert result.objective <= plain_greedy(problem, initial, budget) * (1 + 1e-9)
+    result = mt.solve(problem, initial=initial, move_budget=most, iterations=2000)
+    assert initial.diff(result.placement).experts_moved <= most
+    assert result.objective <= plain_greedy(problem, initial, most) * (1 + 1e-9)
 
 
 def test_a_front_has_many_points():
@@ -139,8 +141,8 @@ def test_a_front_has_many_points():
     assert front[1].experts_moved <= 2
 
 
-@pytest.mark.parametrize("budget", [2, 6, 60])
-def test_excess_comes_before_value(budget):
+@pytest.mark.parametrize("most", [2, 6, 60])
+def test_excess_comes_before_value(most):
     """A running placement above the cap gets below it first, as far as a budget allows."""
     problem = mt.Problem(
         statistics(1),
@@ -151,14 +153,14 @@ def test_excess_comes_before_value(budget):
     )
     initial = contiguous(3, 16, 4)
     before = excess(problem, initial)
-    result = mt.solve(problem, initial=initial, move_budget=budget, iterations=500)
+    result = mt.solve(problem, initial=initial, move_budget=most, iterations=500)
     after = excess(problem, result.placement)
-    assert 0 < result.details.search.experts_moved <= budget
+    assert 0 < result.details.search.experts_moved <= most
     assert after < before
     told = result.details.caps.raised
     assert bool(told) == (after > 0)
     assert len(told) == (problem.caps.excess(result.placement) > 0).sum()
-    if budget == 60:
+    if most == 60:
         assert not after
 
 
@@ -214,7 +216,7 @@ def test_rules_are_kept_by_the_fewest_moves(seed):
         np.stack([random.permutation(np.arange(6) % 3) for _ in range(2)]), 3
     )
     fewest = least_moves(problem, initial)
-    placement = mt.Placement(lawful(problem, initial), num_experts=6)
+    placement = mt.Placement(repair(problem, initial), num_experts=6)
     assert not problem.rules.violations(placement)
     assert initial.diff(placement).experts_moved == fewest
     result = mt.solve(problem, initial=initial, move_budget=fewest, iterations=200)
@@ -298,13 +300,10 @@ def test_a_step_with_copies_gains_most_for_a_move(seed):
     counts = statistics(seed, windows=5, layers=1, experts=8)
     problem = mt.Problem(counts, mt.Topology(4), objective="balance", slots_per_device=3)
     initial = contiguous(1, 8, 4)
-    start = lawful(problem, initial)
+    start = repair(problem, initial)
     for _ in range(3):
-        path, _ = LayerSearch(problem, 0).descend(start, initial, np.inf, Limits())
-        before, moved = (
-            mt.Objective(problem).value(mt.Placement(start, num_experts=8)),
-            path.moved[0],
-        )
+        path = steps(problem, initial, start)
+        before, moved = problem.value(mt.Placement(start, num_experts=8)), path.moves[0]
         best = 0.0
         for slots in every_step(problem, start):
             try:
@@ -314,10 +313,10 @@ def test_a_step_with_copies_gains_most_for_a_move(seed):
             moves = initial.diff(placement).experts_moved - moved
             gain = before - mt.Objective(problem).value(placement)
             best = max(best, gain / (moves if moves > 0 else 1e-3))
-        if len(path.moved) < 2:
+        if len(path.moves) < 2:
             assert best < 1e-5
             return
-        moves = path.moved[1] - moved
+        moves = path.moves[1] - moved
         assert -path.value[1] / (moves if moves > 0 else 1e-3) == pytest.approx(best, rel=1e-3)
         start = path.after(1)
 
@@ -325,72 +324,60 @@ def test_a_step_with_copies_gains_most_for_a_move(seed):
 def test_with_little_time_steps_come_first(monkeypatch):
     """Where steps take most of the time, nothing else is done, and their end is the answer."""
     problem, initial = problem_of(GOALS[0]), contiguous(3, 16, 4)
-    now, descend = [0.0], LayerSearch.descend
+    now, plain = [0.0], LayerModel.descend
 
-    def slow(self, start, initial, most, limits):
+    def slow(self, *arguments):
         now[0] += 0.9
-        return descend(self, start, initial, most, Limits())
+        return plain(self, *arguments)
 
-    def run(*_, **__):
+    def improve(*_, **__):
         raise AssertionError("a search without time")
 
-    monkeypatch.setattr("moetuner.solver.result.time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(LayerSearch, "descend", slow)
-    monkeypatch.setattr(LayerSearch, "run", run)
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(LayerModel, "descend", slow)
+    monkeypatch.setattr(LayerModel, "improve", improve)
     result = mt.solve(problem, initial=initial, move_budget=8, time_limit=1.0)
-    path, _ = descend(LayerSearch(problem, 0), lawful(problem, initial), initial, 8, Limits())
+    path = steps(problem, initial, most=8)
     best = mt.Placement(path.after(path.best(8, 0.0)), num_experts=16)
-    assert result.objective == mt.Objective(problem).value(best)
+    assert result.objective == problem.value(best)
     assert result.status == "time_limit"
 
 
 @pytest.mark.parametrize("goal", GOALS[:7])
-def test_an_initial_placement_takes_no_time_from_a_solve(goal, monkeypatch):
-    """Where what runs is behind any search's own start, a solve from nothing gets all the time."""
-    problem, initial = problem_of(goal), contiguous(3, 16, 4)
-    given = []
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_an_initial_placement_takes_little_time_from_a_solve(goal, is_ahead, monkeypatch):
+    """From nothing first; what runs is searched on with the rest, where it is ahead of that."""
+    problem, given = problem_of(goal), []
+    initial = contiguous(3, 16, 4)
+    if is_ahead:
+        initial = mt.solve(problem, "heuristic", iterations=100).placement
+    poor = contiguous(3, 16, 4).slots
 
-    def method(problem, *, seed, limits):
-        given.append(limits.time_limit)
-        return Candidate(balanced(problem))
+    def stage(run, part):
+        given.append(part.time_limit)
+        run.offer(poor if is_ahead else balanced(problem), "poor", is_start=True)
 
-    monkeypatch.setattr("moetuner.solver.result.time", STOPPED)
-    migrate(problem, initial, Migration(), method, seed=0, limits=Limits(time_limit=8.0))
-    assert given == [8.0]
+    def improve(self, run, slots, part, traffic):
+        given.append(part.time_limit)
+        return slots, False
 
-
-@pytest.mark.parametrize("goal", GOALS[:3])
-def test_what_runs_is_searched_on_where_it_is_ahead(goal, monkeypatch):
-    """What runs is a start of its own where nothing better is found in most of the time."""
-    problem = problem_of(goal)
-    initial = mt.solve(problem, "heuristic", iterations=100).placement
-    fresh, starts = [], []
-
-    def method(problem, *, seed, limits):
-        fresh.append(limits.time_limit)
-        return Candidate(lawful(problem, contiguous(3, 16, 4)))
-
-    def run(self, limits, *, start):
-        starts.append((limits.time_limit, start))
-        return Candidate(start)
-
-    monkeypatch.setattr("moetuner.solver.result.time", STOPPED)
-    monkeypatch.setattr(LayerSearch, "run", run)
-    migrate(problem, initial, Migration(), method, seed=0, limits=Limits(time_limit=8.0))
-    ((given, start),) = starts
-    assert fresh[0] >= 7.0
-    assert given == 8.0
-    assert mt.Objective(problem).value(mt.Placement(start, num_experts=16)) <= mt.Objective(
-        problem
-    ).value(initial)
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr(LayerModel, "improve", improve)
+    monkeypatch.setitem(solver.METHODS, "heuristic", (Stage(stage),))
+    found = mt.solve(problem, "heuristic", initial=initial, time_limit=8.0)
+    assert 7.0 <= given[0] <= 8.0
+    assert is_ahead or given[0] == 8.0
+    assert (len(given) > 1) == is_ahead
+    ranks = [(excess(problem, of), problem.value(of)) for of in (found.placement, initial)]
+    assert ranks[0] <= ranks[1]
 
 
-@pytest.mark.parametrize("budget", [0, 2, None])
-def test_what_stays_keeps_a_slot_that_its_device_has(budget):
+@pytest.mark.parametrize("most", [0, 2, None])
+def test_what_stays_keeps_a_slot_that_its_device_has(most):
     """A running table may be as wide as the widest device: what is beyond a device moves inside."""
     running = mt.Placement([[[0, -1, -1, 1], [2, 3, 4, 5]]])
     problem = mt.Problem(statistics(layers=1, experts=6), mt.Topology(2), slots_per_device=(2, 4))
-    found = mt.solve(problem, "heuristic", initial=running, move_budget=budget, iterations=100)
+    found = mt.solve(problem, "heuristic", initial=running, move_budget=most, iterations=100)
     assert (found.placement.slots[0, 0, 2:] == -1).all()
     front = mt.pareto(problem, running, iterations=100)
     assert all((each.placement.slots[0, 0, 2:] == -1).all() for each in front[1:])
@@ -403,11 +390,11 @@ def test_an_infinite_budget_is_none(method):
     running = contiguous(3, 16, 4)
     asked = {"initial": running, "iterations": 200, "expert_bytes": 44e6}
     free = mt.solve(problem, method, **asked)
-    for budget in (np.inf, np.float32(np.inf)):
-        found = mt.solve(problem, method, move_budget=budget, **asked)
+    for most in (np.inf, np.float32(np.inf)):
+        found = mt.solve(problem, method, move_budget=most, **asked)
         assert (found.placement, found.status) == (free.placement, free.status)
         assert found.violations == ()
-        assert mt.solve(problem, method, move_budget=budget, iterations=200).status == "feasible"
+        assert mt.solve(problem, method, move_budget=most, iterations=200).status == "feasible"
 
 
 def test_steps_lower_excess_at_any_price():
@@ -423,7 +410,7 @@ def test_steps_lower_excess_at_any_price():
         max_imbalance=1.05,
     )
     initial = contiguous(3, 8, 2)
-    path, _ = LayerSearch(problem, 0).descend(initial.slots, initial, np.inf, Limits())
+    path = steps(problem, initial)
     assert path.excess[0] > 0
     assert path.excess[-1] == 0
 

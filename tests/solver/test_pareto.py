@@ -1,14 +1,11 @@
 """pareto(): trades of gain against moves; and migration that a rule forces."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.solver.effort import PARETO_PRICES
-from moetuner.solver.migration import migrate
 
 
 @pytest.fixture
@@ -39,25 +36,6 @@ def test_trades_are_not_dominated(problem, blocks):
         assert trade.placement.fingerprint == problem.statistics.fingerprint
         assert trade.placement.objective == trade.objective
         assert trade.gain == pytest.approx(trades[0].objective - trade.objective)
-
-
-@pytest.mark.parametrize("last", [1, 3, None])
-def test_a_front_is_solved_at_every_price(problem, blocks, last, monkeypatch):
-    """Free moves first, then moves at each price; after an interruption none."""
-    asked = []
-
-    def counted(problem, initial, migration, method, **options):
-        asked.append(migration.cost)
-        found = migrate(problem, initial, migration, method, **options)
-        return replace(found, status="interrupted") if len(asked) == last else found
-
-    monkeypatch.setattr("moetuner.solver.migration.migrate", counted)
-    mt.pareto(problem, blocks, iterations=200)
-    assert len(asked) == (last or 1 + len(PARETO_PRICES))
-    assert asked[0] == 0
-    assert np.array(asked[2:]) / asked[1:2] == pytest.approx(
-        np.array(PARETO_PRICES)[1 : len(asked) - 1] / PARETO_PRICES[0]
-    )
 
 
 def test_rules_are_kept_when_the_initial_placement_does_not(problem, blocks):

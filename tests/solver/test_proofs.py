@@ -14,16 +14,18 @@ import safetensors.numpy
 from brute_force import every_layer, small_problem
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from staged import staged
 
 import moetuner as mt
 from moetuner import solver
 from moetuner.evaluation import copies
-from moetuner.solver.bounds.caps import exceeded, scope, told
-from moetuner.solver.bounds.loads import bounded
-from moetuner.solver.bounds.pairs import padded
+from moetuner.solver.bounds.caps import cap_report, scope
+from moetuner.solver.bounds.loads import LOAD_BOUND
+from moetuner.solver.bounds.pairs import PAIR_BOUND, padded
 from moetuner.solver.bounds.verification import verify
-from moetuner.solver.result import Candidate, CapsDetails, Details, Limits
-from moetuner.solver.search.traffic import search_traffic
+from moetuner.solver.result import CapsDetails
+from moetuner.solver.run import Bound, Stage
+from moetuner.solver.stages.programmes import PROGRAMME
 from moetuner.solver.two_stage import place_clusters
 from moetuner.statistics import ExpertSets
 
@@ -197,34 +199,32 @@ def test_caps_that_copies_keep_are_not_called_impossible():
             )
             result = mt.solve(problem, iterations=300)
             assert not result.details.caps.infeasible
-            alone = search_traffic(problem, limits=Limits(iterations=10))
-            assert told(problem, alone).raised
-            assert not told(problem, alone).infeasible
-            if result.status == "optimal":
-                assert not exceeded(problem, result.placement.slots).raised
+            alone = mt.solve(problem, "contiguous").placement.slots
+            assert cap_report(problem, alone).raised
+            assert not cap_report(problem, alone).infeasible
 
 
-@pytest.mark.parametrize(
-    "claim",
-    [
-        Candidate(np.zeros(0, np.int32), "optimal", bound=10**9, bound_source="false"),
-        Candidate(np.zeros(0, np.int32), "optimal"),
-        Candidate(
-            np.zeros(0, np.int32), "optimal", bound=0, details=Details(caps=CapsDetails({0: 1.5}))
-        ),
-    ],
-    ids=["above the answer", "without a bound", "under a cap that others may keep"],
-)
+@pytest.mark.parametrize("claim", ["above the answer", "none", "under a cap others may keep"])
 def test_false_claims_are_taken_back(monkeypatch, claim):
-    """Whatever a method claims, an answer that refutes it goes out without."""
-    problem = small_problem(1, 2, 4, 2, max_imbalance=1.2 if claim.details.caps.raised else 2.0)
+    """Whatever a stage claims, an answer that refutes it goes out without."""
+    raised, above = claim.startswith("under"), claim.startswith("above")
+    problem = small_problem(1, 2, 4, 2, max_imbalance=1.0 if raised else 2.0)
     slots = mt.Placement.from_assignment([[0, 0, 1, 1]] * 2, 2).slots
-    monkeypatch.setitem(solver.METHODS, "joint", lambda *_, **__: replace(claim, slots=slots))
+
+    def stage(run, _):
+        run.offer(slots, "claim")
+        if claim != "none":
+            cost = mt.Objective(problem).cost(mt.Placement(slots))
+            run.prove(Bound(10**9 if above else cost, "false"))
+
+    monkeypatch.setitem(solver.METHODS, "joint", (Stage(stage),))
     result = mt.solve(problem)
     assert result.status == "feasible"
-    if claim.bound == 10**9:
+    if above:
         assert (result.bound, result.gap, result.placement.bound) == (None, None, None)
         assert result.details.bound.refuted == "false"
+    if raised:
+        assert result.details.caps.raised
 
 
 def test_raised_caps_are_told_with_the_bound():
@@ -241,7 +241,17 @@ def test_nearly_is_not_optimal():
     problem = mt.Problem(mt.RoutingStatistics(load), mt.Topology(2), objective="balance")
     for device_of, status in (([0, 1, 0, 1], "feasible"), ([0, 1, 1, 0], "optimal")):
         slots = mt.Placement.from_assignment([device_of], 2).slots
-        assert bounded(problem, Candidate(slots), Limits()).status == status
+        run = staged(problem, LOAD_BOUND, start=slots)
+        assert (run.proven or "feasible") == status
+
+
+def test_what_runs_after_the_bound_keeps_its_certificate():
+    """HiGHS may improve a placement, and loses nothing of what was proven before."""
+    problem = small_problem(2, 2, 8, 2, max_imbalance=1.3)
+    slots = mt.solve(problem, "heuristic", iterations=10).placement.slots
+    run = staged(problem, PAIR_BOUND, PROGRAMME, start=slots, time_limit=60.0)
+    assert run.bound.certificate is not None
+    assert verify(run.bound.certificate, problem) <= run.bound.value
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -467,11 +477,11 @@ def test_no_older_certificate_is_left_beside_an_answer_without(run, tmp_path):
 def test_the_complete_programme_is_certified_in_python():
     """Its certificate is recomputed, not believed: another cost or cap is refused."""
     problem = small_problem(1, 3, 6, 3, slots=2)
-    found = solver.METHODS["joint"](problem, seed=0, limits=Limits())
-    assert verify(found.certificate, problem) == found.bound
+    certificate = mt.solve(problem).certificate
+    assert verify(certificate, problem) == certificate.cost
     with pytest.raises(ValueError, match="these links"):
-        verify(replace(found.certificate, cost=found.bound + 1), problem)
-    wide = replace(found.certificate, caps=problem.load.sum(axis=1), cost=0)
+        verify(replace(certificate, cost=certificate.cost + 1), problem)
+    wide = replace(certificate, caps=problem.load.sum(axis=1), cost=0)
     with pytest.raises(ValueError, match="optimum here is"):
         verify(wide, problem)
 

@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.solver.budget import Budget, History, Progress
 from moetuner.solver.result import (
     BoundDetails,
     CapsDetails,
     Details,
-    History,
     LevelBound,
-    Limits,
     PlaceStage,
-    Progress,
     SearchDetails,
     UnseenDetails,
 )
@@ -41,16 +39,6 @@ def test_json_has_one_flat_object_of_what_is_known():
     assert Details().to_dict() == {}
 
 
-def test_what_is_not_known_comes_from_others():
-    """Facts stay where they are known; a zero is a fact."""
-    other = Details(SearchDetails(trials=9, way="other"), unseen=UnseenDetails("norm 8"))
-    both = FULL.or_else(other)
-    assert (both.search.trials, both.search.way) == (0, "other")
-    assert both.unseen is FULL.unseen
-    assert Details().or_else(other) == other
-    assert FULL.or_else(Details()) == FULL
-
-
 @pytest.mark.parametrize(
     ("method", "keys"),
     [
@@ -74,13 +62,13 @@ def test_history_keeps_every_change_once():
     """The best only falls and the bound only rises; who listens hears what is known."""
     heard = []
     history = History(heard.append)
-    history.tell(Progress(0.1, "search", 5.0))
-    history.tell(Progress(0.2, "search", 6.0))
-    history.tell(Progress(0.3, "search", 4.0))
-    history.tell(Progress(0.0, "bound", 4.0, is_step=True))
-    history.tell(Progress(0.4, "bound", None, 3.0))
-    history.tell(Progress(0.5, "bound", None, 2.0))
-    lines = history.end(Progress(0.6, "answer", 4.0, 3.5, is_step=True))
+    history.add(Progress(0.1, "search", 5.0))
+    history.add(Progress(0.2, "search", 6.0))
+    history.add(Progress(0.3, "search", 4.0))
+    history.add(Progress(0.0, "bound", 4.0, is_step=True))
+    history.add(Progress(0.4, "bound", None, 3.0))
+    history.add(Progress(0.5, "bound", None, 2.0))
+    lines = history.ended(4.0, 3.5)
     assert [(each.objective, each.bound) for each in lines] == [
         (5.0, None),
         (4.0, None),
@@ -89,7 +77,7 @@ def test_history_keeps_every_change_once():
         (4.0, 3.5),
     ]
     assert [each.is_step for each in lines] == [False, False, True, False, True]
-    assert heard[-1] == Progress(0.5, "bound", 4.0, 3.0)
+    assert (heard[-1].phase, heard[-1].objective, heard[-1].bound) == ("bound", 4.0, 3.0)
     assert len(heard) == 5  # not between phases
     assert lines[-1].gap == 0.125
     assert Progress(0.0, "search", 4.0).gap is None
@@ -120,7 +108,7 @@ def test_a_result_has_its_history_without_a_listener(make_trace, objective):
 def test_values_in_another_unit_are_not_told():
     """Phases are heard of, their numbers are not."""
     heard = []
-    limits = Limits(progress=heard.append).muted()
-    limits.progress(Progress(1.0, "pairs", 3.0, 2.0))
+    budget = Budget(progress=heard.append).muted()
+    budget.progress(Progress(1.0, "pairs", 3.0, 2.0))
     assert heard == [Progress(1.0, "pairs")]
-    assert Limits().muted().progress is None
+    assert Budget().muted().progress is None

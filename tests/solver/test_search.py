@@ -12,13 +12,7 @@ import moetuner as mt
 from moetuner import _core
 from moetuner.problem.caps import device_load
 from moetuner.problem.windows import MERGED, MOST, windows_of
-from moetuner.solver.exact.enumeration import enumerated
-from moetuner.solver.migration import Migration, migrate
-from moetuner.solver.result import Candidate, Limits
-from moetuner.solver.search.fanout import dispatch
-from moetuner.solver.search.layerwise import LayerSearch
-from moetuner.solver.search.surrogate import link_prices
-from moetuner.solver.search.traffic import search_traffic
+from moetuner.solver.terms import link_prices
 
 
 def planted_homes(random, layers, experts, devices):
@@ -102,8 +96,7 @@ def visits_problem(cap):
 def test_experts_that_are_chosen_together_are_together():
     """Where every token's experts fit one device, each token visits one."""
     problem = visits_problem(None)
-    slots = dispatch(problem, limits=Limits(iterations=20_000)).slots
-    placement = mt.Placement(slots, num_experts=32)
+    placement = mt.solve(problem, "heuristic", iterations=20_000).placement
     assert mt.Objective(problem).value(placement) == pytest.approx(1, abs=1e-12)
 
 
@@ -114,10 +107,10 @@ def test_experts_that_are_chosen_together_are_together():
 def test_fewest_visits_keep_the_cap(cap):
     """Families of unequal load want to break the cap, and must not by a token."""
     problem = visits_problem(cap)
-    free = dispatch(visits_problem(None), limits=Limits(iterations=5_000)).slots
+    free = mt.solve(visits_problem(None), "heuristic", iterations=5_000).placement.slots
     assert (device_load(free, problem.load).max(axis=1) > problem.caps.whole).all()
     for iterations in (5_000, 50_000):
-        slots = dispatch(problem, limits=Limits(iterations=iterations)).slots
+        slots = mt.solve(problem, "heuristic", iterations=iterations).placement.slots
         assert (device_load(slots, problem.load).max(axis=1) <= problem.caps.whole).all()
 
 
@@ -125,9 +118,7 @@ def test_a_looser_cap_costs_no_visits():
     """What a cap allows a looser one allows as well: visits fall from cap to cap."""
     found = []
     for cap in (1.05, 1.2, 1.5, None):
-        problem = visits_problem(cap)
-        slots = dispatch(problem, limits=Limits(iterations=20_000)).slots
-        found.append(mt.Objective(problem).value(mt.Placement(slots, num_experts=32)))
+        found.append(mt.solve(visits_problem(cap), "heuristic", iterations=20_000).objective)
     assert found == sorted(found, reverse=True)
     assert found[0] > 1.5 * found[-1]
 
@@ -179,21 +170,18 @@ def rare_windows(seed, windows=40, experts=48, kind=None):
     rare = np.arange(windows) % 10 == 9
     usual[rare] = random.lognormal(3, 1, (rare.sum(), 2, experts))
     group = {"group": rare.astype(int), "group_names": ("usual", "rare")}
-    return mt.RoutingStatistics.from_load(np.round(usual).astype(np.int64), **group), rare
+    return mt.RoutingStatistics.from_load(np.round(usual).astype(np.int64), **group)
 
 
 @pytest.mark.parametrize("how", [{"risk": 0.9}, {"groups": "minimax"}])
 def test_what_a_risk_is_made_of_weighs_more(how):
-    """Windows of the worst tenth, or group, get the weight, and the answer is better for it."""
+    """The worst tenth, or group, is better off than by the mean of all windows."""
     found, without = [], []
     for seed in range(2):
-        statistics, rare = rare_windows(seed)
-        problem = mt.Problem(statistics, mt.Topology(8), objective="balance", **how)
-        search = LayerSearch(problem, 0)
-        found.append(search.value(search.run(Limits(iterations=2000)).slots))
-        assert search.weight[rare].mean() > 1.5 * search.weight[~rare].mean()
+        problem = mt.Problem(rare_windows(seed), mt.Topology(8), objective="balance", **how)
+        found.append(mt.solve(problem, "heuristic", iterations=2000).objective)
         mean = mt.solve(replace(problem, risk="mean", groups=None), "heuristic", iterations=2000)
-        without.append(search.value(mean.placement.slots))
+        without.append(problem.value(mean.placement))
     assert np.mean(found) < 0.99 * np.mean(without)
 
 
@@ -236,61 +224,8 @@ def test_price_of_links_is_what_evaluate_predicts(top_k, devices):
     assert paid == pytest.approx(mt.Objective(problem).value(placement))
 
 
-# What is kept.
-
-
-def exchanged(placement, layer, one, other):
-    """Slots with two experts of a layer exchanged."""
-    slots = placement.slots.copy()
-    at, there = (np.argwhere(slots[layer] == expert)[0] for expert in (one, other))
-    slots[(layer, *at)], slots[(layer, *there)] = other, one
-    return slots
-
-
-@pytest.mark.parametrize("objective", ["balance", "traffic"])
-def test_a_migration_keeps_the_best_that_it_passes(objective, monkeypatch):
-    """What searches at prices of a move bring last, within the budget but worse, is not taken."""
-    problem = mt.Problem(
-        planted_traffic(2, 3, 32, 4), mt.Topology(4), regime="follow", objective=objective
-    )
-    initial = mt.Placement.from_assignment(np.tile(np.arange(32) // 8, (3, 1)), 4)
-    how = {"seed": 0, "limits": Limits(iterations=300)}
-    monkeypatch.setattr(LayerSearch, "run", lambda self, limits, *, start, moving: Candidate(start))
-    steps = migrate(problem, initial, Migration(10), mt.solve, **how)
-    best = mt.Objective(problem).value(mt.Placement(steps.slots, num_experts=32))
-
-    def worse(self, limits, *, start, moving):
-        """Two moves away from where the steps began, which gain nothing."""
-        ranked = sorted(
-            (exchanged(initial, 0, one, 31) for one in range(8)), key=lambda slots: self.rank(slots)
-        )
-        return Candidate(ranked[-1])
-
-    monkeypatch.setattr(LayerSearch, "run", worse)
-    found = migrate(problem, initial, Migration(10), mt.solve, **how)
-    assert mt.Objective(problem).value(mt.Placement(found.slots, num_experts=32)) == best
-    assert best < mt.Objective(problem).value(initial)
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("risk", [0.5, 0.9])
-def test_trying_everything_finds_what_is_hardly_better(seed, risk):
-    """Where a value a millionth above the optimum is known, it is found; where it is, nothing."""
-    load = np.random.default_rng(seed).integers(1, 60, (6, 2, 6))
-    problem = mt.Problem(
-        mt.RoutingStatistics.from_load(load), mt.Topology(3), objective="balance", risk=risk
-    )
-
-    def value(slots):
-        return mt.Objective(problem).value(mt.Placement(slots, num_experts=6))
-
-    best = value(enumerated(problem, np.inf))
-    assert value(enumerated(problem, best * (1 + 1e-6))) == pytest.approx(best, rel=1e-12)
-    assert len(enumerated(problem, best)) == 0
-
-
 def test_traffic_search_starts_from_balance():
     """Without a trial the answer keeps the cap that loads allow, at whatever traffic."""
     problem = mt.Problem(planted_traffic(3), mt.Topology(8), max_imbalance=1.02, regime="follow")
-    slots = search_traffic(problem, limits=Limits(iterations=0)).slots
+    slots = mt.solve(problem, "heuristic", iterations=0).placement.slots
     assert (device_load(slots, problem.load).max(axis=1) <= problem.caps.whole).all()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner import Placement, Problem, RoutingStatistics, RoutingTrace, Topology, _core
-from moetuner.solver.result import Clock, Limits, Progress
+from moetuner.solver.budget import Budget, Progress
 from moetuner.solver.two_stage import (
     cluster,
     cluster_layers,
@@ -115,7 +115,9 @@ def test_stage_1_searches_where_it_must() -> None:
 
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10**6), devices=st.integers(2, 4), per_node=st.sampled_from([1, 2, 4]))
-def test_stage_2_and_the_program_enclose_the_optimum(seed: int, devices: int, per_node: int) -> None:
+def test_stage_2_and_the_program_enclose_the_optimum(
+    seed: int, devices: int, per_node: int
+) -> None:
     """Assignment is optimal where links are alike; search, program and brute force agree."""
     rng = np.random.default_rng(seed)
     layers = 3 if devices < 4 else 2
@@ -130,8 +132,8 @@ def test_stage_2_and_the_program_enclose_the_optimum(seed: int, devices: int, pe
     assert (placed.status == "optimal") == (placed.bottleneck == placed.bound)
     assert placed.status == "optimal" or not alike
     start = placed.device, None, (placed.bottleneck, 0)
-    clock = Clock(Limits())
-    solution, _ = solve_stage(traffic, cost, *start, tolerance=0, seed=0, clock=clock)
+    budget = Budget()
+    solution, _ = solve_stage(traffic, cost, *start, tolerance=0, seed=0, budget=budget)
     scale = max(placed.bottleneck, 1)
     assert solution.bound * scale <= best + 1e-3
     assert best - 1e-3 <= solution.objective * scale <= placed.bottleneck + 1e-3
@@ -202,8 +204,8 @@ def test_solves_whole_problems(experts: int, devices: int, slots: int, equal: bo
 def test_same_seed_same_answer_on_any_threads() -> None:
     """Neither threads nor repetition change the placement."""
     instance = problem(6, 24, 8, per_node=4)
-    one = two_stage(instance, seed=2, limits=Limits(threads=1))
-    two = two_stage(instance, seed=2, limits=Limits(threads=2))
+    one = two_stage(instance, seed=2, budget=Budget(threads=1))
+    two = two_stage(instance, seed=2, budget=Budget(threads=2))
     assert np.array_equal(one.slots, two.slots)
     assert one.details == two.details
 
@@ -265,7 +267,7 @@ def test_traffic_counts_every_token_once() -> None:
 def test_limits_end_it_early() -> None:
     """Without time the warm starts come back, and the status says why."""
     load = np.random.default_rng(3).integers(1, 1000, (4, 12))
-    found = cluster_layers(load, 6, tolerance=0.0, limits=Limits(time_limit=0.0))
+    found = cluster_layers(load, 6, tolerance=0.0, budget=Budget(time_limit=0.0))
     assert found.status == "time_limit"
     assert found.searched.sum() <= 1
 
@@ -274,8 +276,8 @@ def test_progress_names_the_phase() -> None:
     """Long searches report the layer that they are at."""
     seen: list[Progress] = []
     load = np.random.default_rng(5).lognormal(6, 0.4, (1, 32)).astype(int)
-    limits = Limits(time_limit=2.0, progress=seen.append)
-    cluster_layers(load, 11, tolerance=0.0, limits=limits)
+    budget = Budget(time_limit=2.0, progress=seen.append)
+    cluster_layers(load, 11, tolerance=0.0, budget=budget)
     assert all(line.phase.startswith("clusters of layer 0") for line in seen)
 
 

@@ -17,7 +17,7 @@ from moetuner.solver import effort
 from moetuner.solver.bounds import visits
 from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.bounds.loads import least_balance, least_shared
-from moetuner.solver.result import Limits
+from moetuner.solver.budget import Budget
 
 SIZES = st.sampled_from([(6, 3, None), (6, 2, None), (5, 2, None), (7, 3, None), (6, 4, 2)])
 
@@ -90,13 +90,13 @@ def test_bound_is_below_every_placement(seed, layers, size, top_k, cap, by_tange
         patch.setattr(effort, "TANGENT_TRIALS", 500)
         if by_tangents:
             patch.setattr(visits, "_by_prices", lambda *_: None)
-        proven = visits.bound(problem, slots, caps, limits=Limits())
-    assert proven.cost <= fewest(problem, caps) * (1 + 1e-12)
-    assert proven.cost >= np.floor(
+        proven = visits.bound(problem, slots, caps, budget=Budget())
+    assert proven.value <= fewest(problem, caps) * (1 + 1e-12)
+    assert proven.value >= np.floor(
         visits.least_visits(problem) * mt.Objective(problem).tokens * 0.999999
     )
-    certificate = visits.certified(problem, caps, proven)
-    assert mt.verify(certificate, problem) == certificate.cost == proven.cost
+    certificate = proven.certificate
+    assert mt.verify(certificate, problem) == certificate.cost == proven.value
 
 
 @settings(max_examples=15, deadline=None)
@@ -114,8 +114,8 @@ def test_bound_on_unequal_devices(seed, slots, top_k, by_tangents):
         patch.setattr(effort, "TANGENT_STEPS", 2)
         if by_tangents:
             patch.setattr(visits, "_by_prices", lambda *_: None)
-        proven = visits.bound(problem, placed, caps, limits=Limits())
-    assert proven.cost <= fewest(problem, caps) * (1 + 1e-12)
+        proven = visits.bound(problem, placed, caps, budget=Budget())
+    assert proven.value <= fewest(problem, caps) * (1 + 1e-12)
     result = mt.solve(problem)
     assert result.bound * mt.Objective(problem).tokens <= fewest(problem, caps) * (1 + 1e-9)
 
@@ -151,12 +151,12 @@ def test_certificate_round_trip_and_refusals(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             if by_tangents:
                 patch.setattr(visits, "_by_prices", lambda *_: None)
-            proven = visits.bound(problem, slots, caps, limits=Limits())
-        certificate = visits.certified(problem, caps, proven)
+            proven = visits.bound(problem, slots, caps, budget=Budget())
+        certificate = proven.certificate
         certificate.save(path)
         again = Certificate.load(path)
         assert again == certificate
-        assert mt.verify(again, problem) == proven.cost
+        assert mt.verify(again, problem) == proven.value
         (level,) = again.visits
         assert bool(len(level.slopes)) == by_tangents
         with pytest.raises(ValueError, match="of these statistics"):
@@ -178,8 +178,8 @@ def test_forged_numbers_prove_nothing_false():
     problem = problem_of(3, 2, (6, 3, None), 3)
     slots, caps = found(problem)
     best, rng = fewest(problem, caps), np.random.default_rng(0)
-    proven = visits.bound(problem, slots, caps, limits=Limits())
-    certificate = visits.certified(problem, caps, proven)
+    proven = visits.bound(problem, slots, caps, budget=Budget())
+    certificate = proven.certificate
     (level,) = certificate.visits
     for scale in (0.1, 5.0, 1e6, np.nan):
         wild = level.prices + scale * rng.normal(size=level.prices.shape)
@@ -187,8 +187,8 @@ def test_forged_numbers_prove_nothing_false():
         assert mt.verify(forged, problem) <= best
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visits, "_by_prices", lambda *_: None)
-        proven = visits.bound(problem, slots, caps, limits=Limits())
-    certificate = visits.certified(problem, caps, proven)
+        proven = visits.bound(problem, slots, caps, budget=Budget())
+    certificate = proven.certificate
     (level,) = certificate.visits
     for _ in range(5):
         wild = rng.integers(0, 256, level.slopes.shape).astype(np.uint8)
@@ -218,8 +218,8 @@ def test_bound_of_real_routing(data):
     slots, caps = one.placement.slots, problem.caps.whole
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visits, "_by_prices", lambda *_: None)
-        weaker = visits.bound(problem, slots, caps, limits=Limits())
-    assert one.objective * 0.8 < weaker.cost / mt.Objective(problem).tokens <= one.bound
+        weaker = visits.bound(problem, slots, caps, budget=Budget())
+    assert one.objective * 0.8 < weaker.value / mt.Objective(problem).tokens <= one.bound
 
 
 def test_heavy_experts_share_a_device():

@@ -28,7 +28,7 @@ from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, fill
 from moetuner.problem import capacity
 from moetuner.problem.caps import Caps
-from moetuner.problem.objective import Goal, Objective, Remembered
+from moetuner.problem.objective import Goal, Objective
 from moetuner.problem.pins import Pin, Rules, rules_of
 from moetuner.problem.settings import (
     ENGINE,
@@ -299,9 +299,9 @@ class Problem(Frozen):
         return int(self.capacity.max())
 
     @cached_property
-    def remembered(self) -> Remembered:
-        """What the objective was of the last placements."""
-        return Remembered()
+    def objective_function(self) -> Objective:
+        """The objective as a function of a placement, over all windows."""
+        return Objective(self)
 
     @cached_property
     def load(self) -> NDArray[np.uint64]:
@@ -310,7 +310,7 @@ class Problem(Frozen):
 
     def value(self, placement: Placement) -> float:
         """Return the objective of a placement, as ``Objective(problem).value`` does."""
-        return Objective(self).value(placement)
+        return self.objective_function.value(placement)
 
     def violations(self, placement: Placement) -> tuple[str, ...]:
         """Return what a placement breaks of the problem's rules: slots, pins, bans, the load cap.

@@ -104,6 +104,16 @@ def _spread(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.in
     return capacity
 
 
+def pad_slots(slots: NDArray[np.int32], capacity: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Return slots [L,D,S] as wide as a capacity [L,D] that holds them; experts come first."""
+    padded = np.full((*capacity.shape, int(capacity.max())), EMPTY, dtype=np.int32)
+    width = min(slots.shape[2], padded.shape[2])
+    # Full slots first: a device may have fewer than these are wide.
+    order = np.argsort(slots == EMPTY, axis=2, kind="stable")
+    padded[:, :, :width] = np.take_along_axis(slots, order, axis=2)[:, :, :width]
+    return padded
+
+
 def violations(placement: Placement, capacity: NDArray[np.int64], *, fill_slots: bool) -> list[str]:
     """Return in words which devices a placement gives more experts than slots, or leaves empty."""
     lines = []

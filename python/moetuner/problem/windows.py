@@ -152,51 +152,43 @@ def windows_of(
     risk: Risk,
     groups: Mapping[str, float] | Literal["minimax"] | None,
 ) -> Windows:
-    """Return the windows that count, with their weights."""
+    """Return the windows that count, with their weights.
+
+    Of more windows than searches see the recorded ones stay as they are, and at most as many mixed
+    ones as searches see stand behind them.
+    """
     share = share_mixed(arrival)
     if not (isinstance(risk, str) and risk == "mean") and not (is_number(risk) and 0 <= risk < 1):
         raise ValueError(f"risk must be 'mean', or a level from 0 to below 1, got {shown(risk)}")
-    group = statistics.group
-    weight = np.ones(statistics.windows)
+    weight, group = np.ones(statistics.windows), statistics.group
     if groups is not None:
         weight = _group_weights(statistics, groups)
-    if statistics.windows > MOST:
-        return _many(statistics, weight, share, risk, groups == "minimax")
-    load = statistics.window_load.astype(np.float64)
-    if share > 0 and len(load) > 1:
+    load, many, kind = (
+        statistics.window_load,
+        statistics.windows > MOST,
+        (risk, groups == "minimax"),
+    )
+    if not many:
+        load = load.astype(np.float64)
+    if share == 0 or len(load) < 2:
+        return Windows(load, weight, group, *kind)
+    if many:
+        mixed = drawn_windows(load, weight, MOST)
+    else:
         weighted = load * weight[:, None, None]
         mixed = np.concatenate([part for _, part in mixed_windows(weighted)])
-        load = np.concatenate([load, mixed])
-        total = weight.sum()
-        each = np.full(len(mixed), share * total / len(mixed))
-        weight = np.concatenate([weight * (1 - share), each])
-        used = weight > 0
-        load, weight = load[used], weight[used]
-        if group is not None:
-            # Mixed windows are of no group; where groups compete, they are one of their own.
-            group = np.concatenate([group, np.full(len(mixed), len(statistics.group_names))])[used]
-    return Windows(load, weight, group, risk, groups == "minimax")
-
-
-def _many(
-    statistics: RoutingStatistics, weight: Floats, share: float, risk: Risk, minimax: bool
-) -> Windows:
-    """Return more windows than searches see, with at most as many mixed ones as they see."""
-    load, group = statistics.window_load, statistics.group
-    if share == 0:
-        return Windows(load, weight, group, risk, minimax)
-    mixed = drawn_windows(load, weight, MOST)
-    each = np.full(len(mixed), share * weight.sum() / len(mixed))
-    of_mixed = None
+    weights = np.concatenate(
+        [weight * (1 - share), np.full(len(mixed), share * weight.sum() / len(mixed))]
+    )
     if group is not None:
         # Mixed windows are of no group; where groups compete, they are one of their own.
-        of_mixed = np.full(len(mixed), len(statistics.group_names))
-    if share == 1:
-        return Windows(mixed, each, of_mixed, risk, minimax)
-    if group is not None and of_mixed is not None:
-        group = np.concatenate([group, of_mixed])
-    weights = np.concatenate([weight * (1 - share), each])
-    return Windows(load, weights, group, risk, minimax, mixed)
+        group = np.concatenate([group, np.full(len(mixed), len(statistics.group_names))])
+    if many and share < 1:
+        return Windows(load, weights, group, *kind, mixed)
+    # What weighs nothing is left out: the recorded windows at a share of one, not copied at all.
+    used = weights > 0
+    counted = mixed if share == 1 else np.concatenate([load, mixed])[used]
+    return Windows(counted, weights[used], None if group is None else group[used], *kind)
 
 
 def _representatives(windows: Windows) -> Windows:

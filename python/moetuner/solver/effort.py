@@ -21,11 +21,6 @@ SINGLE_SHARE, SINGLE_BALANCE_SHARE, SINGLE_LEAST = 0.4, 0.1, 20
 # its certificate, may take, and steps of a second on a slow core ("The co-location programme").
 PARTITION_STEPS, PARTITION_STEPS_PER_SECOND = 4_000_000_000, 500_000_000
 
-# Trying every placement ("Risk, the worst group, and budgets"): experts of a layer, contents of
-# one, pairs of contents of two, and sums, beyond which it is not tried, and seconds it may take.
-MOST_EXPERTS, MOST_CONTENTS, MOST_PAIRS, MOST_SUMS = 12, 10_000, 20_000, 20_000_000
-ENUMERATION_SECONDS = 2.0
-
 # Layer by layer ("Windows that nobody has seen", its "Schedule" and "Time of a whole solve").
 # Trials for a slot: of few windows more search brings more, and is cheap; one or two are soon
 # level. Of many, the work is bounded: trials times windows, which are looked at LANES at a time.

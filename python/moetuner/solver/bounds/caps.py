@@ -10,8 +10,7 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
 from moetuner.solver.bounds.loads import least_slowest
-from moetuner.solver.exact.enumeration import contents_of, peaks_of
-from moetuner.solver.result import Candidate, CapsDetails
+from moetuner.solver.result import CapsDetails
 
 Floats = NDArray[np.float64]
 
@@ -19,69 +18,47 @@ Floats = NDArray[np.float64]
 SINGLE = " with one copy of each expert"
 
 
-def raised(
-    problem: Problem,
-    kept: NDArray[np.uint64],
-    *,
-    threads: int | None = None,
+def cap_report(
+    problem: Problem, slots: NDArray[np.int32], *, threads: int | None = None
 ) -> CapsDetails:
-    """Return the caps that had to be raised.
-
-    Takes the caps [L] that a placement keeps. Where there is room for copies nothing is proven:
-    they may keep what single experts cannot, see `exceeded`.
-    """
-    asked = problem.caps.whole
-    layers = np.flatnonzero(kept > asked)
-    if not layers.size:
-        return CapsDetails()
-    mean = problem.load[layers].sum(axis=1, dtype=np.float64) / problem.devices
-    settled_for = (kept[layers] / mean).tolist()
-    found = CapsDetails(dict(zip(layers.tolist(), settled_for, strict=True)))
-    if problem.may_copy:
-        return found
-    peaks = _core.smallest_peaks(
-        problem.load[layers], problem.devices, problem.slots, kept[layers], threads=threads
-    )
-    return CapsDetails(
-        found.raised,
-        {
-            int(layer): (float(bound / scale), float(peak / scale))
-            for layer, scale, (peak, bound) in zip(layers, mean, peaks, strict=True)
-            if bound > int(asked[layer])
-        },
-    )
-
-
-def told(problem: Problem, found: Candidate, *, threads: int | None = None) -> CapsDetails:
-    """Return what `raised` tells of an answer: of the caps that it kept, or of what it exceeds."""
-    if found.caps is not None:
-        return raised(problem, found.caps, threads=threads)
-    return exceeded(problem, found.slots)
-
-
-def exceeded(problem: Problem, slots: NDArray[np.int32]) -> CapsDetails:
-    """Return what `raised` does, of slots [L,D,S] with any copies on any devices."""
+    """Return the caps that slots [L,D,S], with any copies on any devices, exceed."""
     placement = Placement(slots, num_experts=problem.experts)
     layers = np.flatnonzero(problem.caps.excess(placement))
     if not layers.size:
         return CapsDetails()
     alike = problem.topology.has_equal_devices and len(np.unique(problem.capacity)) == 1
     if alike and not placement.has_copies and not problem.rules.some and not problem.may_copy:
-        return raised(problem, problem.caps.kept(slots))
+        return _of_singles(problem, problem.caps.kept(slots), threads)
     total = problem.load.astype(np.float64)
     mean = total.sum(axis=1) / problem.topology.speed_of_device.sum()
     least, peaks = least_slowest(problem, total[None])[0], problem.caps.peaks(placement)
-    found: dict[int, float] = {}
-    infeasible: dict[int, tuple[float, float]] = {}
-    for layer in layers.tolist():
-        found[layer] = float(peaks[layer] / mean[layer])
-        lowest, known = least[layer], peaks[layer]
-        contents = contents_of(problem, layer)
-        if contents is not None:
-            lowest = known = peaks_of(problem, layer, contents).min()
-        if lowest / mean[layer] > (problem.max_imbalance or 1.0) * (1 + ROUNDING):
-            infeasible[layer] = (float(lowest / mean[layer]), float(known / mean[layer]))
-    return CapsDetails(found, infeasible)
+    cap = (problem.max_imbalance or 1.0) * (1 + ROUNDING)
+    return CapsDetails(
+        {layer: float(peaks[layer] / mean[layer]) for layer in layers.tolist()},
+        {
+            layer: (float(least[layer] / mean[layer]), float(peaks[layer] / mean[layer]))
+            for layer in layers.tolist()
+            if least[layer] / mean[layer] > cap
+        },
+    )
+
+
+def _of_singles(problem: Problem, caps: NDArray[np.uint64], threads: int | None) -> CapsDetails:
+    """Return which caps [L] are above the problem's, and which of these had to be."""
+    cap = problem.caps.whole
+    layers = np.flatnonzero(caps > cap)
+    mean = problem.load[layers].sum(axis=1, dtype=np.float64) / problem.devices
+    peaks = _core.smallest_peaks(
+        problem.load[layers], problem.devices, problem.slots, caps[layers], threads=threads
+    )
+    return CapsDetails(
+        dict(zip(layers.tolist(), (caps[layers] / mean).tolist(), strict=True)),
+        {
+            int(layer): (float(bound / scale), float(peak / scale))
+            for layer, scale, (peak, bound) in zip(layers, mean, peaks, strict=True)
+            if bound > int(cap[layer])
+        },
+    )
 
 
 def are_least(caps: CapsDetails) -> bool:
@@ -106,7 +83,7 @@ def scope(problem: Problem, caps: CapsDetails) -> str:
 
 
 def remarks(problem: Problem, caps: CapsDetails) -> list[str]:
-    """Return in words what `raised` has found, a line per fact."""
+    """Return a cap report in words, a line per fact."""
     lines, single = [], SINGLE if problem.stays_single else ""
     if caps.infeasible:
         needs = [

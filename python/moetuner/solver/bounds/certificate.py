@@ -123,7 +123,7 @@ class Certificate(Frozen):
                 names = {f"visits.{number}.{name}": name for name in ARRAYS}
                 tensors |= {to: getattr(level.pairs, name) for to, name in names.items()}
         # The widest type first: then all tensors are aligned.
-        tensors = dict(sorted(tensors.items(), key=lambda each: (-each[1].itemsize, each[0])))
+        tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -134,7 +134,7 @@ class Certificate(Frozen):
             "method": self.method,
             "cost": str(self.cost),
             "levels": json.dumps([[proof.parts, proof.price] for proof in self.proofs]),
-            "visits": json.dumps([[each.parts, each.pairs is not None] for each in self.visits]),
+            "visits": json.dumps([[level.parts, level.pairs is not None] for level in self.visits]),
         }
         with replacing(path_in(path)) as temporary:
             whole = {name: safetensors.whole(array) for name, array in tensors.items()}
@@ -165,12 +165,12 @@ class Certificate(Frozen):
             if metadata.get(name) != wanted:
                 raise ValueError(f"{name} must be {wanted!r}, got {shown(metadata.get(name))}")
         regime, method = metadata["regime"], metadata["method"]
-        for name, text, known in (
+        for name, text, allowed in (
             ("regime", regime, get_args(Regime)),
             ("method", method, get_args(Method)),
         ):
-            if text not in known:
-                raise ValueError(f"{name} must be {' or '.join(known)}, got {shown(text)}")
+            if text not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(allowed)}, got {shown(text)}")
 
         def array(name: str, dtype: Any) -> NDArray[Any]:
             """Read an array of one dimension and just this type."""

@@ -1,4 +1,4 @@
-"""What no placement can beat: the best proven bound of what was found, and those of loads."""
+"""Lower bounds of balance and time that know loads alone, and of time what pairs cost."""
 
 from __future__ import annotations
 
@@ -9,76 +9,49 @@ from numpy.typing import NDArray
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.problem.objective import Objective
-from moetuner.solver.bounds import visits
-from moetuner.solver.bounds.pairs import bound, least_seconds
-from moetuner.solver.result import LOADS, Candidate, Limits
+from moetuner.solver.bounds import pairs
+from moetuner.solver.budget import Budget
+from moetuner.solver.result import LOADS
+from moetuner.solver.run import Bound, Run, Stage
 
 Floats = NDArray[np.float64]
 
 # Sums of floats may be off by this part.
-ROUNDING = 1e-10
+SUM_ROUNDING = 1e-10
 # Loads of windows, layers and experts up to which heavy experts that must share are counted.
 MOST_SORTED = 20_000_000
 
 
-def bounded(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
-    """Add the best bound to what was found.
+def _prove(run: Run, budget: Budget) -> None:
+    """Bound balance or time from below; traffic only where nothing moves.
 
     The least of a sum is no less than the sum of the least: a time's parts, compute and traffic,
-    are bounded one by one. Traffic from layer to layer is bounded for one copy of each expert on
-    equal devices only.
+    are bounded one by one.
     """
-    objective = Objective(problem)
-    if problem.goal == "traffic" and objective.counts_visits:
-        return _visited(problem, found, limits)
-    if found.status == "optimal":
-        return found
-    value = objective.value(Placement(found.slots, num_experts=problem.experts))
-    source = LOADS
+    problem, source = run.problem, LOADS
     if problem.goal == "traffic":
-        if value > 0:
-            return found  # what copies of experts cost at least is not known
+        if problem.objective_function.value(_placement(run)) > 0:
+            return  # what copies of experts cost at least is not known
         least = 0.0
     elif problem.goal == "balance":
         least = least_balance(problem)
     else:
-        # Who interrupts wants no proof.
-        interrupted = found.status == "interrupted"
-        moved = None if interrupted else _least_pairs_us(problem, limits)
+        moved = _least_pairs_us(problem, budget)
         least = least_time(problem, 0.0 if moved is None else moved[0])
         source = LOADS if moved is None else f"loads + {moved[1]}"
     # Rounding of the sums above, far below what anybody reads of an objective.
-    least *= 1 - ROUNDING
-    status = "optimal" if least >= value * (1 - 10 * ROUNDING) else found.status
-    return replace(found, bound=least, bound_source=source, status=status)
+    run.prove(Bound(least * (1 - SUM_ROUNDING) * run.scale, source))
 
 
-def _visited(problem: Problem, found: Candidate, limits: Limits) -> Candidate:
-    """Add what tokens visit at least, with what proves it where devices are all alike."""
-    objective = Objective(problem)
-    value = objective.value(Placement(found.slots, num_experts=problem.experts))
-    least, source, certificate = visits.least_visits(problem), "capacity", None
-    status = found.status
-    if not problem.may_copy and status != "interrupted":
-        # Nothing is known of caps where devices differ, or experts have rules.
-        plain = problem.is_plain
-        caps = problem.caps.kept(found.slots) if plain else problem.load.sum(axis=1)
-        proven = visits.bound(problem, found.slots, caps, limits=limits)
-        least, source = proven.cost / max(objective.tokens, 1), proven.source
-        certificate = visits.certified(problem, caps, proven) if plain else None
-        status = "interrupted" if proven.interrupted else status
-    if found.status == "optimal":
-        return replace(found, certificate=certificate)
-    if least >= value * (1 - ROUNDING):
-        least, status = min(least, value), "optimal"
-    elif status == "feasible" and limits.gap is not None and value - least <= limits.gap * value:
-        status = "gap_reached"
-    return replace(found, bound=least, bound_source=source, certificate=certificate, status=status)
+def _placement(run: Run) -> Placement:
+    return Placement(run.best.slots, num_experts=run.problem.experts)
 
 
 def proves_pairs(problem: Problem) -> bool:
-    """Whether `bounded` proves what pairs cost at least, which takes time."""
+    """Return whether what pairs cost at least is proven, which takes time.
+
+    It is of one copy of each expert on equal devices only.
+    """
     alike = problem.topology.has_equal_devices and not problem.may_copy
     follows = problem.goal == "time" and problem.regime == "follow"
     return follows and alike and problem.devices > 1
@@ -87,7 +60,7 @@ def proves_pairs(problem: Problem) -> bool:
 def least_balance(problem: Problem) -> float:
     """Compute what no placement's balance is below."""
     least = problem.windows.each(lambda load: least_slowest(problem, load).sum(axis=1))
-    return problem.windows.value(least, Objective(problem).reference)
+    return problem.windows.value(least, problem.objective_function.reference)
 
 
 def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
@@ -159,11 +132,11 @@ def _least_compute(problem: Problem, load: Floats) -> Floats:
     active = np.minimum(load, 1.0) if problem.may_copy else load > 0
     count = active.sum(axis=2)
     weights = (model.base_us * problem.devices + model.expert_us * count) / speed.sum()
-    found: Floats = np.maximum(least, np.maximum(tokens, weights))
+    least_us: Floats = np.maximum(least, np.maximum(tokens, weights))
     if not problem.may_copy and np.ptp(speed) == 0:
         whole = (model.base_us + model.expert_us * np.ceil(count / problem.devices)) / speed[0]
-        found = np.maximum(found, whole)
-    return found
+        least_us = np.maximum(least_us, whole)
+    return least_us
 
 
 def _least_rows_us(problem: Problem, load: Floats) -> Floats:
@@ -195,16 +168,16 @@ def _least_part(problem: Problem) -> Floats:
     load = problem.windows.each(lambda load: load.sum(axis=2))[:, 1:]
     if problem.statistics.transitions is None:
         return np.zeros(len(load))
-    pairs = problem.statistics.transitions.sum(axis=(1, 2), dtype=np.float64)
-    part = load / np.maximum(pairs, 1)
-    least: Floats = part.min(axis=1, initial=np.inf) * Objective(problem).top_k
+    counted = problem.statistics.transitions.sum(axis=(1, 2), dtype=np.float64)
+    part = load / np.maximum(counted, 1)
+    least: Floats = part.min(axis=1, initial=np.inf) * problem.objective_function.top_k
     return np.where(np.isfinite(least), least, 0.0)
 
 
-def _least_pairs_us(problem: Problem, limits: Limits) -> tuple[float, str] | None:
+def _least_pairs_us(problem: Problem, budget: Budget) -> tuple[float, str] | None:
     """Compute the least microseconds of pairs on links with evenly used ports, and the proof."""
     assert problem.cost_model is not None
-    short = limits.time_limit is not None and limits.time_limit < least_seconds(problem)
+    short = budget.left is not None and budget.left < pairs.least_seconds(problem)
     if not proves_pairs(problem) or short:
         return None
     plain = replace(
@@ -216,10 +189,24 @@ def _least_pairs_us(problem: Problem, limits: Limits) -> tuple[float, str] | Non
         # What overlaps is taken off the sum of both parts.
         cost_model=replace(problem.cost_model, overlap=0.0),
     )
-    proven = bound(plain, plain.caps.whole, limits=limits)
+    proven = pairs.bound(plain, plain.caps.whole, budget=budget)
     if proven is None:
         return None
-    price, cost = Objective(plain).link_us, problem.topology.cost
+    if proven.interrupted:
+        raise KeyboardInterrupt
+    price, cost = plain.objective_function.link_us, problem.topology.cost
     dearer = cost > 0
     per_cost = float((price[dearer] / cost[dearer]).min()) if dearer.any() else 0.0
-    return proven.cost * per_cost, proven.source
+    return proven.value * per_cost, proven.source
+
+
+def _applies(run: Run) -> bool:
+    traffic = run.problem.goal == "traffic"
+    return not (traffic and (run.objective.counts_visits or pairs.is_of_pairs(run.problem)))
+
+
+def _reserve(run: Run, left: float) -> float:
+    return pairs.reserve(run.problem, left) if proves_pairs(run.problem) else 0.0
+
+
+LOAD_BOUND = Stage(_prove, applies=_applies, least=lambda _: -1.0, reserve=_reserve)

@@ -9,85 +9,93 @@ each expert: where there is room for copies, those may cost less.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
+from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.problem.objective import Objective
 from moetuner.solver import effort
 from moetuner.solver.bounds.certificate import Certificate, Method, Proof
-from moetuner.solver.result import LevelBound, Limits, Progress
-
-
-@dataclass(frozen=True)
-class Bounded:
-    """A proven bound of ``Objective.cost`` under caps, with one copy of each expert."""
-
-    cost: int
-    source: str
-    certificate: Certificate
-    levels: dict[str, LevelBound]
-    interrupted: bool = False
+from moetuner.solver.budget import Budget, Progress
+from moetuner.solver.result import LevelBound
+from moetuner.solver.run import Bound, Run, Stage
 
 
 def bound(
     problem: Problem,
     caps: NDArray[np.uint64],
     *,
-    limits: Limits,
+    budget: Budget,
     target: int | None = None,
     iterations: int | None = None,
-) -> Bounded | None:
-    """Bound a problem's cost from below, of placements under caps [L] on their device loads.
+) -> Bound | None:
+    """Bound ``Objective.cost`` from below, of single copies under caps [L] on device loads.
 
     Without pairs of its regime, or on one device, there is nothing to bound and the answer is None.
     ``target`` is the cost of the best known placement, for the gap. ``iterations`` are those of the
-    semidefinite method, by default what is affordable: those of the limits are another matter.
+    semidefinite method, by default what is affordable: those of the budget are another matter.
     """
     levels = _levels(problem)
     if levels is None:
         return None
-    begin = time.perf_counter()
     proofs: list[Proof] = []
     cost, interrupted = 0, False
     if iterations is None:
         # Less than one is none: sums of rows and columns prove more than a single iteration.
         iterations = int(min(affordable(problem), effort.BOUND_ITERATIONS))
-        if limits.time_limit is not None:
+        if budget.time_limit is not None:
             iterations = effort.BOUND_ITERATIONS_TIMED
     sources: list[str] = []
     proven: dict[str, LevelBound] = {}
     for name, price, parts in levels:
-        left = None
-        if limits.time_limit is not None:
-            gone = time.perf_counter() - begin
-            left = max(limits.time_limit - gone, 0.0) / (len(levels) - len(proofs))
+        part = budget.within(1 / (len(levels) - len(proofs)))
         load, transitions, part_caps = padded(problem, caps, parts)
-        found, source, done, stop, stopped, arrays = _core.bound(
+        crossing, source, done, ended, stopped, arrays = _core.bound(
             load,
             transitions,
             part_caps,
             parts,
             iterations=iterations,
             target=_target(problem, target) if len(levels) == 1 and price == 1 else None,
-            gap=limits.gap or 0.0,
-            time_limit=left,
-            threads=limits.threads,
-            progress=_report(problem, limits, price),
+            gap=budget.gap or 0.0,
+            time_limit=part.time_limit,
+            threads=budget.threads,
+            progress=_report(problem, budget, price),
         )
-        cost += price * found
+        cost += price * crossing
         interrupted |= stopped
         sources.append(source if len(levels) == 1 else f"{source} ({name})")
-        proven[name] = LevelBound(found, done, stop)
+        proven[name] = LevelBound(crossing, done, ended)
         proofs.append(Proof(parts, price, *arrays))
     cost = _of_count(problem, cost)
     certificate = certified(problem, caps, "dual point", cost, tuple(proofs))
-    return Bounded(cost, " + ".join(sources), certificate, proven, interrupted)
+    return Bound(cost, " + ".join(sources), certificate, proven, interrupted)
+
+
+def is_of_pairs(problem: Problem) -> bool:
+    """Return whether it is about pairs alone, of one copy each: what partitions are made of."""
+    single = problem.is_plain and not problem.may_copy
+    return single and not problem.objective_function.counts_visits
+
+
+def _prove(run: Run, budget: Budget) -> None:
+    """Bound what the pairs of the best placement cost at least."""
+    problem, slots = run.problem, run.best.slots
+    cost = problem.objective_function.cost(Placement(slots, num_experts=problem.experts))
+    proven = bound(problem, problem.caps.kept(slots), budget=budget, target=cost)
+    if proven is not None:
+        # With more time it would have come nearer.
+        run.cut = budget.time_limit is not None
+        run.prove(proven)
+
+
+def reserve(problem: Problem, left: float) -> float:
+    """Return the share of so many seconds that a bound of pairs needs; 0 if it cannot end."""
+    share = 1 - effort.SEARCH_SHARE
+    return share if share * left >= least_seconds(problem) else 0.0
 
 
 def least_seconds(problem: Problem) -> float:
@@ -123,9 +131,9 @@ def verified(
     """
     levels = _levels(problem)
     wanted = None if levels is None else [(parts, price) for _, price, parts in levels]
-    found = [(proof.parts, proof.price) for proof in proofs]
-    if wanted != found:
-        raise ValueError(f"certificate must be for parts and prices {wanted}, got {found}")
+    given = [(proof.parts, proof.price) for proof in proofs]
+    if wanted != given:
+        raise ValueError(f"certificate must be for parts and prices {wanted}, got {given}")
     total = 0
     for proof in proofs:
         load, transitions, part_caps = padded(problem, caps, proof.parts)
@@ -177,8 +185,8 @@ def padded(
     else:
         together = problem.statistics.coactivation_or_empty
         tables[::2, :experts, :experts] = together
-        each = np.arange(experts)
-        tables[::2, each, each] = together.max(axis=(1, 2))[:, None]
+        diagonal = np.arange(experts)
+        tables[::2, diagonal, diagonal] = together.max(axis=(1, 2))[:, None]
     return load, tables, np.repeat(caps, copies)
 
 
@@ -229,17 +237,23 @@ def _flops(problem: Problem) -> float:
 
 
 def _report(
-    problem: Problem, limits: Limits, price: int
+    problem: Problem, budget: Budget, price: int
 ) -> Callable[[float, int | None], None] | None:
-    progress = limits.progress
+    progress = budget.progress
     if progress is None:
         return None
-    scale = Objective(problem).scale
+    scale = problem.objective_function.scale
 
     def report(seconds: float, negated: int | None) -> None:
-        known = None
-        if negated is not None:
-            known = _of_count(problem, -negated * price) / scale
-        progress(Progress(seconds, "bound", None, known))
+        proven = None if negated is None else _of_count(problem, -negated * price) / scale
+        progress(Progress(seconds, "bound", None, proven))
 
     return report
+
+
+PAIR_BOUND = Stage(
+    _prove,
+    applies=lambda run: is_of_pairs(run.problem),
+    least=lambda run: least_seconds(run.problem),
+    reserve=lambda run, left: reserve(run.problem, left),
+)

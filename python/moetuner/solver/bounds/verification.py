@@ -9,7 +9,7 @@ from moetuner._checks import instance, threads_in
 from moetuner.problem import Problem
 from moetuner.solver.bounds import pairs, visits
 from moetuner.solver.bounds.certificate import Certificate
-from moetuner.solver.exact.partitions import complete
+from moetuner.solver.bounds.partitions import complete
 
 
 def verify(certificate: Certificate, problem: Problem, *, threads: int | None = None) -> int:
@@ -105,18 +105,18 @@ def _refuse_uncovered(certificate: Certificate, problem: Problem) -> None:
 def _complete_again(certificate: Certificate, problem: Problem, threads: int | None) -> int:
     """Recompute an optimum under a certificate's caps."""
     caps = np.minimum(certificate.caps, problem.load.sum(axis=1, dtype=np.uint64))
-    found = complete(problem, caps, threads=threads)
-    if found is None:
+    optimum = complete(problem, caps, threads=threads)
+    if optimum is None:
         raise ValueError(
             "certificate says that dynamic programming over all partitions is its proof, which is "
             "out of reach for these sizes and links"
         )
-    _, cost, kept = found
-    if (kept != caps).any():
-        first = int(np.flatnonzero(kept != caps)[0])
+    _, cost, caps_kept = optimum
+    if (caps_kept != caps).any():
+        first = int(np.flatnonzero(caps_kept != caps)[0])
         raise ValueError(
             f"certificate must have caps that a placement can keep, got {caps[first]} in layer "
-            f"{first}, where the fullest device carries at least {kept[first]}"
+            f"{first}, where the fullest device carries at least {caps_kept[first]}"
         )
     if cost != certificate.cost:
         raise ValueError(

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,11 +25,11 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.problem.objective import Objective
 from moetuner.solver import effort
 from moetuner.solver.bounds import pairs
 from moetuner.solver.bounds.certificate import Certificate, Visits
-from moetuner.solver.result import Clock, Limits, Progress
+from moetuner.solver.budget import Budget, Progress
+from moetuner.solver.run import ROUNDING, Bound, Run, Stage
 from moetuner.statistics import ExpertSets, RoutingStatistics
 from moetuner.topology import Topology
 
@@ -42,17 +41,7 @@ UNIT = 240
 # Sums of whole numbers below this are exact in floating point.
 EXACT = 2.0**53
 # Vertices of the hull, by its slope, are no further apart than this for one step.
-REACH = 2
-
-
-@dataclass(frozen=True)
-class Bounded:
-    """A proven bound of the visits of all tokens, in visits of devices, and how it was found."""
-
-    cost: int
-    source: str
-    visits: tuple[Visits, ...]
-    interrupted: bool = False
+FARTHEST = 2
 
 
 @dataclass(frozen=True)
@@ -62,17 +51,17 @@ class _Level:
     name: str
     price: float
     part_of: Counts
-    room: Counts
+    capacity: Counts
     caps: NDArray[np.uint64]
 
     @property
     def parts(self) -> int:
-        return int(self.room.shape[1])
+        return int(self.capacity.shape[1])
 
     def least(self, sets: Sequence[ExpertSets]) -> int:
         """Return the visits that capacity alone asks for."""
-        rows = zip(sets, self.room, strict=True)
-        return sum(_tokens(of) * -(-of.top_k // int(room.max())) for of, room in rows)
+        rows = zip(sets, self.capacity, strict=True)
+        return sum(_tokens(of) * -(-of.top_k // int(capacity.max())) for of, capacity in rows)
 
 
 def least_visits(problem: Problem) -> float:
@@ -80,7 +69,7 @@ def least_visits(problem: Problem) -> float:
     sets = _sets(problem)
     levels = _levels(problem, problem.caps.whole)
     cost = sum(level.price * level.least(sets) for level in levels)
-    return cost / max(Objective(problem).tokens, 1)
+    return cost / max(problem.objective_function.tokens, 1)
 
 
 def least_seconds(problem: Problem) -> float:
@@ -89,54 +78,53 @@ def least_seconds(problem: Problem) -> float:
         return 0.0
     levels = list(_levels(problem, problem.caps.whole))
     if problem.experts > effort.PRICE_EXPERTS:
-        each = _weighing_seconds(_sets(problem)) + pairs.least_seconds(problem)
-        return len(levels) * each
-    rooms = [int(room.max()) for level in levels for room in level.room]
-    contents = [math.comb(problem.experts, room) for room in rooms]
+        seconds = _weighing_seconds(_sets(problem)) + pairs.least_seconds(problem)
+        return len(levels) * seconds
+    slots = [int(capacity.max()) for level in levels for capacity in level.capacity]
+    contents = [math.comb(problem.experts, capacity) for capacity in slots]
     orders = max(of.top_k for of in _sets(problem))
     return effort.PRICE_SECONDS * orders * sum(n for n in contents if n <= effort.PRICE_CONTENTS)
 
 
 def bound(
-    problem: Problem, slots: NDArray[np.int32], caps: NDArray[np.uint64], *, limits: Limits
-) -> Bounded:
-    """Bound visits from below, of one copy of each expert under caps [L] on device loads.
+    problem: Problem, slots: NDArray[np.int32], caps: NDArray[np.uint64], *, budget: Budget
+) -> Bound:
+    """Bound visits of all tokens from below, of one copy of each expert under caps [L].
 
     The slots [L,D,S] are a placement to begin from: a good one, with one copy of each expert.
     """
-    clock, sets = Clock(limits), _sets(problem)
+    sets = _sets(problem)
     device_of = Placement(slots, num_experts=problem.experts).device_of
-    found: list[Visits] = []
+    proofs: list[Visits] = []
     cost, sources, interrupted = 0.0, [], False
     levels = list(_levels(problem, caps))
     for number, level in enumerate(levels):
-        mine = clock.within(1 / (len(levels) - number))
+        part = budget.within(1 / (len(levels) - number))
         start = level.part_of[device_of]
-        tell = _teller(mine, cost, level.price, Objective(problem).tokens)
+        report = _reporter(part, cost, level.price, problem.objective_function.tokens)
         least = level.least(sets)
         proven = _Proven(least, Visits(level.parts, np.zeros(0), np.zeros(0, np.uint8)), "capacity")
-        here = Clock(mine)
         for way in (_by_prices, _by_tangents) if level.parts > 1 else ():
             # The second is for what the first cannot do, or not in time.
-            left = here.within()
-            if left.time_limit == 0 or interrupted or proven.visits > least:
+            if part.is_over() or interrupted or proven.visits > least:
                 break
-            better = way(problem, level, start, left, tell)
+            better = way(problem, level, start, part.within(), report)
             interrupted = better is not None and better.interrupted
             if better is not None and better.visits > least:
                 proven = better
         cost += level.price * proven.visits
         sources.append(proven.source if len(levels) == 1 else f"{proven.source} ({level.name})")
-        found.append(proven.proof)
-    return Bounded(math.floor(cost), " + ".join(sources), tuple(found), interrupted)
-
-
-def certified(problem: Problem, caps: NDArray[np.uint64], found: Bounded) -> Certificate:
-    """Make the certificate of a bound of visits under caps [L]."""
-    fingerprint = problem.statistics.fingerprint
-    return Certificate(
-        fingerprint, problem.regime, problem.slots, caps, "visits", found.cost, visits=found.visits
+        proofs.append(proven.proof)
+    certificate = Certificate(
+        problem.statistics.fingerprint,
+        problem.regime,
+        problem.slots,
+        caps,
+        "visits",
+        math.floor(cost),
+        visits=tuple(proofs),
     )
+    return Bound(certificate.cost, " + ".join(sources), certificate, interrupted=interrupted)
 
 
 def verified(
@@ -163,8 +151,8 @@ def verified(
     for level, proof in zip(levels, proofs, strict=True):
         visits = level.least(problem.statistics.sets)
         if len(proof.prices):
-            each = _core.verify_visits(*_seen(problem, level), proof.prices, threads=threads)
-            visits = max(visits, int(each.sum()))
+            by_layer = _core.verify_visits(*_seen(problem, level), proof.prices, threads=threads)
+            visits = max(visits, int(by_layer.sum()))
         if len(proof.slopes) and proof.pairs is not None:
             weighed = _weighed(problem, level, _by_layer(problem, proof.slopes))
             if weighed is not None:
@@ -177,17 +165,17 @@ def verified(
 
 def _levels(problem: Problem, caps: NDArray[np.uint64]) -> Iterator[_Level]:
     """Split the price of visits: of devices, and of nodes on top."""
-    device_cost, node_cost = Objective(problem).visit_costs
-    each, node = np.arange(problem.devices), problem.topology.node_of_device
-    yield _Level("devices", device_cost, each, problem.capacity, caps)
+    device_cost, node_cost = problem.objective_function.visit_costs
+    device, node = np.arange(problem.devices), problem.topology.node_of_device
+    yield _Level("devices", device_cost, device, problem.capacity, caps)
     if node_cost > 0:
-        room = np.zeros((problem.layers, problem.topology.nodes), dtype=np.int64)
-        np.add.at(room.T, node, problem.capacity.T)
+        capacity = np.zeros((problem.layers, problem.topology.nodes), dtype=np.int64)
+        np.add.at(capacity.T, node, problem.capacity.T)
         # The product of two large counts would wrap.
         total = problem.load.sum(axis=1, dtype=np.uint64).tolist()
         size = int(np.bincount(node).max())
         most = [min(int(cap) * size, load) for cap, load in zip(caps, total, strict=True)]
-        yield _Level("nodes", node_cost, node, room, np.array(most, dtype=np.uint64))
+        yield _Level("nodes", node_cost, node, capacity, np.array(most, dtype=np.uint64))
 
 
 def _sets(problem: Problem) -> tuple[ExpertSets, ...]:
@@ -207,19 +195,19 @@ class _Proven:
     interrupted: bool = False
 
 
-Tell = Callable[[float, int], None] | None
+Report = Callable[[float, int], None] | None
 
 
-def _teller(limits: Limits, before: float, price: float, all_tokens: int) -> Tell:
+def _reporter(budget: Budget, before: float, price: float, all_tokens: int) -> Report:
     """Return what reports visits of a level, on top of what other levels cost."""
-    progress = limits.progress
+    progress = budget.progress
     if progress is None:
         return None
 
-    def tell(seconds: float, visits: int) -> None:
+    def report(seconds: float, visits: int) -> None:
         progress(Progress(seconds, "bound", None, (before + price * visits) / max(all_tokens, 1)))
 
-    return tell
+    return report
 
 
 # Prices of experts.
@@ -235,11 +223,11 @@ Seen = tuple[
 def _seen(problem: Problem, level: _Level) -> Seen:
     """Return what the core sees of a level: sets, load [L,E], caps [L], and slots [L,parts]."""
     kinds = [(of.ids, of.counts) for of in _sets(problem)]
-    return kinds, problem.load, level.caps, level.room.astype(np.uint64)
+    return kinds, problem.load, level.caps, level.capacity.astype(np.uint64)
 
 
 def _by_prices(
-    problem: Problem, level: _Level, start: Counts, limits: Limits, tell: Tell
+    problem: Problem, level: _Level, start: Counts, budget: Budget, report: Report
 ) -> _Proven | None:
     """Bound visits by prices of experts; None where contents of a part are too many to try.
 
@@ -248,27 +236,27 @@ def _by_prices(
     if problem.experts > effort.PRICE_EXPERTS:
         return None
     rounds, work = effort.PRICE_ROUNDS, math.inf
-    if limits.time_limit is None:
+    if budget.time_limit is None:
         programmes = effort.PROGRAMME_WORK / (problem.layers * problem.experts**3)
         rounds, work = int(np.clip(programmes, 1, rounds)), effort.PRICE_WORK
 
-    def report(seconds: float, negated: int | None) -> None:
-        if tell is not None and negated is not None:
-            tell(seconds, -negated)
+    def progress(seconds: float, negated: int | None) -> None:
+        if report is not None and negated is not None:
+            report(seconds, -negated)
 
-    found = _core.bound_visits(
+    priced = _core.bound_visits(
         *_seen(problem, level),
         start.astype(np.uint16),
         rounds=rounds,
         work=work,
-        gap=limits.gap or 0.0,
-        time_limit=limits.time_limit,
-        threads=limits.threads,
-        progress=None if tell is None else report,
+        gap=budget.gap or 0.0,
+        time_limit=budget.left,
+        threads=budget.threads,
+        progress=None if report is None else progress,
     )
-    if found is None:
+    if priced is None:
         return None
-    visits, prices, _, interrupted = found
+    visits, prices, _, interrupted = priced
     proof = Visits(level.parts, prices, np.zeros(0, np.uint8))
     return _Proven(int(visits.sum()), proof, "contents of devices", interrupted)
 
@@ -276,12 +264,12 @@ def _by_prices(
 # Tangents.
 
 
-def hull(top_k: int, room: int, parts: int) -> tuple[Counts, Counts]:
+def hull(top_k: int, capacity: int, parts: int) -> tuple[Counts, Counts]:
     """Return vertices of the least co-located pairs for so many parts, with falling parts.
 
-    They are those of experts that are spread evenly; no part has more than ``room`` of them.
+    They are those of experts that are spread evenly; no part has more than ``capacity`` of them.
     """
-    spread = np.arange(min(top_k, parts), -(-top_k // room) - 1, -1, dtype=np.int64)
+    spread = np.arange(min(top_k, parts), -(-top_k // capacity) - 1, -1, dtype=np.int64)
     size, more = np.divmod(top_k, spread)
     return (more * (size + 1) * size + (spread - more) * size * (size - 1)) // 2, spread
 
@@ -309,8 +297,8 @@ class _Weighed:
 
 
 def _corners(problem: Problem, level: _Level) -> list[tuple[Counts, Counts]]:
-    rows = zip(_sets(problem), level.room, strict=True)
-    return [hull(of.top_k, int(room.max()), level.parts) for of, room in rows]
+    rows = zip(_sets(problem), level.capacity, strict=True)
+    return [hull(of.top_k, int(capacity.max()), level.parts) for of, capacity in rows]
 
 
 def _by_layer(problem: Problem, slopes: NDArray[np.uint8]) -> list[Counts]:
@@ -329,12 +317,12 @@ def _weighed(problem: Problem, level: _Level, slopes: list[Counts]) -> _Weighed 
         return None
     tables = np.zeros((problem.layers, experts, experts), dtype=np.uint64)
     alone = 0
-    for table, of, each, corners in zip(
+    for table, of, slope, corners in zip(
         tables, sets, slopes, _corners(problem, level), strict=True
     ):
         counts, ids = of.counts.astype(np.int64), of.ids.astype(np.int64)
-        alone += int(touching(each, corners)[0] @ counts)
-        weights = (counts * each).astype(np.float64)
+        alone += int(touching(slope, corners)[0] @ counts)
+        weights = (counts * slope).astype(np.float64)
         half = np.zeros(experts * experts)
         for one, other in itertools.combinations(ids.T, 2):
             half += np.bincount(one * experts + other, weights, experts * experts)
@@ -342,10 +330,10 @@ def _weighed(problem: Problem, level: _Level, slopes: list[Counts]) -> _Weighed 
         table += table.T.copy()
     statistics = RoutingStatistics(problem.load[None], coactivation=tables)
     # Parts that are all as large as the largest are bounded: they can hold whatever these can.
-    room = int(level.room.max())
+    capacity = int(level.capacity.max())
     topology = Topology(level.parts)
     weighed = Problem(
-        statistics, topology, slots_per_device=room, regime="dispatch", objective="traffic"
+        statistics, topology, slots_per_device=capacity, regime="dispatch", objective="traffic"
     )
     return _Weighed(weighed, alone)
 
@@ -358,10 +346,10 @@ def _weighing_seconds(sets: Sequence[ExpertSets]) -> float:
 def _together(sets: ExpertSets, part_of: Counts) -> Counts:
     """Count the pairs of each set [N] that share a part."""
     part = part_of[sets.ids]
-    found = np.zeros(len(sets), dtype=np.int64)
+    together = np.zeros(len(sets), dtype=np.int64)
     for one, other in itertools.combinations(part.T, 2):
-        found += one == other
-    return found
+        together += one == other
+    return together
 
 
 def _first_slopes(together: Counts, corners: tuple[Counts, Counts]) -> Floats:
@@ -373,64 +361,34 @@ def _first_slopes(together: Counts, corners: tuple[Counts, Counts]) -> Floats:
     return slopes
 
 
-def _preferred(weighed: Problem, seed: int, limits: Limits) -> tuple[Counts, bool]:
+def _preferred(weighed: Problem, seed: int, budget: Budget) -> tuple[Counts, bool]:
     """Search the parts [L,E] that weighted pairs prefer; and whether that was interrupted."""
     slots, _, _, interrupted, _ = _core.search(
         weighed.load,
         np.repeat(weighed.caps.whole[:, None], weighed.devices, axis=1),
-        Objective(weighed).link_cost,
+        weighed.objective_function.link_cost,
         weighed.slots,
         coactivation=weighed.statistics.coactivation,
         seed=seed,
         trials=effort.TANGENT_TRIALS,
-        time_limit=limits.time_limit,
-        threads=limits.threads,
+        time_limit=budget.left,
+        threads=budget.threads,
     )
     return Placement(slots, num_experts=weighed.experts).device_of, interrupted
 
 
 def _by_tangents(
-    problem: Problem, level: _Level, start: Counts, limits: Limits, tell: Tell
+    problem: Problem, level: _Level, start: Counts, budget: Budget, report: Report
 ) -> _Proven | None:
     """Bound visits by tangents; they move towards what the pairs that they weigh prefer."""
-    begin, clock = time.monotonic(), Clock(limits)
-    sets, corners = _sets(problem), _corners(problem, level)
-    if any(len(of[0]) < 2 for of in corners):
+    timed = budget.time_limit is not None
+    if any(len(of[0]) < 2 for of in _corners(problem, level)):
         return None  # capacity says it all
-    weighing = _weighing_seconds(sets)
-    finishing = weighing + pairs.least_seconds(problem)
-    if limits.time_limit is not None and limits.time_limit < finishing:
+    finishing = _weighing_seconds(_sets(problem)) + pairs.least_seconds(problem)
+    if budget.time_limit is not None and budget.time_limit < finishing:
         return None
-    edges = [-np.diff(of[1]) / np.diff(of[0]) * UNIT for of in corners]
-    slopes = [
-        _first_slopes(_together(of, parts), each)
-        for of, parts, each in zip(sets, start, corners, strict=True)
-    ]
-
-    def rounded() -> list[Counts]:
-        return [np.rint(each).astype(np.int64) for each in slopes]
-
-    searching, interrupted = clock.within(effort.TANGENT_SHARE, keep=finishing), False
-    steps = Clock(searching)
-    count, timed = effort.TANGENT_STEPS, limits.time_limit is not None
-    if not timed:
-        count = min(count, int(effort.TANGENT_WORK / (problem.layers * problem.experts**2)))
-    for step in range(count):
-        now = steps.within(keep=weighing)
-        if now.time_limit == 0:
-            break
-        weighed = _weighed(problem, level, rounded())
-        if weighed is None:
-            break
-        part_of, interrupted = _preferred(weighed.problem, step, now)
-        if interrupted or steps.within().time_limit == 0:
-            break
-        for layer, (of, each) in enumerate(zip(sets, corners, strict=True)):
-            vertex = touching(np.rint(slopes[layer]).astype(np.int64), each)[1]
-            ahead = (each[0][vertex] - _together(of, part_of[layer])).clip(-REACH, REACH)
-            size = effort.TANGENT_STEP * (edges[layer][0] - edges[layer][-1]) / math.sqrt(step + 1)
-            slopes[layer] = (slopes[layer] + size * ahead).clip(edges[layer][-1], edges[layer][0])
-    whole = rounded()
+    searching = budget.within(effort.TANGENT_SHARE, keep=finishing)
+    whole, interrupted = _moved_slopes(problem, level, start, searching)
     weighed = _weighed(problem, level, whole)
     if weighed is None:
         return None
@@ -440,16 +398,90 @@ def _by_tangents(
     proven = pairs.bound(
         weighed.problem,
         weighed.problem.caps.whole,
-        limits=replace(clock.within(), progress=None, gap=None),
+        budget=replace(budget.within(), progress=None, gap=None),
         iterations=None if timed else affordable,
     )
     if proven is None:
         return None
-    visits = weighed.visits(proven.cost)
-    if tell is not None:
-        tell(time.monotonic() - begin, visits)
+    assert proven.certificate is not None
+    visits = weighed.visits(int(proven.value))
+    if report is not None:
+        report(budget.gone, visits)
     slope_bytes = np.concatenate(whole).astype(np.uint8)
     (pair_proof,) = proven.certificate.proofs
     proof = Visits(level.parts, np.zeros(0), slope_bytes, pair_proof)
     interrupted |= proven.interrupted
     return _Proven(visits, proof, f"tangents + {proven.source}", interrupted)
+
+
+def _moved_slopes(
+    problem: Problem, level: _Level, start: Counts, budget: Budget
+) -> tuple[list[Counts], bool]:
+    """Return slopes by layer after some steps from a placement [L,E], and if interrupted."""
+    sets, corners, interrupted = _sets(problem), _corners(problem, level), False
+    weighing = _weighing_seconds(sets)
+    edges = [-np.diff(of[1]) / np.diff(of[0]) * UNIT for of in corners]
+    slopes = [
+        _first_slopes(_together(of, parts), corner)
+        for of, parts, corner in zip(sets, start, corners, strict=True)
+    ]
+
+    def rounded() -> list[Counts]:
+        return [np.rint(of).astype(np.int64) for of in slopes]
+
+    count = effort.TANGENT_STEPS
+    if budget.time_limit is None:
+        count = min(count, int(effort.TANGENT_WORK / (problem.layers * problem.experts**2)))
+    for step in range(count):
+        part = budget.within(keep=weighing)
+        weighed = None if part.time_limit == 0 else _weighed(problem, level, rounded())
+        if weighed is None:
+            break
+        part_of, interrupted = _preferred(weighed.problem, step, part)
+        if interrupted or budget.is_over():
+            break
+        for layer, (of, corner) in enumerate(zip(sets, corners, strict=True)):
+            vertex = touching(np.rint(slopes[layer]).astype(np.int64), corner)[1]
+            ahead = corner[0][vertex] - _together(of, part_of[layer])
+            ahead = ahead.clip(-FARTHEST, FARTHEST)
+            size = effort.TANGENT_STEP * (edges[layer][0] - edges[layer][-1]) / math.sqrt(step + 1)
+            slopes[layer] = (slopes[layer] + size * ahead).clip(edges[layer][-1], edges[layer][0])
+    return rounded(), interrupted
+
+
+def _prove(run: Run, budget: Budget) -> None:
+    """Bound what tokens visit at least, with what proves it where devices are all alike."""
+    problem, slots, value = run.problem, run.best.slots, run.best.value
+    if problem.may_copy:
+        run.prove(Bound(_at_most(least_visits(problem), value), "capacity"))
+        return
+    # Nothing is known of caps where devices differ, or experts have rules.
+    plain = problem.is_plain
+    caps = problem.caps.kept(slots) if plain else problem.load.sum(axis=1)
+    proven = bound(problem, slots, caps, budget=budget)
+    least = _at_most(proven.value / max(run.objective.tokens, 1), value)
+    run.prove(replace(proven, value=least, certificate=proven.certificate if plain else None))
+
+
+def _at_most(least: float, value: float) -> float:
+    """Return a bound that rounding has not lifted above the value."""
+    return min(least, value) if least <= value * (1 + ROUNDING) else least
+
+
+def _reserve(run: Run, left: float) -> float:
+    """Return the share of so many seconds that prices or tangents need; 0 if they cannot end."""
+    if run.problem.may_copy:
+        return 0.0
+    least, share = least_seconds(run.problem), 1 - effort.VISIT_SEARCH_SHARE
+    if left and run.problem.experts <= effort.PRICE_EXPERTS:
+        # Prices are soon as good as they get.
+        share = min(share, effort.PRICE_TIMES * least / left)
+    return share if share * left >= least else 0.0
+
+
+VISIT_BOUND = Stage(
+    _prove,
+    applies=lambda run: run.problem.goal == "traffic" and run.objective.counts_visits,
+    least=lambda _: -1.0,
+    reserve=_reserve,
+)

@@ -18,8 +18,9 @@ from moetuner.problem import Problem
 from moetuner.problem.caps import device_load
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
+from moetuner.solver.budget import Budget, Progress
 from moetuner.solver.milp.highs import Ilp, Solution
-from moetuner.solver.result import Candidate, Clock, Limits, Progress
+from moetuner.solver.result import Candidate
 
 BOUND_SOURCE = "co-location integer programme"
 
@@ -147,37 +148,37 @@ class Programme:
         return devices if fits else None
 
 
-def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate) -> Candidate:
+def colocation(problem: Problem, *, seed: int, budget: Budget, start: Candidate) -> Candidate:
     """Improve a placement and prove how far from the optimum it can be.
 
     `fits` says for which problems. Where the start exceeds a cap, that layer's cap becomes its
     largest device load: the bound is then that of these caps, which the answer carries. The answer
     is never worse than the start, and ``"optimal"`` only where cost and bound are equal. Of the
-    limits, ``time_limit``, ``gap`` and ``progress`` apply; without ``time_limit`` the number of
+    budget, ``time_limit``, ``gap`` and ``progress`` apply; without ``time_limit`` the number of
     nodes is limited.
     """
-    if limits.time_limit is not None and limits.time_limit <= 0:
+    if budget.is_over():
         return replace(start, status="time_limit")
-    clock, objective = Clock(limits), Objective(problem)
+    objective = problem.objective_function
     caps = problem.caps.kept(start.slots)
     model = Programme(problem, caps)
     cost = objective.cost(Placement(start.slots, num_experts=problem.experts))
     before = start.bound or 0
 
     def report(_: float | None, dual: float) -> None:
-        if limits.progress is not None:
+        if budget.progress is not None:
             # HiGHS's incumbent is a placement only within its tolerances.
             proven = max(before, model.ilp.proven(dual, model.unit)) / objective.scale
-            limits.progress(Progress(clock.gone, "co-location", cost / objective.scale, proven))
+            budget.progress(Progress(budget.gone, "co-location", cost / objective.scale, proven))
 
     solution = model.ilp.solve(
         start=model.values(_entries(start.slots, problem.experts)),
         start_objective=cost / model.unit,
         seed=seed,
-        gap=limits.gap or 0.0,
+        gap=budget.gap or 0.0,
         absolute_gap=max(0.95 / model.unit - model.ilp.margin, 0.0),  # costs are whole numbers
         nodes=effort.PROGRAMME_NODES,
-        time_limit=clock.left,
+        time_limit=budget.left,
         progress=report,
     )
     slots, cost = _better(problem, model, caps, solution, (start.slots, cost))
@@ -185,7 +186,7 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
     status = solution.status
     if bound >= cost:
         status = "optimal"
-    elif limits.gap is not None and cost - bound <= limits.gap * cost:
+    elif budget.gap is not None and cost - bound <= budget.gap * cost:
         status = "gap_reached"
     elif status not in ("interrupted", "time_limit"):
         status = "feasible"
@@ -198,7 +199,6 @@ def colocation(problem: Problem, *, seed: int, limits: Limits, start: Candidate)
         bound=bound,
         bound_source=BOUND_SOURCE if bound > before else start.bound_source,
         details=start.details.searched(colocation=size),
-        caps=caps,
     )
 
 

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.solver.budget import Budget
 from moetuner.solver.result import (
     Candidate,
-    Clock,
     ClusterStage,
     Details,
-    Limits,
     PlaceStage,
     SearchDetails,
     Status,
@@ -32,17 +31,16 @@ def two_stage(
     problem: Problem,
     *,
     seed: int = 0,
-    limits: Limits | None = None,
+    budget: Budget | None = None,
     equal_sizes: bool | None = None,
 ) -> Candidate:
     """Solve by the paper's two stages.
 
     ``equal_sizes`` says whether clusters hold equally many experts; by default they do where the
-    slots leave no choice. Of the limits, ``time_limit``, ``threads`` and ``progress`` apply. The
+    slots leave no choice. Of the budget, ``time_limit``, ``threads`` and ``progress`` apply. The
     answer has no bound: the method bounds its own stages (in ``details``), not the problem.
     """
-    limits = limits or Limits()
-    clock, devices = Clock(limits), problem.devices
+    budget, devices = budget or Budget(), problem.devices
     if equal_sizes is None:
         equal_sizes = problem.slots == -(-problem.experts // devices)
     clusters = cluster_layers(
@@ -51,7 +49,7 @@ def two_stage(
         equal_sizes=equal_sizes,
         largest=problem.slots,
         seed=seed,
-        limits=clock.rest(),
+        budget=budget.within(),
     )
     sizes = (clusters.cluster[:, :, None] == np.arange(devices)).sum(axis=1)
     differ, transitions = bool(np.ptp(sizes)), problem.statistics.transitions
@@ -68,7 +66,7 @@ def two_stage(
             problem.topology.cost,
             sizes=sizes if differ else None,
             seed=seed,
-            limits=clock.rest(),
+            budget=budget.within(),
         )
         device = placed.device
     device_of = np.take_along_axis(device, clusters.cluster, axis=1)

@@ -9,8 +9,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core
 from moetuner.solver import effort
+from moetuner.solver.budget import Budget
 from moetuner.solver.milp.highs import Ilp, Solution
-from moetuner.solver.result import Clock, Limits, Status
+from moetuner.solver.result import Status
 
 TOLERANCE = 0.025  # the paper's relative MIP tolerance
 
@@ -51,7 +52,7 @@ def cluster_layers(
     largest: int | None = None,
     tolerance: float = TOLERANCE,
     seed: int = 0,
-    limits: Limits | None = None,
+    budget: Budget | None = None,
 ) -> Clusters:
     """Minimise sum_c abs(load_c - mean) in every layer, to within ``tolerance`` * mean: stage 1.
 
@@ -70,12 +71,11 @@ def cluster_layers(
         Experts that a cluster may hold where sizes are free; all by default.
     tolerance
         0 asks for a proven optimum.
-    seed, limits
+    seed, budget
         As in `two_stage.two_stage`.
     """
     load = np.ascontiguousarray(load, dtype=np.uint64)
-    limits = limits or Limits()
-    clock = Clock(limits)
+    budget = budget or Budget()
     experts = load.shape[1]
     largest = experts if largest is None else largest
     start, balance, interrupted = _core.cluster(
@@ -84,8 +84,8 @@ def cluster_layers(
         largest,
         equal_sizes=equal_sizes,
         tolerance=tolerance,
-        time_limit=limits.time_limit,
-        threads=limits.threads,
+        time_limit=budget.left,
+        threads=budget.threads,
     )
     cluster = start.astype(np.int64)
     total = [max(sum(map(int, row)), 1) for row in load]
@@ -102,7 +102,7 @@ def cluster_layers(
         searched[:] = False
         return clusters_of
     status = _search(
-        clusters_of, load, (fewest, most), clusters, tolerance=tolerance, seed=seed, clock=clock
+        clusters_of, load, (fewest, most), clusters, tolerance=tolerance, seed=seed, budget=budget
     )
     return replace(clusters_of, status=status)
 
@@ -115,12 +115,12 @@ def _search(
     *,
     tolerance: float,
     seed: int,
-    clock: Clock,
+    budget: Budget,
 ) -> Status:
     """Solve the layers that are to be searched, in place; those that are left keep their start."""
     status = layers.status
     for layer in np.flatnonzero(layers.searched):
-        if clock.is_over():
+        if budget.is_over():
             layers.searched[layer:] = False
             return "time_limit"
         solution, chosen = solve_layer(
@@ -131,7 +131,7 @@ def _search(
             (layers.deviation[layer], layers.bound[layer]),
             tolerance=tolerance,
             seed=seed,
-            clock=clock,
+            budget=budget,
             phase=f"clusters of layer {layer}",
         )
         if solution.objective is not None and solution.objective < layers.deviation[layer]:
@@ -156,7 +156,7 @@ def solve_layer(
     *,
     tolerance: float,
     seed: int,
-    clock: Clock,
+    budget: Budget,
     phase: str,
 ) -> tuple[Solution, NDArray[np.int64]]:
     """Solve stage 1 of a layer as printed: sum_c t_c with t_c >= +-(load_c - mean).
@@ -192,8 +192,8 @@ def solve_layer(
         seed=seed,
         absolute_gap=tolerance,
         nodes=effort.CLUSTER_NODES,
-        time_limit=clock.left,
-        progress=clock.report(phase),
+        time_limit=budget.left,
+        progress=budget.report(phase),
     )
     assert solution.values is not None
     chosen = np.empty(experts, dtype=np.int64)

@@ -10,8 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core
 from moetuner.solver import effort
+from moetuner.solver.budget import Budget
 from moetuner.solver.milp.highs import Ilp, Solution
-from moetuner.solver.result import Clock, Limits, Status
+from moetuner.solver.result import Status
 from moetuner.solver.two_stage.cluster import TOLERANCE
 
 
@@ -68,7 +69,7 @@ def place_clusters(
     sizes: ArrayLike | None = None,
     tolerance: float = TOLERANCE,
     seed: int = 0,
-    limits: Limits | None = None,
+    budget: Budget | None = None,
 ) -> PlacedClusters:
     """Minimise sum_l max_{d != d'} traffic_l(d,d') / bandwidth(d,d'): stage 2.
 
@@ -87,16 +88,15 @@ def place_clusters(
         of experts over all layers as whole clusters allow.
     tolerance
         Relative MIP tolerance.
-    seed, limits
+    seed, budget
         As in `two_stage.two_stage`.
     """
     traffic = np.ascontiguousarray(traffic, dtype=np.uint64)
     cost = np.ascontiguousarray(cost, dtype=np.int64)
     counts = None if sizes is None else np.ascontiguousarray(sizes, dtype=np.uint64)
-    limits = limits or Limits()
-    clock = Clock(limits)
+    budget = budget or Budget()
 
-    placed, way, bound, interrupted = _searched(traffic, cost, counts, seed, clock)
+    placed, way, bound, interrupted = _searched(traffic, cost, counts, seed, budget)
     device = placed.astype(np.int64)
     bottleneck, total = _times(traffic, cost, device)
     status: Status = "feasible"
@@ -112,7 +112,7 @@ def place_clusters(
             (bottleneck, bound),
             tolerance=tolerance,
             seed=seed,
-            clock=clock,
+            budget=budget,
         )
         way, status = "ilp", solution.status
         proven = (solution.bound - 1e-6) * max(bottleneck, 1)  # HiGHS proves in floating point
@@ -133,7 +133,7 @@ def _searched(
     cost: NDArray[np.int64],
     sizes: NDArray[np.uint64] | None,
     seed: int,
-    clock: Clock,
+    budget: Budget,
 ) -> tuple[NDArray[np.uint16], str, int, bool]:
     """Place by the core, again from level totals where it does not level them.
 
@@ -142,23 +142,22 @@ def _searched(
     links = cost.astype(np.uint64)
 
     def place(start: NDArray[np.uint16] | None) -> tuple[NDArray[np.uint16], str, int, bool]:
-        limits = clock.within()
         return _core.place_clusters(
             traffic,
             links,
             sizes=sizes,
             start=start,
-            time_limit=limits.time_limit,
-            threads=limits.threads,
+            time_limit=budget.left,
+            threads=budget.threads,
         )
 
     placed = place(None)
-    if sizes is None or placed[3] or clock.is_over():
+    if sizes is None or placed[3] or budget.is_over():
         return placed
     totals = np.bincount(placed[0].ravel(), sizes.ravel().astype(np.float64))
     if totals.max() - totals.min() <= (totals.sum() % len(totals) != 0):
         return placed
-    start = _level(sizes, placed[0].astype(np.int64), seed=seed, clock=clock)
+    start = _level(sizes, placed[0].astype(np.int64), seed=seed, budget=budget)
     return place(start.astype(np.uint16))
 
 
@@ -175,7 +174,7 @@ def _times(
 
 
 def _level(
-    sizes: NDArray[np.uint64], start: NDArray[np.int64], *, seed: int, clock: Clock
+    sizes: NDArray[np.uint64], start: NDArray[np.int64], *, seed: int, budget: Budget
 ) -> NDArray[np.int64]:
     """Place clusters for totals of experts per device as equal as can be, whatever the traffic.
 
@@ -199,7 +198,7 @@ def _level(
     spread = np.abs((placed * count.reshape(y.shape)).sum(axis=(0, 1)) - total / n)
     values = np.r_[placed.ravel(), spread]
     nodes = effort.LEVEL_NODES
-    solution = ilp.solve(start=values, seed=seed, nodes=nodes, time_limit=clock.left)
+    solution = ilp.solve(start=values, seed=seed, nodes=nodes, time_limit=budget.left)
     assert solution.values is not None
     device: NDArray[np.int64] = solution.values[y].argmax(axis=2)
     return device
@@ -214,7 +213,7 @@ def solve_stage(
     *,
     tolerance: float,
     seed: int,
-    clock: Clock,
+    budget: Budget,
 ) -> tuple[Solution, NDArray[np.int64]]:
     """Solve stage 2 as printed: sum_l t_l with t_l >= traffic_l(d,d') / bandwidth(d,d').
 
@@ -260,8 +259,8 @@ def solve_stage(
         seed=seed,
         gap=tolerance,
         nodes=effort.PLACE_NODES,
-        time_limit=clock.left,
-        progress=clock.report("placing clusters"),
+        time_limit=budget.left,
+        progress=budget.report("placing clusters"),
     )
     assert solution.values is not None
     return solution, solution.values[y].argmax(axis=2)

@@ -1,4 +1,7 @@
-"""What people do without moetuner: the placements that every method is compared with."""
+"""What people do without moetuner: the placements that every method is compared with.
+
+A baseline is a function of a run and a budget that offers one placement.
+"""
 
 from __future__ import annotations
 
@@ -12,55 +15,60 @@ from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import effort
-from moetuner.solver.result import Candidate, Limits
-from moetuner.solver.search.balanced import balanced
-from moetuner.solver.search.layerwise import layers
-from moetuner.solver.search.traffic import search_traffic
+from moetuner.solver.budget import Budget
+from moetuner.solver.run import Run, Stage
+from moetuner.solver.stages.chain import offer_searched, search_traffic
+from moetuner.solver.stages.floor import FLOOR, balanced
+from moetuner.solver.stages.layers import CHAIN_UNDER_CAPS, CONSTRUCT, anneal
+from moetuner.solver.terms import Terms, core_layers
+from moetuner.statistics import RoutingStatistics
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Slots = NDArray[np.int32]
 
 
-def contiguous(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
+def contiguous(run: Run, _: Budget) -> None:
     """Place experts in blocks, as engines load them; the first devices take what is left over.
 
     Like all that ignore loads it keeps the slots of every device, but neither pins, bans nor caps.
     """
-    return _dealt(problem, lambda device, turn: np.argsort(device, kind="stable"))
+    _deal(run, lambda device, turn: np.argsort(device, kind="stable"))
 
 
-def round_robin(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
+def round_robin(run: Run, _: Budget) -> None:
     """Place expert e on device e mod D, full devices left out."""
-    return _dealt(problem, lambda device, turn: np.lexsort((device, turn)))
+    _deal(run, lambda device, turn: np.lexsort((device, turn)))
 
 
-def random(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
+def random(run: Run, _: Budget) -> None:
     """Place equal counts, as far as slots allow, drawn at random in every layer."""
-    generator = np.random.default_rng(seed)
-    return _dealt(problem, lambda device, turn: generator.permutation(np.lexsort((device, turn))))
+    generator = np.random.default_rng(run.seed)
+    _deal(run, lambda device, turn: generator.permutation(np.lexsort((device, turn))))
 
 
-def lpt(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
+def lpt(run: Run, budget: Budget) -> None:
     """Place the longest processing time first (Graham, 1969), then exchange: balance alone.
 
     With more slots than experts, copies of the heaviest experts as well. Keeps slots, pins and
     bans.
     """
+    problem = run.problem
     if problem.may_copy or not _is_even(problem):
-        return Candidate(balanced(problem))
-    packed = _core.lpt(
+        run.offer(balanced(problem), "lpt")
+        return
+    slots = _core.lpt(
         problem.load,
         problem.devices,
         problem.slots,
         improve=True,
-        time_limit=limits.time_limit,
-        threads=limits.threads,
+        time_limit=budget.left,
+        threads=budget.threads,
     )
-    return Candidate(packed)
+    run.offer(slots, "lpt")
 
 
-def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
+def eplb(run: Run, budget: Budget) -> None:
     """Place as DeepSeek's load balancer does, by its global policy: github.com/deepseek-ai/EPLB.
 
     Copies by the largest load per copy, then the heaviest copy first to the lightest device. Loads
@@ -68,42 +76,44 @@ def eplb(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
     nobody; a layer that DeepSeek's own code balances better with such copies is searched until it
     is as good, if it can be. Keeps slots, pins and bans.
     """
+    problem = run.problem
     slots = balanced(problem, trials=0)
-    if not problem.may_copy or not _is_even(problem):
-        return Candidate(slots)
-    peaks = _peaks(problem, slots)
-    wanted = deepseek_peaks(problem.load, problem.devices, problem.slots)
-    behind = np.flatnonzero(peaks > wanted * (1 + 1e-9))
-    if behind.size:
-        better = slots.copy()
-        better[behind] = _annealed(problem, behind, seed, limits.threads)
-        behind = behind[(_peaks(problem, better) < peaks)[behind]]
-        slots[behind] = better[behind]
-    return Candidate(slots)
+    if problem.may_copy and _is_even(problem):
+        peaks = _peaks(problem, slots)
+        wanted = deepseek_peaks(problem.load, problem.devices, problem.slots)
+        behind = np.flatnonzero(peaks > wanted * (1 + 1e-9))
+        if behind.size:
+            better = slots.copy()
+            better[behind] = _annealed(problem, behind, run.seed, budget.threads)
+            behind = behind[(_peaks(problem, better) < peaks)[behind]]
+            slots[behind] = better[behind]
+    run.offer(slots, "eplb")
 
 
 def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None) -> Slots:
     """Search some layers for the least load of the heaviest device, from what ``balance`` finds."""
-    devices = problem.devices
-    search = _core.Layers(
-        problem.load[None, layers].astype(np.float64),
-        np.ones(1),
-        problem.capacity[layers],
-        [0] * devices,
-        [1.0] * devices,
-        nearest=False,
-        norm=0,
-    )
+    statistics = RoutingStatistics.from_load(problem.load[layers])
+    few = Problem(statistics, problem.topology, slots_per_device=problem.slots)
+    load = few.load[None].astype(np.float64)
+    search = core_layers(few, load, np.ones(1), Terms(), nearest=False)
     start = balanced(problem)[layers]
     return search.place(start, trials=effort.CATCH_UP, restarts=2, seed=seed, threads=threads)[0]
 
 
-def exflow(problem: Problem, *, seed: int, limits: Limits) -> Candidate:
+def exflow(run: Run, budget: Budget) -> None:
     """Search for the least crossing, loads ignored: the objective of ExFlow (Yao et al., 2024)."""
-    asked = replace(problem, regime="follow", max_imbalance=None, objective="traffic")
-    ruled = problem.rules.some or len(np.unique(problem.capacity)) > 1
+    problem = run.problem
+    crossing = replace(problem, regime="follow", max_imbalance=None, objective="traffic")
+    if problem.rules.some or len(np.unique(problem.capacity)) > 1:
+        stages = (FLOOR, CONSTRUCT, CHAIN_UNDER_CAPS, Stage(anneal))
+        inner = run.inner(stages, budget, problem=crossing)
+        run.details = inner.details
+        run.offer(inner.best.slots, "exflow")
+        if inner.interrupted:
+            raise KeyboardInterrupt
+        return
     # One copy of each expert where slots and rules allow it, as in the paper.
-    return (layers if ruled else search_traffic)(asked, seed=seed, limits=limits)
+    offer_searched(run, search_traffic(crossing, run.seed, budget))
 
 
 def deepseek_peaks(load: NDArray[np.uint64], devices: int, slots: int) -> Floats:
@@ -120,10 +130,10 @@ def deepseek_peaks(load: NDArray[np.uint64], devices: int, slots: int) -> Floats
         most = (weight / copies).argmax(axis=1)
         copies[layer, most] += 1
         expert = np.column_stack([expert, most])
-    each = np.take_along_axis(weight / copies, expert, axis=1)
-    each = -np.sort(-each, axis=1)
+    per_copy = np.take_along_axis(weight / copies, expert, axis=1)
+    per_copy = -np.sort(-per_copy, axis=1)
     sums, free = np.zeros((len(weight), devices)), np.full((len(weight), devices), slots)
-    for item in each.T:
+    for item in per_copy.T:
         at = np.where(free > 0, sums, np.inf).argmin(axis=1)
         sums[layer, at] += item
         free[layer, at] -= 1
@@ -134,29 +144,30 @@ def deepseek_peaks(load: NDArray[np.uint64], devices: int, slots: int) -> Floats
 def _peaks(problem: Problem, slots: Slots) -> Floats:
     """Compute the largest device load [L] of slots [L,D,S] whose copies take equal parts."""
     placement = Placement(slots, num_experts=problem.experts)
-    each = problem.load / placement.replicas
-    peaks: Floats = np.einsum("lde,le->ld", placement.held, each).max(axis=1)
+    per_copy = problem.load / placement.replicas
+    peaks: Floats = np.einsum("lde,le->ld", placement.held, per_copy).max(axis=1)
     return peaks
 
 
 def _is_even(problem: Problem) -> bool:
-    """Whether all devices are alike, and no rule sets them apart."""
+    """Return whether all devices are alike, and no rule sets them apart."""
     alike = problem.topology.has_equal_devices and len(np.unique(problem.capacity)) == 1
     return alike and not problem.rules.some
 
 
-def _dealt(problem: Problem, order: Callable[[Integers, Integers], Integers]) -> Candidate:
+def _deal(run: Run, order: Callable[[Integers, Integers], Integers]) -> None:
     """Deal the places of every layer to experts 0, 1, ...: as many on each device as slots allow.
 
     ``order`` sorts the places, given the device and the turn of each [E].
     """
+    problem = run.problem
     device_of = np.empty((problem.layers, problem.experts), dtype=np.int64)
-    for layer, room in enumerate(problem.capacity):
+    for layer, capacity in enumerate(problem.capacity):
         # Turn after turn, every device that has a slot left gets an expert.
-        turn, device = np.nonzero(np.arange(problem.slots)[:, None] < room)
+        turn, device = np.nonzero(np.arange(problem.slots)[:, None] < capacity)
         turn, device = turn[: problem.experts], device[: problem.experts]
         device_of[layer] = device[order(device, turn)]
     placement = Placement.from_assignment(
         device_of, problem.devices, slots_per_device=problem.slots
     )
-    return Candidate(placement.slots)
+    run.offer(placement.slots, "dealt")

@@ -1,0 +1,104 @@
+"""From a run to its result: what the answer is worth, what is true of it, and how it was found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moetuner.placement import Placement, keep_slots
+from moetuner.problem import Problem
+from moetuner.solver.bounds.caps import are_least, cap_report, scope
+from moetuner.solver.result import Details, Result, Status
+from moetuner.solver.run import ROUNDING, Incumbent, Run, exact_value, status_of
+
+
+def result_of(run: Run, method: str, *, searched: bool) -> Result:
+    """Build the result of a run; drop a bound that the placement itself refutes.
+
+    Of what ``searched`` it is said which caps it exceeds, and which windows it has seen.
+    """
+    problem, incumbent = run.problem, run.answer()
+    slots = incumbent.slots
+    if run.moves is not None:
+        # What stays keeps its slot.
+        slots = keep_slots(run.moves.initial.slots, slots, problem.capacity)
+    placement = Placement(slots, num_experts=problem.experts)
+    details = _details(run, incumbent, placement, searched=searched)
+    objective, bound = problem.objective_function.value(placement), run.bound
+    if bound is not None and _is_refuted(run, placement):
+        refuted = replace(details.bound, refuted=bound.source)
+        details, bound = replace(details, bound=refuted), None
+    value = None if bound is None else bound.value / run.scale
+    about = None if bound is None else scope(problem, details.caps)
+    violations = problem.violations(placement)
+    return Result(
+        placement=placement.with_names(
+            model=problem.statistics.model,
+            topology=problem.topology.name,
+            fingerprint=problem.statistics.fingerprint,
+            objective=objective,
+            bound=value,
+            bound_scope=about,
+        ),
+        method=method,
+        status=_status(run, placement, details, violations, is_bounded=bound is not None),
+        objective=objective,
+        bound=value,
+        bound_source=None if bound is None else bound.source,
+        seconds=run.budget.gone,
+        details=details,
+        certificate=None if bound is None else bound.certificate,
+        bound_scope=about,
+        violations=violations,
+    )
+
+
+def _details(run: Run, incumbent: Incumbent, placement: Placement, *, searched: bool) -> Details:
+    details = run.details
+    if run.moves is not None:
+        details = details.searched(experts_moved=incumbent.moves)
+    elif searched and run.problem.is_plain and incumbent.by == "balance":
+        details = details.searched(found_by="balance")
+    if not searched:
+        return details
+    caps = cap_report(run.problem, placement.slots, threads=run.budget.threads)
+    return replace(details, caps=caps).searched(**sampling_facts(run.problem))
+
+
+def sampling_facts(problem: Problem) -> dict[str, int]:
+    """Return how many windows and tokens stand for all, where a search has seen no more."""
+    facts, windows = {}, problem.windows
+    if windows.searched is not windows and problem.goal != "traffic":
+        facts = {"windows": len(windows), "windows_searched": len(windows.searched)}
+    if problem.objective_function.counts_visits and problem.statistics.set_tokens is not None:
+        facts["set_tokens"] = problem.statistics.set_tokens
+    return facts
+
+
+def _is_refuted(run: Run, placement: Placement) -> bool:
+    """Return whether the bound is above the answer's own objective, whatever has gone wrong."""
+    value = exact_value(run, placement.slots)
+    assert run.bound is not None
+    return run.bound.value > (value if isinstance(value, int) else value * (1 + ROUNDING))
+
+
+def _status(
+    run: Run,
+    placement: Placement,
+    details: Details,
+    violations: tuple[str, ...],
+    *,
+    is_bounded: bool,
+) -> Status:
+    """Return how a run ended, or that its answer breaks rules without saying so."""
+    if run.interrupted:
+        return "interrupted"
+    raised = run.problem.caps.violations(placement) if details.caps.raised else []
+    if len(violations) > len(raised):
+        return "violates rules"
+    proven = None
+    if is_bounded and run.bound is not None:
+        proven = status_of(run, placement.slots, run.bound)
+    # An answer that breaks a cap is optimal only where the cap was raised as little as can be.
+    if proven is not None and (proven != "optimal" or are_least(details.caps)):
+        return proven
+    return "time_limit" if run.cut else "feasible"

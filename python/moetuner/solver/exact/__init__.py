@@ -1,1 +1,0 @@
-"""What finds the optimum by looking at everything."""

@@ -1,0 +1,29 @@
+"""The methods: each is a list of stages. `stages.moves` has those from a placement that runs."""
+
+from __future__ import annotations
+
+from moetuner.solver.bounds.loads import LOAD_BOUND
+from moetuner.solver.bounds.pairs import PAIR_BOUND
+from moetuner.solver.bounds.visits import VISIT_BOUND
+from moetuner.solver.run import Stage
+from moetuner.solver.stages import PARTITIONS, SEARCH, baselines
+from moetuner.solver.stages.floor import FLOOR, FLOOR_OF_LEVEL, LEVEL
+from moetuner.solver.stages.programmes import PAPER, PROGRAMME
+
+METHODS: dict[str, tuple[Stage, ...]] = {
+    # Everything else can only add to what the search finds; HiGHS needs a time limit.
+    "joint": (FLOOR, PARTITIONS, SEARCH, PAIR_BOUND, VISIT_BOUND, LOAD_BOUND, PROGRAMME),
+    "paper": (PAPER,),
+    "heuristic": (FLOOR, SEARCH),
+    "quick": (LEVEL, FLOOR_OF_LEVEL),
+    "contiguous": (Stage(baselines.contiguous),),
+    "round_robin": (Stage(baselines.round_robin),),
+    "random": (Stage(baselines.random),),
+    "lpt": (Stage(baselines.lpt),),
+    "eplb": (Stage(baselines.eplb),),
+    "exflow": (Stage(baselines.exflow),),
+}
+# Methods that can begin from a placement that runs.
+SEARCHES = ("joint", "heuristic")
+# The paper calls its method MoETuner, and so did this package.
+ALIASES = {"moetuner": "paper"}

@@ -1,0 +1,404 @@
+"""Run: one solve under way. It alone knows the time, Ctrl-C, progress and the best placement.
+
+A method is a list of stages. A stage says whether it applies and how much time it needs, takes the
+problem and the best placement from the run, and offers what it finds. Whatever it offers is filled,
+judged and ranked here: load above the caps first, then the objective with moves at their price.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner._checks import at_least, not_negative
+from moetuner.placement import Placement, moves_from
+from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
+from moetuner.solver import effort
+from moetuner.solver.bounds.certificate import Certificate
+from moetuner.solver.budget import Budget, Progress
+from moetuner.solver.result import BoundDetails, Details, LevelBound, Status
+
+Slots = NDArray[np.int32]
+Value = TypeVar("Value")
+# Values within this part of the best are as good: predictions are not known to half a per cent.
+TIE = 0.005
+
+
+@dataclass(frozen=True)
+class Moves:
+    """A running placement, and what it costs to leave it.
+
+    Parameters
+    ----------
+    initial
+        The placement that runs.
+    budget
+        Bytes that may move; None, or infinity, for any number.
+    cost
+        What a moved byte costs, in units of the objective.
+    expert_bytes
+        Bytes of one expert of one layer; with 1, budget and cost are of experts.
+    """
+
+    initial: Placement
+    budget: float | None = None
+    cost: float = 0.0
+    expert_bytes: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.budget is not None:
+            at_least("move_budget", self.budget, 0, " bytes")
+            if math.isinf(self.budget):
+                object.__setattr__(self, "budget", None)
+        not_negative("move_cost", self.cost, "price of a byte")
+        not_negative("expert_bytes", self.expert_bytes, "number of bytes")
+
+    @property
+    def price(self) -> float:
+        """What a move costs, in units of the objective."""
+        return self.cost * self.expert_bytes
+
+    @property
+    def most(self) -> float:
+        """Moves that the budget allows."""
+        if self.budget is None or not self.expert_bytes:
+            return np.inf
+        return self.budget / self.expert_bytes
+
+    @property
+    def prices(self) -> NDArray[np.float64]:
+        """Price of a copy on a device [L,D,E]."""
+        return np.where(self.initial.held, 0.0, self.price)
+
+    def count(self, slots: Slots) -> int:
+        """Count the copies in slots [L,D,S] that have to move."""
+        return int(moves_from(self.initial.held, slots).sum())
+
+
+@dataclass(frozen=True)
+class Incumbent:
+    """A placement that a stage offered.
+
+    Parameters
+    ----------
+    slots
+        Expert ids [L,D,S].
+    excess
+        By what part caps are exceeded, summed over layers.
+    value
+        The objective in the windows that a search sees, with moves at their price.
+    by
+        What found it.
+    is_start
+        Whether a search began with it: no answer is behind any of these.
+    moves
+        Copies that have to move.
+    """
+
+    slots: Slots
+    excess: float
+    value: float
+    by: str
+    is_start: bool = False
+    moves: int = 0
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Excess over caps, then value; lower is better."""
+        return self.excess, self.value
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A proven lower bound.
+
+    Parameters
+    ----------
+    value
+        In units of ``Objective.cost`` where the objective is traffic of pairs, else of
+        ``Objective.value``.
+    source
+        How it was proven.
+    certificate
+        What anybody can recompute it from, or None.
+    levels
+        How it was proven level by level.
+    interrupted
+        Whether Ctrl-C ended the proof.
+    """
+
+    value: float
+    source: str
+    certificate: Certificate | None = None
+    levels: dict[str, LevelBound] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a method.
+
+    Parameters
+    ----------
+    run
+        Takes the run and a budget, offers placements and proves bounds. It raises
+        KeyboardInterrupt if the core or HiGHS reports an interrupt.
+    applies
+        Whether it can do anything for the run's problem.
+    least
+        Seconds below which it is not worth beginning.
+    share
+        Share of the seconds left that it may use at most.
+    reserve
+        Share of so many seconds left that is kept back for it while earlier stages run.
+    """
+
+    run: Callable[[Run, Budget], None]
+    applies: Callable[[Run], bool] = lambda _: True
+    least: Callable[[Run], float] = lambda _: 0.0
+    share: Callable[[Run], float] = lambda _: 1.0
+    reserve: Callable[[Run, float], float] = lambda _, __: 0.0
+
+
+class Run:
+    """A solve under way.
+
+    Parameters
+    ----------
+    problem
+        What to place.
+    seed
+        Random seed.
+    budget
+        Time and effort of the whole run.
+    moves
+        The placement that runs and what leaving it costs; None where nothing runs.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        seed: int = 0,
+        budget: Budget | None = None,
+        moves: Moves | None = None,
+    ) -> None:
+        self.problem, self.seed, self.moves = problem, seed, moves
+        self.budget = Budget() if budget is None else budget
+        # Of many windows a search sees some that stand for all; the answer is judged on all.
+        self.sees_all = problem.windows.searched is problem.windows
+        self.objective = problem.objective_function
+        if not self.sees_all:
+            self.objective = Objective(problem, problem.windows.searched)
+        self.incumbents: list[Incumbent] = []
+        self.preferred: Incumbent | None = None
+        self.bound: Bound | None = None
+        self.details = Details()
+        self.interrupted = self.cut = False
+        # What the last steps of a descent gain for a move.
+        self.slope = 0.0
+        # Seconds that judging a placement takes, and that the judgement on all windows will take.
+        self.judging = self.judging_all = 0.0
+
+    # Stages.
+
+    def finish(
+        self, stages: Sequence[Stage], floor: Callable[[], Slots], result: Callable[[], Value]
+    ) -> Value:
+        """Run stages, then return the result; Ctrl-C ends either with the best so far.
+
+        Slots of the ``floor`` are the answer if no stage has offered anything.
+        """
+        try:
+            # Of large tables this takes a while: not after the search, when the time is over.
+            _ = self.problem.statistics.fingerprint
+            self.through(stages)
+            if self.incumbents:
+                return result()
+        except KeyboardInterrupt:
+            self.interrupted = True
+        # What is known is not lost: this takes no longer than what was interrupted.
+        if not self.incumbents:
+            self.offer(floor(), "balance", is_start=True)
+        return result()
+
+    def through(self, stages: Sequence[Stage], budget: Budget | None = None) -> None:
+        """Run stages in order until one proves the optimum or the gap, or Ctrl-C.
+
+        A stage is left out if it does not apply or cannot end in time; the first one is not.
+        """
+        budget = self.budget if budget is None else budget
+        try:
+            for number, stage in enumerate(stages):
+                if self.interrupted or self.proven is not None:
+                    break
+                if stage.applies(self):
+                    self._begin(stage, stages[number + 1 :], budget)
+        except KeyboardInterrupt:
+            self.interrupted = True
+
+    def _begin(self, stage: Stage, later: Sequence[Stage], budget: Budget) -> None:
+        left, kept_back = budget.left, 0.0
+        if left is not None:
+            reserves = [of.reserve(self, left) for of in later if of.applies(self)]
+            kept_back = max(reserves, default=0.0)
+        keep = 2 * self.judging_all if self.incumbents else 0.0
+        part = budget.within((1 - kept_back) * stage.share(self), keep=keep)
+        if self.incumbents and part.left is not None and part.left <= stage.least(self):
+            self.cut = True
+        else:
+            stage.run(self, part)
+
+    def inner(
+        self,
+        stages: Sequence[Stage],
+        budget: Budget,
+        *,
+        problem: Problem | None = None,
+        moves: Moves | None = None,
+        start: Slots | None = None,
+    ) -> Run:
+        """Return another run through stages: of another problem, from slots, or at other prices."""
+        inner = Run(problem or self.problem, seed=self.seed, budget=budget, moves=moves)
+        if start is not None:
+            inner.offer(start, "start", is_start=True)
+        inner.through(stages)
+        if not inner.incumbents:
+            raise KeyboardInterrupt
+        return inner
+
+    # Placements.
+
+    def judge(self, slots: Slots, by: str = "", *, is_start: bool = False) -> Incumbent:
+        """Compute the rank of slots [L,D,S], whose slots are filled if the problem wants that."""
+        begin = self.budget.gone
+        slots = self.problem.filled(slots, None if self.moves is None else self.moves.initial)
+        moves = 0 if self.moves is None else self.moves.count(slots)
+        incumbent = Incumbent(slots, *self._rank(slots, moves, self.objective), by, is_start, moves)
+        self.judging = max(self.judging, self.budget.gone - begin)
+        return incumbent
+
+    def _rank(self, slots: Slots, moves: int, objective: Objective) -> tuple[float, float]:
+        placement = Placement(slots, num_experts=self.problem.experts)
+        excess = float(self.problem.caps.excess(placement).sum())
+        price = 0.0 if self.moves is None else self.moves.price * moves
+        return excess, objective.value(placement) + price
+
+    def offer(self, slots: Slots, by: str, *, is_start: bool = False) -> Incumbent:
+        """Judge slots [L,D,S]; they are an incumbent if their moves are within the budget."""
+        incumbent = self.judge(slots, by, is_start=is_start)
+        if self.moves is None or incumbent.moves <= self.moves.most:
+            self.incumbents.append(incumbent)
+            self._tell(by)
+        return incumbent
+
+    def prefer(self, slots: Slots, by: str) -> None:
+        """Make slots [L,D,S] the answer although an incumbent may rank before them by a hair."""
+        self.preferred = self.judge(slots, by)
+
+    def _tell(self, phase: str) -> None:
+        """Report the best value where it is the objective of an answer that keeps the caps."""
+        best, report = self.best, self.budget.progress
+        is_objective = self.sees_all and (self.moves is None or not self.moves.price)
+        if report is not None and is_objective and not best.excess:
+            report(Progress(0.0, phase, best.value, is_step=True))
+
+    @property
+    def best(self) -> Incumbent:
+        """The incumbent of the lowest rank; of equal ones not the floor, then the first."""
+        if self.preferred is not None:
+            return self.preferred
+        return min(self.incumbents, key=lambda of: (of.rank, of.by == "balance"))
+
+    def answer(self) -> Incumbent:
+        """Return the best incumbent by all windows, where a search has seen some of them.
+
+        Out of the few that the search ranks first, and its starts. The search's own choice stays
+        where it is as good as the best by more than chance can tell.
+        """
+        best = self.best
+        starts = [of for of in self.incumbents if of.is_start]
+        if self.sees_all or not starts:
+            return best
+        floor = min(starts, key=lambda of: of.rank)
+        few = [floor, best, *sorted(self.incumbents, key=lambda of: of.rank)[: effort.JUDGED]]
+        ranks: dict[bytes, tuple[float, float]] = {}
+        slots = {of.slots.tobytes(): of for of in few}
+        for key, of in slots.items():
+            if not ranks or not self.budget.is_over():
+                ranks[key] = self.rank_of_all(of)
+        first = min(ranks, key=ranks.__getitem__)
+        excess, value = ranks[first]
+        mine, least = ranks.get(best.slots.tobytes()), ranks[floor.slots.tobytes()]
+        if mine is not None and mine <= min((excess, value * (1 + TIE)), least):
+            return best
+        return slots[first]
+
+    def rank_of_all(self, of: Incumbent) -> tuple[float, float]:
+        """Compute the rank of an incumbent by all windows."""
+        begin = self.budget.gone
+        rank = self._rank(of.slots, of.moves, self.problem.objective_function)
+        self.judging_all = max(self.judging_all, self.budget.gone - begin)
+        return rank
+
+    # Proofs.
+
+    def prove(self, bound: Bound) -> None:
+        """Take a proven lower bound; raise KeyboardInterrupt if that ended its proof."""
+        self.bound = bound
+        self.details = replace(self.details, bound=BoundDetails(bound.levels))
+        report = self.budget.progress
+        if report is not None:
+            report(Progress(0.0, "bound", None, bound.value / self.scale, is_step=True))
+        if bound.interrupted:
+            raise KeyboardInterrupt
+
+    @property
+    def scale(self) -> int:
+        """Bound units that are one unit of the objective."""
+        return self.objective.scale if self.objective.counts_pairs else 1
+
+    @property
+    def proven(self) -> Status | None:
+        """What the bound proves of the best placement: ``optimal``, ``gap_reached`` or nothing."""
+        return None if self.bound is None else status_of(self, self.best.slots, self.bound)
+
+    def adopt(self, inner: Run, *, with_bound: bool) -> None:
+        """Take over what an inner run of the same problem learned and, if told so, proved."""
+        if self.details == Details():
+            self.details = inner.details
+        self.cut |= inner.cut
+        if with_bound and inner.bound is not None:
+            self.bound = inner.bound
+        if inner.interrupted:
+            raise KeyboardInterrupt
+
+
+def exact_value(run: Run, slots: Slots) -> float:
+    """Return the objective of slots [L,D,S] in the bound's unit: a whole cost of single copies."""
+    placement = Placement(slots, num_experts=run.problem.experts)
+    objective = run.problem.objective_function
+    if objective.counts_pairs and not placement.has_copies:
+        return objective.cost(placement)
+    return objective.value(placement) * run.scale
+
+
+# Sums of floats may be off by this part.
+ROUNDING = 1e-9
+
+
+def status_of(run: Run, slots: Slots, bound: Bound) -> Status | None:
+    """Return what a bound proves of slots [L,D,S]: the optimum, or the gap that was given."""
+    value, gap = exact_value(run, slots), run.budget.gap
+    exact = isinstance(value, int)
+    if bound.value >= value * (1 if exact else 1 - ROUNDING):
+        return "optimal"
+    if gap is not None and value - bound.value <= gap * value:
+        return "gap_reached"
+    return None

@@ -1,0 +1,51 @@
+"""The steps that methods are made of, and how the searches among them follow each other.
+
+A stage that does not apply to a problem is left out, so one list serves all problems: the chain of
+single copies' pairs, visits of expert sets, and layers for all else. With slots to spare the best
+with one copy of each expert is a start: copies must better it.
+"""
+
+from __future__ import annotations
+
+from moetuner.solver import effort
+from moetuner.solver.budget import Budget
+from moetuner.solver.run import Run, Stage
+from moetuner.solver.stages.chain import CHAIN, PARTITIONS
+from moetuner.solver.stages.floor import FLOOR
+from moetuner.solver.stages.layers import ANNEAL, CHAIN_UNDER_CAPS, CONSTRUCT
+from moetuner.solver.stages.ties import TIES
+from moetuner.solver.stages.visits import PAIRS, VISITS
+
+__all__ = ["PARTITIONS", "SEARCH", "SEARCHES"]
+
+
+def _single_copies(run: Run, budget: Budget) -> None:
+    """Search the problem with one copy of each expert, and offer that as a start."""
+    single = run.problem.without_copies()
+    assert single is not None
+    # With slots to fill, the values are not those of answers.
+    part = budget.muted() if run.problem.fill_slots else budget
+    inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), part, problem=single)
+    run.offer(inner.answer().slots, "single", is_start=True)
+    if inner.interrupted:
+        raise KeyboardInterrupt
+
+
+def _has_spare_slots(run: Run) -> bool:
+    return run.moves is None and run.problem.without_copies() is not None
+
+
+def _single_share(run: Run) -> float:
+    """Return the share of single copies: for balance little, which copies seldom make worse."""
+    of_balance = run.problem.goal == "balance"
+    return effort.SINGLE_BALANCE_SHARE if of_balance else effort.SINGLE_SHARE
+
+
+SINGLE_COPIES = Stage(
+    _single_copies,
+    applies=_has_spare_slots,
+    least=lambda run: effort.SINGLE_LEAST * _single_share(run) * run.judging,
+    share=_single_share,
+)
+SEARCHES = (SINGLE_COPIES, CHAIN, PAIRS, VISITS, CONSTRUCT, CHAIN_UNDER_CAPS, ANNEAL, TIES)
+SEARCH = Stage(lambda run, budget: run.through(SEARCHES, budget))

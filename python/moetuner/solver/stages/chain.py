@@ -1,0 +1,100 @@
+"""Traffic of pairs, one copy of each expert, equal devices: all layers as one chain.
+
+Where a layer has few partitions, dynamic programming over all of them is the optimum. Elsewhere the
+core constructs, anneals, recombines and polishes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core
+from moetuner.problem import Problem
+from moetuner.solver import effort
+from moetuner.solver.bounds.pairs import certified, is_of_pairs
+from moetuner.solver.bounds.partitions import BOUND_SOURCE, complete
+from moetuner.solver.budget import Budget, Progress
+from moetuner.solver.run import Bound, Run, Stage
+
+Slots = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Searched:
+    """Slots [L,D,S], trials, the multiple that counts were rounded to, and if interrupted."""
+
+    slots: Slots
+    trials: int
+    rounded: int | None
+    interrupted: bool
+
+
+def search_traffic(problem: Problem, seed: int, budget: Budget) -> Searched:
+    """Search for the least traffic of pairs under the load cap."""
+    objective, follow = problem.objective_function, problem.regime == "follow"
+    # Without pairs all placements cost nothing, and the balanced one that the search starts from
+    # is the answer.
+    pairs = objective.pairs if objective.pairs is not None and objective.pairs.any() else None
+    report = budget.progress
+
+    def progress(seconds: float, cost: int | None) -> None:
+        if report is not None:
+            report(Progress(seconds, "search", None if cost is None else cost / objective.scale))
+
+    slots, _, trials, interrupted, shift = _core.search(
+        problem.load,
+        np.repeat(problem.caps.whole[:, None], problem.devices, axis=1),
+        # Pairs that stand for visits cost more where they are of other nodes.
+        problem.topology.cost if objective.counts_visits else objective.link_cost,
+        problem.slots,
+        transitions=pairs if follow else None,
+        coactivation=None if follow else pairs,
+        seed=seed,
+        trials=budget.iterations,
+        time_limit=budget.left,
+        threads=budget.threads,
+        progress=None if report is None else progress,
+    )
+    return Searched(slots, trials, 1 << shift if shift else None, interrupted)
+
+
+def offer_searched(run: Run, searched: Searched) -> None:
+    """Offer what a search of traffic found, and say how."""
+    run.details = run.details.searched(
+        trials=searched.trials, counts_rounded_to_multiples_of=searched.rounded
+    )
+    run.offer(searched.slots, "search")
+    if searched.interrupted:
+        raise KeyboardInterrupt
+
+
+def _search(run: Run, budget: Budget) -> None:
+    offer_searched(run, search_traffic(run.problem, run.seed, budget))
+
+
+def _partitions(run: Run, budget: Budget) -> None:
+    """Find the optimum over all partitions, with its certificate, where it is in reach."""
+    problem, steps = run.problem, effort.PARTITION_STEPS
+    if budget.left is not None:
+        steps = int(min(steps, budget.left * effort.PARTITION_STEPS_PER_SECOND))
+    searched = complete(
+        problem, problem.caps.whole, steps=steps, time_limit=budget.left, threads=budget.threads
+    )
+    if searched is None:
+        return
+    slots, cost, caps = searched
+    run.details = run.details.searched(way="dynamic programming over all partitions")
+    run.offer(slots, "search")
+    run.prove(Bound(cost, BOUND_SOURCE, certified(problem, caps, BOUND_SOURCE, cost)))
+
+
+def is_chain(run: Run) -> bool:
+    """Return whether a problem is about the traffic of pairs of single copies alone."""
+    return is_of_pairs(run.problem)
+
+
+PARTITIONS = Stage(_partitions, applies=is_chain)
+CHAIN = Stage(_search, applies=is_chain)

@@ -1,0 +1,83 @@
+"""The floor: balance under the rules. No answer is behind it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core
+from moetuner.problem import Problem
+from moetuner.solver import effort
+from moetuner.solver.budget import Budget
+from moetuner.solver.run import Run, Stage
+from moetuner.solver.search.level import NOISE, NORM, quick_trials
+from moetuner.solver.search.unseen import SearchSetting
+from moetuner.solver.terms import Terms, core_layers
+
+Floats = NDArray[np.float64]
+Slots = NDArray[np.int32]
+
+
+def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> Slots:
+    """Balance the load over all windows as ``balance`` does: slots [L,D,S] that keep all rules."""
+    return _core.replicate_experts(
+        problem.load.astype(np.float64),
+        problem.capacity,
+        problem.topology.time_of_device,
+        trials=trials,
+        copies=problem.may_copy,
+        forbidden=problem.rules.forbidden,
+        pinned=problem.rules.pinned,
+    )
+
+
+def level_windows(
+    run: Run, budget: Budget, weight: Floats, trials: int, *, mixed: float = 0.0
+) -> tuple[Slots, bool]:
+    """Balance windows with weights [W] by trials of a layer; return slots, and if interrupted."""
+    problem, load = run.problem, run.objective.windows.load
+    setting = SearchSetting(NORM, NOISE, mixed)
+    layers = core_layers(problem, load, weight, Terms(), setting=setting, nearest=False)
+    start = layers.construct(copies=problem.may_copy, windows=True, threads=budget.threads)
+    return layers.place(
+        start,
+        trials=trials,
+        copies=problem.may_copy,
+        empties=False,
+        quick=True,
+        seed=run.seed,
+        time_limit=budget.left,
+        threads=budget.threads,
+        progress=budget.phase("layers"),
+    )
+
+
+def _level(run: Run, budget: Budget) -> None:
+    """Balance every window within milliseconds, as the plugins do, and look at nothing else."""
+    windows, trials = run.objective.windows, budget.iterations
+    if trials is None:
+        trials = quick_trials(int(run.problem.capacity.sum(axis=1).max()), len(windows))
+    slots, interrupted = level_windows(run, budget, windows.weight, trials)
+    run.offer(slots, "layers")
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _may_be_behind(run: Run) -> bool:
+    """Return whether balanced windows may be behind the floor by the problem's own objective.
+
+    Where these windows are all that counts, the core has compared them with a packing already.
+    """
+    problem = run.problem
+    alike = problem.split != "nearest" and problem.topology.has_equal_devices
+    alone = problem.goal == "balance" and problem.windows.is_mean and not problem.caps.some
+    return not (alike and alone)
+
+
+def _floor(run: Run, _: Budget) -> None:
+    run.offer(balanced(run.problem), "balance", is_start=True)
+
+
+FLOOR = Stage(_floor)
+LEVEL = Stage(_level)
+FLOOR_OF_LEVEL = Stage(FLOOR.run, applies=_may_be_behind, least=lambda _: -1.0)

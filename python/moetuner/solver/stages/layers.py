@@ -1,0 +1,279 @@
+"""Balance and time: windows, copies, devices that differ, links. All layers by one search.
+
+Every layer's contents are annealed on all that the problem says of it; where transitions join the
+layers, in turns, each given its neighbours, from a start that the search for traffic found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core
+from moetuner.placement import EMPTY, Placement
+from moetuner.problem import Problem
+from moetuner.problem.capacity import pad_slots
+from moetuner.solver import effort
+from moetuner.solver.budget import Budget
+from moetuner.solver.run import Moves, Run, Stage
+from moetuner.solver.search.level import full_trials
+from moetuner.solver.search.unseen import MIXED, SearchSetting, setting_for
+from moetuner.solver.stages.chain import is_chain, search_traffic
+from moetuner.solver.stages.floor import level_windows
+from moetuner.solver.stages.visits import is_of_visits, most_trials
+from moetuner.solver.terms import core_layers, terms_of, tokens_per_unit
+
+Floats = NDArray[np.float64]
+Slots = NDArray[np.int32]
+
+# Among times that are as good traffic decides. To have some to choose from, layers are annealed
+# once more with traffic this many times as costly.
+TRAFFIC_WEIGHT = 4.0
+
+
+class LayerModel:
+    """The layers of a problem as the core's search sees them, and what was learned of its windows.
+
+    Parameters
+    ----------
+    run
+        Whose problem is searched.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.problem, self.seed, self.objective = run.problem, run.seed, run.objective
+        self.windows = run.objective.windows
+        self.weight, self.setting = self.windows.weight, SearchSetting()
+        self.weights: list[Floats] = []
+
+    @property
+    def unit(self) -> float:
+        """Weighted tokens of one unit of the objective."""
+        return tokens_per_unit(self.problem, self.windows.load, self.weight)
+
+    @property
+    def slots_of_layer(self) -> int:
+        """Slots of the largest layer."""
+        return int(self.problem.capacity.sum(axis=1).max())
+
+    def construct(self, threads: int | None) -> Slots:
+        """Construct slots [L,D,S] that are balanced on the sum of windows."""
+        layers, _ = self.core()
+        return layers.construct(copies=self.problem.may_copy, threads=threads)
+
+    def core(
+        self, moves: Moves | None = None, traffic: float = 1.0
+    ) -> tuple[_core.Layers, dict[str, Any]]:
+        """Build the core's layers, and the arguments for what joins them."""
+        prices = None if moves is None else moves.prices
+        terms = terms_of(self.problem, self.unit, traffic=traffic, prices=prices)
+        layers = core_layers(
+            self.problem, self.windows.load, self.weight, terms, setting=self.setting
+        )
+        return layers, terms.links
+
+    def levels(self, moves: Moves | None) -> bool:
+        """Return whether the quick search of windows is best: windows alone count, and are many.
+
+        Of few slots or windows the search of all terms finds more.
+        """
+        problem = self.problem
+        windows_alone = problem.goal == "balance" and not problem.caps.some and moves is None
+        even = problem.split != "nearest" or not problem.may_copy
+        many = (
+            problem.capacity.sum(axis=1).min() > effort.FEW_SLOTS
+            and len(self.windows) >= effort.MANY_WINDOWS
+        )
+        return bool(windows_alone and even and many)
+
+    def learn(self, moves: Moves | None) -> None:
+        """Choose what generalises to traffic that nobody has seen."""
+        windows = self.windows
+        self.weights = [np.ones(len(windows))]
+        large = self.levels(moves)
+        self.setting = setting_for(windows.load, windows.weight, large=large)
+
+    def reweight(self, slots: Slots) -> None:
+        """Give more weight to the windows that a risk or the worst group is made of, next time."""
+        windows = self.windows
+        if windows.is_mean:
+            return
+        placement = Placement(slots, num_experts=self.problem.experts)
+        cost = self.objective.window_cost(placement).sum(axis=1)
+        self.weights.append(windows.reweight(cost, self.objective.reference))
+        self.weight = windows.weight * np.mean(self.weights, axis=0)
+
+    def improve(
+        self, run: Run, slots: Slots, budget: Budget, traffic: float = 1.0
+    ) -> tuple[Slots, bool]:
+        """Anneal every layer from slots [L,D,S], and say whether that was interrupted."""
+        if self.levels(run.moves):
+            return self._level(run, budget)
+        problem = self.problem
+        layers, links = self.core(run.moves, traffic)
+        return layers.place(
+            np.ascontiguousarray(slots),
+            trials=self._trials(budget),
+            restarts=effort.RESTARTS if self.slots_of_layer <= effort.FEW_SLOTS else 1,
+            copies=problem.may_copy,
+            empties=not problem.fill_slots,
+            rounds=effort.ROUNDS,
+            **links,
+            seed=self.seed,
+            time_limit=budget.left,
+            threads=budget.threads,
+            progress=budget.phase("layers"),
+        )
+
+    def _trials(self, budget: Budget) -> int:
+        if budget.iterations is not None:
+            return budget.iterations
+        linked = self.objective.transitions is not None
+        trials = trials_of(self.slots_of_layer, None if linked else len(self.windows))
+        sets = self.objective.sets
+        return trials if sets is None else min(trials, most_trials(sets))
+
+    def _level(self, run: Run, budget: Budget) -> tuple[Slots, bool]:
+        """Level every layer on the windows and on their mean, for traffic of all kinds at once."""
+        trials = budget.iterations
+        if trials is None:
+            trials = full_trials(self.slots_of_layer, len(self.windows) + 1)
+        return level_windows(run, budget, self.weight, trials, mixed=MIXED)
+
+    def descend(
+        self, moves: Moves, start: Slots, most: float, budget: Budget
+    ) -> tuple[NDArray[np.int64], Slots, Floats, bool]:
+        """List the steps from slots [L,D,S] that gain most for a move.
+
+        Returns
+        -------
+        tuple
+            Where in the flat slots a step writes and what, twice [N,2]; moves, excess and the
+            change of the objective after every step [N,3]; and whether that was interrupted.
+        """
+        layers, links = self.core()
+        places, experts, figures, interrupted = layers.descend(
+            np.ascontiguousarray(start),
+            np.ascontiguousarray(moves.initial.slots),
+            most=int(most) if most < self.problem.capacity.sum() else None,
+            copies=self.problem.may_copy,
+            **links,
+            time_limit=budget.left,
+            threads=budget.threads,
+        )
+        return places, experts, figures / [1.0, 1.0, self.unit], interrupted
+
+
+def trials_of(slots: int, windows: int | None) -> int:
+    """Return the trials of a layer of slots in windows, or (None) where neighbours count."""
+    if windows is None:
+        return min(max(effort.LINKED_TRIALS * slots, effort.LEAST_LINKED), effort.MOST_TRIALS)
+    lanes = -(-windows // effort.LANES) * effort.LANES
+    per_slot = next(
+        (trials for some, trials in effort.TRIALS_OF_FEW.items() if windows in some),
+        effort.SLOT_WORK // lanes,
+    )
+    return min(
+        max(per_slot * slots, effort.LEAST_TRIALS, effort.LEAST_WORK // lanes), effort.MOST_TRIALS
+    )
+
+
+def is_of_layers(run: Run) -> bool:
+    """Return whether a problem is about more than the chain and the visits can search."""
+    return not is_chain(run) and not is_of_visits(run)
+
+
+def _starts_anew(run: Run) -> bool:
+    """Return whether a search may begin anywhere: it may not where moving has a price."""
+    return is_of_layers(run) and run.moves is None
+
+
+def _construct(run: Run, budget: Budget) -> None:
+    run.offer(LayerModel(run).construct(budget.threads), "construct", is_start=True)
+
+
+def _joins_layers(run: Run) -> bool:
+    return _starts_anew(run) and run.objective.transitions is not None
+
+
+def _chain_under_caps(run: Run, budget: Budget) -> None:
+    """Search traffic alone, with single copies on equal devices, under several caps on the load."""
+    problem = run.problem
+    caps = sorted({min(cap, problem.max_imbalance or cap) for cap in effort.TRAFFIC_CAPS})
+    for number, cap in enumerate(caps):
+        left = len(caps) - number
+        part = budget.within(1 / left, keep=left * run.judging).muted()
+        if part.time_limit == 0:
+            return
+        searched = search_traffic(_of_traffic(problem, cap), run.seed, part)
+        slots = _padded(problem, searched.slots)
+        if slots is not None:
+            run.offer(slots, "search")
+        if searched.interrupted:
+            raise KeyboardInterrupt
+
+
+def _of_traffic(problem: Problem, cap: float) -> Problem:
+    """Return the problem of traffic under a cap, of single copies on devices that are alike."""
+    return replace(
+        problem,
+        topology=replace(problem.topology, speed=None, slots_per_device=None),
+        slots_per_device=-(-problem.experts // problem.devices),
+        extra_slots=None,
+        max_imbalance=cap,
+        objective="traffic",
+        pinned=(),
+        forbidden=(),
+        fill_slots=False,
+    )
+
+
+def _padded(problem: Problem, slots: Slots) -> Slots | None:
+    """Return slots [L,D,S] as wide as the problem's; None where they break a rule."""
+    if ((slots != EMPTY).sum(axis=2) > problem.capacity).any():
+        return None
+    wide = pad_slots(slots, problem.capacity)
+    broken = problem.rules.violations(Placement(wide, num_experts=problem.experts))
+    return None if broken else wide
+
+
+def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
+    """Anneal all layers from the best placement, in turns that weigh windows anew.
+
+    A model that has learned of the windows is used as it is.
+    """
+    model, turns = LayerModel(run) if model is None else model, 1
+    if not run.problem.windows.is_mean:
+        turns = effort.REWEIGHTINGS_AGAIN if model.weights else effort.REWEIGHTINGS
+    if not model.weights:
+        model.learn(run.moves)
+    run.details = replace(run.details, unseen=model.setting.details)
+    traffic = [1.0] * turns + [TRAFFIC_WEIGHT] * _prices_visits(run)
+    for turn, multiple in enumerate(traffic):
+        left = len(traffic) - turn
+        part = budget.within(1 / left, keep=left * run.judging)
+        if part.time_limit == 0:
+            run.cut = run.cut or not turn
+            return
+        slots, interrupted = model.improve(run, run.best.slots, part, multiple)
+        model.reweight(slots)
+        run.offer(slots, "layers")
+        if interrupted:
+            raise KeyboardInterrupt
+
+
+def _prices_visits(run: Run) -> bool:
+    """Return whether a time is searched for in which visits have a price, or pairs for them."""
+    problem = run.problem
+    dispatched = problem.goal == "time" and problem.regime == "dispatch" and run.moves is None
+    return dispatched and problem.devices > 1 and run.objective.has_traffic
+
+
+CONSTRUCT = Stage(_construct, applies=_starts_anew)
+CHAIN_UNDER_CAPS = Stage(
+    _chain_under_caps, applies=_joins_layers, share=lambda _: effort.TRAFFIC_SHARE
+)
+ANNEAL = Stage(anneal, applies=is_of_layers)

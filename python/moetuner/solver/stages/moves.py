@@ -1,0 +1,296 @@
+"""From a running placement to a better one by few moves: repair, descend, search at prices.
+
+A running placement is a start, and its moves are a term of the rank: no answer is behind staying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.placement import EMPTY, Placement
+from moetuner.problem import Problem
+from moetuner.problem.capacity import pad_slots
+from moetuner.solver import effort
+from moetuner.solver.budget import Budget
+from moetuner.solver.run import Moves, Run, Stage
+from moetuner.solver.stages.floor import FLOOR, balanced
+from moetuner.solver.stages.layers import CHAIN_UNDER_CAPS, CONSTRUCT, LayerModel, anneal
+from moetuner.solver.stages.ties import TIES
+
+Floats = NDArray[np.float64]
+Slots = NDArray[np.int32]
+
+# How far prices of a move that are tried may be from what the last steps gain for a move: each try
+# halves the logarithm's range.
+SPREAD = 8.0
+# The least price: no move that gains less than this part of the objective is worth asking for.
+CHEAPEST = 1e-7
+
+
+def repair(problem: Problem, initial: Placement) -> Slots:
+    """Return slots [L,D,S] that keep the rules, to which the fewest copies have to move.
+
+    They are full where all slots are to be full. An expert without pins needs one device, which
+    costs a move if it does not hold the expert yet: in a layer that breaks a rule that is a flow of
+    least cost. What else runs stays where there are slots.
+    """
+    slots = pad_slots(initial.slots, problem.capacity)
+    rules = problem.rules
+    for layer, running in enumerate(initial.held):
+        pinned = np.zeros_like(running) if rules.pinned is None else rules.pinned[layer].T
+        banned = np.zeros_like(running) if rules.forbidden is None else rules.forbidden[layer].T
+        if not (pinned & ~running | banned & running).any():
+            continue
+        holds, capacity = pinned.copy(), problem.capacity[layer]
+        others = np.flatnonzero(~pinned.any(axis=0))
+        cost = np.where(banned, np.inf, np.where(running, 0.0, 1.0))
+        holds[_assign(cost[:, others], capacity - pinned.sum(axis=1)), others] = True
+        for device in range(problem.devices):
+            more = np.flatnonzero(running[device] & ~banned[device] & ~holds[device])
+            if problem.may_copy:
+                holds[device, more[: capacity[device] - holds[device].sum()]] = True
+            mine = np.flatnonzero(holds[device])
+            slots[layer, device] = EMPTY
+            slots[layer, device, : len(mine)] = mine
+    return problem.filled(slots, initial)
+
+
+def _assign(cost: Floats, capacity: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return devices of experts [E], under a capacity [D], at the least cost [D,E].
+
+    Experts that cost nothing somewhere take their places first; each that is left goes the
+    cheapest way, on which others may have to move on (Ford and Fulkerson, 1962).
+    """
+    devices, experts = cost.shape
+    device_of = np.full(experts, -1, dtype=np.int64)
+    left = capacity.copy()
+    for expert in range(experts):
+        free = np.flatnonzero((cost[:, expert] == 0) & (left > 0))
+        if free.size:
+            device_of[expert] = free[0]
+            left[free[0]] -= 1
+    for expert in np.flatnonzero(device_of < 0).tolist():
+        # Least cost of handing an expert on from one device to another, and which expert [D,D].
+        onward = np.full((devices, devices), np.inf)
+        handed = np.zeros((devices, devices), dtype=np.int64)
+        for device in range(devices):
+            mine = np.flatnonzero(device_of == device)
+            if mine.size:
+                change = cost[:, mine] - cost[device, mine]
+                handed[device] = mine[change.argmin(axis=1)]
+                onward[device] = change.min(axis=1)
+        least, via = cost[:, expert].copy(), np.full(devices, -1)
+        for _ in range(devices):
+            through = least[:, None] + onward
+            nearest = through.argmin(axis=0)
+            shorter = through[nearest, np.arange(devices)] < least
+            if not shorter.any():
+                break
+            least = np.where(shorter, through[nearest, np.arange(devices)], least)
+            via = np.where(shorter, nearest, via)
+        at = int(np.where(left > 0, least, np.inf).argmin())
+        left[at] -= 1
+        while via[at] >= 0:
+            origin = int(via[at])
+            device_of[handed[origin, at]] = at
+            at = origin
+        device_of[expert] = at
+    return device_of
+
+
+@dataclass(frozen=True)
+class Path:
+    """Steps from one placement to better ones.
+
+    Parameters
+    ----------
+    start
+        Slots [L,D,S].
+    places, experts
+        Where in the flat slots a step writes and what, twice [N,2].
+    moves
+        Copies that have to move in all, at the start and after every step [N+1].
+    excess
+        By what part layers exceed their caps, likewise.
+    value
+        The objective, as the search counts it, less that of the start, likewise.
+    """
+
+    start: Slots
+    places: NDArray[np.int64]
+    experts: Slots
+    moves: NDArray[np.int64]
+    excess: Floats
+    value: Floats
+
+    def after(self, steps: int) -> Slots:
+        """Return slots [L,D,S] after so many steps."""
+        slots = self.start.copy()
+        slots.reshape(-1)[self.places[:steps].ravel()] = self.experts[:steps].ravel()
+        return slots
+
+    def lengths(self, most: float, price: float, count: int) -> list[int]:
+        """Choose numbers of steps that are worth a look: the best, then some up to the most."""
+        last = len(np.flatnonzero(self.moves[1:] <= most))
+        evenly = np.linspace(0, last, count + 1)[1:].astype(int)
+        return [n for n in dict.fromkeys([self.best(most, price), *evenly.tolist()]) if n]
+
+    def spread(self, count: int) -> list[int]:
+        """Choose numbers of steps whose moves are about evenly spread in their logarithm."""
+        if len(self.moves) < 2:
+            return []
+        moves = self.moves - self.moves[0]
+        wanted = np.geomspace(1, max(int(moves.max()), 2), count)
+        ends = {int(np.flatnonzero(moves <= most)[-1]) for most in wanted}
+        return sorted(ends | {self.best(np.inf, 0.0)} - {0})
+
+    def slope(self, most: float) -> float:
+        """Return what the last steps within a budget gain for a move."""
+        end = self.best(most, 0.0)
+        begin = end * 3 // 4
+        moves = self.moves[end] - self.moves[begin]
+        return float(self.value[begin] - self.value[end]) / max(int(moves), 1)
+
+    def best(self, most: float, price: float) -> int:
+        """Choose how many steps to take, with at most so many moves at such a price."""
+        allowed = np.flatnonzero(self.moves <= most)
+        if not allowed.size:
+            return 0
+        worth = self.value[allowed] + price * self.moves[allowed]
+        return int(allowed[np.lexsort((worth, self.excess[allowed]))[0]])
+
+
+def descend(
+    run: Run, model: LayerModel, moves: Moves, start: Slots, most: float, budget: Budget
+) -> tuple[Path, bool]:
+    """Go down from slots [L,D,S] by the steps that gain most for a move, and say if interrupted."""
+    places, experts, figures, interrupted = model.descend(moves, start, most, budget)
+    excess = run.problem.caps.excess(Placement(start, num_experts=run.problem.experts)).sum()
+    begin = [[moves.count(start), excess, 0.0]]
+    moved, over, value = np.concatenate([begin, figures]).T
+    return Path(start, places, experts, moved.astype(np.int64), over, value), interrupted
+
+
+def moves_of(run: Run) -> Moves:
+    """Return the moves of a run that has a running placement."""
+    assert run.moves is not None
+    return run.moves
+
+
+def _repair(run: Run, _: Budget) -> None:
+    """Offer what runs, or the nearest placement that keeps the rules.
+
+    Raises
+    ------
+    ValueError
+        If that takes more moves than the budget.
+    """
+    problem, moves = run.problem, moves_of(run)
+    start = run.offer(repair(problem, moves.initial), "running", is_start=True)
+    if start.moves > moves.most:
+        raise ValueError(
+            f"move_budget {moves.budget:g} is too small: "
+            f"initial breaks a rule ({problem.violations(moves.initial)[0]}), and to keep "
+            f"all rules takes {start.moves} moves"
+        )
+
+
+def _are_free(run: Run) -> bool:
+    moves = moves_of(run)
+    return moves.price == 0 and moves.most >= run.problem.capacity.sum()
+
+
+def _are_few(run: Run) -> bool:
+    return not _are_free(run) and moves_of(run).most > 0
+
+
+def _take(run: Run, inner: Run) -> None:
+    """Offer the best of an inner run, and take over what it proved and learned."""
+    best = inner.answer()
+    is_ahead = best.rank <= run.best.rank
+    run.offer(best.slots, best.by)
+    run.adopt(inner, with_bound=is_ahead)
+
+
+def fresh(stages: Sequence[Stage]) -> Stage:
+    """Return the stage that solves from nothing where moves are free, by a method's stages."""
+
+    def solve(run: Run, budget: Budget) -> None:
+        # What is behind the start that every search has costs it no time.
+        floor = run.judge(balanced(run.problem))
+        part = budget.within(effort.FRESH_SHARE if run.best.rank < floor.rank else 1.0)
+        _take(run, run.inner(stages, part))
+
+    return Stage(solve, applies=_are_free)
+
+
+def _is_ahead(run: Run) -> bool:
+    """Return whether nothing that was solved from nothing is better than what runs."""
+    return _are_free(run) and bool(run.incumbents) and run.best.by == "running"
+
+
+def _continue(run: Run, budget: Budget) -> None:
+    """Search all layers from what runs, where moves are free."""
+    stages = (FLOOR, CONSTRUCT, CHAIN_UNDER_CAPS, Stage(anneal), TIES)
+    _take(run, run.inner(stages, budget, start=run.best.slots))
+
+
+def _descend(run: Run, budget: Budget) -> None:
+    """Take the steps that gain most for a move, and offer the best that are passed."""
+    moves, model, start = moves_of(run), LayerModel(run), run.best.slots
+    for _ in range(1 if run.problem.windows.is_mean else effort.STEP_REWEIGHTINGS):
+        path, interrupted = descend(run, model, moves, start, moves.most, budget.within())
+        run.slope = path.slope(moves.most)
+        for steps in path.lengths(moves.most, moves.price, effort.LENGTHS):
+            run.offer(path.after(steps), "moves")
+            if budget.is_over():
+                return
+        if interrupted:
+            raise KeyboardInterrupt
+        model.reweight(run.best.slots)
+
+
+def _at_prices(run: Run, budget: Budget) -> None:
+    """Search at prices of a move, from the best there is, to come nearer to the budget."""
+    problem, moves, model = run.problem, moves_of(run), LayerModel(run)
+    if moves.most >= problem.capacity.sum():
+        run.offer(balanced(problem), "balance")
+        _at_price(run, budget, model, moves.price)
+        return
+    slope = max(run.slope, CHEAPEST * abs(run.best.value))
+    low, high = max(moves.price, slope / SPREAD), max(moves.price, slope * SPREAD)
+    for left in range(effort.PRICES_TRIED, 0, -1):
+        price = float(np.sqrt(low * high))
+        if _at_price(run, budget.within(1 / left), model, price) <= moves.most:
+            high = price
+        else:
+            low = price
+
+
+def _at_price(run: Run, budget: Budget, model: LayerModel, price: float) -> int:
+    """Search at a price of a move from the best there is, and return the moves of what it found."""
+    moves = Moves(moves_of(run).initial, cost=price)
+    stage = Stage(lambda inner, part: anneal(inner, part, model))
+    inner = run.inner((stage,), budget, moves=moves, start=run.best.slots)
+    _take(run, inner)
+    return inner.best.moves
+
+
+def _after_steps(run: Run) -> float:
+    """Return half of the time limit: a search that gets less than the steps took adds nothing."""
+    return (run.budget.time_limit or 0.0) / 2
+
+
+REPAIR = Stage(_repair)
+CONTINUE = Stage(_continue, applies=_is_ahead)
+DESCEND = Stage(_descend, applies=_are_few)
+AT_PRICES = Stage(_at_prices, applies=_are_few, least=_after_steps)
+
+
+def from_running(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Return the stages from a running placement; a method's own where moves are free."""
+    return (REPAIR, fresh(stages), CONTINUE, DESCEND, AT_PRICES)

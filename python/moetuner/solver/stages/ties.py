@@ -1,0 +1,103 @@
+"""Break ties: among placements whose times are as good, less traffic, then less imbalance.
+
+What is predicted is not known to half a per cent. So the time of the best is missed by up to that,
+for what else a placement is worth; or chance would decide it, and two samples of one traffic would
+give answers of two kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.placement import Placement
+from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
+from moetuner.solver.budget import Budget
+from moetuner.solver.run import ROUNDING, TIE, Incumbent, Run, Stage
+from moetuner.solver.stages.layers import is_of_layers
+
+Floats = NDArray[np.float64]
+Slots = NDArray[np.int32]
+
+
+def break_ties(
+    problem: Problem, objective: Objective, incumbents: Sequence[Incumbent], floor: Incumbent
+) -> Slots:
+    """Return slots whose time is as good as the best's, with the least traffic of the incumbents.
+
+    Layers of different ones are combined where nothing joins them. The answer is not behind the
+    ``floor``.
+    """
+    best = min(incumbents, key=lambda of: of.rank)
+    limit = (floor.excess, floor.value * (1 + ROUNDING))
+    joined = problem.regime == "follow" and problem.layers > 1
+    # Layers add up in the mean; excess that only some placements have does not mix.
+    if not joined and problem.windows.is_mean and best.excess == 0:
+        return _by_layer(problem, objective, incumbents, limit[1] if limit[0] == 0 else np.inf)
+    most = max(min((best.excess, best.value * (1 + TIE)), limit), best.rank)
+    equals = [of.slots for of in incumbents if of.excess == best.excess and of.rank <= most]
+
+    def cost(slots: Slots) -> tuple[float, float]:
+        placement = Placement(slots, num_experts=problem.experts)
+        return objective.traffic(placement), float(objective.imbalances(placement).sum())
+
+    return min(equals, key=cost)
+
+
+def _by_layer(
+    problem: Problem, objective: Objective, incumbents: Sequence[Incumbent], limit: float
+) -> Slots:
+    """Take the quickest contents of every layer, then less traffic where that costs least."""
+    pool = [of.slots for of in incumbents if of.excess == 0]
+    placements = [Placement(slots, num_experts=problem.experts) for slots in pool]
+    windows = objective.windows
+    times = np.array(
+        [
+            [windows.value(cost, objective.reference) for cost in objective.window_cost(of).T]
+            for of in placements
+        ]
+    )
+    chosen = times.argmin(axis=0)
+    layers = np.arange(problem.layers)
+    least = float(times[chosen, layers].sum())
+    most = max(min(least * (1 + TIE), limit), least)
+    traffic = np.array([objective.layers_traffic(of) for of in placements])
+    imbalance = np.array([objective.imbalances(of) for of in placements])
+    _exchange(times, traffic, chosen, most)
+    # Less imbalance must not bring the traffic back.
+    allowed = np.where(traffic <= traffic[chosen, layers], imbalance, np.inf)
+    _exchange(times, allowed, chosen, most)
+    slots: Slots = np.stack(pool)[chosen, layers]
+    return slots
+
+
+def _exchange(times: Floats, cost: Floats, chosen: NDArray[np.int64], most: float) -> None:
+    """Change the ``chosen`` of [N,L] for less of ``cost``, the least time for it first.
+
+    As long as the times do not add up to more than ``most``.
+    """
+    layers = np.arange(len(chosen))
+    while True:
+        slower = times - times[chosen, layers]
+        gain = cost[chosen, layers] - cost
+        fits = (gain > 1e-12) & (times[chosen, layers].sum() + slower <= most)
+        if not fits.any():
+            return
+        price = np.where(fits, slower / np.where(fits, gain, 1.0), np.inf)
+        number, layer = np.unravel_index(price.argmin(), price.shape)
+        chosen[layer] = number
+
+
+def _break_ties(run: Run, _: Budget) -> None:
+    floor = min((of for of in run.incumbents if of.is_start), key=lambda of: of.rank)
+    run.prefer(break_ties(run.problem, run.objective, run.incumbents, floor), "ties")
+
+
+def _has_ties(run: Run) -> bool:
+    return is_of_layers(run) and run.problem.goal == "time" and run.moves is None
+
+
+TIES = Stage(_break_ties, applies=_has_ties)

@@ -1,0 +1,88 @@
+"""The fewest devices, and nodes, that tokens visit: regime dispatch on expert sets.
+
+Pairs first: co-activated experts that share a device are a fast stand-in, and a good start. Then
+the exact count, layer by layer: a token that visits a device pays once, however many of its experts
+are there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from moetuner.solver import effort
+from moetuner.solver.budget import Budget
+from moetuner.solver.run import Run, Stage
+from moetuner.solver.stages.chain import offer_searched, search_traffic
+from moetuner.solver.terms import Terms, core_layers, visit_costs
+from moetuner.statistics import ExpertSets
+
+
+def most_trials(sets: tuple[ExpertSets, ...]) -> int:
+    """Return how many trials of every layer are affordable: each looks at the layer's sets."""
+    return int(effort.MOST_VISIT_WORK / sum(len(of) / 64 + effort.UNITS_PER_TRIAL for of in sets))
+
+
+def is_of_visits(run: Run) -> bool:
+    """Return whether a problem is about visits alone, on equal devices without rules."""
+    return run.problem.is_plain and run.objective.counts_visits
+
+
+def _pairs(run: Run, budget: Budget) -> None:
+    """Search co-activated pairs, whose cost is in another unit."""
+    wide = run.problem.devices * run.problem.slots >= effort.WIDE_SLOTS
+    trials = effort.WIDE_PAIR_TRIALS if wide else effort.PAIR_TRIALS
+    if budget.iterations is not None:
+        trials = min(trials, budget.iterations)
+    few = replace(budget.muted(), iterations=trials)
+    offer_searched(run, search_traffic(run.problem, run.seed, few))
+
+
+def _visits(run: Run, budget: Budget) -> None:
+    """Search visits under the load cap, from single copies; ``iterations`` are of every layer."""
+    problem, start = run.problem, _start(run)
+    sets, slots_of_layer = run.objective.sets, problem.devices * problem.slots
+    assert sets is not None
+    costs = visit_costs(problem)
+    names = ("device_cost", "node_cost")
+    run.details = run.details.searched(**{name: costs[name] for name in names})
+    if problem.devices < 2:
+        return
+    trials = budget.iterations
+    if trials is None:
+        trials = min(effort.VISIT_TRIALS * slots_of_layer, most_trials(sets))
+    run.details = run.details.searched(trials=trials)
+    # A window that weighs nothing: balance is a cap here, not a cost.
+    load = problem.load[None].astype(np.float64)
+    caps = problem.caps.kept(start).astype(np.float64).tolist()
+    layers = core_layers(problem, load, np.zeros(1), Terms(caps, visits=costs), nearest=False)
+    # Layers of few slots have valleys that one descent does not leave, and descents that agree.
+    restarts = effort.VISIT_RESTARTS if slots_of_layer <= effort.VISIT_FEW_SLOTS else 1
+    slots, interrupted = layers.place(
+        start,
+        trials=max(trials // restarts, 1),
+        copies=problem.may_copy,
+        restarts=restarts,
+        seed=run.seed,
+        time_limit=budget.left,
+        threads=budget.threads,
+        progress=budget.phase("fanout"),
+    )
+    run.offer(slots, "fanout")
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _start(run: Run) -> np.ndarray:
+    """Return what single copies or pairs gave [L,D,S], else the floor."""
+    starts = [of.slots for of in run.incumbents if of.by in ("single", "search")]
+    return starts[-1] if starts else run.best.slots
+
+
+def _has_no_start(run: Run) -> bool:
+    return is_of_visits(run) and not any(of.by == "single" for of in run.incumbents)
+
+
+PAIRS = Stage(_pairs, applies=_has_no_start, share=lambda _: effort.PAIR_SHARE)
+VISITS = Stage(_visits, applies=is_of_visits)

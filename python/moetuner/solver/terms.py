@@ -1,0 +1,188 @@
+"""The one builder of the core's ``Layers``: what its search adds up, in weighted tokens.
+
+All costs are in weighted tokens on the slowest device. A predicted time waits for the busiest port
+and the slower of two lines, which do not add up. Here a token costs ``token_us``, and a row what it
+costs if ports are evenly used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core
+from moetuner.problem import Problem
+from moetuner.solver.search.unseen import SearchSetting
+
+Floats = NDArray[np.float64]
+
+# Tokens of balance that a unit of traffic outweighs: balance only decides between equals.
+TRAFFIC_FIRST = 1e3
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What counts besides the balance of windows; all of it may be absent.
+
+    Parameters
+    ----------
+    caps
+        Largest load over time per token of a device [L].
+    prices
+        Price of a copy on a device [L,E,D].
+    visits, pairs
+        Arguments of ``Layers.price_visits`` and ``Layers.price_pairs``.
+    links
+        Arguments of ``Layers.place`` for transitions between layers.
+    """
+
+    caps: list[float] | None = None
+    prices: Floats | None = None
+    visits: dict[str, Any] = field(default_factory=dict)
+    pairs: dict[str, Any] = field(default_factory=dict)
+    links: dict[str, Any] = field(default_factory=dict)
+
+
+def core_layers(
+    problem: Problem,
+    load: Floats,
+    weight: Floats,
+    terms: Terms,
+    *,
+    setting: SearchSetting = SearchSetting(),  # noqa: B008 - frozen
+    nearest: bool | None = None,
+) -> _core.Layers:
+    """Build the core's layers of a problem for windows of load [W,L,E] with weights [W]."""
+    layers = _core.Layers(
+        np.ascontiguousarray(load),
+        weight,
+        problem.capacity,
+        problem.topology.node_of_device.tolist(),
+        problem.topology.time_of_device.tolist(),
+        nearest=problem.split == "nearest" if nearest is None else nearest,
+        norm=setting.norm,
+        noise=setting.noise,
+        mixed=setting.mixed,
+    )
+    layers.rule(forbidden=problem.rules.forbidden, pinned=problem.rules.pinned)
+    if terms.caps is not None:
+        layers.limit(terms.caps, problem.load.astype(np.float64))
+    if terms.prices is not None:
+        layers.hold(np.ascontiguousarray(terms.prices))
+    if terms.visits:
+        layers.price_visits(**terms.visits)
+    if terms.pairs:
+        layers.price_pairs(**terms.pairs)
+    return layers
+
+
+def terms_of(
+    problem: Problem, unit: float, *, traffic: float = 1.0, prices: Floats | None = None
+) -> Terms:
+    """Build the terms of a problem's objective.
+
+    Parameters
+    ----------
+    problem
+        What to place.
+    unit
+        Weighted tokens of one unit of the objective, as ``tokens_per_unit`` has them.
+    traffic
+        How many times its cost the traffic of tokens' visits counts.
+    prices
+        Price of a copy on a device [L,D,E], in units of the objective.
+    """
+    caps = problem.caps.over_speed
+    slowest = problem.topology.speed_of_device.min()
+    return Terms(
+        caps=None if caps is None else (caps * slowest).tolist(),
+        prices=None if prices is None else prices.transpose(0, 2, 1) * unit,
+        visits=_visit_prices(problem, unit * traffic),
+        pairs=_pair_prices(problem, unit * traffic),
+        links=_links(problem, unit),
+    )
+
+
+def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
+    """Compute the weighted tokens on the slowest device that make one unit of the objective.
+
+    Of windows of load [W,L,E] with these weights [W].
+    """
+    speed = problem.topology.speed_of_device
+    if problem.goal == "time":
+        assert problem.cost_model is not None
+        token_us = max(problem.cost_model.token_us, 1e-12)
+        return float(speed.min() * weight.sum() * problem.layers / token_us)
+    if problem.goal == "traffic":
+        return TRAFFIC_FIRST * problem.objective_function.scale
+    return float(speed.min() * (weight * load.sum(axis=(1, 2))).sum() / speed.sum())
+
+
+def visit_costs(problem: Problem, unit: float = 1.0) -> dict[str, Any]:
+    """Return expert sets and the costs of a visit, of a device and of a node on top."""
+    objective = problem.objective_function
+    device_cost, node_cost = objective.visit_costs
+    assert objective.sets is not None
+    return {
+        "sets": [(of.ids, of.counts) for of in objective.sets],
+        "device_cost": device_cost * unit,
+        "node_cost": node_cost * unit,
+    }
+
+
+def _visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
+    """Return the visits of expert sets at their price; nothing where visits do not count."""
+    sets = problem.objective_function.sets
+    if sets is None:
+        return {}
+    tokens = float(sets[0].counts.sum())
+    if problem.goal == "time":
+        unit *= visit_us(problem) * (tokens / problem.statistics.windows)
+    return visit_costs(problem, unit / (problem.layers * max(tokens, 1)))
+
+
+def _pair_prices(problem: Problem, unit: float) -> dict[str, Any]:
+    """Return co-activated pairs and the price of one whose experts are apart.
+
+    Pairs stand for visits in regime dispatch where expert sets were not counted.
+    """
+    objective = problem.objective_function
+    pairs, tokens = objective.coactivation, float(problem.load.sum(dtype=np.float64))
+    if pairs is None or not tokens:
+        return {}
+    if problem.goal != "time":
+        return {"pairs": pairs, "pair_cost": unit / objective.scale}
+    # A token whose k experts are all apart makes k - 1 more visits than one whose experts are
+    # together, and has k (k - 1) / 2 pairs apart.
+    top = float(pairs.sum(dtype=np.float64)) / tokens + 1
+    price = visit_us(problem) * 2 / top / (problem.layers * problem.statistics.windows)
+    return {"pairs": pairs, "pair_cost": unit * price}
+
+
+def _links(problem: Problem, unit: float) -> dict[str, Any]:
+    """Return transitions between layers and the price of one over a link [D,D]."""
+    transitions = problem.objective_function.transitions
+    if transitions is None:
+        return {}
+    return {"transitions": transitions, "link_cost": link_prices(problem, unit)}
+
+
+def link_prices(problem: Problem, unit: float) -> Floats:
+    """Compute the price of a pair over a link [D,D]."""
+    objective = problem.objective_function
+    if problem.goal == "traffic":
+        return problem.topology.cost.astype(np.float64) * (unit / objective.scale)
+    return objective.link_us * (unit / (problem.layers * problem.statistics.windows))
+
+
+def visit_us(problem: Problem) -> float:
+    """Compute microseconds of one token's visit of one more device.
+
+    Of D devices that are visited alike, a token is at home on one.
+    """
+    assert problem.cost_model is not None
+    crossing = problem.cost_model.crossing_us(problem.topology, returns=True)
+    return float(crossing[min(1, len(crossing) - 1)]) * (1 - 1 / problem.devices)
