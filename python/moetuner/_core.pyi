@@ -73,10 +73,10 @@ class Layers:
     """Layers with copies of experts, in windows, on devices that may differ.
 
     Takes load [W,L,E] and the weight of every window [W], the slots of every device [L,D], the node
-    of every device [D] and its time per token as a share of the slowest one's [D]. ``norm`` 8 stands
-    for the largest device load of a window, 0 is that load itself. With the norm, ``noise`` is the
-    part of an expert's variance among windows that counts as its own, and ``mixed`` how much the
-    mean of all windows counts besides them, as a part of what they all count. All costs are in
+    of every device [D] and its time per token as a share of the slowest one's [D]. ``norm`` 8
+    stands for the largest device load of a window, 0 is that load itself. With the norm, ``noise``
+    is the part of an expert's variance among windows that counts as its own, and ``mixed`` how much
+    the mean of all windows counts besides them, as a part of what they all count. All costs are in
     weighted tokens.
     """
 
@@ -164,10 +164,11 @@ class Layers:
         """Go down from slots [L,D,S] by steps, that which gains most for a copy brought first.
 
         Brought is what is on a device that does not have it in ``running`` [L,D,S], of any width;
-        ``most`` copies may be. Load above caps comes before all else. Every step writes twice: where in the flat
-        slots and which expert [N,2]. After it, copies are brought in all, caps are exceeded by a
-        part of them (of the worst device, summed over layers), and the cost in weighted tokens has
-        changed since the start [N,3]. The last value says whether it was interrupted.
+        ``most`` copies may be. Load above caps comes before all else. Every step writes twice:
+        where in the flat slots and which expert [N,2]. After it, copies are brought in all, caps
+        are exceeded by a part of them (of the worst device, summed over layers), and the cost in
+        weighted tokens has changed since the start [N,3]. The last value says whether it was
+        interrupted.
         """
 
     def construct(
@@ -487,7 +488,7 @@ def spend_budget(
     dead_zone: float,
     deviations: float,
 ) -> list[int]:
-    """Choose a way for every layer [L], of what ways cost [N,L] and the copies that they bring [N,L].
+    """Choose a way for every layer [L], by what ways cost [N,L] and the copies that they bring.
 
     Way 0 is to stay. At most ``most`` copies are brought, where they gain most; ``dead_zone`` and
     ``deviations`` are as in ``adapt_slots``.

@@ -36,6 +36,54 @@ fn bits_of(word: usize, bits: usize, within: Range<usize>) -> u64 {
     all
 }
 
+/// For every 512 tokens the rows of all ids, at most 64, each with a bit per token. `rows` may hold others of this size.
+#[multiversion::multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vbmi+avx2+bmi2",
+    "x86_64+avx2+bmi2"
+))]
+pub(super) fn rows_of<I: ExpertId>(ids: &[I], top_k: usize, size: usize, rows: &mut Vec<u64>) {
+    let columns: Vec<usize> = (0..size).collect();
+    match size {
+        0..=8 => rows_with(ids, top_k, size, &columns, rows, |_, ids, sets: &mut [u8; BLOCK]| {
+            sets_of(ids, top_k, sets);
+        }),
+        9..=32 => rows_with(ids, top_k, size, &columns, rows, |_, ids, sets: &mut [u32; BLOCK]| {
+            sets_of(ids, top_k, sets);
+        }),
+        _ => rows_with(ids, top_k, size, &columns, rows, |_, ids, sets: &mut [u64; BLOCK]| {
+            sets_of(ids, top_k, sets);
+        }),
+    }
+}
+
+#[inline(always)]
+fn sets_of<I: ExpertId, N: Number>(ids: &[I], top_k: usize, sets: &mut [N; BLOCK]) {
+    #[inline(always)]
+    fn fill<I: ExpertId, N: Number, const K: usize>(ids: &[I], sets: &mut [N; BLOCK]) {
+        for (set, ids) in sets.iter_mut().zip(ids.as_chunks::<K>().0) {
+            *set = N::ZERO;
+            for id in ids {
+                *set = set.with(id.index());
+            }
+        }
+    }
+    match top_k {
+        1 => fill::<I, N, 1>(ids, sets),
+        2 => fill::<I, N, 2>(ids, sets),
+        4 => fill::<I, N, 4>(ids, sets),
+        6 => fill::<I, N, 6>(ids, sets),
+        8 => fill::<I, N, 8>(ids, sets),
+        k => {
+            for (set, ids) in sets.iter_mut().zip(ids.chunks_exact(k)) {
+                *set = N::ZERO;
+                for id in ids {
+                    *set = set.with(id.index());
+                }
+            }
+        }
+    }
+}
+
 /// Numbers of ids, whose sums by token become rows.
 #[derive(Debug)]
 pub struct Units {
@@ -53,13 +101,6 @@ enum UnitTable {
 }
 
 impl Units {
-    /// A bit for each of up to 64 ids: rows are those of the ids.
-    #[must_use]
-    pub fn of_ids(size: usize) -> Self {
-        let units: Vec<u64> = (0..size).map(|id| 1 << id).collect();
-        Self::new(&units, (0..size).collect(), size)
-    }
-
     /// Takes `[words, ids]`, 64 bits to a word, and for every bit its row, a number below `size`. Sums must not carry from
     /// one word into the next.
     #[must_use]
@@ -80,13 +121,18 @@ impl Units {
     }
 }
 
-/// For every 512 tokens the rows of the bits of the sums of every token's units, each with a bit per token. `rows` may
-/// hold others of this size.
+/// The rows of the bits of the sums of every token's units.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vbmi+avx2+bmi2",
     "x86_64+avx2+bmi2"
 ))]
-pub(super) fn rows_of<I: ExpertId>(ids: &[I], top_k: usize, size: usize, units: &Units, rows: &mut Vec<u64>) {
+pub(super) fn rows_of_sums<I: ExpertId>(
+    ids: &[I],
+    top_k: usize,
+    size: usize,
+    units: &Units,
+    rows: &mut Vec<u64>,
+) {
     let columns = &units.columns;
     match &units.tables {
         UnitTable::Of8(table) => {

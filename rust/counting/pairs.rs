@@ -65,8 +65,6 @@ impl Kernel {
 pub struct Side<I> {
     ids: Vec<I>,
     bits: Vec<u64>,
-    /// What makes rows of ids.
-    units: Option<Units>,
     /// Whether the rows of bits are those of sums.
     sums: bool,
     lists: Lists,
@@ -87,7 +85,7 @@ impl<I: ExpertId> Side<I> {
     fn with(kernel: Kernel, top_k: usize, size: usize) -> Self {
         let (ids, bits, lists) = (Vec::new(), Vec::new(), Lists::default());
         let workplace = Workplace::default();
-        Self { ids, bits, units: None, sums: false, lists, workplace, tokens: 0, top_k, size, kernel }
+        Self { ids, bits, sums: false, lists, workplace, tokens: 0, top_k, size, kernel }
     }
 
     /// Takes the ids of a block in place of those it had, which it leaves in the vector; a token's ids must differ.
@@ -95,10 +93,7 @@ impl<I: ExpertId> Side<I> {
         std::mem::swap(&mut self.ids, ids);
         self.tokens = self.ids.len() / self.top_k;
         match self.kernel {
-            Kernel::Bits => {
-                let units = self.units.get_or_insert_with(|| Units::of_ids(self.size));
-                bits::rows_of(&self.ids, self.top_k, self.size, units, &mut self.bits);
-            }
+            Kernel::Bits => bits::rows_of(&self.ids, self.top_k, self.size, &mut self.bits),
             Kernel::Lists => self.lists.fill(&self.ids, self.top_k, cuts),
             Kernel::Rows | Kernel::Cells => {}
         }
@@ -114,7 +109,7 @@ impl<I: ExpertId> Side<I> {
         self.kernel = Kernel::Bits;
         self.sums = true;
         self.tokens = ids.len() / self.top_k;
-        bits::rows_of(ids, self.top_k, self.size, units, &mut self.bits);
+        bits::rows_of_sums(ids, self.top_k, self.size, units, &mut self.bits);
     }
 
     /// Ids per token.

@@ -13,6 +13,7 @@ pub(super) const WORDS: usize = BLOCK / WORD;
 pub(super) trait Number: Copy + 'static {
     const BITS: usize;
     const ZERO: Self;
+    fn with(self, bit: usize) -> Self;
     fn plus(self, unit: Self) -> Self;
     /// Exchanges the upper `by` bits in every `2 * by` of `low` with the lower ones of `high`.
     fn swap(low: &mut Self, high: &mut Self, by: usize);
@@ -24,6 +25,11 @@ macro_rules! number {
         impl Number for $type {
             const BITS: usize = <$type>::BITS as usize;
             const ZERO: Self = 0;
+
+            #[inline(always)]
+            fn with(self, bit: usize) -> Self {
+                self | 1 << (bit % <Self as Number>::BITS)
+            }
 
             #[inline(always)]
             fn plus(self, unit: Self) -> Self {

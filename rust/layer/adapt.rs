@@ -280,9 +280,6 @@ impl<'a> Steps<'a> {
     /// where none is heavier by enough.
     fn copy_heaviest(&mut self) -> bool {
         let (slots, site, tokens) = (&self.slots, self.site, self.tokens);
-        if !site.copies {
-            return false;
-        }
         // Load of every copy, were there one less of its expert.
         let without = |(&tokens, &copies): (&f64, &u32)| {
             if copies > 1 { tokens / f64::from(copies - 1) } else { f64::INFINITY }
@@ -296,10 +293,7 @@ impl<'a> Steps<'a> {
             let most = part(e) / (1.0 + HEAVIER);
             let open = |&q: &usize| {
                 let f = slots.expert_in[q];
-                f != EMPTY
-                    && without[usize::from(f)] < most
-                    && slots.takes(site, e, slots.device(q))
-                    && slots.releases(site, q)
+                f != EMPTY && without[usize::from(f)] < most && slots.takes(site, e, slots.device(q))
             };
             let key = |q: usize| {
                 let (g, f) = (slots.device(q), slots.expert_in[q]);
@@ -344,9 +338,7 @@ impl<'a> Steps<'a> {
             if self.times[slow] <= 1.0 {
                 break;
             }
-            if self.site.copies {
-                self.look_for_copies(slow, &mut best);
-            }
+            self.look_for_copies(slow, &mut best);
             self.look_for_swaps(slow, fastest, &mut best);
             if best.1.is_some() {
                 break;

@@ -99,7 +99,7 @@ impl<'a> Descent<'a> {
     /// device's, and elsewhere not at all. Nothing where no slowest device feels it.
     fn relieves(&self, step: Move) -> f64 {
         let mut shares = Vec::with_capacity(4);
-        self.slots.shares(&self.layer.site, step, &mut shares);
+        self.slots.shares(&self.layer.site, step, &mut shares, &mut vec![]);
         let less = |of: &Share| (of.before - of.after) * self.slowest_part(of.expert, usize::from(of.device));
         let relief = shares.iter().map(less).sum::<f64>();
         // Parts of loads are rounded to whole numbers, in every window.

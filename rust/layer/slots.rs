@@ -92,12 +92,6 @@ impl Slots {
         usize::from(self.device_of[slot])
     }
 
-    /// Device of every slot `[P]`.
-    #[must_use]
-    pub fn device_of(&self) -> &[u16] {
-        &self.device_of
-    }
-
     /// Copies of an expert; none of nothing.
     #[inline(always)]
     pub(crate) fn copies(&self, expert: u16) -> u32 {
@@ -200,9 +194,9 @@ impl Slots {
         }
     }
 
-    /// Writes which shares of experts' tokens a move changes, in place of what was in `shares`.
+    /// Writes which shares of experts' tokens a move changes, in place of what was in `shares`; `devices` is for notes.
     #[inline]
-    pub(crate) fn shares(&self, site: &Site, step: Move, shares: &mut Vec<Share>) {
+    pub(crate) fn shares(&self, site: &Site, step: Move, shares: &mut Vec<Share>, devices: &mut Vec<u16>) {
         shares.clear();
         for Edit { expert, from, to } in self.edits(step) {
             let copies = self.copies(expert);
@@ -212,15 +206,19 @@ impl Slots {
                 shares.push(Share { expert, device: to, before: 0.0, after: share });
                 continue;
             }
-            let before: Vec<u16> = self.devices(expert).collect();
-            let after: Vec<u16> =
-                before.iter().copied().filter(|&device| Some(device) != from).chain(to).collect();
-            for &device in &before {
-                let then = if Some(device) == from { 0.0 } else { site.share(&after, device) };
-                shares.push(Share { expert, device, before: site.share(&before, device), after: then });
+            devices.clear();
+            devices.extend(self.devices(expert));
+            devices.extend(self.devices(expert).filter(|&device| Some(device) != from).chain(to));
+            let (before, after) = devices.split_at(copies as usize);
+            for &device in before {
+                let was = site.share(before, device);
+                let then = if Some(device) == from { 0.0 } else { site.share(after, device) };
+                if was.to_bits() != then.to_bits() {
+                    shares.push(Share { expert, device, before: was, after: then });
+                }
             }
             if let Some(device) = to {
-                shares.push(Share { expert, device, before: 0.0, after: site.share(&after, device) });
+                shares.push(Share { expert, device, before: 0.0, after: site.share(after, device) });
             }
         }
     }

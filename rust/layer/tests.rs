@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::adapt::{self, adapt_layers};
-use super::construct::{NoSlot, QUICK, by_windows, fill, fill_layers};
+use super::construct::{QUICK, by_windows, fill};
 use super::terms::Terms;
 use super::terms::balance::Balance;
 use super::terms::fanout;
@@ -362,16 +362,4 @@ fn polish_lowers_what_the_heaviest_copies_first_leave() {
         assert!(quick <= plain && patient <= plain, "{plain} {quick} {patient}");
         assert!(patient <= 1.06 * load.iter().sum::<f64>() / 4.0, "{patient}");
     }
-}
-
-#[test]
-fn faulty_loads_are_named() {
-    let sites = vec![Site::plain(vec![1; 2], vec![1.0; 2]); 2];
-    let message = |load: &[f64]| fill_layers(load, 2, &sites, 0).map_err(|e| e.to_string());
-    let expected = "load must have finite values of at least 0, got NaN in layer 1, expert 0";
-    assert_eq!(message(&[1.0, 1.0, f64::NAN, 1.0]).err(), Some(expected.to_owned()));
-    let filled = message(&[1.0, -0.0, 0.0, 0.0]).expect("slots suffice");
-    assert!(filled.iter().all(|slots| slots.expert_in == [0, 1]));
-    let tight = Site { forbidden: vec![true, false, true, false], ..sites[0].clone() };
-    assert_eq!(fill(&tight, &[1.0, 1.0], 0), Err(NoSlot(1)));
 }

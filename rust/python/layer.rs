@@ -144,27 +144,30 @@ impl Layers {
         noise: f64,
         mixed: f64,
     ) -> PyResult<Self> {
-        let (load, weight) = (load.as_array(), weight.as_array().to_vec());
-        let ((w, l, e), d) = (load.dim(), node.len());
+        let &[w, layers, e] = load.shape() else { unreachable!("the array has three dimensions") };
+        let (load, weight, d) = (contiguous(load.as_slice().ok())?, weight.as_array().to_vec(), node.len());
         let counts = [noise, mixed].iter().all(|part| part.is_finite() && *part >= 0.0);
-        let fits = weight.len() == w && capacity.shape() == [l, d] && time.len() == d;
+        let fits = weight.len() == w && capacity.shape() == [layers, d] && time.len() == d;
         if !fits || ![0, 8].contains(&norm) || !counts {
             let rule = format!(
-                "weights [{w}], slots [{l}, {d}], times [{d}], norm 0 or 8, noise and mixed of at least 0"
+                "weights [{w}], slots [{layers}, {d}], times [{d}], norm 0 or 8, noise and mixed of at least 0"
             );
             return Err(Error::Shape { what: "layers", rule, found: "others".into() }.into());
         }
-        let (sites, per_device) = sites_of(&capacity, &time, [None, None], [l, e])?;
+        let (sites, per_device) = sites_of(&capacity, &time, [None, None], [layers, e])?;
         // Copied tables, and windows in the form of the search, of experts and of devices.
-        room_for("windows", &[l, w.next_multiple_of(LANES) + LANES, e + d, 4 * size_of::<f64>()])?;
+        room_for("windows", &[layers, w.next_multiple_of(LANES) + LANES, e + d, 4 * size_of::<f64>()])?;
         let measure = if norm == 0 { Measure::Peak } else { Measure::Norm { noise, mixed } };
         let split = if nearest { Split::Nearest } else { Split::Even };
         let layer = |(l, site): (usize, Site)| {
             let site = Site { node: node.clone(), split, ..site };
-            let rows: Vec<f64> = load.slice(numpy::ndarray::s![.., l, ..]).iter().copied().collect();
-            let total = |e| load.slice(numpy::ndarray::s![.., l, e]).sum();
+            let rows = load.chunks_exact(e).skip(l).step_by(layers);
+            let (rows, mut total) = (rows.collect::<Vec<_>>().concat(), vec![0.0; e]);
+            for row in rows.chunks_exact(e) {
+                total.iter_mut().zip(row).for_each(|(total, tokens)| *total += tokens);
+            }
             let windows = Windows::new(&rows, &weight, e, &site, measure);
-            Layer::plain(site, (0..e).map(total).collect(), windows)
+            Layer::plain(site, total, windows)
         };
         let layers = caught(|| sites.into_iter().enumerate().map(layer).collect())?;
         Ok(Self { layers, per_device })
@@ -254,6 +257,7 @@ impl Layers {
     }
 
     /// Improves slots [L,D,S].
+    #[allow(clippy::fn_params_excessive_bools)]
     #[pyo3(signature = (start, *, trials, copies = true, empties = true, restarts = 1, rounds = 1, quick = false, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, alone = false, progress = None))]
     fn place<'py>(
         &mut self,
@@ -382,7 +386,9 @@ pub(super) fn replicate_experts<'py>(
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
     let (mut sites, per_device) = sites_of(&capacity, time, [forbidden.as_ref(), pinned.as_ref()], [l, e])?;
-    sites.iter_mut().for_each(|site| site.copies = copies);
+    for site in &mut sites {
+        site.copies = copies;
+    }
     let placements = alone(py, || fill_layers(load, e, &sites, trials))??;
     let all = placements.iter().zip(&sites).map(|(slots, site)| (&slots.expert_in[..], &site.capacity[..]));
     array3(py, (l, time.len(), per_device), slots_of(all, per_device))

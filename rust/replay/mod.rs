@@ -178,17 +178,23 @@ impl Copies {
         size: usize,
         row_of: impl Fn(usize) -> usize,
     ) {
+        let device_of = |slot: u16| usize::from(self.device_of_slot[usize::from(slot)]);
+        if size == self.devices {
+            for (token, slots) in slots.chunks_exact(top_k).enumerate() {
+                let load = &mut table[row_of(token) * size..][..size];
+                for &slot in slots {
+                    load[device_of(slot)] += true.into();
+                }
+            }
+            return;
+        }
         // Which token visited a device or, behind them, a node last; tokens are numbered from 1.
         let mut last = vec![0; size - self.devices];
         for (token, slots) in slots.chunks_exact(top_k).enumerate() {
             let (load, visits) = table[row_of(token) * size..][..size].split_at_mut(self.devices);
             let token = token as u32 + 1;
-            for &slot in slots {
-                let device = usize::from(self.device_of_slot[usize::from(slot)]);
+            for device in slots.iter().map(|&slot| device_of(slot)) {
                 load[device] += true.into();
-                if visits.is_empty() {
-                    continue;
-                }
                 for place in [device, self.devices + usize::from(self.node_of_device[device])] {
                     visits[place] += (std::mem::replace(&mut last[place], token) != token).into();
                 }

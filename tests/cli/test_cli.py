@@ -282,62 +282,32 @@ def test_evaluate_predicts_times(ok, trace, tmp_path):
 
 
 def test_audit_names_groups_and_fails_on_demand(run, ok, trace, tmp_path):
-    """Status 3 says that a group got worse by more than was allowed; JSON says which."""
-    blocks, all_on_two = tmp_path / "blocks.json", tmp_path / "two.json"
-    ok("solve", trace, "--devices", 4, "--method", "contiguous", "--out", blocks)
-    load = mt.RoutingTrace.load(trace)
-    slots = np.full((3, 4, 4), -1)
-    slots[:, 0], slots[:, 1] = np.arange(4), np.arange(4, 8)
-    mt.Placement(slots, num_experts=load.num_experts).save(all_on_two)
-    text = ok("audit", all_on_two, trace, "--window", 40)
-    assert re.search(r"worse in imbalance, beyond chance: (even|odd) \+", text)
-    status, out, err = run("audit", all_on_two, trace, "--window", 40, "--fail-if-worse", 5)
-    assert (status, err) == (3, "")
-    assert re.search(
-        r"^failed: (even|odd) got worse by \+.* in imbalance, more than 5 %", out, re.M
-    )
-    status, out, _ = run(
-        "audit",
-        all_on_two,
-        trace,
-        "--window",
-        40,
-        "--fail-if-worse",
-        5,
-        "--json",
-        "-",
-        "--measure",
-        "crossing",
-    )
-    found = json.loads(out)
-    assert (status, found["failed"], found["settings"]["judged"]) == (0, False, ["crossing"])
-    assert {each["measure"] for each in found["worse"]} == {"imbalance"}
-    assert set(found["by_group"]) == {"even", "odd"}
-    # Judged by itself nothing is worse.
-    text = ok("audit", blocks, trace, "--baseline", blocks, "--fail-if-worse", 0)
-    assert "no group got worse beyond chance" in text
-
-
-def test_audit_says_what_is_gained_and_what_to_do(ok, trace, tmp_path):
-    """One sentence with its interval, and one of what helps the group that got worse."""
+    """All traffic in one sentence, groups that got worse by name, what to do, and status 3."""
     blocks, all_on_two = tmp_path / "blocks.json", tmp_path / "two.json"
     ok("solve", trace, "--devices", 4, "--method", "contiguous", "--out", blocks)
     slots = np.full((3, 4, 4), -1)
     slots[:, 0], slots[:, 1] = np.arange(4), np.arange(4, 8)
     mt.Placement(slots, num_experts=8).save(all_on_two)
-    text = ok("audit", all_on_two, trace, "--window", 40)
-    assert re.search(
-        r"^All traffic: two.json has \d+\.\d % more imbalance than experts in blocks "
+    arguments = ("audit", all_on_two, trace, "--window", 40, "--fail-if-worse", 5)
+    status, text, err = run(*arguments)
+    assert (status, err) == (3, "")
+    for line in (
+        r"^All traffic: two.json has [\d.]+ % more imbalance than experts in blocks "
         r"\(95 %: [\d.]+ to [\d.]+ %\)\.$",
-        text,
-        re.M,
-    )
-    assert re.search(
-        r"^To do: record more of (even|odd) and solve again, with --groups", text, re.M
-    )
-    text = ok("audit", blocks, trace, "--baseline", blocks)
+        r"^worse in imbalance, beyond chance: (even|odd) \+",
+        r"^To do: record more of (even|odd) and solve again, with --groups",
+        r"^failed: (even|odd) got worse by \+.* in imbalance, more than 5 %",
+    ):
+        assert re.search(line, text, re.M)
+    found = json.loads(ok(*arguments, "--json", "-", "--measure", "crossing"))
+    assert (found["failed"], found["settings"]["judged"]) == (False, ["crossing"])
+    assert {each["measure"] for each in found["worse"]} == {"imbalance"}
+    assert set(found["by_group"]) == {"even", "odd"}
+    # Judged by itself nothing is worse.
+    text = ok("audit", blocks, trace, "--baseline", blocks, "--fail-if-worse", 0)
     assert "All traffic: blocks.json has 0.0 % less imbalance than blocks.json" in text
     assert "that may be chance" in text
+    assert "no group got worse beyond chance" in text
     assert "To do" not in text
 
 

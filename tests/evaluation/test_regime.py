@@ -19,22 +19,33 @@ def test_dispatch_is_the_default_everywhere():
         assert inspect.signature(call).parameters["regime"].default == "dispatch"
 
 
-@pytest.mark.parametrize("command", ["solve", "compare", "evaluate", "audit"])
-def test_dispatch_is_the_default_of_commands(ok, make_trace, tmp_path, command):
+COMMANDS = {
+    "solve": ["trace", "--devices", 2, "--method", "lpt", "--out", "new"],
+    "compare": ["trace", "--devices", 2, "--methods", "lpt"],
+    "evaluate": ["placement", "trace"],
+    "audit": ["placement", "trace", "--resamples", 10],
+}
+
+
+@pytest.fixture
+def command(ok, make_trace, tmp_path):
+    """Run a command on a small trace of a model and a placement, with further arguments."""
+
+    def command(name, *more, model=None):
+        files = {of: tmp_path / of for of in ("trace", "placement", "new")}
+        ids = make_trace(60).expert_ids
+        traffic = mt.RoutingTrace.from_arrays(ids, num_experts=8, model=model)
+        traffic.save(files["trace"])
+        mt.Placement([[[0, 1, 2, 3], [4, 5, 6, 7]]] * 3).save(files["placement"])
+        return ok(name, *(files.get(given, given) for given in COMMANDS[name]), *more)
+
+    return command
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_dispatch_is_the_default_of_commands(command, name):
     """Every command that knows a regime takes dispatch, and says so in its JSON."""
-    trace, placement = tmp_path / "trace.safetensors", tmp_path / "p.json"
-    traffic = make_trace(60)
-    traffic.save(trace)
-    statistics = mt.RoutingStatistics.from_trace(traffic)
-    mt.solve(mt.Problem(statistics, mt.Topology(2)), "contiguous").placement.save(placement)
-    arguments = {
-        "solve": [trace, "--devices", 2, "--method", "lpt", "--out", tmp_path / "q.json"],
-        "compare": [trace, "--devices", 2, "--methods", "lpt"],
-        "evaluate": [placement, trace],
-        "audit": [placement, trace, "--resamples", 10],
-    }[command]
-    found = json.loads(ok(command, *arguments, "--json", "-"))
-    assert found["settings"]["regime"] == "dispatch"
+    assert json.loads(command(name, "--json", "-"))["settings"]["regime"] == "dispatch"
 
 
 @pytest.mark.parametrize("known", ["transitions", "coactivation"])
@@ -78,7 +89,7 @@ def test_the_time_of_a_trace_is_that_of_evaluate(ok, make_trace, tmp_path):
     assert f"Predicted time: {shown['predicted_layer_us']:.1f} us per layer." in text
 
 
-@pytest.mark.parametrize("command", ["solve", "compare", "evaluate", "audit"])
+@pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize(
     ("model", "given", "whose"),
     [
@@ -88,27 +99,11 @@ def test_the_time_of_a_trace_is_that_of_evaluate(ok, make_trace, tmp_path):
         ("gpt-oss-20b", ["--cost-model", "h200:64x32"], "h200:64x32;"),
     ],
 )
-def test_times_say_whose_they_are(ok, make_trace, tmp_path, command, model, given, whose):
+def test_times_say_whose_they_are(command, name, model, given, whose):
     """GPU and model stand beside every time, and so does how to get others."""
-    trace, placement = tmp_path / "trace.safetensors", tmp_path / "p.json"
-    ids = make_trace(60).expert_ids
-    traffic = mt.RoutingTrace.from_arrays(ids, num_experts=8, model=model)
-    traffic.save(trace)
-    statistics = mt.RoutingStatistics.from_trace(traffic)
-    mt.solve(mt.Problem(statistics, mt.Topology(2)), "contiguous").placement.save(placement)
-    arguments = {
-        "solve": [trace, "--devices", 2, "--method", "lpt", "--out", tmp_path / "q.json"],
-        "compare": [trace, "--devices", 2, "--methods", "lpt"],
-        "evaluate": [placement, trace],
-        "audit": [
-            placement,
-            trace,
-            "--resamples",
-            10,
-            *([] if given else ["--cost-model", "h100"]),
-        ],
-    }[command]
-    text = ok(command, *arguments, *given)
+    if name == "audit" and not given:
+        given = ["--cost-model", "h100"]
+    text = command(name, *given, model=model)
     assert f"Predicted times are of {whose}" in text
     assert "--cost-model FILE or GPU:HIDDENxINTERMEDIATE" in text
 

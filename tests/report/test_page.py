@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.evaluation.auditing import contiguous as blocks_of
 from moetuner.report import page
 from moetuner.report.page import figures
 from moetuner.report.page import panels as drawing
 from moetuner.report.page.charts import POINTS, thinned
-from moetuner.report.page.data import PageData
+from moetuner.report.page.data import Origin, of_placements
 from moetuner.solver import Progress
 
 pytest.importorskip("plotly", reason="the extra report is not installed")
@@ -27,38 +28,18 @@ MODEL = mt.CostModel.preset("h100")
 
 
 def shown(trace, placement, topology, **others):
-    """Gather what a page of a placement beside experts in blocks is made of."""
-    blocks = mt.Placement.from_assignment(
-        np.tile(
-            np.arange(placement.num_experts) * topology.devices // placement.num_experts,
-            (placement.layers, 1),
-        ),
-        topology.devices,
+    """Make the data of a placement beside experts in blocks."""
+    placements = blocks_of(placement), placement
+    options = {"window": 100, "cost_model": MODEL, "mixed": False}
+    options |= {"window": None} if isinstance(trace, mt.RoutingStatistics) else {}
+    evaluations = tuple(mt.evaluate(each, trace, topology, **options) for each in placements)
+    contents = {"proposed": evaluations[1].to_dict()}
+    made = of_placements(
+        *(("contiguous", "proposed"), placements, evaluations, trace, topology),
+        *(Origin(HOSTILE[0], [], "moetuner report"), contents),
+        traffic="<script>alert(2)</script>",
     )
-    counted = trace
-    if isinstance(trace, mt.RoutingTrace):
-        counted = mt.RoutingStatistics.from_trace(trace, window=100)
-    window = 100 if isinstance(trace, mt.RoutingTrace) else None
-    options = {"window": window, "cost_model": MODEL, "mixed": False}
-    evaluations = tuple(
-        mt.evaluate(each, trace, topology, **options) for each in (blocks, placement)
-    )
-    found = {
-        "title": "a title",
-        "subtitle": HOSTILE[0],
-        "sentence": "Worth a trial: so it is.",
-        "answer": "good",
-        "names": ("contiguous", "proposed"),
-        "placements": (blocks, placement),
-        "evaluations": evaluations,
-        "topology": topology,
-        "traffic": "<script>alert(2)</script>",
-        "load": counted.total_load.astype(float),
-        "moves": blocks.diff(placement, topology=topology),
-        "numbers": (("One", "1.5 us", "first"), ("Two", "2.5 x", ""), ("Three", "3.5 GB", "")),
-        "contents": {"proposed": evaluations[1].to_dict()},
-    }
-    return PageData(**{**found, **others})
+    return replace(made, **others)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +90,8 @@ def numbers(packed):
 def test_the_first_screen_needs_no_script(made, html):
     """The sentence and three numbers stand in the markup."""
     assert "<h1" in html
-    for words in (made.sentence, "1.5 us", "2.5 x", "3.5 GB"):
+    assert "proposed has" in made.sentence
+    for words in (made.sentence, *(value for _, value, _ in made.numbers)):
         assert words in html
 
 
@@ -201,18 +183,9 @@ def test_every_chart_has_a_label_and_a_table(made, html):
 def test_what_is_not_known_says_why(load, devices):
     """One layer, one window, one device, no transitions, no groups, no load: still a page."""
     table = mt.RoutingStatistics.from_load(load)
-    made = shown(
-        table,
-        mt.Placement.from_assignment([np.arange(4) % devices] * len(load[0]), devices),
-        mt.Topology(devices),
-        audit=mt.audit(
-            mt.Placement.from_assignment([np.arange(4) % devices] * len(load[0]), devices),
-            table,
-            cost_model=MODEL,
-        )
-        if np.any(load)
-        else None,
-    )
+    placement = mt.Placement.from_assignment([np.arange(4) % devices] * len(load[0]), devices)
+    audit = mt.audit(placement, table, cost_model=MODEL) if np.any(load) else None
+    made = shown(table, placement, mt.Topology(devices), audit=audit)
     found = {each.key: each for each in drawing.panels_of(made)}
     assert found["links"].absent
     assert found["next"].absent
@@ -418,5 +391,6 @@ def test_a_reader_sees_what_numpy_says(made, tmp_path):
         plain = browser.new_context(offline=True, java_script_enabled=False).new_page()
         plain.goto(file.as_uri())
         seen = plain.locator("body").inner_text()
-        assert all(words in seen for words in (made.sentence, "1.5 us", "2.5 x", "3.5 GB"))
+        numbers = (value for _, value, _ in made.numbers)
+        assert all(words in seen for words in (made.sentence, *numbers))
         browser.close()

@@ -34,7 +34,7 @@ def deepseek(load, devices, slots, *, groups=1, nodes=1):
         for _ in range(slots * devices // nodes - len(experts)):
             copies[max(experts, key=lambda e: load[e] / copies[e])] += 1
         items = [load[e] / copies[e] for e in experts for _ in range(copies[e])]
-        of_device += [sum(items[i] for i in held) for held in pack(items, devices // nodes)]
+        of_device += [sum(items[i] for i in holds) for holds in pack(items, devices // nodes)]
     return np.array(of_device)
 
 
@@ -58,10 +58,10 @@ def test_never_worse_than_deepseek(seed):
         (128, 16, 9, 8, 2),
     ][seed % 5]
     load = skewed(4, experts, seed, 0.4 + 0.3 * (seed % 4))
-    found = device_load(load, mt.balance(load, devices=devices, slots_per_device=slots))
+    answer = device_load(load, mt.balance(load, devices=devices, slots_per_device=slots))
     for kind in ({}, {"groups": groups, "nodes": nodes}):
         theirs = np.array([deepseek(row, devices, slots, **kind).max() for row in load])
-        assert (found.max(axis=1) / theirs).mean() <= 1 + 1e-9
+        assert (answer.max(axis=1) / theirs).mean() <= 1 + 1e-9
 
 
 def test_eplb_is_deepseeks_where_that_has_no_second_copies():
@@ -69,8 +69,8 @@ def test_eplb_is_deepseeks_where_that_has_no_second_copies():
     load = skewed(3, 64, 1, 0.3).astype(np.uint64)
     problem = mt.Problem(mt.RoutingStatistics.from_load(load), mt.Topology(8), slots_per_device=9)
     placement = mt.solve(problem, "eplb").placement
-    for row, found in zip(load, device_load(load, placement), strict=True):
-        assert np.allclose(np.sort(found), np.sort(deepseek(row.astype(float), 8, 9)))
+    for row, answer in zip(load, device_load(load, placement), strict=True):
+        assert np.allclose(np.sort(answer), np.sort(deepseek(row.astype(float), 8, 9)))
     best = mt.solve(problem, "lpt").placement
     assert (device_load(load, best).max(1) <= device_load(load, placement).max(1)).all()
 
@@ -87,8 +87,8 @@ def test_eplb_is_never_behind_deepseeks_own_code(experts, devices, slots):
     )
     placement = mt.solve(problem, "eplb").placement
     assert placement.has_copies
-    for row, found in zip(load, device_load(load, placement).max(axis=1), strict=True):
-        assert found <= deepseek(row.astype(float), devices, slots).max() * (1 + 1e-9)
+    for row, answer in zip(load, device_load(load, placement).max(axis=1), strict=True):
+        assert answer <= deepseek(row.astype(float), devices, slots).max() * (1 + 1e-9)
 
 
 def test_spare_slots_of_few_layers_get_copies():
@@ -114,8 +114,8 @@ def test_searches_are_never_behind_balance(method, objective, limit):
     for devices, own in ((mt.Topology(8), None), (mt.Topology(8, speed=speed), speed)):
         problem = mt.Problem(statistics, devices, slots_per_device=5, objective=objective)
         theirs = mt.balance(load, devices=8, slots_per_device=5, speed=own)
-        found = mt.solve(problem, method, **limit).objective
-        assert found <= mt.Objective(problem).value(theirs) * (1 + 1e-9)
+        answer = mt.solve(problem, method, **limit).objective
+        assert answer <= mt.Objective(problem).value(theirs) * (1 + 1e-9)
 
 
 def test_searches_are_not_behind_a_patient_balance():
@@ -124,8 +124,8 @@ def test_searches_are_not_behind_a_patient_balance():
     statistics = mt.RoutingStatistics.from_load(load)
     problem = mt.Problem(statistics, mt.Topology(72), slots_per_device=4, objective="balance")
     theirs = mt.balance(load, devices=72, slots_per_device=4, speed=[1.0] * 72)
-    found = mt.solve(problem, "heuristic", time_limit=0).objective
-    assert found <= mt.Objective(problem).value(theirs) * (1 + 1e-9)
+    answer = mt.solve(problem, "heuristic", time_limit=0).objective
+    assert answer <= mt.Objective(problem).value(theirs) * (1 + 1e-9)
 
 
 @given(st.data())
@@ -152,6 +152,11 @@ def test_faster_devices_do_more():
     placement = mt.balance(load, devices=4, slots_per_device=[40, 40, 12, 12], speed=speed)
     times = device_load(load, placement) / speed
     assert (times.max(axis=1) < 1.02 * load.sum(axis=1) / speed.sum()).all()
+
+
+def test_no_load_of_either_sign_is_none():
+    """A negative zero is a zero."""
+    assert mt.balance([[1.0, -0.0]], devices=2, slots_per_device=1).slots.tolist() == [[[0], [1]]]
 
 
 def test_windows_are_summed():

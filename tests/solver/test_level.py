@@ -23,8 +23,8 @@ def domains(windows, layers, experts, seed=0):
 
 def imbalance(load, slots):
     """Largest over mean device load: the mean over layers of that over windows, by tokens."""
-    held = (slots[..., None] == np.arange(load.shape[2])).any(axis=2)
-    part = held / held.sum(axis=1, keepdims=True)
+    holds = (slots[..., None] == np.arange(load.shape[2])).any(axis=2)
+    part = holds / holds.sum(axis=1, keepdims=True)
     device = np.einsum("lde,wle->wld", part, load)
     return float((device.max(axis=2).sum(axis=0) / device.mean(axis=2).sum(axis=0)).mean())
 
@@ -67,15 +67,15 @@ def test_from_what_runs_a_copy_has_its_price():
     load = domains(20, 3, 16)
     capacity, time = np.full((3, 4), 5), np.ones(4)
     begin = of_balance(load, 4, 5)
-    held = (begin[..., None] == np.arange(16)).any(axis=2)
-    brought = []
+    holds = (begin[..., None] == np.arange(16)).any(axis=2)
+    moves = []
     for price in (0.0, 0.01, 0.05, 100.0):
-        found = level(load, capacity, time, begin, price=price)
-        came = (found[..., None] == np.arange(16)).any(axis=2) & ~held
-        brought.append(int(came.sum()))
-        assert imbalance(load, found) <= imbalance(load, begin) * (1 + 1e-5)
-    assert brought == sorted(brought, reverse=True)
-    assert brought[0] > brought[-1] == 0
+        answer = level(load, capacity, time, begin, price=price)
+        came = (answer[..., None] == np.arange(16)).any(axis=2) & ~holds
+        moves.append(int(came.sum()))
+        assert imbalance(load, answer) <= imbalance(load, begin) * (1 + 1e-5)
+    assert moves == sorted(moves, reverse=True)
+    assert moves[0] > moves[-1] == 0
 
 
 def quick_search(load, weight=None, capacity=None, time=None, trials=500, **rules):
@@ -117,9 +117,9 @@ def test_bans_and_pins_are_kept():
     slots, _ = quick_search(
         load, capacity=capacity, trials=2000, forbidden=forbidden, pinned=pinned
     )
-    held = (slots[..., None] == np.arange(12)).any(axis=2).transpose(0, 2, 1)
-    assert not (held & forbidden).any()
-    assert (held | ~pinned).all()
+    holds = (slots[..., None] == np.arange(12)).any(axis=2).transpose(0, 2, 1)
+    assert not (holds & forbidden).any()
+    assert (holds | ~pinned).all()
 
 
 def test_windows_that_do_not_count_are_not_counted():
@@ -151,9 +151,9 @@ def test_plugins_and_rebalancer_use_it():
     expected = level(load, np.full((3, 4), 5), np.ones(4))
     assert np.array_equal(rebalance_experts(load, 20, None, 1, 4).reshape(3, 4, 5), expected)
     nothing = np.full((3, 4, 5), -1, dtype=np.int32)
-    found = rebalance(load, nothing, time=np.ones(4), budget=60)
-    assert np.array_equal(found.slots, expected)
-    assert np.array_equal(found.brought, [20, 20, 20])
+    answer = rebalance(load, nothing, time=np.ones(4), budget=60)
+    assert np.array_equal(answer.slots, expected)
+    assert np.array_equal(answer.moves, [20, 20, 20])
 
 
 def problem(load, **options):
@@ -171,11 +171,11 @@ def test_method_quick_is_never_behind_balance():
         {"slots_per_device": 4, "max_imbalance": 1.3},
     ):
         given = problem(load, **options)
-        found = mt.solve(given, "quick")
+        answer = mt.solve(given, "quick")
         slots = of_balance(load, 8, options["slots_per_device"])
         packed = mt.Placement(slots, num_experts=24)
-        behind, ahead = (float(given.caps.excess(each).sum()) for each in (found.placement, packed))
-        assert (behind, found.objective) <= (ahead, Objective(given).value(packed))
+        behind, ahead = (float(given.caps.excess(one).sum()) for one in (answer.placement, packed))
+        assert (behind, answer.objective) <= (ahead, Objective(given).value(packed))
 
 
 def test_large_layers_get_it():

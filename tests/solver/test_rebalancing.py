@@ -26,9 +26,9 @@ def test_a_copy_gains_more_than_its_price():
     slots = running(3, 4, 4)
     moved = []
     for price in (0.0, 10.0, 100.0, 300.0, 1e9):
-        found = decide(load, slots, price=price)
-        moved.append(int(found.brought.sum()))
-        assert ((found.before - found.after) >= price * found.brought).all()
+        answer = decide(load, slots, price=price)
+        moved.append(int(answer.moves.sum()))
+        assert ((answer.before - answer.after) >= price * answer.moves).all()
     assert moved == sorted(moved, reverse=True)
     assert moved[0] > moved[2] > moved[-1] == 0
 
@@ -49,16 +49,16 @@ def test_chance_moves_nothing():
     for tokens in (10, 1000, 100_000):
         load = random.poisson(tokens, (8, 16)).astype(np.float64)
         slots = running(8, 4, 4)
-        found = rebalance(load, slots, time=np.ones(4), budget=slots.size, dead_zone=0.0)
-        assert found.brought.sum() <= 8
+        answer = rebalance(load, slots, time=np.ones(4), budget=slots.size, dead_zone=0.0)
+        assert answer.moves.sum() <= 8
 
 
 def test_slow_devices_get_less():
     """Time is tokens times a device's time for one."""
     load = np.full((1, 12), 100.0)
     slots = np.full((1, 2, 12), -1, dtype=np.int32)
-    found = rebalance(load, slots, time=np.array([1.0, 0.5]), budget=100, full=False)
-    assert found.after[0] <= 420
+    answer = rebalance(load, slots, time=np.array([1.0, 0.5]), budget=100, full=False)
+    assert answer.after[0] <= 420
 
 
 def test_costs_do_not_depend_on_the_order_of_sums():
@@ -89,7 +89,7 @@ def test_steps_on_one_load_are_those_of_the_descent(seed):
         )
         *_, figures, _ = layers.descend(slots, slots, most=budget)
         slow = fast.before.sum() + figures[-1, 2]
-        assert fast.brought.sum() <= budget
+        assert fast.moves.sum() <= budget
         assert figures[-1, 0] <= budget
         assert fast.after.sum() <= slow * 1.03
 

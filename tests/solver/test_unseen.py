@@ -77,7 +77,7 @@ def test_the_norm_generalises() -> None:
             norm=norm,
         )
         slots = layers.place(layers.construct(), trials=20_000)[0]
-        held = (slots[..., None] == np.arange(64)).any(axis=2)
-        device = np.einsum("lde,wle->wld", held / held.sum(axis=1, keepdims=True), load[20:])
+        holds = (slots[..., None] == np.arange(64)).any(axis=2)
+        device = np.einsum("lde,wle->wld", holds / holds.sum(axis=1, keepdims=True), load[20:])
         worst.append((device.max(axis=2) / device.mean(axis=2)).mean())
     assert worst[1] < worst[0]

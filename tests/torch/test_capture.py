@@ -397,6 +397,10 @@ def test_nan_scores_are_named():
 
     text = "router scores must be numbers, got NaN in layer 0 (model.layers.0.mlp.gate)"
     refused(text, model, call=call(None))
+    with torch.no_grad(), RoutingCounters.attach(model) as counters:
+        call(None)()
+    with pytest.raises(ValueError, match="router scores must be numbers, got NaN in layer 0"):
+        counters.statistics()
     assert (
         recorded(model, input_ids=None, inputs_embeds=embeddings, attention_mask=mask).tokens == 14
     )

@@ -11,7 +11,7 @@ from moe_models import build, prompts, torch
 from ranks import values
 
 import moetuner as mt
-from moetuner.torch import RoutingCounters, capture, moe_layers
+from moetuner.torch import RoutingCounters, capture
 from moetuner.torch.record import counters as counters_
 
 
@@ -106,10 +106,6 @@ def test_bad_input():
             call()
         assert "\n" not in str(caught.value)
 
-    for name in ("layers", "experts", "top_k", "window"):
-        sizes = {"layers": 2, "experts": 4, "top_k": 1, name: 0}
-        text = "num_experts" if name == "experts" else name
-        refused(f"{text} must be from 1 to", lambda sizes=sizes: RoutingCounters(**sizes))
     refused("top_k must be from 1 to 4, got 5", lambda: RoutingCounters(2, 4, 5))
     counters = RoutingCounters(2, 4, 1)
     refused(
@@ -134,17 +130,6 @@ def test_windows_have_a_limit():
     ids = torch.zeros(1, 100, 1, dtype=torch.uint16).expand(400, 100, 1)
     with pytest.raises(ValueError, match="windows must fit 16 GiB, got 20 GiB for 400 windows"):
         counters.update(ids)
-
-
-def test_nan_scores_are_named():
-    """A router that gives NaN is named when the counts are read."""
-    model = build("mixtral")
-    with torch.no_grad():
-        moe_layers(model)[1].router.weight[0, 0] = torch.nan
-    with torch.no_grad(), RoutingCounters.attach(model) as counters:
-        model(input_ids=prompts())
-    with pytest.raises(ValueError, match=r"got NaN in layer 1 \(model.layers.1.mlp.gate\)"):
-        counters.statistics()
 
 
 TOKENS = (35, 20, 0)  # the last rank has none, the first more windows than the others

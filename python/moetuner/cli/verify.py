@@ -20,6 +20,7 @@ from moetuner.problem import Problem
 from moetuner.problem.caps import device_load
 from moetuner.problem.objective import Objective
 from moetuner.report.cells import percent
+from moetuner.report.outcome import below
 from moetuner.solver import Certificate, verify
 
 # Sums of visits may be off by this part.
@@ -72,8 +73,8 @@ def command(
     output = Output(json_file)
     output.say(
         f"Proven by {proof} {certificate.method}: of {certificate.about}, with "
-        f"{certificate.slots} slots per device and no device load above {_caps(imbalances)}, no "
-        f"placement has an objective below {bound:.6f}."
+        f"{certificate.slots} slots per device and no device load above {_caps(imbalances)}, "
+        f"{below(f'an objective of {bound:.6f}')}."
     )
     contents = {
         "bound": bound,

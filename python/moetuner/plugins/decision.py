@@ -25,8 +25,8 @@ from moetuner.solver.rebalancing import (
     DEVIATIONS,
     Pairs,
     Rebalanced,
-    copies_brought,
     largest_move,
+    moves_between,
     rebalance,
     renumbered,
 )
@@ -242,7 +242,7 @@ class Case:
         """
         layers, ranks, width = self.slots.shape
         steps = self._next(budget, rules, pairs)
-        left = budget - int(steps.brought.sum())
+        left = budget - int(steps.moves.sum())
         if left <= 0:
             return steps
         nothing = replace(self, slots=np.full_like(self.slots, EMPTY))
@@ -252,18 +252,18 @@ class Case:
         slots = keep_slots(
             self.slots, slots.reshape(self.slots.shape), np.full((layers, ranks), width)
         )
-        brought = copies_brought(self.slots, slots, self.experts)
+        brought = moves_between(self.slots, slots, self.experts)
         # The layers that gain most come first, as far as the budget goes.
         share = np.where(steps.after > 0, 1 - packed.after / np.maximum(steps.after, 1e-300), 0)
         order = np.argsort(-share, kind="stable")
-        more = np.maximum(brought - steps.brought, 0)[order].cumsum()
+        more = np.maximum(brought - steps.moves, 0)[order].cumsum()
         anew = np.zeros(layers, dtype=bool)
         anew[order] = (more <= left) & (share[order] > gain)
         return Rebalanced(
             np.where(anew[:, None, None], slots, steps.slots),
             steps.before,
             np.where(anew, packed.after, steps.after),
-            np.where(anew, brought, steps.brought),
+            np.where(anew, brought, steps.moves),
         )
 
     def _next(self, budget: int, rules: Rules, pairs: Pairs | None) -> Rebalanced:
@@ -304,7 +304,7 @@ class Case:
             found.slots == EMPTY, EMPTY, experts[number[:, :, None], found.slots]
         )
         figures = np.zeros((3, layers * nodes))
-        figures[:, busy] = found.before, found.after, found.brought
+        figures[:, busy] = found.before, found.after, found.moves
         before, after, brought = figures.reshape(3, layers, nodes)
         return Rebalanced(
             slots.reshape(self.slots.shape),

@@ -48,15 +48,15 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields of the evaluation and of the result."""
-        is_known = self.worth.is_known
+        has_value = self.worth.is_known
         return {
             **self.evaluation.to_dict(),
-            "objective": self.result.objective if is_known else None,
+            "objective": self.result.objective if has_value else None,
             "unit": self.worth.unit,
-            "bound": self.result.bound if is_known else None,
+            "bound": self.result.bound if has_value else None,
             "bound_source": self.result.bound_source,
-            "bound_scope": self.result.bound_scope if is_known else None,
-            "gap": self.result.gap if is_known else None,
+            "bound_scope": self.result.bound_scope if has_value else None,
+            "gap": self.result.gap if has_value else None,
             "status": self.result.status,
             "violations": list(self.result.violations),
             "solve_seconds": self.result.seconds,
@@ -189,12 +189,15 @@ def _bounded(outcome: Outcome) -> str:
     return within(result, worth.text(result.bound), which)
 
 
+def below(bound: str, which: str = "") -> str:
+    """Write what a bound proves of the placements that it is about."""
+    return f"no placement{which} is below {bound}"
+
+
 def within(result: Result, bound: str, which: str = "") -> str:
-    """Write what a bound proves of the placements that it is about, and of this one."""
-    return (
-        f"no placement{which} is below {bound} ({result.bound_source}), so this one is within "
-        f"{percent(result.gap)}"
-    )
+    """Write what a bound proves of a placement."""
+    gap = percent(result.gap)
+    return f"{below(bound, which)} ({result.bound_source}), so this one is within {gap}"
 
 
 def slower(outcome: Outcome, blocks: Outcome) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.placement import keep_slots
+from moetuner.placement import keep_slots, moves_from
 from moetuner.solver import effort
 from moetuner.solver.search.level import NORM, copy_prices, level
 
@@ -52,14 +52,14 @@ class Rebalanced:
         Expert ids [L,D,S]; -1 where a device holds all experts that it may already.
     before, after
         Tokens of the slowest device of every layer [L], over all windows, and what pairs cost.
-    brought
+    moves
         Copies of every layer that come to a device [L].
     """
 
     slots: Slots
     before: Floats
     after: Floats
-    brought: NDArray[np.int64]
+    moves: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -139,14 +139,14 @@ def rebalance(
     if not running.any():
         packed = _searched(load, None, slots, time, pairs)
         cost = _cost(load, packed, time, pairs)
-        return Rebalanced(packed, cost, cost, _moved(running, packed))
+        return Rebalanced(packed, cost, cost, moves_from(running, packed))
     # Every layer stays, moves by few steps, or is searched from there. Experts that had no slot get
     # one whatever that gains.
     stay, few = relieved(0, steps=0).slots, relieved(budget).slots
     searched = _searched(load, few, slots, time, pairs)
     ways = [stay, few, keep_slots(slots, searched, np.full(slots.shape[:2], slots.shape[2]))]
     costs = np.stack([_cost(load, way, time, pairs) for way in ways])
-    moves = np.stack([_moved(running, way) for way in ways])
+    moves = np.stack([moves_from(running, way) for way in ways])
     layer = np.arange(len(slots))
     chosen = np.array(_core.spend_budget(costs, moves, most=budget, **rules), dtype=np.int64)
     return Rebalanced(
@@ -219,9 +219,9 @@ def _holds(slots: Slots, experts: int) -> NDArray[np.bool_]:
     return holds[:, :, :-1]
 
 
-def copies_brought(before: Slots, after: Slots, experts: int) -> NDArray[np.int64]:
+def moves_between(before: Slots, after: Slots, experts: int) -> NDArray[np.int64]:
     """Count the copies of every layer that a device did not hold before [L]."""
-    return _moved(_holds(before, experts), after)
+    return moves_from(_holds(before, experts), after)
 
 
 def renumbered(slots: Slots, running: Slots, experts: int) -> Slots:
@@ -241,13 +241,6 @@ def renumbered(slots: Slots, running: Slots, experts: int) -> Slots:
         overlap[row, packed] = -1
         overlap[row, :, device] = -1
     return np.take_along_axis(slots, order[:, :, None], axis=1)
-
-
-def _moved(running: NDArray[np.bool_], slots: Slots) -> NDArray[np.int64]:
-    """Count the copies of every layer that a device does not hold [L]."""
-    new = _holds(slots, running.shape[2]) & ~running
-    moved: NDArray[np.int64] = new.sum(axis=(1, 2))
-    return moved
 
 
 def _cost(windows: Floats, slots: Slots, time: Floats, pairs: Pairs | None) -> Floats:

@@ -27,13 +27,15 @@ fn heaviest_first(layer: &Layer) -> std::result::Result<Slots, NoSlot> {
         (0..site.devices()).map(of).collect()
     };
     let mut empty = vacant(&slots);
-    let mut open: Vec<bool> = empty.iter().map(|slots| !slots.is_empty()).collect();
+    let mut may = vec![false; site.devices()];
     for item in order {
         let e = item.expert() as u16;
         while slots.copies(e) < copies[usize::from(e)] {
-            let Some(device) = balance.best_device(layer, &slots, e, &open) else { break };
+            for (g, may) in may.iter_mut().enumerate() {
+                *may = !empty[g].is_empty() && slots.takes(site, e, g);
+            }
+            let Some(device) = balance.best_device(layer, e, &may) else { break };
             slots.put(empty[device].pop().unwrap_or_default(), e);
-            open[device] = !empty[device].is_empty();
             balance.enter(device, e);
         }
         if slots.copies(e) == 0 {
@@ -42,7 +44,6 @@ fn heaviest_first(layer: &Layer) -> std::result::Result<Slots, NoSlot> {
             }
             balance = Balance::new(layer, &slots, &copies);
             empty = vacant(&slots);
-            open = empty.iter().map(|slots| !slots.is_empty()).collect();
         }
     }
     complete(&mut slots, site, weight, site.copies)?;

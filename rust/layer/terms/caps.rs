@@ -15,7 +15,8 @@ const ROUNDING: f64 = 1e-9;
 impl Caps {
     pub(crate) fn new(layer: &Layer, slots: &Slots) -> Self {
         let mut load = vec![0.0; layer.devices()];
-        for e in 0..layer.experts as u16 {
+        let experts = if layer.cap < f64::INFINITY { layer.experts as u16 } else { 0 };
+        for e in 0..experts {
             let devices: Vec<u16> = slots.devices(e).collect();
             for &device in &devices {
                 let share = layer.site.share(&devices, device) * layer.site.time[usize::from(device)];

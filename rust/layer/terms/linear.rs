@@ -25,6 +25,9 @@ pub(crate) fn change(layer: &Layer, slots: &Slots, step: Move, shares: &[Share])
 /// Of all experts.
 pub(crate) fn cost(layer: &Layer, slots: &Slots) -> f64 {
     let mut cost = 0.0;
+    if layer.hold.is_empty() && layer.serve.is_empty() {
+        return cost;
+    }
     for expert in 0..layer.experts as u16 {
         let devices: Vec<u16> = slots.devices(expert).collect();
         for &device in &devices {

@@ -4,6 +4,7 @@ pub(super) mod balance;
 pub(super) mod caps;
 pub mod fanout;
 pub(super) mod linear;
+mod loads;
 mod norm;
 mod peak;
 pub mod together;
@@ -30,6 +31,7 @@ pub(super) struct Terms {
     pub(super) linear: f64,
     /// What the move changes that is looked at.
     shares: Vec<Share>,
+    devices: Vec<u16>,
 }
 
 impl Terms {
@@ -42,6 +44,7 @@ impl Terms {
             caps: Caps::new(layer, slots),
             linear: linear::cost(layer, slots),
             shares: Vec::new(),
+            devices: Vec::new(),
         }
     }
 
@@ -65,7 +68,7 @@ impl Terms {
     fn look(&mut self, layer: &Layer, slots: &Slots, step: Move) {
         let by_share = layer.cap < f64::INFINITY || !layer.serve.is_empty() || layer.pairs.is_some();
         if by_share || balance::exchange(layer, slots, step).is_none() {
-            slots.shares(&layer.site, step, &mut self.shares);
+            slots.shares(&layer.site, step, &mut self.shares, &mut self.devices);
         }
     }
 
@@ -98,7 +101,7 @@ impl Terms {
 
     /// Makes a move that is allowed.
     pub(super) fn apply(&mut self, layer: &Layer, slots: &mut Slots, step: Move) {
-        slots.shares(&layer.site, step, &mut self.shares);
+        slots.shares(&layer.site, step, &mut self.shares, &mut self.devices);
         self.caps.apply(layer, &self.shares);
         self.linear += linear::change(layer, slots, step, &self.shares);
         if let Some(balance) = &mut self.balance {

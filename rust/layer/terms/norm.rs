@@ -11,8 +11,8 @@
 //! squares of the copies' shares. So in every window a device is taken to have its load and the standard deviation of that
 //! rest. The mean plus z standard deviations is what `vllm-ascend`'s `FlashLB` scores devices by.
 
-use super::balance::{Balance, Pair};
-use super::windows::{chunks, deviation, lanes, total};
+use super::loads::{Loads, Pair};
+use super::windows::{chunks, lanes, total};
 use crate::layer::{LANES, Layer};
 
 /// Order of the norm.
@@ -49,32 +49,20 @@ impl Norm {
     }
 
     /// What it adds to the cost when devices have rows of tokens and own variances instead.
-    pub(super) fn change(&self, rows: &[f32], touched: &[(u16, i64)], time: &[f32]) -> f64 {
+    pub(super) fn change(&self, rows: &[f32], touched: &[(u16, i64)], loads: &Loads) -> f64 {
         let mut sums = [0.0; LANES];
         for (row, &(device, own)) in rows.chunks_exact(self.slope.len()).zip(touched) {
             let g = usize::from(device);
-            risen(
-                &mut sums,
-                row,
-                [self.of(g), &self.per_mean, &self.slope],
-                time[g],
-                deviation(own) * time[g],
-            );
+            risen(&mut sums, row, [self.of(g), &self.per_mean, &self.slope], loads.unit(g, own));
         }
         f64::from(total(sums))
     }
 
-    /// What the powers of a device rise by if a copy of an expert comes, times the windows' prices.
-    pub(super) fn rise(&self, balance: &Balance, device: usize, expert: usize, price: &[f32]) -> f32 {
-        let (load, served) = balance.rows(device, expert);
-        let (time, deviation) = balance.unit(device, expert, usize::MAX);
-        entered(load, served, [self.of(device), &self.per_mean, price], time, deviation)
-    }
-
     /// Counts a device's powers anew.
-    pub(super) fn raise(&mut self, device: usize, load: &[f32], time: f32, deviation: f32) {
+    pub(super) fn raise(&mut self, device: usize, loads: &Loads) {
+        let (load, _) = loads.rows(device, 0);
         let power = &mut self.power[device * load.len()..][..load.len()];
-        raised(power, load, &self.per_mean, time, deviation);
+        raised(power, load, &self.per_mean, loads.unit(device, loads.own[device]));
     }
 
     /// Counts slopes and cost anew.
@@ -94,14 +82,15 @@ fn power_of(x: f32) -> f32 {
 
 /// What an exchange of two experts adds to the cost; nothing is written.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-pub(super) fn exchanged(norm: &Norm, balance: &Balance, pair: Pair) -> f64 {
+pub(super) fn exchanged(norm: &Norm, loads: &Loads, pair: Pair) -> f64 {
     let Pair { devices: [g, h], rows: [a, b] } = pair;
-    let ((load_g, of_a), (load_h, of_b)) = (balance.rows(g, a), balance.rows(h, b));
+    let ((load_g, of_a), (load_h, of_b)) = (loads.rows(g, a), loads.rows(h, b));
     let n = chunks(&norm.slope);
     let (load_g, load_h, of_a, of_b) = (lanes(load_g, n), lanes(load_h, n), lanes(of_a, n), lanes(of_b, n));
     let (power_g, power_h) = (lanes(norm.of(g), n), lanes(norm.of(h), n));
     let (per_mean, slope) = (lanes(&norm.per_mean, n), lanes(&norm.slope, n));
-    let ((time_g, deviation_g), (time_h, deviation_h)) = (balance.unit(g, b, a), balance.unit(h, a, b));
+    let ((time_g, deviation_g), (time_h, deviation_h)) =
+        (loads.unit(g, loads.own(g, b, a)), loads.unit(h, loads.own(h, a, b)));
     let mut sums = [0.0f32; LANES];
     for at in 0..n {
         for k in 0..LANES {
@@ -117,7 +106,7 @@ pub(super) fn exchanged(norm: &Norm, balance: &Balance, pair: Pair) -> f64 {
 /// Adds to `sums` what the powers of a device's row rise by, times slopes; `rows` are its powers, what is one over the
 /// mean, and slopes.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn risen(sums: &mut [f32; LANES], load: &[f32], rows: [&[f32]; 3], time: f32, deviation: f32) {
+fn risen(sums: &mut [f32; LANES], load: &[f32], rows: [&[f32]; 3], (time, deviation): (f32, f32)) {
     let n = chunks(load);
     let (load, power) = (lanes(load, n), lanes(rows[0], n));
     let (per_mean, slope) = (lanes(rows[1], n), lanes(rows[2], n));
@@ -129,24 +118,43 @@ fn risen(sums: &mut [f32; LANES], load: &[f32], rows: [&[f32]; 3], time: f32, de
     }
 }
 
-/// The same for a device that gets a row more, summed.
+/// Of the devices that `may` take a copy of an expert, the one whose powers then rise least, times the windows' prices.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn entered(load: &[f32], served: &[f32], rows: [&[f32]; 3], time: f32, deviation: f32) -> f32 {
-    let n = chunks(load);
-    let (load, served, power) = (lanes(load, n), lanes(served, n), lanes(rows[0], n));
-    let (per_mean, price) = (lanes(rows[1], n), lanes(rows[2], n));
-    let mut sums = [0.0f32; LANES];
-    for at in 0..n {
-        for k in 0..LANES {
-            let then = power_of((load[at][k] + served[at][k]) * per_mean[at][k] * time + deviation);
-            sums[k] += (then - power[at][k]) * price[at][k];
+pub(super) fn entered(
+    norm: &Norm,
+    loads: &Loads,
+    expert: usize,
+    price: &[f32],
+    may: &[bool],
+) -> Option<usize> {
+    let n = chunks(price);
+    let (per_mean, price) = (lanes(&norm.per_mean, n), lanes(price, n));
+    let nobody = loads.nobody();
+    let mut best = (f32::INFINITY, None);
+    for device in 0..may.len() {
+        if !may[device] {
+            continue;
+        }
+        let (load, served) = loads.rows(device, expert);
+        let (load, served, power) = (lanes(load, n), lanes(served, n), lanes(norm.of(device), n));
+        let (time, deviation) = loads.unit(device, loads.own(device, expert, nobody));
+        let mut sums = [0.0f32; LANES];
+        for at in 0..n {
+            for k in 0..LANES {
+                let then = power_of((load[at][k] + served[at][k]) * per_mean[at][k] * time + deviation);
+                sums[k] += (then - power[at][k]) * price[at][k];
+            }
+        }
+        let rise = total(sums);
+        if rise < best.0 {
+            best = (rise, Some(device));
         }
     }
-    total(sums)
+    best.1
 }
 
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn raised(power: &mut [f32], load: &[f32], per_mean: &[f32], time: f32, deviation: f32) {
+fn raised(power: &mut [f32], load: &[f32], per_mean: &[f32], (time, deviation): (f32, f32)) {
     let (load, per_mean) = (&load[..power.len()], &per_mean[..power.len()]);
     for w in 0..power.len() {
         power[w] = power_of(load[w] * per_mean[w] * time + deviation);

@@ -56,7 +56,6 @@ impl Peak {
             (&rows[at * width..][..width], f32::from(device), time[usize::from(device)])
         };
         match touched.len() {
-            0 => self.cost,
             // A device that changes twice is one.
             1 => two_changed(self, of(0), of(0)),
             2 => two_changed(self, of(0), of(1)),

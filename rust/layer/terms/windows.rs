@@ -78,10 +78,10 @@ impl Windows {
         let heaviest = totals.iter().copied().fold(0.0, f64::max);
         let scale = if heaviest > 0.0 { (LARGEST_TOTAL - 1.0) / heaviest } else { 1.0 };
         let mut values = vec![0.0; (experts + 1) * width];
-        for (w, tokens) in rows.chunks_exact(experts).enumerate() {
-            for (e, &tokens) in tokens.iter().enumerate() {
+        for (e, values) in values.chunks_exact_mut(width).take(experts).enumerate() {
+            for (value, row) in values.iter_mut().zip(rows.chunks_exact(experts)) {
                 // Down, so that the total keeps its bound.
-                values[e * width + w] = (tokens * scale) as u32 as f32;
+                *value = (row[e] * scale) as u32 as f32;
             }
         }
         let (mut per_mean, mut price) = (vec![0.0; width], vec![0.0; width]);
@@ -117,7 +117,7 @@ pub(in crate::layer) fn deviation(own: i64) -> f32 {
 /// Own variances and how heavy experts are `[E]`, of weighted loads `[W, E]` in units of a window's mean.
 fn moments(rows: &[f64], experts: usize, rate: f64, noise: f64) -> (Vec<f64>, Vec<f64>) {
     let [mut mean, mut square] = [vec![0.0; experts], vec![0.0; experts]];
-    let (mut all, mut used) = (0.0, 0);
+    let (mut all, mut used) = (0.0, 0usize);
     for row in rows.chunks_exact(experts) {
         let total: f64 = row.iter().sum();
         if total > 0.0 {

@@ -37,7 +37,7 @@ from moetuner.formats.engines import ENGINES, engine_settings, tokens_per_rank
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice import drift
-from moetuner.report.advice.conclusion import Evidence, concluded, knee_of
+from moetuner.report.advice.conclusion import concluded, knee_of
 from moetuner.report.advice.power_law import exponents
 from moetuner.report.advice.values import PHASES, Advice, Copies, Judged, Moving, Phases
 from moetuner.report.outcome import judge
@@ -172,7 +172,7 @@ def advise(
         topology,
         initial=initial,
         engine=engine,
-        asked=tuple(counts),
+        copies=tuple(counts),
         windows=_windows_of(traffic, window_in(window)),
         expert_bytes=expert_bytes,
         model=cost_model_of(traffic) if cost_model is None else cost_model,
@@ -221,7 +221,7 @@ class _Work:
     topology: Topology
     initial: Placement | Running
     engine: str | None
-    asked: tuple[int, ...]
+    copies: tuple[int, ...]
     windows: tuple[int | None, ...]
     expert_bytes: float | None
     model: CostModel
@@ -248,7 +248,7 @@ class _Work:
         """Slots for copies that are tried: those asked for that the engine and the model allow."""
         may_copy = self.engine is None or ENGINES[self.engine].may_copy
         most = self.traffic.num_experts - self.fewest if may_copy else 0
-        return tuple(each for each in self.asked if each <= most) or (0,)
+        return tuple(each for each in self.copies if each <= most) or (0,)
 
     @cached_property
     def units(self) -> dict[int | None, Units]:
@@ -282,25 +282,12 @@ class _Work:
             carried = self._carried(knee, window)
         self.say("weighing what moves, and phases")
         phases = self._phases(first, knee)
-        conclusion = concluded(
-            Evidence(
-                *(judged, swept, knee, difference, carried, units, _kinds(self.traffic)),
-                losers=_losers(audited),
-                price=self.price,
-                running=self.running.replace("_", " "),
-                model=self.model.name,
-                devices=self.topology.devices,
-                regime=self.regime,
-                held_out=self.is_held_out,
-                notes=self._notes(phases, knee),
-            )
-        )
         of = first.evaluations[window]
         placements = first.placements[None], first.placements[proposed]
-        return Advice(
-            answer=conclusion.answer,
-            reasons=tuple(conclusion.reasons),
-            warnings=tuple(conclusion.warnings),
+        advice = Advice(
+            answer="not enough evidence",
+            reasons=(),
+            warnings=(),
             judged=judged,
             copies=swept,
             knee=knee,
@@ -321,11 +308,7 @@ class _Work:
             problem=first.problem,
             settings=self._settings(splits),
         )
-
-    @property
-    def running(self) -> str:
-        """What the running placement is called."""
-        return self.initial if isinstance(self.initial, str) else "running"
+        return concluded(advice, _kinds(self.traffic), self._notes(phases, knee))
 
     def _compared(self, trials: list[_Trial], proposed: Key, window: int | None) -> Judged:
         """Compare what is proposed with what runs, in windows of a size, over all splits."""
@@ -382,7 +365,7 @@ class _Work:
                 f"Windows are of sequences that {of.title} serves together, not of the order of "
                 "the recording"
             )
-        if not of.may_copy and self.asked[-1]:
+        if not of.may_copy and self.copies[-1]:
             notes.append(
                 f"Copies were left out: {of.title} loads a placement as a renumbered checkpoint, "
                 "which has every expert once"
@@ -606,12 +589,6 @@ def _check_traffic(traffic: Traffic) -> None:
             raise ValueError(f"traffic must have two tokens or more, got {traffic.tokens}")
     elif not traffic.total_load.any():
         raise ValueError("traffic must have tokens, got a load of 0")
-
-
-def _losers(audited: Audit) -> dict[str, float]:
-    """Name the groups that are slower beyond chance, and by what share."""
-    worse = audited.worse(measures=("predicted_layer_us",)) if audited.groups else []
-    return {each.group: each.change.value for each in worse}
 
 
 def _windows_of(traffic: Traffic, window: int | None) -> tuple[int | None, ...]:

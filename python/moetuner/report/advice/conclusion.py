@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.units import Units
 from moetuner.files.text import name
 from moetuner.report.advice.drift import Drift
-from moetuner.report.advice.values import Answer, Copies, Judged
+from moetuner.report.advice.values import Advice, Answer, Copies, Judged
 from moetuner.report.cells import listed, percent
 from moetuner.topology import Regime
 
@@ -44,46 +42,6 @@ def knee_of(swept: tuple[Copies, ...]) -> int:
     return min(each.per_device for each in harmless if each.best >= best - KNEE)
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """All that an answer rests on.
-
-    Parameters
-    ----------
-    judged, copies, knee, drift, carried, units
-        As in ``Advice``.
-    kinds
-        Kinds of traffic that are there; None where nobody told kinds apart.
-    losers
-        Groups that are served worse beyond chance, and by what share.
-    price, running, model, devices, regime, held_out
-        Settings, the running placement and the cost model by name.
-    notes
-        More reasons.
-    """
-
-    judged: tuple[Judged, ...]
-    copies: tuple[Copies, ...]
-    knee: int
-    drift: Drift | None
-    carried: tuple[float, ...]
-    units: Units
-    kinds: tuple[str, ...] | None
-    losers: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    price: float = 0.0
-    running: str = "running"
-    model: str | None = None
-    devices: int = 0
-    regime: Regime = "dispatch"
-    held_out: bool = True
-    notes: tuple[str, ...] = ()
-
-    @property
-    def main(self) -> Judged:
-        """Where most is gained."""
-        return max(self.judged, key=lambda each: each.gain.mean)
-
-
 @dataclass
 class Conclusion:
     """An answer in the making: what comes later may overrule it, with the first reason."""
@@ -98,9 +56,15 @@ class Conclusion:
         self.reasons.insert(0, reason)
 
 
-def concluded(of: Evidence) -> Conclusion:
-    """Decide, with reasons and warnings."""
-    conclusion = Conclusion("not enough evidence", _gains(of), _of_units(of.units, of.held_out))
+def concluded(of: Advice, kinds: tuple[str, ...] | None, notes: tuple[str, ...]) -> Advice:
+    """Return advice with its answer, reasons and warnings.
+
+    ``kinds`` are those of the traffic, None where nobody told them apart; ``notes`` more reasons.
+    """
+    units, held_out = of.units, of.settings["held_out"]
+    conclusion = Conclusion(
+        "not enough evidence", [*_gains(of), *notes], _of_units(units, held_out)
+    )
     _decide(conclusion, of)
     if conclusion.answer == "worth a trial" and any(
         each.gain.answer == "worse" for each in of.judged
@@ -110,34 +74,37 @@ def concluded(of: Evidence) -> Conclusion:
         )
     if of.drift is not None and of.drift.is_beyond_chance:
         _weigh_drift(conclusion, of, of.drift)
-    if of.losers:
-        names = [f"{name(each)} ({100 * change:.1f} %)" for each, change in of.losers.items()]
+    losers = of.audit.worse(measures=(of.main.gain.measure,)) if of.audit.groups else []
+    if losers:
+        names = [f"{name(each.group)} ({100 * each.change.value:.1f} %)" for each in losers]
         verb = "is" if len(names) == 1 else "are"
         conclusion.warnings.append(
             f"Beyond chance {listed(names, LOSERS)} {verb} served slower than before; audit tells "
             "more."
         )
-    if of.devices == 1:
+    if of.settings["devices"] == 1:
         conclusion.overrule("not now", "there is one device, so all placements are alike.")
-    if of.kinds is not None and len(of.kinds) == 1:
-        kind = f"all traffic is of one kind, {of.kinds[0]}; of others nothing is known."
+    if kinds is not None and len(kinds) == 1:
+        kind = f"all traffic is of one kind, {kinds[0]}; of others nothing is known."
         conclusion.overrule("not enough evidence", kind)
+    model = of.settings["cost_model"] or "your cost model"
     conclusion.warnings.append(
-        f"Times are predicted, not measured, with {of.model or 'your cost model'}."
+        f"Times are predicted, not measured, with {model}."
         if of.main.window is not None
         else "Times are predicted, not measured; a load table does not tell which experts a token "
         "chose together, so traffic is an upper bound."
     )
-    conclusion.reasons = [
-        f"{each[0].upper()}{each[1:]}".rstrip(".") + "." for each in conclusion.reasons
-    ]
-    return conclusion
+    reasons = (f"{each[0].upper()}{each[1:]}".rstrip(".") + "." for each in conclusion.reasons)
+    return replace(
+        of, answer=conclusion.answer, reasons=tuple(reasons), warnings=tuple(conclusion.warnings)
+    )
 
 
-def _decide(conclusion: Conclusion, of: Evidence) -> None:
+def _decide(conclusion: Conclusion, of: Advice) -> None:
     """Answer by the gains alone."""
+    price: float = of.settings["price"]
     answers = {each.gain.answer for each in of.judged}
-    if not of.held_out:
+    if not of.settings["held_out"]:
         conclusion.overrule(
             "not enough evidence",
             "there is one window, so nothing is left to judge a placement on that it was not "
@@ -147,10 +114,10 @@ def _decide(conclusion: Conclusion, of: Evidence) -> None:
         conclusion.overrule("not enough evidence", _too_few(of.units, of.judged[0].gain.units))
     elif "worth it" in answers:
         conclusion.answer = "worth a trial"
-    elif all(_pays_nothing(each, of.price) for each in of.judged):
+    elif all(_pays_nothing(each, price) for each in of.judged):
         conclusion.answer = "not now"
         conclusion.reasons.insert(
-            1, f"that is less than the {100 * of.price:g} % that a change should gain"
+            1, f"that is less than the {100 * price:g} % that a change should gain"
         )
     else:
         conclusion.reasons.append(
@@ -158,7 +125,7 @@ def _decide(conclusion: Conclusion, of: Evidence) -> None:
         )
 
 
-def _weigh_drift(conclusion: Conclusion, of: Evidence, drift: Drift) -> None:
+def _weigh_drift(conclusion: Conclusion, of: Advice, drift: Drift) -> None:
     """Take into account that the halves of the recording differ."""
     change = (
         f"the second half of the recording sends {100 * drift.distance:.0f} % of its tokens to "
@@ -245,20 +212,22 @@ def _of_units(units: Units, held_out: bool) -> list[str]:
     return [f"{text} one by one, as neighbours are no more alike than others."]
 
 
-def _gains(of: Evidence) -> list[str]:
+def _gains(of: Advice) -> list[str]:
     """Write what is gained in windows of each size, by what, and what copies have to do with it."""
-    main = of.main
-    where = (
-        "on unseen traffic" if of.held_out else "on the traffic that placements were computed from"
-    )
+    main, settings = of.main, of.settings
+    where = "on unseen traffic"
+    if not settings["held_out"]:
+        where = "on the traffic that placements were computed from"
+    running = settings["initial"].replace("_", " ")
+    running = "running" if running == "given" else running
     lines = [
-        _headline(each, of.running, where)
+        _headline(each, running, where)
         for each in (main, *(each for each in of.judged if each is not main))
     ]
-    lines += _parts(main, of.price, of.regime)
+    lines += _parts(main, settings["price"], settings["regime"])
     if of.knee or len(of.copies) > 1:
         lines.append(_of_copies(of.copies, of.knee))
-    return [*lines, *of.notes]
+    return lines
 
 
 def _headline(judged: Judged, running: str, where: str) -> str:

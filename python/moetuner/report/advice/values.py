@@ -269,6 +269,11 @@ class Advice(Frozen):
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
+    def main(self) -> Judged:
+        """Both placements in the windows where most is gained."""
+        return max(self.judged, key=lambda each: each.gain.mean)
+
+    @property
     def sentence(self) -> str:
         """The answer and its first reason, which stand alone."""
         first = self.reasons[0]

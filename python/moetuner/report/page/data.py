@@ -155,7 +155,7 @@ class PageData:
 
 def of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> PageData:
     """Make the data of an advice, with its JSON and the commands in it."""
-    judged = max(advice.judged, key=lambda each: each.gain.mean)
+    judged = advice.main
     topology, size = advice.problem.topology, advice.settings["expert_bytes"]
     running = advice.settings["initial"].replace("_", " ")
     moving, paid = advice.moving, "bytes of an expert not known"
@@ -307,10 +307,11 @@ def of_placements(
 
 def _judged(evaluations: tuple[Evaluation, Evaluation], measure: str | None) -> Comparison:
     """Judge by what was made small; by time or imbalance where that has no interval."""
-    is_known = measure is not None and None not in [getattr(each, measure) for each in evaluations]
-    if measure in ("crossing", "fanout", "node_fanout") and is_known:
-        return replace(compare([evaluations], [measure])[measure], splits=())
-    return verdict(*evaluations)
+    if measure is None or FIGURES[measure].per not in ("token", "pair"):
+        return verdict(*evaluations)
+    if None in [getattr(each, measure) for each in evaluations]:
+        return verdict(*evaluations)
+    return replace(compare([evaluations], [measure])[measure], splits=())
 
 
 def _number(judged: Comparison, note: str) -> Number:

@@ -16,28 +16,10 @@ from numpy.typing import NDArray
 from moetuner.placement import Placement
 from moetuner.report.cells import listed, percent, signed
 from moetuner.report.outcome import loads_alone, within
-from moetuner.report.page.charts import (
-    MOST_DEVICES,
-    PROPOSED,
-    RUNNING,
-    Chart,
-    Spec,
-    colours,
-    heat_map,
-    layout,
-    matrices,
-    one_by_one,
-    outline,
-    packed,
-    plain,
-    scatter,
-    thinned,
-    whiskers,
-)
+from moetuner.report.page import charts as draw
+from moetuner.report.page.charts import PROPOSED, RUNNING, Chart, Spec
 from moetuner.report.page.data import PageData
 from moetuner.solver.result import Result
-
-Rows = list[tuple[str, ...]]
 
 # Groups of a chart, rows of a table, and devices that get a label.
 GROUPS, ROWS, LABELLED = 60, 200, 24
@@ -102,7 +84,7 @@ def _layers(page: PageData) -> Panel | str:
     gain = np.array(values[0]) - np.array(values[1])
     worst = np.argsort(-np.array(values[1]), kind="stable")[:3]
     data = [
-        scatter(
+        draw.scatter(
             layers,
             height,
             "layer %{x}: %{y:.4g}",
@@ -120,9 +102,9 @@ def _layers(page: PageData) -> Panel | str:
         for layer in layers
     ]
     has_links = page.evaluations[0].traffic.get("dispatch") is not None
-    is_linked = len(layers) > 1 and has_links and 1 < _sides(page) <= MOST_DEVICES
+    is_linked = len(layers) > 1 and has_links and 1 < _sides(page) <= draw.MOST_DEVICES
     click = " Click a layer to see its links below." if is_linked else ""
-    spec = {"data": data, "layout": layout("layer", unit, whole=len(layers))}
+    spec = {"data": data, "layout": draw.layout("layer", unit, whole=len(layers))}
     label = f"{measure} of every layer under both placements"
     return Panel(
         (Chart("layers", label, {"": spec}, selects=("links", "boundary")),),
@@ -172,23 +154,27 @@ def _slots(placement: Placement, busy: NDArray[Any], copies: NDArray[Any]) -> Sp
     devices, slots = placement.devices, placement.slots_per_device
     some = range(0, devices, max(1, -(-devices // LABELLED)))
     lines = "".join(f"M{slots * d - 0.5},0V1" for d in range(1, devices))
-    borders = [outline(lines, yref="paper")] if lines else []
-    spec = layout("slots, by device", "layer", shapes=borders)
+    borders = [draw.outline(lines, yref="paper")] if lines else []
+    spec = draw.layout("slots, by device", "layer", shapes=borders)
     spec["xaxis"] |= {
         "tickvals": [slots * d + (slots - 1) / 2 for d in some],
         "ticktext": [f"{d}" for d in some],
         "showgrid": False,
     }
-    spec["yaxis"] |= {"autorange": "reversed", "showgrid": False, **one_by_one(placement.layers)}
-    scale = colours(
+    spec["yaxis"] |= {
+        "autorange": "reversed",
+        "showgrid": False,
+        **draw.one_by_one(placement.layers),
+    }
+    scale = draw.colours(
         "x mean", -3, 3, tickvals=[*range(-3, 4)], ticktext=["⅛", "¼", "½", "1", "2", "4", "8"]
     )
-    data = heat_map(
+    data = draw.heat_map(
         shade,
         "layer %{y}, expert %{customdata[0]}: %{text:.2f} x the mean of an expert (copies: "
         "%{customdata[1]})<extra></extra>",
-        customdata=packed(np.stack([expert, number_of], axis=2), "i4"),
-        text=packed(np.maximum(share, 0)),
+        customdata=draw.packed(np.stack([expert, number_of], axis=2), "i4"),
+        text=draw.packed(np.maximum(share, 0)),
         colorscale=scale["colorscale"],
         zmin=scale["cmin"],
         zmax=scale["cmax"],
@@ -200,7 +186,7 @@ def _slots(placement: Placement, busy: NDArray[Any], copies: NDArray[Any]) -> Sp
 def _sides(page: PageData) -> int:
     """Count the rows of a layer's matrix."""
     topology = page.topology
-    few = topology.devices <= MOST_DEVICES or topology.nodes == 1
+    few = topology.devices <= draw.MOST_DEVICES or topology.nodes == 1
     return topology.devices if few else topology.nodes
 
 
@@ -233,17 +219,17 @@ def _links(page: PageData) -> Panel | str:
         time = [each / page.topology.bandwidth * 1e9 for each in size]
         units[", in us of their link"] = ("us", time)
     variants = {
-        f"mean of all layers{name}": matrices(
+        f"mean of all layers{name}": draw.matrices(
             table, page.names, "device", f"{unit} of 1,000 tokens", page.topology.node_size
         )
         for name, (unit, table) in units.items()
     }
-    if _sides(page) <= MOST_DEVICES:
+    if _sides(page) <= draw.MOST_DEVICES:
         (one, what), (other, _) = (
             _by_node(table / tokens * 1000, page) for table in (first, second)
         )
         variants |= {
-            f"layer {layer}": matrices(
+            f"layer {layer}": draw.matrices(
                 [one[layer], other[layer]], page.names, what, "rows of 1,000 tokens"
             )
             for layer in range(len(first))
@@ -283,7 +269,7 @@ def _next(page: PageData) -> Panel | str:
         for of, share in leaving.items():
             columns[f"{name}, {of}"] = share
             lines.append(
-                scatter(
+                draw.scatter(
                     boundaries,
                     100 * share,
                     "layer %{x} to the next: %{y:.1f} %",
@@ -293,14 +279,14 @@ def _next(page: PageData) -> Panel | str:
                     marker={"symbol": symbol, "color": colour},
                 )
             )
-    spec = layout("layer", "leaves, %", whole=len(first))
+    spec = draw.layout("layer", "leaves, %", whole=len(first))
     spec["yaxis"]["rangemode"] = "tozero"
     label, data = "share of steps that leave", {"": {"data": lines, "layout": spec}}
     charts = [Chart("next", label, data, 320)]
-    if _sides(page) <= MOST_DEVICES:
+    if _sides(page) <= draw.MOST_DEVICES:
         (one, what), (other, _) = (_by_node(table, page) for table in (first, second))
         variants = {
-            f"layer {at} to {at + 1}": matrices(
+            f"layer {at} to {at + 1}": draw.matrices(
                 [each[at] / max(each[at].sum(), 1) * 100 for each in (one, other)],
                 *(page.names, what, "% of steps"),
             )
@@ -325,8 +311,8 @@ def _over_time(page: PageData) -> Panel | str:
         page.names, page.evaluations, COLOURS, ("dot", "solid"), strict=True
     ):
         lines.append(
-            scatter(
-                *thinned(each.imbalance_per_window),
+            draw.scatter(
+                *draw.thinned(each.imbalance_per_window),
                 "window %{x}: %{y:.3f}",
                 mode="lines",
                 of=name,
@@ -343,7 +329,7 @@ def _over_time(page: PageData) -> Panel | str:
             f"Of the tokens, {percent(drift.distance)} go to other experts in the second half of "
             f"the recording than in the first; of halves by chance {percent(drift.expected)}."
         )
-    spec = {"data": lines, "layout": layout("window", "busiest / mean", whole=count)}
+    spec = {"data": lines, "layout": draw.layout("window", "busiest / mean", whole=count)}
     return Panel(
         (Chart("time", "imbalance of every window", {"": spec}, 340),),
         (Table("Imbalance of windows", ("placement", "5 %", "median", "95 %"), rows),),
@@ -373,35 +359,35 @@ def _groups(page: PageData) -> Panel | str:
         .reshape(-1, 3)
         .T
     )
-    labels = [plain(name) for name, _ in drawn]
+    labels = [draw.plain(name) for name, _ in drawn]
     is_worse = [name in losers for name, _ in drawn]
     places = list(range(len(drawn)))
-    data = scatter(
+    data = draw.scatter(
         value,
         places,
         "%{customdata}: %{x:+.1f} %",
         mode="markers",
         customdata=labels,
-        error_x=whiskers(value, low, high, color="var(--muted)"),
+        error_x=draw.whiskers(value, low, high, color="var(--muted)"),
         marker={
             "symbol": ["x" if each else "circle" for each in is_worse],
             "color": ["var(--bad)" if each else PROPOSED for each in is_worse],
             "size": 10,
         },
     )
-    spec = layout(f"change of {measure.replace('_', ' ')}, %")
+    spec = draw.layout(f"change of {measure.replace('_', ' ')}, %")
     spec["yaxis"] |= {"tickvals": places, "ticktext": labels}
     spec["xaxis"] |= {"zeroline": True, "zerolinecolor": "var(--text)"}
     rows = [
         (
-            *(plain(name), signed(of.value), signed(of.low), signed(of.high)),
+            *(draw.plain(name), signed(of.value), signed(of.low), signed(of.high)),
             "worse" if name in losers else "",
         )
         for name, of in changes[:ROWS]
     ]
     notes = [f"{len(losers)} of {len(changes)} groups are worse beyond chance."]
     if audit.too_few:
-        few = listed([plain(each) for each in audit.too_few], 10)
+        few = listed([draw.plain(each) for each in audit.too_few], 10)
         notes.append(f"Too few {audit.units[0]}s to judge: {few}.")
     label = "change of every group with its interval"
     chart = {"": {"data": [data], "layout": spec}}
@@ -430,7 +416,7 @@ def _search(page: PageData) -> Panel | str:
         return f"No progress was recorded. {gap}"
     at = [max(each.seconds, 0.001) if page.timed else n for n, each in enumerate(history, 1)]
     data = [
-        scatter(
+        draw.scatter(
             at,
             [each.objective or 0.0 for each in history],
             "%{customdata}: %{y:.6g}",
@@ -447,9 +433,9 @@ def _search(page: PageData) -> Panel | str:
         line = {"shape": "hv", "color": "var(--good)", "dash": "dash"}
         marker = {"symbol": "triangle-up"}
         x, y = zip(*bounded, strict=True)
-        data.append(scatter(x, y, "bound: %{y:.6g}", name="bound", line=line, marker=marker))
+        data.append(draw.scatter(x, y, "bound: %{y:.6g}", name="bound", line=line, marker=marker))
     unit = "seconds" if page.timed else "step"
-    spec = layout(unit, "objective", whole=0 if page.timed else len(history))
+    spec = draw.layout(unit, "objective", whole=0 if page.timed else len(history))
     if page.timed:
         spec["xaxis"]["type"] = "log"
     rows = [
@@ -492,13 +478,13 @@ def _price(page: PageData) -> Panel | str:
         tables.append(_copies_table(page))
     if page.trades:
         unit = "experts moved" if page.expert_bytes is None else "bytes moved"
-        data = scatter(
+        data = draw.scatter(
             [each.experts_moved * (page.expert_bytes or 1) for each in page.trades],
             [each.gain for each in page.trades],
             "%{x:.4g} " + unit + ": %{y:.4g} less",
             line={"shape": "hv", "color": PROPOSED},
         )
-        spec = {"data": [data], "layout": layout(unit, "less of the objective")}
+        spec = {"data": [data], "layout": draw.layout(unit, "less of the objective")}
         charts.append(Chart("trades", "gain against what moves", {"": spec}))
         rows = [
             (str(each.experts_moved), f"{each.objective:.6g}", f"{each.gain:.6g}")
@@ -530,12 +516,12 @@ def _copies_chart(page: PageData) -> Chart:
             name = "copies" if window is None else f"windows of {window:,}"
             size = [(each.bytes_per_device or 0) / 1e9 for each in mine]
             data.append(
-                scatter(
+                draw.scatter(
                     size if by_size else [each.per_device for each in mine],
                     mean,
                     "%{customdata} slots: %{y:.1f} %",
                     name=name + (", shared budget" if shared else ""),
-                    error_y=whiskers(mean, low, high),
+                    error_y=draw.whiskers(mean, low, high),
                     customdata=[each.per_device for each in mine],
                     line={
                         "color": (PROPOSED, RUNNING)[number_of % 2],
@@ -552,7 +538,7 @@ def _copies_chart(page: PageData) -> Chart:
                 )
             )
     axis = "GB per device" if by_size else "slots for copies of a device in a layer"
-    spec = {"data": data, "layout": layout(axis, "gain on unseen traffic, %")}
+    spec = {"data": data, "layout": draw.layout(axis, "gain on unseen traffic, %")}
     return Chart("copies", "gain on unseen traffic against slots for copies", {"": spec})
 
 
@@ -579,7 +565,7 @@ def _moves(page: PageData) -> Panel | str:
     if not diff.experts_moved:
         return "The placements hold the same experts on the same devices: nothing moves."
     pairs, what = _by_node(diff.pairs, page)
-    spec = matrices([pairs], ["experts"], what, "experts")
+    spec = draw.matrices([pairs], ["experts"], what, "experts")
     rows = [tuple(map(str, row)) for row in diff.moves[:ROWS].tolist()]
     head = ("layer", "expert", "from", "to")
     size = f", {diff.bytes_moved / 1e9:.3g} GB" if diff.bytes_moved is not None else ""

@@ -49,8 +49,9 @@ class SearchSetting:
     def details(self) -> UnseenDetails:
         """The setting, as ``Result.details`` has it."""
         norm = f"norm {self.norm}" if self.norm else "maximum"
-        name = norm + ", noise" * (self.noise > 0) + ", mixed" * (self.mixed > 0)
-        return UnseenDetails(name, self.reason)
+        noise = ", noise" if self.noise > 0 else ""
+        mixed = ", mixed" if self.mixed > 0 else ""
+        return UnseenDetails(f"{norm}{noise}{mixed}", self.reason)
 
 
 def setting_for(load: Floats, weight: Floats, *, large: bool) -> SearchSetting:
@@ -58,4 +59,4 @@ def setting_for(load: Floats, weight: Floats, *, large: bool) -> SearchSetting:
     used = np.count_nonzero((weight > 0) & load.any(axis=(1, 2)))
     if used < FEWEST_WINDOWS:
         return SearchSetting(reason="too few windows")
-    return SearchSetting(NORM, NOISE, MIXED * large, reason=f"for {used} windows")
+    return SearchSetting(NORM, NOISE, MIXED if large else 0.0, reason=f"for {used} windows")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -110,15 +111,15 @@ class Agreement:
                     wait=self.timeout,
                 )
             values, problem = json.loads(verdict)
-            if complete and key.endswith(".0"):
-                # All are in this round, so nobody has to read what became of earlier ones.
-                for old in self._old:
-                    for name in keys_of(old, self.ranks):
-                        self._store.delete_key(name)
-                self._old.clear()
         except RuntimeError as error:
             # The process that serves the store is gone.
-            values, problem = None, f"no agreement on {about}: {failure or error}"
+            values, problem, complete = [], f"no agreement on {about}: {failure or error}", False
+        if complete and key.endswith(".0"):
+            # All are in this round, so nobody has to read what became of earlier ones.
+            with suppress(RuntimeError):
+                for name in (of for old in self._old for of in keys_of(old, self.ranks)):
+                    self._store.delete_key(name)
+            self._old.clear()
         self._old.append(key)
         if problem:
             raise MoveError(f"{problem}; the old placement stays in force") from failure

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,13 +33,14 @@ from moetuner.torch.parallel.exchange import (
 from moetuner.torch.parallel.experts import Experts
 
 
+@dataclass(eq=False)
 class Routes:
     """Where the copies of every expert of a layer are, seen from one rank.
 
     Parameters
     ----------
     placement
-        The placement of all layers.
+        The placement in force, of all layers.
     layer
         Which one.
     rank
@@ -52,32 +54,26 @@ class Routes:
 
     Attributes
     ----------
-    placement
-        The placement in force.
     fingerprint
         Number that ranks with the same slots and rules share, and others do not; a scalar tensor.
     """
 
-    def __init__(
-        self,
-        placement: Placement,
-        layer: int,
-        *,
-        rank: int,
-        devices_per_node: int | None,
-        split: LayerSplit,
-        device: torch.device,
-    ) -> None:
-        if not 0 <= layer < placement.layers:
+    placement: Placement
+    layer: int
+    rank: int
+    devices_per_node: int | None
+    split: LayerSplit
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        placement, device = self.placement, self.device
+        if not 0 <= self.layer < placement.layers:
             raise ValueError(
-                f"layer must be from 0 to {placement.layers - 1}, the placement's, got {layer}"
+                f"layer must be from 0 to {placement.layers - 1}, the placement's, got {self.layer}"
             )
-        self.layer, self.rank = layer, rank
-        self.experts = placement.num_experts
-        self.slots_per_device = placement.slots_per_device
-        self.devices_per_node = devices_per_node
-        self.node_size = node_size(placement.devices, devices_per_node)
-        self.split = split_rule(split)
+        self.experts, self.slots_per_device = placement.num_experts, placement.slots_per_device
+        self.node_size = node_size(placement.devices, self.devices_per_node)
+        self.split = split_rule(self.split)
         # As many copies as an expert can have in slots of this number, whatever the placement.
         most = placement.devices * self.slots_per_device - self.experts + 1
         self._table = torch.zeros(self.experts, most, dtype=torch.int32, device=device)
@@ -296,15 +292,7 @@ class ExpertParallelMoE(nn.Module):
 
     def _routes(self, placement: Placement, layer: int) -> Routes:
         self._check_sizes(placement)
-        self._routed_on = self.device
-        return Routes(
-            placement,
-            layer,
-            rank=self.rank,
-            devices_per_node=self.devices_per_node,
-            split=self.split,
-            device=self._routed_on,
-        )
+        return Routes(placement, layer, self.rank, self.devices_per_node, self.split, self.device)
 
     def forward(
         self,
@@ -342,7 +330,7 @@ class ExpertParallelMoE(nn.Module):
         RuntimeError
             On every rank if their placements differ.
         """
-        if self._routed_on != self.device:
+        if self.routes.device != self.device:
             # The weights have moved, or got memory: the placement is known here, wherever they are.
             self.routes = self._routes(self.placement, self.routes.layer)
         misfit = self._shared() or self._misfit(

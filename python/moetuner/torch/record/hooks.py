@@ -56,12 +56,6 @@ class Step:
     output: Any = None
 
 
-def arguments_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``model.forward`` by name."""
-    names = inspect.signature(model.forward).parameters
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
 def step_of(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -70,7 +64,8 @@ def step_of(
     generations: GenerateHooks,
 ) -> Step:
     """Read the arguments of a forward pass; ``mask`` replaces that of its arguments."""
-    given = arguments_of(model, args, kwargs)
+    names = inspect.signature(model.forward).parameters
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     rows, length = _sizes(model, given)
     generation = generations.of(given)
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
