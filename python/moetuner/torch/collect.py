@@ -122,13 +122,8 @@ def collect(
         capture(network, path=out, name=Path(model).resolve().name) as recorder,
     ):
         while first and done < max_tokens:
-            rows, groups = [], []
-            for text in first:
-                ids = tokenizer(text.text)["input_ids"][: min(sequence_length, max_tokens - done)]
-                if ids:
-                    rows.append(torch.tensor(ids))
-                    groups.append(text.group or UNNAMED)
-                    done += len(ids)
+            rows, groups = _tokenized(tokenizer, first, sequence_length, max_tokens - done)
+            done += sum(map(len, rows))
             if rows:
                 with recorder.group(groups):
                     _run(network, rows)
@@ -136,6 +131,20 @@ def collect(
                 progress(done)
             first = list(islice(texts, batch_size))
     return recorder.trace()
+
+
+def _tokenized(
+    tokenizer: Any, texts: list[Text], longest: int, left: int
+) -> tuple[list[torch.Tensor], list[str]]:
+    """Return token ids and groups of texts, cut at the longest and at what is left of tokens."""
+    rows, groups = [], []
+    for text in texts:
+        ids = tokenizer(text.text)["input_ids"][: min(longest, left)]
+        if ids:
+            rows.append(torch.tensor(ids))
+            groups.append(text.group or UNNAMED)
+            left -= len(ids)
+    return rows, groups
 
 
 def _run(network: Any, rows: list[torch.Tensor]) -> None:

@@ -86,6 +86,17 @@ def apply_placement(
     check_ties(changes, lambda name, experts: bits_of(tensors[name], experts))
     changes = _once(changes, tensors)
     _check_lists(model, layers)
+    _move(changes, tensors)
+    for layer, positions in zip(layers, order, strict=True):
+        if isinstance(layer.experts, nn.ModuleList):
+            reordered = [layer.experts[old] for old in positions.tolist()]
+            for position, module in enumerate(reordered):
+                layer.experts[position] = module
+    return order
+
+
+def _move(changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]) -> None:
+    """Put rows and ids of tensors in order, once all tables are known to hold experts."""
     tables = {
         name: renumbered(name, tensors[name].detach(), change.ids)
         for name, change in changes.items()
@@ -97,12 +108,6 @@ def apply_placement(
                 _permute(tensors[name].detach(), change.order)
             else:
                 tensors[name].copy_(tables[name])
-    for layer, positions in zip(layers, order, strict=True):
-        if isinstance(layer.experts, nn.ModuleList):
-            reordered = [layer.experts[old] for old in positions.tolist()]
-            for position, module in enumerate(reordered):
-                layer.experts[position] = module
-    return order
 
 
 def _tensors(model: nn.Module, layers: tuple[MoELayer, ...]) -> dict[str, Tensor]:
