@@ -38,16 +38,16 @@ def capacity_of(
         slots_per_device = topology.slots_per_device
     fewest = -(-experts // devices)
     if slots_per_device is None or not isinstance(slots_per_device, Sequence | np.ndarray):
-        each = fewest
+        slots = fewest
         if slots_per_device is not None:
-            each = whole_number("slots_per_device", slots_per_device, highest=SLOT_LIMIT)
-        if each < fewest:
+            slots = whole_number("slots_per_device", slots_per_device, highest=SLOT_LIMIT)
+        if slots < fewest:
             raise ValueError(
                 f"slots_per_device must be at least {fewest} for {experts} experts on "
-                f"{devices} devices, got {each}"
+                f"{devices} devices, got {slots}"
             )
-        check_slots(devices, each, layers)
-        row = np.full(devices, each)
+        check_slots(devices, slots, layers)
+        row = np.full(devices, slots)
     else:
         row = np.array(
             [

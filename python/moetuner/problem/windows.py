@@ -62,8 +62,8 @@ class Windows:
 
     def each(self, compute: Callable[[Floats], Floats]) -> Floats:
         """Compute something of every window [W,...], of a block of them [w,L,E] at a time."""
-        found = [compute(block) for block in self.blocks()]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        parts = [compute(block) for block in self.blocks()]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def blocks(self) -> Iterator[Floats]:
         """Yield the loads of all windows in double precision, a block of them [w,L,E] at a time."""
@@ -102,8 +102,8 @@ class Windows:
 
     def values(self, costs: Floats, reference: Floats) -> Floats:
         """Compute the ``value`` [...] of each of several costs [...,W] over one reference."""
-        each = [self._value(costs, reference, mine) for mine in self._parts()]
-        worst: Floats = np.max(each, axis=0)
+        parts = [self._value(costs, reference, mine) for mine in self._parts()]
+        worst: Floats = np.max(parts, axis=0)
         return worst
 
     def reweight(self, cost: Floats, reference: Floats) -> Floats:
@@ -125,10 +125,10 @@ class Windows:
         cost, reference, weight = cost[..., mine], reference[mine], self.weight[mine]
         part = self.tail(cost, reference, weight) * weight
         total = (part * reference).sum(axis=-1)
-        found: Floats = np.divide(
+        mean: Floats = np.divide(
             (part * cost).sum(axis=-1), total, out=np.ones_like(total), where=total > 0
         )
-        return found
+        return mean
 
     def tail(self, cost: Floats, reference: Floats, weight: Floats) -> Floats:
         """Compute the part of every window [...,W] that is in the worst, by cost over reference."""
@@ -209,17 +209,17 @@ def _representatives(windows: Windows) -> Windows:
                 means.append(sum(run.sum(axis=0, dtype=np.float64) for run in runs) / len(some))
                 weights.append(recorded[some].sum())
                 groups.append(label)
-    merged, each, of_merged = np.array(means), np.array(weights), np.array(groups)
+    merged, merged_weight, of_merged = np.array(means), np.array(weights), np.array(groups)
     if windows.mixed is not None:
         # They are drawn at random: some say what all of them do.
         few = slice(len(load), len(load) + MERGED)
         part = weight[len(load) :].sum() / max(weight[few].sum(), 1e-300)
         merged = np.concatenate([merged, windows.mixed[:MERGED]])
-        each = np.concatenate([each, weight[few] * part])
+        merged_weight = np.concatenate([merged_weight, weight[few] * part])
         if group is not None:
             of_merged = np.concatenate([of_merged, group[few]])
     of = None if group is None else of_merged
-    return Windows(merged, each, of, windows.risk, windows.minimax)
+    return Windows(merged, merged_weight, of, windows.risk, windows.minimax)
 
 
 def _features(load: NDArray[Any]) -> Floats:
@@ -230,16 +230,16 @@ def _features(load: NDArray[Any]) -> Floats:
     """
     size = load[0].size
     signs = np.random.default_rng(0).integers(0, 2, (size, COMPARED)) * 2.0 - 1
-    found = np.empty((len(load), COMPARED))
+    features = np.empty((len(load), COMPARED))
     for run in blocks(len(load), size):
         some = load[run].reshape(-1, size)
         total = some.sum(axis=1, dtype=np.float64)
         # Sums of whole numbers below 2^24 are exact in single precision, in any order.
         kind = np.float32 if total.max(initial=0) < 1 << 24 else np.float64
-        found[run] = some.astype(kind) @ signs.astype(kind)
-        found[run] /= np.maximum(total, 1)[:, None]
-    scale = LARGEST / max(float(np.abs(found).max()), 1e-300)
-    return np.rint(found * scale)
+        features[run] = some.astype(kind) @ signs.astype(kind)
+        features[run] /= np.maximum(total, 1)[:, None]
+    scale = LARGEST / max(float(np.abs(features).max()), 1e-300)
+    return np.rint(features * scale)
 
 
 def _clusters(points: Floats, count: int) -> NDArray[np.int64]:

@@ -248,7 +248,8 @@ class Run:
         if left is not None:
             reserves = [of.reserve(self, left) for of in later if of.applies(self)]
             kept_back = max(reserves, default=0.0)
-        keep = 2 * self.judging_all if self.incumbents else 0.0
+        # What the stage finds is judged, and in the end the best and a start on all windows.
+        keep = self.judging + 2 * self.judging_all if self.incumbents else 0.0
         part = budget.within((1 - kept_back) * stage.share(self), keep=keep)
         if self.incumbents and part.left is not None and part.left <= stage.least(self):
             self.cut = True
@@ -296,6 +297,8 @@ class Run:
         if self.moves is None or incumbent.moves <= self.moves.most:
             self.incumbents.append(incumbent)
             self._tell(by)
+        if is_start and not (self.sees_all or self.judging_all or self.budget.is_over()):
+            self.rank_of_all(incumbent)
         return incumbent
 
     def prefer(self, slots: Slots, by: str) -> None:
