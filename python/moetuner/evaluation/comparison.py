@@ -132,7 +132,9 @@ class Comparison(Frozen):
         if self.splits:
             number = len(self.splits)
             over = f", over {number} splits" if number > 1 else ", of this placement"
-        chance = ": that may be chance" if self.answer == "no evidence" else ""
+        chance = (
+            ": not surely a difference, that may be chance" if self.answer == "no evidence" else ""
+        )
         return f"{line} ({self.sure}{over}){chance}."
 
     def __str__(self) -> str:
