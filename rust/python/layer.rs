@@ -385,6 +385,8 @@ pub(super) fn replicate_experts<'py>(
 ) -> PyResult<Bound<'py, PyArray3<i32>>> {
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
+    let widest = capacity.as_array().iter().copied().max().unwrap_or(0).max(0) as usize;
+    room_for("slots and devices of layers", &[l, time.len(), widest + 4, size_of::<u64>()])?;
     let (mut sites, per_device) = sites_of(&capacity, time, [forbidden.as_ref(), pinned.as_ref()], [l, e])?;
     for site in &mut sites {
         site.copies = copies;

@@ -18,8 +18,8 @@ from moetuner.solver.stages.floor import balanced
 SPLITS = ("even", "nearest", "round_robin")
 # Joined layers are searched from many starts: fewer examples do.
 # How far answers to tiny problems may be above the optimum of a risk, and above a cap that some
-# placement keeps: one in ten is, the worst by 12 %.
-NEAR = 1.15
+# placement keeps: one in sixty is, by 0.7 %. Times: one in sixty, by a fifth.
+NEAR, NEAR_TIME = 1.05, 1.25
 few = settings(max_examples=max(settings.default.max_examples // 3, 1))
 
 
@@ -233,11 +233,12 @@ def slowest(problem):
 @few
 @given(st.data())
 def test_time_is_not_below_its_bound(data):
-    """No placement is below the bound of compute and links, and no answer behind balance."""
+    """No placement is below the bound of compute and links, and few above the optimum."""
     problem = data.draw(timed())
     best = optimum(problem)
     floor = problem.value(mt.Placement(balanced(problem), num_experts=problem.experts))
     assert best * (1 - 1e-9) <= solved(problem, iterations=1000) <= floor * (1 + 1e-9)
+    assert solved(problem, iterations=1000) <= best * NEAR_TIME
     anything = next(every_placement(problem))
     proven = staged(problem, LOAD_BOUND, start=anything.slots).bound
     assert proven.value <= best * (1 + 1e-9)

@@ -123,6 +123,10 @@ def config_of(kind, changes):
         None,
     ):
         given |= {"n_group": 4, "topk_group": 2}
+    # Two names of one setting: what is asked for counts, not the usual size by the other name.
+    real = base.attribute_map
+    changed = {real.get(name, name) for name in changes}
+    given = {name: size for name, size in given.items() if real.get(name, name) not in changed}
     config = type(base)(**given | changes)
     config.bos_token_id = None
     return config

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moetuner._checks import instance, one_of, seed_in
+from moetuner._checks import instance, not_negative, one_of, seed_in
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver.answer import result_of
@@ -113,6 +113,7 @@ def solve(
     seed = seed_in(seed)
     budget = Budget(time_limit, iterations, gap, threads, progress)
     stages, searched, moves = METHODS[method], method in SEARCHES, None
+    not_negative("expert_bytes", expert_bytes, "number of bytes")
     if initial is None:
         if move_cost or (move_budget is not None and move_budget < np.inf):
             raise ValueError("move_budget and move_cost need initial, the placement to move from")

@@ -32,6 +32,9 @@ LEAST_TRIALS, LEAST_WORK, MOST_TRIALS = 20_000, 1_600_000, 1_500_000
 ROUNDS, LINKED_TRIALS, LEAST_LINKED = 3, 600, 60_000
 # Placements that are judged on all windows, where a search has seen some that stand for them.
 JUDGED = 3
+# Slots of all layers up to which a placement is polished by the objective itself, and the best
+# placements from which that begins.
+POLISHED_SLOTS, POLISHED = 36, 4
 # Layers of few slots are searched several times: they have valleys that one descent does not leave.
 FEW_SLOTS, RESTARTS = 64, 8
 # Times that risk and groups are weighed anew, and when something is known of the weights.

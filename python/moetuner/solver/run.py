@@ -57,7 +57,6 @@ class Moves:
             if math.isinf(self.budget):
                 object.__setattr__(self, "budget", None)
         not_negative("move_cost", self.cost, "price of a byte")
-        not_negative("expert_bytes", self.expert_bytes, "number of bytes")
 
     @property
     def price(self) -> float:

@@ -13,6 +13,7 @@ from moetuner.solver.run import Run, Stage
 from moetuner.solver.stages.chain import CHAIN, PARTITIONS
 from moetuner.solver.stages.floor import FLOOR
 from moetuner.solver.stages.layers import ANNEAL, CHAIN_UNDER_CAPS, CONSTRUCT
+from moetuner.solver.stages.polish import POLISH
 from moetuner.solver.stages.ties import TIES
 from moetuner.solver.stages.visits import PAIRS, VISITS
 
@@ -47,5 +48,5 @@ SINGLE_COPIES = Stage(
     least=lambda run: effort.SINGLE_LEAST * _single_share(run) * run.judging,
     share=_single_share,
 )
-SEARCHES = (SINGLE_COPIES, CHAIN, PAIRS, VISITS, CONSTRUCT, CHAIN_UNDER_CAPS, ANNEAL, TIES)
+SEARCHES = (SINGLE_COPIES, CHAIN, PAIRS, VISITS, CONSTRUCT, CHAIN_UNDER_CAPS, ANNEAL, POLISH, TIES)
 SEARCH = Stage(lambda run, budget: run.through(SEARCHES, budget))

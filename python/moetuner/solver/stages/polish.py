@@ -1,0 +1,95 @@
+"""Polish small problems by the objective itself, where what a search adds up only stands for it.
+
+A time waits for the busiest port, a risk for the worst windows, and caps for the sum of all: the
+search of layers knows prices of these. Few slots can be tried one by one on the objective itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.placement import EMPTY, Placement
+from moetuner.problem import Problem
+from moetuner.solver import effort
+from moetuner.solver.budget import Budget
+from moetuner.solver.run import Incumbent, Run, Stage
+from moetuner.solver.stages.layers import is_of_layers
+
+Slots = NDArray[np.int32]
+
+
+def _polish(run: Run, budget: Budget) -> None:
+    """Take the first change that ranks before the best until there is none, from a few starts."""
+    starts = sorted(run.incumbents, key=lambda of: of.rank)[: effort.POLISHED]
+    for start in (*starts, *(run.judge(slots) for slots in _on_few_devices(run.problem))):
+        best: Incumbent | None = start
+        while best is not None and not budget.is_over():
+            now, best = best, _better(run, best)
+        if now.rank < run.best.rank:
+            run.offer(now.slots, "polish")
+
+
+def _on_few_devices(problem: Problem) -> Iterator[Slots]:
+    """Iterate over placements [L,D,S] on few devices, from each device on.
+
+    Links can cost more than what devices gain by sharing the work.
+    """
+    for first in range(problem.devices):
+        slots = np.full((problem.layers, problem.devices, problem.slots), EMPTY, dtype=np.int32)
+        for layer, capacity in enumerate(problem.capacity):
+            order = np.roll(np.arange(problem.devices), -first)
+            at = [(d, s) for d in order for s in range(capacity[d])][: problem.experts]
+            slots[layer][tuple(np.array(at).T)] = np.arange(problem.experts)
+        if not problem.rules.violations(Placement(slots, num_experts=problem.experts)):
+            yield slots
+
+
+def _better(run: Run, incumbent: Incumbent) -> Incumbent | None:
+    """Return the first neighbour that ranks before an incumbent."""
+    judged = (run.judge(slots, "polish") for slots in _neighbours(run.problem, incumbent.slots))
+    return next((of for of in judged if of.rank < incumbent.rank), None)
+
+
+def _neighbours(problem: Problem, slots: Slots) -> Iterator[Slots]:
+    """Iterate over valid placements [L,D,S] with one slot changed or two exchanged."""
+    layers, devices, _ = slots.shape
+    for layer in range(layers):
+        free = [(d, s) for d in range(devices) for s in range(problem.capacity[layer, d])]
+        for number, at in enumerate(free):
+            for other in free[number + 1 :]:
+                if at[0] != other[0] and slots[layer][at] != slots[layer][other]:
+                    near = slots.copy()
+                    near[layer][at], near[layer][other] = slots[layer][other], slots[layer][at]
+                    if _is_valid(problem, near, layer):
+                        yield near
+            for expert in range(problem.experts if problem.may_copy else 0):
+                near = slots.copy()
+                near[layer][at] = expert
+                if expert != slots[layer][at] and _is_valid(problem, near, layer):
+                    yield near
+
+
+def _is_valid(problem: Problem, slots: Slots, layer: int) -> bool:
+    """Return whether a layer has every expert, no device one twice, and rules are kept."""
+    full = np.where(slots[layer] == EMPTY, problem.experts, slots[layer])
+    held = np.zeros((len(full), problem.experts + 1), dtype=np.int64)
+    np.add.at(held, (np.arange(len(full))[:, None], full), 1)
+    held = held[:, :-1]
+    if (held > 1).any() or not held.any(axis=0).all():
+        return False
+    placement = Placement(slots, num_experts=problem.experts)
+    return not problem.rules.violations(placement)
+
+
+def _is_small(run: Run) -> bool:
+    """Return whether slots are few, and the search of layers only stands for the objective."""
+    problem = run.problem
+    stands_for = problem.goal == "time" or not problem.windows.is_mean or problem.max_imbalance
+    small = run.problem.capacity.sum() <= effort.POLISHED_SLOTS
+    return bool(stands_for) and small and is_of_layers(run) and run.moves is None
+
+
+POLISH = Stage(_polish, applies=_is_small)
