@@ -46,7 +46,7 @@ def recorded(path: Path, *, quick: bool) -> None:
         whole = mt.Problem(statistics, mt.Topology(devices), regime="follow", max_imbalance=1.05)
         for limit, share in ((5.0, 3.0),) if quick else ((5.0, 3.0), (20.0, 10.0)):
             result = mt.solve(whole, "heuristic", time_limit=limit)
-            caps = whole.caps.kept(result.placement.slots)
+            caps = whole.caps.raised_for(result.placement.slots)
             proven, seconds, _ = timed(
                 lambda of=whole, caps=caps, share=share: bound(of, caps, budget=Budget(share))
             )

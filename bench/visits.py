@@ -36,7 +36,7 @@ def main() -> None:
         )
         answer = mt.solve(problem, "heuristic", time_limit=given.search)
         slots, found = answer.placement.slots, answer.objective
-        caps, tokens = problem.caps.kept(slots), mt.Objective(problem).tokens
+        caps, tokens = problem.caps.raised_for(slots), mt.Objective(problem).tokens
         for proof, way in (("prices", by_prices), ("tangents", lambda *_: None)):
             visits._by_prices = way
             proven, _, bounding = timed(

@@ -59,7 +59,7 @@ def test_bound_is_below_the_optimum_and_verifies(seed, layers, size):
     experts, devices, per_node = size
     problem = random_problem(seed, layers, experts, mt.Topology(devices, per_node))
     result = mt.solve(problem)
-    caps = problem.caps.kept(result.placement.slots)
+    caps = problem.caps.raised_for(result.placement.slots)
     optimum = best_cost(problem, caps)
     assert mt.Objective(problem).cost(result.placement) == optimum
     proven = bound(problem, caps, budget=BUDGET)
@@ -76,7 +76,7 @@ def test_bound_of_co_activation(seed, layers, slots):
     """With dispatch, too, no placement of single copies is below the bound, as its proof says."""
     problem = small_problem(seed, layers, 6, 3, regime="dispatch", slots=slots)
     single = problem.without_copies() or problem
-    caps = problem.caps.kept(mt.solve(single).placement.slots)
+    caps = problem.caps.raised_for(mt.solve(single).placement.slots)
     proven = bound(problem, caps, budget=BUDGET)
     assert proven is not None
     assert 0 <= proven.value <= optimum(problem, caps)

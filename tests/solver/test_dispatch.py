@@ -44,7 +44,7 @@ def test_reaches_the_optimum(seed, per_node, cap):
     topology = mt.Topology(4, devices_per_node=per_node)
     problem = mt.Problem(statistics, topology, objective="traffic", max_imbalance=cap)
     slots = mt.solve(problem, "heuristic", iterations=20_000).placement.slots
-    caps, price = problem.caps.kept(slots), np.array(mt.Objective(problem).visit_costs)
+    caps, price = problem.caps.raised_for(slots), np.array(mt.Objective(problem).visit_costs)
     device_of = mt.Placement(slots, num_experts=8).device_of
     for layer, of in enumerate(statistics.sets):
         load = problem.load[layer].astype(float)

@@ -69,7 +69,7 @@ def fewest(problem: mt.Problem, caps: np.ndarray) -> float:
 def found(problem: mt.Problem):
     """Return what the search finds, and the caps that it keeps."""
     slots = mt.solve(problem, "heuristic", iterations=200).placement.slots
-    return slots, problem.caps.kept(slots)
+    return slots, problem.caps.raised_for(slots)
 
 
 @settings(max_examples=25, deadline=None)

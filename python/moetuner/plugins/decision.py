@@ -213,9 +213,9 @@ class Case:
         before, after = ((rows * self.experts + of)[of != EMPTY] for of in (self.slots, slots))
         seen = np.zeros(rows.size * self.experts, dtype=bool)
         seen[before] = True
-        held = np.count_nonzero(seen)
+        before_count = np.count_nonzero(seen)
         seen[after] = True
-        return int(np.count_nonzero(seen) - held)
+        return int(np.count_nonzero(seen) - before_count)
 
     def rebalanced(self, rules: Rules, profile: RoutingStatistics | None = None) -> Rebalanced:
         """Relieve the slowest ranks, and keep together what a profile has seen together."""
@@ -252,18 +252,18 @@ class Case:
         slots = keep_slots(
             self.slots, slots.reshape(self.slots.shape), np.full((layers, ranks), width)
         )
-        brought = moves_between(self.slots, slots, self.experts)
+        moves = moves_between(self.slots, slots, self.experts)
         # The layers that gain most come first, as far as the budget goes.
         share = np.where(steps.after > 0, 1 - packed.after / np.maximum(steps.after, 1e-300), 0)
         order = np.argsort(-share, kind="stable")
-        more = np.maximum(brought - steps.moves, 0)[order].cumsum()
+        more = np.maximum(moves - steps.moves, 0)[order].cumsum()
         anew = np.zeros(layers, dtype=bool)
         anew[order] = (more <= left) & (share[order] > gain)
         return Rebalanced(
             np.where(anew[:, None, None], slots, steps.slots),
             steps.before,
             np.where(anew, packed.after, steps.after),
-            np.where(anew, brought, steps.moves),
+            np.where(anew, moves, steps.moves),
         )
 
     def _next(self, budget: int, rules: Rules, pairs: Pairs | None) -> Rebalanced:
@@ -287,7 +287,7 @@ class Case:
         local = np.full((len(experts), self.experts + 1), EMPTY, dtype=np.int32)
         local[number, experts] = np.arange(experts.shape[1])
         slots = self.slots.reshape(layers * nodes, ranks // nodes, width)
-        found = _rebalanced(
+        balanced = _rebalanced(
             np.ascontiguousarray(self.windows[:, row[:, None], experts]),
             local[number[:, :, None], slots[busy]],
             budget,
@@ -301,16 +301,16 @@ class Case:
         )
         slots = slots.copy()
         slots[busy] = np.where(
-            found.slots == EMPTY, EMPTY, experts[number[:, :, None], found.slots]
+            balanced.slots == EMPTY, EMPTY, experts[number[:, :, None], balanced.slots]
         )
         figures = np.zeros((3, layers * nodes))
-        figures[:, busy] = found.before, found.after, found.moves
-        before, after, brought = figures.reshape(3, layers, nodes)
+        figures[:, busy] = balanced.before, balanced.after, balanced.moves
+        before, after, moves = figures.reshape(3, layers, nodes)
         return Rebalanced(
             slots.reshape(self.slots.shape),
             before.max(axis=1),
             after.max(axis=1),
-            brought.sum(axis=1).astype(np.int64),
+            moves.sum(axis=1).astype(np.int64),
         )
 
     def pairs_of(self, profile: RoutingStatistics, traffic: float) -> Pairs:
@@ -452,12 +452,12 @@ def _nodes_of_groups(
     there = np.bincount(cell.ravel(), minlength=layers * (groups + 1) * nodes)
     there = there.reshape(layers, groups + 1, nodes)[:, :groups]
     node_of = np.zeros((layers, groups), dtype=np.int64)
-    room = np.full((layers, nodes), groups // nodes)
+    free = np.full((layers, nodes), groups // nodes)
     heavy = np.zeros((layers, nodes))
     for group in np.lexsort((-of_group, -there.max(axis=2)), axis=1).T:
-        node = np.lexsort((heavy, -there[row, group], room == 0), axis=1)[:, 0]
+        node = np.lexsort((heavy, -there[row, group], free == 0), axis=1)[:, 0]
         node_of[row, group] = node
-        room[row, node] -= 1
+        free[row, node] -= 1
         heavy[row, node] += of_group[row, group]
     if not there.any():
         return node_of

@@ -73,10 +73,10 @@ class Files:
             )
             profile = None
             if settings.profile is not None and settings.rebalance and not placements:
-                found = open_input(settings.profile)
-                if isinstance(found, RoutingTrace):
-                    found = RoutingStatistics.from_trace(found, transitions=False)
-                profile = found
+                traffic = open_input(settings.profile)
+                if isinstance(traffic, RoutingTrace):
+                    traffic = RoutingStatistics.from_trace(traffic, transitions=False)
+                profile = traffic
         except OSError as error:
             return cls(
                 error=f"{error.filename}: {error.strerror}" if error.filename else f"{error}"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moetuner._checks import numbers_in
 from moetuner.files import replacing
 
-# Windows of a model that are kept; beyond them neighbours are added up, two and two.
+# Windows of a model that are recorded; beyond them neighbours are added up, two and two.
 MOST_WINDOWS = 256
 # Tokens of an expert in a window that can be added up for ever.
 LARGEST = 2**40
@@ -55,9 +55,11 @@ class LoadRecorder:
         shape = windows.shape[1:]
         for window in windows:
             self._take(shape, window)
-        kept = self._windows.get(shape)
+        recorded = self._windows.get(shape)
         open_window, joined = self._open[shape]
-        parts = [part for part in (kept, open_window[None] if joined else None) if part is not None]
+        parts = [
+            part for part in (recorded, open_window[None] if joined else None) if part is not None
+        ]
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._file(shape)
         with replacing(path) as temporary, temporary.open("wb") as file:
@@ -81,10 +83,10 @@ class LoadRecorder:
         if number < joined:
             self._open[shape] = (now, number)
             return
-        kept = self._windows.get(shape, np.zeros((0, *shape), np.uint64))
-        kept = np.concatenate([kept, now[None]])
-        if len(kept) == MOST_WINDOWS:
-            kept = kept[0::2] + kept[1::2]
+        recorded = self._windows.get(shape, np.zeros((0, *shape), np.uint64))
+        recorded = np.concatenate([recorded, now[None]])
+        if len(recorded) == MOST_WINDOWS:
+            recorded = recorded[0::2] + recorded[1::2]
             self._joined[shape] = 2 * joined
-        self._windows[shape] = kept
+        self._windows[shape] = recorded
         self._open[shape] = (np.zeros(shape, np.uint64), 0)

@@ -102,7 +102,7 @@ class Hooks:
             group=group,
             rank=rank,
             wait=WAIT_AT_LOAD,
-            form=lambda found: three_maps(found, ranks, experts)[0],
+            form=lambda slots: three_maps(slots, ranks, experts)[0],
         )
         if first is None or (first.numpy() == running).all():
             return trivial

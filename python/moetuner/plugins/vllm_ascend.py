@@ -98,7 +98,7 @@ def loads_of(slots: NDArray[np.integer[Any]], workload: NDArray[Any]) -> NDArray
 
 def slowest(windows: NDArray[np.float64], slots: NDArray[Any]) -> NDArray[np.float64]:
     """Return the tokens of the slowest rank of every layer [L], over windows [W,L,E]."""
-    held = (slots[..., None] == np.arange(windows.shape[2])).sum(axis=2).astype(np.float64)
-    held /= np.maximum(held.sum(axis=1, keepdims=True), 1)
-    times: NDArray[np.float64] = (held @ windows.transpose(1, 2, 0)).max(axis=1).sum(axis=1)
+    share = (slots[..., None] == np.arange(windows.shape[2])).sum(axis=2).astype(np.float64)
+    share /= np.maximum(share.sum(axis=1, keepdims=True), 1)
+    times: NDArray[np.float64] = (share @ windows.transpose(1, 2, 0)).max(axis=1).sum(axis=1)
     return times

@@ -70,11 +70,11 @@ class Caps:
             caps: Floats = self.max_imbalance * total / self.topology.speed_of_device.sum()
         return caps
 
-    def kept(self, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
+    def raised_for(self, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
         """Return ``whole``, raised where slots [L,D,S] with one copy of each expert break it."""
         load = device_load(slots, self.load)
-        kept: NDArray[np.uint64] = np.maximum(self.whole, load.max(axis=1))
-        return kept
+        raised: NDArray[np.uint64] = np.maximum(self.whole, load.max(axis=1))
+        return raised
 
     def peaks(self, placement: Placement) -> Floats:
         """Compute the largest load over speed of a device in every layer [L]."""

@@ -80,16 +80,16 @@ def balance(
             f"slots_per_device must be integers from 0 to {SLOT_LIMIT}, "
             f"got {shown(slots_per_device)}"
         )
-    room = _per_device("slots_per_device", slots_per_device, devices).astype(np.int64)
-    if room.min() < 0 or room.sum() < experts:
+    capacity = _per_device("slots_per_device", slots_per_device, devices).astype(np.int64)
+    if capacity.min() < 0 or capacity.sum() < experts:
         raise ValueError(
             f"slots_per_device must give at least {experts} slots for as many experts on "
-            f"{devices} devices, got {int(room.sum())}"
+            f"{devices} devices, got {int(capacity.sum())}"
         )
-    check_slots(devices, int(room.max()), layers)
+    check_slots(devices, int(capacity.max()), layers)
     slots = _core.replicate_experts(
         np.ascontiguousarray(tokens),
-        np.tile(room, (layers, 1)),
+        np.tile(capacity, (layers, 1)),
         _times(_per_device("speed", 1.0 if speed is None else speed, devices)),
         trials=effort.QUICK if speed is None else effort.PATIENT,
     )

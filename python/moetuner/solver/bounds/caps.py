@@ -28,7 +28,7 @@ def cap_report(
         return CapsDetails()
     alike = problem.topology.has_equal_devices and len(np.unique(problem.capacity)) == 1
     if alike and not placement.has_copies and not problem.rules.some and not problem.may_copy:
-        return _of_singles(problem, problem.caps.kept(slots), threads)
+        return _of_singles(problem, problem.caps.raised_for(slots), threads)
     total = problem.load.astype(np.float64)
     mean = total.sum(axis=1) / problem.topology.speed_of_device.sum()
     least, peaks = least_slowest(problem, total[None])[0], problem.caps.peaks(placement)

@@ -85,7 +85,7 @@ def _prove(run: Run, budget: Budget) -> None:
     """Bound what the pairs of the best placement cost at least."""
     problem, slots = run.problem, run.best.slots
     cost = problem.objective_function.cost(Placement(slots, num_experts=problem.experts))
-    proven = bound(problem, problem.caps.kept(slots), budget=budget, target=cost)
+    proven = bound(problem, problem.caps.raised_for(slots), budget=budget, target=cost)
     if proven is not None:
         # With more time it would have come nearer.
         run.cut = budget.time_limit is not None

@@ -457,7 +457,7 @@ def _prove(run: Run, budget: Budget) -> None:
         return
     # Nothing is known of caps where devices differ, or experts have rules.
     plain = problem.is_plain
-    caps = problem.caps.kept(slots) if plain else problem.load.sum(axis=1)
+    caps = problem.caps.raised_for(slots) if plain else problem.load.sum(axis=1)
     proven = bound(problem, slots, caps, budget=budget)
     least = _at_most(proven.value / max(run.objective.tokens, 1), value)
     run.prove(replace(proven, value=least, certificate=proven.certificate if plain else None))

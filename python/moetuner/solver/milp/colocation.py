@@ -160,7 +160,7 @@ def colocation(problem: Problem, *, seed: int, budget: Budget, start: Candidate)
     if budget.is_over():
         return replace(start, status="time_limit")
     objective = problem.objective_function
-    caps = problem.caps.kept(start.slots)
+    caps = problem.caps.raised_for(start.slots)
     model = Programme(problem, caps)
     cost = objective.cost(Placement(start.slots, num_experts=problem.experts))
     before = start.bound or 0

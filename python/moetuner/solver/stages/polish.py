@@ -75,10 +75,10 @@ def _neighbours(problem: Problem, slots: Slots) -> Iterator[Slots]:
 def _is_valid(problem: Problem, slots: Slots, layer: int) -> bool:
     """Return whether a layer has every expert, no device one twice, and rules are kept."""
     full = np.where(slots[layer] == EMPTY, problem.experts, slots[layer])
-    held = np.zeros((len(full), problem.experts + 1), dtype=np.int64)
-    np.add.at(held, (np.arange(len(full))[:, None], full), 1)
-    held = held[:, :-1]
-    if (held > 1).any() or not held.any(axis=0).all():
+    copies = np.zeros((len(full), problem.experts + 1), dtype=np.int64)
+    np.add.at(copies, (np.arange(len(full))[:, None], full), 1)
+    copies = copies[:, :-1]
+    if (copies > 1).any() or not copies.any(axis=0).all():
         return False
     placement = Placement(slots, num_experts=problem.experts)
     return not problem.rules.violations(placement)

@@ -55,7 +55,7 @@ def _visits(run: Run, budget: Budget) -> None:
     run.details = run.details.searched(trials=trials)
     # A window that weighs nothing: balance is a cap here, not a cost.
     load = problem.load[None].astype(np.float64)
-    caps = problem.caps.kept(start).astype(np.float64).tolist()
+    caps = problem.caps.raised_for(start).astype(np.float64).tolist()
     layers = core_layers(problem, load, np.zeros(1), Terms(caps, visits=costs), nearest=False)
     # Layers of few slots have valleys that one descent does not leave, and descents that agree.
     restarts = effort.VISIT_RESTARTS if slots_of_layer <= effort.VISIT_FEW_SLOTS else 1
