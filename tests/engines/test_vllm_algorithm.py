@@ -13,8 +13,10 @@ from serving import BELOW, VLLM, folder_of
 
 SOURCE = "vllm==0.33.0"
 TESTS = "tests/distributed/test_eplb_algo.py"
-# What compares with the exact map that DeepSeek's algorithm returns.
-EXACT = {"test_basic_rebalance"}
+# What compares with the exact map that DeepSeek's algorithm returns, or wants more copies of the
+# heaviest expert than of the next, where a node has two ranks: ours holds one on each of them, and
+# the slot that is left has to go to another one.
+EXACT = {"test_basic_rebalance", "test_extreme_weight_imbalance"}
 # Where vLLM wants an AssertionError for 7 slots on 4 ranks: ours refuses, then vLLM's says so.
 REFUSED = {"test_parameter_validation"}
 

@@ -36,9 +36,9 @@ Slots = NDArray[np.int32]
 
 # What the heaviest node must gain for two groups to change places, as a part of its load.
 GROUP_GAIN = 0.01
-# What packing a layer of an engine's first map anew must gain over steps, as a part of its time.
-# With a budget any gain will do.
-ANEW_GAIN = 0.005
+# What packing a layer anew must gain over steps, as a part of its time: of an engine's first map,
+# and of any map where a budget is given.
+ANEW_GAIN, ANEW_GAIN_IN_BUDGET = 0.005, 0.002
 # Time of a token's visit of a rank, as a part of what an expert takes for a token.
 TRAFFIC = 0.2
 # Windows that a decision looks at.
@@ -222,7 +222,7 @@ class Case:
         layers, ranks, _ = self.slots.shape
         pairs = None if profile is None else self.pairs_of(profile, rules.traffic)
         if rules.budget is not None:
-            return self._packed_or_next(rules.budget, 0.0, rules, pairs)
+            return self._packed_or_next(rules.budget, ANEW_GAIN_IN_BUDGET, rules, pairs)
         if self.is_initial:
             return self._packed_or_next(self.slots.size, ANEW_GAIN, rules, pairs)
         return self._next(largest_move(layers, self.slots[0].size, ranks), rules, pairs)
