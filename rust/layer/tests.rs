@@ -105,7 +105,8 @@ fn of_windows(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
     let moment = |e: usize, power: i32| -> f64 {
         used.iter().map(|row| total(row) / all * (row[e] * rate / total(row)).powi(power)).sum()
     };
-    let variance: Vec<f64> = (0..experts).map(|e| moment(e, 2) - moment(e, 1).powi(2)).collect();
+    // Of what never varies it is a rounding, and may be below nothing.
+    let variance: Vec<f64> = (0..experts).map(|e| (moment(e, 2) - moment(e, 1).powi(2)).max(0.0)).collect();
     let pooled = total(&variance) / experts as f64 * 4.0 / used.len().max(1) as f64;
     let of = |row: &[f64]| -> f64 {
         let mean = total(row) / rate;
