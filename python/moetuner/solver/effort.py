@@ -34,7 +34,7 @@ ROUNDS, LINKED_TRIALS, LEAST_LINKED = 3, 600, 60_000
 JUDGED = 3
 # Slots of all layers up to which a placement is polished by the objective itself, and the best
 # placements from which that begins.
-POLISHED_SLOTS, POLISHED = 36, 4
+POLISHED_SLOTS, POLISHED = 18, 4
 # Layers of few slots are searched several times: they have valleys that one descent does not leave.
 FEW_SLOTS, RESTARTS = 64, 8
 # Times that risk and groups are weighed anew, and when something is known of the weights.

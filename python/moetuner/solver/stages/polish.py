@@ -25,9 +25,9 @@ def _polish(run: Run, budget: Budget) -> None:
     """Take the first change that ranks before the best until there is none, from a few starts."""
     starts = sorted(run.incumbents, key=lambda of: of.rank)[: effort.POLISHED]
     for start in (*starts, *(run.judge(slots) for slots in _on_few_devices(run.problem))):
-        best: Incumbent | None = start
-        while best is not None and not budget.is_over():
-            now, best = best, _better(run, best)
+        now, better = start, _better(run, start)
+        while better is not None and not budget.is_over():
+            now, better = better, _better(run, better)
         if now.rank < run.best.rank:
             run.offer(now.slots, "polish")
 
