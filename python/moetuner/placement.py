@@ -111,10 +111,10 @@ def difference(
 
 def holders_of(slots: NDArray[np.int32], experts: int) -> NDArray[np.bool_]:
     """Return whether a device holds an expert [L,D,E], of slots [L,D,S]."""
-    holders = np.zeros((*slots.shape[:2], experts), dtype=bool)
-    layer, device, slot = np.nonzero(slots != EMPTY)
-    holders[layer, device, slots[layer, device, slot]] = True
-    return holders
+    # An empty slot, -1, writes into a column of its own at the end.
+    holders = np.zeros((*slots.shape[:2], experts + 1), dtype=bool)
+    np.put_along_axis(holders, slots.astype(np.int64), True, axis=2)
+    return np.ascontiguousarray(holders[:, :, :-1])
 
 
 def moves_from(holders: NDArray[np.bool_], slots: NDArray[np.int32]) -> NDArray[np.int64]:

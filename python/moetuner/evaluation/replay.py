@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from moetuner.evaluation.arrival import Arrival, mixed_order, mixed_windows
 from moetuner.evaluation.blocks import by_block
 from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement
-from moetuner.statistics import TABLE_LIMIT, ExpertSets, RoutingStatistics
+from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -343,28 +343,12 @@ def of_statistics(
     return whole, groups
 
 
-class Counted(Protocol):
-    """Counts of all windows together, as ``RoutingStatistics`` has them."""
-
-    @property
-    def transitions(self) -> NDArray[np.uint64] | None:
-        """Pairs of neighbouring layers [L-1,E,E]."""
-
-    @property
-    def sets(self) -> tuple[ExpertSets, ...] | None:
-        """Expert sets, layer by layer."""
-
-    @property
-    def set_load(self) -> NDArray[np.uint64]:
-        """Load [L,E] by the expert sets: what it is, unless they are of a sample."""
-
-
 class Expected:
     """A placement under traffic of which there are counts: copies take shares of the tokens."""
 
     def __init__(
         self,
-        statistics: Counted,
+        statistics: RoutingStatistics,
         setting: Setting,
         *,
         follows: bool = True,

@@ -19,7 +19,7 @@ from moetuner._checks import (
     numbers_in,
     whole_number,
 )
-from moetuner.placement import EMPTY, keep_slots
+from moetuner.placement import EMPTY, holders_of, keep_slots
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,
     DEVIATIONS,
@@ -209,13 +209,8 @@ class Case:
 
     def copies_moved(self, slots: Slots) -> int:
         """Count experts that come to a rank which does not hold them yet."""
-        rows = np.arange(slots.shape[0] * slots.shape[1]).reshape(*slots.shape[:2], 1)
-        before, after = ((rows * self.experts + of)[of != EMPTY] for of in (self.slots, slots))
-        seen = np.zeros(rows.size * self.experts, dtype=bool)
-        seen[before] = True
-        before_count = np.count_nonzero(seen)
-        seen[after] = True
-        return int(np.count_nonzero(seen) - before_count)
+        before, after = (holders_of(of, self.experts) for of in (self.slots, slots))
+        return int(np.count_nonzero(after & ~before))
 
     def rebalanced(self, rules: Rules, profile: RoutingStatistics | None = None) -> Rebalanced:
         """Relieve the slowest ranks, and keep together what a profile has seen together."""
@@ -426,12 +421,10 @@ def _complete(slots: Slots, experts: int, most: int) -> NDArray[np.bool_]:
 
     That is, as far as a rank may hold ``most`` different ones.
     """
-    layers, ranks, width = slots.shape
-    there = np.zeros((layers, ranks, experts + 1), dtype=bool)
-    np.put_along_axis(there, slots.astype(np.int64), True, axis=2)
-    once = there.sum(axis=2) >= min(width, most)
-    every = np.all(there[:, :, :-1].any(axis=1), axis=1)
-    complete: NDArray[np.bool_] = every & np.all(once, axis=1) & ~np.any(there[:, :, -1], axis=1)
+    holders = holders_of(slots, experts)
+    once = holders.sum(axis=2) >= min(slots.shape[2], most)
+    every = np.all(holders.any(axis=1), axis=1)
+    complete: NDArray[np.bool_] = every & np.all(once, axis=1) & np.all(slots != EMPTY, axis=(1, 2))
     return complete
 
 

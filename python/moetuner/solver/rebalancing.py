@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.placement import keep_slots, moves_from
+from moetuner.placement import holders_of, keep_slots, moves_from
 from moetuner.solver import effort
 from moetuner.solver.search.level import NORM, copy_prices, level
 
@@ -135,7 +135,7 @@ def rebalance(
         return relieved(budget)
     if not slots.size:
         raise ValueError(f"no slots in a layer: {list(slots.shape)}")
-    running = _holds(slots, load.shape[2])
+    running = holders_of(slots, load.shape[2])
     if not running.any():
         packed = _searched(load, None, slots, time, pairs)
         cost = _cost(load, packed, time, pairs)
@@ -212,16 +212,9 @@ def _searched(
     return search.place(slots, trials=trials, empties=False, threads=1)[0]
 
 
-def _holds(slots: Slots, experts: int) -> NDArray[np.bool_]:
-    """Compute whether a device holds an expert [L,D,E]."""
-    holds = np.zeros((*slots.shape[:2], experts + 1), dtype=bool)
-    np.put_along_axis(holds, slots.astype(np.int64), True, axis=2)
-    return holds[:, :, :-1]
-
-
 def moves_between(before: Slots, after: Slots, experts: int) -> NDArray[np.int64]:
     """Count the copies of every layer that a device did not hold before [L]."""
-    return moves_from(_holds(before, experts), after)
+    return moves_from(holders_of(before, experts), after)
 
 
 def renumbered(slots: Slots, running: Slots, experts: int) -> Slots:
@@ -230,8 +223,8 @@ def renumbered(slots: Slots, running: Slots, experts: int) -> Slots:
     The one that holds most of it already, as far as another does not hold more.
     """
     layers, devices, _ = slots.shape
-    same = _holds(slots, experts).astype(np.float32)
-    overlap = same @ _holds(running, experts).transpose(0, 2, 1).astype(np.float32)
+    same = holders_of(slots, experts).astype(np.float32)
+    overlap = same @ holders_of(running, experts).transpose(0, 2, 1).astype(np.float32)
     order = np.empty((layers, devices), dtype=np.int64)
     row = np.arange(layers)
     for _ in range(devices):
@@ -245,7 +238,7 @@ def renumbered(slots: Slots, running: Slots, experts: int) -> Slots:
 
 def _cost(windows: Floats, slots: Slots, time: Floats, pairs: Pairs | None) -> Floats:
     """Compute tokens of the slowest device over all windows, and what pairs apart cost [L]."""
-    part = _holds(slots, windows.shape[2]).astype(np.float64)
+    part = holders_of(slots, windows.shape[2]).astype(np.float64)
     part /= part.sum(axis=1, keepdims=True)
     load = part @ windows.transpose(1, 2, 0)
     cost: Floats = (load * time[:, None]).max(axis=1).sum(axis=1)

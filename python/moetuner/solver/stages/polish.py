@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import EMPTY, Placement, holders_of
 from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
@@ -74,11 +74,9 @@ def _neighbours(problem: Problem, slots: Slots) -> Iterator[Slots]:
 
 def _is_valid(problem: Problem, slots: Slots, layer: int) -> bool:
     """Return whether a layer has every expert, no device one twice, and rules are kept."""
-    full = np.where(slots[layer] == EMPTY, problem.experts, slots[layer])
-    copies = np.zeros((len(full), problem.experts + 1), dtype=np.int64)
-    np.add.at(copies, (np.arange(len(full))[:, None], full), 1)
-    copies = copies[:, :-1]
-    if (copies > 1).any() or not copies.any(axis=0).all():
+    holders = holders_of(slots[layer : layer + 1], problem.experts)[0]
+    # Of two copies on a device one is no holder.
+    if holders.sum() < (slots[layer] != EMPTY).sum() or not holders.any(axis=0).all():
         return False
     placement = Placement(slots, num_experts=problem.experts)
     return not problem.rules.violations(placement)
