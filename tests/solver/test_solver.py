@@ -214,7 +214,7 @@ def test_what_a_handler_of_signals_raises_is_raised(make_trace):
 @pytest.mark.skipif(not hasattr(signal, "raise_signal"), reason="needs signals")
 @pytest.mark.parametrize(
     ("phase", "layers", "experts", "cap"),
-    [("search", 6, 32, 1.3), ("bound", 6, 32, 1.3), ("co-location", 3, 16, None)],
+    [("search", 6, 32, 1.3), ("bound", 6, 32, 1.3), ("co-location", 2, 20, None)],
 )
 def test_interrupt_in_every_phase(make_trace, phase, layers, experts, cap):
     """Ctrl-C in search, bound or integer programme ends it with the best, bound and all."""
