@@ -232,7 +232,7 @@ def test_memory_that_is_not_there_is_an_error():
         "    count,\n"
         "    lambda: counter.push(many),\n"
         "    lambda: mt.balance(load, devices=8192, slots_per_device=8),\n"
-        "    lambda: _core.search(np.ones((2, 200), np.uint64), np.ones((2, 1), np.uint64),\n"
+        "    lambda: _core.search(np.ones((2, 200), np.uint64), np.ones(2, np.uint64),\n"
         "                         np.zeros((1, 1), np.int64), 65536,\n"
         "                         coactivation=np.zeros((2, 200, 200), np.uint64)),\n"
         "):\n"
