@@ -655,12 +655,3 @@ def _joined_sample(one: RoutingStatistics, other: RoutingStatistics) -> int | No
 
 def _sum(a: NDArray[np.uint64] | None, b: NDArray[np.uint64] | None) -> NDArray[np.uint64] | None:
     return None if a is None or b is None else a + b
-
-
-def some_windows(statistics: RoutingStatistics, keep: NDArray[np.bool_]) -> RoutingStatistics:
-    """Return a load table of some windows [W] of one."""
-    return replace(
-        statistics,
-        window_load=statistics.window_load[keep],
-        group=None if statistics.group is None else statistics.group[keep],
-    )

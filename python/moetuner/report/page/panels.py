@@ -243,14 +243,14 @@ def _next(page: PageData) -> Panel | str:
         leaving = {"device": 1 - np.trace(pairs, axis1=1, axis2=2) / total}
         if page.topology.nodes > 1:
             leaving["node"] = 1 - pairs[:, node[:, None] == node[None, :]].sum(axis=1) / total
-        for of, share in leaving.items():
-            columns[f"{name}, {of}"] = share
+        for tier, share in leaving.items():
+            columns[f"{name}, {tier}"] = share
             lines.append(
                 draw.scatter(
                     *(boundaries, 100 * share, "layer %{x} to the next: %{y:.1f} %"),
-                    of=f"{name}, {of}",
+                    of=f"{name}, {tier}",
                     kind="i2",
-                    line={"color": colour, "dash": "solid" if of == "device" else "dot"},
+                    line={"color": colour, "dash": "solid" if tier == "device" else "dot"},
                     marker={"symbol": symbol, "color": colour},
                 )
             )
