@@ -85,13 +85,8 @@ def head(problem: Problem) -> tuple[str, ...]:
     """
     worth = Objective(problem)
     columns = [FIGURES[name].column for name in (*MIXED, *worth.figures)]
-    return (
-        "method",
-        *columns,
-        *([] if worth.is_predicted_time else ["objective"]),
-        "gap",
-        "seconds",
-    )
+    value = () if worth.is_predicted_time else ("objective",)
+    return ("method", *columns, *value, "gap", "seconds")
 
 
 def judge(
