@@ -324,11 +324,7 @@ def with_runs(trace: RoutingTrace) -> RoutingTrace:
 
 
 def runs(
-    number: int,
-    share: float,
-    gap: int,
-    seed: int,
-    group: NDArray[np.integer[Any]] | None = None,
+    number: int, share: float, gap: int, seed: int, group: NDArray[np.integer[Any]] | None = None
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Choose runs of windows or tokens to hold out, and what is seen, apart from them by a gap.
 
