@@ -274,7 +274,7 @@ def per_device(name: str, values: Any, devices: int) -> list[Any]:
     return numbers
 
 
-def positive(name: str, value: object, what: str) -> float:
+def positive(name: str, value: object, what: str = "number") -> float:
     """Return a number above 0, as Python has it; ``what`` says its unit."""
     if not (is_number(value) and value > 0):
         raise ValueError(f"{name} must be a positive {what}, got {shown(value)}")
