@@ -166,7 +166,7 @@ def test_arrow_may_say_how_many_experts(tmp_path):
         ({"experts": [[[0, 1.5]]]}, "experts must be integers, got double"),
         ({"experts": [[0, 1]]}, "experts must be ids, got int64 [1, 2]"),
         ({"experts": [[[0, 9]]]}, "expert id 9 is not below num_experts 8"),
-        ({"layer_0": [0, 1]}, "layer_0 must be ids, got int64 [2]"),
+        ({"layer_0": [0, 1]}, "layer_0 must be ids, got int64 [2, 1]"),
         ({"x": [0]}, "must have a column 'experts'"),
         ({"layer": [0], "expert": ["a"]}, "expert must be integers, got string"),
         ({"layer": [0], "expert": [None]}, "expert must have no empty values"),

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT, id_type, valid
+from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT
 from moetuner.files import naming
+from moetuner.files.ids import IdsInMemory, IdsInParts
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -114,9 +115,9 @@ class Labels:
 
 
 class Table:
-    """Columns so far, narrow, of those among ``names`` that are wanted."""
+    """Rows so far, of those columns among ``names`` that are wanted."""
 
-    def __init__(self, names: Sequence[str], hints: Hints) -> None:
+    def __init__(self, names: list[str], hints: Hints) -> None:
         self.names, self.hints = names, hints
         self.parts: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
         self.labels = {name: Labels() for name in LABELS if name in names}
@@ -130,32 +131,31 @@ class Table:
         ValueError
             Naming the column that is wrong.
         """
-        for name in self.names:
-            labels = self.labels.get(name)
-            part = self.checked(name, columns[name]) if labels is None else labels.of(columns[name])
-            self.parts[name].append(part)
+        self.add_ids({name: columns[name] for name in self.names if name not in LABELS})
+        for name, labels in self.labels.items():
+            self.parts[name].append(labels.of(columns[name]))
         self.count += len(columns[self.names[0]])
 
-    def checked(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
-        """Check a part of a column that holds no labels."""
+    def add_ids(self, columns: Columns) -> None:
+        """Check and take in what is no label."""
         raise NotImplementedError
 
     def joined(self) -> dict[str, NDArray[Any]]:
         """Join the parts of every column, and forget them."""
         if not self.count:
             raise ValueError("must have at least one row, got none")
-        columns = {name: np.concatenate(parts) for name, parts in self.parts.items()}
+        columns = {name: np.concatenate(parts) for name, parts in self.parts.items() if parts}
         self.parts = {}
         return columns
 
-    def trace(self, ids: NDArray[Any], labels: dict[str, Any]) -> RoutingTrace:
-        """Make a trace of ids [T,L,K] and the labels of tokens."""
+    def about(self, labels: dict[str, NDArray[Any]]) -> dict[str, Any]:
+        """Return what a trace is told of these labels of its tokens."""
+        about: dict[str, Any] = dict(labels)
         if "sequence" in labels:
-            labels["sequence"] = self.labels["sequence"].as_integers(labels["sequence"])
-        names = self.labels["group"].texts() if "group" in labels else None
-        return RoutingTrace.from_arrays(
-            ids, num_experts=self.hints.experts_needed(), group_names=names, **labels
-        )
+            about["sequence"] = self.labels["sequence"].as_integers(labels["sequence"])
+        if "group" in labels:
+            about["group_names"] = self.labels["group"].texts()
+        return about
 
 
 class Tokens(Table):
@@ -163,37 +163,34 @@ class Tokens(Table):
 
     def __init__(self, names: list[str], hints: Hints) -> None:
         layers = {int(of[1]): name for name in names if (of := LAYER.fullmatch(name)) is not None}
-        self.columns = [layers[layer] for layer in sorted(layers)]
+        columns = [layers[layer] for layer in sorted(layers)]
         if "experts" in names:
-            self.columns = ["experts"]
-        if not self.columns:
+            columns = ["experts"]
+        if not columns:
             raise ValueError(
                 "must have a column 'experts' of ids [layers][top_k], one column of ids for every "
                 f"layer (layer_0, ...), or columns token, layer and expert; got {names[:8]}"
             )
-        self.experts = hints.experts_needed()
-        super().__init__([*self.columns, *(name for name in LABELS if name in names)], hints)
+        self.ids = IdsInParts(hints.experts_needed())
+        super().__init__([*columns, *(name for name in LABELS if name in names)], hints)
 
-    def checked(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
-        """Check ids [T,K] of a layer, or [T,L,K] of all."""
-        if values.ndim == 2 and name != "experts":
-            values = values[:, None]
-        if values.ndim != 3:
-            raise ValueError(f"{name} must be ids, got {values.dtype} {list(values.shape)}")
-        first = next((parts[0] for parts in self.parts.values() if parts), values)
-        if len(values) and values.shape[1:] != first.shape[1:]:
+    def add_ids(self, columns: Columns) -> None:
+        """Take in ids [T,K] of layers, or [T,L,K] of all."""
+        layers = list(columns.values())
+        ids = layers[0] if "experts" in columns else np.stack(layers, axis=1)
+        if ids.ndim != 3:
+            raise ValueError(f"{self.names[0]} must be ids, got {ids.dtype} {list(ids.shape)}")
+        if self.ids.parts and ids.shape[1:] != (before := self.ids.parts[0].shape)[1:]:
             raise ValueError(
-                f"rows must have {list(first.shape[1:])} ids [layers, top_k] like those before, "
-                f"got {list(values.shape[1:])}"
+                f"rows must have {list(before[1:])} ids [layers, top_k] like those before, "
+                f"got {list(ids.shape[1:])}"
             )
-        ids = valid(values, self.experts, self.count) if len(values) else first[:0]
-        return ids.astype(id_type(np.dtype(np.int64), self.experts), copy=False)
+        self.ids.add(ids)
 
     def traffic(self) -> RoutingTrace:
         """Return the trace."""
-        columns = self.joined()
-        ids = np.concatenate([columns.pop(name) for name in self.columns], axis=1)
-        return self.trace(ids, columns)
+        about = self.about(self.joined())
+        return RoutingTrace(IdsInMemory(self.ids.joined()), self.ids.num_experts, **about)
 
 
 class Choices(Table):
@@ -209,17 +206,20 @@ class Choices(Table):
         left_out = {"weight"} if "token" in names else set()
         super().__init__([n for n in COLUMNS if n in names and n not in left_out], hints)
 
-    def checked(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
-        """Check whole numbers from 0."""
-        if values.dtype.kind == "f" and np.array_equal(values, np.floor(values)):
-            values = values.astype(np.int64)
-        if values.dtype.kind not in "iu" or values.ndim != 1:
-            raise ValueError(f"{name} must be integers, got {values.dtype} {list(values.shape)}")
-        limit = LIMITS.get(name, 1 << 48)
-        if values.size and (values.min() < 0 or values.max() >= limit):
-            wrong = values.min() if values.min() < 0 else values.max()
-            raise ValueError(f"{name} must be from 0 to {limit - 1}, got {wrong}")
-        return values.astype(np.uint16 if name in LIMITS else np.int64)
+    def add_ids(self, columns: Columns) -> None:
+        """Take in whole numbers from 0."""
+        for name, values in columns.items():
+            limit = LIMITS.get(name, 1 << 48)
+            if values.dtype.kind == "f" and np.array_equal(values, np.floor(values)):
+                values = values.astype(np.int64)
+            if values.dtype.kind not in "iu" or values.ndim != 1:
+                raise ValueError(
+                    f"{name} must be integers, got {values.dtype} {list(values.shape)}"
+                )
+            if values.size and (values.min() < 0 or values.max() >= limit):
+                wrong = values.min() if values.min() < 0 else values.max()
+                raise ValueError(f"{name} must be from 0 to {limit - 1}, got {wrong}")
+            self.parts[name].append(values.astype(np.uint16 if name in LIMITS else np.int64))
 
     def traffic(self) -> Traffic:
         """Return the trace or the counts.
@@ -259,8 +259,11 @@ class Choices(Table):
                 row = int(np.argmax(other))
                 raise ValueError(f"token {columns['token'][row]} must be of one {name}, not two")
         ids = columns["expert"][np.argsort(cell, kind="stable")]
-        labels = {name: columns[name][first] for name in self.labels}
-        return self.trace(ids.reshape(len(first), len(layers), -1), labels)
+        return RoutingTrace.from_arrays(
+            ids.reshape(len(first), len(layers), -1),
+            num_experts=self.hints.experts_needed(),
+            **self.about({name: columns[name][first] for name in self.labels}),
+        )
 
     def _counts(self, columns: dict[str, NDArray[Any]], layers: NDArray[Any]) -> RoutingStatistics:
         expert = columns["expert"].astype(np.int64)

@@ -91,14 +91,14 @@ def _arrays(path: Path) -> Iterator[NDArray[Any]]:
         for name in sorted(arrays, key=lambda name: (len(name), name)):
             yield _check_ids(arrays[name], f"{name} ")
     else:
-        for record in records(path):
-            choices = record.fields.get("choices")
+        for where, fields in records(path):
+            choices = fields.get("choices")
             if not isinstance(choices, list):
-                raise ValueError(f"{record.where}: must be a response with 'choices'")
+                raise ValueError(f"{where}: must be a response with 'choices'")
             for number, choice in enumerate(choices):
                 text = choice.get("routed_experts") if isinstance(choice, dict) else None
                 if text is not None:
-                    yield _of_text(text, f"{record.where}, choice {number}")
+                    yield _of_text(text, f"{where}, choice {number}")
 
 
 def _of_text(text: object, where: str) -> NDArray[Any]:
