@@ -209,7 +209,8 @@ class CostModel(Frozen):
             Fields, in place of what follows from these.
         """
         hidden, intermediate = positive("hidden", hidden), positive("intermediate", intermediate)
-        flops = positive("flops", flops) * positive("efficiency", efficiency)
+        efficiency = positive("efficiency", efficiency)
+        flops = positive("flops", flops) * efficiency
         memory_bandwidth = positive("memory_bandwidth", memory_bandwidth) * efficiency
         dtype_bytes = positive("dtype_bytes", dtype_bytes)
         launch_us = not_negative("launch_us", launch_us, "number of microseconds")

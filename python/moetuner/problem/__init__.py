@@ -365,10 +365,6 @@ class Problem(Frozen):
             holders=None if running is None else running.held,
         )
 
-    def empty_slots(self) -> NDArray[np.int32]:
-        """Return slots [L,D,S] with nothing in them."""
-        return np.full((self.layers, self.devices, self.slots), EMPTY, dtype=np.int32)
-
     def without_copies(self) -> Problem | None:
         """Return the problem of placements with one copy of each expert; None if this is one.
 
