@@ -1,6 +1,5 @@
 """CostModel: the formula, its fit to measurements, and the prices that it gives solvers."""
 
-
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,6 +1,5 @@
 """Placement: its invariants, its files, and what changes between two of them."""
 
-
 import numpy as np
 import pytest
 from hypothesis import given

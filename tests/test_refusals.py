@@ -16,6 +16,8 @@ from conftest import random_ids
 from safetensors.numpy import load_file, save_file
 
 import moetuner as mt
+from moetuner import router_groups  # noqa: F401 - for the table
+from moetuner.evaluation.units import hold_out  # noqa: F401 - for the table
 
 IDS = random_ids(50, 3, 2, 8)
 NAN = float("nan")
