@@ -117,13 +117,7 @@ def _running(result: Result, initial: Placement | None, *, page: bool) -> Result
 def _judge(
     running: Result | None, result: Result, source: Source, problem: Problem
 ) -> tuple[Outcome, list[Outcome]]:
-    """Replay what runs, method contiguous, and a result.
-
-    Returns
-    -------
-    before, rows
-        What runs, if it is given; the rows of the table, of which the last is the result's.
-    """
+    """Replay what runs, method contiguous, and a result: what runs, and the rows of the table."""
     rows, more, threads = [result], [], source.threads
     if result.method != "contiguous" and result.status != "interrupted":
         rows.insert(0, solve_with("contiguous", problem, threads=threads))
