@@ -124,31 +124,6 @@ def test_pairs_are_optional(make_trace, transitions, coactivation):
         assert (found.coactivation is not None) == bool(coactivation)
 
 
-def test_a_file_counts_like_memory(make_trace, tmp_path):
-    """Also through split, select and concat of a file, and with wider ids."""
-    made = make_trace(tokens=500)
-    made.save(tmp_path / "a.safetensors")
-    np.save(tmp_path / "a.npy", made.expert_ids.astype(">i4"))
-    expected = mt.RoutingStatistics.from_trace(made, window=64).fingerprint
-    trace = mt.RoutingTrace.load(tmp_path / "a.safetensors")
-    wide = mt.RoutingTrace.load(tmp_path / "a.npy", num_experts=8)
-    for same in (
-        trace,
-        wide,
-        trace.select(layers=range(3)),
-        wide.concat(wide.select(layers=[0, 1, 2])),
-    ):
-        tokens = same.tokens
-        found = mt.RoutingStatistics.from_trace(same, window=64 if tokens == 500 else 500)
-        if tokens == 500:
-            assert found.fingerprint == expected
-        else:
-            assert np.array_equal(found.window_load[0], found.window_load[1])
-    for mine, theirs in zip(trace.split(0.4), made.split(0.4), strict=True):
-        counts = [mt.RoutingStatistics.from_trace(t, window=10) for t in (mine, theirs)]
-        assert counts[0].fingerprint == counts[1].fingerprint
-
-
 def test_an_array_that_changed_is_refused(make_trace, tmp_path):
     """Ids in memory are looked at again when they are counted; those of a file just were."""
     ids = np.array(make_trace().expert_ids)
@@ -159,15 +134,6 @@ def test_an_array_that_changed_is_refused(make_trace, tmp_path):
     ids[5, 1, 0] = ids[5, 1, 1]
     with pytest.raises(ValueError, match="token 5, layer 1"):
         mt.RoutingStatistics.from_trace(trace)
-
-
-def test_no_tokens_are_one_window_of_zeros(make_trace):
-    """A trace without tokens has statistics."""
-    none = mt.RoutingStatistics.from_trace(make_trace().select(groups="empty"), window=10)
-    assert none.window_load.shape == (1, 3, 8)
-    assert not none.window_load.any()
-    assert not none.transitions.any()
-    assert not none.coactivation.any()
 
 
 def test_real_trace(data):

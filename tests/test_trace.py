@@ -189,6 +189,9 @@ def test_a_trace_is_its_arrays(tmp_path_factory, data):
     else:
         assert np.array_equal(np.stack([trace.sequence, trace.group], axis=1), labels)
         assert (trace.group_names, trace.model) == (("even", "odd", "empty"), "m")
+    plain = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+    counts = [mt.RoutingStatistics.from_trace(of, window=10, sets=True) for of in (trace, plain)]
+    assert counts[0].fingerprint == counts[1].fingerprint
     most = draw(st.integers(1, 400))
     shards = list(trace.shards(most))
     assert np.array_equal(np.concatenate([ids[:0], *shards]), ids)
@@ -198,27 +201,17 @@ def test_a_trace_is_its_arrays(tmp_path_factory, data):
 
 
 def test_concat_keeps_recordings_apart(make_trace):
-    """Equal sequence numbers of two recordings are two sequences; groups meet by name."""
-    a = mt.RoutingTrace.from_arrays(
-        IDS, num_experts=8, sequence=[0] * 50, group=[0] * 50, group_names=["math"], model="x"
-    )
-    b = mt.RoutingTrace.from_arrays(
-        IDS.astype(np.uint16),
-        num_experts=8,
-        sequence=[0] * 50,
-        group=[1] * 50,
-        group_names=["law", "math"],
-    )
+    """Groups meet by name; what only one side knows is not said of both."""
+    of = mt.RoutingTrace.from_arrays
+    labels = {"sequence": [0] * 50, "num_experts": 8}
+    a = of(IDS, **labels, group=[0] * 50, group_names=["math"], model="x")
+    b = of(IDS.astype(np.uint16), **labels, group=[1] * 50, group_names=["law", "math"])
     both = a.concat(b, b)
     assert both.sequence.tolist() == [0] * 50 + [1] * 50 + [2] * 50
-    assert both.group_names == ("math", "law")
-    assert set(both.group) == {0}
+    assert (both.group_names, set(both.group), both.model) == (("math", "law"), {0}, None)
     assert both.expert_ids.dtype == np.uint16
-    assert both.model is None
-    unlabelled = make_trace(50, labelled=False)
-    assert a.concat(unlabelled).sequence is None
-    assert a.concat(unlabelled).group is None
-    assert a.concat(a.select(sequences=[])).tokens == 50
+    bare = a.concat(make_trace(50, labelled=False))
+    assert bare.sequence is bare.group is None
 
 
 def test_ids_in_memory_are_pickled_once():

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.traffic import Source, count
+from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.files import naming
 from moetuner.placement import Placement
@@ -52,7 +52,7 @@ def command(
     """
     certificate = Certificate.load(certificate_file)
     of_visits = certificate.method == "visits"
-    statistics = count(source.traffic, source.counted, source.threads, sets=of_visits)
+    statistics = source.count(sets=of_visits)
     topology = machine.topology()
     imbalances = _imbalances(statistics.total_load, topology.devices, certificate.caps)
     # The tightest cap that the certificate covers in every layer; its own caps are said below.
