@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from recorded import write_lines
 
 import moetuner as mt
 from moetuner import cost
-from moetuner.files import jsonl
 from moetuner.solver.run import TIE
 
 
@@ -151,7 +151,7 @@ def test_sizes_go_with_traces_and_statistics(make_trace, tmp_path):
     """Through files, selections and sums of the same ones; sums of others drop them."""
     trace = replace(make_trace(40), expert_size=(64, 32))
     trace.save(tmp_path / "t.safetensors")
-    jsonl.write(trace.contents, tmp_path / "t.jsonl")
+    write_lines(trace, tmp_path / "t.jsonl")
     counted = mt.RoutingStatistics.from_trace(trace, by_group=True)
     counted.save(tmp_path / "s.safetensors")
     other = replace(trace, expert_size=None)

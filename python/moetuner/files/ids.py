@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +105,27 @@ class IdsInMemory(Ids):
 
     def select(self, tokens: Mask, layers: Numbers) -> IdsInMemory:
         return IdsInMemory(_frozen(_select(self.values, tokens, layers)))
+
+
+class IdsInParts:
+    """Ids that come part by part: checked as they come, held in the narrowest type."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.parts: list[IdArray] = []
+        self.tokens = 0
+
+    def add(self, ids: NDArray[np.generic]) -> None:
+        """Take in tokens [t,L,K] of the same sizes as those before."""
+        if not self.parts:
+            check_sizes(ids.shape, ids.dtype, self.num_experts)
+        part: Any = valid(ids, self.num_experts, self.tokens)
+        self.parts.append(part.astype(U8 if self.num_experts <= 256 else U16, copy=False))
+        self.tokens += len(ids)
+
+    def joined(self) -> IdArray:
+        """Return all ids [T,L,K], read-only; there must be a part."""
+        return _frozen(cast(IdArray, np.concatenate(self.parts)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,9 +95,6 @@ class Writer:
 # Those of engines first: what they do not know is moetuner's own, or nothing.
 READERS: dict[str, Reader] = {
     "vllm": Reader("routed experts of vLLM, responses or arrays", vllm.recognises, vllm.read),
-    "vllm-loads": Reader(
-        "windows of load of vLLM (pull request 41141)", vllm.recognises_loads, vllm.read_loads
-    ),
     "sglang": Reader("dumps of SGLang's recorder", sglang.recognises, sglang.read),
     "sglang-responses": Reader(
         "routed experts of SGLang, responses", sglang.recognises_responses, sglang.read_responses

@@ -40,12 +40,7 @@ from moetuner.trace import RoutingTrace
 
 PATTERN = "router_trace_rank*.jsonl"
 NUMBERS = ("step", "layer", "rank")
-KEYS = Keys(
-    [("top_indices", ("num_tokens", "topk"))],
-    [*NUMBERS, "num_tokens", "topk"],
-    ["block", "stage"],
-    may_be_empty=True,
-)
+KEYS = Keys([("top_indices", 2)], [*NUMBERS, "num_tokens", "topk"], ["block", "stage"])
 REPLAY = re.compile(
     r"arr_(?P<number>\d{1,6})|(?:step[_.]?(?P<step>\d{1,9})[._])?layer[_.]?(?P<layer>\d{1,6})",
     re.ASCII,

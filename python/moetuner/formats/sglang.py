@@ -328,8 +328,7 @@ def read_responses(paths: Sequence[Path], hints: Hints) -> Traffic:
 
 def _responses(path: Path, hints: Hints) -> Iterator[NDArray[Any]]:
     """Read the arrays of responses, of SGLang's own route or of OpenAI's."""
-    for record in records(path):
-        fields = record.fields
+    for response, fields in records(path):
         parts = [(fields.get(name), name) for name in ("meta_info", "sglext")]
         choices = fields.get("choices")
         for number, choice in enumerate(choices if isinstance(choices, list) else []):
@@ -338,7 +337,7 @@ def _responses(path: Path, hints: Hints) -> Iterator[NDArray[Any]]:
         for part, name in parts:
             text = part.get("routed_experts") if isinstance(part, dict) else None
             if text is not None:
-                where = f"{record.where}, {name}"
+                where = f"{response}, {name}"
                 usage = fields.get("usage") if name != "meta_info" else part
                 data = decoded(text, where)
                 shape = _shape(len(data), usage if isinstance(usage, dict) else {}, hints, where)

@@ -22,7 +22,7 @@ from moetuner.cli.options import (
     suggestion,
 )
 from moetuner.cli.output import shares, working
-from moetuner.evaluation import check_model
+from moetuner.evaluation.replay import check_model
 from moetuner.files import naming, same_file
 from moetuner.files.text import name
 from moetuner.formats import open_input
