@@ -188,7 +188,7 @@ def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1
     """Check an integer from ``lowest`` to ``highest``."""
     try:
         # An array has the method, whatever is in it.
-        number = operator.index(None if isinstance(value, bool | np.ndarray) else cast(Any, value))
+        number = operator.index(cast(Any, None if isinstance(value, bool | np.ndarray) else value))
     except TypeError:
         raise ValueError(f"{name} must be an integer, got {shown(value)}") from None
     if not lowest <= number <= highest:
@@ -416,7 +416,8 @@ def expert_size(given: Any) -> tuple[int, int] | None:
         return None
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise ValueError(f"expert_size must be (hidden, intermediate), got {shown(given)}")
-    return cast(Any, tuple(whole_number("expert_size", size, highest=1 << 24) for size in given))
+    hidden, intermediate = (whole_number("expert_size", size, highest=1 << 24) for size in given)
+    return hidden, intermediate
 
 
 def size_text(size: tuple[int, int] | None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import click
 from click.shell_completion import CompletionItem
 
-from moetuner.cli.options.paths import IN_FILE as IN_FILE
-from moetuner.cli.options.paths import IN_INPUT as IN_INPUT
-from moetuner.cli.options.paths import InFile as InFile
-from moetuner.cli.options.paths import OutFile as OutFile
+from moetuner.files import same_file
 from moetuner.problem.settings import ENGINE, GOAL, MACHINE, parameters_of
 
 # What makes a parameter of the command line, given its names, default and help.
@@ -251,6 +249,78 @@ class Method(Text):
         return tuple(chosen) if self.several else next(iter(chosen))
 
 
+def register_path(
+    context: click.Context | None,
+    parameter: click.Parameter | None,
+    path: Path,
+    *,
+    writes: bool = False,
+) -> None:
+    """Register a file of an option; raise if one option writes what another one names."""
+    if context is None or parameter is None:
+        return
+    registered = context.meta.setdefault(__name__, [])
+    hint = parameter.get_error_hint(context)
+    for other_hint, other, written in registered:
+        if other_hint != hint and (writes or written) and same_file(path, other):
+            raise click.BadParameter(
+                f"must be another file than that of {other_hint}, got '{path}'.", context, parameter
+            )
+    registered.append((hint, path, writes))
+
+
+class InFile(click.Path):
+    """A file to read, which no option of the same command may write.
+
+    Parameters
+    ----------
+    folders
+        Whether it may be a folder, too.
+    """
+
+    def __init__(self, *, folders: bool = False) -> None:
+        super().__init__(exists=True, dir_okay=folders, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path, registered as read."""
+        path = super().convert(value, param, ctx)
+        register_path(ctx, param, Path(str(path)))
+        return path
+
+
+class OutFile(click.Path):
+    """A file to write, refused before any work is done if it cannot be written.
+
+    Parameters
+    ----------
+    suffix
+        Ending that the name must have.
+    standard_output
+        Whether "-" stands for standard output.
+    """
+
+    def __init__(self, suffix: str = "", *, standard_output: bool = False) -> None:
+        super().__init__(dir_okay=False, allow_dash=standard_output, path_type=Path)
+        self.suffix = suffix
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path, registered as written; check its directory too."""
+        path = Path(str(super().convert(value, param, ctx)))
+        if self.allow_dash and str(path) == "-":
+            return path
+        if not path.name.endswith(self.suffix):
+            self.fail(f"must end in {self.suffix}, got '{path.name}'", param, ctx)
+        register_path(ctx, param, path, writes=True)
+        if path.exists() and not path.is_file():
+            return path  # a pipe or a device, which is written to
+        folder = (Path(os.path.realpath(path)) if path.is_symlink() else path).parent
+        if not folder.is_dir():
+            self.fail(f"directory '{folder}' does not exist; make it first", param, ctx)
+        if not os.access(folder, os.W_OK):
+            self.fail(f"directory '{folder}' is not writable", param, ctx)
+        return path
+
+
 def read_layers(text: str) -> tuple[int, ...]:
     """Read numbers of layers and ranges of them, both ends included; "none" for none of them."""
     if text == "none":
@@ -303,6 +373,7 @@ def suggestion(value: str, choices: Iterable[str]) -> str:
     return f". Did you mean {near[0]}?" if near else ""
 
 
+IN_FILE, IN_INPUT = InFile(), InFile(folders=True)
 SIZE = click.IntRange(1, 65536)
 # What files may leave out, and who knows it can say.
 HINTS = ("num_experts", "top_k", "hidden_layers", "dense_layers")

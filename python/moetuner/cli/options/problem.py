@@ -15,7 +15,7 @@ from moetuner.cli.options.serving import (
     Serving,
     setting_option,
 )
-from moetuner.cli.options.traffic import Traffic, count
+from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.formats.engines import ENGINES, engine_settings
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.objective import Objective
@@ -52,19 +52,14 @@ class ProblemOptions(Serving):
         self.router_groups = router_groups
 
     def problem(
-        self, traffic: Traffic, topology: Topology, *, window: int | None, threads: int | None
+        self, source: Source, topology: Topology, traffic: Traffic | None = None
     ) -> Problem:
-        """Count the traffic and make the problem."""
+        """Count INPUT, or a part of it, and make the problem."""
         given = self.given
         goal = given.get("objective")
-        statistics = count(
-            traffic,
-            window,
-            threads,
-            # Visits are no part of balance, and sets take memory.
-            sets=given.get("regime") != "follow" and goal != "balance",
-            by_group="groups" in given,
-        )
+        # Visits are no part of balance, and sets take memory.
+        sets = given.get("regime") != "follow" and goal != "balance"
+        statistics = source.count(traffic, sets=sets, by_group="groups" in given)
         settings = {
             **given,
             **{name: self.value(name) for name in SERVED},
