@@ -91,11 +91,11 @@ class Hop:
         came = torch.empty_like(sent)
         dist.all_to_all_single(came, sent, group=group)
         # The one time that the host waits for the device before the rows are exchanged.
-        table = torch.stack([came, sent]).tolist()
-        self._learns = _check(*table, dist.get_rank(group), experts)
-        receive, send = ([row[0] for row in rows] for rows in table)
+        headers, own = torch.stack([came, sent]).tolist()
+        self._learns = _check(headers, own, dist.get_rank(group), experts)
+        receive, send = ([row[0] for row in table] for table in (headers, own))
         self.splits = Splits(send, receive, group)
-        self.visits = sum(row[1] for row in table[0])
+        self.visits = sum(row[1] for row in headers)
         # Sorted by rank, then by row: the order on the wire. The host knows how many there are, so
         # it need not wait for the device again, as ``nonzero`` would.
         total = sum(send)

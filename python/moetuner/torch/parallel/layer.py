@@ -243,13 +243,14 @@ class ExpertParallelMoE(nn.Module):
             whole, missing, wrong = stacked(name, weight, self._slots(), given)
             missing_keys += [mine + key for key in missing]
             error_msgs += [mine + message for message in wrong]
-            if id(weight) not in names:
-                with torch.no_grad():
-                    weight.copy_(whole)
-                weight, whole = weight._base, weight._base
             if id(weight) in names:
                 # The experts load what is theirs.
                 state[prefix + names[id(weight)]] = whole
+                continue
+            with torch.no_grad():
+                weight.copy_(whole)
+            if weight._base is not None and id(weight._base) in names:
+                state[prefix + names[id(weight._base)]] = weight._base
         every = itertools.product(map(str, range(self.placement.num_experts)), weights)
         strange = set(given).difference(map(".".join, every)) if strict else ()
         unexpected_keys += [mine + key for key in sorted(strange)]
