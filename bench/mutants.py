@@ -50,7 +50,7 @@ SUBJECTS = {
         f"{SOLVER}proofs.py",
         f"{SOLVER}objectives.py",
     ],
-    "solver/milp": [f"{SOLVER}ilp.py", f"{SOLVER}colocation.py"],
+    "solver/milp": [f"{SOLVER}ilp.py"],
     "solver/two_stage": [f"{SOLVER}two_stage.py"],
     "solver/stages/moves": [f"{SOLVER}moves.py", f"{SOLVER}pareto.py", *OBJECTIVES],
     "solver/pareto": [f"{SOLVER}pareto.py"],

@@ -8,7 +8,7 @@ and ``concat``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -190,15 +190,7 @@ class RoutingTrace:
     @property
     def contents(self) -> TraceContents:
         """What a file holds of the trace, in whatever format."""
-        return TraceContents(
-            self.ids,
-            self.num_experts,
-            self.sequence,
-            self.group,
-            self.group_names,
-            self.model,
-            self.expert_size,
-        )
+        return TraceContents(**{of.name: getattr(self, of.name) for of in fields(self)})
 
     @property
     def tokens(self) -> int:
@@ -302,9 +294,7 @@ class RoutingTrace:
         ValueError
             If the trace has no such layer, group or sequence.
         """
-        tokens: NDArray[np.bool_] | None = None
-        if groups is not None:
-            tokens = self._of_groups(groups)
+        tokens = None if groups is None else self._of_groups(groups)
         if sequences is not None:
             of_these = self._of_sequences(sequences)
             tokens = of_these if tokens is None else tokens & of_these
@@ -340,9 +330,9 @@ class RoutingTrace:
     def concat(self: RoutingTrace | Iterable[RoutingTrace], *others: RoutingTrace) -> RoutingTrace:
         """Join traces, ``trace.concat(other)`` or ``RoutingTrace.concat([trace, other])``.
 
-        Sequences of different traces are different sequences: where a label would come back, the
-        labels of the later trace are moved up. Labels, and the model's name and sizes, are kept
-        where all traces have them (the same one). Groups are the same if they have the same name.
+        Sequences of different traces are different sequences: where a label would come back, all
+        are numbered anew, from 0. Labels, and the model's name and sizes, are kept where all traces
+        have them (the same one). Groups are the same if they have the same name.
 
         Raises
         ------
@@ -360,23 +350,21 @@ class RoutingTrace:
             raise ValueError(
                 f"traces must have the same layers, experts and top_k, got {sorted(sizes)}"
             )
-        group_names = tuple(dict.fromkeys(name for trace in traces for name in trace.group_names))
-        models = {trace.model for trace in traces}
-        expert_sizes = {trace.expert_size for trace in traces}
-        ids = joined(tuple(trace.ids for trace in traces))
-        groups = _checks.joined_groups(
-            [(trace.group, trace.group_names) for trace in traces], group_names
+        group, names = _checks.joined_groups(traces)
+        models, expert_sizes = (
+            {getattr(of, name) for of in traces} for name in ("model", "expert_size")
         )
-        return RoutingTrace._of(
-            TraceContents(
-                ids,
-                traces[0].num_experts,
-                _checks.joined_sequences([trace.sequence for trace in traces]),
-                groups,
-                group_names,
-                models.pop() if len(models) == 1 else None,
-                expert_sizes.pop() if len(expert_sizes) == 1 else None,
-            )
+        labels: Any = {
+            "sequence": _checks.joined_sequences([trace.sequence for trace in traces]),
+            "group": group,
+        }
+        return RoutingTrace(
+            joined(tuple(trace.ids for trace in traces)),
+            traces[0].num_experts,
+            group_names=names,
+            model=models.pop() if len(models) == 1 else None,
+            expert_size=expert_sizes.pop() if len(expert_sizes) == 1 else None,
+            **labels,
         )
 
     def __repr__(self) -> str:
@@ -389,18 +377,10 @@ class RoutingTrace:
 
     @classmethod
     def _of(cls, contents: TraceContents) -> RoutingTrace:
-        names = contents.group_names
-        if contents.group is not None and names is None:
-            names = _checks.numbered(contents.group)
-        labels: dict[str, Any] = {"sequence": contents.sequence, "group": contents.group}
-        return cls(
-            contents.ids,
-            contents.num_experts,
-            group_names=_checks.names(names),
-            model=contents.model,
-            expert_size=contents.expert_size,
-            **labels,
-        )
+        values: dict[str, Any] = {of.name: getattr(contents, of.name) for of in fields(cls)}
+        if contents.group is not None and contents.group_names is None:
+            values["group_names"] = _checks.numbered(contents.group)
+        return cls(**values)
 
     def _taken(
         self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None

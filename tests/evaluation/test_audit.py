@@ -64,7 +64,7 @@ def test_figures_are_those_of_evaluate(placement, split, devices_per_node):
             assert change.value.value == pytest.approx(mine)
             assert change.baseline.value == pytest.approx(theirs)
             assert change.change.value == pytest.approx(mine / theirs - 1)
-    setting = Setting(placement, topology, 512, split, with_active=False, threads=None)
+    setting = Setting(placement, topology, 512, split)
     assert crossings(setting, trace).mean() == pytest.approx(both[0].crossing)
 
 
@@ -146,11 +146,9 @@ def test_threads_do_not_matter():
 def units(trace, *, window=40, model=None, devices=4):
     """Figures of experts in blocks, and what each sequence adds to them."""
     placement = contiguous(trace, devices)
-    setting = Setting(
-        placement, mt.Topology(devices, 2), window, "even", model is not None, 1, with_mixed=False
-    )
+    setting = Setting(placement, mt.Topology(devices, 2), window, cost_model=model)
     units = Units("sequence", len(np.unique(trace.sequence)))
-    return of_traffic(trace, setting, model, "dispatch", units)
+    return of_traffic(trace, setting, units)
 
 
 @pytest.mark.parametrize("together", [False, True])

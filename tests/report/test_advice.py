@@ -9,7 +9,7 @@ import moetuner as mt
 from moetuner.evaluation.comparison import compare
 from moetuner.evaluation.units import Units
 from moetuner.formats.engines import tokens_per_rank
-from moetuner.report.advice import drift, power_law
+from moetuner.report.advice import drift
 from moetuner.report.advice.conclusion import knee_of
 from moetuner.report.advice.values import Copies
 
@@ -364,13 +364,3 @@ def test_intervals_of_several_splits_hold_the_truth():
         low, high = judged(recorded(40, seed), 3, 40).interval
         held += low <= truth <= high
     assert held >= 26
-
-
-def test_power_laws_come_back():
-    """The exponent of a simulated busiest device is found again."""
-    drawn = np.random.default_rng(0).random((power_law.DRAWS, 64))
-    for alpha in (-2.0, 0.0, 0.6, 1.0, 1.01):
-        busiest = power_law._busiest(alpha, drawn, 8, 512)
-        (found,) = power_law.exponents((busiest,), experts=64, devices=8, tokens=512)
-        assert found == pytest.approx(alpha, abs=0.05)
-    assert power_law.exponents((1.0, 99.0), experts=64, devices=8, tokens=512) == (None, None)

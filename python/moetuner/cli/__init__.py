@@ -58,7 +58,7 @@ class Menu(click.Group):
             if ctx.invoked_subcommand is None:
                 raise
             command = self.commands[ctx.invoked_subcommand]
-            raise ValueError(options.options_of(command, str(error))) from error
+            raise ValueError(options.with_options(command, str(error))) from error
 
 
 @click.group(

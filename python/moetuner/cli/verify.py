@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated
 
 import click
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.cli import options
-from moetuner.cli.options.machine import Machine, machine_options
-from moetuner.cli.options.traffic import Source, count, traffic_options
+from moetuner.cli.options import argument, option
+from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.traffic import Source, count
 from moetuner.cli.output import Output
 from moetuner.files import naming
 from moetuner.placement import Placement
@@ -29,29 +31,24 @@ ROUNDING = 1e-12
 DECIMALS, FEW = 4, 6
 
 
-@click.command("verify")
-@click.argument("certificate_file", metavar="CERTIFICATE", type=options.IN_FILE)
-@traffic_options
-@machine_options
-@options.option(
-    "--placement",
-    options.IN_FILE,
-    "FILE",
-    "Placement to compare with the bound.",
-    name="placement_file",
-)
-@options.json_option
+@options.command("verify")
 def command(
-    certificate_file: Path,
+    *,
+    certificate_file: Annotated[Path, argument("CERTIFICATE", options.IN_FILE)],
     source: Source,
     machine: Machine,
-    placement_file: Path | None,
-    json_file: Path | None,
+    placement_file: Annotated[Path | None, option(options.IN_FILE, "FILE")] = None,
+    output: Output,
 ) -> None:
     """Recompute the bound that a certificate proves.
 
     Nothing of the solver is trusted: the bound follows from INPUT's counts and the certificate's
     numbers, whoever made them. INPUT and --window must be those of the solve.
+
+    Parameters
+    ----------
+    placement_file
+        Placement to compare with the bound.
     """
     certificate = Certificate.load(certificate_file)
     of_visits = certificate.method == "visits"
@@ -70,7 +67,6 @@ def command(
     worth = Objective(problem)
     bound = cost / (worth.tokens if of_visits else worth.scale)
     proof = "prices or tangents of" if of_visits else "a"
-    output = Output(json_file)
     output.say(
         f"Proven by {proof} {certificate.method}: of {certificate.about}, with "
         f"{certificate.slots} slots per device and no device load above {_caps(imbalances)}, "

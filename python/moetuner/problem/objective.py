@@ -254,28 +254,25 @@ class Objective:
 
     def _layer_times(self, placement: Placement) -> Callable[[Floats], Floats]:
         """Return what predicts microseconds over L of every layer of windows [W,L]."""
-        model, topology = self.cost_model, self.topology
-        assert model is not None
         setting = replay.Setting(
             placement,
-            topology,
-            window=None,
+            self.topology,
             split=self.split,
-            with_active=model.expert_us > 0,
-            threads=None,
-            with_mixed=False,
+            cost_model=self.cost_model,
+            regime=self.regime,
+            mixed=False,
         )
-        layers, regime = self.statistics.layers, self.regime
+        layers = self.statistics.layers
         visits = None if self.statistics.sets is None else self._count_visits(placement)
         expected = replay.Expected(
-            self.statistics, setting, follows=regime == "follow", visits=visits
+            self.statistics, setting, follows=self.regime == "follow", visits=visits
         )
         # Homes are of all windows together, which may come in several blocks.
         total = None if self.windows.load.dtype == np.float64 else self.windows.total[None]
 
         def times(load: Floats) -> Floats:
             counts = expected.counts(load, total)
-            return figures.layer_us(counts, topology, model, regime) / layers
+            return figures.layer_us(counts, setting) / layers
 
         return times
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
-from moetuner.cli.options import SIZE, as_options, option, option_group
+from moetuner.cli.options import SIZE, Maker, as_options, option
 from moetuner.cli.options.machine import cost_model_for
-from moetuner.cli.options.serving import SERVED, SETTINGS, Serving, engine_option, setting_option
+from moetuner.cli.options.serving import (
+    ENGINE_OPTION,
+    SERVED,
+    SETTINGS,
+    Serving,
+    setting_option,
+)
 from moetuner.cli.options.traffic import Traffic, count
 from moetuner.formats.engines import ENGINES, engine_settings
 from moetuner.problem import TRAFFIC_CAP, Problem
@@ -28,6 +34,18 @@ class ProblemOptions(Serving):
     given
         As for ``Serving``.
     """
+
+    OPTIONS: ClassVar[dict[str, Maker]] = {
+        "engine": ENGINE_OPTION,
+        "router_groups": option(
+            SIZE,
+            "N",
+            group=ENGINE,
+            help="Groups among which the router chooses first (n_group), kept whole. For engines "
+            "that renumber experts in a checkpoint.",
+        ),
+        **{name: setting_option(name) for name in SETTINGS},
+    }
 
     def __init__(self, router_groups: int | None = None, **given: Any) -> None:
         super().__init__(**given)
@@ -91,8 +109,8 @@ class ProblemOptions(Serving):
             text = as_options(str(error)).replace("devices must", "--devices must")
             raise click.UsageError(f"'--for {self.engine}': {text}.") from None
 
-    def explain_problem(self, problem: Problem) -> str:
-        """Write in a line what ``--for`` has set of a problem."""
+    def explain_problem(self, problem: Problem) -> list[str]:
+        """Write in a line what ``--for`` has set of a problem; in none without an engine."""
         full = "full " if problem.fill_slots else ""
         total = problem.slots * problem.devices
         slots = f"{problem.slots} {full}slots on every device in every layer"
@@ -110,22 +128,3 @@ class ProblemOptions(Serving):
         if problem.slots_per_device is None and problem.extra_slots is None:
             settings["slots_per_device"] = problem.slots
         return self.settings(problem.topology, settings)
-
-
-router_groups_option = option(
-    "--router-groups",
-    SIZE,
-    "N",
-    "Groups among which the router chooses first (n_group), kept whole. For engines that renumber "
-    "experts in a checkpoint.",
-    group=ENGINE,
-)
-problem_options = option_group(
-    "wanted",
-    ProblemOptions,
-    {
-        "engine": engine_option,
-        "router_groups": router_groups_option,
-        **{name: setting_option(name) for name in SETTINGS},
-    },
-)

@@ -7,22 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 import numpy as np
 
 from moetuner.cli.options import (
-    HINTS,
     IN_INPUT,
-    declared,
+    FileHints,
+    Threads,
+    argument,
     layer_list,
-    option_group,
+    option,
     suggestion,
-    threads_option,
 )
 from moetuner.cli.output import shares, working
-from moetuner.evaluation import check_model
+from moetuner.evaluation.replay import check_model
 from moetuner.files import naming, same_file
 from moetuner.files.text import name
 from moetuner.formats import open_input
@@ -155,18 +155,11 @@ def only_groups(traffic: Traffic, names: Sequence[str]) -> RoutingTrace:
     return replace(chosen, group=group_of.astype(np.int16), group_names=labels)
 
 
-INPUT_FILES = click.argument(
-    "input_files",
-    metavar="INPUT...",
-    type=IN_INPUT,
-    nargs=-1,
-    required=True,
-    callback=parse_files,
-)
+INPUT_FILES = argument("INPUT...", IN_INPUT, nargs=-1, required=True, callback=parse_files)
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(FileHints):
     """INPUT, and how it is counted.
 
     Parameters
@@ -178,20 +171,15 @@ class Source:
         [default: 512 for a trace]
     """
 
-    input_files: tuple[Path, ...] = declared(INPUT_FILES)
-    num_experts: int | None = declared(HINTS["num_experts"])
-    top_k: int | None = declared(HINTS["top_k"])
-    hidden_layers: int | None = declared(HINTS["hidden_layers"])
-    dense_layers: tuple[int, ...] | None = declared(HINTS["dense_layers"])
-    only: tuple[str, ...] = declared(str, "GROUP", default=(), multiple=True)
-    window: int | None = declared(click.IntRange(min=1), "TOKENS", group=GOAL)
-    threads: int | None = declared(threads_option)
+    input_files: Annotated[tuple[Path, ...], INPUT_FILES] = ()
+    only: Annotated[tuple[str, ...], option(str, "GROUP", multiple=True)] = ()
+    window: Annotated[int | None, option(click.IntRange(min=1), "TOKENS", group=GOAL)] = None
+    threads: Threads = None
 
     @cached_property
     def traffic(self) -> Traffic:
         """What INPUT holds, of all groups or of some."""
-        hints = {name: getattr(self, name) for name in HINTS}
-        traffic = read(self.input_files, window=self.window, **hints)
+        traffic = read(self.input_files, window=self.window, **self.hints)
         return only_groups(traffic, self.only) if self.only else traffic
 
     @property
@@ -219,8 +207,7 @@ class Source:
 
     def words(self) -> str:
         """Return the options that read INPUT the same, a space in front of each."""
-        hints = {name: getattr(self, name) for name in HINTS}
-        hints["dense_layers"] = layer_list(self.dense_layers)
+        hints = {**self.hints, "dense_layers": layer_list(self.dense_layers)}
         words = [(name, hint) for name, hint in hints.items() if hint is not None]
         words += [("only", shlex.quote(group)) for group in self.only]
         return "".join(f" --{name.replace('_', '-')} {word}" for name, word in words)
@@ -239,6 +226,3 @@ class Source:
     def describe(self) -> str:
         """Describe INPUT in a line."""
         return describe(self.input_files, self.traffic)
-
-
-traffic_options = option_group("source", Source)

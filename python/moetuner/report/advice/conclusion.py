@@ -56,10 +56,10 @@ class Conclusion:
         self.reasons.insert(0, reason)
 
 
-def concluded(of: Advice, kinds: tuple[str, ...] | None, notes: tuple[str, ...]) -> Advice:
+def concluded(of: Advice, kinds: tuple[str, ...], notes: tuple[str, ...]) -> Advice:
     """Return advice with its answer, reasons and warnings.
 
-    ``kinds`` are those of the traffic, None where nobody told them apart; ``notes`` more reasons.
+    ``kinds`` are the groups of the traffic that are no phases; ``notes`` are more reasons.
     """
     units, held_out = of.units, of.settings["held_out"]
     conclusion = Conclusion(
@@ -84,7 +84,7 @@ def concluded(of: Advice, kinds: tuple[str, ...] | None, notes: tuple[str, ...])
         )
     if of.settings["devices"] == 1:
         conclusion.overrule("not now", "there is one device, so all placements are alike.")
-    if kinds is not None and len(kinds) == 1:
+    if len(kinds) == 1:
         kind = f"all traffic is of one kind, {kinds[0]}; of others nothing is known."
         conclusion.overrule("not enough evidence", kind)
     model = of.settings["cost_model"] or "your cost model"

@@ -225,9 +225,6 @@ class Advice(Frozen):
         known.
     carried
         Gains of a placement of the one half on the other, where the halves differ.
-    exponents
-        Of each layer, for the running and the proposed placement: the power law that keeps its
-        busiest device as busy, as simulators draw it.
     running, proposed
         Evaluations on the unseen traffic of the first split, with the placements in ``placements``.
     result
@@ -258,7 +255,6 @@ class Advice(Frozen):
     phases: Phases | None
     drift: Drift | None
     carried: tuple[float, ...]
-    exponents: dict[str, tuple[float | None, ...]]
     running: Evaluation = field(repr=False)
     proposed: Evaluation = field(repr=False)
     placements: tuple[Placement, Placement] = field(repr=False)
@@ -292,7 +288,6 @@ class Advice(Frozen):
             "phases": None if self.phases is None else self.phases.to_dict(),
             "drift": None if self.drift is None else vars(self.drift),
             "carried": list(self.carried),
-            "exponents": {name: list(each) for name, each in self.exponents.items()},
             "running": self.running.to_dict(),
             "proposed": self.proposed.to_dict(),
             "audit": self.audit.to_dict(),
