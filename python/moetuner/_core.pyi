@@ -58,14 +58,14 @@ def scan_lines(
     arrays: list[tuple[str, int]],
     integers: list[str],
     texts: list[str],
-) -> tuple[int, int, NDArray[np.uint16], NDArray[np.int64], list[str]]:
-    """Read JSON lines from byte ``start`` on, up to the first that is not plain.
+) -> tuple[int, int, NDArray[np.uint16], NDArray[np.int64], list[str], str | None]:
+    """Read JSON lines from byte ``start`` on, up to the first that breaks a rule.
 
     ``arrays`` are keys of ids with their dimensions, 2 or 3, of which a line has exactly one;
     ``integers`` and ``texts`` other keys that it may have. Gives the end of what was read, the line
     ends in it, all ids, and a row for every line: number of the array, its three sizes (1 in front
     of two), integers (-2**63 where it has none) and numbers of texts (-1 where it has none), which
-    come last.
+    come next; then the rule that the line behind them breaks.
     """
 
 @final

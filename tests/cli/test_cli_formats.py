@@ -148,7 +148,7 @@ def test_tables_are_in_the_help(ok):
 )
 def test_commands_that_come_next_run_as_they_are(engine, words):
     """They read INPUT as it was read, and say what the engine's map needs."""
-    source = Source((GOLDEN / "vllm" / "completions.json",), num_experts=16)
+    source = Source(input_files=(GOLDEN / "vllm" / "completions.json",), num_experts=16)
     statistics = mt.RoutingStatistics.from_trace(source.traffic, window=512)
     problem = mt.Problem(statistics, mt.Topology(2))
     advice = SimpleNamespace(answer="worth a trial", knee=1, problem=problem)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.cli import advise, compare, options, solve
+from moetuner.cli import advise, compare, solve
+from moetuner.cli.options import pages
 
 FEW = ("--devices", 4, "--copies", "0", "--splits", 1)
 
@@ -124,7 +125,7 @@ def test_missing_libraries_are_told_before_any_work(run, trace, tmp_path, monkey
     def missing():
         raise ImportError("a report needs plotly and jinja2: pip install 'moetuner[report]'")
 
-    monkeypatch.setattr(options, "check_libraries", missing)
+    monkeypatch.setattr(pages, "check_libraries", missing)
     status, out, err = run("advise", trace, *FEW, "--report", tmp_path / "page.html")
     assert (status, out) == (2, "")
     assert err.count("\n") == 1

@@ -59,12 +59,6 @@ def test_each_rule_is_named_with_its_first_case():
     assert ruled(max_imbalance=1.3).violations(kept) == ()
 
 
-def test_a_placement_of_another_machine_is_refused():
-    """The message has both sizes."""
-    with pytest.raises(ValueError, match="like the problem, got 1, 2 and 2"):
-        ruled().violations(mt.Placement([[[0], [1]]]))
-
-
 def test_a_cap_that_had_to_be_raised_is_told_without_another_status():
     """Who raises a cap says so in ``details.caps``; who ignores it violates rules."""
     load = np.array([[[90, 10, 10, 10]]])

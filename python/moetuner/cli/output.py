@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.progress import Progress as Screen
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moetuner.cli.options import OutFile, option
 from moetuner.files import descriptor_of, replacing
 from moetuner.files.text import line, name, printable
 from moetuner.report.cells import finite
@@ -27,16 +28,18 @@ STANDARD_OUTPUT = 1
 
 
 class Output:
-    """Standard output of a subcommand.
+    """Standard output of a subcommand, and the file that ``finish`` writes.
 
     Parameters
     ----------
     json_file
-        Where ``finish`` writes; "-" for standard output, on which nothing else then appears.
+        Write all results as JSON; "-" writes them to standard output, and nothing else.
     """
 
+    json_file: Annotated[Path | None, option(OutFile(standard_output=True), "FILE")]
+
     def __init__(self, json_file: Path | None) -> None:
-        self._json = json_file
+        self.json_file = json_file
         # Other text between the braces would make it no JSON.
         self._quiet = json_file is not None and (
             str(json_file) == "-" or descriptor_of(json_file) == STANDARD_OUTPUT
@@ -45,11 +48,10 @@ class Output:
         if not self._console.is_terminal:
             self._console.width = UNLIMITED
 
-    def say(self, text: str = "") -> None:
+    def say(self, *texts: str) -> None:
         """Print lines; control characters in them are escaped."""
-        if not self._quiet:
-            for row in text.split("\n"):
-                self._console.print(line(row), soft_wrap=True)
+        for row in "\n".join(texts).split("\n") if texts and not self._quiet else ():
+            self._console.print(line(row), soft_wrap=True)
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print aligned columns: the first to the left, numbers to the right."""
@@ -63,13 +65,13 @@ class Output:
 
     def finish(self, contents: dict[str, Any]) -> None:
         """Write the JSON, if it is wanted."""
-        if self._json is None:
+        if self.json_file is None:
             return
         text = json.dumps(finite(contents), indent=2, allow_nan=False)
-        if str(self._json) == "-":
+        if str(self.json_file) == "-":
             click.echo(text)
         else:
-            with replacing(self._json) as temporary:
+            with replacing(self.json_file) as temporary:
                 temporary.write_text(text + "\n")
 
 

@@ -75,11 +75,6 @@ class Windows:
         if self.mixed is not None:
             yield self.mixed
 
-    def of_layers(self, layers: int | slice) -> Floats:
-        """Return the loads of one layer [W,E], or of some [W,l,E], in double precision."""
-        parts = [self.load] if self.mixed is None else [self.load, self.mixed]
-        return np.concatenate([part[:, layers].astype(np.float64) for part in parts])
-
     @cached_property
     def total(self) -> Floats:
         """Tokens of all windows together [L,E], each counted once."""

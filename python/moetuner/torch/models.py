@@ -110,11 +110,12 @@ def same_sizes(layers: tuple[MoELayer, ...]) -> tuple[int, int]:
     return first.num_experts, first.top_k
 
 
-def chosen(output: object) -> tuple[Tensor, Tensor | None] | None:
+def chosen(output: object) -> tuple[Tensor, Tensor] | None:
     """Pick expert ids [T,K] and their weights [T,K] out of what a router returned.
 
     The ids are the one matrix of integers, wherever it stands: transformers puts it last, models
-    that bring their own code often first. None if there is no such matrix.
+    that bring their own code often first. None if there is no such matrix. Where a router gives no
+    weights the ids stand in, which are never NaN.
     """
     parts = output if isinstance(output, (tuple, list)) else (output,)
     tensors = [part for part in parts if isinstance(part, Tensor) and part.dim() >= 2]
@@ -123,7 +124,7 @@ def chosen(output: object) -> tuple[Tensor, Tensor | None] | None:
         return None
     ids = integers[0]
     weights = (t for t in tensors if t.is_floating_point() and t.shape == ids.shape)
-    return ids, next(weights, None)
+    return ids, next(weights, ids)
 
 
 def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:

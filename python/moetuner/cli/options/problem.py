@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
-from moetuner.cli.options import SIZE, as_options, option, option_group
+from moetuner.cli.options import SIZE, Maker, as_options, option
 from moetuner.cli.options.machine import cost_model_for
-from moetuner.cli.options.serving import SERVED, SETTINGS, Serving, engine_option, setting_option
-from moetuner.cli.options.traffic import Traffic, count
+from moetuner.cli.options.serving import (
+    ENGINE_OPTION,
+    SERVED,
+    SETTINGS,
+    Serving,
+    setting_option,
+)
+from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.formats.engines import ENGINES, engine_settings
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.objective import Objective
@@ -29,24 +35,31 @@ class ProblemOptions(Serving):
         As for ``Serving``.
     """
 
+    OPTIONS: ClassVar[dict[str, Maker]] = {
+        "engine": ENGINE_OPTION,
+        "router_groups": option(
+            SIZE,
+            "N",
+            group=ENGINE,
+            help="Groups among which the router chooses first (n_group), kept whole. For engines "
+            "that renumber experts in a checkpoint.",
+        ),
+        **{name: setting_option(name) for name in SETTINGS},
+    }
+
     def __init__(self, router_groups: int | None = None, **given: Any) -> None:
         super().__init__(**given)
         self.router_groups = router_groups
 
     def problem(
-        self, traffic: Traffic, topology: Topology, *, window: int | None, threads: int | None
+        self, source: Source, topology: Topology, traffic: Traffic | None = None
     ) -> Problem:
-        """Count the traffic and make the problem."""
+        """Count INPUT, or a part of it, and make the problem."""
         given = self.given
         goal = given.get("objective")
-        statistics = count(
-            traffic,
-            window,
-            threads,
-            # Visits are no part of balance, and sets take memory.
-            sets=given.get("regime") != "follow" and goal != "balance",
-            by_group="groups" in given,
-        )
+        # Visits are no part of balance, and sets take memory.
+        sets = given.get("regime") != "follow" and goal != "balance"
+        statistics = source.count(traffic, sets=sets, by_group="groups" in given)
         settings = {
             **given,
             **{name: self.value(name) for name in SERVED},
@@ -91,8 +104,8 @@ class ProblemOptions(Serving):
             text = as_options(str(error)).replace("devices must", "--devices must")
             raise click.UsageError(f"'--for {self.engine}': {text}.") from None
 
-    def explain_problem(self, problem: Problem) -> str:
-        """Write in a line what ``--for`` has set of a problem."""
+    def explain_problem(self, problem: Problem) -> list[str]:
+        """Write in a line what ``--for`` has set of a problem; in none without an engine."""
         full = "full " if problem.fill_slots else ""
         total = problem.slots * problem.devices
         slots = f"{problem.slots} {full}slots on every device in every layer"
@@ -110,22 +123,3 @@ class ProblemOptions(Serving):
         if problem.slots_per_device is None and problem.extra_slots is None:
             settings["slots_per_device"] = problem.slots
         return self.settings(problem.topology, settings)
-
-
-router_groups_option = option(
-    "--router-groups",
-    SIZE,
-    "N",
-    "Groups among which the router chooses first (n_group), kept whole. For engines that renumber "
-    "experts in a checkpoint.",
-    group=ENGINE,
-)
-problem_options = option_group(
-    "wanted",
-    ProblemOptions,
-    {
-        "engine": engine_option,
-        "router_groups": router_groups_option,
-        **{name: setting_option(name) for name in SETTINGS},
-    },
-)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
-from moetuner.cli.options import Decorator, completing, option, option_group, parsed
-from moetuner.cli.options.machine import cost_model_for, parse_cost_model
+from moetuner.cli.options import Maker, Text, option
+from moetuner.cli.options.machine import COST_MODEL, cost_model_for
 from moetuner.cli.options.traffic import Traffic
 from moetuner.formats.engines import ENGINES
-from moetuner.presets import GPUS
 from moetuner.problem import Problem
 from moetuner.problem.settings import ENGINE, settings_of
 from moetuner.topology import Topology
@@ -23,23 +22,35 @@ DEFAULTS = {of.name: of.default for of in fields(Problem) if of.name in SETTINGS
 SERVED = ("regime", "split", "arrival")
 
 
-def setting_option(name: str) -> Decorator:
+def setting_option(name: str) -> Maker:
     """Return the option of a setting; its value is None or empty if it is not given."""
     setting = SETTINGS[name]
     kind: Any = None
-    others: dict[str, Any] = {}
     if name == "cost_model":  # its files and presets are read as those of --topology are
-        others = {"callback": parse_cost_model, "shell_complete": completing(*GPUS, files=True)}
+        kind = COST_MODEL
     elif setting.choices:
         kind = click.Choice(setting.choices)
     elif setting.read is not None:
-        others = {"callback": parsed(setting.read, setting.rule), "multiple": setting.repeatable}
-    else:
-        others = {"is_flag": True}
-    flag = setting.option or "--" + name.replace("_", "-")
+        kind = Text(setting.read, setting.rule)
+    others: dict[str, Any] = {"flag": setting.option} if setting.option else {}
     return option(
-        flag, kind, setting.metavar, setting.help, name=name, group=setting.group, **others
+        kind,
+        setting.metavar,
+        group=setting.group,
+        help=setting.help,
+        is_flag=kind is None,
+        multiple=setting.repeatable,
+        **others,
     )
+
+
+ENGINE_OPTION = option(
+    click.Choice(list(ENGINES)),
+    group=ENGINE,
+    flag="--for",
+    help="Engine that loads the placement. It sets regime, split and arrival, unless their options "
+    "do. If a placement is computed, it also sets equal slots, all of them full.",
+)
 
 
 class Serving:
@@ -52,6 +63,11 @@ class Serving:
     given
         Values of settings by name; None, False and empty ones are not given.
     """
+
+    OPTIONS: ClassVar[dict[str, Maker]] = {
+        "engine": ENGINE_OPTION,
+        **{name: setting_option(name) for name in ("cost_model", *SERVED)},
+    }
 
     def __init__(self, engine: str | None = None, **given: Any) -> None:
         self.engine = engine
@@ -95,9 +111,10 @@ class Serving:
             "cost_model": None if model is None else asdict(model),
         }
 
-    def explain(self, more: Sequence[str] = ()) -> str:
-        """Write in a line what ``--for`` has set, and what other options have."""
-        assert self.engine is not None
+    def explain(self, more: Sequence[str] = ()) -> list[str]:
+        """Write in a line what ``--for`` has set, and other options; in none without an engine."""
+        if self.engine is None:
+            return []
         engine = ENGINES[self.engine]
         by_engine, by_options = [], []
         for name in SERVED:
@@ -109,23 +126,4 @@ class Serving:
             else:
                 by_engine.append(f"{text} ({engine.how_split})" if name == "split" else text)
         line = f"For {engine.title}: {', '.join([*by_engine, *more])}"
-        return line + (f"; from your options: {', '.join(by_options)}." if by_options else ".")
-
-
-engine_option = option(
-    "--for",
-    click.Choice(list(ENGINES)),
-    None,
-    "Engine that loads the placement. It sets regime, split and arrival, unless their options do. "
-    "If a placement is computed, it also sets equal slots, all of them full.",
-    name="engine",
-    group=ENGINE,
-)
-serving_options = option_group(
-    "serving",
-    Serving,
-    {
-        "engine": engine_option,
-        **{name: setting_option(name) for name in ("cost_model", *SERVED)},
-    },
-)
+        return [line + (f"; from your options: {', '.join(by_options)}." if by_options else ".")]

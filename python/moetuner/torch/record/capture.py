@@ -19,7 +19,7 @@ from moetuner._checks import IdArray, instance, listed, path_in, text_or_none, w
 from moetuner._core import validate
 from moetuner.torch.models import moe_layers
 from moetuner.torch.record.hooks import Step, StepHooks, cache_of
-from moetuner.torch.record.spool import Labels, Offload, Parts
+from moetuner.torch.record.spool import LABEL, Labels, Offload, Parts
 from moetuner.trace import RoutingTrace
 
 BUFFER_BYTES = 64 << 20
@@ -100,10 +100,8 @@ class Recorder:
         buffer_bytes: int = BUFFER_BYTES,
     ) -> None:
         text_or_none("name", name)
-        of_batch = (
-            [] if group is None or isinstance(group, str) else listed("group", group, "names")
-        )
-        for label in of_batch:
+        whole = group is None or isinstance(group, str)
+        for label in () if whole else listed("group", group, "names"):
             text_or_none("group", label)
         if attention_mask is not None:
             instance("attention_mask", attention_mask, Tensor)
@@ -112,11 +110,10 @@ class Recorder:
         self.layers = moe_layers(model, routers)
         if self._path is not None and self._path.suffix != ".safetensors":
             raise ValueError(f"path must end in .safetensors, got {self._path.name!r}")
-        self._name, self._expert_size = name or type(model).__name__, expert_size_of(model)
+        self._about = {"model": name or type(model).__name__, "expert_size": expert_size_of(model)}
         self._hooks = StepHooks(model, self.layers, self._step)
         self._hooks.attention_mask = attention_mask
-        small = self._hooks.num_experts <= 256
-        self._dtype = torch.uint8 if small else torch.uint16
+        self._dtype = torch.uint8 if self._hooks.num_experts <= 256 else torch.uint16
         token_bytes = len(self.layers) * self._hooks.top_k * self._dtype.itemsize
         self._offload = Offload(max(1, most // token_bytes), self._arrived)
         self._parts: Parts | None = None
@@ -176,7 +173,6 @@ class Recorder:
         try:
             hooks.attach()
         except BaseException:
-            hooks.remove()
             self._parts.discard()
             raise
         return self
@@ -195,8 +191,7 @@ class Recorder:
                 return
             except Exception as unwritten:
                 fault = unwritten
-        ended = type(fault).__name__ if kind is None else kind.__name__
-        self._keep(f"the recording ended with {ended}")
+        self._rescue(type(fault) if kind is None else kind)
         if kind is None and fault is not None:
             raise fault
 
@@ -211,8 +206,8 @@ class Recorder:
             return error
         return self._wrong or (None if self.tokens else self._hooks.fault)
 
-    def _keep(self, why: str) -> None:
-        """Keep an incomplete recording, beside where it was to be; never fails."""
+    def _rescue(self, kind: type) -> None:
+        """Finish an incomplete recording, beside where it was to be; never fails."""
         parts = self._parts
         assert parts is not None  # set by __enter__
         if not parts.tokens:
@@ -225,8 +220,8 @@ class Recorder:
         except Exception as error:
             where = f"{error}; {parts.folder} has, as raw arrays,"
         with suppress(Warning):
-            text = f"{why}: {where} the {parts.tokens} tokens until then"
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
+            text = f"the recording ended with {kind.__name__}: {where} the {parts.tokens} tokens"
+            warnings.warn(f"{text} until then", RuntimeWarning, stacklevel=3)
 
     def _finish(self, path: Path | None) -> None:
         parts = self._parts
@@ -234,7 +229,7 @@ class Recorder:
         # Groups are only kept if there are any.
         names = list(self._numbers) if set(self._numbers) - {UNNAMED} else []
         source = "moetuner.torch.record.capture"
-        self._trace = parts.finish(path, names, self._name, source, self._expert_size)
+        self._trace = parts.finish(path, source, group_names=names, **self._about)
         parts.discard()
 
     def _step(self, step: Step) -> None:
@@ -251,10 +246,9 @@ class Recorder:
                 f"choose among {self._hooks.choices - self._hooks.num_experts} zero-computation "
                 "experts: RoutingCounters counts the others"
             )
-        assert step.keep is not None  # where it is handed over
-        sequence, group = self._sequence_of(step), self._group_of(step.rows)
-        labels = (np.repeat(sequence, step.length), np.repeat(group, step.length))
-        self._offload.put(step.ids.to(self._dtype), step.keep, labels)
+        labels = np.empty(step.rows, LABEL)
+        labels["sequence"], labels["group"] = self._sequence_of(step), self._group_of(step.rows)
+        self._offload.put(step.ids.to(self._dtype), step.keep, np.repeat(labels, step.length))
 
     def _sequence_of(self, step: Step) -> NDArray[np.int32]:
         """Return labels of a batch's sequences [B]: of the cache that it continues, or new."""
@@ -271,14 +265,13 @@ class Recorder:
                 self._of_cache[following] = labels
         return labels
 
-    def _group_of(self, rows: int) -> NDArray[np.int16]:
+    def _group_of(self, rows: int) -> list[int]:
         """Return the groups of the sequences of a batch [B]."""
         given = UNNAMED if self._group is None else self._group
         names = [given] * rows if isinstance(given, str) else list(given)
         if len(names) != rows or not all(isinstance(name, str) for name in names):
             raise ValueError(f"group must be a name, or one for each of {rows} sequences: {names}")
-        numbers = [self._numbers.setdefault(name, len(self._numbers)) for name in names]
-        return np.asarray(numbers, dtype=np.int16)
+        return [self._numbers.setdefault(name, len(self._numbers)) for name in names]
 
     def _arrived(self, ids: IdArray, keep: NDArray[np.bool_], labels: Labels) -> None:
         assert self._parts is not None  # hooks are attached after it was made
@@ -290,8 +283,7 @@ class Recorder:
             ordered = np.sort(ids, axis=2)
             keep = keep & (ordered[:, :, 1:] != ordered[:, :, :-1]).all((1, 2))
         try:
-            sequence, group = labels
-            self._parts.append(ids[keep], sequence[keep], group[keep])
+            self._parts.append(ids[keep], labels[keep])
         except Exception as error:
             self._lost = error  # a full disk: what it holds is kept, nothing more can be
             raise

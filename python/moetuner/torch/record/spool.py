@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +22,9 @@ from moetuner.files.ids import IdsInFile
 from moetuner.files.safetensors import TensorInFile
 from moetuner.trace import SHARD_BYTES, RoutingTrace
 
-Labels = tuple[NDArray[np.int32], NDArray[np.int16]]
-Receive = Callable[[IdArray, NDArray[np.bool_], Labels], None]
+# What a trace says of a token besides its experts.
+LABEL = np.dtype([("sequence", "<i4"), ("group", "<i2")])
+Labels = NDArray[np.void]
 
 
 class Offload:
@@ -35,17 +38,18 @@ class Offload:
     capacity
         Tokens that wait at most, beside the last step.
     receive
-        Called on the host, in order, with ids [T,L,K], which of them to keep [T] and the labels.
+        Called on the host, in order, with ids [T,L,K], which of them to keep [T] and labels [T].
     """
 
-    def __init__(self, capacity: int, receive: Receive) -> None:
-        self._capacity = capacity
-        self._receive = receive
-        self._waiting: list[tuple[Tensor, Tensor, Labels, torch.cuda.Event | None]] = []
+    def __init__(
+        self, capacity: int, receive: Callable[[IdArray, NDArray[np.bool_], Labels], None]
+    ) -> None:
+        self._capacity, self._receive = capacity, receive
+        self._waiting: deque[tuple[Tensor, Tensor, Labels, torch.cuda.Event | None]] = deque()
         self._tokens = 0
 
     def put(self, ids: Tensor, keep: Tensor, labels: Labels) -> None:
-        """Take ids [T,L,K], marks [T] and labels ([T], [T])."""
+        """Take ids [T,L,K], marks [T] and labels [T]."""
         # Copies that need not wait go to pinned memory.
         host = ids.to("cpu", non_blocking=True), keep.to("cpu", non_blocking=True)
         copied = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
@@ -56,27 +60,17 @@ class Offload:
 
     def flush(self) -> None:
         """Hand over everything; waits for the device."""
-        self._hand_over(-1)
+        self._hand_over(-1, last=0)
 
-    def _hand_over(self, most: int, last: int = 0) -> None:
-        """Receive first steps until at most so many tokens wait, and so many last steps."""
-        count, left = 0, self._tokens
-        while left > most and count < len(self._waiting) - last:
-            *_, copied = self._waiting[count]
+    def _hand_over(self, most: int, *, last: int) -> None:
+        """Receive first steps until at most so many tokens wait, or so many last steps."""
+        while self._tokens > most and len(self._waiting) > last:
+            ids, keep, labels, copied = self._waiting[0]
             if copied is not None:
                 copied.synchronize()
-            left -= len(self._waiting[count][0])
-            count += 1
-        if not count:
-            return
-        ids, keep, labels, _ = zip(*self._waiting[:count], strict=True)
-        sequence, group = (np.concatenate(part) for part in zip(*labels, strict=True))
-        self._receive(torch.cat(ids).numpy(), torch.cat(keep).numpy(), (sequence, group))
-        del self._waiting[:count]
-        self._tokens = left
-
-
-SEQUENCE, GROUP = np.dtype("<i4"), np.dtype("<i2")
+            self._receive(ids.numpy(), keep.numpy(), labels)
+            self._waiting.popleft()
+            self._tokens -= len(ids)
 
 
 class Parts:
@@ -98,28 +92,20 @@ class Parts:
     """
 
     def __init__(self, path: Path | None, layers: int, top_k: int, num_experts: int) -> None:
-        self._sizes = (layers, top_k)
-        self._experts = num_experts
+        self._sizes, self._experts = (layers, top_k), num_experts
         self._dtype = id_type(np.dtype(np.int64), num_experts).newbyteorder("<")
         # Beside the trace, where there is room for it.
         parent = None if path is None else path.parent
         self.folder = Path(tempfile.mkdtemp(prefix=".moetuner-", dir=parent))
-        self._files = {
-            name: (self.folder / name).open("wb") for name in ("expert_ids", "sequence", "group")
-        }
+        self._files = [(self.folder / name).open("wb") for name in ("expert_ids", "labels")]
         self.tokens = 0
 
-    def append(self, ids: IdArray, sequence: NDArray[np.int32], group: NDArray[np.int16]) -> None:
+    def append(self, ids: IdArray, labels: Labels) -> None:
         """Take tokens [T,L,K] and their labels [T]; what failed half-way is written anew."""
-        arrays = {
-            "expert_ids": np.ascontiguousarray(ids, dtype=self._dtype),
-            "sequence": np.ascontiguousarray(sequence, dtype=SEQUENCE),
-            "group": np.ascontiguousarray(group, dtype=GROUP),
-        }
-        for name, array in arrays.items():
-            self._files[name].seek(self.tokens * math.prod(array.shape[1:]) * array.itemsize)
-            self._files[name].write(array.data)
-            self._files[name].flush()
+        for file, array in zip(self._files, (ids.astype(self._dtype), labels), strict=True):
+            file.seek(self.tokens * math.prod(array.shape[1:]) * array.itemsize)
+            file.write(array.tobytes())
+            file.flush()
         self.tokens += len(ids)
 
     def discard(self) -> None:
@@ -128,38 +114,24 @@ class Parts:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def finish(
-        self,
-        path: Path | None,
-        group_names: list[str],
-        model: str | None,
-        source: str | None,
-        expert_size: tuple[int, int] | None = None,
+        self, path: Path | None, source: str, group_names: list[str], **about: Any
     ) -> RoutingTrace:
-        """Make the trace, and write it if there is a path; without names it has no groups."""
+        """Make the trace, and write it if there is a path; without names it has no groups.
+
+        ``about`` is what ``TraceContents`` says of the model.
+        """
         self._close()
-        layers, top_k = self._sizes
-        place = TensorInFile(self._dtype, (self.tokens, layers, top_k), 0)
+        place = TensorInFile(self._dtype, (self.tokens, *self._sizes), 0)
         ids = IdsInFile.of(self.folder / "expert_ids", place, self._experts)
-        count = self.tokens
-        sequence = np.fromfile(self.folder / "sequence", SEQUENCE, count)
-        group = np.fromfile(self.folder / "group", GROUP, count) if group_names else None
+        labels = np.fromfile(self.folder / "labels", LABEL, self.tokens)
+        group = labels["group"] if group_names else None
+        about |= {"sequence": labels["sequence"], "group": group, "group_names": group_names}
         if path is None:
-            return RoutingTrace.from_arrays(
-                ids.array(),
-                num_experts=self._experts,
-                sequence=sequence,
-                group=group,
-                group_names=group_names,
-                model=model,
-                expert_size=expert_size,
-            )
-        contents = TraceContents(
-            ids, self._experts, sequence, group, group_names, model, expert_size
-        )
-        write_trace(contents, path, source, SHARD_BYTES)
+            return RoutingTrace.from_arrays(ids.array(), num_experts=self._experts, **about)
+        write_trace(TraceContents(ids, self._experts, **about), path, source, SHARD_BYTES)
         return RoutingTrace.load(path)
 
     def _close(self) -> None:
-        for file in self._files.values():
+        for file in self._files:
             with suppress(OSError):  # a full disk was said when it was written to
                 file.close()
