@@ -214,7 +214,7 @@ def _reporter(budget: Budget, before: float, price: float, all_tokens: int) -> R
 # Prices of experts.
 
 
-def _seen(problem: Problem, level: _Level) -> tuple[Any, ...]:
+def _seen(problem: Problem, level: _Level) -> tuple[Any, Any, Any, Any]:
     """Return what the core sees of a level: sets, load [L,E], caps [L], and slots [L,parts]."""
     kinds = [(of.ids, of.counts) for of in _sets(problem)]
     return kinds, problem.load, level.caps, level.capacity.astype(np.uint64)
