@@ -23,6 +23,7 @@ from moetuner.formats.hints import Hints
 from moetuner.problem.settings import ENGINE, GOAL, MACHINE, parameters_of
 from moetuner.report.page import check_libraries
 from moetuner.report.page.figures import check_figures
+from moetuner.solver import EFFORTS
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -378,10 +379,14 @@ class SearchOptions:
     ----------
     time_limit
         Time limit per solve, in seconds. Results then depend on the machine.
+    effort
+        How much to search without a time limit: default, seconds for most problems, or thorough,
+        up to minutes for a last half per cent.  [default: default]
     """
 
     seed: int = declared(seed_option, default=0)
     time_limit: float | None = declared(Number(min=0, infinite=True), "SECONDS", group=SEARCH)
+    effort: str = declared(click.Choice([*EFFORTS]), default="default", group=SEARCH)
 
 
 search_options = option_group("search", SearchOptions)

@@ -20,7 +20,7 @@ from moetuner.solver.run import Run, Stage
 from moetuner.solver.stages.chain import offer_searched, search_traffic
 from moetuner.solver.stages.floor import FLOOR, balanced
 from moetuner.solver.stages.layers import CHAIN_UNDER_CAPS, CONSTRUCT, anneal
-from moetuner.solver.terms import Terms, core_layers
+from moetuner.solver.terms import core_layers
 from moetuner.statistics import RoutingStatistics
 
 Floats = NDArray[np.float64]
@@ -95,7 +95,7 @@ def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None
     statistics = RoutingStatistics.from_load(problem.load[layers])
     few = Problem(statistics, problem.topology, slots_per_device=problem.slots)
     load = few.load[None].astype(np.float64)
-    search = core_layers(few, load, np.ones(1), Terms(), nearest=False)
+    search = core_layers(few, load, np.ones(1), nearest=False)
     start = balanced(problem)[layers]
     return search.place(start, trials=effort.CATCH_UP, restarts=2, seed=seed, threads=threads)[0]
 

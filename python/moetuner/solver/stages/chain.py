@@ -38,7 +38,16 @@ def search_traffic(problem: Problem, seed: int, budget: Budget) -> Searched:
     # Without pairs all placements cost nothing, and the balanced one that the search starts from
     # is the answer.
     pairs = objective.pairs if objective.pairs is not None and objective.pairs.any() else None
-    report = budget.progress
+    report, trials = budget.progress, budget.iterations
+    if (
+        trials is None
+        and budget.left is None
+        and problem.devices * problem.slots < effort.WIDE_SLOTS
+    ):
+        places = problem.layers * problem.devices * problem.slots
+        trials = int(
+            np.clip(budget.work.chain_trials * places, effort.CHAIN_LEAST, effort.CHAIN_MOST)
+        )
 
     def progress(seconds: float, cost: int | None) -> None:
         if report is not None:
@@ -53,7 +62,7 @@ def search_traffic(problem: Problem, seed: int, budget: Budget) -> Searched:
         transitions=pairs if follow else None,
         coactivation=None if follow else pairs,
         seed=seed,
-        trials=budget.iterations,
+        trials=trials,
         time_limit=budget.left,
         threads=budget.threads,
         progress=None if report is None else progress,
