@@ -16,7 +16,7 @@ from moetuner.report import page
 from moetuner.report.page import figures
 from moetuner.report.page import panels as drawing
 from moetuner.report.page.charts import POINTS, thinned
-from moetuner.report.page.data import Origin, of_placements
+from moetuner.report.page.data import Origin, of_evaluations
 from moetuner.solver import Progress
 
 pytest.importorskip("plotly", reason="the extra report is not installed")
@@ -33,8 +33,8 @@ def shown(trace, placement, topology, **others):
     options |= {"window": None} if isinstance(trace, mt.RoutingStatistics) else {}
     evaluations = tuple(mt.evaluate(each, trace, topology, **options) for each in placements)
     contents = {"proposed": evaluations[1].to_dict()}
-    made = of_placements(
-        *(("contiguous", "proposed"), placements, evaluations, trace, topology),
+    made = of_evaluations(
+        *(("contiguous", "proposed"), evaluations),
         *(Origin(HOSTILE[0], [], "moetuner report"), contents),
         traffic="<script>alert(2)</script>",
     )
