@@ -188,7 +188,6 @@ class _Trial:
     """Placements that were computed from one part of the traffic, judged on another one."""
 
     problem: Problem
-    unseen: Traffic
     results: dict[Key, Result]
     # By window.
     evaluations: dict[int | None, dict[Key, Evaluation]]
@@ -425,7 +424,7 @@ class _Study:
                 threads=self.threads,
             )
             evaluations[window] = dict(zip(placements, evaluated, strict=True))
-        return _Trial(problem, unseen, results, evaluations)
+        return _Trial(problem, results, evaluations)
 
     def problem(self, seen: Traffic) -> Problem:
         """Count traffic, and ask for the least time with one copy of each expert."""
