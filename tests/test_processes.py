@@ -26,19 +26,19 @@ def work(threads=None, iterations=300):
     trace = mt.RoutingTrace.load(SAMPLE)
     statistics = mt.RoutingStatistics.from_trace(trace, window=512, threads=threads, sets=True)
     problem = mt.Problem(statistics, mt.Topology(4), regime="follow", max_imbalance=1.05)
-    found = [
+    actual = [
         mt.solve(problem, method, threads=threads, iterations=iterations).placement
         for method in ("heuristic", "paper")
     ]
-    return [mt.evaluate(each, trace, window=512, threads=threads).crossing for each in found]
+    return [mt.evaluate(each, trace, window=512, threads=threads).crossing for each in actual]
 
 
 def ends(pid, seconds=60):
     """Exit status of a child; None, and the child is killed, if it does not end."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        found, code = os.waitpid(pid, os.WNOHANG)
-        if found:
+        actual, code = os.waitpid(pid, os.WNOHANG)
+        if actual:
             return os.waitstatus_to_exitcode(code)
         time.sleep(0.02)
     os.kill(pid, signal.SIGKILL)
@@ -270,7 +270,7 @@ def test_a_cap_beyond_all_loads_is_none(cap, objective):
     """A cap that no placement can break, however large, gives the answer without a cap."""
     load = np.random.default_rng(1).integers(0, 99, (3, 2, 8)).astype(np.uint64)
     statistics = mt.RoutingStatistics.from_load(load)
-    found = [
+    actual = [
         mt.solve(
             mt.Problem(statistics, mt.Topology(2), max_imbalance=each, objective=objective),
             "heuristic",
@@ -278,8 +278,8 @@ def test_a_cap_beyond_all_loads_is_none(cap, objective):
         )
         for each in (cap, float("inf"))
     ]
-    assert found[0].placement == found[1].placement
-    assert not found[0].details.caps.raised
+    assert actual[0].placement == actual[1].placement
+    assert not actual[0].details.caps.raised
 
 
 def test_deadlines_of_the_core_never_panic(layers):

@@ -74,10 +74,10 @@ def test_any_integer_type_and_layout(dtype, layout):
         ids = np.repeat(ids, 2, axis=0)[::2]
     elif layout == "reversed":
         ids = ids[::-1].copy()[::-1]
-    found = mt.RoutingTrace.from_arrays(ids, num_experts=8).expert_ids
-    assert found.dtype == (np.uint16 if dtype == "<u2" else np.uint8)
-    assert found.flags.c_contiguous
-    assert np.array_equal(found, IDS)
+    actual = mt.RoutingTrace.from_arrays(ids, num_experts=8).expert_ids
+    assert actual.dtype == (np.uint16 if dtype == "<u2" else np.uint8)
+    assert actual.flags.c_contiguous
+    assert np.array_equal(actual, IDS)
 
 
 @pytest.mark.parametrize(("experts", "kind"), [(256, np.uint8), (300, np.uint16)])
@@ -375,5 +375,5 @@ def test_sequences_near_the_limit_join(labels):
     whole = mt.RoutingTrace.concat(parts)
     assert whole.sequence.dtype == np.int32
     wanted = [(at, label) for at, each in enumerate(labels) for label in each]
-    found = whole.sequence.tolist()
-    assert len(set(found)) == len(set(wanted)) == len(set(zip(found, wanted, strict=True)))
+    actual = whole.sequence.tolist()
+    assert len(set(actual)) == len(set(wanted)) == len(set(zip(actual, wanted, strict=True)))

@@ -38,14 +38,14 @@ def test_all_commands_name_the_time_that_solve_names(ok, trace, tmp_path, how, s
         return json.loads(ok(*arguments, "--devices", 4, "--window", 128, *how, "--json", "-"))
 
     compared = run("compare", trace, "--methods", "lpt,eplb", "--holdout", 0, *slots)
-    found = {
+    actual = {
         "solve": run("solve", trace, "--method", "eplb", "--out", p, *slots)[model],
         "evaluate": run("evaluate", p, trace)[model],
         "report": run("report", p, trace, "--out", page)["proposed"][model],
         "audit": run("audit", p, trace, "--resamples", 10)["all"][model]["value"]["value"],
         "compare": compared["methods"]["eplb"][model],
     }
-    assert found == pytest.approx(dict.fromkeys(found, found["solve"]), rel=1e-12)
+    assert actual == pytest.approx(dict.fromkeys(actual, actual["solve"]), rel=1e-12)
 
 
 def test_solve_prints_the_time_that_evaluate_prints(ok, trace, tmp_path):
@@ -83,11 +83,11 @@ def test_inspect_predicts_the_time_of_experts_in_blocks(ok, trace, tmp_path):
     """Where it is said how traffic is served: the time that solve names for contiguous."""
     how = ("--devices", 4, "--window", 128, "--for", "vllm", "--json", "-")
     blocks = ("--method", "contiguous", "--out", tmp_path / "p.json")
-    found, solved = (
+    actual, solved = (
         json.loads(ok(*line, *how)) for line in (("inspect", trace), ("solve", trace, *blocks))
     )
     name = "predicted_layer_us"
-    assert found["contiguous"][name] == pytest.approx(solved[name], rel=1e-12)
+    assert actual["contiguous"][name] == pytest.approx(solved[name], rel=1e-12)
     assert "contiguous" not in json.loads(ok("inspect", trace, "--json", "-"))
 
 

@@ -120,8 +120,8 @@ def test_the_objective_says_what_statistics_lack():
                 mt.Problem(table, mt.Topology(2), regime=regime, objective=goal)
             )
             assert objective.is_known == known
-            told = objective.lacks
-            assert told is None if goal == "balance" else told.startswith(f"no {pairs}: methods")
+            said = objective.lacks
+            assert said is None if goal == "balance" else said.startswith(f"no {pairs}: methods")
             assert objective.traffic(mt.Placement([[[0, 1], [2, 3]]] * 2)) == 0
 
 
