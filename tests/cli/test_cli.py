@@ -58,12 +58,12 @@ def test_demo_shows_the_whole_flow(ok, tmp_path):
     assert "less" in out
 
 
-def test_inspect_shows_structure_beside_its_null(ok, trace):
+def test_inspect_shows_structure_beside_its_null(as_json, ok, trace):
     """Skew, groups, and the two crossings; with --json - nothing but JSON on standard output."""
     out = ok("inspect", trace)
     for words in ("busiest expert", "even", "odd", "independence null", "searched", "contiguous"):
         assert words in out
-    actual = json.loads(ok("inspect", trace, "--json", "-"))
+    actual = as_json("inspect", trace)
     assert actual["input"]["tokens"] == 800
     assert len(actual["skew"]) == 3
     assert set(actual["group_distance"]) == {"even", "odd"}
@@ -234,32 +234,32 @@ def test_solve_moves_little_and_says_what(ok, run, trace, tmp_path):
     assert json.loads(exported.read_text())["moves"] == diff.moves.tolist()
 
 
-def test_evaluate_tells_groups(ok, trace, tmp_path):
+def test_evaluate_tells_groups(as_json, ok, trace, tmp_path):
     """One row for all traffic and one for each group with tokens."""
     out = tmp_path / "p.json"
     ok("solve", trace, "--devices", 4, "--method", "contiguous", "--out", out)
     text = ok("evaluate", out, trace, "--devices-per-node", 2, "--window", 64)
     assert re.search(r"^all +800 ", text, re.MULTILINE)
     assert re.search(r"^odd +400 ", text, re.MULTILINE)
-    actual = json.loads(ok("evaluate", out, trace, "--window", 64, "--json", "-"))
+    actual = as_json("evaluate", out, trace, "--window", 64)
     whole = mt.evaluate(mt.Placement.load(out), mt.RoutingTrace.load(trace), window=64)
     assert actual["imbalance"] == whole.imbalance
     assert set(actual["by_group"]) == {"even", "odd"}
 
 
-def test_only_a_group_is_used(ok, trace, tmp_path):
+def test_only_a_group_is_used(as_json, ok, trace, tmp_path):
     """--only leaves the figures that evaluate gives that group, for whichever command reads it."""
     out = tmp_path / "p.json"
     ok("solve", trace, "--devices", 4, "--method", "lpt", "--only", "odd", "--out", out)
-    whole = json.loads(ok("evaluate", out, trace, "--json", "-"))["by_group"]["odd"]
-    alone = json.loads(ok("evaluate", out, trace, "--only", "odd", "--json", "-"))
+    whole = as_json("evaluate", out, trace)["by_group"]["odd"]
+    alone = as_json("evaluate", out, trace, "--only", "odd")
     assert (alone["tokens"], alone["crossing"]) == (whole["tokens"], whole["crossing"])
     assert (alone["input"]["groups"], list(alone["by_group"])) == (["odd"], ["odd"])
-    both = json.loads(ok("inspect", trace, "--only", "odd", "--only", "even", "--json", "-"))
+    both = as_json("inspect", trace, "--only", "odd", "--only", "even")
     assert both["input"]["tokens"] == 800
 
 
-def test_evaluate_predicts_times(ok, trace, tmp_path):
+def test_evaluate_predicts_times(as_json, ok, trace, tmp_path):
     """There are times, of any cost model and split; rows stay as long as the head."""
     out, model = tmp_path / "p.json", tmp_path / "model.json"
     ok("solve", trace, "--devices", 4, "--method", "lpt", "--out", out)
@@ -273,7 +273,7 @@ def test_evaluate_predicts_times(ok, trace, tmp_path):
         assert lines.pop().startswith("Predicted times are of ")
         assert [line.split()[0] for line in lines] == ["layer,", "all", "even", "odd"]
         assert len(set(map(len, lines))) == 1
-        actual = json.loads(ok("evaluate", out, trace, "--cost-model", name, "--json", "-"))
+        actual = as_json("evaluate", out, trace, "--cost-model", name)
         wanted = mt.evaluate(
             placement, mt.RoutingTrace.load(trace), window=512, cost_model=mt.CostModel.load(same)
         )
@@ -334,13 +334,12 @@ def test_audit_of_a_load_table(ok, table, tmp_path):
     assert "crossing" not in text
 
 
-def test_compare_judges_on_unseen_sequences(ok, trace):
+def test_compare_judges_on_unseen_sequences(as_json, trace):
     """The numbers are those of the library: statistics of one half, replay of the other."""
-    actual = json.loads(
-        ok(
-            *("compare", trace, "--devices", 4, "--methods", METHODS, "--window", 64, *ONCE),
-            *("--max-imbalance", 1.05, "--json", "-"),
-        )
+    actual = as_json(
+        *("compare", trace, "--devices", 4, "--methods", METHODS, "--window", 64, *ONCE),
+        "--max-imbalance",
+        1.05,
     )
     assert list(actual["methods"]) == METHODS.split(",")
     seen, unseen = mt.RoutingTrace.load(trace).split(0.5, seed=0)
@@ -357,16 +356,13 @@ def test_compare_judges_on_unseen_sequences(ok, trace):
         assert {"bound", "gap", "status", "solve_seconds"} <= set(row)
 
 
-def test_compare_tells_the_range_of_gains_over_splits(ok, trace):
+def test_compare_tells_the_range_of_gains_over_splits(as_json, ok, trace):
     """Each split is solved and judged by itself, with the seeds that follow one another."""
     arguments = ("compare", trace, "--devices", 4, "--methods", "contiguous,lpt", "--window", 64)
     arguments += ("--objective", "balance", "--baseline", "contiguous")
-    actual = json.loads(ok(*arguments, "--splits", 3, "--json", "-"))
+    actual = as_json(*arguments, "--splits", 3)
     gain = actual["methods"]["lpt"]["gain"]
-    singles = [
-        json.loads(ok(*arguments, "--splits", 1, "--seed", seed, "--json", "-"))["methods"]
-        for seed in range(3)
-    ]
+    singles = [as_json(*arguments, "--splits", 1, "--seed", seed)["methods"] for seed in range(3)]
     wanted = [1 - each["lpt"]["imbalance"] / each["contiguous"]["imbalance"] for each in singles]
     assert gain["splits"] == pytest.approx(wanted)
     assert gain["mean"] == pytest.approx(np.mean(wanted))
@@ -380,11 +376,11 @@ def test_compare_tells_the_range_of_gains_over_splits(ok, trace):
     assert re.search(r"^Gain: on unseen traffic lpt .* contiguous.* over 3 splits\)\.$", text, re.M)
 
 
-def test_compare_of_one_split_has_an_interval_of_this_placement(ok, trace):
+def test_compare_of_one_split_has_an_interval_of_this_placement(as_json, ok, trace):
     """The interval is that of a verdict on the same sequences, and the sentence says of what."""
     arguments = ("compare", trace, "--devices", 4, "--methods", "contiguous,lpt", "--window", 64)
     arguments += ("--objective", "balance", "--splits", 1)
-    gain = json.loads(ok(*arguments, "--json", "-"))["methods"]["lpt"]["gain"]
+    gain = as_json(*arguments)["methods"]["lpt"]["gain"]
     assert gain["kind"] == "interval of this placement"
     assert gain["low"] < gain["mean"] < gain["high"]
     assert gain["splits"] == [gain["mean"]]
