@@ -66,7 +66,7 @@ def command(
     methods: Annotated[
         tuple[str, ...],
         option(
-            options.Method(METHODS, ALIASES, several=True),
+            options.Text(options.read_methods),
             "A,B,C",
             default=DEFAULT_METHODS,
             help=f"Out of {', '.join(METHODS)}.",
