@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import copy
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _checks as check
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import DECODER
-from moetuner.frozen import Frozen
+from moetuner.frozen import Frozen, as_json
 from moetuner.topology import Topology
 
 SCHEMA = "moetuner.placement/1"
@@ -59,8 +59,8 @@ class PlacementDiff(Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values."""
-        values = {of.name: getattr(self, of.name) for of in fields(self)}
-        return {n: v.tolist() if isinstance(v, np.ndarray) else v for n, v in values.items()}
+        values: dict[str, Any] = as_json(vars(self))
+        return values
 
 
 def difference(

@@ -135,6 +135,8 @@ def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | 
 
 # Fields that are tables of pairs of experts [n,E,E], and by how much n is less than the layers.
 PAIRS = {"transitions": 1, "coactivation": 0}
+# Fields that are no tables.
+ABOUT = ("window", "set_tokens", "group_names", "model", "expert_size")
 
 # Counts beyond this are a mistake in the number of experts or the window, not a model.
 TABLE_LIMIT = 16 << 30
@@ -483,20 +485,9 @@ class RoutingStatistics(Frozen):
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
-        contents.write_statistics(
-            check.path_in(path),
-            {
-                "load": self.window_load,
-                **self._pairs,
-                "group": self.group,
-                **to_tables(self.sets),
-            },
-            window=self.window,
-            set_tokens=self.set_tokens,
-            group_names=self.group_names,
-            model=self.model,
-            expert_size=self.expert_size,
-        )
+        pairs = {"load": self.window_load, **self._pairs, "group": self.group}
+        about: Any = {name: getattr(self, name) for name in ABOUT}
+        contents.write_statistics(check.path_in(path), pairs | to_tables(self.sets), **about)
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingStatistics:
@@ -514,18 +505,9 @@ class RoutingStatistics(Frozen):
         """
         saved = contents.read_statistics(check.path_in(path))
         with naming(path):
-            load = saved.tables["load"]
-            return cls(
-                load[None] if load.ndim == 2 else load,
-                **{name: saved.tables.get(name) for name in PAIRS},
-                window=saved.window,
-                group=saved.tables.get("group"),
-                group_names=check.names(saved.group_names),
-                model=saved.model,
-                sets=from_tables(saved.tables),
-                expert_size=saved.expert_size,
-                set_tokens=saved.set_tokens,
-            )
+            about: Any = {name: saved.tables.get(name) for name in (*PAIRS, "group")}
+            about |= {name: getattr(saved, name) for name in ABOUT}
+            return cls.from_load(saved.tables["load"], sets=from_tables(saved.tables), **about)
 
 
 def _by_group(
