@@ -585,12 +585,3 @@ def _sampling(trace: RoutingTrace) -> int:
     if distinct * trace.layers <= MOST_SETS:
         return 1
     return -(-trace.tokens * trace.layers // MOST_SETS)
-
-
-def some_windows(statistics: RoutingStatistics, keep: NDArray[np.bool_]) -> RoutingStatistics:
-    """Return a load table of some windows [W] of one."""
-    return replace(
-        statistics,
-        window_load=statistics.window_load[keep],
-        group=None if statistics.group is None else statistics.group[keep],
-    )

@@ -17,11 +17,6 @@ from moetuner.evaluation.copies import SPLITS
 MODEL = mt.CostModel(1.0, 0.5, 0.01, 2.0, 64.0)
 
 
-def same(found, alone):
-    """Whether two evaluations hold the same figures, groups included, to the last bit."""
-    return found.to_dict() == alone.to_dict()
-
-
 @given(
     st.sampled_from(SPLITS),
     st.integers(1, 3),
@@ -45,7 +40,7 @@ def test_placements_are_replayed_as_each_by_itself(split, layers, spare, window,
     how = {"window": window, "split": split, "cost_model": MODEL}
     together = evaluate_each(placements, trace, topology, **how)
     for placement, found in zip(placements, together, strict=True):
-        assert same(found, mt.evaluate(placement, trace, topology, **how))
+        assert found.to_dict() == mt.evaluate(placement, trace, topology, **how).to_dict()
 
 
 def test_progress_is_the_share_of_tokens(make_trace, monkeypatch):
@@ -202,24 +197,3 @@ def test_percentile_of_two_parts(some, others):
             for compare in (np.less_equal, np.less)
         )
         assert before - 1e-9 <= percent / 100 <= reached + 1e-9
-
-
-@given(st.sampled_from(["bursts", "mixed", 0.3]), st.booleans(), st.booleans())
-def test_audit_predicts_what_evaluate_predicts(arrival, labelled, grouped):
-    """Figures by sequence add up to those of evaluate, of all traffic and of every group."""
-    rng = np.random.default_rng(3)
-    trace = mt.RoutingTrace.from_arrays(
-        random_ids(200, 2, 2, 8, seed=2),
-        num_experts=8,
-        sequence=np.arange(200) // 6 if labelled else None,
-        group=rng.integers(0, 2, 200) if grouped else None,
-    )
-    placement = mt.Placement(random_slots(rng, 2, 4, 8, spare=1), num_experts=8)
-    how = {"window": 16, "cost_model": MODEL, "arrival": arrival}
-    audited = mt.audit(placement, trace, resamples=5, **how)
-    found = mt.evaluate(placement, trace, **how)
-    assert audited.whole["predicted_layer_us"].value.value == pytest.approx(
-        found.predicted_layer_us
-    )
-    for name, of in audited.groups.items():
-        assert of["imbalance"].value.value == pytest.approx(found.by_group[name].imbalance)

@@ -8,7 +8,6 @@ from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_models import build, prompts, torch
-from ranks import values
 
 import moetuner as mt
 from moetuner.torch import RoutingCounters, capture
@@ -130,28 +129,3 @@ def test_windows_have_a_limit():
     ids = torch.zeros(1, 100, 1, dtype=torch.uint16).expand(400, 100, 1)
     with pytest.raises(ValueError, match="windows must fit 16 GiB, got 20 GiB for 400 windows"):
         counters.update(ids)
-
-
-TOKENS = (35, 20, 0)  # the last rank has none, the first more windows than the others
-
-
-def test_sums_over_ranks():
-    """Every rank gets the sum, window by window; who counts otherwise is an error on all ranks."""
-    parts = []
-    for number, tokens in enumerate(TOKENS):
-        ids = random_ids(tokens, 3, 2, 8, seed=number)
-        trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
-        parts.append(mt.RoutingStatistics.from_trace(trace, window=10))
-    load = np.zeros((4, 3, 8), dtype=np.uint64)
-    for part in parts:
-        load[: part.windows] += part.window_load
-    expected = mt.RoutingStatistics(
-        load,
-        sum(part.transitions for part in parts),
-        sum(part.coactivation for part in parts),
-    )
-    ids = [random_ids(tokens, 3, 2, 8, seed=number) for number, tokens in enumerate(TOKENS)]
-    for rank, (text, own, *total) in enumerate(values(3, "rank_work.summed", ids)):
-        assert text == "ranks must count alike, got layers from 2 to 3"
-        assert own == TOKENS[rank] * 3 * 2  # summing leaves a rank's own counts as they are
-        assert total == [expected.fingerprint, 4, 30]

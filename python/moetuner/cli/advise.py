@@ -201,14 +201,13 @@ def _serving(source: Source, advice: Advice, engine: str | None) -> list[str]:
     commands = []
     hidden, dense = source.layer_words()
     layers = {
-        "hidden": f" --hidden-layers {hidden} --dense-layers {dense}",
-        "numbered": f" --dense-layers {dense}",
+        "hidden_layers": f" --hidden-layers {hidden}",
+        "dense_layers": f" --dense-layers {dense}",
     }
     for name, writer in WRITERS.items():
         if writer.engine == engine:
-            commands.append(
-                f"{export} {name}{layers.get(writer.rows, '')} --out experts{writer.suffixes[0]}"
-            )
+            options = "".join(layers[hint] for hint in writer.hints)
+            commands.append(f"{export} {name}{options} --out experts{writer.suffixes[0]}")
     of, problem = ENGINES[engine], advice.problem
     devices = problem.topology.devices
     more = devices * (problem.slots + advice.knee) - problem.experts

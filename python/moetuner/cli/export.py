@@ -166,7 +166,7 @@ def _check(path: Path, form: str | None, engine: str | None, hints: Hints, outpu
     engine = engine or writer.engine
     rows, slots = layout.experts.shape
     output.say(f"{path.name}: {writer.title}, {rows} rows of {slots} slots")
-    wrong = [options.as_options(fault) for fault in faults(layout, writer.rows, engine, hints)]
+    wrong = [options.as_options(fault) for fault in faults(layout, engine, hints)]
     for fault in wrong:
         output.say(f"- {fault}")
     sizes = {

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from moetuner.files import Kind, kind_of
 from moetuner.files.contents import holds_statistics
 from moetuner.formats.hints import Hints, Traffic
@@ -75,9 +73,4 @@ def recognises_map(path: Path) -> bool:
 
 def read_map(path: Path, _: Hints) -> Layout:
     """Read moetuner's JSON."""
-    placement = Placement.load(path)
-    return Layout(
-        placement.slots.reshape(placement.layers, -1).astype(np.int64),
-        devices=placement.devices,
-        num_experts=placement.num_experts,
-    )
+    return Layout.of_placement(Placement.load(path))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import shown
 from moetuner.files import naming
-from moetuner.files.ids import IdsInMemory, IdsInParts
+from moetuner.files.ids import IdsInParts
 from moetuner.formats.hints import Hints
 from moetuner.formats.sources import files_in
 from moetuner.trace import RoutingTrace
@@ -102,7 +102,7 @@ def trace_of(
     with naming(paths[0]):
         if trace is None:
             raise ValueError(f"{source} must have at least one token with routed experts, got none")
-        joined = IdsInMemory(trace.joined())
+        joined = trace.joined()
         if hints.dense_layers is None and sizes[1] == 1:
             rows = _with_experts(joined.values, source)
             joined = joined.select(None, np.asarray(rows))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT
 from moetuner.files import naming
-from moetuner.files.ids import IdsInMemory, IdsInParts
+from moetuner.files.ids import IdsInParts
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -190,7 +190,7 @@ class Tokens(Table):
     def traffic(self) -> RoutingTrace:
         """Return the trace."""
         about = self.about(self.joined())
-        return RoutingTrace(IdsInMemory(self.ids.joined()), self.ids.num_experts, **about)
+        return RoutingTrace(self.ids.joined(), self.ids.num_experts, **about)
 
 
 class Choices(Table):

@@ -26,7 +26,7 @@ from moetuner.formats import pickled
 from moetuner.formats.arrays import names_in, read_arrays
 from moetuner.formats.counts import by_expert, counts_in
 from moetuner.formats.hints import Hints
-from moetuner.formats.layout import Layout, check_full
+from moetuner.formats.layout import Layout
 from moetuner.formats.records import head
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
@@ -125,14 +125,7 @@ def _by_expert(
 
 
 def write_map(placement: Placement, path: Path, _: Hints) -> None:
-    """Write the expert map.
-
-    Raises
-    ------
-    ValueError
-        If a slot is empty: all devices must have lists of one length.
-    """
-    check_full(placement, "vllm-ascend")
+    """Write the expert map."""
     layers = [
         {
             "layer_id": layer,

@@ -319,11 +319,13 @@ class _Study:
         return concluded(advice, kinds, self._notes(phases, knee))
 
     def _settings(self, splits: int) -> dict[str, Any]:
-        same = ("engine", "price", "expert_bytes", "in_order", "seed")
         return {
-            **{name: getattr(self, name) for name in same},
-            **self.how,
-            "cost_model": self.how["cost_model"].name,
+            "engine": self.engine,
+            "price": self.price,
+            "expert_bytes": self.expert_bytes,
+            **{name: self.how[name] for name in ("regime", "split", "arrival")},
+            "in_order": self.in_order,
+            "seed": self.seed,
             "devices": self.topology.devices,
             "devices_per_node": self.topology.devices_per_node,
             "topology": self.topology.name,
@@ -332,6 +334,7 @@ class _Study:
             "windows": list(self.windows),
             "splits": splits,
             "held_out": self.is_held_out,
+            "cost_model": self.how["cost_model"].name,
         }
 
     def _compared(self, trials: list[_Trial], proposed: Key, window: int | None) -> Judged:
