@@ -257,8 +257,7 @@ class Placement(Frozen):
         if slots is self.slots or slots.base is not None:
             slots = slots.copy()
         slots.flags.writeable = False
-        object.__setattr__(self, "slots", slots)
-        object.__setattr__(self, "num_experts", experts)
+        vars(self).update(slots=slots, num_experts=experts)
         self._check_names()
 
     def _check_names(self) -> None:
@@ -368,8 +367,7 @@ class Placement(Frozen):
         if not names.keys() <= {*TEXTS, *FIGURES}:
             raise TypeError(f"names must be of {(*TEXTS, *FIGURES)}, got {sorted(names)}")
         named = copy(self)  # without another check: the slots cannot have changed
-        for name, value in names.items():
-            object.__setattr__(named, name, value)
+        vars(named).update(names)
         named._check_names()
         return named
 

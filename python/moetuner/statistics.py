@@ -71,8 +71,7 @@ class ExpertSets(Frozen):
         )
         if (ids[:, 1:] == ids[:, :-1]).any():
             raise ValueError("ids of an expert set must differ")
-        object.__setattr__(self, "ids", ids)
-        object.__setattr__(self, "counts", counts)
+        vars(self).update(ids=ids, counts=counts)
 
     @property
     def top_k(self) -> int:
@@ -212,7 +211,12 @@ class RoutingStatistics(Frozen):
             raise ValueError(
                 f"load must have at least one window, layer and expert, got {list(load.shape)}"
             )
-        object.__setattr__(self, "window_load", _narrowest(load))
+        vars(self).update(
+            window_load=_narrowest(load),
+            window=check.window_in(self.window),
+            group_names=check.names(self.group_names),
+            expert_size=check.expert_size(self.expert_size),
+        )
         _, layers, experts = load.shape
         for name, table in self._pairs.items():
             if table is not None:
@@ -220,24 +224,21 @@ class RoutingStatistics(Frozen):
                 whole = _counts(name, table, "[.., experts, experts]").astype(np.uint64, copy=False)
                 if whole.shape != shape:
                     raise ValueError(f"{name} must be {list(shape)}, got {list(whole.shape)}")
-                object.__setattr__(self, name, whole)
+                vars(self)[name] = whole
         for layer, counts in enumerate(self.coactivation if self.coactivation is not None else ()):
             if counts.diagonal().any() or not np.array_equal(counts, counts.T):
                 rule = "symmetric with a zero diagonal"
                 raise ValueError(f"coactivation must be {rule}, layer {layer} is not")
         if self.sets is not None:
-            object.__setattr__(self, "sets", tuple(check.listed("sets", self.sets, "expert sets")))
+            vars(self)["sets"] = tuple(check.listed("sets", self.sets, "expert sets"))
             self._check_sets(self.sets)
         if self.set_tokens is not None:
             if self.sets is None:
                 raise ValueError("set_tokens must be None without sets")
             check.whole_number("set_tokens", self.set_tokens)
-        object.__setattr__(self, "group_names", check.names(self.group_names))
-        object.__setattr__(self, "expert_size", check.expert_size(self.expert_size))
         if self.group is not None:
-            group = check.groups(self.group, load.shape[0], self.group_names, np.int64)
-            object.__setattr__(self, "group", group)
-        object.__setattr__(self, "window", check.window_in(self.window))
+            group = check.groups(self.group, self.windows, self.group_names, np.int64)
+            vars(self)["group"] = group
         check.text_or_none("model", self.model)
 
     def _check_sets(self, sets: tuple[ExpertSets, ...]) -> None:
@@ -338,8 +339,7 @@ class RoutingStatistics(Frozen):
             set_tokens=None if every == 1 else -(-trace.tokens // every),
         )
         # What the core has counted needs no check, which takes as long as writing it.
-        for name, table in zip(PAIRS, pairs, strict=True):
-            object.__setattr__(statistics, name, table)
+        vars(statistics).update(zip(PAIRS, pairs, strict=True))
         return statistics
 
     @classmethod
