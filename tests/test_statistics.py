@@ -136,18 +136,6 @@ def test_an_array_that_changed_is_refused(make_trace, tmp_path):
         mt.RoutingStatistics.from_trace(trace)
 
 
-def test_real_trace(data):
-    """A real trace, against numpy."""
-    trace = mt.RoutingTrace.load(data / "gpt-oss-20b-mini.npz")
-    actual = mt.RoutingStatistics.from_trace(trace, window=512)
-    hot = np.zeros((trace.tokens, trace.layers, 32), dtype=np.int64)
-    np.put_along_axis(hot, trace.expert_ids.astype(np.intp), 1, axis=2)
-    assert np.array_equal(actual.window_load, hot.reshape(8, 512, 24, 32).sum(axis=1))
-    assert np.array_equal(actual.transitions, np.einsum("tle,tlf->lef", hot[:, :-1], hot[:, 1:]))
-    together = np.einsum("tle,tlf->lef", hot, hot) * (1 - np.eye(32, dtype=np.int64))
-    assert np.array_equal(actual.coactivation, together)
-
-
 # ---- files
 
 
