@@ -29,8 +29,8 @@ def test_every_expert_is_somewhere_and_no_device_holds_it_twice(placement):
     counts = placement.replicas
     assert counts.min() >= 1
     for layer, device in np.ndindex(placement.layers, placement.devices):
-        held = [e for e in placement.slots[layer, device].tolist() if e != -1]
-        assert len(held) == len(set(held))
+        part = [e for e in placement.slots[layer, device].tolist() if e != -1]
+        assert len(part) == len(set(part))
     assert counts.sum() == (placement.slots != -1).sum()
 
 
@@ -76,9 +76,9 @@ def test_diff_counts_experts_that_arrive(a, b):
     moves = 0
     for layer, device in np.ndindex(a.layers, a.devices):
         moves += len(set(b.slots[layer, device]) - set(a.slots[layer, device]) - {-1})
-    found = a.diff(b, expert_bytes=10)
-    assert (found.experts_moved, found.bytes_moved) == (moves, 10 * moves)
-    assert found.experts_moved_per_layer.sum() == moves
+    actual = a.diff(b, expert_bytes=10)
+    assert (actual.experts_moved, actual.bytes_moved) == (moves, 10 * moves)
+    assert actual.experts_moved_per_layer.sum() == moves
 
 
 @given(placements(), placements())
@@ -86,14 +86,14 @@ def test_moves_lead_from_one_placement_to_the_other(a, b):
     """Every move has a source that held the expert, and together they make the other's holders."""
     if a.slots.shape[:2] != b.slots.shape[:2] or a.num_experts != b.num_experts:
         return
-    found, held = a.diff(b), a.held.copy()
-    for layer, expert, source, target in found.moves:
+    actual, part = a.diff(b), a.held.copy()
+    for layer, expert, source, target in actual.moves:
         assert a.held[layer, source, expert]
-        assert not held[layer, target, expert]
-        held[layer, target, expert] = True
-    assert (held >= b.held).all()
-    assert found.pairs.sum() == found.experts_moved == len(found.moves)
-    assert not found.pairs.diagonal().any()
+        assert not part[layer, target, expert]
+        part[layer, target, expert] = True
+    assert (part >= b.held).all()
+    assert actual.pairs.sum() == actual.experts_moved == len(actual.moves)
+    assert not actual.pairs.diagonal().any()
 
 
 @given(placements(), placements(), st.data())

@@ -83,11 +83,11 @@ def test_link_cost_is_scaled_with_a_bounded_loss(values):
     cost = np.zeros((4, 4))
     cost[np.triu_indices(4, 1)] = values
     cost += cost.T
-    found = mt.Topology(4, link_cost=cost).cost
-    assert (found == found.T).all()
-    assert found.max() <= 65535
-    assert ((found > 0) == (cost > 0)).all()
-    error = np.abs(found / found.max() - cost / cost.max())
+    actual = mt.Topology(4, link_cost=cost).cost
+    assert (actual == actual.T).all()
+    assert actual.max() <= 65535
+    assert ((actual > 0) == (cost > 0)).all()
+    error = np.abs(actual / actual.max() - cost / cost.max())
     assert error.max() <= 1 / 65535
 
 
@@ -143,8 +143,8 @@ def test_links_may_differ_by_any_ratio(ratio, fast, make_trace):
     assert (off.min(), off.max()) == (1, min(ratio, 65535))
     statistics = mt.RoutingStatistics.from_trace(make_trace(60))
     problem = mt.Problem(statistics, topology, regime="follow", max_imbalance=2.0)
-    found = mt.solve(problem, "heuristic", iterations=100)
-    assert 0 <= found.objective <= ratio * 1.01
+    actual = mt.solve(problem, "heuristic", iterations=100)
+    assert 0 <= actual.objective <= ratio * 1.01
 
 
 def test_all_that_is_finite_gives_finite_times(make_trace):
@@ -163,5 +163,5 @@ def test_all_that_is_finite_gives_finite_times(make_trace):
         ),
         cost_model=mt.CostModel(**worst, token_bytes=1e30),
     )
-    found = mt.solve(problem, "contiguous")
-    assert np.isfinite(found.objective)
+    actual = mt.solve(problem, "contiguous")
+    assert np.isfinite(actual.objective)

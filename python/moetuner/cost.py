@@ -110,12 +110,12 @@ class CostModel(Frozen):
             if name != "combine_bytes" or self.combine_bytes is not None:
                 unit = "microseconds" if name.endswith("_us") else "bytes"
                 value = check.not_negative(name, getattr(self, name), f"number of {unit}")
-                object.__setattr__(self, name, value)
+                vars(self)[name] = value
         if not (check.is_number(self.overlap) and 0 <= self.overlap <= 1):
             raise ValueError(f"overlap must be from 0 to 1, got {check.shown(self.overlap)}")
         for name in ("parameter_errors", "measured"):
             if isinstance(getattr(self, name), list):  # as JSON has it
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+                vars(self)[name] = tuple(getattr(self, name))
         check.one_of("once_per", self.once_per, ("device", "node"))
         check.text_or_none("name", self.name)
         if self.residual is not None:

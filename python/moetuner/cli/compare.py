@@ -14,7 +14,7 @@ from moetuner.cli import options
 from moetuner.cli.options import option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.problem import ProblemOptions
+from moetuner.cli.options.serving import ProblemOptions
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.comparison import Comparison
@@ -66,7 +66,7 @@ def command(
     methods: Annotated[
         tuple[str, ...],
         option(
-            options.Method(METHODS, ALIASES, several=True),
+            options.Text(options.read_methods),
             "A,B,C",
             default=DEFAULT_METHODS,
             help=f"Out of {', '.join(METHODS)}.",

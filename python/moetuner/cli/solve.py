@@ -14,7 +14,7 @@ from moetuner.cli.options import SearchOptions, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import Moving
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.problem import ProblemOptions
+from moetuner.cli.options.serving import ProblemOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.evaluation.auditing import contiguous
@@ -23,7 +23,7 @@ from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.outcome import Outcome, head, remarks, sentences, slower
 from moetuner.report.page.data import of_outcomes
-from moetuner.solver import ALIASES, METHODS, Result
+from moetuner.solver import METHODS, Result
 
 FLATTERED = (
     "The traffic that the placement was computed from, which flatters it; moetuner advise judges "
@@ -41,7 +41,7 @@ def command(
     method: Annotated[
         str,
         option(
-            options.Method(METHODS, ALIASES),
+            options.Text(options.read_method, words=METHODS),
             "METHOD",
             group=options.SEARCH,
             help=f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
