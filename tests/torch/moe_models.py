@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import re
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -233,6 +234,35 @@ def placement_for(model, devices=2, seed=0):
 def tensors_of(folder):
     """All tensors of a checkpoint."""
     return {k: t for path in folder.glob("*.safetensors") for k, t in load_file(path).items()}
+
+
+def choices(model, tokens, mask=None):
+    """Expert ids [B,S,L,K] by hooks of the tests' own, the obvious way."""
+    chosen = []
+    handles = [
+        layer.router.register_forward_hook(lambda _m, _i, out: chosen.append(ids_in(out)))
+        for layer in moe_layers(model)
+    ]
+    with torch.no_grad():
+        model(input_ids=tokens, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(chosen, 1).unflatten(0, tokens.shape).numpy()
+
+
+def ids_in(output):
+    """Give the one tensor of whole numbers that a router returns."""
+    (ids,) = (part for part in output if not part.is_floating_point())
+    return ids.clone()
+
+
+def refused(text, call, *arguments, **named):
+    """Expect an error of one line that contains a text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pytest.raises((ValueError, TypeError), match=re.escape(text)) as caught:
+            call(*arguments, **named)
+    assert "\n" not in str(caught.value)
 
 
 def same(a, b):
