@@ -4,7 +4,7 @@ import contextlib
 
 import numpy as np
 import pytest
-from moe_models import build, choices, prompts, refused, torch, transformers
+from moe_models import Gate, build, choices, prompts, refused, torch, transformers
 
 import moetuner as mt
 from moetuner.torch import RoutingCounters, apply_placement, capture, moe_layers
@@ -388,36 +388,16 @@ def test_models_that_cannot_be_recorded():
     refused(text, record, model)
 
 
-class Gate(torch.nn.Module):
-    """Router of a model with its own code: ids first, then weights, and nothing else."""
-
-    def __init__(self):
-        super().__init__()
-        self.top_k = 2
-        self.weight = torch.nn.Parameter(torch.randn(5, 4))
-
-    def forward(self, x):
-        """Choose two experts for each token of x [T,H]; the first token is left out on demand."""
-        top = (x[int(self.training) :] @ self.weight.T).softmax(-1).topk(2)
-        return top.indices, top.values
-
-
 def test_routers_that_are_named():
     """Any module of the model can be named as a router; its tokens must be those of the call."""
-    model = torch.nn.Sequential(Gate()).eval()
-    x = torch.randn(6, 4)
-
-    def forward(*_):
-        model[0](x)
-
-    model.forward = forward
+    model, x = torch.nn.Sequential(Gate(5, 4)), torch.randn(6, 4)
     with torch.no_grad(), capture(model, routers=[model[0]]) as recorder:
         model(x)
     trace = recorder.trace()
     assert (trace.num_experts, trace.sequence.tolist()) == (5, [0] * 6)
     assert np.array_equal(trace.expert_ids[:, 0], model[0](x)[0].numpy())
-    model.train()
-    text = "0: expert ids must be [6, 2], [tokens, top_k] as the forward pass was called, got [5"
+    model.forward = lambda x: model[0](x[1:])
+    text = "0: expert ids must be [6, 2], [tokens, top_k] as the forward pass was called, got [5, 2"
     refused(text, record, model, lambda: model(x), routers=["0"])
 
 
@@ -430,8 +410,7 @@ def test_a_compiled_model_runs_eagerly_while_it_is_recorded(how):
         runs.append("compiled")
         return lambda *given: runs.append("ran") or graph(*given)
 
-    model = torch.nn.Sequential(Gate()).eval()
-    x = torch.randn(6, 4)
+    model, x = torch.nn.Sequential(Gate(5, 4)), torch.randn(6, 4)
     called = model
     if how == "in place":
         model.compile(backend=backend)
