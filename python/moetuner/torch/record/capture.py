@@ -1,9 +1,16 @@
-"""Recording the routing of a running model into a trace."""
+"""Recording the routing of a running model into a trace.
+
+Ids go from the device to the host without waiting, and to disk while the recording runs.
+"""
 
 from __future__ import annotations
 
+import math
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +22,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moetuner._checks import IdArray, instance, listed, path_in, text_or_none, whole_number
+from moetuner._checks import IdArray, id_type, instance, listed, path_in, text_or_none, whole_number
 from moetuner._core import validate
+from moetuner.files.contents import TraceContents, write_trace
+from moetuner.files.ids import IdsInFile
+from moetuner.files.safetensors import TensorInFile
 from moetuner.torch.models import moe_layers
 from moetuner.torch.record.hooks import Step, StepHooks, cache_of
-from moetuner.torch.record.spool import Labels, Offload, Parts
-from moetuner.trace import RoutingTrace
+from moetuner.trace import SHARD_BYTES, RoutingTrace
 
+# What a trace says of a token besides its experts.
+LABEL = np.dtype([("sequence", "<i4"), ("group", "<i2")])
+Labels = NDArray[np.void]
 BUFFER_BYTES = 64 << 20
 PARTIAL = ".partial.safetensors"  # what a recording that did not end well is called
 UNNAMED = "other"  # tokens outside every group, in a recording that has groups
@@ -75,6 +87,8 @@ class Recorder:
 
     Attributes
     ----------
+    attention_mask
+        Which tokens of coming passes to keep [batch, tokens]; None takes the model's mask.
     dropped
         Forward passes that were left out.
     layers
@@ -100,10 +114,8 @@ class Recorder:
         buffer_bytes: int = BUFFER_BYTES,
     ) -> None:
         text_or_none("name", name)
-        of_batch = (
-            [] if group is None or isinstance(group, str) else listed("group", group, "names")
-        )
-        for label in of_batch:
+        whole = group is None or isinstance(group, str)
+        for label in () if whole else listed("group", group, "names"):
             text_or_none("group", label)
         if attention_mask is not None:
             instance("attention_mask", attention_mask, Tensor)
@@ -112,11 +124,10 @@ class Recorder:
         self.layers = moe_layers(model, routers)
         if self._path is not None and self._path.suffix != ".safetensors":
             raise ValueError(f"path must end in .safetensors, got {self._path.name!r}")
-        self._name, self._expert_size = name or type(model).__name__, expert_size_of(model)
-        self._hooks = StepHooks(model, self.layers, self._step)
-        self._hooks.attention_mask = attention_mask
-        small = self._hooks.num_experts <= 256
-        self._dtype = torch.uint8 if small else torch.uint16
+        self._about = {"model": name or type(model).__name__, "expert_size": expert_size_of(model)}
+        self.attention_mask = attention_mask
+        self._hooks = StepHooks(model, self.layers, self._step, lambda: self.attention_mask)
+        self._dtype = torch.uint8 if self._hooks.num_experts <= 256 else torch.uint16
         token_bytes = len(self.layers) * self._hooks.top_k * self._dtype.itemsize
         self._offload = Offload(max(1, most // token_bytes), self._arrived)
         self._parts: Parts | None = None
@@ -127,15 +138,6 @@ class Recorder:
         self._numbers: dict[str, int] = {}
         self._sequences = 0
         self._of_cache: WeakKeyDictionary[Any, NDArray[np.int32]] = WeakKeyDictionary()
-
-    @property
-    def attention_mask(self) -> Tensor | None:
-        """Which tokens of coming passes to keep [batch, tokens]; None takes the model's mask."""
-        return self._hooks.attention_mask
-
-    @attention_mask.setter
-    def attention_mask(self, mask: Tensor | None) -> None:
-        self._hooks.attention_mask = mask
 
     @property
     def dropped(self) -> int:
@@ -176,7 +178,6 @@ class Recorder:
         try:
             hooks.attach()
         except BaseException:
-            hooks.remove()
             self._parts.discard()
             raise
         return self
@@ -195,8 +196,7 @@ class Recorder:
                 return
             except Exception as unwritten:
                 fault = unwritten
-        ended = type(fault).__name__ if kind is None else kind.__name__
-        self._keep(f"the recording ended with {ended}")
+        self._rescue(type(fault) if kind is None else kind)
         if kind is None and fault is not None:
             raise fault
 
@@ -211,8 +211,8 @@ class Recorder:
             return error
         return self._wrong or (None if self.tokens else self._hooks.fault)
 
-    def _keep(self, why: str) -> None:
-        """Keep an incomplete recording, beside where it was to be; never fails."""
+    def _rescue(self, kind: type) -> None:
+        """Finish an incomplete recording, beside where it was to be; never fails."""
         parts = self._parts
         assert parts is not None  # set by __enter__
         if not parts.tokens:
@@ -225,8 +225,8 @@ class Recorder:
         except Exception as error:
             where = f"{error}; {parts.folder} has, as raw arrays,"
         with suppress(Warning):
-            text = f"{why}: {where} the {parts.tokens} tokens until then"
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
+            text = f"the recording ended with {kind.__name__}: {where} the {parts.tokens} tokens"
+            warnings.warn(f"{text} until then", RuntimeWarning, stacklevel=3)
 
     def _finish(self, path: Path | None) -> None:
         parts = self._parts
@@ -234,7 +234,7 @@ class Recorder:
         # Groups are only kept if there are any.
         names = list(self._numbers) if set(self._numbers) - {UNNAMED} else []
         source = "moetuner.torch.record.capture"
-        self._trace = parts.finish(path, names, self._name, source, self._expert_size)
+        self._trace = parts.finish(path, source, group_names=names, **self._about)
         parts.discard()
 
     def _step(self, step: Step) -> None:
@@ -251,10 +251,9 @@ class Recorder:
                 f"choose among {self._hooks.choices - self._hooks.num_experts} zero-computation "
                 "experts: RoutingCounters counts the others"
             )
-        assert step.keep is not None  # where it is handed over
-        sequence, group = self._sequence_of(step), self._group_of(step.rows)
-        labels = (np.repeat(sequence, step.length), np.repeat(group, step.length))
-        self._offload.put(step.ids.to(self._dtype), step.keep, labels)
+        labels = np.empty(step.rows, LABEL)
+        labels["sequence"], labels["group"] = self._sequence_of(step), self._group_of(step.rows)
+        self._offload.put(step.ids.to(self._dtype), step.keep, np.repeat(labels, step.length))
 
     def _sequence_of(self, step: Step) -> NDArray[np.int32]:
         """Return labels of a batch's sequences [B]: of the cache that it continues, or new."""
@@ -271,14 +270,13 @@ class Recorder:
                 self._of_cache[following] = labels
         return labels
 
-    def _group_of(self, rows: int) -> NDArray[np.int16]:
+    def _group_of(self, rows: int) -> list[int]:
         """Return the groups of the sequences of a batch [B]."""
         given = UNNAMED if self._group is None else self._group
         names = [given] * rows if isinstance(given, str) else list(given)
         if len(names) != rows or not all(isinstance(name, str) for name in names):
             raise ValueError(f"group must be a name, or one for each of {rows} sequences: {names}")
-        numbers = [self._numbers.setdefault(name, len(self._numbers)) for name in names]
-        return np.asarray(numbers, dtype=np.int16)
+        return [self._numbers.setdefault(name, len(self._numbers)) for name in names]
 
     def _arrived(self, ids: IdArray, keep: NDArray[np.bool_], labels: Labels) -> None:
         assert self._parts is not None  # hooks are attached after it was made
@@ -290,8 +288,7 @@ class Recorder:
             ordered = np.sort(ids, axis=2)
             keep = keep & (ordered[:, :, 1:] != ordered[:, :, :-1]).all((1, 2))
         try:
-            sequence, group = labels
-            self._parts.append(ids[keep], sequence[keep], group[keep])
+            self._parts.append(ids[keep], labels[keep])
         except Exception as error:
             self._lost = error  # a full disk: what it holds is kept, nothing more can be
             raise
@@ -300,6 +297,116 @@ class Recorder:
 def _is_weak(cache: object) -> bool:
     """Whether a cache is an object that can be recognised; tuples of tensors cannot."""
     return hasattr(cache, "__weakref__") and type(cache).__hash__ is not None
+
+
+class Offload:
+    """Copies ids to the host without waiting for the device, and hands them over later.
+
+    On CUDA they go to pinned memory behind the work of their step. When enough steps wait, those of
+    the older half are handed over: the host waits only for work that is long done.
+
+    Parameters
+    ----------
+    capacity
+        Tokens that wait at most, beside the last step.
+    receive
+        Called on the host, in order, with ids [T,L,K], which of them to keep [T] and labels [T].
+    """
+
+    def __init__(
+        self, capacity: int, receive: Callable[[IdArray, NDArray[np.bool_], Labels], None]
+    ) -> None:
+        self._capacity, self._receive = capacity, receive
+        self._waiting: deque[tuple[Tensor, Tensor, Labels, torch.cuda.Event | None]] = deque()
+        self._tokens = 0
+
+    def put(self, ids: Tensor, keep: Tensor, labels: Labels) -> None:
+        """Take ids [T,L,K], marks [T] and labels [T]."""
+        # Copies that need not wait go to pinned memory.
+        host = ids.to("cpu", non_blocking=True), keep.to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
+        self._waiting.append((*host, labels, copied))
+        self._tokens += len(ids)
+        if self._tokens > self._capacity:
+            self._hand_over(self._capacity // 2, last=1)
+
+    def flush(self) -> None:
+        """Hand over everything; waits for the device."""
+        self._hand_over(-1, last=0)
+
+    def _hand_over(self, most: int, *, last: int) -> None:
+        """Receive first steps until at most so many tokens wait, or so many last steps."""
+        while self._tokens > most and len(self._waiting) > last:
+            ids, keep, labels, copied = self._waiting[0]
+            if copied is not None:
+                copied.synchronize()
+            self._receive(ids.numpy(), keep.numpy(), labels)
+            self._waiting.popleft()
+            self._tokens -= len(ids)
+
+
+class Parts:
+    """Tokens in the order in which they were served, on disk; memory holds none of them.
+
+    Parameters
+    ----------
+    path
+        Beside which file to keep them; None for a temporary folder.
+    layers, top_k, num_experts
+        Sizes L, K and E.
+
+    Attributes
+    ----------
+    folder
+        Where they are until ``discard``.
+    tokens
+        How many there are.
+    """
+
+    def __init__(self, path: Path | None, layers: int, top_k: int, num_experts: int) -> None:
+        self._sizes, self._experts = (layers, top_k), num_experts
+        self._dtype = id_type(np.dtype(np.int64), num_experts).newbyteorder("<")
+        # Beside the trace, where there is room for it.
+        parent = None if path is None else path.parent
+        self.folder = Path(tempfile.mkdtemp(prefix=".moetuner-", dir=parent))
+        self._files = [(self.folder / name).open("wb") for name in ("expert_ids", "labels")]
+        self.tokens = 0
+
+    def append(self, ids: IdArray, labels: Labels) -> None:
+        """Take tokens [T,L,K] and their labels [T]; what failed half-way is written anew."""
+        for file, array in zip(self._files, (ids.astype(self._dtype), labels), strict=True):
+            file.seek(self.tokens * math.prod(array.shape[1:]) * array.itemsize)
+            file.write(array.tobytes())
+            file.flush()
+        self.tokens += len(ids)
+
+    def discard(self) -> None:
+        """Delete what was recorded."""
+        self._close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def finish(
+        self, path: Path | None, source: str, group_names: list[str], **about: Any
+    ) -> RoutingTrace:
+        """Make the trace, and write it if there is a path; without names it has no groups.
+
+        ``about`` is what ``TraceContents`` says of the model.
+        """
+        self._close()
+        place = TensorInFile(self._dtype, (self.tokens, *self._sizes), 0)
+        ids = IdsInFile.of(self.folder / "expert_ids", place, self._experts)
+        labels = np.fromfile(self.folder / "labels", LABEL, self.tokens)
+        group = labels["group"] if group_names else None
+        about |= {"sequence": labels["sequence"], "group": group, "group_names": group_names}
+        if path is None:
+            return RoutingTrace.from_arrays(ids.array(), num_experts=self._experts, **about)
+        write_trace(TraceContents(ids, self._experts, **about), path, source, SHARD_BYTES)
+        return RoutingTrace.load(path)
+
+    def _close(self) -> None:
+        for file in self._files:
+            with suppress(OSError):  # a full disk was said when it was written to
+                file.close()
 
 
 capture = Recorder

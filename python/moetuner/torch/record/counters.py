@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moetuner._checks import experts_in, flag, shown, whole_number, window_in
-from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
+from moetuner.statistics import PAIRS, TABLE_LIMIT, RoutingStatistics
 from moetuner.torch.models import moe_layers, same_sizes
 from moetuner.torch.record.hooks import Step, StepHooks
 
@@ -95,8 +96,6 @@ class RoutingCounters:
         layers = moe_layers(model, routers)
         experts, top_k = same_sizes(layers)
         weights = next(layers[0].router.parameters(), None)
-        # Weights that are offloaded have no device; the first pass tells.
-        device = torch.device("cpu") if weights is None else weights.device
         counters = cls(
             len(layers),
             experts,
@@ -104,7 +103,8 @@ class RoutingCounters:
             window=window,
             transitions=transitions,
             coactivation=coactivation,
-            device="cpu" if device.type == "meta" else device,
+            # Weights that are offloaded have no device; the first pass tells.
+            device="cpu" if weights is None or weights.is_meta else weights.device,
         )
         counters._choices = layers[0].choices
         counters.reset()
@@ -123,18 +123,21 @@ class RoutingCounters:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    @torch.inference_mode(False)  # tensors born in it could not be written outside it
     def reset(self) -> None:
         """Set all counts to zero."""
-        choices = self._choices
-        self._tables = {"load": self._zeros(1, self.layers, choices), "tokens": self._zeros()}
-        if self._pairs["transitions"]:
-            self._tables["transitions"] = self._zeros(self.layers - 1, choices, choices)
-        if self._pairs["coactivation"]:
-            self._tables["coactivation"] = self._zeros(self.layers, choices, choices)
-        self._tables["wrong"] = self._zeros()
+        sizes: dict[str, tuple[int, ...]] = {"load": (1, self.layers, self._choices)}
+        for name, less in PAIRS.items():
+            if self._pairs[name]:
+                sizes[name] = (self.layers - less, self._choices, self._choices)
+        sizes |= {"tokens": (), "wrong": ()}
+        self._tables = {
+            name: torch.zeros(size, dtype=torch.int64, device=self.device)
+            for name, size in sizes.items()
+        }
         if self._hooks is not None:
             self._hooks.forget()
-        self._most_tokens = 0  # with padding: known without asking the device
+        self._most_tokens = 0  # with padding: counted without asking the device
         self._ranks = 1
 
     @property
@@ -159,7 +162,9 @@ class RoutingCounters:
             If shape, type or device is wrong.
         """
         sizes = (self.layers, self.top_k)
-        if expert_ids.dim() != 3 or expert_ids.shape[1:] != sizes or _is_no_integer(expert_ids):
+        is_integer = not (expert_ids.is_floating_point() or expert_ids.is_complex())
+        is_integer = is_integer and expert_ids.dtype != torch.bool
+        if expert_ids.dim() != 3 or expert_ids.shape[1:] != sizes or not is_integer:
             raise ValueError(
                 f"expert_ids must be integers [tokens, {sizes[0]}, {sizes[1]}], got "
                 f"{expert_ids.dtype} {list(expert_ids.shape)}"
@@ -169,11 +174,16 @@ class RoutingCounters:
         for name, tensor in (("expert_ids", expert_ids), ("mask", mask)):
             if tensor is not None and tensor.device.type != self.device.type:
                 raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
-        if not len(expert_ids):
-            return
-        # Autocast would round products, and so counts, to bfloat16.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            self._count(expert_ids.long(), None if mask is None else mask != 0)
+        tokens = len(expert_ids)
+        keep = torch.ones(tokens, device=self.device) if mask is None else mask != 0
+        if self.window is not None:
+            self._enlarge(-(-(self._most_tokens + tokens) // self.window))
+        self._most_tokens += tokens
+        chunk = max(1, CHUNK_BYTES // (16 * self.layers * self.top_k**2))
+        with torch.no_grad():
+            for at in range(0, tokens, chunk):
+                part = slice(at, at + chunk)
+                self._count(expert_ids[part].long(), keep[part].long())
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> RoutingCounters:
         """Return the sum over all ranks of a process group; these counters stay as they are.
@@ -194,34 +204,24 @@ class RoutingCounters:
             "window": self.window,
             **self._pairs,
         }
-        said: list[Any] = [None] * dist.get_world_size(group)
+        posts: list[Any] = [None] * dist.get_world_size(group)
         # Objects travel by the current device.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            dist.all_gather_object(said, (settings, len(self._tables["load"])), group)
+            dist.all_gather_object(posts, (settings, len(self._tables["load"])), group)
         for name in settings:
-            values = sorted({of[name] or 0 for of, _ in said})
+            values = sorted({of[name] or 0 for of, _ in posts})
             if len(values) > 1:
                 raise ValueError(
                     f"ranks must count alike, got {name} from {values[0]} to {values[-1]}"
                 )
-        total = RoutingCounters(
-            self.layers,
-            self.experts,
-            self.top_k,
-            window=self.window,
-            transitions=self._pairs["transitions"],
-            coactivation=self._pairs["coactivation"],
-            device=self.device,
-        )
-        total._choices = self._choices
-        total.reset()
-        total._enlarge(max(windows for _, windows in said))
-        for name, table in total._tables.items():
-            own = self._tables[name]
-            (table[: len(own)] if table.dim() else table).copy_(own)
+        total = copy.copy(self)
+        total._hooks, total._ranks = None, len(posts) * self._ranks
+        with torch.inference_mode(False):
+            total._tables = {name: table.clone() for name, table in self._tables.items()}
+        total._enlarge(max(windows for _, windows in posts))
+        for table in total._tables.values():
             if table.numel():
                 dist.all_reduce(table, dist.ReduceOp.SUM, group)
-        total._ranks = len(said) * self._ranks
         return total
 
     def statistics(self, *, model: str | None = None) -> RoutingStatistics:
@@ -243,21 +243,17 @@ class RoutingCounters:
                 raise self._hooks.fault
         if self._tables["wrong"].item():
             raise ValueError(f"expert_ids must be from 0 to {self.experts - 1}, some were not")
-        real = slice(self.experts)
-        load = self._tables["load"]
-        used = load.sum(dim=(1, 2)).nonzero()
-        windows = int(used.max()) + 1 if used.numel() else 1
-
-        def pairs(name: str) -> NDArray[Any] | None:
-            table = self._tables.get(name)
-            return None if table is None else table[:, real, real].cpu().numpy()
-
+        tables = {name: table.cpu().numpy() for name, table in self._tables.items()}
+        used, real = np.flatnonzero(tables["load"].any(axis=(1, 2))), slice(self.experts)
+        if (table := tables.get("coactivation")) is not None:
+            tables["coactivation"] = both = table + table.transpose(0, 2, 1)
+            np.einsum("lee->le", both)[:] = 0  # of a router that has named an expert twice
+        pairs: dict[str, Any] = {of: tables[of][:, real, real] for of in PAIRS if of in tables}
         return RoutingStatistics(
-            load[:windows, :, real].cpu().numpy(),
-            pairs("transitions"),
-            pairs("coactivation"),
+            tables["load"][: used.max(initial=0) + 1, :, real],
             window=None if self.window is None else self.window * self._ranks,
             model=model,
+            **pairs,
         )
 
     def _step(self, step: Step) -> None:
@@ -267,33 +263,28 @@ class RoutingCounters:
             self._tables = {name: table.to(self.device) for name, table in self._tables.items()}
         self.update(step.ids, step.keep)
 
-    def _count(self, ids: Tensor, keep: Tensor | None) -> None:
-        tables = self._tables
-        outside = (ids < 0) | (ids >= self._choices)
-        if keep is not None:
-            outside &= keep[:, None, None]
-        tables["wrong"] += outside.any()
-        ids = ids.clamp(0, self._choices - 1)
-        layer = torch.arange(self.layers, device=self.device)[None, :, None]
-        place = layer * self._choices + ids
+    def _count(self, ids: Tensor, keep: Tensor) -> None:
+        """Add tokens [T,L,K] to all tables, those that ``keep`` [T] marks by 1, without waiting."""
+        tables, choices = self._tables, self._choices
+        outside = ((ids < 0) | (ids >= choices)).any(2).any(1)
+        tables["wrong"] += (outside & (keep > 0)).any()
+        # Tokens and layers last: runs of them are computed together.
+        ids = ids.clamp(0, choices - 1).permute(2, 0, 1).contiguous()
+        row = torch.arange(self.layers, device=self.device) * choices + ids
+        window: Tensor | int = 0
         if self.window is not None:
-            self._enlarge(-(-(self._most_tokens + len(ids)) // self.window))
-            number = self._number(len(ids), keep).div(self.window, rounding_mode="floor")
-            place = place + number[:, None, None] * (self.layers * self._choices)
-        self._most_tokens += len(ids)
-        tables["tokens"] += len(ids) if keep is None else keep.sum()
-        add_ones(tables["load"], place, keep)
+            number = (keep.cumsum(0) - 1).clamp(min=0) + tables["tokens"]
+            window = number.div(self.window, rounding_mode="floor")[:, None]
+        tables["tokens"] += keep.sum()
+        places = {"load": window * (self.layers * choices) + row}
         if "transitions" in tables:
-            add_pairs(tables["transitions"], ids[:, :-1], ids[:, 1:], keep)
+            places["transitions"] = row[:, None, :, :-1] * choices + ids[:, :, 1:]
         if "coactivation" in tables:
-            add_pairs(tables["coactivation"], ids, ids, keep)
-            tables["coactivation"].diagonal(dim1=1, dim2=2).zero_()
-
-    def _number(self, tokens: int, keep: Tensor | None) -> Tensor:
-        """Return the number of every token among those that count [T]."""
-        if keep is None:
-            return torch.arange(tokens, device=self.device) + self._tables["tokens"]
-        return (keep.cumsum(0) - 1).clamp(min=0) + self._tables["tokens"]
+            one, other = torch.triu_indices(self.top_k, self.top_k, 1, device=self.device)
+            places["coactivation"] = row[one] * choices + ids[other]
+        for name, place in places.items():
+            ones = keep[:, None].expand(place.shape)
+            tables[name].view(-1).scatter_add_(0, place.reshape(-1), ones.reshape(-1))
 
     def _enlarge(self, windows: int) -> None:
         """Enlarge the windows of load, if there are fewer."""
@@ -306,40 +297,6 @@ class RoutingCounters:
                 f"windows must fit {TABLE_LIMIT >> 30} GiB, got {size / 2**30:.0f} GiB for "
                 f"{windows} windows: read the statistics and reset the counters"
             )
-        larger = self._zeros(max(windows, 2 * len(load)), self.layers, self._choices)
-        larger[: len(load)] = load
-        self._tables["load"] = larger
-
-    def _zeros(self, *sizes: int) -> Tensor:
-        # Tensors born in inference mode could not be written outside it.
         with torch.inference_mode(False):
-            return torch.zeros(sizes, dtype=torch.int64, device=self.device)
-
-
-def _is_no_integer(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
-
-
-def add_pairs(table: Tensor, first: Tensor, second: Tensor, keep: Tensor | None) -> None:
-    """Add pairs of experts to a table [L,E,E], as ``add_ones``.
-
-    Each expert of ``first`` [T,L,K] pairs with each one of ``second`` [T,L,K].
-    """
-    layers, experts, _ = table.shape
-    row = torch.arange(layers, device=table.device)[None, :, None] * experts + first
-    size = max(1, CHUNK_BYTES // (16 * max(layers, 1) * first.shape[2] ** 2))
-    for at in range(0, len(first), size):
-        part = slice(at, at + size)
-        place = row[part, ..., None] * experts + second[part, :, None, :]
-        add_ones(table, place, None if keep is None else keep[part])
-
-
-def add_ones(table: Tensor, place: Tensor, keep: Tensor | None) -> None:
-    """Add one at each place [T,..] of a flattened table, without waiting for the device.
-
-    ``keep`` [T] marks tokens that count; None counts all.
-    """
-    ones = torch.ones((), device=table.device, dtype=table.dtype).expand(place.shape)
-    if keep is not None:
-        ones = keep.to(table.dtype).reshape(-1, *[1] * (place.dim() - 1)).expand(place.shape)
-    table.view(-1).scatter_add_(0, place.reshape(-1), ones.reshape(-1))
+            more = load.new_zeros(max(windows - len(load), len(load)), *load.shape[1:])
+            self._tables["load"] = torch.cat([load, more])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, ClassVar
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
@@ -26,101 +27,45 @@ class Generation:
         Sequences that have ended [B], on the device; they are fed on until the last one ends.
     repeated
         Tokens of each sequence that the pass before had; a pass without a cache repeats them.
+    length
+        Tokens of each sequence that the next pass will have.
+    tokens
+        Gives those tokens, by which the pass is recognised; None where they are gone.
     """
 
     mask: Tensor | None = None
     ended: Tensor | None = None
     repeated: int = 0
-    _length: int = 0
-    _tokens: ReferenceType[Tensor] | None = None
-
-    def prepare(self, tokens: Tensor | None, mask: object) -> None:
-        """Take what the next pass will be given."""
-        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self.repeated, self._length = self._length, 0 if tokens is None else tokens.shape[1]
-        self._tokens = None if tokens is None else ref(tokens)
-
-    def has_prepared(self, given: Mapping[str, Any]) -> bool:
-        """Whether a pass is given what was prepared last."""
-        tokens = None if self._tokens is None else self._tokens()
-        return tokens is not None and any(given.get(name) is tokens for name in TOKEN_NAMES)
-
-    def end(self, done: Tensor) -> None:
-        """Take which sequences a new token has ended [B]; those of other sizes are of beams."""
-        same = self.ended is not None and self.ended.shape == done.shape
-        self.ended = self.ended | done if same and self.ended is not None else done
+    length: int = 0
+    tokens: Callable[[], Tensor | None] = lambda: None
 
 
-class GenerateHooks:
-    """Listens to the calls of ``generate`` of a model, for all that record the model.
+class Generations:
+    """The calls of ``generate`` of a model that run, for all that record the model.
 
     No argument of ``generate`` tells which sequences its criteria have ended, and none keeps the
     padding where a pass gets a mask of pairs. So two methods that it calls are listened to: the
     one that makes the criteria, and ``prepare_inputs_for_generation``.
     """
 
-    _of: ClassVar[WeakKeyDictionary[nn.Module, GenerateHooks]] = WeakKeyDictionary()
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = ref(model)
-        self._users = 0
-        self._before: dict[str, Any] = {}
-        self._calls: list[ReferenceType[Generation]] = []
-
-    @classmethod
-    def attach(cls, model: nn.Module) -> GenerateHooks:
-        """Start to listen, once per model."""
-        hooks = cls._of.setdefault(model, cls(model))
-        hooks._users += 1
-        if hooks._users == 1:
-            hooks._listen(model, "_get_stopping_criteria", hooks._criteria)
-            hooks._listen(model, "prepare_inputs_for_generation", hooks._prepared)
-        return hooks
-
-    def detach(self) -> None:
-        """Stop to listen; after the last one the model is as it was before."""
-        self._users -= 1
-        model = self._model()
-        if self._users or model is None:
-            return
-        for name, before in self._before.items():
-            if before is None:
-                model.__dict__.pop(name, None)
-            else:
-                model.__dict__[name] = before
-        self._before = {}
-        del self._of[model]
+    def __init__(self) -> None:
+        self.users = 0
+        # What generate holds is gone when it returns.
+        self._calls: list[Callable[[], Generation | None]] = []
 
     def of(self, given: Mapping[str, Any]) -> Generation | None:
-        """Return the call of ``generate`` that a forward pass with these arguments belongs to."""
-        generation = self._current()
-        return generation if generation is not None and generation.has_prepared(given) else None
+        """Return the call that has prepared the arguments of a forward pass."""
+        generation = self._innermost()
+        tokens = None if generation is None else generation.tokens()
+        same = tokens is not None and any(given.get(name) is tokens for name in TOKEN_NAMES)
+        return generation if same else None
 
-    def _current(self) -> Generation | None:
-        """Return the innermost call that runs: what generate holds is gone when it returns."""
+    def _innermost(self) -> Generation | None:
         while self._calls and self._calls[-1]() is None:
             self._calls.pop()
         return self._calls[-1]() if self._calls else None
 
-    def _listen(
-        self, model: nn.Module, name: str, change: Callable[[Any, Mapping[str, Any]], Any]
-    ) -> None:
-        """Pass what a method returns through ``change``; the method of a copy stays as it is."""
-        own = model.__dict__.get(name)
-        is_function = own is not None and not isinstance(own, MethodType)
-        method = getattr(own, "__func__", own) or getattr(type(model), name, None)
-        if method is None:
-            return
-
-        @functools.wraps(method)
-        def call(of: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            result = method(*args, **kwargs) if is_function else method(of, *args, **kwargs)
-            return change(result, kwargs) if of is self._model() else result
-
-        self._before[name] = own
-        model.__dict__[name] = MethodType(call, model)
-
-    def _criteria(self, criteria: Any, arguments: Mapping[str, Any]) -> Any:
+    def begin(self, criteria: Any, arguments: Mapping[str, Any]) -> Any:
         """Return the criteria of a new call, which tell what they end."""
         generation = Generation()
         self._calls.append(ref(generation))
@@ -132,15 +77,60 @@ class GenerateHooks:
         class Watched(kind):  # type: ignore[misc]
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
                 done = super().__call__(*args, **kwargs)
-                generation.end(done.bool())
+                before, ended = generation.ended, done.bool()
+                # Those of another size are of beams.
+                same = before is not None and before.shape == ended.shape
+                generation.ended = before | ended if same else ended
                 return done
 
         return Watched(criteria)
 
-    def _prepared(self, inputs: Any, arguments: Mapping[str, Any]) -> Any:
-        generation = self._current()
+    def prepare(self, inputs: Any, arguments: Mapping[str, Any]) -> Any:
+        """Take what the next pass will be given, and return it."""
+        generation = self._innermost()
         if generation is not None:
-            tokens = [inputs[name] for name in TOKEN_NAMES if inputs.get(name) is not None]
+            tokens = next((inputs[of] for of in TOKEN_NAMES if inputs.get(of) is not None), None)
             mask = arguments.get("attention_mask")
-            generation.prepare(tokens[0] if tokens else None, mask)
+            generation.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            generation.repeated = generation.length
+            generation.length = 0 if tokens is None else tokens.shape[1]
+            generation.tokens = (lambda: None) if tokens is None else ref(tokens)
         return inputs
+
+
+_running: WeakKeyDictionary[nn.Module, Generations] = WeakKeyDictionary()
+
+
+@contextmanager
+def generations_of(model: nn.Module) -> Iterator[Generations]:
+    """Listen to the calls of ``generate``, once per model, until the last one has left."""
+    calls = _running.setdefault(model, Generations())
+    calls.users += 1
+    if calls.users == 1:
+        _listen(model, "_get_stopping_criteria", calls.begin)
+        _listen(model, "prepare_inputs_for_generation", calls.prepare)
+    try:
+        yield calls
+    finally:
+        calls.users -= 1
+        if not calls.users:
+            del _running[model]
+            for name in ("_get_stopping_criteria", "prepare_inputs_for_generation"):
+                if (own := getattr(model.__dict__.pop(name, None), "own", None)) is not None:
+                    model.__dict__[name] = own
+
+
+def _listen(model: nn.Module, name: str, change: Callable[[Any, Mapping[str, Any]], Any]) -> None:
+    """Pass what a method returns through ``change``; the method of a copy stays as it is."""
+    method, model_of = getattr(model, name, None), ref(model)
+    if method is None:
+        return
+    function = getattr(method, "__func__", None)
+
+    @functools.wraps(method)
+    def call(of: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs) if function is None else function(of, *args, **kwargs)
+        return change(result, kwargs) if of is model_of() else result
+
+    call.own = model.__dict__.get(name)  # type: ignore[attr-defined]
+    model.__dict__[name] = MethodType(call, model)

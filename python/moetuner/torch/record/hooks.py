@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from moetuner.torch.models import MoELayer, chosen, same_sizes
-from moetuner.torch.record.generation import GenerateHooks, Generation
+from moetuner.torch.record.generation import (
+    TOKEN_NAMES,
+    Generation,
+    Generations,
+    generations_of,
+)
 
 # The new name first: transformers warns where the old one is looked up.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -22,7 +27,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 PACKED = "cu_seq_lens_q"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Step:
     """The tokens of one forward pass, and what the routers chose for them.
 
@@ -32,9 +37,8 @@ class Step:
         Sequences, B.
     length
         Tokens of each, padding included, S.
-    keep
-        Which tokens count [B*S], boolean; None if all do. In the end those are left out that are
-        padding or have scores that are no numbers or ids out of range.
+    marks
+        Which tokens count [B*S], boolean: those of all marks.
     cache
         The key-value cache that was passed in, or the generation that goes without, which tells a
         later step of the same sequences.
@@ -43,46 +47,52 @@ class Step:
     ids
         Chosen rows of the routers [T,L,K], int64, on the device of the first router; those from E
         on are zero-computation experts.
+    keep
+        The tokens that count [T], without those that have scores that are no numbers, or ids out of
+        range.
     output
         What the model returned.
     """
 
     rows: int
     length: int
-    keep: Tensor | None
+    marks: list[Tensor]
     cache: object | None
-    paged: bool = False
+    paged: bool
     ids: Tensor = field(default_factory=lambda: torch.empty(0))
+    keep: Tensor = field(default_factory=lambda: torch.empty(0))
     output: Any = None
 
 
 def step_of(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    mask: Tensor | None,
-    generations: GenerateHooks,
+    given: Mapping[str, Any],
+    mask: object | None,
+    generation: Generation | None,
 ) -> Step:
     """Read the arguments of a forward pass; ``mask`` replaces that of its arguments."""
-    names = inspect.signature(model.forward).parameters
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    rows, length = _sizes(model, given)
-    generation = generations.of(given)
+    tokens = _tokens(model, given)
+    rows, length = tokens.shape[:2]
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-    packed = given.get(PACKED)
+    packed, column = given.get(PACKED), torch.arange(length, device=tokens.device)
+    marks = []
     if mask is None:
         mask = given.get("attention_mask")
         if generation is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             mask = generation.mask
     if isinstance(packed, Tensor) and rows == 1:
         # Sequences one after the other, and padding behind the last; the mask is of pairs.
-        keep: Tensor | None = torch.arange(length, device=packed.device) < packed[-1]
-    else:
-        keep = None if mask is None else _tokens_of(mask, rows, length)
+        marks = [column < packed[-1]]
+    elif mask is not None:
+        marks = [_marked(mask, rows, length)]
+    paged = isinstance(packed, Tensor) and cache is not None
     if generation is not None:
-        keep = _generated(keep, rows, length, cache, generation)
+        if cache is None and 0 < generation.repeated < length:
+            marks.append((column >= generation.repeated).repeat(rows))
+        if generation.ended is not None and len(generation.ended) == rows:
+            marks.append(~generation.ended.repeat_interleave(length))
         cache = generation if cache is None else cache
-    return Step(rows, length, keep, cache, isinstance(packed, Tensor) and cache is not None)
+    return Step(rows, length, marks, cache, paged)
 
 
 def cache_of(output: object) -> object | None:
@@ -90,20 +100,19 @@ def cache_of(output: object) -> object | None:
     return next((getattr(output, name) for name in CACHE_NAMES if hasattr(output, name)), None)
 
 
-def _sizes(model: nn.Module, given: Mapping[str, Any]) -> tuple[int, int]:
-    named = [given.get(name) for name in ("input_ids", "inputs_embeds")]
-    for tokens in [*named, *given.values()]:
+def _tokens(model: nn.Module, given: Mapping[str, Any]) -> Tensor:
+    """Return the argument that is tokens [B,S,..]."""
+    for tokens in [*(given.get(name) for name in TOKEN_NAMES), *given.values()]:
         if isinstance(tokens, Tensor) and tokens.dim() >= 2:
             # A matrix of numbers is tokens by features, without a batch.
-            flat = tokens.dim() == 2 and tokens.is_floating_point()
-            return (1, tokens.shape[0]) if flat else (tokens.shape[0], tokens.shape[1])
+            return tokens[None] if tokens.dim() == 2 and tokens.is_floating_point() else tokens
     raise ValueError(
         f"{type(model).__name__} must be called with input_ids [batch, tokens] or inputs_embeds, "
         f"got {sorted(given)}"
     )
 
 
-def _tokens_of(mask: object, rows: int, length: int) -> Tensor:
+def _marked(mask: object, rows: int, length: int) -> Tensor:
     """Return the last ``length`` columns of a mask: others are tokens of earlier steps."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows:
         given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -116,23 +125,6 @@ def _tokens_of(mask: object, rows: int, length: int) -> Tensor:
             f"attention_mask must have at least {length} tokens, got {list(mask.shape)}"
         )
     return (mask[:, mask.shape[1] - length :] != 0).reshape(-1)
-
-
-def _generated(
-    keep: Tensor | None, rows: int, length: int, cache: object | None, generation: Generation
-) -> Tensor | None:
-    """Leave out sequences that have ended and, without a cache, tokens that were there before."""
-    marks = [] if keep is None else [keep]
-    if cache is None and 0 < generation.repeated < length:
-        columns = torch.arange(length, device=None if keep is None else keep.device)
-        marks.append((columns >= generation.repeated).repeat(rows))
-    ended = generation.ended
-    if ended is not None and len(ended) == rows:
-        marks.append(~ended.repeat_interleave(length))
-    while len(marks) > 1:
-        mark = marks.pop()
-        marks[0] = marks[0].to(mark.device, non_blocking=True) & mark
-    return marks[0] if marks else None
 
 
 class StepHooks:
@@ -151,11 +143,11 @@ class StepHooks:
         Its MoE layers.
     receive
         Called with every step.
+    mask
+        Gives which tokens to keep [batch, tokens], instead of the mask that the model is given.
 
     Attributes
     ----------
-    attention_mask
-        Which tokens to keep [batch, tokens], instead of the mask that the model is called with.
     dropped
         Passes that were left out.
     fault
@@ -163,70 +155,73 @@ class StepHooks:
     """
 
     def __init__(
-        self, model: nn.Module, layers: tuple[MoELayer, ...], receive: Callable[[Step], None]
+        self,
+        model: nn.Module,
+        layers: tuple[MoELayer, ...],
+        receive: Callable[[Step], None],
+        mask: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
         self.num_experts, self.top_k = same_sizes(layers)
         self.choices = layers[0].choices
-        self.attention_mask: Tensor | None = None
         self.dropped = 0
         self.fault: Exception | None = None
         # What torch.compile gives only calls the model that it was given.
         self._wrapped = hasattr(model, "_orig_mod")
-        model = getattr(model, "_orig_mod", model)
-        self._generations: GenerateHooks | None = None
-        self._is_eager = False
-        self._model = model
-        self._layers = layers
-        self._receive = receive
-        self._handles: list[RemovableHandle] = []
+        self._model = getattr(model, "_orig_mod", model)
+        self._layers, self._receive, self._mask = layers, receive, mask
+        self._attached = ExitStack()
+        self._generations = Generations()
         self._step: Step | None = None
-        self._routed: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._routed: dict[int, tuple[Tensor, Tensor]] = {}
         self._dropping = False
         self._steps = 0
         self._faults: Tensor | None = None
 
     def attach(self) -> None:
         """Start to listen."""
-        if self._wrapped or any(_is_compiled(module) for module in self._model.modules()):
-            _run_eagerly()
-            self._is_eager = True
-        self._generations = GenerateHooks.attach(self._model)
-        # Functions, which a copy of the model shares; methods would be copied with all they hold.
-        self._handles = [
-            self._model.register_forward_pre_hook(
-                lambda model, args, kwargs: self._before_pass(model, args, kwargs), with_kwargs=True
-            ),
-            self._model.register_forward_hook(
-                lambda model, _, output: self._after_pass(model, output)
-            ),
-        ]
-        for number, layer in enumerate(self._layers):
-            self._handles.append(layer.router.register_forward_hook(self._listener(number)))
+        model = self._model
+        with ExitStack() as attached:
+            if self._wrapped or any(_is_compiled(module) for module in model.modules()):
+                attached.enter_context(_running_eagerly())
+            self._generations = attached.enter_context(generations_of(model))
+            handles = [
+                model.register_forward_pre_hook(self._safe(model, self._begin), with_kwargs=True),
+                model.register_forward_hook(self._safe(model, self._end)),
+            ]
+            for number, layer in enumerate(self._layers):
+                take = self._safe(layer.router, partial(self._take, number))
+                handles.append(layer.router.register_forward_hook(take))
+            for handle in handles:
+                attached.callback(handle.remove)
+            self._attached = attached.pop_all()
 
     def remove(self) -> None:
         """Stop to listen; the model is as it was before."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if self._generations is not None:
-            self._generations.detach()
-            self._generations = None
-        if self._is_eager:
-            _run_compiled()
-            self._is_eager = False
+        self._attached.close()
+
+    def _safe(self, module: nn.Module, call: Callable[[Any, Any], None]) -> Callable[..., None]:
+        """Return a hook of one module, not of its copies, that never fails it.
+
+        It is a function, which a copy of the model shares; a method would be copied with all that
+        it holds.
+        """
+
+        def hook(of: nn.Module, given: Any, more: Any) -> None:
+            if of is module:
+                try:
+                    with torch.no_grad():
+                        call(given, more)
+                except Exception as error:
+                    self._drop(error)
+
+        return hook
 
     def forget(self) -> None:
         """Forget what was wrong so far."""
         self._faults = self.fault = None
 
     def check(self) -> None:
-        """Wait for the device and check that routers gave numbers, and ids of their rows.
-
-        Raises
-        ------
-        ValueError
-            If one did not.
-        """
+        """Wait for the device and check that routers gave numbers, and ids of their rows."""
         if self._faults is None:
             return
         rules = (
@@ -238,37 +233,6 @@ class StepHooks:
                 number = wrong.index(True)
                 name = self._layers[number].name
                 raise ValueError(f"{rule}, got {got} in layer {number} ({name})")
-
-    def _before_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model is not self._model or self._generations is None:
-            return
-        # A pass that failed half-way has left its layers behind.
-        self._routed = {}
-        self._step, self._dropping = None, False
-        try:
-            self._step = step_of(model, args, kwargs, self.attention_mask, self._generations)
-        except Exception as error:
-            self._drop(error)
-
-    def _listener(self, number: int) -> Callable[[nn.Module, Any, Any], None]:
-        def listen(router: nn.Module, _inputs: Any, output: Any) -> None:
-            if self._dropping or router is not self._layers[number].router:
-                return
-            try:
-                self._take(number, output)
-            except Exception as error:
-                self._drop(error)
-
-        return listen
-
-    def _after_pass(self, model: nn.Module, output: Any) -> None:
-        if model is not self._model:
-            return
-        try:
-            with torch.no_grad():
-                self._end(output)
-        except Exception as error:
-            self._drop(error)
 
     def _drop(self, error: Exception) -> None:
         """Leave out the pass at hand; the first time say so."""
@@ -282,8 +246,19 @@ class StepHooks:
             text = f"a forward pass is not recorded, nor are others like it: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
-    def _take(self, number: int, output: Any) -> None:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take what the model is called with."""
+        # A pass that failed half-way has left its layers behind.
+        self._routed, self._step, self._dropping = {}, None, False
+        names = inspect.signature(self._model.forward).parameters
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        generation = self._generations.of(given)
+        self._step = step_of(self._model, given, self._mask(), generation)
+
+    def _take(self, number: int, _inputs: Any, output: Any) -> None:
         """Take what a router returned."""
+        if self._dropping:
+            return
         step, name = self._step, self._layers[number].name
         if step is None:
             if self._steps:  # a recomputation in the backward pass chooses what was chosen before
@@ -303,8 +278,7 @@ class StepHooks:
                 f"{name}: a router must return expert ids [tokens, top_k] as integers, "
                 f"{type(self._layers[number].router).__name__} does not"
             )
-        ids, scores = (None if part is None else part.detach().flatten(0, -2) for part in parts)
-        assert ids is not None  # chosen gives ids, if anything
+        ids, scores = (part.detach().flatten(0, -2) for part in parts)
         tokens = step.rows * step.length
         if ids.shape != (tokens, self.top_k):
             raise ValueError(
@@ -313,59 +287,58 @@ class StepHooks:
             )
         self._routed[number] = ids.clone(), scores  # a router may write to its ids again
 
-    def _end(self, output: Any) -> None:
+    def _end(self, _inputs: Any, output: Any) -> None:
         """Hand over a pass, without the tokens whose ids or scores are wrong."""
         step, self._step = self._step, None
         if step is None:
             return
-        missing = [n for n in range(len(self._layers)) if n not in self._routed]
+        missing = [layer.name for n, layer in enumerate(self._layers) if n not in self._routed]
         if missing:
             raise ValueError(
-                f"every router must run in a forward pass, {self._layers[missing[0]].name} did not "
+                f"every router must run in a forward pass, {missing[0]} did not "
                 "(what torch.compile or a CUDA graph runs is not heard: give the compiled model)"
             )
         self._steps += 1
         routed = [self._routed[number] for number in range(len(self._layers))]
         self._routed = {}
         device = routed[0][0].device
-        ids = torch.stack(
-            [of.to(device, torch.int64, non_blocking=True) for of, _ in routed], dim=1
+        ids, scores = (
+            torch.stack([part.to(device, non_blocking=True) for part in parts], dim=1)
+            for parts in zip(*routed, strict=True)
         )
-        # Where a router gives no scores, its ids stand in: they are never NaN.
-        scores = torch.stack(
-            [(of if by is None else by).to(device, non_blocking=True) for of, by in routed], dim=1
-        )
+        ids = ids.long()
         # Ids are checked before they become one or two bytes, in which they would be others.
         outside = (ids < 0) | (ids >= self.choices)
         faults = torch.stack([scores.isnan().any(-1), outside.any(-1)])
         keep = torch.ones_like(faults[0, :, 0])
-        if step.keep is not None:
-            keep = step.keep.to(device, non_blocking=True)
-        faults = faults & keep[:, None]
+        for mark in step.marks:
+            keep &= mark.to(device, non_blocking=True)
+        faults &= keep[:, None]
         wrong = faults.any(1)
         self._faults = wrong if self._faults is None else self._faults.to(device) | wrong
-        keep = keep & ~faults.any(0).any(-1)
-        self._receive(replace(step, ids=ids, keep=keep, output=output))
+        step.ids, step.keep, step.output = ids, keep & ~faults.any(0).any(-1), output
+        self._receive(step)
 
 
-# Observers of compiled models: while there is one, compiled code runs eagerly in the whole process.
+# The stance of those who record compiled models, which then run eagerly in the whole process.
 _eager: list[Any] = []
 
 
-def _run_eagerly() -> None:
+@contextmanager
+def _running_eagerly() -> Iterator[None]:
     if not hasattr(torch.compiler, "set_stance"):
         raise ValueError(
             "model must not be compiled by this version of torch: give the model without "
             "torch.compile"
         )
     # The first one has the stance; the last one to leave ends it, in whatever order they do.
-    _eager.append(torch.compiler.set_stance("force_eager") if not _eager else _eager[0])
-
-
-def _run_compiled() -> None:
-    stance = _eager.pop()
-    if not _eager:
-        stance.__exit__(None, None, None)
+    _eager.append(_eager[0] if _eager else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        stance = _eager.pop()
+        if not _eager:
+            stance.__exit__(None, None, None)
 
 
 def _is_compiled(module: nn.Module) -> bool:
