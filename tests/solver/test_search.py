@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner import _core
 from moetuner.problem.caps import device_load
 from moetuner.problem.windows import MERGED, MOST, windows_of
 from moetuner.solver.terms import link_prices
@@ -124,25 +123,6 @@ def test_a_looser_cap_costs_no_visits():
 
 
 # More effort.
-
-
-def test_more_starts_are_never_worse():
-    """The first of several searches of a layer is the only one of one: the best of all counts."""
-    load = np.random.default_rng(3).lognormal(0, 1, (4, 3, 16)) * 1000
-    layers = _core.Layers(
-        load, np.ones(4), np.full((3, 4), 5), [0] * 4, [1.0] * 4, nearest=False, norm=0
-    )
-    start = layers.construct()
-
-    def slowest(restarts):
-        slots, _ = layers.place(start, trials=500, restarts=restarts, seed=1)
-        share = mt.Placement(slots, num_experts=16)
-        part = share.held / share.replicas[:, None, :]
-        return np.einsum("lde,wle->wld", part, load).max(axis=2).sum(axis=0)
-
-    values = np.stack([slowest(restarts) for restarts in (1, 2, 4, 8)])
-    assert (np.diff(values, axis=0) <= 1e-9).all()
-    assert (values[-1] < values[0]).any()
 
 
 @pytest.mark.parametrize("objective", ["balance", "time", "traffic"])

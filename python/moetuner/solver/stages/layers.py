@@ -173,12 +173,7 @@ def _chain_under_caps(run: Run, budget: Budget) -> None:
         part = budget.within(1 / left, keep=left * run.judging).muted()
         if part.time_limit == 0:
             return
-        searched = search_traffic(_of_traffic(problem, cap), run.seed, part)
-        slots = _padded(problem, searched.slots)
-        if slots is not None:
-            run.offer(slots, "search")
-        if searched.interrupted:
-            raise KeyboardInterrupt
+        search_traffic(run, _of_traffic(problem, cap), part, lambda of: _padded(problem, of))
 
 
 def _of_traffic(problem: Problem, cap: float) -> Problem:

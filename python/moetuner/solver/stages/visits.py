@@ -14,7 +14,7 @@ import numpy as np
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run, Stage
-from moetuner.solver.stages.chain import offer_searched, search_traffic
+from moetuner.solver.stages.chain import search_traffic
 from moetuner.solver.terms import core_layers, visit_costs
 from moetuner.statistics import ExpertSets
 
@@ -45,7 +45,7 @@ def _pairs(run: Run, budget: Budget) -> None:
     if budget.iterations is not None:
         trials = min(trials, budget.iterations)
     few = replace(budget.muted(), iterations=trials)
-    offer_searched(run, search_traffic(run.problem, run.seed, few))
+    search_traffic(run, run.problem, few)
 
 
 def _visits(run: Run, budget: Budget) -> None:
