@@ -25,7 +25,8 @@ def result_of(run: Run, method: str, *, searched: bool) -> Result:
     details = _details(run, incumbent, placement, searched=searched)
     objective, bound = problem.objective_function.value(placement), run.bound
     verdict = None if bound is None else verdict_of(run, placement.slots, bound)
-    if bound is not None and verdict == "refuted":
+    if verdict == "refuted":
+        assert bound is not None
         refuted = replace(details.bound, refuted=bound.source)
         details, bound, verdict = replace(details, bound=refuted), None, None
     value = None if bound is None else bound.value / run.scale

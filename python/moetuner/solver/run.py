@@ -394,6 +394,7 @@ def verdict_of(run: Run, slots: Slots, bound: Bound) -> Status | Literal["refute
     """
     placement, gap = Placement(slots, num_experts=run.problem.experts), run.budget.gap
     objective, rounding = run.problem.objective_function, ROUNDING
+    value: float
     if objective.counts_pairs and not placement.has_copies:
         value, rounding = objective.cost(placement), 0
     else:
