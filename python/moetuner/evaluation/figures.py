@@ -69,6 +69,15 @@ class Replay:
             return None
         return float(int(visits.sum()) / (max(tokens, 1) * visits.shape[1]))
 
+    @property
+    def crossing(self) -> float | None:
+        """Share of the pairs that are on different devices; None where they are not known."""
+        pairs = self.counts.follow
+        if pairs is None:
+            return None
+        total, stay = pairs.sum(dtype=np.float64), np.einsum("ldd->", pairs, dtype=np.float64)
+        return float((total - stay) / total) if total else 0.0
+
     def rows(self) -> dict[str, NDArray[Any]]:
         """Return rows from device to device, by regime."""
         rows = {} if self.counts.follow is None else {"follow": self.counts.follow}
@@ -158,7 +167,7 @@ FIGURES = {
     ),
     "crossing": Figure(
         *("crossing", 4, "share of transitions between devices"),
-        lambda of: None if of.counts.follow is None else crossing(of.counts.follow),
+        lambda of: of.crossing,
         label="crossing",
         per="pair",
         title="Steps that leave the device",
@@ -231,13 +240,6 @@ def percentile(parts: Weighed, percent: float) -> float:
     total = np.cumsum(weights[order])
     place = int(np.searchsorted(total, percent / 100 * total[-1]))
     return float(values[order][min(place, len(values) - 1)])
-
-
-def crossing(follow: NDArray[Any]) -> float:
-    """Compute the share of the pairs [L-1,D,D] that are on different devices."""
-    total = follow.sum(dtype=np.float64)
-    stay = np.einsum("ldd->", follow, dtype=np.float64)
-    return float((total - stay) / total) if total else 0.0
 
 
 def busiest_port(rows: NDArray[Any], topology: Topology) -> dict[str, list[float]]:

@@ -145,8 +145,8 @@ class PageData:
         change = f"{judged.before:.4g} → {figure.with_unit(judged.after)}"
         before, after = (each.imbalance for each in self.evaluations)
         if self.advice is not None:
-            main = self.advice.main
-            before, after = main.before["imbalance"], main.after["imbalance"]
+            both = self.advice.main.figures["imbalance"]
+            before, after = both.before, both.after
         busiest = f"{before:.2f} → {after:.2f} x"
         size = self.moves.bytes_moved
         moved = counted(self.moves.experts_moved, "expert") if size is None else in_bytes(size)
