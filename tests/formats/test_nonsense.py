@@ -68,7 +68,7 @@ def test_maps(tmp_path):
         layout = attempt(path, lambda: writer.of.read_map(path, HINTS))
         if layout is not None:
             hints = Hints(devices=2, hidden_layers=3, dense_layers=(0,))
-            actual = faults(layout, writer.rows, writer.engine, hints)
+            actual = faults(layout, writer.engine, hints)
             assert all("\n" not in fault for fault in actual)
 
     run()

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from moetuner._checks import expert_size, experts_in, names, path_in, shown
 from moetuner.files import naming, size_of
 from moetuner.files.contents import TraceContents
-from moetuner.files.ids import IdsInMemory, IdsInParts
+from moetuner.files.ids import IdsInParts
 from moetuner.files.lines import NO_INTEGER, NO_TEXT, Keys, Lines, batches
 
 GROUP_LIMIT = 1 << 15
@@ -98,13 +98,7 @@ class _Reader:
         return True
 
     def add(self, lines: Lines) -> None:
-        """Take in lines, or none of them.
-
-        Raises
-        ------
-        ValueError
-            If one breaks a rule, or they differ in what they have.
-        """
+        """Take in lines, or none of them."""
         if self.experts is None:
             raise ValueError(
                 'num_experts is needed: in a first line {"num_experts": N}, or from you'
@@ -144,7 +138,7 @@ class _Reader:
         if self.ids is None:
             raise ValueError("must have at least one line with 'experts' or 'tokens', got none")
         return TraceContents(
-            IdsInMemory(self.ids.joined()),
+            self.ids.joined(),
             self.ids.num_experts,
             sequence=np.concatenate(self.sequence) if self.sequence else None,
             group=np.concatenate(self.group) if self.group else None,

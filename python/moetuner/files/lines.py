@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.files import naming
 from moetuner.files.text import parse_json
+
+Taken = TypeVar("Taken")
 
 LINE_LIMIT = 1 << 29
 BLOCK = 1 << 22
@@ -75,27 +77,19 @@ class Lines:
     def __len__(self) -> int:
         return len(self.array)
 
-    def hand_to(self, take: Callable[[Lines], object]) -> None:
-        """Hand all lines over at once; where that fails, one by one.
-
-        Raises
-        ------
-        ValueError
-            Naming the first line that is refused.
-        """
+    def hand_to(self, take: Callable[[Lines], Taken]) -> list[Taken]:
+        """Hand all lines over at once; where that fails, one by one. Returns what is given back."""
         try:
-            take(self)
+            return [take(self)]
         except ValueError as error:
             if len(self) == 1:
                 raise ValueError(f"line {self.numbers[0]}: {error}") from None
-            for line in self._one_by_one():
-                line.hand_to(take)
+        return [taken for line in self._one_by_one() for taken in line.hand_to(take)]
 
     def _one_by_one(self) -> Iterator[Lines]:
         ends = np.cumsum(self.sizes.prod(axis=1))
-        for at, end in enumerate(ends.tolist()):
+        for at, ids in enumerate(np.split(self.ids, ends[:-1])):
             one = slice(at, at + 1)
-            ids = self.ids[end - int(self.sizes[at].prod()) : end]
             columns = {key: column[one] for key, column in self.columns.items()}
             numbers = self.numbers[one]
             yield Lines(numbers, ids, self.array[one], self.sizes[one], columns, self.names)
@@ -107,11 +101,6 @@ def batches(
     """Read a file; ``is_header`` takes in the first line, if it is no data.
 
     Memory holds a block of the file, or its longest line.
-
-    Raises
-    ------
-    ValueError
-        Naming the line that is too long, not JSON, not an object, or has other values.
     """
     number = 1
     for block in _blocks(path):
@@ -163,13 +152,7 @@ def _single(fields: dict[str, Any], keys: Keys, number: int) -> Lines:
 
 
 def fields_of(line: bytes, number: int) -> dict[str, Any]:
-    """Read one line as an object.
-
-    Raises
-    ------
-    ValueError
-        Naming the line, if it is not JSON or not an object.
-    """
+    """Read one line as an object."""
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
     except ValueError as error:
