@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from moetuner.cli import options
 from moetuner.cli.options import option
@@ -12,10 +12,13 @@ from moetuner.cli.options.pages import PAGE, Figures, Pages, needs_report, origi
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, shares, working
-from moetuner.evaluation import evaluate_each
-from moetuner.evaluation.auditing import audit, contiguous
+from moetuner.evaluation import Evaluation, evaluate_each
+from moetuner.evaluation.auditing import Audit, audit, contiguous
 from moetuner.files import text
+from moetuner.frozen import as_json
+from moetuner.placement import Placement
 from moetuner.report.page.data import of_placements
+from moetuner.topology import Topology
 
 
 @options.command("report")
@@ -48,41 +51,24 @@ def command(
     placement = source.load(placement_file)
     topology = machine.topology(placement.devices)
     traffic = source.traffic
-    running = contiguous(placement)
+    running, name = contiguous(placement), "contiguous"
     if baseline_file is not None:
-        running = source.load(baseline_file, topology)
-    names = ("contiguous" if baseline_file is None else "running", text.name(placement_file.stem))
+        running, name = source.load(baseline_file, topology), "running"
+    names = (name, text.name(placement_file.stem))
     how = serving.arguments(traffic)
     model = how["cost_model"]
     output.say(source.describe(), *serving.explain())
-    with working("replaying") as report:
-        before, after = evaluate_each(
-            [running, placement],
-            traffic,
-            topology,
-            window=source.replayed,
-            mixed=False,
-            **how,
-            threads=source.threads,
-            progress=shares(report, "of the tokens"),
-        )
-    audited = None
-    if traffic.group is not None:
-        how |= {"window": source.replayed or 1, "threads": source.threads}
-        with working("comparing groups"):
-            audited = audit(placement, traffic, topology, baseline=running, **how)
+    before, after, audited = _replay(source, topology, running, placement, how)
+    settings = serving.settings(topology, how) | {"cost_model": model.name}
     contents = {
         "input": source.facts(),
         "settings": {
             "placement": str(placement_file),
             "baseline": None if baseline_file is None else str(baseline_file),
             "window": source.counted,
-            **serving.settings(topology, serving.arguments(traffic)),
-            "cost_model": model.name,
+            **settings,
         },
-        "running": before.to_dict(),
-        "proposed": after.to_dict(),
-        "audit": None if audited is None else audited.to_dict(),
+        **as_json({"running": before, "proposed": after, "audit": audited}),
     }
     Pages(report_file, figures).write(
         output,
@@ -96,3 +82,26 @@ def command(
         ),
     )
     output.finish(contents)
+
+
+def _replay(
+    source: Source, topology: Topology, running: Placement, placement: Placement, how: Any
+) -> tuple[Evaluation, Evaluation, Audit | None]:
+    """Evaluate both placements, and compare them group by group where there are groups."""
+    traffic, window, threads = source.traffic, source.replayed, source.threads
+    with working("replaying") as report:
+        before, after = evaluate_each(
+            [running, placement],
+            traffic,
+            topology,
+            window=window,
+            mixed=False,
+            **how,
+            threads=threads,
+            progress=shares(report, "of the tokens"),
+        )
+    if traffic.group is None:
+        return before, after, None
+    how = {**how, "window": window or 1, "threads": threads}
+    with working("comparing groups"):
+        return before, after, audit(placement, traffic, topology, baseline=running, **how)
