@@ -74,6 +74,7 @@ class Trial:
     def arguments(self) -> dict[str, Any]:
         """Return arguments of ``advise``; read the placement that runs."""
         how = asdict(self)
+        how["in_order"] = not how.pop("any_order")
         if self.initial not in BASELINES:
             if not Path(self.initial).is_file():
                 raise click.BadParameter(
@@ -81,7 +82,7 @@ class Trial:
                     param_hint="'--initial'",
                 )
             how["initial"] = Placement.load(self.initial)
-        return {**how, "in_order": not how.pop("any_order")}
+        return how
 
 
 @options.command("advise", begin_with="--devices --devices-per-node --for --report")

@@ -101,8 +101,8 @@ def command(
     moves, trades = moving.show(output, problem, initial, result, threads=source.threads, **how)
     output.say(f"wrote {out_file}")
     failure = _prove(problem, result, certificate_file, output) if certificate_file else None
-    settings = wanted.problem_settings(problem) | moving.settings() | how
-    settings |= {"window": source.counted, "threads": source.threads}
+    settings = wanted.problem_settings(problem) | moving.settings() | {"window": source.counted}
+    settings |= how | {"threads": source.threads}
     contents = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
     contents |= {"method": method, **outcomes[-1].to_dict(), **moves}
     pages.write(
